@@ -1,0 +1,302 @@
+"""Every setting of a run: its type, unit, range and default, in one place. Imports no torch.
+
+The README's table of settings and ``configs/schema.json`` are made from these classes. Rules that join several
+settings stand in ``rules.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Site = Literal[
+    "attention_input",
+    "attention_output",
+    "expert_input",
+    "expert_hidden",
+    "shared_input",
+    "shared_hidden",
+    "dense_input",
+    "dense_hidden",
+]
+SITES: tuple[Site, ...] = Site.__args__  # type: ignore[attr-defined]
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A group of settings: frozen, and strict about names and types."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class MoEConfig(Section):
+    """The routed feed-forward layers."""
+
+    num_experts: PositiveInt = 8
+    """E, routed experts a layer."""
+    experts_per_token: PositiveInt = 2
+    """A, experts that each token uses; at most num_experts."""
+    expert_hidden_size: PositiveInt = 256
+    """F, hidden width of one expert."""
+    num_shared_experts: NonNegativeInt = 0
+    """Experts that every token uses, beside the routed ones; together one feed-forward of this many times F."""
+    router: Literal["softmax_topk", "softmax_topk_renormalized", "topk_softmax"] = "softmax_topk_renormalized"
+    """softmax_topk: the A largest probabilities are the weights; softmax_topk_renormalized: the same, divided by their
+    sum; topk_softmax: softmax over the A largest logits only."""
+    load_balance_coefficient: NonNegativeFloat = 0.01
+    """Factor of the load-balance loss, which is at least 1 and is averaged over the MoE layers."""
+    load_balance_scope: Literal["sequence", "micro_batch"] = "sequence"
+    """The tokens over which the load-balance loss compares load and probability. Only sequence is the same however the
+    batch is cut into micro-batches."""
+    router_z_coefficient: NonNegativeFloat = 0.001
+    """Factor of the router z-loss, averaged over the MoE layers."""
+    activation: Literal["swiglu", "relu2glu"] = "relu2glu"
+    """swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up. Dense layers and shared experts use it too."""
+    backend: Literal["auto", "loop", "grouped"] = "auto"
+    """loop: one expert after the other, the definition; grouped: torch grouped_mm; auto: the fastest that runs here."""
+    num_dense_layers: NonNegativeInt = 0
+    """How many of the first layers have a dense feed-forward in place of experts."""
+    dense_hidden_size: PositiveInt | None = None
+    """Hidden width of those dense layers; null: experts_per_token * expert_hidden_size."""
+
+
+class SitesConfig(Section):
+    """S by site; null takes model.sparsity.default."""
+
+    attention_input: Sparsity | None = None
+    """Input of the query, key and value projections."""
+    attention_output: Sparsity | None = None
+    """Input of the attention's output projection."""
+    expert_input: Sparsity | None = None
+    """Input of the routed experts' gate and up projections."""
+    expert_hidden: Sparsity | None = None
+    """Input of the routed experts' down projection."""
+    shared_input: Sparsity | None = None
+    """Input of the shared experts' gate and up projections."""
+    shared_hidden: Sparsity | None = None
+    """Input of the shared experts' down projection."""
+    dense_input: Sparsity | None = None
+    """Input of a dense layer's gate and up projections."""
+    dense_hidden: Sparsity | None = None
+    """Input of a dense layer's down projection."""
+
+
+class SparsityOverride(Section):
+    """S for the layers, site and experts that it selects; later overrides win."""
+
+    sparsity: Sparsity
+    """S, the fraction zeroed."""
+    layers: int | str | list[int] | None = None
+    """A layer, a list, or a range such as "0-3" (both ends included); null: every layer."""
+    site: Site | None = None
+    """One site; null: every site."""
+    experts: int | str | list[int] | None = None
+    """An expert, a list, or a range such as "0-3", at expert sites only; null: every expert."""
+
+
+class ScheduleConfig(Section):
+    """How S grows to its target over the steps."""
+
+    shape: Literal["constant", "linear", "cubic", "cosine"] = "constant"
+    """constant: the target from the first step after warm-up; the others rise from 0 to the target over ramp_steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Dense steps (S = 0) at the start."""
+    ramp_steps: NonNegativeInt = 0
+    """Steps from S = 0 to the target; 0 unless shape is linear, cubic or cosine."""
+
+
+class SparsityConfig(Section):
+    """Q-Sparse: what fraction of the features in front of each weight matrix is zeroed, and how."""
+
+    default: Sparsity = 0.0
+    """S at every site, the fraction zeroed; 0 is dense."""
+    sites: SitesConfig = SitesConfig()
+    """S by site."""
+    overrides: list[SparsityOverride] = []
+    """S by layer, site and expert, applied in order after sites."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """S over the steps."""
+    selection: Literal["topk", "block"] = "topk"
+    """topk: the K largest magnitudes of a row; block: the largest of every contiguous group of group_size features."""
+    group_size: PositiveInt = 32
+    """G, features a group when selection is block."""
+    rescale: Literal["none", "unit", "preserve"] = "none"
+    """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's L2 norm."""
+    gradient: Literal["ste", "masked"] = "ste"
+    """ste: the backward ignores the mask; masked: only kept features receive gradient."""
+
+
+class ModelConfig(Section):
+    """The decoder."""
+
+    vocab_size: PositiveInt = 264
+    """Rows of the embedding; at least the tokenizer's. Bytes need 257; 264 is the next multiple of 8."""
+    hidden_size: PositiveInt = 128
+    """D, model width."""
+    num_layers: PositiveInt = 4
+    """Decoder layers."""
+    num_heads: PositiveInt = 4
+    """H, query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads, a divisor of num_heads; null: num_heads."""
+    head_size: PositiveInt | None = None
+    """C, channels a head, even; null: hidden_size / num_heads."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the mean square in RMSNorm."""
+    qk_norm: bool = False
+    """RMSNorm on every head's queries and keys, before the rotation."""
+    tie_embeddings: bool = False
+    """The head uses the embedding's weight."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights, cut at three of them."""
+    moe: MoEConfig = MoEConfig()
+    """Experts."""
+    sparsity: SparsityConfig = SparsityConfig()
+    """Q-Sparse."""
+
+
+class SourceConfig(Section):
+    """One source of documents."""
+
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
+    """stdlib: the .py files of the running Python's standard library; text, jsonl, parquet: local files; hub: a data set
+    of the Hugging Face hub."""
+    path: str | list[str] | None = None
+    """Files or globs for text, jsonl and parquet; the data set's name for hub."""
+    subset: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    column: str = "text"
+    """Column that holds the document's text (jsonl, parquet, hub)."""
+    weight: PositiveFloat = 1.0
+    """Share of this source's tokens in the mixture, relative to the other weights; all 1: everything once."""
+    max_bytes: PositiveInt | None = None
+    """Stop reading the source after this many bytes of text; null: all of it."""
+
+
+class DataConfig(Section):
+    """Text to token rows."""
+
+    sources: Annotated[list[SourceConfig], Field(min_length=1)] = [SourceConfig()]
+    """Where documents come from."""
+    tokenizer: str = "bytes"
+    """bytes, or the name or folder of a Hugging Face tokenizer."""
+    sequence_length: Annotated[int, Field(ge=2)] = 256
+    """S, tokens a row."""
+    attend_across_documents: bool = False
+    """Attention and positions run on over document boundaries inside a row."""
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    """Share of the documents held out, chosen by a hash of the text."""
+    mode: Literal["table", "streaming"] = "table"
+    """table: tokenise once into a memory-mapped table, exactly resumable on any number of ranks; streaming: tokenise
+    while training, resumable on the same number of ranks."""
+    shuffle: bool = True
+    """table: rows in a new random order every epoch; streaming: files (shards) in random order."""
+    shuffle_buffer: NonNegativeInt = 0
+    """Must be 0: a shuffle buffer cannot be resumed exactly."""
+    cache_dir: str = "~/.cache/qsparse_moe"
+    """Where tokenised tables are kept."""
+
+
+class DeepSpeedConfig(Section):
+    """What of DeepSpeed's own settings a run may choose; the whole dictionary is derived from it."""
+
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
+    """0: replicated; 1: optimizer state sharded; 2: gradients too; 3: parameters too."""
+    reduce_bucket_size: PositiveInt = 50_000_000
+    """Elements reduced at once."""
+    allgather_bucket_size: PositiveInt = 50_000_000
+    """Elements gathered at once."""
+    overlap_communication: bool = False
+    """Reduce gradients while the backward runs."""
+
+
+class TrainingConfig(Section):
+    """The run itself."""
+
+    name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
+    """Name of the run folder: letters, digits, '.', '_' and '-'."""
+    output_dir: str = "runs"
+    """Folder of run folders."""
+    steps: PositiveInt = 300
+    """Optimizer steps."""
+    global_batch_size: PositiveInt = 16
+    """Rows a step over all ranks; a multiple of micro_batch_size times the ranks."""
+    micro_batch_size: PositiveInt = 8
+    """Rows that one rank sends through the model at once."""
+    learning_rate: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    learning_rate_schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
+    """Shape after the warm-up; warmup_stable_decay falls linearly over the last decay_steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    decay_steps: NonNegativeInt = 0
+    """Last steps that decay under warmup_stable_decay; else 0."""
+    min_learning_rate_ratio: Fraction = 0.1
+    """Final learning rate over the peak."""
+    weight_decay: NonNegativeFloat = 0.1
+    """AdamW's decay of matrices; norms have none."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first moment."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """AdamW's second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 keeps fp32 master weights and optimizer state."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """full: every layer is recomputed in the backward."""
+    seed: NonNegativeInt = 0
+    """Seed of weights, data order and noise."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one."""
+    engine: Literal["deepspeed", "torch"] = "deepspeed"
+    """torch is the plain reference."""
+    expert_parallel_size: PositiveInt = 1
+    """Ranks over which the experts of a layer are spread."""
+    resume: bool = False
+    """Continue the run folder of this name, if there is one."""
+    checkpoint_interval: NonNegativeInt = 0
+    """Steps between checkpoints; 0: only at the end."""
+    keep_last: PositiveInt = 2
+    """Checkpoints kept."""
+    evaluation_interval: NonNegativeInt = 0
+    """Steps between evaluations; 0: only at the end."""
+    evaluation_rows: PositiveInt = 64
+    """Validation rows used, the same ones in every layout; fewer where there are fewer."""
+    deepspeed: DeepSpeedConfig = DeepSpeedConfig()
+    """DeepSpeed."""
+
+
+class MetricsConfig(Section):
+    """What is written about a run."""
+
+    interval: PositiveInt = 10
+    """Steps between logged steps."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+
+class RunConfig(Section):
+    """One complete run."""
+
+    model: ModelConfig = ModelConfig()
+    """The decoder."""
+    data: DataConfig = DataConfig()
+    """Text to token rows."""
+    training: TrainingConfig = TrainingConfig()
+    """The run itself."""
+    metrics: MetricsConfig = MetricsConfig()
+    """What is written about a run."""

@@ -1,0 +1,25 @@
+"""The situations of a user that this package reports with one clear message.
+
+Each message names the setting or file, its value, the rule and the way out. The command line prints it without a
+traceback and ends with code 2. Our own mistakes are ``assert``s, never one of these.
+"""
+
+
+class QSparseMoEError(Exception):
+    """Base of every error that the user can mend."""
+
+
+class ConfigError(QSparseMoEError):
+    """A setting is unknown, has the wrong type or breaks a rule."""
+
+
+class DataError(QSparseMoEError):
+    """A data source, a file or a column cannot be used."""
+
+
+class BackendUnavailable(QSparseMoEError):
+    """A backend, engine or device asked for by name cannot run here."""
+
+
+class CheckpointError(QSparseMoEError):
+    """A checkpoint or a run folder cannot be used as asked."""

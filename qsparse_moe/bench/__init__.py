@@ -1,0 +1,1 @@
+"""Timings of a step and its parts beside their peers."""

@@ -1,0 +1,28 @@
+"""Which layers or experts a selector such as ``3``, ``[0, 2]`` or ``"0-3"`` names. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def select(selector: int | str | Sequence[int] | None, count: int) -> tuple[int, ...]:
+    """The indices below ``count`` that ``selector`` names; ``None`` names them all, ``"a-b"`` includes both ends.
+
+    Raises:
+        ValueError: the text is no index or range, or an index lies outside ``[0, count)``.
+    """
+    if selector is None:
+        return tuple(range(count))
+    indices = _parse(selector) if isinstance(selector, str) else [selector] if isinstance(selector, int) else selector
+    outside = [index for index in indices if not 0 <= index < count]
+    if outside or not indices:
+        raise ValueError(f"names {outside or 'nothing'}; what exists is 0-{count - 1}")
+    return tuple(indices)
+
+
+def _parse(text: str) -> Sequence[int]:
+    first, dash, last = text.partition("-")
+    try:
+        return range(int(first), int(last) + 1) if dash else [int(first)]
+    except ValueError:
+        raise ValueError('is neither an index such as 2 nor a range such as "0-3"') from None

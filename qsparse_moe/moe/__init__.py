@@ -1,0 +1,1 @@
+"""Routed experts: the router, its losses, the experts' weights and the backends that run them."""

@@ -1,0 +1,164 @@
+"""S for every (layer, site, expert) of a model, and K from it. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.selectors import select
+from qsparse_moe.errors import ConfigError
+
+EXPERT_SITES: frozenset[Site] = frozenset({"expert_input", "expert_hidden"})
+FORMAT = "qsparse_moe.sparsity_plan/1"
+
+
+def num_kept(sparsity: float, num_features: int) -> int:
+    """K = max(1, round((1 - S) * D)): the features that a row of ``num_features`` keeps (arXiv 2407.10969, section 2).
+
+    Halves round to the even neighbour, as Python's ``round`` does.
+    """
+    return max(1, round((1.0 - sparsity) * num_features))
+
+
+def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
+    """The sites that exist in ``layer``, in the order in which a token meets them."""
+    attention: tuple[Site, ...] = ("attention_input", "attention_output")
+    if layer < config.moe.num_dense_layers:
+        return *attention, "dense_input", "dense_hidden"
+    shared: tuple[Site, ...] = ("shared_input", "shared_hidden") if config.moe.num_shared_experts else ()
+    return *attention, "expert_input", "expert_hidden", *shared
+
+
+@dataclass(frozen=True)
+class SparsityPlan:
+    """S, the fraction zeroed, at every place of a model.
+
+    ``values[layer, site]`` holds one S, or one S an expert at ``expert_input`` and ``expert_hidden``.
+    """
+
+    values: Mapping[tuple[int, Site], tuple[float, ...]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", dict(self.values))
+        for (layer, site), values in self.values.items():
+            if not all(0.0 <= value < 1.0 for value in values):
+                raise ConfigError(
+                    f"sparsity plan: layer {layer}, {site} has S = {list(values)}; each must lie in [0, 1); "
+                    "0 keeps every feature"
+                )
+
+    @classmethod
+    def uniform(cls, config: ModelConfig, sparsity: float) -> SparsityPlan:
+        """The same S at every place of the model that ``config`` describes."""
+        return cls({place: (sparsity,) * width for place, width in _places(config)})
+
+    @classmethod
+    def from_config(cls, config: ModelConfig) -> SparsityPlan:
+        """The plan of ``config.sparsity``: its default, then its sites, then its overrides in their order.
+
+        Raises:
+            ConfigError: an override names a layer, site or expert that the model lacks.
+        """
+        settings = config.sparsity
+        values = {}
+        for (layer, site), width in _places(config):
+            chosen = getattr(settings.sites, site)
+            values[layer, site] = (settings.default if chosen is None else chosen,) * width
+        for index, override in enumerate(settings.overrides):
+            path = f"model.sparsity.overrides.{index}"
+            try:
+                matched = _apply(values, override, config)
+            except ValueError as error:
+                raise ConfigError(f"{path} {error}") from None
+            if not matched:
+                sites = sorted({site for _, site in values})
+                raise ConfigError(
+                    f"{path} ({override.model_dump(exclude_none=True)}) matches nothing; "
+                    f"this model has layers 0-{config.num_layers - 1} with the sites {', '.join(sites)}"
+                )
+        return cls(values)
+
+    @classmethod
+    def from_json(cls, text: str) -> SparsityPlan:
+        """The plan that ``to_json`` wrote.
+
+        Raises:
+            ConfigError: the text is no plan of this version.
+        """
+        try:
+            content = json.loads(text)
+            version, entries = content["format"], content["values"]
+            values = {(int(e["layer"]), e["site"]): tuple(float(v) for v in e["sparsity"]) for e in entries}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"sparsity plan: not readable ({error!r}); write one with SparsityPlan.to_json") from None
+        if version != FORMAT:
+            raise ConfigError(f"sparsity plan: format is {version!r}; this version reads {FORMAT!r}; write it anew")
+        return cls(values)
+
+    def to_json(self) -> str:
+        """The plan as JSON, with the name and version of its format."""
+        entries = [{"layer": lay, "site": site, "sparsity": list(v)} for (lay, site), v in self.values.items()]
+        return json.dumps({"format": FORMAT, "values": entries}, indent=1)
+
+    def sites(self, layer: int) -> tuple[Site, ...]:
+        """The sites of ``layer``."""
+        return tuple(site for other, site in self.values if other == layer)
+
+    def sparsity(self, layer: int, site: Site, expert: int | None = None) -> float:
+        """S of one place; the mean over the experts where ``expert`` is None."""
+        values = self.values[layer, site]
+        return sum(values) / len(values) if expert is None else values[expert]
+
+    def scaled(self, scale: float) -> SparsityPlan:
+        """The plan with every S multiplied by ``scale`` in [0, 1]."""
+        return SparsityPlan({place: tuple(scale * v for v in values) for place, values in self.values.items()})
+
+    @property
+    def mean(self) -> float:
+        """The mean of S over layers and sites, each site weighing the same whatever its number of experts."""
+        if not self.values:
+            return 0.0
+        return sum(sum(values) / len(values) for values in self.values.values()) / len(self.values)
+
+    def check_fits(self, config: ModelConfig) -> None:
+        """Raise ConfigError unless the plan has exactly the places of the model that ``config`` describes."""
+        want = dict(_places(config))
+        have = {place: len(values) for place, values in self.values.items()}
+        for place in sorted(want.keys() | have.keys()):
+            if want.get(place) != have.get(place):
+                layer, site = place
+                raise ConfigError(
+                    f"sparsity plan: layer {layer}, {site} has {have.get(place, 0)} values, the model needs "
+                    f"{want.get(place, 0)}; make the plan from this model's config"
+                )
+
+
+def _places(config: ModelConfig) -> Iterator[tuple[tuple[int, Site], int]]:
+    for layer in range(config.num_layers):
+        for site in layer_sites(config, layer):
+            yield (layer, site), config.moe.num_experts if site in EXPERT_SITES else 1
+
+
+def _apply(values: dict, override, config: ModelConfig) -> bool:
+    """Write ``override`` into ``values``; whether it matched any place. ValueError names what is out of range."""
+    layers = _select_named("layers", override.layers, config.num_layers)
+    experts = _select_named("experts", override.experts, config.moe.num_experts)
+    matched = False
+    for place in values:
+        layer, site = place
+        per_expert = site in EXPERT_SITES
+        if layer not in layers or override.site not in (None, site) or (override.experts is not None and not per_expert):
+            continue
+        chosen = experts if per_expert else (0,)
+        values[place] = tuple(override.sparsity if i in chosen else v for i, v in enumerate(values[place]))
+        matched = True
+    return matched
+
+
+def _select_named(name: str, selector, count: int) -> tuple[int, ...]:
+    try:
+        return select(selector, count)
+    except ValueError as error:
+        raise ValueError(f"{name} ({selector!r}) {error}") from None

@@ -1,0 +1,28 @@
+"""How far S has come at a step. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from qsparse_moe.config.schema import ScheduleConfig
+
+_SHAPES = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: progress,
+    # Zhu & Gupta 2017 (arXiv 1710.01878): fast at first, slow near the target.
+    "cubic": lambda progress: 1.0 - (1.0 - progress) ** 3,
+    "cosine": lambda progress: 0.5 * (1.0 - math.cos(math.pi * progress)),
+}
+
+
+def scheduled_scale(schedule: ScheduleConfig, step: int) -> float:
+    """The factor in [0, 1] of the target S that holds in ``step`` (counted from 0): a pure function, so it resumes.
+
+    0 during the dense warm-up, then along the shape, 1 from the end of the ramp on.
+    """
+    since_warmup = step - schedule.warmup_steps
+    if since_warmup < 0:
+        return 0.0
+    if since_warmup >= schedule.ramp_steps:
+        return 1.0
+    return _SHAPES[schedule.shape](since_warmup / schedule.ramp_steps)

@@ -1,0 +1,61 @@
+"""What a selection did to the rows of a site, as sums.
+
+Sums added over layers, micro-batches and ranks are exact in any order; ratios are formed last, in ``metrics``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SITE_FIELDS = ("rows", "features", "kept", "nonzero", "energy", "kept_energy")
+
+Stats = dict[str, Tensor]
+
+
+def site_stats(before: Tensor, after: Tensor, num_kept: int | Tensor) -> Stats:
+    """Sums over the rows of one site, float64 scalars by the names of ``SITE_FIELDS``.
+
+    Args:
+        before: ``(*, D)`` the dense rows.
+        after: ``(*, D)`` what the projection reads, before any rescale.
+        num_kept: K, an int or one a row ``(*)``.
+
+    Returns:
+        ``rows``; ``features`` (rows times D); ``kept`` (chosen by the selection, zeros among them included);
+        ``nonzero`` (of the values in ``after``); ``energy`` and ``kept_energy`` (sums of squares before and after).
+    """
+    before, after = before.detach(), after.detach()
+    num_features = before.shape[-1]
+    rows = torch.tensor(before.numel() // num_features, dtype=torch.float64, device=before.device)
+    kept = num_kept.sum().double() if isinstance(num_kept, Tensor) else rows * num_kept
+    return {
+        "rows": rows,
+        "features": rows * num_features,
+        "kept": kept,
+        "nonzero": torch.count_nonzero(after).double(),
+        "energy": _square_sum(before),
+        "kept_energy": _square_sum(after),
+    }
+
+
+def add_stats(total: Stats, other: Stats) -> Stats:
+    """The sums of both; a name that only one of them has is taken over."""
+    return {
+        name: total[name] + other[name] if name in total and name in other else total.get(name, other.get(name))
+        for name in total | other
+    }
+
+
+def stack_layers(per_layer: list[Stats]) -> Stats:
+    """One tensor a name, stacked over the layers that have it: ``rows`` becomes ``rows_L``, ``rows_E`` ``rows_LE``."""
+    stacked: dict[str, list[Tensor]] = {}
+    for stats in per_layer:
+        for name, value in stats.items():
+            stem, _, dims = name.rpartition("_") if value.dim() else (name, "", "")
+            stacked.setdefault(f"{stem}_L{dims}", []).append(value)
+    return {name: torch.stack(values) for name, values in stacked.items()}
+
+
+def _square_sum(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dtype=torch.float32).double().square()

@@ -1,0 +1,164 @@
+"""Exact top-K of a row by magnitude, and its straight-through use (Q-Sparse, arXiv 2407.10969, section 2).
+
+Letters: N rows, D features, K kept features, G features of a group.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Rescale = Literal["none", "unit", "preserve"]
+Gradient = Literal["ste", "masked"]
+
+
+def topk_mask(x: Tensor, num_kept: int | Tensor, *, group_size: int | None = None) -> Tensor:
+    """Mark the ``num_kept`` largest-magnitude features of every row.
+
+    Ties go to the lower index, so each row keeps exactly its K features.
+
+    Args:
+        x: ``(*, D)`` activations.
+        num_kept: K with ``1 <= K <= D``: one for all rows, or an int tensor ``(*)`` with one a row.
+        group_size: G, a divisor of D: every contiguous group of G features keeps ``K * G / D`` of its own.
+
+    Returns:
+        ``(*, D)`` bool, exactly K true per row.
+
+    Raises:
+        ValueError: K lies outside ``[1, D]``, G does not divide D, or the groups' share of K is no whole number >= 1.
+    """
+    if group_size is not None:
+        return _group_mask(x, num_kept, group_size)
+    _check_num_kept(num_kept, x)
+    magnitude = x.detach().abs()
+    threshold = _kth_largest(magnitude, num_kept)
+    return _resolve_ties(magnitude, threshold, num_kept)
+
+
+def topk_mask_reference(x: Tensor, num_kept: int | Tensor) -> Tensor:
+    """The definition of ``topk_mask``: a stable descending sort of the magnitudes; the first K positions are kept."""
+    order = x.detach().abs().argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
+    return rank < (num_kept[..., None] if isinstance(num_kept, Tensor) else num_kept)
+
+
+def topk_sparsify(
+    x: Tensor,
+    num_kept: int | Tensor,
+    *,
+    group_size: int | None = None,
+    rescale: Rescale = "none",
+    gradient: Gradient = "ste",
+) -> Tensor:
+    """Zero all but the ``num_kept`` largest-magnitude features of every row. ``x`` is never changed in place.
+
+    Args:
+        x: ``(*, D)`` activations.
+        num_kept: K, as in ``topk_mask``.
+        group_size: G, as in ``topk_mask``.
+        rescale: ``none``; ``unit`` divides by the L2 norm of what is kept; ``preserve`` restores the row's L2 norm.
+            A row of zeros stays a row of zeros.
+        gradient: ``ste`` passes the gradient of the sparse row to every feature (the paper's straight-through
+            estimator); ``masked`` only to the kept ones.
+
+    Returns:
+        ``(*, D)``, in the dtype of ``x``.
+    """
+    return apply_mask(x, topk_mask(x, num_kept, group_size=group_size), rescale=rescale, gradient=gradient)
+
+
+def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: Gradient = "ste") -> Tensor:
+    """``x`` where ``mask`` is true, zero elsewhere, with the gradient and rescale rules of ``topk_sparsify``."""
+    kept = _StraightThroughMask.apply(x, mask) if gradient == "ste" else x * mask
+    if rescale == "none":
+        return kept
+    scale = _inverse_norm(kept)
+    if rescale == "preserve":
+        scale = scale * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return (kept * scale).to(x.dtype)
+
+
+class _StraightThroughMask(torch.autograd.Function):
+    """``x * mask`` forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
+        return x * mask
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+def _inverse_norm(kept: Tensor) -> Tensor:
+    """``(*, 1)`` fp32 reciprocal L2 norms; 0 with a zero gradient for a row of zeros."""
+    square = kept.float().square().sum(-1, keepdim=True)
+    is_zero = square == 0
+    return square.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
+
+
+def _check_num_kept(num_kept: int | Tensor, x: Tensor) -> None:
+    num_features = x.shape[-1]
+    if isinstance(num_kept, Tensor):
+        if num_kept.shape != x.shape[:-1] or num_kept.is_floating_point():
+            raise ValueError(
+                f"num_kept must be an int or an integer tensor of shape {tuple(x.shape[:-1])} (one K a row of x), "
+                f"got {num_kept.dtype} of shape {tuple(num_kept.shape)}"
+            )
+        # The values stay on their device: looking at them would stop a GPU. SparsityPlan made them in range.
+        return
+    if not 1 <= num_kept <= num_features:
+        raise ValueError(f"num_kept must lie in [1, {num_features}] (the last dim of x), got {num_kept}")
+
+
+def _group_mask(x: Tensor, num_kept: int | Tensor, group_size: int) -> Tensor:
+    num_features = x.shape[-1]
+    if group_size < 1 or num_features % group_size:
+        raise ValueError(f"group_size must divide {num_features} (the last dim of x), got {group_size}")
+    if isinstance(num_kept, int) and num_kept * group_size % num_features:
+        raise ValueError(
+            f"num_kept * group_size / {num_features} must be whole, got {num_kept} * {group_size} / {num_features}; "
+            f"choose num_kept as a multiple of {num_features // group_size}"
+        )
+    groups = x.unflatten(-1, (num_features // group_size, group_size))
+    per_group = num_kept * group_size // num_features
+    if isinstance(per_group, Tensor):
+        _check_num_kept(per_group, x)
+        per_group = per_group[..., None].expand(groups.shape[:-1])
+    return topk_mask(groups, per_group).flatten(-2)
+
+
+def _kth_largest(magnitude: Tensor, num_kept: int | Tensor) -> Tensor:
+    """``(*, 1)`` the K-th largest value of every row."""
+    if isinstance(num_kept, Tensor):
+        ordered = magnitude.sort(dim=-1, descending=True).values
+        return ordered.gather(-1, num_kept[..., None].long() - 1)
+    # topk without sorting is the quickest exact selection in stock torch on a CPU: 8.4 ms for 2048 rows of 768,
+    # K 384, 2 threads, against 10.5 ms for kthvalue and 35 ms for sort.
+    return magnitude.topk(num_kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+
+def _resolve_ties(magnitude: Tensor, threshold: Tensor, num_kept: int | Tensor) -> Tensor:
+    """Everything above the threshold, and of what equals it the lowest indices until the row has K."""
+    mask = magnitude >= threshold
+    wanted = num_kept[..., None] if isinstance(num_kept, Tensor) else num_kept
+    if magnitude.device.type != "cpu":
+        return _break_ties(magnitude, threshold, wanted)
+    surplus = mask.sum(-1, keepdim=True) != wanted
+    if not surplus.any():
+        return mask
+    # On a CPU looking at the counts is free, and few rows have a tie at their threshold.
+    rows = surplus.squeeze(-1)
+    wanted_rows = wanted[rows] if isinstance(wanted, Tensor) else wanted
+    mask[rows] = _break_ties(magnitude[rows], threshold[rows], wanted_rows)
+    return mask
+
+
+def _break_ties(magnitude: Tensor, threshold: Tensor, wanted: int | Tensor) -> Tensor:
+    above = magnitude > threshold
+    tied = magnitude == threshold
+    room = wanted - above.sum(-1, keepdim=True)
+    return above | (tied & (tied.cumsum(-1) <= room))

@@ -1,0 +1,64 @@
+"""Sparse experts with sparse activations: train, ablate, see and run MoE + Q-Sparse language models.
+
+The public names are resolved on first use (PEP 562), so that ``import qsparse_moe`` loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from qsparse_moe.version import __version__
+
+if TYPE_CHECKING:
+    from qsparse_moe.config.load import load_config
+    from qsparse_moe.config.schema import RunConfig
+    from qsparse_moe.model.output import ModelOutput
+    from qsparse_moe.model.transformer import Transformer, build_model
+    from qsparse_moe.moe.layer import MoELayer
+    from qsparse_moe.moe.router import Router
+    from qsparse_moe.sparsity.plan import SparsityPlan
+    from qsparse_moe.sparsity.topk import topk_mask, topk_sparsify
+    from qsparse_moe.training.loop import train
+
+__all__ = [
+    "ModelOutput",
+    "MoELayer",
+    "Router",
+    "RunConfig",
+    "SparsityPlan",
+    "Transformer",
+    "__version__",
+    "build_model",
+    "load_config",
+    "topk_mask",
+    "topk_sparsify",
+    "train",
+]
+
+_MODULE_OF = {
+    "ModelOutput": "model.output",
+    "MoELayer": "moe.layer",
+    "Router": "moe.router",
+    "RunConfig": "config.schema",
+    "SparsityPlan": "sparsity.plan",
+    "Transformer": "model.transformer",
+    "build_model": "model.transformer",
+    "load_config": "config.load",
+    "topk_mask": "sparsity.topk",
+    "topk_sparsify": "sparsity.topk",
+    "train": "training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the room of a public name when it is first asked for."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

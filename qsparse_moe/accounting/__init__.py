@@ -1,0 +1,1 @@
+"""Parameters, FLOPs and bytes from a config and a sparsity plan: pure arithmetic."""

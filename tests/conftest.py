@@ -1,0 +1,31 @@
+"""What every test runs under: one thread a process, no network, and a skip for what this machine lacks."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch and the Hugging Face libraries are imported, which read these once. The tests already run on several
+# processes, and none of them may need a network.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from hypothesis import settings
+
+# A shared machine is slow at times, and a red test must be red again when it is run again.
+settings.register_profile("default", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("default")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` on a machine without a CUDA device; torch is imported only if there is such a test."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in marked:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -149,7 +149,11 @@ def _apply(values: dict, override, config: ModelConfig) -> bool:
     for place in values:
         layer, site = place
         per_expert = site in EXPERT_SITES
-        if layer not in layers or override.site not in (None, site) or (override.experts is not None and not per_expert):
+        if (
+            layer not in layers
+            or override.site not in (None, site)
+            or (override.experts is not None and not per_expert)
+        ):
             continue
         chosen = experts if per_expert else (0,)
         values[place] = tuple(override.sparsity if i in chosen else v for i, v in enumerate(values[place]))

@@ -77,7 +77,7 @@ def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: 
         return kept
     scale = _inverse_norm(kept)
     if rescale == "preserve":
-        scale = scale * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = scale * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype)
     return (kept * scale).to(x.dtype)
 
 
@@ -94,8 +94,8 @@ class _StraightThroughMask(torch.autograd.Function):
 
 
 def _inverse_norm(kept: Tensor) -> Tensor:
-    """``(*, 1)`` fp32 reciprocal L2 norms; 0 with a zero gradient for a row of zeros."""
-    square = kept.float().square().sum(-1, keepdim=True)
+    """``(*, 1)`` reciprocal L2 norms, at least fp32; 0 with a zero gradient for a row of zeros."""
+    square = kept.to(torch.promote_types(kept.dtype, torch.float32)).square().sum(-1, keepdim=True)
     is_zero = square == 0
     return square.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
 

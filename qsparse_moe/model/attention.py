@@ -1,0 +1,67 @@
+"""Causal grouped-query attention. B batch, S sequence, H heads, C channels a head, D width."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.model.rope import Rotation, rotate
+from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.sparsity.stats import Stats
+
+
+class Attention(nn.Module):
+    """One sparse input for queries, keys and values, one sparse input for the output projection."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_size = head_size(config)
+        width = self.num_heads * self.head_size
+        self.qkv = nn.Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size, bias=False)
+        self.output = nn.Linear(width, config.hidden_size, bias=False)
+        self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
+        self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
+        self.input_site = SparseSite(config.hidden_size, config.sparsity)
+        self.output_site = SparseSite(width, config.sparsity)
+
+    def forward(
+        self, x_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, *, with_stats: bool
+    ) -> tuple[Tensor, Stats, Stats]:
+        """``(B, S, D)`` to ``(B, S, D)``, with the sums of the input and of the output site.
+
+        ``mask_B1SS`` is true where a query (third dim) may look at a key (last dim); None is plain causal.
+        """
+        x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
+        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
+        qkv = rearrange(self.qkv(x_BSD), "b s (h c) -> b h s c", c=self.head_size)
+        query, key, value = qkv.split(heads, dim=1)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask_B1SS,
+            is_causal=mask_B1SS is None,
+            enable_gqa=self.num_kv_heads != self.num_heads,
+        )
+        mixed_BSD, output_stats = self.output_site(rearrange(mixed, "b h s c -> b s (h c)"), with_stats=with_stats)
+        return self.output(mixed_BSD), input_stats, output_stats
+
+
+def head_size(config: ModelConfig) -> int:
+    """C: as configured, else the width divided among the heads."""
+    return config.head_size or config.hidden_size // config.num_heads
+
+
+def document_mask(documents_BS: Tensor) -> Tensor:
+    """``(B, 1, S, S)`` bool: a query sees the keys of its own document that do not come after it."""
+    length = documents_BS.shape[1]
+    causal_SS = documents_BS.new_ones(length, length, dtype=bool).tril()
+    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
+    return (same_BSS & causal_SS)[:, None]

@@ -1,0 +1,87 @@
+"""One decoder layer: attention, then experts (or a dense feed-forward), each after its norm and added to the stream."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.model.attention import Attention
+from qsparse_moe.model.rope import Rotation
+from qsparse_moe.moe.feed_forward import FeedForward
+from qsparse_moe.moe.layer import MoELayer, site_names
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.sparsity.stats import Stats
+
+
+class BlockOutput(NamedTuple):
+    """The stream, the layer's router losses ``(2,)`` (balance, z; zeros in a dense layer) and its sums."""
+
+    hidden_BSD: Tensor
+    router_losses: Tensor
+    stats: Stats
+
+
+class Block(nn.Module):
+    """Pre-norm decoder layer number ``layer``."""
+
+    def __init__(self, config: ModelConfig, layer: int, *, device: torch.device | str) -> None:
+        super().__init__()
+        self.layer = layer
+        self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.attention = Attention(config)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        is_dense = layer < config.moe.num_dense_layers
+        self.dense = FeedForward(config, dense_hidden_size(config)) if is_dense else None
+        self.moe = None if is_dense else MoELayer(config, device=device)
+
+    def forward(
+        self, hidden_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, with_stats: bool
+    ) -> BlockOutput:
+        """The stream ``(B, S, D)`` after this layer."""
+        mixed_BSD, *attention_stats = self.attention(
+            self.attention_norm(hidden_BSD), rotation, mask_B1SS, with_stats=with_stats
+        )
+        hidden_BSD = hidden_BSD + mixed_BSD
+        normed_BSD = self.feed_forward_norm(hidden_BSD)
+        if self.moe is not None:
+            y_BSD, balance, z, stats = self.moe(normed_BSD, with_stats=with_stats)
+            losses = torch.stack((balance, z))
+        else:
+            assert self.dense is not None
+            y_BSD, *dense_stats = self.dense(normed_BSD, with_stats=with_stats)
+            stats = _named(("dense_input", "dense_hidden"), dense_stats)
+            losses = hidden_BSD.new_zeros(2)
+        stats = stats | _named(("attention_input", "attention_output"), attention_stats)
+        return BlockOutput(hidden_BSD + y_BSD, losses, stats)
+
+    def set_sparsity(self, plan: SparsityPlan) -> None:
+        """Give every site of this layer its S from ``plan``."""
+        for site, module in self.sites().items():
+            module.set_sparsity(plan.values[self.layer, site])
+
+    def sites(self) -> dict[Site, SparseSite]:
+        """The sparse sites of this layer by name."""
+        found: dict[Site, SparseSite] = {
+            "attention_input": self.attention.input_site,
+            "attention_output": self.attention.output_site,
+        }
+        if self.dense is not None:
+            found |= {"dense_input": self.dense.input_site, "dense_hidden": self.dense.hidden_site}
+        if self.moe is not None:
+            found |= {"expert_input": self.moe.input_site, "expert_hidden": self.moe.experts.hidden_site}
+            if self.moe.shared is not None:
+                found |= {"shared_input": self.moe.shared.input_site, "shared_hidden": self.moe.shared.hidden_site}
+        return found
+
+
+def dense_hidden_size(config: ModelConfig) -> int:
+    """Hidden width of a dense layer: as configured, else as wide as the experts that a token uses."""
+    return config.moe.dense_hidden_size or config.moe.experts_per_token * config.moe.expert_hidden_size
+
+
+def _named(sites: tuple[str, ...], stats: list[Stats]) -> Stats:
+    return site_names(dict(zip(sites, stats, strict=True)))

@@ -1,0 +1,31 @@
+"""Every initial value of the model, in one table."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import torch
+from torch import nn
+
+from qsparse_moe.config.schema import ModelConfig
+
+# Standard deviations are cut at three of them (OLMoE, arXiv 2409.02060, appendix).
+_CUTOFF = 3.0
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter from ``seed`` and its own name, so that a value depends on nothing else in the model.
+
+    Norms are 1. Matrices are normal with ``init_std``; the two that write into the stream are divided by
+    ``sqrt(2 * num_layers)``, so that the stream's variance does not grow with depth (GPT-2).
+    """
+    residual_std = config.init_std / math.sqrt(2 * config.num_layers)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1.0)
+            continue
+        std = residual_std if name.endswith(("w_down", "attention.output.weight")) else config.init_std
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        nn.init.trunc_normal_(parameter, std=std, a=-_CUTOFF * std, b=_CUTOFF * std, generator=generator)

@@ -1,0 +1,132 @@
+"""The decoder-only Transformer. B batch, S sequence, D width, V vocabulary, L layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.model.attention import document_mask, head_size
+from qsparse_moe.model.block import Block, BlockOutput
+from qsparse_moe.model.init import initialize
+from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.rope import Rotation, rotation_at
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.stats import stack_layers
+
+Probe = Callable[[int, Tensor], None]
+IGNORED_LABEL = -100
+
+
+def build_model(
+    config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+) -> Transformer:
+    """The model that ``config`` describes, with the weights that ``seed`` gives and the plan of its sparsity settings.
+
+    The weights are drawn in fp32 on the CPU, so they are the same on every device, and then moved.
+
+    Raises:
+        BackendUnavailable: the experts' backend cannot run on ``device``.
+        ConfigError: a sparsity override matches nothing.
+    """
+    model = Transformer(config, device=device)
+    initialize(model, config, seed)
+    return model.to(device=device, dtype=dtype)
+
+
+class Transformer(nn.Module):
+    """Pre-norm decoder with routed experts and a sparse site in front of every projection inside the layers."""
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False
+        """Recompute every layer in the backward instead of keeping its activations."""
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer, device=device) for layer in range(config.num_layers))
+        self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        self.sparsity_plan = SparsityPlan.from_config(config)
+        self.set_sparsity(self.sparsity_plan)
+
+    def set_sparsity(self, plan: SparsityPlan) -> None:
+        """Use ``plan`` from the next forward on; nothing is rebuilt.
+
+        Raises:
+            ConfigError: the plan was made for another model.
+        """
+        plan.check_fits(self.config)
+        self.sparsity_plan = plan
+        for layer in self.layers:
+            layer.set_sparsity(plan)
+
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        *,
+        positions_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+        with_stats: bool = True,
+        probe: Probe | None = None,
+    ) -> ModelOutput:
+        """Logits, and with labels the loss.
+
+        Args:
+            tokens_BS: ``(B, S)`` token ids.
+            labels_BS: ``(B, S)`` the token that each position should predict (not shifted here); -100 is ignored.
+            positions_BS: ``(B, S)`` for the rotary embedding; None counts from 0.
+            documents_BS: ``(B, S)`` ids; attention stays inside one id. None lets it cross.
+            with_stats: False leaves only ``router/rows_LE`` among the stats.
+            probe: called with the number and the output of every layer, inside the graph.
+        """
+        if positions_BS is None:
+            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
+        hidden_BSD = self.embedding(tokens_BS)
+        rotation = rotation_at(positions_BS, head_size(self.config), self.config.rope_theta, hidden_BSD.dtype)
+        mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
+        outputs: list[BlockOutput] = []
+        for layer, block in enumerate(self.layers):
+            outputs.append(self._run(block, hidden_BSD, rotation, mask_B1SS, with_stats))
+            hidden_BSD = outputs[-1].hidden_BSD
+            if probe is not None:
+                probe(layer, hidden_BSD)
+        logits_BSV = self.head(self.final_norm(hidden_BSD))
+        stats = stack_layers([output.stats for output in outputs])
+        if labels_BS is None:
+            return ModelOutput(logits_BSV, None, {}, stats)
+        loss, losses = self._losses(logits_BSV, labels_BS, outputs)
+        return ModelOutput(logits_BSV, loss, losses, stats)
+
+    def _run(
+        self, block: nn.Module, hidden_BSD: Tensor, rotation: Rotation, mask: Tensor | None, with_stats: bool
+    ) -> BlockOutput:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, hidden_BSD, rotation, mask, with_stats, use_reentrant=False)
+        return block(hidden_BSD, rotation, mask, with_stats)
+
+    def _losses(
+        self, logits_BSV: Tensor, labels_BS: Tensor, outputs: list[BlockOutput]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        lm_loss = cross_entropy(logits_BSV, labels_BS)
+        losses = {"lm_loss": lm_loss.detach()}
+        router_losses = [output.router_losses for output in outputs[self.config.moe.num_dense_layers :]]
+        if not router_losses:
+            return lm_loss, losses
+        balance, z = torch.stack(router_losses).mean(0)
+        moe = self.config.moe
+        loss = lm_loss + moe.load_balance_coefficient * balance + moe.router_z_coefficient * z
+        return loss, losses | {"load_balance_loss": balance.detach(), "router_z_loss": z.detach()}
+
+
+def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """Mean over the labels that are not ignored, in nats and at least fp32; 0 where all are ignored."""
+    wide_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
+    total = F.cross_entropy(wide_TV, labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (labels_BS != IGNORED_LABEL).sum().clamp(min=1)

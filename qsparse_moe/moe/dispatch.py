@@ -1,0 +1,99 @@
+"""Tokens to rows sorted by expert, and back. T tokens, A experts a token, N = T * A rows, D width, E experts.
+
+Both directions are gathers, forward and backward: no scatter-add, so the result does not depend on an order of additions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dispatch(NamedTuple):
+    """Where every routed row comes from and goes to; rows are sorted by expert, within an expert by token."""
+
+    token_N: Tensor
+    """The token of each row."""
+    slot_N: Tensor
+    """The (token, choice) pair of each row, as ``token * A + choice``."""
+    row_TA: Tensor
+    """The row of each (token, choice) pair: the inverse of ``slot_N``."""
+    expert_N: Tensor
+    """The expert of each row, ascending."""
+    rows_per_expert_E: Tensor
+    """int64; an expert without rows has 0."""
+
+
+def plan_dispatch(expert_ids_TA: Tensor, num_experts: int) -> Dispatch:
+    """Sort the chosen (token, expert) pairs by expert, stably; nothing is copied to the host."""
+    flat_ids = expert_ids_TA.flatten()
+    expert_N, slot_N = flat_ids.sort(stable=True)
+    positions = torch.arange(len(flat_ids), device=flat_ids.device)
+    row_N = torch.empty_like(slot_N).scatter_(0, slot_N, positions)
+    rows_per_expert_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_ids.device)
+    rows_per_expert_E.scatter_add_(0, flat_ids, torch.ones_like(flat_ids))
+    token_N = slot_N.div(expert_ids_TA.shape[1], rounding_mode="floor")
+    return Dispatch(token_N, slot_N, row_N.view_as(expert_ids_TA), expert_N, rows_per_expert_E)
+
+
+def permute_reference(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
+    """``(N, D)``: the row of the token of every routed row."""
+    return x_TD[dispatch.token_N]
+
+
+def combine_reference(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
+    """``(T, D)``: each token's rows, weighted and added in fp32, in the dtype of ``y_ND``."""
+    weighted_TAD = y_ND[dispatch.row_TA] * weights_TA[..., None]
+    return weighted_TAD.sum(1).to(y_ND.dtype)
+
+
+def permute(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
+    """``permute_reference`` with a backward that gathers."""
+    return _Permute.apply(x_TD, dispatch.token_N, dispatch.row_TA)
+
+
+def combine(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
+    """``combine_reference`` with a backward that gathers."""
+    return _Combine.apply(y_ND, weights_TA, dispatch.token_N, dispatch.slot_N, dispatch.row_TA)
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, token_N: Tensor, row_TA: Tensor) -> Tensor:
+        ctx.save_for_backward(row_TA)
+        return x_TD.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (row_TA,) = ctx.saved_tensors
+        return _sum_choices(grad_ND, row_TA, None), None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_ND: Tensor, weights_TA: Tensor, token_N: Tensor, slot_N: Tensor, row_TA: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, weights_TA, token_N, slot_N, row_TA)
+        return _sum_choices(y_ND, row_TA, weights_TA)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        y_ND, weights_TA, token_N, slot_N, row_TA = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, token_N)
+        weight_N = weights_TA.flatten()[slot_N].to(grad_ND.dtype)
+        dot_N = torch.linalg.vecdot(grad_ND, y_ND).to(weights_TA.dtype)
+        return grad_ND.mul_(weight_N[:, None]), dot_N[row_TA], None, None, None
+
+
+def _sum_choices(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
+    """``(T, D)``: the rows of each token, weighted if asked, added in fp32 and rounded once."""
+    total_TD: Tensor | None = None
+    for choice in range(row_TA.shape[1]):
+        part_TD = rows_ND.index_select(0, row_TA[:, choice])
+        wide_TD = part_TD.to(torch.promote_types(rows_ND.dtype, torch.float32))
+        if weights_TA is not None:
+            wide_TD = wide_TD.mul_(weights_TA[:, choice, None])
+        total_TD = wide_TD if total_TD is None else total_TD.add_(wide_TD)
+    assert total_TD is not None
+    return total_TD.to(rows_ND.dtype)

@@ -1,0 +1,41 @@
+"""The routed experts' weights and what a row goes through inside one. N rows, D width, F hidden, E experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.activations import ACTIVATIONS
+from qsparse_moe.moe.backends.registry import Matmul
+from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.sparsity.stats import Stats
+
+
+class Experts(nn.Module):
+    """E gated feed-forwards as three stacked matrices. It owns the weights; ``matmul`` owns the speed."""
+
+    def __init__(self, config: ModelConfig, matmul: Matmul) -> None:
+        super().__init__()
+        moe = config.moe
+        width, hidden, num_experts = config.hidden_size, moe.expert_hidden_size, moe.num_experts
+        self.w_gate = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.w_up = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.w_down = nn.Parameter(torch.empty(num_experts, hidden, width))
+        self.hidden_site = SparseSite(hidden, config.sparsity, num_experts=num_experts)
+        self.activation = ACTIVATIONS[moe.activation]
+        self.matmul = matmul
+
+    def forward(
+        self, rows_ND: Tensor, rows_per_expert_E: Tensor, expert_N: Tensor, *, with_stats: bool
+    ) -> tuple[Tensor, Stats]:
+        """Run rows that are sorted by expert.
+
+        Returns:
+            ``(N, D)`` and the sums of the site ``expert_hidden``.
+        """
+        gate_NF = self.matmul(rows_ND, self.w_gate, rows_per_expert_E)
+        up_NF = self.matmul(rows_ND, self.w_up, rows_per_expert_E)
+        hidden_NF = self.activation(gate_NF, up_NF)
+        hidden_NF, stats = self.hidden_site(hidden_NF, expert_N, with_stats=with_stats)
+        return self.matmul(hidden_NF, self.w_down, rows_per_expert_E), stats

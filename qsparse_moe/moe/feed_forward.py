@@ -1,0 +1,32 @@
+"""A dense gated feed-forward: the shared experts of a MoE layer, or all of a dense layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.activations import ACTIVATIONS
+from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.sparsity.stats import Stats
+
+
+class FeedForward(nn.Module):
+    """``down(activation(gate(x), up(x)))`` with a sparse site before gate and up and one before down."""
+
+    def __init__(self, config: ModelConfig, hidden_size: int) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.w_gate = nn.Parameter(torch.empty(width, hidden_size))
+        self.w_up = nn.Parameter(torch.empty(width, hidden_size))
+        self.w_down = nn.Parameter(torch.empty(hidden_size, width))
+        self.input_site = SparseSite(width, config.sparsity)
+        self.hidden_site = SparseSite(hidden_size, config.sparsity)
+        self.activation = ACTIVATIONS[config.moe.activation]
+
+    def forward(self, x_TD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
+        """``(T, D)`` to ``(T, D)``, with the sums of the input and of the hidden site."""
+        x_TD, input_stats = self.input_site(x_TD, with_stats=with_stats)
+        hidden_TF = self.activation(x_TD @ self.w_gate, x_TD @ self.w_up)
+        hidden_TF, hidden_stats = self.hidden_site(hidden_TF, with_stats=with_stats)
+        return hidden_TF @ self.w_down, input_stats, hidden_stats

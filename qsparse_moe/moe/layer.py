@@ -1,0 +1,86 @@
+"""The MoE feed-forward layer: route, gather, run the experts, combine.
+
+B batch, S sequence, T = B * S tokens, D width, E experts, A experts a token, N = T * A routed rows.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.backends.registry import resolve_backend
+from qsparse_moe.moe.dispatch import combine, permute, plan_dispatch
+from qsparse_moe.moe.experts import Experts
+from qsparse_moe.moe.feed_forward import FeedForward
+from qsparse_moe.moe.losses import load_balance_loss, router_z_loss
+from qsparse_moe.moe.router import Router, Routing, router_stats
+from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.sparsity.stats import Stats
+
+
+class MoEOutput(NamedTuple):
+    """What a MoE layer returns: the tokens, its two losses (unscaled) and its sums."""
+
+    y_BSD: Tensor
+    load_balance_loss: Tensor
+    router_z_loss: Tensor
+    stats: Stats
+
+
+class MoELayer(nn.Module):
+    """Dropless routed experts with Q-Sparse inside each, and shared experts if there are any.
+
+    The router sees the dense tokens. Where all experts have the same K, one selection at ``expert_input`` serves all A
+    experts of a token; otherwise each routed row has its own.
+    """
+
+    def __init__(self, config: ModelConfig, *, device: torch.device | str = "cpu") -> None:
+        super().__init__()
+        moe = config.moe
+        self.num_experts = moe.num_experts
+        self.balance_over_sequences = moe.load_balance_scope == "sequence"
+        self.router = Router(config.hidden_size, moe)
+        self.input_site = SparseSite(config.hidden_size, config.sparsity, num_experts=moe.num_experts)
+        self.experts = Experts(config, resolve_backend(config, torch.device(device)).matmul)
+        self.shared = (
+            FeedForward(config, moe.num_shared_experts * moe.expert_hidden_size) if moe.num_shared_experts else None
+        )
+
+    def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
+        """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""
+        x_TD = x_BSD.flatten(0, 1)
+        routing = self.router(x_TD)
+        dispatch = plan_dispatch(routing.expert_ids_TA, self.num_experts)
+        rows_ND, input_stats = self._gather(x_TD, dispatch, with_stats)
+        y_ND, hidden_stats = self.experts(rows_ND, dispatch.rows_per_expert_E, dispatch.expert_N, with_stats=with_stats)
+        y_TD = combine(y_ND, routing.weights_TA, dispatch)
+        stats = {"router/rows_E": dispatch.rows_per_expert_E.double()}
+        if self.shared is not None:
+            shared_TD, *shared_stats = self.shared(x_TD, with_stats=with_stats)
+            y_TD = y_TD + shared_TD
+            stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
+        if with_stats:
+            stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
+            stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
+        return MoEOutput(
+            y_TD.view_as(x_BSD), self._balance_loss(routing, x_BSD), router_z_loss(routing.logits_TE), stats
+        )
+
+    def _gather(self, x_TD: Tensor, dispatch, with_stats: bool) -> tuple[Tensor, Stats]:
+        if self.input_site.uniform_num_kept is not None:
+            x_TD, stats = self.input_site(x_TD, with_stats=with_stats)
+            return permute(x_TD, dispatch), stats
+        return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats)
+
+    def _balance_loss(self, routing: Routing, x_BSD: Tensor) -> Tensor:
+        groups = len(x_BSD) if self.balance_over_sequences else 1
+        probs_BSE = routing.probs_TE.unflatten(0, (groups, -1))
+        return load_balance_loss(probs_BSE, routing.expert_ids_TA.unflatten(0, (groups, -1)))
+
+
+def site_names(stats_by_site: dict[str, Stats]) -> Stats:
+    """``{"expert_input": {"rows": r}}`` to ``{"sparsity/expert_input/rows": r}``."""
+    return {f"sparsity/{site}/{name}": v for site, stats in stats_by_site.items() for name, v in stats.items()}

@@ -19,7 +19,7 @@ settings.load_profile("default")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` on a machine without a CUDA device; torch is imported only if there is such a test."""
+    """Skip what is marked ``gpu`` where there is no CUDA device; torch is imported only for such a test."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -1,0 +1,93 @@
+# shellcheck shell=bash
+# Sourced by the other scripts: the project's environment, made once and reused while it is up to date.
+#
+# After it the working directory is the repository, $python the environment's interpreter, $CXX the C++ compiler, and
+# .venv/bin stands first in PATH. Programs are started as "$python" -m MODULE: the scripts that pip writes name their
+# interpreter in a first line, which cannot hold a space.
+
+repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
+environment="$repository/.venv"
+python="$environment/bin/python"
+
+fail() {
+    printf '%s\n' "$*" >&2
+    exit 2
+}
+
+# The interpreter behind a link, shim or virtual environment, so that .venv never rests on itself.
+base_python() {
+    "$1" -c 'import sys; print(sys._base_executable) if sys.version_info >= (3, 11) else sys.exit(1)' 2>/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.11 python3.12 python3.13 python3.14 python; do
+        base_python "$candidate" && return
+    done
+    fail "Python 3.11 or newer is needed; python3 is $(python3 --version 2>/dev/null || echo 'not in PATH'):" \
+        "install one, or name it: PYTHON=/path/to/python3.11 bash $0"
+}
+
+find_compiler() {
+    local candidate
+    for candidate in ${CXX:+"$CXX"} c++ g++ clang++; do
+        command -v -- "$candidate" && return
+    done
+    fail "A C++ compiler is needed (DeepSpeed compiles one operation at first use); none of ${CXX:+$CXX, }c++, g++," \
+        "clang++ is in PATH: install one (Debian, Ubuntu: apt install g++), or name it: CXX=/path/to/g++ bash $0"
+}
+
+check_python_parts() {
+    local headers
+    "$1" -c 'import ensurepip, venv' 2>/dev/null ||
+        fail "$1 cannot make virtual environments: install what it lacks (Debian, Ubuntu: apt install python3-venv)"
+    headers="$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+    [[ -f "$headers/Python.h" ]] ||
+        fail "$1 has no $headers/Python.h, which C++ code for it needs (Debian, Ubuntu: apt install python3-dev)"
+}
+
+# What was asked for, and where it stands: an editable install knows its folder by its full path.
+wanted_stamp() {
+    "$1" -c 'if True:
+        import hashlib, pathlib
+        asked = b"".join(pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt"))
+        print(hashlib.sha256(asked).hexdigest(), pathlib.Path.cwd())'
+}
+
+set_up() {
+    local base stamp written=""
+    base="$(find_python)"
+    CXX="$(find_compiler)"
+    stamp="$(wanted_stamp "$base")"
+    if [[ -f "$environment/made-for.txt" ]]; then
+        written="$(<"$environment/made-for.txt")"
+    fi
+    if ! base_python "$python" >/dev/null || [[ "${written#* }" != "$repository" && -n "$written" ]]; then
+        check_python_parts "$base"
+        "$base" -m venv --clear "$environment"
+        written=""
+    fi
+    if [[ "$written" != "$stamp" ]]; then
+        echo "Setting up .venv in $repository: a few minutes, once" >&2
+        # torch first and pinned: an open range takes several gigabytes.
+        "$python" -m pip install --quiet --constraint constraints.txt torch
+        "$python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+        printf '%s\n' "$stamp" >"$environment/made-for.txt"
+    fi
+    export CXX PATH="$environment/bin:$PATH"
+}
+
+free_port() {
+    "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# The launcher's ranks share the cores of the machine.
+threads_per_rank() {
+    "$python" -c 'if True:
+        import os, sys
+        num_cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        print(max(1, num_cores // int(sys.argv[1])))' "$1"
+}
+
+cd -- "$repository" || exit
+set_up

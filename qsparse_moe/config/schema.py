@@ -28,6 +28,9 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Lists in YAML, tuples here: a frozen section must not hold a list that can be changed. strict=False admits the list;
+# the items stay strict.
+Selector = int | str | Annotated[tuple[int, ...], Field(strict=False)] | None
 
 
 class Section(BaseModel):
@@ -93,11 +96,11 @@ class SparsityOverride(Section):
 
     sparsity: Sparsity
     """S, the fraction zeroed."""
-    layers: int | str | list[int] | None = None
+    layers: Selector = None
     """A layer, a list, or a range such as "0-3" (both ends included); null: every layer."""
     site: Site | None = None
     """One site; null: every site."""
-    experts: int | str | list[int] | None = None
+    experts: Selector = None
     """An expert, a list, or a range such as "0-3", at expert sites only; null: every expert."""
 
 
@@ -119,7 +122,7 @@ class SparsityConfig(Section):
     """S at every site, the fraction zeroed; 0 is dense."""
     sites: SitesConfig = SitesConfig()
     """S by site."""
-    overrides: list[SparsityOverride] = []
+    overrides: Annotated[tuple[SparsityOverride, ...], Field(strict=False)] = ()
     """S by layer, site and expert, applied in order after sites."""
     schedule: ScheduleConfig = ScheduleConfig()
     """S over the steps."""
@@ -128,7 +131,7 @@ class SparsityConfig(Section):
     group_size: PositiveInt = 32
     """G, features a group when selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
-    """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's L2 norm."""
+    """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's norm."""
     gradient: Literal["ste", "masked"] = "ste"
     """ste: the backward ignores the mask; masked: only kept features receive gradient."""
 
@@ -168,9 +171,9 @@ class SourceConfig(Section):
     """One source of documents."""
 
     kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
-    """stdlib: the .py files of the running Python's standard library; text, jsonl, parquet: local files; hub: a data set
-    of the Hugging Face hub."""
-    path: str | list[str] | None = None
+    """stdlib: the .py files of the running Python's standard library; text, jsonl, parquet: local files; hub: a data
+    set of the Hugging Face hub."""
+    path: str | Annotated[tuple[str, ...], Field(strict=False)] | None = None
     """Files or globs for text, jsonl and parquet; the data set's name for hub."""
     subset: str | None = None
     """Configuration name of a hub data set."""
@@ -187,7 +190,7 @@ class SourceConfig(Section):
 class DataConfig(Section):
     """Text to token rows."""
 
-    sources: Annotated[list[SourceConfig], Field(min_length=1)] = [SourceConfig()]
+    sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)] = (SourceConfig(),)
     """Where documents come from."""
     tokenizer: str = "bytes"
     """bytes, or the name or folder of a Hugging Face tokenizer."""

@@ -14,9 +14,13 @@ def select(selector: int | str | Sequence[int] | None, count: int) -> tuple[int,
     if selector is None:
         return tuple(range(count))
     indices = _parse(selector) if isinstance(selector, str) else [selector] if isinstance(selector, int) else selector
-    outside = [index for index in indices if not 0 <= index < count]
-    if outside or not indices:
-        raise ValueError(f"names {outside or 'nothing'}; what exists is 0-{count - 1}")
+    if not indices:
+        raise ValueError(f"names nothing; what exists is 0-{count - 1}")
+    # A range is judged by its ends, so that "0-99999999999" costs nothing.
+    ends = (indices[0], indices[-1]) if isinstance(indices, range) else (min(indices), max(indices))
+    outside = [index for index in ends if not 0 <= index < count]
+    if outside:
+        raise ValueError(f"names {outside[-1]}; what exists is 0-{count - 1}")
     return tuple(indices)
 
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.selectors import select
+from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites
 from qsparse_moe.errors import ConfigError
 
-EXPERT_SITES: frozenset[Site] = frozenset({"expert_input", "expert_hidden"})
 FORMAT = "qsparse_moe.sparsity_plan/1"
 
 
@@ -20,15 +20,6 @@ def num_kept(sparsity: float, num_features: int) -> int:
     Halves round to the even neighbour, as Python's ``round`` does.
     """
     return max(1, round((1.0 - sparsity) * num_features))
-
-
-def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
-    """The sites that exist in ``layer``, in the order in which a token meets them."""
-    attention: tuple[Site, ...] = ("attention_input", "attention_output")
-    if layer < config.moe.num_dense_layers:
-        return *attention, "dense_input", "dense_hidden"
-    shared: tuple[Site, ...] = ("shared_input", "shared_hidden") if config.moe.num_shared_experts else ()
-    return *attention, "expert_input", "expert_hidden", *shared
 
 
 @dataclass(frozen=True)

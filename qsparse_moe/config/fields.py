@@ -1,0 +1,180 @@
+"""The settings as a tree of names: what exists, what each one takes, which name is nearest.
+
+Read from the schema's own JSON schema, so that an error, the table of settings and the editor's help say the same.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Any
+
+from qsparse_moe.config.problems import Problem, dotted, show
+from qsparse_moe.config.schema import RunConfig
+
+Node = dict[str, Any]
+Path = tuple[str | int, ...]
+
+# A pattern is exact and unreadable; every one in the schema has its words here (a test compares).
+PATTERN_WORDS = {
+    "^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, '.', '_' and '-', beginning with a letter or digit",
+}
+_BOOLEAN_WORDS = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
+
+
+@cache
+def run_schema() -> Node:
+    """The JSON schema of a run file."""
+    return RunConfig.model_json_schema()
+
+
+def resolve(node: Node) -> Node:
+    """``node`` with its reference to a section followed."""
+    reference = node.get("$ref")
+    return run_schema()["$defs"][reference.rsplit("/", 1)[1]] if reference else node
+
+
+def section_fields(node: Node) -> dict[str, Node] | None:
+    """The settings of a section by name; None where ``node`` is no section."""
+    fields: dict[str, Node] | None = resolve(node).get("properties")
+    return fields
+
+
+def item_node(node: Node) -> Node | None:
+    """What an item of a list setting takes; None where ``node`` takes no list."""
+    for option in node.get("anyOf", [node]):
+        if option.get("type") == "array":
+            return option["items"]
+    return None
+
+
+def child(node: Node, part: str | int) -> Node | None:
+    """The setting ``part`` of a section, or the item at an index of a list; None where there is no such thing."""
+    fields = section_fields(node)
+    if fields is not None:
+        return fields.get(str(part))
+    return item_node(node) if str(part).isdecimal() else None
+
+
+def walk(path: Sequence[str | int]) -> tuple[Path, Node]:
+    """Follow ``path`` as far as settings exist: the part that does, and its node."""
+    node: Node = run_schema()
+    for depth, part in enumerate(path):
+        following = child(node, part)
+        if following is None:
+            return tuple(path[:depth]), node
+        node = following
+    return tuple(path), node
+
+
+def all_settings() -> Iterator[tuple[str, Node]]:
+    """Every setting that holds a value, with its dotted path; ``N`` stands for the index of a list's item."""
+    yield from _settings_below((), run_schema())
+
+
+def _settings_below(path: Path, node: Node) -> Iterator[tuple[str, Node]]:
+    for name, field in (section_fields(node) or {}).items():
+        here = (*path, name)
+        if section_fields(field) is not None:
+            yield from _settings_below(here, field)
+            continue
+        yield dotted(here), field
+        item = item_node(field)
+        if item is not None:
+            yield from _settings_below((*here, "N"), item)
+
+
+def takes(node: Node) -> str:
+    """What a setting accepts, in words: ``a whole number of at least 1 or null``."""
+    if "anyOf" in node:
+        return " or ".join(takes(option) for option in node["anyOf"])
+    if "enum" in node:
+        return "one of " + ", ".join(str(choice) for choice in node["enum"])
+    if section_fields(node) is not None:
+        return "a section (settings by name)"
+    if node["type"] == "array":
+        least = node.get("minItems", 0)
+        return f"a list{f' of at least {least}' if least else ''} (each item {takes(node['items'])})"
+    if node["type"] == "string":
+        return "text" + (f" of {PATTERN_WORDS[node['pattern']]}" if "pattern" in node else "")
+    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    return words[node["type"]] + _bounds(node)
+
+
+def _bounds(node: Node) -> str:
+    if "minimum" in node and "maximum" in node:
+        return f" from {node['minimum']} to {node['maximum']}"
+    words = {
+        "minimum": "of at least",
+        "exclusiveMinimum": "above",
+        "maximum": "of at most",
+        "exclusiveMaximum": "below",
+    }
+    parts = [f"{word} {node[key]}" for key, word in words.items() if key in node]
+    return f" {' and '.join(parts)}" if parts else ""
+
+
+def wrong_value(path: Path, node: Node, value: Any) -> Problem:
+    """The problem of a value that its setting does not take."""
+    way_out = _way_out(node, value)
+    message = f"{dotted(path)} ({show(value)}) must be {takes(node)}" + (f"; {way_out}" if way_out else "")
+    return Problem(message, (dotted(path),))
+
+
+def missing_value(path: Path, node: Node) -> Problem:
+    """The problem of a setting that has no default and was not given."""
+    return Problem(f"{dotted(path)} is missing; give it {takes(node)}", (dotted(path),))
+
+
+def _way_out(node: Node, value: Any) -> str:
+    options = node.get("anyOf", [node])
+    types = {option.get("type") for option in options}
+    choices = [str(choice) for option in options for choice in option.get("enum", ())]
+    near = difflib.get_close_matches(str(value), choices, n=1) if choices else []
+    if near:
+        return f"did you mean {near[0]}?"
+    if "boolean" in types and str(value).lower() in _BOOLEAN_WORDS:
+        return f"write {show(_BOOLEAN_WORDS[str(value).lower()])}"
+    if "integer" in types and isinstance(value, float) and value.is_integer():
+        return f"write {int(value)}"
+    if types & {"integer", "number"} and isinstance(value, str) and _is_number(value):
+        return f"write {value} without quotes"
+    if "string" in types and not choices and isinstance(value, (int, float)):
+        return f'put it in quotes: "{show(value)}"'
+    return f"the default is {show(node['default'])}" if "default" in node else ""
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def unknown_setting(path: Path) -> Problem:
+    """The problem of a path that names nothing: the nearest name, else what exists there."""
+    known, node = walk(path)
+    named = path[: len(known) + 1]
+    prefix = f"{dotted(known)}." if known else ""
+    start = f"{dotted(named)} is not a setting"
+    fields = section_fields(node)
+    if fields is None:
+        way_out = f"write {dotted(known)}=VALUE" if item_node(node) is None else "its items are numbered from 0"
+        return Problem(f"{start}: {dotted(known)} takes {takes(node)}; {way_out}", (dotted(named),))
+    name = str(named[-1])
+    near = difflib.get_close_matches(name, fields, n=1)
+    candidates = _elsewhere(name, 1.0) or [prefix + found for found in near] or _elsewhere(name, 0.8)
+    if candidates:
+        return Problem(f"{start}; did you mean {' or '.join(candidates)}?", (dotted(named), *candidates))
+    return Problem(f"{start}; {dotted(known) or 'a run file'} has {', '.join(fields)}", (dotted(named),))
+
+
+def _elsewhere(name: str, cutoff: float) -> list[str]:
+    """Settings of any section whose name is at least ``cutoff`` like ``name`` (1: the same): at most two."""
+    by_name: dict[str, list[str]] = {}
+    for path, _ in all_settings():
+        by_name.setdefault(path.rsplit(".", 1)[-1], []).append(path)
+    near = difflib.get_close_matches(name, by_name, n=1, cutoff=cutoff)
+    return by_name[near[0]][:2] if near else []

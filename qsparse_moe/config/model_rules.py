@@ -1,0 +1,224 @@
+"""Rules inside the model section: heads, experts, and where Q-Sparse selects.
+
+Letters: D width, H heads, C channels a head, F expert width, E experts, A experts a token, G group, S sparsity.
+
+Block selection keeps ``max(1, round((1 - S) * G))`` features of every group, the same rounding as everywhere; an S that
+would round to none of a group is refused, because the one that is then kept is not what was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from qsparse_moe.config.problems import Problem, show
+from qsparse_moe.config.schema import SITES, ModelConfig, Site, SparsityOverride
+from qsparse_moe.config.selectors import select
+from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, model_sites, site_width, site_width_setting
+
+
+def _heads(config: ModelConfig) -> Iterator[Problem]:
+    width, heads = config.hidden_size, config.num_heads
+    if config.head_size is not None:
+        if config.head_size % 2:
+            yield Problem(
+                f"model.head_size ({config.head_size}) must be even, because the rotary embedding turns pairs of "
+                f"channels; {config.head_size + 1} is",
+                ("model.head_size",),
+            )
+    elif width % heads or width // heads % 2:
+        fitting = [number for number in divisors(width) if width // number % 2 == 0]
+        found = f"{nearest(heads, fitting)}, " if fitting else ""
+        yield Problem(
+            f"model.num_heads ({heads}) must divide model.hidden_size ({width}) into heads of an even size when "
+            f"model.head_size is null; {found}or set model.head_size",
+            ("model.num_heads", "model.hidden_size", "model.head_size"),
+        )
+
+
+def _kv_heads(config: ModelConfig) -> Iterator[Problem]:
+    kv_heads, heads = config.num_kv_heads, config.num_heads
+    if kv_heads is not None and heads % kv_heads:
+        yield Problem(
+            f"model.num_kv_heads ({kv_heads}) must divide model.num_heads ({heads}); "
+            f"{nearest(kv_heads, divisors(heads))}",
+            ("model.num_kv_heads", "model.num_heads"),
+        )
+
+
+def _experts(config: ModelConfig) -> Iterator[Problem]:
+    moe = config.moe
+    if moe.experts_per_token > moe.num_experts:
+        yield Problem(
+            f"model.moe.experts_per_token ({moe.experts_per_token}) must be at most model.moe.num_experts "
+            f"({moe.num_experts}); lower the one or raise the other",
+            ("model.moe.experts_per_token", "model.moe.num_experts"),
+        )
+    if moe.num_dense_layers > config.num_layers:
+        yield Problem(
+            f"model.moe.num_dense_layers ({moe.num_dense_layers}) must be at most model.num_layers "
+            f"({config.num_layers}); {config.num_layers} makes every layer dense",
+            ("model.moe.num_dense_layers", "model.num_layers"),
+        )
+
+
+def _sites_exist(config: ModelConfig) -> Iterator[Problem]:
+    existing = model_sites(config)
+    for site in SITES:
+        sparsity = getattr(config.sparsity.sites, site)
+        if sparsity and site not in existing:
+            yield Problem(
+                f"model.sparsity.sites.{site} ({sparsity}) selects nothing: {_why_absent(config, site)}; remove it, or "
+                f"choose from {', '.join(existing)}",
+                (f"model.sparsity.sites.{site}", "model.moe.num_shared_experts", "model.moe.num_dense_layers"),
+            )
+
+
+def _why_absent(config: ModelConfig, site: Site) -> str:
+    if site.startswith("dense"):
+        return "model.moe.num_dense_layers is 0"
+    if config.moe.num_dense_layers >= config.num_layers:
+        return f"every layer is dense (model.moe.num_dense_layers is {config.moe.num_dense_layers})"
+    return "model.moe.num_shared_experts is 0"
+
+
+def _overrides(config: ModelConfig) -> Iterator[Problem]:
+    for index, override in enumerate(config.sparsity.overrides):
+        path = f"model.sparsity.overrides.{index}"
+        counts = ("num_experts", "num_shared_experts", "num_dense_layers")
+        paths = (path, "model.num_layers", *(f"model.moe.{name}" for name in counts))
+        for message in _override_messages(config, override, path):
+            yield Problem(message, paths)
+
+
+def _override_messages(config: ModelConfig, override: SparsityOverride, path: str) -> Iterator[str]:
+    """What is wrong with one override; whether it matches anything is asked once its parts are right."""
+    messages = []
+    for name, count in (("layers", config.num_layers), ("experts", config.moe.num_experts)):
+        selector = getattr(override, name)
+        try:
+            select(selector, count)
+        except ValueError as error:
+            messages.append(f"{path}.{name} ({show(selector)}) {error}")
+    if override.experts is not None and override.site not in (None, *EXPERT_SITES):
+        messages.append(
+            f"{path}.experts ({show(override.experts)}) selects single experts, which {path}.site ({override.site}) "
+            f"does not have; remove experts, or choose {' or '.join(sorted(EXPERT_SITES))}"
+        )
+    yield from messages or _no_match(config, override, path)
+
+
+def _no_match(config: ModelConfig, override: SparsityOverride, path: str) -> Iterator[str]:
+    layers = select(override.layers, config.num_layers)
+    existing = {site for layer in layers for site in layer_sites(config, layer)}
+    wanted = {override.site} if override.site else EXPERT_SITES if override.experts is not None else existing
+    if existing & wanted:
+        return
+    what = override.model_dump(exclude_none=True, mode="json")
+    offered = "; ".join(f"layer {layer}: {', '.join(layer_sites(config, layer))}" for layer in _representatives(config))
+    yield f"{path} ({show(what)}) selects nothing; the sites of this model are, {offered}"
+
+
+def _representatives(config: ModelConfig) -> list[int]:
+    """The first layer of each make: dense, with experts."""
+    first_of: dict[tuple[Site, ...], int] = {}
+    for layer in range(config.num_layers):
+        first_of.setdefault(layer_sites(config, layer), layer)
+    return list(first_of.values())
+
+
+def _schedule(config: ModelConfig) -> Iterator[Problem]:
+    schedule, path = config.sparsity.schedule, "model.sparsity.schedule"
+    paths = (f"{path}.ramp_steps", f"{path}.shape")
+    if schedule.shape == "constant" and schedule.ramp_steps:
+        yield Problem(
+            f"{path}.ramp_steps ({schedule.ramp_steps}) must be 0 when {path}.shape is constant; remove it, or choose "
+            "linear, cubic or cosine",
+            paths,
+        )
+    if schedule.shape != "constant" and not schedule.ramp_steps:
+        yield Problem(
+            f"{path}.ramp_steps (0) must be at least 1 when {path}.shape is {schedule.shape}; set it, or choose "
+            "constant",
+            paths,
+        )
+
+
+def _groups_divide(config: ModelConfig) -> Iterator[Problem]:
+    if config.sparsity.selection != "block":
+        return
+    group = config.sparsity.group_size
+    sites_of: dict[tuple[str, int], list[Site]] = {}
+    for site in sparse_sites(config):
+        sites_of.setdefault((site_width_setting(config, site), site_width(config, site)), []).append(site)
+    for (setting, width), sites in sites_of.items():
+        if width % group:
+            yield Problem(
+                f"model.sparsity.group_size ({group}) must divide {setting} ({width}), the width of "
+                f"{', '.join(sites)}; {nearest(group, divisors(width))}",
+                ("model.sparsity.group_size", *setting.split(" * ")),
+            )
+
+
+def _groups_keep_one(config: ModelConfig) -> Iterator[Problem]:
+    if config.sparsity.selection != "block":
+        return
+    group = config.sparsity.group_size
+    for path, sparsity in _given_sparsities(config):
+        if round((1 - sparsity) * group) < 1:
+            yield Problem(
+                f"{path} ({sparsity}) keeps {(1 - sparsity) * group:.3g} of a group's {group} features "
+                f"(model.sparsity.group_size), and at least 1 must be kept; use at most {1 - 1 / group:.6g} or larger "
+                "groups",
+                (path, "model.sparsity.group_size"),
+            )
+
+
+def _given_sparsities(config: ModelConfig) -> Iterator[tuple[str, float]]:
+    yield "model.sparsity.default", config.sparsity.default
+    for site, sparsity in config.sparsity.sites:
+        if sparsity is not None:
+            yield f"model.sparsity.sites.{site}", sparsity
+    for index, override in enumerate(config.sparsity.overrides):
+        yield f"model.sparsity.overrides.{index}.sparsity", override.sparsity
+
+
+def sparse_sites(config: ModelConfig) -> tuple[Site, ...]:
+    """The sites of the model at which S is above 0 in some layer or expert."""
+    return tuple(site for site in model_sites(config) if any(_site_sparsities(config, site)))
+
+
+def _site_sparsities(config: ModelConfig, site: Site) -> set[float]:
+    own = getattr(config.sparsity.sites, site)
+    values = {config.sparsity.default if own is None else own}
+    for override in config.sparsity.overrides:
+        if override.site not in (None, site) or (override.experts is not None and site not in EXPERT_SITES):
+            continue
+        everywhere = override.layers is None and override.experts is None
+        values = {override.sparsity} if everywhere else values | {override.sparsity}
+    return values
+
+
+def divisors(number: int) -> list[int]:
+    """Every divisor of ``number``, rising."""
+    small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
+    return sorted({*small, *(number // d for d in small)})
+
+
+def nearest(value: int, fitting: Iterable[int]) -> str:
+    """The one or two of ``fitting`` next to ``value``, as the end of a sentence about what must divide."""
+    near = sorted(sorted(fitting, key=lambda number: abs(number - value))[:2])
+    if len(near) == 1:
+        return f"the only one that does is {near[0]}"
+    return f"the nearest that do are {near[0]} and {near[1]}"
+
+
+MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
+    _heads,
+    _kv_heads,
+    _experts,
+    _sites_exist,
+    _overrides,
+    _schedule,
+    _groups_divide,
+    _groups_keep_one,
+)

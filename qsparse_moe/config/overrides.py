@@ -1,0 +1,73 @@
+"""Settings from the command line: ``training.steps=50`` written into the tree that came from the YAML file."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+from qsparse_moe.config.fields import Node, child, run_schema, section_fields, unknown_setting
+from qsparse_moe.config.problems import Problem, dotted, show
+from qsparse_moe.config.yaml_text import parse_yaml
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
+    """Write every ``path=value`` into ``settings``, in order; the problems of those that cannot be.
+
+    The value is YAML. A mapping given to a section is merged into it; a list replaces a list. An item of a list is
+    named by its index: ``data.sources.0.max_bytes=1000``.
+    """
+    problems: list[Problem] = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        if not equals or not path.strip():
+            problems.append(Problem(f"{show(override)} is no override; write PATH=VALUE, such as training.steps=50"))
+            continue
+        value, duplicates = parse_yaml(text, f"the value of {path.strip()}")
+        problems += duplicates
+        problem = _write(settings, path.strip().split("."), value)
+        problems += [problem] if problem else []
+    return problems
+
+
+def _write(settings: dict[str, Any], path: list[str], value: Any) -> Problem | None:
+    holder: Any = settings
+    node: Node = run_schema()
+    for depth, part in enumerate(path):
+        following = child(node, part)
+        if following is None:
+            return unknown_setting(tuple(path[: depth + 1]))
+        key: Any = part
+        if isinstance(holder, list):
+            key = int(part)
+            if key >= len(holder):
+                return _no_such_item(path[:depth], key, len(holder))
+        elif not isinstance(holder, dict):
+            return None  # the YAML file has a wrong value there, and validation reports it
+        if depth == len(path) - 1:
+            holder[key] = _merged(holder[key] if isinstance(holder, list) else holder.get(key), value, following)
+        else:
+            holder = _opened(holder, key, following)
+        node = following
+    return None
+
+
+def _opened(holder: Any, key: Any, node: Node) -> Any:
+    """The section or list at ``key``, begun from its default where the file does not give it."""
+    if isinstance(holder, list):
+        return holder[key]
+    if holder.get(key) is None:
+        holder[key] = {} if section_fields(node) is not None else copy.deepcopy(node.get("default"))
+    return holder[key]
+
+
+def _merged(old: Any, new: Any, node: Node) -> Any:
+    fields = section_fields(node)
+    if fields is None or not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    return old | {name: _merged(old.get(name), value, fields.get(name, {})) for name, value in new.items()}
+
+
+def _no_such_item(path: list[str], index: int, length: int) -> Problem:
+    items = f"the last item is {length - 1}" if length else "it is empty"
+    return Problem(f"{dotted([*path, index])} does not exist: {items}; write the whole list as {dotted(path)}=[...]")

@@ -1,0 +1,168 @@
+"""Rules that join several settings. Each broken one is a sentence with the settings, their values and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from qsparse_moe.config.model_rules import MODEL_RULES
+from qsparse_moe.config.problems import Problem, raise_if_any, show
+from qsparse_moe.config.schema import ModelConfig, RunConfig, SourceConfig
+from qsparse_moe.errors import ConfigError
+
+BYTE_VOCABULARY = 257
+"""256 bytes and the document token."""
+
+_FILE_KINDS = frozenset({"text", "jsonl", "parquet"})
+
+
+def broken_rules(config: RunConfig) -> list[Problem]:
+    """Every rule that ``config`` breaks; no rule stops at another's problem."""
+    model_problems = [problem for rule in MODEL_RULES for problem in rule(config.model)]
+    return model_problems + [problem for rule in _RUN_RULES for problem in rule(config)]
+
+
+def check_config(config: RunConfig) -> None:
+    """Raise ConfigError for a config made in Python that breaks a rule; ``load_config`` has checked its own."""
+    raise_if_any(broken_rules(config), "the config")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise ConfigError for a model section made in Python that breaks a rule."""
+    raise_if_any([problem for rule in MODEL_RULES for problem in rule(config)], "the model section")
+
+
+def check_world_size(config: RunConfig, world_size: int) -> None:
+    """Raise ConfigError unless the global batch divides evenly over ``world_size`` ranks and their micro-batches."""
+    training = config.training
+    share = training.micro_batch_size * world_size
+    if training.global_batch_size % share:
+        raise ConfigError(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.micro_batch_size ({training.micro_batch_size}) times the ranks ({world_size}), {share}; "
+            f"{_nearest_multiples(training.global_batch_size, share)}"
+        )
+
+
+def _nearest_multiples(value: int, step: int) -> str:
+    below, above = value // step * step, -(-value // step) * step
+    return f"the nearest that are: {below} and {above}" if below else f"the smallest is {above}"
+
+
+def _batch_sizes(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    if training.global_batch_size % training.micro_batch_size:
+        yield Problem(
+            f"training.global_batch_size ({training.global_batch_size}) must be a multiple of "
+            f"training.micro_batch_size ({training.micro_batch_size}); "
+            f"{_nearest_multiples(training.global_batch_size, training.micro_batch_size)}",
+            ("training.global_batch_size", "training.micro_batch_size"),
+        )
+
+
+def _learning_rate_steps(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    paths = ("training.decay_steps", "training.learning_rate_schedule")
+    decays = training.learning_rate_schedule == "warmup_stable_decay"
+    if training.decay_steps and not decays:
+        yield Problem(
+            f"training.decay_steps ({training.decay_steps}) must be 0 when training.learning_rate_schedule is "
+            f"{training.learning_rate_schedule}; remove it or choose warmup_stable_decay",
+            paths,
+        )
+    if decays and not training.decay_steps:
+        yield Problem(
+            "training.decay_steps (0) must be at least 1 when training.learning_rate_schedule is warmup_stable_decay; "
+            f"a tenth of the steps is {max(1, training.steps // 10)}",
+            paths,
+        )
+    if training.warmup_steps + training.decay_steps > training.steps:
+        yield Problem(
+            f"training.warmup_steps ({training.warmup_steps}) and training.decay_steps ({training.decay_steps}) "
+            f"together must be at most training.steps ({training.steps}); shorten them or train for at least "
+            f"{training.warmup_steps + training.decay_steps} steps",
+            ("training.warmup_steps", "training.decay_steps", "training.steps"),
+        )
+
+
+def _sparsity_steps(config: RunConfig) -> Iterator[Problem]:
+    schedule, steps = config.model.sparsity.schedule, config.training.steps
+    needed = schedule.warmup_steps + schedule.ramp_steps
+    if needed > steps:
+        path = "model.sparsity.schedule"
+        yield Problem(
+            f"{path}.warmup_steps ({schedule.warmup_steps}) and {path}.ramp_steps ({schedule.ramp_steps}) together "
+            f"must be at most training.steps ({steps}), or S never reaches its target; shorten them or train for at "
+            f"least {needed} steps",
+            (f"{path}.warmup_steps", f"{path}.ramp_steps", "training.steps"),
+        )
+
+
+def _expert_parallelism(config: RunConfig) -> Iterator[Problem]:
+    size = config.training.expert_parallel_size
+    if size != 1:
+        yield Problem(
+            f"training.expert_parallel_size ({size}) must be 1: experts cannot be spread over ranks yet, and every "
+            "rank holds all of them; set it to 1 and let ZeRO shard them (training.deepspeed.zero_stage=3)",
+            ("training.expert_parallel_size",),
+        )
+
+
+def _vocabulary(config: RunConfig) -> Iterator[Problem]:
+    vocab_size = config.model.vocab_size
+    if config.data.tokenizer == "bytes" and vocab_size < BYTE_VOCABULARY:
+        yield Problem(
+            f"model.vocab_size ({vocab_size}) must be at least {BYTE_VOCABULARY} when data.tokenizer is bytes "
+            "(256 bytes and the document token); 264 is the next multiple of 8",
+            ("model.vocab_size", "data.tokenizer"),
+        )
+
+
+def _shuffle_buffer(config: RunConfig) -> Iterator[Problem]:
+    size = config.data.shuffle_buffer
+    if size:
+        yield Problem(
+            f"data.shuffle_buffer ({size}) must be 0: the rows inside a shuffle buffer are lost or doubled when a run "
+            "is resumed; data.shuffle=true shuffles exactly (rows of a table, files of a stream)",
+            ("data.shuffle_buffer",),
+        )
+
+
+def _sources(config: RunConfig) -> Iterator[Problem]:
+    for index, source in enumerate(config.data.sources):
+        path = f"data.sources.{index}"
+        for name, message in _source_problems(source):
+            yield Problem(
+                f"{path}.{name} ({show(getattr(source, name))}) {message}", (f"{path}.{name}", f"{path}.kind")
+            )
+
+
+def _source_problems(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    """The setting and what is wrong with it, for one source."""
+    kind = source.kind
+    if kind == "stdlib" and source.path is not None:
+        yield "path", "must be null when kind is stdlib, which is always this Python's library; remove it or set kind"
+    if kind in _FILE_KINDS and not source.path:
+        yield "path", f"must name files or globs when kind is {kind}, such as texts/*.{_suffix(kind)}"
+    if kind == "hub" and (not isinstance(source.path, str) or not source.path):
+        yield "path", "must be one data set's name when kind is hub, such as owner/name"
+    if kind in {"stdlib", "text"} and source.column != "text":
+        yield "column", f"has no meaning when kind is {kind}, whose documents are whole files; remove it"
+    if kind != "hub" and source.subset is not None:
+        yield "subset", f"has no meaning when kind is {kind}; remove it, or set kind to hub"
+    if kind != "hub" and source.split != "train":
+        yield "split", f"has no meaning when kind is {kind}; remove it, or set kind to hub"
+
+
+def _suffix(kind: str) -> str:
+    return "txt" if kind == "text" else kind
+
+
+_RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
+    _vocabulary,
+    _sources,
+    _shuffle_buffer,
+    _batch_sizes,
+    _learning_rate_steps,
+    _sparsity_steps,
+    _expert_parallelism,
+)

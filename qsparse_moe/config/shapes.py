@@ -1,0 +1,67 @@
+"""Sizes that follow from the settings: heads, hidden widths, and the width in front of every site. Imports no torch."""
+
+from __future__ import annotations
+
+from qsparse_moe.config.schema import SITES, ModelConfig, Site
+
+EXPERT_SITES: frozenset[Site] = frozenset({"expert_input", "expert_hidden"})
+
+
+def head_size(config: ModelConfig) -> int:
+    """C, channels a head."""
+    return config.head_size or config.hidden_size // config.num_heads
+
+
+def num_kv_heads(config: ModelConfig) -> int:
+    """Key and value heads."""
+    return config.num_kv_heads or config.num_heads
+
+
+def dense_hidden_size(config: ModelConfig) -> int:
+    """Hidden width of a dense layer's feed-forward."""
+    return config.moe.dense_hidden_size or config.moe.experts_per_token * config.moe.expert_hidden_size
+
+
+def shared_hidden_size(config: ModelConfig) -> int:
+    """Hidden width of the shared experts together; 0 without them."""
+    return config.moe.num_shared_experts * config.moe.expert_hidden_size
+
+
+def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
+    """The sites that exist in ``layer``, in the order in which a token meets them."""
+    attention: tuple[Site, ...] = ("attention_input", "attention_output")
+    if layer < config.moe.num_dense_layers:
+        return *attention, "dense_input", "dense_hidden"
+    shared: tuple[Site, ...] = ("shared_input", "shared_hidden") if config.moe.num_shared_experts else ()
+    return *attention, "expert_input", "expert_hidden", *shared
+
+
+def model_sites(config: ModelConfig) -> tuple[Site, ...]:
+    """The sites that exist in at least one layer."""
+    existing = {site for layer in range(config.num_layers) for site in layer_sites(config, layer)}
+    return tuple(site for site in SITES if site in existing)
+
+
+def site_width(config: ModelConfig, site: Site) -> int:
+    """Features of one row at ``site``: the input width of the weight matrix behind it."""
+    widths: dict[Site, int] = {
+        "attention_output": config.num_heads * config.head_size if config.head_size else config.hidden_size,
+        "expert_hidden": config.moe.expert_hidden_size,
+        "shared_hidden": shared_hidden_size(config),
+        "dense_hidden": dense_hidden_size(config),
+    }
+    return widths.get(site, config.hidden_size)
+
+
+def site_width_setting(config: ModelConfig, site: Site) -> str:
+    """The setting, or the product of settings, that ``site_width`` comes from: for messages."""
+    moe = config.moe
+    names: dict[Site, str] = {
+        "attention_output": "model.num_heads * model.head_size" if config.head_size else "model.hidden_size",
+        "expert_hidden": "model.moe.expert_hidden_size",
+        "shared_hidden": "model.moe.num_shared_experts * model.moe.expert_hidden_size",
+        "dense_hidden": "model.moe.dense_hidden_size"
+        if moe.dense_hidden_size
+        else "model.moe.experts_per_token * model.moe.expert_hidden_size",
+    }
+    return names.get(site, "model.hidden_size")

@@ -32,7 +32,8 @@ def run_schema() -> Node:
 def resolve(node: Node) -> Node:
     """``node`` with its reference to a section followed."""
     reference = node.get("$ref")
-    return run_schema()["$defs"][reference.rsplit("/", 1)[1]] if reference else node
+    sections: dict[str, Node] = run_schema()["$defs"]
+    return sections[reference.rsplit("/", 1)[1]] if reference else node
 
 
 def section_fields(node: Node) -> dict[str, Node] | None:
@@ -45,7 +46,8 @@ def item_node(node: Node) -> Node | None:
     """What an item of a list setting takes; None where ``node`` takes no list."""
     for option in node.get("anyOf", [node]):
         if option.get("type") == "array":
-            return option["items"]
+            items: Node = option["items"]
+            return items
     return None
 
 

@@ -1,0 +1,215 @@
+"""The rules of docs/architecture.md about who imports whom, read from the syntax trees of a package.
+
+``violations(root)`` takes any folder laid out as ``qsparse_moe/`` is, so that the tests can show a broken tree to it.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PACKAGE = "qsparse_moe"
+ROOMS = (
+    "version",
+    "errors",
+    "config",
+    "data",
+    "sparsity",
+    "kernels",
+    "moe",
+    "model",
+    "accounting",
+    "training",
+    "metrics",
+    "ablation",
+    "interop",
+    "inference",
+    "bench",
+    "cli",
+)
+OWNERS = {
+    "datasets": {"data"},
+    "tokenizers": {"data"},
+    "triton": {"kernels"},
+    "megablocks": {"moe"},
+    "deepspeed": {"training"},
+    "tensorboard": {"metrics"},
+    "torch.utils.tensorboard": {"metrics"},
+    "matplotlib": {"ablation"},
+    "scipy": {"ablation"},
+    # The benchmark measures transformers' Mixtral as a peer; it reads and writes none of its checkpoints.
+    "transformers": {"interop", "bench"},
+    "safetensors": {"interop"},
+    "einops": {"model"},
+}
+# What must work before torch is imported: modules, or rooms as a whole.
+WITHOUT_TORCH = ("", "errors", "config", "accounting", "cli", "sparsity.plan", "sparsity.schedule")
+SHAPELESS_NAMES = {"utils", "util", "helpers", "common", "misc"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported module: where, what, whether it runs at import time, whether only a type checker sees it."""
+
+    line: int
+    target: str
+    at_import_time: bool
+    typing_only: bool
+
+
+@dataclass(frozen=True)
+class Module:
+    """A source file, its dotted name inside the package (empty: the package itself) and what it imports."""
+
+    path: Path
+    name: str
+    tree: ast.Module
+    imports: tuple[Import, ...]
+
+    @property
+    def room(self) -> str:
+        return self.name.split(".")[0]
+
+
+def read_modules(root: Path) -> dict[str, Module]:
+    """Every module below the package folder ``root``, by its name inside the package."""
+    modules = {}
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        package = parts[:-1]
+        modules[name] = Module(path, name, tree, tuple(_imports(tree, package, at_import_time=True, typing_only=False)))
+    return modules
+
+
+def _imports(node: ast.AST, package: tuple[str, ...], *, at_import_time: bool, typing_only: bool) -> Iterator[Import]:
+    for below in ast.iter_child_nodes(node):
+        for target in _targets(below, package):
+            yield Import(below.lineno, target, at_import_time, typing_only)
+        deferred = isinstance(below, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        if isinstance(below, ast.If) and "TYPE_CHECKING" in ast.unparse(below.test):
+            for statement in below.body:
+                holder = ast.Module([statement], [])
+                yield from _imports(holder, package, at_import_time=False, typing_only=True)
+            continue
+        yield from _imports(below, package, at_import_time=at_import_time and not deferred, typing_only=typing_only)
+
+
+def _targets(node: ast.AST, package: tuple[str, ...]) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            above = package[: len(package) - node.level + 1]
+            base = ".".join([PACKAGE, *above, *([node.module] if node.module else [])])
+        # `from a import b` may name the module a.b: both are looked at.
+        return [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+        first = node.args[0] if node.args else None
+        return [first.value] if isinstance(first, ast.Constant) and isinstance(first.value, str) else []
+    return []
+
+
+def _inside(target: str, modules: dict[str, Module]) -> str | None:
+    """The package's own module that ``target`` names, or None."""
+    if target == PACKAGE:
+        return ""
+    name = target.removeprefix(f"{PACKAGE}.")
+    return name if name != target and name in modules else None
+
+
+def violations(root: Path) -> list[str]:
+    """One sentence for every broken rule; empty where the tree keeps them all."""
+    modules = read_modules(root)
+    found = []
+    for module in modules.values():
+        where = f"{root.name}/{module.path.relative_to(root)}"
+        found += [f"{where}: {message}" for message in _file_rules(module)]
+        for imported in module.imports:
+            found += [f"{where}:{imported.line}: {message}" for message in _import_rules(module, imported, modules)]
+    return found + _cycles(modules) + _torch_reached(modules)
+
+
+def _file_rules(module: Module) -> Iterator[str]:
+    if module.room and module.room != "__main__" and module.room not in ROOMS:
+        yield f"{module.room} is no room of the list"
+    if module.path.stem in SHAPELESS_NAMES:
+        yield f"{module.path.name} says nothing of what it holds"
+    # The folder of a kernel declares its operation in its __init__.
+    is_kernel = module.room == "kernels" and module.name != "kernels"
+    if module.path.name == "__init__.py" and module.name and not is_kernel:
+        body = module.tree.body
+        if len(body) != 1 or ast.get_docstring(module.tree) is None:
+            yield "an __init__.py holds a docstring and nothing else"
+
+
+def _import_rules(module: Module, imported: Import, modules: dict[str, Module]) -> Iterator[str]:
+    for library, owners in OWNERS.items():
+        if _names(imported.target, library) and module.room not in owners:
+            yield f"{library} belongs to {' and '.join(sorted(owners))}"
+    target = _inside(imported.target, modules)
+    if target is None or module.name in {"", "__main__"}:
+        return
+    room = target.split(".")[0]
+    if room in ROOMS and module.room in ROOMS and ROOMS.index(room) > ROOMS.index(module.room):
+        yield f"{module.room} imports {room}, which stands below it"
+
+
+def _names(target: str, library: str) -> bool:
+    return target == library or target.startswith(f"{library}.")
+
+
+def _edges(module: Module, modules: dict[str, Module], *, at_import_time: bool) -> set[str]:
+    """The package's modules that ``module`` needs: at import time, or at any time."""
+    wanted = [i for i in module.imports if not i.typing_only and (i.at_import_time or not at_import_time)]
+    targets = {_inside(imported.target, modules) for imported in wanted}
+    return {target for target in targets if target and target != module.name}
+
+
+def _cycles(modules: dict[str, Module]) -> list[str]:
+    edges = {name: _edges(module, modules, at_import_time=False) for name, module in modules.items()}
+    found: list[str] = []
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        if name in trail:
+            found.append("a cycle: " + " -> ".join([*trail[trail.index(name) :], name]))
+        elif name not in done:
+            for following in sorted(edges[name]):
+                visit(following, (*trail, name))
+            done.add(name)
+
+    for name in sorted(modules):
+        visit(name, ())
+    return found
+
+
+def _torch_reached(modules: dict[str, Module]) -> list[str]:
+    """Modules that must load without torch but import it, by themselves or through others, when they are imported."""
+    imports_torch = {
+        name: [i.line for i in module.imports if i.at_import_time and _names(i.target, "torch")]
+        for name, module in modules.items()
+    }
+    found = []
+    for name in modules:
+        if name and not any(_names(name, free) for free in WITHOUT_TORCH if free):
+            continue
+        for reached in _closure(name, modules):
+            found += [
+                f"{name or PACKAGE} loads torch through {reached}, line {line}" for line in imports_torch[reached]
+            ]
+    return found
+
+
+def _closure(name: str, modules: dict[str, Module]) -> set[str]:
+    reached, waiting = set(), [name]
+    while waiting:
+        current = waiting.pop()
+        if current not in reached:
+            reached.add(current)
+            waiting += _edges(modules[current], modules, at_import_time=True)
+    return reached

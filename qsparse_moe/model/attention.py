@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.rope import Rotation, rotate
 from qsparse_moe.sparsity.site import SparseSite
 from qsparse_moe.sparsity.stats import Stats
@@ -21,8 +22,8 @@ class Attention(nn.Module):
         self.num_kv_heads = config.num_kv_heads or config.num_heads
         self.head_size = head_size(config)
         width = self.num_heads * self.head_size
-        self.qkv = nn.Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size, bias=False)
-        self.output = nn.Linear(width, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size)
+        self.output = Linear(width, config.hidden_size)
         self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.input_site = SparseSite(config.hidden_size, config.sparsity)

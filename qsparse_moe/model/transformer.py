@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.attention import document_mask, head_size
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
@@ -49,7 +50,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, device=device) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.sparsity_plan = SparsityPlan.from_config(config)

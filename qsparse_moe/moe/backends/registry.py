@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import BackendUnavailable
-from qsparse_moe.moe.backends import grouped, loop
+from qsparse_moe.moe.backends import grouped, loop, onednn
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ class BackendSpec:
 
 
 BACKENDS: tuple[BackendSpec, ...] = (
+    BackendSpec("onednn", onednn.matmul, onednn.why_not),
     BackendSpec("grouped", grouped.matmul, grouped.why_not),
     BackendSpec("loop", loop.matmul, loop.why_not),
 )

@@ -1,0 +1,1 @@
+"""The operations of ``sparsity`` and ``moe`` made fast, each beside its reference."""

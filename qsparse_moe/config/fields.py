@@ -144,7 +144,12 @@ def _way_out(node: Node, value: Any) -> str:
         return f"write {value} without quotes"
     if "string" in types and not choices and isinstance(value, (int, float)):
         return f'put it in quotes: "{show(value)}"'
-    return f"the default is {show(node['default'])}" if "default" in node else ""
+    default = node.get("default", {})
+    return (
+        ""
+        if isinstance(default, dict) or (isinstance(default, list) and default)
+        else f"the default is {show(default)}"
+    )
 
 
 def _is_number(text: str) -> bool:

@@ -22,6 +22,7 @@ _FLOAT = re.compile(
     |\.(?:nan|NaN|NAN))$""",
     re.VERBOSE,
 )
+_UNICODE_BREAKS = set("\x85\u2028\u2029")
 _RESOLVERS = (
     ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
@@ -55,7 +56,13 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """SafeDumper that also quotes the texts which our reader, beside YAML 1.1, would take for something else."""
 
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """``text`` as a scalar; PyYAML folds the line breaks of Unicode wrongly unless they are escaped."""
+        style = '"' if _UNICODE_BREAKS & set(text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 for _name, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
     _Dumper.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
@@ -92,4 +99,6 @@ def _position(error: yaml.YAMLError) -> str:
 
 
 def _reason(error: yaml.YAMLError) -> str:
-    return str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).strip()
+    reason = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).strip()
+    opening = getattr(error, "context_mark", None)
+    return f"{reason} ({error.context} that begins in line {opening.line + 1})" if opening else reason  # type: ignore

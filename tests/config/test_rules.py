@@ -1,0 +1,398 @@
+"""Rules that join settings: every message is produced here, and its way out is tried."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qsparse_moe.config.model_rules import divisors, sparse_sites
+from qsparse_moe.config.rules import broken_rules, check_config, check_model, check_world_size
+from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.errors import ConfigError
+
+
+def build(settings: dict[str, object]) -> RunConfig:
+    """A config from dotted paths, its single values checked and no rule."""
+    tree: dict = {}
+    for path, value in settings.items():
+        *sections, name = path.split(".")
+        holder = tree
+        for section in sections:
+            holder = holder.setdefault(section, {})
+        holder[name] = value
+    return RunConfig.model_validate(tree)
+
+
+def messages(settings):
+    return [problem.message for problem in broken_rules(build(settings))]
+
+
+HEADS = "into heads of an even size when model.head_size is null; "
+BLOCK = {"model.sparsity.selection": "block", "model.sparsity.default": 0.5}
+EXPERT_SITES = "expert_hidden or expert_input"
+MOE_LAYER = "attention_input, attention_output, expert_input, expert_hidden"
+DENSE_LAYER = "attention_input, attention_output, dense_input, dense_hidden"
+
+
+def override(**settings):
+    return {"model.sparsity.overrides": [{"sparsity": 0.5} | settings]}
+
+
+# Broken settings, the message, and a change that mends them.
+CASES = {
+    "heads that do not divide": (
+        {"model.num_heads": 3},
+        f"model.num_heads (3) must divide model.hidden_size (128) {HEADS}the nearest that do are 2 and 4, or set "
+        "model.head_size",
+        {"model.num_heads": 4},
+    ),
+    "heads of an odd size": (
+        {"model.hidden_size": 12, "model.num_heads": 4},
+        f"model.num_heads (4) must divide model.hidden_size (12) {HEADS}the nearest that do are 2 and 3, or set "
+        "model.head_size",
+        {"model.num_heads": 6},
+    ),
+    "a width without even heads": (
+        {"model.hidden_size": 15, "model.num_heads": 3},
+        f"model.num_heads (3) must divide model.hidden_size (15) {HEADS}or set model.head_size",
+        {"model.head_size": 4},
+    ),
+    "odd head size": (
+        {"model.head_size": 31},
+        "model.head_size (31) must be even, because the rotary embedding turns pairs of channels; 32 is",
+        {"model.head_size": 32},
+    ),
+    "key-value heads": (
+        {"model.num_kv_heads": 3},
+        "model.num_kv_heads (3) must divide model.num_heads (4); the nearest that do are 2 and 4",
+        {"model.num_kv_heads": 2},
+    ),
+    "key-value heads of one head": (
+        {"model.num_heads": 1, "model.num_kv_heads": 2},
+        "model.num_kv_heads (2) must divide model.num_heads (1); the only one that does is 1",
+        {"model.num_kv_heads": 1},
+    ),
+    "experts a token": (
+        {"model.moe.experts_per_token": 9},
+        "model.moe.experts_per_token (9) must be at most model.moe.num_experts (8); lower the one or raise the other",
+        {"model.moe.experts_per_token": 8},
+    ),
+    "dense layers": (
+        {"model.moe.num_dense_layers": 5},
+        "model.moe.num_dense_layers (5) must be at most model.num_layers (4); 4 makes every layer dense",
+        {"model.moe.num_dense_layers": 4},
+    ),
+    "site of shared experts without any": (
+        {"model.sparsity.sites.shared_input": 0.5},
+        "model.sparsity.sites.shared_input (0.5) selects nothing: model.moe.num_shared_experts is 0; remove it, or "
+        f"choose from {MOE_LAYER}",
+        {"model.moe.num_shared_experts": 1},
+    ),
+    "site of dense layers without any": (
+        {"model.sparsity.sites.dense_hidden": 0.5},
+        "model.sparsity.sites.dense_hidden (0.5) selects nothing: model.moe.num_dense_layers is 0; remove it, or "
+        f"choose from {MOE_LAYER}",
+        {"model.moe.num_dense_layers": 1},
+    ),
+    "site of experts without any": (
+        {"model.sparsity.sites.expert_input": 0.5, "model.moe.num_dense_layers": 4},
+        "model.sparsity.sites.expert_input (0.5) selects nothing: every layer is dense (model.moe.num_dense_layers is "
+        f"4); remove it, or choose from {DENSE_LAYER}",
+        {"model.moe.num_dense_layers": 3},
+    ),
+    "override of a layer that is not there": (
+        override(layers=4),
+        "model.sparsity.overrides.0.layers (4) names 4; what exists is 0-3",
+        override(layers=3),
+    ),
+    "override of a range that leaves the model": (
+        override(layers="2-99999999999"),
+        'model.sparsity.overrides.0.layers ("2-99999999999") names 99999999999; what exists is 0-3',
+        override(layers="2-3"),
+    ),
+    "override of a negative layer": (
+        override(layers=[-1, 2]),
+        "model.sparsity.overrides.0.layers ([-1, 2]) names -1; what exists is 0-3",
+        override(layers=[1, 2]),
+    ),
+    "override of no layer": (
+        override(layers=[]),
+        "model.sparsity.overrides.0.layers ([]) names nothing; what exists is 0-3",
+        override(layers=[0]),
+    ),
+    "override of an empty range": (
+        override(layers="3-1"),
+        'model.sparsity.overrides.0.layers ("3-1") names nothing; what exists is 0-3',
+        override(layers="1-3"),
+    ),
+    "override with a selector that is none": (
+        override(layers="all"),
+        'model.sparsity.overrides.0.layers ("all") is neither an index such as 2 nor a range such as "0-3"',
+        override(layers="2"),
+    ),
+    "override of an expert that is not there": (
+        override(experts="4-8"),
+        'model.sparsity.overrides.0.experts ("4-8") names 8; what exists is 0-7',
+        override(experts="4-7"),
+    ),
+    "override of experts at a site that has none": (
+        override(experts=0, site="attention_input"),
+        "model.sparsity.overrides.0.experts (0) selects single experts, which model.sparsity.overrides.0.site "
+        f"(attention_input) does not have; remove experts, or choose {EXPERT_SITES}",
+        override(experts=0, site="expert_hidden"),
+    ),
+    "override of a site that the layers lack": (
+        override(layers=0, site="expert_input") | {"model.moe.num_dense_layers": 1},
+        'model.sparsity.overrides.0 ({"sparsity": 0.5, "layers": 0, "site": "expert_input"}) selects nothing; the '
+        f"sites of this model are, layer 0: {DENSE_LAYER}; layer 1: {MOE_LAYER}",
+        override(layers=1, site="expert_input"),
+    ),
+    "override of experts in dense layers": (
+        override(layers=0, experts=[0]) | {"model.moe.num_dense_layers": 1},
+        'model.sparsity.overrides.0 ({"sparsity": 0.5, "layers": 0, "experts": [0]}) selects nothing; the sites '
+        f"of this model are, layer 0: {DENSE_LAYER}; layer 1: {MOE_LAYER}",
+        override(layers=1, experts=[0]),
+    ),
+    "ramp of a constant schedule": (
+        {"model.sparsity.schedule.ramp_steps": 10},
+        "model.sparsity.schedule.ramp_steps (10) must be 0 when model.sparsity.schedule.shape is constant; remove it, "
+        "or choose linear, cubic or cosine",
+        {"model.sparsity.schedule.shape": "cubic"},
+    ),
+    "schedule without its ramp": (
+        {"model.sparsity.schedule.shape": "linear"},
+        "model.sparsity.schedule.ramp_steps (0) must be at least 1 when model.sparsity.schedule.shape is linear; set "
+        "it, or choose constant",
+        {"model.sparsity.schedule.ramp_steps": 10},
+    ),
+    "ramp beyond the end": (
+        {
+            "model.sparsity.schedule.shape": "linear",
+            "model.sparsity.schedule.ramp_steps": 80,
+            "model.sparsity.schedule.warmup_steps": 30,
+            "training.steps": 100,
+        },
+        "model.sparsity.schedule.warmup_steps (30) and model.sparsity.schedule.ramp_steps (80) together must be at "
+        "most training.steps (100), or S never reaches its target; shorten them or train for at least 110 steps",
+        {"training.steps": 110},
+    ),
+    "groups that do not divide the width": (
+        BLOCK | {"model.sparsity.group_size": 48, "model.moe.expert_hidden_size": 192},
+        "model.sparsity.group_size (48) must divide model.hidden_size (128), the width of attention_input, "
+        "attention_output, expert_input; the nearest that do are 32 and 64",
+        {"model.sparsity.group_size": 64},
+    ),
+    "groups that do not divide an expert": (
+        BLOCK | {"model.moe.expert_hidden_size": 200},
+        "model.sparsity.group_size (32) must divide model.moe.expert_hidden_size (200), the width of expert_hidden; "
+        "the nearest that do are 25 and 40",
+        {"model.sparsity.sites.expert_hidden": 0},
+    ),
+    "groups that do not divide the heads": (
+        BLOCK | {"model.head_size": 20},
+        "model.sparsity.group_size (32) must divide model.num_heads * model.head_size (80), the width of "
+        "attention_output; the nearest that do are 20 and 40",
+        {"model.sparsity.overrides": [{"sparsity": 0.0, "site": "attention_output"}]},
+    ),
+    "groups that do not divide the shared experts": (
+        BLOCK
+        | {"model.sparsity.group_size": 128, "model.moe.num_shared_experts": 3, "model.moe.expert_hidden_size": 64}
+        # Only the shared experts are sparse.
+        | {"model.sparsity.default": 0.0, "model.sparsity.sites.shared_hidden": 0.5},
+        "model.sparsity.group_size (128) must divide model.moe.num_shared_experts * model.moe.expert_hidden_size "
+        "(192), the width of shared_hidden; the nearest that do are 64 and 96",
+        {"model.moe.num_shared_experts": 2},
+    ),
+    "groups that do not divide a dense layer": (
+        BLOCK | {"model.moe.num_dense_layers": 1, "model.moe.dense_hidden_size": 100},
+        "model.sparsity.group_size (32) must divide model.moe.dense_hidden_size (100), the width of dense_hidden; the "
+        "nearest that do are 20 and 25",
+        {"model.moe.dense_hidden_size": 96},
+    ),
+    "groups of which nothing stays": (
+        BLOCK | {"model.sparsity.default": 0.99},
+        "model.sparsity.default (0.99) keeps 0.32 of a group's 32 features (model.sparsity.group_size), and at least 1 "
+        "must be kept; use at most 0.96875 or larger groups",
+        {"model.sparsity.default": 0.96875},
+    ),
+    "groups of which nothing stays at a site": (
+        BLOCK | {"model.sparsity.group_size": 4, "model.sparsity.sites.expert_hidden": 0.9},
+        "model.sparsity.sites.expert_hidden (0.9) keeps 0.4 of a group's 4 features (model.sparsity.group_size), and "
+        "at least 1 must be kept; use at most 0.75 or larger groups",
+        {"model.sparsity.group_size": 8},
+    ),
+    "groups of which nothing stays in an override": (
+        BLOCK | {"model.sparsity.overrides": [{"sparsity": 0.99}]},
+        "model.sparsity.overrides.0.sparsity (0.99) keeps 0.32 of a group's 32 features (model.sparsity.group_size), "
+        "and at least 1 must be kept; use at most 0.96875 or larger groups",
+        {"model.sparsity.selection": "topk"},
+    ),
+    "vocabulary too small for bytes": (
+        {"model.vocab_size": 256},
+        "model.vocab_size (256) must be at least 257 when data.tokenizer is bytes (256 bytes and the document token); "
+        "264 is the next multiple of 8",
+        {"model.vocab_size": 257},
+    ),
+    "shuffle buffer": (
+        {"data.shuffle_buffer": 1000},
+        "data.shuffle_buffer (1000) must be 0: the rows inside a shuffle buffer are lost or doubled when a run is "
+        "resumed; data.shuffle=true shuffles exactly (rows of a table, files of a stream)",
+        {"data.shuffle_buffer": 0},
+    ),
+    "standard library with a path": (
+        {"data.sources": [{"path": "x.py"}]},
+        'data.sources.0.path ("x.py") must be null when kind is stdlib, which is always this Python\'s library; remove '
+        "it or set kind",
+        {"data.sources": [{"path": "x.py", "kind": "text"}]},
+    ),
+    "text without a path": (
+        {"data.sources": [{}, {"kind": "text"}]},
+        "data.sources.1.path (null) must name files or globs when kind is text, such as texts/*.txt",
+        {"data.sources": [{}, {"kind": "text", "path": "texts/*.txt"}]},
+    ),
+    "JSONL with an empty list": (
+        {"data.sources": [{"kind": "jsonl", "path": []}]},
+        "data.sources.0.path ([]) must name files or globs when kind is jsonl, such as texts/*.jsonl",
+        {"data.sources": [{"kind": "jsonl", "path": ["a.jsonl"]}]},
+    ),
+    "hub with two names": (
+        {"data.sources": [{"kind": "hub", "path": ["a/b", "c/d"]}]},
+        'data.sources.0.path (["a/b", "c/d"]) must be one data set\'s name when kind is hub, such as owner/name',
+        {"data.sources": [{"kind": "hub", "path": "a/b"}]},
+    ),
+    "column of plain text": (
+        {"data.sources": [{"kind": "text", "path": "a", "column": "body"}]},
+        'data.sources.0.column ("body") has no meaning when kind is text, whose documents are whole files; remove it',
+        {"data.sources": [{"kind": "jsonl", "path": "a", "column": "body"}]},
+    ),
+    "subset of local files": (
+        {"data.sources": [{"kind": "parquet", "path": "a", "subset": "x"}]},
+        'data.sources.0.subset ("x") has no meaning when kind is parquet; remove it, or set kind to hub',
+        {"data.sources": [{"kind": "hub", "path": "a", "subset": "x"}]},
+    ),
+    "split of local files": (
+        {"data.sources": [{"split": "test"}]},
+        'data.sources.0.split ("test") has no meaning when kind is stdlib; remove it, or set kind to hub',
+        {"data.sources": [{"kind": "hub", "path": "a", "split": "test"}]},
+    ),
+    "micro-batches that do not fit": (
+        {"training.global_batch_size": 20, "training.micro_batch_size": 8},
+        "training.global_batch_size (20) must be a multiple of training.micro_batch_size (8); the nearest that are: 16 "
+        "and 24",
+        {"training.global_batch_size": 24},
+    ),
+    "micro-batch larger than the batch": (
+        {"training.global_batch_size": 4, "training.micro_batch_size": 8},
+        "training.global_batch_size (4) must be a multiple of training.micro_batch_size (8); the smallest is 8",
+        {"training.global_batch_size": 8},
+    ),
+    "decay without its schedule": (
+        {"training.decay_steps": 5},
+        "training.decay_steps (5) must be 0 when training.learning_rate_schedule is cosine; remove it or choose "
+        "warmup_stable_decay",
+        {"training.learning_rate_schedule": "warmup_stable_decay"},
+    ),
+    "schedule without its decay": (
+        {"training.learning_rate_schedule": "warmup_stable_decay"},
+        "training.decay_steps (0) must be at least 1 when training.learning_rate_schedule is warmup_stable_decay; a "
+        "tenth of the steps is 30",
+        {"training.decay_steps": 30},
+    ),
+    "warm-up and decay beyond the end": (
+        {
+            "training.steps": 50,
+            "training.warmup_steps": 40,
+            "training.decay_steps": 20,
+            "training.learning_rate_schedule": "warmup_stable_decay",
+        },
+        "training.warmup_steps (40) and training.decay_steps (20) together must be at most training.steps (50); "
+        "shorten them or train for at least 60 steps",
+        {"training.steps": 60},
+    ),
+    "expert parallelism": (
+        {"training.expert_parallel_size": 2},
+        "training.expert_parallel_size (2) must be 1: experts cannot be spread over ranks yet, and every rank holds "
+        "all of them; set it to 1 and let ZeRO shard them (training.deepspeed.zero_stage=3)",
+        {"training.expert_parallel_size": 1},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_broken_rule_says_setting_value_rule_and_way_out(case):
+    settings, message, _ = CASES[case]
+    assert messages(settings) == [message]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_way_out_leads_out(case):
+    settings, _, mended = CASES[case]
+    assert messages(settings | mended) == []
+
+
+def test_defaults_break_no_rule():
+    assert broken_rules(RunConfig()) == []
+
+
+def test_rules_do_not_stop_at_one_another():
+    assert len(messages({"model.num_kv_heads": 3, "model.moe.experts_per_token": 9, "model.vocab_size": 1})) == 3
+
+
+def test_config_made_in_python_can_be_checked():
+    check_config(RunConfig())
+    with pytest.raises(ConfigError, match=r"^the config breaks 2 rules:\n  model\.vocab_size .*\n  training"):
+        check_config(build({"model.vocab_size": 256, "training.global_batch_size": 3}))
+
+
+def test_model_made_in_python_can_be_checked():
+    check_model(ModelConfig())
+    with pytest.raises(ConfigError, match=r"^model\.num_kv_heads \(3\) must divide"):
+        check_model(ModelConfig(num_kv_heads=3))
+
+
+def test_zero_at_a_site_that_is_not_there_is_no_problem():
+    assert messages({"model.sparsity.sites.shared_input": 0.0}) == []
+
+
+def test_groups_matter_only_where_something_is_selected():
+    dense = {"model.sparsity.selection": "block", "model.sparsity.group_size": 7}
+    assert messages(dense) == []
+    assert messages(dense | {"model.sparsity.sites.expert_hidden": 0.5, "model.moe.expert_hidden_size": 21}) == []
+
+
+def test_sparse_sites_follow_default_sites_and_overrides():
+    config = build(
+        {
+            "model.sparsity.sites.expert_input": 0.0,
+            "model.sparsity.default": 0.5,
+            "model.sparsity.overrides": [
+                {"sparsity": 0.0, "site": "attention_input"},
+                {"sparsity": 0.0, "site": "attention_output", "layers": 0},
+                {"sparsity": 0.3, "site": "expert_input", "experts": 1},
+            ],
+        }
+    ).model
+    assert sparse_sites(config) == ("attention_output", "expert_input", "expert_hidden")
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_world_size_that_divides_the_batch_is_accepted(world_size):
+    check_world_size(build({"training.global_batch_size": 16, "training.micro_batch_size": 4}), world_size)
+
+
+@pytest.mark.parametrize(("world_size", "way_out"), [(3, "the nearest that are: 12 and 24"), (8, "the smallest is 32")])
+def test_world_size_that_does_not_is_refused(world_size, way_out):
+    config = build({"training.global_batch_size": 16, "training.micro_batch_size": 4})
+    expected = (
+        "training.global_batch_size (16) must be a multiple of training.micro_batch_size (4) times the ranks "
+        f"({world_size}), {4 * world_size}; {way_out}"
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_world_size(config, world_size)
+    assert str(caught.value) == expected
+
+
+@given(st.integers(1, 5000))
+def test_divisors_are_all_and_rising(number):
+    assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]

@@ -2,12 +2,9 @@
 # Sourced by the other scripts: the project's environment, made once and reused while it is up to date.
 #
 # After it the working directory is the repository, $python the environment's interpreter, $CXX the C++ compiler, and
-# .venv/bin stands first in PATH. Programs are started as "$python" -m MODULE: the scripts that pip writes name their
-# interpreter in a first line, which cannot hold a space.
+# .venv/bin stands first in PATH.
 
 repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
-environment="$repository/.venv"
-python="$environment/bin/python"
 
 fail() {
     printf '%s\n' "$*" >&2
@@ -46,6 +43,25 @@ check_python_parts() {
         fail "$1 has no $headers/Python.h, which C++ code for it needs (Debian, Ubuntu: apt install python3-dev)"
 }
 
+# Where its path holds a space, .venv is made and run through a link to the repository that has none: neither the first
+# line of a script nor the linker's -L as torch writes it can name such a path.
+environment_path() {
+    local folder name
+    if [[ "$repository" != *[[:space:]]* ]]; then
+        echo "$repository/.venv"
+        return
+    fi
+    name="repository-$(cksum <<<"$repository" | cut -d ' ' -f 1)"
+    for folder in "${XDG_CACHE_HOME:-$HOME/.cache}/qsparse_moe" "/var/tmp/qsparse_moe-$UID"; do
+        if [[ "$folder" != *[[:space:]]* ]] && mkdir -p -- "$folder" && ln -sfn -- "$repository" "$folder/$name"; then
+            echo "$folder/$name/.venv"
+            return
+        fi
+    done
+    fail "$repository has a space in its path, and no link without one can be written to $folder:" \
+        "move the repository, or name a folder that can be written: XDG_CACHE_HOME=/path bash $0"
+}
+
 # What was asked for, and where it stands: an editable install knows its folder by its full path.
 wanted_stamp() {
     "$1" -c 'if True:
@@ -58,6 +74,8 @@ set_up() {
     local base stamp written=""
     base="$(find_python)"
     CXX="$(find_compiler)"
+    environment="$(environment_path)"
+    python="$environment/bin/python"
     stamp="$(wanted_stamp "$base")"
     if [[ -f "$environment/made-for.txt" ]]; then
         written="$(<"$environment/made-for.txt")"

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig
 from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites
 from qsparse_moe.errors import ConfigError
@@ -20,6 +20,13 @@ def num_kept(sparsity: float, num_features: int) -> int:
     Halves round to the even neighbour, as Python's ``round`` does.
     """
     return max(1, round((1.0 - sparsity) * num_features))
+
+
+def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) -> int:
+    """K of a site with ``num_features``: of the whole row, or under block selection the sum over its groups."""
+    if settings.selection == "topk":
+        return num_kept(sparsity, num_features)
+    return num_kept(sparsity, settings.group_size) * (num_features // settings.group_size)
 
 
 @dataclass(frozen=True)

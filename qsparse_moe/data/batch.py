@@ -1,0 +1,54 @@
+"""The batch that the model sees, made from packed rows.
+
+Letters: B rows, S tokens a row. A packed row holds S + 1 tokens: inputs and labels are that row, shifted by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED_LABEL = -100
+"""The label that no loss counts."""
+
+
+class Batch(NamedTuple):
+    """Rows of tokens with their labels: int64 on the CPU."""
+
+    tokens_BS: Tensor
+    """Inputs."""
+    labels_BS: Tensor
+    """The token that follows each input; -100 is ignored."""
+    positions_BS: Tensor
+    """From 0 in every row and in every document; they run on when attention crosses documents."""
+    documents_BS: Tensor | None
+    """Running index of the document inside the row, from 0; None: attention may cross documents."""
+
+
+def make_batch(rows: np.ndarray[Any, Any], *, document_token: int, attend_across_documents: bool) -> Batch:
+    """Split packed rows into inputs and labels and find the documents in them.
+
+    A row that begins in the middle of a document counts its positions from 0 there.
+
+    Args:
+        rows: ``(B, S + 1)`` token ids of any integer type.
+        document_token: the token that begins every document.
+        attend_across_documents: leave the documents unmarked.
+    """
+    tokens = rows[:, :-1].astype(np.int64)
+    labels = rows[:, 1:].astype(np.int64)
+    columns = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    if attend_across_documents:
+        return Batch(_tensor(tokens), _tensor(labels), _tensor(columns), None)
+    begins = tokens == document_token
+    positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    documents = np.cumsum(begins, axis=1) - begins[:, :1]
+    return Batch(_tensor(tokens), _tensor(labels), _tensor(positions), _tensor(documents))
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    # A copy where the array is a read-only or strided view: torch must not share memory with a mapped file.
+    return torch.from_numpy(np.require(array, np.int64, ["C", "W", "O"]))

@@ -1,0 +1,155 @@
+"""From ``data`` in the config to the batches of one rank: the way in to this room."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qsparse_moe.config.rules import check_world_size
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import IGNORED_LABEL, Batch
+from qsparse_moe.data.packing import Array
+from qsparse_moe.data.rows import RowTable, train_rows
+from qsparse_moe.data.token_data import TokenData, fingerprint_of
+from qsparse_moe.errors import DataError
+
+State = dict[str, Any]
+
+
+class TrainLoader:
+    """The training batches of one rank.
+
+    Table mode: a step's rows are a pure function of (seed, step, rank), so any step can be asked for, and a state fits
+    any number of ranks. Streaming mode: steps come in order, and a state belongs to one rank of one number of ranks.
+
+    Raises:
+        ConfigError: the global batch does not divide over the ranks and their micro-batches.
+    """
+
+    def __init__(self, config: RunConfig, data: TokenData, rank: int, world_size: int) -> None:
+        check_world_size(config, world_size)
+        training = config.training
+        self._data, self._rank, self._world_size = data, rank, world_size
+        self._global_batch_size, self._micro_batch_size = training.global_batch_size, training.micro_batch_size
+        self._seed, self._shuffle = training.seed, config.data.shuffle
+        self._stream = data.open_stream(
+            rank=rank, world_size=world_size, seed=training.seed if config.data.shuffle else None
+        )
+        self._step = 0
+        self._parts = data.parts | {
+            "data.shuffle": str(self._shuffle),
+            "training.global_batch_size": str(self._global_batch_size),
+            "training.seed": str(self._seed),
+        }
+
+    def batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of ``step``, counted from 0: rows r·G/R up to (r + 1)·G/R of the global batch."""
+        rows = self._table_rows(step) if self._stream is None else self._stream_rows(step)
+        self._step = step + 1
+        size = self._micro_batch_size
+        return [self._data.validation.batch(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+
+    def _table_rows(self, step: int) -> Array:
+        table = self._data.train
+        rows = train_rows(
+            step,
+            num_rows=len(table),
+            global_batch_size=self._global_batch_size,
+            seed=self._seed,
+            shuffle=self._shuffle,
+        )
+        share = len(rows) // self._world_size
+        return table.tokens(rows[self._rank * share : (self._rank + 1) * share])
+
+    def _stream_rows(self, step: int) -> Array:
+        assert self._stream is not None and step == self._step, f"a stream gives step {self._step} next, not {step}"
+        return self._stream.take(self._global_batch_size // self._world_size)
+
+    def state_dict(self) -> State:
+        """The next step and the fingerprint of the data, and in streaming mode where this rank's stream stands.
+
+        JSON-able. ``combine_states`` makes the states of all ranks into the one that a checkpoint keeps.
+        """
+        state: State = {"step": self._step, "fingerprint": fingerprint_of(self._parts), "parts": self._parts}
+        if self._stream is not None:
+            stream = {"rank": self._rank, "state": self._stream.state_dict()}
+            state |= {"world_size": self._world_size, "streams": [stream]}
+        return state
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after the step of ``state``, a combined state or that of the only rank.
+
+        Raises:
+            DataError: the data, its order or (streaming) the number of ranks is another.
+        """
+        _check_same_data(state["parts"], self._parts)
+        if self._stream is not None:
+            self._stream.load_state_dict(self._stream_state(state))
+        self._step = state["step"]
+
+    def _stream_state(self, state: State) -> State:
+        if state["world_size"] != self._world_size:
+            raise DataError(
+                f"the checkpoint was made by {state['world_size']} ranks and this run has {self._world_size}, and "
+                "streams (data.mode=streaming) resume on the same number only, because each rank stands somewhere "
+                f"else in its own part of the text; start {state['world_size']} ranks, or train with data.mode=table"
+            )
+        found: list[State] = [stream["state"] for stream in state["streams"] if stream["rank"] == self._rank]
+        assert len(found) == 1, "combine_states joins the states of all ranks before a checkpoint keeps them"
+        return found[0]
+
+
+def combine_states(states: Sequence[State]) -> State:
+    """The state that a checkpoint keeps, from the ``state_dict`` of every rank; JSON-able.
+
+    In table mode they are all the same, and the first is enough.
+    """
+    combined = dict(states[0])
+    if "streams" in combined:
+        combined["streams"] = [stream for state in states for stream in state["streams"]]
+    return combined
+
+
+def _check_same_data(saved: dict[str, str], now: dict[str, str]) -> None:
+    names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+    if names:
+        changes = "; ".join(f"{name}: was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in names)
+        raise DataError(
+            f"the data of this run is not the checkpoint's ({changes}), and a run resumes only on the same rows in the "
+            "same order; restore what changed, or start a new run under another training.name"
+        )
+
+
+def evaluation_batches(
+    data: TokenData, *, num_rows: int, micro_batch_size: int, rank: int, world_size: int
+) -> list[Batch]:
+    """One rank's part of ``num_rows`` validation rows, spread evenly over all of them; fewer where there are fewer.
+
+    The rows are the same in every layout: over all ranks each occurs once. Every rank gets the same number of full
+    batches; missing rows are filled up with rows whose labels are all -100, so a whole batch may have no label that
+    counts.
+    """
+    table, indices = data.evaluation_rows(num_rows)
+    share = math.ceil(len(indices) / (micro_batch_size * world_size)) * micro_batch_size
+    mine = indices[rank * share : (rank + 1) * share]
+    rows = _filled_up(table, mine, share)
+    batches = [table.batch(rows[begin : begin + micro_batch_size]) for begin in range(0, share, micro_batch_size)]
+    for begin, batch in zip(range(0, share, micro_batch_size), batches, strict=True):
+        batch.labels_BS[max(0, len(mine) - begin) :] = IGNORED_LABEL
+    return batches
+
+
+def _filled_up(table: RowTable, indices: Array, num_rows: int) -> Array:
+    rows = np.full((num_rows, table.sequence_length + 1), table.document_token, np.int64)
+    if len(indices):
+        rows[: len(indices)] = table.tokens(indices)
+    return rows
+
+
+def evaluation_num_bytes(data: TokenData, num_rows: int) -> int:
+    """Bytes of text that the labels of those validation rows stand for, over all ranks: for bits per byte."""
+    table, indices = data.evaluation_rows(num_rows)
+    return table.num_bytes(indices)

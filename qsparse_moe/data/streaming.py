@@ -1,0 +1,253 @@
+"""Tokenise while training: every rank reads its own part of each source, endlessly, and resumes exactly.
+
+Three parts, each with a JSON-able state: the stream of one source, the mixture of sources, and the rows packed from it.
+Only files are shuffled (shards): rows inside a shuffle buffer are lost or doubled when an iterable data set resumes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qsparse_moe.data.packing import Array, Document, Packer, Rows, is_validation, text_digest
+from qsparse_moe.data.rows import RowTable
+from qsparse_moe.data.sources import OpenSource
+from qsparse_moe.data.table import Packing, SideTable, count_bytes, too_little_validation
+from qsparse_moe.data.tokenizer import TextTokenizer
+from qsparse_moe.errors import DataError
+
+State = dict[str, Any]
+
+
+class SourceStream:
+    """The training documents of one source that belong to one rank, pass after pass.
+
+    Ranks share the files where their number divides evenly, else each takes every R-th document.
+    """
+
+    def __init__(
+        self, source: OpenSource, *, validation_fraction: float, rank: int, world_size: int, seed: int | None
+    ) -> None:
+        self._source = source
+        self._validation_fraction = validation_fraction
+        self._rank, self._world_size = rank, world_size
+        self._seed = seed
+        self._begin({"epoch": 0, "given": 0, "stream": None})
+
+    def next_text(self) -> str | None:
+        """The next document, or None once at the end of every pass.
+
+        Raises:
+            DataError: a whole pass holds no training document.
+        """
+        for text in self._texts:
+            self._started = True
+            if not is_validation(text_digest(text.encode("utf-8")), self._validation_fraction):
+                self._given += 1
+                return text
+        if not self._given:
+            raise DataError(
+                f"{self._source.setting} holds no training document for rank {self._rank} of {self._world_size}, and "
+                "every rank needs one when data.mode is streaming; use fewer ranks, more documents or data.mode=table"
+            )
+        self._begin({"epoch": self._epoch + 1, "given": 0, "stream": None})
+        return None
+
+    def state_dict(self) -> State:
+        """Where the stream stands, after the last document that it gave."""
+        stream = self._dataset.state_dict() if self._started else self._resumed
+        return {"epoch": self._epoch, "given": self._given, "stream": stream}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after the document that was the last one when ``state`` was taken."""
+        self._begin(state)
+
+    def _begin(self, state: State) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        self._epoch, self._given, self._resumed = state["epoch"], state["given"], state["stream"]
+        # A new one for every pass: an iterable data set remembers the state that it was last given.
+        self._dataset = split_dataset_by_node(self._source.dataset, rank=self._rank, world_size=self._world_size)
+        self._dataset.set_epoch(self._order())
+        if self._resumed is not None:
+            self._dataset.load_state_dict(self._resumed)
+        self._started = False
+        self._texts: Iterator[str] = self._source.texts(self._dataset)
+
+    def _order(self) -> int:
+        """datasets takes files in their own order in epoch 0, and in a random one seeded by the epoch in all others."""
+        if self._seed is None:
+            return 0
+        # The same on every rank, or the ranks would not agree on whose files are whose.
+        word = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64)[0]
+        return 1 + (int(word) >> 2)
+
+
+class MixedStream:
+    """Documents of all sources in turn.
+
+    The next document comes from the source that has given the fewest tokens for its weight (the first of those that
+    are equal), so that shares of tokens follow the weights. When all weights are 1, a source that has ended waits
+    until all have, and everything is read once a pass; otherwise it starts over at once.
+    """
+
+    def __init__(self, streams: Sequence[SourceStream], weights: Sequence[float], tokenizer: TextTokenizer) -> None:
+        self._streams, self._weights, self._tokenizer = streams, weights, tokenizer
+        self._once = all(weight == 1 for weight in weights)
+        self._tokens = [0] * len(streams)
+        self._ended = [False] * len(streams)
+
+    def next_document(self) -> Document:
+        """The next document, tokenised; the stream never ends."""
+        while True:
+            index = self._choose()
+            text = self._streams[index].next_text()
+            if text is not None:
+                document = self._tokenizer.tokenize([text])[0]
+                self._tokens[index] += len(document.tokens)
+                return document
+            self._end(index)
+
+    def _choose(self) -> int:
+        waiting = [i for i, ended in enumerate(self._ended) if not ended]
+        return min(waiting, key=lambda i: (self._tokens[i] / self._weights[i], i))
+
+    def _end(self, index: int) -> None:
+        if not self._once:
+            return
+        self._ended[index] = True
+        if all(self._ended):
+            self._ended = [False] * len(self._streams)
+            self._tokens = [0] * len(self._streams)
+
+    def state_dict(self) -> State:
+        """Where every source stands and what it has given."""
+        return {
+            "tokens": list(self._tokens),
+            "ended": list(self._ended),
+            "sources": [stream.state_dict() for stream in self._streams],
+        }
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after the document that was the last one when ``state`` was taken."""
+        self._tokens, self._ended = list(state["tokens"]), list(state["ended"])
+        for stream, stream_state in zip(self._streams, state["sources"], strict=True):
+            stream.load_state_dict(stream_state)
+
+
+class RowStream:
+    """Rows packed from a mixture, one after another.
+
+    The state does not hold the document that is being cut into rows, which may be long: it holds where the mixture
+    stood before it, the tokens that waited then (at most S), and how many rows have been taken since.
+    """
+
+    def __init__(self, mixture: MixedStream, sequence_length: int) -> None:
+        self._mixture = mixture
+        self._packer = Packer(sequence_length)
+        self._before: State = {"mixture": mixture.state_dict(), "packer": self._packer.state_dict()}
+        self._rows: Array = np.zeros((0, sequence_length + 1), np.int32)
+        self._taken = 0
+
+    def take(self, num_rows: int) -> Array:
+        """The next ``(num_rows, S + 1)`` rows."""
+        return np.stack([self._next_row() for _ in range(num_rows)])
+
+    def _next_row(self) -> Array:
+        while self._taken == len(self._rows):
+            self._pull()
+        self._taken += 1
+        row: Array = self._rows[self._taken - 1]
+        return row
+
+    def _pull(self) -> None:
+        self._before = {"mixture": self._mixture.state_dict(), "packer": self._packer.state_dict()}
+        self._rows = self._packer.add([self._mixture.next_document()]).tokens
+        self._taken = 0
+
+    def state_dict(self) -> State:
+        """Where the rows stand, after the last one that was taken."""
+        return {**self._before, "taken": self._taken}
+
+    def load_state_dict(self, state: State) -> None:
+        """Go on after the row that was the last one when ``state`` was taken."""
+        self._mixture.load_state_dict(state["mixture"])
+        self._packer.load_state_dict(state["packer"])
+        self._rows, self._taken = self._rows[:0], 0
+        if state["taken"]:
+            self._pull()
+            self._taken = state["taken"]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """All sources of a run in streaming mode."""
+
+    sources: tuple[OpenSource, ...]
+    weights: tuple[float, ...]
+    packing: Packing
+    attend_across_documents: bool
+
+    def train(self, *, rank: int, world_size: int, seed: int | None) -> RowStream:
+        """One rank's train rows from the beginning.
+
+        ``seed`` puts the files into a new order in every pass; None leaves them in their own.
+        """
+        fraction = self.packing.validation_fraction
+        streams = [
+            SourceStream(source, validation_fraction=fraction, rank=rank, world_size=world_size, seed=seed)
+            for source in self.sources
+        ]
+        return RowStream(MixedStream(streams, self.weights, self.packing.tokenizer), self.packing.sequence_length)
+
+    def validation(self, num_rows: int) -> Validation:
+        """At least ``num_rows`` validation rows, as many from each source; fewer where a source ends before.
+
+        Always the same ones: the first of each source, whatever the ranks and the seed.
+
+        Raises:
+            DataError: the held-out documents do not fill one row.
+        """
+        share = -(-num_rows // len(self.sources))
+        gathered = [_gather(source, self.packing, share) for source in self.sources]
+        if not any(len(found) for found, _ in gathered):
+            raise too_little_validation(self.sources, self.packing)
+        table = RowTable(
+            [found for found, _ in gathered],
+            [1.0] * len(gathered),
+            document_token=self.packing.tokenizer.document_token,
+            attend_across_documents=self.attend_across_documents,
+        )
+        return Validation(table, np.sum([counts for _, counts in gathered], axis=0))
+
+
+class Validation(NamedTuple):
+    """What was read to gather validation rows."""
+
+    table: RowTable
+    """The validation rows."""
+    train_byte_counts: Array
+    """``(256,)`` how often each byte value occurs in the train text that was passed on the way."""
+
+
+def _gather(source: OpenSource, packing: Packing, num_rows: int) -> tuple[SideTable, Array]:
+    """Read a source from its beginning until its held-out documents fill ``num_rows`` rows, or to its end."""
+    packer = Packer(packing.sequence_length)
+    found: list[Rows] = [packer.add([])]
+    num_found = 0
+    counts = {False: np.zeros(256, np.int64), True: np.zeros(256, np.int64)}
+    for text in source.texts():
+        encoded = text.encode("utf-8")
+        held_out = is_validation(text_digest(encoded), packing.validation_fraction)
+        counts[held_out] += count_bytes([encoded])
+        if held_out:
+            found.append(packer.add(packing.tokenizer.tokenize([text])))
+            num_found += len(found[-1].tokens)
+            if num_found >= num_rows:
+                break
+    tokens = np.concatenate([rows.tokens for rows in found])[:num_rows]
+    num_bytes = np.concatenate([rows.num_bytes for rows in found])[:num_rows]
+    return SideTable((tokens,), num_bytes, counts[True]), counts[False]

@@ -1,0 +1,250 @@
+"""One source, tokenised and packed once into memory-mapped Arrow tables: one of train rows, one of validation rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from qsparse_moe.data.cache import build_once
+from qsparse_moe.data.packing import PACKING_VERSION, Array, Packer, Rows, is_validation, text_digest
+from qsparse_moe.data.sources import OpenSource
+from qsparse_moe.data.tokenizer import TextTokenizer
+from qsparse_moe.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[str, int, int | None], None]
+"""Called while tables are built: the source, bytes of text done, bytes in all where known."""
+
+Side = Literal["train", "validation"]
+SIDES: tuple[Side, ...] = ("train", "validation")
+
+# Text tokenised at once: enough for a tokenizer's threads and for long record batches, little beside a process.
+_CHUNK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Everything beside the text that rows depend on."""
+
+    tokenizer: TextTokenizer
+    sequence_length: int
+    """S, tokens a row."""
+    validation_fraction: float
+    """Share of the documents held out."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able and equal when the same text gives the same rows."""
+        return {
+            "version": PACKING_VERSION,
+            "tokenizer": self.tokenizer.fingerprint,
+            "sequence_length": self.sequence_length,
+            "validation_fraction": self.validation_fraction,
+        }
+
+
+@dataclass(frozen=True)
+class SideTable:
+    """The rows of one side of one source."""
+
+    chunks: tuple[Array, ...]
+    """``(n, S + 1)`` token ids each, views of the mapped file."""
+    num_bytes: Array
+    """``(R,)`` bytes of text that each row's labels stand for."""
+    byte_counts: Array
+    """``(256,)`` how often each byte value occurs in the side's text."""
+
+    def __len__(self) -> int:
+        return len(self.num_bytes)
+
+
+@dataclass(frozen=True)
+class SourceTable:
+    """Both sides of one source."""
+
+    train: SideTable
+    validation: SideTable
+    digest: str
+    """Of all texts in order: the same data in another place or with other times has the same one."""
+
+
+def load_source_table(
+    source: OpenSource,
+    packing: Packing,
+    cache_dir: Path,
+    *,
+    max_bytes: int | None = None,
+    progress: Progress | None = None,
+) -> SourceTable:
+    """The table of a source, built first where there is none for exactly this text and packing.
+
+    Raises:
+        DataError: the source cannot be read, the cache cannot be written, or a table in it is damaged.
+    """
+    key = {"packing": packing.describe(), "source": source.identity, "max_bytes": max_bytes}
+    folder = cache_dir / "tables" / _key(key)
+    build_once(folder, lambda partial: _build(source, packing, partial, max_bytes, progress))
+    try:
+        return _open(folder, packing.sequence_length)
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(
+            f"data.cache_dir: the table of {source.setting} in {folder} is damaged ({type(error).__name__}: {error}), "
+            "and its files must be as they were written; remove that folder, and it is built again"
+        ) from error
+
+
+def _key(description: dict[str, Any]) -> str:
+    text = json.dumps(description, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+
+
+def _build(
+    source: OpenSource, packing: Packing, folder: Path, max_bytes: int | None, progress: Progress | None
+) -> None:
+    began = time.monotonic()
+    writers = {side: _SideWriter(folder, side, packing) for side in SIDES}
+    digest = hashlib.blake2b(digest_size=16)
+    total = _smaller(source.num_bytes, max_bytes)
+    done = 0
+    for texts in _chunks(_up_to(source.texts(), max_bytes)):
+        encoded = [text.encode("utf-8") for text in texts]
+        digests = [text_digest(text) for text in encoded]
+        for side in SIDES:
+            held_out = side == "validation"
+            chosen = [i for i, d in enumerate(digests) if is_validation(d, packing.validation_fraction) == held_out]
+            writers[side].add([texts[i] for i in chosen], [encoded[i] for i in chosen])
+        digest.update(b"".join(digests))
+        done += sum(map(len, encoded))
+        if progress is not None:
+            progress(source.setting, done, total)
+    summary = {side: writer.close() for side, writer in writers.items()} | {"digest": digest.hexdigest()}
+    (folder / "table.json").write_text(json.dumps(summary), encoding="utf-8")
+    rows = ", ".join(f"{writer.num_rows} {side}" for side, writer in writers.items())
+    logger.info("%s: %d bytes packed into %s rows in %.1f s", source.setting, done, rows, time.monotonic() - began)
+
+
+def _smaller(size: int | None, limit: int | None) -> int | None:
+    known = [value for value in (size, limit) if value is not None]
+    return min(known) if size is not None else None
+
+
+def _up_to(texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
+    """The texts until ``max_bytes`` of UTF-8; the last one is cut between two characters."""
+    left = max_bytes
+    for text in texts:
+        if left is None:
+            yield text
+            continue
+        encoded = text.encode("utf-8")
+        if len(encoded) >= left:
+            if cut := encoded[:left].decode("utf-8", errors="ignore"):
+                yield cut
+            return
+        left -= len(encoded)
+        yield text
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    chunk: list[str] = []
+    size = 0
+    for text in texts:
+        chunk.append(text)
+        size += len(text)
+        if size >= _CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _SideWriter:
+    """Writes the rows of one side to an Arrow file, which ``datasets`` maps."""
+
+    def __init__(self, folder: Path, side: Side, packing: Packing) -> None:
+        from datasets import Features, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        self._packing = packing
+        self._packer = Packer(packing.sequence_length)
+        # Half the disk and page cache for every vocabulary of up to 65536 tokens.
+        self._dtype = np.dtype(np.uint16 if packing.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        tokens = List(Value(self._dtype.name), length=packing.sequence_length + 1)
+        features = Features({"tokens": tokens, "num_bytes": Value("int64")})
+        self._schema = features.arrow_schema
+        self._writer = ArrowWriter(path=str(folder / f"{side}.arrow"), features=features)
+        self._byte_counts = np.zeros(256, np.int64)
+        self.num_rows = 0
+
+    def add(self, texts: Sequence[str], encoded: Sequence[bytes]) -> None:
+        """Write every row that is full after these documents."""
+        rows = self._packer.add(self._packing.tokenizer.tokenize(texts) if texts else [])
+        self._byte_counts += count_bytes(encoded)
+        if len(rows.tokens):
+            self._write(rows)
+
+    def _write(self, rows: Rows) -> None:
+        import pyarrow as pa
+
+        flat = pa.array(np.ascontiguousarray(rows.tokens, self._dtype).reshape(-1))
+        tokens = pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("tokens").type)
+        table = pa.Table.from_arrays([tokens, pa.array(rows.num_bytes)], schema=self._schema)
+        self._writer.write_table(table, writer_batch_size=len(rows.tokens))
+        self.num_rows += len(rows.tokens)
+
+    def close(self) -> dict[str, Any]:
+        """End the file; what the table's summary says of this side."""
+        self._writer.finalize()
+        return {"num_rows": self.num_rows, "byte_counts": self._byte_counts.tolist()}
+
+
+def count_bytes(texts: Sequence[bytes]) -> Array:
+    """``(256,)`` how often each byte value occurs."""
+    return np.bincount(np.frombuffer(b"".join(texts), np.uint8), minlength=256)
+
+
+def _open(folder: Path, sequence_length: int) -> SourceTable:
+    summary = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+    train, validation = (_open_side(folder / f"{side}.arrow", summary[side], sequence_length) for side in SIDES)
+    return SourceTable(train, validation, summary["digest"])
+
+
+def _open_side(path: Path, summary: dict[str, Any], sequence_length: int) -> SideTable:
+    from datasets import Dataset
+
+    data = Dataset.from_file(str(path)).data
+    # Zero-copy views: they keep the mapping alive, and pages are read when rows are.
+    chunks = tuple(
+        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length + 1)
+        for chunk in data.column("tokens").chunks
+    )
+    num_bytes = data.column("num_bytes").to_numpy()
+    if len(num_bytes) != summary["num_rows"] or sum(map(len, chunks)) != summary["num_rows"]:
+        raise ValueError(f"{path.name} holds {len(num_bytes)} rows, not {summary['num_rows']}")
+    return SideTable(chunks, num_bytes, np.array(summary["byte_counts"], np.int64))
+
+
+def too_little_train(source: OpenSource, packing: Packing) -> DataError:
+    """The error for a source whose training documents do not fill one row."""
+    return DataError(
+        f"{source.setting} has too little text for one row of train: the documents that are not held out fill no row "
+        f"of data.sequence_length + 1 = {packing.sequence_length + 1} tokens, and every source must fill one; add "
+        "documents, raise max_bytes where it is set, or shorten data.sequence_length"
+    )
+
+
+def too_little_validation(sources: Sequence[OpenSource], packing: Packing) -> DataError:
+    """The error for sources whose held-out documents together do not fill one row."""
+    return DataError(
+        f"{', '.join(source.setting for source in sources)}: too little text for one row of validation: the documents "
+        f"held out with data.validation_fraction {packing.validation_fraction} fill no row of data.sequence_length + "
+        f"1 = {packing.sequence_length + 1} tokens. A document (a text file, or a row of the others) is never split "
+        "between the sides; add documents, raise data.validation_fraction, or shorten data.sequence_length"
+    )

@@ -1,0 +1,193 @@
+"""All text of a run as rows: read from tables, or from streams."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qsparse_moe.config.schema import DataConfig
+from qsparse_moe.data.packing import Array
+from qsparse_moe.data.rows import RowTable, spread_rows
+from qsparse_moe.data.sources import OpenSource, open_source
+from qsparse_moe.data.streaming import RowStream, Streams
+from qsparse_moe.data.table import (
+    Packing,
+    Progress,
+    SideTable,
+    load_source_table,
+    too_little_train,
+    too_little_validation,
+)
+from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer
+from qsparse_moe.errors import ConfigError
+
+# Validation rows that a stream gathers at the start, before anybody says how many are used.
+_FIRST_STREAM_ROWS = 64
+
+
+class TokenData:
+    """The rows of a run and what they were made of; ``load_data`` makes it."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: TextTokenizer,
+        parts: dict[str, str],
+        train: RowTable | None,
+        validation: RowTable,
+        train_byte_counts: Array,
+        streams: Streams | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.parts = parts
+        """What the rows depend on, by setting, with a digest of each source."""
+        self.validation = validation
+        """Validation rows; in streaming mode a first few of them."""
+        self._train = train
+        self._train_byte_counts = train_byte_counts
+        self._streams = streams
+
+    @property
+    def train(self) -> RowTable:
+        """Train rows, in table mode."""
+        assert self._train is not None, "in streaming mode train rows come from TrainLoader only"
+        return self._train
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the rows do."""
+        return fingerprint_of(self.parts)
+
+    def unigram_bits_per_byte(self) -> float:
+        """Bits per byte of validation text under the byte frequencies of train text, each counted once more.
+
+        What a model must beat to have learnt more than frequencies. In streaming mode the text is what was read while
+        the first validation rows were gathered.
+        """
+        frequencies = (self._train_byte_counts + 1) / (self._train_byte_counts + 1).sum()
+        counts = self.validation.byte_counts
+        return float(-(counts * np.log2(frequencies)).sum() / counts.sum())
+
+    def evaluation_rows(self, num_rows: int) -> tuple[RowTable, Array]:
+        """A table, and the indices in it of ``num_rows`` validation rows spread evenly over it.
+
+        Fewer where there are fewer; always the same for the same number.
+        """
+        table = self.validation
+        if self._streams is not None and num_rows != _FIRST_STREAM_ROWS:
+            table = self._streams.validation(num_rows).table
+        return table, spread_rows(num_rows, len(table))
+
+    def open_stream(self, *, rank: int, world_size: int, seed: int | None) -> RowStream | None:
+        """One rank's train rows from the beginning in streaming mode; None in table mode."""
+        if self._streams is None:
+            return None
+        return self._streams.train(rank=rank, world_size=world_size, seed=seed)
+
+
+def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenData:
+    """Open the data of a run; in table mode, tokenise and pack what the cache does not hold yet.
+
+    Every rank may call it: one process builds, the others wait.
+
+    Args:
+        config: the ``data`` section.
+        progress: called while a table is built, in the process that builds it.
+
+    Raises:
+        DataError: a source, the tokenizer or the cache cannot be used, or there is too little text for one row.
+        ConfigError: a setting does not go with the mode.
+    """
+    _check_mode(config)
+    packing = Packing(load_tokenizer(config.tokenizer), config.sequence_length, config.validation_fraction)
+    sources = tuple(open_source(source, index) for index, source in enumerate(config.sources))
+    if config.mode == "streaming":
+        return _load_streams(config, sources, packing)
+    return _load_tables(config, sources, packing, progress)
+
+
+def fingerprint_of(parts: dict[str, str]) -> str:
+    """One digest of everything that rows depend on."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode("utf-8"), digest_size=16).hexdigest()
+
+
+def _check_mode(config: DataConfig) -> None:
+    if config.shuffle_buffer:
+        raise ConfigError(
+            f"data.shuffle_buffer ({config.shuffle_buffer}) must be 0: rows inside the buffer are lost or doubled when "
+            "a run resumes; data.shuffle=true shuffles exactly"
+        )
+    for index, source in enumerate(config.sources):
+        if config.mode == "streaming" and source.max_bytes is not None:
+            raise ConfigError(
+                f"data.sources.{index}.max_bytes ({source.max_bytes}) must be null when data.mode is streaming, where "
+                "every rank reads its own part of a source in its own order; name fewer files, or use data.mode=table"
+            )
+
+
+def _load_tables(
+    config: DataConfig, sources: Sequence[OpenSource], packing: Packing, progress: Progress | None
+) -> TokenData:
+    cache_dir = Path(config.cache_dir).expanduser()
+    tables = [
+        load_source_table(source, packing, cache_dir, max_bytes=settings.max_bytes, progress=progress)
+        for source, settings in zip(sources, config.sources, strict=True)
+    ]
+    for source, table in zip(sources, tables, strict=True):
+        if not len(table.train):
+            raise too_little_train(source, packing)
+    if not any(len(table.validation) for table in tables):
+        raise too_little_validation(sources, packing)
+    train = _mixed(config, packing, [table.train for table in tables])
+    return TokenData(
+        tokenizer=packing.tokenizer,
+        parts=_parts(config, packing, [table.digest for table in tables]),
+        train=train,
+        validation=_mixed(config, packing, [table.validation for table in tables]),
+        train_byte_counts=train.byte_counts,
+    )
+
+
+def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) -> RowTable:
+    return RowTable(
+        tables,
+        [source.weight for source in config.sources],
+        document_token=packing.tokenizer.document_token,
+        attend_across_documents=config.attend_across_documents,
+    )
+
+
+def _load_streams(config: DataConfig, sources: tuple[OpenSource, ...], packing: Packing) -> TokenData:
+    weights = tuple(source.weight for source in config.sources)
+    streams = Streams(sources, weights, packing, config.attend_across_documents)
+    first = streams.validation(_FIRST_STREAM_ROWS)
+    return TokenData(
+        tokenizer=packing.tokenizer,
+        parts=_parts(config, packing, [_identity_digest(source) for source in sources]),
+        train=None,
+        validation=first.table,
+        train_byte_counts=first.train_byte_counts,
+        streams=streams,
+    )
+
+
+def _parts(config: DataConfig, packing: Packing, digests: Sequence[str]) -> dict[str, str]:
+    parts = {
+        "data.mode": config.mode,
+        "data.sequence_length": str(config.sequence_length),
+        "data.tokenizer": packing.tokenizer.fingerprint,
+        "data.validation_fraction": str(config.validation_fraction),
+    }
+    for index, (source, digest) in enumerate(zip(config.sources, digests, strict=True)):
+        parts |= {f"data.sources.{index}": digest, f"data.sources.{index}.weight": str(source.weight)}
+    return parts
+
+
+def _identity_digest(source: OpenSource) -> str:
+    """Of a stream nobody has read the text, so its files must do: their names, sizes and times."""
+    identity = json.dumps(source.identity, sort_keys=True)
+    return hashlib.blake2b(identity.encode("utf-8"), digest_size=16).hexdigest()

@@ -1,0 +1,236 @@
+"""Text to token ids and back: plain bytes, or any Hugging Face tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.data.packing import Array, Document
+from qsparse_moe.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+
+_NUM_BYTE_VALUES = 256
+
+
+class TextTokenizer(Protocol):
+    """What the data room and generation need of a tokenizer."""
+
+    vocab_size: int
+    """One more than the largest id."""
+    document_token: int
+    """Begins every document, and so ends the one before; never the result of encoding text."""
+    fingerprint: str
+    """Changes whenever some text would be encoded differently."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone, without the document token."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; the document token and ids that stand for no text are left out."""
+
+    def tokenize(self, texts: Sequence[str]) -> list[Document]:
+        """The documents of the texts, each with its document token and the bytes that its tokens stand for."""
+
+
+class ByteTokenizer:
+    """The 256 byte values of UTF-8 and the document token 256."""
+
+    vocab_size = _NUM_BYTE_VALUES + 1
+    document_token = _NUM_BYTE_VALUES
+    fingerprint = "bytes"
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of the text."""
+        return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the bytes; what is no UTF-8 becomes U+FFFD, and ids from 256 on are left out."""
+        return bytes(i for i in ids if 0 <= i < _NUM_BYTE_VALUES).decode("utf-8", errors="replace")
+
+    def tokenize(self, texts: Sequence[str]) -> list[Document]:
+        """One token a byte."""
+        return [self._document(text.encode("utf-8")) for text in texts]
+
+    def _document(self, text: bytes) -> Document:
+        tokens = np.empty(len(text) + 1, np.int32)
+        tokens[0] = self.document_token
+        tokens[1:] = np.frombuffer(text, np.uint8)
+        num_bytes = np.ones(len(tokens), np.int32)
+        num_bytes[0] = 0
+        return Document(tokens, num_bytes)
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json``; its end-of-sequence token is the document token, or else its begin-of-sequence token.
+
+    Special tokens are never parsed out of text: a document that spells one is encoded as the characters that it has.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, document_spelling: str, name: str) -> None:
+        document_token = tokenizer.token_to_id(document_spelling)
+        if document_token is None:
+            raise DataError(
+                f"data.tokenizer ({name}): its document token {document_spelling!r} is not in its vocabulary, and it "
+                "must have an id; mend eos_token in tokenizer_config.json, or choose another tokenizer"
+            )
+        self.document_token: int = document_token
+        self.fingerprint = _digest(f"{tokenizer.to_str()}\n{document_token}")
+        # Ids may have gaps, so the number of entries is not enough.
+        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        # A tokenizer.json may cut or pad every text, and parses special tokens out of it by default.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        tokenizer.encode_special_tokens = True
+        self._tokenizer = tokenizer
+        self._spelling = document_spelling
+        self._name = name
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone."""
+        ids: list[int] = self.tokenize([text])[0].tokens[1:].tolist()
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids without special tokens; ids that the tokenizer does not have are left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def tokenize(self, texts: Sequence[str]) -> list[Document]:
+        """Encoded together, on all cores that the ``tokenizers`` library is allowed.
+
+        Raises:
+            DataError: ordinary text gives the document token.
+        """
+        encodings = self._encode(texts)
+        return [self._document(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+    def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+
+    def _document(self, text: str, encoding: Encoding) -> Document:
+        parts = [_ids_and_bytes(text, encoding)]
+        if self.document_token in encoding.ids:
+            pieces = self._cut_spellings(text)
+            parts = [_ids_and_bytes(*pair) for pair in zip(pieces, self._encode(pieces), strict=True)]
+        tokens = np.concatenate([[self.document_token], *(ids for ids, _ in parts)]).astype(np.int32)
+        if (tokens[1:] == self.document_token).any():
+            raise DataError(
+                f"data.tokenizer ({self._name}) encodes ordinary text as its document token {self._spelling!r} "
+                f"({text[:40]!r}), which must mark documents only; choose a tokenizer whose eos_token is no other token"
+            )
+        return Document(tokens, np.concatenate([[0], *(num_bytes for _, num_bytes in parts)]).astype(np.int32))
+
+    def _cut_spellings(self, text: str) -> list[str]:
+        """The text in pieces cut inside every spelling of the document token.
+
+        Needed where the vocabulary holds the spelling as an ordinary word and so finds it in text.
+        """
+        first, rest = self._spelling[:1], self._spelling[1:]
+        pieces = text.split(self._spelling)
+        last = len(pieces) - 1
+        return [f"{rest if i else ''}{piece}{first if i < last else ''}" for i, piece in enumerate(pieces)]
+
+
+def load_tokenizer(name: str) -> TextTokenizer:
+    """The tokenizer of ``data.tokenizer``: ``bytes``, a folder with a ``tokenizer.json``, or a name on the hub.
+
+    Raises:
+        DataError: it cannot be found or read, or has neither an end- nor a begin-of-sequence token.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    from tokenizers import Tokenizer
+
+    files = _folder_files(name) if _looks_local(name) else _hub_files(name)
+    try:
+        tokenizer = Tokenizer.from_file(str(files[0]))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise DataError(
+            f"data.tokenizer ({name}): {files[0]} cannot be read: {error}; it must be the tokenizer.json of a "
+            "Hugging Face tokenizer; save it again with save_pretrained"
+        ) from error
+    return HuggingFaceTokenizer(tokenizer, _document_spelling(name, files[1:]), name)
+
+
+def check_vocabulary(config: ModelConfig, tokenizer: TextTokenizer) -> None:
+    """Raise ConfigError unless the model has a row for every token."""
+    if config.vocab_size < tokenizer.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size ({config.vocab_size}) must be at least the tokenizer's ({tokenizer.vocab_size}); "
+            f"set it to {-(-tokenizer.vocab_size // 8) * 8}, the next multiple of 8"
+        )
+
+
+def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
+    """Token ids and the bytes of text that each one newly covers; together they cover the whole text."""
+    ids = np.array(encoding.ids, np.int32)
+    if not len(ids):
+        return ids, ids
+    # Characters up to each token's end. Tokens that are bytes of one character all end behind it: the first counts it.
+    ends = np.maximum.accumulate(np.array(encoding.offsets, np.int64)[:, 1])
+    if not text.isascii():
+        ends = _byte_offsets(text)[ends]
+    ends[-1] = len(text.encode("utf-8"))
+    return ids, np.diff(ends, prepend=0)
+
+
+def _byte_offsets(text: str) -> Array:
+    """``(n + 1,)`` UTF-8 bytes before each character and at the end."""
+    points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
+    return np.concatenate([[0], np.cumsum(lengths)])
+
+
+def _looks_local(name: str) -> bool:
+    return os.path.isdir(os.path.expanduser(name)) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+
+
+def _folder_files(name: str) -> list[Path]:
+    folder = Path(name).expanduser()
+    if not (folder / "tokenizer.json").is_file():
+        raise DataError(
+            f"data.tokenizer ({name}): {folder / 'tokenizer.json'} does not exist; it must be a folder with that file. "
+            "Mend the path, or make the file with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+        )
+    candidates = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    return [folder / "tokenizer.json", *(path for path in candidates if path.is_file())]
+
+
+def _hub_files(name: str) -> list[Path]:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return [Path(hf_hub_download(name, file)) for file in ("tokenizer.json", "tokenizer_config.json")]
+    except Exception as error:  # no such name, no such file, no network, no permission: many types
+        raise DataError(
+            f"data.tokenizer ({name}): cannot be fetched from the hub: {type(error).__name__}: "
+            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; it must be bytes, a folder or a name "
+            "on the hub that has a tokenizer.json. Mend the name, or use a local folder"
+        ) from error
+
+
+def _document_spelling(name: str, files: Sequence[Path]) -> str:
+    settings: dict[str, Any] = {}
+    for file in reversed(files):
+        settings |= json.loads(file.read_text(encoding="utf-8"))
+    for key in ("eos_token", "bos_token"):
+        token = settings.get(key)
+        spelling = token.get("content") if isinstance(token, dict) else token
+        if spelling:
+            return str(spelling)
+    raise DataError(
+        f"data.tokenizer ({name}): has neither eos_token nor bos_token, and one must mark where documents begin; "
+        "set eos_token in tokenizer_config.json to a token of the vocabulary, or choose another tokenizer"
+    )
+
+
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()

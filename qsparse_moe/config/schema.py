@@ -133,6 +133,8 @@ class SparsityConfig(Section):
     """G, features a group when selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
     """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's norm."""
+    backend: Literal["auto", "torch", "native"] = "auto"
+    """torch: stock PyTorch; native: C++ compiled at first use, CPU only; auto: the fastest that runs here."""
     gradient: Literal["ste", "masked"] = "ste"
     """ste: the backward ignores the mask; masked: only kept features receive gradient."""
 

@@ -9,14 +9,15 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.rope import Rotation, rotate
-from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.moe.runtime import Runtime
+from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.stats import Stats
 
 
 class Attention(nn.Module):
     """One sparse input for queries, keys and values, one sparse input for the output projection."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads or config.num_heads
@@ -26,8 +27,8 @@ class Attention(nn.Module):
         self.output = Linear(width, config.hidden_size)
         self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
-        self.input_site = SparseSite(config.hidden_size, config.sparsity)
-        self.output_site = SparseSite(width, config.sparsity)
+        self.input_site = SparseSite(config.hidden_size, config.sparsity, runtime.select_rows)
+        self.output_site = SparseSite(width, config.sparsity, runtime.select_rows)
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, *, with_stats: bool

@@ -12,8 +12,9 @@ from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.layer import MoELayer, site_names
+from qsparse_moe.moe.runtime import Runtime
+from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.sparsity.site import SparseSite
 from qsparse_moe.sparsity.stats import Stats
 
 
@@ -28,15 +29,15 @@ class BlockOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm decoder layer number ``layer``."""
 
-    def __init__(self, config: ModelConfig, layer: int, *, device: torch.device | str) -> None:
+    def __init__(self, config: ModelConfig, layer: int, runtime: Runtime) -> None:
         super().__init__()
         self.layer = layer
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.attention = Attention(config)
+        self.attention = Attention(config, runtime)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         is_dense = layer < config.moe.num_dense_layers
-        self.dense = FeedForward(config, dense_hidden_size(config)) if is_dense else None
-        self.moe = None if is_dense else MoELayer(config, device=device)
+        self.dense = FeedForward(config, dense_hidden_size(config), runtime) if is_dense else None
+        self.moe = None if is_dense else MoELayer(config, runtime)
 
     def forward(
         self, hidden_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, with_stats: bool

@@ -16,6 +16,7 @@ from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.rope import Rotation, rotation_at
+from qsparse_moe.moe.runtime import resolve_runtime
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import stack_layers
 
@@ -47,8 +48,9 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         """Recompute every layer in the backward instead of keeping its activations."""
+        self.runtime = resolve_runtime(config, device)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, device=device) for layer in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:

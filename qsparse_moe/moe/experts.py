@@ -7,24 +7,24 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.activations import ACTIVATIONS
-from qsparse_moe.moe.backends.registry import Matmul
-from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.moe.runtime import Runtime
+from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.stats import Stats
 
 
 class Experts(nn.Module):
-    """E gated feed-forwards as three stacked matrices. It owns the weights; ``matmul`` owns the speed."""
+    """E gated feed-forwards as three stacked matrices. It owns the weights; the runtime's ``matmul`` owns the speed."""
 
-    def __init__(self, config: ModelConfig, matmul: Matmul) -> None:
+    def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
         moe = config.moe
         width, hidden, num_experts = config.hidden_size, moe.expert_hidden_size, moe.num_experts
         self.w_gate = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.w_up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, width))
-        self.hidden_site = SparseSite(hidden, config.sparsity, num_experts=num_experts)
+        self.hidden_site = SparseSite(hidden, config.sparsity, runtime.select_rows, num_experts=num_experts)
         self.activation = ACTIVATIONS[moe.activation]
-        self.matmul = matmul
+        self.matmul = runtime.matmul
 
     def forward(
         self, rows_ND: Tensor, rows_per_expert_E: Tensor, expert_N: Tensor, *, with_stats: bool

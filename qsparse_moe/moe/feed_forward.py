@@ -7,21 +7,22 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.activations import ACTIVATIONS
-from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.moe.runtime import Runtime
+from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.stats import Stats
 
 
 class FeedForward(nn.Module):
     """``down(activation(gate(x), up(x)))`` with a sparse site before gate and up and one before down."""
 
-    def __init__(self, config: ModelConfig, hidden_size: int) -> None:
+    def __init__(self, config: ModelConfig, hidden_size: int, runtime: Runtime) -> None:
         super().__init__()
         width = config.hidden_size
         self.w_gate = nn.Parameter(torch.empty(width, hidden_size))
         self.w_up = nn.Parameter(torch.empty(width, hidden_size))
         self.w_down = nn.Parameter(torch.empty(hidden_size, width))
-        self.input_site = SparseSite(width, config.sparsity)
-        self.hidden_site = SparseSite(hidden_size, config.sparsity)
+        self.input_site = SparseSite(width, config.sparsity, runtime.select_rows)
+        self.hidden_site = SparseSite(hidden_size, config.sparsity, runtime.select_rows)
         self.activation = ACTIVATIONS[config.moe.activation]
 
     def forward(self, x_TD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:

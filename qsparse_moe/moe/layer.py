@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.backends.registry import resolve_backend
-from qsparse_moe.moe.dispatch import combine, permute, plan_dispatch
+from qsparse_moe.moe.dispatch import Dispatch, combine, permute, plan_dispatch
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.losses import load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
-from qsparse_moe.sparsity.site import SparseSite
+from qsparse_moe.moe.runtime import Runtime, resolve_runtime
+from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.stats import Stats
 
 
@@ -37,16 +36,22 @@ class MoELayer(nn.Module):
     experts of a token; otherwise each routed row has its own.
     """
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, runtime: Runtime | None = None) -> None:
+        """``runtime`` None chooses for a CPU; ``build_model`` passes the one that its whole model uses."""
         super().__init__()
+        runtime = runtime or resolve_runtime(config, "cpu")
         moe = config.moe
         self.num_experts = moe.num_experts
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
         self.router = Router(config.hidden_size, moe)
-        self.input_site = SparseSite(config.hidden_size, config.sparsity, num_experts=moe.num_experts)
-        self.experts = Experts(config, resolve_backend(config, torch.device(device)).matmul)
+        self.input_site = SparseSite(
+            config.hidden_size, config.sparsity, runtime.select_rows, num_experts=moe.num_experts
+        )
+        self.experts = Experts(config, runtime)
         self.shared = (
-            FeedForward(config, moe.num_shared_experts * moe.expert_hidden_size) if moe.num_shared_experts else None
+            FeedForward(config, moe.num_shared_experts * moe.expert_hidden_size, runtime)
+            if moe.num_shared_experts
+            else None
         )
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
@@ -69,7 +74,7 @@ class MoELayer(nn.Module):
             y_TD.view_as(x_BSD), self._balance_loss(routing, x_BSD), router_z_loss(routing.logits_TE), stats
         )
 
-    def _gather(self, x_TD: Tensor, dispatch, with_stats: bool) -> tuple[Tensor, Stats]:
+    def _gather(self, x_TD: Tensor, dispatch: Dispatch, with_stats: bool) -> tuple[Tensor, Stats]:
         if self.input_site.uniform_num_kept is not None:
             x_TD, stats = self.input_site(x_TD, with_stats=with_stats)
             return permute(x_TD, dispatch), stats

@@ -73,6 +73,11 @@ def topk_sparsify(
 def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: Gradient = "ste") -> Tensor:
     """``x`` where ``mask`` is true, zero elsewhere, with the gradient and rescale rules of ``topk_sparsify``."""
     kept = _StraightThroughMask.apply(x, mask) if gradient == "ste" else x * mask
+    return rescale_kept(kept, x, rescale)
+
+
+def rescale_kept(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
+    """``kept`` (what is left of ``x``) as it is, over its L2 norm, or with the L2 norm of ``x``; in the dtype of ``x``."""
     if rescale == "none":
         return kept
     scale = _inverse_norm(kept)

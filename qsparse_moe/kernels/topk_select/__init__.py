@@ -1,0 +1,1 @@
+"""Row top-K selection by magnitude: the kept values, and where asked the mask."""

@@ -1,0 +1,84 @@
+"""Top-K selection as an autograd operation over any implementation. N rows, D features, G features of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.kernels import native
+from qsparse_moe.sparsity.topk import topk_mask
+
+SelectRows = Callable[[Tensor, "int | Tensor", bool], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A named implementation of ``select_rows(x, num_kept, with_mask) -> (kept, mask)``.
+
+    ``x`` is ``(*, D)``, ``num_kept`` an int or int64 ``(*)``; ``kept`` is ``x`` with all but the K largest magnitudes of
+    every row zeroed; ``mask`` is bool ``(*, D)``, or of no size where ``with_mask`` is False.
+    """
+
+    name: str
+    select_rows: SelectRows
+    why_not: Callable[[torch.device], str | None]
+
+
+def select_rows_torch(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    """The selection in stock PyTorch, on any device."""
+    mask = topk_mask(x, num_kept)
+    return x * mask, mask
+
+
+def select_rows_native(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
+    """The selection in C++, on a CPU."""
+    native.load()
+    per_row = num_kept.contiguous() if isinstance(num_kept, Tensor) else None
+    return torch.ops.qsparse_moe.topk_select(x.contiguous(), 0 if per_row is not None else num_kept, per_row, with_mask)
+
+
+SELECTIONS: tuple[Selection, ...] = (
+    Selection("native", select_rows_native, native.why_not),
+    Selection("torch", select_rows_torch, lambda device: None),  # noqa: ARG005
+)
+"""Fastest first."""
+
+
+def select(
+    x: Tensor, num_kept: int | Tensor, *, rows: SelectRows, group_size: int | None = None, gradient: str = "ste"
+) -> Tensor:
+    """``topk_sparsify`` without a rescale, computed by ``rows``.
+
+    Args:
+        x: ``(*, D)``.
+        num_kept: K of a row, an int or int64 ``(*)``; with ``group_size`` it is split evenly over the groups.
+        rows: the implementation.
+        group_size: G; every contiguous group of G features keeps its own.
+        gradient: ``ste`` or ``masked``.
+    """
+    masked = gradient == "masked"
+    if group_size is None:
+        return _Select.apply(x, num_kept, rows, masked)
+    num_groups = x.shape[-1] // group_size
+    groups = x.unflatten(-1, (num_groups, group_size))
+    per_group = num_kept // num_groups
+    if isinstance(per_group, Tensor):
+        per_group = per_group[..., None].expand(groups.shape[:-1])
+    return _Select.apply(groups, per_group, rows, masked).flatten(-2)
+
+
+class _Select(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, num_kept: int | Tensor, rows: SelectRows, masked: bool) -> Tensor:
+        kept, mask = rows(x, num_kept, masked)
+        if masked:
+            ctx.save_for_backward(mask)
+        ctx.masked = masked
+        return kept
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return (grad * ctx.saved_tensors[0] if ctx.masked else grad), None, None, None

@@ -1,0 +1,64 @@
+"""What runs the experts and the selections of a model: chosen once, when it is built, and said out loud."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.kernels import native
+from qsparse_moe.kernels.topk_select.op import SELECTIONS, Selection, SelectRows
+from qsparse_moe.moe.backends.registry import BACKENDS, BackendSpec, Matmul
+
+logger = logging.getLogger(__name__)
+Named = TypeVar("Named", BackendSpec, Selection)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The functions that a model's modules call, and the names of the implementations behind them by setting."""
+
+    matmul: Matmul
+    select_rows: SelectRows
+    names: dict[str, str]
+
+
+def resolve_runtime(config: ModelConfig, device: torch.device | str) -> Runtime:
+    """Choose the experts' backend and the selection's for ``device``.
+
+    Raises:
+        BackendUnavailable: one that was asked for by name cannot run here, with the reason.
+    """
+    device = torch.device(device)
+    experts = _choose("model.moe.backend", config.moe.backend, BACKENDS, lambda spec: spec.why_not(config, device))
+    selection = _choose(
+        "model.sparsity.backend", config.sparsity.backend, SELECTIONS, lambda spec: spec.why_not(device)
+    )
+    if selection.name == "native":
+        native.load()
+    return Runtime(
+        experts.matmul,
+        selection.select_rows,
+        {"model.moe.backend": experts.name, "model.sparsity.backend": selection.name},
+    )
+
+
+def _choose(setting: str, requested: str, specs: Sequence[Named], why_not: Callable[[Named], str | None]) -> Named:
+    """The one asked for, or the first that runs here where ``auto`` was. A named one never falls back."""
+    reasons = {}
+    for spec in specs:
+        if requested not in ("auto", spec.name):
+            continue
+        reason = why_not(spec)
+        if reason is None:
+            skipped = "".join(f"; not {name}: {why}" for name, why in reasons.items())
+            logger.info("%s=%s runs as %s%s", setting, requested, spec.name, skipped)
+            return spec
+        reasons[spec.name] = reason
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendUnavailable(f"{setting} ({requested!r}) cannot run here: {why}; auto takes what can")

@@ -1,0 +1,146 @@
+"""Parameters of a model: all, those that a token uses by routing, and those left by routing and Q-Sparse together.
+
+D width, F expert width, H heads, C channels a head, E experts, A experts a token, K kept features, V vocabulary.
+
+A weight matrix behind a site counts ``K / width`` of its rows there: the others meet a zero. The gate, up and down
+matrices count A of E experts. Routers, norms and the head count whole. Of the embedding a token uses the one row that
+it looks up, and a tied head is a matrix that is used but not stored twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import (
+    EXPERT_SITES,
+    dense_hidden_size,
+    head_size,
+    num_kv_heads,
+    shared_hidden_size,
+    site_width,
+)
+from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of the model and how much of it a token uses."""
+
+    name: str
+    """Its key in the state dict."""
+    part: str
+    """embedding, attention, router, experts, shared, dense, norms or head."""
+    stored: int
+    """Elements in a checkpoint."""
+    active: int
+    """Elements that a token uses by routing."""
+    kept: float
+    """Those of the active whose input Q-Sparse keeps; with K differing between experts, at equal load."""
+    is_matrix: bool
+    """Whether a token is multiplied with it: no norm and no embedding."""
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Sums over weights: of the model, or of one part of it."""
+
+    stored: int
+    active: int
+    kept: float
+
+    @classmethod
+    def of(cls, weights: list[Weight]) -> ParameterCount:
+        """The sums over ``weights``."""
+        return cls(sum(w.stored for w in weights), sum(w.active for w in weights), sum(w.kept for w in weights))
+
+
+def count_parameters(config: ModelConfig, plan: SparsityPlan | None = None) -> ParameterCount:
+    """The parameters of the whole model under ``plan`` (None: that of the config)."""
+    return ParameterCount.of(list(model_weights(config, plan)))
+
+
+def count_by_part(config: ModelConfig, plan: SparsityPlan | None = None) -> dict[str, ParameterCount]:
+    """The same, part by part, in the order in which a token meets them; a part that the model lacks is left out."""
+    parts: dict[str, list[Weight]] = {}
+    for weight in model_weights(config, plan):
+        parts.setdefault(weight.part, []).append(weight)
+    return {part: ParameterCount.of(weights) for part, weights in parts.items()}
+
+
+def model_weights(config: ModelConfig, plan: SparsityPlan | None = None) -> Iterator[Weight]:
+    """Every parameter of the model; a tied head is listed with nothing stored."""
+    plan = plan or SparsityPlan.from_config(config)
+    width, table = config.hidden_size, config.vocab_size * config.hidden_size
+    yield Weight("embedding.weight", "embedding", table, width, width, is_matrix=False)
+    for layer in range(config.num_layers):
+        prefix = f"layers.{layer}."
+        yield _norm(f"{prefix}attention_norm.weight", width)
+        yield from _attention(config, plan, layer)
+        yield _norm(f"{prefix}feed_forward_norm.weight", width)
+        yield from _feed_forward(config, plan, layer)
+    yield _norm("final_norm.weight", width)
+    yield Weight("head.weight", "head", 0 if config.tie_embeddings else table, table, table, is_matrix=True)
+
+
+def kept_fraction(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> float:
+    """K / width at a place, the mean over the experts at the experts' sites."""
+    kept = kept_features(config, plan, layer, site)
+    return sum(kept) / len(kept) / site_width(config, site)
+
+
+def kept_features(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> list[int]:
+    """K at a place: one number, or one an expert at the experts' sites."""
+    width = site_width(config, site)
+    experts = range(config.moe.num_experts) if site in EXPERT_SITES else (None,)
+    return [site_num_kept(config.sparsity, plan.sparsity(layer, site, expert), width) for expert in experts]
+
+
+def _norm(name: str, size: int) -> Weight:
+    return Weight(name, "norms", size, size, size, is_matrix=False)
+
+
+def _attention(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[Weight]:
+    prefix, width, channels = f"layers.{layer}.attention.", config.hidden_size, head_size(config)
+    mixed = config.num_heads * channels
+    qkv = width * (mixed + 2 * num_kv_heads(config) * channels)
+    sites: dict[str, tuple[Site, int]] = {
+        "qkv": ("attention_input", qkv),
+        "output": ("attention_output", mixed * width),
+    }
+    for name, (site, size) in sites.items():
+        kept = size * kept_fraction(config, plan, layer, site)
+        yield Weight(f"{prefix}{name}.weight", "attention", size, size, kept, is_matrix=True)
+    if config.qk_norm:
+        yield _norm(f"{prefix}query_norm.weight", channels)
+        yield _norm(f"{prefix}key_norm.weight", channels)
+
+
+def _feed_forward(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[Weight]:
+    if layer < config.moe.num_dense_layers:
+        yield from _gated(config, plan, layer, "dense", dense_hidden_size(config))
+        return
+    moe = config.moe
+    router = moe.num_experts * config.hidden_size
+    yield Weight(f"layers.{layer}.moe.router.weight", "router", router, router, router, is_matrix=True)
+    yield from _gated(config, plan, layer, "experts", moe.expert_hidden_size)
+    if moe.num_shared_experts:
+        yield from _gated(config, plan, layer, "shared", shared_hidden_size(config))
+
+
+_SITES_OF: dict[str, tuple[str, Site, Site]] = {
+    "experts": ("moe.experts", "expert_input", "expert_hidden"),
+    "shared": ("moe.shared", "shared_input", "shared_hidden"),
+    "dense": ("dense", "dense_input", "dense_hidden"),
+}
+
+
+def _gated(config: ModelConfig, plan: SparsityPlan, layer: int, part: str, hidden: int) -> Iterator[Weight]:
+    """Gate, up and down: of every expert stored, of A experts active; of the other parts once."""
+    prefix, input_site, hidden_site = _SITES_OF[part]
+    moe, size = config.moe, config.hidden_size * hidden
+    stored, active = (moe.num_experts, moe.experts_per_token) if part == "experts" else (1, 1)
+    for name, site in (("w_gate", input_site), ("w_up", input_site), ("w_down", hidden_site)):
+        kept = active * size * kept_fraction(config, plan, layer, site)
+        yield Weight(f"layers.{layer}.{prefix}.{name}", part, stored * size, active * size, kept, is_matrix=True)

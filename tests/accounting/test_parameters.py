@@ -1,0 +1,158 @@
+"""Counts against the built model: what it stores, and the weights that one token's gradient reaches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from qsparse_moe.accounting.flops import forward_flops
+from qsparse_moe.accounting.parameters import count_by_part, count_parameters, model_weights
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+torch.set_num_threads(1)
+
+MOE = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 24, "activation": "swiglu", "backend": "loop"}
+SHAPES = {
+    "plain": {},
+    "tied": {"tie_embeddings": True},
+    "grouped queries": {"num_kv_heads": 2},
+    "head size of its own": {"head_size": 6},
+    "QK-norm": {"qk_norm": True},
+    "shared experts": {"moe": MOE | {"num_shared_experts": 2}},
+    "dense layers": {"moe": MOE | {"num_dense_layers": 1}},
+    "dense layers of their own width": {"moe": MOE | {"num_dense_layers": 1, "dense_hidden_size": 40}},
+    "everything": {
+        "num_kv_heads": 1,
+        "qk_norm": True,
+        "tie_embeddings": True,
+        "moe": MOE | {"num_shared_experts": 1, "num_dense_layers": 1},
+    },
+}
+
+
+def model_config(**settings):
+    small = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 264, "moe": MOE}
+    return ModelConfig.model_validate(small | settings)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_parameter_of_the_built_model_is_counted_once(shape):
+    config = model_config(**SHAPES[shape])
+    built = {name: parameter.numel() for name, parameter in build_model(config).named_parameters()}
+    counted = {weight.name: weight.stored for weight in model_weights(config) if weight.stored}
+    assert counted == built
+    assert count_parameters(config).stored == sum(built.values())
+
+
+def used_by_one_token(config: ModelConfig) -> dict[str, int]:
+    """By name: input features that one token's weight gradient reaches, times outputs, over all experts."""
+    model = build_model(config, seed=1)
+    token = torch.tensor([[7]])
+    with torch.no_grad():  # sizes of gradients must not underflow in the residual branches
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    logits = model(token).logits_BSV
+    (logits * torch.randn_like(logits)).sum().backward()
+    used = {}
+    for name, parameter in model.named_parameters():
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        inputs_first = gradient.transpose(-1, -2) if name.endswith("weight") and gradient.ndim == 2 else gradient
+        used[name] = int((inputs_first != 0).any(-1).sum()) * inputs_first.shape[-1]
+    return used
+
+
+@pytest.mark.parametrize(
+    "shape", ["plain", "shared experts", "dense layers", "grouped queries", "head size of its own"]
+)
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
+@pytest.mark.parametrize("selection", ["topk", "block"])
+def test_kept_weights_are_those_that_one_token_s_gradient_reaches(shape, sparsity, selection):
+    group = {"topk": 32, "block": 8}[selection]
+    sparse = {"default": sparsity, "selection": selection, "group_size": group, "gradient": "masked"}
+    config = model_config(**SHAPES[shape], sparsity=sparse)
+    used = used_by_one_token(config)
+    compared = [w for w in model_weights(config) if w.is_matrix and w.part not in ("router", "head")]
+    assert len(compared) >= 10
+    for weight in compared:
+        assert weight.kept == pytest.approx(used[weight.name]), weight.name
+
+
+def test_without_q_sparse_everything_active_is_kept():
+    config = model_config()
+    counted = count_parameters(config)
+    assert counted.kept == counted.active < counted.stored
+    experts = count_by_part(config)["experts"]
+    assert experts.active == experts.stored * 2 // 4
+
+
+def test_one_embedding_row_is_active_and_a_tied_head_is_stored_once():
+    free, tied = model_config(), model_config(tie_embeddings=True)
+    table = 264 * 32
+    assert count_by_part(free)["embedding"].active == 32
+    assert count_parameters(free).stored - count_parameters(tied).stored == table
+    assert count_parameters(free).active == count_parameters(tied).active
+    assert (count_by_part(tied)["head"].stored, count_by_part(tied)["head"].active) == (0, table)
+
+
+def test_experts_with_different_k_count_at_equal_load():
+    config = model_config(sparsity={"overrides": [{"sparsity": 0.5, "site": "expert_hidden", "experts": "0-1"}]})
+    down = next(weight for weight in model_weights(config) if weight.name == "layers.0.moe.experts.w_down")
+    assert (down.active, down.kept) == (2 * 24 * 32, 2 * (12 + 12 + 24 + 24) / 4 * 32)
+
+
+def test_plan_replaces_that_of_the_config():
+    config = model_config(sparsity={"default": 0.5})
+    dense = SparsityPlan.uniform(config, 0.0)
+    assert count_parameters(config, dense).kept == count_parameters(config).active
+
+
+def test_parts_add_up_to_the_whole():
+    config = model_config(**SHAPES["everything"], sparsity={"default": 0.5})
+    whole, parts = count_parameters(config), count_by_part(config).values()
+    assert whole.stored == sum(part.stored for part in parts)
+    assert whole.active == sum(part.active for part in parts)
+    assert whole.kept == pytest.approx(sum(part.kept for part in parts))
+
+
+def test_olmoe_has_its_published_size():
+    # 6.9 B parameters, 1.3 B active with the whole embedding counted (arXiv 2409.02060).
+    moe = {"num_experts": 64, "experts_per_token": 8, "expert_hidden_size": 1024}
+    shape = {"vocab_size": 50304, "hidden_size": 2048, "num_layers": 16, "num_heads": 16, "qk_norm": True}
+    config = ModelConfig.model_validate(shape | {"moe": moe})
+    counted = count_parameters(config)
+    assert round(counted.stored / 1e9, 1) == 6.9
+    assert round((counted.active + 50304 * 2048) / 1e9, 1) == 1.3
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_flops_are_those_of_the_matrix_products_that_torch_counts(shape):
+    config = model_config(**SHAPES[shape])
+    # The counter knows plain products only: float64 and the mathematical attention go through them.
+    model, length = build_model(config, dtype=torch.float64), 16
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(torch.randint(0, 257, (1, length)), with_stats=False)
+    assert counter.get_total_flops() == length * forward_flops(config, length).routed
+
+
+def test_flops_fall_with_sparsity_and_hold_scores_and_selection():
+    dense = forward_flops(model_config(), 16)
+    assert (dense.kept, dense.selection) == (dense.routed, 0)
+    assert dense.attention_scores == 2 * 4 * 32 * 16
+    half = forward_flops(model_config(sparsity={"default": 0.5}), 16)
+    assert half.routed == dense.routed
+    # Two operations a feature: three sites of width 32 once, the experts' hidden 24 for both experts; two layers.
+    assert half.selection == 2 * 2 * (3 * 32 + 2 * 24)
+    parts = count_by_part(model_config())
+    halved = parts["attention"].active + parts["experts"].active
+    assert half.kept == dense.routed - halved + half.selection
+
+
+def test_selection_is_made_per_expert_where_k_differs():
+    config = model_config(sparsity={"overrides": [{"sparsity": 0.5, "site": "expert_input", "experts": 0}]})
+    assert forward_flops(config, 16).selection == 2 * 2 * (2 * 32)

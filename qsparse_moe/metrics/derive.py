@@ -1,0 +1,98 @@
+"""From the sums of a step to its metrics: sums are added first, over micro-batches and ranks, and divided last.
+
+L layers that have the thing, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import layer_sites
+from qsparse_moe.metrics.names import is_listed, layer_name
+from qsparse_moe.training.report import StepReport
+
+
+def derive_metrics(report: StepReport, model: ModelConfig) -> dict[str, float]:
+    """Every metric of one logged step by its recorded name; each stands in ``names.METRICS``.
+
+    A ratio whose denominator is 0 in a layer is absent for that layer and left out of the mean over the layers.
+    """
+    metrics = _scalars(report)
+    for name, values_L in layer_ratios(report.stats).items():
+        metrics |= _over_layers(name, values_L, layers_with(name, model))
+    unlisted = [name for name in metrics if not is_listed(name)]
+    assert not unlisted, f"metrics that names.METRICS does not define: {unlisted}"
+    return metrics
+
+
+def _scalars(report: StepReport) -> dict[str, float]:
+    train = report.losses | {
+        "grad_norm": report.grad_norm,
+        "learning_rate": report.learning_rate,
+        "sparsity": report.sparsity,
+    }
+    throughput = {"tokens_per_second": report.tokens_per_second, "step_seconds": report.step_seconds}
+    groups = {
+        "train": train,
+        "validation": report.validation or {},
+        "throughput": throughput,
+        "memory": report.memory,
+    }
+    return {f"{group}/{name}": float(value) for group, values in groups.items() for name, value in values.items()}
+
+
+def layer_ratios(stats: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The ratios ``(L,)`` by metric name; NaN where a layer's denominator is 0.
+
+    Args:
+        stats: the float64 sums of ``ModelOutput.stats``, as far as they are there.
+    """
+    ratios: dict[str, Tensor] = {}
+    if "router/rows_LE" in stats:
+        ratios |= load_ratios(stats["router/rows_LE"])
+    if "router/tokens_L" in stats:
+        tokens_L = stats["router/tokens_L"]
+        ratios["router/choice_entropy"] = stats["router/choice_entropy_L"] / tokens_L
+        ratios["router/first_weight"] = stats["router/first_weight_L"] / tokens_L
+    for site in sorted({key.split("/")[1] for key in stats if key.startswith("sparsity/")}):
+        ratios |= _site_ratios(stats, f"sparsity/{site}")
+    return ratios
+
+
+def load_ratios(rows_LE: Tensor) -> dict[str, Tensor]:
+    """How evenly the experts of each layer are loaded, each ``(L,)``, from the rows of each expert ``(L, E)``."""
+    shares_LE = rows_LE / rows_LE.sum(-1, keepdim=True)
+    busiest_L = shares_LE.amax(-1)
+    return {
+        "router/load_imbalance": busiest_L * rows_LE.shape[-1],
+        "router/load_entropy": torch.special.entr(shares_LE).sum(-1),
+        "router/busiest_share": busiest_L,
+        "router/dead_experts": (rows_LE == 0).sum(-1).double(),
+    }
+
+
+def _site_ratios(stats: dict[str, Tensor], site: str) -> dict[str, Tensor]:
+    features_L = stats[f"{site}/features_L"]
+    return {
+        f"{site}/zeros_chosen": 1 - stats[f"{site}/kept_L"] / features_L,
+        f"{site}/zeros": 1 - stats[f"{site}/nonzero_L"] / features_L,
+        f"{site}/kept_energy": stats[f"{site}/kept_energy_L"] / stats[f"{site}/energy_L"],
+    }
+
+
+def layers_with(name: str, model: ModelConfig) -> list[int]:
+    """The layers, counted from 0, that the sums behind the metric ``name`` speak of, in their order."""
+    site = "expert_input" if name.startswith("router/") else name.split("/")[1]
+    return [layer for layer in range(model.num_layers) if site in layer_sites(model, layer)]
+
+
+def _over_layers(name: str, values_L: Tensor, layers: list[int]) -> dict[str, float]:
+    """The mean over the layers that have a value, then each of those; nothing where none has."""
+    by_layer = zip(layers, values_L.tolist(), strict=True)
+    present = {layer: value for layer, value in by_layer if value == value}
+    if not present:
+        return {}
+    mean = sum(present.values()) / len(present)
+    return {name: mean} | {layer_name(name, layer): value for layer, value in present.items()}

@@ -1,0 +1,131 @@
+"""The one list of metrics: name, unit, definition. Nothing is recorded under a name that does not stand here.
+
+``SITE`` in a name stands for a sparsity site. A metric of the layers is recorded as its mean over the layers that have
+it and, with ``/layer_I`` behind the name, for every such layer. The table in ``README.md`` and the page
+``docs/metrics.md`` are made from this list by ``python -m qsparse_moe.metrics.table``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from qsparse_moe.config.schema import SITES
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One quantity that a run records."""
+
+    name: str
+    unit: str
+    definition: str
+    layers: Literal["none", "file", "chart"] = "none"
+    """Where its values by layer go: nowhere, to metrics.jsonl, or to TensorBoard as well. Few are charted by layer, so
+    that a deep model stays below a thousand tags."""
+
+
+METRICS = (
+    Metric("train/loss", "nats a token", "What is minimised: lm_loss plus each other loss times its coefficient."),
+    Metric("train/lm_loss", "nats a token", "Cross-entropy of the next token over the step's global batch."),
+    Metric(
+        "train/load_balance_loss",
+        "1",
+        "Load-balance loss before its coefficient, mean over the MoE layers; 1 is the least.",
+    ),
+    Metric(
+        "train/router_z_loss",
+        "1",
+        "Mean square of the log of the router's partition function, before its coefficient, mean over the MoE layers.",
+    ),
+    Metric("train/grad_norm", "1", "L2 norm of the whole gradient before clipping."),
+    Metric("train/learning_rate", "1", "Learning rate of the step."),
+    Metric("train/sparsity", "1", "S that the plan asks for in this step, mean over layers, sites and experts."),
+    Metric("validation/loss", "nats a token", "Cross-entropy of the next token over the fixed validation rows."),
+    Metric("validation/perplexity", "1", "exp of validation/loss."),
+    Metric("validation/bits_per_byte", "bits a byte", "The same loss in bits, over the bytes of text in those rows."),
+    Metric(
+        "throughput/tokens_per_second",
+        "tokens a second",
+        "Tokens trained by all ranks in the steps since the last logged one, over the time of those steps.",
+    ),
+    Metric(
+        "throughput/step_seconds", "seconds", "Wall-clock of a step, mean over the steps since the last logged one."
+    ),
+    Metric("memory/resident", "bytes", "Memory that the process of rank 0 occupies."),
+    Metric("memory/peak_resident", "bytes", "The most that it has occupied so far."),
+    Metric("memory/allocated", "bytes", "CUDA memory of rank 0's tensors; absent on a CPU."),
+    Metric("memory/peak_allocated", "bytes", "The most that they have taken so far; absent on a CPU."),
+    Metric(
+        "router/load_imbalance",
+        "1",
+        "Rows of the busiest expert over the mean rows of an expert; 1 is even.",
+        layers="chart",
+    ),
+    Metric(
+        "router/load_entropy",
+        "nats",
+        "Entropy of the experts' shares of the rows; ln E is even.",
+        layers="file",
+    ),
+    Metric("router/busiest_share", "1", "Share of the rows that the busiest expert gets; 1/E is even.", layers="file"),
+    Metric("router/dead_experts", "experts", "Experts that got no row in this step.", layers="chart"),
+    Metric(
+        "router/choice_entropy",
+        "nats",
+        "Entropy of the router's probabilities for a token, mean over the tokens; 0 is certain, ln E undecided.",
+        layers="chart",
+    ),
+    Metric("router/first_weight", "1", "Weight of a token's first expert, mean over the tokens.", layers="file"),
+    Metric(
+        "sparsity/SITE/zeros_chosen",
+        "1",
+        "Fraction of the features that the selection zeroed: S after rounding to whole features.",
+        layers="file",
+    ),
+    Metric(
+        "sparsity/SITE/zeros",
+        "1",
+        "Fraction of zeros in front of the matrix: those chosen and those that were zero by nature.",
+        layers="chart",
+    ),
+    Metric(
+        "sparsity/SITE/kept_energy",
+        "1",
+        "Sum of squares after the selection over the sum before, before any rescale; absent where that is 0.",
+        layers="chart",
+    ),
+)
+
+_BY_NAME = {metric.name: metric for metric in METRICS}
+_LAYER = re.compile(r"/layer_[0-9]+$")
+_SITE = re.compile(rf"^sparsity/(?:{'|'.join(SITES)})/")
+
+
+def layer_name(name: str, layer: int) -> str:
+    """The name under which the metric ``name`` of one layer, counted from 0, is recorded."""
+    return f"{name}/layer_{layer}"
+
+
+def is_layer_name(name: str) -> bool:
+    """Whether ``name`` is that of one layer's value."""
+    return _LAYER.search(name) is not None
+
+
+def is_listed(name: str) -> bool:
+    """Whether the recorded ``name`` belongs to a metric of the list."""
+    return _listed_name(name) in _BY_NAME
+
+
+def metric_of(name: str) -> Metric:
+    """The entry of the list that a recorded ``name`` belongs to.
+
+    Raises:
+        KeyError: no metric of that name is in the list.
+    """
+    return _BY_NAME[_listed_name(name)]
+
+
+def _listed_name(name: str) -> str:
+    return _SITE.sub("sparsity/SITE/", _LAYER.sub("", name))

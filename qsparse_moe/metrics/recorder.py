@@ -1,0 +1,50 @@
+"""The listener that keeps a run's metrics: ``metrics.jsonl`` and, unless it is switched off, TensorBoard's files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.metrics.derive import derive_metrics
+from qsparse_moe.metrics.jsonl import MetricsFile
+from qsparse_moe.training.report import RunContext, StepReport, TrainingResult
+
+if TYPE_CHECKING:
+    from qsparse_moe.metrics.tensorboard import TensorBoardFiles
+
+
+class Recorder:
+    """Records every report of a run; give it to ``train`` among the listeners.
+
+    Files are opened by ``begin`` and closed by ``end``. Each report is on its way to the disk when the call returns,
+    so a run that is killed loses none.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._file: MetricsFile | None = None
+        self._board: TensorBoardFiles | None = None
+
+    def begin(self, context: RunContext) -> None:
+        """Open the run folder's files after ``context.start_step``; what they hold of later steps is dropped."""
+        self._file = MetricsFile(context.run_dir / "metrics.jsonl", start_step=context.start_step)
+        if self._config.metrics.tensorboard:
+            # Imported here: it takes seconds, and not every run wants it.
+            from qsparse_moe.metrics.tensorboard import TensorBoardFiles
+
+            self._board = TensorBoardFiles(context.run_dir / "tensorboard", self._config, start_step=context.start_step)
+
+    def __call__(self, report: StepReport) -> None:
+        """Record one logged step."""
+        assert self._file is not None, "begin comes before the first report"
+        metrics = derive_metrics(report, self._config.model)
+        self._file.write(report.step, report.tokens, report.seconds, metrics)
+        if self._board is not None:
+            self._board.write(report.step, metrics)
+
+    def end(self, result: TrainingResult) -> None:
+        """Close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._board is not None:
+            self._board.close()

@@ -1,0 +1,97 @@
+"""The event files that TensorBoard shows: scalars, the run's configuration as text, and charts grouped by question."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from qsparse_moe.config.load import config_to_yaml
+from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.config.shapes import model_sites
+from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
+
+Layout = dict[str, dict[str, list[object]]]
+
+
+class TensorBoardFiles:
+    """Writes one run's event files into a folder; several writers after each other continue the same curves."""
+
+    def __init__(self, folder: Path, config: RunConfig, *, start_step: int = 0) -> None:
+        """Open a new event file for a run that goes on after ``start_step`` steps.
+
+        What earlier files hold of later steps is void from here on: TensorBoard drops it when it reads this file.
+        """
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._writer.add_custom_scalars(chart_layout(config.model))
+        self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
+        self._writer.flush()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add one logged step; of the values by layer only those that are charted."""
+        for name, value in metrics.items():
+            if not is_layer_name(name) or metric_of(name).layers == "chart":
+                self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the event file; nothing can be written after."""
+        self._writer.close()
+
+
+def chart_layout(model: ModelConfig) -> Layout:
+    """The charts of the Custom Scalars page by the question that they answer, then by title."""
+    return {
+        "Does it learn?": {
+            "Loss, nats a token": _lines("train/lm_loss", "validation/loss"),
+            "Validation, bits a byte": _lines("validation/bits_per_byte"),
+            "Gradient norm": _lines("train/grad_norm"),
+            "Learning rate": _lines("train/learning_rate"),
+        },
+        "Do all experts work?": {
+            "Busiest expert over the mean": _lines("router/load_imbalance"),
+            "Busiest expert over the mean, by layer": _by_layer("router/load_imbalance"),
+            "Experts without a row, by layer": _by_layer("router/dead_experts"),
+            "Balance loss": _lines("train/load_balance_loss"),
+        },
+        "Is the router sure?": {
+            "Entropy of the choice, nats": _lines("router/choice_entropy"),
+            "Entropy of the choice by layer, nats": _by_layer("router/choice_entropy"),
+            "Weight of the first expert": _lines("router/first_weight"),
+            "z-loss": _lines("train/router_z_loss"),
+        },
+        "How sparse is it, and what is lost?": _sparsity_charts(model),
+        "How fast, and in how much memory?": {
+            "Tokens a second": _lines("throughput/tokens_per_second"),
+            "Seconds a step": _lines("throughput/step_seconds"),
+            "Memory, bytes": _lines(*(metric.name for metric in METRICS if metric.name.startswith("memory/"))),
+        },
+    }
+
+
+def _sparsity_charts(model: ModelConfig) -> dict[str, list[object]]:
+    sites = model_sites(model)
+    charts = {
+        "Asked for": _lines("train/sparsity"),
+        "Zeros in front of the matrices": _lines(*(f"sparsity/{site}/zeros" for site in sites)),
+        "Energy kept": _lines(*(f"sparsity/{site}/kept_energy" for site in sites)),
+    }
+    for site in sites:
+        charts[f"Zeros by layer, {site}"] = _by_layer(f"sparsity/{site}/zeros")
+        charts[f"Energy kept by layer, {site}"] = _by_layer(f"sparsity/{site}/kept_energy")
+    return charts
+
+
+def _lines(*names: str) -> list[object]:
+    """A chart of exactly these tags: TensorBoard takes each as a regular expression and matches its beginning."""
+    return _chart(f"{re.escape(name)}$" for name in names)
+
+
+def _by_layer(name: str) -> list[object]:
+    return _chart([f"{re.escape(name)}/layer_"])
+
+
+def _chart(patterns: Iterable[str]) -> list[object]:
+    return ["Multiline", list(patterns)]

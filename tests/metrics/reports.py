@@ -1,0 +1,71 @@
+"""Reports as training makes them, for the tests of what becomes of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.config.shapes import layer_sites
+from qsparse_moe.training.report import RunContext, StepReport
+
+
+def make_report(step: int = 10, **changes: Any) -> StepReport:
+    """A report whose every number differs from every other one."""
+    values: dict[str, Any] = {
+        "step": step,
+        "tokens": step * 512,
+        "seconds": step * 0.5,
+        "losses": {"loss": 3.1 - step / 1000, "lm_loss": 3.0, "load_balance_loss": 1.2, "router_z_loss": 0.7},
+        "stats": {},
+        "grad_norm": 0.9,
+        "learning_rate": 1e-3,
+        "sparsity": 0.5,
+        "step_seconds": 0.25,
+        "tokens_per_second": 2048.0,
+        "memory": {"resident": 1e9, "peak_resident": 2e9},
+        "validation": None,
+    }
+    return StepReport(**(values | changes))
+
+
+def make_context(run_dir: Path, config: RunConfig, *, start_step: int = 0) -> RunContext:
+    """The run that the reports belong to."""
+    return RunContext(
+        run_dir=run_dir,
+        config=config,
+        start_step=start_step,
+        start_tokens=start_step * 512,
+        start_seconds=start_step * 0.5,
+        world_size=1,
+        tokens_per_step=512,
+        num_parameters=1000,
+        engine="torch",
+        device="cpu",
+        backend="loop",
+    )
+
+
+def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
+    """Sums under every key that the model's layers have."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def counts(*shape: int) -> Tensor:
+        return torch.randint(1, 100, shape, generator=generator).double()
+
+    num_moe = model.num_layers - model.moe.num_dense_layers
+    stats = {
+        "router/rows_LE": counts(num_moe, model.moe.num_experts),
+        "router/probability_LE": counts(num_moe, model.moe.num_experts),
+        "router/tokens_L": counts(num_moe),
+        "router/choice_entropy_L": counts(num_moe),
+        "router/first_weight_L": counts(num_moe),
+    }
+    sites = [site for layer in range(model.num_layers) for site in layer_sites(model, layer)]
+    for site in sorted(set(sites)):
+        for field in ("rows", "features", "kept", "nonzero", "energy", "kept_energy"):
+            stats[f"sparsity/{site}/{field}_L"] = counts(sites.count(site))
+    return stats

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
+from qsparse_moe.metrics.derive import derive_metrics, load_ratios
+from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
+from qsparse_moe.model.transformer import build_model
+from tests.metrics.reports import make_report, random_stats
+
+MOE = MoEConfig(num_experts=4, experts_per_token=2, expert_hidden_size=16, num_shared_experts=1, num_dense_layers=1)
+SPARSE = SparsityConfig(default=0.5)
+MODEL = ModelConfig(vocab_size=32, hidden_size=16, num_layers=3, num_heads=2, moe=MOE, sparsity=SPARSE)
+
+
+def sums(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_load_of_one_layer_by_hand():
+    ratios = load_ratios(sums(6, 2, 0, 0)[None])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    expected = {"load_imbalance": 3.0, "load_entropy": entropy, "busiest_share": 0.75, "dead_experts": 2.0}
+    for name, value in expected.items():
+        assert ratios[f"router/{name}"].tolist() == [pytest.approx(value, abs=1e-15)], name
+
+
+def test_even_load_is_even_in_every_figure():
+    ratios = load_ratios(torch.full((2, 8), 5.0, dtype=torch.float64))
+    assert ratios["router/load_imbalance"].tolist() == [1.0, 1.0]
+    assert ratios["router/load_entropy"].tolist() == pytest.approx([math.log(8)] * 2)
+    assert ratios["router/dead_experts"].tolist() == [0.0, 0.0]
+
+
+def test_all_rows_in_one_expert():
+    ratios = load_ratios(sums(0, 0, 9)[None])
+    assert [ratios[f"router/{name}"].item() for name in ("load_imbalance", "load_entropy", "dead_experts")] == [3, 0, 2]
+
+
+def test_scalars_keep_their_numbers_and_groups():
+    validation = {"loss": 2.5, "perplexity": 12.2, "bits_per_byte": 3.6}
+    losses = {"loss": 3.09, "lm_loss": 3.0, "load_balance_loss": 1.2, "router_z_loss": 0.7}
+    assert derive_metrics(make_report(losses=losses, validation=validation), MODEL) == {
+        "train/loss": 3.09,
+        "train/lm_loss": 3.0,
+        "train/load_balance_loss": 1.2,
+        "train/router_z_loss": 0.7,
+        "train/grad_norm": 0.9,
+        "train/learning_rate": 1e-3,
+        "train/sparsity": 0.5,
+        "validation/loss": 2.5,
+        "validation/perplexity": 12.2,
+        "validation/bits_per_byte": 3.6,
+        "throughput/tokens_per_second": 2048.0,
+        "throughput/step_seconds": 0.25,
+        "memory/resident": 1e9,
+        "memory/peak_resident": 2e9,
+    }
+
+
+def test_no_validation_leaves_no_validation_metric():
+    assert not [name for name in derive_metrics(make_report(), MODEL) if name.startswith("validation/")]
+
+
+def test_router_ratios_by_hand_and_by_the_layers_own_number():
+    stats = random_stats(MODEL) | {
+        "router/tokens_L": sums(4, 8),
+        "router/choice_entropy_L": sums(2, 2),
+        "router/first_weight_L": sums(3, 7),
+    }
+    metrics = derive_metrics(make_report(stats=stats), MODEL)
+    # Layer 0 is dense: the two sums belong to the layers 1 and 2. The mean is one of ratios, not a ratio of means.
+    assert metrics["router/choice_entropy/layer_1"] == 0.5
+    assert metrics["router/choice_entropy/layer_2"] == 0.25
+    assert metrics["router/choice_entropy"] == 0.375
+    assert metrics["router/first_weight"] == (3 / 4 + 7 / 8) / 2
+    assert "router/choice_entropy/layer_0" not in metrics
+
+
+def test_sparsity_ratios_by_hand():
+    fields = {"rows": 2, "features": 100, "kept": 40, "nonzero": 25, "energy": 8, "kept_energy": 6}
+    stats = {f"sparsity/dense_hidden/{name}_L": sums(value) for name, value in fields.items()}
+    metrics = derive_metrics(make_report(stats=stats), MODEL)
+    assert metrics["sparsity/dense_hidden/zeros_chosen"] == pytest.approx(0.6)
+    assert metrics["sparsity/dense_hidden/zeros"] == pytest.approx(0.75)
+    assert metrics["sparsity/dense_hidden/kept_energy"] == 0.75
+    assert metrics["sparsity/dense_hidden/kept_energy/layer_0"] == 0.75
+
+
+def test_ratio_without_denominator_is_absent_and_not_in_the_mean():
+    stats = random_stats(MODEL)
+    stats["sparsity/expert_hidden/energy_L"] = sums(0, 10)
+    stats["sparsity/expert_hidden/kept_energy_L"] = sums(0, 9)
+    stats["sparsity/dense_hidden/energy_L"] = sums(0)
+    stats["sparsity/dense_hidden/kept_energy_L"] = sums(0)
+    metrics = derive_metrics(make_report(stats=stats), MODEL)
+    assert metrics["sparsity/expert_hidden/kept_energy"] == 0.9
+    assert "sparsity/expert_hidden/kept_energy/layer_1" not in metrics
+    assert not [name for name in metrics if name.startswith("sparsity/dense_hidden/kept_energy")]
+
+
+def test_sums_added_before_they_are_divided_do_not_depend_on_the_split():
+    halves = [random_stats(MODEL, seed=seed) for seed in (1, 2)]
+    whole = {name: halves[0][name] + halves[1][name] for name in halves[0]}
+    metrics = derive_metrics(make_report(stats=whole), MODEL)
+    features = sum(half["sparsity/attention_input/features_L"][2] for half in halves)
+    kept = sum(half["sparsity/attention_input/kept_L"][2] for half in halves)
+    assert metrics["sparsity/attention_input/zeros_chosen/layer_2"] == pytest.approx(float(1 - kept / features))
+
+
+def test_quantity_that_the_list_does_not_define_is_refused():
+    with pytest.raises(AssertionError, match="names.METRICS does not define: \\['train/surprise'\\]"):
+        derive_metrics(make_report(losses={"surprise": 1.0}), MODEL)
+
+
+def test_stats_of_other_layers_than_the_models_are_refused():
+    with pytest.raises(ValueError, match="shorter|longer"):
+        derive_metrics(make_report(stats=random_stats(MODEL)), MODEL.model_copy(update={"num_layers": 4}))
+
+
+@pytest.fixture(scope="module")
+def output():
+    generator = torch.Generator().manual_seed(0)
+    tokens_BS = torch.randint(0, 32, (2, 8), generator=generator)
+    return build_model(MODEL, seed=1)(tokens_BS, tokens_BS)
+
+
+def test_model_feeds_every_router_and_sparsity_metric(output):
+    metrics = derive_metrics(make_report(stats=output.stats), MODEL)
+    listed = {metric.name for metric in METRICS if metric.name.startswith(("router/", "sparsity/"))}
+    assert {metric_of(name).name for name in metrics if not is_layer_name(name)} >= listed
+    sites = {name.split("/")[1] for name in metrics if name.startswith("sparsity/")}
+    assert len(sites) == 8
+    assert metrics["sparsity/expert_input/zeros_chosen"] == 0.5
+    assert metrics["sparsity/expert_hidden/zeros"] >= 0.5
+    assert 0 < metrics["sparsity/attention_output/kept_energy"] < 1
+    assert 0 < metrics["router/choice_entropy"] <= math.log(4)
+    assert 0.5 <= metrics["router/first_weight"] <= 1
+
+
+def test_losses_of_the_model_are_in_the_list(output):
+    losses = {name: value.item() for name, value in output.losses.items()} | {"loss": output.loss.item()}
+    metrics = derive_metrics(replace(make_report(), losses=losses), MODEL)
+    assert metrics["train/loss"] > metrics["train/lm_loss"] > 0

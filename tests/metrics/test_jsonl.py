@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from qsparse_moe.errors import CheckpointError
+from qsparse_moe.metrics.jsonl import MetricsFile, read_metrics
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "metrics.jsonl"
+
+
+def write_steps(path, steps, *, start_step=0):
+    file = MetricsFile(path, start_step=start_step)
+    for step in steps:
+        file.write(step, step * 100, step * 0.1, {"train/loss": 3 - step / 7})
+    file.close()
+
+
+def test_line_is_one_object_with_step_tokens_and_seconds_first(path):
+    write_steps(path, [5])
+    assert list(json.loads(path.read_text()).items()) == [
+        ("step", 5),
+        ("tokens", 500),
+        ("seconds", 0.5),
+        ("train/loss", 3 - 5 / 7),
+    ]
+
+
+def test_no_file_has_no_steps(path):
+    assert read_metrics(path) == []
+
+
+def test_line_can_be_read_while_the_run_goes_on(path):
+    file = MetricsFile(path)
+    file.write(1, 100, 0.1, {})
+    assert [row["step"] for row in read_metrics(path)] == [1]
+    file.close()
+
+
+def test_resumed_run_drops_what_lies_beyond_its_step_and_keeps_the_rest_unchanged(path):
+    write_steps(path, [1, 2, 3, 4])
+    before = path.read_bytes().split(b"\n")
+    write_steps(path, [3, 5], start_step=2)
+    assert path.read_bytes().split(b"\n")[:2] == before[:2]
+    assert [row["step"] for row in read_metrics(path)] == [1, 2, 3, 5]
+    assert not list(path.parent.glob("*.part"))
+
+
+def test_run_from_the_start_keeps_nothing(path):
+    write_steps(path, [1, 2])
+    write_steps(path, [1])
+    assert [row["step"] for row in read_metrics(path)] == [1]
+
+
+def test_file_cut_at_any_byte_reads_and_resumes(path):
+    write_steps(path, [1, 2])
+    whole = path.read_bytes()
+    first_end = whole.index(b"\n") + 1
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        # The line without its newline is complete as soon as its last brace is there.
+        expected = int(length >= first_end - 1) + int(length >= len(whole) - 1)
+        assert [row["step"] for row in read_metrics(path)] == [1, 2][:expected], length
+        write_steps(path, [7], start_step=5)
+        assert [row["step"] for row in read_metrics(path)] == [*[1, 2][:expected], 7], length
+
+
+def test_cut_inside_a_character_is_a_cut_line(path):
+    write_steps(path, [1])
+    with path.open("ab") as file:
+        file.write('{"step": 2, "note": "é'.encode()[:-1])
+    assert [row["step"] for row in read_metrics(path)] == [1]
+
+
+@pytest.mark.parametrize("line", ["no json", "[1]", '{"tokens": 3}', '{"step": "1"}', ""])
+def test_broken_line_before_the_last_names_file_line_rule_and_way_out(path, line):
+    write_steps(path, [1, 2])
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, lines[1], ""]))
+    whole = path.read_bytes()
+    for attempt in (read_metrics, lambda path: MetricsFile(path, start_step=1)):
+        with pytest.raises(CheckpointError, match="whole-number step; delete that line") as error:
+            attempt(path)
+        assert f"{path}, line 2, is {line!r}" in str(error.value)
+    assert path.read_bytes() == whole
+
+
+def test_what_json_cannot_hold_is_null(path):
+    file = MetricsFile(path)
+    file.write(1, 1, 0.1, {"train/grad_norm": math.inf, "train/loss": math.nan, "train/sparsity": 0.0})
+    file.close()
+    (row,) = read_metrics(path)
+    assert (row["train/grad_norm"], row["train/loss"], row["train/sparsity"]) == (None, None, 0.0)

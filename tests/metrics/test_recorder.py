@@ -1,0 +1,128 @@
+"""The recorder as training uses it, its files read back with TensorBoard's own reader."""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from qsparse_moe.config.load import config_to_yaml
+from qsparse_moe.config.schema import MetricsConfig, ModelConfig, MoEConfig, RunConfig
+from qsparse_moe.metrics.derive import derive_metrics
+from qsparse_moe.metrics.jsonl import read_metrics
+from qsparse_moe.metrics.names import is_layer_name, metric_of
+from qsparse_moe.metrics.recorder import Recorder
+from tests.metrics.reports import make_context, make_report, random_stats
+
+CONFIG = RunConfig(model=ModelConfig(num_layers=3, moe=MoEConfig(num_dense_layers=1, num_shared_experts=1)))
+VALIDATION = {"loss": 2.5, "perplexity": 12.2, "bits_per_byte": 3.6}
+
+
+def report(step: int, **changes):
+    return make_report(step, stats=random_stats(CONFIG.model, seed=step), validation=VALIDATION, **changes)
+
+
+def record(run_dir, steps, *, start_step=0, ends=True, config=CONFIG):
+    recorder = Recorder(config)
+    recorder.begin(make_context(run_dir, config, start_step=start_step))
+    for step in steps:
+        recorder(report(step))
+    if ends:
+        recorder.end(SimpleNamespace())
+
+
+def read_board(run_dir):
+    board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    return board
+
+
+def scalars(board, tag):
+    return {event.step: event.value for event in board.Scalars(tag)}
+
+
+def test_both_files_hold_the_same_numbers(tmp_path):
+    record(tmp_path, [1, 2])
+    board = read_board(tmp_path)
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    for step, row in zip([1, 2], rows, strict=True):
+        expected = derive_metrics(report(step), CONFIG.model)
+        assert row == {"step": step, "tokens": step * 512, "seconds": step * 0.5} | expected
+        charted = [n for n in expected if not is_layer_name(n) or metric_of(n).layers == "chart"]
+        assert set(board.Tags()["scalars"]) == set(charted)
+        for name in charted:
+            assert scalars(board, name)[step] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_configuration_stands_in_the_board_as_text(tmp_path):
+    record(tmp_path, [1])
+    (event,) = read_board(tmp_path).Tensors("config/text_summary")
+    assert event.tensor_proto.string_val[0].decode() == f"```yaml\n{config_to_yaml(CONFIG)}```"
+
+
+def test_killed_run_loses_no_report(tmp_path):
+    record(tmp_path, [1, 2, 3], ends=False)
+    assert set(scalars(read_board(tmp_path), "train/loss")) == {1, 2, 3}
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("start_step", [0, 2])
+def test_resumed_run_replaces_what_came_after_its_step(tmp_path, start_step):
+    record(tmp_path, [1, 2, 3, 4], ends=False)
+    record(tmp_path, [start_step + 1, 9], start_step=start_step)
+    expected = {*range(1, start_step + 2), 9}
+    assert {row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")} == expected
+    board = read_board(tmp_path)
+    for tag in ("train/loss", "router/load_imbalance/layer_1"):
+        assert set(scalars(board, tag)) == expected, tag
+    # What the first part wrote about the run as a whole is still there.
+    assert board.Tensors("config/text_summary")[0].step == 0
+
+
+def charts(run_dir) -> dict[str, list[str]]:
+    (event,) = read_board(run_dir).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+
+
+def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path):
+    memory = dict.fromkeys(("resident", "peak_resident", "allocated", "peak_allocated"), 1.0)
+    recorder = Recorder(CONFIG)
+    recorder.begin(make_context(tmp_path, CONFIG))
+    recorder(report(1, memory=memory))
+    tags = read_board(tmp_path).Tags()["scalars"]
+    patterns = [pattern for chart in charts(tmp_path).values() for pattern in chart]
+    for pattern in patterns:
+        assert [tag for tag in tags if re.match(pattern, tag)], pattern
+    unseen = {tag for tag in tags if not any(re.match(pattern, tag) for pattern in patterns)}
+    # These say again what a chart says, or hide in a mean what it shows by layer.
+    router = {"router/load_entropy", "router/busiest_share", "router/dead_experts"}
+    told_by_others = {"train/loss", "validation/perplexity"} | router
+    assert {tag for tag in unseen if not tag.endswith("/zeros_chosen")} == told_by_others
+
+
+def test_chart_of_one_tag_shows_no_other(tmp_path):
+    record(tmp_path, [1])
+    (pattern,) = charts(tmp_path)["Busiest expert over the mean"]
+    tags = read_board(tmp_path).Tags()["scalars"]
+    assert [tag for tag in tags if re.match(pattern, tag)] == ["router/load_imbalance"]
+
+
+def test_deep_model_stays_below_a_thousand_tags():
+    moe = MoEConfig(num_experts=256, num_shared_experts=1, num_dense_layers=3)
+    model = ModelConfig(num_layers=61, moe=moe)
+    metrics = derive_metrics(make_report(stats=random_stats(model), validation=VALIDATION), model)
+    assert len([n for n in metrics if not is_layer_name(n) or metric_of(n).layers == "chart"]) < 1000
+
+
+def test_board_switched_off_leaves_only_the_lines(tmp_path):
+    record(tmp_path, [1], config=CONFIG.model_copy(update={"metrics": MetricsConfig(tensorboard=False)}))
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_report_before_the_beginning_is_our_mistake():
+    with pytest.raises(AssertionError, match="begin comes before"):
+        Recorder(CONFIG)(report(1))

@@ -23,3 +23,7 @@ class BackendUnavailable(QSparseMoEError):
 
 class CheckpointError(QSparseMoEError):
     """A checkpoint or a run folder cannot be used as asked."""
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss, an activation or a gradient is not finite. The user's input is not wrong in itself: exit code 1."""

@@ -1,0 +1,187 @@
+"""The ranks of a run: who this process is, its device, and the few collectives that training itself needs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsparse_moe.errors import BackendUnavailable, ConfigError
+
+T = TypeVar("T")
+
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Distributed:
+    """This process among the ranks of a run. Every method is a collective: all ranks call it, in the same order."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+        """Reduce ``tensor`` over the ranks in place, and return it."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, op=op)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's ``value`` (anything that pickles), by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_rank_zero(self, work: Callable[[], T]) -> T:
+        """What ``work()`` returned on rank 0, which alone calls it; what it raised there is raised on every rank."""
+        return self.share(self.attempt(work) if self.rank == 0 else None)
+
+    def on_every_rank(self, work: Callable[[], T]) -> list[T]:
+        """Call ``work`` on every rank; its results by rank. What one rank raised is raised on all of them."""
+        outcomes = self.gather(self.attempt(work))
+        for _, error in outcomes:
+            if error is not None:
+                raise error
+        return [value for value, _ in outcomes]
+
+    def share(self, outcome: tuple[T, Exception | None] | None) -> T:
+        """Rank 0's outcome of ``attempt``, on every rank: its value, or its error raised."""
+        box: list[Any] = [outcome]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        value, error = box[0]
+        if error is not None:
+            raise error
+        return value
+
+    @staticmethod
+    def attempt(work: Callable[[], T]) -> tuple[T, Exception | None]:
+        """The value of ``work()`` and None, or what it raised: to be raised where all ranks agree on it."""
+        try:
+            return work(), None
+        except Exception as error:  # whatever it is, the other ranks wait for it
+            return None, error  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+@contextlib.contextmanager
+def open_distributed(device: str = "auto") -> Iterator[Distributed]:
+    """Join the other ranks of the launcher, or be the only rank where no launcher started this process.
+
+    On the way out all ranks wait for each other and leave; after an error they leave without waiting.
+
+    Args:
+        device: ``training.device``.
+
+    Raises:
+        BackendUnavailable: ``cuda`` was asked for and is not there.
+        ConfigError: the launcher's environment is incomplete.
+    """
+    rank, world_size, local_rank = _launcher_ranks()
+    chosen = choose_device(device, local_rank)
+    # DeepSpeed looks for an accelerator by itself when it is imported; it has to find the one that is used.
+    os.environ["DS_ACCELERATOR"] = chosen.type
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    _share_cores()
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    with contextlib.ExitStack() as environment:
+        if world_size > 1:
+            dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
+        else:
+            environment.enter_context(_environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(local_rank)))
+            # A store inside the process: no port, so nothing that another run could hold.
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            yield Distributed(rank, world_size, local_rank, chosen)
+            # Without it, about one launch in seven ended with a rank that had lost its peer.
+            dist.barrier()
+        finally:
+            _leave()
+
+
+def choose_device(requested: str, local_rank: int) -> torch.device:
+    """``training.device`` as a device of this machine; ``auto`` takes CUDA where there is one.
+
+    Raises:
+        BackendUnavailable: CUDA was asked for by name and is not there, or there are more ranks than devices.
+    """
+    if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if local_rank >= found:
+        raise BackendUnavailable(
+            f"training.device ({requested}): this machine shows {found} CUDA devices to torch {torch.__version__}, and "
+            f"local rank {local_rank} needs one of its own; start fewer ranks, or set training.device=cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def _launcher_ranks() -> tuple[int, int, int]:
+    """Rank, world size and local rank from the launcher's environment; one rank where there is none."""
+    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        return 0, 1, 0
+    values = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
+    missing = [name for name, value in values.items() if value is None]
+    if missing and values["WORLD_SIZE"] != "1":
+        raise ConfigError(
+            f"environment variables {', '.join(missing)} are not set but RANK or WORLD_SIZE is; a launcher sets "
+            f"{', '.join(_LAUNCHER_VARIABLES)} together. Start ranks with the deepspeed launcher, or unset them all"
+        )
+    return int(values["RANK"] or 0), int(values["WORLD_SIZE"] or 1), int(values["LOCAL_RANK"] or 0)
+
+
+def _share_cores() -> None:
+    """Divide this machine's cores among its ranks; without it every rank starts a thread on every core.
+
+    The launcher sets OMP_NUM_THREADS only with --bind_cores_to_rank; where it is set, it is kept.
+    """
+    local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
+        torch.set_num_threads(max(1, num_cores() // local_ranks))
+
+
+def num_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Environment variables that are set for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def _leave() -> None:
+    """Leave the group; DeepSpeed, where it was used, forgets its groups too, so that the next run makes its own."""
+    deepspeed = sys.modules.get("deepspeed")
+    if deepspeed is not None and deepspeed.comm.comm.cdb is not None:
+        deepspeed.comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()

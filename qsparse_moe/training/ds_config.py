@@ -1,0 +1,67 @@
+"""DeepSpeed's dictionary, derived from the typed config and from nothing else.
+
+DeepSpeed accepts a misspelt top-level key silently and then uses its default (gradient clipping: 1.0), so every key
+that bears on the result is written out here, its default included, and a test knows DeepSpeed's names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsparse_moe.config.schema import RunConfig
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize`` on ``world_size`` ranks."""
+    training = config.training
+    bf16 = training.precision == "bf16"
+    stage = training.deepspeed.zero_stage
+    return {
+        "train_batch_size": training.global_batch_size,
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world_size),
+        # ZeRO-0 in fp32 clips without telling the norm, so the engine clips there itself.
+        "gradient_clipping": training.gradient_clipping if stage else 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "fp16": {"enabled": False},
+        "bf16": {
+            "enabled": bf16,
+            # The gradient norm says it, and a run with such a gradient stops instead of skipping the step.
+            "check_grad_overflow": False,
+            "immediate_grad_update": False,
+            "bf16_master_weights_and_grads": False,
+            "bf16_optimizer_states": False,
+        },
+        # ZeRO-0 refuses any other accumulation dtype than the model's; the engine makes it fp32 there.
+        "data_types": {"grad_accum_dtype": "fp32" if stage else None},
+        "zero_optimization": _zero(config),
+        "zero_allow_untested_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "memory_breakdown": False,
+        "dump_state": False,
+    }
+
+
+def _zero(config: RunConfig) -> dict[str, Any]:
+    chosen = config.training.deepspeed
+    return {
+        "stage": chosen.zero_stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": chosen.reduce_bucket_size,
+        "allgather_partitions": True,
+        "allgather_bucket_size": chosen.allgather_bucket_size,
+        "overlap_comm": chosen.overlap_communication,
+        "round_robin_gradients": False,
+        "ignore_unused_parameters": True,
+        "sub_group_size": 1_000_000_000,
+        "stage3_prefetch_bucket_size": chosen.reduce_bucket_size,
+        "stage3_param_persistence_threshold": 100_000,
+        "stage3_max_live_parameters": 1_000_000_000,
+        "stage3_max_reuse_distance": 1_000_000_000,
+        # It would put DeepSpeed's own function in the place of torch.nn.functional.linear, for the whole process.
+        "memory_efficient_linear": False,
+    }

@@ -1,0 +1,95 @@
+"""What a training step needs of an engine, and the choice between the two there are."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.training.distributed import Distributed
+
+StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
+STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
+"""What training keeps of every parameter: the fp32 weight and Adam's two moments."""
+
+
+class Engine(Protocol):
+    """A model with its optimizer, spread over the ranks in some way. Every method is called by all ranks together."""
+
+    name: str
+    model: Transformer
+    distributed: Distributed
+    num_micro_batches: int
+    """That a rank sends through in one step."""
+
+    def forward(self, batch: Batch, *, with_stats: bool, probe: Probe | None = None) -> ModelOutput:
+        """The model's output for a batch of the host; with gradients unless they are disabled around the call."""
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """Add this micro-batch's gradient, divided by ``num_micro_batches``.
+
+        After the step's last micro-batch the gradients are reduced over the ranks as far as the engine does it here.
+        """
+
+    def update(self, learning_rate: float) -> float:
+        """Clip the gradient, take the optimizer step and drop the gradient.
+
+        Returns:
+            The norm of the global batch's gradient before clipping. Where it is not finite the weights may be lost.
+        """
+
+    def get_full(self, name: str, kind: StateKind) -> Tensor:
+        """The whole fp32 tensor of the parameter ``name``; on the device, to be used up before the next step."""
+
+    def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
+        """Put the whole fp32 tensor in place. A weight must be the one that the model was built with."""
+
+    @property
+    def adam_step(self) -> int:
+        """Adam's step counter."""
+
+    @adam_step.setter
+    def adam_step(self, step: int) -> None: ...
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of every parameter by its name in the state dict; a tied one occurs once."""
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest should say of it."""
+
+    def close(self) -> None:
+        """Let go of hooks and buffers."""
+
+
+def build_engine(config: RunConfig, model: Transformer, distributed: Distributed) -> Engine:
+    """The engine of ``training.engine`` around ``model``, whose fp32 weights are the ones to start from.
+
+    In bf16 the model becomes bf16, and the fp32 master weights begin as its rounded ones.
+    """
+    if config.training.engine == "torch":
+        from qsparse_moe.training.engine_torch import TorchEngine
+
+        return TorchEngine(config, model, distributed)
+    # Only here: importing DeepSpeed takes longer than building the other engine.
+    from qsparse_moe.training.engine_deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine(config, model, distributed)
+
+
+def num_micro_batches(config: RunConfig, world_size: int) -> int:
+    """Micro-batches that one rank sends through in a step."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * world_size)
+
+
+def run_model(module: Any, batch: Batch, device: torch.device, *, with_stats: bool, probe: Probe | None) -> ModelOutput:
+    """Call ``module`` (the model or what an engine wrapped around it) with a batch of the host."""
+    tokens, labels, positions, documents = (
+        None if part is None else part.to(device, non_blocking=True) for part in batch
+    )
+    return module(tokens, labels, positions_BS=positions, documents_BS=documents, with_stats=with_stats, probe=probe)

@@ -1,0 +1,177 @@
+"""DeepSpeed under the interface of ``Engine``. With ``ds_config.py`` the only place that knows DeepSpeed."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.ds_config import deepspeed_config
+from qsparse_moe.training.engine import StateKind, num_micro_batches, run_model
+from qsparse_moe.training.engine_torch import accumulate_in_fp32, clip_gradients
+from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
+
+
+class DeepSpeedEngine:
+    """ZeRO 0 to 3, in fp32 or bf16, with torch's AdamW as DeepSpeed's client optimizer."""
+
+    def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
+        self.distributed = distributed
+        self.num_micro_batches = num_micro_batches(config, distributed.world_size)
+        self.stage = config.training.deepspeed.zero_stage
+        self.name = f"deepspeed ZeRO-{self.stage}"
+        self.model = model
+        self._max_norm = config.training.gradient_clipping
+        self._settings = deepspeed_config(config, distributed.world_size)
+        # ZeRO-3 empties the parameters that it partitions.
+        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._adam = build_adamw(model.parameters(), config.training)
+        _prepare_process()
+        # It prints its memory in bf16; standard output is for what the user asked for.
+        with contextlib.redirect_stdout(sys.stderr):
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
+        self._parameters = dict(model.named_parameters())
+        if self.stage == 0:
+            accumulate_in_fp32(self._parameters.values())
+        self._start_optimizer_states()
+
+    def forward(self, batch: Batch, *, with_stats: bool, probe: Probe | None = None) -> ModelOutput:
+        """See ``Engine``."""
+        return run_model(self._engine, batch, self.distributed.device, with_stats=with_stats, probe=probe)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See ``Engine``. DeepSpeed divides by the number of micro-batches, and reduces as its stage does."""
+        self._engine.backward(loss)
+        if not is_last:
+            self._engine.step()
+
+    def update(self, learning_rate: float) -> float:
+        """See ``Engine``."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            norm = clip_gradients(self._parameters.values(), self._max_norm)
+            self._engine.step()
+        else:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+        return float(norm)
+
+    def get_full(self, name: str, kind: StateKind) -> Tensor:
+        """See ``Engine``."""
+        parameter = self._parameters[name]
+        if self.stage == 0:
+            return self._replicated(parameter, kind)
+        if kind == "weight":
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, kind)
+
+    def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
+        """See ``Engine``. Only the fp32 master is set: the weight that computes was given when the model was built."""
+        parameter = self._parameters[name]
+        if self.stage == 0:
+            self._replicated(parameter, kind).copy_(value)
+        elif self.stage == 3:
+            # The setter for whole tensors cannot cut one whose size is no multiple of the number of ranks.
+            part = self._partition(parameter, value)
+            if kind == "weight":
+                safe_set_local_fp32_param(parameter, part)
+            else:
+                safe_set_local_optimizer_state(parameter, part, kind)
+        elif kind == "weight":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    @property
+    def adam_step(self) -> int:
+        """See ``Engine``."""
+        return get_step(self._adam)
+
+    @adam_step.setter
+    def adam_step(self, step: int) -> None:
+        set_step(self._adam, step)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """See ``Engine``."""
+        return self._shapes
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Engine``."""
+        return {"engine": self.name, "deepspeed": self._settings}
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        self._engine.destroy()
+
+    def _start_optimizer_states(self) -> None:
+        """Give every flat parameter its AdamW state now and tie the model's parameters to their parts of it.
+
+        DeepSpeed does both in the first step, where ZeRO-1 and 2 tie all groups as soon as the first one has a state:
+        the moments of the second group (the norms) could then never be read. At ZeRO-0 in bf16 it has counted a step
+        that was none.
+        """
+        for flat in self._flat_parameters():
+            start_state(self._adam, flat)
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _flat_parameters(self) -> Iterator[Tensor]:
+        """What torch's AdamW steps on: DeepSpeed's flat parts, or at ZeRO-0 the parameters or their fp32 copies."""
+        if self.stage == 3:
+            yield from self._engine.optimizer.fp32_partitioned_groups_flat
+            return
+        for group in self._adam.param_groups:
+            yield from group["params"]
+
+    def _replicated(self, parameter: nn.Parameter, kind: StateKind) -> Tensor:
+        """The whole tensor where every rank holds it (ZeRO-0)."""
+        master = self._masters().get(parameter, parameter)
+        return master.detach() if kind == "weight" else self._adam.state[master][kind]
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """At ZeRO-0 in bf16 the fp32 copy of every parameter; empty in fp32."""
+        wrapper = self._engine.optimizer
+        if wrapper is self._adam:
+            return {}
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+    def _partition(self, parameter: Any, value: Tensor) -> Tensor:
+        """This rank's part of ``value`` as ZeRO-3 cuts it: equal parts, the last ones filled up with zeros."""
+        size = parameter.ds_tensor.numel()
+        start = self.distributed.rank * size
+        part = value.flatten()[start : start + size].to(self.distributed.device, torch.float32)
+        return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _prepare_process() -> None:
+    """What DeepSpeed would otherwise do at its own pace: compile an operation, and write to standard output."""
+    # Its shared-memory operation serves tensor-parallel inference only; compiling it takes half a minute and needs a
+    # compiler. The dictionary, left alone, is filled by starting compilers to see what could be built.
+    deepspeed.ops.__compatible_ops__ = {}
+    for handler in deepspeed.utils.logger.handlers:
+        if hasattr(handler, "setStream"):
+            handler.setStream(sys.stderr)
+    # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")

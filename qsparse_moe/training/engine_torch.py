@@ -1,0 +1,117 @@
+"""The plain engine: what the other one must agree with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.engine import StateKind, num_micro_batches, run_model
+from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
+
+
+class TorchEngine:
+    """Every rank holds everything; gradients are reduced one by one.
+
+    In bf16 the model's weights are bf16, its gradients accumulate in fp32, and AdamW works on fp32 copies.
+    """
+
+    name = "torch"
+
+    def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
+        self.distributed = distributed
+        self.num_micro_batches = num_micro_batches(config, distributed.world_size)
+        self._max_norm = config.training.gradient_clipping
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self.model = model.to(device=distributed.device, dtype=dtype)
+        self._parameters = dict(self.model.named_parameters())
+        self._masters = self._parameters
+        if dtype != torch.float32:
+            self._masters = {name: nn.Parameter(p.detach().float()) for name, p in self._parameters.items()}
+            accumulate_in_fp32(self._parameters.values())
+        self._optimizer = build_adamw(self._masters.values(), config.training)
+        for master in self._masters.values():
+            start_state(self._optimizer, master)
+
+    def forward(self, batch: Batch, *, with_stats: bool, probe: Probe | None = None) -> ModelOutput:
+        """See ``Engine``."""
+        return run_model(self.model, batch, self.distributed.device, with_stats=with_stats, probe=probe)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See ``Engine``."""
+        (loss / self.num_micro_batches).backward()
+        if is_last:
+            average_gradients(self._parameters.values(), self.distributed)
+
+    def update(self, learning_rate: float) -> float:
+        """See ``Engine``."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = clip_gradients(self._parameters.values(), self._max_norm)
+        for name, master in self._masters.items():
+            master.grad = self._parameters[name].grad
+        self._optimizer.step()
+        for name, parameter in self._parameters.items():
+            self._masters[name].grad = parameter.grad = None
+            if self._masters is not self._parameters:
+                parameter.data.copy_(self._masters[name])
+        return float(norm)
+
+    def get_full(self, name: str, kind: StateKind) -> Tensor:
+        """See ``Engine``."""
+        master = self._masters[name]
+        return master.detach() if kind == "weight" else self._optimizer.state[master][kind]
+
+    def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
+        """See ``Engine``."""
+        self.get_full(name, kind).copy_(value)
+
+    @property
+    def adam_step(self) -> int:
+        """See ``Engine``."""
+        return get_step(self._optimizer)
+
+    @adam_step.setter
+    def adam_step(self, step: int) -> None:
+        set_step(self._optimizer, step)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """See ``Engine``."""
+        return {name: parameter.shape for name, parameter in self._parameters.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Engine``."""
+        return {"engine": self.name}
+
+    def close(self) -> None:
+        """See ``Engine``."""
+
+
+def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:
+    """Make autograd keep the gradients of low-precision parameters in fp32, and add in it."""
+    for parameter in parameters:
+        parameter.grad_dtype = torch.float32
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], distributed: Distributed) -> None:
+    """Give every rank the mean of the ranks' gradients; a parameter without one counts as zeros."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
+        distributed.all_reduce(parameter.grad).div_(distributed.world_size)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their global L2 norm is at most ``max_norm`` (0: leave them); the norm before."""
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,92 @@
+"""Notices a value that is not finite before it reaches the weights. L layers."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.training.distributed import Distributed
+
+
+class NonFiniteGuard:
+    """Sums of every layer's output and of the gradient that arrives there: a sum is finite only if all its terms are.
+
+    The sums stay on the device. ``check`` looks at them once a step and carries the wish to stop to all ranks in the
+    same small reduction.
+    """
+
+    def __init__(self, num_layers: int, distributed: Distributed) -> None:
+        self._distributed = distributed
+        self._num_layers = num_layers
+        self._forward_L = torch.zeros(num_layers, device=distributed.device)
+        self._backward_L = torch.zeros(num_layers, device=distributed.device)
+        self._loss = torch.zeros(1, device=distributed.device)
+
+    def probe(self, layer: int, hidden: Tensor) -> None:
+        """To be called with every layer's output, inside the graph."""
+        self._forward_L[layer] += hidden.detach().sum(dtype=torch.float32)
+        if hidden.requires_grad:
+
+            def look(grad: Tensor) -> None:
+                self._backward_L[layer] += grad.sum(dtype=torch.float32)
+
+            hidden.register_hook(look)
+
+    def see_loss(self, loss: Tensor) -> None:
+        """To be called with every micro-batch's loss."""
+        self._loss += loss.detach().float()
+
+    def check(self, step: int, *, stop: int) -> int:
+        """Raise on every rank if any saw a non-finite value since the last call; else the wish to stop.
+
+        Args:
+            step: the step at work, counted from 1 as in the reports.
+            stop: the signal that this rank has received, or 0.
+
+        Returns:
+            The highest of the ranks' ``stop``.
+
+        Raises:
+            TrainingDiverged: with the step, the place and the lowest rank that saw it.
+        """
+        sums = torch.cat((self._forward_L, self._backward_L, self._loss))
+        # Reduced by maximum, the lowest rank wins.
+        flags = torch.where(sums.isfinite(), 0, self._distributed.world_size - self._distributed.rank)
+        flags = torch.cat((flags, flags.new_full((1,), stop)))
+        *found, stop = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        for buffer in (self._forward_L, self._backward_L, self._loss):
+            buffer.zero_()
+        if any(found):
+            raise TrainingDiverged(self._message(step, found))
+        return stop
+
+    def check_norm(self, step: int, grad_norm: float) -> None:
+        """Raise if the gradient norm, the same on all ranks, is not finite: what no layer's sums showed.
+
+        Raises:
+            TrainingDiverged: with the step.
+        """
+        if grad_norm - grad_norm != 0.0:
+            raise TrainingDiverged(f"step {step}: the gradient norm is {grad_norm}. {_WAY_OUT}")
+
+    def _message(self, step: int, found: list[int]) -> str:
+        forward, backward = found[: self._num_layers], found[self._num_layers : -1]
+        if any(forward):
+            place = next(layer for layer, flag in enumerate(forward) if flag)
+            what, flag = f"the output of layer {place}", forward[place]
+        elif found[-1]:
+            what, flag = "the loss", found[-1]
+        else:
+            # The backward runs from the last layer down: the highest one is where it began.
+            place = max(layer for layer, flag in enumerate(backward) if flag)
+            what, flag = f"the gradient that enters layer {place} from above", backward[place]
+        rank = self._distributed.world_size - flag
+        return f"step {step}: {what} is not finite on rank {rank}. {_WAY_OUT}"
+
+
+_WAY_OUT = (
+    "Nothing of this step was kept. Lower training.learning_rate, lengthen training.warmup_steps or set "
+    "training.gradient_clipping, or resume from the last checkpoint"
+)

@@ -1,0 +1,44 @@
+"""SIGTERM and Ctrl-C as a wish that the loop grants between two steps."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType, TracebackType
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """While it is entered, the first SIGINT or SIGTERM is only noted; a second Ctrl-C ends the process at once.
+
+    Under the deepspeed launcher a Ctrl-C reaches a rank twice, from the terminal and as the launcher's SIGTERM, so
+    SIGTERM never counts as the second. In another thread than the main one, where Python allows no handlers, signals
+    keep their effect.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Number of the signal, 0 while there is none."""
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received = number
+            logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
+        if number == signal.SIGINT:
+            # Not a handler of ours: Python runs none while a collective waits for the other ranks.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

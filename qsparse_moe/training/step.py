@@ -1,0 +1,94 @@
+"""One training step, the same for every engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.engine import Engine
+from qsparse_moe.training.guard import NonFiniteGuard
+
+Sums = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did; the same on every rank."""
+
+    losses: dict[str, float] | None
+    """Means over the global batch by name; None unless asked for."""
+    stats: Sums | None
+    """The model's sums over micro-batches and ranks, float64 on the CPU; None unless asked for."""
+    grad_norm: float
+    """Before clipping."""
+    stop: int
+    """A signal that some rank had received when the step's gradients were ready, or 0."""
+
+
+def train_step(
+    engine: Engine,
+    batches: Sequence[Batch],
+    *,
+    step: int,
+    learning_rate: float,
+    guard: NonFiniteGuard,
+    report: bool,
+    stop: int = 0,
+) -> StepOutcome:
+    """Send the micro-batches through and update the weights once.
+
+    Args:
+        engine: the model and its optimizer.
+        batches: this rank's micro-batches of the step.
+        step: counted from 1 as in the reports, for messages.
+        learning_rate: of this step.
+        guard: looks at every layer.
+        report: reduce losses and stats over the ranks; it costs one collective and the model's statistics.
+        stop: a signal that this rank has received, or 0.
+
+    Raises:
+        TrainingDiverged: something is not finite. On all ranks, before the weights changed or without a checkpoint
+            of them.
+    """
+    assert len(batches) == engine.num_micro_batches, (len(batches), engine.num_micro_batches)
+    totals: Sums = {}
+    for index, batch in enumerate(batches):
+        output = engine.forward(batch, with_stats=report, probe=guard.probe)
+        assert output.loss is not None
+        guard.see_loss(output.loss)
+        engine.backward(output.loss, is_last=index == len(batches) - 1)
+        if report:
+            losses = {"loss": output.loss.detach()} | output.losses
+            _add(totals, {f"losses/{name}": value.double() / len(batches) for name, value in losses.items()})
+            _add(totals, {f"stats/{name}": value for name, value in output.stats.items()})
+    stop = guard.check(step, stop=stop)
+    grad_norm = engine.update(learning_rate)
+    guard.check_norm(step, grad_norm)
+    if not report:
+        return StepOutcome(None, None, grad_norm, stop)
+    totals = reduce_sums(totals, engine.distributed)
+    losses_out = {name: value.item() / engine.distributed.world_size for name, value in _under("losses/", totals)}
+    return StepOutcome(losses_out, dict(_under("stats/", totals)), grad_norm, stop)
+
+
+def reduce_sums(sums: Mapping[str, Tensor], distributed: Distributed) -> Sums:
+    """Add the ranks' tensors of the same names in one collective; float64 on the CPU."""
+    names = sorted(sums)
+    flat = torch.cat([sums[name].double().flatten() for name in names])
+    flat = distributed.all_reduce(flat).cpu()
+    parts = flat.split([sums[name].numel() for name in names])
+    return {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
+
+
+def _add(totals: Sums, more: Mapping[str, Tensor]) -> None:
+    for name, value in more.items():
+        totals[name] = totals[name] + value if name in totals else value
+
+
+def _under(prefix: str, sums: Sums) -> list[tuple[str, Tensor]]:
+    return [(name.removeprefix(prefix), value) for name, value in sums.items() if name.startswith(prefix)]

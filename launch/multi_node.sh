@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Train on several machines that ssh reaches without a password and pdsh can start programs on, with the repository at
+# the same path on each. HOSTFILE has a line for each machine, "worker-1 slots=8":
+#   HOSTFILE=hosts.txt bash launch/multi_node.sh configs/base.yaml training.name=two-nodes
+set -euo pipefail
+# shellcheck source=launch/setup.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
+
+[[ -f "${HOSTFILE:-}" ]] ||
+    fail "HOSTFILE is '${HOSTFILE:-}', which is no file: name one with a line 'machine slots=GPUS' for each machine"
+[[ "$repository" != *[[:space:]]* ]] ||
+    fail "$repository has a space in its path, which pdsh splits on the other machines: move the repository"
+
+exec "$python" -m deepspeed.launcher.runner --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" \
+    --module qsparse_moe train "$@"

@@ -13,8 +13,21 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.rows import RowTable, train_rows
-from qsparse_moe.data.token_data import TokenData, fingerprint_of
+from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
+from qsparse_moe.data.tokenizer import check_vocabulary
 from qsparse_moe.errors import DataError
+
+__all__ = [
+    "Batch",
+    "TokenData",
+    "TrainLoader",
+    "check_vocabulary",
+    "combine_states",
+    "evaluation_batches",
+    "evaluation_num_bytes",
+    "load_data",
+    "train_rows",
+]
 
 State = dict[str, Any]
 
@@ -50,7 +63,7 @@ class TrainLoader:
         rows = self._table_rows(step) if self._stream is None else self._stream_rows(step)
         self._step = step + 1
         size = self._micro_batch_size
-        return [self._data.validation.batch(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+        return [self._data.batch(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
 
     def _table_rows(self, step: int) -> Array:
         table = self._data.train

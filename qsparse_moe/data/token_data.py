@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qsparse_moe.config.schema import DataConfig
+from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.rows import RowTable, spread_rows
 from qsparse_moe.data.sources import OpenSource, open_source
@@ -50,6 +51,7 @@ class TokenData:
         self._train = train
         self._train_byte_counts = train_byte_counts
         self._streams = streams
+        self._gathered = {_FIRST_STREAM_ROWS: validation}
 
     @property
     def train(self) -> RowTable:
@@ -78,9 +80,15 @@ class TokenData:
         Fewer where there are fewer; always the same for the same number.
         """
         table = self.validation
-        if self._streams is not None and num_rows != _FIRST_STREAM_ROWS:
-            table = self._streams.validation(num_rows).table
+        if self._streams is not None:
+            if num_rows not in self._gathered:
+                self._gathered[num_rows] = self._streams.validation(num_rows).table
+            table = self._gathered[num_rows]
         return table, spread_rows(num_rows, len(table))
+
+    def batch(self, rows: Array) -> Batch:
+        """A batch of ``(B, S + 1)`` rows, of a table or of a stream."""
+        return self.validation.batch(rows)
 
     def open_stream(self, *, rank: int, world_size: int, seed: int | None) -> RowStream | None:
         """One rank's train rows from the beginning in streaming mode; None in table mode."""

@@ -219,8 +219,14 @@ def _hub_files(name: str) -> list[Path]:
 
 def _document_spelling(name: str, files: Sequence[Path]) -> str:
     settings: dict[str, Any] = {}
-    for file in reversed(files):
-        settings |= json.loads(file.read_text(encoding="utf-8"))
+    for file in reversed(files):  # tokenizer_config.json has the last word
+        try:
+            settings |= json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(
+                f"data.tokenizer ({name}): {file} is not JSON: {error}; it must hold the tokenizer's settings; save it "
+                "again with save_pretrained"
+            ) from error
     for key in ("eos_token", "bos_token"):
         token = settings.get(key)
         spelling = token.get("content") if isinstance(token, dict) else token

@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qsparse_moe.data.rows import RowTable, mixture_counts, spread_rows, train_rows
+from qsparse_moe.data.table import SideTable
+
+
+def make_side(chunk_lengths: list[int], first: int) -> SideTable:
+    """Rows of three tokens whose first token counts up from ``first``, in chunks; each row has that many bytes."""
+    values = np.arange(first, first + sum(chunk_lengths))
+    rows = np.stack([values, values + 1, values + 2], axis=1).astype(np.uint16)
+    chunks = tuple(np.split(rows, np.cumsum(chunk_lengths)[:-1]))
+    return SideTable(chunks, values.astype(np.int64), np.eye(256, dtype=np.int64)[first % 256] * len(values))
+
+
+def make_table(sides: list[SideTable], weights: list[float]) -> RowTable:
+    return RowTable(sides, weights, document_token=65535, attend_across_documents=False)
+
+
+def test_rows_of_all_sources_are_numbered_one_after_another() -> None:
+    table = make_table([make_side([2, 3], 10), make_side([1], 50), make_side([4], 100)], [1, 1, 1])
+    firsts = [10, 11, 12, 13, 14, 50, 100, 101, 102, 103]
+    assert len(table) == 10 and table.sequence_length == 2
+    assert table.tokens(range(10))[:, 0].tolist() == firsts
+    batch = table.rows([9, 0, 5, 0])
+    assert batch.tokens_BS.tolist() == [[103, 104], [10, 11], [50, 51], [10, 11]]
+    assert batch.labels_BS.tolist() == [[104, 105], [11, 12], [51, 52], [11, 12]]
+    assert table.num_bytes([9, 0, 0]) == 103 + 10 + 10
+
+
+def test_a_weighted_source_is_repeated_in_order() -> None:
+    table = make_table([make_side([4], 10), make_side([2, 1], 50)], [1, 2])
+    assert table.tokens(range(len(table)))[:, 0].tolist() == [10, 11, 12, 13, 50, 51, 52, 50, 51, 52, 50, 51]
+    assert table.num_bytes([11]) == 51
+    assert (table.byte_counts[10], table.byte_counts[50]) == (4, pytest.approx(3 * 8 / 3))
+
+
+def test_a_row_outside_the_table_is_our_own_mistake() -> None:
+    table = make_table([make_side([4], 10)], [1])
+    for index in (-1, 4):
+        with pytest.raises(AssertionError, match="outside"):
+            table.tokens([index])
+
+
+SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=5)
+
+
+@given(SIZES, st.data())
+def test_weights_are_shares_and_no_row_is_lost(sizes: list[int], data: st.DataObject) -> None:
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
+    counts = mixture_counts(sizes, weights)
+    assert all(count >= size for count, size in zip(counts, sizes, strict=True))
+    if any(weight != 1 for weight in weights):
+        assert any(count == size for count, size in zip(counts, sizes, strict=True)), "the epoch is the shortest one"
+        for count, weight in zip(counts, weights, strict=True):
+            assert abs(count - weight / sum(weights) * sum(counts)) <= 1 + len(sizes)
+
+
+def test_equal_weights_of_one_read_everything_once_and_others_do_not() -> None:
+    assert mixture_counts([100, 7, 0], [1, 1, 1]) == [100, 7, 0]
+    assert mixture_counts([100, 10], [2, 2]) == [100, 100]
+    assert mixture_counts([100, 10], [0.75, 0.25]) == [100, 33]
+    assert mixture_counts([100, 10], [0.25, 0.75]) == [100, 300]
+    assert mixture_counts([100, 0], [1, 3]) == [100, 0]
+
+
+def slow_rows(num_places: int, num_rows: int, seed: int) -> list[int]:
+    rows: list[int] = []
+    for epoch in range(num_places // num_rows + 1):
+        rows += np.random.default_rng((seed, epoch)).permutation(num_rows).tolist()
+    return rows[:num_places]
+
+
+@given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 3))
+def test_steps_read_one_endless_sequence_of_shuffled_epochs(num_rows: int, batch: int, seed: int) -> None:
+    steps = [
+        train_rows(step, num_rows=num_rows, global_batch_size=batch, seed=seed, shuffle=True).tolist()
+        for step in (3, 1, 0, 2, 4)
+    ]
+    in_order = [steps[2], steps[1], steps[3], steps[0], steps[4]]
+    assert [row for rows in in_order for row in rows] == slow_rows(5 * batch, num_rows, seed)
+
+
+def test_epochs_and_seeds_have_different_orders_and_every_row_once() -> None:
+    def order(epoch: int, seed: int) -> list[int]:
+        return train_rows(epoch, num_rows=50, global_batch_size=50, seed=seed, shuffle=True).tolist()
+
+    orders = [order(0, 0), order(1, 0), order(0, 1)]
+    assert all(sorted(rows) == list(range(50)) for rows in orders)
+    assert len({tuple(rows) for rows in orders}) == 3
+
+
+def test_without_shuffle_rows_come_in_order() -> None:
+    assert train_rows(1, num_rows=5, global_batch_size=3, seed=0, shuffle=False).tolist() == [3, 4, 0]
+
+
+def test_evaluation_rows_are_spread_over_the_table() -> None:
+    assert spread_rows(4, 10).tolist() == [0, 2, 5, 7]
+    assert spread_rows(20, 3).tolist() == [0, 1, 2]

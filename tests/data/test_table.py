@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qsparse_moe.config.schema import DataConfig, SourceConfig
+from qsparse_moe.data.packing import Packer, is_validation, text_digest
+from qsparse_moe.data.sources import open_source
+from qsparse_moe.data.table import Packing, SourceTable, load_source_table
+from qsparse_moe.data.token_data import TokenData, load_data
+from qsparse_moe.data.tokenizer import load_tokenizer
+from qsparse_moe.errors import DataError
+from tests.data.corpus import make_texts, write_files, write_jsonl
+
+MakeConfig = Callable[..., DataConfig]
+
+
+def load_one(config: DataConfig) -> SourceTable:
+    packing = Packing(load_tokenizer(config.tokenizer), config.sequence_length, config.validation_fraction)
+    source = config.sources[0]
+    return load_source_table(open_source(source, 0), packing, Path(config.cache_dir), max_bytes=source.max_bytes)
+
+
+def all_rows(data: TokenData) -> list[list[int]]:
+    return [row.tolist() for table in (data.train, data.validation) for row in table.tokens(range(len(table)))]
+
+
+def table_folders(config: DataConfig) -> list[Path]:
+    return sorted(path for path in (Path(config.cache_dir) / "tables").iterdir() if path.is_dir())
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_a_table_holds_each_sides_documents_packed(
+    data_config: MakeConfig, jsonl_source: SourceConfig, bpe_folder: Path, tokenizer: str
+) -> None:
+    config = data_config(jsonl_source, tokenizer="bytes" if tokenizer == "bytes" else str(bpe_folder))
+    table = load_one(config)
+    text_tokenizer = load_tokenizer(config.tokenizer)
+    for held_out, side in ((False, table.train), (True, table.validation)):
+        texts = [text for text in make_texts(400) if is_validation(text_digest(text.encode()), 0.2) == held_out]
+        want = Packer(16).add(text_tokenizer.tokenize(texts))
+        assert len(side) > 50
+        assert np.concatenate(side.chunks).tolist() == want.tokens.tolist()
+        assert side.num_bytes.tolist() == want.num_bytes.tolist()
+        joined = "".join(texts).encode()
+        assert side.byte_counts.tolist() == [joined.count(value) for value in range(256)]
+
+
+def test_many_chunks_make_the_same_rows_as_one(
+    data_config: MakeConfig, jsonl_source: SourceConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = load_data(data_config(jsonl_source))
+    monkeypatch.setattr("qsparse_moe.data.table._CHUNK_BYTES", 500)
+    calls: list[tuple[str, int, int | None]] = []
+    config = data_config(jsonl_source, cache_dir=str(tmp_path / "other"))
+    parts = load_data(config, progress=lambda *call: calls.append(call))
+    assert len(load_one(config).train.chunks) > 10
+    assert all_rows(parts) == all_rows(whole)
+    assert parts.fingerprint == whole.fingerprint
+    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls) and len(calls) > 10
+    assert calls[-1] == ("data.sources.0 (jsonl)", len("".join(make_texts(400)).encode()), None)
+
+
+def test_token_ids_beyond_two_bytes_survive(data_config: MakeConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "words"
+    folder.mkdir()
+    vocabulary = {"<unk>": 0, "</s>": 1, "one": 2, "far": 70_000}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+    (folder / "tokenizer.json").write_text(
+        json.dumps({"version": "1.0", "added_tokens": [], "model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}})
+    )
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    source = SourceConfig(
+        kind="jsonl", path=str(write_jsonl(tmp_path / "a.jsonl", [f"far one {i}" for i in range(99)]))
+    )
+    data = load_data(data_config(source, tokenizer=str(folder), sequence_length=4))
+    assert data.tokenizer.vocab_size == 70_001
+    assert data.train.tokens([0]).tolist() == [[1, 70_000, 2, 0, 1]]
+
+
+def test_max_bytes_stops_between_two_characters(data_config: MakeConfig, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["abc", "déé", "never"])
+    progress: list[tuple[str, int, int | None]] = []
+    for max_bytes, want in ((6, "abcdé"), (7, "abcdé"), (8, "abcdéé"), (3, "abc"), (4, "abcd")):
+        source = SourceConfig(kind="jsonl", path=str(path), max_bytes=max_bytes)
+        table = load_one(data_config(source, sequence_length=2))
+        counts = table.train.byte_counts + table.validation.byte_counts
+        assert counts.tolist() == [want.encode().count(value) for value in range(256)], max_bytes
+    folder = write_files(tmp_path / "files", make_texts(200))
+    source = SourceConfig(kind="text", path=f"{folder}/*.txt", max_bytes=9000)
+    load_data(data_config(source), progress=lambda *call: progress.append(call))
+    assert progress[-1] == ("data.sources.0 (text)", 9000, 9000)
+
+
+def test_a_second_load_builds_nothing(data_config: MakeConfig, jsonl_source: SourceConfig) -> None:
+    config = data_config(jsonl_source)
+    first = load_data(config)
+    calls: list[object] = []
+    second = load_data(config, progress=lambda *call: calls.append(call))
+    assert not calls and len(table_folders(config)) == 1
+    assert all_rows(first) == all_rows(second) and first.fingerprint == second.fingerprint
+
+
+def test_changed_text_is_noticed_and_touched_files_are_the_same_data(data_config: MakeConfig, tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "files", make_texts(100))
+    config = data_config(SourceConfig(kind="text", path=f"{folder}/*.txt"))
+    before = load_data(config)
+    changed = folder / "0050.txt"
+    text = changed.read_text("utf-8")
+    changed.write_text(text.swapcase(), "utf-8")
+    os.utime(changed, ns=(1, 1))
+    after = load_data(config)
+    assert after.fingerprint != before.fingerprint and after.parts != before.parts
+    assert all_rows(after) != all_rows(before)
+    changed.write_text(text, "utf-8")
+    os.utime(changed, ns=(2, 2))
+    assert load_data(config).fingerprint == before.fingerprint
+    folder.rename(tmp_path / "moved")
+    moved = data_config(SourceConfig(kind="text", path=f"{tmp_path / 'moved'}/*.txt"))
+    assert load_data(moved).fingerprint == before.fingerprint
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"sequence_length": 17}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}, {"sources": 7_000}],
+    ids=lambda change: next(iter(change)),
+)
+def test_every_setting_that_rows_depend_on_has_its_own_table(
+    data_config: MakeConfig, jsonl_source: SourceConfig, bpe_folder: Path, change: dict[str, object]
+) -> None:
+    before = load_data(data_config(jsonl_source))
+    if "sources" in change:
+        other = data_config(jsonl_source.model_copy(update={"max_bytes": change["sources"]}))
+    else:
+        settings = change | ({"tokenizer": str(bpe_folder)} if "tokenizer" in change else {})
+        other = data_config(jsonl_source, **settings)
+    after = load_data(other)
+    assert len(table_folders(other)) == 2
+    assert after.fingerprint != before.fingerprint
+    changed = {name for name in after.parts if after.parts[name] != before.parts[name]}
+    assert changed == {"data.sources.0" if "sources" in change else f"data.{next(iter(change))}"}
+
+
+BUILDER = textwrap.dedent(
+    """
+    import logging, os, sys, time
+    from qsparse_moe.config.schema import DataConfig, SourceConfig
+    from qsparse_moe.data import table
+    from qsparse_moe.data.token_data import load_data
+
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+    table._CHUNK_BYTES = 2000
+    path, cache_dir, go = sys.argv[1:]
+
+    def progress(*call):
+        print("building", flush=True)
+        while not os.path.exists(go):
+            time.sleep(0.01)
+
+    source = SourceConfig(kind="jsonl", path=path)
+    config = DataConfig(sources=(source,), cache_dir=cache_dir, sequence_length=16, validation_fraction=0.2)
+    data = load_data(config, progress=progress)
+    print("fingerprint", data.fingerprint, flush=True)
+    """
+)
+
+
+def start_builder(source: SourceConfig, config: DataConfig, go: Path) -> subprocess.Popen[str]:
+    """A process that begins to build the table and goes on when the file ``go`` exists."""
+    command = [sys.executable, "-c", BUILDER, str(source.path), config.cache_dir, str(go)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def test_of_two_processes_one_builds_and_the_other_waits(
+    data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path
+) -> None:
+    config, go = data_config(jsonl_source), tmp_path / "go"
+    processes = []
+    for first_line in ("building", "waiting for another process"):
+        process = start_builder(jsonl_source, config, go)
+        assert process.stdout is not None and first_line in process.stdout.readline()
+        processes.append(process)
+    go.touch()
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert ["building" in output for output in outputs] == [True, False]
+    assert len({output.splitlines()[-1] for output in outputs}) == 1
+    assert len(table_folders(config)) == 1
+
+
+def test_a_killed_build_leaves_no_table_and_the_next_one_cleans_up(
+    data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path
+) -> None:
+    config = data_config(jsonl_source)
+    process = start_builder(jsonl_source, config, tmp_path / "never")
+    assert process.stdout is not None and "building" in process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    (left,) = table_folders(config)
+    assert ".partial-" in left.name and list(left.iterdir())
+    data = load_data(config)
+    assert all_rows(data)
+    (folder,) = table_folders(config)
+    assert ".partial-" not in folder.name
+
+
+def test_a_build_that_fails_leaves_no_table(data_config: MakeConfig, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*make_texts(300), None])
+    config = data_config(SourceConfig(kind="jsonl", path=str(path)))
+    with pytest.raises(DataError, match=r"a\.jsonl, row 300: column 'text' holds NoneType"):
+        load_data(config)
+    assert not table_folders(config)
+
+
+def test_a_damaged_table_is_refused_with_its_folder(data_config: MakeConfig, jsonl_source: SourceConfig) -> None:
+    config = data_config(jsonl_source)
+    load_data(config)
+    (folder,) = table_folders(config)
+    summary = json.loads((folder / "table.json").read_text())
+    summary["train"]["num_rows"] += 1
+    (folder / "table.json").write_text(json.dumps(summary))
+    with pytest.raises(DataError, match=r"data\.cache_dir: the table .* damaged \(ValueError: train.arrow holds"):
+        load_data(config)
+    (folder / "train.arrow").unlink()
+    with pytest.raises(DataError, match=rf"{folder.name} is damaged \(FileNotFoundError.*remove that folder"):
+        load_data(config)
+
+
+def test_a_cache_that_cannot_be_written_is_refused(
+    data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match=r"data\.cache_dir: .*file/tables cannot be written \(.*; set data\.cache_dir"):
+        load_data(data_config(jsonl_source, cache_dir=str(tmp_path / "file")))
+
+
+def test_building_the_standard_library_takes_seconds(data_config: MakeConfig) -> None:
+    config = data_config(SourceConfig(kind="stdlib"), sequence_length=256, validation_fraction=0.05)
+    began = time.monotonic()
+    data = load_data(config)
+    # 0.4 s here; ten times that is still no wait.
+    assert time.monotonic() - began < 10
+    assert len(data.train) > 20_000
+    assert 4.2 < data.unigram_bits_per_byte() < 4.9

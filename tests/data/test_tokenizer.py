@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, check_vocabulary, load_tokenizer
+from qsparse_moe.errors import ConfigError, DataError
+
+SPELLED = "a<|end|>b <|begin|> naïve 漢字 😀\n"
+
+
+def save_tokenizer(folder: Path, *, vocabulary: list[str], unknown: str, settings: dict[str, object]) -> Path:
+    """A word-level tokenizer: its words, special spellings included, are found in text as they stand."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_bytes_decode_to_the_text_they_encode(text: str) -> None:
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids == list(text.encode("utf-8"))
+    assert tokenizer.decode([256, *ids, 256, 263]) == text
+    (document,) = tokenizer.tokenize([text])
+    assert document.tokens.tolist() == [256, *ids]
+    assert document.num_bytes.tolist() == [0] + [1] * len(ids)
+
+
+def test_bytes_that_are_no_utf8_decode_to_the_replacement_character() -> None:
+    assert ByteTokenizer().decode([0x61, 0xFF, 0x62]) == "a�b"
+
+
+def test_a_hugging_face_folder_begins_documents_with_its_end_token(bpe_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(bpe_folder))
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert (tokenizer.document_token, tokenizer.vocab_size) == (1, 400)
+    (document,) = tokenizer.tokenize([SPELLED])
+    assert document.tokens[0] == 1
+    assert document.tokens[1:].tolist() == tokenizer.encode(SPELLED)
+
+
+def test_special_tokens_spelled_in_text_are_ordinary_text(bpe_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(bpe_folder))
+    ids = tokenizer.encode(SPELLED)
+    assert not {0, 1} & set(ids)
+    assert len(ids) > 8, "neither the file's truncation nor its padding may apply"
+    assert tokenizer.decode([1, *ids, 1]) == SPELLED
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_the_bytes_of_the_tokens_add_up_to_the_text(bpe_folder: Path, text: str) -> None:
+    tokenizer = load_tokenizer(str(bpe_folder))
+    (document,) = tokenizer.tokenize([text])
+    assert len(document.num_bytes) == len(document.tokens) and (document.num_bytes >= 0).all()
+    assert document.num_bytes.sum() == len(text.encode("utf-8"))
+
+
+def test_bytes_are_those_of_each_tokens_own_text(bpe_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(bpe_folder))
+    (document,) = tokenizer.tokenize(["expert é漢 zz"])
+    whole = [tokenizer.decode([token]) for token in document.tokens[1:].tolist()]
+    for text, num_bytes in zip(whole, document.num_bytes[1:].tolist(), strict=True):
+        if "�" not in text:  # a token that is a part of a character has no text of its own
+            assert num_bytes == len(text.encode("utf-8"))
+    assert sum("�" not in text for text in whole) >= 4
+
+
+def test_ids_that_a_tokenizer_does_not_have_are_left_out(bpe_folder: Path) -> None:
+    tokenizer = load_tokenizer(str(bpe_folder))
+    assert tokenizer.decode([*tokenizer.encode("half"), 407, 1]) == "half"
+
+
+def test_a_word_that_is_the_document_token_is_cut_in_two(tmp_path: Path) -> None:
+    folder = save_tokenizer(
+        tmp_path / "words",
+        vocabulary=["<unk>", "</s>", "<", "/s>", "one", "two"],
+        unknown="<unk>",
+        settings={"eos_token": "</s>"},
+    )
+    tokenizer = load_tokenizer(str(folder))
+    (document,) = tokenizer.tokenize(["one </s> two </s>"])
+    assert document.tokens.tolist() == [1, 4, 2, 3, 5, 2, 3]
+    assert document.num_bytes.sum() == len("one </s> two </s>")
+
+
+def test_text_that_becomes_the_document_token_is_refused(tmp_path: Path) -> None:
+    folder = save_tokenizer(
+        tmp_path / "words", vocabulary=["</s>", "one"], unknown="</s>", settings={"eos_token": "</s>"}
+    )
+    with pytest.raises(DataError, match=r"encodes ordinary text as its document token '</s>' \('one two'\).*choose"):
+        load_tokenizer(str(folder)).tokenize(["one two"])
+
+
+def test_the_begin_token_serves_where_there_is_no_end_token(bpe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": None}))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<|begin|>"}))
+    assert load_tokenizer(str(folder)).document_token == 0
+
+
+def test_a_tokenizer_without_either_token_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match=r"data\.tokenizer \(.*copy\).*neither eos_token nor bos_token.*set eos_token"):
+        load_tokenizer(str(folder))
+
+
+def test_an_end_token_outside_the_vocabulary_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|stop|>"}))
+    with pytest.raises(DataError, match=r"'<\|stop\|>' is not in its vocabulary.*mend eos_token"):
+        load_tokenizer(str(folder))
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"tokenizer\.json does not exist.*save_pretrained"):
+        load_tokenizer(str(tmp_path))
+    with pytest.raises(DataError, match=r"data\.tokenizer \(\./nowhere\).*does not exist"):
+        load_tokenizer("./nowhere")
+
+
+def test_a_broken_tokenizer_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{not json")
+    with pytest.raises(DataError, match=r"tokenizer\.json cannot be read.*save it again"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_broken_settings_file_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
+    (folder / "tokenizer_config.json").write_text("{not json")
+    with pytest.raises(DataError, match=r"tokenizer_config\.json is not JSON.*save it again"):
+        load_tokenizer(str(folder))
+
+
+def test_a_hub_name_is_fetched_file_by_file(bpe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def fetch(name: str, file: str) -> str:
+        asked.append((name, file))
+        return str(bpe_folder / file)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    tokenizer = load_tokenizer("owner/name")
+    assert asked == [("owner/name", "tokenizer.json"), ("owner/name", "tokenizer_config.json")]
+    assert tokenizer.fingerprint == load_tokenizer(str(bpe_folder)).fingerprint
+
+
+def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str, file: str) -> str:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    with pytest.raises(DataError, match=r"data\.tokenizer \(owner/name\).*ConnectionError: no route; .*local folder"):
+        load_tokenizer("owner/name")
+
+
+def test_the_fingerprint_tells_tokenizers_apart(bpe_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
+    same = load_tokenizer(str(folder)).fingerprint
+    assert same == load_tokenizer(str(bpe_folder)).fingerprint != ByteTokenizer().fingerprint
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|begin|>"}))
+    assert load_tokenizer(str(folder)).fingerprint != same
+
+
+def test_a_vocabulary_with_gaps_counts_to_its_largest_id(tmp_path: Path) -> None:
+    folder = save_tokenizer(
+        tmp_path / "words", vocabulary=["<unk>", "</s>"], unknown="<unk>", settings={"eos_token": "</s>"}
+    )
+    saved = json.loads((folder / "tokenizer.json").read_text())
+    saved["model"]["vocab"]["far"] = 70
+    (folder / "tokenizer.json").write_text(json.dumps(saved))
+    assert load_tokenizer(str(folder)).vocab_size == 71
+
+
+def test_a_model_with_too_few_rows_is_refused() -> None:
+    check_vocabulary(ModelConfig(vocab_size=257), ByteTokenizer())
+    with pytest.raises(ConfigError, match=r"model\.vocab_size \(256\) must be at least the tokenizer's \(257\).*264"):
+        check_vocabulary(ModelConfig(vocab_size=256), ByteTokenizer())
+
+
+def test_byte_tokens_need_no_tokenizers_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    assert load_tokenizer("bytes").tokenize(["é"])[0].tokens.dtype == np.int32

@@ -23,7 +23,8 @@ def why_not(device: torch.device) -> str | None:
     """The reason why the C++ operators cannot be compiled for ``device``, or None."""
     if device.type != "cpu":
         return f"the C++ operators run on CPUs, the device is {device.type}"
-    for program, remedy in (("g++", "install a C++ compiler"), ("ninja", "pip install ninja")):
+    compiler = os.environ.get("CXX", "c++")
+    for program, remedy in ((compiler, "install a C++ compiler such as g++"), ("ninja", "pip install ninja")):
         if shutil.which(program) is None and not _beside_python(program):
             return f"{program} is not found; {remedy}"
     return None
@@ -58,7 +59,7 @@ def load() -> None:
 
 
 def _machine_key() -> str:
-    """Tells processors apart, for a cache folder that several machines share: compiled for one, it may not run on another."""
+    """Tells processors apart: what is compiled for one may not run on another that shares the cache folder."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

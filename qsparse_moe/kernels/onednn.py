@@ -6,6 +6,8 @@ PyTorch sends fp32 products to MKL, which on AMD processors runs at under half o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,12 +58,12 @@ def _product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
+    def forward(ctx: Any, x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         ctx.save_for_backward(x_MK, weight_NK)
         return _product(x_MK, weight_NK)
 
     @staticmethod
-    def backward(ctx, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_MK, weight_NK = ctx.saved_tensors
         grad_x = _product(grad_MN, weight_NK.T) if ctx.needs_input_grad[0] else None
         grad_weight = _product(grad_MN.T, x_MK.T) if ctx.needs_input_grad[1] else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -64,6 +65,6 @@ def head_size(config: ModelConfig) -> int:
 def document_mask(documents_BS: Tensor) -> Tensor:
     """``(B, 1, S, S)`` bool: a query sees the keys of its own document that do not come after it."""
     length = documents_BS.shape[1]
-    causal_SS = documents_BS.new_ones(length, length, dtype=bool).tril()
+    causal_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
     same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
     return (same_BSS & causal_SS)[:, None]

@@ -27,5 +27,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             parameter.fill_(1.0)
             continue
         std = residual_std if name.endswith(("w_down", "attention.output.weight")) else config.init_std
-        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        # The CPU's generator reads 32 bits of its seed, so seed and name are folded into as many.
+        generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         nn.init.trunc_normal_(parameter, std=std, a=-_CUTOFF * std, b=_CUTOFF * std, generator=generator)

@@ -67,6 +67,7 @@ class Transformer(nn.Module):
         plan.check_fits(self.config)
         self.sparsity_plan = plan
         for layer in self.layers:
+            assert isinstance(layer, Block)
             layer.set_sparsity(plan)
 
     def forward(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +26,12 @@ class _SwiGLU(torch.autograd.Function):
     """``swiglu_reference`` that keeps only its two inputs for the backward."""
 
     @staticmethod
-    def forward(ctx, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_NF, up_NF)
         return F.silu(gate_NF).mul_(up_NF)
 
     @staticmethod
-    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
         gate_NF, up_NF = ctx.saved_tensors
         grad_up_NF = F.silu(gate_NF).mul_(grad_NF)
         return torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF), grad_up_NF
@@ -40,12 +41,12 @@ class _ReLU2GLU(torch.autograd.Function):
     """``relu2glu_reference`` that keeps only its two inputs for the backward."""
 
     @staticmethod
-    def forward(ctx, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_NF, up_NF)
         return gate_NF.relu().square_().mul_(up_NF)
 
     @staticmethod
-    def backward(ctx, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
         gate_NF, up_NF = ctx.saved_tensors
         positive_NF = gate_NF.relu()
         through_NF = grad_NF * positive_NF

@@ -1,11 +1,11 @@
 """Tokens to rows sorted by expert, and back. T tokens, A experts a token, N = T * A rows, D width, E experts.
 
-Both directions are gathers, forward and backward: no scatter-add, so the result does not depend on an order of additions.
+Both directions are gathers, forward and backward: no scatter-add, so no result depends on an order of additions.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,24 +61,24 @@ def combine(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TD: Tensor, token_N: Tensor, row_TA: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TA: Tensor) -> Tensor:
         ctx.save_for_backward(row_TA)
         return x_TD.index_select(0, token_N)
 
     @staticmethod
-    def backward(ctx, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
         (row_TA,) = ctx.saved_tensors
         return _sum_choices(grad_ND, row_TA, None), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y_ND: Tensor, weights_TA: Tensor, token_N: Tensor, slot_N: Tensor, row_TA: Tensor) -> Tensor:
+    def forward(ctx: Any, y_ND: Tensor, weights_TA: Tensor, token_N: Tensor, slot_N: Tensor, row_TA: Tensor) -> Tensor:
         ctx.save_for_backward(y_ND, weights_TA, token_N, slot_N, row_TA)
         return _sum_choices(y_ND, row_TA, weights_TA)
 
     @staticmethod
-    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         y_ND, weights_TA, token_N, slot_N, row_TA = ctx.saved_tensors
         grad_ND = grad_TD.index_select(0, token_N)
         weight_N = weights_TA.flatten()[slot_N].to(grad_ND.dtype)

@@ -50,7 +50,7 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str) -> Runtime:
 
 def _choose(setting: str, requested: str, specs: Sequence[Named], why_not: Callable[[Named], str | None]) -> Named:
     """The one asked for, or the first that runs here where ``auto`` was. A named one never falls back."""
-    reasons = {}
+    reasons: dict[str, str] = {}
     for spec in specs:
         if requested not in ("auto", spec.name):
             continue

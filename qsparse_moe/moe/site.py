@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import SparsityConfig
 from qsparse_moe.kernels.topk_select.op import SelectRows, select
-from qsparse_moe.sparsity.plan import num_kept
+from qsparse_moe.sparsity.plan import site_num_kept
 from qsparse_moe.sparsity.stats import Stats, site_stats
 from qsparse_moe.sparsity.topk import rescale_kept
 
@@ -20,28 +20,24 @@ class SparseSite(nn.Module):
     It has no parameters; K is changed at any time by ``set_sparsity`` and is no part of a checkpoint.
     """
 
+    num_kept_E: Tensor
+
     def __init__(
         self, num_features: int, settings: SparsityConfig, select_rows: SelectRows, *, num_experts: int = 1
     ) -> None:
         super().__init__()
         self.num_features = num_features
+        self.settings = settings
         self.group_size = settings.group_size if settings.selection == "block" else None
-        self.rescale = settings.rescale
-        self.gradient = settings.gradient
         self.select_rows = select_rows
         self.uniform_num_kept: int | None = num_features
         self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
 
     def set_sparsity(self, values: Sequence[float]) -> None:
         """Take over S, one value or one an expert; every forward from here on uses it."""
-        kept = [self._num_kept(value) for value in values]
+        kept = [site_num_kept(self.settings, value, self.num_features) for value in values]
         self.uniform_num_kept = kept[0] if len(set(kept)) == 1 else None
         self.num_kept_E.copy_(torch.tensor(kept))
-
-    def _num_kept(self, sparsity: float) -> int:
-        if self.group_size is None:
-            return num_kept(sparsity, self.num_features)
-        return num_kept(sparsity, self.group_size) * (self.num_features // self.group_size)
 
     def forward(self, x: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool) -> tuple[Tensor, Stats]:
         """The sparse rows and, if asked for, the sums of ``site_stats``.
@@ -54,9 +50,9 @@ class SparseSite(nn.Module):
         if self.uniform_num_kept == self.num_features:
             return x, site_stats(x, x, self.num_features) if with_stats else {}
         wanted = self._num_kept_of_rows(expert_ids_N)
-        kept = select(x, wanted, rows=self.select_rows, group_size=self.group_size, gradient=self.gradient)
+        kept = select(x, wanted, rows=self.select_rows, group_size=self.group_size, gradient=self.settings.gradient)
         stats = site_stats(x, kept, wanted) if with_stats else {}
-        return rescale_kept(kept, x, self.rescale), stats
+        return rescale_kept(kept, x, self.settings.rescale), stats
 
     def _num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
         if self.uniform_num_kept is not None:

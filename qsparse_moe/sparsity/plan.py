@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig
+from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig, SparsityOverride
 from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites
 from qsparse_moe.errors import ConfigError
@@ -139,7 +139,7 @@ def _places(config: ModelConfig) -> Iterator[tuple[tuple[int, Site], int]]:
             yield (layer, site), config.moe.num_experts if site in EXPERT_SITES else 1
 
 
-def _apply(values: dict, override, config: ModelConfig) -> bool:
+def _apply(values: dict[tuple[int, Site], tuple[float, ...]], override: SparsityOverride, config: ModelConfig) -> bool:
     """Write ``override`` into ``values``; whether it matched any place. ValueError names what is out of range."""
     layers = _select_named("layers", override.layers, config.num_layers)
     experts = _select_named("experts", override.experts, config.moe.num_experts)
@@ -159,7 +159,7 @@ def _apply(values: dict, override, config: ModelConfig) -> bool:
     return matched
 
 
-def _select_named(name: str, selector, count: int) -> tuple[int, ...]:
+def _select_named(name: str, selector: int | str | Sequence[int] | None, count: int) -> tuple[int, ...]:
     try:
         return select(selector, count)
     except ValueError as error:

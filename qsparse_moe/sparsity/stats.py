@@ -41,10 +41,10 @@ def site_stats(before: Tensor, after: Tensor, num_kept: int | Tensor) -> Stats:
 
 def add_stats(total: Stats, other: Stats) -> Stats:
     """The sums of both; a name that only one of them has is taken over."""
-    return {
-        name: total[name] + other[name] if name in total and name in other else total.get(name, other.get(name))
-        for name in total | other
-    }
+    sums = dict(total)
+    for name, value in other.items():
+        sums[name] = sums[name] + value if name in sums else value
+    return sums
 
 
 def stack_layers(per_layer: list[Stats]) -> Stats:
@@ -58,4 +58,5 @@ def stack_layers(per_layer: list[Stats]) -> Stats:
 
 
 def _square_sum(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dtype=torch.float32).double().square()
+    # Rows in fp32, their sums in fp64: the total does not depend on how many rows were added.
+    return x.float().square().sum(-1).double().sum()

@@ -5,22 +5,23 @@ Letters: N rows, D features, K kept features, G features of a group.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Rescale = Literal["none", "unit", "preserve"]
 Gradient = Literal["ste", "masked"]
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def topk_mask(x: Tensor, num_kept: int | Tensor, *, group_size: int | None = None) -> Tensor:
     """Mark the ``num_kept`` largest-magnitude features of every row.
 
-    Ties go to the lower index, so each row keeps exactly its K features.
+    Ties go to the lower index, so each row keeps exactly its K features. NaN counts as the largest magnitude.
 
     Args:
-        x: ``(*, D)`` activations.
+        x: ``(*, D)`` activations in a floating-point dtype.
         num_kept: K with ``1 <= K <= D``: one for all rows, or an int tensor ``(*)`` with one a row.
         group_size: G, a divisor of D: every contiguous group of G features keeps ``K * G / D`` of its own.
 
@@ -33,16 +34,24 @@ def topk_mask(x: Tensor, num_kept: int | Tensor, *, group_size: int | None = Non
     if group_size is not None:
         return _group_mask(x, num_kept, group_size)
     _check_num_kept(num_kept, x)
-    magnitude = x.detach().abs()
+    magnitude = magnitude_bits(x)
     threshold = _kth_largest(magnitude, num_kept)
     return _resolve_ties(magnitude, threshold, num_kept)
 
 
 def topk_mask_reference(x: Tensor, num_kept: int | Tensor) -> Tensor:
     """The definition of ``topk_mask``: a stable descending sort of the magnitudes; the first K positions are kept."""
-    order = x.detach().abs().argsort(dim=-1, descending=True, stable=True)
+    order = magnitude_bits(x).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
     return rank < (num_kept[..., None] if isinstance(num_kept, Tensor) else num_kept)
+
+
+def magnitude_bits(x: Tensor) -> Tensor:
+    """The bits of ``|x|`` as integers, whose order is that of the magnitudes.
+
+    NaN lies above infinity, so a NaN is always among the kept and stays visible; it is never silently dropped.
+    """
+    return x.detach().abs().view(_INTEGERS[x.element_size()])
 
 
 def topk_sparsify(
@@ -77,7 +86,7 @@ def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: 
 
 
 def rescale_kept(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
-    """``kept`` (what is left of ``x``) as it is, over its L2 norm, or with the L2 norm of ``x``; in the dtype of ``x``."""
+    """What is kept of ``x`` as it is, over its L2 norm, or with the L2 norm of ``x``; in the dtype of ``x``."""
     if rescale == "none":
         return kept
     scale = _inverse_norm(kept)
@@ -90,11 +99,11 @@ class _StraightThroughMask(torch.autograd.Function):
     """``x * mask`` forward, identity backward."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, mask: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor, mask: Tensor) -> Tensor:
         return x * mask
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 

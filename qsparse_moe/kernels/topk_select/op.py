@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +19,8 @@ SelectRows = Callable[[Tensor, "int | Tensor", bool], tuple[Tensor, Tensor]]
 class Selection:
     """A named implementation of ``select_rows(x, num_kept, with_mask) -> (kept, mask)``.
 
-    ``x`` is ``(*, D)``, ``num_kept`` an int or int64 ``(*)``; ``kept`` is ``x`` with all but the K largest magnitudes of
-    every row zeroed; ``mask`` is bool ``(*, D)``, or of no size where ``with_mask`` is False.
+    ``x`` is ``(*, D)``, ``num_kept`` an int or int64 ``(*)``; ``kept`` is ``x`` with all but the K largest magnitudes
+    of every row zeroed; ``mask`` is bool ``(*, D)``; it may be of no size where ``with_mask`` is False.
     """
 
     name: str
@@ -27,7 +28,7 @@ class Selection:
     why_not: Callable[[torch.device], str | None]
 
 
-def select_rows_torch(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+def select_rows_torch(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
     """The selection in stock PyTorch, on any device."""
     mask = topk_mask(x, num_kept)
     return x * mask, mask
@@ -42,7 +43,7 @@ def select_rows_native(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tu
 
 SELECTIONS: tuple[Selection, ...] = (
     Selection("native", select_rows_native, native.why_not),
-    Selection("torch", select_rows_torch, lambda device: None),  # noqa: ARG005
+    Selection("torch", select_rows_torch, lambda device: None),
 )
 """Fastest first."""
 
@@ -72,7 +73,7 @@ def select(
 
 class _Select(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, num_kept: int | Tensor, rows: SelectRows, masked: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, num_kept: int | Tensor, rows: SelectRows, masked: bool) -> Tensor:
         kept, mask = rows(x, num_kept, masked)
         if masked:
             ctx.save_for_backward(mask)
@@ -80,5 +81,5 @@ class _Select(torch.autograd.Function):
         return kept
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return (grad * ctx.saved_tensors[0] if ctx.masked else grad), None, None, None

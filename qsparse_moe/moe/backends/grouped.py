@@ -19,7 +19,7 @@ def matmul(rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> T
     return F.grouped_mm(rows_NX, weights_EXY, offs=ends_E)
 
 
-def why_not(config: ModelConfig, device: torch.device) -> str | None:  # noqa: ARG001
+def why_not(config: ModelConfig, device: torch.device) -> str | None:
     """The reason why this model's experts cannot run through it, or None."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm; it is public since torch 2.10"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,20 +21,20 @@ def matmul(rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> T
     return _GroupedMatmul.apply(rows_NX, weights_EXY, rows_per_expert_E.tolist())
 
 
-def why_not(config: ModelConfig, device: torch.device) -> str | None:  # noqa: ARG001
+def why_not(config: ModelConfig, device: torch.device) -> str | None:
     """The reason why it cannot run on ``device``, or None."""
     return onednn.why_not(device)
 
 
 class _GroupedMatmul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows_NX: Tensor, weights_EXY: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, rows_NX: Tensor, weights_EXY: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(rows_NX, weights_EXY)
         ctx.counts = counts
         return _rows_times(rows_NX, weights_EXY, counts)
 
     @staticmethod
-    def backward(ctx, grad_NY: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad_NY: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_NX, weights_EXY = ctx.saved_tensors
         grad_rows = grad_weights = None
         if ctx.needs_input_grad[0]:

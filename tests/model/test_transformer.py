@@ -1,0 +1,158 @@
+"""The Transformer: loss, documents, positions, checkpointing, initial values, sparsity at run time."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.rope import rotate, rotation_at
+from qsparse_moe.model.transformer import build_model, cross_entropy
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+VOCAB = 40
+
+
+def make(seed=0, **changes):
+    moe = {"num_experts": 4, "expert_hidden_size": 16} | changes.pop("moe", {})
+    settings = {"vocab_size": VOCAB, "hidden_size": 32, "num_layers": 3, "num_heads": 4} | changes
+    return build_model(ModelConfig(moe=MoEConfig(**moe), **settings), seed=seed)
+
+
+def tokens(rows=2, length=12):
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(5))
+
+
+VARIANTS = {
+    "plain": {},
+    "grouped queries, qk-norm, tied": {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": True},
+    "wide heads": {"head_size": 16},
+    "dense first layer and shared experts": {"moe": {"num_dense_layers": 1, "num_shared_experts": 1}},
+    "dense only": {"moe": {"num_dense_layers": 3}},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_every_parameter_has_a_gradient_and_the_loss_is_its_terms(changes):
+    model = make(sparsity=SparsityConfig(default=0.5), **changes)
+    out = model(tokens(), tokens())
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    moe = model.config.moe
+    want = out.losses["lm_loss"]
+    if "load_balance_loss" in out.losses:
+        want = want + moe.load_balance_coefficient * out.losses["load_balance_loss"]
+        want = want + moe.router_z_coefficient * out.losses["router_z_loss"]
+    torch.testing.assert_close(out.loss.detach(), want)
+
+
+def test_logits_do_not_see_the_future():
+    model, ids = make(), tokens()
+    changed = ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % VOCAB
+    assert torch.equal(model(ids).logits_BSV[:, :7], model(changed).logits_BSV[:, :7])
+    assert not torch.equal(model(ids).logits_BSV[:, 7:], model(changed).logits_BSV[:, 7:])
+
+
+def test_a_packed_document_is_computed_as_if_it_stood_alone():
+    model, ids = make(), tokens(1, 12)
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    positions = torch.tensor([[*range(5), *range(7)]])
+    packed = model(ids, positions_BS=positions, documents_BS=documents).logits_BSV
+    alone = [model(part).logits_BSV for part in (ids[:, :5], ids[:, 5:])]
+    torch.testing.assert_close(packed, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(model(ids).logits_BSV[:, 5:], alone[1], atol=1e-4)
+
+
+def test_rotation_depends_on_the_distance_only():
+    q, k = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
+
+    def score(at_q, at_k):
+        turned = [
+            rotate(x, rotation_at(torch.tensor([[at]]), 8, 100.0, torch.float32)) for x, at in ((q, at_q), (k, at_k))
+        ]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(score(3, 1), score(12, 10))
+    assert not torch.allclose(score(3, 1), score(3, 2))
+
+
+def test_ignored_labels_do_not_count_and_all_ignored_is_zero():
+    logits, labels = torch.randn(2, 3, VOCAB), torch.randint(0, VOCAB, (2, 3))
+    labels[0, 1] = -100
+    want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+    torch.testing.assert_close(cross_entropy(logits, labels), want)
+    assert cross_entropy(logits, torch.full((2, 3), -100)) == 0
+
+
+def test_checkpointing_changes_neither_gradients_nor_sums():
+    plain = make(sparsity=SparsityConfig(default=0.5))
+    recomputed = copy.deepcopy(plain)
+    recomputed.activation_checkpointing = True
+    outputs = [model(tokens(), tokens()) for model in (plain, recomputed)]
+    for out in outputs:
+        out.loss.backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, recomputed.get_parameter(name).grad), name
+    for name, value in outputs[0].stats.items():
+        assert torch.equal(value, outputs[1].stats[name]), name
+
+
+def test_initial_values_depend_on_the_seed_and_the_name_only():
+    one, again, other = make(seed=3), make(seed=3), make(seed=4)
+    deeper = make(seed=3, num_layers=4)
+    assert torch.equal(one.embedding.weight, again.embedding.weight)
+    assert not torch.equal(one.embedding.weight, other.embedding.weight)
+    name = "layers.1.moe.experts.w_gate"
+    assert torch.equal(one.get_parameter(name), deeper.get_parameter(name))
+    assert one.get_parameter(name).std().item() == pytest.approx(0.02 * 0.987, rel=0.05)  # cut at three deviations
+    assert one.get_parameter("layers.1.moe.experts.w_down").std().item() == pytest.approx(0.0197 / 6**0.5, rel=0.05)
+    assert (one.final_norm.weight == 1).all()
+
+
+def test_sparsity_changes_at_run_time_and_back_without_a_trace():
+    model, ids = make(), tokens()
+    dense = model(ids).logits_BSV
+    keys = list(model.state_dict())
+    model.set_sparsity(SparsityPlan.uniform(model.config, 0.7))
+    assert not torch.allclose(model(ids).logits_BSV, dense)
+    model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
+    assert torch.equal(model(ids).logits_BSV, dense)
+    assert list(model.state_dict()) == keys
+    with pytest.raises(ConfigError, match="the model needs"):
+        model.set_sparsity(SparsityPlan.uniform(make(num_layers=2).config, 0.5))
+
+
+def test_experts_that_differ_in_sparsity_are_counted_by_their_own_k():
+    model = make(
+        sparsity=SparsityConfig.model_validate(
+            {"overrides": [{"site": "expert_hidden", "experts": 1, "sparsity": 0.75}]}
+        )
+    )
+    stats = model(tokens()).stats
+    rows_LE = stats["router/rows_LE"]
+    want_L = 16 * rows_LE.sum(1) - 12 * rows_LE[:, 1]
+    assert torch.equal(stats["sparsity/expert_hidden/kept_L"], want_L)
+
+
+def test_the_probe_sees_every_layer_inside_the_graph():
+    model, seen, grads = make(), [], []
+
+    def probe(layer, hidden):
+        seen.append((layer, tuple(hidden.shape)))
+        hidden.register_hook(lambda grad: grads.append(grad.abs().sum().item()))
+
+    model(tokens(), tokens(), probe=probe).loss.backward()
+    assert seen == [(0, (2, 12, 32)), (1, (2, 12, 32)), (2, (2, 12, 32))]
+    assert len(grads) == 3
+    assert min(grads) > 0
+
+
+def test_bf16_keeps_losses_in_fp32_and_stays_near_fp32():
+    wide = make(sparsity=SparsityConfig(default=0.3))
+    narrow = copy.deepcopy(wide).bfloat16()
+    got, want = narrow(tokens(), tokens()), wide(tokens(), tokens())
+    assert got.loss.dtype == torch.float32
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=0.01)

@@ -1,0 +1,73 @@
+"""Every backend against the loop, over loads and dtypes; and the choice between backends."""
+
+import logging
+
+import pytest
+import torch
+
+from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.moe.backends import loop
+from qsparse_moe.moe.backends.registry import BACKENDS
+from qsparse_moe.moe.runtime import resolve_runtime
+
+FAST = {spec.name: spec.matmul for spec in BACKENDS if spec.name != "loop"}
+LOADS = {
+    "even": [8, 8, 8],
+    "skewed": [1, 30, 2],
+    "an expert without rows": [5, 0, 7],
+    "first and last without rows": [0, 9, 0],
+    "all on one": [0, 0, 17],
+    "no rows at all": [0, 0, 0],
+    "longer than a rounded block": [33, 47, 16],
+}
+X, Y = 16, 24
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matches_the_loop_in_output_and_every_gradient(name, load, dtype):
+    counts = torch.tensor(load)
+    inputs = [torch.randn(sum(load), X), torch.randn(len(load), X, Y)]
+    upstream = torch.randn(sum(load), Y)
+
+    def run(matmul, dtype):
+        leaves = [part.to(dtype).requires_grad_() for part in inputs]
+        out = matmul(*leaves, counts)
+        return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(dtype))]
+
+    exact, plain, fast = run(loop.matmul, torch.float64), run(loop.matmul, dtype), run(FAST[name], dtype)
+    for part, want, reference, got in zip(("y", "grad_rows", "grad_weights"), exact, plain, fast, strict=True):
+        assert got.shape == want.shape, part
+        if want.numel() == 0:
+            continue
+        rounding = (reference.double() - want).abs().max()
+        error = (got.double() - want).abs().max()
+        allowed = 2 * rounding + torch.finfo(dtype).eps * want.abs().max()
+        assert error <= allowed, f"{name} {part}: error {error:.2e} > allowed {allowed:.2e}"
+
+
+def config(backend="auto", *, hidden=16, selection_backend="auto"):
+    moe = MoEConfig(expert_hidden_size=hidden, backend=backend)
+    return ModelConfig(hidden_size=16, num_heads=2, moe=moe, sparsity=SparsityConfig(backend=selection_backend))
+
+
+def test_auto_says_what_it_chose(caplog):
+    with caplog.at_level(logging.INFO, logger="qsparse_moe.moe.runtime"):
+        runtime = resolve_runtime(config(), "cpu")
+    assert runtime.names == {"model.moe.backend": "onednn", "model.sparsity.backend": "native"}
+    assert "model.moe.backend=auto runs as onednn" in caplog.text
+
+
+def test_a_named_backend_runs_or_raises_and_never_falls_back():
+    for name in ("loop", "grouped", "onednn"):
+        assert resolve_runtime(config(name), "cpu").names["model.moe.backend"] == name
+    with pytest.raises(
+        BackendUnavailable, match=r"'grouped'.*expert_hidden_size \(12\) must be a multiple of 8.*8 and 16"
+    ):
+        resolve_runtime(config("grouped", hidden=12), "cpu")
+    with pytest.raises(BackendUnavailable, match=r"model.moe.backend \('onednn'\).*the device is cuda"):
+        resolve_runtime(config("onednn"), "cuda")
+    with pytest.raises(BackendUnavailable, match=r"model.sparsity.backend \('native'\).*the device is cuda"):
+        resolve_runtime(config("loop", selection_backend="native"), "cuda")

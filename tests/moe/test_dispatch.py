@@ -1,0 +1,51 @@
+"""Permute and combine against their plain definitions. T tokens, A experts a token, E experts."""
+
+import pytest
+import torch
+
+from qsparse_moe.moe.dispatch import combine, combine_reference, permute, permute_reference, plan_dispatch
+
+CASES = {
+    "spread": torch.tensor([[0, 2], [3, 1], [2, 0], [1, 2]]),
+    "all on one expert": torch.tensor([[2], [2], [2]]),
+    "an expert without rows": torch.tensor([[0, 3], [3, 0]]),
+    "one token": torch.tensor([[3, 1]]),
+}
+
+
+@pytest.mark.parametrize("expert_ids_TA", CASES.values(), ids=CASES.keys())
+def test_rows_are_sorted_by_expert_then_token_and_the_inverse_undoes_it(expert_ids_TA):
+    dispatch = plan_dispatch(expert_ids_TA, 4)
+    flat = expert_ids_TA.flatten()
+    assert torch.equal(dispatch.expert_N, flat.sort().values)
+    assert torch.equal(flat[dispatch.slot_N], dispatch.expert_N)
+    assert torch.equal(dispatch.slot_N[dispatch.row_TA.flatten()], torch.arange(len(flat)))
+    assert dispatch.rows_per_expert_E.tolist() == [(flat == e).sum().item() for e in range(4)]
+    for expert in range(4):
+        tokens = dispatch.token_N[dispatch.expert_N == expert]
+        assert torch.equal(tokens, tokens.sort().values)
+
+
+@pytest.mark.parametrize("expert_ids_TA", CASES.values(), ids=CASES.keys())
+def test_permute_and_combine_match_their_definitions_in_value_and_every_gradient(expert_ids_TA):
+    dispatch = plan_dispatch(expert_ids_TA, 4)
+    num_tokens, choices = expert_ids_TA.shape
+    x = torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(num_tokens, choices, dtype=torch.float64, requires_grad=True)
+    up_rows = torch.randn(num_tokens * choices, 6, dtype=torch.float64)
+    up_tokens = torch.randn(num_tokens, 6, dtype=torch.float64)
+    results = []
+    for gather, add in ((permute, combine), (permute_reference, combine_reference)):
+        rows = gather(x, dispatch)
+        y = add(rows.sin(), weights, dispatch)
+        results.append((rows, y, *torch.autograd.grad((rows, y), (x, weights), (up_rows, up_tokens))))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_combine_adds_bf16_rows_in_fp32():
+    rows = torch.tensor([[256.0], [1.0]], dtype=torch.bfloat16)  # 256 + 0.5 + 0.5 is lost if rounded in between
+    dispatch = plan_dispatch(torch.tensor([[0, 1]]), 2)
+    y = combine(rows, torch.tensor([[1.0, 1.0]]), dispatch)
+    assert y.dtype == torch.bfloat16
+    assert y.item() == torch.tensor(257.0).bfloat16().item()

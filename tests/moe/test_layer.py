@@ -1,0 +1,137 @@
+"""The MoE layer against a loop over tokens, with Q-Sparse at its sites. B batch, S sequence, D width."""
+
+import pytest
+import torch
+
+from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
+from qsparse_moe.model.init import initialize
+from qsparse_moe.moe.activations import ACTIVATIONS, REFERENCES
+from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.sparsity.plan import num_kept
+from qsparse_moe.sparsity.topk import topk_sparsify
+
+B, S, D, F, E, A = 2, 5, 16, 24, 4, 2
+
+
+def make(activation="relu2glu", backend="auto", shared=0, **sparsity):
+    moe = MoEConfig(
+        num_experts=E, experts_per_token=A, expert_hidden_size=F, activation=activation, backend=backend,
+        num_shared_experts=shared,
+    )  # fmt: skip
+    config = ModelConfig(hidden_size=D, num_heads=2, moe=moe, sparsity=SparsityConfig(**sparsity))
+    layer = MoELayer(config).double()
+    initialize(layer, config, seed=1)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(20)  # away from zero, where every mistake looks alike
+    return layer
+
+
+def set_sparsity(layer, input_values, hidden_values):
+    layer.input_site.set_sparsity(input_values)
+    layer.experts.hidden_site.set_sparsity(hidden_values)
+
+
+def token_by_token(layer, x, activation, input_values, hidden_values, rescale="none"):
+    """The layer's equation, one (token, expert) pair at a time."""
+    rows = []
+    routing = layer.router(x.flatten(0, 1))
+    for token, row in enumerate(x.flatten(0, 1)):
+        total = torch.zeros_like(row)
+        for weight, expert in zip(routing.weights_TA[token], routing.expert_ids_TA[token].tolist(), strict=True):
+            sparse = topk_sparsify(row, num_kept(input_values[expert], D), rescale=rescale)
+            w = layer.experts
+            hidden = REFERENCES[activation](sparse @ w.w_gate[expert], sparse @ w.w_up[expert])
+            hidden = topk_sparsify(hidden, num_kept(hidden_values[expert], F), rescale=rescale)
+            total = total + weight * (hidden @ w.w_down[expert])
+        if layer.shared is not None:
+            s = layer.shared
+            total = total + REFERENCES[activation](row @ s.w_gate, row @ s.w_up) @ s.w_down
+        rows.append(total)
+    return torch.stack(rows).view_as(x)
+
+
+UNIFORM = ([0.5] * E, [0.6] * E)
+PER_EXPERT = ([0.0, 0.5, 0.25, 0.75], [0.9, 0.0, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("backend", ["loop", "onednn"])
+@pytest.mark.parametrize(
+    "values", [([0.0] * E, [0.0] * E), UNIFORM, PER_EXPERT], ids=["dense", "uniform", "per expert"]
+)
+@pytest.mark.parametrize("shared", [0, 2])
+def test_layer_is_the_sum_over_a_tokens_experts_in_value_and_every_gradient(activation, backend, values, shared):
+    layer = make(activation, backend, shared)
+    set_sparsity(layer, *values)
+    x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(x)
+    leaves = [x, *layer.parameters()]
+    got, want = layer(x).y_BSD, token_by_token(layer, x, activation, *values)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, want)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_rescale_reaches_the_sites():
+    layer = make(rescale="preserve")
+    set_sparsity(layer, *UNIFORM)
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    torch.testing.assert_close(layer(x).y_BSD, token_by_token(layer, x, "relu2glu", *UNIFORM, rescale="preserve"))
+
+
+def test_the_router_sees_the_dense_tokens():
+    layer = make()
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    dense = layer.router(x.flatten(0, 1)).expert_ids_TA
+    set_sparsity(layer, [0.9] * E, [0.9] * E)
+    rows_E = layer(x).stats["router/rows_E"]
+    assert torch.equal(rows_E, torch.bincount(dense.flatten(), minlength=E).double())
+
+
+def test_one_token_and_all_tokens_on_one_expert():
+    layer = make()
+    with torch.no_grad():
+        layer.router.weight.zero_()
+    x = torch.randn(1, 1, D, dtype=torch.float64)
+    assert layer(x).stats["router/rows_E"].sum() == A
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    assert sorted(layer(x).stats["router/rows_E"].tolist()) == [0, 0, B * S, B * S]
+
+
+def test_sums_of_the_sites_and_of_the_router():
+    layer = make(shared=1)
+    set_sparsity(layer, [0.5] * E, [0.25] * E)
+    stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
+    assert stats["router/tokens"] == B * S
+    assert stats["sparsity/expert_input/rows"] == B * S  # one selection serves all experts of a token
+    assert stats["sparsity/expert_input/kept"] == B * S * 8
+    assert stats["sparsity/expert_hidden/rows"] == B * S * A
+    assert stats["sparsity/expert_hidden/kept"] == B * S * A * num_kept(0.25, F)
+    assert stats["sparsity/expert_hidden/nonzero"] < stats["sparsity/expert_hidden/kept"]  # ReLU zeros among the kept
+    set_sparsity(layer, *PER_EXPERT)
+    stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
+    assert stats["sparsity/expert_input/rows"] == B * S * A  # now each routed row has its own K
+    quiet = layer(torch.randn(B, S, D, dtype=torch.float64), with_stats=False).stats
+    assert list(quiet) == ["router/rows_E"]
+
+
+def test_the_balance_loss_is_the_same_however_whole_sequences_are_cut():
+    layer = make()
+    x = torch.randn(4, S, D, dtype=torch.float64)
+    whole = layer(x).load_balance_loss
+    halves = [layer(part).load_balance_loss for part in x.split(2)]
+    torch.testing.assert_close(whole, sum(halves) / 2)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_match_their_definitions(name):
+    gate, up = (torch.randn(7, 9, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(7, 9, dtype=torch.float64)
+    results = []
+    for function in (ACTIVATIONS[name], REFERENCES[name]):
+        out = function(gate, up)
+        results.append((out, *torch.autograd.grad(out, (gate, up), upstream)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)

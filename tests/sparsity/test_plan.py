@@ -1,0 +1,91 @@
+"""SparsityPlan: from settings, selectors, JSON; K from S; the schedule."""
+
+import pytest
+
+from qsparse_moe.config.schema import ModelConfig, ScheduleConfig
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.sparsity.plan import SparsityPlan, num_kept
+from qsparse_moe.sparsity.schedule import scheduled_scale
+
+
+def model(sparsity, **moe):
+    return ModelConfig.model_validate(
+        {"num_layers": 3, "moe": {"num_experts": 4, "num_dense_layers": 1, **moe}, "sparsity": sparsity}, strict=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "width", "kept"), [(0.0, 10, 10), (0.5, 10, 5), (0.999, 10, 1), (0.4, 768, 461), (0.55, 1, 1)]
+)
+def test_k_is_the_rounded_share_and_at_least_one(sparsity, width, kept):
+    assert num_kept(sparsity, width) == kept
+
+
+def test_sites_override_the_default_and_overrides_the_sites_in_order():
+    plan = SparsityPlan.from_config(
+        model(
+            {
+                "default": 0.1,
+                "sites": {"expert_hidden": 0.5},
+                "overrides": [
+                    {"layers": "1-2", "site": "expert_hidden", "experts": [2], "sparsity": 0.75},
+                    {"layers": 2, "sparsity": 0.2},
+                ],
+            }
+        )
+    )
+    assert plan.values[1, "expert_hidden"] == (0.5, 0.5, 0.75, 0.5)
+    assert plan.values[2, "expert_hidden"] == (0.2,) * 4
+    assert plan.values[0, "dense_hidden"] == (0.1,)
+    assert plan.sites(0) == ("attention_input", "attention_output", "dense_input", "dense_hidden")
+    assert plan.sites(1) == ("attention_input", "attention_output", "expert_input", "expert_hidden")
+    assert plan.sparsity(1, "expert_hidden", 2) == 0.75
+    assert plan.sparsity(1, "expert_hidden") == pytest.approx(0.5625)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"layers": 3, "sparsity": 0.5}, r"overrides.0 layers \(3\) names 3; what exists is 0-2"),
+        ({"experts": "2-4", "sparsity": 0.5}, r"overrides.0 experts \('2-4'\) names 4; what exists is 0-3"),
+        ({"layers": "a-b", "sparsity": 0.5}, "neither an index"),
+        ({"layers": 0, "site": "expert_input", "sparsity": 0.5}, "matches nothing; this model has layers 0-2"),
+    ],
+)
+def test_a_selector_that_matches_nothing_says_what_exists(override, message):
+    with pytest.raises(ConfigError, match=message):
+        SparsityPlan.from_config(model({"overrides": [override]}))
+
+
+def test_json_round_trip_and_its_errors():
+    plan = SparsityPlan.from_config(model({"default": 0.3, "overrides": [{"experts": 1, "sparsity": 0.9}]}))
+    assert SparsityPlan.from_json(plan.to_json()) == plan
+    with pytest.raises(ConfigError, match="not readable"):
+        SparsityPlan.from_json(plan.to_json()[:50])
+    with pytest.raises(ConfigError, match="format is 'x/9'"):
+        SparsityPlan.from_json(plan.to_json().replace("qsparse_moe.sparsity_plan/1", "x/9"))
+    with pytest.raises(ConfigError, match=r"must lie in \[0, 1\)"):
+        SparsityPlan({(0, "attention_input"): (1.0,)})
+
+
+def test_a_plan_of_another_model_is_refused():
+    plan = SparsityPlan.uniform(model({}), 0.5)
+    with pytest.raises(ConfigError, match="layer 1, expert_hidden has 4 values, the model needs 8"):
+        plan.check_fits(model({}, num_experts=8))
+
+
+def test_scaling_and_the_mean():
+    plan = SparsityPlan.uniform(model({}), 0.5)
+    assert plan.mean == pytest.approx(0.5)
+    assert plan.scaled(0.5).mean == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("shape", "halfway"), [("constant", 1.0), ("linear", 0.5), ("cubic", 0.875), ("cosine", 0.5)])
+def test_the_schedule_is_dense_in_the_warmup_and_reaches_the_target(shape, halfway):
+    ramp = 0 if shape == "constant" else 10
+    schedule = ScheduleConfig(shape=shape, warmup_steps=4, ramp_steps=ramp)
+    assert [scheduled_scale(schedule, step) for step in (0, 3)] == [0.0, 0.0]
+    assert scheduled_scale(schedule, 9) == pytest.approx(halfway)
+    assert scheduled_scale(schedule, 14) == scheduled_scale(schedule, 99) == 1.0
+    scales = [scheduled_scale(schedule, step) for step in range(20)]
+    assert scales == sorted(scales)

@@ -1,0 +1,122 @@
+"""Top-K selection: exact, tie rule, per-row K, groups, gradients. N rows, D features, K kept."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qsparse_moe.sparsity.topk import topk_mask, topk_mask_reference, topk_sparsify
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@st.composite
+def rows_and_num_kept(draw):
+    num_rows, width = draw(st.integers(0, 7)), draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(num_rows, width, generator=generator)
+    steps = draw(st.sampled_from([0, 1, 3]))  # few distinct values make ties
+    x = (x * steps).round() / steps if steps else x
+    per_row = torch.randint(1, width + 1, (num_rows,), generator=generator)
+    return x.to(draw(st.sampled_from(DTYPES))), draw(st.integers(1, width)), per_row
+
+
+@settings(max_examples=150, deadline=None)
+@given(rows_and_num_kept())
+def test_mask_is_the_first_k_of_a_stable_sort_with_one_k_and_with_one_k_a_row(case):
+    x, num_kept, per_row = case
+    assert torch.equal(topk_mask(x, num_kept), topk_mask_reference(x, num_kept))
+    mask = topk_mask(x, per_row)
+    assert torch.equal(mask, topk_mask_reference(x, per_row))
+    assert torch.equal(mask.sum(-1), per_row)
+
+
+def test_ties_go_to_the_lower_index():
+    x = torch.tensor([[1.0, -2.0, 2.0, 2.0, 0.0]])
+    assert topk_mask(x, 2).tolist() == [[False, True, True, False, False]]
+    # What others wrote, ">= K-th value", keeps three.
+    assert (x.abs() >= x.abs().topk(2).values[..., -1:]).sum() == 3
+
+
+def test_a_row_of_zeros_keeps_its_first_k():
+    assert topk_mask(torch.zeros(1, 4), 3).tolist() == [[True, True, True, False]]
+
+
+def test_every_row_has_its_own_mask():
+    x = torch.tensor([[3.0, 0.0, 1.0], [0.0, 3.0, 1.0]])
+    assert topk_mask(x, 1).tolist() == [[True, False, False], [False, True, False]]
+
+
+def test_nan_and_infinity_are_kept_never_dropped():
+    x = torch.tensor([[1.0, float("nan"), 5.0, float("-inf")]])
+    assert topk_mask(x, 2).tolist() == [[False, True, False, True]]
+    assert topk_mask(x, torch.tensor([1])).tolist() == [[False, True, False, False]]
+    assert topk_sparsify(x, 1).isnan().any()
+
+
+@pytest.mark.parametrize("num_kept", [8, torch.tensor([8, 8, 8])])
+def test_groups_keep_their_own_share(num_kept):
+    x = torch.randn(3, 32)
+    mask = topk_mask(x, num_kept, group_size=8)
+    assert torch.equal(mask, topk_mask(x.view(3, 4, 8), 2).view(3, 32))
+    assert (mask.view(3, 4, 8).sum(-1) == 2).all()
+
+
+@pytest.mark.parametrize("gradient", ["ste", "masked"])
+@pytest.mark.parametrize("rescale", ["none", "unit", "preserve"])
+def test_value_and_gradient_match_the_written_out_formula(rescale, gradient):
+    x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(5, 12, dtype=torch.float64)
+    mask = topk_mask_reference(x, 5).double()
+    through = x if gradient == "ste" else x * mask
+    masked = through + (x * mask - through).detach()  # value x*mask, gradient of `through`
+    norm = masked.norm(dim=-1, keepdim=True)
+    want = {"none": masked, "unit": masked / norm, "preserve": masked * x.norm(dim=-1, keepdim=True) / norm}[rescale]
+    got = topk_sparsify(x, 5, rescale=rescale, gradient=gradient)
+    torch.testing.assert_close(got, want)
+    (want_grad,) = torch.autograd.grad(want, x, upstream)
+    (got_grad,) = torch.autograd.grad(got, x, upstream)
+    torch.testing.assert_close(got_grad, want_grad)
+
+
+def test_straight_through_reaches_dropped_features_and_masked_does_not():
+    x = torch.randn(4, 10, requires_grad=True)
+    upstream = torch.randn(4, 10)
+    dropped = ~topk_mask(x, 3)
+    ste = torch.autograd.grad(topk_sparsify(x, 3), x, upstream)[0]
+    masked = torch.autograd.grad(topk_sparsify(x, 3, gradient="masked"), x, upstream)[0]
+    assert torch.equal(ste, upstream)
+    assert (masked[dropped] == 0).all()
+    assert torch.equal(masked[~dropped], upstream[~dropped])
+
+
+def test_the_input_is_not_changed_and_not_aliased():
+    x = torch.randn(4, 10)
+    before = x.clone()
+    topk_sparsify(x, 10).zero_()
+    assert torch.equal(x, before)
+
+
+def test_rescaling_a_row_of_zeros_leaves_zeros_and_a_finite_gradient():
+    for rescale in ("unit", "preserve"):
+        x = torch.zeros(2, 6, requires_grad=True)
+        out = topk_sparsify(x, 2, rescale=rescale)
+        out.backward(torch.ones(2, 6))
+        assert torch.equal(out, torch.zeros(2, 6))
+        assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("num_kept", "group_size", "message"),
+    [
+        (0, None, r"num_kept must lie in \[1, 12\].*got 0"),
+        (13, None, r"num_kept must lie in \[1, 12\].*got 13"),
+        (torch.tensor([1]), None, "one K a row of x"),
+        (torch.ones(3), None, "integer tensor"),
+        (6, 5, "group_size must divide 12"),
+        (5, 4, r"must be whole, got 5 \* 4 / 12; choose num_kept as a multiple of 3"),
+    ],
+)
+def test_impossible_k_is_refused(num_kept, group_size, message):
+    with pytest.raises(ValueError, match=message):
+        topk_mask(torch.randn(3, 12), num_kept, group_size=group_size)

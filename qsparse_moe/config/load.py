@@ -68,13 +68,13 @@ def _read_text(path: Path) -> str:
 
 
 def _nearby(folder: Path, name: str) -> str:
-    """What the folder offers instead, the nearest name first."""
-    try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.suffix in {".yaml", ".yml"})
-    except OSError:
+    """What the folder, or a folder ``configs`` in it, offers instead: the nearest names first."""
+    found = [path for pattern in ("[!.]*.yaml", "configs/*.yaml") for path in sorted(folder.glob(pattern))]
+    if not found:
         return ""
+    names = [path.name for path in found]
     nearest = difflib.get_close_matches(name, names, n=3) or names[:3]
-    return f", such as {', '.join(str(folder / found) for found in nearest)}" if nearest else ""
+    return f", such as {', '.join(str(found[names.index(near)]) for near in nearest)}"
 
 
 def _tidy(value: Any, node: Node) -> Any:

@@ -63,8 +63,8 @@ class MoEConfig(Section):
     activation: Literal["swiglu", "relu2glu"] = "relu2glu"
     """swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up. Dense layers and shared experts use it too."""
     backend: Literal["auto", "loop", "grouped", "onednn"] = "auto"
-    """loop: one expert after the other, the definition; grouped: torch grouped_mm; onednn: CPU only, rounded row counts;
-    auto: the fastest that runs here."""
+    """loop: one expert after the other, the definition; grouped: torch grouped_mm; onednn: CPU only, rounded row
+    counts; auto: the fastest that runs here."""
     num_dense_layers: NonNegativeInt = 0
     """How many of the first layers have a dense feed-forward in place of experts."""
     dense_hidden_size: PositiveInt | None = None

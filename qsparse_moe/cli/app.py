@@ -1,0 +1,81 @@
+"""The command line: parse, call the verb, turn what went wrong into one message and an exit code.
+
+0 done; 2 the user's input is wrong; 1 anything else; 128 + N stopped by signal N.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Annotated, NoReturn
+
+import typer
+
+from qsparse_moe.cli.console import complain, start_logging
+from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
+from qsparse_moe.version import __version__
+
+PROGRAM = "qsparse-moe"
+VERBS = ("train", "generate", "describe", "doctor", "tensorboard")
+"""Each is a module of this room with ``register(app)``. They import torch and the like only when they are called."""
+
+# typer carries click inside or depends on it, as its version goes; this is the base of its usage errors in both.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one verb and end the process with its exit code."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one verb; its exit code. What is no known situation of a user is raised, with its traceback."""
+    try:
+        outcome = typer.main.get_command(build_app()).main(
+            args=list(arguments), prog_name=PROGRAM, standalone_mode=False
+        )
+    except (QSparseMoEError, TrainingDiverged) as error:
+        complain(str(error))
+        return 2 if isinstance(error, QSparseMoEError) else 1
+    except _UsageError as error:
+        complain(_usage_message(error))
+        return 2
+    except (KeyboardInterrupt, typer.Abort):
+        complain("stopped by Ctrl-C")
+        return 130
+    return outcome if isinstance(outcome, int) else 0
+
+
+def build_app() -> typer.Typer:
+    """The application with all its verbs."""
+    app = typer.Typer(
+        help="Train, see and run mixture-of-experts language models with Q-Sparse inside the experts.",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for verb in VERBS:
+        import_module(f"qsparse_moe.cli.{verb}").register(app)
+    return app
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
+) -> None:
+    # The deepspeed launcher puts --local_rank before the verb; the environment says the same, and that is read.
+    start_logging()
+    if version:
+        typer.echo(f"{PROGRAM} {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+def _usage_message(error: Exception) -> str:
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else PROGRAM
+    message: str = error.format_message()  # type: ignore[attr-defined]
+    return f"{message.rstrip('.')} (see {command} --help)"

@@ -1,0 +1,155 @@
+"""What ``doctor`` looks at. Nothing here fails where something is missing: that is a finding."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from qsparse_moe.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+# The lower bounds of pyproject.toml (a test compares), for what every run imports.
+NEEDED_PACKAGES = {
+    "torch": "2.10",
+    "deepspeed": "0.19.8",
+    "datasets": "4.0",
+    "tokenizers": "0.21",
+    "einops": "0.8",
+    "numpy": "1.26",
+    "tensorboard": "2.21",
+    "ninja": "1.11",
+}
+EXTRA_PACKAGES = {"transformers": "hf", "safetensors": "hf", "matplotlib": "ablation", "scipy": "ablation"}
+_PYTHON = (3, 11)
+_COMPILERS = ("c++", "g++", "clang++")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing of this machine: whether it runs, whether every run needs it, and what was found or how to get it."""
+
+    group: str
+    name: str
+    runs: bool
+    needed: bool
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Everything, group by group."""
+    findings = [_python(), *_needed_packages(), _compiler()]
+    if all(finding.runs for finding in findings if finding.name in {"torch", "einops", "numpy"}):
+        findings += [*_machine(), *_backends()]
+    return [*findings, *_gpu_libraries(), *_extras()]
+
+
+def _python() -> Finding:
+    version, wanted = platform.python_version(), ".".join(map(str, _PYTHON))
+    runs = sys.version_info >= _PYTHON
+    return Finding("needed", "python", runs, True, version if runs else f"{version}; install Python {wanted} or newer")
+
+
+def _needed_packages() -> Iterator[Finding]:
+    for package, bound in NEEDED_PACKAGES.items():
+        version = installed_version(package)
+        if version is None:
+            yield Finding("needed", package, False, True, f'not installed; pip install "{package}>={bound}"')
+        elif _numbers(version) < _numbers(bound):
+            detail = f'{version} is older than {bound}; pip install "{package}>={bound}"'
+            yield Finding("needed", package, False, True, detail)
+        else:
+            yield Finding("needed", package, True, True, version)
+
+
+def _compiler() -> Finding:
+    for compiler in _COMPILERS:
+        path = shutil.which(compiler)
+        if path is not None:
+            return Finding("needed", "C++ compiler", True, True, path)
+    detail = "not found; DeepSpeed compiles with it at first use: install g++ (Debian, Ubuntu: apt install g++)"
+    return Finding("needed", "C++ compiler", False, True, detail)
+
+
+def _machine() -> Iterator[Finding]:
+    import torch
+
+    from qsparse_moe.training.distributed import num_cores
+
+    detail = f"{platform.machine()}, {num_cores()} cores, torch uses {torch.get_num_threads()} threads a process"
+    yield Finding("machine", "CPU", True, False, detail)
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        yield Finding("machine", "CUDA", True, False, f"CUDA {torch.version.cuda}: {', '.join(names)}")
+    else:
+        build = f"built for CUDA {torch.version.cuda}, and sees no device" if torch.version.cuda else "a CPU build"
+        yield Finding("machine", "CUDA", False, False, f"torch {torch.__version__} is {build}")
+
+
+def _backends() -> Iterator[Finding]:
+    """Each way to run the experts and the selection, on each kind of device that is here, for the default model."""
+    import torch
+
+    from qsparse_moe.kernels.topk_select.op import SELECTIONS
+    from qsparse_moe.moe.backends.registry import BACKENDS
+
+    for device in _devices(torch.cuda.is_available()):
+        for backend in BACKENDS:
+            reason = backend.why_not(ModelConfig(), device)
+            yield _on_device(f"model.moe.backend={backend.name}", device, reason)
+        for selection in SELECTIONS:
+            yield _on_device(f"model.sparsity.backend={selection.name}", device, selection.why_not(device))
+
+
+def _devices(has_cuda: bool) -> list[torch.device]:
+    import torch
+
+    return [torch.device(kind) for kind in (("cpu", "cuda") if has_cuda else ("cpu",))]
+
+
+def _on_device(name: str, device: torch.device, reason: str | None) -> Finding:
+    return Finding(f"on {device.type}", name, reason is None, False, reason or "")
+
+
+def _gpu_libraries() -> Iterator[Finding]:
+    yield _module("triton", 'not installed; pip install "qsparse-moe[gpu]" on a machine with a GPU')
+    for part, role in (
+        ("megablocks", "expert kernels"),
+        ("megablocks_ops", "its CUDA extension"),
+        ("grouped_gemm", ""),
+    ):
+        yield _module(part, f"not installed{f' ({role})' if role else ''}; no backend of this version uses it")
+
+
+def _module(name: str, missing: str) -> Finding:
+    found = importlib.util.find_spec(name) is not None
+    version = installed_version(name) or "installed"
+    return Finding("GPU libraries", name, found, False, version if found else missing)
+
+
+def _extras() -> Iterator[Finding]:
+    for package, extra in EXTRA_PACKAGES.items():
+        version = installed_version(package)
+        detail = version or f'not installed; pip install "qsparse-moe[{extra}]"'
+        yield Finding("extras", package, version is not None, False, detail)
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed package, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """``2.13.0+cpu`` as (2, 13, 0)."""
+    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])

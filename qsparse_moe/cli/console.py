@@ -1,0 +1,56 @@
+"""What every verb prints with: messages and logs on standard error from rank 0, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+from rich.console import Console
+
+# Wide enough for the tables where the output is a file or a pipe, whose width nobody knows.
+_WIDTH_WITHOUT_TERMINAL = 120
+
+
+def is_rank_zero() -> bool:
+    """Whether this process speaks for all ranks of its launcher."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size() -> int:
+    """Ranks that the launcher started; 1 without a launcher."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    return int(text) if text.isdecimal() and int(text) else 1
+
+
+def complain(message: str) -> None:
+    """Say on standard error, once over all ranks, why the verb cannot go on."""
+    if is_rank_zero():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+
+
+def print_json(content: dict[str, Any]) -> None:
+    """The one JSON object of a verb with ``--json``."""
+    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def result_console() -> Console:
+    """Where results go: standard output."""
+    return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False)
+
+
+def start_logging() -> None:
+    """Send this package's log to standard error: everything from rank 0, errors from the others."""
+    logger = logging.getLogger("qsparse_moe")
+    logger.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
+    if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
+        logger.addHandler(_StandardError())
+
+
+class _StandardError(logging.Handler):
+    """Writes to what ``sys.stderr`` is at that moment: a progress bar puts itself there to keep lines above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)

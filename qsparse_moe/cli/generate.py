@@ -1,0 +1,105 @@
+"""``qsparse-moe generate``: text from a trained model, plainly: one full forward pass for every token.
+
+B batch (1), S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qsparse_moe.cli.console import print_json
+from qsparse_moe.cli.run_folder import find_run
+
+if TYPE_CHECKING:
+    import torch
+
+    from qsparse_moe.data.tokenizer import TextTokenizer
+    from qsparse_moe.model.transformer import Transformer
+
+# What decoding gives for bytes that are no whole character yet.
+_INCOMPLETE = "\ufffd"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("generate")(generate)
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a document.")] = "",
+    max_tokens: Annotated[int, typer.Option(help="Tokens at most; a document may end earlier.", min=1)] = 200,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws at a temperature above 0.", min=0)] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+) -> None:
+    """Continue a prompt with a trained model. The text of the newest checkpoint is printed as it comes."""
+    run_dir = find_run(run)
+    from qsparse_moe.data.tokenizer import load_tokenizer
+    from qsparse_moe.training.checkpoint import load_run
+    from qsparse_moe.training.distributed import choose_device
+
+    config, model, step = load_run(run_dir, choose_device(device, 0))
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    start = [tokenizer.document_token, *tokenizer.encode(prompt)]
+    tokens = next_tokens(model, start, window=config.data.sequence_length, temperature=temperature, seed=seed)
+    tokens = _until(tokens, tokenizer.document_token, max_tokens)
+    if json:
+        ids = list(tokens)
+        text = tokenizer.decode([*start, *ids]).removeprefix(tokenizer.decode(start))
+        print_json({"run_dir": str(run_dir), "step": step, "prompt": prompt, "text": text, "num_tokens": len(ids)})
+        return
+    for piece in text_pieces(tokens, start, tokenizer):
+        typer.echo(piece, nl=False)
+    typer.echo()
+
+
+def next_tokens(model: Transformer, start: list[int], *, window: int, temperature: float, seed: int) -> Iterator[int]:
+    """Tokens after ``start``, without end; the model sees the last ``window`` of them, as many as it was trained on."""
+    import torch
+
+    device = model.head.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    tokens = list(start)
+    while True:
+        with torch.inference_mode():
+            tokens_BS = torch.tensor([tokens[-window:]], device=device)
+            logits_V = model(tokens_BS, with_stats=False).logits_BSV[0, -1].float()
+        tokens.append(choose_token(logits_V, temperature, generator))
+        yield tokens[-1]
+
+
+def choose_token(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """The likeliest token at temperature 0, else a draw from ``softmax(logits / temperature)``."""
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probs_V = (logits_V / temperature).softmax(-1)
+    return int(probs_V.multinomial(1, generator=generator))
+
+
+def text_pieces(tokens: Iterator[int], start: list[int], tokenizer: TextTokenizer) -> Iterator[str]:
+    """The prompt's text and then the tokens', in pieces that end with whole characters."""
+    ids = list(start)
+    shown = tokenizer.decode(ids)
+    yield shown
+    text = shown
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith(_INCOMPLETE):
+            yield text[len(shown) :]
+            shown = text
+    # What the last tokens left incomplete stays as it is.
+    yield text[len(shown) :]
+
+
+def _until(tokens: Iterator[int], last: int, max_tokens: int) -> Iterator[int]:
+    for _, token in zip(range(max_tokens), tokens, strict=False):
+        if token == last:
+            return
+        yield token

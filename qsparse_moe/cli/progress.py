@@ -1,0 +1,65 @@
+"""The listener that shows how a training run gets on: a bar on a terminal, a line for every report elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from qsparse_moe.training.report import RunContext, StepReport
+
+
+class TrainingProgress:
+    """Give it to ``train`` among the listeners, inside ``with``: an error must not leave a bar on the screen."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.last: StepReport | None = None
+        """The newest report."""
+        self._num_steps = num_steps
+        self._bar = _make_bar() if sys.stderr.isatty() else None
+
+    def __enter__(self) -> TrainingProgress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def begin(self, context: RunContext) -> None:
+        """Start the bar where the run starts."""
+        if self._bar is not None:
+            self._bar.add_task("training", total=self._num_steps, completed=context.start_step, figures="")
+            self._bar.start()
+
+    def __call__(self, report: StepReport) -> None:
+        """Show one report."""
+        self.last = report
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=report.step, figures=figures(report))
+        else:
+            print(f"step {report.step}/{self._num_steps}  {figures(report)}", file=sys.stderr, flush=True)
+
+
+def figures(report: StepReport) -> str:
+    """The numbers of a report that one looks at while it runs."""
+    text = f"loss {report.losses['loss']:.4f}  {report.tokens_per_second:,.0f} tokens/s"
+    if report.validation is not None:
+        text += f"  validation {report.validation['bits_per_byte']:.4f} bits/byte"
+    return text
+
+
+def _make_bar() -> Progress:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))

@@ -1,0 +1,39 @@
+"""A run folder named on the command line, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from qsparse_moe.config.load import load_config
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.errors import CheckpointError
+
+CONFIG_FILE = "config.yaml"
+
+
+def find_run(path: Path) -> Path:
+    """``path``, which is a run folder.
+
+    Raises:
+        CheckpointError: it is none; with the run folders that stand beside it.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return path
+    problem = "does not exist" if not path.exists() else f"is no run folder: it has no {CONFIG_FILE}"
+    found = _runs_in(path.parent) or _runs_in(path)
+    names = difflib.get_close_matches(path.name, [run.name for run in found], n=3, cutoff=0) if found else []
+    nearest = ", such as " + ", ".join(str(found[0].parent / name) for name in names) if names else ""
+    raise CheckpointError(f"{path} {problem}; name a folder that qsparse-moe train made{nearest}")
+
+
+def run_config(path: Path) -> RunConfig:
+    """The resolved config of the run folder ``path``."""
+    return load_config(find_run(path) / CONFIG_FILE)
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if (entry / CONFIG_FILE).is_file())
+    except OSError:
+        return []

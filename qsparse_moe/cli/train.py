@@ -1,0 +1,66 @@
+"""``qsparse-moe train``: one run, from its YAML file to its run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from qsparse_moe.cli.console import is_rank_zero, print_json, result_console, world_size
+from qsparse_moe.cli.progress import TrainingProgress
+from qsparse_moe.config.load import load_config
+from qsparse_moe.config.rules import check_world_size
+
+if TYPE_CHECKING:
+    from qsparse_moe.training.report import StepReport, TrainingResult
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("train")(train)
+
+
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings such as training.steps=50.", show_default=False)
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
+) -> None:
+    """Train a model. Alone, or as one rank of the deepspeed launcher."""
+    run = load_config(config, overrides or ())
+    check_world_size(run, world_size())
+    from qsparse_moe.metrics.recorder import Recorder
+    from qsparse_moe.training.loop import train as train_run
+
+    with TrainingProgress(run.training.steps) as progress:
+        result = train_run(run, listeners=(Recorder(run), progress))
+    if is_rank_zero():
+        summary = summarize(result, progress.last)
+        print_json(summary) if json else _print_summary(summary)
+    raise typer.Exit(result.exit_code)
+
+
+def summarize(result: TrainingResult, last: StepReport | None) -> dict[str, Any]:
+    """How a run ended, in the form of ``--json``; ``last`` is its last report, None where it had none left to do."""
+    return {
+        "run_dir": str(result.run_dir),
+        "step": result.step,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "loss": last.losses["loss"] if last else None,
+        "tokens_per_second": last.tokens_per_second if last else None,
+        "validation": result.validation,
+        "stopped_by": result.stopped_by,
+    }
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    console = result_console()
+    console.print(f"{summary['step']} steps, {summary['tokens']:,} tokens, {summary['seconds']:.1f} s of training")
+    if summary["loss"] is not None:
+        console.print(f"loss of the last step        {summary['loss']:.4f} nats a token")
+    if summary["validation"] is not None:
+        console.print(f"validation                   {summary['validation']['bits_per_byte']:.4f} bits a byte")
+    console.print(f"run folder                   {summary['run_dir']}", soft_wrap=True)

@@ -1,0 +1,134 @@
+"""``bench step``: one training step (forward, backward, optimizer) with and without Q-Sparse, beside a peer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.bench.harness import fingerprint, ratio, time_in_turns
+from qsparse_moe.bench.mixtral import EXPERTS, build_mixtral
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PEER = "transformers Mixtral"
+DENSE = "without Q-Sparse"
+SPARSE = "with Q-Sparse"
+
+
+@dataclass(frozen=True)
+class StepBenchmark:
+    """What is measured: a model's shape, a batch and a precision."""
+
+    model: ModelConfig
+    precision: str
+    sparsity: float
+    rows: int
+    sequence_length: int
+    rounds: int
+    device: torch.device
+
+    @property
+    def tokens(self) -> int:
+        """Tokens a step."""
+        return self.rows * self.sequence_length
+
+
+def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
+    """Time the three contenders in turns and profile one step with Q-Sparse.
+
+    All three have the same shape, tokens, threads and optimizer (AdamW, fused), and both losses of a router's training.
+    """
+    tokens_BS = torch.randint(
+        0, min(256, benchmark.model.vocab_size), (benchmark.rows, benchmark.sequence_length), device=benchmark.device
+    )
+    steps = _contenders(benchmark, tokens_BS)
+    synchronize = torch.cuda.synchronize if benchmark.device.type == "cuda" else lambda: None
+    timings = time_in_turns(steps, rounds=benchmark.rounds, synchronize=synchronize)
+    return {
+        "benchmark": "step",
+        "machine": fingerprint(),
+        "shape": _shape(benchmark),
+        "seconds": {name: timing.median for name, timing in timings.items()},
+        "tokens_per_second": {name: benchmark.tokens / timing.median for name, timing in timings.items()},
+        "times_faster_than_peer": {name: ratio(timings[PEER], timings[name]) for name in (DENSE, SPARSE)},
+        "cost_of_q_sparse": ratio(timings[SPARSE], timings[DENSE]),
+        "seconds_by_round": {name: timing.seconds_by_round for name, timing in timings.items()},
+        "profile": {name: _profile(steps[name]) for name in steps},
+    }
+
+
+def _contenders(benchmark: StepBenchmark, tokens_BS: Tensor) -> dict[str, Callable[[], object]]:
+    dtype = DTYPES[benchmark.precision]
+    peer = build_mixtral(benchmark.model, dtype, benchmark.device)
+    dense, sparse = (_ours(benchmark, sparsity) for sparsity in (0.0, benchmark.sparsity))
+    return {
+        PEER: _training_step(peer, lambda: peer(input_ids=tokens_BS, labels=tokens_BS).loss),
+        DENSE: _training_step(dense, lambda: dense(tokens_BS, tokens_BS, with_stats=False).loss),
+        SPARSE: _training_step(sparse, lambda: sparse(tokens_BS, tokens_BS, with_stats=False).loss),
+    }
+
+
+def _ours(benchmark: StepBenchmark, sparsity: float) -> Transformer:
+    model = build_model(benchmark.model, device=benchmark.device, dtype=DTYPES[benchmark.precision])
+    model.set_sparsity(SparsityPlan.uniform(benchmark.model, sparsity))
+    return model
+
+
+def _training_step(model: torch.nn.Module, loss: Callable[[], Tensor | None]) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def step() -> None:
+        value = loss()
+        assert value is not None
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _shape(benchmark: StepBenchmark) -> dict[str, Any]:
+    model = benchmark.model
+    return {
+        "layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.num_heads,
+        "experts": model.moe.num_experts,
+        "experts_per_token": model.moe.experts_per_token,
+        "expert_hidden_size": model.moe.expert_hidden_size,
+        "activation": model.moe.activation,
+        "vocab_size": model.vocab_size,
+        "rows": benchmark.rows,
+        "sequence_length": benchmark.sequence_length,
+        "precision": benchmark.precision,
+        "sparsity": benchmark.sparsity,
+        "rounds": benchmark.rounds,
+        "peer": f"transformers {_version('transformers')} MixtralForCausalLM, experts {EXPERTS}",
+    }
+
+
+def _profile(step: Callable[[], object], top: int = 8) -> dict[str, float]:
+    """The share of one step's time that each of the ``top`` operators spends in itself."""
+    cuda = torch.cuda.is_available()
+    step()
+    with torch.profiler.profile() as profiler:
+        step()
+    own = {
+        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        for event in profiler.key_averages()
+    }
+    total = sum(own.values())
+    largest = sorted(own, key=lambda name: own[name], reverse=True)[:top]
+    return {name: round(own[name] / total, 4) for name in largest}
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)

@@ -1,0 +1,90 @@
+"""``qsparse-moe bench``: timings beside peers, measured in one run."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.config.schema import ModelConfig, MoEConfig
+from qsparse_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qsparse_moe.bench.step import StepBenchmark
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb with its benchmarks."""
+    bench = typer.Typer(help="Timings beside peers, measured in one run.", rich_markup_mode=None)
+    bench.callback()(_group)
+    bench.command("step")(step)
+    app.add_typer(bench, name="bench")
+
+
+def _group() -> None:
+    """Timings beside peers, measured in one run."""
+
+
+def step(
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or both with a comma.")] = "fp32,bf16",
+    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
+    hidden_size: Annotated[int, typer.Option(help="D, model width.")] = 512,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 8,
+    experts: Annotated[int, typer.Option(help="E, experts.")] = 16,
+    experts_per_token: Annotated[int, typer.Option(help="A, experts a token.")] = 2,
+    expert_hidden_size: Annotated[int, typer.Option(help="F, hidden width of an expert.")] = 768,
+    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 4,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
+    sparsity: Annotated[float, typer.Option(help="S at every site for the contender with Q-Sparse.")] = 0.5,
+    activation: Annotated[str, typer.Option(help="swiglu, as the peer has, or relu2glu.")] = "swiglu",
+    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time a training step with and without Q-Sparse beside transformers' Mixtral of the same shape."""
+    import torch
+
+    from qsparse_moe.bench.step import DTYPES, StepBenchmark, run_step_benchmark
+
+    unknown = [name for name in precision.split(",") if name not in DTYPES]
+    if unknown:
+        raise ConfigError(f"--precision {precision!r} holds {unknown[0]!r}; choose from {', '.join(DTYPES)}")
+    if threads:
+        torch.set_num_threads(threads)
+    moe = MoEConfig.model_validate(
+        {
+            "num_experts": experts,
+            "experts_per_token": experts_per_token,
+            "expert_hidden_size": expert_hidden_size,
+            "activation": activation,
+        }
+    )
+    model = ModelConfig(hidden_size=hidden_size, num_layers=layers, num_heads=heads, moe=moe)
+    benchmarks = [
+        StepBenchmark(model, name, sparsity, rows, sequence_length, rounds, torch.device(device))
+        for name in precision.split(",")
+    ]
+    results = {benchmark.precision: run_step_benchmark(benchmark) for benchmark in benchmarks}
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json_text.dumps(results, indent=1) + "\n")
+    print_json(results) if json else _print_tables(results, benchmarks[0])
+
+
+def _print_tables(results: dict[str, Any], benchmark: StepBenchmark) -> None:
+    table = Table(title=f"One training step of {benchmark.tokens} tokens")
+    for column in ("precision", "model", "ms a step", "tokens/s", "times faster than the peer (least to most)"):
+        table.add_column(column)
+    for precision, result in results.items():
+        for name, seconds in result["seconds"].items():
+            faster = result["times_faster_than_peer"].get(name)
+            told = f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})" if faster else ""
+            rate = f"{result['tokens_per_second'][name]:,.0f}"
+            table.add_row(precision, name, f"{1e3 * seconds:.0f}", rate, told)
+    result_console().print(table)

@@ -1,0 +1,150 @@
+"""Loss on a fixed set of validation rows, whatever the layout; and finished runs as models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsparse_moe.config.load import load_config
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import IGNORED_LABEL, Batch
+from qsparse_moe.data.loader import evaluation_batches, evaluation_num_bytes
+from qsparse_moe.data.token_data import TokenData, load_data
+from qsparse_moe.errors import CheckpointError
+from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.sparsity.schedule import scheduled_scale
+from qsparse_moe.training.checkpoint import FOLDER, newest_checkpoint
+from qsparse_moe.training.distributed import Distributed, open_distributed
+from qsparse_moe.training.engine import run_model
+from qsparse_moe.training.portable_state import check_shapes, load_weights
+from qsparse_moe.training.run_folder import CONFIG_FILE
+
+Forward = Callable[[Batch], ModelOutput]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a run's newest checkpoint does on validation rows."""
+
+    step: int
+    """Steps that were trained."""
+    rows: int
+    """Validation rows used, of ``sequence_length`` labels each."""
+    loss: float
+    """Mean over the labels, nats a token."""
+    perplexity: float
+    bits_per_byte: float
+    unigram_bits_per_byte: float
+    """Of a byte unigram model fitted on train text: what knowing only frequencies gives."""
+
+    def as_dict(self) -> dict[str, float]:
+        """By name."""
+        return asdict(self)
+
+
+class Evaluator:
+    """The fixed validation rows of one rank, kept for every evaluation of a run."""
+
+    def __init__(self, data: TokenData, *, num_rows: int, micro_batch_size: int, distributed: Distributed) -> None:
+        self._distributed = distributed
+        self._batches = evaluation_batches(
+            data,
+            num_rows=num_rows,
+            micro_batch_size=micro_batch_size,
+            rank=distributed.rank,
+            world_size=distributed.world_size,
+        )
+        self._num_bytes = evaluation_num_bytes(data, num_rows)
+
+    def __call__(self, forward: Forward) -> dict[str, float]:
+        """``loss`` (nats a label), ``perplexity`` and ``bits_per_byte`` over the rows of all ranks.
+
+        ``forward`` is called without gradients and must return logits.
+        """
+        loss_sum, num_labels = self._distributed.all_reduce(_sums(forward, self._batches, self._distributed)).tolist()
+        loss = loss_sum / num_labels
+        return {
+            "loss": loss,
+            # exp overflows where a run has diverged far, and the loss says it already.
+            "perplexity": math.exp(loss) if loss < 700 else math.inf,
+            "bits_per_byte": loss_sum / math.log(2) / self._num_bytes,
+        }
+
+
+def load_run(
+    run_dir: Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
+) -> tuple[RunConfig, Transformer, int]:
+    """The config, the model of the newest checkpoint and the number of steps that it was trained.
+
+    The sparsity is that of its last step.
+
+    Args:
+        run_dir: a run folder.
+        device: where the model goes.
+        dtype: None takes the one that training computed in.
+
+    Raises:
+        CheckpointError: the folder has no complete checkpoint, or it is damaged.
+        ConfigError: its config.yaml cannot be read.
+    """
+    config = load_config(run_dir / CONFIG_FILE)
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run_dir / FOLDER}: has no complete checkpoint; a run must have saved one. Train it to its end "
+            "(training.resume=true), or set training.checkpoint_interval"
+        )
+    if dtype is None:
+        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+    model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_shapes(shapes, checkpoint.shapes, str(checkpoint.index_file))
+    load_weights(model, checkpoint.tensor)
+    step = checkpoint.progress.step
+    scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
+    model.set_sparsity(model.sparsity_plan.scaled(scale))
+    return config, model.eval(), step
+
+
+def evaluate_run(run_dir: Path, *, num_rows: int | None = None, device: str = "auto") -> Evaluation:
+    """Evaluate the newest checkpoint of a run on its validation rows; any number of ranks may call it together.
+
+    Args:
+        run_dir: a run folder.
+        num_rows: validation rows, evenly spread; None takes ``training.evaluation_rows``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+    with open_distributed(device) as distributed:
+        config, model, step = load_run(run_dir, distributed.device)
+        num_rows = num_rows or config.training.evaluation_rows
+        data = load_data(config.data)
+        evaluator = Evaluator(
+            data, num_rows=num_rows, micro_batch_size=config.training.micro_batch_size, distributed=distributed
+        )
+
+        def forward(batch: Batch) -> ModelOutput:
+            return run_model(model, batch, distributed.device, with_stats=False, probe=None)
+
+        rows = len(data.evaluation_rows(num_rows)[1])
+        return Evaluation(
+            step=step, rows=rows, **evaluator(forward), unigram_bits_per_byte=data.unigram_bits_per_byte()
+        )
+
+
+@torch.no_grad()
+def _sums(forward: Forward, batches: Sequence[Batch], distributed: Distributed) -> Tensor:
+    """``(2,)`` float64: the sum of the loss over this rank's labels that count, and their number."""
+    sums = torch.zeros(2, dtype=torch.float64, device=distributed.device)
+    for batch in batches:
+        labels = batch.labels_BS.to(distributed.device).flatten()
+        logits_TV = forward(batch).logits_BSV.flatten(0, 1).float()
+        loss = F.cross_entropy(logits_TV, labels, ignore_index=IGNORED_LABEL, reduction="sum")
+        sums += torch.stack((loss.double(), (labels != IGNORED_LABEL).sum().double()))
+    return sums

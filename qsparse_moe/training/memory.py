@@ -1,0 +1,23 @@
+"""Memory that this process takes up."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """Bytes by name: ``peak_resident``, ``resident`` where the system tells it, CUDA's ``allocated`` and its peak."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Linux counts in KiB, macOS in bytes.
+    memory = {"peak_resident": float(peak if sys.platform == "darwin" else peak * 1024)}
+    pages = Path("/proc/self/statm")
+    if pages.is_file():
+        memory["resident"] = float(int(pages.read_text().split()[1]) * resource.getpagesize())
+    if device.type == "cuda":
+        memory["allocated"] = float(torch.cuda.memory_allocated(device))
+        memory["peak_allocated"] = float(torch.cuda.max_memory_allocated(device))
+    return memory

@@ -1,0 +1,116 @@
+"""The folder of a run: made once, never taken over by another run, and continued only by the same one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from qsparse_moe.config.load import config_to_yaml, load_config
+from qsparse_moe.config.problems import show
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.errors import CheckpointError, ConfigError
+
+CONFIG_FILE = "config.yaml"
+
+MAY_CHANGE = (
+    "data.cache_dir",
+    "metrics",
+    # Experts own weights, backends own speed.
+    "model.moe.backend",
+    "model.sparsity.backend",
+    "training.activation_checkpointing",
+    "training.checkpoint_interval",
+    "training.deepspeed",
+    "training.device",
+    "training.engine",
+    "training.evaluation_interval",
+    "training.evaluation_rows",
+    "training.expert_parallel_size",
+    "training.keep_last",
+    "training.micro_batch_size",
+    "training.name",
+    "training.output_dir",
+    "training.resume",
+    "training.steps",
+)
+"""Settings, or whole sections, that a resumed run may have different; the others would make it another run."""
+
+
+def run_folder(config: RunConfig) -> Path:
+    """Where the run of ``config`` lives."""
+    return Path(config.training.output_dir).expanduser() / config.training.name
+
+
+def check_run_folder(config: RunConfig) -> bool:
+    """Whether there is a run to resume; False where the folder is free. Writes nothing and needs no torch.
+
+    Raises:
+        CheckpointError: the folder is in use and the run shall not resume, or it holds something that is no run.
+        ConfigError: the run in it was made with other settings; each is named with both values.
+    """
+    folder = run_folder(config)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    if not config.training.resume:
+        raise CheckpointError(
+            f"{folder}: exists, and a run never overwrites another (training.resume is false). Set "
+            "training.resume=true to continue it, or give this run another training.name"
+        )
+    stored = folder / CONFIG_FILE
+    if not stored.is_file():
+        raise CheckpointError(
+            f"{folder}: is no run folder, it has no {CONFIG_FILE}, so training.resume=true cannot continue it; "
+            "move it away, or choose another training.name or training.output_dir"
+        )
+    _check_same_run(stored, config)
+    return True
+
+
+def write_config(folder: Path, config: RunConfig) -> None:
+    """Write the resolved config, so that ``load_config`` reads it back equal."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / CONFIG_FILE, config_to_yaml(config))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace ``file``: whoever reads it sees the old text or the new one, never a part."""
+    beside = file.with_name(f".{file.name}.new")
+    with beside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def _check_same_run(stored: Path, config: RunConfig) -> None:
+    before = _leaves(load_config(stored).model_dump(mode="json"))
+    now = _leaves(config.model_dump(mode="json"))
+    changed = [
+        f"{path} was {show(before.get(path))} and is {show(now.get(path))}"
+        for path in sorted(before.keys() | now.keys())
+        if before.get(path) != now.get(path) and not _may_change(path)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{stored}: was made with other settings than the run that shall continue it (training.resume=true): "
+            + "; ".join(changed)
+            + ". Put them back, or start a new run under another training.name"
+        )
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Every setting by its dotted path; a list of sections counts each of them, an empty one itself."""
+    if isinstance(value, dict):
+        items = [(str(key), below) for key, below in value.items()]
+    elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        items = [(str(index), below) for index, below in enumerate(value)]
+    else:
+        return {path: value}
+    return {
+        leaf: found for key, below in items for leaf, found in _leaves(below, f"{path}.{key}" if path else key).items()
+    }
+
+
+def _may_change(path: str) -> bool:
+    return any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)

@@ -1,0 +1,37 @@
+"""Whether a run is finished, and its folder: one line for launch/quickstart.sh.
+
+``python launch/run_state.py CONFIG [OVERRIDES]`` ends with code 2 and one message where a setting is wrong, or where the
+folder holds another run.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from qsparse_moe.config.load import load_config
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.errors import QSparseMoEError
+from qsparse_moe.training.run_folder import check_run_folder, run_folder
+
+
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run's folder holds a checkpoint of its last step or a later one."""
+    if not check_run_folder(config):
+        return False
+    steps = (path.name.removeprefix("step-") for path in (run_folder(config) / "checkpoints").glob("step-*"))
+    return any(step.isdecimal() and int(step) >= config.training.steps for step in steps)
+
+
+def main(arguments: list[str]) -> int:
+    """Print ``finished FOLDER`` or ``unfinished FOLDER``; the exit code."""
+    try:
+        config = load_config(arguments[0], arguments[1:])
+        print("finished" if is_finished(config) else "unfinished", run_folder(config))
+    except QSparseMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

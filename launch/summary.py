@@ -1,0 +1,62 @@
+"""The end of launch/quickstart.sh: what the model writes, a table of what the run came to, and how to see more.
+
+``python launch/summary.py RUN`` reads ``evaluation.json``, ``description.json``, ``sample.txt``, ``manifest.json`` and
+``metrics.jsonl`` in the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from qsparse_moe.metrics.jsonl import read_metrics
+
+
+def make_summary(run: Path) -> Table:
+    """Quality beside a byte unigram model, parameters beside what a token uses of them, and speed."""
+    table = Table(title=str(run), title_justify="left", show_header=False)
+    for name, value, remark in [*quality_rows(run), *parameter_rows(run), speed_row(run)]:
+        table.add_row(name, value, remark)
+    return table
+
+
+def quality_rows(run: Path) -> list[tuple[str, str, str]]:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    ours, unigram = evaluation["bits_per_byte"], evaluation["unigram_bits_per_byte"]
+    return [
+        ("validation", f"{ours:.3f}", f"bits a byte, {ours / unigram:.3f} of the unigram model's"),
+        ("unigram byte model", f"{unigram:.3f}", "bits a byte on the same text"),
+    ]
+
+
+def parameter_rows(run: Path) -> list[tuple[str, str, str]]:
+    counted = json.loads((run / "description.json").read_text())["parameters"]
+    stored, active, kept = (round(counted[kind]) for kind in ("stored", "active", "kept"))
+    return [
+        ("parameters", f"{stored:,}", "stored"),
+        ("active with MoE", f"{active:,}", f"a token, {active / stored:.0%} of them"),
+        ("active with MoE and Q-Sparse", f"{kept:,}", f"a token, {kept / stored:.0%} of them"),
+    ]
+
+
+def speed_row(run: Path) -> tuple[str, str, str]:
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    ranks = json.loads((run / "manifest.json").read_text())["world_size"]
+    remark = f"tokens/s in training on {ranks} processes, {last['seconds']:.0f} s for {last['step']} steps"
+    return "speed", f"{last['tokens'] / last['seconds']:,.0f}", remark
+
+
+def main(run: Path) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    print(f"Sample, also in {run / 'sample.txt'}:\n")
+    print((run / "sample.txt").read_text(encoding="utf-8"))
+    console.print(make_summary(run))
+    print(f"\nTo see it: .venv/bin/python -m qsparse_moe tensorboard {run.parent}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

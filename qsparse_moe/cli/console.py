@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from typing import Any
@@ -32,8 +33,16 @@ def complain(message: str) -> None:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """The one JSON object of a verb with ``--json``."""
-    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    """The one JSON object of a verb with ``--json``; what is infinite or no number becomes null."""
+    print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def result_console() -> Console:

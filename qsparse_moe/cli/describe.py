@@ -16,6 +16,7 @@ from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.config.shapes import layer_sites, model_sites, site_width
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.run_folder import CONFIG_FILE
 
 
 def register(app: typer.Typer) -> None:
@@ -31,7 +32,7 @@ def describe(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Count a model's parameters and operations. With routing alone and with Q-Sparse; nothing is built."""
-    file = find_run(path) / "config.yaml" if path.is_dir() else path
+    file = find_run(path) / CONFIG_FILE if path.is_dir() else path
     description = describe_run(load_config(file, overrides or ()))
     print_json(description) if json else _print_tables(description)
 

@@ -41,8 +41,8 @@ def generate(
     """Continue a prompt with a trained model. The text of the newest checkpoint is printed as it comes."""
     run_dir = find_run(run)
     from qsparse_moe.data.tokenizer import load_tokenizer
-    from qsparse_moe.training.checkpoint import load_run
     from qsparse_moe.training.distributed import choose_device
+    from qsparse_moe.training.evaluate import load_run
 
     config, model, step = load_run(run_dir, choose_device(device, 0))
     tokenizer = load_tokenizer(config.data.tokenizer)

@@ -5,11 +5,8 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from qsparse_moe.config.load import load_config
-from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import CheckpointError
-
-CONFIG_FILE = "config.yaml"
+from qsparse_moe.training.run_folder import CONFIG_FILE
 
 
 def find_run(path: Path) -> Path:
@@ -25,11 +22,6 @@ def find_run(path: Path) -> Path:
     names = difflib.get_close_matches(path.name, [run.name for run in found], n=3, cutoff=0) if found else []
     nearest = ", such as " + ", ".join(str(found[0].parent / name) for name in names) if names else ""
     raise CheckpointError(f"{path} {problem}; name a folder that qsparse-moe train made{nearest}")
-
-
-def run_config(path: Path) -> RunConfig:
-    """The resolved config of the run folder ``path``."""
-    return load_config(find_run(path) / CONFIG_FILE)
 
 
 def _runs_in(folder: Path) -> list[Path]:

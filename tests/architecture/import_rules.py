@@ -51,12 +51,11 @@ SHAPELESS_NAMES = {"utils", "util", "helpers", "common", "misc"}
 
 @dataclass(frozen=True)
 class Import:
-    """One imported module: where, what, whether it runs at import time, whether only a type checker sees it."""
+    """One imported module: where, what, and whether that happens when the file is imported."""
 
     line: int
     target: str
     at_import_time: bool
-    typing_only: bool
 
 
 @dataclass(frozen=True)
@@ -81,21 +80,17 @@ def read_modules(root: Path) -> dict[str, Module]:
         name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         tree = ast.parse(path.read_text(encoding="utf-8"))
         package = parts[:-1]
-        modules[name] = Module(path, name, tree, tuple(_imports(tree, package, at_import_time=True, typing_only=False)))
+        modules[name] = Module(path, name, tree, tuple(_imports(tree, package, at_import_time=True)))
     return modules
 
 
-def _imports(node: ast.AST, package: tuple[str, ...], *, at_import_time: bool, typing_only: bool) -> Iterator[Import]:
+def _imports(node: ast.AST, package: tuple[str, ...], *, at_import_time: bool) -> Iterator[Import]:
     for below in ast.iter_child_nodes(node):
         for target in _targets(below, package):
-            yield Import(below.lineno, target, at_import_time, typing_only)
+            yield Import(below.lineno, target, at_import_time)
         deferred = isinstance(below, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        if isinstance(below, ast.If) and "TYPE_CHECKING" in ast.unparse(below.test):
-            for statement in below.body:
-                holder = ast.Module([statement], [])
-                yield from _imports(holder, package, at_import_time=False, typing_only=True)
-            continue
-        yield from _imports(below, package, at_import_time=at_import_time and not deferred, typing_only=typing_only)
+        for_types = isinstance(below, ast.If) and "TYPE_CHECKING" in ast.unparse(below.test)
+        yield from _imports(below, package, at_import_time=at_import_time and not (deferred or for_types))
 
 
 def _targets(node: ast.AST, package: tuple[str, ...]) -> list[str]:
@@ -163,15 +158,16 @@ def _names(target: str, library: str) -> bool:
     return target == library or target.startswith(f"{library}.")
 
 
-def _edges(module: Module, modules: dict[str, Module], *, at_import_time: bool) -> set[str]:
-    """The package's modules that ``module`` needs: at import time, or at any time."""
-    wanted = [i for i in module.imports if not i.typing_only and (i.at_import_time or not at_import_time)]
-    targets = {_inside(imported.target, modules) for imported in wanted}
+def _edges(module: Module, modules: dict[str, Module]) -> set[str]:
+    """The package's modules that ``module`` needs when it is imported."""
+    targets = {_inside(imported.target, modules) for imported in module.imports if imported.at_import_time}
     return {target for target in targets if target and target != module.name}
 
 
 def _cycles(modules: dict[str, Module]) -> list[str]:
-    edges = {name: _edges(module, modules, at_import_time=False) for name, module in modules.items()}
+    # At import time: a function that imports the implementation it has chosen closes no circle. Between rooms there is
+    # none at any time, because a room imports only what stands above it.
+    edges = {name: _edges(module, modules) for name, module in modules.items()}
     found: list[str] = []
     done: set[str] = set()
 
@@ -211,5 +207,5 @@ def _closure(name: str, modules: dict[str, Module]) -> set[str]:
         current = waiting.pop()
         if current not in reached:
             reached.add(current)
-            waiting += _edges(modules[current], modules, at_import_time=True)
+            waiting += _edges(modules[current], modules)
     return reached

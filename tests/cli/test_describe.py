@@ -1,0 +1,95 @@
+"""The figures that describe prints, as a table and as JSON, for a config and for a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qsparse_moe.cli.app import run
+from qsparse_moe.config.load import config_to_yaml, load_config
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = str(REPOSITORY / "configs" / "tiny.yaml")
+SHAPE = [
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.moe.num_experts=8",
+    "model.moe.experts_per_token=2",
+    "model.moe.expert_hidden_size=32",
+    "model.sparsity.default=0.5",
+    "data.sequence_length=128",
+    "training.steps=30",
+    "training.global_batch_size=16",
+]
+
+
+def described(capsys, *arguments):
+    assert run(["describe", *arguments, "--json"]) == 0
+    printed = capsys.readouterr()
+    return json.loads(printed.out)
+
+
+def test_json_holds_the_counts(capsys):
+    content = described(capsys, TINY, *SHAPE)
+    experts = content["parameters_by_part"]["experts"]
+    assert experts["stored"] == 2 * 8 * 3 * 64 * 32
+    assert experts["active"] == experts["stored"] // 4
+    assert experts["kept"] == experts["active"] / 2
+    assert content["parameters"]["stored"] == sum(part["stored"] for part in content["parameters_by_part"].values())
+    assert content["forward_flops_per_token"]["context"] == 128
+    assert content["mean_sparsity"] == 0.5
+    assert content["sites"]["expert_hidden"] == {"layers": 2, "width": 32, "least_kept": 16, "most_kept": 16}
+    assert (content["tokens_per_step"], content["tokens"]) == (2048, 61440)
+
+
+def test_json_tells_where_k_differs(capsys):
+    override = "model.sparsity.overrides=[{sparsity: 0.75, site: expert_hidden, experts: 0, layers: 1}]"
+    place = described(capsys, TINY, *SHAPE, override)["sites"]["expert_hidden"]
+    assert (place["least_kept"], place["most_kept"]) == (8, 16)
+
+
+def test_tables_hold_the_same_counts(capsys):
+    content = described(capsys, TINY, *SHAPE)
+    assert run(["describe", TINY, *SHAPE]) == 0
+    printed = capsys.readouterr().out
+    for count in (content["parameters"]["stored"], content["parameters"]["active"], content["parameters"]["kept"]):
+        assert f"{count:,.0f}" in printed
+    assert f"{content['forward_flops_per_token']['kept']:,.0f}" in printed
+    assert "mean S 0.5000" in printed
+
+
+def test_run_folder_is_described_by_its_config(capsys, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config_to_yaml(load_config(TINY, SHAPE)), encoding="utf-8")
+    assert described(capsys, str(folder)) == described(capsys, TINY, *SHAPE)
+
+
+MADE = "name a folder that qsparse-moe train made, such as"
+
+
+@pytest.mark.parametrize(
+    ("verb", "name", "problem"),
+    [
+        ("evaluate", "mime", "does not exist"),
+        ("generate", "mime", "does not exist"),
+        ("evaluate", "other", "is no run folder: it has no config.yaml"),
+        ("generate", "other", "is no run folder: it has no config.yaml"),
+        ("describe", "other", "is no run folder: it has no config.yaml"),
+    ],
+)
+def test_folder_that_is_no_run_names_the_run_beside_it(verb, name, problem, capsys, tmp_path):
+    for existing in ("mine", "other"):
+        (tmp_path / existing).mkdir()
+    (tmp_path / "mine" / "config.yaml").touch()
+    assert run([verb, str(tmp_path / name)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/{name} {problem}; {MADE} {tmp_path}/mine\n"
+
+
+def test_folder_of_runs_names_the_runs_in_it(capsys, tmp_path):
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.yaml").touch()
+    assert run(["evaluate", str(tmp_path / "runs")]) == 2
+    assert f"such as {tmp_path}/runs/mine" in capsys.readouterr().err

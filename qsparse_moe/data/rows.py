@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -96,9 +95,7 @@ def mixture_counts(num_rows: Sequence[int], weights: Sequence[float]) -> list[in
     if all(weight == 1 for weight in weights):
         return list(num_rows)
     scale = max(rows / weight for rows, weight in zip(num_rows, weights, strict=True))
-    wanted = [scale * weight if rows else 0.0 for rows, weight in zip(num_rows, weights, strict=True)]
-    # max: a product that is rounded down must not cost the largest source a row.
-    return [max(rows, math.floor(want + 0.5)) for rows, want in zip(num_rows, wanted, strict=True)]
+    return [round(scale * weight) if rows else 0 for rows, weight in zip(num_rows, weights, strict=True)]
 
 
 def train_rows(step: int, *, num_rows: int, global_batch_size: int, seed: int, shuffle: bool) -> Array:

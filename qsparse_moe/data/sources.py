@@ -263,21 +263,10 @@ def _open_hub(source: SourceConfig, setting: str) -> OpenSource:
     if columns is not None:
         _require_column(columns, source.column, f"{setting}: {source.path!r}")
         dataset = dataset.select_columns([source.column])
-    return OpenSource(setting, dataset, source.column, _hub_identity(source, builder), None)
-
-
-def _hub_identity(source: SourceConfig, builder: Any) -> dict[str, Any]:
-    files = (builder.config.data_files or {}).get(source.split)
-    return {
-        "kind": "hub",
-        "path": source.path,
-        "subset": source.subset,
-        "split": source.split,
-        "column": source.column,
-        "revision": [str(builder.hash), str(builder.config_id)],
-        # Per file: its address and the hub's commit, a store's tag or a local file's time.
-        "files": [] if files is None else [list(files), [[str(part) for part in m] for m in files.origin_metadata]],
-    }
+    identity = source.model_dump(include={"kind", "path", "subset", "split", "column"})
+    # The hub's commit; of a data set in a local folder a digest of its files' times.
+    identity["revision"] = [str(builder.hash), str(builder.config_id)]
+    return OpenSource(setting, dataset, source.column, identity, None)
 
 
 def _short(error: Exception) -> str:

@@ -65,6 +65,7 @@ def test_equal_weights_of_one_read_everything_once_and_others_do_not() -> None:
     assert mixture_counts([100, 10], [2, 2]) == [100, 100]
     assert mixture_counts([100, 10], [0.75, 0.25]) == [100, 33]
     assert mixture_counts([100, 10], [0.25, 0.75]) == [100, 300]
+    assert mixture_counts([100, 10], [0.6, 0.4]) == [100, 67]
     assert mixture_counts([100, 0], [1, 3]) == [100, 0]
 
 

@@ -59,6 +59,7 @@ def test_special_tokens_spelled_in_text_are_ordinary_text(bpe_folder: Path) -> N
     assert not {0, 1} & set(ids)
     assert len(ids) > 8, "neither the file's truncation nor its padding may apply"
     assert tokenizer.decode([1, *ids, 1]) == SPELLED
+    assert 0 < len(tokenizer.encode("half")) < 8
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
@@ -95,6 +96,15 @@ def test_a_word_that_is_the_document_token_is_cut_in_two(tmp_path: Path) -> None
     (document,) = tokenizer.tokenize(["one </s> two </s>"])
     assert document.tokens.tolist() == [1, 4, 2, 3, 5, 2, 3]
     assert document.num_bytes.sum() == len("one </s> two </s>")
+
+
+def test_the_last_token_stands_for_what_the_tokenizer_drops_behind_it(tmp_path: Path) -> None:
+    folder = save_tokenizer(
+        tmp_path / "words", vocabulary=["<unk>", "</s>", "one"], unknown="<unk>", settings={"eos_token": "</s>"}
+    )
+    (document,) = load_tokenizer(str(folder)).tokenize(["  one one\n\n"])
+    assert document.tokens.tolist() == [1, 2, 2]
+    assert document.num_bytes.tolist() == [0, 5, 6]
 
 
 def test_text_that_becomes_the_document_token_is_refused(tmp_path: Path) -> None:

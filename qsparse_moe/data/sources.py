@@ -83,8 +83,6 @@ def open_source(source: SourceConfig, index: int) -> OpenSource:
 
 
 def _open_files(source: SourceConfig, setting: str, files: list[str]) -> OpenSource:
-    from datasets import Features, IterableDataset, Value
-
     stats = [os.stat(file) for file in files]
     whole_files = source.kind in ("stdlib", "text")
     num_bytes = sum(stat.st_size for stat in stats) if whole_files else None
@@ -92,9 +90,7 @@ def _open_files(source: SourceConfig, setting: str, files: list[str]) -> OpenSou
     arguments = {"files": files, "kind": source.kind, "column": source.column, "setting": setting}
     return OpenSource(
         setting=setting,
-        dataset=IterableDataset.from_generator(
-            _read_files, features=Features({"text": Value("string")}), gen_kwargs=arguments
-        ),
+        dataset=_generated(arguments, setting),
         column="text",
         identity={
             "kind": source.kind,
@@ -103,6 +99,20 @@ def _open_files(source: SourceConfig, setting: str, files: list[str]) -> OpenSou
         },
         num_bytes=num_bytes,
     )
+
+
+def _generated(arguments: dict[str, Any], setting: str) -> IterableDataset:
+    from datasets import Features, IterableDataset, Value, config
+
+    try:
+        features = Features({"text": Value("string")})
+        return IterableDataset.from_generator(_read_files, features=features, gen_kwargs=arguments)
+    except OSError as error:
+        # It reads nothing yet, but leaves a lock file.
+        raise DataError(
+            f"{setting}: the cache folder of the library datasets ({config.HF_DATASETS_CACHE}) cannot be written "
+            f"({error}), and it must be; set the environment variable HF_HOME to a folder that can"
+        ) from error
 
 
 def _stdlib_files(setting: str) -> list[str]:

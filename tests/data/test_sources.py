@@ -137,9 +137,7 @@ def test_a_file_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
 def test_a_library_cache_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("in the way")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "a.txt" / "cache")
-    with pytest.raises(
-        DataError, match=r"\(text\): the cache folder .*a\.txt/cache\) cannot be written.* HF_HOME"
-    ):
+    with pytest.raises(DataError, match=r"\(text\): the cache folder .*a\.txt/cache\) cannot be written.* HF_HOME"):
         read(kind="text", path=str(tmp_path / "a.txt"))
 
 

@@ -85,14 +85,22 @@ def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: 
     return rescale_kept(kept, x, rescale)
 
 
-def rescale_kept(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
-    """What is kept of ``x`` as it is, over its L2 norm, or with the L2 norm of ``x``; in the dtype of ``x``."""
+def rescale_reference(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
+    """The definition of ``rescale_kept``, for rows of ``kept`` that are not all zero."""
+    norm = torch.linalg.vector_norm(kept, dim=-1, keepdim=True)
     if rescale == "none":
         return kept
-    scale = _inverse_norm(kept)
-    if rescale == "preserve":
-        scale = scale * torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=scale.dtype)
-    return (kept * scale).to(x.dtype)
+    return kept / norm if rescale == "unit" else kept * (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / norm)
+
+
+def rescale_kept(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
+    """What is kept of ``x`` as it is, over its L2 norm, or with the L2 norm of ``x``; in the dtype of ``x``.
+
+    Norms are formed in at least fp32. A row of zeros stays a row of zeros, with a gradient of zero.
+    """
+    if rescale == "none":
+        return kept
+    return _Unit.apply(kept) if rescale == "unit" else _Preserve.apply(kept, x)
 
 
 class _StraightThroughMask(torch.autograd.Function):
@@ -107,11 +115,49 @@ class _StraightThroughMask(torch.autograd.Function):
         return grad, None
 
 
-def _inverse_norm(kept: Tensor) -> Tensor:
-    """``(*, 1)`` reciprocal L2 norms, at least fp32; 0 with a zero gradient for a row of zeros."""
-    square = kept.to(torch.promote_types(kept.dtype, torch.float32)).square().sum(-1, keepdim=True)
-    is_zero = square == 0
-    return square.masked_fill(is_zero, 1.0).rsqrt().masked_fill(is_zero, 0.0)
+class _Unit(torch.autograd.Function):
+    """``kept / |kept|``: the gradient is ``(g - (g . y) y) / |kept|`` with ``y`` the result."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor) -> Tensor:
+        inverse = _inverse(_norm(kept))
+        ctx.save_for_backward(kept, inverse)
+        return (kept * inverse).to(kept.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        kept, inverse = ctx.saved_tensors
+        along = torch.linalg.vecdot(grad, kept)[..., None] * inverse.pow(3)
+        return (grad * inverse).addcmul_(kept, -along).to(kept.dtype)
+
+
+class _Preserve(torch.autograd.Function):
+    """``kept * |x| / |kept|``, differentiated by both."""
+
+    @staticmethod
+    def forward(ctx: Any, kept: Tensor, x: Tensor) -> Tensor:
+        inverse, norm = _inverse(_norm(kept)), _norm(x)
+        ctx.save_for_backward(kept, x, inverse, norm)
+        return (kept * (norm * inverse)).to(kept.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        kept, x, inverse, norm = ctx.saved_tensors
+        dot = torch.linalg.vecdot(grad, kept)[..., None]
+        grad_kept = (grad * (norm * inverse)).addcmul_(kept, -dot * norm * inverse.pow(3))
+        grad_x = x * (dot * inverse * _inverse(norm))
+        return grad_kept.to(kept.dtype), grad_x.to(x.dtype)
+
+
+def _norm(rows: Tensor) -> Tensor:
+    """``(*, 1)`` L2 norms, at least fp32."""
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=wide)
+
+
+def _inverse(norm: Tensor) -> Tensor:
+    """``1 / norm``, and 0 for 0."""
+    return norm.reciprocal().masked_fill_(norm == 0, 0.0)
 
 
 def _check_num_kept(num_kept: int | Tensor, x: Tensor) -> None:

@@ -120,3 +120,17 @@ def test_rescaling_a_row_of_zeros_leaves_zeros_and_a_finite_gradient():
 def test_impossible_k_is_refused(num_kept, group_size, message):
     with pytest.raises(ValueError, match=message):
         topk_mask(torch.randn(3, 12), num_kept, group_size=group_size)
+
+
+@pytest.mark.parametrize("rescale", ["unit", "preserve"])
+def test_rescaling_in_bf16_stays_within_its_rounding_of_the_exact_value_and_gradient(rescale):
+    rows, upstream = torch.randn(6, 64), torch.randn(6, 64)
+
+    def run(dtype):
+        x = rows.bfloat16().to(dtype).requires_grad_()
+        out = topk_sparsify(x, 20, rescale=rescale)
+        return out, torch.autograd.grad(out, x, upstream.bfloat16().to(dtype))[0]
+
+    for narrow, exact in zip(run(torch.bfloat16), run(torch.float64), strict=True):
+        assert narrow.dtype == torch.bfloat16
+        assert (narrow.double() - exact).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()

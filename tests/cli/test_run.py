@@ -1,0 +1,157 @@
+"""One small run through the verbs: train, resume, evaluate, generate, describe."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qsparse_moe.cli.app import run
+
+REPOSITORY = Path(__file__).parents[2]
+CONFIG = """
+model:
+  hidden_size: 32
+  num_layers: 1
+  num_heads: 2
+  moe: {num_experts: 4, expert_hidden_size: 32, backend: loop}
+  sparsity: {default: 0.5, backend: torch}
+data:
+  sources: [{kind: text, path: FOLDER/text/*.txt}]
+  sequence_length: 64
+  validation_fraction: 0.2
+  cache_dir: FOLDER/cache
+training:
+  name: mine
+  output_dir: FOLDER/runs
+  engine: torch
+  device: cpu
+  steps: 6
+  global_batch_size: 4
+  micro_batch_size: 2
+metrics: {interval: 2, tensorboard: false}
+"""
+
+
+def write_inputs(folder):
+    draw = random.Random(0)
+    words = ["sparse", "expert", "router", "token", "größe", "layer"]
+    (folder / "text").mkdir()
+    for number in range(40):
+        text = " ".join(draw.choice(words) for _ in range(60))
+        (folder / "text" / f"{number}.txt").write_text(text, encoding="utf-8")
+    config = folder / "mine.yaml"
+    config.write_text(CONFIG.replace("FOLDER", str(folder)), encoding="utf-8")
+    return config
+
+
+def train(config, *arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-u", "-m", "qsparse_moe", "--local_rank=0", "train", str(config), *arguments],
+        cwd=REPOSITORY,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The config's path, the run folder and what training said."""
+    folder = tmp_path_factory.mktemp("run with a space")
+    config = write_inputs(folder)
+    done = train(config, "--json")
+    assert done.returncode == 0, done.stderr
+    return config, folder / "runs" / "mine", done
+
+
+def test_training_prints_one_json_object_and_its_progress_elsewhere(trained):
+    _, run_dir, done = trained
+    summary = json.loads(done.stdout)
+    assert (summary["run_dir"], summary["step"], summary["tokens"]) == (str(run_dir), 6, 6 * 4 * 64)
+    assert summary["stopped_by"] is None
+    assert 3 < summary["loss"] < 6
+    lines = [line for line in done.stderr.splitlines() if line.startswith("step ")]
+    assert [line.split()[1] for line in lines] == ["2/6", "4/6", "6/6"]
+    assert f"validation {summary['validation']['bits_per_byte']:.4f} bits/byte" in lines[-1]
+
+
+def test_run_is_never_overwritten(trained):
+    config, run_dir, _ = trained
+    before = (run_dir / "metrics.jsonl").read_bytes()
+    done = train(config)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {run_dir}: exists")
+    assert "Traceback" not in done.stderr
+    assert (run_dir / "metrics.jsonl").read_bytes() == before
+
+
+def test_resumed_run_ends_with_a_summary_for_people(trained):
+    config, run_dir, _ = trained
+    done = train(config, "training.resume=true", "training.steps=8")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("8 steps, 2,048 tokens, ")
+    assert lines[1].startswith("loss of the last step")
+    assert lines[2].startswith("validation")
+    assert lines[3].split(maxsplit=2)[2] == str(run_dir)
+
+
+def test_evaluation_reports_the_newest_checkpoint(trained, capsys):
+    _, run_dir, _ = trained
+    assert run(["evaluate", str(run_dir), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["run_dir"] == str(run_dir)
+    assert figures["step"] in (6, 8)  # 8 where the resuming test has run before
+    assert figures["perplexity"] == pytest.approx(2.718281828 ** figures["loss"])
+    assert run(["evaluate", str(run_dir), "--rows", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "on 3 validation rows" in printed
+    assert f"unigram model's   {figures['unigram_bits_per_byte']:.4f}" in printed
+
+
+def test_generated_text_is_the_same_streamed_and_as_json(trained, capsys):
+    _, run_dir, _ = trained
+    arguments = ["generate", str(run_dir), "--prompt", "router tö", "--max-tokens", "12"]
+    assert run(arguments) == 0
+    streamed = capsys.readouterr().out
+    assert streamed.startswith("router tö")
+    assert run([*arguments, "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["prompt"] + content["text"] + "\n" == streamed
+    assert 1 <= content["num_tokens"] <= 12
+
+
+def test_draws_depend_on_the_seed(trained, capsys):
+    _, run_dir, _ = trained
+
+    def drawn(seed):
+        options = ["--temperature", "1", "--max-tokens", "12", "--seed", seed, "--json"]
+        assert run(["generate", str(run_dir), *options]) == 0
+        return json.loads(capsys.readouterr().out)["text"]
+
+    assert drawn("1") == drawn("1") != drawn("2")
+
+
+def test_run_folder_is_described(trained, capsys):
+    _, run_dir, _ = trained
+    assert run(["describe", str(run_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == "mine"
+
+
+def test_stopped_rank_s_code_is_passed_on(trained, monkeypatch, capsys):
+    from qsparse_moe.training.report import TrainingResult
+
+    config, run_dir, _ = trained
+    stopped = TrainingResult(run_dir, 4, 1024, 1.0, None, stopped_by=15)
+    monkeypatch.setattr("qsparse_moe.training.loop.train", lambda *_arguments, **_keywords: stopped)
+    assert run(["train", str(config), "training.name=another", "--json"]) == 143
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["step"], summary["loss"], summary["stopped_by"]) == (4, None, 15)

@@ -7,12 +7,15 @@ import logging
 import math
 import os
 import sys
+import time
 from typing import Any
 
 from rich.console import Console
 
 # Wide enough for the tables where the output is a file or a pipe, whose width nobody knows.
 _WIDTH_WITHOUT_TERMINAL = 120
+# The launcher ends every rank once one has ended, and looks once a second: rank 0 must have spoken by then.
+_PATIENCE_SECONDS = 3.0
 
 
 def is_rank_zero() -> bool:
@@ -30,6 +33,8 @@ def complain(message: str) -> None:
     """Say on standard error, once over all ranks, why the verb cannot go on."""
     if is_rank_zero():
         print(f"error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(_PATIENCE_SECONDS)
 
 
 def print_json(content: dict[str, Any]) -> None:

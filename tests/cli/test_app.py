@@ -26,6 +26,9 @@ TINY = str(REPOSITORY / "configs" / "tiny.yaml")
 def one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
+    waited = []
+    monkeypatch.setattr("qsparse_moe.cli.console.time.sleep", waited.append)
+    return waited
 
 
 def python(*arguments, **environment):
@@ -121,6 +124,13 @@ def test_usage_error_is_said_once_over_all_ranks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert run(["trian"]) == 2
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_other_ranks_let_rank_zero_speak_before_they_end(rank, one_process, monkeypatch):
+    monkeypatch.setenv("RANK", rank)
+    assert run(["trian"]) == 2
+    assert [seconds > 1 for seconds in one_process] == ([] if rank == "0" else [True])
 
 
 def test_our_own_mistake_keeps_its_traceback(monkeypatch):

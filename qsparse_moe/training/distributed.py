@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -100,13 +102,16 @@ def open_distributed(device: str = "auto") -> Iterator[Distributed]:
         torch.cuda.set_device(chosen)
     _share_cores()
     backend = "nccl" if chosen.type == "cuda" else "gloo"
-    with contextlib.ExitStack() as environment:
-        if world_size > 1:
-            dist.init_process_group(backend, device_id=chosen if chosen.type == "cuda" else None)
-        else:
-            environment.enter_context(_environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(local_rank)))
-            # A store inside the process: no port, so nothing that another run could hold.
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    with contextlib.ExitStack() as stack:
+        if world_size == 1:
+            stack.enter_context(environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(local_rank)))
+        dist.init_process_group(
+            backend,
+            store=_session_store(world_size),
+            rank=rank,
+            world_size=world_size,
+            device_id=chosen if world_size > 1 and chosen.type == "cuda" else None,
+        )
         try:
             yield Distributed(rank, world_size, local_rank, chosen)
             # Without it, about one launch in seven ended with a rank that had lost its peer.
@@ -163,8 +168,29 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+_sessions = itertools.count()
+
+
+def _session_store(world_size: int) -> dist.Store:
+    """Where the ranks find each other. One rank alone needs no port, so nothing that another run could hold.
+
+    The launcher's port is opened once for the life of the process and every session has its own names in it: DeepSpeed
+    keeps the groups of an ended session alive, and the next one would meet their entries in the store and hang.
+    """
+    session = next(_sessions)
+    if world_size == 1:
+        return dist.HashStore()
+    return dist.PrefixStore(f"session-{session}", _launcher_store())
+
+
+@functools.cache
+def _launcher_store() -> dist.Store:
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store
+
+
 @contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
+def environment(**values: str) -> Iterator[None]:
     """Environment variables that are set for a while."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)

@@ -24,7 +24,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
-from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.distributed import Distributed, environment
 from qsparse_moe.training.ds_config import deepspeed_config
 from qsparse_moe.training.engine import StateKind, num_micro_batches, run_model
 from qsparse_moe.training.engine_torch import accumulate_in_fp32, clip_gradients
@@ -45,9 +45,7 @@ class DeepSpeedEngine:
         # ZeRO-3 empties the parameters that it partitions.
         self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         self._adam = build_adamw(model.parameters(), config.training)
-        _prepare_process()
-        # It prints its memory in bf16; standard output is for what the user asked for.
-        with contextlib.redirect_stdout(sys.stderr):
+        with _tamed():
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
         self._parameters = dict(model.named_parameters())
         if self.stage == 0:
@@ -165,13 +163,18 @@ class DeepSpeedEngine:
         return nn.functional.pad(part, (0, size - part.numel()))
 
 
-def _prepare_process() -> None:
-    """What DeepSpeed would otherwise do at its own pace: compile an operation, and write to standard output."""
-    # Its shared-memory operation serves tensor-parallel inference only; compiling it takes half a minute and needs a
-    # compiler. The dictionary, left alone, is filled by starting compilers to see what could be built.
+@contextlib.contextmanager
+def _tamed() -> Iterator[None]:
+    """While DeepSpeed sets itself up: no compiling, and nothing on standard output."""
+    # Its shared-memory operation serves tensor-parallel inference only. Compiling it takes half a minute and a
+    # compiler, and a process that is killed meanwhile leaves a lock on which every later one waits for ever. The
+    # dictionary, left alone, is filled by starting compilers to see what could be built.
     deepspeed.ops.__compatible_ops__ = {}
     for handler in deepspeed.utils.logger.handlers:
         if hasattr(handler, "setStream"):
             handler.setStream(sys.stderr)
     # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # It imports its Muon optimizer, which imports torch's compiler: 1.0 s of CPU a rank for what is not used here.
+    with environment(TORCHDYNAMO_DISABLE="1"), contextlib.redirect_stdout(sys.stderr):
+        yield

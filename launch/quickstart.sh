@@ -11,6 +11,14 @@ state="$("$python" launch/run_state.py "${settings[@]}")"
 run="${state#* }"
 export DS_ACCELERATOR=cpu
 
+# once FILE COMMAND...: what the command prints, kept in the run folder for the next time.
+once() {
+    if [[ ! -f "$run/$1" ]]; then
+        "${@:2}" >"$run/$1.part"
+        mv -- "$run/$1.part" "$run/$1"
+    fi
+}
+
 if [[ "$state" == finished* ]]; then
     echo "$run is trained already; remove it, or give training.name=NAME, to train again" >&2
 else
@@ -20,9 +28,12 @@ else
     # The launcher ends with 0 when it was killed itself.
     [[ "$("$python" launch/run_state.py "${settings[@]}")" == finished* ]] ||
         fail "$run stopped before its last step (training.steps): run the same command again to go on"
+    rm -f -- "$run/evaluation.json" "$run/description.json" "$run/sample.txt" "$run/sample-drawn.txt"
 fi
 
-"$python" -m qsparse_moe evaluate "$run" --device cpu --json >"$run/evaluation.json"
-"$python" -m qsparse_moe describe "$run" --json >"$run/description.json"
-"$python" -m qsparse_moe generate "$run" --device cpu --prompt "def " --max-tokens 200 >"$run/sample.txt"
+sample=(generate "$run" --device cpu --prompt "def __init__(self" --max-tokens 120)
+once evaluation.json "$python" -m qsparse_moe evaluate "$run" --device cpu --json
+once description.json "$python" -m qsparse_moe describe "$run" --json
+once sample.txt "$python" -m qsparse_moe "${sample[@]}"
+once sample-drawn.txt "$python" -m qsparse_moe "${sample[@]}" --temperature 0.8
 "$python" launch/summary.py "$run"

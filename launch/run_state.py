@@ -1,7 +1,7 @@
 """Whether a run is finished, and its folder: one line for launch/quickstart.sh.
 
-``python launch/run_state.py CONFIG [OVERRIDES]`` ends with code 2 and one message where a setting is wrong, or where the
-folder holds another run.
+``python launch/run_state.py CONFIG [OVERRIDES]`` ends with code 2 and one message where a setting is wrong, or
+the folder holds another run.
 """
 
 from __future__ import annotations

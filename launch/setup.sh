@@ -92,7 +92,8 @@ set_up() {
         "$python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
         printf '%s\n' "$stamp" >"$environment/made-for.txt"
     fi
-    export CXX PATH="$environment/bin:$PATH"
+    # What PyTorch compiles is kept with the environment: two checkouts that share a folder rebuild it in turns.
+    export CXX PATH="$environment/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$environment/extensions}"
 }
 
 free_port() {

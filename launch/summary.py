@@ -1,12 +1,13 @@
 """The end of launch/quickstart.sh: what the model writes, a table of what the run came to, and how to see more.
 
-``python launch/summary.py RUN`` reads ``evaluation.json``, ``description.json``, ``sample.txt``, ``manifest.json`` and
-``metrics.jsonl`` in the run folder.
+``python launch/summary.py RUN`` reads ``evaluation.json``, ``description.json``, ``manifest.json``, ``metrics.jsonl``
+and the two samples in the run folder.
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -52,10 +53,11 @@ def speed_row(run: Path) -> tuple[str, str, str]:
 
 def main(run: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    print(f"Sample, also in {run / 'sample.txt'}:\n")
-    print((run / "sample.txt").read_text(encoding="utf-8"))
+    for name, how in (("sample.txt", "the likeliest byte each time"), ("sample-drawn.txt", "drawn at temperature 0.8")):
+        print(f"Sample, {how}, in {run / name}:\n")
+        print((run / name).read_text(encoding="utf-8"))
     console.print(make_summary(run))
-    print(f"\nTo see it: .venv/bin/python -m qsparse_moe tensorboard {run.parent}")
+    print(f"\nTo see it: .venv/bin/python -m qsparse_moe tensorboard {shlex.quote(str(run.parent))}")
 
 
 if __name__ == "__main__":

@@ -269,7 +269,7 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """torch is the plain reference."""
+    """torch is the plain reference; it replicates everything and ignores training.deepspeed."""
     expert_parallel_size: PositiveInt = 1
     """Ranks over which the experts of a layer are spread."""
     resume: bool = False

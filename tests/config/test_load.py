@@ -137,6 +137,9 @@ WRONG_VALUES = [
     ("training.learning_rate", "fast", f'("fast") {RATE}'),
     ("training.min_learning_rate_ratio", "2", "(2) must be a number from 0 to 1; the default is 0.1"),
     ("training.resume", "yes", '("yes") must be true or false; write true'),
+    ("training.resume", "On", '("On") must be true or false; write true'),
+    ("training.resume", "no", '("no") must be true or false; write false'),
+    ("training.resume", "off", '("off") must be true or false; write false'),
     ("training.resume", "0", "(0) must be true or false; the default is false"),
     ("training.precision", "bf15", '("bf15") must be one of fp32, bf16; did you mean bf16?'),
     ("training.precision", "double", '("double") must be one of fp32, bf16; the default is "fp32"'),
@@ -203,6 +206,8 @@ UNKNOWN = {
     "training.learning_rates=1": f"training.learning_rates {NOT_ONE}; did you mean training.learning_rate?",
     "training.zero_stag=1": f"training.zero_stag {NOT_ONE}; did you mean training.deepspeed.zero_stage?",
     "metrics.xyz=1": f"metrics.xyz {NOT_ONE}; metrics has interval, tensorboard",
+    "warmup_steps=1": f"warmup_steps {NOT_ONE}; "
+    "did you mean model.sparsity.schedule.warmup_steps or training.warmup_steps?",
     "xyz=1": f"xyz {NOT_ONE}; a run file has model, data, training, metrics",
     "data.sources.0.kin=text": KIN,
     "data.sources.first=1": f"data.sources.first {NOT_ONE}: data.sources takes {LIST}; its items are numbered from 0",
@@ -283,6 +288,10 @@ def test_mapping_is_merged_into_a_section_and_a_list_replaces_a_list(load):
     assert [source.max_bytes for source in config.data.sources] == [9]
 
 
+def test_mapping_replaces_a_wrong_value(load):
+    assert load("training: {deepspeed: 3}\n", "training.deepspeed={zero_stage: 0}").training.deepspeed.zero_stage == 0
+
+
 def test_override_below_a_wrong_value_leaves_it_to_the_file_s_own_message(error_of):
     message = error_of("training: fast\n", "training.steps=3")
     assert message == 'training ("fast") must be a section (settings by name)'
@@ -331,6 +340,13 @@ def test_config_is_frozen_all_the_way_down(load):
     with pytest.raises(ValidationError, match="frozen"):
         config.data.sources[0].max_bytes = 3
     hash(config)  # a list anywhere would raise
+
+
+def test_dumped_config_stays_readable(load):
+    text = config_to_yaml(load("data: {cache_dir: größe, sources: [{kind: text, path: [a.txt]}]}"))
+    assert text.startswith("model:\n  vocab_size: 264\n")
+    assert "  cache_dir: größe\n" in text
+    assert "    path:\n    - a.txt\n" in text
 
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)

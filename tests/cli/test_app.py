@@ -177,7 +177,7 @@ def test_json_of_a_result_is_strict(capsys):
 
 
 BROKEN = ["train", "configs/tiny.yaml", "model.sparsity.shedule.shape=linear"]
-WRONG_LAYOUT = ["train", "configs/tiny.yaml", "training.global_batch_size=8"]
+WRONG_LAYOUT = ["train", "configs/tiny.yaml", "training.global_batch_size=8", "training.micro_batch_size=8"]
 
 
 @pytest.mark.parametrize(("arguments", "world_size"), [(BROKEN, "1"), (WRONG_LAYOUT, "2")])

@@ -1,0 +1,95 @@
+"""The Slurm job on two nodes of our making, both this machine; ssh and Slurm themselves are not there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qsparse_moe
+from qsparse_moe.metrics.jsonl import read_metrics
+
+REPOSITORY = Path(qsparse_moe.__file__).parent.parent
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+SLURM_NODEID=0 "$@" & first=$!
+SLURM_NODEID=1 "$@" && wait $first
+"""
+TINY_RUN = [
+    "configs/tiny.yaml",
+    "training.steps=2",
+    "training.warmup_steps=1",
+    "model.hidden_size=32",
+    "model.num_layers=1",
+    "model.moe.expert_hidden_size=32",
+    "data.sequence_length=32",
+    "data.sources.0.max_bytes=1000000",
+    "training.evaluation_rows=4",
+    "training.device=cpu",
+    "metrics.interval=1",
+]
+
+
+def add_program(folder: Path, name: str, text: str) -> None:
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+
+
+@pytest.fixture
+def job(tmp_path):
+    """What Slurm sets for a job of two nodes with one slot each, set-up left out."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    add_program(programs, "srun", SRUN)
+    add_program(programs, "scontrol", "#!/bin/sh\necho localhost; echo 127.0.0.1\n")
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "setup.sh").write_text(
+        f'repository="{tmp_path}"\npython="{sys.executable}"\ncd "{REPOSITORY}"\n'
+    )
+    return os.environ | {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURM_GPUS_ON_NODE": "1",
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_JOB_NODELIST": "two",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_job_trains_one_run_over_its_nodes(job, tmp_path):
+    script = str(REPOSITORY / "launch" / "slurm.sbatch")
+    folders = [f"training.output_dir={tmp_path / 'runs'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    command = ["bash", script, *TINY_RUN, *folders]
+    result = subprocess.run(command, env=job, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = tmp_path / "runs" / "tiny"
+    assert json.loads((run / "manifest.json").read_text())["world_size"] == 2
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [1, 2]
+    assert not list(tmp_path.glob("hosts-*"))
+
+
+@pytest.mark.parametrize("name", ["SLURM_SUBMIT_DIR", "SLURM_GPUS_ON_NODE"])
+def test_outside_of_a_job_with_gpus_the_way_in_is_said(job, name):
+    del job[name]
+    result = subprocess.run(["bash", REPOSITORY / "launch" / "slurm.sbatch"], env=job, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert f"{name}: is set by Slurm" in result.stderr and "sbatch" in result.stderr
+
+
+def test_multi_node_needs_a_file_of_hosts(tmp_path):
+    (tmp_path / "launch").mkdir()
+    script = tmp_path / "launch" / "multi_node.sh"
+    script.write_text((REPOSITORY / "launch" / "multi_node.sh").read_text())
+    setup = (REPOSITORY / "launch" / "setup.sh").read_text()
+    fail = setup[setup.index("fail() {") : setup.index("}\n", setup.index("fail() {")) + 2]
+    (tmp_path / "launch" / "setup.sh").write_text(fail)
+    command = ["bash", str(script), "configs/base.yaml"]
+    result = subprocess.run(command, env=os.environ | {"HOSTFILE": "gone"}, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "HOSTFILE is 'gone', which is no file: name one with a line" in result.stderr

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.rope import Rotation, rotate
 from qsparse_moe.moe.runtime import Runtime
@@ -21,7 +22,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.num_kv_heads = num_kv_heads(config)
         self.head_size = head_size(config)
         width = self.num_heads * self.head_size
         self.qkv = Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size)
@@ -55,11 +56,6 @@ class Attention(nn.Module):
         )
         mixed_BSD, output_stats = self.output_site(rearrange(mixed, "b h s c -> b s (h c)"), with_stats=with_stats)
         return self.output(mixed_BSD), input_stats, output_stats
-
-
-def head_size(config: ModelConfig) -> int:
-    """C: as configured, else the width divided among the heads."""
-    return config.head_size or config.hidden_size // config.num_heads
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:

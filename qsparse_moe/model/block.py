@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import dense_hidden_size
 from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.feed_forward import FeedForward
@@ -77,11 +78,6 @@ class Block(nn.Module):
             if self.moe.shared is not None:
                 found |= {"shared_input": self.moe.shared.input_site, "shared_hidden": self.moe.shared.hidden_site}
         return found
-
-
-def dense_hidden_size(config: ModelConfig) -> int:
-    """Hidden width of a dense layer: as configured, else as wide as the experts that a token uses."""
-    return config.moe.dense_hidden_size or config.moe.experts_per_token * config.moe.expert_hidden_size
 
 
 def _named(sites: tuple[str, ...], stats: list[Stats]) -> Stats:

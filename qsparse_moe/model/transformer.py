@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import head_size
 from qsparse_moe.kernels.onednn import Linear
-from qsparse_moe.model.attention import document_mask, head_size
+from qsparse_moe.model.attention import document_mask
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import shared_hidden_size
 from qsparse_moe.moe.dispatch import Dispatch, combine, permute, plan_dispatch
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.feed_forward import FeedForward
@@ -48,11 +49,7 @@ class MoELayer(nn.Module):
             config.hidden_size, config.sparsity, runtime.select_rows, num_experts=moe.num_experts
         )
         self.experts = Experts(config, runtime)
-        self.shared = (
-            FeedForward(config, moe.num_shared_experts * moe.expert_hidden_size, runtime)
-            if moe.num_shared_experts
-            else None
-        )
+        self.shared = FeedForward(config, shared_hidden_size(config), runtime) if moe.num_shared_experts else None
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""

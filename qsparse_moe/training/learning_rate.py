@@ -14,7 +14,7 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     has ``min_learning_rate_ratio`` of it. ``constant`` keeps the peak.
     """
     done = step + 1
-    if done < config.warmup_steps:
+    if done <= config.warmup_steps:
         return config.learning_rate * done / config.warmup_steps
     return config.learning_rate * _ratio(config, min(done, config.steps))
 

@@ -17,6 +17,8 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
     pages = Path("/proc/self/statm")
     if pages.is_file():
         memory["resident"] = float(int(pages.read_text().split()[1]) * resource.getpagesize())
+        # The kernel brings its peak up to date now and then only.
+        memory["peak_resident"] = max(memory.values())
     if device.type == "cuda":
         memory["allocated"] = float(torch.cuda.memory_allocated(device))
         memory["peak_allocated"] = float(torch.cuda.max_memory_allocated(device))

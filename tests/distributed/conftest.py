@@ -1,0 +1,152 @@
+"""All runs of this folder, made by three launches: one rank, two ranks, and one rank for what two ranks left."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.launch import entry, run_plan
+from tests.support.runs import LAYOUTS, STOP_STEP, tiny_config, write_text
+
+PRECISIONS = ("fp32", "bf16")
+EVERY_LAYOUT = [f"{name}-{precision}" for precision in PRECISIONS for name in LAYOUTS]
+RESUMED = {1: ["torch-fp32", "torch-bf16", "zero0-bf16", "zero1-fp32", "zero2-bf16", "zero3-fp32"], 2: EVERY_LAYOUT}
+"""Layouts that are stopped and resumed, by the number of ranks."""
+
+TRANSFERS = [
+    ("torch-fp32", 1, "zero1-fp32", 2),
+    ("zero3-fp32", 1, "zero2-fp32", 2),
+    ("zero2-bf16", 1, "zero1-bf16", 2),
+    ("zero3-fp32", 2, "torch-fp32", 1),
+    ("torch-fp32", 2, "zero3-fp32", 1),
+    ("zero2-fp32", 2, "zero0-fp32", 1),
+    ("zero1-bf16", 2, "zero3-bf16", 1),
+    ("zero0-bf16", 2, "zero2-bf16", 1),
+]
+"""Written by a layout on so many ranks, resumed by another one on another number."""
+
+FAULTS = {
+    "output": ("zero1-fp32", {"place": "output", "layer": 1, "rank": 1}),
+    "output-zero3": ("zero3-bf16", {"place": "output", "layer": 0, "rank": 1}),
+    "output-torch": ("torch-fp32", {"place": "output", "layer": 1, "rank": 0}),
+    "gradient": ("zero2-fp32", {"place": "gradient", "layer": 1, "rank": 1}),
+    "parameter": ("zero1-bf16", {"place": "parameter", "layer": 1, "rank": 1}),
+    "parameter-zero2": ("zero2-bf16", {"place": "parameter", "layer": 0, "rank": 1}),
+    "parameter-torch": ("torch-fp32", {"place": "parameter", "layer": 1, "rank": 0}),
+}
+"""By label: the layout, and where something stops being finite (see ``tests.support.ranks.broken``)."""
+FAULT_STEP = 3
+
+
+class Runs:
+    """The outcomes by label and number of ranks, and where the run folders are."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.outcomes: dict[tuple[str, int], list[dict[str, Any]]] = {}
+
+    def __call__(self, label: str, ranks: int) -> dict[str, Any]:
+        """Rank 0's outcome of a run that went well on every rank."""
+        for outcome in self.outcomes[label, ranks]:
+            assert outcome["error"] is None, outcome["traceback"]
+        return self.outcomes[label, ranks][0]
+
+    def folder_of(self, label: str, ranks: int) -> Path:
+        """Its run folder."""
+        return self.folder / "runs" / name_of(label, ranks)
+
+
+def name_of(label: str, ranks: int) -> str:
+    return f"{label}-{ranks}"
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    made = Runs(tmp_path_factory.mktemp("runs"))
+    write_text(made.folder / "text")
+    plans = [
+        (1, _layouts(made, 1) + _variants(made, 1) + _stopped_and_resumed(made, 1)),
+        (
+            2,
+            _layouts(made, 2)
+            + _variants(made, 2)
+            + _stopped_and_resumed(made, 2)
+            + _faults(made)
+            + _transfers(made, 2),
+        ),
+        (1, _transfers(made, 1)),
+    ]
+    for number, (ranks, plan) in enumerate(plans):
+        for label, outcomes in run_plan(made.folder / f"launch{number}", plan, ranks=ranks).items():
+            made.outcomes[label, ranks] = outcomes
+    return made
+
+
+def _entry(made: Runs, label: str, layout: str, ranks: int, *, training: dict[str, Any], **more: Any) -> dict[str, Any]:
+    engine, precision = layout.split("-")
+    settings = LAYOUTS[engine] | {"precision": precision} | training
+    return entry(label, tiny_config(made.folder, name_of(label, ranks), **settings), **more)
+
+
+def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
+    return [_entry(made, layout, layout, ranks, training={}) for layout in EVERY_LAYOUT]
+
+
+def _variants(made: Runs, ranks: int) -> list[dict[str, Any]]:
+    """Other ways to do the same: larger micro-batches, and recomputation in the backward."""
+    larger, recomputed = {"micro_batch_size": 4}, {"activation_checkpointing": "full"}
+    return [
+        _entry(made, "torch-larger", "torch-fp32", ranks, training=larger),
+        _entry(made, "zero2-larger", "zero2-fp32", ranks, training=larger),
+        _entry(made, "torch-recomputed", "torch-fp32", ranks, training=recomputed),
+        _entry(made, "zero3-recomputed", "zero3-fp32", ranks, training=recomputed),
+    ]
+
+
+def _stopped_and_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:
+    plan = []
+    for layout in RESUMED[ranks]:
+        stopped = f"{layout}-stopped"
+        plan += [
+            _entry(made, stopped, layout, ranks, training={}, stop_after=STOP_STEP),
+            _entry(
+                made,
+                f"{layout}-resumed",
+                layout,
+                ranks,
+                training={"resume": True},
+                copy_of=made.folder_of(stopped, ranks),
+            ),
+        ]
+    return plan
+
+
+def transfer_label(source: str, written_by: int, target: str) -> str:
+    return f"{source}-of-{written_by}-to-{target}"
+
+
+def _transfers(made: Runs, ranks: int) -> list[dict[str, Any]]:
+    return [
+        _entry(
+            made,
+            transfer_label(source, written_by, target),
+            target,
+            ranks,
+            training={"resume": True},
+            copy_of=made.folder_of(f"{source}-stopped", written_by),
+        )
+        for source, written_by, target, resumed_by in TRANSFERS
+        if resumed_by == ranks
+    ]
+
+
+def _faults(made: Runs) -> list[dict[str, Any]]:
+    """Runs on two ranks that break in step ``FAULT_STEP``, in the first of the rank's two micro-batches."""
+    plan = []
+    for label, (layout, fault) in FAULTS.items():
+        spoiled = fault | {"forward": 2 * (FAULT_STEP - 1) + 1}
+        training = {"checkpoint_interval": 1, "keep_last": 5}
+        plan.append(_entry(made, f"fault-{label}", layout, 2, training=training, fault=spoiled))
+    return plan

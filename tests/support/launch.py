@@ -1,0 +1,88 @@
+"""Starts ``ranks.py`` with the deepspeed launcher, or without it for one rank, and collects what the ranks wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qsparse_moe.config.schema import RunConfig
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+RANKS = Path(__file__).with_name("ranks.py")
+
+
+def entry(
+    label: str,
+    config: RunConfig,
+    *,
+    copy_of: Path | None = None,
+    stop_after: int | None = None,
+    fault: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One run of a plan.
+
+    Args:
+        label: names its outcome.
+        config: of the run.
+        copy_of: a run folder that is copied to the run's own before it starts.
+        stop_after: the step that SIGTERM lets be the last.
+        fault: see ``ranks.broken``.
+    """
+    settings = config.model_dump(mode="json")
+    copied = None if copy_of is None else str(copy_of)
+    return {"label": label, "config": settings, "copy_of": copied, "stop_after": stop_after, "fault": fault}
+
+
+def run_plan(folder: Path, plan: Sequence[dict[str, Any]], *, ranks: int, timeout: float = 240) -> dict[str, list[Any]]:
+    """What every rank wrote, by label: a list over the ranks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "plan.json"
+    file.write_text(json.dumps(list(plan)))
+    log = folder / "log.txt"
+    with log.open("w") as output:
+        process = start([str(RANKS), str(file)], ranks=ranks, output=output)
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            kill_group(process)
+            raise AssertionError(f"{ranks} ranks did not end within {timeout} s:\n{log.read_text()[-4000:]}") from None
+    assert code == 0, f"{ranks} ranks ended with {code}:\n{log.read_text()[-4000:]}"
+    return {
+        item["label"]: [json.loads((folder / f"{item['label']}.rank{rank}.json").read_text()) for rank in range(ranks)]
+        for item in plan
+    }
+
+
+def start(arguments: Sequence[str], *, ranks: int, output: Any) -> subprocess.Popen[bytes]:
+    """Start a script on ``ranks`` ranks, in a process group of its own."""
+    if ranks == 1:
+        command = [sys.executable, *arguments]
+    else:
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        command = [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments]
+    environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
+    # As the launcher finds it on a machine without CUDA: a rank is a slot.
+    environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to the process and all that it started."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,122 @@
+"""Takes one plan of runs and trains them one after the other, as one rank of the launcher or alone.
+
+    python tests/support/ranks.py PLAN.json
+    deepspeed --num_gpus 2 tests/support/ranks.py PLAN.json
+
+Processes take seconds to start and a tiny run takes one, so the runs of a test session share their processes. The plan
+is a list of ``tests.support.launch.entry``; every rank writes ``LABEL.rankN.json`` beside it with what its run reported
+or raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.training import loop
+from qsparse_moe.training.report import StepReport
+from qsparse_moe.training.run_folder import run_folder
+
+
+class Listener:
+    """Keeps the numbers of every report; sends SIGTERM to its own process after a step, if asked to."""
+
+    def __init__(self, stop_after: int | None) -> None:
+        self.reports: list[dict[str, Any]] = []
+        self.context: dict[str, Any] = {}
+        self._stop_after = stop_after
+
+    def begin(self, context: Any) -> None:
+        self.context = {"start_step": context.start_step, "world_size": context.world_size}
+
+    def __call__(self, report: StepReport) -> None:
+        numbers = {key: value for key, value in asdict(report).items() if key not in {"stats", "memory"}}
+        self.reports.append(numbers | {"stats": {name: value.tolist() for name, value in report.stats.items()}})
+        # Noticed in the step that follows, by all ranks, and acted upon after it.
+        if self._stop_after is not None and report.step == self._stop_after - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def broken(fault: dict[str, Any] | None) -> Iterator[None]:
+    """A model that in one step and on one rank computes something that is not finite in one place."""
+    if fault is None:
+        yield
+        return
+    build = loop.build_model
+
+    def build_broken(*args: Any, **kwargs: Any) -> Any:
+        model = build(*args, **kwargs)
+        _break(model, **fault)
+        return model
+
+    with mock.patch.object(loop, "build_model", build_broken):
+        yield
+
+
+def _break(model: torch.nn.Module, *, place: str, layer: int, forward: int, rank: int) -> None:
+    """Multiply by infinity in the ``forward``-th forward pass that has gradients, or in its backward, on ``rank``."""
+    passes = 0
+
+    def is_time() -> bool:
+        nonlocal passes
+        passes += 1
+        return passes == forward and int(os.environ.get("RANK", "0")) == rank
+
+    def spoil(module: Any, inputs: Any, output: Any) -> Any:
+        if not torch.is_grad_enabled() or not is_time():
+            return output
+        if place == "output":
+            return output * torch.inf
+        output.register_hook(lambda grad: grad * torch.inf)
+        return output
+
+    if place == "parameter":
+        # Past every layer's output: only the norm of the gradient can show it.
+        model.layers[layer].moe.router.weight.register_hook(lambda grad: grad * torch.inf if is_time() else grad)
+    else:
+        model.layers[layer].attention_norm.register_forward_hook(spoil)
+
+
+def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[str, Any] | None) -> dict[str, Any]:
+    """Train one run; what it reported and how it ended."""
+    rank = int(os.environ.get("RANK", "0"))
+    listener = Listener(stop_after if rank == 0 else None)
+    outcome: dict[str, Any] = {"label": label, "error": None, "result": None}
+    try:
+        with broken(fault):
+            result = loop.train(RunConfig.model_validate(config), [listener])
+        outcome["result"] = {"step": result.step, "stopped_by": result.stopped_by, "validation": result.validation}
+    except Exception as error:  # handed to the test, which knows what it expects
+        outcome |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    return outcome | {"reports": listener.reports, "context": listener.context}
+
+
+def main(plan_file: Path) -> None:
+    """Train every run of the plan."""
+    torch.set_num_threads(1)
+    rank = os.environ.get("RANK", "0")
+    for entry in json.loads(plan_file.read_text()):
+        if entry["copy_of"] and rank == "0":
+            shutil.copytree(entry["copy_of"], run_folder(RunConfig.model_validate(entry["config"])))
+        outcome = run(entry["label"], entry["config"], entry["stop_after"], entry["fault"])
+        (plan_file.parent / f"{entry['label']}.rank{rank}.json").write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(Path([argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")][0]))

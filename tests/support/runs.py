@@ -1,0 +1,86 @@
+"""Runs that take a second: a tiny model on a tiny text, in every layout."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+from qsparse_moe.config.schema import RunConfig
+
+STEPS = 6
+"""Of every run; it is stopped after ``STOP_STEP`` of them where it shall resume."""
+STOP_STEP = 4
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "torch": {"engine": "torch"},
+    "zero0": {"engine": "deepspeed", "deepspeed": {"zero_stage": 0}},
+    "zero1": {"engine": "deepspeed", "deepspeed": {"zero_stage": 1}},
+    "zero2": {"engine": "deepspeed", "deepspeed": {"zero_stage": 2}},
+    "zero3": {"engine": "deepspeed", "deepspeed": {"zero_stage": 3}},
+}
+"""Engines and ZeRO stages by name: the training settings that choose them."""
+
+
+def write_text(folder: Path) -> Path:
+    """A file of words whose frequencies differ, enough for some hundred rows; the same on every call."""
+    words = random.Random(0)
+    vocabulary = ["".join(words.choices("abcdefgh", k=words.randint(2, 7))) for _ in range(200)]
+    documents = [" ".join(words.choices(vocabulary, k=400)) for _ in range(40)]
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"text-{index:02d}.txt" for index in range(len(documents))]
+    for path, document in zip(paths, documents, strict=True):
+        path.write_text(document)
+    return folder
+
+
+def tiny_config(folder: Path, name: str, **training: Any) -> RunConfig:
+    """A run of ``STEPS`` steps in ``folder/runs/name`` that reports every step.
+
+    It has Q-Sparse at S = 0.5 that is still growing where the run stops, accumulation, clipping that bites, a learning
+    rate that moves, and norms in a parameter group of their own.
+
+    Args:
+        folder: holds ``text/``, the cache and the runs.
+        name: of the run.
+        training: settings of ``training`` that differ.
+    """
+    schedule = {"shape": "linear", "warmup_steps": 1, "ramp_steps": 4}
+    settings: dict[str, Any] = {
+        "model": {
+            "hidden_size": 40,
+            "num_layers": 2,
+            "num_heads": 2,
+            "head_size": 10,
+            "qk_norm": True,
+            "vocab_size": 257,
+            "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "grouped"},
+            "sparsity": {
+                "default": 0.5,
+                "backend": "torch",
+                # It must fit into the run.
+                "schedule": schedule if training.get("steps", STEPS) >= 5 else {},
+            },
+        },
+        "data": {
+            "sources": [{"kind": "text", "path": str(folder / "text" / "*.txt")}],
+            "sequence_length": 24,
+            "validation_fraction": 0.2,
+            "cache_dir": str(folder / "cache"),
+        },
+        "training": {
+            "name": name,
+            "output_dir": str(folder / "runs"),
+            "steps": STEPS,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+            "learning_rate": 5e-3,
+            "warmup_steps": 2,
+            "gradient_clipping": 0.5,
+            "evaluation_rows": 11,
+            "device": "cpu",
+        }
+        | training,
+        "metrics": {"interval": 1},
+    }
+    return RunConfig.model_validate(settings)

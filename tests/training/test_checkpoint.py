@@ -1,0 +1,276 @@
+"""Checkpoints on one rank of the plain engine; other layouts are in tests/distributed."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import shutil
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from qsparse_moe.errors import CheckpointError
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.training.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    Progress,
+    list_checkpoints,
+    newest_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.engine import STATE_KINDS
+from qsparse_moe.training.engine_torch import TorchEngine
+from qsparse_moe.training.portable_state import (
+    check_shapes,
+    owners,
+    random_states,
+    restore,
+    seed_random_states,
+    set_random_states,
+)
+from tests.support.runs import tiny_config
+
+ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def engine(tmp_path):
+    return make_engine(tmp_path, seed=0)
+
+
+def make_engine(tmp_path, seed, **training):
+    config = tiny_config(tmp_path, "run", **({"engine": "torch"} | training))
+    engine = TorchEngine(config, build_model(config.model, seed=seed), ALONE)
+    generator = torch.Generator().manual_seed(seed)
+    for name in engine.shapes():
+        for moment in ("exp_avg", "exp_avg_sq"):
+            engine.get_full(name, moment).uniform_(generator=generator)
+    engine.adam_step = 10 * seed + 3
+    return engine
+
+
+def save(run_dir, engine, step, keep_last=2):
+    progress = Progress(step, step * 100, step * 0.5)
+    return save_checkpoint(run_dir, engine, progress, {"step": step}, keep_last=keep_last)
+
+
+def names(run_dir):
+    return [path.name for path in list_checkpoints(run_dir)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_saved_is_read_back_exactly(tmp_path, precision):
+    engine, other = (make_engine(tmp_path, seed, precision=precision) for seed in (0, 1))
+    engine.get_full("head.weight", "weight").add_(1e-5)
+    path = save(tmp_path, engine, 7)
+    assert path == tmp_path / "checkpoints" / "step-00000007"
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint.progress == Progress(7, 700, 3.5) and checkpoint.data_state == {"step": 7}
+    restore(other, checkpoint.tensor, checkpoint.adam_step)
+    assert other.adam_step == 3
+    for name in engine.shapes():
+        for kind in STATE_KINDS:
+            assert other.get_full(name, kind).equal(engine.get_full(name, kind)), (name, kind)
+
+
+def test_only_the_newest_are_kept_and_one_that_exists_is_left_alone(tmp_path, engine):
+    for step in (1, 2, 3, 20):
+        save(tmp_path, engine, step, keep_last=3)
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000020"]
+    before = (tmp_path / "checkpoints/step-00000020/state.json").stat().st_mtime_ns
+    save(tmp_path, engine, 20, keep_last=1)
+    assert (tmp_path / "checkpoints/step-00000020/state.json").stat().st_mtime_ns == before
+    assert newest_checkpoint(tmp_path).progress.step == 20
+    assert newest_checkpoint(tmp_path / "nothing") is None
+
+
+class PowerCut(BaseException):
+    """No handler for errors catches it, as none runs when the machine goes off."""
+
+
+def crash_after(calls):
+    """Patches that let ``calls`` calls of what touches the disk happen, and end the process in the next one."""
+    done = 0
+
+    def guarded(function):
+        def call(*args, **kwargs):
+            nonlocal done
+            if done == calls:
+                raise PowerCut
+            done += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    targets = [
+        (os, "fsync"),
+        (torch, "save"),
+        (shutil, "rmtree"),
+        (json, "dump"),
+        (pathlib.Path, "mkdir"),
+        (pathlib.Path, "rename"),
+    ]
+    return [mock.patch.object(owner, name, guarded(getattr(owner, name))) for owner, name in targets]
+
+
+def test_a_save_cut_off_anywhere_leaves_a_checkpoint_to_go_on_from(tmp_path, engine):
+    outcomes = []
+    for calls in range(100):
+        run_dir = tmp_path / f"cut{calls}"
+        save(run_dir, engine, 1, keep_last=1)
+        patches = crash_after(calls)
+        for patch in patches:
+            patch.start()
+        try:
+            save(run_dir, engine, 2, keep_last=1)
+            crashed = False
+        except PowerCut:
+            crashed = True
+        finally:
+            for patch in patches:
+                patch.stop()
+        outcomes.append(newest_checkpoint(run_dir).progress.step)
+        remove_leftovers(run_dir)
+        save(run_dir, engine, 3, keep_last=1)
+        assert names(run_dir) == ["step-00000003"]
+        assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000003"]
+        if not crashed:
+            break
+    assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
+    assert len(outcomes) > 8, "every call that touches the disk was a place to crash in"
+
+
+def test_a_folder_that_cannot_be_written_is_named_and_the_old_checkpoint_stays(tmp_path, engine):
+    save(tmp_path, engine, 1)
+    with (
+        mock.patch.object(os, "fsync", side_effect=OSError(28, "No space left on device")),
+        pytest.raises(
+            CheckpointError, match=r"step-00000002: cannot be written \(No space left on device\).*Make room"
+        ),
+    ):
+        save(tmp_path, engine, 2)
+    assert newest_checkpoint(tmp_path).progress.step == 1
+
+
+def the_file(tmp_path):
+    return tmp_path / "checkpoints/step-00000001/rank-00000-of-00001.pt"
+
+
+def flip_a_byte(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda file: file.unlink(), r"has no file, not \d+ bytes"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), r"has \d+ bytes, not \d+ bytes"),
+        (flip_a_byte, "does not have the checksum that it was written with"),
+    ],
+)
+def test_a_damaged_file_is_named_and_no_older_checkpoint_is_taken_silently(tmp_path, engine, damage, what):
+    save(tmp_path, engine, 0)
+    save(tmp_path, engine, 1)
+    damage(the_file(tmp_path))
+    with pytest.raises(CheckpointError, match=what) as caught:
+        newest_checkpoint(tmp_path)
+    message = str(caught.value)
+    assert message.startswith(str(the_file(tmp_path)))
+    assert f"Delete the folder {the_file(tmp_path).parent} to go on from the checkpoint before it" in message
+
+
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, engine):
+    save(tmp_path, engine, 1)
+    file = the_file(tmp_path)
+    file.write_bytes(b"\0" * file.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"rank-00000-of-00001\.pt cannot be read"):
+        Checkpoint(file.parent).tensor("weight", "head.weight")
+
+
+def test_an_index_that_cannot_be_read_or_is_of_another_version_is_named(tmp_path, engine):
+    index = save(tmp_path, engine, 1) / "state.json"
+    good = index.read_text()
+    index.write_text(good.replace(FORMAT, "qsparse_moe.checkpoint/99"))
+    with pytest.raises(CheckpointError, match=r"state\.json: has the format 'qsparse_moe.checkpoint/99', and this"):
+        newest_checkpoint(tmp_path)
+    for text in (good[:50], "[]", "{}"):
+        index.write_text(text)
+        with pytest.raises(CheckpointError, match=r"state\.json cannot be read \("):
+            newest_checkpoint(tmp_path)
+    index.unlink()
+    with pytest.raises(CheckpointError, match=r"state\.json cannot be read \("):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_model_of_another_shape_is_told_the_parameter_and_both_shapes(tmp_path, engine):
+    checkpoint = Checkpoint(save(tmp_path, engine, 1))
+    shapes = dict(engine.shapes())
+    check_shapes(shapes, checkpoint.shapes, "state.json")
+    with pytest.raises(
+        CheckpointError, match=r"state.json: head.weight has the shape \(257, 40\) there and \(1, 2\) in"
+    ):
+        check_shapes(shapes | {"head.weight": torch.Size((1, 2))}, checkpoint.shapes, "state.json")
+    with pytest.raises(
+        CheckpointError, match=r"extra has the shape none \(no such parameter\) there and \(3,\) in the"
+    ):
+        check_shapes(shapes | {"extra": torch.Size((3,))}, checkpoint.shapes, "state.json")
+    del shapes["head.weight"]
+    with pytest.raises(CheckpointError, match=r"head.weight .* there and none \(no such parameter\) in the model"):
+        check_shapes(shapes, checkpoint.shapes, "state.json")
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+def test_files_are_mapped_and_not_read(tmp_path, engine):
+    tensor = Checkpoint(save(tmp_path, engine, 1)).tensor("weight", "head.weight")
+    assert str(the_file(tmp_path)) in pathlib.Path("/proc/self/maps").read_text()
+    assert tensor.shape == (257, 40)
+
+
+def test_every_parameter_has_one_owner_and_the_bytes_are_spread():
+    sizes = [7, 1000, 30, 400, 400, 8, 200, 1, 600]
+    shapes = {f"p{index}": torch.Size((size, 2)) for index, size in enumerate(sizes)}
+    owner = owners(shapes, 3)
+    assert owner.keys() == shapes.keys()
+    loads = [sum(shapes[name].numel() for name in owner if owner[name] == rank) for rank in range(3)]
+    assert max(loads) <= sum(loads) / 3 * 1.15
+    assert owners(dict(reversed(shapes.items())), 3) == owner
+    assert set(owners({"only": torch.Size((4,))}, 3).values()) == {0}
+
+
+def test_random_states_come_back_through_a_file(tmp_path):
+    def draw():
+        return (
+            torch.rand(3).tolist(),
+            np.random.rand(3).tolist(),
+            np.random.normal(),
+            random.random(),
+            random.gauss(0, 1),
+        )
+
+    seed_random_states(5, 0, 0)
+    # Half of a pair of normals is left over in two of the generators.
+    draw()
+    torch.save(random_states(), tmp_path / "random.pt")
+    want = draw()
+    assert draw() != want
+    set_random_states(torch.load(tmp_path / "random.pt", weights_only=True))
+    assert draw() == want
+
+
+def test_seeds_differ_by_rank_and_step_and_repeat():
+    def first(*arguments):
+        seed_random_states(*arguments)
+        return torch.rand(()).item(), float(np.random.rand()), random.random()
+
+    draws = [first(*arguments) for arguments in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+    assert all(len(set(column)) == 4 for column in zip(*draws, strict=True))
+    assert first(0, 0, 1) == draws[3]

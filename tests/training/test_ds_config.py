@@ -1,0 +1,66 @@
+"""DeepSpeed takes a misspelt top-level key without a word, so its own names are looked up here."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsparse_moe.config.schema import DeepSpeedConfig, RunConfig, TrainingConfig
+from qsparse_moe.training.ds_config import deepspeed_config
+
+constants = pytest.importorskip("deepspeed.runtime.constants")
+
+
+def settings(stage: int = 2, precision: str = "fp32", ranks: int = 2, **training) -> dict:
+    config = RunConfig(
+        training=TrainingConfig(
+            global_batch_size=24,
+            micro_batch_size=3,
+            gradient_clipping=0.25,
+            precision=precision,
+            deepspeed=DeepSpeedConfig(zero_stage=stage, reduce_bucket_size=1234, allgather_bucket_size=4321),
+            **training,
+        )
+    )
+    return deepspeed_config(config, ranks)
+
+
+def known_keys() -> set[str]:
+    from deepspeed.runtime import config, precision_config
+    from deepspeed.runtime.zero import config as zero_config
+
+    modules = (constants, config, precision_config, zero_config)
+    return {value for module in modules for value in vars(module).values() if isinstance(value, str)}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_every_top_level_key_is_one_that_deepspeed_knows(stage, precision):
+    assert settings(stage, precision).keys() - known_keys() == set()
+    assert "gradient_cliping" not in known_keys(), "the test must be able to fail"
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_deepspeed_reads_what_the_config_says(stage, precision):
+    from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+
+    # Outside of a process group DeepSpeed takes one rank.
+    theirs = Theirs(settings(stage, precision, ranks=1))
+    assert (theirs.train_batch_size, theirs.train_micro_batch_size_per_gpu) == (24, 3)
+    assert theirs.gradient_accumulation_steps == 8
+    assert theirs.gradient_clipping == (0.25 if stage else 0.0)
+    assert theirs.bfloat16_config.enabled == (precision == "bf16")
+    assert theirs.grad_accum_dtype == ("fp32" if stage else None)
+    assert theirs.zero_config.stage == stage
+    assert theirs.zero_config.reduce_bucket_size == 1234
+    assert theirs.zero_config.allgather_bucket_size == 4321
+    assert theirs.zero_config.overlap_comm is False
+    assert theirs.zero_config.prefetch_bucket_size == 1234
+    assert theirs.zero_config.memory_efficient_linear is False
+    assert theirs.steps_per_print is None
+    assert str(theirs.communication_data_type) == "torch.float32"
+
+
+def test_the_micro_batches_of_a_rank_follow_from_the_ranks():
+    assert settings(ranks=1)["gradient_accumulation_steps"] == 8
+    assert settings(ranks=4)["gradient_accumulation_steps"] == 2

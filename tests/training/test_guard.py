@@ -1,0 +1,75 @@
+"""What the messages say on one rank; two ranks are in tests/distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.guard import NonFiniteGuard
+
+ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def pass_through(guard, *, forward=(), backward=(), loss=1.0, bad=torch.nan):
+    """Three layers; those named have one bad value in their output, or in the gradient that arrives there."""
+    hidden = torch.ones(2, 3, 4, requires_grad=True)
+    outputs = []
+    for layer in range(3):
+        hidden = hidden * torch.tensor([1.0, bad if layer in forward else 1.0, 1.0, 1.0])
+        guard.probe(layer, hidden)
+        outputs.append(hidden)
+    guard.see_loss(torch.tensor(loss))
+    spoiled = torch.ones(2, 3, 4)
+    spoiled[1, 2, 3] = bad
+    total = sum((out * (spoiled if layer in backward else torch.ones(()))).sum() for layer, out in enumerate(outputs))
+    total.backward()
+
+
+def test_finite_values_pass_and_the_wish_to_stop_comes_through():
+    guard = NonFiniteGuard(3, ALONE)
+    pass_through(guard)
+    assert guard.check(1, stop=0) == 0
+    pass_through(guard)
+    assert guard.check(2, stop=15) == 15
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_lowest_layer_with_a_bad_output_is_named(bad):
+    guard = NonFiniteGuard(3, ALONE)
+    pass_through(guard, forward=(1,), backward=(0,), loss=float("nan"), bad=bad)
+    with pytest.raises(TrainingDiverged, match=r"^step 7: the output of layer 1 is not finite on rank 0\. Nothing of "):
+        guard.check(7, stop=0)
+
+
+def test_a_bad_value_in_an_earlier_micro_batch_is_not_forgotten_and_one_of_an_earlier_step_is():
+    guard = NonFiniteGuard(3, ALONE)
+    pass_through(guard, forward=(2,))
+    pass_through(guard)
+    with pytest.raises(TrainingDiverged, match="step 3: the output of layer 2"):
+        guard.check(3, stop=0)
+    pass_through(guard)
+    assert guard.check(4, stop=0) == 0
+
+
+def test_a_bad_loss_alone_is_the_loss():
+    guard = NonFiniteGuard(3, ALONE)
+    pass_through(guard, loss=float("inf"))
+    with pytest.raises(TrainingDiverged, match="step 3: the loss is not finite on rank 0"):
+        guard.check(3, stop=0)
+
+
+def test_the_highest_layer_with_a_bad_gradient_is_named():
+    guard = NonFiniteGuard(3, ALONE)
+    pass_through(guard, backward=(1,))
+    with pytest.raises(TrainingDiverged, match="step 3: the gradient that enters layer 1 from above is not finite"):
+        guard.check(3, stop=0)
+
+
+@pytest.mark.parametrize("norm", [float("nan"), float("inf")])
+def test_a_bad_norm_is_what_is_left(norm):
+    guard = NonFiniteGuard(3, ALONE)
+    guard.check_norm(5, 1e30)
+    with pytest.raises(TrainingDiverged, match=rf"step 5: the gradient norm is {norm}\. .*training\.learning_rate"):
+        guard.check_norm(5, norm)

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from qsparse_moe.config.schema import TrainingConfig
+from qsparse_moe.training.learning_rate import learning_rate
+
+PEAK = 2e-3
+SCHEDULES = ["cosine", "linear", "warmup_stable_decay", "constant"]
+
+
+def rates(schedule: str, *, steps: int = 100, warmup: int = 10, floor: float = 0.1) -> list[float]:
+    decay = 20 if schedule == "warmup_stable_decay" else 0
+    config = TrainingConfig(
+        steps=steps,
+        learning_rate=PEAK,
+        learning_rate_schedule=schedule,
+        warmup_steps=warmup,
+        decay_steps=decay,
+        min_learning_rate_ratio=floor,
+    )
+    return [learning_rate(config, step) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_warm_up_rises_in_equal_parts_to_the_peak(schedule):
+    assert rates(schedule)[:10] == pytest.approx([PEAK * part / 10 for part in range(1, 11)])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_last_step_has_the_final_ratio_and_nothing_lies_outside(schedule):
+    values = rates(schedule)
+    assert values[-1] == pytest.approx(PEAK if schedule == "constant" else 0.1 * PEAK)
+    assert max(values) == pytest.approx(PEAK)
+    after = values[9:]
+    assert after == sorted(after, reverse=True)
+
+
+def test_cosine_and_linear_at_a_quarter_of_the_decay():
+    # 90 steps decay after the 10 of warm-up; a third of them ends with the 40th step.
+    assert rates("linear")[39] == pytest.approx(PEAK * (0.1 + 0.9 * 2 / 3))
+    assert rates("cosine")[39] == pytest.approx(PEAK * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 3))))
+
+
+def test_warmup_stable_decay_holds_the_peak_and_falls_over_the_last_steps():
+    values = rates("warmup_stable_decay")
+    assert values[9:80] == pytest.approx([PEAK] * 71)
+    assert values[89] == pytest.approx(PEAK * (0.1 + 0.9 * 0.5))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_no_warm_up_starts_near_the_peak_and_a_floor_of_zero_ends_there(schedule):
+    values = rates(schedule, warmup=0, floor=0.0)
+    assert values[0] > 0.98 * PEAK
+    assert values[-1] == pytest.approx(PEAK if schedule == "constant" else 0.0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_run_of_warm_up_only_ends_at_the_peak(schedule):
+    assert rates(schedule, steps=10)[-1] == pytest.approx(PEAK)

@@ -1,0 +1,227 @@
+"""What a run does around its steps, on one rank of the plain engine."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+
+import pytest
+
+from qsparse_moe.config.load import load_config
+from qsparse_moe.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.training import loop
+from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.training.loop import train
+from qsparse_moe.training.run_folder import run_folder
+
+
+class Listener:
+    def __init__(self, act=lambda report: None):
+        self.reports, self.begun, self.ended, self.act = [], [], [], act
+
+    def begin(self, context):
+        self.begun.append(context)
+
+    def end(self, result):
+        self.ended.append(result)
+
+    def __call__(self, report):
+        self.reports.append(report)
+        self.act(report)
+
+
+def with_interval(config, interval):
+    return config.model_copy(update={"metrics": config.metrics.model_copy(update={"interval": interval})})
+
+
+def stop_after(step):
+    def act(report):
+        if report.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return Listener(act)
+
+
+def test_reports_come_at_the_interval_at_evaluations_and_at_the_end(make_config):
+    listener = Listener()
+    config = with_interval(make_config(steps=7, evaluation_interval=5), 3)
+    result = train(config, [listener])
+    assert [report.step for report in listener.reports] == [3, 5, 6, 7]
+    assert [report.validation is not None for report in listener.reports] == [False, True, False, True]
+    tokens = 8 * 24
+    assert [report.tokens for report in listener.reports] == [step * tokens for step in (3, 5, 6, 7)]
+    assert result.validation == listener.reports[-1].validation and result.stopped_by is None and result.exit_code == 0
+    assert listener.ended == [result]
+    context = listener.begun[0]
+    assert (context.start_step, context.tokens_per_step, context.world_size) == (0, tokens, 1)
+    assert (context.engine, context.device, context.backend) == ("torch", "cpu", "grouped")
+    seconds = [0.0, *(report.seconds for report in listener.reports)]
+    for before, report, steps in zip(seconds, listener.reports, (3, 2, 1, 1), strict=False):
+        assert report.step_seconds == pytest.approx((report.seconds - before) / steps)
+        assert report.tokens_per_second == pytest.approx(tokens / report.step_seconds)
+        assert report.memory["peak_resident"] >= report.memory["resident"] > 1e7
+    assert result.seconds == listener.reports[-1].seconds
+
+
+def test_the_run_folder_tells_what_was_run(make_config):
+    config = make_config(steps=2)
+    result = train(config)
+    assert load_config(result.run_dir / "config.yaml") == config
+    manifest = json.loads((result.run_dir / "manifest.json").read_text())
+    assert manifest["world_size"] == 1 and manifest["start_step"] == 0 and manifest["earlier_parts"] == []
+    assert manifest["backends"]["model.moe.backend"] == "grouped"
+    assert {"torch", "deepspeed", "datasets"} <= manifest["packages"].keys()
+    train(make_config(steps=3, resume=True))
+    manifest = json.loads((result.run_dir / "manifest.json").read_text())
+    assert manifest["start_step"] == 2 and [part["start_step"] for part in manifest["earlier_parts"]] == [0]
+
+
+def test_the_rate_and_the_sparsity_follow_their_schedules(make_config):
+    listener = Listener()
+    train(make_config(steps=6), [listener])
+    assert [report.learning_rate for report in listener.reports[:2]] == pytest.approx([2.5e-3, 5e-3])
+    assert listener.reports[-1].learning_rate == pytest.approx(5e-4)
+    want = [0.0, 0.0, 0.125, 0.25, 0.375, 0.5]
+    assert [report.sparsity for report in listener.reports] == pytest.approx(want)
+
+
+def test_the_plan_is_set_only_when_the_scale_changes(make_config, monkeypatch):
+    means = []
+    set_sparsity = Transformer.set_sparsity
+
+    def spy(model, plan):
+        means.append(plan.mean)
+        set_sparsity(model, plan)
+
+    monkeypatch.setattr(Transformer, "set_sparsity", spy)
+    train(make_config(steps=8))
+    # The first one is the model's own, when it is built.
+    assert means == pytest.approx([0.5, 0.0, 0.125, 0.25, 0.375, 0.5])
+
+
+def test_checkpoints_come_at_the_interval_and_at_the_end(make_config):
+    result = train(make_config(steps=5, checkpoint_interval=2, keep_last=9))
+    assert [path.name for path in list_checkpoints(result.run_dir)] == [f"step-0000000{step}" for step in (2, 4, 5)]
+
+
+def test_an_existing_run_is_refused_and_left_alone(make_config):
+    result = train(make_config(steps=2))
+    before = {path: path.stat().st_mtime_ns for path in result.run_dir.rglob("*")}
+    with pytest.raises(CheckpointError, match="never overwrites another"):
+        train(make_config(steps=2))
+    assert {path: path.stat().st_mtime_ns for path in result.run_dir.rglob("*")} == before
+
+
+def test_a_broken_rule_comes_before_anything_is_written(make_config):
+    config = make_config(global_batch_size=7)
+    with pytest.raises(ConfigError, match="training.global_batch_size"):
+        train(config)
+    assert not run_folder(config).exists()
+
+
+def test_sigterm_ends_with_a_checkpoint_and_an_exit_code(make_config, caplog):
+    listener = stop_after(3)
+    with caplog.at_level(logging.WARNING):
+        result = train(make_config(), [listener])
+    assert (result.step, result.stopped_by, result.exit_code, result.validation) == (3, 15, 143, None)
+    assert (
+        "SIGTERM: stopped after step 3 of 6 with a checkpoint; training.resume=true goes on from there" in caplog.text
+    )
+    assert [path.name for path in list_checkpoints(result.run_dir)] == ["step-00000003"]
+    assert listener.ended == [result]
+
+
+def test_a_wish_to_stop_in_the_last_step_changes_nothing(make_config):
+    result = train(make_config(steps=3), [stop_after(3)])
+    assert result.stopped_by is None and result.validation is not None
+
+
+def test_a_resumed_run_counts_its_seconds_and_steps_on(make_config):
+    first = train(make_config(), [stop_after(3)])
+    listener = Listener()
+    second = train(make_config(resume=True), [listener])
+    assert [report.step for report in listener.reports] == [4, 5, 6]
+    assert listener.begun[0].start_step == 3 and listener.begun[0].start_seconds == first.seconds
+    assert second.seconds > first.seconds and second.tokens == 2 * first.tokens
+    assert listener.reports[0].tokens_per_second == pytest.approx(
+        8 * 24 / (listener.reports[0].seconds - first.seconds)
+    )
+
+
+def test_a_finished_run_can_be_resumed_to_no_steps_or_to_more(make_config):
+    first = train(make_config(steps=2))
+    again = train(make_config(steps=2, resume=True), [listener := Listener()])
+    assert (again.step, again.validation, listener.reports) == (2, first.validation, [])
+    more = train(make_config(steps=3, resume=True), [listener])
+    assert more.step == 3 and [report.step for report in listener.reports] == [3]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_again(make_config, caplog):
+    whole = train(make_config("whole", steps=3))
+    first = train(make_config(steps=3))
+    shutil.rmtree(first.run_dir / "checkpoints")
+    with caplog.at_level(logging.INFO):
+        again = train(make_config(steps=3, resume=True))
+    assert "has no complete checkpoint: the run begins again at step 0" in caplog.text
+    assert again.validation == whole.validation
+
+
+def test_leftovers_of_a_dead_process_are_removed(make_config):
+    first = train(make_config(steps=2))
+    for name in (".saving-step-00000009", ".deleting-step-00000001"):
+        (first.run_dir / "checkpoints" / name).mkdir()
+    train(make_config(steps=3, resume=True))
+    names = [path.name for path in (first.run_dir / "checkpoints").iterdir()]
+    assert sorted(names) == ["step-00000002", "step-00000003"]
+
+
+def test_data_that_changed_is_noticed(make_config, text_folder, tmp_path):
+    moved = tmp_path / "text"
+    shutil.copytree(text_folder / "text", moved)
+    config = make_config(steps=3)
+    source = config.data.sources[0].model_copy(update={"path": str(moved / "*.txt")})
+    config = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source,)})})
+    train(config, [stop_after(2)])
+    (moved / "text-00.txt").write_text("something else " * 200)
+    resumed = config.model_copy(update={"training": config.training.model_copy(update={"resume": True})})
+    with pytest.raises(DataError, match="the data of this run is not the checkpoint's"):
+        train(resumed)
+
+
+@pytest.mark.parametrize("device", ["cuda"])
+def test_a_device_that_is_not_there_is_said_before_anything_is_written(make_config, device, monkeypatch):
+    import torch
+
+    from qsparse_moe.errors import BackendUnavailable
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    config = make_config(device=device)
+    with pytest.raises(BackendUnavailable, match=r"training\.device \(cuda\)"):
+        train(config)
+    assert not run_folder(config).exists()
+
+
+def test_a_poisoned_weight_stops_the_run_with_its_layer_and_the_last_checkpoint(make_config, monkeypatch):
+    poisoned = []
+
+    def poison(report):
+        if report.step == 2:
+            poisoned[0].layers[1].moe.experts.w_down.data[0, 0, 0] = float("nan")
+
+    build = loop.build_model
+
+    def keep(*arguments, **settings):
+        poisoned.append(build(*arguments, **settings))
+        return poisoned[0]
+
+    monkeypatch.setattr(loop, "build_model", keep)
+    config = make_config(checkpoint_interval=2)
+    with pytest.raises(TrainingDiverged) as caught:
+        train(config, [Listener(poison)])
+    message = str(caught.value)
+    assert message.startswith("step 3: the output of layer 1 is not finite on rank 0. Nothing of this step was kept.")
+    assert message.endswith(f"resume from the last checkpoint: {run_folder(config)}/checkpoints/step-00000002")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qsparse_moe.moe.layer import MoELayer
     from qsparse_moe.moe.router import Router
     from qsparse_moe.sparsity.plan import SparsityPlan
+    from qsparse_moe.sparsity.quantize import fake_quantize
     from qsparse_moe.sparsity.topk import topk_mask, topk_sparsify
     from qsparse_moe.training.loop import train
 
@@ -30,6 +31,7 @@ __all__ = [
     "Transformer",
     "__version__",
     "build_model",
+    "fake_quantize",
     "load_config",
     "topk_mask",
     "topk_sparsify",
@@ -44,6 +46,7 @@ _MODULE_OF = {
     "SparsityPlan": "sparsity.plan",
     "Transformer": "model.transformer",
     "build_model": "model.transformer",
+    "fake_quantize": "sparsity.quantize",
     "load_config": "config.load",
     "topk_mask": "sparsity.topk",
     "topk_sparsify": "sparsity.topk",

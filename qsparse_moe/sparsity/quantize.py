@@ -1,0 +1,138 @@
+"""Quantised activations and weights, straight-through, and ternary weights packed into 2 bits.
+
+int8 activations and ternary weights are Q-Sparse's (arXiv 2407.10969, section 2.4), int4 activations BitNet a4.8's
+(arXiv 2411.04965). D, F: the last dims of a row or of a matrix.
+
+In quantised Q-Sparse the mask comes from the unquantised magnitudes, the scale from the whole row, and both scales are
+in the result: ``Y = (Q(X) * M) Q_w(W)^T``. A rescale comes last and uses the norm of ``Q(X) * M``: it is one more
+factor a row, which joins the row's scale and leaves the integers as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Format = Literal["int8", "int4", "ternary"]
+
+EPSILON = 1e-12
+"""Added to every scale that divides, so that a row of zeros stays zeros. The papers name no value. BitNet's 1e-5 would
+flatten what stands before a down projection: at the start of a training those products are about 1e-5 themselves."""
+
+_SQRT_7 = math.sqrt(7.0)
+_CODES_A_BYTE = 4
+
+
+class Quantized(NamedTuple):
+    """Whole numbers ``codes``, in the dtype of ``scale`` (at least fp32), and what multiplies them."""
+
+    codes: Tensor
+    scale: Tensor
+
+
+def quantize(x: Tensor, number_format: Format) -> Quantized:
+    """Round ``x`` to whole numbers, halves to the even neighbour, computed in at least fp32.
+
+    * int8: ``RoundClip(127 x / (g + e), -128, 127)`` with ``g = max|x|`` of the row; the scale is ``g / 127``.
+    * int4: ``RoundClip(sqrt(7) x / (b + e), -8, 7)`` with ``b = mean|x|`` of the row; the scale is ``b / sqrt(7)``.
+    * ternary: ``RoundClip(x / (a + e), -1, 1)`` with ``a = mean|x|`` of the matrix; the scale is ``a``.
+
+    Args:
+        x: ``(*, D)`` rows for int8 and int4; ``(*, D, F)`` matrices for ternary, so that stacked experts have one
+            scale each.
+        number_format: the format.
+
+    Returns:
+        Codes in the shape of ``x``; the scale ``(*, 1)``, or ``(*, 1, 1)`` for ternary. A row (matrix) with a NaN or an
+        infinite value has a scale that is not finite, and so has no finite value left after it is dequantised.
+
+    Raises:
+        ValueError: the format is unknown, or a ternary ``x`` has fewer than two dims.
+    """
+    wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if number_format == "int8":
+        # Without the 127 the quotient lies in [-1, 1] and only three numbers are left.
+        largest = wide.abs().amax(-1, keepdim=True)
+        return Quantized((127.0 / (largest + EPSILON) * wide).round_().clamp_(-128, 127), largest / 127.0)
+    if number_format == "int4":
+        mean = wide.abs().mean(-1, keepdim=True)
+        return Quantized((_SQRT_7 / (mean + EPSILON) * wide).round_().clamp_(-8, 7), mean / _SQRT_7)
+    if number_format != "ternary":
+        raise ValueError(f"number_format must be int8, int4 or ternary, got {number_format!r}")
+    if x.dim() < 2:
+        raise ValueError(f"x must have at least two dims for one ternary scale a matrix, got shape {tuple(x.shape)}")
+    mean = wide.abs().mean((-2, -1), keepdim=True)
+    # Adding zero makes -0.0 0.0, which 2 bits can hold.
+    return Quantized((wide / (mean + EPSILON)).round_().clamp_(-1, 1).add_(0.0), mean)
+
+
+def fake_quantize(x: Tensor, number_format: Format) -> Tensor:
+    """The values that ``x`` has after ``quantize``, in its shape and dtype; the gradient passes straight through.
+
+    Args:
+        x: ``(*, D)``, or ``(*, D, F)`` for ternary. It is not changed.
+        number_format: ``int8`` or ``int4`` with a scale a row, ``ternary`` with a scale a matrix.
+
+    Raises:
+        ValueError: as ``quantize``.
+    """
+    return _FakeQuantize.apply(x, number_format)
+
+
+def pack_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The ternary codes of ``weight`` at 2 bits each, and their scales.
+
+    Args:
+        weight: ``(*, D, F)`` matrices, finite.
+
+    Returns:
+        ``(*, D, ceil(F / 4))`` uint8, the first of four codes in the lowest bits, and the scale ``(*, 1, 1)``.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    codes, scale = quantize(weight, "ternary")
+    if not scale.isfinite().all():
+        raise ValueError("weight must be finite to be packed; find the step at which it turned NaN or infinite")
+    padding = -codes.shape[-1] % _CODES_A_BYTE
+    fields = torch.nn.functional.pad((codes + 1).to(torch.uint8), (0, padding)).unflatten(-1, (-1, _CODES_A_BYTE))
+    return (fields << _shifts(weight.device)).sum(-1, dtype=torch.uint8), scale
+
+
+def unpack_ternary(packed: Tensor, scale: Tensor, num_columns: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The matrices ``(*, D, F)`` that ``pack_ternary`` packed: bit for bit ``fake_quantize(weight, "ternary")``.
+
+    Args:
+        packed: ``(*, D, ceil(F / 4))`` uint8.
+        scale: ``(*, 1, 1)``.
+        num_columns: F.
+        dtype: that of the weight.
+
+    Raises:
+        ValueError: ``num_columns`` does not belong to the width of ``packed``.
+    """
+    if -(-num_columns // _CODES_A_BYTE) != packed.shape[-1]:
+        raise ValueError(f"num_columns ({num_columns}) must need {packed.shape[-1]} bytes a row, four codes a byte")
+    fields = (packed[..., None] >> _shifts(packed.device)) & 3
+    codes = fields.flatten(-2)[..., :num_columns].to(scale.dtype) - 1
+    return (codes * scale).to(dtype)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    return torch.arange(0, 8, 2, dtype=torch.uint8, device=device)
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Codes times scale forward, identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, number_format: Format) -> Tensor:
+        codes, scale = quantize(x, number_format)
+        return codes.mul_(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

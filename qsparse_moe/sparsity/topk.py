@@ -127,8 +127,9 @@ class _Unit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         kept, inverse = ctx.saved_tensors
-        along = torch.linalg.vecdot(grad, kept)[..., None] * inverse.pow(3)
-        return (grad * inverse).addcmul_(kept, -along).to(kept.dtype)
+        # In this order no factor leaves the range of fp32; the inverse cubed would, for rows of 1e-13.
+        along = torch.linalg.vecdot(grad, kept)[..., None] * inverse * inverse
+        return (grad * inverse).addcmul_(kept, along * -inverse).to(kept.dtype)
 
 
 class _Preserve(torch.autograd.Function):
@@ -143,9 +144,9 @@ class _Preserve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         kept, x, inverse, norm = ctx.saved_tensors
-        dot = torch.linalg.vecdot(grad, kept)[..., None]
-        grad_kept = (grad * (norm * inverse)).addcmul_(kept, -dot * norm * inverse.pow(3))
-        grad_x = x * (dot * inverse * _inverse(norm))
+        scale, along = norm * inverse, torch.linalg.vecdot(grad, kept)[..., None] * inverse
+        grad_kept = (grad * scale).addcmul_(kept, along * scale * -inverse)
+        grad_x = x * (along * _inverse(norm))
         return grad_kept.to(kept.dtype), grad_x.to(x.dtype)
 
 

@@ -134,3 +134,17 @@ def test_rescaling_in_bf16_stays_within_its_rounding_of_the_exact_value_and_grad
     for narrow, exact in zip(run(torch.bfloat16), run(torch.float64), strict=True):
         assert narrow.dtype == torch.bfloat16
         assert (narrow.double() - exact).abs().max() <= 2 * torch.finfo(torch.bfloat16).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("rescale", ["unit", "preserve"])
+@pytest.mark.parametrize("scale", [1e-15, 1e15])
+def test_rescaling_rows_of_extreme_size_keeps_the_gradient_finite_and_right(rescale, scale):
+    # Met in training: after ReLU² a row can hold values near 1e-15, whose norm cubed is no fp32 number.
+    rows, upstream = (torch.randn(4, 16) * scale), torch.randn(4, 16)
+
+    def gradient(dtype):
+        x = rows.to(dtype).requires_grad_()
+        return torch.autograd.grad(topk_sparsify(x, 6, rescale=rescale), x, upstream.to(dtype))[0]
+
+    exact = gradient(torch.float64)
+    assert (gradient(torch.float32).double() - exact).abs().max() <= 1e-5 * exact.abs().max()

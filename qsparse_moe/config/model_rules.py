@@ -63,14 +63,16 @@ def _experts(config: ModelConfig) -> Iterator[Problem]:
 
 def _sites_exist(config: ModelConfig) -> Iterator[Problem]:
     existing = model_sites(config)
-    for site in SITES:
-        sparsity = getattr(config.sparsity.sites, site)
-        if sparsity and site not in existing:
-            yield Problem(
-                f"model.sparsity.sites.{site} ({sparsity}) selects nothing: {_why_absent(config, site)}; remove it, or "
-                f"choose from {', '.join(existing)}",
-                (f"model.sparsity.sites.{site}", "model.moe.num_shared_experts", "model.moe.num_dense_layers"),
-            )
+    sparsity = config.sparsity
+    for section, values in (("sites", sparsity.sites), ("quantization.sites", sparsity.quantization.sites)):
+        for site in SITES:
+            value, path = getattr(values, site), f"model.sparsity.{section}.{site}"
+            if value not in (None, 0, "none") and site not in existing:
+                yield Problem(
+                    f"{path} ({value}) selects nothing: {_why_absent(config, site)}; remove it, or choose from "
+                    f"{', '.join(existing)}",
+                    (path, "model.moe.num_shared_experts", "model.moe.num_dense_layers"),
+                )
 
 
 def _why_absent(config: ModelConfig, site: Site) -> str:

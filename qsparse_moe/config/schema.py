@@ -26,6 +26,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ActivationFormat = Literal["none", "int8", "int4"]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Lists in YAML, tuples here: a frozen section must not hold a list that can be changed. strict=False admits the list;
@@ -116,6 +117,40 @@ class ScheduleConfig(Section):
     """Steps from S = 0 to the target; 0 unless shape is linear, cubic or cosine."""
 
 
+class QuantizationSitesConfig(Section):
+    """Number format by site; null takes model.sparsity.quantization.activations."""
+
+    attention_input: ActivationFormat | None = None
+    """Input of the query, key and value projections."""
+    attention_output: ActivationFormat | None = None
+    """Input of the attention's output projection."""
+    expert_input: ActivationFormat | None = None
+    """Input of the routed experts' gate and up projections."""
+    expert_hidden: ActivationFormat | None = None
+    """Input of the routed experts' down projection."""
+    shared_input: ActivationFormat | None = None
+    """Input of the shared experts' gate and up projections."""
+    shared_hidden: ActivationFormat | None = None
+    """Input of the shared experts' down projection."""
+    dense_input: ActivationFormat | None = None
+    """Input of a dense layer's gate and up projections."""
+    dense_hidden: ActivationFormat | None = None
+    """Input of a dense layer's down projection."""
+
+
+class QuantizationConfig(Section):
+    """Rounded activations and weights: the values are those of the format, the gradient passes straight through."""
+
+    activations: ActivationFormat = "none"
+    """Format at every site: int8 scales a row by its largest magnitude, int4 by its mean magnitude. The selection still
+    looks at the unrounded row."""
+    sites: QuantizationSitesConfig = QuantizationSitesConfig()
+    """Format by site."""
+    weights: Literal["none", "ternary"] = "none"
+    """ternary: -1, 0 or 1 times the mean magnitude of the matrix, in every projection of attention, experts and dense
+    layers; embedding, head and router keep their precision."""
+
+
 class SparsityConfig(Section):
     """Q-Sparse: what fraction of the features in front of each weight matrix is zeroed, and how."""
 
@@ -137,6 +172,8 @@ class SparsityConfig(Section):
     """torch: stock PyTorch; native: C++ compiled at first use, CPU only; auto: the fastest that runs here."""
     gradient: Literal["ste", "masked"] = "ste"
     """ste: the backward ignores the mask; masked: only kept features receive gradient."""
+    quantization: QuantizationConfig = QuantizationConfig()
+    """Number formats in front of and inside the weight matrices."""
 
 
 class ModelConfig(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qsparse_moe.config.schema import SITES, ModelConfig, Site
+from qsparse_moe.config.schema import SITES, ActivationFormat, ModelConfig, Site, SparsityConfig
 
 EXPERT_SITES: frozenset[Site] = frozenset({"expert_input", "expert_hidden"})
 
@@ -65,3 +65,9 @@ def site_width_setting(config: ModelConfig, site: Site) -> str:
         else "model.moe.experts_per_token * model.moe.expert_hidden_size",
     }
     return names.get(site, "model.hidden_size")
+
+
+def site_format(settings: SparsityConfig, site: Site) -> ActivationFormat:
+    """The number format of the rows at ``site``."""
+    own = getattr(settings.quantization.sites, site)
+    return settings.quantization.activations if own is None else own

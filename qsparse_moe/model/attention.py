@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -9,11 +11,24 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import head_size, num_kv_heads
-from qsparse_moe.kernels.onednn import Linear
+from qsparse_moe.kernels.onednn import Linear, linear
 from qsparse_moe.model.rope import Rotation, rotate
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
+
+
+class Projection(Linear):
+    """A linear map whose weight is read in a number format; the weight itself keeps its own."""
+
+    def __init__(self, in_features: int, out_features: int, weight_format: Literal["none", "ternary"]) -> None:
+        super().__init__(in_features, out_features)
+        self.weight_format = weight_format
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(*, in)`` to ``(*, out)``."""
+        return linear(x, as_format(self.weight, self.weight_format))
 
 
 class Attention(nn.Module):
@@ -25,12 +40,13 @@ class Attention(nn.Module):
         self.num_kv_heads = num_kv_heads(config)
         self.head_size = head_size(config)
         width = self.num_heads * self.head_size
-        self.qkv = Linear(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size)
-        self.output = Linear(width, config.hidden_size)
+        weight_format = config.sparsity.quantization.weights
+        self.qkv = Projection(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size, weight_format)
+        self.output = Projection(width, config.hidden_size, weight_format)
         self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
-        self.input_site = SparseSite(config.hidden_size, config.sparsity, runtime.select_rows)
-        self.output_site = SparseSite(width, config.sparsity, runtime.select_rows)
+        self.input_site = SparseSite("attention_input", config.hidden_size, config.sparsity, runtime.select_rows)
+        self.output_site = SparseSite("attention_output", width, config.sparsity, runtime.select_rows)
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, *, with_stats: bool

@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.attention = Attention(config, runtime)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         is_dense = layer < config.moe.num_dense_layers
-        self.dense = FeedForward(config, dense_hidden_size(config), runtime) if is_dense else None
+        self.dense = FeedForward(config, "dense", dense_hidden_size(config), runtime) if is_dense else None
         self.moe = None if is_dense else MoELayer(config, runtime)
 
     def forward(

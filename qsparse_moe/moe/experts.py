@@ -9,6 +9,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.activations import ACTIVATIONS
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
 
 
@@ -22,8 +23,11 @@ class Experts(nn.Module):
         self.w_gate = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.w_up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, width))
-        self.hidden_site = SparseSite(hidden, config.sparsity, runtime.select_rows, num_experts=num_experts)
+        self.hidden_site = SparseSite(
+            "expert_hidden", hidden, config.sparsity, runtime.select_rows, num_experts=num_experts
+        )
         self.activation = ACTIVATIONS[moe.activation]
+        self.weight_format = config.sparsity.quantization.weights
         self.matmul = runtime.matmul
 
     def forward(
@@ -34,8 +38,11 @@ class Experts(nn.Module):
         Returns:
             ``(N, D)`` and the sums of the site ``expert_hidden``.
         """
-        gate_NF = self.matmul(rows_ND, self.w_gate, rows_per_expert_E)
-        up_NF = self.matmul(rows_ND, self.w_up, rows_per_expert_E)
+        gate_NF = self._project(rows_ND, self.w_gate, rows_per_expert_E)
+        up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
         hidden_NF = self.activation(gate_NF, up_NF)
         hidden_NF, stats = self.hidden_site(hidden_NF, expert_N, with_stats=with_stats)
-        return self.matmul(hidden_NF, self.w_down, rows_per_expert_E), stats
+        return self._project(hidden_NF, self.w_down, rows_per_expert_E), stats
+
+    def _project(self, rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+        return self.matmul(rows_NX, as_format(weights_EXY, self.weight_format), rows_per_expert_E)

@@ -46,10 +46,12 @@ class MoELayer(nn.Module):
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
         self.router = Router(config.hidden_size, moe)
         self.input_site = SparseSite(
-            config.hidden_size, config.sparsity, runtime.select_rows, num_experts=moe.num_experts
+            "expert_input", config.hidden_size, config.sparsity, runtime.select_rows, num_experts=moe.num_experts
         )
         self.experts = Experts(config, runtime)
-        self.shared = FeedForward(config, shared_hidden_size(config), runtime) if moe.num_shared_experts else None
+        self.shared = (
+            FeedForward(config, "shared", shared_hidden_size(config), runtime) if moe.num_shared_experts else None
+        )
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""

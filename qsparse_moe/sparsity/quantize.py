@@ -82,6 +82,11 @@ def fake_quantize(x: Tensor, number_format: Format) -> Tensor:
     return _FakeQuantize.apply(x, number_format)
 
 
+def as_format(x: Tensor, number_format: Format | Literal["none"]) -> Tensor:
+    """``x`` itself for ``none``, else ``fake_quantize``: for settings that name a format."""
+    return x if number_format == "none" else fake_quantize(x, number_format)
+
+
 def pack_ternary(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The ternary codes of ``weight`` at 2 bits each, and their scales.
 

@@ -105,6 +105,7 @@ def open_distributed(device: str = "auto") -> Iterator[Distributed]:
     with contextlib.ExitStack() as stack:
         if world_size == 1:
             stack.enter_context(environment(RANK="0", WORLD_SIZE="1", LOCAL_RANK=str(local_rank)))
+        excepthook = sys.excepthook
         dist.init_process_group(
             backend,
             store=_session_store(world_size),
@@ -112,6 +113,9 @@ def open_distributed(device: str = "auto") -> Iterator[Distributed]:
             world_size=world_size,
             device_id=chosen if world_size > 1 and chosen.type == "cuda" else None,
         )
+        if world_size == 1:
+            # It writes the rank before every line of a traceback, once more for every session of the process.
+            sys.excepthook = excepthook
         try:
             yield Distributed(rank, world_size, local_rank, chosen)
             # Without it, about one launch in seven ended with a rank that had lost its peer.

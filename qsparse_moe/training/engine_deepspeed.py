@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import warnings
 from collections.abc import Iterator
@@ -171,8 +172,8 @@ def _tamed() -> Iterator[None]:
     # dictionary, left alone, is filled by starting compilers to see what could be built.
     deepspeed.ops.__compatible_ops__ = {}
     for handler in deepspeed.utils.logger.handlers:
-        if hasattr(handler, "setStream"):
-            handler.setStream(sys.stderr)
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr
     # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # It imports its Muon optimizer, which imports torch's compiler: 1.0 s of CPU a rank for what is not used here.

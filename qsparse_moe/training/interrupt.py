@@ -14,8 +14,10 @@ class StopSignals:
     """While it is entered, the first SIGINT or SIGTERM is only noted; a second Ctrl-C ends the process at once.
 
     Under the deepspeed launcher a Ctrl-C reaches a rank twice, from the terminal and as the launcher's SIGTERM, so
-    SIGTERM never counts as the second. In another thread than the main one, where Python allows no handlers, signals
-    keep their effect.
+    SIGTERM never counts as the second. The launcher (0.19.8) kills a rank that is still there 30 s after its SIGTERM: a
+    checkpoint must be written by then. Its outer process, ``deepspeed`` itself, passes SIGTERM on to nobody: send it to
+    the process group, to ``deepspeed.launcher.launch`` below it, or to any one rank. In another thread than the main
+    one, where Python allows no handlers, signals keep their effect.
     """
 
     def __init__(self) -> None:

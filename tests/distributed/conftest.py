@@ -86,7 +86,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 def _entry(made: Runs, label: str, layout: str, ranks: int, *, training: dict[str, Any], **more: Any) -> dict[str, Any]:
     engine, precision = layout.split("-")
-    settings = LAYOUTS[engine] | {"precision": precision} | training
+    # Evaluated in the middle too: ZeRO-3 follows the order of modules, and an evaluation comes in between.
+    settings = LAYOUTS[engine] | {"precision": precision, "evaluation_interval": 3} | training
     return entry(label, tiny_config(made.folder, name_of(label, ranks), **settings), **more)
 
 

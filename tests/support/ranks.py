@@ -16,6 +16,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -31,6 +32,9 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.training import loop
 from qsparse_moe.training.report import StepReport
 from qsparse_moe.training.run_folder import run_folder
+
+SLOW_DISK = {"place": "disk"}
+"""A fault: saving takes so long that one can be interrupted."""
 
 
 class Listener:
@@ -54,9 +58,14 @@ class Listener:
 
 @contextlib.contextmanager
 def broken(fault: dict[str, Any] | None) -> Iterator[None]:
-    """A model that in one step and on one rank computes something that is not finite in one place."""
+    """A model that in one step and on one rank computes something that is not finite in one place, or a slow disk."""
     if fault is None:
         yield
+        return
+    if fault == SLOW_DISK:
+        flush = os.fsync
+        with mock.patch.object(os, "fsync", lambda file: (time.sleep(0.05), flush(file))):
+            yield
         return
     build = loop.build_model
 

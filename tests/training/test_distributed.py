@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ def _no_launcher(monkeypatch):
 
 
 def test_without_a_launcher_there_is_one_rank_and_nothing_stays_behind():
+    excepthook = sys.excepthook
     for _ in range(2):
         with open_distributed("cpu") as distributed:
             assert (distributed.rank, distributed.world_size, distributed.device.type) == (0, 1, "cpu")
@@ -24,6 +26,7 @@ def test_without_a_launcher_there_is_one_rank_and_nothing_stays_behind():
             assert distributed.gather("value") == ["value"]
             assert distributed.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]
         assert not dist.is_initialized() and "RANK" not in os.environ
+        assert sys.excepthook is excepthook
 
 
 def test_an_error_inside_leaves_the_group_too():

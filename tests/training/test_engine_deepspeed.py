@@ -1,0 +1,42 @@
+"""What of the DeepSpeed engine shows in one process; its layouts are in tests/distributed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.loop import train
+from tests.support.runs import LAYOUTS
+
+pytest.importorskip("deepspeed")
+
+
+@pytest.mark.parametrize(("layout", "precision"), [("zero1", "bf16"), ("zero3", "fp32"), ("zero0", "bf16")])
+def test_a_run_compiles_nothing_and_leaves_standard_output_alone(
+    make_config, tmp_path, monkeypatch, capfd, recwarn, layout, precision
+):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    linear = torch.nn.functional.linear
+    result = train(make_config(**(LAYOUTS[layout] | {"steps": 2, "precision": precision})))
+    assert result.step == 2
+    assert capfd.readouterr().out == ""
+    assert not (tmp_path / "extensions").exists()
+    assert torch.nn.functional.linear is linear
+    assert [str(warning.message) for warning in recwarn if "torch.distributed." in str(warning.message)] == []
+
+
+def test_zero3_cuts_a_tensor_that_does_not_divide():
+    from qsparse_moe.training.engine_deepspeed import DeepSpeedEngine
+
+    value = torch.arange(14.0).view(7, 2)
+    parameter = SimpleNamespace(ds_tensor=torch.empty(5))
+    parts = []
+    for rank in range(4):
+        engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
+        engine.distributed = Distributed(rank, 4, rank, torch.device("cpu"))
+        parts.append(engine._partition(parameter, value))
+    assert [len(part) for part in parts] == [5, 5, 5, 5]
+    assert torch.cat(parts).tolist() == [*range(14), 0, 0, 0, 0, 0, 0]

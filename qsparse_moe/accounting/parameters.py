@@ -2,9 +2,9 @@
 
 D width, F expert width, H heads, C channels a head, E experts, A experts a token, K kept features, V vocabulary.
 
-A weight matrix behind a site counts ``K / width`` of its rows there: the others meet a zero. The gate, up and down
-matrices count A of E experts. Routers, norms and the head count whole. Of the embedding a token uses the one row that
-it looks up, and a tied head is a matrix that is used but not stored twice.
+A weight matrix behind a site counts ``K / width`` of its rows there: the others meet a zero. The gate (if any), up and
+down matrices count A of E experts. Routers, norms and the head count whole. Of the embedding a token uses the one row
+that it looks up, and a tied head is a matrix that is used but not stored twice.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import (
     EXPERT_SITES,
     dense_hidden_size,
+    has_gate,
     head_size,
     num_kv_heads,
     shared_hidden_size,
@@ -137,10 +138,11 @@ _SITES_OF: dict[str, tuple[str, Site, Site]] = {
 
 
 def _gated(config: ModelConfig, plan: SparsityPlan, layer: int, part: str, hidden: int) -> Iterator[Weight]:
-    """Gate, up and down: of every expert stored, of A experts active; of the other parts once."""
+    """Gate (if any), up and down: of every expert stored, of A experts active; of the other parts once."""
     prefix, input_site, hidden_site = _SITES_OF[part]
     moe, size = config.moe, config.hidden_size * hidden
     stored, active = (moe.num_experts, moe.experts_per_token) if part == "experts" else (1, 1)
-    for name, site in (("w_gate", input_site), ("w_up", input_site), ("w_down", hidden_site)):
+    gate = [("w_gate", input_site)] if has_gate(config) else []
+    for name, site in (*gate, ("w_up", input_site), ("w_down", hidden_site)):
         kept = active * size * kept_fraction(config, plan, layer, site)
         yield Weight(f"layers.{layer}.{prefix}.{name}", part, stored * size, active * size, kept, is_matrix=True)

@@ -61,8 +61,9 @@ class MoEConfig(Section):
     batch is cut into micro-batches."""
     router_z_coefficient: NonNegativeFloat = 0.001
     """Factor of the router z-loss, averaged over the MoE layers."""
-    activation: Literal["swiglu", "relu2glu"] = "relu2glu"
-    """swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up. Dense layers and shared experts use it too."""
+    activation: Literal["swiglu", "relu2glu", "reglu", "drelu", "relu2"] = "relu2glu"
+    """swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up; reglu: relu(gate) * up; drelu: relu(gate) * relu(up);
+    relu2: relu(up)^2, without a gate matrix. Dense layers and shared experts use it too."""
     backend: Literal["auto", "loop", "grouped", "onednn"] = "auto"
     """loop: one expert after the other, the definition; grouped: torch grouped_mm; onednn: CPU only, rounded row
     counts; auto: the fastest that runs here."""

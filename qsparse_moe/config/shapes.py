@@ -27,6 +27,11 @@ def shared_hidden_size(config: ModelConfig) -> int:
     return config.moe.num_shared_experts * config.moe.expert_hidden_size
 
 
+def has_gate(config: ModelConfig) -> bool:
+    """Whether experts and dense feed-forwards have a gate matrix beside up and down."""
+    return config.moe.activation != "relu2"
+
+
 def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     """The sites that exist in ``layer``, in the order in which a token meets them."""
     attention: tuple[Site, ...] = ("attention_input", "attention_output")

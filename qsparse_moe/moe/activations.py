@@ -1,4 +1,7 @@
-"""The gated activations between an expert's two matrices. N rows, F hidden features."""
+"""The activations between an expert's input and output matrices. N rows, F hidden features.
+
+Each stands beside its reference and keeps for the backward what it was given and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Activation = Callable[[Tensor, Tensor], Tensor]
+UngatedActivation = Callable[[Tensor], Tensor]
 
 
 def swiglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -20,6 +24,21 @@ def swiglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 def relu2glu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
     """``relu(gate)^2 * up`` (arXiv 2407.10969, section 2.3)."""
     return gate_NF.relu().square() * up_NF
+
+
+def reglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """``relu(gate) * up`` (arXiv 2002.05202)."""
+    return gate_NF.relu() * up_NF
+
+
+def drelu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """``relu(gate) * relu(up)``: a zero where either branch is negative (TurboSparse, arXiv 2406.05955)."""
+    return gate_NF.relu() * up_NF.relu()
+
+
+def relu2_reference(up_NF: Tensor) -> Tensor:
+    """``relu(up)^2``, without a gate (arXiv 2109.08668)."""
+    return up_NF.relu().square()
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -54,5 +73,67 @@ class _ReLU2GLU(torch.autograd.Function):
         return through_NF.mul_(up_NF).mul_(2.0), grad_up_NF
 
 
-ACTIVATIONS: dict[str, Activation] = {"swiglu": _SwiGLU.apply, "relu2glu": _ReLU2GLU.apply}
-REFERENCES: dict[str, Activation] = {"swiglu": swiglu_reference, "relu2glu": relu2glu_reference}
+class _ReGLU(torch.autograd.Function):
+    """``reglu_reference`` that keeps only its two inputs for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_NF, up_NF)
+        return gate_NF.relu().mul_(up_NF)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_NF, up_NF = ctx.saved_tensors
+        return _where_positive(grad_NF * up_NF, gate_NF), gate_NF.relu().mul_(grad_NF)
+
+
+class _DReLU(torch.autograd.Function):
+    """``drelu_reference`` that keeps only its two inputs for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_NF, up_NF)
+        return gate_NF.relu().mul_(up_NF.relu())
+
+    @staticmethod
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
+        gate_NF, up_NF = ctx.saved_tensors
+        grad_gate_NF = _where_positive(up_NF.relu().mul_(grad_NF), gate_NF)
+        return grad_gate_NF, _where_positive(gate_NF.relu().mul_(grad_NF), up_NF)
+
+
+class _ReLU2(torch.autograd.Function):
+    """``relu2_reference`` that keeps only its input for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, up_NF: Tensor) -> Tensor:
+        ctx.save_for_backward(up_NF)
+        return up_NF.relu().square_()
+
+    @staticmethod
+    def backward(ctx: Any, grad_NF: Tensor) -> Tensor:
+        (up_NF,) = ctx.saved_tensors
+        return up_NF.relu().mul_(grad_NF).mul_(2.0)
+
+
+def _where_positive(grad_NF: Tensor, x_NF: Tensor) -> Tensor:
+    """ReLU's own backward: the gradient where ``x`` is above 0 or NaN, else 0."""
+    return torch.ops.aten.threshold_backward(grad_NF, x_NF, 0.0)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "swiglu": _SwiGLU.apply,
+    "relu2glu": _ReLU2GLU.apply,
+    "reglu": _ReGLU.apply,
+    "drelu": _DReLU.apply,
+}
+"""Those of two branches, gate and up."""
+REFERENCES: dict[str, Activation] = {
+    "swiglu": swiglu_reference,
+    "relu2glu": relu2glu_reference,
+    "reglu": reglu_reference,
+    "drelu": drelu_reference,
+}
+UNGATED_ACTIVATIONS: dict[str, UngatedActivation] = {"relu2": _ReLU2.apply}
+"""Those of one branch, up: the experts then have no ``w_gate``."""
+UNGATED_REFERENCES: dict[str, UngatedActivation] = {"relu2": relu2_reference}

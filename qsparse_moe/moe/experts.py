@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.activations import ACTIVATIONS
+from qsparse_moe.config.shapes import has_gate
+from qsparse_moe.moe.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
@@ -14,19 +15,22 @@ from qsparse_moe.sparsity.stats import Stats
 
 
 class Experts(nn.Module):
-    """E gated feed-forwards as three stacked matrices. It owns the weights; the runtime's ``matmul`` owns the speed."""
+    """E feed-forwards as stacked matrices: gate (None under an activation without one), up and down.
+
+    It owns the weights; the runtime's ``matmul`` owns the speed.
+    """
 
     def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
         moe = config.moe
         width, hidden, num_experts = config.hidden_size, moe.expert_hidden_size, moe.num_experts
-        self.w_gate = nn.Parameter(torch.empty(num_experts, width, hidden))
+        self.w_gate = nn.Parameter(torch.empty(num_experts, width, hidden)) if has_gate(config) else None
         self.w_up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.hidden_site = SparseSite(
             "expert_hidden", hidden, config.sparsity, runtime.select_rows, num_experts=num_experts
         )
-        self.activation = ACTIVATIONS[moe.activation]
+        self.activation_name = moe.activation
         self.weight_format = config.sparsity.quantization.weights
         self.matmul = runtime.matmul
 
@@ -38,11 +42,17 @@ class Experts(nn.Module):
         Returns:
             ``(N, D)`` and the sums of the site ``expert_hidden``.
         """
-        gate_NF = self._project(rows_ND, self.w_gate, rows_per_expert_E)
-        up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
-        hidden_NF = self.activation(gate_NF, up_NF)
+        hidden_NF = self._hidden(rows_ND, rows_per_expert_E)
         hidden_NF, stats = self.hidden_site(hidden_NF, expert_N, with_stats=with_stats)
         return self._project(hidden_NF, self.w_down, rows_per_expert_E), stats
+
+    def _hidden(self, rows_ND: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+        if self.w_gate is None:
+            up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
+            return UNGATED_ACTIVATIONS[self.activation_name](up_NF)
+        gate_NF = self._project(rows_ND, self.w_gate, rows_per_expert_E)
+        up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
+        return ACTIVATIONS[self.activation_name](gate_NF, up_NF)
 
     def _project(self, rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:
         return self.matmul(rows_NX, as_format(weights_EXY, self.weight_format), rows_per_expert_E)

@@ -1,4 +1,4 @@
-"""A dense gated feed-forward: the shared experts of a MoE layer, or all of a dense layer."""
+"""A dense feed-forward: the shared experts of a MoE layer, or all of a dense layer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Site
-from qsparse_moe.moe.activations import ACTIVATIONS
+from qsparse_moe.config.shapes import has_gate
+from qsparse_moe.moe.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
@@ -21,28 +22,36 @@ _SITES: dict[str, tuple[Site, Site]] = {
 
 
 class FeedForward(nn.Module):
-    """``down(activation(gate(x), up(x)))`` with a sparse site before gate and up and one before down."""
+    """``down(activation(gate(x), up(x)))`` with a sparse site before gate and up and one before down.
+
+    ``w_gate`` is None under an activation without a gate.
+    """
 
     def __init__(
         self, config: ModelConfig, part: Literal["shared", "dense"], hidden_size: int, runtime: Runtime
     ) -> None:
         super().__init__()
         width = config.hidden_size
-        self.w_gate = nn.Parameter(torch.empty(width, hidden_size))
+        self.w_gate = nn.Parameter(torch.empty(width, hidden_size)) if has_gate(config) else None
         self.w_up = nn.Parameter(torch.empty(width, hidden_size))
         self.w_down = nn.Parameter(torch.empty(hidden_size, width))
         input_site, hidden_site = _SITES[part]
         self.input_site = SparseSite(input_site, width, config.sparsity, runtime.select_rows)
         self.hidden_site = SparseSite(hidden_site, hidden_size, config.sparsity, runtime.select_rows)
-        self.activation = ACTIVATIONS[config.moe.activation]
+        self.activation_name = config.moe.activation
         self.weight_format = config.sparsity.quantization.weights
 
     def forward(self, x_TD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
         """``(T, D)`` to ``(T, D)``, with the sums of the input and of the hidden site."""
         x_TD, input_stats = self.input_site(x_TD, with_stats=with_stats)
-        hidden_TF = self.activation(self._project(x_TD, self.w_gate), self._project(x_TD, self.w_up))
-        hidden_TF, hidden_stats = self.hidden_site(hidden_TF, with_stats=with_stats)
+        hidden_TF, hidden_stats = self.hidden_site(self._hidden(x_TD), with_stats=with_stats)
         return self._project(hidden_TF, self.w_down), input_stats, hidden_stats
+
+    def _hidden(self, x_TD: Tensor) -> Tensor:
+        if self.w_gate is None:
+            return UNGATED_ACTIVATIONS[self.activation_name](self._project(x_TD, self.w_up))
+        gate_TF, up_TF = self._project(x_TD, self.w_gate), self._project(x_TD, self.w_up)
+        return ACTIVATIONS[self.activation_name](gate_TF, up_TF)
 
     def _project(self, rows_TX: Tensor, weight_XY: Tensor) -> Tensor:
         return rows_TX @ as_format(weight_XY, self.weight_format)

@@ -19,7 +19,8 @@ from qsparse_moe.sparsity.topk import apply_mask, rescale_kept
 class SparseSite(nn.Module):
     """Keeps K features of every row, K being one number or one an expert, and rounds them to the site's number format.
 
-    The selection looks at the row before it is rounded. It has no parameters; K is changed at any time by ``set_sparsity`` and is no part of a checkpoint.
+    The selection looks at the row before it is rounded. It has no parameters; K is changed at any time by
+    ``set_sparsity`` and is no part of a checkpoint.
     """
 
     num_kept_E: Tensor

@@ -25,6 +25,7 @@ SHAPES = {
     "shared experts": {"moe": MOE | {"num_shared_experts": 2}},
     "dense layers": {"moe": MOE | {"num_dense_layers": 1}},
     "dense layers of their own width": {"moe": MOE | {"num_dense_layers": 1, "dense_hidden_size": 40}},
+    "no gate": {"moe": MOE | {"num_shared_experts": 1, "num_dense_layers": 1, "activation": "relu2"}},
     "everything": {
         "num_kv_heads": 1,
         "qk_norm": True,

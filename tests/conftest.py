@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 # Before torch and the Hugging Face libraries are imported, which read these once. The tests already run on several
 # processes, and none of them may need a network.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Triton reads it when it is imported: without a GPU its kernels run under its interpreter.
+if shutil.which("nvidia-smi") is None:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 from hypothesis import settings

@@ -6,36 +6,62 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsparse_moe.errors import BackendUnavailable
-from qsparse_moe.kernels import native
+from qsparse_moe.kernels import native, tiles
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, select
 from qsparse_moe.sparsity.topk import topk_mask_reference, topk_sparsify
 
 IMPLEMENTATIONS = {spec.name: spec.select_rows for spec in SELECTIONS}
+
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-@settings(max_examples=120, deadline=None)
-@given(
-    st.integers(0, 9), st.integers(1, 70), st.sampled_from([0, 1, 3]), st.sampled_from(DTYPES), st.integers(0, 2**31)
+def runnable(name):
+    """The implementation, where it runs on this machine's CPU."""
+    reason = next(spec for spec in SELECTIONS if spec.name == name).why_not(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    return IMPLEMENTATIONS[name]
+
+
+ROWS_AND_K = (
+    st.integers(0, 9),
+    st.integers(1, 70),
+    st.sampled_from([0, 1, 3]),
+    st.sampled_from(DTYPES),
+    st.integers(0, 2**31),
 )
+
+
+@pytest.mark.parametrize("name", ["native", "torch"])
+@settings(max_examples=120, deadline=None)
+@given(*ROWS_AND_K)
 def test_kept_values_and_mask_are_those_of_the_definition(name, num_rows, width, steps, dtype, seed):
+    check_definition(IMPLEMENTATIONS[name], num_rows, width, steps, dtype, seed)
+
+
+@settings(max_examples=8, deadline=None)  # Triton's interpreter takes its time
+@given(*ROWS_AND_K)
+def test_kept_values_and_mask_of_triton_are_those_of_the_definition(num_rows, width, steps, dtype, seed):
+    check_definition(runnable("triton"), num_rows, width, steps, dtype, seed)
+
+
+def check_definition(select_rows, num_rows, width, steps, dtype, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_rows, width, generator=generator)
     x = ((x * steps).round() / steps if steps else x).to(dtype)
     per_row = torch.randint(1, width + 1, (num_rows,), generator=generator)
     for num_kept in (1, width, (width + 1) // 2, per_row):
         want = topk_mask_reference(x, num_kept)
-        kept, mask = IMPLEMENTATIONS[name](x, num_kept, True)
+        kept, mask = select_rows(x, num_kept, True)
         assert torch.equal(mask, want)
         assert torch.equal(kept, torch.where(want, x, 0))
-        assert torch.equal(IMPLEMENTATIONS[name](x, num_kept, False)[0], kept)
+        assert torch.equal(select_rows(x, num_kept, False)[0], kept)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_nan_and_infinity_are_kept(name):
     x = torch.tensor([[1.0, float("nan"), 5.0, float("-inf"), 0.0]])
-    kept, mask = IMPLEMENTATIONS[name](x, 2, True)
+    kept, mask = runnable(name)(x, 2, True)
     assert mask.tolist() == [[False, True, False, True, False]]
     assert kept.isnan().tolist() == [[False, True, False, False, False]]
 
@@ -48,14 +74,9 @@ def test_gradient_is_that_of_topk_sparsify(name, gradient, group_size, num_kept)
     x = torch.randn(3, 32, requires_grad=True)
     upstream = torch.randn(3, 32)
     want = topk_sparsify(x, num_kept, group_size=group_size, gradient=gradient)
-    got = select(x, num_kept, rows=IMPLEMENTATIONS[name], group_size=group_size, gradient=gradient)
+    got = select(x, num_kept, rows=runnable(name), group_size=group_size, gradient=gradient)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
-
-
-def test_a_view_with_strides_is_selected_like_its_copy():
-    x = torch.randn(6, 9).T
-    assert torch.equal(IMPLEMENTATIONS["native"](x, 2, False)[0], topk_sparsify(x.contiguous(), 2))
 
 
 def test_the_native_operator_says_why_it_cannot_run(monkeypatch):
@@ -74,3 +95,44 @@ def test_a_source_that_does_not_compile_is_a_clear_error(monkeypatch, tmp_path):
         BackendUnavailable, match=r"(?s)broken.cpp failed: .*model.sparsity.backend=torch needs no compiler"
     ):
         native.load.__wrapped__()
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert tiles.why_not(torch.device("cuda")) is None
+    reason = "the Triton kernels run on CUDA devices, the device is cpu; TRITON_INTERPRET=1 runs them slowly"
+    assert tiles.why_not(torch.device("cpu")) == reason
+    monkeypatch.setattr(tiles.importlib.util, "find_spec", lambda name: None)
+    assert tiles.why_not(torch.device("cuda")) == 'triton is not installed; pip install "qsparse-moe[gpu]"'
+
+
+def test_rows_longer_than_a_tile_can_be_are_refused():
+    assert tiles.row_tile(3, tiles.MAX_FEATURES) == (1, 65536, 32)
+    with pytest.raises(ValueError, match="hold at most 65536 features, got 65537"):
+        tiles.row_tile(3, tiles.MAX_FEATURES + 1)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_features", "tile"),
+    [
+        (1, 1, (1, 1, 4)),
+        (5, 37, (8, 64, 4)),
+        (9999, 32, (64, 32, 4)),
+        (9999, 1024, (2, 1024, 4)),
+        (9, 5000, (1, 8192, 16)),
+    ],
+)
+def test_tiles_hold_whole_rows_and_few_rows_make_small_tiles(num_rows, num_features, tile):
+    assert tiles.row_tile(num_rows, num_features) == tile
+    assert tiles.flat_tile(9999, 5000) == (1, 2048, 4)
+
+
+def test_a_k_expanded_over_groups_is_read_from_its_own_entry():
+    from qsparse_moe.kernels.topk_select.triton import k_arguments
+
+    wanted = torch.tensor([3, 4])
+    per_row, one, rows_per_k = k_arguments(wanted[:, None].expand(2, 5))
+    assert (per_row.tolist(), one, rows_per_k) == ([3, 4], 0, 5)
+    assert k_arguments(6) == (None, 6, 1)
+    per_row, _, rows_per_k = k_arguments(wanted)
+    assert (per_row.tolist(), rows_per_k) == ([3, 4], 1)

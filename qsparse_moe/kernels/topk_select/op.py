@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparse_moe.kernels import native
+from qsparse_moe.kernels import native, tiles
 from qsparse_moe.sparsity.topk import topk_mask
 
 SelectRows = Callable[[Tensor, "int | Tensor", bool], tuple[Tensor, Tensor]]
@@ -41,8 +41,16 @@ def select_rows_native(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tu
     return torch.ops.qsparse_moe.topk_select(x.contiguous(), 0 if per_row is not None else num_kept, per_row, with_mask)
 
 
+def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
+    """The selection in Triton, on an NVIDIA GPU; Triton is imported on the first call."""
+    from qsparse_moe.kernels.topk_select import triton
+
+    return triton.select_rows_triton(x, num_kept, with_mask)
+
+
 SELECTIONS: tuple[Selection, ...] = (
     Selection("native", select_rows_native, native.why_not),
+    Selection("triton", select_rows_triton, tiles.why_not),
     Selection("torch", select_rows_torch, lambda device: None),
 )
 """Fastest first."""
@@ -69,6 +77,21 @@ def select(
     if isinstance(per_group, Tensor):
         per_group = per_group[..., None].expand(groups.shape[:-1])
     return _Select.apply(groups, per_group, rows, masked).flatten(-2)
+
+
+def sparsify_torch(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
+    """``select`` by ``select_rows_torch``; ``settings`` are its ``group_size`` and ``gradient``."""
+    return select(x, num_kept, rows=select_rows_torch, **settings)
+
+
+def sparsify_native(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
+    """``select`` by ``select_rows_native``."""
+    return select(x, num_kept, rows=select_rows_native, **settings)
+
+
+def sparsify_triton(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
+    """``select`` by ``select_rows_triton``."""
+    return select(x, num_kept, rows=select_rows_triton, **settings)
 
 
 class _Select(torch.autograd.Function):

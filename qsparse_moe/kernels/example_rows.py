@@ -1,0 +1,53 @@
+"""Rows for the example inputs of operations that select: odd sizes, ties, extremes of K. N rows, D features."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+SHAPES = {
+    "plain": (5, 48),
+    "odd_sizes": (3, 37),
+    "one_value": (1, 1),
+    "no_rows": (0, 16),
+    "one_kept": (4, 33),
+    "all_kept": (4, 33),
+    "k_per_row": (7, 40),
+    "ties": (6, 40),
+    "zeros": (3, 24),
+    "strided": (5, 36),
+    "many_features": (2, 1100),
+}
+"""(N, D) by the name of the case."""
+LARGE = {"cpu": (2048, 768), "cuda": (65536, 1024)}
+"""(N, D) of the case ``large`` by the kind of device: rows and hidden width of one MoE layer's step."""
+
+
+def shape_of(case: str, device: str) -> tuple[int, int]:
+    """``(N, D)`` of a case."""
+    return LARGE[torch.device(device).type] if case == "large" else SHAPES[case]
+
+
+def seeded(case: str, salt: str = "") -> torch.Generator:
+    """A generator of its own for every case."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{case} {salt}".encode()))
+
+
+def values_of(case: str, device: str, salt: str = "") -> Tensor:
+    """``(N, D)`` fp32 normal values; for ``strided`` a transposed view, for ``ties`` few distinct values."""
+    num_rows, width = shape_of(case, device)
+    if case == "strided":
+        return torch.randn(width, num_rows, generator=seeded(case, salt)).T.to(device)
+    rows = torch.randn(num_rows, width, generator=seeded(case, salt))
+    if case == "ties":
+        rows = (2 * rows).round() / 2
+    return (torch.zeros_like(rows) if case == "zeros" else rows).to(device)
+
+
+def num_kept_of(case: str, num_rows: int, width: int, device: str) -> int | Tensor:
+    """K of the case: half of the features, or one, or all of them, or one number a row."""
+    if case in ("k_per_row", "ties"):
+        return torch.randint(1, width + 1, (num_rows,), generator=seeded(case, "k")).to(device)
+    return {"one_kept": 1, "all_kept": width}.get(case, (width + 1) // 2)

@@ -1,0 +1,80 @@
+"""Compile every Triton kernel of the registry for NVIDIA GPUs, as its example inputs launch it, without such a GPU.
+
+Run as a program, with TRITON_INTERPRET unset, it prints the compiled kernels as one JSON object. Triton takes the
+target from its driver and brings its own assembler; a driver of our making names the target, and nothing is launched.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from qsparse_moe.kernels.registry import OPS
+from qsparse_moe.kernels.spec import OpSpec
+
+AMPERE, HOPPER = 80, 90
+
+
+class NamedTarget:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_all(capability: int) -> dict[str, dict[str, int]]:
+    """Sizes in bytes of the machine code, by operation and case, of the kernels that each launches."""
+    triton.runtime.driver.set_active(NamedTarget(capability))
+    compiled: dict[str, dict[str, int]] = {}
+    run = JITFunction.run
+
+    def only_compile(self: JITFunction, *args: object, **settings: object) -> object:
+        settings["warmup"] = True
+        kernel = run(self, *args, **settings)
+        compiled.setdefault(where, {})[self.__name__] = len(kernel.asm["cubin"])
+        return kernel
+
+    JITFunction.run = only_compile
+    try:
+        for spec in OPS:
+            for case in cases(spec) if capability == HOPPER else ("large",):
+                for dtype in (torch.float32, torch.bfloat16):
+                    where = f"{spec.name} {case} {dtype}"
+                    forward_and_backward(spec, case, dtype)
+    finally:
+        JITFunction.run = run
+    return compiled
+
+
+def cases(spec: OpSpec) -> tuple[str, ...]:
+    """The cases that differ in what is compiled: one K or one a row, a mask or none, and the shape of benchmarks."""
+    wanted = ("large", "k_per_row", "masked_gradient", "odd_group")
+    return tuple(case for case in wanted if case in (*spec.cases, "large"))
+
+
+def forward_and_backward(spec: OpSpec, case: str, dtype: torch.dtype) -> None:
+    example = spec.example_inputs(case, dtype, "cpu")
+    leaves = {name: x[:64].detach().requires_grad_() for name, x in example.tensors.items()}
+    settings = {name: v[:64] if isinstance(v, torch.Tensor) else v for name, v in example.settings.items()}
+    output = spec.load("triton")(**leaves, **settings)
+    first = output if isinstance(output, torch.Tensor) else output[0]
+    if first.requires_grad:
+        first.backward(torch.zeros_like(first))
+
+
+if __name__ == "__main__":
+    json.dump({str(capability): compile_all(capability) for capability in (AMPERE, HOPPER)}, sys.stdout)

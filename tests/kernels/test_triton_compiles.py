@@ -1,0 +1,28 @@
+"""The Triton kernels become machine code for NVIDIA GPUs, on any machine: what an interpreter cannot tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import qsparse_moe
+from qsparse_moe.kernels.registry import OPS
+
+REPOSITORY = Path(qsparse_moe.__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path):
+    # A process of its own: the one of the tests has imported Triton to interpret.
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.kernels.compile_kernels"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for compiled in json.loads(done.stdout).values():
+        assert {name.split()[0] for name in compiled} == {spec.name for spec in OPS if "triton" in spec.fast}
+        assert all(size > 1000 for kernels in compiled.values() for size in kernels.values())

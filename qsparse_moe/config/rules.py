@@ -145,6 +145,8 @@ def _source_problems(source: SourceConfig) -> Iterator[tuple[str, str]]:
         yield "path", f"must name files or globs when kind is {kind}, such as texts/*.{_suffix(kind)}"
     if kind == "hub" and (not isinstance(source.path, str) or not source.path):
         yield "path", "must be one data set's name when kind is hub, such as owner/name"
+    if kind != "text" and source.separator is not None:
+        yield "separator", f"has no meaning when kind is {kind}; remove it"
     if kind in {"stdlib", "text"} and source.column != "text":
         yield "column", f"has no meaning when kind is {kind}, whose documents are whole files; remove it"
     if kind != "hub" and source.subset is not None:

@@ -155,16 +155,21 @@ class QuantizationConfig(Section):
 class SparsityConfig(Section):
     """Q-Sparse: what fraction of the features in front of each weight matrix is zeroed, and how."""
 
-    default: Sparsity = 0.0
-    """S at every site, the fraction zeroed; 0 is dense."""
+    plan: str | None = None
+    """JSON file with S, and where calibrated the threshold, of every layer, site and expert; then default, sites and
+    overrides say nothing."""
+    default: Sparsity | None = None
+    """S at every site, the fraction zeroed; null: 0, dense."""
     sites: SitesConfig = SitesConfig()
     """S by site."""
     overrides: Annotated[tuple[SparsityOverride, ...], Field(strict=False)] = ()
     """S by layer, site and expert, applied in order after sites."""
     schedule: ScheduleConfig = ScheduleConfig()
     """S over the steps."""
-    selection: Literal["topk", "block"] = "topk"
-    """topk: the K largest magnitudes of a row; block: the largest of every contiguous group of group_size features."""
+    selection: Literal["topk", "block", "threshold", "statistical"] = "topk"
+    """topk: the K largest magnitudes of a row; block: the largest of every contiguous group of group_size features;
+    threshold: all above a magnitude calibrated on data, which the plan holds; statistical: all above mean + z * standard
+    deviation of the row's magnitudes, z the normal quantile at S. The last two keep 1 - S only on average."""
     group_size: PositiveInt = 32
     """G, features a group when selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
@@ -222,6 +227,8 @@ class SourceConfig(Section):
     """Split of a hub data set."""
     column: str = "text"
     """Column that holds the document's text (jsonl, parquet, hub)."""
+    separator: Annotated[str, Field(min_length=1)] | None = None
+    """text: where one document of a file ends and the next begins; null: a file is one document."""
     weight: PositiveFloat = 1.0
     """Share of this source's tokens in the mixture, relative to the other weights; all 1: everything once."""
     max_bytes: PositiveInt | None = None

@@ -87,7 +87,13 @@ def _open_files(source: SourceConfig, setting: str, files: list[str]) -> OpenSou
     whole_files = source.kind in ("stdlib", "text")
     num_bytes = sum(stat.st_size for stat in stats) if whole_files else None
     # datasets makes one shard an entry of the only list among these.
-    arguments = {"files": files, "kind": source.kind, "column": source.column, "setting": setting}
+    arguments = {
+        "files": files,
+        "kind": source.kind,
+        "column": source.column,
+        "separator": source.separator,
+        "setting": setting,
+    }
     return OpenSource(
         setting=setting,
         dataset=_generated(arguments, setting),
@@ -95,6 +101,7 @@ def _open_files(source: SourceConfig, setting: str, files: list[str]) -> OpenSou
         identity={
             "kind": source.kind,
             "column": source.column,
+            "separator": source.separator,
             "files": [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)],
         },
         num_bytes=num_bytes,
@@ -169,10 +176,17 @@ def _empty_file(file: str, setting: str) -> DataError:
     )
 
 
-def _read_files(files: list[str], kind: str, column: str, setting: str) -> Iterator[dict[str, str]]:
+def _read_files(
+    files: list[str], kind: str, column: str, separator: str | None, setting: str
+) -> Iterator[dict[str, str]]:
     """The generator behind a local source; module-level because ``datasets`` hashes it by name."""
     for file in files:
-        texts = _read_records(file, kind, column, setting) if kind in _READERS else [_read_text(file, setting)]
+        texts: Iterable[str]
+        if kind in _READERS:
+            texts = _read_records(file, kind, column, setting)
+        else:
+            text = _read_text(file, setting)
+            texts = text.split(separator) if separator else (text,)
         for text in texts:
             yield {"text": text}
 

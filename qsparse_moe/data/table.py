@@ -110,6 +110,7 @@ def _build(
     source: OpenSource, packing: Packing, folder: Path, max_bytes: int | None, progress: Progress | None
 ) -> None:
     began = time.monotonic()
+    progress = progress or _LogProgress()
     writers = {side: _SideWriter(folder, side, packing) for side in SIDES}
     digest = hashlib.blake2b(digest_size=16)
     total = _smaller(source.num_bytes, max_bytes)
@@ -123,12 +124,26 @@ def _build(
             writers[side].add([texts[i] for i in chosen], [encoded[i] for i in chosen])
         digest.update(b"".join(digests))
         done += sum(map(len, encoded))
-        if progress is not None:
-            progress(source.setting, done, total)
+        progress(source.setting, done, total)
     summary = {side: writer.close() for side, writer in writers.items()} | {"digest": digest.hexdigest()}
     (folder / "table.json").write_text(json.dumps(summary), encoding="utf-8")
     rows = ", ".join(f"{writer.num_rows} {side}" for side, writer in writers.items())
     logger.info("%s: %d bytes packed into %s rows in %.1f s", source.setting, done, rows, time.monotonic() - began)
+
+
+class _LogProgress:
+    """A log line every few seconds; a short build logs none but its end."""
+
+    def __init__(self, every_seconds: float = 5.0) -> None:
+        self._every = every_seconds
+        self._said = time.monotonic()
+
+    def __call__(self, setting: str, done: int, total: int | None) -> None:
+        if time.monotonic() - self._said < self._every:
+            return
+        self._said = time.monotonic()
+        of_all = f" of {total / 1e6:,.0f} ({100 * done / total:.0f} %)" if total else ""
+        logger.info("%s: %.0f%s million bytes tokenised", setting, done / 1e6, of_all)
 
 
 def _smaller(size: int | None, limit: int | None) -> int | None:
@@ -246,5 +261,6 @@ def too_little_validation(sources: Sequence[OpenSource], packing: Packing) -> Da
         f"{', '.join(source.setting for source in sources)}: too little text for one row of validation: the documents "
         f"held out with data.validation_fraction {packing.validation_fraction} fill no row of data.sequence_length + "
         f"1 = {packing.sequence_length + 1} tokens. A document (a text file, or a row of the others) is never split "
-        "between the sides; add documents, raise data.validation_fraction, or shorten data.sequence_length"
+        "between the sides; add documents, name the separator of one large text file's documents, raise "
+        "data.validation_fraction, or shorten data.sequence_length"
     )

@@ -266,6 +266,11 @@ CASES = {
         'data.sources.0.column ("body") has no meaning when kind is text, whose documents are whole files; remove it',
         {"data.sources": [{"kind": "jsonl", "path": "a", "column": "body"}]},
     ),
+    "separator of rows": (
+        {"data.sources": [{"kind": "jsonl", "path": "a", "separator": "--"}]},
+        'data.sources.0.separator ("--") has no meaning when kind is jsonl; remove it',
+        {"data.sources": [{"kind": "text", "path": "a", "separator": "--"}]},
+    ),
     "subset of local files": (
         {"data.sources": [{"kind": "parquet", "path": "a", "subset": "x"}]},
         'data.sources.0.subset ("x") has no meaning when kind is parquet; remove it, or set kind to hub',

@@ -214,3 +214,11 @@ def test_a_hub_stream_that_breaks_is_a_data_error() -> None:
 def test_importing_the_room_does_not_import_datasets() -> None:
     code = "import qsparse_moe.data.loader, sys; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_separator_makes_many_documents_of_one_text_file(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("one\n\ntwo\n\n\n\nthree", "utf-8")
+    source = open_source(SourceConfig(kind="text", path=str(file), separator="\n\n"), 0)
+    assert list(source.texts()) == ["one", "two", "three"]
+    assert source.identity != open_source(SourceConfig(kind="text", path=str(file)), 0).identity

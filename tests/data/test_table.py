@@ -16,7 +16,7 @@ import pytest
 from qsparse_moe.config.schema import DataConfig, SourceConfig
 from qsparse_moe.data.packing import Packer, is_validation, text_digest
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.table import Packing, SourceTable, load_source_table
+from qsparse_moe.data.table import Packing, SourceTable, _LogProgress, load_source_table
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import load_tokenizer
 from qsparse_moe.errors import DataError
@@ -252,3 +252,16 @@ def test_building_the_standard_library_takes_seconds(data_config: MakeConfig) ->
     assert time.monotonic() - began < 10
     assert len(data.train) > 20_000
     assert 4.2 < data.unigram_bits_per_byte() < 4.9
+
+
+def test_a_long_build_logs_how_far_it_is_and_a_short_one_does_not(caplog, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("qsparse_moe.data.table.time.monotonic", lambda: now[0])
+    with caplog.at_level("INFO", logger="qsparse_moe.data.table"):
+        say = _LogProgress()
+        say("data.sources.0 (text)", 10_000_000, 40_000_000)
+        assert not caplog.messages
+        now[0] = 6.0
+        say("data.sources.0 (text)", 20_000_000, 40_000_000)
+        say("data.sources.0 (text)", 30_000_000, None)
+    assert caplog.messages == ["data.sources.0 (text): 20 of 40 (50 %) million bytes tokenised"]

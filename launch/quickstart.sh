@@ -22,9 +22,13 @@ once() {
 if [[ "$state" == finished* ]]; then
     echo "$run is trained already; remove it, or give training.name=NAME, to train again" >&2
 else
-    OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_rank 2)}" \
-        "$python" -m deepspeed.launcher.runner --quiet --num_gpus 2 --master_port "$(free_port)" \
-        --module qsparse_moe train "${settings[@]}"
+    # Ctrl-C is for the ranks, which save and leave: the launcher waits for them.
+    (
+        trap '' INT
+        OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_rank 2)}" \
+            exec "$python" -m deepspeed.launcher.runner --quiet --num_gpus 2 --master_port "$(free_port)" \
+            --module qsparse_moe train "${settings[@]}"
+    )
     # The launcher ends with 0 when it was killed itself.
     [[ "$("$python" launch/run_state.py "${settings[@]}")" == finished* ]] ||
         fail "$run stopped before its last step (training.steps): run the same command again to go on"

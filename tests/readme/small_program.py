@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -39,10 +40,13 @@ def smaller(arguments: list[str]) -> list[str]:
 
 def serves(command: list[str]) -> bool:
     """Whether TensorBoard gets as far as naming its address; it is ended then."""
-    process = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # A group of its own: the page is served by processes below the one that is started here.
+    process = subprocess.Popen(
+        [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     assert process.stdout is not None
     said = any("http://" in line for line in process.stdout)
-    process.terminate()
+    os.killpg(process.pid, signal.SIGTERM)
     process.wait()
     return said
 

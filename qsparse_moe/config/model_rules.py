@@ -9,11 +9,19 @@ would round to none of a group is refused, because the one that is then kept is 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from qsparse_moe.config.problems import Problem, show
 from qsparse_moe.config.schema import SITES, ModelConfig, Site, SparsityOverride
 from qsparse_moe.config.selectors import select
-from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, model_sites, site_width, site_width_setting
+from qsparse_moe.config.shapes import (
+    EXPERT_SITES,
+    layer_sites,
+    model_sites,
+    site_sparsity,
+    site_width,
+    site_width_setting,
+)
 
 
 def _heads(config: ModelConfig) -> Iterator[Problem]:
@@ -145,6 +153,43 @@ def _schedule(config: ModelConfig) -> Iterator[Problem]:
         )
 
 
+def _plan_file(config: ModelConfig) -> Iterator[Problem]:
+    plan, path = config.sparsity.plan, "model.sparsity.plan"
+    if plan is None:
+        return
+    if not Path(plan).is_file():
+        yield Problem(
+            f"{path} ({plan}) must name a file that exists, written by SparsityPlan.save; mend the path, which counts "
+            "from the working directory, or remove the setting",
+            (path,),
+        )
+    for other, value in _given_sparsities(config):
+        yield Problem(
+            f"{other} ({show(value)}) must be unset beside {path} ({plan}), which holds S for every place; remove the "
+            "one or the other",
+            (path, other),
+        )
+
+
+def _thresholds(config: ModelConfig) -> Iterator[Problem]:
+    settings, path = config.sparsity, "model.sparsity.selection"
+    if settings.selection != "threshold":
+        return
+    if settings.plan is None and sparse_sites(config):
+        yield Problem(
+            f"{path} (threshold) needs calibrated thresholds, and model.sparsity.plan is null; name a plan made by "
+            "qsparse_moe.model.calibrate, or choose topk, block or statistical",
+            (path, "model.sparsity.plan"),
+        )
+    ramp = settings.schedule.ramp_steps
+    if ramp:
+        yield Problem(
+            f"model.sparsity.schedule.ramp_steps ({ramp}) must be 0 when {path} is threshold, because a threshold is "
+            "calibrated for one S; remove it, or choose topk, block or statistical",
+            (path, "model.sparsity.schedule.ramp_steps", "model.sparsity.schedule.shape"),
+        )
+
+
 def _groups_divide(config: ModelConfig) -> Iterator[Problem]:
     if config.sparsity.selection != "block":
         return
@@ -176,7 +221,8 @@ def _groups_keep_one(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _given_sparsities(config: ModelConfig) -> Iterator[tuple[str, float]]:
-    yield "model.sparsity.default", config.sparsity.default
+    if config.sparsity.default is not None:
+        yield "model.sparsity.default", config.sparsity.default
     for site, sparsity in config.sparsity.sites:
         if sparsity is not None:
             yield f"model.sparsity.sites.{site}", sparsity
@@ -190,8 +236,7 @@ def sparse_sites(config: ModelConfig) -> tuple[Site, ...]:
 
 
 def _site_sparsities(config: ModelConfig, site: Site) -> set[float]:
-    own = getattr(config.sparsity.sites, site)
-    values = {config.sparsity.default if own is None else own}
+    values = {site_sparsity(config.sparsity, site)}
     for override in config.sparsity.overrides:
         if override.site not in (None, site) or (override.experts is not None and site not in EXPERT_SITES):
             continue
@@ -221,6 +266,8 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     _sites_exist,
     _overrides,
     _schedule,
+    _plan_file,
+    _thresholds,
     _groups_divide,
     _groups_keep_one,
 )

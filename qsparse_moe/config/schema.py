@@ -168,8 +168,8 @@ class SparsityConfig(Section):
     """S over the steps."""
     selection: Literal["topk", "block", "threshold", "statistical"] = "topk"
     """topk: the K largest magnitudes of a row; block: the largest of every contiguous group of group_size features;
-    threshold: all above a magnitude calibrated on data, which the plan holds; statistical: all above mean + z * standard
-    deviation of the row's magnitudes, z the normal quantile at S. The last two keep 1 - S only on average."""
+    threshold: all above a magnitude calibrated on data, which the plan holds; statistical: all above mean + z *
+    standard deviation of the row's magnitudes, z the normal quantile at S. The last two keep 1 - S only on average."""
     group_size: PositiveInt = 32
     """G, features a group when selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"

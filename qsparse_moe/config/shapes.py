@@ -72,6 +72,12 @@ def site_width_setting(config: ModelConfig, site: Site) -> str:
     return names.get(site, "model.hidden_size")
 
 
+def site_sparsity(settings: SparsityConfig, site: Site) -> float:
+    """S at ``site`` before overrides, where no plan file gives it."""
+    own = getattr(settings.sites, site)
+    return next((value for value in (own, settings.default) if value is not None), 0.0)
+
+
 def site_format(settings: SparsityConfig, site: Site) -> ActivationFormat:
     """The number format of the rows at ``site``."""
     own = getattr(settings.quantization.sites, site)

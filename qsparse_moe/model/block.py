@@ -63,7 +63,7 @@ class Block(nn.Module):
     def set_sparsity(self, plan: SparsityPlan) -> None:
         """Give every site of this layer its S from ``plan``."""
         for site, module in self.sites().items():
-            module.set_sparsity(plan.values[self.layer, site])
+            module.set_sparsity(plan.values[self.layer, site], plan.thresholds.get((self.layer, site)))
 
     def sites(self) -> dict[Site, SparseSite]:
         """The sparse sites of this layer by name."""

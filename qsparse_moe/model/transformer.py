@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -63,13 +63,18 @@ class Transformer(nn.Module):
         """Use ``plan`` from the next forward on; nothing is rebuilt.
 
         Raises:
-            ConfigError: the plan was made for another model.
+            ConfigError: the plan was made for another model, or lacks the thresholds that its selection needs.
         """
         plan.check_fits(self.config)
         self.sparsity_plan = plan
+        for block in self.blocks():
+            block.set_sparsity(plan)
+
+    def blocks(self) -> Iterator[Block]:
+        """The decoder layers in order."""
         for layer in self.layers:
             assert isinstance(layer, Block)
-            layer.set_sparsity(plan)
+            yield layer
 
     def forward(
         self,

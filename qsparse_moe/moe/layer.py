@@ -33,8 +33,8 @@ class MoEOutput(NamedTuple):
 class MoELayer(nn.Module):
     """Dropless routed experts with Q-Sparse inside each, and shared experts if there are any.
 
-    The router sees the dense tokens. Where all experts have the same K, one selection at ``expert_input`` serves all A
-    experts of a token; otherwise each routed row has its own.
+    The router sees the dense tokens. Where all experts have the same K (or bound), one selection at ``expert_input``
+    serves all A experts of a token; otherwise each routed row has its own.
     """
 
     def __init__(self, config: ModelConfig, runtime: Runtime | None = None) -> None:
@@ -74,7 +74,7 @@ class MoELayer(nn.Module):
         )
 
     def _gather(self, x_TD: Tensor, dispatch: Dispatch, with_stats: bool) -> tuple[Tensor, Stats]:
-        if self.input_site.uniform_num_kept is not None:
+        if self.input_site.is_uniform:
             x_TD, stats = self.input_site(x_TD, with_stats=with_stats)
             return permute(x_TD, dispatch), stats
         return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,20 +11,25 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.config.shapes import site_format
 from qsparse_moe.kernels.topk_select.op import SelectRows, select
-from qsparse_moe.sparsity.plan import site_num_kept
+from qsparse_moe.sparsity.plan import site_bound, site_num_kept
 from qsparse_moe.sparsity.quantize import as_format
+from qsparse_moe.sparsity.selection import BOUND_MASKS
 from qsparse_moe.sparsity.stats import Stats, site_stats
 from qsparse_moe.sparsity.topk import apply_mask, rescale_kept
 
+Observer = Callable[[Tensor, "Tensor | None"], None]
+
 
 class SparseSite(nn.Module):
-    """Keeps K features of every row, K being one number or one an expert, and rounds them to the site's number format.
+    """Keeps some features of every row and rounds them to the site's number format.
 
-    The selection looks at the row before it is rounded. It has no parameters; K is changed at any time by
-    ``set_sparsity`` and is no part of a checkpoint.
+    Which ones is decided by the row before it is rounded, and by one number or one an expert: K where the selection
+    ranks, a bound where it compares. The site has no parameters; the numbers are changed at any time by
+    ``set_sparsity`` and are no part of a checkpoint.
     """
 
     num_kept_E: Tensor
+    bound_bits_E: Tensor
 
     def __init__(
         self, site: Site, num_features: int, settings: SparsityConfig, select_rows: SelectRows, *, num_experts: int = 1
@@ -34,43 +40,88 @@ class SparseSite(nn.Module):
         self.group_size = settings.group_size if settings.selection == "block" else None
         self.number_format = site_format(settings, site)
         self.select_rows = select_rows
-        self.uniform_num_kept: int | None = num_features
+        self.observer: Observer | None = None
+        """Called with the rows and their experts; while there is one, rows are ranked and each names its expert."""
         self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
+        # As integers, because a cast of the model to bf16 would round a floating-point buffer.
+        self.register_buffer("bound_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
+        self.set_sparsity([0.0] * num_experts)
 
-    def set_sparsity(self, values: Sequence[float]) -> None:
-        """Take over S, one value or one an expert; every forward from here on uses it."""
+    def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None = None) -> None:
+        """Take over S, one value or one an expert; every forward from here on uses it.
+
+        Args:
+            values: S.
+            thresholds: beside each S its magnitude; needed where the selection is ``threshold`` and S above 0.
+        """
         kept = [site_num_kept(self.settings, value, self.num_features) for value in values]
-        self.uniform_num_kept = kept[0] if len(set(kept)) == 1 else None
         self.num_kept_E.copy_(torch.tensor(kept))
+        self.uniform_num_kept = kept[0] if len(set(kept)) == 1 else None
+        self._is_uniform, self._keeps_all = len(set(kept)) == 1, min(kept) == self.num_features
+        if self.settings.selection in BOUND_MASKS:
+            pairs = zip(values, thresholds or [math.nan] * len(values), strict=True)
+            bounds = [site_bound(self.settings, value, threshold) for value, threshold in pairs]
+            assert not any(math.isnan(bound) for bound in bounds), "selection by threshold needs thresholds"
+            self.bound_bits_E.copy_(torch.tensor(bounds, dtype=torch.float32).view(torch.int32))
+            self._is_uniform, self._keeps_all = len(set(bounds)) == 1, max(bounds) == -math.inf
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one number holds for every row, so that a row need not name its expert."""
+        return self._is_uniform and self.observer is None
 
     def forward(self, x: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool) -> tuple[Tensor, Stats]:
         """The sparse rows and, if asked for, the sums of ``site_stats``.
 
         Args:
             x: ``(*, D)``.
-            expert_ids_N: the expert of every row of ``x`` ``(N, D)``; needed where K differs between experts.
+            expert_ids_N: the expert of every row of ``x`` ``(N, D)``; needed where the numbers differ between experts.
             with_stats: False returns no sums.
         """
-        if self.uniform_num_kept == self.num_features:
+        if self.observer is not None:
+            self.observer(x, expert_ids_N)
+        if self._keeps_all:
             rounded = as_format(x, self.number_format)
             return rounded, site_stats(x, rounded, self.num_features) if with_stats else {}
-        wanted = self._num_kept_of_rows(expert_ids_N)
-        kept = self._select(x, wanted)
-        stats = site_stats(x, kept, wanted) if with_stats else {}
+        kept, chosen = self._select(x, expert_ids_N)
+        stats = site_stats(x, kept, _counts(chosen)) if with_stats else {}
         return rescale_kept(kept, x, self.settings.rescale), stats
 
-    def _select(self, x: Tensor, wanted: int | Tensor) -> Tensor:
+    def _select(self, x: Tensor, expert_ids_N: Tensor | None) -> tuple[Tensor, int | Tensor]:
+        """What is kept of the rows, and how many of each: K, or the mask to count in."""
         gradient = self.settings.gradient
+        if self._compares:
+            mask = BOUND_MASKS[self.settings.selection](x, self._bound_of_rows(expert_ids_N))
+            return apply_mask(as_format(x, self.number_format), mask, gradient=gradient), mask
+        wanted = self._num_kept_of_rows(expert_ids_N)
         if self.number_format == "none":
-            return select(x, wanted, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
+            kept = select(x, wanted, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
+            return kept, wanted
         mask = topk_rows_mask(x.detach(), wanted, self.select_rows, self.group_size)
-        return apply_mask(as_format(x, self.number_format), mask, gradient=gradient)
+        return apply_mask(as_format(x, self.number_format), mask, gradient=gradient), wanted
+
+    @property
+    def _compares(self) -> bool:
+        # Thresholds are calibrated on what exact top-K leaves of the sites before.
+        return self.settings.selection in BOUND_MASKS and self.observer is None
 
     def _num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
         if self.uniform_num_kept is not None:
             return self.uniform_num_kept
         assert expert_ids_N is not None, "K differs between experts, so every row must name its expert"
         return self.num_kept_E[expert_ids_N]
+
+    def _bound_of_rows(self, expert_ids_N: Tensor | None) -> Tensor:
+        """``(1,)`` or one a row ``(N, 1)``, fp32: not a number, which torch would round to the dtype of the rows."""
+        bound_E = self.bound_bits_E.view(torch.float32)
+        if self._is_uniform:
+            return bound_E[:1]
+        assert expert_ids_N is not None, "the bound differs between experts, so every row must name its expert"
+        return bound_E[expert_ids_N, None]
+
+
+def _counts(chosen: int | Tensor) -> int | Tensor:
+    return chosen.sum(-1) if isinstance(chosen, Tensor) and chosen.dtype == torch.bool else chosen
 
 
 def topk_rows_mask(x: Tensor, num_kept: int | Tensor, rows: SelectRows, group_size: int | None) -> Tensor:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
 
 from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig, SparsityOverride
 from qsparse_moe.config.selectors import select
-from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites
+from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_sparsity, site_width
 from qsparse_moe.errors import ConfigError
 
-FORMAT = "qsparse_moe.sparsity_plan/1"
+FORMAT = "qsparse_moe.sparsity_plan/2"
 
 
 def num_kept(sparsity: float, num_features: int) -> int:
@@ -23,10 +27,24 @@ def num_kept(sparsity: float, num_features: int) -> int:
 
 
 def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) -> int:
-    """K of a site with ``num_features``: of the whole row, or under block selection the sum over its groups."""
-    if settings.selection == "topk":
+    """K of a site with ``num_features``: of the whole row, or under block selection the sum over its groups.
+
+    Under threshold and statistical selection it is what S asks for; how many a row keeps varies around it.
+    """
+    # Groups need not divide a site that is left whole.
+    if settings.selection != "block" or sparsity == 0.0:
         return num_kept(sparsity, num_features)
     return num_kept(sparsity, settings.group_size) * (num_features // settings.group_size)
+
+
+def site_bound(settings: SparsityConfig, sparsity: float, threshold: float) -> float:
+    """What ``selection.BOUND_MASKS`` compares with: the threshold, or the normal distribution's quantile at S.
+
+    ``-inf`` where S is 0, which keeps everything.
+    """
+    if sparsity == 0.0:
+        return -math.inf
+    return threshold if settings.selection == "threshold" else NormalDist().inv_cdf(sparsity)
 
 
 @dataclass(frozen=True)
@@ -34,12 +52,16 @@ class SparsityPlan:
     """S, the fraction zeroed, at every place of a model.
 
     ``values[layer, site]`` holds one S, or one S an expert at ``expert_input`` and ``expert_hidden``.
+    ``thresholds``, empty unless the plan was calibrated, holds beside each S the magnitude below which that share lies.
     """
 
     values: Mapping[tuple[int, Site], tuple[float, ...]]
+    thresholds: Mapping[tuple[int, Site], tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "values", dict(self.values))
+        object.__setattr__(self, "thresholds", dict(self.thresholds))
+        self._check_thresholds()
         for (layer, site), values in self.values.items():
             if not all(0.0 <= value < 1.0 for value in values):
                 raise ConfigError(
@@ -54,16 +76,18 @@ class SparsityPlan:
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> SparsityPlan:
-        """The plan of ``config.sparsity``: its default, then its sites, then its overrides in their order.
+        """The plan of ``config.sparsity``: its plan file, or its default, then its sites, then its overrides in order.
 
         Raises:
-            ConfigError: an override names a layer, site or expert that the model lacks.
+            ConfigError: an override names a layer, site or expert that the model lacks; the plan file cannot be read or
+                was made for another model.
         """
         settings = config.sparsity
-        values = {}
-        for (layer, site), width in _places(config):
-            chosen = getattr(settings.sites, site)
-            values[layer, site] = (settings.default if chosen is None else chosen,) * width
+        if settings.plan is not None:
+            plan = cls.load(settings.plan)
+            plan.check_fits(config)
+            return plan
+        values = {(layer, site): (site_sparsity(settings, site),) * width for (layer, site), width in _places(config)}
         for index, override in enumerate(settings.overrides):
             path = f"model.sparsity.overrides.{index}"
             try:
@@ -88,16 +112,41 @@ class SparsityPlan:
         try:
             content = json.loads(text)
             version, entries = content["format"], content["values"]
-            values = {(int(e["layer"]), e["site"]): tuple(float(v) for v in e["sparsity"]) for e in entries}
+            values, thresholds = _numbers(entries, "sparsity"), _numbers(entries, "threshold")
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"sparsity plan: not readable ({error!r}); write one with SparsityPlan.to_json") from None
         if version != FORMAT:
             raise ConfigError(f"sparsity plan: format is {version!r}; this version reads {FORMAT!r}; write it anew")
-        return cls(values)
+        return cls(values, thresholds)
+
+    @classmethod
+    def load(cls, path: str | Path) -> SparsityPlan:
+        """The plan in the file ``path``, which ``save`` wrote.
+
+        Raises:
+            ConfigError: the file cannot be read, or holds no plan of this version.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} cannot be read as a sparsity plan ({error}); name a file that exists") from None
+        try:
+            return cls.from_json(text)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON to ``path``, for ``model.sparsity.plan``."""
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     def to_json(self) -> str:
         """The plan as JSON, with the name and version of its format."""
-        entries = [{"layer": lay, "site": site, "sparsity": list(v)} for (lay, site), v in self.values.items()]
+        entries = []
+        for place, values in self.values.items():
+            entry: dict[str, Any] = {"layer": place[0], "site": place[1], "sparsity": list(values)}
+            if place in self.thresholds:
+                entry["threshold"] = list(self.thresholds[place])
+            entries.append(entry)
         return json.dumps({"format": FORMAT, "values": entries}, indent=1)
 
     def sites(self, layer: int) -> tuple[Site, ...]:
@@ -110,8 +159,13 @@ class SparsityPlan:
         return sum(values) / len(values) if expert is None else values[expert]
 
     def scaled(self, scale: float) -> SparsityPlan:
-        """The plan with every S multiplied by ``scale`` in [0, 1]."""
-        return SparsityPlan({place: tuple(scale * v for v in values) for place, values in self.values.items()})
+        """The plan with every S multiplied by ``scale`` in [0, 1]; thresholds hold for one S only and go with it."""
+        values = {place: tuple(scale * v for v in values) for place, values in self.values.items()}
+        return SparsityPlan(values, self.thresholds if scale == 1.0 else {})
+
+    def with_thresholds(self, thresholds: Mapping[tuple[int, Site], tuple[float, ...]]) -> SparsityPlan:
+        """The plan with these thresholds in place of its own."""
+        return SparsityPlan(self.values, thresholds)
 
     @property
     def mean(self) -> float:
@@ -121,7 +175,11 @@ class SparsityPlan:
         return sum(sum(values) / len(values) for values in self.values.values()) / len(self.values)
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raise ConfigError unless the plan has exactly the places of the model that ``config`` describes."""
+        """Raise ConfigError unless the plan has exactly the places of the model that ``config`` describes.
+
+        Under block selection the groups must divide every site that is sparse, under threshold selection each must have
+        its thresholds.
+        """
         want = dict(_places(config))
         have = {place: len(values) for place, values in self.values.items()}
         for place in sorted(want.keys() | have.keys()):
@@ -131,6 +189,37 @@ class SparsityPlan:
                     f"sparsity plan: layer {layer}, {site} has {have.get(place, 0)} values, the model needs "
                     f"{want.get(place, 0)}; make the plan from this model's config"
                 )
+        for place, values in self.values.items():
+            if any(values):
+                self._check_selection(config, *place)
+
+    def _check_selection(self, config: ModelConfig, layer: int, site: Site) -> None:
+        settings, width = config.sparsity, site_width(config, site)
+        if settings.selection == "block" and width % settings.group_size:
+            raise ConfigError(
+                f"sparsity plan: layer {layer}, {site} has S above 0 and {width} features, which "
+                f"model.sparsity.group_size ({settings.group_size}) must divide; set S to 0 there or use other groups"
+            )
+        if settings.selection == "threshold" and (layer, site) not in self.thresholds:
+            raise ConfigError(
+                f"sparsity plan: layer {layer}, {site} has S above 0 and no threshold, which model.sparsity.selection "
+                "(threshold) needs; calibrate the plan with qsparse_moe.model.calibrate"
+            )
+
+    def _check_thresholds(self) -> None:
+        for (layer, site), thresholds in self.thresholds.items():
+            expected = len(self.values.get((layer, site), ()))
+            if len(thresholds) != expected or not all(0.0 <= value < math.inf for value in thresholds):
+                raise ConfigError(
+                    f"sparsity plan: layer {layer}, {site} has thresholds {list(thresholds)}; there must be one for "
+                    f"each of its {expected} values of S, finite and at least 0; calibrate the plan again"
+                )
+
+
+def _numbers(entries: list[dict[str, Any]], key: str) -> dict[tuple[int, Site], tuple[float, ...]]:
+    """What the entries of a file hold under ``key``, by place; every entry holds S."""
+    having = [entry for entry in entries if key == "sparsity" or key in entry]
+    return {(int(entry["layer"]), entry["site"]): tuple(float(v) for v in entry[key]) for entry in having}
 
 
 def _places(config: ModelConfig) -> Iterator[tuple[tuple[int, Site], int]]:

@@ -146,7 +146,7 @@ WRONG_VALUES = [
     ("training.name", "7", f'(7) {NAME}put it in quotes: "7"'),
     ("training.name", "../up", f'("../up") {NAME}the default is "run"'),
     ("training.deepspeed", "3", f"(3) {SECTION}"),
-    ("model.sparsity.default", "1", "(1) must be a number of at least 0 and below 1; the default is 0.0"),
+    ("model.sparsity.default", "1", "(1) must be a number of at least 0 and below 1 or null; the default is null"),
     (
         "model.sparsity.sites.expert_hidden",
         "1.5",

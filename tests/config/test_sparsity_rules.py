@@ -27,6 +27,34 @@ CASES: dict[str, tuple[dict, str, dict]] = {
         "remove it, or choose from attention_input, attention_output, expert_input, expert_hidden",
         {"model.moe.num_shared_experts": 1},
     ),
+    "thresholds without a plan": (
+        {"model.sparsity.selection": "threshold", "model.sparsity.default": 0.5},
+        "model.sparsity.selection (threshold) needs calibrated thresholds, and model.sparsity.plan is null; name a "
+        "plan made by qsparse_moe.model.calibrate, or choose topk, block or statistical",
+        {"model.sparsity.selection": "statistical"},
+    ),
+    "a ramp with thresholds": (
+        {
+            "model.sparsity.selection": "threshold",
+            "model.sparsity.schedule.shape": "linear",
+            "model.sparsity.schedule.ramp_steps": 10,
+        },
+        "model.sparsity.schedule.ramp_steps (10) must be 0 when model.sparsity.selection is threshold, because a "
+        "threshold is calibrated for one S; remove it, or choose topk, block or statistical",
+        {"model.sparsity.schedule.shape": "constant", "model.sparsity.schedule.ramp_steps": 0},
+    ),
+    "a plan that is not there": (
+        {"model.sparsity.plan": "no/plan.json"},
+        "model.sparsity.plan (no/plan.json) must name a file that exists, written by SparsityPlan.save; mend the path, "
+        "which counts from the working directory, or remove the setting",
+        {"model.sparsity.plan": __file__},
+    ),
+    "S beside a plan": (
+        {"model.sparsity.plan": __file__, "model.sparsity.sites.expert_hidden": 0.5},
+        f"model.sparsity.sites.expert_hidden (0.5) must be unset beside model.sparsity.plan ({__file__}), which holds "
+        "S for every place; remove the one or the other",
+        {"model.sparsity.plan": None},
+    ),
 }
 
 

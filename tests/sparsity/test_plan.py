@@ -2,9 +2,9 @@
 
 import pytest
 
-from qsparse_moe.config.schema import ModelConfig, ScheduleConfig
+from qsparse_moe.config.schema import ModelConfig, ScheduleConfig, SparsityConfig
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.sparsity.plan import SparsityPlan, num_kept
+from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_kept, site_bound, site_num_kept
 from qsparse_moe.sparsity.schedule import scheduled_scale
 
 
@@ -63,7 +63,7 @@ def test_json_round_trip_and_its_errors():
     with pytest.raises(ConfigError, match="not readable"):
         SparsityPlan.from_json(plan.to_json()[:50])
     with pytest.raises(ConfigError, match="format is 'x/9'"):
-        SparsityPlan.from_json(plan.to_json().replace("qsparse_moe.sparsity_plan/1", "x/9"))
+        SparsityPlan.from_json(plan.to_json().replace(FORMAT, "x/9"))
     with pytest.raises(ConfigError, match=r"must lie in \[0, 1\)"):
         SparsityPlan({(0, "attention_input"): (1.0,)})
 
@@ -89,3 +89,53 @@ def test_the_schedule_is_dense_in_the_warmup_and_reaches_the_target(shape, halfw
     assert scheduled_scale(schedule, 14) == scheduled_scale(schedule, 99) == 1.0
     scales = [scheduled_scale(schedule, step) for step in range(20)]
     assert scales == sorted(scales)
+
+
+def test_thresholds_go_through_json_and_are_dropped_when_s_is_scaled(tmp_path):
+    plan = SparsityPlan.uniform(model({}), 0.5)
+    calibrated = plan.with_thresholds({place: (0.1 + place[0],) * len(v) for place, v in plan.values.items()})
+    assert calibrated != plan
+    assert SparsityPlan.from_json(calibrated.to_json()) == calibrated
+    calibrated.save(tmp_path / "plan.json")
+    assert SparsityPlan.load(tmp_path / "plan.json") == calibrated
+    assert calibrated.scaled(1.0) == calibrated
+    assert calibrated.scaled(0.5) == plan.scaled(0.5)
+
+
+@pytest.mark.parametrize("thresholds", [(0.1,), (0.1, -1.0), (0.1, float("nan")), (0.1, float("inf"))])
+def test_impossible_thresholds_are_refused(thresholds):
+    with pytest.raises(
+        ConfigError, match=r"has thresholds \[.*one for each of its 2 values of S.*calibrate the plan again"
+    ):
+        SparsityPlan({(0, "expert_input"): (0.5, 0.5)}, {(0, "expert_input"): thresholds})
+
+
+def test_a_plan_file_is_the_whole_plan(tmp_path):
+    plan = SparsityPlan.from_config(model({"default": 0.3, "overrides": [{"experts": 1, "sparsity": 0.9}]}))
+    plan.save(tmp_path / "plan.json")
+    assert SparsityPlan.from_config(model({"plan": str(tmp_path / "plan.json")})) == plan
+    with pytest.raises(ConfigError, match="layer 1, expert_hidden has 4 values, the model needs 8"):
+        SparsityPlan.from_config(model({"plan": str(tmp_path / "plan.json")}, num_experts=8))
+    with pytest.raises(ConfigError, match=r"none.json cannot be read as a sparsity plan .*name a file that exists"):
+        SparsityPlan.load(tmp_path / "none.json")
+    (tmp_path / "plan.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"plan.json: sparsity plan: not readable"):
+        SparsityPlan.load(tmp_path / "plan.json")
+
+
+def test_groups_that_do_not_divide_a_sparse_site_are_refused_and_a_whole_site_has_all_its_features():
+    config = model({"selection": "block", "group_size": 32}, expert_hidden_size=40)
+    assert site_num_kept(config.sparsity, 0.0, 40) == 40
+    plan = SparsityPlan.uniform(config, 0.0)
+    plan.check_fits(config)
+    sparse = SparsityPlan(plan.values | {(1, "expert_hidden"): (0.0, 0.5, 0.0, 0.0)})
+    with pytest.raises(ConfigError, match=r"layer 1, expert_hidden has S above 0 and 40 features.*group_size \(32\)"):
+        sparse.check_fits(config)
+
+
+def test_bounds_are_the_threshold_or_the_normal_quantile_and_none_where_s_is_0():
+    threshold, statistical = (SparsityConfig(selection=name) for name in ("threshold", "statistical"))
+    assert site_bound(threshold, 0.5, 0.3) == 0.3
+    assert site_bound(statistical, 0.5, 0.3) == pytest.approx(0.0)
+    assert site_bound(statistical, 0.975, 0.3) == pytest.approx(1.96, abs=1e-3)
+    assert site_bound(threshold, 0.0, 0.3) == site_bound(statistical, 0.0, 0.3) == -float("inf")

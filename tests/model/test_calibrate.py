@@ -1,0 +1,140 @@
+"""Calibration of a model: thresholds of every place from its own activations, and a model that selects by them."""
+
+import logging
+
+import pytest
+import torch
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.errors import ConfigError, TrainingDiverged
+from qsparse_moe.model.calibrate import calibrate
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+torch.set_num_threads(1)
+SPARSE = {
+    "default": 0.5,
+    "overrides": [{"site": "expert_hidden", "experts": 1, "sparsity": 0.75}, {"layers": 0, "sparsity": 0.25}],
+}
+
+
+def config(**sparsity):
+    moe = {"num_experts": 3, "expert_hidden_size": 24, "num_shared_experts": 1, "num_dense_layers": 1}
+    moe["activation"] = "swiglu"  # no natural zeros among the magnitudes
+    return ModelConfig.model_validate(
+        {"vocab_size": 40, "hidden_size": 32, "num_layers": 3, "moe": moe, "sparsity": sparsity}, strict=False
+    )
+
+
+def batches(count=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 40, (count, 4, 32), generator=generator)
+    return [Batch(part, part, torch.arange(32).expand(4, -1), None) for part in tokens]
+
+
+def seen_by_sites(model, data):
+    """The rows and experts that reach every site, by hooks of the test's own."""
+    seen = {}
+    for block in model.blocks():
+        for name, site in block.sites().items():
+            rows = seen.setdefault((block.layer, name), [])
+            site.register_forward_pre_hook(lambda module, inputs, rows=rows: rows.append(inputs))
+    with torch.no_grad():
+        for batch in data:
+            model(batch.tokens_BS, positions_BS=batch.positions_BS)
+    return seen
+
+
+def test_each_threshold_leaves_the_share_of_the_rows_that_its_expert_saw():
+    model = build_model(config(**SPARSE), seed=1)
+    plan = calibrate(model, batches())
+    assert plan.values == model.sparsity_plan.values
+    seen = seen_by_sites(model, batches())
+    assert plan.thresholds.keys() == seen.keys() == plan.values.keys()
+    checked = 0
+    for place, calls in seen.items():
+        for expert, (sparsity, threshold) in enumerate(zip(plan.values[place], plan.thresholds[place], strict=True)):
+            if place[1] == "expert_input":  # one selection serves all experts here, so the rows name none
+                continue
+            rows = [x if len(c) == 1 or c[1] is None else x[c[1] == expert] for c in calls for x in c[:1]]
+            magnitudes = torch.cat([x.flatten() for x in rows]).abs()
+            kept = len(magnitudes) - round(sparsity * len(magnitudes))
+            # Tokens that recur make ties with the threshold in front of the first layer; elsewhere there are none.
+            above, reached = (magnitudes > threshold).sum(), (magnitudes >= threshold).sum()
+            assert above <= kept < reached, (place, expert)
+            assert above == kept or place == (0, "attention_input"), (place, expert)
+            checked += 1
+    assert checked == 3 * 2 + 2 + 2 * (3 + 2)
+
+
+def test_a_model_that_selects_by_the_calibrated_file_keeps_the_share_at_every_site(tmp_path):
+    plan = calibrate(build_model(config(**SPARSE), seed=1), batches())
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert SparsityPlan.load(path) == plan
+    model = build_model(config(plan=str(path), selection="threshold"), seed=1)
+    exact = build_model(config(**SPARSE), seed=1)
+    assert model.sparsity_plan == plan
+    batch = batches(1)[0]
+    stats, want = (made(batch.tokens_BS, positions_BS=batch.positions_BS).stats for made in (model, exact))
+    sites = [name.removesuffix("kept_L") for name in want if name.endswith("/kept_L")]
+    assert len(sites) == 8
+    for site in sites:
+        share, asked = (sums[f"{site}kept_L"] / sums[f"{site}features_L"] for sums in (stats, want))
+        torch.testing.assert_close(share, asked, rtol=0.08, atol=0)
+    rows = stats["sparsity/expert_hidden/rows_L"]
+    assert not torch.equal(stats["sparsity/expert_hidden/kept_L"], want["sparsity/expert_hidden/kept_L"])
+    assert (stats["sparsity/expert_hidden/kept_L"] >= rows).all()  # at least one a row
+
+
+def test_the_model_is_left_as_it_was_and_nothing_is_random():
+    model = build_model(config(**SPARSE), seed=1)
+    before, tokens = model.sparsity_plan, batches()[0].tokens_BS
+    logits = model(tokens).logits_BSV
+    first, second = calibrate(model, batches()), calibrate(model, batches())
+    assert first == second
+    assert model.sparsity_plan is before
+    assert model.training
+    assert torch.equal(model(tokens).logits_BSV, logits)
+
+
+def test_a_model_that_already_selects_by_thresholds_can_be_calibrated_for_another_s(tmp_path):
+    ranked = build_model(config(default=0.5), seed=1)
+    calibrate(ranked, batches()).save(tmp_path / "plan.json")
+    model = build_model(config(plan=str(tmp_path / "plan.json"), selection="threshold"), seed=1)
+    other = SparsityPlan.uniform(model.config, 0.75)
+    assert calibrate(model, batches(), other) == calibrate(ranked, batches(), other)
+    model.set_sparsity(calibrate(model, batches(), other))
+    with pytest.raises(ConfigError, match=r"layer 0, attention_input has S above 0 and no threshold, which.*calibrate"):
+        model.set_sparsity(other)
+    model.set_sparsity(other.scaled(0.0))  # dense needs none
+
+
+def test_a_small_sample_is_close_to_the_whole():
+    model = build_model(config(**SPARSE), seed=1)
+    whole, part = calibrate(model, batches()), calibrate(model, batches(), max_values=2048)
+    assert whole != part
+    for place, thresholds in whole.thresholds.items():
+        assert part.thresholds[place] == pytest.approx(thresholds, rel=0.2), place
+
+
+def test_an_expert_without_a_row_takes_the_threshold_of_all_and_is_named(caplog):
+    model = build_model(config(**SPARSE), seed=1)
+    with torch.no_grad():
+        for block in model.blocks():
+            if block.moe is not None:
+                block.moe.router.weight.zero_()  # ties: the first two experts take every token
+    with caplog.at_level(logging.WARNING):
+        plan = calibrate(model, batches())
+    assert "layer 1, expert_hidden: no row for experts [2]; they take the threshold of all rows" in caplog.text
+    low, high = sorted(plan.thresholds[2, "expert_input"][:2])
+    assert low <= plan.thresholds[2, "expert_input"][2] <= high
+
+
+def test_a_broken_model_is_not_calibrated():
+    model = build_model(config(**SPARSE), seed=1)
+    with torch.no_grad():
+        model.layers[1].attention.qkv.weight[0, 0] = float("nan")
+    with pytest.raises(TrainingDiverged, match=r"calibration: layer 1, attention_output: magnitudes must be finite"):
+        calibrate(model, batches())

@@ -1,0 +1,92 @@
+"""A sparse site under every selection: what is kept, its gradient, one number or one an expert."""
+
+from statistics import NormalDist
+
+import pytest
+import torch
+
+from qsparse_moe.config.schema import SparsityConfig
+from qsparse_moe.kernels.topk_select.op import select_rows_torch
+from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.sparsity.quantize import fake_quantize
+from qsparse_moe.sparsity.selection import statistical_mask, threshold_mask
+from qsparse_moe.sparsity.topk import apply_mask, topk_mask
+
+torch.set_num_threads(1)
+D = 24
+SELECTIONS = ("topk", "block", "threshold", "statistical")
+
+
+def make(values, thresholds=None, **settings):
+    config = SparsityConfig.model_validate({"group_size": 8} | settings)
+    site = SparseSite("expert_hidden", D, config, select_rows_torch, num_experts=len(values))
+    site.set_sparsity(values, thresholds)
+    return site
+
+
+def mask_of(selection, x, sparsity, threshold):
+    """The mask of rows that all have the same S."""
+    if sparsity == 0:
+        return torch.ones_like(x, dtype=torch.bool)
+    if selection == "threshold":
+        return threshold_mask(x, torch.tensor([threshold]))
+    if selection == "statistical":
+        return statistical_mask(x, torch.tensor([NormalDist().inv_cdf(sparsity)]))
+    return topk_mask(x, round(D * (1 - sparsity)), group_size=8 if selection == "block" else None)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("number_format", ["none", "int8"])
+@pytest.mark.parametrize("rescale", ["none", "preserve"])
+@pytest.mark.parametrize("gradient", ["ste", "masked"])
+@pytest.mark.parametrize("values", [(0.5,), (0.5, 0.5, 0.5), (0.0, 0.5, 0.75)], ids=["one", "alike", "per expert"])
+def test_every_selection_is_its_mask_with_the_site_s_gradient_and_rescale(
+    selection, number_format, rescale, gradient, values
+):
+    thresholds = [0.2 + 0.5 * value for value in values]
+    settings = {"selection": selection, "rescale": rescale, "gradient": gradient}
+    site = make(values, thresholds, quantization={"activations": number_format}, **settings)
+    assert site.is_uniform == (len(set(values)) == 1)
+    experts = torch.arange(12) % len(values)
+    x = torch.randn(12, D, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(12, D, dtype=torch.float64)
+    got, stats = site(x, experts, with_stats=True)
+    masks = [mask_of(selection, row, values[e], thresholds[e]) for row, e in zip(x.detach(), experts, strict=True)]
+    mask = torch.stack(masks)
+    rounded = x if number_format == "none" else fake_quantize(x, number_format)
+    want = apply_mask(rounded, mask, gradient=gradient)
+    if rescale == "preserve":
+        want = want * (x.norm(dim=-1, keepdim=True) / want.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
+    assert stats["kept"] == mask.sum()
+    assert stats["rows"] == 12
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_at_s_0_the_very_tensor_passes(selection):
+    site, x = make((0.0, 0.0), selection=selection), torch.randn(5, D)
+    assert site(x, with_stats=False)[0] is x
+    assert site(x, with_stats=True)[1]["kept"] == x.numel()
+
+
+def test_a_cast_of_the_model_does_not_round_the_threshold():
+    site = make((0.5,), (1.005,), selection="threshold").bfloat16()
+    x = torch.zeros(1, D, dtype=torch.bfloat16)
+    x[0, :2] = torch.tensor([1.0, 1.0078125])  # neighbours in bf16; 1.005 rounds to the upper one
+    assert site(x, with_stats=False)[0].nonzero().tolist() == [[0, 1]]
+
+
+def test_thresholds_that_are_missing_are_our_own_mistake():
+    with pytest.raises(AssertionError, match="needs thresholds"):
+        make((0.5,), selection="threshold")
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_nan_and_infinity_come_through_every_selection(selection):
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(4, D)
+        x[2, 5] = bad
+        got, _ = make((0.75,), (0.5,), selection=selection)(x, with_stats=False)
+        assert not got[2, 5].isfinite()
+        assert got[[0, 1, 3]].isfinite().all()

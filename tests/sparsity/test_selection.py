@@ -1,0 +1,111 @@
+"""Selections by a bound: threshold and statistical top-K. N rows, D features."""
+
+import math
+from statistics import NormalDist
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qsparse_moe.sparsity.selection import BOUND_MASKS, statistical_mask, threshold_mask
+
+torch.set_num_threads(1)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def bound(*values):
+    return torch.tensor(values) if len(values) == 1 else torch.tensor(values)[:, None]
+
+
+@st.composite
+def rows(draw):
+    num_rows, width = draw(st.integers(0, 6)), draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    x = torch.randn(num_rows, width, generator=generator)
+    steps = draw(st.sampled_from([0, 1, 3]))  # few distinct values make ties, some of them with the bound
+    x = (x * steps).round() / steps if steps else x
+    bad = draw(st.sampled_from([None, math.nan, math.inf, -math.inf]))
+    if bad is not None and num_rows:
+        x[draw(st.integers(0, num_rows - 1)), draw(st.integers(0, width - 1))] = bad
+    return x.to(draw(st.sampled_from(DTYPES)))
+
+
+def expected(x, limits):
+    """Feature by feature, in Python."""
+    mask = torch.zeros(x.shape, dtype=torch.bool)
+    for i, (row, limit) in enumerate(zip(x.double().abs().tolist(), limits, strict=True)):
+        if math.isnan(limit):
+            mask[i] = True
+            continue
+        mask[i] = torch.tensor([math.isnan(value) or value > limit for value in row])
+        if not mask[i].any():
+            mask[i, row.index(max(row))] = True
+    return mask
+
+
+@given(rows(), st.sampled_from([-math.inf, 0.0, 1 / 3, 1.0, 100.0]))
+def test_threshold_keeps_what_is_above_it_and_at_least_the_first_largest(x, threshold):
+    limit = torch.tensor(threshold).item()
+    assert torch.equal(threshold_mask(x, bound(threshold)), expected(x, [limit] * len(x)))
+
+
+def test_every_row_may_have_its_own_threshold():
+    x = torch.tensor([[1.0, 2.0, 3.0]] * 4)
+    mask = threshold_mask(x, bound(-math.inf, 1.0, 2.5, 9.0))
+    assert mask.tolist() == [[True] * 3, [False, True, True], [False, False, True], [False, False, True]]
+
+
+def test_a_bf16_row_is_compared_with_the_unrounded_threshold():
+    x = torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16)  # neighbours in bf16
+    assert threshold_mask(x, bound(1.005)).tolist() == [[False, True]]  # 1.005 rounds to the upper one
+
+
+@pytest.mark.filterwarnings("ignore:std:UserWarning")  # of no rows at all
+@given(rows(), st.floats(0.01, 0.99))
+def test_statistical_bound_is_the_mean_and_quantile_times_the_deviation_of_the_magnitudes(x, sparsity):
+    quantile = NormalDist().inv_cdf(sparsity)
+    magnitude = x.double().abs()
+    limit = magnitude.mean(-1) + torch.tensor(quantile).double() * magnitude.std(-1, correction=0)
+    got, want = statistical_mask(x, bound(quantile)), expected(x, limit.tolist())
+    # Rounding of the bound in fp32 may move a feature that lies on it.
+    on_the_bound = (magnitude - limit[:, None]).abs() <= 1e-5 * (1 + magnitude.amax(-1, keepdim=True))
+    assert ((got == want) | on_the_bound).all()
+    assert got.any(-1).all()
+
+
+@pytest.mark.parametrize(("sparsity", "kept"), [(0.1, 0.9797), (0.5, 0.4249), (0.9, 0.1162)])
+def test_statistical_selection_keeps_the_documented_share_of_normal_activations(sparsity, kept):
+    x = torch.randn(400, 1000, generator=torch.Generator().manual_seed(0))
+    mask = statistical_mask(x, bound(NormalDist().inv_cdf(sparsity)))
+    assert mask.double().mean().item() == pytest.approx(kept, abs=0.005)
+    # Where the magnitudes themselves are normal it is the share that was asked for.
+    shifted = statistical_mask(x + 10, bound(NormalDist().inv_cdf(sparsity)))
+    assert shifted.double().mean().item() == pytest.approx(1 - sparsity, abs=0.005)
+
+
+@pytest.mark.parametrize("name", BOUND_MASKS)
+def test_nothing_is_dropped_without_a_bound_nor_from_a_row_that_is_broken(name):
+    x = torch.randn(3, 8)
+    x[0] = 0.5  # no deviation
+    assert BOUND_MASKS[name](x, bound(-math.inf)).all()
+    x[1, 2] = math.nan
+    mask = BOUND_MASKS[name](x, bound(1e9))
+    assert mask[1, 2]  # the NaN stays, whatever the bound
+    assert mask.any(-1).all()
+
+
+def test_an_infinite_value_makes_the_statistics_keep_its_row_whole():
+    x = torch.randn(2, 8)
+    x[0, 3] = -math.inf
+    mask = statistical_mask(x, bound(1.0))
+    assert mask[0].all()
+    assert not mask[1].all()
+
+
+@pytest.mark.parametrize("name", BOUND_MASKS)
+def test_the_rows_are_not_changed(name):
+    x = torch.randn(3, 8)
+    before = x.clone()
+    BOUND_MASKS[name](x, bound(0.5))
+    assert torch.equal(x, before)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from qsparse_moe.kernels import block_topk, topk_select
+from qsparse_moe.kernels import block_topk, fused_glu, int8_quantize, topk_select
 from qsparse_moe.kernels.spec import OpSpec
 
-OPS: tuple[OpSpec, ...] = (topk_select.SPEC, block_topk.SPEC)
+OPS: tuple[OpSpec, ...] = (
+    topk_select.SPEC,
+    block_topk.SPEC,
+    fused_glu.SPEC,
+    int8_quantize.SPEC,
+    int8_quantize.FAKE_SPEC,
+)

@@ -21,6 +21,8 @@ def outputs_and_grads(operation: Callable[..., Any], example: Example, dtype: to
     leaves = {name: x.detach().to(dtype).requires_grad_() for name, x in example.tensors.items()}
     outputs = dict(_flatten("output", operation(**leaves, **example.settings)))
     differentiable = {name: out for name, out in outputs.items() if out.requires_grad}
+    if not differentiable:
+        return {name: out.cpu().double() for name, out in outputs.items()}
     generator = torch.Generator().manual_seed(7)
     upstream = [torch.randn(out.shape, generator=generator).to(own).to(out) for out in differentiable.values()]
     grads = torch.autograd.grad(list(differentiable.values()), list(leaves.values()), upstream)

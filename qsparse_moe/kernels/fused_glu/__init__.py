@@ -1,0 +1,50 @@
+"""Gated activation, top-K selection and the sums of its rows in one pass forward and one backward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.kernels import example_rows, tiles
+from qsparse_moe.kernels.fused_glu import reference
+from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
+from qsparse_moe.sparsity.topk import topk_mask
+
+_OP = "qsparse_moe.kernels.fused_glu.op"
+_ROWS = tuple(case for case in example_rows.SHAPES if case != "one_value")
+CASES = tuple(f"{activation} {case}" for activation in reference.ACTIVATIONS for case in (*_ROWS, "masked_gradient"))
+
+
+def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
+    """``gate`` and ``up`` whose K-th and next activation are equal or at least a factor of 1.5 apart in every row.
+
+    So every precision selects the same features, and a difference of the results is one of arithmetic.
+    """
+    activation, _, rows = case.rpartition(" ")
+    activation = activation or "relu2glu"
+    rows, gradient = ("k_per_row", "masked") if rows == "masked_gradient" else (rows, "ste")
+    gate, up = (example_rows.values_of(rows, device, salt) for salt in ("gate", "up"))
+    if rows == "ties":
+        gate, up = _few_pairs(gate.shape)
+    num_kept = example_rows.num_kept_of(rows, gate.shape[0], gate.shape[1], device)
+    if rows not in ("ties", "large"):
+        chosen = topk_mask(reference.ACTIVATIONS[activation](gate, up), num_kept)
+        up = torch.where(chosen, 2 * up, up)
+    tensors = {"gate_NF": gate.to(device, dtype), "up_NF": up.to(device, dtype)}
+    return Example(tensors, {"num_kept": num_kept, "activation": activation, "gradient": gradient})
+
+
+def _few_pairs(shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Four pairs of gate and up, whose activations lie far apart, dealt out to the features."""
+    dealt = torch.randint(0, 4, shape, generator=example_rows.seeded("ties", "pairs"))
+    return torch.tensor([0.5, 1.0, -1.0, 2.0])[dealt], torch.tensor([1.0, -2.0, 1.0, 3.0])[dealt]
+
+
+SPEC = OpSpec(
+    name="fused_glu",
+    reference=reference.fused_glu,
+    fast={"triton": Implementation(f"{_OP}:fused_glu_triton", tiles.why_not)},
+    example_inputs=example_inputs,
+    cases=CASES,
+    budget=2.0,
+)

@@ -1,0 +1,95 @@
+"""Gated activation, selection and sums as one autograd operation over any implementation. N rows, F hidden features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.kernels import tiles
+from qsparse_moe.kernels.fused_glu.reference import RowSums
+from qsparse_moe.kernels.spec import WhyNot
+
+
+@dataclass(frozen=True)
+class FusedGLU:
+    """A named implementation.
+
+    ``forward(gate_NF, up_NF, num_kept, activation, *, with_mask, with_sums)`` returns what is kept ``(N, F)``, the bool
+    mask ``(N, F)`` and the sums ``(4, N)`` fp32 in the order of ``RowSums``; what was not asked for is of no size.
+    ``backward(gate_NF, up_NF, grad_NF, mask_NF or None, activation)`` returns the gradients by gate and by up.
+    """
+
+    name: str
+    forward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor]]
+    why_not: WhyNot
+
+
+def fused_glu(
+    gate_NF: Tensor,
+    up_NF: Tensor,
+    num_kept: int | Tensor,
+    *,
+    by: FusedGLU,
+    activation: str = "relu2glu",
+    gradient: str = "ste",
+    with_sums: bool = True,
+) -> tuple[Tensor, RowSums | None]:
+    """``reference.fused_glu`` computed by ``by``; without ``with_sums`` there are none."""
+    kept_NF, sums_4N = _FusedGLU.apply(gate_NF, up_NF, num_kept, by, activation, gradient == "masked", with_sums)
+    return kept_NF, RowSums(*sums_4N) if with_sums else None
+
+
+def fused_glu_triton(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:
+    """``fused_glu`` by Triton."""
+    return fused_glu(gate_NF, up_NF, num_kept, by=TRITON, **settings)
+
+
+def _triton_forward(*arguments: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from qsparse_moe.kernels.fused_glu import triton
+
+    return triton.forward_triton(*arguments, **settings)
+
+
+def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    from qsparse_moe.kernels.fused_glu import triton
+
+    return triton.backward_triton(*arguments)
+
+
+TRITON = FusedGLU("triton", _triton_forward, _triton_backward, tiles.why_not)
+FUSED_GLUS: tuple[FusedGLU, ...] = (TRITON,)
+"""Fastest first."""
+
+
+class _FusedGLU(torch.autograd.Function):
+    """Keeps gate and up for the backward, and with the masked gradient the mask."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_NF: Tensor,
+        up_NF: Tensor,
+        num_kept: int | Tensor,
+        by: FusedGLU,
+        activation: str,
+        masked: bool,
+        with_sums: bool,
+    ) -> tuple[Tensor, Tensor]:
+        kept_NF, mask_NF, sums_4N = by.forward(
+            gate_NF, up_NF, num_kept, activation, with_mask=masked, with_sums=with_sums
+        )
+        ctx.save_for_backward(gate_NF, up_NF, mask_NF if masked else None)
+        ctx.by, ctx.activation = by, activation
+        ctx.mark_non_differentiable(sums_4N)
+        return kept_NF, sums_4N
+
+    @staticmethod
+    def backward(ctx: Any, grad_NF: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gate_NF, up_NF, mask_NF = ctx.saved_tensors
+        grad_gate_NF, grad_up_NF = ctx.by.backward(gate_NF, up_NF, grad_NF, mask_NF, ctx.activation)
+        return grad_gate_NF, grad_up_NF, None, None, None, None, None

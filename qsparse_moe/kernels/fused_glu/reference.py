@@ -1,0 +1,65 @@
+"""Gated activation, top-K selection and the sums of what it did, written out. N rows, F hidden features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsparse_moe.sparsity.topk import Gradient, topk_sparsify
+
+Activation = Callable[[Tensor, Tensor], Tensor]
+
+
+class RowSums(NamedTuple):
+    """Sums over the features of every row, in at least fp32; added over rows they are the fields of ``site_stats``."""
+
+    kept_N: Tensor  # chosen by the selection, zeros among them included
+    nonzero_N: Tensor  # of what is kept
+    energy_N: Tensor  # sum of squares before the selection
+    kept_energy_N: Tensor  # and after
+
+
+def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """``silu(gate) * up`` (arXiv 2002.05202)."""
+    return F.silu(gate_NF) * up_NF
+
+
+def relu2glu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
+    """``relu(gate)^2 * up`` (arXiv 2407.10969, section 2.3)."""
+    return gate_NF.relu().square() * up_NF
+
+
+ACTIVATIONS: dict[str, Activation] = {"relu2glu": relu2glu, "swiglu": swiglu}
+
+
+def fused_glu(
+    gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, *, activation: str = "relu2glu", gradient: Gradient = "ste"
+) -> tuple[Tensor, RowSums]:
+    """``topk_sparsify(activation(gate, up), num_kept)`` and the sums of its rows.
+
+    The selection sees the activation as it is stored, in the dtype of ``gate``.
+
+    Args:
+        gate_NF: ``(N, F)``.
+        up_NF: ``(N, F)``.
+        num_kept: K with ``1 <= K <= F``, one for all rows or an int tensor ``(N)``.
+        activation: ``relu2glu`` or ``swiglu``.
+        gradient: ``ste`` or ``masked``, as in ``topk_sparsify``.
+
+    Returns:
+        ``(N, F)`` with K values kept in every row, and the sums, which have no gradient.
+    """
+    dense_NF = ACTIVATIONS[activation](gate_NF, up_NF)
+    kept_NF = topk_sparsify(dense_NF, num_kept, gradient=gradient)
+    return kept_NF, row_sums(dense_NF.detach(), kept_NF.detach(), num_kept)
+
+
+def row_sums(dense_NF: Tensor, kept_NF: Tensor, num_kept: int | Tensor) -> RowSums:
+    """The sums of rows before and after a selection of ``num_kept``."""
+    dense_NF, kept_NF = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dense_NF, kept_NF))
+    kept_N = torch.zeros_like(dense_NF[:, 0]) + num_kept
+    return RowSums(kept_N, (kept_NF != 0).sum(-1).to(kept_N), dense_NF.square().sum(-1), kept_NF.square().sum(-1))

@@ -1,0 +1,43 @@
+"""Absmax int8 quantisation of rows: codes and scales, or what they stand for, with a straight-through gradient."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from qsparse_moe.kernels import example_rows, tiles
+from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
+from qsparse_moe.sparsity.quantize import fake_quantize, quantize
+
+_TRITON = "qsparse_moe.kernels.int8_quantize.triton"
+CASES = ("plain", "odd_sizes", "one_value", "no_rows", "ties", "zeros", "strided", "many_features")
+
+
+def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
+    """Rows of the case, each of another size; in ``ties`` many values lie half-way between two codes."""
+    x = example_rows.values_of(case, device)
+    if case == "ties":
+        x = torch.randint(-254, 255, x.shape, generator=example_rows.seeded(case)).to(x) / 2
+        x[:, 0] = 127.0
+    else:
+        x = x * torch.logspace(-3, 3, x.shape[0], device=device)[:, None]
+    return Example({"x": x.to(dtype)})
+
+
+SPEC = OpSpec(
+    name="int8_quantize",
+    reference=partial(quantize, number_format="int8"),
+    fast={"triton": Implementation(f"{_TRITON}:quantize_triton", tiles.why_not)},
+    example_inputs=example_inputs,
+    cases=CASES,
+    budget=2.0,
+)
+FAKE_SPEC = OpSpec(
+    name="int8_fake_quantize",
+    reference=partial(fake_quantize, number_format="int8"),
+    fast={"triton": Implementation(f"{_TRITON}:fake_quantize_triton", tiles.why_not)},
+    example_inputs=example_inputs,
+    cases=CASES,
+    budget=2.0,
+)

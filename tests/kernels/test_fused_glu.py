@@ -1,0 +1,100 @@
+"""The fused activation, selection and sums beyond the registry's cases: NaN, joint matrices, sums left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.kernels.fused_glu import reference
+from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, fused_glu
+from qsparse_moe.moe.activations import REFERENCES
+from qsparse_moe.sparsity.stats import site_stats
+from qsparse_moe.sparsity.topk import topk_sparsify
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[pytest.param(by, id=by.name) for by in FUSED_GLUS])
+def by(request):
+    reason = request.param.why_not(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_definitions_are_those_of_the_experts(activation):
+    gate, up = torch.randn(2, 4, 9)
+    assert torch.equal(reference.ACTIVATIONS[activation](gate, up), REFERENCES[activation](gate, up))
+
+
+@pytest.mark.parametrize("num_kept", [5, torch.tensor([1, 9, 4, 7])])
+def test_sums_of_the_reference_are_those_of_a_site(num_kept):
+    gate, up = torch.randn(2, 4, 9)
+    kept, sums = reference.fused_glu(gate, up, num_kept)
+    want = site_stats(reference.relu2glu(gate, up), kept, num_kept)
+    for name, of_rows in sums._asdict().items():
+        torch.testing.assert_close(of_rows.double().sum(), want[name.removesuffix("_N")], rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_selection_is_exact_for_the_activation_as_it_is_stored(by, activation, dtype):
+    # Values so close together that a selection in fp32 would choose others.
+    gate, up = (1 + 0.05 * torch.randn(2, 6, 64)).to(dtype)
+    dense = fused_glu(gate, up, 64, by=by, activation=activation)[0]
+    for num_kept in (1, 20, torch.tensor([3, 64, 1, 63, 32, 9])):
+        kept, sums = fused_glu(gate, up, num_kept, by=by, activation=activation)
+        assert torch.equal(kept, topk_sparsify(dense, num_kept))
+        torch.testing.assert_close(sums, reference.row_sums(dense, kept, num_kept))
+
+
+def test_halves_of_one_matrix_are_read_where_they_lie(by):
+    joint = torch.randn(5, 2 * 12, requires_grad=True)
+    upstream = torch.randn(5, 12)
+    results = []
+    for run in (reference.fused_glu, lambda *args: fused_glu(*args, by=by)):
+        kept, _ = run(*joint.chunk(2, dim=-1), 4)
+        results.append((kept, torch.autograd.grad(kept, joint, upstream)[0]))
+    torch.testing.assert_close(*results)
+
+
+def test_a_gradient_that_was_expanded_is_taken(by):
+    gate, up = torch.randn(2, 5, 12, requires_grad=True)
+    kept, _ = fused_glu(gate, up, 4, by=by)
+    want, _ = reference.fused_glu(gate, up, 4)
+    for mine, theirs in zip(*(torch.autograd.grad(out.sum(), (gate, up)) for out in (kept, want)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize("broken", ["gate", "up"])
+def test_a_nan_is_kept_and_spreads_to_its_gradients(by, activation, broken):
+    inputs = {"gate": torch.rand(2, 8), "up": torch.rand(2, 8)}
+    inputs[broken][1, 5] = float("nan")
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    kept, sums = fused_glu(*leaves, 2, by=by, activation=activation)
+    assert kept.isnan().nonzero().tolist() == [[1, 5]]
+    assert sums.energy_N.isnan().tolist() == [False, True]
+    want = torch.autograd.grad(reference.fused_glu(*leaves, 2, activation=activation)[0], leaves, torch.ones(2, 8))
+    for mine, theirs in zip(torch.autograd.grad(kept, leaves, torch.ones(2, 8)), want, strict=True):
+        torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_large_and_infinite_gates_give_what_torch_gives(by, activation):
+    gate = torch.tensor([[200.0, -200.0, 89.0, -89.0, 1e4, -1e4, 0.0, float("inf")]], requires_grad=True)
+    up = torch.tensor([[1.0, 2.0, -1.0, 3.0, 1.0, -1.0, 5.0, 1.0]], requires_grad=True)
+    kept, _ = fused_glu(gate, up, 8, by=by, activation=activation)
+    want, _ = reference.fused_glu(gate, up, 8, activation=activation)
+    torch.testing.assert_close(kept, want, atol=1e-30, rtol=1e-5)
+    finite = torch.tensor([[1.0] * 7 + [0.0]])
+    for mine, theirs in zip(*(torch.autograd.grad(o, (gate, up), finite) for o in (kept, want)), strict=True):
+        torch.testing.assert_close(mine[:, :7], theirs[:, :7], atol=1e-30, rtol=1e-5)
+
+
+def test_sums_are_left_out_where_none_are_asked_for(by):
+    gate, up = torch.randn(2, 5, 12)
+    kept, sums = fused_glu(gate, up, 4, by=by, with_sums=False)
+    assert sums is None
+    torch.testing.assert_close(kept, reference.fused_glu(gate, up, 4)[0])

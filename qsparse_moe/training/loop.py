@@ -1,49 +1,29 @@
-"""A run from its config to its run folder. It reads from the top: prepare, step, evaluate, save, report."""
+"""A run from its config to its last report: step, evaluate, report, save, until it is done or asked to stop."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from signal import Signals
 
 from qsparse_moe.config.rules import check_config, check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
-from qsparse_moe.data.loader import TrainLoader, combine_states
-from qsparse_moe.data.token_data import TokenData, load_data
+from qsparse_moe.data.loader import combine_states
+from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
-from qsparse_moe.model.transformer import build_model
-from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint import (
-    Checkpoint,
-    Progress,
-    list_checkpoints,
-    newest_checkpoint,
-    remove_leftovers,
-    save_checkpoint,
-)
-from qsparse_moe.training.distributed import Distributed, open_distributed
-from qsparse_moe.training.engine import Engine, build_engine
-from qsparse_moe.training.evaluate import Evaluator
+from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
+from qsparse_moe.training.checkpoint import Progress, list_checkpoints, save_checkpoint
+from qsparse_moe.training.distributed import open_distributed
 from qsparse_moe.training.guard import NonFiniteGuard
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
-from qsparse_moe.training.manifest import write_manifest
 from qsparse_moe.training.memory import memory_in_use
-from qsparse_moe.training.portable_state import (
-    check_shapes,
-    load_weights,
-    restore,
-    seed_random_states,
-    set_random_states,
-)
+from qsparse_moe.training.prepare import PreparedRun, prepare_run
 from qsparse_moe.training.report import Listener, RunContext, StepReport, TrainingResult, tell
-from qsparse_moe.training.run_folder import check_run_folder, run_folder, write_config
+from qsparse_moe.training.run_folder import check_run_folder
 from qsparse_moe.training.step import StepOutcome, train_step
 
 logger = logging.getLogger(__name__)
@@ -73,74 +53,17 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         resumes = distributed.on_rank_zero(lambda: check_run_folder(config))
         data = load_data(config.data)
         with StopSignals() as signals:
-            run = _prepare(config, distributed, data, resumes=resumes)
+            run = prepare_run(config, distributed, data, resumes=resumes)
             try:
                 return _Loop(run, signals, listeners if distributed.rank == 0 else ()).run()
             finally:
                 run.engine.close()
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Everything that is made before the first step."""
-
-    config: RunConfig
-    folder: Path
-    distributed: Distributed
-    engine: Engine
-    loader: TrainLoader
-    evaluator: Evaluator
-    plan: SparsityPlan
-    start: Progress
-
-
-def _prepare(config: RunConfig, distributed: Distributed, data: TokenData, *, resumes: bool) -> _Run:
-    """Build model, engine and loader, from the newest checkpoint where there is one, and write the run folder."""
-    folder = run_folder(config)
-    training = config.training
-    loader = TrainLoader(config, data, distributed.rank, distributed.world_size)
-    checkpoint = _find_checkpoint(folder, distributed) if resumes else None
-    model = build_model(config.model, device=distributed.device, seed=training.seed)
-    model.activation_checkpointing = training.activation_checkpointing == "full"
-    plan = model.sparsity_plan
-    if checkpoint is not None:
-        check_shapes({n: p.shape for n, p in model.named_parameters()}, checkpoint.shapes, str(checkpoint.index_file))
-        loader.load_state_dict(checkpoint.data_state)
-        load_weights(model, checkpoint.tensor)
-    engine = build_engine(config, model, distributed)
-    start = checkpoint.progress if checkpoint is not None else Progress(step=0, tokens=0, seconds=0.0)
-    seed_random_states(training.seed, start.step, distributed.rank)
-    if checkpoint is not None:
-        restore(engine, checkpoint.tensor, checkpoint.adam_step)
-        if checkpoint.world_size == distributed.world_size:
-            set_random_states(checkpoint.random_states(distributed.rank))
-    evaluator = Evaluator(
-        data, num_rows=training.evaluation_rows, micro_batch_size=training.micro_batch_size, distributed=distributed
-    )
-
-    def write() -> None:
-        write_config(folder, config)
-        write_manifest(folder, config, engine, start_step=start.step, fingerprint=data.fingerprint)
-
-    distributed.on_rank_zero(write)
-    return _Run(config, folder, distributed, engine, loader, evaluator, plan, start)
-
-
-def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | None:
-    distributed.on_rank_zero(lambda: remove_leftovers(folder))
-    checkpoint = newest_checkpoint(folder, distributed)
-    if distributed.rank == 0:
-        if checkpoint is None:
-            logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
-        else:
-            logger.info("resuming from %s", checkpoint.path)
-    return checkpoint
-
-
 class _Loop:
     """The steps of a prepared run, and what happens between them."""
 
-    def __init__(self, run: _Run, signals: StopSignals, listeners: Sequence[Listener]) -> None:
+    def __init__(self, run: PreparedRun, signals: StopSignals, listeners: Sequence[Listener]) -> None:
         self._run = run
         self._training = run.config.training
         self._signals = signals
@@ -199,7 +122,9 @@ class _Loop:
         return outcome
 
     def _set_sparsity(self, step: int) -> None:
-        scale = scheduled_scale(self._run.config.model.sparsity.schedule, step)
+        settings = self._run.config.model.sparsity
+        self._run.engine.model.set_ste_share(ste_share(settings, step))
+        scale = scheduled_scale(settings.schedule, step)
         if scale != self._scale:
             self._run.engine.model.set_sparsity(self._run.plan.scaled(scale))
             self._scale = scale

@@ -42,6 +42,18 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.training.output_dir).expanduser() / config.training.name
 
 
+def is_finished(config: RunConfig) -> bool:
+    """Whether the run's folder holds a checkpoint of its last step or a later one; needs no torch.
+
+    Raises:
+        CheckpointError, ConfigError: as ``check_run_folder`` does.
+    """
+    if not check_run_folder(config):
+        return False
+    steps = (path.name.removeprefix("step-") for path in (run_folder(config) / "checkpoints").glob("step-*"))
+    return any(step.isdecimal() and int(step) >= config.training.steps for step in steps)
+
+
 def check_run_folder(config: RunConfig) -> bool:
     """Whether there is a run to resume; False where the folder is free. Writes nothing and needs no torch.
 
@@ -50,7 +62,7 @@ def check_run_folder(config: RunConfig) -> bool:
         ConfigError: the run in it was made with other settings; each is named with both values.
     """
     folder = run_folder(config)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
         return False
     if not config.training.resume:
         raise CheckpointError(
@@ -75,12 +87,21 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 def write_whole(file: Path, text: str) -> None:
     """Replace ``file``: whoever reads it sees the old text or the new one, never a part."""
-    beside = file.with_name(f".{file.name}.new")
+    beside = _beside(file)
     with beside.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(file)
+
+
+def _beside(file: Path) -> Path:
+    return file.with_name(f".{file.name}.new")
+
+
+def _holds_nothing(folder: Path) -> bool:
+    """Also where a process died while it wrote the very first file."""
+    return all(path == _beside(folder / CONFIG_FILE) for path in folder.iterdir())
 
 
 def _check_same_run(stored: Path, config: RunConfig) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 
 from tests.support.launch import entry, run_plan
-from tests.support.runs import LAYOUTS, STOP_STEP, tiny_config, write_text
+from tests.support.runs import LAYOUTS, MIXED_MODEL, STOP_STEP, tiny_config, write_text
 
 PRECISIONS = ("fp32", "bf16")
 EVERY_LAYOUT = [f"{name}-{precision}" for precision in PRECISIONS for name in LAYOUTS]
 RESUMED = {1: ["torch-fp32", "torch-bf16", "zero0-bf16", "zero1-fp32", "zero2-bf16", "zero3-fp32"], 2: EVERY_LAYOUT}
 """Layouts that are stopped and resumed, by the number of ranks."""
+
+MIXED = ["torch-fp32", "zero2-fp32", "zero3-fp32"]
+"""Layouts of the other model."""
 
 TRANSFERS = [
     ("torch-fp32", 1, "zero1-fp32", 2),
@@ -84,11 +87,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return made
 
 
-def _entry(made: Runs, label: str, layout: str, ranks: int, *, training: dict[str, Any], **more: Any) -> dict[str, Any]:
+def _entry(
+    made: Runs,
+    label: str,
+    layout: str,
+    ranks: int,
+    *,
+    training: dict[str, Any],
+    model: dict[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
     engine, precision = layout.split("-")
     # Evaluated in the middle too: ZeRO-3 follows the order of modules, and an evaluation comes in between.
     settings = LAYOUTS[engine] | {"precision": precision, "evaluation_interval": 3} | training
-    return entry(label, tiny_config(made.folder, name_of(label, ranks), **settings), **more)
+    return entry(label, tiny_config(made.folder, name_of(label, ranks), model=model, **settings), **more)
 
 
 def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
@@ -96,13 +108,14 @@ def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
 
 
 def _variants(made: Runs, ranks: int) -> list[dict[str, Any]]:
-    """Other ways to do the same: larger micro-batches, and recomputation in the backward."""
+    """Other ways to do the same: larger micro-batches, and recomputation in the backward; and another model."""
     larger, recomputed = {"micro_batch_size": 4}, {"activation_checkpointing": "full"}
     return [
         _entry(made, "torch-larger", "torch-fp32", ranks, training=larger),
         _entry(made, "zero2-larger", "zero2-fp32", ranks, training=larger),
         _entry(made, "torch-recomputed", "torch-fp32", ranks, training=recomputed),
         _entry(made, "zero3-recomputed", "zero3-fp32", ranks, training=recomputed),
+        *(_entry(made, f"mixed-{layout}", layout, ranks, training={}, model=MIXED_MODEL) for layout in MIXED),
     ]
 
 

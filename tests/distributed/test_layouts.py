@@ -11,6 +11,7 @@ from tests.distributed.conftest import (
     EVERY_LAYOUT,
     FAULT_STEP,
     FAULTS,
+    MIXED,
     RESUMED,
     TRANSFERS,
     Runs,
@@ -20,10 +21,12 @@ from tests.support.runs import STEPS, STOP_STEP
 
 pytestmark = pytest.mark.distributed
 
-# Losses are near 5.5. Measured: fp32 at most 7e-7, and 1e-6 of the norm; bf16 none and 2e-6. A bf16 number has 8 bits,
-# so that on another processor, with another order of additions, a loss may move by some 1e-4.
-LOSS_TOLERANCE = {"fp32": 5e-6, "bf16": 1e-3}
-NORM_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-2}
+# Of losses near 5 and norms near 2. Measured: 7e-7 and 1e-6 as long as every layout selects the same features; where
+# two are so near that rounding decides, a layout takes the other one, and the loss moves by up to 3e-5, the norm by
+# 3e-5 of itself. bf16: 0 and 2e-6; it has 8 bits, so another processor's order of additions may move it by some 1e-4.
+SAME_SELECTION = {"fp32": (3e-6, 3e-6), "bf16": (1e-3, 1e-2)}
+OTHER_SELECTION = {"fp32": (2e-4, 1e-3), "bf16": (5e-3, 5e-2)}
+EARLY_STEPS = 2
 BF16_AGAINST_FP32 = 2e-2
 
 EVERYWHERE = [(layout, ranks) for ranks in (1, 2) for layout in EVERY_LAYOUT]
@@ -44,13 +47,15 @@ def assert_same_run(outcome, reference, precision, *, since=0):
         [report["step"] for report in ours] == [report["step"] for report in theirs] == [*range(since + 1, STEPS + 1)]
     )
     for mine, other in zip(ours, theirs, strict=True):
-        assert mine["losses"] == pytest.approx(other["losses"], abs=LOSS_TOLERANCE[precision])
-        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=NORM_TOLERANCE[precision])
+        is_early = mine["step"] <= EARLY_STEPS
+        of_loss, of_norm = (SAME_SELECTION if is_early else OTHER_SELECTION)[precision]
+        assert mine["losses"] == pytest.approx(other["losses"], abs=of_loss)
+        assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=of_norm)
         assert mine["learning_rate"] == other["learning_rate"]
         assert mine["sparsity"] == other["sparsity"]
         assert (mine["validation"] is None) == (other["validation"] is None) == (mine["step"] % 3 != 0)
         if mine["validation"]:
-            assert mine["validation"] == pytest.approx(other["validation"], rel=LOSS_TOLERANCE[precision])
+            assert mine["validation"] == pytest.approx(other["validation"], rel=of_loss)
     assert outcome["result"]["validation"] == outcome["reports"][-1]["validation"]
 
 
@@ -77,6 +82,13 @@ def test_every_layout_has_the_losses_of_the_plain_engine_on_one_rank(runs: Runs,
 @pytest.mark.parametrize(("label", "ranks"), VARIANTS)
 def test_micro_batches_and_recomputation_change_nothing(runs: Runs, label, ranks):
     assert_same_run(runs(label, ranks), runs("torch-fp32", 1), "fp32")
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in MIXED])
+def test_a_tied_head_dense_layers_and_shared_experts_have_their_losses_in_every_layout(runs: Runs, layout, ranks):
+    reference = runs("mixed-torch-fp32", 1)
+    assert_same_run(runs(f"mixed-{layout}", ranks), reference, "fp32")
+    assert series(reference, "loss") != series(runs("torch-fp32", 1), "loss")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.training import loop
+from qsparse_moe.training import loop, prepare
 from qsparse_moe.training.report import StepReport
 from qsparse_moe.training.run_folder import run_folder
 
@@ -67,14 +67,14 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
         with mock.patch.object(os, "fsync", lambda file: (time.sleep(0.05), flush(file))):
             yield
         return
-    build = loop.build_model
+    build = prepare.build_model
 
     def build_broken(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
         _break(model, **fault)
         return model
 
-    with mock.patch.object(loop, "build_model", build_broken):
+    with mock.patch.object(prepare, "build_model", build_broken):
         yield
 
 

@@ -34,7 +34,23 @@ def write_text(folder: Path) -> Path:
     return folder
 
 
-def tiny_config(folder: Path, name: str, **training: Any) -> RunConfig:
+MIXED_MODEL: dict[str, Any] = {
+    "tie_embeddings": True,
+    "num_kv_heads": 1,
+    "moe": {
+        "num_experts": 4,
+        "expert_hidden_size": 24,
+        "backend": "loop",
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "router": "topk_softmax",
+        "activation": "swiglu",
+    },
+}
+"""What the tiny model lacks: a tied head, grouped queries, a dense layer, a shared expert, the loop over experts."""
+
+
+def tiny_config(folder: Path, name: str, *, model: dict[str, Any] | None = None, **training: Any) -> RunConfig:
     """A run of ``STEPS`` steps in ``folder/runs/name`` that reports every step.
 
     It has Q-Sparse at S = 0.5 that is still growing where the run stops, accumulation, clipping that bites, a learning
@@ -43,6 +59,7 @@ def tiny_config(folder: Path, name: str, **training: Any) -> RunConfig:
     Args:
         folder: holds ``text/``, the cache and the runs.
         name: of the run.
+        model: settings of ``model`` that differ.
         training: settings of ``training`` that differ.
     """
     schedule = {"shape": "linear", "warmup_steps": 1, "ramp_steps": 4}
@@ -61,7 +78,8 @@ def tiny_config(folder: Path, name: str, **training: Any) -> RunConfig:
                 # It must fit into the run.
                 "schedule": schedule if training.get("steps", STEPS) >= 5 else {},
             },
-        },
+        }
+        | (model or {}),
         "data": {
             "sources": [{"kind": "text", "path": str(folder / "text" / "*.txt")}],
             "sequence_length": 24,

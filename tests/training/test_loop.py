@@ -13,7 +13,7 @@ import pytest
 from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
-from qsparse_moe.training import loop
+from qsparse_moe.training import prepare
 from qsparse_moe.training.checkpoint import list_checkpoints
 from qsparse_moe.training.loop import train
 from qsparse_moe.training.run_folder import run_folder
@@ -152,6 +152,19 @@ def test_a_resumed_run_counts_its_seconds_and_steps_on(make_config):
     )
 
 
+@pytest.mark.parametrize("mode", ["table", "streaming"])
+def test_a_stopped_run_goes_on_with_the_rows_that_were_next(make_config, mode):
+    def config(name, **training):
+        made = make_config(name, **training)
+        return made.model_copy(update={"data": made.data.model_copy(update={"mode": mode})})
+
+    whole, parts = Listener(), stop_after(3)
+    train(config("whole"), [whole])
+    train(config("parts"), [parts])
+    train(config("parts", resume=True), [parts])
+    assert [report.losses for report in parts.reports] == [report.losses for report in whole.reports]
+
+
 def test_a_finished_run_can_be_resumed_to_no_steps_or_to_more(make_config):
     first = train(make_config(steps=2))
     again = train(make_config(steps=2, resume=True), [listener := Listener()])
@@ -212,13 +225,13 @@ def test_a_poisoned_weight_stops_the_run_with_its_layer_and_the_last_checkpoint(
         if report.step == 2:
             poisoned[0].layers[1].moe.experts.w_down.data[0, 0, 0] = float("nan")
 
-    build = loop.build_model
+    build = prepare.build_model
 
     def keep(*arguments, **settings):
         poisoned.append(build(*arguments, **settings))
         return poisoned[0]
 
-    monkeypatch.setattr(loop, "build_model", keep)
+    monkeypatch.setattr(prepare, "build_model", keep)
     config = make_config(checkpoint_interval=2)
     with pytest.raises(TrainingDiverged) as caught:
         train(config, [Listener(poison)])

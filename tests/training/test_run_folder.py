@@ -21,8 +21,13 @@ def changed(config: RunConfig, path: str, value) -> RunConfig:
 def test_a_free_folder_is_a_new_run_whatever_resume_says(make_config):
     for resume in (False, True):
         assert check_run_folder(make_config(resume=resume)) is False
-    run_folder(make_config()).mkdir(parents=True)
+    folder = run_folder(make_config())
+    folder.mkdir(parents=True)
     assert check_run_folder(make_config()) is False
+    (folder / ".config.yaml.new").write_text("half of a conf")
+    assert check_run_folder(make_config()) is False
+    write_config(folder, make_config())
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
 
 
 def test_a_run_never_overwrites_another(make_config):

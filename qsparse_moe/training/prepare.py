@@ -1,0 +1,106 @@
+"""Everything that a run needs before its first step, new or from its newest checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.loader import TrainLoader
+from qsparse_moe.data.token_data import TokenData
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.checkpoint import Checkpoint, Progress, newest_checkpoint, remove_leftovers
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.engine import Engine, build_engine
+from qsparse_moe.training.evaluate import Evaluator
+from qsparse_moe.training.manifest import write_manifest
+from qsparse_moe.training.portable_state import (
+    check_shapes,
+    load_weights,
+    restore,
+    seed_random_states,
+    set_random_states,
+)
+from qsparse_moe.training.run_folder import run_folder, write_config
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A run that stands before its next step, on every rank."""
+
+    config: RunConfig
+    folder: Path
+    distributed: Distributed
+    engine: Engine
+    loader: TrainLoader
+    evaluator: Evaluator
+    plan: SparsityPlan
+    """The sparsity that the schedule leads to."""
+    start: Progress
+    """Where it begins: nothing, or what the checkpoint had done."""
+
+
+def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *, resumes: bool) -> PreparedRun:
+    """Build model, engine and loader, from the newest checkpoint where the run ``resumes``, and write the run folder.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged or of another model.
+        DataError: it was made with other data.
+        BackendUnavailable: a backend asked for by name cannot run here.
+    """
+    folder = run_folder(config)
+    training = config.training
+    loader = TrainLoader(config, data, distributed.rank, distributed.world_size)
+    checkpoint = _find_checkpoint(folder, distributed) if resumes else None
+    if checkpoint is not None:
+        loader.load_state_dict(checkpoint.data_state)
+    engine = _start_engine(config, distributed, checkpoint)
+    start = checkpoint.progress if checkpoint is not None else Progress(step=0, tokens=0, seconds=0.0)
+    _start_random_states(training.seed, distributed, start, checkpoint)
+    evaluator = Evaluator(
+        data, num_rows=training.evaluation_rows, micro_batch_size=training.micro_batch_size, distributed=distributed
+    )
+
+    def write() -> None:
+        write_config(folder, config)
+        write_manifest(folder, config, engine, start_step=start.step, fingerprint=data.fingerprint)
+
+    distributed.on_rank_zero(write)
+    plan = SparsityPlan.from_config(config.model)
+    return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start)
+
+
+def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | None:
+    distributed.on_rank_zero(lambda: remove_leftovers(folder))
+    checkpoint = newest_checkpoint(folder, distributed)
+    if distributed.rank == 0:
+        if checkpoint is None:
+            logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
+        else:
+            logger.info("resuming from %s", checkpoint.path)
+    return checkpoint
+
+
+def _start_engine(config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None) -> Engine:
+    model = build_model(config.model, device=distributed.device, seed=config.training.seed)
+    model.activation_checkpointing = config.training.activation_checkpointing == "full"
+    if checkpoint is None:
+        return build_engine(config, model, distributed)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_shapes(shapes, checkpoint.shapes, str(checkpoint.index_file))
+    # The engine makes its own copies of the weights, so they come first; what it adds to them is restored after.
+    load_weights(model, checkpoint.tensor)
+    engine = build_engine(config, model, distributed)
+    restore(engine, checkpoint.tensor, checkpoint.adam_step)
+    return engine
+
+
+def _start_random_states(seed: int, distributed: Distributed, start: Progress, checkpoint: Checkpoint | None) -> None:
+    """Where the checkpoint's ranks left off; another number of ranks begins anew, each with a seed of its own."""
+    seed_random_states(seed, start.step, distributed.rank)
+    if checkpoint is not None and checkpoint.world_size == distributed.world_size:
+        set_random_states(checkpoint.random_states(distributed.rank))

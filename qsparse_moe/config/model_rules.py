@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from qsparse_moe.config.problems import Problem, show
-from qsparse_moe.config.schema import SITES, ModelConfig, Site, SparsityOverride
+from qsparse_moe.config.schema import SITES, BlendConfig, ModelConfig, Site, SparsityOverride
 from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import (
     EXPERT_SITES,
@@ -153,6 +153,26 @@ def _schedule(config: ModelConfig) -> Iterator[Problem]:
         )
 
 
+def _blend(config: ModelConfig) -> Iterator[Problem]:
+    settings, path = config.sparsity, "model.sparsity.blend"
+    blend = settings.blend
+    if settings.gradient != "blend":
+        for name, default in BlendConfig():
+            value = getattr(blend, name)
+            if value != default:
+                yield Problem(
+                    f"{path}.{name} ({value}) has no meaning when model.sparsity.gradient is {settings.gradient}; "
+                    "remove it, or choose blend",
+                    (f"{path}.{name}", "model.sparsity.gradient"),
+                )
+    elif blend.start != blend.end and not blend.ramp_steps:
+        yield Problem(
+            f"{path}.ramp_steps (0) must be at least 1 when model.sparsity.gradient is blend, to get from {path}.start "
+            f"({blend.start}) to {path}.end ({blend.end}); set it, or set the two alike",
+            (f"{path}.ramp_steps", f"{path}.start", f"{path}.end", "model.sparsity.gradient"),
+        )
+
+
 def _plan_file(config: ModelConfig) -> Iterator[Problem]:
     plan, path = config.sparsity.plan, "model.sparsity.plan"
     if plan is None:
@@ -266,6 +286,7 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     _sites_exist,
     _overrides,
     _schedule,
+    _blend,
     _plan_file,
     _thresholds,
     _groups_divide,

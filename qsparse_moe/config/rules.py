@@ -97,6 +97,19 @@ def _sparsity_steps(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _blend_steps(config: RunConfig) -> Iterator[Problem]:
+    blend, steps = config.model.sparsity.blend, config.training.steps
+    needed = blend.hold_steps + blend.ramp_steps
+    if config.model.sparsity.gradient == "blend" and needed > steps:
+        path = "model.sparsity.blend"
+        yield Problem(
+            f"{path}.hold_steps ({blend.hold_steps}) and {path}.ramp_steps ({blend.ramp_steps}) together must be at "
+            f"most training.steps ({steps}), or the gradient never reaches its end; shorten them or train for at least "
+            f"{needed} steps",
+            (f"{path}.hold_steps", f"{path}.ramp_steps", "training.steps"),
+        )
+
+
 def _expert_parallelism(config: RunConfig) -> Iterator[Problem]:
     size = config.training.expert_parallel_size
     if size != 1:
@@ -166,5 +179,6 @@ _RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _batch_sizes,
     _learning_rate_steps,
     _sparsity_steps,
+    _blend_steps,
     _expert_parallelism,
 )

@@ -118,6 +118,21 @@ class ScheduleConfig(Section):
     """Steps from S = 0 to the target; 0 unless shape is linear, cubic or cosine."""
 
 
+class BlendConfig(Section):
+    """How the share of the straight-through gradient moves over the steps, when gradient is blend."""
+
+    start: Fraction = 1.0
+    """Share at first; 1 is ste, 0 masked."""
+    end: Fraction = 0.0
+    """Share from the end of the ramp on."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """Of the way from start to end."""
+    hold_steps: NonNegativeInt = 0
+    """Steps that stay at start."""
+    ramp_steps: NonNegativeInt = 0
+    """Steps from start to end."""
+
+
 class QuantizationSitesConfig(Section):
     """Number format by site; null takes model.sparsity.quantization.activations."""
 
@@ -176,8 +191,11 @@ class SparsityConfig(Section):
     """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's norm."""
     backend: Literal["auto", "torch", "native"] = "auto"
     """torch: stock PyTorch; native: C++ compiled at first use, CPU only; auto: the fastest that runs here."""
-    gradient: Literal["ste", "masked"] = "ste"
-    """ste: the backward ignores the mask; masked: only kept features receive gradient."""
+    gradient: Literal["ste", "masked", "blend"] = "ste"
+    """ste: the backward ignores the mask; masked: only kept features receive gradient; blend: a share of the one and
+    the rest of the other."""
+    blend: BlendConfig = BlendConfig()
+    """The share of ste over the steps, when gradient is blend."""
     quantization: QuantizationConfig = QuantizationConfig()
     """Number formats in front of and inside the weight matrices."""
 

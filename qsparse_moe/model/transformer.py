@@ -70,6 +70,12 @@ class Transformer(nn.Module):
         for block in self.blocks():
             block.set_sparsity(plan)
 
+    def set_ste_share(self, share: float) -> None:
+        """Blend the gradient of every site from the next forward on: this share straight through, the rest masked."""
+        for block in self.blocks():
+            for site in block.sites().values():
+                site.ste_share = share
+
     def blocks(self) -> Iterator[Block]:
         """The decoder layers in order."""
         for layer in self.layers:

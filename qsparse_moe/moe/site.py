@@ -13,6 +13,7 @@ from qsparse_moe.config.shapes import site_format
 from qsparse_moe.kernels.topk_select.op import SelectRows, select
 from qsparse_moe.sparsity.plan import site_bound, site_num_kept
 from qsparse_moe.sparsity.quantize import as_format
+from qsparse_moe.sparsity.schedule import ste_share
 from qsparse_moe.sparsity.selection import BOUND_MASKS
 from qsparse_moe.sparsity.stats import Stats, site_stats
 from qsparse_moe.sparsity.topk import apply_mask, rescale_kept
@@ -40,6 +41,8 @@ class SparseSite(nn.Module):
         self.group_size = settings.group_size if settings.selection == "block" else None
         self.number_format = site_format(settings, site)
         self.select_rows = select_rows
+        self.ste_share = ste_share(settings, 0)
+        """Share of the straight-through gradient, from 0 (masked) to 1; may be changed between steps."""
         self.observer: Observer | None = None
         """Called with the rows and their experts; while there is one, rows are ranked and each names its expert."""
         self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
@@ -89,16 +92,15 @@ class SparseSite(nn.Module):
 
     def _select(self, x: Tensor, expert_ids_N: Tensor | None) -> tuple[Tensor, int | Tensor]:
         """What is kept of the rows, and how many of each: K, or the mask to count in."""
-        gradient = self.settings.gradient
         if self._compares:
             mask = BOUND_MASKS[self.settings.selection](x, self._bound_of_rows(expert_ids_N))
-            return apply_mask(as_format(x, self.number_format), mask, gradient=gradient), mask
+            return apply_mask(as_format(x, self.number_format), mask, gradient=self.ste_share), mask
         wanted = self._num_kept_of_rows(expert_ids_N)
-        if self.number_format == "none":
-            kept = select(x, wanted, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
-            return kept, wanted
+        if self.number_format == "none" and self.ste_share in (0.0, 1.0):
+            gradient = "ste" if self.ste_share else "masked"
+            return select(x, wanted, rows=self.select_rows, group_size=self.group_size, gradient=gradient), wanted
         mask = topk_rows_mask(x.detach(), wanted, self.select_rows, self.group_size)
-        return apply_mask(as_format(x, self.number_format), mask, gradient=gradient), wanted
+        return apply_mask(as_format(x, self.number_format), mask, gradient=self.ste_share), wanted
 
     @property
     def _compares(self) -> bool:

@@ -1,10 +1,10 @@
-"""How far S has come at a step. Imports no torch."""
+"""How far S, and the share of the straight-through gradient, have come at a step. Imports no torch."""
 
 from __future__ import annotations
 
 import math
 
-from qsparse_moe.config.schema import ScheduleConfig
+from qsparse_moe.config.schema import ScheduleConfig, SparsityConfig
 
 _SHAPES = {
     "constant": lambda progress: 1.0,
@@ -26,3 +26,20 @@ def scheduled_scale(schedule: ScheduleConfig, step: int) -> float:
     if since_warmup >= schedule.ramp_steps:
         return 1.0
     return _SHAPES[schedule.shape](since_warmup / schedule.ramp_steps)
+
+
+def ste_share(settings: SparsityConfig, step: int) -> float:
+    """The share of the straight-through gradient in ``step`` (counted from 0), the rest being the masked one.
+
+    1 for ``ste``, 0 for ``masked``; for ``blend`` from its start along its shape to its end: a pure function of the
+    step, so it resumes.
+    """
+    if settings.gradient != "blend":
+        return 1.0 if settings.gradient == "ste" else 0.0
+    blend = settings.blend
+    since_hold = step - blend.hold_steps
+    if since_hold < 0:
+        return blend.start
+    if since_hold >= blend.ramp_steps:
+        return blend.end
+    return blend.start + (blend.end - blend.start) * _SHAPES[blend.shape](since_hold / blend.ramp_steps)

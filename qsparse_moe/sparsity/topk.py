@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 Rescale = Literal["none", "unit", "preserve"]
-Gradient = Literal["ste", "masked"]
+Gradient = Literal["ste", "masked"] | float
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -71,7 +71,8 @@ def topk_sparsify(
         rescale: ``none``; ``unit`` divides by the L2 norm of what is kept; ``preserve`` restores the row's L2 norm.
             A row of zeros stays a row of zeros.
         gradient: ``ste`` passes the gradient of the sparse row to every feature (the paper's straight-through
-            estimator); ``masked`` only to the kept ones.
+            estimator); ``masked`` only to the kept ones; a number in [0, 1] is the share of ``ste``, the rest being
+            ``masked``.
 
     Returns:
         ``(*, D)``, in the dtype of ``x``.
@@ -80,9 +81,22 @@ def topk_sparsify(
 
 
 def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: Gradient = "ste") -> Tensor:
-    """``x`` where ``mask`` is true, zero elsewhere, with the gradient and rescale rules of ``topk_sparsify``."""
-    kept = _StraightThroughMask.apply(x, mask) if gradient == "ste" else x * mask
-    return rescale_kept(kept, x, rescale)
+    """``x`` where ``mask`` is true, zero elsewhere, with the gradient and rescale rules of ``topk_sparsify``.
+
+    Raises:
+        ValueError: ``gradient`` is none of them.
+    """
+    return rescale_kept(_masked(x, mask, gradient), x, rescale)
+
+
+def _masked(x: Tensor, mask: Tensor, gradient: Gradient) -> Tensor:
+    if gradient in ("ste", 1.0):
+        return _StraightThroughMask.apply(x, mask)
+    if gradient in ("masked", 0.0):
+        return x * mask
+    if isinstance(gradient, str) or not 0.0 <= gradient <= 1.0:
+        raise ValueError(f"gradient must be ste, masked or a share of ste in [0, 1], got {gradient!r}")
+    return _BlendedMask.apply(x, mask, gradient)
 
 
 def rescale_reference(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
@@ -113,6 +127,21 @@ class _StraightThroughMask(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class _BlendedMask(torch.autograd.Function):
+    """``x * mask`` forward; the dropped features receive a share of their gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, share: float) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.share = share
+        return x * mask
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (mask,) = ctx.saved_tensors
+        return torch.where(mask, grad, ctx.share * grad), None, None
 
 
 class _Unit(torch.autograd.Function):

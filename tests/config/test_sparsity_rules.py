@@ -43,6 +43,28 @@ CASES: dict[str, tuple[dict, str, dict]] = {
         "threshold is calibrated for one S; remove it, or choose topk, block or statistical",
         {"model.sparsity.schedule.shape": "constant", "model.sparsity.schedule.ramp_steps": 0},
     ),
+    "a blend that is not used": (
+        {"model.sparsity.blend.end": 0.5},
+        "model.sparsity.blend.end (0.5) has no meaning when model.sparsity.gradient is ste; remove it, or choose blend",
+        {"model.sparsity.gradient": "blend", "model.sparsity.blend.ramp_steps": 10},
+    ),
+    "a blend that jumps": (
+        {"model.sparsity.gradient": "blend"},
+        "model.sparsity.blend.ramp_steps (0) must be at least 1 when model.sparsity.gradient is blend, to get from "
+        "model.sparsity.blend.start (1.0) to model.sparsity.blend.end (0.0); set it, or set the two alike",
+        {"model.sparsity.blend.end": 1.0},
+    ),
+    "a blend that never ends": (
+        {
+            "model.sparsity.gradient": "blend",
+            "model.sparsity.blend.ramp_steps": 80,
+            "model.sparsity.blend.hold_steps": 30,
+            "training.steps": 100,
+        },
+        "model.sparsity.blend.hold_steps (30) and model.sparsity.blend.ramp_steps (80) together must be at most "
+        "training.steps (100), or the gradient never reaches its end; shorten them or train for at least 110 steps",
+        {"training.steps": 110},
+    ),
     "a plan that is not there": (
         {"model.sparsity.plan": "no/plan.json"},
         "model.sparsity.plan (no/plan.json) must name a file that exists, written by SparsityPlan.save; mend the path, "

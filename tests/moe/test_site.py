@@ -38,14 +38,16 @@ def mask_of(selection, x, sparsity, threshold):
 @pytest.mark.parametrize("selection", SELECTIONS)
 @pytest.mark.parametrize("number_format", ["none", "int8"])
 @pytest.mark.parametrize("rescale", ["none", "preserve"])
-@pytest.mark.parametrize("gradient", ["ste", "masked"])
+@pytest.mark.parametrize("gradient", ["ste", "masked", "blend"])
 @pytest.mark.parametrize("values", [(0.5,), (0.5, 0.5, 0.5), (0.0, 0.5, 0.75)], ids=["one", "alike", "per expert"])
 def test_every_selection_is_its_mask_with_the_site_s_gradient_and_rescale(
     selection, number_format, rescale, gradient, values
 ):
     thresholds = [0.2 + 0.5 * value for value in values]
     settings = {"selection": selection, "rescale": rescale, "gradient": gradient}
-    site = make(values, thresholds, quantization={"activations": number_format}, **settings)
+    site = make(
+        values, thresholds, quantization={"activations": number_format}, blend={"start": 0.3, "end": 0.3}, **settings
+    )
     assert site.is_uniform == (len(set(values)) == 1)
     experts = torch.arange(12) % len(values)
     x = torch.randn(12, D, dtype=torch.float64, requires_grad=True)
@@ -54,7 +56,7 @@ def test_every_selection_is_its_mask_with_the_site_s_gradient_and_rescale(
     masks = [mask_of(selection, row, values[e], thresholds[e]) for row, e in zip(x.detach(), experts, strict=True)]
     mask = torch.stack(masks)
     rounded = x if number_format == "none" else fake_quantize(x, number_format)
-    want = apply_mask(rounded, mask, gradient=gradient)
+    want = apply_mask(rounded, mask, gradient=0.3 if gradient == "blend" else gradient)
     if rescale == "preserve":
         want = want * (x.norm(dim=-1, keepdim=True) / want.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(got, want)

@@ -5,7 +5,7 @@ import pytest
 from qsparse_moe.config.schema import ModelConfig, ScheduleConfig, SparsityConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_kept, site_bound, site_num_kept
-from qsparse_moe.sparsity.schedule import scheduled_scale
+from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 
 
 def model(sparsity, **moe):
@@ -139,3 +139,20 @@ def test_bounds_are_the_threshold_or_the_normal_quantile_and_none_where_s_is_0()
     assert site_bound(statistical, 0.5, 0.3) == pytest.approx(0.0)
     assert site_bound(statistical, 0.975, 0.3) == pytest.approx(1.96, abs=1e-3)
     assert site_bound(threshold, 0.0, 0.3) == site_bound(statistical, 0.0, 0.3) == -float("inf")
+
+
+@pytest.mark.parametrize(("shape", "halfway"), [("linear", 0.5), ("cosine", 0.5)])
+def test_the_gradient_s_share_goes_from_start_to_end_along_its_shape(shape, halfway):
+    blend = {"start": 0.9, "end": 0.1, "shape": shape, "hold_steps": 4, "ramp_steps": 10}
+    settings = SparsityConfig(gradient="blend", blend=blend)
+    shares = [ste_share(settings, step) for step in range(30)]
+    assert shares[:5] == [0.9] * 5
+    assert shares[9] == pytest.approx(halfway)
+    assert shares[14:] == [0.1] * 16
+    assert shares == sorted(shares, reverse=True)
+    assert shares[6] == pytest.approx(0.74 if shape == "linear" else 0.8236, abs=1e-4)
+
+
+def test_the_plain_gradients_are_the_ends_of_the_blend():
+    assert ste_share(SparsityConfig(gradient="ste"), 7) == 1.0
+    assert ste_share(SparsityConfig(gradient="masked"), 7) == 0.0

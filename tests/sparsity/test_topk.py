@@ -62,13 +62,14 @@ def test_groups_keep_their_own_share(num_kept):
     assert (mask.view(3, 4, 8).sum(-1) == 2).all()
 
 
-@pytest.mark.parametrize("gradient", ["ste", "masked"])
+@pytest.mark.parametrize("gradient", ["ste", "masked", 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("rescale", ["none", "unit", "preserve"])
 def test_value_and_gradient_match_the_written_out_formula(rescale, gradient):
     x = torch.randn(5, 12, dtype=torch.float64, requires_grad=True)
     upstream = torch.randn(5, 12, dtype=torch.float64)
     mask = topk_mask_reference(x, 5).double()
-    through = x if gradient == "ste" else x * mask
+    share = {"ste": 1.0, "masked": 0.0}.get(gradient, gradient)
+    through = share * x + (1 - share) * x * mask
     masked = through + (x * mask - through).detach()  # value x*mask, gradient of `through`
     norm = masked.norm(dim=-1, keepdim=True)
     want = {"none": masked, "unit": masked / norm, "preserve": masked * x.norm(dim=-1, keepdim=True) / norm}[rescale]
@@ -148,3 +149,9 @@ def test_rescaling_rows_of_extreme_size_keeps_the_gradient_finite_and_right(resc
 
     exact = gradient(torch.float64)
     assert (gradient(torch.float32).double() - exact).abs().max() <= 1e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("gradient", ["sst", 1.5, -0.1])
+def test_unknown_gradient_is_refused(gradient):
+    with pytest.raises(ValueError, match=f"gradient must be ste, masked or a share of ste.*got {gradient!r}"):
+        topk_sparsify(torch.randn(2, 4), 2, gradient=gradient)

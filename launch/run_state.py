@@ -9,17 +9,8 @@ from __future__ import annotations
 import sys
 
 from qsparse_moe.config.load import load_config
-from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import QSparseMoEError
-from qsparse_moe.training.run_folder import check_run_folder, run_folder
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Whether the run's folder holds a checkpoint of its last step or a later one."""
-    if not check_run_folder(config):
-        return False
-    steps = (path.name.removeprefix("step-") for path in (run_folder(config) / "checkpoints").glob("step-*"))
-    return any(step.isdecimal() and int(step) >= config.training.steps for step in steps)
+from qsparse_moe.training.run_folder import is_finished, run_folder
 
 
 def main(arguments: list[str]) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.problems import Problem, show
 from qsparse_moe.config.schema import SITES, BlendConfig, ModelConfig, Site, SparsityOverride
 from qsparse_moe.config.selectors import select
@@ -183,7 +184,8 @@ def _plan_file(config: ModelConfig) -> Iterator[Problem]:
             "from the working directory, or remove the setting",
             (path,),
         )
-    for other, value in _given_sparsities(config):
+    preset = [("model.sparsity.preset", config.sparsity.preset)] if config.sparsity.preset else []
+    for other, value in (*preset, *_given_sparsities(config)):
         yield Problem(
             f"{other} ({show(value)}) must be unset beside {path} ({plan}), which holds S for every place; remove the "
             "one or the other",
@@ -230,7 +232,8 @@ def _groups_keep_one(config: ModelConfig) -> Iterator[Problem]:
     if config.sparsity.selection != "block":
         return
     group = config.sparsity.group_size
-    for path, sparsity in _given_sparsities(config):
+    preset = PRESETS[config.sparsity.preset].sparsity.values() if config.sparsity.preset else ()
+    for path, sparsity in (*(("model.sparsity.preset", value) for value in set(preset)), *_given_sparsities(config)):
         if round((1 - sparsity) * group) < 1:
             yield Problem(
                 f"{path} ({sparsity}) keeps {(1 - sparsity) * group:.3g} of a group's {group} features "

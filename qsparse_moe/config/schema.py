@@ -157,9 +157,9 @@ class QuantizationSitesConfig(Section):
 class QuantizationConfig(Section):
     """Rounded activations and weights: the values are those of the format, the gradient passes straight through."""
 
-    activations: ActivationFormat = "none"
-    """Format at every site: int8 scales a row by its largest magnitude, int4 by its mean magnitude. The selection still
-    looks at the unrounded row."""
+    activations: ActivationFormat | None = None
+    """Format at every site: int8 scales a row by its largest magnitude, int4 by its mean magnitude; the selection still
+    looks at the unrounded row. null: the preset's, or none without one."""
     sites: QuantizationSitesConfig = QuantizationSitesConfig()
     """Format by site."""
     weights: Literal["none", "ternary"] = "none"
@@ -170,11 +170,15 @@ class QuantizationConfig(Section):
 class SparsityConfig(Section):
     """Q-Sparse: what fraction of the features in front of each weight matrix is zeroed, and how."""
 
+    preset: Literal["paper", "a4.8", "dense"] | None = None
+    """paper: S = 0.3 at every site (Q-Sparse); a4.8: int4 at the inputs, int8 with S = 0.5 before the attention's
+    output, int8 before down (BitNet a4.8; its weights are ternary, see quantization.weights); dense: S = 0. What
+    default, sites, overrides and quantization say comes first."""
     plan: str | None = None
-    """JSON file with S, and where calibrated the threshold, of every layer, site and expert; then default, sites and
-    overrides say nothing."""
+    """JSON file with S, and where calibrated the threshold, of every layer, site and expert; preset, default, sites and
+    overrides must then be unset."""
     default: Sparsity | None = None
-    """S at every site, the fraction zeroed; null: 0, dense."""
+    """S at every site, the fraction zeroed; null: the preset's, or 0, dense, without one."""
     sites: SitesConfig = SitesConfig()
     """S by site."""
     overrides: Annotated[tuple[SparsityOverride, ...], Field(strict=False)] = ()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import SITES, ActivationFormat, ModelConfig, Site, SparsityConfig
 
 EXPERT_SITES: frozenset[Site] = frozenset({"expert_input", "expert_hidden"})
@@ -74,11 +77,16 @@ def site_width_setting(config: ModelConfig, site: Site) -> str:
 
 def site_sparsity(settings: SparsityConfig, site: Site) -> float:
     """S at ``site`` before overrides, where no plan file gives it."""
-    own = getattr(settings.sites, site)
-    return next((value for value in (own, settings.default) if value is not None), 0.0)
+    preset = PRESETS[settings.preset].sparsity.get(site) if settings.preset else None
+    return _first(getattr(settings.sites, site), settings.default, preset, 0.0)
 
 
 def site_format(settings: SparsityConfig, site: Site) -> ActivationFormat:
     """The number format of the rows at ``site``."""
-    own = getattr(settings.quantization.sites, site)
-    return settings.quantization.activations if own is None else own
+    preset = PRESETS[settings.preset].formats.get(site) if settings.preset else None
+    return _first(getattr(settings.quantization.sites, site), settings.quantization.activations, preset, "none")
+
+
+def _first(*values: Any) -> Any:
+    """The first that is given."""
+    return next(value for value in values if value is not None)

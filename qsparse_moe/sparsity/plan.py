@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig, SparsityOverride
 from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_sparsity, site_width
@@ -75,8 +76,20 @@ class SparsityPlan:
         return cls({place: (sparsity,) * width for place, width in _places(config)})
 
     @classmethod
+    def preset(cls, config: ModelConfig, name: str) -> SparsityPlan:
+        """The S of a preset, ``paper``, ``a4.8`` or ``dense``, at every place of the model; formats are no part of it.
+
+        Raises:
+            ConfigError: there is no such preset.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"sparsity plan: {name!r} is no preset; choose from {', '.join(PRESETS)}")
+        chosen = PRESETS[name].sparsity
+        return cls({(layer, site): (chosen.get(site, 0.0),) * width for (layer, site), width in _places(config)})
+
+    @classmethod
     def from_config(cls, config: ModelConfig) -> SparsityPlan:
-        """The plan of ``config.sparsity``: its plan file, or its default, then its sites, then its overrides in order.
+        """The plan of ``config.sparsity``: its file, or its preset, default, sites and overrides, later ones winning.
 
         Raises:
             ConfigError: an override names a layer, site or expert that the model lacks; the plan file cannot be read or

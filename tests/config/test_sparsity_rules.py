@@ -71,6 +71,18 @@ CASES: dict[str, tuple[dict, str, dict]] = {
         "which counts from the working directory, or remove the setting",
         {"model.sparsity.plan": __file__},
     ),
+    "a preset beside a plan": (
+        {"model.sparsity.plan": __file__, "model.sparsity.preset": "paper"},
+        f'model.sparsity.preset ("paper") must be unset beside model.sparsity.plan ({__file__}), which holds S for '
+        "every place; remove the one or the other",
+        {"model.sparsity.preset": None},
+    ),
+    "a preset that keeps less than one of a group": (
+        {"model.sparsity.preset": "a4.8", "model.sparsity.selection": "block", "model.sparsity.group_size": 1},
+        "model.sparsity.preset (0.5) keeps 0.5 of a group's 1 features (model.sparsity.group_size), and at least 1 "
+        "must be kept; use at most 0 or larger groups",
+        {"model.sparsity.group_size": 2},
+    ),
     "S beside a plan": (
         {"model.sparsity.plan": __file__, "model.sparsity.sites.expert_hidden": 0.5},
         f"model.sparsity.sites.expert_hidden (0.5) must be unset beside model.sparsity.plan ({__file__}), which holds "

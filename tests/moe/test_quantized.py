@@ -72,9 +72,9 @@ def test_a_site_of_its_own_format_leaves_the_others_to_the_common_one():
     assert set(formats.values()) == {"int8"}
 
 
-def model(**quantization):
+def model(preset=None, **quantization):
     moe = MoEConfig(num_experts=E, expert_hidden_size=16, num_shared_experts=1, num_dense_layers=1)
-    sparsity = sparsity_config(quantization=quantization)
+    sparsity = sparsity_config(preset=preset, quantization=quantization)
     return build_model(ModelConfig(vocab_size=40, hidden_size=32, num_layers=2, moe=moe, sparsity=sparsity))
 
 
@@ -111,7 +111,10 @@ def test_without_a_format_nothing_is_computed_otherwise():
     assert seen[1] is weight
 
 
-@pytest.mark.parametrize("quantization", [{"activations": "int8"}, {"activations": "int4", "weights": "ternary"}])
+@pytest.mark.parametrize(
+    "quantization",
+    [{"activations": "int8"}, {"activations": "int4", "weights": "ternary"}, {"preset": "a4.8", "weights": "ternary"}],
+)
 def test_a_quantised_model_learns(quantization):
     torch.manual_seed(0)
     made, tokens = model(**quantization), torch.randint(0, 40, (4, 16))

@@ -2,7 +2,8 @@
 
 import pytest
 
-from qsparse_moe.config.schema import ModelConfig, ScheduleConfig, SparsityConfig
+from qsparse_moe.config.schema import SITES, ModelConfig, ScheduleConfig, SparsityConfig
+from qsparse_moe.config.shapes import site_format
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_kept, site_bound, site_num_kept
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
@@ -156,3 +157,38 @@ def test_the_gradient_s_share_goes_from_start_to_end_along_its_shape(shape, half
 def test_the_plain_gradients_are_the_ends_of_the_blend():
     assert ste_share(SparsityConfig(gradient="ste"), 7) == 1.0
     assert ste_share(SparsityConfig(gradient="masked"), 7) == 0.0
+
+
+def test_presets_place_s_and_formats_as_published():
+    config = model({"preset": "a4.8"}, num_shared_experts=1)
+    plan = SparsityPlan.from_config(config)
+    assert plan == SparsityPlan.preset(config, "a4.8")
+    assert {place for place, values in plan.values.items() if any(values)} == {
+        (i, "attention_output") for i in range(3)
+    }
+    assert plan.values[1, "attention_output"] == (0.5,)
+    formats = {site: site_format(config.sparsity, site) for site in SITES}
+    assert {site for site, name in formats.items() if name == "int4"} == {
+        "attention_input", "expert_input", "shared_input", "dense_input",
+    }  # fmt: skip
+    assert set(formats.values()) == {"int4", "int8"}
+    paper = model({"preset": "paper"})
+    assert SparsityPlan.from_config(paper) == SparsityPlan.preset(paper, "paper") == SparsityPlan.uniform(paper, 0.3)
+    assert {site_format(paper.sparsity, site) for site in SITES} == {"none"}
+    dense = model({"preset": "dense"})
+    assert SparsityPlan.from_config(dense) == SparsityPlan.preset(dense, "dense") == SparsityPlan.uniform(dense, 0.0)
+    with pytest.raises(ConfigError, match="'papre' is no preset; choose from dense, paper, a4.8"):
+        SparsityPlan.preset(dense, "papre")
+
+
+def test_default_sites_overrides_and_formats_come_before_the_preset():
+    given = {"default": 0.0, "sites": {"attention_input": 0.6}, "overrides": [{"layers": 2, "sparsity": 0.9}]}
+    plan = SparsityPlan.from_config(model({"preset": "paper"} | given))
+    assert plan.values[0, "attention_input"] == (0.6,)
+    assert plan.values[0, "attention_output"] == (0.0,)
+    assert plan.values[2, "attention_output"] == (0.9,)
+    quantization = {"activations": "none", "sites": {"expert_hidden": "int4"}}
+    settings = model({"preset": "a4.8", "quantization": quantization}).sparsity
+    assert {site: name for site in SITES if (name := site_format(settings, site)) != "none"} == {
+        "expert_hidden": "int4"
+    }

@@ -202,6 +202,9 @@ class SparsityConfig(Section):
     """The share of ste over the steps, when gradient is blend."""
     quantization: QuantizationConfig = QuantizationConfig()
     """Number formats in front of and inside the weight matrices."""
+    debug: bool = False
+    """Stop at the first site that is given a NaN and name it; the check waits for the device at every site. Without it
+    a NaN is never dropped by a selection and reaches the loss."""
 
 
 class ModelConfig(Section):

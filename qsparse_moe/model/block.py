@@ -39,6 +39,8 @@ class Block(nn.Module):
         is_dense = layer < config.moe.num_dense_layers
         self.dense = FeedForward(config, "dense", dense_hidden_size(config), runtime) if is_dense else None
         self.moe = None if is_dense else MoELayer(config, runtime)
+        for site in self.sites().values():
+            site.layer = layer
 
     def forward(
         self, hidden_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, with_stats: bool

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.config.shapes import site_format
+from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.kernels.topk_select.op import SelectRows, select
 from qsparse_moe.sparsity.plan import site_bound, site_num_kept
 from qsparse_moe.sparsity.quantize import as_format
@@ -36,6 +37,9 @@ class SparseSite(nn.Module):
         self, site: Site, num_features: int, settings: SparsityConfig, select_rows: SelectRows, *, num_experts: int = 1
     ) -> None:
         super().__init__()
+        self.site = site
+        self.layer: int | None = None
+        """Number of the layer that it stands in, for messages; None outside a model."""
         self.num_features = num_features
         self.settings = settings
         self.group_size = settings.group_size if settings.selection == "block" else None
@@ -80,7 +84,12 @@ class SparseSite(nn.Module):
             x: ``(*, D)``.
             expert_ids_N: the expert of every row of ``x`` ``(N, D)``; needed where the numbers differ between experts.
             with_stats: False returns no sums.
+
+        Raises:
+            TrainingDiverged: under ``model.sparsity.debug``, if a row holds a NaN.
         """
+        if self.settings.debug:
+            self._check_nan(x)
         if self.observer is not None:
             self.observer(x, expert_ids_N)
         if self._keeps_all:
@@ -89,6 +98,17 @@ class SparseSite(nn.Module):
         kept, chosen = self._select(x, expert_ids_N)
         stats = site_stats(x, kept, _counts(chosen)) if with_stats else {}
         return rescale_kept(kept, x, self.settings.rescale), stats
+
+    def _check_nan(self, x: Tensor) -> None:
+        broken = x.detach().isnan().any(-1).flatten()
+        if not broken.any():
+            return
+        where = f"layer {self.layer}, {self.site}" if self.layer is not None else self.site
+        raise TrainingDiverged(
+            f"{where}: NaN in {int(broken.sum())} of {len(broken)} rows, first in row {int(broken.nonzero()[0])}, seen "
+            "because model.sparsity.debug is true. What stands before this site made it: look at its weights, lower "
+            "training.learning_rate, or resume from the last checkpoint"
+        )
 
     def _select(self, x: Tensor, expert_ids_N: Tensor | None) -> tuple[Tensor, int | Tensor]:
         """What is kept of the rows, and how many of each: K, or the mask to count in."""

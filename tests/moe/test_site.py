@@ -5,8 +5,10 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from qsparse_moe.config.schema import SparsityConfig
+from qsparse_moe.config.schema import ModelConfig, SparsityConfig
+from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
+from qsparse_moe.model.transformer import build_model
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.quantize import fake_quantize
 from qsparse_moe.sparsity.selection import statistical_mask, threshold_mask
@@ -92,3 +94,47 @@ def test_nan_and_infinity_come_through_every_selection(selection):
         got, _ = make((0.75,), (0.5,), selection=selection)(x, with_stats=False)
         assert not got[2, 5].isfinite()
         assert got[[0, 1, 3]].isfinite().all()
+
+
+def broken_model(debug, **sparsity):
+    moe = {"num_experts": 3, "expert_hidden_size": 24, "num_dense_layers": 1}
+    settings = {"default": 0.5, "debug": debug, "group_size": 8} | sparsity
+    model = build_model(
+        ModelConfig.model_validate(
+            {"vocab_size": 40, "hidden_size": 32, "num_layers": 3, "moe": moe, "sparsity": settings}
+        )
+    )
+    with torch.no_grad():
+        model.layers[1].moe.experts.w_up[:, 3, 5] = float("nan")
+    return model
+
+
+TOKENS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
+
+
+def test_debug_names_the_first_site_that_is_given_a_nan():
+    model = broken_model(True)
+    with pytest.raises(TrainingDiverged) as told:
+        model(TOKENS)
+    assert "layer 1, expert_hidden: NaN in" in str(told.value)
+    assert "because model.sparsity.debug is true" in str(told.value)
+    assert "resume from the last checkpoint" in str(told.value)
+
+
+def test_debug_counts_the_rows_and_is_silent_about_healthy_and_infinite_ones():
+    site = make((0.5,), debug=True)
+    x = torch.randn(3, 4, D)
+    x[2, 1, 7] = float("inf")
+    site(x, with_stats=False)
+    x[1, 2, 3] = x[2, 0, 0] = float("nan")
+    with pytest.raises(TrainingDiverged, match=r"^expert_hidden: NaN in 2 of 12 rows, first in row 6, seen"):
+        site(x, with_stats=False)
+    with pytest.raises(TrainingDiverged, match="NaN in 1 of 1 rows"):
+        make((0.0,), debug=True)(torch.full((1, D), float("nan")), with_stats=False)
+
+
+@pytest.mark.parametrize("selection", ["topk", "block", "statistical"])
+@pytest.mark.parametrize("formats", [{}, {"activations": "int8"}, {"activations": "int4", "weights": "ternary"}])
+def test_without_debug_a_nan_reaches_the_loss(selection, formats):
+    model = broken_model(False, selection=selection, quantization=formats)
+    assert model(TOKENS, TOKENS).loss.isnan()

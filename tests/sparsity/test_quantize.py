@@ -113,6 +113,19 @@ def test_quantised_q_sparse_takes_its_mask_before_rounding_and_applies_both_scal
     torch.testing.assert_close(y, ((codes_x * mask) @ codes_w.T) * scale_x * scale_w)
 
 
+@pytest.mark.parametrize("number_format", ROW_FORMATS)
+def test_gradients_of_the_quantised_sparse_linear_are_those_of_the_formula_in_float64(number_format):
+    x, w = torch.randn(5, 12, requires_grad=True), torch.randn(7, 12, requires_grad=True)
+    upstream, mask = torch.randn(5, 7), topk_mask(x, 4)
+    y = apply_mask(fake_quantize(x, number_format), mask) @ fake_quantize(w, "ternary").T
+    grads = torch.autograd.grad(y, (x, w), upstream)
+    # The input's gradient ignores mask and both roundings; the weight's uses the sparse, rounded input.
+    want_x = upstream.double() @ written_out(w.detach(), "ternary")
+    want_w = upstream.double().T @ (written_out(x.detach(), number_format) * mask)
+    torch.testing.assert_close(grads[0].double(), want_x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(grads[1].double(), want_w, rtol=1e-5, atol=1e-5)
+
+
 @given(matrices())
 def test_unpacking_returns_the_ternary_weight_bit_for_bit_at_two_bits_a_weight(w):
     packed, scale = pack_ternary(w)

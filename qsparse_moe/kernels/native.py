@@ -14,7 +14,8 @@ import torch
 
 from qsparse_moe.errors import BackendUnavailable
 
-_SOURCES = ("topk_select/cpu.cpp",)
+# No two of the same name: the object files lie in one folder.
+_SOURCES = ("topk_select/cpu.cpp", "fused_glu/fused_glu.cpp")
 # native: the row loops are only fast with the widest vectors that this processor has.
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
 
@@ -32,7 +33,7 @@ def why_not(device: torch.device) -> str | None:
 
 @cache
 def load() -> None:
-    """Make ``torch.ops.qsparse_moe`` hold the operators. The first call on a machine compiles them (about 10 s).
+    """Make ``torch.ops.qsparse_moe`` hold the operators. The first call on a machine compiles them (about 15 s).
 
     Processes that call at the same time wait for one of them to compile.
 
@@ -63,7 +64,7 @@ def _machine_key() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return hashlib.sha256(f"{features} {torch.__version__} {_FLAGS}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{features} {torch.__version__} {_FLAGS} {_SOURCES}".encode()).hexdigest()[:12]
 
 
 def _beside_python(program: str) -> bool:

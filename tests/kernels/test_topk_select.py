@@ -136,3 +136,14 @@ def test_a_k_expanded_over_groups_is_read_from_its_own_entry():
     assert k_arguments(6) == (None, 6, 1)
     per_row, _, rows_per_k = k_arguments(wanted)
     assert (per_row.tolist(), rows_per_k) == ([3, 4], 1)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("more", [-1, 0, 1])
+def test_rows_with_many_zeros_keep_what_is_not_zero_first(name, more):
+    x = torch.randn(8, 40).relu()
+    num_kept = ((x > 0).sum(-1) + more).clamp(1, 40)
+    kept, mask = runnable(name)(x, num_kept, True)
+    assert torch.equal(mask, topk_mask_reference(x, num_kept))
+    assert torch.equal(kept, x * mask)
+    assert torch.equal(runnable(name)(x, num_kept, False)[0], kept)

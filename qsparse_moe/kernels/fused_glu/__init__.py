@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsparse_moe.kernels import example_rows, tiles
+from qsparse_moe.kernels import example_rows, native, tiles
 from qsparse_moe.kernels.fused_glu import reference
 from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
 from qsparse_moe.sparsity.topk import topk_mask
@@ -43,7 +43,10 @@ def _few_pairs(shape: torch.Size) -> tuple[Tensor, Tensor]:
 SPEC = OpSpec(
     name="fused_glu",
     reference=reference.fused_glu,
-    fast={"triton": Implementation(f"{_OP}:fused_glu_triton", tiles.why_not)},
+    fast={
+        "native": Implementation(f"{_OP}:fused_glu_native", native.why_not),
+        "triton": Implementation(f"{_OP}:fused_glu_triton", tiles.why_not),
+    },
     example_inputs=example_inputs,
     cases=CASES,
     budget=2.0,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparse_moe.kernels import tiles
+from qsparse_moe.kernels import native, tiles
+from qsparse_moe.kernels.fused_glu.native import backward_native, forward_native
 from qsparse_moe.kernels.fused_glu.reference import RowSums
 from qsparse_moe.kernels.spec import WhyNot
 
@@ -44,6 +45,11 @@ def fused_glu(
     return kept_NF, RowSums(*sums_4N) if with_sums else None
 
 
+def fused_glu_native(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:
+    """``fused_glu`` by the C++ operators."""
+    return fused_glu(gate_NF, up_NF, num_kept, by=NATIVE, **settings)
+
+
 def fused_glu_triton(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:
     """``fused_glu`` by Triton."""
     return fused_glu(gate_NF, up_NF, num_kept, by=TRITON, **settings)
@@ -61,8 +67,9 @@ def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return triton.backward_triton(*arguments)
 
 
+NATIVE = FusedGLU("native", forward_native, backward_native, native.why_not)
 TRITON = FusedGLU("triton", _triton_forward, _triton_backward, tiles.why_not)
-FUSED_GLUS: tuple[FusedGLU, ...] = (TRITON,)
+FUSED_GLUS: tuple[FusedGLU, ...] = (NATIVE, TRITON)
 """Fastest first."""
 
 

@@ -1,9 +1,4 @@
-// Row top-K by magnitude on a CPU. The definition is sparsity.topk.topk_mask; tests hold the two together.
-//
-// A magnitude is the row's bit pattern without its sign, read as an unsigned integer: the order of the integers is the
-// order of the magnitudes, and NaN lies above infinity, so a NaN is kept and seen, never dropped. The K-th largest is
-// found bit by bit from the top: a bit stays set while at least K magnitudes reach the value so far. The search ends
-// early where exactly K reach it.
+// Row top-K over all rows of a tensor; the search within a row stands in select_row.h.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -11,65 +6,14 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "select_row.h"
+
 #include <cstdint>
 #include <vector>
 
 namespace {
 
-template <typename Bits>
-struct Threshold {
-  Bits value;
-  int64_t reached;  // how many magnitudes are >= value; at least K
-};
-
-// The accumulator has the lanes of the data, so that the compiler keeps one vector of counts.
-template <typename Bits>
-int64_t count_at_least(const Bits* magnitude, int64_t length, Bits bound) {
-  Bits count = 0;
-  for (int64_t i = 0; i < length; ++i) count += magnitude[i] >= bound;
-  return count;
-}
-
-template <typename Bits>
-Threshold<Bits> find_threshold(const Bits* magnitude, int64_t length, int64_t num_kept) {
-  Bits all_bits = 0;
-  for (int64_t i = 0; i < length; ++i) all_bits |= magnitude[i];
-  Threshold<Bits> found{0, length};
-  for (int bit = 8 * sizeof(Bits) - 2; bit >= 0 && found.reached != num_kept; --bit) {
-    const Bits step = Bits(1) << bit;
-    if (!(all_bits & step)) continue;
-    const Bits candidate = found.value | step;
-    const int64_t reached = count_at_least(magnitude, length, candidate);
-    if (reached >= num_kept) found = {candidate, reached};
-  }
-  return found;
-}
-
-template <typename Bits>
-void select_row(const Bits* row, Bits* kept, bool* mask, Bits* magnitude, int64_t length, int64_t num_kept) {
-  constexpr Bits no_sign = Bits(~Bits(0)) >> 1;
-  for (int64_t i = 0; i < length; ++i) magnitude[i] = row[i] & no_sign;
-  const Threshold<Bits> threshold = find_threshold(magnitude, length, num_kept);
-  const Bits bound = threshold.value;
-  int64_t surplus = threshold.reached - num_kept;
-  // Ties at the threshold go to the lower index: from the right end, drop as many as are too many.
-  for (int64_t i = length - 1; surplus > 0; --i) {
-    if (magnitude[i] == bound) {
-      magnitude[i] = 0;
-      --surplus;
-    }
-  }
-  // A threshold of 0 keeps zeros, which are dropped from the mask only where the loop above marked them.
-  if (bound == 0 && mask) {
-    int64_t room = num_kept;
-    for (int64_t i = 0; i < length; ++i) room -= magnitude[i] > 0;
-    for (int64_t i = 0; i < length; ++i) mask[i] = magnitude[i] > 0 || room-- > 0;
-    mask = nullptr;
-  }
-  for (int64_t i = 0; i < length; ++i) kept[i] = magnitude[i] >= bound ? row[i] : Bits(0);
-  if (mask)
-    for (int64_t i = 0; i < length; ++i) mask[i] = magnitude[i] >= bound;
-}
+using qsparse_moe::select_row;
 
 template <typename Bits>
 void select_rows(const at::Tensor& x, const at::Tensor& kept, const at::Tensor& mask, int64_t num_kept,

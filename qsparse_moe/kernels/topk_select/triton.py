@@ -40,10 +40,12 @@ def keep_largest(magnitude, num_kept, num_features, NUM_BITS: tl.constexpr, ZERO
 
     Without ``ZEROS_MATTER`` zeros may be marked beyond K: their values are the same whether they are kept or not.
     """
-    found = tl.zeros_like(num_kept).to(magnitude.dtype)
-    reached = tl.zeros_like(num_kept) + num_features
+    # A ReLU before the selection leaves many zeros: where at most K values are not zero, there is nothing to search.
+    nonzero = tl.sum((magnitude > 0).to(tl.int32), 1)
+    found = (nonzero == num_kept).to(magnitude.dtype)
+    reached = tl.where(nonzero == num_kept, num_kept, num_features)
     bit = NUM_BITS - 1
-    while (bit >= 0) & (tl.max((reached != num_kept).to(tl.int32), 0) > 0):
+    while (bit >= 0) & (tl.max(((reached != num_kept) & (nonzero > num_kept)).to(tl.int32), 0) > 0):
         candidate = found | (tl.full((), 1, magnitude.dtype) << bit)
         count = tl.sum((magnitude >= candidate[:, None]).to(tl.int32), 1)
         enough = count >= num_kept

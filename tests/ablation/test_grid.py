@@ -1,6 +1,7 @@
 """Grid files, their runs and their table."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -84,6 +85,16 @@ def test_runs_end_are_kept_and_a_broken_one_does_not_stop_the_others(write, tmp_
     again = run_grid(load_grid(write(GRID.replace("[0, 3]", "[0]")), output_dir=str(tmp_path / "out")))
     assert [outcome.finished for outcome in again] == [True, True]
     assert (grid.folder / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+GRIDS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
+    grid = load_grid(path)
+    assert len({run.seed for run in grid.runs}) >= 3
+    assert len({run.config.model_dump_json() for run in grid.runs}) == len(grid.variants)
 
 
 def outcome(variant, seed, bits):

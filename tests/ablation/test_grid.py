@@ -94,7 +94,7 @@ GRIDS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yam
 def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
     grid = load_grid(path)
     assert len({run.seed for run in grid.runs}) >= 3
-    assert len({run.config.model_dump_json() for run in grid.runs}) == len(grid.variants)
+    assert len({run.config.model.model_dump_json() for run in grid.runs}) == len(grid.variants)
 
 
 def outcome(variant, seed, bits):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ def register(app: typer.Typer) -> None:
     bench = typer.Typer(help="Timings beside peers, measured in one run.", rich_markup_mode=None)
     bench.callback()(_group)
     bench.command("step")(step)
+    bench.command("ops")(ops)
     app.add_typer(bench, name="bench")
 
 
@@ -52,9 +54,7 @@ def step(
 
     from qsparse_moe.bench.step import DTYPES, StepBenchmark, run_step_benchmark
 
-    unknown = [name for name in precision.split(",") if name not in DTYPES]
-    if unknown:
-        raise ConfigError(f"--precision {precision!r} holds {unknown[0]!r}; choose from {', '.join(DTYPES)}")
+    _check_precision(precision, DTYPES)
     if threads:
         torch.set_num_threads(threads)
     moe = MoEConfig.model_validate(
@@ -75,6 +75,50 @@ def step(
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json_text.dumps(results, indent=1) + "\n")
     print_json(results) if json else _print_tables(results, benchmarks[0])
+
+
+def ops(
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or both with a comma.")] = "fp32,bf16",
+    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 7,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time every operation of the kernels, its reference and its fast versions, and top-K in stock PyTorch."""
+    import torch
+
+    from qsparse_moe.bench.ops import run_op_benchmarks
+    from qsparse_moe.bench.step import DTYPES
+
+    _check_precision(precision, DTYPES)
+    if threads:
+        torch.set_num_threads(threads)
+    dtypes = {name: DTYPES[name] for name in precision.split(",")}
+    result = run_op_benchmarks(dtypes, device=device, rounds=rounds)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json_text.dumps(result, indent=1) + "\n")
+    print_json(result) if json else _print_operations(result)
+
+
+def _check_precision(precision: str, known: Collection[str]) -> None:
+    unknown = [name for name in precision.split(",") if name not in known]
+    if unknown:
+        raise ConfigError(f"--precision {precision!r} holds {unknown[0]!r}; choose from {', '.join(known)}")
+
+
+def _print_operations(result: dict[str, Any]) -> None:
+    table = Table(title=f"Operations on {result['device']}, milliseconds")
+    for column in ("operation", "rows", "precision", "pass", "by", "ms"):
+        table.add_column(column)
+    for operation in result["operations"]:
+        shape = " x ".join(str(size) for size in operation["shape"])
+        for passed in ("forward", "forward and backward"):
+            for name, seconds in operation["seconds"].get(passed, {}).items():
+                told = (operation["name"], shape, operation["precision"], passed, name, f"{1e3 * seconds:.3f}")
+                table.add_row(*told)
+    result_console().print(table)
 
 
 def _print_tables(results: dict[str, Any], benchmark: StepBenchmark) -> None:

@@ -26,7 +26,7 @@ To bits_as(From value) {
   return result;
 }
 
-// How values are stored (as bit patterns) and computed with. Plain shifts, because the compiler turns them into vectors.
+// How values are stored (as bit patterns) and computed with: by shifts, which the compiler turns into vectors.
 struct Float32 {
   using Bits = uint32_t;
   using Wide = float;
@@ -60,7 +60,7 @@ struct Float16 {
   static Bits narrow(Wide value) { return c10::Half(value).x; }
 };
 
-// e^x as 2^n e^r with |r| <= ln(2)/2, the polynomial being Cephes' expf: within 2 ulp, and vectors where libm has calls.
+// e^x as 2^n e^r with |r| <= ln(2)/2, the polynomial being that of Cephes' expf: vectors where libm has calls.
 inline float exponential(float x) {
   x = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
   const float rounder = 12582912.0f;  // adding it leaves a whole number
@@ -222,7 +222,7 @@ struct Backward {
 
 void check_rows(const at::Tensor& x, const at::Tensor& like) {
   TORCH_CHECK(x.dim() == 2 && x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type() && x.stride(1) == 1,
-              "fused_glu: gate, up and the gradient must be (N, F) of one dtype with neighbouring features side by side");
+              "fused_glu: gate, up and the gradient must be (N, F) of one dtype, features side by side");
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_glu_forward(const at::Tensor& gate, const at::Tensor& up,

@@ -1,0 +1,144 @@
+"""Timings of the operations that have fast versions, and of the ways to find the K largest in stock PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.bench.harness import fingerprint, time_in_turns
+from qsparse_moe.kernels import tiles
+from qsparse_moe.kernels.registry import OPS
+from qsparse_moe.kernels.spec import Example, Operation, OpSpec
+from qsparse_moe.sparsity.topk import magnitude_bits
+
+REFERENCE = "reference"
+CASE = "large"
+
+
+def run_op_benchmarks(
+    dtypes: Mapping[str, torch.dtype], *, device: str, rounds: int, case: str = CASE
+) -> dict[str, Any]:
+    """Time every operation of the registry and ``THRESHOLDS`` in every dtype, the versions of one in turns.
+
+    Args:
+        dtypes: by the name that the result calls them.
+        device: ``cpu`` or ``cuda``.
+        rounds: rounds of the turns.
+        case: the example inputs.
+
+    Returns:
+        The machine, the device, and ``operations``: name, shape, precision, median ``seconds`` by pass and version, and
+        ``left_out``, why a version did not run.
+    """
+    operations = []
+    for precision, dtype in dtypes.items():
+        operations += [{"precision": precision} | _operation(spec, case, dtype, device, rounds) for spec in OPS]
+        operations.append({"precision": precision} | _thresholds(case, dtype, device, rounds))
+    return {"benchmark": "ops", "machine": fingerprint(), "device": device, "rounds": rounds, "operations": operations}
+
+
+def threshold_by_topk(magnitude: Tensor, num_kept: int) -> Tensor:
+    """``(N, 1)`` the K-th largest by ``torch.topk`` without sorting."""
+    return magnitude.topk(num_kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+
+
+def threshold_by_sorted_topk(magnitude: Tensor, num_kept: int) -> Tensor:
+    """The same by ``torch.topk`` as it is by default."""
+    return magnitude.topk(num_kept, dim=-1).values[..., -1:]
+
+
+def threshold_by_kthvalue(magnitude: Tensor, num_kept: int) -> Tensor:
+    """The same by ``torch.kthvalue``, which counts from the smallest."""
+    return magnitude.kthvalue(magnitude.shape[-1] + 1 - num_kept, dim=-1, keepdim=True).values
+
+
+def threshold_by_sort(magnitude: Tensor, num_kept: int) -> Tensor:
+    """The same by sorting the rows."""
+    return magnitude.sort(dim=-1, descending=True).values[..., num_kept - 1 : num_kept]
+
+
+def threshold_by_bisection(magnitude: Tensor, num_kept: int) -> Tensor:
+    """The same bit by bit from the top, as the C++ and the Triton operator do it, a tensor operation a step."""
+    found = torch.zeros_like(magnitude[..., :1])
+    for bit in reversed(range(8 * magnitude.element_size() - 1)):
+        candidate = found | (1 << bit)
+        enough = (magnitude >= candidate).sum(-1, keepdim=True) >= num_kept
+        found = torch.where(enough, candidate, found)
+    return found
+
+
+THRESHOLDS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "topk sorted=False": threshold_by_topk,
+    "topk": threshold_by_sorted_topk,
+    "kthvalue": threshold_by_kthvalue,
+    "sort": threshold_by_sort,
+    "bisection": threshold_by_bisection,
+}
+"""Of the integers that ``magnitude_bits`` makes; ties are not resolved."""
+
+
+def _operation(spec: OpSpec, case: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+    example = spec.example_inputs(case, dtype, device)
+    left_out = {name: reason for name in spec.fast if (reason := _why_left_out(spec, name, device))}
+    versions = {REFERENCE: spec.reference} | {name: spec.load(name) for name in spec.fast if name not in left_out}
+    calls = {name: _forward(version, example) for name, version in versions.items()}
+    seconds = {"forward": _seconds(calls, device, rounds)}
+    if any(output.requires_grad for output in _outputs(spec.reference, example)):
+        calls = {name: _forward_and_backward(version, example) for name, version in versions.items()}
+        seconds["forward and backward"] = _seconds(calls, device, rounds)
+    shape = list(next(iter(example.tensors.values())).shape)
+    return {"name": spec.name, "shape": shape, "seconds": seconds, "left_out": left_out}
+
+
+def _thresholds(case: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+    spec = next(spec for spec in OPS if spec.name == "topk_select")
+    example = spec.example_inputs(case, dtype, device)
+    x, num_kept = example.tensors["x"], example.settings["num_kept"]
+    calls = {name: _of_magnitudes(find, x, num_kept) for name, find in THRESHOLDS.items()}
+    seconds = {"forward": _seconds(calls, device, rounds)}
+    return {"name": "K-th largest magnitude, stock PyTorch", "shape": list(x.shape), "seconds": seconds, "left_out": {}}
+
+
+def _of_magnitudes(find: Callable[[Tensor, int], Tensor], x: Tensor, num_kept: int) -> Callable[[], object]:
+    return lambda: find(magnitude_bits(x), num_kept)
+
+
+def _why_left_out(spec: OpSpec, name: str, device: str) -> str | None:
+    if name == "triton" and device == "cpu" and tiles.interpreted():
+        return "under Triton's interpreter a time means nothing"
+    return spec.fast[name].why_not(torch.device(device))
+
+
+def _seconds(calls: Mapping[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
+    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+    timings = time_in_turns(calls, rounds=rounds, synchronize=synchronize)
+    return {name: timing.median for name, timing in timings.items()}
+
+
+def _forward(version: Operation, example: Example) -> Callable[[], object]:
+    def call() -> None:
+        with torch.no_grad():
+            version(**example.tensors, **example.settings)
+
+    return call
+
+
+def _forward_and_backward(version: Operation, example: Example) -> Callable[[], object]:
+    leaves = {name: x.detach().requires_grad_() for name, x in example.tensors.items()}
+    upstream = torch.randn_like(next(iter(leaves.values())))
+
+    def call() -> None:
+        output = version(**leaves, **example.settings)
+        first = output if isinstance(output, Tensor) else output[0]
+        torch.autograd.grad(first, list(leaves.values()), upstream)
+
+    return call
+
+
+def _outputs(version: Operation, example: Example) -> list[Tensor]:
+    leaves = {name: x.detach().requires_grad_() for name, x in example.tensors.items()}
+    output = version(**leaves, **example.settings)
+    return [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]

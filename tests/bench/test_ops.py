@@ -1,0 +1,57 @@
+"""The operations' benchmark: every operation, every version that runs here, and thresholds that agree."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from qsparse_moe.bench import ops
+from qsparse_moe.cli.app import run
+from qsparse_moe.kernels.registry import OPS
+from qsparse_moe.sparsity.topk import magnitude_bits
+
+
+@pytest.mark.parametrize("name", ops.THRESHOLDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thresholds_are_the_kth_largest_magnitude(name, dtype):
+    magnitude = magnitude_bits(torch.randn(5, 33).to(dtype))
+    for num_kept in (1, 17, 33):
+        want = magnitude.sort(dim=-1, descending=True).values[:, num_kept - 1]
+        assert torch.equal(ops.THRESHOLDS[name](magnitude, num_kept).squeeze(-1), want)
+
+
+def test_every_operation_and_version_is_timed_or_told_why_not(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = ops.run_op_benchmarks({"bf16": torch.bfloat16}, device="cpu", rounds=1, case="no_rows")
+    timed = {operation["name"]: operation for operation in result["operations"]}
+    assert {spec.name for spec in OPS} < timed.keys()
+    assert set(timed["K-th largest magnitude, stock PyTorch"]["seconds"]["forward"]) == set(ops.THRESHOLDS)
+    for spec in OPS:
+        operation = timed[spec.name]
+        assert set(operation["seconds"]["forward"]) == {ops.REFERENCE, *spec.fast} - set(operation["left_out"])
+        assert operation["left_out"]["triton"] == "under Triton's interpreter a time means nothing"
+    assert "forward and backward" in timed["fused_glu"]["seconds"]
+    assert "forward and backward" not in timed["int8_quantize"]["seconds"]
+    assert result["machine"]["torch"] == torch.__version__
+
+
+def test_the_verb_prints_a_table_and_writes_the_results(monkeypatch, tmp_path, capsys):
+    timed = {
+        "benchmark": "ops",
+        "device": "cpu",
+        "operations": [
+            {"name": "fused_glu", "shape": [3, 4], "precision": "bf16", "seconds": {"forward": {"native": 0.002}}}
+        ],
+    }
+    monkeypatch.setattr(ops, "run_op_benchmarks", lambda dtypes, *, device, rounds: timed)
+    assert run(["bench", "ops", "--precision", "bf16", "--output", str(tmp_path / "new" / "ops.json")]) == 0
+    assert json.loads((tmp_path / "new" / "ops.json").read_text()) == timed
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in ("fused_glu", "3 x 4", "bf16", "forward", "native", "2.000"))
+
+
+def test_an_unknown_precision_is_refused(capsys):
+    assert run(["bench", "ops", "--precision", "bf16,int3"]) == 2
+    assert "--precision 'bf16,int3' holds 'int3'; choose from fp32, bf16" in capsys.readouterr().err

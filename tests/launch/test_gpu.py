@@ -1,0 +1,48 @@
+"""The GPU owner's command, with a stand-in for Python that only writes down how it was called."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import qsparse_moe
+
+REPOSITORY = Path(qsparse_moe.__file__).parent.parent
+FAKE_PYTHON = """#!/bin/sh
+case "$1" in -c) {device} ;; esac
+echo "interpret=$TRITON_INTERPRET $*" >>"$CALLS"
+{exit}
+"""
+
+
+def launch(tmp_path: Path, *, device: str, exit: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    python, calls = tmp_path / "python", tmp_path / "calls"
+    python.write_text(FAKE_PYTHON.format(device=device, exit=exit))
+    python.chmod(0o755)
+    calls.touch()
+    environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "TRITON_INTERPRET": "1"}
+    command = ["bash", str(REPOSITORY / "launch" / "gpu.sh"), "-x"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    return done, calls.read_text().splitlines()
+
+
+def test_tests_run_compiled_and_results_are_named_after_the_device(tmp_path):
+    done, calls = launch(tmp_path, device='echo "NVIDIA H200"; exit 0')
+    assert done.returncode == 0, done.stderr
+    assert calls == [
+        "interpret=0 -m pytest -m gpu -x",
+        "interpret=0 -m qsparse_moe bench ops --device cuda --output results/gpu/ops-NVIDIA-H200.json",
+    ]
+
+
+def test_nothing_is_timed_after_a_red_test(tmp_path):
+    done, calls = launch(tmp_path, device="echo GPU; exit 0", exit="exit 1")
+    assert done.returncode == 1
+    assert calls == ["interpret=0 -m pytest -m gpu -x"]
+
+
+def test_a_python_without_a_device_is_refused_with_the_way_out(tmp_path):
+    done, calls = launch(tmp_path, device="exit 1")
+    assert done.returncode == 2 and not calls
+    assert "sees no CUDA device; PYTHON=... names one whose torch does" in done.stderr

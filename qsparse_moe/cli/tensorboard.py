@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -25,4 +25,5 @@ def tensorboard(
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; name a run folder or the folder that holds them")
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder), "--port", str(port)]
-    raise typer.Exit(subprocess.run(command, check=False).returncode)
+    # In place of this process: a signal to it reaches the server.
+    os.execv(command[0], command)

@@ -60,11 +60,11 @@ def load() -> None:
 
 
 def _machine_key() -> str:
-    """Tells processors apart: what is compiled for one may not run on another that shares the cache folder."""
+    """Tells processors and environments apart: what is compiled for one may not run with another that shares the cache."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return hashlib.sha256(f"{features} {torch.__version__} {_FLAGS} {_SOURCES}".encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{features} {torch.__version__} {torch.__file__} {_FLAGS} {_SOURCES}".encode()).hexdigest()[:12]
 
 
 def _beside_python(program: str) -> bool:

@@ -49,13 +49,14 @@ def test_the_fingerprint_names_processor_and_software():
 
 
 def test_step_benchmark_measures_all_three_and_says_where_time_goes():
-    model = ModelConfig(
-        hidden_size=32, num_layers=1, num_heads=2, moe=MoEConfig(num_experts=4, expert_hidden_size=32, activation="swiglu")
-    )  # fmt: skip
+    moe = MoEConfig(num_experts=4, expert_hidden_size=32, activation="swiglu")
+    model = ModelConfig(hidden_size=32, num_layers=1, num_heads=2, moe=moe)
     result = run_step_benchmark(StepBenchmark(model, "fp32", 0.5, 2, 16, 2, torch.device("cpu")))
     assert set(result["seconds"]) == {PEER, DENSE, SPARSE}
     assert all(seconds > 0 for seconds in result["seconds"].values())
     for name in (DENSE, SPARSE):
         told = result["times_faster_than_peer"][name]
         assert told["min"] <= told["median"] <= told["max"]
-    assert 0.5 < sum(result["profile"][SPARSE].values()) <= 1
+    shares = list(result["profile"][SPARSE].values())
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < shares[0] <= sum(shares) <= 1

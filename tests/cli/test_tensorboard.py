@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 from qsparse_moe.cli import tensorboard
 from qsparse_moe.cli.app import run
 
 
-def test_tensorboard_is_started_on_the_folder_and_its_code_passed_on(tmp_path, monkeypatch):
+def test_tensorboard_takes_the_place_of_the_process_with_the_folder_of_runs(tmp_path, monkeypatch):
     started = []
-
-    def start(command, *, check):
-        started.append(command)
-        return SimpleNamespace(returncode=7)
-
-    monkeypatch.setattr(tensorboard.subprocess, "run", start)
-    assert run(["tensorboard", str(tmp_path), "--port", "0"]) == 7
-    assert started == [[sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "0"]]
+    monkeypatch.setattr(tensorboard.os, "execv", lambda program, command: started.append((program, command)))
+    assert run(["tensorboard", str(tmp_path), "--port", "0"]) == 0
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(tmp_path), "--port", "0"]
+    assert started == [(sys.executable, command)]
 
 
 def test_missing_folder_is_refused(tmp_path, capsys):

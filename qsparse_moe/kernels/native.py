@@ -60,11 +60,12 @@ def load() -> None:
 
 
 def _machine_key() -> str:
-    """Tells processors and environments apart: what is compiled for one may not run with another that shares the cache."""
+    """Tells processors and environments apart, which may share the cache folder but not what is compiled in it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return hashlib.sha256(f"{features} {torch.__version__} {torch.__file__} {_FLAGS} {_SOURCES}".encode()).hexdigest()[:12]
+    environment = f"{torch.__version__} {torch.__file__}"
+    return hashlib.sha256(f"{features} {environment} {_FLAGS} {_SOURCES}".encode()).hexdigest()[:12]
 
 
 def _beside_python(program: str) -> bool:

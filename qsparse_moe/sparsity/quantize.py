@@ -18,9 +18,9 @@ from torch import Tensor
 
 Format = Literal["int8", "int4", "ternary"]
 
-EPSILON = 1e-12
+EPSILON = 1e-30
 """Added to every scale that divides, so that a row of zeros stays zeros. The papers name no value. BitNet's 1e-5 would
-flatten what stands before a down projection: at the start of a training those products are about 1e-5 themselves."""
+flatten rows in front of a down projection, which may be as small as 1e-13 after ReLU^2; 127 over this one is finite."""
 
 _SQRT_7 = math.sqrt(7.0)
 _CODES_A_BYTE = 4

@@ -78,9 +78,16 @@ def test_rows_or_matrices_do_not_see_one_another_and_the_input_is_left_alone(num
 
 
 def test_the_largest_magnitude_of_an_int8_row_is_exact_also_in_a_row_of_tiny_values():
-    x = torch.tensor([[1.0, -3.0, 0.5], [1e-6, -3e-6, 5e-7]])
+    x = torch.tensor([[1.0, -3.0, 0.5], [1e-13, -3e-13, 5e-14]])
     assert quantize(x, "int8").codes.tolist() == [[42, -127, 21]] * 2
     torch.testing.assert_close(fake_quantize(x, "int8")[:, 1], x[:, 1], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+def test_rows_as_small_as_relu2_makes_them_are_rounded_like_others(number_format):
+    x = torch.randn(4, 32)
+    small = quantize(x * 2.0**-60, number_format)
+    assert torch.equal(small.codes, quantize(x, number_format).codes)
 
 
 def test_int4_reaches_from_minus_8_to_7():

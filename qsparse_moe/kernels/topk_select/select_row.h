@@ -18,15 +18,15 @@ struct Threshold {
 };
 
 // The accumulator has the lanes of the data, so that the compiler keeps one vector of counts.
-template <typename Bits>
-int64_t count_at_least(const Bits* magnitude, int64_t length, Bits bound) {
+template <typename Bits, typename Length>
+int64_t count_at_least(const Bits* magnitude, Length length, Bits bound) {
   Bits count = 0;
   for (int64_t i = 0; i < length; ++i) count += magnitude[i] >= bound;
   return count;
 }
 
-template <typename Bits>
-Threshold<Bits> find_threshold(const Bits* magnitude, int64_t length, int64_t num_kept) {
+template <typename Bits, typename Length>
+Threshold<Bits> find_threshold(const Bits* magnitude, Length length, int64_t num_kept) {
   Bits all_bits = 0;
   for (int64_t i = 0; i < length; ++i) all_bits |= magnitude[i];
   Threshold<Bits> found{0, length};
@@ -45,9 +45,10 @@ Threshold<Bits> find_threshold(const Bits* magnitude, int64_t length, int64_t nu
 }
 
 // Write what is kept of `row` to `kept`, and to `mask`, unless it is null, which; `magnitude` is room for a row. No two
-// of them may overlap.
-template <typename Bits>
-void select_row(const Bits* row, Bits* kept, bool* mask, Bits* magnitude, int64_t length, int64_t num_kept) {
+// of them may overlap. `length` is an int64_t, or a std::integral_constant of one, which gives the loops a known length.
+template <typename Bits, typename Length>
+void select_row(const Bits* __restrict row, Bits* __restrict kept, bool* __restrict mask, Bits* __restrict magnitude,
+                Length length, int64_t num_kept) {
   constexpr Bits no_sign = Bits(~Bits(0)) >> 1;
   for (int64_t i = 0; i < length; ++i) magnitude[i] = row[i] & no_sign;
   const Threshold<Bits> threshold = find_threshold(magnitude, length, num_kept);

@@ -74,6 +74,12 @@ def test_statistical_bound_is_the_mean_and_quantile_times_the_deviation_of_the_m
     assert got.any(-1).all()
 
 
+def test_the_deviation_is_that_of_the_row_itself_not_of_a_population_behind_it():
+    x = torch.tensor([[0.0, 0.0, 0.0, 0.0, 5.0, -6.0]])  # mean 1.83, deviation 2.61; with 5 for 6 it would be 2.86
+    assert statistical_mask(x, bound(1.2)).tolist() == [[False, False, False, False, True, True]]
+    assert statistical_mask(x, bound(1.3)).tolist() == [[False, False, False, False, False, True]]
+
+
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.1, 0.9797), (0.5, 0.4249), (0.9, 0.1162)])
 def test_statistical_selection_keeps_the_documented_share_of_normal_activations(sparsity, kept):
     x = torch.randn(400, 1000, generator=torch.Generator().manual_seed(0))

@@ -45,7 +45,7 @@ Threshold<Bits> find_threshold(const Bits* magnitude, Length length, int64_t num
 }
 
 // Write what is kept of `row` to `kept`, and to `mask`, unless it is null, which; `magnitude` is room for a row. No two
-// of them may overlap. `length` is an int64_t, or a std::integral_constant of one, which gives the loops a known length.
+// of them may overlap. `length` is an int64_t, or a std::integral_constant of one, which fixes the length of the loops.
 template <typename Bits, typename Length>
 void select_row(const Bits* __restrict row, Bits* __restrict kept, bool* __restrict mask, Bits* __restrict magnitude,
                 Length length, int64_t num_kept) {

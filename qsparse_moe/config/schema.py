@@ -193,8 +193,9 @@ class SparsityConfig(Section):
     """G, features a group when selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
     """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's norm."""
-    backend: Literal["auto", "torch", "native"] = "auto"
-    """torch: stock PyTorch; native: C++ compiled at first use, CPU only; auto: the fastest that runs here."""
+    backend: Literal["auto", "torch", "native", "triton"] = "auto"
+    """torch: stock PyTorch; native: C++ compiled at first use, CPU only; triton: GPU kernels; auto: the fastest that
+    runs here."""
     gradient: Literal["ste", "masked", "blend"] = "ste"
     """ste: the backward ignores the mask; masked: only kept features receive gradient; blend: a share of the one and
     the rest of the other."""

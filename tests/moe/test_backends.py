@@ -71,3 +71,12 @@ def test_a_named_backend_runs_or_raises_and_never_falls_back():
         resolve_runtime(config("onednn"), "cuda")
     with pytest.raises(BackendUnavailable, match=r"model.sparsity.backend \('native'\).*the device is cuda"):
         resolve_runtime(config("loop", selection_backend="native"), "cuda")
+
+
+def test_triton_by_name_runs_or_says_why_it_cannot(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    runtime = resolve_runtime(config("loop", selection_backend="triton"), "cpu")
+    assert runtime.names["model.sparsity.backend"] == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(BackendUnavailable, match=r"model.sparsity.backend \('triton'\).*run on CUDA devices"):
+        resolve_runtime(config("loop", selection_backend="triton"), "cpu")

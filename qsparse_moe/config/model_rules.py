@@ -203,12 +203,21 @@ def _thresholds(config: ModelConfig) -> Iterator[Problem]:
             "qsparse_moe.model.calibrate, or choose topk, block or statistical",
             (path, "model.sparsity.plan"),
         )
-    ramp = settings.schedule.ramp_steps
-    if ramp:
+
+
+_NO_RAMP = {
+    "threshold": "a threshold is calibrated for one S",
+    "relu": "it keeps what is positive whatever S is",
+}
+
+
+def _ramp_without_ranks(config: ModelConfig) -> Iterator[Problem]:
+    selection, ramp = config.sparsity.selection, config.sparsity.schedule.ramp_steps
+    if ramp and selection in _NO_RAMP:
         yield Problem(
-            f"model.sparsity.schedule.ramp_steps ({ramp}) must be 0 when {path} is threshold, because a threshold is "
-            "calibrated for one S; remove it, or choose topk, block or statistical",
-            (path, "model.sparsity.schedule.ramp_steps", "model.sparsity.schedule.shape"),
+            f"model.sparsity.schedule.ramp_steps ({ramp}) must be 0 when model.sparsity.selection is {selection}, "
+            f"because {_NO_RAMP[selection]}; remove it, or choose topk, block or statistical",
+            ("model.sparsity.selection", "model.sparsity.schedule.ramp_steps", "model.sparsity.schedule.shape"),
         )
 
 
@@ -292,6 +301,7 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     _blend,
     _plan_file,
     _thresholds,
+    _ramp_without_ranks,
     _groups_divide,
     _groups_keep_one,
 )

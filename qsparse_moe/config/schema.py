@@ -185,10 +185,11 @@ class SparsityConfig(Section):
     """S by layer, site and expert, applied in order after sites."""
     schedule: ScheduleConfig = ScheduleConfig()
     """S over the steps."""
-    selection: Literal["topk", "block", "threshold", "statistical"] = "topk"
+    selection: Literal["topk", "block", "threshold", "statistical", "relu"] = "topk"
     """topk: the K largest magnitudes of a row; block: the largest of every contiguous group of group_size features;
     threshold: all above a magnitude calibrated on data, which the plan holds; statistical: all above mean + z *
-    standard deviation of the row's magnitudes, z the normal quantile at S. The last two keep 1 - S only on average."""
+    standard deviation of the row's magnitudes, z the normal quantile at S; these two keep 1 - S only on average. relu:
+    the positive features wherever S is above 0, however many they are; the paper's baseline, with gradient masked."""
     group_size: PositiveInt = 32
     """G, features a group when selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import has_gate
-from qsparse_moe.moe.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
+from qsparse_moe.moe.hidden import SparseActivation
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
@@ -30,7 +30,7 @@ class Experts(nn.Module):
         self.hidden_site = SparseSite(
             "expert_hidden", hidden, config.sparsity, runtime.select_rows, num_experts=num_experts
         )
-        self.activation_name = moe.activation
+        self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
         self.matmul = runtime.matmul
 
@@ -42,17 +42,10 @@ class Experts(nn.Module):
         Returns:
             ``(N, D)`` and the sums of the site ``expert_hidden``.
         """
-        hidden_NF = self._hidden(rows_ND, rows_per_expert_E)
-        hidden_NF, stats = self.hidden_site(hidden_NF, expert_N, with_stats=with_stats)
-        return self._project(hidden_NF, self.w_down, rows_per_expert_E), stats
-
-    def _hidden(self, rows_ND: Tensor, rows_per_expert_E: Tensor) -> Tensor:
-        if self.w_gate is None:
-            up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
-            return UNGATED_ACTIVATIONS[self.activation_name](up_NF)
-        gate_NF = self._project(rows_ND, self.w_gate, rows_per_expert_E)
+        gate_NF = None if self.w_gate is None else self._project(rows_ND, self.w_gate, rows_per_expert_E)
         up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
-        return ACTIVATIONS[self.activation_name](gate_NF, up_NF)
+        hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats)
+        return self._project(hidden_NF, self.w_down, rows_per_expert_E), stats
 
     def _project(self, rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:
         return self.matmul(rows_NX, as_format(weights_EXY, self.weight_format), rows_per_expert_E)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import has_gate
-from qsparse_moe.moe.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
+from qsparse_moe.moe.hidden import SparseActivation
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
@@ -38,20 +38,15 @@ class FeedForward(nn.Module):
         input_site, hidden_site = _SITES[part]
         self.input_site = SparseSite(input_site, width, config.sparsity, runtime.select_rows)
         self.hidden_site = SparseSite(hidden_site, hidden_size, config.sparsity, runtime.select_rows)
-        self.activation_name = config.moe.activation
+        self.activation = SparseActivation(config.moe.activation, self.hidden_site, runtime.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
 
     def forward(self, x_TD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
         """``(T, D)`` to ``(T, D)``, with the sums of the input and of the hidden site."""
         x_TD, input_stats = self.input_site(x_TD, with_stats=with_stats)
-        hidden_TF, hidden_stats = self.hidden_site(self._hidden(x_TD), with_stats=with_stats)
+        gate_TF = None if self.w_gate is None else self._project(x_TD, self.w_gate)
+        hidden_TF, hidden_stats = self.activation(gate_TF, self._project(x_TD, self.w_up), with_stats=with_stats)
         return self._project(hidden_TF, self.w_down), input_stats, hidden_stats
-
-    def _hidden(self, x_TD: Tensor) -> Tensor:
-        if self.w_gate is None:
-            return UNGATED_ACTIVATIONS[self.activation_name](self._project(x_TD, self.w_up))
-        gate_TF, up_TF = self._project(x_TD, self.w_gate), self._project(x_TD, self.w_up)
-        return ACTIVATIONS[self.activation_name](gate_TF, up_TF)
 
     def _project(self, rows_TX: Tensor, weight_XY: Tensor) -> Tensor:
         return rows_TX @ as_format(weight_XY, self.weight_format)

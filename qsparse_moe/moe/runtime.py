@@ -12,6 +12,7 @@ import torch
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import native
+from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, Selection, SelectRows
 from qsparse_moe.moe.backends.registry import BACKENDS, BackendSpec, Matmul
 
@@ -25,6 +26,8 @@ class Runtime:
 
     matmul: Matmul
     select_rows: SelectRows
+    fused_glu: FusedGLU | None
+    """Activation and selection in one pass, by the selection's implementation; None where that has no such pass."""
     names: dict[str, str]
 
 
@@ -44,6 +47,7 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str) -> Runtime:
     return Runtime(
         experts.matmul,
         selection.select_rows,
+        next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),
         {"model.moe.backend": experts.name, "model.sparsity.backend": selection.name},
     )
 

@@ -77,6 +77,18 @@ class SparseSite(nn.Module):
         """Whether one number holds for every row, so that a row need not name its expert."""
         return self._is_uniform and self.observer is None
 
+    @property
+    def only_ranks(self) -> bool:
+        """Whether all that happens here is exact top-K of the rows as they are, and at most a division by a norm of
+        what is kept: what a pass that makes the rows can do as it goes."""
+        return (
+            self.settings.selection == "topk"
+            and self.number_format == "none"
+            and self.settings.rescale != "preserve"
+            and self.ste_share in (0.0, 1.0)
+            and not (self._keeps_all or self.settings.debug or self.observer is not None)
+        )
+
     def forward(self, x: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool) -> tuple[Tensor, Stats]:
         """The sparse rows and, if asked for, the sums of ``site_stats``.
 
@@ -115,7 +127,7 @@ class SparseSite(nn.Module):
         if self._compares:
             mask = BOUND_MASKS[self.settings.selection](x, self._bound_of_rows(expert_ids_N))
             return apply_mask(as_format(x, self.number_format), mask, gradient=self.ste_share), mask
-        wanted = self._num_kept_of_rows(expert_ids_N)
+        wanted = self.num_kept_of_rows(expert_ids_N)
         if self.number_format == "none" and self.ste_share in (0.0, 1.0):
             gradient = "ste" if self.ste_share else "masked"
             return select(x, wanted, rows=self.select_rows, group_size=self.group_size, gradient=gradient), wanted
@@ -127,7 +139,8 @@ class SparseSite(nn.Module):
         # Thresholds are calibrated on what exact top-K leaves of the sites before.
         return self.settings.selection in BOUND_MASKS and self.observer is None
 
-    def _num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
+    def num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
+        """K of every row ``(N,)``, or the one that holds for all of them."""
         if self.uniform_num_kept is not None:
             return self.uniform_num_kept
         assert expert_ids_N is not None, "K differs between experts, so every row must name its expert"

@@ -30,7 +30,8 @@ def num_kept(sparsity: float, num_features: int) -> int:
 def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) -> int:
     """K of a site with ``num_features``: of the whole row, or under block selection the sum over its groups.
 
-    Under threshold and statistical selection it is what S asks for; how many a row keeps varies around it.
+    Under threshold and statistical selection it is what S asks for; how many a row keeps varies around it. Under relu
+    it bears on nothing.
     """
     # Groups need not divide a site that is left whole.
     if settings.selection != "block" or sparsity == 0.0:
@@ -39,12 +40,14 @@ def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) 
 
 
 def site_bound(settings: SparsityConfig, sparsity: float, threshold: float) -> float:
-    """What ``selection.BOUND_MASKS`` compares with: the threshold, or the normal distribution's quantile at S.
+    """What ``selection.BOUND_MASKS`` compares with: the threshold, the normal distribution's quantile at S, ReLU's 0.
 
     ``-inf`` where S is 0, which keeps everything.
     """
     if sparsity == 0.0:
         return -math.inf
+    if settings.selection == "relu":
+        return 0.0
     return threshold if settings.selection == "threshold" else NormalDist().inv_cdf(sparsity)
 
 

@@ -1,8 +1,9 @@
-"""Selections by a bound on the magnitude, which costs no ranking: a calibrated threshold, and the row's own statistics.
+"""Selections by a bound, which costs no ranking: a calibrated threshold, the row's own statistics, and ReLU's 0.
 
-Both keep the features above their bound, so how many varies from row to row around the S that was asked for; exact
-top-K and its blocks stand in ``topk.py``. A row always keeps at least its largest feature. NaN is above every bound,
-and a row whose statistics are not finite is kept whole: what is broken stays visible.
+All keep the features above their bound, so how many varies from row to row: for the first two around the S that was
+asked for, for ReLU as the signs fall. Exact top-K and its blocks stand in ``topk.py``. By magnitude a row always keeps
+at least its largest feature. NaN is above every bound, and a row whose statistics are not finite is kept whole: what is
+broken stays visible.
 
 D features of a row.
 """
@@ -50,8 +51,24 @@ def statistical_mask(x: Tensor, quantile: Tensor) -> Tensor:
     return threshold_mask(magnitude, mean + quantile * std)
 
 
+def relu_mask(x: Tensor, bound: Tensor) -> Tensor:
+    """Mark the features above ``bound``, sign and all: with a bound of 0 those that ReLU keeps.
+
+    ReLU in front of every projection is what the Q-Sparse paper compares top-K with (arXiv 2407.10969, section 4).
+
+    Args:
+        x: ``(*, D)`` activations.
+        bound: one value ``(1,)``, or one a row ``(*, 1)``; at least fp32. ``-inf`` keeps everything.
+
+    Returns:
+        ``(*, D)`` bool; a row without a positive feature keeps none.
+    """
+    return ~(x.detach() <= bound)
+
+
 BOUND_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "threshold": threshold_mask,
     "statistical": statistical_mask,
+    "relu": relu_mask,
 }
 """The rule of a selection by its name in ``model.sparsity.selection``; the others rank (``topk.py``)."""

@@ -39,6 +39,16 @@ def site_stats(before: Tensor, after: Tensor, num_kept: int | Tensor) -> Stats:
     }
 
 
+def stats_of_row_sums(
+    kept_N: Tensor, nonzero_N: Tensor, energy_N: Tensor, kept_energy_N: Tensor, *, num_features: int
+) -> Stats:
+    """``site_stats`` of rows of ``num_features`` whose sums were formed already, in at least fp32, row by row."""
+    rows = torch.tensor(len(kept_N), dtype=torch.float64, device=kept_N.device)
+    by_row = {"kept": kept_N, "nonzero": nonzero_N, "energy": energy_N, "kept_energy": kept_energy_N}
+    totals = {name: sums_N.sum(dtype=torch.float64) for name, sums_N in by_row.items()}
+    return {"rows": rows, "features": rows * num_features} | totals
+
+
 def add_stats(total: Stats, other: Stats) -> Stats:
     """The sums of both; a name that only one of them has is taken over."""
     sums = dict(total)

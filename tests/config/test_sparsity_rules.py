@@ -43,6 +43,16 @@ CASES: dict[str, tuple[dict, str, dict]] = {
         "threshold is calibrated for one S; remove it, or choose topk, block or statistical",
         {"model.sparsity.schedule.shape": "constant", "model.sparsity.schedule.ramp_steps": 0},
     ),
+    "a ramp for relu": (
+        {
+            "model.sparsity.selection": "relu",
+            "model.sparsity.schedule.shape": "linear",
+            "model.sparsity.schedule.ramp_steps": 10,
+        },
+        "model.sparsity.schedule.ramp_steps (10) must be 0 when model.sparsity.selection is relu, because it keeps "
+        "what is positive whatever S is; remove it, or choose topk, block or statistical",
+        {"model.sparsity.schedule.shape": "constant", "model.sparsity.schedule.ramp_steps": 0},
+    ),
     "a blend that is not used": (
         {"model.sparsity.blend.end": 0.5},
         "model.sparsity.blend.end (0.5) has no meaning when model.sparsity.gradient is ste; remove it, or choose blend",

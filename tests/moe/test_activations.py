@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qsparse_moe.config.schema import ModelConfig, MoEConfig
+from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.moe.activations import ACTIVATIONS, REFERENCES, UNGATED_ACTIVATIONS, UNGATED_REFERENCES
@@ -74,11 +74,11 @@ def test_nan_passes_forward_and_backward(name):
     assert all(grad[3, 4].isnan() for grad in torch.autograd.grad(out, inputs, torch.ones_like(out)))
 
 
-def make(activation, shared=1, seed=1):
+def make(activation, shared=1, seed=1, selection="auto"):
     moe = MoEConfig(
         num_experts=E, expert_hidden_size=F, activation=activation, backend="loop", num_shared_experts=shared
     )
-    config = ModelConfig(hidden_size=D, num_heads=2, moe=moe)
+    config = ModelConfig(hidden_size=D, num_heads=2, moe=moe, sparsity=SparsityConfig(backend=selection))
     layer = MoELayer(config).double()
     initialize(layer, config, seed=seed)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def make(activation, shared=1, seed=1):
 @pytest.mark.parametrize("activation", ALL)
 @pytest.mark.parametrize("sparsity", [0.0, 0.25])
 def test_natural_zeros_are_counted_with_the_chosen_ones(activation, sparsity):
-    layer = make(activation)
+    layer = make(activation, selection="torch")  # in one pass nothing could be seen between activation and selection
     layer.experts.hidden_site.set_sparsity([sparsity] * E)
     seen = []
     layer.experts.hidden_site.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output[0])))

@@ -11,7 +11,7 @@ from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.quantize import fake_quantize
-from qsparse_moe.sparsity.selection import statistical_mask, threshold_mask
+from qsparse_moe.sparsity.selection import relu_mask, statistical_mask, threshold_mask
 from qsparse_moe.sparsity.topk import apply_mask, topk_mask
 
 torch.set_num_threads(1)
@@ -32,12 +32,14 @@ def mask_of(selection, x, sparsity, threshold):
         return torch.ones_like(x, dtype=torch.bool)
     if selection == "threshold":
         return threshold_mask(x, torch.tensor([threshold]))
+    if selection == "relu":
+        return x > 0
     if selection == "statistical":
         return statistical_mask(x, torch.tensor([NormalDist().inv_cdf(sparsity)]))
     return topk_mask(x, round(D * (1 - sparsity)), group_size=8 if selection == "block" else None)
 
 
-@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("selection", (*SELECTIONS, "relu"))
 @pytest.mark.parametrize("number_format", ["none", "int8"])
 @pytest.mark.parametrize("rescale", ["none", "preserve"])
 @pytest.mark.parametrize("gradient", ["ste", "masked", "blend"])
@@ -79,6 +81,23 @@ def test_a_cast_of_the_model_does_not_round_the_threshold():
     x = torch.zeros(1, D, dtype=torch.bfloat16)
     x[0, :2] = torch.tensor([1.0, 1.0078125])  # neighbours in bf16; 1.005 rounds to the upper one
     assert site(x, with_stats=False)[0].nonzero().tolist() == [[0, 1]]
+
+
+def test_relu_is_relu_wherever_s_is_above_0_and_its_gradient_too():
+    site, x = make((0.0, 0.3), selection="relu", gradient="masked"), torch.randn(6, D, requires_grad=True)
+    experts, upstream = torch.arange(6) % 2, torch.randn(6, D)
+    got, stats = site(x, experts, with_stats=True)
+    want = torch.where((experts == 1)[:, None], x.relu(), x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
+    assert stats["nonzero"] == stats["kept"] == want.count_nonzero()
+
+
+def test_relu_keeps_nan_and_drops_what_is_not_positive():
+    nan, inf = float("nan"), float("inf")
+    assert relu_mask(torch.tensor([nan, inf, -inf, 0.0, -0.0, -1.0, 1e-30]), torch.zeros(1)).tolist() == [
+        True, True, False, False, False, False, True,
+    ]  # fmt: skip
 
 
 def test_thresholds_that_are_missing_are_our_own_mistake():

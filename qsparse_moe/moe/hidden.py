@@ -1,0 +1,63 @@
+"""What stands between the input matrices of a feed-forward and its output matrix: activation, then the sparse site.
+
+N rows, F hidden features.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from qsparse_moe.kernels.fused_glu.op import FusedGLU, fused_glu
+from qsparse_moe.kernels.fused_glu.reference import ACTIVATIONS as FUSED_ACTIVATIONS
+from qsparse_moe.moe.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
+from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.sparsity.stats import Stats, stats_of_row_sums
+from qsparse_moe.sparsity.topk import rescale_kept
+
+
+class SparseActivation:
+    """``site(activation(gate, up))``: in one pass over memory where the site's settings of the moment allow it.
+
+    It holds no parameter and no state; the site is the owner's.
+    """
+
+    def __init__(self, activation: str, site: SparseSite, fused: FusedGLU | None) -> None:
+        """``fused`` None always takes the activation and the site one after the other, which defines the result."""
+        self._activation = activation
+        self._site = site
+        self._fused = fused if activation in FUSED_ACTIVATIONS else None
+
+    def __call__(
+        self, gate_NF: Tensor | None, up_NF: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool
+    ) -> tuple[Tensor, Stats]:
+        """The sparse hidden rows, as many dims as ``up_NF``, and, if asked for, the sums of ``site_stats``.
+
+        Args:
+            gate_NF: None under an activation without a gate.
+            up_NF: ``(*, F)``.
+            expert_ids_N: the expert of every row; needed where the site's numbers differ between experts.
+            with_stats: False returns no sums.
+        """
+        if gate_NF is None:
+            dense_NF = UNGATED_ACTIVATIONS[self._activation](up_NF)
+        elif self._fused is not None and self._site.only_ranks:
+            return self._in_one_pass(self._fused, gate_NF, up_NF, expert_ids_N, with_stats)
+        else:
+            dense_NF = ACTIVATIONS[self._activation](gate_NF, up_NF)
+        return self._site(dense_NF, expert_ids_N, with_stats=with_stats)
+
+    def _in_one_pass(
+        self, by: FusedGLU, gate_NF: Tensor, up_NF: Tensor, expert_ids_N: Tensor | None, with_stats: bool
+    ) -> tuple[Tensor, Stats]:
+        site = self._site
+        kept_NF, sums = fused_glu(
+            gate_NF.flatten(0, -2),
+            up_NF.flatten(0, -2),
+            site.num_kept_of_rows(expert_ids_N),
+            by=by,
+            activation=self._activation,
+            gradient="ste" if site.ste_share else "masked",
+            with_sums=with_stats,
+        )
+        stats = {} if sums is None else stats_of_row_sums(*sums, num_features=site.num_features)
+        return rescale_kept(kept_NF, kept_NF, site.settings.rescale).view_as(up_NF), stats

@@ -15,7 +15,7 @@ import torch
 from qsparse_moe.errors import BackendUnavailable
 
 # No two of the same name: the object files lie in one folder.
-_SOURCES = ("topk_select/cpu.cpp", "fused_glu/fused_glu.cpp")
+_SOURCES = ("topk_select/cpu.cpp", "fused_glu/fused_glu.cpp", "site_sums/site_sums.cpp")
 # native: the row loops are only fast with the widest vectors that this processor has.
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
 

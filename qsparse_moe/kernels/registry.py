@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qsparse_moe.kernels import block_topk, fused_glu, int8_quantize, topk_select
+from qsparse_moe.kernels import block_topk, fused_glu, int8_quantize, site_sums, topk_select
 from qsparse_moe.kernels.spec import OpSpec
 
 OPS: tuple[OpSpec, ...] = (
@@ -11,4 +11,6 @@ OPS: tuple[OpSpec, ...] = (
     fused_glu.SPEC,
     int8_quantize.SPEC,
     int8_quantize.FAKE_SPEC,
+    site_sums.SPEC,
+    site_sums.PATTERN_SPEC,
 )

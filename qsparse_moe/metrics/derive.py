@@ -11,6 +11,7 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import layer_sites
 from qsparse_moe.metrics.names import is_listed, layer_name
+from qsparse_moe.sparsity.stats import SITE_FIELDS
 from qsparse_moe.training.report import StepReport
 
 
@@ -74,11 +75,12 @@ def load_ratios(rows_LE: Tensor) -> dict[str, Tensor]:
 
 
 def _site_ratios(stats: dict[str, Tensor], site: str) -> dict[str, Tensor]:
-    features_L = stats[f"{site}/features_L"]
+    sums_L = {name: stats[f"{site}/{name}_LE"].sum(-1) for name in SITE_FIELDS}
+    features_L = sums_L["rows"] * stats[f"{site}/used_LED"].shape[-1]
     return {
-        f"{site}/zeros_chosen": 1 - stats[f"{site}/kept_L"] / features_L,
-        f"{site}/zeros": 1 - stats[f"{site}/nonzero_L"] / features_L,
-        f"{site}/kept_energy": stats[f"{site}/kept_energy_L"] / stats[f"{site}/energy_L"],
+        f"{site}/zeros_chosen": 1 - sums_L["kept"] / features_L,
+        f"{site}/zeros": 1 - sums_L["nonzero"] / features_L,
+        f"{site}/kept_energy": sums_L["kept_energy"] / sums_L["energy"],
     }
 
 

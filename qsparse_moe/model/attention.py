@@ -45,8 +45,12 @@ class Attention(nn.Module):
         self.output = Projection(width, config.hidden_size, weight_format)
         self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
-        self.input_site = SparseSite("attention_input", config.hidden_size, config.sparsity, runtime.select_rows)
-        self.output_site = SparseSite("attention_output", width, config.sparsity, runtime.select_rows)
+        self.input_site = SparseSite(
+            "attention_input", config.hidden_size, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+        )
+        self.output_site = SparseSite(
+            "attention_output", width, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+        )
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, *, with_stats: bool

@@ -11,7 +11,7 @@ from qsparse_moe.moe.hidden import SparseActivation
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
-from qsparse_moe.sparsity.stats import Stats
+from qsparse_moe.sparsity.stats import Readers, Stats
 
 
 class Experts(nn.Module):
@@ -28,23 +28,34 @@ class Experts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.w_down = nn.Parameter(torch.empty(num_experts, hidden, width))
         self.hidden_site = SparseSite(
-            "expert_hidden", hidden, config.sparsity, runtime.select_rows, num_experts=num_experts
+            "expert_hidden",
+            hidden,
+            config.sparsity,
+            runtime.select_rows,
+            num_experts=num_experts,
+            site_sums=runtime.site_sums,
         )
         self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
         self.matmul = runtime.matmul
 
     def forward(
-        self, rows_ND: Tensor, rows_per_expert_E: Tensor, expert_N: Tensor, *, with_stats: bool
+        self,
+        rows_ND: Tensor,
+        rows_per_expert_E: Tensor,
+        expert_N: Tensor,
+        *,
+        with_stats: bool,
+        readers: Readers | None = None,
     ) -> tuple[Tensor, Stats]:
-        """Run rows that are sorted by expert.
+        """Run rows that are sorted by expert; ``readers`` are for the sums, as in ``SparseSite.forward``.
 
         Returns:
             ``(N, D)`` and the sums of the site ``expert_hidden``.
         """
         gate_NF = None if self.w_gate is None else self._project(rows_ND, self.w_gate, rows_per_expert_E)
         up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
-        hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats)
+        hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats, readers=readers)
         return self._project(hidden_NF, self.w_down, rows_per_expert_E), stats
 
     def _project(self, rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:

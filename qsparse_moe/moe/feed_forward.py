@@ -36,17 +36,21 @@ class FeedForward(nn.Module):
         self.w_up = nn.Parameter(torch.empty(width, hidden_size))
         self.w_down = nn.Parameter(torch.empty(hidden_size, width))
         input_site, hidden_site = _SITES[part]
-        self.input_site = SparseSite(input_site, width, config.sparsity, runtime.select_rows)
-        self.hidden_site = SparseSite(hidden_site, hidden_size, config.sparsity, runtime.select_rows)
+        self.input_site = SparseSite(
+            input_site, width, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+        )
+        self.hidden_site = SparseSite(
+            hidden_site, hidden_size, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+        )
         self.activation = SparseActivation(config.moe.activation, self.hidden_site, runtime.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
 
-    def forward(self, x_TD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
-        """``(T, D)`` to ``(T, D)``, with the sums of the input and of the hidden site."""
-        x_TD, input_stats = self.input_site(x_TD, with_stats=with_stats)
-        gate_TF = None if self.w_gate is None else self._project(x_TD, self.w_gate)
-        hidden_TF, hidden_stats = self.activation(gate_TF, self._project(x_TD, self.w_up), with_stats=with_stats)
-        return self._project(hidden_TF, self.w_down), input_stats, hidden_stats
+    def forward(self, x_BSD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
+        """``(B, S, D)`` to ``(B, S, D)``, with the sums of the input and of the hidden site."""
+        x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
+        gate_BSF = None if self.w_gate is None else self._project(x_BSD, self.w_gate)
+        hidden_BSF, hidden_stats = self.activation(gate_BSF, self._project(x_BSD, self.w_up), with_stats=with_stats)
+        return self._project(hidden_BSF, self.w_down), input_stats, hidden_stats
 
-    def _project(self, rows_TX: Tensor, weight_XY: Tensor) -> Tensor:
-        return rows_TX @ as_format(weight_XY, self.weight_format)
+    def _project(self, rows_BSX: Tensor, weight_XY: Tensor) -> Tensor:
+        return rows_BSX @ as_format(weight_XY, self.weight_format)

@@ -11,7 +11,7 @@ from qsparse_moe.kernels.fused_glu.op import FusedGLU, fused_glu
 from qsparse_moe.kernels.fused_glu.reference import ACTIVATIONS as FUSED_ACTIVATIONS
 from qsparse_moe.moe.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
 from qsparse_moe.moe.site import SparseSite
-from qsparse_moe.sparsity.stats import Stats, stats_of_row_sums
+from qsparse_moe.sparsity.stats import Readers, RowSums, Stats
 from qsparse_moe.sparsity.topk import rescale_kept
 
 
@@ -28,7 +28,13 @@ class SparseActivation:
         self._fused = fused if activation in FUSED_ACTIVATIONS else None
 
     def __call__(
-        self, gate_NF: Tensor | None, up_NF: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool
+        self,
+        gate_NF: Tensor | None,
+        up_NF: Tensor,
+        expert_ids_N: Tensor | None = None,
+        *,
+        with_stats: bool,
+        readers: Readers | None = None,
     ) -> tuple[Tensor, Stats]:
         """The sparse hidden rows, as many dims as ``up_NF``, and, if asked for, the sums of ``site_stats``.
 
@@ -37,27 +43,29 @@ class SparseActivation:
             up_NF: ``(*, F)``.
             expert_ids_N: the expert of every row; needed where the site's numbers differ between experts.
             with_stats: False returns no sums.
+            readers: for the sums, as in ``SparseSite.forward``.
         """
         if gate_NF is None:
             dense_NF = UNGATED_ACTIVATIONS[self._activation](up_NF)
         elif self._fused is not None and self._site.only_ranks:
-            return self._in_one_pass(self._fused, gate_NF, up_NF, expert_ids_N, with_stats)
+            wanted = self._site.num_kept_of_rows(expert_ids_N)
+            kept_NF, sums = self._in_one_pass(self._fused, gate_NF, up_NF, wanted, with_stats)
+            stats = {} if sums is None else self._site.stats_of(sums, kept_NF, wanted, readers)
+            return rescale_kept(kept_NF, kept_NF, self._site.settings.rescale), stats
         else:
             dense_NF = ACTIVATIONS[self._activation](gate_NF, up_NF)
-        return self._site(dense_NF, expert_ids_N, with_stats=with_stats)
+        return self._site(dense_NF, expert_ids_N, with_stats=with_stats, readers=readers)
 
     def _in_one_pass(
-        self, by: FusedGLU, gate_NF: Tensor, up_NF: Tensor, expert_ids_N: Tensor | None, with_stats: bool
-    ) -> tuple[Tensor, Stats]:
-        site = self._site
+        self, by: FusedGLU, gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, with_sums: bool
+    ) -> tuple[Tensor, RowSums | None]:
         kept_NF, sums = fused_glu(
             gate_NF.flatten(0, -2),
             up_NF.flatten(0, -2),
-            site.num_kept_of_rows(expert_ids_N),
+            num_kept,
             by=by,
             activation=self._activation,
-            gradient="ste" if site.ste_share else "masked",
-            with_sums=with_stats,
+            gradient="ste" if self._site.ste_share else "masked",
+            with_sums=with_sums,
         )
-        stats = {} if sums is None else stats_of_row_sums(*sums, num_features=site.num_features)
-        return rescale_kept(kept_NF, kept_NF, site.settings.rescale).view_as(up_NF), stats
+        return kept_NF.view_as(up_NF), None if sums is None else RowSums(*sums[1:])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
@@ -18,7 +19,7 @@ from qsparse_moe.moe.losses import load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.moe.site import SparseSite
-from qsparse_moe.sparsity.stats import Stats
+from qsparse_moe.sparsity.stats import Readers, Stats
 
 
 class MoEOutput(NamedTuple):
@@ -46,7 +47,12 @@ class MoELayer(nn.Module):
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
         self.router = Router(config.hidden_size, moe)
         self.input_site = SparseSite(
-            "expert_input", config.hidden_size, config.sparsity, runtime.select_rows, num_experts=moe.num_experts
+            "expert_input",
+            config.hidden_size,
+            config.sparsity,
+            runtime.select_rows,
+            num_experts=moe.num_experts,
+            site_sums=runtime.site_sums,
         )
         self.experts = Experts(config, runtime)
         self.shared = (
@@ -58,13 +64,20 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)
         dispatch = plan_dispatch(routing.expert_ids_TA, self.num_experts)
-        rows_ND, input_stats = self._gather(x_TD, dispatch, with_stats)
-        y_ND, hidden_stats = self.experts(rows_ND, dispatch.rows_per_expert_E, dispatch.expert_N, with_stats=with_stats)
+        continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
+        rows_ND, input_stats = self._gather(x_TD, dispatch, continues_N)
+        y_ND, hidden_stats = self.experts(
+            rows_ND,
+            dispatch.rows_per_expert_E,
+            dispatch.expert_N,
+            with_stats=with_stats,
+            readers=self._readers(None, dispatch, continues_N),
+        )
         y_TD = combine(y_ND, routing.weights_TA, dispatch)
         stats = {"router/rows_E": dispatch.rows_per_expert_E.double()}
         if self.shared is not None:
-            shared_TD, *shared_stats = self.shared(x_TD, with_stats=with_stats)
-            y_TD = y_TD + shared_TD
+            shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
+            y_TD = y_TD + shared_BSD.flatten(0, 1)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
         if with_stats:
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
@@ -73,16 +86,33 @@ class MoELayer(nn.Module):
             y_TD.view_as(x_BSD), self._balance_loss(routing, x_BSD), router_z_loss(routing.logits_TE), stats
         )
 
-    def _gather(self, x_TD: Tensor, dispatch: Dispatch, with_stats: bool) -> tuple[Tensor, Stats]:
+    def _gather(self, x_TD: Tensor, dispatch: Dispatch, continues_N: Tensor | None) -> tuple[Tensor, Stats]:
+        """The sparse rows of the experts, with sums where it is known which reading continues in the next."""
+        with_stats = continues_N is not None
         if self.input_site.is_uniform:
-            x_TD, stats = self.input_site(x_TD, with_stats=with_stats)
+            readers = self._readers(dispatch.token_N, dispatch, continues_N)
+            x_TD, stats = self.input_site(x_TD, with_stats=with_stats, readers=readers)
             return permute(x_TD, dispatch), stats
-        return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats)
+        readers = self._readers(None, dispatch, continues_N)
+        return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats, readers=readers)
+
+    def _readers(self, row_N: Tensor | None, dispatch: Dispatch, continues_N: Tensor | None) -> Readers:
+        return Readers(row_N, dispatch.expert_N, self.num_experts, continues_N)
 
     def _balance_loss(self, routing: Routing, x_BSD: Tensor) -> Tensor:
         groups = len(x_BSD) if self.balance_over_sequences else 1
         probs_BSE = routing.probs_TE.unflatten(0, (groups, -1))
         return load_balance_loss(probs_BSE, routing.expert_ids_TA.unflatten(0, (groups, -1)))
+
+
+def _continues(dispatch: Dispatch, sequence_length: int) -> Tensor:
+    """``(N,)`` bool: the next row is the same expert's of the next token of the same sequence."""
+    token_N, expert_N = dispatch.token_N, dispatch.expert_N
+    continues_N = torch.zeros_like(token_N, dtype=torch.bool)
+    continues_N[:-1] = (
+        (token_N[1:] == token_N[:-1] + 1) & (expert_N[1:] == expert_N[:-1]) & (token_N[1:] % sequence_length != 0)
+    )
+    return continues_N
 
 
 def site_names(stats_by_site: dict[str, Stats]) -> Stats:

@@ -13,6 +13,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
+from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, Selection, SelectRows
 from qsparse_moe.moe.backends.registry import BACKENDS, BackendSpec, Matmul
 
@@ -28,6 +29,8 @@ class Runtime:
     select_rows: SelectRows
     fused_glu: FusedGLU | None
     """Activation and selection in one pass, by the selection's implementation; None where that has no such pass."""
+    site_sums: SiteSums
+    """The sums of a site, by the selection's implementation or, where that has none, stock PyTorch."""
     names: dict[str, str]
 
 
@@ -48,6 +51,7 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str) -> Runtime:
         experts.matmul,
         selection.select_rows,
         next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),
+        NATIVE if selection.name == NATIVE.name else TORCH,
         {"model.moe.backend": experts.name, "model.sparsity.backend": selection.name},
     )
 

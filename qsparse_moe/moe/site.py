@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.config.shapes import site_format
 from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.kernels.site_sums.op import TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SelectRows, select
 from qsparse_moe.sparsity.plan import site_bound, site_num_kept
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.schedule import ste_share
 from qsparse_moe.sparsity.selection import BOUND_MASKS
-from qsparse_moe.sparsity.stats import Stats, site_stats
+from qsparse_moe.sparsity.stats import Readers, RowSums, Stats, site_stats
 from qsparse_moe.sparsity.topk import apply_mask, rescale_kept
 
 Observer = Callable[[Tensor, "Tensor | None"], None]
@@ -34,7 +35,14 @@ class SparseSite(nn.Module):
     bound_bits_E: Tensor
 
     def __init__(
-        self, site: Site, num_features: int, settings: SparsityConfig, select_rows: SelectRows, *, num_experts: int = 1
+        self,
+        site: Site,
+        num_features: int,
+        settings: SparsityConfig,
+        select_rows: SelectRows,
+        *,
+        num_experts: int = 1,
+        site_sums: SiteSums = TORCH,
     ) -> None:
         super().__init__()
         self.site = site
@@ -45,6 +53,7 @@ class SparseSite(nn.Module):
         self.group_size = settings.group_size if settings.selection == "block" else None
         self.number_format = site_format(settings, site)
         self.select_rows = select_rows
+        self.site_sums = site_sums
         self.ste_share = ste_share(settings, 0)
         """Share of the straight-through gradient, from 0 (masked) to 1; may be changed between steps."""
         self.observer: Observer | None = None
@@ -89,13 +98,16 @@ class SparseSite(nn.Module):
             and not (self._keeps_all or self.settings.debug or self.observer is not None)
         )
 
-    def forward(self, x: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool) -> tuple[Tensor, Stats]:
+    def forward(
+        self, x: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool, readers: Readers | None = None
+    ) -> tuple[Tensor, Stats]:
         """The sparse rows and, if asked for, the sums of ``site_stats``.
 
         Args:
             x: ``(*, D)``.
             expert_ids_N: the expert of every row of ``x`` ``(N, D)``; needed where the numbers differ between experts.
             with_stats: False returns no sums.
+            readers: which expert reads which row, for the sums; None: each row once, ``(B, S, D)`` as B sequences.
 
         Raises:
             TrainingDiverged: under ``model.sparsity.debug``, if a row holds a NaN.
@@ -106,10 +118,28 @@ class SparseSite(nn.Module):
             self.observer(x, expert_ids_N)
         if self._keeps_all:
             rounded = as_format(x, self.number_format)
-            return rounded, site_stats(x, rounded, self.num_features) if with_stats else {}
+            return rounded, self._stats(x, rounded, self.num_features, readers) if with_stats else {}
         kept, chosen = self._select(x, expert_ids_N)
-        stats = site_stats(x, kept, _counts(chosen)) if with_stats else {}
+        stats = self._stats(x, kept, _counts(chosen), readers) if with_stats else {}
         return rescale_kept(kept, x, self.settings.rescale), stats
+
+    def _stats(self, before: Tensor, after: Tensor, num_kept: int | Tensor, readers: Readers | None) -> Stats:
+        sums = self.site_sums.row_sums(before.flatten(0, -2), after.flatten(0, -2))
+        return self.stats_of(sums, after, num_kept, readers)
+
+    def stats_of(self, sums: RowSums, after: Tensor, num_kept: int | Tensor, readers: Readers | None) -> Stats:
+        """The sums of ``site_stats`` of rows whose own sums are there already.
+
+        Args:
+            sums: of the rows.
+            after: ``(*, D)``, the rows after the selection and before any rescale.
+            num_kept: K, an int or one a row.
+            readers: as in ``forward``.
+        """
+        if readers is None:
+            readers = Readers(continues_R=_within_sequences(after) if after.dim() == 3 else None)
+        pattern = self.site_sums.row_pattern(after.flatten(0, -2), readers)
+        return site_stats(sums, pattern, num_kept.flatten() if isinstance(num_kept, Tensor) else num_kept, readers)
 
     def _check_nan(self, x: Tensor) -> None:
         broken = x.detach().isnan().any(-1).flatten()
@@ -157,6 +187,13 @@ class SparseSite(nn.Module):
 
 def _counts(chosen: int | Tensor) -> int | Tensor:
     return chosen.sum(-1) if isinstance(chosen, Tensor) and chosen.dtype == torch.bool else chosen
+
+
+def _within_sequences(x_BSD: Tensor) -> Tensor:
+    """``(B * S,)`` bool: every token but the last of each sequence."""
+    continues_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
+    continues_BS[:, -1] = False
+    return continues_BS.flatten()
 
 
 def topk_rows_mask(x: Tensor, num_kept: int | Tensor, rows: SelectRows, group_size: int | None) -> Tensor:

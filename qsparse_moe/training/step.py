@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.sparsity.stats import add_stats
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine
 from qsparse_moe.training.guard import NonFiniteGuard
@@ -64,8 +66,8 @@ def train_step(
         engine.backward(output.loss, is_last=index == len(batches) - 1)
         if report:
             losses = {"loss": output.loss.detach()} | output.losses
-            _add(totals, {f"losses/{name}": value.double() / len(batches) for name, value in losses.items()})
-            _add(totals, {f"stats/{name}": value for name, value in output.stats.items()})
+            totals = add_stats(totals, {f"losses/{name}": v.double() / len(batches) for name, v in losses.items()})
+            totals = add_stats(totals, {f"stats/{name}": value for name, value in output.stats.items()})
     stop = guard.check(step, stop=stop)
     grad_norm = engine.update(learning_rate)
     guard.check_norm(step, grad_norm)
@@ -77,17 +79,22 @@ def train_step(
 
 
 def reduce_sums(sums: Mapping[str, Tensor], distributed: Distributed) -> Sums:
-    """Add the ranks' tensors of the same names in one collective; float64 on the CPU."""
-    names = sorted(sums)
-    flat = torch.cat([sums[name].double().flatten() for name in names])
-    flat = distributed.all_reduce(flat).cpu()
-    parts = flat.split([sums[name].numel() for name in names])
-    return {name: part.view(sums[name].shape) for name, part in zip(names, parts, strict=True)}
+    """Add the ranks' tensors of the same names, float64 on the CPU; flags, bool, by "or". One collective for each."""
+    flags = {name: value for name, value in sums.items() if value.dtype == torch.bool}
+    numbers = {name: value.double() for name, value in sums.items() if name not in flags}
+    reduced = _reduce(numbers, distributed, dist.ReduceOp.SUM) if numbers else {}
+    if flags:
+        as_bytes = {name: value.byte() for name, value in flags.items()}
+        reduced |= {name: x.bool() for name, x in _reduce(as_bytes, distributed, dist.ReduceOp.MAX).items()}
+    return reduced
 
 
-def _add(totals: Sums, more: Mapping[str, Tensor]) -> None:
-    for name, value in more.items():
-        totals[name] = totals[name] + value if name in totals else value
+def _reduce(tensors: Sums, distributed: Distributed, op: dist.ReduceOp.RedOpType) -> Sums:
+    """All tensors, of one dtype, reduced over the ranks in one collective; on the CPU."""
+    names = sorted(tensors)
+    flat = distributed.all_reduce(torch.cat([tensors[name].flatten() for name in names]), op).cpu()
+    parts = flat.split([tensors[name].numel() for name in names])
+    return {name: part.view(tensors[name].shape) for name, part in zip(names, parts, strict=True)}
 
 
 def _under(prefix: str, sums: Sums) -> list[tuple[str, Tensor]]:

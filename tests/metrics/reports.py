@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig, RunConfig
-from qsparse_moe.config.shapes import layer_sites
+from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_width
+from qsparse_moe.sparsity.stats import SITE_FIELDS
 from qsparse_moe.training.report import RunContext, StepReport
 
 
@@ -66,6 +67,8 @@ def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     }
     sites = [site for layer in range(model.num_layers) for site in layer_sites(model, layer)]
     for site in sorted(set(sites)):
-        for field in ("rows", "features", "kept", "nonzero", "energy", "kept_energy"):
-            stats[f"sparsity/{site}/{field}_L"] = counts(sites.count(site))
+        layers, experts = sites.count(site), model.moe.num_experts if site in EXPERT_SITES else 1
+        for field in SITE_FIELDS:
+            stats[f"sparsity/{site}/{field}_LE"] = counts(layers, experts)
+        stats[f"sparsity/{site}/used_LED"] = counts(layers, experts, site_width(model, site)) > 5
     return stats

@@ -10,6 +10,7 @@ from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.metrics.derive import derive_metrics, load_ratios
 from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.sparsity.stats import SITE_FIELDS, add_stats
 from tests.metrics.reports import make_report, random_stats
 
 MOE = MoEConfig(num_experts=4, experts_per_token=2, expert_hidden_size=16, num_shared_experts=1, num_dense_layers=1)
@@ -82,8 +83,9 @@ def test_router_ratios_by_hand_and_by_the_layers_own_number():
 
 
 def test_sparsity_ratios_by_hand():
-    fields = {"rows": 2, "features": 100, "kept": 40, "nonzero": 25, "energy": 8, "kept_energy": 6}
-    stats = {f"sparsity/dense_hidden/{name}_L": sums(value) for name, value in fields.items()}
+    fields = dict.fromkeys(SITE_FIELDS, 0) | {"rows": 2, "kept": 40, "nonzero": 25, "energy": 8, "kept_energy": 6}
+    stats = {f"sparsity/dense_hidden/{name}_LE": sums(value)[None] for name, value in fields.items()}
+    stats["sparsity/dense_hidden/used_LED"] = torch.ones(1, 1, 50, dtype=torch.bool)
     metrics = derive_metrics(make_report(stats=stats), MODEL)
     assert metrics["sparsity/dense_hidden/zeros_chosen"] == pytest.approx(0.6)
     assert metrics["sparsity/dense_hidden/zeros"] == pytest.approx(0.75)
@@ -93,10 +95,10 @@ def test_sparsity_ratios_by_hand():
 
 def test_ratio_without_denominator_is_absent_and_not_in_the_mean():
     stats = random_stats(MODEL)
-    stats["sparsity/expert_hidden/energy_L"] = sums(0, 10)
-    stats["sparsity/expert_hidden/kept_energy_L"] = sums(0, 9)
-    stats["sparsity/dense_hidden/energy_L"] = sums(0)
-    stats["sparsity/dense_hidden/kept_energy_L"] = sums(0)
+    stats["sparsity/expert_hidden/energy_LE"] = torch.stack((sums(0, 0), sums(4, 6)))
+    stats["sparsity/expert_hidden/kept_energy_LE"] = torch.stack((sums(0, 0), sums(3, 6)))
+    stats["sparsity/dense_hidden/energy_LE"] = sums(0)[None]
+    stats["sparsity/dense_hidden/kept_energy_LE"] = sums(0)[None]
     metrics = derive_metrics(make_report(stats=stats), MODEL)
     assert metrics["sparsity/expert_hidden/kept_energy"] == 0.9
     assert "sparsity/expert_hidden/kept_energy/layer_1" not in metrics
@@ -105,10 +107,10 @@ def test_ratio_without_denominator_is_absent_and_not_in_the_mean():
 
 def test_sums_added_before_they_are_divided_do_not_depend_on_the_split():
     halves = [random_stats(MODEL, seed=seed) for seed in (1, 2)]
-    whole = {name: halves[0][name] + halves[1][name] for name in halves[0]}
+    whole = add_stats(*halves)
     metrics = derive_metrics(make_report(stats=whole), MODEL)
-    features = sum(half["sparsity/attention_input/features_L"][2] for half in halves)
-    kept = sum(half["sparsity/attention_input/kept_L"][2] for half in halves)
+    features = 16 * sum(half["sparsity/attention_input/rows_LE"][2] for half in halves)
+    kept = sum(half["sparsity/attention_input/kept_LE"][2] for half in halves)
     assert metrics["sparsity/attention_input/zeros_chosen/layer_2"] == pytest.approx(float(1 - kept / features))
 
 

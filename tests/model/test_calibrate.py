@@ -79,14 +79,14 @@ def test_a_model_that_selects_by_the_calibrated_file_keeps_the_share_at_every_si
     assert model.sparsity_plan == plan
     batch = batches(1)[0]
     stats, want = (made(batch.tokens_BS, positions_BS=batch.positions_BS).stats for made in (model, exact))
-    sites = [name.removesuffix("kept_L") for name in want if name.endswith("/kept_L")]
+    sites = [name.removesuffix("kept_LE") for name in want if name.endswith("/kept_LE")]
     assert len(sites) == 8
     for site in sites:
-        share, asked = (sums[f"{site}kept_L"] / sums[f"{site}features_L"] for sums in (stats, want))
+        share, asked = (sums[f"{site}kept_LE"].sum(-1) / sums[f"{site}rows_LE"].sum(-1) for sums in (stats, want))
         torch.testing.assert_close(share, asked, rtol=0.08, atol=0)
-    rows = stats["sparsity/expert_hidden/rows_L"]
-    assert not torch.equal(stats["sparsity/expert_hidden/kept_L"], want["sparsity/expert_hidden/kept_L"])
-    assert (stats["sparsity/expert_hidden/kept_L"] >= rows).all()  # at least one a row
+    rows = stats["sparsity/expert_hidden/rows_LE"]
+    assert not torch.equal(stats["sparsity/expert_hidden/kept_LE"], want["sparsity/expert_hidden/kept_LE"])
+    assert (stats["sparsity/expert_hidden/kept_LE"] >= rows).all()  # at least one a row
 
 
 def test_the_model_is_left_as_it_was_and_nothing_is_random():

@@ -105,14 +105,15 @@ def test_sums_of_the_sites_and_of_the_router():
     set_sparsity(layer, [0.5] * E, [0.25] * E)
     stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
     assert stats["router/tokens"] == B * S
-    assert stats["sparsity/expert_input/rows"] == B * S  # one selection serves all experts of a token
-    assert stats["sparsity/expert_input/kept"] == B * S * 8
-    assert stats["sparsity/expert_hidden/rows"] == B * S * A
-    assert stats["sparsity/expert_hidden/kept"] == B * S * A * num_kept(0.25, F)
-    assert stats["sparsity/expert_hidden/nonzero"] < stats["sparsity/expert_hidden/kept"]  # ReLU zeros among the kept
+    assert stats["sparsity/expert_input/rows_E"].sum() == B * S * A  # one selection, read by all experts of a token
+    assert stats["sparsity/expert_input/kept_E"].sum() == B * S * A * 8
+    assert stats["sparsity/expert_hidden/rows_E"].sum() == B * S * A
+    assert stats["sparsity/expert_hidden/kept_E"].sum() == B * S * A * num_kept(0.25, F)
+    # ReLU's zeros are among the kept.
+    assert stats["sparsity/expert_hidden/nonzero_E"].sum() < stats["sparsity/expert_hidden/kept_E"].sum()
     set_sparsity(layer, *PER_EXPERT)
     stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
-    assert stats["sparsity/expert_input/rows"] == B * S * A  # now each routed row has its own K
+    assert stats["sparsity/expert_input/rows_E"].sum() == B * S * A  # now each routed row has its own K
     quiet = layer(torch.randn(B, S, D, dtype=torch.float64), with_stats=False).stats
     assert list(quiet) == ["router/rows_E"]
 
@@ -135,3 +136,24 @@ def test_activations_match_their_definitions(name):
         results.append((out, *torch.autograd.grad(out, (gate, up), upstream)))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("values", [UNIFORM, PER_EXPERT], ids=["uniform", "per expert"])
+def test_sums_by_expert_are_those_of_the_rows_that_each_expert_reads(values):
+    layer = make(shared=1)
+    set_sparsity(layer, *values)
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    stats = layer(x).stats
+    chosen = layer.router(x.flatten(0, 1)).expert_ids_TA
+    for expert in range(E):
+        tokens = (chosen == expert).any(-1).nonzero().flatten().tolist()
+        kept = topk_sparsify(x.flatten(0, 1)[tokens], num_kept(values[0][expert], D))
+        site = {name: value[expert] for name, value in stats.items() if name.startswith("sparsity/expert_input/")}
+        assert site["sparsity/expert_input/rows_E"] == len(tokens)
+        assert site["sparsity/expert_input/kept_energy_E"].item() == pytest.approx(kept.square().sum().item())
+        assert torch.equal(site["sparsity/expert_input/used_ED"], (kept != 0).any(0))
+        neighbours = [(i, j) for i, j in enumerate(tokens[1:]) if tokens[i] + 1 == j and j % S]
+        common = sum(((kept[i] != 0) & (kept[i + 1] != 0)).sum().item() for i, _ in neighbours)
+        assert site["sparsity/expert_input/pairs_common_E"] == common
+        assert site["sparsity/expert_input/pairs_nonzero_E"] == sum((kept[i] != 0).sum().item() for i, _ in neighbours)
+    assert stats["sparsity/shared_input/pairs_nonzero_E"] == B * (S - 1) * D

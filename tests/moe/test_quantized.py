@@ -41,8 +41,8 @@ def test_site_masks_by_the_unrounded_row_then_rounds_then_rescales(number_format
     want = rescale_kept(kept, x, rescale)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
-    assert stats["kept"] == mask.sum()
-    assert stats["nonzero"] == torch.count_nonzero(rounded * mask)
+    assert stats["kept_E"] == mask.sum()
+    assert stats["nonzero_E"] == torch.count_nonzero(rounded * mask)
 
 
 def test_a_site_without_selection_still_rounds_and_counts_what_rounding_zeroed():
@@ -50,8 +50,8 @@ def test_a_site_without_selection_still_rounds_and_counts_what_rounding_zeroed()
     x = torch.randn(50, D)
     got, stats = made(x, with_stats=True)
     assert torch.equal(got, fake_quantize(x, "int4"))
-    assert stats["kept"] == x.numel()
-    assert stats["nonzero"] == torch.count_nonzero(got) < x.numel()
+    assert stats["kept_E"] == x.numel()
+    assert stats["nonzero_E"] == torch.count_nonzero(got) < x.numel()
 
 
 def test_experts_with_their_own_k_are_rounded_alike():
@@ -60,7 +60,7 @@ def test_experts_with_their_own_k_are_rounded_alike():
     got, stats = made(x, experts, with_stats=True)
     num_kept = torch.tensor([24, 24, 12, 12, 6, 6])
     assert torch.equal(got, fake_quantize(x, "int8") * topk_mask(x, num_kept))
-    assert stats["kept"] == num_kept.sum()
+    assert stats["kept_E"] == num_kept.sum()
 
 
 def test_a_site_of_its_own_format_leaves_the_others_to_the_common_one():

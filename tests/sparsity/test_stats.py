@@ -1,32 +1,73 @@
-"""Sums of a site: what they count, and that they add up however the rows are cut."""
+"""Sums of a site: what they count, by which expert, and that they add up however the rows are cut."""
 
+import pytest
 import torch
 
-from qsparse_moe.sparsity.stats import SITE_FIELDS, add_stats, site_stats, stack_layers
+from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH
+from qsparse_moe.sparsity.stats import SITE_FIELDS, Readers, add_stats, row_sums, site_stats, stack_layers
 from qsparse_moe.sparsity.topk import topk_sparsify
 
+ALL_ROWS_ONCE = Readers()
 
-def test_sums_count_chosen_natural_zeros_and_energy():
-    before = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 1.0]])
-    stats = site_stats(before, topk_sparsify(before, 2), 2)
-    assert {name: value.item() for name, value in stats.items()} == {
-        "rows": 2, "features": 6, "kept": 4, "nonzero": 3, "energy": 26, "kept_energy": 26,
+
+def stats_of(before, num_kept, readers=ALL_ROWS_ONCE, by=TORCH):
+    after = topk_sparsify(before, num_kept)
+    return site_stats(by.row_sums(before, after), by.row_pattern(after, readers), num_kept, readers)
+
+
+def numbers(stats):
+    return {name.removesuffix("_E"): value.tolist() for name, value in stats.items() if name != "used_ED"}
+
+
+@pytest.mark.parametrize("by", [TORCH, NATIVE], ids=lambda by: by.name)
+def test_sums_count_chosen_natural_zeros_energy_and_pattern(by):
+    before = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 1.0], [5.0, 0.0, -2.0]])
+    stats = stats_of(before, 2, Readers(continues_R=torch.tensor([True, True, False])), by)
+    assert numbers(stats) == {
+        "rows": [3], "kept": [6], "nonzero": [5], "energy": [55], "kept_energy": [55], "smallest": [3 + 1 + 2],
+        "pairs_nonzero": [3], "pairs_common": [2],
     }  # fmt: skip
-    per_row = site_stats(before, topk_sparsify(before, torch.tensor([1, 2])), torch.tensor([1, 2]))
-    assert per_row["kept"] == 3
-    assert per_row["kept_energy"] == 17
+    assert stats["used_ED"].tolist() == [[True, False, True]]
+    per_row = stats_of(before, torch.tensor([1, 2, 1]), by=by)
+    assert per_row["kept_E"] == 4
+    assert per_row["kept_energy_E"] == 16 + 1 + 25
+    assert per_row["pairs_nonzero_E"] == 0  # it is not known which row continues another
+
+
+def test_each_expert_has_the_sums_of_the_rows_that_it_reads():
+    before = torch.randn(5, 8)
+    row, expert = torch.tensor([0, 2, 2, 4]), torch.tensor([0, 0, 2, 2])
+    continues = torch.tensor([False, False, True, False])
+    stats = stats_of(before, 3, Readers(row, expert, 3, continues))
+    for number, rows in enumerate(([0, 2], [], [2, 4])):
+        alone = stats_of(before[rows], 3) if rows else None
+        for name in ("rows", "kept", "nonzero", "energy", "kept_energy", "smallest"):
+            want = alone[f"{name}_E"].item() if alone else 0.0
+            assert stats[f"{name}_E"][number].item() == pytest.approx(want)
+        assert torch.equal(stats["used_ED"][number], alone["used_ED"][0] if alone else torch.zeros(8, dtype=torch.bool))
+    kept = topk_sparsify(before, 3) != 0
+    assert stats["pairs_nonzero_E"].tolist() == [0, 0, 3]
+    assert stats["pairs_common_E"].tolist() == [0, 0, (kept[2] & kept[3]).sum()]
 
 
 def test_parts_add_up_to_the_whole():
     x = torch.randn(10, 8)
-    whole = site_stats(x, topk_sparsify(x, 3), 3)
-    parts = [site_stats(part, topk_sparsify(part, 3), 3) for part in x.split(3)]
+    whole = stats_of(x, 3)
+    parts = [stats_of(part, 3) for part in x.split(3)]
     total = parts[0]
     for part in parts[1:]:
         total = add_stats(total, part)
-    assert tuple(whole) == SITE_FIELDS
-    for name in SITE_FIELDS:
-        torch.testing.assert_close(total[name], whole[name], rtol=1e-6, atol=0)
+    assert tuple(numbers(whole)) == SITE_FIELDS
+    for name, value in whole.items():
+        torch.testing.assert_close(total[name], value, rtol=1e-6, atol=0)
+
+
+def test_energy_of_many_rows_is_summed_in_fp64():
+    x = torch.full((3, 4), 1e4)
+    x[1:] = 1e-2
+    sums = row_sums(x, x)
+    stats = site_stats(sums, TORCH.row_pattern(x, ALL_ROWS_ONCE), 4, ALL_ROWS_ONCE)
+    assert stats["energy_E"].item() == pytest.approx(4e8 + 8e-4, rel=1e-14, abs=1e-9)
 
 
 def test_layers_stack_under_a_name_that_says_so():

@@ -132,3 +132,10 @@ def test_reduced_sums_keep_names_shapes_and_float64():
         "c": sums["c"].double().tolist(),
     }
     assert {value.dtype for value in reduced.values()} == {torch.float64}
+
+
+def test_flags_stay_flags():
+    flags = torch.tensor([[True, False], [False, False]])
+    reduced = reduce_sums({"used": flags, "rows": torch.tensor(3)}, ALONE)
+    assert reduced["used"].equal(flags)
+    assert reduced["rows"].tolist() == 3.0

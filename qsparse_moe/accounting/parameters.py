@@ -12,17 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qsparse_moe.accounting.densities import Densities, planned_densities
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import (
-    EXPERT_SITES,
     dense_hidden_size,
     has_gate,
     head_size,
     num_kv_heads,
     shared_hidden_size,
-    site_width,
 )
-from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
+from qsparse_moe.sparsity.plan import SparsityPlan
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,10 @@ class Weight:
     """Those of the active whose input Q-Sparse keeps; with K differing between experts, at equal load."""
     is_matrix: bool
     """Whether a token is multiplied with it: no norm and no embedding."""
+    layer: int = -1
+    """Of a weight behind a site, its layer."""
+    site: Site | None = None
+    """Whose features are multiplied with its rows; None: Q-Sparse has no part in it."""
 
 
 @dataclass(frozen=True)
@@ -57,52 +60,49 @@ class ParameterCount:
         return cls(sum(w.stored for w in weights), sum(w.active for w in weights), sum(w.kept for w in weights))
 
 
-def count_parameters(config: ModelConfig, plan: SparsityPlan | None = None) -> ParameterCount:
-    """The parameters of the whole model under ``plan`` (None: that of the config)."""
-    return ParameterCount.of(list(model_weights(config, plan)))
+def count_parameters(
+    config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
+) -> ParameterCount:
+    """The parameters of the whole model under ``plan`` (None: that of the config), or at measured ``densities``."""
+    return ParameterCount.of(list(model_weights(config, plan, densities=densities)))
 
 
-def count_by_part(config: ModelConfig, plan: SparsityPlan | None = None) -> dict[str, ParameterCount]:
+def count_by_part(
+    config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
+) -> dict[str, ParameterCount]:
     """The same, part by part, in the order in which a token meets them; a part that the model lacks is left out."""
     parts: dict[str, list[Weight]] = {}
-    for weight in model_weights(config, plan):
+    for weight in model_weights(config, plan, densities=densities):
         parts.setdefault(weight.part, []).append(weight)
     return {part: ParameterCount.of(weights) for part, weights in parts.items()}
 
 
-def model_weights(config: ModelConfig, plan: SparsityPlan | None = None) -> Iterator[Weight]:
+def model_weights(
+    config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
+) -> Iterator[Weight]:
     """Every parameter of the model; a tied head is listed with nothing stored."""
-    plan = plan or SparsityPlan.from_config(config)
+    densities = densities or planned_densities(config, plan)
     width, table = config.hidden_size, config.vocab_size * config.hidden_size
     yield Weight("embedding.weight", "embedding", table, width, width, is_matrix=False)
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}."
         yield _norm(f"{prefix}attention_norm.weight", width)
-        yield from _attention(config, plan, layer)
+        yield from _attention(config, densities, layer)
         yield _norm(f"{prefix}feed_forward_norm.weight", width)
-        yield from _feed_forward(config, plan, layer)
+        yield from _feed_forward(config, densities, layer)
     yield _norm("final_norm.weight", width)
     yield Weight("head.weight", "head", 0 if config.tie_embeddings else table, table, table, is_matrix=True)
 
 
-def kept_fraction(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> float:
-    """K / width at a place, the mean over the experts at the experts' sites."""
-    kept = kept_features(config, plan, layer, site)
-    return sum(kept) / len(kept) / site_width(config, site)
-
-
-def kept_features(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> list[int]:
-    """K at a place: one number, or one an expert at the experts' sites."""
-    width = site_width(config, site)
-    experts = range(config.moe.num_experts) if site in EXPERT_SITES else (None,)
-    return [site_num_kept(config.sparsity, plan.sparsity(layer, site, expert), width) for expert in experts]
+def _mean(shares: tuple[float, ...]) -> float:
+    return sum(shares) / len(shares)
 
 
 def _norm(name: str, size: int) -> Weight:
     return Weight(name, "norms", size, size, size, is_matrix=False)
 
 
-def _attention(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[Weight]:
+def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
     prefix, width, channels = f"layers.{layer}.attention.", config.hidden_size, head_size(config)
     mixed = config.num_heads * channels
     qkv = width * (mixed + 2 * num_kv_heads(config) * channels)
@@ -111,23 +111,23 @@ def _attention(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[
         "output": ("attention_output", mixed * width),
     }
     for name, (site, size) in sites.items():
-        kept = size * kept_fraction(config, plan, layer, site)
-        yield Weight(f"{prefix}{name}.weight", "attention", size, size, kept, is_matrix=True)
+        kept = size * _mean(densities[layer, site])
+        yield Weight(f"{prefix}{name}.weight", "attention", size, size, kept, is_matrix=True, layer=layer, site=site)
     if config.qk_norm:
         yield _norm(f"{prefix}query_norm.weight", channels)
         yield _norm(f"{prefix}key_norm.weight", channels)
 
 
-def _feed_forward(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[Weight]:
+def _feed_forward(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
     if layer < config.moe.num_dense_layers:
-        yield from _gated(config, plan, layer, "dense", dense_hidden_size(config))
+        yield from _gated(config, densities, layer, "dense", dense_hidden_size(config))
         return
     moe = config.moe
     router = moe.num_experts * config.hidden_size
     yield Weight(f"layers.{layer}.moe.router.weight", "router", router, router, router, is_matrix=True)
-    yield from _gated(config, plan, layer, "experts", moe.expert_hidden_size)
+    yield from _gated(config, densities, layer, "experts", moe.expert_hidden_size)
     if moe.num_shared_experts:
-        yield from _gated(config, plan, layer, "shared", shared_hidden_size(config))
+        yield from _gated(config, densities, layer, "shared", shared_hidden_size(config))
 
 
 _SITES_OF: dict[str, tuple[str, Site, Site]] = {
@@ -137,12 +137,13 @@ _SITES_OF: dict[str, tuple[str, Site, Site]] = {
 }
 
 
-def _gated(config: ModelConfig, plan: SparsityPlan, layer: int, part: str, hidden: int) -> Iterator[Weight]:
+def _gated(config: ModelConfig, densities: Densities, layer: int, part: str, hidden: int) -> Iterator[Weight]:
     """Gate (if any), up and down: of every expert stored, of A experts active; of the other parts once."""
     prefix, input_site, hidden_site = _SITES_OF[part]
     moe, size = config.moe, config.hidden_size * hidden
     stored, active = (moe.num_experts, moe.experts_per_token) if part == "experts" else (1, 1)
     gate = [("w_gate", input_site)] if has_gate(config) else []
     for name, site in (*gate, ("w_up", input_site), ("w_down", hidden_site)):
-        kept = active * size * kept_fraction(config, plan, layer, site)
-        yield Weight(f"layers.{layer}.{prefix}.{name}", part, stored * size, active * size, kept, is_matrix=True)
+        kept = active * size * _mean(densities[layer, site])
+        key = f"layers.{layer}.{prefix}.{name}"
+        yield Weight(key, part, stored * size, active * size, kept, is_matrix=True, layer=layer, site=site)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from qsparse_moe.accounting.densities import kept_features
 from qsparse_moe.accounting.flops import forward_flops
-from qsparse_moe.accounting.parameters import count_by_part, count_parameters, kept_features
+from qsparse_moe.accounting.parameters import count_by_part, count_parameters
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
 from qsparse_moe.config.load import load_config

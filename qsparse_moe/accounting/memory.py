@@ -1,0 +1,62 @@
+"""Bytes of memory that training and generation need, by rank: weights, gradients, optimizer, key-value cache.
+
+It counts what this package keeps (``training/engine*.py``): in bf16 and fp16 the weights twice, in their own precision
+and as fp32 masters; gradients added in fp32; Adam's two moments in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qsparse_moe.accounting.parameters import count_by_part
+from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.config.shapes import head_size, num_kv_heads
+
+_FP32 = 4
+_HALF = 2
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """Bytes on one rank between two steps."""
+
+    weights: float
+    """In the precision that computes."""
+    gradients: float
+    """Summed over micro-batches, fp32."""
+    optimizer: float
+    """fp32 masters, where the weights are not fp32 themselves, and Adam's moments."""
+
+    @property
+    def total(self) -> float:
+        """All three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = None) -> StateMemory:
+    """What one of ``world_size`` ranks keeps of the model's state under ZeRO ``zero_stage`` (None: the run's).
+
+    Stage 1 shards the optimizer, 2 the gradients too, 3 the weights too (arXiv 1910.02054, section 3). With
+    ``training.expert_parallel_size`` P a rank has 1 / P of the experts, sharded over the ranks that share them.
+    """
+    training = config.training
+    stage = training.deepspeed.zero_stage if zero_stage is None else zero_stage
+    if training.engine == "torch":
+        stage = 0
+    parallel = training.expert_parallel_size
+    parts = {part: counted.stored for part, counted in count_by_part(config.model).items()}
+    experts = parts.pop("experts", 0)
+    others = sum(parts.values())
+    half = training.precision != "fp32"
+    weight, optimizer = (_HALF, 3 * _FP32) if half else (_FP32, 2 * _FP32)
+
+    def held(bytes_each: int, first_sharded: int) -> float:
+        shards = world_size if stage >= first_sharded else 1
+        return bytes_each * (others / shards + experts / parallel / max(1, shards // parallel))
+
+    return StateMemory(weights=held(weight, 3), gradients=held(_FP32, 2), optimizer=held(optimizer, 1))
+
+
+def kv_cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: int = _HALF) -> int:
+    """Keys and values of ``tokens`` tokens in all layers."""
+    return 2 * config.num_layers * num_kv_heads(config) * head_size(config) * tokens * bytes_per_value

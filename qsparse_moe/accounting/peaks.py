@@ -1,0 +1,23 @@
+"""The most that a device can multiply, for model FLOPs utilisation: from NVIDIA's data sheets, dense, without 2:4.
+
+A device that is not in the table has no known peak: MFU is then absent, not guessed.
+"""
+
+from __future__ import annotations
+
+BF16_TFLOPS: tuple[tuple[str, float], ...] = (
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("A100", 312.0),
+    ("B200", 2250.0),
+)
+"""TFLOP/s of bf16 and fp16 by a part of the name that CUDA gives; the first that fits holds. With 2:4 sparsity the data
+sheets name twice as much."""
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """FLOP/s of one device in ``precision`` (``bf16``, ``fp16``, ``fp32``), or None where it is not known."""
+    if precision not in ("bf16", "fp16"):
+        return None
+    return next((tflops * 1e12 for name, tflops in BF16_TFLOPS if name in device_name), None)

@@ -1,0 +1,97 @@
+"""Bytes of weights that one step of B tokens reads, in generation: what a machine that waits for memory pays.
+
+A weight is read once a step if any of the step's tokens needs it, so what counts is the union over the tokens. For
+tokens that choose independently, a weight that a token needs with probability p is read with 1 - (1 - p)^B. In front of
+an expert p is the product of the router's A / E and the density d of the site, (A / E) d: a dense model with d = 0.5 is
+at 0.94 by B = 4, an expert that sees few of the tokens stays low until B comes near E / A. Real tokens are not
+independent: what a model really reads is measured (``measure.py`` of the model).
+
+Under a gate with a ReLU (relu2glu, reglu, drelu) the up product is needed only where the gate is positive, if the gate
+is computed first: p of an element of ``w_up`` is then d times the gate's share of positive values.
+
+E experts, A experts a token, B tokens a step.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from qsparse_moe.accounting.densities import Densities, planned_densities
+from qsparse_moe.accounting.parameters import Weight, model_weights
+from qsparse_moe.config.schema import ModelConfig
+
+RELU_GATES = frozenset({"relu2glu", "reglu", "drelu"})
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of weights read in one step of B tokens."""
+
+    stored: float
+    """All weights: what a dense model of that size reads."""
+    routed: float
+    """Of every expert that a token of the step chose all of it, and the rest of the model."""
+    kept: float
+    """Of these only the rows (and, gate first, the elements of up) that a token's values need."""
+
+
+def weight_traffic(
+    config: ModelConfig,
+    batch: int,
+    densities: Densities | None = None,
+    *,
+    bytes_per_weight: float = 2.0,
+    gate_density: float | None = None,
+) -> dict[str, Traffic]:
+    """Bytes read in one step of ``batch`` independent tokens, by part of the model.
+
+    Args:
+        config: the model.
+        batch: B, tokens of one step, at least 1.
+        densities: share of the features that are not zero by place; None: the plan of the config.
+        bytes_per_weight: 2 in bf16; a ternary matrix packed takes a quarter of a byte.
+        gate_density: share of positive gate values, to count up with the gate first; None: up is read in whole rows.
+    """
+    densities = densities or planned_densities(config)
+    parts: dict[str, Traffic] = {}
+    for weight in model_weights(config, densities=densities):
+        before = parts.get(weight.part, Traffic(0.0, 0.0, 0.0))
+        routed, kept = _union(config, weight, batch, densities, gate_density)
+        parts[weight.part] = Traffic(
+            before.stored + bytes_per_weight * weight.stored,
+            before.routed + bytes_per_weight * routed,
+            before.kept + bytes_per_weight * kept,
+        )
+    return parts
+
+
+def total_traffic(parts: dict[str, Traffic]) -> Traffic:
+    """The sum over the parts."""
+    return Traffic(*(sum(getattr(part, name) for part in parts.values()) for name in ("stored", "routed", "kept")))
+
+
+def union(probability: float, batch: int) -> float:
+    """``1 - (1 - p)^B``: the chance that one of ``batch`` independent tokens needs what each needs with ``p``."""
+    if probability >= 1.0:
+        return 1.0
+    return -math.expm1(batch * math.log1p(-probability))
+
+
+def _union(
+    config: ModelConfig, weight: Weight, batch: int, densities: Densities, gate_density: float | None
+) -> tuple[float, float]:
+    """Elements read by routing alone, and with Q-Sparse."""
+    if weight.part == "embedding":
+        rows = min(batch, config.vocab_size) * config.hidden_size
+        return rows, rows
+    size = weight.stored or weight.active  # a tied head is read and not stored
+    if weight.site is None:
+        return size, size
+    chosen = weight.active / size
+    gated = gate_density if gate_density is not None and weight.name.endswith("w_up") else 1.0
+    if config.moe.activation not in RELU_GATES:
+        gated = 1.0
+    shares = densities[weight.layer, weight.site]
+    kept = sum(union(chosen * density * gated, batch) for density in shares) / len(shares)
+    return size * union(chosen, batch), size * kept

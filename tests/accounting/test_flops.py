@@ -1,0 +1,46 @@
+"""Training operations, and operations by site, against sums by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsparse_moe.accounting.flops import flops_by_site, forward_flops, training_flops
+from tests.accounting.test_parameters import SHAPES, model_config
+
+
+def test_training_takes_three_products_of_which_the_straight_through_input_gradient_stays_dense():
+    dense = model_config()
+    forward, training = forward_flops(dense, 16), training_flops(dense, 16)
+    assert training.routed == training.kept == 3 * forward.routed
+    behind_sites = forward.routed - forward.attention_scores - 2 * (2 * 4 * 32 + 264 * 32)
+    for gradient, left in (("ste", (2 * 0.5 + 1) / 3), ("masked", 0.5)):
+        half = model_config(sparsity={"default": 0.5, "gradient": gradient})
+        trained, selected = training_flops(half, 16), forward_flops(half, 16).selection
+        assert trained.routed == training.routed  # what dense kernels execute does not change
+        saved = training.routed - (trained.kept - selected)
+        assert saved == pytest.approx(3 * behind_sites * (1 - left))
+
+
+def test_training_counts_6_a_weight_and_6_h_2c_s_a_layer():
+    config = model_config(head_size=6, num_kv_heads=2)
+    forward = forward_flops(config, 0).routed  # 2 a weight
+    assert training_flops(config, 100).routed == 3 * forward + 2 * 6 * 4 * (6 + 6) * 100
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.5])
+def test_sites_add_up_to_the_whole(shape, sparsity):
+    config = model_config(**SHAPES[shape], sparsity={"default": sparsity})
+    whole, parts = forward_flops(config, 16), flops_by_site(config, 16)
+    for name in ("routed", "kept", "attention_scores", "selection"):
+        assert sum(getattr(part, name) for part in parts.values()) == pytest.approx(getattr(whole, name)), name
+    assert {"router", "head", "attention_scores", "expert_input", "expert_hidden"} <= parts.keys()
+
+
+def test_measured_densities_take_the_place_of_the_plan():
+    config = model_config(sparsity={"default": 0.5})
+    densities = {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in (
+        "attention_input", "attention_output", "expert_input", "expert_hidden")}  # fmt: skip
+    planned, measured = (flops_by_site(config, 16, densities=d)["expert_hidden"] for d in (None, densities))
+    assert planned.kept - planned.selection == pytest.approx(0.5 * planned.routed)
+    assert measured.kept - measured.selection == pytest.approx(0.25 * measured.routed)

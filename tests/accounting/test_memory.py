@@ -1,0 +1,61 @@
+"""Memory of model state by ZeRO stage, of the key-value cache, and peaks of devices."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsparse_moe.accounting.memory import kv_cache_bytes, state_memory
+from qsparse_moe.accounting.parameters import count_parameters
+from qsparse_moe.accounting.peaks import peak_flops
+from qsparse_moe.config.schema import RunConfig
+from tests.accounting.test_parameters import model_config
+
+
+def run(**training):
+    return RunConfig.model_validate({"model": model_config(), "training": training})
+
+
+def test_bf16_takes_18_bytes_a_parameter_and_each_stage_shards_more():
+    config = run(precision="bf16")
+    count = count_parameters(config.model).stored
+    by_stage = [state_memory(config, 4, stage) for stage in range(4)]
+    assert [memory.total / count for memory in by_stage] == pytest.approx([18, 9, 6, 4.5])
+    assert by_stage[1].optimizer == pytest.approx(3 * count)
+    assert by_stage[2].gradients == pytest.approx(count)
+    assert by_stage[3].weights == pytest.approx(0.5 * count)
+
+
+def test_fp32_weights_are_their_own_masters_and_the_plain_engine_shards_nothing():
+    count = count_parameters(run().model).stored
+    assert state_memory(run(), 1).total == 16 * count
+    assert state_memory(run(engine="torch"), 4).total == 16 * count
+
+
+def test_experts_that_are_spread_over_ranks_are_sharded_over_those_that_share_them():
+    config = run(precision="bf16")
+    spread = config.model_copy(update={"training": config.training.model_copy(update={"expert_parallel_size": 2})})
+    experts = 2 * 3 * 4 * 32 * 24
+    whole, half = (state_memory(c, 4, 1) for c in (config, spread))
+    assert whole.weights - half.weights == pytest.approx(2 * experts / 2)
+    # Two ranks hold the same experts: a quarter of the whole each, as without.
+    assert whole.optimizer == pytest.approx(half.optimizer)
+
+
+def test_the_cache_holds_keys_and_values_of_the_kv_heads():
+    assert kv_cache_bytes(model_config(num_kv_heads=2), tokens=10) == 2 * 2 * 2 * 8 * 10 * 2
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA H200", "fp16", 989e12),
+        ("NVIDIA A100-SXM4-80GB", "bf16", 312e12),
+        ("NVIDIA B200", "bf16", 2250e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", None),
+        ("AMD EPYC", "bf16", None),
+    ],
+)
+def test_a_peak_is_known_or_absent(device, precision, peak):
+    assert peak_flops(device, precision) == peak

@@ -1,0 +1,108 @@
+"""Bytes of weights that a step reads: the formula against tokens that really choose, and its limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.accounting.densities import measured_densities, planned_densities
+from qsparse_moe.accounting.traffic import Traffic, total_traffic, union, weight_traffic
+from tests.accounting.test_parameters import MOE, SHAPES, model_config
+
+EXPERT = 32 * 24  # elements of one matrix of one expert
+
+
+def experts(config, batch, **settings):
+    return weight_traffic(config, batch, bytes_per_weight=1.0, **settings)["experts"]
+
+
+def test_union_of_independent_tokens():
+    assert union(0.5, 1) == pytest.approx(0.5)
+    assert union(0.5, 4) == pytest.approx(1 - 0.5**4)
+    assert union(1.0, 3) == 1.0
+    assert union(0.0, 9) == 0.0
+    assert union(1e-12, 10) == pytest.approx(1e-11, rel=1e-9)  # no cancellation
+
+
+def test_one_token_reads_what_is_counted_as_kept():
+    from qsparse_moe.accounting.parameters import count_by_part
+
+    config = model_config(**SHAPES["everything"], sparsity={"default": 0.5})
+    parts, counted = weight_traffic(config, 1, bytes_per_weight=2.0), count_by_part(config)
+    for part in counted:
+        assert parts[part].routed == pytest.approx(2 * counted[part].active), part
+        assert parts[part].kept == pytest.approx(2 * counted[part].kept), part
+
+
+def test_many_tokens_read_everything_but_what_no_token_needs():
+    config = model_config(sparsity={"default": 0.5})
+    total = total_traffic(weight_traffic(config, 100_000))
+    assert total.routed == pytest.approx(total.stored)
+    assert total.kept == pytest.approx(total.stored)
+
+
+def test_a_dense_model_at_half_reads_94_percent_by_four_tokens_and_an_expert_less():
+    config = model_config(sparsity={"default": 0.5}, moe=MOE | {"num_experts": 64, "experts_per_token": 1})
+    parts = weight_traffic(config, 4, bytes_per_weight=1.0)
+    attention = parts["attention"]
+    assert attention.kept / attention.routed == pytest.approx(0.9375)
+    assert parts["experts"].kept / parts["experts"].routed == pytest.approx(0.506, abs=0.002)
+
+
+def simulated(num_experts, per_token, density, gate, batch, rounds=2000):
+    """Shares of gate's rows and of up's elements that some token of the batch needs, by drawing tokens."""
+    generator = torch.Generator().manual_seed(0)
+    rows = elements = 0.0
+    for _ in range(rounds):
+        chosen = torch.rand(batch, num_experts, generator=generator).argsort(-1)[:, :per_token]
+        kept = torch.rand(batch, 1, 16, generator=generator) < density
+        positive = torch.rand(batch, per_token, 16, generator=generator) < gate
+        needed = torch.zeros(num_experts, 16, 16, dtype=torch.bool)
+        touched = torch.zeros(num_experts, 16, dtype=torch.bool)
+        for token in range(batch):
+            for choice, expert in enumerate(chosen[token].tolist()):
+                touched[expert] |= kept[token, 0]
+                needed[expert] |= kept[token, 0, :, None] & positive[token, choice, None, :]
+        rows += touched.double().mean().item() / rounds
+        elements += needed.double().mean().item() / rounds
+    return rows, elements
+
+
+def test_formula_is_the_mean_over_tokens_that_choose_independently():
+    config = model_config(
+        sparsity={"sites": {"expert_input": 0.75}}, moe=MOE | {"activation": "relu2glu"}, num_layers=1
+    )
+    without = experts(config, 3)
+    with_gate = experts(config, 3, gate_density=0.4)
+    rows, elements = simulated(4, 2, 0.25, 0.4, 3)
+    down = union(0.5, 3)
+    assert without.kept == pytest.approx(4 * EXPERT * (2 * rows + down), rel=0.02)
+    assert with_gate.kept == pytest.approx(4 * EXPERT * (rows + elements + down), rel=0.02)
+
+
+def test_gate_first_saves_nothing_where_the_gate_has_no_relu():
+    config = model_config()  # swiglu
+    assert experts(config, 2, gate_density=0.1) == experts(config, 2)
+
+
+def test_experts_with_their_own_s_are_read_by_their_own_s():
+    overrides = [{"sparsity": 0.5, "site": "expert_hidden", "experts": "0-1"}]
+    config = model_config(sparsity={"overrides": overrides}, num_layers=1)
+    routed = union(0.5, 2)
+    down = (2 * union(0.25, 2) + 2 * routed) / 4
+    assert experts(config, 2).kept == pytest.approx(4 * EXPERT * (2 * routed + down))
+
+
+def test_totals_are_sums_over_the_parts():
+    parts = {"a": Traffic(3, 2, 1), "b": Traffic(30, 20, 10)}
+    assert total_traffic(parts) == Traffic(33, 22, 11)
+
+
+def test_a_logged_step_gives_measured_densities_or_none():
+    config = model_config(**SHAPES["dense layers"])
+    row = {f"sparsity/{site}/zeros/layer_{layer}": 0.25 for layer, site in planned_densities(config)}
+    densities = measured_densities(config, row)
+    assert densities.keys() == planned_densities(config).keys()
+    assert densities[1, "expert_hidden"] == (0.75,) * 4
+    assert densities[0, "dense_hidden"] == (0.75,)
+    assert measured_densities(config, {}) is None

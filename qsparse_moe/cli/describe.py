@@ -8,16 +8,15 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from qsparse_moe.accounting.densities import kept_features
-from qsparse_moe.accounting.flops import forward_flops
-from qsparse_moe.accounting.parameters import count_by_part, count_parameters
+from qsparse_moe.accounting.description import describe_run
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
 from qsparse_moe.config.load import load_config
-from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
-from qsparse_moe.config.shapes import layer_sites, model_sites, site_width
-from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.training.run_folder import CONFIG_FILE
+
+_BAR = 40
+_UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
 def register(app: typer.Typer) -> None:
@@ -30,44 +29,31 @@ def describe(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings such as model.sparsity.default=0.5.", show_default=False)
     ] = None,
+    ranks: Annotated[int, typer.Option(help="Ranks over which training's state is spread.", min=1)] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Count a model's parameters and operations. With routing alone and with Q-Sparse; nothing is built."""
-    file = find_run(path) / CONFIG_FILE if path.is_dir() else path
-    description = describe_run(load_config(file, overrides or ()))
-    print_json(description) if json else _print_tables(description)
+    """Count a model's parameters, operations, bytes and memory. With routing alone and with Q-Sparse; nothing is built.
 
-
-def describe_run(config: RunConfig) -> dict[str, Any]:
-    """The figures of a run's model, in the form of ``--json``.
-
-    ``stored`` counts every parameter, ``active`` those that a token uses by routing, ``kept`` those whose input
-    Q-Sparse keeps too. Operations are per token of a forward pass over a full row.
+    For a run folder the zeros of its last logged step stand beside those that the settings ask for.
     """
-    model, context = config.model, config.data.sequence_length
-    flops = forward_flops(model, context)
-    return {
-        "name": config.training.name,
-        "parameters": vars(count_parameters(model)),
-        "parameters_by_part": {part: vars(counted) for part, counted in count_by_part(model).items()},
-        "forward_flops_per_token": {"context": context, **vars(flops)},
-        "mean_sparsity": SparsityPlan.from_config(model).mean,
-        "sites": {site: _site(model, site) for site in model_sites(model)},
-        "tokens_per_step": config.training.global_batch_size * context,
-        "tokens": config.training.steps * config.training.global_batch_size * context,
-    }
-
-
-def _site(model: ModelConfig, site: Site) -> dict[str, int]:
-    plan = SparsityPlan.from_config(model)
-    layers = [layer for layer in range(model.num_layers) if site in layer_sites(model, layer)]
-    kept = [k for layer in layers for k in kept_features(model, plan, layer, site)]
-    return {"layers": len(layers), "width": site_width(model, site), "least_kept": min(kept), "most_kept": max(kept)}
+    folder = find_run(path) if path.is_dir() else None
+    config = load_config(path if folder is None else folder / CONFIG_FILE, overrides or ())
+    rows = read_metrics(folder / "metrics.jsonl") if folder is not None and not overrides else []
+    description = describe_run(config, rows[-1] if rows else None, ranks=ranks)
+    print_json(description) if json else _print_tables(description)
 
 
 def _print_tables(description: dict[str, Any]) -> None:
     console = result_console()
-    for table in (_parameter_table(description), _flops_table(description), _site_table(description)):
+    tables = (
+        _parameter_table(description),
+        _flops_table(description),
+        _flops_by_site_table(description),
+        _traffic_table(description),
+        _memory_table(description),
+        _site_table(description),
+    )
+    for table in tables:
         console.print(table)
     steps = f"{description['tokens_per_step']:,} tokens a step, {description['tokens']:,} in the run"
     console.print(steps)
@@ -81,27 +67,91 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
+def _measured_column(description: dict[str, Any]) -> list[str]:
+    measured = description["measured"]
+    return [f"measured in step {measured['step']}"] if measured else []
+
+
 def _parameter_table(description: dict[str, Any]) -> Table:
-    table = _table("Parameters", "part", "stored", "active by routing", "and kept by Q-Sparse")
+    table = _table(
+        "Parameters", "part", "stored", "active by routing", "and kept by Q-Sparse", *_measured_column(description)
+    )
+    measured = description["measured"]
     for part, counted in description["parameters_by_part"].items():
-        table.add_row(part, *_counts(counted))
+        table.add_row(part, *_counts(counted, measured and measured["parameters_by_part"][part]))
     table.add_section()
-    table.add_row("all", *_counts(description["parameters"]))
+    table.add_row("all", *_counts(description["parameters"], measured and measured["parameters"]))
     return table
 
 
-def _counts(counted: dict[str, float]) -> list[str]:
-    return [f"{counted[kind]:,.0f}" for kind in ("stored", "active", "kept")]
+def _counts(counted: dict[str, float], measured: dict[str, float] | None) -> list[str]:
+    values = [counted[kind] for kind in ("stored", "active", "kept")] + ([measured["kept"]] if measured else [])
+    return [f"{value:,.0f}" for value in values]
 
 
 def _flops_table(description: dict[str, Any]) -> Table:
-    flops = description["forward_flops_per_token"]
-    table = _table(f"Operations of a token, forward, {flops['context']} tokens of context", "", "FLOPs")
-    table.add_row("with routing: what a dense kernel multiplies", f"{flops['routed']:,.0f}")
-    table.add_row("and Q-Sparse: what is left if every zero is skipped", f"{flops['kept']:,.0f}")
-    table.add_row("of these, attention scores", f"{flops['attention_scores']:,.0f}")
-    table.add_row("of these, the selection (at least)", f"{flops['selection']:,.0f}")
+    forward, training = description["forward_flops_per_token"], description["training_flops_per_token"]
+    measured = description["measured"]
+    table = _table(
+        f"Operations of a token, {forward['context']} tokens of context",
+        "",
+        "forward",
+        "forward and backward",
+        *(f"forward, {column}" for column in _measured_column(description)),
+    )
+    rows = {
+        "routed": "with routing: what dense kernels execute",
+        "kept": "and Q-Sparse: what is left if every zero is skipped",
+        "attention_scores": "of these, attention scores",
+        "selection": "of these, the selection (at least)",
+    }
+    for name, label in rows.items():
+        extra = [measured["forward_flops_per_token"][name]] if measured else []
+        table.add_row(label, *(f"{value:,.0f}" for value in (forward[name], training[name], *extra)))
     return table
+
+
+def _flops_by_site_table(description: dict[str, Any]) -> Table:
+    table = _table("Forward operations of a token by site", "matrices behind", "routed", "kept", "selection")
+    for name, flops in description["forward_flops_by_site"].items():
+        table.add_row(name, *(f"{flops[kind]:,.0f}" for kind in ("routed", "kept", "selection")))
+    return table
+
+
+def _traffic_table(description: dict[str, Any]) -> Table:
+    """The union over B independent tokens, as bars: routed and kept, as shares of all weights."""
+    chosen = description["measured"] or description
+    zeros = f", with the zeros of step {description['measured']['step']}" if description["measured"] else ""
+    table = _table(f"Weights read by a step of B independent tokens{zeros}", "B")
+    table.caption, table.caption_justify = "░ by routing   █ kept by Q-Sparse too", "left"
+    table.add_column("share of all weights", min_width=_BAR)
+    table.add_column("routed", justify="right")
+    table.add_column("kept", justify="right")
+    for point in chosen["bytes_read"]:
+        routed, kept = (point[name] / point["stored"] for name in ("routed", "kept"))
+        filled, outlined = round(_BAR * kept), round(_BAR * routed)
+        bar = "█" * filled + "░" * (outlined - filled)
+        table.add_row(str(point["batch"]), bar, _size(point["routed"]), _size(point["kept"]))
+    return table
+
+
+def _memory_table(description: dict[str, Any]) -> Table:
+    memory = description["memory"]
+    title = f"Training's state on one of {memory['ranks']} ranks"
+    table = _table(title, "ZeRO stage", "weights", "gradients", "optimizer", "all")
+    for stage, parts in memory["training_state_by_zero_stage"].items():
+        table.add_row(stage, *(_size(parts[name]) for name in ("weights", "gradients", "optimizer", "total")))
+    table.caption = f"without activations; key-value cache: {_size(memory['kv_cache_bytes_per_token'])} a token"
+    table.caption_justify = "left"
+    return table
+
+
+def _size(num_bytes: float) -> str:
+    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    unit = 0
+    while num_bytes >= 1000 and unit < len(_UNITS) - 1:
+        num_bytes, unit = num_bytes / 1000, unit + 1
+    return f"{num_bytes:.3g} {_UNITS[unit]}"
 
 
 def _site_table(description: dict[str, Any]) -> Table:

@@ -67,6 +67,38 @@ def test_run_folder_is_described_by_its_config(capsys, tmp_path):
     assert described(capsys, str(folder)) == described(capsys, TINY, *SHAPE)
 
 
+def test_the_last_logged_step_brings_the_measured_zeros(capsys, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config_to_yaml(load_config(TINY, SHAPE)), encoding="utf-8")
+    sites = ("attention_input", "attention_output", "expert_input", "expert_hidden")
+    zeros = {f"sparsity/{site}/zeros/layer_{layer}": 0.75 for site in sites for layer in range(2)}
+    lines = [{"step": 10}, {"step": 20, **zeros}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    content = described(capsys, str(folder))
+    measured, experts = content["measured"], content["parameters_by_part"]["experts"]
+    assert measured["step"] == 20
+    assert measured["parameters_by_part"]["experts"]["kept"] == experts["active"] / 4 == experts["kept"] / 2
+    assert measured["bytes_read"][0]["kept"] < content["bytes_read"][0]["kept"]
+    assert run(["describe", str(folder)]) == 0
+    assert "measured in step 20" in capsys.readouterr().out
+    assert described(capsys, str(folder), "training.steps=31")["measured"] is None  # it is another run
+
+
+def test_bytes_grow_with_the_batch_and_the_chart_shows_it(capsys):
+    content = described(capsys, TINY, *SHAPE, "--ranks", "4")
+    kept = [point["kept"] for point in content["bytes_read"]]
+    assert kept == sorted(kept)
+    assert content["bytes_read"][-1]["kept"] == pytest.approx(content["bytes_read"][-1]["stored"], rel=0.01)
+    by_stage = content["memory"]["training_state_by_zero_stage"]
+    assert by_stage["3"]["total"] == by_stage["0"]["total"] / 4
+    assert run(["describe", TINY, *SHAPE]) == 0
+    bars = [line for line in capsys.readouterr().out.splitlines() if "█" in line and "kept by" not in line]
+    filled = [line.count("█") for line in bars]
+    assert len(bars) == 11
+    assert filled == sorted(filled) and filled[-1] == 40
+
+
 MADE = "name a folder that qsparse-moe train made, such as"
 
 

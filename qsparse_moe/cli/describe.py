@@ -8,14 +8,22 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from qsparse_moe.accounting.description import describe_run
+from qsparse_moe.accounting.description import BATCHES, describe_run
+from qsparse_moe.accounting.traffic import union
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
 from qsparse_moe.config.load import load_config
+from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.training.run_folder import CONFIG_FILE
 
 _BAR = 40
+_UNION_COLUMNS = {
+    "routed": "experts",
+    "input_rows": "rows of gate",
+    "up_elements": "elements of up, gate first",
+    "hidden_rows": "rows of down",
+}
 _UNITS = ("B", "KB", "MB", "GB", "TB")
 
 
@@ -30,17 +38,50 @@ def describe(
         list[str] | None, typer.Argument(help="Settings such as model.sparsity.default=0.5.", show_default=False)
     ] = None,
     ranks: Annotated[int, typer.Option(help="Ranks over which training's state is spread.", min=1)] = 1,
+    measure: Annotated[
+        int, typer.Option(help="Of a run: validation rows on which its checkpoint's routing and masks are measured.")
+    ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Count a model's parameters, operations, bytes and memory. With routing alone and with Q-Sparse; nothing is built.
 
-    For a run folder the zeros of its last logged step stand beside those that the settings ask for.
+    For a run folder the zeros of its last logged step stand beside those that the settings ask for, and with --measure
+    the weights that real tokens need beside the formula for independent ones.
     """
     folder = find_run(path) if path.is_dir() else None
     config = load_config(path if folder is None else folder / CONFIG_FILE, overrides or ())
     rows = read_metrics(folder / "metrics.jsonl") if folder is not None and not overrides else []
+    if measure and (folder is None or overrides):
+        raise ConfigError(
+            f"--measure ({measure}) needs a run folder as it is, with a checkpoint; got {path} with "
+            f"{len(overrides or ())} settings. Name a folder that qsparse-moe train made, without settings"
+        )
     description = describe_run(config, rows[-1] if rows else None, ranks=ranks)
+    if folder is not None and measure:
+        description["measured_unions"] = _measure(folder, measure)
     print_json(description) if json else _print_tables(description)
+
+
+def _measure(folder: Path, num_rows: int) -> list[dict[str, Any]]:
+    """Shares of the experts' weights that steps of B real tokens read, and those of independent tokens like them."""
+    from qsparse_moe.data.token_data import load_data
+    from qsparse_moe.model.unions import measured_unions
+    from qsparse_moe.training.evaluate import load_run
+
+    config, model, _ = load_run(folder, overrides=["model.sparsity.backend=torch"])
+    data = load_data(config.data)
+    table, indices = data.evaluation_rows(num_rows)
+    tokens_RS = table.batch(table.tokens(indices)).tokens_BS
+    found = measured_unions(model, tokens_RS, [batch for batch in BATCHES if batch <= len(tokens_RS)])
+    alone = {name: getattr(found[0], name) for name in _UNION_COLUMNS}
+    return [
+        {"batch": point.batch}
+        | {
+            name: {"measured": getattr(point, name), "independent": union(share, point.batch)}
+            for name, share in alone.items()
+        }
+        for point in found
+    ]
 
 
 def _print_tables(description: dict[str, Any]) -> None:
@@ -53,7 +94,7 @@ def _print_tables(description: dict[str, Any]) -> None:
         _memory_table(description),
         _site_table(description),
     )
-    for table in tables:
+    for table in (*tables, *([_union_table(description)] if "measured_unions" in description else [])):
         console.print(table)
     steps = f"{description['tokens_per_step']:,} tokens a step, {description['tokens']:,} in the run"
     console.print(steps)
@@ -132,6 +173,19 @@ def _traffic_table(description: dict[str, Any]) -> Table:
         filled, outlined = round(_BAR * kept), round(_BAR * routed)
         bar = "█" * filled + "░" * (outlined - filled)
         table.add_row(str(point["batch"]), bar, _size(point["routed"]), _size(point["kept"]))
+    return table
+
+
+def _union_table(description: dict[str, Any]) -> Table:
+    table = _table("Routed experts' weights that a step of B real tokens reads", "B", *_UNION_COLUMNS.values())
+    table.caption, table.caption_justify = (
+        "in brackets: B tokens that choose independently, each like one of these",
+        "left",
+    )
+    for point in description["measured_unions"]:
+        shares = (point[name] for name in _UNION_COLUMNS)
+        told = (f"{100 * share['measured']:.1f} % ({100 * share['independent']:.1f} %)" for share in shares)
+        table.add_row(str(point["batch"]), *told)
     return table
 
 

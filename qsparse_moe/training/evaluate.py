@@ -79,7 +79,11 @@ class Evaluator:
 
 
 def load_run(
-    run_dir: Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
+    run_dir: Path,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[RunConfig, Transformer, int]:
     """The config, the model of the newest checkpoint and the number of steps that it was trained.
 
@@ -89,12 +93,13 @@ def load_run(
         run_dir: a run folder.
         device: where the model goes.
         dtype: None takes the one that training computed in.
+        overrides: settings that leave the weights as they are, such as ``model.sparsity.backend=torch``.
 
     Raises:
         CheckpointError: the folder has no complete checkpoint, or it is damaged.
         ConfigError: its config.yaml cannot be read.
     """
-    config = load_config(run_dir / CONFIG_FILE)
+    config = load_config(run_dir / CONFIG_FILE, overrides)
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise CheckpointError(

@@ -155,3 +155,23 @@ def test_stopped_rank_s_code_is_passed_on(trained, monkeypatch, capsys):
     assert run(["train", str(config), "training.name=another", "--json"]) == 143
     summary = json.loads(capsys.readouterr().out)
     assert (summary["step"], summary["loss"], summary["stopped_by"]) == (4, None, 15)
+
+
+def test_run_folder_shows_what_its_tokens_need(trained, capsys):
+    _, run_dir, _ = trained
+    assert run(["describe", str(run_dir), "--measure", "8", "--json"]) == 0
+    points = json.loads(capsys.readouterr().out)["measured_unions"]
+    assert [point["batch"] for point in points] == [1, 2, 4, 8]
+    for name in ("routed", "input_rows", "up_elements", "hidden_rows"):
+        measured = [point[name]["measured"] for point in points]
+        assert points[0][name]["independent"] == pytest.approx(measured[0])
+        assert measured == sorted(measured) and 0 < measured[0] < 1
+    assert run(["describe", str(run_dir), "--measure", "8"]) == 0
+    assert "elements of up, gate first" in capsys.readouterr().out
+
+
+def test_measuring_needs_a_run_without_settings(trained, capsys):
+    config, run_dir, _ = trained
+    for arguments in ([str(config)], [str(run_dir), "training.steps=99"]):
+        assert run(["describe", *arguments, "--measure", "8"]) == 2
+        assert "--measure (8) needs a run folder as it is, with a checkpoint; got" in capsys.readouterr().err

@@ -1,0 +1,90 @@
+"""Measured unions against a loop over tokens, and against the formula where tokens are independent."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.accounting.traffic import union
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.model.unions import layer_needs, measured_unions
+
+torch.set_num_threads(1)
+E, A, D, F = 6, 2, 32, 24
+
+
+def make(**sparsity):
+    moe = {"num_experts": E, "experts_per_token": A, "expert_hidden_size": F, "num_dense_layers": 1}
+    settings = {"backend": "torch", "sites": {"expert_input": 0.5, "expert_hidden": 0.5}} | sparsity
+    shape = {"vocab_size": 64, "hidden_size": D, "num_layers": 3, "moe": moe, "sparsity": settings}
+    return build_model(ModelConfig.model_validate(shape), seed=3)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(0, 64, (24, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("overrides", [(), ({"site": "expert_input", "experts": 1, "sparsity": 0.75},)])
+def test_needs_of_a_row_are_those_of_its_last_token_alone(tokens, overrides):
+    model = make(overrides=overrides)
+    needs = layer_needs(model, tokens)
+    assert len(needs) == 2  # the first layer has no experts
+    seen = {}
+    layer = model.layers[1].moe
+    layer.register_forward_pre_hook(lambda module, inputs: seen.setdefault("x", inputs[0]))
+    model.eval()(tokens, with_stats=False)
+    for row in (0, 7, 23):
+        x = seen["x"][row, -1]
+        experts = layer.router(x[None]).expert_ids_TA[0]
+        assert experts.tolist() == needs[0].experts_RA[row].tolist()
+        for choice, expert in enumerate(experts.tolist()):
+            kept = 8 if overrides and expert == 1 else 16
+            sparse = x * (x.abs() >= x.abs().topk(kept).values[-1])
+            assert torch.equal(needs[0].input_RAD[row, choice], sparse != 0)
+            gate = sparse @ layer.experts.w_gate[expert]
+            hidden = gate.relu().square() * (sparse @ layer.experts.w_up[expert])
+            assert torch.equal(needs[0].gate_RAF[row, choice], hidden != 0)
+            assert needs[0].hidden_RAF[row, choice].sum() == min(12, (hidden != 0).sum())
+
+
+def test_one_token_reads_its_share_and_all_tokens_read_the_union(tokens):
+    model = make()
+    one, everything = measured_unions(model, tokens, [1, 24], draws=24)
+    assert one.routed == pytest.approx(A / E)
+    assert one.input_rows == pytest.approx(A / E / 2)
+    assert one.up_elements == pytest.approx(A / E / 4, rel=0.3)  # the input's half and the gate's half
+    assert 0.1 < one.hidden_rows < A / E / 2  # ReLU leaves some rows fewer than K
+    needs = layer_needs(model, tokens)
+    expected = []
+    for layer in needs:
+        used = torch.zeros(E, D, dtype=torch.bool)
+        for row in range(24):
+            for choice, expert in enumerate(layer.experts_RA[row].tolist()):
+                used[expert] |= layer.input_RAD[row, choice]
+        expected.append(used.float().mean().item())
+    assert everything.input_rows == pytest.approx(sum(expected) / 2)
+
+
+def test_independent_tokens_follow_the_formula(tokens):
+    from qsparse_moe.model.unions import LayerNeeds, _shares
+
+    generator = torch.Generator().manual_seed(1)
+    shares = []
+    for _ in range(300):
+        experts = torch.rand(4, E, generator=generator).argsort(-1)[:, :A]
+        masks = [torch.rand(4, A, width, generator=generator) < 0.5 for width in (D, F, F)]
+        shares.append(_shares(LayerNeeds(experts, *masks), torch.arange(4), E))
+    routed, input_rows, up, hidden = torch.stack(shares).mean(0).tolist()
+    assert routed == pytest.approx(union(A / E, 4), rel=0.03)
+    assert input_rows == pytest.approx(union(A / E / 2, 4), rel=0.03)
+    assert hidden == pytest.approx(union(A / E / 2, 4), rel=0.03)
+    assert up == pytest.approx(union(A / E / 4, 4), rel=0.03)
+
+
+def test_a_fused_pass_is_refused():
+    model = make()
+    model.runtime = type("Runtime", (), {"fused_glu": object()})()
+    with pytest.raises(AssertionError, match="sparsity.backend torch"):
+        layer_needs(model, torch.zeros(1, 2, dtype=torch.long))

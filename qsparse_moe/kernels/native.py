@@ -60,11 +60,12 @@ def load() -> None:
 
 
 def _machine_key() -> str:
-    """Tells processors and environments apart, which may share the cache folder but not what is compiled in it."""
+    """Tells processors, environments and checkouts apart, which may share the cache folder but not what is in it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    environment = f"{torch.__version__} {torch.__file__}"
+    # Two checkouts that shared a folder would compile in turns, each for its own sources.
+    environment = f"{torch.__version__} {torch.__file__} {Path(__file__).parent}"
     return hashlib.sha256(f"{features} {environment} {_FLAGS} {_SOURCES}".encode()).hexdigest()[:12]
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from qsparse_moe.ablation.grid import Grid, GridRun
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.metrics.jsonl import read_metrics
+from qsparse_moe.metrics.names import layer_name
 from qsparse_moe.training.run_folder import is_finished, run_folder
 
 LOG_TAIL = 400
@@ -41,6 +43,9 @@ class Outcome:
     kept_parameters: float
     """Those of them whose input Q-Sparse keeps."""
     tokens_per_second: float | None
+    layer_grad_norms: list[float] | None
+    """Gradient norm of each layer's matrices, mean over the logged steps of the second half of the run; None where
+    ``metrics.layer_gradients`` was off."""
 
     def as_dict(self) -> dict[str, object]:
         """By name."""
@@ -92,7 +97,15 @@ def outcome_of(run: GridRun, error: str | None = None) -> Outcome:
         active_parameters=counted.active,
         kept_parameters=counted.kept,
         tokens_per_second=rates[len(rates) // 2] if rates else None,
+        layer_grad_norms=_late_grad_norms(rows, run.config.training.steps, run.config.model.num_layers),
     )
+
+
+def _late_grad_norms(rows: Sequence[Mapping[str, Any]], steps: int, num_layers: int) -> list[float] | None:
+    """By layer, the mean over the rows of the steps after half of ``steps``; None where those have no such norms."""
+    names = [layer_name("train/grad_norm", layer) for layer in range(num_layers)]
+    late = [row for row in rows if 2 * row["step"] > steps and names[0] in row]
+    return [statistics.mean(row[name] for row in late) for name in names] if late else None
 
 
 def _start(grid: Grid, run: GridRun, ranks: int, threads: int) -> str | None:

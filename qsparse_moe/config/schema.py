@@ -365,6 +365,9 @@ class MetricsConfig(Section):
     """Steps between logged steps."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    layer_gradients: bool = False
+    """Record the gradient norm of each layer's matrices in logged steps. Each rank reads its part of the gradient once
+    more in those steps; the sums travel with the other statistics."""
 
 
 class RunConfig(Section):

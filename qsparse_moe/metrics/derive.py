@@ -21,6 +21,8 @@ def derive_metrics(report: StepReport, model: ModelConfig) -> dict[str, float]:
     A ratio whose denominator is 0 in a layer is absent for that layer and left out of the mean over the layers.
     """
     metrics = _scalars(report)
+    norms = report.layer_grad_norms or ()
+    metrics |= {layer_name("train/grad_norm", layer): norm for layer, norm in enumerate(norms)}
     for name, values_L in layer_ratios(report.stats).items():
         metrics |= _over_layers(name, values_L, layers_with(name, model))
     unlisted = [name for name in metrics if not is_listed(name)]

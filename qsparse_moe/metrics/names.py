@@ -1,8 +1,9 @@
 """The one list of metrics: name, unit, definition. Nothing is recorded under a name that does not stand here.
 
 ``SITE`` in a name stands for a sparsity site. A metric of the layers is recorded as its mean over the layers that have
-it and, with ``/layer_I`` behind the name, for every such layer. The table in ``README.md`` and the page
-``docs/metrics.md`` are made from this list by ``python -m qsparse_moe.metrics.table``.
+it (``train/grad_norm``: as the norm of all parameters) and, with ``/layer_I`` behind the name, for every such layer.
+The table in ``README.md`` and the page ``docs/metrics.md`` are made from this list by
+``python -m qsparse_moe.metrics.table``.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ METRICS = (
         "1",
         "Mean square of the log of the router's partition function, before its coefficient, mean over the MoE layers.",
     ),
-    Metric("train/grad_norm", "1", "L2 norm of the whole gradient before clipping."),
+    Metric(
+        "train/grad_norm",
+        "1",
+        "L2 norm of the whole gradient before clipping; by layer, with metrics.layer_gradients, that of the layer's "
+        "matrices in attention, experts, shared experts and dense feed-forwards.",
+        layers="chart",
+    ),
     Metric("train/learning_rate", "1", "Learning rate of the step."),
     Metric("train/sparsity", "1", "S that the plan asks for in this step, mean over layers, sites and experts."),
     Metric("validation/loss", "nats a token", "Cross-entropy of the next token over the fixed validation rows."),

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from qsparse_moe.config.load import config_to_yaml
-from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.config.schema import MetricsConfig, ModelConfig, RunConfig
 from qsparse_moe.config.shapes import model_sites
 from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
 
@@ -25,7 +25,7 @@ class TensorBoardFiles:
         What earlier files hold of later steps is void from here on: TensorBoard drops it when it reads this file.
         """
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
-        self._writer.add_custom_scalars(chart_layout(config.model))
+        self._writer.add_custom_scalars(chart_layout(config))
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
         self._writer.flush()
 
@@ -41,15 +41,10 @@ class TensorBoardFiles:
         self._writer.close()
 
 
-def chart_layout(model: ModelConfig) -> Layout:
+def chart_layout(config: RunConfig) -> Layout:
     """The charts of the Custom Scalars page by the question that they answer, then by title."""
     return {
-        "Does it learn?": {
-            "Loss, nats a token": _lines("train/lm_loss", "validation/loss"),
-            "Validation, bits a byte": _lines("validation/bits_per_byte"),
-            "Gradient norm": _lines("train/grad_norm"),
-            "Learning rate": _lines("train/learning_rate"),
-        },
+        "Does it learn?": _learning_charts(config.metrics),
         "Do all experts work?": {
             "Busiest expert over the mean": _lines("router/load_imbalance"),
             "Busiest expert over the mean, by layer": _by_layer("router/load_imbalance"),
@@ -62,12 +57,23 @@ def chart_layout(model: ModelConfig) -> Layout:
             "Weight of the first expert": _lines("router/first_weight"),
             "z-loss": _lines("train/router_z_loss"),
         },
-        "How sparse is it, and what is lost?": _sparsity_charts(model),
+        "How sparse is it, and what is lost?": _sparsity_charts(config.model),
         "How fast, and in how much memory?": {
             "Tokens a second": _lines("throughput/tokens_per_second"),
             "Seconds a step": _lines("throughput/step_seconds"),
             "Memory, bytes": _lines(*(metric.name for metric in METRICS if metric.name.startswith("memory/"))),
         },
+    }
+
+
+def _learning_charts(metrics: MetricsConfig) -> dict[str, list[object]]:
+    by_layer = {"Gradient norm by layer": _by_layer("train/grad_norm")} if metrics.layer_gradients else {}
+    return {
+        "Loss, nats a token": _lines("train/lm_loss", "validation/loss"),
+        "Validation, bits a byte": _lines("validation/bits_per_byte"),
+        "Gradient norm": _lines("train/grad_norm"),
+        **by_layer,
+        "Learning rate": _lines("train/learning_rate"),
     }
 
 

@@ -36,6 +36,13 @@ class Engine(Protocol):
         After the step's last micro-batch the gradients are reduced over the ranks as far as the engine does it here.
         """
 
+    def gradient_part(self, name: str) -> Tensor:
+        """What this rank holds of the gradient of the parameter ``name``, before clipping: flat, on any device.
+
+        To be read between the step's last backward and ``update``, and left as it is. The gradient is the mean over
+        the global batch; the ranks' parts hold every element of it once, and beside those nothing but zeros.
+        """
+
     def update(self, learning_rate: float) -> float:
         """Clip the gradient, take the optimizer step and drop the gradient.
 
@@ -86,6 +93,11 @@ def num_micro_batches(config: RunConfig, world_size: int) -> int:
     """Micro-batches that one rank sends through in a step."""
     training = config.training
     return training.global_batch_size // (training.micro_batch_size * world_size)
+
+
+def equal_part(value: Tensor, distributed: Distributed) -> Tensor:
+    """This rank's share of a tensor that every rank holds whole: a flat view; the shares differ by one at most."""
+    return value.flatten().tensor_split(distributed.world_size)[distributed.rank]
 
 
 def run_model(module: Any, batch: Batch, device: torch.device, *, with_stats: bool, probe: Probe | None) -> ModelOutput:

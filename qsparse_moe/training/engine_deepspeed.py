@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -27,7 +28,7 @@ from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.training.distributed import Distributed, environment
 from qsparse_moe.training.ds_config import deepspeed_config
-from qsparse_moe.training.engine import StateKind, num_micro_batches, run_model
+from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.engine_torch import accumulate_in_fp32, clip_gradients
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
 
@@ -62,6 +63,16 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
         if not is_last:
             self._engine.step()
+
+    def gradient_part(self, name: str) -> Tensor:
+        """See ``Engine``."""
+        parameter = self._parameters[name]
+        if self.stage == 0:
+            assert parameter.grad is not None, f"{name} has no gradient: it is read before the step's last backward"
+            return equal_part(parameter.grad, self.distributed)
+        if self.stage == 3:
+            return safe_get_local_grad(parameter)
+        return _local_gradient(parameter)
 
     def update(self, learning_rate: float) -> float:
         """See ``Engine``."""
@@ -162,6 +173,21 @@ class DeepSpeedEngine:
         start = self.distributed.rank * size
         part = value.flatten()[start : start + size].to(self.distributed.device, torch.float32)
         return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _local_gradient(parameter: Any) -> Tensor:
+    """This rank's part under ZeRO-1 and 2: what DeepSpeed's ``safe_get_full_grad`` would add up over the ranks.
+
+    Its function for local gradients knows ZeRO-3 only, and the one for whole gradients sends as many elements as the
+    model has.
+    """
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return torch.zeros(0)
+    part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+    owned = mapping.lp_fragment_address
+    # ZeRO-1 in bf16 keeps the whole reduced gradient on every rank.
+    return part.narrow(0, owned.start, owned.numel) if part.numel() == parameter.numel() else part
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.engine import StateKind, num_micro_batches, run_model
+from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
 
 
@@ -49,6 +49,12 @@ class TorchEngine:
         (loss / self.num_micro_batches).backward()
         if is_last:
             average_gradients(self._parameters.values(), self.distributed)
+
+    def gradient_part(self, name: str) -> Tensor:
+        """See ``Engine``."""
+        gradient = self._parameters[name].grad
+        assert gradient is not None, f"{name} has no gradient: it is read before the step's last backward"
+        return equal_part(gradient, self.distributed)
 
     def update(self, learning_rate: float) -> float:
         """See ``Engine``."""

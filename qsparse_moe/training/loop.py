@@ -108,6 +108,7 @@ class _Loop:
                 learning_rate=learning_rate(self._training, step),
                 guard=self._guard,
                 report=self._is_reported(step + 1),
+                layer_gradients=self._run.config.metrics.layer_gradients,
                 stop=self._signals.received,
             )
         except TrainingDiverged as error:
@@ -173,6 +174,7 @@ class _Loop:
             losses=outcome.losses,
             stats=outcome.stats,
             grad_norm=outcome.grad_norm,
+            layer_grad_norms=outcome.layer_grad_norms,
             learning_rate=learning_rate(self._training, step),
             sparsity=self._run.engine.model.sparsity_plan.mean,
             step_seconds=(now.seconds - last.seconds) / (now.step - last.step),

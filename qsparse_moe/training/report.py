@@ -49,6 +49,9 @@ class StepReport:
     """The model's sums over this step's micro-batches and ranks, float64 on the CPU."""
     grad_norm: float
     """Before clipping."""
+    layer_grad_norms: tuple[float, ...] | None
+    """L2 norm, before clipping, of the gradient of each layer's matrices (attention, experts, shared and dense
+    feed-forwards; no router, no norm); None unless ``metrics.layer_gradients``."""
     learning_rate: float
     sparsity: float
     """Mean S of the plan in this step."""

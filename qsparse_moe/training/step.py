@@ -14,6 +14,7 @@ from qsparse_moe.sparsity.stats import add_stats
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine
 from qsparse_moe.training.guard import NonFiniteGuard
+from qsparse_moe.training.layer_gradients import layer_squares
 
 Sums = dict[str, Tensor]
 
@@ -28,6 +29,8 @@ class StepOutcome:
     """The model's sums over micro-batches and ranks, float64 on the CPU; None unless asked for."""
     grad_norm: float
     """Before clipping."""
+    layer_grad_norms: tuple[float, ...] | None
+    """Of each layer's matrices, before clipping; None unless asked for."""
     stop: int
     """A signal that some rank had received when the step's gradients were ready, or 0."""
 
@@ -40,6 +43,7 @@ def train_step(
     learning_rate: float,
     guard: NonFiniteGuard,
     report: bool,
+    layer_gradients: bool = False,
     stop: int = 0,
 ) -> StepOutcome:
     """Send the micro-batches through and update the weights once.
@@ -51,6 +55,7 @@ def train_step(
         learning_rate: of this step.
         guard: looks at every layer.
         report: reduce losses and stats over the ranks; it costs one collective and the model's statistics.
+        layer_gradients: where it reports, report the gradient norm of each layer's matrices too.
         stop: a signal that this rank has received, or 0.
 
     Raises:
@@ -69,13 +74,16 @@ def train_step(
             totals = add_stats(totals, {f"losses/{name}": v.double() / len(batches) for name, v in losses.items()})
             totals = add_stats(totals, {f"stats/{name}": value for name, value in output.stats.items()})
     stop = guard.check(step, stop=stop)
+    if report and layer_gradients:
+        totals["layer_squares_L"] = layer_squares(engine)
     grad_norm = engine.update(learning_rate)
     guard.check_norm(step, grad_norm)
     if not report:
-        return StepOutcome(None, None, grad_norm, stop)
+        return StepOutcome(None, None, grad_norm, None, stop)
     totals = reduce_sums(totals, engine.distributed)
     losses_out = {name: value.item() / engine.distributed.world_size for name, value in _under("losses/", totals)}
-    return StepOutcome(losses_out, dict(_under("stats/", totals)), grad_norm, stop)
+    norms = tuple(totals["layer_squares_L"].sqrt().tolist()) if layer_gradients else None
+    return StepOutcome(losses_out, dict(_under("stats/", totals)), grad_norm, norms, stop)
 
 
 def reduce_sums(sums: Mapping[str, Tensor], distributed: Distributed) -> Sums:

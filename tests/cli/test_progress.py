@@ -21,6 +21,7 @@ def report(step, *, validation=None):
         losses={"loss": 3.21098, "lm_loss": 3.2},
         stats={},
         grad_norm=1.0,
+        layer_grad_norms=None,
         learning_rate=1e-3,
         sparsity=0.5,
         step_seconds=0.1,

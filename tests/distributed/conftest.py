@@ -95,12 +95,15 @@ def _entry(
     *,
     training: dict[str, Any],
     model: dict[str, Any] | None = None,
+    layer_gradients: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
     engine, precision = layout.split("-")
     # Evaluated in the middle too: ZeRO-3 follows the order of modules, and an evaluation comes in between.
     settings = LAYOUTS[engine] | {"precision": precision, "evaluation_interval": 3} | training
-    return entry(label, tiny_config(made.folder, name_of(label, ranks), model=model, **settings), **more)
+    config = tiny_config(made.folder, name_of(label, ranks), model=model, **settings)
+    metrics = config.metrics.model_copy(update={"layer_gradients": layer_gradients})
+    return entry(label, config.model_copy(update={"metrics": metrics}), **more)
 
 
 def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
@@ -131,6 +134,8 @@ def _stopped_and_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:
                 layout,
                 ranks,
                 training={"resume": True},
+                # What follows must be the same where nobody reads the gradient.
+                layer_gradients=False,
                 copy_of=made.folder_of(stopped, ranks),
             ),
         ]

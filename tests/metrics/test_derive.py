@@ -63,6 +63,16 @@ def test_scalars_keep_their_numbers_and_groups():
     }
 
 
+def test_gradient_norms_by_layer_stand_beside_the_whole_one():
+    metrics = derive_metrics(make_report(layer_grad_norms=(0.5, 0.25, 0.125)), MODEL)
+    assert {name: value for name, value in metrics.items() if "grad_norm" in name} == {
+        "train/grad_norm": 0.9,
+        "train/grad_norm/layer_0": 0.5,
+        "train/grad_norm/layer_1": 0.25,
+        "train/grad_norm/layer_2": 0.125,
+    }
+
+
 def test_no_validation_leaves_no_validation_metric():
     assert not [name for name in derive_metrics(make_report(), MODEL) if name.startswith("validation/")]
 

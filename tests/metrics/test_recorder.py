@@ -111,10 +111,25 @@ def test_chart_of_one_tag_shows_no_other(tmp_path):
     assert [tag for tag in tags if re.match(pattern, tag)] == ["router/load_imbalance"]
 
 
+def test_gradient_norms_by_layer_have_a_chart_where_they_are_recorded(tmp_path):
+    config = CONFIG.model_copy(update={"metrics": MetricsConfig(layer_gradients=True)})
+    recorder = Recorder(config)
+    recorder.begin(make_context(tmp_path, config))
+    recorder(report(1, layer_grad_norms=(3.0, 2.0, 1.0)))
+    board = read_board(tmp_path)
+    shown = charts(tmp_path)
+    (pattern,) = shown["Gradient norm by layer"]
+    found = {tag: scalars(board, tag)[1] for tag in board.Tags()["scalars"] if re.match(pattern, tag)}
+    assert found == {"train/grad_norm/layer_0": 3.0, "train/grad_norm/layer_1": 2.0, "train/grad_norm/layer_2": 1.0}
+    (pattern,) = shown["Gradient norm"]
+    assert [tag for tag in board.Tags()["scalars"] if re.match(pattern, tag)] == ["train/grad_norm"]
+
+
 def test_deep_model_stays_below_a_thousand_tags():
     moe = MoEConfig(num_experts=256, num_shared_experts=1, num_dense_layers=3)
     model = ModelConfig(num_layers=61, moe=moe)
-    metrics = derive_metrics(make_report(stats=random_stats(model), validation=VALIDATION), model)
+    full = make_report(stats=random_stats(model), validation=VALIDATION, layer_grad_norms=(1.0,) * 61)
+    metrics = derive_metrics(full, model)
     assert len([n for n in metrics if not is_layer_name(n) or metric_of(n).layers == "chart"]) < 1000
 
 

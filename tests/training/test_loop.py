@@ -38,6 +38,10 @@ def with_interval(config, interval):
     return config.model_copy(update={"metrics": config.metrics.model_copy(update={"interval": interval})})
 
 
+def with_layer_gradients(config):
+    return config.model_copy(update={"metrics": config.metrics.model_copy(update={"layer_gradients": True})})
+
+
 def stop_after(step):
     def act(report):
         if report.step == step - 1:
@@ -65,6 +69,18 @@ def test_reports_come_at_the_interval_at_evaluations_and_at_the_end(make_config)
         assert report.tokens_per_second == pytest.approx(tokens / report.step_seconds)
         assert report.memory["peak_resident"] >= report.memory["resident"] > 1e7
     assert result.seconds == listener.reports[-1].seconds
+
+
+def test_layer_gradients_are_reported_when_asked_for_and_change_nothing(make_config):
+    plain, read = Listener(), Listener()
+    train(make_config("plain", steps=3), [plain])
+    train(with_layer_gradients(make_config("read", steps=3)), [read])
+    assert [report.losses for report in read.reports] == [report.losses for report in plain.reports]
+    assert [report.grad_norm for report in read.reports] == [report.grad_norm for report in plain.reports]
+    assert [report.layer_grad_norms for report in plain.reports] == [None] * 3
+    for report in read.reports:
+        assert len(report.layer_grad_norms) == 2
+        assert 0 < sum(norm**2 for norm in report.layer_grad_norms) < report.grad_norm**2
 
 
 def test_the_run_folder_tells_what_was_run(make_config):

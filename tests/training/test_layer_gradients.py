@@ -1,0 +1,90 @@
+"""The gradient norm of each layer's matrices against autograd written out; its layouts are in tests/distributed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.engine import build_engine, equal_part
+from qsparse_moe.training.guard import NonFiniteGuard
+from qsparse_moe.training.layer_gradients import layer_matrices
+from qsparse_moe.training.step import train_step
+from tests.support.runs import MIXED_MODEL, tiny_config
+from tests.training.test_engine import ALONE, random_batches
+
+MODELS = pytest.mark.parametrize("model", [None, MIXED_MODEL], ids=["experts", "mixed"])
+
+
+@MODELS
+def test_every_matrix_of_a_layer_but_the_routers_is_counted_once(tmp_path, model):
+    config = tiny_config(tmp_path, "run", model=model)
+    shapes = {name: p.shape for name, p in build_model(config.model).named_parameters()}
+    for layer, names in enumerate(layer_matrices(shapes)):
+        inside = [name for name in shapes if name.startswith(f"layers.{layer}.") and len(shapes[name]) > 1]
+        assert sorted(names) == sorted(name for name in inside if not name.endswith(".router.weight"))
+    assert layer == config.model.num_layers - 1
+
+
+def test_layers_of_more_than_one_digit_keep_their_order():
+    names = [f"layers.{layer}.dense.w_up" for layer in range(12)]
+    assert layer_matrices(reversed(names)) == [[name] for name in names]
+
+
+@MODELS
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_norms_are_those_of_the_mean_gradient_before_clipping(tmp_path, model, precision):
+    config = tiny_config(tmp_path, "run", model=model, engine="torch", precision=precision, gradient_clipping=0.01)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    engine = build_engine(config, build_model(config.model, seed=3), ALONE)
+    by_hand = build_model(config.model, seed=3).to(dtype)
+    batches = random_batches()
+    squares = torch.zeros(config.model.num_layers, dtype=torch.float64)
+    sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in by_hand.named_parameters()}
+    for batch in batches:
+        loss = by_hand(batch.tokens_BS, batch.labels_BS, positions_BS=batch.positions_BS).loss
+        grads = torch.autograd.grad(loss / len(batches), list(by_hand.parameters()))
+        for total, grad in zip(sums.values(), grads, strict=True):
+            total += grad
+    for name, total in sums.items():
+        if name.startswith("layers.") and not name.endswith(("norm.weight", "router.weight")):
+            squares[int(name.split(".")[1])] += total.square().sum()
+    guard = NonFiniteGuard(config.model.num_layers, ALONE)
+    outcome = train_step(engine, batches, step=1, learning_rate=0.01, guard=guard, report=True, layer_gradients=True)
+    assert outcome.layer_grad_norms == pytest.approx(squares.sqrt().tolist(), rel=1e-5)
+    assert min(outcome.layer_grad_norms) > 0.01, "clipping must bite, or its place is not tested"
+    assert sum(norm**2 for norm in outcome.layer_grad_norms) < outcome.grad_norm**2
+
+
+@pytest.mark.parametrize(("report", "layer_gradients"), [(True, False), (False, True)])
+def test_a_step_that_is_not_asked_reads_no_gradient(tmp_path, monkeypatch, report, layer_gradients):
+    config = tiny_config(tmp_path, "run", engine="torch")
+    engine = build_engine(config, build_model(config.model), ALONE)
+    monkeypatch.setattr(engine, "gradient_part", None)
+    outcome = train_step(
+        engine,
+        random_batches(),
+        step=1,
+        learning_rate=0.01,
+        guard=NonFiniteGuard(2, ALONE),
+        report=report,
+        layer_gradients=layer_gradients,
+    )
+    assert outcome.layer_grad_norms is None
+
+
+def test_a_gradient_read_before_the_backward_is_our_mistake(tmp_path):
+    config = tiny_config(tmp_path, "run", engine="torch")
+    engine = build_engine(config, build_model(config.model), ALONE)
+    with pytest.raises(AssertionError, match="head.weight has no gradient"):
+        engine.gradient_part("head.weight")
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 20])
+def test_the_parts_of_a_replicated_tensor_make_it_up(world_size):
+    value = torch.arange(14.0).view(7, 2)
+    ranks = [Distributed(rank, world_size, rank, torch.device("cpu")) for rank in range(world_size)]
+    parts = [equal_part(value, rank) for rank in ranks]
+    assert torch.cat(parts).equal(value.flatten())
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1

@@ -15,8 +15,8 @@ EVERY_LAYOUT = [f"{name}-{precision}" for precision in PRECISIONS for name in LA
 RESUMED = {1: ["torch-fp32", "torch-bf16", "zero0-bf16", "zero1-fp32", "zero2-bf16", "zero3-fp32"], 2: EVERY_LAYOUT}
 """Layouts that are stopped and resumed, by the number of ranks."""
 
-MIXED = ["torch-fp32", "zero2-fp32", "zero3-fp32"]
-"""Layouts of the other model."""
+MIXED = ["torch-fp32", "torch-bf16", "zero1-bf16", "zero2-fp32", "zero3-fp32"]
+"""Layouts of the other model, in which half of the elements end inside a matrix: ZeRO-1 and 2 cut it there."""
 
 TRANSFERS = [
     ("torch-fp32", 1, "zero1-fp32", 2),

@@ -89,9 +89,10 @@ def test_micro_batches_and_recomputation_change_nothing(runs: Runs, label, ranks
 
 @pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in MIXED])
 def test_a_tied_head_dense_layers_and_shared_experts_have_their_losses_in_every_layout(runs: Runs, layout, ranks):
-    reference = runs("mixed-torch-fp32", 1)
-    assert_same_run(runs(f"mixed-{layout}", ranks), reference, "fp32")
-    assert series(reference, "loss") != series(runs("torch-fp32", 1), "loss")
+    precision = layout.split("-")[1]
+    reference = runs(f"mixed-torch-{precision}", 1)
+    assert_same_run(runs(f"mixed-{layout}", ranks), reference, precision)
+    assert series(reference, "loss") != series(runs(f"torch-{precision}", 1), "loss")
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -104,13 +105,13 @@ def test_bf16_stays_near_fp32(runs: Runs, ranks):
 
 def test_gradient_norms_by_layer_are_the_plain_engines_in_every_layout(runs: Runs):
     """In the first step, whose weights are the same everywhere."""
-    for precision, rounding in (("fp32", 1e-6), ("bf16", 1e-2)):
-        want = runs(f"torch-{precision}", 1)["reports"][0]["layer_grad_norms"]
+    mixed = [(f"mixed-{layout}", ranks) for ranks in (1, 2) for layout in MIXED]
+    for label, ranks in EVERYWHERE + mixed:
+        model, precision = "mixed-" if label.startswith("mixed") else "", label.split("-")[-1]
+        rounding = {"fp32": 1e-6, "bf16": 1e-3}[precision]
+        want = runs(f"{model}torch-{precision}", 1)["reports"][0]["layer_grad_norms"]
         assert len(want) == 2 and abs(want[0] / want[1] - 1) > 2 * rounding, "else the layers could be mistaken"
-        for layout, ranks in EVERYWHERE:
-            if layout.endswith(precision):
-                have = runs(layout, ranks)["reports"][0]["layer_grad_norms"]
-                assert have == pytest.approx(want, rel=rounding), (layout, ranks)
+        assert runs(label, ranks)["reports"][0]["layer_grad_norms"] == pytest.approx(want, rel=rounding), (label, ranks)
 
 
 def test_sums_are_those_of_the_whole_batch_in_every_layout(runs: Runs):

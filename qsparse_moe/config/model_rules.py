@@ -200,7 +200,7 @@ def _thresholds(config: ModelConfig) -> Iterator[Problem]:
     if settings.plan is None and sparse_sites(config):
         yield Problem(
             f"{path} (threshold) needs calibrated thresholds, and model.sparsity.plan is null; name a plan made by "
-            "qsparse_moe.model.calibrate, or choose topk, block or statistical",
+            "qsparse-moe calibrate, or choose topk, block or statistical",
             (path, "model.sparsity.plan"),
         )
 

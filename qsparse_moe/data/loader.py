@@ -12,7 +12,7 @@ from qsparse_moe.config.rules import check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.rows import RowTable, train_rows
+from qsparse_moe.data.rows import RowTable, spread_rows, train_rows
 from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
 from qsparse_moe.data.tokenizer import check_vocabulary
 from qsparse_moe.errors import DataError
@@ -26,6 +26,7 @@ __all__ = [
     "evaluation_batches",
     "evaluation_num_bytes",
     "load_data",
+    "sample_train_rows",
     "train_rows",
 ]
 
@@ -134,6 +135,18 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str]) -> None:
             f"the data of this run is not the checkpoint's ({changes}), and a run resumes only on the same rows in the "
             "same order; restore what changed, or start a new run under another training.name"
         )
+
+
+def sample_train_rows(config: RunConfig, data: TokenData, num_rows: int) -> Array:
+    """``(num_rows, S + 1)`` token ids of training text, the same on every rank of any number of them.
+
+    Table mode: rows spread evenly over the whole table, fewer where there are fewer. Streaming mode: the first rows
+    that a single rank trains on.
+    """
+    stream = data.open_stream(rank=0, world_size=1, seed=config.training.seed if config.data.shuffle else None)
+    if stream is not None:
+        return stream.take(num_rows)
+    return data.train.tokens(spread_rows(num_rows, len(data.train)))
 
 
 def evaluation_batches(

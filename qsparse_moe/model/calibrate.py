@@ -1,4 +1,8 @@
-"""Thresholds for a model's plan, from the activations that its sites see on data."""
+"""Thresholds for a model's plan, from the activations that its sites see on data.
+
+Several processes may share the work: each samples its own batches, and the samples are merged before thresholds are
+made of them. Who they are and how they meet is their owner's business.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from qsparse_moe.config.schema import Site
+from qsparse_moe.config.schema import Site, SitesConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
@@ -18,9 +22,10 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 
 logger = logging.getLogger(__name__)
 Place = tuple[int, Site]
+Samples = dict[Place, list[RowSample]]
+"""Of every (layer, site): one sample, or one an expert."""
 
 
-@torch.no_grad()
 def calibrate(
     model: Transformer, batches: Iterable[Batch], plan: SparsityPlan | None = None, *, max_values: int = MAX_VALUES
 ) -> SparsityPlan:
@@ -31,8 +36,8 @@ def calibrate(
     of all the rows that the site saw, and a log line names it. The model keeps the plan that it had.
 
     Args:
-        model: on any device; only the rows of this process count.
-        batches: evaluation batches of ``data.loader``; a few thousand tokens an expert.
+        model: on any device.
+        batches: a few thousand tokens an expert, of the text that the model was trained on.
         plan: the S to calibrate for; None is the model's own.
         max_values: the most magnitudes that are kept of one place.
 
@@ -41,30 +46,81 @@ def calibrate(
         TrainingDiverged: a site saw a value that is not finite.
     """
     plan = plan or model.sparsity_plan
-    with _observed(model, plan, max_values) as samples:
-        num_batches = 0
-        for batch in batches:
+    return with_calibrated_thresholds(plan, sample_sites(model, _numbered(batches), plan, max_values=max_values))
+
+
+@torch.no_grad()
+def sample_sites(
+    model: Transformer, batches: Iterable[tuple[int, Batch]], plan: SparsityPlan, *, max_values: int = MAX_VALUES
+) -> Samples:
+    """What every site is given while the model runs with exact top-K at the S of ``plan``.
+
+    Args:
+        model: on any device.
+        batches: each with the number of its first token among all tokens that are shown, in whatever process; none is
+            a process without a share of the work.
+        plan: the S; fits the model.
+        max_values: the most magnitudes that are kept of one place.
+
+    Returns:
+        Samples of the rows of this process. Those of several, merged place by place, are the ones that a single
+        process makes of all batches: which rows are kept depends on the batches and on their numbers only.
+    """
+    with _observed(model, plan, max_values) as recorders:
+        for first_token, batch in batches:
+            for recorder in recorders.values():
+                recorder.first_number = first_token
             tensors = [None if part is None else part.to(model.embedding.weight.device) for part in batch]
             tokens_BS, _, positions_BS, documents_BS = tensors
             assert tokens_BS is not None
             model(tokens_BS, positions_BS=positions_BS, documents_BS=documents_BS, with_stats=False)
-            num_batches += 1
-    assert num_batches, "calibrate was given no batch"
+    return {place: recorder.samples for place, recorder in recorders.items()}
+
+
+def with_calibrated_thresholds(plan: SparsityPlan, samples: Samples) -> SparsityPlan:
+    """``plan`` with the thresholds that its S and the samples of all processes give; see ``calibrate``.
+
+    Raises:
+        TrainingDiverged: a site saw a value that is not finite.
+    """
     return plan.with_thresholds({place: _thresholds(place, samples[place], plan) for place in samples})
 
 
+def with_thresholds(model: Transformer, plan: SparsityPlan) -> Transformer:
+    """A model on the same weights, which are not copied, that selects by the thresholds of ``plan``; for evaluation.
+
+    Number formats and rescale stay as they are.
+    """
+    # S = 0 until the plan is set; the preset stays, because number formats come from it too.
+    nothing = {"plan": None, "default": 0.0, "sites": SitesConfig(), "overrides": ()}
+    sparsity = model.config.sparsity.model_copy(update={"selection": "threshold"} | nothing)
+    device = model.embedding.weight.device
+    other = Transformer(model.config.model_copy(update={"sparsity": sparsity}), device=device)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.to(device)  # what is no weight
+    other.set_sparsity(plan)
+    return other.eval()
+
+
+def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    first_token = 0
+    for batch in batches:
+        yield first_token, batch
+        first_token += batch.tokens_BS.numel()
+
+
 @contextmanager
-def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterator[dict[Place, list[RowSample]]]:
-    """The samples of every place, one an expert, filled by the forwards inside; they run with exact top-K."""
+def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterator[dict[Place, _Recorder]]:
+    """Recorders of every place, shown its rows by the forwards inside; these run with exact top-K."""
     before, was_training = model.sparsity_plan, model.training
-    samples = {place: [RowSample(max_values) for _ in values] for place, values in plan.values.items()}
+    recorders = {place: _Recorder([RowSample(max_values) for _ in values]) for place, values in plan.values.items()}
     sites = {(block.layer, name): site for block in model.blocks() for name, site in block.sites().items()}
     try:
-        for place, site in sites.items():
-            site.observer = _Recorder(samples.get(place, []))
         model.set_sparsity(plan.with_thresholds({place: (0.0,) * len(v) for place, v in plan.values.items()}))
+        for place, site in sites.items():
+            site.observer = recorders[place]
         model.eval()
-        yield samples
+        yield recorders
     finally:
         for site in sites.values():
             site.observer = None
@@ -73,22 +129,32 @@ def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterat
 
 
 class _Recorder:
-    """Shows every row of a site to the sample of its expert."""
+    """Shows every row of a site to the sample of its expert, numbered as it comes in its batch.
+
+    Of an expert that is the place among its own rows of the batch: fewer than the batch's tokens, so that no number
+    occurs twice.
+    """
 
     def __init__(self, samples: list[RowSample]) -> None:
-        self._samples = samples
+        self.samples = samples
+        self.first_number = 0
+        """Of the batch that comes next."""
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None) -> None:
         if expert_ids_N is None:
-            self._samples[0].add(x.flatten(0, -2))
+            self._show(self.samples[0], x.flatten(0, -2))
             return
-        for expert, sample in enumerate(self._samples):
-            sample.add(x[expert_ids_N == expert])
+        for expert, sample in enumerate(self.samples):
+            self._show(sample, x[expert_ids_N == expert])
+
+    def _show(self, sample: RowSample, rows_ND: Tensor) -> None:
+        sample.add(rows_ND, self.first_number + torch.arange(len(rows_ND), device=rows_ND.device))
 
 
 def _thresholds(place: Place, samples: list[RowSample], plan: SparsityPlan) -> tuple[float, ...]:
     magnitudes = [sample.magnitudes() for sample in samples]
-    unseen = [expert for expert, values in enumerate(magnitudes) if not len(values)]
+    unseen = [expert for expert, sample in enumerate(samples) if not sample.num_seen]
+    assert len(unseen) < len(samples), "calibration was given no batch"
     if unseen:
         layer, site = place
         logger.warning("layer %d, %s: no row for experts %s; they take the threshold of all rows", layer, site, unseen)

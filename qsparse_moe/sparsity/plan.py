@@ -219,7 +219,7 @@ class SparsityPlan:
         if settings.selection == "threshold" and (layer, site) not in self.thresholds:
             raise ConfigError(
                 f"sparsity plan: layer {layer}, {site} has S above 0 and no threshold, which model.sparsity.selection "
-                "(threshold) needs; calibrate the plan with qsparse_moe.model.calibrate"
+                "(threshold) needs; calibrate the plan with qsparse-moe calibrate"
             )
 
     def _check_thresholds(self) -> None:
@@ -228,7 +228,8 @@ class SparsityPlan:
             if len(thresholds) != expected or not all(0.0 <= value < math.inf for value in thresholds):
                 raise ConfigError(
                     f"sparsity plan: layer {layer}, {site} has thresholds {list(thresholds)}; there must be one for "
-                    f"each of its {expected} values of S, finite and at least 0; calibrate the plan again"
+                    f"each of its {expected} values of S, finite and at least 0; calibrate the plan again with "
+                    "qsparse-moe calibrate"
                 )
 
 

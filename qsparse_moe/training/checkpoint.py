@@ -23,9 +23,9 @@ from qsparse_moe.errors import CheckpointError
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine, StateKind
 from qsparse_moe.training.portable_state import Tensors, collect, owners, random_states
+from qsparse_moe.training.run_folder import CHECKPOINTS
 
 FORMAT = "qsparse_moe.checkpoint/1"
-FOLDER = "checkpoints"
 INDEX = "state.json"
 
 _FINAL = re.compile(r"step-(\d{8,})")
@@ -63,7 +63,7 @@ def save_checkpoint(
         CheckpointError: the folder cannot be written.
     """
     distributed = engine.distributed
-    root = run_dir / FOLDER
+    root = run_dir / CHECKPOINTS
     final = root / f"step-{progress.step:08d}"
     if distributed.on_rank_zero(final.exists):
         return final
@@ -86,14 +86,14 @@ def save_checkpoint(
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, the oldest first."""
-    root = run_dir / FOLDER
+    root = run_dir / CHECKPOINTS
     found = {int(match[1]): path for path in _entries(root) if (match := _FINAL.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
 
 
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a process that died while it saved or pruned left behind. Nobody else may be saving."""
-    for path in _entries(run_dir / FOLDER):
+    for path in _entries(run_dir / CHECKPOINTS):
         if path.name.startswith(_UNFINISHED):
             shutil.rmtree(path)
 

@@ -16,15 +16,14 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.loader import evaluation_batches, evaluation_num_bytes
 from qsparse_moe.data.token_data import TokenData, load_data
-from qsparse_moe.errors import CheckpointError
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint import FOLDER, newest_checkpoint
+from qsparse_moe.training.checkpoint import newest_checkpoint
 from qsparse_moe.training.distributed import Distributed, open_distributed
 from qsparse_moe.training.engine import run_model
 from qsparse_moe.training.portable_state import check_shapes, load_weights
-from qsparse_moe.training.run_folder import CONFIG_FILE
+from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint
 
 Forward = Callable[[Batch], ModelOutput]
 
@@ -97,15 +96,12 @@ def load_run(
 
     Raises:
         CheckpointError: the folder has no complete checkpoint, or it is damaged.
-        ConfigError: its config.yaml cannot be read.
+        ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
     config = load_config(run_dir / CONFIG_FILE, overrides)
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
-        raise CheckpointError(
-            f"{run_dir / FOLDER}: has no complete checkpoint; a run must have saved one. Train it to its end "
-            "(training.resume=true), or set training.checkpoint_interval"
-        )
+        raise no_checkpoint(run_dir)
     if dtype is None:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)

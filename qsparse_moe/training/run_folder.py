@@ -12,6 +12,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
 
 MAY_CHANGE = (
     "data.cache_dir",
@@ -50,8 +51,22 @@ def is_finished(config: RunConfig) -> bool:
     """
     if not check_run_folder(config):
         return False
-    steps = (path.name.removeprefix("step-") for path in (run_folder(config) / "checkpoints").glob("step-*"))
-    return any(step.isdecimal() and int(step) >= config.training.steps for step in steps)
+    newest = newest_step(run_folder(config))
+    return newest is not None and newest >= config.training.steps
+
+
+def newest_step(folder: Path) -> int | None:
+    """Of the newest checkpoint in the run folder, by its name; None without one. Needs no torch."""
+    steps = (path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*"))
+    return max((int(step) for step in steps if step.isdecimal()), default=None)
+
+
+def no_checkpoint(folder: Path) -> CheckpointError:
+    """What to raise where a run folder has no complete checkpoint and one is needed."""
+    return CheckpointError(
+        f"{folder / CHECKPOINTS}: has no complete checkpoint; a run must have saved one. Train it to its end "
+        "(training.resume=true), or set training.checkpoint_interval"
+    )
 
 
 def check_run_folder(config: RunConfig) -> bool:

@@ -30,7 +30,7 @@ CASES: dict[str, tuple[dict, str, dict]] = {
     "thresholds without a plan": (
         {"model.sparsity.selection": "threshold", "model.sparsity.default": 0.5},
         "model.sparsity.selection (threshold) needs calibrated thresholds, and model.sparsity.plan is null; name a "
-        "plan made by qsparse_moe.model.calibrate, or choose topk, block or statistical",
+        "plan made by qsparse-moe calibrate, or choose topk, block or statistical",
         {"model.sparsity.selection": "statistical"},
     ),
     "a ramp with thresholds": (

@@ -10,7 +10,13 @@ import torch
 
 from qsparse_moe.config.schema import DataConfig, RunConfig, SourceConfig, TrainingConfig
 from qsparse_moe.data.batch import Batch
-from qsparse_moe.data.loader import TrainLoader, combine_states, evaluation_batches, evaluation_num_bytes
+from qsparse_moe.data.loader import (
+    TrainLoader,
+    combine_states,
+    evaluation_batches,
+    evaluation_num_bytes,
+    sample_train_rows,
+)
 from qsparse_moe.data.rows import train_rows
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.errors import ConfigError, DataError
@@ -81,6 +87,25 @@ def test_a_table_resumes_on_another_number_of_ranks(run_config: MakeRun) -> None
     rows = train_rows(5, num_rows=len(data.train), global_batch_size=12, seed=3, shuffle=True)[4:8]
     want = data.train.rows(rows).tokens_BS.tolist()
     assert [row for batch in resumed.batches(5) for row in batch.tokens_BS.tolist()] == want
+
+
+def test_sampled_rows_are_training_rows_spread_over_the_table(run_config: MakeRun) -> None:
+    config = run_config()
+    data = load_data(config.data)
+    assert len(data.train) > 100
+    rows = sample_train_rows(config, data, 10)
+    indices = [index * len(data.train) // 10 for index in range(10)]
+    assert rows.tolist() == data.train.tokens(indices).tolist()
+    assert sample_train_rows(config, data, 10**6).tolist() == data.train.tokens(range(len(data.train))).tolist()
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_sampled_rows_of_a_stream_are_the_first_that_one_rank_trains_on(run_config: MakeRun, shuffle: bool) -> None:
+    config = run_config(data={"mode": "streaming", "shuffle": shuffle})
+    rows = sample_train_rows(config, load_data(config.data), 12)
+    (first, second, *_) = TrainLoader(config, load_data(config.data), 0, 1).batches(0)
+    assert rows[:4, :-1].tolist() == [*first.tokens_BS.tolist(), *second.tokens_BS.tolist()]
+    assert rows.shape == (12, 17)
 
 
 @pytest.mark.parametrize("mode", ["table", "streaming"])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.launch import entry, run_plan
+from tests.support.launch import calibration, entry, run_plan
 from tests.support.runs import LAYOUTS, MIXED_MODEL, STOP_STEP, tiny_config, write_text
 
 PRECISIONS = ("fp32", "bf16")
@@ -42,6 +42,9 @@ FAULTS = {
 """By label: the layout, and where something stops being finite (see ``tests.support.ranks.broken``)."""
 FAULT_STEP = 3
 
+CALIBRATIONS = {"calibrated": (9, 2**18), "calibrated-thinned": (9, 1024), "calibrated-one-row": (1, 2**18)}
+"""By label: training rows (five batches of one rank, or one) and the most magnitudes kept of one place."""
+
 
 class Runs:
     """The outcomes by label and number of ranks, and where the run folders are."""
@@ -70,14 +73,15 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     made = Runs(tmp_path_factory.mktemp("runs"))
     write_text(made.folder / "text")
     plans = [
-        (1, _layouts(made, 1) + _variants(made, 1) + _stopped_and_resumed(made, 1)),
+        (1, _layouts(made, 1) + _variants(made, 1) + _stopped_and_resumed(made, 1) + _calibrations(made)),
         (
             2,
             _layouts(made, 2)
             + _variants(made, 2)
             + _stopped_and_resumed(made, 2)
             + _faults(made)
-            + _transfers(made, 2),
+            + _transfers(made, 2)
+            + _calibrations(made),
         ),
         (1, _transfers(made, 1)),
     ]
@@ -158,6 +162,15 @@ def _transfers(made: Runs, ranks: int) -> list[dict[str, Any]]:
         )
         for source, written_by, target, resumed_by in TRANSFERS
         if resumed_by == ranks
+    ]
+
+
+def _calibrations(made: Runs) -> list[dict[str, Any]]:
+    """Always of the run of one rank, so that two ranks see the same weights."""
+    run_dir = made.folder_of("torch-fp32", 1)
+    return [
+        calibration(label, run_dir, num_rows=num_rows, max_values=max_values)
+        for label, (num_rows, max_values) in CALIBRATIONS.items()
     ]
 
 

@@ -8,7 +8,7 @@ import torch
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError, TrainingDiverged
-from qsparse_moe.model.calibrate import calibrate
+from qsparse_moe.model.calibrate import calibrate, sample_sites, with_calibrated_thresholds, with_thresholds
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -109,7 +109,9 @@ def test_a_model_that_already_selects_by_thresholds_can_be_calibrated_for_anothe
     other = SparsityPlan.uniform(model.config, 0.75)
     assert calibrate(model, batches(), other) == calibrate(ranked, batches(), other)
     model.set_sparsity(calibrate(model, batches(), other))
-    with pytest.raises(ConfigError, match=r"layer 0, attention_input has S above 0 and no threshold, which.*calibrate"):
+    with pytest.raises(
+        ConfigError, match=r"layer 0, attention_input has S above 0 and no threshold, which.*qsparse-moe calibrate"
+    ):
         model.set_sparsity(other)
     model.set_sparsity(other.scaled(0.0))  # dense needs none
 
@@ -120,6 +122,61 @@ def test_a_small_sample_is_close_to_the_whole():
     assert whole != part
     for place, thresholds in whole.thresholds.items():
         assert part.thresholds[place] == pytest.approx(thresholds, rel=0.2), place
+
+
+@pytest.mark.parametrize("max_values", [2**18, 640])
+def test_samples_of_two_processes_merge_to_what_one_of_all_batches_is(max_values):
+    model, plan = build_model(config(**SPARSE), seed=1), SparsityPlan.from_config(config(**SPARSE))
+    numbered = [(index * 4 * 32, batch) for index, batch in enumerate(batches(5))]
+    whole = calibrate(model, batches(5), max_values=max_values)
+    merged, other = (sample_sites(model, numbered[rank::2], plan, max_values=max_values) for rank in (0, 1))
+    assert merged.keys() == plan.values.keys()
+    assert with_calibrated_thresholds(plan, merged) != whole
+    for place, samples in merged.items():
+        for sample, more in zip(samples, other[place], strict=True):
+            sample.merge(more)
+    assert with_calibrated_thresholds(plan, merged) == whole
+    assert sum(sample.num_seen for sample in merged[1, "expert_hidden"]) == 2 * 5 * 4 * 32
+    assert sum(sample.num_seen for sample in merged[1, "attention_input"]) == 5 * 4 * 32
+
+
+def test_a_process_without_a_batch_has_an_empty_share():
+    model = build_model(config(**SPARSE), seed=1)
+    samples = sample_sites(model, [], model.sparsity_plan)
+    assert samples.keys() == model.sparsity_plan.values.keys()
+    assert not any(sample.num_seen for of_place in samples.values() for sample in of_place)
+
+
+def test_the_same_weights_select_by_thresholds_as_a_model_built_for_it(tmp_path):
+    settings = {"preset": "a4.8", "rescale": "unit"} | SPARSE
+    model = build_model(config(**settings), seed=1, dtype=torch.bfloat16)
+    plan = calibrate(model, batches())
+    plan.save(tmp_path / "plan.json")
+    other = with_thresholds(model, plan)
+    assert not other.training
+    assert [p.data_ptr() for p in other.parameters()] == [p.data_ptr() for p in model.parameters()]
+    formats = {name: site.number_format for name, site in model.layers[1].sites().items()}
+    assert formats == {name: site.number_format for name, site in other.layers[1].sites().items()}
+    assert set(formats.values()) == {"int4", "int8"}
+    built = config(
+        plan=str(tmp_path / "plan.json"),
+        selection="threshold",
+        rescale="unit",
+        quantization={"sites": formats | {"dense_input": "int4", "dense_hidden": "int8"}},
+    )
+    want = build_model(built, seed=1, dtype=torch.bfloat16)
+    tokens = batches(1)[0].tokens_BS
+    with torch.no_grad():
+        assert torch.equal(other(tokens).logits_BSV, want(tokens).logits_BSV)
+        assert not torch.equal(other(tokens).logits_BSV, model(tokens).logits_BSV)
+
+
+def test_a_plan_of_another_model_is_refused_and_the_model_left_as_it_was():
+    model = build_model(config(**SPARSE), seed=1)
+    other = ModelConfig(num_layers=2)
+    with pytest.raises(ConfigError, match="make the plan from this model's config"):
+        calibrate(model, batches(), SparsityPlan.uniform(other, 0.5))
+    assert model.training and all(site.observer is None for site in model.layers[0].sites().values())
 
 
 def test_an_expert_without_a_row_takes_the_threshold_of_all_and_is_named(caplog):

@@ -24,6 +24,7 @@ SMALL_RUN = [
 ]
 SMALL = {
     "generate": ["--max-tokens", "5"],
+    "calibrate": ["--rows", "8"],
     "bench": ["--layers", "1", "--hidden-size", "64", "--rounds", "1", "--precision", "fp32"],
 }
 

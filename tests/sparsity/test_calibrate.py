@@ -28,19 +28,77 @@ def test_the_mask_of_the_calibrated_rows_keeps_the_share():
     assert threshold_mask(x, torch.tensor([threshold])).double().mean() == pytest.approx(0.25, abs=1e-3)
 
 
-@given(st.lists(st.integers(0, 9), max_size=12), st.integers(1, 40))
-def test_the_sample_is_evenly_spaced_bounded_and_the_same_however_the_rows_are_cut(cuts, max_rows):
-    rows = torch.arange(sum(cuts), dtype=torch.float32)[:, None].expand(-1, 3)
-    cut, whole = RowSample(3 * max_rows), RowSample(3 * max_rows)
-    for part in rows.split(cuts):
-        cut.add(part)
-    whole.add(rows)
-    assert torch.equal(cut.magnitudes(), whole.magnitudes())
-    kept = cut.magnitudes().view(-1, 3)[:, 0]
-    assert len(kept) <= max_rows
-    assert len(kept) > max_rows // 2 or len(kept) == len(rows)
-    assert len(kept.diff().unique()) <= 1
-    assert cut.num_seen == len(rows)
+def numbered(numbers):
+    """A row of three features for every number, which shows it."""
+    return torch.tensor(numbers, dtype=torch.float32)[:, None].expand(-1, 3), torch.tensor(numbers)
+
+
+def kept_numbers(sample):
+    return sample.magnitudes().view(-1, 3)[:, 0]
+
+
+@given(st.integers(1, 400), st.integers(1, 40))
+def test_the_sample_is_bounded_and_evenly_spaced(num_rows, max_rows):
+    sample = RowSample(3 * max_rows + 2)
+    sample.add(*numbered(range(num_rows)))
+    kept = kept_numbers(sample).sort().values
+    assert len(kept) == min(num_rows, max_rows)
+    # Of multiples of the golden ratio the longest distance is the sum of the two shorter ones, which are its parts.
+    gaps = kept.diff().unique()
+    assert len(gaps) <= 3
+    assert not len(gaps) or gaps[-1] <= 3 * gaps[0]
+    assert sample.num_seen == num_rows
+
+
+@given(
+    st.lists(st.integers(0, 500), max_size=60, unique=True),
+    st.lists(st.integers(0, 2), min_size=60, max_size=60),
+    st.integers(1, 20),
+    st.integers(1, 9),
+    st.randoms(use_true_random=False),
+)
+def test_the_sample_is_the_same_in_any_order_however_cut_and_whoever_is_shown_it(numbers, owners, size, max_rows, draw):
+    whole = RowSample(3 * max_rows)
+    whole.add(*numbered(numbers))
+    ranks = [RowSample(3 * max_rows) for _ in range(3)]
+    for rank, sample in enumerate(ranks):
+        own = [number for number, owner in zip(numbers, owners, strict=False) if owner == rank]
+        draw.shuffle(own)
+        for begin in range(0, len(own), size):
+            sample.add(*numbered(own[begin : begin + size]))
+    merged, *others = ranks
+    for other in others:
+        merged.merge(other)
+    assert torch.equal(merged.magnitudes(), whole.magnitudes())
+    assert merged.num_seen == whole.num_seen == len(numbers)
+
+
+def test_the_sample_sees_positions_all_over_rows_whose_length_is_a_power_of_two():
+    sample = RowSample(3 * 64)
+    sample.add(*numbered(range(64 * 256)))
+    positions = kept_numbers(sample) % 256
+    assert len(positions.unique()) >= 60
+    assert all(((positions >= low) & (positions < low + 64)).sum() in range(12, 21) for low in range(0, 256, 64))
+
+
+def test_the_sample_keeps_a_row_that_is_longer_than_its_bound_and_none_of_nothing():
+    sample = RowSample(2)
+    sample.add(*numbered([5, 6]))
+    assert len(sample.magnitudes()) == 3
+    empty = RowSample(6)
+    empty.add(torch.empty(0, 3), torch.empty(0, dtype=torch.int64))
+    sample.merge(empty)
+    empty.merge(sample)
+    assert torch.equal(empty.magnitudes(), sample.magnitudes()) and empty.num_seen == sample.num_seen == 2
+
+
+def test_the_sample_holds_magnitudes_and_no_memory_of_what_they_were_cut_from():
+    sample = RowSample(6)
+    rows = -torch.ones(100, 3, dtype=torch.bfloat16)
+    sample.add(rows, torch.arange(100))
+    kept = sample.magnitudes()
+    assert kept.dtype == torch.float32 and kept.tolist() == [1.0] * 6
+    assert kept.untyped_storage().nbytes() == 6 * 4
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,8 @@ def test_thresholds_go_through_json_and_are_dropped_when_s_is_scaled(tmp_path):
 @pytest.mark.parametrize("thresholds", [(0.1,), (0.1, -1.0), (0.1, float("nan")), (0.1, float("inf"))])
 def test_impossible_thresholds_are_refused(thresholds):
     with pytest.raises(
-        ConfigError, match=r"has thresholds \[.*one for each of its 2 values of S.*calibrate the plan again"
+        ConfigError,
+        match=r"has thresholds \[.*one for each of its 2 values of S.*calibrate the plan again with qsparse-moe calib",
     ):
         SparsityPlan({(0, "expert_input"): (0.5, 0.5)}, {(0, "expert_input"): thresholds})
 

@@ -4,8 +4,8 @@
     deepspeed --num_gpus 2 tests/support/ranks.py PLAN.json
 
 Processes take seconds to start and a tiny run takes one, so the runs of a test session share their processes. The plan
-is a list of ``tests.support.launch.entry``; every rank writes ``LABEL.rankN.json`` beside it with what its run reported
-or raised.
+is a list of ``tests.support.launch.entry``, with a ``calibration`` among them where one is wanted; every rank writes
+``LABEL.rankN.json`` beside it with what its run reported or raised.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training import loop, prepare
+from qsparse_moe.training.calibrate import calibrate_run
 from qsparse_moe.training.report import StepReport
-from qsparse_moe.training.run_folder import run_folder
+from qsparse_moe.training.run_folder import CONFIG_FILE, run_folder
 
 SLOW_DISK = {"place": "disk"}
 """A fault: saving takes so long that one can be interrupted."""
@@ -116,14 +119,28 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
     return outcome | {"reports": listener.reports, "context": listener.context}
 
 
+def calibrated(label: str, *, run_dir: str, num_rows: int, max_values: int) -> dict[str, Any]:
+    """Calibrate one run for its target S; the plan and the figures that this rank got."""
+    outcome: dict[str, Any] = {"label": label, "error": None}
+    try:
+        plan = SparsityPlan.from_config(load_config(Path(run_dir) / CONFIG_FILE).model)
+        found = calibrate_run(Path(run_dir), plan, num_rows=num_rows, max_values=max_values)
+        return outcome | {"found": asdict(found) | {"plan": found.plan.to_json()}}
+    except Exception as error:  # as in run
+        return outcome | {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+
+
 def main(plan_file: Path) -> None:
     """Train every run of the plan."""
     torch.set_num_threads(1)
     rank = os.environ.get("RANK", "0")
     for entry in json.loads(plan_file.read_text()):
-        if entry["copy_of"] and rank == "0":
-            shutil.copytree(entry["copy_of"], run_folder(RunConfig.model_validate(entry["config"])))
-        outcome = run(entry["label"], entry["config"], entry["stop_after"], entry["fault"])
+        if "calibrate" in entry:
+            outcome = calibrated(entry["label"], **entry["calibrate"])
+        else:
+            if entry["copy_of"] and rank == "0":
+                shutil.copytree(entry["copy_of"], run_folder(RunConfig.model_validate(entry["config"])))
+            outcome = run(entry["label"], entry["config"], entry["stop_after"], entry["fault"])
         (plan_file.parent / f"{entry['label']}.rank{rank}.json").write_text(json.dumps(outcome))
 
 

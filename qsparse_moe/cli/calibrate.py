@@ -1,0 +1,191 @@
+"""``qsparse-moe calibrate``: the thresholds of a run's sites, written as a plan for ``model.sparsity.plan``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
+from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.config.load import load_config
+from qsparse_moe.config.presets import PRESETS
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.shapes import model_sites, site_format
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.schedule import scheduled_scale
+from qsparse_moe.training.run_folder import CONFIG_FILE, newest_step, no_checkpoint, write_whole
+
+if TYPE_CHECKING:
+    from qsparse_moe.training.calibrate import Calibration
+
+_SECTION = "model.sparsity"
+_SETTINGS_OF_S = ("preset", "plan", "default", "sites", "overrides")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("calibrate")(calibrate)
+
+
+def calibrate(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="S other than the run's, such as model.sparsity.default=0.5.", show_default=False),
+    ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="S at every place, in place of the run's.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file with the S, in place of the run's.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Training rows; without it some 4,000 tokens an expert.", min=1)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find the thresholds that give a run its S. Alone, or on the ranks of the deepspeed launcher."""
+    run_dir = find_run(run)
+    asked = asked_plan(run_dir, overrides=overrides or (), sparsity=sparsity, plan_file=plan)
+    if is_rank_zero():  # for all: another rank might look when the file has just been written
+        check_output(output, force=force)
+    from qsparse_moe.training.calibrate import calibrate_run
+
+    calibration = calibrate_run(run_dir, asked, num_rows=rows, device=device)
+    if is_rank_zero():
+        write_plan(calibration.plan, output, force=force)
+        summary = summarize(calibration, run_dir, output)
+        print_json(summary) if json else _print_summary(summary)
+
+
+def asked_plan(
+    run_dir: Path, *, overrides: Sequence[str] = (), sparsity: float | None = None, plan_file: Path | None = None
+) -> SparsityPlan:
+    """The S to calibrate for: the run's in its last step, or what was asked for in its place. Needs no torch.
+
+    Raises:
+        CheckpointError: the run has no checkpoint.
+        ConfigError: S is asked for in two ways, in none that there is, for another model, or is 0 everywhere.
+    """
+    _check_one_way(overrides, sparsity, plan_file)
+    # Rows are ranked while thresholds are found, whatever the selection of the run is.
+    config = load_config(run_dir / CONFIG_FILE, [f"{_SECTION}.selection=topk", *overrides])
+    step = newest_step(run_dir)
+    if step is None:
+        raise no_checkpoint(run_dir)
+    plan = _plan(config, step, overrides=overrides, sparsity=sparsity, plan_file=plan_file)
+    if not plan.mean:
+        raise ConfigError(
+            f"{run_dir}: S is 0 at every site, which has no threshold to calibrate; ask for another with --sparsity, "
+            f"--plan or {_SECTION}.default"
+        )
+    return plan
+
+
+def _plan(
+    config: RunConfig, step: int, *, overrides: Sequence[str], sparsity: float | None, plan_file: Path | None
+) -> SparsityPlan:
+    if sparsity is not None:
+        return SparsityPlan.uniform(config.model, sparsity)
+    if plan_file is not None:
+        plan = SparsityPlan.load(plan_file)
+        plan.check_fits(config.model)
+        return plan
+    plan = SparsityPlan.from_config(config.model)
+    return plan if overrides else plan.scaled(scheduled_scale(config.model.sparsity.schedule, max(0, step - 1)))
+
+
+def _check_one_way(overrides: Sequence[str], sparsity: float | None, plan_file: Path | None) -> None:
+    ways = {"--sparsity": sparsity is not None, "--plan": plan_file is not None, "settings": bool(overrides)}
+    given = [name for name, is_given in ways.items() if is_given]
+    if len(given) > 1:
+        raise ConfigError(f"{' and '.join(given)} both say which S to calibrate for; keep one of them")
+    if sparsity is not None and not 0.0 <= sparsity < 1.0:
+        raise ConfigError(f"--sparsity ({sparsity}) must lie in [0, 1): it is the fraction zeroed")
+    for override in overrides:
+        path, equals, _ = override.partition("=")
+        if equals and not any(f"{path.strip()}.".startswith(f"{_SECTION}.{name}.") for name in _SETTINGS_OF_S):
+            raise ConfigError(
+                f"{path} does not set S, and only S may differ from the run's; choose from "
+                f"{', '.join(f'{_SECTION}.{name}' for name in _SETTINGS_OF_S)}"
+            )
+
+
+def check_output(output: Path, *, force: bool) -> None:
+    """Raise ConfigError unless a plan may be written to ``output``; nothing is written."""
+    if output.is_dir():
+        raise ConfigError(f"--output ({output}) is a folder; name a file, such as {output / 'plan.json'}")
+    if not output.parent.is_dir():
+        raise ConfigError(
+            f"--output ({output}) must stand in a folder that exists; make {output.parent}, or name another"
+        )
+    if not os.access(output.parent, os.W_OK):
+        raise ConfigError(f"--output ({output}) stands in a folder that this user may not write; name another")
+    if output.exists() and not force:
+        raise ConfigError(f"--output ({output}) exists, and is not overwritten; name another file, or add --force")
+
+
+def write_plan(plan: SparsityPlan, output: Path, *, force: bool) -> None:
+    """Write the plan as a whole; ConfigError where ``check_output`` or the disk says no."""
+    check_output(output, force=force)
+    try:
+        write_whole(output, plan.to_json() + "\n")
+    except OSError as error:
+        raise ConfigError(f"--output ({output}) cannot be written ({error.strerror}); name another file") from None
+
+
+def summarize(calibration: Calibration, run_dir: Path, output: Path) -> dict[str, Any]:
+    """What was found, in the form of ``--json``."""
+    figures = {name: value for name, value in vars(calibration).items() if name not in {"plan", "sites"}}
+    return {
+        "run_dir": str(run_dir),
+        "output": str(output),
+        **figures,
+        "sites": {site: asdict(found) for site, found in calibration.sites.items()},
+        "settings": list(settings_for(load_config(run_dir / CONFIG_FILE), output)),
+    }
+
+
+def settings_for(config: RunConfig, output: Path) -> Iterator[str]:
+    """The overrides by which a run like ``config`` selects by the plan in ``output``: what it rules out is unset."""
+    settings = config.model.sparsity
+    yield f"{_SECTION}.selection=threshold"
+    yield f"{_SECTION}.plan={output}"
+    for name in ("preset", "default"):
+        if getattr(settings, name) is not None:
+            yield f"{_SECTION}.{name}=null"
+    for site, sparsity in settings.sites:
+        if sparsity is not None:
+            yield f"{_SECTION}.sites.{site}=null"
+    if settings.overrides:
+        yield f"{_SECTION}.overrides=[]"
+    if settings.schedule.ramp_steps:
+        yield f"{_SECTION}.schedule.ramp_steps=0"
+        yield f"{_SECTION}.schedule.shape=constant"
+    if settings.preset is not None and PRESETS[settings.preset].formats:
+        for site in model_sites(config.model):
+            yield f"{_SECTION}.quantization.sites.{site}={site_format(settings, site)}"
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    console = result_console()
+    title = f"Share of zeros after step {summary['step']}, on {summary['held_out_rows']} validation rows"
+    table = Table(title=title, title_justify="left")
+    for column in ("site", "layers", "mean S", "exact top-K", "thresholds", "largest gap of a layer", "unseen experts"):
+        table.add_column(column, justify="left" if column == "site" else "right")
+    for site, found in summary["sites"].items():
+        shares = [f"{found[name]:.4f}" for name in ("sparsity", "zeros_topk", "zeros_threshold", "largest_gap")]
+        table.add_row(site, str(found["layers"]), *shares, str(found["experts_without_rows"]))
+    console.print(table)
+    losses = f"{summary['loss_topk']:.4f} with exact top-K, {summary['loss_threshold']:.4f} with thresholds"
+    console.print(f"loss              {losses}, nats a token")
+    console.print(f"calibrated on     {summary['rows']} training rows")
+    console.print(f"plan              {summary['output']}", soft_wrap=True)
+    console.print(f"to use it         {shlex.join(summary['settings'])}", soft_wrap=True)

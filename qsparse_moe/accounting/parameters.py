@@ -16,6 +16,7 @@ from qsparse_moe.accounting.densities import Densities, planned_densities
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import (
     dense_hidden_size,
+    has_experts,
     has_gate,
     head_size,
     num_kv_heads,
@@ -102,6 +103,11 @@ def _norm(name: str, size: int) -> Weight:
     return Weight(name, "norms", size, size, size, is_matrix=False)
 
 
+def _router(name: str, size: int) -> Weight:
+    """A router, or the gate of the shared experts, which is one too: both read dense tokens."""
+    return Weight(name, "router", size, size, size, is_matrix=True)
+
+
 def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
     prefix, width, channels = f"layers.{layer}.attention.", config.hidden_size, head_size(config)
     mixed = config.num_heads * channels
@@ -119,15 +125,16 @@ def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterato
 
 
 def _feed_forward(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
-    if layer < config.moe.num_dense_layers:
+    if not has_experts(config, layer):
         yield from _gated(config, densities, layer, "dense", dense_hidden_size(config))
         return
     moe = config.moe
-    router = moe.num_experts * config.hidden_size
-    yield Weight(f"layers.{layer}.moe.router.weight", "router", router, router, router, is_matrix=True)
+    yield _router(f"layers.{layer}.moe.router.weight", moe.num_experts * config.hidden_size)
     yield from _gated(config, densities, layer, "experts", moe.expert_hidden_size)
     if moe.num_shared_experts:
         yield from _gated(config, densities, layer, "shared", shared_hidden_size(config))
+        if moe.shared_expert_gate:
+            yield _router(f"layers.{layer}.moe.shared.token_gate", config.hidden_size)
 
 
 _SITES_OF: dict[str, tuple[str, Site, Site]] = {

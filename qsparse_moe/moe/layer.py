@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import shared_hidden_size
 from qsparse_moe.moe.dispatch import Dispatch, combine, permute, plan_dispatch
 from qsparse_moe.moe.experts import Experts
-from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.losses import load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
+from qsparse_moe.moe.shared import SharedExperts
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.stats import Readers, Stats
 
@@ -55,9 +54,7 @@ class MoELayer(nn.Module):
             site_sums=runtime.site_sums,
         )
         self.experts = Experts(config, runtime)
-        self.shared = (
-            FeedForward(config, "shared", shared_hidden_size(config), runtime) if moe.num_shared_experts else None
-        )
+        self.shared = SharedExperts(config, runtime) if moe.num_shared_experts else None
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""

@@ -25,6 +25,14 @@ SHAPES = {
     "shared experts": {"moe": MOE | {"num_shared_experts": 2}},
     "dense layers": {"moe": MOE | {"num_dense_layers": 1}},
     "dense layers of their own width": {"moe": MOE | {"num_dense_layers": 1, "dense_hidden_size": 40}},
+    "shared experts of their own width": {"moe": MOE | {"num_shared_experts": 2, "shared_expert_hidden_size": 40}},
+    "gated shared experts": {"moe": MOE | {"num_shared_experts": 1, "shared_expert_gate": True}},
+    "every second layer": {"num_layers": 4, "moe": MOE | {"moe_layer_interval": 2}},
+    "every second layer after two dense ones": {
+        "num_layers": 4,
+        "moe": MOE | {"moe_layer_interval": 2, "num_dense_layers": 2},
+    },
+    "many small experts": {"moe": MOE | {"num_experts": 32, "experts_per_token": 8, "expert_hidden_size": 8}},
     "no gate": {"moe": MOE | {"num_shared_experts": 1, "num_dense_layers": 1, "activation": "relu2"}},
     "everything": {
         "num_kv_heads": 1,
@@ -68,8 +76,10 @@ def used_by_one_token(config: ModelConfig) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "shape", ["plain", "shared experts", "dense layers", "grouped queries", "head size of its own"]
-)
+    "shape",
+    ["plain", "shared experts", "gated shared experts", "dense layers", "every second layer", "grouped queries",
+     "head size of its own"],
+)  # fmt: skip
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
 @pytest.mark.parametrize("selection", ["topk", "block"])
 def test_kept_weights_are_those_that_one_token_s_gradient_reaches(shape, sparsity, selection):

@@ -71,6 +71,10 @@ class MoEConfig(Section):
     backend: Literal["auto", "loop", "grouped", "onednn"] = "auto"
     """loop: one expert after the other, the definition; grouped: torch grouped_mm; onednn: CPU only, rounded row
     counts; auto: the fastest that runs here."""
+    capacity_factor: PositiveFloat | None = None
+    """null: dropless. Else an expert takes at most ceil(capacity_factor * T * A / E) rows of a micro-batch's T tokens,
+    those with the largest router weights (of equal ones the first); for the others its output is 0. Holds in training
+    only: evaluation and generation drop nothing."""
     num_dense_layers: NonNegativeInt = 0
     """How many of the first layers have a dense feed-forward in place of experts."""
     moe_layer_interval: PositiveInt = 1

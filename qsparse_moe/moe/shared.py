@@ -1,4 +1,4 @@
-"""The experts that every token uses. T tokens, D width."""
+"""The experts that every token uses. B batch, S sequence, D width."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class SharedExperts(FeedForward):
         gated = config.moe.shared_expert_gate
         self.token_gate = nn.Parameter(torch.empty(1, config.hidden_size)) if gated else None
 
-    def forward(self, x_TD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
-        """``(T, D)`` to ``(T, D)``, with the sums of the input and of the hidden site."""
-        y_TD, input_stats, hidden_stats = super().forward(x_TD, with_stats=with_stats)
+    def forward(self, x_BSD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
+        """``(B, S, D)`` to ``(B, S, D)``, with the sums of the input and of the hidden site."""
+        y_BSD, input_stats, hidden_stats = super().forward(x_BSD, with_stats=with_stats)
         if self.token_gate is not None:
-            wide = torch.promote_types(x_TD.dtype, torch.float32)
-            share_T1 = (x_TD.to(wide) @ self.token_gate.to(wide).T).sigmoid()
-            y_TD = y_TD * share_T1.to(y_TD.dtype)
-        return y_TD, input_stats, hidden_stats
+            wide = torch.promote_types(x_BSD.dtype, torch.float32)
+            share_BS1 = (x_BSD.to(wide) @ self.token_gate.to(wide).T).sigmoid()
+            y_BSD = y_BSD * share_BS1.to(y_BSD.dtype)
+        return y_BSD, input_stats, hidden_stats

@@ -78,6 +78,18 @@ def count_by_part(
     return {part: ParameterCount.of(weights) for part, weights in parts.items()}
 
 
+def count_with_embedding(
+    config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
+) -> ParameterCount:
+    """``count_parameters`` with the whole embedding active, as most published figures count; a tied head is the same
+    table."""
+    counted = count_parameters(config, plan, densities=densities)
+    table = config.vocab_size * config.hidden_size
+    # Of the embedding one row was counted, and a tied head as a whole.
+    unseen = -config.hidden_size if config.tie_embeddings else table - config.hidden_size
+    return ParameterCount(counted.stored, counted.active + unseen, counted.kept + unseen)
+
+
 def model_weights(
     config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> Iterator[Weight]:

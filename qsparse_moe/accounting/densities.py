@@ -15,14 +15,20 @@ Densities = Mapping[tuple[int, Site], tuple[float, ...]]
 _ZEROS = "sparsity/{site}/zeros/layer_{layer}"
 
 
+def no_zeros(config: ModelConfig) -> Densities:
+    """Every feature is left, at every expert alike."""
+    return {(layer, site): (1.0,) for layer in range(config.num_layers) for site in layer_sites(config, layer)}
+
+
 def planned_densities(config: ModelConfig, plan: SparsityPlan | None = None) -> Densities:
     """K over the width, from ``plan`` (None: that of the config); natural zeros among the kept are not known here."""
     plan = plan or SparsityPlan.from_config(config)
-    return {
-        (layer, site): tuple(kept / site_width(config, site) for kept in kept_features(config, plan, layer, site))
-        for layer in range(config.num_layers)
-        for site in layer_sites(config, layer)
-    }
+    found: dict[tuple[int, Site], tuple[float, ...]] = {}
+    for layer in range(config.num_layers):
+        for site in layer_sites(config, layer):
+            width = site_width(config, site)
+            found[layer, site] = tuple(kept / width for kept in kept_features(config, plan, layer, site))
+    return found
 
 
 def measured_densities(config: ModelConfig, row: Mapping[str, Any]) -> Densities | None:
@@ -47,6 +53,7 @@ def measured_densities(config: ModelConfig, row: Mapping[str, Any]) -> Densities
 
 def kept_features(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> list[int]:
     """K at a place: one number, or one an expert at the experts' sites."""
-    width = site_width(config, site)
-    experts = range(config.moe.num_experts) if site in EXPERT_SITES else (None,)
-    return [site_num_kept(config.sparsity, plan.sparsity(layer, site, expert), width) for expert in experts]
+    values, width = plan.values[layer, site], site_width(config, site)
+    # Hundreds of experts share few values.
+    kept = {sparsity: site_num_kept(config.sparsity, sparsity, width) for sparsity in set(values)}
+    return [kept[sparsity] for sparsity in values]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qsparse_moe.accounting.densities import Densities, kept_features, measured_densities
+from qsparse_moe.accounting.densities import Densities, kept_features, measured_densities, planned_densities
 from qsparse_moe.accounting.flops import flops_by_site, forward_flops, training_flops
 from qsparse_moe.accounting.memory import kv_cache_bytes, state_memory
-from qsparse_moe.accounting.parameters import count_by_part, count_parameters
+from qsparse_moe.accounting.parameters import count_by_part, count_parameters, count_with_embedding
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
 from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.config.shapes import layer_sites, model_sites, site_width
@@ -22,7 +22,9 @@ def describe_run(config: RunConfig, row: Mapping[str, Any] | None = None, *, ran
     """The figures of a run's model.
 
     Of parameters, ``stored`` counts all, ``active`` those that a token uses by routing, ``kept`` those whose input
-    Q-Sparse keeps too. Operations are per token over a full row. Bytes are those of the weights in the run's precision.
+    Q-Sparse keeps too. Of the embedding a token uses the row that it looks up; ``parameters_with_embedding`` counts all
+    of it, as most published figures do. Operations are per token over a full row. Bytes are those of the weights in the
+    run's precision.
 
     Args:
         config: the run.
@@ -30,35 +32,45 @@ def describe_run(config: RunConfig, row: Mapping[str, Any] | None = None, *, ran
             depend on sparsity with them.
         ranks: over which the state of training is spread.
     """
-    model = config.model
-    densities = measured_densities(model, row) if row else None
+    model, plan = config.model, SparsityPlan.from_config(config.model)
+    planned, measured = planned_densities(model, plan), measured_densities(model, row) if row else None
     return {
         "name": config.training.name,
-        "parameters": vars(count_parameters(model)),
-        "parameters_by_part": {part: vars(counted) for part, counted in count_by_part(model).items()},
-        **_work(config),
+        **_parameters(model, planned),
+        "parameters_with_embedding": vars(count_with_embedding(model, densities=planned)),
+        **_work(config, plan, planned),
         "memory": _memory(config, ranks),
-        "mean_sparsity": SparsityPlan.from_config(model).mean,
-        "sites": {site: _site(model, site) for site in model_sites(model)},
+        "mean_sparsity": plan.mean,
+        "sites": {site: _site(model, plan, site) for site in model_sites(model)},
         "tokens_per_step": config.training.global_batch_size * config.data.sequence_length,
         "tokens": config.training.steps * config.training.global_batch_size * config.data.sequence_length,
-        "measured": _measured(config, row, densities) if row and densities else None,
+        "measured": _measured(config, row, plan, measured) if row and measured else None,
     }
 
 
-def _work(config: RunConfig, densities: Densities | None = None) -> dict[str, Any]:
+def _parameters(model: ModelConfig, densities: Densities) -> dict[str, Any]:
+    by_part = count_by_part(model, densities=densities)
+    return {
+        "parameters": vars(count_parameters(model, densities=densities)),
+        "parameters_by_part": {part: vars(counted) for part, counted in by_part.items()},
+    }
+
+
+def _work(config: RunConfig, plan: SparsityPlan, densities: Densities) -> dict[str, Any]:
     """Operations and bytes: what depends on the share of zeros."""
     model, context = config.model, config.data.sequence_length
-    by_site = flops_by_site(model, context, densities=densities)
+    forward = forward_flops(model, context, plan, densities=densities)
+    training = training_flops(model, context, plan, densities=densities)
+    by_site = flops_by_site(model, context, plan, densities=densities)
     return {
-        "forward_flops_per_token": {"context": context, **vars(forward_flops(model, context, densities=densities))},
-        "training_flops_per_token": {"context": context, **vars(training_flops(model, context, densities=densities))},
+        "forward_flops_per_token": {"context": context, **vars(forward)},
+        "training_flops_per_token": {"context": context, **vars(training)},
         "forward_flops_by_site": {name: vars(flops) for name, flops in by_site.items()},
         "bytes_read": [_bytes_read(config, batch, densities) for batch in BATCHES],
     }
 
 
-def _bytes_read(config: RunConfig, batch: int, densities: Densities | None) -> dict[str, float]:
+def _bytes_read(config: RunConfig, batch: int, densities: Densities) -> dict[str, float]:
     bytes_per_weight = 4.0 if config.training.precision == "fp32" else 2.0
     parts = weight_traffic(config.model, batch, densities, bytes_per_weight=bytes_per_weight)
     return {"batch": batch, **vars(total_traffic(parts))}
@@ -71,18 +83,11 @@ def _memory(config: RunConfig, ranks: int) -> dict[str, Any]:
     return {"ranks": ranks, "training_state_by_zero_stage": by_stage, "kv_cache_bytes_per_token": cache}
 
 
-def _measured(config: RunConfig, row: Mapping[str, Any], densities: Densities) -> dict[str, Any]:
-    by_part = count_by_part(config.model, densities=densities)
-    return {
-        "step": row["step"],
-        "parameters": vars(count_parameters(config.model, densities=densities)),
-        "parameters_by_part": {part: vars(counted) for part, counted in by_part.items()},
-        **_work(config, densities),
-    }
+def _measured(config: RunConfig, row: Mapping[str, Any], plan: SparsityPlan, densities: Densities) -> dict[str, Any]:
+    return {"step": row["step"], **_parameters(config.model, densities), **_work(config, plan, densities)}
 
 
-def _site(model: ModelConfig, site: Site) -> dict[str, int]:
-    plan = SparsityPlan.from_config(model)
+def _site(model: ModelConfig, plan: SparsityPlan, site: Site) -> dict[str, int]:
     layers = [layer for layer in range(model.num_layers) if site in layer_sites(model, layer)]
     kept = [k for layer in layers for k in kept_features(model, plan, layer, site)]
     return {"layers": len(layers), "width": site_width(model, site), "least_kept": min(kept), "most_kept": max(kept)}

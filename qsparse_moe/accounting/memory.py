@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qsparse_moe.accounting.densities import no_zeros
 from qsparse_moe.accounting.parameters import count_by_part
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.shapes import head_size, num_kv_heads
@@ -44,7 +45,8 @@ def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = No
     if training.engine == "torch":
         stage = 0
     parallel = training.expert_parallel_size
-    parts = {part: counted.stored for part, counted in count_by_part(config.model).items()}
+    counted = count_by_part(config.model, densities=no_zeros(config.model))  # zeros are stored too
+    parts = {part: count.stored for part, count in counted.items()}
     experts = parts.pop("experts", 0)
     others = sum(parts.values())
     half = training.precision != "fp32"

@@ -16,6 +16,7 @@ from qsparse_moe.accounting.densities import Densities, planned_densities
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import (
     dense_hidden_size,
+    has_experts,
     has_gate,
     head_size,
     num_kv_heads,
@@ -77,6 +78,18 @@ def count_by_part(
     return {part: ParameterCount.of(weights) for part, weights in parts.items()}
 
 
+def count_with_embedding(
+    config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
+) -> ParameterCount:
+    """``count_parameters`` with the whole embedding active, as most published figures count; a tied head is the same
+    table."""
+    counted = count_parameters(config, plan, densities=densities)
+    table = config.vocab_size * config.hidden_size
+    # Of the embedding one row was counted, and a tied head as a whole.
+    unseen = -config.hidden_size if config.tie_embeddings else table - config.hidden_size
+    return ParameterCount(counted.stored, counted.active + unseen, counted.kept + unseen)
+
+
 def model_weights(
     config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> Iterator[Weight]:
@@ -102,6 +115,11 @@ def _norm(name: str, size: int) -> Weight:
     return Weight(name, "norms", size, size, size, is_matrix=False)
 
 
+def _router(name: str, size: int) -> Weight:
+    """A router, or the gate of the shared experts, which is one too: both read dense tokens."""
+    return Weight(name, "router", size, size, size, is_matrix=True)
+
+
 def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
     prefix, width, channels = f"layers.{layer}.attention.", config.hidden_size, head_size(config)
     mixed = config.num_heads * channels
@@ -119,15 +137,16 @@ def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterato
 
 
 def _feed_forward(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
-    if layer < config.moe.num_dense_layers:
+    if not has_experts(config, layer):
         yield from _gated(config, densities, layer, "dense", dense_hidden_size(config))
         return
     moe = config.moe
-    router = moe.num_experts * config.hidden_size
-    yield Weight(f"layers.{layer}.moe.router.weight", "router", router, router, router, is_matrix=True)
+    yield _router(f"layers.{layer}.moe.router.weight", moe.num_experts * config.hidden_size)
     yield from _gated(config, densities, layer, "experts", moe.expert_hidden_size)
     if moe.num_shared_experts:
         yield from _gated(config, densities, layer, "shared", shared_hidden_size(config))
+        if moe.shared_expert_gate:
+            yield _router(f"layers.{layer}.moe.shared.token_gate", config.hidden_size)
 
 
 _SITES_OF: dict[str, tuple[str, Site, Site]] = {

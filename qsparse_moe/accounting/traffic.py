@@ -15,6 +15,7 @@ E experts, A experts a token, B tokens a step.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from qsparse_moe.accounting.densities import Densities, planned_densities
@@ -93,5 +94,6 @@ def _union(
     if config.moe.activation not in RELU_GATES:
         gated = 1.0
     shares = densities[weight.layer, weight.site]
-    kept = sum(union(chosen * density * gated, batch) for density in shares) / len(shares)
+    # Hundreds of experts share few densities.
+    kept = sum(number * union(chosen * share * gated, batch) for share, number in Counter(shares).items()) / len(shares)
     return size * union(chosen, batch), size * kept

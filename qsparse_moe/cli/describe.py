@@ -122,6 +122,7 @@ def _parameter_table(description: dict[str, Any]) -> Table:
         table.add_row(part, *_counts(counted, measured and measured["parameters_by_part"][part]))
     table.add_section()
     table.add_row("all", *_counts(description["parameters"], measured and measured["parameters"]))
+    table.add_row("with the whole embedding", *_counts(description["parameters_with_embedding"], None))
     return table
 
 

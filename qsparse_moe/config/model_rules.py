@@ -1,6 +1,6 @@
-"""Rules inside the model section: heads, experts, and where Q-Sparse selects.
+"""Rules inside the model section: heads, and where Q-Sparse selects; those of the experts stand in ``moe_rules.py``.
 
-Letters: D width, H heads, C channels a head, F expert width, E experts, A experts a token, G group, S sparsity.
+Letters: D width, H heads, C channels a head, G group, S sparsity.
 
 Block selection keeps ``max(1, round((1 - S) * G))`` features of every group, the same rounding as everywhere; an S that
 would round to none of a group is refused, because the one that is then kept is not what was asked.
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from qsparse_moe.config.moe_rules import MOE_RULES
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.problems import Problem, show
 from qsparse_moe.config.schema import SITES, BlendConfig, ModelConfig, Site, SparsityOverride
@@ -19,6 +20,7 @@ from qsparse_moe.config.shapes import (
     EXPERT_SITES,
     layer_sites,
     model_sites,
+    moe_layers,
     site_sparsity,
     site_width,
     site_width_setting,
@@ -54,22 +56,6 @@ def _kv_heads(config: ModelConfig) -> Iterator[Problem]:
         )
 
 
-def _experts(config: ModelConfig) -> Iterator[Problem]:
-    moe = config.moe
-    if moe.experts_per_token > moe.num_experts:
-        yield Problem(
-            f"model.moe.experts_per_token ({moe.experts_per_token}) must be at most model.moe.num_experts "
-            f"({moe.num_experts}); lower the one or raise the other",
-            ("model.moe.experts_per_token", "model.moe.num_experts"),
-        )
-    if moe.num_dense_layers > config.num_layers:
-        yield Problem(
-            f"model.moe.num_dense_layers ({moe.num_dense_layers}) must be at most model.num_layers "
-            f"({config.num_layers}); {config.num_layers} makes every layer dense",
-            ("model.moe.num_dense_layers", "model.num_layers"),
-        )
-
-
 def _sites_exist(config: ModelConfig) -> Iterator[Problem]:
     existing = model_sites(config)
     sparsity = config.sparsity
@@ -80,23 +66,29 @@ def _sites_exist(config: ModelConfig) -> Iterator[Problem]:
                 yield Problem(
                     f"{path} ({value}) selects nothing: {_why_absent(config, site)}; remove it, or choose from "
                     f"{', '.join(existing)}",
-                    (path, "model.moe.num_shared_experts", "model.moe.num_dense_layers"),
+                    (path, *_EXISTENCE),
                 )
 
 
+_EXISTENCE = tuple(f"model.moe.{name}" for name in ("num_shared_experts", "num_dense_layers", "moe_layer_interval"))
+
+
 def _why_absent(config: ModelConfig, site: Site) -> str:
+    moe = config.moe
     if site.startswith("dense"):
-        return "model.moe.num_dense_layers is 0"
-    if config.moe.num_dense_layers >= config.num_layers:
-        return f"every layer is dense (model.moe.num_dense_layers is {config.moe.num_dense_layers})"
+        return "model.moe.num_dense_layers is 0 and model.moe.moe_layer_interval 1"
+    if not moe_layers(config):
+        return (
+            f"every layer is dense (model.moe.num_dense_layers is {moe.num_dense_layers}, "
+            f"model.moe.moe_layer_interval {moe.moe_layer_interval})"
+        )
     return "model.moe.num_shared_experts is 0"
 
 
 def _overrides(config: ModelConfig) -> Iterator[Problem]:
     for index, override in enumerate(config.sparsity.overrides):
         path = f"model.sparsity.overrides.{index}"
-        counts = ("num_experts", "num_shared_experts", "num_dense_layers")
-        paths = (path, "model.num_layers", *(f"model.moe.{name}" for name in counts))
+        paths = (path, "model.num_layers", "model.moe.num_experts", *_EXISTENCE)
         for message in _override_messages(config, override, path):
             yield Problem(message, paths)
 
@@ -294,7 +286,7 @@ def nearest(value: int, fitting: Iterable[int]) -> str:
 MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     _heads,
     _kv_heads,
-    _experts,
+    *MOE_RULES,
     _sites_exist,
     _overrides,
     _schedule,

@@ -50,7 +50,11 @@ class MoEConfig(Section):
     expert_hidden_size: PositiveInt = 256
     """F, hidden width of one expert."""
     num_shared_experts: NonNegativeInt = 0
-    """Experts that every token uses, beside the routed ones; together one feed-forward of this many times F."""
+    """Experts that every token uses, beside the routed ones; together they are one feed-forward."""
+    shared_expert_hidden_size: PositiveInt | None = None
+    """Hidden width of the shared experts together; null: num_shared_experts * expert_hidden_size."""
+    shared_expert_gate: bool = False
+    """Each token scales the shared experts' output by the sigmoid of a linear map of its own (Qwen2-MoE)."""
     router: Literal["softmax_topk", "softmax_topk_renormalized", "topk_softmax"] = "softmax_topk_renormalized"
     """softmax_topk: the A largest probabilities are the weights; softmax_topk_renormalized: the same, divided by their
     sum; topk_softmax: softmax over the A largest logits only."""
@@ -67,10 +71,17 @@ class MoEConfig(Section):
     backend: Literal["auto", "loop", "grouped", "onednn"] = "auto"
     """loop: one expert after the other, the definition; grouped: torch grouped_mm; onednn: CPU only, rounded row
     counts; auto: the fastest that runs here."""
+    capacity_factor: PositiveFloat | None = None
+    """null: dropless. Else an expert takes at most ceil(capacity_factor * T * A / E) rows of a micro-batch's T tokens,
+    those with the largest router weights (of equal ones the first); for the others its output is 0. Holds in training
+    only: evaluation and generation drop nothing."""
     num_dense_layers: NonNegativeInt = 0
     """How many of the first layers have a dense feed-forward in place of experts."""
+    moe_layer_interval: PositiveInt = 1
+    """n: beyond the first num_dense_layers, every n-th layer of the model has experts (with 2 the second, the fourth
+    and so on), each other one a dense feed-forward."""
     dense_hidden_size: PositiveInt | None = None
-    """Hidden width of those dense layers; null: experts_per_token * expert_hidden_size."""
+    """Hidden width of the dense layers; null: experts_per_token * expert_hidden_size."""
 
 
 class SitesConfig(Section):

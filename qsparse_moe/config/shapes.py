@@ -27,7 +27,10 @@ def dense_hidden_size(config: ModelConfig) -> int:
 
 def shared_hidden_size(config: ModelConfig) -> int:
     """Hidden width of the shared experts together; 0 without them."""
-    return config.moe.num_shared_experts * config.moe.expert_hidden_size
+    moe = config.moe
+    if not moe.num_shared_experts:
+        return 0
+    return moe.shared_expert_hidden_size or moe.num_shared_experts * moe.expert_hidden_size
 
 
 def has_gate(config: ModelConfig) -> bool:
@@ -35,10 +38,20 @@ def has_gate(config: ModelConfig) -> bool:
     return config.moe.activation != "relu2"
 
 
+def has_experts(config: ModelConfig, layer: int) -> bool:
+    """Whether ``layer``, counted from 0, has experts; the others have a dense feed-forward."""
+    return layer >= config.moe.num_dense_layers and (layer + 1) % config.moe.moe_layer_interval == 0
+
+
+def moe_layers(config: ModelConfig) -> tuple[int, ...]:
+    """The layers with experts, counted from 0."""
+    return tuple(layer for layer in range(config.num_layers) if has_experts(config, layer))
+
+
 def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     """The sites that exist in ``layer``, in the order in which a token meets them."""
     attention: tuple[Site, ...] = ("attention_input", "attention_output")
-    if layer < config.moe.num_dense_layers:
+    if not has_experts(config, layer):
         return *attention, "dense_input", "dense_hidden"
     shared: tuple[Site, ...] = ("shared_input", "shared_hidden") if config.moe.num_shared_experts else ()
     return *attention, "expert_input", "expert_hidden", *shared
@@ -67,7 +80,9 @@ def site_width_setting(config: ModelConfig, site: Site) -> str:
     names: dict[Site, str] = {
         "attention_output": "model.num_heads * model.head_size" if config.head_size else "model.hidden_size",
         "expert_hidden": "model.moe.expert_hidden_size",
-        "shared_hidden": "model.moe.num_shared_experts * model.moe.expert_hidden_size",
+        "shared_hidden": "model.moe.shared_expert_hidden_size"
+        if moe.shared_expert_hidden_size
+        else "model.moe.num_shared_experts * model.moe.expert_hidden_size",
         "dense_hidden": "model.moe.dense_hidden_size"
         if moe.dense_hidden_size
         else "model.moe.experts_per_token * model.moe.expert_hidden_size",

@@ -55,6 +55,8 @@ def layer_ratios(stats: dict[str, Tensor]) -> dict[str, Tensor]:
     ratios: dict[str, Tensor] = {}
     if "router/rows_LE" in stats:
         ratios |= load_ratios(stats["router/rows_LE"])
+    if "router/dropped_LE" in stats:
+        ratios["router/dropped_share"] = stats["router/dropped_LE"].sum(-1) / stats["router/rows_LE"].sum(-1)
     if "router/tokens_L" in stats:
         tokens_L = stats["router/tokens_L"]
         ratios["router/choice_entropy"] = stats["router/choice_entropy_L"] / tokens_L

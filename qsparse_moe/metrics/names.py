@@ -79,6 +79,13 @@ METRICS = (
     Metric("router/busiest_share", "1", "Share of the rows that the busiest expert gets; 1/E is even.", layers="file"),
     Metric("router/dead_experts", "experts", "Experts that got no row in this step.", layers="chart"),
     Metric(
+        "router/dropped_share",
+        "1",
+        "Share of the routed rows that the capacity factor dropped, absent without one; the other router figures count "
+        "those rows too.",
+        layers="chart",
+    ),
+    Metric(
         "router/choice_entropy",
         "nats",
         "Entropy of the router's probabilities for a token, mean over the tokens; 0 is certain, ln E undecided.",

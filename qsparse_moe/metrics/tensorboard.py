@@ -9,7 +9,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from qsparse_moe.config.load import config_to_yaml
-from qsparse_moe.config.schema import MetricsConfig, ModelConfig, RunConfig
+from qsparse_moe.config.schema import MetricsConfig, ModelConfig, MoEConfig, RunConfig
 from qsparse_moe.config.shapes import model_sites
 from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
 
@@ -45,12 +45,7 @@ def chart_layout(config: RunConfig) -> Layout:
     """The charts of the Custom Scalars page by the question that they answer, then by title."""
     return {
         "Does it learn?": _learning_charts(config.metrics),
-        "Do all experts work?": {
-            "Busiest expert over the mean": _lines("router/load_imbalance"),
-            "Busiest expert over the mean, by layer": _by_layer("router/load_imbalance"),
-            "Experts without a row, by layer": _by_layer("router/dead_experts"),
-            "Balance loss": _lines("train/load_balance_loss"),
-        },
+        "Do all experts work?": _load_charts(config.model.moe),
         "Is the router sure?": {
             "Entropy of the choice, nats": _lines("router/choice_entropy"),
             "Entropy of the choice by layer, nats": _by_layer("router/choice_entropy"),
@@ -75,6 +70,19 @@ def _learning_charts(metrics: MetricsConfig) -> dict[str, list[object]]:
         **by_layer,
         "Learning rate": _lines("train/learning_rate"),
     }
+
+
+def _load_charts(moe: MoEConfig) -> dict[str, list[object]]:
+    charts = {
+        "Busiest expert over the mean": _lines("router/load_imbalance"),
+        "Busiest expert over the mean, by layer": _by_layer("router/load_imbalance"),
+        "Experts without a row, by layer": _by_layer("router/dead_experts"),
+        "Balance loss": _lines("train/load_balance_loss"),
+    }
+    if moe.capacity_factor is not None:
+        charts["Share of the rows dropped"] = _lines("router/dropped_share")
+        charts["Share of the rows dropped, by layer"] = _by_layer("router/dropped_share")
+    return charts
 
 
 def _sparsity_charts(model: ModelConfig) -> dict[str, list[object]]:

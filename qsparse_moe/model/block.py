@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Site
-from qsparse_moe.config.shapes import dense_hidden_size
+from qsparse_moe.config.shapes import dense_hidden_size, has_experts
 from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.feed_forward import FeedForward
@@ -36,9 +36,9 @@ class Block(nn.Module):
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.attention = Attention(config, runtime)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        is_dense = layer < config.moe.num_dense_layers
-        self.dense = FeedForward(config, "dense", dense_hidden_size(config), runtime) if is_dense else None
-        self.moe = None if is_dense else MoELayer(config, runtime)
+        routed = has_experts(config, layer)
+        self.dense = None if routed else FeedForward(config, "dense", dense_hidden_size(config), runtime)
+        self.moe = MoELayer(config, runtime) if routed else None
         for site in self.sites().values():
             site.layer = layer
 

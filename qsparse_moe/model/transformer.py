@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import head_size
+from qsparse_moe.config.shapes import head_size, moe_layers
 from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.attention import document_mask
 from qsparse_moe.model.block import Block, BlockOutput
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         lm_loss = cross_entropy(logits_BSV, labels_BS)
         losses = {"lm_loss": lm_loss.detach()}
-        router_losses = [output.router_losses for output in outputs[self.config.moe.num_dense_layers :]]
+        router_losses = [outputs[layer].router_losses for layer in moe_layers(self.config)]
         if not router_losses:
             return lm_loss, losses
         balance, z = torch.stack(router_losses).mean(0)

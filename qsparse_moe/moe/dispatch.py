@@ -1,6 +1,7 @@
 """Tokens to rows sorted by expert, and back. T tokens, A experts a token, N = T * A rows, D width, E experts.
 
-Both directions are gathers, forward and backward: no scatter-add, so no result depends on an order of additions.
+Both directions are gathers, forward and backward: no scatter-add, so no result depends on an order of additions. Where
+an expert's capacity drops choices there are fewer rows; a dropped choice adds nothing to its token in either direction.
 """
 
 from __future__ import annotations
@@ -19,23 +20,38 @@ class Dispatch(NamedTuple):
     slot_N: Tensor
     """The (token, choice) pair of each row, as ``token * A + choice``."""
     row_TA: Tensor
-    """The row of each (token, choice) pair: the inverse of ``slot_N``."""
+    """The row of each (token, choice) pair: the inverse of ``slot_N``. Of a dropped one it is 0 and means nothing."""
     expert_N: Tensor
     """The expert of each row, ascending."""
     rows_per_expert_E: Tensor
     """int64; an expert without rows has 0."""
+    chosen_per_expert_E: Tensor
+    """The same with the dropped choices."""
+    kept_TA: Tensor | None
+    """False where a (token, choice) pair was dropped; None where none can be."""
 
 
-def plan_dispatch(expert_ids_TA: Tensor, num_experts: int) -> Dispatch:
-    """Sort the chosen (token, expert) pairs by expert, stably; nothing is copied to the host."""
+def plan_dispatch(expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor | None = None) -> Dispatch:
+    """Sort the chosen (token, expert) pairs by expert, stably.
+
+    Nothing is copied to the host, unless ``kept_TA`` drops pairs: then their number is.
+    """
     flat_ids = expert_ids_TA.flatten()
     expert_N, slot_N = flat_ids.sort(stable=True)
-    positions = torch.arange(len(flat_ids), device=flat_ids.device)
-    row_N = torch.empty_like(slot_N).scatter_(0, slot_N, positions)
-    rows_per_expert_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_ids.device)
-    rows_per_expert_E.scatter_add_(0, flat_ids, torch.ones_like(flat_ids))
+    chosen_per_expert_E = rows_per_expert_E = _counts(flat_ids, num_experts)
+    if kept_TA is not None:
+        kept_N = kept_TA.flatten()[slot_N]
+        expert_N, slot_N = expert_N[kept_N], slot_N[kept_N]
+        rows_per_expert_E = _counts(expert_N, num_experts)
+    positions = torch.arange(len(slot_N), device=flat_ids.device)
+    row_TA = torch.zeros_like(flat_ids).scatter_(0, slot_N, positions).view_as(expert_ids_TA)
     token_N = slot_N.div(expert_ids_TA.shape[1], rounding_mode="floor")
-    return Dispatch(token_N, slot_N, row_N.view_as(expert_ids_TA), expert_N, rows_per_expert_E)
+    return Dispatch(token_N, slot_N, row_TA, expert_N, rows_per_expert_E, chosen_per_expert_E, kept_TA)
+
+
+def _counts(expert_N: Tensor, num_experts: int) -> Tensor:
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device)
+    return counts_E.scatter_add_(0, expert_N, torch.ones_like(expert_N))
 
 
 def permute_reference(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
@@ -45,30 +61,35 @@ def permute_reference(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
 
 def combine_reference(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
     """``(T, D)``: each token's rows, weighted and added in fp32, in the dtype of ``y_ND``."""
-    weighted_TAD = y_ND[dispatch.row_TA] * weights_TA[..., None]
+    weighted_TAD = y_ND[dispatch.row_TA] * _kept_weights(weights_TA, dispatch)[..., None]
     return weighted_TAD.sum(1).to(y_ND.dtype)
 
 
 def permute(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
     """``permute_reference`` with a backward that gathers."""
-    return _Permute.apply(x_TD, dispatch.token_N, dispatch.row_TA)
+    return _Permute.apply(x_TD, dispatch.token_N, dispatch.row_TA, dispatch.kept_TA)
 
 
 def combine(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
     """``combine_reference`` with a backward that gathers."""
+    weights_TA = _kept_weights(weights_TA, dispatch)
     return _Combine.apply(y_ND, weights_TA, dispatch.token_N, dispatch.slot_N, dispatch.row_TA)
+
+
+def _kept_weights(weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
+    return weights_TA if dispatch.kept_TA is None else weights_TA * dispatch.kept_TA
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TA: Tensor) -> Tensor:
-        ctx.save_for_backward(row_TA)
+    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TA: Tensor, kept_TA: Tensor | None) -> Tensor:
+        ctx.save_for_backward(row_TA, kept_TA)
         return x_TD.index_select(0, token_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
-        (row_TA,) = ctx.saved_tensors
-        return _sum_choices(grad_ND, row_TA, None), None, None
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+        row_TA, kept_TA = ctx.saved_tensors
+        return _sum_choices(grad_ND, row_TA, kept_TA), None, None, None
 
 
 class _Combine(torch.autograd.Function):

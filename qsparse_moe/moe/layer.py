@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import shared_hidden_size
+from qsparse_moe.moe.capacity import expert_capacity, within_capacity
 from qsparse_moe.moe.dispatch import Dispatch, combine, permute, plan_dispatch
 from qsparse_moe.moe.experts import Experts
-from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.losses import load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
+from qsparse_moe.moe.shared import SharedExperts
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.stats import Readers, Stats
 
@@ -32,10 +32,11 @@ class MoEOutput(NamedTuple):
 
 
 class MoELayer(nn.Module):
-    """Dropless routed experts with Q-Sparse inside each, and shared experts if there are any.
+    """Routed experts with Q-Sparse inside each, and shared experts if there are any.
 
-    The router sees the dense tokens. Where all experts have the same K (or bound), one selection at ``expert_input``
-    serves all A experts of a token; otherwise each routed row has its own.
+    No row is dropped, unless there is a capacity factor and the layer is in training mode. The router sees the dense
+    tokens. Where all experts have the same K (or bound), one selection at ``expert_input`` serves all A experts of a
+    token; otherwise each routed row has its own.
     """
 
     def __init__(self, config: ModelConfig, runtime: Runtime | None = None) -> None:
@@ -44,6 +45,7 @@ class MoELayer(nn.Module):
         runtime = runtime or resolve_runtime(config, "cpu")
         moe = config.moe
         self.num_experts = moe.num_experts
+        self.capacity_factor = moe.capacity_factor
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
         self.router = Router(config.hidden_size, moe)
         self.input_site = SparseSite(
@@ -55,15 +57,13 @@ class MoELayer(nn.Module):
             site_sums=runtime.site_sums,
         )
         self.experts = Experts(config, runtime)
-        self.shared = (
-            FeedForward(config, "shared", shared_hidden_size(config), runtime) if moe.num_shared_experts else None
-        )
+        self.shared = SharedExperts(config, runtime) if moe.num_shared_experts else None
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)
-        dispatch = plan_dispatch(routing.expert_ids_TA, self.num_experts)
+        dispatch = plan_dispatch(routing.expert_ids_TA, self.num_experts, self._within_capacity(routing))
         continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
         rows_ND, input_stats = self._gather(x_TD, dispatch, continues_N)
         y_ND, hidden_stats = self.experts(
@@ -74,7 +74,7 @@ class MoELayer(nn.Module):
             readers=self._readers(None, dispatch, continues_N),
         )
         y_TD = combine(y_ND, routing.weights_TA, dispatch)
-        stats = {"router/rows_E": dispatch.rows_per_expert_E.double()}
+        stats = {"router/rows_E": dispatch.chosen_per_expert_E.double()}
         if self.shared is not None:
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             y_TD = y_TD + shared_BSD.flatten(0, 1)
@@ -82,9 +82,17 @@ class MoELayer(nn.Module):
         if with_stats:
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
             stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
+            if dispatch.kept_TA is not None:
+                stats["router/dropped_E"] = (dispatch.chosen_per_expert_E - dispatch.rows_per_expert_E).double()
         return MoEOutput(
             y_TD.view_as(x_BSD), self._balance_loss(routing, x_BSD), router_z_loss(routing.logits_TE), stats
         )
+
+    def _within_capacity(self, routing: Routing) -> Tensor | None:
+        if self.capacity_factor is None or not self.training:
+            return None
+        capacity = expert_capacity(self.capacity_factor, routing.expert_ids_TA.numel(), self.num_experts)
+        return within_capacity(routing.weights_TA, routing.expert_ids_TA, capacity)
 
     def _gather(self, x_TD: Tensor, dispatch: Dispatch, continues_N: Tensor | None) -> tuple[Tensor, Stats]:
         """The sparse rows of the experts, with sums where it is known which reading continues in the next."""

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from qsparse_moe.accounting.flops import forward_flops
-from qsparse_moe.accounting.parameters import count_by_part, count_parameters, model_weights
+from qsparse_moe.accounting.parameters import count_by_part, count_parameters, count_with_embedding, model_weights
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -25,6 +25,14 @@ SHAPES = {
     "shared experts": {"moe": MOE | {"num_shared_experts": 2}},
     "dense layers": {"moe": MOE | {"num_dense_layers": 1}},
     "dense layers of their own width": {"moe": MOE | {"num_dense_layers": 1, "dense_hidden_size": 40}},
+    "shared experts of their own width": {"moe": MOE | {"num_shared_experts": 2, "shared_expert_hidden_size": 40}},
+    "gated shared experts": {"moe": MOE | {"num_shared_experts": 1, "shared_expert_gate": True}},
+    "every second layer": {"num_layers": 4, "moe": MOE | {"moe_layer_interval": 2}},
+    "every second layer after two dense ones": {
+        "num_layers": 4,
+        "moe": MOE | {"moe_layer_interval": 2, "num_dense_layers": 2},
+    },
+    "many small experts": {"moe": MOE | {"num_experts": 32, "experts_per_token": 8, "expert_hidden_size": 8}},
     "no gate": {"moe": MOE | {"num_shared_experts": 1, "num_dense_layers": 1, "activation": "relu2"}},
     "everything": {
         "num_kv_heads": 1,
@@ -68,8 +76,10 @@ def used_by_one_token(config: ModelConfig) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
-    "shape", ["plain", "shared experts", "dense layers", "grouped queries", "head size of its own"]
-)
+    "shape",
+    ["plain", "shared experts", "gated shared experts", "dense layers", "every second layer", "grouped queries",
+     "head size of its own"],
+)  # fmt: skip
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
 @pytest.mark.parametrize("selection", ["topk", "block"])
 def test_kept_weights_are_those_that_one_token_s_gradient_reaches(shape, sparsity, selection):
@@ -120,14 +130,23 @@ def test_parts_add_up_to_the_whole():
     assert whole.kept == pytest.approx(sum(part.kept for part in parts))
 
 
-def test_olmoe_has_its_published_size():
-    # 6.9 B parameters, 1.3 B active with the whole embedding counted (arXiv 2409.02060).
-    moe = {"num_experts": 64, "experts_per_token": 8, "expert_hidden_size": 1024}
-    shape = {"vocab_size": 50304, "hidden_size": 2048, "num_layers": 16, "num_heads": 16, "qk_norm": True}
-    config = ModelConfig.model_validate(shape | {"moe": moe})
-    counted = count_parameters(config)
-    assert round(counted.stored / 1e9, 1) == 6.9
-    assert round((counted.active + 50304 * 2048) / 1e9, 1) == 1.3
+def test_finer_experts_have_the_same_size_and_a_larger_router():
+    coarse = count_by_part(model_config(sparsity={"default": 0.5}))
+    finer = {"num_experts": 16, "experts_per_token": 8, "expert_hidden_size": 6}
+    fine = count_by_part(model_config(moe=MOE | finer, sparsity={"default": 0.5}))
+    assert fine["experts"] == coarse["experts"]
+    assert fine["router"].stored == 4 * coarse["router"].stored
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_whole_embedding_is_active_once(tied):
+    config = model_config(tie_embeddings=tied, sparsity={"default": 0.5})
+    counted, whole = count_parameters(config), count_with_embedding(config)
+    others = [part for name, part in count_by_part(config).items() if name not in ("embedding", "head")]
+    tables = 264 * 32 * (1 if tied else 2)
+    assert whole.stored == counted.stored
+    assert whole.active == sum(part.active for part in others) + tables
+    assert whole.kept == sum(part.kept for part in others) + tables
 
 
 @pytest.mark.parametrize("shape", SHAPES)

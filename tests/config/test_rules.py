@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from qsparse_moe.config.model_rules import divisors, sparse_sites
 from qsparse_moe.config.rules import broken_rules, check_config, check_model, check_world_size
 from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.config.shapes import has_experts, layer_sites, moe_layers
 from qsparse_moe.errors import ConfigError
 
 
@@ -83,6 +84,32 @@ CASES = {
         "model.moe.num_dense_layers (5) must be at most model.num_layers (4); 4 makes every layer dense",
         {"model.moe.num_dense_layers": 4},
     ),
+    "an interval beyond the last layer": (
+        {"model.moe.moe_layer_interval": 5},
+        "model.moe.moe_layer_interval (5) must leave a layer with experts, and none of the model.num_layers (4) beyond "
+        "the first model.moe.num_dense_layers (0) is a multiple of it, counted from 1; 4 gives the last layer experts, "
+        "and num_dense_layers=4 none",
+        {"model.moe.moe_layer_interval": 4},
+    ),
+    "an interval whose layers are all dense": (
+        {"model.moe.moe_layer_interval": 3, "model.moe.num_dense_layers": 3},
+        "model.moe.moe_layer_interval (3) must leave a layer with experts, and none of the model.num_layers (4) beyond "
+        "the first model.moe.num_dense_layers (3) is a multiple of it, counted from 1; 4 gives the last layer experts, "
+        "and num_dense_layers=4 none",
+        {"model.moe.num_dense_layers": 4},
+    ),
+    "width of no shared experts": (
+        {"model.moe.shared_expert_hidden_size": 512},
+        "model.moe.shared_expert_hidden_size (512) has no meaning when model.moe.num_shared_experts is 0; remove it, "
+        "or set num_shared_experts",
+        {"model.moe.num_shared_experts": 1},
+    ),
+    "gate of no shared experts": (
+        {"model.moe.shared_expert_gate": True},
+        "model.moe.shared_expert_gate (true) has no meaning when model.moe.num_shared_experts is 0; remove it, or set "
+        "num_shared_experts",
+        {"model.moe.num_shared_experts": 1},
+    ),
     "site of shared experts without any": (
         {"model.sparsity.sites.shared_input": 0.5},
         "model.sparsity.sites.shared_input (0.5) selects nothing: model.moe.num_shared_experts is 0; remove it, or "
@@ -91,14 +118,14 @@ CASES = {
     ),
     "site of dense layers without any": (
         {"model.sparsity.sites.dense_hidden": 0.5},
-        "model.sparsity.sites.dense_hidden (0.5) selects nothing: model.moe.num_dense_layers is 0; remove it, or "
-        f"choose from {MOE_LAYER}",
-        {"model.moe.num_dense_layers": 1},
+        "model.sparsity.sites.dense_hidden (0.5) selects nothing: model.moe.num_dense_layers is 0 and "
+        f"model.moe.moe_layer_interval 1; remove it, or choose from {MOE_LAYER}",
+        {"model.moe.moe_layer_interval": 2},
     ),
     "site of experts without any": (
         {"model.sparsity.sites.expert_input": 0.5, "model.moe.num_dense_layers": 4},
         "model.sparsity.sites.expert_input (0.5) selects nothing: every layer is dense (model.moe.num_dense_layers is "
-        f"4); remove it, or choose from {DENSE_LAYER}",
+        f"4, model.moe.moe_layer_interval 1); remove it, or choose from {DENSE_LAYER}",
         {"model.moe.num_dense_layers": 3},
     ),
     "override of a layer that is not there": (
@@ -147,6 +174,12 @@ CASES = {
         'model.sparsity.overrides.0 ({"sparsity": 0.5, "layers": 0, "site": "expert_input"}) selects nothing; the '
         f"sites of this model are, layer 0: {DENSE_LAYER}; layer 1: {MOE_LAYER}",
         override(layers=1, site="expert_input"),
+    ),
+    "override of the layers between those with experts": (
+        override(layers="0-2", site="expert_hidden") | {"model.moe.moe_layer_interval": 4},
+        'model.sparsity.overrides.0 ({"sparsity": 0.5, "layers": "0-2", "site": "expert_hidden"}) selects nothing; the '
+        f"sites of this model are, layer 0: {DENSE_LAYER}; layer 3: {MOE_LAYER}",
+        {"model.moe.moe_layer_interval": 2},
     ),
     "override of experts in dense layers": (
         override(layers=0, experts=[0]) | {"model.moe.num_dense_layers": 1},
@@ -203,6 +236,12 @@ CASES = {
         "model.sparsity.group_size (128) must divide model.moe.num_shared_experts * model.moe.expert_hidden_size "
         "(192), the width of shared_hidden; the nearest that do are 64 and 96",
         {"model.moe.num_shared_experts": 2},
+    ),
+    "groups that do not divide the shared experts of their own width": (
+        BLOCK | {"model.moe.num_shared_experts": 1, "model.moe.shared_expert_hidden_size": 100},
+        "model.sparsity.group_size (32) must divide model.moe.shared_expert_hidden_size (100), the width of "
+        "shared_hidden; the nearest that do are 20 and 25",
+        {"model.moe.shared_expert_hidden_size": 96},
     ),
     "groups that do not divide a dense layer": (
         BLOCK | {"model.moe.num_dense_layers": 1, "model.moe.dense_hidden_size": 100},
@@ -379,6 +418,32 @@ def test_sparse_sites_follow_default_sites_and_overrides():
         }
     ).model
     assert sparse_sites(config) == ("attention_output", "expert_input", "expert_hidden")
+
+
+@pytest.mark.parametrize(
+    ("interval", "num_dense", "layers"),
+    [
+        (1, 0, (0, 1, 2, 3, 4, 5)),
+        (1, 2, (2, 3, 4, 5)),
+        (2, 0, (1, 3, 5)),
+        (2, 2, (3, 5)),
+        (3, 1, (2, 5)),
+        (6, 5, (5,)),
+        (1, 6, ()),
+    ],
+)
+def test_every_nth_layer_beyond_the_first_dense_ones_has_experts(interval, num_dense, layers):
+    settings = {
+        "model.num_layers": 6,
+        "model.moe.moe_layer_interval": interval,
+        "model.moe.num_dense_layers": num_dense,
+    }
+    config = build(settings).model
+    assert broken_rules(build(settings)) == []
+    assert moe_layers(config) == layers
+    for layer in range(6):
+        assert ("expert_input" in layer_sites(config, layer)) == (layer in layers) == has_experts(config, layer)
+        assert ("dense_input" in layer_sites(config, layer)) != (layer in layers)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

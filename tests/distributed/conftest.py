@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.support.launch import calibration, entry, run_plan
-from tests.support.runs import LAYOUTS, MIXED_MODEL, STOP_STEP, tiny_config, write_text
+from tests.support.runs import CAPACITY_MODEL, LAYOUTS, MIXED_MODEL, STOP_STEP, tiny_config, write_text
 
 PRECISIONS = ("fp32", "bf16")
 EVERY_LAYOUT = [f"{name}-{precision}" for precision in PRECISIONS for name in LAYOUTS]
@@ -17,6 +17,9 @@ RESUMED = {1: ["torch-fp32", "torch-bf16", "zero0-bf16", "zero1-fp32", "zero2-bf
 
 MIXED = ["torch-fp32", "torch-bf16", "zero1-bf16", "zero2-fp32", "zero3-fp32"]
 """Layouts of the other model, in which half of the elements end inside a matrix: ZeRO-1 and 2 cut it there."""
+
+FULL = ["torch-fp32", "zero3-fp32"]
+"""Layouts of a third model, whose experts drop rows."""
 
 TRANSFERS = [
     ("torch-fp32", 1, "zero1-fp32", 2),
@@ -115,7 +118,7 @@ def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
 
 
 def _variants(made: Runs, ranks: int) -> list[dict[str, Any]]:
-    """Other ways to do the same: larger micro-batches, and recomputation in the backward; and another model."""
+    """Other ways to do the same: larger micro-batches, and recomputation in the backward; and two other models."""
     larger, recomputed = {"micro_batch_size": 4}, {"activation_checkpointing": "full"}
     return [
         _entry(made, "torch-larger", "torch-fp32", ranks, training=larger),
@@ -123,6 +126,7 @@ def _variants(made: Runs, ranks: int) -> list[dict[str, Any]]:
         _entry(made, "torch-recomputed", "torch-fp32", ranks, training=recomputed),
         _entry(made, "zero3-recomputed", "zero3-fp32", ranks, training=recomputed),
         *(_entry(made, f"mixed-{layout}", layout, ranks, training={}, model=MIXED_MODEL) for layout in MIXED),
+        *(_entry(made, f"capacity-{layout}", layout, ranks, training={}, model=CAPACITY_MODEL) for layout in FULL),
     ]
 
 

@@ -11,6 +11,7 @@ from tests.distributed.conftest import (
     EVERY_LAYOUT,
     FAULT_STEP,
     FAULTS,
+    FULL,
     MIXED,
     RESUMED,
     TRANSFERS,
@@ -93,6 +94,14 @@ def test_a_tied_head_dense_layers_and_shared_experts_have_their_losses_in_every_
     reference = runs(f"mixed-torch-{precision}", 1)
     assert_same_run(runs(f"mixed-{layout}", ranks), reference, precision)
     assert series(reference, "loss") != series(runs(f"torch-{precision}", 1), "loss")
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in FULL])
+def test_full_experts_drop_the_same_rows_in_every_layout(runs: Runs, layout, ranks):
+    reference, outcome = runs("capacity-torch-fp32", 1), runs(f"capacity-{layout}", ranks)
+    assert_same_run(outcome, reference, "fp32")
+    dropped, expected = (run["reports"][0]["stats"]["router/dropped_LE"] for run in (outcome, reference))
+    assert dropped == expected and sum(map(sum, dropped)) >= 2 * 8 * 24 / 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig, RunConfig
-from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_width
+from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, moe_layers, site_width
 from qsparse_moe.sparsity.stats import SITE_FIELDS
 from qsparse_moe.training.report import RunContext, StepReport
 
@@ -58,7 +58,7 @@ def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
     def counts(*shape: int) -> Tensor:
         return torch.randint(1, 100, shape, generator=generator).double()
 
-    num_moe = model.num_layers - model.moe.num_dense_layers
+    num_moe = len(moe_layers(model))
     stats = {
         "router/rows_LE": counts(num_moe, model.moe.num_experts),
         "router/probability_LE": counts(num_moe, model.moe.num_experts),
@@ -66,6 +66,8 @@ def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
         "router/choice_entropy_L": counts(num_moe),
         "router/first_weight_L": counts(num_moe),
     }
+    if model.moe.capacity_factor is not None:
+        stats["router/dropped_LE"] = counts(num_moe, model.moe.num_experts)
     sites = [site for layer in range(model.num_layers) for site in layer_sites(model, layer)]
     for site in sorted(set(sites)):
         layers, experts = sites.count(site), model.moe.num_experts if site in EXPERT_SITES else 1

@@ -13,7 +13,10 @@ from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.stats import SITE_FIELDS, add_stats
 from tests.metrics.reports import make_report, random_stats
 
-MOE = MoEConfig(num_experts=4, experts_per_token=2, expert_hidden_size=16, num_shared_experts=1, num_dense_layers=1)
+MOE = MoEConfig(
+    num_experts=4, experts_per_token=2, expert_hidden_size=16, num_shared_experts=1, num_dense_layers=1,
+    capacity_factor=1.0,
+)  # fmt: skip
 SPARSE = SparsityConfig(default=0.5)
 MODEL = ModelConfig(vocab_size=32, hidden_size=16, num_layers=3, num_heads=2, moe=MOE, sparsity=SPARSE)
 
@@ -90,6 +93,31 @@ def test_router_ratios_by_hand_and_by_the_layers_own_number():
     assert metrics["router/choice_entropy"] == 0.375
     assert metrics["router/first_weight"] == (3 / 4 + 7 / 8) / 2
     assert "router/choice_entropy/layer_0" not in metrics
+
+
+def test_dropped_rows_are_a_share_of_the_routed_ones():
+    rows_LE = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]], dtype=torch.float64)
+    dropped_LE = torch.tensor([[4, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
+    metrics = derive_metrics(make_report(stats={"router/rows_LE": rows_LE, "router/dropped_LE": dropped_LE}), MODEL)
+    assert metrics["router/dropped_share/layer_1"] == 0.5
+    assert metrics["router/dropped_share/layer_2"] == 0.0
+    assert metrics["router/dropped_share"] == 0.25
+    dropless = derive_metrics(make_report(stats={"router/rows_LE": rows_LE}), MODEL)
+    assert "router/dropped_share" not in dropless and "router/load_imbalance" in dropless
+
+
+def test_layers_of_every_second_layer_are_called_by_their_own_numbers():
+    model = MODEL.model_copy(
+        update={"num_layers": 6, "moe": MoEConfig(num_dense_layers=2, moe_layer_interval=2, num_experts=4)}
+    )
+    metrics = derive_metrics(make_report(stats=random_stats(model)), model)
+
+    def layers_of(name):
+        return [int(other.rpartition("_")[2]) for other in metrics if other.startswith(f"{name}/layer_")]
+
+    assert layers_of("router/load_imbalance") == layers_of("sparsity/expert_hidden/zeros") == [3, 5]
+    assert layers_of("sparsity/dense_hidden/zeros") == [0, 1, 2, 4]
+    assert layers_of("sparsity/attention_input/zeros") == [0, 1, 2, 3, 4, 5]
 
 
 def test_sparsity_ratios_by_hand():

@@ -88,11 +88,14 @@ def charts(run_dir) -> dict[str, list[str]]:
     return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
 
 
-def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path):
+@pytest.mark.parametrize("capacity_factor", [None, 1.0])
+def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path, capacity_factor):
+    moe = CONFIG.model.moe.model_copy(update={"capacity_factor": capacity_factor})
+    config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"moe": moe})})
     memory = dict.fromkeys(("resident", "peak_resident", "allocated", "peak_allocated"), 1.0)
-    recorder = Recorder(CONFIG)
-    recorder.begin(make_context(tmp_path, CONFIG))
-    recorder(report(1, memory=memory))
+    recorder = Recorder(config)
+    recorder.begin(make_context(tmp_path, config))
+    recorder(make_report(1, memory=memory, stats=random_stats(config.model), validation=VALIDATION))
     tags = read_board(tmp_path).Tags()["scalars"]
     patterns = [pattern for chart in charts(tmp_path).values() for pattern in chart]
     for pattern in patterns:
@@ -126,7 +129,7 @@ def test_gradient_norms_by_layer_have_a_chart_where_they_are_recorded(tmp_path):
 
 
 def test_deep_model_stays_below_a_thousand_tags():
-    moe = MoEConfig(num_experts=256, num_shared_experts=1, num_dense_layers=3)
+    moe = MoEConfig(num_experts=256, num_shared_experts=1, num_dense_layers=3, capacity_factor=1.0)
     model = ModelConfig(num_layers=61, moe=moe)
     full = make_report(stats=random_stats(model), validation=VALIDATION, layer_grad_norms=(1.0,) * 61)
     metrics = derive_metrics(full, model)

@@ -31,6 +31,16 @@ VARIANTS = {
     "wide heads": {"head_size": 16},
     "dense first layer and shared experts": {"moe": {"num_dense_layers": 1, "num_shared_experts": 1}},
     "dense only": {"moe": {"num_dense_layers": 3}},
+    "every second layer": {"moe": {"moe_layer_interval": 2}},
+    "every second layer after two dense ones": {
+        "num_layers": 5,
+        "moe": {"moe_layer_interval": 2, "num_dense_layers": 2},
+    },
+    "gated shared experts": {
+        "moe": {"num_shared_experts": 1, "shared_expert_hidden_size": 24, "shared_expert_gate": True}
+    },
+    "many small experts": {"moe": {"num_experts": 32, "experts_per_token": 8, "expert_hidden_size": 4}},
+    "capacity": {"moe": {"capacity_factor": 1.0}},
 }
 
 
@@ -87,8 +97,9 @@ def test_ignored_labels_do_not_count_and_all_ignored_is_zero():
     assert cross_entropy(logits, torch.full((2, 3), -100)) == 0
 
 
-def test_checkpointing_changes_neither_gradients_nor_sums():
-    plain = make(sparsity=SparsityConfig(default=0.5))
+@pytest.mark.parametrize("moe", [{}, {"capacity_factor": 0.5, "moe_layer_interval": 2}], ids=["dropless", "capacity"])
+def test_checkpointing_changes_neither_gradients_nor_sums(moe):
+    plain = make(sparsity=SparsityConfig(default=0.5), moe=moe)
     recomputed = copy.deepcopy(plain)
     recomputed.activation_checkpointing = True
     outputs = [model(tokens(), tokens()) for model in (plain, recomputed)]

@@ -42,12 +42,28 @@ MIXED_MODEL: dict[str, Any] = {
         "expert_hidden_size": 24,
         "backend": "loop",
         "num_shared_experts": 1,
+        "shared_expert_hidden_size": 40,
+        "shared_expert_gate": True,
         "num_dense_layers": 1,
         "router": "topk_softmax",
         "activation": "swiglu",
     },
 }
-"""What the tiny model lacks: a tied head, grouped queries, a dense layer, a shared expert, the loop over experts."""
+"""What the tiny model lacks: a tied head, grouped queries, a dense layer, a gated shared expert, the loop over
+experts."""
+
+CAPACITY_MODEL: dict[str, Any] = {
+    "num_layers": 4,
+    "moe": {
+        "num_experts": 4,
+        "expert_hidden_size": 24,
+        "backend": "grouped",
+        "num_dense_layers": 2,
+        "moe_layer_interval": 2,
+        "capacity_factor": 0.75,
+    },
+}
+"""One layer with experts, the last of four, in which a quarter of the rows and more finds no room."""
 
 
 def tiny_config(folder: Path, name: str, *, model: dict[str, Any] | None = None, **training: Any) -> RunConfig:

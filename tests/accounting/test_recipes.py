@@ -1,0 +1,127 @@
+"""The shipped recipes against the sizes that their originals are published with, and against transformers' models."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsparse_moe.accounting.parameters import count_by_part, count_parameters
+from qsparse_moe.cli.app import run
+from qsparse_moe.config.load import load_config
+
+RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
+
+# Billions of parameters, stored and active, as published: of the papers' abstracts and the models' pages.
+PUBLISHED = {
+    "mixtral-8x7b": ("46.7", "12.9"),
+    "olmoe-1b-7b": ("6.9", "1.3"),
+    "deepseek-v3-style": ("671", "37"),
+    "qwen3-30b-a3b": ("30.5", "3.3"),
+    "qwen1.5-moe-a2.7b": ("14.3", "2.7"),
+}
+
+
+def percent_off(count: int, published: str) -> float:
+    """How far ``count`` is from the nearest number that ``published`` may have been rounded from."""
+    value, unit = Decimal(published), Decimal(1).scaleb(Decimal(published).as_tuple().exponent)
+    least, most = (float(value + sign * unit / 2) * 1e9 for sign in (-1, 1))
+    nearest = min(max(count, least), most)
+    return 100 * abs(count / nearest - 1)
+
+
+def test_percent_off_counts_from_the_edge_of_what_is_rounded():
+    assert percent_off(46_650_000_001, "46.7") == percent_off(46_749_999_999, "46.7") == 0.0
+    assert percent_off(36_135_000_000, "37") == pytest.approx(1.0)
+    assert percent_off(3_383_500_000, "3.3") == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_described_sizes_are_the_published_ones_to_one_percent(name, capsys):
+    assert run(["describe", str(RECIPES / f"{name}.yaml"), "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)["parameters_with_embedding"]
+    stored, active = PUBLISHED[name]
+    assert percent_off(counted["stored"], stored) <= 1.0
+    assert percent_off(counted["active"], active) <= 1.0
+    assert counted["kept"] < counted["active"]
+
+
+def test_describing_671_billion_parameters_takes_less_than_a_second_and_no_torch():
+    program = f"""
+import sys, time
+from qsparse_moe.accounting.description import describe_run
+from qsparse_moe.config.load import load_config
+started = time.process_time()
+counted = describe_run(load_config({str(RECIPES / "deepseek-v3-style.yaml")!r}))["parameters"]
+assert counted["stored"] > 670e9
+print(time.process_time() - started, "torch" in sys.modules)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    seconds, has_torch = result.stdout.split()
+    assert has_torch == "False"
+    assert float(seconds) < 1.0
+
+
+# The originals' published configurations, as far as they bear on sizes.
+TRANSFORMERS = {
+    "mixtral-8x7b": (
+        "Mixtral",
+        {
+            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8,
+        },
+        0,
+    ),
+    "olmoe-1b-7b": (
+        "Olmoe",
+        {
+            "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 1024, "num_hidden_layers": 16,
+            "num_attention_heads": 16, "num_key_value_heads": 16, "num_experts": 64,
+        },
+        16 * 2 * (2048 - 128),  # QK-norm over all heads
+    ),
+    "qwen3-30b-a3b": (
+        "Qwen3Moe",
+        {
+            "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 768, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+            "decoder_sparse_step": 1, "mlp_only_layers": [],
+        },
+        0,
+    ),
+    "qwen1.5-moe-a2.7b": (
+        "Qwen2Moe",
+        {
+            "vocab_size": 151936, "hidden_size": 2048, "moe_intermediate_size": 1408, "num_hidden_layers": 24,
+            "shared_expert_intermediate_size": 5632, "num_attention_heads": 16, "num_key_value_heads": 16,
+            "num_experts": 60, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        },
+        24 * 3 * 2048,  # biases of queries, keys and values
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_every_parameter_of_transformers_model_is_there(name):
+    transformers = pytest.importorskip("transformers")
+    architecture, settings, left_out = TRANSFORMERS[name]
+    config = getattr(transformers, f"{architecture}Config")(**settings, tie_word_embeddings=False)
+    with torch.device("meta"):
+        peer = getattr(transformers, f"{architecture}ForCausalLM")(config)
+    counted = count_parameters(load_config(RECIPES / f"{name}.yaml").model).stored
+    assert counted + left_out == sum(parameter.numel() for parameter in peer.parameters())
+
+
+def test_attention_of_the_deepseek_recipe_is_as_large_as_mla():
+    # Ranks and head sizes of arXiv 2412.19437, section 4.2: queries 1536, keys and values 512, 128 heads of 128 + 64.
+    width, heads, query_rank, kv_rank, plain, rotated = 7168, 128, 1536, 512, 128, 64
+    queries = width * query_rank + query_rank * heads * (plain + rotated)
+    keys_and_values = width * (kv_rank + rotated) + kv_rank * heads * 2 * plain
+    mla = 61 * (queries + keys_and_values + heads * plain * width)
+    model = load_config(RECIPES / "deepseek-v3-style.yaml").model
+    assert count_by_part(model)["attention"].stored == pytest.approx(mla, rel=0.001)

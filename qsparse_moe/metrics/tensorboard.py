@@ -50,7 +50,8 @@ def chart_layout(config: RunConfig) -> Layout:
             "Busiest expert over the mean, by layer": _by_layer("router/load_imbalance"),
             "Experts without a row, by layer": _by_layer("router/dead_experts"),
             "Balance loss": _lines("train/load_balance_loss"),
-        },
+        }
+        | _bias_charts(config.model),
         "Is the router sure?": {
             "Entropy of the choice, nats": _lines("router/choice_entropy"),
             "Entropy of the choice by layer, nats": _by_layer("router/choice_entropy"),
@@ -74,6 +75,16 @@ def _learning_charts(metrics: MetricsConfig) -> dict[str, list[object]]:
         "Gradient norm": _lines("train/grad_norm"),
         **by_layer,
         "Learning rate": _lines("train/learning_rate"),
+    }
+
+
+def _bias_charts(model: ModelConfig) -> dict[str, list[object]]:
+    """Of the biases that balance the experts, where there are any."""
+    if not model.moe.bias_update_rate:
+        return {}
+    return {
+        "Range of the balance biases": _lines("router/bias_range"),
+        "Range of the balance biases by layer": _by_layer("router/bias_range"),
     }
 
 

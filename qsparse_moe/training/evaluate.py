@@ -20,10 +20,9 @@ from qsparse_moe.errors import CheckpointError
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint import FOLDER, newest_checkpoint
+from qsparse_moe.training.checkpoint import FOLDER, load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed import Distributed, open_distributed
 from qsparse_moe.training.engine import run_model
-from qsparse_moe.training.portable_state import check_shapes, load_weights
 from qsparse_moe.training.run_folder import CONFIG_FILE
 
 Forward = Callable[[Batch], ModelOutput]
@@ -109,9 +108,7 @@ def load_run(
     if dtype is None:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    check_shapes(shapes, checkpoint.shapes, str(checkpoint.index_file))
-    load_weights(model, checkpoint.tensor)
+    load_checkpoint(model, checkpoint)
     step = checkpoint.progress.step
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
     model.set_sparsity(model.sparsity_plan.scaled(scale))

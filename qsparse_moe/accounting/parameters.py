@@ -4,7 +4,8 @@ D width, F expert width, H heads, C channels a head, E experts, A experts a toke
 
 A weight matrix behind a site counts ``K / width`` of its rows there: the others meet a zero. The gate (if any), up and
 down matrices count A of E experts. Routers, norms and the head count whole. Of the embedding a token uses the one row
-that it looks up, and a tied head is a matrix that is used but not stored twice.
+that it looks up, and a tied head is a matrix that is used but not stored twice. The biases that balance the experts
+(``model.moe.bias_update_rate``) have no gradient and are no parameters: they are not counted.
 """
 
 from __future__ import annotations

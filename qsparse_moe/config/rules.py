@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 from qsparse_moe.config.model_rules import MODEL_RULES
 from qsparse_moe.config.problems import Problem, raise_if_any, show
+from qsparse_moe.config.router_rules import ROUTER_RULES
 from qsparse_moe.config.schema import ModelConfig, RunConfig, SourceConfig
 from qsparse_moe.errors import ConfigError
 
@@ -17,8 +18,7 @@ _FILE_KINDS = frozenset({"text", "jsonl", "parquet"})
 
 def broken_rules(config: RunConfig) -> list[Problem]:
     """Every rule that ``config`` breaks; no rule stops at another's problem."""
-    model_problems = [problem for rule in MODEL_RULES for problem in rule(config.model)]
-    return model_problems + [problem for rule in _RUN_RULES for problem in rule(config)]
+    return _broken_model_rules(config.model) + [problem for rule in _RUN_RULES for problem in rule(config)]
 
 
 def check_config(config: RunConfig) -> None:
@@ -28,7 +28,11 @@ def check_config(config: RunConfig) -> None:
 
 def check_model(config: ModelConfig) -> None:
     """Raise ConfigError for a model section made in Python that breaks a rule."""
-    raise_if_any([problem for rule in MODEL_RULES for problem in rule(config)], "the model section")
+    raise_if_any(_broken_model_rules(config), "the model section")
+
+
+def _broken_model_rules(config: ModelConfig) -> list[Problem]:
+    return [problem for rule in (*MODEL_RULES, *ROUTER_RULES) for problem in rule(config)]
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:

@@ -55,14 +55,47 @@ class MoEConfig(Section):
     """Hidden width of the shared experts together; null: num_shared_experts * expert_hidden_size."""
     shared_expert_gate: bool = False
     """Each token scales the shared experts' output by the sigmoid of a linear map of its own (Qwen2-MoE)."""
-    router: Literal["softmax_topk", "softmax_topk_renormalized", "topk_softmax"] = "softmax_topk_renormalized"
-    """softmax_topk: the A largest probabilities are the weights; softmax_topk_renormalized: the same, divided by their
-    sum; topk_softmax: softmax over the A largest logits only."""
+    router: Literal[
+        "softmax_topk", "softmax_topk_renormalized", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalized"
+    ] = "softmax_topk_renormalized"
+    """softmax_topk: the scores are probabilities, and those of the A experts with the largest are the weights;
+    softmax_topk_renormalized: the same, divided by their sum; topk_softmax: softmax over the A largest logits only;
+    sigmoid_topk and sigmoid_topk_renormalized: every score is a sigmoid of its own logit (DeepSeek-V3 has the
+    renormalised one)."""
+    router_input: Literal["dense", "sparse"] = "dense"
+    """What the router sees: the tokens as they are, or what the selection at expert_input leaves of them, which must
+    then be the same for all experts of a layer."""
+    router_scaling_factor: PositiveFloat = 1.0
+    """Factor of the weights of a token's experts, after they are renormalised; 2.5 in DeepSeek-V3."""
+    router_noise: NonNegativeFloat = 0.0
+    """Standard deviation of normal noise that is added to the logits in training, before scores, choice and losses are
+    formed from them (V-MoE, which has 1 / num_experts); 0: none."""
+    router_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """In training the router's input, and only its, is multiplied element by element with draws that are uniform
+    between 1 - router_jitter and 1 + router_jitter (Switch Transformer, which has 0.01); 0: none."""
+    num_expert_groups: PositiveInt = 1
+    """Groups of experts that follow each other, a divisor of num_experts, among which a token first chooses; 1: every
+    expert may be chosen."""
+    groups_per_token: PositiveInt = 1
+    """Groups from which a token's experts come; at most num_expert_groups."""
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """What a group is chosen by: top2_sum, the sum of its two best scores (DeepSeek-V3); max, the best one
+    (DeepSeek-V2)."""
+    force_uniform_routing: bool = False
+    """For benchmarks: token t of a micro-batch uses the experts t * A to t * A + A - 1, counted round, whatever its
+    scores are. They still give the weights, so every gradient is there."""
     load_balance_coefficient: NonNegativeFloat = 0.01
-    """Factor of the load-balance loss, which is at least 1 and is averaged over the MoE layers."""
-    load_balance_scope: Literal["sequence", "micro_batch"] = "sequence"
-    """The tokens over which the load-balance loss compares load and probability. Only sequence is the same however the
-    batch is cut into micro-batches."""
+    """Factor of the load-balance loss, which is 1 at even load and is averaged over the MoE layers."""
+    load_balance_scope: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
+    """The tokens whose load the load-balance loss holds against the router's mean probabilities: those of a sequence;
+    of the micro-batch; or of all ranks and of the step's micro-batches so far (arXiv 2501.11873). Only sequence is the
+    same however the batch is cut into micro-batches; global_batch is so where each rank has one of them a step."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """Loss-free balancing: every expert has a bias, added to its score when experts are chosen and not in the weights,
+    that moves by this much after every step, up where the expert had fewer rows than the mean of the step's global
+    batch, down where it had more; 0: no biases. DeepSeek-V3 has 0.001."""
+    bias_update_steps: NonNegativeInt | None = None
+    """Steps after which the biases stay what they are; null: they always move."""
     router_z_coefficient: NonNegativeFloat = 0.001
     """Factor of the router z-loss, averaged over the MoE layers."""
     activation: Literal["swiglu", "relu2glu", "reglu", "drelu", "relu2"] = "relu2glu"
@@ -374,6 +407,8 @@ class MetricsConfig(Section):
 
     interval: PositiveInt = 10
     """Steps between logged steps."""
+    dead_expert_window: NonNegativeInt = 100
+    """A warning names the experts that got no row in so many steps, looked at in logged steps; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
     layer_gradients: bool = False

@@ -23,7 +23,10 @@ def derive_metrics(report: StepReport, model: ModelConfig) -> dict[str, float]:
     metrics = _scalars(report)
     norms = report.layer_grad_norms or ()
     metrics |= {layer_name("train/grad_norm", layer): norm for layer, norm in enumerate(norms)}
-    for name, values_L in layer_ratios(report.stats).items():
+    by_layer = layer_ratios(report.stats)
+    if report.router_bias_LE is not None:
+        by_layer["router/bias_range"] = report.router_bias_LE.amax(-1) - report.router_bias_LE.amin(-1)
+    for name, values_L in by_layer.items():
         metrics |= _over_layers(name, values_L, layers_with(name, model))
     unlisted = [name for name in metrics if not is_listed(name)]
     assert not unlisted, f"metrics that names.METRICS does not define: {unlisted}"

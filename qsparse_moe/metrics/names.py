@@ -33,7 +33,7 @@ METRICS = (
     Metric(
         "train/load_balance_loss",
         "1",
-        "Load-balance loss before its coefficient, mean over the MoE layers; 1 is the least.",
+        "Load-balance loss before its coefficient, mean over the MoE layers; 1 at even load, E if one expert has all.",
     ),
     Metric(
         "train/router_z_loss",
@@ -88,10 +88,22 @@ METRICS = (
     Metric(
         "router/choice_entropy",
         "nats",
-        "Entropy of the router's probabilities for a token, mean over the tokens; 0 is certain, ln E undecided.",
+        "Entropy of the router's probabilities for a token (of sigmoid scores: divided by their sum), mean over the "
+        "tokens; 0 is certain, ln E undecided.",
         layers="chart",
     ),
-    Metric("router/first_weight", "1", "Weight of a token's first expert, mean over the tokens.", layers="file"),
+    Metric(
+        "router/first_weight",
+        "1",
+        "Weight of a token's first expert, scaling factor included, mean over the tokens.",
+        layers="file",
+    ),
+    Metric(
+        "router/bias_range",
+        "1",
+        "Largest less smallest of the biases that balance the load, after the step; absent where there are none.",
+        layers="chart",
+    ),
     Metric(
         "sparsity/SITE/zeros_chosen",
         "1",

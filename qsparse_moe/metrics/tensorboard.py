@@ -82,6 +82,9 @@ def _load_charts(moe: MoEConfig) -> dict[str, list[object]]:
     if moe.capacity_factor is not None:
         charts["Share of the rows dropped"] = _lines("router/dropped_share")
         charts["Share of the rows dropped, by layer"] = _by_layer("router/dropped_share")
+    if moe.bias_update_rate:
+        charts["Range of the balance biases"] = _lines("router/bias_range")
+        charts["Range of the balance biases by layer"] = _by_layer("router/bias_range")
     return charts
 
 

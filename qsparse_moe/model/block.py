@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Site
@@ -13,6 +12,7 @@ from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.layer import MoELayer, site_names
+from qsparse_moe.moe.losses import Balance
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -20,10 +20,11 @@ from qsparse_moe.sparsity.stats import Stats
 
 
 class BlockOutput(NamedTuple):
-    """The stream, the layer's router losses ``(2,)`` (balance, z; zeros in a dense layer) and its sums."""
+    """The stream, what the layer's router losses are formed from (None in a dense layer) and its sums."""
 
     hidden_BSD: Tensor
-    router_losses: Tensor
+    balance: Balance | None
+    router_z_loss: Tensor | None
     stats: Stats
 
 
@@ -52,15 +53,14 @@ class Block(nn.Module):
         hidden_BSD = hidden_BSD + mixed_BSD
         normed_BSD = self.feed_forward_norm(hidden_BSD)
         if self.moe is not None:
-            y_BSD, balance, z, stats = self.moe(normed_BSD, with_stats=with_stats)
-            losses = torch.stack((balance, z))
+            y_BSD, balance, z_loss, stats = self.moe(normed_BSD, with_stats=with_stats)
         else:
             assert self.dense is not None
             y_BSD, *dense_stats = self.dense(normed_BSD, with_stats=with_stats)
             stats = _named(("dense_input", "dense_hidden"), dense_stats)
-            losses = hidden_BSD.new_zeros(2)
+            balance = z_loss = None
         stats = stats | _named(("attention_input", "attention_output"), attention_stats)
-        return BlockOutput(hidden_BSD + y_BSD, losses, stats)
+        return BlockOutput(hidden_BSD + y_BSD, balance, z_loss, stats)
 
     def set_sparsity(self, plan: SparsityPlan) -> None:
         """Give every site of this layer its S from ``plan``."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import Site, SitesConfig
 from qsparse_moe.data.batch import Batch
-from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.errors import ConfigError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.calibrate import MAX_VALUES, RowSample, calibrated_threshold
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -42,7 +42,8 @@ def calibrate(
         max_values: the most magnitudes that are kept of one place.
 
     Raises:
-        ConfigError: the plan was made for another model.
+        ConfigError: the plan was made for another model, or the router sees the sparse tokens, of which there is not
+            one alone where thresholds differ between experts.
         TrainingDiverged: a site saw a value that is not finite.
     """
     plan = plan or model.sparsity_plan
@@ -66,6 +67,11 @@ def sample_sites(
         Samples of the rows of this process. Those of several, merged place by place, are the ones that a single
         process makes of all batches: which rows are kept depends on the batches and on their numbers only.
     """
+    if model.config.moe.router_input == "sparse":
+        raise ConfigError(
+            "calibrate: model.moe.router_input (sparse) must be dense, because every expert gets a threshold of its "
+            "own at expert_input and the router would have to see one token; set it to dense"
+        )
     with _observed(model, plan, max_values) as recorders:
         for first_token, batch in batches:
             for recorder in recorders.values():

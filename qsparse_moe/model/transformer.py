@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import head_size, moe_layers
+from qsparse_moe.config.shapes import head_size
 from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.attention import document_mask
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.rope import Rotation, rotation_at
+from qsparse_moe.moe.losses import Balance, StepLoad, load_balance_loss
+from qsparse_moe.moe.router import Router
 from qsparse_moe.moe.runtime import resolve_runtime
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import stack_layers
@@ -49,6 +51,9 @@ class Transformer(nn.Module):
         self.config = config
         self.activation_checkpointing = False
         """Recompute every layer in the backward instead of keeping its activations."""
+        self.step_load: StepLoad | None = None
+        """Given by what trains the model, for a balance loss over the global batch; without it, and in evaluation, a
+        batch stands for itself."""
         self.runtime = resolve_runtime(config, device)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
@@ -75,6 +80,20 @@ class Transformer(nn.Module):
         for block in self.blocks():
             for site in block.sites().values():
                 site.ste_share = share
+
+    @property
+    def router_bias_LE(self) -> Tensor | None:
+        """The biases that balance the load, of every MoE layer; None without them."""
+        biases = [router.expert_bias for router in self._routers() if router.expert_bias is not None]
+        return torch.stack(biases) if biases else None
+
+    def update_router_bias(self, rows_LE: Tensor, rate: float) -> None:
+        """Move the biases once; see ``Router.update_bias``. To be called once a step, with the rows of all ranks."""
+        for router, rows_E in zip(self._routers(), rows_LE, strict=True):
+            router.update_bias(rows_E, rate)
+
+    def _routers(self) -> list[Router]:
+        return [block.moe.router for block in self.blocks() if block.moe is not None]
 
     def blocks(self) -> Iterator[Block]:
         """The decoder layers in order."""
@@ -132,13 +151,22 @@ class Transformer(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         lm_loss = cross_entropy(logits_BSV, labels_BS)
         losses = {"lm_loss": lm_loss.detach()}
-        router_losses = [outputs[layer].router_losses for layer in moe_layers(self.config)]
-        if not router_losses:
+        balances = [output.balance for output in outputs if output.balance is not None]
+        z_losses = [output.router_z_loss for output in outputs if output.router_z_loss is not None]
+        if not balances:
             return lm_loss, losses
-        balance, z = torch.stack(router_losses).mean(0)
+        balance, z = self._balance_loss(balances), torch.stack(z_losses).mean()
         moe = self.config.moe
         loss = lm_loss + moe.load_balance_coefficient * balance + moe.router_z_coefficient * z
         return loss, losses | {"load_balance_loss": balance.detach(), "router_z_loss": z.detach()}
+
+    def _balance_loss(self, balances: list[Balance]) -> Tensor:
+        """Mean over the layers. Outside of what is recomputed, so that no row is counted twice."""
+        rows_LGE, probs_LGE = (torch.stack(parts) for parts in zip(*balances, strict=True))
+        is_global = self.config.moe.load_balance_scope == "global_batch"
+        if is_global and self.step_load is not None and self.training and torch.is_grad_enabled():
+            rows_LGE = self.step_load.add(rows_LGE)
+        return load_balance_loss(Balance(rows_LGE, probs_LGE))
 
 
 def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:

@@ -14,29 +14,35 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.capacity import expert_capacity, within_capacity
 from qsparse_moe.moe.dispatch import Dispatch, combine, permute, plan_dispatch
 from qsparse_moe.moe.experts import Experts
-from qsparse_moe.moe.losses import load_balance_loss, router_z_loss
+from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.moe.shared import SharedExperts
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.moe.site import Selected, SparseSite
 from qsparse_moe.sparsity.stats import Readers, Stats
 
 
 class MoEOutput(NamedTuple):
-    """What a MoE layer returns: the tokens, its two losses (unscaled) and its sums."""
+    """What a MoE layer returns: the tokens, what its balance loss is formed from, its z-loss and its sums."""
 
     y_BSD: Tensor
-    load_balance_loss: Tensor
+    balance: Balance
+    """One group a sequence where the loss looks at each by itself, else one."""
     router_z_loss: Tensor
     stats: Stats
+
+    @property
+    def load_balance_loss(self) -> Tensor:
+        """Of these tokens alone, unscaled."""
+        return load_balance_loss(self.balance)
 
 
 class MoELayer(nn.Module):
     """Routed experts with Q-Sparse inside each, and shared experts if there are any.
 
-    No row is dropped, unless there is a capacity factor and the layer is in training mode. The router sees the dense
-    tokens. Where all experts have the same K (or bound), one selection at ``expert_input`` serves all A experts of a
-    token; otherwise each routed row has its own.
+    No row is dropped, unless there is a capacity factor and the layer is in training mode. Where all experts have the
+    same K (or bound), one selection at ``expert_input`` serves all A experts of a token; otherwise each routed row has
+    its own. The router sees the dense tokens, or what that one selection leaves of them.
     """
 
     def __init__(self, config: ModelConfig, runtime: Runtime | None = None) -> None:
@@ -47,6 +53,7 @@ class MoELayer(nn.Module):
         self.num_experts = moe.num_experts
         self.capacity_factor = moe.capacity_factor
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
+        self.router_sees_sparse = moe.router_input == "sparse"
         self.router = Router(config.hidden_size, moe)
         self.input_site = SparseSite(
             "expert_input",
@@ -62,10 +69,11 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD)
+        selected = self.input_site.choose(x_TD) if self.input_site.is_uniform else None
+        routing = self._route(x_TD, selected)
         dispatch = plan_dispatch(routing.expert_ids_TA, self.num_experts, self._within_capacity(routing))
         continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
-        rows_ND, input_stats = self._gather(x_TD, dispatch, continues_N)
+        rows_ND, input_stats = self._gather(x_TD, selected, dispatch, continues_N)
         y_ND, hidden_stats = self.experts(
             rows_ND,
             dispatch.rows_per_expert_E,
@@ -74,7 +82,9 @@ class MoELayer(nn.Module):
             readers=self._readers(None, dispatch, continues_N),
         )
         y_TD = combine(y_ND, routing.weights_TA, dispatch)
-        stats = {"router/rows_E": dispatch.chosen_per_expert_E.double()}
+        num_groups = len(x_BSD) if self.balance_over_sequences else 1
+        balance = balance_of(routing.probs_TE, routing.expert_ids_TA, num_groups)
+        stats = {"router/rows_E": balance.rows_GE.sum(0)}
         if self.shared is not None:
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             y_TD = y_TD + shared_BSD.flatten(0, 1)
@@ -84,9 +94,13 @@ class MoELayer(nn.Module):
             stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
             if dispatch.kept_TA is not None:
                 stats["router/dropped_E"] = (dispatch.chosen_per_expert_E - dispatch.rows_per_expert_E).double()
-        return MoEOutput(
-            y_TD.view_as(x_BSD), self._balance_loss(routing, x_BSD), router_z_loss(routing.logits_TE), stats
-        )
+        return MoEOutput(y_TD.view_as(x_BSD), balance, router_z_loss(routing.logits_TE), stats)
+
+    def _route(self, x_TD: Tensor, selected: Selected | None) -> Routing:
+        if not self.router_sees_sparse:
+            return self.router(x_TD)
+        assert selected is not None, "experts whose selections differ leave the router no one sparse token"
+        return self.router(selected.sparse)
 
     def _within_capacity(self, routing: Routing) -> Tensor | None:
         if self.capacity_factor is None or not self.training:
@@ -94,23 +108,23 @@ class MoELayer(nn.Module):
         capacity = expert_capacity(self.capacity_factor, routing.expert_ids_TA.numel(), self.num_experts)
         return within_capacity(routing.weights_TA, routing.expert_ids_TA, capacity)
 
-    def _gather(self, x_TD: Tensor, dispatch: Dispatch, continues_N: Tensor | None) -> tuple[Tensor, Stats]:
-        """The sparse rows of the experts, with sums where it is known which reading continues in the next."""
+    def _gather(
+        self, x_TD: Tensor, selected: Selected | None, dispatch: Dispatch, continues_N: Tensor | None
+    ) -> tuple[Tensor, Stats]:
+        """The sparse rows of the experts, with sums where it is known which reading continues in the next.
+
+        ``selected`` holds the one selection that serves all experts of a token; None: each row needs its own.
+        """
         with_stats = continues_N is not None
-        if self.input_site.is_uniform:
-            readers = self._readers(dispatch.token_N, dispatch, continues_N)
-            x_TD, stats = self.input_site(x_TD, with_stats=with_stats, readers=readers)
-            return permute(x_TD, dispatch), stats
-        readers = self._readers(None, dispatch, continues_N)
-        return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats, readers=readers)
+        if selected is None:
+            readers = self._readers(None, dispatch, continues_N)
+            return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats, readers=readers)
+        readers = self._readers(dispatch.token_N, dispatch, continues_N)
+        stats = self.input_site.sums(selected, readers) if with_stats else {}
+        return permute(selected.sparse, dispatch), stats
 
     def _readers(self, row_N: Tensor | None, dispatch: Dispatch, continues_N: Tensor | None) -> Readers:
         return Readers(row_N, dispatch.expert_N, self.num_experts, continues_N)
-
-    def _balance_loss(self, routing: Routing, x_BSD: Tensor) -> Tensor:
-        groups = len(x_BSD) if self.balance_over_sequences else 1
-        probs_BSE = routing.probs_TE.unflatten(0, (groups, -1))
-        return load_balance_loss(probs_BSE, routing.expert_ids_TA.unflatten(0, (groups, -1)))
 
 
 def _continues(dispatch: Dispatch, sequence_length: int) -> Tensor:

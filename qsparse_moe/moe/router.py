@@ -1,14 +1,18 @@
-"""Which experts a token uses, and with what weight. T tokens, D width, E experts, A experts a token."""
+"""Which experts a token uses, and with what weight. T tokens, D width, E experts, A experts a token, G groups."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import MoEConfig
 from qsparse_moe.sparsity.stats import Stats
+
+_TINY = 1e-20
+"""Beside a sum of scores that may all be 0 in fp32, as in DeepSeek-V3's own code."""
 
 
 class Routing(NamedTuple):
@@ -17,34 +21,122 @@ class Routing(NamedTuple):
     weights_TA: Tensor
     expert_ids_TA: Tensor
     probs_TE: Tensor
+    """They add up to 1: the scores of a softmax, those of a sigmoid divided by their sum."""
     logits_TE: Tensor
 
 
 class Router(nn.Module):
-    """A linear map to E logits, computed in fp32 whatever the model's dtype, and the choice of the A largest."""
+    """A linear map to E logits, computed in fp32 whatever the model's dtype, and the choice of A experts.
+
+    Scores are a softmax of the logits, or a sigmoid of each (arXiv 2412.19437, eq. 12 to 16). Where biases balance the
+    load (``bias_update_rate``) they are added to the scores for the choice alone. ``expert_bias`` is state: fp32
+    whatever the module is cast to, no parameter, and changed by ``update_bias`` only.
+    """
+
+    expert_bias: Tensor | None
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
-        self.experts_per_token = config.experts_per_token
-        self.kind = config.router
+        self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if config.bias_update_rate else None
+        self.register_buffer("expert_bias", bias_E)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Route the dense tokens ``(T, D)``."""
+        """Route the tokens ``(T, D)``. Jitter and noise are there in training only."""
+        config = self.config
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD = x_TD.to(wide)
         weight_ED = self.weight.to(wide)
+        if self.training and config.router_jitter:
+            # Switch Transformer (arXiv 2101.03961): the router sees x * uniform(1 - jitter, 1 + jitter).
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
         logits_TE = x_TD @ weight_ED.T
-        probs_TE = logits_TE.softmax(-1)
-        # Softmax keeps the order, so all kinds choose the same experts and differ in their weights only.
-        top_TA, expert_ids_TA = logits_TE.topk(self.experts_per_token, dim=-1)
-        if self.kind == "topk_softmax":
-            weights_TA = top_TA.softmax(-1)
+        if self.training and config.router_noise:
+            # V-MoE (arXiv 2106.05974): TOP_A(softmax(W x + noise)), noise normal of one deviation for all experts.
+            logits_TE = logits_TE + config.router_noise * torch.randn_like(logits_TE)
+        scores_TE, probs_TE = self._scores(logits_TE)
+        expert_ids_TA = self._choose(logits_TE, scores_TE)
+        return Routing(self._weights(logits_TE, scores_TE, expert_ids_TA), expert_ids_TA, probs_TE, logits_TE)
+
+    def _scores(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """The scores, and as probabilities."""
+        if not self.config.router.startswith("sigmoid"):
+            probs_TE = logits_TE.softmax(-1)
+            return probs_TE, probs_TE
+        scores_TE = logits_TE.sigmoid()
+        return scores_TE, scores_TE / (scores_TE.sum(-1, keepdim=True) + _TINY)
+
+    def _choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
+        """``(T, A)``: the experts of every token."""
+        config = self.config
+        if config.force_uniform_routing:
+            return round_robin(len(logits_TE), config.experts_per_token, config.num_experts, device=logits_TE.device)
+        if self.expert_bias is None and config.num_expert_groups == 1:
+            # Scores keep the order of the logits, which are never rounded to the same 0 or 1.
+            return logits_TE.topk(config.experts_per_token, dim=-1).indices
+        choice_TE = scores_TE.detach()
+        if self.expert_bias is not None:
+            choice_TE = choice_TE + self.expert_bias
+        if config.num_expert_groups > 1:
+            allowed_TE = chosen_groups(choice_TE, config.num_expert_groups, config.groups_per_token, config.group_score)
+            choice_TE = choice_TE.masked_fill(~allowed_TE, -torch.inf)
+        return choice_TE.topk(config.experts_per_token, dim=-1).indices
+
+    def _weights(self, logits_TE: Tensor, scores_TE: Tensor, expert_ids_TA: Tensor) -> Tensor:
+        """``(T, A)``: the weights of the chosen experts; a bias is no part of them."""
+        config = self.config
+        if config.router == "topk_softmax":
+            weights_TA = logits_TE.gather(-1, expert_ids_TA).softmax(-1)
         else:
-            weights_TA = probs_TE.gather(-1, expert_ids_TA)
-            if self.kind == "softmax_topk_renormalized":
-                weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
-        return Routing(weights_TA, expert_ids_TA, probs_TE, logits_TE)
+            weights_TA = scores_TE.gather(-1, expert_ids_TA)
+        if config.router.endswith("renormalized"):
+            weights_TA = weights_TA / (weights_TA.sum(-1, keepdim=True) + _TINY)
+        return weights_TA * config.router_scaling_factor if config.router_scaling_factor != 1.0 else weights_TA
+
+    @torch.no_grad()
+    def update_bias(self, rows_E: Tensor, rate: float) -> None:
+        """Move every bias by ``rate`` towards an even load (arXiv 2408.15664, algorithm 1).
+
+        Args:
+            rows_E: the rows of every expert in the global batch of one step.
+            rate: ``bias_update_rate``.
+        """
+        assert self.expert_bias is not None, "a router without biases has none to update"
+        self.expert_bias += rate * (rows_E.mean() - rows_E).sign().to(self.expert_bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
+        """As every module's, but a cast leaves the biases in fp32: bf16 would swallow the small steps they take."""
+        before = self.expert_bias
+        super()._apply(fn, *args, **kwargs)
+        if before is not None and self.expert_bias is not None and self.expert_bias.dtype != before.dtype:
+            self.expert_bias = before.to(self.expert_bias.device)
+        return self
+
+
+def bias_update_rate(config: MoEConfig, step: int) -> float:
+    """By how much the biases move after ``step``, counted from 0; 0: not."""
+    ended = config.bias_update_steps is not None and step >= config.bias_update_steps
+    return 0.0 if ended else config.bias_update_rate
+
+
+def round_robin(num_tokens: int, experts_per_token: int, num_experts: int, *, device: torch.device) -> Tensor:
+    """``(T, A)``: token t uses the experts from t * A on, counted round, so that loads differ by at most one row."""
+    choices = torch.arange(num_tokens * experts_per_token, device=device)
+    return choices.remainder(num_experts).view(num_tokens, experts_per_token)
+
+
+def chosen_groups(choice_TE: Tensor, num_groups: int, groups_per_token: int, score: str) -> Tensor:
+    """``(T, E)`` bool: the experts in the groups that a token may use.
+
+    A group's score is its largest value (``max``, arXiv 2405.04434, section 2.2.2) or the sum of its two largest
+    (``top2_sum``; arXiv 2412.19437, section 2.1.2, has the A / M largest for M groups, 2 in DeepSeek-V3).
+    """
+    grouped_TGX = choice_TE.unflatten(-1, (num_groups, -1))
+    score_TG = grouped_TGX.topk(1 if score == "max" else 2, dim=-1).values.sum(-1)
+    chosen = score_TG.topk(groups_per_token, dim=-1).indices
+    allowed_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(-1, chosen, True)
+    return allowed_TG[..., None].expand_as(grouped_TGX).flatten(-2)
 
 
 def router_stats(routing: Routing) -> Stats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,18 @@ from qsparse_moe.sparsity.stats import Readers, RowSums, Stats, site_stats
 from qsparse_moe.sparsity.topk import apply_mask, rescale_kept
 
 Observer = Callable[[Tensor, "Tensor | None"], None]
+
+
+class Selected(NamedTuple):
+    """What a site made of rows."""
+
+    sparse: Tensor
+    """What the projection reads."""
+    before: Tensor
+    after: Tensor
+    """The sparse rows before any rescale."""
+    chosen: int | Tensor
+    """How many features of each row: K, one a row, or the mask to count in."""
 
 
 class SparseSite(nn.Module):
@@ -112,20 +125,25 @@ class SparseSite(nn.Module):
         Raises:
             TrainingDiverged: under ``model.sparsity.debug``, if a row holds a NaN.
         """
+        selected = self.choose(x, expert_ids_N)
+        return selected.sparse, self.sums(selected, readers) if with_stats else {}
+
+    def choose(self, x: Tensor, expert_ids_N: Tensor | None = None) -> Selected:
+        """The first half of ``forward``: the sparse rows, and what ``sums`` needs of them."""
         if self.settings.debug:
             self._check_nan(x)
         if self.observer is not None:
             self.observer(x, expert_ids_N)
         if self._keeps_all:
             rounded = as_format(x, self.number_format)
-            return rounded, self._stats(x, rounded, self.num_features, readers) if with_stats else {}
+            return Selected(rounded, x, rounded, self.num_features)
         kept, chosen = self._select(x, expert_ids_N)
-        stats = self._stats(x, kept, _counts(chosen), readers) if with_stats else {}
-        return rescale_kept(kept, x, self.settings.rescale), stats
+        return Selected(rescale_kept(kept, x, self.settings.rescale), x, kept, chosen)
 
-    def _stats(self, before: Tensor, after: Tensor, num_kept: int | Tensor, readers: Readers | None) -> Stats:
-        sums = self.site_sums.row_sums(before.flatten(0, -2), after.flatten(0, -2))
-        return self.stats_of(sums, after, num_kept, readers)
+    def sums(self, selected: Selected, readers: Readers | None) -> Stats:
+        """The second half: ``readers`` may be known only after what was chosen has been used."""
+        sums = self.site_sums.row_sums(selected.before.flatten(0, -2), selected.after.flatten(0, -2))
+        return self.stats_of(sums, selected.after, _counts(selected.chosen), readers)
 
     def stats_of(self, sums: RowSums, after: Tensor, num_kept: int | Tensor, readers: Readers | None) -> Stats:
         """The sums of ``site_stats`` of rows whose own sums are there already.

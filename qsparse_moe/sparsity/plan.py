@@ -194,7 +194,7 @@ class SparsityPlan:
         """Raise ConfigError unless the plan has exactly the places of the model that ``config`` describes.
 
         Under block selection the groups must divide every site that is sparse, under threshold selection each must have
-        its thresholds.
+        its thresholds, and a router that sees the sparse tokens needs the same S for all experts at ``expert_input``.
         """
         want = dict(_places(config))
         have = {place: len(values) for place, values in self.values.items()}
@@ -208,6 +208,12 @@ class SparsityPlan:
         for place, values in self.values.items():
             if any(values):
                 self._check_selection(config, *place)
+            if config.moe.router_input == "sparse" and place[1] == "expert_input" and len(set(values)) > 1:
+                raise ConfigError(
+                    f"sparsity plan: layer {place[0]}, expert_input has S = {list(values)}, and the router can see the "
+                    "sparse tokens (model.moe.router_input) only where all experts have the same; set router_input to "
+                    "dense, or use a plan that treats them alike"
+                )
 
     def _check_selection(self, config: ModelConfig, layer: int, site: Site) -> None:
         settings, width = config.sparsity, site_width(config, site)

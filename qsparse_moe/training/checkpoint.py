@@ -1,8 +1,8 @@
 """Checkpoints that any engine, ZeRO stage and number of ranks writes and reads.
 
 ``checkpoints/step-00000100/`` holds ``rank-00000-of-00002.pt`` and so on, each with its share of the whole fp32
-tensors, and ``state.json``, the index. It is written under another name and renamed when all of it is on the disk: a
-folder with the final name is complete, whatever happened on the way.
+tensors and the first with the model's buffers, and ``state.json``, the index. It is written under another name and
+renamed when all of it is on the disk: a folder with the final name is complete, whatever happened on the way.
 """
 
 from __future__ import annotations
@@ -17,12 +17,22 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine, StateKind
-from qsparse_moe.training.portable_state import Tensors, collect, owners, random_states
+from qsparse_moe.training.portable_state import (
+    Tensors,
+    check_shapes,
+    collect,
+    collect_buffers,
+    load_model,
+    owners,
+    random_states,
+    state_buffers,
+    stored_shapes,
+)
 from qsparse_moe.training.run_folder import CHECKPOINTS
 
 FORMAT = "qsparse_moe.checkpoint/1"
@@ -71,8 +81,9 @@ def save_checkpoint(
     try:
         distributed.on_rank_zero(lambda: _make_empty(partial))
         share = collect(engine)
+        buffers = collect_buffers(engine) if distributed.rank == 0 else {}
         name = f"rank-{distributed.rank:05d}-of-{distributed.world_size:05d}.pt"
-        files = distributed.on_every_rank(lambda: _write_share(partial / name, share))
+        files = distributed.on_every_rank(lambda: _write_share(partial / name, share, buffers))
         index = _index(engine, progress, data_state, files)
         distributed.on_rank_zero(lambda: _finish(partial, final, index))
         distributed.on_rank_zero(lambda: _prune(root, keep_last))
@@ -141,6 +152,16 @@ class Checkpoint:
         """The shape of every parameter by name."""
         return {name: facts["shape"] for name, facts in self._index["parameters"].items()}
 
+    @property
+    def buffer_shapes(self) -> dict[str, list[int]]:
+        """The shape of every buffer by name."""
+        return {name: facts["shape"] for name, facts in self._buffers.items()}
+
+    @property
+    def _buffers(self) -> dict[str, Any]:
+        # Checkpoints from before models had any do not say so.
+        return self._index.get("buffers", {})
+
     def verify(self, *, part: int = 0, parts: int = 1) -> None:
         """Read every ``parts``-th file from ``part`` on and compare its checksum.
 
@@ -155,6 +176,10 @@ class Checkpoint:
     def tensor(self, kind: StateKind, name: str) -> Tensor:
         """The whole fp32 tensor of a parameter, on the CPU and backed by the file."""
         return self._content(self._index["parameters"][name]["file"])["tensors"][kind][name]
+
+    def buffer(self, name: str) -> Tensor:
+        """A buffer that is state, on the CPU and backed by the file."""
+        return self._content(self._buffers[name]["file"])["buffers"][name]
 
     def random_states(self, rank: int) -> dict[str, Any]:
         """The random states of ``rank`` among the ``world_size`` that wrote it."""
@@ -186,6 +211,16 @@ def newest_checkpoint(run_dir: Path, distributed: Distributed | None = None) -> 
     return checkpoint
 
 
+def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights and buffers into a model, rounding to their dtype.
+
+    Raises:
+        CheckpointError: it is of another model; the message names the first tensor that differs.
+    """
+    check_shapes(stored_shapes(model), checkpoint.shapes | checkpoint.buffer_shapes, str(checkpoint.index_file))
+    load_model(model, checkpoint.tensor, checkpoint.buffer)
+
+
 def _index(
     engine: Engine, progress: Progress, data_state: dict[str, Any], files: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -201,6 +236,10 @@ def _index(
         "data": data_state,
         "files": {file["name"]: {"bytes": file["bytes"], "crc32": file["crc32"]} for file in files},
         "parameters": parameters,
+        "buffers": {
+            name: {"shape": list(value.shape), "file": files[0]["name"]}
+            for name, value in state_buffers(engine.model).items()
+        },
     }
 
 
@@ -219,10 +258,11 @@ class _Checksummed:
         self._file.flush()
 
 
-def _write_share(path: Path, share: Tensors) -> dict[str, Any]:
+def _write_share(path: Path, share: Tensors, buffers: dict[str, Tensor]) -> dict[str, Any]:
     with path.open("wb") as file:
         writer = _Checksummed(file)
-        torch.save({"tensors": share, "random": random_states()}, cast(BinaryIO, writer))
+        content = {"tensors": share, "buffers": buffers, "random": random_states()}
+        torch.save(content, cast(BinaryIO, writer))
         file.flush()
         os.fsync(file.fileno())
         return {"name": path.name, "bytes": file.tell(), "crc32": writer.crc32}

@@ -26,6 +26,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.training.distributed import Distributed, environment
 from qsparse_moe.training.ds_config import deepspeed_config
 from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
@@ -42,6 +43,7 @@ class DeepSpeedEngine:
         self.stage = config.training.deepspeed.zero_stage
         self.name = f"deepspeed ZeRO-{self.stage}"
         self.model = model
+        self._step_load = self.model.step_load = StepLoad(distributed.all_reduce)
         self._max_norm = config.training.gradient_clipping
         self._settings = deepspeed_config(config, distributed.world_size)
         # ZeRO-3 empties the parameters that it partitions.
@@ -76,6 +78,7 @@ class DeepSpeedEngine:
 
     def update(self, learning_rate: float) -> float:
         """See ``Engine``."""
+        self._step_load.reset()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         if self.stage == 0:
@@ -131,6 +134,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """See ``Engine``."""
+        self.model.step_load = None
         self._engine.destroy()
 
     def _start_optimizer_states(self) -> None:

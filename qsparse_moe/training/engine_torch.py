@@ -12,6 +12,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
@@ -32,6 +33,7 @@ class TorchEngine:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
         self.model = model.to(device=distributed.device, dtype=dtype)
         self._parameters = dict(self.model.named_parameters())
+        self._step_load = self.model.step_load = StepLoad(distributed.all_reduce)
         self._masters = self._parameters
         if dtype != torch.float32:
             self._masters = {name: nn.Parameter(p.detach().float()) for name, p in self._parameters.items()}
@@ -58,6 +60,7 @@ class TorchEngine:
 
     def update(self, learning_rate: float) -> float:
         """See ``Engine``."""
+        self._step_load.reset()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = clip_gradients(self._parameters.values(), self._max_norm)
@@ -98,6 +101,7 @@ class TorchEngine:
 
     def close(self) -> None:
         """See ``Engine``."""
+        self.model.step_load = None
 
 
 def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:

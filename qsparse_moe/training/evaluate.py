@@ -19,10 +19,9 @@ from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint import newest_checkpoint
+from qsparse_moe.training.checkpoint import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed import Distributed, open_distributed
 from qsparse_moe.training.engine import run_model
-from qsparse_moe.training.portable_state import check_shapes, load_weights
 from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint
 
 Forward = Callable[[Batch], ModelOutput]
@@ -105,9 +104,7 @@ def load_run(
     if dtype is None:
         dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    check_shapes(shapes, checkpoint.shapes, str(checkpoint.index_file))
-    load_weights(model, checkpoint.tensor)
+    load_checkpoint(model, checkpoint)
     step = checkpoint.progress.step
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
     model.set_sparsity(model.sparsity_plan.scaled(scale))

@@ -16,6 +16,7 @@ from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 from qsparse_moe.training.checkpoint import Progress, list_checkpoints, save_checkpoint
+from qsparse_moe.training.dead_experts import DeadExpertWatch
 from qsparse_moe.training.distributed import open_distributed
 from qsparse_moe.training.guard import NonFiniteGuard
 from qsparse_moe.training.interrupt import StopSignals
@@ -69,6 +70,11 @@ class _Loop:
         self._signals = signals
         self._listeners = listeners
         self._guard = NonFiniteGuard(run.config.model.num_layers, run.distributed)
+        self._dead_experts = DeadExpertWatch(
+            run.config.metrics.dead_expert_window,
+            [block.layer for block in run.engine.model.blocks() if block.moe is not None],
+            run.distributed,
+        )
         self._tokens_per_step = self._training.global_batch_size * run.config.data.sequence_length
         self._scale: float | None = None
         self._progress = run.start
@@ -114,6 +120,7 @@ class _Loop:
         except TrainingDiverged as error:
             kept = list_checkpoints(self._run.folder)
             raise TrainingDiverged(f"{error}: {kept[-1] if kept else 'there is none yet'}") from None
+        self._dead_experts.add(outcome.rows_LE)
         before = self._progress
         self._progress = Progress(
             step=step + 1,
@@ -167,12 +174,15 @@ class _Loop:
         assert outcome.losses is not None and outcome.stats is not None
         now, last = self._progress, self._reported
         self._reported = now
+        self._dead_experts.look(now.step)
+        router_bias_LE = self._run.engine.model.router_bias_LE
         report = StepReport(
             step=now.step,
             tokens=now.tokens,
             seconds=now.seconds,
             losses=outcome.losses,
             stats=outcome.stats,
+            router_bias_LE=None if router_bias_LE is None else router_bias_LE.cpu(),
             grad_norm=outcome.grad_norm,
             layer_grad_norms=outcome.layer_grad_norms,
             learning_rate=learning_rate(self._training, step),

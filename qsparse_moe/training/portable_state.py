@@ -44,6 +44,11 @@ def collect(engine: Engine) -> Tensors:
     return share
 
 
+def collect_buffers(engine: Engine) -> dict[str, Tensor]:
+    """Copies of the buffers that are state, on the CPU."""
+    return {name: value.detach().to("cpu", copy=True) for name, value in state_buffers(engine.model).items()}
+
+
 def restore(engine: Engine, read: Callable[[StateKind, str], Tensor], adam_step: int) -> None:
     """Put whole tensors and Adam's step counter into an engine that was built around the same weights."""
     for name in engine.shapes():
@@ -52,15 +57,31 @@ def restore(engine: Engine, read: Callable[[StateKind, str], Tensor], adam_step:
     engine.adam_step = adam_step
 
 
+def state_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """What a model keeps beside its parameters, by name in the state dict, such as the biases that balance experts.
+
+    It is the same on every rank, whatever the engine.
+    """
+    state = model.state_dict(keep_vars=True)
+    return {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
+
+
+def stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every parameter, a tied one once, and of every buffer of ``state_buffers``."""
+    return {name: value.shape for name, value in (*model.named_parameters(), *state_buffers(model).items())}
+
+
 @torch.no_grad()
-def load_weights(model: nn.Module, read: Callable[[StateKind, str], Tensor]) -> None:
-    """Copy whole tensors into the model's parameters, rounding to their dtype."""
+def load_model(model: nn.Module, read: Callable[[StateKind, str], Tensor], buffer: Callable[[str], Tensor]) -> None:
+    """Copy whole tensors into the model's parameters and buffers, rounding to their dtype."""
     for name, parameter in model.named_parameters():
         parameter.copy_(read("weight", name))
+    for name, value in state_buffers(model).items():
+        value.copy_(buffer(name))
 
 
 def check_shapes(want: Mapping[str, torch.Size], have: Mapping[str, list[int]], file: str) -> None:
-    """Raise CheckpointError unless the checkpoint described in ``file`` has exactly the model's parameters."""
+    """Raise CheckpointError unless the checkpoint described in ``file`` has exactly what the model has."""
     for name in sorted(want.keys() | have.keys()):
         ours, theirs = want.get(name), have.get(name)
         if ours is None or theirs is None or list(ours) != list(theirs):
@@ -71,7 +92,7 @@ def check_shapes(want: Mapping[str, torch.Size], have: Mapping[str, list[int]], 
 
 
 def _shown(shape: torch.Size | list[int] | None) -> str:
-    return "none (no such parameter)" if shape is None else str(tuple(shape))
+    return "none (no such tensor)" if shape is None else str(tuple(shape))
 
 
 def random_states() -> dict[str, Any]:

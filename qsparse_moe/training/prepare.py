@@ -11,18 +11,18 @@ from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training.checkpoint import Checkpoint, Progress, newest_checkpoint, remove_leftovers
+from qsparse_moe.training.checkpoint import (
+    Checkpoint,
+    Progress,
+    load_checkpoint,
+    newest_checkpoint,
+    remove_leftovers,
+)
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine, build_engine
 from qsparse_moe.training.evaluate import Evaluator
 from qsparse_moe.training.manifest import write_manifest
-from qsparse_moe.training.portable_state import (
-    check_shapes,
-    load_weights,
-    restore,
-    seed_random_states,
-    set_random_states,
-)
+from qsparse_moe.training.portable_state import restore, seed_random_states, set_random_states
 from qsparse_moe.training.run_folder import run_folder, write_config
 
 logger = logging.getLogger(__name__)
@@ -90,10 +90,8 @@ def _start_engine(config: RunConfig, distributed: Distributed, checkpoint: Check
     model.activation_checkpointing = config.training.activation_checkpointing == "full"
     if checkpoint is None:
         return build_engine(config, model, distributed)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    check_shapes(shapes, checkpoint.shapes, str(checkpoint.index_file))
     # The engine makes its own copies of the weights, so they come first; what it adds to them is restored after.
-    load_weights(model, checkpoint.tensor)
+    load_checkpoint(model, checkpoint)
     engine = build_engine(config, model, distributed)
     restore(engine, checkpoint.tensor, checkpoint.adam_step)
     return engine

@@ -1,4 +1,4 @@
-"""What a run tells its listeners, and what it returns."""
+"""What a run tells its listeners, and what it returns. L MoE layers, E experts."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ class StepReport:
     """``loss``, ``lm_loss``, …: means over this step's global batch."""
     stats: dict[str, Tensor]
     """The model's sums over this step's micro-batches and ranks, float64 on the CPU."""
+    router_bias_LE: Tensor | None
+    """The biases that balance the experts after this step, fp32 on the CPU; None without them."""
     grad_norm: float
     """Before clipping."""
     layer_grad_norms: tuple[float, ...] | None

@@ -1,4 +1,4 @@
-"""One training step, the same for every engine."""
+"""One training step, the same for every engine. L MoE layers, E experts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.moe.router import bias_update_rate
 from qsparse_moe.sparsity.stats import add_stats
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine
@@ -18,15 +19,19 @@ from qsparse_moe.training.layer_gradients import layer_squares
 
 Sums = dict[str, Tensor]
 
+_ROWS = "stats/router/rows_LE"
+
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What one step did; the same on every rank."""
+    """What one step did; all but ``rows_LE`` the same on every rank."""
 
     losses: dict[str, float] | None
     """Means over the global batch by name; None unless asked for."""
     stats: Sums | None
     """The model's sums over micro-batches and ranks, float64 on the CPU; None unless asked for."""
+    rows_LE: Tensor | None
+    """Rows of every MoE layer and expert on this rank alone, on the device; None in a model without experts."""
     grad_norm: float
     """Before clipping."""
     layer_grad_norms: tuple[float, ...] | None
@@ -46,7 +51,7 @@ def train_step(
     layer_gradients: bool = False,
     stop: int = 0,
 ) -> StepOutcome:
-    """Send the micro-batches through and update the weights once.
+    """Send the micro-batches through and update the weights, and the biases that balance the experts, once.
 
     Args:
         engine: the model and its optimizer.
@@ -69,21 +74,31 @@ def train_step(
         assert output.loss is not None
         guard.see_loss(output.loss)
         engine.backward(output.loss, is_last=index == len(batches) - 1)
+        # Without a report this is no more than the rows of the experts.
+        totals = add_stats(totals, {f"stats/{name}": value for name, value in output.stats.items()})
         if report:
             losses = {"loss": output.loss.detach()} | output.losses
             totals = add_stats(totals, {f"losses/{name}": v.double() / len(batches) for name, v in losses.items()})
-            totals = add_stats(totals, {f"stats/{name}": value for name, value in output.stats.items()})
     stop = guard.check(step, stop=stop)
     if report and layer_gradients:
         totals["layer_squares_L"] = layer_squares(engine)
     grad_norm = engine.update(learning_rate)
     guard.check_norm(step, grad_norm)
+    rows_LE = totals.get(_ROWS)
+    _balance(engine, rows_LE, step)
     if not report:
-        return StepOutcome(None, None, grad_norm, None, stop)
+        return StepOutcome(None, None, rows_LE, grad_norm, None, stop)
     totals = reduce_sums(totals, engine.distributed)
     losses_out = {name: value.item() / engine.distributed.world_size for name, value in _under("losses/", totals)}
     norms = tuple(totals["layer_squares_L"].sqrt().tolist()) if layer_gradients else None
-    return StepOutcome(losses_out, dict(_under("stats/", totals)), grad_norm, norms, stop)
+    return StepOutcome(losses_out, dict(_under("stats/", totals)), rows_LE, grad_norm, norms, stop)
+
+
+def _balance(engine: Engine, rows_LE: Tensor | None, step: int) -> None:
+    """Move the routers' biases, if they have any, by the rows of all ranks; nothing waits for the device."""
+    rate = bias_update_rate(engine.model.config.moe, step - 1)
+    if rate and rows_LE is not None:
+        engine.model.update_router_bias(engine.distributed.all_reduce(rows_LE.clone()), rate)
 
 
 def reduce_sums(sums: Mapping[str, Tensor], distributed: Distributed) -> Sums:

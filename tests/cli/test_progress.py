@@ -20,6 +20,7 @@ def report(step, *, validation=None):
         seconds=1.0,
         losses={"loss": 3.21098, "lm_loss": 3.2},
         stats={},
+        router_bias_LE=None,
         grad_norm=1.0,
         layer_grad_norms=None,
         learning_rate=1e-3,

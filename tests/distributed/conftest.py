@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 
 from tests.support.launch import calibration, entry, run_plan
-from tests.support.runs import CAPACITY_MODEL, LAYOUTS, MIXED_MODEL, STOP_STEP, tiny_config, write_text
+from tests.support.runs import (
+    BALANCED_MODEL,
+    CAPACITY_MODEL,
+    LAYOUTS,
+    MIXED_MODEL,
+    STOP_STEP,
+    tiny_config,
+    write_text,
+)
 
 PRECISIONS = ("fp32", "bf16")
 EVERY_LAYOUT = [f"{name}-{precision}" for precision in PRECISIONS for name in LAYOUTS]
@@ -20,6 +28,13 @@ MIXED = ["torch-fp32", "torch-bf16", "zero1-bf16", "zero2-fp32", "zero3-fp32"]
 
 FULL = ["torch-fp32", "zero3-fp32"]
 """Layouts of a third model, whose experts drop rows."""
+BALANCED = ["torch-fp32", "zero1-fp32", "zero2-bf16", "zero3-fp32"]
+"""Layouts of the model that balances over ranks and micro-batches, in one micro-batch a rank and step."""
+CUT = ["torch-fp32", "zero3-fp32"]
+"""Those of them that also cut a rank's rows into micro-batches."""
+RECOMPUTED = ("balanced-recomputed", "zero3-fp32")
+BALANCED_RESUMED = {1: ("torch-fp32", 2), 2: ("zero3-fp32", 1)}
+"""By the number of ranks: the layout that resumes a stopped run, and the ranks of the ``torch-fp32`` that wrote it."""
 
 TRANSFERS = [
     ("torch-fp32", 1, "zero1-fp32", 2),
@@ -76,20 +91,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     made = Runs(tmp_path_factory.mktemp("runs"))
     write_text(made.folder / "text")
     plans = [
-        (1, _layouts(made, 1) + _variants(made, 1) + _stopped_and_resumed(made, 1) + _calibrations(made)),
+        (
+            1,
+            _layouts(made, 1)
+            + _variants(made, 1)
+            + _balanced(made, 1)
+            + _stopped_and_resumed(made, 1)
+            + _calibrations(made),
+        ),
         (
             2,
             _layouts(made, 2)
             + _variants(made, 2)
+            + _balanced(made, 2)
+            + _balanced_resumed(made, 2)
             + _stopped_and_resumed(made, 2)
             + _faults(made)
             + _transfers(made, 2)
             + _calibrations(made),
         ),
-        (1, _transfers(made, 1)),
+        (1, _transfers(made, 1) + _balanced_resumed(made, 1)),
     ]
     for number, (ranks, plan) in enumerate(plans):
-        for label, outcomes in run_plan(made.folder / f"launch{number}", plan, ranks=ranks).items():
+        for label, outcomes in run_plan(made.folder / f"launch{number}", plan, ranks=ranks, timeout=480).items():
             made.outcomes[label, ranks] = outcomes
     return made
 
@@ -128,6 +152,29 @@ def _variants(made: Runs, ranks: int) -> list[dict[str, Any]]:
         *(_entry(made, f"mixed-{layout}", layout, ranks, training={}, model=MIXED_MODEL) for layout in MIXED),
         *(_entry(made, f"capacity-{layout}", layout, ranks, training={}, model=CAPACITY_MODEL) for layout in FULL),
     ]
+
+
+def _balanced(made: Runs, ranks: int) -> list[dict[str, Any]]:
+    """The model that balances over the global batch: whole micro-batches, cut ones, recomputed, and stopped."""
+    whole = {"micro_batch_size": 8 // ranks}
+
+    def make(label: str, layout: str, training: dict[str, Any], **more: Any) -> dict[str, Any]:
+        return _entry(made, label, layout, ranks, training=training, model=BALANCED_MODEL, **more)
+
+    label, layout = RECOMPUTED
+    return [
+        *(make(f"balanced-{name}", name, whole) for name in BALANCED),
+        *(make(f"balanced-{name}-cut", name, {"micro_batch_size": 2}) for name in CUT),
+        make(label, layout, whole | {"activation_checkpointing": "full"}),
+        make("balanced-stopped", "torch-fp32", whole, stop_after=STOP_STEP),
+    ]
+
+
+def _balanced_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:
+    layout, written_by = BALANCED_RESUMED[ranks]
+    training = {"resume": True, "micro_batch_size": 8 // ranks}
+    copy_of = made.folder_of("balanced-stopped", written_by)
+    return [_entry(made, "balanced-resumed", layout, ranks, training=training, model=BALANCED_MODEL, copy_of=copy_of)]
 
 
 def _stopped_and_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:

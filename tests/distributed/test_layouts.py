@@ -8,11 +8,15 @@ import torch
 from qsparse_moe.training.checkpoint import Checkpoint, list_checkpoints
 from qsparse_moe.training.engine import STATE_KINDS
 from tests.distributed.conftest import (
+    BALANCED,
+    BALANCED_RESUMED,
+    CUT,
     EVERY_LAYOUT,
     FAULT_STEP,
     FAULTS,
     FULL,
     MIXED,
+    RECOMPUTED,
     RESUMED,
     TRANSFERS,
     Runs,
@@ -102,6 +106,64 @@ def test_full_experts_drop_the_same_rows_in_every_layout(runs: Runs, layout, ran
     assert_same_run(outcome, reference, "fp32")
     dropped, expected = (run["reports"][0]["stats"]["router/dropped_LE"] for run in (outcome, reference))
     assert dropped == expected and sum(map(sum, dropped)) >= 2 * 8 * 24 / 4
+
+
+def biases(outcome):
+    return [torch.tensor(report["router_bias_LE"]) for report in outcome["reports"]]
+
+
+def saved_biases(run_dir):
+    checkpoint = Checkpoint(list_checkpoints(run_dir)[-1])
+    return {name: checkpoint.buffer(name) for name in checkpoint.buffer_shapes}
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in BALANCED])
+def test_the_balance_of_a_global_batch_is_that_of_one_rank_in_every_layout(runs: Runs, layout, ranks):
+    precision = layout.split("-")[1]
+    # One rank has no bf16 of the plain engine here; its first layout of that precision stands for it.
+    reference = runs(f"balanced-{'torch-fp32' if precision == 'fp32' else layout}", 1)
+    outcome = runs(f"balanced-{layout}", ranks)
+    assert_same_run(outcome, reference, precision)
+    early = slice(0, EARLY_STEPS if precision == "fp32" else 1)
+    assert torch.equal(torch.stack(biases(outcome)[early]), torch.stack(biases(reference)[early]))
+    assert biases(outcome)[0].abs().max() > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_biases_move_once_a_step_however_the_batch_is_cut_and_a_global_loss_sees_the_cut(runs: Runs, ranks):
+    whole, cut = runs("balanced-torch-fp32", ranks), runs("balanced-torch-fp32-cut", ranks)
+    assert torch.equal(biases(whole)[0], biases(cut)[0]), "the same rows: the weights are those of the seed"
+    for outcome in (whole, cut):
+        for before, after in zip([torch.zeros(2, 8), *biases(outcome)], biases(outcome), strict=False):
+            moved = (after - before).abs()
+            assert ((moved < 1e-6) | ((moved - 0.01).abs() < 1e-6)).all()
+    first = [outcome["reports"][0]["losses"]["load_balance_loss"] for outcome in (whole, cut)]
+    assert first[0] != pytest.approx(first[1], abs=1e-4), "the first micro-batches see only themselves"
+    for layout in CUT:
+        assert_same_run(runs(f"balanced-{layout}-cut", ranks), cut, "fp32")
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_recomputation_doubles_no_load_and_no_bias(runs: Runs, ranks):
+    label, layout = RECOMPUTED
+    recomputed, plain = runs(label, ranks), runs(f"balanced-{layout}", ranks)
+    assert_same_run(recomputed, plain, "fp32")
+    assert torch.equal(torch.stack(biases(recomputed)[:EARLY_STEPS]), torch.stack(biases(plain)[:EARLY_STEPS]))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_biases_of_another_engine_and_number_of_ranks_are_resumed_exactly(runs: Runs, ranks):
+    layout, written_by = BALANCED_RESUMED[ranks]
+    stopped = runs("balanced-stopped", written_by)
+    stored = saved_biases(runs.folder_of("balanced-stopped", written_by))
+    assert torch.equal(torch.stack(list(stored.values())), biases(stopped)[-1])
+    resumed = runs("balanced-resumed", ranks)
+    assert resumed["context"] == {"start_step": STOP_STEP, "world_size": ranks}
+    assert_same_run(resumed, runs(f"balanced-{layout}", ranks), "fp32", since=STOP_STEP)
+    moved = (biases(resumed)[0] - biases(stopped)[-1]).abs()
+    assert ((moved < 1e-6) | ((moved - 0.01).abs() < 1e-6)).all() and moved.max() > 0
+    saved = saved_biases(runs.folder_of("balanced-resumed", ranks))
+    assert torch.equal(torch.stack(list(saved.values())), biases(resumed)[-1])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

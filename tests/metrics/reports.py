@@ -22,6 +22,7 @@ def make_report(step: int = 10, **changes: Any) -> StepReport:
         "seconds": step * 0.5,
         "losses": {"loss": 3.1 - step / 1000, "lm_loss": 3.0, "load_balance_loss": 1.2, "router_z_loss": 0.7},
         "stats": {},
+        "router_bias_LE": None,
         "grad_norm": 0.9,
         "layer_grad_norms": None,
         "learning_rate": 1e-3,

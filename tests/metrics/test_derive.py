@@ -170,7 +170,9 @@ def output():
 
 
 def test_model_feeds_every_router_and_sparsity_metric(output):
-    metrics = derive_metrics(make_report(stats=output.stats), MODEL)
+    bias_LE = torch.tensor([[0.0, 0.25, -0.5, 0.0], [0.0, 0.0, 0.125, 0.0]])
+    metrics = derive_metrics(make_report(stats=output.stats, router_bias_LE=bias_LE), MODEL)
+    assert [metrics[f"router/bias_range{layer}"] for layer in ("", "/layer_1", "/layer_2")] == [0.4375, 0.75, 0.125]
     listed = {metric.name for metric in METRICS if metric.name.startswith(("router/", "sparsity/"))}
     assert {metric_of(name).name for name in metrics if not is_layer_name(name)} >= listed
     sites = {name.split("/")[1] for name in metrics if name.startswith("sparsity/")}
@@ -180,6 +182,11 @@ def test_model_feeds_every_router_and_sparsity_metric(output):
     assert 0 < metrics["sparsity/attention_output/kept_energy"] < 1
     assert 0 < metrics["router/choice_entropy"] <= math.log(4)
     assert 0.5 <= metrics["router/first_weight"] <= 1
+
+
+def test_a_model_without_biases_has_no_range_of_them(output):
+    names = derive_metrics(make_report(stats=output.stats), MODEL)
+    assert not [name for name in names if name.startswith("router/bias_range")]
 
 
 def test_losses_of_the_model_are_in_the_list(output):

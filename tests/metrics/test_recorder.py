@@ -6,6 +6,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
@@ -15,14 +16,18 @@ from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.names import is_layer_name, metric_of
 from qsparse_moe.metrics.recorder import Recorder
+from qsparse_moe.metrics.tensorboard import chart_layout
 from tests.metrics.reports import make_context, make_report, random_stats
 
-CONFIG = RunConfig(model=ModelConfig(num_layers=3, moe=MoEConfig(num_dense_layers=1, num_shared_experts=1)))
+MOE = MoEConfig(num_dense_layers=1, num_shared_experts=1, bias_update_rate=0.001)
+CONFIG = RunConfig(model=ModelConfig(num_layers=3, moe=MOE))
+BIAS_LE = torch.linspace(-0.01, 0.02, 16).view(2, 8)
 VALIDATION = {"loss": 2.5, "perplexity": 12.2, "bits_per_byte": 3.6}
 
 
 def report(step: int, **changes):
-    return make_report(step, stats=random_stats(CONFIG.model, seed=step), validation=VALIDATION, **changes)
+    stats = random_stats(CONFIG.model, seed=step)
+    return make_report(step, stats=stats, router_bias_LE=BIAS_LE, validation=VALIDATION, **changes)
 
 
 def record(run_dir, steps, *, start_step=0, ends=True, config=CONFIG):
@@ -86,6 +91,12 @@ def charts(run_dir) -> dict[str, list[str]]:
     (event,) = read_board(run_dir).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
     return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+
+
+def test_a_run_without_biases_has_no_chart_of_them():
+    titles = {title for group in chart_layout(RunConfig()).values() for title in group}
+    with_biases = {title for group in chart_layout(CONFIG).values() for title in group}
+    assert {title for title in with_biases - titles if "bias" in title} and not [t for t in titles if "bias" in t]
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])

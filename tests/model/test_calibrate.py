@@ -198,3 +198,11 @@ def test_a_broken_model_is_not_calibrated():
         model.layers[1].attention.qkv.weight[0, 0] = float("nan")
     with pytest.raises(TrainingDiverged, match=r"calibration: layer 1, attention_output: magnitudes must be finite"):
         calibrate(model, batches())
+
+
+def test_a_router_that_sees_sparse_tokens_is_not_calibrated():
+    even = config(default=0.5)
+    moe = even.moe.model_copy(update={"router_input": "sparse"})
+    model = build_model(even.model_copy(update={"moe": moe}), seed=1)
+    with pytest.raises(ConfigError, match=r"calibrate: model\.moe\.router_input \(sparse\) must be dense.*set it to"):
+        calibrate(model, batches())

@@ -10,6 +10,7 @@ from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.rope import rotate, rotation_at
 from qsparse_moe.model.transformer import build_model, cross_entropy
+from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 VOCAB = 40
@@ -109,6 +110,119 @@ def test_checkpointing_changes_neither_gradients_nor_sums(moe):
         assert torch.equal(parameter.grad, recomputed.get_parameter(name).grad), name
     for name, value in outputs[0].stats.items():
         assert torch.equal(value, outputs[1].stats[name]), name
+
+
+NOISY = {"router_jitter": 0.3, "router_noise": 0.5, "router": "sigmoid_topk", "load_balance_scope": "global_batch"}
+
+
+def test_noise_of_the_router_is_the_same_in_recomputation():
+    plain = make(moe=NOISY)
+    with torch.no_grad():
+        for block in plain.blocks():
+            block.moe.router.weight.mul_(20)  # else the noise alone decides
+    recomputed = copy.deepcopy(plain)
+    recomputed.activation_checkpointing = True
+    outputs = []
+    for model in (plain, recomputed):
+        model.step_load = StepLoad(lambda rows: rows)
+        torch.manual_seed(3)
+        outputs.append(model(tokens(), tokens()))
+        outputs[-1].loss.backward()
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(parameter.grad, recomputed.get_parameter(name).grad), name
+    assert torch.equal(outputs[0].loss, outputs[1].loss)
+    assert not torch.equal(plain(tokens(), tokens()).loss, outputs[0].loss), "the next draws are others"
+    calm = [plain.eval()(tokens()).logits_BSV for _ in range(2)]
+    assert torch.equal(*calm)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_a_global_balance_loss_holds_all_rows_of_the_step_against_the_micro_batchs_probabilities(recomputes):
+    model = make(moe={"load_balance_scope": "global_batch", "load_balance_coefficient": 1.0, "num_dense_layers": 1})
+    model.activation_checkpointing = recomputes
+    others = torch.rand(2, 1, 4, dtype=torch.float64) * 50  # rows of other ranks
+    model.step_load = StepLoad(lambda rows: rows.add_(others))
+    parts = [tokens(2)[:1], tokens(3)[2:], tokens(4)[3:]]
+    seen = torch.zeros(2, 4, dtype=torch.float64)
+    for part in parts:
+        with torch.no_grad():
+            model(part, part)  # not part of the step
+            model.eval()(part, part)
+            model.train()
+        want, rows = written_out_global_balance(model, part, seen, others[:, 0])
+        out = model(part, part)
+        torch.testing.assert_close(out.losses["load_balance_loss"], want.detach())
+        router = model.layers[1].moe.router.weight
+        rest = out.losses["lm_loss"] + model.config.moe.router_z_coefficient * out.losses["router_z_loss"]
+        torch.testing.assert_close(out.loss.detach(), rest + want.detach())
+        model.zero_grad()
+        out.loss.backward()
+        with_balance = router.grad.clone()
+        model.zero_grad()
+        alone = model.config.moe.model_copy(update={"load_balance_coefficient": 0.0})
+        before, model.config = model.config, model.config.model_copy(update={"moe": alone})
+        model.step_load, load = None, model.step_load
+        model(part, part).loss.backward()
+        model.config, model.step_load = before, load
+        torch.testing.assert_close(
+            with_balance - router.grad, torch.autograd.grad(want, router)[0], atol=1e-6, rtol=1e-4
+        )
+        seen = seen + rows + others[:, 0]
+    model.step_load.reset()
+    want, _ = written_out_global_balance(model, parts[0], torch.zeros(2, 4).double(), others[:, 0])
+    torch.testing.assert_close(model(parts[0], parts[0]).losses["load_balance_loss"], want.detach())
+
+
+def written_out_global_balance(model, part, seen, others):
+    """E sum f P of the MoE layers, f from all rows of the step; and this micro-batch's own rows."""
+    routings = []
+    hooks = [
+        block.moe.router.register_forward_hook(lambda module, inputs, output: routings.append(output))
+        for block in model.blocks()
+        if block.moe is not None
+    ]
+    load, model.step_load = model.step_load, None
+    checkpointing, model.activation_checkpointing = model.activation_checkpointing, False
+    model(part)
+    model.step_load, model.activation_checkpointing = load, checkpointing
+    for hook in hooks:
+        hook.remove()
+    losses, counted = [], []
+    for layer, routing in enumerate(routings):
+        rows = torch.bincount(routing.expert_ids_TA.flatten(), minlength=4).double()
+        counted.append(rows)
+        in_step = seen[layer] + others[layer] + rows
+        share = in_step / in_step.sum()
+        losses.append(4 * sum(share[e].float() * routing.probs_TE[:, e].mean() for e in range(4)))
+    return sum(losses) / len(losses), torch.stack(counted)
+
+
+def test_without_an_engine_a_global_batch_is_the_batch():
+    one, other = make(moe={"load_balance_scope": "global_batch"}), make(moe={"load_balance_scope": "micro_batch"})
+    for _ in range(2):
+        assert torch.equal(one(tokens(), tokens()).loss, other(tokens(), tokens()).loss)
+
+
+def test_biases_are_read_and_moved_layer_by_layer():
+    assert make().router_bias_LE is None
+    model = make(moe={"bias_update_rate": 0.5, "num_dense_layers": 1})
+    assert model.router_bias_LE.tolist() == [[0.0] * 4] * 2
+    model.update_router_bias(torch.tensor([[4.0, 0, 2, 2], [0, 0, 0, 8]]), 0.5)
+    assert model.router_bias_LE.tolist() == [[-0.5, 0.5, 0, 0], [0.5, 0.5, 0.5, -0.5]]
+    assert "layers.1.moe.router.expert_bias" in model.state_dict()
+    assert model.to(torch.bfloat16).router_bias_LE.dtype == torch.float32
+
+
+def test_a_router_of_sparse_tokens_refuses_a_plan_that_treats_experts_differently():
+    model = make(moe={"router_input": "sparse"})
+    plan = SparsityPlan.uniform(model.config, 0.5)
+    model.set_sparsity(plan)
+    apart = dict(plan.values) | {(1, "expert_input"): (0.5, 0.5, 0.25, 0.5)}
+    with pytest.raises(ConfigError, match=r"layer 1, expert_input has S = \[0\.5, 0\.5, 0\.25, 0\.5\], and the router"):
+        model.set_sparsity(SparsityPlan(apart))
+    hidden = dict(plan.values) | {(1, "expert_hidden"): (0.5, 0.5, 0.25, 0.5)}
+    model.set_sparsity(SparsityPlan(hidden))
+    assert model(tokens(), tokens()).loss.isfinite()
 
 
 def test_initial_values_depend_on_the_seed_and_the_name_only():

@@ -13,10 +13,10 @@ from qsparse_moe.sparsity.topk import topk_sparsify
 B, S, D, F, E, A = 2, 5, 16, 24, 4, 2
 
 
-def make(activation="relu2glu", backend="auto", shared=0, **sparsity):
+def make(activation="relu2glu", backend="auto", shared=0, routing=None, **sparsity):
     moe = MoEConfig(
         num_experts=E, experts_per_token=A, expert_hidden_size=F, activation=activation, backend=backend,
-        num_shared_experts=shared,
+        num_shared_experts=shared, **(routing or {}),
     )  # fmt: skip
     config = ModelConfig(hidden_size=D, num_heads=2, moe=moe, sparsity=SparsityConfig(**sparsity))
     layer = MoELayer(config).double()
@@ -35,7 +35,10 @@ def set_sparsity(layer, input_values, hidden_values):
 def token_by_token(layer, x, activation, input_values, hidden_values, rescale="none"):
     """The layer's equation, one (token, expert) pair at a time."""
     rows = []
-    routing = layer.router(x.flatten(0, 1))
+    seen = x.flatten(0, 1)
+    if layer.router.config.router_input == "sparse":
+        seen = topk_sparsify(seen, num_kept(input_values[0], D), rescale=rescale)
+    routing = layer.router(seen)
     for token, row in enumerate(x.flatten(0, 1)):
         total = torch.zeros_like(row)
         for weight, expert in zip(routing.weights_TA[token], routing.expert_ids_TA[token].tolist(), strict=True):
@@ -88,6 +91,52 @@ def test_the_router_sees_the_dense_tokens():
     set_sparsity(layer, [0.9] * E, [0.9] * E)
     rows_E = layer(x).stats["router/rows_E"]
     assert torch.equal(rows_E, torch.bincount(dense.flatten(), minlength=E).double())
+
+
+ROUTINGS = {
+    "sparse input": {"router_input": "sparse"},
+    "biases, groups, sigmoid, scaled": {
+        "router": "sigmoid_topk_renormalized",
+        "router_scaling_factor": 2.5,
+        "num_expert_groups": 2,
+        "bias_update_rate": 0.1,
+    },
+    "forced": {"force_uniform_routing": True},
+}
+
+
+@pytest.mark.parametrize("rescale", ["none", "preserve"])
+@pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS)
+def test_every_routing_is_the_sum_over_a_tokens_experts_in_value_and_every_gradient(routing, rescale):
+    layer = make("swiglu", "loop", shared=1, routing=routing, rescale=rescale)
+    if layer.router.expert_bias is not None:
+        layer.router.expert_bias.uniform_(-0.2, 0.2)
+    set_sparsity(layer, *UNIFORM)
+    x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn_like(x)
+    leaves = [x, *layer.parameters()]
+    got, want = layer(x).y_BSD, token_by_token(layer, x, "swiglu", *UNIFORM, rescale=rescale)
+    torch.testing.assert_close(got, want)
+    grads = [torch.autograd.grad(out, leaves, upstream) for out in (got, want)]
+    for mine, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_router_of_sparse_tokens_chooses_by_what_is_kept_and_shared_experts_see_all():
+    layer, dense = make(shared=1, routing={"router_input": "sparse"}), make(shared=1)
+    for one in (layer, dense):
+        set_sparsity(one, [0.9] * E, [0.0] * E)
+    x = torch.randn(B, S, D, dtype=torch.float64)
+    kept = topk_sparsify(x.flatten(0, 1), num_kept(0.9, D))
+    rows = torch.bincount(layer.router(kept).expert_ids_TA.flatten(), minlength=E).double()
+    assert torch.equal(layer(x).stats["router/rows_E"], rows)
+    assert not torch.equal(dense(x).stats["router/rows_E"], rows)
+    assert layer(x).stats["sparsity/expert_input/rows_E"].sum() == B * S * A
+
+
+def test_forced_routing_is_even_in_the_layers_sums():
+    layer = make(routing={"force_uniform_routing": True})
+    assert layer(torch.randn(B, 6, D, dtype=torch.float64)).stats["router/rows_E"].tolist() == [B * 6 * A / E] * E
 
 
 def test_one_token_and_all_tokens_on_one_expert():

@@ -53,6 +53,8 @@ class Listener:
 
     def __call__(self, report: StepReport) -> None:
         numbers = {key: value for key, value in asdict(report).items() if key not in {"stats", "memory"}}
+        if report.router_bias_LE is not None:
+            numbers["router_bias_LE"] = report.router_bias_LE.tolist()
         self.reports.append(numbers | {"stats": {name: value.tolist() for name, value in report.stats.items()}})
         # Noticed in the step that follows, by all ranks, and acted upon after it.
         if self._stop_after is not None and report.step == self._stop_after - 1:

@@ -65,6 +65,22 @@ CAPACITY_MODEL: dict[str, Any] = {
 }
 """One layer with experts, the last of four, in which a quarter of the rows and more finds no room."""
 
+BALANCED_MODEL: dict[str, Any] = {
+    "moe": {
+        "num_experts": 8,
+        "expert_hidden_size": 24,
+        "backend": "grouped",
+        "router": "sigmoid_topk_renormalized",
+        "router_scaling_factor": 2.5,
+        "num_expert_groups": 4,
+        "groups_per_token": 2,
+        "load_balance_scope": "global_batch",
+        "load_balance_coefficient": 0.1,
+        "bias_update_rate": 0.01,
+    },
+}
+"""What balances over ranks and micro-batches: a loss over the global batch, and biases; with groups and sigmoids."""
+
 
 def tiny_config(folder: Path, name: str, *, model: dict[str, Any] | None = None, **training: Any) -> RunConfig:
     """A run of ``STEPS`` steps in ``folder/runs/name`` that reports every step.

@@ -20,6 +20,7 @@ from qsparse_moe.training.checkpoint import (
     Checkpoint,
     Progress,
     list_checkpoints,
+    load_checkpoint,
     newest_checkpoint,
     remove_leftovers,
     save_checkpoint,
@@ -78,6 +79,42 @@ def test_what_is_saved_is_read_back_exactly(tmp_path, precision):
     for name in engine.shapes():
         for kind in STATE_KINDS:
             assert other.get_full(name, kind).equal(engine.get_full(name, kind)), (name, kind)
+
+
+def make_biased(tmp_path, rate=0.1):
+    config = tiny_config(tmp_path, "run", engine="torch")
+    moe = config.model.moe.model_copy(update={"bias_update_rate": rate})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
+    return TorchEngine(config, build_model(config.model), ALONE)
+
+
+def test_buffers_are_read_back_into_a_model_and_their_lack_is_said(tmp_path, engine):
+    biased = make_biased(tmp_path)
+    for layer, block in enumerate(biased.model.blocks()):
+        block.moe.router.expert_bias.copy_(torch.tensor([0.1, -0.2, 0.3, 1e-9]) + layer)
+    checkpoint = Checkpoint(save(tmp_path / "biased", biased, 1))
+    names = [f"layers.{layer}.moe.router.expert_bias" for layer in (0, 1)]
+    assert checkpoint.buffer_shapes == dict.fromkeys(names, [4])
+    assert not checkpoint.shapes.keys() & checkpoint.buffer_shapes.keys()
+    other = make_biased(tmp_path)
+    load_checkpoint(other.model, checkpoint)
+    assert other.model.router_bias_LE.equal(biased.model.router_bias_LE)
+    with pytest.raises(CheckpointError, match=r"expert_bias has the shape \(4,\) there and none \(no such tensor\) in"):
+        load_checkpoint(engine.model, checkpoint)
+    plain = Checkpoint(save(tmp_path, engine, 1))
+    assert plain.buffer_shapes == {}
+    with pytest.raises(CheckpointError, match=r"expert_bias has the shape none \(no such tensor\) there and \(4,\) in"):
+        load_checkpoint(biased.model, plain)
+
+
+def test_a_checkpoint_from_before_there_were_buffers_is_read(tmp_path, engine):
+    path = save(tmp_path, engine, 1)
+    index = json.loads((path / "state.json").read_text())
+    del index["buffers"]
+    (path / "state.json").write_text(json.dumps(index))
+    checkpoint = newest_checkpoint(tmp_path)
+    assert checkpoint.buffer_shapes == {}
+    load_checkpoint(engine.model, checkpoint)
 
 
 def test_only_the_newest_are_kept_and_one_that_exists_is_left_alone(tmp_path, engine):
@@ -219,12 +256,10 @@ def test_a_model_of_another_shape_is_told_the_parameter_and_both_shapes(tmp_path
         CheckpointError, match=r"state.json: head.weight has the shape \(257, 40\) there and \(1, 2\) in"
     ):
         check_shapes(shapes | {"head.weight": torch.Size((1, 2))}, checkpoint.shapes, "state.json")
-    with pytest.raises(
-        CheckpointError, match=r"extra has the shape none \(no such parameter\) there and \(3,\) in the"
-    ):
+    with pytest.raises(CheckpointError, match=r"extra has the shape none \(no such tensor\) there and \(3,\) in the"):
         check_shapes(shapes | {"extra": torch.Size((3,))}, checkpoint.shapes, "state.json")
     del shapes["head.weight"]
-    with pytest.raises(CheckpointError, match=r"head.weight .* there and none \(no such parameter\) in the model"):
+    with pytest.raises(CheckpointError, match=r"head.weight .* there and none \(no such tensor\) in the model"):
         check_shapes(shapes, checkpoint.shapes, "state.json")
 
 

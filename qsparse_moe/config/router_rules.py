@@ -1,0 +1,129 @@
+"""Rules about the router: groups of experts, what it sees, its biases, and routing that is forced.
+
+E experts, A experts a token, S sparsity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from qsparse_moe.config.model_rules import divisors, nearest
+from qsparse_moe.config.problems import Problem, show
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.selectors import select
+from qsparse_moe.config.shapes import layer_sites, site_sparsity
+
+_GROUPS, _CHOSEN, _SCORE = (f"model.moe.{name}" for name in ("num_expert_groups", "groups_per_token", "group_score"))
+
+
+def _expert_groups(config: ModelConfig) -> Iterator[Problem]:
+    moe = config.moe
+    groups, chosen, experts = moe.num_expert_groups, moe.groups_per_token, moe.num_experts
+    if experts % groups:
+        yield Problem(
+            f"{_GROUPS} ({groups}) must divide model.moe.num_experts ({experts}); {nearest(groups, divisors(experts))}",
+            (_GROUPS, "model.moe.num_experts"),
+        )
+        return
+    if chosen > groups:
+        yield Problem(
+            f"{_CHOSEN} ({chosen}) must be at most {_GROUPS} ({groups}); lower the one or raise the other",
+            (_CHOSEN, _GROUPS),
+        )
+    elif moe.experts_per_token > chosen * (experts // groups) and moe.experts_per_token <= experts:
+        needed = -(-moe.experts_per_token // (experts // groups))
+        yield Problem(
+            f"{_CHOSEN} ({chosen}) leaves a token {chosen * (experts // groups)} of model.moe.num_experts ({experts}) "
+            f"experts in {_GROUPS} ({groups}), fewer than model.moe.experts_per_token ({moe.experts_per_token}); "
+            f"{needed} groups hold enough",
+            (_CHOSEN, _GROUPS, "model.moe.experts_per_token"),
+        )
+    yield from _group_score(config)
+
+
+def _group_score(config: ModelConfig) -> Iterator[Problem]:
+    moe = config.moe
+    if moe.num_expert_groups == 1:
+        if moe.group_score != "top2_sum":
+            yield Problem(
+                f"{_SCORE} ({moe.group_score}) has no meaning when {_GROUPS} is 1; remove it, or form groups",
+                (_SCORE, _GROUPS),
+            )
+    elif moe.group_score == "top2_sum" and moe.num_experts == moe.num_expert_groups:
+        yield Problem(
+            f"{_SCORE} (top2_sum) needs at least 2 experts a group, and {_GROUPS} ({moe.num_expert_groups}) leaves 1 "
+            f"of model.moe.num_experts ({moe.num_experts}); choose max, or form fewer groups",
+            (_SCORE, _GROUPS, "model.moe.num_experts"),
+        )
+
+
+def _bias(config: ModelConfig) -> Iterator[Problem]:
+    moe, path = config.moe, "model.moe.bias_update_steps"
+    if moe.bias_update_steps is not None and not moe.bias_update_rate:
+        yield Problem(
+            f"{path} ({moe.bias_update_steps}) has no meaning when model.moe.bias_update_rate is 0; remove it, or set "
+            "the rate",
+            (path, "model.moe.bias_update_rate"),
+        )
+
+
+def _forced(config: ModelConfig) -> Iterator[Problem]:
+    moe, path = config.moe, "model.moe.force_uniform_routing"
+    if not moe.force_uniform_routing:
+        return
+    for name, off in (("num_expert_groups", 1), ("bias_update_rate", 0)):
+        value = getattr(moe, name)
+        if value != off:
+            yield Problem(
+                f"{path} (true) leaves nothing to choose, so model.moe.{name} ({value}) must be {off}; set the one to "
+                f"{off}, or the other to false",
+                (path, f"model.moe.{name}"),
+            )
+
+
+def _sparse_router_input(config: ModelConfig) -> Iterator[Problem]:
+    if config.moe.router_input != "sparse":
+        return
+    start = "model.moe.router_input (sparse) needs one selection at expert_input for all experts of a layer"
+    if config.sparsity.selection == "threshold":
+        yield Problem(
+            f"{start}, and model.sparsity.selection (threshold) has a threshold for each; set router_input to dense, "
+            "or choose another selection",
+            ("model.moe.router_input", "model.sparsity.selection"),
+        )
+    for layer in range(config.num_layers):
+        values = _expert_input_sparsities(config, layer)
+        if len(values) > 1:
+            yield Problem(
+                f"{start}, and model.sparsity.overrides give those of layer {layer} different S "
+                f"({show(sorted(values))}); set router_input to dense, or override all experts alike",
+                ("model.moe.router_input", "model.sparsity.overrides"),
+            )
+            return
+
+
+def _expert_input_sparsities(config: ModelConfig, layer: int) -> set[float]:
+    """S at ``expert_input`` over the experts of ``layer``; what an override selects wrongly is another rule's."""
+    if "expert_input" not in layer_sites(config, layer):
+        return set()
+    values = [site_sparsity(config.sparsity, "expert_input")] * config.moe.num_experts
+    for override in config.sparsity.overrides:
+        if override.site not in (None, "expert_input"):
+            continue
+        try:
+            chosen = (
+                select(override.experts, len(values)) if layer in select(override.layers, config.num_layers) else ()
+            )
+        except ValueError:
+            continue
+        for expert in chosen:
+            values[expert] = override.sparsity
+    return set(values)
+
+
+ROUTER_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
+    _expert_groups,
+    _bias,
+    _forced,
+    _sparse_router_input,
+)

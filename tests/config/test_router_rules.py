@@ -1,0 +1,119 @@
+"""Rules about the router: every message is produced here, and its way out is tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.config.test_rules import messages
+
+SPARSE_INPUT = {"model.moe.router_input": "sparse"}
+ONE_SELECTION = "model.moe.router_input (sparse) needs one selection at expert_input for all experts of a layer, and "
+FORCED = {"model.moe.force_uniform_routing": True}
+
+
+def groups(experts, groups, chosen, **more):
+    sizes = {"num_experts": experts, "num_expert_groups": groups, "groups_per_token": chosen} | more
+    return {f"model.moe.{name}": value for name, value in sizes.items()}
+
+
+# Broken settings, the message, and a change that mends them.
+CASES = {
+    "groups that do not divide": (
+        groups(8, 3, 1),
+        "model.moe.num_expert_groups (3) must divide model.moe.num_experts (8); the nearest that do are 2 and 4",
+        {"model.moe.num_expert_groups": 4},
+    ),
+    "more groups a token than there are": (
+        groups(8, 4, 5),
+        "model.moe.groups_per_token (5) must be at most model.moe.num_expert_groups (4); lower the one or raise the "
+        "other",
+        {"model.moe.groups_per_token": 4},
+    ),
+    "groups a token without groups": (
+        {"model.moe.groups_per_token": 2},
+        "model.moe.groups_per_token (2) must be at most model.moe.num_expert_groups (1); lower the one or raise the "
+        "other",
+        {"model.moe.num_expert_groups": 2},
+    ),
+    "groups that hold too few experts": (
+        groups(16, 8, 2, experts_per_token=5),
+        "model.moe.groups_per_token (2) leaves a token 4 of model.moe.num_experts (16) experts in "
+        "model.moe.num_expert_groups (8), fewer than model.moe.experts_per_token (5); 3 groups hold enough",
+        {"model.moe.groups_per_token": 3},
+    ),
+    "the two best of groups of one": (
+        groups(4, 4, 2),
+        "model.moe.group_score (top2_sum) needs at least 2 experts a group, and model.moe.num_expert_groups (4) leaves "
+        "1 of model.moe.num_experts (4); choose max, or form fewer groups",
+        {"model.moe.group_score": "max"},
+    ),
+    "a score of groups without groups": (
+        {"model.moe.group_score": "max"},
+        "model.moe.group_score (max) has no meaning when model.moe.num_expert_groups is 1; remove it, or form groups",
+        {"model.moe.num_expert_groups": 2, "model.moe.groups_per_token": 2},
+    ),
+    "an end of what does not begin": (
+        {"model.moe.bias_update_steps": 10},
+        "model.moe.bias_update_steps (10) has no meaning when model.moe.bias_update_rate is 0; remove it, or set the "
+        "rate",
+        {"model.moe.bias_update_rate": 0.001},
+    ),
+    "forced routing in groups": (
+        FORCED | groups(8, 4, 2),
+        "model.moe.force_uniform_routing (true) leaves nothing to choose, so model.moe.num_expert_groups (4) must be "
+        "1; set the one to 1, or the other to false",
+        {"model.moe.num_expert_groups": 1, "model.moe.groups_per_token": 1},
+    ),
+    "forced routing with biases": (
+        FORCED | {"model.moe.bias_update_rate": 0.001},
+        "model.moe.force_uniform_routing (true) leaves nothing to choose, so model.moe.bias_update_rate (0.001) must "
+        "be 0; set the one to 0, or the other to false",
+        {"model.moe.force_uniform_routing": False},
+    ),
+    "a router of sparse tokens and experts that differ": (
+        SPARSE_INPUT | {"model.sparsity.overrides": [{"sparsity": 0.5, "layers": 2, "experts": "0-3"}]},
+        f"{ONE_SELECTION}model.sparsity.overrides give those of layer 2 different S ([0.0, 0.5]); set router_input to "
+        "dense, or override all experts alike",
+        {"model.sparsity.overrides": [{"sparsity": 0.5, "layers": 2, "experts": "0-7"}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_broken_rule_says_setting_value_rule_and_way_out(case):
+    settings, message, _ = CASES[case]
+    assert messages(settings) == [message]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_way_out_leads_out(case):
+    settings, _, mended = CASES[case]
+    assert messages(settings | mended) == []
+
+
+def test_a_router_of_sparse_tokens_takes_no_thresholds(tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text("{}")
+    settings = SPARSE_INPUT | {"model.sparsity.selection": "threshold", "model.sparsity.plan": str(plan)}
+    assert messages(settings) == [
+        f"{ONE_SELECTION}model.sparsity.selection (threshold) has a threshold for each; set router_input to dense, or "
+        "choose another selection"
+    ]
+    assert messages(settings | {"model.moe.router_input": "dense"}) == []
+
+
+def test_a_router_of_sparse_tokens_asks_nothing_of_other_sites_and_of_dense_layers():
+    hidden = {"sparsity": 0.5, "site": "expert_hidden", "experts": 0}
+    assert messages(SPARSE_INPUT | {"model.sparsity.overrides": [hidden]}) == []
+    undone = [{"sparsity": 0.5, "experts": 0}, {"sparsity": 0.25, "site": "expert_input"}]
+    assert messages(SPARSE_INPUT | {"model.sparsity.overrides": undone}) == []
+
+
+def test_another_rules_problem_is_left_to_it():
+    assert len(messages(SPARSE_INPUT | {"model.sparsity.overrides": [{"sparsity": 0.5, "experts": 99}]})) == 1
+    assert len(messages(groups(8, 4, 1, experts_per_token=9))) == 1
+
+
+def test_deepseek_v3s_router_breaks_no_rule():
+    settings = groups(256, 8, 4, experts_per_token=8, router="sigmoid_topk_renormalized", router_scaling_factor=2.5)
+    assert messages(settings | {"model.moe.bias_update_rate": 0.001}) == []

@@ -1,0 +1,102 @@
+"""Warnings of experts without a row: once a window, by place, on rank 0."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+from qsparse_moe.training.dead_experts import DeadExpertWatch, in_ranges
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.loop import train
+
+ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def rows(*layers):
+    return torch.tensor(layers, dtype=torch.float64)
+
+
+def warnings_of(caplog, watch, steps):
+    """The warnings of each look: ``steps`` holds lists of the rows of the steps before it."""
+    found, step = [], 0
+    for interval in steps:
+        for one in interval:
+            step += 1
+            watch.add(one)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            watch.look(step)
+        found.append([record.getMessage() for record in caplog.records])
+    return found
+
+
+def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
+    dead = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 0])
+    late = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 1])
+    watch = DeadExpertWatch(4, [1, 3], ALONE)
+    first, second, third, fourth, fifth = warnings_of(
+        caplog, watch, [[dead, dead], [dead, late], [dead, dead], [dead], [dead] * 3]
+    )
+    assert first == [] and third == [] and len(second) == 2
+    assert second[0] == (
+        "step 4: layer 1: experts 1, 3-4 got no row in the last 4 steps (metrics.dead_expert_window), and nothing "
+        "makes them anew: begin a run with a larger model.moe.load_balance_coefficient, or with "
+        "model.moe.bias_update_rate above 0"
+    )
+    assert second[1].startswith("step 4: layer 3: experts 2-3 got no row")
+    # Expert 4 of layer 3 had a row in step 4's interval and none in those after it.
+    assert fourth == []
+    fronts = [text.split(" got")[0] for text in fifth]
+    assert fronts == ["step 10: layer 1: experts 1, 3-4", "step 10: layer 3: experts 2-4"]
+
+
+def test_one_row_in_the_window_is_enough(caplog):
+    dead, alive = rows([1, 0]), rows([1, 1])
+    steps = [[dead, dead, dead], [alive, dead], [dead, dead], [dead]]
+    assert warnings_of(caplog, DeadExpertWatch(4, [0], ALONE), steps) == [[], [], [], []]
+
+
+def test_zero_says_nothing_and_so_does_a_model_without_experts(caplog):
+    dead = rows([1, 0])
+    assert warnings_of(caplog, DeadExpertWatch(0, [0], ALONE), [[dead] * 9]) == [[]]
+    assert warnings_of(caplog, DeadExpertWatch(2, [], ALONE), [[None] * 9]) == [[]]
+
+
+def test_rows_of_all_ranks_count_and_only_rank_zero_speaks(caplog):
+    class Rank(Distributed):
+        def all_reduce(self, tensor, op=None):
+            return tensor.add_(rows([0, 1, 0]))
+
+    steps = [[rows([1, 0, 0])] * 2]
+    for rank, want in ((0, ["step 2: layer 0: experts 2"]), (1, [])):
+        watch = DeadExpertWatch(2, [0], Rank(rank, 2, rank, torch.device("cpu")))
+        found = warnings_of(caplog, watch, steps)[0]
+        assert [text.split(" got")[0] for text in found] == want
+
+
+@pytest.mark.parametrize(("numbers", "text"), [([], ""), ([4], "4"), ([0, 1], "0-1"), ([1, 3, 4, 5, 9], "1, 3-5, 9")])
+def test_numbers_are_shown_as_ranges(numbers, text):
+    assert in_ranges(numbers) == text
+
+
+def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
+    from qsparse_moe.training import prepare
+
+    build = prepare.build_model
+
+    def two_preferred(*arguments, **settings):
+        model = build(*arguments, **settings)
+        model.layers[1].moe.router.expert_bias.copy_(torch.tensor([9.0, 9, 0, 0]))
+        return model
+
+    monkeypatch.setattr(prepare, "build_model", two_preferred)
+    config = make_config(steps=4)
+    moe = config.model.moe.model_copy(update={"bias_update_rate": 1.0, "bias_update_steps": 0})
+    watch = config.metrics.model_copy(update={"interval": 2, "dead_expert_window": 3})
+    model = config.model.model_copy(update={"moe": moe})
+    with caplog.at_level(logging.WARNING):
+        train(config.model_copy(update={"metrics": watch, "model": model}))
+    messages = [record.getMessage() for record in caplog.records if "got no row" in record.getMessage()]
+    assert [text.split(" got")[0] for text in messages] == ["step 4: layer 1: experts 2-3"]

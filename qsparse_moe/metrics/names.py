@@ -83,14 +83,14 @@ METRICS = (
         "1",
         "Share of the routed rows that the capacity factor dropped, absent without one; the other router figures count "
         "those rows too.",
-        layers="chart",
+        layers="file",
     ),
     Metric(
         "router/choice_entropy",
         "nats",
         "Entropy of the router's probabilities for a token (of sigmoid scores: divided by their sum), mean over the "
         "tokens; 0 is certain, ln E undecided.",
-        layers="chart",
+        layers="file",
     ),
     Metric(
         "router/first_weight",
@@ -102,7 +102,7 @@ METRICS = (
         "router/bias_range",
         "1",
         "Largest less smallest of the biases that balance the load, after the step; absent where there are none.",
-        layers="chart",
+        layers="file",
     ),
     Metric(
         "sparsity/SITE/zeros_chosen",

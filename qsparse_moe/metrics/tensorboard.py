@@ -48,7 +48,6 @@ def chart_layout(config: RunConfig) -> Layout:
         "Do all experts work?": _load_charts(config.model.moe),
         "Is the router sure?": {
             "Entropy of the choice, nats": _lines("router/choice_entropy"),
-            "Entropy of the choice by layer, nats": _by_layer("router/choice_entropy"),
             "Weight of the first expert": _lines("router/first_weight"),
             "z-loss": _lines("train/router_z_loss"),
         },
@@ -81,10 +80,8 @@ def _load_charts(moe: MoEConfig) -> dict[str, list[object]]:
     }
     if moe.capacity_factor is not None:
         charts["Share of the rows dropped"] = _lines("router/dropped_share")
-        charts["Share of the rows dropped, by layer"] = _by_layer("router/dropped_share")
     if moe.bias_update_rate:
         charts["Range of the balance biases"] = _lines("router/bias_range")
-        charts["Range of the balance biases by layer"] = _by_layer("router/bias_range")
     return charts
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.moe.site import Selected
 
 
 @dataclass
@@ -101,15 +102,20 @@ class _Watch:
     def __post_init__(self) -> None:
         self.handles = [
             self.moe.router.register_forward_hook(self._see_router),
-            self.moe.input_site.register_forward_hook(self._see_input),
             self.moe.experts.hidden_site.register_forward_hook(self._see_hidden),
         ]
+        # The layer calls this half of the site's forward by itself where one selection serves all experts of a token.
+        choose = self.moe.input_site.choose
+
+        def seen(x: Tensor, expert_ids_N: Tensor | None = None) -> Selected:
+            selected = choose(x, expert_ids_N)
+            self.input_XD = selected.sparse != 0
+            return selected
+
+        self.moe.input_site.__dict__["choose"] = seen
 
     def _see_router(self, module: torch.nn.Module, inputs: object, routing: tuple[Tensor, ...]) -> None:
         self.experts_TA = routing[1]
-
-    def _see_input(self, module: torch.nn.Module, inputs: object, output: tuple[Tensor, object]) -> None:
-        self.input_XD = output[0] != 0
 
     def _see_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, object]) -> None:
         self.dense_NF, self.hidden_NF = inputs[0] != 0, output[0] != 0
@@ -129,6 +135,7 @@ class _Watch:
 
     def remove(self) -> None:
         """Take the hooks away."""
+        del self.moe.input_site.__dict__["choose"]
         for handle in self.handles:
             handle.remove()
 

@@ -106,7 +106,8 @@ def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path, capac
     memory = dict.fromkeys(("resident", "peak_resident", "allocated", "peak_allocated"), 1.0)
     recorder = Recorder(config)
     recorder.begin(make_context(tmp_path, config))
-    recorder(make_report(1, memory=memory, stats=random_stats(config.model), validation=VALIDATION))
+    stats = random_stats(config.model)
+    recorder(make_report(1, memory=memory, stats=stats, router_bias_LE=BIAS_LE, validation=VALIDATION))
     tags = read_board(tmp_path).Tags()["scalars"]
     patterns = [pattern for chart in charts(tmp_path).values() for pattern in chart]
     for pattern in patterns:

@@ -18,7 +18,7 @@ _MATRIX = re.compile(
 def layer_matrices(names: Iterable[str]) -> list[list[str]]:
     """Of the parameters ``names``, those behind a sparse site, by layer: of attention and of every feed-forward.
 
-    Norms and routers, which Q-Sparse leaves alone, belong to no list.
+    Norms, routers and the gate of shared experts, which Q-Sparse leaves alone, belong to no list.
     """
     layers: dict[int, list[str]] = {}
     for name in names:

@@ -5,7 +5,10 @@ Both directions are gathers, forward and backward: no scatter-add, so no result 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +60,62 @@ def permute(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
 def combine(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
     """``combine_reference`` with a backward that gathers."""
     return _Combine.apply(y_ND, weights_TA, dispatch.token_N, dispatch.slot_N, dispatch.row_TA)
+
+
+class RoutedRows(Protocol):
+    """What every plan tells of the rows, which are sorted by expert, within an expert by token; int64 or int32."""
+
+    @property
+    def token_N(self) -> Tensor:
+        """The token of each row."""
+
+    @property
+    def expert_N(self) -> Tensor:
+        """The expert of each row, ascending."""
+
+    @property
+    def rows_per_expert_E(self) -> Tensor:
+        """An expert without rows has 0."""
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """The way from tokens to rows and back: ``plan`` finds it, ``permute`` and ``combine`` go it.
+
+    ``plan(expert_ids_TA, num_experts)`` copies nothing to the host; of what it returns only ``RoutedRows`` is known.
+    ``permute(x_TD, planned) -> (N, D)`` and ``combine(y_ND, weights_TA, planned) -> (T, D)`` agree with
+    ``permute_reference`` and ``combine_reference``.
+    """
+
+    plan: Callable[[Tensor, int], RoutedRows]
+    permute: Callable[[Tensor, Any], Tensor]
+    combine: Callable[[Tensor, Tensor, Any], Tensor]
+
+
+GATHERS = Permutation(plan_dispatch, permute, combine)
+"""Stock PyTorch, on any device."""
+
+
+class RowCounts:
+    """How many rows each expert has, in the forms that grouped products want; each is made at most once a layer."""
+
+    def __init__(self, rows_per_expert_E: Tensor) -> None:
+        self.rows_per_expert_E = rows_per_expert_E
+
+    @cached_property
+    def ends_E(self) -> Tensor:
+        """int32, on the rows' device: the row behind each expert's last."""
+        return self.rows_per_expert_E.cumsum(0, dtype=torch.int32)
+
+    @cached_property
+    def on_host(self) -> Tensor:
+        """int64, in the host's memory. The first use waits for the device."""
+        return self.rows_per_expert_E.to("cpu", torch.int64)
+
+    @cached_property
+    def as_list(self) -> list[int]:
+        """The numbers. The first use waits for the device."""
+        return self.on_host.tolist()
 
 
 class _Permute(torch.autograd.Function):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import shared_hidden_size
-from qsparse_moe.moe.dispatch import Dispatch, combine, permute, plan_dispatch
+from qsparse_moe.moe.dispatch import RoutedRows
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.losses import load_balance_loss, router_z_loss
@@ -45,6 +45,7 @@ class MoELayer(nn.Module):
         moe = config.moe
         self.num_experts = moe.num_experts
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
+        self.permutation = runtime.permutation
         self.router = Router(config.hidden_size, moe)
         self.input_site = SparseSite(
             "expert_input",
@@ -63,7 +64,7 @@ class MoELayer(nn.Module):
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""
         x_TD = x_BSD.flatten(0, 1)
         routing = self.router(x_TD)
-        dispatch = plan_dispatch(routing.expert_ids_TA, self.num_experts)
+        dispatch = self.permutation.plan(routing.expert_ids_TA, self.num_experts)
         continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
         rows_ND, input_stats = self._gather(x_TD, dispatch, continues_N)
         y_ND, hidden_stats = self.experts(
@@ -71,9 +72,9 @@ class MoELayer(nn.Module):
             dispatch.rows_per_expert_E,
             dispatch.expert_N,
             with_stats=with_stats,
-            readers=self._readers(None, dispatch, continues_N),
+            readers=self._readers(dispatch, continues_N),
         )
-        y_TD = combine(y_ND, routing.weights_TA, dispatch)
+        y_TD = self.permutation.combine(y_ND, routing.weights_TA, dispatch)
         stats = {"router/rows_E": dispatch.rows_per_expert_E.double()}
         if self.shared is not None:
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
@@ -86,18 +87,24 @@ class MoELayer(nn.Module):
             y_TD.view_as(x_BSD), self._balance_loss(routing, x_BSD), router_z_loss(routing.logits_TE), stats
         )
 
-    def _gather(self, x_TD: Tensor, dispatch: Dispatch, continues_N: Tensor | None) -> tuple[Tensor, Stats]:
+    def _gather(self, x_TD: Tensor, dispatch: RoutedRows, continues_N: Tensor | None) -> tuple[Tensor, Stats]:
         """The sparse rows of the experts, with sums where it is known which reading continues in the next."""
         with_stats = continues_N is not None
         if self.input_site.is_uniform:
-            readers = self._readers(dispatch.token_N, dispatch, continues_N)
+            readers = self._readers(dispatch, continues_N, of_tokens=True)
             x_TD, stats = self.input_site(x_TD, with_stats=with_stats, readers=readers)
-            return permute(x_TD, dispatch), stats
-        readers = self._readers(None, dispatch, continues_N)
-        return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats, readers=readers)
+            return self.permutation.permute(x_TD, dispatch), stats
+        rows_ND, readers = self.permutation.permute(x_TD, dispatch), self._readers(dispatch, continues_N)
+        return self.input_site(rows_ND, dispatch.expert_N, with_stats=with_stats, readers=readers)
 
-    def _readers(self, row_N: Tensor | None, dispatch: Dispatch, continues_N: Tensor | None) -> Readers:
-        return Readers(row_N, dispatch.expert_N, self.num_experts, continues_N)
+    def _readers(
+        self, dispatch: RoutedRows, continues_N: Tensor | None, *, of_tokens: bool = False
+    ) -> Readers | None:
+        """Which expert reads which routed row, or which token; None where no sums are wanted."""
+        if continues_N is None:
+            return None
+        row_N = dispatch.token_N.long() if of_tokens else None
+        return Readers(row_N, dispatch.expert_N.long(), self.num_experts, continues_N)
 
     def _balance_loss(self, routing: Routing, x_BSD: Tensor) -> Tensor:
         groups = len(x_BSD) if self.balance_over_sequences else 1
@@ -105,7 +112,7 @@ class MoELayer(nn.Module):
         return load_balance_loss(probs_BSE, routing.expert_ids_TA.unflatten(0, (groups, -1)))
 
 
-def _continues(dispatch: Dispatch, sequence_length: int) -> Tensor:
+def _continues(dispatch: RoutedRows, sequence_length: int) -> Tensor:
     """``(N,)`` bool: the next row is the same expert's of the next token of the same sequence."""
     token_N, expert_N = dispatch.token_N, dispatch.expert_N
     continues_N = torch.zeros_like(token_N, dtype=torch.bool)

@@ -10,21 +10,25 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.backends import grouped, loop, onednn
+from qsparse_moe.moe.dispatch import GATHERS, Permutation, RowCounts
 
-Matmul = Callable[[Tensor, Tensor, Tensor], Tensor]
+Matmul = Callable[[Tensor, Tensor, RowCounts], Tensor]
 
 
 @dataclass(frozen=True)
 class BackendSpec:
     """A named way to run the experts.
 
-    ``matmul(rows_NX, weights_EXY, rows_per_expert_E) -> (N, Y)`` multiplies each expert's rows, which are contiguous
-    and in expert order, with that expert's matrix. ``why_not(config, device)`` is None where it runs.
+    ``matmul(rows_NX, weights_EXY, counts) -> (N, Y)`` multiplies each expert's rows, which are contiguous and in expert
+    order, with that expert's matrix. ``why_not(config, device)`` is None where it runs. ``permutation`` brings the
+    tokens into that order and back; ``load()`` imports or compiles what the two need, once, when a model is built.
     """
 
     name: str
     matmul: Matmul
     why_not: Callable[[ModelConfig, torch.device], str | None]
+    permutation: Permutation = GATHERS
+    load: Callable[[], object] = lambda: None
 
 
 BACKENDS: tuple[BackendSpec, ...] = (

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.backends import grouped, loop, onednn
+from qsparse_moe.moe.backends import grouped, loop, megablocks, megablocks_package, onednn
 from qsparse_moe.moe.dispatch import GATHERS, Permutation, RowCounts
 
 Matmul = Callable[[Tensor, Tensor, RowCounts], Tensor]
@@ -34,6 +34,11 @@ class BackendSpec:
 BACKENDS: tuple[BackendSpec, ...] = (
     BackendSpec("onednn", onednn.matmul, onednn.why_not),
     BackendSpec("grouped", grouped.matmul, grouped.why_not),
+    BackendSpec("megablocks", megablocks.matmul, megablocks.why_not, megablocks.PERMUTATION, megablocks_package.load),
     BackendSpec("loop", loop.matmul, loop.why_not),
 )
-"""Fastest first: ``auto`` takes the first that runs."""
+"""Fastest first: ``auto`` takes the first that runs.
+
+``megablocks`` runs nowhere where ``grouped`` does not, so ``auto`` never takes it: which of the two permutations is
+faster on a GPU has not been measured here, and one needs no package that its authors have left behind.
+"""

@@ -94,6 +94,8 @@ def test_same_weights_give_the_same_outputs_and_every_gradient(activation, route
 
 @pytest.mark.gpu
 def test_same_weights_give_the_same_outputs_and_gradients_on_a_gpu():
+    if not megablocks_package.load().grouped_gemm_util.grouped_gemm_is_available():
+        pytest.skip("grouped_gemm is not installed; GROUPED_GEMM=1 bash launch/megablocks.sh builds it")
     mine, theirs = outputs_and_grads(config(activation="swiglu"), torch.bfloat16, "cuda")
     for name in mine:
         # Its router is in bf16 and ours in fp32: weights and logits differ by some roundings.

@@ -11,7 +11,6 @@ from importlib import import_module
 from types import ModuleType
 
 from qsparse_moe.errors import BackendUnavailable
-from qsparse_moe.kernels import tiles
 
 logger = logging.getLogger(__name__)
 INSTALL = "bash launch/megablocks.sh"
@@ -44,6 +43,9 @@ def load() -> ModuleType:
     Raises:
         BackendUnavailable: it cannot be imported.
     """
+    # Here, so that what is missing can be told where torch is missing too.
+    from qsparse_moe.kernels import tiles
+
     if not has_extension():
         sys.modules[_EXTENSION] = import_module(_STAND_IN)
         logger.warning(

@@ -97,9 +97,7 @@ class MoELayer(nn.Module):
         rows_ND, readers = self.permutation.permute(x_TD, dispatch), self._readers(dispatch, continues_N)
         return self.input_site(rows_ND, dispatch.expert_N, with_stats=with_stats, readers=readers)
 
-    def _readers(
-        self, dispatch: RoutedRows, continues_N: Tensor | None, *, of_tokens: bool = False
-    ) -> Readers | None:
+    def _readers(self, dispatch: RoutedRows, continues_N: Tensor | None, *, of_tokens: bool = False) -> Readers | None:
         """Which expert reads which routed row, or which token; None where no sums are wanted."""
         if continues_N is None:
             return None

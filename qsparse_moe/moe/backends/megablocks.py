@@ -36,6 +36,11 @@ class SortedRows(NamedTuple):
     """An expert without rows has 0."""
     experts_per_token: int
 
+    @property
+    def token_N(self) -> Tensor:
+        """The token of each row; computed when it is asked for, as MegaBlocks does without it."""
+        return self.slot_N.div(self.experts_per_token, rounding_mode="floor")
+
 
 def plan(expert_ids_TA: Tensor, num_experts: int) -> SortedRows:
     """Sort the chosen (token, expert) pairs by expert, stably; nothing is copied to the host."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.backends.megablocks_package import INSTALL, has_extension
 
 if TYPE_CHECKING:
     import torch
@@ -121,18 +122,19 @@ def _on_device(name: str, device: torch.device, reason: str | None) -> Finding:
 
 def _gpu_libraries() -> Iterator[Finding]:
     yield _module("triton", 'not installed; pip install "qsparse-moe[gpu]" on a machine with a GPU')
-    for part, role in (
-        ("megablocks", "expert kernels"),
-        ("megablocks_ops", "its CUDA extension"),
-        ("grouped_gemm", ""),
-    ):
-        yield _module(part, f"not installed{f' ({role})' if role else ''}; no backend of this version uses it")
+    yield _module("megablocks", f"not installed; {INSTALL} installs it around the torch that is there")
+    yield _module("stk", f"not installed; megablocks imports it: {INSTALL}", package="stanford-stk")
+    stand_in = f"not installed; PyTorch stands in for it. {INSTALL} compiles it where CUDA is older than 13"
+    detail = "MegaBlocks' CUDA extension" if has_extension() else f"MegaBlocks' CUDA extension is {stand_in}"
+    yield Finding("GPU libraries", "megablocks_ops", has_extension(), False, detail)
+    in_its_place = "not installed; torch's grouped product multiplies in its place"
+    yield _module("grouped_gemm", f"{in_its_place}. GROUPED_GEMM=1 {INSTALL} compiles it where there is an NVIDIA GPU")
 
 
-def _module(name: str, missing: str) -> Finding:
+def _module(name: str, missing: str, *, package: str | None = None) -> Finding:
     found = importlib.util.find_spec(name) is not None
-    version = installed_version(name) or "installed"
-    return Finding("GPU libraries", name, found, False, version if found else missing)
+    version = installed_version(package or name) or "installed"
+    return Finding("GPU libraries", package or name, found, False, version if found else missing)
 
 
 def _extras() -> Iterator[Finding]:

@@ -6,7 +6,10 @@ an expert's capacity drops choices there are fewer rows; a dropped choice adds n
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,8 +28,6 @@ class Dispatch(NamedTuple):
     """The expert of each row, ascending."""
     rows_per_expert_E: Tensor
     """int64; an expert without rows has 0."""
-    chosen_per_expert_E: Tensor
-    """The same with the dropped choices."""
     kept_TA: Tensor | None
     """False where a (token, choice) pair was dropped; None where none can be."""
 
@@ -38,15 +39,13 @@ def plan_dispatch(expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor | Non
     """
     flat_ids = expert_ids_TA.flatten()
     expert_N, slot_N = flat_ids.sort(stable=True)
-    chosen_per_expert_E = rows_per_expert_E = _counts(flat_ids, num_experts)
     if kept_TA is not None:
         kept_N = kept_TA.flatten()[slot_N]
         expert_N, slot_N = expert_N[kept_N], slot_N[kept_N]
-        rows_per_expert_E = _counts(expert_N, num_experts)
     positions = torch.arange(len(slot_N), device=flat_ids.device)
     row_TA = torch.zeros_like(flat_ids).scatter_(0, slot_N, positions).view_as(expert_ids_TA)
     token_N = slot_N.div(expert_ids_TA.shape[1], rounding_mode="floor")
-    return Dispatch(token_N, slot_N, row_TA, expert_N, rows_per_expert_E, chosen_per_expert_E, kept_TA)
+    return Dispatch(token_N, slot_N, row_TA, expert_N, _counts(expert_N, num_experts), kept_TA)
 
 
 def _counts(expert_N: Tensor, num_experts: int) -> Tensor:
@@ -78,6 +77,63 @@ def combine(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
 
 def _kept_weights(weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
     return weights_TA if dispatch.kept_TA is None else weights_TA * dispatch.kept_TA
+
+
+class RoutedRows(Protocol):
+    """What every plan tells of the rows, which are sorted by expert, within an expert by token; int64 or int32."""
+
+    @property
+    def token_N(self) -> Tensor:
+        """The token of each row."""
+
+    @property
+    def expert_N(self) -> Tensor:
+        """The expert of each row, ascending."""
+
+    @property
+    def rows_per_expert_E(self) -> Tensor:
+        """An expert without rows has 0."""
+
+
+@dataclass(frozen=True)
+class Permutation:
+    """The way from tokens to rows and back: ``plan`` finds it, ``permute`` and ``combine`` go it.
+
+    ``plan(expert_ids_TA, num_experts, kept_TA)`` copies nothing to the host unless ``kept_TA``, bool, drops pairs; of
+    what it returns only ``RoutedRows`` is known.
+    ``permute(x_TD, planned) -> (N, D)`` and ``combine(y_ND, weights_TA, planned) -> (T, D)`` agree with
+    ``permute_reference`` and ``combine_reference``.
+    """
+
+    plan: Callable[[Tensor, int, Tensor | None], RoutedRows]
+    permute: Callable[[Tensor, Any], Tensor]
+    combine: Callable[[Tensor, Tensor, Any], Tensor]
+
+
+GATHERS = Permutation(plan_dispatch, permute, combine)
+"""Stock PyTorch, on any device."""
+
+
+class RowCounts:
+    """How many rows each expert has, in the forms that grouped products want; each is made at most once a layer."""
+
+    def __init__(self, rows_per_expert_E: Tensor) -> None:
+        self.rows_per_expert_E = rows_per_expert_E
+
+    @cached_property
+    def ends_E(self) -> Tensor:
+        """int32, on the rows' device: the row behind each expert's last."""
+        return self.rows_per_expert_E.cumsum(0, dtype=torch.int32)
+
+    @cached_property
+    def on_host(self) -> Tensor:
+        """int64, in the host's memory. The first use waits for the device."""
+        return self.rows_per_expert_E.to("cpu", torch.int64)
+
+    @cached_property
+    def as_list(self) -> list[int]:
+        """The numbers. The first use waits for the device."""
+        return self.on_host.tolist()
 
 
 class _Permute(torch.autograd.Function):

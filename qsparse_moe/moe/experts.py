@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import has_gate
+from qsparse_moe.moe.dispatch import RowCounts
 from qsparse_moe.moe.hidden import SparseActivation
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
@@ -53,10 +54,11 @@ class Experts(nn.Module):
         Returns:
             ``(N, D)`` and the sums of the site ``expert_hidden``.
         """
-        gate_NF = None if self.w_gate is None else self._project(rows_ND, self.w_gate, rows_per_expert_E)
-        up_NF = self._project(rows_ND, self.w_up, rows_per_expert_E)
+        counts = RowCounts(rows_per_expert_E)
+        gate_NF = None if self.w_gate is None else self._project(rows_ND, self.w_gate, counts)
+        up_NF = self._project(rows_ND, self.w_up, counts)
         hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats, readers=readers)
-        return self._project(hidden_NF, self.w_down, rows_per_expert_E), stats
+        return self._project(hidden_NF, self.w_down, counts), stats
 
-    def _project(self, rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:
-        return self.matmul(rows_NX, as_format(weights_EXY, self.weight_format), rows_per_expert_E)
+    def _project(self, rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
+        return self.matmul(rows_NX, as_format(weights_EXY, self.weight_format), counts)

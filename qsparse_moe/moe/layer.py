@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.capacity import expert_capacity, within_capacity
-from qsparse_moe.moe.dispatch import Dispatch, combine, permute, plan_dispatch
+from qsparse_moe.moe.dispatch import RoutedRows
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
@@ -54,6 +54,7 @@ class MoELayer(nn.Module):
         self.capacity_factor = moe.capacity_factor
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
         self.router_sees_sparse = moe.router_input == "sparse"
+        self.permutation = runtime.permutation
         self.router = Router(config.hidden_size, moe)
         self.input_site = SparseSite(
             "expert_input",
@@ -71,7 +72,8 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         selected = self.input_site.choose(x_TD) if self.input_site.is_uniform else None
         routing = self._route(x_TD, selected)
-        dispatch = plan_dispatch(routing.expert_ids_TA, self.num_experts, self._within_capacity(routing))
+        kept_TA = self._within_capacity(routing)
+        dispatch = self.permutation.plan(routing.expert_ids_TA, self.num_experts, kept_TA)
         continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
         rows_ND, input_stats = self._gather(x_TD, selected, dispatch, continues_N)
         y_ND, hidden_stats = self.experts(
@@ -79,9 +81,9 @@ class MoELayer(nn.Module):
             dispatch.rows_per_expert_E,
             dispatch.expert_N,
             with_stats=with_stats,
-            readers=self._readers(None, dispatch, continues_N),
+            readers=self._readers(dispatch, continues_N),
         )
-        y_TD = combine(y_ND, routing.weights_TA, dispatch)
+        y_TD = self.permutation.combine(y_ND, routing.weights_TA, dispatch)
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
         balance = balance_of(routing.probs_TE, routing.expert_ids_TA, num_groups)
         stats = {"router/rows_E": balance.rows_GE.sum(0)}
@@ -92,8 +94,8 @@ class MoELayer(nn.Module):
         if with_stats:
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
             stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
-            if dispatch.kept_TA is not None:
-                stats["router/dropped_E"] = (dispatch.chosen_per_expert_E - dispatch.rows_per_expert_E).double()
+            if kept_TA is not None:
+                stats["router/dropped_E"] = stats["router/rows_E"] - dispatch.rows_per_expert_E
         return MoEOutput(y_TD.view_as(x_BSD), balance, router_z_loss(routing.logits_TE), stats)
 
     def _route(self, x_TD: Tensor, selected: Selected | None) -> Routing:
@@ -109,7 +111,7 @@ class MoELayer(nn.Module):
         return within_capacity(routing.weights_TA, routing.expert_ids_TA, capacity)
 
     def _gather(
-        self, x_TD: Tensor, selected: Selected | None, dispatch: Dispatch, continues_N: Tensor | None
+        self, x_TD: Tensor, selected: Selected | None, dispatch: RoutedRows, continues_N: Tensor | None
     ) -> tuple[Tensor, Stats]:
         """The sparse rows of the experts, with sums where it is known which reading continues in the next.
 
@@ -117,17 +119,21 @@ class MoELayer(nn.Module):
         """
         with_stats = continues_N is not None
         if selected is None:
-            readers = self._readers(None, dispatch, continues_N)
-            return self.input_site(permute(x_TD, dispatch), dispatch.expert_N, with_stats=with_stats, readers=readers)
-        readers = self._readers(dispatch.token_N, dispatch, continues_N)
+            rows_ND, readers = self.permutation.permute(x_TD, dispatch), self._readers(dispatch, continues_N)
+            return self.input_site(rows_ND, dispatch.expert_N, with_stats=with_stats, readers=readers)
+        readers = self._readers(dispatch, continues_N, of_tokens=True)
         stats = self.input_site.sums(selected, readers) if with_stats else {}
-        return permute(selected.sparse, dispatch), stats
+        return self.permutation.permute(selected.sparse, dispatch), stats
 
-    def _readers(self, row_N: Tensor | None, dispatch: Dispatch, continues_N: Tensor | None) -> Readers:
-        return Readers(row_N, dispatch.expert_N, self.num_experts, continues_N)
+    def _readers(self, dispatch: RoutedRows, continues_N: Tensor | None, *, of_tokens: bool = False) -> Readers | None:
+        """Which expert reads which routed row, or which token; None where no sums are wanted."""
+        if continues_N is None:
+            return None
+        row_N = dispatch.token_N.long() if of_tokens else None
+        return Readers(row_N, dispatch.expert_N.long(), self.num_experts, continues_N)
 
 
-def _continues(dispatch: Dispatch, sequence_length: int) -> Tensor:
+def _continues(dispatch: RoutedRows, sequence_length: int) -> Tensor:
     """``(N,)`` bool: the next row is the same expert's of the next token of the same sequence."""
     token_N, expert_N = dispatch.token_N, dispatch.expert_N
     continues_N = torch.zeros_like(token_N, dtype=torch.bool)

@@ -16,6 +16,7 @@ from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, Selection, SelectRows
 from qsparse_moe.moe.backends.registry import BACKENDS, BackendSpec, Matmul
+from qsparse_moe.moe.dispatch import Permutation
 
 logger = logging.getLogger(__name__)
 Named = TypeVar("Named", BackendSpec, Selection)
@@ -25,6 +26,7 @@ Named = TypeVar("Named", BackendSpec, Selection)
 class Runtime:
     """The functions that a model's modules call, and the names of the implementations behind them by setting."""
 
+    permutation: Permutation
     matmul: Matmul
     select_rows: SelectRows
     fused_glu: FusedGLU | None
@@ -45,9 +47,11 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str) -> Runtime:
     selection = _choose(
         "model.sparsity.backend", config.sparsity.backend, SELECTIONS, lambda spec: spec.why_not(device)
     )
+    experts.load()
     if selection.name == "native":
         native.load()
     return Runtime(
+        experts.permutation,
         experts.matmul,
         selection.select_rows,
         next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),

@@ -18,7 +18,17 @@ from qsparse_moe.version import __version__
 
 MANIFEST_FILE = "manifest.json"
 
-_PACKAGES = ("torch", "deepspeed", "datasets", "tokenizers", "transformers", "triton", "numpy")
+_PACKAGES = (
+    "torch",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+    "transformers",
+    "triton",
+    "megablocks",
+    "grouped_gemm",
+    "numpy",
+)
 
 
 def write_manifest(folder: Path, config: RunConfig, engine: Engine, *, start_step: int, fingerprint: str) -> None:

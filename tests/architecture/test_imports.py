@@ -134,6 +134,7 @@ def test_broken_rule_is_found(case, tmp_path):
         "import qsparse_moe; qsparse_moe.RunConfig; qsparse_moe.SparsityPlan",
         "import qsparse_moe.accounting.parameters",
         "import qsparse_moe.cli.app",
+        "import qsparse_moe.cli.checks",
     ],
 )
 def test_no_torch_is_loaded(statement):

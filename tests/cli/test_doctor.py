@@ -106,6 +106,33 @@ def test_bounds_are_those_of_the_project():
     assert project["requires-python"] == ">=" + ".".join(map(str, checks._PYTHON))
 
 
+def test_each_missing_part_of_megablocks_is_told_with_its_remedy(capsys, monkeypatch):
+    find = checks.importlib.util.find_spec
+    parts = ("megablocks", "stk", "grouped_gemm")
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name in parts else find(name))
+    monkeypatch.setattr(checks, "has_extension", lambda: False)
+    ready, found = findings(capsys, code=0)
+    assert ready
+    told = {name: found[name]["detail"] for name in ("megablocks", "stanford-stk", "megablocks_ops", "grouped_gemm")}
+    assert not any(found[name]["runs"] for name in told)
+    assert told["megablocks"] == "not installed; bash launch/megablocks.sh installs it around the torch that is there"
+    assert told["stanford-stk"] == "not installed; megablocks imports it: bash launch/megablocks.sh"
+    assert "PyTorch stands in for it. bash launch/megablocks.sh compiles it" in told["megablocks_ops"]
+    assert "torch's grouped product multiplies in its place. GROUPED_GEMM=1 bash launch/m" in told["grouped_gemm"]
+    backend = found["model.moe.backend=megablocks"]
+    assert not backend["runs"] and backend["detail"].startswith(
+        "megablocks is not installed; bash launch/megablocks.sh"
+    )
+
+
+def test_parts_of_megablocks_that_are_there_are_told(capsys, monkeypatch):
+    monkeypatch.setattr(checks, "has_extension", lambda: True)
+    _, found = findings(capsys, code=0)
+    assert (found["megablocks"]["runs"], found["megablocks"]["detail"]) == (True, "0.10.0")
+    assert found["stanford-stk"]["detail"] == "0.7.1"
+    assert found["megablocks_ops"] | {"runs": True, "detail": "MegaBlocks' CUDA extension"} == found["megablocks_ops"]
+
+
 def hide(monkeypatch, missing):
     real = checks.installed_version
     monkeypatch.setattr(checks, "installed_version", lambda package: None if package == missing else real(package))

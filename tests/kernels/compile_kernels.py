@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -36,27 +38,34 @@ class NamedTarget:
         return 0
 
 
-def compile_all(capability: int) -> dict[str, dict[str, int]]:
-    """Sizes in bytes of the machine code, by operation and case, of the kernels that each launches."""
+@contextmanager
+def only_compiling(capability: int, compiled: Callable[[str, int], None]) -> Iterator[None]:
+    """Inside, a launch only compiles for ``capability``; ``compiled`` gets name and bytes of the machine code."""
     triton.runtime.driver.set_active(NamedTarget(capability))
-    compiled: dict[str, dict[str, int]] = {}
     run = JITFunction.run
 
     def only_compile(self: JITFunction, *args: object, **settings: object) -> object:
         settings["warmup"] = True
         kernel = run(self, *args, **settings)
-        compiled.setdefault(where, {})[self.__name__] = len(kernel.asm["cubin"])
+        compiled(self.__name__, len(kernel.asm["cubin"]))
         return kernel
 
     JITFunction.run = only_compile
     try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+def compile_all(capability: int) -> dict[str, dict[str, int]]:
+    """Sizes in bytes of the machine code, by operation and case, of the kernels that each launches."""
+    compiled: dict[str, dict[str, int]] = {}
+    with only_compiling(capability, lambda name, size: compiled.setdefault(where, {}).__setitem__(name, size)):
         for spec in OPS:
             for case in cases(spec) if capability == HOPPER else ("large",):
                 for dtype in (torch.float32, torch.bfloat16):
                     where = f"{spec.name} {case} {dtype}"
                     forward_and_backward(spec, case, dtype)
-    finally:
-        JITFunction.run = run
     return compiled
 
 

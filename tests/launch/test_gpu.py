@@ -10,15 +10,18 @@ import qsparse_moe
 
 REPOSITORY = Path(qsparse_moe.__file__).parent.parent
 FAKE_PYTHON = """#!/bin/sh
+case "$2" in *megablocks*) exit {megablocks} ;; esac
 case "$1" in -c) {device} ;; esac
 echo "interpret=$TRITON_INTERPRET $*" >>"$CALLS"
 {exit}
 """
 
 
-def launch(tmp_path: Path, *, device: str, exit: str = "") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+def launch(
+    tmp_path: Path, *, device: str, megablocks: int = 0, exit: str = ""
+) -> tuple[subprocess.CompletedProcess[str], list[str]]:
     python, calls = tmp_path / "python", tmp_path / "calls"
-    python.write_text(FAKE_PYTHON.format(device=device, exit=exit))
+    python.write_text(FAKE_PYTHON.format(device=device, megablocks=megablocks, exit=exit))
     python.chmod(0o755)
     calls.touch()
     environment = os.environ | {"PYTHON": str(python), "CALLS": str(calls), "TRITON_INTERPRET": "1"}
@@ -46,3 +49,9 @@ def test_a_python_without_a_device_is_refused_with_the_way_out(tmp_path):
     done, calls = launch(tmp_path, device="exit 1")
     assert done.returncode == 2 and not calls
     assert "sees no CUDA device; PYTHON=... names one whose torch does" in done.stderr
+
+
+def test_a_python_without_megablocks_is_refused_with_the_way_out(tmp_path):
+    done, calls = launch(tmp_path, device="echo GPU; exit 0", megablocks=1)
+    assert done.returncode == 2 and not calls
+    assert f"has no megablocks; PYTHON={tmp_path / 'python'} bash launch/megablocks.sh installs it" in done.stderr

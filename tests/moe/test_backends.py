@@ -9,6 +9,7 @@ from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.moe.backends import loop
 from qsparse_moe.moe.backends.registry import BACKENDS
+from qsparse_moe.moe.dispatch import RowCounts
 from qsparse_moe.moe.runtime import resolve_runtime
 
 FAST = {spec.name: spec.matmul for spec in BACKENDS if spec.name != "loop"}
@@ -28,7 +29,7 @@ X, Y = 16, 24
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_the_loop_in_output_and_every_gradient(name, load, dtype):
-    counts = torch.tensor(load)
+    counts = RowCounts(torch.tensor(load))
     inputs = [torch.randn(sum(load), X), torch.randn(len(load), X, Y)]
     upstream = torch.randn(sum(load), Y)
 

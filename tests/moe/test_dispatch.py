@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qsparse_moe.moe.dispatch import combine, combine_reference, permute, permute_reference, plan_dispatch
+from qsparse_moe.moe.dispatch import RowCounts, combine, combine_reference, permute, permute_reference, plan_dispatch
 
 CASES = {
     "spread": torch.tensor([[0, 2], [3, 1], [2, 0], [1, 2]]),
@@ -49,3 +49,11 @@ def test_combine_adds_bf16_rows_in_fp32():
     y = combine(rows, torch.tensor([[1.0, 1.0]]), dispatch)
     assert y.dtype == torch.bfloat16
     assert y.item() == torch.tensor(257.0).bfloat16().item()
+
+
+def test_row_counts_in_every_form():
+    counts = RowCounts(torch.tensor([2, 0, 3], dtype=torch.int32))
+    assert (counts.ends_E.tolist(), counts.ends_E.dtype) == ([2, 2, 5], torch.int32)
+    assert (counts.on_host.tolist(), counts.on_host.dtype) == ([2, 0, 3], torch.int64)
+    assert counts.as_list == [2, 0, 3]
+    assert counts.ends_E is counts.ends_E, "made once a layer"

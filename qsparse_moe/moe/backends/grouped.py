@@ -7,16 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.dispatch import RowCounts
 
 # grouped_mm wants rows of whole 16 bytes: 8 features in bf16, 4 in fp32. The model's dtype is not known when the
 # backend is chosen, so the stricter one holds.
 _MULTIPLE = 8
 
 
-def matmul(rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
     """``(N, Y)``: each expert's rows times its matrix; nothing waits for the counts."""
-    ends_E = rows_per_expert_E.cumsum(0).to(torch.int32)
-    return F.grouped_mm(rows_NX, weights_EXY, offs=ends_E)
+    return F.grouped_mm(rows_NX, weights_EXY, offs=counts.ends_E)
 
 
 def why_not(config: ModelConfig, device: torch.device) -> str | None:

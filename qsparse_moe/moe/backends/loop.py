@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.dispatch import RowCounts
 
 
-def matmul(rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
     """``(N, Y)``: each expert's rows times its matrix. Waits for the counts on the host."""
-    parts = rows_NX.split(rows_per_expert_E.tolist())
+    parts = rows_NX.split(counts.as_list)
     return torch.cat([part @ weight for part, weight in zip(parts, weights_EXY.unbind(), strict=True)])
 
 

@@ -10,15 +10,16 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels import onednn
 from qsparse_moe.kernels.onednn import gemm
+from qsparse_moe.moe.dispatch import RowCounts
 
 # oneDNN compiles a kernel for every shape it meets. Loads differ at every step, so exact counts keep compiling:
 # 128 rows, 512 x 768, bf16: 0.27 ms a product once compiled, 0.7 ms the first time. Rounded up to 16 they recur.
 _ROUND = 16
 
 
-def matmul(rows_NX: Tensor, weights_EXY: Tensor, rows_per_expert_E: Tensor) -> Tensor:
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
     """``(N, Y)``: each expert's rows times its matrix."""
-    return _GroupedMatmul.apply(rows_NX, weights_EXY, rows_per_expert_E.tolist())
+    return _GroupedMatmul.apply(rows_NX, weights_EXY, counts.as_list)
 
 
 def why_not(config: ModelConfig, device: torch.device) -> str | None:

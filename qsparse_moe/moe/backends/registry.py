@@ -9,27 +9,36 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.backends import grouped, loop, onednn
+from qsparse_moe.moe.backends import grouped, loop, megablocks, megablocks_package, onednn
+from qsparse_moe.moe.dispatch import GATHERS, Permutation, RowCounts
 
-Matmul = Callable[[Tensor, Tensor, Tensor], Tensor]
+Matmul = Callable[[Tensor, Tensor, RowCounts], Tensor]
 
 
 @dataclass(frozen=True)
 class BackendSpec:
     """A named way to run the experts.
 
-    ``matmul(rows_NX, weights_EXY, rows_per_expert_E) -> (N, Y)`` multiplies each expert's rows, which are contiguous
-    and in expert order, with that expert's matrix. ``why_not(config, device)`` is None where it runs.
+    ``matmul(rows_NX, weights_EXY, counts) -> (N, Y)`` multiplies each expert's rows, which are contiguous and in expert
+    order, with that expert's matrix. ``why_not(config, device)`` is None where it runs. ``permutation`` brings the
+    tokens into that order and back; ``load()`` imports or compiles what the two need, once, when a model is built.
     """
 
     name: str
     matmul: Matmul
     why_not: Callable[[ModelConfig, torch.device], str | None]
+    permutation: Permutation = GATHERS
+    load: Callable[[], object] = lambda: None
 
 
 BACKENDS: tuple[BackendSpec, ...] = (
     BackendSpec("onednn", onednn.matmul, onednn.why_not),
     BackendSpec("grouped", grouped.matmul, grouped.why_not),
+    BackendSpec("megablocks", megablocks.matmul, megablocks.why_not, megablocks.PERMUTATION, megablocks_package.load),
     BackendSpec("loop", loop.matmul, loop.why_not),
 )
-"""Fastest first: ``auto`` takes the first that runs."""
+"""Fastest first: ``auto`` takes the first that runs.
+
+``megablocks`` runs nowhere where ``grouped`` does not, so ``auto`` never takes it: which of the two permutations is
+faster on a GPU has not been measured here, and one needs no package that its authors have left behind.
+"""

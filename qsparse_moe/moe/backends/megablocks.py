@@ -1,0 +1,123 @@
+"""MegaBlocks' permutation around a grouped product. T tokens, A experts a token, N = T * A rows, D width, E experts.
+
+Its kernels compute in fp32 and store in the dtype of the rows. So ``combine`` rounds each weighted row before the sum
+over a token's experts, and the gradient of the weights once, where the gathers of ``dispatch.py`` do neither.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.kernels import tiles
+from qsparse_moe.moe.backends import grouped
+from qsparse_moe.moe.backends.megablocks_package import has_extension, load, missing
+from qsparse_moe.moe.dispatch import Permutation, RowCounts
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Its kernels compute the places of values in int32.
+_MAX_VALUES = 2**31 - 1
+
+
+class SortedRows(NamedTuple):
+    """MegaBlocks' description of the rows, all int32; rows are sorted by expert, within an expert by token."""
+
+    expert_N: Tensor
+    """The expert of each row, ascending (its ``bin_ids``)."""
+    slot_N: Tensor
+    """The (token, choice) pair of each row, as ``token * A + choice`` (its ``indices``)."""
+    ends_E: Tensor
+    """The row behind each expert's last (its ``bins``)."""
+    rows_per_expert_E: Tensor
+    """An expert without rows has 0."""
+    experts_per_token: int
+
+    @property
+    def token_N(self) -> Tensor:
+        """The token of each row; computed when it is asked for, as MegaBlocks does without it."""
+        return self.slot_N.div(self.experts_per_token, rounding_mode="floor")
+
+
+def plan(expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor | None = None) -> SortedRows:
+    """Sort the chosen (token, expert) pairs by expert, stably; nothing is copied to the host and nothing dropped."""
+    assert kept_TA is None, "why_not refuses a capacity factor"
+    ops = load().ops
+    ids_N = expert_ids_TA.flatten().int()
+    with tiles.on_device_of(ids_N):
+        expert_N, slot_N = ops.sort(ids_N, max(1, (num_experts - 1).bit_length()))
+        rows_per_expert_E = ops.histogram(ids_N, num_experts)
+        # It returns the sum of a single expert without a dim.
+        ends_E = ops.inclusive_cumsum(rows_per_expert_E, 0).view(num_experts)
+    return SortedRows(expert_N, slot_N, ends_E, rows_per_expert_E, expert_ids_TA.shape[1])
+
+
+def permute(x_TD: Tensor, rows: SortedRows) -> Tensor:
+    """``permute_reference`` by MegaBlocks' ``gather``, whose backward is its ``scatter``.
+
+    Raises:
+        BackendUnavailable: its kernels cannot take a tensor of this dtype or size.
+    """
+    _check(x_TD, len(rows.slot_N))
+    with tiles.on_device_of(x_TD):
+        # It reads rows one behind the other, whatever the strides.
+        return load().ops.gather(x_TD.contiguous(), rows.slot_N, rows.expert_N, rows.ends_E, rows.experts_per_token)
+
+
+def combine(y_ND: Tensor, weights_TA: Tensor, rows: SortedRows) -> Tensor:
+    """``combine_reference`` by MegaBlocks' ``scatter``, whose backward is its ``gather`` and a kernel of dot products.
+
+    Raises:
+        BackendUnavailable: its kernels cannot take a tensor of this dtype or size.
+    """
+    _check(y_ND, len(rows.slot_N))
+    weight_N = weights_TA.flatten().contiguous()
+    with tiles.on_device_of(y_ND):
+        return load().ops.scatter(
+            y_ND.contiguous(), rows.slot_N, rows.expert_N, weight_N, rows.ends_E, rows.experts_per_token
+        )
+
+
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
+    """``(N, Y)``: each expert's rows times its matrix.
+
+    By the package grouped_gemm where it is installed, for bf16 on CUDA, which is all that it takes; it wants the counts
+    on the host, so a layer waits for the device once. Otherwise by PyTorch's grouped product, which waits for nothing.
+    """
+    if rows_NX.is_cuda and rows_NX.dtype == torch.bfloat16:
+        grouped_gemm = load().grouped_gemm_util.ops
+        if grouped_gemm is not None:
+            return grouped_gemm.gmm(rows_NX, weights_EXY, counts.on_host)
+    return grouped.matmul(rows_NX, weights_EXY, counts)
+
+
+def why_not(config: ModelConfig, device: torch.device) -> str | None:
+    """The reason why this model's experts cannot run through it on ``device``, with the way out, or None."""
+    reason = missing() or tiles.why_not(device)
+    if reason is not None:
+        return reason
+    if device.type != "cuda" and has_extension():
+        return f"its CUDA extension is installed, which takes no tensors of the device {device.type}; use device cuda"
+    if config.moe.capacity_factor is not None:
+        return f"it drops no rows; set model.moe.capacity_factor ({config.moe.capacity_factor}) to null"
+    return grouped.why_not(config, device)
+
+
+def _check(x: Tensor, num_rows: int) -> None:
+    if x.dtype not in _DTYPES:
+        raise BackendUnavailable(
+            f"model.moe.backend ('megablocks') computes in fp32 at most, not in {x.dtype}; other backends do"
+        )
+    width = x.shape[-1]
+    if num_rows * width > _MAX_VALUES:
+        raise BackendUnavailable(
+            f"model.moe.backend ('megablocks'): {num_rows} routed rows of model.hidden_size {width} are more than the "
+            f"{_MAX_VALUES} values that its kernels can count; lower training.micro_batch_size, or use grouped"
+        )
+
+
+PERMUTATION = Permutation(plan, permute, combine)
+"""MegaBlocks' own."""

@@ -72,11 +72,17 @@ def asked_plan(
 
     Raises:
         CheckpointError: the run has no checkpoint.
-        ConfigError: S is asked for in two ways, in none that there is, for another model, or is 0 everywhere.
+        ConfigError: S is asked for in two ways, in none that there is, for another model, or is 0 everywhere; or the
+            run's router leaves no room for thresholds.
     """
     _check_one_way(overrides, sparsity, plan_file)
     # Rows are ranked while thresholds are found, whatever the selection of the run is.
     config = load_config(run_dir / CONFIG_FILE, [f"{_SECTION}.selection=topk", *overrides])
+    if config.model.moe.router_input == "sparse":
+        raise ConfigError(
+            f"{run_dir}: its router sees the sparse tokens (model.moe.router_input is sparse), and thresholds differ "
+            "between experts; only a run that was trained with router_input=dense can select by them"
+        )
     step = newest_step(run_dir)
     if step is None:
         raise no_checkpoint(run_dir)

@@ -144,6 +144,10 @@ WRONG = {
         "dense: S is 0 at every site, which has no threshold to calibrate; ask for another with",
     ),
     "still in its warm-up": (["early"], "early: S is 0 at every site"),
+    "a router that sees sparse tokens": (
+        ["sparse-router"],
+        "sparse-router: its router sees the sparse tokens (model.moe.router_input is sparse), and thresholds differ",
+    ),
     "another setting": (
         ["ready", "training.steps=5"],
         "training.steps does not set S, and only S may differ from the run's; choose from model.sparsity.preset,",
@@ -168,6 +172,8 @@ def inputs(tmp_path, monkeypatch):
     untrained(tmp_path, "unsaved", step=None)
     untrained(tmp_path, "dense", default=0.0)
     untrained(tmp_path, "early", step=1)
+    text = (untrained(tmp_path, "sparse-router") / "config.yaml").read_text()
+    (tmp_path / "sparse-router" / "config.yaml").write_text(text.replace("router_input: dense", "router_input: sparse"))
     (tmp_path / "there.json").write_text("mine")
     config = tiny_config(tmp_path, "other").model
     SparsityPlan.uniform(config.model_copy(update={"num_layers": 1}), 0.5).save(tmp_path / "other.json")

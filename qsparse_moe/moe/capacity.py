@@ -8,9 +8,26 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from qsparse_moe.moe.dispatch import Permutation, RoutedRows
+
+
+class KeptRows(NamedTuple):
+    """The rows that stay of a plan that knows of no drops, in its order."""
+
+    token_N: Tensor
+    """The token of each row."""
+    expert_N: Tensor
+    """The expert of each row, ascending."""
+    rows_per_expert_E: Tensor
+    """An expert without rows has 0."""
+    row_N: Tensor
+    """Which row of the plan each is."""
+    plan: RoutedRows
 
 
 def expert_capacity(factor: float, num_choices: int, num_experts: int) -> int:
@@ -38,3 +55,36 @@ def within_capacity(weights_TA: Tensor, expert_ids_TA: Tensor, capacity: int) ->
     kept_N = torch.empty_like(expert_N, dtype=torch.bool)
     kept_N[by_weight_N[order_N]] = rank_N < capacity
     return kept_N.view_as(expert_ids_TA)
+
+
+def dropping(permutation: Permutation) -> Permutation:
+    """``permutation``, whose plan knows of no drops, with them.
+
+    A dropped row is left out behind ``permute`` and stands as zeros before ``combine``: it adds nothing to its token,
+    and no gradient passes through it, to the token or to its router weight.
+    """
+
+    def plan(expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor | None) -> RoutedRows:
+        rows = permutation.plan(expert_ids_TA, num_experts, None)
+        return rows if kept_TA is None else keep_rows(rows, expert_ids_TA, num_experts, kept_TA)
+
+    def permute(x_TD: Tensor, rows: RoutedRows) -> Tensor:
+        if not isinstance(rows, KeptRows):
+            return permutation.permute(x_TD, rows)
+        return permutation.permute(x_TD, rows.plan).index_select(0, rows.row_N)
+
+    def combine(y_ND: Tensor, weights_TA: Tensor, rows: RoutedRows) -> Tensor:
+        if not isinstance(rows, KeptRows):
+            return permutation.combine(y_ND, weights_TA, rows)
+        all_rows = y_ND.new_zeros(weights_TA.numel(), y_ND.shape[1])
+        return permutation.combine(all_rows.index_copy(0, rows.row_N, y_ND), weights_TA, rows.plan)
+
+    return Permutation(plan, permute, combine)
+
+
+def keep_rows(plan: RoutedRows, expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor) -> KeptRows:
+    """``plan`` without the choices of which ``kept_TA`` is false; their number is copied to the host."""
+    kept_TE = torch.zeros(len(kept_TA), num_experts, dtype=torch.bool, device=kept_TA.device)
+    kept_TE.scatter_(1, expert_ids_TA, kept_TA)
+    (row_N,) = kept_TE[plan.token_N.long(), plan.expert_N.long()].nonzero(as_tuple=True)
+    return KeptRows(plan.token_N[row_N], plan.expert_N[row_N], kept_TE.sum(0), row_N, plan)

@@ -54,8 +54,11 @@ def test_tables_hold_the_same_counts(capsys):
     content = described(capsys, TINY, *SHAPE)
     assert run(["describe", TINY, *SHAPE]) == 0
     printed = capsys.readouterr().out
-    for count in (content["parameters"]["stored"], content["parameters"]["active"], content["parameters"]["kept"]):
-        assert f"{count:,.0f}" in printed
+    one_row, whole = content["parameters"], content["parameters_with_embedding"]
+    for counted in (one_row, whole):
+        for kind in ("stored", "active", "kept"):
+            assert f"{counted[kind]:,.0f}" in printed
+    assert whole["active"] - one_row["active"] == content["parameters_by_part"]["embedding"]["stored"] - 64
     assert f"{content['forward_flops_per_token']['kept']:,.0f}" in printed
     assert "mean S 0.5000" in printed
 

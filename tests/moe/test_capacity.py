@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.model.init import initialize
 from qsparse_moe.moe.activations import REFERENCES
-from qsparse_moe.moe.capacity import expert_capacity, within_capacity, within_capacity_reference
-from qsparse_moe.moe.dispatch import combine, combine_reference, permute, permute_reference, plan_dispatch
+from qsparse_moe.moe.capacity import dropping, expert_capacity, within_capacity, within_capacity_reference
+from qsparse_moe.moe.dispatch import GATHERS, combine, combine_reference, permute, permute_reference, plan_dispatch
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.sparsity.plan import num_kept
 from qsparse_moe.sparsity.topk import topk_sparsify
@@ -84,6 +84,26 @@ def test_permute_and_combine_leave_out_what_is_dropped_in_value_and_every_gradie
     _, y, grad_x, grad_weights = results[0]
     assert (y[3] == 0).all() and (grad_x[3] == 0).all()
     assert torch.equal(grad_weights != 0, kept_TA)
+
+
+def test_drops_behind_a_permutation_that_knows_none_are_those_of_the_gathers():
+    torch.manual_seed(0)
+    ids_TA = torch.stack([torch.randperm(E)[:A] for _ in range(T)])
+    kept_TA = torch.rand(T, A) < 0.6
+    x = torch.randn(T, D, dtype=torch.float64, requires_grad=True)
+    weights = torch.rand(T, A, dtype=torch.float64, requires_grad=True)
+    up_rows = torch.randn(int(kept_TA.sum()), D, dtype=torch.float64)
+    up_tokens = torch.randn(T, D, dtype=torch.float64)
+    results = []
+    for way in (dropping(GATHERS), GATHERS):
+        plan = way.plan(ids_TA, E, kept_TA)
+        rows = way.permute(x, plan)
+        y = way.combine(rows.sin(), weights, plan)
+        grads = torch.autograd.grad((rows, y), (x, weights), (up_rows, up_tokens))
+        results.append((plan.token_N, plan.expert_N, plan.rows_per_expert_E, rows, y, *grads))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert torch.equal(results[0][-1] != 0, kept_TA)
 
 
 def make(factor, backend="loop", activation="relu2glu", shared=0, dtype=torch.float64):

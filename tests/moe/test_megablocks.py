@@ -171,17 +171,26 @@ DENSE, UNIFORM, PER_EXPERT = [0.0] * 4, [0.5] * 4, [0.0, 0.5, 0.25, 0.75]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("activation", ["swiglu", "relu2"])
 @pytest.mark.parametrize(
-    ("sparsity", "num_tokens"),
-    [(DENSE, 6), (UNIFORM, 6), (PER_EXPERT, 6), (UNIFORM, 1)],
-    ids=["dense", "uniform", "per expert", "one token"],
+    ("sparsity", "num_tokens", "capacity"),
+    [
+        (DENSE, 6, None),
+        (UNIFORM, 6, None),
+        (PER_EXPERT, 6, None),
+        (UNIFORM, 1, None),
+        (UNIFORM, 6, 0.5),
+        (PER_EXPERT, 6, 0.5),
+    ],
+    ids=["dense", "uniform", "per expert", "one token", "uniform, full", "per expert, full"],
 )
-def test_layer_agrees_with_the_loop_in_value_every_gradient_and_every_sum(sparsity, num_tokens, activation, device):
+def test_layer_agrees_with_the_loop_in_value_every_gradient_and_every_sum(
+    sparsity, num_tokens, capacity, activation, device
+):
     ready(device)
     torch.manual_seed(0)
     x, upstream = torch.randn(2, 1, num_tokens, 16, device=device)
     results = []
     for backend in ("megablocks", "loop"):
-        made = layer(backend, device, sparsity, activation=activation)
+        made = layer(backend, device, sparsity, activation=activation, capacity_factor=capacity)
         leaf = x.clone().requires_grad_()
         output = made(leaf)
         leaves = {"x": leaf, **dict(made.named_parameters())}
@@ -189,6 +198,7 @@ def test_layer_agrees_with_the_loop_in_value_every_gradient_and_every_sum(sparsi
         results.append({"y": output.y_BSD, **dict(zip(leaves, grads, strict=True)), **output.stats})
     mine, want = results
     assert mine.keys() == want.keys()
+    assert ("router/dropped_E" in want) == (capacity is not None)
     for name, exact in want.items():
         close = {"rtol": 1e-5, "atol": 1e-5 * exact.abs().max().item() if exact.is_floating_point() else 0}
         torch.testing.assert_close(mine[name], exact, **close, msg=f"{name} differs")

@@ -16,6 +16,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import tiles
 from qsparse_moe.moe.backends import grouped
 from qsparse_moe.moe.backends.megablocks_package import has_extension, load, missing
+from qsparse_moe.moe.capacity import dropping
 from qsparse_moe.moe.dispatch import Permutation, RowCounts
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,8 +44,8 @@ class SortedRows(NamedTuple):
 
 
 def plan(expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor | None = None) -> SortedRows:
-    """Sort the chosen (token, expert) pairs by expert, stably; nothing is copied to the host and nothing dropped."""
-    assert kept_TA is None, "why_not refuses a capacity factor"
+    """Sort the chosen (token, expert) pairs by expert, stably; nothing is copied to the host."""
+    assert kept_TA is None, "its kernels go to every row and back; dropping leaves some out behind them"
     ops = load().ops
     ids_N = expert_ids_TA.flatten().int()
     with tiles.on_device_of(ids_N):
@@ -101,8 +102,6 @@ def why_not(config: ModelConfig, device: torch.device) -> str | None:
         return reason
     if device.type != "cuda" and has_extension():
         return f"its CUDA extension is installed, which takes no tensors of the device {device.type}; use device cuda"
-    if config.moe.capacity_factor is not None:
-        return f"it drops no rows; set model.moe.capacity_factor ({config.moe.capacity_factor}) to null"
     return grouped.why_not(config, device)
 
 
@@ -119,5 +118,5 @@ def _check(x: Tensor, num_rows: int) -> None:
         )
 
 
-PERMUTATION = Permutation(plan, permute, combine)
-"""MegaBlocks' own."""
+PERMUTATION = dropping(Permutation(plan, permute, combine))
+"""MegaBlocks' own; rows that a capacity factor drops are left out behind it."""

@@ -1,0 +1,34 @@
+"""The shipped recipes, made small: their routers, balance and Q-Sparse settings train together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsparse_moe.config.load import load_config
+from qsparse_moe.model.transformer import build_model
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
+SMALL = [
+    "model.vocab_size=264",
+    "model.hidden_size=32",
+    "model.num_layers=5",
+    "model.head_size=4",
+    "model.init_std=0.1",
+    "model.moe.expert_hidden_size=16",
+]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_parameter_of_a_small_one_has_a_gradient(path):
+    small = [*SMALL, "model.moe.dense_hidden_size=32"] if path.stem.startswith("deepseek") else SMALL
+    config = load_config(path, [*small, "model.moe.backend=loop"])
+    tokens_BS = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(1))
+    model = build_model(config.model, seed=1)
+    output = model(tokens_BS, tokens_BS)
+    output.loss.backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+    assert output.stats["router/rows_LE"].sum(-1).eq(48 * config.model.moe.experts_per_token).all()

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsparse_moe.config.problems import show
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.errors import BackendUnavailable, ConfigError
@@ -23,6 +24,18 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2glu": lambda x: x.relu().square(),
     "reglu": F.relu,
     "relu2": lambda x: x.relu().square(),
+}
+# What ours may have beside and it has not, by the value at which ours does without too.
+_WITHOUT: dict[str, object] = {
+    "num_shared_experts": 0,
+    "router_input": "dense",
+    "router_scaling_factor": 1.0,
+    "router_noise": 0.0,
+    "router_jitter": 0.0,
+    "num_expert_groups": 1,
+    "force_uniform_routing": False,
+    "bias_update_rate": 0.0,
+    "capacity_factor": None,
 }
 # Its constructor takes the logarithm of the number of blocks of 128 features.
 _LEAST_FEATURES = 128
@@ -96,6 +109,12 @@ def _check(config: ModelConfig) -> None:
         if value not in known:
             raise ConfigError(
                 f"bench: the peer dMoE has no model.moe.{name}={value}; those that it has are {', '.join(known)}"
+            )
+    for name, without in _WITHOUT.items():
+        if getattr(moe, name) != without:
+            raise ConfigError(
+                f"bench: the peer dMoE is built without model.moe.{name} ({show(getattr(moe, name))}); "
+                f"set it to {show(without)}"
             )
     if moe.num_experts * moe.expert_hidden_size < _LEAST_FEATURES:
         raise ConfigError(

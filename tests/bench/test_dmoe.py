@@ -120,6 +120,11 @@ def test_it_keeps_no_balance_loss_behind():
             "has no model.moe.router=topk_softmax; those that it has are softmax_topk, softmax_topk_renormalized",
         ),
         ({"activation": "drelu"}, "has no model.moe.activation=drelu; those that it has are swiglu, relu2glu"),
+        (
+            {"router_scaling_factor": 2.5},
+            r"without model.moe.router_scaling_factor \(2.5\); set it to 1.0",
+        ),
+        ({"capacity_factor": 1.25}, r"without model.moe.capacity_factor \(1.25\); set it to null"),
         ({"expert_hidden_size": 8}, r"at least 128 features.*num_experts \(8\) times .*hidden_size \(8\) is 64"),
     ],
 )

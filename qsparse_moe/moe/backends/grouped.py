@@ -15,7 +15,10 @@ _MULTIPLE = 8
 
 
 def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
-    """``(N, Y)``: each expert's rows times its matrix; nothing waits for the counts."""
+    """``(N, Y)``: each expert's rows times its matrix; the counts stay on the device.
+
+    PyTorch copies them to the host all the same where none of its grouped kernels takes the dtype on the device.
+    """
     return F.grouped_mm(rows_NX, weights_EXY, offs=counts.ends_E)
 
 

@@ -86,7 +86,7 @@ def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
     """``(N, Y)``: each expert's rows times its matrix.
 
     By the package grouped_gemm where it is installed, for bf16 on CUDA, which is all that it takes; it wants the counts
-    on the host, so a layer waits for the device once. Otherwise by PyTorch's grouped product, which waits for nothing.
+    on the host, so a layer waits for the device once. Otherwise by PyTorch's grouped product.
     """
     if rows_NX.is_cuda and rows_NX.dtype == torch.bfloat16:
         grouped_gemm = load().grouped_gemm_util.ops

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from qsparse_moe.config.model_rules import MODEL_RULES
+from qsparse_moe.config.model_rules import MODEL_RULES, divisors, nearest
 from qsparse_moe.config.problems import Problem, raise_if_any, show
 from qsparse_moe.config.router_rules import ROUTER_RULES
 from qsparse_moe.config.schema import ModelConfig, RunConfig, SourceConfig
+from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.errors import ConfigError
 
 BYTE_VOCABULARY = 257
@@ -36,8 +37,15 @@ def _broken_model_rules(config: ModelConfig) -> list[Problem]:
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:
-    """Raise ConfigError unless the global batch divides evenly over ``world_size`` ranks and their micro-batches."""
+    """Raise ConfigError unless ``world_size`` ranks can share the experts and the global batch evenly."""
     training = config.training
+    experts_over = training.expert_parallel_size
+    if world_size % experts_over:
+        fitting = [size for size in divisors(world_size) if config.model.moe.num_experts % size == 0]
+        raise ConfigError(
+            f"training.expert_parallel_size ({experts_over}) must divide the number of ranks ({world_size}); start a "
+            f"multiple of {experts_over} ranks, or another size: {nearest(experts_over, fitting)}"
+        )
     share = training.micro_batch_size * world_size
     if training.global_batch_size % share:
         raise ConfigError(
@@ -115,12 +123,20 @@ def _blend_steps(config: RunConfig) -> Iterator[Problem]:
 
 
 def _expert_parallelism(config: RunConfig) -> Iterator[Problem]:
-    size = config.training.expert_parallel_size
-    if size != 1:
+    size, path = config.training.expert_parallel_size, "training.expert_parallel_size"
+    moe = config.model.moe
+    if size > 1 and not moe_layers(config.model):
         yield Problem(
-            f"training.expert_parallel_size ({size}) must be 1: experts cannot be spread over ranks yet, and every "
-            "rank holds all of them; set it to 1 and let ZeRO shard them (training.deepspeed.zero_stage=3)",
-            ("training.expert_parallel_size",),
+            f"{path} ({size}) must be 1 when every layer is dense (model.moe.num_dense_layers is "
+            f"{moe.num_dense_layers}, model.moe.moe_layer_interval {moe.moe_layer_interval}): there are no experts to "
+            "spread",
+            (path, "model.moe.num_dense_layers", "model.moe.moe_layer_interval", "model.num_layers"),
+        )
+    elif moe.num_experts % size:
+        yield Problem(
+            f"{path} ({size}) must divide model.moe.num_experts ({moe.num_experts}), so that every rank holds as many "
+            f"experts; {nearest(size, divisors(moe.num_experts))}",
+            (path, "model.moe.num_experts"),
         )
 
 

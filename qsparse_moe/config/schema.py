@@ -386,9 +386,10 @@ class TrainingConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """torch is the plain reference; it replicates everything and ignores training.deepspeed."""
+    """torch is the plain reference; it replicates all but spread experts and ignores training.deepspeed."""
     expert_parallel_size: PositiveInt = 1
-    """Ranks over which the experts of a layer are spread."""
+    """P, the ranks that hold the experts of every layer between them, E / P each, and send their tokens to each other;
+    it divides the number of ranks and num_experts. 1: every rank holds all experts, or ZeRO-3's part of each."""
     resume: bool = False
     """Continue the run folder of this name, if there is one."""
     checkpoint_interval: NonNegativeInt = 0

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.expert_group import own_share, whole_shape
 
 # Standard deviations are cut at three of them (OLMoE, arXiv 2409.02060, appendix).
 _CUTOFF = 3.0
@@ -29,4 +30,7 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         std = residual_std if name.endswith(("w_down", "attention.output.weight")) else config.init_std
         # The CPU's generator reads 32 bits of its seed, so seed and name are folded into as many.
         generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        nn.init.trunc_normal_(parameter, std=std, a=-_CUTOFF * std, b=_CUTOFF * std, generator=generator)
+        # Drawn as a whole, so that an expert's values do not depend on which rank holds it.
+        whole = torch.empty(whole_shape(parameter), dtype=parameter.dtype, device=parameter.device)
+        nn.init.trunc_normal_(whole, std=std, a=-_CUTOFF * std, b=_CUTOFF * std, generator=generator)
+        parameter.copy_(own_share(parameter, whole))

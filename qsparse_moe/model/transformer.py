@@ -17,6 +17,7 @@ from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.rope import Rotation, rotation_at
+from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.moe.losses import Balance, StepLoad, load_balance_loss
 from qsparse_moe.moe.router import Router
 from qsparse_moe.moe.runtime import resolve_runtime
@@ -28,17 +29,24 @@ IGNORED_LABEL = -100
 
 
 def build_model(
-    config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, seed: int = 0
+    config: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    expert_group: ExpertGroup = ALONE,
 ) -> Transformer:
     """The model that ``config`` describes, with the weights that ``seed`` gives and the plan of its sparsity settings.
 
-    The weights are drawn in fp32 on the CPU, so they are the same on every device, and then moved.
+    The weights are drawn in fp32 on the CPU, so they are the same on every device, and then moved. With an
+    ``expert_group`` this rank holds its share of every layer's experts, and all ranks of the group run the model
+    together.
 
     Raises:
         BackendUnavailable: the experts' backend cannot run on ``device``.
         ConfigError: a sparsity override matches nothing.
     """
-    model = Transformer(config, device=device)
+    model = Transformer(config, device=device, expert_group=expert_group)
     initialize(model, config, seed)
     return model.to(device=device, dtype=dtype)
 
@@ -46,7 +54,9 @@ def build_model(
 class Transformer(nn.Module):
     """Pre-norm decoder with routed experts and a sparse site in front of every projection inside the layers."""
 
-    def __init__(self, config: ModelConfig, *, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, config: ModelConfig, *, device: torch.device | str = "cpu", expert_group: ExpertGroup = ALONE
+    ) -> None:
         super().__init__()
         self.config = config
         self.activation_checkpointing = False
@@ -54,7 +64,7 @@ class Transformer(nn.Module):
         self.step_load: StepLoad | None = None
         """Given by what trains the model, for a balance loss over the global batch; without it, and in evaluation, a
         batch stands for itself."""
-        self.runtime = resolve_runtime(config, device)
+        self.runtime = resolve_runtime(config, device, expert_group=expert_group)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)

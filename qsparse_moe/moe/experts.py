@@ -1,4 +1,7 @@
-"""The routed experts' weights and what a row goes through inside one. N rows, D width, F hidden, E experts."""
+"""The routed experts' weights and what a row goes through inside one. N rows, D width, F hidden, E experts.
+
+Of P ranks that share the experts each holds L = E / P; alone it holds all E.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.moe.dispatch import RowCounts
+from qsparse_moe.moe.expert_group import spread_over
 from qsparse_moe.moe.hidden import SparseActivation
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
@@ -16,7 +20,7 @@ from qsparse_moe.sparsity.stats import Readers, Stats
 
 
 class Experts(nn.Module):
-    """E feed-forwards as stacked matrices: gate (None under an activation without one), up and down.
+    """L feed-forwards as stacked matrices: gate (None under an activation without one), up and down.
 
     It owns the weights; the runtime's ``matmul`` owns the speed.
     """
@@ -24,16 +28,20 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
         super().__init__()
         moe = config.moe
-        width, hidden, num_experts = config.hidden_size, moe.expert_hidden_size, moe.num_experts
-        self.w_gate = nn.Parameter(torch.empty(num_experts, width, hidden)) if has_gate(config) else None
-        self.w_up = nn.Parameter(torch.empty(num_experts, width, hidden))
-        self.w_down = nn.Parameter(torch.empty(num_experts, hidden, width))
+        width, hidden = config.hidden_size, moe.expert_hidden_size
+        num_local = runtime.expert_group.num_local(moe.num_experts)
+        self.w_gate = nn.Parameter(torch.empty(num_local, width, hidden)) if has_gate(config) else None
+        self.w_up = nn.Parameter(torch.empty(num_local, width, hidden))
+        self.w_down = nn.Parameter(torch.empty(num_local, hidden, width))
+        for parameter in self.parameters():
+            spread_over(parameter, runtime.expert_group)
+        # It has the numbers of all E: a row names its expert among all, whichever rank holds it.
         self.hidden_site = SparseSite(
             "expert_hidden",
             hidden,
             config.sparsity,
             runtime.select_rows,
-            num_experts=num_experts,
+            num_experts=moe.num_experts,
             site_sums=runtime.site_sums,
         )
         self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.fused_glu)
@@ -43,22 +51,29 @@ class Experts(nn.Module):
     def forward(
         self,
         rows_ND: Tensor,
-        rows_per_expert_E: Tensor,
+        rows_per_expert_L: Tensor,
         expert_N: Tensor,
         *,
         with_stats: bool,
         readers: Readers | None = None,
     ) -> tuple[Tensor, Stats]:
-        """Run rows that are sorted by expert; ``readers`` are for the sums, as in ``SparseSite.forward``.
+        """Run rows that are sorted by expert.
+
+        Args:
+            rows_ND: of this rank's experts.
+            rows_per_expert_L: how many rows each of them has.
+            expert_N: the expert of each row, counted among all E.
+            with_stats: False returns no sums.
+            readers: for the sums, as in ``SparseSite.forward``.
 
         Returns:
             ``(N, D)`` and the sums of the site ``expert_hidden``.
         """
-        counts = RowCounts(rows_per_expert_E)
+        counts = RowCounts(rows_per_expert_L)
         gate_NF = None if self.w_gate is None else self._project(rows_ND, self.w_gate, counts)
         up_NF = self._project(rows_ND, self.w_up, counts)
         hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats, readers=readers)
         return self._project(hidden_NF, self.w_down, counts), stats
 
-    def _project(self, rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
-        return self.matmul(rows_NX, as_format(weights_EXY, self.weight_format), counts)
+    def _project(self, rows_NX: Tensor, weights_LXY: Tensor, counts: RowCounts) -> Tensor:
+        return self.matmul(rows_NX, as_format(weights_LXY, self.weight_format), counts)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.capacity import expert_capacity, within_capacity
 from qsparse_moe.moe.dispatch import RoutedRows
+from qsparse_moe.moe.exchange import ExpertRows, depart
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
@@ -52,6 +53,7 @@ class MoELayer(nn.Module):
         moe = config.moe
         self.num_experts = moe.num_experts
         self.capacity_factor = moe.capacity_factor
+        self.expert_group = runtime.expert_group
         self.balance_over_sequences = moe.load_balance_scope == "sequence"
         self.router_sees_sparse = moe.router_input == "sparse"
         self.permutation = runtime.permutation
@@ -76,21 +78,19 @@ class MoELayer(nn.Module):
         dispatch = self.permutation.plan(routing.expert_ids_TA, self.num_experts, kept_TA)
         continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
         rows_ND, input_stats = self._gather(x_TD, selected, dispatch, continues_N)
-        y_ND, hidden_stats = self.experts(
-            rows_ND,
-            dispatch.rows_per_expert_E,
-            dispatch.expert_N,
-            with_stats=with_stats,
-            readers=self._readers(dispatch, continues_N),
+        journey = depart(
+            ExpertRows(rows_ND, dispatch.rows_per_expert_E, dispatch.expert_N, continues_N), self.expert_group
         )
-        y_TD = self.permutation.combine(y_ND, routing.weights_TA, dispatch)
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
         balance = balance_of(routing.probs_TE, routing.expert_ids_TA, num_groups)
         stats = {"router/rows_E": balance.rows_GE.sum(0)}
-        if self.shared is not None:
+        if self.shared is not None:  # while the rows are under way
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
-            y_TD = y_TD + shared_BSD.flatten(0, 1)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
+        y_MD, hidden_stats = self._run_experts(journey.arrive(), with_stats)
+        y_TD = self.permutation.combine(journey.bring_back(y_MD), routing.weights_TA, dispatch)
+        if self.shared is not None:
+            y_TD = y_TD + shared_BSD.flatten(0, 1)
         if with_stats:
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
             stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
@@ -119,18 +119,23 @@ class MoELayer(nn.Module):
         """
         with_stats = continues_N is not None
         if selected is None:
-            rows_ND, readers = self.permutation.permute(x_TD, dispatch), self._readers(dispatch, continues_N)
+            rows_ND, readers = self.permutation.permute(x_TD, dispatch), self._readers(dispatch.expert_N, continues_N)
             return self.input_site(rows_ND, dispatch.expert_N, with_stats=with_stats, readers=readers)
-        readers = self._readers(dispatch, continues_N, of_tokens=True)
+        readers = self._readers(dispatch.expert_N, continues_N, dispatch.token_N)
         stats = self.input_site.sums(selected, readers) if with_stats else {}
         return self.permutation.permute(selected.sparse, dispatch), stats
 
-    def _readers(self, dispatch: RoutedRows, continues_N: Tensor | None, *, of_tokens: bool = False) -> Readers | None:
+    def _run_experts(self, arrived: ExpertRows, with_stats: bool) -> tuple[Tensor, Stats]:
+        rows_MD, rows_per_expert_L, expert_M, continues_M = arrived
+        readers = self._readers(expert_M, continues_M)
+        return self.experts(rows_MD, rows_per_expert_L, expert_M, with_stats=with_stats, readers=readers)
+
+    def _readers(self, expert_N: Tensor, continues_N: Tensor | None, token_N: Tensor | None = None) -> Readers | None:
         """Which expert reads which routed row, or which token; None where no sums are wanted."""
         if continues_N is None:
             return None
-        row_N = dispatch.token_N.long() if of_tokens else None
-        return Readers(row_N, dispatch.expert_N.long(), self.num_experts, continues_N)
+        row_N = None if token_N is None else token_N.long()
+        return Readers(row_N, expert_N.long(), self.num_experts, continues_N)
 
 
 def _continues(dispatch: RoutedRows, sequence_length: int) -> Tensor:

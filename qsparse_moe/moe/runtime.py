@@ -17,6 +17,7 @@ from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, Selection, SelectRows
 from qsparse_moe.moe.backends.registry import BACKENDS, BackendSpec, Matmul
 from qsparse_moe.moe.dispatch import Permutation
+from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 
 logger = logging.getLogger(__name__)
 Named = TypeVar("Named", BackendSpec, Selection)
@@ -34,9 +35,11 @@ class Runtime:
     site_sums: SiteSums
     """The sums of a site, by the selection's implementation or, where that has none, stock PyTorch."""
     names: dict[str, str]
+    expert_group: ExpertGroup = ALONE
+    """The ranks over which the experts are spread."""
 
 
-def resolve_runtime(config: ModelConfig, device: torch.device | str) -> Runtime:
+def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_group: ExpertGroup = ALONE) -> Runtime:
     """Choose the experts' backend and the selection's for ``device``.
 
     Raises:
@@ -57,6 +60,7 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str) -> Runtime:
         next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),
         NATIVE if selection.name == NATIVE.name else TORCH,
         {"model.moe.backend": experts.name, "model.sparsity.backend": selection.name},
+        expert_group,
     )
 
 

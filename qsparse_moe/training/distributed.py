@@ -31,10 +31,16 @@ class Distributed:
     local_rank: int
     device: torch.device
 
-    def all_reduce(self, tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-        """Reduce ``tensor`` over the ranks in place, and return it."""
+    def all_reduce(
+        self,
+        tensor: Tensor,
+        op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM,
+        *,
+        group: dist.ProcessGroup | None = None,
+    ) -> Tensor:
+        """Reduce ``tensor`` over the ranks, or over those of this rank's ``group``, in place, and return it."""
         if self.world_size > 1:
-            dist.all_reduce(tensor, op=op)
+            dist.all_reduce(tensor, op=op, group=group)
         return tensor
 
     def gather(self, value: T) -> list[T]:

@@ -11,6 +11,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.training.distributed import Distributed
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
@@ -95,9 +96,10 @@ def num_micro_batches(config: RunConfig, world_size: int) -> int:
     return training.global_batch_size // (training.micro_batch_size * world_size)
 
 
-def equal_part(value: Tensor, distributed: Distributed) -> Tensor:
-    """This rank's share of a tensor that every rank holds whole: a flat view; the shares differ by one at most."""
-    return value.flatten().tensor_split(distributed.world_size)[distributed.rank]
+def equal_part(value: Tensor, distributed: Distributed, group: ExpertGroup = ALONE) -> Tensor:
+    """This rank's share of a tensor that every rank holds whole, or every rank of its place in a ``group``: a flat
+    view; the shares differ by one at most."""
+    return value.flatten().tensor_split(distributed.world_size // group.size)[distributed.rank // group.size]
 
 
 def run_model(module: Any, batch: Batch, device: torch.device, *, with_stats: bool, probe: Probe | None) -> ModelOutput:

@@ -1,4 +1,4 @@
-"""DeepSpeed under the interface of ``Engine``. With ``ds_config.py`` the only place that knows DeepSpeed."""
+"""DeepSpeed under the interface of ``Engine``. With ``ds_config.py`` and ``deepspeed_experts.py`` all that knows it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,15 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.moe.expert_group import expert_group, gather_shares, own_share
 from qsparse_moe.moe.losses import StepLoad
+from qsparse_moe.training.deepspeed_experts import spread_experts
 from qsparse_moe.training.distributed import Distributed, environment
 from qsparse_moe.training.ds_config import deepspeed_config
 from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.engine_torch import accumulate_in_fp32, clip_gradients
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
+from qsparse_moe.training.portable_state import whole_shapes
 
 
 class DeepSpeedEngine:
@@ -47,9 +50,9 @@ class DeepSpeedEngine:
         self._max_norm = config.training.gradient_clipping
         self._settings = deepspeed_config(config, distributed.world_size)
         # ZeRO-3 empties the parameters that it partitions.
-        self._shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        self._shapes = whole_shapes(model)
         self._adam = build_adamw(model.parameters(), config.training)
-        with _tamed():
+        with _tamed(), spread_experts(model, self._adam, model.runtime.expert_group):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
         self._parameters = dict(model.named_parameters())
         if self.stage == 0:
@@ -71,7 +74,7 @@ class DeepSpeedEngine:
         parameter = self._parameters[name]
         if self.stage == 0:
             assert parameter.grad is not None, f"{name} has no gradient: it is read before the step's last backward"
-            return equal_part(parameter.grad, self.distributed)
+            return equal_part(parameter.grad, self.distributed, expert_group(parameter))
         if self.stage == 3:
             return safe_get_local_grad(parameter)
         return _local_gradient(parameter)
@@ -93,14 +96,17 @@ class DeepSpeedEngine:
         """See ``Engine``."""
         parameter = self._parameters[name]
         if self.stage == 0:
-            return self._replicated(parameter, kind)
-        if kind == "weight":
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, kind)
+            share = self._replicated(parameter, kind)
+        elif kind == "weight":
+            share = safe_get_full_fp32_param(parameter)
+        else:
+            share = safe_get_full_optimizer_state(parameter, kind)
+        return gather_shares(parameter, share)
 
     def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
         """See ``Engine``. Only the fp32 master is set: the weight that computes was given when the model was built."""
         parameter = self._parameters[name]
+        value = own_share(parameter, value)
         if self.stage == 0:
             self._replicated(parameter, kind).copy_(value)
         elif self.stage == 3:
@@ -130,7 +136,8 @@ class DeepSpeedEngine:
 
     def describe(self) -> dict[str, Any]:
         """See ``Engine``."""
-        return {"engine": self.name, "deepspeed": self._settings}
+        size = self.model.runtime.expert_group.size
+        return {"engine": self.name, "expert_parallel_size": size, "deepspeed": self._settings}
 
     def close(self) -> None:
         """See ``Engine``."""
@@ -159,7 +166,7 @@ class DeepSpeedEngine:
             yield from group["params"]
 
     def _replicated(self, parameter: nn.Parameter, kind: StateKind) -> Tensor:
-        """The whole tensor where every rank holds it (ZeRO-0)."""
+        """The tensor as the model has it where no rank holds a part of it only (ZeRO-0)."""
         master = self._masters().get(parameter, parameter)
         return master.detach() if kind == "weight" else self._adam.state[master][kind]
 
@@ -174,7 +181,7 @@ class DeepSpeedEngine:
     def _partition(self, parameter: Any, value: Tensor) -> Tensor:
         """This rank's part of ``value`` as ZeRO-3 cuts it: equal parts, the last ones filled up with zeros."""
         size = parameter.ds_tensor.numel()
-        start = self.distributed.rank * size
+        start = parameter.ds_zero_partition_rank * size
         part = value.flatten()[start : start + size].to(self.distributed.device, torch.float32)
         return nn.functional.pad(part, (0, size - part.numel()))
 

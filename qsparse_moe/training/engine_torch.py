@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
+from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, gather_shares, own_share, whole_shape
 from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
@@ -19,7 +21,7 @@ from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, star
 
 
 class TorchEngine:
-    """Every rank holds everything; gradients are reduced one by one.
+    """Every rank holds everything but the experts of other ranks; gradients are reduced one by one.
 
     In bf16 the model's weights are bf16, its gradients accumulate in fp32, and AdamW works on fp32 copies.
     """
@@ -56,7 +58,7 @@ class TorchEngine:
         """See ``Engine``."""
         gradient = self._parameters[name].grad
         assert gradient is not None, f"{name} has no gradient: it is read before the step's last backward"
-        return equal_part(gradient, self.distributed)
+        return equal_part(gradient, self.distributed, expert_group(self._parameters[name]))
 
     def update(self, learning_rate: float) -> float:
         """See ``Engine``."""
@@ -75,12 +77,11 @@ class TorchEngine:
 
     def get_full(self, name: str, kind: StateKind) -> Tensor:
         """See ``Engine``."""
-        master = self._masters[name]
-        return master.detach() if kind == "weight" else self._optimizer.state[master][kind]
+        return gather_shares(self._parameters[name], self._own(name, kind))
 
     def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
         """See ``Engine``."""
-        self.get_full(name, kind).copy_(value)
+        self._own(name, kind).copy_(own_share(self._parameters[name], value))
 
     @property
     def adam_step(self) -> int:
@@ -93,15 +94,20 @@ class TorchEngine:
 
     def shapes(self) -> dict[str, torch.Size]:
         """See ``Engine``."""
-        return {name: parameter.shape for name, parameter in self._parameters.items()}
+        return {name: whole_shape(parameter) for name, parameter in self._parameters.items()}
 
     def describe(self) -> dict[str, Any]:
         """See ``Engine``."""
-        return {"engine": self.name}
+        return {"engine": self.name, "expert_parallel_size": self.model.runtime.expert_group.size}
 
     def close(self) -> None:
         """See ``Engine``."""
         self.model.step_load = None
+
+    def _own(self, name: str, kind: StateKind) -> Tensor:
+        """What this rank holds of it."""
+        master = self._masters[name]
+        return master.detach() if kind == "weight" else self._optimizer.state[master][kind]
 
 
 def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:
@@ -111,17 +117,35 @@ def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], distributed: Distributed) -> None:
-    """Give every rank the mean of the ranks' gradients; a parameter without one counts as zeros."""
+    """Give every rank the mean of the ranks' gradients; a parameter without one counts as zeros.
+
+    A spread expert's rows came from its whole group, so its replicas' gradients add up to those of all ranks: they too
+    are divided by the number of all ranks.
+    """
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-        distributed.all_reduce(parameter.grad).div_(distributed.world_size)
+        distributed.all_reduce(parameter.grad, group=expert_group(parameter).replicas).div_(distributed.world_size)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
     """Scale the gradients so that their global L2 norm is at most ``max_norm`` (0: leave them); the norm before."""
     parameters = list(parameters)
-    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    norm = _gradient_norm(parameters)
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Of the whole model's gradient, where some parameters may be spread over a group of ranks."""
+    grads: dict[ExpertGroup, list[Tensor]] = {ALONE: []}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            grads.setdefault(expert_group(parameter), []).append(parameter.grad)
+    norm = nn.utils.get_total_norm(grads.pop(ALONE))
+    for group, shares in grads.items():
+        square = nn.utils.get_total_norm(shares).square()
+        dist.all_reduce(square, group=group.members)
+        norm = (norm.square() + square).sqrt()
     return norm

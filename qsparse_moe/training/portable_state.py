@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
+from qsparse_moe.moe.expert_group import own_share, whole_shape
 from qsparse_moe.training.engine import STATE_KINDS, Engine, StateKind
 
 Tensors = dict[str, dict[str, Tensor]]
@@ -67,17 +68,23 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 def stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every parameter, a tied one once, and of every buffer of ``state_buffers``."""
-    return {name: value.shape for name, value in (*model.named_parameters(), *state_buffers(model).items())}
+    """The shape of every whole parameter, a tied one once, and of every buffer of ``state_buffers``."""
+    return whole_shapes(model) | {name: value.shape for name, value in state_buffers(model).items()}
 
 
 @torch.no_grad()
 def load_model(model: nn.Module, read: Callable[[StateKind, str], Tensor], buffer: Callable[[str], Tensor]) -> None:
-    """Copy whole tensors into the model's parameters and buffers, rounding to their dtype."""
+    """Copy whole tensors into the model's parameters, or this rank's share of them, and buffers, rounding to their
+    dtype."""
     for name, parameter in model.named_parameters():
-        parameter.copy_(read("weight", name))
+        parameter.copy_(own_share(parameter, read("weight", name)))
     for name, value in state_buffers(model).items():
         value.copy_(buffer(name))
+
+
+def whole_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shape of every whole parameter by its name in the state dict; a tied one occurs once."""
+    return {name: whole_shape(parameter) for name, parameter in model.named_parameters()}
 
 
 def check_shapes(want: Mapping[str, torch.Size], have: Mapping[str, list[int]], file: str) -> None:

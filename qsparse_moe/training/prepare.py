@@ -21,6 +21,7 @@ from qsparse_moe.training.checkpoint import (
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine, build_engine
 from qsparse_moe.training.evaluate import Evaluator
+from qsparse_moe.training.expert_groups import join_expert_group
 from qsparse_moe.training.manifest import write_manifest
 from qsparse_moe.training.portable_state import restore, seed_random_states, set_random_states
 from qsparse_moe.training.run_folder import run_folder, write_config
@@ -86,7 +87,8 @@ def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | Non
 
 
 def _start_engine(config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None) -> Engine:
-    model = build_model(config.model, device=distributed.device, seed=config.training.seed)
+    group = join_expert_group(config.training.expert_parallel_size, distributed)
+    model = build_model(config.model, device=distributed.device, seed=config.training.seed, expert_group=group)
     model.activation_checkpointing = config.training.activation_checkpointing == "full"
     if checkpoint is None:
         return build_engine(config, model, distributed)

@@ -354,10 +354,16 @@ CASES = {
         "shorten them or train for at least 60 steps",
         {"training.steps": 60},
     ),
-    "expert parallelism": (
-        {"training.expert_parallel_size": 2},
-        "training.expert_parallel_size (2) must be 1: experts cannot be spread over ranks yet, and every rank holds "
-        "all of them; set it to 1 and let ZeRO shard them (training.deepspeed.zero_stage=3)",
+    "experts that do not divide": (
+        {"model.moe.num_experts": 10, "training.expert_parallel_size": 4},
+        "training.expert_parallel_size (4) must divide model.moe.num_experts (10), so that every rank holds as many "
+        "experts; the nearest that do are 2 and 5",
+        {"training.expert_parallel_size": 5},
+    ),
+    "no experts to spread": (
+        {"model.num_layers": 2, "model.moe.num_dense_layers": 2, "training.expert_parallel_size": 2},
+        "training.expert_parallel_size (2) must be 1 when every layer is dense (model.moe.num_dense_layers is 2, "
+        "model.moe.moe_layer_interval 1): there are no experts to spread",
         {"training.expert_parallel_size": 1},
     ),
 }
@@ -457,6 +463,27 @@ def test_world_size_that_does_not_is_refused(world_size, way_out):
     expected = (
         "training.global_batch_size (16) must be a multiple of training.micro_batch_size (4) times the ranks "
         f"({world_size}), {4 * world_size}; {way_out}"
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_world_size(config, world_size)
+    assert str(caught.value) == expected
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(1, 1), (2, 2), (8, 2), (8, 8)])
+def test_ranks_that_share_the_experts_evenly_are_accepted(world_size, size):
+    settings = {"training.global_batch_size": 8, "training.micro_batch_size": 1, "training.expert_parallel_size": size}
+    check_world_size(build(settings), world_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "size", "others"),
+    [(1, 2, "only one that does is 1"), (12, 8, "nearest that do are 2 and 4"), (2, 8, "nearest that do are 1 and 2")],
+)
+def test_ranks_that_do_not_are_refused(world_size, size, others):
+    config = build({"training.expert_parallel_size": size})
+    expected = (
+        f"training.expert_parallel_size ({size}) must divide the number of ranks ({world_size}); start a multiple of "
+        f"{size} ranks, or another size: the {others}"
     )
     with pytest.raises(ConfigError) as caught:
         check_world_size(config, world_size)

@@ -31,13 +31,15 @@ import torch
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training import loop, prepare
+from qsparse_moe.training import ds_config, loop, prepare
 from qsparse_moe.training.calibrate import calibrate_run
 from qsparse_moe.training.report import StepReport
 from qsparse_moe.training.run_folder import CONFIG_FILE, run_folder
 
 SLOW_DISK = {"place": "disk"}
 """A fault: saving takes so long that one can be interrupted."""
+NOTHING_PERSISTS = {"place": "zero3"}
+"""No fault: ZeRO-3 keeps no parameter whole between two steps, which it does with parameters as small as here."""
 
 
 class Listener:
@@ -63,7 +65,10 @@ class Listener:
 
 @contextlib.contextmanager
 def broken(fault: dict[str, Any] | None) -> Iterator[None]:
-    """A model that in one step and on one rank computes something that is not finite in one place, or a slow disk."""
+    """A model that in one step and on one rank computes something that is not finite in one place, or another fault.
+
+    ``{"place": "routing", "experts": [...]}`` sends the rows for expert ``e`` to ``experts[e]``, in every step.
+    """
     if fault is None:
         yield
         return
@@ -72,15 +77,31 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
         with mock.patch.object(os, "fsync", lambda file: (time.sleep(0.05), flush(file))):
             yield
         return
+    if fault == NOTHING_PERSISTS:
+        settings = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
+        make = ds_config._zero
+        with mock.patch.object(ds_config, "_zero", lambda config: make(config) | settings):
+            yield
+        return
     build = prepare.build_model
 
     def build_broken(*args: Any, **kwargs: Any) -> Any:
         model = build(*args, **kwargs)
-        _break(model, **fault)
+        if fault["place"] == "routing":
+            _reroute(model, torch.tensor(fault["experts"]))
+        else:
+            _break(model, **fault)
         return model
 
     with mock.patch.object(prepare, "build_model", build_broken):
         yield
+
+
+def _reroute(model: torch.nn.Module, experts: torch.Tensor) -> None:
+    for block in model.blocks():
+        block.moe.router.register_forward_hook(
+            lambda module, inputs, routing: routing._replace(expert_ids_TA=experts[routing.expert_ids_TA])
+        )
 
 
 def _break(model: torch.nn.Module, *, place: str, layer: int, forward: int, rank: int) -> None:
@@ -100,9 +121,11 @@ def _break(model: torch.nn.Module, *, place: str, layer: int, forward: int, rank
         output.register_hook(lambda grad: grad * torch.inf)
         return output
 
-    if place == "parameter":
+    if place in ("parameter", "expert"):
         # Past every layer's output: only the norm of the gradient can show it.
-        model.layers[layer].moe.router.weight.register_hook(lambda grad: grad * torch.inf if is_time() else grad)
+        moe = model.layers[layer].moe
+        weight = moe.router.weight if place == "parameter" else moe.experts.w_up
+        weight.register_hook(lambda grad: grad * torch.inf if is_time() else grad)
     else:
         model.layers[layer].attention_norm.register_forward_hook(spoil)
 

@@ -32,9 +32,9 @@ def test_zero3_cuts_a_tensor_that_does_not_divide():
     from qsparse_moe.training.engine_deepspeed import DeepSpeedEngine
 
     value = torch.arange(14.0).view(7, 2)
-    parameter = SimpleNamespace(ds_tensor=torch.empty(5))
     parts = []
     for rank in range(4):
+        parameter = SimpleNamespace(ds_tensor=torch.empty(5), ds_zero_partition_rank=rank)
         engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
         engine.distributed = Distributed(rank, 4, rank, torch.device("cpu"))
         parts.append(engine._partition(parameter, value))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.moe.expert_group import ExpertGroup
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import build_engine, equal_part
 from qsparse_moe.training.guard import NonFiniteGuard
@@ -91,3 +92,14 @@ def test_the_parts_of_a_replicated_tensor_make_it_up(world_size):
     parts = [equal_part(value, rank) for rank in ranks]
     assert torch.cat(parts).equal(value.flatten())
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_the_parts_of_spread_experts_make_up_each_ranks_experts():
+    shares = [torch.arange(14.0).view(7, 2) + 100 * place for place in range(2)]
+    parts = []
+    for rank in range(6):
+        group = ExpertGroup(rank % 2, 2)
+        distributed = Distributed(rank, 6, rank, torch.device("cpu"))
+        parts.append(equal_part(shares[group.rank], distributed, group))
+    for place, share in enumerate(shares):
+        assert torch.cat(parts[place::2]).equal(share.flatten())

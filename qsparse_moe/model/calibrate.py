@@ -66,6 +66,9 @@ def sample_sites(
     Returns:
         Samples of the rows of this process. Those of several, merged place by place, are the ones that a single
         process makes of all batches: which rows are kept depends on the batches and on their numbers only.
+
+    Raises:
+        ConfigError: the router sees the sparse tokens.
     """
     if model.config.moe.router_input == "sparse":
         raise ConfigError(

@@ -34,6 +34,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Selector = int | str | Annotated[tuple[int, ...], Field(strict=False)] | None
 
 
+Recompute = Literal["none", "full", "selective", "attention", "feed_forward"]
+RECOMPUTE: tuple[Recompute, ...] = Recompute.__args__  # type: ignore[attr-defined]
+
+
 class Section(BaseModel):
     """A group of settings: frozen, and strict about names and types."""
 
@@ -402,8 +406,9 @@ class TrainingConfig(Section):
     gradient overflows. Many CPUs have no fp16 product: it runs there, slowly."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     """Dynamic loss scaling, when precision is fp16."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: every layer is recomputed in the backward."""
+    activation_checkpointing: Recompute = "none"
+    """What the backward computes again instead of keeping it: full: every layer; attention, feed_forward: this half of
+    every layer, its norm included; selective: every layer but its matrix products and attention, which are kept."""
     seed: NonNegativeInt = 0
     """Seed of weights, data order and noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -89,7 +89,7 @@ def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | Non
 
 def _start_engine(config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None) -> Engine:
     model = build_model(config.model, device=distributed.device, seed=config.training.seed)
-    model.activation_checkpointing = config.training.activation_checkpointing == "full"
+    model.activation_checkpointing = config.training.activation_checkpointing
     if checkpoint is None:
         return build_engine(config, model, distributed)
     # The engine makes its own copies of the weights, so they come first; what it adds to them is restored after.

@@ -44,6 +44,8 @@ BALANCED = ["torch-fp32", "zero1-fp32", "zero2-bf16", "zero3-fp32"]
 """Layouts of the model that balances over ranks and micro-batches, in one micro-batch a rank and step."""
 CUT = ["torch-fp32", "zero3-fp32"]
 """Those of them that also cut a rank's rows into micro-batches."""
+RECOMPUTED_PARTS = ("full", "selective", "feed_forward")
+"""What ZeRO-3, which gathers weights layer by layer, recomputes."""
 RECOMPUTED = ("balanced-recomputed", "zero3-fp32")
 BALANCED_RESUMED = {1: ("torch-fp32", 2), 2: ("zero3-fp32", 1)}
 """By the number of ranks: the layout that resumes a stopped run, and the ranks of the ``torch-fp32`` that wrote it."""
@@ -162,12 +164,15 @@ def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
 
 def _variants(made: Runs, ranks: int) -> list[dict[str, Any]]:
     """Other ways to do the same: larger micro-batches, and recomputation in the backward; and two other models."""
-    larger, recomputed = {"micro_batch_size": 4}, {"activation_checkpointing": "full"}
+    larger = {"micro_batch_size": 4}
     return [
         _entry(made, "torch-larger", "torch-fp32", ranks, training=larger),
         _entry(made, "zero2-larger", "zero2-fp32", ranks, training=larger),
-        _entry(made, "torch-recomputed", "torch-fp32", ranks, training=recomputed),
-        _entry(made, "zero3-recomputed", "zero3-fp32", ranks, training=recomputed),
+        _entry(made, "torch-full", "torch-fp32", ranks, training={"activation_checkpointing": "full"}),
+        *(
+            _entry(made, f"zero3-{mode}", "zero3-fp32", ranks, training={"activation_checkpointing": mode})
+            for mode in RECOMPUTED_PARTS
+        ),
         *(_entry(made, f"mixed-{layout}", layout, ranks, training={}, model=MIXED_MODEL) for layout in MIXED),
         *(_entry(made, f"capacity-{layout}", layout, ranks, training={}, model=CAPACITY_MODEL) for layout in FULL),
     ]

@@ -17,6 +17,7 @@ from tests.distributed.conftest import (
     FULL,
     MIXED,
     RECOMPUTED,
+    RECOMPUTED_PARTS,
     RESUMED,
     TRAINED,
     TRANSFERS,
@@ -39,7 +40,9 @@ BF16_AGAINST_FP32 = 2e-2
 
 EVERYWHERE = [(layout, ranks) for ranks in (1, 2) for layout in TRAINED[ranks]]
 VARIANTS = [
-    (v, ranks) for ranks in (1, 2) for v in ("torch-larger", "zero2-larger", "torch-recomputed", "zero3-recomputed")
+    (variant, ranks)
+    for ranks in (1, 2)
+    for variant in ("torch-larger", "zero2-larger", "torch-full", *(f"zero3-{mode}" for mode in RECOMPUTED_PARTS))
 ]
 
 

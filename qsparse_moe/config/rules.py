@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from qsparse_moe.config.model_rules import MODEL_RULES, divisors, nearest
 from qsparse_moe.config.problems import Problem, raise_if_any, show
 from qsparse_moe.config.router_rules import ROUTER_RULES
-from qsparse_moe.config.schema import ModelConfig, RunConfig, SourceConfig
+from qsparse_moe.config.schema import LossScaleConfig, ModelConfig, RunConfig, SourceConfig
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.errors import ConfigError
 
@@ -140,6 +140,64 @@ def _expert_parallelism(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _offload(config: RunConfig) -> Iterator[Problem]:
+    chosen, path = config.training.deepspeed, "training.deepspeed"
+    for name, place, needed, why, way_out in _OFFLOAD_NEEDS:
+        if getattr(chosen, name) == place and chosen.zero_stage < needed:
+            yield Problem(
+                f"{path}.{name} ({place}) needs {path}.zero_stage ({chosen.zero_stage}) to be at least {needed}: {why};"
+                f" raise it, or set {path}.{name}={way_out}",
+                (f"{path}.{name}", f"{path}.zero_stage"),
+            )
+    yield from _nvme_path(config)
+
+
+_WHOLE_WEIGHTS = "below it every rank keeps all the weights that compute"
+_NO_FILES = "below it DeepSpeed would use host memory without a word"
+_OFFLOAD_NEEDS = (
+    ("offload_optimizer", "cpu", 1, "ZeRO-0 steps where the weights are", "none"),
+    ("offload_optimizer", "nvme", 3, _NO_FILES, "cpu (from 1 on) or none"),
+    ("offload_parameters", "cpu", 3, _WHOLE_WEIGHTS, "none"),
+    ("offload_parameters", "nvme", 3, _WHOLE_WEIGHTS, "none"),
+)
+"""Setting and value, the least ZeRO stage that has it, why, and what to set otherwise."""
+
+
+def _nvme_path(config: RunConfig) -> Iterator[Problem]:
+    chosen, path = config.training.deepspeed, "training.deepspeed"
+    names = [name for name in ("offload_optimizer", "offload_parameters") if getattr(chosen, name) == "nvme"]
+    if names and not chosen.nvme_path:
+        yield Problem(
+            f"{path}.nvme_path ({show(chosen.nvme_path)}) must name a folder on a local disk when {path}.{names[0]} is "
+            "nvme; set it, or choose cpu",
+            (f"{path}.nvme_path", *(f"{path}.{name}" for name in names)),
+        )
+    if chosen.nvme_path is not None and not names:
+        yield Problem(
+            f"{path}.nvme_path ({show(chosen.nvme_path)}) has no meaning when neither {path}.offload_optimizer nor "
+            f"{path}.offload_parameters is nvme; remove it, or choose nvme",
+            (f"{path}.nvme_path", f"{path}.offload_optimizer", f"{path}.offload_parameters"),
+        )
+
+
+def _loss_scale(config: RunConfig) -> Iterator[Problem]:
+    scale, path, precision = config.training.loss_scale, "training.loss_scale", config.training.precision
+    if precision != "fp16":
+        for name, default in LossScaleConfig():
+            if getattr(scale, name) != default:
+                yield Problem(
+                    f"{path}.{name} ({getattr(scale, name)}) has no meaning when training.precision is {precision}, "
+                    "whose loss is not scaled; remove it, or choose fp16",
+                    (f"{path}.{name}", "training.precision"),
+                )
+    elif scale.minimum > 2**scale.initial_power:
+        yield Problem(
+            f"{path}.minimum ({scale.minimum}) must be at most two to the power of {path}.initial_power "
+            f"({scale.initial_power}), {2**scale.initial_power}; lower the one or raise the other",
+            (f"{path}.minimum", f"{path}.initial_power"),
+        )
+
+
 def _vocabulary(config: RunConfig) -> Iterator[Problem]:
     vocab_size = config.model.vocab_size
     if config.data.tokenizer == "bytes" and vocab_size < BYTE_VOCABULARY:
@@ -201,4 +259,6 @@ _RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _sparsity_steps,
     _blend_steps,
     _expert_parallelism,
+    _offload,
+    _loss_scale,
 )

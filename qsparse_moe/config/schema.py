@@ -34,6 +34,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Selector = int | str | Annotated[tuple[int, ...], Field(strict=False)] | None
 
 
+Recompute = Literal["none", "full", "selective", "attention", "feed_forward"]
+RECOMPUTE: tuple[Recompute, ...] = Recompute.__args__  # type: ignore[attr-defined]
+
+
 class Section(BaseModel):
     """A group of settings: frozen, and strict about names and types."""
 
@@ -342,6 +346,27 @@ class DeepSpeedConfig(Section):
     """Elements gathered at once."""
     overlap_communication: bool = False
     """Reduce gradients while the backward runs."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where a rank keeps its fp32 weights and Adam's moments, and AdamW steps in host memory on them: none: on the
+    device; cpu: host memory (ZeRO 1 to 3); nvme: files below nvme_path, read for the step and written back (ZeRO-3)."""
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
+    """Where a rank keeps its part of the weights that compute until a layer needs them (ZeRO-3): none: on the device;
+    cpu: host memory; nvme: files below nvme_path."""
+    nvme_path: str | None = None
+    """Folder on a local disk for what nvme offloads; every run makes a folder of its own in it and removes it."""
+
+
+class LossScaleConfig(Section):
+    """What every micro-batch's mean loss is multiplied by in fp16; the defaults are DeepSpeed's."""
+
+    initial_power: Annotated[int, Field(ge=0, le=32)] = 16
+    """The scale begins at two to this power."""
+    window: PositiveInt = 1000
+    """Steps in a row without an overflow after which the scale is doubled."""
+    hysteresis: PositiveInt = 2
+    """Overflows until the scale is halved for the first time, and again after it was doubled; each skips its step."""
+    minimum: PositiveInt = 1
+    """The scale goes no lower: an overflow there ends the run."""
 
 
 class TrainingConfig(Section):
@@ -377,10 +402,14 @@ class TrainingConfig(Section):
     """AdamW's epsilon."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 keeps fp32 master weights and optimizer state."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """full: every layer is recomputed in the backward."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """bf16 and fp16 keep fp32 master weights and optimizer state; fp16 scales the loss, and skips a step whose
+    gradient overflows. Many CPUs have no fp16 product: it runs there, slowly."""
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    """Dynamic loss scaling, when precision is fp16."""
+    activation_checkpointing: Recompute = "none"
+    """What the backward computes again instead of keeping it: full: every layer; attention, feed_forward: this half of
+    every layer, its norm included; selective: every layer but its matrix products and attention, which are kept."""
     seed: NonNegativeInt = 0
     """Seed of weights, data order and noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

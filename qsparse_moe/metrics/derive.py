@@ -39,6 +39,8 @@ def _scalars(report: StepReport) -> dict[str, float]:
         "learning_rate": report.learning_rate,
         "sparsity": report.sparsity,
     }
+    if report.loss_scale is not None and report.skipped_steps is not None:
+        train |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
     throughput = {"tokens_per_second": report.tokens_per_second, "step_seconds": report.step_seconds}
     groups = {
         "train": train,

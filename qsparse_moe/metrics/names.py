@@ -44,8 +44,14 @@ METRICS = (
         "train/grad_norm",
         "1",
         "L2 norm of the whole gradient before clipping; by layer, with metrics.layer_gradients, that of the layer's "
-        "matrices in attention, experts, shared experts and dense feed-forwards.",
+        "matrices in attention, experts, shared experts and dense feed-forwards; null in a step skipped in fp16.",
         layers="chart",
+    ),
+    Metric("train/loss_scale", "1", "What every micro-batch's mean loss was multiplied by; absent but in fp16."),
+    Metric(
+        "train/skipped_steps",
+        "steps",
+        "Steps skipped since the run began because the scaled gradient overflowed; absent but in fp16.",
     ),
     Metric("train/learning_rate", "1", "Learning rate of the step."),
     Metric("train/sparsity", "1", "S that the plan asks for in this step, mean over layers, sites and experts."),

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.schema import ModelConfig, Recompute, Site
 from qsparse_moe.config.shapes import dense_hidden_size, has_experts
 from qsparse_moe.model.attention import Attention
+from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.layer import MoELayer, site_names
@@ -44,23 +45,36 @@ class Block(nn.Module):
             site.layer = layer
 
     def forward(
-        self, hidden_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, with_stats: bool
+        self,
+        hidden_BSD: Tensor,
+        rotation: Rotation,
+        mask_B1SS: Tensor | None,
+        with_stats: bool,
+        recompute: Recompute = "none",
     ) -> BlockOutput:
-        """The stream ``(B, S, D)`` after this layer."""
-        mixed_BSD, *attention_stats = self.attention(
-            self.attention_norm(hidden_BSD), rotation, mask_B1SS, with_stats=with_stats
+        """The stream ``(B, S, D)`` after this layer; ``recompute`` names a half that the backward computes again."""
+        mixed_BSD, *attention_stats = run_part(
+            recompute, "attention", self._attend, hidden_BSD, rotation, mask_B1SS, with_stats
         )
         hidden_BSD = hidden_BSD + mixed_BSD
-        normed_BSD = self.feed_forward_norm(hidden_BSD)
-        if self.moe is not None:
-            y_BSD, balance, z_loss, stats = self.moe(normed_BSD, with_stats=with_stats)
-        else:
-            assert self.dense is not None
-            y_BSD, *dense_stats = self.dense(normed_BSD, with_stats=with_stats)
-            stats = _named(("dense_input", "dense_hidden"), dense_stats)
-            balance = z_loss = None
+        y_BSD, balance, z_loss, stats = run_part(recompute, "feed_forward", self._feed_forward, hidden_BSD, with_stats)
         stats = stats | _named(("attention_input", "attention_output"), attention_stats)
         return BlockOutput(hidden_BSD + y_BSD, balance, z_loss, stats)
+
+    def _attend(
+        self, hidden_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, with_stats: bool
+    ) -> tuple[Tensor, Stats, Stats]:
+        return self.attention(self.attention_norm(hidden_BSD), rotation, mask_B1SS, with_stats=with_stats)
+
+    def _feed_forward(
+        self, hidden_BSD: Tensor, with_stats: bool
+    ) -> tuple[Tensor, Balance | None, Tensor | None, Stats]:
+        normed_BSD = self.feed_forward_norm(hidden_BSD)
+        if self.moe is not None:
+            return self.moe(normed_BSD, with_stats=with_stats)
+        assert self.dense is not None
+        y_BSD, *stats = self.dense(normed_BSD, with_stats=with_stats)
+        return y_BSD, None, None, _named(("dense_input", "dense_hidden"), stats)
 
     def set_sparsity(self, plan: SparsityPlan) -> None:
         """Give every site of this layer its S from ``plan``."""

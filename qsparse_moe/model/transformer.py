@@ -7,16 +7,16 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.schema import ModelConfig, Recompute
 from qsparse_moe.config.shapes import head_size
 from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.attention import document_mask
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput
-from qsparse_moe.model.rope import Rotation, rotation_at
+from qsparse_moe.model.recompute import run_part
+from qsparse_moe.model.rope import rotation_at
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.moe.losses import Balance, StepLoad, load_balance_loss
 from qsparse_moe.moe.router import Router
@@ -59,11 +59,11 @@ class Transformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
-        """Recompute every layer in the backward instead of keeping its activations."""
         self.step_load: StepLoad | None = None
         """Given by what trains the model, for a balance loss over the global batch; without it, and in evaluation, a
         batch stands for itself."""
+        self.activation_checkpointing: Recompute = "none"
+        """What the backward computes again, from the next forward on."""
         self.runtime = resolve_runtime(config, device, expert_group=expert_group)
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
@@ -136,9 +136,10 @@ class Transformer(nn.Module):
         hidden_BSD = self.embedding(tokens_BS)
         rotation = rotation_at(positions_BS, head_size(self.config), self.config.rope_theta, hidden_BSD.dtype)
         mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
+        chosen = self.activation_checkpointing
         outputs: list[BlockOutput] = []
         for layer, block in enumerate(self.layers):
-            outputs.append(self._run(block, hidden_BSD, rotation, mask_B1SS, with_stats))
+            outputs.append(run_part(chosen, "full", block, hidden_BSD, rotation, mask_B1SS, with_stats, chosen))
             hidden_BSD = outputs[-1].hidden_BSD
             if probe is not None:
                 probe(layer, hidden_BSD)
@@ -148,13 +149,6 @@ class Transformer(nn.Module):
             return ModelOutput(logits_BSV, None, {}, stats)
         loss, losses = self._losses(logits_BSV, labels_BS, outputs)
         return ModelOutput(logits_BSV, loss, losses, stats)
-
-    def _run(
-        self, block: nn.Module, hidden_BSD: Tensor, rotation: Rotation, mask: Tensor | None, with_stats: bool
-    ) -> BlockOutput:
-        if self.activation_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, hidden_BSD, rotation, mask, with_stats, use_reentrant=False)
-        return block(hidden_BSD, rotation, mask, with_stats)
 
     def _losses(
         self, logits_BSV: Tensor, labels_BS: Tensor, outputs: list[BlockOutput]

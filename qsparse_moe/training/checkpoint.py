@@ -138,6 +138,11 @@ class Checkpoint:
         return int(self._index["adam_step"])
 
     @property
+    def loss_scale(self) -> dict[str, Any] | None:
+        """State of the loss scaler of a run in fp16."""
+        return self._index.get("loss_scale")
+
+    @property
     def world_size(self) -> int:
         """Ranks that wrote it."""
         return int(self._index["world_size"])
@@ -232,6 +237,7 @@ def _index(
         "format": FORMAT,
         "progress": {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds},
         "adam_step": engine.adam_step,
+        "loss_scale": None if engine.loss_scaler is None else engine.loss_scaler.state_dict(),
         "world_size": engine.distributed.world_size,
         "data": data_state,
         "files": {file["name"]: {"bytes": file["bytes"], "crc32": file["crc32"]} for file in files},

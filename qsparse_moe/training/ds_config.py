@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.training.offload import swap_folder
 
 
 def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
@@ -25,7 +26,14 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
         "communication_data_type": "fp32",
-        "fp16": {"enabled": False},
+        "fp16": {
+            "enabled": training.precision == "fp16",
+            "auto_cast": False,
+            # Static for DeepSpeed, and the engine changes it, because its optimizers have two rules. At ZeRO-0 version
+            # 0.19.8 divides the gradient by it without having multiplied the loss: the engine does both there.
+            "loss_scale": 2.0**training.loss_scale.initial_power if stage else 1.0,
+            "fp16_master_weights_and_grads": False,
+        },
         "bf16": {
             "enabled": bf16,
             # The gradient norm says it, and a run with such a gradient stops instead of skipping the step.
@@ -38,6 +46,16 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32" if stage else None},
         "zero_optimization": _zero(config),
         "zero_allow_untested_optimizer": False,
+        # torch's AdamW steps on the host too, so that offload changes no number: DeepSpeedCPUAdam rounds differently.
+        "zero_force_ds_cpu_optimizer": False,
+        "aio": {
+            "block_size": 1_048_576,
+            "queue_depth": 8,
+            "intra_op_parallelism": 1,
+            "single_submit": False,
+            "overlap_events": True,
+            "use_gds": False,
+        },
         "steps_per_print": None,
         "wall_clock_breakdown": False,
         "memory_breakdown": False,
@@ -47,6 +65,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 def _zero(config: RunConfig) -> dict[str, Any]:
     chosen = config.training.deepspeed
+    folder = swap_folder(config)
+    nvme_path = None if folder is None else str(folder)
     return {
         "stage": chosen.zero_stage,
         "contiguous_gradients": True,
@@ -64,4 +84,22 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         "stage3_max_reuse_distance": 1_000_000_000,
         # It would put DeepSpeed's own function in the place of torch.nn.functional.linear, for the whole process.
         "memory_efficient_linear": False,
+        "offload_optimizer": {
+            "device": chosen.offload_optimizer,
+            "nvme_path": nvme_path,
+            "buffer_count": 4,
+            "pin_memory": True,
+            "pipeline_read": False,
+            "pipeline_write": False,
+            "fast_init": False,
+            "ratio": 1.0,
+        },
+        "offload_param": {
+            "device": chosen.offload_parameters,
+            "nvme_path": nvme_path,
+            "buffer_count": 5,
+            "buffer_size": 100_000_000,
+            "max_in_cpu": 1_000_000_000,
+            "pin_memory": True,
+        },
     }

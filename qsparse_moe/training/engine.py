@@ -13,10 +13,15 @@ from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.loss_scale import LossScaler
+from qsparse_moe.training.offload import check_offload
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
 """What training keeps of every parameter: the fp32 weight and Adam's two moments."""
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""By ``training.precision``: of the weights that compute, and of activations."""
 
 
 class Engine(Protocol):
@@ -27,6 +32,8 @@ class Engine(Protocol):
     distributed: Distributed
     num_micro_batches: int
     """That a rank sends through in one step."""
+    loss_scaler: LossScaler | None
+    """Multiplies the loss in fp16; None in another precision."""
 
     def forward(self, batch: Batch, *, with_stats: bool, probe: Probe | None = None) -> ModelOutput:
         """The model's output for a batch of the host; with gradients unless they are disabled around the call."""
@@ -45,10 +52,11 @@ class Engine(Protocol):
         """
 
     def update(self, learning_rate: float) -> float:
-        """Clip the gradient, take the optimizer step and drop the gradient.
+        """Clip the gradient, take the optimizer step and drop the gradient; in fp16 adapt the loss scale.
 
         Returns:
-            The norm of the global batch's gradient before clipping. Where it is not finite the weights may be lost.
+            The norm of the global batch's gradient before clipping. Where it is not finite the weights may be lost,
+            but not in fp16: there it is infinite when the scaled gradient overflowed and the step was skipped.
         """
 
     def get_full(self, name: str, kind: StateKind) -> Tensor:
@@ -77,8 +85,9 @@ class Engine(Protocol):
 def build_engine(config: RunConfig, model: Transformer, distributed: Distributed) -> Engine:
     """The engine of ``training.engine`` around ``model``, whose fp32 weights are the ones to start from.
 
-    In bf16 the model becomes bf16, its gradients are added and reduced in fp32, and the fp32 master weights begin as
-    its rounded ones. The losses of six steps of a tiny run (near 5) were then within 2e-3 of fp32's.
+    In bf16 and fp16 the model takes that dtype, its gradients are added and reduced in fp32, and the fp32 master
+    weights begin as its rounded ones. The losses of six steps of a tiny run (near 5) were then within 2e-3 of fp32's
+    in bf16.
     """
     if config.training.engine == "torch":
         from qsparse_moe.training.engine_torch import TorchEngine
@@ -88,6 +97,16 @@ def build_engine(config: RunConfig, model: Transformer, distributed: Distributed
     from qsparse_moe.training.engine_deepspeed import DeepSpeedEngine
 
     return DeepSpeedEngine(config, model, distributed)
+
+
+def check_engine(config: RunConfig) -> None:
+    """Raise where this machine lacks what the engine of the run needs, before a model is built.
+
+    Raises:
+        BackendUnavailable, ConfigError: see ``offload.check_offload``.
+    """
+    if config.training.engine == "deepspeed":
+        check_offload(config)
 
 
 def num_micro_batches(config: RunConfig, world_size: int) -> int:

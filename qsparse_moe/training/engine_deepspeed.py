@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -33,12 +36,14 @@ from qsparse_moe.training.distributed import Distributed, environment
 from qsparse_moe.training.ds_config import deepspeed_config
 from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.engine_torch import accumulate_in_fp32, clip_gradients
+from qsparse_moe.training.loss_scale import build_loss_scaler
+from qsparse_moe.training.offload import remove_swap_files
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
 from qsparse_moe.training.portable_state import whole_shapes
 
 
 class DeepSpeedEngine:
-    """ZeRO 0 to 3, in fp32 or bf16, with torch's AdamW as DeepSpeed's client optimizer."""
+    """ZeRO 0 to 3, in fp32, bf16 or fp16, with torch's AdamW as DeepSpeed's client optimizer."""
 
     def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
         self.distributed = distributed
@@ -48,11 +53,13 @@ class DeepSpeedEngine:
         self.model = model
         self._step_load = self.model.step_load = StepLoad(distributed.all_reduce)
         self._max_norm = config.training.gradient_clipping
+        self.loss_scaler = build_loss_scaler(config, self.num_micro_batches)
+        self._config = config
         self._settings = deepspeed_config(config, distributed.world_size)
         # ZeRO-3 empties the parameters that it partitions.
         self._shapes = whole_shapes(model)
         self._adam = build_adamw(model.parameters(), config.training)
-        with _tamed(), spread_experts(model, self._adam, model.runtime.expert_group):
+        with _tamed(), _fp16_on_any_cpu(), spread_experts(model, self._adam, model.runtime.expert_group):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
         self._parameters = dict(model.named_parameters())
         if self.stage == 0:
@@ -65,6 +72,8 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """See ``Engine``. DeepSpeed divides by the number of micro-batches, and reduces as its stage does."""
+        if self.loss_scaler is not None:
+            loss = self._scaled(loss, self.loss_scaler.factor)
         self._engine.backward(loss)
         if not is_last:
             self._engine.step()
@@ -84,13 +93,28 @@ class DeepSpeedEngine:
         self._step_load.reset()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        norm = self._step()
+        if self.loss_scaler is None:
+            return float(norm)
+        overflow = bool(self._engine.optimizer.overflow)
+        self.loss_scaler.update(overflow)
+        return math.inf if overflow else float(norm)
+
+    def _step(self) -> Tensor | float:
         if self.stage == 0:
-            norm = clip_gradients(self._parameters.values(), self._max_norm)
+            factor = 1.0 if self.loss_scaler is None else self.loss_scaler.factor
+            norm = clip_gradients(self._parameters.values(), self._max_norm, factor)
             self._engine.step()
-        else:
-            self._engine.step()
-            norm = self._engine.get_global_grad_norm()
-        return float(norm)
+            return norm
+        self._engine.step()
+        return self._engine.get_global_grad_norm()
+
+    def _scaled(self, loss: Tensor, factor: float) -> Tensor:
+        """At ZeRO-0 the loss times the factor; above it DeepSpeed multiplies, and divides the gradient, when told."""
+        if self.stage == 0:
+            return loss * factor
+        self._engine.optimizer.loss_scale = factor
+        return loss
 
     def get_full(self, name: str, kind: StateKind) -> Tensor:
         """See ``Engine``."""
@@ -143,6 +167,7 @@ class DeepSpeedEngine:
         """See ``Engine``."""
         self.model.step_load = None
         self._engine.destroy()
+        remove_swap_files(self._config, self.distributed.rank)
 
     def _start_optimizer_states(self) -> None:
         """Give every flat parameter its AdamW state now and tie the model's parameters to their parts of it.
@@ -151,8 +176,9 @@ class DeepSpeedEngine:
         the moments of the second group (the norms) could then never be read. At ZeRO-0 in bf16 it has counted a step
         that was none.
         """
-        for flat in self._flat_parameters():
-            start_state(self._adam, flat)
+        for index, flat in enumerate(self._flat_parameters()):
+            with self._swapped_in(index):
+                start_state(self._adam, flat)
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()
@@ -164,6 +190,17 @@ class DeepSpeedEngine:
             return
         for group in self._adam.param_groups:
             yield from group["params"]
+
+    @contextlib.contextmanager
+    def _swapped_in(self, index: int) -> Iterator[None]:
+        """Under NVMe offload, with the ``index``-th flat parameter and its state in memory; written back after."""
+        zero = self._engine.optimizer
+        is_swapped = self.stage == 3 and zero._swappable_optimizer_subgroup(index)
+        if is_swapped:
+            zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if is_swapped:
+            zero._optimizer_states_and_gradient_swap_out(index)
 
     def _replicated(self, parameter: nn.Parameter, kind: StateKind) -> Tensor:
         """The tensor as the model has it where no rank holds a part of it only (ZeRO-0)."""
@@ -215,4 +252,15 @@ def _tamed() -> Iterator[None]:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # It imports its Muon optimizer, which imports torch's compiler: 1.0 s of CPU a rank for what is not used here.
     with environment(TORCHDYNAMO_DISABLE="1"), contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def _fp16_on_any_cpu() -> Iterator[None]:
+    """While DeepSpeed sets itself up: it asks oneDNN, which speaks of speed; torch computes fp16 on every CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        with mock.patch.object(accelerator, "is_fp16_supported", lambda: True):
+            yield
+    else:
         yield

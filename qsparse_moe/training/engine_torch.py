@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,14 +17,16 @@ from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, gather_shares, own_share, whole_shape
 from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
+from qsparse_moe.training.engine import COMPUTE_DTYPES, StateKind, equal_part, num_micro_batches, run_model
+from qsparse_moe.training.loss_scale import build_loss_scaler
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
 
 
 class TorchEngine:
     """Every rank holds everything but the experts of other ranks; gradients are reduced one by one.
 
-    In bf16 the model's weights are bf16, its gradients accumulate in fp32, and AdamW works on fp32 copies.
+    In bf16 and fp16 the model's weights have that dtype, its gradients accumulate in fp32, and AdamW works on fp32
+    copies.
     """
 
     name = "torch"
@@ -32,7 +35,8 @@ class TorchEngine:
         self.distributed = distributed
         self.num_micro_batches = num_micro_batches(config, distributed.world_size)
         self._max_norm = config.training.gradient_clipping
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        self.loss_scaler = build_loss_scaler(config, self.num_micro_batches)
+        dtype = COMPUTE_DTYPES[config.training.precision]
         self.model = model.to(device=distributed.device, dtype=dtype)
         self._parameters = dict(self.model.named_parameters())
         self._step_load = self.model.step_load = StepLoad(distributed.all_reduce)
@@ -50,6 +54,8 @@ class TorchEngine:
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """See ``Engine``."""
+        if self.loss_scaler is not None:
+            loss = loss * self.loss_scaler.factor
         (loss / self.num_micro_batches).backward()
         if is_last:
             average_gradients(self._parameters.values(), self.distributed)
@@ -65,15 +71,25 @@ class TorchEngine:
         self._step_load.reset()
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = clip_gradients(self._parameters.values(), self._max_norm)
+        factor = 1.0 if self.loss_scaler is None else self.loss_scaler.factor
+        norm = clip_gradients(self._parameters.values(), self._max_norm, factor)
+        overflow = self.loss_scaler is not None and not norm.isfinite()
+        if not overflow:
+            self._step()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+        if self.loss_scaler is not None:
+            self.loss_scaler.update(overflow)
+        return math.inf if overflow else float(norm)
+
+    def _step(self) -> None:
         for name, master in self._masters.items():
             master.grad = self._parameters[name].grad
         self._optimizer.step()
         for name, parameter in self._parameters.items():
-            self._masters[name].grad = parameter.grad = None
             if self._masters is not self._parameters:
+                self._masters[name].grad = None
                 parameter.data.copy_(self._masters[name])
-        return float(norm)
 
     def get_full(self, name: str, kind: StateKind) -> Tensor:
         """See ``Engine``."""
@@ -128,9 +144,16 @@ def average_gradients(parameters: Iterable[nn.Parameter], distributed: Distribut
         distributed.all_reduce(parameter.grad, group=expert_group(parameter).replicas).div_(distributed.world_size)
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients so that their global L2 norm is at most ``max_norm`` (0: leave them); the norm before."""
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, factor: float = 1.0) -> Tensor:
+    """Divide the gradients by ``factor`` and make their global L2 norm at most ``max_norm`` (0: any norm).
+
+    Returns:
+        The norm before clipping, of the gradients without the factor.
+    """
     parameters = list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if factor != 1.0:
+        torch._foreach_div_(gradients, factor)
     norm = _gradient_norm(parameters)
     if max_norm:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

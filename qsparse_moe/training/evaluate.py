@@ -21,7 +21,7 @@ from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.sparsity.schedule import scheduled_scale
 from qsparse_moe.training.checkpoint import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed import Distributed, open_distributed
-from qsparse_moe.training.engine import run_model
+from qsparse_moe.training.engine import COMPUTE_DTYPES, run_model
 from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint
 
 Forward = Callable[[Batch], ModelOutput]
@@ -102,7 +102,7 @@ def load_run(
     if checkpoint is None:
         raise no_checkpoint(run_dir)
     if dtype is None:
-        dtype = torch.bfloat16 if config.training.precision == "bf16" else torch.float32
+        dtype = COMPUTE_DTYPES[config.training.precision]
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     load_checkpoint(model, checkpoint)
     step = checkpoint.progress.step

@@ -1,6 +1,13 @@
-"""Notices a value that is not finite before it reaches the weights. L layers."""
+"""Notices a value that is not finite before it reaches the weights. L layers.
+
+In fp16 a gradient may overflow because the loss is scaled: that step is skipped, and training goes on. What is not
+finite in the forward pass, or overflows at the smallest scale, is no matter of the scale and ends the run.
+"""
 
 from __future__ import annotations
+
+import logging
+import math
 
 import torch
 import torch.distributed as dist
@@ -8,6 +15,9 @@ from torch import Tensor
 
 from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.loss_scale import LossScaler
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteGuard:
@@ -17,8 +27,10 @@ class NonFiniteGuard:
     same small reduction.
     """
 
-    def __init__(self, num_layers: int, distributed: Distributed) -> None:
+    def __init__(self, num_layers: int, distributed: Distributed, loss_scaler: LossScaler | None = None) -> None:
         self._distributed = distributed
+        self._loss_scaler = loss_scaler
+        self._overflow_place = ""
         self._num_layers = num_layers
         self._forward_L = torch.zeros(num_layers, device=distributed.device)
         self._backward_L = torch.zeros(num_layers, device=distributed.device)
@@ -58,20 +70,43 @@ class NonFiniteGuard:
         *found, stop = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         for buffer in (self._forward_L, self._backward_L, self._loss):
             buffer.zero_()
+        self._overflow_place = ""
         if any(found):
-            raise TrainingDiverged(self._message(step, found))
+            place = self._place(found)
+            if self._loss_scaler is None or not self._is_backward_only(found):
+                raise TrainingDiverged(f"step {step}: {place}. {_WAY_OUT}")
+            self._overflow_place = f" ({place})"
         return stop
 
     def check_norm(self, step: int, grad_norm: float) -> None:
-        """Raise if the gradient norm, the same on all ranks, is not finite: what no layer's sums showed.
+        """Look at the gradient norm, the same on all ranks, after the engine's update; in fp16 say if it skipped.
 
         Raises:
-            TrainingDiverged: with the step.
+            TrainingDiverged: with the step. The norm is not finite, which no layer's sums showed; in fp16 only if the
+                loss scale cannot go lower.
         """
-        if grad_norm - grad_norm != 0.0:
+        if math.isfinite(grad_norm):
+            return
+        scaler = self._loss_scaler
+        if scaler is None:
             raise TrainingDiverged(f"step {step}: the gradient norm is {grad_norm}. {_WAY_OUT}")
+        if scaler.is_exhausted:
+            raise TrainingDiverged(
+                f"step {step}: the gradient overflows fp16 at the smallest loss scale, {scaler.scale:g} "
+                f"(training.loss_scale.minimum){self._overflow_place}. {_WAY_OUT}"
+            )
+        if self._distributed.rank == 0:
+            logger.warning(
+                "step %d: skipped, its gradient overflows fp16%s; the loss scale of the next is %g",
+                step,
+                self._overflow_place,
+                scaler.scale,
+            )
 
-    def _message(self, step: int, found: list[int]) -> str:
+    def _is_backward_only(self, found: list[int]) -> bool:
+        return not any(found[: self._num_layers]) and not found[-1]
+
+    def _place(self, found: list[int]) -> str:
         forward, backward = found[: self._num_layers], found[self._num_layers : -1]
         if any(forward):
             place = next(layer for layer, flag in enumerate(forward) if flag)
@@ -83,7 +118,7 @@ class NonFiniteGuard:
             place = max(layer for layer, flag in enumerate(backward) if flag)
             what, flag = f"the gradient that enters layer {place} from above", backward[place]
         rank = self._distributed.world_size - flag
-        return f"step {step}: {what} is not finite on rank {rank}. {_WAY_OUT}"
+        return f"{what} is not finite on rank {rank}"
 
 
 _WAY_OUT = (

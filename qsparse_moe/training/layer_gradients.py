@@ -33,9 +33,10 @@ def layer_squares(engine: Engine) -> Tensor:
     To be called between the step's last backward and ``update``. Added over the ranks it is the square of the norm
     before clipping; nothing waits for the device.
     """
-    return torch.stack(
+    squares_L = torch.stack(
         [torch.stack([_square(engine, name) for name in names]).sum() for names in layer_matrices(engine.shapes())]
     )
+    return squares_L if engine.loss_scaler is None else squares_L / engine.loss_scaler.factor**2
 
 
 def _square(engine: Engine, name: str) -> Tensor:

@@ -69,7 +69,7 @@ class _Loop:
         self._training = run.config.training
         self._signals = signals
         self._listeners = listeners
-        self._guard = NonFiniteGuard(run.config.model.num_layers, run.distributed)
+        self._guard = NonFiniteGuard(run.config.model.num_layers, run.distributed, run.engine.loss_scaler)
         self._dead_experts = DeadExpertWatch(
             run.config.metrics.dead_expert_window,
             [block.layer for block in run.engine.model.blocks() if block.moe is not None],
@@ -172,7 +172,7 @@ class _Loop:
 
     def _report(self, step: int, outcome: StepOutcome) -> None:
         assert outcome.losses is not None and outcome.stats is not None
-        now, last = self._progress, self._reported
+        now, last, scaler = self._progress, self._reported, self._run.engine.loss_scaler
         self._reported = now
         self._dead_experts.look(now.step)
         router_bias_LE = self._run.engine.model.router_bias_LE
@@ -191,6 +191,8 @@ class _Loop:
             tokens_per_second=(now.tokens - last.tokens) / (now.seconds - last.seconds),
             memory=memory_in_use(self._run.distributed.device),
             validation=self._validation,
+            loss_scale=outcome.loss_scale,
+            skipped_steps=None if scaler is None else scaler.skipped_steps,
         )
         for listener in self._listeners:
             listener(report)

@@ -19,7 +19,7 @@ from qsparse_moe.training.checkpoint import (
     remove_leftovers,
 )
 from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.engine import Engine, build_engine
+from qsparse_moe.training.engine import Engine, build_engine, check_engine
 from qsparse_moe.training.evaluate import Evaluator
 from qsparse_moe.training.expert_groups import join_expert_group
 from qsparse_moe.training.manifest import write_manifest
@@ -51,8 +51,10 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     Raises:
         CheckpointError: the checkpoint is damaged or of another model.
         DataError: it was made with other data.
-        BackendUnavailable: a backend asked for by name cannot run here.
+        BackendUnavailable: a backend asked for by name, or NVMe offload, cannot run here.
+        ConfigError: the folder for NVMe offload cannot be used.
     """
+    distributed.on_every_rank(lambda: check_engine(config))
     folder = run_folder(config)
     training = config.training
     loader = TrainLoader(config, data, distributed.rank, distributed.world_size)
@@ -89,13 +91,15 @@ def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | Non
 def _start_engine(config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None) -> Engine:
     group = join_expert_group(config.training.expert_parallel_size, distributed)
     model = build_model(config.model, device=distributed.device, seed=config.training.seed, expert_group=group)
-    model.activation_checkpointing = config.training.activation_checkpointing == "full"
+    model.activation_checkpointing = config.training.activation_checkpointing
     if checkpoint is None:
         return build_engine(config, model, distributed)
     # The engine makes its own copies of the weights, so they come first; what it adds to them is restored after.
     load_checkpoint(model, checkpoint)
     engine = build_engine(config, model, distributed)
     restore(engine, checkpoint.tensor, checkpoint.adam_step)
+    if engine.loss_scaler is not None and checkpoint.loss_scale is not None:
+        engine.loss_scaler.load_state_dict(checkpoint.loss_scale)
     return engine
 
 

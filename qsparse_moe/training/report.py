@@ -50,7 +50,7 @@ class StepReport:
     router_bias_LE: Tensor | None
     """The biases that balance the experts after this step, fp32 on the CPU; None without them."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; infinite where the step was skipped in fp16."""
     layer_grad_norms: tuple[float, ...] | None
     """L2 norm, before clipping, of the gradient of each layer's matrices (attention, experts, shared and dense
     feed-forwards; no router, no norm); None unless ``metrics.layer_gradients``."""
@@ -65,6 +65,10 @@ class StepReport:
     """Bytes of rank 0 by name: ``resident``, ``peak_resident``, and on CUDA ``allocated``, ``peak_allocated``."""
     validation: dict[str, float] | None
     """``loss``, ``perplexity``, ``bits_per_byte`` where an evaluation followed this step."""
+    loss_scale: float | None = None
+    """That this step's loss was multiplied by, in fp16."""
+    skipped_steps: int | None = None
+    """Steps skipped since the run began because the gradient overflowed, in fp16."""
 
 
 @dataclass(frozen=True)

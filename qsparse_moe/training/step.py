@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,9 +34,11 @@ class StepOutcome:
     rows_LE: Tensor | None
     """Rows of every MoE layer and expert on this rank alone, on the device; None in a model without experts."""
     grad_norm: float
-    """Before clipping."""
+    """Before clipping; infinite in a step that was skipped in fp16."""
     layer_grad_norms: tuple[float, ...] | None
-    """Of each layer's matrices, before clipping; None unless asked for."""
+    """Of each layer's matrices, before clipping; None unless asked for, and in a step that was skipped."""
+    loss_scale: float | None
+    """That every micro-batch's mean loss was multiplied by, in fp16."""
     stop: int
     """A signal that some rank had received when the step's gradients were ready, or 0."""
 
@@ -82,16 +85,18 @@ def train_step(
     stop = guard.check(step, stop=stop)
     if report and layer_gradients:
         totals["layer_squares_L"] = layer_squares(engine)
+    loss_scale = None if engine.loss_scaler is None else engine.loss_scaler.scale
     grad_norm = engine.update(learning_rate)
     guard.check_norm(step, grad_norm)
     rows_LE = totals.get(_ROWS)
     _balance(engine, rows_LE, step)
     if not report:
-        return StepOutcome(None, None, rows_LE, grad_norm, None, stop)
+        return StepOutcome(None, None, rows_LE, grad_norm, None, loss_scale, stop)
     totals = reduce_sums(totals, engine.distributed)
     losses_out = {name: value.item() / engine.distributed.world_size for name, value in _under("losses/", totals)}
-    norms = tuple(totals["layer_squares_L"].sqrt().tolist()) if layer_gradients else None
-    return StepOutcome(losses_out, dict(_under("stats/", totals)), rows_LE, grad_norm, norms, stop)
+    norms_L = totals["layer_squares_L"].sqrt() if layer_gradients and math.isfinite(grad_norm) else None
+    norms = None if norms_L is None else tuple(norms_L.tolist())
+    return StepOutcome(losses_out, dict(_under("stats/", totals)), rows_LE, grad_norm, norms, loss_scale, stop)
 
 
 def _balance(engine: Engine, rows_LE: Tensor | None, step: int) -> None:

@@ -29,6 +29,7 @@ def messages(settings):
     return [problem.message for problem in broken_rules(build(settings))]
 
 
+DS = "training.deepspeed"
 HEADS = "into heads of an even size when model.head_size is null; "
 BLOCK = {"model.sparsity.selection": "block", "model.sparsity.default": 0.5}
 EXPERT_SITES = "expert_hidden or expert_input"
@@ -42,6 +43,48 @@ def override(**settings):
 
 # Broken settings, the message, and a change that mends them.
 CASES = {
+    "offload of the optimizer without ZeRO": (
+        {f"{DS}.zero_stage": 0, f"{DS}.offload_optimizer": "cpu"},
+        f"{DS}.offload_optimizer (cpu) needs {DS}.zero_stage (0) to be at least 1: ZeRO-0 steps where the weights are; "
+        f"raise it, or set {DS}.offload_optimizer=none",
+        {f"{DS}.zero_stage": 1},
+    ),
+    "offload of the optimizer to files below ZeRO-3": (
+        {f"{DS}.zero_stage": 2, f"{DS}.offload_optimizer": "nvme", f"{DS}.nvme_path": "/swap"},
+        f"{DS}.offload_optimizer (nvme) needs {DS}.zero_stage (2) to be at least 3: below it DeepSpeed would use host "
+        f"memory without a word; raise it, or set {DS}.offload_optimizer=cpu (from 1 on) or none",
+        {f"{DS}.zero_stage": 3},
+    ),
+    "offload of the weights below ZeRO-3": (
+        {f"{DS}.zero_stage": 2, f"{DS}.offload_parameters": "cpu"},
+        f"{DS}.offload_parameters (cpu) needs {DS}.zero_stage (2) to be at least 3: below it every rank keeps all the "
+        f"weights that compute; raise it, or set {DS}.offload_parameters=none",
+        {f"{DS}.offload_parameters": "none"},
+    ),
+    "offload to files without a folder": (
+        {f"{DS}.zero_stage": 3, f"{DS}.offload_parameters": "nvme"},
+        f"{DS}.nvme_path (null) must name a folder on a local disk when {DS}.offload_parameters is nvme; set it, or "
+        "choose cpu",
+        {f"{DS}.nvme_path": "/swap"},
+    ),
+    "a folder for files that are not written": (
+        {f"{DS}.nvme_path": "/swap", f"{DS}.offload_optimizer": "cpu"},
+        f'{DS}.nvme_path ("/swap") has no meaning when neither {DS}.offload_optimizer nor {DS}.offload_parameters is '
+        "nvme; remove it, or choose nvme",
+        {f"{DS}.nvme_path": None},
+    ),
+    "a loss scale in another precision": (
+        {"training.precision": "bf16", "training.loss_scale.window": 50},
+        "training.loss_scale.window (50) has no meaning when training.precision is bf16, whose loss is not scaled; "
+        "remove it, or choose fp16",
+        {"training.precision": "fp16"},
+    ),
+    "a smallest loss scale above the first": (
+        {"training.precision": "fp16", "training.loss_scale.initial_power": 4, "training.loss_scale.minimum": 32},
+        "training.loss_scale.minimum (32) must be at most two to the power of training.loss_scale.initial_power (4), "
+        "16; lower the one or raise the other",
+        {"training.loss_scale.minimum": 16},
+    ),
     "heads that do not divide": (
         {"model.num_heads": 3},
         f"model.num_heads (3) must divide model.hidden_size (128) {HEADS}the nearest that do are 2 and 4, or set "

@@ -12,7 +12,9 @@ from tests.support.runs import (
     BALANCED_MODEL,
     CAPACITY_MODEL,
     LAYOUTS,
+    LOSS_SCALE,
     MIXED_MODEL,
+    OFFLOADED,
     STOP_STEP,
     tiny_config,
     write_text,
@@ -20,7 +22,17 @@ from tests.support.runs import (
 
 PRECISIONS = ("fp32", "bf16")
 EVERY_LAYOUT = [f"{name}-{precision}" for precision in PRECISIONS for name in LAYOUTS]
-RESUMED = {1: ["torch-fp32", "torch-bf16", "zero0-bf16", "zero1-fp32", "zero2-bf16", "zero3-fp32"], 2: EVERY_LAYOUT}
+FP16 = [f"{name}-fp16" for name in LAYOUTS]
+OFFLOADS = ["zero1_cpu-fp32", "zero2_cpu-bf16", "zero2_cpu-fp16", "zero3_cpu-fp32", "zero3_cpu-bf16"]
+TRAINED = {
+    1: [*EVERY_LAYOUT, "torch-fp16", "zero3-fp16", "zero2_cpu-bf16", "zero3_cpu-fp32"],
+    2: [*EVERY_LAYOUT, *FP16, *OFFLOADS],
+}
+"""Layouts by the number of ranks."""
+RESUMED = {
+    1: ["torch-fp32", "torch-bf16", "torch-fp16", "zero0-bf16", "zero1-fp32", "zero2-bf16", "zero3-fp32"],
+    2: [*EVERY_LAYOUT, "zero0-fp16", "zero3-fp16", "zero2_cpu-bf16", "zero2_cpu-fp16", "zero3_cpu-fp32"],
+}
 """Layouts that are stopped and resumed, by the number of ranks."""
 
 MIXED = ["torch-fp32", "torch-bf16", "zero1-bf16", "zero2-fp32", "zero3-fp32"]
@@ -32,6 +44,8 @@ BALANCED = ["torch-fp32", "zero1-fp32", "zero2-bf16", "zero3-fp32"]
 """Layouts of the model that balances over ranks and micro-batches, in one micro-batch a rank and step."""
 CUT = ["torch-fp32", "zero3-fp32"]
 """Those of them that also cut a rank's rows into micro-batches."""
+RECOMPUTED_PARTS = ("full", "selective", "feed_forward")
+"""What ZeRO-3, which gathers weights layer by layer, recomputes."""
 RECOMPUTED = ("balanced-recomputed", "zero3-fp32")
 BALANCED_RESUMED = {1: ("torch-fp32", 2), 2: ("zero3-fp32", 1)}
 """By the number of ranks: the layout that resumes a stopped run, and the ranks of the ``torch-fp32`` that wrote it."""
@@ -45,6 +59,11 @@ TRANSFERS = [
     ("zero2-fp32", 2, "zero0-fp32", 1),
     ("zero1-bf16", 2, "zero3-bf16", 1),
     ("zero0-bf16", 2, "zero2-bf16", 1),
+    ("torch-fp16", 1, "zero2_cpu-fp16", 2),
+    ("zero3-fp32", 1, "zero1_cpu-fp32", 2),
+    ("zero3-fp16", 2, "torch-fp16", 1),
+    ("zero2_cpu-bf16", 2, "zero3-bf16", 1),
+    ("zero3_cpu-fp32", 2, "zero2-fp32", 1),
 ]
 """Written by a layout on so many ranks, resumed by another one on another number."""
 
@@ -131,24 +150,29 @@ def _entry(
 ) -> dict[str, Any]:
     engine, precision = layout.split("-")
     # Evaluated in the middle too: ZeRO-3 follows the order of modules, and an evaluation comes in between.
-    settings = LAYOUTS[engine] | {"precision": precision, "evaluation_interval": 3} | training
+    settings = (LAYOUTS | OFFLOADED)[engine] | {"precision": precision, "evaluation_interval": 3} | training
+    if precision == "fp16":
+        settings["loss_scale"] = LOSS_SCALE
     config = tiny_config(made.folder, name_of(label, ranks), model=model, **settings)
     metrics = config.metrics.model_copy(update={"layer_gradients": layer_gradients})
     return entry(label, config.model_copy(update={"metrics": metrics}), **more)
 
 
 def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
-    return [_entry(made, layout, layout, ranks, training={}) for layout in EVERY_LAYOUT]
+    return [_entry(made, layout, layout, ranks, training={}) for layout in TRAINED[ranks]]
 
 
 def _variants(made: Runs, ranks: int) -> list[dict[str, Any]]:
     """Other ways to do the same: larger micro-batches, and recomputation in the backward; and two other models."""
-    larger, recomputed = {"micro_batch_size": 4}, {"activation_checkpointing": "full"}
+    larger = {"micro_batch_size": 4}
     return [
         _entry(made, "torch-larger", "torch-fp32", ranks, training=larger),
         _entry(made, "zero2-larger", "zero2-fp32", ranks, training=larger),
-        _entry(made, "torch-recomputed", "torch-fp32", ranks, training=recomputed),
-        _entry(made, "zero3-recomputed", "zero3-fp32", ranks, training=recomputed),
+        _entry(made, "torch-full", "torch-fp32", ranks, training={"activation_checkpointing": "full"}),
+        *(
+            _entry(made, f"zero3-{mode}", "zero3-fp32", ranks, training={"activation_checkpointing": mode})
+            for mode in RECOMPUTED_PARTS
+        ),
         *(_entry(made, f"mixed-{layout}", layout, ranks, training={}, model=MIXED_MODEL) for layout in MIXED),
         *(_entry(made, f"capacity-{layout}", layout, ranks, training={}, model=CAPACITY_MODEL) for layout in FULL),
     ]

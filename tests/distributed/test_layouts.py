@@ -11,13 +11,15 @@ from tests.distributed.conftest import (
     BALANCED,
     BALANCED_RESUMED,
     CUT,
-    EVERY_LAYOUT,
     FAULT_STEP,
     FAULTS,
+    FP16,
     FULL,
     MIXED,
     RECOMPUTED,
+    RECOMPUTED_PARTS,
     RESUMED,
+    TRAINED,
     TRANSFERS,
     Runs,
     transfer_label,
@@ -31,14 +33,16 @@ pytestmark = pytest.mark.distributed
 # 3e-5 of itself. bf16: 0 and 2e-6; it has 8 bits, so another processor's order of additions may move it by some 1e-4.
 # The third is of the norms by layer. Measured: 8e-9 in the first step; Adam's own first step turns rounding into 8e-6
 # under ZeRO-3 and with larger micro-batches, and later 4e-6, in bf16 5e-4.
-SAME_SELECTION = {"fp32": (3e-6, 3e-6, 3e-5), "bf16": (1e-3, 1e-2, 1e-2)}
-OTHER_SELECTION = {"fp32": (2e-4, 1e-3, 1e-3), "bf16": (5e-3, 5e-2, 5e-2)}
+SAME_SELECTION = {"fp32": (3e-6, 3e-6, 3e-5), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
+OTHER_SELECTION = {"fp32": (2e-4, 1e-3, 1e-3), "bf16": (5e-3, 5e-2, 5e-2), "fp16": (5e-3, 5e-2, 5e-2)}
 EARLY_STEPS = 2
 BF16_AGAINST_FP32 = 2e-2
 
-EVERYWHERE = [(layout, ranks) for ranks in (1, 2) for layout in EVERY_LAYOUT]
+EVERYWHERE = [(layout, ranks) for ranks in (1, 2) for layout in TRAINED[ranks]]
 VARIANTS = [
-    (v, ranks) for ranks in (1, 2) for v in ("torch-larger", "zero2-larger", "torch-recomputed", "zero3-recomputed")
+    (variant, ranks)
+    for ranks in (1, 2)
+    for variant in ("torch-larger", "zero2-larger", "torch-full", *(f"zero3-{mode}" for mode in RECOMPUTED_PARTS))
 ]
 
 
@@ -61,6 +65,7 @@ def assert_same_run(outcome, reference, precision, *, since=0):
         assert mine["layer_grad_norms"] == pytest.approx(other["layer_grad_norms"], rel=of_layer)
         assert mine["learning_rate"] == other["learning_rate"]
         assert mine["sparsity"] == other["sparsity"]
+        assert (mine["loss_scale"], mine["skipped_steps"]) == (other["loss_scale"], other["skipped_steps"])
         assert (mine["validation"] is None) == (other["validation"] is None) == (mine["step"] % 3 != 0)
         if mine["validation"]:
             assert mine["validation"] == pytest.approx(other["validation"], rel=of_loss)
@@ -174,15 +179,25 @@ def test_bf16_stays_near_fp32(runs: Runs, ranks):
         assert narrow != wide
 
 
+@pytest.mark.parametrize("layout", FP16)
+def test_every_layout_skips_the_same_steps_in_fp16(runs: Runs, layout):
+    reports = runs(layout, 2)["reports"]
+    assert [report["skipped_steps"] for report in reports] == [1, 1, 1, 1, 2, 2]
+    assert [report["loss_scale"] for report in reports] == [2**18, 2**17, 2**17, 2**17, 2**18, 2**17]
+    assert Checkpoint(list_checkpoints(runs.folder_of(layout, 2))[-1]).adam_step == STEPS - 2
+
+
 def test_gradient_norms_by_layer_are_the_plain_engines_in_every_layout(runs: Runs):
-    """In the first step, whose weights are the same everywhere."""
+    """In the first step, whose weights are the same everywhere; in fp16 the second, after one that is skipped."""
     mixed = [(f"mixed-{layout}", ranks) for ranks in (1, 2) for layout in MIXED]
     for label, ranks in EVERYWHERE + mixed:
         model, precision = "mixed-" if label.startswith("mixed") else "", label.split("-")[-1]
-        rounding = {"fp32": 1e-6, "bf16": 1e-3}[precision]
-        want = runs(f"{model}torch-{precision}", 1)["reports"][0]["layer_grad_norms"]
+        rounding = {"fp32": 1e-6, "bf16": 1e-3, "fp16": 1e-3}[precision]
+        first = 1 if precision == "fp16" else 0
+        want = runs(f"{model}torch-{precision}", 1)["reports"][first]["layer_grad_norms"]
         assert len(want) == 2 and abs(want[0] / want[1] - 1) > 2 * rounding, "else the layers could be mistaken"
-        assert runs(label, ranks)["reports"][0]["layer_grad_norms"] == pytest.approx(want, rel=rounding), (label, ranks)
+        have = runs(label, ranks)["reports"][first]["layer_grad_norms"]
+        assert have == pytest.approx(want, rel=rounding), (label, ranks)
 
 
 def test_sums_are_those_of_the_whole_batch_in_every_layout(runs: Runs):
@@ -213,7 +228,7 @@ def test_a_run_stopped_by_sigterm_resumes_to_what_it_would_have_been_exactly(run
     assert resumed["result"] == whole["result"]
     _, want = state_of(runs.folder_of(layout, ranks))
     checkpoint, have = state_of(runs.folder_of(f"{layout}-resumed", ranks))
-    assert checkpoint.adam_step == STEPS
+    assert checkpoint.adam_step == STEPS - (whole["reports"][-1]["skipped_steps"] or 0)
     assert [key for key in want if not have[key].equal(want[key])] == []
 
 

@@ -14,6 +14,7 @@ from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 VOCAB = 40
+RECOMPUTED = ("full", "selective", "attention", "feed_forward")
 
 
 def make(seed=0, **changes):
@@ -99,10 +100,11 @@ def test_ignored_labels_do_not_count_and_all_ignored_is_zero():
 
 
 @pytest.mark.parametrize("moe", [{}, {"capacity_factor": 0.5, "moe_layer_interval": 2}], ids=["dropless", "capacity"])
-def test_checkpointing_changes_neither_gradients_nor_sums(moe):
+@pytest.mark.parametrize("mode", RECOMPUTED)
+def test_checkpointing_changes_neither_gradients_nor_sums(moe, mode):
     plain = make(sparsity=SparsityConfig(default=0.5), moe=moe)
     recomputed = copy.deepcopy(plain)
-    recomputed.activation_checkpointing = True
+    recomputed.activation_checkpointing = mode
     outputs = [model(tokens(), tokens()) for model in (plain, recomputed)]
     for out in outputs:
         out.loss.backward()
@@ -115,13 +117,14 @@ def test_checkpointing_changes_neither_gradients_nor_sums(moe):
 NOISY = {"router_jitter": 0.3, "router_noise": 0.5, "router": "sigmoid_topk", "load_balance_scope": "global_batch"}
 
 
-def test_noise_of_the_router_is_the_same_in_recomputation():
+@pytest.mark.parametrize("mode", RECOMPUTED)
+def test_noise_of_the_router_is_the_same_in_recomputation(mode):
     plain = make(moe=NOISY)
     with torch.no_grad():
         for block in plain.blocks():
             block.moe.router.weight.mul_(20)  # else the noise alone decides
     recomputed = copy.deepcopy(plain)
-    recomputed.activation_checkpointing = True
+    recomputed.activation_checkpointing = mode
     outputs = []
     for model in (plain, recomputed):
         model.step_load = StepLoad(lambda rows: rows)
@@ -136,10 +139,10 @@ def test_noise_of_the_router_is_the_same_in_recomputation():
     assert torch.equal(*calm)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_a_global_balance_loss_holds_all_rows_of_the_step_against_the_micro_batchs_probabilities(recomputes):
+@pytest.mark.parametrize("mode", ["none", *RECOMPUTED])
+def test_a_global_balance_loss_holds_all_rows_of_the_step_against_the_micro_batchs_probabilities(mode):
     model = make(moe={"load_balance_scope": "global_batch", "load_balance_coefficient": 1.0, "num_dense_layers": 1})
-    model.activation_checkpointing = recomputes
+    model.activation_checkpointing = mode
     others = torch.rand(2, 1, 4, dtype=torch.float64) * 50  # rows of other ranks
     model.step_load = StepLoad(lambda rows: rows.add_(others))
     parts = [tokens(2)[:1], tokens(3)[2:], tokens(4)[3:]]
@@ -182,7 +185,7 @@ def written_out_global_balance(model, part, seen, others):
         if block.moe is not None
     ]
     load, model.step_load = model.step_load, None
-    checkpointing, model.activation_checkpointing = model.activation_checkpointing, False
+    checkpointing, model.activation_checkpointing = model.activation_checkpointing, "none"
     model(part)
     model.step_load, model.activation_checkpointing = load, checkpointing
     for hook in hooks:

@@ -45,7 +45,7 @@ def calibration(label: str, run_dir: Path, *, num_rows: int, max_values: int) ->
     return {"label": label, "calibrate": {"run_dir": str(run_dir), "num_rows": num_rows, "max_values": max_values}}
 
 
-def run_plan(folder: Path, plan: Sequence[dict[str, Any]], *, ranks: int, timeout: float = 240) -> dict[str, list[Any]]:
+def run_plan(folder: Path, plan: Sequence[dict[str, Any]], *, ranks: int, timeout: float = 900) -> dict[str, list[Any]]:
     """What every rank wrote, by label: a list over the ranks."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"

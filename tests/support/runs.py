@@ -21,6 +21,19 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 """Engines and ZeRO stages by name: the training settings that choose them."""
 
+OFFLOADED: dict[str, dict[str, Any]] = {
+    "zero1_cpu": {"engine": "deepspeed", "deepspeed": {"zero_stage": 1, "offload_optimizer": "cpu"}},
+    "zero2_cpu": {"engine": "deepspeed", "deepspeed": {"zero_stage": 2, "offload_optimizer": "cpu"}},
+    "zero3_cpu": {
+        "engine": "deepspeed",
+        "deepspeed": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    },
+}
+"""The same with a part of it in host memory, by DeepSpeed's offload code even where the device is the host."""
+
+LOSS_SCALE = {"initial_power": 18, "window": 2, "hysteresis": 1}
+"""In fp16: a run overflows in its first step, and again in the fifth, which its doubled scale reaches."""
+
 
 def write_text(folder: Path) -> Path:
     """A file of words whose frequencies differ, enough for some hundred rows; the same on every call."""

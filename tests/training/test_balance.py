@@ -31,7 +31,7 @@ def config_of(folder, moe, **training):
 
 def engine_of(config, skew=0.0):
     model = build_model(config.model, seed=3)
-    model.activation_checkpointing = config.training.activation_checkpointing == "full"
+    model.activation_checkpointing = config.training.activation_checkpointing
     with torch.no_grad():
         for block in model.blocks():
             # Every token gets a part in one direction, and two experts like it.

@@ -10,14 +10,16 @@ from qsparse_moe.training.ds_config import deepspeed_config
 constants = pytest.importorskip("deepspeed.runtime.constants")
 
 
-def settings(stage: int = 2, precision: str = "fp32", ranks: int = 2, **training) -> dict:
+def settings(stage: int = 2, precision: str = "fp32", ranks: int = 2, offload: dict | None = None, **training) -> dict:
     config = RunConfig(
         training=TrainingConfig(
             global_batch_size=24,
             micro_batch_size=3,
             gradient_clipping=0.25,
             precision=precision,
-            deepspeed=DeepSpeedConfig(zero_stage=stage, reduce_bucket_size=1234, allgather_bucket_size=4321),
+            deepspeed=DeepSpeedConfig(
+                zero_stage=stage, reduce_bucket_size=1234, allgather_bucket_size=4321, **(offload or {})
+            ),
             **training,
         )
     )
@@ -26,21 +28,22 @@ def settings(stage: int = 2, precision: str = "fp32", ranks: int = 2, **training
 
 def known_keys() -> set[str]:
     from deepspeed.runtime import config, precision_config
+    from deepspeed.runtime.swap_tensor import constants as swapping
     from deepspeed.runtime.zero import config as zero_config
 
-    modules = (constants, config, precision_config, zero_config)
+    modules = (constants, config, precision_config, zero_config, swapping)
     return {value for module in modules for value in vars(module).values() if isinstance(value, str)}
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_top_level_key_is_one_that_deepspeed_knows(stage, precision):
     assert settings(stage, precision).keys() - known_keys() == set()
     assert "gradient_cliping" not in known_keys(), "the test must be able to fail"
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_deepspeed_reads_what_the_config_says(stage, precision):
     from deepspeed.runtime.config import DeepSpeedConfig as Theirs
 
@@ -50,6 +53,11 @@ def test_deepspeed_reads_what_the_config_says(stage, precision):
     assert theirs.gradient_accumulation_steps == 8
     assert theirs.gradient_clipping == (0.25 if stage else 0.0)
     assert theirs.bfloat16_config.enabled == (precision == "bf16")
+    assert theirs.float16_config.enabled == (precision == "fp16")
+    # ZeRO-0 does not multiply the loss by it; the engine does.
+    assert theirs.float16_config.loss_scale == (2**16 if stage else 1)
+    assert theirs.zero_config.offload_optimizer.device == theirs.zero_config.offload_param.device == "none"
+    assert theirs.zero_force_ds_cpu_optimizer is False
     assert theirs.grad_accum_dtype == ("fp32" if stage else None)
     assert theirs.zero_config.stage == stage
     assert theirs.zero_config.reduce_bucket_size == 1234
@@ -64,3 +72,22 @@ def test_deepspeed_reads_what_the_config_says(stage, precision):
 def test_the_micro_batches_of_a_rank_follow_from_the_ranks():
     assert settings(ranks=1)["gradient_accumulation_steps"] == 8
     assert settings(ranks=4)["gradient_accumulation_steps"] == 2
+
+
+def test_offload_is_what_the_config_says(tmp_path):
+    from deepspeed.runtime.config import DeepSpeedConfig as Theirs
+
+    theirs = Theirs(settings(2, ranks=1, offload={"offload_optimizer": "cpu"})).zero_config
+    assert (theirs.offload_optimizer.device, theirs.offload_param.device) == ("cpu", "none")
+    both = {"offload_optimizer": "nvme", "offload_parameters": "cpu", "nvme_path": str(tmp_path)}
+    theirs = Theirs(settings(3, ranks=1, offload=both)).zero_config
+    assert (theirs.offload_optimizer.device, theirs.offload_param.device) == ("nvme", "cpu")
+    assert theirs.offload_optimizer.nvme_path.parent == tmp_path
+
+
+def test_two_runs_never_share_a_folder_for_their_swap_files(tmp_path):
+    """DeepSpeed names the files by rank and parameter alone."""
+    nvme = {"offload_parameters": "nvme", "nvme_path": str(tmp_path)}
+    places = [{"name": "a"}, {"name": "b"}, {"name": "a", "output_dir": "elsewhere"}]
+    made = [settings(3, offload=nvme, **place)["zero_optimization"]["offload_param"] for place in places]
+    assert len({folder["nvme_path"] for folder in made}) == 3

@@ -27,7 +27,7 @@ def random_batches(count=4, rows=2, length=24):
 def make_engine(tmp_path, **training):
     config = tiny_config(tmp_path, "run", **({"engine": "torch"} | training))
     model = build_model(config.model, seed=3)
-    model.activation_checkpointing = config.training.activation_checkpointing == "full"
+    model.activation_checkpointing = config.training.activation_checkpointing
     return config, build_engine(config, model, ALONE)
 
 

@@ -31,7 +31,8 @@ def test_every_operation_and_version_is_timed_or_told_why_not(monkeypatch):
     for spec in OPS:
         operation = timed[spec.name]
         assert set(operation["seconds"]["forward"]) == {ops.REFERENCE, *spec.fast} - set(operation["left_out"])
-        assert operation["left_out"]["triton"] == "under Triton's interpreter a time means nothing"
+        if "triton" in spec.fast:
+            assert operation["left_out"]["triton"] == "under Triton's interpreter a time means nothing"
     assert "forward and backward" in timed["fused_glu"]["seconds"]
     assert "forward and backward" not in timed["int8_quantize"]["seconds"]
     assert result["machine"]["torch"] == torch.__version__

@@ -8,7 +8,7 @@ import torch
 from qsparse_moe.kernels.fused_glu import reference
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, fused_glu
 from qsparse_moe.moe.activations import REFERENCES
-from qsparse_moe.sparsity.stats import site_stats
+from qsparse_moe.sparsity.stats import Readers, row_pattern, row_sums, site_stats
 from qsparse_moe.sparsity.topk import topk_sparsify
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,9 +32,12 @@ def test_definitions_are_those_of_the_experts(activation):
 def test_sums_of_the_reference_are_those_of_a_site(num_kept):
     gate, up = torch.randn(2, 4, 9)
     kept, sums = reference.fused_glu(gate, up, num_kept)
-    want = site_stats(reference.relu2glu(gate, up), kept, num_kept)
+    all_rows = Readers()
+    of_the_site = row_sums(reference.relu2glu(gate, up), kept)
+    want = site_stats(of_the_site, row_pattern(kept, all_rows), num_kept, all_rows)
     for name, of_rows in sums._asdict().items():
-        torch.testing.assert_close(of_rows.double().sum(), want[name.removesuffix("_N")], rtol=1e-6, atol=0.0)
+        total = want[f"{name.removesuffix('_N')}_E"].squeeze()
+        torch.testing.assert_close(of_rows.double().sum(), total, rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

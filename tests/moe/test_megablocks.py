@@ -228,12 +228,6 @@ def test_choice_by_name_and_its_absence_from_auto():
         resolve_runtime(odd, "cpu")
 
 
-def test_a_capacity_factor_is_refused_with_the_way_out():
-    ready("cpu")
-    with pytest.raises(BackendUnavailable, match=r"drops no rows; set model.moe.capacity_factor \(1.5\) to null"):
-        resolve_runtime(settings("megablocks", capacity_factor=1.5), "cpu")
-
-
 def test_without_the_interpreter_a_cpu_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(

@@ -100,21 +100,31 @@ void gradients(Wide gate, Wide up, Wide grad, Wide& grad_gate, Wide& grad_up) {
   }
 }
 
+constexpr int64_t kSumBlock = 128;
+
 template <typename Type>
 void sum_row(const typename Type::Bits* dense, const typename Type::Bits* kept, int64_t length,
              typename Type::Wide* sums, int64_t stride) {
   using Wide = typename Type::Wide;
-  Wide nonzero = 0, energy = 0, kept_energy = 0;
+  double nonzeros = 0, energies = 0, kept_energies = 0;
+  // Blocks are added up in fp64: a long row's error stays that of a short one.
+  for (int64_t begin = 0; begin < length; begin += kSumBlock) {
+    const int64_t end = begin + kSumBlock < length ? begin + kSumBlock : length;
+    Wide nonzero = 0, energy = 0, kept_energy = 0;
 #pragma omp simd reduction(+ : nonzero, energy, kept_energy)
-  for (int64_t i = 0; i < length; ++i) {
-    const Wide before = Type::widen(dense[i]), after = Type::widen(kept[i]);
-    nonzero += after != 0 ? Wide(1) : Wide(0);
-    energy += before * before;
-    kept_energy += after * after;
+    for (int64_t i = begin; i < end; ++i) {
+      const Wide before = Type::widen(dense[i]), after = Type::widen(kept[i]);
+      nonzero += after != 0 ? Wide(1) : Wide(0);
+      energy += before * before;
+      kept_energy += after * after;
+    }
+    nonzeros += nonzero;
+    energies += energy;
+    kept_energies += kept_energy;
   }
-  sums[stride] = nonzero;
-  sums[2 * stride] = energy;
-  sums[3 * stride] = kept_energy;
+  sums[stride] = Wide(nonzeros);
+  sums[2 * stride] = Wide(energies);
+  sums[3 * stride] = Wide(kept_energies);
 }
 
 // A row of gate, up or an upstream gradient begins `stride` values after the one before.

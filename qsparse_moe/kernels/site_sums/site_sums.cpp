@@ -27,23 +27,33 @@ void check_rows(const at::Tensor& x) {
 
 int64_t grain(int64_t length) { return 1 + 16384 / std::max<int64_t>(length, 1); }
 
+// Blocks are added up in fp64: a long row's error stays that of a short one.
+constexpr int64_t kSumBlock = 128;
+
 template <typename Value>
 void sum_rows(const Value* before, const Value* after, int64_t num_rows, int64_t length, Wide<Value>* sums) {
   using W = Wide<Value>;
   at::parallel_for(0, num_rows, grain(length), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const Value *x = before + row * length, *y = after + row * length;
-      W nonzero = 0, energy = 0, kept_energy = 0;
+      double nonzeros = 0, energies = 0, kept_energies = 0;
+      for (int64_t start = 0; start < length; start += kSumBlock) {
+        const int64_t stop = std::min(start + kSumBlock, length);
+        W nonzero = 0, energy = 0, kept_energy = 0;
 #pragma omp simd reduction(+ : nonzero, energy, kept_energy)
-      for (int64_t i = 0; i < length; ++i) {
-        const W a = W(x[i]), b = W(y[i]);
-        nonzero += b != 0 ? W(1) : W(0);
-        energy += a * a;
-        kept_energy += b * b;
+        for (int64_t i = start; i < stop; ++i) {
+          const W a = W(x[i]), b = W(y[i]);
+          nonzero += b != 0 ? W(1) : W(0);
+          energy += a * a;
+          kept_energy += b * b;
+        }
+        nonzeros += nonzero;
+        energies += energy;
+        kept_energies += kept_energy;
       }
-      sums[row] = nonzero;
-      sums[num_rows + row] = energy;
-      sums[2 * num_rows + row] = kept_energy;
+      sums[row] = W(nonzeros);
+      sums[num_rows + row] = W(energies);
+      sums[2 * num_rows + row] = W(kept_energies);
     }
   });
 }

@@ -18,7 +18,8 @@ from qsparse_moe.bench.moe_peers import PEERS, Contender, LayerShape, LayerWeigh
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.activations import ACTIVATIONS
-from qsparse_moe.moe.backends.registry import BACKENDS, BackendSpec, Matmul
+from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
+from qsparse_moe.moe.dispatch import RowCounts
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.runtime import resolve_runtime
 
@@ -104,7 +105,7 @@ def build_ours(
     Beside them ``OUR_CHAIN``: one expert over all N rows by the first of these backends.
     """
     contenders, left_out = {}, {}
-    for backend in BACKENDS:
+    for backend in fastest_first():
         config = _config(shape, backend.name)
         if reason := _why_left_out(backend, config, x_TD.device):
             left_out[f"ours, {backend.name}"] = reason
@@ -214,15 +215,20 @@ def _our_layer(config: ModelConfig, weights: LayerWeights, x_TD: Tensor, sparsit
     with torch.no_grad():
         for parameter, weight in zip(named, weights, strict=True):
             parameter.copy_(weight)
-    return Contender(x_TD[None], lambda x_1TD: layer(x_1TD, with_stats=False)[:3], tuple(layer.parameters()))
+
+    def forward(x_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = layer(x_1TD, with_stats=False)
+        return output.y_BSD, output.load_balance_loss, output.router_z_loss
+
+    return Contender(x_TD[None], forward, tuple(layer.parameters()))
 
 
 def _our_chain(shape: LayerShape, weights: LayerWeights, x_TD: Tensor, matmul: Matmul) -> Contender:
     w_gate_1DF, w_up_1DF, w_down_1FD = (leaf(stack[:1]) for stack in weights[1:])
-    rows_1 = torch.tensor([shape.rows], device=x_TD.device)
+    counts = RowCounts(torch.tensor([shape.rows], device=x_TD.device))
 
     def forward(x_ND: Tensor) -> tuple[Tensor]:
-        gate_NF, up_NF = matmul(x_ND, w_gate_1DF, rows_1), matmul(x_ND, w_up_1DF, rows_1)
-        return (matmul(ACTIVATIONS["swiglu"](gate_NF, up_NF), w_down_1FD, rows_1),)
+        gate_NF, up_NF = matmul(x_ND, w_gate_1DF, counts), matmul(x_ND, w_up_1DF, counts)
+        return (matmul(ACTIVATIONS["swiglu"](gate_NF, up_NF), w_down_1FD, counts),)
 
     return Contender(x_TD.repeat(shape.experts_per_token, 1), forward, (w_gate_1DF, w_up_1DF, w_down_1FD))

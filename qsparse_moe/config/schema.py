@@ -105,10 +105,11 @@ class MoEConfig(Section):
     activation: Literal["swiglu", "relu2glu", "reglu", "drelu", "relu2"] = "relu2glu"
     """swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up; reglu: relu(gate) * up; drelu: relu(gate) * relu(up);
     relu2: relu(up)^2, without a gate matrix. Dense layers and shared experts use it too."""
-    backend: Literal["auto", "loop", "grouped", "megablocks", "onednn"] = "auto"
+    backend: Literal["auto", "loop", "grouped", "megablocks", "onednn", "blas"] = "auto"
     """loop: one expert after the other, the definition; grouped: torch grouped_mm; megablocks: MegaBlocks' permutation
-    around a grouped product, CUDA (on a CPU under TRITON_INTERPRET=1, for tests); onednn: CPU only, rounded row
-    counts; auto: the fastest that runs here."""
+    around a grouped product, CUDA (on a CPU under TRITON_INTERPRET=1, for tests); onednn and blas: CPU only, a product
+    an expert by oneDNN, in rounded row counts, or by PyTorch's own, MKL as a rule; auto: the fastest that runs here, on
+    a CPU onednn if it has AVX-512 and else blas."""
     capacity_factor: PositiveFloat | None = None
     """null: dropless. Else an expert takes at most ceil(capacity_factor * T * A / E) rows of a micro-batch's T tokens,
     those with the largest router weights (of equal ones the first); for the others its output is 0. Holds in training

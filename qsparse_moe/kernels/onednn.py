@@ -1,7 +1,9 @@
-"""Matrix products on a CPU through oneDNN, which is inside every PyTorch build. M, K, N: the usual GEMM sizes.
+"""Matrix products on a CPU by the faster of what every PyTorch build holds. M, K, N: the usual GEMM sizes.
 
-PyTorch sends fp32 products to MKL, which on AMD processors runs at under half of oneDNN's speed (Zen 5, one thread,
-128 x 512 x 768: 95 against 206 GFLOP/s); bf16 products go to oneDNN anyway.
+PyTorch sends fp32 products to MKL, which on AMD processors has no AVX-512 path: on a Zen 5 it runs at under half of
+oneDNN's speed (one thread, 128 x 512 x 768: 95 against 206 GFLOP/s). Without AVX-512 it is the faster of the two (Zen
+3: 68 against 51). bf16 products go to oneDNN, which has none without AVX-512; PyTorch's own then runs at a sixtieth of
+the speed of fp32 (Zen 3: 1.1 GFLOP/s), so they are computed in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -16,6 +18,19 @@ from torch import Tensor
 _HAS_OPERATOR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+_HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def is_faster_in_fp32() -> bool:
+    """Whether ``gemm`` in fp32 beats torch's own product on this processor."""
+    return _HAS_OPERATOR and _HAS_AVX512
+
+
+def needs_fp32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products in ``dtype`` are computed in fp32 and rounded because ``device`` has no fast ones."""
+    return dtype == torch.bfloat16 and device.type == "cpu" and not _HAS_AVX512
+
+
 def why_not(device: torch.device) -> str | None:
     """The reason why ``gemm`` cannot run on ``device``, or None."""
     if device.type != "cpu":
@@ -26,17 +41,27 @@ def why_not(device: torch.device) -> str | None:
 
 
 def gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
-    """Write ``a @ b`` into ``out``; any strides. fp32 and bf16 go through oneDNN, other dtypes through torch.mm."""
+    """Write ``a @ b`` into ``out``; any strides. fp32 goes through oneDNN, what else there is through ``torch_gemm``."""
     if a_MK.dtype == torch.float32:
         out_MN.copy_(_product(a_MK, b_KN.T))
+    else:
+        torch_gemm(a_MK, b_KN, out_MN)
+
+
+def torch_gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
+    """Write ``a @ b`` into ``out``, any strides, by torch.mm: MKL for fp32 and fp64, oneDNN for bf16 where it can."""
+    if needs_fp32(a_MK.dtype, a_MK.device):
+        out_MN.copy_(a_MK.float() @ b_KN.float())
     else:
         torch.mm(a_MK, b_KN, out=out_MN)
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """``x @ weight.T`` for ``x`` ``(*, K)``, as ``torch.nn.functional.linear``; fp32 on a CPU goes through oneDNN."""
-    if x.dtype == torch.float32 and x.device.type == "cpu" and _HAS_OPERATOR:
+    """``x @ weight.T`` for ``x`` ``(*, K)``, as ``torch.nn.functional.linear``, the faster way on a CPU."""
+    if x.dtype == torch.float32 and x.device.type == "cpu" and is_faster_in_fp32():
         return _Linear.apply(x.flatten(0, -2), weight_NK).unflatten(0, x.shape[:-1])
+    if needs_fp32(x.dtype, x.device):
+        return F.linear(x.float(), weight_NK.float()).to(x.dtype)
     return F.linear(x, weight_NK)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from qsparse_moe.kernels import block_topk, fused_glu, int8_quantize, site_sums, topk_select
+from qsparse_moe.kernels import block_topk, combine_rows, fused_glu, int8_quantize, site_sums, topk_select
 from qsparse_moe.kernels.spec import OpSpec
 
 OPS: tuple[OpSpec, ...] = (
     topk_select.SPEC,
     block_topk.SPEC,
     fused_glu.SPEC,
+    combine_rows.SPEC,
     int8_quantize.SPEC,
     int8_quantize.FAKE_SPEC,
     site_sums.SPEC,

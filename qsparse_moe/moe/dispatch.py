@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from qsparse_moe.kernels.combine_rows.op import NATIVE, TORCH, CombineRows, combine_rows
 
 
 class Dispatch(NamedTuple):
@@ -64,15 +66,14 @@ def combine_reference(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> T
     return weighted_TAD.sum(1).to(y_ND.dtype)
 
 
-def permute(x_TD: Tensor, dispatch: Dispatch) -> Tensor:
-    """``permute_reference`` with a backward that gathers."""
-    return _Permute.apply(x_TD, dispatch.token_N, dispatch.row_TA, dispatch.kept_TA)
+def permute(x_TD: Tensor, dispatch: Dispatch, *, by: CombineRows = TORCH) -> Tensor:
+    """``permute_reference``; the backward adds up each token's rows by ``by``."""
+    return _Permute.apply(x_TD, dispatch.token_N, dispatch.row_TA, dispatch.kept_TA, by)
 
 
-def combine(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
-    """``combine_reference`` with a backward that gathers."""
-    weights_TA = _kept_weights(weights_TA, dispatch)
-    return _Combine.apply(y_ND, weights_TA, dispatch.token_N, dispatch.slot_N, dispatch.row_TA)
+def combine(y_ND: Tensor, weights_TA: Tensor, dispatch: Dispatch, *, by: CombineRows = TORCH) -> Tensor:
+    """``combine_reference`` computed by ``by``."""
+    return combine_rows(y_ND, _kept_weights(weights_TA, dispatch), dispatch.row_TA, dispatch.slot_N, by=by)
 
 
 def _kept_weights(weights_TA: Tensor, dispatch: Dispatch) -> Tensor:
@@ -112,6 +113,8 @@ class Permutation:
 
 GATHERS = Permutation(plan_dispatch, permute, combine)
 """Stock PyTorch, on any device."""
+NATIVE_GATHERS = Permutation(plan_dispatch, partial(permute, by=NATIVE), partial(combine, by=NATIVE))
+"""The same with the way back in C++, on a CPU."""
 
 
 class RowCounts:
@@ -138,39 +141,16 @@ class RowCounts:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, token_N: Tensor, row_TA: Tensor, kept_TA: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_TD: Tensor, token_N: Tensor, row_TA: Tensor, kept_TA: Tensor | None, by: CombineRows
+    ) -> Tensor:
         ctx.save_for_backward(row_TA, kept_TA)
+        ctx.by = by
         return x_TD.index_select(0, token_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None, None]:
         row_TA, kept_TA = ctx.saved_tensors
-        return _sum_choices(grad_ND, row_TA, kept_TA), None, None, None
-
-
-class _Combine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, weights_TA: Tensor, token_N: Tensor, slot_N: Tensor, row_TA: Tensor) -> Tensor:
-        ctx.save_for_backward(y_ND, weights_TA, token_N, slot_N, row_TA)
-        return _sum_choices(y_ND, row_TA, weights_TA)
-
-    @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        y_ND, weights_TA, token_N, slot_N, row_TA = ctx.saved_tensors
-        grad_ND = grad_TD.index_select(0, token_N)
-        weight_N = weights_TA.flatten()[slot_N].to(grad_ND.dtype)
-        dot_N = torch.linalg.vecdot(grad_ND, y_ND).to(weights_TA.dtype)
-        return grad_ND.mul_(weight_N[:, None]), dot_N[row_TA], None, None, None
-
-
-def _sum_choices(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
-    """``(T, D)``: the rows of each token, weighted if asked, added in fp32 and rounded once."""
-    total_TD: Tensor | None = None
-    for choice in range(row_TA.shape[1]):
-        part_TD = rows_ND.index_select(0, row_TA[:, choice])
-        wide_TD = part_TD.to(torch.promote_types(rows_ND.dtype, torch.float32))
-        if weights_TA is not None:
-            wide_TD = wide_TD.mul_(weights_TA[:, choice, None])
-        total_TD = wide_TD if total_TD is None else total_TD.add_(wide_TD)
-    assert total_TD is not None
-    return total_TD.to(rows_ND.dtype)
+        wide = torch.promote_types(grad_ND.dtype, torch.float32)
+        weights_TA = None if kept_TA is None else kept_TA.to(wide)
+        return ctx.by.forward(grad_ND, row_TA, weights_TA), None, None, None, None

@@ -5,6 +5,9 @@ N rows, F hidden features.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from qsparse_moe.kernels.fused_glu.op import FusedGLU, fused_glu
@@ -22,7 +25,10 @@ class SparseActivation:
     """
 
     def __init__(self, activation: str, site: SparseSite, fused: FusedGLU | None) -> None:
-        """``fused`` None always takes the activation and the site one after the other, which defines the result."""
+        """``fused`` None always takes the activation and the site one after the other, which defines the result.
+
+        Where its pass cannot stand for both it still brings the activation's backward.
+        """
         self._activation = activation
         self._site = site
         self._fused = fused if activation in FUSED_ACTIVATIONS else None
@@ -52,6 +58,8 @@ class SparseActivation:
             kept_NF, sums = self._in_one_pass(self._fused, gate_NF, up_NF, wanted, with_stats)
             stats = {} if sums is None else self._site.stats_of(sums, kept_NF, wanted, readers)
             return rescale_kept(kept_NF, kept_NF, self._site.settings.rescale), stats
+        elif self._fused is not None and up_NF.dtype != torch.float64:  # in Triton its arithmetic is fp32
+            dense_NF = _BackwardInOnePass.apply(gate_NF, up_NF, self._activation, self._fused)
         else:
             dense_NF = ACTIVATIONS[self._activation](gate_NF, up_NF)
         return self._site(dense_NF, expert_ids_N, with_stats=with_stats, readers=readers)
@@ -69,3 +77,19 @@ class SparseActivation:
             with_sums=with_sums,
         )
         return kept_NF.view_as(up_NF), None if sums is None else RowSums(*sums[1:])
+
+
+class _BackwardInOnePass(torch.autograd.Function):
+    """A gated activation in stock PyTorch, with the backward of ``by``: one pass over memory in place of four."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, activation: str, by: FusedGLU) -> Tensor:
+        ctx.save_for_backward(gate_NF, up_NF)
+        ctx.activation, ctx.by = activation, by
+        return ACTIVATIONS[activation](gate_NF, up_NF)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        gate_NF, up_NF, grad_rows_NF = (x.flatten(0, -2) for x in (*ctx.saved_tensors, grad_NF))
+        grad_gate_NF, grad_up_NF = ctx.by.backward(gate_NF, up_NF, grad_rows_NF, None, ctx.activation)
+        return grad_gate_NF.view_as(grad_NF), grad_up_NF.view_as(grad_NF), None, None

@@ -15,8 +15,8 @@ from qsparse_moe.kernels import native
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, Selection, SelectRows
-from qsparse_moe.moe.backends.registry import BACKENDS, BackendSpec, Matmul
-from qsparse_moe.moe.dispatch import Permutation
+from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
+from qsparse_moe.moe.dispatch import GATHERS, NATIVE_GATHERS, Permutation
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ class Runtime:
     """The functions that a model's modules call, and the names of the implementations behind them by setting."""
 
     permutation: Permutation
+    """The backend's own, or gathers, whose way back is in C++ where the selection is."""
     matmul: Matmul
     select_rows: SelectRows
     fused_glu: FusedGLU | None
@@ -46,19 +47,21 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_g
         BackendUnavailable: one that was asked for by name cannot run here, with the reason.
     """
     device = torch.device(device)
-    experts = _choose("model.moe.backend", config.moe.backend, BACKENDS, lambda spec: spec.why_not(config, device))
+    backends = fastest_first()
+    experts = _choose("model.moe.backend", config.moe.backend, backends, lambda spec: spec.why_not(config, device))
     selection = _choose(
         "model.sparsity.backend", config.sparsity.backend, SELECTIONS, lambda spec: spec.why_not(device)
     )
     experts.load()
-    if selection.name == "native":
+    is_native = selection.name == "native"
+    if is_native:
         native.load()
     return Runtime(
-        experts.permutation,
+        NATIVE_GATHERS if is_native and experts.permutation is GATHERS else experts.permutation,
         experts.matmul,
         selection.select_rows,
         next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),
-        NATIVE if selection.name == NATIVE.name else TORCH,
+        NATIVE if is_native else TORCH,
         {"model.moe.backend": experts.name, "model.sparsity.backend": selection.name},
         expert_group,
     )

@@ -4,25 +4,29 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qsparse_moe.kernels.onednn import gemm, linear, why_not
+from qsparse_moe.kernels import onednn
+from qsparse_moe.kernels.onednn import gemm, linear, torch_gemm, why_not
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("transpose", [False, True])
-def test_gemm_writes_the_product_of_views_with_any_strides(dtype, transpose):
+@pytest.mark.parametrize("multiply", [gemm, torch_gemm])
+def test_gemm_writes_the_product_of_views_with_any_strides(multiply, dtype, transpose):
     a, b = torch.randn(5, 7), torch.randn(7, 3)
     exact = a.double() @ b.double()
     a, b = a.to(dtype), b.to(dtype)
     if transpose:
         a, b = a.T.contiguous().T, b.T.contiguous().T
     out = torch.full((6, 3), float("nan"), dtype=dtype)
-    gemm(a, b, out[:5])
+    multiply(a, b, out[:5])
     assert (out[:5].double() - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
     assert out[5].isnan().all()
 
 
+@pytest.mark.parametrize("has_avx512", [True, False])
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
-def test_linear_and_both_gradients_agree_with_torch(shape):
+def test_linear_and_both_gradients_agree_with_torch(shape, has_avx512, monkeypatch):
+    monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
     x, weight = torch.randn(*shape, requires_grad=True), torch.randn(6, 4, requires_grad=True)
     upstream = torch.randn(*shape[:-1], 6)
     if len(shape) == 1:
@@ -31,6 +35,18 @@ def test_linear_and_both_gradients_agree_with_torch(shape):
     torch.testing.assert_close(got, want)
     for mine, theirs in zip(*(torch.autograd.grad(o, (x, weight), upstream) for o in (got, want)), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_linear_in_bf16_without_instructions_for_it_is_rounded_once(monkeypatch):
+    monkeypatch.setattr(onednn, "_HAS_AVX512", False)
+    x, weight = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((3, 64), (5, 64)))
+    y = linear(x, weight)
+    upstream = torch.randn(3, 5).bfloat16()
+    grads = torch.autograd.grad(y, (x, weight), upstream)
+    exact = (x.double() @ weight.double().T, upstream.double() @ weight.double(), upstream.double().T @ x.double())
+    for got, want in zip((y, *grads), exact, strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)
 
 
 def test_other_devices_are_refused_with_the_reason():

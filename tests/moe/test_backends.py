@@ -7,6 +7,7 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends import loop
 from qsparse_moe.moe.backends.registry import BACKENDS
 from qsparse_moe.moe.dispatch import RowCounts
@@ -54,15 +55,28 @@ def config(backend="auto", *, hidden=16, selection_backend="auto"):
     return ModelConfig(hidden_size=16, num_heads=2, moe=moe, sparsity=SparsityConfig(backend=selection_backend))
 
 
-def test_auto_says_what_it_chose(caplog):
+@pytest.mark.parametrize(("has_avx512", "name"), [(True, "onednn"), (False, "blas")])
+def test_auto_says_what_it_chose_for_the_processor(has_avx512, name, caplog, monkeypatch):
+    monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
     with caplog.at_level(logging.INFO, logger="qsparse_moe.moe.runtime"):
         runtime = resolve_runtime(config(), "cpu")
-    assert runtime.names == {"model.moe.backend": "onednn", "model.sparsity.backend": "native"}
-    assert "model.moe.backend=auto runs as onednn" in caplog.text
+    assert runtime.names == {"model.moe.backend": name, "model.sparsity.backend": "native"}
+    assert f"model.moe.backend=auto runs as {name}" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["onednn", "blas"])
+@pytest.mark.parametrize("has_avx512", [True, False])
+def test_bf16_products_are_rounded_once_with_and_without_instructions_for_them(name, has_avx512, monkeypatch):
+    monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
+    rows, weights = torch.randn(21, X).bfloat16(), torch.randn(2, X, Y).bfloat16()
+    out = FAST[name](rows, weights, torch.tensor([13, 8]))
+    exact = loop.matmul(rows.double(), weights.double(), torch.tensor([13, 8]))
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)
 
 
 def test_a_named_backend_runs_or_raises_and_never_falls_back():
-    for name in ("loop", "grouped", "onednn"):
+    for name in ("loop", "grouped", "onednn", "blas"):
         assert resolve_runtime(config(name), "cpu").names["model.moe.backend"] == name
     with pytest.raises(
         BackendUnavailable, match=r"'grouped'.*expert_hidden_size \(12\) must be a multiple of 8.*8 and 16"
@@ -70,6 +84,8 @@ def test_a_named_backend_runs_or_raises_and_never_falls_back():
         resolve_runtime(config("grouped", hidden=12), "cpu")
     with pytest.raises(BackendUnavailable, match=r"model.moe.backend \('onednn'\).*the device is cuda"):
         resolve_runtime(config("onednn"), "cuda")
+    with pytest.raises(BackendUnavailable, match=r"model.moe.backend \('blas'\).*it is for CPUs.*the device is cuda"):
+        resolve_runtime(config("blas"), "cuda")
     with pytest.raises(BackendUnavailable, match=r"model.sparsity.backend \('native'\).*the device is cuda"):
         resolve_runtime(config("loop", selection_backend="native"), "cuda")
 

@@ -11,6 +11,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS
 from qsparse_moe.model.init import initialize
+from qsparse_moe.moe.activations import ACTIVATIONS
 from qsparse_moe.moe.hidden import SparseActivation
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.runtime import resolve_runtime
@@ -83,6 +84,29 @@ def test_one_pass_gives_the_rows_sums_and_gradients_of_two(fused, activation, re
         torch.testing.assert_close(got_stats[name], value, rtol=1e-5, atol=0.0, msg=name)
     for mine, theirs in zip(got_grads, want_grads, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("fused", FUSED)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["relu2glu", "swiglu"])
+@pytest.mark.parametrize("shape", [(7, F), (2, 3, F), (0, F)])
+def test_a_dense_site_takes_the_activations_backward_in_one_pass(fused, activation, dtype, shape):
+    _, layer = layers(fused, activation=activation)
+    layer.experts.hidden_site.set_sparsity([0.0] * E)
+    gate, up = (torch.randn(shape).to(dtype).requires_grad_() for _ in range(2))
+    upstream = torch.randn(shape).to(dtype)
+    got = layer.experts.activation(gate, up, with_stats=False)[0]
+    assert (got.grad_fn.name() == "_BackwardInOnePassBackward") == (dtype != torch.float64)
+    wide = [x.detach().double().requires_grad_() for x in (gate, up)]
+    want = ACTIVATIONS[activation](*wide)
+    pairs = zip(
+        (got, *torch.autograd.grad(got, (gate, up), upstream)),
+        (want, *torch.autograd.grad(want, wide, upstream.double())),
+        strict=True,
+    )
+    for mine, theirs in pairs:
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(mine.double(), theirs, rtol=4 * eps, atol=8 * eps)
 
 
 def test_rows_of_several_sequences_stay_apart():

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace qsparse_moe {
 
@@ -17,11 +18,18 @@ struct Threshold {
   int64_t reached;  // how many magnitudes are >= value; at least K
 };
 
+// Magnitudes have no sign bit, so that they may be compared as signed integers, which AVX2 has an instruction for.
+template <typename Bits>
+bool reaches(Bits magnitude, Bits bound) {
+  using Signed = std::make_signed_t<Bits>;
+  return Signed(magnitude) >= Signed(bound);
+}
+
 // The accumulator has the lanes of the data, so that the compiler keeps one vector of counts.
 template <typename Bits, typename Length>
 int64_t count_at_least(const Bits* magnitude, Length length, Bits bound) {
   Bits count = 0;
-  for (int64_t i = 0; i < length; ++i) count += magnitude[i] >= bound;
+  for (int64_t i = 0; i < length; ++i) count += reaches(magnitude[i], bound);
   return count;
 }
 
@@ -72,9 +80,12 @@ void select_row(const Bits* __restrict row, Bits* __restrict kept, bool* __restr
     for (int64_t i = 0; i < length; ++i) mask[i] = magnitude[i] > 0 || room-- > 0;
     mask = nullptr;
   }
-  for (int64_t i = 0; i < length; ++i) kept[i] = magnitude[i] >= bound ? row[i] : Bits(0);
+  for (int64_t i = 0; i < length; ++i) {
+    const Bits value = row[i];  // read in any case: no vectors of 16-bit values are read under a condition
+    kept[i] = reaches(magnitude[i], bound) ? value : Bits(0);
+  }
   if (mask)
-    for (int64_t i = 0; i < length; ++i) mask[i] = magnitude[i] >= bound;
+    for (int64_t i = 0; i < length; ++i) mask[i] = reaches(magnitude[i], bound);
 }
 
 }  // namespace qsparse_moe

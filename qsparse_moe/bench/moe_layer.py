@@ -1,0 +1,232 @@
+"""``bench moe``: one MoE feed-forward layer, forward and backward, beside others' and the dense products in it.
+
+T tokens, D width, E experts, A experts a token, F expert width, N = T * A routed rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.bench import routing, trace
+from qsparse_moe.bench.harness import fingerprint, ratio, time_in_turns
+from qsparse_moe.bench.moe_peers import PEERS, Contender, LayerShape, LayerWeights, Peer, leaf
+from qsparse_moe.config.schema import ModelConfig, MoEConfig
+from qsparse_moe.kernels import onednn
+from qsparse_moe.moe.activations import ACTIVATIONS
+from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
+from qsparse_moe.moe.dispatch import RowCounts
+from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.moe.runtime import resolve_runtime
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+OUR_CHAIN = "dense products, as ours"
+LOSS_WEIGHTS = (0.01, 0.001)
+"""Upstream gradients of the losses that a layer returns, as in training."""
+SHAPES = {"cpu": LayerShape(4096, 512, 768, 16, 2), "cuda": LayerShape(16384, 2048, 1024, 64, 8)}
+PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
+"""Rows and columns of the square matrices whose product is the measured matrix peak."""
+
+
+@dataclass(frozen=True)
+class MoEBenchmark:
+    """What is measured, and how."""
+
+    shape: LayerShape
+    precisions: tuple[str, ...]
+    loads: tuple[str, ...]
+    sparsity: float
+    rounds: int
+    calls: int
+    device: torch.device
+    clock: Callable[[], float] | None = None
+    """Seconds; None takes the wall clock."""
+
+
+def run_moe_benchmark(benchmark: MoEBenchmark, peers: Sequence[Peer] = PEERS) -> dict[str, Any]:
+    """Time the contenders in turns for every precision and load, then profile one step of each of ours.
+
+    Returns:
+        The machine, the shape, ``peak`` (FLOP/s of a large square product by precision) and ``layers``, one entry a
+        precision and load: the load, seconds and FLOP/s by contender, how many times as fast ours are as each peer,
+        bytes of a step, why a contender is left out, and the profiles of ours.
+    """
+    peak = {precision: matrix_peak(precision, benchmark.device) for precision in benchmark.precisions}
+    layers = [
+        _layer(benchmark, precision, load, peers, peak[precision])
+        for precision in benchmark.precisions
+        for load in benchmark.loads
+    ]
+    return {
+        "benchmark": "moe",
+        "machine": fingerprint(),
+        "device": benchmark.device.type,
+        "shape": asdict(benchmark.shape) | {"activation": "swiglu", "flops": benchmark.shape.flops},
+        "sparsity": benchmark.sparsity,
+        "rounds": benchmark.rounds,
+        "calls": benchmark.calls,
+        "clock": "wall" if benchmark.clock is None else "processor",
+        "peak": peak,
+        "layers": layers,
+    }
+
+
+def matrix_peak(precision: str, device: torch.device, size: int | None = None, rounds: int = 5) -> float:
+    """FLOP/s of a square product, the fastest of ``rounds``: the most that this machine is seen to give."""
+    size = size or PEAK_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    out = torch.empty_like(a)
+    products = {"torch": lambda: torch.mm(a, b, out=out)}
+    if onednn.why_not(device) is None:
+        products["ours"] = lambda: onednn.gemm(a, b, out)
+    timings = time_in_turns(products, rounds=rounds, calls=1, synchronize=synchronizer(device))
+    return 2 * size**3 / min(min(timing.seconds_by_round) for timing in timings.values())
+
+
+def make_weights(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> LayerWeights:
+    """Normal weights, each scaled by the root of its inputs; the router reads the logits out of ``routed_input``."""
+    generator = torch.Generator().manual_seed(2)
+    experts, width, hidden = shape.num_experts, shape.hidden_size, shape.expert_hidden_size
+    sizes = ((experts, width, hidden), (experts, width, hidden), (experts, hidden, width))
+    stacks = [torch.randn(size, generator=generator) * size[1] ** -0.5 for size in sizes]
+    router_ED = routing.router_weight(experts, width)
+    return LayerWeights(*(weight.to(device, dtype) for weight in (router_ED, *stacks)))
+
+
+def build_ours(
+    shape: LayerShape, weights: LayerWeights, x_TD: Tensor, sparsity: float
+) -> tuple[dict[str, Contender], dict[str, str]]:
+    """The layer of this package with each backend that runs here, without and with Q-Sparse; the others with a reason.
+
+    Beside them ``OUR_CHAIN``: one expert over all N rows by the first of these backends.
+    """
+    contenders, left_out = {}, {}
+    for backend in fastest_first():
+        config = _config(shape, backend.name)
+        if reason := _why_left_out(backend, config, x_TD.device):
+            left_out[f"ours, {backend.name}"] = reason
+            continue
+        if OUR_CHAIN not in contenders:
+            contenders[OUR_CHAIN] = _our_chain(shape, weights, x_TD, backend.matmul)
+        for s in dict.fromkeys((0.0, sparsity)):
+            contenders[our_name(backend.name, s)] = _our_layer(config, weights, x_TD, s)
+    return contenders, left_out
+
+
+def our_name(backend: str, sparsity: float) -> str:
+    """What the result calls one of our layers."""
+    return f"ours, {backend}, S {sparsity:g}" if sparsity else f"ours, {backend}"
+
+
+def training_step(contender: Contender) -> Callable[[], object]:
+    """Forward, and backward to the input and every parameter under a random upstream gradient."""
+    x = leaf(contender.x)
+    leaves = (x, *contender.parameters)
+    upstream = torch.randn_like(x)
+
+    def step() -> None:
+        y, *losses = contender.forward(x)
+        grads = [loss.new_tensor(weight) for loss, weight in zip(losses, LOSS_WEIGHTS, strict=False)]
+        torch.autograd.grad([y, *losses], leaves, [upstream, *grads])
+
+    return step
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """What waits until ``device`` has done all that it was given."""
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def _layer(benchmark: MoEBenchmark, precision: str, load: str, peers: Sequence[Peer], peak: float) -> dict[str, Any]:
+    shape, device = benchmark.shape, benchmark.device
+    expert_ids_TA = routing.choose_experts(load, shape.tokens, shape.num_experts, shape.experts_per_token)
+    x_TD = routing.routed_input(expert_ids_TA, shape.num_experts, shape.hidden_size).to(device, DTYPES[precision])
+    weights = make_weights(shape, DTYPES[precision], device)
+    left_out = {peer.name: reason for peer in peers if (reason := peer.why_not(shape, device))}
+    others = {peer.name: peer.build(shape, weights, x_TD) for peer in peers if peer.name not in left_out}
+    ours, ours_left_out = build_ours(shape, weights, x_TD, benchmark.sparsity)
+    steps = {name: training_step(contender) for name, contender in (others | ours).items()}
+    others[OUR_CHAIN] = ours.pop(OUR_CHAIN)
+    measured = _measure(benchmark, steps, tuple(ours), tuple(others))
+    return {
+        "precision": precision,
+        "load": load,
+        "rows_per_expert": expert_ids_TA.flatten().bincount(minlength=shape.num_experts).tolist(),
+        "share_of_peak": {name: rate / peak for name, rate in measured["flops_per_second"].items()},
+        "left_out": left_out | ours_left_out,
+    } | measured
+
+
+def _measure(
+    benchmark: MoEBenchmark, steps: Mapping[str, Callable[[], object]], ours: tuple[str, ...], others: tuple[str, ...]
+) -> dict[str, Any]:
+    device = benchmark.device
+    timings = time_in_turns(
+        steps, rounds=benchmark.rounds, calls=benchmark.calls, synchronize=synchronizer(device), clock=benchmark.clock
+    )
+    # Of ours the two that auto takes, and the chain of products that they are held against.
+    looked_into = (*ours[:2], OUR_CHAIN)
+    return {
+        "seconds": {name: timing.median for name, timing in timings.items()},
+        "seconds_by_round": {name: timing.seconds_by_round for name, timing in timings.items()},
+        "flops_per_second": {name: benchmark.shape.flops / timing.median for name, timing in timings.items()},
+        "times_as_fast_as": {name: {other: ratio(timings[other], timings[name]) for other in others} for name in ours},
+        "peak_bytes": {name: trace.peak_bytes(step, device=device) for name, step in steps.items()},
+        "profile": {
+            name: {"operators": trace.operator_times(steps[name], device=device)}
+            | trace.copies_and_waits(steps[name], device=device)
+            for name in looked_into
+        },
+    }
+
+
+def _config(shape: LayerShape, backend: str) -> ModelConfig:
+    moe = MoEConfig.model_validate(
+        {
+            "num_experts": shape.num_experts,
+            "experts_per_token": shape.experts_per_token,
+            "expert_hidden_size": shape.expert_hidden_size,
+            "activation": "swiglu",
+            "backend": backend,
+        }
+    )
+    return ModelConfig(hidden_size=shape.hidden_size, num_heads=1, moe=moe)
+
+
+def _why_left_out(backend: BackendSpec, config: ModelConfig, device: torch.device) -> str | None:
+    if backend.name == "megablocks" and device.type == "cpu":
+        return "under Triton's interpreter a time means nothing"
+    return backend.why_not(config, device)
+
+
+def _our_layer(config: ModelConfig, weights: LayerWeights, x_TD: Tensor, sparsity: float) -> Contender:
+    layer = MoELayer(config, resolve_runtime(config, x_TD.device)).to(x_TD)
+    for site in (layer.input_site, layer.experts.hidden_site):
+        site.set_sparsity([sparsity] * config.moe.num_experts)
+    experts = layer.experts
+    assert experts.w_gate is not None
+    named = (layer.router.weight, experts.w_gate, experts.w_up, experts.w_down)
+    with torch.no_grad():
+        for parameter, weight in zip(named, weights, strict=True):
+            parameter.copy_(weight)
+
+    def forward(x_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        output = layer(x_1TD, with_stats=False)
+        return output.y_BSD, output.load_balance_loss, output.router_z_loss
+
+    return Contender(x_TD[None], forward, tuple(layer.parameters()))
+
+
+def _our_chain(shape: LayerShape, weights: LayerWeights, x_TD: Tensor, matmul: Matmul) -> Contender:
+    w_gate_1DF, w_up_1DF, w_down_1FD = (leaf(stack[:1]) for stack in weights[1:])
+    counts = RowCounts(torch.tensor([shape.rows], device=x_TD.device))
+
+    def forward(x_ND: Tensor) -> tuple[Tensor]:
+        gate_NF, up_NF = matmul(x_ND, w_gate_1DF, counts), matmul(x_ND, w_up_1DF, counts)
+        return (matmul(ACTIVATIONS["swiglu"](gate_NF, up_NF), w_down_1FD, counts),)
+
+    return Contender(x_TD.repeat(shape.experts_per_token, 1), forward, (w_gate_1DF, w_up_1DF, w_down_1FD))

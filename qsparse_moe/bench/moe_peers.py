@@ -1,0 +1,149 @@
+"""The MoE feed-forward layers of others, and the dense product chain of the same work, with given weights.
+
+T tokens, D width, E experts, A experts a token, F expert width, N = T * A routed rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes of one MoE layer and of its input."""
+
+    tokens: int
+    hidden_size: int
+    expert_hidden_size: int
+    num_experts: int
+    experts_per_token: int
+
+    @property
+    def rows(self) -> int:
+        """N, routed rows."""
+        return self.tokens * self.experts_per_token
+
+    @property
+    def flops(self) -> int:
+        """Of the experts' products, forward and backward: three matrices, each once forward and twice backward."""
+        return 3 * 3 * 2 * self.rows * self.hidden_size * self.expert_hidden_size
+
+
+class LayerWeights(NamedTuple):
+    """What every contender that routes starts from."""
+
+    router_ED: Tensor
+    w_gate_EDF: Tensor
+    w_up_EDF: Tensor
+    w_down_EFD: Tensor
+
+
+class Contender(NamedTuple):
+    """A layer to be timed: ``forward(x)`` gives the output and then the losses that the layer itself computes."""
+
+    x: Tensor
+    forward: Callable[[Tensor], Sequence[Tensor]]
+    parameters: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Someone else's layer. ``build`` raises what its library raises; ``why_not`` is the reason not to try."""
+
+    name: str
+    build: Callable[[LayerShape, LayerWeights, Tensor], Contender]
+    why_not: Callable[[LayerShape, torch.device], str | None]
+
+
+def build_dense_chain(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
+    """Gate, up, SwiGLU and down of the first expert over all N rows, in stock PyTorch: the same products in three."""
+    w_gate_DF, w_up_DF, w_down_FD = (leaf(stack[0]) for stack in weights[1:])
+
+    def forward(x_ND: Tensor) -> tuple[Tensor]:
+        return (F.silu(x_ND @ w_gate_DF).mul(x_ND @ w_up_DF) @ w_down_FD,)
+
+    return Contender(x_TD.repeat(shape.experts_per_token, 1), forward, (w_gate_DF, w_up_DF, w_down_FD))
+
+
+class _Expert(nn.Module):
+    """An expert as DeepSpeed's layer wants it: a module that it copies E times."""
+
+    def __init__(self, shape: LayerShape) -> None:
+        super().__init__()
+        self.gate = nn.Linear(shape.hidden_size, shape.expert_hidden_size, bias=False)
+        self.up = nn.Linear(shape.hidden_size, shape.expert_hidden_size, bias=False)
+        self.down = nn.Linear(shape.expert_hidden_size, shape.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
+    """``deepspeed.moe.layer.MoE`` that drops no token, with its balance loss; every expert padded to the busiest."""
+    # DeepSpeed speaks on standard output, where a verb's JSON object goes.
+    with contextlib.redirect_stdout(sys.stderr):
+        from deepspeed.moe.layer import MoE
+
+        layer = MoE(
+            shape.hidden_size,
+            _Expert(shape),
+            num_experts=shape.num_experts,
+            k=shape.experts_per_token,
+            drop_tokens=False,
+            use_rts=False,
+            top2_2nd_expert_sampling=False,
+        ).to(x_TD)
+    inner: Any = layer.deepspeed_moe
+    with torch.no_grad():
+        inner.gate.wg.weight.copy_(weights.router_ED)
+        for number, expert in enumerate(inner.experts.deepspeed_experts):
+            for linear, stack in zip((expert.gate, expert.up, expert.down), weights[1:], strict=True):
+                linear.weight.copy_(stack[number].T)
+    return Contender(x_TD[None], lambda x_1TD: layer(x_1TD)[:2], tuple(layer.parameters()))
+
+
+def build_transformers(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
+    """``MixtralSparseMoeBlock`` with the experts ``grouped_mm``; its balance loss is the model's and not in here."""
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    settings = MixtralConfig(
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.expert_hidden_size,
+        num_local_experts=shape.num_experts,
+        num_experts_per_tok=shape.experts_per_token,
+        experts_implementation="grouped_mm",
+    )
+    layer = MixtralSparseMoeBlock(settings).to(x_TD)
+    with torch.no_grad():
+        layer.gate.weight.copy_(weights.router_ED)
+        gate_up_EDX = torch.cat((weights.w_gate_EDF, weights.w_up_EDF), -1)
+        layer.experts.gate_up_proj.copy_(gate_up_EDX.transpose(1, 2))
+        layer.experts.down_proj.copy_(weights.w_down_EFD.transpose(1, 2))
+    return Contender(x_TD[None], lambda x_1TD: (layer(x_1TD),), tuple(layer.parameters()))
+
+
+def leaf(x: Tensor) -> Tensor:
+    """A copy to take gradients by."""
+    return x.detach().clone().requires_grad_()
+
+
+def _not_installed(package: str) -> str | None:
+    return None if find_spec(package) else f"{package} is not installed"
+
+
+DENSE_CHAIN = "dense products"
+PEERS: tuple[Peer, ...] = (
+    Peer(DENSE_CHAIN, build_dense_chain, lambda shape, device: None),
+    Peer("DeepSpeed MoE", build_deepspeed, lambda shape, device: _not_installed("deepspeed")),
+    Peer("transformers grouped_mm", build_transformers, lambda shape, device: _not_installed("transformers")),
+)

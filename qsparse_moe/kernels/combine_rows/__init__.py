@@ -1,0 +1,45 @@
+"""Each token's rows weighted and added: the way back from the experts, one pass forward and one backward."""
+
+from __future__ import annotations
+
+import torch
+
+from qsparse_moe.kernels import example_rows, native
+from qsparse_moe.kernels.combine_rows.reference import combine_rows
+from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
+
+_OP = "qsparse_moe.kernels.combine_rows.op"
+CASES = ("plain", "odd_sizes", "one_value", "no_rows", "strided", "many_features", "one_choice", "dropped")
+
+
+def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
+    """Rows in no order, two choices a token, or one; in ``dropped`` every third choice has no row and weighs 0."""
+    generator = example_rows.seeded(case, "choices")
+    shaped_like = {"one_choice": "plain", "dropped": "many_features"}.get(case, case)
+    tokens_like = example_rows.values_of(shaped_like, device)
+    choices = 1 if case == "one_choice" else 2
+    has_row_S = torch.arange(len(tokens_like) * choices) % 3 > 0 if case == "dropped" else None
+    slot_N = torch.randperm(len(tokens_like) * choices, generator=generator)
+    weights = torch.rand(len(tokens_like), choices, generator=generator)
+    if has_row_S is not None:
+        slot_N = slot_N[has_row_S[slot_N]]
+        weights = weights * has_row_S.view_as(weights)
+    row_S = torch.zeros(weights.numel(), dtype=torch.int64).scatter_(0, slot_N, torch.arange(len(slot_N)))
+    rows = example_rows.values_of(shaped_like, device, "rows").repeat(choices, 1)[: len(slot_N)]
+    if case == "strided":
+        rows = rows.T.contiguous().T
+    tensors = {"rows_ND": rows.to(device, dtype), "weights_TA": weights.to(device, dtype)}
+    return Example(tensors, {"row_TA": row_S.view(weights.shape).to(device), "slot_N": slot_N.to(device)})
+
+
+SPEC = OpSpec(
+    name="combine_rows",
+    reference=combine_rows,
+    fast={
+        "torch": Implementation(f"{_OP}:combine_rows_torch", lambda device: None),
+        "native": Implementation(f"{_OP}:combine_rows_native", native.why_not),
+    },
+    example_inputs=example_inputs,
+    cases=CASES,
+    budget=2.0,
+)

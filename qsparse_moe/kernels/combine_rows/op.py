@@ -1,0 +1,96 @@
+"""Weighting and adding each token's rows by any implementation. T tokens, A choices, N rows, D features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.kernels import native
+
+
+@dataclass(frozen=True)
+class CombineRows:
+    """A named implementation.
+
+    ``forward(rows_ND, row_TA, weights_TA or None) -> (T, D)`` is ``reference.combine_rows``.
+    ``backward(grad_TD, rows_ND, weights_TA, slot_N)`` returns the gradients by rows and by weights; a choice that has
+    no row gets 0.
+    """
+
+    name: str
+    forward: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def combine_rows(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor, *, by: CombineRows) -> Tensor:
+    """``reference.combine_rows`` computed by ``by``."""
+    wide_TA = weights_TA.to(torch.promote_types(rows_ND.dtype, torch.float32))
+    return _CombineRows.apply(rows_ND, wide_TA, row_TA, slot_N, by)
+
+
+def combine_rows_torch(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor) -> Tensor:
+    """``combine_rows`` in stock PyTorch."""
+    return combine_rows(rows_ND, weights_TA, row_TA, slot_N, by=TORCH)
+
+
+def combine_rows_native(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor) -> Tensor:
+    """``combine_rows`` by the C++ operators."""
+    native.load()
+    return combine_rows(rows_ND, weights_TA, row_TA, slot_N, by=NATIVE)
+
+
+def _forward_torch(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
+    """Choice by choice, so that the rows of all choices are never there at once in fp32."""
+    total_TD: Tensor | None = None
+    for choice in range(row_TA.shape[1]):
+        part_TD = rows_ND.index_select(0, row_TA[:, choice])
+        wide_TD = part_TD.to(torch.promote_types(rows_ND.dtype, torch.float32))
+        if weights_TA is not None:
+            wide_TD = wide_TD.mul_(weights_TA[:, choice, None])
+        total_TD = wide_TD if total_TD is None else total_TD.add_(wide_TD)
+    assert total_TD is not None
+    return total_TD.to(rows_ND.dtype)
+
+
+def _backward_torch(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor]:
+    token_N = slot_N.div(weights_TA.shape[1], rounding_mode="floor")
+    grad_ND = grad_TD.index_select(0, token_N)
+    dot_N = torch.linalg.vecdot(grad_ND, rows_ND).to(weights_TA.dtype)
+    weight_N = weights_TA.flatten()[slot_N].to(grad_ND.dtype)
+    grad_weights_TA = torch.zeros_like(weights_TA)
+    grad_weights_TA.view(-1)[slot_N] = dot_N
+    return grad_ND.mul_(weight_N[:, None]), grad_weights_TA
+
+
+def _forward_native(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
+    weights_TA = None if weights_TA is None else weights_TA.contiguous()
+    return torch.ops.qsparse_moe.combine_rows_forward(rows_ND.contiguous(), row_TA.contiguous(), weights_TA)
+
+
+def _backward_native(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.qsparse_moe.combine_rows_backward(
+        grad_TD.contiguous(), rows_ND.contiguous(), weights_TA.contiguous(), slot_N
+    )
+
+
+TORCH = CombineRows("torch", _forward_torch, _backward_torch)
+NATIVE = CombineRows("native", _forward_native, _backward_native)
+
+
+class _CombineRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor, by: CombineRows
+    ) -> Tensor:
+        ctx.save_for_backward(rows_ND, weights_TA, slot_N)
+        ctx.by = by
+        return by.forward(rows_ND, row_TA, weights_TA)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_rows, grad_weights = ctx.by.backward(grad_TD, *ctx.saved_tensors)
+        return grad_rows, grad_weights, None, None, None

@@ -149,9 +149,9 @@ def test_a_global_balance_loss_holds_all_rows_of_the_step_against_the_micro_batc
     seen = torch.zeros(2, 4, dtype=torch.float64)
     for part in parts:
         with torch.no_grad():
-            model(part, part)  # not part of the step
-            model.eval()(part, part)
-            model.train()
+            model(part, part)  # no part of the step, as the next one is not
+        model.eval()(part, part)
+        model.train()
         want, rows = written_out_global_balance(model, part, seen, others[:, 0])
         out = model(part, part)
         torch.testing.assert_close(out.losses["load_balance_loss"], want.detach())

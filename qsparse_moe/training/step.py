@@ -100,7 +100,10 @@ def train_step(
 
 
 def _balance(engine: Engine, rows_LE: Tensor | None, step: int) -> None:
-    """Move the routers' biases, if they have any, by the rows of all ranks; nothing waits for the device."""
+    """Move the routers' biases, if they have any, by the rows of all ranks; nothing waits for the device.
+
+    Also after a step whose gradients overflowed in fp16: its rows were routed all the same.
+    """
     rate = bias_update_rate(engine.model.config.moe, step - 1)
     if rate and rows_LE is not None:
         engine.model.update_router_bias(engine.distributed.all_reduce(rows_LE.clone()), rate)

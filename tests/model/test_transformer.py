@@ -143,15 +143,18 @@ def test_noise_of_the_router_is_the_same_in_recomputation(mode):
 def test_a_global_balance_loss_holds_all_rows_of_the_step_against_the_micro_batchs_probabilities(mode):
     model = make(moe={"load_balance_scope": "global_batch", "load_balance_coefficient": 1.0, "num_dense_layers": 1})
     model.activation_checkpointing = mode
+    with torch.no_grad():
+        for block in list(model.blocks())[1:]:
+            block.moe.router.weight.mul_(50)  # with probabilities that are all alike every load has the same loss
     others = torch.rand(2, 1, 4, dtype=torch.float64) * 50  # rows of other ranks
     model.step_load = StepLoad(lambda rows: rows.add_(others))
     parts = [tokens(2)[:1], tokens(3)[2:], tokens(4)[3:]]
     seen = torch.zeros(2, 4, dtype=torch.float64)
     for part in parts:
         with torch.no_grad():
-            model(part, part)  # not part of the step
-            model.eval()(part, part)
-            model.train()
+            model(tokens(5)[4:], tokens(5)[4:])  # no part of the step, as the next one is not
+        model.eval()(tokens(5)[4:], tokens(5)[4:])
+        model.train()
         want, rows = written_out_global_balance(model, part, seen, others[:, 0])
         out = model(part, part)
         torch.testing.assert_close(out.losses["load_balance_loss"], want.detach())

@@ -141,13 +141,14 @@ def test_an_engine_that_is_closed_leaves_the_model_to_itself(tmp_path):
 def biased_config(make_config):
     def make(name="run", **training):
         config = make_config(name, **training)
-        moe = config.model.moe.model_copy(update=BIASED | {"load_balance_scope": "global_batch"})
+        noise = {"router_noise": 0.1, "router_jitter": 0.05}
+        moe = config.model.moe.model_copy(update=BIASED | noise | {"load_balance_scope": "global_batch"})
         return config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
 
     return make
 
 
-def test_biases_are_saved_resumed_reported_and_loaded(biased_config):
+def test_biases_are_saved_resumed_reported_and_loaded_and_noise_goes_on_where_it_stopped(biased_config):
     whole, parts = {}, {}
 
     def listen(reports):

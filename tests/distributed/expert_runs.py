@@ -9,7 +9,7 @@ from typing import Any
 from qsparse_moe.config.schema import RunConfig
 from tests.support.launch import entry, run_plan
 from tests.support.ranks import NOTHING_PERSISTS, run
-from tests.support.runs import BALANCED_MODEL, CAPACITY_MODEL, LAYOUTS, MIXED_MODEL, tiny_config, write_text
+from tests.support.runs import BALANCED_MODEL, CAPACITY_MODEL, LAYOUTS, MIXED_MODEL, OFFLOADED, tiny_config, write_text
 
 STEPS, STOP_STEP = 3, 2
 SHORTEST = 2
@@ -42,23 +42,28 @@ REFERENCES = {
     ("balanced", "fp32"): "torch-fp32-ep1",
     ("capacity", "fp32"): "torch-fp32-ep1-acc4",  # an expert's room is counted by micro-batch
     ("mixed", "fp32"): "torch-fp32-ep1",
+    ("overflow", "fp16"): "torch-fp16-ep1-acc1",
 }
-"""Every kind of run on one rank; ``short``: four rows of two tokens each."""
+"""Every kind of run on one rank. ``short``: four rows of two tokens each. ``overflow``: in the second step the gradient
+of one rank's experts is not finite, so all ranks skip it."""
 
 TABLE = {
     2: [f"{engine}-fp32-ep2-acc{n}" for engine in LAYOUTS for n in (1, 2)]
-    + [f"{engine}-bf16-ep2-acc2" for engine in LAYOUTS],
+    + [f"{engine}-bf16-ep2-acc2" for engine in LAYOUTS]
+    + ["zero1_cpu-fp32-ep2-acc2", "zero3_cpu-bf16-ep2-acc2"],
     4: [f"{engine}-fp32-ep2-acc{n}" for engine in ("zero0", "zero1", "zero2") for n in (1, 2)]
     + [f"{engine}-fp32-ep4-acc1" for engine in LAYOUTS]
     + [f"{engine}-fp32-ep1-acc2" for engine in ("zero0", "zero1", "zero2")]
-    + ["torch-fp32-ep2-acc1", "zero3-fp32-ep2-acc2", "zero1-bf16-ep2-acc1", "zero3-bf16-ep4-acc1"],
+    + ["torch-fp32-ep2-acc1", "zero3-fp32-ep2-acc2", "zero1-bf16-ep2-acc1", "zero3-bf16-ep4-acc1"]
+    + ["zero2_cpu-fp32-ep2-acc1"],
 }
 """Layouts by the number of ranks: engine, precision, ranks that share the experts, micro-batches of a rank."""
 
 VARIANTS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("loop", 2): ("zero2-fp32-ep2-acc2", {"backend": "loop"}),
     ("onednn", 2): ("zero1-fp32-ep2-acc1", {"backend": "onednn"}),
-    ("recomputed-torch", 2): ("torch-fp32-ep2-acc1", {"activation_checkpointing": "full"}),
+    ("recomputed-torch", 2): ("torch-fp32-ep2-acc1", {"activation_checkpointing": "selective"}),
+    ("recomputed-zero2", 2): ("zero2-fp32-ep2-acc1", {"activation_checkpointing": "feed_forward"}),
     ("recomputed-zero3", 2): ("zero3-fp32-ep2-acc2", {"activation_checkpointing": "full"}),
     ("nothing-persists", 2): ("zero3-fp32-ep2-acc2", {"fault": NOTHING_PERSISTS}),
     ("nothing-persists", 4): ("zero3-fp32-ep2-acc1", {"fault": NOTHING_PERSISTS}),
@@ -80,6 +85,9 @@ OTHERS: dict[tuple[str, int], tuple[str, str]] = {
     ("capacity-zero1", 2): ("capacity", "zero1-fp32-ep2-acc2"),
     ("mixed-zero3", 2): ("mixed", "zero3-fp32-ep2-acc2"),
     ("mixed-zero0", 4): ("mixed", "zero0-fp32-ep2-acc1"),
+    **{(f"overflow-{engine}", 2): ("overflow", f"{engine}-fp16-ep2-acc2") for engine in LAYOUTS},
+    ("overflow-zero2", 4): ("overflow", "zero2-fp16-ep4-acc1"),
+    ("overflow-zero2_cpu", 2): ("overflow", "zero2_cpu-fp16-ep2-acc1"),
 }
 
 STOPPED = {1: ["torch-fp32-ep1"], 2: ["zero1-fp32-ep1-acc2", "zero2-fp32-ep2-acc2", "zero3-fp32-ep2-acc2"],
@@ -185,7 +193,11 @@ class ExpertRuns:
         of_entry = {key: more.pop(key) for key in ("fault", "stop_after", "copy_of") if key in more}
         if kind in ROUTINGS:
             of_entry["fault"] = {"place": "routing", "experts": ROUTINGS[kind]}
-        training = LAYOUTS[engine] | {
+        if kind == "overflow":
+            second = int(accumulation[0][3:]) + 1
+            of_entry["fault"] = {"place": "expert", "layer": 1, "rank": min(1, ranks - 1), "forward": second}
+            more["loss_scale"] = {"initial_power": 12, "hysteresis": 1}
+        training = (LAYOUTS | OFFLOADED)[engine] | {
             "steps": STEPS,
             "precision": precision,
             "expert_parallel_size": int(experts_over[2:]),

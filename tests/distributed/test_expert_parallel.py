@@ -28,10 +28,11 @@ from tests.distributed.expert_runs import (
 pytestmark = pytest.mark.distributed
 
 EVERYWHERE = [(layout, ranks) for ranks, layouts in TABLE.items() for layout in layouts]
-OF_LOSS = {"fp32": 5e-6, "bf16": 5e-3}
-OF_NORM = {"fp32": 1e-5, "bf16": 2e-2}
-OF_STATE = {"fp32": 1e-3, "bf16": 0.1}
-"""Of the reference's tensor, by L2 norm. A gradient that is off by a factor, or lacks a rank's part, is off by more."""
+OF_LOSS = {"fp32": 5e-6, "bf16": 5e-3, "fp16": 5e-3}
+OF_NORM = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2e-2}
+OF_STATE = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.1}
+"""Of the reference's tensor, by L2 norm: 2e-5 in fp32 and 3e-2 in bf16 were measured, where rounding selects other
+features. A gradient that is off by a factor, or lacks a rank's part, is off by much more."""
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,11 @@ def assert_same_run(runs: ExpertRuns, label, ranks, kind="main", precision="fp32
     for mine, other in pairs:
         assert mine["losses"] == pytest.approx(other["losses"], abs=OF_LOSS[precision])
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=OF_NORM[precision])
+        assert (mine["skipped_steps"], mine["loss_scale"]) == (other["skipped_steps"], other["loss_scale"])
         assert mine.get("router_bias_LE") == other.get("router_bias_LE")
-        assert mine["layer_grad_norms"] == pytest.approx(other["layer_grad_norms"], rel=OF_NORM[precision])
+        # There are none of a step that is skipped.
+        of_layers = other["layer_grad_norms"] or ()
+        assert (mine["layer_grad_norms"] or ()) == pytest.approx(of_layers, rel=OF_NORM[precision])
     mine, other = pairs[0]
     assert mine["stats"].keys() == other["stats"].keys()
     if precision == "fp32":
@@ -100,13 +104,15 @@ def test_backends_recomputation_and_cut_parameters_change_nothing(runs: ExpertRu
 
 @pytest.mark.parametrize(("label", "ranks"), OTHERS)
 def test_ranks_without_tokens_and_other_models(runs: ExpertRuns, label, ranks):
-    kind = OTHERS[label, ranks][0]
-    assert_same_run(runs, label, ranks, kind)
+    kind, layout = OTHERS[label, ranks]
+    assert_same_run(runs, label, ranks, kind, precision=layout.split("-")[1])
     rows_LE = runs(label, ranks)["reports"][0]["stats"]["router/rows_LE"]
     if kind in ROUTINGS:
         assert {expert for expert, rows in enumerate(rows_LE[0]) if rows} == set(ROUTINGS[kind])
     else:
         assert sum(rows_LE[0]) == 2 * (4 * 2 if kind == "short" else 8 * 24)
+    if kind == "overflow":
+        assert [report["skipped_steps"] for report in runs(label, ranks)["reports"]] == [0, 1, 1]
 
 
 @pytest.mark.parametrize(("source", "written_by", "target", "resumed_by"), TRANSFERS)

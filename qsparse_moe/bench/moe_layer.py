@@ -5,7 +5,7 @@ T tokens, D width, E experts, A experts a token, F expert width, N = T * A route
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from qsparse_moe.bench import routing, trace
 from qsparse_moe.bench.harness import fingerprint, ratio, time_in_turns
-from qsparse_moe.bench.moe_peers import PEERS, Contender, LayerShape, LayerWeights, Peer, leaf
-from qsparse_moe.config.schema import ModelConfig, MoEConfig
+from qsparse_moe.bench.moe_peers import PEERS, Build, Contender, LayerShape, LayerWeights, layer_config, leaf
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.activations import ACTIVATIONS
 from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
@@ -24,10 +25,10 @@ from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.runtime import resolve_runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OUR_CHAIN = "dense products, as ours"
+SHAPES = {"cpu": LayerShape(4096, 512, 768, 16, 2), "cuda": LayerShape(16384, 2048, 1024, 64, 8)}
+OUR_CHAIN = "dense, our products"
 LOSS_WEIGHTS = (0.01, 0.001)
 """Upstream gradients of the losses that a layer returns, as in training."""
-SHAPES = {"cpu": LayerShape(4096, 512, 768, 16, 2), "cuda": LayerShape(16384, 2048, 1024, 64, 8)}
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
 """Rows and columns of the square matrices whose product is the measured matrix peak."""
 
@@ -47,20 +48,16 @@ class MoEBenchmark:
     """Seconds; None takes the wall clock."""
 
 
-def run_moe_benchmark(benchmark: MoEBenchmark, peers: Sequence[Peer] = PEERS) -> dict[str, Any]:
-    """Time the contenders in turns for every precision and load, then profile one step of each of ours.
+def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEERS) -> dict[str, Any]:
+    """Time the contenders in turns for every precision and load, then look into one step of some of them.
 
     Returns:
         The machine, the shape, ``peak`` (FLOP/s of a large square product by precision) and ``layers``, one entry a
-        precision and load: the load, seconds and FLOP/s by contender, how many times as fast ours are as each peer,
-        bytes of a step, why a contender is left out, and the profiles of ours.
+        precision and load: rows by expert, seconds and FLOP/s by contender, how many times as fast ours are as the
+        others, bytes of a step, why a contender is left out, and the profiles of ours.
     """
     peak = {precision: matrix_peak(precision, benchmark.device) for precision in benchmark.precisions}
-    layers = [
-        _layer(benchmark, precision, load, peers, peak[precision])
-        for precision in benchmark.precisions
-        for load in benchmark.loads
-    ]
+    cases = [(precision, load) for precision in benchmark.precisions for load in benchmark.loads]
     return {
         "benchmark": "moe",
         "machine": fingerprint(),
@@ -71,7 +68,7 @@ def run_moe_benchmark(benchmark: MoEBenchmark, peers: Sequence[Peer] = PEERS) ->
         "calls": benchmark.calls,
         "clock": "wall" if benchmark.clock is None else "processor",
         "peak": peak,
-        "layers": layers,
+        "layers": [_layer(benchmark, precision, load, peers, peak[precision]) for precision, load in cases],
     }
 
 
@@ -80,9 +77,9 @@ def matrix_peak(precision: str, device: torch.device, size: int | None = None, r
     size = size or PEAK_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     out = torch.empty_like(a)
-    products = {"torch": lambda: torch.mm(a, b, out=out)}
+    products = {"torch": lambda: onednn.torch_gemm(a, b, out)}
     if onednn.why_not(device) is None:
-        products["ours"] = lambda: onednn.gemm(a, b, out)
+        products["oneDNN"] = lambda: onednn.gemm(a, b, out)
     timings = time_in_turns(products, rounds=rounds, calls=1, synchronize=synchronizer(device))
     return 2 * size**3 / min(min(timing.seconds_by_round) for timing in timings.values())
 
@@ -97,27 +94,32 @@ def make_weights(shape: LayerShape, dtype: torch.dtype, device: torch.device) ->
     return LayerWeights(*(weight.to(device, dtype) for weight in (router_ED, *stacks)))
 
 
-def build_ours(
-    shape: LayerShape, weights: LayerWeights, x_TD: Tensor, sparsity: float
-) -> tuple[dict[str, Contender], dict[str, str]]:
-    """The layer of this package with each backend that runs here, without and with Q-Sparse; the others with a reason.
+def build_contenders(
+    shape: LayerShape, weights: LayerWeights, x_TD: Tensor, sparsity: float, peers: Mapping[str, Build]
+) -> tuple[dict[str, Contender], dict[str, Contender], dict[str, str]]:
+    """Ours, with each backend that runs here, without and with Q-Sparse; the others; and why some are left out.
 
-    Beside them ``OUR_CHAIN``: one expert over all N rows by the first of these backends.
+    Among the others is ``OUR_CHAIN``: one expert over all N rows by the first of our backends.
     """
-    contenders, left_out = {}, {}
+    ours, others, left_out = {}, {}, {}
+    for name, build in peers.items():
+        try:
+            others[name] = build(shape, weights, x_TD)
+        except BackendUnavailable as reason:
+            left_out[name] = str(reason)
     for backend in fastest_first():
-        config = _config(shape, backend.name)
+        config = layer_config(shape, backend.name)
         if reason := _why_left_out(backend, config, x_TD.device):
-            left_out[f"ours, {backend.name}"] = reason
+            left_out[our_name(backend.name)] = reason
             continue
-        if OUR_CHAIN not in contenders:
-            contenders[OUR_CHAIN] = _our_chain(shape, weights, x_TD, backend.matmul)
+        if OUR_CHAIN not in others:
+            others[OUR_CHAIN] = _our_chain(shape, weights, x_TD, backend.matmul)
         for s in dict.fromkeys((0.0, sparsity)):
-            contenders[our_name(backend.name, s)] = _our_layer(config, weights, x_TD, s)
-    return contenders, left_out
+            ours[our_name(backend.name, s)] = _our_layer(config, weights, x_TD, s)
+    return ours, others, left_out
 
 
-def our_name(backend: str, sparsity: float) -> str:
+def our_name(backend: str, sparsity: float = 0.0) -> str:
     """What the result calls one of our layers."""
     return f"ours, {backend}, S {sparsity:g}" if sparsity else f"ours, {backend}"
 
@@ -141,60 +143,43 @@ def synchronizer(device: torch.device) -> Callable[[], None]:
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
-def _layer(benchmark: MoEBenchmark, precision: str, load: str, peers: Sequence[Peer], peak: float) -> dict[str, Any]:
-    shape, device = benchmark.shape, benchmark.device
+def _layer(
+    benchmark: MoEBenchmark, precision: str, load: str, peers: Mapping[str, Build], peak: float
+) -> dict[str, Any]:
+    shape, device, dtype = benchmark.shape, benchmark.device, DTYPES[precision]
     expert_ids_TA = routing.choose_experts(load, shape.tokens, shape.num_experts, shape.experts_per_token)
-    x_TD = routing.routed_input(expert_ids_TA, shape.num_experts, shape.hidden_size).to(device, DTYPES[precision])
-    weights = make_weights(shape, DTYPES[precision], device)
-    left_out = {peer.name: reason for peer in peers if (reason := peer.why_not(shape, device))}
-    others = {peer.name: peer.build(shape, weights, x_TD) for peer in peers if peer.name not in left_out}
-    ours, ours_left_out = build_ours(shape, weights, x_TD, benchmark.sparsity)
-    steps = {name: training_step(contender) for name, contender in (others | ours).items()}
-    others[OUR_CHAIN] = ours.pop(OUR_CHAIN)
-    measured = _measure(benchmark, steps, tuple(ours), tuple(others))
+    x_TD = routing.routed_input(expert_ids_TA, shape.num_experts, shape.hidden_size).to(device, dtype)
+    weights = make_weights(shape, dtype, device)
+    ours, others, left_out = build_contenders(shape, weights, x_TD, benchmark.sparsity, peers)
     return {
         "precision": precision,
         "load": load,
         "rows_per_expert": expert_ids_TA.flatten().bincount(minlength=shape.num_experts).tolist(),
-        "share_of_peak": {name: rate / peak for name, rate in measured["flops_per_second"].items()},
-        "left_out": left_out | ours_left_out,
-    } | measured
+        "left_out": left_out,
+    } | _measure(benchmark, ours, others, peak)
 
 
 def _measure(
-    benchmark: MoEBenchmark, steps: Mapping[str, Callable[[], object]], ours: tuple[str, ...], others: tuple[str, ...]
+    benchmark: MoEBenchmark, ours: Mapping[str, Contender], others: Mapping[str, Contender], peak: float
 ) -> dict[str, Any]:
-    device = benchmark.device
+    device, flops = benchmark.device, benchmark.shape.flops
+    steps = {name: training_step(contender) for name, contender in (*others.items(), *ours.items())}
     timings = time_in_turns(
         steps, rounds=benchmark.rounds, calls=benchmark.calls, synchronize=synchronizer(device), clock=benchmark.clock
     )
-    # Of ours the two that auto takes, and the chain of products that they are held against.
-    looked_into = (*ours[:2], OUR_CHAIN)
+    # Of ours the two that auto takes, and the products that they are held against.
+    looked_into = (*list(ours)[:2], OUR_CHAIN)
     return {
         "seconds": {name: timing.median for name, timing in timings.items()},
         "seconds_by_round": {name: timing.seconds_by_round for name, timing in timings.items()},
-        "flops_per_second": {name: benchmark.shape.flops / timing.median for name, timing in timings.items()},
-        "times_as_fast_as": {name: {other: ratio(timings[other], timings[name]) for other in others} for name in ours},
-        "peak_bytes": {name: trace.peak_bytes(step, device=device) for name, step in steps.items()},
-        "profile": {
-            name: {"operators": trace.operator_times(steps[name], device=device)}
-            | trace.copies_and_waits(steps[name], device=device)
-            for name in looked_into
+        "flops_per_second": {name: flops / timing.median for name, timing in timings.items()},
+        "share_of_peak": {name: flops / timing.median / peak for name, timing in timings.items()},
+        "times_as_fast_as": {
+            name: {other: ratio(timings[other], timings[name]) for other in others} for name in ours
         },
+        "peak_bytes": {name: trace.peak_bytes(step, device=device) for name, step in steps.items()},
+        "profile": {name: trace.profile(steps[name], device=device) for name in looked_into},
     }
-
-
-def _config(shape: LayerShape, backend: str) -> ModelConfig:
-    moe = MoEConfig.model_validate(
-        {
-            "num_experts": shape.num_experts,
-            "experts_per_token": shape.experts_per_token,
-            "expert_hidden_size": shape.expert_hidden_size,
-            "activation": "swiglu",
-            "backend": backend,
-        }
-    )
-    return ModelConfig(hidden_size=shape.hidden_size, num_heads=1, moe=moe)
 
 
 def _why_left_out(backend: BackendSpec, config: ModelConfig, device: torch.device) -> str | None:

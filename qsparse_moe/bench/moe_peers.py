@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsparse_moe.bench.dmoe import build_dmoe, copy_weights
+from qsparse_moe.config.schema import ModelConfig, MoEConfig
+from qsparse_moe.errors import BackendUnavailable
+
 
 @dataclass(frozen=True)
 class LayerShape:
@@ -55,13 +59,20 @@ class Contender(NamedTuple):
     parameters: tuple[Tensor, ...]
 
 
-@dataclass(frozen=True)
-class Peer:
-    """Someone else's layer. ``build`` raises what its library raises; ``why_not`` is the reason not to try."""
+Build = Callable[[LayerShape, LayerWeights, Tensor], Contender]
+"""Someone's layer over ``(T, D)`` tokens, or BackendUnavailable with the reason."""
 
-    name: str
-    build: Callable[[LayerShape, LayerWeights, Tensor], Contender]
-    why_not: Callable[[LayerShape, torch.device], str | None]
+
+def layer_config(shape: LayerShape, backend: str = "auto") -> ModelConfig:
+    """The settings of this package's layer of a shape, with SwiGLU."""
+    moe = {
+        "num_experts": shape.num_experts,
+        "experts_per_token": shape.experts_per_token,
+        "expert_hidden_size": shape.expert_hidden_size,
+        "activation": "swiglu",
+        "backend": backend,
+    }
+    return ModelConfig(hidden_size=shape.hidden_size, num_heads=1, moe=MoEConfig.model_validate(moe))
 
 
 def build_dense_chain(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
@@ -89,6 +100,7 @@ class _Expert(nn.Module):
 
 def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
     """``deepspeed.moe.layer.MoE`` that drops no token, with its balance loss; every expert padded to the busiest."""
+    _require("deepspeed")
     # DeepSpeed speaks on standard output, where a verb's JSON object goes.
     with contextlib.redirect_stdout(sys.stderr):
         from deepspeed.moe.layer import MoE
@@ -113,6 +125,7 @@ def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> C
 
 def build_transformers(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
     """``MixtralSparseMoeBlock`` with the experts ``grouped_mm``; its balance loss is the model's and not in here."""
+    _require("transformers")
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
@@ -132,18 +145,29 @@ def build_transformers(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -
     return Contender(x_TD[None], lambda x_1TD: (layer(x_1TD),), tuple(layer.parameters()))
 
 
+def build_megablocks(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
+    """MegaBlocks' dMoE with grouped products; it forms no balance loss."""
+    if x_TD.device.type != "cuda":
+        raise BackendUnavailable(f"its grouped products run on CUDA devices, the device is {x_TD.device.type}")
+    layer = build_dmoe(layer_config(shape), x_TD.dtype, x_TD.device)
+    copy_weights(layer, *weights)
+    return Contender(x_TD[None], lambda x_1TD: (layer(x_1TD),), tuple(layer.parameters()))
+
+
 def leaf(x: Tensor) -> Tensor:
     """A copy to take gradients by."""
     return x.detach().clone().requires_grad_()
 
 
-def _not_installed(package: str) -> str | None:
-    return None if find_spec(package) else f"{package} is not installed"
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise BackendUnavailable(f"{package} is not installed")
 
 
-DENSE_CHAIN = "dense products"
-PEERS: tuple[Peer, ...] = (
-    Peer(DENSE_CHAIN, build_dense_chain, lambda shape, device: None),
-    Peer("DeepSpeed MoE", build_deepspeed, lambda shape, device: _not_installed("deepspeed")),
-    Peer("transformers grouped_mm", build_transformers, lambda shape, device: _not_installed("transformers")),
-)
+PEERS: dict[str, Build] = {
+    "dense": build_dense_chain,
+    "DeepSpeed": build_deepspeed,
+    "transformers": build_transformers,
+    "MegaBlocks": build_megablocks,
+}
+"""By the names that results call them: the products of one dense feed-forward over all N rows, then MoE layers."""

@@ -24,6 +24,11 @@ _COPIES = ("copy_", "clone", "_to_copy", "cat", "constant_pad_nd", "index", "ind
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
 
 
+def profile(step: Step, *, device: torch.device) -> dict[str, list[dict[str, Any]]]:
+    """``operators`` of ``operator_times``, ``copies`` and ``waits`` of ``copies_and_waits``."""
+    return {"operators": operator_times(step, device=device)} | copies_and_waits(step, device=device)
+
+
 def operator_times(step: Step, *, device: torch.device, top: int = 12) -> list[dict[str, Any]]:
     """The ``top`` operators of one step by the time they spend in themselves: name, calls, seconds, share of all."""
     on_cuda = device.type == "cuda"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from qsparse_moe.cli.bench_moe import moe
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.errors import ConfigError
@@ -24,6 +25,7 @@ def register(app: typer.Typer) -> None:
     bench.callback()(_group)
     bench.command("step")(step)
     bench.command("ops")(ops)
+    bench.command("moe")(moe)
     app.add_typer(bench, name="bench")
 
 

@@ -1,0 +1,122 @@
+"""``qsparse-moe bench moe``: options, and the table of its result."""
+
+from __future__ import annotations
+
+import json as json_text
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qsparse_moe.bench.moe_peers import LayerShape
+
+Size = Annotated[int | None, typer.Option(min=1, help="Left out: as the device's default.")]
+
+
+def moe(
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16, or both with a comma; left out: those that the device is fast in.")
+    ] = None,
+    load: Annotated[str, typer.Option(help="balanced, skewed, or both with a comma.")] = "balanced,skewed",
+    tokens: Size = None,
+    hidden_size: Size = None,
+    expert_hidden_size: Size = None,
+    experts: Size = None,
+    experts_per_token: Size = None,
+    sparsity: Annotated[float, typer.Option(help="S at both sites for our layers with Q-Sparse.", max=0.99)] = 0.5,
+    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 7,
+    calls: Annotated[int, typer.Option(help="Timed calls a turn.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    clock: Annotated[
+        str, typer.Option(help="wall, or processor: the process's own time, for a CPU shared with other work.")
+    ] = "wall",
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time a MoE feed-forward layer, forward and backward, beside others' layers and the dense products in it.
+
+    The default shape is 4096 tokens, D 512, F 768, E 16, A 2 on a CPU and 16384, 2048, 1024, 64, 8 on CUDA.
+    """
+    import torch
+
+    from qsparse_moe.bench.moe_layer import DTYPES, SHAPES, MoEBenchmark, run_moe_benchmark
+    from qsparse_moe.bench.routing import LOADS
+    from qsparse_moe.kernels.onednn import needs_fp32
+
+    where = torch.device(device)
+    fast = [name for name, dtype in DTYPES.items() if not needs_fp32(dtype, where)]
+    precisions = _chosen("--precision", precision or ("bf16" if where.type == "cuda" else ",".join(fast)), DTYPES)
+    sizes = {
+        "tokens": tokens,
+        "hidden_size": hidden_size,
+        "expert_hidden_size": expert_hidden_size,
+        "num_experts": experts,
+        "experts_per_token": experts_per_token,
+    }
+    (clocked,) = _chosen("--clock", clock, ("wall", "processor"))
+    if threads:
+        torch.set_num_threads(threads)
+    result = run_moe_benchmark(
+        MoEBenchmark(
+            shape=_shape(SHAPES[where.type], sizes),
+            precisions=precisions,
+            loads=_chosen("--load", load, LOADS),
+            sparsity=sparsity,
+            rounds=rounds,
+            calls=calls,
+            device=where,
+            clock=time.process_time if clocked == "processor" else None,
+        )
+    )
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json_text.dumps(result, indent=1) + "\n")
+    print_json(result) if json else _print_layers(result)
+
+
+def _shape(default: LayerShape, sizes: dict[str, int | None]) -> LayerShape:
+    shape = type(default)(**asdict(default) | {name: size for name, size in sizes.items() if size is not None})
+    if not shape.experts_per_token <= shape.num_experts <= shape.hidden_size:
+        raise ConfigError(
+            f"--experts-per-token ({shape.experts_per_token}) must be at most --experts ({shape.num_experts}), and that "
+            f"at most --hidden-size ({shape.hidden_size}), whose first features hold the router's logits"
+        )
+    return shape
+
+
+def _chosen(option: str, text: str, known: Any) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"{option} {text!r} holds {unknown[0]!r}; choose from {', '.join(known)}")
+    return names
+
+
+def _print_layers(result: dict[str, Any]) -> None:
+    console = result_console()
+    for layer in result["layers"]:
+        peers = list(next(iter(layer["times_as_fast_as"].values())))
+        table = Table(title=f"MoE layer, {layer['precision']}, {layer['load']} load: how many times as fast as each peer")
+        for column in ("layer", "ms", "GFLOP/s", "of peak", "MB", *peers):
+            table.add_column(column)
+        for name, seconds in layer["seconds"].items():
+            ratios = layer["times_as_fast_as"].get(name, {})
+            table.add_row(
+                name,
+                f"{1e3 * seconds:.1f}",
+                f"{layer['flops_per_second'][name] / 1e9:,.0f}",
+                f"{layer['share_of_peak'][name]:.2f}",
+                f"{layer['peak_bytes'][name] / 1e6:,.0f}",
+                *(f"{ratios[peer]['median']:.2f}" if peer in ratios else "" for peer in peers),
+            )
+        console.print(table)
+        for name, reason in layer["left_out"].items():
+            console.print(f"left out: {name}: {reason}")

@@ -105,8 +105,8 @@ def build_contenders(
     for name, build in peers.items():
         try:
             others[name] = build(shape, weights, x_TD)
-        except BackendUnavailable as reason:
-            left_out[name] = str(reason)
+        except BackendUnavailable as error:
+            left_out[name] = str(error)
     for backend in fastest_first():
         config = layer_config(shape, backend.name)
         if reason := _why_left_out(backend, config, x_TD.device):
@@ -174,9 +174,7 @@ def _measure(
         "seconds_by_round": {name: timing.seconds_by_round for name, timing in timings.items()},
         "flops_per_second": {name: flops / timing.median for name, timing in timings.items()},
         "share_of_peak": {name: flops / timing.median / peak for name, timing in timings.items()},
-        "times_as_fast_as": {
-            name: {other: ratio(timings[other], timings[name]) for other in others} for name in ours
-        },
+        "times_as_fast_as": {name: {other: ratio(timings[other], timings[name]) for other in others} for name in ours},
         "peak_bytes": {name: trace.peak_bytes(step, device=device) for name, step in steps.items()},
         "profile": {name: trace.profile(steps[name], device=device) for name in looked_into},
     }

@@ -57,7 +57,7 @@ def peak_bytes(step: Step, *, device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
-    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results: Any = profiler.profiler.kineto_results
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     held = most = 0
     for _, change in changes:
@@ -76,7 +76,7 @@ def copies_and_waits(step: Step, *, device: torch.device, top: int = 16) -> dict
     step()
     with _python_calls(recorder), _cuda_waits(recorder, device), recorder:
         step()
-    copies = [
+    copies: list[dict[str, Any]] = [
         {"operator": name, "place": place, "calls": calls, "bytes": recorder.bytes[name, place]}
         for (name, place), calls in recorder.copies.items()
     ]

@@ -86,8 +86,8 @@ def _shape(default: LayerShape, sizes: dict[str, int | None]) -> LayerShape:
     shape = type(default)(**asdict(default) | {name: size for name, size in sizes.items() if size is not None})
     if not shape.experts_per_token <= shape.num_experts <= shape.hidden_size:
         raise ConfigError(
-            f"--experts-per-token ({shape.experts_per_token}) must be at most --experts ({shape.num_experts}), and that "
-            f"at most --hidden-size ({shape.hidden_size}), whose first features hold the router's logits"
+            f"--experts-per-token ({shape.experts_per_token}) must be at most --experts ({shape.num_experts}), and "
+            f"that at most --hidden-size ({shape.hidden_size}), whose first features hold the router's logits"
         )
     return shape
 
@@ -104,7 +104,9 @@ def _print_layers(result: dict[str, Any]) -> None:
     console = result_console()
     for layer in result["layers"]:
         peers = list(next(iter(layer["times_as_fast_as"].values())))
-        table = Table(title=f"MoE layer, {layer['precision']}, {layer['load']} load: how many times as fast as each peer")
+        table = Table(
+            title=f"MoE layer, {layer['precision']}, {layer['load']} load: how many times as fast as each peer"
+        )
         for column in ("layer", "ms", "GFLOP/s", "of peak", "MB", *peers):
             table.add_column(column)
         for name, seconds in layer["seconds"].items():

@@ -21,9 +21,9 @@ _SOURCES = (
     "site_sums/site_sums.cpp",
     "combine_rows/combine_rows.cpp",
 )
-# native: the row loops are only fast with the widest vectors that this processor has. no-trapping-math: nobody reads the
-# flags of floating-point exceptions, and with them in mind the compiler leaves the loops around e^x without vectors on
-# AVX2 (SwiGLU's backward over 8192 rows of 768, one thread of a Zen 3: fp32 37 ms with them, 10 ms without).
+# native: the row loops are only fast with the widest vectors that this processor has. no-trapping-math: nobody reads
+# the flags of floating-point exceptions, and with them in mind the compiler leaves the loops around e^x without vectors
+# on AVX2 (SwiGLU's backward over 8192 rows of 768, one thread of a Zen 3: fp32 37 ms with them, 10 ms without).
 _FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp")
 
 

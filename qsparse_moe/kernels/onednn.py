@@ -41,7 +41,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
-    """Write ``a @ b`` into ``out``; any strides. fp32 goes through oneDNN, what else there is through ``torch_gemm``."""
+    """Write ``a @ b`` into ``out``; any strides; fp32 through oneDNN, anything else through ``torch_gemm``."""
     if a_MK.dtype == torch.float32:
         out_MN.copy_(_product(a_MK, b_KN.T))
     else:

@@ -68,7 +68,7 @@ BROKEN = {
         "from importlib import import_module\nm = import_module('qsparse_moe.data.loader')\n",
         "config imports data",
     ),
-    "someone else's library": ("model/x.py", "import deepspeed\n", "deepspeed belongs to training"),
+    "someone else's library": ("model/x.py", "import deepspeed\n", "deepspeed belongs to bench and training"),
     "someone else's library, from": ("model/x.py", "from triton.language import dot\n", "triton belongs to kernels"),
     "someone else's library, in a function": (
         "cli/x.py",

@@ -44,9 +44,9 @@ def _head(result: dict[str, Any]) -> str:
         f"{shape['tokens']} tokens, D {shape['hidden_size']}, F {shape['expert_hidden_size']}, "
         f"E {shape['num_experts']}, A {shape['experts_per_token']}, SwiGLU, S {result['sparsity']:g} where there is "
         f"Q-Sparse; forward and backward by input, router and experts, {shape['flops'] / 1e9:,.1f} GFLOP in the "
-        f"experts' products; {result['rounds']} rounds in turn of {result['calls']} timed calls, {result['clock']} time. "
-        f"{machine['accelerator'] or machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
-        f"torch {machine['torch']}; commit {machine['commit']}, {machine['date']}. Matrix peak, measured: {peak}."
+        f"experts' products; {result['rounds']} rounds in turn of {result['calls']} timed calls, "
+        f"{result['clock']} time. {machine['accelerator'] or machine['processor']}, {machine['cores']} cores, "
+        f"{machine['threads']} threads, torch {machine['torch']}; commit {machine['commit']}, {machine['date']}. Matrix peak, measured: {peak}."
     )
 
 

@@ -46,7 +46,8 @@ def _head(result: dict[str, Any]) -> str:
         f"Q-Sparse; forward and backward by input, router and experts, {shape['flops'] / 1e9:,.1f} GFLOP in the "
         f"experts' products; {result['rounds']} rounds in turn of {result['calls']} timed calls, "
         f"{result['clock']} time. {machine['accelerator'] or machine['processor']}, {machine['cores']} cores, "
-        f"{machine['threads']} threads, torch {machine['torch']}; commit {machine['commit']}, {machine['date']}. Matrix peak, measured: {peak}."
+        f"{machine['threads']} threads, torch {machine['torch']}; commit {machine['commit']}, {machine['date']}. "
+        f"Matrix peak, measured: {peak}."
     )
 
 

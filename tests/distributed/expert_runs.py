@@ -87,7 +87,6 @@ OTHERS: dict[tuple[str, int], tuple[str, str]] = {
     ("mixed-zero0", 4): ("mixed", "zero0-fp32-ep2-acc1"),
     **{(f"overflow-{engine}", 2): ("overflow", f"{engine}-fp16-ep2-acc2") for engine in LAYOUTS},
     ("overflow-zero2", 4): ("overflow", "zero2-fp16-ep4-acc1"),
-    ("overflow-zero2_cpu", 2): ("overflow", "zero2_cpu-fp16-ep2-acc1"),
 }
 
 STOPPED = {1: ["torch-fp32-ep1"], 2: ["zero1-fp32-ep1-acc2", "zero2-fp32-ep2-acc2", "zero3-fp32-ep2-acc2"],

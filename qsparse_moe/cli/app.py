@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from qsparse_moe.cli.console import complain, start_logging
-from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
+from qsparse_moe.errors import QSparseMoEError, RankLost, TrainingDiverged
 from qsparse_moe.version import __version__
 
 PROGRAM = "qsparse-moe"
@@ -35,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
         outcome = typer.main.get_command(build_app()).main(
             args=list(arguments), prog_name=PROGRAM, standalone_mode=False
         )
+    except RankLost:  # every rank that is left has said it
+        return 1
     except (QSparseMoEError, TrainingDiverged) as error:
         complain(str(error))
         return 2 if isinstance(error, QSparseMoEError) else 1

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.moe.expert_group import expert_group, gather_shares, own_share
@@ -63,8 +64,11 @@ class DeepSpeedEngine:
         self._parameters = dict(model.named_parameters())
         if self.stage == 0:
             accumulate_in_fp32(self._parameters.values())
-        if self.stage == 3:
+        try:
             self._check_swapping()
+        except ConfigError:
+            remove_swap_files(config, distributed.rank)
+            raise
         self._start_optimizer_states()
 
     def forward(self, batch: Batch, *, with_stats: bool, probe: Probe | None = None) -> ModelOutput:
@@ -175,7 +179,7 @@ class DeepSpeedEngine:
 
     def _check_swapping(self) -> None:
         zero = self._engine.optimizer
-        swapper = zero.optimizer_swapper
+        swapper = getattr(zero, "optimizer_swapper", None)
         if swapper is None:
             return
         places = {name: zero.grad_position[zero.get_param_id(p)] for name, p in self._parameters.items()}

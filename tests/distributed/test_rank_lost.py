@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from tests.distributed.test_kill import newest_step, start_run, wait_until
-from tests.support.launch import entry, kill_group, run_plan
+from tests.distributed.test_kill import newest_step, start_on_nodes, wait_until
+from tests.support.launch import end, entry, run_plan
 from tests.support.runs import LAYOUTS, tiny_config, write_text
 
 pytestmark = pytest.mark.distributed
@@ -35,22 +35,25 @@ def wait_for(condition, timeout):
         assert time.monotonic() < end, "it did not happen in time"
 
 
-@pytest.mark.parametrize(("layout", "ranks", "victim"), [("zero2", 2, 1), ("torch", 3, 0)])
-def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes(tmp_path, layout, ranks, victim):
-    """Rank 0 holds the store in which the ranks see each other, and else speaks for all."""
+@pytest.mark.parametrize(("layout", "ranks_by_node", "victim"), [("zero2", [2], 1), ("torch", [1, 2], 0)])
+def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes(
+    tmp_path, layout, ranks_by_node, victim
+):
+    """Rank 0 holds the store in which the ranks see each other, and else speaks for all. No launcher tells another
+    node's that it has ended."""
     write_text(tmp_path / "text")
+    ranks = sum(ranks_by_node)
     config = long_run(tmp_path, layout, ranks)
     run_dir = tmp_path / "runs" / "lost"
-    process = start_run(tmp_path / "launch", config, ranks=ranks)
+    processes = start_on_nodes(tmp_path / "launch", config, ranks_by_node)
     try:
-        wait_until(lambda: newest_step(run_dir) > 0, process, timeout=300)
+        wait_until(lambda: newest_step(run_dir) > 0, processes[0], timeout=300)
         pid = pid_of(tmp_path, victim)
         os.kill(pid, signal.SIGKILL)
-        process.wait(PROMPTLY)
+        codes = [process.wait(PROMPTLY) for process in processes]
     finally:
-        if process.poll() is None:
-            kill_group(process)
-    assert process.returncode != 0
+        end(processes)
+    assert all(codes)
     log = (tmp_path / "launch" / "log.txt").read_text()
     assert not (tmp_path / "launch" / f"killed.rank{victim}.json").exists()
     for rank in set(range(ranks)) - {victim}:
@@ -72,12 +75,12 @@ def test_a_rank_that_hangs_is_named_after_the_time_out(tmp_path):
     """Stopped, its connections stay open: no collective fails, and nothing but the signs of life tells."""
     write_text(tmp_path / "text")
     config = long_run(tmp_path, "torch", 2, collective_timeout=8.0)
-    process = start_run(tmp_path / "launch", config, ranks=2)
+    processes = start_on_nodes(tmp_path / "launch", config, [2])
     try:
-        wait_until(lambda: newest_step(tmp_path / "runs" / "lost") > 0, process, timeout=300)
+        wait_until(lambda: newest_step(tmp_path / "runs" / "lost") > 0, processes[0], timeout=300)
         pid = pid_of(tmp_path, 1)
         os.kill(pid, signal.SIGSTOP)
         log = tmp_path / "launch" / "log.txt"
         wait_for(lambda: f"rank 1 (process {pid} on " in log.read_text(), PROMPTLY)
     finally:
-        kill_group(process)
+        end(processes)

@@ -17,7 +17,7 @@ from qsparse_moe.errors import QSparseMoEError, RankLost, TrainingDiverged
 from qsparse_moe.version import __version__
 
 PROGRAM = "qsparse-moe"
-VERBS = ("train", "evaluate", "generate", "describe", "calibrate", "ablate", "doctor", "bench", "tensorboard")
+VERBS = ("train", "evaluate", "generate", "export", "describe", "calibrate", "ablate", "doctor", "bench", "tensorboard")
 """Each is a module of this room with ``register(app)``. They import torch and the like only when they are called."""
 
 # typer carries click inside or depends on it, as its version goes; this is the base of its usage errors in both.

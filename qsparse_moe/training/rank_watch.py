@@ -60,6 +60,9 @@ class RankWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            # Together: whoever gives no sign because its work is done must not be taken for lost.
+            self._distributed.barrier()
         message = self._explain(error) if error is not None else None
         self._stop.set()
         if self._thread is not None:

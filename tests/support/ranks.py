@@ -159,6 +159,7 @@ def main(plan_file: Path) -> None:
     """Train every run of the plan."""
     torch.set_num_threads(1)
     rank = os.environ.get("RANK", "0")
+    (plan_file.parent / f"rank{rank}.pid").write_text(str(os.getpid()))
     for entry in json.loads(plan_file.read_text()):
         if "calibrate" in entry:
             outcome = calibrated(entry["label"], **entry["calibrate"])

@@ -60,17 +60,25 @@ class RankWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            # Together: whoever gives no sign because its work is done must not be taken for lost.
-            self._distributed.barrier()
-        message = self._explain(error) if error is not None else None
+        failure = error or self._wait_for_all()
+        message = self._explain(failure) if failure is not None else None
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * _BEAT_SECONDS)
         if message is not None:
             # By every rank that is left: rank 0, which else speaks for all, may be the one that is gone.
             logger.error("%s", message)
-            raise RankLost(message) from error
+            raise RankLost(message) from failure
+        if error is None and failure is not None:
+            raise failure
+
+    def _wait_for_all(self) -> BaseException | None:
+        """Leave together: whoever gives no sign because its work is done must not be taken for lost."""
+        try:
+            self._distributed.barrier()
+        except RuntimeError as failure:
+            return failure
+        return None
 
     def _explain(self, error: BaseException) -> str | None:
         """What the user should know of an error that a collective raised; None for any other error."""

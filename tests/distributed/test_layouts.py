@@ -28,12 +28,13 @@ from tests.support.runs import STEPS, STOP_STEP
 
 pytestmark = pytest.mark.distributed
 
-# Of losses near 5 and norms near 2. Measured: 7e-7 and 1e-6 as long as every layout selects the same features; where
+# Of losses near 5 and norms near 2. Measured: 7e-7 and 1e-6 (of the norm in the second step 3.3e-6 with larger
+# micro-batches) as long as every layout selects the same features; where
 # two are so near that rounding decides, a layout takes the other one, and the loss moves by up to 3e-5, the norm by
 # 3e-5 of itself. bf16: 0 and 2e-6; it has 8 bits, so another processor's order of additions may move it by some 1e-4.
 # The third is of the norms by layer. Measured: 8e-9 in the first step; Adam's own first step turns rounding into 8e-6
 # under ZeRO-3 and with larger micro-batches, and later 4e-6, in bf16 5e-4.
-SAME_SELECTION = {"fp32": (3e-6, 3e-6, 3e-5), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
+SAME_SELECTION = {"fp32": (3e-6, 1e-5, 3e-5), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
 OTHER_SELECTION = {"fp32": (2e-4, 1e-3, 1e-3), "bf16": (5e-3, 5e-2, 5e-2), "fp16": (5e-3, 5e-2, 5e-2)}
 EARLY_STEPS = 2
 BF16_AGAINST_FP32 = 2e-2

@@ -82,6 +82,23 @@ def test_after_a_failed_collective_whoever_is_silent_is_lost(ranks):
         watches[1].__exit__(RuntimeError, CLOSED, None)
 
 
+def test_a_rank_that_dies_when_all_others_are_done_is_named_too(ranks, monkeypatch):
+    watch = RankWatch(ranks[0], timeout=100.0, way_out=lambda: "Go on.")
+    other = RankWatch(ranks[1], timeout=100.0, way_out=str)
+    SignsOfLife(ranks[2])
+    for entered in (watch, other):
+        entered.__enter__()
+
+    def fail(self):
+        raise CLOSED
+
+    monkeypatch.setattr(type(ranks[0]), "barrier", fail)
+    with pytest.raises(RankLost, match=r"^rank 2 .* Rank 0 ends too"):
+        watch.__exit__(None, None, None)
+    with pytest.raises(RankLost, match=r"^rank 2 .* Rank 1 ends too"):
+        other.__exit__(None, None, None)
+
+
 def test_a_store_that_is_gone_is_rank_0(ranks):
     signs = SignsOfLife(ranks[1])
     signs._store = BrokenStore()

@@ -53,7 +53,7 @@ def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes
         codes = [process.wait(PROMPTLY) for process in processes]
     finally:
         end(processes)
-    assert all(codes)
+    assert any(codes), "the launcher of the killed rank"
     log = (tmp_path / "launch" / "log.txt").read_text()
     assert not (tmp_path / "launch" / f"killed.rank{victim}.json").exists()
     for rank in set(range(ranks)) - {victim}:

@@ -6,6 +6,7 @@ QSPARSE_MOE_NVME=/local/disk python -m pytest tests/distributed/test_nvme.py
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -28,12 +29,12 @@ LARGE = {
     "moe": {"num_experts": 8, "expert_hidden_size": 640, "backend": "grouped"},
 }
 PLAIN = {"zero_stage": 3}
-STATES = {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": FOLDER}
-ALL = STATES | {"offload_parameters": "nvme"}
 
 
 def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
-    assert FOLDER is not None
+    folder = Path(tempfile.mkdtemp(dir=FOLDER))
+    states = PLAIN | {"offload_optimizer": "nvme", "nvme_path": str(folder)}
+    everything = states | {"offload_parameters": "nvme"}
     write_text(tmp_path / "text")
 
     def make(label, deepspeed, copy_of=None, vocab_size=264, **more):
@@ -44,14 +45,14 @@ def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
 
     plan = [
         make("plain", PLAIN),
-        make("states", STATES),
-        make("all", ALL),
+        make("states", states),
+        make("all", everything),
         make("plain-stopped", PLAIN, stop_after=STOP_STEP),
-        make("all-stopped", ALL, stop_after=STOP_STEP),
-        make("plain-to-all", ALL, "plain-stopped"),
+        make("all-stopped", everything, stop_after=STOP_STEP),
+        make("plain-to-all", everything, "plain-stopped"),
         make("all-to-plain", PLAIN, "all-stopped"),
-        make("all-to-all", ALL, "all-stopped"),
-        make("misaligned", STATES, vocab_size=257),
+        make("all-to-all", everything, "all-stopped"),
+        make("misaligned", states, vocab_size=257),
     ]
     outcomes = {label: ranks[0] for label, ranks in run_plan(tmp_path / "launch", plan, ranks=2).items()}
     misaligned = outcomes.pop("misaligned")["error"]
@@ -65,4 +66,5 @@ def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
         assert_same_run(outcomes[label], outcomes["plain"], "fp32", since=STOP_STEP)
     want, have = (state_of(tmp_path / "runs" / label)[1] for label in ("all", "all-to-all"))
     assert [key for key in want if not have[key].equal(want[key])] == []
-    assert list(Path(FOLDER).iterdir()) == [], "swap files stay behind"
+    assert list(folder.iterdir()) == [], "swap files stay behind"
+    folder.rmdir()

@@ -56,7 +56,8 @@ class DeepSpeedEngine:
         self._config = config
         # ZeRO-3 empties the parameters that it partitions.
         self._shapes = whole_shapes(model)
-        largest = max(parameter.numel() for parameter in model.parameters())
+        # A part of spread experts is that of the whole ones over all ranks: a share of them, cut over the replicas.
+        largest = max(shape.numel() for shape in self._shapes.values())
         self._settings = deepspeed_config(config, distributed.world_size, largest_parameter=largest)
         self._adam = build_adamw(model.parameters(), config.training)
         with _tamed(), _fp16_on_any_cpu(), spread_experts(model, self._adam, model.runtime.expert_group):

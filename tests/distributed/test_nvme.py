@@ -37,8 +37,9 @@ def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
     everything = states | {"offload_parameters": "nvme"}
     write_text(tmp_path / "text")
 
-    def make(label, deepspeed, copy_of=None, vocab_size=264, **more):
+    def make(label, deepspeed, copy_of=None, vocab_size=264, experts_over=1, **more):
         training = {"deepspeed": deepspeed, "evaluation_interval": 3, "resume": copy_of is not None}
+        training["expert_parallel_size"] = experts_over
         source = None if copy_of is None else tmp_path / "runs" / copy_of
         config = tiny_config(tmp_path, label, model=LARGE | {"vocab_size": vocab_size}, **training)
         return entry(label, config, copy_of=source, **more)
@@ -52,6 +53,9 @@ def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
         make("plain-to-all", everything, "plain-stopped"),
         make("all-to-plain", PLAIN, "all-stopped"),
         make("all-to-all", everything, "all-stopped"),
+        make("states-spread", states, experts_over=2),
+        make("all-spread", everything, experts_over=2),
+        make("plain-to-all-spread", everything, "plain-stopped", experts_over=2),
         make("misaligned", states, vocab_size=257),
     ]
     outcomes = {label: ranks[0] for label, ranks in run_plan(tmp_path / "launch", plan, ranks=2).items()}
@@ -60,9 +64,9 @@ def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
     assert not (tmp_path / "runs" / "misaligned").exists()
     for label, outcome in outcomes.items():
         assert outcome["error"] is None, f"{label}: {outcome['traceback']}"
-    for label in ("states", "all"):
+    for label in ("states", "all", "states-spread", "all-spread"):
         assert_same_run(outcomes[label], outcomes["plain"], "fp32")
-    for label in ("plain-to-all", "all-to-plain", "all-to-all"):
+    for label in ("plain-to-all", "all-to-plain", "all-to-all", "plain-to-all-spread"):
         assert_same_run(outcomes[label], outcomes["plain"], "fp32", since=STOP_STEP)
     want, have = (state_of(tmp_path / "runs" / label)[1] for label in ("all", "all-to-all"))
     assert [key for key in want if not have[key].equal(want[key])] == []

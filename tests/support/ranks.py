@@ -80,7 +80,7 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
     if fault == NOTHING_PERSISTS:
         settings = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
         make = ds_config._zero
-        with mock.patch.object(ds_config, "_zero", lambda config: make(config) | settings):
+        with mock.patch.object(ds_config, "_zero", lambda *given: make(*given) | settings):
             yield
         return
     build = prepare.build_model

@@ -57,7 +57,7 @@ def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEER
         precision and load: rows by expert, seconds and FLOP/s by contender, how many times as fast ours are as the
         others, bytes of a step, why a contender is left out, and the profiles of ours.
     """
-    peak = {precision: matrix_peak(precision, benchmark.device) for precision in benchmark.precisions}
+    peak = {name: matrix_peak(name, benchmark.device, clock=benchmark.clock) for name in benchmark.precisions}
     cases = [(precision, load) for precision in benchmark.precisions for load in benchmark.loads]
     return {
         "benchmark": "moe",
@@ -73,15 +73,17 @@ def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEER
     }
 
 
-def matrix_peak(precision: str, device: torch.device, size: int | None = None, rounds: int = 5) -> float:
+def matrix_peak(
+    precision: str, device: torch.device, *, clock: Callable[[], float] | None = None, rounds: int = 5
+) -> float:
     """FLOP/s of a square product, the fastest of ``rounds``: the most that this machine is seen to give."""
-    size = size or PEAK_SIZE[device.type]
+    size = PEAK_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     out = torch.empty_like(a)
     products = {"torch": lambda: onednn.torch_gemm(a, b, out)}
     if onednn.why_not(device) is None:
         products["oneDNN"] = lambda: onednn.gemm(a, b, out)
-    timings = time_in_turns(products, rounds=rounds, calls=1, synchronize=synchronizer(device))
+    timings = time_in_turns(products, rounds=rounds, calls=1, synchronize=synchronizer(device), clock=clock)
     return 2 * size**3 / min(min(timing.seconds_by_round) for timing in timings.values())
 
 

@@ -31,6 +31,7 @@ def make_report(step: int = 10, **changes: Any) -> StepReport:
         "tokens_per_second": 2048.0,
         "memory": {"resident": 1e9, "peak_resident": 2e9},
         "validation": None,
+        "phase_seconds": {"data": 0.01, "forward": 0.08, "backward": 0.12, "update": 0.03},
     }
     return StepReport(**(values | changes))
 
@@ -48,6 +49,7 @@ def make_context(run_dir: Path, config: RunConfig, *, start_step: int = 0) -> Ru
         num_parameters=1000,
         engine="torch",
         device="cpu",
+        device_name="",
         backend="loop",
     )
 

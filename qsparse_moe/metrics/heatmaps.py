@@ -1,15 +1,19 @@
 """Heat maps layers x experts as pictures: what one number over all experts hides. L layers, E experts.
 
-A map keeps its colour scale over the steps, so that two pictures can be compared; values beyond it take the end's colour.
+A map keeps its colour scale over the steps, so that two pictures can be compared; what lies beyond it takes the colour
+of the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 from qsparse_moe.sparsity.stats import SITE_FIELDS, Stats
@@ -111,15 +115,11 @@ def _site_maps(stats: Stats, site: str) -> dict[str, np.ndarray]:
     }
 
 
-def _colour_map(name: str):  # type: ignore[no-untyped-def]
-    from matplotlib import colormaps
-
-    colours = colormaps[name].copy()
-    colours.set_bad(_MISSING)
-    return colours
+def _colour_map(name: str) -> Colormap:
+    return colormaps[name].with_extremes(bad=_MISSING)
 
 
-def _readable(background: tuple[float, ...]) -> str:
+def _readable(background: Any) -> str:
     """Black or white, whichever stands out: by the luminance of ITU-R BT.601."""
     red, green, blue = background[:3]
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"

@@ -156,8 +156,8 @@ METRICS = (
     Metric(
         "sparsity/SITE/overlap",
         "1",
-        "Of the values of a token that are not zero, the share whose feature is not zero in the next token either, over "
-        "tokens that one matrix reads one after the other; absent where there are none.",
+        "Of the values of a token that are not zero, the share whose feature is not zero in the next token either, "
+        "over tokens that one matrix reads one after the other; absent where there are none.",
         layers="file",
     ),
     Metric(
@@ -175,8 +175,8 @@ METRICS = (
     Metric(
         "sparsity/SITE/dead_features",
         "1",
-        "Share of the features, over all experts, that were zero in every row of the last 10 logged steps; absent until "
-        "there are so many.",
+        "Share of the features, over all experts, that were zero in every row of the last 10 logged steps; absent "
+        "until there are so many.",
         layers="file",
     ),
     Metric("efficiency/active_parameters", "parameters", "That a token uses by routing."),

@@ -28,6 +28,7 @@ class Recorder:
         self._board: TensorBoardFiles | None = None
         self._window = Window()
         self._efficiency: Efficiency | None = None
+        self._step = 0
         self._last: dict[str, float] = {}
 
     def begin(self, context: RunContext) -> None:
@@ -48,7 +49,7 @@ class Recorder:
         metrics = derive_metrics(report, self._config.model, self._window)
         metrics["throughput/rows_per_second"] = report.tokens_per_second / self._config.data.sequence_length
         metrics |= self._efficiency(report, metrics)
-        self._last |= metrics
+        self._step, self._last = report.step, self._last | metrics
         self._file.write(report.step, report.tokens, report.seconds, metrics)
         if self._board is not None:
             self._board.write(report.step, metrics, report.stats)
@@ -58,5 +59,6 @@ class Recorder:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            self._board.write_summary(self._last)
+            if self._last:
+                self._board.write_summary(self._step, self._last)
             self._board.close()

@@ -65,10 +65,10 @@ class TensorBoardFiles:
             self._draw(step, stats)
         self._writer.flush()
 
-    def write_summary(self, metrics: Mapping[str, float]) -> None:
+    def write_summary(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the settings and the last value of each metric, which the HPARAMS page sorts runs by."""
         last = {name: value for name, value in metrics.items() if name in SUMMARY_METRICS}
-        self._writer.add_hparams(hyperparameters(self._config), last, run_name=".")
+        self._writer.add_hparams(hyperparameters(self._config), last, run_name=".", global_step=step)
 
     def _draw(self, step: int, stats: Stats) -> None:
         model = self._config.model

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# For the owner of an NVIDIA GPU: the tests that need one, then the timings of the operations into results/gpu/.
+# For the owner of an NVIDIA GPU: the tests that need one, then operations, MoE layer and step timed into results/gpu/.
 # It sets nothing up: PYTHON (python unless set) is an interpreter with qsparse_moe[dev], a CUDA build of torch and, by
 # launch/megablocks.sh, MegaBlocks.
 set -euo pipefail
@@ -17,4 +17,9 @@ fi
 # Triton compiles; its interpreter is for machines without a GPU.
 export TRITON_INTERPRET=0
 "$python" -m pytest -m gpu "$@"
-"$python" -m qsparse_moe bench ops --device cuda --output "results/gpu/ops-${accelerator//[^[:alnum:]]/-}.json"
+name="${accelerator//[^[:alnum:]]/-}"
+"$python" -m qsparse_moe bench ops --device cuda --output "results/gpu/ops-$name.json"
+"$python" -m qsparse_moe bench moe --device cuda --output "results/gpu/moe-$name.json"
+# One layer of OLMoE's shape: what a training step pays for Q-Sparse at every site.
+"$python" -m qsparse_moe bench step --device cuda --precision bf16 --layers 1 --hidden-size 2048 --heads 16 --experts 64 \
+    --experts-per-token 8 --expert-hidden-size 1024 --rows 4 --sequence-length 4096 --output "results/gpu/step-$name.json"

@@ -25,5 +25,9 @@ class CheckpointError(QSparseMoEError):
     """A checkpoint or a run folder cannot be used as asked."""
 
 
+class RankLost(RuntimeError):
+    """Another rank of the run is gone. The user's input is not wrong in itself: exit code 1."""
+
+
 class TrainingDiverged(RuntimeError):
     """A loss, an activation or a gradient is not finite. The user's input is not wrong in itself: exit code 1."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from qsparse_moe.moe.activations import ACTIVATIONS
 from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
 from qsparse_moe.moe.dispatch import RowCounts
 from qsparse_moe.moe.layer import MoELayer
-from qsparse_moe.moe.runtime import resolve_runtime
+from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {"cpu": LayerShape(4096, 512, 768, 16, 2), "cuda": LayerShape(16384, 2048, 1024, 64, 8)}
@@ -56,7 +57,7 @@ def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEER
         precision and load: rows by expert, seconds and FLOP/s by contender, how many times as fast ours are as the
         others, bytes of a step, why a contender is left out, and the profiles of ours.
     """
-    peak = {precision: matrix_peak(precision, benchmark.device) for precision in benchmark.precisions}
+    peak = {name: matrix_peak(name, benchmark.device, clock=benchmark.clock) for name in benchmark.precisions}
     cases = [(precision, load) for precision in benchmark.precisions for load in benchmark.loads]
     return {
         "benchmark": "moe",
@@ -72,15 +73,17 @@ def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEER
     }
 
 
-def matrix_peak(precision: str, device: torch.device, size: int | None = None, rounds: int = 5) -> float:
+def matrix_peak(
+    precision: str, device: torch.device, *, clock: Callable[[], float] | None = None, rounds: int = 5
+) -> float:
     """FLOP/s of a square product, the fastest of ``rounds``: the most that this machine is seen to give."""
-    size = size or PEAK_SIZE[device.type]
+    size = PEAK_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     out = torch.empty_like(a)
     products = {"torch": lambda: onednn.torch_gemm(a, b, out)}
     if onednn.why_not(device) is None:
         products["oneDNN"] = lambda: onednn.gemm(a, b, out)
-    timings = time_in_turns(products, rounds=rounds, calls=1, synchronize=synchronizer(device))
+    timings = time_in_turns(products, rounds=rounds, calls=1, synchronize=synchronizer(device), clock=clock)
     return 2 * size**3 / min(min(timing.seconds_by_round) for timing in timings.values())
 
 
@@ -114,8 +117,9 @@ def build_contenders(
             continue
         if OUR_CHAIN not in others:
             others[OUR_CHAIN] = _our_chain(shape, weights, x_TD, backend.matmul)
+        runtime = _resolve(config, x_TD.device)
         for s in dict.fromkeys((0.0, sparsity)):
-            ours[our_name(backend.name, s)] = _our_layer(config, weights, x_TD, s)
+            ours[our_name(backend.name, s)] = _our_layer(config, runtime, weights, x_TD, s)
     return ours, others, left_out
 
 
@@ -186,8 +190,15 @@ def _why_left_out(backend: BackendSpec, config: ModelConfig, device: torch.devic
     return backend.why_not(config, device)
 
 
-def _our_layer(config: ModelConfig, weights: LayerWeights, x_TD: Tensor, sparsity: float) -> Contender:
-    layer = MoELayer(config, resolve_runtime(config, x_TD.device)).to(x_TD)
+@cache  # it says what it chose
+def _resolve(config: ModelConfig, device: torch.device) -> Runtime:
+    return resolve_runtime(config, device)
+
+
+def _our_layer(
+    config: ModelConfig, runtime: Runtime, weights: LayerWeights, x_TD: Tensor, sparsity: float
+) -> Contender:
+    layer = MoELayer(config, runtime).to(x_TD)
     for site in (layer.input_site, layer.experts.hidden_site):
         site.set_sparsity([sparsity] * config.moe.num_experts)
     experts = layer.experts

@@ -43,20 +43,21 @@ def _head(result: dict[str, Any]) -> str:
     return (
         f"{shape['tokens']} tokens, D {shape['hidden_size']}, F {shape['expert_hidden_size']}, "
         f"E {shape['num_experts']}, A {shape['experts_per_token']}, SwiGLU, S {result['sparsity']:g} where there is "
-        f"Q-Sparse; forward and backward by input, router and experts, {shape['flops'] / 1e9:,.1f} GFLOP in the "
-        f"experts' products; {result['rounds']} rounds in turn of {result['calls']} timed calls, "
-        f"{result['clock']} time. {machine['accelerator'] or machine['processor']}, {machine['cores']} cores, "
-        f"{machine['threads']} threads, torch {machine['torch']}; commit {machine['commit']}, {machine['date']}. "
-        f"Matrix peak, measured: {peak}."
+        "Q-Sparse; forward, and backward to input, router and experts; "
+        f"{shape['flops'] / 1e9:,.1f} GFLOP in the experts' products; {result['rounds']} rounds in turn, "
+        f"{result['calls']} timed calls a turn, {result['clock']} time. "
+        f"{machine['accelerator'] or machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
+        f"torch {machine['torch']}; commit {machine['commit']}, {machine['date']}. Matrix peak, measured: {peak}."
     )
 
 
 def _times(layer: dict[str, Any]) -> str:
     peers = list(next(iter(layer["times_as_fast_as"].values())))
-    rows = max(layer["rows_per_expert"]) * len(layer["rows_per_expert"]) / sum(layer["rows_per_expert"])
+    counts = layer["rows_per_expert"]
+    busiest = max(counts) * len(counts) / sum(counts)
     lines = [
-        f"**{layer['precision']}, {layer['load']} load** (the busiest expert has {rows:.2f} times the mean rows); "
-        "times as fast as each of the others, median (least to most) of the rounds:",
+        f"**{layer['precision']}, {layer['load']} load** (the busiest expert has {busiest:.2f} times the mean rows). "
+        "× a name: how many times as fast as that layer, median (least to most) of the rounds.",
         "",
         "| layer | ms | GFLOP/s | of the peak | MB | " + " | ".join(f"× {peer}" for peer in peers) + " |",
         "| --- " * (5 + len(peers)) + "|",

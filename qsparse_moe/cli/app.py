@@ -13,11 +13,11 @@ from typing import Annotated, NoReturn
 import typer
 
 from qsparse_moe.cli.console import complain, start_logging
-from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
+from qsparse_moe.errors import QSparseMoEError, RankLost, TrainingDiverged
 from qsparse_moe.version import __version__
 
 PROGRAM = "qsparse-moe"
-VERBS = ("train", "evaluate", "generate", "describe", "calibrate", "ablate", "doctor", "bench", "tensorboard")
+VERBS = ("train", "evaluate", "generate", "export", "describe", "calibrate", "ablate", "doctor", "bench", "tensorboard")
 """Each is a module of this room with ``register(app)``. They import torch and the like only when they are called."""
 
 # typer carries click inside or depends on it, as its version goes; this is the base of its usage errors in both.
@@ -35,6 +35,8 @@ def run(arguments: Sequence[str]) -> int:
         outcome = typer.main.get_command(build_app()).main(
             args=list(arguments), prog_name=PROGRAM, standalone_mode=False
         )
+    except RankLost:  # every rank that is left has said it
+        return 1
     except (QSparseMoEError, TrainingDiverged) as error:
         complain(str(error))
         return 2 if isinstance(error, QSparseMoEError) else 1

@@ -104,10 +104,9 @@ def _print_layers(result: dict[str, Any]) -> None:
     console = result_console()
     for layer in result["layers"]:
         peers = list(next(iter(layer["times_as_fast_as"].values())))
-        table = Table(
-            title=f"MoE layer, {layer['precision']}, {layer['load']} load: how many times as fast as each peer"
-        )
-        for column in ("layer", "ms", "GFLOP/s", "of peak", "MB", *peers):
+        table = Table(title=f"MoE layer, {layer['precision']}, {layer['load']} load")
+        table.add_column("layer", no_wrap=True)
+        for column in ("ms", "GFLOP/s", "of peak", "MB", *(f"× {peer}" for peer in peers)):
             table.add_column(column)
         for name, seconds in layer["seconds"].items():
             ratios = layer["times_as_fast_as"].get(name, {})
@@ -122,3 +121,4 @@ def _print_layers(result: dict[str, Any]) -> None:
         console.print(table)
         for name, reason in layer["left_out"].items():
             console.print(f"left out: {name}: {reason}")
+    console.print("× a name: how many times as fast as that layer, median of the rounds")

@@ -420,6 +420,9 @@ class TrainingConfig(Section):
     expert_parallel_size: PositiveInt = 1
     """P, the ranks that hold the experts of every layer between them, E / P each, and send their tokens to each other;
     it divides the number of ranks and num_experts. 1: every rank holds all experts, or ZeRO-3's part of each."""
+    collective_timeout: PositiveFloat = 600.0
+    """Seconds after which a rank that gives no sign of life, or a collective that does not end, ends the run: longer
+    than anything that one rank does while the others wait. A rank that is killed is noticed sooner."""
     resume: bool = False
     """Continue the run folder of this name, if there is one."""
     checkpoint_interval: NonNegativeInt = 0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from qsparse_moe.kernels.combine_rows.op import NATIVE, TORCH, CombineRows, combine_rows
+from qsparse_moe.kernels.combine_rows.op import NATIVE, TORCH, TRITON, CombineRows, combine_rows
 
 
 class Dispatch(NamedTuple):
@@ -113,8 +113,10 @@ class Permutation:
 
 GATHERS = Permutation(plan_dispatch, permute, combine)
 """Stock PyTorch, on any device."""
-NATIVE_GATHERS = Permutation(plan_dispatch, partial(permute, by=NATIVE), partial(combine, by=NATIVE))
-"""The same with the way back in C++, on a CPU."""
+ONE_PASS_GATHERS = {
+    by.name: Permutation(plan_dispatch, partial(permute, by=by), partial(combine, by=by)) for by in (NATIVE, TRITON)
+}
+"""The same with the way back in one pass over memory, by the name of its implementation."""
 
 
 class RowCounts:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import has_gate
+from qsparse_moe.kernels.onednn import linear
 from qsparse_moe.moe.hidden import SparseActivation
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.moe.site import SparseSite
@@ -53,4 +54,4 @@ class FeedForward(nn.Module):
         return self._project(hidden_BSF, self.w_down), input_stats, hidden_stats
 
     def _project(self, rows_BSX: Tensor, weight_XY: Tensor) -> Tensor:
-        return rows_BSX @ as_format(weight_XY, self.weight_format)
+        return linear(rows_BSX, as_format(weight_XY, self.weight_format).T)

@@ -16,7 +16,7 @@ from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, Selection, SelectRows
 from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
-from qsparse_moe.moe.dispatch import GATHERS, NATIVE_GATHERS, Permutation
+from qsparse_moe.moe.dispatch import GATHERS, ONE_PASS_GATHERS, Permutation
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ class Runtime:
     """The functions that a model's modules call, and the names of the implementations behind them by setting."""
 
     permutation: Permutation
-    """The backend's own, or gathers, whose way back is in C++ where the selection is."""
+    """The backend's own, or gathers, whose way back is in one pass where the selection's implementation has it."""
     matmul: Matmul
     select_rows: SelectRows
     fused_glu: FusedGLU | None
@@ -57,7 +57,7 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_g
     if is_native:
         native.load()
     return Runtime(
-        NATIVE_GATHERS if is_native and experts.permutation is GATHERS else experts.permutation,
+        _permutation(experts, selection),
         experts.matmul,
         selection.select_rows,
         next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),
@@ -65,6 +65,11 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_g
         {"model.moe.backend": experts.name, "model.sparsity.backend": selection.name},
         expert_group,
     )
+
+
+def _permutation(experts: BackendSpec, selection: Selection) -> Permutation:
+    own = experts.permutation
+    return ONE_PASS_GATHERS.get(selection.name, GATHERS) if own is GATHERS else own
 
 
 def _choose(setting: str, requested: str, specs: Sequence[Named], why_not: Callable[[Named], str | None]) -> Named:

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -88,13 +89,14 @@ class Distributed:
 
 
 @contextlib.contextmanager
-def open_distributed(device: str = "auto") -> Iterator[Distributed]:
+def open_distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Distributed]:
     """Join the other ranks of the launcher, or be the only rank where no launcher started this process.
 
     On the way out all ranks wait for each other and leave; after an error they leave without waiting.
 
     Args:
         device: ``training.device``.
+        timeout: ``training.collective_timeout``, seconds.
 
     Raises:
         BackendUnavailable: ``cuda`` was asked for and is not there.
@@ -117,6 +119,7 @@ def open_distributed(device: str = "auto") -> Iterator[Distributed]:
             store=_session_store(world_size),
             rank=rank,
             world_size=world_size,
+            timeout=timedelta(seconds=timeout),
             device_id=chosen if world_size > 1 and chosen.type == "cuda" else None,
         )
         if world_size == 1:
@@ -190,11 +193,12 @@ def _session_store(world_size: int) -> dist.Store:
     session = next(_sessions)
     if world_size == 1:
         return dist.HashStore()
-    return dist.PrefixStore(f"session-{session}", _launcher_store())
+    return dist.PrefixStore(f"session-{session}", launcher_store())
 
 
 @functools.cache
-def _launcher_store() -> dist.Store:
+def launcher_store() -> dist.Store:
+    """The store that the ranks of a launcher share; it lives in rank 0's process."""
     store, _, _ = next(dist.rendezvous("env://"))
     return store
 

@@ -12,8 +12,14 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.training.offload import swap_folder
 
 
-def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize`` on ``world_size`` ranks."""
+def deepspeed_config(config: RunConfig, world_size: int, *, largest_parameter: int = 0) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``.
+
+    Args:
+        config: of the run.
+        world_size: ranks.
+        largest_parameter: elements of the model's largest one, for the buffers of NVMe offload.
+    """
     training = config.training
     bf16 = training.precision == "bf16"
     stage = training.deepspeed.zero_stage
@@ -44,7 +50,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         },
         # ZeRO-0 refuses any other accumulation dtype than the model's; the engine makes it fp32 there.
         "data_types": {"grad_accum_dtype": "fp32" if stage else None},
-        "zero_optimization": _zero(config),
+        "zero_optimization": _zero(config, -(-largest_parameter // world_size)),
         "zero_allow_untested_optimizer": False,
         # torch's AdamW steps on the host too, so that offload changes no number: DeepSpeedCPUAdam rounds differently.
         "zero_force_ds_cpu_optimizer": False,
@@ -63,10 +69,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     }
 
 
-def _zero(config: RunConfig) -> dict[str, Any]:
+def _zero(config: RunConfig, largest_part: int) -> dict[str, Any]:
     chosen = config.training.deepspeed
     folder = swap_folder(config)
     nvme_path = None if folder is None else str(folder)
+    # With weights in files every one is read for its layer and dropped after it: there are few buffers to read into,
+    # and what DeepSpeed 0.19.8 reads ahead for a layer that an evaluation then leaves out stays in one for ever.
+    ahead = 0 if chosen.offload_parameters == "nvme" else 1
     return {
         "stage": chosen.zero_stage,
         "contiguous_gradients": True,
@@ -78,10 +87,10 @@ def _zero(config: RunConfig) -> dict[str, Any]:
         "round_robin_gradients": False,
         "ignore_unused_parameters": True,
         "sub_group_size": 1_000_000_000,
-        "stage3_prefetch_bucket_size": chosen.reduce_bucket_size,
+        "stage3_prefetch_bucket_size": ahead * chosen.reduce_bucket_size,
         "stage3_param_persistence_threshold": 100_000,
-        "stage3_max_live_parameters": 1_000_000_000,
-        "stage3_max_reuse_distance": 1_000_000_000,
+        "stage3_max_live_parameters": ahead * 1_000_000_000,
+        "stage3_max_reuse_distance": ahead * 1_000_000_000,
         # It would put DeepSpeed's own function in the place of torch.nn.functional.linear, for the whole process.
         "memory_efficient_linear": False,
         "offload_optimizer": {
@@ -98,8 +107,8 @@ def _zero(config: RunConfig) -> dict[str, Any]:
             "device": chosen.offload_parameters,
             "nvme_path": nvme_path,
             "buffer_count": 5,
-            "buffer_size": 100_000_000,
-            "max_in_cpu": 1_000_000_000,
+            "buffer_size": largest_part,
+            "max_in_cpu": 0,
             "pin_memory": True,
         },
     }

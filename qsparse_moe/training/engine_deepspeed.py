@@ -20,13 +20,12 @@ from deepspeed.utils import (
     safe_get_local_grad,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
-    safe_set_local_fp32_param,
-    safe_set_local_optimizer_state,
 )
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.moe.expert_group import expert_group, gather_shares, own_share
@@ -37,7 +36,7 @@ from qsparse_moe.training.ds_config import deepspeed_config
 from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.engine_torch import accumulate_in_fp32, clip_gradients
 from qsparse_moe.training.loss_scale import build_loss_scaler
-from qsparse_moe.training.offload import remove_swap_files
+from qsparse_moe.training.offload import check_alignment, remove_swap_files
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
 from qsparse_moe.training.portable_state import whole_shapes
 
@@ -55,15 +54,22 @@ class DeepSpeedEngine:
         self._max_norm = config.training.gradient_clipping
         self.loss_scaler = build_loss_scaler(config, self.num_micro_batches)
         self._config = config
-        self._settings = deepspeed_config(config, distributed.world_size)
         # ZeRO-3 empties the parameters that it partitions.
         self._shapes = whole_shapes(model)
+        # A part of spread experts is that of the whole ones over all ranks: a share of them, cut over the replicas.
+        largest = max(shape.numel() for shape in self._shapes.values())
+        self._settings = deepspeed_config(config, distributed.world_size, largest_parameter=largest)
         self._adam = build_adamw(model.parameters(), config.training)
         with _tamed(), _fp16_on_any_cpu(), spread_experts(model, self._adam, model.runtime.expert_group):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
         self._parameters = dict(model.named_parameters())
         if self.stage == 0:
             accumulate_in_fp32(self._parameters.values())
+        try:
+            self._check_swapping()
+        except ConfigError:
+            remove_swap_files(config, distributed.rank)
+            raise
         self._start_optimizer_states()
 
     def forward(self, batch: Batch, *, with_stats: bool, probe: Probe | None = None) -> ModelOutput:
@@ -98,6 +104,8 @@ class DeepSpeedEngine:
             return float(norm)
         overflow = bool(self._engine.optimizer.overflow)
         self.loss_scaler.update(overflow)
+        if overflow:
+            self._drop_gradient()
         return math.inf if overflow else float(norm)
 
     def _step(self) -> Tensor | float:
@@ -108,6 +116,12 @@ class DeepSpeedEngine:
             return norm
         self._engine.step()
         return self._engine.get_global_grad_norm()
+
+    def _drop_gradient(self) -> None:
+        """After a skipped step: under offload ZeRO-1 and 2 keep the sum that overflowed, and would skip for ever."""
+        sums = getattr(self._engine.optimizer, "averaged_gradients", {})
+        for group in sums:
+            sums[group] = None
 
     def _scaled(self, loss: Tensor, factor: float) -> Tensor:
         """At ZeRO-0 the loss times the factor; above it DeepSpeed multiplies, and divides the gradient, when told."""
@@ -134,12 +148,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             self._replicated(parameter, kind).copy_(value)
         elif self.stage == 3:
-            # The setter for whole tensors cannot cut one whose size is no multiple of the number of ranks.
-            part = self._partition(parameter, value)
-            if kind == "weight":
-                safe_set_local_fp32_param(parameter, part)
-            else:
-                safe_set_local_optimizer_state(parameter, part, kind)
+            self._set_part(parameter, kind, value)
         elif kind == "weight":
             safe_set_full_fp32_param(parameter, value)
         else:
@@ -168,6 +177,16 @@ class DeepSpeedEngine:
         self.model.step_load = None
         self._engine.destroy()
         remove_swap_files(self._config, self.distributed.rank)
+
+    def _check_swapping(self) -> None:
+        zero = self._engine.optimizer
+        swapper = getattr(zero, "optimizer_swapper", None)
+        if swapper is None:
+            return
+        places = {name: zero.grad_position[zero.get_param_id(p)] for name, p in self._parameters.items()}
+        swapped = {name: place[1:] for name, place in places.items() if zero._swappable_optimizer_subgroup(place[0])}
+        smallest = swapper.min_aio_bytes // swapper.swap_element_size
+        check_alignment(swapped, alignment=swapper.numel_alignment, smallest=smallest)
 
     def _start_optimizer_states(self) -> None:
         """Give every flat parameter its AdamW state now and tie the model's parameters to their parts of it.
@@ -215,12 +234,23 @@ class DeepSpeedEngine:
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
         return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
-    def _partition(self, parameter: Any, value: Tensor) -> Tensor:
-        """This rank's part of ``value`` as ZeRO-3 cuts it: equal parts, the last ones filled up with zeros."""
-        size = parameter.ds_tensor.numel()
-        start = parameter.ds_zero_partition_rank * size
-        part = value.flatten()[start : start + size].to(self.distributed.device, torch.float32)
-        return nn.functional.pad(part, (0, size - part.numel()))
+    def _set_part(self, parameter: Any, kind: StateKind, value: Tensor) -> None:
+        """This rank's part under ZeRO-3, read from a file for it and written back where it is offloaded.
+
+        DeepSpeed's setter of whole tensors cannot cut one whose size is no multiple of the number of ranks, and the one
+        of parts asks the weights that compute for the size, which have none while they are swapped out.
+        """
+        zero, key = self._engine.optimizer, None if kind == "weight" else kind
+        part, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        part.data.copy_(part_of(value, parameter.ds_zero_partition_rank, size=part.numel()))
+        if zero._swappable_optimizer_subgroup(group):
+            zero._optimizer_states_and_gradient_swap_out(group)
+
+
+def part_of(value: Tensor, index: int, *, size: int) -> Tensor:
+    """Part ``index`` of ``value`` as ZeRO-3 cuts it: parts of one ``size``, the last ones filled up with zeros."""
+    part = value.flatten()[index * size : (index + 1) * size].to(torch.float32)
+    return nn.functional.pad(part, (0, size - part.numel()))
 
 
 def _local_gradient(parameter: Any) -> Tensor:

@@ -24,8 +24,9 @@ from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.memory import device_name, memory_in_use
 from qsparse_moe.training.phases import PhaseClock
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
+from qsparse_moe.training.rank_watch import RankWatch
 from qsparse_moe.training.report import Listener, RunContext, StepReport, TrainingResult, tell
-from qsparse_moe.training.run_folder import check_run_folder
+from qsparse_moe.training.run_folder import check_run_folder, run_folder
 from qsparse_moe.training.step import StepOutcome, train_step
 
 logger = logging.getLogger(__name__)
@@ -48,18 +49,26 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         DataError: the data cannot be used, or is another than the checkpoint's.
         BackendUnavailable: the device or a backend asked for by name is not there.
         TrainingDiverged: a loss, an activation or a gradient is not finite; the checkpoints before it are kept.
+        RankLost: another rank is gone; it is named, and said by every rank that is left.
     """
     check_config(config)
-    with open_distributed(config.training.device) as distributed:
+    timeout = config.training.collective_timeout
+    with open_distributed(config.training.device, timeout=timeout) as distributed:
         check_world_size(config, distributed.world_size)
         resumes = distributed.on_rank_zero(lambda: check_run_folder(config))
         data = load_data(config.data)
-        with StopSignals() as signals:
+        watch = RankWatch(distributed, timeout=timeout, way_out=lambda: _how_to_go_on(config))
+        with StopSignals() as signals, watch:
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
                 return _Loop(run, signals, listeners if distributed.rank == 0 else ()).run()
             finally:
                 run.engine.close()
+
+
+def _how_to_go_on(config: RunConfig) -> str:
+    kept = list_checkpoints(run_folder(config))
+    return f"training.resume=true goes on from {kept[-1]}" if kept else "The run has no checkpoint yet"
 
 
 class _Loop:

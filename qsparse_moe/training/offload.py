@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from qsparse_moe.config.schema import RunConfig
@@ -47,6 +48,30 @@ def check_offload(config: RunConfig) -> None:
             "compiler does not find it on this machine; install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, "
             "RHEL), or offload to cpu"
         )
+
+
+def check_alignment(places: Mapping[str, tuple[int, int]], *, alignment: int, smallest: int) -> None:
+    """Raise where DeepSpeed (0.19.8) would read a gradient back to the wrong place, as it does without a word.
+
+    It reads the gradient of each large parameter into the flat one of a rank, at an offset that must be aligned for
+    direct I/O; the parts of the parameters before it decide whether it is.
+
+    Args:
+        places: offset and elements of a rank's part of each parameter, by name.
+        alignment: elements.
+        smallest: parts of fewer elements are never in a file.
+
+    Raises:
+        ConfigError: with the first parameter that is not aligned.
+    """
+    for name, (offset, size) in places.items():
+        if size >= smallest and offset % alignment:
+            raise ConfigError(
+                f"training.deepspeed.offload_optimizer (nvme): a rank's part of {name} begins at element {offset} of "
+                f"what it holds, which must be a multiple of {alignment} for direct I/O, or its gradient would be read "
+                "back to the wrong place. Choose a model.vocab_size and other sizes whose matrices divide by "
+                f"{alignment} times the ranks, another number of ranks, or offload to cpu"
+            )
 
 
 def remove_swap_files(config: RunConfig, rank: int) -> None:

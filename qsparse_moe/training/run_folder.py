@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "model.sparsity.backend",
     "training.activation_checkpointing",
     "training.checkpoint_interval",
+    "training.collective_timeout",
     "training.deepspeed",
     "training.device",
     "training.engine",

@@ -183,18 +183,18 @@ WRONG_LAYOUT = ["train", "configs/tiny.yaml", "training.global_batch_size=8", "t
 @pytest.mark.parametrize(("arguments", "world_size"), [(BROKEN, "1"), (WRONG_LAYOUT, "2")])
 def test_broken_run_is_refused_fast_before_torch_is_imported(arguments, world_size):
     code = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys, time; began = time.process_time()\n"
         "from qsparse_moe.cli.app import run\n"
         f"code = run({arguments!r})\n"
         "heavy = {'torch', 'numpy', 'deepspeed', 'datasets'} & set(sys.modules)\n"
-        "print(code, heavy, time.perf_counter() - began, sep='|')\n"
+        "print(code, heavy, time.process_time() - began, sep='|')\n"
     )
     done = python("-c", code, WORLD_SIZE=world_size)
     exit_code, heavy, seconds = done.stdout.strip().split("|")
     assert (exit_code, heavy) == ("2", "set()"), done.stderr
     assert done.stderr.startswith("error: ")
-    # Measured 0.35 s on a quiet machine; the bound leaves room for a busy one.
-    assert float(seconds) < 3
+    # Of CPU time, since a busy machine says nothing about us. Measured 0.35 s.
+    assert float(seconds) < 2
 
 
 def test_existing_run_folder_is_refused_before_torch_is_imported(tmp_path):

@@ -175,3 +175,16 @@ def test_measuring_needs_a_run_without_settings(trained, capsys):
     for arguments in ([str(config)], [str(run_dir), "training.steps=99"]):
         assert run(["describe", *arguments, "--measure", "8"]) == 2
         assert "--measure (8) needs a run folder as it is, with a checkpoint; got" in capsys.readouterr().err
+
+
+def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
+    _, run_dir, _ = trained
+    out = tmp_path / "out"
+    assert run(["export", str(run_dir), str(out), "--dtype", "bf16", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["folder"], made["format"], made["files"]) == (str(out), "state-dict", 1)
+    assert made["bytes"] < (out / "model.safetensors").stat().st_size < made["bytes"] + 10_000
+    assert run(["export", str(run_dir), str(out)]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export overwrites nothing")
+    assert run(["export", str(run_dir), str(out), "--force"]) == 0
+    assert f"{2 * made['bytes']:,} bytes in fp32" in capsys.readouterr().out

@@ -398,16 +398,16 @@ def test_broken_config_is_reported_fast_and_without_torch(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {sparsity: {shedule: 1}}\n", encoding="utf-8")
     code = (
-        "import sys, time; began = time.perf_counter()\n"
+        "import sys, time; began = time.process_time()\n"
         "import qsparse_moe\n"
         "from qsparse_moe.errors import ConfigError\n"
         f"try: qsparse_moe.load_config({os.fspath(path)!r})\n"
         "except ConfigError as error: print(error)\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules\n"
-        "print(time.perf_counter() - began)\n"
+        "print(time.process_time() - began)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     message, seconds = done.stdout.splitlines()
     assert message == "model.sparsity.shedule is not a setting; did you mean model.sparsity.schedule?"
     # Measured 0.3 s on a quiet machine; the bound leaves room for a busy one.
-    assert float(seconds) < 3
+    assert float(seconds) < 2

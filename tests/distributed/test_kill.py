@@ -13,7 +13,7 @@ import pytest
 
 from qsparse_moe.training.checkpoint import Checkpoint, list_checkpoints
 from tests.distributed.test_layouts import state_of
-from tests.support.launch import RANKS, entry, kill_group, run_plan, start
+from tests.support.launch import RANKS, entry, kill_group, run_plan, start_nodes
 from tests.support.ranks import SLOW_DISK
 from tests.support.runs import LAYOUTS, tiny_config, write_text
 
@@ -36,11 +36,15 @@ def is_saving(run_dir: Path) -> bool:
 
 
 def start_run(folder: Path, config, *, ranks: int, fault=None):
+    return start_on_nodes(folder, config, [ranks], fault=fault)[0]
+
+
+def start_on_nodes(folder: Path, config, ranks_by_node, *, fault=None):
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / "plan.json"
     plan.write_text(json.dumps([entry("killed", config, fault=fault)]))
     with (folder / "log.txt").open("a") as log:
-        return start([str(RANKS), str(plan)], ranks=ranks, output=log)
+        return start_nodes([str(RANKS), str(plan)], ranks_by_node, output=log)
 
 
 @pytest.mark.parametrize(("layout", "ranks", "moments"), [("torch", 1, "save any save any"), ("zero2", 2, "save")])

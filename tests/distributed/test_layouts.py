@@ -33,7 +33,9 @@ pytestmark = pytest.mark.distributed
 # 3e-5 of itself. bf16: 0 and 2e-6; it has 8 bits, so another processor's order of additions may move it by some 1e-4.
 # The third is of the norms by layer. Measured: 8e-9 in the first step; Adam's own first step turns rounding into 8e-6
 # under ZeRO-3 and with larger micro-batches, and later 4e-6, in bf16 5e-4.
-SAME_SELECTION = {"fp32": (3e-6, 3e-6, 3e-5), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
+# Rounding makes norms differ by 1e-7 in the first step. Adam's first update divides each gradient by its own magnitude,
+# however small: in the second the norms were 3.1e-6 apart (larger micro-batches, MKL on a Zen 3), then 1e-6 again.
+SAME_SELECTION = {"fp32": (3e-6, 1e-5, 3e-5), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
 OTHER_SELECTION = {"fp32": (2e-4, 1e-3, 1e-3), "bf16": (5e-3, 5e-2, 5e-2), "fp16": (5e-3, 5e-2, 5e-2)}
 EARLY_STEPS = 2
 BF16_AGAINST_FP32 = 2e-2
@@ -62,7 +64,9 @@ def assert_same_run(outcome, reference, precision, *, since=0):
         of_loss, of_norm, of_layer = (SAME_SELECTION if is_early else OTHER_SELECTION)[precision]
         assert mine["losses"] == pytest.approx(other["losses"], abs=of_loss)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=of_norm)
-        assert mine["layer_grad_norms"] == pytest.approx(other["layer_grad_norms"], rel=of_layer)
+        assert mine["layer_grad_norms"] == (
+            other["layer_grad_norms"] and pytest.approx(other["layer_grad_norms"], rel=of_layer)
+        )
         assert mine["learning_rate"] == other["learning_rate"]
         assert mine["sparsity"] == other["sparsity"]
         assert (mine["loss_scale"], mine["skipped_steps"]) == (other["loss_scale"], other["skipped_steps"])
@@ -197,7 +201,7 @@ def test_gradient_norms_by_layer_are_the_plain_engines_in_every_layout(runs: Run
         want = runs(f"{model}torch-{precision}", 1)["reports"][first]["layer_grad_norms"]
         assert len(want) == 2 and abs(want[0] / want[1] - 1) > 2 * rounding, "else the layers could be mistaken"
         have = runs(label, ranks)["reports"][first]["layer_grad_norms"]
-        assert have == pytest.approx(want, rel=rounding), (label, ranks)
+        assert have and have == pytest.approx(want, rel=rounding), (label, ranks)
 
 
 def test_sums_are_those_of_the_whole_batch_in_every_layout(runs: Runs):

@@ -24,16 +24,17 @@ def test_gemm_writes_the_product_of_views_with_any_strides(multiply, dtype, tran
 
 
 @pytest.mark.parametrize("has_avx512", [True, False])
-@pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
-def test_linear_and_both_gradients_agree_with_torch(shape, has_avx512, monkeypatch):
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(1, 4), (2, 3, 4)])
+def test_linear_and_both_gradients_agree_with_torch(shape, transposed, has_avx512, monkeypatch):
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
-    x, weight = torch.randn(*shape, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    x, stored = torch.randn(*shape, requires_grad=True), torch.randn(6, 4)
+    stored = (stored.T.contiguous() if transposed else stored).requires_grad_()
+    weight = stored.T if transposed else stored
     upstream = torch.randn(*shape[:-1], 6)
-    if len(shape) == 1:
-        x, upstream = torch.randn(1, 4, requires_grad=True), torch.randn(1, 6)
     got, want = linear(x, weight), F.linear(x, weight)
     torch.testing.assert_close(got, want)
-    for mine, theirs in zip(*(torch.autograd.grad(o, (x, weight), upstream) for o in (got, want)), strict=True):
+    for mine, theirs in zip(*(torch.autograd.grad(o, (x, stored), upstream) for o in (got, want)), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 

@@ -69,8 +69,9 @@ def test_auto_says_what_it_chose_for_the_processor(has_avx512, name, caplog, mon
 def test_bf16_products_are_rounded_once_with_and_without_instructions_for_them(name, has_avx512, monkeypatch):
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
     rows, weights = torch.randn(21, X).bfloat16(), torch.randn(2, X, Y).bfloat16()
-    out = FAST[name](rows, weights, torch.tensor([13, 8]))
-    exact = loop.matmul(rows.double(), weights.double(), torch.tensor([13, 8]))
+    counts = RowCounts(torch.tensor([13, 8]))
+    out = FAST[name](rows, weights, counts)
+    exact = loop.matmul(rows.double(), weights.double(), counts)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)
 

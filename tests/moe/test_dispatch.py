@@ -3,7 +3,19 @@
 import pytest
 import torch
 
-from qsparse_moe.moe.dispatch import RowCounts, combine, combine_reference, permute, permute_reference, plan_dispatch
+from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
+from qsparse_moe.kernels import native
+from qsparse_moe.kernels.topk_select.op import SELECTIONS
+from qsparse_moe.moe.dispatch import (
+    GATHERS,
+    ONE_PASS_GATHERS,
+    RowCounts,
+    combine,
+    combine_reference,
+    permute_reference,
+    plan_dispatch,
+)
+from qsparse_moe.moe.runtime import resolve_runtime
 
 CASES = {
     "spread": torch.tensor([[0, 2], [3, 1], [2, 0], [1, 2]]),
@@ -26,21 +38,44 @@ def test_rows_are_sorted_by_expert_then_token_and_the_inverse_undoes_it(expert_i
         assert torch.equal(tokens, tokens.sort().values)
 
 
+@pytest.mark.parametrize("drops", [False, True])
+@pytest.mark.parametrize("by", ["torch", "native", "triton"])
 @pytest.mark.parametrize("expert_ids_TA", CASES.values(), ids=CASES.keys())
-def test_permute_and_combine_match_their_definitions_in_value_and_every_gradient(expert_ids_TA):
-    dispatch = plan_dispatch(expert_ids_TA, 4)
+def test_permute_and_combine_match_their_definitions_in_value_and_every_gradient(expert_ids_TA, by, drops):
+    skip_unless_it_runs(by)
+    kept_TA = (torch.arange(expert_ids_TA.numel()) % 3 > 0).view_as(expert_ids_TA) if drops else None
+    dispatch = plan_dispatch(expert_ids_TA, 4, kept_TA)
     num_tokens, choices = expert_ids_TA.shape
-    x = torch.randn(num_tokens, 6, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(num_tokens, choices, dtype=torch.float64, requires_grad=True)
-    up_rows = torch.randn(num_tokens * choices, 6, dtype=torch.float64)
-    up_tokens = torch.randn(num_tokens, 6, dtype=torch.float64)
+    # Triton's arithmetic is fp32.
+    exact = {"dtype": torch.float32 if by == "triton" else torch.float64}
+    x = torch.randn(num_tokens, 6, **exact, requires_grad=True)
+    weights = torch.rand(num_tokens, choices, **exact, requires_grad=True)
+    up_rows = torch.randn(len(dispatch.slot_N), 6, **exact)
+    up_tokens = torch.randn(num_tokens, 6, **exact)
     results = []
-    for gather, add in ((permute, combine), (permute_reference, combine_reference)):
+    mine = ONE_PASS_GATHERS.get(by, GATHERS)
+    for gather, add in ((mine.permute, mine.combine), (permute_reference, combine_reference)):
         rows = gather(x, dispatch)
         y = add(rows.sin(), weights, dispatch)
         results.append((rows, y, *torch.autograd.grad((rows, y), (x, weights), (up_rows, up_tokens))))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def skip_unless_it_runs(by):
+    selection = next(selection for selection in SELECTIONS if selection.name == by)
+    reason = selection.why_not(torch.device("cpu"))
+    if reason:
+        pytest.skip(reason)
+    if by == "native":
+        native.load()
+
+
+@pytest.mark.parametrize("by", ["torch", "native", "triton"])
+def test_the_selection_s_implementation_brings_the_way_back_from_the_rows(by):
+    skip_unless_it_runs(by)
+    config = ModelConfig(moe=MoEConfig(backend="loop"), sparsity=SparsityConfig(backend=by))
+    assert resolve_runtime(config, "cpu").permutation is ONE_PASS_GATHERS.get(by, GATHERS)
 
 
 def test_combine_adds_bf16_rows_in_fp32():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
@@ -45,20 +46,23 @@ def calibration(label: str, run_dir: Path, *, num_rows: int, max_values: int) ->
     return {"label": label, "calibrate": {"run_dir": str(run_dir), "num_rows": num_rows, "max_values": max_values}}
 
 
-def run_plan(folder: Path, plan: Sequence[dict[str, Any]], *, ranks: int, timeout: float = 900) -> dict[str, list[Any]]:
-    """What every rank wrote, by label: a list over the ranks."""
+def run_plan(
+    folder: Path, plan: Sequence[dict[str, Any]], *, ranks: int, nodes: int = 1, timeout: float = 900
+) -> dict[str, list[Any]]:
+    """What every rank wrote, by label: a list over the ranks. With several ``nodes`` each has its own launcher."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"
     file.write_text(json.dumps(list(plan)))
     log = folder / "log.txt"
     with log.open("w") as output:
-        process = start([str(RANKS), str(file)], ranks=ranks, output=output)
+        processes = start_nodes([str(RANKS), str(file)], [ranks // nodes] * nodes, output=output)
         try:
-            code = process.wait(timeout)
+            codes = [process.wait(timeout) for process in processes]
         except subprocess.TimeoutExpired:
-            kill_group(process)
             raise AssertionError(f"{ranks} ranks did not end within {timeout} s:\n{log.read_text()[-4000:]}") from None
-    assert code == 0, f"{ranks} ranks ended with {code}:\n{log.read_text()[-4000:]}"
+        finally:
+            end(processes)
+    assert not any(codes), f"{ranks} ranks ended with {codes}:\n{log.read_text()[-4000:]}"
     return {
         item["label"]: [json.loads((folder / f"{item['label']}.rank{rank}.json").read_text()) for rank in range(ranks)]
         for item in plan
@@ -72,12 +76,36 @@ def start(arguments: Sequence[str], *, ranks: int, output: Any) -> subprocess.Po
     else:
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
         command = [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments]
+    return _start(command, output)
+
+
+def start_nodes(
+    arguments: Sequence[str], ranks_by_node: Sequence[int], *, output: Any
+) -> list[subprocess.Popen[bytes]]:
+    """Start a script as on several machines, all on this one: what ``launch/slurm.sbatch`` starts on every node."""
+    if len(ranks_by_node) == 1:
+        return [start(arguments, ranks=ranks_by_node[0], output=output)]
+    slots = {f"node-{node}": list(range(ranks)) for node, ranks in enumerate(ranks_by_node)}
+    world = base64.urlsafe_b64encode(json.dumps(slots).encode()).decode()
+    port = free_port()
+    launcher = [sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={port}"]
+    return [_start([*launcher, f"--node_rank={node}", *arguments], output) for node in range(len(slots))]
+
+
+def _start(command: Sequence[str], output: Any) -> subprocess.Popen[bytes]:
     environment = {name: value for name, value in os.environ.items() if name not in {"RANK", "WORLD_SIZE"}}
     # As the launcher finds it on a machine without CUDA: a rank is a slot.
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
     )
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Kill what has not ended, with all that it started."""
+    for process in processes:
+        if process.poll() is None:
+            kill_group(process)
 
 
 def kill_group(process: subprocess.Popen[bytes]) -> None:

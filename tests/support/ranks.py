@@ -80,7 +80,7 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
     if fault == NOTHING_PERSISTS:
         settings = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
         make = ds_config._zero
-        with mock.patch.object(ds_config, "_zero", lambda config: make(config) | settings):
+        with mock.patch.object(ds_config, "_zero", lambda *given: make(*given) | settings):
             yield
         return
     build = prepare.build_model
@@ -159,6 +159,7 @@ def main(plan_file: Path) -> None:
     """Train every run of the plan."""
     torch.set_num_threads(1)
     rank = os.environ.get("RANK", "0")
+    (plan_file.parent / f"rank{rank}.pid").write_text(str(os.getpid()))
     for entry in json.loads(plan_file.read_text()):
         if "calibrate" in entry:
             outcome = calibrated(entry["label"], **entry["calibrate"])

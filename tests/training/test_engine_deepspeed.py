@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.loop import train
 from tests.support.runs import LAYOUTS
 
@@ -29,14 +26,9 @@ def test_a_run_compiles_nothing_and_leaves_standard_output_alone(
 
 
 def test_zero3_cuts_a_tensor_that_does_not_divide():
-    from qsparse_moe.training.engine_deepspeed import DeepSpeedEngine
+    from qsparse_moe.training.engine_deepspeed import part_of
 
     value = torch.arange(14.0).view(7, 2)
-    parts = []
-    for rank in range(4):
-        parameter = SimpleNamespace(ds_tensor=torch.empty(5), ds_zero_partition_rank=rank)
-        engine = DeepSpeedEngine.__new__(DeepSpeedEngine)
-        engine.distributed = Distributed(rank, 4, rank, torch.device("cpu"))
-        parts.append(engine._partition(parameter, value))
+    parts = [part_of(value, rank, size=5) for rank in range(4)]
     assert [len(part) for part in parts] == [5, 5, 5, 5]
     assert torch.cat(parts).tolist() == [*range(14), 0, 0, 0, 0, 0, 0]

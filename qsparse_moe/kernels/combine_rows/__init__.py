@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from qsparse_moe.kernels import example_rows, native
+from qsparse_moe.kernels import example_rows, native, tiles
 from qsparse_moe.kernels.combine_rows.reference import combine_rows
 from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
 
@@ -38,6 +38,7 @@ SPEC = OpSpec(
     fast={
         "torch": Implementation(f"{_OP}:combine_rows_torch", lambda device: None),
         "native": Implementation(f"{_OP}:combine_rows_native", native.why_not),
+        "triton": Implementation(f"{_OP}:combine_rows_triton", tiles.why_not),
     },
     example_inputs=example_inputs,
     cases=CASES,

@@ -43,6 +43,11 @@ def combine_rows_native(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slo
     return combine_rows(rows_ND, weights_TA, row_TA, slot_N, by=NATIVE)
 
 
+def combine_rows_triton(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor) -> Tensor:
+    """``combine_rows`` by Triton."""
+    return combine_rows(rows_ND, weights_TA, row_TA, slot_N, by=TRITON)
+
+
 def _forward_torch(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
     """Choice by choice, so that the rows of all choices are never there at once in fp32."""
     total_TD: Tensor | None = None
@@ -77,8 +82,21 @@ def _backward_native(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_
     )
 
 
+def _forward_triton(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
+    from qsparse_moe.kernels.combine_rows import triton
+
+    return triton.forward_triton(rows_ND, row_TA, weights_TA)
+
+
+def _backward_triton(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor]:
+    from qsparse_moe.kernels.combine_rows import triton
+
+    return triton.backward_triton(grad_TD, rows_ND, weights_TA, slot_N)
+
+
 TORCH = CombineRows("torch", _forward_torch, _backward_torch)
 NATIVE = CombineRows("native", _forward_native, _backward_native)
+TRITON = CombineRows("triton", _forward_triton, _backward_triton)
 
 
 class _CombineRows(torch.autograd.Function):

@@ -1,0 +1,1 @@
+"""Trained models in files that other programs open, and back; owner of safetensors and of transformers' checkpoints."""

@@ -1,0 +1,254 @@
+"""A run's weights as one state dict in safetensors files, with the config that builds its model; and back.
+
+The folder is laid out as the ecosystem's tools read it: ``model.safetensors``, or numbered parts and
+``model.safetensors.index.json`` where it is large. The names are those of the model's state dict.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.load import load_config
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.errors import BackendUnavailable, CheckpointError
+from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.sparsity.schedule import scheduled_scale
+from qsparse_moe.training.checkpoint import Checkpoint, newest_checkpoint
+from qsparse_moe.training.engine import COMPUTE_DTYPES
+from qsparse_moe.training.portable_state import check_shapes, load_model, stored_shapes
+from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint, write_config
+
+Dtype = Literal["fp32", "bf16"]
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+PLAN_FILE = "plan.json"
+FORMAT = "qsparse_moe.state-dict/1"
+PART_BYTES = 4 * 2**30
+"""Of one file; what an export holds in memory at most, beside its largest tensor."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written."""
+
+    folder: Path
+    step: int
+    """Steps that the weights were trained."""
+    tensors: int
+    bytes: int
+    """Of the tensors."""
+    files: int
+
+
+def export_run(
+    run_dir: Path, output: Path, *, dtype: Dtype = "fp32", force: bool = False, part_bytes: int = PART_BYTES
+) -> Export:
+    """Write the weights of a run's newest checkpoint, whatever layout wrote it, into the folder ``output``.
+
+    Tensor by tensor from the checkpoint's files, part by part into the new ones, under another name until all is there.
+
+    Args:
+        run_dir: a run folder.
+        output: is made; with ``force`` an earlier export in its place is replaced.
+        dtype: of the parameters; buffers keep theirs.
+        force: see ``output``.
+        part_bytes: no file is larger, except for one tensor that is.
+
+    Raises:
+        CheckpointError: there is no checkpoint, it is damaged, or ``output`` is in use or cannot be written.
+        BackendUnavailable: safetensors is not installed.
+    """
+    _safetensors()
+    _check_output(output, force)
+    config = load_config(run_dir / CONFIG_FILE)
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise no_checkpoint(run_dir)
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        source = _Source(checkpoint, COMPUTE_DTYPES[dtype])
+        metadata = {"format": "pt", "qsparse_moe": FORMAT, "step": str(checkpoint.progress.step)}
+        files = _write_weights(partial, source, metadata, part_bytes)
+        _write_config(partial, config)
+        _put_in_place(partial, output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{output}: cannot be written ({error.strerror or error}); it needs a folder that this user may write and "
+            "free space. Make room, or name another"
+        ) from error
+    return Export(output, checkpoint.progress.step, len(source.sizes), sum(source.sizes.values()), files)
+
+
+def load_export(
+    folder: Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
+) -> tuple[RunConfig, Transformer, int]:
+    """The config, the model and the steps that it was trained, as ``training.evaluate.load_run`` gives them for a run.
+
+    Args:
+        folder: what ``export_run`` made.
+        device: where the model goes.
+        dtype: None takes that of the file.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another model.
+        BackendUnavailable: safetensors is not installed.
+        ConfigError: its config.yaml cannot be read.
+    """
+    files = _Files(folder)
+    plan = folder / PLAN_FILE
+    config = load_config(folder / CONFIG_FILE, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
+    dtype = dtype or files.tensor("embedding.weight").dtype
+    model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
+    check_shapes(stored_shapes(model), files.shapes, str(folder))
+    load_model(model, lambda kind, name: files.tensor(name), files.tensor)
+    scale = scheduled_scale(config.model.sparsity.schedule, max(0, files.step - 1))
+    model.set_sparsity(model.sparsity_plan.scaled(scale))
+    return config, model.eval(), files.step
+
+
+def _check_output(output: Path, force: bool) -> None:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not force:
+        raise CheckpointError(
+            f"{output}: exists, and an export overwrites nothing; name another folder, or replace an earlier export "
+            "with --force"
+        )
+    if not (output / CONFIG_FILE).is_file() or not any(output.glob("model*.safetensors")):
+        raise CheckpointError(f"{output}: is no earlier export, so --force does not replace it; name another folder")
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename; what was there before, an empty folder or an earlier export, goes when the new one is complete."""
+    before = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(before, ignore_errors=True)
+    if output.exists():
+        output.rename(before)
+    partial.rename(output)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+class _Source:
+    """A checkpoint's weights and buffers by name, in the dtypes that they are written in; read when asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self.sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in checkpoint.shapes.items()}
+        self.sizes |= {name: checkpoint.buffer(name).nbytes for name in checkpoint.buffer_shapes}
+
+    def tensor(self, name: str) -> Tensor:
+        if name in self._checkpoint.shapes:
+            return self._checkpoint.tensor("weight", name).to(self._dtype).contiguous()
+        return self._checkpoint.buffer(name).contiguous()
+
+    def parts(self, part_bytes: int) -> list[list[str]]:
+        """The names in order, cut so that no part is larger, except for one tensor that is."""
+        parts: list[list[str]] = []
+        room = 0
+        for name, size in self.sizes.items():
+            if not parts or size > room:
+                parts.append([])
+                room = part_bytes
+            parts[-1].append(name)
+            room -= size
+        return parts
+
+
+def _write_weights(folder: Path, source: _Source, metadata: dict[str, str], part_bytes: int) -> int:
+    """Write the files of the state dict; their number."""
+    parts = source.parts(part_bytes)
+    files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = [WEIGHTS]
+    for file, names in zip(files, parts, strict=True):
+        _safetensors().save_file({name: source.tensor(name) for name in names}, folder / file, metadata=metadata)
+    if len(parts) > 1:
+        where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(source.sizes.values())}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return len(files)
+
+
+def _write_config(folder: Path, config: RunConfig) -> None:
+    write_config(folder, config)
+    if config.model.sparsity.plan is not None:
+        shutil.copyfile(config.model.sparsity.plan, folder / PLAN_FILE)
+
+
+class _Files:
+    """The state dict of an export; files are mapped, and a tensor is read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._where: dict[str, Any] = {}
+        self._metadata: dict[str, str] = {}
+        for name in self._names(folder):
+            file = self._open(folder / name)
+            self._metadata = file.metadata() or {}
+            self._where |= dict.fromkeys(file.keys(), file)
+        if self._metadata.get("qsparse_moe") != FORMAT:
+            raise CheckpointError(
+                f"{folder}: was not written by qsparse-moe export of this version (format "
+                f"{self._metadata.get('qsparse_moe')!r}, not {FORMAT!r}); export the run again"
+            )
+
+    @staticmethod
+    def _names(folder: Path) -> list[str]:
+        index = folder / INDEX
+        if not index.is_file():
+            return [WEIGHTS]
+        try:
+            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _broken(index, error) from error
+
+    @staticmethod
+    def _open(file: Path) -> Any:
+        _safetensors()
+        library = import_module("safetensors")
+        try:
+            return library.safe_open(file, framework="pt")
+        except (OSError, library.SafetensorError) as error:
+            raise _broken(file, error) from error
+
+    @property
+    def step(self) -> int:
+        return int(self._metadata["step"])
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: file.get_slice(name).get_shape() for name, file in self._where.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        return self._where[name].get_tensor(name)
+
+
+def _broken(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: cannot be read ({error}); an export is used whole or not at all. Export the run again, or restore "
+        "the file from a copy"
+    )
+
+
+def _safetensors() -> Any:
+    """The library, with its functions for torch.
+
+    Raises:
+        BackendUnavailable: it is not installed.
+    """
+    try:
+        return import_module("safetensors.torch")
+    except ImportError:
+        raise BackendUnavailable(
+            'an export is written and read by safetensors, which is not installed; pip install "qsparse-moe[hf]"'
+        ) from None

@@ -1,0 +1,186 @@
+"""A run's weights out to safetensors and back: the same model, whatever the size of the files."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qsparse_moe.errors import BackendUnavailable, CheckpointError
+from qsparse_moe.interop import state_dict
+from qsparse_moe.interop.state_dict import export_run, load_export
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.training.evaluate import load_run
+from qsparse_moe.training.loop import train
+from tests.support.runs import tiny_config, write_text
+
+# Buffers too: the biases that balance the experts.
+MODEL = {
+    "tie_embeddings": True,
+    "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "loop", "bias_update_rate": 0.1},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("export") / "text").parent
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder):
+    return train(tiny_config(folder, "run", engine="torch", model=MODEL)).run_dir
+
+
+def tokens():
+    return torch.randint(0, 257, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def names(path):
+    return sorted(file.name for file in path.iterdir())
+
+
+@pytest.mark.parametrize("part_bytes", [2**30, 20_000, 1], ids=["one file", "parts", "one tensor a file"])
+def test_the_model_comes_back_exactly_with_its_sparsity(run_dir, tmp_path, part_bytes):
+    export = export_run(run_dir, tmp_path / "out", part_bytes=part_bytes)
+    config, model, step = load_export(tmp_path / "out")
+    want_config, want, _ = load_run(run_dir)
+    assert (export.step, step, config) == (6, 6, want_config)
+    assert model.sparsity_plan == want.sparsity_plan
+    state, theirs = model.state_dict(), want.state_dict()
+    assert any(name.endswith("expert_bias") and value.abs().sum() > 0 for name, value in theirs.items())
+    assert state.keys() == theirs.keys() and all(state[name].equal(value) for name, value in theirs.items())
+    assert torch.equal(model(tokens()).logits_BSV, want(tokens()).logits_BSV)
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(files) == export.files and (export.files == 1) == (part_bytes == 2**30)
+    assert export.files == export.tensors or part_bytes > 1
+
+
+def test_the_parts_are_those_that_other_tools_look_for(run_dir, tmp_path):
+    export = export_run(run_dir, tmp_path / "out", part_bytes=20_000)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == export.bytes
+    numbered = {f"model-{number:05d}-of-{export.files:05d}.safetensors" for number in range(1, export.files + 1)}
+    assert set(index["weight_map"].values()) == numbered
+    found = {}
+    for file in set(index["weight_map"].values()):
+        part = load_file(tmp_path / "out" / file)
+        assert sum(tensor.nbytes for tensor in part.values()) <= 20_000 or len(part) == 1
+        found |= dict.fromkeys(part, file)
+    assert found == index["weight_map"]
+    assert "head.weight" not in found, "a tied weight is written once"
+
+
+def test_bf16_rounds_the_weights_and_nothing_else(run_dir, tmp_path):
+    export_run(run_dir, tmp_path / "out", dtype="bf16")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    _, want, _ = load_run(run_dir)
+    parameters = dict(want.named_parameters())
+    for name, tensor in found.items():
+        if name in parameters:
+            assert tensor.dtype == torch.bfloat16 and tensor.equal(parameters[name].bfloat16())
+        else:
+            assert tensor.equal(want.state_dict()[name]) and tensor.dtype == torch.float32
+    assert {p.dtype for p in load_export(tmp_path / "out")[1].parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_export(tmp_path / "out", dtype=torch.float32)[1].parameters()} == {torch.float32}
+
+
+def test_a_plan_file_goes_with_the_export(folder, tmp_path):
+    config = tiny_config(folder, "with-plan", engine="torch", steps=2)
+    plan = SparsityPlan.uniform(config.model, 0.25)
+    plan.save(tmp_path / "plan.json")
+    sparsity = config.model.sparsity.model_copy(update={"default": None, "plan": str(tmp_path / "plan.json")})
+    model = config.model.model_copy(update={"sparsity": sparsity})
+    run_dir = train(config.model_copy(update={"model": model})).run_dir
+    export_run(run_dir, tmp_path / "out")
+    (tmp_path / "plan.json").unlink()
+    _, model, _ = load_export(tmp_path / "out")
+    assert model.sparsity_plan == plan
+
+
+def test_nothing_is_overwritten_unless_it_is_an_earlier_export(run_dir, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    export_run(run_dir, out)
+    with pytest.raises(CheckpointError, match="exists, and an export overwrites nothing; name another folder"):
+        export_run(run_dir, out, dtype="bf16")
+    assert load_file(out / "model.safetensors")["final_norm.weight"].dtype == torch.float32
+    export_run(run_dir, out, dtype="bf16", force=True, part_bytes=20_000)
+    assert "model.safetensors" not in names(out) and "model.safetensors.index.json" in names(out)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("x")
+    for force, message in ((False, "exists"), (True, "is no earlier export, so --force does not replace it")):
+        with pytest.raises(CheckpointError, match=message):
+            export_run(run_dir, other, force=force)
+    assert names(other) == ["thesis.tex"] and names(tmp_path) == ["other", "out"]
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(run_dir, tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written \(No space left on device\)"):
+        export_run(run_dir, tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_a_damaged_or_foreign_file_is_named(run_dir, tmp_path):
+    out = tmp_path / "out"
+    export_run(run_dir, out, part_bytes=20_000)
+    part = next(iter(sorted(out.glob("*.safetensors"))))
+    content = part.read_bytes()
+    part.write_bytes(content[:100])
+    with pytest.raises(CheckpointError, match=rf"{part}: cannot be read \("):
+        load_export(out)
+    part.write_bytes(content)
+    (out / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(CheckpointError, match=r"index\.json: cannot be read"):
+        load_export(out)
+    (out / "model.safetensors.index.json").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: cannot be read"):
+        load_export(out)
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.zeros(1)}, out / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"was not written by qsparse-moe export of this version \(format None"):
+        load_export(out)
+
+
+def test_a_model_that_the_config_does_not_build_is_told_the_tensor(run_dir, tmp_path):
+    export_run(run_dir, tmp_path / "out")
+    config = tmp_path / "out" / "config.yaml"
+    config.write_text(config.read_text().replace("expert_hidden_size: 24", "expert_hidden_size: 32"))
+    with pytest.raises(CheckpointError, match=r"layers\.0\.moe\.experts\.w_down has the shape \(4, 24, 40\) there"):
+        load_export(tmp_path / "out")
+
+
+def test_a_run_without_a_checkpoint_and_a_missing_library_are_said(run_dir, tmp_path, monkeypatch):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "config.yaml").write_text((run_dir / "config.yaml").read_text())
+    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+        export_run(empty, tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(BackendUnavailable, match=r'pip install "qsparse-moe\[hf\]"'):
+        export_run(run_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and list_checkpoints(run_dir)
+
+
+def test_one_part_is_in_memory_at_a_time(run_dir, tmp_path, monkeypatch):
+    """In fp32 not even that: the files of the checkpoint are mapped, and written from there."""
+    held = []
+    save = state_dict._safetensors().save_file
+
+    def measured(tensors, file, **more):
+        held.append(sum(tensor.nbytes for tensor in tensors.values()))
+        save(tensors, file, **more)
+
+    monkeypatch.setattr("safetensors.torch.save_file", measured)
+    export = export_run(run_dir, tmp_path / "out", dtype="bf16", part_bytes=20_000)
+    largest = max(tensor.nbytes for tensor in load_export(tmp_path / "out")[1].state_dict().values())
+    assert sum(held) == export.bytes and max(held) <= max(20_000, largest)

@@ -1,0 +1,68 @@
+"""What NVMe offload asks of a machine; host memory's layouts are in tests/distributed."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from qsparse_moe.errors import BackendUnavailable, ConfigError
+from qsparse_moe.training import offload
+from qsparse_moe.training.engine import check_engine
+from qsparse_moe.training.loop import train
+from qsparse_moe.training.offload import check_alignment, remove_swap_files, swap_folder
+from qsparse_moe.training.run_folder import run_folder
+
+WAY_OUT = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL), or offload to cpu"
+
+
+def nvme(make_config, folder, **training):
+    chosen = {"zero_stage": 3, "offload_optimizer": "nvme", "nvme_path": str(folder)}
+    return make_config(engine="deepspeed", deepspeed=chosen, **training)
+
+
+def test_a_machine_without_libaio_is_told_so_before_anything_is_written(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "_has_libaio", lambda: False)
+    config = nvme(make_config, tmp_path)
+    with pytest.raises(BackendUnavailable, match=re.escape(WAY_OUT)):
+        train(config)
+    assert not run_folder(config).exists()
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_is_written(make_config, tmp_path):
+    config = nvme(make_config, tmp_path / "missing")
+    with pytest.raises(ConfigError, match=rf"training\.deepspeed\.nvme_path \({tmp_path}/missing\) must be a folder"):
+        train(config)
+    assert not run_folder(config).exists()
+
+
+def test_the_plain_engine_and_host_memory_ask_for_nothing(make_config, tmp_path, monkeypatch):
+    monkeypatch.setattr(offload, "_has_libaio", lambda: False)
+    check_engine(make_config(engine="deepspeed", deepspeed={"zero_stage": 2, "offload_optimizer": "cpu"}))
+    files = nvme(make_config, tmp_path)
+    with pytest.raises(BackendUnavailable):
+        check_engine(files)
+    check_engine(files.model_copy(update={"training": files.training.model_copy(update={"engine": "torch"})}))
+
+
+def test_a_gradient_that_would_be_read_back_to_the_wrong_place_is_refused():
+    places = {"embedding": (0, 1000), "router": (1000, 24), "experts": (1024, 5000), "head": (6024, 999)}
+    check_alignment(places, alignment=256, smallest=1000)
+    with pytest.raises(ConfigError) as caught:
+        check_alignment(places | {"experts": (1016, 5000)}, alignment=256, smallest=1000)
+    message = str(caught.value)
+    assert "a rank's part of experts begins at element 1016 of what it holds" in message
+    assert "a multiple of 256 for direct I/O" in message and message.endswith("or offload to cpu")
+
+
+def test_each_rank_removes_its_files_and_the_last_one_the_folder(make_config, tmp_path):
+    config = nvme(make_config, tmp_path)
+    folder = swap_folder(config)
+    for place in ("zero_stage_3/optimizer/rank0", "zero_stage_3/float32params/rank0", "zero_stage_3/optimizer/rank1"):
+        (folder / place).mkdir(parents=True)
+        (folder / place / "0_param.tensor.swp").write_bytes(b"x")
+    remove_swap_files(config, 0)
+    assert [path.name for path in folder.glob("**/rank*")] == ["rank1"]
+    remove_swap_files(config, 1)
+    assert list(tmp_path.glob("run-*")) == [] and tmp_path.is_dir()
+    remove_swap_files(config, 1)

@@ -1,0 +1,151 @@
+"""Signs of life in one process: three ranks that share a store. Processes that die are in tests/distributed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qsparse_moe.cli import app
+from qsparse_moe.errors import RankLost, TrainingDiverged
+from qsparse_moe.training import rank_watch
+from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.rank_watch import RankWatch, SignsOfLife, is_of_a_collective
+
+CLOSED = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
+TIMED_OUT = RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation")
+
+
+class BrokenStore:
+    """What is left of the store when the process that holds it has died."""
+
+    def __getattr__(self, name):
+        def fail(*arguments):
+            raise dist.DistNetworkError("Connection reset by peer")
+
+        return fail
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    store = dist.HashStore()
+    monkeypatch.setattr(rank_watch, "launcher_store", lambda: SimpleNamespace(clone=lambda: store))
+    monkeypatch.setattr(rank_watch, "_BEAT_SECONDS", 0.05)
+    # Thirty missed beats: a busy machine may let a thread wait for some.
+    monkeypatch.setattr(rank_watch, "_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(rank_watch, "_GRACE_SECONDS", 600.0)
+
+    class InOneProcess(Distributed):
+        def gather(self, value):
+            return [f"{value}, rank {rank}" for rank in range(3)]
+
+        def share(self, outcome):
+            return "session"
+
+        def barrier(self):
+            return None
+
+    return [InOneProcess(rank, 3, rank, torch.device("cpu")) for rank in range(3)]
+
+
+def test_the_next_rank_notices_silence_and_all_learn_of_it(ranks):
+    signs = [SignsOfLife(rank) for rank in ranks]
+    for _ in range(3):
+        assert [sign.beat(10.0) for sign in signs] == [{}] * 3
+    time.sleep(0.2)
+    assert signs[0].beat(0.1) == {}, "rank 0 looks at rank 1 only from now on, and it has not been silent since"
+    for sign in signs[:2]:
+        sign.beat(10.0)
+    time.sleep(0.15)
+    signs[0].beat(10.0)
+    lost = signs[1].beat(0.1)
+    assert lost.keys() == {2} and 0.1 <= lost[2] < 5
+    assert signs[0].beat(10.0).keys() == {2}
+    assert signs[0].name_of(2).endswith(", rank 2")
+
+
+def test_after_a_failed_collective_whoever_is_silent_is_lost(ranks):
+    watches = [RankWatch(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
+    SignsOfLife(ranks[2])
+    for watch in watches:
+        watch.__enter__()
+    with pytest.raises(RankLost) as caught:
+        watches[0].__exit__(RuntimeError, CLOSED, None)
+    message = str(caught.value)
+    assert message.startswith("rank 2 (process ") and ", rank 2), of 3 ranks, gave no sign of life for " in message
+    assert message.endswith("Rank 0 ends too. Go on.") and caught.value.__cause__ is CLOSED
+    with pytest.raises(RankLost, match=r"^rank 2 .* Rank 1 ends too"):
+        watches[1].__exit__(RuntimeError, CLOSED, None)
+
+
+def test_a_rank_that_dies_when_all_others_are_done_is_named_too(ranks, monkeypatch):
+    watch = RankWatch(ranks[0], timeout=100.0, way_out=lambda: "Go on.")
+    other = RankWatch(ranks[1], timeout=100.0, way_out=str)
+    SignsOfLife(ranks[2])
+    for entered in (watch, other):
+        entered.__enter__()
+
+    def fail(self):
+        raise CLOSED
+
+    monkeypatch.setattr(type(ranks[0]), "barrier", fail)
+    with pytest.raises(RankLost, match=r"^rank 2 .* Rank 0 ends too"):
+        watch.__exit__(None, None, None)
+    with pytest.raises(RankLost, match=r"^rank 2 .* Rank 1 ends too"):
+        other.__exit__(None, None, None)
+
+
+def test_a_store_that_is_gone_is_rank_0(ranks):
+    signs = SignsOfLife(ranks[1])
+    signs._store = BrokenStore()
+    assert signs.beat(10.0) == {}, "one failure is no death"
+    assert signs.wait_for_lost(0.2).keys() == {0}
+    assert signs.beat(0.1).keys() == {0}
+    own = SignsOfLife(ranks[0])
+    own._store = BrokenStore()
+    assert own.wait_for_lost(0.1) == {}, "a rank never calls itself lost"
+
+
+def test_a_collective_that_timed_out_while_all_are_alive_names_the_setting(ranks, caplog):
+    watches = [RankWatch(rank, timeout=7.0, way_out=lambda: "Go on.") for rank in ranks]
+    for watch in watches:
+        watch.__enter__()
+    with caplog.at_level(logging.ERROR), pytest.raises(RankLost, match=r"training\.collective_timeout \(7 s\), though"):
+        watches[0].__exit__(RuntimeError, TIMED_OUT, None)
+    assert "one is stuck, or needs longer. Raise the setting if it does. Go on." in caplog.text
+    for watch in watches[1:]:
+        watch.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("error", [TrainingDiverged("step 3"), torch.OutOfMemoryError("9 GB"), KeyError("x")])
+def test_other_errors_pass_at_once(ranks, error):
+    assert not is_of_a_collective(error)
+    begin = time.monotonic()
+    with pytest.raises(type(error)), RankWatch(ranks[0], timeout=9.0, way_out=str):
+        raise error
+    assert time.monotonic() - begin < 1
+
+
+def test_errors_of_collectives_are_told_by_type_or_text():
+    assert is_of_a_collective(CLOSED) and is_of_a_collective(dist.DistBackendError("NCCL"))
+    assert not is_of_a_collective(RuntimeError("shape mismatch"))
+
+
+def test_a_rank_alone_watches_nobody():
+    alone = Distributed(0, 1, 0, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="gloo"), RankWatch(alone, timeout=1.0, way_out=str) as watch:
+        assert watch._thread is None
+        raise CLOSED
+
+
+def test_the_command_line_ends_with_1_and_repeats_nothing(monkeypatch, capsys):
+    def build():
+        raise RankLost("said already")
+
+    monkeypatch.setattr(app, "build_app", build)
+    assert app.run(["train"]) == 1
+    assert capsys.readouterr() == ("", "")

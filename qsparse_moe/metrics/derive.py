@@ -5,11 +5,13 @@ L layers that have the thing, E experts.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import layer_sites
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import layers_with_site
 from qsparse_moe.metrics.names import is_listed, layer_name
 from qsparse_moe.metrics.window import Window
 from qsparse_moe.sparsity.stats import SITE_FIELDS
@@ -102,8 +104,8 @@ def _site_ratios(stats: dict[str, Tensor], site: str) -> dict[str, Tensor]:
 
 def layers_with(name: str, model: ModelConfig) -> list[int]:
     """The layers, counted from 0, that the sums behind the metric ``name`` speak of, in their order."""
-    site = "expert_input" if name.startswith("router/") else name.split("/")[1]
-    return [layer for layer in range(model.num_layers) if site in layer_sites(model, layer)]
+    site = "expert_input" if name.startswith("router/") else cast(Site, name.split("/")[1])
+    return list(layers_with_site(model, site))
 
 
 def _over_layers(name: str, values_L: Tensor, layers: list[int]) -> dict[str, float]:

@@ -25,6 +25,8 @@ class Metric:
     layers: Literal["none", "file", "chart"] = "none"
     """Where its values by layer go: nowhere, to metrics.jsonl, or to TensorBoard as well. Few are charted by layer, so
     that a deep model stays below a thousand tags."""
+    kind: Literal["scalar", "histogram", "image"] = "scalar"
+    """Histograms, by layer, and images are in TensorBoard alone."""
 
 
 METRICS = (
@@ -208,9 +210,32 @@ METRICS = (
         "Of weights that generating one token reads, by routing and the zeros of this step.",
     ),
     Metric("efficiency/weight_bytes_16", "bytes", "The same for 16 independent tokens at once: their union."),
+    Metric(
+        "router/log2_probability",
+        "log2 of 1",
+        "Histogram of the logarithm of the router's probabilities, of every token and expert, in half octaves from "
+        "2^-20; what is smaller counts there.",
+        kind="histogram",
+    ),
+    Metric(
+        "sparsity/SITE/log2_threshold",
+        "log2 of 1",
+        "Histogram of the logarithm of the smallest magnitude that is kept of a row, in half octaves from "
+        "2^-24 to 2^8.",
+        kind="histogram",
+    ),
+    Metric("experts/load", "1", "Layers by experts: rows of an expert over the layer's mean.", kind="image"),
+    Metric("experts/SITE/kept_energy", "1", "Layers by experts, expert_input and expert_hidden.", kind="image"),
+    Metric("experts/SITE/zeros", "1", "The same, of the zeros in front of the expert's matrix.", kind="image"),
+    Metric(
+        "experts/SITE/unused_features",
+        "1",
+        "The same, of the share of features that were zero in every row of the step.",
+        kind="image",
+    ),
 )
 
-_BY_NAME = {metric.name: metric for metric in METRICS}
+_BY_NAME = {metric.name: metric for metric in METRICS if metric.kind == "scalar"}
 _LAYER = re.compile(r"/layer_[0-9]+$")
 _SITE = re.compile(rf"^sparsity/(?:{'|'.join(SITES)})/")
 
@@ -226,7 +251,7 @@ def is_layer_name(name: str) -> bool:
 
 
 def is_listed(name: str) -> bool:
-    """Whether the recorded ``name`` belongs to a metric of the list."""
+    """Whether the recorded ``name`` belongs to a scalar of the list."""
     return _listed_name(name) in _BY_NAME
 
 
@@ -234,7 +259,7 @@ def metric_of(name: str) -> Metric:
     """The entry of the list that a recorded ``name`` belongs to.
 
     Raises:
-        KeyError: no metric of that name is in the list.
+        KeyError: no scalar of that name is in the list.
     """
     return _BY_NAME[_listed_name(name)]
 

@@ -180,7 +180,11 @@ def test_model_feeds_every_router_and_sparsity_metric(output):
     for _ in range(2):  # a drift needs a step before
         metrics = derive_metrics(make_report(stats=output.stats, router_bias_LE=bias_LE), MODEL, window)
     assert [metrics[f"router/bias_range{layer}"] for layer in ("", "/layer_1", "/layer_2")] == [0.4375, 0.75, 0.125]
-    listed = {metric.name for metric in METRICS if metric.name.startswith(("router/", "sparsity/"))}
+    listed = {
+        metric.name
+        for metric in METRICS
+        if metric.kind == "scalar" and metric.name.startswith(("router/", "sparsity/"))
+    }
     assert {metric_of(name).name for name in metrics if not is_layer_name(name)} >= listed
     sites = {name.split("/")[1] for name in metrics if name.startswith("sparsity/")}
     assert len(sites) == 8

@@ -12,11 +12,11 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import MetricsConfig, ModelConfig, MoEConfig, RunConfig
+from qsparse_moe.metrics.charts import chart_layout
 from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.names import is_layer_name, metric_of
 from qsparse_moe.metrics.recorder import Recorder
-from qsparse_moe.metrics.tensorboard import chart_layout
 from tests.metrics.reports import make_context, make_report, random_stats
 
 MOE = MoEConfig(num_dense_layers=1, num_shared_experts=1, bias_update_rate=0.001)

@@ -57,6 +57,11 @@ def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
     return *attention, "expert_input", "expert_hidden", *shared
 
 
+def layers_with_site(config: ModelConfig, site: Site) -> tuple[int, ...]:
+    """The layers, counted from 0, in which ``site`` exists."""
+    return tuple(layer for layer in range(config.num_layers) if site in layer_sites(config, layer))
+
+
 def model_sites(config: ModelConfig) -> tuple[Site, ...]:
     """The sites that exist in at least one layer."""
     existing = {site for layer in range(config.num_layers) for site in layer_sites(config, layer)}

@@ -5,20 +5,24 @@ L layers that have the thing, E experts.
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
-from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import layer_sites
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import layers_with_site
 from qsparse_moe.metrics.names import is_listed, layer_name
+from qsparse_moe.metrics.window import Window
 from qsparse_moe.sparsity.stats import SITE_FIELDS
 from qsparse_moe.training.report import StepReport
 
 
-def derive_metrics(report: StepReport, model: ModelConfig) -> dict[str, float]:
+def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None = None) -> dict[str, float]:
     """Every metric of one logged step by its recorded name; each stands in ``names.METRICS``.
 
     A ratio whose denominator is 0 in a layer is absent for that layer and left out of the mean over the layers.
+    ``window`` remembers the logged steps before; without it what only several steps say is absent.
     """
     metrics = _scalars(report)
     norms = report.layer_grad_norms or ()
@@ -26,6 +30,8 @@ def derive_metrics(report: StepReport, model: ModelConfig) -> dict[str, float]:
     by_layer = layer_ratios(report.stats)
     if report.router_bias_LE is not None:
         by_layer["router/bias_range"] = report.router_bias_LE.amax(-1) - report.router_bias_LE.amin(-1)
+    if window is not None:
+        by_layer |= window.see(report.stats)
     for name, values_L in by_layer.items():
         metrics |= _over_layers(name, values_L, layers_with(name, model))
     unlisted = [name for name in metrics if not is_listed(name)]
@@ -42,6 +48,7 @@ def _scalars(report: StepReport) -> dict[str, float]:
     if report.loss_scale is not None and report.skipped_steps is not None:
         train |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
     throughput = {"tokens_per_second": report.tokens_per_second, "step_seconds": report.step_seconds}
+    throughput |= {f"{part}_seconds": seconds for part, seconds in report.phase_seconds.items()}
     groups = {
         "train": train,
         "validation": report.validation or {},
@@ -90,13 +97,15 @@ def _site_ratios(stats: dict[str, Tensor], site: str) -> dict[str, Tensor]:
         f"{site}/zeros_chosen": 1 - sums_L["kept"] / features_L,
         f"{site}/zeros": 1 - sums_L["nonzero"] / features_L,
         f"{site}/kept_energy": sums_L["kept_energy"] / sums_L["energy"],
+        f"{site}/overlap": sums_L["pairs_common"] / sums_L["pairs_nonzero"],
+        f"{site}/threshold": sums_L["smallest"] / sums_L["rows"],
     }
 
 
 def layers_with(name: str, model: ModelConfig) -> list[int]:
     """The layers, counted from 0, that the sums behind the metric ``name`` speak of, in their order."""
-    site = "expert_input" if name.startswith("router/") else name.split("/")[1]
-    return [layer for layer in range(model.num_layers) if site in layer_sites(model, layer)]
+    site = "expert_input" if name.startswith("router/") else cast(Site, name.split("/")[1])
+    return list(layers_with_site(model, site))
 
 
 def _over_layers(name: str, values_L: Tensor, layers: list[int]) -> dict[str, float]:

@@ -25,6 +25,8 @@ class Metric:
     layers: Literal["none", "file", "chart"] = "none"
     """Where its values by layer go: nowhere, to metrics.jsonl, or to TensorBoard as well. Few are charted by layer, so
     that a deep model stays below a thousand tags."""
+    kind: Literal["scalar", "histogram", "image"] = "scalar"
+    """Histograms, by layer, and images are in TensorBoard alone."""
 
 
 METRICS = (
@@ -66,6 +68,25 @@ METRICS = (
     Metric(
         "throughput/step_seconds", "seconds", "Wall-clock of a step, mean over the steps since the last logged one."
     ),
+    Metric("throughput/rows_per_second", "rows a second", "Rows of the data trained by all ranks in the same time."),
+    Metric("throughput/data_seconds", "seconds", "Of this step, rank 0: waiting for data."),
+    Metric("throughput/forward_seconds", "seconds", "Of this step, rank 0: the model's forward passes."),
+    Metric(
+        "throughput/backward_seconds",
+        "seconds",
+        "Of this step, rank 0: its backward passes, and what the engine reduces over the ranks in them.",
+    ),
+    Metric(
+        "throughput/update_seconds",
+        "seconds",
+        "Of this step, rank 0: clipping and optimizer, and what the engine reduces and gathers around them.",
+    ),
+    Metric(
+        "throughput/model_flops_utilisation",
+        "1",
+        "Operations that training takes with routing (efficiency/training_flops_per_token) a second, over the peak of "
+        "all devices; absent where the peak is not known.",
+    ),
     Metric("memory/resident", "bytes", "Memory that the process of rank 0 occupies."),
     Metric("memory/peak_resident", "bytes", "The most that it has occupied so far."),
     Metric("memory/allocated", "bytes", "CUDA memory of rank 0's tensors; absent on a CPU."),
@@ -84,6 +105,12 @@ METRICS = (
     ),
     Metric("router/busiest_share", "1", "Share of the rows that the busiest expert gets; 1/E is even.", layers="file"),
     Metric("router/dead_experts", "experts", "Experts that got no row in this step.", layers="chart"),
+    Metric(
+        "router/dead_experts_window",
+        "experts",
+        "Experts that got no row in the last 10 logged steps; absent until there are so many.",
+        layers="file",
+    ),
     Metric(
         "router/dropped_share",
         "1",
@@ -128,9 +155,87 @@ METRICS = (
         "Sum of squares after the selection over the sum before, before any rescale; absent where that is 0.",
         layers="chart",
     ),
+    Metric(
+        "sparsity/SITE/overlap",
+        "1",
+        "Of the values of a token that are not zero, the share whose feature is not zero in the next token either, "
+        "over tokens that one matrix reads one after the other; absent where there are none.",
+        layers="file",
+    ),
+    Metric(
+        "sparsity/SITE/threshold",
+        "1",
+        "Smallest magnitude that is kept of a row, mean over the rows.",
+        layers="file",
+    ),
+    Metric(
+        "sparsity/SITE/threshold_drift",
+        "1",
+        "Change of the threshold since the logged step before, over its value there; absent in a process's first.",
+        layers="file",
+    ),
+    Metric(
+        "sparsity/SITE/dead_features",
+        "1",
+        "Share of the features, over all experts, that were zero in every row of the last 10 logged steps; absent "
+        "until there are so many.",
+        layers="file",
+    ),
+    Metric("efficiency/active_parameters", "parameters", "That a token uses by routing."),
+    Metric(
+        "efficiency/kept_parameters",
+        "parameters",
+        "Those of the active whose input is not zero, by the zeros of this step.",
+    ),
+    Metric(
+        "efficiency/training_flops_per_token",
+        "FLOPs a token",
+        "Forward and backward with routing: what dense kernels execute, recomputation not counted.",
+    ),
+    Metric(
+        "efficiency/kept_training_flops_per_token",
+        "FLOPs a token",
+        "The same if every zero of this step were skipped; the gradient by the input stays dense under the "
+        "straight-through estimator. Counted, not saved.",
+    ),
+    Metric("efficiency/total_training_flops", "FLOPs", "Executed since the run began, over all ranks."),
+    Metric(
+        "efficiency/total_kept_training_flops",
+        "FLOPs",
+        "The same with the zeros of the logged steps skipped, each step's standing for those before it.",
+    ),
+    Metric(
+        "efficiency/weight_bytes_1",
+        "bytes",
+        "Of weights that generating one token reads, by routing and the zeros of this step.",
+    ),
+    Metric("efficiency/weight_bytes_16", "bytes", "The same for 16 independent tokens at once: their union."),
+    Metric(
+        "router/log2_probability",
+        "log2 of 1",
+        "Histogram of the logarithm of the router's probabilities, of every token and expert, in half octaves from "
+        "2^-20; what is smaller counts there.",
+        kind="histogram",
+    ),
+    Metric(
+        "sparsity/SITE/log2_threshold",
+        "log2 of 1",
+        "Histogram of the logarithm of the smallest magnitude that is kept of a row, in half octaves from "
+        "2^-24 to 2^8.",
+        kind="histogram",
+    ),
+    Metric("experts/load", "1", "Layers by experts: rows of an expert over the layer's mean.", kind="image"),
+    Metric("experts/SITE/kept_energy", "1", "Layers by experts, expert_input and expert_hidden.", kind="image"),
+    Metric("experts/SITE/zeros", "1", "The same, of the zeros in front of the expert's matrix.", kind="image"),
+    Metric(
+        "experts/SITE/unused_features",
+        "1",
+        "The same, of the share of features that were zero in every row of the step.",
+        kind="image",
+    ),
 )
 
-_BY_NAME = {metric.name: metric for metric in METRICS}
+_BY_NAME = {metric.name: metric for metric in METRICS if metric.kind == "scalar"}
 _LAYER = re.compile(r"/layer_[0-9]+$")
 _SITE = re.compile(rf"^sparsity/(?:{'|'.join(SITES)})/")
 
@@ -146,7 +251,7 @@ def is_layer_name(name: str) -> bool:
 
 
 def is_listed(name: str) -> bool:
-    """Whether the recorded ``name`` belongs to a metric of the list."""
+    """Whether the recorded ``name`` belongs to a scalar of the list."""
     return _listed_name(name) in _BY_NAME
 
 
@@ -154,7 +259,7 @@ def metric_of(name: str) -> Metric:
     """The entry of the list that a recorded ``name`` belongs to.
 
     Raises:
-        KeyError: no metric of that name is in the list.
+        KeyError: no scalar of that name is in the list.
     """
     return _BY_NAME[_listed_name(name)]
 

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.metrics.derive import derive_metrics
-from qsparse_moe.metrics.jsonl import MetricsFile
+from qsparse_moe.metrics.efficiency import Efficiency
+from qsparse_moe.metrics.jsonl import MetricsFile, read_metrics
+from qsparse_moe.metrics.window import Window
 from qsparse_moe.training.report import RunContext, StepReport, TrainingResult
 
 if TYPE_CHECKING:
@@ -24,10 +26,17 @@ class Recorder:
         self._config = config
         self._file: MetricsFile | None = None
         self._board: TensorBoardFiles | None = None
+        self._window = Window()
+        self._efficiency: Efficiency | None = None
+        self._step = 0
+        self._last: dict[str, float] = {}
 
     def begin(self, context: RunContext) -> None:
         """Open the run folder's files after ``context.start_step``; what they hold of later steps is dropped."""
-        self._file = MetricsFile(context.run_dir / "metrics.jsonl", start_step=context.start_step)
+        path = context.run_dir / "metrics.jsonl"
+        self._file = MetricsFile(path, start_step=context.start_step)
+        before = read_metrics(path)
+        self._efficiency = Efficiency(context, before[-1] if before else None)
         if self._config.metrics.tensorboard:
             # Imported here: it takes seconds, and not every run wants it.
             from qsparse_moe.metrics.tensorboard import TensorBoardFiles
@@ -36,15 +45,20 @@ class Recorder:
 
     def __call__(self, report: StepReport) -> None:
         """Record one logged step."""
-        assert self._file is not None, "begin comes before the first report"
-        metrics = derive_metrics(report, self._config.model)
+        assert self._file is not None and self._efficiency is not None, "begin comes before the first report"
+        metrics = derive_metrics(report, self._config.model, self._window)
+        metrics["throughput/rows_per_second"] = report.tokens_per_second / self._config.data.sequence_length
+        metrics |= self._efficiency(report, metrics)
+        self._step, self._last = report.step, self._last | metrics
         self._file.write(report.step, report.tokens, report.seconds, metrics)
         if self._board is not None:
-            self._board.write(report.step, metrics)
+            self._board.write(report.step, metrics, report.stats)
 
     def end(self, result: TrainingResult) -> None:
         """Close the files."""
         if self._file is not None:
             self._file.close()
         if self._board is not None:
+            if self._last:
+                self._board.write_summary(self._step, self._last)
             self._board.close()

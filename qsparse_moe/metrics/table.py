@@ -5,18 +5,23 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from qsparse_moe.metrics.names import METRICS
+from qsparse_moe.metrics.names import METRICS, Metric
 
 BEGIN = "<!-- metrics: made by python -m qsparse_moe.metrics.table -->"
 END = "<!-- end of metrics -->"
 _LAYERS = {"none": "", "file": "`metrics.jsonl`", "chart": "`metrics.jsonl`, TensorBoard"}
+_PICTURES = {"histogram": "TensorBoard, *Histograms*", "image": "TensorBoard, *Images*"}
 
 
 def metrics_markdown() -> str:
     """One row a metric: name, unit, definition, and where its values by layer are found."""
     head = "| Metric | Unit | What it is | By layer in |\n| --- | --- | --- | --- |\n"
-    rows = (f"| `{m.name}` | {m.unit} | {m.definition} | {_LAYERS[m.layers]} |\n" for m in METRICS)
+    rows = (f"| `{m.name}` | {m.unit} | {m.definition} | {_by_layer_in(m)} |\n" for m in METRICS)
     return head + "".join(rows)
+
+
+def _by_layer_in(metric: Metric) -> str:
+    return _PICTURES.get(metric.kind, _LAYERS[metric.layers])
 
 
 def with_table(text: str) -> str:

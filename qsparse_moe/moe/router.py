@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import MoEConfig
+from qsparse_moe.sparsity.log_counts import PROBABILITIES, log_counts
 from qsparse_moe.sparsity.stats import Stats
 
 _TINY = 1e-20
@@ -140,12 +141,14 @@ def chosen_groups(choice_TE: Tensor, num_groups: int, groups_per_token: int, sco
 
 
 def router_stats(routing: Routing) -> Stats:
-    """Detached float64 sums over the tokens: ``tokens``, ``probability_E``, ``choice_entropy``, ``first_weight``."""
+    """Detached float64 sums over the tokens: ``tokens``, ``probability_E``, ``choice_entropy``, ``first_weight``;
+    and ``probability_counts_H``, all probabilities counted in the bins ``PROBABILITIES``."""
     probs_TE = routing.probs_TE.detach()
     entropy_TE = torch.special.entr(probs_TE)
     return {
         "tokens": torch.tensor(len(probs_TE), dtype=torch.float64, device=probs_TE.device),
         "probability_E": probs_TE.sum(0).double(),
+        "probability_counts_H": log_counts(probs_TE, PROBABILITIES),
         "choice_entropy": entropy_TE.sum().double(),
         "first_weight": routing.weights_TA.detach()[:, 0].sum().double(),
     }

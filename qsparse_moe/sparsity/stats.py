@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qsparse_moe.sparsity.log_counts import MAGNITUDES, log_counts
+
 SITE_FIELDS = (
     "rows",
     "kept",
@@ -80,7 +82,8 @@ def row_pattern(after_ND: Tensor, readers: Readers) -> RowPattern:
 
 
 def site_stats(sums: RowSums, pattern: RowPattern, num_kept: int | Tensor, readers: Readers) -> Stats:
-    """The sums of a site by expert, float64 ``(E,)`` under the names of ``SITE_FIELDS`` with ``_E``, and ``used_ED``.
+    """The sums of a site by expert, float64 ``(E,)`` under the names of ``SITE_FIELDS`` with ``_E``, and ``used_ED``;
+    and ``smallest_counts_H``, the smallest magnitudes kept counted in the bins ``MAGNITUDES``.
 
     Args:
         sums: of the rows ``(N, D)``.
@@ -95,7 +98,9 @@ def site_stats(sums: RowSums, pattern: RowPattern, num_kept: int | Tensor, reade
     nonzero, common = SITE_FIELDS.index("nonzero"), len(fields_FR) - 1
     pairs_FR = torch.stack((fields_FR[nonzero], fields_FR[common])) * continues_R
     by_expert_FE = _sum_by_expert(torch.cat((fields_FR[:common], pairs_FR)), readers)
-    return {f"{name}_E": by_expert_FE[field] for field, name in enumerate(SITE_FIELDS)} | {"used_ED": pattern.used_ED}
+    by_name = {f"{name}_E": by_expert_FE[field] for field, name in enumerate(SITE_FIELDS)}
+    smallest_R = fields_FR[SITE_FIELDS.index("smallest")]
+    return by_name | {"used_ED": pattern.used_ED, "smallest_counts_H": log_counts(smallest_R, MAGNITUDES)}
 
 
 def _sum_by_expert(fields_FR: Tensor, readers: Readers) -> Tensor:

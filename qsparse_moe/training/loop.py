@@ -21,7 +21,8 @@ from qsparse_moe.training.distributed import open_distributed
 from qsparse_moe.training.guard import NonFiniteGuard
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
-from qsparse_moe.training.memory import memory_in_use
+from qsparse_moe.training.memory import device_name, memory_in_use
+from qsparse_moe.training.phases import PhaseClock
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
 from qsparse_moe.training.rank_watch import RankWatch
 from qsparse_moe.training.report import Listener, RunContext, StepReport, TrainingResult, tell
@@ -85,6 +86,7 @@ class _Loop:
             run.distributed,
         )
         self._tokens_per_step = self._training.global_batch_size * run.config.data.sequence_length
+        self._clock = PhaseClock(run.distributed.device)
         self._scale: float | None = None
         self._progress = run.start
         self._reported = run.start
@@ -115,16 +117,20 @@ class _Loop:
         """Take the step numbered ``step`` from 0, and count its tokens and seconds."""
         begin = time.perf_counter()
         self._set_sparsity(step)
+        self._clock.begin(measures=self._is_reported(step + 1))
+        with self._clock.part("data"):
+            batches = self._run.loader.batches(step)
         try:
             outcome = train_step(
                 self._run.engine,
-                self._run.loader.batches(step),
+                batches,
                 step=step + 1,
                 learning_rate=learning_rate(self._training, step),
                 guard=self._guard,
                 report=self._is_reported(step + 1),
                 layer_gradients=self._run.config.metrics.layer_gradients,
                 stop=self._signals.received,
+                clock=self._clock,
             )
         except TrainingDiverged as error:
             kept = list_checkpoints(self._run.folder)
@@ -200,6 +206,7 @@ class _Loop:
             tokens_per_second=(now.tokens - last.tokens) / (now.seconds - last.seconds),
             memory=memory_in_use(self._run.distributed.device),
             validation=self._validation,
+            phase_seconds=dict(self._clock.seconds),
             loss_scale=outcome.loss_scale,
             skipped_steps=None if scaler is None else scaler.skipped_steps,
         )
@@ -219,6 +226,7 @@ class _Loop:
             num_parameters=sum(shape.numel() for shape in run.engine.shapes().values()),
             engine=run.engine.name,
             device=run.distributed.device.type,
+            device_name=device_name(run.distributed.device),
             backend=run.engine.model.runtime.names.get("model.moe.backend", ""),
         )
 

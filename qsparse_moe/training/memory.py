@@ -1,4 +1,4 @@
-"""Memory that this process takes up."""
+"""Memory that this process takes up, and the device that it runs on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import torch
+
+
+def device_name(device: torch.device) -> str:
+    """What CUDA calls the device; empty on a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -29,6 +29,8 @@ class RunContext:
     """``torch``, or ``deepspeed`` with the ZeRO stage."""
     device: str
     """``cpu`` or ``cuda``."""
+    device_name: str
+    """That CUDA gives to the device of rank 0; empty on a CPU."""
     backend: str
     """The experts' backend that ``model.moe.backend`` came to; empty without experts."""
 
@@ -65,6 +67,8 @@ class StepReport:
     """Bytes of rank 0 by name: ``resident``, ``peak_resident``, and on CUDA ``allocated``, ``peak_allocated``."""
     validation: dict[str, float] | None
     """``loss``, ``perplexity``, ``bits_per_byte`` where an evaluation followed this step."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Of this step on rank 0, by part: ``data``, ``forward``, ``backward``, ``update``."""
     loss_scale: float | None = None
     """That this step's loss was multiplied by, in fp16."""
     skipped_steps: int | None = None

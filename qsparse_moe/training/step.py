@@ -17,6 +17,7 @@ from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine
 from qsparse_moe.training.guard import NonFiniteGuard
 from qsparse_moe.training.layer_gradients import layer_squares
+from qsparse_moe.training.phases import PhaseClock
 
 Sums = dict[str, Tensor]
 
@@ -53,6 +54,7 @@ def train_step(
     report: bool,
     layer_gradients: bool = False,
     stop: int = 0,
+    clock: PhaseClock | None = None,
 ) -> StepOutcome:
     """Send the micro-batches through and update the weights, and the biases that balance the experts, once.
 
@@ -65,18 +67,22 @@ def train_step(
         report: reduce losses and stats over the ranks; it costs one collective and the model's statistics.
         layer_gradients: where it reports, report the gradient norm of each layer's matrices too.
         stop: a signal that this rank has received, or 0.
+        clock: measures the parts of the step.
 
     Raises:
         TrainingDiverged: something is not finite. On all ranks, before the weights changed or without a checkpoint
             of them.
     """
     assert len(batches) == engine.num_micro_batches, (len(batches), engine.num_micro_batches)
+    clock = clock or PhaseClock(engine.distributed.device)
     totals: Sums = {}
     for index, batch in enumerate(batches):
-        output = engine.forward(batch, with_stats=report, probe=guard.probe)
+        with clock.part("forward"):
+            output = engine.forward(batch, with_stats=report, probe=guard.probe)
         assert output.loss is not None
         guard.see_loss(output.loss)
-        engine.backward(output.loss, is_last=index == len(batches) - 1)
+        with clock.part("backward"):
+            engine.backward(output.loss, is_last=index == len(batches) - 1)
         # Without a report this is no more than the rows of the experts.
         totals = add_stats(totals, {f"stats/{name}": value for name, value in output.stats.items()})
         if report:
@@ -86,7 +92,8 @@ def train_step(
     if report and layer_gradients:
         totals["layer_squares_L"] = layer_squares(engine)
     loss_scale = None if engine.loss_scaler is None else engine.loss_scaler.scale
-    grad_norm = engine.update(learning_rate)
+    with clock.part("update"):
+        grad_norm = engine.update(learning_rate)
     guard.check_norm(step, grad_norm)
     rows_LE = totals.get(_ROWS)
     _balance(engine, rows_LE, step)

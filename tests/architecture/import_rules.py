@@ -38,7 +38,8 @@ OWNERS = {
     "deepspeed": {"training", "bench"},
     "tensorboard": {"metrics"},
     "torch.utils.tensorboard": {"metrics"},
-    "matplotlib": {"ablation"},
+    # Figures of grids, and the heat maps that TensorBoard shows.
+    "matplotlib": {"ablation", "metrics"},
     "scipy": {"ablation"},
     # The benchmark measures transformers' Mixtral as a peer; it reads and writes none of its checkpoints.
     "transformers": {"interop", "bench"},

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, moe_layers, site_width
+from qsparse_moe.sparsity.log_counts import MAGNITUDES, PROBABILITIES
 from qsparse_moe.sparsity.stats import SITE_FIELDS
 from qsparse_moe.training.report import RunContext, StepReport
 
@@ -31,6 +32,7 @@ def make_report(step: int = 10, **changes: Any) -> StepReport:
         "tokens_per_second": 2048.0,
         "memory": {"resident": 1e9, "peak_resident": 2e9},
         "validation": None,
+        "phase_seconds": {"data": 0.01, "forward": 0.08, "backward": 0.12, "update": 0.03},
     }
     return StepReport(**(values | changes))
 
@@ -48,6 +50,7 @@ def make_context(run_dir: Path, config: RunConfig, *, start_step: int = 0) -> Ru
         num_parameters=1000,
         engine="torch",
         device="cpu",
+        device_name="",
         backend="loop",
     )
 
@@ -66,6 +69,7 @@ def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
         "router/tokens_L": counts(num_moe),
         "router/choice_entropy_L": counts(num_moe),
         "router/first_weight_L": counts(num_moe),
+        "router/probability_counts_LH": counts(num_moe, PROBABILITIES.number),
     }
     if model.moe.capacity_factor is not None:
         stats["router/dropped_LE"] = counts(num_moe, model.moe.num_experts)
@@ -74,5 +78,6 @@ def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
         layers, experts = sites.count(site), model.moe.num_experts if site in EXPERT_SITES else 1
         for field in SITE_FIELDS:
             stats[f"sparsity/{site}/{field}_LE"] = counts(layers, experts)
+        stats[f"sparsity/{site}/smallest_counts_LH"] = counts(layers, MAGNITUDES.number)
         stats[f"sparsity/{site}/used_LED"] = counts(layers, experts, site_width(model, site)) > 5
     return stats

@@ -9,6 +9,7 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.metrics.derive import derive_metrics, load_ratios
 from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
+from qsparse_moe.metrics.window import Window
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.stats import SITE_FIELDS, add_stats
 from tests.metrics.reports import make_report, random_stats
@@ -61,6 +62,10 @@ def test_scalars_keep_their_numbers_and_groups():
         "validation/bits_per_byte": 3.6,
         "throughput/tokens_per_second": 2048.0,
         "throughput/step_seconds": 0.25,
+        "throughput/data_seconds": 0.01,
+        "throughput/forward_seconds": 0.08,
+        "throughput/backward_seconds": 0.12,
+        "throughput/update_seconds": 0.03,
         "memory/resident": 1e9,
         "memory/peak_resident": 2e9,
     }
@@ -171,9 +176,15 @@ def output():
 
 def test_model_feeds_every_router_and_sparsity_metric(output):
     bias_LE = torch.tensor([[0.0, 0.25, -0.5, 0.0], [0.0, 0.0, 0.125, 0.0]])
-    metrics = derive_metrics(make_report(stats=output.stats, router_bias_LE=bias_LE), MODEL)
+    window = Window(length=1)
+    for _ in range(2):  # a drift needs a step before
+        metrics = derive_metrics(make_report(stats=output.stats, router_bias_LE=bias_LE), MODEL, window)
     assert [metrics[f"router/bias_range{layer}"] for layer in ("", "/layer_1", "/layer_2")] == [0.4375, 0.75, 0.125]
-    listed = {metric.name for metric in METRICS if metric.name.startswith(("router/", "sparsity/"))}
+    listed = {
+        metric.name
+        for metric in METRICS
+        if metric.kind == "scalar" and metric.name.startswith(("router/", "sparsity/"))
+    }
     assert {metric_of(name).name for name in metrics if not is_layer_name(name)} >= listed
     sites = {name.split("/")[1] for name in metrics if name.startswith("sparsity/")}
     assert len(sites) == 8

@@ -41,11 +41,11 @@ def test_pages_hold_the_list_as_it_is(page):
 
 def test_table_command_rewrites_only_what_stands_between_the_marks(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    page.write_text(f"before\n{BEGIN}\nstale words\n{END}\nafter\n", encoding="utf-8")
     main([str(page)])
     text = page.read_text(encoding="utf-8")
     assert text.startswith(f"before\n{BEGIN}\n\n| Metric |") and text.endswith(f"|\n\n{END}\nafter\n")
-    assert "old" not in text and metrics_markdown() in text
+    assert "stale words" not in text and metrics_markdown() in text
 
 
 def test_table_command_needs_a_file_and_the_marks(tmp_path):

@@ -1,0 +1,75 @@
+"""What a run pays for its loss: the accounting with the zeros that a step measured, summed up over the run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qsparse_moe.accounting.densities import measured_densities
+from qsparse_moe.accounting.flops import training_flops
+from qsparse_moe.accounting.parameters import count_parameters
+from qsparse_moe.accounting.peaks import peak_flops
+from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.training.report import RunContext, StepReport
+
+BATCHES = (1, 16)
+"""Tokens of one generation step for which the bytes of weights are recorded."""
+_KEPT_SO_FAR = "efficiency/total_kept_training_flops"
+
+
+class Efficiency:
+    """The metrics under ``efficiency/``, and the utilisation, of one run."""
+
+    def __init__(self, context: RunContext, last_row: Mapping[str, Any] | None = None) -> None:
+        """``last_row`` is the logged step before ``context.start_step``, from which the sum goes on."""
+        self._config: RunConfig = context.config
+        self._context = context
+        model, length = self._config.model, self._config.data.sequence_length
+        self._executed = training_flops(model, length).routed
+        self._active = count_parameters(model).active
+        self._tokens = context.start_tokens
+        self._kept_so_far = float((last_row or {}).get(_KEPT_SO_FAR) or 0.0)
+        self._peak = self._find_peak()
+
+    def __call__(self, report: StepReport, metrics: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of one logged step, from the ``metrics`` that it has already.
+
+        What depends on the zeros is absent where a place has none measured.
+        """
+        found = {
+            "efficiency/active_parameters": float(self._active),
+            "efficiency/training_flops_per_token": float(self._executed),
+            "efficiency/total_training_flops": float(self._executed) * report.tokens,
+        }
+        densities = measured_densities(self._config.model, metrics)
+        if densities is not None:
+            found |= self._kept(report, densities)
+        if self._peak is not None:
+            flops_per_second = self._executed * report.tokens_per_second
+            found["throughput/model_flops_utilisation"] = flops_per_second / (self._peak * self._context.world_size)
+        return found
+
+    def _kept(self, report: StepReport, densities: Any) -> dict[str, float]:
+        model, length = self._config.model, self._config.data.sequence_length
+        kept = training_flops(model, length, densities=densities).kept
+        self._kept_so_far += kept * (report.tokens - self._tokens)
+        self._tokens = report.tokens
+        bytes_per_weight = 4.0 if self._config.training.precision == "fp32" else 2.0
+        read = {
+            f"efficiency/weight_bytes_{batch}": total_traffic(
+                weight_traffic(model, batch, densities, bytes_per_weight=bytes_per_weight)
+            ).kept
+            for batch in BATCHES
+        }
+        return read | {
+            "efficiency/kept_parameters": count_parameters(model, densities=densities).kept,
+            "efficiency/kept_training_flops_per_token": kept,
+            _KEPT_SO_FAR: self._kept_so_far,
+        }
+
+    def _find_peak(self) -> float | None:
+        given = self._config.metrics.peak_tflops
+        if given is not None:
+            return given * 1e12
+        return peak_flops(self._context.device_name, self._config.training.precision)

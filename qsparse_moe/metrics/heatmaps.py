@@ -1,0 +1,125 @@
+"""Heat maps layers x experts as pictures: what one number over all experts hides. L layers, E experts.
+
+A map keeps its colour scale over the steps, so that two pictures can be compared; what lies beyond it takes the colour
+of the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+
+from qsparse_moe.sparsity.stats import SITE_FIELDS, Stats
+
+Pixels = np.ndarray
+_MISSING = "#d0d0d0"
+# Numbers are written into the cells while there are few enough of them to be read.
+_MOST_LABELLED = 160
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The colours of a map: from ``low`` to ``high``, by the name of a matplotlib colour map."""
+
+    low: float
+    high: float
+    colours: str
+    title: str
+
+
+def heat_maps(stats: Stats) -> dict[str, np.ndarray]:
+    """The maps ``(L, E)`` of one logged step by name, NaN where an expert had no row.
+
+    ``load``: rows over the mean rows of an expert in that layer. Of ``expert_input`` and ``expert_hidden``:
+    ``SITE/kept_energy``, ``SITE/zeros``, ``SITE/unused_features`` (share of the features that no row of the step used).
+    """
+    maps: dict[str, np.ndarray] = {}
+    if "router/rows_LE" in stats:
+        rows_LE = stats["router/rows_LE"]
+        maps["load"] = (rows_LE / rows_LE.mean(-1, keepdim=True)).numpy()
+    for site in ("expert_input", "expert_hidden"):
+        if f"sparsity/{site}/rows_LE" in stats:
+            maps |= _site_maps(stats, site)
+    return maps
+
+
+def scale_of(name: str, num_experts: int) -> Scale:
+    """The scale of the map ``name``, the same in every step."""
+    if name == "load":
+        return Scale(0.0, min(4.0, float(num_experts)), "RdBu_r", "Rows of an expert over the layer's mean")
+    site, quantity = name.split("/")
+    where = site.replace("_", " ")
+    if quantity == "kept_energy":
+        return Scale(0.5, 1.0, "viridis", f"Energy kept at {where}")
+    if quantity == "zeros":
+        return Scale(0.0, 1.0, "magma", f"Share of zeros at {where}")
+    return Scale(0.0, 1.0, "cividis_r", f"Share of features unused in the step at {where}")
+
+
+class HeatMap:
+    """One map's figure, made once and drawn anew for every step."""
+
+    def __init__(self, scale: Scale, layers: Sequence[int], num_experts: int) -> None:
+        """``layers`` are the numbers of the layers that have experts, in order."""
+        self._figure = Figure(figsize=(2.2 + 0.42 * max(num_experts, 8), 1.6 + 0.36 * len(layers)), dpi=100)
+        self._canvas = FigureCanvasAgg(self._figure)
+        axes = self._figure.add_subplot()
+        colours = _colour_map(scale.colours)
+        empty = np.full((len(layers), num_experts), np.nan)
+        self._image = axes.imshow(empty, cmap=colours, vmin=scale.low, vmax=scale.high, aspect="auto")
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer")
+        step = -(-num_experts // 32)
+        axes.set_xticks(range(0, num_experts, step), [str(e) for e in range(0, num_experts, step)])
+        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+        self._title = axes.set_title("")
+        self._name = scale.title
+        self._middle = (scale.low + scale.high) / 2
+        self._figure.colorbar(self._image, ax=axes)
+        self._labels = [
+            [axes.text(e, row, "", ha="center", va="center", fontsize=7) for e in range(num_experts)]
+            for row in range(len(layers) if empty.size <= _MOST_LABELLED else 0)
+        ]
+        self._figure.tight_layout()
+
+    def draw(self, values_LE: np.ndarray, step: int) -> Pixels:
+        """The picture of one step, ``(height, width, 3)`` bytes."""
+        self._image.set_data(np.ma.masked_invalid(values_LE))
+        self._title.set_text(f"{self._name}, step {step}")
+        for row, labels in enumerate(self._labels):
+            for expert, label in enumerate(labels):
+                value = values_LE[row, expert]
+                label.set_text("" if np.isnan(value) else f"{value:.2f}")
+                label.set_color(_readable(self._image.cmap(self._image.norm(value))))
+        self._canvas.draw()
+        return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
+
+
+def _site_maps(stats: Stats, site: str) -> dict[str, np.ndarray]:
+    sums = {name: stats[f"sparsity/{site}/{name}_LE"] for name in SITE_FIELDS}
+    used_LED = stats[f"sparsity/{site}/used_LED"]
+    features_LE = sums["rows"] * used_LED.shape[-1]
+    seen_LE = sums["rows"] > 0
+    unused_LE = (~used_LED).double().mean(-1).masked_fill(~seen_LE, float("nan"))
+    return {
+        f"{site}/kept_energy": (sums["kept_energy"] / sums["energy"]).numpy(),
+        f"{site}/zeros": (1 - sums["nonzero"] / features_LE).numpy(),
+        f"{site}/unused_features": unused_LE.numpy(),
+    }
+
+
+def _colour_map(name: str) -> Colormap:
+    return colormaps[name].with_extremes(bad=_MISSING)
+
+
+def _readable(background: Any) -> str:
+    """Black or white, whichever stands out: by the luminance of ITU-R BT.601."""
+    red, green, blue = background[:3]
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"

@@ -1,0 +1,47 @@
+"""Histograms of a run's router probabilities and thresholds. L layers, H bins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import layers_with_site, model_sites, moe_layers
+from qsparse_moe.sparsity.log_counts import MAGNITUDES, PROBABILITIES, LogBins
+from qsparse_moe.sparsity.stats import Stats
+
+
+def histograms(stats: Stats, model: ModelConfig) -> Iterator[tuple[str, Tensor, Sequence[int], LogBins]]:
+    """The histograms of one logged step: name, counts ``(L, H)``, the numbers of the L layers, and their H bins."""
+    if "router/probability_counts_LH" in stats:
+        yield "router/log2_probability", stats["router/probability_counts_LH"], moe_layers(model), PROBABILITIES
+    for site in model_sites(model):
+        counts_LH = stats.get(f"sparsity/{site}/smallest_counts_LH")
+        if counts_LH is not None:
+            yield f"sparsity/{site}/log2_threshold", counts_LH, layers_with_site(model, site), MAGNITUDES
+
+
+def add_histogram(writer: SummaryWriter, tag: str, counts_H: Tensor, bins: LogBins, step: int) -> None:
+    """Bins without a value at both ends are left out, or TensorBoard would draw the range that they span."""
+    counts = counts_H.numpy()
+    edges = np.asarray(bins.edges)
+    filled = np.flatnonzero(counts)
+    if not len(filled):
+        return
+    part = slice(filled[0], filled[-1] + 1)
+    counts, lower, upper = counts[part], edges[:-1][part], edges[1:][part]
+    middle = (lower + upper) / 2
+    writer.add_histogram_raw(
+        tag,
+        min=lower[0],
+        max=upper[-1],
+        num=counts.sum(),
+        sum=(counts * middle).sum(),
+        sum_squares=(counts * middle**2).sum(),
+        bucket_limits=upper.tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )

@@ -1,0 +1,36 @@
+"""How many values lie in each of some fixed bins of their logarithm: sums like all other statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LogBins(NamedTuple):
+    """H bins of equal width from ``low`` to ``high`` in log2; what lies beyond counts in the first or the last."""
+
+    low: int
+    high: int
+    per_octave: int
+
+    @property
+    def number(self) -> int:
+        """H."""
+        return (self.high - self.low) * self.per_octave
+
+    @property
+    def edges(self) -> list[float]:
+        """The H + 1 edges in log2."""
+        return [self.low + index / self.per_octave for index in range(self.number + 1)]
+
+
+PROBABILITIES = LogBins(-20, 0, 2)
+MAGNITUDES = LogBins(-24, 8, 2)
+
+
+def log_counts(values: Tensor, bins: LogBins) -> Tensor:
+    """``(H,)`` float64 counts of ``values`` (any shape, none negative; 0 counts in the first bin). Nothing waits."""
+    logs = values.detach().double().log2().clamp(bins.low, bins.high)
+    return torch.histc(logs, bins=bins.number, min=bins.low, max=bins.high)

@@ -1,0 +1,62 @@
+"""Cost of a run with the zeros that its steps measured, summed up and resumed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from qsparse_moe.accounting.densities import planned_densities
+from qsparse_moe.accounting.flops import training_flops
+from qsparse_moe.accounting.parameters import count_parameters
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.metrics.efficiency import Efficiency
+from qsparse_moe.metrics.names import is_listed
+from tests.metrics.reports import make_context, make_report
+
+CONFIG = RunConfig.model_validate({"model": {"sparsity": {"default": 0.5}}, "training": {"precision": "bf16"}})
+MODEL, LENGTH = CONFIG.model, CONFIG.data.sequence_length
+
+
+def zeros(share):
+    return {f"sparsity/{site}/zeros/layer_{layer}": share for layer, site in planned_densities(MODEL)}
+
+
+def test_a_step_counts_with_the_zeros_that_it_measured(tmp_path):
+    found = Efficiency(make_context(tmp_path, CONFIG))(make_report(10), zeros(0.5))
+    planned = training_flops(MODEL, LENGTH)
+    assert found["efficiency/kept_parameters"] == count_parameters(MODEL).kept
+    assert found["efficiency/training_flops_per_token"] == planned.routed
+    assert found["efficiency/kept_training_flops_per_token"] == pytest.approx(planned.kept)
+    assert found["efficiency/total_training_flops"] == planned.routed * 5120
+    assert found["efficiency/weight_bytes_1"] == pytest.approx(2 * count_parameters(MODEL).kept)
+    assert found["efficiency/weight_bytes_1"] < found["efficiency/weight_bytes_16"]
+    assert all(map(is_listed, found))
+
+
+def test_without_measured_zeros_what_depends_on_them_is_absent(tmp_path):
+    found = Efficiency(make_context(tmp_path, CONFIG))(make_report(10), {})
+    assert set(found) == {
+        "efficiency/active_parameters", "efficiency/training_flops_per_token", "efficiency/total_training_flops",
+    }  # fmt: skip
+
+
+def test_the_sum_over_steps_is_the_same_after_a_resume(tmp_path):
+    shares, total = [0.5, 0.75, 0.25], "efficiency/total_kept_training_flops"
+    whole = Efficiency(make_context(tmp_path, CONFIG))
+    rows = [whole(make_report(10 * (i + 1)), zeros(share)) for i, share in enumerate(shares)]
+    resumed = Efficiency(make_context(tmp_path, CONFIG, start_step=20), rows[1])
+    assert resumed(make_report(30), zeros(0.25))[total] == pytest.approx(rows[2][total])
+    by_hand = sum(5120 * row["efficiency/kept_training_flops_per_token"] for row in rows)
+    assert rows[2][total] == pytest.approx(by_hand)
+
+
+def test_utilisation_needs_a_known_peak(tmp_path):
+    name = "throughput/model_flops_utilisation"
+    on_gpu = replace(make_context(tmp_path, CONFIG), device_name="NVIDIA H200", world_size=2)
+    found = Efficiency(on_gpu)(make_report(10), {})
+    assert found[name] == pytest.approx(training_flops(MODEL, LENGTH).routed * 2048 / (2 * 989e12))
+    given = CONFIG.model_copy(update={"metrics": CONFIG.metrics.model_copy(update={"peak_tflops": 0.1})})
+    assert Efficiency(make_context(tmp_path, given))(make_report(10), {})[name] == pytest.approx(
+        training_flops(MODEL, LENGTH).routed * 2048 / 1e11
+    )

@@ -1,0 +1,56 @@
+"""Heat maps: their values by hand, a scale that stays, pictures that differ where the values do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qsparse_moe.metrics.heatmaps import HeatMap, Scale, heat_maps, scale_of
+from qsparse_moe.sparsity.stats import SITE_FIELDS
+
+
+def stats():
+    made = {"router/rows_LE": torch.tensor([[6.0, 2.0], [4.0, 0.0]], dtype=torch.float64)}
+    fields = dict.fromkeys(SITE_FIELDS, torch.zeros(2, 2, dtype=torch.float64))
+    fields |= {"rows": made["router/rows_LE"], "nonzero": torch.tensor([[6.0, 4.0], [8.0, 0.0]], dtype=torch.float64)}
+    fields |= {"energy": torch.tensor([[2.0, 4.0], [1.0, 0.0]]), "kept_energy": torch.tensor([[1.0, 3.0], [1.0, 0.0]])}
+    made |= {f"sparsity/expert_hidden/{name}_LE": value for name, value in fields.items()}
+    used = torch.tensor([[[True, False], [True, True]], [[True, True], [False, False]]])
+    return made | {"sparsity/expert_hidden/used_LED": used}
+
+
+def test_values_by_hand_and_nothing_where_an_expert_had_no_row():
+    maps = heat_maps(stats())
+    nan = np.nan
+    expected = {
+        "load": [[1.5, 0.5], [2.0, 0.0]],
+        "expert_hidden/kept_energy": [[0.5, 0.75], [1.0, nan]],
+        "expert_hidden/zeros": [[0.5, 0.0], [0.0, nan]],
+        "expert_hidden/unused_features": [[0.5, 0.0], [0.0, nan]],
+    }
+    assert maps.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(maps[name], values)
+
+
+@pytest.mark.parametrize(
+    "name", ["load", "expert_input/kept_energy", "expert_hidden/zeros", "expert_hidden/unused_features"]
+)
+def test_a_value_has_one_colour_in_every_step(name):
+    heat_map = HeatMap(scale_of(name, 4), [1, 2], 4)
+    values = np.linspace(0.5, 1.0, 8).reshape(2, 4)
+    first = heat_map.draw(values, 7)
+    assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3
+    changed = values.copy()
+    changed[1, 3] = np.nan
+    second = heat_map.draw(changed, 7)
+    assert second.shape == first.shape
+    different = (first != second).any(-1)
+    assert 0 < different.mean() < 0.2  # one cell of eight, and no other
+    assert np.array_equal(heat_map.draw(values, 7), first)
+
+
+def test_many_experts_are_drawn_without_numbers_in_the_cells():
+    picture = HeatMap(Scale(0, 4, "viridis", "load"), list(range(3)), 128).draw(np.ones((3, 128)), 1)
+    assert picture.shape[1] > 2000

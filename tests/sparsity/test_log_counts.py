@@ -1,0 +1,26 @@
+"""Counts in bins of the logarithm: by hand, at the edges, and the same however the values are cut."""
+
+import torch
+
+from qsparse_moe.sparsity.log_counts import MAGNITUDES, LogBins, log_counts
+
+BINS = LogBins(-2, 1, 2)
+
+
+def test_values_are_counted_between_the_edges_that_are_told():
+    assert BINS.edges == [-2, -1.5, -1, -0.5, 0, 0.5, 1]
+    values = torch.tensor([[0.26, 0.3], [0.5, 1.0], [1.5, 1.9]])
+    assert log_counts(values, BINS).tolist() == [2, 0, 1, 0, 1, 2]
+
+
+def test_what_lies_beyond_counts_at_the_end_and_zero_at_the_beginning():
+    assert log_counts(torch.tensor([0.0, 1e-30, 2.0, 1e30]), BINS).tolist() == [2, 0, 0, 0, 0, 2]
+    assert log_counts(torch.empty(0), BINS).tolist() == [0] * BINS.number
+
+
+def test_parts_add_up_to_the_whole_in_every_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        values = torch.randn(1000).abs().to(dtype)
+        parts = sum(log_counts(part, MAGNITUDES) for part in values.split(77))
+        whole = log_counts(values, MAGNITUDES)
+        assert torch.equal(parts, whole) and whole.sum() == 1000

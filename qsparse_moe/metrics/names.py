@@ -25,8 +25,8 @@ class Metric:
     layers: Literal["none", "file", "chart"] = "none"
     """Where its values by layer go: nowhere, to metrics.jsonl, or to TensorBoard as well. Few are charted by layer, so
     that a deep model stays below a thousand tags."""
-    kind: Literal["scalar", "histogram", "image"] = "scalar"
-    """Histograms, by layer, and images are in TensorBoard alone."""
+    kind: Literal["scalar", "curve", "histogram", "image"] = "scalar"
+    """All but scalars are in TensorBoard alone: curves whose step is a cost, histograms by layer, images."""
 
 
 METRICS = (
@@ -210,6 +210,18 @@ METRICS = (
         "Of weights that generating one token reads, by routing and the zeros of this step.",
     ),
     Metric("efficiency/weight_bytes_16", "bytes", "The same for 16 independent tokens at once: their union."),
+    Metric(
+        "cost/lm_loss_by_executed_gflops",
+        "nats a token",
+        "train/lm_loss over efficiency/total_training_flops, in GFLOPs, in the place of the step.",
+        kind="curve",
+    ),
+    Metric(
+        "cost/lm_loss_by_kept_gflops",
+        "nats a token",
+        "train/lm_loss over efficiency/total_kept_training_flops, in GFLOPs, in the place of the step.",
+        kind="curve",
+    ),
     Metric(
         "router/log2_probability",
         "log2 of 1",

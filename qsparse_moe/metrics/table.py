@@ -10,7 +10,11 @@ from qsparse_moe.metrics.names import METRICS, Metric
 BEGIN = "<!-- metrics: made by python -m qsparse_moe.metrics.table -->"
 END = "<!-- end of metrics -->"
 _LAYERS = {"none": "", "file": "`metrics.jsonl`", "chart": "`metrics.jsonl`, TensorBoard"}
-_PICTURES = {"histogram": "TensorBoard, *Histograms*", "image": "TensorBoard, *Images*"}
+_ELSEWHERE = {
+    "curve": "no; TensorBoard alone",
+    "histogram": "TensorBoard, *Histograms*",
+    "image": "TensorBoard, *Images*",
+}
 
 
 def metrics_markdown() -> str:
@@ -21,7 +25,7 @@ def metrics_markdown() -> str:
 
 
 def _by_layer_in(metric: Metric) -> str:
-    return _PICTURES.get(metric.kind, _LAYERS[metric.layers])
+    return _ELSEWHERE.get(metric.kind, _LAYERS[metric.layers])
 
 
 def with_table(text: str) -> str:

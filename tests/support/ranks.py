@@ -54,7 +54,7 @@ class Listener:
         self.context = {"start_step": context.start_step, "world_size": context.world_size}
 
     def __call__(self, report: StepReport) -> None:
-        numbers = {key: value for key, value in asdict(report).items() if key not in {"stats", "memory"}}
+        numbers = {key: value for key, value in asdict(report).items() if key not in {"stats", "memory", "phase_seconds"}}
         if report.router_bias_LE is not None:
             numbers["router_bias_LE"] = report.router_bias_LE.tolist()
         self.reports.append(numbers | {"stats": {name: value.tolist() for name, value in report.stats.items()}})

@@ -20,6 +20,7 @@ def chart_layout(config: RunConfig) -> Layout:
         "Is the router sure?": {
             "Entropy of the choice, nats": _lines("router/choice_entropy"),
             "Weight of the first expert": _lines("router/first_weight"),
+            "Choices that stand since the evaluation before": _lines("router/choice_agreement"),
             "z-loss": _lines("train/router_z_loss"),
         },
         "What does sparsity cost?": _sparsity_charts(config.model),

@@ -30,6 +30,8 @@ def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None
     by_layer = layer_ratios(report.stats)
     if report.router_bias_LE is not None:
         by_layer["router/bias_range"] = report.router_bias_LE.amax(-1) - report.router_bias_LE.amin(-1)
+    if report.choice_agreement_L is not None:
+        by_layer["router/choice_agreement"] = report.choice_agreement_L
     if window is not None:
         by_layer |= window.see(report.stats)
     for name, values_L in by_layer.items():

@@ -132,6 +132,13 @@ METRICS = (
         layers="file",
     ),
     Metric(
+        "router/choice_agreement",
+        "1",
+        "Share of the experts that the tokens of the validation rows chose in this evaluation and in the one before; "
+        "A/E by chance; absent in a process's first evaluation.",
+        layers="file",
+    ),
+    Metric(
         "router/bias_range",
         "1",
         "Largest less smallest of the biases that balance the load, after the step; absent where there are none.",

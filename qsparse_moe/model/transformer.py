@@ -94,15 +94,16 @@ class Transformer(nn.Module):
     @property
     def router_bias_LE(self) -> Tensor | None:
         """The biases that balance the load, of every MoE layer; None without them."""
-        biases = [router.expert_bias for router in self._routers() if router.expert_bias is not None]
+        biases = [router.expert_bias for router in self.routers() if router.expert_bias is not None]
         return torch.stack(biases) if biases else None
 
     def update_router_bias(self, rows_LE: Tensor, rate: float) -> None:
         """Move the biases once; see ``Router.update_bias``. To be called once a step, with the rows of all ranks."""
-        for router, rows_E in zip(self._routers(), rows_LE, strict=True):
+        for router, rows_E in zip(self.routers(), rows_LE, strict=True):
             router.update_bias(rows_E, rate)
 
-    def _routers(self) -> list[Router]:
+    def routers(self) -> list[Router]:
+        """Those of the MoE layers, in order."""
         return [block.moe.router for block in self.blocks() if block.moe is not None]
 
     def blocks(self) -> Iterator[Block]:

@@ -60,6 +60,8 @@ class Evaluator:
             world_size=distributed.world_size,
         )
         self._num_bytes = evaluation_num_bytes(data, num_rows)
+        self.counts_T = torch.cat([batch.labels_BS.flatten() for batch in self._batches]) != IGNORED_LABEL
+        """bool, of every token of this rank, in order: whether its label counts."""
 
     def __call__(self, forward: Forward) -> dict[str, float]:
         """``loss`` (nats a label), ``perplexity`` and ``bits_per_byte`` over the rows of all ranks.

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from signal import Signals
 
+from torch import Tensor
+
 from qsparse_moe.config.rules import check_config, check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
@@ -16,6 +18,7 @@ from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 from qsparse_moe.training.checkpoint import Progress, list_checkpoints, save_checkpoint
+from qsparse_moe.training.choices import ChoiceMemory
 from qsparse_moe.training.dead_experts import DeadExpertWatch
 from qsparse_moe.training.distributed import open_distributed
 from qsparse_moe.training.guard import NonFiniteGuard
@@ -91,6 +94,8 @@ class _Loop:
         self._progress = run.start
         self._reported = run.start
         self._validation: dict[str, float] | None = None
+        self._choices = ChoiceMemory(run.engine.model.routers(), run.distributed)
+        self._choice_agreement_L: Tensor | None = None
 
     def run(self) -> TrainingResult:
         """Take the steps that are left."""
@@ -100,7 +105,7 @@ class _Loop:
             outcome = self._step(step)
             done = step + 1
             stopped_by = outcome.stop if done < self._training.steps else 0
-            self._validation = None
+            self._validation, self._choice_agreement_L = None, None
             if not stopped_by and self._is_due(self._training.evaluation_interval, done):
                 self._validation = self._evaluate()
             if outcome.losses is not None:
@@ -170,7 +175,10 @@ class _Loop:
         self._set_sparsity(max(0, self._progress.step - 1))
         engine.model.eval()
         try:
-            return self._run.evaluator(forward)
+            with self._choices.watch() as seen:
+                validation = self._run.evaluator(forward)
+            self._choice_agreement_L = self._choices.compare(seen, self._run.evaluator.counts_T)
+            return validation
         finally:
             engine.model.train()
 
@@ -206,6 +214,7 @@ class _Loop:
             tokens_per_second=(now.tokens - last.tokens) / (now.seconds - last.seconds),
             memory=memory_in_use(self._run.distributed.device),
             validation=self._validation,
+            choice_agreement_L=self._choice_agreement_L,
             phase_seconds=dict(self._clock.seconds),
             loss_scale=outcome.loss_scale,
             skipped_steps=None if scaler is None else scaler.skipped_steps,

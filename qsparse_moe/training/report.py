@@ -67,6 +67,9 @@ class StepReport:
     """Bytes of rank 0 by name: ``resident``, ``peak_resident``, and on CUDA ``allocated``, ``peak_allocated``."""
     validation: dict[str, float] | None
     """``loss``, ``perplexity``, ``bits_per_byte`` where an evaluation followed this step."""
+    choice_agreement_L: Tensor | None = None
+    """Share of the experts that the tokens of the evaluation which followed this step chose in the one before too;
+    None without an evaluation, and in the first one of a process."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Of this step on rank 0, by part: ``data``, ``forward``, ``backward``, ``update``."""
     loss_scale: float | None = None

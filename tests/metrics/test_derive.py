@@ -178,7 +178,8 @@ def test_model_feeds_every_router_and_sparsity_metric(output):
     bias_LE = torch.tensor([[0.0, 0.25, -0.5, 0.0], [0.0, 0.0, 0.125, 0.0]])
     window = Window(length=1)
     for _ in range(2):  # a drift needs a step before
-        metrics = derive_metrics(make_report(stats=output.stats, router_bias_LE=bias_LE), MODEL, window)
+        report = make_report(stats=output.stats, router_bias_LE=bias_LE, choice_agreement_L=torch.tensor([0.5, 1.0]))
+        metrics = derive_metrics(report, MODEL, window)
     assert [metrics[f"router/bias_range{layer}"] for layer in ("", "/layer_1", "/layer_2")] == [0.4375, 0.75, 0.125]
     listed = {
         metric.name

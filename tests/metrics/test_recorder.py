@@ -109,7 +109,16 @@ def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path, capac
     recorder.begin(make_context(tmp_path, config))
     stats = random_stats(config.model)
     for step in range(1, 12):  # what a window of ten steps says comes with the tenth
-        recorder(make_report(step, memory=memory, stats=stats, router_bias_LE=BIAS_LE, validation=VALIDATION))
+        recorder(
+            make_report(
+                step,
+                memory=memory,
+                stats=stats,
+                router_bias_LE=BIAS_LE,
+                validation=VALIDATION,
+                choice_agreement_L=torch.tensor([0.5, 1.0]),
+            )
+        )
     tags = read_board(tmp_path).Tags()["scalars"]
     patterns = [pattern for chart in charts(tmp_path).values() for pattern in chart]
     for pattern in patterns:

@@ -48,13 +48,18 @@ class Listener:
     def __init__(self, stop_after: int | None) -> None:
         self.reports: list[dict[str, Any]] = []
         self.context: dict[str, Any] = {}
+        self.agreement: list[float] | None = None
         self._stop_after = stop_after
 
     def begin(self, context: Any) -> None:
         self.context = {"start_step": context.start_step, "world_size": context.world_size}
 
     def __call__(self, report: StepReport) -> None:
-        numbers = {key: value for key, value in asdict(report).items() if key not in {"stats", "memory", "phase_seconds"}}
+        # The time of parts is another in every run; a process's first evaluation has none before it to agree with.
+        left_out = {"stats", "memory", "phase_seconds", "choice_agreement_L"}
+        numbers = {key: value for key, value in asdict(report).items() if key not in left_out}
+        if report.choice_agreement_L is not None:
+            self.agreement = report.choice_agreement_L.tolist()
         if report.router_bias_LE is not None:
             numbers["router_bias_LE"] = report.router_bias_LE.tolist()
         self.reports.append(numbers | {"stats": {name: value.tolist() for name, value in report.stats.items()}})
@@ -141,7 +146,7 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
         outcome["result"] = {"step": result.step, "stopped_by": result.stopped_by, "validation": result.validation}
     except Exception as error:  # handed to the test, which knows what it expects
         outcome |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-    return outcome | {"reports": listener.reports, "context": listener.context}
+    return outcome | {"reports": listener.reports, "context": listener.context, "agreement": listener.agreement}
 
 
 def calibrated(label: str, *, run_dir: str, num_rows: int, max_values: int) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""Agreement of the experts that tokens choose in two evaluations."""
+
+import pytest
+import torch
+
+from qsparse_moe.config.schema import ModelConfig, MoEConfig
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.training.choices import ChoiceMemory, num_common
+from qsparse_moe.training.distributed import Distributed
+
+ALONE = Distributed(0, 1, 0, torch.device("cpu"))
+MODEL = ModelConfig(num_layers=3, hidden_size=16, num_heads=2, vocab_size=32, moe=MoEConfig(num_dense_layers=1))
+
+
+def test_choices_count_whatever_their_order():
+    one = torch.tensor([[0, 1], [2, 3], [4, 5]])
+    other = torch.tensor([[1, 0], [3, 7], [6, 7]])
+    assert num_common(one, other) == 3
+
+
+def test_share_is_that_of_the_tokens_that_count():
+    memory = ChoiceMemory([], ALONE)
+    counts_T = torch.tensor([True, True, False])
+    first = [[torch.tensor([[0, 1]]), torch.tensor([[2, 3], [4, 5]])]]
+    second = [[torch.tensor([[0, 1]]), torch.tensor([[3, 6], [7, 0]])]]
+    assert memory.compare(first, counts_T) is None
+    assert memory.compare(second, counts_T).tolist() == [0.75]
+    assert memory.compare(second, counts_T).tolist() == [1.0]
+
+
+def test_every_router_is_watched_and_left_alone_afterwards():
+    model, tokens_BS = build_model(MODEL, seed=0).eval(), torch.randint(0, 32, (2, 8))
+    memory = ChoiceMemory(model.routers(), ALONE)
+    for expected in (None, [1.0, 1.0]):
+        with memory.watch() as seen:
+            model(tokens_BS[:1])
+            model(tokens_BS[1:])
+        found = memory.compare(seen, torch.ones(16, dtype=torch.bool))
+        assert (found if found is None else found.tolist()) == expected
+    assert [choices.shape for choices in seen[0]] == [(8, 2), (8, 2)]
+    with pytest.raises(RuntimeError), memory.watch():
+        raise RuntimeError
+    assert all(router.observer is None for router in model.routers())
+    torch.nn.init.normal_(model.routers()[0].weight)
+    with memory.watch() as seen:
+        model(tokens_BS)
+    agreement_L = memory.compare(seen, torch.ones(16, dtype=torch.bool))
+    assert 0 <= agreement_L[0] < 1
+
+
+def test_model_without_experts_has_none():
+    model = build_model(MODEL.model_copy(update={"moe": MoEConfig(num_dense_layers=3)}))
+    memory = ChoiceMemory(model.routers(), ALONE)
+    for _ in range(2):
+        with memory.watch() as seen:
+            model(torch.zeros(1, 4, dtype=torch.long))
+        assert memory.compare(seen, torch.ones(4, dtype=torch.bool)) is None

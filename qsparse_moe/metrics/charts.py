@@ -41,7 +41,7 @@ def chart_layout(config: RunConfig) -> Layout:
             "Tokens a second": _lines("throughput/tokens_per_second"),
             "Seconds a step": _lines("throughput/step_seconds"),
             "Seconds of the parts of a step": _lines(
-                *(f"throughput/{part}_seconds" for part in ("data", "forward", "backward", "update"))
+                *(f"throughput/{part}_seconds" for part in ("data", "forward", "backward", "update", "communication"))
             ),
             "Memory, bytes": _lines(*(metric.name for metric in METRICS if metric.name.startswith("memory/"))),
         },

@@ -82,6 +82,12 @@ METRICS = (
         "Of this step, rank 0: clipping and optimizer, and what the engine reduces and gathers around them.",
     ),
     Metric(
+        "throughput/communication_seconds",
+        "seconds",
+        "Of this step, rank 0: held up by collectives, those of the step's report included; lies within the parts "
+        "above or beside them. Absent on CUDA, where only a profile shows it.",
+    ),
+    Metric(
         "throughput/model_flops_utilisation",
         "1",
         "Operations that training takes with routing (efficiency/training_flops_per_token) a second, over the peak of "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -12,6 +13,7 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
+from qsparse_moe.training.collectives import Place
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.loss_scale import LossScaler
 from qsparse_moe.training.offload import check_offload
@@ -32,6 +34,8 @@ class Engine(Protocol):
     distributed: Distributed
     num_micro_batches: int
     """That a rank sends through in one step."""
+    kept_collectives: Sequence[Place]
+    """Where a library keeps functions of torch.distributed under other names, for whoever measures them."""
     loss_scaler: LossScaler | None
     """Multiplies the loss in fp16; None in another precision."""
 

@@ -7,13 +7,14 @@ import logging
 import math
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -30,6 +31,7 @@ from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.moe.expert_group import expert_group, gather_shares, own_share
 from qsparse_moe.moe.losses import StepLoad
+from qsparse_moe.training.collectives import Place
 from qsparse_moe.training.deepspeed_experts import spread_experts
 from qsparse_moe.training.distributed import Distributed, environment
 from qsparse_moe.training.ds_config import deepspeed_config
@@ -62,6 +64,8 @@ class DeepSpeedEngine:
         self._adam = build_adamw(model.parameters(), config.training)
         with _tamed(), _fp16_on_any_cpu(), spread_experts(model, self._adam, model.runtime.expert_group):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
+        names = ("all_gather_function", "reduce_scatter_function")
+        self.kept_collectives: Sequence[Place] = [(comm.cdb, name) for name in names]
         self._parameters = dict(model.named_parameters())
         if self.stage == 0:
             accumulate_in_fp32(self._parameters.values())

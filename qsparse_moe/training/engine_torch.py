@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Probe, Transformer
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, gather_shares, own_share, whole_shape
 from qsparse_moe.moe.losses import StepLoad
+from qsparse_moe.training.collectives import Place
 from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import COMPUTE_DTYPES, StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.loss_scale import build_loss_scaler
@@ -30,6 +31,7 @@ class TorchEngine:
     """
 
     name = "torch"
+    kept_collectives: Sequence[Place] = ()
 
     def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
         self.distributed = distributed

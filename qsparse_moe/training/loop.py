@@ -126,17 +126,18 @@ class _Loop:
         with self._clock.part("data"):
             batches = self._run.loader.batches(step)
         try:
-            outcome = train_step(
-                self._run.engine,
-                batches,
-                step=step + 1,
-                learning_rate=learning_rate(self._training, step),
-                guard=self._guard,
-                report=self._is_reported(step + 1),
-                layer_gradients=self._run.config.metrics.layer_gradients,
-                stop=self._signals.received,
-                clock=self._clock,
-            )
+            with self._clock.collectives(self._run.engine.kept_collectives):
+                outcome = train_step(
+                    self._run.engine,
+                    batches,
+                    step=step + 1,
+                    learning_rate=learning_rate(self._training, step),
+                    guard=self._guard,
+                    report=self._is_reported(step + 1),
+                    layer_gradients=self._run.config.metrics.layer_gradients,
+                    stop=self._signals.received,
+                    clock=self._clock,
+                )
         except TrainingDiverged as error:
             kept = list_checkpoints(self._run.folder)
             raise TrainingDiverged(f"{error}: {kept[-1] if kept else 'there is none yet'}") from None

@@ -1,12 +1,15 @@
-"""Where the time of a step goes: waiting for data, forward, backward, update."""
+"""Where the time of a step goes: waiting for data, forward, backward, update, and within them the collectives."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+
+from qsparse_moe.training.collectives import Place, timed_collectives
 
 
 class PhaseClock:
@@ -35,7 +38,23 @@ class PhaseClock:
             return
         before = self._now()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - before
+        self._add(name, self._now() - before)
+
+    @contextlib.contextmanager
+    def collectives(self, kept_elsewhere: Iterable[Place] = ()) -> Iterator[None]:
+        """Add the time of the collectives inside to ``communication``, which lies within the other parts.
+
+        ``kept_elsewhere`` as in ``timed_collectives``. On CUDA nothing is measured.
+        """
+        if not self._measures or self._device.type == "cuda":
+            yield
+            return
+        self.seconds["communication"] = 0.0
+        with timed_collectives(functools.partial(self._add, "communication"), kept_elsewhere):
+            yield
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _now(self) -> float:
         if self._device.type == "cuda":

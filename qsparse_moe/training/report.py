@@ -71,7 +71,8 @@ class StepReport:
     """Share of the experts that the tokens of the evaluation which followed this step chose in the one before too;
     None without an evaluation, and in the first one of a process."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Of this step on rank 0, by part: ``data``, ``forward``, ``backward``, ``update``."""
+    """Of this step on rank 0, by part: ``data``, ``forward``, ``backward``, ``update``; and ``communication``,
+    which lies within these, but on CUDA."""
     loss_scale: float | None = None
     """That this step's loss was multiplied by, in fp16."""
     skipped_steps: int | None = None

@@ -32,7 +32,7 @@ def make_report(step: int = 10, **changes: Any) -> StepReport:
         "tokens_per_second": 2048.0,
         "memory": {"resident": 1e9, "peak_resident": 2e9},
         "validation": None,
-        "phase_seconds": {"data": 0.01, "forward": 0.08, "backward": 0.12, "update": 0.03},
+        "phase_seconds": {"data": 0.01, "forward": 0.08, "backward": 0.12, "update": 0.03, "communication": 0.02},
     }
     return StepReport(**(values | changes))
 

@@ -1,0 +1,62 @@
+"""Time in collectives: every call and every wait counts, and nothing is left exchanged afterwards."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from qsparse_moe.training.collectives import CALLS, timed_collectives
+from qsparse_moe.training.phases import PhaseClock
+
+
+class Work:
+    def wait(self):
+        time.sleep(0.02)
+        return True
+
+    def is_completed(self):
+        return False
+
+
+def slow_call(tensor, async_op=False):
+    time.sleep(0.01)
+    return Work() if async_op else None
+
+
+def test_calls_and_waits_are_counted_wherever_the_function_is_kept(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", slow_call)
+    elsewhere = SimpleNamespace(gather=slow_call, nothing=None)
+    seconds = []
+    with timed_collectives(seconds.append, [(elsewhere, "gather"), (elsewhere, "nothing")]):
+        assert dist.all_reduce(torch.zeros(1)) is None
+        work = elsewhere.gather(torch.zeros(1), async_op=True)
+        assert not work.is_completed() and len(seconds) == 2
+        assert work.wait() is True
+    assert len(seconds) == 3 and seconds[0] >= 0.01 and seconds[1] >= 0.01 and seconds[2] >= 0.02
+    assert dist.all_reduce is slow_call and elsewhere.gather is slow_call
+
+
+def test_functions_are_back_after_an_error_too():
+    before = {name: getattr(dist, name) for name in CALLS if hasattr(dist, name)}
+    with pytest.raises(RuntimeError), timed_collectives(lambda seconds: None):
+        assert dist.all_reduce is not before["all_reduce"]
+        raise RuntimeError
+    assert {name: getattr(dist, name) for name in before} == before
+
+
+def test_clock_adds_them_in_steps_that_are_reported_and_not_on_cuda(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", slow_call)
+    clock = PhaseClock(torch.device("cpu"))
+    for measures, expected in ((True, True), (False, False)):
+        clock.begin(measures=measures)
+        with clock.collectives(), clock.part("update"):
+            dist.all_reduce(torch.zeros(1))
+        assert ("communication" in clock.seconds) == expected
+        if expected:
+            assert 0.01 <= clock.seconds["communication"] <= clock.seconds["update"]
+    on_cuda = PhaseClock(torch.device("cuda"))
+    on_cuda.begin(measures=True)
+    with on_cuda.collectives():
+        assert dist.all_reduce is slow_call

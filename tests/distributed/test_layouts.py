@@ -226,6 +226,13 @@ def test_choices_agree_between_evaluations_as_much_in_every_layout(runs: Runs):
         assert have == pytest.approx(want, abs=0.01 if precision == "fp32" else 0.1), (layout, ranks)
 
 
+def test_the_parts_of_a_step_are_timed_in_every_layout(runs: Runs):
+    for layout, ranks in EVERYWHERE:
+        seconds = runs(layout, ranks)["phase_seconds"]
+        assert seconds.keys() == {"data", "forward", "backward", "update", "communication"}
+        assert min(seconds.values()) > 0 or (ranks == 1 and seconds["communication"] == 0), (layout, ranks)
+
+
 @pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in RESUMED[ranks]])
 def test_a_run_stopped_by_sigterm_resumes_to_what_it_would_have_been_exactly(runs: Runs, layout, ranks):
     whole, stopped = runs(layout, ranks), runs(f"{layout}-stopped", ranks)

@@ -49,6 +49,7 @@ class Listener:
         self.reports: list[dict[str, Any]] = []
         self.context: dict[str, Any] = {}
         self.agreement: list[float] | None = None
+        self.phase_seconds: dict[str, float] = {}
         self._stop_after = stop_after
 
     def begin(self, context: Any) -> None:
@@ -58,6 +59,7 @@ class Listener:
         # The time of parts is another in every run; a process's first evaluation has none before it to agree with.
         left_out = {"stats", "memory", "phase_seconds", "choice_agreement_L"}
         numbers = {key: value for key, value in asdict(report).items() if key not in left_out}
+        self.phase_seconds = report.phase_seconds
         if report.choice_agreement_L is not None:
             self.agreement = report.choice_agreement_L.tolist()
         if report.router_bias_LE is not None:
@@ -146,7 +148,14 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
         outcome["result"] = {"step": result.step, "stopped_by": result.stopped_by, "validation": result.validation}
     except Exception as error:  # handed to the test, which knows what it expects
         outcome |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-    return outcome | {"reports": listener.reports, "context": listener.context, "agreement": listener.agreement}
+    return (
+        outcome
+        | {"reports": listener.reports, "context": listener.context}
+        | {
+            "agreement": listener.agreement,
+            "phase_seconds": listener.phase_seconds,
+        }
+    )
 
 
 def calibrated(label: str, *, run_dir: str, num_rows: int, max_values: int) -> dict[str, Any]:

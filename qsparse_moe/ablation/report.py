@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections import defaultdict
@@ -10,65 +9,101 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsparse_moe.ablation.grid import Grid
-from qsparse_moe.ablation.run import Outcome
+from qsparse_moe.ablation.results import RESULTS, Outcome, results_text
 
-RESULTS = "results.jsonl"
 REPORT = "report.md"
 
 
 def write_results(grid: Grid, outcomes: Sequence[Outcome], folder: Path) -> None:
     """Write ``results.jsonl`` and ``report.md``, each at once or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps({"grid": grid.name, **outcome.as_dict()}) for outcome in outcomes]
-    for name, text in ((RESULTS, "\n".join(lines)), (REPORT, markdown(grid, outcomes))):
+    for name, text in ((RESULTS, results_text(outcomes)), (REPORT, markdown(grid, outcomes) + "\n")):
         part = folder / f"{name}.part"
-        part.write_text(text + "\n", "utf-8")
+        part.write_text(text, "utf-8")
         os.replace(part, folder / name)
 
 
 def markdown(grid: Grid, outcomes: Sequence[Outcome]) -> str:
-    """What the runs came to, and below it the gradient norms by layer where a run has them."""
-    tables = [_quality(grid, outcomes)]
+    """Quality and cost by point; below them gradient norms by layer where runs have them, and the runs that broke."""
+    parts = [
+        "Validation bits a byte after the last step; mean ± standard deviation over the seeds; the distance from the "
+        "first row seed by seed.",
+        _quality(grid, outcomes),
+        "Cost, counted by routing and by what Q-Sparse keeps; parameters without embedding and head where they are "
+        "stored. Operations of training per token: executed by dense kernels, and left if every zero were skipped. MB "
+        "of weights that one step of generation needs, by its tokens. Tokens/s: measured in training, median.",
+        _cost(grid, outcomes),
+    ]
     if any(outcome.layer_grad_norms for outcome in outcomes):
-        tables.append(
+        parts.append(
             "Gradient norm by layer, of the layer's matrices and before clipping: mean over the logged steps of the "
             "second half of a run, then mean ± spread over the seeds."
         )
-        tables.append(_gradients(grid, outcomes))
-    return "\n\n".join(tables)
+        parts.append(_gradients(grid, outcomes))
+    broken = [f"- `{outcome.id}`: {_one_line(outcome.error)}" for outcome in outcomes if not outcome.finished]
+    if broken:
+        parts += [f"{len(broken)} of {len(outcomes)} runs did not come to their end:", "\n".join(broken)]
+    return "\n\n".join(parts)
+
+
+def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
+    """The outcome with the fewest bits a byte; None where none has any."""
+    measured = [outcome for outcome in outcomes if outcome.bits_per_byte is not None]
+    return min(measured, key=lambda outcome: outcome.bits_per_byte or 0.0, default=None)
 
 
 def _quality(grid: Grid, outcomes: Sequence[Outcome]) -> str:
-    """A row a variant: bits a byte by seed, mean and spread, and the distance from the first variant, seed by seed.
-
-    The spread is the standard deviation over the seeds. A run that is missing has a dash.
-    """
+    """A row a point. A run that is missing has a dash."""
     seeds = list(dict.fromkeys(outcome.seed for outcome in outcomes))
-    by_place = {(outcome.variant, outcome.seed): outcome for outcome in outcomes}
-    head = ["variant", *(f"seed {seed}" for seed in seeds), "mean ± spread", f"against {grid.variants[0]}"]
-    head += ["parameters kept", "tokens/s"]
+    bits = {(outcome.variant, outcome.seed): outcome.bits_per_byte for outcome in outcomes}
+    first = grid.variants[0]
     rows = []
-    first = [by_place[grid.variants[0], seed].bits_per_byte for seed in seeds]
     for variant in grid.variants:
-        found = [by_place[variant, seed] for seed in seeds]
-        bits = [outcome.bits_per_byte for outcome in found]
-        apart = [b - a for a, b in zip(first, bits, strict=True) if a is not None and b is not None]
-        rates = [outcome.tokens_per_second for outcome in found if outcome.tokens_per_second]
+        found = [bits.get((variant, seed)) for seed in seeds]
+        pairs = [(bits.get((first, seed)), value) for seed, value in zip(seeds, found, strict=True)]
         rows.append(
             [
                 variant,
-                *("–" if value is None else f"{value:.4f}" for value in bits),
-                _spread([value for value in bits if value is not None]),
-                _spread(apart, sign="+"),
-                f"{found[0].kept_parameters:,.0f}",
+                *("–" if value is None else f"{value:.4f}" for value in found),
+                _spread([value for value in found if value is not None]),
+                _spread([b - a for a, b in pairs if a is not None and b is not None], sign="+"),
+            ]
+        )
+    return _table(["variant", *(f"seed {seed}" for seed in seeds), "mean ± spread", f"against {first}"], rows)
+
+
+def _cost(grid: Grid, outcomes: Sequence[Outcome]) -> str:
+    by_variant: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        by_variant[outcome.variant].append(outcome)
+    rows = []
+    for variant in grid.variants:
+        found = by_variant[variant]
+        rates = [outcome.tokens_per_second for outcome in found if outcome.tokens_per_second]
+        kept, left = _mean(found, "kept_parameters"), _mean(found, "kept_training_flops_per_token")
+        rows.append(
+            [
+                variant,
+                f"{found[0].sparsity:.3g}",
+                f"{found[0].total_parameters:,}",
+                f"{found[0].active_parameters:,}",
+                f"{kept:,.0f}",
+                f"{found[0].training_flops_per_token / 1e6:.3f}",
+                f"{left / 1e6:.3f}",
+                *(f"{_mean(found, name) / 1e6:.3f}" for name in ("weight_bytes_1", "weight_bytes_16")),
                 f"{statistics.median(rates):,.0f}" if rates else "–",
             ]
         )
-    return _table(head, rows)
+    head = ["variant", "mean S", "parameters stored", "active", "kept", "MFLOP executed", "MFLOP kept"]
+    return _table([*head, "MB at 1", "MB at 16", "tokens/s"], rows)
+
+
+def _mean(outcomes: Sequence[Outcome], name: str) -> float:
+    return statistics.mean(getattr(outcome, name) for outcome in outcomes)
 
 
 def _gradients(grid: Grid, outcomes: Sequence[Outcome]) -> str:
-    """A row a variant, a column a layer. Three digits each: across the layers they may lie orders apart."""
+    """A row a point, a column a layer. Three digits each: across the layers they may lie orders apart."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for outcome in outcomes:
         for layer, norm in enumerate(outcome.layer_grad_norms or ()):
@@ -79,6 +114,10 @@ def _gradients(grid: Grid, outcomes: Sequence[Outcome]) -> str:
         for variant in grid.variants
     ]
     return _table(["variant", *(f"layer {layer}" for layer in layers)], rows)
+
+
+def _one_line(error: str | None) -> str:
+    return " ".join((error or "not started, or stopped").split())
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from qsparse_moe.ablation.grid import Grid, load_grid
 from qsparse_moe.cli.console import print_json
 
 if TYPE_CHECKING:
-    from qsparse_moe.ablation.run import Outcome
+    from qsparse_moe.ablation.results import Outcome
 
 
 def register(app: typer.Typer) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.ablation.grid import load_grid
-from qsparse_moe.ablation.report import markdown, write_results
-from qsparse_moe.ablation.run import Outcome, outcome_of, run_grid
+from qsparse_moe.ablation.outcome import outcome_of
+from qsparse_moe.ablation.run import run_grid
+from qsparse_moe.accounting.parameters import count_by_part
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.training.run_folder import run_folder
@@ -73,6 +74,95 @@ def test_a_broken_grid_file_is_refused_before_anything_runs(write, tmp_path, gri
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.yaml", "mini.yaml"]
 
 
+AXES = """
+base: base.yaml
+seeds: [0]
+axes:
+  size:
+    small: {model.hidden_size: 16, model.num_layers: 1}
+    large: {model.hidden_size: 32, model.num_layers: 2}
+  model.moe.num_experts: [2, 4]
+  model.sparsity.rescale: [none, unit]
+extra_seeds:
+  - {seeds: [1], points: [small-E4-*]}
+"""
+
+
+def test_axes_are_crossed_linked_settings_change_together_and_a_part_has_more_seeds(write, tmp_path):
+    grid = load_grid(write(AXES), output_dir=str(tmp_path))
+    assert len(grid.runs) == 8 + 2
+    assert grid.variants[0] == "small-E2-rescale-none"
+    by_id = {run.id: run for run in grid.runs}
+    large = by_id["large-E4-rescale-unit-seed0"]
+    assert (large.config.model.hidden_size, large.config.model.num_layers, large.config.model.moe.num_experts) == (
+        32,
+        2,
+        4,
+    )
+    assert large.settings == {
+        "model.hidden_size": 32,
+        "model.num_layers": 2,
+        "model.moe.num_experts": 4,
+        "model.sparsity.rescale": "unit",
+    }
+    assert [run.id for run in grid.runs if run.seed == 1] == [
+        "small-E4-rescale-none-seed1",
+        "small-E4-rescale-unit-seed1",
+    ]
+
+
+def test_ids_stay_when_entries_are_added(write, tmp_path):
+    before = {run.id: run.config for run in load_grid(write(AXES)).runs}
+    more = (
+        AXES.replace("[2, 4]", "[8, 2, 4]").replace("seeds: [0]", "seeds: [5, 0]").replace("[none,", "[preserve, none,")
+    )
+    after = {run.id: run.config for run in load_grid(write(more)).runs}
+    assert len(after) > len(before) and before == {name: after[name] for name in before}
+
+
+def test_variants_are_crossed_with_axes(write):
+    grid = load_grid(write(GRID + "axes: {model.moe.num_experts: [2, 4]}"))
+    assert grid.variants == ("dense-E2", "dense-E4", "half-E2", "half-E4")
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (
+            AXES.replace("model.moe.num_experts:", "model.moe.num_expert:"),
+            "axes.model.moe.num_expert: model.moe.num_expert is not a setting; did you mean model.moe.num_experts",
+        ),
+        (AXES.replace("model.num_layers: 2", "model.layers: 2"), r"axes.size.large: model.layers is not a setting"),
+        (AXES.replace("[2, 4]", "[]"), "axes.model.moe.num_experts is empty; give it values, or remove the axis"),
+        (AXES.replace("[2, 4]", "[2, 4, 2]"), "axes.model.moe.num_experts has the value 2 twice; keep it once"),
+        (AXES.replace("[none, unit]", "[[1], unit]"), r"has the value \[1\], which cannot stand in the name of a run"),
+        (AXES.replace("seeds: [0]", "seeds: [0, 0]"), r"seeds \(\[0, 0\]\) hold one twice"),
+        (
+            AXES.replace("model.num_layers: 1}", "model.moe.num_experts: 2}"),
+            "axes.size and axes.model.moe.num_experts both set",
+        ),
+        (AXES.replace("[small-E4-*]", "[smal-E4-*]"), r'extra_seeds name "smal-E4-\*", which is no point of the grid'),
+        (AXES.replace("size:", "size:\n    huge: {model.hidden_size: 16, model.num_layers: 1}"), "are the same run"),
+        (
+            GRID.replace("half: {model.sparsity.default: 0.5}", "half: {}"),
+            "dense-seed0 and half-seed0 are the same run",
+        ),
+    ],
+)
+def test_an_axis_that_says_nothing_or_a_thing_twice_is_refused_and_nothing_written(write, tmp_path, grid, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_grid(write(grid), output_dir=str(tmp_path / "out"))
+    assert str(tmp_path / "mini.yaml") in str(error.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base.yaml", "mini.yaml"]
+
+
+def test_two_points_of_one_name_are_refused(write):
+    axes = "axes: {one: {b-c: {model.num_layers: 2}, c: {model.num_layers: 1}}}"
+    grid = "base: base.yaml\nseeds: [0]\nvariants: {a: , a-b: {model.num_heads: 1}}\n" + axes
+    with pytest.raises(ConfigError, match="two points of the grid are named a-b-c; rename a variant or a setting"):
+        load_grid(write(grid))
+
+
 def test_runs_end_are_kept_and_a_broken_one_does_not_stop_the_others(write, tmp_path):
     broken = GRID.replace("half: {", "half: {data.cache_dir: /proc/none, ").replace("[0, 3]", "[0]")
     grid = load_grid(write(broken), output_dir=str(tmp_path / "out"))
@@ -99,44 +189,40 @@ def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
     grid = load_grid(path)
     assert len({run.seed for run in grid.runs}) >= 3
     assert len({run.config.model.model_dump_json() for run in grid.runs}) == len(grid.variants)
+    assert not any(run.config.metrics.tensorboard and run.config.metrics.interval < 10 for run in grid.runs)
 
 
-def outcome(variant, seed, bits, layers=None):
-    return Outcome(f"{variant}-seed{seed}", variant, seed, bits is not None, None, bits, 1.0, 8, 100, 50, 10.0, layers)
+def shipped(name):
+    return load_grid(next(path for path in GRIDS if path.stem == name))
 
 
-def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(write, tmp_path):
-    grid = load_grid(write())
-    outcomes = [outcome("dense", 0, 2.0), outcome("dense", 3, 3.0), outcome("half", 0, 2.5), outcome("half", 3, None)]
-    rows = markdown(grid, outcomes).splitlines()
-    assert rows[2] == "| dense | 2.0000 | 3.0000 | 2.5000 ± 0.7071 | +0.0000 ± 0.0000 | 50 | 10 |"
-    assert rows[3] == "| half | 2.5000 | – | 2.5000 | +0.5000 | 50 | 10 |"
-    write_results(grid, outcomes, tmp_path / "results")
-    lines = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [o.id for o in outcomes]
-    assert len(rows) == 4, "no run has gradient norms by layer, so there is no table of them"
+def test_the_promised_grids_are_shipped():
+    promised = {"sparsity", "experts", "joint", "sites", "estimator", "rescale", "router", "law"}
+    assert promised <= {path.stem for path in GRIDS}
+    assert len(shipped("sparsity").runs) == 12
 
 
-def test_gradient_norms_by_layer_are_a_table_of_their_own(write, tmp_path):
-    grid = load_grid(write())
-    outcomes = [
-        outcome("dense", 0, 2.0, [1.0, 2e-7, 0.5]),
-        outcome("dense", 3, 3.0, [3.0, 4e-7, 0.5]),
-        outcome("half", 0, 2.5, [0.75, 123.456]),
-        outcome("half", 3, None),
-    ]
-    quality, said, *rows = markdown(grid, outcomes).split("\n\n")
-    assert len(quality.splitlines()) == 4 and said.startswith("Gradient norm by layer")
-    assert rows[0].splitlines() == [
-        "| variant | layer 0 | layer 1 | layer 2 |",
-        "| --- | --- | --- | --- |",
-        "| dense | 2 ± 1.41 | 3e-07 ± 1.41e-07 | 0.5 ± 0 |",
-        "| half | 0.75 | 123 | – |",
-    ]
-    write_results(grid, outcomes, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["layer_grad_norms"] for line in lines] == [o.layer_grad_norms for o in outcomes]
-    assert said in (tmp_path / "report.md").read_text()
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("experts", lambda parts: parts["experts"].active), ("joint", lambda parts: parts["experts"].kept)],
+)
+def test_a_grid_at_equal_cost_has_equal_cost(name, part):
+    runs = shipped(name).runs
+    costs = {part(count_by_part(run.config.model)) for run in runs}
+    assert len(costs) == 1
+    assert len({(run.config.model.moe.num_experts, run.config.model.moe.experts_per_token) for run in runs}) >= 6
+
+
+def test_the_laws_data_set_varies_everything_that_the_law_is_of():
+    grid = shipped("law")
+    assert (len(grid.runs), len(grid.variants)) == (56, 48)
+    models = [run.config.model for run in grid.runs]
+    assert len({model.hidden_size for model in models}) == 4
+    assert len({model.moe.experts_per_token / model.moe.num_experts for model in models}) == 3
+    assert len({model.sparsity.default for model in models}) == 4
+    assert sum(run.seed > 0 for run in grid.runs) == 8
+    training = grid.runs[0].config.training
+    assert training.steps / training.evaluation_interval == 5 and training.learning_rate_schedule == "constant"
 
 
 def finished_run(run, rows):
@@ -150,13 +236,15 @@ def finished_run(run, rows):
 @pytest.mark.parametrize(("steps", "mean"), [(4, [3.5, 35.0]), (5, [4.0, 40.0])])
 def test_a_runs_gradient_norms_are_the_means_over_its_second_half(write, tmp_path, steps, mean):
     path = write(base=BASE.replace("num_layers: 1", "num_layers: 2"))
-    run = load_grid(path, [f"training.steps={steps}"], output_dir=str(tmp_path / "out")).runs[0]
+    grid = load_grid(path, [f"training.steps={steps}"], output_dir=str(tmp_path / "out"))
+    run = grid.runs[0]
     names = ("train/grad_norm", "train/grad_norm/layer_0", "train/grad_norm/layer_1")
     finished_run(run, [{"step": s} | dict(zip(names, (100 * s, s, 10 * s), strict=True)) for s in range(1, steps + 1)])
-    assert outcome_of(run).layer_grad_norms == mean
+    assert outcome_of(grid, run).layer_grad_norms == mean
 
 
 def test_a_run_that_stopped_logging_gradient_norms_before_its_second_half_has_none(write, tmp_path):
-    run = load_grid(write(), output_dir=str(tmp_path / "out")).runs[0]
+    grid = load_grid(write(), output_dir=str(tmp_path / "out"))
+    run = grid.runs[0]
     finished_run(run, [{"step": 1, "train/grad_norm/layer_0": 1.0}, {"step": 2, "train/grad_norm": 1.0}])
-    assert outcome_of(run).layer_grad_norms is None
+    assert outcome_of(grid, run).layer_grad_norms is None

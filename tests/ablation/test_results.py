@@ -1,0 +1,153 @@
+"""Rows of results, the file of them and the report."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from qsparse_moe.ablation.grid import load_grid
+from qsparse_moe.ablation.report import best_of, markdown, write_results
+from qsparse_moe.ablation.results import Outcome, read_results, results_text
+from qsparse_moe.errors import ConfigError
+
+REPOSITORY = Path(__file__).parents[2]
+COST = {
+    "total_parameters": 200,
+    "embedding_parameters": 40,
+    "active_parameters": 100,
+    "kept_parameters": 50.0,
+    "hidden_size": 16,
+    "num_layers": 1,
+    "num_experts": 2,
+    "experts_per_token": 1,
+    "expert_hidden_size": 16,
+    "sparsity": 0.5,
+    "active_weights_by_part": {"attention": 10, "router": 2, "experts_active": 48},
+    "training_flops_per_token": 6e6,
+    "kept_training_flops_per_token": 3e6,
+    "weight_bytes_1": 1e6,
+    "weight_bytes_16": 2e6,
+}
+QUALITY = {
+    "grid": "mini",
+    "settings": {},
+    "error": None,
+    "steps": 2,
+    "tokens": 8,
+    "loss": 1.0,
+    "curve": [(8, 1.0, 2.0)],
+    "tokens_per_second": 10.0,
+}
+
+
+def two_variants(tmp_path):
+    (tmp_path / "mini.yaml").write_text(
+        f"base: {REPOSITORY / 'configs' / 'tiny.yaml'}\nseeds: [0, 3]\n"
+        "variants: {dense: {model.sparsity.default: 0}, half: {model.sparsity.default: 0.5}}\n"
+    )
+    return load_grid(tmp_path / "mini.yaml")
+
+
+def outcome(variant, seed, bits, layers=None):
+    return Outcome(
+        **COST
+        | QUALITY
+        | {
+            "id": f"{variant}-seed{seed}",
+            "variant": variant,
+            "seed": seed,
+            "finished": bits is not None,
+            "bits_per_byte": bits,
+            "layer_grad_norms": layers,
+        }
+    )
+
+
+def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(tmp_path):
+    grid = two_variants(tmp_path)
+    outcomes = [outcome("dense", 0, 2.0), outcome("dense", 3, 3.0), outcome("half", 0, 2.5), outcome("half", 3, None)]
+    _, quality, _, cost, said, broken = markdown(grid, outcomes).split("\n\n")
+    assert quality.splitlines()[2:] == [
+        "| dense | 2.0000 | 3.0000 | 2.5000 ± 0.7071 | +0.0000 ± 0.0000 |",
+        "| half | 2.5000 | – | 2.5000 | +0.5000 |",
+    ]
+    assert cost.splitlines()[0].endswith("| MB at 1 | MB at 16 | tokens/s |")
+    assert cost.splitlines()[2] == "| dense | 0.5 | 200 | 100 | 50 | 6.000 | 3.000 | 1.000 | 2.000 | 10 |"
+    assert said == "1 of 4 runs did not come to their end:"
+    assert broken.strip() == "- `half-seed3`: not started, or stopped"
+    write_results(grid, outcomes, tmp_path / "results")
+    lines = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == [o.id for o in outcomes]
+
+
+def test_gradient_norms_by_layer_are_a_table_of_their_own(tmp_path):
+    grid = two_variants(tmp_path)
+    outcomes = [
+        outcome("dense", 0, 2.0, [1.0, 2e-7, 0.5]),
+        outcome("dense", 3, 3.0, [3.0, 4e-7, 0.5]),
+        outcome("half", 0, 2.5, [0.75, 123.456]),
+        outcome("half", 3, None),
+    ]
+    _, quality, _, _, said, *rows = markdown(grid, outcomes).split("\n\n")
+    assert len(quality.splitlines()) == 4 and said.startswith("Gradient norm by layer")
+    assert rows[0].splitlines() == [
+        "| variant | layer 0 | layer 1 | layer 2 |",
+        "| --- | --- | --- | --- |",
+        "| dense | 2 ± 1.41 | 3e-07 ± 1.41e-07 | 0.5 ± 0 |",
+        "| half | 0.75 | 123 | – |",
+    ]
+    write_results(grid, outcomes, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["layer_grad_norms"] for line in lines] == [o.layer_grad_norms for o in outcomes]
+    assert said in (tmp_path / "report.md").read_text()
+
+
+def test_the_best_of_outcomes_is_the_one_with_the_fewest_bits():
+    outcomes = [outcome("dense", 0, None), outcome("dense", 1, 2.0), outcome("half", 0, 1.5)]
+    assert best_of(outcomes) is outcomes[2]
+    assert best_of(outcomes[:1]) is None
+
+
+def test_rows_are_read_back_from_files_and_folders(tmp_path):
+    outcomes = [outcome("dense", 0, 2.0), outcome("half", 0, None)]
+    (tmp_path / "results.jsonl").write_text(results_text(outcomes))
+    rows = read_results([tmp_path, tmp_path / "results.jsonl"])
+    assert rows[:2] == rows[2:] and [row["id"] for row in rows[:2]] == ["dense-seed0", "half-seed0"]
+    assert rows[0]["version"] == 2 and rows[0]["curve"] == [[8, 1.0, 2.0]]
+
+
+ROW = results_text(
+    [Outcome(**COST, **QUALITY, id="a", variant="a", seed=0, finished=True, bits_per_byte=1.0, layer_grad_norms=None)]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            ROW + ROW[:-30],
+            r"results.jsonl, line 2, is cut off or no JSON .*keeps finished runs and writes the file anew",
+        ),
+        (ROW + "\n", "line 2, is cut off"),
+        (
+            ROW + ROW.replace('"version": 2', '"version": 3'),
+            "line 2, is of version 3, and 2 is read here; run qsparse-moe",
+        ),
+        (ROW.replace('"version": 2, ', ""), "line 1, is of version 1, and 2 is read here"),
+        ("[1]\n", "line 1, is of version null"),
+        (ROW.replace('"curve"', '"kurve"'), "line 1, lacks curve; run"),
+        ("", "results.jsonl is empty; run qsparse-moe ablate"),
+    ],
+)
+def test_a_results_file_that_is_not_whole_or_of_another_version_is_refused(tmp_path, text, message):
+    (tmp_path / "results.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        read_results([tmp_path / "results.jsonl"])
+
+
+def test_a_results_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(
+        ConfigError, match=re.escape(str(tmp_path / "results.jsonl")) + " cannot be read.*name a results.jsonl"
+    ):
+        read_results([tmp_path])

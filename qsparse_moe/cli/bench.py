@@ -26,6 +26,7 @@ def register(app: typer.Typer) -> None:
     bench.command("step")(step)
     bench.command("ops")(ops)
     bench.command("moe")(moe)
+    bench.command("metrics")(metrics)
     app.add_typer(bench, name="bench")
 
 
@@ -134,3 +135,34 @@ def _print_tables(results: dict[str, Any], benchmark: StepBenchmark) -> None:
             rate = f"{result['tokens_per_second'][name]:,.0f}"
             table.add_row(precision, name, f"{1e3 * seconds:.0f}", rate, told)
     result_console().print(table)
+
+
+def metrics(
+    config: Annotated[Path, typer.Argument(help="Run file.")] = Path("configs/tiny.yaml"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings by path, such as metrics.interval=20.", show_default=False)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of each run.", min=2)] = 40,
+    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 5,
+    output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time what recording metrics adds to a step, on one rank of the plain engine."""
+    from qsparse_moe.config.load import load_config
+
+    loaded = load_config(config, overrides or ())
+    from qsparse_moe.bench.metrics_cost import run_metrics_benchmark
+
+    result = run_metrics_benchmark(loaded, steps=steps, rounds=rounds)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json_text.dumps(result, indent=1) + "\n")
+    if json:
+        print_json(result)
+        return
+    cost = result["cost"]
+    result_console().print(
+        f"a record every {result['interval']} steps costs {cost['median']:.1%} of a step ({cost['min']:.1%} to "
+        f"{cost['max']:.1%} in {rounds} rounds): {1e3 * result['seconds_a_record']:.1f} ms a record, "
+        f"{1e3 * result['seconds_a_step']:.1f} ms a step"
+    )

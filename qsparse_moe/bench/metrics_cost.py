@@ -1,0 +1,93 @@
+"""What recording metrics costs: runs that record every step beside runs that record nothing, in turns."""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qsparse_moe.bench.harness import fingerprint
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.metrics.recorder import Recorder
+from qsparse_moe.training.loop import train
+from qsparse_moe.training.report import Listener, RunContext, StepReport
+
+
+class _Stopwatch:
+    """The last listener of a run: wall-clock from its begin to its last report, and what the steps took of it."""
+
+    def begin(self, context: RunContext) -> None:
+        self._start = time.perf_counter()
+
+    def __call__(self, report: StepReport) -> None:
+        self.wall_seconds = time.perf_counter() - self._start
+        self.step_seconds = report.seconds
+
+
+def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict[str, Any]:
+    """The share of a step's time that metrics take at the interval of ``config``.
+
+    Two runs a round, in this process by the plain engine. One records every step, and draws its images as often among
+    its records as ``config`` asks for; the other reports its last step to nobody but the clock. The difference,
+    over the interval, is what the records of ``config`` add to a step.
+
+    Args:
+        config: a complete run; only its model, data and training settings and its intervals are used.
+        steps: of each run.
+        rounds: that count; one more comes first.
+
+    Returns:
+        ``cost``: median, least and most over the rounds; seconds a step and a record; the machine.
+    """
+    interval = config.metrics.interval
+    images = max(1, config.metrics.image_interval // interval) if config.metrics.image_interval else 0
+    shares, records, plain = [], [], []
+    for number in range(rounds + 1):
+        recorded = _run(config, steps, {"interval": 1, "image_interval": images}, records=True)
+        silent = _run(config, steps, {"interval": steps, "tensorboard": False}, records=False)
+        if number == 0:
+            continue
+        records.append((recorded.wall_seconds - silent.wall_seconds) / (steps - 1))
+        plain.append(silent.step_seconds / steps)
+        shares.append(records[-1] / interval / plain[-1])
+    return {
+        "benchmark": "metrics",
+        "machine": fingerprint(),
+        "interval": interval,
+        "image_interval": config.metrics.image_interval,
+        "steps": steps,
+        "rounds": rounds,
+        "seconds_a_step": statistics.median(plain),
+        "seconds_a_record": statistics.median(records),
+        "cost": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
+        "cost_by_round": shares,
+    }
+
+
+def _run(config: RunConfig, steps: int, metrics: dict[str, Any], *, records: bool) -> _Stopwatch:
+    watch = _Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        training = {
+            "name": "run",
+            "output_dir": folder,
+            "steps": steps,
+            "warmup_steps": 0,
+            "engine": "torch",
+            "evaluation_interval": 0,
+            "evaluation_rows": config.training.micro_batch_size,
+            "checkpoint_interval": 0,
+            "resume": False,
+        }
+        changed = config.model_copy(
+            update={
+                "training": config.training.model_copy(update=training),
+                "metrics": config.metrics.model_copy(update=metrics),
+            }
+        )
+        listeners: Sequence[Listener] = [*([Recorder(changed)] if records else []), watch]
+        train(changed, listeners)
+        assert Path(folder, "run", "metrics.jsonl").exists() == records
+    return watch

@@ -209,4 +209,4 @@ def test_existing_run_folder_is_refused_before_torch_is_imported(tmp_path):
 
 def test_verbs_are_modules_of_the_room():
     room = Path(app_module.__file__).parent
-    assert all((room / f"{verb}.py").is_file() for verb in VERBS)
+    assert all((room / f"{verb.replace('-', '_')}.py").is_file() for verb in VERBS)

@@ -1,0 +1,79 @@
+"""Candidate forms of the joint law of model size, expert sparsity, activation sparsity and tokens.
+
+N parameters stored and K kept a token, both in 1e6 and without embedding and head; 1−s = A/E; S the fraction of
+activations zeroed; D tokens in 1e6. The units keep the constants of small runs near one, so that they can be told.
+No paper has such a law; each of these states another way in which the two sparsities could meet.
+"""
+
+from __future__ import annotations
+
+from qsparse_moe.ablation.law import forms
+from qsparse_moe.ablation.law.forms import Form, Term
+
+_MILLION = 1e6
+_N, _K, _D = forms.total(_MILLION), forms.kept(_MILLION), forms.tokens(_MILLION)
+_ALPHA = (0.1, 0.3, 0.6, 1.0)
+_NU = (0.15, 0.3, 0.6, 1.0)
+_BETA = (0.02, 0.1, 0.4)
+
+PRODUCT = Form(
+    name="product",
+    formula="L = E + (B + C exp(beta/(1-S))) / (N^alpha (1-s)^delta) + b/D^nu,  N and D in 1e6",
+    source="the N-term of a MoE law times A(S) of Q-Sparse: S costs every (E, A) the same share",
+    terms=(
+        Term("E"),
+        Term("B", {"alpha": _N, "delta": forms.expert_share}),
+        Term("C", {"alpha": _N, "delta": forms.expert_share, "beta": forms.density}),
+        Term("b", {"nu": _D}),
+    ),
+    starts={"alpha": _ALPHA, "delta": (0.0, 0.1, 0.3), "beta": _BETA, "nu": _NU},
+    needs={"N": 3, "E/A": 2, "S": 3, "D": 3},
+    signed=frozenset({"delta"}),
+    by_size=frozenset({"B", "C"}),
+)
+
+KEPT = Form(
+    name="kept",
+    formula="L = E + a exp(beta S/(1-S)) / (K^alpha (N/K)^delta) + b/D^nu,  K and D in 1e6",
+    source="a law in kept parameters: what is stored but not used helps alike, whichever sparsity leaves it out",
+    terms=(
+        Term("E"),
+        Term("a", {"alpha": _K, "delta": forms.stored_for_kept, "beta": forms.dropped_for_kept}),
+        Term("b", {"nu": _D}),
+    ),
+    starts={"alpha": _ALPHA, "delta": (0.0, 0.1, 0.3), "beta": _BETA, "nu": _NU},
+    needs={"K": 3, "N/K": 3, "S": 3, "D": 3},
+    signed=frozenset({"delta"}),
+    by_size=frozenset({"a"}),
+)
+
+_PENALTY = {"gamma": _N, "eta": forms.expert_share}
+
+ADDITIVE = Form(
+    name="additive",
+    formula=(
+        "L = E + a/(N^alpha (1-s)^delta) + h (exp(beta S/(1-S)) - 1)/(N^gamma (1-s)^eta) + b/D^nu,  N and D in 1e6"
+    ),
+    source="what S costs is a term of its own: it may shrink with N, and grow with s, at its own rate",
+    terms=(
+        Term("E"),
+        Term("a", {"alpha": _N, "delta": forms.expert_share}),
+        Term("h", _PENALTY | {"beta": forms.dropped_for_kept}),
+        Term("h", _PENALTY, sign=-1),
+        Term("b", {"nu": _D}),
+    ),
+    starts={
+        "alpha": _ALPHA,
+        "delta": (0.0, 0.2),
+        "beta": (0.05, 0.4),
+        "gamma": (0.1, 0.5),
+        "eta": (0.0,),
+        "nu": _NU,
+    },
+    needs={"N": 3, "E/A": 2, "S": 3, "D": 3},
+    signed=frozenset({"delta", "eta"}),
+    by_size=frozenset({"a", "h"}),
+)
+
+JOINT = (PRODUCT, KEPT, ADDITIVE)
+"""All candidates."""

@@ -1,0 +1,254 @@
+"""All that ``fit-law`` finds: every form fitted, how sure that is, which predicts best, and where S is best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest_held_out_error, resampled
+from qsparse_moe.ablation.law.fit import Fit, check, fit, rms, why_not
+from qsparse_moe.ablation.law.forms import Form
+from qsparse_moe.ablation.law.joint import JOINT
+from qsparse_moe.ablation.law.optimum import Optimum, find_optimum
+from qsparse_moe.ablation.law.points import Points, seed_spread
+from qsparse_moe.ablation.law.published import PUBLISHED, PUBLISHED_OPTIMUM, Q_SPARSE, rounding_corners
+from qsparse_moe.ablation.law.rows import UNITS, Runs, Unit
+from qsparse_moe.errors import ConfigError
+
+FORMS: dict[str, Form] = {form.name: form for form in (*JOINT, *PUBLISHED)}
+"""Every form by name."""
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user can choose about a study."""
+
+    forms: tuple[str, ...] = ()
+    """Names of ``FORMS``; none: the joint ones, and of the published ones those that the runs can tell."""
+    bootstrap: int = 200
+    """Resamples behind an interval."""
+    level: float = 0.95
+    """The share of the resamples that an interval holds."""
+    tolerance: float = 0.01
+    """Of the reducible loss: S within it of the least make the band around S*."""
+    kept: float | None = None
+    """Parameters a token uses, at which S* is sought; None: the geometric mean of the runs."""
+    seed: int = 0
+    """Of resamples and folds."""
+
+
+@dataclass(frozen=True)
+class BestS:
+    """S* at one share of experts, with the interval that the resamples give it."""
+
+    expert_share: float | None
+    """A/E; None where S* is the same at all that the runs have."""
+    found: Optimum
+    interval: tuple[float, float]
+    band_interval: tuple[float, float]
+    """From the low percentile of the bands' lower ends to the high one of their upper ends."""
+    at_edge_share: float
+    """Of the resamples, those whose S* is 0 or 0.95: where it is much, the runs do not tell S*."""
+
+
+@dataclass(frozen=True)
+class FittedForm:
+    """One form and what is known of its fit."""
+
+    best: Fit
+    resamples: tuple[Fit, ...]
+    intervals: dict[str, tuple[float, float]]
+    fit_error: float
+    """RMS of ln(measured/fitted)."""
+    held_out_error: float | None
+    largest_held_out_error: float | None
+    optima: tuple[BestS, ...]
+    """None for a form without S."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a set of runs says about all the forms asked for."""
+
+    runs: Runs
+    unit: Unit
+    choices: Choices
+    kept: float
+    fitted: dict[str, FittedForm]
+    not_fitted: dict[str, str]
+    """By name, why the runs cannot tell the constants of a form that nobody asked for by name."""
+    seed_spread: float | None
+
+    @property
+    def best(self) -> str:
+        """The form with the least error on runs held out; a joint one where one was fitted."""
+        joint = [name for name in self.fitted if FORMS[name] in JOINT]
+        return min(joint or list(self.fitted), key=lambda name: _error(self.fitted[name]))
+
+
+def study(runs: Runs, *, unit: Unit, choices: Choices, tell: Callable[[str, int], None] = lambda what, done: None) -> Study:
+    """Fit every form and say how sure it is.
+
+    Args:
+        runs: what was measured.
+        unit: that of their losses.
+        choices: forms, resamples, levels.
+        tell: called with a form's name and the resamples done.
+
+    Raises:
+        ConfigError: the runs cannot tell the constants of a joint form or of one asked for by name.
+    """
+    points = runs.points
+    asked, not_fitted = _asked(points, choices)
+    kept = choices.kept or float(np.exp(np.log(points.kept).mean()))
+    fitted = {form.name: _fitted(form, points, choices, kept, tell) for form in asked}
+    return Study(runs, unit, choices, kept, fitted, not_fitted, seed_spread(points))
+
+
+def _asked(points: Points, choices: Choices) -> tuple[list[Form], dict[str, str]]:
+    unknown = [name for name in choices.forms if name not in FORMS]
+    if unknown:
+        raise ConfigError(f"--form ({unknown[0]}) is no form; choose from {', '.join(FORMS)}")
+    forms = [FORMS[name] for name in dict.fromkeys(choices.forms)] or list(JOINT)
+    for form in forms:
+        try:
+            check(form, points)
+        except ConfigError as error:
+            possible = [name for name, other in FORMS.items() if why_not(other, points) is None]
+            way_out = f"these runs can tell: {', '.join(possible)}" if possible else "these runs can tell none"
+            raise ConfigError(f"{error} ({way_out})") from None
+    if choices.forms:
+        return forms, {}
+    reasons = {form.name: why_not(form, points) for form in PUBLISHED}
+    forms += [form for form in PUBLISHED if reasons[form.name] is None]
+    return forms, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def _fitted(
+    form: Form, points: Points, choices: Choices, kept: float, tell: Callable[[str, int], None]
+) -> FittedForm:
+    tell(form.name, 0)
+    best = fit(form, points)
+    done = iter(range(1, choices.bootstrap + 1))
+    number, seed = choices.bootstrap, choices.seed
+    again = tuple(resampled(best, points, number=number, seed=seed, tell=lambda: tell(form.name, next(done))))
+    values = {name: np.array([other.constants[name] for other in again]) for name in form.constants}
+    return FittedForm(
+        best=best,
+        resamples=again,
+        intervals={name: interval(found, choices.level) for name, found in values.items()},
+        fit_error=rms(best.log_residuals(points), points),
+        held_out_error=held_out_error(best, points, seed=choices.seed),
+        largest_held_out_error=largest_held_out_error(best, points),
+        optima=_optima(best, again, points, choices, kept) if form.has_sparsity else (),
+    )
+
+
+def _optima(
+    best: Fit, again: Sequence[Fit], points: Points, choices: Choices, kept: float
+) -> tuple[BestS, ...]:
+    """One for every A/E of the runs, or one for all where they agree."""
+    shares = np.unique(points.expert_share)[::-1]
+    found = [_best_s(best, again, choices, kept, float(share)) for share in shares]
+    if all(abs(other.found.sparsity - found[0].found.sparsity) < 1e-6 for other in found):
+        return (BestS(None, *list(vars(found[0]).values())[1:]),)
+    return tuple(found)
+
+
+def _best_s(best: Fit, again: Sequence[Fit], choices: Choices, kept: float, share: float) -> BestS:
+    def at(theta: Any) -> Optimum:
+        return find_optimum(best.form, theta, kept=kept, expert_share=share, tolerance=choices.tolerance)
+
+    others = [at(other.theta) for other in again]
+    low, _ = interval(np.array([other.band[0] for other in others]), choices.level)
+    _, high = interval(np.array([other.band[1] for other in others]), choices.level)
+    return BestS(
+        expert_share=share,
+        found=at(best.theta),
+        interval=interval(np.array([other.sparsity for other in others]), choices.level),
+        band_interval=(low, high),
+        at_edge_share=float(np.mean([other.at_edge for other in others])),
+    )
+
+
+def printed_optimum(tolerance: float) -> dict[str, Any]:
+    """S* of the Q-Sparse law as printed, which is not the one that the paper states, and why."""
+
+    def at(constants: dict[str, float]) -> Optimum:
+        theta = Q_SPARSE.theta(constants)
+        return find_optimum(Q_SPARSE, theta, kept=1e8, expert_share=1.0, tolerance=tolerance)
+
+    corners = [at(constants).sparsity for constants in rounding_corners()]
+    found, stated = at(dict(Q_SPARSE.printed)), PUBLISHED_OPTIMUM["full precision"]
+    return {
+        "sparsity": found.sparsity,
+        "band": found.band,
+        "stated": stated,
+        "rounding": (min(corners), max(corners)),
+        "warning": (
+            f"the constants that the Q-Sparse paper prints are rounded: they give S* {found.sparsity:.1%}, the paper "
+            f"states {stated:.2%}; all that rounds to them gives {min(corners):.1%} to {max(corners):.1%}"
+        ),
+    }
+
+
+def as_dict(done: Study) -> dict[str, Any]:
+    """The study as JSON holds it."""
+    points = done.runs.points
+    return {
+        "files": list(done.runs.files),
+        "unit": UNITS[done.unit],
+        "runs": points.num_runs,
+        "left_out": done.runs.left_out,
+        "points": len(points),
+        "configurations": len(np.unique(points.configuration)),
+        "ranges": {
+            name: [float(values.min()), float(values.max())]
+            for name, values in vars(points).items()
+            if name in ("total", "active", "kept", "expert_share", "sparsity", "tokens", "loss")
+        }
+        | {"expert_share": [float(points.expert_share.min()), float(points.expert_share.max())]},
+        "bootstrap": done.choices.bootstrap,
+        "level": done.choices.level,
+        "tolerance": done.choices.tolerance,
+        "seed": done.choices.seed,
+        "kept_parameters": done.kept,
+        "seed_spread": done.seed_spread,
+        "best": done.best,
+        "forms": {name: _form_dict(found) for name, found in done.fitted.items()},
+        "not_fitted": done.not_fitted,
+        "printed": printed_optimum(done.choices.tolerance),
+    }
+
+
+def _form_dict(found: FittedForm) -> dict[str, Any]:
+    form = found.best.form
+    return {
+        "formula": form.formula,
+        "source": form.source,
+        "constants": {
+            name: {"value": value, "interval": list(found.intervals[name]), "printed": form.printed.get(name)}
+            for name, value in found.best.constants.items()
+        },
+        "printed_unit": form.printed_unit or None,
+        "fit_error": found.fit_error,
+        "held_out_error": found.held_out_error,
+        "largest_held_out_error": found.largest_held_out_error,
+        "optima": [
+            {
+                "expert_share": best.expert_share,
+                "interval": list(best.interval),
+                "band_interval": list(best.band_interval),
+                "at_edge_share": best.at_edge_share,
+                **vars(best.found),
+            }
+            for best in found.optima
+        ],
+    }
+
+
+def _error(found: FittedForm) -> float:
+    return found.fit_error if found.held_out_error is None else found.held_out_error

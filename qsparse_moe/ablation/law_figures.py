@@ -1,0 +1,150 @@
+"""Figures of a fitted law: fitted against measured, residuals, loss against S, and lines of equal loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from qsparse_moe.ablation.law.forms import Design
+from qsparse_moe.ablation.law.optimum import GRID
+from qsparse_moe.ablation.law.points import Array, Points, imagined
+from qsparse_moe.ablation.law.rows import UNITS
+from qsparse_moe.ablation.law.study import FittedForm, Study
+
+FIGURES = ("fit.png", "residuals.png", "sparsity.png", "iso_loss.png")
+"""What ``draw`` can write."""
+_DPI = 130
+_LEVELS = 12
+
+
+def draw(done: Study, folder: Path) -> list[str]:
+    """Write the figures of the best form into ``folder``; their names. A form without S has the first two alone."""
+    best = done.fitted[done.best]
+    figures = {"fit.png": _fit(done, best), "residuals.png": _residuals(done, best)}
+    if best.optima:
+        figures |= {"sparsity.png": _sparsity(done), "iso_loss.png": _iso_loss(done, best)}
+    for name, figure in figures.items():
+        figure.savefig(folder / name, dpi=_DPI)
+        plt.close(figure)
+    return list(figures)
+
+
+def _fit(done: Study, best: FittedForm) -> Figure:
+    figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
+    points = done.runs.points
+    fitted = best.best.loss(points)
+    drawn = axes.scatter(fitted, points.loss, c=points.sparsity, s=14, cmap="viridis", vmin=0)
+    ends = [min(fitted.min(), points.loss.min()), max(fitted.max(), points.loss.max())]
+    axes.plot(ends, ends, color="0.4", linewidth=1)
+    unit = UNITS[done.unit]
+    axes.set(
+        xlabel=f"fitted loss ({unit})",
+        ylabel=f"measured validation loss ({unit})",
+        title=f"Form {best.best.form.name}: {points.num_runs} runs, RMS error {best.fit_error:.2%}",
+    )
+    figure.colorbar(drawn, label="activation sparsity S")
+    return figure
+
+
+def _residuals(done: Study, best: FittedForm) -> Figure:
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey=True)
+    points = done.runs.points
+    percent = 100 * best.best.log_residuals(points)
+    against: list[tuple[str, Array, bool]] = [
+        ("parameters N", points.total, True),
+        ("tokens D", points.tokens, True),
+        ("experts / experts per token, E/A", 1 / points.expert_share, True),
+        ("activation sparsity S", points.sparsity, False),
+    ]
+    for axes, (label, values, by_ratio) in zip(panels.flat, against, strict=True):
+        axes.axhline(0, color="0.4", linewidth=1)
+        axes.scatter(values, percent, s=10, alpha=0.6)
+        axes.set_xlabel(label)
+        if by_ratio:
+            axes.set_xscale("log")
+        if label.startswith("experts"):
+            _ticks(axes, values)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("ln(measured / fitted), %")
+    figure.suptitle(f"Residuals of form {best.best.form.name}")
+    return figure
+
+
+def _sparsity(done: Study) -> Figure:
+    """The reducible loss against S at equal kept parameters, for every form with S at the runs' most usual A/E."""
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    points = done.runs.points
+    share = _usual_share(points)
+    grid = GRID[GRID <= min(0.95, points.sparsity.max() + 0.15)]
+    models = imagined(kept=done.kept, expert_share=share, sparsity=grid)
+    with_sparsity = {name: found for name, found in done.fitted.items() if found.optima}
+    for place, (name, found) in enumerate(with_sparsity.items()):
+        design = Design.of(found.best.form, models)
+        curve = _relative(design.reducible(found.best.theta))
+        (line,) = axes.plot(grid, curve, label=name, linewidth=2.2 if name == done.best else 1.2)
+        resampled = np.array([_relative(design.reducible(other.theta)) for other in found.resamples])
+        low, high = np.quantile(resampled, [(1 - done.choices.level) / 2, (1 + done.choices.level) / 2], axis=0)
+        axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
+        best = next(best for best in found.optima if best.expert_share in (None, share))
+        height = -0.02 - 0.025 * place
+        axes.plot(best.interval, [height, height], color=line.get_color(), linewidth=4, solid_capstyle="butt")
+        axes.plot(best.found.sparsity, height, "o", color=line.get_color(), markeredgecolor="white", markersize=7)
+    axes.axhline(0, color="0.4", linewidth=1)
+    axes.axvline(points.sparsity.max(), color="0.6", linewidth=1, linestyle=":")
+    axes.annotate(
+        "largest S of a run", (points.sparsity.max(), 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right",
+        va="top", fontsize=8, color="0.4",
+    )
+    axes.set(
+        xlim=(0, grid[-1]),
+        ylim=(-0.05 - 0.025 * len(with_sparsity), 0.3),
+        xlabel="activation sparsity S",
+        ylabel="reducible loss against the dense model's, −1",
+        title=f"{done.kept:,.0f} kept parameters, A/E = {share:g}: loss and S* with its {done.choices.level:.0%} interval",
+    )
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _relative(reducible: Array) -> Array:
+    return reducible / reducible[0] - 1
+
+
+def _iso_loss(done: Study, best: FittedForm) -> Figure:
+    """Loss of the best form over E/A and S at equal kept parameters and the most tokens of the runs."""
+    figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
+    points = done.runs.points
+    ratios = np.geomspace((1 / points.expert_share).min(), (1 / points.expert_share).max(), 60)
+    grid = np.linspace(0, points.sparsity.max(), 80)
+    tokens = float(points.tokens.max())
+    losses = np.array(
+        [best.best.loss(imagined(kept=done.kept, expert_share=1 / r, sparsity=grid, tokens=tokens)) for r in ratios]
+    ).T
+    filled = axes.contourf(ratios, grid, losses, levels=_LEVELS, cmap="viridis")
+    lines = axes.contour(ratios, grid, losses, levels=filled.levels, colors="white", linewidths=0.6)
+    axes.clabel(lines, fontsize=7, fmt="%.3f")
+    axes.plot(1 / points.expert_share, points.sparsity, "o", color="black", markersize=4, clip_on=False)
+    axes.set_xscale("log")
+    _ticks(axes, 1 / points.expert_share)
+    axes.set(
+        xlabel="experts / experts per token, E/A",
+        ylabel="activation sparsity S",
+        title=f"Form {best.best.form.name}: {done.kept:,.0f} kept parameters, {tokens:,.0f} tokens\n(dots: E/A and S of runs)",
+    )
+    figure.colorbar(filled, label=f"loss ({UNITS[done.unit]})")
+    return figure
+
+
+def _ticks(axes: Axes, values: Array) -> None:
+    places = np.unique(values)
+    axes.set_xticks(places, [f"{place:g}" for place in places])
+    axes.minorticks_off()
+
+
+def _usual_share(points: Points) -> float:
+    shares, counts = np.unique(points.expert_share, return_counts=True)
+    return float(shares[counts.argmax()])

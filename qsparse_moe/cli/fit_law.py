@@ -1,0 +1,185 @@
+"""``qsparse-moe fit-law``: laws of the loss fitted to results files, how sure they are, and the S that they call best."""
+
+from __future__ import annotations
+
+import json as json_text
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qsparse_moe.ablation.law.study import Study
+
+_FILE = "law.json"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("fit-law")(fit_law)
+
+
+def fit_law(
+    results: Annotated[
+        list[Path], typer.Argument(help="Files of ablate, or folders with a results.jsonl.", show_default=False)
+    ],
+    form: Annotated[
+        list[str] | None,
+        typer.Option(help="A form to fit, once for each; left out: all that the runs can tell.", show_default=False),
+    ] = None,
+    unit: Annotated[
+        Literal["nats", "bits", "bits-per-byte"], typer.Option(help="Of the loss: nats or bits a token, or bits a byte.")
+    ] = "nats",
+    points: Annotated[
+        Literal["all", "last"], typer.Option(help="Every evaluation of a run, or its last alone.")
+    ] = "all",
+    min_tokens: Annotated[int, typer.Option(help="Leave out evaluations before so many tokens.", min=0)] = 0,
+    bootstrap: Annotated[int, typer.Option(help="Resamples of the runs behind an interval.", min=20)] = 200,
+    level: Annotated[float, typer.Option(help="Share of the resamples in an interval.", min=0.5, max=0.999)] = 0.95,
+    tolerance: Annotated[
+        float, typer.Option(help="Of the reducible loss: how far S may be from the best.", min=0.0001, max=1.0)
+    ] = 0.01,
+    kept_parameters: Annotated[
+        float | None,
+        typer.Option(help="Parameters kept a token, at which S is sought; left out: the runs' mean.", min=1.0),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the resamples.", min=0)] = 0,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for law.json and the figures.", show_default=False)
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace what the folder holds of a law.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fit laws of the loss in size, experts, sparsity and tokens to the results of runs."""
+    if output is not None:
+        check_folder(output, force=force)
+    from qsparse_moe.ablation.law.rows import read_runs
+    from qsparse_moe.ablation.law.study import Choices, as_dict, study
+
+    choices = Choices(tuple(form or ()), bootstrap, level, tolerance, kept_parameters, seed)
+    runs = read_runs(results, unit=unit, last_only=points == "last", min_tokens=min_tokens)
+    done = study(runs, unit=unit, choices=choices, tell=_tell)
+    summary = as_dict(done)
+    if output is not None:
+        summary["figures"] = write_law(done, summary, output)
+    print_json(summary) if json else print_summary(summary, output)
+
+
+def check_folder(output: Path, *, force: bool) -> None:
+    """Raise ConfigError unless a law may be written into the folder ``output``; nothing is made."""
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output ({output}) is a file; name a folder")
+    if (output / _FILE).exists() and not force:
+        raise ConfigError(f"--output ({output}) holds a {_FILE}; name another folder, or add --force")
+    above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"--output ({output}) stands in a folder that this user may not write; name another")
+
+
+def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:
+    """Write the figures and then ``law.json`` into ``output``; the names of the figures."""
+    from qsparse_moe.ablation.law_figures import draw
+    from qsparse_moe.training.run_folder import write_whole
+
+    output.mkdir(parents=True, exist_ok=True)
+    figures = draw(done, output)
+    write_whole(output / _FILE, json_text.dumps(summary | {"figures": figures}, indent=2) + "\n")
+    return figures
+
+
+def _tell(form: str, resamples: int) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{form}: {resamples} resamples\x1b[K", end="" if resamples else "\n", file=sys.stderr, flush=True)
+    elif not resamples:
+        print(f"fitting {form}", file=sys.stderr, flush=True)
+
+
+def print_summary(summary: dict[str, Any], output: Path | None) -> None:
+    """The tables: forms, constants, S*."""
+    console = result_console()
+    ranges = summary["ranges"]
+    console.print(
+        f"{summary['points']} points of {summary['runs']} runs ({summary['configurations']} configurations); "
+        f"{summary['left_out']} unfinished runs left out. Loss in {summary['unit']}.\n"
+        f"N {_range(ranges['total'], ',.0f')}, kept {_range(ranges['kept'], ',.0f')}, A/E "
+        f"{_range(ranges['expert_share'], '.3g')}, S {_range(ranges['sparsity'], '.2f')}, D "
+        f"{_range(ranges['tokens'], ',.0f')} tokens. N and kept without embedding and head."
+    )
+    console.print(_forms_table(summary))
+    for name, found in summary["forms"].items():
+        console.print(_constants_table(name, found, summary))
+    if any(found["optima"] for found in summary["forms"].values()):
+        console.print(_optimum_table(summary))
+        console.print(f"warning: {summary['printed']['warning']}")
+    for name, reason in summary["not_fitted"].items():
+        console.print(f"not fitted: {name}: {reason}")
+    if output is not None:
+        console.print(f"written to {output}: {', '.join([_FILE, *summary['figures']])}", soft_wrap=True)
+
+
+def _forms_table(summary: dict[str, Any]) -> Table:
+    spread = summary["seed_spread"]
+    told = "no configuration has two seeds" if spread is None else f"seeds of one configuration: {spread:.2%}"
+    table = Table(title=f"Forms: RMS of ln(measured/predicted), best on held-out runs marked * ({told})")
+    table.title_justify = "left"
+    for column in ("form", "constants", "fitted runs", "held-out runs", "largest size held out"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for name, found in summary["forms"].items():
+        errors = (found["fit_error"], found["held_out_error"], found["largest_held_out_error"])
+        marked = f"{name} *" if name == summary["best"] else name
+        table.add_row(marked, str(len(found["constants"])), *("–" if e is None else f"{e:.2%}" for e in errors))
+    return table
+
+
+def _constants_table(name: str, found: dict[str, Any], summary: dict[str, Any]) -> Table:
+    table = Table(title=f"{name}: {found['formula']}\n{found['source']}", title_justify="left")
+    columns = ["constant", "value", f"{summary['level']:.0%} interval"]
+    if found["printed_unit"]:
+        columns.append(f"its paper prints ({found['printed_unit']})")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "constant" else "right")
+    for constant, of in found["constants"].items():
+        cells = [constant, f"{of['value']:.4g}", _range(of["interval"], ".4g")]
+        table.add_row(*cells, *([f"{of['printed']:g}"] if found["printed_unit"] else []))
+    return table
+
+
+def _optimum_table(summary: dict[str, Any]) -> Table:
+    within = f"S within {summary['tolerance']:.1%}"
+    table = Table(title=f"S* at {summary['kept_parameters']:,.0f} kept parameters a token", title_justify="left")
+    columns = ["form", "A/E", "S*", f"{summary['level']:.0%} interval", within, "its interval", "dense is worse by"]
+    for column in (*columns, "loses to dense beyond", "resamples at an edge"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for name, found in summary["forms"].items():
+        for best in found["optima"]:
+            beyond = best["worse_than_dense_beyond"]
+            table.add_row(
+                name,
+                "any" if best["expert_share"] is None else f"{best['expert_share']:.3g}",
+                f"{best['sparsity']:.3f}{' (edge)' if best['at_edge'] else _beyond(best['sparsity'], summary)}",
+                _range(best["interval"], ".3f"),
+                _range(best["band"], ".3f"),
+                _range(best["band_interval"], ".3f"),
+                f"{best['dense_excess']:.2%}",
+                "–" if beyond is None else f"{beyond:.3f}",
+                f"{best['at_edge_share']:.0%}",
+            )
+    printed = summary["printed"]
+    cells = (f"{printed['sparsity']:.3f}", _range(printed["rounding"], ".3f"), _range(printed["band"], ".3f"))
+    table.add_row("q-sparse, as printed", "any", *cells, "", "", "", "")
+    return table
+
+
+def _beyond(sparsity: float, summary: dict[str, Any]) -> str:
+    """No run says what is beyond the largest S of all."""
+    return " (beyond all runs)" if sparsity > summary["ranges"]["sparsity"][1] else ""
+
+
+def _range(ends: list[float] | tuple[float, float], form: str) -> str:
+    return f"{ends[0]:{form}} to {ends[1]:{form}}"

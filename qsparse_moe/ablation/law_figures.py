@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from qsparse_moe.ablation.law.forms import Design
 from qsparse_moe.ablation.law.optimum import GRID
@@ -66,6 +67,9 @@ def _residuals(done: Study, best: FittedForm) -> Figure:
         axes.set_xlabel(label)
         if by_ratio:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         if label.startswith("experts"):
             _ticks(axes, values)
     for axes in panels[:, 0]:
@@ -75,43 +79,49 @@ def _residuals(done: Study, best: FittedForm) -> Figure:
 
 
 def _sparsity(done: Study) -> Figure:
-    """The reducible loss against S at equal kept parameters, for every form with S at the runs' most usual A/E."""
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    """The reducible loss against S at equal kept parameters, for every form with S, at a middle A/E of the runs."""
+    figure, (axes, below) = plt.subplots(
+        2, 1, figsize=(7, 6), layout="constrained", sharex=True, height_ratios=(5, 1), squeeze=True
+    )
     points = done.runs.points
-    share = _usual_share(points)
-    grid = GRID[GRID <= min(0.95, points.sparsity.max() + 0.15)]
+    share = _middle_share(points)
+    grid = GRID[: np.searchsorted(GRID, points.sparsity.max() + 0.15)]
     models = imagined(kept=done.kept, expert_share=share, sparsity=grid)
     with_sparsity = {name: found for name, found in done.fitted.items() if found.optima}
+    lowest = 0.0
     for place, (name, found) in enumerate(with_sparsity.items()):
         design = Design.of(found.best.form, models)
-        curve = _relative(design.reducible(found.best.theta))
-        (line,) = axes.plot(grid, curve, label=name, linewidth=2.2 if name == done.best else 1.2)
-        resampled = np.array([_relative(design.reducible(other.theta)) for other in found.resamples])
+        curve = _percent(design.reducible(found.best.theta))
+        lowest = min(lowest, float(curve.min()))
+        (line,) = axes.plot(grid, curve, label=name, linewidth=2.4 if name == done.best else 1.2)
+        resampled = np.array([_percent(design.reducible(other.theta)) for other in found.resamples])
         low, high = np.quantile(resampled, [(1 - done.choices.level) / 2, (1 + done.choices.level) / 2], axis=0)
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         best = next(best for best in found.optima if best.expert_share in (None, share))
-        height = -0.02 - 0.025 * place
-        axes.plot(best.interval, [height, height], color=line.get_color(), linewidth=4, solid_capstyle="butt")
-        axes.plot(best.found.sparsity, height, "o", color=line.get_color(), markeredgecolor="white", markersize=7)
+        below.plot(best.found.band, [place, place], color=line.get_color(), linewidth=1)
+        below.plot(best.interval, [place, place], color=line.get_color(), linewidth=5, solid_capstyle="butt")
+        below.plot(best.found.sparsity, place, "o", color=line.get_color(), markeredgecolor="white", markersize=7)
     axes.axhline(0, color="0.4", linewidth=1)
-    axes.axvline(points.sparsity.max(), color="0.6", linewidth=1, linestyle=":")
-    axes.annotate(
-        "largest S of a run", (points.sparsity.max(), 0.98), xycoords=("data", "axes fraction"), rotation=90, ha="right",
-        va="top", fontsize=8, color="0.4",
-    )
+    for panel in (axes, below):
+        panel.axvline(points.sparsity.max(), color="0.6", linewidth=1, linestyle=":", label="largest S of a run")
     axes.set(
         xlim=(0, grid[-1]),
-        ylim=(-0.05 - 0.025 * len(with_sparsity), 0.3),
-        xlabel="activation sparsity S",
-        ylabel="reducible loss against the dense model's, −1",
-        title=f"{done.kept:,.0f} kept parameters, A/E = {share:g}: loss and S* with its {done.choices.level:.0%} interval",
+        ylim=(2 * lowest - 2, 30),
+        ylabel="reducible loss against the dense model, %",
+        title=f"{done.kept:,.0f} kept parameters, A/E = {share:g}",
     )
     axes.legend(loc="upper left")
+    below.set(ylim=(len(with_sparsity) - 0.4, -0.6), xlabel="activation sparsity S")
+    below.set_yticks(range(len(with_sparsity)), list(with_sparsity))
+    below.set_title(
+        f"S*: best fit, {done.choices.level:.0%} interval (thick), within {done.choices.tolerance:.1%} of it (thin)",
+        fontsize=9,
+    )
     return figure
 
 
-def _relative(reducible: Array) -> Array:
-    return reducible / reducible[0] - 1
+def _percent(reducible: Array) -> Array:
+    return 100 * (reducible / reducible[0] - 1)
 
 
 def _iso_loss(done: Study, best: FittedForm) -> Figure:
@@ -133,7 +143,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     axes.set(
         xlabel="experts / experts per token, E/A",
         ylabel="activation sparsity S",
-        title=f"Form {best.best.form.name}: {done.kept:,.0f} kept parameters, {tokens:,.0f} tokens\n(dots: E/A and S of runs)",
+        title=f"{best.best.form.name}: {done.kept:,.0f} kept parameters, {tokens:,.0f} tokens; dots: runs",
     )
     figure.colorbar(filled, label=f"loss ({UNITS[done.unit]})")
     return figure
@@ -145,6 +155,6 @@ def _ticks(axes: Axes, values: Array) -> None:
     axes.minorticks_off()
 
 
-def _usual_share(points: Points) -> float:
-    shares, counts = np.unique(points.expert_share, return_counts=True)
-    return float(shares[counts.argmax()])
+def _middle_share(points: Points) -> float:
+    shares = np.unique(points.expert_share)
+    return float(shares[len(shares) // 2])

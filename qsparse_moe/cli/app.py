@@ -17,8 +17,21 @@ from qsparse_moe.errors import QSparseMoEError, RankLost, TrainingDiverged
 from qsparse_moe.version import __version__
 
 PROGRAM = "qsparse-moe"
-VERBS = ("train", "evaluate", "generate", "export", "describe", "calibrate", "ablate", "fit-law", "doctor", "bench", "tensorboard")
-"""Each is a module of this room, ``_`` for ``-``, with ``register(app)``. They import torch and the like only when they are called."""
+VERBS = (
+    "train",
+    "evaluate",
+    "generate",
+    "export",
+    "describe",
+    "calibrate",
+    "ablate",
+    "fit-law",
+    "doctor",
+    "bench",
+    "tensorboard",
+)
+"""Each is a module of this room, ``_`` for ``-``, with ``register(app)``. They import torch and the like only when they
+are called."""
 
 # typer carries click inside or depends on it, as its version goes; this is the base of its usage errors in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]

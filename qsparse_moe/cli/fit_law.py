@@ -1,4 +1,4 @@
-"""``qsparse-moe fit-law``: laws of the loss fitted to results files, how sure they are, and the S that they call best."""
+"""``qsparse-moe fit-law``: laws of the loss fitted to results files, how sure they are, and the S they call best."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def fit_law(
         typer.Option(help="A form to fit, once for each; left out: all that the runs can tell.", show_default=False),
     ] = None,
     unit: Annotated[
-        Literal["nats", "bits", "bits-per-byte"], typer.Option(help="Of the loss: nats or bits a token, or bits a byte.")
+        Literal["nats", "bits", "bits-per-byte"],
+        typer.Option(help="Of the loss: nats or bits a token, or bits a byte."),
     ] = "nats",
     points: Annotated[
         Literal["all", "last"], typer.Option(help="Every evaluation of a run, or its last alone.")
@@ -87,9 +88,12 @@ def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:
     from qsparse_moe.ablation.law_figures import draw
     from qsparse_moe.training.run_folder import write_whole
 
-    output.mkdir(parents=True, exist_ok=True)
-    figures = draw(done, output)
-    write_whole(output / _FILE, json_text.dumps(summary | {"figures": figures}, indent=2) + "\n")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        figures = draw(done, output)
+        write_whole(output / _FILE, json_text.dumps(summary | {"figures": figures}, indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--output ({output}) cannot be written ({error.strerror}); name another folder") from None
     return figures
 
 
@@ -111,11 +115,22 @@ def print_summary(summary: dict[str, Any], output: Path | None) -> None:
         f"{_range(ranges['expert_share'], '.3g')}, S {_range(ranges['sparsity'], '.2f')}, D "
         f"{_range(ranges['tokens'], ',.0f')} tokens. N and kept without embedding and head."
     )
+    spread = summary["seed_spread"]
+    noise = "no configuration has two seeds" if spread is None else f"seeds of one configuration differ by {spread:.2%}"
+    console.print(f"\nForms: RMS of ln(measured/predicted), the best on held-out runs marked *; {noise}")
     console.print(_forms_table(summary))
     for name, found in summary["forms"].items():
-        console.print(_constants_table(name, found, summary))
+        console.print(f"\n{name}: {found['formula']}\n{found['source']}", soft_wrap=True)
+        console.print(_constants_table(found, summary))
     if any(found["optima"] for found in summary["forms"].values()):
+        console.print(f"\nS* at {summary['kept_parameters']:,.0f} kept parameters a token")
         console.print(_optimum_table(summary))
+        console.print(
+            "S* is where the reducible loss is least (0 and 0.95 are the edges of the search); within: S whose "
+            "reducible loss is that close to the least; loses beyond: from there on worse than dense; at edge: "
+            "resamples whose S* is an edge; !: beyond every S of the runs. The interval of the printed law is that of "
+            "its rounding."
+        )
         console.print(f"warning: {summary['printed']['warning']}")
     for name, reason in summary["not_fitted"].items():
         console.print(f"not fitted: {name}: {reason}")
@@ -124,10 +139,7 @@ def print_summary(summary: dict[str, Any], output: Path | None) -> None:
 
 
 def _forms_table(summary: dict[str, Any]) -> Table:
-    spread = summary["seed_spread"]
-    told = "no configuration has two seeds" if spread is None else f"seeds of one configuration: {spread:.2%}"
-    table = Table(title=f"Forms: RMS of ln(measured/predicted), best on held-out runs marked * ({told})")
-    table.title_justify = "left"
+    table = Table()
     for column in ("form", "constants", "fitted runs", "held-out runs", "largest size held out"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for name, found in summary["forms"].items():
@@ -137,8 +149,8 @@ def _forms_table(summary: dict[str, Any]) -> Table:
     return table
 
 
-def _constants_table(name: str, found: dict[str, Any], summary: dict[str, Any]) -> Table:
-    table = Table(title=f"{name}: {found['formula']}\n{found['source']}", title_justify="left")
+def _constants_table(found: dict[str, Any], summary: dict[str, Any]) -> Table:
+    table = Table()
     columns = ["constant", "value", f"{summary['level']:.0%} interval"]
     if found["printed_unit"]:
         columns.append(f"its paper prints ({found['printed_unit']})")
@@ -151,35 +163,47 @@ def _constants_table(name: str, found: dict[str, Any], summary: dict[str, Any]) 
 
 
 def _optimum_table(summary: dict[str, Any]) -> Table:
-    within = f"S within {summary['tolerance']:.1%}"
-    table = Table(title=f"S* at {summary['kept_parameters']:,.0f} kept parameters a token", title_justify="left")
-    columns = ["form", "A/E", "S*", f"{summary['level']:.0%} interval", within, "its interval", "dense is worse by"]
-    for column in (*columns, "loses to dense beyond", "resamples at an edge"):
-        table.add_column(column, justify="left" if column == "form" else "right")
+    table = Table()
+    sure = f"{summary['level']:.0%} interval"
+    columns = (
+        "A/E",
+        "S*",
+        sure,
+        f"within {summary['tolerance']:.1%}",
+        sure,
+        "dense worse by",
+        "loses beyond",
+        "at edge",
+    )
+    table.add_column("form")
+    for column in columns:
+        table.add_column(column, justify="right")
     for name, found in summary["forms"].items():
         for best in found["optima"]:
             beyond = best["worse_than_dense_beyond"]
             table.add_row(
                 name,
                 "any" if best["expert_share"] is None else f"{best['expert_share']:.3g}",
-                f"{best['sparsity']:.3f}{' (edge)' if best['at_edge'] else _beyond(best['sparsity'], summary)}",
-                _range(best["interval"], ".3f"),
-                _range(best["band"], ".3f"),
-                _range(best["band_interval"], ".3f"),
+                f"{best['sparsity']:.3f}{_beyond(best['sparsity'], summary)}",
+                *(_ends(best[ends]) for ends in ("interval", "band", "band_interval")),
                 f"{best['dense_excess']:.2%}",
                 "–" if beyond is None else f"{beyond:.3f}",
                 f"{best['at_edge_share']:.0%}",
             )
     printed = summary["printed"]
-    cells = (f"{printed['sparsity']:.3f}", _range(printed["rounding"], ".3f"), _range(printed["band"], ".3f"))
-    table.add_row("q-sparse, as printed", "any", *cells, "", "", "", "")
+    cells = (f"{printed['sparsity']:.3f}", _ends(printed["rounding"]), _ends(printed["band"]))
+    table.add_row("q-sparse, printed", "any", *cells, "", "", "", "")
     return table
 
 
 def _beyond(sparsity: float, summary: dict[str, Any]) -> str:
-    """No run says what is beyond the largest S of all."""
-    return " (beyond all runs)" if sparsity > summary["ranges"]["sparsity"][1] else ""
+    """No run says what is beyond the largest S of all: such an S* has a mark."""
+    return " !" if sparsity > summary["ranges"]["sparsity"][1] else ""
 
 
 def _range(ends: list[float] | tuple[float, float], form: str) -> str:
     return f"{ends[0]:{form}} to {ends[1]:{form}}"
+
+
+def _ends(ends: list[float] | tuple[float, float]) -> str:
+    return f"{ends[0]:.3f}–{ends[1]:.3f}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest_held_out_error, resampled
-from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, rms, why_not
+from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, why_not
 from qsparse_moe.ablation.law.forms import Design
 from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, PRODUCT
 from qsparse_moe.ablation.law.optimum import find_optimum
@@ -232,7 +232,11 @@ def test_seeds_of_a_configuration_are_held_out_together_and_tell_the_noise():
     [
         (PRODUCT, {"sparsities": (0.5,)}, "S takes 1 value in the runs, and its constants are told by 3 or more"),
         (PRODUCT, {"experts": ((8, 2),)}, "E/A takes 1 value in the runs, and its constants are told by 2 or more"),
-        (KEPT, {"experts": ((8, 2),), "widths": (64, 96), "sparsities": (0.0, 0.3, 0.5)}, "it has 7 constants and there"),
+        (
+            KEPT,
+            {"experts": ((8, 2),), "widths": (64, 96), "sparsities": (0.0, 0.3, 0.5)},
+            "it has 7 constants and there",
+        ),
         (FINE_GRAINED, {"experts": ((8, 2), (4, 2))}, "G takes 2 values"),
     ],
 )

@@ -64,7 +64,7 @@ def largest_held_out_error(best: Fit, points: Points) -> float | None:
 
 
 def _refit(best: Fit, seen: Points) -> Fit:
-    """From the grid and from the fit to all: where two minima are as good on the seen points, neither is ours to pick."""
+    """The better of a fit from the grid and one from the constants of all points."""
     candidates = (fit(best.form, seen), fit(best.form, seen, near=best.theta))
     return min(candidates, key=lambda found: found.objective)
 

@@ -1,8 +1,8 @@
 """Forms of a law: sums of terms, each a positive coefficient times powers.
 
-Every form here is ``L = Σ_m ± c_m · exp(Σ_k p_k · v_mk)``: a coefficient ``c``, and exponents ``p`` over variables ``v``
-that the run gives, such as ``−ln N`` for ``N^−α`` and ``1/(1−S)`` for ``exp(β/(1−S))``. So one evaluation, one exact
-gradient and one way to find starts serve all of them.
+Every form here is ``L = Σ_m ± c_m · exp(Σ_k p_k · v_mk)``: a coefficient ``c``, and exponents ``p`` over variables
+``v`` that the run gives, such as ``−ln N`` for ``N^−α`` and ``1/(1−S)`` for ``exp(β/(1−S))``. So one evaluation, one
+exact gradient and one way to find starts serve all of them.
 
 M terms, C coefficients, K exponents, P = C + K constants, n points.
 """

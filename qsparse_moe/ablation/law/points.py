@@ -28,7 +28,7 @@ class Points:
     experts_per_token: Array
     """A."""
     granularity: Array
-    """4 times the model width over the expert width: G of the fine-grained law, with the dense FFN at its usual width."""
+    """4 times the model width over the expert width: G of the fine-grained law, of a dense FFN of the usual width."""
     sparsity: Array
     """Mean S of the plan: the fraction of activations zeroed."""
     tokens: Array

@@ -156,4 +156,3 @@ def rounding_corners() -> list[dict[str, float]]:
         {"E": Q_SPARSE.printed["E"]} | {n: Q_SPARSE.printed[n] + by for n, by in zip(names, offsets, strict=True)}
         for offsets in ends
     ]
-

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
@@ -42,9 +42,7 @@ class Runs:
     """Runs that did not finish."""
 
 
-def read_runs(
-    paths: Sequence[Path], *, unit: Unit = "nats", last_only: bool = False, min_tokens: int = 0
-) -> Runs:
+def read_runs(paths: Sequence[Path], *, unit: Unit = "nats", last_only: bool = False, min_tokens: int = 0) -> Runs:
     """The points of every finished run.
 
     Args:
@@ -122,7 +120,10 @@ def _points(
     if not columns:
         raise ConfigError(f"{_names(paths)}: no evaluation after {min_tokens} tokens (--min-tokens); lower it")
     whole = {"run", "configuration"}
-    arrays = {key: np.array([c[key] for c in columns], np.int64 if key in whole else np.float64) for key in columns[0]}
+    arrays: dict[str, Any] = {
+        key: np.array([column[key] for column in columns], np.int64 if key in whole else np.float64)
+        for key in columns[0]
+    }
     return Points(**arrays)
 
 
@@ -165,7 +166,7 @@ def _active_weights(row: Mapping[str, Any], where: str) -> float:
 
 
 def _curve(row: Mapping[str, Any], where: str, unit: Unit, last_only: bool) -> list[tuple[float, float]]:
-    points = [[row.get("tokens"), row.get("loss"), row.get("bits_per_byte")]]
+    points: list[Any] = [[row.get("tokens"), row.get("loss"), row.get("bits_per_byte")]]
     if not last_only and row.get("curve"):
         points = row["curve"]
     for point in points:
@@ -175,7 +176,7 @@ def _curve(row: Mapping[str, Any], where: str, unit: Unit, last_only: bool) -> l
                 "(a run that diverged has none: remove its line)"
             )
     scales = {"nats": 1.0, "bits": 1 / math.log(2)}
-    return [(float(t), float(b) if unit == "bits-per-byte" else loss * scales[unit]) for t, loss, b in points]
+    return [(float(t), float(b) if unit == "bits-per-byte" else float(loss) * scales[unit]) for t, loss, b in points]
 
 
 def _check_same_text(
@@ -212,7 +213,7 @@ def _positive(row: Mapping[str, Any], name: str, where: str) -> float:
     return float(value)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

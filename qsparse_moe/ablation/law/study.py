@@ -89,7 +89,9 @@ class Study:
         return min(joint or list(self.fitted), key=lambda name: _error(self.fitted[name]))
 
 
-def study(runs: Runs, *, unit: Unit, choices: Choices, tell: Callable[[str, int], None] = lambda what, done: None) -> Study:
+def study(
+    runs: Runs, *, unit: Unit, choices: Choices, tell: Callable[[str, int], None] = lambda what, done: None
+) -> Study:
     """Fit every form and say how sure it is.
 
     Args:
@@ -127,9 +129,7 @@ def _asked(points: Points, choices: Choices) -> tuple[list[Form], dict[str, str]
     return forms, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _fitted(
-    form: Form, points: Points, choices: Choices, kept: float, tell: Callable[[str, int], None]
-) -> FittedForm:
+def _fitted(form: Form, points: Points, choices: Choices, kept: float, tell: Callable[[str, int], None]) -> FittedForm:
     tell(form.name, 0)
     best = fit(form, points)
     done = iter(range(1, choices.bootstrap + 1))
@@ -147,9 +147,7 @@ def _fitted(
     )
 
 
-def _optima(
-    best: Fit, again: Sequence[Fit], points: Points, choices: Choices, kept: float
-) -> tuple[BestS, ...]:
+def _optima(best: Fit, again: Sequence[Fit], points: Points, choices: Choices, kept: float) -> tuple[BestS, ...]:
     """One for every A/E of the runs, or one for all where they agree."""
     shares = np.unique(points.expert_share)[::-1]
     found = [_best_s(best, again, choices, kept, float(share)) for share in shares]

@@ -101,6 +101,13 @@ def rows_of(points: Points, **changes) -> list[dict]:
                 "expert_hidden_size": 4 * width / own.granularity[0],
                 "sparsity": own.sparsity[0],
                 "active_weights_by_part": {"attention": 1000.0, "experts_active": own.active[0] - 1000.0},
+                "steps": 100,
+                "training_flops_per_token": 1.0,
+                "kept_training_flops_per_token": 1.0,
+                "weight_bytes_1": 1.0,
+                "weight_bytes_16": 1.0,
+                "tokens_per_second": None,
+                "layer_grad_norms": None,
             }
             | changes
         )

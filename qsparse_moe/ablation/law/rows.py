@@ -12,12 +12,12 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 
 from qsparse_moe.ablation.law.points import Points
+from qsparse_moe.ablation.results import read_results
 from qsparse_moe.errors import ConfigError
 
 Unit = Literal["nats", "bits", "bits-per-byte"]
 UNITS: dict[Unit, str] = {"nats": "nats a token", "bits": "bits a token", "bits-per-byte": "bits a byte"}
 """What a loss can be given in."""
-_VERSION = 2  # of the rows
 _SAME_BYTES = 0.02  # a token is as many bytes in all runs, up to which validation rows were read
 _SIZES = (
     "total_parameters",
@@ -58,7 +58,7 @@ def read_runs(paths: Sequence[Path], *, unit: Unit = "nats", last_only: bool = F
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     left_out = 0
     for path in paths:
-        for row in read_rows(path):
+        for row in read_results([path]):
             where = f"{path}, run {row.get('id')}"
             name = f"{row.get('grid')}/{row.get('id')}"
             if name in found:
@@ -70,34 +70,6 @@ def read_runs(paths: Sequence[Path], *, unit: Unit = "nats", last_only: bool = F
     if not found:
         raise ConfigError(f"{_names(paths)}: no finished run in it ({left_out} unfinished); finish the grid first")
     return Runs(_points(list(found.values()), unit, last_only, min_tokens, paths), tuple(map(str, paths)), left_out)
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of one results file, or of the ``results.jsonl`` of a folder."""
-    file = path / "results.jsonl" if path.is_dir() else path
-    try:
-        lines = file.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}); name a results.jsonl that ablate wrote") from None
-    return [_row(line, f"{file}, line {number}") for number, line in enumerate(lines, 1)]
-
-
-def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        row = None
-    if not isinstance(row, dict):
-        raise ConfigError(
-            f"{where} ({line[:40]!r}) must be one JSON object and may have been cut; run ablate again, which keeps "
-            "finished runs, or remove the line"
-        )
-    if row.get("version") != _VERSION:
-        raise ConfigError(
-            f"{where}: version ({row.get('version')}) must be {_VERSION}; run ablate again, which keeps finished runs "
-            "and writes the file anew"
-        )
-    return row
 
 
 def _points(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -29,29 +30,30 @@ def tensorboard(
     reload_interval: Annotated[int, typer.Option(help="Seconds between looks for new data.", min=1)] = 10,
 ) -> None:
     """Open the metrics of runs in TensorBoard, several folders side by side. Serves a page until Ctrl-C."""
-    command = [sys.executable, "-m", "tensorboard.main", *_data(folders), "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(_logdir(folders))]
+    command += ["--host", host, "--port", str(port)]
     command += ["--reload_interval", str(reload_interval), "--samples_per_plugin", _SAMPLES]
     # In place of this process: a signal to it reaches the server, which says the page's address in one line.
     os.execv(command[0], command)
 
 
-def _data(folders: Sequence[Path]) -> list[str]:
-    """The option that names the data: one folder of runs is searched again for new ones, with the fast reader."""
-    unique = list(dict.fromkeys(folder.resolve() for folder in folders))
+def _logdir(folders: Sequence[Path]) -> Path:
+    """A folder of runs itself, where new ones are found; of all else a new folder of links with short names.
+
+    TensorBoard's own --logdir_spec would call the runs "NAME/." and read them with its slow reader. The links stay in
+    the system's temporary folder: TensorBoard takes the place of this process, so nobody is left to remove them.
+    """
     for folder in folders:
         _check(folder)
+    unique = list(dict.fromkeys(folder.resolve() for folder in folders))
     _check_apart(unique)
     if len(unique) == 1 and not _is_run(unique[0]):
-        return ["--logdir", str(unique[0])]
-    names = short_names(unique)
-    spec = [f"{name}:{_events(folder)}" for folder, name in zip(unique, names, strict=True)]
-    for word in spec:
-        if "," in word or word.count(":") > 1:
-            raise DataError(
-                f"{word.partition(':')[2]}: has a comma or a colon in its name, which TensorBoard takes for the end "
-                "of it where it is given several folders or a single run; rename it, or name the folder that holds it"
-            )
-    return ["--logdir_spec", ",".join(spec)]
+        return unique[0]
+    links = Path(tempfile.mkdtemp(prefix="qsparse-moe-tensorboard-"))
+    for folder, name in zip(unique, short_names(unique), strict=True):
+        (links / name).parent.mkdir(parents=True, exist_ok=True)
+        (links / name).symlink_to(_events(folder))
+    return links
 
 
 def _check(folder: Path) -> None:
@@ -74,7 +76,6 @@ def _check_apart(folders: Sequence[Path]) -> None:
 def short_names(folders: Sequence[Path]) -> list[str]:
     """A name for each folder: as few of its last parts as tell all of them apart."""
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):
-        # A name must not begin with a slash: TensorBoard would take it for a path.
         names = ["/".join(folder.parts[-length:]).lstrip("/") for folder in folders]
         if len(set(names)) == len(names):
             break

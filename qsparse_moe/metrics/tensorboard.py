@@ -79,8 +79,8 @@ class TensorBoardFiles:
         self._writer.file_writer.add_summary(self._summaries[2], step)
 
     def _write_hyperparameters(self, step: int) -> None:
-        # Of a run's own folder and from its beginning: a run that is killed or resumed is one row of the page, too. Every
-        # run names the same columns, because TensorBoard takes them from whichever it finds first.
+        # In the run's own folder and from its beginning: a run that is killed or resumed is one row of the page, too.
+        # Every run names the same columns, because TensorBoard takes them from whichever it finds first.
         for summary in self._summaries[:2]:
             self._writer.file_writer.add_summary(summary, step)
 
@@ -128,7 +128,7 @@ def _told(values: Sequence[float]) -> str:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, float | str | bool]:
-    """What an ablation varies, by dotted path; nothing that a resumed run may change, as TensorBoard keeps the first."""
+    """What an ablation varies, by dotted path; nothing that a resumed run may change: TensorBoard keeps the first."""
     model, moe, sparsity, training = config.model, config.model.moe, config.model.sparsity, config.training
     return {
         "model.hidden_size": model.hidden_size,

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
@@ -98,20 +99,30 @@ class Page:
         """All visible text, piece by piece."""
         return list(self._driver.execute_script(_VISIBLE_TEXTS))
 
-    def elements(self, selector: str) -> list:
+    def elements(self, selector: str) -> list[Any]:
         """Everything that a CSS selector finds, in every shadow root."""
         return list(self._driver.execute_script(_ELEMENTS, selector))
 
-    def click(self, selector: str) -> None:
-        """Click the first element that the selector finds."""
-        self._driver.execute_script("arguments[0].click()", self.wait(lambda: self.elements(selector), selector)[0])
+    def loads_pictures(self, least: int) -> None:
+        """Wait until so many pictures are loaded."""
+        loaded = "return arguments[0].complete && arguments[0].naturalWidth"
+
+        def widths() -> list[int]:
+            return [width for image in self.elements("img") if (width := self._driver.execute_script(loaded, image))]
+
+        self.wait(lambda: len(widths()) >= least, lambda: f"{least} pictures, of which {len(widths())} are loaded")
 
     def shows(self, *wanted: str) -> None:
-        """Wait until every one of ``wanted`` is a visible text."""
-        self.wait(lambda: set(wanted) <= set(self.texts()), f"{wanted} in {self._address}")
+        """Wait until every one of ``wanted`` stands in a visible text."""
 
-    def wait(self, look: Callable[[], object], what: str):
-        """What ``look`` finds as soon as it finds something; an AssertionError that tells what is there in its place."""
+        def lacking() -> list[str]:
+            texts = self.texts()
+            return [word for word in wanted if not any(word in text for text in texts)]
+
+        self.wait(lambda: not lacking(), lambda: f"{lacking()} in {self._driver.current_url}")
+
+    def wait(self, look: Callable[[], Any], what: Callable[[], str]) -> Any:
+        """What ``look`` finds as soon as it finds something; an AssertionError tells what is there instead."""
         end = time.monotonic() + _WAIT_S
         while time.monotonic() < end:
             found = look()
@@ -119,7 +130,7 @@ class Page:
                 return found
             time.sleep(0.2)
         self.keep("failed")
-        raise AssertionError(f"waited {_WAIT_S:.0f} s for {what}; the page shows {self.texts()}")
+        raise AssertionError(f"waited {_WAIT_S:.0f} s for {what()}; the page shows {self.texts()}")
 
     def keep(self, name: str) -> Path:
         """Keep a picture of the page."""

@@ -38,7 +38,9 @@ def configs(browser, tmp_path_factory):
     """The configs of two runs that differ in their sparsity, trained; the second in two parts."""
     folder = tmp_path_factory.mktemp("board")
     write_text(folder / "text")
-    half = tiny_config(folder, "half", engine="torch", steps=STEPS, evaluation_interval=10, output_dir=str(folder / "runs"))
+    half = tiny_config(
+        folder, "half", engine="torch", steps=STEPS, evaluation_interval=10, output_dir=str(folder / "runs")
+    )
     half = half.model_copy(update={"metrics": MetricsConfig(interval=1, image_interval=5)})
     sparsity = half.model.sparsity.model_copy(update={"default": 0.75})
     training = half.training.model_copy(update={"name": "most", "learning_rate": 1e-3})
@@ -72,40 +74,43 @@ def iter_until(lines, word):
 
 
 @pytest.mark.parametrize("name", ["timeseries", "scalars"])
-def test_curves_of_both_runs(page, name):
+def test_curves_of_both_runs_under_their_own_names(page, name):
     page.open(name)
-    page.shows("half", "most", "train/lm_loss")
+    page.shows("half", "most", "train", "validation", "router")
+    assert {"half", "most"} <= set(page.texts())
     page.keep(name)
 
 
 def test_custom_scalars_groups_the_charts_by_question(page, configs):
     layout = chart_layout(configs[0])
     page.open("custom_scalars")
-    page.shows(*layout)
-    for title in next(iter(layout.values())):
-        page.shows(title)
+    page.shows(*layout, *(title for group in layout.values() for title in group))
+    # The ends of the axes of steps: charts without a line have none.
+    page.wait(lambda: page.texts().count(str(STEPS)) >= len(layout["Does it learn?"]), lambda: "lines in the charts")
     page.keep("custom_scalars")
 
 
 def test_images_are_heat_maps_of_layers_and_experts(page):
     page.open("images")
-    page.shows("experts/load")
+    page.shows("experts", "load", "expert_hidden/kept_energy", "half", "most")
+    page.loads_pictures(4)
     page.keep("images")
 
 
 def test_histograms_of_the_router(page):
     page.open("histograms")
-    page.shows("half", "most")
+    page.shows("router/log2_probability/layer_0", "half", "most")
     page.keep("histograms")
 
 
 def test_hparams_has_one_row_a_run_with_its_final_metrics(page, configs):
     page.open("hparams")
     page.shows("half", "most", *hyperparameters(configs[0]), *SUMMARY_METRICS)
+    page.shows("Number of matching session groups: 2", "0.50000", "0.75000")
     page.keep("hparams")
 
 
 def test_text_holds_the_configuration_and_the_plan(page):
     page.open("text")
-    page.shows("config", "sparsity plan")
+    page.shows("config", "sparsity plan", "num_experts", "expert_hidden")
     page.keep("text")

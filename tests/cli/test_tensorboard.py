@@ -45,7 +45,7 @@ def test_a_folder_of_runs_is_searched_by_tensorboard_itself_with_every_sample_ke
     given = {name: option(started, f"--{name}") for name in ("logdir", "host", "port")}
     assert given == {"logdir": str(tmp_path), "host": "localhost", "port": "0"}
     assert option(started, "--reload_interval") == "3"
-    assert option(started, "--samples_per_plugin") == "scalars=0,images=0,histograms=0,text=0"
+    assert option(started, "--samples_per_plugin") == "scalars=100000,images=1000,histograms=1000,text=100"
 
 
 def links(started):

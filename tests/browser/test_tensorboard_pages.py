@@ -92,7 +92,7 @@ def test_custom_scalars_groups_the_charts_by_question(page, configs):
 
 def test_images_are_heat_maps_of_layers_and_experts(page):
     page.open("images")
-    page.shows("experts", "load", "expert_hidden/kept_energy", "half", "most")
+    page.shows("experts/expert_hidden/kept_energy", "experts/expert_input/zeros", "half", "most")
     page.loads_pictures(4)
     page.keep("images")
 

@@ -92,6 +92,8 @@ def test_resumed_run_replaces_what_came_after_its_step(tmp_path, start_step):
 
 @pytest.mark.parametrize("tag", ["cost/lm_loss_by_executed_gflops", "cost/lm_loss_by_kept_gflops"])
 def test_resumed_run_keeps_its_curves_whose_step_is_a_cost(tmp_path, tag):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
     record(tmp_path / "whole", [1, 2, 3])
     record(tmp_path / "parts", [1, 2, 3], ends=False)
     record(tmp_path / "parts", [3], start_step=2)

@@ -128,23 +128,26 @@ def _told(values: Sequence[float]) -> str:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, float | str | bool]:
-    """What an ablation varies, by dotted path; nothing that a resumed run may change: TensorBoard keeps the first."""
+    """What an ablation varies, by the end of its path, since the page cuts long names; S is the mean of the plan.
+
+    Nothing that a resumed run may change: TensorBoard keeps the first value.
+    """
     model, moe, sparsity, training = config.model, config.model.moe, config.model.sparsity, config.training
     return {
-        "model.hidden_size": model.hidden_size,
-        "model.num_layers": model.num_layers,
-        "model.moe.num_experts": moe.num_experts,
-        "model.moe.experts_per_token": moe.experts_per_token,
-        "model.moe.expert_hidden_size": moe.expert_hidden_size,
-        "model.moe.num_shared_experts": moe.num_shared_experts,
-        "model.moe.router": moe.router,
-        "model.moe.activation": moe.activation,
-        "mean S": SparsityPlan.from_config(model).mean,
-        "model.sparsity.selection": sparsity.selection,
-        "model.sparsity.gradient": sparsity.gradient,
-        "model.sparsity.rescale": sparsity.rescale,
-        "model.sparsity.quantization.weights": sparsity.quantization.weights,
-        "training.learning_rate": training.learning_rate,
-        "training.global_batch_size": training.global_batch_size,
-        "training.seed": training.seed,
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "num_experts": moe.num_experts,
+        "experts_per_token": moe.experts_per_token,
+        "expert_hidden_size": moe.expert_hidden_size,
+        "num_shared_experts": moe.num_shared_experts,
+        "router": moe.router,
+        "activation": moe.activation,
+        "S": SparsityPlan.from_config(model).mean,
+        "selection": sparsity.selection,
+        "gradient": sparsity.gradient,
+        "rescale": sparsity.rescale,
+        "quantization.weights": sparsity.quantization.weights,
+        "learning_rate": training.learning_rate,
+        "global_batch_size": training.global_batch_size,
+        "seed": training.seed,
     }

@@ -109,9 +109,9 @@ def test_hparams_hold_the_settings_once_from_the_beginning_and_name_every_final_
     contents = {tag: board.SummaryMetadata(tag).plugin_data.content for tag in board.PluginTagToContent("hparams")}
     data = {tag: HParamsPluginData.FromString(content) for tag, content in contents.items()}
     started = data["_hparams_/session_start_info"].session_start_info
-    assert {name: started.hparams[name].number_value for name in ("model.num_layers", "mean S")} == {
-        "model.num_layers": CONFIG.model.num_layers,
-        "mean S": hyperparameters(CONFIG)["mean S"],
+    assert {name: started.hparams[name].number_value for name in ("num_layers", "S")} == {
+        "num_layers": CONFIG.model.num_layers,
+        "S": hyperparameters(CONFIG)["S"],
     }
     named = {info.name.tag for info in data["_hparams_/experiment"].experiment.metric_infos}
     assert named == set(SUMMARY_METRICS) and named <= set(board.Tags()["scalars"])

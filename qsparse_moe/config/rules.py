@@ -122,6 +122,18 @@ def _blend_steps(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _profiled_steps(config: RunConfig) -> Iterator[Problem]:
+    metrics, steps = config.metrics, config.training.steps
+    last = metrics.profile_from + metrics.profile_steps - 1
+    if metrics.profile_steps and last > steps:
+        yield Problem(
+            f"metrics.profile_from ({metrics.profile_from}) and metrics.profile_steps ({metrics.profile_steps}) end "
+            f"with step {last}, which must be at most training.steps ({steps}); begin earlier, profile fewer, or train "
+            f"for at least {last} steps",
+            ("metrics.profile_from", "metrics.profile_steps", "training.steps"),
+        )
+
+
 def _expert_parallelism(config: RunConfig) -> Iterator[Problem]:
     size, path = config.training.expert_parallel_size, "training.expert_parallel_size"
     moe = config.model.moe
@@ -261,4 +273,5 @@ _RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _expert_parallelism,
     _offload,
     _loss_scale,
+    _profiled_steps,
 )

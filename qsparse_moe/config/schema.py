@@ -454,6 +454,10 @@ class MetricsConfig(Section):
     layer_gradients: bool = False
     """Record the gradient norm of each layer's matrices in logged steps. Each rank reads its part of the gradient once
     more in those steps; the sums travel with the other statistics."""
+    profile_steps: NonNegativeInt = 0
+    """Profile so many steps on rank 0: a trace for Perfetto and a table in the run folder's profile/; 0: none."""
+    profile_from: PositiveInt = 11
+    """The first of the profiled steps, counted from 1. Compilers and caches have settled after a few."""
 
 
 class RunConfig(Section):

@@ -60,7 +60,7 @@ def scale_of(name: str, num_experts: int) -> Scale:
         return Scale(0.5, 1.0, "viridis", f"Energy kept at {where}")
     if quantity == "zeros":
         return Scale(0.0, 1.0, "magma", f"Share of zeros at {where}")
-    return Scale(0.0, 1.0, "cividis_r", f"Share of features unused in the step at {where}")
+    return Scale(0.0, 1.0, "cividis_r", f"Unused features at {where}")
 
 
 class HeatMap:
@@ -84,7 +84,7 @@ class HeatMap:
         self._middle = (scale.low + scale.high) / 2
         self._figure.colorbar(self._image, ax=axes)
         self._labels = [
-            [axes.text(e, row, "", ha="center", va="center", fontsize=7) for e in range(num_experts)]
+            [axes.text(e, row, "", ha="center", va="center", fontsize=9) for e in range(num_experts)]
             for row in range(len(layers) if empty.size <= _MOST_LABELLED else 0)
         ]
         self._figure.tight_layout()

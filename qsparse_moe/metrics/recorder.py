@@ -29,11 +29,11 @@ class Recorder:
         self._window = Window()
         self._efficiency: Efficiency | None = None
         self._step = 0
-        self._last: dict[str, float] = {}
 
     def begin(self, context: RunContext) -> None:
         """Open the run folder's files after ``context.start_step``; what they hold of later steps is dropped."""
         path = context.run_dir / "metrics.jsonl"
+        self._step = context.start_step
         self._file = MetricsFile(path, start_step=context.start_step)
         before = read_metrics(path)
         self._efficiency = Efficiency(context, before[-1] if before else None)
@@ -41,7 +41,9 @@ class Recorder:
             # Imported here: it takes seconds, and not every run wants it.
             from qsparse_moe.metrics.tensorboard import TensorBoardFiles
 
-            self._board = TensorBoardFiles(context.run_dir / "tensorboard", self._config, start_step=context.start_step)
+            self._board = TensorBoardFiles(
+                context.run_dir / "tensorboard", self._config, start_step=context.start_step, before=before
+            )
 
     def __call__(self, report: StepReport) -> None:
         """Record one logged step."""
@@ -49,7 +51,7 @@ class Recorder:
         metrics = derive_metrics(report, self._config.model, self._window)
         metrics["throughput/rows_per_second"] = report.tokens_per_second / self._config.data.sequence_length
         metrics |= self._efficiency(report, metrics)
-        self._step, self._last = report.step, self._last | metrics
+        self._step = report.step
         self._file.write(report.step, report.tokens, report.seconds, metrics)
         if self._board is not None:
             self._board.write(report.step, metrics, report.stats)
@@ -59,6 +61,5 @@ class Recorder:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            if self._last:
-                self._board.write_summary(self._step, self._last)
+            self._board.write_end(self._step)
             self._board.close()

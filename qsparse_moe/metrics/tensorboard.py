@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import RunConfig
@@ -31,24 +33,32 @@ SUMMARY_METRICS = (
     "throughput/tokens_per_second",
     "router/load_imbalance",
 )
-"""By which the HPARAMS page sorts runs."""
+"""By which the HPARAMS page sorts runs: it takes the last value of each of these curves."""
 
 
 class TensorBoardFiles:
     """Writes one run's event files into a folder; several writers after each other continue the same curves."""
 
-    def __init__(self, folder: Path, config: RunConfig, *, start_step: int = 0) -> None:
+    def __init__(
+        self, folder: Path, config: RunConfig, *, start_step: int = 0, before: Sequence[Mapping[str, Any]] = ()
+    ) -> None:
         """Open a new event file for a run that goes on after ``start_step`` steps.
 
         What earlier files hold of later steps is void from here on: TensorBoard drops it when it reads this file.
+        ``before`` are the run's logged steps up to there.
         """
         self._config = config
         self._maps: dict[str, HeatMap] = {}
         self._next_images = start_step + 1
+        self._summaries = hparams(hyperparameters(config), dict.fromkeys(SUMMARY_METRICS, 0.0))
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
         self._writer.add_custom_scalars(chart_layout(config))
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
         self._writer.add_text("sparsity plan", plan_table(SparsityPlan.from_config(config.model)), start_step)
+        self._write_hyperparameters(start_step)
+        for row in before:
+            # The place of these points is no step: TensorBoard drops them all with the steps that are done again.
+            self._write_costs(row)
         self._writer.flush()
 
     def write(self, step: int, metrics: Mapping[str, float], stats: Stats) -> None:
@@ -57,20 +67,29 @@ class TensorBoardFiles:
         for name, value in metrics.items():
             if not is_layer_name(name) or metric_of(name).layers == "chart":
                 self._writer.add_scalar(name, value, step)
-        for name, flops in _COSTS.items():
-            if flops in metrics and "train/lm_loss" in metrics:
-                # The step of these curves is what the run has cost so far: two runs lie over each other at equal cost.
-                self._writer.add_scalar(name, metrics["train/lm_loss"], round(metrics[flops] / 1e9))
+        self._write_costs(metrics)
         if self._config.metrics.image_interval and step >= self._next_images:
             self._next_images = step + self._config.metrics.image_interval
             self._draw(step, stats)
             self._count(step, stats)
         self._writer.flush()
 
-    def write_summary(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the settings and the last value of each metric, which the HPARAMS page sorts runs by."""
-        last = {name: value for name, value in metrics.items() if name in SUMMARY_METRICS}
-        self._writer.add_hparams(hyperparameters(self._config), last, run_name=".", global_step=step)
+    def write_end(self, step: int) -> None:
+        """Say that the run ended; the HPARAMS page shows when."""
+        self._writer.file_writer.add_summary(self._summaries[2], step)
+
+    def _write_hyperparameters(self, step: int) -> None:
+        # In the run's own folder and from its beginning: a run that is killed or resumed is one row of the page, too.
+        # Every run names the same columns, because TensorBoard takes them from whichever it finds first.
+        for summary in self._summaries[:2]:
+            self._writer.file_writer.add_summary(summary, step)
+
+    def _write_costs(self, metrics: Mapping[str, float | None]) -> None:
+        """The step of these curves is what the run has cost so far: two runs lie over each other at equal cost."""
+        for name, flops in _COSTS.items():
+            cost, loss = metrics.get(flops), metrics.get("train/lm_loss")
+            if cost is not None and loss is not None:
+                self._writer.add_scalar(name, loss, round(cost / 1e9))
 
     def _draw(self, step: int, stats: Stats) -> None:
         model = self._config.model
@@ -109,22 +128,26 @@ def _told(values: Sequence[float]) -> str:
 
 
 def hyperparameters(config: RunConfig) -> dict[str, float | str | bool]:
-    """What an ablation varies, by dotted path."""
+    """What an ablation varies, by the end of its path, since the page cuts long names; S is the mean of the plan.
+
+    Nothing that a resumed run may change: TensorBoard keeps the first value.
+    """
     model, moe, sparsity, training = config.model, config.model.moe, config.model.sparsity, config.training
     return {
-        "model.hidden_size": model.hidden_size,
-        "model.num_layers": model.num_layers,
-        "model.moe.num_experts": moe.num_experts,
-        "model.moe.experts_per_token": moe.experts_per_token,
-        "model.moe.expert_hidden_size": moe.expert_hidden_size,
-        "model.moe.router": moe.router,
-        "model.moe.activation": moe.activation,
-        "mean S": SparsityPlan.from_config(model).mean,
-        "model.sparsity.selection": sparsity.selection,
-        "model.sparsity.gradient": sparsity.gradient,
-        "model.sparsity.rescale": sparsity.rescale,
-        "model.sparsity.quantization.weights": sparsity.quantization.weights,
-        "training.learning_rate": training.learning_rate,
-        "training.steps": training.steps,
-        "training.seed": training.seed,
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "num_experts": moe.num_experts,
+        "experts_per_token": moe.experts_per_token,
+        "expert_hidden_size": moe.expert_hidden_size,
+        "num_shared_experts": moe.num_shared_experts,
+        "router": moe.router,
+        "activation": moe.activation,
+        "S": SparsityPlan.from_config(model).mean,
+        "selection": sparsity.selection,
+        "gradient": sparsity.gradient,
+        "rescale": sparsity.rescale,
+        "quantization.weights": sparsity.quantization.weights,
+        "learning_rate": training.learning_rate,
+        "global_batch_size": training.global_batch_size,
+        "seed": training.seed,
     }

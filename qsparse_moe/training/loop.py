@@ -27,6 +27,7 @@ from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.memory import device_name, memory_in_use
 from qsparse_moe.training.phases import PhaseClock
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
+from qsparse_moe.training.profile import StepProfiler
 from qsparse_moe.training.rank_watch import RankWatch
 from qsparse_moe.training.report import Listener, RunContext, StepReport, TrainingResult, tell
 from qsparse_moe.training.run_folder import check_run_folder, run_folder
@@ -90,6 +91,13 @@ class _Loop:
         )
         self._tokens_per_step = self._training.global_batch_size * run.config.data.sequence_length
         self._clock = PhaseClock(run.distributed.device)
+        self._profiler = StepProfiler(
+            run.config.metrics,
+            run.folder,
+            start_step=run.start.step,
+            device=run.distributed.device,
+            records=run.distributed.rank == 0,
+        )
         self._scale: float | None = None
         self._progress = run.start
         self._reported = run.start
@@ -99,10 +107,17 @@ class _Loop:
 
     def run(self) -> TrainingResult:
         """Take the steps that are left."""
+        try:
+            return self._run_steps()
+        finally:
+            self._profiler.close()
+
+    def _run_steps(self) -> TrainingResult:
         tell(self._listeners, "begin", self._context())
         stopped_by = 0
         for step in range(self._run.start.step, self._training.steps):
-            outcome = self._step(step)
+            with self._profiler.step(step + 1):
+                outcome = self._step(step)
             done = step + 1
             stopped_by = outcome.stop if done < self._training.steps else 0
             self._validation, self._choice_agreement_L = None, None
@@ -122,7 +137,7 @@ class _Loop:
         """Take the step numbered ``step`` from 0, and count its tokens and seconds."""
         begin = time.perf_counter()
         self._set_sparsity(step)
-        self._clock.begin(measures=self._is_reported(step + 1))
+        self._clock.begin(measures=self._is_reported(step + 1), traces=self._profiler.is_on)
         with self._clock.part("data"):
             batches = self._run.loader.batches(step)
         try:

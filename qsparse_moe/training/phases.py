@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch.profiler import record_function
 
 from qsparse_moe.training.collectives import Place, timed_collectives
 
@@ -22,17 +23,26 @@ class PhaseClock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._measures = False
+        self._traces = False
         self.seconds: dict[str, float] = {}
         """By part, of the step at work; empty where it is not reported."""
 
-    def begin(self, *, measures: bool) -> None:
-        """Forget the step before; ``measures`` says whether this one is reported."""
+    def begin(self, *, measures: bool, traces: bool = False) -> None:
+        """Forget the step before; ``measures`` says whether this one is reported, ``traces`` whether it is profiled.
+
+        In a profile the parts stand by their names.
+        """
         self._measures = measures
+        self._traces = traces
         self.seconds = {}
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time inside to the part ``name``."""
+        with record_function(name) if self._traces else contextlib.nullcontext():
+            yield from self._measured(name)
+
+    def _measured(self, name: str) -> Iterator[None]:
         if not self._measures:
             yield
             return

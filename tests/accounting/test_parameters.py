@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from qsparse_moe.accounting.flops import forward_flops
+from qsparse_moe.accounting.flops import forward_flops, training_flops
 from qsparse_moe.accounting.parameters import count_by_part, count_parameters, count_with_embedding, model_weights
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.model.transformer import build_model
@@ -158,6 +158,18 @@ def test_flops_are_those_of_the_matrix_products_that_torch_counts(shape):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(torch.randint(0, 257, (1, length)), with_stats=False)
     assert counter.get_total_flops() == length * forward_flops(config, length).routed
+
+
+@pytest.mark.parametrize("shape", ["plain", "everything", "gated shared experts", "dense layers"])
+def test_training_flops_are_those_that_torch_counts_forward_and_backward(shape):
+    config = model_config(**SHAPES[shape])
+    model, length = build_model(config, dtype=torch.float64), 16
+    tokens_BS = torch.randint(0, 257, (1, length))
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        logits_BSV = model(tokens_BS, with_stats=False).logits_BSV
+        (logits_BSV * torch.randn_like(logits_BSV)).sum().backward()
+    assert counter.get_total_flops() == length * training_flops(config, length).routed
 
 
 def test_flops_fall_with_sparsity_and_hold_scores_and_selection():

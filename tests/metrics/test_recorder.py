@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import MetricsConfig, ModelConfig, MoEConfig, RunConfig
@@ -17,6 +18,7 @@ from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.names import is_layer_name, metric_of
 from qsparse_moe.metrics.recorder import Recorder
+from qsparse_moe.metrics.tensorboard import SUMMARY_METRICS, hyperparameters
 from tests.metrics.reports import make_context, make_report, random_stats
 
 MOE = MoEConfig(num_dense_layers=1, num_shared_experts=1, bias_update_rate=0.001)
@@ -86,6 +88,34 @@ def test_resumed_run_replaces_what_came_after_its_step(tmp_path, start_step):
         assert set(scalars(board, tag)) == expected, tag
     # What the first part wrote about the run as a whole is still there.
     assert board.Tensors("config/text_summary")[0].step == 0
+
+
+@pytest.mark.parametrize("tag", ["cost/lm_loss_by_executed_gflops", "cost/lm_loss_by_kept_gflops"])
+def test_resumed_run_keeps_its_curves_whose_step_is_a_cost(tmp_path, tag):
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    record(tmp_path / "whole", [1, 2, 3])
+    record(tmp_path / "parts", [1, 2, 3], ends=False)
+    record(tmp_path / "parts", [3], start_step=2)
+    whole, parts = (scalars(read_board(tmp_path / name), tag) for name in ("whole", "parts"))
+    assert len(whole) == 3 and parts == whole
+
+
+def test_hparams_hold_the_settings_once_from_the_beginning_and_name_every_final_metric(tmp_path):
+    record(tmp_path, [1, 2], ends=False)
+    record(tmp_path, [2], start_step=1)
+    board = read_board(tmp_path)
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "one file for each part"
+    contents = {tag: board.SummaryMetadata(tag).plugin_data.content for tag in board.PluginTagToContent("hparams")}
+    data = {tag: HParamsPluginData.FromString(content) for tag, content in contents.items()}
+    started = data["_hparams_/session_start_info"].session_start_info
+    assert {name: started.hparams[name].number_value for name in ("num_layers", "S")} == {
+        "num_layers": CONFIG.model.num_layers,
+        "S": hyperparameters(CONFIG)["S"],
+    }
+    named = {info.name.tag for info in data["_hparams_/experiment"].experiment.metric_infos}
+    assert named == set(SUMMARY_METRICS) and named <= set(board.Tags()["scalars"])
+    assert "_hparams_/session_end_info" in data
 
 
 def charts(run_dir) -> dict[str, list[str]]:

@@ -59,7 +59,7 @@ def test_every_variant_and_seed_is_a_complete_config_with_a_stable_id(write, tmp
         (GRID.replace("base:", "bases:"), r"bases.*Extra inputs"),
         (
             GRID.replace("model.sparsity.default", "model.sparsity.defalt"),
-            "variant half: model.sparsity.defalt is not a",
+            "variants.half: model.sparsity.defalt is not a",
         ),
         (
             GRID.replace("{model.sparsity.default: 0.5}", "{training.seed: 1}"),
@@ -142,7 +142,7 @@ def test_variants_are_crossed_with_axes(write):
             "axes.size and axes.model.moe.num_experts both set",
         ),
         (AXES.replace("[small-E4-*]", "[smal-E4-*]"), r'extra_seeds name "smal-E4-\*", which is no point of the grid'),
-        (AXES.replace("size:", "size:\n    huge: {model.hidden_size: 16, model.num_layers: 1}"), "are the same run"),
+        (AXES.replace(" size:", " size:\n    huge: {model.hidden_size: 16, model.num_layers: 1}"), "are the same run"),
         (
             GRID.replace("half: {model.sparsity.default: 0.5}", "half: {}"),
             "dense-seed0 and half-seed0 are the same run",

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from qsparse_moe.ablation.figures import draw_figures
 from qsparse_moe.ablation.grid import Grid
 from qsparse_moe.ablation.results import RESULTS, Outcome, results_text
 
@@ -15,9 +16,11 @@ REPORT = "report.md"
 
 
 def write_results(grid: Grid, outcomes: Sequence[Outcome], folder: Path) -> None:
-    """Write ``results.jsonl`` and ``report.md``, each at once or not at all."""
+    """Write ``results.jsonl``, the figures that the grid has the axes for, and ``report.md``, each file at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in ((RESULTS, results_text(outcomes)), (REPORT, markdown(grid, outcomes) + "\n")):
+    figures = draw_figures([outcome.as_dict() for outcome in outcomes], folder)
+    report = "\n\n".join([markdown(grid, outcomes), *(f"![{title}]({name})" for name, title in figures.items())])
+    for name, text in ((RESULTS, results_text(outcomes)), (REPORT, report + "\n")):
         part = folder / f"{name}.part"
         part.write_text(text, "utf-8")
         os.replace(part, folder / name)
@@ -44,12 +47,6 @@ def markdown(grid: Grid, outcomes: Sequence[Outcome]) -> str:
     if broken:
         parts += [f"{len(broken)} of {len(outcomes)} runs did not come to their end:", "\n".join(broken)]
     return "\n\n".join(parts)
-
-
-def best_of(outcomes: Sequence[Outcome]) -> Outcome | None:
-    """The outcome with the fewest bits a byte; None where none has any."""
-    measured = [outcome for outcome in outcomes if outcome.bits_per_byte is not None]
-    return min(measured, key=lambda outcome: outcome.bits_per_byte or 0.0, default=None)
 
 
 def _quality(grid: Grid, outcomes: Sequence[Outcome]) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
 
+from qsparse_moe.ablation.children import Children
 from qsparse_moe.ablation.grid import Grid, GridRun
 from qsparse_moe.ablation.outcome import outcome_of
+from qsparse_moe.ablation.placement import Placement
 from qsparse_moe.ablation.results import Outcome
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.errors import CheckpointError, ConfigError
@@ -21,59 +22,62 @@ from qsparse_moe.training.run_folder import is_finished
 LOG_TAIL = 400
 
 
+class GridResult(NamedTuple):
+    """What the runs of a grid came to."""
+
+    outcomes: list[Outcome]
+    """In the order of the grid."""
+    stopped_by: int
+    """Number of the signal that stopped it, else 0."""
+
+
 def run_grid(
-    grid: Grid, *, ranks: int = 1, jobs: int = 1, tell: Callable[[Outcome], None] = lambda outcome: None
-) -> list[Outcome]:
+    grid: Grid, placement: Placement | None = None, *, tell: Callable[[Outcome], None] = lambda outcome: None
+) -> GridResult:
     """Bring every run of ``grid`` to its end; a broken one is reported, and the others go on.
+
+    SIGINT and SIGTERM stop the runs that are under way, each with a checkpoint from which the next call goes on.
 
     Args:
         grid: its configs.
-        ranks: processes a run, through the deepspeed launcher where there is more than one.
-        jobs: runs at the same time; they share the cores.
-        tell: called with every outcome as it comes.
-
-    Returns:
-        The outcomes in the order of the grid.
+        placement: None is one after the other, a process each.
+        tell: called with every outcome as it comes, from several threads; not after a stop.
     """
-    threads = max(1, num_cores() // (ranks * jobs))
+    placement = placement or Placement()
+    slots: SimpleQueue[tuple[str, ...]] = SimpleQueue()
+    for slot in placement.slots():
+        slots.put(slot)
 
-    def bring_to_end(run: GridRun) -> Outcome:
-        try:
-            error = None if is_finished(run.config) else _start(grid, run, ranks, threads)
-        except (ConfigError, CheckpointError) as refused:  # the folder is that of another run
-            error = str(refused)
-        outcome = outcome_of(grid, run, error)
-        tell(outcome)
-        return outcome
+    with Children() as children, ThreadPoolExecutor(placement.jobs) as pool:
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(bring_to_end, grid.runs))
+        def bring_to_end(run: GridRun) -> Outcome:
+            slot = slots.get()
+            try:
+                error = None if is_finished(run.config) else _start(grid, run, placement, slot, children)
+            except (ConfigError, CheckpointError) as refused:  # the folder is that of another run
+                error = str(refused)
+            finally:
+                slots.put(slot)
+            outcome = outcome_of(grid, run, error)
+            if not children.stopped_by:
+                tell(outcome)
+            return outcome
+
+        return GridResult(list(pool.map(bring_to_end, grid.runs)), children.stopped_by)
 
 
-def _start(grid: Grid, run: GridRun, ranks: int, threads: int) -> str | None:
-    """Train ``run`` in processes of its own; the end of its log if it broke."""
+def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...], children: Children) -> str | None:
+    """Train ``run`` in processes of its own; what stopped or broke it, None where it came to its end."""
     grid.folder.mkdir(parents=True, exist_ok=True)
     file = grid.folder / f"{run.id}.yaml"
     file.write_text(config_to_yaml(run.config), "utf-8")
     log = grid.folder / f"{run.id}.log"
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with log.open("ab") as output:
-        done = subprocess.run(_command(file, ranks), stdout=output, stderr=output, env=environment, check=False)
-    if done.returncode == 0 and is_finished(run.config):
+    environment = os.environ | placement.environment(slot, num_cores())
+    code = children.run(placement.command(file, slot), log, environment)
+    if code == 0 and is_finished(run.config):
         return None
+    if children.stopped_by:
+        name = signal.Signals(children.stopped_by).name
+        return f"{'not started' if code is None else 'stopped'}, {name}; the same command goes on from here"
     text = log.read_text("utf-8", errors="replace").strip()
-    return f"exit code {done.returncode}, see {log}: ...{text[-LOG_TAIL:]}"
-
-
-def _command(file: Path, ranks: int) -> list[str]:
-    train = ["qsparse_moe", "train", str(file)]
-    if ranks == 1:
-        return [sys.executable, "-m", *train]
-    launcher = ["deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(_free_port())]
-    return [sys.executable, "-m", *launcher, "--module", *train]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return f"exit code {code}, see {log}: ...{text[-LOG_TAIL:]}"

@@ -1,15 +1,18 @@
-"""``qsparse-moe ablate``: the runs of a grid file, and a table of what they came to."""
+"""``qsparse-moe ablate``: the runs of a grid file, and tables and figures of what they came to."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qsparse_moe.ablation.grid import Grid, load_grid
+from qsparse_moe.ablation.grid import Grid, GridRun, load_grid
+from qsparse_moe.ablation.placement import Launcher, Placement
 from qsparse_moe.cli.console import print_json
+from qsparse_moe.cli.grid_progress import GridProgress
+from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.training.run_folder import is_finished
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.results import Outcome
@@ -27,35 +30,73 @@ def ablate(
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes a run.", min=1)] = 1,
     jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
+    devices: Annotated[str, typer.Option(help="CUDA devices that the runs share out, such as 0,1.")] = "",
+    launcher: Annotated[Launcher, typer.Option(help="auto: deepspeed's where a run has several ranks.")] = "auto",
+    task: Annotated[int | None, typer.Option(help="Train only the run of this index, as one of an array.")] = None,
+    list_runs: Annotated[bool, typer.Option("--list", help="Print index, state and id of the runs.")] = False,
+    report_only: Annotated[bool, typer.Option(help="Write the report of what there is; start nothing.")] = False,
     output_dir: Annotated[str, typer.Option(help="Folder for the grid's folder of runs.")] = "runs/ablations",
     output: Annotated[Path | None, typer.Option(help="Folder of the results; left out: the grid's.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train every run of a grid file; finished runs are kept. Ends with 1 where a run broke."""
+    if (task is not None) + list_runs + report_only > 1:
+        raise ConfigError("--task, --list and --report-only exclude each other; name one of them")
     loaded = load_grid(grid, overrides or (), output_dir=output_dir)
-    from qsparse_moe.ablation.report import markdown, write_results
+    placement = Placement(ranks, jobs, tuple(filter(None, devices.split(","))), launcher)
+    if list_runs:
+        _print_list(loaded, json)
+        return
+    chosen = loaded if task is None else _only(loaded, task)
+    from qsparse_moe.ablation.outcome import outcome_of
     from qsparse_moe.ablation.run import run_grid
 
-    outcomes = run_grid(loaded, ranks=ranks, jobs=jobs, tell=_Teller(loaded))
-    folder = output or loaded.folder
-    write_results(loaded, outcomes, folder)
-    if json:
-        print_json({"grid": loaded.name, "results": [outcome.as_dict() for outcome in outcomes]})
+    stopped_by = 0
+    if report_only:
+        outcomes = [outcome_of(loaded, run) for run in loaded.runs]
     else:
-        print(markdown(loaded, outcomes))
-        print(f"\nwritten to {folder}")
-    if not all(outcome.finished for outcome in outcomes):
+        with GridProgress(len(chosen.runs)) as progress:
+            outcomes, stopped_by = run_grid(chosen, placement, tell=progress)
+    # Tasks of an array run at the same time: the report is written once, when they are done.
+    _tell(chosen, outcomes, None if task is not None else output or loaded.folder, json)
+    if stopped_by:
+        raise typer.Exit(128 + stopped_by)
+    if not report_only and not all(outcome.finished for outcome in outcomes):
         raise typer.Exit(1)
 
 
-class _Teller:
-    """A line on standard error for every run that ends."""
+def _only(grid: Grid, task: int) -> Grid:
+    if not 0 <= task < len(grid.runs):
+        raise ConfigError(
+            f"--task ({task}) must be the index of a run of {grid.name}, 0 to {len(grid.runs) - 1}; --list shows them"
+        )
+    return Grid(grid.name, (grid.runs[task],))
 
-    def __init__(self, grid: Grid) -> None:
-        self._done, self._all = 0, len(grid.runs)
 
-    def __call__(self, outcome: Outcome) -> None:
-        self._done += 1
-        bits = outcome.bits_per_byte
-        said = outcome.error or ("no validation" if bits is None else f"{bits:.4f} bits a byte")
-        print(f"{self._done}/{self._all}  {outcome.id}  {said}", file=sys.stderr, flush=True)
+def _tell(grid: Grid, outcomes: list[Outcome], folder: Path | None, json: bool) -> None:
+    from qsparse_moe.ablation.report import markdown, write_results
+
+    if folder is not None:
+        write_results(grid, outcomes, folder)
+    if json:
+        print_json({"grid": grid.name, "results": [outcome.as_dict() for outcome in outcomes]})
+    else:
+        print(markdown(grid, outcomes))
+        if folder is not None:
+            print(f"\nwritten to {folder}")
+
+
+def _print_list(grid: Grid, json: bool) -> None:
+    runs = [{"index": i, "id": run.id, "state": _state(run)} for i, run in enumerate(grid.runs)]
+    if json:
+        print_json({"grid": grid.name, "runs": runs})
+        return
+    for run in runs:
+        print(f"{run['index']:>4}  {run['state']:<8}  {run['id']}")
+
+
+def _state(run: GridRun) -> str:
+    try:
+        return "finished" if is_finished(run.config) else "to do"
+    except (ConfigError, CheckpointError):
+        return "refused"

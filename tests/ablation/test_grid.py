@@ -167,16 +167,18 @@ def test_runs_end_are_kept_and_a_broken_one_does_not_stop_the_others(write, tmp_
     broken = GRID.replace("half: {", "half: {data.cache_dir: /proc/none, ").replace("[0, 3]", "[0]")
     grid = load_grid(write(broken), output_dir=str(tmp_path / "out"))
     told = []
-    outcomes = run_grid(grid, tell=told.append)
+    outcomes, stopped_by = run_grid(grid, tell=told.append)
+    assert stopped_by == 0
     assert [outcome.finished for outcome in outcomes] == [True, False]
     assert outcomes[0].bits_per_byte > 0
-    assert outcomes[0].tokens == 2 * 2 * 32
+    assert (outcomes[0].steps, outcomes[0].tokens) == (2, 2 * 2 * 32)
+    assert outcomes[0].curve == [(2 * 2 * 32, outcomes[0].loss, outcomes[0].bits_per_byte)]
     last = json.loads((grid.folder / "dense-seed0" / "metrics.jsonl").read_text().splitlines()[-1])
     assert outcomes[0].layer_grad_norms == [last["train/grad_norm/layer_0"]]
     assert "exit code 2" in outcomes[1].error
     assert told == outcomes
     before = (grid.folder / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns
-    again = run_grid(load_grid(write(GRID.replace("[0, 3]", "[0]")), output_dir=str(tmp_path / "out")))
+    again, _ = run_grid(load_grid(write(GRID.replace("[0, 3]", "[0]")), output_dir=str(tmp_path / "out")))
     assert [outcome.finished for outcome in again] == [True, True]
     assert (grid.folder / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == before
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.ablation.grid import load_grid
-from qsparse_moe.ablation.report import best_of, markdown, write_results
+from qsparse_moe.ablation.report import markdown, write_results
 from qsparse_moe.ablation.results import Outcome, read_results, results_text
 from qsparse_moe.errors import ConfigError
 
@@ -101,12 +101,6 @@ def test_gradient_norms_by_layer_are_a_table_of_their_own(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert [line["layer_grad_norms"] for line in lines] == [o.layer_grad_norms for o in outcomes]
     assert said in (tmp_path / "report.md").read_text()
-
-
-def test_the_best_of_outcomes_is_the_one_with_the_fewest_bits():
-    outcomes = [outcome("dense", 0, None), outcome("dense", 1, 2.0), outcome("half", 0, 1.5)]
-    assert best_of(outcomes) is outcomes[2]
-    assert best_of(outcomes[:1]) is None
 
 
 def test_rows_are_read_back_from_files_and_folders(tmp_path):

@@ -1,0 +1,77 @@
+"""How a grid gets on: a bar over its runs with the best so far on a terminal, a line for every run elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from qsparse_moe.ablation.results import Outcome
+
+
+class GridProgress:
+    """Give it to ``run_grid`` as ``tell``, inside ``with``; several threads may call it."""
+
+    def __init__(self, num_runs: int) -> None:
+        self._done, self._num_runs = 0, num_runs
+        self._best: Outcome | None = None
+        self._lock = threading.Lock()
+        self._bar = _make_bar(num_runs) if sys.stderr.isatty() else None
+
+    def __enter__(self) -> GridProgress:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, outcome: Outcome) -> None:
+        """Show one run that has ended."""
+        with self._lock:
+            self._done += 1
+            self._best = _better(self._best, outcome)
+            line = f"{outcome.id}  {_said(outcome)}"
+            best = f"best {self._best.id} {_bits(self._best)}" if self._best else ""
+            if self._bar is not None:
+                self._bar.console.print(line, markup=False, highlight=False)
+                self._bar.update(self._bar.task_ids[0], completed=self._done, best=best)
+            else:
+                shown = f"  {best}" if best else ""
+                print(f"{self._done}/{self._num_runs}  {line}{shown}", file=sys.stderr, flush=True)
+
+
+def _better(best: Outcome | None, outcome: Outcome) -> Outcome | None:
+    if outcome.bits_per_byte is None:
+        return best
+    return outcome if best is None or outcome.bits_per_byte < (best.bits_per_byte or 0.0) else best
+
+
+def _said(outcome: Outcome) -> str:
+    return outcome.error or _bits(outcome)
+
+
+def _bits(outcome: Outcome) -> str:
+    return "no validation" if outcome.bits_per_byte is None else f"{outcome.bits_per_byte:.4f} bits a byte"
+
+
+def _make_bar(num_runs: int) -> Progress:
+    columns = (
+        TextColumn("runs"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[best]}", markup=False),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(*columns, console=Console(stderr=True))
+    bar.add_task("runs", total=num_runs, best="")
+    return bar

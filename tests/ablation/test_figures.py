@@ -1,0 +1,57 @@
+"""Which figures the rows of a grid have the axes for, and what they show."""
+
+import pytest
+from matplotlib.image import imread
+
+from qsparse_moe.ablation.figures import Point, draw_figures, pareto_front
+
+
+def row(settings, loss, **shape):
+    known = {"hidden_size": 32, "num_layers": 2, "num_experts": 4, "experts_per_token": 2, "sparsity": 0.0}
+    cost = {"active_parameters": 1000, "kept_parameters": 1000.0}
+    name = "-".join(str(value) for value in settings.values()) or "base"
+    return known | cost | shape | {"variant": name, "settings": settings, "loss": loss, "finished": loss is not None}
+
+
+def joint():
+    return [
+        row(
+            {"model.moe.num_experts": experts, "model.sparsity.default": sparsity},
+            3.0 - 0.02 * experts + 0.3 * sparsity + 0.01 * seed,
+            num_experts=experts,
+            sparsity=sparsity,
+            kept_parameters=1000.0 * (1 - sparsity),
+        )
+        for experts in (4, 8, 16)
+        for sparsity in (0.0, 0.3, 0.5, 0.7)
+        for seed in (0, 1)
+    ]
+
+
+def test_a_grid_of_experts_and_sparsity_has_every_figure(tmp_path):
+    assert list(draw_figures(joint(), tmp_path)) == ["loss-by-sparsity.png", "loss-by-parameters.png", "iso-loss.png"]
+    for path in tmp_path.iterdir():
+        assert path.suffix == ".png" and imread(path)[..., :3].std() > 0.05, "nothing is drawn"
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], []),
+        ([row({"model.moe.router": name}, 2.0) for name in ("a", "b")], []),
+        ([row({"model.sparsity.default": s}, 2.0, sparsity=s) for s in (0, 0.5)], ["loss-by-sparsity.png"]),
+        ([row({"model.sparsity.default": s}, None, sparsity=s) for s in (0, 0.5)], []),
+        # Different sites: their mean S is no axis.
+        ([row({f"model.sparsity.sites.{site}": 0.5}, 2.0, sparsity=s) for site, s in (("a", 0.1), ("b", 0.2))], []),
+        ([row({"model.hidden_size": d}, 2.0, active_parameters=d) for d in (8, 16)], ["loss-by-parameters.png"]),
+        (joint()[:-2], ["loss-by-sparsity.png", "loss-by-parameters.png"]),
+    ],
+)
+def test_a_figure_is_drawn_only_where_the_grid_has_its_axes(tmp_path, rows, expected):
+    assert list(draw_figures(rows, tmp_path)) == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
+
+
+def test_the_pareto_front_holds_what_no_other_point_beats():
+    points = [Point({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]]
+    assert [(p.row["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]

@@ -1,0 +1,128 @@
+"""Where the runs of a grid are put, and how they end when they are told to."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from qsparse_moe.ablation.children import Children
+from qsparse_moe.ablation.placement import Placement
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.training.run_folder import newest_step
+
+CONFIG = Path("x.yaml")
+BASE = """
+model:
+  {hidden_size: 16, num_layers: 1, num_heads: 2, moe: {num_experts: 2, experts_per_token: 1, expert_hidden_size: 16}}
+data: {sequence_length: 32, sources: [{max_bytes: 200000}]}
+training: {steps: 1000000, global_batch_size: 2, micro_batch_size: 2, engine: torch, device: cpu, evaluation_rows: 4}
+metrics: {interval: 5, tensorboard: false}
+"""
+SLEEPER = """
+import signal, sys, time
+def end(*_):
+    print("saved", flush=True); sys.exit(143)
+signal.signal(signal.SIGTERM, end)
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def wait_for(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def test_one_process_needs_no_launcher_and_several_or_a_wish_have_it():
+    assert "deepspeed.launcher.runner" not in Placement().command(CONFIG, ())
+    several = Placement(ranks=2).command(CONFIG, ())
+    assert several[several.index("--num_gpus") + 1] == "2" and several[-3:] == ["qsparse_moe", "train", "x.yaml"]
+    assert "deepspeed.launcher.runner" in Placement(launcher="deepspeed").command(CONFIG, ())
+
+
+def test_runs_share_out_the_devices():
+    placement = Placement(ranks=2, jobs=2, devices=("0", "1", "4", "5"))
+    first, second = placement.slots()
+    assert placement.environment(second, 8) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "4,5"}
+    command = placement.command(CONFIG, first)
+    assert command[command.index("--include") + 1] == "localhost:0,1" and "--num_gpus" not in command
+    assert Placement(jobs=3).environment((), 2) == {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"devices": ("0", "1"), "jobs": 2, "ranks": 2}, r"--devices names 2, and 2 runs.*need 4; .*set --jobs 1"),
+        ({"devices": ("0", "0")}, r'--devices \("0,0"\) must be different indices of CUDA devices, such as 0,1'),
+        ({"devices": ("cuda:0",)}, r'--devices \("cuda:0"\) must be different indices'),
+        ({"launcher": "none", "ranks": 2}, "--launcher none starts one process a run, and --ranks is 2; leave"),
+    ],
+)
+def test_a_placement_that_cannot_be_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        Placement(**settings)
+
+
+def test_a_signal_lets_children_save_and_starts_no_more(tmp_path):
+    log, codes = tmp_path / "log", []
+
+    def work():
+        codes.append(children.run([sys.executable, "-c", SLEEPER], log, os.environ))
+        codes.append(children.run([sys.executable, "-c", SLEEPER], log, os.environ))
+
+    before = signal.getsignal(signal.SIGINT)
+    with Children() as children:
+        thread = threading.Thread(target=work)
+        thread.start()
+        wait_for(lambda: log.exists() and "ready" in log.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+        thread.join(60)
+    assert (codes, children.stopped_by, log.read_text()) == ([143, None], signal.SIGINT, "ready\nsaved\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    log, codes = tmp_path / "log", []
+    deaf = SLEEPER.replace('print("saved", flush=True); sys.exit(143)', "print('deaf', flush=True)")
+    with Children() as children:
+        thread = threading.Thread(
+            target=lambda: codes.append(children.run([sys.executable, "-c", deaf], log, os.environ))
+        )
+        thread.start()
+        wait_for(lambda: log.exists() and "ready" in log.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: "deaf" in log.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+        thread.join(60)
+    assert codes == [-signal.SIGKILL]
+
+
+@pytest.mark.slow
+def test_a_stopped_grid_saves_its_run_and_goes_on_from_there(tmp_path):
+    (tmp_path / "base.yaml").write_text(BASE)
+    (tmp_path / "mini.yaml").write_text("base: base.yaml\nseeds: [0]\naxes: {model.sparsity.default: [0, 0.5]}\n")
+    command = [sys.executable, "-m", "qsparse_moe", "ablate", "mini.yaml", "--output-dir", "out"]
+    run = tmp_path / "out" / "mini" / "S0-seed0"
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as grid:
+        wait_for(lambda: (run / "metrics.jsonl").exists() and (run / "metrics.jsonl").stat().st_size > 0)
+        grid.send_signal(signal.SIGTERM)
+        assert grid.wait(120) == 128 + signal.SIGTERM
+    saved = newest_step(run)
+    assert saved and not (tmp_path / "out" / "mini" / "S0.5-seed0").exists()
+    rows = [json.loads(line) for line in (run.parent / "results.jsonl").read_text().splitlines()]
+    assert [row["error"].split(",")[0] for row in rows] == ["stopped", "not started"]
+    steps = saved + 5
+    again = subprocess.run([*command, f"training.steps={steps}"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    metrics = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert metrics == sorted(set(metrics)) and metrics[-1] == steps
+    assert f"step {saved}" in (run.parent / "S0-seed0.log").read_text()
+    assert "2/2  S0.5-seed0" in again.stderr and "best " in again.stderr

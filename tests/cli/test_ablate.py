@@ -1,0 +1,78 @@
+"""``qsparse-moe ablate``: what it lists, what it refuses, and how it shows its runs."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from qsparse_moe.cli.app import run
+from qsparse_moe.cli.grid_progress import GridProgress
+
+GRID = """
+base: base.yaml
+seeds: [0, 1]
+axes: {model.sparsity.default: [0, 0.5]}
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    (tmp_path / "base.yaml").write_text("training: {engine: torch, device: cpu}\n")
+    (tmp_path / "mini.yaml").write_text(GRID)
+    return [str(tmp_path / "mini.yaml"), "--output-dir", str(tmp_path / "out")]
+
+
+def test_list_tells_index_state_and_id(grid, capsys, tmp_path):
+    assert run(["ablate", *grid, "--list"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == ["1", "to", "do", "S0-seed1"] and len(lines) == 4
+    assert run(["ablate", *grid, "--list", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert listed["runs"][2] == {"index": 2, "id": "S0.5-seed0", "state": "to do"}
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--task", "4"], "--task (4) must be the index of a run of mini, 0 to 3; --list shows them"),
+        (["--task", "1", "--list"], "--task, --list and --report-only exclude each other; name one of them"),
+        (["--devices", "0", "--jobs", "2"], "--devices names 1, and 2 runs at a time (--jobs)"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_written(grid, capsys, tmp_path, options, message):
+    assert run(["ablate", *grid, *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_report_only_starts_nothing(grid, capsys, tmp_path):
+    assert run(["ablate", *grid, "--report-only"]) == 0
+    assert "4 of 4 runs did not come to their end:" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "out" / "mini").iterdir()) == ["report.md", "results.jsonl"]
+
+
+def outcome(name, bits, error=None):
+    return SimpleNamespace(id=name, bits_per_byte=bits, error=error)
+
+
+def test_without_a_terminal_every_run_has_a_line_with_the_best_so_far(capsys):
+    with GridProgress(3) as tell:
+        for ended in (outcome("a", None, "exit code 1"), outcome("b", 2.0), outcome("c", 2.5)):
+            tell(ended)
+    assert capsys.readouterr().err.splitlines() == [
+        "1/3  a  exit code 1",
+        "2/3  b  2.0000 bits a byte  best b 2.0000 bits a byte",
+        "3/3  c  2.5000 bits a byte  best b 2.0000 bits a byte",
+    ]
+
+
+def test_on_a_terminal_there_is_one_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    with GridProgress(2) as tell:
+        tell(outcome("a", 2.0))
+        tell(outcome("b", 1.0))
+    shown = capsys.readouterr().err
+    assert "2/2" in shown and "best b 1.0000 bits a byte" in shown and "a  2.0000 bits a byte" in shown

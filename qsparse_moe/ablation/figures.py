@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
@@ -20,7 +21,8 @@ _EXPERT_PATHS = ("model.moe.num_experts", "model.moe.experts_per_token", "model.
 _S_PATHS = ("model.sparsity.default", "model.sparsity.sites.")
 _LOSS = "validation loss, nats a token"
 _MOST_PANELS = 4
-_MOST_NAMES = 8
+_MOST_NAMES = 6
+_PAPER = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 
 
 class Point(NamedTuple):
@@ -91,17 +93,18 @@ def loss_by_parameters(points: Sequence[Point]) -> Figure | None:
     None where neither varies.
     """
     names = {
-        "active_parameters": "active parameters, by routing",
-        "kept_parameters": "active parameters that Q-Sparse keeps",
+        "active_parameters": "thousand parameters active by routing",
+        "kept_parameters": "thousand of them kept by Q-Sparse",
     }
     shown = [name for name in names if len({point.row[name] for point in points}) > 1]
     if not shown:
         return None
     figure, axes = _panels(dict.fromkeys(names[name] for name in shown))
     for axis, name in zip(axes, shown, strict=True):
-        _scatter(axis, points, name)
+        colored = _scatter(axis, points, name)
         axis.set_xlabel(names[name])
         axis.set_title("")
+    figure.colorbar(colored, ax=axes, label="mean S of the plan")
     return figure
 
 
@@ -133,7 +136,8 @@ def iso_loss(points: Sequence[Point]) -> Figure | None:
         filled = axis.contourf(sparsities, ratios, losses, levels=levels, cmap="viridis_r", extend="both")
         lines = axis.contour(sparsities, ratios, losses, levels=levels, colors="black", linewidths=0.5)
         axis.clabel(lines, fontsize=6, fmt="%.3f")
-        axis.plot([s for s in sparsities for _ in ratios], [r for _ in sparsities for r in ratios], "k.", markersize=4)
+        x, y = [s for s in sparsities for _ in ratios], [r for _ in sparsities for r in ratios]
+        axis.plot(x, y, "k.", markersize=4, clip_on=False)
         axis.set_yscale("log", base=2)
         axis.set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
         axis.set_xlabel("mean S of the plan")
@@ -177,32 +181,25 @@ def _panels(titles: Mapping[str, Any]) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _scatter(axis: Axes, points: Sequence[Point], cost: str) -> None:
+def _scatter(axis: Axes, points: Sequence[Point], cost: str) -> PathCollection:
     front = pareto_front(points, cost)
-    colored = axis.scatter(
-        [point.row[cost] for point in points],
-        [point.loss for point in points],
-        c=[point.row["sparsity"] for point in points],
-        cmap="viridis",
-        zorder=2,
-    )
-    axis.step([p.row[cost] for p in front], [p.loss for p in front], "k--", where="post", lw=1, label="Pareto front")
-    for point in front if len(front) <= _MOST_NAMES else ():
+    x, y = [point.row[cost] / 1e3 for point in front], [point.loss for point in front]
+    axis.step(x, y, "k--", where="post", linewidth=1, label="Pareto front", zorder=1)
+    for point, left, low in zip(front, x, y, strict=True) if len(front) <= _MOST_NAMES else ():
         axis.annotate(
-            point.row["variant"], (point.row[cost], point.loss), (4, -9), textcoords="offset points", fontsize=6
+            point.row["variant"], (left, low), (4, -9), textcoords="offset points", fontsize=6, zorder=3, bbox=_PAPER
         )
     axis.margins(x=0.25)
-    axis.ticklabel_format(axis="x", style="sci", scilimits=(3, 3), useMathText=True)
     axis.set_ylabel(_LOSS)
-    axis.legend(fontsize=7)
-    figure = axis.get_figure()
-    assert figure is not None
-    figure.colorbar(colored, ax=axis, label="mean S of the plan")
+    axis.legend(fontsize=7, loc="upper right")
+    costs, losses = [point.row[cost] / 1e3 for point in points], [point.loss for point in points]
+    return axis.scatter(costs, losses, c=[point.row["sparsity"] for point in points], cmap="viridis", zorder=2)
 
 
 def _complete_map(points: Sequence[Point]) -> tuple[list[float], list[float], list[list[float]]] | None:
     """E/A, S and the loss at each; None unless there is one point at each of at least 2 x 2."""
-    found = {(p.row["num_experts"] / p.row["experts_per_token"], p.row["sparsity"]): p.loss for p in points}
+    # A mean over other numbers of experts is rounded otherwise.
+    found = {(p.row["num_experts"] / p.row["experts_per_token"], round(p.row["sparsity"], 6)): p.loss for p in points}
     ratios, sparsities = sorted({ratio for ratio, _ in found}), sorted({sparsity for _, sparsity in found})
     if min(len(ratios), len(sparsities)) < 2 or len(found) < len(points) or len(found) < len(ratios) * len(sparsities):
         return None

@@ -134,8 +134,7 @@ def iso_loss(points: Sequence[Point]) -> Figure | None:
     levels = _levels([loss for _, _, losses in maps.values() for line in losses for loss in line])
     for axis, (ratios, sparsities, losses) in zip(axes, maps.values(), strict=True):
         filled = axis.contourf(sparsities, ratios, losses, levels=levels, cmap="viridis_r", extend="both")
-        lines = axis.contour(sparsities, ratios, losses, levels=levels, colors="black", linewidths=0.5)
-        axis.clabel(lines, fontsize=6, fmt="%.3f")
+        axis.contour(sparsities, ratios, losses, levels=levels, colors="black", linewidths=0.5)
         x, y = [s for s in sparsities for _ in ratios], [r for _ in sparsities for r in ratios]
         axis.plot(x, y, "k.", markersize=4, clip_on=False)
         axis.set_yscale("log", base=2)
@@ -191,7 +190,7 @@ def _scatter(axis: Axes, points: Sequence[Point], cost: str) -> PathCollection:
         )
     axis.margins(x=0.25)
     axis.set_ylabel(_LOSS)
-    axis.legend(fontsize=7, loc="upper right")
+    axis.legend(fontsize=7)
     costs, losses = [point.row[cost] / 1e3 for point in points], [point.loss for point in points]
     return axis.scatter(costs, losses, c=[point.row["sparsity"] for point in points], cmap="viridis", zorder=2)
 

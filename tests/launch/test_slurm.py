@@ -74,6 +74,33 @@ def test_job_trains_one_run_over_its_nodes(job, tmp_path):
     assert not list(tmp_path.glob("hosts-*"))
 
 
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_job_of_an_array_trains_its_run_of_a_grid_through_the_launcher(job, tmp_path):
+    add_program(tmp_path / "bin", "srun", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n')
+    (tmp_path / "mini.yaml").write_text(
+        f"base: {REPOSITORY / 'configs' / 'tiny.yaml'}\nseeds: [0]\naxes: {{model.sparsity.default: [0, 0.5]}}\n"
+    )
+    script = str(REPOSITORY / "launch" / "slurm.sbatch")
+    small = [*TINY_RUN[1:], f"data.cache_dir={tmp_path / 'cache'}"]
+    command = ["bash", script, "ablate", str(tmp_path / "mini.yaml"), *small, "--output-dir", str(tmp_path / "out")]
+    result = subprocess.run(
+        command, env=job | {"SLURM_ARRAY_TASK_ID": "1"}, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-3000:] + result.stdout[-3000:]
+    folder = tmp_path / "out" / "mini"
+    assert sorted(path.name for path in folder.iterdir()) == ["S0.5-seed0", "S0.5-seed0.log", "S0.5-seed0.yaml"]
+    assert [row["step"] for row in read_metrics(folder / "S0.5-seed0" / "metrics.jsonl")] == [1, 2]
+    assert "deepspeed" in (folder / "S0.5-seed0.log").read_text()
+
+
+def test_a_grid_outside_of_an_array_is_told_how_to_be_one(job):
+    script = str(REPOSITORY / "launch" / "slurm.sbatch")
+    result = subprocess.run(["bash", script, "ablate", "x.yaml"], env=job, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert "SLURM_ARRAY_TASK_ID: is set by Slurm in an array" in result.stderr and "--array=0-11" in result.stderr
+
+
 @pytest.mark.parametrize("name", ["SLURM_SUBMIT_DIR", "SLURM_GPUS_ON_NODE"])
 def test_outside_of_a_job_with_gpus_the_way_in_is_said(job, name):
     del job[name]

@@ -194,6 +194,16 @@ def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
     assert not any(run.config.metrics.tensorboard and run.config.metrics.interval < 10 for run in grid.runs)
 
 
+def test_the_page_about_ablations_holds_a_grid_and_the_numbers_of_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text("utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
+    ids = [run.id for run in load_grid(tmp_path / "mine.yaml").runs]
+    assert "masked-S0.6-large-seed1" in ids and len(ids) == 8 * 2 + 2 * 2
+    for path in GRIDS:
+        assert f"| `{path.stem}` | {len(load_grid(path).runs)} |" in page
+
+
 def shipped(name):
     return load_grid(next(path for path in GRIDS if path.stem == name))
 

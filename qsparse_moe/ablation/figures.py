@@ -141,7 +141,7 @@ def iso_loss(points: Sequence[Point]) -> Figure | None:
         axis.set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
         axis.set_xlabel("mean S of the plan")
         axis.set_ylabel("E / A")
-    figure.colorbar(filled, ax=axes, label=_LOSS, format="%.3f")
+    figure.colorbar(filled, ax=axes, label=_LOSS, format="%.4f")
     return figure
 
 

@@ -260,3 +260,26 @@ def test_a_run_that_stopped_logging_gradient_norms_before_its_second_half_has_no
     run = grid.runs[0]
     finished_run(run, [{"step": 1, "train/grad_norm/layer_0": 1.0}, {"step": 2, "train/grad_norm": 1.0}])
     assert outcome_of(grid, run).layer_grad_norms is None
+
+
+def test_a_folder_made_with_other_settings_is_one_broken_run_among_finished_ones(write, tmp_path):
+    path, out = write(GRID.replace("[0, 3]", "[0]")), str(tmp_path / "out")
+    dense, half = load_grid(path, output_dir=out).runs
+    finished_run(dense, [{"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}])
+    finished_run(load_grid(path, ["training.beta1=0.5"], output_dir=out).runs[1], [])
+    outcomes, _ = run_grid(load_grid(path, output_dir=out))
+    assert [outcome.finished for outcome in outcomes] == [True, False]
+    assert (outcomes[0].loss, outcomes[0].curve) == (1.0, [(128, 1.0, 1.4)])
+    assert "was made with other settings" in outcomes[1].error and "training.beta1 was 0.5" in outcomes[1].error
+
+
+def test_costs_of_relu_follow_the_zeros_that_the_run_measured(write, tmp_path):
+    text = GRID.replace("0.5}", "0.5, model.sparsity.selection: relu, model.sparsity.gradient: masked}")
+    grid = load_grid(write(text), output_dir=str(tmp_path / "out"))
+    dense, relu = grid.runs[0], grid.runs[2]
+    sites = ("attention_input", "attention_output", "expert_input", "expert_hidden")
+    measured = {f"sparsity/{site}/zeros/layer_0": 0.0 for site in sites}
+    validated = {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}
+    finished_run(relu, [validated | measured])
+    assert outcome_of(grid, relu).kept_parameters == outcome_of(grid, dense).kept_parameters
+    assert outcome_of(grid, relu).sparsity == 0.5

@@ -76,13 +76,18 @@ class TensorBoardFiles:
 
     def write_end(self, step: int) -> None:
         """Say that the run ended; the HPARAMS page shows when."""
-        self._writer.file_writer.add_summary(self._summaries[2], step)
+        self._add_summary(self._summaries[2], step)
 
     def _write_hyperparameters(self, step: int) -> None:
         # In the run's own folder and from its beginning: a run that is killed or resumed is one row of the page, too.
         # Every run names the same columns, because TensorBoard takes them from whichever it finds first.
         for summary in self._summaries[:2]:
-            self._writer.file_writer.add_summary(summary, step)
+            self._add_summary(summary, step)
+
+    def _add_summary(self, summary: Any, step: int) -> None:
+        file_writer = self._writer.file_writer
+        assert file_writer is not None, "the event file is closed"
+        file_writer.add_summary(summary, step)
 
     def _write_costs(self, metrics: Mapping[str, float | None]) -> None:
         """The step of these curves is what the run has cost so far: two runs lie over each other at equal cost."""

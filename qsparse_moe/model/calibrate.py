@@ -149,12 +149,13 @@ class _Recorder:
         self.first_number = 0
         """Of the batch that comes next."""
 
-    def __call__(self, x: Tensor, expert_ids_N: Tensor | None) -> None:
+    def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
         if expert_ids_N is None:
             self._show(self.samples[0], x.flatten(0, -2))
-            return
+            return sparse
         for expert, sample in enumerate(self.samples):
             self._show(sample, x[expert_ids_N == expert])
+        return sparse
 
     def _show(self, sample: RowSample, rows_ND: Tensor) -> None:
         sample.add(rows_ND, self.first_number + torch.arange(len(rows_ND), device=rows_ND.device))

@@ -21,7 +21,8 @@ from qsparse_moe.sparsity.selection import BOUND_MASKS
 from qsparse_moe.sparsity.stats import Readers, RowSums, Stats, site_stats
 from qsparse_moe.sparsity.topk import apply_mask, rescale_kept
 
-Observer = Callable[[Tensor, "Tensor | None"], None]
+Observer = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
+"""Given the rows, their experts and what the site made of them; what it returns goes on in place of the last."""
 
 
 class Selected(NamedTuple):
@@ -70,7 +71,7 @@ class SparseSite(nn.Module):
         self.ste_share = ste_share(settings, 0)
         """Share of the straight-through gradient, from 0 (masked) to 1; may be changed between steps."""
         self.observer: Observer | None = None
-        """Called with the rows and their experts; while there is one, rows are ranked and each names its expert."""
+        """While there is one, rows are ranked, each names its expert, and their selection is no part of another pass."""
         self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
         # As integers, because a cast of the model to bf16 would round a floating-point buffer.
         self.register_buffer("bound_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
@@ -132,8 +133,14 @@ class SparseSite(nn.Module):
         """The first half of ``forward``: the sparse rows, and what ``sums`` needs of them."""
         if self.settings.debug:
             self._check_nan(x)
-        if self.observer is not None:
-            self.observer(x, expert_ids_N)
+        selected = self._selected(x, expert_ids_N)
+        if self.observer is None:
+            return selected
+        # A view: where nothing is dropped the sparse rows are the rows themselves, which others may read too.
+        shown = selected.sparse.view_as(selected.sparse)
+        return selected._replace(sparse=self.observer(x, expert_ids_N, shown))
+
+    def _selected(self, x: Tensor, expert_ids_N: Tensor | None) -> Selected:
         if self._keeps_all:
             rounded = as_format(x, self.number_format)
             return Selected(rounded, x, rounded, self.num_features)

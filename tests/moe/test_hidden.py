@@ -140,7 +140,7 @@ def test_settings_that_it_cannot_follow_go_the_long_way(changed, calls):
 def test_an_observed_or_dense_site_goes_the_long_way(calls):
     _, layer = layers(FUSED_GLUS[0])
     layer.shared.hidden_site.set_sparsity([0.0])
-    layer.experts.hidden_site.observer = lambda rows, experts: None
+    layer.experts.hidden_site.observer = lambda rows, experts, sparse: sparse
     layer(torch.randn(1, 3, D))
     assert not calls
 

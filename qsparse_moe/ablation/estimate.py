@@ -1,0 +1,194 @@
+"""What the loss would change by if the S of one cell were another, for all cells and many S from one backward pass.
+
+A site turns a row x into a sparse row y(S), the K largest of x (and its rescale). With g the gradient of the summed loss
+by the sparse row at the S of the moment, S0, a cell's change of loss is to second order
+
+    sum over its rows of  g.(y(S) - y(S0))  +  1/2 (g.(y(S) - y(S0)))^2
+
+The second term is the row's Fisher information along its change, with the text's own labels in the place of the model's
+(the empirical Fisher); rows are taken as independent of each other. One sort of |x| gives g.y(S) for every S: running
+sums of g x and x^2 in falling order of |x|, read at K.
+
+N rows, D features, X values of S, E experts, C documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsparse_moe.ablation.cells import Cell
+from qsparse_moe.ablation.documents import DocumentRows, token_losses
+from qsparse_moe.data.packing import Array
+from qsparse_moe.model.block import Block
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.moe.dispatch import RoutedRows
+from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.sparsity.plan import site_num_kept
+from qsparse_moe.sparsity.quantize import as_format
+from qsparse_moe.training.engine import run_model
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sums over the labels of every document, by cell and S; both terms, not yet added."""
+
+    first: dict[Cell, Array]
+    """``(X, C)`` nats: the first-order term."""
+    second: dict[Cell, Array]
+    """``(X, C)`` nats: the second-order term."""
+
+    def total(self, cell: Cell) -> Array:
+        """``(X, C)`` both together."""
+        return self.first[cell] + self.second[cell]
+
+
+def estimate(model: Transformer, rows: DocumentRows, values: Sequence[float]) -> Estimate:
+    """Both terms of every cell at each S of ``values``, from one forward and backward pass over ``rows``.
+
+    The model keeps its plan, its weights and which of them ask for gradients. Selections pass gradients to what they
+    kept alone meanwhile: the straight-through gradient is no derivative of the loss.
+    """
+    with _listening(model, rows.num_documents, values) as listeners:
+        for batch, documents_BS in rows:
+            for listener in listeners:
+                listener.document_T = documents_BS.flatten().to(model.embedding.weight.device)
+            _backward(model, batch)
+    first, second = {}, {}
+    for listener in listeners:
+        for cell, sums_2XC in listener.by_cell():
+            first[cell], second[cell] = sums_2XC
+    return Estimate(first, second)
+
+
+def _backward(model: Transformer, batch: Any) -> None:
+    device = model.embedding.weight.device
+    with torch.enable_grad():
+        logits_BSV = run_model(model, batch, device, with_stats=False, probe=None).logits_BSV
+        # The sum: a row's gradient is then that of its own document, whatever else is in the batch.
+        torch.autograd.backward(token_losses(logits_BSV, batch.labels_BS.to(device)).sum())
+    model.embedding.weight.grad = None
+
+
+@contextmanager
+def _listening(model: Transformer, num_documents: int, values: Sequence[float]) -> Iterator[list[_Listener]]:
+    """Listeners at every site. Of the weights only the embedding asks for a gradient: it lets the graph begin there."""
+    listeners = []
+    asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    sites = [site for block in model.blocks() for site in block.sites().values()]
+    shares, permutations = [site.ste_share for site in sites], {}
+    was_training = model.training
+    try:
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.embedding.weight.requires_grad_(True)
+        for block in model.blocks():
+            tokens = _TokensOfRows()
+            if block.moe is not None:
+                permutations[block] = block.moe.permutation
+                block.moe.permutation = replace(block.moe.permutation, plan=partial(tokens.plan, permutations[block].plan))
+            for site in block.sites().values():
+                site.ste_share = 0.0
+                site.observer = _Listener(block, site, tokens, num_documents, values)
+                listeners.append(site.observer)
+        yield listeners
+    finally:
+        for site, share in zip(sites, shares, strict=True):
+            site.observer, site.ste_share = None, share
+        for block, permutation in permutations.items():
+            assert block.moe is not None
+            block.moe.permutation = permutation
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(asked[name])
+        model.train(was_training)
+
+
+class _TokensOfRows:
+    """Remembers which token each routed row of a layer is of: the sites see the rows alone."""
+
+    def __init__(self) -> None:
+        self.token_N: Tensor | None = None
+
+    def plan(self, original: Any, *arguments: Any) -> RoutedRows:
+        planned: RoutedRows = original(*arguments)
+        self.token_N = planned.token_N
+        return planned
+
+
+class _Listener:
+    """Adds up both terms of one site's cells while gradients arrive."""
+
+    def __init__(
+        self, block: Block, site: SparseSite, tokens: _TokensOfRows, num_documents: int, values: Sequence[float]
+    ) -> None:
+        self._layer, self._site, self._tokens = block.layer, site, tokens
+        self._kept = [site_num_kept(site.settings, value, site.num_features) for value in values]
+        self._num_documents = num_documents
+        num_cells = len(site.num_kept_E)
+        self._sums_2FX = torch.zeros(2, num_cells * num_documents, len(values), dtype=torch.float64)
+        self.document_T: Tensor | None = None
+        """Of every token of the batch that comes next."""
+
+    def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
+        assert self.document_T is not None
+        places_N = self.document_T
+        if expert_ids_N is not None:
+            assert self._tokens.token_N is not None
+            places_N = expert_ids_N.long() * self._num_documents + places_N[self._tokens.token_N.long()]
+        sparse.register_hook(partial(self._add, x.detach().flatten(0, -2), sparse.detach().flatten(0, -2), places_N))
+        return sparse
+
+    def _add(self, x_ND: Tensor, sparse_ND: Tensor, places_N: Tensor, grad: Tensor) -> None:
+        change_NX = changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._kept).double().cpu()
+        for sums_FX, terms_NX in zip(self._sums_2FX, (change_NX, change_NX.square() / 2), strict=True):
+            sums_FX.index_add_(0, places_N.cpu(), terms_NX)
+
+    def by_cell(self) -> Iterator[tuple[Cell, Array]]:
+        """The sums ``(2, X, C)`` of every cell."""
+        sums_2ECX = self._sums_2FX.unflatten(1, (-1, self._num_documents))
+        has_experts = self._site.site in ("expert_input", "expert_hidden")
+        for expert in range(sums_2ECX.shape[1]):
+            cell = Cell(self._layer, self._site.site, expert if has_experts else None)
+            yield cell, np.ascontiguousarray(sums_2ECX[:, expert].transpose(-1, -2).numpy())
+
+
+def changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, kept: Sequence[int]) -> Tensor:
+    """``(N, X)``: ``g.(y(K) - y)`` of every row for each K of ``kept``, in at least fp32.
+
+    Args:
+        site: whose selection, number format and rescale make y of x.
+        x_ND: what the site was given.
+        sparse_ND: y of the moment.
+        grad_ND: g, the gradient by it.
+        kept: K of a row, each as ``site_num_kept`` gives it.
+    """
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    rounded_ND, grad_ND = as_format(x_ND, site.number_format).to(wide), grad_ND.to(wide)
+    now_N1 = (grad_ND * sparse_ND.to(wide)).sum(-1, keepdim=True)
+    group = site.group_size or site.num_features
+    order_NGF = x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
+    along_NX = _read(grad_ND * rounded_ND, order_NGF, kept)
+    if site.settings.rescale == "none":
+        return along_NX - now_N1
+    energy_NX = _read(rounded_ND.square(), order_NGF, kept)
+    target_N1 = x_ND.to(wide).square().sum(-1, keepdim=True) if site.settings.rescale == "preserve" else 1.0
+    # A site that keeps everything is left as it is (SparseSite), so that no S changes nothing.
+    is_whole_X = torch.tensor([count == site.num_features for count in kept], device=x_ND.device)
+    scale_NX = (target_N1 / energy_NX).sqrt().nan_to_num(0.0, 0.0, 0.0)
+    return torch.where(is_whole_X, along_NX, along_NX * scale_NX) - now_N1
+
+
+def _read(terms_ND: Tensor, order_NGF: Tensor, kept: Sequence[int]) -> Tensor:
+    """``(N, X)``: the sums of ``terms`` over what each K keeps, an equal part of it in every group."""
+    num_groups, group = order_NGF.shape[-2:]
+    running_NGF = terms_ND.unflatten(-1, (num_groups, group)).gather(-1, order_NGF).cumsum(-1)
+    last_X = torch.tensor([count // num_groups - 1 for count in kept], device=terms_ND.device)
+    return running_NGF.index_select(-1, last_X).sum(-2)

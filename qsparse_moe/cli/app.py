@@ -24,6 +24,8 @@ VERBS = (
     "export",
     "describe",
     "calibrate",
+    "sensitivity",
+    "allocate",
     "ablate",
     "fit-law",
     "doctor",

@@ -13,7 +13,7 @@ from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.metrics.charts import chart_layout
-from qsparse_moe.metrics.heatmaps import HeatMap, heat_maps, scale_of
+from qsparse_moe.metrics.heatmaps import HeatMap, Pixels, heat_maps, scale_of
 from qsparse_moe.metrics.histograms import add_histogram, histograms
 from qsparse_moe.metrics.names import is_layer_name, layer_name, metric_of
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -113,6 +113,13 @@ class TensorBoardFiles:
     def close(self) -> None:
         """Close the event file; nothing can be written after."""
         self._writer.close()
+
+
+def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> None:
+    """Add pictures ``(height, width, 3)`` by name, in an event file of their own beside the run's."""
+    with SummaryWriter(str(folder), filename_suffix=".pictures") as writer:
+        for name, picture in pictures.items():
+            writer.add_image(name, picture, step, dataformats="HWC")
 
 
 def plan_table(plan: SparsityPlan) -> str:

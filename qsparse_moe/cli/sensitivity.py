@@ -1,0 +1,136 @@
+"""``qsparse-moe sensitivity``: what the loss would change by if the S of one layer, site and expert were another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qsparse_moe.ablation.sensitivity import Sensitivity
+
+FOLDER = "sensitivity"
+_REPORTED_EVERY = 20
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("sensitivity")(sensitivity)
+
+
+def sensitivity(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    values: Annotated[
+        str, typer.Option(help="S that every cell takes in turn, with commas between.")
+    ] = "0,0.25,0.5,0.6,0.7,0.8,0.9",
+    at: Annotated[float | None, typer.Option(help="S everywhere else, in place of the run's.")] = None,
+    estimate_only: Annotated[
+        bool, typer.Option("--estimate-only", help="One forward and one backward pass; evaluate no cell by itself.")
+    ] = False,
+    rows: Annotated[
+        int | None, typer.Option(help="Validation rows; without it half of training.evaluation_rows.", min=1)
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder of the report; left out: RUN/sensitivity.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Find which layers, sites and experts bear more sparsity. Writes JSON, CSV, a report and heat maps."""
+    run_dir = find_run(run)
+    asked = parse_values(values)
+    check_sparsity("--at", at)
+    from qsparse_moe.ablation.sensitivity import load_ranked, measure, sensitivity_rows
+    from qsparse_moe.ablation.sensitivity_report import as_dict
+
+    config, model, step = load_ranked(run_dir, device, at)
+    measured_on, _ = sensitivity_rows(config, num_rows=rows)
+    found = measure(model, measured_on, asked, exact=not estimate_only, tell=_tell)
+    folder = output or run_dir / FOLDER
+    summary = as_dict(found, run_dir=run_dir, step=step)
+    write_report(found, summary, folder, tensorboard=run_dir / "tensorboard")
+    if json:
+        print_json(summary)
+    else:
+        _print_summary(found, folder)
+
+
+def parse_values(text: str) -> tuple[float, ...]:
+    """The S of ``--values``, ascending, each once.
+
+    Raises:
+        ConfigError: one is no number in [0, 1).
+    """
+    try:
+        values = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        values = [-1.0]
+    if not all(0.0 <= value < 1.0 for value in values):
+        raise ConfigError(f"--values ({text}) must be numbers in [0, 1) with commas between, such as 0,0.5,0.75")
+    return tuple(values)
+
+
+def check_sparsity(option: str, value: float | None) -> None:
+    """Raise ConfigError unless ``value`` is left out or an S."""
+    if value is not None and not 0.0 <= value < 1.0:
+        raise ConfigError(f"{option} ({value}) must lie in [0, 1): it is the fraction zeroed")
+
+
+def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, tensorboard: Path) -> None:
+    """Write ``sensitivity.json``, ``sensitivity.csv``, ``report.md`` and the figures into ``folder``, made if need be."""
+    import json
+
+    from qsparse_moe.ablation.sensitivity_figures import write_figures, write_images
+    from qsparse_moe.ablation.sensitivity_report import markdown, write_csv
+    from qsparse_moe.training.run_folder import write_whole
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "sensitivity.json", json.dumps(summary, indent=1) + "\n")
+    write_csv(found.points, folder / "sensitivity.csv")
+    title = f"Sensitivities of {summary['run_dir']} after step {summary['step']}"
+    pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in write_figures(found, folder))
+    write_whole(folder / "report.md", markdown(found, title=title) + pictures)
+    write_images(found, tensorboard, summary["step"])
+
+
+def _tell(done: int, of: int) -> None:
+    if done == of or done % _REPORTED_EVERY == 0:
+        print(f"evaluated {done}/{of}", file=sys.stderr, flush=True)
+
+
+def _print_summary(found: Sensitivity, folder: Path) -> None:
+    from qsparse_moe.ablation.sensitivity_report import agreement_rows, costliest_rows
+
+    console = result_console()
+    if found.agreement:
+        console.print(
+            rich_table(
+                "Estimate against evaluation",
+                ("S", "points", "Spearman", "Pearson", "first order alone"),
+                agreement_rows(found),
+            )
+        )
+        console.print(
+            f"estimate          {found.estimate_seconds:.2f} s; {found.evaluations} evaluations "
+            f"{found.exact_seconds:.1f} s, {found.times_cheaper:.0f} times as long"
+        )
+    head = ("cell", "S", "estimate", "exact")
+    console.print(rich_table("Cells that cost most, nats a token", head, costliest_rows(found)))
+    console.print(f"loss              {found.loss:.4f} nats a token, {found.rows} rows of {found.documents} documents")
+    console.print(f"written to        {folder}", soft_wrap=True)
+
+
+def rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """A table for people: the first column to the left, the others to the right."""
+    table = Table(title=title, title_justify="left")
+    for place, column in enumerate(head):
+        table.add_column(column, justify="right" if place else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table

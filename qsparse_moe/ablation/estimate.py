@@ -50,13 +50,27 @@ class Estimate:
         return self.first[cell] + self.second[cell]
 
 
-def estimate(model: Transformer, rows: DocumentRows, values: Sequence[float]) -> Estimate:
+STE_SHARE = 0.5
+"""Of the gradient behind an estimate; see ``estimate``."""
+
+
+def estimate(
+    model: Transformer, rows: DocumentRows, values: Sequence[float], *, ste_share: float = STE_SHARE
+) -> Estimate:
     """Both terms of every cell at each S of ``values``, from one forward and backward pass over ``rows``.
 
-    The model keeps its plan, its weights and which of them ask for gradients. Selections pass gradients to what they
-    kept alone meanwhile: the straight-through gradient is no derivative of the loss.
+    The model keeps its plan, its weights and which of them ask for gradients.
+
+    Args:
+        model: selects by rank; on any device.
+        rows: in their documents.
+        values: X values of S.
+        ste_share: of the gradient that other selections pass on to the features they dropped. With 0 the first order is
+            the derivative of the loss while every selection stays as it is; but a change of finite size moves features
+            over the thresholds of the sites behind it, which the straight-through gradient sees and the derivative
+            does not. Half of it ranks best (docs/results.md).
     """
-    with _listening(model, rows.num_documents, values) as listeners:
+    with _listening(model, rows.num_documents, values, ste_share) as listeners:
         for batch, documents_BS in rows:
             for listener in listeners:
                 listener.document_T = documents_BS.flatten().to(model.embedding.weight.device)
@@ -78,7 +92,9 @@ def _backward(model: Transformer, batch: Any) -> None:
 
 
 @contextmanager
-def _listening(model: Transformer, num_documents: int, values: Sequence[float]) -> Iterator[list[_Listener]]:
+def _listening(
+    model: Transformer, num_documents: int, values: Sequence[float], ste_share: float
+) -> Iterator[list[_Listener]]:
     """Listeners at every site. Of the weights only the embedding asks for a gradient: it lets the graph begin there."""
     listeners = []
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
@@ -96,7 +112,7 @@ def _listening(model: Transformer, num_documents: int, values: Sequence[float]) 
                 permutations[block] = block.moe.permutation
                 block.moe.permutation = replace(block.moe.permutation, plan=partial(tokens.plan, permutations[block].plan))
             for site in block.sites().values():
-                site.ste_share = 0.0
+                site.ste_share = ste_share
                 site.observer = _Listener(block, site, tokens, num_documents, values)
                 listeners.append(site.observer)
         yield listeners

@@ -25,7 +25,6 @@ VERBS = (
     "describe",
     "calibrate",
     "sensitivity",
-    "allocate",
     "ablate",
     "fit-law",
     "doctor",

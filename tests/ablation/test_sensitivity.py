@@ -1,0 +1,234 @@
+"""Sensitivities of single cells: evaluation against evaluation by hand, estimate against what can be worked out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.documents import (
+    DocumentRows,
+    bootstrap_intervals,
+    loss_by_document,
+    token_losses,
+    two_sets,
+)
+from qsparse_moe.ablation.estimate import changes, estimate
+from qsparse_moe.ablation.sensitivity import agreements, check_ranks, measure
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.data.batch import make_batch
+from qsparse_moe.data.rows import RowTable
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.kernels.topk_select.op import select_rows_torch
+from qsparse_moe.model.transformer import build_model
+from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
+
+VOCABULARY = 31
+
+
+def config(moe=None, **sparsity) -> ModelConfig:
+    settings = {"num_experts": 4, "expert_hidden_size": 16, "backend": "loop"} | (moe or {})
+    return ModelConfig.model_validate(
+        {
+            "hidden_size": 16,
+            "num_layers": 2,
+            "num_heads": 2,
+            "vocab_size": VOCABULARY,
+            "moe": settings,
+            "sparsity": {"backend": "torch"} | sparsity,
+        }
+    )
+
+
+def model_of(settings: ModelConfig, *, sharpness: float = 4.0):
+    model = build_model(settings, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:  # so that the loss depends on the layers at all
+                parameter.mul_(sharpness)
+    return model.eval()
+
+
+def rows_of(num_rows=3, length=10, seed=0) -> DocumentRows:
+    tokens = np.random.default_rng(seed).integers(1, VOCABULARY, (num_rows, length + 1))
+    tokens[:, 0] = tokens[1, 4] = 0
+    batch = make_batch(tokens, document_token=0, attend_across_documents=False)
+    documents = torch.cumsum((batch.tokens_BS == 0).flatten().long(), 0).view_as(batch.tokens_BS) - 1
+    return DocumentRows((batch,), (documents,), int(documents.max()) + 1)
+
+
+def test_cells_name_every_s_of_a_plan_once():
+    plan = SparsityPlan.uniform(config(), 0.5)
+    cells = cells_of(plan)
+    assert len(set(cells)) == len(cells) == 2 * (2 + 2 * 4)
+    changed = with_cells(plan, {Cell(1, "expert_hidden", 2): 0.75, Cell(0, "attention_output", None): 0.25})
+    assert [sparsity_of(changed, cell) for cell in cells if sparsity_of(changed, cell) != 0.5] == [0.25, 0.75]
+    assert Cell(1, "expert_hidden", 2).name == "layer 1, expert_hidden, expert 2"
+    assert Cell(0, "attention_output", None).name == "layer 0, attention_output"
+
+
+@pytest.mark.parametrize("moe", [{}, {"num_shared_experts": 1, "num_dense_layers": 1}], ids=["experts", "all sites"])
+def test_exact_is_the_difference_of_two_evaluations_and_the_model_keeps_its_plan(moe):
+    model, rows = model_of(config(moe, default=0.25)), rows_of()
+    plan = model.sparsity_plan
+    found = measure(model, rows, (0.25, 0.75), draws=20)
+    assert model.sparsity_plan is plan and found.evaluations == len(found.points) + 1 == len(cells_of(plan)) + 1
+    (batch, _) = next(iter(rows))
+    for point in found.points[:: 1 if moe else 3]:
+        assert point.sparsity == 0.75
+        model.set_sparsity(with_cells(plan, {point.cell: 0.75}))
+        with torch.no_grad():
+            loss = model(batch.tokens_BS, batch.labels_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
+        assert point.exact == pytest.approx(float(loss.losses["lm_loss"]) - found.loss, abs=1e-12), point.cell.name
+        low, high = point.exact_interval
+        assert low <= high
+
+
+RESCALES = ["none", "unit", "preserve"]
+
+
+@pytest.mark.parametrize("rescale", RESCALES)
+@pytest.mark.parametrize("selection", ["topk", "block"])
+def test_changes_of_rows_are_gradient_times_what_the_site_itself_would_make(selection, rescale):
+    settings = config(selection=selection, group_size=4, rescale=rescale, quantization={"activations": "int8"}).sparsity
+    site = SparseSite("attention_input", 16, settings, select_rows_torch)
+    site.set_sparsity([0.25])
+    x_ND, grad_ND = torch.randn(7, 16, dtype=torch.float64), torch.randn(7, 16, dtype=torch.float64)
+    x_ND[0, :5] = x_ND[0, 5]  # ties
+    values = (0.0, 0.25, 0.5, 0.75)
+    now_ND = site.choose(x_ND).sparse
+    found_NX = changes(site, x_ND, now_ND, grad_ND, [site_num_kept(settings, value, 16) for value in values])
+    for place, value in enumerate(values):
+        site.set_sparsity([value])
+        wanted_N = (grad_ND * (site.choose(x_ND).sparse - now_ND)).sum(-1)
+        torch.testing.assert_close(found_NX[:, place], wanted_N, atol=1e-10, rtol=1e-10)
+
+
+def test_first_order_is_the_derivative_along_the_change_for_every_cell():
+    # From y towards y(S) by a small step: what the loss changes by, over the step, is g.(y(S) - y).
+    model, rows = model_of(config({"num_shared_experts": 1}, default=0.25)), rows_of()
+    plan, (batch, _) = model.sparsity_plan, next(iter(rows))
+    found = estimate(model, rows, (0.75,), ste_share=0.0)
+    step = 1e-5
+
+    def loss() -> float:
+        with torch.no_grad():
+            output = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
+        return float(token_losses(output.logits_BSV, batch.labels_BS).sum())
+
+    for block in model.blocks():
+        for name, site in block.sites().items():
+            for expert in range(len(site.num_kept_E)):
+                cell = Cell(block.layer, name, expert if name in ("expert_input", "expert_hidden") else None)
+                losses = []
+                for sign in (1, -1):
+                    site.observer = _towards(site, 0.75, expert, sign * step)
+                    losses.append(loss())
+                    site.observer = None
+                wanted = (losses[0] - losses[1]) / (2 * step)
+                assert found.first[cell].sum() == pytest.approx(wanted, rel=1e-4, abs=1e-7), cell.name
+                assert (found.second[cell] >= 0).all()
+    assert model.sparsity_plan is plan and all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert not model.training and all(site.ste_share == 1.0 for b in model.blocks() for site in b.sites().values())
+
+
+def _towards(site: SparseSite, sparsity: float, expert: int, step: float):
+    other = SparseSite(site.site, site.num_features, site.settings, select_rows_torch)
+    other.set_sparsity([sparsity])
+
+    def observe(x, expert_ids_N, sparse):
+        moved = sparse + step * (other.choose(x).sparse - sparse)
+        return moved if expert_ids_N is None else torch.where((expert_ids_N == expert)[:, None], moved, sparse)
+
+    return observe
+
+
+def test_the_s_of_the_moment_is_estimated_to_change_nothing():
+    model, rows = model_of(config(default=0.5)), rows_of()
+    found = estimate(model, rows, (0.5,))
+    for cell in cells_of(model.sparsity_plan):
+        assert np.abs(found.total(cell)).max() < 1e-9, cell.name
+
+
+def test_an_expert_without_rows_changes_nothing():
+    model, rows = model_of(config({"bias_update_rate": 0.001}, default=0.25)), rows_of()
+    for block in model.blocks():
+        block.moe.router.expert_bias[3] = -10.0
+    found = measure(model, rows, (0.75,), draws=5)
+    idle = [p for p in found.points if p.cell.expert == 3]
+    assert len(idle) == 4 and all(p.exact == 0.0 and p.estimate == 0.0 and p.exact_interval == (0.0, 0.0) for p in idle)
+    assert any(p.exact != 0.0 for p in found.points)
+
+
+def test_documents_of_rows_are_those_of_the_whole_table_and_the_two_sets_share_none():
+    class Side:
+        def __init__(self, rows):
+            self.chunks, self.num_bytes, self.byte_counts = [rows], np.full(len(rows), 4), np.zeros(256)
+
+        def __len__(self):
+            return len(self.chunks[0])
+
+    tokens = np.ones((12, 5), np.int64)
+    for row, column in ((0, 0), (1, 2), (4, 0), (5, 3), (8, 1)):
+        tokens[row, column] = 0
+    table = RowTable([Side(tokens)], [1], document_token=0, attend_across_documents=False)
+
+    class Data:
+        def evaluation_rows(self, num_rows):
+            return table, np.arange(12)[: min(num_rows, 12)]
+
+    first, second = two_sets(Data(), num_rows=6, num_held_out=6, batch_size=4)
+    assert torch.cat(first.documents).tolist() == [[0] * 4, [0, 0, 1, 1], [1] * 4, [1] * 4, [2] * 4, [2, 2, 2, 3]]
+    # Row 6 and 7, and the beginning of 8, still belong to the document that row 5 began.
+    assert torch.cat(second.documents).tolist() == [[0] * 4] * 3
+    assert first.labels_C.tolist() == [6, 10, 7, 1] and (first.num_rows, second.num_rows) == (6, 3)
+    with pytest.raises(ConfigError, match="3 validation rows are too few to measure on one half and to compare"):
+        two_sets(_Few(), num_rows=6, num_held_out=6, batch_size=4)
+
+
+class _Few:
+    def evaluation_rows(self, num_rows):
+        tokens = np.zeros((3, 5), np.int64)
+        side = type("Side", (), {"chunks": [tokens], "num_bytes": np.ones(3), "byte_counts": np.zeros(256)})
+        side.__len__ = lambda self: 3
+        table = RowTable([side()], [1], document_token=0, attend_across_documents=False)
+        return table, np.arange(3)
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says_and_knows_a_constant():
+    generator = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        labels_C = generator.integers(5, 50, 40).astype(float)
+        sums_XC = (labels_C * generator.normal(0.3, 1.0, 40))[None]
+        low, high = bootstrap_intervals(sums_XC, labels_C, draws=300, seed=trial)
+        hits += low[0] <= 0.3 <= high[0]
+    assert 0.86 <= hits / 200 <= 0.99
+    low, high = bootstrap_intervals(0.5 * labels_C[None], labels_C, draws=50)
+    assert low[0] == pytest.approx(0.5) and high[0] == pytest.approx(0.5)
+
+
+def test_agreement_is_of_all_points_and_of_each_s():
+    model, rows = model_of(config(default=0.25)), rows_of()
+    found = measure(model, rows, (0.5, 0.75), draws=5)
+    assert [one.sparsity for one in found.agreement] == [None, 0.5, 0.75]
+    assert found.agreement[0].points == len(found.points) == 2 * found.agreement[1].points
+    assert all(-1 <= one.spearman <= 1 for one in found.agreement)
+    assert found.times_cheaper == found.exact_seconds / found.estimate_seconds
+    assert agreements(found.points) == found.agreement
+    only = measure(model, rows, (0.5,), exact=False, draws=5)
+    assert only.agreement == () and only.times_cheaper is None and {p.exact for p in only.points} == {None}
+
+
+@pytest.mark.parametrize(
+    ("moe", "sparsity", "message"),
+    [
+        ({}, {"selection": "relu", "default": 0.5}, r"model\.sparsity\.selection \(relu\) must be topk or block"),
+        ({"router_input": "sparse"}, {"default": 0.5}, r"model\.moe\.router_input \(sparse\) must be dense"),
+    ],
+)
+def test_what_has_no_k_of_its_own_is_refused(moe, sparsity, message):
+    with pytest.raises(ConfigError, match=message):
+        check_ranks(config(moe, **sparsity))

@@ -48,7 +48,9 @@ class DocumentRows:
         return iter(zip(self.batches, self.documents, strict=True))
 
 
-def two_sets(data: TokenData, *, num_rows: int, num_held_out: int, batch_size: int) -> tuple[DocumentRows, DocumentRows]:
+def two_sets(
+    data: TokenData, *, num_rows: int, num_held_out: int, batch_size: int
+) -> tuple[DocumentRows, DocumentRows]:
     """Rows to measure sensitivities on, from the first half of the validation rows, and held-out ones from the second.
 
     Each is spread evenly over its half; a document that reaches over the border belongs to the first alone.
@@ -134,4 +136,3 @@ def bootstrap_intervals(
     drawn_BX = (weights_BC @ sums_XC.T) / (weights_BC @ labels_C)[:, None]
     low, high = np.quantile(drawn_BX, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
-

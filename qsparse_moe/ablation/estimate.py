@@ -110,7 +110,9 @@ def _listening(
             tokens = _TokensOfRows()
             if block.moe is not None:
                 permutations[block] = block.moe.permutation
-                block.moe.permutation = replace(block.moe.permutation, plan=partial(tokens.plan, permutations[block].plan))
+                block.moe.permutation = replace(
+                    block.moe.permutation, plan=partial(tokens.plan, permutations[block].plan)
+                )
             for site in block.sites().values():
                 site.ste_share = ste_share
                 site.observer = _Listener(block, site, tokens, num_documents, values)

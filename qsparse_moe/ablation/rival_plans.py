@@ -88,9 +88,7 @@ def _with_levels(plan: SparsityPlan, own: Sequence[Cell], levels: dict[Site, flo
     return with_cells(plan, {cell: levels[cell.site] for cell in own})
 
 
-def _distance(
-    block: Block, plan: SparsityPlan, inputs: Sequence[tuple[Any, ...]], wanted: Sequence[Tensor]
-) -> float:
+def _distance(block: Block, plan: SparsityPlan, inputs: Sequence[tuple[Any, ...]], wanted: Sequence[Tensor]) -> float:
     block.set_sparsity(plan)
     apart = [
         (block(*arguments).hidden_BSD - want).double().square().sum()

@@ -25,6 +25,7 @@ VERBS = (
     "describe",
     "calibrate",
     "sensitivity",
+    "allocate",
     "ablate",
     "fit-law",
     "doctor",

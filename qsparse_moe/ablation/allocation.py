@@ -1,0 +1,96 @@
+"""A run's plan for a budget, and how it does against other ways to spend the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qsparse_moe.ablation.alternatives import alternative_outcomes
+from qsparse_moe.ablation.compare_plans import ALLOCATED, Outcome, compare, load_under_uniform, rival_plans
+from qsparse_moe.ablation.continued import compare_after_training
+from qsparse_moe.ablation.plan_cost import Costs, Quantity, measured_load
+from qsparse_moe.ablation.sensitivity import load_ranked, sensitivity_rows
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The plan and the comparison."""
+
+    plan: SparsityPlan
+    quantity: Quantity
+    target: float
+    planned: float
+    """What the plan costs with the load of the rows that it was made from."""
+    step: int
+    """Steps that the run was trained."""
+    rows: int
+    held_out_rows: int
+    outcomes: tuple[Outcome, ...]
+    """Without training."""
+    alternatives: tuple[Outcome, ...]
+    """Other ways to the same cost, without training."""
+    train_steps: int
+    after_training: tuple[Outcome, ...]
+    """The allocated, the uniform and the greedy plan and one random one, after as many steps each; else empty."""
+
+
+def allocate_run(
+    run_dir: Path,
+    quantity: Quantity,
+    target: float,
+    *,
+    batch: int = 1,
+    num_rows: int | None = None,
+    rounds: int = 3,
+    num_random: int = 5,
+    train_steps: int = 0,
+    device: str = "cpu",
+) -> Allocation:
+    """Allocate for a budget with a run's newest checkpoint, and compare on held-out validation rows.
+
+    Args:
+        run_dir: a run folder.
+        quantity: what the budget bounds.
+        target: the budget.
+        batch: tokens of a step, where bytes are bounded.
+        num_rows: validation rows for the sensitivities, and as many for the comparison.
+        rounds: passes that the plan is improved in.
+        num_random: random plans to compare with.
+        train_steps: of continued training with each plan; 0: none.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: the budget cannot be met, with the nearest that can; or the run does not select by rank.
+        CheckpointError: as ``load_run``.
+    """
+    config, model, step = load_ranked(run_dir, torch.device(device), None)
+    rows, held_out = sensitivity_rows(config, num_rows=num_rows, num_held_out=num_rows)
+    costs = Costs(
+        config.model,
+        measured_load(model, rows),
+        quantity,
+        context=config.data.sequence_length,
+        batch=batch,
+        bytes_per_weight=4.0 if config.training.precision == "fp32" else 2.0,
+    )
+    costs = load_under_uniform(model, rows, costs, target)
+    plans = rival_plans(model, rows, costs, target, num_random=num_random, rounds=rounds)
+    without = compare(model, held_out, plans, costs)
+    return Allocation(
+        plan=plans[ALLOCATED],
+        quantity=quantity,
+        target=target,
+        planned=costs.of(plans[ALLOCATED]),
+        step=step,
+        rows=rows.num_rows,
+        held_out_rows=held_out.num_rows,
+        outcomes=without,
+        alternatives=alternative_outcomes(model, rows, held_out, plans, costs, target),
+        train_steps=train_steps,
+        after_training=compare_after_training(run_dir, plans, held_out, costs, train_steps, device)
+        if train_steps
+        else (),
+    )

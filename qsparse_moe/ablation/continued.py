@@ -1,0 +1,82 @@
+"""A short training of a finished run's model with each of several plans, on the same rows and at the same rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from qsparse_moe.ablation.compare_plans import ALLOCATED, DENSE, GREEDY, UNIFORM, Outcome, outcomes
+from qsparse_moe.ablation.documents import DocumentRows, loss_by_document
+from qsparse_moe.ablation.plan_cost import Costs, measured_load
+from qsparse_moe.config.load import load_config
+from qsparse_moe.data.loader import TrainLoader, load_data
+from qsparse_moe.data.packing import Array
+from qsparse_moe.data.token_data import TokenData
+from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.schedule import ste_share
+from qsparse_moe.training.checkpoint import load_checkpoint, newest_checkpoint
+from qsparse_moe.training.distributed import Distributed, open_distributed
+from qsparse_moe.training.engine_torch import TorchEngine
+from qsparse_moe.training.guard import NonFiniteGuard
+from qsparse_moe.training.portable_state import restore, seed_random_states
+from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint
+from qsparse_moe.training.step import train_step
+
+RATE = 0.1
+"""Of the run's peak learning rate: about what continued training of published runs begins with."""
+
+
+def compare_after_training(
+    run_dir: Path,
+    plans: Mapping[str, SparsityPlan],
+    held_out: DocumentRows,
+    costs: Costs,
+    steps: int,
+    device: str,
+) -> tuple[Outcome, ...]:
+    """Train the newest checkpoint with the allocated, the uniform, the greedy and the first random plan, and dense.
+
+    Each takes up weights and Adam's moments of the run and the rows that come next in it; the run folder stays as it is.
+
+    Raises:
+        CheckpointError, TrainingDiverged: as training does.
+    """
+    chosen = {name: plans[name] for name in (ALLOCATED, UNIFORM, GREEDY, "random 0") if name in plans}
+    chosen[DENSE] = SparsityPlan.uniform(costs.config, 0.0)
+    found: dict[str, tuple[Array, float]] = {}
+    with open_distributed(device) as distributed:
+        data = load_data(load_config(run_dir / CONFIG_FILE).data)
+        for name, plan in chosen.items():
+            model = _trained(run_dir, plan, steps, data, distributed)
+            losses_C = loss_by_document(model, held_out)
+            found[name] = losses_C, replace(costs, load=measured_load(model, held_out)).of(plan)
+    return outcomes(found, held_out.labels_C)
+
+
+def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, distributed: Distributed) -> Transformer:
+    config, checkpoint = load_config(run_dir / CONFIG_FILE), newest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise no_checkpoint(run_dir)
+    model = build_model(config.model, device=distributed.device, seed=config.training.seed)
+    load_checkpoint(model, checkpoint)
+    model.set_sparsity(plan)
+    engine = TorchEngine(config, model, distributed)
+    restore(engine, checkpoint.tensor, checkpoint.adam_step)
+    first = checkpoint.progress.step
+    seed_random_states(config.training.seed, first, distributed.rank)
+    loader, guard = (
+        TrainLoader(config, data, 0, 1),
+        NonFiniteGuard(config.model.num_layers, distributed, engine.loss_scaler),
+    )
+    loader.load_state_dict(checkpoint.data_state)
+    try:
+        for step in range(first, first + steps):
+            model.train()
+            model.set_ste_share(ste_share(config.model.sparsity, step))
+            rate = RATE * config.training.learning_rate
+            train_step(engine, loader.batches(step), step=step + 1, learning_rate=rate, guard=guard, report=False)
+    finally:
+        engine.close()
+    return model.eval()

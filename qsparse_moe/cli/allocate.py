@@ -1,0 +1,116 @@
+"""``qsparse-moe allocate``: a plan with its own S for every layer, site and expert, for a budget; and what it is worth."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qsparse_moe.cli.calibrate import check_output, write_plan
+from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.cli.sensitivity import rich_table
+from qsparse_moe.errors import ConfigError
+
+if TYPE_CHECKING:
+    from qsparse_moe.ablation.plan_cost import Quantity
+
+_HEAD = ("plan", "loss", "against uniform", "95 % interval", "cost measured", "gap closed")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("allocate")(allocate)
+
+
+def allocate(
+    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
+    sparsity: Annotated[
+        float | None, typer.Option(help="Budget: mean S, each matrix weighing as much as tokens use it.")
+    ] = None,
+    parameters: Annotated[float | None, typer.Option(help="Budget: active parameters a token.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget: operations of one token, forward.")] = None,
+    bytes_: Annotated[float | None, typer.Option("--bytes", help="Budget: bytes of weights read in a step.")] = None,
+    batch: Annotated[int, typer.Option(help="Tokens of a step, for --bytes.", min=1)] = 1,
+    rows: Annotated[
+        int | None, typer.Option(help="Validation rows for each half; left out: half of evaluation_rows.", min=1)
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Passes that the plan is improved in.", min=1)] = 3,
+    random: Annotated[int, typer.Option(help="Random plans to compare with.", min=0)] = 5,
+    train: Annotated[int, typer.Option(help="Steps that each plan's model is trained on, then compared.", min=0)] = 0,
+    report: Annotated[Path | None, typer.Option(help="Markdown file for the comparison.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Spend a budget of sparsity where it costs least, and compare with other plans of the same cost."""
+    run_dir = find_run(run)
+    quantity, target = asked_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
+    check_output(output, force=force)
+    from qsparse_moe.ablation.allocation import allocate_run
+    from qsparse_moe.ablation.allocation_report import as_dict, markdown
+    from qsparse_moe.training.run_folder import write_whole
+
+    found = allocate_run(
+        run_dir,
+        quantity,
+        target,
+        batch=batch,
+        num_rows=rows,
+        rounds=rounds,
+        num_random=random,
+        train_steps=train,
+        device=device,
+    )
+    write_plan(found.plan, output, force=force)
+    summary = as_dict(found, run_dir=run_dir, output=output)
+    if report is not None:
+        write_whole(report, markdown(found, title=f"Plans for {run_dir}"))
+    if json:
+        print_json(summary)
+    else:
+        _print_summary(summary)
+
+
+def asked_budget(
+    *, sparsity: float | None, parameters: float | None, flops: float | None, bytes_: float | None
+) -> tuple[Quantity, float]:
+    """Which quantity is bounded, and by what.
+
+    Raises:
+        ConfigError: not exactly one is given, or S is no fraction, or another is not above 0.
+    """
+    given: dict[Quantity, float | None] = {
+        "sparsity": sparsity,
+        "parameters": parameters,
+        "flops": flops,
+        "bytes": bytes_,
+    }
+    asked = [(quantity, value) for quantity, value in given.items() if value is not None]
+    if len(asked) != 1:
+        told = " and ".join(f"--{quantity}" for quantity, _ in asked) or "no budget"
+        raise ConfigError(f"{told}: give exactly one of --sparsity, --parameters, --flops, --bytes")
+    quantity, target = asked[0]
+    if quantity == "sparsity" and not 0.0 <= target < 1.0:
+        raise ConfigError(f"--sparsity ({target}) must lie in [0, 1): it is the fraction zeroed")
+    if target < 0.0:
+        raise ConfigError(f"--{quantity} ({target}) must not be below 0; qsparse-moe describe tells what the run has")
+    return quantity, target
+
+
+def _print_summary(summary: dict[str, Any]) -> None:
+    from qsparse_moe.ablation.allocation_report import outcome_rows
+
+    console = result_console()
+    for title, name in (("Without training", "outcomes"), ("After training", "after_training")):
+        if summary[name]:
+            console.print(
+                rich_table(f"{title}, on {summary['held_out_rows']} held-out rows", _HEAD, outcome_rows(summary[name]))
+            )
+    console.print(
+        f"budget            {summary['quantity']} {summary['target']:,.6g}, planned {summary['planned']:,.6g}"
+    )
+    console.print(f"plan              {summary['output']}", soft_wrap=True)
+    console.print(f"to use it         model.sparsity.plan={summary['output']}", soft_wrap=True)

@@ -1,9 +1,9 @@
 """Which S each cell should have, so that a plan keeps to a budget at the least loss.
 
-Every cell has a curve of loss by cost, from its sensitivities. On the lower convex hull of it each step towards less cost
-has a price, the loss that it adds for what it saves; taking all cells' steps in the order of their prices minimises
-the sum of losses at every cost the steps come to (Everett 1963: the price at which it stops is the Lagrange multiplier).
-The last step is taken as far as the budget asks.
+Every cell has a curve of loss by cost, from its sensitivities. On the lower convex hull of it each step towards less
+cost has a price, the loss that it adds for what it saves; taking all cells' steps in the order of their prices
+minimises the sum of losses at every cost the steps come to (Everett 1963: the price at which it stops is the Lagrange
+multiplier). The last step is taken as far as the budget asks.
 """
 
 from __future__ import annotations
@@ -82,12 +82,12 @@ def allocate(plan: SparsityPlan, curves: Mapping[Cell, Curve], costs: Costs, tar
 
 
 def check_budget(costs: Costs, least: SparsityPlan, target: float) -> None:
-    """Raise ConfigError, with the nearest budget, where even ``least``, the sparsest plan, costs more than ``target``."""
+    """Raise ConfigError, with the nearest budget, where even ``least``, the sparsest plan, costs more."""
     if _total(costs, least) > costs.total_at(target) * (1 + 1e-9):
         direction = "less" if costs.quantity == "sparsity" else "more"
         raise ConfigError(
-            f"a budget of {_told(costs, target)} cannot be met: with S at most {MOST_SPARSE:g} everywhere the nearest is "
-            f"{_told(costs, costs.of(least))}; ask for that or {direction}"
+            f"a budget of {_told(costs, target)} cannot be met: with S at most {MOST_SPARSE:g} everywhere the nearest "
+            f"is {_told(costs, costs.of(least))}; ask for that or {direction}"
         )
 
 
@@ -103,7 +103,7 @@ def _total(costs: Costs, plan: SparsityPlan) -> float:
 
 
 def _steps(cell: Cell, curve: Curve, costs: Costs) -> list[_Step]:
-    """Along the hull, from the densest S to the sparsest: their prices rise. A cell that no token uses costs nothing."""
+    """Along the hull, from the densest S to the sparsest: their prices rise. A cell that no token uses has none."""
     by_cost: dict[float, float] = {}
     for sparsity, _ in curve:
         by_cost[costs.of_cell(cell, sparsity)] = sparsity

@@ -1,4 +1,4 @@
-"""Other ways to the cost of a plan, evaluated without training: fewer experts a token, smaller experts, pooled selection.
+"""Other ways to the cost of a plan, without training: fewer experts a token, smaller experts, pooled selection.
 
 T tokens, A experts a token, N routed rows, E experts, F features of an expert, K kept.
 """

@@ -38,7 +38,7 @@ def compare_after_training(
 ) -> tuple[Outcome, ...]:
     """Train the newest checkpoint with the allocated, the uniform, the greedy and the first random plan, and dense.
 
-    Each takes up weights and Adam's moments of the run and the rows that come next in it; the run folder stays as it is.
+    Each takes up weights and Adam's moments of the run and the rows that come next in it; the folder stays as it is.
 
     Raises:
         CheckpointError, TrainingDiverged: as training does.

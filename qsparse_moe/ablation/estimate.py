@@ -1,7 +1,7 @@
 """What the loss would change by if the S of one cell were another, for all cells and many S from one backward pass.
 
-A site turns a row x into a sparse row y(S), the K largest of x (and its rescale). With g the gradient of the summed loss
-by the sparse row at the S of the moment, S0, a cell's change of loss is to second order
+A site turns a row x into a sparse row y(S), the K largest of x (and its rescale). With g the gradient of the summed
+loss by the sparse row at the S of the moment, S0, a cell's change of loss is to second order
 
     sum over its rows of  g.(y(S) - y(S0))  +  1/2 (g.(y(S) - y(S0)))^2
 

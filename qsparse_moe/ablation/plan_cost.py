@@ -33,9 +33,10 @@ class Costs:
     """Counts one quantity, under one load.
 
     ``parameters``: elements of matrices and of all else that a token uses and whose input is kept, as
-    ``accounting.parameters`` counts them, but by the experts' load. ``sparsity``: the share of the elements behind sites
-    that are not kept, so a mean S in which each matrix weighs as much as tokens use it. ``flops``: forward, at ``context``
-    tokens, the selection of every sparse row among them. ``bytes``: weights read in a step of ``batch`` independent tokens.
+    ``accounting.parameters`` counts them, but by the experts' load. ``sparsity``: the share of the elements behind
+    sites that are not kept, so a mean S in which each matrix weighs as much as tokens use it. ``flops``: forward, at
+    ``context`` tokens, the selection of every sparse row among them. ``bytes``: weights read in a step of ``batch``
+    independent tokens.
     """
 
     config: ModelConfig

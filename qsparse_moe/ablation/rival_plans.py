@@ -43,8 +43,8 @@ def greedy_plan(
     """S by site, found layer by layer as TEAL does (arXiv 2408.14690, algorithm 1).
 
     A layer begins dense. The site whose next step changes the layer's output least, by the squared L2 distance for what
-    the step saves, takes it, until the layer costs what it does under ``uniform``. All experts of a layer have the same S,
-    and all layers the same budget. The model keeps its plan.
+    the step saves, takes it, until the layer costs what it does under ``uniform``. All experts of a layer have the same
+    S. The model keeps its plan.
     """
     before, found = model.sparsity_plan, {}
     model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))

@@ -1,6 +1,6 @@
 """How much one cell's sparsity costs: the change of validation loss when its S alone is another.
 
-Exactly, by an evaluation for every cell and S; and estimated for all at once (``estimate.py``). X values of S, C documents.
+Exactly, by an evaluation for every cell and S; and estimated for all at once (``estimate.py``). C documents.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ def check_ranks(config: ModelConfig) -> None:
     selection = config.sparsity.selection
     if selection not in ("topk", "block"):
         raise ConfigError(
-            f"model.sparsity.selection ({selection}) must be topk or block for sensitivities, which change the K of one "
-            "cell at a time; train the run, or a copy of its config, with one of these"
+            f"model.sparsity.selection ({selection}) must be topk or block for sensitivities, which change the K of "
+            "one cell at a time; train the run, or a copy of its config, with one of these"
         )
     if config.moe.router_input == "sparse":
         raise ConfigError(
-            "model.moe.router_input (sparse) must be dense for sensitivities: with another S for one expert there is no "
-            "one sparse token that the router could see"
+            "model.moe.router_input (sparse) must be dense for sensitivities: with another S for one expert there "
+            "is no one sparse token that the router could see"
         )
 
 

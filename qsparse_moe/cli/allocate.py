@@ -1,4 +1,4 @@
-"""``qsparse-moe allocate``: a plan with its own S for every layer, site and expert, for a budget; and what it is worth."""
+"""``qsparse-moe allocate``: a plan with its own S for every layer, site and expert; and what it is worth."""
 
 from __future__ import annotations
 
@@ -103,7 +103,8 @@ def asked_budget(
 def _print_summary(summary: dict[str, Any]) -> None:
     from qsparse_moe.ablation.allocation_report import outcome_rows
 
-    console = result_console()
+    console, rows = result_console(), summary["held_out_rows"]
+    summary = summary | {"outcomes": summary["outcomes"] + summary["alternatives"]}
     for title, name in (("Without training", "outcomes"), ("After training", "after_training")):
         if summary[name]:
             console.print(

@@ -83,7 +83,7 @@ def check_sparsity(option: str, value: float | None) -> None:
 
 
 def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, tensorboard: Path) -> None:
-    """Write ``sensitivity.json``, ``sensitivity.csv``, ``report.md`` and the figures into ``folder``, made if need be."""
+    """Write ``sensitivity.json``, ``sensitivity.csv``, ``report.md`` and the figures into ``folder``."""
     import json
 
     from qsparse_moe.ablation.sensitivity_figures import write_figures, write_images

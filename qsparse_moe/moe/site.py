@@ -71,7 +71,7 @@ class SparseSite(nn.Module):
         self.ste_share = ste_share(settings, 0)
         """Share of the straight-through gradient, from 0 (masked) to 1; may be changed between steps."""
         self.observer: Observer | None = None
-        """While there is one, rows are ranked, each names its expert, and their selection is no part of another pass."""
+        """While there is one, rows are ranked, each names its expert, and no other pass selects for this site."""
         self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
         # As integers, because a cast of the model to bf16 would round a floating-point buffer.
         self.register_buffer("bound_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)

@@ -10,7 +10,6 @@ from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.documents import (
     DocumentRows,
     bootstrap_intervals,
-    loss_by_document,
     token_losses,
     two_sets,
 )

@@ -1,0 +1,225 @@
+"""Plans for a budget: the best there is, within it, whatever it counts; rivals and alternatives at the same cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from qsparse_moe.ablation.allocate import (
+    allocate,
+    allocate_for,
+    lower_hull,
+    shifted,
+    uniform_at,
+)
+from qsparse_moe.ablation.alternatives import (
+    alternative_outcomes,
+    features_dropped,
+    pooled_mask,
+    pooled_selection,
+    with_experts_per_token,
+)
+from qsparse_moe.ablation.cells import cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.compare_plans import compare, load_under_uniform, rival_plans
+from qsparse_moe.ablation.documents import loss_by_document
+from qsparse_moe.ablation.plan_cost import Costs, measured_load
+from qsparse_moe.accounting.flops import forward_flops
+from qsparse_moe.accounting.parameters import count_parameters
+from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.moe.router import Routing
+from qsparse_moe.sparsity.plan import SparsityPlan
+from tests.ablation.test_sensitivity import config, model_of, rows_of
+
+EVEN = {0: (0.5,) * 4, 1: (0.5,) * 4}
+SKEWED = {0: (0.9, 0.5, 0.4, 0.2), 1: (0.0, 1.0, 0.6, 0.4)}
+QUANTITIES = ["sparsity", "parameters", "flops", "bytes"]
+
+
+def costs_of(quantity, load=EVEN, **changed) -> Costs:
+    return Costs(config(), load, quantity, context=10, batch=3, **changed)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75])
+def test_costs_at_equal_load_are_those_of_the_accounting(sparsity):
+    settings, plan = config(), SparsityPlan.uniform(config(), sparsity)
+    assert costs_of("parameters").of(plan) == pytest.approx(count_parameters(settings, plan).kept)
+    assert costs_of("sparsity").of(plan) == pytest.approx(sparsity)
+    densities = {place: tuple(1 - s for s in values) for place, values in plan.values.items()}
+    traffic = total_traffic(weight_traffic(settings, 3, densities, bytes_per_weight=4.0))
+    assert costs_of("bytes").of(plan) == pytest.approx(traffic.kept)
+    flops = forward_flops(settings, 10, plan)
+    # One selection at expert_input serves both experts of a token there; an allocation pays for each.
+    shared = 2 * 2 * 16 if sparsity else 0
+    assert costs_of("flops").of(plan) == pytest.approx(flops.kept + shared)
+
+
+def test_the_hull_is_below_all_points_and_convex():
+    points = [(0.0, 3.0), (1.0, 2.9), (2.0, 0.5), (3.0, 0.6), (4.0, 0.0), (4.0, 1.0)]
+    assert lower_hull(points) == [(0.0, 3.0), (2.0, 0.5), (4.0, 0.0)]
+
+
+def test_no_choice_of_the_curves_points_within_the_budget_has_less_loss():
+    settings, costs = config(), costs_of("parameters", SKEWED)
+    plan = SparsityPlan.uniform(settings, 0.5)
+    cells = [cell for cell in cells_of(plan) if cell.layer == 0][:6]
+    levels, generator = (0.0, 0.5, 0.75), torch.Generator().manual_seed(0)
+    slopes = torch.rand(len(cells), generator=generator)
+    loss = {(c, s): float(slopes[i]) * s**2 for i, c in enumerate(cells) for s in levels}  # convex in S
+    curves = {cell: [(s, loss[cell, s]) for s in levels] for cell in cells}
+    by_choice = {
+        choice: (
+            costs.of(with_cells(plan, dict(zip(cells, choice, strict=True)))),
+            sum(loss[p] for p in zip(cells, choice)),
+        )
+        for choice in product(levels, repeat=len(cells))
+    }
+    for target in sorted(cost for cost, _ in by_choice.values())[40::150]:
+        found = allocate(plan, curves, costs, target)
+        assert costs.of(found) <= target + 1e-6
+        assert {cell: sparsity_of(found, cell) for cell in cells_of(plan) if cell not in cells} == {
+            cell: 0.5 for cell in cells_of(plan) if cell not in cells
+        }
+        # A cell that is taken part of the way lies on the chord: at most what any whole choice comes to.
+        value = sum(_chord(curves[cell], costs, cell, sparsity_of(found, cell)) for cell in cells)
+        assert value <= min(total for cost, total in by_choice.values() if cost <= target) + 0.05
+
+
+def _chord(curve, costs, cell, sparsity):
+    for (s0, l0), (s1, l1) in zip(curve, curve[1:], strict=False):
+        if s0 <= sparsity <= s1:
+            c0, c1 = costs.of_cell(cell, s0), costs.of_cell(cell, s1)
+            return l0 if c0 == c1 else l0 + (l1 - l0) * (c0 - costs.of_cell(cell, sparsity)) / (c0 - c1)
+    raise AssertionError(sparsity)
+
+
+@pytest.mark.parametrize("quantity", QUANTITIES)
+@pytest.mark.parametrize("load", [EVEN, SKEWED], ids=["even", "skewed"])
+def test_plans_keep_to_the_budget_and_use_it_up(quantity, load):
+    costs = costs_of(quantity, load)
+    plan, dense = SparsityPlan.uniform(config(), 0.5), SparsityPlan.uniform(config(), 0.0)
+    target = costs.of(SparsityPlan.uniform(config(), 0.6))
+    curves = {cell: [(s, (1 + i % 5) * s * s) for s in (0.0, 0.3, 0.6, 0.9)] for i, cell in enumerate(cells_of(plan))}
+    offsets = {cell: 0.1 * (i % 3) for i, cell in enumerate(cells_of(plan))}
+    for found in (
+        allocate(plan, curves, costs, target),
+        uniform_at(plan, costs, target),
+        shifted(plan, offsets, costs, target),
+    ):
+        spent, allowed = costs.total_at(costs.of(found)), costs.total_at(target)
+        assert spent <= allowed * (1 + 1e-9)
+        assert spent >= 0.9 * allowed  # K is a whole number of 16 features
+    loose = costs.of(dense)
+    assert set(sum(allocate(plan, curves, costs, loose).values.values(), ())) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("quantity", "target", "message"),
+    [
+        (
+            "sparsity",
+            0.99,
+            r"a budget of mean S 0\.9900 cannot be met: with S at most 0\.95 everywhere the nearest is mean S 0\.9375; ask for that or less",
+        ),
+        (
+            "parameters",
+            10,
+            r"a budget of 10 active parameters cannot be met: .* nearest is [\d,]+ active parameters; ask for that or more",
+        ),
+        ("flops", 10, r"a budget of 10 FLOPs a token cannot be met"),
+        ("bytes", 10, r"a budget of 10 bytes a step of 3 cannot be met"),
+    ],
+)
+def test_a_budget_that_cannot_be_met_names_the_nearest_that_can(quantity, target, message):
+    costs, plan = costs_of(quantity), SparsityPlan.uniform(config(), 0.5)
+    with pytest.raises(ConfigError, match=message):
+        uniform_at(plan, costs, target)
+    nearest = costs.of(SparsityPlan.uniform(config(), 0.95))
+    assert costs.of(uniform_at(plan, costs, nearest)) == pytest.approx(nearest)
+    with pytest.raises(ConfigError, match="cannot be met"):
+        allocate(plan, {cell: [(0.0, 0.0), (0.95, 1.0)] for cell in cells_of(plan)}, costs, target)
+
+
+def test_the_measured_load_is_the_share_of_tokens_of_every_expert_and_plans_meet_the_budget_measured():
+    model, rows = model_of(config(default=0.25)), rows_of()
+    load = measured_load(model, rows)
+    assert set(load) == {0, 1} and all(sum(shares) == pytest.approx(2.0) for shares in load.values())
+    costs = load_under_uniform(model, rows, Costs(model.config, load, "sparsity"), 0.6)
+    before = model.sparsity_plan
+    plans = rival_plans(model, rows, costs, 0.6, num_random=2, rounds=2)
+    assert model.sparsity_plan is before
+    assert set(plans) == {"allocated", "uniform", "greedy by layer", "random 0", "random 1"}
+    by_name = {one.name: one for one in compare(model, rows, plans, costs)}
+    assert model.sparsity_plan is before
+    for name, plan in plans.items():
+        assert 0.6 <= costs.of(plan) < 0.66, name
+        model.set_sparsity(plan)
+        (batch,) = rows.batches
+        stats = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS).stats
+        sizes = {"attention_input": 3 * 16, "attention_output": 16, "expert_input": 32, "expert_hidden": 16}
+        kept = sum(size * float(stats[f"sparsity/{site}/kept_LE"].sum()) for site, size in sizes.items())
+        whole = sum(size * 16 * float(stats[f"sparsity/{site}/rows_LE"].sum()) for site, size in sizes.items())
+        assert by_name[name].cost == pytest.approx(1 - kept / whole), name
+    assert by_name["dense"].cost == 0.0 and by_name["uniform"].against_uniform == 0.0
+    losses_C = loss_by_document(model, rows)  # the last plan is set
+    assert by_name["random 1"].loss == pytest.approx(losses_C.sum() / rows.labels_C.sum())
+
+
+def test_allocation_on_its_own_rows_is_no_worse_than_uniform():
+    model, rows = model_of(config()), rows_of(num_rows=6, length=16)
+    costs = Costs(model.config, measured_load(model, rows), "sparsity")
+    uniform = uniform_at(model.sparsity_plan, costs, 0.5)
+    losses = []
+    for plan in (uniform, allocate_for(model, rows, costs, 0.5, rounds=2)):
+        model.set_sparsity(plan)
+        losses.append(loss_by_document(model, rows).sum())
+    assert losses[1] < losses[0]
+
+
+def test_pooled_selection_takes_the_largest_weighted_features_of_all_experts_of_a_token():
+    weights_TA, ids_TA = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.7, 0.3]]), torch.tensor([[2, 0], [0, 1], [1, 2]])
+    rows = sorted((int(e), t, a) for t, row in enumerate(ids_TA) for a, e in enumerate(row))
+    x_NF = torch.randn(6, 4)
+    mask_NF = pooled_mask(x_NF, Routing(weights_TA, ids_TA, weights_TA, weights_TA), 2)
+    for token in range(3):
+        own = [(n, a) for n, (_, t, a) in enumerate(rows) if t == token]
+        sizes = {(n, f): float(weights_TA[token, a] * x_NF[n, f].abs()) for n, a in own for f in range(4)}
+        largest = set(sorted(sizes, key=sizes.get)[-4:])
+        assert {place for place in sizes if mask_NF[place]} == largest
+
+
+def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
+    model, rows = model_of(config(default=0.25)), rows_of()
+    before, weights = model.sparsity_plan, {name: value.clone() for name, value in model.state_dict().items()}
+    costs = Costs(model.config, measured_load(model, rows), "sparsity")
+    plans = {"uniform": uniform_at(before, costs, 0.5)}
+    found = alternative_outcomes(model, rows, rows, plans, costs, 0.5)
+    assert [one.name.split(",")[0] for one in found] == [
+        "pooled over a token's experts",
+        "1 of 2 experts a token",
+        "experts of 2 of 16 features",
+    ]
+    assert all(one.cost >= 0.5 - 1e-9 for one in found)
+    assert model.sparsity_plan is before and all(value.equal(weights[n]) for n, value in model.state_dict().items())
+    assert all(site.observer is None for block in model.blocks() for site in block.sites().values())
+    # With nothing to pool, drop or leave out each is the model itself.
+    model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
+    same = loss_by_document(model, rows)
+    with pooled_selection(model):
+        torch.testing.assert_close(loss_by_document(model, rows), same)
+    with features_dropped(model, rows, 16):
+        torch.testing.assert_close(loss_by_document(model, rows), same)
+    torch.testing.assert_close(loss_by_document(with_experts_per_token(model, 2), rows), same)
+
+
+def test_alternatives_that_cannot_come_down_are_left_out_with_a_word(caplog):
+    model, rows = model_of(config()), rows_of()
+    costs = replace(Costs(model.config, measured_load(model, rows), "sparsity"))
+    plans = {"uniform": uniform_at(model.sparsity_plan, costs, 0.9)}
+    with caplog.at_level("INFO", logger="qsparse_moe.ablation.alternatives"):
+        found = alternative_outcomes(model, rows, rows, plans, costs, 0.9)
+    assert not any("features" in one.name for one in found)
+    assert "smaller experts: with one feature each the dense model still costs more than the budget" in caplog.text

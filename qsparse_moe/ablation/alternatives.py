@@ -130,10 +130,10 @@ def features_dropped(model: Transformer, rows: DocumentRows, kept: int) -> Itera
         with torch.no_grad():
             for block, mean_EF in importance.items():
                 assert block.moe is not None
-                weight_EFD = block.moe.experts.w_down
-                saved[block] = weight_EFD.detach().clone()
-                weighs_EF = mean_EF * weight_EFD.norm(dim=-1)
-                weight_EFD.mul_(topk_mask(weighs_EF, kept)[..., None])
+                weight = block.moe.experts.w_down
+                saved[block] = weight.detach().clone()
+                weighs_EF = mean_EF * weight.norm(dim=-1)
+                weight.mul_(topk_mask(weighs_EF, kept)[..., None])
         yield
     finally:
         with torch.no_grad():

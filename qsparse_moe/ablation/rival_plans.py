@@ -46,7 +46,8 @@ def greedy_plan(
     the step saves, takes it, until the layer costs what it does under ``uniform``. All experts of a layer have the same
     S. The model keeps its plan.
     """
-    before, found = model.sparsity_plan, {}
+    before = model.sparsity_plan
+    found: dict[tuple[int, Site], float] = {}
     model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
     try:
         with _inputs(model) as inputs:

@@ -95,7 +95,9 @@ def _scatter(found: Sensitivity) -> Figure:
     values = sorted({point.sparsity for point in found.points})
     for value in values:
         own = [point for point in found.points if point.sparsity == value]
-        axes.plot([p.exact for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S = {value:.3g}")
+        axes.plot(
+            [p.exact or 0.0 for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S = {value:.3g}"
+        )
     ends = [min(p.exact or 0.0 for p in found.points), max(p.exact or 0.0 for p in found.points)]
     axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
     scale = max(float(np.median([abs(p.exact or 0.0) for p in found.points])), 1e-6)

@@ -82,7 +82,8 @@ def markdown(found: Sensitivity, *, title: str) -> str:
     if found.exact_seconds is not None:
         parts += [
             f"The estimate took {found.estimate_seconds:.2f} s, one forward and one backward pass; the "
-            f"evaluations {found.exact_seconds:.1f} s, {found.evaluations} forward passes: {found.times_cheaper:.0f} times as long.",
+            f"evaluations {found.exact_seconds:.1f} s, {found.evaluations} forward passes: "
+            f"{found.times_cheaper:.0f} times as long.",
             table(("S", "points", "Spearman", "Pearson", "Spearman, first order alone"), agreement_rows(found)),
         ]
     parts += ["Cells that cost most:", table(("cell", "S", "estimate", "exact"), costliest_rows(found))]

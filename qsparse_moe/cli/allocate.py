@@ -107,9 +107,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     summary = summary | {"outcomes": summary["outcomes"] + summary["alternatives"]}
     for title, name in (("Without training", "outcomes"), ("After training", "after_training")):
         if summary[name]:
-            console.print(
-                rich_table(f"{title}, on {summary['held_out_rows']} held-out rows", _HEAD, outcome_rows(summary[name]))
-            )
+            console.print(rich_table(f"{title}, on {rows} held-out rows", _HEAD, outcome_rows(summary[name])))
     console.print(
         f"budget            {summary['quantity']} {summary['target']:,.6g}, planned {summary['planned']:,.6g}"
     )

@@ -73,7 +73,7 @@ def test_no_choice_of_the_curves_points_within_the_budget_has_less_loss():
     by_choice = {
         choice: (
             costs.of(with_cells(plan, dict(zip(cells, choice, strict=True)))),
-            sum(loss[p] for p in zip(cells, choice)),
+            sum(loss[p] for p in zip(cells, choice, strict=True)),
         )
         for choice in product(levels, repeat=len(cells))
     }
@@ -122,12 +122,14 @@ def test_plans_keep_to_the_budget_and_use_it_up(quantity, load):
         (
             "sparsity",
             0.99,
-            r"a budget of mean S 0\.9900 cannot be met: with S at most 0\.95 everywhere the nearest is mean S 0\.9375; ask for that or less",
+            r"a budget of mean S 0\.9900 cannot be met: with S at most 0\.95 everywhere "
+            r"the nearest is mean S 0\.9375; ask for that or less",
         ),
         (
             "parameters",
             10,
-            r"a budget of 10 active parameters cannot be met: .* nearest is [\d,]+ active parameters; ask for that or more",
+            r"a budget of 10 active parameters cannot be met: .* nearest is [\d,]+ active parameters; ask for that "
+            "or more",
         ),
         ("flops", 10, r"a budget of 10 FLOPs a token cannot be met"),
         ("bytes", 10, r"a budget of 10 bytes a step of 3 cannot be met"),

@@ -1,0 +1,121 @@
+"""The verbs that look inside one run: what they write and print, and every message."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+
+from qsparse_moe.ablation.cells import cells_of
+from qsparse_moe.cli.app import run
+from qsparse_moe.config.load import load_config
+from qsparse_moe.sparsity.plan import SparsityPlan
+from tests.support.runs import tiny_config, write_text
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    from qsparse_moe.training.loop import train
+
+    folder = tmp_path_factory.mktemp("sensitivity")
+    write_text(folder / "text")
+    return train(tiny_config(folder, "run", engine="torch")).run_dir
+
+
+def test_sensitivity_writes_json_csv_report_and_pictures(trained, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "report"
+    arguments = ["sensitivity", str(trained), "--values", "0.5,0.75", "--rows", "3", "--output", str(folder)]
+    assert run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert json.loads((folder / "sensitivity.json").read_text()) == found
+    assert (found["step"], found["rows"], found["mean_sparsity"]) == (6, 3, 0.5)
+    cells = cells_of(SparsityPlan.uniform(load_config(trained / "config.yaml").model, 0.5))
+    assert len(found["points"]) == len(cells) and found["evaluations"] == len(cells) + 1
+    for point in found["points"]:
+        assert point["exact_low"] <= point["exact_high"] and point["estimate_low"] <= point["estimate_high"]
+    with (folder / "sensitivity.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["exact"]) for line in lines] == [point["exact"] for point in found["points"]]
+    assert {line["expert"] for line in lines if line["site"] == "attention_input"} == {""}
+    names = ["estimate", "map-attention_input", "map-attention_output", "map-expert_hidden", "map-expert_input"]
+    assert sorted(file.stem for file in folder.glob("*.png")) == names
+    report = (folder / "report.md").read_text()
+    assert all(f"![{name}]({name}.png)" in report for name in names) and "Spearman" in report
+    events = EventAccumulator(str(trained / "tensorboard")).Reload()
+    assert {f"sensitivity/{name}" for name in names} <= set(events.Tags()["images"])
+
+
+def test_sensitivity_without_evaluations_around_another_s_for_people(trained, tmp_path, capsys):
+    folder = tmp_path / "report"
+    arguments = ["--estimate-only", "--at", "0.25", "--values", "0,0.25", "--rows", "2", "--output", str(folder)]
+    assert run(["sensitivity", str(trained), *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "Cells that cost most, nats a token" in printed and f"written to        {folder}" in printed
+    found = json.loads((folder / "sensitivity.json").read_text())
+    assert found["mean_sparsity"] == 0.25 and found["exact_seconds"] is None and found["agreement"] == []
+    assert {(point["sparsity"], point["exact"]) for point in found["points"]} == {(0.0, None)}
+
+
+def test_allocate_writes_a_plan_that_keeps_to_the_budget_and_compares_it(trained, tmp_path, capsys):
+    output, report = tmp_path / "plan.json", tmp_path / "report.md"
+    arguments = ["allocate", str(trained), "--output", str(output), "--sparsity", "0.6", "--rows", "3", "--rounds", "1"]
+    arguments += ["--random", "1", "--train", "1", "--report", str(report)]
+    assert run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plan = SparsityPlan.load(output)
+    plan.check_fits(load_config(trained / "config.yaml").model)
+    assert found["planned"] >= 0.6 and len({s for values in plan.values.values() for s in values}) > 1
+    names = ["allocated", "uniform", "greedy by layer", "random 0", "dense"]
+    assert [one["name"] for one in found["outcomes"]] == names == [one["name"] for one in found["after_training"]]
+    assert len(found["alternatives"]) == 3
+    before = {one["name"]: one["loss"] for one in found["outcomes"]}
+    assert all(one["loss"] != before[one["name"]] for one in found["after_training"])
+    text = report.read_text()
+    assert "After 1 steps of training with each plan:" in text and "| allocated |" in text and "S of the plan:" in text
+    # The plan is one that training takes.
+    assert run(["train", str(trained / "config.yaml"), "training.name=by-plan", *_by(output), "--json"]) == 0
+    capsys.readouterr()
+    assert run(["allocate", str(trained), "--output", str(tmp_path / "b.json"), "--bytes", "1", "--rows", "2"]) == 2
+    assert "a budget of 1 bytes a step of 1 cannot be met" in capsys.readouterr().err
+
+
+def _by(plan):
+    return ["training.engine=torch", f"model.sparsity.plan={plan}", "model.sparsity.default=null"]
+
+
+WRONG = {
+    "no such run": (["sensitivity", "nothing"], "nothing does not exist; name a folder that qsparse-moe train made"),
+    "no numbers": (
+        ["sensitivity", "{run}", "--values", "a,0.5"],
+        "--values (a,0.5) must be numbers in [0, 1) with commas between, such as 0,0.5,0.75",
+    ),
+    "no fraction": (["sensitivity", "{run}", "--at", "1"], "--at (1.0) must lie in [0, 1): it is the fraction zeroed"),
+    "no budget": (
+        ["allocate", "{run}", "--output", "p.json"],
+        "no budget: give exactly one of --sparsity, --parameters, --flops, --bytes",
+    ),
+    "two budgets": (
+        ["allocate", "{run}", "--output", "p.json", "--sparsity", "0.5", "--flops", "5"],
+        "--sparsity and --flops: give exactly one of",
+    ),
+    "budget is no S": (
+        ["allocate", "{run}", "--output", "p.json", "--sparsity", "1"],
+        "--sparsity (1.0) must lie in [0, 1): it is the fraction zeroed",
+    ),
+    "budget below 0": (
+        ["allocate", "{run}", "--output", "p.json", "--flops", "-1"],
+        "--flops (-1.0) must not be below 0; qsparse-moe describe tells what the run has",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_is_one_message(name, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = WRONG[name]
+    assert run([argument.format(run=trained) for argument in arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

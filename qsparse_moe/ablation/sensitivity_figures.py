@@ -51,7 +51,7 @@ def _maps(site: Site, points: Sequence[Point]) -> Figure:
     wide, high = max(2.6, 0.55 * num_experts + 1.4), 1.5 + 0.4 * len(layers)
     columns = min(len(values), 3)
     rows = -(-len(values) // columns)
-    figure = Figure(figsize=(columns * wide, rows * high + 0.4), dpi=100, layout="constrained")
+    figure = Figure(figsize=(max(5.8, columns * wide), rows * high + 0.4), dpi=100, layout="constrained")
     kind = "estimated" if points[0].exact is None else "exact"
     figure.suptitle(f"{site.replace('_', ' ')}: change of loss, 1/1000 nats a token, {kind}", fontsize=10)
     for place, value in enumerate(values):
@@ -100,7 +100,8 @@ def _scatter(found: Sensitivity) -> Figure:
         )
     ends = [min(p.exact or 0.0 for p in found.points), max(p.exact or 0.0 for p in found.points)]
     axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
-    scale = max(float(np.median([abs(p.exact or 0.0) for p in found.points])), 1e-6)
+    median = max(float(np.median([abs(p.exact or 0.0) for p in found.points])), 1e-6)
+    scale = 10.0 ** np.ceil(np.log10(median))  # a whole decade, or the labels around 0 lie over each other
     axes.set_xscale("symlog", linthresh=scale)
     axes.set_yscale("symlog", linthresh=scale)
     axes.set_xlabel("change of loss by evaluation, nats a token")

@@ -27,9 +27,10 @@ NEEDED_PACKAGES = {
     "einops": "0.8",
     "numpy": "1.26",
     "tensorboard": "2.21",
+    "matplotlib": "3.9",
     "ninja": "1.11",
 }
-EXTRA_PACKAGES = {"transformers": "hf", "safetensors": "hf", "matplotlib": "ablation", "scipy": "ablation"}
+EXTRA_PACKAGES = {"transformers": "hf", "safetensors": "hf", "scipy": "ablation"}
 _PYTHON = (3, 11)
 _COMPILERS = ("c++", "g++", "clang++")
 

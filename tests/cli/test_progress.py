@@ -44,6 +44,7 @@ def context(start_step=0):
         num_parameters=1,
         engine="torch",
         device="cpu",
+        device_name="",
         backend="loop",
     )
 

@@ -66,6 +66,7 @@ def test_scalars_keep_their_numbers_and_groups():
         "throughput/forward_seconds": 0.08,
         "throughput/backward_seconds": 0.12,
         "throughput/update_seconds": 0.03,
+        "throughput/communication_seconds": 0.02,
         "memory/resident": 1e9,
         "memory/peak_resident": 2e9,
     }

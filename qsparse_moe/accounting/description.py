@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from qsparse_moe.accounting.activations import activation_memory
 from qsparse_moe.accounting.densities import Densities, kept_features, measured_densities, planned_densities
 from qsparse_moe.accounting.flops import flops_by_site, forward_flops, training_flops
 from qsparse_moe.accounting.memory import kv_cache_bytes, state_memory
@@ -80,7 +81,13 @@ def _memory(config: RunConfig, ranks: int) -> dict[str, Any]:
     cache = kv_cache_bytes(config.model, 1, bytes_per_value=4 if config.training.precision == "fp32" else 2)
     states = {stage: state_memory(config, ranks, stage) for stage in range(4)}
     by_stage = {str(stage): vars(memory) | {"total": memory.total} for stage, memory in states.items()}
-    return {"ranks": ranks, "training_state_by_zero_stage": by_stage, "kv_cache_bytes_per_token": cache}
+    activations = activation_memory(config)
+    return {
+        "ranks": ranks,
+        "training_state_by_zero_stage": by_stage,
+        "activations": vars(activations) | {"total": activations.total},
+        "kv_cache_bytes_per_token": cache,
+    }
 
 
 def _measured(config: RunConfig, row: Mapping[str, Any], plan: SparsityPlan, densities: Densities) -> dict[str, Any]:

@@ -196,9 +196,18 @@ def _memory_table(description: dict[str, Any]) -> Table:
     table = _table(title, "ZeRO stage", "weights", "gradients", "optimizer", "all")
     for stage, parts in memory["training_state_by_zero_stage"].items():
         table.add_row(stage, *(_size(parts[name]) for name in ("weights", "gradients", "optimizer", "total")))
-    table.caption = f"without activations; key-value cache: {_size(memory['kv_cache_bytes_per_token'])} a token"
+    activations = memory["activations"]
+    table.caption = (
+        f"activations of one micro-batch on top: {_size(activations['kept'])} kept for the backward"
+        f"{_recomputed(activations['recomputed'])}; "
+        f"key-value cache: {_size(memory['kv_cache_bytes_per_token'])} a token"
+    )
     table.caption_justify = "left"
     return table
+
+
+def _recomputed(num_bytes: float) -> str:
+    return f", {_size(num_bytes)} more while a layer is computed again" if num_bytes else ""
 
 
 def _size(num_bytes: float) -> str:

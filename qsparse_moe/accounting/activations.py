@@ -1,0 +1,91 @@
+"""Bytes of activations that training keeps from a forward for its backward.
+
+Per token and layer, with D width, C channels a head, H heads and G key-value heads, F hidden width, E experts and A of
+them a token, in numbers of values (the tensors that autograd keeps, as a test counts them):
+
+- the inputs of attention and feed-forward: D each;
+- attention: its norm's output and what the projections read of it (2 D); query and key before and after their rotation,
+  value, the attention's output and what the output projection reads (4 H C + 3 G C);
+- feed-forward: its norm's output and what the first matrices read of it (2 D); gate, up and what the last matrix reads
+  (3 F; without a gate 2 F). With experts in place of F: A times 2 D + 3 F for the rows, and for the router 2 E + 8 A in
+  fp32, in half precision D in fp32 more for its input. Shared experts add D and 3 F of their own.
+
+Beside the layers: embedding, last norm and head (3 D), and the log-probabilities (V, fp32).
+
+It holds for exact top-K and for sites that keep all. Masks of other selections, rounded copies of number formats and
+the norms of ``rescale: preserve`` come on top, and so does what a backend lays out anew for its own products.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qsparse_moe.config.schema import ModelConfig, Recompute, RunConfig
+from qsparse_moe.config.shapes import (
+    dense_hidden_size,
+    has_experts,
+    has_gate,
+    head_size,
+    num_kv_heads,
+    shared_hidden_size,
+)
+
+_FP32 = 4
+_HALF = 2
+_KEEPS_ATTENTION: tuple[Recompute, ...] = ("none", "feed_forward")
+_KEEPS_FEED_FORWARD: tuple[Recompute, ...] = ("none", "attention")
+
+
+@dataclass(frozen=True)
+class ActivationMemory:
+    """Bytes on one rank, of one micro-batch."""
+
+    kept: float
+    """From the forward until the backward."""
+    recomputed: float
+    """The most that the backward computes again at once, and keeps while it is in that layer."""
+
+    @property
+    def total(self) -> float:
+        """Both, at the backward's first layer."""
+        return self.kept + self.recomputed
+
+
+def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> ActivationMemory:
+    """Of the run's micro-batch under ``recompute`` (None: the run's ``training.activation_checkpointing``)."""
+    model, training = config.model, config.training
+    chosen = training.activation_checkpointing if recompute is None else recompute
+    width = _FP32 if training.precision == "fp32" else _HALF
+    tokens = training.micro_batch_size * config.data.sequence_length
+    kept, recomputed = [], []
+    for layer in range(model.num_layers):
+        attention, feed_forward = _attention(model) * width, _feed_forward(model, layer, width)
+        again = (0.0 if chosen in _KEEPS_ATTENTION else attention) + (
+            0.0 if chosen in _KEEPS_FEED_FORWARD else feed_forward
+        )
+        # Of a part that is computed again its input stays; where both are, they are one: the layer's.
+        inputs = {"none": 2, "attention": 2, "feed_forward": 2}.get(chosen, 1) * model.hidden_size * width
+        kept.append(inputs + attention + feed_forward - again)
+        recomputed.append(again)
+    beside = 3 * model.hidden_size * width + model.vocab_size * _FP32
+    return ActivationMemory(tokens * (sum(kept) + beside), tokens * max(recomputed))
+
+
+def _attention(model: ModelConfig) -> float:
+    """Values a token, the layer's input not among them."""
+    channels = head_size(model)
+    return 2 * model.hidden_size + 4 * model.num_heads * channels + 3 * num_kv_heads(model) * channels
+
+
+def _feed_forward(model: ModelConfig, layer: int, width: int) -> float:
+    """Bytes a token, the input not among them."""
+    hidden = 3 if has_gate(model) else 2
+    if not has_experts(model, layer):
+        return width * (2 * model.hidden_size + hidden * dense_hidden_size(model))
+    moe = model.moe
+    rows = moe.experts_per_token * (2 * model.hidden_size + hidden * moe.expert_hidden_size)
+    router = _FP32 * (2 * moe.num_experts + 8 * moe.experts_per_token)
+    if width != _FP32:
+        router += _FP32 * model.hidden_size
+    shared = model.hidden_size + hidden * shared_hidden_size(model) if moe.num_shared_experts else 0
+    return width * (2 * model.hidden_size + rows + shared) + router

@@ -1,0 +1,80 @@
+"""Bytes of activations against what autograd really keeps of a model's forward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.accounting.activations import activation_memory
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.model.transformer import build_model
+
+ROWS, LENGTH = 2, 64
+MODES = ["none", "attention", "feed_forward", "selective", "full"]
+MODELS = {
+    "gated": {"moe": {"activation": "swiglu"}},
+    "non-gated": {"moe": {"activation": "relu2"}},
+    "dense layer": {"moe": {"num_dense_layers": 1, "dense_hidden_size": 320}},
+    "shared": {"moe": {"num_shared_experts": 2}},
+    "few key-value heads": {"num_kv_heads": 1, "head_size": 48},
+}
+
+
+def run(changes, sparsity=0.5):
+    moe = {"num_experts": 8, "experts_per_token": 2, "expert_hidden_size": 96, "backend": "loop"} | changes["moe"]
+    model = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "vocab_size": 128} | changes
+    model |= {"moe": moe, "sparsity": {"default": sparsity}}
+    training = {"micro_batch_size": ROWS, "global_batch_size": ROWS}
+    return RunConfig.model_validate({"model": model, "training": training, "data": {"sequence_length": LENGTH}})
+
+
+def bytes_kept(config, mode):
+    """Of every storage that autograd packs and no parameter owns, once."""
+    model = build_model(config.model)
+    model.activation_checkpointing = mode
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens_BS = torch.randint(0, 128, (ROWS, LENGTH))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(tokens_BS, tokens_BS, with_stats=False)
+    assert output.loss.requires_grad  # the graph, and with it every storage, lives until here
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("changes", [{"moe": {}} | changes for changes in MODELS.values()], ids=MODELS)
+def test_bytes_are_those_that_autograd_keeps(changes, mode):
+    config = run(changes)
+    assert activation_memory(config, mode).kept == pytest.approx(bytes_kept(config, mode), rel=0.02)
+
+
+def test_sites_that_keep_all_keep_as_much():
+    config = run(MODELS["gated"], sparsity=0.0)
+    assert activation_memory(config).kept == pytest.approx(bytes_kept(config, "none"), rel=0.02)
+
+
+def test_recomputing_moves_bytes_from_all_layers_to_one():
+    config = run(MODELS["gated"])
+    by_mode = {mode: activation_memory(config, mode) for mode in MODES}
+    assert by_mode["none"].recomputed == 0
+    assert by_mode["full"].kept == by_mode["selective"].kept < by_mode["attention"].kept < by_mode["none"].kept
+    saved = by_mode["none"].kept - by_mode["full"].kept
+    inputs = ROWS * LENGTH * 4 * 64
+    assert 3 * (by_mode["full"].recomputed + inputs) == pytest.approx(saved)
+    assert by_mode["full"].total < by_mode["none"].total
+
+
+def test_half_precision_takes_half_but_for_router_and_loss():
+    config = run(MODELS["gated"])
+    training = config.training.model_copy(update={"precision": "bf16"})
+    half = activation_memory(config.model_copy(update={"training": training}))
+    fp32_values = ROWS * LENGTH * (3 * (2 * 8 + 8 * 2) + 128)
+    router_inputs = ROWS * LENGTH * 3 * 64
+    assert half.kept == pytest.approx(activation_memory(config).kept / 2 + 2 * fp32_values + 4 * router_inputs)

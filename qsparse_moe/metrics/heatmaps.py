@@ -15,6 +15,8 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
+from PIL import Image, ImageDraw, ImageFont
 
 from qsparse_moe.sparsity.stats import SITE_FIELDS, Stats
 
@@ -64,13 +66,13 @@ def scale_of(name: str, num_experts: int) -> Scale:
 
 
 class HeatMap:
-    """One map's figure, made once and drawn anew for every step."""
+    """One map's picture. Its frame is drawn once; a step only draws the cells into it, in a fraction of the time."""
 
     def __init__(self, scale: Scale, layers: Sequence[int], num_experts: int) -> None:
         """``layers`` are the numbers of the layers that have experts, in order."""
-        self._figure = Figure(figsize=(2.2 + 0.42 * max(num_experts, 8), 1.6 + 0.36 * len(layers)), dpi=100)
-        self._canvas = FigureCanvasAgg(self._figure)
-        axes = self._figure.add_subplot()
+        figure = Figure(figsize=(2.2 + 0.42 * max(num_experts, 8), 1.6 + 0.36 * len(layers)), dpi=100)
+        self._canvas = FigureCanvasAgg(figure)
+        self._axes = axes = figure.add_subplot()
         colours = _colour_map(scale.colours)
         empty = np.full((len(layers), num_experts), np.nan)
         self._image = axes.imshow(empty, cmap=colours, vmin=scale.low, vmax=scale.high, aspect="auto")
@@ -79,27 +81,35 @@ class HeatMap:
         step = -(-num_experts // 32)
         axes.set_xticks(range(0, num_experts, step), [str(e) for e in range(0, num_experts, step)])
         axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
-        self._title = axes.set_title("")
-        self._name = scale.title
-        self._middle = (scale.low + scale.high) / 2
-        self._figure.colorbar(self._image, ax=axes)
-        self._labels = [
-            [axes.text(e, row, "", ha="center", va="center", fontsize=9) for e in range(num_experts)]
-            for row in range(len(layers) if empty.size <= _MOST_LABELLED else 0)
-        ]
-        self._figure.tight_layout()
-
-    def draw(self, values_LE: np.ndarray, step: int) -> Pixels:
-        """The picture of one step, ``(height, width, 3)`` bytes."""
-        self._image.set_data(np.ma.masked_invalid(values_LE))
-        self._title.set_text(f"{self._name}, step {step}")
-        for row, labels in enumerate(self._labels):
-            for expert, label in enumerate(labels):
-                value = values_LE[row, expert]
-                label.set_text("" if np.isnan(value) else f"{value:.2f}")
-                label.set_color(_readable(self._image.cmap(self._image.norm(value))))
+        axes.set_title(scale.title)
+        figure.colorbar(self._image, ax=axes)
+        figure.tight_layout()
         self._canvas.draw()
-        return np.asarray(self._canvas.buffer_rgba())[..., :3].copy()
+        self._frame = self._canvas.copy_from_bbox(figure.bbox)
+        cells = [(expert, row) for row in range(len(layers)) for expert in range(num_experts)]
+        # Pixels are counted from the top, matplotlib's from the bottom.
+        self._centres = [(x, figure.bbox.height - y) for x, y in axes.transData.transform(cells)]
+        self._font = ImageFont.truetype(findfont("DejaVu Sans"), 12) if len(cells) <= _MOST_LABELLED else None
+
+    def draw(self, values_LE: np.ndarray) -> Pixels:
+        """The picture of one step, ``(height, width, 3)`` bytes."""
+        self._canvas.restore_region(self._frame)
+        self._image.set_data(np.ma.masked_invalid(values_LE))
+        self._axes.draw_artist(self._image)
+        for spine in self._axes.spines.values():
+            self._axes.draw_artist(spine)
+        picture = Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3].copy())
+        if self._font is not None:
+            self._write(picture, values_LE.flatten())
+        return np.asarray(picture)
+
+    def _write(self, picture: Image.Image, values: np.ndarray) -> None:
+        """The numbers into the cells: matplotlib's own text takes most of a millisecond for each."""
+        pen = ImageDraw.Draw(picture)
+        backgrounds = self._image.cmap(self._image.norm(values))
+        for centre, value, background in zip(self._centres, values.tolist(), backgrounds, strict=True):
+            if value == value:
+                pen.text(centre, f"{value:.2f}", fill=_readable(background), font=self._font, anchor="mm")
 
 
 def _site_maps(stats: Stats, site: str) -> dict[str, np.ndarray]:

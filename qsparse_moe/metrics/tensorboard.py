@@ -102,7 +102,7 @@ class TensorBoardFiles:
             if name not in self._maps:
                 scale = scale_of(name, model.moe.num_experts)
                 self._maps[name] = HeatMap(scale, moe_layers(model), model.moe.num_experts)
-            picture = self._maps[name].draw(values_LE, step)
+            picture = self._maps[name].draw(values_LE)
             self._writer.add_image(f"experts/{name}", picture, step, dataformats="HWC")
 
     def _count(self, step: int, stats: Stats) -> None:

@@ -40,17 +40,17 @@ def test_values_by_hand_and_nothing_where_an_expert_had_no_row():
 def test_a_value_has_one_colour_in_every_step(name):
     heat_map = HeatMap(scale_of(name, 4), [1, 2], 4)
     values = np.linspace(0.5, 1.0, 8).reshape(2, 4)
-    first = heat_map.draw(values, 7)
+    first = heat_map.draw(values)
     assert first.dtype == np.uint8 and first.ndim == 3 and first.shape[2] == 3
     changed = values.copy()
     changed[1, 3] = np.nan
-    second = heat_map.draw(changed, 7)
+    second = heat_map.draw(changed)
     assert second.shape == first.shape
     different = (first != second).any(-1)
     assert 0 < different.mean() < 0.2  # one cell of eight, and no other
-    assert np.array_equal(heat_map.draw(values, 7), first)
+    assert np.array_equal(heat_map.draw(values), first)
 
 
 def test_many_experts_are_drawn_without_numbers_in_the_cells():
-    picture = HeatMap(Scale(0, 4, "viridis", "load"), list(range(3)), 128).draw(np.ones((3, 128)), 1)
+    picture = HeatMap(Scale(0, 4, "viridis", "load"), list(range(3)), 128).draw(np.ones((3, 128)))
     assert picture.shape[1] > 2000

@@ -27,6 +27,18 @@ class _Stopwatch:
         self.step_seconds = report.seconds
 
 
+class _TimedRecorder(Recorder):
+    """The first record imports and lays out what the later ones draw into: it is told apart from them."""
+
+    first_seconds: float | None = None
+
+    def __call__(self, report: StepReport) -> None:
+        start = time.perf_counter()
+        super().__call__(report)
+        if self.first_seconds is None:
+            self.first_seconds = time.perf_counter() - start
+
+
 def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict[str, Any]:
     """The share of a step's time that metrics take at the interval of ``config``.
 
@@ -40,17 +52,18 @@ def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict
         rounds: that count; one more comes first.
 
     Returns:
-        ``cost``: median, least and most over the rounds; seconds a step and a record; the machine.
+        ``cost``: median, least and most over the rounds; seconds a step, a record, and once a run; the machine.
     """
     interval = config.metrics.interval
     images = max(1, config.metrics.image_interval // interval) if config.metrics.image_interval else 0
-    shares, records, plain = [], [], []
+    shares, records, plain, once = [], [], [], []
     for number in range(rounds + 1):
-        recorded = _run(config, steps, {"interval": 1, "image_interval": images}, records=True)
-        silent = _run(config, steps, {"interval": steps, "tensorboard": False}, records=False)
+        recorded, first = _run(config, steps, {"interval": 1, "image_interval": images}, records=True)
+        silent, _ = _run(config, steps, {"interval": steps, "tensorboard": False}, records=False)
         if number == 0:
             continue
-        records.append((recorded.wall_seconds - silent.wall_seconds) / (steps - 1))
+        once.append(first)
+        records.append((recorded.wall_seconds - first - silent.wall_seconds) / (steps - 1))
         plain.append(silent.step_seconds / steps)
         shares.append(records[-1] / interval / plain[-1])
     return {
@@ -62,12 +75,14 @@ def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict
         "rounds": rounds,
         "seconds_a_step": statistics.median(plain),
         "seconds_a_record": statistics.median(records),
+        "seconds_once": statistics.median(once),
         "cost": {"median": statistics.median(shares), "min": min(shares), "max": max(shares)},
         "cost_by_round": shares,
     }
 
 
-def _run(config: RunConfig, steps: int, metrics: dict[str, Any], *, records: bool) -> _Stopwatch:
+def _run(config: RunConfig, steps: int, metrics: dict[str, Any], *, records: bool) -> tuple[_Stopwatch, float]:
+    """The run's times, and the seconds of its first record, 0 without records."""
     watch = _Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         training = {
@@ -87,7 +102,8 @@ def _run(config: RunConfig, steps: int, metrics: dict[str, Any], *, records: boo
                 "metrics": config.metrics.model_copy(update=metrics),
             }
         )
-        listeners: Sequence[Listener] = [*([Recorder(changed)] if records else []), watch]
+        recorder = _TimedRecorder(changed)
+        listeners: Sequence[Listener] = [recorder, watch] if records else [watch]
         train(changed, listeners)
         assert Path(folder, "run", "metrics.jsonl").exists() == records
-    return watch
+    return watch, recorder.first_seconds or 0.0

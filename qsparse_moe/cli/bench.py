@@ -164,5 +164,5 @@ def metrics(
     result_console().print(
         f"a record every {result['interval']} steps costs {cost['median']:.1%} of a step ({cost['min']:.1%} to "
         f"{cost['max']:.1%} in {rounds} rounds): {1e3 * result['seconds_a_record']:.1f} ms a record, "
-        f"{1e3 * result['seconds_a_step']:.1f} ms a step"
+        f"{1e3 * result['seconds_a_step']:.1f} ms a step, and {result['seconds_once']:.1f} s once a run"
     )

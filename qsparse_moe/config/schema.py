@@ -446,7 +446,7 @@ class MetricsConfig(Section):
     """A warning names the experts that got no row in so many steps, looked at in logged steps; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
-    image_interval: NonNegativeInt = 100
+    image_interval: NonNegativeInt = 200
     """Steps between heat maps of layers and experts in TensorBoard, drawn in the next logged step; 0: none."""
     peak_tflops: PositiveFloat | None = None
     """TFLOP/s that one device can reach in the run's precision, for the model FLOPs utilisation; null: from a table by

@@ -85,9 +85,11 @@ def _sparsity(done: Study) -> Figure:
     )
     points = done.runs.points
     share = _middle_share(points)
-    grid = GRID[: np.searchsorted(GRID, points.sparsity.max() + 0.15)]
-    models = imagined(kept=done.kept, expert_share=share, sparsity=grid)
     with_sparsity = {name: found for name, found in done.fitted.items() if found.optima}
+    optima = [best.found.sparsity for found in with_sparsity.values() for best in found.optima]
+    end = max(points.sparsity.max() + 0.15, *optima)
+    grid = GRID[: np.searchsorted(GRID, end, side="right")]
+    models = imagined(kept=done.kept, expert_share=share, sparsity=grid)
     lowest = 0.0
     for place, (name, found) in enumerate(with_sparsity.items()):
         design = Design.of(found.best.form, models)

@@ -45,11 +45,18 @@ class Point:
     exact: float | None
     """None where it was not evaluated."""
     exact_interval: tuple[float, float] | None
+    exact_halves: tuple[float, float] | None
+    """The exact change over every other document, and over the rest."""
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it was evaluated and 0 lies outside the interval."""
+        return self.exact_interval is not None and not self.exact_interval[0] <= 0 <= self.exact_interval[1]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well the estimate ranks what evaluation finds."""
+    """How well the estimate ranks what evaluation finds, and how well evaluation ranks itself."""
 
     sparsity: float | None
     """The S of the points compared; None: all of them."""
@@ -58,6 +65,13 @@ class Agreement:
     pearson: float
     spearman_first_order: float
     """With the first-order term alone."""
+    spearman_halves: float | None
+    """Of the exact changes over one half of the documents with those over the other: where it is low, ranks are noise,
+    and no estimate could rank better; more rows help. None where all is one document."""
+    decided: int
+    """Points whose exact change has an interval without 0."""
+    spearman_decided: float | None
+    """Over them alone; None where they are fewer than three."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +217,7 @@ def _points(
     low_P, high_P = bootstrap_intervals(both_PC, labels_C, draws=draws)
     exact_PC = np.stack(losses) if losses is not None else None
     bounds = bootstrap_intervals(exact_PC, labels_C, draws=draws) if exact_PC is not None else None
+    halves_P2 = _halves(exact_PC, labels_C) if exact_PC is not None else None
     return tuple(
         Point(
             cell=cell,
@@ -212,9 +227,16 @@ def _points(
             first_order=float(first_PC[i].sum() / total),
             exact=None if exact_PC is None else float(exact_PC[i].sum() / total),
             exact_interval=None if bounds is None else (float(bounds[0][i]), float(bounds[1][i])),
+            exact_halves=None if halves_P2 is None else (float(halves_P2[i, 0]), float(halves_P2[i, 1])),
         )
         for i, (cell, _, value) in enumerate(pairs)
     )
+
+
+def _halves(sums_PC: Array, labels_C: Array) -> Array:
+    """``(P, 2)``: the mean change over every other document, and over the rest; nan where there is one document."""
+    with np.errstate(invalid="ignore"):
+        return np.stack([sums_PC[:, part::2].sum(1) / labels_C[part::2].sum() for part in (0, 1)], axis=1)
 
 
 def agreements(points: Sequence[Point]) -> tuple[Agreement, ...]:
@@ -228,10 +250,22 @@ def agreements(points: Sequence[Point]) -> tuple[Agreement, ...]:
 def _agreement(sparsity: float | None, points: Sequence[Point]) -> Agreement:
     exact = [point.exact for point in points]
     both, first = [point.estimate for point in points], [point.first_order for point in points]
+    halves = [point.exact_halves for point in points if point.exact_halves is not None]
+    has_halves = len(halves) == len(points) and bool(np.isfinite(halves).all())
+    decided = [point for point in points if point.is_decided]
     return Agreement(
         sparsity=sparsity,
         points=len(points),
-        spearman=float(spearmanr(both, exact).statistic),
+        spearman=_spearman(both, exact),
         pearson=float(pearsonr(both, exact).statistic),
-        spearman_first_order=float(spearmanr(first, exact).statistic),
+        spearman_first_order=_spearman(first, exact),
+        spearman_halves=_spearman(*zip(*halves, strict=True)) if has_halves else None,
+        decided=len(decided),
+        spearman_decided=_spearman([point.estimate for point in decided], [point.exact for point in decided])
+        if len(decided) > 2
+        else None,
     )
+
+
+def _spearman(ours: Sequence[float], theirs: Sequence[float | None]) -> float:
+    return float(spearmanr(ours, theirs).statistic)

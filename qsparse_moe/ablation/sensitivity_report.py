@@ -27,6 +27,12 @@ _COLUMNS = (
     "exact_high",
 )
 _MOST_SENSITIVE = 10
+AGREEMENT_HEAD = ("S", "points", "Spearman", "Pearson", "first order alone", "halves", "decided", "over decided")
+"""Of ``agreement_rows``; what follows Pearson are rank correlations and a count."""
+_READING = (
+    "Halves: how far the exact changes of one half of the documents rank as those of the other; no estimate can be "
+    "expected to rank better. Decided: points whose exact change has an interval without 0."
+)
 
 
 def as_dict(found: Sensitivity, *, run_dir: Path, step: int) -> dict[str, Any]:
@@ -84,22 +90,30 @@ def markdown(found: Sensitivity, *, title: str) -> str:
             f"The estimate took {found.estimate_seconds:.2f} s, one forward and one backward pass; the "
             f"evaluations {found.exact_seconds:.1f} s, {found.evaluations} forward passes: "
             f"{found.times_cheaper:.0f} times as long.",
-            table(("S", "points", "Spearman", "Pearson", "Spearman, first order alone"), agreement_rows(found)),
+            table(AGREEMENT_HEAD, agreement_rows(found)),
+            _READING,
         ]
     parts += ["Cells that cost most:", table(("cell", "S", "estimate", "exact"), costliest_rows(found))]
     return "\n\n".join(parts) + "\n"
 
 
 def agreement_rows(found: Sensitivity) -> list[tuple[str, ...]]:
-    """S, points, and the three correlations, as text."""
+    """What ``AGREEMENT_HEAD`` names, as text."""
     return [
         (
             "all" if one.sparsity is None else f"{one.sparsity:.3g}",
             str(one.points),
-            *(f"{value:.3f}" for value in (one.spearman, one.pearson, one.spearman_first_order)),
+            *(_correlation(value) for value in (one.spearman, one.pearson, one.spearman_first_order)),
+            _correlation(one.spearman_halves),
+            str(one.decided),
+            _correlation(one.spearman_decided),
         )
         for one in found.agreement
     ]
+
+
+def _correlation(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:

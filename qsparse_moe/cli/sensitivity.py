@@ -105,14 +105,14 @@ def _tell(done: int, of: int) -> None:
 
 
 def _print_summary(found: Sensitivity, folder: Path) -> None:
-    from qsparse_moe.ablation.sensitivity_report import agreement_rows, costliest_rows
+    from qsparse_moe.ablation.sensitivity_report import AGREEMENT_HEAD, agreement_rows, costliest_rows
 
     console = result_console()
     if found.agreement:
         console.print(
             rich_table(
                 "Estimate against evaluation",
-                ("S", "points", "Spearman", "Pearson", "first order alone"),
+                AGREEMENT_HEAD,
                 agreement_rows(found),
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.documents import (
@@ -219,8 +220,26 @@ def test_agreement_is_of_all_points_and_of_each_s():
     assert all(-1 <= one.spearman <= 1 for one in found.agreement)
     assert found.times_cheaper == found.exact_seconds / found.estimate_seconds
     assert agreements(found.points) == found.agreement
+    for one in found.agreement:
+        group = [p for p in found.points if one.sparsity in (None, p.sparsity)]
+        decided = [p for p in group if p.exact_interval[0] > 0 or p.exact_interval[1] < 0]
+        assert one.decided == len(decided) and len(decided) > 2
+        assert one.spearman_decided == spearmanr([p.estimate for p in decided], [p.exact for p in decided]).statistic
+        assert one.spearman_halves == spearmanr(*zip(*(p.exact_halves for p in group), strict=True)).statistic
     only = measure(model, rows, (0.5,), exact=False, draws=5)
     assert only.agreement == () and only.times_cheaper is None and {p.exact for p in only.points} == {None}
+
+
+def test_halves_are_of_every_other_document_and_none_of_a_single_one():
+    model, rows = model_of(config(default=0.25)), rows_of()
+    found = measure(model, rows, (0.75,), draws=5)
+    labels_C = rows.labels_C
+    weights = np.array([labels_C[0::2].sum(), labels_C[1::2].sum()]) / labels_C.sum()
+    for point in found.points:
+        assert weights @ point.exact_halves == pytest.approx(point.exact, abs=1e-12)
+    assert len({point.exact_halves for point in found.points}) > 3
+    one = DocumentRows(rows.batches, tuple(torch.zeros_like(ids) for ids in rows.documents), 1)
+    assert measure(model, one, (0.75,), draws=5).agreement[0].spearman_halves is None
 
 
 @pytest.mark.parametrize(

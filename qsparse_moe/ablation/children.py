@@ -9,38 +9,27 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
+
+from qsparse_moe.training.interrupt import CaughtSignals
 
 # The launcher (0.19.8) kills a rank that is still there 30 s after its SIGTERM.
 _PATIENCE_SECONDS = 45.0
 
 
-class Children:
+class Children(CaughtSignals):
     """While it is entered, SIGINT and SIGTERM go on to the children as SIGTERM, and no new one is started.
 
     Each child leads a session of its own: a Ctrl-C of the terminal reaches it through here only, and whatever the
-    launcher starts below it gets the signal too. In another thread than the main one, where Python allows no handlers,
-    signals keep their effect.
+    launcher starts below it gets the signal too.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.stopped_by = 0
         """Number of the first signal, 0 while there is none."""
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
-        self._previous: dict[int, object] = {}
-
-    def __enter__(self) -> Children:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._stop)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
 
     def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int | None:
         """Run ``command`` to its end, what it prints appended to ``log``; its exit code, None once all are stopped."""
@@ -59,7 +48,7 @@ class Children:
                     self._running.discard(child)
         return code
 
-    def _stop(self, number: int, frame: FrameType | None) -> None:
+    def _caught(self, number: int, frame: FrameType | None) -> None:
         # Runs in the main thread, which never holds the lock: it only waits for the threads that do.
         again = bool(self.stopped_by) and number == signal.SIGINT
         self.stopped_by = self.stopped_by or number

@@ -6,29 +6,24 @@ import logging
 import signal
 import threading
 from types import FrameType, TracebackType
+from typing import Self
 
 logger = logging.getLogger(__name__)
 
 
-class StopSignals:
-    """While it is entered, the first SIGINT or SIGTERM is only noted; a second Ctrl-C ends the process at once.
+class CaughtSignals:
+    """While it is entered, SIGINT and SIGTERM go to ``_caught``; what handled them before does so again afterwards.
 
-    Under the deepspeed launcher a Ctrl-C reaches a rank twice, from the terminal and as the launcher's SIGTERM, so
-    SIGTERM never counts as the second. The launcher (0.19.8) kills a rank that is still there 30 s after its SIGTERM: a
-    checkpoint must be written by then. Its outer process, ``deepspeed`` itself, passes SIGTERM on to nobody: send it to
-    the process group, to ``deepspeed.launcher.launch`` below it, or to any one rank. In another thread than the main
-    one, where Python allows no handlers, signals keep their effect.
+    In another thread than the main one, where Python allows no handlers, signals keep their effect.
     """
 
     def __init__(self) -> None:
-        self.received = 0
-        """Number of the signal, 0 while there is none."""
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> StopSignals:
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._note)
+                self._previous[number] = signal.signal(number, self._caught)
         return self
 
     def __exit__(
@@ -37,7 +32,25 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        raise NotImplementedError
+
+
+class StopSignals(CaughtSignals):
+    """While it is entered, the first SIGINT or SIGTERM is only noted; a second Ctrl-C ends the process at once.
+
+    Under the deepspeed launcher a Ctrl-C reaches a rank twice, from the terminal and as the launcher's SIGTERM, so
+    SIGTERM never counts as the second. The launcher (0.19.8) kills a rank that is still there 30 s after its SIGTERM: a
+    checkpoint must be written by then. Its outer process, ``deepspeed`` itself, passes SIGTERM on to nobody: send it to
+    the process group, to ``deepspeed.launcher.launch`` below it, or to any one rank.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.received = 0
+        """Number of the signal, 0 while there is none."""
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received = number
             logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qsparse_moe.ablation.grid_file import GIVEN, Point, grid_points, read_grid_file
+from qsparse_moe.config.fields import all_settings
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
@@ -64,13 +65,14 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
     file = read_grid_file(path)
     points = grid_points(path, file)
     common = [_override(name, value) for name, value in file.settings.items()]
+    varied = sorted({name for point in points for name in point.settings} & {name for name, _ in all_settings()})
     runs = []
     for point in points:
         changed = [*common, *(_override(name, value) for name, value in point.settings.items()), *overrides]
         for seed in point.seeds:
             given = (f"{point.name}-seed{seed}", f"{output_dir}/{path.stem}", str(seed), "true")
             fixed = [f"{name}={value}" for name, value in zip(GIVEN, given, strict=True)]
-            config = _checked(path, point, path.parent / file.base, [*changed, *fixed])
+            config = _with_columns(_checked(path, point, path.parent / file.base, [*changed, *fixed]), varied)
             runs.append(GridRun(point.name, seed, config, point.settings))
     _refuse_twins(path, runs)
     return Grid(path.stem, tuple(runs))
@@ -81,6 +83,15 @@ def _checked(path: Path, point: Point, base: Path, overrides: Sequence[str]) -> 
         return load_config(base, overrides)
     except ConfigError as error:
         raise ConfigError(f"{path}, variant {point.name}: {error}") from None
+
+
+def _with_columns(config: RunConfig, varied: Sequence[str]) -> RunConfig:
+    """Every run of the grid has a column on the HPARAMS page for what any of them varies."""
+    metrics = config.metrics
+    if not metrics.tensorboard:
+        return config
+    columns = tuple(dict.fromkeys((*metrics.hyperparameters, *varied)))
+    return config.model_copy(update={"metrics": metrics.model_copy(update={"hyperparameters": columns})})
 
 
 def _refuse_twins(path: Path, runs: Iterable[GridRun]) -> None:

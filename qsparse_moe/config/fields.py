@@ -70,6 +70,14 @@ def walk(path: Sequence[str | int]) -> tuple[Path, Node]:
     return tuple(path), node
 
 
+def value_of(config: RunConfig, path: str) -> Any:
+    """The value of a whole setting that exists, by its dotted path, as it would stand in a run file."""
+    value: Any = config.model_dump(mode="json")
+    for part in path.split("."):
+        value = value[part]
+    return value
+
+
 def all_settings() -> Iterator[tuple[str, Node]]:
     """Every setting that holds a value, with its dotted path; ``N`` stands for the index of a list's item."""
     yield from _settings_below((), run_schema())

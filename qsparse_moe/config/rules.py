@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from qsparse_moe.config.fields import section_fields, unknown_setting, walk
 from qsparse_moe.config.model_rules import MODEL_RULES, divisors, nearest
 from qsparse_moe.config.problems import Problem, raise_if_any, show
 from qsparse_moe.config.router_rules import ROUTER_RULES
@@ -132,6 +133,20 @@ def _profiled_steps(config: RunConfig) -> Iterator[Problem]:
             f"for at least {last} steps",
             ("metrics.profile_from", "metrics.profile_steps", "training.steps"),
         )
+
+
+def _hyperparameters(config: RunConfig) -> Iterator[Problem]:
+    for path in config.metrics.hyperparameters:
+        parts = tuple(path.split("."))
+        known, node = walk(parts)
+        if len(known) < len(parts):
+            yield Problem(f"metrics.hyperparameters: {unknown_setting(parts).message}", ("metrics.hyperparameters",))
+        elif section_fields(node) is not None or any(part.isdecimal() for part in parts):
+            yield Problem(
+                f"metrics.hyperparameters ({path}) must name whole settings, neither a section nor an item of a list; "
+                "write out the settings that are meant, or remove it",
+                ("metrics.hyperparameters",),
+            )
 
 
 def _expert_parallelism(config: RunConfig) -> Iterator[Problem]:
@@ -274,4 +289,5 @@ _RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _offload,
     _loss_scale,
     _profiled_steps,
+    _hyperparameters,
 )

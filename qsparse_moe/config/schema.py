@@ -446,6 +446,9 @@ class MetricsConfig(Section):
     """A warning names the experts that got no row in so many steps, looked at in logged steps; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    hyperparameters: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Settings by dotted path that get a column on the HPARAMS page, beside those that always have one. The runs of one
+    page should name the same; a grid names what it varies."""
     image_interval: NonNegativeInt = 200
     """Steps between heat maps of layers and experts in TensorBoard, drawn in the next logged step; 0: none."""
     peak_tflops: PositiveFloat | None = None

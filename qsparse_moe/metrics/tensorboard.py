@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from qsparse_moe.config.fields import value_of
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import moe_layers
@@ -139,27 +141,39 @@ def _told(values: Sequence[float]) -> str:
     return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
 
 
+_COLUMNS = (
+    "model.hidden_size",
+    "model.num_layers",
+    "model.moe.num_experts",
+    "model.moe.experts_per_token",
+    "model.moe.expert_hidden_size",
+    "model.moe.num_shared_experts",
+    "model.moe.router",
+    "model.moe.activation",
+    "model.sparsity.selection",
+    "model.sparsity.gradient",
+    "model.sparsity.rescale",
+    "model.sparsity.quantization.weights",
+    "training.learning_rate",
+    "training.global_batch_size",
+    "training.seed",
+)
+
+
 def hyperparameters(config: RunConfig) -> dict[str, float | str | bool]:
     """What an ablation varies, by the end of its path, since the page cuts long names; S is the mean of the plan.
 
     Nothing that a resumed run may change: TensorBoard keeps the first value.
     """
-    model, moe, sparsity, training = config.model, config.model.moe, config.model.sparsity, config.training
-    return {
-        "hidden_size": model.hidden_size,
-        "num_layers": model.num_layers,
-        "num_experts": moe.num_experts,
-        "experts_per_token": moe.experts_per_token,
-        "expert_hidden_size": moe.expert_hidden_size,
-        "num_shared_experts": moe.num_shared_experts,
-        "router": moe.router,
-        "activation": moe.activation,
-        "S": SparsityPlan.from_config(model).mean,
-        "selection": sparsity.selection,
-        "gradient": sparsity.gradient,
-        "rescale": sparsity.rescale,
-        "quantization.weights": sparsity.quantization.weights,
-        "learning_rate": training.learning_rate,
-        "global_batch_size": training.global_batch_size,
-        "seed": training.seed,
-    }
+    named: dict[str, float | str | bool] = {"S": SparsityPlan.from_config(config.model).mean}
+    for path in dict.fromkeys((*_COLUMNS, *config.metrics.hyperparameters)):
+        parts = path.split(".")
+        # "weights" says little, and two settings may end alike.
+        name = ".".join(parts[-2:] if parts[-1] in named or parts[-2] == "quantization" else parts[-1:])
+        named[name] = _shown(value_of(config, path))
+    return named
+
+
+def _shown(value: Any) -> float | str | bool:
+    """As the page takes it: numbers and texts as they are, the rest as JSON."""
+    return value if isinstance(value, bool | int | float | str) else json.dumps(value)

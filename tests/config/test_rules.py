@@ -85,6 +85,17 @@ CASES = {
         "16; lower the one or raise the other",
         {"training.loss_scale.minimum": 16},
     ),
+    "a column for what is no setting": (
+        {"metrics.hyperparameters": ["training.stps"]},
+        "metrics.hyperparameters: training.stps is not a setting; did you mean training.steps?",
+        {"metrics.hyperparameters": ["training.steps"]},
+    ),
+    "a column for a section": (
+        {"metrics.hyperparameters": ["model.moe", "data.sources"]},
+        "metrics.hyperparameters (model.moe) must name whole settings, neither a section nor an item of a list; write "
+        "out the settings that are meant, or remove it",
+        {"metrics.hyperparameters": ["model.moe.router", "data.sources"]},
+    ),
     "heads that do not divide": (
         {"model.num_heads": 3},
         f"model.num_heads (3) must divide model.hidden_size (128) {HEADS}the nearest that do are 2 and 4, or set "

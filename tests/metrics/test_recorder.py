@@ -118,6 +118,21 @@ def test_hparams_hold_the_settings_once_from_the_beginning_and_name_every_final_
     assert "_hparams_/session_end_info" in data
 
 
+def test_hparams_have_a_column_for_every_setting_that_is_asked_for_by_the_end_of_its_path():
+    asked = ["model.init_std", "training.learning_rate", "model.sparsity.schedule.shape", "training.steps"]
+    asked += ["model.sparsity.plan", "model.moe.num_dense_layers"]
+    config = CONFIG.model_copy(update={"metrics": CONFIG.metrics.model_copy(update={"hyperparameters": tuple(asked)})})
+    plain, more = hyperparameters(CONFIG), hyperparameters(config)
+    assert plain.items() <= more.items() and "quantization.weights" in plain
+    assert {name: more[name] for name in more.keys() - plain.keys()} == {
+        "init_std": CONFIG.model.init_std,
+        "shape": CONFIG.model.sparsity.schedule.shape,
+        "steps": CONFIG.training.steps,
+        "plan": "null",
+        "num_dense_layers": CONFIG.model.moe.num_dense_layers,
+    }
+
+
 def charts(run_dir) -> dict[str, list[str]]:
     (event,) = read_board(run_dir).Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])

@@ -1,15 +1,17 @@
-"""What the loss would change by if the S of one cell were another, for all cells and many S from one backward pass.
+"""What the loss would change by if the S of one cell were another, for all cells and many S from one forward pass.
 
 A site turns a row x into a sparse row y(S), the K largest of x (and its rescale). With g the gradient of the summed
-loss by the sparse row at the S of the moment, S0, a cell's change of loss is to second order
+loss by the sparse row at the S of the moment, S0, and d = y(S) - y(S0), a cell's change of loss is to second order
 
-    sum over its rows of  g.(y(S) - y(S0))  +  1/2 (g.(y(S) - y(S0)))^2
+    sum over its rows of g.d,  and half of d' G d  over all its rows together
 
-The second term is the row's Fisher information along its change, with the text's own labels in the place of the model's
-(the empirical Fisher); rows are taken as independent of each other. One sort of |x| gives g.y(S) for every S: running
-sums of g x and x^2 in falling order of |x|, read at K.
+G is the Gauss-Newton matrix of the loss by the sparse rows, which is Fisher's information: d' G d is the mean of
+(sum over the rows of g*.d)^2 with g* the gradient for labels drawn from the model. Tokens of one document in one row of
+the batch see each other, so their sums are squared; pieces of different documents do not. A few draws are enough,
+because the pieces are many. One sort of |x| gives g.y(S) for every S: running sums of g x and x^2 in falling order of
+|x|, read at K.
 
-N rows, D features, X values of S, E experts, C documents.
+N rows, D features, X values of S, E experts, C documents, P pieces of documents in a batch.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,7 +30,7 @@ from qsparse_moe.ablation.cells import Cell
 from qsparse_moe.ablation.documents import DocumentRows, token_losses
 from qsparse_moe.data.packing import Array
 from qsparse_moe.model.block import Block
-from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
 from qsparse_moe.moe.dispatch import RoutedRows
 from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.plan import site_num_kept
@@ -43,21 +45,28 @@ class Estimate:
     first: dict[Cell, Array]
     """``(X, C)`` nats: the first-order term."""
     second: dict[Cell, Array]
-    """``(X, C)`` nats: the second-order term."""
+    """``(X, C)`` nats: the second-order term, never below 0."""
 
     def total(self, cell: Cell) -> Array:
         """``(X, C)`` both together."""
         return self.first[cell] + self.second[cell]
 
 
-STE_SHARE = 0.5
-"""Of the gradient behind an estimate; see ``estimate``."""
+STE_SHARE = 1.0
+DRAWS = 2
+"""Of labels for the second order; see ``estimate``."""
 
 
 def estimate(
-    model: Transformer, rows: DocumentRows, values: Sequence[float], *, ste_share: float = STE_SHARE
+    model: Transformer,
+    rows: DocumentRows,
+    values: Sequence[float],
+    *,
+    ste_share: float = STE_SHARE,
+    draws: int = DRAWS,
+    seed: int = 0,
 ) -> Estimate:
-    """Both terms of every cell at each S of ``values``, from one forward and backward pass over ``rows``.
+    """Both terms of every cell at each S of ``values``, from one forward and ``1 + draws`` backward passes.
 
     The model keeps its plan, its weights and which of them ask for gradients.
 
@@ -68,13 +77,28 @@ def estimate(
         ste_share: of the gradient that other selections pass on to the features they dropped. With 0 the first order is
             the derivative of the loss while every selection stays as it is; but a change of finite size moves features
             over the thresholds of the sites behind it, which the straight-through gradient sees and the derivative
-            does not. Half of it ranks best (docs/results.md).
+            does not (docs/results.md).
+        draws: of a label for every position, from what the model predicts there.
+        seed: of the draws.
     """
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
     with _listening(model, rows.num_documents, values, ste_share) as listeners:
         for batch, documents_BS in rows:
-            for listener in listeners:
-                listener.document_T = documents_BS.flatten().to(model.embedding.weight.device)
-            _backward(model, batch)
+            pieces = _Pieces.of(documents_BS.to(device))
+            with torch.enable_grad():
+                logits_BSV = run_model(model, batch, device, with_stats=False, probe=None).logits_BSV
+                labels_BS = batch.labels_BS.to(device)
+                drawn = [_draw(logits_BSV, labels_BS, generator) for _ in range(draws)]
+                for place, labels in enumerate((labels_BS, *drawn)):
+                    for listener in listeners:
+                        listener.begin(pieces)
+                    # The sum: a row's gradient is then that of its own document, whatever else is in the batch.
+                    loss = token_losses(logits_BSV, labels).sum()
+                    torch.autograd.backward(loss, retain_graph=place < draws)
+                    for listener in listeners:
+                        listener.end(weight=1 / (2 * draws) if place else None)
+            model.embedding.weight.grad = None
     first, second = {}, {}
     for listener in listeners:
         for cell, sums_2XC in listener.by_cell():
@@ -82,13 +106,24 @@ def estimate(
     return Estimate(first, second)
 
 
-def _backward(model: Transformer, batch: Any) -> None:
-    device = model.embedding.weight.device
-    with torch.enable_grad():
-        logits_BSV = run_model(model, batch, device, with_stats=False, probe=None).logits_BSV
-        # The sum: a row's gradient is then that of its own document, whatever else is in the batch.
-        torch.autograd.backward(token_losses(logits_BSV, batch.labels_BS.to(device)).sum())
-    model.embedding.weight.grad = None
+def _draw(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels from what the model predicts, where the text has one."""
+    probabilities_TV = logits_BSV.detach().float().softmax(-1).flatten(0, 1)
+    drawn_BS = torch.multinomial(probabilities_TV, 1, generator=generator).view_as(labels_BS)
+    return torch.where(labels_BS == IGNORED_LABEL, labels_BS, drawn_BS)
+
+
+class _Pieces(NamedTuple):
+    """What of a batch belongs to one document in one of its rows."""
+
+    of_token_T: Tensor
+    document_P: Tensor
+
+    @staticmethod
+    def of(documents_BS: Tensor) -> _Pieces:
+        rows_BS = torch.arange(len(documents_BS), device=documents_BS.device)[:, None].expand_as(documents_BS)
+        pairs_PR, of_token_T = torch.stack([rows_BS, documents_BS], -1).flatten(0, 1).unique(dim=0, return_inverse=True)
+        return _Pieces(of_token_T, pairs_PR[:, 1])
 
 
 @contextmanager
@@ -150,32 +185,51 @@ class _Listener:
         self._layer, self._site, self._tokens = block.layer, site, tokens
         self._kept = [site_num_kept(site.settings, value, site.num_features) for value in values]
         self._num_documents = num_documents
-        num_cells = len(site.num_kept_E)
-        self._sums_2FX = torch.zeros(2, num_cells * num_documents, len(values), dtype=torch.float64)
-        self.document_T: Tensor | None = None
-        """Of every token of the batch that comes next."""
+        self._sums_2ECX = torch.zeros(2, len(site.num_kept_E), num_documents, len(values), dtype=torch.float64)
+        self._pieces: _Pieces | None = None
+        self._sums_FX = torch.zeros(0)
+
+    def begin(self, pieces: _Pieces) -> None:
+        """Before the gradients of a batch for one choice of labels."""
+        self._pieces = pieces
+        self._sums_FX = torch.zeros(
+            len(self._site.num_kept_E) * len(pieces.document_P), len(self._kept), dtype=torch.float64
+        )
+
+    def end(self, *, weight: float | None) -> None:
+        """After them: the sums as they are for the first order, or their squares times ``weight`` for the second."""
+        assert self._pieces is not None
+        sums_EPX = self._sums_FX.unflatten(0, (-1, len(self._pieces.document_P)))
+        document_P = self._pieces.document_P.cpu()
+        if weight is None:
+            self._sums_2ECX[0].index_add_(1, document_P, sums_EPX)
+        else:
+            self._sums_2ECX[1].index_add_(1, document_P, sums_EPX.square(), alpha=weight)
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
-        assert self.document_T is not None
-        places_N = self.document_T
-        if expert_ids_N is not None:
-            assert self._tokens.token_N is not None
-            places_N = expert_ids_N.long() * self._num_documents + places_N[self._tokens.token_N.long()]
-        sparse.register_hook(partial(self._add, x.detach().flatten(0, -2), sparse.detach().flatten(0, -2), places_N))
+        # The pieces are asked for in the backward: a forward serves several.
+        token_N = None if expert_ids_N is None else self._tokens.token_N
+        hook = partial(self._add, x.detach().flatten(0, -2), sparse.detach().flatten(0, -2), expert_ids_N, token_N)
+        sparse.register_hook(hook)
         return sparse
 
-    def _add(self, x_ND: Tensor, sparse_ND: Tensor, places_N: Tensor, grad: Tensor) -> None:
+    def _add(
+        self, x_ND: Tensor, sparse_ND: Tensor, expert_ids_N: Tensor | None, token_N: Tensor | None, grad: Tensor
+    ) -> None:
+        assert self._pieces is not None
+        places_N = self._pieces.of_token_T
+        if expert_ids_N is not None:
+            assert token_N is not None
+            places_N = expert_ids_N.long() * len(self._pieces.document_P) + places_N[token_N.long()]
         change_NX = changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._kept).double().cpu()
-        for sums_FX, terms_NX in zip(self._sums_2FX, (change_NX, change_NX.square() / 2), strict=True):
-            sums_FX.index_add_(0, places_N.cpu(), terms_NX)
+        self._sums_FX.index_add_(0, places_N.cpu(), change_NX)
 
     def by_cell(self) -> Iterator[tuple[Cell, Array]]:
         """The sums ``(2, X, C)`` of every cell."""
-        sums_2ECX = self._sums_2FX.unflatten(1, (-1, self._num_documents))
         has_experts = self._site.site in ("expert_input", "expert_hidden")
-        for expert in range(sums_2ECX.shape[1]):
+        for expert in range(self._sums_2ECX.shape[1]):
             cell = Cell(self._layer, self._site.site, expert if has_experts else None)
-            yield cell, np.ascontiguousarray(sums_2ECX[:, expert].transpose(-1, -2).numpy())
+            yield cell, np.ascontiguousarray(self._sums_2ECX[:, expert].transpose(-1, -2).numpy())
 
 
 def changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, kept: Sequence[int]) -> Tensor:

@@ -136,6 +136,45 @@ def test_first_order_is_the_derivative_along_the_change_for_every_cell():
     assert not model.training and all(site.ste_share == 1.0 for b in model.blocks() for site in b.sites().values())
 
 
+def test_second_order_is_half_of_the_fisher_information_along_the_change_for_every_cell():
+    # Of logits z that move by dz along the change, a label tells Var(dz) under the model's prediction.
+    model, rows = model_of(config({"num_shared_experts": 1}, default=0.25)), rows_of()
+    (batch, _) = next(iter(rows))
+    found = estimate(model, rows, (0.75,), ste_share=0.0, draws=200)
+    step = 1e-4
+
+    def logits():
+        with torch.no_grad():
+            output = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
+        return output.logits_BSV
+
+    probabilities_BSV, compared = logits().softmax(-1), 0
+    for block in model.blocks():
+        for name, site in block.sites().items():
+            for expert in range(len(site.num_kept_E)):
+                cell = Cell(block.layer, name, expert if name in ("expert_input", "expert_hidden") else None)
+                moved = []
+                for sign in (1, -1):
+                    site.observer = _towards(site, 0.75, expert, sign * step)
+                    moved.append(logits())
+                    site.observer = None
+                dz_BSV = (moved[0] - moved[1]) / (2 * step)
+                mean_BS1 = (probabilities_BSV * dz_BSV).sum(-1, keepdim=True)
+                wanted = 0.5 * float((probabilities_BSV * (dz_BSV - mean_BS1).square()).sum())
+                assert found.second[cell].sum() == pytest.approx(wanted, rel=0.3, abs=1e-6), cell.name
+                compared += wanted > 1e-3
+    assert compared > 5
+
+
+def test_draws_of_labels_are_those_of_their_seed_and_change_no_first_order():
+    model, rows = model_of(config(default=0.25)), rows_of()
+    one, same, other = (estimate(model, rows, (0.75,), seed=seed) for seed in (0, 0, 1))
+    cells = cells_of(model.sparsity_plan)
+    assert all(np.array_equal(one.total(cell), same.total(cell)) for cell in cells)
+    assert all(np.array_equal(one.first[cell], other.first[cell]) for cell in cells)
+    assert any(not np.array_equal(one.second[cell], other.second[cell]) for cell in cells)
+
+
 def _towards(site: SparseSite, sparsity: float, expert: int, step: float):
     other = SparseSite(site.site, site.num_features, site.settings, select_rows_torch)
     other.set_sparsity([sparsity])

@@ -156,8 +156,8 @@ def allocate_for(
 ) -> SparsityPlan:
     """The plan of ``allocate`` with curves estimated around what the round before found, the first around uniform S.
 
-    Each round is one forward and one backward pass, and goes half of the way: curves hold near the plan they were made
-    at. The model keeps its plan.
+    Each round is one estimate, and goes half of the way: curves hold near the plan they were made at. The model keeps
+    its plan.
     """
     before = model.sparsity_plan
     found = uniform_at(before, costs, target)

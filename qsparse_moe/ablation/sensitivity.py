@@ -88,7 +88,7 @@ class Sensitivity:
     exact_seconds: float | None
     evaluations: int
     """Forward passes over the rows that the exact changes took, the plan's own among them; the estimate takes one
-    forward and one backward."""
+    forward and a few backward."""
     agreement: tuple[Agreement, ...]
 
     @property

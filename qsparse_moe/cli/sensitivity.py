@@ -33,7 +33,7 @@ def sensitivity(
     ] = "0,0.25,0.5,0.6,0.7,0.8,0.9",
     at: Annotated[float | None, typer.Option(help="S everywhere else, in place of the run's.")] = None,
     estimate_only: Annotated[
-        bool, typer.Option("--estimate-only", help="One forward and one backward pass; evaluate no cell by itself.")
+        bool, typer.Option("--estimate-only", help="Evaluate no cell by itself: one forward and a few backward passes.")
     ] = False,
     rows: Annotated[
         int | None, typer.Option(help="Validation rows; without it half of training.evaluation_rows.", min=1)

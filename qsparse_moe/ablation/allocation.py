@@ -10,9 +10,12 @@ import torch
 from qsparse_moe.ablation.alternatives import alternative_outcomes
 from qsparse_moe.ablation.compare_plans import ALLOCATED, Outcome, compare, load_under_uniform, rival_plans
 from qsparse_moe.ablation.continued import compare_after_training
+from qsparse_moe.ablation.documents import training_documents, validation_documents
 from qsparse_moe.ablation.plan_cost import Costs, Quantity, measured_load
-from qsparse_moe.ablation.sensitivity import load_ranked, sensitivity_rows
+from qsparse_moe.ablation.sensitivity import load_ranked
+from qsparse_moe.data.loader import load_data
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.calibrate import default_num_rows
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,9 @@ class Allocation:
     step: int
     """Steps that the run was trained."""
     rows: int
+    """Training rows that the plans were made from."""
     held_out_rows: int
+    """Validation rows that they were compared on."""
     outcomes: tuple[Outcome, ...]
     """Without training."""
     alternatives: tuple[Outcome, ...]
@@ -49,14 +54,14 @@ def allocate_run(
     train_steps: int = 0,
     device: str = "cpu",
 ) -> Allocation:
-    """Allocate for a budget with a run's newest checkpoint, and compare on held-out validation rows.
+    """Allocate for a budget with a run's newest checkpoint, and compare on validation rows.
 
     Args:
         run_dir: a run folder.
         quantity: what the budget bounds.
         target: the budget.
         batch: tokens of a step, where bytes are bounded.
-        num_rows: validation rows for the sensitivities, and as many for the comparison.
+        num_rows: training rows that the plans are made from; None takes some 4,000 tokens an expert.
         rounds: passes that the plan is improved in.
         num_random: random plans to compare with.
         train_steps: of continued training with each plan; 0: none.
@@ -67,7 +72,9 @@ def allocate_run(
         CheckpointError: as ``load_run``.
     """
     config, model, step = load_ranked(run_dir, torch.device(device), None)
-    rows, held_out = sensitivity_rows(config, num_rows=num_rows, num_held_out=num_rows)
+    data, size = load_data(config.data), config.training.micro_batch_size
+    rows = training_documents(config, data, num_rows=num_rows or default_num_rows(config), batch_size=size)
+    held_out = validation_documents(data, num_rows=config.training.evaluation_rows, batch_size=size)
     costs = Costs(
         config.model,
         measured_load(model, rows),

@@ -29,9 +29,9 @@ def markdown(found: Allocation, *, title: str) -> str:
     parts = [
         f"# {title}",
         f"Budget: {found.quantity} {found.target:,.6g}; the plan comes to {found.planned:,.6g} with the load of the "
-        f"rows that it was made from. After step {found.step}; {found.rows} rows for the plans, {found.held_out_rows} "
-        "held-out rows for the figures. Losses in nats a token; the interval is that of the difference, by bootstrap "
-        "over documents.",
+        f"rows that it was made from. After step {found.step}; {found.rows} training rows for the plans, "
+        f"{found.held_out_rows} validation rows for the figures. Losses in nats a token; the interval is that of the "
+        "difference, by bootstrap over documents.",
         table(_HEAD, outcome_rows([asdict(one) for one in (*found.outcomes, *found.alternatives)])),
     ]
     if found.after_training:

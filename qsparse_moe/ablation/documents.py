@@ -1,4 +1,4 @@
-"""Validation rows with the document of every label, and losses added up by document. R rows, S tokens, C documents.
+"""Rows with the document of every label, and losses added up by document. R rows, S tokens, C documents.
 
 Documents, not tokens, are what differs from one text to another, so a bootstrap draws them.
 """
@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.data.loader import sample_train_rows
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.rows import RowTable, spread_rows
+from qsparse_moe.data.rows import RowTable
 from qsparse_moe.data.token_data import TokenData
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.training.engine import run_model
 
@@ -48,43 +49,31 @@ class DocumentRows:
         return iter(zip(self.batches, self.documents, strict=True))
 
 
-def two_sets(
-    data: TokenData, *, num_rows: int, num_held_out: int, batch_size: int
-) -> tuple[DocumentRows, DocumentRows]:
-    """Rows to measure sensitivities on, from the first half of the validation rows, and held-out ones from the second.
+def validation_documents(data: TokenData, *, num_rows: int, batch_size: int) -> DocumentRows:
+    """Validation rows, spread evenly over all of them; fewer where there are fewer."""
+    table, indices = data.evaluation_rows(num_rows)
+    _, dense = np.unique(_documents(table, indices), return_inverse=True)
+    return _batched(table.tokens(indices), dense.reshape(len(indices), -1), data, batch_size)
 
-    Each is spread evenly over its half; a document that reaches over the border belongs to the first alone.
 
-    Raises:
-        ConfigError: there are fewer than four validation rows.
+def training_documents(config: RunConfig, data: TokenData, *, num_rows: int, batch_size: int) -> DocumentRows:
+    """Training rows, spread evenly over all of them: of many more documents than validation rows are.
+
+    What a row holds of one document counts as a document: which rows share one is not looked up.
     """
-    table, indices = data.evaluation_rows(2 * max(num_rows, num_held_out))
-    documents_RS = _documents(table, indices)
-    half = len(indices) // 2
-    if half < 2:
-        raise ConfigError(
-            f"{len(indices)} validation rows are too few to measure on one half and to compare on the other; give more "
-            "text, or set data.validation_fraction higher"
-        )
-    last = documents_RS[half - 1].max()
-    apart = half + int(np.argmax((documents_RS[half:] > last).all(1)))
-    first, second = np.arange(half), np.arange(apart, len(indices))
-    return tuple(  # type: ignore[return-value]
-        _document_rows(table, indices, documents_RS, half_rows[spread_rows(wanted, len(half_rows))], batch_size)
-        for half_rows, wanted in ((first, num_rows), (second, num_held_out))
-    )
+    tokens_RS = sample_train_rows(config, data, num_rows)
+    starts_RS = tokens_RS[:, :-1] == data.validation.document_token
+    starts_RS[:, 0] = True
+    return _batched(tokens_RS, starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1, data, batch_size)
 
 
-def _document_rows(
-    table: RowTable, indices: Array, documents_RS: Array, chosen: Array, batch_size: int
-) -> DocumentRows:
-    _, dense = np.unique(documents_RS[chosen], return_inverse=True)
-    dense_RS = torch.from_numpy(dense.reshape(len(chosen), -1).astype(np.int64))
-    begins = range(0, len(chosen), batch_size)
+def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size: int) -> DocumentRows:
+    begins = range(0, len(tokens_RS), batch_size)
+    ids_RS = torch.from_numpy(documents_RS.astype(np.int64))
     return DocumentRows(
-        tuple(table.rows(indices[chosen[begin : begin + batch_size]]) for begin in begins),
-        tuple(dense_RS[begin : begin + batch_size] for begin in begins),
-        int(dense_RS.max()) + 1,
+        tuple(data.batch(tokens_RS[begin : begin + batch_size]) for begin in begins),
+        tuple(ids_RS[begin : begin + batch_size] for begin in begins),
+        int(ids_RS.max()) + 1,
     )
 
 

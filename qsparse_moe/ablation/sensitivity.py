@@ -16,10 +16,9 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
-from qsparse_moe.ablation.documents import DocumentRows, bootstrap_intervals, loss_by_document, two_sets
+from qsparse_moe.ablation.documents import DocumentRows, bootstrap_intervals, loss_by_document
 from qsparse_moe.ablation.estimate import Estimate, estimate
 from qsparse_moe.config.schema import ModelConfig, RunConfig
-from qsparse_moe.data.loader import load_data
 from qsparse_moe.data.packing import Array
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import Transformer
@@ -126,15 +125,6 @@ def check_ranks(config: ModelConfig) -> None:
             "model.moe.router_input (sparse) must be dense for sensitivities: with another S for one expert there "
             "is no one sparse token that the router could see"
         )
-
-
-def sensitivity_rows(
-    config: RunConfig, *, num_rows: int | None, num_held_out: int | None = None
-) -> tuple[DocumentRows, DocumentRows]:
-    """The rows to measure on and the held-out ones; None takes half of ``training.evaluation_rows`` for each."""
-    data, half = load_data(config.data), max(2, config.training.evaluation_rows // 2)
-    size = config.training.micro_batch_size
-    return two_sets(data, num_rows=num_rows or half, num_held_out=num_held_out or half, batch_size=size)
 
 
 def measure(

@@ -35,7 +35,7 @@ def allocate(
     bytes_: Annotated[float | None, typer.Option("--bytes", help="Budget: bytes of weights read in a step.")] = None,
     batch: Annotated[int, typer.Option(help="Tokens of a step, for --bytes.", min=1)] = 1,
     rows: Annotated[
-        int | None, typer.Option(help="Validation rows for each half; left out: half of evaluation_rows.", min=1)
+        int | None, typer.Option(help="Training rows to make the plans from; left out: 4,096 tokens an expert.", min=1)
     ] = None,
     rounds: Annotated[int, typer.Option(help="Passes that the plan is improved in.", min=1)] = 3,
     random: Annotated[int, typer.Option(help="Random plans to compare with.", min=0)] = 5,

@@ -36,7 +36,7 @@ def sensitivity(
         bool, typer.Option("--estimate-only", help="Evaluate no cell by itself: one forward and a few backward passes.")
     ] = False,
     rows: Annotated[
-        int | None, typer.Option(help="Validation rows; without it half of training.evaluation_rows.", min=1)
+        int | None, typer.Option(help="Validation rows; without it training.evaluation_rows.", min=1)
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of the report; left out: RUN/sensitivity.")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
@@ -46,11 +46,17 @@ def sensitivity(
     run_dir = find_run(run)
     asked = parse_values(values)
     check_sparsity("--at", at)
-    from qsparse_moe.ablation.sensitivity import load_ranked, measure, sensitivity_rows
+    from qsparse_moe.ablation.documents import validation_documents
+    from qsparse_moe.ablation.sensitivity import load_ranked, measure
     from qsparse_moe.ablation.sensitivity_report import as_dict
+    from qsparse_moe.data.loader import load_data
 
     config, model, step = load_ranked(run_dir, device, at)
-    measured_on, _ = sensitivity_rows(config, num_rows=rows)
+    measured_on = validation_documents(
+        load_data(config.data),
+        num_rows=rows or config.training.evaluation_rows,
+        batch_size=config.training.micro_batch_size,
+    )
     found = measure(model, measured_on, asked, exact=not estimate_only, tell=_tell)
     folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -12,13 +14,14 @@ from qsparse_moe.ablation.documents import (
     DocumentRows,
     bootstrap_intervals,
     token_losses,
-    two_sets,
+    training_documents,
+    validation_documents,
 )
 from qsparse_moe.ablation.estimate import changes, estimate
 from qsparse_moe.ablation.sensitivity import agreements, check_ranks, measure
-from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.batch import make_batch
-from qsparse_moe.data.rows import RowTable
+from qsparse_moe.data.rows import RowTable, spread_rows
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
@@ -203,39 +206,50 @@ def test_an_expert_without_rows_changes_nothing():
     assert any(p.exact != 0.0 for p in found.points)
 
 
-def test_documents_of_rows_are_those_of_the_whole_table_and_the_two_sets_share_none():
+def data_of(tokens):
+    """What the two kinds of rows are taken from; validation rows are every other row of the table."""
+
     class Side:
-        def __init__(self, rows):
-            self.chunks, self.num_bytes, self.byte_counts = [rows], np.full(len(rows), 4), np.zeros(256)
+        chunks, num_bytes, byte_counts = [tokens], np.full(len(tokens), 4), np.zeros(256)
 
         def __len__(self):
-            return len(self.chunks[0])
+            return len(tokens)
 
-    tokens = np.ones((12, 5), np.int64)
-    for row, column in ((0, 0), (1, 2), (4, 0), (5, 3), (8, 1)):
-        tokens[row, column] = 0
-    table = RowTable([Side(tokens)], [1], document_token=0, attend_across_documents=False)
+    table = RowTable([Side()], [1], document_token=0, attend_across_documents=False)
 
     class Data:
+        train = validation = table
+
         def evaluation_rows(self, num_rows):
-            return table, np.arange(12)[: min(num_rows, 12)]
+            return table, np.arange(0, 12, 2)[:num_rows]
 
-    first, second = two_sets(Data(), num_rows=6, num_held_out=6, batch_size=4)
-    assert torch.cat(first.documents).tolist() == [[0] * 4, [0, 0, 1, 1], [1] * 4, [1] * 4, [2] * 4, [2, 2, 2, 3]]
-    # Row 6 and 7, and the beginning of 8, still belong to the document that row 5 began.
-    assert torch.cat(second.documents).tolist() == [[0] * 4] * 3
-    assert first.labels_C.tolist() == [6, 10, 7, 1] and (first.num_rows, second.num_rows) == (6, 3)
-    with pytest.raises(ConfigError, match="3 validation rows are too few to measure on one half and to compare"):
-        two_sets(_Few(), num_rows=6, num_held_out=6, batch_size=4)
+        def batch(self, rows):
+            return table.batch(rows)
+
+        def open_stream(self, **_):
+            return None
+
+    return Data()
 
 
-class _Few:
-    def evaluation_rows(self, num_rows):
-        tokens = np.zeros((3, 5), np.int64)
-        side = type("Side", (), {"chunks": [tokens], "num_bytes": np.ones(3), "byte_counts": np.zeros(256)})
-        side.__len__ = lambda self: 3
-        table = RowTable([side()], [1], document_token=0, attend_across_documents=False)
-        return table, np.arange(3)
+def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_those_of_training_rows_by_row():
+    tokens = np.arange(1, 61).reshape(12, 5)
+    for row, column in ((0, 0), (1, 2), (4, 0), (6, 3), (8, 1)):
+        tokens[row, column] = 0
+    data = data_of(tokens)
+    rows = validation_documents(data, num_rows=6, batch_size=4)
+    # Row 2 belongs to the document that row 1 began, and row 10 to the one of row 8.
+    assert torch.cat(rows.documents).tolist() == [[0] * 4, [1] * 4, [2] * 4, [2, 2, 2, 3], [3, 4, 4, 4], [4] * 4]
+    assert rows.labels_C.tolist() == [4, 4, 7, 2, 7] and [len(ids) for ids in rows.documents] == [4, 2]
+    assert torch.cat([batch.tokens_BS for batch in rows.batches]).tolist() == tokens[::2, :-1].tolist()
+    trained = training_documents(RunConfig(), data, num_rows=6, batch_size=4)
+    read = torch.cat([batch.tokens_BS for batch in trained.batches])
+    assert read.tolist() == tokens[spread_rows(6, 12), :-1].tolist()
+    ids = torch.cat(trained.documents)
+    assert trained.num_documents == int(ids.max()) + 1 == 6 + int((read[:, 1:] == 0).sum())
+    for one, other in itertools.pairwise(ids):
+        assert other[0] == one[-1] + 1, "every row begins another document"
+    assert ((ids[:, 1:] != ids[:, :-1]) == (read[:, 1:] == 0)).all()
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says_and_knows_a_constant():

@@ -89,21 +89,34 @@ def estimate(
             with torch.enable_grad():
                 logits_BSV = run_model(model, batch, device, with_stats=False, probe=None).logits_BSV
                 labels_BS = batch.labels_BS.to(device)
-                drawn = [_draw(logits_BSV, labels_BS, generator) for _ in range(draws)]
-                for place, labels in enumerate((labels_BS, *drawn)):
-                    for listener in listeners:
-                        listener.begin(pieces)
-                    # The sum: a row's gradient is then that of its own document, whatever else is in the batch.
-                    loss = token_losses(logits_BSV, labels).sum()
-                    torch.autograd.backward(loss, retain_graph=place < draws)
-                    for listener in listeners:
-                        listener.end(weight=1 / (2 * draws) if place else None)
+                _backward(logits_BSV, labels_BS, pieces, listeners, weight=None, keep=draws > 0)
+                for draw in range(draws):
+                    drawn_BS = _draw(logits_BSV, labels_BS, generator)
+                    _backward(logits_BSV, drawn_BS, pieces, listeners, weight=1 / (2 * draws), keep=draw < draws - 1)
             model.embedding.weight.grad = None
     first, second = {}, {}
     for listener in listeners:
         for cell, sums_2XC in listener.by_cell():
             first[cell], second[cell] = sums_2XC
     return Estimate(first, second)
+
+
+def _backward(
+    logits_BSV: Tensor,
+    labels_BS: Tensor,
+    pieces: _Pieces,
+    listeners: Sequence[_Listener],
+    *,
+    weight: float | None,
+    keep: bool,
+) -> None:
+    """Bring the gradients for these labels to the listeners; ``keep`` the graph for another time."""
+    for listener in listeners:
+        listener.begin(pieces)
+    # The sum: a row's gradient is then that of its own document, whatever else is in the batch.
+    torch.autograd.backward(token_losses(logits_BSV, labels_BS).sum(), retain_graph=keep)
+    for listener in listeners:
+        listener.end(weight=weight)
 
 
 def _draw(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> Tensor:

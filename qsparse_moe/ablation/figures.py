@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 Row = Mapping[str, Any]
 _SHAPE = ("hidden_size", "num_layers")
@@ -22,6 +23,8 @@ _S_PATHS = ("model.sparsity.default", "model.sparsity.sites.")
 _LOSS = "validation loss, nats a token"
 _MOST_PANELS = 4
 _MOST_NAMES = 6
+_WIDE = 8.0
+"""Costs that differ by more than this factor stand on a logarithmic axis."""
 _PAPER = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 
 
@@ -36,7 +39,7 @@ class Point(NamedTuple):
 
 def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     """Write the PNG files that ``rows`` of results have the axes for into ``folder``: their titles by file name."""
-    points = _points(rows)
+    points = points_of(rows)
     drawings = {
         "loss-by-sparsity.png": ("Validation loss by S and experts", loss_by_sparsity(points)),
         "loss-by-parameters.png": ("Validation loss by active parameters", loss_by_parameters(points)),
@@ -52,7 +55,8 @@ def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     return found
 
 
-def _points(rows: Sequence[Row]) -> list[Point]:
+def points_of(rows: Sequence[Row]) -> list[Point]:
+    """The finished runs, the seeds of a variant as one point."""
     by_variant: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         if row["finished"] and row["loss"] is not None:
@@ -83,7 +87,7 @@ def loss_by_sparsity(points: Sequence[Point]) -> Figure | None:
             axis.errorbar(x, y, bars, label=label, color=f"C{position}", marker="o", markersize=4, capsize=2)
         axis.set_xlabel("mean S of the plan")
         axis.set_ylabel(_LOSS)
-        axis.legend(fontsize=7)
+    _legend(figure, axes)
     return figure
 
 
@@ -164,8 +168,13 @@ def _by(points: Sequence[Point], names: Sequence[str]) -> dict[str, list[Point]]
 def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
     known = (*_SHAPE_PATHS, *_EXPERT_PATHS, *_S_PATHS)
     lines: dict[str, list[Point]] = defaultdict(list)
+    values: dict[str, set[str]] = defaultdict(set)
     for point in points:
-        others = {k: v for k, v in point.row["settings"].items() if not k.startswith(known)}
+        for path in {path for other in points for path in other.row["settings"]}:
+            values[path].add(repr(point.row["settings"].get(path)))
+    for point in points:
+        # What is the same in the whole panel tells no line from another.
+        others = {k: v for k, v in point.row["settings"].items() if not k.startswith(known) and len(values[k]) > 1}
         label = f"E {point.row['num_experts']}, A {point.row['experts_per_token']}"
         lines[", ".join([label, *(f"{k.rpartition('.')[2]} {v}" for k, v in others.items())])].append(point)
     return lines
@@ -180,6 +189,16 @@ def _panels(titles: Mapping[str, Any]) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
+def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
+    """Beside the panels where all have the same lines, else in each."""
+    handles = [axis.get_legend_handles_labels() for axis in axes]
+    if len(axes) > 1 and all(labels == handles[0][1] for _, labels in handles):
+        figure.legend(*handles[0], loc="outside right upper", fontsize=7)
+    else:
+        for axis in axes:
+            axis.legend(fontsize=7)
+
+
 def _scatter(axis: Axes, points: Sequence[Point], cost: str) -> PathCollection:
     front = pareto_front(points, cost)
     x, y = [point.row[cost] / 1e3 for point in front], [point.loss for point in front]
@@ -188,7 +207,14 @@ def _scatter(axis: Axes, points: Sequence[Point], cost: str) -> PathCollection:
         axis.annotate(
             point.row["variant"], (left, low), (4, -9), textcoords="offset points", fontsize=6, zorder=3, bbox=_PAPER
         )
+    values = [point.row[cost] for point in points]
     axis.margins(x=0.25)
+    if max(values) > _WIDE * min(values):
+        axis.set_xscale("log")
+        axis.margins(x=0.15)
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel(_LOSS)
     axis.legend(fontsize=7)
     costs, losses = [point.row[cost] / 1e3 for point in points], [point.loss for point in points]

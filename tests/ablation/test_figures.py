@@ -3,7 +3,14 @@
 import pytest
 from matplotlib.image import imread
 
-from qsparse_moe.ablation.figures import Point, draw_figures, pareto_front
+from qsparse_moe.ablation.figures import (
+    Point,
+    draw_figures,
+    loss_by_parameters,
+    loss_by_sparsity,
+    pareto_front,
+    points_of,
+)
 
 
 def row(settings, loss, **shape):
@@ -50,6 +57,32 @@ def test_a_grid_of_experts_and_sparsity_has_every_figure(tmp_path):
 def test_a_figure_is_drawn_only_where_the_grid_has_its_axes(tmp_path, rows, expected):
     assert list(draw_figures(rows, tmp_path)) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
+
+
+def test_lines_are_told_apart_by_what_varies_in_their_panel_and_named_once_beside_panels_that_have_the_same():
+    rows = [
+        row(
+            {"training.steps": steps, "model.init_std": 1 / width, "model.sparsity.default": s},
+            3.0 - s,
+            hidden_size=width,
+            sparsity=s,
+        )
+        for width in (32, 64)
+        for steps in (80, 160)
+        for s in (0.0, 0.5)
+    ]
+    figure = loss_by_sparsity(points_of(rows))
+    assert [axis.get_legend() for axis in figure.axes] == [None, None]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["E 4, A 2, steps 80", "E 4, A 2, steps 160"]
+    alone = loss_by_sparsity(points_of(rows[:4]))
+    assert alone.legends == [] and alone.axes[0].get_legend() is not None
+
+
+@pytest.mark.parametrize(("largest", "scale"), [(4_000, "linear"), (40_000, "log")])
+def test_costs_far_apart_stand_on_a_logarithmic_axis(largest, scale):
+    rows = [row({"model.hidden_size": n}, 2.0, active_parameters=n, kept_parameters=n) for n in (1_000, largest)]
+    assert {axis.get_xscale() for axis in loss_by_parameters(points_of(rows)).axes[:2]} == {scale}
 
 
 def test_the_pareto_front_holds_what_no_other_point_beats():

@@ -7,7 +7,7 @@ loss by the sparse row at the S of the moment, S0, and d = y(S) - y(S0), a cell'
 
 G is the Gauss-Newton matrix of the loss by the sparse rows, which is Fisher's information: d' G d is the mean of
 (sum over the rows of g*.d)^2 with g* the gradient for labels drawn from the model. Tokens of one document in one row of
-the batch see each other, so their sums are squared; pieces of different documents do not. A few draws are enough,
+the batch see each other, so their sums are squared; pieces of different documents do not. One draw is enough,
 because the pieces are many. One sort of |x| gives g.y(S) for every S: running sums of g x and x^2 in falling order of
 |x|, read at K.
 
@@ -53,7 +53,7 @@ class Estimate:
 
 
 STE_SHARE = 1.0
-DRAWS = 2
+DRAWS = 1
 """Of labels for the second order; see ``estimate``."""
 
 

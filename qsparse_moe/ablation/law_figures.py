@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
@@ -136,8 +137,10 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     losses = np.array(
         [best.best.loss(imagined(kept=done.kept, expert_share=1 / r, sparsity=grid, tokens=tokens)) for r in ratios]
     ).T
-    filled = axes.contourf(ratios, grid, losses, levels=_LEVELS, cmap="viridis")
-    lines = axes.contour(ratios, grid, losses, levels=filled.levels, colors="white", linewidths=0.6)
+    # Equal shares of the map, not of the loss: the optimum is flat, and the highest S is steep.
+    levels = np.unique(np.quantile(losses, np.linspace(0, 1, _LEVELS + 1)))
+    filled = axes.contourf(ratios, grid, losses, levels=levels, norm=BoundaryNorm(levels, 256), cmap="viridis")
+    lines = axes.contour(ratios, grid, losses, levels=levels, colors="white", linewidths=0.6)
     axes.clabel(lines, fontsize=7, fmt="%.3f")
     axes.plot(1 / points.expert_share, points.sparsity, "o", color="black", markersize=4, clip_on=False)
     axes.set_xscale("log")
@@ -147,7 +150,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
         ylabel="activation sparsity S",
         title=f"{best.best.form.name}: {done.kept:,.0f} kept parameters, {tokens:,.0f} tokens; dots: runs",
     )
-    figure.colorbar(filled, label=f"loss ({UNITS[done.unit]})")
+    figure.colorbar(filled, label=f"loss ({UNITS[done.unit]})", format="%.3f")
     return figure
 
 

@@ -169,6 +169,20 @@ def test_second_order_is_half_of_the_fisher_information_along_the_change_for_eve
     assert compared > 5
 
 
+def test_a_documents_part_of_an_estimate_is_that_of_its_row_alone():
+    model, rows = model_of(config({"num_shared_experts": 1}, default=0.25)), rows_of()
+    (batch, documents_BS) = next(iter(rows))
+    whole = estimate(model, rows, (0.5, 0.75))
+    tokens_RS = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], 1).numpy()
+    for row, ids in enumerate(documents_BS):
+        own = ids.unique().numpy()
+        alone = make_batch(tokens_RS[row : row + 1], document_token=0, attend_across_documents=False)
+        found = estimate(model, DocumentRows((alone,), (ids[None] - int(own[0]),), len(own)), (0.5, 0.75), draws=0)
+        for cell in cells_of(model.sparsity_plan):
+            np.testing.assert_allclose(found.first[cell], whole.first[cell][:, own], atol=1e-10, err_msg=cell.name)
+            assert not found.second[cell].any()
+
+
 def test_draws_of_labels_are_those_of_their_seed_and_change_no_first_order():
     model, rows = model_of(config(default=0.25)), rows_of()
     one, same, other = (estimate(model, rows, (0.75,), seed=seed) for seed in (0, 0, 1))

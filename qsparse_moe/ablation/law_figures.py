@@ -123,6 +123,13 @@ def _sparsity(done: Study) -> Figure:
     return figure
 
 
+def iso_levels(losses: Array) -> Array:
+    """Rising, for equal shares of the map and not of the loss: the optimum is flat, and the highest S is steep."""
+    levels = np.unique(np.quantile(losses, np.linspace(0, 1, _LEVELS + 1)))
+    # A law whose S and s came out without effect is the same everywhere.
+    return levels if np.ptp(levels) > 1e-6 * levels[-1] else levels.mean() * np.array([0.999, 1.0, 1.001])
+
+
 def _percent(reducible: Array) -> Array:
     return 100 * (reducible / reducible[0] - 1)
 
@@ -137,8 +144,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     losses = np.array(
         [best.best.loss(imagined(kept=done.kept, expert_share=1 / r, sparsity=grid, tokens=tokens)) for r in ratios]
     ).T
-    # Equal shares of the map, not of the loss: the optimum is flat, and the highest S is steep.
-    levels = np.unique(np.quantile(losses, np.linspace(0, 1, _LEVELS + 1)))
+    levels = iso_levels(losses)
     filled = axes.contourf(ratios, grid, losses, levels=levels, norm=BoundaryNorm(levels, 256), cmap="viridis")
     lines = axes.contour(ratios, grid, losses, levels=levels, colors="white", linewidths=0.6)
     axes.clabel(lines, fontsize=7, fmt="%.3f")

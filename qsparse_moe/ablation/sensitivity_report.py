@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from qsparse_moe.ablation.estimate import DRAWS
 from qsparse_moe.ablation.sensitivity import Point, Sensitivity
 from qsparse_moe.training.run_folder import write_whole
 
@@ -87,7 +88,7 @@ def markdown(found: Sensitivity, *, title: str) -> str:
     ]
     if found.exact_seconds is not None:
         parts += [
-            f"The estimate took {found.estimate_seconds:.2f} s, one forward and two backward passes; the "
+            f"The estimate took {found.estimate_seconds:.2f} s, one forward and {1 + DRAWS} backward passes; the "
             f"evaluations {found.exact_seconds:.1f} s, {found.evaluations} forward passes: "
             f"{found.times_cheaper:.0f} times as long.",
             table(AGREEMENT_HEAD, agreement_rows(found)),

@@ -13,7 +13,7 @@ _HEAD = """# Settings of a run
 
 One YAML file is one run. Every setting below can also be given on the command line by its dotted path:
 `training.steps=50`, `model.sparsity.sites.expert_hidden=0.6`, `data.sources.0.max_bytes=1000`. `N` is the index of an
-item of a list, from 0. This page is made from `qsparse_moe/config/schema.py` by
+item of a list, from 0. This page is made from `qsparse_moe/config/schema.py` and `model_schema.py` by
 `python -m qsparse_moe.config.settings_table docs/settings.md`.
 """
 

@@ -1,6 +1,9 @@
 """Which figures the rows of a grid have the axes for, and what they show."""
 
+import numpy as np
 import pytest
+from matplotlib.colors import BoundaryNorm
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from qsparse_moe.ablation.figures import (
@@ -11,6 +14,7 @@ from qsparse_moe.ablation.figures import (
     pareto_front,
     points_of,
 )
+from qsparse_moe.ablation.law_figures import iso_levels
 
 
 def row(settings, loss, **shape):
@@ -83,6 +87,18 @@ def test_lines_are_told_apart_by_what_varies_in_their_panel_and_named_once_besid
 def test_costs_far_apart_stand_on_a_logarithmic_axis(largest, scale):
     rows = [row({"model.hidden_size": n}, 2.0, active_parameters=n, kept_parameters=n) for n in (1_000, largest)]
     assert {axis.get_xscale() for axis in loss_by_parameters(points_of(rows)).axes[:2]} == {scale}
+
+
+@pytest.mark.parametrize("kind", ["flat", "nearly flat", "steep at one end"])
+def test_levels_of_a_map_rise_and_can_be_drawn_whatever_the_law(kind):
+    column = {"flat": np.full(80, 3.0), "nearly flat": 3.0 + 1e-12 * np.arange(80), "steep at one end": None}[kind]
+    losses = np.tile((3.0 + np.linspace(0, 1, 80) ** 30 if column is None else column)[:, None], 60)
+    levels = iso_levels(losses)
+    assert (np.diff(levels) > 0).all()
+    axis = Figure().add_subplot()
+    axis.contourf(losses, levels=levels, norm=BoundaryNorm(levels, 256))
+    if column is None:
+        assert (levels < 3.01).sum() > 6, "most lines are where most of the map is"
 
 
 def test_the_pareto_front_holds_what_no_other_point_beats():

@@ -14,6 +14,7 @@ PACKAGE = "qsparse_moe"
 ROOMS = (
     "version",
     "errors",
+    "locks",
     "config",
     "data",
     "sparsity",
@@ -47,7 +48,7 @@ OWNERS = {
     "einops": {"model"},
 }
 # What must work before torch is imported: modules, or rooms as a whole.
-WITHOUT_TORCH = ("", "errors", "config", "accounting", "cli", "sparsity.plan", "sparsity.schedule")
+WITHOUT_TORCH = ("", "errors", "locks", "config", "accounting", "cli", "sparsity.plan", "sparsity.schedule")
 SHAPELESS_NAMES = {"utils", "util", "helpers", "common", "misc"}
 
 

@@ -1,0 +1,189 @@
+"""Locks that die with their holder, and say who that is."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from qsparse_moe import locks
+from qsparse_moe.locks import LockHeld, acquire_lock, holder_of
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from qsparse_moe.locks import acquire_lock
+lock = acquire_lock(Path(sys.argv[1]))
+if "fork" in sys.argv:
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    print(child, flush=True)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+def start_holder(path, *options):
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(path), *options], stdout=subprocess.PIPE, text=True)
+    lines = []
+    while not lines or lines[-1] != "held":
+        lines.append(holder.stdout.readline().strip())
+        assert lines[-1], "the holder ended before it had the lock"
+    return holder, lines[:-1]
+
+
+def kill(holder):
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+
+
+def test_lock_keeps_others_out_names_its_holder_and_leaves_no_file(tmp_path):
+    path = tmp_path / "lock"
+    with acquire_lock(path) as lock:
+        with pytest.raises(LockHeld) as refused:
+            acquire_lock(path)
+        host = re.escape(socket.gethostname())
+        assert re.fullmatch(
+            rf"process {os.getpid()} on {host} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d UTC", refused.value.holder
+        )
+        assert str(refused.value) == f"{path} is held by {refused.value.holder}"
+    assert not path.exists()
+    lock.release()
+    acquire_lock(path).release()
+
+
+def test_lock_of_a_killed_process_is_free_though_its_file_lies_there(tmp_path):
+    path = tmp_path / "lock"
+    holder, _ = start_holder(path)
+    try:
+        with pytest.raises(LockHeld, match=f"process {holder.pid} on "):
+            acquire_lock(path)
+    finally:
+        kill(holder)
+    assert path.exists()
+    with acquire_lock(path):
+        assert f"process {os.getpid()} on " in holder_of(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path):
+    path = tmp_path / "lock"
+    holder, (child,) = start_holder(path, "fork")
+    try:
+        with pytest.raises(LockHeld):  # the child has closed its copy, which does not release the parent's lock
+            acquire_lock(path, timeout=0.3)
+        kill(holder)
+        acquire_lock(path).release()
+    finally:
+        os.kill(int(child), signal.SIGKILL)
+
+
+def test_waiting_says_for_whom_and_ends_with_the_holder(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(locks, "_FIRST_NOTICE_SECONDS", 0.1)
+    path = tmp_path / "lock"
+    holder, _ = start_holder(path)
+    killer = threading.Timer(0.6, kill, [holder])
+    killer.start()
+    with caplog.at_level(logging.INFO, "qsparse_moe.locks"):
+        acquire_lock(path, timeout=60, purpose="the corpus").release()
+    killer.join()
+    (notice,) = [record.message for record in caplog.records]
+    assert notice.startswith(f"waiting for the corpus: process {holder.pid} on ") and "(at most 60 s more)" in notice
+
+
+def test_wait_is_bounded(tmp_path):
+    path = tmp_path / "lock"
+    with acquire_lock(path):
+        start = time.monotonic()
+        with pytest.raises(LockHeld):
+            acquire_lock(path, timeout=0.5)
+        assert 0.5 <= time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_waiting_process_ends_on_a_signal(tmp_path, number):
+    path = tmp_path / "lock"
+    code = "import sys; from pathlib import Path; from qsparse_moe.locks import acquire_lock\n"
+    code += "print('waits', flush=True); acquire_lock(Path(sys.argv[1]), timeout=600)"
+    with acquire_lock(path):
+        command = [sys.executable, "-c", code, str(path)]
+        waiting = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert waiting.stdout.readline() == b"waits\n"
+        time.sleep(0.3)
+        assert waiting.poll() is None
+        waiting.send_signal(number)
+        assert waiting.wait(10) == -number
+        waiting.stdout.close()
+
+
+def test_lock_file_removed_between_open_and_flock_is_not_taken(tmp_path, monkeypatch):
+    """A holder removes the file as it releases; who has opened it before would hold a lock that nobody sees."""
+    path = tmp_path / "lock"
+    flock, calls = fcntl.flock, []
+
+    def remove_first(descriptor, operation):
+        if not calls:
+            path.unlink()
+        calls.append(operation)
+        return flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", remove_first)
+    with acquire_lock(path):
+        assert len(calls) == 2 and path.exists()
+        with pytest.raises(LockHeld):
+            acquire_lock(path)
+
+
+def test_many_processes_hold_it_one_at_a_time(tmp_path):
+    """Each adds 1 to a number with a pause between reading and writing; with two at once a count is lost."""
+    (tmp_path / "count").write_text("0")
+    code = """
+import sys, time
+from pathlib import Path
+from qsparse_moe.locks import acquire_lock
+folder = Path(sys.argv[1])
+for _ in range(5):
+    with acquire_lock(folder / "lock", timeout=60):
+        count = int((folder / "count").read_text())
+        time.sleep(0.002)
+        (folder / "count").write_text(str(count + 1))
+"""
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0] * 4
+    assert (tmp_path / "count").read_text() == "20"
+    assert not (tmp_path / "lock").exists()
+
+
+def test_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
+    def refuse(descriptor, operation):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with caplog.at_level(logging.WARNING, "qsparse_moe.locks"):
+        acquire_lock(tmp_path / "lock").release()
+    assert "this file system has no locks" in caplog.text and str(tmp_path / "lock") in caplog.text
+    assert not (tmp_path / "lock").exists()
+
+
+def test_other_trouble_with_the_file_is_passed_on(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError):
+        acquire_lock(tmp_path / "no-folder" / "lock")
+
+    def fail(descriptor, operation):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        acquire_lock(tmp_path / "lock")

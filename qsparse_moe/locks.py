@@ -1,5 +1,7 @@
 """Locks between processes that the operating system holds, so that one dies with the process that holds it.
 
+``acquire_lock`` is the lock itself; ``build_once`` makes a file or a folder under one, for all processes that need it.
+
 A lock is a small file under ``flock``. The kernel releases it when its holder ends in any way, SIGKILL and power cut
 included: the file that such a holder leaves behind means nothing, and the next holder takes it over. The file names its
 holder, for the messages of those who wait or are refused. On NFS the same call locks across machines.
@@ -11,10 +13,12 @@ import errno
 import fcntl
 import logging
 import os
+import shutil
 import socket
 import time
-from contextlib import suppress
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,6 +30,8 @@ _FIRST_NOTICE_SECONDS = 2.0
 _NOTICE_SECONDS = 60.0
 # A file system without locks, such as Lustre mounted without -o flock or NFS without its lock service.
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
+# Nobody can ask another machine whether a process of it is alive; no build takes so long.
+_ABANDONED_SECONDS = 7 * 86400.0
 
 
 class LockHeld(Exception):
@@ -82,7 +88,7 @@ def acquire_lock(path: Path, *, timeout: float = 0.0, purpose: str = "") -> Held
     Args:
         path: the lock's own file. It holds nothing else, and ``release`` removes it.
         timeout: seconds to wait for another holder; 0 does not wait.
-        purpose: what is waited for, for the log: ``waiting for {purpose}: ...``.
+        purpose: what is waited for, for the log: ``waiting for {purpose}, held by ...``.
 
     Raises:
         LockHeld: another process, or another thread or call in this one, still has it after ``timeout``.
@@ -98,10 +104,86 @@ def acquire_lock(path: Path, *, timeout: float = 0.0, purpose: str = "") -> Held
         if now - start >= timeout:
             raise LockHeld(path, holder_of(path))
         if now >= next_notice:
-            left = timeout - (now - start)
-            logger.info("waiting for %s: %s has %s (at most %.0f s more)", purpose or "it", holder_of(path), path, left)
+            left = timedelta(seconds=round(timeout - (now - start)))
+            logger.info("waiting for %s, held by %s (at most %s more)", purpose or path, holder_of(path), left)
             next_notice = now + _NOTICE_SECONDS
         time.sleep(_POLL_SECONDS)
+
+
+def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, purpose: str) -> None:
+    """Return when ``path``, a file or a folder, is there; the process that comes first builds it, the others wait.
+
+    Nothing is locked where it is there already. ``build`` is given an empty folder beside ``path`` and returns what in
+    it, or the folder itself, is renamed to ``path`` once it is on the disk: whoever looks sees all of it or nothing. A
+    process that dies on the way leaves its folder behind, which the next one that builds removes.
+
+    Args:
+        path: what shall be there; it is never changed afterwards.
+        build: fills the folder that it is given.
+        timeout: seconds to wait for another process that builds.
+        purpose: what is built, for the log.
+
+    Raises:
+        LockHeld: another process still builds after ``timeout``.
+        OSError: the place cannot be written.
+    """
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with acquire_lock(path.with_name(f"{path.name}.lock"), timeout=timeout, purpose=purpose):
+        if path.exists():
+            return
+        with _folder_beside(path) as folder:
+            built = build(folder)
+            for part in (built, *built.rglob("*")):
+                _flush(part)
+            try:
+                built.rename(path)
+            except OSError:
+                # Where the file system has no locks, another process may have been faster.
+                if not path.is_dir():
+                    raise
+        _flush(path.parent)
+
+
+@contextmanager
+def _folder_beside(path: Path) -> Iterator[Path]:
+    """Make an empty folder for what shall become ``path``; it goes afterwards, like those of processes that died."""
+    prefix = f"{path.name}.partial-"
+    for leftover in path.parent.glob(f"{prefix}*"):
+        if _is_abandoned(leftover, leftover.name.removeprefix(prefix)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    folder = path.with_name(f"{prefix}{os.getpid()}-{socket.gethostname()}-{time.time_ns()}")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path, maker: str) -> bool:
+    """Whether the process that made the folder is gone. Holding the lock says so only where locks work."""
+    process, _, place = maker.partition("-")
+    if process.isdecimal() and place.rpartition("-")[0] == socket.gethostname():
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            return True
+        except PermissionError:
+            return False
+        return False
+    with suppress(FileNotFoundError):
+        return time.time() - folder.stat().st_mtime > _ABANDONED_SECONDS
+    return False
+
+
+def _flush(path: Path) -> None:
+    """Put a file or a folder's entries on the disk, so that a power cut after the rename loses nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def holder_of(path: Path) -> str:

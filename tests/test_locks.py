@@ -17,7 +17,7 @@ import time
 import pytest
 
 from qsparse_moe import locks
-from qsparse_moe.locks import LockHeld, acquire_lock, holder_of
+from qsparse_moe.locks import LockHeld, acquire_lock, build_once, holder_of
 
 HOLD = """
 import os, sys, time
@@ -100,7 +100,8 @@ def test_waiting_says_for_whom_and_ends_with_the_holder(tmp_path, monkeypatch, c
         acquire_lock(path, timeout=60, purpose="the corpus").release()
     killer.join()
     (notice,) = [record.message for record in caplog.records]
-    assert notice.startswith(f"waiting for the corpus: process {holder.pid} on ") and "(at most 60 s more)" in notice
+    assert notice.startswith(f"waiting for the corpus, held by process {holder.pid} on ")
+    assert notice.endswith(" UTC (at most 0:01:00 more)")
 
 
 def test_wait_is_bounded(tmp_path):
@@ -187,3 +188,66 @@ def test_other_trouble_with_the_file_is_passed_on(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(OSError, match="Input/output"):
         acquire_lock(tmp_path / "lock")
+
+
+def test_what_is_built_once_is_whole_or_absent_and_leaves_nothing_beside_it(tmp_path):
+    place = tmp_path / "deep" / "thing"
+
+    def fail(folder):
+        (folder / "part").write_text("half")
+        raise ValueError("no more")
+
+    with pytest.raises(ValueError, match="no more"):
+        build_once(place, fail, timeout=0, purpose="it")
+    assert list(place.parent.iterdir()) == []
+
+    def build(folder):
+        assert not place.exists() and list(folder.iterdir()) == []
+        (folder / "inner").mkdir()
+        (folder / "inner" / "part").write_text("whole")
+        return folder
+
+    build_once(place, build, timeout=0, purpose="it")
+    assert [path.name for path in place.parent.iterdir()] == ["thing"]
+    assert (place / "inner" / "part").read_text() == "whole"
+    build_once(place, fail, timeout=0, purpose="it")
+
+
+def test_folders_of_dead_processes_go_and_those_of_others_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host, alive = socket.gethostname(), os.getppid()
+    left = tmp_path / f"thing.partial-{dead.pid}-{host}-1"
+    stays = [
+        tmp_path / f"thing.partial-{alive}-{host}-1",
+        tmp_path / f"thing.partial-{dead.pid}-{host}-elsewhere-1",
+        tmp_path / f"other.partial-{dead.pid}-{host}-1",
+    ]
+    old = tmp_path / "thing.partial-1-elsewhere-1"
+    for folder in (left, old, *stays):
+        folder.mkdir()
+        (folder / "part").write_text("half")
+    os.utime(old, (0, 0))
+
+    def build(folder):
+        (folder / "file").write_text("whole")
+        return folder / "file"
+
+    build_once(tmp_path / "thing", build, timeout=0, purpose="it")
+    assert sorted(tmp_path.iterdir()) == sorted([tmp_path / "thing", *stays])
+    assert (tmp_path / "thing").read_text() == "whole"
+
+
+def test_without_locks_the_faster_one_of_two_that_build_a_folder_wins(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", lambda descriptor, operation: None)
+    place = tmp_path / "thing"
+
+    def build(folder):
+        (folder / "part").write_text("second")
+        place.mkdir()
+        (place / "part").write_text("first")
+        return folder
+
+    build_once(place, build, timeout=0, purpose="it")
+    assert (place / "part").read_text() == "first"
+    assert list(tmp_path.iterdir()) == [place]

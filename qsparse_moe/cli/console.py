@@ -59,8 +59,9 @@ def start_logging() -> None:
     """Send this package's log to standard error: everything from rank 0, errors from the others."""
     logger = logging.getLogger("qsparse_moe")
     logger.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
-    # Whichever rank comes first tokenises, and it alone has something to say about that.
-    logging.getLogger("qsparse_moe.data.table").setLevel(logging.INFO)
+    # Whichever rank comes first tokenises or compiles, and it alone has something to say about that.
+    for name in ("qsparse_moe.data.table", "qsparse_moe.kernels.native"):
+        logging.getLogger(name).setLevel(logging.INFO)
     if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
         logger.addHandler(_StandardError())
 

@@ -1,70 +1,41 @@
-"""A folder that is built once, by whichever process comes first, and is either complete or absent."""
+"""A folder of the data cache: built once, by whichever process comes first, and either complete or absent."""
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from qsparse_moe import locks
 from qsparse_moe.errors import DataError
 
-logger = logging.getLogger(__name__)
+# A large corpus is tokenised for hours, and the lock of a process that dies is free at once: who waits longer than this
+# waits for one that hangs.
+_TIMEOUT_SECONDS = 12 * 3600.0
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
     """After the call ``folder`` exists and is what one call of ``build`` made.
 
-    ``build(partial)`` fills another folder beside it, which is renamed when all of it is on the disk. A process that
-    dies on the way leaves only that one behind, and the next one removes it. Processes that come meanwhile wait.
+    ``build(partial)`` fills another folder beside it, which is renamed when all of it is on the disk. Processes that
+    come meanwhile wait, and say for whom; see ``locks.build_once``.
 
     Raises:
-        DataError: the folder's place cannot be written.
+        DataError: the folder's place cannot be written, or another process builds it without an end.
     """
-    if folder.exists():
-        return
-    from filelock import FileLock, Timeout
+
+    def fill(partial: Path) -> Path:
+        build(partial)
+        return partial
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("waiting for another process that builds %s", folder)
-            lock.acquire()
-        try:
-            if not folder.exists():
-                _build(folder, build)
-        finally:
-            lock.release()
+        locks.build_once(folder, fill, timeout=_TIMEOUT_SECONDS, purpose=f"the tokens in {folder}")
+    except locks.LockHeld as held:
+        raise DataError(
+            f"data.cache_dir: {folder} is being built by {held.holder}, for which this process has waited "
+            f"{_TIMEOUT_SECONDS / 3600:g} hours; end that process if it hangs, or set data.cache_dir to another folder"
+        ) from None
     except OSError as error:
         raise DataError(
             f"data.cache_dir: {folder.parent} cannot be written ({error}); it must be a folder with free space that "
             "this user may write; set data.cache_dir to one"
         ) from error
-
-
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
-    # Nobody else is at work while the lock is held: these are of processes that died.
-    for leftover in folder.parent.glob(f"{folder.name}.partial-*"):
-        shutil.rmtree(leftover)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial.mkdir()
-    try:
-        build(partial)
-        for path in (*partial.iterdir(), partial):
-            _flush(path)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Put a file or a folder's entries on the disk, so that a power cut after the rename loses nothing."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

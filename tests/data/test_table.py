@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from qsparse_moe.config.schema import DataConfig, SourceConfig
+from qsparse_moe.data import cache
 from qsparse_moe.data.packing import Packer, is_validation, text_digest
 from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.table import Packing, SourceTable, _LogProgress, load_source_table
@@ -186,7 +187,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(
 ) -> None:
     config, go = data_config(jsonl_source), tmp_path / "go"
     processes = []
-    for first_line in ("building", "waiting for another process"):
+    for first_line in ("building", "waiting for the tokens in "):
         process = start_builder(jsonl_source, config, go)
         assert process.stdout is not None and first_line in process.stdout.readline()
         processes.append(process)
@@ -196,6 +197,22 @@ def test_of_two_processes_one_builds_and_the_other_waits(
     assert ["building" in output for output in outputs] == [True, False]
     assert len({output.splitlines()[-1] for output in outputs}) == 1
     assert len(table_folders(config)) == 1
+
+
+def test_a_builder_without_an_end_is_named(
+    data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = data_config(jsonl_source)
+    monkeypatch.setattr(cache, "_TIMEOUT_SECONDS", 0.1)
+    process = start_builder(jsonl_source, config, tmp_path / "never")
+    assert process.stdout is not None and "building" in process.stdout.readline()
+    message = rf"is being built by process {process.pid} on .*; end that process if it hangs, or set data\.cache_dir"
+    try:
+        with pytest.raises(DataError, match=message):
+            load_data(config)
+    finally:
+        process.kill()
+        process.communicate(timeout=60)
 
 
 def test_a_killed_build_leaves_no_table_and_the_next_one_cleans_up(
@@ -210,8 +227,8 @@ def test_a_killed_build_leaves_no_table_and_the_next_one_cleans_up(
     assert ".partial-" in left.name and list(left.iterdir())
     data = load_data(config)
     assert all_rows(data)
-    (folder,) = table_folders(config)
-    assert ".partial-" not in folder.name
+    (folder,) = (Path(config.cache_dir) / "tables").iterdir()
+    assert "." not in folder.name, "neither a part nor a lock is left"
 
 
 def test_a_build_that_fails_leaves_no_table(data_config: MakeConfig, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from qsparse_moe.training.distributed import Distributed, environment
 from qsparse_moe.training.ds_config import deepspeed_config
 from qsparse_moe.training.engine import StateKind, equal_part, num_micro_batches, run_model
 from qsparse_moe.training.engine_torch import accumulate_in_fp32, clip_gradients
+from qsparse_moe.training.extension_builds import locked_builds
 from qsparse_moe.training.loss_scale import build_loss_scaler
 from qsparse_moe.training.offload import check_alignment, remove_swap_files
 from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
@@ -274,10 +275,9 @@ def _local_gradient(parameter: Any) -> Tensor:
 
 @contextlib.contextmanager
 def _tamed() -> Iterator[None]:
-    """While DeepSpeed sets itself up: no compiling, and nothing on standard output."""
-    # Its shared-memory operation serves tensor-parallel inference only. Compiling it takes half a minute and a
-    # compiler, and a process that is killed meanwhile leaves a lock on which every later one waits for ever. The
-    # dictionary, left alone, is filled by starting compilers to see what could be built.
+    """While DeepSpeed sets itself up: no needless compiling, no lock of the dead, and nothing on standard output."""
+    # Its shared-memory operation serves tensor-parallel inference only, and compiling it takes half a minute and a
+    # compiler. The dictionary, left alone, is filled by starting compilers to see what could be built.
     deepspeed.ops.__compatible_ops__ = {}
     for handler in deepspeed.utils.logger.handlers:
         if type(handler) is logging.StreamHandler:
@@ -285,7 +285,7 @@ def _tamed() -> Iterator[None]:
     # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, at every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
     # It imports its Muon optimizer, which imports torch's compiler: 1.0 s of CPU a rank for what is not used here.
-    with environment(TORCHDYNAMO_DISABLE="1"), contextlib.redirect_stdout(sys.stderr):
+    with environment(TORCHDYNAMO_DISABLE="1"), locked_builds(), contextlib.redirect_stdout(sys.stderr):
         yield
 
 

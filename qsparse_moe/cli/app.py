@@ -14,6 +14,7 @@ import typer
 
 from qsparse_moe.cli.console import complain, start_logging
 from qsparse_moe.errors import QSparseMoEError, RankLost, TrainingDiverged
+from qsparse_moe.training.interrupt import until_stopped
 from qsparse_moe.version import __version__
 
 PROGRAM = "qsparse-moe"
@@ -41,7 +42,7 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and end the process with its exit code."""
-    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+    sys.exit(until_stopped(lambda: run(sys.argv[1:] if arguments is None else arguments)))
 
 
 def run(arguments: Sequence[str]) -> int:

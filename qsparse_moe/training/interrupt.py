@@ -1,36 +1,85 @@
-"""SIGTERM and Ctrl-C as a wish that the loop grants between two steps."""
+"""Ctrl-C and SIGTERM: the end of the process at once, or, once there are steps to save, a wish that the loop grants."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import socket
+import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
 logger = logging.getLogger(__name__)
 
+# For the finally clauses of whatever is at work; a process that stands in a call of C or C++ runs none.
+_GRACE_SECONDS = 2.0
+
+
+class Stopped(BaseException):
+    """A signal asks the process to end. Like KeyboardInterrupt it is no ``Exception``, which much code catches."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
+        self.number = number
+
+    @property
+    def exit_code(self) -> int:
+        """128 and the number of the signal, as shells count."""
+        return 128 + self.number
+
+
+def until_stopped(work: Callable[[], int]) -> int:
+    """Call ``work`` and return its exit code; where SIGINT or SIGTERM ends it, say so and return that of the signal.
+
+    From its first line to its last the process ends within seconds, also where Python cannot run a handler because it
+    waits in C++ for another rank. ``work`` may handle the signals in another way for a part of its time, as
+    ``StopSignals`` does.
+    """
+    try:
+        with _EndAtOnce():
+            return work()
+    except Stopped as stopped:
+        _say(stopped)
+        return stopped.exit_code
+
 
 class CaughtSignals:
     """While it is entered, SIGINT and SIGTERM go to ``_caught``; what handled them before does so again afterwards.
 
-    In another thread than the main one, where Python allows no handlers, signals keep their effect.
+    In another thread than the main one, where Python allows no handlers, and in forked processes, signals keep the
+    effect that they had before.
     """
 
     def __init__(self) -> None:
         self._previous: dict[int, object] = {}
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+    def catch(self) -> None:
+        """Begin to catch the signals; nothing changes where they are caught already."""
+        if not self._previous and threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._previous[number] = signal.signal(number, self._caught)
+            _catching.append(self)
+
+    def release(self) -> None:
+        """Let what handled the signals before do so again."""
+        if self._previous:
+            _catching.remove(self)
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def __enter__(self) -> Self:
+        self.catch()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self.release()
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         raise NotImplementedError
@@ -57,3 +106,65 @@ class StopSignals(CaughtSignals):
         if number == signal.SIGINT:
             # Not a handler of ours: Python runs none while a collective waits for the other ranks.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+class _EndAtOnce(CaughtSignals):
+    """Raises ``Stopped`` in the main thread; where that does not end the process in time, a thread of ours does.
+
+    The interpreter writes the number of every signal into a socket as it arrives, whatever the main thread does. The
+    thread reads it there, and does nothing while another object handles the signals.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_left = threading.Event()
+        self._wakeup: socket.socket | None = None
+        self._previous_wakeup = -1
+
+    def catch(self) -> None:
+        super().catch()
+        if self._previous and self._wakeup is None:
+            numbers, self._wakeup = socket.socketpair()
+            self._wakeup.setblocking(False)
+            self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._watch, args=(numbers,), name="signals", daemon=True).start()
+
+    def release(self) -> None:
+        self._is_left.set()
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._previous_wakeup)
+            self._wakeup.close()
+            self._wakeup = None
+        super().release()
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        raise Stopped(number)
+
+    def _watch(self, numbers: socket.socket) -> None:
+        with numbers:
+            while received := numbers.recv(1):
+                number = received[0]
+                is_ours = number in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == self._caught
+                if is_ours and not self._is_left.wait(_GRACE_SECONDS):
+                    stopped = Stopped(number)
+                    _say(stopped)
+                    os._exit(stopped.exit_code)
+
+
+def _say(stopped: Stopped) -> None:
+    """One line, from rank 0."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {stopped}", file=sys.stderr, flush=True)
+
+
+_catching: list[CaughtSignals] = []
+
+
+def _release_after_fork() -> None:
+    """In a forked worker: its parent ends it by SIGTERM, which is no wish of the user's."""
+    with suppress(ValueError):  # forked by another thread
+        for signals in reversed(list(_catching)):
+            signals.release()
+
+
+os.register_at_fork(after_in_child=_release_after_fork)

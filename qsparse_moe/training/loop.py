@@ -41,7 +41,7 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
 
     Every rank calls it with the same config. It writes ``config.yaml``, ``manifest.json`` and ``checkpoints/`` into the
     run folder, and tells the listeners of rank 0 of every logged step. SIGTERM or Ctrl-C ends it after the step at
-    work, with a checkpoint.
+    work, with a checkpoint; before the first step is done they have the effect that they had before the call.
 
     Args:
         config: a complete run; with ``training.resume`` an existing run folder is continued.
@@ -62,10 +62,10 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         resumes = distributed.on_rank_zero(lambda: check_run_folder(config))
         data = load_data(config.data)
         watch = RankWatch(distributed, timeout=timeout, way_out=lambda: _how_to_go_on(config))
-        with StopSignals() as signals, watch:
+        with watch:
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
-                return _Loop(run, signals, listeners if distributed.rank == 0 else ()).run()
+                return _Loop(run, listeners if distributed.rank == 0 else ()).run()
             finally:
                 run.engine.close()
 
@@ -78,10 +78,10 @@ def _how_to_go_on(config: RunConfig) -> str:
 class _Loop:
     """The steps of a prepared run, and what happens between them."""
 
-    def __init__(self, run: PreparedRun, signals: StopSignals, listeners: Sequence[Listener]) -> None:
+    def __init__(self, run: PreparedRun, listeners: Sequence[Listener]) -> None:
         self._run = run
         self._training = run.config.training
-        self._signals = signals
+        self._signals = StopSignals()
         self._listeners = listeners
         self._guard = NonFiniteGuard(run.config.model.num_layers, run.distributed, run.engine.loss_scaler)
         self._dead_experts = DeadExpertWatch(
@@ -110,6 +110,7 @@ class _Loop:
         try:
             return self._run_steps()
         finally:
+            self._signals.release()
             self._profiler.close()
 
     def _run_steps(self) -> TrainingResult:
@@ -118,6 +119,8 @@ class _Loop:
         for step in range(self._run.start.step, self._training.steps):
             with self._profiler.step(step + 1):
                 outcome = self._step(step)
+            # Before that nothing would be lost, and a first step may take minutes: a signal ends the process.
+            self._signals.catch()
             done = step + 1
             stopped_by = outcome.stop if done < self._training.steps else 0
             self._validation, self._choice_agreement_L = None, None

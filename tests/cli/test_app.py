@@ -45,7 +45,7 @@ def python(*arguments, **environment):
 
 def test_script_of_the_package_is_main():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["scripts"] == {"qsparse-moe": "qsparse_moe.cli.app:main"}
+    assert project["scripts"] == {"qsparse-moe": "qsparse_moe.__main__:main"}
 
 
 def test_module_runs_the_same_program():

@@ -5,8 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
-from qsparse_moe.training.interrupt import StopSignals
+import pytest
+
+from qsparse_moe.training.interrupt import StopSignals, until_stopped
 
 
 def send(number: int) -> None:
@@ -59,3 +62,102 @@ def test_another_thread_leaves_signals_alone():
     thread.start()
     thread.join()
     assert seen == [(0, before)]
+
+
+def run_script(script, **environment):
+    before = "import os, signal, sys, time\nfrom qsparse_moe.training.interrupt import StopSignals, until_stopped\n"
+    return subprocess.run(
+        [sys.executable, "-c", before + script],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+def test_work_ends_at_once_with_its_finally_clauses_and_one_line(number, name):
+    script = f"""
+def work():
+    try:
+        os.kill(os.getpid(), {int(number)})
+        time.sleep(60)
+    finally:
+        print("cleaned up")
+sys.exit(until_stopped(work))
+"""
+    ended = run_script(script)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (
+        128 + number,
+        "cleaned up\n",
+        f"error: stopped by {name}\n",
+    )
+    assert run_script(script, RANK="1").stderr == ""
+
+
+def test_work_that_runs_no_handler_is_ended_from_outside():
+    script = """
+import ctypes, threading
+def work():
+    libc = ctypes.CDLL(None)
+    mutex = ctypes.create_string_buffer(64)
+    libc.pthread_mutex_lock(mutex)
+    threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    libc.pthread_mutex_lock(mutex)  # its own: it waits without an end, as a collective does
+    print("it went on")
+    return 0
+sys.exit(until_stopped(work))
+"""
+    ended = run_script(script)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "error: stopped by SIGTERM\n")
+
+
+def test_work_ends_as_it_likes_without_a_signal_and_the_handlers_come_back():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    assert until_stopped(lambda: 7) == 7
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.set_wakeup_fd(wakeup) == wakeup
+    end = time.monotonic() + 5
+    while "signals" in [thread.name for thread in threading.enumerate()]:
+        assert time.monotonic() < end, "the thread stays"
+        time.sleep(0.01)
+
+
+def test_signals_that_are_noted_meanwhile_do_not_end_it():
+    script = """
+def work():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(3)
+        print(signals.received)
+    return 0
+sys.exit(until_stopped(work))
+"""
+    ended = run_script(script)
+    assert (ended.returncode, ended.stdout) == (0, "15\n")
+
+
+@pytest.mark.parametrize("catcher", ["until_stopped(work)", "noted()"])
+def test_forked_worker_is_ended_by_its_parent_as_any_other(catcher):
+    script = f"""
+def work():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"1")
+        time.sleep(60)
+        os._exit(1)
+    os.read(reader, 1)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    time.sleep(3)
+    return 0
+def noted():
+    with StopSignals():
+        return work()
+sys.exit({catcher})
+"""
+    ended = run_script(script)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "-15\n", "")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.training.checkpoint import Checkpoint, list_checkpoints
+from tests.distributed.random_kills import run_with_kills
 from tests.distributed.test_layouts import state_of
 from tests.support.launch import RANKS, entry, kill_group, run_plan, start_nodes
 from tests.support.ranks import SLOW_DISK
@@ -79,6 +80,16 @@ def test_sigkill_at_any_moment_costs_only_the_steps_since_the_last_checkpoint(tm
     want, have = state_of(tmp_path / "runs" / "whole")[1], state_of(run_dir)[1]
     assert [key for key in want if not have[key].equal(want[key])] == []
     assert not is_saving(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "kills"), [(1, 4)])
+def test_random_kills_leave_the_metrics_and_weights_of_an_unbroken_run_and_no_lock(tmp_path, ranks, kills):
+    """One kill while it loads, and one each in a step, a save and an evaluation. 100 kills:
+    ``python -m tests.distributed.random_kills FOLDER``."""
+    found = run_with_kills(tmp_path, kills=kills, ranks=ranks, compiles=False)
+    assert sum(found["kills"].values()) == kills
+    assert (found["differences"], found["left_behind"]) == ([], [])
 
 
 def test_ctrl_c_under_the_launcher_saves_and_the_run_goes_on(tmp_path):

@@ -1,0 +1,213 @@
+"""Kills a run by SIGKILL at random moments, lets it go on each time, and compares its end with that of an unbroken run.
+
+    python -m tests.distributed.random_kills FOLDER --kills 100
+    python -m tests.distributed.random_kills FOLDER --kills 30 --ranks 2
+
+The moments take turns: while the run loads (its first ones while the C++ operators are compiled, where a compiler is
+there), in a step, in a save, in an evaluation. Two ranks are killed together, or every fifth time one of them alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsparse_moe.config.load import config_to_yaml
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.kernels import native
+from qsparse_moe.metrics.jsonl import read_metrics
+from qsparse_moe.training.checkpoint import list_checkpoints
+from tests.distributed.test_layouts import state_of
+from tests.support.launch import kill_group, start
+from tests.support.runs import LAYOUTS, tiny_config, write_text
+
+MOMENTS = ("load", "step", "save", "evaluation")
+# What is measured with a clock, or over a window of steps that a resumed process has not seen.
+NOT_COMPARED = ("seconds", "throughput/", "memory/", "efficiency/")
+WINDOWED = ("window", "dead_features", "threshold_drift", "choice_agreement")
+
+
+def main() -> None:
+    """Parse the command line; the exit code is 1 where the two runs differ or anything is left behind."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    found = run_with_kills(given.folder.resolve(), kills=given.kills, ranks=given.ranks, seed=given.seed)
+    print(json.dumps(found, indent=2))
+    sys.exit(bool(found["differences"] or found["left_behind"]))
+
+
+def run_with_kills(folder: Path, *, kills: int, ranks: int, seed: int = 0, compiles: bool = True) -> dict[str, Any]:
+    """Train one run with ``kills`` kills and one without; how often each moment was met, and what differs at the end.
+
+    Args:
+        folder: an empty one, for everything.
+        kills: how many.
+        ranks: 1 without a launcher, or more with it.
+        seed: of the moments.
+        compiles: begin without compiled operators, so that kills meet the compiler; else the machine's are used.
+    """
+    write_text(folder / "text")
+    environment = {"TORCH_EXTENSIONS_DIR": str(folder / "extensions")} if compiles else {}
+    steps = 4 * kills
+    killed, whole = (_config(folder, name, steps=steps, ranks=ranks) for name in ("killed", "whole"))
+    draw = random.Random(seed)
+    counts: dict[str, int] = {}
+    begin = time.monotonic()
+    for number in range(kills):
+        moment = "compile" if compiles and number < max(1, kills // 12) else MOMENTS[number % len(MOMENTS)]
+        met = _kill_once(folder, killed, moment, number, ranks, draw, environment)
+        counts[met] = counts.get(met, 0) + 1
+        print(
+            f"{number + 1}/{kills} {met}, newest step {_newest(killed)}, {time.monotonic() - begin:.0f} s", flush=True
+        )
+    for config in (killed, whole):
+        code = _start(folder, config, ranks, environment, slow=False).wait(900)
+        assert code == 0, f"{config.training.name} ended with {code}:\n{(folder / 'log.txt').read_text()[-3000:]}"
+    return {
+        "kills": counts,
+        "steps": steps,
+        "differences": _differences(_run_dir(killed), _run_dir(whole)),
+        "left_behind": _left_behind(folder),
+    }
+
+
+def _config(folder: Path, name: str, *, steps: int, ranks: int) -> RunConfig:
+    backend = "native" if native.why_not(torch.device("cpu")) is None else "torch"
+    schedule = {"shape": "linear", "warmup_steps": 1, "ramp_steps": steps - 2}
+    settings = LAYOUTS["torch" if ranks == 1 else "zero2"] | {"resume": True, "steps": steps}
+    settings |= {"checkpoint_interval": 2, "keep_last": 2, "evaluation_interval": 3}
+    config = tiny_config(
+        folder,
+        name,
+        model={
+            "hidden_size": 40,
+            "num_layers": 2,
+            "num_heads": 2,
+            "head_size": 10,
+            "vocab_size": 257,
+            "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "grouped"},
+            "sparsity": {"default": 0.5, "backend": backend, "schedule": schedule},
+        },
+        **settings,
+    )
+    return config.model_copy(update={"metrics": config.metrics.model_copy(update={"tensorboard": False})})
+
+
+def _start(
+    folder: Path, config: RunConfig, ranks: int, environment: dict[str, str], *, slow: bool
+) -> subprocess.Popen[bytes]:
+    file = folder / f"{config.training.name}.yaml"
+    file.write_text(config_to_yaml(config))
+    more = environment | {"KILLED_RUN_MOMENTS": str(folder / "moments"), "KILLED_RUN_SLOW": "1" if slow else ""}
+    before = {name: os.environ.get(name) for name in more}
+    os.environ.update(more)
+    try:
+        with (folder / "log.txt").open("ab") as log:
+            script = str(Path(__file__).with_name("killed_run.py"))
+            return start([script, "train", str(file)], ranks=ranks, output=log)
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _kill_once(
+    folder: Path,
+    config: RunConfig,
+    moment: str,
+    number: int,
+    ranks: int,
+    draw: random.Random,
+    environment: dict[str, str],
+) -> str:
+    """Start the run and kill it; the last thing that it had begun."""
+    moments = folder / "moments"
+    moments.unlink(missing_ok=True)
+    process = _start(folder, config, ranks, environment, slow=True)
+    try:
+        wanted = {"load": "start", "compile": "compile"}.get(moment, moment)
+        _wait_for(moments, wanted, draw.randint(1, 2) if moment in ("step", "save") else 1, process, folder)
+        time.sleep(draw.uniform(0, {"load": 4.0, "compile": 8.0}.get(moment, 0.06)))
+        met = _seen(moments)[-1].split()[0]
+        if ranks > 1 and number % 5 == 2:
+            rank = draw.randrange(ranks)
+            pids = [line.split()[2] for line in _seen(moments) if line.startswith(f"start {rank} ")]
+            if pids:
+                os.kill(int(pids[0]), signal.SIGKILL)
+                process.wait(120)
+    finally:
+        if process.poll() is None:
+            kill_group(process)
+    return met
+
+
+def _wait_for(moments: Path, wanted: str, times: int, process: subprocess.Popen[bytes], folder: Path) -> None:
+    end = time.monotonic() + 900
+    while sum(line.split()[0] == wanted for line in _seen(moments)) < times:
+        log = folder / "log.txt"
+        assert process.poll() is None, f"the run ended by itself ({process.returncode}):\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < end, f"the run hangs before its {wanted}:\n{log.read_text()[-3000:]}"
+        time.sleep(0.005)
+
+
+def _seen(moments: Path) -> list[str]:
+    return moments.read_text().splitlines() if moments.exists() else []
+
+
+def _run_dir(config: RunConfig) -> Path:
+    return Path(config.training.output_dir) / config.training.name
+
+
+def _newest(config: RunConfig) -> str:
+    paths = list_checkpoints(_run_dir(config))
+    return paths[-1].name if paths else "none"
+
+
+def _differences(killed: Path, whole: Path) -> list[str]:
+    have, want = (read_metrics(run / "metrics.jsonl") for run in (killed, whole))
+    if [row["step"] for row in have] != [row["step"] for row in want]:
+        return [f"logged steps: {len(have)} and {len(want)}"]
+    found = []
+    for left, right in zip(have, want, strict=True):
+        names = {name for name in left.keys() | right.keys() if not _is_left_out(name)}
+        found += [
+            f"step {left['step']}: {name} {left.get(name)} {right.get(name)}"
+            for name in sorted(names)
+            if left.get(name) != right.get(name)
+        ]
+    states = state_of(killed)[1], state_of(whole)[1]
+    found += [f"tensor {key}" for key in states[1] if not states[0][key].equal(states[1][key])]
+    return found[:20]
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(NOT_COMPARED) or any(part in name for part in WINDOWED)
+
+
+def _left_behind(folder: Path) -> list[str]:
+    """Locks, and files and folders that were to be renamed."""
+    return sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.suffix in (".lock", ".new", ".part")
+        or path.name in ("lock", ".lock")
+        or ".partial-" in path.name
+        or path.name.startswith(".saving-")
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -35,9 +35,23 @@ def run_op_benchmarks(
     """
     operations = []
     for precision, dtype in dtypes.items():
-        operations += [{"precision": precision} | _operation(spec, case, dtype, device, rounds) for spec in OPS]
+        operations += [{"precision": precision} | time_operation(spec, case, dtype, device, rounds) for spec in OPS]
         operations.append({"precision": precision} | _thresholds(case, dtype, device, rounds))
     return {"benchmark": "ops", "machine": fingerprint(), "device": device, "rounds": rounds, "operations": operations}
+
+
+def time_operation(spec: OpSpec, case: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+    """Return name, shape, median ``seconds`` by pass and version, and ``left_out`` of one operation on one case."""
+    example = spec.example_inputs(case, dtype, device)
+    left_out = {name: reason for name in spec.fast if (reason := _why_left_out(spec, name, device))}
+    versions = {REFERENCE: spec.reference} | {name: spec.load(name) for name in spec.fast if name not in left_out}
+    calls = {name: _forward(version, example) for name, version in versions.items()}
+    seconds = {"forward": _seconds(calls, device, rounds)}
+    if any(output.requires_grad for output in _outputs(spec.reference, example)):
+        calls = {name: _forward_and_backward(version, example) for name, version in versions.items()}
+        seconds["forward and backward"] = _seconds(calls, device, rounds)
+    shape = list(next(iter(example.tensors.values())).shape)
+    return {"name": spec.name, "shape": shape, "seconds": seconds, "left_out": left_out}
 
 
 def threshold_by_topk(magnitude: Tensor, num_kept: int) -> Tensor:
@@ -80,19 +94,6 @@ THRESHOLDS: dict[str, Callable[[Tensor, int], Tensor]] = {
 """Of the integers that ``magnitude_bits`` makes; ties are not resolved."""
 
 
-def _operation(spec: OpSpec, case: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
-    example = spec.example_inputs(case, dtype, device)
-    left_out = {name: reason for name in spec.fast if (reason := _why_left_out(spec, name, device))}
-    versions = {REFERENCE: spec.reference} | {name: spec.load(name) for name in spec.fast if name not in left_out}
-    calls = {name: _forward(version, example) for name, version in versions.items()}
-    seconds = {"forward": _seconds(calls, device, rounds)}
-    if any(output.requires_grad for output in _outputs(spec.reference, example)):
-        calls = {name: _forward_and_backward(version, example) for name, version in versions.items()}
-        seconds["forward and backward"] = _seconds(calls, device, rounds)
-    shape = list(next(iter(example.tensors.values())).shape)
-    return {"name": spec.name, "shape": shape, "seconds": seconds, "left_out": left_out}
-
-
 def _thresholds(case: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
     spec = next(spec for spec in OPS if spec.name == "topk_select")
     example = spec.example_inputs(case, dtype, device)
@@ -128,12 +129,16 @@ def _forward(version: Operation, example: Example) -> Callable[[], object]:
 
 def _forward_and_backward(version: Operation, example: Example) -> Callable[[], object]:
     leaves = {name: x.detach().requires_grad_() for name, x in example.tensors.items()}
-    upstream = torch.randn_like(next(iter(leaves.values())))
+
+    def first_output() -> Tensor:
+        output = version(**leaves, **example.settings)
+        return output if isinstance(output, Tensor) else output[0]
+
+    # The output may have another shape than every input.
+    upstream = torch.randn_like(first_output())
 
     def call() -> None:
-        output = version(**leaves, **example.settings)
-        first = output if isinstance(output, Tensor) else output[0]
-        torch.autograd.grad(first, list(leaves.values()), upstream)
+        torch.autograd.grad(first_output(), list(leaves.values()), upstream)
 
     return call
 

@@ -14,19 +14,27 @@ SHAPES = {
     "no_rows": (0, 16),
     "one_kept": (4, 33),
     "all_kept": (4, 33),
-    "k_per_row": (7, 40),
+    "k_per_row": (7, 41),
     "ties": (6, 40),
     "zeros": (3, 24),
     "strided": (5, 36),
+    "gaps": (5, 35),
+    "several_tiles": (70, 41),
     "many_features": (2, 1100),
+    "tiles_of_columns": (2, 2100),
 }
-"""(N, D) by the name of the case."""
+"""(N, D) by the name of the case. ``several_tiles`` needs several Triton programs of several rows each, and
+``tiles_of_columns`` several tiles beside each other (``tiles.flat_tile`` has at most 2,048 columns)."""
+MANY_ROWS = (8192, 37)
+"""(N, D) of the case ``many_rows``: several chunks of rows for every thread of the C++ operators."""
 LARGE = {"cpu": (2048, 768), "cuda": (65536, 1024)}
 """(N, D) of the case ``large`` by the kind of device: rows and hidden width of one MoE layer's step."""
 
 
 def shape_of(case: str, device: str) -> tuple[int, int]:
     """``(N, D)`` of a case."""
+    if case == "many_rows":
+        return MANY_ROWS
     return LARGE[torch.device(device).type] if case == "large" else SHAPES[case]
 
 
@@ -44,6 +52,14 @@ def values_of(case: str, device: str, salt: str = "") -> Tensor:
     if case == "ties":
         rows = (2 * rows).round() / 2
     return (torch.zeros_like(rows) if case == "zeros" else rows).to(device)
+
+
+def laid_out(case: str, rows_ND: Tensor) -> Tensor:
+    """Return the rows as they are, or for ``gaps`` with NaN in memory between one row and the next."""
+    if case != "gaps":
+        return rows_ND
+    between = torch.full_like(rows_ND[:, :5], torch.nan)
+    return torch.cat((rows_ND, between), dim=1)[:, : rows_ND.shape[1]]
 
 
 def num_kept_of(case: str, num_rows: int, width: int, device: str) -> int | Tensor:

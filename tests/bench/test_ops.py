@@ -38,6 +38,26 @@ def test_every_operation_and_version_is_timed_or_told_why_not(monkeypatch):
     assert result["machine"]["torch"] == torch.__version__
 
 
+@pytest.mark.parametrize(("spec", "case"), [(spec, case) for spec in OPS for case in spec.cases if case != "no_rows"])
+def test_every_case_of_every_operation_is_timed_forward_and_back(spec, case):
+    timed = ops.time_operation(spec, case, torch.float32, "cpu", 1)
+    runs = {ops.REFERENCE, *spec.fast} - timed["left_out"].keys()
+    for seconds in timed["seconds"].values():
+        assert seconds.keys() == runs and min(seconds.values()) > 0
+    assert "forward and backward" in timed["seconds"] or spec.name in (
+        "int8_quantize",
+        "site_row_pattern",
+        "site_row_sums",
+    )
+
+
+def test_the_verb_runs_whole(capsys):
+    assert run(["bench", "ops", "--precision", "fp32", "--rounds", "1", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert {spec.name for spec in OPS} < {operation["name"] for operation in result["operations"]}
+    assert all(operation["shape"][0] >= 2048 for operation in result["operations"])
+
+
 def test_the_verb_prints_a_table_and_writes_the_results(monkeypatch, tmp_path, capsys):
     timed = {
         "benchmark": "ops",

@@ -16,7 +16,8 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint import list_checkpoints
 from qsparse_moe.training.evaluate import load_run
 from qsparse_moe.training.loop import train
-from tests.support.runs import tiny_config, write_text
+from tests.support.runs import STOP_STEP, tiny_config, write_text
+from tests.training.test_loop import stop_after
 
 # Buffers too: the biases that balance the experts.
 MODEL = {
@@ -99,6 +100,16 @@ def test_a_plan_file_goes_with_the_export(folder, tmp_path):
     (tmp_path / "plan.json").unlink()
     _, model, _ = load_export(tmp_path / "out")
     assert model.sparsity_plan == plan
+
+
+def test_an_export_from_the_middle_of_a_ramp_has_the_sparsity_of_its_last_step(folder, tmp_path):
+    run_dir = train(tiny_config(folder, "ramp", engine="torch"), [stop_after(STOP_STEP)]).run_dir
+    assert export_run(run_dir, tmp_path / "out").step == STOP_STEP
+    config, model, _ = load_export(tmp_path / "out")
+    schedule = config.model.sparsity.schedule
+    assert (schedule.warmup_steps, schedule.ramp_steps, STOP_STEP) == (1, 4, 4)
+    # Steps count from 0: the last was number 3, two steps into the ramp of four, and S is half of 0.5.
+    assert {s for values in model.sparsity_plan.values.values() for s in values} == {0.25}
 
 
 def test_nothing_is_overwritten_unless_it_is_an_earlier_export(run_dir, tmp_path):

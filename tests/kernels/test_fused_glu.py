@@ -62,6 +62,20 @@ def test_halves_of_one_matrix_are_read_where_they_lie(by):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.parametrize("gradient", ["ste", "masked"])
+def test_every_matrix_is_read_by_its_own_stride(by, gradient):
+    wide = torch.randn(5, 60)
+    gate, up, upstream = wide[:, :13], wide[:, 20:59:3].contiguous()[:, :13], torch.randn(5, 17)[:, 2:15]
+    strides = [x.stride() for x in (gate, up, upstream)]
+    assert strides == [(60, 1), (13, 1), (17, 1)]
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    kept, _ = fused_glu(gate, up, 4, by=by, gradient=gradient)
+    want, _ = reference.fused_glu(gate, up, 4, gradient=gradient)
+    torch.testing.assert_close(kept, want)
+    mine, theirs = (torch.autograd.grad(out, leaves, upstream) for out in (kept, want))
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_a_gradient_that_was_expanded_is_taken(by):
     gate, up = torch.randn(2, 5, 12, requires_grad=True)
     kept, _ = fused_glu(gate, up, 4, by=by)

@@ -11,6 +11,7 @@ from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.rope import rotate, rotation_at
 from qsparse_moe.model.transformer import build_model, cross_entropy
 from qsparse_moe.moe.losses import StepLoad
+from qsparse_moe.moe.site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 VOCAB = 40
@@ -287,3 +288,64 @@ def test_bf16_keeps_losses_in_fp32_and_stays_near_fp32():
     got, want = narrow(tokens(), tokens()), wide(tokens(), tokens())
     assert got.loss.dtype == torch.float32
     assert got.loss.item() == pytest.approx(want.loss.item(), rel=0.01)
+
+
+def test_the_routers_losses_are_the_means_over_the_layers():
+    model = make(num_layers=2, moe={"router_z_coefficient": 0.5, "load_balance_coefficient": 0.25})
+    with torch.no_grad():
+        for factor, block in zip((20.0, 60.0), model.blocks(), strict=True):
+            block.moe.router.weight.mul_(factor)
+    routings, hooks = [], []
+    for router in model.routers():
+        hooks.append(router.register_forward_hook(lambda module, inputs, output: routings.append(output)))
+    out = model(tokens(), tokens())
+    z_by_layer = [routing.logits_TE.logsumexp(-1).square().mean() for routing in routings]
+    assert len(z_by_layer) == 2 and abs(z_by_layer[1] - z_by_layer[0]) > 0.1 * z_by_layer[0]
+    torch.testing.assert_close(out.losses["router_z_loss"], sum(z_by_layer).detach() / 2)
+    rest = out.losses["lm_loss"] + 0.25 * out.losses["load_balance_loss"]
+    torch.testing.assert_close(out.loss.detach(), rest + 0.5 * sum(z_by_layer).detach() / 2)
+
+
+def test_every_site_of_every_layer_blends_its_gradient():
+    model = make(moe={"num_dense_layers": 1, "num_shared_experts": 1}, sparsity=SparsityConfig(default=0.5))
+    model.set_ste_share(0.25)
+    sites = {f"layers.{n}.{name}": site for n, b in enumerate(model.blocks()) for name, site in b.sites().items()}
+    in_the_model = [module for module in model.modules() if isinstance(module, SparseSite)]
+    assert {id(site) for site in in_the_model} == {id(site) for site in sites.values()} and len(sites) >= 12
+    assert {name: site.ste_share for name, site in sites.items()} == dict.fromkeys(sites, 0.25)
+
+
+def test_queries_and_keys_are_normed_before_they_are_turned():
+    """By hand; weights of the norms that differ between the two channels of a pair do not commute with its rotation."""
+    attention = make(qk_norm=True, num_layers=1).layers[0].attention
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for norm in (attention.query_norm, attention.key_norm):
+            norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) * 2 + 0.1)
+        attention.qkv.weight.copy_(torch.randn(attention.qkv.weight.shape, generator=generator))
+    x = torch.randn(1, 6, 32, generator=generator)
+    rotation = rotation_at(torch.arange(6)[None], 8, 10000.0, torch.float32)
+    query, key, value = (attention.qkv(x).view(1, 6, 3, 4, 8).permute(2, 0, 3, 1, 4)).unbind(0)
+
+    def normed_and_turned(heads, norm):
+        scaled = heads / (heads.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
+        cos, sin = rotation
+        first, second = scaled[..., :4], scaled[..., 4:]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+
+    query, key = normed_and_turned(query, attention.query_norm), normed_and_turned(key, attention.key_norm)
+    scores = (query @ key.mT / 8**0.5).masked_fill(~torch.ones(6, 6, dtype=torch.bool).tril(), -torch.inf)
+    mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(1, 6, 32)
+    got, _, _ = attention(x, rotation, None, with_stats=False)
+    torch.testing.assert_close(got, mixed @ attention.output.weight.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_angles_of_far_positions_are_right_in_every_dtype(dtype):
+    """bf16 has no 1,001, nor the frequencies: angles are formed in fp32, and only their cosines are rounded."""
+    rotation = rotation_at(torch.tensor([[1001, 4093]]), 8, 10000.0, dtype)
+    angles = [[position * 10000.0 ** (-2 * i / 8) for i in range(4)] for position in (1001, 4093)]
+    wide = torch.tensor(angles, dtype=torch.float64)[None, None]
+    for got, want in zip(rotation, (wide.cos(), wide.sin()), strict=True):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.double(), want, rtol=0.0, atol=2**-8 if dtype == torch.bfloat16 else 5e-4)

@@ -171,6 +171,15 @@ def test_biases_move_by_the_rate_towards_an_even_load():
     assert router.expert_bias.tolist() == [-0.75, 0.75, 0.0, 0.0, -0.75, 0.75, -0.75, 0.75]
 
 
+def test_biases_move_by_the_rate_however_near_or_far_from_the_mean_a_load_is():
+    router = make(bias_update_rate=0.25)
+    rows = torch.tensor([4.0, 5, 4, 5, 36, 0, -17.5, 4.5], dtype=torch.float64)
+    rows[6] = 4 * 9 - rows[[0, 1, 2, 3, 4, 5, 7]].sum()  # a mean of 4.5
+    assert rows.mean() == 4.5
+    router.update_bias(rows, 0.25)
+    assert router.expert_bias.tolist() == [0.25, -0.25, 0.25, -0.25, -0.25, 0.25, 0.25, 0.0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_biases_are_fp32_state_through_every_cast_and_no_parameter(dtype):
     router = make(dtype=torch.float32, bias_update_rate=1e-3)

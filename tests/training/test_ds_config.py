@@ -91,3 +91,11 @@ def test_two_runs_never_share_a_folder_for_their_swap_files(tmp_path):
     places = [{"name": "a"}, {"name": "b"}, {"name": "a", "output_dir": "elsewhere"}]
     made = [settings(3, offload=nvme, **place)["zero_optimization"]["offload_param"] for place in places]
     assert len({folder["nvme_path"] for folder in made}) == 3
+
+
+@pytest.mark.parametrize(("device", "ahead"), [("none", 1), ("cpu", 1), ("nvme", 0)])
+def test_nothing_is_read_ahead_of_its_layer_from_files(device, ahead, tmp_path):
+    nvme = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path)} if device == "nvme" else {}
+    zero = settings(3, offload={"offload_parameters": device} | nvme)["zero_optimization"]
+    names = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+    assert [zero[name] for name in names] == [ahead * 1234, ahead * 1_000_000_000, ahead * 1_000_000_000]

@@ -15,6 +15,8 @@ CASES = {
     "odd_group": (4, 35, 7, 3),
     "one_group": (3, 32, 32, 5),
     "groups_of_one": (3, 8, 1, 1),
+    "groups_of_16": (3, 48, 16, 5),
+    "groups_of_64": (3, 128, 64, 24),
     "no_rows": (0, 32, 8, 4),
     "ties": (6, 64, 16, 4),
     "k_per_row": (6, 64, 8, 0),
@@ -24,8 +26,8 @@ CASES = {
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     """Rows of the case; where K is given as 0 it is drawn for every row."""
-    large = (*LARGE[torch.device(device).type], 32, 16)
-    num_rows, width, group_size, per_group = large if case == "large" else CASES[case]
+    beyond = {"large": (*LARGE[torch.device(device).type], 32, 16), "many_rows": (700, 96, 32, 16)}
+    num_rows, width, group_size, per_group = (beyond | CASES)[case]
     x = torch.randn(num_rows, width, generator=seeded(case))
     x = x.round() if case == "ties" else x
     num_kept: int | torch.Tensor = per_group * width // group_size

@@ -9,7 +9,19 @@ from qsparse_moe.kernels.combine_rows.reference import combine_rows
 from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
 
 _OP = "qsparse_moe.kernels.combine_rows.op"
-CASES = ("plain", "odd_sizes", "one_value", "no_rows", "strided", "many_features", "one_choice", "dropped")
+CASES = (
+    "plain",
+    "odd_sizes",
+    "one_value",
+    "no_rows",
+    "strided",
+    "gaps",
+    "several_tiles",
+    "many_features",
+    "tiles_of_columns",
+    "one_choice",
+    "dropped",
+)
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
@@ -28,7 +40,8 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     rows = example_rows.values_of(shaped_like, device, "rows").repeat(choices, 1)[: len(slot_N)]
     if case == "strided":
         rows = rows.T.contiguous().T
-    tensors = {"rows_ND": rows.to(device, dtype), "weights_TA": weights.to(device, dtype)}
+    rows = example_rows.laid_out(case, rows.to(device, dtype))
+    tensors = {"rows_ND": rows, "weights_TA": weights.to(device, dtype)}
     return Example(tensors, {"row_TA": row_S.view(weights.shape).to(device), "slot_N": slot_N.to(device)})
 
 

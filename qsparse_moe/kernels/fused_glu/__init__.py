@@ -30,7 +30,8 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     if rows not in ("ties", "large"):
         chosen = topk_mask(reference.ACTIVATIONS[activation](gate, up), num_kept)
         up = torch.where(chosen, 2 * up, up)
-    tensors = {"gate_NF": gate.to(device, dtype), "up_NF": up.to(device, dtype)}
+    # Of rows that lie apart it is the gate's alone: each tensor has a stride of its own.
+    tensors = {"gate_NF": example_rows.laid_out(rows, gate.to(device, dtype)), "up_NF": up.to(device, dtype)}
     return Example(tensors, {"num_kept": num_kept, "activation": activation, "gradient": gradient})
 
 

@@ -11,7 +11,18 @@ from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
 from qsparse_moe.sparsity.quantize import fake_quantize, quantize
 
 _TRITON = "qsparse_moe.kernels.int8_quantize.triton"
-CASES = ("plain", "odd_sizes", "one_value", "no_rows", "ties", "zeros", "strided", "many_features")
+CASES = (
+    "plain",
+    "odd_sizes",
+    "one_value",
+    "no_rows",
+    "ties",
+    "zeros",
+    "strided",
+    "gaps",
+    "several_tiles",
+    "many_features",
+)
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
@@ -22,7 +33,7 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
         x[:, 0] = 127.0
     else:
         x = x * torch.logspace(-3, 3, x.shape[0], device=device)[:, None]
-    return Example({"x": x.to(dtype)})
+    return Example({"x": example_rows.laid_out(case, x.to(dtype))})
 
 
 SPEC = OpSpec(

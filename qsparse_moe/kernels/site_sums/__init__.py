@@ -16,7 +16,8 @@ _OP = "qsparse_moe.kernels.site_sums.op"
 def _kept(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     before = example_rows.values_of(case, device).to(dtype)
     num_kept = example_rows.num_kept_of(case, before.shape[0], before.shape[1], device)
-    return before, topk_sparsify(before, num_kept)
+    after = topk_sparsify(before, num_kept)
+    return example_rows.laid_out(case, before), example_rows.laid_out(case, after)
 
 
 def sums_inputs(case: str, dtype: torch.dtype, device: str) -> Example:

@@ -20,7 +20,7 @@ IMPLEMENTATIONS = {
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     """Rows of the case; ``masked_gradient`` is ``k_per_row`` with the masked gradient."""
     case, gradient = ("k_per_row", "masked") if case == "masked_gradient" else (case, "ste")
-    x = example_rows.values_of(case, device).to(dtype)
+    x = example_rows.laid_out(case, example_rows.values_of(case, device).to(dtype))
     num_kept = example_rows.num_kept_of(case, x.shape[0], x.shape[1], device)
     return Example({"x": x}, {"num_kept": num_kept, "gradient": gradient})
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ import typer
 from qsparse_moe.cli import app as app_module
 from qsparse_moe.cli.app import VERBS, build_app, main, run
 from qsparse_moe.cli.console import print_json
+from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import BackendUnavailable, CheckpointError, ConfigError, DataError, TrainingDiverged
 
 REPOSITORY = Path(__file__).parents[2]
@@ -68,6 +70,27 @@ def test_every_verb_prints_its_help_and_explains_every_option(verb, capsys):
     for below in getattr(command, "commands", {"": command}).values():
         for parameter in below.params:
             assert parameter.help, parameter.name
+
+
+def help_texts(command):
+    """Every help text of a command, of its parameters and of the commands below it."""
+    yield command.help or ""
+    for parameter in command.params:
+        yield getattr(parameter, "help", None) or ""
+    for below in getattr(command, "commands", {}).values():
+        yield from help_texts(below)
+
+
+def test_every_setting_that_a_help_gives_as_an_example_is_one():
+    texts = " ".join(help_texts(typer.main.get_command(build_app())))
+    examples = set(re.findall(r"such as ([a-z_.]+=[^\s,;]*[^\s,;.])", texts))
+    assert {"training.steps=50", "model.sparsity.default=0.5", "metrics.interval=20"} <= examples
+    for example in examples:
+        name, _, value = example.partition("=")
+        config = load_config(Path(TINY), [example])
+        for part in name.split("."):
+            config = getattr(config, part)
+        assert str(config) == value
 
 
 @pytest.mark.parametrize(

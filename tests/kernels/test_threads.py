@@ -47,3 +47,19 @@ def test_every_row_is_that_of_the_reference_on_any_number_of_threads(spec, case,
     wrong = {part: too_far_off(fast[part], plain[part], exact[part], budget=spec.budget, eps=eps) for part in exact}
     assert fast.keys() == exact.keys()
     assert not {part: told for part, told in wrong.items() if told}
+
+
+@pytest.mark.parametrize("spec", [spec for spec in OPS if "native" in spec.fast], ids=lambda spec: spec.name)
+def test_two_threads_never_disturb_each_other(spec):
+    """Memory that two threads share is overwritten only while both run, so that the call is made many times."""
+    example = spec.example_inputs("many_rows", torch.float32, "cpu")
+    before, results = torch.get_num_threads(), []
+    for num_threads, calls in ((1, 1), (2, 20)):
+        torch.set_num_threads(num_threads)
+        try:
+            results += [outputs_and_grads(spec.load("native"), example, torch.float32) for _ in range(calls)]
+        finally:
+            torch.set_num_threads(before)
+    alone, *together = results
+    assert len(together) == 20
+    assert not {name for parts in together for name in alone if not torch.equal(parts[name], alone[name])}

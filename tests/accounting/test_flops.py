@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from qsparse_moe.accounting.flops import flops_by_site, forward_flops, training_flops
+from qsparse_moe.config.shapes import site_width
+from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.accounting.test_parameters import SHAPES, model_config
 
 
@@ -44,3 +46,21 @@ def test_measured_densities_take_the_place_of_the_plan():
     planned, measured = (flops_by_site(config, 16, densities=d)["expert_hidden"] for d in (None, densities))
     assert planned.kept - planned.selection == pytest.approx(0.5 * planned.routed)
     assert measured.kept - measured.selection == pytest.approx(0.25 * measured.routed)
+
+
+def test_a_selection_is_two_operations_per_feature_of_every_row_that_is_selected_from():
+    """By hand: A 2 of E 4; a K that differs between the experts makes one selection per expert at their input."""
+    config = model_config()
+    input_width, hidden_width = (site_width(config, site) for site in ("expert_input", "expert_hidden"))
+    assert config.moe.experts_per_token == 2 and config.moe.num_experts == 4
+    dense = SparsityPlan.uniform(config, 0.0).values
+
+    def selected(values):
+        parts = flops_by_site(config, 16, SparsityPlan(dense | values))
+        return {site: part.selection for site, part in parts.items() if part.selection}
+
+    assert selected({}) == {}
+    assert selected({(1, "expert_input"): (0.5,) * 4}) == {"expert_input": 2 * input_width}
+    assert selected({(1, "expert_input"): (0.0, 0.5, 0.5, 0.5)}) == {"expert_input": 2 * 2 * input_width}
+    assert selected({(1, "expert_hidden"): (0.5,) * 4}) == {"expert_hidden": 2 * 2 * hidden_width}
+    assert selected({(1, "attention_input"): (0.5,)}) == {"attention_input": 2 * site_width(config, "attention_input")}

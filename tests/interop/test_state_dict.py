@@ -182,6 +182,12 @@ def test_a_run_without_a_checkpoint_and_a_missing_library_are_said(run_dir, tmp_
     assert not (tmp_path / "out").exists() and list_checkpoints(run_dir)
 
 
+def test_a_part_is_filled_to_its_last_byte(run_dir, tmp_path):
+    whole = export_run(run_dir, tmp_path / "whole")
+    assert export_run(run_dir, tmp_path / "exact", part_bytes=whole.bytes).files == 1
+    assert export_run(run_dir, tmp_path / "less", part_bytes=whole.bytes - 1).files == 2
+
+
 def test_one_part_is_in_memory_at_a_time(run_dir, tmp_path, monkeypatch):
     """In fp32 not even that: the files of the checkpoint are mapped, and written from there."""
     held = []

@@ -157,3 +157,13 @@ def test_debug_counts_the_rows_and_is_silent_about_healthy_and_infinite_ones():
 def test_without_debug_a_nan_reaches_the_loss(selection, formats):
     model = broken_model(False, selection=selection, quantization=formats)
     assert model(TOKENS, TOKENS).loss.isnan()
+
+
+@pytest.mark.parametrize("number_format", ["none", "int8"])
+@pytest.mark.parametrize("selection", ["topk", "relu"])
+def test_the_sums_hold_the_energy_of_the_rows_as_they_came(selection, number_format):
+    x = torch.randn(6, D)
+    quantization = {"sites": {"expert_hidden": number_format}} if number_format != "none" else {}
+    _, stats = make((0.5,), selection=selection, quantization=quantization)(x, with_stats=True)
+    torch.testing.assert_close(stats["energy_E"], x.double().square().sum()[None], rtol=1e-5, atol=0.0)
+    assert stats["kept_energy_E"].item() < 0.99 * stats["energy_E"].item()

@@ -16,7 +16,8 @@ def model(sparsity, **moe):
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "width", "kept"), [(0.0, 10, 10), (0.5, 10, 5), (0.999, 10, 1), (0.4, 768, 461), (0.55, 1, 1)]
+    ("sparsity", "width", "kept"),
+    [(0.0, 10, 10), (0.5, 10, 5), (0.999, 10, 1), (0.4, 768, 461), (0.55, 1, 1), (0.68, 10, 3)],
 )
 def test_k_is_the_rounded_share_and_at_least_one(sparsity, width, kept):
     assert num_kept(sparsity, width) == kept
@@ -123,6 +124,13 @@ def test_a_plan_file_is_the_whole_plan(tmp_path):
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"plan.json: sparsity plan: not readable"):
         SparsityPlan.load(tmp_path / "plan.json")
+
+
+def test_every_group_keeps_the_same_whole_number_of_its_features():
+    settings = model({"selection": "block", "group_size": 8}).sparsity
+    # 2.4 of 8 in each of three groups are 2; of all 24 features together 7.2 would be 7.
+    assert site_num_kept(settings, 0.7, 24) == 6
+    assert num_kept(0.7, 24) == 7
 
 
 def test_groups_that_do_not_divide_a_sparse_site_are_refused_and_a_whole_site_has_all_its_features():

@@ -34,6 +34,13 @@ def test_sums_count_chosen_natural_zeros_energy_and_pattern(by):
     assert per_row["pairs_nonzero_E"] == 0  # it is not known which row continues another
 
 
+@pytest.mark.parametrize("by", [TORCH, NATIVE], ids=lambda by: by.name)
+def test_energy_is_that_before_the_selection_and_a_row_of_zeros_has_no_smallest(by):
+    before = torch.tensor([[3.0, -2.0, 1.0], [0.0, 0.0, 0.0]])
+    found = numbers(stats_of(before, 1, by=by))
+    assert (found["energy"], found["kept_energy"], found["smallest"], found["nonzero"]) == ([14], [9], [3], [1])
+
+
 def test_each_expert_has_the_sums_of_the_rows_that_it_reads():
     before = torch.randn(5, 8)
     row, expert = torch.tensor([0, 2, 2, 4]), torch.tensor([0, 0, 2, 2])

@@ -1,0 +1,35 @@
+"""Figures of grids and of budgets, written out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from qsparse_moe.ablation.compare_plans import DENSE, UNIFORM, outcomes
+from qsparse_moe.ablation.documents import bootstrap_intervals
+from qsparse_moe.ablation.placement import Placement
+
+
+def test_threads_share_the_cores_among_all_processes_of_all_runs():
+    assert Placement(ranks=2, jobs=3).environment((), 24) == {"OMP_NUM_THREADS": "4"}
+    assert Placement(ranks=4, jobs=3).environment((), 8) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_the_gap_closed_is_a_share_of_the_way_from_uniform_to_dense():
+    labels_C = np.array([10.0, 30.0])
+    found = {
+        UNIFORM: (np.array([30.0, 90.0]), 7.0),
+        "other": (np.array([29.0, 86.0]), 8.0),  # 5 of the 20 nats
+        DENSE: (np.array([25.0, 75.0]), 9.0),
+    }
+    by_name = {outcome.name: outcome for outcome in outcomes(found, labels_C)}
+    assert {name: outcome.gap_closed for name, outcome in by_name.items()} == {UNIFORM: 0.0, "other": 0.25, DENSE: 1.0}
+    assert by_name["other"].against_uniform == pytest.approx(-5 / 40)
+    assert by_name["other"].loss == pytest.approx(115 / 40)
+
+
+def test_an_interval_of_95_percent_leaves_a_fortieth_on_either_side():
+    sums_XC, labels_C = np.arange(50.0)[None], np.ones(50)
+    low, high = bootstrap_intervals(sums_XC, labels_C, draws=4000)
+    # Mean 24.5; the standard error of 50 documents is 14.43 / sqrt(50) = 2.041, and 1.96 of it on either side.
+    assert high[0] - low[0] == pytest.approx(2 * 1.96 * 2.041, rel=0.06)

@@ -1,0 +1,31 @@
+"""The table of a plan and the moments of a histogram, written out by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.metrics.histograms import add_histogram
+from qsparse_moe.metrics.tensorboard import plan_table
+from qsparse_moe.sparsity.log_counts import LogBins
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+
+def test_a_plan_shows_the_range_of_its_experts_in_whatever_order_they_stand():
+    plan = SparsityPlan({(0, "expert_hidden"): (0.5, 0.9, 0.25, 0.6), (1, "expert_hidden"): (0.5,) * 4})
+    assert plan_table(plan).splitlines()[2:] == ["| 0 | 0.25 to 0.9 |", "| 1 | 0.5 |"]
+
+
+def test_sums_of_a_histogram_are_of_the_middles_of_its_bins():
+    class Writer:
+        def add_histogram_raw(self, tag, **given):
+            self.given = given
+
+    writer = Writer()
+    bins = LogBins(-3, 1, 1)
+    counts = torch.zeros(len(bins.edges) - 1)
+    counts[1], counts[3] = 2, 1
+    middles = [(bins.edges[i] + bins.edges[i + 1]) / 2 for i in (1, 3)]
+    add_histogram(writer, "h", counts, bins, 5)
+    assert writer.given["sum"] == pytest.approx(2 * middles[0] + middles[1])
+    assert writer.given["sum_squares"] == pytest.approx(2 * middles[0] ** 2 + middles[1] ** 2)

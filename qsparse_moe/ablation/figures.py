@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import statistics
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -15,12 +12,12 @@ from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-Row = Mapping[str, Any]
+from qsparse_moe.ablation.expert_figures import expert_maps
+from qsparse_moe.ablation.panels import LOSS, colour_bar, panels_of, split_by
+from qsparse_moe.ablation.points import Point, Row, points_of
+from qsparse_moe.ablation.scan_figures import MEAN, loss_by_place, loss_by_sparsity, sparsity_axis
+
 _SHAPE = ("hidden_size", "num_layers")
-_SHAPE_PATHS = ("model.hidden_size", "model.num_layers", "model.num_heads", "model.num_kv_heads")
-_EXPERT_PATHS = ("model.moe.num_experts", "model.moe.experts_per_token", "model.moe.expert_hidden_size")
-_S_PATHS = ("model.sparsity.default", "model.sparsity.sites.")
-_LOSS = "validation loss, nats a token"
 _MOST_PANELS = 4
 _MOST_NAMES = 6
 _WIDE = 8.0
@@ -28,20 +25,13 @@ _WIDE = 8.0
 _PAPER = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 
 
-class Point(NamedTuple):
-    """A point of a grid: the rows of its seeds as one."""
-
-    row: Row
-    loss: float
-    spread: float
-    """Standard deviation over the seeds; 0 with one seed."""
-
-
 def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     """Write the PNG files that ``rows`` of results have the axes for into ``folder``: their titles by file name."""
     points = points_of(rows)
     drawings = {
         "loss-by-sparsity.png": ("Validation loss by S and experts", loss_by_sparsity(points)),
+        "loss-by-place.png": ("Validation loss by S at each place that is changed", loss_by_place(points)),
+        "loss-by-expert.png": ("Change of the validation loss by the expert that is changed", expert_maps(points)),
         "loss-by-parameters.png": ("Validation loss by active parameters", loss_by_parameters(points)),
         "iso-loss.png": ("Validation loss over E/A and S", iso_loss(points)),
     }
@@ -53,42 +43,6 @@ def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
             os.replace(part, folder / name)
             found[name] = title
     return found
-
-
-def points_of(rows: Sequence[Row]) -> list[Point]:
-    """The finished runs, the seeds of a variant as one point."""
-    by_variant: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["finished"] and row["loss"] is not None:
-            by_variant[row["variant"]].append(row)
-    points = []
-    for found in by_variant.values():
-        losses = [row["loss"] for row in found]
-        points.append(Point(found[0], statistics.mean(losses), statistics.stdev(losses) if len(losses) > 1 else 0.0))
-    return points
-
-
-def loss_by_sparsity(points: Sequence[Point]) -> Figure | None:
-    """Loss against mean S, a line for every E and A (and whatever else varies), a panel for every width and depth.
-
-    None where S does not vary, or where different points set it at different sites.
-    """
-    if len({point.row["sparsity"] for point in points}) < 2 or not _one_way_of_sparsity(points):
-        return None
-    panels = _by(points, _SHAPE)
-    if len(panels) > _MOST_PANELS:
-        return None
-    figure, axes = _panels(panels)
-    for axis, panel in zip(axes, panels.values(), strict=True):
-        for position, (label, line) in enumerate(_lines(panel).items()):
-            line = sorted(line, key=lambda point: point.row["sparsity"])
-            x, y = [point.row["sparsity"] for point in line], [point.loss for point in line]
-            bars = [point.spread for point in line]
-            axis.errorbar(x, y, bars, label=label, color=f"C{position}", marker="o", markersize=4, capsize=2)
-        axis.set_xlabel("mean S of the plan")
-        axis.set_ylabel(_LOSS)
-    _legend(figure, axes)
-    return figure
 
 
 def loss_by_parameters(points: Sequence[Point]) -> Figure | None:
@@ -103,12 +57,13 @@ def loss_by_parameters(points: Sequence[Point]) -> Figure | None:
     shown = [name for name in names if len({point.row[name] for point in points}) > 1]
     if not shown:
         return None
-    figure, axes = _panels(dict.fromkeys(names[name] for name in shown))
+    figure, axes = panels_of(dict.fromkeys(names[name] for name in shown))
     for axis, name in zip(axes, shown, strict=True):
         colored = _scatter(axis, points, name)
         axis.set_xlabel(names[name])
         axis.set_title("")
-    figure.colorbar(colored, ax=axes, label="mean S of the plan")
+    colour_bar(figure, axes, colored, MEAN)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper left", fontsize=7)
     return figure
 
 
@@ -126,15 +81,15 @@ def iso_loss(points: Sequence[Point]) -> Figure | None:
 
     None where there is no such panel.
     """
-    if not _one_way_of_sparsity(points):
+    if sparsity_axis(points)[0] != MEAN:
         return None
-    by_panel = _by(points, (*_SHAPE, "experts_per_token"))
+    by_panel = split_by(points, (*_SHAPE, "experts_per_token"))
     if len(by_panel) > _MOST_PANELS:
-        by_panel = _by(points, _SHAPE)
+        by_panel = split_by(points, _SHAPE)
     maps = {name: found for name, panel in by_panel.items() if (found := _complete_map(panel)) is not None}
     if not maps or len(maps) > _MOST_PANELS:
         return None
-    figure, axes = _panels(maps)
+    figure, axes = panels_of(maps)
     levels = _levels([loss for _, _, losses in maps.values() for line in losses for loss in line])
     for axis, (ratios, sparsities, losses) in zip(axes, maps.values(), strict=True):
         filled = axis.contourf(sparsities, ratios, losses, levels=levels, cmap="viridis_r", extend="both")
@@ -143,80 +98,45 @@ def iso_loss(points: Sequence[Point]) -> Figure | None:
         axis.plot(x, y, "k.", markersize=4, clip_on=False)
         axis.set_yscale("log", base=2)
         axis.set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
-        axis.set_xlabel("mean S of the plan")
+        axis.set_xlabel(MEAN)
         axis.set_ylabel("E / A")
-    figure.colorbar(filled, ax=axes, label=_LOSS, format="%.4f")
+    colour_bar(figure, axes, filled, LOSS, format="%.4f")
     return figure
 
 
-def _one_way_of_sparsity(points: Sequence[Point]) -> bool:
-    """Whether the points that set S set it at the same sites; those that set none are dense."""
-    ways = {frozenset(path for path in point.row["settings"] if path.startswith(_S_PATHS)) for point in points}
-    return len(ways - {frozenset()}) <= 1
-
-
-def _by(points: Sequence[Point], names: Sequence[str]) -> dict[str, list[Point]]:
-    """Panels: the points by what they are of ``names``."""
-    letters = {"hidden_size": "D", "num_layers": "L", "experts_per_token": "A"}
-    varying = [name for name in names if len({point.row[name] for point in points}) > 1]
-    panels: dict[str, list[Point]] = defaultdict(list)
-    for point in points:
-        panels[", ".join(f"{letters[name]} {point.row[name]}" for name in varying)].append(point)
-    return panels
-
-
-def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
-    known = (*_SHAPE_PATHS, *_EXPERT_PATHS, *_S_PATHS)
-    lines: dict[str, list[Point]] = defaultdict(list)
-    values: dict[str, set[str]] = defaultdict(set)
-    for point in points:
-        for path in {path for other in points for path in other.row["settings"]}:
-            values[path].add(repr(point.row["settings"].get(path)))
-    for point in points:
-        # What is the same in the whole panel tells no line from another.
-        others = {k: v for k, v in point.row["settings"].items() if not k.startswith(known) and len(values[k]) > 1}
-        label = f"E {point.row['num_experts']}, A {point.row['experts_per_token']}"
-        lines[", ".join([label, *(f"{k.rpartition('.')[2]} {v}" for k, v in others.items())])].append(point)
-    return lines
-
-
-def _panels(titles: Mapping[str, Any]) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(1 + 4 * len(titles), 4), dpi=120, layout="constrained")
-    axes = [figure.add_subplot(1, len(titles), position + 1) for position in range(len(titles))]
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title, fontsize=9)
-        axis.tick_params(labelsize=8)
-    return figure, axes
-
-
-def _legend(figure: Figure, axes: Sequence[Axes]) -> None:
-    """Beside the panels where all have the same lines, else in each."""
-    handles = [axis.get_legend_handles_labels() for axis in axes]
-    if len(axes) > 1 and all(labels == handles[0][1] for _, labels in handles):
-        figure.legend(*handles[0], loc="outside right upper", fontsize=7)
-    else:
-        for axis in axes:
-            axis.legend(fontsize=7)
+def _name(point: Point) -> str:
+    """The labels of the point's variant and of its settings of the axes."""
+    labels = [label for label, _ in point.row.get("choices") or ()]
+    return ", ".join(labels) or str(point.row["variant"])
 
 
 def _scatter(axis: Axes, points: Sequence[Point], cost: str) -> PathCollection:
     front = pareto_front(points, cost)
     x, y = [point.row[cost] / 1e3 for point in front], [point.loss for point in front]
     axis.step(x, y, "k--", where="post", linewidth=1, label="Pareto front", zorder=1)
+    middle = (min(point.row[cost] for point in points) + max(point.row[cost] for point in points)) / 2e3
     for point, left, low in zip(front, x, y, strict=True) if len(front) <= _MOST_NAMES else ():
+        away = 4 if left <= middle else -4  # towards the middle: the names may be long
+        side = "left" if away > 0 else "right"
         axis.annotate(
-            point.row["variant"], (left, low), (4, -9), textcoords="offset points", fontsize=6, zorder=3, bbox=_PAPER
+            _name(point),
+            (left, low),
+            (away, -9),
+            textcoords="offset points",
+            ha=side,
+            fontsize=6,
+            zorder=3,
+            bbox=_PAPER,
         )
     values = [point.row[cost] for point in points]
-    axis.margins(x=0.25)
+    axis.margins(x=0.25, y=0.1)
     if max(values) > _WIDE * min(values):
         axis.set_xscale("log")
         axis.margins(x=0.15)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.set_ylabel(_LOSS)
-    axis.legend(fontsize=7)
+    axis.set_ylabel(LOSS)
     costs, losses = [point.row[cost] / 1e3 for point in points], [point.loss for point in points]
     return axis.scatter(costs, losses, c=[point.row["sparsity"] for point in points], cmap="viridis", zorder=2)
 

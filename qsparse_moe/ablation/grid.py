@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qsparse_moe.ablation.grid_file import GIVEN, Point, grid_points, read_grid_file
+from qsparse_moe.ablation.grid_file import GIVEN, Choice, Point, grid_points, read_grid_file
 from qsparse_moe.config.fields import all_settings
 from qsparse_moe.config.load import load_config
-from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+_ITEM = re.compile(r"\.\d+(\..*)?$")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class GridRun:
     config: RunConfig
     settings: Mapping[str, Any] = field(default_factory=dict)
     """What the variant and the axes set, by dotted path."""
+    choices: tuple[Choice, ...] = ()
+    """The names of its variant and of its setting of every axis."""
 
     @property
     def id(self) -> str:
@@ -49,6 +56,19 @@ class Grid:
         """The points, in the order of the file."""
         return tuple(dict.fromkeys(run.variant for run in self.runs))
 
+    @cached_property
+    def places(self) -> tuple[tuple[int, Site], ...]:
+        """The layers and sites at which not every run has the same S; none where the models have different places."""
+        plans = [SparsityPlan.from_config(model).values for model in self._models]
+        shapes = [{place: len(values) for place, values in plan.items()} for plan in plans]
+        if any(shape != shapes[0] for shape in shapes):
+            return ()
+        return tuple(place for place in plans[0] if len({plan[place] for plan in plans}) > 1)
+
+    @property
+    def _models(self) -> list[ModelConfig]:
+        return list({run.variant: run.config.model for run in self.runs}.values())
+
 
 def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "runs/ablations") -> Grid:
     """The grid that ``path`` describes; every config of it is checked, and nothing is written.
@@ -65,15 +85,20 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
     file = read_grid_file(path)
     points = grid_points(path, file)
     common = [_override(name, value) for name, value in file.settings.items()]
-    varied = sorted({name for point in points for name in point.settings} & {name for name, _ in all_settings()})
+    known = {name for name, _ in all_settings()}
+    # An item of a list has no column: its whole list has.
+    paths = {_ITEM.sub("", name) for point in points for name in point.settings}
+    varied = sorted(paths & known)
     runs = []
     for point in points:
         changed = [*common, *(_override(name, value) for name, value in point.settings.items()), *overrides]
         for seed in point.seeds:
             given = (f"{point.name}-seed{seed}", f"{output_dir}/{path.stem}", str(seed), "true")
             fixed = [f"{name}={value}" for name, value in zip(GIVEN, given, strict=True)]
-            config = _with_columns(_checked(path, point, path.parent / file.base, [*changed, *fixed]), varied)
-            runs.append(GridRun(point.name, seed, config, point.settings))
+            config = _with_columns(
+                _checked(path, point, path.parent / file.base, [*changed, *fixed]), point.name, varied
+            )
+            runs.append(GridRun(point.name, seed, config, point.settings, point.choices))
     _refuse_twins(path, runs)
     return Grid(path.stem, tuple(runs))
 
@@ -85,13 +110,15 @@ def _checked(path: Path, point: Point, base: Path, overrides: Sequence[str]) -> 
         raise ConfigError(f"{path}, variant {point.name}: {error}") from None
 
 
-def _with_columns(config: RunConfig, varied: Sequence[str]) -> RunConfig:
-    """Every run of the grid has a column on the HPARAMS page for what any of them varies."""
+def _with_columns(config: RunConfig, variant: str, varied: Sequence[str]) -> RunConfig:
+    """Every run of the grid has columns on the HPARAMS page for its variant and for what any of them varies."""
     metrics = config.metrics
     if not metrics.tensorboard:
         return config
     columns = tuple(dict.fromkeys((*metrics.hyperparameters, *varied)))
-    return config.model_copy(update={"metrics": metrics.model_copy(update={"hyperparameters": columns})})
+    return config.model_copy(
+        update={"metrics": metrics.model_copy(update={"hyperparameters": columns, "variant": variant})}
+    )
 
 
 def _refuse_twins(path: Path, runs: Iterable[GridRun]) -> None:

@@ -9,11 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from qsparse_moe.config.fields import unknown_setting, walk
+from qsparse_moe.config.labels import LETTERS, OVERRIDES, name_of, setting_label
 from qsparse_moe.config.problems import Problem, dotted, raise_if_any, show
 from qsparse_moe.config.yaml_text import parse_yaml
 from qsparse_moe.errors import ConfigError
@@ -21,15 +22,6 @@ from qsparse_moe.errors import ConfigError
 GIVEN = ("training.name", "training.output_dir", "training.seed", "training.resume")
 """What every run of a grid is given; a grid that sets them too would say two things."""
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-_LETTERS = {
-    "model.hidden_size": "D",
-    "model.num_layers": "L",
-    "model.moe.num_experts": "E",
-    "model.moe.experts_per_token": "A",
-    "model.moe.expert_hidden_size": "F",
-    "model.sparsity.default": "S",
-}
-"""Paths whose letter stands in the names of runs; other axes have the last part of their path there."""
 
 Name = Annotated[str, Field(pattern=_NAME)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
@@ -59,11 +51,26 @@ class GridFile(_Strict):
     settings: dict[str, Any] = {}
     """Settings of every run by dotted path, over those of the base."""
     variants: Annotated[dict[Name, Settings], Field(min_length=1)] | None = None
-    """By name, the settings in which a variant differs; the first is what the others are compared with."""
+    """By name, the settings in which a variant differs; the first is what the others are compared with. Or a list of
+    settings, each with a ``name`` or named after what it sets."""
     axes: dict[str, list[Any] | dict[Name, Settings]] = {}
     """By dotted path a list of values; or, under any name, a mapping of settings that change together, each named."""
     extra_seeds: list[ExtraSeeds] = []
     """More seeds for a part of the grid."""
+
+    @field_validator("variants", mode="before")
+    @classmethod
+    def _named_variants(cls, value: Any) -> Any:
+        return _by_name(value) if isinstance(value, list) else value
+
+
+class Choice(NamedTuple):
+    """What a point takes of the variants, or of one axis."""
+
+    label: str
+    """For legends: the name that the file gives it, or else what it sets in words."""
+    paths: tuple[str, ...]
+    """Every setting that any choice of that axis sets."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +82,8 @@ class Point:
     settings: dict[str, Any]
     """What the variant and the axes set, by dotted path."""
     seeds: tuple[int, ...]
+    choices: tuple[Choice, ...] = ()
+    """Of the variant and of every axis, in their order."""
 
 
 def read_grid_file(path: Path) -> GridFile:
@@ -113,16 +122,19 @@ def grid_points(path: Path, file: GridFile) -> list[Point]:
     Raises:
         ConfigError: two points have one name, or extra seeds are for no point.
     """
-    groups = [list((file.variants or {}).items())] if file.variants else []
-    groups += [list(_named(name, axis).items()) for name, axis in file.axes.items()]
-    found: dict[str, dict[str, Any]] = {}
+    groups = [_choices(file.variants)] if file.variants else []
+    groups += [
+        _choices(_named(name, axis), None if isinstance(axis, dict) else name) for name, axis in file.axes.items()
+    ]
+    found: dict[str, tuple[dict[str, Any], tuple[Choice, ...]]] = {}
     for chosen in itertools.product(*groups):
-        name = "-".join(label for label, _ in chosen) or "base"
+        name = "-".join(label for label, _, _ in chosen) or "base"
         if name in found:
             raise ConfigError(
                 f"{path}: two points of the grid are named {name}; rename a variant or a setting of an axis"
             )
-        found[name] = {path: value for _, settings in chosen for path, value in (settings or {}).items()}
+        settings = {path: value for _, own, _ in chosen for path, value in own.items()}
+        found[name] = settings, tuple(choice for _, _, choice in chosen)
     seeds = {name: list(file.seeds) for name in found}
     for extra in file.extra_seeds:
         for pattern in extra.points:
@@ -134,7 +146,48 @@ def grid_points(path: Path, file: GridFile) -> list[Point]:
                 )
             for name in matching:
                 seeds[name] += [seed for seed in extra.seeds if seed not in seeds[name]]
-    return [Point(name, settings, tuple(seeds[name])) for name, settings in found.items()]
+    return [Point(name, settings, tuple(seeds[name]), choices) for name, (settings, choices) in found.items()]
+
+
+def _choices(
+    settings_by_name: Mapping[str, Settings], path: str | None = None
+) -> list[tuple[str, dict[str, Any], Choice]]:
+    """Name, settings and choice of each; an axis of values (``path``) has labels made of them."""
+    paths = tuple(dict.fromkeys(other for settings in settings_by_name.values() for other in settings or {}))
+    every = [settings or {} for settings in settings_by_name.values()]
+    found = []
+    for name, settings in zip(settings_by_name, every, strict=True):
+        words = setting_label(path, settings[path]) if path is not None else _own_label(settings, every)
+        is_made_of_words = path is not None or name == name_of(words)
+        found.append((name, settings, Choice(words if is_made_of_words else name, paths)))
+    return found
+
+
+def _by_name(entries: list[Any]) -> dict[str, Settings]:
+    """A list of variants by their names; one without a name is named after the settings that not all of them have."""
+    if not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError("each entry must be settings by dotted path, with or without a name beside them")
+    every = [{path: value for path, value in entry.items() if path != "name"} for entry in entries]
+    found: dict[str, Settings] = {}
+    for entry, settings in zip(entries, every, strict=True):
+        name = entry.get("name") or name_of(_own_label(settings, every)) or "base"
+        if name in found:
+            raise ValueError(f"two of them are named {name}; give one another name")
+        found[name] = settings
+    return found
+
+
+def _own_label(settings: Mapping[str, Any], every: list[dict[str, Any]]) -> str:
+    """The settings in words, without those, or those overrides, that every variant has."""
+    words = []
+    for path, value in settings.items():
+        if len(every) > 1 and all(path in other and other[path] == value for other in every):
+            continue
+        if path == OVERRIDES and isinstance(value, list):
+            lists = [other[path] for other in every if isinstance(other.get(path), list)]
+            value = [one for one in value if len(lists) < len(every) or not all(one in other for other in lists)]
+        words.append(setting_label(path, value))
+    return "; ".join(words)
 
 
 def _named(path: str, axis: list[Any] | Mapping[str, Settings]) -> Mapping[str, Settings]:
@@ -145,8 +198,10 @@ def _named(path: str, axis: list[Any] | Mapping[str, Settings]) -> Mapping[str, 
 
 
 def _value_name(path: str, value: Any) -> str:
+    if path == OVERRIDES and isinstance(value, list):
+        return name_of(setting_label(path, value))
     text = value if isinstance(value, str) else json.dumps(value)
-    return f"{_LETTERS[path]}{text}" if path in _LETTERS else f"{path.rpartition('.')[2]}-{text}"
+    return f"{LETTERS[path]}{text}" if path in LETTERS else f"{path.rpartition('.')[2]}-{text}"
 
 
 def _broken_rules(file: GridFile) -> Iterator[str]:
@@ -165,7 +220,8 @@ def _wrong_axis(name: str, axis: list[Any] | dict[str, Settings]) -> Iterator[st
     elif isinstance(axis, list):
         yield from _wrong_paths(f"axes.{name}", {name: None})
         for position, value in enumerate(axis):
-            if not isinstance(value, str | int | float | None) or not re.match(_NAME, _value_name(name, value)):
+            is_named = isinstance(value, str | int | float | None) or (name == OVERRIDES and isinstance(value, list))
+            if not is_named or not re.match(_NAME, _value_name(name, value)):
                 yield (
                     f"axes.{name} has the value {show(value)}, which cannot stand in the name of a run; "
                     f"write the axis as a mapping with a name for each value, such as first: {{{name}: {show(value)}}}"

@@ -12,7 +12,7 @@ from qsparse_moe.accounting.densities import Densities, measured_densities, plan
 from qsparse_moe.accounting.flops import training_flops
 from qsparse_moe.accounting.parameters import count_by_part, count_parameters
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
-from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.names import layer_name
@@ -52,8 +52,22 @@ def outcome_of(grid: Grid, run: GridRun, error: str | None = None) -> Outcome:
         **_shape(run.config.model),
         **_cost(run.config, _densities(run.config.model, last)),
         tokens_per_second=rates[len(rates) // 2] if rates else None,
+        choices=[(choice.label, list(choice.paths)) for choice in run.choices],
+        varied_sparsity=_varied_sparsity(grid, run.config.model),
         layer_grad_norms=_late_grad_norms(rows, run.config.training.steps, run.config.model.num_layers),
     )
+
+
+def _varied_sparsity(grid: Grid, model: ModelConfig) -> list[tuple[int, Site, list[int] | None, float]]:
+    """S at the places that the grid varies; experts of one S as one entry."""
+    plan = SparsityPlan.from_config(model)
+    found: list[tuple[int, Site, list[int] | None, float]] = []
+    for layer, site in grid.places:
+        values = plan.values[layer, site]
+        for sparsity in dict.fromkeys(values):
+            experts = [expert for expert, value in enumerate(values) if value == sparsity]
+            found.append((layer, site, None if len(experts) == len(values) else experts, sparsity))
+    return found
 
 
 def _state(config: RunConfig, error: str | None) -> tuple[bool, str | None]:

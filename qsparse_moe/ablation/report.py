@@ -28,14 +28,16 @@ def write_results(grid: Grid, outcomes: Sequence[Outcome], folder: Path) -> None
 
 def markdown(grid: Grid, outcomes: Sequence[Outcome]) -> str:
     """Quality and cost by point; below them gradient norms by layer where runs have them, and the runs that broke."""
+    seeds = {outcome.seed for outcome in outcomes}
+    spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
     parts = [
-        "Validation bits a byte after the last step; mean ± standard deviation over the seeds; the distance from the "
-        "first row seed by seed.",
+        f"Validation bits a byte after the last step; {spread}; the distance from the first row seed by seed.",
         _quality(grid, outcomes),
         "Cost, counted by routing and by what Q-Sparse keeps; parameters without embedding and head where they are "
         "stored. Operations of training per token: executed by dense kernels, and left if every zero were skipped. MB "
-        "of weights that one step of generation needs, by its tokens. Tokens/s: measured in training, median.",
-        _cost(grid, outcomes),
+        "of weights that one step of generation needs, by its tokens. Tokens/s: measured in training, median. "
+        "A column in which all rows agree is told once.",
+        *_cost(grid, outcomes),
     ]
     if any(outcome.layer_grad_norms for outcome in outcomes):
         parts.append(
@@ -62,14 +64,16 @@ def _quality(grid: Grid, outcomes: Sequence[Outcome]) -> str:
             [
                 variant,
                 *("–" if value is None else f"{value:.4f}" for value in found),
-                _spread([value for value in found if value is not None]),
+                *([_spread([value for value in found if value is not None])] if len(seeds) > 1 else []),
                 _spread([b - a for a, b in pairs if a is not None and b is not None], sign="+"),
             ]
         )
-    return _table(["variant", *(f"seed {seed}" for seed in seeds), "mean ± spread", f"against {first}"], rows)
+    mean = ["mean ± spread"] if len(seeds) > 1 else []
+    return _table(["variant", *(f"seed {seed}" for seed in seeds), *mean, f"against {first}"], rows)
 
 
-def _cost(grid: Grid, outcomes: Sequence[Outcome]) -> str:
+def _cost(grid: Grid, outcomes: Sequence[Outcome]) -> list[str]:
+    """The columns in which the points differ as a table, and what they have in common as a line."""
     by_variant: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
         by_variant[outcome.variant].append(outcome)
@@ -92,7 +96,12 @@ def _cost(grid: Grid, outcomes: Sequence[Outcome]) -> str:
             ]
         )
     head = ["variant", "mean S", "parameters stored", "active", "kept", "MFLOP executed", "MFLOP kept"]
-    return _table([*head, "MB at 1", "MB at 16", "tokens/s"], rows)
+    head += ["MB at 1", "MB at 16", "tokens/s"]
+    columns = list(zip(*rows, strict=True))
+    differs = [place for place, values in enumerate(columns) if place == 0 or len(set(values)) > 1 or len(rows) == 1]
+    common = [f"{head[place]} {columns[place][0]}" for place in range(len(head)) if place not in differs]
+    parts = [_table([head[place] for place in differs], [[row[place] for place in differs] for row in rows])]
+    return ([f"The same in all rows: {', '.join(common)}."] if common else []) + (parts if len(differs) > 1 else [])
 
 
 def _mean(outcomes: Sequence[Outcome], name: str) -> float:

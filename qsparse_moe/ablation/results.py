@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from qsparse_moe.config.problems import show
+from qsparse_moe.config.schema import Site
 from qsparse_moe.errors import ConfigError
 
 RESULTS_VERSION = 2
 """Of the rows; a reader refuses every other."""
 RESULTS = "results.jsonl"
+_ADDED = ("choices", "varied_sparsity")
+"""Lists that rows of this version did not have at first; they are empty there."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,10 @@ class Outcome:
     layer_grad_norms: list[float] | None
     """Gradient norm of each layer's matrices, mean over the logged steps of the second half of the run; None where
     ``metrics.layer_gradients`` was off."""
+    choices: list[tuple[str, list[str]]] = field(default_factory=list)
+    """Of the variant and of every axis its label, and the settings that the axis sets."""
+    varied_sparsity: list[tuple[int, Site, list[int] | None, float]] = field(default_factory=list)
+    """Layer, site, experts (None: all, or a site without experts) and S, wherever runs of the grid differ in S."""
     version: int = field(default=RESULTS_VERSION, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,7 +122,7 @@ def _row(line: str, where: str) -> dict[str, Any]:
     version = row.get("version", 1) if isinstance(row, dict) else None
     if version != RESULTS_VERSION:
         raise ConfigError(f"{where} is of version {show(version)}, and {RESULTS_VERSION} is read here; {again}")
-    missing = [name for name in Outcome.__dataclass_fields__ if name not in row]
+    missing = [one.name for one in fields(Outcome) if one.name not in row and one.name not in _ADDED]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}; {again}")
-    return row
+    return {**{name: [] for name in _ADDED}, **row}

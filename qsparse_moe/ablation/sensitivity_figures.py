@@ -6,16 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
 from qsparse_moe.ablation.sensitivity import Point, Sensitivity
 from qsparse_moe.config.schema import Site
 from qsparse_moe.metrics.tensorboard import write_pictures
-
-_MOST_LABELLED = 160
 
 
 def write_figures(found: Sensitivity, folder: Path) -> list[Path]:
@@ -35,68 +33,50 @@ def write_images(found: Sensitivity, tensorboard: Path, step: int) -> None:
 
 def _figures(found: Sensitivity) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
+    scale = scale_over(_change(point)[0] for point in found.points)  # one for all sites, so that they can be compared
     for site in dict.fromkeys(point.cell.site for point in found.points):
         own = [point for point in found.points if point.cell.site == site]
-        figures[f"map-{site}"] = _maps(site, own)
+        figures[f"map-{site}"] = _maps(site, own, scale)
     if found.exact_seconds is not None:
         figures["estimate"] = _scatter(found)
     return figures
 
 
-def _maps(site: Site, points: Sequence[Point]) -> Figure:
-    """One map for each S side by side; each has its own colours, white is no change."""
+def _change(point: Point) -> tuple[float, tuple[float, float]]:
+    """The change and its interval: evaluated, or else estimated."""
+    if point.exact is None or point.exact_interval is None:
+        return point.estimate, point.estimate_interval
+    return point.exact, point.exact_interval
+
+
+def _maps(site: Site, points: Sequence[Point], scale: Normalize) -> Figure:
+    """One map for each S, side by side; cells whose interval holds 0 are hatched."""
     values = sorted({point.sparsity for point in points})
-    layers = sorted({point.cell.layer for point in points})
+    layers = tuple(sorted({point.cell.layer for point in points}))
     num_experts = 1 + max(point.cell.expert or 0 for point in points)
-    wide, high = max(2.6, 0.55 * num_experts + 1.4), 1.5 + 0.4 * len(layers)
-    columns = min(len(values), 3)
-    rows = -(-len(values) // columns)
-    figure = Figure(figsize=(max(5.8, columns * wide), rows * high + 0.4), dpi=100, layout="constrained")
-    kind = "estimated" if points[0].exact is None else "exact"
-    figure.suptitle(f"{site.replace('_', ' ')}: change of loss, 1/1000 nats a token, {kind}", fontsize=10)
-    for place, value in enumerate(values):
-        axes = figure.add_subplot(rows, columns, place + 1)
-        map_LE = np.full((len(layers), num_experts), np.nan)
+    maps = []
+    for value in values:
+        change_LE, noise_LE = np.full((len(layers), num_experts), np.nan), np.zeros((len(layers), num_experts), bool)
         for point in points:
             if point.sparsity == value:
-                change = point.estimate if point.exact is None else point.exact
-                map_LE[layers.index(point.cell.layer), point.cell.expert or 0] = 1000 * change
-        largest = max(float(np.nanmax(np.abs(map_LE))), 1e-9)
-        axes.imshow(map_LE, cmap="RdBu_r", norm=TwoSlopeNorm(0.0, -largest, largest), aspect="auto")
-        axes.set_title(f"S = {value:.3g}", fontsize=9)
-        axes.set_yticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
-        axes.set_ylabel("layer", fontsize=8)
-        _label_experts(axes, num_experts)
-        if map_LE.size <= _MOST_LABELLED:
-            _write_values(axes, map_LE, largest)
-    return figure
-
-
-def _label_experts(axes: Axes, num_experts: int) -> None:
-    if num_experts == 1:
-        axes.set_xticks([])
-        return
-    step = -(-num_experts // 16)
-    axes.set_xticks(range(0, num_experts, step), [str(e) for e in range(0, num_experts, step)], fontsize=8)
-    axes.set_xlabel("expert", fontsize=8)
-
-
-def _write_values(axes: Axes, map_LE: np.ndarray, largest: float) -> None:
-    for row, column in np.argwhere(~np.isnan(map_LE)):
-        value = map_LE[row, column]
-        text = f"{value:.0f}" if abs(value) >= 100 else f"{value:.2g}"
-        colour = "white" if abs(value) > 0.6 * largest else "black"
-        axes.text(column, row, text, ha="center", va="center", fontsize=7, color=colour)
+                place = layers.index(point.cell.layer), point.cell.expert or 0
+                change, (low, high) = _change(point)
+                change_LE[place], noise_LE[place] = change, low <= 0 <= high
+        maps.append(CellMap(f"S={value:.3g}", layers, change_LE, noise_LE))
+    kind = "estimated" if points[0].exact is None else "evaluated"
+    title = f"{site.replace('_', ' ')}: loss with another S in one place, against the run's own plan ({kind})"
+    noise = "noise: the 95% interval over documents holds 0"
+    return draw_maps(maps, scale, title=title, missing="the run's own S", noise=noise)
 
 
 def _scatter(found: Sensitivity) -> Figure:
-    figure = Figure(figsize=(5.2, 4.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(6.2, 4.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     values = sorted({point.sparsity for point in found.points})
     for value in values:
         own = [point for point in found.points if point.sparsity == value]
         axes.plot(
-            [p.exact or 0.0 for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S = {value:.3g}"
+            [p.exact or 0.0 for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S={value:.3g}"
         )
     ends = [min(p.exact or 0.0 for p in found.points), max(p.exact or 0.0 for p in found.points)]
     axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
@@ -104,11 +84,11 @@ def _scatter(found: Sensitivity) -> Figure:
     scale = 10.0 ** np.ceil(np.log10(median))  # a whole decade, or the labels around 0 lie over each other
     axes.set_xscale("symlog", linthresh=scale)
     axes.set_yscale("symlog", linthresh=scale)
-    axes.set_xlabel("change of loss by evaluation, nats a token")
-    axes.set_ylabel("estimated, nats a token")
+    axes.set_xlabel("change of the loss by evaluation, nats per token")
+    axes.set_ylabel("change estimated, nats per token")
     axes.tick_params(axis="both", labelsize=8)
     axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.points)} points", fontsize=10)
-    axes.legend(fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

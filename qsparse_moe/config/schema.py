@@ -220,6 +220,9 @@ class MetricsConfig(Section):
     hyperparameters: Texts = ()
     """Settings by dotted path that get a column on the HPARAMS page, beside those that always have one. The runs of one
     page should name the same; a grid names what it varies."""
+    variant: str | None = None
+    """Name of the grid's point that this run is, set by the grid. With it the HPARAMS page has columns for it, S, the
+    seed and hyperparameters, and no others; null: no grid."""
     image_interval: NonNegativeInt = 200
     """Steps between heat maps of layers and experts in TensorBoard, drawn in the next logged step; 0: none."""
     peak_tflops: PositiveFloat | None = None

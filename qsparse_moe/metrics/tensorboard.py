@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from qsparse_moe.config.fields import value_of
+from qsparse_moe.config.labels import OVERRIDES, setting_label
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import moe_layers
@@ -166,14 +167,21 @@ def hyperparameters(config: RunConfig) -> dict[str, float | str | bool]:
     Nothing that a resumed run may change: TensorBoard keeps the first value.
     """
     named: dict[str, float | str | bool] = {"S": SparsityPlan.from_config(config.model).mean}
-    for path in dict.fromkeys((*_COLUMNS, *config.metrics.hyperparameters)):
+    always: tuple[str, ...] = _COLUMNS
+    if (
+        config.metrics.variant is not None
+    ):  # the other runs of the page are those of the same grid, which names its columns
+        named, always = {"variant": config.metrics.variant, **named}, ("training.seed",)
+    for path in dict.fromkeys((*always, *config.metrics.hyperparameters)):
         parts = path.split(".")
         # "weights" says little, and two settings may end alike.
         name = ".".join(parts[-2:] if parts[-1] in named or parts[-2] == "quantization" else parts[-1:])
-        named[name] = _shown(value_of(config, path))
+        named[name] = _shown(path, value_of(config, path))
     return named
 
 
-def _shown(value: Any) -> float | str | bool:
-    """As the page takes it: numbers and texts as they are, the rest as JSON."""
+def _shown(path: str, value: Any) -> float | str | bool:
+    """As the page takes it: numbers and texts as they are, overrides of S in words, the rest as JSON."""
+    if path == OVERRIDES:
+        return setting_label(path, value)
     return value if isinstance(value, bool | int | float | str) else json.dumps(value)

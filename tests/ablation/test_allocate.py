@@ -11,11 +11,13 @@ import torch
 from qsparse_moe.ablation.allocate import (
     allocate,
     allocate_for,
+    estimated_curves,
     lower_hull,
     shifted,
     uniform_at,
 )
 from qsparse_moe.ablation.alternatives import (
+    _mean_magnitudes,
     alternative_outcomes,
     features_dropped,
     pooled_mask,
@@ -26,6 +28,7 @@ from qsparse_moe.ablation.cells import cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.compare_plans import compare, load_under_uniform, rival_plans
 from qsparse_moe.ablation.documents import loss_by_document
 from qsparse_moe.ablation.plan_cost import Costs, measured_load
+from qsparse_moe.ablation.rival_plans import _greedy_layer, greedy_plan
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
@@ -225,3 +228,101 @@ def test_alternatives_that_cannot_come_down_are_left_out_with_a_word(caplog):
         found = alternative_outcomes(model, rows, rows, plans, costs, 0.9)
     assert not any("features" in one.name for one in found)
     assert "smaller experts: with one feature each the dense model still costs more than the budget" in caplog.text
+
+
+def test_every_round_goes_half_of_the_way_to_what_the_curves_around_the_round_before_ask_for():
+    model, rows = model_of(config()), rows_of(num_rows=4)
+    before = model.sparsity_plan
+    costs = Costs(model.config, measured_load(model, rows), "sparsity")
+    expected, furthest = uniform_at(before, costs, 0.5), 0.0
+    for rounds in (1, 2):
+        model.set_sparsity(expected)
+        wished = allocate(expected, estimated_curves(model, rows), costs, 0.5)
+        pairs = {c: (sparsity_of(expected, c), sparsity_of(wished, c)) for c in cells_of(before)}
+        furthest = max(furthest, *(abs(a - b) for a, b in pairs.values()))
+        expected = shifted(expected, {cell: 0.5 * a + 0.5 * b for cell, (a, b) in pairs.items()}, costs, 0.5)
+        model.set_sparsity(before)
+        assert allocate_for(model, rows, costs, 0.5, rounds=rounds).values == expected.values
+    assert furthest > 0.3, "the curves ask for another plan than the one that they were made at"
+
+
+def test_smaller_experts_keep_the_features_that_add_most_on_average_whatever_the_experts_load():
+    model, rows = model_of(config({"bias_update_rate": 0.001})), rows_of()
+    for block in model.blocks():
+        block.moe.router.expert_bias[0] += 0.3  # one expert has far more rows than the others
+    (batch,) = rows.batches
+    seen = {}
+    for block in model.blocks():
+        block.moe.experts.hidden_site.observer = lambda x, ids, sparse, b=block: seen.setdefault(b, (x, ids)) and sparse
+    with torch.no_grad():
+        model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
+    for block in model.blocks():
+        block.moe.experts.hidden_site.observer = None
+    loads, by_hand = set(), _mean_magnitudes(model, rows)
+    with features_dropped(model, rows, 5):
+        left = {block: block.moe.experts.w_down.detach().clone() for block in model.blocks()}
+    for block, (x_NF, ids_N) in seen.items():
+        for expert in range(4):
+            mine = x_NF[ids_N == expert]
+            loads.add(len(mine))
+            if not len(mine):
+                continue
+            mean_F = mine.abs().mean(0)
+            torch.testing.assert_close(by_hand[block][expert], mean_F.float(), check_dtype=False)
+            weight_FD = block.moe.experts.w_down[expert].detach()
+            adds = [float(mean_F[f]) * float(weight_FD[f].square().sum() ** 0.5) for f in range(16)]
+            largest = set(sorted(range(16), key=lambda f: adds[f])[-5:])
+            assert {f for f in range(16) if left[block][expert, f].any()} == largest
+            only_one = [set(sorted(range(16), key=v.__getitem__)[-5:]) for v in (mean_F, weight_FD.norm(dim=-1))]
+            assert only_one[0] != largest or only_one[1] != largest
+    assert len(loads) > 2 and max(loads) > 2 * min(loads)
+
+
+class KnownLayer:
+    """A layer whose output is moved by each site's S times a factor, in a dimension of its own."""
+
+    layer = 0
+
+    def __init__(self, factors):
+        self.factors, self.levels = factors, dict.fromkeys(factors, 0.0)
+
+    def set_sparsity(self, plan):
+        self.levels = {site: plan.sparsity(0, site) for site in self.factors}
+
+    def __call__(self):
+        moved = torch.tensor([[self.factors[site] * level for site, level in self.levels.items()]])
+        return type("Output", (), {"hidden_BSD": moved})()
+
+
+def test_the_greedy_plan_of_a_layer_takes_the_cheapest_step_for_what_it_saves_until_the_layer_costs_what_uniform_does():
+    wide = config(default=0.25)
+    wide = wide.model_copy(update={"hidden_size": 20, "moe": wide.moe.model_copy(update={"expert_hidden_size": 20})})
+    costs = Costs(wide, EVEN, "parameters")
+    factors = {"attention_input": 4.0, "attention_output": 1.0, "expert_input": 9.0, "expert_hidden": 5.0}
+    found = _greedy_layer(KnownLayer(factors), [()], SparsityPlan.uniform(wide, 0.2), costs)
+    # Elements of 20 x 20 matrices behind each site; a step of 0.05 drops one of 20 features.
+    sizes = {"attention_input": 3, "attention_output": 1, "expert_input": 4, "expert_hidden": 2}
+    steps = dict.fromkeys(sizes, 0)
+    while sum(sizes[site] * taken for site, taken in steps.items()) < 4 * sum(sizes.values()):
+        price = {}
+        for site in sizes:
+            if steps[site] < 19:
+                moved = sum((factors[s] * (steps[s] + (s == site))) ** 2 for s in sizes)
+                price[site] = moved / sizes[site]
+        steps[min(price, key=price.__getitem__)] += 1
+    assert {site: round(level / 0.05) for (_, site), level in found.items()} == steps
+    assert len(set(steps.values())) > 2
+
+
+def test_the_greedy_plan_is_made_on_what_the_dense_model_hands_to_its_layers_whatever_plan_the_model_has():
+    model, rows = model_of(config()), rows_of()
+    costs, seen = Costs(model.config, EVEN, "sparsity"), []
+    uniform = uniform_at(model.sparsity_plan, costs, 0.2)
+    last = list(model.blocks())[-1]
+    last.register_forward_pre_hook(lambda block, arguments: seen.append(arguments[0].detach().clone()))
+    model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
+    loss_by_document(model, rows)
+    model.set_sparsity(before := SparsityPlan.uniform(model.config, 0.9))
+    greedy_plan(model, rows, uniform, costs, 0.2)
+    assert model.sparsity_plan is before
+    torch.testing.assert_close(seen[1], seen[0])

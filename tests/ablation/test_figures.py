@@ -2,19 +2,17 @@
 
 import numpy as np
 import pytest
-from matplotlib.colors import BoundaryNorm
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import BoundaryNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from qsparse_moe.ablation.figures import (
-    Point,
-    draw_figures,
-    loss_by_parameters,
-    loss_by_sparsity,
-    pareto_front,
-    points_of,
-)
+from qsparse_moe.ablation.cell_maps import scale_over
+from qsparse_moe.ablation.expert_figures import differences, expert_maps
+from qsparse_moe.ablation.figures import draw_figures, loss_by_parameters, pareto_front
 from qsparse_moe.ablation.law_figures import iso_levels
+from qsparse_moe.ablation.points import Point, points_of
+from qsparse_moe.ablation.scan_figures import loss_by_place, loss_by_sparsity
 
 
 def row(settings, loss, **shape):
@@ -78,9 +76,11 @@ def test_lines_are_told_apart_by_what_varies_in_their_panel_and_named_once_besid
     figure = loss_by_sparsity(points_of(rows))
     assert [axis.get_legend() for axis in figure.axes] == [None, None]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == ["E 4, A 2, steps 80", "E 4, A 2, steps 160"]
+    assert [text.get_text() for text in legend.get_texts()] == ["E=4, A=2, steps 80", "E=4, A=2, steps 160"]
     alone = loss_by_sparsity(points_of(rows[:4]))
-    assert alone.legends == [] and alone.axes[0].get_legend() is not None
+    (legend,) = alone.legends
+    assert alone.axes[0].get_legend() is None, "a legend stands beside the panel, where it covers nothing"
+    assert [text.get_text() for text in legend.get_texts()] == ["E=4, A=2, steps 80", "E=4, A=2, steps 160"]
 
 
 @pytest.mark.parametrize(("largest", "scale"), [(4_000, "linear"), (40_000, "log")])
@@ -104,3 +104,162 @@ def test_levels_of_a_map_rise_and_can_be_drawn_whatever_the_law(kind):
 def test_the_pareto_front_holds_what_no_other_point_beats():
     points = [Point({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]]
     assert [(p.row["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
+
+
+def place_row(variant, loss, cells, *, seed=0, settings=None, choices=()):
+    """A row of a grid that changes S at expert_hidden of 2 layers of 3 experts; ``cells`` is by (layer, expert)."""
+    entries = []
+    for layer in (0, 1):
+        values = [cells.get((layer, expert), 0.0) for expert in range(3)]
+        for value in dict.fromkeys(values):
+            experts = [e for e in range(3) if values[e] == value]
+            entries.append((layer, "expert_hidden", None if len(experts) == 3 else experts, value))
+    own = {"model.sparsity.overrides": [{"sparsity": 0.5}]} if settings is None else settings
+    sparsity = sum(cells.values()) / 60
+    return row(own, loss, sparsity=sparsity, kept_parameters=1000 - sparsity) | {
+        "variant": variant,
+        "seed": seed,
+        "choices": list(choices) or [(variant, ["model.sparsity.overrides"])],
+        "varied_sparsity": entries,
+    }
+
+
+def one_by_one(seeds):
+    """Seeds move all runs alike by 0.5; layer 0, expert 1 costs 0.1 and all else scatters within 0.001."""
+    rows = []
+    for seed in seeds:
+        noise = iter(0.001 * np.random.default_rng(seed).uniform(-1, 1, 7))
+        rows.append(place_row("dense", 2.0 + 0.5 * seed + next(noise), {}, seed=seed))
+        for layer in (0, 1):
+            for expert in range(3):
+                loss = 2.0 + 0.5 * seed + next(noise) + 0.1 * ((layer, expert) == (0, 1))
+                rows.append(place_row(f"l{layer}e{expert}", loss, {(layer, expert): 0.9}, seed=seed))
+    return rows
+
+
+def texts(axis):
+    return {(round(t.get_position()[1]), round(t.get_position()[0])): t.get_text() for t in axis.texts}
+
+
+def hatched(axis):
+    return {(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in axis.patches if p.get_hatch()}
+
+
+def test_a_map_of_single_experts_has_the_change_against_the_first_point_and_hatches_what_seeds_explain():
+    figure = expert_maps(points_of(one_by_one((0, 1, 2))))
+    axis, bar = figure.axes
+    assert axis.get_title() == "expert_hidden, S=0.9" and "nats per token" in bar.get_ylabel()
+    changes = np.asarray(axis.images[0].get_array())
+    assert changes.shape == (2, 3) and changes[0, 1] == pytest.approx(100, abs=2)
+    assert np.abs(np.delete(changes.ravel(), 1)).max() < 2
+    assert texts(axis)[0, 1] == f"{changes[0, 1]:+.0f}"
+    assert (0, 1) not in hatched(axis) and len(hatched(axis)) >= 4
+    assert "mean of 3 seeds" in figure.get_suptitle() and "against dense" in figure.get_suptitle()
+    (legend,) = figure.legends
+    assert "noise" in legend.get_texts()[0].get_text()
+
+
+def test_a_map_of_one_seed_says_that_no_spread_is_known_and_marks_nothing():
+    figure = expert_maps(points_of(one_by_one((1,))))
+    assert "one seed: no spread known" in figure.get_suptitle() and not hatched(figure.axes[0])
+    assert np.asarray(figure.axes[0].images[0].get_array())[0, 1] == pytest.approx(100, abs=2)
+    assert figure.legends == []
+
+
+def test_the_interval_of_a_difference_is_that_of_seeds_as_blocks():
+    losses = np.array([[2.0, 2.5, 3.1], [2.1, 2.7, 3.0], [1.9, 2.6, 3.3]])
+    points = [Point({}, float(own.mean()), 0.0, dict(enumerate(own.tolist()))) for own in losses]
+    change, half = differences(points)
+    np.testing.assert_allclose(change, [0.2 / 3, 0.2 / 3])
+    # Residuals around row and column means, by hand: 4 degrees of freedom, t = 2.776.
+    residuals = losses - losses.mean(1, keepdims=True) - losses.mean(0) + losses.mean()
+    assert half == pytest.approx(2.7764 * (2 * (residuals**2).sum() / 4 / 3) ** 0.5, rel=1e-4)
+    shifted = [Point({}, p.loss, 0.0, {s: v + 10 * s for s, v in p.by_seed.items()}) for p in points]
+    assert differences(shifted)[1] == pytest.approx(half), "what a seed does to all points alike does not count"
+    assert differences([p._replace(by_seed={0: p.by_seed[0]}) for p in points])[1] is None
+
+
+def test_a_point_that_changes_two_experts_or_another_setting_is_on_no_map():
+    rows = one_by_one((0,))[:2]
+    both = place_row("both", 2.0, {(0, 0): 0.9, (1, 0): 0.9})
+    other = place_row("other", 2.0, {(1, 1): 0.9}, settings={"model.moe.router": "x"})
+    assert expert_maps(points_of([*rows, both, other])) is None
+    assert expert_maps(points_of([*rows, both, place_row("more", 2.0, {(1, 2): 0.9})])) is not None
+
+
+def scan(seeds=(0,)):
+    path = "model.sparsity.overrides.0.sparsity"
+    return [
+        place_row(
+            f"sparsity-{s}",
+            2.0 + s + seed,
+            {(1, 0): s, (1, 1): s},
+            seed=seed,
+            settings={path: s},
+            choices=[(f"S={s}", [path])],
+        )
+        for s in (0.9, 0.0, 0.5)
+        for seed in seeds
+    ]
+
+
+def test_a_scan_of_the_s_of_one_place_is_one_line_over_that_s_and_names_the_place():
+    figure = loss_by_sparsity(points_of(scan()))
+    (axis,) = figure.axes
+    (line,) = [one for one in axis.lines if len(one.get_xdata()) > 1]
+    assert list(line.get_xdata()) == [0.0, 0.5, 0.9] and list(line.get_ydata()) == [2.0, 2.5, 2.9]
+    assert axis.get_xlabel() == "S at layer 1 experts 0-1 expert_hidden"
+    assert figure.legends[0].get_title().get_text() == "one seed: no spread known"
+    assert "over 2 seeds" in loss_by_sparsity(points_of(scan((0, 1)))).legends[0].get_title().get_text()
+
+
+def places():
+    rows = [place_row("dense", 2.0 + seed, {}, seed=seed) for seed in (0, 1)]
+    for seed in (0, 1):
+        for s in (0.9, 0.5):
+            rows.append(place_row(f"a{s}", 2.0 + seed + s * (1 + seed), {(0, 2): s}, seed=seed))
+            rows.append(place_row(f"b{s}", 2.0 + seed - s, {(1, 0): s, (1, 1): s}, seed=seed))
+    return points_of(rows)
+
+
+def test_places_that_are_scanned_beside_each_other_have_a_line_each_from_the_first_point():
+    assert loss_by_sparsity(places()) is None, "their mean S is no axis"
+    figure = loss_by_place(places())
+    (axis,) = figure.axes
+    lines = {own.get_label(): own[0] for own in axis.containers}
+    assert list(lines) == ["layer 0 expert 2 expert_hidden", "layer 1 experts 0-1 expert_hidden"]
+    for (label, line), slope in zip(lines.items(), (1.5, -1.0), strict=True):
+        np.testing.assert_allclose(line.get_xdata(orig=False), [0.0, 0.5, 0.9], atol=0.01, err_msg=label)
+        np.testing.assert_allclose(line.get_ydata(orig=False), [0.0, slope * 0.5, slope * 0.9], err_msg=label)
+    assert "change" in axis.get_ylabel()
+
+
+@pytest.mark.parametrize("make", [lambda: loss_by_place(places()), lambda: loss_by_sparsity(points_of(scan()))])
+def test_no_legend_covers_what_is_drawn_or_holds_python(make):
+    figure = make()
+    FigureCanvasAgg(figure).draw()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert not any(box.overlaps(axis.get_window_extent()) for axis in figure.axes)
+    assert box.x1 <= figure.bbox.x1 and box.y0 >= figure.bbox.y0, "all of it is on the picture"
+    assert not any(set("{}[]'") & set(text.get_text()) for text in legend.get_texts())
+
+
+def test_lines_of_named_variants_have_their_names_and_none_is_a_dictionary():
+    paths = ["model.sparsity.schedule.shape", "data.sources"]
+    rows = [
+        row({"model.sparsity.default": s} | own, 3.0 - s, sparsity=s)
+        | {"choices": [(name, paths), (f"S={s}", ["model.sparsity.default"])], "variant": f"{name}-S{s}"}
+        for name, own in (("plain", {}), ("mine", {"data.sources": [{"kind": "text", "path": "x"}]}))
+        for s in (0.0, 0.5)
+    ]
+    (legend,) = loss_by_sparsity(points_of(rows)).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["E=4, A=2, plain", "E=4, A=2, mine"]
+
+
+def test_changes_orders_apart_have_a_scale_that_is_logarithmic_away_from_0():
+    assert type(scale_over([0.001, -0.002, 0.004])) is Normalize
+    far = scale_over([1e-5, 2e-5, -3e-5, 0.1, float("nan")])
+    assert isinstance(far, SymLogNorm) and (far.vmin, far.vmax) == (-100.0, 100.0)
+    assert float(far(0.0)) == pytest.approx(0.5)
+    assert scale_over([0.0]).vmax > 0

@@ -213,6 +213,11 @@ def test_the_page_about_ablations_holds_a_grid_and_the_numbers_of_runs(tmp_path)
     (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
     ids = [run.id for run in load_grid(tmp_path / "mine.yaml").runs]
     assert "masked-S0.6-large-seed1" in ids and len(ids) == 8 * 2 + 2 * 2
+    for example, num_runs in zip(page.split("```yaml\n")[2:], (12, 9), strict=True):
+        (tmp_path / "mine.yaml").write_text(
+            example.split("```")[0].replace("../recipes", str(GRIDS[0].parents[1] / "recipes"))
+        )
+        assert len(load_grid(tmp_path / "mine.yaml").runs) == num_runs
     for path in GRIDS:
         assert f"| `{path.stem}` | {len(load_grid(path).runs)} |" in page
 
@@ -297,3 +302,102 @@ def test_costs_of_relu_follow_the_zeros_that_the_run_measured(write, tmp_path):
     finished_run(relu, [validated | measured])
     assert outcome_of(grid, relu).kept_parameters == outcome_of(grid, dense).kept_parameters
     assert outcome_of(grid, relu).sparsity == 0.5
+
+
+def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_bytes_of_the_precision(write, tmp_path):
+    path = write(GRID.replace("[0, 3]", "[0]"))
+    logged = [
+        {"step": 1, "tokens": 64, "validation/loss": 3.0, "validation/bits_per_byte": 4.0},
+        {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.5},
+    ]
+    rates = (90.0, 10.0, 20.0)
+    logged += [{"step": 3 + i, "tokens": 192, "throughput/tokens_per_second": rate} for i, rate in enumerate(rates)]
+    found = {}
+    for precision in ("fp32", "bf16"):
+        changed = [f"training.precision={precision}"]
+        grid = load_grid(path, changed, output_dir=str(tmp_path / precision))
+        finished_run(grid.runs[0], logged)
+        found[precision] = outcome_of(grid, grid.runs[0])
+    one = found["fp32"]
+    assert one.curve == [(64, 3.0, 4.0), (128, 1.0, 1.5)]
+    assert (one.steps, one.tokens, one.loss, one.bits_per_byte) == (2, 128, 1.0, 1.5)
+    assert one.tokens_per_second == 20.0
+    assert one.weight_bytes_1 == 2 * found["bf16"].weight_bytes_1 > 0
+    assert one.weight_bytes_16 == 2 * found["bf16"].weight_bytes_16 > 0
+
+
+ONES = """
+base: base.yaml
+seeds: [0]
+settings: {model.moe.num_experts: 4}
+variants:
+  - name: dense
+  - {model.sparsity.overrides: [{layers: 0, experts: [0, 1], site: expert_hidden, sparsity: 0.9}]}
+  - {model.sparsity.overrides: [{layers: 0, experts: 2, sparsity: 0.5}]}
+  - {name: last, model.sparsity.overrides: [{layers: 0, experts: 3, sparsity: 0.5}]}
+"""
+
+
+def test_a_list_of_variants_is_named_by_itself_or_by_what_it_sets(write, tmp_path):
+    grid = load_grid(write(ONES), output_dir=str(tmp_path / "out"))
+    assert grid.variants == ("dense", "layer-0-experts-0-1-expert_hidden-S0.9", "layer-0-expert-2-S0.5", "last")
+    labels = [run.choices[0].label for run in grid.runs]
+    assert labels == ["dense", "layer 0 experts 0-1 expert_hidden S=0.9", "layer 0 expert 2 S=0.5", "last"]
+    assert {run.choices[0].paths for run in grid.runs} == {("model.sparsity.overrides",)}
+    assert grid.places == ((0, "expert_input"), (0, "expert_hidden"))
+    found = [outcome_of(grid, run).varied_sparsity for run in grid.runs]
+    assert found[0] == [(0, "expert_input", None, 0.0), (0, "expert_hidden", None, 0.0)]
+    assert found[1] == [
+        (0, "expert_input", None, 0.0),
+        (0, "expert_hidden", [0, 1], 0.9),
+        (0, "expert_hidden", [2, 3], 0.0),
+    ]
+    assert (0, "expert_input", [2], 0.5) in found[2] and (0, "expert_hidden", [3], 0.5) in found[3]
+
+
+def test_what_all_variants_share_is_not_in_their_names_and_an_axis_of_overrides_is_named_too(write):
+    shared = "{layers: 0, site: attention_input, sparsity: 0.5}"
+    variants = "".join(
+        f"  - {{training.beta1: 0.8, model.sparsity.overrides: [{shared}, {{experts: {e}, sparsity: 0.9}}]}}\n"
+        for e in (0, 1)
+    )
+    grid = "base: base.yaml\nseeds: [0]\nvariants:\n" + variants
+    assert load_grid(write(grid)).variants == ("expert-0-S0.9", "expert-1-S0.9")
+    axis = "axes: {model.sparsity.overrides: [[], [{experts: 0, sparsity: 0.9}]]}\n"
+    loaded = load_grid(write("base: base.yaml\nseeds: [0]\n" + axis))
+    assert loaded.variants == ("no-overrides", "expert-0-S0.9")
+    assert [run.choices[0].label for run in loaded.runs] == ["no overrides", "expert 0 S=0.9"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (
+            "[{name: a}, {name: a, model.sparsity.default: 0.5}]",
+            "variants .*two of them are named a; give one another name",
+        ),
+        (
+            "[dense, {model.sparsity.default: 0.5}]",
+            "each entry must be settings by dotted path, with or without a name",
+        ),
+        ("[{name: a b}]", "should match pattern"),
+        ("[{name: a, model.sparsity.defalt: 0.5}]", "variants.a: model.sparsity.defalt is not a setting"),
+    ],
+)
+def test_a_list_of_variants_that_cannot_be_named_is_refused(write, entries, message):
+    with pytest.raises(ConfigError, match=message):
+        load_grid(write(f"base: base.yaml\nseeds: [0]\nvariants: {entries}\n"))
+
+
+def test_models_of_different_places_have_no_places_that_the_grid_varies(write):
+    assert load_grid(write(AXES)).places == ()
+    assert len(load_grid(write(GRID)).places) == 4
+
+
+def test_runs_of_a_grid_name_their_variant_and_whole_lists_for_the_hparams_page(write):
+    base = BASE.replace("tensorboard: false", "tensorboard: true")
+    settings = "settings: {model.sparsity.overrides: [{experts: 0, sparsity: 0.0}]}"
+    grid = f"base: base.yaml\nseeds: [0]\n{settings}\naxes: {{model.sparsity.overrides.0.sparsity: [0.0, 0.9]}}\n"
+    runs = load_grid(write(grid, base)).runs
+    assert [run.config.metrics.variant for run in runs] == ["sparsity-0.0", "sparsity-0.9"]
+    assert {run.config.metrics.hyperparameters for run in runs} == {("model.sparsity.overrides",)}

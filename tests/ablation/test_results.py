@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -67,18 +68,43 @@ def outcome(variant, seed, bits, layers=None):
 def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(tmp_path):
     grid = two_variants(tmp_path)
     outcomes = [outcome("dense", 0, 2.0), outcome("dense", 3, 3.0), outcome("half", 0, 2.5), outcome("half", 3, None)]
-    _, quality, _, cost, said, broken = markdown(grid, outcomes).split("\n\n")
+    outcomes[2:] = [replace(one, kept_parameters=40.0, tokens_per_second=12.0) for one in outcomes[2:]]
+    _, quality, _, common, cost, said, broken = markdown(grid, outcomes).split("\n\n")
     assert quality.splitlines()[2:] == [
         "| dense | 2.0000 | 3.0000 | 2.5000 ± 0.7071 | +0.0000 ± 0.0000 |",
         "| half | 2.5000 | – | 2.5000 | +0.5000 |",
     ]
-    assert cost.splitlines()[0].endswith("| MB at 1 | MB at 16 | tokens/s |")
-    assert cost.splitlines()[2] == "| dense | 0.5 | 200 | 100 | 50 | 6.000 | 3.000 | 1.000 | 2.000 | 10 |"
+    assert common == (
+        "The same in all rows: mean S 0.5, parameters stored 200, active 100, MFLOP executed 6.000, MFLOP kept 3.000, "
+        "MB at 1 1.000, MB at 16 2.000."
+    )
+    assert cost.splitlines() == [
+        "| variant | kept | tokens/s |",
+        "| --- | --- | --- |",
+        "| dense | 50 | 10 |",
+        "| half | 40 | 12 |",
+    ]
     assert said == "1 of 4 runs did not come to their end:"
     assert broken.strip() == "- `half-seed3`: not started, or stopped"
     write_results(grid, outcomes, tmp_path / "results")
     lines = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in lines] == [o.id for o in outcomes]
+
+
+def test_a_table_of_one_seed_says_that_no_spread_is_known(tmp_path):
+    grid = two_variants(tmp_path)
+    begin, quality, *_ = markdown(grid, [outcome("dense", 0, 2.0), outcome("half", 0, 2.5)]).split("\n\n")
+    assert "one seed: no spread known" in begin and "±" not in begin + quality
+    assert quality.splitlines()[0] == "| variant | seed 0 | against dense |"
+    assert quality.splitlines()[3] == "| half | 2.5000 | +0.5000 |"
+
+
+def test_rows_written_before_choices_and_places_were_added_are_read(tmp_path):
+    row = outcome("dense", 0, 2.0).as_dict()
+    del row["choices"], row["varied_sparsity"]
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    (read,) = read_results([tmp_path])
+    assert read == json.loads(json.dumps(row)) | {"choices": [], "varied_sparsity": []}
 
 
 def test_gradient_norms_by_layer_are_a_table_of_their_own(tmp_path):

@@ -19,6 +19,7 @@ from qsparse_moe.ablation.documents import (
 )
 from qsparse_moe.ablation.estimate import changes, estimate
 from qsparse_moe.ablation.sensitivity import agreements, check_ranks, measure
+from qsparse_moe.ablation.sensitivity_figures import _figures
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.batch import make_batch
 from qsparse_moe.data.rows import RowTable, spread_rows
@@ -319,3 +320,51 @@ def test_halves_are_of_every_other_document_and_none_of_a_single_one():
 def test_what_has_no_k_of_its_own_is_refused(moe, sparsity, message):
     with pytest.raises(ConfigError, match=message):
         check_ranks(config(moe, **sparsity))
+
+
+def test_rows_of_one_document_are_squared_apart_and_added():
+    model, rows = model_of(config(default=0.25)), rows_of(num_rows=2)
+    apart = DocumentRows(rows.batches, (torch.arange(2)[:, None].expand_as(rows.documents[0]),), 2)
+    together = DocumentRows(rows.batches, (torch.zeros_like(rows.documents[0]),), 1)
+    two, one = estimate(model, apart, (0.75,)), estimate(model, together, (0.75,))
+    for cell in cells_of(model.sparsity_plan):
+        np.testing.assert_allclose(one.second[cell][:, 0], two.second[cell].sum(1), rtol=1e-9, err_msg=cell.name)
+        np.testing.assert_allclose(one.first[cell][:, 0], two.first[cell].sum(1), atol=1e-9, err_msg=cell.name)
+    assert sum((two.second[cell] > 0).all() for cell in two.second) > 10
+
+
+def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_cells_whose_interval_holds_0():
+    model, rows = model_of(config(default=0.25)), rows_of(num_rows=6)
+    found = measure(model, rows, (0.25, 0.5, 0.75), draws=50)
+    figures = {name: figure for name, figure in _figures(found).items() if name.startswith("map-")}
+    assert len(figures) == 4
+    ends, hatched = set(), {}
+    for name, figure in figures.items():
+        *panels, bar = figure.axes
+        assert [axis.get_title() for axis in panels] == [
+            "S=0.5",
+            "S=0.75",
+        ] and "1/1000 nats per token" in bar.get_ylabel()
+        ends |= {(axis.images[0].norm.vmin, axis.images[0].norm.vmax) for axis in panels}
+        for axis, value in zip(panels, (0.5, 0.75), strict=True):
+            for patch in axis.patches:
+                place = round(patch.get_y() + 0.5), round(patch.get_x() + 0.5)
+                hatched.setdefault((name.removeprefix("map-"), value), set()).add(place)
+    ((low, high),) = ends
+    assert -low == high == pytest.approx(1000 * max(abs(point.exact) for point in found.points))
+    noise = {}
+    for point in found.points:
+        if point.exact_interval[0] <= 0 <= point.exact_interval[1]:
+            noise.setdefault((point.cell.site, point.sparsity), set()).add((point.cell.layer, point.cell.expert or 0))
+    assert hatched == noise and 0 < sum(map(len, noise.values())) < len(found.points)
+
+
+def test_a_map_of_estimates_marks_noise_by_their_own_interval():
+    model, rows = model_of(config(default=0.25)), rows_of(num_rows=6)
+    found = measure(model, rows, (0.75,), exact=False, draws=50)
+    axis = _figures(found)["map-expert_hidden"].axes[0]
+    own = [point for point in found.points if point.cell.site == "expert_hidden"]
+    assert len(axis.patches) == sum(p.estimate_interval[0] <= 0 <= p.estimate_interval[1] for p in own)
+    values = np.asarray(axis.images[0].get_array())
+    for point in own:
+        assert values[point.cell.layer, point.cell.expert] == pytest.approx(1000 * point.estimate)

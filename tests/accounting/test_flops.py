@@ -64,3 +64,21 @@ def test_a_selection_is_two_operations_per_feature_of_every_row_that_is_selected
     assert selected({(1, "expert_input"): (0.0, 0.5, 0.5, 0.5)}) == {"expert_input": 2 * 2 * input_width}
     assert selected({(1, "expert_hidden"): (0.5,) * 4}) == {"expert_hidden": 2 * 2 * hidden_width}
     assert selected({(1, "attention_input"): (0.5,)}) == {"attention_input": 2 * site_width(config, "attention_input")}
+
+
+def test_a_blended_gradient_counts_as_straight_through():
+    counts = {
+        gradient: training_flops(model_config(sparsity={"default": 0.5, "gradient": gradient}), 16)
+        for gradient in ("ste", "blend", "masked")
+    }
+    assert counts["blend"] == counts["ste"]
+    assert counts["masked"].kept < counts["ste"].kept
+
+
+def test_a_selection_that_serves_all_experts_of_a_token_is_counted_once_per_token_and_others_once_per_routed_token():
+    # 2 layers of D 32, F 24, A 2; a magnitude and a comparison per feature.
+    same = flops_by_site(model_config(sparsity={"default": 0.5}), 16)
+    once = {"attention_input": 32, "attention_output": 32, "expert_input": 32, "expert_hidden": 2 * 24}
+    assert {site: same[site].selection for site in once} == {site: 2 * 2 * width for site, width in once.items()}
+    one_other = {"default": 0.5, "overrides": [{"site": "expert_input", "experts": 1, "sparsity": 0.75}]}
+    assert flops_by_site(model_config(sparsity=one_other), 16)["expert_input"].selection == 2 * 2 * 2 * 32

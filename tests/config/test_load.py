@@ -206,7 +206,7 @@ UNKNOWN = {
     "training.learning_rates=1": f"training.learning_rates {NOT_ONE}; did you mean training.learning_rate?",
     "training.zero_stag=1": f"training.zero_stag {NOT_ONE}; did you mean training.deepspeed.zero_stage?",
     "metrics.xyz=1": f"metrics.xyz {NOT_ONE}; metrics has interval, dead_expert_window, tensorboard, "
-    "hyperparameters, image_interval, peak_tflops, layer_gradients, profile_steps, profile_from",
+    "hyperparameters, variant, image_interval, peak_tflops, layer_gradients, profile_steps, profile_from",
     "warmup_steps=1": f"warmup_steps {NOT_ONE}; "
     "did you mean model.sparsity.schedule.warmup_steps or training.warmup_steps?",
     "xyz=1": f"xyz {NOT_ONE}; a run file has model, data, training, metrics",

@@ -12,13 +12,14 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from qsparse_moe.config.load import config_to_yaml
-from qsparse_moe.config.schema import MetricsConfig, ModelConfig, MoEConfig, RunConfig
+from qsparse_moe.config.schema import MetricsConfig, ModelConfig, MoEConfig, RunConfig, SparsityOverride
 from qsparse_moe.metrics.charts import chart_layout
 from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.names import is_layer_name, metric_of
 from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.metrics.tensorboard import SUMMARY_METRICS, hyperparameters
+from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.metrics.reports import make_context, make_report, random_stats
 
 MOE = MoEConfig(num_dense_layers=1, num_shared_experts=1, bias_update_rate=0.001)
@@ -130,6 +131,26 @@ def test_hparams_have_a_column_for_every_setting_that_is_asked_for_by_the_end_of
         "steps": CONFIG.training.steps,
         "plan": "null",
         "num_dense_layers": CONFIG.model.moe.num_dense_layers,
+    }
+
+
+def test_a_run_of_a_grid_has_columns_for_its_variant_and_for_what_the_grid_varies_alone():
+    override = SparsityOverride(layers=2, experts="0-1", site="expert_hidden", sparsity=0.9)
+    asked = {"variant": "first", "hyperparameters": ("model.sparsity.overrides", "model.hidden_size")}
+    config = CONFIG.model_copy(
+        update={
+            "metrics": CONFIG.metrics.model_copy(update=asked),
+            "model": CONFIG.model.model_copy(
+                update={"sparsity": CONFIG.model.sparsity.model_copy(update={"overrides": (override,)})}
+            ),
+        }
+    )
+    assert hyperparameters(config) == {
+        "variant": "first",
+        "S": SparsityPlan.from_config(config.model).mean,
+        "seed": config.training.seed,
+        "overrides": "layer 2 experts 0-1 expert_hidden S=0.9",
+        "hidden_size": config.model.hidden_size,
     }
 
 

@@ -88,3 +88,17 @@ def test_a_fused_pass_is_refused():
     model.runtime = type("Runtime", (), {"fused_glu": object()})()
     with pytest.raises(AssertionError, match="sparsity.backend torch"):
         layer_needs(model, torch.zeros(1, 2, dtype=torch.long))
+
+
+def test_shares_of_a_step_by_hand_where_the_masks_in_front_of_the_three_matrices_differ():
+    from qsparse_moe.model.unions import LayerNeeds, _shares
+
+    # Both tokens use expert 2 of 5; D = 4, F = 5. Input, gate and hidden masks have different densities.
+    experts = torch.tensor([[2], [2]])
+    inputs = torch.tensor([[[1, 0, 0, 0]], [[1, 1, 0, 0]]]).bool()
+    gate = torch.tensor([[[1, 1, 1, 1, 0]], [[0, 0, 0, 1, 1]]]).bool()
+    hidden = torch.tensor([[[1, 0, 0, 0, 0]], [[0, 0, 0, 0, 0]]]).bool()
+    shares = _shares(LayerNeeds(experts, inputs, gate, hidden), torch.arange(2), 5)
+    # Of up, token 0 needs (0; 0-3) and token 1 (0-1; 3-4): together 4 + 1 + 2 of 20 elements.
+    expected = torch.tensor([1, 2 / 4, 7 / 20, 1 / 5]) / 5
+    torch.testing.assert_close(shares, expected)

@@ -201,3 +201,15 @@ def test_default_sites_overrides_and_formats_come_before_the_preset():
     assert {site: name for site in SITES if (name := site_format(settings, site)) != "none"} == {
         "expert_hidden": "int4"
     }
+
+
+def test_the_mean_weighs_every_site_the_same_however_many_experts_it_has():
+    config = ModelConfig.model_validate({"num_layers": 2, "moe": {"num_experts": 8}})
+    plan = SparsityPlan(
+        {
+            place: (0.8 if "expert" in place[1] else 0.0,) * len(v)
+            for place, v in SparsityPlan.uniform(config, 0).values.items()
+        }
+    )
+    assert {len(values) for values in plan.values.values()} == {1, 8}
+    assert plan.mean == pytest.approx(0.4)

@@ -1,0 +1,131 @@
+"""Maps layers x experts of a change of the loss: one scale and a colour bar for all panels, noise hatched.
+
+L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, SymLogNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+
+from qsparse_moe.ablation.panels import colour_bar
+from qsparse_moe.data.packing import Array
+
+UNIT = "change of the loss,\n1/1000 nats per token"
+_MOST_LABELLED = 160
+_MOST_COLUMNS = 3
+_WIDE = 30.0
+"""A scale whose end is further above the typical change is linear near 0 only, and logarithmic beyond."""
+_MISSING = "0.82"
+
+
+@dataclass(frozen=True)
+class CellMap:
+    """One panel."""
+
+    title: str
+    layers: tuple[int, ...]
+    """The layer of every row."""
+    change_LE: Array
+    """Nats per token; nan where there is no such cell."""
+    noise_LE: Array
+    """bool: the change is not told from 0."""
+
+
+def scale_over(changes: Iterable[float]) -> Normalize:
+    """Return the scale on which all of ``changes``, in nats per token, are shown in thousandths of a nat.
+
+    It is symmetric around 0; where the changes lie orders of magnitude apart it is logarithmic away from 0.
+    """
+    sizes = np.abs(1000 * np.asarray([change for change in changes if np.isfinite(change)]))
+    largest = max(float(sizes.max(initial=0.0)), 1e-9)
+    others = sizes[sizes > 1e-6 * largest]
+    typical = float(np.median(others)) if len(others) else largest
+    if largest <= _WIDE * typical:
+        return Normalize(-largest, largest)
+    linear = 10.0 ** np.floor(np.log10(typical))
+    return SymLogNorm(linear, linscale=0.5, vmin=-largest, vmax=largest)
+
+
+def draw_maps(
+    panels: Sequence[CellMap], scale: Normalize, *, title: str, missing: str, noise: str | None, note: str = ""
+) -> Figure:
+    """Draw every panel on one scale, in thousandths of a nat; white is no change.
+
+    Args:
+        panels: one after the other, three in a row.
+        scale: as ``scale_over`` makes it, of these panels or of those of several figures.
+        title: of the figure.
+        missing: why a grey cell has no value, for the legend.
+        noise: what makes a cell noise, for the legend; None where that is not known and no cell is marked.
+        note: a second line of the title.
+    """
+    num_columns = min(len(panels), _MOST_COLUMNS)
+    num_rows = -(-len(panels) // num_columns)
+    num_experts = max(panel.change_LE.shape[1] for panel in panels)
+    most_layers = max(len(panel.layers) for panel in panels)
+    wide, high = min(6.0, max(2.6, 0.55 * num_experts + 1.0)), 1.1 + max(0.9, min(6.0, 0.4 * most_layers))
+    size = max(6.4, num_columns * wide + 1.6), num_rows * high + (1.3 if noise or note else 0.9)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    figure.suptitle("\n".join(filter(None, (title, note))), fontsize=9)
+    axes = [figure.add_subplot(num_rows, num_columns, place + 1) for place in range(len(panels))]
+    for axis, panel in zip(axes, panels, strict=True):
+        image = axis.imshow(1000 * panel.change_LE, cmap="RdBu_r", norm=scale, aspect="auto")
+        axis.set_facecolor(_MISSING)
+        axis.set_title(panel.title, fontsize=8)
+        axis.set_ylabel("layer", fontsize=8)
+        step = -(-len(panel.layers) // 16)
+        axis.set_yticks(range(0, len(panel.layers), step), [str(n) for n in panel.layers[::step]], fontsize=8)
+        _label_experts(axis, panel.change_LE.shape[1])
+        _hatch_noise(axis, panel.noise_LE)
+        if panel.change_LE.size <= _MOST_LABELLED:
+            _write_values(axis, panel, scale)
+    colour_bar(figure, axes, image, UNIT, pad=0.02)
+    signs = []
+    if noise is not None:
+        signs.append(Patch(facecolor="white", edgecolor="0.5", hatch="////", label=noise))
+    if any(np.isnan(panel.change_LE).any() for panel in panels):
+        signs.append(Patch(facecolor=_MISSING, label=missing))
+    if signs:
+        figure.legend(handles=signs, loc="outside lower center", ncols=len(signs), fontsize=8, frameon=False)
+    return figure
+
+
+def _label_experts(axis: Axes, num_experts: int) -> None:
+    if num_experts == 1:
+        axis.set_xticks([])
+        return
+    step = -(-num_experts // 16)
+    axis.set_xticks(range(0, num_experts, step), [str(e) for e in range(0, num_experts, step)], fontsize=8)
+    axis.set_xlabel("expert", fontsize=8)
+
+
+def _hatch_noise(axis: Axes, noise_LE: Array) -> None:
+    for row, column in np.argwhere(noise_LE):
+        axis.add_patch(
+            Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="0.6", linewidth=0.0)
+        )
+
+
+def _write_values(axis: Axes, panel: CellMap, scale: Normalize) -> None:
+    """Each value in its cell; noise in grey on white, so that the hatching does not cross the digits."""
+    for row, column in np.argwhere(~np.isnan(panel.change_LE)):
+        value, is_noise = 1000 * panel.change_LE[row, column], bool(panel.noise_LE[row, column])
+        dark = abs(float(scale(value)) - 0.5) > 0.3 and not is_noise
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9} if is_noise else None
+        weight, colour = ("normal", "0.35") if is_noise else ("bold", "white" if dark else "black")
+        axis.text(
+            column, row, _short(value), ha="center", va="center", fontsize=7, color=colour, weight=weight, bbox=paper
+        )
+
+
+def _short(value: float) -> str:
+    if value and abs(value) < 0.005:
+        return "≈0"
+    return f"{value:+.0f}" if abs(value) >= 99.5 else f"{value:+.2g}" if value else "0"

@@ -64,7 +64,7 @@ def _load_charts(moe: MoEConfig) -> dict[str, list[object]]:
         "Busiest expert over the mean": _lines("router/load_imbalance"),
         "Busiest expert over the mean, by layer": _by_layer("router/load_imbalance"),
         "Experts without a row, by layer": _by_layer("router/dead_experts"),
-        "Experts without a row in ten logged steps": _lines("router/dead_experts_window"),
+        "Experts without a row in the whole window": _lines("router/dead_experts_window"),
         "Balance loss": _lines("train/load_balance_loss"),
     }
     if moe.capacity_factor is not None:

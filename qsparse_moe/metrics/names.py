@@ -114,7 +114,8 @@ METRICS = (
     Metric(
         "router/dead_experts_window",
         "experts",
-        "Experts that got no row in the last 10 logged steps; absent until there are so many.",
+        "Experts that got no row in the last logged steps: metrics.dead_expert_window over metrics.interval of them, "
+        "rounded up; absent until there are so many, and where the setting is 0.",
         layers="file",
     ),
     Metric(
@@ -261,6 +262,7 @@ METRICS = (
 )
 
 _BY_NAME = {metric.name: metric for metric in METRICS if metric.kind == "scalar"}
+_BY_TAG = {metric.name: metric for metric in METRICS}
 _LAYER = re.compile(r"/layer_[0-9]+$")
 _SITE = re.compile(rf"^sparsity/(?:{'|'.join(SITES)})/")
 
@@ -287,6 +289,12 @@ def metric_of(name: str) -> Metric:
         KeyError: no scalar of that name is in the list.
     """
     return _BY_NAME[_listed_name(name)]
+
+
+def describe_tag(name: str) -> str:
+    """The unit and the definition of the metric, of whatever kind, that the tag ``name`` belongs to."""
+    metric = _BY_TAG[_listed_name(name)]
+    return f"**Unit: {metric.unit}.** {metric.definition}"
 
 
 def _listed_name(name: str) -> str:

@@ -26,7 +26,8 @@ class Recorder:
         self._config = config
         self._file: MetricsFile | None = None
         self._board: TensorBoardFiles | None = None
-        self._window = Window()
+        # A window of so many steps, in logged ones.
+        self._window = Window(expert_length=-(-config.metrics.dead_expert_window // config.metrics.interval))
         self._efficiency: Efficiency | None = None
         self._step = 0
 

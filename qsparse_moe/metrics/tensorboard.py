@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -18,7 +20,7 @@ from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.metrics.charts import chart_layout
 from qsparse_moe.metrics.heatmaps import HeatMap, Pixels, heat_maps, scale_of
 from qsparse_moe.metrics.histograms import add_histogram, histograms
-from qsparse_moe.metrics.names import is_layer_name, layer_name, metric_of
+from qsparse_moe.metrics.names import describe_tag, is_layer_name, layer_name, metric_of
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import Stats
 
@@ -27,6 +29,8 @@ _COSTS = {
     "cost/lm_loss_by_kept_gflops": "efficiency/total_kept_training_flops",
 }
 """The curves whose step is a cost, by the metric that is the cost."""
+_COST_RUN = "cost"
+"""The folder within TensorBoard's that holds those curves; it is a run of its own there."""
 SUMMARY_METRICS = (
     "validation/bits_per_byte",
     "train/lm_loss",
@@ -48,10 +52,13 @@ class TensorBoardFiles:
         """Open a new event file for a run that goes on after ``start_step`` steps.
 
         What earlier files hold of later steps is void from here on: TensorBoard drops it when it reads this file.
-        ``before`` are the run's logged steps up to there.
+        ``before`` are the run's logged steps up to there; the curves whose step is a cost are written anew from them.
         """
         self._config = config
         self._maps: dict[str, HeatMap] = {}
+        self._described: set[str] = set()
+        self._last: tuple[int, Stats] | None = None
+        self._drawn = start_step
         self._next_images = start_step + 1
         self._summaries = hparams(hyperparameters(config), dict.fromkeys(SUMMARY_METRICS, 0.0))
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
@@ -59,27 +66,52 @@ class TensorBoardFiles:
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
         self._writer.add_text("sparsity plan", plan_table(SparsityPlan.from_config(config.model)), start_step)
         self._write_hyperparameters(start_step)
+        # The place of these points is no step, so no reader can tell which of them are void: they have a file of their
+        # own, which is written anew.
+        shutil.rmtree(folder / _COST_RUN, ignore_errors=True)
+        self._cost_writer = SummaryWriter(str(folder / _COST_RUN))
         for row in before:
-            # The place of these points is no step: TensorBoard drops them all with the steps that are done again.
             self._write_costs(row)
         self._writer.flush()
+        self._cost_writer.flush()
 
     def write(self, step: int, metrics: Mapping[str, float], stats: Stats) -> None:
         """Add one logged step; of the values by layer only those that are charted, heat maps and histograms
         where they are due."""
         for name, value in metrics.items():
             if not is_layer_name(name) or metric_of(name).layers == "chart":
-                self._writer.add_scalar(name, value, step)
+                self._add_scalar(self._writer, name, value, step)
         self._write_costs(metrics)
+        self._last = step, stats
         if self._config.metrics.image_interval and step >= self._next_images:
             self._next_images = step + self._config.metrics.image_interval
-            self._draw(step, stats)
-            self._count(step, stats)
+            self._write_images(step, stats)
         self._writer.flush()
+        self._cost_writer.flush()
 
     def write_end(self, step: int) -> None:
-        """Say that the run ended; the HPARAMS page shows when."""
+        """Draw the last logged step, unless it was drawn, and say that the run ended; the HPARAMS page shows when."""
+        if self._config.metrics.image_interval and self._last is not None and self._last[0] != self._drawn:
+            self._write_images(*self._last)
         self._add_summary(self._summaries[2], step)
+
+    def _add_scalar(self, writer: SummaryWriter, name: str, value: float | None, step: int) -> None:
+        """As ``SummaryWriter.add_scalar``, with the unit and the definition for the card of the curve."""
+        metadata = None
+        if name not in self._described:
+            self._described.add(name)
+            plugin = SummaryMetadata.PluginData(plugin_name="scalars")
+            metadata = SummaryMetadata(summary_description=describe_tag(name), plugin_data=plugin)
+        number = float("nan") if value is None else float(value)
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=number, metadata=metadata)])
+        file_writer = writer.file_writer
+        assert file_writer is not None, "the event file is closed"
+        file_writer.add_summary(summary, step)
+
+    def _write_images(self, step: int, stats: Stats) -> None:
+        self._drawn = step
+        self._draw(step, stats)
+        self._count(step, stats)
 
     def _write_hyperparameters(self, step: int) -> None:
         # In the run's own folder and from its beginning: a run that is killed or resumed is one row of the page, too.
@@ -97,7 +129,7 @@ class TensorBoardFiles:
         for name, flops in _COSTS.items():
             cost, loss = metrics.get(flops), metrics.get("train/lm_loss")
             if cost is not None and loss is not None:
-                self._writer.add_scalar(name, loss, round(cost / 1e9))
+                self._add_scalar(self._cost_writer, name, loss, round(cost / 1e9))
 
     def _draw(self, step: int, stats: Stats) -> None:
         model = self._config.model
@@ -114,8 +146,9 @@ class TensorBoardFiles:
                 add_histogram(self._writer, layer_name(name, layer), counts_H, bins, step)
 
     def close(self) -> None:
-        """Close the event file; nothing can be written after."""
+        """Close the event files; nothing can be written after."""
         self._writer.close()
+        self._cost_writer.close()
 
 
 def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> None:

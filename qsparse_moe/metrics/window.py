@@ -17,10 +17,11 @@ LENGTH = 10
 
 
 class Window:
-    """The last ``LENGTH`` logged steps."""
+    """The last ``length`` logged steps; for dead experts the last ``expert_length``, and nothing where that is 0."""
 
-    def __init__(self, length: int = LENGTH) -> None:
-        self._rows: deque[Tensor] = deque(maxlen=length)
+    def __init__(self, length: int = LENGTH, expert_length: int | None = None) -> None:
+        self._expert_length = length if expert_length is None else expert_length
+        self._rows: deque[Tensor] = deque(maxlen=self._expert_length)
         self._used: dict[str, deque[Tensor]] = {}
         self._thresholds_L: dict[str, Tensor] = {}
         self._length = length
@@ -31,9 +32,9 @@ class Window:
         What needs a full window is absent until there is one: a feature that three steps did not use is not dead.
         """
         ratios: dict[str, Tensor] = {}
-        if "router/rows_LE" in stats:
+        if "router/rows_LE" in stats and self._expert_length:
             self._rows.append(stats["router/rows_LE"] > 0)
-            if len(self._rows) == self._length:
+            if len(self._rows) == self._expert_length:
                 ratios["router/dead_experts_window"] = (~_any(self._rows)).sum(-1).double()
         for key in [key for key in stats if key.endswith("/used_LED")]:
             ratios |= self._see_site(stats, key.removesuffix("/used_LED"))

@@ -51,6 +51,31 @@ def test_a_value_has_one_colour_in_every_step(name):
     assert np.array_equal(heat_map.draw(values), first)
 
 
+def test_ticks_name_the_layers_and_experts_and_each_value_lies_in_its_cell():
+    heat_map = HeatMap(Scale(0, 1, "gray", "test"), [1, 3], 3)
+    axes = heat_map._axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "3"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2"]
+    plain = heat_map.draw(np.zeros((2, 3)))
+    for row, expert in ((0, 0), (0, 1), (1, 2)):
+        values = np.zeros((2, 3))
+        values[row, expert] = 1.0
+        ys, xs = (heat_map.draw(values) != plain).any(-1).nonzero()
+        places = axes.transData.inverted().transform(np.stack((xs, plain.shape[0] - ys), -1))
+        assert np.abs(places - [expert, row]).max() < 0.56
+        assert len(ys) > 400
+
+
+def test_numbers_stand_in_the_cells_of_their_values():
+    scale = Scale(0, 1000, "gray", "test")  # the two values have one colour
+    heat_map = HeatMap(scale, [1, 3], 3)
+    first, second = np.full((2, 3), 0.1), np.full((2, 3), 0.1)
+    second[0, 1] = 0.7
+    ys, xs = (heat_map.draw(first) != heat_map.draw(second)).any(-1).nonzero()
+    places = heat_map._axes.transData.inverted().transform(np.stack((xs, heat_map.draw(first).shape[0] - ys), -1))
+    assert len(ys) and np.abs(places - [1, 0]).max() < 0.5
+
+
 def test_many_experts_are_drawn_without_numbers_in_the_cells():
     picture = HeatMap(Scale(0, 4, "viridis", "load"), list(range(3)), 128).draw(np.ones((3, 128)))
     assert picture.shape[1] > 2000

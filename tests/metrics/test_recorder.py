@@ -16,7 +16,7 @@ from qsparse_moe.config.schema import MetricsConfig, ModelConfig, MoEConfig, Run
 from qsparse_moe.metrics.charts import chart_layout
 from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.jsonl import read_metrics
-from qsparse_moe.metrics.names import is_layer_name, metric_of
+from qsparse_moe.metrics.names import describe_tag, is_layer_name, metric_of
 from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.metrics.tensorboard import SUMMARY_METRICS, hyperparameters
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -44,6 +44,12 @@ def record(run_dir, steps, *, start_step=0, ends=True, config=CONFIG):
 
 def read_board(run_dir):
     board = EventAccumulator(str(run_dir / "tensorboard"))
+    board.Reload()
+    return board
+
+
+def read_costs(run_dir):
+    board = EventAccumulator(str(run_dir / "tensorboard" / "cost"))
     board.Reload()
     return board
 
@@ -98,15 +104,61 @@ def test_resumed_run_keeps_its_curves_whose_step_is_a_cost(tmp_path, tag):
     record(tmp_path / "whole", [1, 2, 3])
     record(tmp_path / "parts", [1, 2, 3], ends=False)
     record(tmp_path / "parts", [3], start_step=2)
-    whole, parts = (scalars(read_board(tmp_path / name), tag) for name in ("whole", "parts"))
+    whole, parts = (
+        [(event.step, event.value) for event in read_costs(tmp_path / name).Scalars(tag)] for name in ("whole", "parts")
+    )
     assert len(whole) == 3 and parts == whole
+    flops = "efficiency/total_kept_training_flops" if "kept" in tag else "efficiency/total_training_flops"
+    rows = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    assert [step for step, _ in whole] == [round(row[flops] / 1e9) for row in rows], "the x of the curve is GFLOPs"
+
+
+def test_every_curve_has_its_unit_and_definition_on_its_card(tmp_path):
+    record(tmp_path, [1])
+    for board in (read_board(tmp_path), read_costs(tmp_path)):
+        assert board.Tags()["scalars"]
+        for tag in board.Tags()["scalars"]:
+            assert board.SummaryMetadata(tag).summary_description == describe_tag(tag)
+    assert describe_tag("sparsity/attention_input/zeros/layer_2").startswith("**Unit: 1.** Fraction of zeros in front")
+
+
+@pytest.mark.parametrize(
+    ("interval", "start_step", "steps", "expected"),
+    [
+        (200, 0, [10, 20, 30], [10, 30]),
+        (20, 0, [10, 20, 30, 40], [10, 30, 40]),
+        (200, 30, [40], [40]),
+        (0, 0, [10], []),
+    ],
+)
+def test_heat_maps_are_drawn_first_then_at_the_interval_and_at_the_end(tmp_path, interval, start_step, steps, expected):
+    metrics = CONFIG.metrics.model_copy(update={"image_interval": interval})
+    record(tmp_path, steps, start_step=start_step, config=CONFIG.model_copy(update={"metrics": metrics}))
+    board = read_board(tmp_path)
+    drawn = [event.step for event in board.Images("experts/load")] if expected else board.Tags()["images"]
+    assert drawn == expected
+
+
+@pytest.mark.parametrize(("window", "first"), [(30, 3), (25, 3), (10, 1), (0, None)])
+def test_the_setting_governs_the_window_of_dead_experts(tmp_path, window, first):
+    metrics = CONFIG.metrics.model_copy(update={"interval": 10, "dead_expert_window": window})
+    record(tmp_path, [10, 20, 30, 40], config=CONFIG.model_copy(update={"metrics": metrics}))
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    having = [row["step"] for row in rows if "router/dead_experts_window" in row]
+    assert having == ([] if first is None else list(range(10 * first, 50, 10)))
+
+
+def test_sequences_per_second_by_hand(tmp_path):
+    record(tmp_path, [1])
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert row["throughput/rows_per_second"] == report(1).tokens_per_second / CONFIG.data.sequence_length
 
 
 def test_hparams_hold_the_settings_once_from_the_beginning_and_name_every_final_metric(tmp_path):
     record(tmp_path, [1, 2], ends=False)
     record(tmp_path, [2], start_step=1)
     board = read_board(tmp_path)
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2, "one file for each part"
+    assert len(list((tmp_path / "tensorboard").glob("events.*"))) == 2, "one file for each part"
     contents = {tag: board.SummaryMetadata(tag).plugin_data.content for tag in board.PluginTagToContent("hparams")}
     data = {tag: HParamsPluginData.FromString(content) for tag, content in contents.items()}
     started = data["_hparams_/session_start_info"].session_start_info
@@ -185,7 +237,7 @@ def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path, capac
                 choice_agreement_L=torch.tensor([0.5, 1.0]),
             )
         )
-    tags = read_board(tmp_path).Tags()["scalars"]
+    tags = read_board(tmp_path).Tags()["scalars"] + read_costs(tmp_path).Tags()["scalars"]
     patterns = [pattern for chart in charts(tmp_path).values() for pattern in chart]
     for pattern in patterns:
         assert [tag for tag in tags if re.match(pattern, tag)], pattern

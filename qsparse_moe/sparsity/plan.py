@@ -183,6 +183,46 @@ class SparsityPlan:
         """The plan with these thresholds in place of its own."""
         return SparsityPlan(self.values, thresholds)
 
+    def with_(
+        self,
+        *,
+        sparsity: float,
+        layer: int | None = None,
+        site: Site | None = None,
+        experts: Sequence[int] | None = None,
+    ) -> SparsityPlan:
+        """Return a new plan with S = ``sparsity`` at the places that are named; the thresholds of these go.
+
+        Args:
+            sparsity: in [0, 1).
+            layer: counted from 0; every layer where it is None.
+            site: every site of the layer where it is None.
+            experts: numbers of experts, counted from 0; only sites that have one S per expert are changed then.
+
+        Raises:
+            ConfigError: the plan has no such layer, site or expert, or ``sparsity`` is out of range.
+        """
+        places = [place for place in self.values if layer in (None, place[0]) and site in (None, place[1])]
+        if experts is not None:
+            places = [place for place in places if place[1] in EXPERT_SITES]
+        if not places:
+            layers = sorted({place[0] for place in self.values})
+            sites = list(dict.fromkeys(place[1] for place in self.values))
+            raise ConfigError(
+                f"sparsity plan: layer {layer}, site {site}, experts {experts} names no place; this plan has the "
+                f"layers {layers} with the sites {', '.join(sites)}, and experts at {' and '.join(EXPERT_SITES)} only"
+            )
+        values = dict(self.values)
+        for place in places:
+            count = len(values[place])
+            chosen = range(count) if experts is None else experts
+            if wrong := [expert for expert in chosen if not 0 <= expert < count]:
+                raise ConfigError(
+                    f"sparsity plan: experts {wrong} are not in layer {place[0]}, {place[1]}; choose from 0-{count - 1}"
+                )
+            values[place] = tuple(sparsity if i in chosen else value for i, value in enumerate(values[place]))
+        return SparsityPlan(values, {place: kept for place, kept in self.thresholds.items() if place not in places})
+
     @property
     def mean(self) -> float:
         """The mean of S over layers and sites, each site weighing the same whatever its number of experts."""

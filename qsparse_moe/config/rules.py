@@ -240,7 +240,8 @@ def _shuffle_buffer(config: RunConfig) -> Iterator[Problem]:
     if size:
         yield Problem(
             f"data.shuffle_buffer ({size}) must be 0: the rows inside a shuffle buffer are lost or doubled when a run "
-            "is resumed; data.shuffle=true shuffles exactly (rows of a table, files of a stream)",
+            "is resumed; data.shuffle=true shuffles exactly (rows of a table; files of a stream, and rows within "
+            "data.shuffle_window)",
             ("data.shuffle_buffer",),
         )
 
@@ -263,14 +264,16 @@ def _source_problems(source: SourceConfig) -> Iterator[tuple[str, str]]:
         yield "path", f"must name files or globs when kind is {kind}, such as texts/*.{_suffix(kind)}"
     if kind == "hub" and (not isinstance(source.path, str) or not source.path):
         yield "path", "must be one data set's name when kind is hub, such as owner/name"
+    if kind == "saved" and (not isinstance(source.path, str) or not source.path):
+        yield "path", "must be one folder when kind is saved, which datasets' save_to_disk wrote"
     if kind != "text" and source.separator is not None:
         yield "separator", f"has no meaning when kind is {kind}; remove it"
     if kind in {"stdlib", "text"} and source.column != "text":
         yield "column", f"has no meaning when kind is {kind}, whose documents are whole files; remove it"
     if kind != "hub" and source.subset is not None:
         yield "subset", f"has no meaning when kind is {kind}; remove it, or set kind to hub"
-    if kind != "hub" and source.split != "train":
-        yield "split", f"has no meaning when kind is {kind}; remove it, or set kind to hub"
+    if kind not in {"hub", "saved"} and source.split != "train":
+        yield "split", f"has no meaning when kind is {kind}; remove it, or set kind to hub or saved"
 
 
 def _suffix(kind: str) -> str:

@@ -64,17 +64,18 @@ RECOMPUTE: tuple[Recompute, ...] = Recompute.__args__  # type: ignore[attr-defin
 class SourceConfig(Section):
     """One source of documents."""
 
-    kind: Literal["stdlib", "text", "jsonl", "parquet", "hub"] = "stdlib"
-    """stdlib: the .py files of the running Python's standard library; text, jsonl, parquet: local files; hub: a data
-    set of the Hugging Face hub."""
+    kind: Literal["stdlib", "text", "jsonl", "parquet", "saved", "hub"] = "stdlib"
+    """stdlib: the .py files of the running Python's standard library; text, jsonl, parquet: local files, of which text
+    and jsonl may be compressed with gzip; saved: a folder that datasets' save_to_disk wrote; hub: a data set of the
+    Hugging Face hub, or a local folder laid out as one."""
     path: str | Texts | None = None
-    """Files or globs for text, jsonl and parquet; the data set's name for hub."""
+    """Files or globs for text, jsonl and parquet; the folder for saved; the data set's name or folder for hub."""
     subset: str | None = None
     """Configuration name of a hub data set."""
     split: str = "train"
-    """Split of a hub data set."""
+    """Split of a hub data set, or of a saved one that has splits."""
     column: str = "text"
-    """Column that holds the document's text (jsonl, parquet, hub)."""
+    """Column that holds the document's text (jsonl, parquet, saved, hub); the others are not looked at."""
     separator: Annotated[str, Field(min_length=1)] | None = None
     """text: where one document of a file ends and the next begins; null: a file is one document."""
     weight: PositiveFloat = 1.0
@@ -89,7 +90,7 @@ class DataConfig(Section):
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)] = (SourceConfig(),)
     """Where documents come from."""
     tokenizer: str = "bytes"
-    """bytes, or the name or folder of a Hugging Face tokenizer."""
+    """bytes, or the folder or the hub's name (owner/name) of a Hugging Face tokenizer. A run keeps a copy of it."""
     sequence_length: Annotated[int, Field(ge=2)] = 256
     """S, tokens a row."""
     attend_across_documents: bool = False
@@ -100,7 +101,16 @@ class DataConfig(Section):
     """table: tokenise once into a memory-mapped table, exactly resumable on any number of ranks; streaming: tokenise
     while training, resumable on the same number of ranks."""
     shuffle: bool = True
-    """table: rows in a new random order every epoch; streaming: files (shards) in random order."""
+    """table: rows in a new random order every epoch; streaming: files (shards) in random order, and rows within
+    shuffle_window."""
+    shuffle_window: PositiveInt = 1024
+    """streaming with shuffle: every rank reads so many rows ahead and gives them out in random order, then the next so
+    many; resumed exactly. Rows further apart do not mix but by the order of files. 1: rows in their own order."""
+    max_bad_records: NonNegativeInt = 0
+    """Records of one source that may be skipped in one pass: lines that are no JSON, rows without text in the column,
+    files that are not UTF-8, documents that are too long. Each is counted in the log. 0: the first one ends the run."""
+    max_document_bytes: PositiveInt = 50_000_000
+    """Longest document (a text file, a line of JSONL, a row), which is held in memory whole, about 20 times."""
     shuffle_buffer: NonNegativeInt = 0
     """Must be 0: a shuffle buffer cannot be resumed exactly."""
     cache_dir: str = "~/.cache/qsparse_moe"
@@ -197,7 +207,9 @@ class TrainingConfig(Section):
     resume: bool = False
     """Continue the run folder of this name, if there is one."""
     checkpoint_interval: NonNegativeInt = 0
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: only those of checkpoint_minutes and at the end."""
+    checkpoint_minutes: NonNegativeFloat = 10.0
+    """A checkpoint is saved after a step when the last one is so many minutes old, by rank 0's clock; 0: never."""
     keep_last: PositiveInt = 2
     """Checkpoints kept."""
     evaluation_interval: NonNegativeInt = 0

@@ -99,7 +99,7 @@ class TrainLoader:
         Raises:
             DataError: the data, its order or (streaming) the number of ranks is another.
         """
-        _check_same_data(state["parts"], self._parts)
+        _check_same_data(state["parts"], self._parts, earlier=self._data.earlier_parts)
         if self._stream is not None:
             self._stream.load_state_dict(self._stream_state(state))
         self._step = state["step"]
@@ -127,8 +127,13 @@ def combine_states(states: Sequence[State]) -> State:
     return combined
 
 
-def _check_same_data(saved: dict[str, str], now: dict[str, str]) -> None:
-    names = sorted(name for name in saved.keys() | now.keys() if saved.get(name) != now.get(name))
+def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dict[str, str]) -> None:
+    """Compare what the rows depend on; ``earlier`` is how checkpoints of earlier versions name some of it."""
+    names = sorted(
+        name
+        for name in saved.keys() | now.keys()
+        if saved.get(name) not in (now.get(name), earlier.get(name, now.get(name)))
+    )
     if names:
         changes = "; ".join(f"{name}: was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in names)
         raise DataError(

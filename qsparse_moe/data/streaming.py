@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qsparse_moe.data.open_source import OpenSource
 from qsparse_moe.data.packing import Array, Document, Packer, Rows, is_validation, text_digest
 from qsparse_moe.data.rows import RowTable
-from qsparse_moe.data.sources import OpenSource
 from qsparse_moe.data.table import Packing, SideTable, count_bytes, too_little_validation
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError

@@ -14,8 +14,8 @@ from typing import Any, Literal
 import numpy as np
 
 from qsparse_moe.data.cache import build_once
+from qsparse_moe.data.open_source import LIMITS, BadRecords, OpenSource
 from qsparse_moe.data.packing import PACKING_VERSION, Array, Packer, Rows, is_validation, text_digest
-from qsparse_moe.data.sources import OpenSource
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
 
@@ -26,6 +26,13 @@ Progress = Callable[[str, int, int | None], None]
 
 Side = Literal["train", "validation"]
 SIDES: tuple[Side, ...] = ("train", "validation")
+
+Checks = Callable[[dict[Side, int]], None]
+"""Called with the number of rows of each side before a table is kept."""
+
+TABLES = "tables"
+"""Folder of tables in the cache."""
+_SUMMARY = "table.json"
 
 # Text tokenised at once: enough for a tokenizer's threads and for long record batches, little beside a process.
 _CHUNK_BYTES = 4 << 20
@@ -83,17 +90,24 @@ def load_source_table(
     *,
     max_bytes: int | None = None,
     progress: Progress | None = None,
+    checks: Checks | None = None,
 ) -> SourceTable:
     """The table of a source, built first where there is none for exactly this text and packing.
+
+    ``checks(rows)`` may raise for the number of rows of each side: a table that no run can use is never kept.
 
     Raises:
         DataError: the source cannot be read, the cache cannot be written, or a table in it is damaged.
     """
     key = {"packing": packing.describe(), "source": source.identity, "max_bytes": max_bytes}
-    folder = cache_dir / "tables" / _key(key)
-    build_once(folder, lambda partial: _build(source, packing, partial, max_bytes, progress))
+    if source.limits.max_document_bytes != LIMITS.max_document_bytes:
+        key["max_document_bytes"] = source.limits.max_document_bytes
+    folder = cache_dir / TABLES / _key(key)
+    build_once(folder, lambda partial: _build(source, packing, partial, max_bytes, progress, checks=checks))
     try:
-        return _open(folder, packing.sequence_length)
+        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        _check_bad_records(source, summary)
+        return _open(folder, summary, packing.sequence_length)
     except (OSError, ValueError, KeyError) as error:
         raise DataError(
             f"data.cache_dir: the table of {source.setting} in {folder} is damaged ({type(error).__name__}: {error}), "
@@ -106,16 +120,32 @@ def _key(description: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
+def _check_bad_records(source: OpenSource, summary: dict[str, Any]) -> None:
+    skipped, limit = summary.get("bad_records", 0), source.limits.max_bad_records
+    if skipped > limit:
+        raise DataError(
+            f"{source.setting}: {skipped} bad records were skipped when its table was made, and "
+            f"data.max_bad_records is {limit}; mend them, or set data.max_bad_records={skipped} or more"
+        )
+
+
 def _build(
-    source: OpenSource, packing: Packing, folder: Path, max_bytes: int | None, progress: Progress | None
+    source: OpenSource,
+    packing: Packing,
+    folder: Path,
+    max_bytes: int | None,
+    progress: Progress | None,
+    *,
+    checks: Checks | None,
 ) -> None:
     began = time.monotonic()
+    bad = BadRecords(source.setting, source.limits)
     progress = progress or _LogProgress()
     writers = {side: _SideWriter(folder, side, packing) for side in SIDES}
     digest = hashlib.blake2b(digest_size=16)
     total = _smaller(source.num_bytes, max_bytes)
     done = 0
-    for texts in _chunks(_up_to(source.texts(), max_bytes)):
+    for texts in _chunks(_up_to(source.texts(bad=bad), max_bytes)):
         encoded = [text.encode("utf-8") for text in texts]
         digests = [text_digest(text) for text in encoded]
         for side in SIDES:
@@ -125,8 +155,11 @@ def _build(
         digest.update(b"".join(digests))
         done += sum(map(len, encoded))
         progress(source.setting, done, total)
-    summary = {side: writer.close() for side, writer in writers.items()} | {"digest": digest.hexdigest()}
-    (folder / "table.json").write_text(json.dumps(summary), encoding="utf-8")
+    summary: dict[str, Any] = {side: writer.close() for side, writer in writers.items()}
+    if checks is not None:
+        checks({side: writer.num_rows for side, writer in writers.items()})
+    summary |= {"digest": digest.hexdigest(), "bad_records": bad.count}
+    (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
     rows = ", ".join(f"{writer.num_rows} {side}" for side, writer in writers.items())
     logger.info("%s: %d bytes packed into %s rows in %.1f s", source.setting, done, rows, time.monotonic() - began)
 
@@ -225,8 +258,7 @@ def count_bytes(texts: Sequence[bytes]) -> Array:
     return np.bincount(np.frombuffer(b"".join(texts), np.uint8), minlength=256)
 
 
-def _open(folder: Path, sequence_length: int) -> SourceTable:
-    summary = json.loads((folder / "table.json").read_text(encoding="utf-8"))
+def _open(folder: Path, summary: dict[str, Any], sequence_length: int) -> SourceTable:
     train, validation = (_open_side(folder / f"{side}.arrow", summary[side], sequence_length) for side in SIDES)
     return SourceTable(train, validation, summary["digest"])
 

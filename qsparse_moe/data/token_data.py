@@ -11,13 +11,15 @@ import numpy as np
 
 from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.data.open_source import Limits, OpenSource, content_digest
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.rows import RowTable, spread_rows
-from qsparse_moe.data.sources import OpenSource, open_source
+from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.streaming import RowStream, Streams
 from qsparse_moe.data.table import (
     Packing,
     Progress,
+    Side,
     SideTable,
     load_source_table,
     too_little_train,
@@ -42,10 +44,13 @@ class TokenData:
         validation: RowTable,
         train_byte_counts: Array,
         streams: Streams | None = None,
+        earlier_parts: dict[str, str] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.parts = parts
-        """What the rows depend on, by setting, with a digest of each source."""
+        """What the rows depend on, by setting, with a digest of each source's content."""
+        self.earlier_parts = parts if earlier_parts is None else earlier_parts
+        """The same as a checkpoint of an earlier version holds it: a stream by its files' names, sizes and times."""
         self.validation = validation
         """Validation rows; in streaming mode a first few of them."""
         self._train = train
@@ -112,7 +117,8 @@ def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenD
     """
     _check_mode(config)
     packing = Packing(load_tokenizer(config.tokenizer), config.sequence_length, config.validation_fraction)
-    sources = tuple(open_source(source, index) for index, source in enumerate(config.sources))
+    limits = Limits(config.max_bad_records, config.max_document_bytes)
+    sources = tuple(open_source(source, index, limits) for index, source in enumerate(config.sources))
     if config.mode == "streaming":
         return _load_streams(config, sources, packing)
     return _load_tables(config, sources, packing, progress)
@@ -141,13 +147,21 @@ def _load_tables(
     config: DataConfig, sources: Sequence[OpenSource], packing: Packing, progress: Progress | None
 ) -> TokenData:
     cache_dir = Path(config.cache_dir).expanduser()
-    tables = [
-        load_source_table(source, packing, cache_dir, max_bytes=settings.max_bytes, progress=progress)
-        for source, settings in zip(sources, config.sources, strict=True)
-    ]
-    for source, table in zip(sources, tables, strict=True):
-        if not len(table.train):
-            raise too_little_train(source, packing)
+    tables = []
+    for source, settings in zip(sources, config.sources, strict=True):
+
+        def checks(rows: dict[Side, int], source: OpenSource = source) -> None:
+            if not rows["train"]:
+                raise too_little_train(source, packing)
+            if not rows["validation"] and len(sources) == 1:
+                raise too_little_validation(sources, packing)
+
+        table = load_source_table(
+            source, packing, cache_dir, max_bytes=settings.max_bytes, progress=progress, checks=checks
+        )
+        # A table of an earlier version may have been kept without them.
+        checks({"train": len(table.train), "validation": len(table.validation)})
+        tables.append(table)
     if not any(len(table.validation) for table in tables):
         raise too_little_validation(sources, packing)
     train = _mixed(config, packing, [table.train for table in tables])
@@ -175,7 +189,8 @@ def _load_streams(config: DataConfig, sources: tuple[OpenSource, ...], packing: 
     first = streams.validation(_FIRST_STREAM_ROWS)
     return TokenData(
         tokenizer=packing.tokenizer,
-        parts=_parts(config, packing, [_identity_digest(source) for source in sources]),
+        parts=_parts(config, packing, [_stream_digest(source) for source in sources]),
+        earlier_parts=_parts(config, packing, [_identity_digest(source) for source in sources]),
         train=None,
         validation=first.table,
         train_byte_counts=first.train_byte_counts,
@@ -195,7 +210,16 @@ def _parts(config: DataConfig, packing: Packing, digests: Sequence[str]) -> dict
     return parts
 
 
+def _stream_digest(source: OpenSource) -> str:
+    """Of a stream nobody has read the text: the digest is of its files' contents, or of the hub's revision."""
+    if not source.files:
+        return _identity_digest(source)
+    how = {name: value for name, value in source.identity.items() if name in ("kind", "column", "separator", "split")}
+    text = json.dumps(how | {"content": content_digest(source.files)}, sort_keys=True)
+    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+
+
 def _identity_digest(source: OpenSource) -> str:
-    """Of a stream nobody has read the text, so its files must do: their names, sizes and times."""
+    """Names, sizes and times of the files: what checkpoints of earlier versions hold."""
     identity = json.dumps(source.identity, sort_keys=True)
     return hashlib.blake2b(identity.encode("utf-8"), digest_size=16).hexdigest()

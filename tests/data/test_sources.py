@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import gzip
+import json
+import logging
 import os
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import pytest
 
 from qsparse_moe.config.schema import SourceConfig
 from qsparse_moe.data import sources
+from qsparse_moe.data.open_source import Limits, content_digest
 from qsparse_moe.data.sources import open_source
 from qsparse_moe.errors import DataError
 from tests.data.corpus import make_texts, write_files, write_jsonl
@@ -77,18 +81,43 @@ def test_reading_leaves_nothing_in_the_temporary_folder(tmp_path: Path, monkeypa
     source = write_jsonl(tmp_path / "a.jsonl", ["one"])
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    monkeypatch.setattr(sources.tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
     assert read(kind="jsonl", path=str(source)) == ["one"]
     assert not list(scratch.iterdir())
 
 
 BAD_FILES = {
     "latin.txt": ("ab\xe9".encode("latin-1"), "text", r"latin\.txt is not UTF-8 \(byte 0xe9 at offset 2\).*iconv"),
-    "empty.txt": (b"", "text", r"empty\.txt is empty.*remove it"),
-    "empty.jsonl": (b"", "jsonl", r"empty\.jsonl is empty.*remove it"),
-    "blank.jsonl": (b"\n\n", "jsonl", r"blank\.jsonl is empty.*remove it"),
-    "latin.jsonl": (b'{"text": "ok"}\n{"text": "\xff"}\n', "jsonl", r"latin\.jsonl cannot be read as jsonl: Unicode.*"),
-    "broken.jsonl": (b'{"text": "ok"}\n{"text": oops}\n', "jsonl", r"broken\.jsonl cannot be read as jsonl: .*Mend it"),
+    "latin.jsonl": (
+        b'{"text": "ok"}\n{"text": "\xff"}\n',
+        "jsonl",
+        r"latin\.jsonl, row 1 cannot be read as .*: Unicode",
+    ),
+    "broken.jsonl": (
+        b'{"text": "a"}\n{"text": oops}\n',
+        "jsonl",
+        r"broken\.jsonl, row 1 cannot be read as jsonl: JSOND",
+    ),
+    "list.jsonl": (
+        b'[\n{"text": "a"}]\n',
+        "jsonl",
+        r"list\.jsonl, row 0 cannot be read as jsonl: .*every line must be",
+    ),
+    "array.jsonl": (
+        b'["a"]\n',
+        "jsonl",
+        r"array\.jsonl, row 0 cannot be read as jsonl: it is no JSON object; .*Mend it",
+    ),
+    "half.jsonl": (
+        b'{"text": "\\ud83d"}\n',
+        "jsonl",
+        r"half\.jsonl, row 0: column 'text' holds half of a surrogate pair",
+    ),
+    "cut.jsonl": (
+        gzip.compress(b'{"text": "a"}\n')[:-9],
+        "jsonl",
+        r"cut\.jsonl cannot be read as jsonl: EOFError: .*Mend",
+    ),
     "other.jsonl": (b'{"body": "ok"}\n', "jsonl", r"other\.jsonl, row 0 has no column 'text'; its columns are body\."),
     "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', "jsonl", r"null\.jsonl, row 1: column 'text' holds NoneType.*"),
     "number.jsonl": (b'{"text": 7}\n', "jsonl", r"row 0: column 'text' holds int \(7\), and every row must hold text;"),
@@ -111,7 +140,7 @@ def test_a_bad_file_among_good_ones_is_named(tmp_path: Path, name: str) -> None:
 
 def test_a_parquet_file_without_rows_or_column_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
-    with pytest.raises(DataError, match=r"none\.parquet is empty, and every file must hold text; remove it"):
+    with pytest.raises(DataError, match=r"every file of path is empty, and one must hold text; name files that do"):
         read(kind="parquet", path=str(tmp_path / "none.parquet"))
     pq.write_table(pa.table({"body": ["a"], "n": [1]}), tmp_path / "other.parquet")
     with pytest.raises(DataError, match=r"other\.parquet, row 0 has no column 'text'; its columns are body, n\..*name"):
@@ -222,3 +251,175 @@ def test_a_separator_makes_many_documents_of_one_text_file(tmp_path):
     source = open_source(SourceConfig(kind="text", path=str(file), separator="\n\n"), 0)
     assert list(source.texts()) == ["one", "two", "three"]
     assert source.identity != open_source(SourceConfig(kind="text", path=str(file)), 0).identity
+
+
+def test_only_the_needed_column_of_jsonl_is_read(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "n": 1, "m": {"x": 1}} for i in range(2000)]
+    rows += [{"text": "late", "n": "three", "m": [1, {"y": 2}]}, {"m": None, "text": "last"}]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"n": ' + "9" * 5000 + ', "text": "huge"}')
+    assert read(kind="jsonl", path=str(file)) == [*(f"t{i}" for i in range(2000)), "late", "last", "huge"]
+
+
+def test_compressed_files_are_read_whatever_they_are_called(tmp_path: Path) -> None:
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("éins".encode()))
+    (tmp_path / "b.txt").write_bytes(gzip.compress(b"two"))
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "three"}\n{"text": "four"}'))
+    assert read(kind="text", path=(str(tmp_path / "*.txt*"))) == ["éins", "two"]
+    assert read(kind="jsonl", path=str(tmp_path / "c.jsonl.gz")) == ["three", "four"]
+    source = open_source(SourceConfig(kind="text", path=str(tmp_path / "*.txt*")), 0)
+    assert source.num_bytes is None, "the sizes of compressed files say nothing about their text"
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone--\xef\xbb\xbftwo")
+    (tmp_path / "b.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "three"}\n')
+    assert read(kind="text", path=str(tmp_path / "a.txt")) == ["one--\ufefftwo"], "inside a text it is a character"
+    assert read(kind="text", path=str(tmp_path / "a.txt"), separator="--") == ["one", "\ufefftwo"]
+    assert read(kind="jsonl", path=str(tmp_path / "b.jsonl")) == ["three"]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_a_path_may_hold_the_signs_of_a_chained_url(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "simplecache::file:" / "x"
+    folder.mkdir(parents=True)
+    write = {"text": lambda f: f.write_text("one"), "jsonl": lambda f: write_jsonl(f, ["one"])}
+    write["parquet"] = lambda f: pq.write_table(pa.table({"text": ["one"]}), f)
+    write[kind](folder / "a::b")
+    assert read(kind=kind, path=f"{folder}/*") == ["one"]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
+def test_a_separator_is_found_across_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    monkeypatch.setattr("qsparse_moe.data.local_files._BLOCK_BYTES", block)
+    (tmp_path / "a.txt").write_text("é一--two---- x-y--漢", "utf-8")
+    assert read(kind="text", path=str(tmp_path / "a.txt"), separator="--") == ["é一", "two", " x-y", "漢"]
+    (tmp_path / "b.txt").write_bytes("é--".encode() + b"ab\xff")
+    with pytest.raises(DataError, match=r"is not UTF-8 \(byte 0xff at offset 6\)"):
+        read(kind="text", path=str(tmp_path / "b.txt"), separator="--")
+
+
+def test_empty_files_among_others_are_passed_over_with_a_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = write_files(tmp_path / "t", ["one", "", "two", ""])
+    with caplog.at_level(logging.WARNING):
+        assert read(kind="text", path=f"{folder}/*") == ["one", "two"]
+    assert "2 of 4 files are empty and passed over; the first: " in caplog.text and "0001.txt" in caplog.text
+    (folder / "0000.txt").write_text("")
+    (folder / "0002.txt").write_text("")
+    with pytest.raises(DataError, match=r"0000\.txt is empty, and so are all others, and a file must hold text; name"):
+        read(kind="text", path=f"{folder}/*")
+
+
+def test_files_without_a_row_are_passed_over_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_text("\n\n")
+    with pytest.raises(DataError, match=r"every file of path is empty"):
+        read(kind="jsonl", path=str(tmp_path / "*"))
+    write_jsonl(tmp_path / "b.jsonl", ["one"])
+    with caplog.at_level(logging.WARNING):
+        assert read(kind="jsonl", path=str(tmp_path / "*")) == ["one"]
+    assert "a.jsonl is empty and is passed over" in caplog.text
+
+
+MIXED = '{"text": "a"}\n{"text": oops}\n{"text": "b"}\n{"text": 7.5}\n{"n": 1}\n{"text": "c"}\n'
+
+
+def test_bad_records_up_to_the_limit_are_skipped_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.jsonl").write_text(MIXED)
+    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    with caplog.at_level(logging.WARNING):
+        assert list(open_source(config, 0, Limits(max_bad_records=3)).texts()) == ["a", "b", "c"]
+    assert "skipped a bad record (data.max_bad_records is 3): data.sources.0 (jsonl): " in caplog.text
+    assert (
+        "a.jsonl, row 1 cannot be read as jsonl" in caplog.text and "3 bad records skipped in this pass" in caplog.text
+    )
+    message = (
+        r"a\.jsonl, row 4 has no column 'text'; its columns are n\. .*or let data\.max_bad_records \(2\) skip such"
+    )
+    with pytest.raises(DataError, match=message + r" records \(3 bad records in this pass\)"):
+        list(open_source(config, 0, Limits(max_bad_records=2)).texts())
+
+
+def test_bad_rows_of_parquet_text_and_a_hub_data_set_are_skipped_too(tmp_path: Path) -> None:
+    table = pa.table({"text": ["one", None, "two"]})
+    (tmp_path / "set").mkdir()
+    pq.write_table(table, tmp_path / "set" / "train.parquet")
+    for kind, path in (("parquet", "set/train.parquet"), ("hub", "set")):
+        config = SourceConfig(kind=kind, path=str(tmp_path / path))  # type: ignore[arg-type]
+        assert list(open_source(config, 0, Limits(max_bad_records=1)).texts()) == ["one", "two"], kind
+        with pytest.raises(DataError, match=r"row 1.* column 'text' holds NoneType \(None\)"):
+            list(open_source(config, 0).texts())
+    (tmp_path / "a.txt").write_bytes(b"\xff")
+    (tmp_path / "b.txt").write_bytes(b"three")
+    config = SourceConfig(kind="text", path=str(tmp_path / "*.txt"))
+    assert list(open_source(config, 0, Limits(max_bad_records=1)).texts()) == ["three"]
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_document_beyond_the_limit_is_a_bad_record_and_not_read_whole(tmp_path: Path, compress: bool) -> None:
+    line = json.dumps({"text": "x" * 100_000})
+    content = f'{{"text": "a"}}\n{line}\n{{"text": "b"}}\n{line}'.encode()
+    (tmp_path / "a.jsonl").write_bytes(gzip.compress(content) if compress else content)
+    config = SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    with pytest.raises(
+        DataError, match=r"row 1, has more than data\.max_document_bytes \(50\) bytes.* raise the setting"
+    ):
+        list(open_source(config, 0, Limits(max_document_bytes=50)).texts())
+    assert list(open_source(config, 0, Limits(2, 50)).texts()) == ["a", "b"]
+    assert len(list(open_source(config, 0, Limits(0, len(line))).texts())) == 4
+    (tmp_path / "a.txt").write_bytes(b"short--" + b"y" * 3_000_000 + b"--end")
+    config = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), separator="--")
+    assert list(open_source(config, 0, Limits(1, 50)).texts()) == ["short", "end"]
+    with pytest.raises(
+        DataError, match=r"a document that ends after byte 1048576 has more than .*name their separator"
+    ):
+        list(open_source(config, 0, Limits(0, 50)).texts())
+    whole = SourceConfig(kind="text", path=str(tmp_path / "a.txt"))
+    with pytest.raises(DataError, match=r"a\.txt has more than data\.max_document_bytes \(50\)"):
+        list(open_source(whole, 0, Limits(0, 50)).texts())
+    pq.write_table(pa.table({"text": ["é" * 30, "fits"]}), tmp_path / "a.parquet")
+    config = SourceConfig(kind="parquet", path=str(tmp_path / "a.parquet"))
+    assert list(open_source(config, 0, Limits(1, 50)).texts()) == ["fits"]
+
+
+def test_a_saved_data_set_is_read_by_its_own_kind(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    texts = make_texts(70)
+    train = Dataset.from_dict({"body": texts, "n": list(range(70))})
+    train.save_to_disk(tmp_path / "plain")
+    DatasetDict(train=train, test=train.select([3])).save_to_disk(tmp_path / "splits")
+    assert read(kind="saved", path=str(tmp_path / "plain"), column="body") == texts
+    assert read(kind="saved", path=str(tmp_path / "splits"), column="body", split="test") == [texts[3]]
+    with pytest.raises(DataError, match=r"\(saved\): .*splits has no split 'dev'; its splits are train, test\."):
+        read(kind="saved", path=str(tmp_path / "splits"), column="body", split="dev")
+    with pytest.raises(DataError, match=r"\(saved\): .* has no column 'text'; its columns are body, n\."):
+        read(kind="saved", path=str(tmp_path / "plain"))
+    with pytest.raises(DataError, match=r"\(saved\): path '.*' is no folder that save_to_disk wrote .*mend the path"):
+        read(kind="saved", path=str(tmp_path))
+    with pytest.raises(
+        DataError, match=r"\(text\): path '.*plain' is a data set that save_to_disk wrote.* kind to saved"
+    ):
+        read(kind="text", path=str(tmp_path / "plain"))
+    (tmp_path / "plain" / "dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match=r"plain cannot be read as a saved data set: .*Save it again"):
+        read(kind="saved", path=str(tmp_path / "plain"), column="body")
+
+
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_: pytest.fail("asked"))
+    for path in (str(tmp_path / "no"), "./no", "a/b/c"):
+        with pytest.raises(DataError, match=r"\(hub\): path '.*' looks like a folder, and there is none .*owner/name"):
+            read(kind="hub", path=path)
+
+
+def test_a_content_digest_is_of_content_alone(tmp_path: Path) -> None:
+    big = bytes(range(256)) * 40_000
+    for name, content in (("a", b"one"), ("b", b"one"), ("c", b"onf"), ("d", big), ("e", big), ("f", big[:-1] + b"x")):
+        (tmp_path / name).write_bytes(content)
+    os.utime(tmp_path / "b", ns=(0, 1))
+    digest = {name: content_digest([str(tmp_path / name)]) for name in "abcdef"}
+    assert digest["a"] == digest["b"] != digest["c"] and digest["d"] == digest["e"] != digest["f"]
+    files = [str(tmp_path / name) for name in "ac"]
+    assert content_digest(files) != content_digest(files[::-1])

@@ -1,0 +1,256 @@
+"""The records of local files: text, JSON lines and Parquet, with what is wrong with each that cannot be used.
+
+A record is ``{"text": ..., "problem": ...}``: one of the two is empty. A record with a problem takes its place in the
+stream, so that skipping it changes no other record's place, and a resumed stream counts as the first one did. What
+makes a whole file unreadable is raised.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import logging
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from typing import IO, NamedTuple, cast
+
+from qsparse_moe.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, str]
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_BYTE_ORDER_MARK = codecs.BOM_UTF8
+# Read at once where a file is cut into documents.
+_BLOCK_BYTES = 1 << 20
+
+
+def read_files(
+    files: list[str], kind: str, column: str, separator: str | None, setting: str, max_bytes: int
+) -> Iterator[Record]:
+    """Yield the records of all files; a file without any is passed over, and the log names it.
+
+    Raises:
+        DataError: a file cannot be opened, is cut off or is not of its kind.
+    """
+    for file in files:
+        place = f"{setting}: {file}"
+        found = False
+        for record in _records(file, kind, column, separator, place, max_bytes):
+            found = True
+            yield record
+        if not found:
+            logger.warning("%s is empty and is passed over", place)
+
+
+def too_long(place: str, max_bytes: int) -> str:
+    """Return the problem of a document that is longer than ``data.max_document_bytes``."""
+    return (
+        f"{place} has more than data.max_document_bytes ({max_bytes}) bytes, and a document must fit, because it is "
+        "held in memory whole; cut it into documents (for kind text: name their separator), or raise the setting"
+    )
+
+
+def text_problem(text: object, column: str, place: str) -> str:
+    """Return what is wrong with a row's value as text; an empty string where nothing is."""
+    if not isinstance(text, str):
+        return not_text(type(text).__name__, str(text), column, place)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"{place}: column {column!r} holds half of a surrogate pair, and text must be Unicode; remove such rows"
+    return ""
+
+
+def not_text(kind: str, shown: str, column: str, place: str) -> str:
+    """Return the problem of a row whose value is no text."""
+    return (
+        f"{place}: column {column!r} holds {kind} ({shown[:40]}), and every row must hold text; "
+        "remove such rows, or name another column"
+    )
+
+
+def missing_column(columns: list[str], column: str, place: str) -> str:
+    """Return the problem of rows that do not have the column."""
+    return (
+        f"{place} has no column {column!r}; its columns are {', '.join(sorted(columns)) or 'none'}. The setting column "
+        "must name the one that holds the text"
+    )
+
+
+def short(error: BaseException) -> str:
+    """Return the first line of an error, with its type."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
+
+
+def is_compressed(file: str) -> bool:
+    """Return whether the file is compressed with gzip, by its first bytes."""
+    with open(file, "rb") as stream:
+        return stream.read(2) == _GZIP_MAGIC
+
+
+def _records(file: str, kind: str, column: str, separator: str | None, place: str, max_bytes: int) -> Iterator[Record]:
+    try:
+        if kind == "parquet":
+            yield from _parquet_rows(file, column, place)
+            return
+        with _opened(file) as stream:
+            if kind == "jsonl":
+                yield from _json_lines(stream, column, place, max_bytes)
+            elif separator:
+                yield from _separated(stream, separator, place, max_bytes)
+            else:
+                yield from _whole(stream, place, max_bytes)
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
+        raise DataError(
+            f"{place} cannot be read as {kind}: {short(error)}; every file must be whole and readable. "
+            "Mend it, leave it out of path, or set the kind that it is"
+        ) from error
+
+
+def _opened(file: str) -> IO[bytes]:
+    """The bytes of a file, decompressed where it is gzip's, behind the byte-order mark that it may begin with."""
+    stream = cast(IO[bytes], gzip.GzipFile(file) if is_compressed(file) else io.BufferedReader(io.FileIO(file)))
+    try:
+        if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
+            stream.seek(0)
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _whole(stream: IO[bytes], place: str, max_bytes: int) -> Iterator[Record]:
+    content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        yield _bad(too_long(place, max_bytes))
+        return
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield _bad(_not_utf8(place, error.object[error.start], error.start))
+        return
+    if text:
+        yield _good(text)
+
+
+def _separated(stream: IO[bytes], separator: str, place: str, max_bytes: int) -> Iterator[Record]:
+    """Documents between separators, block by block: a long file takes no more memory than its longest document."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, offset, skips = "", 0, False
+    while True:
+        block = stream.read(_BLOCK_BYTES)
+        begin = offset - len(decoder.getstate()[0])
+        try:
+            rest += decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            yield _bad(_not_utf8(place, error.object[error.start], begin + error.start))
+            return
+        offset += len(block)
+        *documents, rest = rest.split(separator)
+        for text in documents if block else (*documents, rest):
+            if skips:  # the end of a document that was too long
+                skips = False
+            elif _is_longer(text, max_bytes):
+                yield _bad(too_long(f"{place}: a document that ends before byte {offset}", max_bytes))
+            else:
+                yield _good(text)
+        if not block:
+            return
+        if _is_longer(rest, max_bytes):
+            if not skips:
+                yield _bad(too_long(f"{place}: a document that ends after byte {offset}", max_bytes))
+            # A separator may begin in the last characters.
+            skips, rest = True, rest[len(rest) - len(separator) + 1 :]
+
+
+def _is_longer(text: str, max_bytes: int) -> bool:
+    return len(text) > max_bytes or (4 * len(text) > max_bytes and len(text.encode("utf-8")) > max_bytes)
+
+
+def _json_lines(stream: IO[bytes], column: str, place: str, max_bytes: int) -> Iterator[Record]:
+    row = -1
+    for line in iter(lambda: stream.readline(max_bytes + 1), b""):
+        is_cut = len(line) > max_bytes and not line.endswith(b"\n")
+        if is_cut:
+            _pass_line(stream)
+        elif not line.strip():
+            continue
+        row += 1
+        yield _bad(too_long(f"{place}, row {row},", max_bytes)) if is_cut else _json_record(line, column, place, row)
+
+
+def _pass_line(stream: IO[bytes]) -> None:
+    while (piece := stream.readline(_BLOCK_BYTES)) and not piece.endswith(b"\n"):
+        continue
+
+
+def _json_record(line: bytes, column: str, place: str, row: int) -> Record:
+    place = f"{place}, row {row}"
+    try:
+        # Numbers of other columns may have any number of digits.
+        values = json.loads(line, parse_int=partial(_Number, "int"), parse_float=partial(_Number, "float"))
+    except (ValueError, RecursionError) as error:
+        return _bad(
+            f"{place} cannot be read as jsonl: {short(error)}; every line must be one JSON object in UTF-8. "
+            "Mend it, or set the kind that the file is"
+        )
+    if not isinstance(values, dict):
+        return _bad(
+            f"{place} cannot be read as jsonl: it is no JSON object; every line must be one, such as "
+            f'{{"{column}": "..."}}. Mend it, or set the kind that the file is'
+        )
+    if column not in values:
+        return _bad(missing_column(list(values), column, place))
+    text = values[column]
+    if isinstance(text, _Number):
+        return _bad(not_text(text.kind, text.digits, column, place))
+    problem = text_problem(text, column, place)
+    return _bad(problem) if problem else _good(text)
+
+
+class _Number(NamedTuple):
+    """A number that is not made from its digits."""
+
+    kind: str
+    digits: str
+
+
+def _parquet_rows(file: str, column: str, place: str) -> Iterator[Record]:
+    import pyarrow.parquet
+
+    # Opened by us: a path given to pyarrow may be taken for a URL.
+    with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+        names = table.schema_arrow.names
+        if column not in names:
+            if table.metadata.num_rows:
+                raise DataError(missing_column(names, column, f"{place}, row 0"))
+            return
+        row = 0
+        for batch in table.iter_batches(batch_size=256, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                problem = text_problem(text, column, f"{place}, row {row}")
+                yield _bad(problem) if problem else _good(text)
+                row += 1
+
+
+def _not_utf8(place: str, byte: int, offset: int) -> str:
+    return (
+        f"{place} is not UTF-8 (byte 0x{byte:02x} at offset {offset}), and text must be; convert it (iconv -t utf-8) "
+        "or leave it out of path"
+    )
+
+
+def _good(text: str) -> Record:
+    return {"text": text, "problem": ""}
+
+
+def _bad(problem: str) -> Record:
+    return {"text": "", "problem": problem}

@@ -1,0 +1,150 @@
+"""A source that was found and not yet read, and what becomes of its records that cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qsparse_moe.config.schema import DataConfig
+from qsparse_moe.data.local_files import missing_column, short, text_problem, too_long
+from qsparse_moe.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+
+# A file is read whole for its digest up to this size; of a longer one so many blocks, evenly spaced.
+_SAMPLED_ABOVE = 8 << 20
+_BLOCK_BYTES = 64 << 10
+_NUM_BLOCKS = 64
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What of a source may be unusable, from ``data``."""
+
+    max_bad_records: int = DataConfig.model_fields["max_bad_records"].default
+    max_document_bytes: int = DataConfig.model_fields["max_document_bytes"].default
+
+
+LIMITS = Limits()
+"""Those of a config that sets none."""
+
+
+@dataclass(frozen=True)
+class OpenSource:
+    """A source that was found, not yet read."""
+
+    setting: str
+    """Where it stands in the config, and its kind."""
+    dataset: IterableDataset
+    """Its stream; one shard a file."""
+    column: str
+    """The column of the stream that holds the text."""
+    identity: dict[str, Any]
+    """What tells at once whether the source is still the same: files with sizes and times, or a hub revision."""
+    num_bytes: int | None
+    """Bytes of text in all; None where only reading can tell."""
+    files: tuple[str, ...] = ()
+    """The local files that it is read from, in order; none of a source that the hub holds."""
+    limits: Limits = LIMITS
+    """What of it may be unusable."""
+
+    def texts(self, dataset: IterableDataset | None = None, bad: BadRecords | None = None) -> Iterator[str]:
+        """Yield the documents in order, without empty ones; ``dataset`` may be a part of the stream.
+
+        Records that cannot be used are counted in ``bad``.
+
+        Raises:
+            DataError: more records than ``data.max_bad_records`` are not usable, or a file or the hub fails.
+        """
+        bad = bad or BadRecords(self.setting, self.limits)
+        row = -1
+        try:
+            for row, example in enumerate(self.dataset if dataset is None else dataset):
+                problem = self._problem(example, row)
+                if problem:
+                    bad.add(problem)
+                elif text := example[self.column]:
+                    yield text
+        except DataError:
+            raise
+        except Exception as error:  # the hub's readers raise whatever their formats and the network do
+            raise DataError(
+                f"{self.setting} could not be read to the end: {short(error)}; every row must be readable text. Try "
+                "again if the network failed, else choose other data or a local copy (kind jsonl or parquet)"
+            ) from error
+        if dataset is None and row < 0:
+            raise DataError(
+                f"{self.setting}: every file of path is empty, and one must hold text; name files that do in path"
+            )
+        bad.end_pass()
+
+    def _problem(self, example: dict[str, Any], row: int) -> str:
+        """What is wrong with a record; local files say it themselves."""
+        if example.get("problem"):
+            return str(example["problem"])
+        place = f"{self.setting}, row {row} of the stream"
+        if self.column not in example:
+            return missing_column(list(example), self.column, place)
+        text, max_bytes = example[self.column], self.limits.max_document_bytes
+        problem = text_problem(text, self.column, place)
+        if not problem and 4 * len(text) > max_bytes and len(text.encode("utf-8")) > max_bytes:
+            return too_long(place, max_bytes)
+        return problem
+
+
+class BadRecords:
+    """Counts the records of one pass over a source that cannot be used."""
+
+    def __init__(self, setting: str, limits: Limits) -> None:
+        self._setting, self._limit = setting, limits.max_bad_records
+        self.count = 0
+
+    def add(self, problem: str) -> None:
+        """Count one more; the log names the first.
+
+        Raises:
+            DataError: there are more than may be skipped.
+        """
+        self.count += 1
+        if self.count > self._limit:
+            counted = f" ({self.count} bad records in this pass)" if self._limit else ""
+            raise DataError(f"{problem}, or let data.max_bad_records ({self._limit}) skip such records{counted}")
+        if self.count == 1:
+            logger.warning("skipped a bad record (data.max_bad_records is %d): %s", self._limit, problem)
+
+    def end_pass(self) -> None:
+        """Say in the log how many were skipped, if any was."""
+        if self.count:
+            logger.warning("%s: %d bad records skipped in this pass", self._setting, self.count)
+
+
+def sizes_and_times(files: Sequence[str]) -> list[list[Any]]:
+    """Return path, bytes and time of change of every file."""
+    stats = [os.stat(file) for file in files]
+    return [[file, stat.st_size, stat.st_mtime_ns] for file, stat in zip(files, stats, strict=True)]
+
+
+def content_digest(files: Sequence[str]) -> str:
+    """Return a digest of the files' contents in order, the same wherever they lie and whenever they were written.
+
+    Of a file above 8 MiB its size and 64 evenly spaced blocks of 64 KiB count.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        size = os.path.getsize(file)
+        digest.update(size.to_bytes(8, "big"))
+        with open(file, "rb") as stream:
+            if size <= _SAMPLED_ABOVE:
+                digest.update(stream.read())
+                continue
+            for block in range(_NUM_BLOCKS):
+                stream.seek((size - _BLOCK_BYTES) * block // (_NUM_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()

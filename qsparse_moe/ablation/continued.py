@@ -9,7 +9,6 @@ from pathlib import Path
 from qsparse_moe.ablation.compare_plans import ALLOCATED, DENSE, GREEDY, UNIFORM, Outcome, outcomes
 from qsparse_moe.ablation.documents import DocumentRows, loss_by_document
 from qsparse_moe.ablation.plan_cost import Costs, measured_load
-from qsparse_moe.config.load import load_config
 from qsparse_moe.data.loader import TrainLoader, load_data
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData
@@ -21,7 +20,7 @@ from qsparse_moe.training.distributed import Distributed, open_distributed
 from qsparse_moe.training.engine_torch import TorchEngine
 from qsparse_moe.training.guard import NonFiniteGuard
 from qsparse_moe.training.portable_state import restore, seed_random_states
-from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint
+from qsparse_moe.training.run_folder import load_run_config, no_checkpoint
 from qsparse_moe.training.step import train_step
 
 RATE = 0.1
@@ -47,7 +46,7 @@ def compare_after_training(
     chosen[DENSE] = SparsityPlan.uniform(costs.config, 0.0)
     found: dict[str, tuple[Array, float]] = {}
     with open_distributed(device) as distributed:
-        data = load_data(load_config(run_dir / CONFIG_FILE).data)
+        data = load_data(load_run_config(run_dir).data)
         for name, plan in chosen.items():
             model = _trained(run_dir, plan, steps, data, distributed)
             losses_C = loss_by_document(model, held_out)
@@ -56,7 +55,7 @@ def compare_after_training(
 
 
 def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, distributed: Distributed) -> Transformer:
-    config, checkpoint = load_config(run_dir / CONFIG_FILE), newest_checkpoint(run_dir)
+    config, checkpoint = load_run_config(run_dir), newest_checkpoint(run_dir)
     if checkpoint is None:
         raise no_checkpoint(run_dir)
     model = build_model(config.model, device=distributed.device, seed=config.training.seed)

@@ -14,14 +14,13 @@ from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
-from qsparse_moe.config.load import load_config
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.run_folder import CONFIG_FILE, newest_step, no_checkpoint, write_whole
+from qsparse_moe.training.run_folder import load_run_config, newest_step, no_checkpoint, write_whole
 
 if TYPE_CHECKING:
     from qsparse_moe.training.calibrate import Calibration
@@ -77,7 +76,7 @@ def asked_plan(
     """
     _check_one_way(overrides, sparsity, plan_file)
     # Rows are ranked while thresholds are found, whatever the selection of the run is.
-    config = load_config(run_dir / CONFIG_FILE, [f"{_SECTION}.selection=topk", *overrides])
+    config = load_run_config(run_dir, [f"{_SECTION}.selection=topk", *overrides])
     if config.model.moe.router_input == "sparse":
         raise ConfigError(
             f"{run_dir}: its router sees the sparse tokens (model.moe.router_input is sparse), and thresholds differ "
@@ -155,7 +154,7 @@ def summarize(calibration: Calibration, run_dir: Path, output: Path) -> dict[str
         "output": str(output),
         **figures,
         "sites": {site: asdict(found) for site, found in calibration.sites.items()},
-        "settings": list(settings_for(load_config(run_dir / CONFIG_FILE), output)),
+        "settings": list(settings_for(load_run_config(run_dir), output)),
     }
 
 

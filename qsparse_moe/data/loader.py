@@ -53,18 +53,54 @@ class TrainLoader:
             rank=rank, world_size=world_size, seed=training.seed if config.data.shuffle else None
         )
         self._step = 0
+        self._ahead: tuple[State, tuple[Array | None, DataError | None]] | None = None
         self._parts = data.parts | {
             "data.shuffle": str(self._shuffle),
             "training.global_batch_size": str(self._global_batch_size),
             "training.seed": str(self._seed),
         }
+        if self._stream is not None and self._shuffle:
+            self._parts["data.shuffle_window"] = str(config.data.shuffle_window)
 
     def batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``, counted from 0: rows r·G/R up to (r + 1)·G/R of the global batch."""
-        rows = self._table_rows(step) if self._stream is None else self._stream_rows(step)
+        if self._ahead is not None:
+            _, (rows, error) = self._ahead
+            self._ahead = None
+            if error is not None:
+                raise error
+        else:
+            rows = None
+        assert step == self._step or self._stream is None, f"a stream gives step {self._step} next, not {step}"
+        if rows is None:
+            rows = self._table_rows(step) if self._stream is None else self._stream_rows()
         self._step = step + 1
         size = self._micro_batch_size
         return [self._data.batch(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+
+    def read_ahead(self) -> DataError | None:
+        """Read a stream's next step now, and return what went wrong; None in table mode, whose rows are all there.
+
+        The state stays that of the steps that ``batches`` has given, so a run can save it whatever came of the next.
+        """
+        if self._stream is None or self._ahead is not None:
+            return None
+        before = self.state_dict()
+        try:
+            self._ahead = before, (self._stream_rows(), None)
+        except DataError as error:
+            self._ahead = before, (None, error)
+            return error
+        return None
+
+    def epochs(self, step: int) -> list[float]:
+        """Return how often each source has been read after ``step`` steps.
+
+        Streaming mode: the passes that this rank has ended; it reads data.shuffle_window ahead.
+        """
+        if self._stream is not None:
+            return [float(passes) for passes in self._stream.passes()]
+        return self._data.train.epochs(step * self._global_batch_size)
 
     def _table_rows(self, step: int) -> Array:
         table = self._data.train
@@ -78,8 +114,8 @@ class TrainLoader:
         share = len(rows) // self._world_size
         return table.tokens(rows[self._rank * share : (self._rank + 1) * share])
 
-    def _stream_rows(self, step: int) -> Array:
-        assert self._stream is not None and step == self._step, f"a stream gives step {self._step} next, not {step}"
+    def _stream_rows(self) -> Array:
+        assert self._stream is not None
         return self._stream.take(self._global_batch_size // self._world_size)
 
     def state_dict(self) -> State:
@@ -87,6 +123,8 @@ class TrainLoader:
 
         JSON-able. ``combine_states`` makes the states of all ranks into the one that a checkpoint keeps.
         """
+        if self._ahead is not None:
+            return self._ahead[0]
         state: State = {"step": self._step, "fingerprint": fingerprint_of(self._parts), "parts": self._parts}
         if self._stream is not None:
             stream = {"rank": self._rank, "state": self._stream.state_dict()}
@@ -102,7 +140,7 @@ class TrainLoader:
         _check_same_data(state["parts"], self._parts, earlier=self._data.earlier_parts)
         if self._stream is not None:
             self._stream.load_state_dict(self._stream_state(state))
-        self._step = state["step"]
+        self._step, self._ahead = state["step"], None
 
     def _stream_state(self, state: State) -> State:
         if state["world_size"] != self._world_size:
@@ -133,6 +171,8 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dic
         name
         for name in saved.keys() | now.keys()
         if saved.get(name) not in (now.get(name), earlier.get(name, now.get(name)))
+        # A checkpoint of an earlier version has none, and its stream goes on in its own order.
+        and not (name == "data.shuffle_window" and name not in saved)
     )
     if names:
         changes = "; ".join(f"{name}: was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in names)

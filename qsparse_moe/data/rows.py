@@ -44,6 +44,11 @@ class RowTable:
         self.byte_counts: Array = np.sum([r * t.byte_counts for r, t in zip(repeats, tables, strict=True)], axis=0)
         """``(256,)`` float, how often each byte value occurs in the text, repeated as its rows are."""
 
+    def epochs(self, num_rows: int) -> list[float]:
+        """Return how often each source has been read when so many rows have been taken; 0 of one without rows."""
+        shares = (self._ends - self._begins) / len(self)
+        return [float(num_rows * share / max(1, size)) for share, size in zip(shares, self._sizes, strict=True)]
+
     @property
     def sequence_length(self) -> int:
         """S, tokens a row."""

@@ -1,7 +1,8 @@
 """Tokenise while training: every rank reads its own part of each source, endlessly, and resumes exactly.
 
 Three parts, each with a JSON-able state: the stream of one source, the mixture of sources, and the rows packed from it.
-Only files are shuffled (shards): rows inside a shuffle buffer are lost or doubled when an iterable data set resumes.
+Files (shards) are shuffled, and rows within windows that are read again when a stream resumes: rows inside a shuffle
+buffer would be lost or doubled.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ class SourceStream:
             )
         self._begin({"epoch": self._epoch + 1, "given": 0, "stream": None})
         return None
+
+    @property
+    def passes(self) -> int:
+        """Passes that have ended."""
+        return int(self._epoch)
 
     def state_dict(self) -> State:
         """Where the stream stands, after the last document that it gave."""
@@ -123,6 +129,10 @@ class MixedStream:
             self._ended = [False] * len(self._streams)
             self._tokens = [0] * len(self._streams)
 
+    def passes(self) -> list[int]:
+        """Return how many passes over each source this rank has ended."""
+        return [stream.passes for stream in self._streams]
+
     def state_dict(self) -> State:
         """Where every source stands and what it has given."""
         return {
@@ -139,24 +149,54 @@ class MixedStream:
 
 
 class RowStream:
-    """Rows packed from a mixture, one after another.
+    """Rows packed from a mixture, in windows of so many rows in random order, or one after another.
 
-    The state does not hold the document that is being cut into rows, which may be long: it holds where the mixture
-    stood before it, the tokens that waited then (at most S), and how many rows have been taken since.
+    The state does not hold the document that is being cut into rows, which may be long, nor the rows of a window: it
+    holds where the mixture stood before the document that the window begins in, the tokens that waited then (at most
+    S), how many rows of it are older than the window, the window's number and the place in it. The order within a
+    window is a function of the seed, the rank and that number, so a stream that resumes reads the window again.
     """
 
-    def __init__(self, mixture: MixedStream, sequence_length: int) -> None:
+    def __init__(
+        self, mixture: MixedStream, sequence_length: int, *, window: int = 1, key: tuple[int, int] = (0, 0)
+    ) -> None:
         self._mixture = mixture
+        self._size, self._key = window, key
+        self._window: Array | None = None
+        self._place, self._number = 0, 0
+        self._window_begin: State = {}
         self._packer = Packer(sequence_length)
         self._before: State = {"mixture": mixture.state_dict(), "packer": self._packer.state_dict()}
         self._rows: Array = np.zeros((0, sequence_length + 1), np.int32)
         self._taken = 0
+
+    def passes(self) -> list[int]:
+        """Return how many passes over each source this rank has ended, as far as it has read."""
+        return self._mixture.passes()
 
     def take(self, num_rows: int) -> Array:
         """The next ``(num_rows, S + 1)`` rows."""
         return np.stack([self._next_row() for _ in range(num_rows)])
 
     def _next_row(self) -> Array:
+        if self._size == 1:
+            return self._packed_row()
+        if self._window is None or self._place == len(self._window):
+            if self._window is not None:
+                self._number += 1
+            self._read_window()
+        assert self._window is not None
+        self._place += 1
+        row: Array = self._window[self._place - 1]
+        return row
+
+    def _read_window(self) -> None:
+        self._window_begin = self._packed_state()
+        rows = np.stack([self._packed_row() for _ in range(self._size)])
+        self._window = rows[np.random.default_rng((*self._key, self._number)).permutation(self._size)]
+        self._place = 0
+
+    def _packed_row(self) -> Array:
         while self._taken == len(self._rows):
             self._pull()
         self._taken += 1
@@ -170,10 +210,32 @@ class RowStream:
 
     def state_dict(self) -> State:
         """Where the rows stand, after the last one that was taken."""
-        return {**self._before, "taken": self._taken}
+        if self._size == 1:
+            return self._packed_state()
+        if self._window is None:
+            return {**self._packed_state(), "window": {"number": self._number, "place": 0}}
+        return {**self._window_begin, "window": {"number": self._number, "place": self._place}}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after the row that was the last one when ``state`` was taken."""
+        """Go on after the row that was the last one when ``state`` was taken.
+
+        A state without a window is one of rows in their own order, and they stay in it.
+        """
+        self._load_packed(state)
+        window = state.get("window")
+        if window is None:
+            self._size = 1
+        elif window["place"] == 0:
+            self._window, self._number = None, window["number"]
+        else:
+            self._number = window["number"]
+            self._read_window()
+            self._place = window["place"]
+
+    def _packed_state(self) -> State:
+        return {**self._before, "taken": self._taken}
+
+    def _load_packed(self, state: State) -> None:
         self._mixture.load_state_dict(state["mixture"])
         self._packer.load_state_dict(state["packer"])
         self._rows, self._taken = self._rows[:0], 0
@@ -190,18 +252,26 @@ class Streams:
     weights: tuple[float, ...]
     packing: Packing
     attend_across_documents: bool
+    shuffle_window: int
+    """Rows that are shuffled together."""
 
     def train(self, *, rank: int, world_size: int, seed: int | None) -> RowStream:
         """One rank's train rows from the beginning.
 
-        ``seed`` puts the files into a new order in every pass; None leaves them in their own.
+        ``seed`` puts the files into a new order in every pass, and the rows of every window; None leaves them in their
+        own.
         """
         fraction = self.packing.validation_fraction
         streams = [
             SourceStream(source, validation_fraction=fraction, rank=rank, world_size=world_size, seed=seed)
             for source in self.sources
         ]
-        return RowStream(MixedStream(streams, self.weights, self.packing.tokenizer), self.packing.sequence_length)
+        return RowStream(
+            MixedStream(streams, self.weights, self.packing.tokenizer),
+            self.packing.sequence_length,
+            window=1 if seed is None else self.shuffle_window,
+            key=(seed or 0, rank),
+        )
 
     def validation(self, num_rows: int) -> Validation:
         """At least ``num_rows`` validation rows, as many from each source; fewer where a source ends before.

@@ -185,7 +185,7 @@ def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) ->
 
 def _load_streams(config: DataConfig, sources: tuple[OpenSource, ...], packing: Packing) -> TokenData:
     weights = tuple(source.weight for source in config.sources)
-    streams = Streams(sources, weights, packing, config.attend_across_documents)
+    streams = Streams(sources, weights, packing, config.attend_across_documents, config.shuffle_window)
     first = streams.validation(_FIRST_STREAM_ROWS)
     return TokenData(
         tokenizer=packing.tokenizer,

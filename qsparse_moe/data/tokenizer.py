@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.data.hub_wait import says_what_it_waits_for
 from qsparse_moe.data.packing import Array, Document
 from qsparse_moe.errors import ConfigError, DataError
 
@@ -34,6 +37,9 @@ class TextTokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without the document token."""
 
+    def save(self, folder: Path) -> None:
+        """Copy the files that it was read from into a new folder; nothing where there are none."""
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; the document token and ids that stand for no text are left out."""
 
@@ -47,6 +53,9 @@ class ByteTokenizer:
     vocab_size = _NUM_BYTE_VALUES + 1
     document_token = _NUM_BYTE_VALUES
     fingerprint = "bytes"
+
+    def save(self, folder: Path) -> None:
+        """Do nothing: there are no files."""
 
     def encode(self, text: str) -> list[int]:
         """The bytes of the text."""
@@ -75,7 +84,8 @@ class HuggingFaceTokenizer:
     Special tokens are never parsed out of text: a document that spells one is encoded as the characters that it has.
     """
 
-    def __init__(self, tokenizer: Tokenizer, document_spelling: str, name: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, document_spelling: str, name: str, files: Sequence[Path] = ()) -> None:
+        self._files = tuple(files)
         document_token = tokenizer.token_to_id(document_spelling)
         if document_token is None:
             raise DataError(
@@ -93,6 +103,16 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizer
         self._spelling = document_spelling
         self._name = name
+
+    def save(self, folder: Path) -> None:
+        """Copy the files that it was read from into ``folder``, which is complete or absent."""
+        partial = folder.with_name(f".{folder.name}.new")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        for file in self._files:
+            shutil.copyfile(file, partial / file.name)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
@@ -157,7 +177,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
             f"data.tokenizer ({name}): {files[0]} cannot be read: {error}; it must be the tokenizer.json of a "
             "Hugging Face tokenizer; save it again with save_pretrained"
         ) from error
-    return HuggingFaceTokenizer(tokenizer, _document_spelling(name, files[1:]), name)
+    return HuggingFaceTokenizer(tokenizer, _document_spelling(name, files[1:]), name, files)
 
 
 def check_vocabulary(config: ModelConfig, tokenizer: TextTokenizer) -> None:
@@ -190,25 +210,46 @@ def _byte_offsets(text: str) -> Array:
 
 
 def _looks_local(name: str) -> bool:
-    return os.path.isdir(os.path.expanduser(name)) or name.startswith((".", "~", os.sep)) or name.count("/") > 1
+    """Whether the name is a path that exists, or is spelled as none of the hub's can be: the hub is not asked then."""
+    return (
+        os.path.exists(os.path.expanduser(name))
+        or name.startswith((".", "~", os.sep))
+        or name.count("/") > 1
+        or name.endswith((os.sep, ".json", ".model"))
+        or os.path.isdir(os.path.dirname(name))
+        or bool(_near_folders(name))
+    )
 
 
 def _folder_files(name: str) -> list[Path]:
     folder = Path(name).expanduser()
+    if folder.name == "tokenizer.json" and folder.is_file():
+        folder = folder.parent
     if not (folder / "tokenizer.json").is_file():
         raise DataError(
-            f"data.tokenizer ({name}): {folder / 'tokenizer.json'} does not exist; it must be a folder with that file. "
+            f"data.tokenizer ({name}): {folder / 'tokenizer.json'} does not exist; it must be a folder with that file"
+            f"{''.join(f' (did you mean {near}?)' for near in _near_folders(name))}. The hub is not asked for a path. "
             "Mend the path, or make the file with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     candidates = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
     return [folder / "tokenizer.json", *(path for path in candidates if path.is_file())]
 
 
+def _near_folders(name: str) -> list[str]:
+    """Folders beside the place that ``name`` would be, whose names differ by a letter or two: it is mistyped."""
+    parent, last = os.path.split(os.path.expanduser(name))
+    if not os.path.isdir(parent or "."):
+        return []
+    folders = [entry.name for entry in os.scandir(parent or ".") if entry.is_dir()]
+    return [os.path.join(parent, near) for near in difflib.get_close_matches(last, folders, n=1, cutoff=0.7)]
+
+
 def _hub_files(name: str) -> list[Path]:
     from huggingface_hub import hf_hub_download
 
     try:
-        return [Path(hf_hub_download(name, file)) for file in ("tokenizer.json", "tokenizer_config.json")]
+        with says_what_it_waits_for(f"the hub's answer about the tokenizer {name} (data.tokenizer)"):
+            return [Path(hf_hub_download(name, file)) for file in ("tokenizer.json", "tokenizer_config.json")]
     except Exception as error:  # no such name, no such file, no network, no permission: many types
         raise DataError(
             f"data.tokenizer ({name}): cannot be fetched from the hub: {type(error).__name__}: "

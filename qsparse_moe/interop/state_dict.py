@@ -24,7 +24,7 @@ from qsparse_moe.sparsity.schedule import scheduled_scale
 from qsparse_moe.training.checkpoint import Checkpoint, newest_checkpoint
 from qsparse_moe.training.engine import COMPUTE_DTYPES
 from qsparse_moe.training.portable_state import check_shapes, load_model, stored_shapes
-from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint, write_config
+from qsparse_moe.training.run_folder import CONFIG_FILE, load_run_config, no_checkpoint, write_config
 
 Dtype = Literal["fp32", "bf16"]
 
@@ -68,7 +68,7 @@ def export_run(
     """
     _safetensors()
     _check_output(output, force)
-    config = load_config(run_dir / CONFIG_FILE)
+    config = load_run_config(run_dir)
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise no_checkpoint(run_dir)

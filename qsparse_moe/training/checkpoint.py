@@ -88,6 +88,7 @@ def save_checkpoint(
         distributed.on_rank_zero(lambda: _finish(partial, final, index))
         distributed.on_rank_zero(lambda: _prune(root, keep_last))
     except OSError as error:
+        _remove(partial, distributed.rank)
         raise CheckpointError(
             f"{final}: cannot be written ({error.strerror or error}); it needs a folder that this user may write and "
             "free space. Make room, or move the run and set training.output_dir; the checkpoints before it are intact"
@@ -255,10 +256,15 @@ class _Checksummed:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.crc32 = 0
+        self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.crc32 = zlib.crc32(data, self.crc32)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -268,10 +274,22 @@ def _write_share(path: Path, share: Tensors, buffers: dict[str, Tensor]) -> dict
     with path.open("wb") as file:
         writer = _Checksummed(file)
         content = {"tensors": share, "buffers": buffers, "random": random_states()}
-        torch.save(content, cast(BinaryIO, writer))
+        try:
+            torch.save(content, cast(BinaryIO, writer))
+        except RuntimeError:
+            # torch's writer says only that it ended at an unexpected place.
+            if writer.error is not None:
+                raise writer.error from None
+            raise
         file.flush()
         os.fsync(file.fileno())
         return {"name": path.name, "bytes": file.tell(), "crc32": writer.crc32}
+
+
+def _remove(partial: Path, rank: int) -> None:
+    """Give the space of a checkpoint that could not be written back."""
+    if rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _make_empty(folder: Path) -> None:

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.loader import evaluation_batches, evaluation_num_bytes
@@ -22,7 +21,7 @@ from qsparse_moe.sparsity.schedule import scheduled_scale
 from qsparse_moe.training.checkpoint import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed import Distributed, open_distributed
 from qsparse_moe.training.engine import COMPUTE_DTYPES, run_model
-from qsparse_moe.training.run_folder import CONFIG_FILE, no_checkpoint
+from qsparse_moe.training.run_folder import load_run_config, no_checkpoint
 
 Forward = Callable[[Batch], ModelOutput]
 
@@ -99,7 +98,7 @@ def load_run(
         CheckpointError: the folder has no complete checkpoint, or it is damaged.
         ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
-    config = load_config(run_dir / CONFIG_FILE, overrides)
+    config = load_run_config(run_dir, overrides)
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise no_checkpoint(run_dir)

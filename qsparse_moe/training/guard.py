@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,11 +21,24 @@ from qsparse_moe.training.loss_scale import LossScaler
 logger = logging.getLogger(__name__)
 
 
+CANNOT_GO_ON = 1000
+"""The ``stop`` of a rank that has no data for the next step, or cannot write; above every signal."""
+
+
+class Wishes(NamedTuple):
+    """What the ranks wish after a step."""
+
+    stop: int
+    """A signal, ``CANNOT_GO_ON``, or 0."""
+    save: bool
+    """A checkpoint."""
+
+
 class NonFiniteGuard:
     """Sums of every layer's output and of the gradient that arrives there: a sum is finite only if all its terms are.
 
-    The sums stay on the device. ``check`` looks at them once a step and carries the wish to stop to all ranks in the
-    same small reduction.
+    The sums stay on the device. ``check`` looks at them once a step and carries the wishes to stop and to save to all
+    ranks in the same small reduction.
     """
 
     def __init__(self, num_layers: int, distributed: Distributed, loss_scaler: LossScaler | None = None) -> None:
@@ -50,15 +64,16 @@ class NonFiniteGuard:
         """To be called with every micro-batch's loss."""
         self._loss += loss.detach().float()
 
-    def check(self, step: int, *, stop: int) -> int:
-        """Raise on every rank if any saw a non-finite value since the last call; else the wish to stop.
+    def check(self, step: int, *, stop: int, save: bool = False) -> Wishes:
+        """Raise on every rank if any saw a non-finite value since the last call; else what any rank wishes.
 
         Args:
             step: the step at work, counted from 1 as in the reports.
-            stop: the signal that this rank has received, or 0.
+            stop: the signal that this rank has received, ``CANNOT_GO_ON``, or 0.
+            save: whether this rank wishes a checkpoint after the step.
 
         Returns:
-            The highest of the ranks' ``stop``.
+            The highest of the ranks' ``stop``, and whether any wishes a checkpoint: the same on every rank.
 
         Raises:
             TrainingDiverged: with the step, the place and the lowest rank that saw it.
@@ -66,8 +81,8 @@ class NonFiniteGuard:
         sums = torch.cat((self._forward_L, self._backward_L, self._loss))
         # Reduced by maximum, the lowest rank wins.
         flags = torch.where(sums.isfinite(), 0, self._distributed.world_size - self._distributed.rank)
-        flags = torch.cat((flags, flags.new_full((1,), stop)))
-        *found, stop = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        flags = torch.cat((flags, flags.new_tensor((stop, int(save)))))
+        *found, stop, wanted = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         for buffer in (self._forward_L, self._backward_L, self._loss):
             buffer.zero_()
         self._overflow_place = ""
@@ -76,7 +91,7 @@ class NonFiniteGuard:
             if self._loss_scaler is None or not self._is_backward_only(found):
                 raise TrainingDiverged(f"step {step}: {place}. {_WAY_OUT}")
             self._overflow_place = f" ({place})"
-        return stop
+        return Wishes(stop, bool(wanted))
 
     def check_norm(self, step: int, grad_norm: float) -> None:
         """Look at the gradient norm, the same on all ranks, after the engine's update; in fp16 say if it skipped.

@@ -14,14 +14,15 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.loader import combine_states
 from qsparse_moe.data.token_data import load_data
-from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 from qsparse_moe.training.checkpoint import Progress, list_checkpoints, save_checkpoint
 from qsparse_moe.training.choices import ChoiceMemory
 from qsparse_moe.training.dead_experts import DeadExpertWatch
 from qsparse_moe.training.distributed import open_distributed
-from qsparse_moe.training.guard import NonFiniteGuard
+from qsparse_moe.training.full_disk import cannot_write, writing
+from qsparse_moe.training.guard import CANNOT_GO_ON, NonFiniteGuard
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.memory import device_name, memory_in_use
@@ -49,8 +50,9 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
 
     Raises:
         ConfigError: a rule is broken, or the run to resume was made with other settings.
-        CheckpointError: the run folder is in use, or a checkpoint is damaged or cannot be written.
-        DataError: the data cannot be used, or is another than the checkpoint's.
+        CheckpointError: the run folder is in use, or a checkpoint is damaged, or a file cannot be written.
+        DataError: the data cannot be used, or is another than the checkpoint's. In the middle of a stream the steps
+            done are saved first.
         BackendUnavailable: the device or a backend asked for by name is not there.
         TrainingDiverged: a loss, an activation or a gradient is not finite; the checkpoints before it are kept.
         RankLost: another rank is gone; it is named, and said by every rank that is left.
@@ -104,6 +106,8 @@ class _Loop:
         self._validation: dict[str, float] | None = None
         self._choices = ChoiceMemory(run.engine.model.routers(), run.distributed)
         self._choice_agreement_L: Tensor | None = None
+        self._trouble: QSparseMoEError | None = None
+        self._saved_at = time.monotonic()
 
     def run(self) -> TrainingResult:
         """Take the steps that are left."""
@@ -114,8 +118,11 @@ class _Loop:
             self._profiler.close()
 
     def _run_steps(self) -> TrainingResult:
-        tell(self._listeners, "begin", self._context())
+        self._run.distributed.on_rank_zero(self._begin)
         stopped_by = 0
+        if self._run.start.step < self._training.steps:
+            # All ranks have their first batch, or none begins.
+            self._run.distributed.on_every_rank(self._read_first)
         for step in range(self._run.start.step, self._training.steps):
             with self._profiler.step(step + 1):
                 outcome = self._step(step)
@@ -128,13 +135,31 @@ class _Loop:
                 self._validation = self._evaluate()
             if outcome.losses is not None:
                 self._report(step, outcome)
-            if stopped_by or self._is_due(self._training.checkpoint_interval, done):
+            if stopped_by or outcome.save or self._is_due(self._training.checkpoint_interval, done):
                 self._save()
             if stopped_by:
                 break
         if self._run.start.step >= self._training.steps:
             self._validation = self._evaluate()
         return self._finish(stopped_by)
+
+    def _begin(self) -> None:
+        with writing(self._run.folder):
+            tell(self._listeners, "begin", self._context())
+
+    def _read_first(self) -> None:
+        if (error := self._run.loader.read_ahead()) is not None:
+            raise error
+
+    def _read_ahead(self, step: int) -> None:
+        """Read the rows of the step after ``step``: where there are none, the run can still stop after this one."""
+        if step + 1 < self._training.steps:
+            self._trouble = self._run.loader.read_ahead() or self._trouble
+
+    def _is_old(self) -> bool:
+        """Whether the last checkpoint is ``training.checkpoint_minutes`` old, by the clock of rank 0."""
+        minutes = self._training.checkpoint_minutes
+        return minutes > 0 and self._run.distributed.rank == 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _step(self, step: int) -> StepOutcome:
         """Take the step numbered ``step`` from 0, and count its tokens and seconds."""
@@ -143,6 +168,7 @@ class _Loop:
         self._clock.begin(measures=self._is_reported(step + 1), traces=self._profiler.is_on)
         with self._clock.part("data"):
             batches = self._run.loader.batches(step)
+            self._read_ahead(step)
         try:
             with self._clock.collectives(self._run.engine.kept_collectives):
                 outcome = train_step(
@@ -153,7 +179,8 @@ class _Loop:
                     guard=self._guard,
                     report=self._is_reported(step + 1),
                     layer_gradients=self._run.config.metrics.layer_gradients,
-                    stop=self._signals.received,
+                    stop=CANNOT_GO_ON if self._trouble is not None else self._signals.received,
+                    save=self._is_old(),
                     clock=self._clock,
                 )
         except TrainingDiverged as error:
@@ -211,6 +238,7 @@ class _Loop:
             combine_states(states),
             keep_last=self._training.keep_last,
         )
+        self._saved_at = time.monotonic()
 
     def _report(self, step: int, outcome: StepOutcome) -> None:
         assert outcome.losses is not None and outcome.stats is not None
@@ -238,8 +266,12 @@ class _Loop:
             loss_scale=outcome.loss_scale,
             skipped_steps=None if scaler is None else scaler.skipped_steps,
         )
-        for listener in self._listeners:
-            listener(report)
+        try:
+            for listener in self._listeners:
+                listener(report)
+        except OSError as error:
+            # The other ranks are on their way: the next step carries the wish to stop to them, with a checkpoint.
+            self._trouble = cannot_write(self._run.folder, error)
 
     def _context(self) -> RunContext:
         run = self._run
@@ -258,6 +290,22 @@ class _Loop:
             backend=run.engine.model.runtime.names.get("model.moe.backend", ""),
         )
 
+    def _end_troubled(self) -> None:
+        """Raise on every rank what any of them could not go on with, and say which checkpoint holds the steps done."""
+        troubles = [error for error in self._run.distributed.gather(self._trouble) if error is not None]
+        if troubles:
+            kept = list_checkpoints(self._run.folder)
+            raise type(troubles[0])(
+                f"{troubles[0]}. The run ended after step {self._progress.step} of {self._training.steps}; "
+                f"training.resume=true goes on from {kept[-1]}"
+            ) from troubles[0]
+
+    def _end_listeners(self, result: TrainingResult) -> None:
+        try:
+            tell(self._listeners, "end", result)
+        except OSError as error:
+            self._trouble = self._trouble or cannot_write(self._run.folder, error)
+
     def _finish(self, stopped_by: int) -> TrainingResult:
         result = TrainingResult(
             run_dir=self._run.folder,
@@ -265,14 +313,15 @@ class _Loop:
             tokens=self._progress.tokens,
             seconds=self._progress.seconds,
             validation=self._validation,
-            stopped_by=stopped_by or None,
+            stopped_by=stopped_by if 0 < stopped_by < CANNOT_GO_ON else None,
         )
-        if stopped_by and self._run.distributed.rank == 0:
+        if 0 < stopped_by < CANNOT_GO_ON and self._run.distributed.rank == 0:
             logger.warning(
                 "%s: stopped after step %d of %d with a checkpoint; training.resume=true goes on from there",
                 Signals(stopped_by).name,
                 result.step,
                 self._training.steps,
             )
-        tell(self._listeners, "end", result)
+        self._end_listeners(result)
+        self._end_troubled()
         return result

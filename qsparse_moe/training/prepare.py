@@ -22,9 +22,10 @@ from qsparse_moe.training.distributed import Distributed
 from qsparse_moe.training.engine import Engine, build_engine, check_engine
 from qsparse_moe.training.evaluate import Evaluator
 from qsparse_moe.training.expert_groups import join_expert_group
+from qsparse_moe.training.full_disk import writing
 from qsparse_moe.training.manifest import write_manifest
 from qsparse_moe.training.portable_state import restore, seed_random_states, set_random_states
-from qsparse_moe.training.run_folder import run_folder, write_config
+from qsparse_moe.training.run_folder import TOKENIZER, run_folder, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,10 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     )
 
     def write() -> None:
-        write_config(folder, config)
-        write_manifest(folder, config, engine, start_step=start.step, fingerprint=data.fingerprint)
+        with writing(folder):
+            write_config(folder, config)
+            data.tokenizer.save(folder / TOKENIZER)
+            write_manifest(folder, config, engine, start_step=start.step, fingerprint=data.fingerprint)
 
     distributed.on_rank_zero(write)
     plan = SparsityPlan.from_config(config.model)

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from qsparse_moe.config.load import config_to_yaml, load_config
 from qsparse_moe.config.problems import show
-from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.schema import RunConfig, SourceConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer"
+"""Folder of a copy of the run's tokenizer, where it has files."""
 
 MAY_CHANGE = (
     "data.cache_dir",
+    # Which records are skipped, and the texts that come of it: the loader compares the content.
+    "data.max_bad_records",
+    "data.max_document_bytes",
+    "data.tokenizer",
     "metrics",
     # Experts own weights, backends own speed.
     "model.moe.backend",
     "model.sparsity.backend",
     "training.activation_checkpointing",
     "training.checkpoint_interval",
+    "training.checkpoint_minutes",
     "training.collective_timeout",
     "training.deepspeed",
     "training.device",
@@ -37,6 +46,8 @@ MAY_CHANGE = (
     "training.steps",
 )
 """Settings, or whole sections, that a resumed run may have different; the others would make it another run."""
+# Files may have moved: the loader compares their content.
+_SOURCE_PATH = re.compile(r"data\.sources\.\d+\.path")
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -96,9 +107,47 @@ def check_run_folder(config: RunConfig) -> bool:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Write the resolved config, so that ``load_config`` reads it back equal."""
+    """Write the resolved config, so that ``load_config`` reads it back equal, but for paths, which are absolute."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / CONFIG_FILE, config_to_yaml(config))
+    write_whole(folder / CONFIG_FILE, config_to_yaml(_from_anywhere(config)))
+
+
+def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read the config of a run; its tokenizer is the copy that the run folder holds, unless an override names another.
+
+    Raises:
+        ConfigError: its config.yaml cannot be read, or an override is wrong.
+    """
+    kept = folder.absolute() / TOKENIZER
+    if kept.is_dir() and not any(override.startswith("data.tokenizer=") for override in overrides):
+        config = load_config(folder / CONFIG_FILE, overrides)
+        return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(kept)})})
+    return load_config(folder / CONFIG_FILE, overrides)
+
+
+def _from_anywhere(config: RunConfig) -> RunConfig:
+    """The config with the paths of its data from the root: a run is read from any folder."""
+    sources = tuple(source.model_copy(update={"path": _absolute_path(source)}) for source in config.data.sources)
+    cache, tokenizer = config.data.cache_dir, config.data.tokenizer
+    update = {
+        "sources": sources,
+        "cache_dir": _absolute(cache),
+        "tokenizer": _absolute(tokenizer) if os.path.exists(os.path.expanduser(tokenizer)) else tokenizer,
+    }
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+def _absolute_path(source: SourceConfig) -> str | tuple[str, ...] | None:
+    path = source.path
+    if path is None or (
+        source.kind == "hub" and not (isinstance(path, str) and os.path.isdir(os.path.expanduser(path)))
+    ):
+        return path
+    return _absolute(path) if isinstance(path, str) else tuple(map(_absolute, path))
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def write_whole(file: Path, text: str) -> None:
@@ -150,4 +199,6 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
 
 
 def _may_change(path: str) -> bool:
-    return any(path == free or path.startswith(f"{free}.") for free in MAY_CHANGE)
+    return _SOURCE_PATH.fullmatch(path) is not None or any(
+        path == free or path.startswith(f"{free}.") for free in MAY_CHANGE
+    )

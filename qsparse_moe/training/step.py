@@ -41,7 +41,9 @@ class StepOutcome:
     loss_scale: float | None
     """That every micro-batch's mean loss was multiplied by, in fp16."""
     stop: int
-    """A signal that some rank had received when the step's gradients were ready, or 0."""
+    """A signal that some rank had received when the step's gradients were ready, ``guard.CANNOT_GO_ON``, or 0."""
+    save: bool = False
+    """Whether a rank wishes a checkpoint after the step."""
 
 
 def train_step(
@@ -54,6 +56,7 @@ def train_step(
     report: bool,
     layer_gradients: bool = False,
     stop: int = 0,
+    save: bool = False,
     clock: PhaseClock | None = None,
 ) -> StepOutcome:
     """Send the micro-batches through and update the weights, and the biases that balance the experts, once.
@@ -66,7 +69,8 @@ def train_step(
         guard: looks at every layer.
         report: reduce losses and stats over the ranks; it costs one collective and the model's statistics.
         layer_gradients: where it reports, report the gradient norm of each layer's matrices too.
-        stop: a signal that this rank has received, or 0.
+        stop: a signal that this rank has received, ``guard.CANNOT_GO_ON``, or 0.
+        save: whether this rank wishes a checkpoint after the step.
         clock: measures the parts of the step.
 
     Raises:
@@ -88,7 +92,7 @@ def train_step(
         if report:
             losses = {"loss": output.loss.detach()} | output.losses
             totals = add_stats(totals, {f"losses/{name}": v.double() / len(batches) for name, v in losses.items()})
-    stop = guard.check(step, stop=stop)
+    wishes = guard.check(step, stop=stop, save=save)
     if report and layer_gradients:
         totals["layer_squares_L"] = layer_squares(engine)
     loss_scale = None if engine.loss_scaler is None else engine.loss_scaler.scale
@@ -98,12 +102,12 @@ def train_step(
     rows_LE = totals.get(_ROWS)
     _balance(engine, rows_LE, step)
     if not report:
-        return StepOutcome(None, None, rows_LE, grad_norm, None, loss_scale, stop)
+        return StepOutcome(None, None, rows_LE, grad_norm, None, loss_scale, *wishes)
     totals = reduce_sums(totals, engine.distributed)
     losses_out = {name: value.item() / engine.distributed.world_size for name, value in _under("losses/", totals)}
     norms_L = totals["layer_squares_L"].sqrt() if layer_gradients and math.isfinite(grad_norm) else None
     norms = None if norms_L is None else tuple(norms_L.tolist())
-    return StepOutcome(losses_out, dict(_under("stats/", totals)), rows_LE, grad_norm, norms, loss_scale, stop)
+    return StepOutcome(losses_out, dict(_under("stats/", totals)), rows_LE, grad_norm, norms, loss_scale, *wishes)
 
 
 def _balance(engine: Engine, rows_LE: Tensor | None, step: int) -> None:

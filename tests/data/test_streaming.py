@@ -233,6 +233,8 @@ def test_steps_of_a_stream_come_in_order(run_config: RunConfig) -> None:
 
 
 def test_train_rows_of_a_stream_hold_no_validation_text(run_config: RunConfig) -> None:
+    # In their own order, so that a document's mark is whole where it crosses from one row to the next.
+    run_config = run_config.model_copy(update={"data": run_config.data.model_copy(update={"shuffle_window": 1})})
     data = load_data(run_config.data)
     loader = TrainLoader(run_config, data, 0, 1)
     seen = [token for step in tokens(loader, range(100)) for batch in step for row in batch for token in row]
@@ -263,3 +265,49 @@ def test_only_as_much_of_a_stream_is_read_as_validation_needs(
     monkeypatch.setattr("qsparse_moe.data.token_data._FIRST_STREAM_ROWS", 4)
     assert len(load_data(config).validation) == 4
     assert len(list(islice(opened.texts(), 20))) == 20
+
+
+@pytest.mark.parametrize("taken", [0, 1, 4, 7, 8, 13])
+def test_rows_of_one_file_are_shuffled_within_windows_and_resume_exactly(
+    data_config: MakeConfig, tmp_path: Path, taken: int
+) -> None:
+    file = write_jsonl(tmp_path / "one.jsonl", make_texts(100))
+    source = SourceConfig(kind="jsonl", path=str(file))
+
+    def stream(seed: int | None, window: int = 4) -> Any:
+        return load_data(data_config(source, mode="streaming", shuffle_window=window)).open_stream(
+            rank=0, world_size=1, seed=seed
+        )
+
+    plain, shuffled, other = (stream(seed).take(24).tolist() for seed in (None, 0, 1))
+    assert shuffled != plain and other != shuffled
+    for begin in range(0, 24, 4):
+        assert sorted(shuffled[begin : begin + 4]) == sorted(plain[begin : begin + 4])
+    first, second = stream(0), stream(0)
+    if taken:
+        first.take(taken)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert second.take(24 - taken).tolist() == shuffled[taken:]
+    assert stream(0, window=1).take(8).tolist() == plain[:8]
+
+
+def test_a_stream_reads_ahead_without_moving_its_state(data_config: MakeConfig, tmp_path: Path) -> None:
+    good = "".join(json.dumps({"text": text}) + "\n" for text in make_texts(40))
+    (tmp_path / "a.jsonl").write_text(good + "{oops\n")
+    source = SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"))
+    config = RunConfig(
+        data=data_config(source, mode="streaming", shuffle=False),
+        training=TrainingConfig(global_batch_size=4, micro_batch_size=4),
+    )
+    loader = TrainLoader(config, load_data(config.data), 0, 1)
+    error, step = None, 0
+    while error is None:
+        before = loader.state_dict()
+        error = loader.read_ahead()
+        assert loader.state_dict() == before and loader.state_dict()["step"] == step
+        if error is None:
+            loader.batches(step)
+            step += 1
+    assert step > 2 and "cannot be read as jsonl" in str(error)
+    with pytest.raises(DataError, match="cannot be read as jsonl"):
+        loader.batches(step)

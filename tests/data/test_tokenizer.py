@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,41 @@ def test_a_model_with_too_few_rows_is_refused() -> None:
 def test_byte_tokens_need_no_tokenizers_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer("bytes").tokenize(["é"])[0].tokens.dtype == np.int32
+
+
+@pytest.mark.parametrize("name", ["tok_hff", "./tok", "x/y/z", "other.json", "sub/tok_h", "~/none"])
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(
+    bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bpe_folder, "tok_hf")
+    shutil.copytree(bpe_folder, "sub/tok_hf")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked"))
+    with pytest.raises(DataError, match=r"tokenizer\.json does not exist; .*The hub is not asked for a path\. Mend"):
+        load_tokenizer(name)
+    if "tok_h" in name:
+        with pytest.raises(DataError, match=r"\(did you mean (sub/)?tok_hf\?\)"):
+            load_tokenizer(name)
+    assert load_tokenizer("tok_hf/tokenizer.json").fingerprint == load_tokenizer("tok_hf").fingerprint
+
+
+def test_a_slow_hub_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("qsparse_moe.data.hub_wait.SILENT_SECONDS", 0.05)
+
+    def fetch(name: str, file: str) -> str:
+        time.sleep(0.3)
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
+    with pytest.raises(DataError):
+        load_tokenizer("owner/name")
+    assert "waiting for the hub's answer about the tokenizer owner/name (data.tokenizer)" in caplog.text
+
+
+def test_a_copy_of_a_tokenizer_is_the_same_one(bpe_folder: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(str(bpe_folder))
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    tokenizer.save(tmp_path / "run" / "tokenizer")
+    assert load_tokenizer(str(tmp_path / "run" / "tokenizer")).fingerprint == tokenizer.fingerprint
+    ByteTokenizer().save(tmp_path / "bytes")
+    assert not (tmp_path / "bytes").exists()

@@ -30,9 +30,9 @@ def pass_through(guard, *, forward=(), backward=(), loss=1.0, bad=torch.nan):
 def test_finite_values_pass_and_the_wish_to_stop_comes_through():
     guard = NonFiniteGuard(3, ALONE)
     pass_through(guard)
-    assert guard.check(1, stop=0) == 0
+    assert guard.check(1, stop=0) == (0, False)
     pass_through(guard)
-    assert guard.check(2, stop=15) == 15
+    assert guard.check(2, stop=15, save=True) == (15, True)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
@@ -50,7 +50,7 @@ def test_a_bad_value_in_an_earlier_micro_batch_is_not_forgotten_and_one_of_an_ea
     with pytest.raises(TrainingDiverged, match="step 3: the output of layer 2"):
         guard.check(3, stop=0)
     pass_through(guard)
-    assert guard.check(4, stop=0) == 0
+    assert guard.check(4, stop=0) == (0, False)
 
 
 def test_a_bad_loss_alone_is_the_loss():

@@ -1,0 +1,112 @@
+"""What a run saves when its data ends in an error or its disk is full, and when a checkpoint is old."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from qsparse_moe.errors import CheckpointError, DataError
+from qsparse_moe.training import checkpoint as checkpoint_module
+from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.training.loop import train
+from qsparse_moe.training.run_folder import load_run_config, run_folder
+
+
+class Losses:
+    def __init__(self, fails_at=0):
+        self.losses, self.fails_at, self.ended = {}, fails_at, 0
+
+    def __call__(self, report):
+        if report.step == self.fails_at:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        self.losses[report.step] = report.losses["loss"]
+
+    def end(self, result):
+        self.ended += 1
+
+
+def streamed(config, file, **data):
+    sources = (config.data.sources[0].model_copy(update={"kind": "jsonl", "path": str(file)}),)
+    update = {"mode": "streaming", "shuffle_window": 2, "validation_fraction": 0.8, "sources": sources} | data
+    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+
+
+@pytest.fixture
+def broken_file(tmp_path):
+    """Text for a few steps, then a line that is no JSON, then more."""
+    lines = [json.dumps({"text": f"document {i} " * 12}) for i in range(90)]
+    file = tmp_path / "docs.jsonl"
+    file.write_text("\n".join([*lines[:40], "{oops", *lines[40:]]) + "\n")
+    return file
+
+
+def test_a_data_error_in_the_middle_of_a_stream_keeps_the_steps_done(make_config, broken_file):
+    whole, parts = Losses(), Losses()
+    train(streamed(make_config("whole", steps=20), broken_file, max_bad_records=9), [whole])
+    with pytest.raises(
+        DataError, match=r"docs\.jsonl, row 40 .*ended after step (\d+) of 20; training\.resume=true"
+    ) as error:
+        train(streamed(make_config(steps=20), broken_file), [parts])
+    done = max(parts.losses)
+    assert 1 <= done < 20 and f"step-{done:08d}" in str(error.value) and parts.ended == 1
+    assert [p.name for p in list_checkpoints(run_folder(make_config()))] == [f"step-{done:08d}"]
+    train(streamed(make_config(steps=20, resume=True), broken_file, max_bad_records=9), [parts])
+    assert parts.losses == whole.losses
+
+
+def test_a_full_disk_for_the_metrics_keeps_the_steps_done(make_config):
+    with pytest.raises(
+        CheckpointError, match=r"metrics\.jsonl: cannot be written \(No space left.* ended after step 4 of 6"
+    ):
+        train(make_config(), [Losses(fails_at=3)])
+    assert [path.name for path in list_checkpoints(run_folder(make_config()))] == ["step-00000004"]
+
+
+def test_a_full_disk_in_the_last_report_is_said_too(make_config):
+    with pytest.raises(CheckpointError, match=r"cannot be written .* after step 6 of 6; .*step-00000006"):
+        train(make_config(), [Losses(fails_at=6)])
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_during_a_save_is_one_message_and_leaves_nothing(make_config, monkeypatch):
+    write = checkpoint_module._write_share
+
+    def full(path, share, buffers):
+        path.symlink_to("/dev/full")
+        return write(path, share, buffers)
+
+    monkeypatch.setattr(checkpoint_module, "_write_share", full)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002: cannot be written \(No space left on device\); .*Make room"
+    ):
+        train(make_config(steps=2))
+    assert not list((run_folder(make_config()) / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_is_saved_when_the_last_one_is_old_and_changes_nothing(make_config):
+    plain, often = Losses(), Losses()
+    first = train(make_config("plain", steps=3, checkpoint_minutes=0), [plain])
+    second = train(make_config("often", steps=3, checkpoint_minutes=1e-9, keep_last=9), [often])
+    assert [path.name for path in list_checkpoints(first.run_dir)] == ["step-00000003"]
+    assert [path.name for path in list_checkpoints(second.run_dir)] == [f"step-0000000{step}" for step in (1, 2, 3)]
+    assert plain.losses == often.losses
+
+
+def test_a_run_is_read_and_resumed_from_any_folder(make_config, text_folder, tmp_path, monkeypatch):
+    config = make_config(steps=2)
+    source = config.data.sources[0].model_copy(update={"path": "text/*.txt"})
+    relative = config.model_copy(update={"data": config.data.model_copy(update={"sources": (source,)})})
+    monkeypatch.chdir(text_folder)
+    result = train(relative)
+    monkeypatch.chdir(tmp_path)
+    assert load_run_config(result.run_dir).data.sources[0].path == str(text_folder / "text" / "*.txt")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in (text_folder / "text").iterdir():
+        (moved / file.name).write_bytes(file.read_bytes())
+    source = source.model_copy(update={"path": str(moved / "*.txt")})
+    again = make_config(steps=3, resume=True)
+    again = again.model_copy(update={"data": again.data.model_copy(update={"sources": (source,)})})
+    assert train(again).step == 3

@@ -12,7 +12,7 @@ class ModelOutput(NamedTuple):
 
     logits_BSV: Tensor
     loss: Tensor | None
-    """lm_loss plus the coefficients times the other losses; None without labels."""
+    """lm_loss plus the coefficients times the other losses; None without labels or targets."""
     losses: dict[str, Tensor]
     """Detached and unscaled: ``lm_loss`` (nats a label), and with a MoE layer ``load_balance_loss`` and
     ``router_z_loss``, means over those layers."""

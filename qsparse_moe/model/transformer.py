@@ -117,21 +117,36 @@ class Transformer(nn.Module):
         tokens_BS: Tensor,
         labels_BS: Tensor | None = None,
         *,
+        targets_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
         with_stats: bool = True,
         probe: Probe | None = None,
     ) -> ModelOutput:
-        """Logits, and with labels the loss.
+        """Return the logits, and the loss where labels or targets are given.
 
         Args:
             tokens_BS: ``(B, S)`` token ids.
-            labels_BS: ``(B, S)`` the token that each position should predict (not shifted here); -100 is ignored.
+            labels_BS: ``(B, S)`` the tokens themselves, as ``transformers`` takes them: they are shifted here, so that
+                position s learns to predict ``labels_BS[:, s + 1]``. The last position, and with ``documents_BS`` the
+                last one of every document, has nothing to predict. -100 is ignored.
+            targets_BS: ``(B, S)`` in place of ``labels_BS``: the token that each position should predict, shifted
+                already, as a ``Batch`` holds them. -100 is ignored.
             positions_BS: ``(B, S)`` for the rotary embedding; None counts from 0.
             documents_BS: ``(B, S)`` ids; attention stays inside one id. None lets it cross.
             with_stats: False leaves only ``router/rows_LE`` among the stats.
             probe: called with the number and the output of every layer, inside the graph.
+
+        Raises:
+            ValueError: both ``labels_BS`` and ``targets_BS`` are given.
         """
+        if labels_BS is not None:
+            if targets_BS is not None:
+                raise ValueError(
+                    "labels_BS and targets_BS are both given, and one of them must be None: labels_BS are shifted by "
+                    "the model, targets_BS are shifted already; leave one out"
+                )
+            targets_BS = shifted_labels(labels_BS, documents_BS)
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         hidden_BSD = self.embedding(tokens_BS)
@@ -146,15 +161,15 @@ class Transformer(nn.Module):
                 probe(layer, hidden_BSD)
         logits_BSV = self.head(self.final_norm(hidden_BSD))
         stats = stack_layers([output.stats for output in outputs])
-        if labels_BS is None:
+        if targets_BS is None:
             return ModelOutput(logits_BSV, None, {}, stats)
-        loss, losses = self._losses(logits_BSV, labels_BS, outputs)
+        loss, losses = self._losses(logits_BSV, targets_BS, outputs)
         return ModelOutput(logits_BSV, loss, losses, stats)
 
     def _losses(
-        self, logits_BSV: Tensor, labels_BS: Tensor, outputs: list[BlockOutput]
+        self, logits_BSV: Tensor, targets_BS: Tensor, outputs: list[BlockOutput]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        lm_loss = cross_entropy(logits_BSV, labels_BS)
+        lm_loss = cross_entropy(logits_BSV, targets_BS)
         losses = {"lm_loss": lm_loss.detach()}
         balances = [output.balance for output in outputs if output.balance is not None]
         z_losses = [output.router_z_loss for output in outputs if output.router_z_loss is not None]
@@ -174,8 +189,21 @@ class Transformer(nn.Module):
         return load_balance_loss(Balance(rows_LGE, probs_LGE))
 
 
-def cross_entropy(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """Mean over the labels that are not ignored, in nats and at least fp32; 0 where all are ignored."""
+def shifted_labels(labels_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
+    """Return the token that each position should predict: ``(B, S)``, the label after it.
+
+    The last position has none and is ignored, as is the last one of every document where ``documents_BS`` is given.
+    """
+    targets_BS = torch.full_like(labels_BS, IGNORED_LABEL)
+    targets_BS[:, :-1] = labels_BS[:, 1:]
+    if documents_BS is not None:
+        is_last_BS = documents_BS[:, :-1] != documents_BS[:, 1:]
+        targets_BS[:, :-1].masked_fill_(is_last_BS, IGNORED_LABEL)
+    return targets_BS
+
+
+def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+    """Return the mean over the targets that are not ignored, in nats and at least fp32; 0 where all are ignored."""
     wide_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
-    total = F.cross_entropy(wide_TV, labels_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    return total / (labels_BS != IGNORED_LABEL).sum().clamp(min=1)
+    total = F.cross_entropy(wide_TV, targets_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    return total / (targets_BS != IGNORED_LABEL).sum().clamp(min=1)

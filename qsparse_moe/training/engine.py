@@ -127,7 +127,14 @@ def equal_part(value: Tensor, distributed: Distributed, group: ExpertGroup = ALO
 
 def run_model(module: Any, batch: Batch, device: torch.device, *, with_stats: bool, probe: Probe | None) -> ModelOutput:
     """Call ``module`` (the model or what an engine wrapped around it) with a batch of the host."""
-    tokens, labels, positions, documents = (
+    tokens, targets, positions, documents = (
         None if part is None else part.to(device, non_blocking=True) for part in batch
     )
-    return module(tokens, labels, positions_BS=positions, documents_BS=documents, with_stats=with_stats, probe=probe)
+    return module(
+        tokens,
+        targets_BS=targets,
+        positions_BS=positions,
+        documents_BS=documents,
+        with_stats=with_stats,
+        probe=probe,
+    )

@@ -85,7 +85,10 @@ def test_exact_is_the_difference_of_two_evaluations_and_the_model_keeps_its_plan
         model.set_sparsity(with_cells(plan, {point.cell: 0.75}))
         with torch.no_grad():
             loss = model(
-                batch.tokens_BS, batch.labels_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS
+                batch.tokens_BS,
+                targets_BS=batch.labels_BS,
+                positions_BS=batch.positions_BS,
+                documents_BS=batch.documents_BS,
             )
         assert point.exact == pytest.approx(float(loss.losses["lm_loss"]) - found.loss, abs=1e-12), point.cell.name
         low, high = point.exact_interval

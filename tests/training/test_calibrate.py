@@ -39,7 +39,10 @@ def batches_of(data, rows, size=2):
 
 @torch.no_grad()
 def outputs(model, batches):
-    return [model(b.tokens_BS, b.labels_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS) for b in batches]
+    return [
+        model(b.tokens_BS, targets_BS=b.labels_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS)
+        for b in batches
+    ]
 
 
 def summed(outputs, name):

@@ -47,7 +47,9 @@ def test_three_steps_are_those_of_clipped_adamw_by_hand(tmp_path, max_norm):
     guard = NonFiniteGuard(2, ALONE)
     for step in (1, 2, 3):
         outcome = train_step(engine, batches, step=step, learning_rate=rate, guard=guard, report=True)
-        loss = torch.stack([model(b.tokens_BS, b.labels_BS, positions_BS=b.positions_BS).loss for b in batches]).mean()
+        loss = torch.stack(
+            [model(b.tokens_BS, targets_BS=b.labels_BS, positions_BS=b.positions_BS).loss for b in batches]
+        ).mean()
         loss.backward()
         norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
         assert outcome.losses["loss"] == pytest.approx(loss.item(), abs=2e-6)

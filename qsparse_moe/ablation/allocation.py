@@ -14,6 +14,7 @@ from qsparse_moe.ablation.documents import training_documents, validation_docume
 from qsparse_moe.ablation.plan_cost import Costs, Quantity, measured_load
 from qsparse_moe.ablation.sensitivity import load_ranked
 from qsparse_moe.data.loader import load_data
+from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.calibrate import default_num_rows
 
@@ -73,6 +74,7 @@ def allocate_run(
     """
     config, model, step = load_ranked(run_dir, torch.device(device), None)
     data, size = load_data(config.data), config.training.micro_batch_size
+    model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     rows = training_documents(config, data, num_rows=num_rows or default_num_rows(config), batch_size=size)
     held_out = validation_documents(data, num_rows=config.training.evaluation_rows, batch_size=size)
     costs = Costs(

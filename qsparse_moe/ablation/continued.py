@@ -12,6 +12,7 @@ from qsparse_moe.ablation.plan_cost import Costs, measured_load
 from qsparse_moe.data.loader import TrainLoader, load_data
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData
+from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import ste_share
@@ -61,6 +62,7 @@ def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, dis
     model = build_model(config.model, device=distributed.device, seed=config.training.seed)
     load_checkpoint(model, checkpoint)
     model.set_sparsity(plan)
+    model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     engine = TorchEngine(config, model, distributed)
     restore(engine, checkpoint.tensor, checkpoint.adam_step)
     first = checkpoint.progress.step

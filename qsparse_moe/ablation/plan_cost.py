@@ -18,7 +18,7 @@ from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.accounting.traffic import union
 from qsparse_moe.config.schema import ModelConfig, Site
-from qsparse_moe.config.shapes import EXPERT_SITES, site_width
+from qsparse_moe.config.shapes import EXPERT_SITES, site_width, vocab_size
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
 from qsparse_moe.training.engine import run_model
@@ -105,7 +105,7 @@ class Costs:
         """What no plan changes: embedding, norms, routers, head, attention scores."""
         others = [weight for weight in self._weights if weight.site is None]
         if self.quantity == "bytes":
-            embedding = self.config.hidden_size * (min(self.batch, self.config.vocab_size) - 1)
+            embedding = self.config.hidden_size * (min(self.batch, vocab_size(self.config)) - 1)
             return self.bytes_per_weight * (sum(weight.active for weight in others) + embedding)
         if self.quantity == "flops":
             scores = forward_flops(self.config, self.context).attention_scores

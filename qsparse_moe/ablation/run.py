@@ -15,9 +15,10 @@ from qsparse_moe.ablation.outcome import outcome_of
 from qsparse_moe.ablation.placement import Placement
 from qsparse_moe.ablation.results import Outcome
 from qsparse_moe.config.load import config_to_yaml
+from qsparse_moe.config.rules import check_trainable
 from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.training.distributed import num_cores
-from qsparse_moe.training.run_folder import is_finished
+from qsparse_moe.training.run_folder import is_finished, run_folder
 
 LOG_TAIL = 400
 
@@ -38,12 +39,18 @@ def run_grid(
 
     SIGINT and SIGTERM stop the runs that are under way, each with a checkpoint from which the next call goes on.
 
+    Raises:
+        ConfigError: a run that has not begun has settings with which its router would not learn; no run is started.
+
     Args:
         grid: its configs.
         placement: None is one after the other, a process each.
         tell: called with every outcome as it comes, from several threads; not after a stop.
     """
     placement = placement or Placement()
+    for run in grid.runs:
+        if not run_folder(run.config).exists():
+            _check_trainable(run)
     slots: SimpleQueue[tuple[str, ...]] = SimpleQueue()
     for slot in placement.slots():
         slots.put(slot)
@@ -64,6 +71,13 @@ def run_grid(
             return outcome
 
         return GridResult(list(pool.map(bring_to_end, grid.runs)), children.stopped_by)
+
+
+def _check_trainable(run: GridRun) -> None:
+    try:
+        check_trainable(run.config)
+    except ConfigError as error:
+        raise ConfigError(f"variant {run.variant}: {error}") from None
 
 
 def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...], children: Children) -> str | None:

@@ -28,6 +28,7 @@ from qsparse_moe.config.shapes import (
     head_size,
     num_kv_heads,
     shared_hidden_size,
+    vocab_size,
 )
 
 _FP32 = 4
@@ -67,7 +68,7 @@ def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> 
         inputs = {"none": 2, "attention": 2, "feed_forward": 2}.get(chosen, 1) * model.hidden_size * width
         kept.append(inputs + attention + feed_forward - again)
         recomputed.append(again)
-    beside = 3 * model.hidden_size * width + model.vocab_size * _FP32
+    beside = 3 * model.hidden_size * width + vocab_size(model) * _FP32
     return ActivationMemory(tokens * (sum(kept) + beside), tokens * max(recomputed))
 
 

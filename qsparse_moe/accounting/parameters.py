@@ -22,6 +22,7 @@ from qsparse_moe.config.shapes import (
     head_size,
     num_kv_heads,
     shared_hidden_size,
+    vocab_size,
 )
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -85,7 +86,7 @@ def count_with_embedding(
     """``count_parameters`` with the whole embedding active, as most published figures count; a tied head is the same
     table."""
     counted = count_parameters(config, plan, densities=densities)
-    table = config.vocab_size * config.hidden_size
+    table = vocab_size(config) * config.hidden_size
     # Of the embedding one row was counted, and a tied head as a whole.
     unseen = -config.hidden_size if config.tie_embeddings else table - config.hidden_size
     return ParameterCount(counted.stored, counted.active + unseen, counted.kept + unseen)
@@ -96,7 +97,7 @@ def model_weights(
 ) -> Iterator[Weight]:
     """Every parameter of the model; a tied head is listed with nothing stored."""
     densities = densities or planned_densities(config, plan)
-    width, table = config.hidden_size, config.vocab_size * config.hidden_size
+    width, table = config.hidden_size, vocab_size(config) * config.hidden_size
     yield Weight("embedding.weight", "embedding", table, width, width, is_matrix=False)
     for layer in range(config.num_layers):
         prefix = f"layers.{layer}."

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from qsparse_moe.accounting.densities import Densities, planned_densities
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import vocab_size
 
 RELU_GATES = frozenset({"relu2glu", "reglu", "drelu"})
 
@@ -84,7 +85,7 @@ def _union(
 ) -> tuple[float, float]:
     """Elements read by routing alone, and with Q-Sparse."""
     if weight.part == "embedding":
-        rows = min(batch, config.vocab_size) * config.hidden_size
+        rows = min(batch, vocab_size(config)) * config.hidden_size
         return rows, rows
     size = weight.stored or weight.active  # a tied head is read and not stored
     if weight.site is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.errors import BackendUnavailable
 
 # The fastest of transformers 5's experts on a CPU at 4 x 512 x 16 experts x 768, 1024 tokens, by an earlier
@@ -23,7 +24,7 @@ def build_mixtral(config: ModelConfig, dtype: torch.dtype, device: torch.device)
     except ImportError:
         raise BackendUnavailable("bench step: the peer needs transformers; pip install 'qsparse-moe[hf]'") from None
     settings = MixtralConfig(
-        vocab_size=config.vocab_size,
+        vocab_size=vocab_size(config),
         hidden_size=config.hidden_size,
         intermediate_size=config.moe.expert_hidden_size,
         num_hidden_layers=config.num_layers,

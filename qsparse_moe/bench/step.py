@@ -12,6 +12,7 @@ from torch import Tensor
 from qsparse_moe.bench.harness import fingerprint, ratio, time_in_turns
 from qsparse_moe.bench.mixtral import EXPERTS, build_mixtral
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -45,7 +46,7 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
     All three have the same shape, tokens, threads and optimizer (AdamW, fused), and both losses of a router's training.
     """
     tokens_BS = torch.randint(
-        0, min(256, benchmark.model.vocab_size), (benchmark.rows, benchmark.sequence_length), device=benchmark.device
+        0, min(256, vocab_size(benchmark.model)), (benchmark.rows, benchmark.sequence_length), device=benchmark.device
     )
     steps = _contenders(benchmark, tokens_BS)
     synchronize = torch.cuda.synchronize if benchmark.device.type == "cuda" else lambda: None
@@ -103,7 +104,7 @@ def _shape(benchmark: StepBenchmark) -> dict[str, Any]:
         "experts_per_token": model.moe.experts_per_token,
         "expert_hidden_size": model.moe.expert_hidden_size,
         "activation": model.moe.activation,
-        "vocab_size": model.vocab_size,
+        "vocab_size": vocab_size(model),
         "rows": benchmark.rows,
         "sequence_length": benchmark.sequence_length,
         "precision": benchmark.precision,

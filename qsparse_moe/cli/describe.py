@@ -13,6 +13,8 @@ from qsparse_moe.accounting.traffic import union
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
 from qsparse_moe.config.load import load_config
+from qsparse_moe.config.router_rules import untrained_router
+from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.training.run_folder import CONFIG_FILE
@@ -50,6 +52,7 @@ def describe(
     """
     folder = find_run(path) if path.is_dir() else None
     config = load_config(path if folder is None else folder / CONFIG_FILE, overrides or ())
+    config = _with_vocabulary(config)
     rows = read_metrics(folder / "metrics.jsonl") if folder is not None and not overrides else []
     if measure and (folder is None or overrides):
         raise ConfigError(
@@ -57,9 +60,20 @@ def describe(
             f"{len(overrides or ())} settings. Name a folder that qsparse-moe train made, without settings"
         )
     description = describe_run(config, rows[-1] if rows else None, ranks=ranks)
+    problem = untrained_router(config.model)
+    description["warnings"] = [problem] if problem else []
     if folder is not None and measure:
         description["measured_unions"] = _measure(folder, measure)
     print_json(description) if json else _print_tables(description)
+
+
+def _with_vocabulary(config: RunConfig) -> RunConfig:
+    """The size of the vocabulary needs the tokenizer where it is not set and not that of bytes."""
+    if config.model.vocab_size is not None or config.data.tokenizer == "bytes":
+        return config
+    from qsparse_moe.data.tokenizer import with_vocabulary
+
+    return with_vocabulary(config)
 
 
 def _measure(folder: Path, num_rows: int) -> list[dict[str, Any]]:
@@ -98,6 +112,8 @@ def _print_tables(description: dict[str, Any]) -> None:
         console.print(table)
     steps = f"{description['tokens_per_step']:,} tokens a step, {description['tokens']:,} in the run"
     console.print(steps)
+    for warning in description["warnings"]:
+        console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -40,12 +40,13 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model. The text of the newest checkpoint is printed as it comes."""
     run_dir = find_run(run)
-    from qsparse_moe.data.tokenizer import load_tokenizer
+    from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
     from qsparse_moe.training.distributed import choose_device
     from qsparse_moe.training.evaluate import load_run
 
     config, model, step = load_run(run_dir, choose_device(device, 0))
     tokenizer = load_tokenizer(config.data.tokenizer)
+    model.hide_ids(meaningless_ids(config.model, tokenizer))
     start = [tokenizer.document_token, *tokenizer.encode(prompt)]
     tokens = next_tokens(model, start, window=config.data.sequence_length, temperature=temperature, seed=seed)
     tokens = _until(tokens, tokenizer.document_token, max_tokens)

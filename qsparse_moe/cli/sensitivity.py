@@ -50,10 +50,13 @@ def sensitivity(
     from qsparse_moe.ablation.sensitivity import load_ranked, measure
     from qsparse_moe.ablation.sensitivity_report import as_dict
     from qsparse_moe.data.loader import load_data
+    from qsparse_moe.data.tokenizer import meaningless_ids
 
     config, model, step = load_ranked(run_dir, device, at)
+    data = load_data(config.data)
+    model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     measured_on = validation_documents(
-        load_data(config.data),
+        data,
         num_rows=rows or config.training.evaluation_rows,
         batch_size=config.training.micro_batch_size,
     )

@@ -6,12 +6,14 @@ Read from the schema's own JSON schema, so that an error, the table of settings 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
 from qsparse_moe.config.problems import Problem, dotted, show
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.section import SMALLEST_GUARD
 
 Node = dict[str, Any]
 Path = tuple[str | int, ...]
@@ -59,6 +61,18 @@ def child(node: Node, part: str | int) -> Node | None:
     return item_node(node) if str(part).isdecimal() else None
 
 
+def takes_text(node: Node) -> bool:
+    """Whether a setting takes any text and neither numbers nor true or false, so that 4711 can only be a name."""
+    options = node.get("anyOf", [node])
+    types = {option.get("type") for option in options if "enum" not in option}
+    return "string" in types and not types & {"integer", "number", "boolean"}
+
+
+def takes_null(node: Node) -> bool:
+    """Whether a setting may be null."""
+    return any(option.get("type") == "null" for option in node.get("anyOf", [node]))
+
+
 def walk(path: Sequence[str | int]) -> tuple[Path, Node]:
     """Follow ``path`` as far as settings exist: the part that does, and its node."""
     node: Node = run_schema()
@@ -95,40 +109,59 @@ def _settings_below(path: Path, node: Node) -> Iterator[tuple[str, Node]]:
             yield from _settings_below((*here, "N"), item)
 
 
-def takes(node: Node) -> str:
-    """What a setting accepts, in words: ``a whole number of at least 1 or null``."""
+def takes(node: Node, *, guards: bool = False) -> str:
+    """What a setting accepts, in words: ``a whole number of at least 1 or null``.
+
+    A largest value that no run comes near, which only keeps the arithmetic of the rules small, is left out without
+    ``guards``.
+    """
     if "anyOf" in node:
-        return " or ".join(takes(option) for option in node["anyOf"])
+        return " or ".join(takes(option, guards=guards) for option in node["anyOf"])
     if "enum" in node:
         return "one of " + ", ".join(str(choice) for choice in node["enum"])
     if section_fields(node) is not None:
         return "a section (settings by name)"
     if node["type"] == "array":
         least = node.get("minItems", 0)
-        return f"a list{f' of at least {least}' if least else ''} (each item {takes(node['items'])})"
+        return f"a list{f' of at least {least}' if least else ''} (each item {takes(node['items'], guards=guards)})"
     if node["type"] == "string":
         return "text" + (f" of {PATTERN_WORDS[node['pattern']]}" if "pattern" in node else "")
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
-    return words[node["type"]] + _bounds(node)
+    return words[node["type"]] + _bounds(node, guards)
 
 
-def _bounds(node: Node) -> str:
+def _bounds(node: Node, guards: bool) -> str:
+    if not guards and node.get("maximum", 0) >= SMALLEST_GUARD:
+        node = {key: value for key, value in node.items() if key != "maximum"}
     if "minimum" in node and "maximum" in node:
-        return f" from {node['minimum']} to {node['maximum']}"
+        return f" from {node['minimum']} to {_count(node['maximum'])}"
     words = {
         "minimum": "of at least",
         "exclusiveMinimum": "above",
         "maximum": "of at most",
         "exclusiveMaximum": "below",
     }
-    parts = [f"{word} {node[key]}" for key, word in words.items() if key in node]
-    return f" {' and '.join(parts)}" if parts else ""
+    parts = [f"{word} {_count(node[key])}" for key, word in words.items() if key in node]
+    return f" {' and '.join(parts)}".replace(" and of ", " and ") if parts else ""
+
+
+def _count(value: float) -> str:
+    """Return the number as text; a power of ten or two with many digits, or one less, as a power."""
+    if value < SMALLEST_GUARD:
+        return str(value)
+    number = int(value)
+    if number == 10 ** (len(str(number)) - 1):
+        return f"10^{len(str(number)) - 1}"
+    return f"2^{number.bit_length()} - 1" if (number + 1) & number == 0 else f"2^{number.bit_length() - 1}"
 
 
 def wrong_value(path: Path, node: Node, value: Any) -> Problem:
     """The problem of a value that its setting does not take."""
     way_out = _way_out(node, value)
-    message = f"{dotted(path)} ({show(value)}) must be {takes(node)}" + (f"; {way_out}" if way_out else "")
+    is_large = isinstance(value, (int, float)) and value >= SMALLEST_GUARD
+    message = f"{dotted(path)} ({show(value)}) must be {takes(node, guards=is_large)}" + (
+        f"; {way_out}" if way_out else ""
+    )
     return Problem(message, (dotted(path),))
 
 
@@ -149,9 +182,11 @@ def _way_out(node: Node, value: Any) -> str:
     if "integer" in types and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
     if types & {"integer", "number"} and isinstance(value, str) and _is_number(value):
+        if not math.isfinite(float(value)):
+            return "it is beyond the largest number, about 1.8e308"
         return f"write {value} without quotes"
-    if "string" in types and not choices and isinstance(value, (int, float)):
-        return f'put it in quotes: "{show(value)}"'
+    if "string" in types and not choices and isinstance(value, (bool, int, float)):
+        return "put it in quotes as it stands in the file, so that it is text"
     default = node.get("default", {})
     return (
         ""

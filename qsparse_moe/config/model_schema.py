@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qsparse_moe.config.section import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Section
+from qsparse_moe.config.section import (
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Width,
+)
 
 Site = Literal[
     "attention_input",
@@ -23,21 +31,24 @@ SITES: tuple[Site, ...] = Site.__args__  # type: ignore[attr-defined]
 ActivationFormat = Literal["none", "int8", "int4"]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
 # See ``section.Texts`` for tuples.
+# Rules, plans and tables hold entries per layer and per expert, so these are bounded.
+NumLayers = Annotated[int, Field(ge=1, le=10_000)]
+NumExperts = Annotated[int, Field(ge=1, le=65_536)]
 Selector = int | str | Annotated[tuple[int, ...], Field(strict=False)] | None
 
 
 class MoEConfig(Section):
     """The routed feed-forward layers."""
 
-    num_experts: PositiveInt = 8
+    num_experts: NumExperts = 8
     """E, routed experts a layer."""
     experts_per_token: PositiveInt = 2
     """A, experts that each token uses; at most num_experts."""
-    expert_hidden_size: PositiveInt = 256
+    expert_hidden_size: Width = 256
     """F, hidden width of one expert."""
-    num_shared_experts: NonNegativeInt = 0
+    num_shared_experts: Annotated[int, Field(ge=0, le=65_536)] = 0
     """Experts that every token uses, beside the routed ones; together they are one feed-forward."""
-    shared_expert_hidden_size: PositiveInt | None = None
+    shared_expert_hidden_size: Width | None = None
     """Hidden width of the shared experts together; null: num_shared_experts * expert_hidden_size."""
     shared_expert_gate: bool = False
     """Each token scales the shared experts' output by the sigmoid of a linear map of its own (Qwen2-MoE)."""
@@ -101,7 +112,7 @@ class MoEConfig(Section):
     moe_layer_interval: PositiveInt = 1
     """n: beyond the first num_dense_layers, every n-th layer of the model has experts (with 2 the second, the fourth
     and so on), each other one a dense feed-forward."""
-    dense_hidden_size: PositiveInt | None = None
+    dense_hidden_size: Width | None = None
     """Hidden width of the dense layers; null: experts_per_token * expert_hidden_size."""
 
 
@@ -222,7 +233,7 @@ class SparsityConfig(Section):
     threshold: all above a magnitude calibrated on data, which the plan holds; statistical: all above mean + z *
     standard deviation of the row's magnitudes, z the normal quantile at S; these two keep 1 - S only on average. relu:
     the positive features wherever S is above 0, however many they are; the paper's baseline, with gradient masked."""
-    group_size: PositiveInt = 32
+    group_size: Width = 32
     """G, features a group when selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
     """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's norm."""
@@ -244,17 +255,20 @@ class SparsityConfig(Section):
 class ModelConfig(Section):
     """The decoder."""
 
-    vocab_size: PositiveInt = 264
-    """Rows of the embedding; at least the tokenizer's. Bytes need 257; 264 is the next multiple of 8."""
-    hidden_size: PositiveInt = 128
+    # Token ids are stored in 32 bits.
+    vocab_size: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
+    """Rows of the embedding, at least the size of the tokenizer's vocabulary; null: that size, rounded up to a multiple
+    of 8 (264 for bytes, which need 257). Rows beyond the tokenizer's are padding: nothing evaluates or generates them.
+    """
+    hidden_size: Width = 128
     """D, model width."""
-    num_layers: PositiveInt = 4
+    num_layers: NumLayers = 4
     """Decoder layers."""
-    num_heads: PositiveInt = 4
+    num_heads: Width = 4
     """H, query heads."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Width | None = None
     """Key and value heads, a divisor of num_heads; null: num_heads."""
-    head_size: PositiveInt | None = None
+    head_size: Width | None = None
     """C, channels a head, even; null: hidden_size / num_heads."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""

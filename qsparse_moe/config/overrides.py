@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
-from qsparse_moe.config.fields import Node, child, run_schema, section_fields, unknown_setting
+from qsparse_moe.config.fields import (
+    Node,
+    child,
+    item_node,
+    run_schema,
+    section_fields,
+    takes_null,
+    takes_text,
+    unknown_setting,
+    walk,
+)
 from qsparse_moe.config.problems import Problem, dotted, show
-from qsparse_moe.config.yaml_text import parse_yaml
+from qsparse_moe.config.yaml_text import parse_yaml, plain_scalar
+
+_LONGEST_INDEX = 9
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
@@ -25,9 +38,22 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[
             continue
         value, duplicates = parse_yaml(text, f"the value of {path.strip()}")
         problems += duplicates
-        problem = _write(settings, path.strip().split("."), value)
+        parts = path.strip().split(".")
+        problem = _write(settings, parts, _as_text(parts, value, text))
         problems += [problem] if problem else []
     return problems
+
+
+def _as_text(path: list[str], value: Any, text: str) -> Any:
+    """Return ``value``, or what was written where its setting takes nothing but text: names such as 4711 and true.
+
+    A shell takes the quotes away that would make them text in a file.
+    """
+    known, node = walk(path)
+    if len(known) < len(path) or not takes_text(node):
+        return value
+    is_null = value is None and (takes_null(node) or not text.strip())
+    return value if is_null or not isinstance(value, (bool, int, float, NoneType)) else plain_scalar(text)
 
 
 def _write(settings: dict[str, Any], path: list[str], value: Any) -> Problem | None:
@@ -38,12 +64,14 @@ def _write(settings: dict[str, Any], path: list[str], value: Any) -> Problem | N
         if following is None:
             return unknown_setting(tuple(path[: depth + 1]))
         key: Any = part
-        if isinstance(holder, list):
+        if isinstance(holder, list) and section_fields(node) is None:
+            if len(part) > _LONGEST_INDEX or int(part) >= len(holder):
+                return _no_such_item(path[:depth], part, len(holder))
             key = int(part)
-            if key >= len(holder):
-                return _no_such_item(path[:depth], key, len(holder))
+        elif item_node(node) is not None:
+            return _no_list(path[:depth], part, holder)
         elif not isinstance(holder, dict):
-            return None  # the YAML file has a wrong value there, and validation reports it
+            return None  # there is a wrong value, and validation reports it
         if depth == len(path) - 1:
             holder[key] = _merged(holder[key] if isinstance(holder, list) else holder.get(key), value, following)
         else:
@@ -68,6 +96,16 @@ def _merged(old: Any, new: Any, node: Node) -> Any:
     return old | {name: _merged(old.get(name), value, fields.get(name, {})) for name, value in new.items()}
 
 
-def _no_such_item(path: list[str], index: int, length: int) -> Problem:
+def _no_list(path: list[str], index: str, holder: Any) -> Problem:
+    name = dotted(path)
+    return Problem(
+        f"{name}.{index} cannot be set: {name} ({show(holder)}) must be a list for that; write the whole list as "
+        f"{name}=[...]",
+        (name,),
+    )
+
+
+def _no_such_item(path: list[str], index: str, length: int) -> Problem:
+    index = index if len(index) <= _LONGEST_INDEX else f"{index[:_LONGEST_INDEX]}..."
     items = f"the last item is {length - 1}" if length else "it is empty"
     return Problem(f"{dotted([*path, index])} does not exist: {items}; write the whole list as {dotted(path)}=[...]")

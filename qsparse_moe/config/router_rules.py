@@ -11,7 +11,7 @@ from qsparse_moe.config.model_rules import divisors, nearest
 from qsparse_moe.config.problems import Problem, show
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.selectors import select
-from qsparse_moe.config.shapes import layer_sites, site_sparsity
+from qsparse_moe.config.shapes import layer_sites, moe_layers, site_sparsity
 
 _GROUPS, _CHOSEN, _SCORE = (f"model.moe.{name}" for name in ("num_expert_groups", "groups_per_token", "group_score"))
 
@@ -119,6 +119,30 @@ def _expert_input_sparsities(config: ModelConfig, layer: int) -> set[float]:
         for expert in chosen:
             values[expert] = override.sparsity
     return set(values)
+
+
+def untrained_router(config: ModelConfig) -> str | None:
+    """Return why the loss would not train the router, and the way out; None where it does.
+
+    Not among the rules of a config: a run that was trained so can still be read. What begins to train checks it.
+    """
+    moe = config.moe
+    if moe.experts_per_token > 1 or moe.num_experts == 1 or not moe_layers(config) or moe.router not in _UNNORMALISED:
+        return None
+    return (
+        f"model.moe.router ({moe.router}) gives a token's experts weights that sum to 1, so with "
+        "model.moe.experts_per_token (1) the weight is always 1 and the loss gives the router no gradient: only the "
+        f"balance losses move it; choose model.moe.router={_UNNORMALISED[moe.router]}, or use at least 2 experts per "
+        "token"
+    )
+
+
+_UNNORMALISED = {
+    "softmax_topk_renormalized": "softmax_topk",
+    "topk_softmax": "softmax_topk",
+    "sigmoid_topk_renormalized": "sigmoid_topk",
+}
+"""The routers whose weights sum to 1, and the one with the same scores that keeps their size."""
 
 
 ROUTER_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (

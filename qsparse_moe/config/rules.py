@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from qsparse_moe.config.fields import section_fields, unknown_setting, walk
 from qsparse_moe.config.model_rules import MODEL_RULES, divisors, nearest
 from qsparse_moe.config.problems import Problem, raise_if_any, show
-from qsparse_moe.config.router_rules import ROUTER_RULES
+from qsparse_moe.config.router_rules import ROUTER_RULES, untrained_router
 from qsparse_moe.config.schema import LossScaleConfig, ModelConfig, RunConfig, SourceConfig
-from qsparse_moe.config.shapes import moe_layers
+from qsparse_moe.config.shapes import BYTE_VOCABULARY, moe_layers
 from qsparse_moe.errors import ConfigError
-
-BYTE_VOCABULARY = 257
-"""256 bytes and the document token."""
 
 _FILE_KINDS = frozenset({"text", "jsonl", "parquet"})
 
@@ -31,6 +28,13 @@ def check_config(config: RunConfig) -> None:
 def check_model(config: ModelConfig) -> None:
     """Raise ConfigError for a model section made in Python that breaks a rule."""
     raise_if_any(_broken_model_rules(config), "the model section")
+
+
+def check_trainable(config: RunConfig) -> None:
+    """Raise ConfigError for settings that are right to read and generate from, but that no new run should train."""
+    problem = untrained_router(config.model)
+    if problem:
+        raise ConfigError(problem)
 
 
 def _broken_model_rules(config: ModelConfig) -> list[Problem]:
@@ -227,10 +231,10 @@ def _loss_scale(config: RunConfig) -> Iterator[Problem]:
 
 def _vocabulary(config: RunConfig) -> Iterator[Problem]:
     vocab_size = config.model.vocab_size
-    if config.data.tokenizer == "bytes" and vocab_size < BYTE_VOCABULARY:
+    if config.data.tokenizer == "bytes" and vocab_size is not None and vocab_size < BYTE_VOCABULARY:
         yield Problem(
             f"model.vocab_size ({vocab_size}) must be at least {BYTE_VOCABULARY} when data.tokenizer is bytes "
-            "(256 bytes and the document token); 264 is the next multiple of 8",
+            "(256 bytes and the document token); remove it, and it follows from the tokenizer",
             ("model.vocab_size", "data.tokenizer"),
         )
 

@@ -24,6 +24,7 @@ from qsparse_moe.config.model_schema import (
     SparsityOverride,
 )
 from qsparse_moe.config.section import (
+    LARGEST_WIDTH,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -80,7 +81,7 @@ class SourceConfig(Section):
     """text: where one document of a file ends and the next begins; null: a file is one document."""
     weight: PositiveFloat = 1.0
     """Share of this source's tokens in the mixture, relative to the other weights; all 1: everything once."""
-    max_bytes: PositiveInt | None = None
+    max_bytes: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Stop reading the source after this many bytes of text; null: all of it."""
 
 
@@ -91,7 +92,7 @@ class DataConfig(Section):
     """Where documents come from."""
     tokenizer: str = "bytes"
     """bytes, or the folder or the hub's name (owner/name) of a Hugging Face tokenizer. A run keeps a copy of it."""
-    sequence_length: Annotated[int, Field(ge=2)] = 256
+    sequence_length: Annotated[int, Field(ge=2, le=LARGEST_WIDTH)] = 256
     """S, tokens a row."""
     attend_across_documents: bool = False
     """Attention and positions run on over document boundaries inside a row."""
@@ -192,7 +193,7 @@ class TrainingConfig(Section):
     activation_checkpointing: Recompute = "none"
     """What the backward computes again instead of keeping it: full: every layer; attention, feed_forward: this half of
     every layer, its norm included; selective: every layer but its matrix products and attention, which are kept."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of weights, data order and noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one."""
@@ -201,7 +202,7 @@ class TrainingConfig(Section):
     expert_parallel_size: PositiveInt = 1
     """P, the ranks that hold the experts of every layer between them, E / P each, and send their tokens to each other;
     it divides the number of ranks and num_experts. 1: every rank holds all experts, or ZeRO-3's part of each."""
-    collective_timeout: PositiveFloat = 600.0
+    collective_timeout: Annotated[float, Field(gt=0, le=1e8)] = 600.0
     """Seconds after which a rank that gives no sign of life, or a collective that does not end, ends the run: longer
     than anything that one rank does while the others wait. A rank that is killed is noticed sooner."""
     resume: bool = False

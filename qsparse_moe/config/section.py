@@ -6,8 +6,17 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
+LARGEST = 10**12
+"""Largest value of a whole number without a narrower range. Rules look for divisors and multiples, and a number of any
+length would keep them busy for ever."""
+LARGEST_WIDTH = 2**24
+"""Largest number of features, channels or tokens of one row."""
+SMALLEST_GUARD = 10**6
+"""A largest value from here on is no range to choose from: it is named where it is exceeded, and nowhere else."""
+
+PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
+Width = Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

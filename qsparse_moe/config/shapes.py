@@ -10,6 +10,20 @@ from qsparse_moe.config.schema import SITES, ActivationFormat, ModelConfig, Site
 EXPERT_SITES: frozenset[Site] = frozenset({"expert_input", "expert_hidden"})
 
 
+BYTE_VOCABULARY = 257
+"""Size of the vocabulary of bytes: 256 values and the document token."""
+
+
+def padded_vocabulary(size: int) -> int:
+    """Return the rows of the embedding for a tokenizer of ``size`` ids: the next multiple of 8."""
+    return -(-size // 8) * 8
+
+
+def vocab_size(config: ModelConfig) -> int:
+    """Rows of the embedding. A model section without them is that of bytes: a run's has them from its tokenizer."""
+    return config.vocab_size or padded_vocabulary(BYTE_VOCABULARY)
+
+
 def head_size(config: ModelConfig) -> int:
     """C, channels a head."""
     return config.head_size or config.hidden_size // config.num_heads

@@ -6,6 +6,7 @@ broken rule. What ``dump_yaml`` writes means the same to this reader and to one 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Hashable
 from typing import Any
@@ -41,6 +42,12 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.duplicates: list[tuple[str, int, int]] = []
 
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
+        """Return the number; a literal beyond the largest one stays text, which ``.inf`` alone is not."""
+        number = super().construct_yaml_float(node)
+        text = str(node.value)
+        return text if math.isinf(number) and "inf" not in text.lower() else number
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         first_line: dict[str, int] = {}
         for key, _ in node.value:
@@ -62,6 +69,7 @@ class _Dumper(yaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
 
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Dumper.add_representer(str, _Dumper.represent_text)
 for _name, _pattern, _first in _RESOLVERS:
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", _pattern, _first)
@@ -86,6 +94,12 @@ def parse_yaml(text: str, where: str) -> tuple[Any, list[Problem]]:
         for key, line, first in loader.duplicates
     ]
     return value, problems
+
+
+def plain_scalar(text: str) -> str:
+    """Return the one scalar of ``text`` as it is written: ``4711 # a comment`` is ``4711``."""
+    node = _Loader(text).get_single_node()
+    return str(node.value) if isinstance(node, yaml.ScalarNode) else ""
 
 
 def dump_yaml(value: Any) -> str:

@@ -14,14 +14,12 @@ from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.rows import RowTable, spread_rows, train_rows
 from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
-from qsparse_moe.data.tokenizer import check_vocabulary
 from qsparse_moe.errors import DataError
 
 __all__ = [
     "Batch",
     "TokenData",
     "TrainLoader",
-    "check_vocabulary",
     "combine_states",
     "evaluation_batches",
     "evaluation_num_bytes",

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.config.shapes import padded_vocabulary, vocab_size
 from qsparse_moe.data.hub_wait import says_what_it_waits_for
 from qsparse_moe.data.packing import Array, Document
 from qsparse_moe.errors import ConfigError, DataError
@@ -29,6 +30,8 @@ class TextTokenizer(Protocol):
 
     vocab_size: int
     """One more than the largest id."""
+    absent_ids: tuple[int, ...]
+    """Ids below ``vocab_size`` that stand for nothing."""
     document_token: int
     """Begins every document, and so ends the one before; never the result of encoding text."""
     fingerprint: str
@@ -51,6 +54,7 @@ class ByteTokenizer:
     """The 256 byte values of UTF-8 and the document token 256."""
 
     vocab_size = _NUM_BYTE_VALUES + 1
+    absent_ids: tuple[int, ...] = ()
     document_token = _NUM_BYTE_VALUES
     fingerprint = "bytes"
 
@@ -95,7 +99,9 @@ class HuggingFaceTokenizer:
         self.document_token: int = document_token
         self.fingerprint = _digest(f"{tokenizer.to_str()}\n{document_token}")
         # Ids may have gaps, so the number of entries is not enough.
-        self.vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = max(ids) + 1
+        self.absent_ids: tuple[int, ...] = tuple(sorted(set(range(self.vocab_size)) - ids))
         # A tokenizer.json may cut or pad every text, and parses special tokens out of it by default.
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -180,13 +186,33 @@ def load_tokenizer(name: str) -> TextTokenizer:
     return HuggingFaceTokenizer(tokenizer, _document_spelling(name, files[1:]), name, files)
 
 
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """Return ``config`` with ``model.vocab_size``: as it was set, or what its tokenizer needs, a multiple of 8.
+
+    Raises:
+        ConfigError: it was set and has no row for some token.
+        DataError: the tokenizer cannot be loaded.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if config.model.vocab_size is not None:
+        check_vocabulary(config.model, tokenizer)
+        return config
+    model = config.model.model_copy(update={"vocab_size": padded_vocabulary(tokenizer.vocab_size)})
+    return config.model_copy(update={"model": model})
+
+
 def check_vocabulary(config: ModelConfig, tokenizer: TextTokenizer) -> None:
     """Raise ConfigError unless the model has a row for every token."""
-    if config.vocab_size < tokenizer.vocab_size:
+    if vocab_size(config) < tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size ({config.vocab_size}) must be at least the tokenizer's ({tokenizer.vocab_size}); "
-            f"set it to {-(-tokenizer.vocab_size // 8) * 8}, the next multiple of 8"
+            f"model.vocab_size ({vocab_size(config)}) must be at least the tokenizer's ({tokenizer.vocab_size}); "
+            f"remove it, or set it to {padded_vocabulary(tokenizer.vocab_size)}, the next multiple of 8"
         )
+
+
+def meaningless_ids(config: ModelConfig, tokenizer: TextTokenizer) -> tuple[int, ...]:
+    """Return the ids of the model that stand for nothing: the tokenizer's gaps and the padding beyond its last id."""
+    return (*tokenizer.absent_ids, *range(tokenizer.vocab_size, vocab_size(config)))
 
 
 def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:

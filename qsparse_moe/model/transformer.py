@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Recompute
-from qsparse_moe.config.shapes import head_size
+from qsparse_moe.config.shapes import head_size, vocab_size
 from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.attention import document_mask
 from qsparse_moe.model.block import Block, BlockOutput
@@ -64,11 +64,12 @@ class Transformer(nn.Module):
         batch stands for itself."""
         self.activation_checkpointing: Recompute = "none"
         """What the backward computes again, from the next forward on."""
+        self._hidden_ids: Tensor | None = None
         self.runtime = resolve_runtime(config, device, expert_group=expert_group)
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = nn.Embedding(vocab_size(config), config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.head = Linear(config.hidden_size, config.vocab_size)
+        self.head = Linear(config.hidden_size, vocab_size(config))
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.sparsity_plan = SparsityPlan.from_config(config)
@@ -101,6 +102,13 @@ class Transformer(nn.Module):
         """Move the biases once; see ``Router.update_bias``. To be called once a step, with the rows of all ranks."""
         for router, rows_E in zip(self.routers(), rows_LE, strict=True):
             router.update_bias(rows_E, rate)
+
+    def hide_ids(self, ids: Sequence[int]) -> None:
+        """Give these token ids no probability outside of training: rows of the vocabulary that stand for nothing.
+
+        From the next forward in evaluation mode on their logits are -inf. Training sees them, as it always did.
+        """
+        self._hidden_ids = torch.tensor(ids, dtype=torch.int64) if ids else None
 
     def routers(self) -> list[Router]:
         """Those of the MoE layers, in order."""
@@ -160,6 +168,8 @@ class Transformer(nn.Module):
             if probe is not None:
                 probe(layer, hidden_BSD)
         logits_BSV = self.head(self.final_norm(hidden_BSD))
+        if self._hidden_ids is not None and not self.training:
+            logits_BSV = logits_BSV.index_fill(-1, self._hidden_ids.to(logits_BSV.device), -torch.inf)
         stats = stack_layers([output.stats for output in outputs])
         if targets_BS is None:
             return ModelOutput(logits_BSV, None, {}, stats)

@@ -21,6 +21,7 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.loader import sample_train_rows
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData, load_data
+from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.calibrate import Samples, sample_sites, with_calibrated_thresholds, with_thresholds
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.calibrate import MAX_VALUES, RowSample
@@ -100,6 +101,7 @@ def calibrate_run(
     with open_distributed(device) as distributed:
         config, model, step = load_run(run_dir, distributed.device, overrides=[_RANKED])
         data, size = load_data(config.data), config.training.micro_batch_size
+        model.hide_ids(meaningless_ids(config.model, data.tokenizer))
         train = sample_train_rows(config, data, num_rows or default_num_rows(config))
         held_out = _held_out_rows(config, data)
         logger.info("calibrating on %d training rows, measuring on %d validation rows", len(train), len(held_out))

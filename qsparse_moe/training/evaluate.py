@@ -15,6 +15,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.loader import evaluation_batches, evaluation_num_bytes
 from qsparse_moe.data.token_data import TokenData, load_data
+from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.sparsity.schedule import scheduled_scale
@@ -124,6 +125,7 @@ def evaluate_run(run_dir: Path, *, num_rows: int | None = None, device: str = "a
         config, model, step = load_run(run_dir, distributed.device)
         num_rows = num_rows or config.training.evaluation_rows
         data = load_data(config.data)
+        model.hide_ids(meaningless_ids(config.model, data.tokenizer))
         evaluator = Evaluator(
             data, num_rows=num_rows, micro_batch_size=config.training.micro_batch_size, distributed=distributed
         )

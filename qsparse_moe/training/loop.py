@@ -9,11 +9,12 @@ from signal import Signals
 
 from torch import Tensor
 
-from qsparse_moe.config.rules import check_config, check_world_size
+from qsparse_moe.config.rules import check_config, check_trainable, check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.loader import combine_states
 from qsparse_moe.data.token_data import load_data
+from qsparse_moe.data.tokenizer import with_vocabulary
 from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
@@ -61,7 +62,10 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     timeout = config.training.collective_timeout
     with open_distributed(config.training.device, timeout=timeout) as distributed:
         check_world_size(config, distributed.world_size)
+        config = distributed.on_every_rank(lambda: with_vocabulary(config))[distributed.rank]
         resumes = distributed.on_rank_zero(lambda: check_run_folder(config))
+        if not resumes:
+            check_trainable(config)
         data = load_data(config.data)
         watch = RankWatch(distributed, timeout=timeout, way_out=lambda: _how_to_go_on(config))
         with watch:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import TokenData
+from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint import (
@@ -62,7 +64,8 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     checkpoint = _find_checkpoint(folder, distributed) if resumes else None
     if checkpoint is not None:
         loader.load_state_dict(checkpoint.data_state)
-    engine = _start_engine(config, distributed, checkpoint)
+    hidden_ids = meaningless_ids(config.model, data.tokenizer)
+    engine = _start_engine(config, distributed, checkpoint, hidden_ids)
     start = checkpoint.progress if checkpoint is not None else Progress(step=0, tokens=0, seconds=0.0)
     _start_random_states(training.seed, distributed, start, checkpoint)
     evaluator = Evaluator(
@@ -91,10 +94,13 @@ def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | Non
     return checkpoint
 
 
-def _start_engine(config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None) -> Engine:
+def _start_engine(
+    config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None, hidden_ids: Sequence[int]
+) -> Engine:
     group = join_expert_group(config.training.expert_parallel_size, distributed)
     model = build_model(config.model, device=distributed.device, seed=config.training.seed, expert_group=group)
     model.activation_checkpointing = config.training.activation_checkpointing
+    model.hide_ids(hidden_ids)
     if checkpoint is None:
         return build_engine(config, model, distributed)
     # The engine makes its own copies of the weights, so they come first; what it adds to them is restored after.

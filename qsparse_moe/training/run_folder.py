@@ -172,6 +172,8 @@ def _holds_nothing(folder: Path) -> bool:
 def _check_same_run(stored: Path, config: RunConfig) -> None:
     before = _leaves(load_config(stored).model_dump(mode="json"))
     now = _leaves(config.model_dump(mode="json"))
+    if config.model.vocab_size is None:  # not derived yet: it will be, from the tokenizer, which is compared too
+        now["model.vocab_size"] = before["model.vocab_size"]
     changed = [
         f"{path} was {show(before.get(path))} and is {show(now.get(path))}"
         for path in sorted(before.keys() | now.keys())

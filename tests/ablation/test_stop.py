@@ -19,7 +19,7 @@ from qsparse_moe.training.run_folder import newest_step
 CONFIG = Path("x.yaml")
 BASE = """
 model:
-  {hidden_size: 16, num_layers: 1, num_heads: 2, moe: {num_experts: 2, experts_per_token: 1, expert_hidden_size: 16}}
+  {hidden_size: 16, num_layers: 1, num_heads: 2, moe: {num_experts: 2, experts_per_token: 2, expert_hidden_size: 16}}
 data: {sequence_length: 32, sources: [{max_bytes: 200000}]}
 training: {steps: 1000000, global_batch_size: 2, micro_batch_size: 2, engine: torch, device: cpu, evaluation_rows: 4}
 metrics: {interval: 5, tensorboard: false}

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -143,7 +144,22 @@ WRONG_VALUES = [
     ("training.resume", "0", "(0) must be true or false; the default is false"),
     ("training.precision", "bf15", '("bf15") must be one of fp32, bf16, fp16; did you mean bf16?'),
     ("training.precision", "double", '("double") must be one of fp32, bf16, fp16; the default is "fp32"'),
-    ("training.name", "7", f'(7) {NAME}put it in quotes: "7"'),
+    ("training.name", "''", f'("") {NAME}the default is "run"'),
+    ("training.name", "", f'(null) {NAME}the default is "run"'),
+    ("training.steps", "12e4567", f'("12e4567") {COUNT}it is beyond the largest number, about 1.8e308'),
+    ("model.num_layers", "1" + 30 * "0", f"(1{30 * '0'}) must be a whole number from 1 to 10000; the default is 4"),
+    ("training.steps", "1" + 30 * "0", f"(1{30 * '0'}) must be a whole number from 1 to 10^12; the default is 300"),
+    ("model.hidden_size", "16777217", "(16777217) must be a whole number from 1 to 2^24; the default is 128"),
+    (
+        "training.collective_timeout",
+        "1e300",
+        "(1e+300) must be a number above 0 and at most 10^8; the default is 600.0",
+    ),
+    (
+        "model.vocab_size",
+        "2147483648",
+        "(2147483648) must be a whole number from 1 to 2^31 - 1 or null; the default is null",
+    ),
     ("training.name", "../up", f'("../up") {NAME}the default is "run"'),
     ("training.deepspeed", "3", f"(3) {SECTION}"),
     ("model.sparsity.default", "1", "(1) must be a number of at least 0 and below 1 or null; the default is null"),
@@ -177,6 +193,78 @@ WRONG_ITEMS = [
 @pytest.mark.parametrize(("path", "value", "message"), WRONG_VALUES)
 def test_wrong_value_names_path_value_rule_and_way_out(error_of, path, value, message):
     assert error_of("", f"{path}={value}") == f"{path} {message}"
+
+
+@pytest.mark.parametrize("value", ["7", "1e3", "0.50"])
+def test_text_that_a_file_writes_as_a_number_is_to_be_quoted_there(error_of, value):
+    way_out = "put it in quotes as it stands in the file, so that it is text"
+    assert error_of(f"training: {{name: {value}}}").endswith(f"{NAME}{way_out}")
+
+
+@pytest.mark.parametrize("name", ["4711", "1e3", "12e4567", "0.50", "1_000", "true", "null", "2024-01-01", "010"])
+def test_on_the_command_line_a_name_that_looks_like_a_number_is_a_name(load, name):
+    config = load("", f"training.name={name}", f"data.cache_dir={name}", f"training.output_dir={name}")
+    assert (config.training.name, config.data.cache_dir, config.training.output_dir) == (name, name, name)
+    assert config_to_yaml(config).count(f"'{name}'" if name not in ("010", "2024-01-01") else name) >= 3
+    # What may be null still can be, and quotes and comments are YAML's.
+    again = load("", "data.sources.0.subset=null", 'training.name="4711"', "training.output_dir=5 # five")
+    assert again.data.sources[0].subset is None
+    assert (again.training.name, again.training.output_dir) == ("4711", "5")
+
+
+def test_a_name_too_large_for_a_number_is_text_in_a_file_too(load):
+    config = load("training: {name: 12e4567}")
+    assert config.training.name == "12e4567" and "name: '12e4567'" in config_to_yaml(config)
+
+
+BELOW_A_WRONG_VALUE = {
+    ("training=[0,99]", "training.gradient_clipping=1"): "training ([0, 99]) must be a section (settings by name)",
+    ("model.sparsity.quantization=[1]", "model.sparsity.quantization.sites=1"): (
+        "model.sparsity.quantization ([1]) must be a section (settings by name)"
+    ),
+    ("data.sources.0.path=a.txt", "data.sources.0.path.0=b.txt"): (
+        'data.sources.0.path.0 cannot be set: data.sources.0.path ("a.txt") must be a list for that; write the whole '
+        "list as data.sources.0.path=[...]"
+    ),
+    ("metrics.hyperparameters.0=training.steps",): (
+        "metrics.hyperparameters.0 does not exist: it is empty; write the whole list as metrics.hyperparameters=[...]"
+    ),
+    (f"data.sources.{5000 * '9'}.kind=text",): (
+        "data.sources.999999999... does not exist: the last item is 0; write the whole list as data.sources=[...]"
+    ),
+}
+
+
+@pytest.mark.parametrize("overrides", BELOW_A_WRONG_VALUE, ids=lambda overrides: overrides[-1][:40])
+def test_an_override_below_a_wrong_value_is_reported(error_of, overrides):
+    assert BELOW_A_WRONG_VALUE[overrides] in error_of("", *overrides)
+
+
+def test_numbers_of_any_size_are_answered_at_once(error_of):
+    """Rules must not look for divisors of, or count up to, what no bound has been held against."""
+    integers = [
+        name
+        for name, node in all_settings()
+        if {"integer"} & {option.get("type") for option in node.get("anyOf", [node])} and ".N" not in name
+    ]
+    assert len(integers) > 40
+    begin = time.process_time()
+    for name in integers:
+        message = error_of("", f"{name}=1{30 * '0'}")
+        assert f"{name} (1{30 * '0'}) must be a whole number" in message
+    everything = error_of("", *(f"{name}=1{30 * '0'}" for name in integers))
+    assert all(f"{name} (" in everything for name in integers)
+    # The largest that are admitted cost little too.
+    largest = [
+        f"{name}={option['maximum']}"
+        for name, node in all_settings()
+        if name in integers
+        for option in node.get("anyOf", [node])
+        if "maximum" in option
+    ]
+    assert len(largest) == len(integers)
+    error_of("model: {moe: {router_input: sparse}, sparsity: {selection: block}}", *largest)
+    assert time.process_time() - begin < 20
 
 
 @pytest.mark.parametrize(("override", "message"), WRONG_ITEMS)
@@ -345,7 +433,7 @@ def test_config_is_frozen_all_the_way_down(load):
 
 def test_dumped_config_stays_readable(load):
     text = config_to_yaml(load("data: {cache_dir: größe, sources: [{kind: text, path: [a.txt]}]}"))
-    assert text.startswith("model:\n  vocab_size: 264\n")
+    assert text.startswith("model:\n  vocab_size: null\n")
     assert "  cache_dir: größe\n" in text
     assert "    path:\n    - a.txt\n" in text
 

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from tests.config.test_rules import messages
+from qsparse_moe.config.load import load_config
+from qsparse_moe.config.rules import check_trainable
+from qsparse_moe.errors import ConfigError
+from tests.config.test_rules import build, messages
+
+REPOSITORY = Path(__file__).parents[2]
 
 SPARSE_INPUT = {"model.moe.router_input": "sparse"}
 ONE_SELECTION = "model.moe.router_input (sparse) needs one selection at expert_input for all experts of a layer, and "
@@ -117,3 +124,34 @@ def test_another_rules_problem_is_left_to_it():
 def test_deepseek_v3s_router_breaks_no_rule():
     settings = groups(256, 8, 4, experts_per_token=8, router="sigmoid_topk_renormalized", router_scaling_factor=2.5)
     assert messages(settings | {"model.moe.bias_update_rate": 0.001}) == []
+
+
+@pytest.mark.parametrize(
+    ("router", "way_out"),
+    [
+        ("softmax_topk_renormalized", "softmax_topk"),
+        ("topk_softmax", "softmax_topk"),
+        ("sigmoid_topk_renormalized", "sigmoid_topk"),
+    ],
+)
+def test_a_router_whose_only_weight_is_always_1_can_be_read_but_not_trained(router, way_out):
+    one = {"model.moe.experts_per_token": 1, "model.moe.router": router}
+    assert messages(one) == []
+    with pytest.raises(ConfigError) as error:
+        check_trainable(build(one))
+    assert str(error.value) == (
+        f"model.moe.router ({router}) gives a token's experts weights that sum to 1, so with "
+        "model.moe.experts_per_token (1) the weight is always 1 and the loss gives the router no gradient: only the "
+        f"balance losses move it; choose model.moe.router={way_out}, or use at least 2 experts per token"
+    )
+    check_trainable(build(one | {"model.moe.router": way_out}))
+    check_trainable(build(one | {"model.moe.experts_per_token": 2}))
+    check_trainable(build(one | {"model.moe.num_experts": 1}))  # nothing to choose
+    check_trainable(build(one | {"model.moe.num_dense_layers": 4}))  # no router
+
+
+def test_every_shipped_config_trains_its_router():
+    files = [*(REPOSITORY / "configs").glob("*.yaml"), *(REPOSITORY / "configs" / "recipes").glob("*.yaml")]
+    assert len(files) >= 9
+    for file in files:
+        check_trainable(load_config(file))

@@ -6,12 +6,13 @@ import pytest
 import torch
 
 from qsparse_moe.data.token_data import load_data
-from qsparse_moe.errors import CheckpointError
+from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.training.checkpoint import list_checkpoints
 from qsparse_moe.training.distributed import open_distributed
 from qsparse_moe.training.evaluate import Evaluator, evaluate_run, load_run
 from qsparse_moe.training.loop import train
 from qsparse_moe.training.run_folder import run_folder, write_config
+from tests.data.test_tokenizer import save_tokenizer
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -70,3 +71,56 @@ def test_a_run_without_a_checkpoint_says_how_to_get_one(make_config):
     write_config(run_folder(config), config)
     with pytest.raises(CheckpointError, match=r"checkpoints: has no complete checkpoint.*training\.resume=true"):
         load_run(run_folder(config))
+
+
+def test_rows_of_the_vocabulary_that_stand_for_nothing_change_no_evaluation(make_config):
+    """The model with padding evaluates as the one without, in the run and after it."""
+    config = make_config(steps=2)
+    padded = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 320})})
+    result = train(padded)
+    assert evaluate_run(result.run_dir).loss == result.validation["loss"]
+    _, model, _ = load_run(result.run_dir)
+    data = load_data(config.data)
+    table, rows = data.evaluation_rows(11)
+    batch = table.rows(rows)
+    with torch.no_grad():
+        logits = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS).logits_BSV
+        want = torch.nn.functional.cross_entropy(logits[..., :257].flatten(0, 1), batch.labels_BS.flatten())
+        model.hide_ids(range(257, 320))
+        hidden = model(batch.tokens_BS, targets_BS=batch.labels_BS, documents_BS=batch.documents_BS).logits_BSV
+        assert (hidden[..., 257:] == -torch.inf).all() and hidden[..., :257].isfinite().all()
+        model.train()  # training sees every row, as it always did
+        assert model(batch.tokens_BS).logits_BSV.isfinite().all()
+    assert result.validation["loss"] == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_a_vocabulary_that_is_not_set_is_the_tokenizers_and_one_too_small_is_refused(make_config, tmp_path):
+    folder = tmp_path / "words"
+    words = ["<unk>", "</s>", *(f"w{number}" for number in range(298))]
+    save_tokenizer(folder, vocabulary=words, unknown="<unk>", settings={"eos_token": "</s>"})
+    config = make_config(steps=1)
+    data = config.data.model_copy(update={"tokenizer": str(folder)})
+
+    def with_rows(vocab_size):
+        model = config.model.model_copy(update={"vocab_size": vocab_size})
+        return config.model_copy(update={"data": data, "model": model})
+
+    with pytest.raises(ConfigError, match=r"model\.vocab_size \(264\) must be at least the tokenizer's \(300\).*304"):
+        train(with_rows(264))
+    assert not run_folder(config).exists()
+    result = train(with_rows(None))
+    stored, model, _ = load_run(result.run_dir)
+    assert stored.model.vocab_size == 304 and model.embedding.weight.shape[0] == 304
+    # The same run, resumed without the setting, is the same run.
+    again = with_rows(None)
+    again = again.model_copy(update={"training": again.training.model_copy(update={"resume": True})})
+    assert train(again).step == 1
+
+
+def test_a_router_without_a_gradient_is_refused_before_anything_is_written(make_config):
+    config = make_config(steps=1)
+    moe = config.model.moe.model_copy(update={"experts_per_token": 1})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
+    with pytest.raises(ConfigError, match=r"model\.moe\.router \(softmax_topk_renormalized\).*choose"):
+        train(config)
+    assert not run_folder(config).exists()

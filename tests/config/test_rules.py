@@ -330,7 +330,8 @@ CASES = {
     "shuffle buffer": (
         {"data.shuffle_buffer": 1000},
         "data.shuffle_buffer (1000) must be 0: the rows inside a shuffle buffer are lost or doubled when a run is "
-        "resumed; data.shuffle=true shuffles exactly (rows of a table, files of a stream)",
+        "resumed; data.shuffle=true shuffles exactly (rows of a table; files of a stream, and rows within "
+        "data.shuffle_window)",
         {"data.shuffle_buffer": 0},
     ),
     "standard library with a path": (
@@ -371,7 +372,7 @@ CASES = {
     ),
     "split of local files": (
         {"data.sources": [{"split": "test"}]},
-        'data.sources.0.split ("test") has no meaning when kind is stdlib; remove it, or set kind to hub',
+        'data.sources.0.split ("test") has no meaning when kind is stdlib; remove it, or set kind to hub or saved',
         {"data.sources": [{"kind": "hub", "path": "a", "split": "test"}]},
     ),
     "micro-batches that do not fit": (

@@ -10,7 +10,7 @@ import sys
 
 from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import QSparseMoEError
-from qsparse_moe.training.run_folder import is_finished, run_folder
+from qsparse_moe.runs.folder import is_finished, run_folder
 
 
 def main(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ from matplotlib.colors import Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from qsparse_moe.ablation.panels import colour_bar
+from qsparse_moe.ablation.grid.panels import colour_bar
 from qsparse_moe.data.packing import Array
 
 UNIT = "change of the loss,\n1/1000 nats per token"

@@ -12,8 +12,8 @@ from typing import Any
 from qsparse_moe.bench.harness import fingerprint
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.metrics.recorder import Recorder
+from qsparse_moe.runs.report import Listener, RunContext, StepReport
 from qsparse_moe.training.loop import train
-from qsparse_moe.training.report import Listener, RunContext, StepReport
 
 
 class _Stopwatch:

@@ -19,11 +19,11 @@ from qsparse_moe.bench.moe_peers import PEERS, Build, Contender, LayerShape, Lay
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import onednn
-from qsparse_moe.moe.activations import ACTIVATIONS
 from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
 from qsparse_moe.moe.dispatch import RowCounts
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
+from qsparse_moe.nn.activations import ACTIVATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {"cpu": LayerShape(4096, 512, 768, 16, 2), "cuda": LayerShape(16384, 2048, 1024, 64, 8)}

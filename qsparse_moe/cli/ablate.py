@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qsparse_moe.ablation.grid import Grid, GridRun, load_grid
-from qsparse_moe.ablation.placement import Launcher, Placement
+from qsparse_moe.ablation.grid.placement import Launcher, Placement
+from qsparse_moe.ablation.grid.points import Grid, GridRun, load_grid
 from qsparse_moe.cli.console import print_json
 from qsparse_moe.cli.grid_progress import GridProgress
 from qsparse_moe.errors import CheckpointError, ConfigError
-from qsparse_moe.training.run_folder import is_finished
+from qsparse_moe.runs.folder import is_finished
 
 if TYPE_CHECKING:
-    from qsparse_moe.ablation.results import Outcome
+    from qsparse_moe.ablation.grid.results import RunResult
 
 
 def register(app: typer.Typer) -> None:
@@ -48,8 +48,8 @@ def ablate(
         _print_list(loaded, json)
         return
     chosen = loaded if task is None else _only(loaded, task)
-    from qsparse_moe.ablation.outcome import outcome_of
-    from qsparse_moe.ablation.run import run_grid
+    from qsparse_moe.ablation.grid.outcome import outcome_of
+    from qsparse_moe.ablation.grid.run import run_grid
 
     stopped_by = 0
     if report_only:
@@ -58,7 +58,7 @@ def ablate(
         with GridProgress(len(chosen.runs)) as progress:
             outcomes, stopped_by = run_grid(chosen, placement, tell=progress)
     # Tasks of an array run at the same time: the report is written once, when they are done.
-    _tell(chosen, outcomes, None if task is not None else output or loaded.folder, json)
+    _print_report(chosen, outcomes, None if task is not None else output or loaded.folder, json)
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
     if not report_only and not all(outcome.finished for outcome in outcomes):
@@ -73,8 +73,8 @@ def _only(grid: Grid, task: int) -> Grid:
     return Grid(grid.name, (grid.runs[task],))
 
 
-def _tell(grid: Grid, outcomes: list[Outcome], folder: Path | None, json: bool) -> None:
-    from qsparse_moe.ablation.report import markdown, write_results
+def _print_report(grid: Grid, outcomes: list[RunResult], folder: Path | None, json: bool) -> None:
+    from qsparse_moe.ablation.grid.report import markdown, write_results
 
     if folder is not None:
         write_results(grid, outcomes, folder)

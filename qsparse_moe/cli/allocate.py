@@ -14,7 +14,7 @@ from qsparse_moe.cli.sensitivity import rich_table
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qsparse_moe.ablation.plan_cost import Quantity
+    from qsparse_moe.ablation.allocation.cost import Quantity
 
 _HEAD = ("plan", "loss", "against uniform", "95 % interval", "cost measured", "gap closed")
 
@@ -49,9 +49,9 @@ def allocate(
     run_dir = find_run(run)
     quantity, target = asked_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
     check_output(output, force=force)
-    from qsparse_moe.ablation.allocation import allocate_run
-    from qsparse_moe.ablation.allocation_report import as_dict, markdown
-    from qsparse_moe.training.run_folder import write_whole
+    from qsparse_moe.ablation.allocation.plans import allocate_run
+    from qsparse_moe.ablation.allocation.report import as_dict, markdown
+    from qsparse_moe.runs.folder import write_atomically
 
     found = allocate_run(
         run_dir,
@@ -67,7 +67,7 @@ def allocate(
     write_plan(found.plan, output, force=force)
     summary = as_dict(found, run_dir=run_dir, output=output)
     if report is not None:
-        write_whole(report, markdown(found, title=f"Plans for {run_dir}"))
+        write_atomically(report, markdown(found, title=f"Plans for {run_dir}"))
     if json:
         print_json(summary)
     else:
@@ -101,7 +101,7 @@ def asked_budget(
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from qsparse_moe.ablation.allocation_report import outcome_rows
+    from qsparse_moe.ablation.allocation.report import outcome_rows
 
     console, rows = result_console(), summary["held_out_rows"]
     summary = summary | {"outcomes": summary["outcomes"] + summary["alternatives"]}

@@ -18,9 +18,9 @@ from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.folder import load_run_config, newest_step, no_checkpoint, write_atomically
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.run_folder import load_run_config, newest_step, no_checkpoint, write_whole
 
 if TYPE_CHECKING:
     from qsparse_moe.training.calibrate import Calibration
@@ -141,7 +141,7 @@ def write_plan(plan: SparsityPlan, output: Path, *, force: bool) -> None:
     """Write the plan as a whole; ConfigError where ``check_output`` or the disk says no."""
     check_output(output, force=force)
     try:
-        write_whole(output, plan.to_json() + "\n")
+        write_atomically(output, plan.to_json() + "\n")
     except OSError as error:
         raise ConfigError(f"--output ({output}) cannot be written ({error.strerror}); name another file") from None
 

@@ -84,7 +84,7 @@ def _compiler() -> Finding:
 def _machine() -> Iterator[Finding]:
     import torch
 
-    from qsparse_moe.training.distributed import num_cores
+    from qsparse_moe.training.distributed.ranks import num_cores
 
     detail = f"{platform.machine()}, {num_cores()} cores, torch uses {torch.get_num_threads()} threads a process"
     yield Finding("machine", "CPU", True, False, detail)

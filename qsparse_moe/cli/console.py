@@ -60,7 +60,11 @@ def start_logging() -> None:
     logger = logging.getLogger("qsparse_moe")
     logger.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
     # Whichever rank comes first tokenises or compiles, and it alone has something to say about that.
-    for name in ("qsparse_moe.data.table", "qsparse_moe.kernels.native", "qsparse_moe.training.extension_builds"):
+    for name in (
+        "qsparse_moe.data.table",
+        "qsparse_moe.kernels.native",
+        "qsparse_moe.training.engines.extension_builds",
+    ):
         logging.getLogger(name).setLevel(logging.INFO)
     if not any(isinstance(handler, _StandardError) for handler in logger.handlers):
         logger.addHandler(_StandardError())

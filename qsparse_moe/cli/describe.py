@@ -17,7 +17,7 @@ from qsparse_moe.config.router_rules import untrained_router
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.jsonl import read_metrics
-from qsparse_moe.training.run_folder import CONFIG_FILE
+from qsparse_moe.runs.folder import CONFIG_FILE
 
 _BAR = 40
 _UNION_COLUMNS = {

@@ -65,7 +65,7 @@ def fit_law(
 
     choices = Choices(tuple(form or ()), bootstrap, level, tolerance, kept_parameters, seed)
     runs = read_runs(results, unit=unit, last_only=points == "last", min_tokens=min_tokens)
-    done = study(runs, unit=unit, choices=choices, tell=_tell)
+    done = study(runs, unit=unit, choices=choices, tell=_print_report)
     summary = as_dict(done)
     if output is not None:
         summary["figures"] = write_law(done, summary, output)
@@ -85,19 +85,19 @@ def check_folder(output: Path, *, force: bool) -> None:
 
 def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:
     """Write the figures and then ``law.json`` into ``output``; the names of the figures."""
-    from qsparse_moe.ablation.law_figures import draw
-    from qsparse_moe.training.run_folder import write_whole
+    from qsparse_moe.ablation.law.figures import draw
+    from qsparse_moe.runs.folder import write_atomically
 
     try:
         output.mkdir(parents=True, exist_ok=True)
         figures = draw(done, output)
-        write_whole(output / _FILE, json_text.dumps(summary | {"figures": figures}, indent=2) + "\n")
+        write_atomically(output / _FILE, json_text.dumps(summary | {"figures": figures}, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"--output ({output}) cannot be written ({error.strerror}); name another folder") from None
     return figures
 
 
-def _tell(form: str, resamples: int) -> None:
+def _print_report(form: str, resamples: int) -> None:
     if sys.stderr.isatty():
         print(f"\r{form}: {resamples} resamples\x1b[K", end="" if resamples else "\n", file=sys.stderr, flush=True)
     elif not resamples:

@@ -41,7 +41,7 @@ def generate(
     """Continue a prompt with a trained model. The text of the newest checkpoint is printed as it comes."""
     run_dir = find_run(run)
     from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
-    from qsparse_moe.training.distributed import choose_device
+    from qsparse_moe.training.distributed.ranks import choose_device
     from qsparse_moe.training.evaluate import load_run
 
     config, model, step = load_run(run_dir, choose_device(device, 0))

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from qsparse_moe.ablation.results import Outcome
+    from qsparse_moe.ablation.grid.results import RunResult
 
 
 class GridProgress:
@@ -19,7 +19,7 @@ class GridProgress:
 
     def __init__(self, num_runs: int) -> None:
         self._done, self._num_runs = 0, num_runs
-        self._best: Outcome | None = None
+        self._best: RunResult | None = None
         self._lock = threading.Lock()
         self._bar = _make_bar(num_runs) if sys.stderr.isatty() else None
 
@@ -34,12 +34,12 @@ class GridProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, outcome: Outcome) -> None:
+    def __call__(self, outcome: RunResult) -> None:
         """Show one run that has ended."""
         with self._lock:
             self._done += 1
             self._best = _better(self._best, outcome)
-            line = f"{outcome.id}  {_said(outcome)}"
+            line = f"{outcome.id}  {_read_lost(outcome)}"
             best = f"best {self._best.id} {_bits(self._best)}" if self._best else ""
             if self._bar is not None:
                 self._bar.console.print(line, markup=False, highlight=False)
@@ -49,17 +49,17 @@ class GridProgress:
                 print(f"{self._done}/{self._num_runs}  {line}{shown}", file=sys.stderr, flush=True)
 
 
-def _better(best: Outcome | None, outcome: Outcome) -> Outcome | None:
+def _better(best: RunResult | None, outcome: RunResult) -> RunResult | None:
     if outcome.bits_per_byte is None:
         return best
     return outcome if best is None or outcome.bits_per_byte < (best.bits_per_byte or 0.0) else best
 
 
-def _said(outcome: Outcome) -> str:
+def _read_lost(outcome: RunResult) -> str:
     return outcome.error or _bits(outcome)
 
 
-def _bits(outcome: Outcome) -> str:
+def _bits(outcome: RunResult) -> str:
     return "no validation" if outcome.bits_per_byte is None else f"{outcome.bits_per_byte:.4f} bits a byte"
 
 

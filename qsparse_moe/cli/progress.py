@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from qsparse_moe.training.report import RunContext, StepReport
+    from qsparse_moe.runs.report import RunContext, StepReport
 
 
 class TrainingProgress:

@@ -6,7 +6,7 @@ import difflib
 from pathlib import Path
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.training.run_folder import CONFIG_FILE
+from qsparse_moe.runs.folder import CONFIG_FILE
 
 
 def find_run(path: Path) -> Path:

@@ -15,7 +15,7 @@ from qsparse_moe.cli.run_folder import find_run
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
-    from qsparse_moe.ablation.sensitivity import Sensitivity
+    from qsparse_moe.ablation.sensitivity.measure import Sensitivity
 
 FOLDER = "sensitivity"
 _REPORTED_EVERY = 20
@@ -46,9 +46,9 @@ def sensitivity(
     run_dir = find_run(run)
     asked = parse_values(values)
     check_sparsity("--at", at)
-    from qsparse_moe.ablation.documents import validation_documents
-    from qsparse_moe.ablation.sensitivity import load_ranked, measure
-    from qsparse_moe.ablation.sensitivity_report import as_dict
+    from qsparse_moe.ablation.sensitivity.documents import validation_documents
+    from qsparse_moe.ablation.sensitivity.measure import load_ranked, measure
+    from qsparse_moe.ablation.sensitivity.report import as_dict
     from qsparse_moe.data.loader import load_data
     from qsparse_moe.data.tokenizer import meaningless_ids
 
@@ -60,7 +60,7 @@ def sensitivity(
         num_rows=rows or config.training.evaluation_rows,
         batch_size=config.training.micro_batch_size,
     )
-    found = measure(model, measured_on, asked, exact=not estimate_only, tell=_tell)
+    found = measure(model, measured_on, asked, exact=not estimate_only, tell=_print_report)
     folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)
     write_report(found, summary, folder, tensorboard=run_dir / "tensorboard")
@@ -95,26 +95,26 @@ def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, t
     """Write ``sensitivity.json``, ``sensitivity.csv``, ``report.md`` and the figures into ``folder``."""
     import json
 
-    from qsparse_moe.ablation.sensitivity_figures import write_figures, write_images
-    from qsparse_moe.ablation.sensitivity_report import markdown, write_csv
-    from qsparse_moe.training.run_folder import write_whole
+    from qsparse_moe.ablation.sensitivity.figures import write_figures, write_images
+    from qsparse_moe.ablation.sensitivity.report import markdown, write_csv
+    from qsparse_moe.runs.folder import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "sensitivity.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / "sensitivity.json", json.dumps(summary, indent=1) + "\n")
     write_csv(found.points, folder / "sensitivity.csv")
     title = f"Sensitivities of {summary['run_dir']} after step {summary['step']}"
     pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in write_figures(found, folder))
-    write_whole(folder / "report.md", markdown(found, title=title) + pictures)
+    write_atomically(folder / "report.md", markdown(found, title=title) + pictures)
     write_images(found, tensorboard, summary["step"])
 
 
-def _tell(done: int, of: int) -> None:
+def _print_report(done: int, of: int) -> None:
     if done == of or done % _REPORTED_EVERY == 0:
         print(f"evaluated {done}/{of}", file=sys.stderr, flush=True)
 
 
 def _print_summary(found: Sensitivity, folder: Path) -> None:
-    from qsparse_moe.ablation.sensitivity_report import AGREEMENT_HEAD, agreement_rows, costliest_rows
+    from qsparse_moe.ablation.sensitivity.report import AGREEMENT_HEAD, agreement_rows, costliest_rows
 
     console = result_console()
     if found.agreement:

@@ -11,10 +11,10 @@ from qsparse_moe.cli.console import is_rank_zero, print_json, result_console, wo
 from qsparse_moe.cli.progress import TrainingProgress
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.rules import check_trainable, check_world_size
-from qsparse_moe.training.run_folder import check_run_folder
+from qsparse_moe.runs.folder import check_run_folder
 
 if TYPE_CHECKING:
-    from qsparse_moe.training.report import StepReport, TrainingResult
+    from qsparse_moe.runs.report import StepReport, TrainingResult
 
 
 def register(app: typer.Typer) -> None:

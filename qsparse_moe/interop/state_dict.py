@@ -20,11 +20,11 @@ from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import BackendUnavailable, CheckpointError
 from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.runs.folder import CONFIG_FILE, load_run_config, no_checkpoint, write_config
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint import Checkpoint, newest_checkpoint
-from qsparse_moe.training.engine import COMPUTE_DTYPES
-from qsparse_moe.training.portable_state import check_shapes, load_model, stored_shapes
-from qsparse_moe.training.run_folder import CONFIG_FILE, load_run_config, no_checkpoint, write_config
+from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
+from qsparse_moe.training.checkpoint.store import Checkpoint, newest_checkpoint
+from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
 
 Dtype = Literal["fp32", "bf16"]
 

@@ -14,8 +14,8 @@ from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import layers_with_site
 from qsparse_moe.metrics.names import is_listed, layer_name
 from qsparse_moe.metrics.window import Window
+from qsparse_moe.runs.report import StepReport
 from qsparse_moe.sparsity.stats import SITE_FIELDS
-from qsparse_moe.training.report import StepReport
 
 
 def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None = None) -> dict[str, float]:

@@ -11,7 +11,7 @@ from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.peaks import peak_flops
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.training.report import RunContext, StepReport
+from qsparse_moe.runs.report import RunContext, StepReport
 
 BATCHES = (1, 16)
 """Tokens of one generation step for which the bytes of weights are recorded."""

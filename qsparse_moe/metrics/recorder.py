@@ -9,7 +9,7 @@ from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.efficiency import Efficiency
 from qsparse_moe.metrics.jsonl import MetricsFile, read_metrics
 from qsparse_moe.metrics.window import Window
-from qsparse_moe.training.report import RunContext, StepReport, TrainingResult
+from qsparse_moe.runs.report import RunContext, StepReport, TrainingResult
 
 if TYPE_CHECKING:
     from qsparse_moe.metrics.tensorboard import TensorBoardFiles

@@ -14,7 +14,7 @@ from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.kernels.onednn import Linear, linear
 from qsparse_moe.model.rope import Rotation, rotate
 from qsparse_moe.moe.runtime import Runtime
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
 

@@ -11,11 +11,11 @@ from qsparse_moe.config.shapes import dense_hidden_size, has_experts
 from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import Rotation
-from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.layer import MoELayer, site_names
 from qsparse_moe.moe.losses import Balance
 from qsparse_moe.moe.runtime import Runtime
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.feed_forward import FeedForward
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import Stats
 

@@ -127,12 +127,12 @@ def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterat
     try:
         model.set_sparsity(plan.with_thresholds({place: (0.0,) * len(v) for place, v in plan.values.items()}))
         for place, site in sites.items():
-            site.observer = recorders[place]
+            site.hook = recorders[place]
         model.eval()
         yield recorders
     finally:
         for site in sites.values():
-            site.observer = None
+            site.hook = None
         model.set_sparsity(before)
         model.train(was_training)
 

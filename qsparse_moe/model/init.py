@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.expert_group import own_share, whole_shape
+from qsparse_moe.moe.expert_group import global_shape, local_shard
 
 # Standard deviations are cut at three of them (OLMoE, arXiv 2409.02060, appendix).
 _CUTOFF = 3.0
@@ -31,6 +31,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         # The CPU's generator reads 32 bits of its seed, so seed and name are folded into as many.
         generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         # Drawn as a whole, so that an expert's values do not depend on which rank holds it.
-        whole = torch.empty(whole_shape(parameter), dtype=parameter.dtype, device=parameter.device)
+        whole = torch.empty(global_shape(parameter), dtype=parameter.dtype, device=parameter.device)
         nn.init.trunc_normal_(whole, std=std, a=-_CUTOFF * std, b=_CUTOFF * std, generator=generator)
-        parameter.copy_(own_share(parameter, whole))
+        parameter.copy_(local_shard(parameter, whole))

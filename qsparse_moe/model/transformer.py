@@ -24,7 +24,7 @@ from qsparse_moe.moe.runtime import resolve_runtime
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import stack_layers
 
-Probe = Callable[[int, Tensor], None]
+LayerHook = Callable[[int, Tensor], None]
 IGNORED_LABEL = -100
 
 
@@ -129,7 +129,7 @@ class Transformer(nn.Module):
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
         with_stats: bool = True,
-        probe: Probe | None = None,
+        layer_hook: LayerHook | None = None,
     ) -> ModelOutput:
         """Return the logits, and the loss where labels or targets are given.
 
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
             positions_BS: ``(B, S)`` for the rotary embedding; None counts from 0.
             documents_BS: ``(B, S)`` ids; attention stays inside one id. None lets it cross.
             with_stats: False leaves only ``router/rows_LE`` among the stats.
-            probe: called with the number and the output of every layer, inside the graph.
+            layer_hook: called with the number and the output of every layer, inside the graph.
 
         Raises:
             ValueError: both ``labels_BS`` and ``targets_BS`` are given.
@@ -165,8 +165,8 @@ class Transformer(nn.Module):
         for layer, block in enumerate(self.layers):
             outputs.append(run_part(chosen, "full", block, hidden_BSD, rotation, mask_B1SS, with_stats, chosen))
             hidden_BSD = outputs[-1].hidden_BSD
-            if probe is not None:
-                probe(layer, hidden_BSD)
+            if layer_hook is not None:
+                layer_hook(layer, hidden_BSD)
         logits_BSV = self.head(self.final_norm(hidden_BSD))
         if self._hidden_ids is not None and not self.training:
             logits_BSV = logits_BSV.index_fill(-1, self._hidden_ids.to(logits_BSV.device), -torch.inf)

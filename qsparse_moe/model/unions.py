@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.layer import MoELayer
-from qsparse_moe.moe.site import Selected
+from qsparse_moe.nn.sparse_site import Selected
 
 
 @dataclass

@@ -29,7 +29,7 @@ class ExpertGroup:
 ALONE = ExpertGroup()
 
 
-def spread_over(parameter: nn.Parameter, group: ExpertGroup) -> None:
+def shard_over(parameter: nn.Parameter, group: ExpertGroup) -> None:
     """Mark stacked matrices as this rank's share of the whole ones: the tag that engines and checkpoints read."""
     if group.size > 1:
         parameter.expert_group = group  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ def expert_group(parameter: Tensor) -> ExpertGroup:
     return getattr(parameter, "expert_group", ALONE)
 
 
-def whole_shape(parameter: Tensor, shape: torch.Size | None = None) -> torch.Size:
+def global_shape(parameter: Tensor, shape: torch.Size | None = None) -> torch.Size:
     """The shape of the whole parameter.
 
     Args:
@@ -52,13 +52,13 @@ def whole_shape(parameter: Tensor, shape: torch.Size | None = None) -> torch.Siz
     return shape if size == 1 else torch.Size((shape[0] * size, *shape[1:]))
 
 
-def own_share(parameter: Tensor, whole: Tensor) -> Tensor:
+def local_shard(parameter: Tensor, whole: Tensor) -> Tensor:
     """What this rank holds of a tensor that is shaped as the whole parameter: a view."""
     group = expert_group(parameter)
     return whole if group.size == 1 else whole.chunk(group.size)[group.rank]
 
 
-def gather_shares(parameter: Tensor, share: Tensor) -> Tensor:
+def all_gather_shards(parameter: Tensor, share: Tensor) -> Tensor:
     """The whole of which every rank holds a share like ``share``. All ranks call it."""
     group = expert_group(parameter)
     if group.size == 1:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.moe.dispatch import RowCounts
-from qsparse_moe.moe.expert_group import spread_over
-from qsparse_moe.moe.hidden import SparseActivation
+from qsparse_moe.moe.expert_group import shard_over
 from qsparse_moe.moe.runtime import Runtime
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.gated_activation import SparseActivation
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Readers, Stats
 
@@ -34,7 +34,7 @@ class Experts(nn.Module):
         self.w_up = nn.Parameter(torch.empty(num_local, width, hidden))
         self.w_down = nn.Parameter(torch.empty(num_local, hidden, width))
         for parameter in self.parameters():
-            spread_over(parameter, runtime.expert_group)
+            shard_over(parameter, runtime.expert_group)
         # It has the numbers of all E: a row names its expert among all, whichever rank holds it.
         self.hidden_site = SparseSite(
             "expert_hidden",

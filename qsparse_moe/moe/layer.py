@@ -19,7 +19,7 @@ from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, route
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.moe.shared import SharedExperts
-from qsparse_moe.moe.site import Selected, SparseSite
+from qsparse_moe.nn.sparse_site import Selected, SparseSite
 from qsparse_moe.sparsity.stats import Readers, Stats
 
 

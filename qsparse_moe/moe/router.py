@@ -40,7 +40,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
-        self.observer: Callable[[Tensor], None] | None = None
+        self.hook: Callable[[Tensor], None] | None = None
         """Called with the experts chosen ``(T, A)`` in every forward while there is one."""
         bias_E = torch.zeros(config.num_experts, dtype=torch.float32) if config.bias_update_rate else None
         self.register_buffer("expert_bias", bias_E)
@@ -60,8 +60,8 @@ class Router(nn.Module):
             logits_TE = logits_TE + config.router_noise * torch.randn_like(logits_TE)
         scores_TE, probs_TE = self._scores(logits_TE)
         expert_ids_TA = self._choose(logits_TE, scores_TE)
-        if self.observer is not None:
-            self.observer(expert_ids_TA)
+        if self.hook is not None:
+            self.hook(expert_ids_TA)
         return Routing(self._weights(logits_TE, scores_TE, expert_ids_TA), expert_ids_TA, probs_TE, logits_TE)
 
     def _scores(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import shared_hidden_size
-from qsparse_moe.moe.feed_forward import FeedForward
 from qsparse_moe.moe.runtime import Runtime
+from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.sparsity.stats import Stats
 
 

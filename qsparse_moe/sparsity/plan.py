@@ -39,8 +39,8 @@ def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) 
     return num_kept(sparsity, settings.group_size) * (num_features // settings.group_size)
 
 
-def site_bound(settings: SparsityConfig, sparsity: float, threshold: float) -> float:
-    """What ``selection.BOUND_MASKS`` compares with: the threshold, the normal distribution's quantile at S, ReLU's 0.
+def site_threshold(settings: SparsityConfig, sparsity: float, threshold: float) -> float:
+    """What ``selection.THRESHOLD_MASKS`` compares with: the threshold, the normal distribution's quantile at S, ReLU's 0.
 
     ``-inf`` where S is 0, which keeps everything.
     """

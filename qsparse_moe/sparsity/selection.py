@@ -66,7 +66,7 @@ def relu_mask(x: Tensor, bound: Tensor) -> Tensor:
     return ~(x.detach() <= bound)
 
 
-BOUND_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+THRESHOLD_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "threshold": threshold_mask,
     "statistical": statistical_mask,
     "relu": relu_mask,

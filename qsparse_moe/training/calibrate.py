@@ -27,8 +27,8 @@ from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.calibrate import MAX_VALUES, RowSample
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import Stats, add_stats
-from qsparse_moe.training.distributed import Distributed, open_distributed
-from qsparse_moe.training.engine import run_model
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
+from qsparse_moe.training.engines.protocol import run_model
 from qsparse_moe.training.evaluate import load_run
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def _measure(model: Transformer, data: TokenData, rows: Array, size: int, distri
     """The sums of the model over these rows of all ranks, with ``loss`` and ``labels`` among them; on the CPU."""
     total: Stats = {}
     for _, batch in _share(data, rows, size, distributed):
-        output = run_model(model, batch, distributed.device, with_stats=True, probe=None)
+        output = run_model(model, batch, distributed.device, with_stats=True, layer_hook=None)
         num_labels = torch.tensor(batch.labels_BS.numel(), dtype=torch.float64)  # all rows of a table are full
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}

@@ -18,11 +18,11 @@ from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.runs.folder import load_run_config, no_checkpoint
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint import load_checkpoint, newest_checkpoint
-from qsparse_moe.training.distributed import Distributed, open_distributed
-from qsparse_moe.training.engine import COMPUTE_DTYPES, run_model
-from qsparse_moe.training.run_folder import load_run_config, no_checkpoint
+from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
+from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES, run_model
 
 Forward = Callable[[Batch], ModelOutput]
 
@@ -131,7 +131,7 @@ def evaluate_run(run_dir: Path, *, num_rows: int | None = None, device: str = "a
         )
 
         def forward(batch: Batch) -> ModelOutput:
-            return run_model(model, batch, distributed.device, with_stats=False, probe=None)
+            return run_model(model, batch, distributed.device, with_stats=False, layer_hook=None)
 
         rows = len(data.evaluation_rows(num_rows)[1])
         return Evaluation(

@@ -43,7 +43,7 @@ def until_stopped(work: Callable[[], int]) -> int:
         with _EndAtOnce():
             return work()
     except Stopped as stopped:
-        _say(stopped)
+        _publish_lost(stopped)
         return stopped.exit_code
 
 
@@ -147,11 +147,11 @@ class _EndAtOnce(CaughtSignals):
                 is_ours = number in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == self._caught
                 if is_ours and not self._is_left.wait(_GRACE_SECONDS):
                     stopped = Stopped(number)
-                    _say(stopped)
+                    _publish_lost(stopped)
                     os._exit(stopped.exit_code)
 
 
-def _say(stopped: Stopped) -> None:
+def _publish_lost(stopped: Stopped) -> None:
     """One line, from rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {stopped}", file=sys.stderr, flush=True)

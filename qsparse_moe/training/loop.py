@@ -17,23 +17,23 @@ from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import with_vocabulary
 from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.runs.folder import check_run_folder, run_folder
+from qsparse_moe.runs.report import Listener, RunContext, StepReport, TrainingResult, notify
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
-from qsparse_moe.training.checkpoint import Progress, list_checkpoints, save_checkpoint
-from qsparse_moe.training.choices import ChoiceMemory
-from qsparse_moe.training.dead_experts import DeadExpertWatch
-from qsparse_moe.training.distributed import open_distributed
-from qsparse_moe.training.full_disk import cannot_write, writing
-from qsparse_moe.training.guard import CANNOT_GO_ON, NonFiniteGuard
+from qsparse_moe.training.checkpoint.full_disk import cannot_write, writing
+from qsparse_moe.training.checkpoint.store import RunProgress, list_checkpoints, save_checkpoint
+from qsparse_moe.training.distributed.heartbeat import RankWatch
+from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
-from qsparse_moe.training.memory import device_name, memory_in_use
-from qsparse_moe.training.phases import PhaseClock
+from qsparse_moe.training.monitor.choices import ChoiceMemory
+from qsparse_moe.training.monitor.dead_experts import DeadExpertWatch
+from qsparse_moe.training.monitor.memory import device_name, memory_in_use
+from qsparse_moe.training.monitor.non_finite import CANNOT_GO_ON, NonFiniteGuard
+from qsparse_moe.training.monitor.phases import PhaseClock
+from qsparse_moe.training.monitor.profile import StepProfiler
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
-from qsparse_moe.training.profile import StepProfiler
-from qsparse_moe.training.rank_watch import RankWatch
-from qsparse_moe.training.report import Listener, RunContext, StepReport, TrainingResult, tell
-from qsparse_moe.training.run_folder import check_run_folder, run_folder
-from qsparse_moe.training.step import StepOutcome, train_step
+from qsparse_moe.training.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ class _Loop:
 
     def _begin(self) -> None:
         with writing(self._run.folder):
-            tell(self._listeners, "begin", self._context())
+            notify(self._listeners, "begin", self._context())
 
     def _read_first(self) -> None:
         if (error := self._run.loader.read_ahead()) is not None:
@@ -165,7 +165,7 @@ class _Loop:
         minutes = self._training.checkpoint_minutes
         return minutes > 0 and self._run.distributed.rank == 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
-    def _step(self, step: int) -> StepOutcome:
+    def _step(self, step: int) -> StepResult:
         """Take the step numbered ``step`` from 0, and count its tokens and seconds."""
         begin = time.perf_counter()
         self._set_sparsity(step)
@@ -192,7 +192,7 @@ class _Loop:
             raise TrainingDiverged(f"{error}: {kept[-1] if kept else 'there is none yet'}") from None
         self._dead_experts.add(outcome.rows_LE)
         before = self._progress
-        self._progress = Progress(
+        self._progress = RunProgress(
             step=step + 1,
             tokens=before.tokens + self._tokens_per_step,
             seconds=before.seconds + time.perf_counter() - begin,
@@ -244,7 +244,7 @@ class _Loop:
         )
         self._saved_at = time.monotonic()
 
-    def _report(self, step: int, outcome: StepOutcome) -> None:
+    def _report(self, step: int, outcome: StepResult) -> None:
         assert outcome.losses is not None and outcome.stats is not None
         now, last, scaler = self._progress, self._reported, self._run.engine.loss_scaler
         self._reported = now
@@ -306,7 +306,7 @@ class _Loop:
 
     def _end_listeners(self, result: TrainingResult) -> None:
         try:
-            tell(self._listeners, "end", result)
+            notify(self._listeners, "end", result)
         except OSError as error:
             self._trouble = self._trouble or cannot_write(self._run.folder, error)
 

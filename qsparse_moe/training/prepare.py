@@ -12,22 +12,22 @@ from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.runs.folder import TOKENIZER, run_folder, write_config
+from qsparse_moe.runs.manifest import write_manifest
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training.checkpoint import (
+from qsparse_moe.training.checkpoint.full_disk import writing
+from qsparse_moe.training.checkpoint.state import restore, seed_random_states, set_random_states
+from qsparse_moe.training.checkpoint.store import (
     Checkpoint,
-    Progress,
+    RunProgress,
     load_checkpoint,
     newest_checkpoint,
     remove_leftovers,
 )
-from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.engine import Engine, build_engine, check_engine
+from qsparse_moe.training.distributed.expert_groups import join_expert_group
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.engines.protocol import Engine, build_engine, check_engine
 from qsparse_moe.training.evaluate import Evaluator
-from qsparse_moe.training.expert_groups import join_expert_group
-from qsparse_moe.training.full_disk import writing
-from qsparse_moe.training.manifest import write_manifest
-from qsparse_moe.training.portable_state import restore, seed_random_states, set_random_states
-from qsparse_moe.training.run_folder import TOKENIZER, run_folder, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class PreparedRun:
     evaluator: Evaluator
     plan: SparsityPlan
     """The sparsity that the schedule leads to."""
-    start: Progress
+    start: RunProgress
     """Where it begins: nothing, or what the checkpoint had done."""
 
 
@@ -66,7 +66,7 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
         loader.load_state_dict(checkpoint.data_state)
     hidden_ids = meaningless_ids(config.model, data.tokenizer)
     engine = _start_engine(config, distributed, checkpoint, hidden_ids)
-    start = checkpoint.progress if checkpoint is not None else Progress(step=0, tokens=0, seconds=0.0)
+    start = checkpoint.progress if checkpoint is not None else RunProgress(step=0, tokens=0, seconds=0.0)
     _start_random_states(training.seed, distributed, start, checkpoint)
     evaluator = Evaluator(
         data, num_rows=training.evaluation_rows, micro_batch_size=training.micro_batch_size, distributed=distributed
@@ -112,7 +112,9 @@ def _start_engine(
     return engine
 
 
-def _start_random_states(seed: int, distributed: Distributed, start: Progress, checkpoint: Checkpoint | None) -> None:
+def _start_random_states(
+    seed: int, distributed: Distributed, start: RunProgress, checkpoint: Checkpoint | None
+) -> None:
     """Where the checkpoint's ranks left off; another number of ranks begins anew, each with a seed of its own."""
     seed_random_states(seed, start.step, distributed.rank)
     if checkpoint is not None and checkpoint.world_size == distributed.world_size:

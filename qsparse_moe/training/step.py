@@ -13,11 +13,11 @@ from torch import Tensor
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.moe.router import bias_update_rate
 from qsparse_moe.sparsity.stats import add_stats
-from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.engine import Engine
-from qsparse_moe.training.guard import NonFiniteGuard
-from qsparse_moe.training.layer_gradients import layer_squares
-from qsparse_moe.training.phases import PhaseClock
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.engines.protocol import Engine
+from qsparse_moe.training.monitor.layer_gradients import layer_squares
+from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
+from qsparse_moe.training.monitor.phases import PhaseClock
 
 Sums = dict[str, Tensor]
 
@@ -25,7 +25,7 @@ _ROWS = "stats/router/rows_LE"
 
 
 @dataclass(frozen=True)
-class StepOutcome:
+class StepResult:
     """What one step did; all but ``rows_LE`` the same on every rank."""
 
     losses: dict[str, float] | None
@@ -58,7 +58,7 @@ def train_step(
     stop: int = 0,
     save: bool = False,
     clock: PhaseClock | None = None,
-) -> StepOutcome:
+) -> StepResult:
     """Send the micro-batches through and update the weights, and the biases that balance the experts, once.
 
     Args:
@@ -82,9 +82,9 @@ def train_step(
     totals: Sums = {}
     for index, batch in enumerate(batches):
         with clock.part("forward"):
-            output = engine.forward(batch, with_stats=report, probe=guard.probe)
+            output = engine.forward(batch, with_stats=report, layer_hook=guard.layer_hook)
         assert output.loss is not None
-        guard.see_loss(output.loss)
+        guard.add_loss(output.loss)
         with clock.part("backward"):
             engine.backward(output.loss, is_last=index == len(batches) - 1)
         # Without a report this is no more than the rows of the experts.
@@ -102,12 +102,12 @@ def train_step(
     rows_LE = totals.get(_ROWS)
     _balance(engine, rows_LE, step)
     if not report:
-        return StepOutcome(None, None, rows_LE, grad_norm, None, loss_scale, *wishes)
+        return StepResult(None, None, rows_LE, grad_norm, None, loss_scale, *wishes)
     totals = reduce_sums(totals, engine.distributed)
     losses_out = {name: value.item() / engine.distributed.world_size for name, value in _under("losses/", totals)}
     norms_L = totals["layer_squares_L"].sqrt() if layer_gradients and math.isfinite(grad_norm) else None
     norms = None if norms_L is None else tuple(norms_L.tolist())
-    return StepOutcome(losses_out, dict(_under("stats/", totals)), rows_LE, grad_norm, norms, loss_scale, *wishes)
+    return StepResult(losses_out, dict(_under("stats/", totals)), rows_LE, grad_norm, norms, loss_scale, *wishes)
 
 
 def _balance(engine: Engine, rows_LE: Tensor | None, step: int) -> None:

@@ -8,7 +8,7 @@ from itertools import product
 import pytest
 import torch
 
-from qsparse_moe.ablation.allocate import (
+from qsparse_moe.ablation.allocation.allocate import (
     allocate,
     allocate_for,
     estimated_curves,
@@ -16,7 +16,7 @@ from qsparse_moe.ablation.allocate import (
     shifted,
     uniform_at,
 )
-from qsparse_moe.ablation.alternatives import (
+from qsparse_moe.ablation.allocation.alternatives import (
     _mean_magnitudes,
     alternative_outcomes,
     features_dropped,
@@ -24,11 +24,11 @@ from qsparse_moe.ablation.alternatives import (
     pooled_selection,
     with_experts_per_token,
 )
-from qsparse_moe.ablation.cells import cells_of, sparsity_of, with_cells
-from qsparse_moe.ablation.compare_plans import compare, load_under_uniform, rival_plans
-from qsparse_moe.ablation.documents import loss_by_document
-from qsparse_moe.ablation.plan_cost import Costs, measured_load
-from qsparse_moe.ablation.rival_plans import _greedy_layer, greedy_plan
+from qsparse_moe.ablation.allocation.compare import compare, load_under_uniform, rival_plans
+from qsparse_moe.ablation.allocation.cost import Costs, measured_load
+from qsparse_moe.ablation.allocation.rivals import _greedy_layer, greedy_plan
+from qsparse_moe.ablation.sensitivity.cells import cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.sensitivity.documents import loss_by_document
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
@@ -209,7 +209,7 @@ def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
     ]
     assert all(one.cost >= 0.5 - 1e-9 for one in found)
     assert model.sparsity_plan is before and all(value.equal(weights[n]) for n, value in model.state_dict().items())
-    assert all(site.observer is None for block in model.blocks() for site in block.sites().values())
+    assert all(site.hook is None for block in model.blocks() for site in block.sites().values())
     # With nothing to pool, drop or leave out each is the model itself.
     model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
     same = loss_by_document(model, rows)
@@ -224,7 +224,7 @@ def test_alternatives_that_cannot_come_down_are_left_out_with_a_word(caplog):
     model, rows = model_of(config()), rows_of()
     costs = replace(Costs(model.config, measured_load(model, rows), "sparsity"))
     plans = {"uniform": uniform_at(model.sparsity_plan, costs, 0.9)}
-    with caplog.at_level("INFO", logger="qsparse_moe.ablation.alternatives"):
+    with caplog.at_level("INFO", logger="qsparse_moe.ablation.allocation.alternatives"):
         found = alternative_outcomes(model, rows, rows, plans, costs, 0.9)
     assert not any("features" in one.name for one in found)
     assert "smaller experts: with one feature each the dense model still costs more than the budget" in caplog.text
@@ -253,11 +253,11 @@ def test_smaller_experts_keep_the_features_that_add_most_on_average_whatever_the
     (batch,) = rows.batches
     seen = {}
     for block in model.blocks():
-        block.moe.experts.hidden_site.observer = lambda x, ids, sparse, b=block: seen.setdefault(b, (x, ids)) and sparse
+        block.moe.experts.hidden_site.hook = lambda x, ids, sparse, b=block: seen.setdefault(b, (x, ids)) and sparse
     with torch.no_grad():
         model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
     for block in model.blocks():
-        block.moe.experts.hidden_site.observer = None
+        block.moe.experts.hidden_site.hook = None
     loads, by_hand = set(), _mean_magnitudes(model, rows)
     with features_dropped(model, rows, 5):
         left = {block: block.moe.experts.w_down.detach().clone() for block in model.blocks()}

@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from qsparse_moe.ablation.cell_maps import scale_over
-from qsparse_moe.ablation.expert_figures import differences, expert_maps
-from qsparse_moe.ablation.figures import draw_figures, loss_by_parameters, pareto_front
-from qsparse_moe.ablation.law_figures import iso_levels
-from qsparse_moe.ablation.points import Point, points_of
-from qsparse_moe.ablation.scan_figures import loss_by_place, loss_by_sparsity
+from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
+from qsparse_moe.ablation.grid.figure_points import Point, points_of
+from qsparse_moe.ablation.grid.figures import draw_figures, loss_by_parameters, pareto_front
+from qsparse_moe.ablation.grid.scan_figures import loss_by_place, loss_by_sparsity
+from qsparse_moe.ablation.law.figures import iso_levels
 
 
 def row(settings, loss, **shape):

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.ablation.grid import load_grid
-from qsparse_moe.ablation.outcome import outcome_of
-from qsparse_moe.ablation.run import run_grid
+from qsparse_moe.ablation.grid.outcome import outcome_of
+from qsparse_moe.ablation.grid.points import load_grid
+from qsparse_moe.ablation.grid.run import run_grid
 from qsparse_moe.accounting.parameters import count_by_part
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.training.run_folder import run_folder
+from qsparse_moe.runs.folder import run_folder
 
 BASE = """
 model:

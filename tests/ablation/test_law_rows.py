@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from qsparse_moe.ablation.grid import load_grid
+from qsparse_moe.ablation.grid.outcome import outcome_of
+from qsparse_moe.ablation.grid.points import load_grid
 from qsparse_moe.ablation.law.rows import read_runs
-from qsparse_moe.ablation.outcome import outcome_of
 from tests.ablation.law_runs import write_rows
 
 BASE = """

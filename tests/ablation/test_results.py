@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.ablation.grid import load_grid
-from qsparse_moe.ablation.report import markdown, write_results
-from qsparse_moe.ablation.results import Outcome, read_results, results_text
+from qsparse_moe.ablation.grid.points import load_grid
+from qsparse_moe.ablation.grid.report import markdown, write_results
+from qsparse_moe.ablation.grid.results import RunResult, read_results, results_text
 from qsparse_moe.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ def two_variants(tmp_path):
 
 
 def outcome(variant, seed, bits, layers=None):
-    return Outcome(
+    return RunResult(
         **COST
         | QUALITY
         | {
@@ -138,7 +138,7 @@ def test_rows_are_read_back_from_files_and_folders(tmp_path):
 
 
 ROW = results_text(
-    [Outcome(**COST, **QUALITY, id="a", variant="a", seed=0, finished=True, bits_per_byte=1.0, layer_grad_norms=None)]
+    [RunResult(**COST, **QUALITY, id="a", variant="a", seed=0, finished=True, bits_per_byte=1.0, layer_grad_norms=None)]
 )
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from qsparse_moe.ablation.compare_plans import DENSE, UNIFORM, outcomes
-from qsparse_moe.ablation.documents import bootstrap_intervals
-from qsparse_moe.ablation.placement import Placement
+from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, outcomes
+from qsparse_moe.ablation.grid.placement import Placement
+from qsparse_moe.ablation.sensitivity.documents import bootstrap_intervals
 
 
 def test_threads_share_the_cores_among_all_processes_of_all_runs():

@@ -9,24 +9,24 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
-from qsparse_moe.ablation.documents import (
+from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.sensitivity.documents import (
     DocumentRows,
     bootstrap_intervals,
     token_losses,
     training_documents,
     validation_documents,
 )
-from qsparse_moe.ablation.estimate import changes, estimate
-from qsparse_moe.ablation.sensitivity import agreements, check_ranks, measure
-from qsparse_moe.ablation.sensitivity_figures import _figures
+from qsparse_moe.ablation.sensitivity.estimate import changes, estimate
+from qsparse_moe.ablation.sensitivity.figures import _figures
+from qsparse_moe.ablation.sensitivity.measure import agreements, check_ranks, measure
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.batch import make_batch
 from qsparse_moe.data.rows import RowTable, spread_rows
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
 
 VOCABULARY = 31
@@ -133,9 +133,9 @@ def test_first_order_is_the_derivative_along_the_change_for_every_cell():
                 cell = Cell(block.layer, name, expert if name in ("expert_input", "expert_hidden") else None)
                 losses = []
                 for sign in (1, -1):
-                    site.observer = _towards(site, 0.75, expert, sign * step)
+                    site.hook = _towards(site, 0.75, expert, sign * step)
                     losses.append(loss())
-                    site.observer = None
+                    site.hook = None
                 wanted = (losses[0] - losses[1]) / (2 * step)
                 assert found.first[cell].sum() == pytest.approx(wanted, rel=1e-4, abs=1e-7), cell.name
                 assert (found.second[cell] >= 0).all()
@@ -162,9 +162,9 @@ def test_second_order_is_half_of_the_fisher_information_along_the_change_for_eve
                 cell = Cell(block.layer, name, expert if name in ("expert_input", "expert_hidden") else None)
                 moved = []
                 for sign in (1, -1):
-                    site.observer = _towards(site, 0.75, expert, sign * step)
+                    site.hook = _towards(site, 0.75, expert, sign * step)
                     moved.append(logits())
-                    site.observer = None
+                    site.hook = None
                 dz_BSV = (moved[0] - moved[1]) / (2 * step)
                 mean_BS1 = (probabilities_BSV * dz_BSV).sum(-1, keepdim=True)
                 wanted = 0.5 * float((probabilities_BSV * (dz_BSV - mean_BS1).square()).sum())

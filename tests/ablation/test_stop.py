@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.ablation.children import Children
-from qsparse_moe.ablation.placement import Placement
+from qsparse_moe.ablation.grid.children import Children
+from qsparse_moe.ablation.grid.placement import Placement
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.training.run_folder import newest_step
+from qsparse_moe.runs.folder import newest_step
 
 CONFIG = Path("x.yaml")
 BASE = """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PACKAGE = "qsparse_moe"
-ROOMS = (
+PACKAGES = (
     "version",
     "errors",
     "locks",
@@ -47,7 +47,7 @@ OWNERS = {
     "safetensors": {"interop"},
     "einops": {"model"},
 }
-# What must work before torch is imported: modules, or rooms as a whole.
+# What must work before torch is imported: modules, or packages as a whole.
 WITHOUT_TORCH = ("", "errors", "locks", "config", "accounting", "cli", "sparsity.plan", "sparsity.schedule")
 SHAPELESS_NAMES = {"utils", "util", "helpers", "common", "misc"}
 
@@ -71,7 +71,7 @@ class Module:
     imports: tuple[Import, ...]
 
     @property
-    def room(self) -> str:
+    def package(self) -> str:
         return self.name.split(".")[0]
 
 
@@ -133,12 +133,12 @@ def violations(root: Path) -> list[str]:
 
 
 def _file_rules(module: Module) -> Iterator[str]:
-    if module.room and module.room != "__main__" and module.room not in ROOMS:
-        yield f"{module.room} is no room of the list"
+    if module.package and module.package != "__main__" and module.package not in PACKAGES:
+        yield f"{module.package} is no package of the list"
     if module.path.stem in SHAPELESS_NAMES:
         yield f"{module.path.name} says nothing of what it holds"
     # The folder of a kernel declares its operation in its __init__.
-    is_kernel = module.room == "kernels" and module.name != "kernels"
+    is_kernel = module.package == "kernels" and module.name != "kernels"
     if module.path.name == "__init__.py" and module.name and not is_kernel:
         body = module.tree.body
         if len(body) != 1 or ast.get_docstring(module.tree) is None:
@@ -147,14 +147,14 @@ def _file_rules(module: Module) -> Iterator[str]:
 
 def _import_rules(module: Module, imported: Import, modules: dict[str, Module]) -> Iterator[str]:
     for library, owners in OWNERS.items():
-        if _names(imported.target, library) and module.room not in owners:
+        if _names(imported.target, library) and module.package not in owners:
             yield f"{library} belongs to {' and '.join(sorted(owners))}"
     target = _inside(imported.target, modules)
     if target is None or module.name in {"", "__main__"}:
         return
-    room = target.split(".")[0]
-    if room in ROOMS and module.room in ROOMS and ROOMS.index(room) > ROOMS.index(module.room):
-        yield f"{module.room} imports {room}, which stands below it"
+    package = target.split(".")[0]
+    if package in PACKAGES and module.package in PACKAGES and PACKAGES.index(package) > PACKAGES.index(module.package):
+        yield f"{module.package} imports {package}, which stands below it"
 
 
 def _names(target: str, library: str) -> bool:
@@ -168,8 +168,8 @@ def _edges(module: Module, modules: dict[str, Module]) -> set[str]:
 
 
 def _cycles(modules: dict[str, Module]) -> list[str]:
-    # At import time: a function that imports the implementation it has chosen closes no circle. Between rooms there is
-    # none at any time, because a room imports only what stands above it.
+    # At import time: a function that imports the implementation it has chosen closes no circle. Between packages there is
+    # none at any time, because a package imports only what stands above it.
     edges = {name: _edges(module, modules) for name, module in modules.items()}
     found: list[str] = []
     done: set[str] = set()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import qsparse_moe
-from tests.architecture.import_rules import ROOMS, read_modules, violations
+from tests.architecture.import_rules import PACKAGES, read_modules, violations
 
 ROOT = Path(qsparse_moe.__file__).parent
 REPOSITORY = ROOT.parent
@@ -31,9 +31,9 @@ def test_list_of_rooms_is_the_documented_one():
     text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
     line = next(line for line in text.splitlines() if line.startswith("`errors` →"))
     documented = re.findall(r"`(\w+)`", line)
-    assert documented == [room for room in ROOMS if room in documented]
-    existing = {module.room for module in read_modules(ROOT).values()} - {"", "__main__", "version"}
-    assert existing <= set(documented), "a room is missing in docs/architecture.md"
+    assert documented == [package for package in PACKAGES if package in documented]
+    existing = {module.package for module in read_modules(ROOT).values()} - {"", "__main__", "version"}
+    assert existing <= set(documented), "a package is missing in docs/architecture.md"
 
 
 CLEAN = {
@@ -88,7 +88,7 @@ BROKEN = {
     "utils": ("model/utils.py", "x = 1\n", "utils.py says nothing"),
     "import in an __init__": ("model/__init__.py", '"""Model."""\nimport os\n', "an __init__.py holds a docstring"),
     "__init__ without a docstring": ("model/__init__.py", "", "an __init__.py holds a docstring"),
-    "unknown room": ("attic/x.py", "x = 1\n", "attic is no room"),
+    "unknown package": ("attic/x.py", "x = 1\n", "attic is no package"),
     "torch in config": ("config/rules.py", "import torch\n", "config.rules loads torch"),
     "torch below a try": (
         "config/rules.py",

@@ -15,8 +15,8 @@ from qsparse_moe.cli.calibrate import asked_plan, settings_for, write_plan
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.folder import write_config
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training.run_folder import write_config
 from tests.support.runs import tiny_config, write_text
 
 REPOSITORY = Path(__file__).parents[2]
@@ -238,7 +238,7 @@ def test_a_disk_that_fails_is_said(inputs, monkeypatch):
     def fail(*_arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("qsparse_moe.cli.calibrate.write_whole", fail)
+    monkeypatch.setattr("qsparse_moe.cli.calibrate.write_atomically", fail)
     with pytest.raises(ConfigError, match=r"--output \(new\.json\) cannot be written \(No space left on device\)"):
         write_plan(asked_plan(Path("ready")), Path("new.json"), force=False)
 

@@ -10,7 +10,7 @@ import pytest
 
 from qsparse_moe.cli.progress import TrainingProgress
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.training.report import RunContext, StepReport
+from qsparse_moe.runs.report import RunContext, StepReport
 
 
 def report(step, *, validation=None):

@@ -147,7 +147,7 @@ def test_run_folder_is_described(trained, capsys):
 
 
 def test_stopped_rank_s_code_is_passed_on(trained, monkeypatch, capsys):
-    from qsparse_moe.training.report import TrainingResult
+    from qsparse_moe.runs.report import TrainingResult
 
     config, run_dir, _ = trained
     stopped = TrainingResult(run_dir, 4, 1024, 1.0, None, stopped_by=15)

@@ -15,7 +15,7 @@ from qsparse_moe.config.load import load_config
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.kernels import native
 from qsparse_moe.locks import acquire_lock
-from qsparse_moe.training.run_folder import newest_step
+from qsparse_moe.runs.folder import newest_step
 from tests.cli.test_run import REPOSITORY, write_inputs
 from tests.support.launch import free_port
 

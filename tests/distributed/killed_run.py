@@ -46,7 +46,8 @@ def main() -> None:
     """Run the verb."""
     note("start")
     from qsparse_moe.kernels import native
-    from qsparse_moe.training import checkpoint, loop
+    from qsparse_moe.training import loop
+    from qsparse_moe.training.checkpoint import store as checkpoint
     from qsparse_moe.training.evaluate import Evaluator
 
     loop.train_step = noted("step", loop.train_step)

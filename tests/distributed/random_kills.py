@@ -26,7 +26,7 @@ from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.kernels import native
 from qsparse_moe.metrics.jsonl import read_metrics
-from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.training.checkpoint.store import list_checkpoints
 from tests.distributed.test_layouts import state_of
 from tests.support.launch import kill_group, start
 from tests.support.runs import LAYOUTS, tiny_config, write_text

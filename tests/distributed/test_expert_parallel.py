@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.training.checkpoint import Checkpoint, list_checkpoints
-from qsparse_moe.training.engine import STATE_KINDS
+from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
+from qsparse_moe.training.engines.protocol import STATE_KINDS
 from qsparse_moe.training.evaluate import load_run
 from tests.distributed.expert_runs import (
     FAULT_STEP,

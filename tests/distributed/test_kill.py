@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.training.checkpoint import Checkpoint, list_checkpoints
+from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
 from tests.distributed.random_kills import run_with_kills
 from tests.distributed.test_layouts import state_of
 from tests.support.launch import RANKS, entry, kill_group, run_plan, start_nodes

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsparse_moe.training.checkpoint import Checkpoint, list_checkpoints
-from qsparse_moe.training.engine import STATE_KINDS
+from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
+from qsparse_moe.training.engines.protocol import STATE_KINDS
 from tests.distributed.conftest import (
     BALANCED,
     BALANCED_RESUMED,

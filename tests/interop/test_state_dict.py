@@ -13,7 +13,7 @@ from qsparse_moe.errors import BackendUnavailable, CheckpointError
 from qsparse_moe.interop import state_dict
 from qsparse_moe.interop.state_dict import export_run, load_export
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.evaluate import load_run
 from qsparse_moe.training.loop import train
 from tests.support.runs import STOP_STEP, tiny_config, write_text

@@ -7,7 +7,7 @@ import torch
 
 from qsparse_moe.kernels.fused_glu import reference
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, fused_glu
-from qsparse_moe.moe.activations import REFERENCES
+from qsparse_moe.nn.activations import REFERENCES
 from qsparse_moe.sparsity.stats import Readers, row_pattern, row_sums, site_stats
 from qsparse_moe.sparsity.topk import topk_sparsify
 

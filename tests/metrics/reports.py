@@ -10,9 +10,9 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, moe_layers, site_width
+from qsparse_moe.runs.report import RunContext, StepReport
 from qsparse_moe.sparsity.log_counts import MAGNITUDES, PROBABILITIES
 from qsparse_moe.sparsity.stats import SITE_FIELDS
-from qsparse_moe.training.report import RunContext, StepReport
 
 
 def make_report(step: int = 10, **changes: Any) -> StepReport:

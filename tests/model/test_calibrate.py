@@ -98,7 +98,7 @@ def test_the_model_is_left_as_it_was_and_nothing_is_random():
     assert model.sparsity_plan is before
     assert model.training
     sites = [site for block in model.blocks() for site in block.sites().values()]
-    assert all(site.observer is None and site.is_uniform == (len(set(site.num_kept_E.tolist())) == 1) for site in sites)
+    assert all(site.hook is None and site.is_uniform == (len(set(site.num_kept_E.tolist())) == 1) for site in sites)
     assert torch.equal(model(tokens).logits_BSV, logits)
 
 
@@ -176,7 +176,7 @@ def test_a_plan_of_another_model_is_refused_and_the_model_left_as_it_was():
     other = ModelConfig(num_layers=2)
     with pytest.raises(ConfigError, match="make the plan from this model's config"):
         calibrate(model, batches(), SparsityPlan.uniform(other, 0.5))
-    assert model.training and all(site.observer is None for site in model.layers[0].sites().values())
+    assert model.training and all(site.hook is None for site in model.layers[0].sites().values())
 
 
 def test_an_expert_without_a_row_takes_the_threshold_of_all_and_is_named(caplog):

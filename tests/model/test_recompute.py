@@ -93,7 +93,7 @@ def test_selections_and_choices_are_the_same_again_and_only_what_is_asked_for_is
 def test_the_ties_are_there():
     model = with_ties(make(), 0.0)
     seen = []
-    model.layers[0].attention.input_site.observer = lambda x, experts, sparse: seen.append(x.abs()) or sparse
+    model.layers[0].attention.input_site.hook = lambda x, experts, sparse: seen.append(x.abs()) or sparse
     model(tokens())
     assert torch.equal(seen[0], seen[0][..., :1].expand_as(seen[0])), "all features of the first site are as large"
     logits = model.layers[0].moe.router(torch.randn(3, 32)).logits_TE

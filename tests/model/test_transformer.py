@@ -11,7 +11,7 @@ from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.rope import rotate, rotation_at
 from qsparse_moe.model.transformer import build_model, cross_entropy, shifted_labels
 from qsparse_moe.moe.losses import StepLoad
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 VOCAB = 40
@@ -317,11 +317,11 @@ def test_experts_that_differ_in_sparsity_are_counted_by_their_own_k():
 def test_the_probe_sees_every_layer_inside_the_graph():
     model, seen, grads = make(), [], []
 
-    def probe(layer, hidden):
+    def layer_hook(layer, hidden):
         seen.append((layer, tuple(hidden.shape)))
         hidden.register_hook(lambda grad: grads.append(grad.abs().sum().item()))
 
-    model(tokens(), tokens(), probe=probe).loss.backward()
+    model(tokens(), tokens(), layer_hook=layer_hook).loss.backward()
     assert seen == [(0, (2, 12, 32)), (1, (2, 12, 32)), (2, (2, 12, 32))]
     assert len(grads) == 3
     assert min(grads) > 0

@@ -6,8 +6,8 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.moe.activations import ACTIVATIONS, REFERENCES, UNGATED_ACTIVATIONS, UNGATED_REFERENCES
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.nn.activations import ACTIVATIONS, REFERENCES, UNGATED_ACTIVATIONS, UNGATED_REFERENCES
 from qsparse_moe.sparsity.topk import topk_sparsify
 
 torch.set_num_threads(1)

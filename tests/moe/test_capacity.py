@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.model.init import initialize
-from qsparse_moe.moe.activations import REFERENCES
 from qsparse_moe.moe.capacity import dropping, expert_capacity, within_capacity, within_capacity_reference
 from qsparse_moe.moe.dispatch import GATHERS, combine, combine_reference, permute, permute_reference, plan_dispatch
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.nn.activations import REFERENCES
 from qsparse_moe.sparsity.plan import num_kept
 from qsparse_moe.sparsity.topk import topk_sparsify
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qsparse_moe.moe.exchange import exchange_reference
-from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, own_share, whole_shape
+from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, global_shape, local_shard
 from tests.support import expert_ranks
 from tests.support.expert_ranks import COUNTS, LAYERS, A, E, P, expert_of, make_layer, rows_of, same_next, through
 
@@ -96,7 +96,7 @@ def test_initial_weights_of_a_rank_are_its_part_of_the_whole_draw():
         share = make_layer("loop", torch.float64, ExpertGroup(rank, P))
         for (name, mine), theirs in zip(share.named_parameters(), whole.parameters(), strict=True):
             assert expert_group(theirs) is ALONE
-            assert whole_shape(mine) == theirs.shape
+            assert global_shape(mine) == theirs.shape
             is_expert = name.startswith("experts.")
             assert mine.equal(theirs.chunk(P)[rank] if is_expert else theirs), name
-            assert own_share(mine, theirs).equal(mine)
+            assert local_shard(mine, theirs).equal(mine)

@@ -5,8 +5,8 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.model.init import initialize
-from qsparse_moe.moe.activations import ACTIVATIONS, REFERENCES
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.nn.activations import ACTIVATIONS, REFERENCES
 from qsparse_moe.sparsity.plan import num_kept
 from qsparse_moe.sparsity.topk import topk_sparsify
 

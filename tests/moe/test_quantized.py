@@ -6,7 +6,7 @@ import torch
 from qsparse_moe.config.schema import SITES, ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import fake_quantize
 from qsparse_moe.sparsity.topk import rescale_kept, topk_mask
 

@@ -8,8 +8,8 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.config.shapes import shared_hidden_size
 from qsparse_moe.model.init import initialize
-from qsparse_moe.moe.activations import REFERENCES
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.nn.activations import REFERENCES
 from qsparse_moe.sparsity.plan import num_kept
 from qsparse_moe.sparsity.topk import topk_sparsify
 

@@ -9,7 +9,7 @@ from qsparse_moe.config.schema import ModelConfig, SparsityConfig
 from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import fake_quantize
 from qsparse_moe.sparsity.selection import relu_mask, statistical_mask, threshold_mask
 from qsparse_moe.sparsity.topk import apply_mask, topk_mask

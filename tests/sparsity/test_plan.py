@@ -5,7 +5,7 @@ import pytest
 from qsparse_moe.config.schema import SITES, ModelConfig, ScheduleConfig, SparsityConfig
 from qsparse_moe.config.shapes import site_format
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_kept, site_bound, site_num_kept
+from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_kept, site_num_kept, site_threshold
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 
 
@@ -145,10 +145,10 @@ def test_groups_that_do_not_divide_a_sparse_site_are_refused_and_a_whole_site_ha
 
 def test_bounds_are_the_threshold_or_the_normal_quantile_and_none_where_s_is_0():
     threshold, statistical = (SparsityConfig(selection=name) for name in ("threshold", "statistical"))
-    assert site_bound(threshold, 0.5, 0.3) == 0.3
-    assert site_bound(statistical, 0.5, 0.3) == pytest.approx(0.0)
-    assert site_bound(statistical, 0.975, 0.3) == pytest.approx(1.96, abs=1e-3)
-    assert site_bound(threshold, 0.0, 0.3) == site_bound(statistical, 0.0, 0.3) == -float("inf")
+    assert site_threshold(threshold, 0.5, 0.3) == 0.3
+    assert site_threshold(statistical, 0.5, 0.3) == pytest.approx(0.0)
+    assert site_threshold(statistical, 0.975, 0.3) == pytest.approx(1.96, abs=1e-3)
+    assert site_threshold(threshold, 0.0, 0.3) == site_threshold(statistical, 0.0, 0.3) == -float("inf")
 
 
 @pytest.mark.parametrize(("shape", "halfway"), [("linear", 0.5), ("cosine", 0.5)])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qsparse_moe.config.schema import SparsityConfig
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
-from qsparse_moe.moe.site import SparseSite
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import fake_quantize
 from qsparse_moe.sparsity.topk import topk_mask_reference, topk_sparsify
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.sparsity.selection import BOUND_MASKS, statistical_mask, threshold_mask
+from qsparse_moe.sparsity.selection import THRESHOLD_MASKS, statistical_mask, threshold_mask
 
 torch.set_num_threads(1)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -90,13 +90,13 @@ def test_statistical_selection_keeps_the_documented_share_of_normal_activations(
     assert shifted.double().mean().item() == pytest.approx(1 - sparsity, abs=0.005)
 
 
-@pytest.mark.parametrize("name", BOUND_MASKS)
+@pytest.mark.parametrize("name", THRESHOLD_MASKS)
 def test_nothing_is_dropped_without_a_bound_nor_from_a_row_that_is_broken(name):
     x = torch.randn(3, 8)
     x[0] = 0.5  # no deviation
-    assert BOUND_MASKS[name](x, bound(-math.inf)).all()
+    assert THRESHOLD_MASKS[name](x, bound(-math.inf)).all()
     x[1, 2] = math.nan
-    mask = BOUND_MASKS[name](x, bound(1e9))
+    mask = THRESHOLD_MASKS[name](x, bound(1e9))
     assert mask[1, 2]  # the NaN stays, whatever the bound
     assert mask.any(-1).all() or name == "relu"  # only by magnitude a row keeps one at least
 
@@ -109,9 +109,9 @@ def test_an_infinite_value_makes_the_statistics_keep_its_row_whole():
     assert not mask[1].all()
 
 
-@pytest.mark.parametrize("name", BOUND_MASKS)
+@pytest.mark.parametrize("name", THRESHOLD_MASKS)
 def test_the_rows_are_not_changed(name):
     x = torch.randn(3, 8)
     before = x.clone()
-    BOUND_MASKS[name](x, bound(0.5))
+    THRESHOLD_MASKS[name](x, bound(0.5))
     assert torch.equal(x, before)

@@ -30,11 +30,12 @@ import torch
 
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.runs.folder import CONFIG_FILE, run_folder
+from qsparse_moe.runs.report import StepReport
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training import ds_config, loop, prepare
+from qsparse_moe.training import loop, prepare
 from qsparse_moe.training.calibrate import calibrate_run
-from qsparse_moe.training.report import StepReport
-from qsparse_moe.training.run_folder import CONFIG_FILE, run_folder
+from qsparse_moe.training.engines import deepspeed_config as ds_config
 
 SLOW_DISK = {"place": "disk"}
 """A fault: saving takes so long that one can be interrupted."""

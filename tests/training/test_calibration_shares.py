@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qsparse_moe.training.calibrate import _share
-from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.distributed.ranks import Distributed
 
 
 class Rows:

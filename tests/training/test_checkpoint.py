@@ -15,20 +15,7 @@ import torch
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.training.checkpoint import (
-    FORMAT,
-    Checkpoint,
-    Progress,
-    list_checkpoints,
-    load_checkpoint,
-    newest_checkpoint,
-    remove_leftovers,
-    save_checkpoint,
-)
-from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.engine import STATE_KINDS
-from qsparse_moe.training.engine_torch import TorchEngine
-from qsparse_moe.training.portable_state import (
+from qsparse_moe.training.checkpoint.state import (
     check_shapes,
     owners,
     random_states,
@@ -36,6 +23,19 @@ from qsparse_moe.training.portable_state import (
     seed_random_states,
     set_random_states,
 )
+from qsparse_moe.training.checkpoint.store import (
+    FORMAT,
+    Checkpoint,
+    RunProgress,
+    list_checkpoints,
+    load_checkpoint,
+    newest_checkpoint,
+    remove_leftovers,
+    save_checkpoint,
+)
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.engines.protocol import STATE_KINDS
+from qsparse_moe.training.engines.torch_engine import TorchEngine
 from tests.support.runs import tiny_config
 
 ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -58,7 +58,7 @@ def make_engine(tmp_path, seed, **training):
 
 
 def save(run_dir, engine, step, keep_last=2):
-    progress = Progress(step, step * 100, step * 0.5)
+    progress = RunProgress(step, step * 100, step * 0.5)
     return save_checkpoint(run_dir, engine, progress, {"step": step}, keep_last=keep_last)
 
 
@@ -73,7 +73,7 @@ def test_what_is_saved_is_read_back_exactly(tmp_path, precision):
     path = save(tmp_path, engine, 7)
     assert path == tmp_path / "checkpoints" / "step-00000007"
     checkpoint = newest_checkpoint(tmp_path)
-    assert checkpoint.progress == Progress(7, 700, 3.5) and checkpoint.data_state == {"step": 7}
+    assert checkpoint.progress == RunProgress(7, 700, 3.5) and checkpoint.data_state == {"step": 7}
     restore(other, checkpoint.tensor, checkpoint.adam_step)
     assert other.adam_step == 3
     for name in engine.shapes():

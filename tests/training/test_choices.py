@@ -5,8 +5,8 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.training.choices import ChoiceMemory, num_common
-from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.monitor.choices import ChoiceMemory, num_common
 
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 MODEL = ModelConfig(num_layers=3, hidden_size=16, num_heads=2, vocab_size=32, moe=MoEConfig(num_dense_layers=1))
@@ -40,7 +40,7 @@ def test_every_router_is_watched_and_left_alone_afterwards():
     assert [choices.shape for choices in seen[0]] == [(8, 2), (8, 2)]
     with pytest.raises(RuntimeError), memory.watch():
         raise RuntimeError
-    assert all(router.observer is None for router in model.routers())
+    assert all(router.hook is None for router in model.routers())
     torch.nn.init.normal_(model.routers()[0].weight)
     with memory.watch() as seen:
         model(tokens_BS)

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from qsparse_moe.training.collectives import CALLS, timed_collectives
-from qsparse_moe.training.phases import PhaseClock
+from qsparse_moe.training.distributed.collectives import CALLS, timed_collectives
+from qsparse_moe.training.monitor.phases import PhaseClock
 
 
 class Work:

@@ -7,9 +7,9 @@ import logging
 import pytest
 import torch
 
-from qsparse_moe.training.dead_experts import DeadExpertWatch, in_ranges
-from qsparse_moe.training.distributed import Distributed
+from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.loop import train
+from qsparse_moe.training.monitor.dead_experts import DeadExpertWatch, in_ranges
 
 ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 

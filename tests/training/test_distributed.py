@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qsparse_moe.errors import BackendUnavailable, ConfigError
-from qsparse_moe.training.distributed import choose_device, environment, num_cores, open_distributed
+from qsparse_moe.training.distributed.ranks import choose_device, environment, num_cores, open_distributed
 
 
 @pytest.fixture(autouse=True)

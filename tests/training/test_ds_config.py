@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qsparse_moe.config.schema import DeepSpeedConfig, RunConfig, TrainingConfig
-from qsparse_moe.training.ds_config import deepspeed_config
+from qsparse_moe.training.engines.deepspeed_config import deepspeed_config
 
 constants = pytest.importorskip("deepspeed.runtime.constants")
 

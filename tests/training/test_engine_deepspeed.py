@@ -26,7 +26,7 @@ def test_a_run_compiles_nothing_and_leaves_standard_output_alone(
 
 
 def test_zero3_cuts_a_tensor_that_does_not_divide():
-    from qsparse_moe.training.engine_deepspeed import part_of
+    from qsparse_moe.training.engines.deepspeed_engine import part_of
 
     value = torch.arange(14.0).view(7, 2)
     parts = [part_of(value, rank, size=5) for rank in range(4)]

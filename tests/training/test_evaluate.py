@@ -7,11 +7,11 @@ import torch
 
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import CheckpointError, ConfigError
-from qsparse_moe.training.checkpoint import list_checkpoints
-from qsparse_moe.training.distributed import open_distributed
+from qsparse_moe.runs.folder import run_folder, write_config
+from qsparse_moe.training.checkpoint.store import list_checkpoints
+from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.evaluate import Evaluator, evaluate_run, load_run
 from qsparse_moe.training.loop import train
-from qsparse_moe.training.run_folder import run_folder, write_config
 from tests.data.test_tokenizer import save_tokenizer
 
 

@@ -12,8 +12,8 @@ from torch.utils import cpp_extension
 
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.locks import acquire_lock
-from qsparse_moe.training import extension_builds
-from qsparse_moe.training.extension_builds import locked_builds
+from qsparse_moe.training.engines import extension_builds
+from qsparse_moe.training.engines.extension_builds import locked_builds
 
 pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from qsparse_moe.errors import TrainingDiverged
-from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.guard import NonFiniteGuard
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 
 ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -18,9 +18,9 @@ def pass_through(guard, *, forward=(), backward=(), loss=1.0, bad=torch.nan):
     outputs = []
     for layer in range(3):
         hidden = hidden * torch.tensor([1.0, bad if layer in forward else 1.0, 1.0, 1.0])
-        guard.probe(layer, hidden)
+        guard.layer_hook(layer, hidden)
         outputs.append(hidden)
-    guard.see_loss(torch.tensor(loss))
+    guard.add_loss(torch.tensor(loss))
     spoiled = torch.ones(2, 3, 4)
     spoiled[1, 2, 3] = bad
     total = sum((out * (spoiled if layer in backward else torch.ones(()))).sum() for layer, out in enumerate(outputs))

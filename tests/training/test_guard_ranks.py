@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.errors import TrainingDiverged
-from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.guard import NonFiniteGuard
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 
 
 class Ranks(Distributed):
@@ -31,7 +31,7 @@ def one_of_three(rank: int, others: list[int]) -> NonFiniteGuard:
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_rank_that_alone_sees_a_bad_value_is_named(rank):
     guard = one_of_three(rank, [0, 0, 0, 0, 0, 0])
-    guard.probe(1, torch.tensor([float("nan")]))
+    guard.layer_hook(1, torch.tensor([float("nan")]))
     with pytest.raises(TrainingDiverged, match=f"step 4: the output of layer 1 is not finite on rank {rank}\\."):
         guard.check(4, stop=0)
 
@@ -39,7 +39,7 @@ def test_a_rank_that_alone_sees_a_bad_value_is_named(rank):
 def test_of_several_ranks_the_lowest_is_named():
     # Rank 2 sees a bad output of layer 1 itself; rank 0 hands in 3 for the same place, rank 1 would hand in 2.
     guard = one_of_three(2, [0, 3, 0, 0, 0, 0])
-    guard.probe(1, torch.tensor([float("nan")]))
+    guard.layer_hook(1, torch.tensor([float("nan")]))
     with pytest.raises(TrainingDiverged, match=r"the output of layer 1 is not finite on rank 0\."):
         guard.check(1, stop=0)
 
@@ -51,8 +51,8 @@ def test_the_highest_signal_of_all_ranks_comes_back():
 
 def test_a_bad_loss_of_an_earlier_step_is_forgotten():
     guard = one_of_three(1, [0, 0, 0, 0, 0, 0])
-    guard.see_loss(torch.tensor(float("inf")))
+    guard.add_loss(torch.tensor(float("inf")))
     with pytest.raises(TrainingDiverged, match=r"the loss is not finite on rank 1\."):
         guard.check(1, stop=0)
-    guard.see_loss(torch.tensor(2.0))
+    guard.add_loss(torch.tensor(2.0))
     assert guard.check(2, stop=0) == 0

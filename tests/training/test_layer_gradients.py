@@ -7,10 +7,10 @@ import torch
 
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.moe.expert_group import ExpertGroup
-from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.engine import build_engine, equal_part
-from qsparse_moe.training.guard import NonFiniteGuard
-from qsparse_moe.training.layer_gradients import layer_matrices
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.engines.protocol import build_engine, equal_shard
+from qsparse_moe.training.monitor.layer_gradients import layer_matrices
+from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
 from tests.support.runs import MIXED_MODEL, tiny_config
 from tests.training.test_engine import ALONE, random_batches
@@ -65,7 +65,7 @@ def test_norms_are_those_of_the_mean_gradient_before_clipping(tmp_path, model, p
 def test_a_step_that_is_not_asked_reads_no_gradient(tmp_path, monkeypatch, report, layer_gradients):
     config = tiny_config(tmp_path, "run", engine="torch")
     engine = build_engine(config, build_model(config.model), ALONE)
-    monkeypatch.setattr(engine, "gradient_part", None)
+    monkeypatch.setattr(engine, "gradient_shard", None)
     outcome = train_step(
         engine,
         random_batches(),
@@ -82,14 +82,14 @@ def test_a_gradient_read_before_the_backward_is_our_mistake(tmp_path):
     config = tiny_config(tmp_path, "run", engine="torch")
     engine = build_engine(config, build_model(config.model), ALONE)
     with pytest.raises(AssertionError, match="head.weight has no gradient"):
-        engine.gradient_part("head.weight")
+        engine.gradient_shard("head.weight")
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 20])
 def test_the_parts_of_a_replicated_tensor_make_it_up(world_size):
     value = torch.arange(14.0).view(7, 2)
     ranks = [Distributed(rank, world_size, rank, torch.device("cpu")) for rank in range(world_size)]
-    parts = [equal_part(value, rank) for rank in ranks]
+    parts = [equal_shard(value, rank) for rank in ranks]
     assert torch.cat(parts).equal(value.flatten())
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -100,6 +100,6 @@ def test_the_parts_of_spread_experts_make_up_each_ranks_experts():
     for rank in range(6):
         group = ExpertGroup(rank % 2, 2)
         distributed = Distributed(rank, 6, rank, torch.device("cpu"))
-        parts.append(equal_part(shares[group.rank], distributed, group))
+        parts.append(equal_shard(shares[group.rank], distributed, group))
     for place, share in enumerate(shares):
         assert torch.cat(parts[place::2]).equal(share.flatten())

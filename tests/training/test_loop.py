@@ -13,10 +13,10 @@ import pytest
 from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.runs.folder import run_folder
 from qsparse_moe.training import prepare
-from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.loop import train
-from qsparse_moe.training.run_folder import run_folder
 
 
 class Listener:

@@ -14,11 +14,11 @@ from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.recorder import Recorder
-from qsparse_moe.training.engine import STATE_KINDS
-from qsparse_moe.training.guard import NonFiniteGuard
+from qsparse_moe.runs.folder import run_folder
+from qsparse_moe.training.engines.loss_scale import LossScaler, build_loss_scaler
+from qsparse_moe.training.engines.protocol import STATE_KINDS
 from qsparse_moe.training.loop import train
-from qsparse_moe.training.loss_scale import LossScaler, build_loss_scaler
-from qsparse_moe.training.run_folder import run_folder
+from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
 from tests.metrics.reports import make_report
 from tests.training.test_engine import ALONE, make_engine, random_batches

@@ -5,7 +5,7 @@ import torch
 
 from qsparse_moe.config.schema import TrainingConfig
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.training.optimizer import build_adamw, get_step, set_step, start_state
+from qsparse_moe.training.engines.optimizer import build_adamw, get_step, set_step, start_state
 from tests.support.runs import tiny_config
 
 CONFIG = TrainingConfig(weight_decay=0.2, beta1=0.8, beta2=0.9, epsilon=1e-6)

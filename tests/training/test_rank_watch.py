@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from qsparse_moe.cli import app
 from qsparse_moe.errors import RankLost, TrainingDiverged
-from qsparse_moe.training import rank_watch
-from qsparse_moe.training.distributed import Distributed
-from qsparse_moe.training.rank_watch import RankWatch, SignsOfLife, is_of_a_collective
+from qsparse_moe.training.distributed import heartbeat as rank_watch
+from qsparse_moe.training.distributed.heartbeat import Heartbeats, RankWatch, is_of_a_collective
+from qsparse_moe.training.distributed.ranks import Distributed
 
 CLOSED = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
 TIMED_OUT = RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation")
@@ -53,7 +53,7 @@ def ranks(monkeypatch):
 
 
 def test_the_next_rank_notices_silence_and_all_learn_of_it(ranks):
-    signs = [SignsOfLife(rank) for rank in ranks]
+    signs = [Heartbeats(rank) for rank in ranks]
     for _ in range(3):
         assert [sign.beat(10.0) for sign in signs] == [{}] * 3
     time.sleep(0.2)
@@ -70,7 +70,7 @@ def test_the_next_rank_notices_silence_and_all_learn_of_it(ranks):
 
 def test_after_a_failed_collective_whoever_is_silent_is_lost(ranks):
     watches = [RankWatch(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
-    SignsOfLife(ranks[2])
+    Heartbeats(ranks[2])
     for watch in watches:
         watch.__enter__()
     with pytest.raises(RankLost) as caught:
@@ -85,7 +85,7 @@ def test_after_a_failed_collective_whoever_is_silent_is_lost(ranks):
 def test_a_rank_that_dies_when_all_others_are_done_is_named_too(ranks, monkeypatch):
     watch = RankWatch(ranks[0], timeout=100.0, way_out=lambda: "Go on.")
     other = RankWatch(ranks[1], timeout=100.0, way_out=str)
-    SignsOfLife(ranks[2])
+    Heartbeats(ranks[2])
     for entered in (watch, other):
         entered.__enter__()
 
@@ -100,12 +100,12 @@ def test_a_rank_that_dies_when_all_others_are_done_is_named_too(ranks, monkeypat
 
 
 def test_a_store_that_is_gone_is_rank_0(ranks):
-    signs = SignsOfLife(ranks[1])
+    signs = Heartbeats(ranks[1])
     signs._store = BrokenStore()
     assert signs.beat(10.0) == {}, "one failure is no death"
     assert signs.wait_for_lost(0.2).keys() == {0}
     assert signs.beat(0.1).keys() == {0}
-    own = SignsOfLife(ranks[0])
+    own = Heartbeats(ranks[0])
     own._store = BrokenStore()
     assert own.wait_for_lost(0.1) == {}, "a rank never calls itself lost"
 

@@ -5,7 +5,7 @@ import pytest
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
-from qsparse_moe.training.run_folder import MAY_CHANGE, check_run_folder, run_folder, write_config
+from qsparse_moe.runs.folder import MAY_CHANGE, check_run_folder, run_folder, write_config
 
 
 def changed(config: RunConfig, path: str, value) -> RunConfig:

@@ -8,10 +8,10 @@ import os
 import pytest
 
 from qsparse_moe.errors import CheckpointError, DataError
-from qsparse_moe.training import checkpoint as checkpoint_module
-from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.runs.folder import load_run_config, run_folder
+from qsparse_moe.training.checkpoint import store as checkpoint_module
+from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.loop import train
-from qsparse_moe.training.run_folder import load_run_config, run_folder
 
 
 class Losses:
@@ -71,13 +71,13 @@ def test_a_full_disk_in_the_last_report_is_said_too(make_config):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_full_disk_during_a_save_is_one_message_and_leaves_nothing(make_config, monkeypatch):
-    write = checkpoint_module._write_share
+    write = checkpoint_module._write_shard
 
     def full(path, share, buffers):
         path.symlink_to("/dev/full")
         return write(path, share, buffers)
 
-    monkeypatch.setattr(checkpoint_module, "_write_share", full)
+    monkeypatch.setattr(checkpoint_module, "_write_shard", full)
     with pytest.raises(
         CheckpointError, match=r"step-00000002: cannot be written \(No space left on device\); .*Make room"
     ):

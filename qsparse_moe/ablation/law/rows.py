@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
+from qsparse_moe.ablation.grid.results import read_results
 from qsparse_moe.ablation.law.points import Points
-from qsparse_moe.ablation.results import read_results
 from qsparse_moe.errors import ConfigError
 
 Unit = Literal["nats", "bits", "bits-per-byte"]

@@ -1,0 +1,1 @@
+"""Plans that spend one budget over all cells, beside rival plans of the same cost."""

@@ -1,0 +1,218 @@
+"""Other ways to the cost of a plan, without training: fewer experts a token, smaller experts, pooled selection.
+
+T tokens, A experts a token, N routed rows, E experts, F features of an expert, K kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.ablation.allocation.allocate import uniform_at
+from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, PlanComparison, outcomes
+from qsparse_moe.ablation.allocation.cost import Costs, measured_load
+from qsparse_moe.ablation.sensitivity.documents import DocumentRows, loss_by_document
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.data.packing import Array
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.block import Block
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.moe.router import Routing
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.quantize import as_format
+from qsparse_moe.sparsity.topk import rescale_kept, topk_mask
+from qsparse_moe.training.engines.protocol import run_model
+
+logger = logging.getLogger(__name__)
+
+
+def alternative_outcomes(
+    model: Transformer,
+    rows: DocumentRows,
+    held_out: DocumentRows,
+    plans: Mapping[str, SparsityPlan],
+    costs: Costs,
+    target: float,
+) -> tuple[PlanComparison, ...]:
+    """On the held-out rows: A - 1 experts a token and so on, smaller experts, pooled selection at uniform S.
+
+    Where one of them cannot come down to the budget a log line says so and it is left out. ``cost`` is of the budget's
+    quantity; the model keeps its plan.
+    """
+    before, uniform, dense = model.sparsity_plan, plans[UNIFORM], SparsityPlan.uniform(model.config, 0.0)
+    found: dict[str, tuple[Array, float]] = {}
+    try:
+        for name, plan in ((UNIFORM, uniform), (DENSE, dense)):
+            model.set_sparsity(plan)
+            found[name] = loss_by_document(model, held_out), costs.of(plan)
+        model.set_sparsity(uniform)
+        with pooled_selection(model):
+            found["pooled over a token's experts"] = loss_by_document(model, held_out), costs.of(uniform)
+        for num_experts in range(1, model.config.moe.experts_per_token):
+            found |= _fewer_experts(model, num_experts, rows, held_out, costs, target)
+        model.set_sparsity(dense)
+        found |= _smaller_experts(model, rows, held_out, costs, target)
+    finally:
+        model.set_sparsity(before)
+    return tuple(one for one in outcomes(found, held_out.labels_C) if one.name not in (UNIFORM, DENSE))
+
+
+def _fewer_experts(
+    model: Transformer, num_experts: int, rows: DocumentRows, held_out: DocumentRows, costs: Costs, target: float
+) -> dict[str, tuple[Array, float]]:
+    other = with_experts_per_token(model, num_experts)
+    budget = _absolute(costs, target)
+    own = replace(costs, config=other.config, quantity=budget[0], load=measured_load(other, rows))
+    try:
+        plan = uniform_at(other.sparsity_plan, own, budget[1])
+    except ConfigError as error:
+        logger.info("%d experts a token: %s", num_experts, error)
+        return {}
+    other.set_sparsity(plan)
+    name = f"{num_experts} of {model.config.moe.experts_per_token} experts a token, S = {plan.mean:.2f}"
+    return {name: (loss_by_document(other, held_out), costs.shown_at(own.of(plan) - own.fixed))}
+
+
+def _smaller_experts(
+    model: Transformer, rows: DocumentRows, held_out: DocumentRows, costs: Costs, target: float
+) -> dict[str, tuple[Array, float]]:
+    budget, full = _absolute(costs, target), model.config.moe.expert_hidden_size
+    for kept in range(full, 0, -1):
+        own = replace(costs, config=_moe_changed(model.config, expert_hidden_size=kept), quantity=budget[0])
+        cost = own.of(SparsityPlan.uniform(own.config, 0.0))
+        if cost <= budget[1]:
+            with features_dropped(model, rows, kept):
+                losses_C = loss_by_document(model, held_out)
+            return {f"experts of {kept} of {full} features, S = 0": (losses_C, costs.shown_at(cost - own.fixed))}
+    logger.info("smaller experts: with one feature each the dense model still costs more than the budget")
+    return {}
+
+
+def _absolute(costs: Costs, target: float) -> tuple[Any, float]:
+    """The budget as parameters where it is a mean S, which another model has another number of weights for."""
+    if costs.quantity != "sparsity":
+        return costs.quantity, target
+    counted = replace(costs, quantity="parameters")
+    return "parameters", costs.total_at(target) + counted.fixed
+
+
+def _moe_changed(config: ModelConfig, **changed: int) -> ModelConfig:
+    return config.model_copy(update={"moe": config.moe.model_copy(update=changed)})
+
+
+def with_experts_per_token(model: Transformer, num_experts: int) -> Transformer:
+    """A model on the same weights, which are not copied, whose tokens use ``num_experts`` experts; for evaluation."""
+    device = model.embedding.weight.device
+    other = Transformer(_moe_changed(model.config, experts_per_token=num_experts), device=device)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.to(device)  # what is no weight
+    other.set_sparsity(model.sparsity_plan)
+    return other.eval()
+
+
+@contextmanager
+def features_dropped(model: Transformer, rows: DocumentRows, kept: int) -> Iterator[None]:
+    """Every expert with its ``kept`` most important features alone, while it lasts.
+
+    A feature weighs the mean of its magnitude over the expert's rows, as the model runs now, times the L2 norm of its
+    row of ``w_down``: what it adds to the output on average. The row of a dropped feature is 0 meanwhile.
+    """
+    importance = _mean_magnitudes(model, rows)
+    saved: dict[Block, Tensor] = {}
+    try:
+        with torch.no_grad():
+            for block, mean_EF in importance.items():
+                assert block.moe is not None
+                weight = block.moe.experts.w_down
+                saved[block] = weight.detach().clone()
+                weighs_EF = mean_EF * weight.norm(dim=-1)
+                weight.mul_(topk_mask(weighs_EF, kept)[..., None])
+        yield
+    finally:
+        with torch.no_grad():
+            for block, weight_EFD in saved.items():
+                assert block.moe is not None
+                block.moe.experts.w_down.copy_(weight_EFD)
+
+
+@torch.no_grad()
+def _mean_magnitudes(model: Transformer, rows: DocumentRows) -> dict[Block, Tensor]:
+    """``(E, F)`` of every layer with experts: mean magnitude of the dense hidden rows; 0 for an expert without rows."""
+    device, num_experts = model.embedding.weight.device, model.config.moe.num_experts
+    blocks = [block for block in model.blocks() if block.moe is not None]
+    sums = {block: torch.zeros(num_experts, model.config.moe.expert_hidden_size, device=device) for block in blocks}
+    counts = {block: torch.zeros(num_experts, 1, device=device) for block in blocks}
+
+    def add(block: Block, x_NF: Tensor, expert_ids_N: Tensor | None, sparse_NF: Tensor) -> Tensor:
+        assert expert_ids_N is not None
+        sums[block].index_add_(0, expert_ids_N, x_NF.abs().to(sums[block].dtype))
+        counts[block].index_add_(0, expert_ids_N, torch.ones_like(x_NF[:, :1], dtype=counts[block].dtype))
+        return sparse_NF
+
+    with _observed_hidden(blocks, add):
+        for batch in rows.batches:
+            run_model(model, batch, device, with_stats=False, layer_hook=None)
+    return {block: sums[block] / counts[block].clamp(min=1) for block in blocks}
+
+
+@contextmanager
+def _observed_hidden(blocks: list[Block], hook: Any) -> Iterator[None]:
+    sites = [block.moe.experts.hidden_site for block in blocks if block.moe is not None]
+    try:
+        for block, site in zip(blocks, sites, strict=True):
+            site.hook = partial(hook, block)
+        yield
+    finally:
+        for site in sites:
+            site.hook = None
+
+
+@contextmanager
+def pooled_selection(model: Transformer) -> Iterator[None]:
+    """At ``expert_hidden`` a token's experts share their K, while it lasts: of all A F features, each times its router
+    weight, the largest A K are kept. S must be the same for all experts of a layer."""
+    blocks = [block for block in model.blocks() if block.moe is not None]
+    routings: dict[Block, Routing] = {}
+
+    def remember(block: Block, _router: Any, _given: Any, routing: Routing) -> None:
+        routings[block] = routing
+
+    handles = [block.moe.router.register_forward_hook(partial(remember, block)) for block in blocks if block.moe]
+
+    def pool(block: Block, x_NF: Tensor, expert_ids_N: Tensor | None, sparse_NF: Tensor) -> Tensor:
+        assert block.moe is not None
+        site = block.moe.experts.hidden_site
+        assert site.uniform_num_kept is not None, "pooled selection needs the same K for all experts"
+        mask_NF = pooled_mask(x_NF, routings[block], site.uniform_num_kept)
+        return rescale_kept(as_format(x_NF, site.number_format) * mask_NF, x_NF, site.settings.rescale)
+
+    try:
+        with _observed_hidden(blocks, pool):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def pooled_mask(x_NF: Tensor, routing: Routing, num_kept: int) -> Tensor:
+    """``(N, F)`` bool, true A K times for every token.
+
+    Args:
+        x_NF: rows sorted by expert, within an expert by token; every token has A.
+        routing: of the T tokens.
+        num_kept: K, on average over a token's rows.
+    """
+    per_token = routing.expert_ids_TA.shape[1]
+    # The slot, token * A + choice, of every row: what a stable sort by expert makes of the slots in order.
+    slot_N = routing.expert_ids_TA.flatten().argsort(stable=True)
+    weighted_NF = x_NF * routing.weights_TA.flatten()[slot_N, None].to(x_NF.dtype)
+    by_token = torch.empty_like(weighted_NF).index_copy_(0, slot_N, weighted_NF).view(-1, per_token * x_NF.shape[1])
+    mask = topk_mask(by_token, per_token * num_kept)
+    return mask.view(len(x_NF), -1)[slot_N]

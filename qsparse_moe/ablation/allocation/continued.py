@@ -1,0 +1,83 @@
+"""A short training of a finished run's model with each of several plans, on the same rows and at the same rate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from qsparse_moe.ablation.allocation.compare import ALLOCATED, DENSE, GREEDY, UNIFORM, PlanComparison, outcomes
+from qsparse_moe.ablation.allocation.cost import Costs, measured_load
+from qsparse_moe.ablation.sensitivity.documents import DocumentRows, loss_by_document
+from qsparse_moe.data.loader import TrainLoader, load_data
+from qsparse_moe.data.packing import Array
+from qsparse_moe.data.token_data import TokenData
+from qsparse_moe.data.tokenizer import meaningless_ids
+from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.runs.folder import load_run_config, no_checkpoint
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.schedule import ste_share
+from qsparse_moe.training.checkpoint.state import restore, seed_random_states
+from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
+from qsparse_moe.training.engines.torch_engine import TorchEngine
+from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
+from qsparse_moe.training.step import train_step
+
+RATE = 0.1
+"""Of the run's peak learning rate: about what continued training of published runs begins with."""
+
+
+def compare_after_training(
+    run_dir: Path,
+    plans: Mapping[str, SparsityPlan],
+    held_out: DocumentRows,
+    costs: Costs,
+    steps: int,
+    device: str,
+) -> tuple[PlanComparison, ...]:
+    """Train the newest checkpoint with the allocated, the uniform, the greedy and the first random plan, and dense.
+
+    Each takes up weights and Adam's moments of the run and the rows that come next in it; the folder stays as it is.
+
+    Raises:
+        CheckpointError, TrainingDiverged: as training does.
+    """
+    chosen = {name: plans[name] for name in (ALLOCATED, UNIFORM, GREEDY, "random 0") if name in plans}
+    chosen[DENSE] = SparsityPlan.uniform(costs.config, 0.0)
+    found: dict[str, tuple[Array, float]] = {}
+    with open_distributed(device) as distributed:
+        data = load_data(load_run_config(run_dir).data)
+        for name, plan in chosen.items():
+            model = _trained(run_dir, plan, steps, data, distributed)
+            losses_C = loss_by_document(model, held_out)
+            found[name] = losses_C, replace(costs, load=measured_load(model, held_out)).of(plan)
+    return outcomes(found, held_out.labels_C)
+
+
+def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, distributed: Distributed) -> Transformer:
+    config, checkpoint = load_run_config(run_dir), newest_checkpoint(run_dir)
+    if checkpoint is None:
+        raise no_checkpoint(run_dir)
+    model = build_model(config.model, device=distributed.device, seed=config.training.seed)
+    load_checkpoint(model, checkpoint)
+    model.set_sparsity(plan)
+    model.hide_ids(meaningless_ids(config.model, data.tokenizer))
+    engine = TorchEngine(config, model, distributed)
+    restore(engine, checkpoint.tensor, checkpoint.adam_step)
+    first = checkpoint.progress.step
+    seed_random_states(config.training.seed, first, distributed.rank)
+    loader, guard = (
+        TrainLoader(config, data, 0, 1),
+        NonFiniteGuard(config.model.num_layers, distributed, engine.loss_scaler),
+    )
+    loader.load_state_dict(checkpoint.data_state)
+    try:
+        for step in range(first, first + steps):
+            model.train()
+            model.set_ste_share(ste_share(config.model.sparsity, step))
+            rate = RATE * config.training.learning_rate
+            train_step(engine, loader.batches(step), step=step + 1, learning_rate=rate, guard=guard, report=False)
+    finally:
+        engine.close()
+    return model.eval()

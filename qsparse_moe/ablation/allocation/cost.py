@@ -1,0 +1,129 @@
+"""What a plan costs a token, with the experts' load counted: parameters, operations or bytes, cell by cell.
+
+E experts, A experts a token, K kept features, B tokens a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+
+from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, sparsity_of
+from qsparse_moe.ablation.sensitivity.documents import DocumentRows
+from qsparse_moe.accounting.flops import forward_flops
+from qsparse_moe.accounting.parameters import Weight, model_weights
+from qsparse_moe.accounting.traffic import union
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import EXPERT_SITES, site_width, vocab_size
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
+from qsparse_moe.training.engines.protocol import run_model
+
+Quantity = Literal["sparsity", "parameters", "flops", "bytes"]
+Load = Mapping[int, tuple[float, ...]]
+"""Of every layer with experts, the share of tokens that uses each: between 0 and 1, A over all."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Counts one quantity, under one load.
+
+    ``parameters``: elements of matrices and of all else that a token uses and whose input is kept, as
+    ``accounting.parameters`` counts them, but by the experts' load. ``sparsity``: the share of the elements behind
+    sites that are not kept, so a mean S in which each matrix weighs as much as tokens use it. ``flops``: forward, at
+    ``context`` tokens, the selection of every sparse row among them. ``bytes``: weights read in a step of ``batch``
+    independent tokens.
+    """
+
+    config: ModelConfig
+    load: Load
+    quantity: Quantity
+    context: int = 1
+    batch: int = 1
+    bytes_per_weight: float = 4.0
+
+    def of(self, plan: SparsityPlan) -> float:
+        """Of the whole model; of ``sparsity`` the mean S."""
+        total = sum(self.of_cell(cell, sparsity_of(plan, cell)) for cell in cells_of(plan))
+        if self.quantity == "sparsity":
+            return 1.0 - total / self._behind_sites
+        return total + self.fixed
+
+    def total_at(self, target: float) -> float:
+        """What ``of_cell`` may add up to, so that a plan keeps to ``target``."""
+        return (1.0 - target) * self._behind_sites if self.quantity == "sparsity" else target - self.fixed
+
+    def shown_at(self, total: float) -> float:
+        """The inverse of ``total_at``: the budget that a sum over cells keeps to."""
+        return 1.0 - total / self._behind_sites if self.quantity == "sparsity" else total + self.fixed
+
+    def of_cell(self, cell: Cell, sparsity: float) -> float:
+        """What one cell adds at S: parameters (also for ``sparsity``), operations or bytes."""
+        width = site_width(self.config, cell.site)
+        kept = site_num_kept(self.config.sparsity, sparsity, width)
+        used, size = self.used(cell), self._size(cell.layer, cell.site)
+        if self.quantity == "bytes":
+            return self.bytes_per_weight * size * union(used * kept / width, self.batch)
+        parameters = used * size * kept / width
+        if self.quantity != "flops":
+            return parameters
+        return 2 * parameters + (2 * width * used if kept < width else 0.0)
+
+    def used(self, cell: Cell) -> float:
+        """The share of tokens that uses the cell."""
+        return 1.0 if cell.expert is None else self.load[cell.layer][cell.expert]
+
+    def _size(self, layer: int, site: Site) -> int:
+        return self._sizes[layer, site]
+
+    @cached_property
+    def _sizes(self) -> dict[tuple[int, Site], int]:
+        """Elements of the matrices behind every site, of one expert."""
+        found: dict[tuple[int, Site], int] = {}
+        for weight in self._weights:
+            if weight.site is not None:
+                share = self.config.moe.experts_per_token if weight.site in EXPERT_SITES else 1
+                place = (weight.layer, weight.site)
+                found[place] = found.get(place, 0) + weight.active // share
+        return found
+
+    @cached_property
+    def _weights(self) -> list[Weight]:
+        return list(model_weights(self.config))
+
+    @cached_property
+    def _behind_sites(self) -> float:
+        dense = SparsityPlan.uniform(self.config, 0.0)
+        return sum(self.used(cell) * self._size(cell.layer, cell.site) for cell in cells_of(dense))
+
+    @cached_property
+    def fixed(self) -> float:
+        """What no plan changes: embedding, norms, routers, head, attention scores."""
+        others = [weight for weight in self._weights if weight.site is None]
+        if self.quantity == "bytes":
+            embedding = self.config.hidden_size * (min(self.batch, vocab_size(self.config)) - 1)
+            return self.bytes_per_weight * (sum(weight.active for weight in others) + embedding)
+        if self.quantity == "flops":
+            scores = forward_flops(self.config, self.context).attention_scores
+            return 2 * sum(weight.active for weight in others if weight.is_matrix) + scores
+        return float(sum(weight.active for weight in others))
+
+
+@torch.no_grad()
+def measured_load(model: Transformer, rows: DocumentRows) -> Load:
+    """Which share of the tokens of ``rows`` uses each expert, at the model's plan."""
+    total = None
+    for batch in rows.batches:
+        output = run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
+        rows_LE = output.stats.get("router/rows_LE")
+        if rows_LE is not None:
+            total = rows_LE if total is None else total + rows_LE
+    layers = [block.layer for block in model.blocks() if block.moe is not None]
+    if total is None:
+        return {}
+    shares_LE = total / (total.sum(-1, keepdim=True) / model.config.moe.experts_per_token)
+    return {layer: tuple(shares_E) for layer, shares_E in zip(layers, shares_LE.tolist(), strict=True)}

@@ -1,0 +1,114 @@
+"""Plans that an allocation is compared with: greedy by layer, as TEAL does it, and random ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, shifted
+from qsparse_moe.ablation.allocation.cost import Costs
+from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.sensitivity.documents import DocumentRows
+from qsparse_moe.config.schema import Site
+from qsparse_moe.model.block import Block
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.engines.protocol import run_model
+
+_STEP = 0.05
+_RANDOM_SPREAD = 0.3
+
+
+def random_plan(plan: SparsityPlan, costs: Costs, target: float, seed: int) -> SparsityPlan:
+    """S uniform within 0.3 of a level, the level being what the budget asks for.
+
+    Raises:
+        ConfigError: no such plan keeps to the budget.
+    """
+    generator = np.random.default_rng(seed)
+    cells = cells_of(plan)
+    offsets = generator.uniform(-_RANDOM_SPREAD, _RANDOM_SPREAD, len(cells))
+    return shifted(plan, dict(zip(cells, offsets.tolist(), strict=True)), costs, target)
+
+
+@torch.no_grad()
+def greedy_plan(
+    model: Transformer, rows: DocumentRows, uniform: SparsityPlan, costs: Costs, target: float
+) -> SparsityPlan:
+    """S by site, found layer by layer as TEAL does (arXiv 2408.14690, algorithm 1).
+
+    A layer begins dense. The site whose next step changes the layer's output least, by the squared L2 distance for what
+    the step saves, takes it, until the layer costs what it does under ``uniform``. All experts of a layer have the same
+    S. The model keeps its plan.
+    """
+    before = model.sparsity_plan
+    found: dict[tuple[int, Site], float] = {}
+    model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
+    try:
+        with _inputs(model) as inputs:
+            for batch in rows.batches:
+                run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
+        for block in model.blocks():
+            found |= _greedy_layer(block, inputs[block], uniform, costs)
+    finally:
+        model.set_sparsity(before)
+    cells = {cell: found[cell.layer, cell.site] for cell in cells_of(uniform)}
+    return shifted(uniform, cells, costs, target)
+
+
+def _greedy_layer(
+    block: Block, inputs: Sequence[tuple[Any, ...]], uniform: SparsityPlan, costs: Costs
+) -> dict[tuple[int, Site], float]:
+    plan = SparsityPlan({place: (0.0,) * len(values) for place, values in uniform.values.items()})
+    own = [cell for cell in cells_of(uniform) if cell.layer == block.layer]
+    room = sum(costs.of_cell(cell, sparsity_of(uniform, cell)) for cell in own)
+    block.set_sparsity(plan)
+    wanted = [block(*arguments).hidden_BSD for arguments in inputs]
+    levels = dict.fromkeys(plan.sites(block.layer), 0.0)
+
+    def cost_at(site: Site, level: float) -> float:
+        return sum(costs.of_cell(cell, level) for cell in own if cell.site == site)
+
+    while sum(cost_at(site, level) for site, level in levels.items()) > room:
+        prices = {}
+        for site, level in levels.items():
+            if level + _STEP <= MOST_SPARSE + 1e-9:
+                saved = cost_at(site, level) - cost_at(site, level + _STEP)
+                tried = _with_levels(plan, own, levels | {site: level + _STEP})
+                prices[site] = _distance(block, tried, inputs, wanted) / max(saved, 1e-12)
+        levels[min(prices, key=lambda site: prices[site])] += _STEP
+    return {(block.layer, site): level for site, level in levels.items()}
+
+
+def _with_levels(plan: SparsityPlan, own: Sequence[Cell], levels: dict[Site, float]) -> SparsityPlan:
+    return with_cells(plan, {cell: levels[cell.site] for cell in own})
+
+
+def _distance(block: Block, plan: SparsityPlan, inputs: Sequence[tuple[Any, ...]], wanted: Sequence[Tensor]) -> float:
+    block.set_sparsity(plan)
+    apart = [
+        (block(*arguments).hidden_BSD - want).double().square().sum()
+        for arguments, want in zip(inputs, wanted, strict=True)
+    ]
+    return float(torch.stack(apart).sum())
+
+
+@contextmanager
+def _inputs(model: Transformer) -> Iterator[dict[Block, list[tuple[Any, ...]]]]:
+    """What every layer is called with by the forwards inside."""
+    found: dict[Block, list[tuple[Any, ...]]] = {block: [] for block in model.blocks()}
+
+    def remember(block: Any, arguments: tuple[Any, ...]) -> None:
+        found[block].append(arguments)
+
+    handles = [block.register_forward_pre_hook(remember) for block in model.blocks()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

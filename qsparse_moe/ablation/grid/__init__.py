@@ -1,0 +1,1 @@
+"""Grids: many runs from one file, their results, report, and figures."""

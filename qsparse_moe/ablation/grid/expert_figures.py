@@ -1,0 +1,103 @@
+"""The figure of a grid that changes single experts: layers x experts maps of the loss against the first point.
+
+L layers, E experts, V variants with the first point among them, R seeds.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
+from qsparse_moe.ablation.grid.figure_points import Place, Point, changed_places, other_settings
+from qsparse_moe.config.schema import Site
+from qsparse_moe.data.packing import Array
+
+LEVEL = 0.95
+
+
+class _Expert(NamedTuple):
+    """What a point changes, where that is one expert."""
+
+    sites: tuple[Site, ...]
+    sparsity: float
+    layer: int
+    expert: int
+
+
+def expert_maps(points: Sequence[Point]) -> Figure | None:
+    """Return a map for each site and S of what changing one expert does; None where fewer than two points do that."""
+    experts = _single_experts(points)
+    if len(experts) < 2:
+        return None
+    layers = tuple(sorted({one.layer for one in experts.values()}))
+    num_experts = 1 + max(one.expert for one in experts.values())
+    base = points[0]
+    change, half = differences([base, *(points[place] for place in experts)])
+    panels: dict[tuple[tuple[Site, ...], float], CellMap] = {}
+    for one, value in zip(experts.values(), change, strict=True):
+        shape, key = (len(layers), num_experts), (one.sites, one.sparsity)
+        empty = CellMap(_title(*key), layers, np.full(shape, np.nan), np.zeros(shape, bool))
+        panel = panels.setdefault(key, empty)
+        place = layers.index(one.layer), one.expert
+        panel.change_LE[place] = value
+        panel.noise_LE[place] = half is not None and abs(value) <= half
+    num_seeds = len(base.by_seed)
+    note = f"mean of {num_seeds} seeds" if half is not None else "one seed: no spread known, no cell is marked"
+    noise = (
+        None if half is None else f"noise: within ±{1000 * half:.2g}, the {LEVEL:.0%} interval from the seeds' spread"
+    )
+    title = f"Validation loss with one expert changed, against {base.row['variant']}"
+    maps = [panels[key] for key in sorted(panels)]
+    missing = "not among the finished runs"
+    return draw_maps(maps, scale_over(change.tolist()), title=title, missing=missing, noise=noise, note=note)
+
+
+def differences(points: Sequence[Point]) -> tuple[Array, float | None]:
+    """Return the mean change of every point against the first, and half of the interval that each has.
+
+    The spread is that of the residuals of an analysis of variance with the seeds as blocks (Fisher 1935): what a seed
+    does to all points alike does not count, and all points together say how far the rest scatters. Half of the interval
+    is ``t sqrt(2 s^2 / R)`` with (V - 1) (R - 1) degrees of freedom; None where the points share one seed only, and the
+    changes are then those of that seed.
+    """
+    seeds = sorted(set.intersection(*(set(point.by_seed) for point in points)))
+    if len(seeds) < 2:
+        losses = [point.by_seed[seeds[0]] if seeds else point.loss for point in points]
+        return np.asarray(losses[1:]) - losses[0], None
+    losses_VR = np.array([[point.by_seed[seed] for seed in seeds] for point in points])
+    means_V = losses_VR.mean(1)
+    residuals_VR = losses_VR - means_V[:, None] - losses_VR.mean(0) + losses_VR.mean()
+    freedom = (len(points) - 1) * (len(seeds) - 1)
+    variance = float((residuals_VR**2).sum()) / freedom
+    half = float(student_t.ppf((1 + LEVEL) / 2, freedom)) * (2 * variance / len(seeds)) ** 0.5
+    return means_V[1:] - means_V[0], half
+
+
+def _single_experts(points: Sequence[Point]) -> dict[int, _Expert]:
+    """By their index, the points that differ from the first in the S of one expert alone."""
+    found: dict[int, _Expert] = {}
+    for index, point in enumerate(points[1:], 1):
+        changed = changed_places(points[0], point)
+        if other_settings(point) == other_settings(points[0]) and (one := _one_expert(changed)) is not None:
+            found[index] = one
+    return found
+
+
+def _one_expert(changed: Mapping[Place, float]) -> _Expert | None:
+    by_expert: dict[tuple[int, int | None], list[Site]] = defaultdict(list)
+    for layer, site, expert in changed:
+        by_expert[layer, expert].append(site)
+    if len(by_expert) != 1 or len(set(changed.values())) != 1:
+        return None
+    ((layer, expert), sites) = next(iter(by_expert.items()))
+    return None if expert is None else _Expert(tuple(sites), next(iter(changed.values())), layer, expert)
+
+
+def _title(sites: Sequence[Site], sparsity: float) -> str:
+    return f"{' and '.join(sites)}, S={sparsity:g}"

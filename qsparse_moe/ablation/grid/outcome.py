@@ -1,0 +1,127 @@
+"""What the folder of a run says, with what its model costs, as a row of results."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qsparse_moe.ablation.grid.points import Grid, GridRun
+from qsparse_moe.ablation.grid.results import RunResult
+from qsparse_moe.accounting.densities import Densities, measured_densities, planned_densities
+from qsparse_moe.accounting.flops import training_flops
+from qsparse_moe.accounting.parameters import count_by_part, count_parameters
+from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
+from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
+from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.metrics.jsonl import read_metrics
+from qsparse_moe.metrics.names import layer_name
+from qsparse_moe.runs.folder import is_finished, run_folder
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+_TABLES = ("embedding", "head")
+_PARTS = {
+    "attention": "attention",
+    "router": "router",
+    "shared": "shared",
+    "experts": "experts_active",
+    "dense": "dense",
+}
+
+
+def outcome_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
+    """What the folder of ``run`` holds now; ``error``: why it did not come to its end."""
+    finished, error = _state(run.config, error)
+    rows = read_metrics(run_folder(run.config) / "metrics.jsonl") if finished else []
+    validated = [row for row in rows if row.get("validation/bits_per_byte") is not None]
+    last: dict[str, Any] = validated[-1] if validated else {}
+    rates = sorted(row["throughput/tokens_per_second"] for row in rows if row.get("throughput/tokens_per_second"))
+    return RunResult(
+        grid=grid.name,
+        id=run.id,
+        variant=run.variant,
+        seed=run.seed,
+        settings=dict(run.settings),
+        finished=finished,
+        error=error,
+        steps=last.get("step", 0),
+        tokens=last.get("tokens", 0),
+        loss=last.get("validation/loss"),
+        bits_per_byte=last.get("validation/bits_per_byte"),
+        curve=[(row["tokens"], row["validation/loss"], row["validation/bits_per_byte"]) for row in validated],
+        **_shape(run.config.model),
+        **_cost(run.config, _densities(run.config.model, last)),
+        tokens_per_second=rates[len(rates) // 2] if rates else None,
+        choices=[(choice.label, list(choice.paths)) for choice in run.choices],
+        varied_sparsity=_varied_sparsity(grid, run.config.model),
+        layer_grad_norms=_late_grad_norms(rows, run.config.training.steps, run.config.model.num_layers),
+    )
+
+
+def _varied_sparsity(grid: Grid, model: ModelConfig) -> list[tuple[int, Site, list[int] | None, float]]:
+    """S at the places that the grid varies; experts of one S as one entry."""
+    plan = SparsityPlan.from_config(model)
+    found: list[tuple[int, Site, list[int] | None, float]] = []
+    for layer, site in grid.places:
+        values = plan.values[layer, site]
+        for sparsity in dict.fromkeys(values):
+            experts = [expert for expert, value in enumerate(values) if value == sparsity]
+            found.append((layer, site, None if len(experts) == len(values) else experts, sparsity))
+    return found
+
+
+def _state(config: RunConfig, error: str | None) -> tuple[bool, str | None]:
+    """Whether the run is finished, and what speaks against it."""
+    try:
+        return is_finished(config), error
+    except (ConfigError, CheckpointError) as refused:
+        return False, error or str(refused)
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    return {
+        "hidden_size": model.hidden_size,
+        "num_layers": model.num_layers,
+        "num_experts": model.moe.num_experts,
+        "experts_per_token": model.moe.experts_per_token,
+        "expert_hidden_size": model.moe.expert_hidden_size,
+        "sparsity": SparsityPlan.from_config(model).mean,
+    }
+
+
+def _densities(model: ModelConfig, row: Mapping[str, Any]) -> Densities:
+    """As planned; where a plan only says where a threshold stands, as the run measured, once it did."""
+    if model.sparsity.selection in ("topk", "block"):
+        return planned_densities(model)
+    return measured_densities(model, row) or planned_densities(model)
+
+
+def _cost(config: RunConfig, densities: Densities) -> dict[str, Any]:
+    model = config.model
+    parts = count_by_part(model, densities=densities)
+    counted = count_parameters(model, densities=densities)
+    tables = sum(parts[part].stored for part in _TABLES if part in parts)
+    training = training_flops(model, config.data.sequence_length, densities=densities)
+    return {
+        "total_parameters": counted.stored - tables,
+        "embedding_parameters": tables,
+        "active_parameters": counted.active,
+        "kept_parameters": counted.kept,
+        "active_weights_by_part": {name: parts[part].active for part, name in _PARTS.items() if part in parts},
+        "training_flops_per_token": training.routed,
+        "kept_training_flops_per_token": training.kept,
+        "weight_bytes_1": _bytes(config, 1, densities),
+        "weight_bytes_16": _bytes(config, 16, densities),
+    }
+
+
+def _bytes(config: RunConfig, batch: int, densities: Densities) -> float:
+    each = 4.0 if config.training.precision == "fp32" else 2.0
+    return total_traffic(weight_traffic(config.model, batch, densities, bytes_per_weight=each)).kept
+
+
+def _late_grad_norms(rows: Sequence[Mapping[str, Any]], steps: int, num_layers: int) -> list[float] | None:
+    """By layer, the mean over the rows of the steps after half of ``steps``; None where those have no such norms."""
+    names = [layer_name("train/grad_norm", layer) for layer in range(num_layers)]
+    late = [row for row in rows if 2 * row["step"] > steps and names[0] in row]
+    return [statistics.mean(row[name] for row in late) for name in names] if late else None

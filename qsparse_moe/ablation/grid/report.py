@@ -1,0 +1,137 @@
+"""The outcomes of a grid as lines of JSON and as Markdown tables."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+from qsparse_moe.ablation.grid.figures import draw_figures
+from qsparse_moe.ablation.grid.points import Grid
+from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
+
+REPORT = "report.md"
+
+
+def write_results(grid: Grid, outcomes: Sequence[RunResult], folder: Path) -> None:
+    """Write ``results.jsonl``, the figures that the grid has the axes for, and ``report.md``, each file at once."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = draw_figures([outcome.as_dict() for outcome in outcomes], folder)
+    report = "\n\n".join([markdown(grid, outcomes), *(f"![{title}]({name})" for name, title in figures.items())])
+    for name, text in ((RESULTS, results_text(outcomes)), (REPORT, report + "\n")):
+        part = folder / f"{name}.part"
+        part.write_text(text, "utf-8")
+        os.replace(part, folder / name)
+
+
+def markdown(grid: Grid, outcomes: Sequence[RunResult]) -> str:
+    """Quality and cost by point; below them gradient norms by layer where runs have them, and the runs that broke."""
+    seeds = {outcome.seed for outcome in outcomes}
+    spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
+    parts = [
+        f"Validation bits a byte after the last step; {spread}; the distance from the first row seed by seed.",
+        _quality(grid, outcomes),
+        "Cost, counted by routing and by what Q-Sparse keeps; parameters without embedding and head where they are "
+        "stored. Operations of training per token: executed by dense kernels, and left if every zero were skipped. MB "
+        "of weights that one step of generation needs, by its tokens. Tokens/s: measured in training, median. "
+        "A column in which all rows agree is told once.",
+        *_cost(grid, outcomes),
+    ]
+    if any(outcome.layer_grad_norms for outcome in outcomes):
+        parts.append(
+            "Gradient norm by layer, of the layer's matrices and before clipping: mean over the logged steps of the "
+            "second half of a run, then mean ± spread over the seeds."
+        )
+        parts.append(_gradients(grid, outcomes))
+    broken = [f"- `{outcome.id}`: {_one_line(outcome.error)}" for outcome in outcomes if not outcome.finished]
+    if broken:
+        parts += [f"{len(broken)} of {len(outcomes)} runs did not come to their end:", "\n".join(broken)]
+    return "\n\n".join(parts)
+
+
+def _quality(grid: Grid, outcomes: Sequence[RunResult]) -> str:
+    """A row a point. A run that is missing has a dash."""
+    seeds = list(dict.fromkeys(outcome.seed for outcome in outcomes))
+    bits = {(outcome.variant, outcome.seed): outcome.bits_per_byte for outcome in outcomes}
+    first = grid.variants[0]
+    rows = []
+    for variant in grid.variants:
+        found = [bits.get((variant, seed)) for seed in seeds]
+        pairs = [(bits.get((first, seed)), value) for seed, value in zip(seeds, found, strict=True)]
+        rows.append(
+            [
+                variant,
+                *("–" if value is None else f"{value:.4f}" for value in found),
+                *([_spread([value for value in found if value is not None])] if len(seeds) > 1 else []),
+                _spread([b - a for a, b in pairs if a is not None and b is not None], sign="+"),
+            ]
+        )
+    mean = ["mean ± spread"] if len(seeds) > 1 else []
+    return _table(["variant", *(f"seed {seed}" for seed in seeds), *mean, f"against {first}"], rows)
+
+
+def _cost(grid: Grid, outcomes: Sequence[RunResult]) -> list[str]:
+    """The columns in which the points differ as a table, and what they have in common as a line."""
+    by_variant: dict[str, list[RunResult]] = defaultdict(list)
+    for outcome in outcomes:
+        by_variant[outcome.variant].append(outcome)
+    rows = []
+    for variant in grid.variants:
+        found = by_variant[variant]
+        rates = [outcome.tokens_per_second for outcome in found if outcome.tokens_per_second]
+        kept, left = _mean(found, "kept_parameters"), _mean(found, "kept_training_flops_per_token")
+        rows.append(
+            [
+                variant,
+                f"{found[0].sparsity:.3g}",
+                f"{found[0].total_parameters:,}",
+                f"{found[0].active_parameters:,}",
+                f"{kept:,.0f}",
+                f"{found[0].training_flops_per_token / 1e6:.3f}",
+                f"{left / 1e6:.3f}",
+                *(f"{_mean(found, name) / 1e6:.3f}" for name in ("weight_bytes_1", "weight_bytes_16")),
+                f"{statistics.median(rates):,.0f}" if rates else "–",
+            ]
+        )
+    head = ["variant", "mean S", "parameters stored", "active", "kept", "MFLOP executed", "MFLOP kept"]
+    head += ["MB at 1", "MB at 16", "tokens/s"]
+    columns = list(zip(*rows, strict=True))
+    differs = [place for place, values in enumerate(columns) if place == 0 or len(set(values)) > 1 or len(rows) == 1]
+    common = [f"{head[place]} {columns[place][0]}" for place in range(len(head)) if place not in differs]
+    parts = [_table([head[place] for place in differs], [[row[place] for place in differs] for row in rows])]
+    return ([f"The same in all rows: {', '.join(common)}."] if common else []) + (parts if len(differs) > 1 else [])
+
+
+def _mean(outcomes: Sequence[RunResult], name: str) -> float:
+    return statistics.mean(getattr(outcome, name) for outcome in outcomes)
+
+
+def _gradients(grid: Grid, outcomes: Sequence[RunResult]) -> str:
+    """A row a point, a column a layer. Three digits each: across the layers they may lie orders apart."""
+    found: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for outcome in outcomes:
+        for layer, norm in enumerate(outcome.layer_grad_norms or ()):
+            found[outcome.variant, layer].append(norm)
+    layers = range(1 + max(layer for _, layer in found))
+    rows = [
+        [variant, *(_spread(found.get((variant, layer), ()), digits=".3g") for layer in layers)]
+        for variant in grid.variants
+    ]
+    return _table(["variant", *(f"layer {layer}" for layer in layers)], rows)
+
+
+def _one_line(error: str | None) -> str:
+    return " ".join((error or "not started, or stopped").split())
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _spread(values: Sequence[float], sign: str = "", digits: str = ".4f") -> str:
+    if not values:
+        return "–"
+    mean = f"{statistics.mean(values):{sign}{digits}}"
+    return f"{mean} ± {statistics.stdev(values):{digits}}" if len(values) > 1 else mean

@@ -1,0 +1,127 @@
+"""Rows with the document of every label, and losses added up by document. R rows, S tokens, C documents.
+
+Documents, not tokens, are what differs from one text to another, so a bootstrap draws them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.data.loader import sample_train_rows
+from qsparse_moe.data.packing import Array
+from qsparse_moe.data.rows import RowTable
+from qsparse_moe.data.token_data import TokenData
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.training.engines.protocol import run_model
+
+_ROWS_READ_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class DocumentRows:
+    """Rows of one table and which document each label stands in."""
+
+    batches: tuple[Batch, ...]
+    documents: tuple[Tensor, ...]
+    """``(B, S)`` int64 for each batch: the document of every label, numbered from 0 without gaps."""
+    num_documents: int
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return sum(len(batch.tokens_BS) for batch in self.batches)
+
+    @property
+    def labels_C(self) -> Array:
+        """``(C,)`` how many labels each document has."""
+        every = torch.cat([ids.flatten() for ids in self.documents])
+        return torch.bincount(every, minlength=self.num_documents).double().numpy()
+
+    def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
+        return iter(zip(self.batches, self.documents, strict=True))
+
+
+def validation_documents(data: TokenData, *, num_rows: int, batch_size: int) -> DocumentRows:
+    """Validation rows, spread evenly over all of them; fewer where there are fewer."""
+    table, indices = data.evaluation_rows(num_rows)
+    _, dense = np.unique(_documents(table, indices), return_inverse=True)
+    return _batched(table.tokens(indices), dense.reshape(len(indices), -1), data, batch_size)
+
+
+def training_documents(config: RunConfig, data: TokenData, *, num_rows: int, batch_size: int) -> DocumentRows:
+    """Training rows, spread evenly over all of them: of many more documents than validation rows are.
+
+    What a row holds of one document counts as a document: which rows share one is not looked up.
+    """
+    tokens_RS = sample_train_rows(config, data, num_rows)
+    starts_RS = tokens_RS[:, :-1] == data.validation.document_token
+    starts_RS[:, 0] = True
+    return _batched(tokens_RS, starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1, data, batch_size)
+
+
+def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size: int) -> DocumentRows:
+    begins = range(0, len(tokens_RS), batch_size)
+    ids_RS = torch.from_numpy(documents_RS.astype(np.int64))
+    return DocumentRows(
+        tuple(data.batch(tokens_RS[begin : begin + batch_size]) for begin in begins),
+        tuple(ids_RS[begin : begin + batch_size] for begin in begins),
+        int(ids_RS.max()) + 1,
+    )
+
+
+def _documents(table: RowTable, indices: Array) -> Array:
+    """``(R, S)`` the documents of these rows, counted through the whole table: a document may fill several rows."""
+    found, begun, wanted = [], 0, set(indices.tolist())
+    for begin in range(0, int(indices.max()) + 1, _ROWS_READ_AT_ONCE):
+        rows = range(begin, min(begin + _ROWS_READ_AT_ONCE, len(table)))
+        starts = table.tokens(rows)[:, :-1] == table.document_token
+        counted = begun + np.cumsum(starts.reshape(-1)).reshape(starts.shape)
+        begun = int(counted[-1, -1])
+        found.append(counted[[row - begin for row in rows if row in wanted]])
+    return np.concatenate(found)
+
+
+@torch.no_grad()
+def loss_by_document(model: Transformer, rows: DocumentRows) -> Array:
+    """``(C,)`` float64: the sum of the loss over each document's labels, in nats."""
+    device = model.embedding.weight.device
+    sums_C = torch.zeros(rows.num_documents, dtype=torch.float64)
+    for batch, documents_BS in rows:
+        output = run_model(model, batch, device, with_stats=False, layer_hook=None)
+        losses_T = token_losses(output.logits_BSV, batch.labels_BS.to(device))
+        sums_C.index_add_(0, documents_BS.flatten(), losses_T.double().cpu())
+    return sums_C.numpy()
+
+
+def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
+    """``(B * S,)`` nats, in at least fp32."""
+    wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), labels_BS.flatten(), reduction="none")
+
+
+def bootstrap_intervals(
+    sums_XC: Array, labels_C: Array, *, draws: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[Array, Array]:
+    """Percentile intervals ``(X,)`` of ``sums / labels`` over documents drawn with replacement (Efron 1979).
+
+    Args:
+        sums_XC: for each of X quantities what every document adds to it.
+        labels_C: what every document adds to the number it is divided by.
+        draws: how often C documents are drawn.
+        level: of the interval.
+        seed: of the draws.
+    """
+    generator = np.random.default_rng(seed)
+    count = len(labels_C)
+    weights_BC = generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
+    drawn_BX = (weights_BC @ sums_XC.T) / (weights_BC @ labels_C)[:, None]
+    low, high = np.quantile(drawn_BX, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high

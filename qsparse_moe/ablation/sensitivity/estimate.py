@@ -1,0 +1,279 @@
+"""What the loss would change by if the S of one cell were another, for all cells and many S from one forward pass.
+
+A site turns a row x into a sparse row y(S), the K largest of x (and its rescale). With g the gradient of the summed
+loss by the sparse row at the S of the moment, S0, and d = y(S) - y(S0), a cell's change of loss is to second order
+
+    sum over its rows of g.d,  and half of d' G d  over all its rows together
+
+G is the Gauss-Newton matrix of the loss by the sparse rows, which is Fisher's information: d' G d is the mean of
+(sum over the rows of g*.d)^2 with g* the gradient for labels drawn from the model. Tokens of one document in one row of
+the batch see each other, so their sums are squared; pieces of different documents do not. One draw is enough,
+because the pieces are many. One sort of |x| gives g.y(S) for every S: running sums of g x and x^2 in falling order of
+|x|, read at K.
+
+N rows, D features, X values of S, E experts, C documents, P pieces of documents in a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qsparse_moe.ablation.sensitivity.cells import Cell
+from qsparse_moe.ablation.sensitivity.documents import DocumentRows, token_losses
+from qsparse_moe.data.packing import Array
+from qsparse_moe.model.block import Block
+from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
+from qsparse_moe.moe.dispatch import RoutedRows
+from qsparse_moe.nn.sparse_site import SparseSite
+from qsparse_moe.sparsity.plan import site_num_kept
+from qsparse_moe.sparsity.quantize import as_format
+from qsparse_moe.training.engines.protocol import run_model
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Sums over the labels of every document, by cell and S; both terms, not yet added."""
+
+    first: dict[Cell, Array]
+    """``(X, C)`` nats: the first-order term."""
+    second: dict[Cell, Array]
+    """``(X, C)`` nats: the second-order term, never below 0."""
+
+    def total(self, cell: Cell) -> Array:
+        """``(X, C)`` both together."""
+        return self.first[cell] + self.second[cell]
+
+
+STE_SHARE = 1.0
+DRAWS = 1
+"""Of labels for the second order; see ``estimate``."""
+
+
+def estimate(
+    model: Transformer,
+    rows: DocumentRows,
+    values: Sequence[float],
+    *,
+    ste_share: float = STE_SHARE,
+    draws: int = DRAWS,
+    seed: int = 0,
+) -> Estimate:
+    """Both terms of every cell at each S of ``values``, from one forward and ``1 + draws`` backward passes.
+
+    The model keeps its plan, its weights and which of them ask for gradients.
+
+    Args:
+        model: selects by rank; on any device.
+        rows: in their documents.
+        values: X values of S.
+        ste_share: of the gradient that other selections pass on to the features they dropped. With 0 the first order is
+            the derivative of the loss while every selection stays as it is; but a change of finite size moves features
+            over the thresholds of the sites behind it, which the straight-through gradient sees and the derivative
+            does not (docs/results.md).
+        draws: of a label for every position, from what the model predicts there.
+        seed: of the draws.
+    """
+    device = model.embedding.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    with _listening(model, rows.num_documents, values, ste_share) as listeners:
+        for batch, documents_BS in rows:
+            pieces = _Pieces.of(documents_BS.to(device))
+            with torch.enable_grad():
+                logits_BSV = run_model(model, batch, device, with_stats=False, layer_hook=None).logits_BSV
+                labels_BS = batch.labels_BS.to(device)
+                _backward(logits_BSV, labels_BS, pieces, listeners, weight=None, keep=draws > 0)
+                for draw in range(draws):
+                    drawn_BS = _draw(logits_BSV, labels_BS, generator)
+                    _backward(logits_BSV, drawn_BS, pieces, listeners, weight=1 / (2 * draws), keep=draw < draws - 1)
+            model.embedding.weight.grad = None
+    first, second = {}, {}
+    for listener in listeners:
+        for cell, sums_2XC in listener.by_cell():
+            first[cell], second[cell] = sums_2XC
+    return Estimate(first, second)
+
+
+def _backward(
+    logits_BSV: Tensor,
+    labels_BS: Tensor,
+    pieces: _Pieces,
+    listeners: Sequence[_Listener],
+    *,
+    weight: float | None,
+    keep: bool,
+) -> None:
+    """Bring the gradients for these labels to the listeners; ``keep`` the graph for another time."""
+    for listener in listeners:
+        listener.begin(pieces)
+    # The sum: a row's gradient is then that of its own document, whatever else is in the batch.
+    torch.autograd.backward(token_losses(logits_BSV, labels_BS).sum(), retain_graph=keep)
+    for listener in listeners:
+        listener.end(weight=weight)
+
+
+def _draw(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> Tensor:
+    """Labels from what the model predicts, where the text has one."""
+    probabilities_TV = logits_BSV.detach().float().softmax(-1).flatten(0, 1)
+    drawn_BS = torch.multinomial(probabilities_TV, 1, generator=generator).view_as(labels_BS)
+    return torch.where(labels_BS == IGNORED_LABEL, labels_BS, drawn_BS)
+
+
+class _Pieces(NamedTuple):
+    """What of a batch belongs to one document in one of its rows."""
+
+    of_token_T: Tensor
+    document_P: Tensor
+
+    @staticmethod
+    def of(documents_BS: Tensor) -> _Pieces:
+        rows_BS = torch.arange(len(documents_BS), device=documents_BS.device)[:, None].expand_as(documents_BS)
+        pairs_PR, of_token_T = torch.stack([rows_BS, documents_BS], -1).flatten(0, 1).unique(dim=0, return_inverse=True)
+        return _Pieces(of_token_T, pairs_PR[:, 1])
+
+
+@contextmanager
+def _listening(
+    model: Transformer, num_documents: int, values: Sequence[float], ste_share: float
+) -> Iterator[list[_Listener]]:
+    """Listeners at every site. Of the weights only the embedding asks for a gradient: it lets the graph begin there."""
+    listeners = []
+    asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    sites = [site for block in model.blocks() for site in block.sites().values()]
+    shares, permutations = [site.ste_share for site in sites], {}
+    was_training = model.training
+    try:
+        model.eval()
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model.embedding.weight.requires_grad_(True)
+        for block in model.blocks():
+            tokens = _TokensOfRows()
+            if block.moe is not None:
+                permutations[block] = block.moe.permutation
+                block.moe.permutation = replace(
+                    block.moe.permutation, plan=partial(tokens.plan, permutations[block].plan)
+                )
+            for site in block.sites().values():
+                site.ste_share = ste_share
+                site.hook = _Listener(block, site, tokens, num_documents, values)
+                listeners.append(site.hook)
+        yield listeners
+    finally:
+        for site, share in zip(sites, shares, strict=True):
+            site.hook, site.ste_share = None, share
+        for block, permutation in permutations.items():
+            assert block.moe is not None
+            block.moe.permutation = permutation
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(asked[name])
+        model.train(was_training)
+
+
+class _TokensOfRows:
+    """Remembers which token each routed row of a layer is of: the sites see the rows alone."""
+
+    def __init__(self) -> None:
+        self.token_N: Tensor | None = None
+
+    def plan(self, original: Any, *arguments: Any) -> RoutedRows:
+        planned: RoutedRows = original(*arguments)
+        self.token_N = planned.token_N
+        return planned
+
+
+class _Listener:
+    """Adds up both terms of one site's cells while gradients arrive."""
+
+    def __init__(
+        self, block: Block, site: SparseSite, tokens: _TokensOfRows, num_documents: int, values: Sequence[float]
+    ) -> None:
+        self._layer, self._site, self._tokens = block.layer, site, tokens
+        self._kept = [site_num_kept(site.settings, value, site.num_features) for value in values]
+        self._num_documents = num_documents
+        self._sums_2ECX = torch.zeros(2, len(site.num_kept_E), num_documents, len(values), dtype=torch.float64)
+        self._pieces: _Pieces | None = None
+        self._sums_FX = torch.zeros(0)
+
+    def begin(self, pieces: _Pieces) -> None:
+        """Before the gradients of a batch for one choice of labels."""
+        self._pieces = pieces
+        self._sums_FX = torch.zeros(
+            len(self._site.num_kept_E) * len(pieces.document_P), len(self._kept), dtype=torch.float64
+        )
+
+    def end(self, *, weight: float | None) -> None:
+        """After them: the sums as they are for the first order, or their squares times ``weight`` for the second."""
+        assert self._pieces is not None
+        sums_EPX = self._sums_FX.unflatten(0, (-1, len(self._pieces.document_P)))
+        document_P = self._pieces.document_P.cpu()
+        if weight is None:
+            self._sums_2ECX[0].index_add_(1, document_P, sums_EPX)
+        else:
+            self._sums_2ECX[1].index_add_(1, document_P, sums_EPX.square(), alpha=weight)
+
+    def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
+        # The pieces are asked for in the backward: a forward serves several.
+        token_N = None if expert_ids_N is None else self._tokens.token_N
+        hook = partial(self._add, x.detach().flatten(0, -2), sparse.detach().flatten(0, -2), expert_ids_N, token_N)
+        sparse.register_hook(hook)
+        return sparse
+
+    def _add(
+        self, x_ND: Tensor, sparse_ND: Tensor, expert_ids_N: Tensor | None, token_N: Tensor | None, grad: Tensor
+    ) -> None:
+        assert self._pieces is not None
+        places_N = self._pieces.of_token_T
+        if expert_ids_N is not None:
+            assert token_N is not None
+            places_N = expert_ids_N.long() * len(self._pieces.document_P) + places_N[token_N.long()]
+        change_NX = changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._kept).double().cpu()
+        self._sums_FX.index_add_(0, places_N.cpu(), change_NX)
+
+    def by_cell(self) -> Iterator[tuple[Cell, Array]]:
+        """The sums ``(2, X, C)`` of every cell."""
+        has_experts = self._site.site in ("expert_input", "expert_hidden")
+        for expert in range(self._sums_2ECX.shape[1]):
+            cell = Cell(self._layer, self._site.site, expert if has_experts else None)
+            yield cell, np.ascontiguousarray(self._sums_2ECX[:, expert].transpose(-1, -2).numpy())
+
+
+def changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, kept: Sequence[int]) -> Tensor:
+    """``(N, X)``: ``g.(y(K) - y)`` of every row for each K of ``kept``, in at least fp32.
+
+    Args:
+        site: whose selection, number format and rescale make y of x.
+        x_ND: what the site was given.
+        sparse_ND: y of the moment.
+        grad_ND: g, the gradient by it.
+        kept: K of a row, each as ``site_num_kept`` gives it.
+    """
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    rounded_ND, grad_ND = as_format(x_ND, site.number_format).to(wide), grad_ND.to(wide)
+    now_N1 = (grad_ND * sparse_ND.to(wide)).sum(-1, keepdim=True)
+    group = site.group_size or site.num_features
+    order_NGF = x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
+    along_NX = _read(grad_ND * rounded_ND, order_NGF, kept)
+    if site.settings.rescale == "none":
+        return along_NX - now_N1
+    energy_NX = _read(rounded_ND.square(), order_NGF, kept)
+    target_N1 = x_ND.to(wide).square().sum(-1, keepdim=True) if site.settings.rescale == "preserve" else 1.0
+    # A site that keeps everything is left as it is (SparseSite), so that no S changes nothing.
+    is_whole_X = torch.tensor([count == site.num_features for count in kept], device=x_ND.device)
+    scale_NX = (target_N1 / energy_NX).sqrt().nan_to_num(0.0, 0.0, 0.0)
+    return torch.where(is_whole_X, along_NX, along_NX * scale_NX) - now_N1
+
+
+def _read(terms_ND: Tensor, order_NGF: Tensor, kept: Sequence[int]) -> Tensor:
+    """``(N, X)``: the sums of ``terms`` over what each K keeps, an equal part of it in every group."""
+    num_groups, group = order_NGF.shape[-2:]
+    running_NGF = terms_ND.unflatten(-1, (num_groups, group)).gather(-1, order_NGF).cumsum(-1)
+    last_X = torch.tensor([count // num_groups - 1 for count in kept], device=terms_ND.device)
+    return running_NGF.index_select(-1, last_X).sum(-2)

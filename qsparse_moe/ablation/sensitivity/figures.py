@@ -1,0 +1,103 @@
+"""Pictures of sensitivities: heat maps layers x experts, and estimate against evaluation. L layers, E experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
+from qsparse_moe.ablation.sensitivity.measure import Sensitivity, SensitivityPoint
+from qsparse_moe.config.schema import Site
+from qsparse_moe.metrics.tensorboard import write_pictures
+
+
+def write_figures(found: Sensitivity, folder: Path) -> list[Path]:
+    """Write the PNG files into ``folder``; their paths.
+
+    ``map-SITE.png``, a map for each S, of what was evaluated or else estimated; and where both are there
+    ``estimate.png``, all points against each other.
+    """
+    return [_save(figure, folder / f"{name}.png") for name, figure in _figures(found).items()]
+
+
+def write_images(found: Sensitivity, tensorboard: Path, step: int) -> None:
+    """Add the same pictures to a run's TensorBoard folder, under ``sensitivity/``."""
+    pictures = {f"sensitivity/{name}": _pixels(figure) for name, figure in _figures(found).items()}
+    write_pictures(tensorboard, pictures, step)
+
+
+def _figures(found: Sensitivity) -> dict[str, Figure]:
+    figures: dict[str, Figure] = {}
+    scale = scale_over(_change(point)[0] for point in found.points)  # one for all sites, so that they can be compared
+    for site in dict.fromkeys(point.cell.site for point in found.points):
+        own = [point for point in found.points if point.cell.site == site]
+        figures[f"map-{site}"] = _maps(site, own, scale)
+    if found.exact_seconds is not None:
+        figures["estimate"] = _scatter(found)
+    return figures
+
+
+def _change(point: SensitivityPoint) -> tuple[float, tuple[float, float]]:
+    """The change and its interval: evaluated, or else estimated."""
+    if point.exact is None or point.exact_interval is None:
+        return point.estimate, point.estimate_interval
+    return point.exact, point.exact_interval
+
+
+def _maps(site: Site, points: Sequence[SensitivityPoint], scale: Normalize) -> Figure:
+    """One map for each S, side by side; cells whose interval holds 0 are hatched."""
+    values = sorted({point.sparsity for point in points})
+    layers = tuple(sorted({point.cell.layer for point in points}))
+    num_experts = 1 + max(point.cell.expert or 0 for point in points)
+    maps = []
+    for value in values:
+        change_LE, noise_LE = np.full((len(layers), num_experts), np.nan), np.zeros((len(layers), num_experts), bool)
+        for point in points:
+            if point.sparsity == value:
+                place = layers.index(point.cell.layer), point.cell.expert or 0
+                change, (low, high) = _change(point)
+                change_LE[place], noise_LE[place] = change, low <= 0 <= high
+        maps.append(CellMap(f"S={value:.3g}", layers, change_LE, noise_LE))
+    kind = "estimated" if points[0].exact is None else "evaluated"
+    title = f"{site.replace('_', ' ')}: loss with another S in one place, against the run's own plan ({kind})"
+    noise = "noise: the 95% interval over documents holds 0"
+    return draw_maps(maps, scale, title=title, missing="the run's own S", noise=noise)
+
+
+def _scatter(found: Sensitivity) -> Figure:
+    figure = Figure(figsize=(6.2, 4.6), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    values = sorted({point.sparsity for point in found.points})
+    for value in values:
+        own = [point for point in found.points if point.sparsity == value]
+        axes.plot(
+            [p.exact or 0.0 for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S={value:.3g}"
+        )
+    ends = [min(p.exact or 0.0 for p in found.points), max(p.exact or 0.0 for p in found.points)]
+    axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
+    median = max(float(np.median([abs(p.exact or 0.0) for p in found.points])), 1e-6)
+    scale = 10.0 ** np.ceil(np.log10(median))  # a whole decade, or the labels around 0 lie over each other
+    axes.set_xscale("symlog", linthresh=scale)
+    axes.set_yscale("symlog", linthresh=scale)
+    axes.set_xlabel("change of the loss by evaluation, nats per token")
+    axes.set_ylabel("change estimated, nats per token")
+    axes.tick_params(axis="both", labelsize=8)
+    axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.points)} points", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _save(figure: Figure, file: Path) -> Path:
+    FigureCanvasAgg(figure).print_png(str(file))
+    return file

@@ -1,0 +1,147 @@
+"""Sensitivities as JSON, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from qsparse_moe.ablation.sensitivity.estimate import DRAWS
+from qsparse_moe.ablation.sensitivity.measure import Sensitivity, SensitivityPoint
+from qsparse_moe.runs.folder import write_atomically
+
+FORMAT = "qsparse_moe.sensitivity/1"
+_COLUMNS = (
+    "layer",
+    "site",
+    "expert",
+    "sparsity",
+    "estimate",
+    "estimate_low",
+    "estimate_high",
+    "first_order",
+    "exact",
+    "exact_low",
+    "exact_high",
+)
+_MOST_SENSITIVE = 10
+AGREEMENT_HEAD = ("S", "points", "Spearman", "Pearson", "first order alone", "halves", "decided", "over decided")
+"""Of ``agreement_rows``; what follows Pearson are rank correlations and a count."""
+_READING = (
+    "Halves: how far the exact changes of one half of the documents rank as those of the other; no estimate can be "
+    "expected to rank better. Decided: points whose exact change has an interval without 0."
+)
+
+
+def as_dict(found: Sensitivity, *, run_dir: Path, step: int) -> dict[str, Any]:
+    """All of it, JSON-able."""
+    return {
+        "format": FORMAT,
+        "run_dir": str(run_dir),
+        "step": step,
+        "mean_sparsity": found.plan.mean,
+        "rows": found.rows,
+        "documents": found.documents,
+        "loss": found.loss,
+        "estimate_seconds": found.estimate_seconds,
+        "exact_seconds": found.exact_seconds,
+        "evaluations": found.evaluations,
+        "times_cheaper": found.times_cheaper,
+        "agreement": [asdict(one) for one in found.agreement],
+        "points": [_row(point) for point in found.points],
+    }
+
+
+def _row(point: SensitivityPoint) -> dict[str, Any]:
+    exact_low, exact_high = point.exact_interval or (None, None)
+    values = (
+        *point.cell,
+        point.sparsity,
+        point.estimate,
+        *point.estimate_interval,
+        point.first_order,
+        point.exact,
+        exact_low,
+        exact_high,
+    )
+    return dict(zip(_COLUMNS, values, strict=True))
+
+
+def write_csv(points: Sequence[SensitivityPoint], file: Path) -> None:
+    """A line a point; ``expert`` is empty at a site without experts, ``exact`` where nothing was evaluated."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(_row(point) for point in points)
+    write_atomically(file, text.getvalue())
+
+
+def markdown(found: Sensitivity, *, title: str) -> str:
+    """The agreement of estimate and evaluation, and the cells that cost most."""
+    parts = [
+        f"# {title}",
+        f"Loss {found.loss:.4f} nats a token at mean S {found.plan.mean:.3f}, on {found.rows} validation rows of "
+        f"{found.documents} documents. Changes are in nats a token; intervals are 95 % by bootstrap over documents.",
+    ]
+    if found.exact_seconds is not None:
+        parts += [
+            f"The estimate took {found.estimate_seconds:.2f} s, one forward and {1 + DRAWS} backward passes; the "
+            f"evaluations {found.exact_seconds:.1f} s, {found.evaluations} forward passes: "
+            f"{found.times_cheaper:.0f} times as long.",
+            table(AGREEMENT_HEAD, agreement_rows(found)),
+            _READING,
+        ]
+    parts += ["Cells that cost most:", table(("cell", "S", "estimate", "exact"), costliest_rows(found))]
+    return "\n\n".join(parts) + "\n"
+
+
+def agreement_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+    """What ``AGREEMENT_HEAD`` names, as text."""
+    return [
+        (
+            "all" if one.sparsity is None else f"{one.sparsity:.3g}",
+            str(one.points),
+            *(_correlation(value) for value in (one.spearman, one.pearson, one.spearman_first_order)),
+            _correlation(one.spearman_halves),
+            str(one.decided),
+            _correlation(one.spearman_decided),
+        )
+        for one in found.agreement
+    ]
+
+
+def _correlation(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+    """Of each cell its costliest S; the first ten, by what was evaluated where it was."""
+    by_cell: dict[Any, SensitivityPoint] = {}
+    for point in sorted(found.points, key=_cost):
+        by_cell[point.cell] = point
+    chosen = sorted(by_cell.values(), key=_cost, reverse=True)[:_MOST_SENSITIVE]
+    return [
+        (
+            point.cell.name,
+            f"{point.sparsity:.3g}",
+            _told(point.estimate, point.estimate_interval),
+            "–" if point.exact is None or point.exact_interval is None else _told(point.exact, point.exact_interval),
+        )
+        for point in chosen
+    ]
+
+
+def _cost(point: SensitivityPoint) -> float:
+    return point.estimate if point.exact is None else point.exact
+
+
+def _told(value: float, interval: tuple[float, float]) -> str:
+    return f"{value:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

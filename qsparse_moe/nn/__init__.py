@@ -1,0 +1,1 @@
+"""What attention, experts, and dense layers share: sparse site, gated activation, and feed-forward network."""

@@ -1,0 +1,57 @@
+"""A dense feed-forward: the shared experts of a MoE layer, or all of a dense layer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import has_gate
+from qsparse_moe.kernels.onednn import linear
+from qsparse_moe.moe.runtime import Runtime
+from qsparse_moe.nn.gated_activation import SparseActivation
+from qsparse_moe.nn.sparse_site import SparseSite
+from qsparse_moe.sparsity.quantize import as_format
+from qsparse_moe.sparsity.stats import Stats
+
+_SITES: dict[str, tuple[Site, Site]] = {
+    "shared": ("shared_input", "shared_hidden"),
+    "dense": ("dense_input", "dense_hidden"),
+}
+
+
+class FeedForward(nn.Module):
+    """``down(activation(gate(x), up(x)))`` with a sparse site before gate and up and one before down.
+
+    ``w_gate`` is None under an activation without a gate.
+    """
+
+    def __init__(
+        self, config: ModelConfig, part: Literal["shared", "dense"], hidden_size: int, runtime: Runtime
+    ) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.w_gate = nn.Parameter(torch.empty(width, hidden_size)) if has_gate(config) else None
+        self.w_up = nn.Parameter(torch.empty(width, hidden_size))
+        self.w_down = nn.Parameter(torch.empty(hidden_size, width))
+        input_site, hidden_site = _SITES[part]
+        self.input_site = SparseSite(
+            input_site, width, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+        )
+        self.hidden_site = SparseSite(
+            hidden_site, hidden_size, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+        )
+        self.activation = SparseActivation(config.moe.activation, self.hidden_site, runtime.fused_glu)
+        self.weight_format = config.sparsity.quantization.weights
+
+    def forward(self, x_BSD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
+        """``(B, S, D)`` to ``(B, S, D)``, with the sums of the input and of the hidden site."""
+        x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
+        gate_BSF = None if self.w_gate is None else self._project(x_BSD, self.w_gate)
+        hidden_BSF, hidden_stats = self.activation(gate_BSF, self._project(x_BSD, self.w_up), with_stats=with_stats)
+        return self._project(hidden_BSF, self.w_down), input_stats, hidden_stats
+
+    def _project(self, rows_BSX: Tensor, weight_XY: Tensor) -> Tensor:
+        return linear(rows_BSX, as_format(weight_XY, self.weight_format).T)

@@ -1,0 +1,111 @@
+"""What a run tells its listeners, and what it returns. L MoE layers, E experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from qsparse_moe.config.schema import RunConfig
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What holds for the whole run; given to ``listener.begin``."""
+
+    run_dir: Path
+    config: RunConfig
+    start_step: int
+    """Steps that were done before: 0, or where the checkpoint stands. What a listener has of later steps is void."""
+    start_tokens: int
+    start_seconds: float
+    world_size: int
+    tokens_per_step: int
+    """Over all ranks."""
+    num_parameters: int
+    engine: str
+    """``torch``, or ``deepspeed`` with the ZeRO stage."""
+    device: str
+    """``cpu`` or ``cuda``."""
+    device_name: str
+    """That CUDA gives to the device of rank 0; empty on a CPU."""
+    backend: str
+    """The experts' backend that ``model.moe.backend`` came to; empty without experts."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One logged step: every ``metrics.interval``-th, the last one, and those followed by an evaluation."""
+
+    step: int
+    """Steps done, from 1."""
+    tokens: int
+    """Over all ranks since the run began."""
+    seconds: float
+    """Spent in steps since the run began, resumed parts added up; evaluations and checkpoints are not in it."""
+    losses: dict[str, float]
+    """``loss``, ``lm_loss``, …: means over this step's global batch."""
+    stats: dict[str, Tensor]
+    """The model's sums over this step's micro-batches and ranks, float64 on the CPU."""
+    router_bias_LE: Tensor | None
+    """The biases that balance the experts after this step, fp32 on the CPU; None without them."""
+    grad_norm: float
+    """Before clipping; infinite where the step was skipped in fp16."""
+    layer_grad_norms: tuple[float, ...] | None
+    """L2 norm, before clipping, of the gradient of each layer's matrices (attention, experts, shared and dense
+    feed-forwards; no router, no norm); None unless ``metrics.layer_gradients``."""
+    learning_rate: float
+    sparsity: float
+    """Mean S of the plan in this step."""
+    step_seconds: float
+    """Mean over the steps since the last report."""
+    tokens_per_second: float
+    """Over all ranks, in the steps since the last report."""
+    memory: dict[str, float]
+    """Bytes of rank 0 by name: ``resident``, ``peak_resident``, and on CUDA ``allocated``, ``peak_allocated``."""
+    validation: dict[str, float] | None
+    """``loss``, ``perplexity``, ``bits_per_byte`` where an evaluation followed this step."""
+    choice_agreement_L: Tensor | None = None
+    """Share of the experts that the tokens of the evaluation which followed this step chose in the one before too;
+    None without an evaluation, and in the first one of a process."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Of this step on rank 0, by part: ``data``, ``forward``, ``backward``, ``update``; and ``communication``,
+    which lies within these, but on CUDA."""
+    loss_scale: float | None = None
+    """That this step's loss was multiplied by, in fp16."""
+    skipped_steps: int | None = None
+    """Steps skipped since the run began because the gradient overflowed, in fp16."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended."""
+
+    run_dir: Path
+    step: int
+    """Steps done."""
+    tokens: int
+    seconds: float
+    validation: dict[str, float] | None
+    """Of the evaluation at the end; None for a run that a signal stopped."""
+    stopped_by: int | None
+    """The signal (2: Ctrl-C, 15: SIGTERM) that stopped the run before its last step; its checkpoint is written."""
+
+    @property
+    def exit_code(self) -> int:
+        """What a shell expects of the process: 0, or 128 plus the signal."""
+        return 0 if self.stopped_by is None else 128 + self.stopped_by
+
+
+Listener = Callable[[StepReport], None]
+"""Called on rank 0 with every report. ``begin(context)`` and ``end(result)`` are called too where it has them."""
+
+
+def notify(listeners: Iterable[Listener], moment: str, news: RunContext | TrainingResult) -> None:
+    """Call ``begin`` or ``end`` of every listener that has it."""
+    for listener in listeners:
+        method = getattr(listener, moment, None)
+        if method is not None:
+            method(news)

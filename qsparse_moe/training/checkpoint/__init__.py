@@ -1,0 +1,1 @@
+"""Checkpoints that any engine, ZeRO stage, and number of ranks can read."""

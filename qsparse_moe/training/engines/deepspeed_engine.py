@@ -1,0 +1,300 @@
+"""DeepSpeed under the interface of ``Engine``. With ``ds_config.py`` and ``deepspeed_experts.py`` all that knows it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm import comm
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_grad,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import LayerHook, Transformer
+from qsparse_moe.moe.expert_group import all_gather_shards, expert_group, local_shard
+from qsparse_moe.moe.losses import StepLoad
+from qsparse_moe.training.checkpoint.state import global_shapes
+from qsparse_moe.training.distributed.collectives import PatchTarget
+from qsparse_moe.training.distributed.ranks import Distributed, environment
+from qsparse_moe.training.engines.deepspeed_config import deepspeed_config
+from qsparse_moe.training.engines.deepspeed_experts import as_deepspeed_experts
+from qsparse_moe.training.engines.extension_builds import locked_builds
+from qsparse_moe.training.engines.loss_scale import build_loss_scaler
+from qsparse_moe.training.engines.offload import check_alignment, remove_swap_files
+from qsparse_moe.training.engines.optimizer import build_adamw, get_step, set_step, start_state
+from qsparse_moe.training.engines.protocol import StateKind, equal_shard, num_micro_batches, run_model
+from qsparse_moe.training.engines.torch_engine import accumulate_in_fp32, clip_gradients
+
+
+class DeepSpeedEngine:
+    """ZeRO 0 to 3, in fp32, bf16 or fp16, with torch's AdamW as DeepSpeed's client optimizer."""
+
+    def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
+        self.distributed = distributed
+        self.num_micro_batches = num_micro_batches(config, distributed.world_size)
+        self.stage = config.training.deepspeed.zero_stage
+        self.name = f"deepspeed ZeRO-{self.stage}"
+        self.model = model
+        self._step_load = self.model.step_load = StepLoad(distributed.all_reduce)
+        self._max_norm = config.training.gradient_clipping
+        self.loss_scaler = build_loss_scaler(config, self.num_micro_batches)
+        self._config = config
+        # ZeRO-3 empties the parameters that it partitions.
+        self._shapes = global_shapes(model)
+        # A part of spread experts is that of the whole ones over all ranks: a share of them, cut over the replicas.
+        largest = max(shape.numel() for shape in self._shapes.values())
+        self._settings = deepspeed_config(config, distributed.world_size, largest_parameter=largest)
+        self._adam = build_adamw(model.parameters(), config.training)
+        with _tamed(), _fp16_on_any_cpu(), as_deepspeed_experts(model, self._adam, model.runtime.expert_group):
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
+        names = ("all_gather_function", "reduce_scatter_function")
+        self.kept_collectives: Sequence[PatchTarget] = [(comm.cdb, name) for name in names]
+        self._parameters = dict(model.named_parameters())
+        if self.stage == 0:
+            accumulate_in_fp32(self._parameters.values())
+        try:
+            self._check_swapping()
+        except ConfigError:
+            remove_swap_files(config, distributed.rank)
+            raise
+        self._start_optimizer_states()
+
+    def forward(self, batch: Batch, *, with_stats: bool, layer_hook: LayerHook | None = None) -> ModelOutput:
+        """See ``Engine``."""
+        return run_model(self._engine, batch, self.distributed.device, with_stats=with_stats, layer_hook=layer_hook)
+
+    def backward(self, loss: Tensor, *, is_last: bool) -> None:
+        """See ``Engine``. DeepSpeed divides by the number of micro-batches, and reduces as its stage does."""
+        if self.loss_scaler is not None:
+            loss = self._scaled(loss, self.loss_scaler.factor)
+        self._engine.backward(loss)
+        if not is_last:
+            self._engine.step()
+
+    def gradient_shard(self, name: str) -> Tensor:
+        """See ``Engine``."""
+        parameter = self._parameters[name]
+        if self.stage == 0:
+            assert parameter.grad is not None, f"{name} has no gradient: it is read before the step's last backward"
+            return equal_shard(parameter.grad, self.distributed, expert_group(parameter))
+        if self.stage == 3:
+            return safe_get_local_grad(parameter)
+        return _local_gradient(parameter)
+
+    def update(self, learning_rate: float) -> float:
+        """See ``Engine``."""
+        self._step_load.reset()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._step()
+        if self.loss_scaler is None:
+            return float(norm)
+        overflow = bool(self._engine.optimizer.overflow)
+        self.loss_scaler.update(overflow)
+        if overflow:
+            self._drop_gradient()
+        return math.inf if overflow else float(norm)
+
+    def _step(self) -> Tensor | float:
+        if self.stage == 0:
+            factor = 1.0 if self.loss_scaler is None else self.loss_scaler.factor
+            norm = clip_gradients(self._parameters.values(), self._max_norm, factor)
+            self._engine.step()
+            return norm
+        self._engine.step()
+        return self._engine.get_global_grad_norm()
+
+    def _drop_gradient(self) -> None:
+        """After a skipped step: under offload ZeRO-1 and 2 keep the sum that overflowed, and would skip for ever."""
+        sums = getattr(self._engine.optimizer, "averaged_gradients", {})
+        for group in sums:
+            sums[group] = None
+
+    def _scaled(self, loss: Tensor, factor: float) -> Tensor:
+        """At ZeRO-0 the loss times the factor; above it DeepSpeed multiplies, and divides the gradient, when told."""
+        if self.stage == 0:
+            return loss * factor
+        self._engine.optimizer.loss_scale = factor
+        return loss
+
+    def get_full(self, name: str, kind: StateKind) -> Tensor:
+        """See ``Engine``."""
+        parameter = self._parameters[name]
+        if self.stage == 0:
+            share = self._replicated(parameter, kind)
+        elif kind == "weight":
+            share = safe_get_full_fp32_param(parameter)
+        else:
+            share = safe_get_full_optimizer_state(parameter, kind)
+        return all_gather_shards(parameter, share)
+
+    def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
+        """See ``Engine``. Only the fp32 master is set: the weight that computes was given when the model was built."""
+        parameter = self._parameters[name]
+        value = local_shard(parameter, value)
+        if self.stage == 0:
+            self._replicated(parameter, kind).copy_(value)
+        elif self.stage == 3:
+            self._set_part(parameter, kind, value)
+        elif kind == "weight":
+            safe_set_full_fp32_param(parameter, value)
+        else:
+            safe_set_full_optimizer_state(parameter, value, kind)
+
+    @property
+    def adam_step(self) -> int:
+        """See ``Engine``."""
+        return get_step(self._adam)
+
+    @adam_step.setter
+    def adam_step(self, step: int) -> None:
+        set_step(self._adam, step)
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """See ``Engine``."""
+        return self._shapes
+
+    def describe(self) -> dict[str, Any]:
+        """See ``Engine``."""
+        size = self.model.runtime.expert_group.size
+        return {"engine": self.name, "expert_parallel_size": size, "deepspeed": self._settings}
+
+    def close(self) -> None:
+        """See ``Engine``."""
+        self.model.step_load = None
+        self._engine.destroy()
+        remove_swap_files(self._config, self.distributed.rank)
+
+    def _check_swapping(self) -> None:
+        zero = self._engine.optimizer
+        swapper = getattr(zero, "optimizer_swapper", None)
+        if swapper is None:
+            return
+        places = {name: zero.grad_position[zero.get_param_id(p)] for name, p in self._parameters.items()}
+        swapped = {name: place[1:] for name, place in places.items() if zero._swappable_optimizer_subgroup(place[0])}
+        smallest = swapper.min_aio_bytes // swapper.swap_element_size
+        check_alignment(swapped, alignment=swapper.numel_alignment, smallest=smallest)
+
+    def _start_optimizer_states(self) -> None:
+        """Give every flat parameter its AdamW state now and tie the model's parameters to their parts of it.
+
+        DeepSpeed does both in the first step, where ZeRO-1 and 2 tie all groups as soon as the first one has a state:
+        the moments of the second group (the norms) could then never be read. At ZeRO-0 in bf16 it has counted a step
+        that was none.
+        """
+        for index, flat in enumerate(self._flat_parameters()):
+            with self._swapped_in(index):
+                start_state(self._adam, flat)
+        link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if link is not None:
+            link()
+
+    def _flat_parameters(self) -> Iterator[Tensor]:
+        """What torch's AdamW steps on: DeepSpeed's flat parts, or at ZeRO-0 the parameters or their fp32 copies."""
+        if self.stage == 3:
+            yield from self._engine.optimizer.fp32_partitioned_groups_flat
+            return
+        for group in self._adam.param_groups:
+            yield from group["params"]
+
+    @contextlib.contextmanager
+    def _swapped_in(self, index: int) -> Iterator[None]:
+        """Under NVMe offload, with the ``index``-th flat parameter and its state in memory; written back after."""
+        zero = self._engine.optimizer
+        is_swapped = self.stage == 3 and zero._swappable_optimizer_subgroup(index)
+        if is_swapped:
+            zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if is_swapped:
+            zero._optimizer_states_and_gradient_swap_out(index)
+
+    def _replicated(self, parameter: nn.Parameter, kind: StateKind) -> Tensor:
+        """The tensor as the model has it where no rank holds a part of it only (ZeRO-0)."""
+        master = self._masters().get(parameter, parameter)
+        return master.detach() if kind == "weight" else self._adam.state[master][kind]
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """At ZeRO-0 in bf16 the fp32 copy of every parameter; empty in fp32."""
+        wrapper = self._engine.optimizer
+        if wrapper is self._adam:
+            return {}
+        pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+        return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+
+    def _set_part(self, parameter: Any, kind: StateKind, value: Tensor) -> None:
+        """This rank's part under ZeRO-3, read from a file for it and written back where it is offloaded.
+
+        DeepSpeed's setter of whole tensors cannot cut one whose size is no multiple of the number of ranks, and the one
+        of parts asks the weights that compute for the size, which have none while they are swapped out.
+        """
+        zero, key = self._engine.optimizer, None if kind == "weight" else kind
+        part, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
+        part.data.copy_(part_of(value, parameter.ds_zero_partition_rank, size=part.numel()))
+        if zero._swappable_optimizer_subgroup(group):
+            zero._optimizer_states_and_gradient_swap_out(group)
+
+
+def part_of(value: Tensor, index: int, *, size: int) -> Tensor:
+    """Part ``index`` of ``value`` as ZeRO-3 cuts it: parts of one ``size``, the last ones filled up with zeros."""
+    part = value.flatten()[index * size : (index + 1) * size].to(torch.float32)
+    return nn.functional.pad(part, (0, size - part.numel()))
+
+
+def _local_gradient(parameter: Any) -> Tensor:
+    """This rank's part under ZeRO-1 and 2: what DeepSpeed's ``safe_get_full_grad`` would add up over the ranks.
+
+    Its function for local gradients knows ZeRO-3 only, and the one for whole gradients sends as many elements as the
+    model has.
+    """
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return torch.zeros(0)
+    part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+    owned = mapping.lp_fragment_address
+    # ZeRO-1 in bf16 keeps the whole reduced gradient on every rank.
+    return part.narrow(0, owned.start, owned.numel) if part.numel() == parameter.numel() else part
+
+
+@contextlib.contextmanager
+def _tamed() -> Iterator[None]:
+    """While DeepSpeed sets itself up: no needless compiling, no lock of the dead, and nothing on standard output."""
+    # Its shared-memory operation serves tensor-parallel inference only, and compiling it takes half a minute and a
+    # compiler. The dictionary, left alone, is filled by starting compilers to see what could be built.
+    deepspeed.ops.__compatible_ops__ = {}
+    for handler in deepspeed.utils.logger.handlers:
+        if type(handler) is logging.StreamHandler:
+            handler.stream = sys.stderr
+    # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    # It imports its Muon optimizer, which imports torch's compiler: 1.0 s of CPU a rank for what is not used here.
+    with environment(TORCHDYNAMO_DISABLE="1"), locked_builds(), contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+@contextlib.contextmanager
+def _fp16_on_any_cpu() -> Iterator[None]:
+    """While DeepSpeed sets itself up: it asks oneDNN, which speaks of speed; torch computes fp16 on every CPU."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() == "cpu":
+        with mock.patch.object(accelerator, "is_fp16_supported", lambda: True):
+            yield
+    else:
+        yield

@@ -1,0 +1,76 @@
+"""Says which experts nobody uses. L MoE layers, E experts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.training.distributed.ranks import Distributed
+
+logger = logging.getLogger(__name__)
+
+
+class DeadExpertWatch:
+    """Warns, on rank 0 and once a window, of every expert that got no row on any rank in a window of steps.
+
+    Rows are added up where they are in every step, and looked at in logged steps: one small collective for each. The
+    window begins with the process, also where a run is resumed.
+    """
+
+    def __init__(self, window: int, layers: Sequence[int], distributed: Distributed) -> None:
+        """``window`` in steps, 0: never; ``layers`` are the numbers of the MoE layers."""
+        self._window = window if layers else 0
+        self._layers = layers
+        self._distributed = distributed
+        self._rows_LE: Tensor | None = None
+        self._steps = 0
+        self._idle_LE: Tensor | None = None
+
+    def add(self, rows_LE: Tensor | None) -> None:
+        """Count the rows of one step on this rank; nothing waits for the device."""
+        if self._window and rows_LE is not None:
+            self._steps += 1
+            self._rows_LE = rows_LE if self._rows_LE is None else self._rows_LE + rows_LE
+
+    def look(self, step: int) -> None:
+        """Warn of what has been without a row for one more window. All ranks call it.
+
+        Args:
+            step: the step at work, counted from 1 as in the reports.
+        """
+        if self._rows_LE is None:
+            return
+        got_none_LE = self._distributed.all_reduce(self._rows_LE.clone()).cpu() == 0
+        before_LE = torch.zeros_like(got_none_LE, dtype=torch.int64) if self._idle_LE is None else self._idle_LE
+        self._idle_LE = torch.where(got_none_LE, before_LE + self._steps, 0)
+        due_LE = self._idle_LE // self._window > before_LE // self._window
+        self._rows_LE, self._steps = None, 0
+        if self._distributed.rank == 0:
+            for layer, due_E in zip(self._layers, due_LE, strict=True):
+                self._warn(step, layer, due_E.nonzero().flatten().tolist())
+
+    def _warn(self, step: int, layer: int, experts: list[int]) -> None:
+        if experts:
+            logger.warning(
+                "step %d: layer %d: experts %s got no row in the last %d steps (metrics.dead_expert_window), and "
+                "nothing makes them anew: begin a run with a larger model.moe.load_balance_coefficient, or with "
+                "model.moe.bias_update_rate above 0",
+                step,
+                layer,
+                in_ranges(experts),
+                self._window,
+            )
+
+
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers as text: ``[1, 2, 3, 7]`` is ``1-3, 7``."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1][1:] = [number]
+        else:
+            ranges.append([number])
+    return ", ".join("-".join(map(str, ends)) for ends in ranges)

@@ -1,0 +1,142 @@
+"""Notices a value that is not finite before it reaches the weights. L layers.
+
+In fp16 a gradient may overflow because the loss is scaled: that step is skipped, and training goes on. What is not
+finite in the forward pass, or overflows at the smallest scale, is no matter of the scale and ends the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.engines.loss_scale import LossScaler
+
+logger = logging.getLogger(__name__)
+
+
+CANNOT_GO_ON = 1000
+"""The ``stop`` of a rank that has no data for the next step, or cannot write; above every signal."""
+
+
+class Wishes(NamedTuple):
+    """What the ranks wish after a step."""
+
+    stop: int
+    """A signal, ``CANNOT_GO_ON``, or 0."""
+    save: bool
+    """A checkpoint."""
+
+
+class NonFiniteGuard:
+    """Sums of every layer's output and of the gradient that arrives there: a sum is finite only if all its terms are.
+
+    The sums stay on the device. ``check`` looks at them once a step and carries the wishes to stop and to save to all
+    ranks in the same small reduction.
+    """
+
+    def __init__(self, num_layers: int, distributed: Distributed, loss_scaler: LossScaler | None = None) -> None:
+        self._distributed = distributed
+        self._loss_scaler = loss_scaler
+        self._overflow_place = ""
+        self._num_layers = num_layers
+        self._forward_L = torch.zeros(num_layers, device=distributed.device)
+        self._backward_L = torch.zeros(num_layers, device=distributed.device)
+        self._loss = torch.zeros(1, device=distributed.device)
+
+    def layer_hook(self, layer: int, hidden: Tensor) -> None:
+        """To be called with every layer's output, inside the graph."""
+        self._forward_L[layer] += hidden.detach().sum(dtype=torch.float32)
+        if hidden.requires_grad:
+
+            def look(grad: Tensor) -> None:
+                self._backward_L[layer] += grad.sum(dtype=torch.float32)
+
+            hidden.register_hook(look)
+
+    def add_loss(self, loss: Tensor) -> None:
+        """To be called with every micro-batch's loss."""
+        self._loss += loss.detach().float()
+
+    def check(self, step: int, *, stop: int, save: bool = False) -> Wishes:
+        """Raise on every rank if any saw a non-finite value since the last call; else what any rank wishes.
+
+        Args:
+            step: the step at work, counted from 1 as in the reports.
+            stop: the signal that this rank has received, ``CANNOT_GO_ON``, or 0.
+            save: whether this rank wishes a checkpoint after the step.
+
+        Returns:
+            The highest of the ranks' ``stop``, and whether any wishes a checkpoint: the same on every rank.
+
+        Raises:
+            TrainingDiverged: with the step, the place and the lowest rank that saw it.
+        """
+        sums = torch.cat((self._forward_L, self._backward_L, self._loss))
+        # Reduced by maximum, the lowest rank wins.
+        flags = torch.where(sums.isfinite(), 0, self._distributed.world_size - self._distributed.rank)
+        flags = torch.cat((flags, flags.new_tensor((stop, int(save)))))
+        *found, stop, wanted = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        for buffer in (self._forward_L, self._backward_L, self._loss):
+            buffer.zero_()
+        self._overflow_place = ""
+        if any(found):
+            place = self._place(found)
+            if self._loss_scaler is None or not self._is_backward_only(found):
+                raise TrainingDiverged(f"step {step}: {place}. {_WAY_OUT}")
+            self._overflow_place = f" ({place})"
+        return Wishes(stop, bool(wanted))
+
+    def check_norm(self, step: int, grad_norm: float) -> None:
+        """Look at the gradient norm, the same on all ranks, after the engine's update; in fp16 say if it skipped.
+
+        Raises:
+            TrainingDiverged: with the step. The norm is not finite, which no layer's sums showed; in fp16 only if the
+                loss scale cannot go lower.
+        """
+        if math.isfinite(grad_norm):
+            return
+        scaler = self._loss_scaler
+        if scaler is None:
+            raise TrainingDiverged(f"step {step}: the gradient norm is {grad_norm}. {_WAY_OUT}")
+        if scaler.is_exhausted:
+            raise TrainingDiverged(
+                f"step {step}: the gradient overflows fp16 at the smallest loss scale, {scaler.scale:g} "
+                f"(training.loss_scale.minimum){self._overflow_place}. {_WAY_OUT}"
+            )
+        if self._distributed.rank == 0:
+            logger.warning(
+                "step %d: skipped, its gradient overflows fp16%s; the loss scale of the next is %g",
+                step,
+                self._overflow_place,
+                scaler.scale,
+            )
+
+    def _is_backward_only(self, found: list[int]) -> bool:
+        return not any(found[: self._num_layers]) and not found[-1]
+
+    def _place(self, found: list[int]) -> str:
+        forward, backward = found[: self._num_layers], found[self._num_layers : -1]
+        if any(forward):
+            place = next(layer for layer, flag in enumerate(forward) if flag)
+            what, flag = f"the output of layer {place}", forward[place]
+        elif found[-1]:
+            what, flag = "the loss", found[-1]
+        else:
+            # The backward runs from the last layer down: the highest one is where it began.
+            place = max(layer for layer, flag in enumerate(backward) if flag)
+            what, flag = f"the gradient that enters layer {place} from above", backward[place]
+        rank = self._distributed.world_size - flag
+        return f"{what} is not finite on rank {rank}"
+
+
+_WAY_OUT = (
+    "Nothing of this step was kept. Lower training.learning_rate, lengthen training.warmup_steps or set "
+    "training.gradient_clipping, or resume from the last checkpoint"
+)

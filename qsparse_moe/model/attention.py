@@ -13,7 +13,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.kernels.onednn import Linear, linear
 from qsparse_moe.model.rope import Rotation, rotate
-from qsparse_moe.moe.runtime import Runtime
+from qsparse_moe.nn.runtime import SiteRuntime
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
@@ -34,7 +34,7 @@ class Projection(Linear):
 class Attention(nn.Module):
     """One sparse input for queries, keys and values, one sparse input for the output projection."""
 
-    def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
+    def __init__(self, config: ModelConfig, runtime: SiteRuntime) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.num_kv_heads = num_kv_heads(config)

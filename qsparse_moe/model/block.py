@@ -36,10 +36,10 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.attention = Attention(config, runtime)
+        self.attention = Attention(config, runtime.sites)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         routed = has_experts(config, layer)
-        self.dense = None if routed else FeedForward(config, "dense", dense_hidden_size(config), runtime)
+        self.dense = None if routed else FeedForward(config, "dense", dense_hidden_size(config), runtime.sites)
         self.moe = MoELayer(config, runtime) if routed else None
         for site in self.sites().values():
             site.layer = layer

@@ -75,7 +75,7 @@ def measured_unions(
 @torch.no_grad()
 def layer_needs(model: Transformer, tokens_RS: Tensor) -> list[LayerNeeds]:
     """What the last token of each row needs in every MoE layer, in order; the model is left as it was."""
-    assert model.runtime.fused_glu is None, "a fused pass shows no site; build the model with sparsity.backend torch"
+    assert model.runtime.sites.fused_glu is None, "a fused pass calls no hook: build with sparsity.backend torch"
     moe_layers = [block.moe for block in model.blocks() if block.moe is not None]
     watches = [_Watch(moe) for moe in moe_layers]
     was_training = model.training

@@ -40,11 +40,11 @@ class Experts(nn.Module):
             "expert_hidden",
             hidden,
             config.sparsity,
-            runtime.select_rows,
+            runtime.sites.select_rows,
             num_experts=moe.num_experts,
-            site_sums=runtime.site_sums,
+            site_sums=runtime.sites.site_sums,
         )
-        self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.fused_glu)
+        self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.sites.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
         self.matmul = runtime.matmul
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.capacity import expert_capacity, within_capacity
 from qsparse_moe.moe.dispatch import RoutedRows
-from qsparse_moe.moe.exchange import ExpertRows, depart
+from qsparse_moe.moe.dispatcher import ExpertRows, start_dispatch
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, router_z_loss
 from qsparse_moe.moe.router import Router, Routing, router_stats
@@ -62,12 +62,12 @@ class MoELayer(nn.Module):
             "expert_input",
             config.hidden_size,
             config.sparsity,
-            runtime.select_rows,
+            runtime.sites.select_rows,
             num_experts=moe.num_experts,
-            site_sums=runtime.site_sums,
+            site_sums=runtime.sites.site_sums,
         )
         self.experts = Experts(config, runtime)
-        self.shared = SharedExperts(config, runtime) if moe.num_shared_experts else None
+        self.shared = SharedExperts(config, runtime.sites) if moe.num_shared_experts else None
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""
@@ -78,17 +78,17 @@ class MoELayer(nn.Module):
         dispatch = self.permutation.plan(routing.expert_ids_TA, self.num_experts, kept_TA)
         continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
         rows_ND, input_stats = self._gather(x_TD, selected, dispatch, continues_N)
-        journey = depart(
+        dispatcher = start_dispatch(
             ExpertRows(rows_ND, dispatch.rows_per_expert_E, dispatch.expert_N, continues_N), self.expert_group
         )
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
         balance = balance_of(routing.probs_TE, routing.expert_ids_TA, num_groups)
         stats = {"router/rows_E": balance.rows_GE.sum(0)}
-        if self.shared is not None:  # while the rows are under way
+        if self.shared is not None:  # overlaps with the dispatch
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
-        y_MD, hidden_stats = self._run_experts(journey.arrive(), with_stats)
-        y_TD = self.permutation.combine(journey.bring_back(y_MD), routing.weights_TA, dispatch)
+        y_MD, hidden_stats = self._run_experts(dispatcher.receive(), with_stats)
+        y_TD = self.permutation.combine(dispatcher.combine(y_MD), routing.weights_TA, dispatch)
         if self.shared is not None:
             y_TD = y_TD + shared_BSD.flatten(0, 1)
         if with_stats:
@@ -125,8 +125,8 @@ class MoELayer(nn.Module):
         stats = self.input_site.sums(selected, readers) if with_stats else {}
         return self.permutation.permute(selected.sparse, dispatch), stats
 
-    def _run_experts(self, arrived: ExpertRows, with_stats: bool) -> tuple[Tensor, Stats]:
-        rows_MD, rows_per_expert_L, expert_M, continues_M = arrived
+    def _run_experts(self, received: ExpertRows, with_stats: bool) -> tuple[Tensor, Stats]:
+        rows_MD, rows_per_expert_L, expert_M, continues_M = received
         readers = self._readers(expert_M, continues_M)
         return self.experts(rows_MD, rows_per_expert_L, expert_M, with_stats=with_stats, readers=readers)
 

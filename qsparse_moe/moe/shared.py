@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import shared_hidden_size
-from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.nn.feed_forward import FeedForward
+from qsparse_moe.nn.runtime import SiteRuntime
 from qsparse_moe.sparsity.stats import Stats
 
 
@@ -19,7 +19,7 @@ class SharedExperts(FeedForward):
     the model's dtype.
     """
 
-    def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
+    def __init__(self, config: ModelConfig, runtime: SiteRuntime) -> None:
         super().__init__(config, "shared", shared_hidden_size(config), runtime)
         gated = config.moe.shared_expert_gate
         self.token_gate = nn.Parameter(torch.empty(1, config.hidden_size)) if gated else None

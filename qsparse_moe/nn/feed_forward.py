@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.kernels.onednn import linear
-from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.nn.gated_activation import SparseActivation
+from qsparse_moe.nn.runtime import SiteRuntime
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
@@ -29,7 +29,7 @@ class FeedForward(nn.Module):
     """
 
     def __init__(
-        self, config: ModelConfig, part: Literal["shared", "dense"], hidden_size: int, runtime: Runtime
+        self, config: ModelConfig, part: Literal["shared", "dense"], hidden_size: int, runtime: SiteRuntime
     ) -> None:
         super().__init__()
         width = config.hidden_size

@@ -9,11 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.runs.folder import write_atomically
-from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.version import __version__
 
 MANIFEST_FILE = "manifest.json"
@@ -31,33 +27,29 @@ _PACKAGES = (
 )
 
 
-def write_manifest(folder: Path, config: RunConfig, engine: Engine, *, start_step: int, fingerprint: str) -> None:
-    """Write the manifest of the part of the run that begins at ``start_step``; those of earlier parts stay in it."""
+def write_manifest(folder: Path, part: dict[str, Any]) -> None:
+    """Write the manifest of the part of a run that starts now; the manifests of earlier parts are kept in it.
+
+    Args:
+        folder: the run folder.
+        part: JSON-able; ``describe_environment()`` and what training adds to it.
+    """
     file = folder / MANIFEST_FILE
     earlier: list[dict[str, Any]] = []
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         earlier = [*before.pop("earlier_parts", []), before]
-    manifest = describe_part(config, engine, start_step=start_step, fingerprint=fingerprint)
-    write_atomically(file, json.dumps(manifest | {"earlier_parts": earlier}, indent=1) + "\n")
+    write_atomically(file, json.dumps(part | {"earlier_parts": earlier}, indent=1) + "\n")
 
 
-def describe_part(config: RunConfig, engine: Engine, *, start_step: int, fingerprint: str) -> dict[str, Any]:
-    """Versions, commit, layout, what ``auto`` came to, DeepSpeed's dictionary, seeds and threads; JSON-able."""
+def describe_environment() -> dict[str, Any]:
+    """Return the versions, the git commit, and the machine of this process; JSON-able."""
     return {
         "qsparse_moe": __version__,
         "python": platform.python_version(),
         "packages": _versions(),
         "git_commit": _git_commit(),
         "machine": {"system": platform.platform(), "processor": platform.processor() or platform.machine()},
-        "start_step": start_step,
-        "world_size": engine.distributed.world_size,
-        "device": _device_name(engine.distributed.device),
-        "torch_threads": torch.get_num_threads(),
-        "backends": engine.model.runtime.names,
-        "engine": engine.describe(),
-        "seeds": {"weights": config.training.seed, "data": config.training.seed, "noise": config.training.seed},
-        "data_fingerprint": fingerprint,
     }
 
 
@@ -84,7 +76,3 @@ def _git_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{commit}+changes" if changed else commit
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -40,7 +40,7 @@ def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) 
 
 
 def site_threshold(settings: SparsityConfig, sparsity: float, threshold: float) -> float:
-    """What ``selection.THRESHOLD_MASKS`` compares with: the threshold, the normal distribution's quantile at S, ReLU's 0.
+    """Return what ``selection.THRESHOLD_MASKS`` compares with: a threshold, a normal quantile at S, or ReLU's 0.
 
     ``-inf`` where S is 0, which keeps everything.
     """

@@ -6,6 +6,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.loader import TrainLoader
@@ -13,7 +16,7 @@ from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.folder import TOKENIZER, run_folder, write_config
-from qsparse_moe.runs.manifest import write_manifest
+from qsparse_moe.runs.manifest import describe_environment, write_manifest
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.full_disk import writing
 from qsparse_moe.training.checkpoint.state import restore, seed_random_states, set_random_states
@@ -26,8 +29,10 @@ from qsparse_moe.training.checkpoint.store import (
 )
 from qsparse_moe.training.distributed.expert_groups import join_expert_group
 from qsparse_moe.training.distributed.ranks import Distributed
-from qsparse_moe.training.engines.protocol import Engine, build_engine, check_engine
+from qsparse_moe.training.engines.build import build_engine, check_engine
+from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.training.evaluate import Evaluator
+from qsparse_moe.training.monitor.memory import device_name
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +81,7 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
         with writing(folder):
             write_config(folder, config)
             data.tokenizer.save(folder / TOKENIZER)
-            write_manifest(folder, config, engine, start_step=start.step, fingerprint=data.fingerprint)
+            write_manifest(folder, _describe_part(config, engine, start_step=start.step, fingerprint=data.fingerprint))
 
     distributed.on_rank_zero(write)
     plan = SparsityPlan.from_config(config.model)
@@ -119,3 +124,17 @@ def _start_random_states(
     seed_random_states(seed, start.step, distributed.rank)
     if checkpoint is not None and checkpoint.world_size == distributed.world_size:
         set_random_states(checkpoint.random_states(distributed.rank))
+
+
+def _describe_part(config: RunConfig, engine: Engine, *, start_step: int, fingerprint: str) -> dict[str, Any]:
+    """Return what the manifest says of the part of the run that starts now."""
+    return describe_environment() | {
+        "start_step": start_step,
+        "world_size": engine.distributed.world_size,
+        "device": device_name(engine.distributed.device) or engine.distributed.device.type,
+        "torch_threads": torch.get_num_threads(),
+        "backends": engine.model.runtime.names,
+        "engine": engine.describe(),
+        "seeds": {"weights": config.training.seed, "data": config.training.seed, "noise": config.training.seed},
+        "data_fingerprint": fingerprint,
+    }

@@ -19,14 +19,16 @@ PACKAGES = (
     "data",
     "sparsity",
     "kernels",
+    "nn",
     "moe",
     "model",
     "accounting",
+    "runs",
     "training",
     "metrics",
-    "ablation",
     "interop",
     "inference",
+    "ablation",
     "bench",
     "cli",
 )
@@ -161,16 +163,15 @@ def _names(target: str, library: str) -> bool:
     return target == library or target.startswith(f"{library}.")
 
 
-def _edges(module: Module, modules: dict[str, Module]) -> set[str]:
-    """The package's modules that ``module`` needs when it is imported."""
-    targets = {_inside(imported.target, modules) for imported in module.imports if imported.at_import_time}
+def _edges(module: Module, modules: dict[str, Module], *, lazy: bool) -> set[str]:
+    """Return the package's modules that ``module`` imports when it is imported; with ``lazy``, inside functions too."""
+    targets = {_inside(found.target, modules) for found in module.imports if lazy or found.at_import_time}
     return {target for target in targets if target and target != module.name}
 
 
 def _cycles(modules: dict[str, Module]) -> list[str]:
-    # At import time: a function that imports the implementation it has chosen closes no circle. Between packages there is
-    # none at any time, because a package imports only what stands above it.
-    edges = {name: _edges(module, modules) for name, module in modules.items()}
+    # An import inside a function closes a cycle too: the modules cannot be understood one after the other.
+    edges = {name: _edges(module, modules, lazy=True) for name, module in modules.items()}
     found: list[str] = []
     done: set[str] = set()
 
@@ -210,5 +211,5 @@ def _closure(name: str, modules: dict[str, Module]) -> set[str]:
         current = waiting.pop()
         if current not in reached:
             reached.add(current)
-            waiting += _edges(modules[current], modules)
+            waiting += _edges(modules[current], modules, lazy=False)
     return reached

@@ -58,10 +58,10 @@ def config(backend="auto", *, hidden=16, selection_backend="auto"):
 @pytest.mark.parametrize(("has_avx512", "name"), [(True, "onednn"), (False, "blas")])
 def test_auto_says_what_it_chose_for_the_processor(has_avx512, name, caplog, monkeypatch):
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
-    with caplog.at_level(logging.INFO, logger="qsparse_moe.moe.runtime"):
+    with caplog.at_level(logging.INFO, logger="qsparse_moe.nn.runtime"):
         runtime = resolve_runtime(config(), "cpu")
     assert runtime.names == {"model.moe.backend": name, "model.sparsity.backend": "native"}
-    assert f"model.moe.backend=auto runs as {name}" in caplog.text
+    assert f"model.moe.backend=auto: using {name}" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["onednn", "blas"])

@@ -146,6 +146,6 @@ def test_an_observed_or_dense_site_goes_the_long_way(calls):
 
 
 def test_the_selection_s_implementation_brings_its_pass():
-    assert resolve_runtime(config(), "cpu").fused_glu is None
+    assert resolve_runtime(config(), "cpu").sites.fused_glu is None
     if native.why_not(CPU) is None:
-        assert resolve_runtime(config(sparsity={"backend": "native"}), "cpu").fused_glu.name == "native"
+        assert resolve_runtime(config(sparsity={"backend": "native"}), "cpu").sites.fused_glu.name == "native"

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.model.init import initialize
-from qsparse_moe.moe.exchange import ExpertRows, depart
+from qsparse_moe.moe.dispatcher import ExpertRows, start_dispatch
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.runtime import resolve_runtime
@@ -73,11 +73,11 @@ def send(case: str, group: ExpertGroup) -> dict[str, Tensor]:
     rows.requires_grad_()
     expert_N = expert_of(case, group.rank)
     counts = torch.tensor(COUNTS[case][group.rank])
-    journey = depart(ExpertRows(rows, counts, expert_N, same_next(expert_N)), group)
-    arrived = journey.arrive()
-    returned = journey.bring_back(arrived.rows_MD * (arrived.expert_M + 1)[:, None])
-    torch.autograd.backward((arrived.rows_MD, returned), (at_experts, at_home))
-    return arrived._asdict() | {"returned": returned.detach(), "grad": rows.grad}
+    dispatcher = start_dispatch(ExpertRows(rows, counts, expert_N, same_next(expert_N)), group)
+    received = dispatcher.receive()
+    returned = dispatcher.combine(received.rows_MD * (received.expert_M + 1)[:, None])
+    torch.autograd.backward((received.rows_MD, returned), (at_experts, at_home))
+    return received._asdict() | {"returned": returned.detach(), "grad": rows.grad}
 
 
 def make_layer(backend: str, dtype: torch.dtype, group: ExpertGroup = ALONE) -> MoELayer:

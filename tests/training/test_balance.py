@@ -12,7 +12,7 @@ from qsparse_moe.metrics.derive import load_ratios
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed.ranks import Distributed
-from qsparse_moe.training.engines.protocol import build_engine
+from qsparse_moe.training.engines.build import build_engine
 from qsparse_moe.training.evaluate import load_run
 from qsparse_moe.training.loop import train
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard

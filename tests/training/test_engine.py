@@ -8,7 +8,7 @@ import torch
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.training.distributed.ranks import Distributed
-from qsparse_moe.training.engines.protocol import build_engine
+from qsparse_moe.training.engines.build import build_engine
 from qsparse_moe.training.engines.torch_engine import TorchEngine
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import reduce_sums, train_step

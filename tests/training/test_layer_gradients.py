@@ -8,7 +8,8 @@ import torch
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.moe.expert_group import ExpertGroup
 from qsparse_moe.training.distributed.ranks import Distributed
-from qsparse_moe.training.engines.protocol import build_engine, equal_shard
+from qsparse_moe.training.engines.build import build_engine
+from qsparse_moe.training.engines.protocol import equal_shard
 from qsparse_moe.training.monitor.layer_gradients import layer_matrices
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step

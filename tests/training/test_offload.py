@@ -9,8 +9,8 @@ import pytest
 from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.runs.folder import run_folder
 from qsparse_moe.training.engines import offload
+from qsparse_moe.training.engines.build import check_engine
 from qsparse_moe.training.engines.offload import check_alignment, remove_swap_files, swap_folder
-from qsparse_moe.training.engines.protocol import check_engine
 from qsparse_moe.training.loop import train
 
 WAY_OUT = "install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, RHEL), or offload to cpu"

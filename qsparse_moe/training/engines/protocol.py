@@ -1,4 +1,4 @@
-"""What a training step needs of an engine, and the choice between the two there are."""
+"""The interface of an engine: what a training step and a checkpoint need of it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.training.distributed.collectives import PatchTarget
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.loss_scale import LossScaler
-from qsparse_moe.training.engines.offload import check_offload
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -84,33 +83,6 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of hooks and buffers."""
-
-
-def build_engine(config: RunConfig, model: Transformer, distributed: Distributed) -> Engine:
-    """The engine of ``training.engine`` around ``model``, whose fp32 weights are the ones to start from.
-
-    In bf16 and fp16 the model takes that dtype, its gradients are added and reduced in fp32, and the fp32 master
-    weights begin as its rounded ones. The losses of six steps of a tiny run (near 5) were then within 2e-3 of fp32's
-    in bf16.
-    """
-    if config.training.engine == "torch":
-        from qsparse_moe.training.engines.torch_engine import TorchEngine
-
-        return TorchEngine(config, model, distributed)
-    # Only here: importing DeepSpeed takes longer than building the other engine.
-    from qsparse_moe.training.engines.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine(config, model, distributed)
-
-
-def check_engine(config: RunConfig) -> None:
-    """Raise where this machine lacks what the engine of the run needs, before a model is built.
-
-    Raises:
-        BackendUnavailable, ConfigError: see ``offload.check_offload``.
-    """
-    if config.training.engine == "deepspeed":
-        check_offload(config)
 
 
 def num_micro_batches(config: RunConfig, world_size: int) -> int:

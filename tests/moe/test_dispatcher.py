@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsparse_moe.moe.exchange import exchange_reference
+from qsparse_moe.moe.dispatcher import dispatch_reference
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, global_shape, local_shard
 from tests.support import expert_ranks
 from tests.support.expert_ranks import COUNTS, LAYERS, A, E, P, expert_of, make_layer, rows_of, same_next, through
@@ -35,12 +35,12 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", COUNTS)
-def test_every_row_reaches_its_expert_and_comes_home_with_its_gradient(ranks, case):
+def test_dispatch_and_combine_deliver_every_row_and_every_gradient(ranks, case):
     inputs = [rows_of(case, rank) for rank in range(P)]
     rows = [part[0].requires_grad_() for part in inputs]
-    want = exchange_reference(rows, COUNTS[case])
-    experts = exchange_reference([expert_of(case, rank) for rank in range(P)], COUNTS[case])
-    flags = exchange_reference([same_next(expert_of(case, rank)) for rank in range(P)], COUNTS[case])
+    want = dispatch_reference(rows, COUNTS[case])
+    experts = dispatch_reference([expert_of(case, rank) for rank in range(P)], COUNTS[case])
+    flags = dispatch_reference([same_next(expert_of(case, rank)) for rank in range(P)], COUNTS[case])
     home = [part * (expert_of(case, rank) + 1)[:, None] for rank, part in enumerate(rows)]
     torch.autograd.backward((*want, *home), (*(part[1] for part in inputs), *(part[2] for part in inputs)))
     for rank in range(P):

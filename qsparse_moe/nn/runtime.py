@@ -1,0 +1,88 @@
+"""The implementations of the sparse sites of a model, chosen once when it is built, and logged."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+
+from qsparse_moe.config.schema import SparsityConfig
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.kernels import native
+from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
+from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
+from qsparse_moe.kernels.topk_select.op import SELECTIONS, SelectRows
+
+logger = logging.getLogger(__name__)
+
+
+class Named(Protocol):
+    """An implementation with the name by which a setting requests it."""
+
+    @property
+    def name(self) -> str:
+        """The value of the setting."""
+
+
+Implementation = TypeVar("Implementation", bound=Named)
+
+
+@dataclass(frozen=True)
+class SiteRuntime:
+    """The functions that sparse sites and gated activations call."""
+
+    name: str
+    """The implementation behind them: ``torch``, ``native`` or ``triton``."""
+    select_rows: SelectRows
+    fused_glu: FusedGLU | None
+    """Activation and selection in one pass over memory; None if the implementation has no such pass."""
+    site_sums: SiteSums
+    """The statistics of a site, by the same implementation or, if it has none, by stock PyTorch."""
+
+
+def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> SiteRuntime:
+    """Choose the implementation of ``model.sparsity.backend`` for ``device``.
+
+    Raises:
+        BackendUnavailable: the implementation was requested by name and cannot run here; with the reason.
+    """
+    selection = choose("model.sparsity.backend", settings.backend, SELECTIONS, lambda spec: spec.why_not(device))
+    is_native = selection.name == "native"
+    if is_native:
+        native.load()
+    return SiteRuntime(
+        selection.name,
+        selection.select_rows,
+        next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),
+        NATIVE if is_native else TORCH,
+    )
+
+
+def choose(
+    setting: str,
+    requested: str,
+    specs: Sequence[Implementation],
+    why_not: Callable[[Implementation], str | None],
+) -> Implementation:
+    """Return the requested implementation, or for ``auto`` the first that can run here, and log the choice.
+
+    Raises:
+        BackendUnavailable: the requested one cannot run here, or none can; with the reason of each.
+    """
+    reasons: dict[str, str] = {}
+    for spec in specs:
+        if requested not in ("auto", spec.name):
+            continue
+        reason = why_not(spec)
+        if reason is None:
+            skipped = "".join(f"; not {name}: {why}" for name, why in reasons.items())
+            logger.info("%s=%s: using %s%s", setting, requested, spec.name, skipped)
+            return spec
+        reasons[spec.name] = reason
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise BackendUnavailable(
+        f"{setting} ({requested!r}) cannot run here: {why}. Set it to auto to use the fastest one that is available"
+    )

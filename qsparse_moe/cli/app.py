@@ -19,6 +19,7 @@ from qsparse_moe.version import __version__
 
 PROGRAM = "qsparse-moe"
 VERBS = (
+    "init",
     "train",
     "evaluate",
     "generate",

@@ -1,0 +1,83 @@
+"""Every example runs as its own description says, on a small model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = REPOSITORY / "examples"
+SMALL = [
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.moe.expert_hidden_size=32",
+    "data.sequence_length=32",
+    "training.warmup_steps=0",
+    "training.evaluation_rows=4",
+]
+
+
+def run_python(folder: Path, *arguments: str, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with some text, in which the examples run one after the other."""
+    folder = tmp_path_factory.mktemp("examples")
+    (folder / "corpus").mkdir()
+    for number in range(60):
+        words = " ".join(f"word{(number * 7 + i * i) % 97} and some more text" for i in range(60))
+        (folder / "corpus" / f"{number}.txt").write_text(f"Document {number}. {words}\n")
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_own_data_trains_a_tokenizer_and_a_model_whose_run_can_be_read_in_the_notebook(folder):
+    cache = f"data.cache_dir={folder / 'cache'}"
+    output = run_python(
+        folder, str(EXAMPLES / "own_data.py"), "--text", "corpus/*.txt", "--vocab-size", "300", "--steps", "12", *SMALL, cache,
+        "metrics.interval=2", "data.validation_fraction=0.2",
+    )  # fmt: skip
+    assert re.search(r"12 steps, \d+\.\d+ bits per byte", output)
+    tokenizer = json.loads((folder / "tokenizers" / "own-data" / "tokenizer.json").read_text())
+    assert len(tokenizer["model"]["vocab"]) == 300
+    pytest.importorskip("pandas")
+    notebook = json.loads((EXAMPLES / "read_metrics.ipynb").read_text())
+    code = "\n".join("".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code")
+    said = run_python(folder, "-c", code, RUN="runs/own-data", MPLBACKEND="agg")
+    assert re.search(r"active [\d,]+, of which [\d,]+ have an input that is not zero", said)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_training_loop_prints_a_falling_loss_and_a_rising_sparsity(folder):
+    output = run_python(
+        folder, str(EXAMPLES / "training_loop.py"), "--steps", "31", *SMALL, "data.sources.0.max_bytes=1000000", f"data.cache_dir={folder / 'cache'}"
+    )  # fmt: skip
+    found = re.findall(r"loss (\S+)  S (\S+)  load imbalance (\S+)  kept energy (\S+)", output)
+    loss, sparsity, _, energy = (list(map(float, column)) for column in zip(*found, strict=True))
+    assert loss[-1] < loss[0] - 0.5
+    assert sparsity == [0.0, 0.25, 0.5, 0.75]
+    assert energy[0] == 1.0 and energy[0] > energy[-1] > 0.25
+
+
+def test_the_sweep_names_every_run_it_would_train(folder):
+    listed = run_python(folder, "-m", "qsparse_moe", "ablate", str(EXAMPLES / "per_expert_sweep.yaml"), "--list")
+    assert "layer0-expert1-seed0" in listed and len(re.findall("seed[01]", listed)) == 10

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.ablation.grid.file import load_grid
+from qsparse_moe.ablation.grid.file import grid_points, read_grid_file
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.shipped import SCHEMA, shipped_files
@@ -39,17 +39,16 @@ def test_a_grid_brings_the_configuration_that_it_is_based_on(folder, name, capsy
     assert run(["init", name, "--output", "sub/grid.yaml", "--json"]) == 0
     files = [Path(file) for file in json.loads(capsys.readouterr().out)["files"]]
     assert len(files) == 2 and all(file.parent == Path("sub") for file in files)
-    load_grid(folder / "sub" / "grid.yaml")
+    grid = folder / "sub" / "grid.yaml"
+    assert grid_points(grid, read_grid_file(grid))
 
 
 def test_list_names_every_file_in_one_sentence(capsys):
     assert run(["init", "--list", "--json"]) == 0
     files = json.loads(capsys.readouterr().out)["files"]
     names = {file["name"] for file in files}
-    on_disk = {
-        path.relative_to(REPOSITORY / "configs").with_suffix("").as_posix()
-        for path in (REPOSITORY / "configs").rglob("*.yaml")
-    }
+    configs = REPOSITORY / "configs"
+    on_disk = {path.relative_to(configs).with_suffix("").as_posix() for path in configs.rglob("*.yaml")}
     assert on_disk <= names and {"examples/training_loop", "examples/own_data"} <= names
     assert all(file["summary"].endswith(".") and len(file["summary"]) > 20 for file in files)
     assert run(["init", "--list"]) == 0

@@ -51,10 +51,9 @@ def folder(tmp_path_factory):
 @pytest.mark.distributed
 def test_own_data_trains_a_tokenizer_and_a_model_whose_run_can_be_read_in_the_notebook(folder):
     cache = f"data.cache_dir={folder / 'cache'}"
-    output = run_python(
-        folder, str(EXAMPLES / "own_data.py"), "--text", "corpus/*.txt", "--vocab-size", "300", "--steps", "12", *SMALL, cache,
-        "metrics.interval=2", "data.validation_fraction=0.2",
-    )  # fmt: skip
+    options = ["--text", "corpus/*.txt", "--vocab-size", "300", "--steps", "12"]
+    settings = [*SMALL, cache, "metrics.interval=2", "data.validation_fraction=0.2"]
+    output = run_python(folder, str(EXAMPLES / "own_data.py"), *options, *settings)
     assert re.search(r"12 steps, \d+\.\d+ bits per byte", output)
     tokenizer = json.loads((folder / "tokenizers" / "own-data" / "tokenizer.json").read_text())
     assert len(tokenizer["model"]["vocab"]) == 300
@@ -68,9 +67,8 @@ def test_own_data_trains_a_tokenizer_and_a_model_whose_run_can_be_read_in_the_no
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_training_loop_prints_a_falling_loss_and_a_rising_sparsity(folder):
-    output = run_python(
-        folder, str(EXAMPLES / "training_loop.py"), "--steps", "31", *SMALL, "data.sources.0.max_bytes=1000000", f"data.cache_dir={folder / 'cache'}"
-    )  # fmt: skip
+    settings = [*SMALL, "data.sources.0.max_bytes=1000000", f"data.cache_dir={folder / 'cache'}"]
+    output = run_python(folder, str(EXAMPLES / "training_loop.py"), "--steps", "31", *settings)
     found = re.findall(r"loss (\S+)  S (\S+)  load imbalance (\S+)  kept energy (\S+)", output)
     loss, sparsity, _, energy = (list(map(float, column)) for column in zip(*found, strict=True))
     assert loss[-1] < loss[0] - 0.5

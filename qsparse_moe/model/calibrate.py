@@ -17,6 +17,7 @@ from qsparse_moe.config.schema import Site, SitesConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.sparsity.calibrate import MAX_VALUES, RowSample, calibrated_threshold
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -126,13 +127,10 @@ def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterat
     sites = {(block.layer, name): site for block in model.blocks() for name, site in block.sites().items()}
     try:
         model.set_sparsity(plan.with_thresholds({place: (0.0,) * len(v) for place, v in plan.values.items()}))
-        for place, site in sites.items():
-            site.hook = recorders[place]
         model.eval()
-        yield recorders
+        with site_hooks({site: recorders[place] for place, site in sites.items()}, ranks=True):
+            yield recorders
     finally:
-        for site in sites.values():
-            site.hook = None
         model.set_sparsity(before)
         model.train(was_training)
 

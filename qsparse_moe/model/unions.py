@@ -10,14 +10,14 @@ B tokens of a step, R rows, A experts a token, E experts, D width, F hidden widt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.layer import MoELayer
-from qsparse_moe.nn.sparse_site import Selected
+from qsparse_moe.nn.hooks import site_hooks
 
 
 @dataclass
@@ -54,7 +54,7 @@ def measured_unions(
     """The unions over B of the last tokens of the rows ``(R, S)``, for every B of ``batches`` up to R.
 
     Args:
-        model: whose sparse sites run one after the other (``model.sparsity.backend`` torch), so that they can be seen.
+        model: is left as it was.
         tokens_RS: rows of text, one forward pass.
         batches: each B is at most R.
         draws: random choices of B rows.
@@ -74,70 +74,53 @@ def measured_unions(
 
 @torch.no_grad()
 def layer_needs(model: Transformer, tokens_RS: Tensor) -> list[LayerNeeds]:
-    """What the last token of each row needs in every MoE layer, in order; the model is left as it was."""
-    assert model.runtime.sites.fused_glu is None, "a fused pass calls no hook: build with sparsity.backend torch"
-    moe_layers = [block.moe for block in model.blocks() if block.moe is not None]
-    watches = [_Watch(moe) for moe in moe_layers]
+    """Return what the last token of each row needs in every MoE layer, in order; the model is left as it was."""
+    recorders = [_Recorder(block.moe) for block in model.blocks() if block.moe is not None]
+    hooks = {recorder.moe.input_site: recorder.record_input for recorder in recorders}
+    hooks |= {recorder.moe.experts.hidden_site: recorder.record_hidden for recorder in recorders}
     was_training = model.training
     try:
-        model.eval()(tokens_RS, with_stats=False)
+        for recorder in recorders:
+            recorder.moe.router.hook = recorder.record_choice
+        with site_hooks(hooks):
+            model.eval()(tokens_RS, with_stats=False)
     finally:
         model.train(was_training)
-        for watch in watches:
-            watch.remove()
-    return [watch.needs(*tokens_RS.shape) for watch in watches]
+        for recorder in recorders:
+            recorder.moe.router.hook = None
+    return [recorder.needs(*tokens_RS.shape) for recorder in recorders]
 
 
-@dataclass
-class _Watch:
-    """Hooks on the parts of one MoE layer that show what passes."""
+class _Recorder:
+    """Records which experts one MoE layer chooses, and which features are not zero at its two sites."""
 
-    moe: MoELayer
-    experts_TA: Tensor | None = None
-    input_XD: Tensor | None = None
-    dense_NF: Tensor | None = None
-    hidden_NF: Tensor | None = None
-    handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+    def __init__(self, moe: MoELayer) -> None:
+        self.moe = moe
+        self._experts_TA = self._input_ND = self._dense_NF = self._hidden_NF = torch.empty(0)
 
-    def __post_init__(self) -> None:
-        self.handles = [
-            self.moe.router.register_forward_hook(self._see_router),
-            self.moe.experts.hidden_site.register_forward_hook(self._see_hidden),
-        ]
-        # The layer calls this half of the site's forward by itself where one selection serves all experts of a token.
-        choose = self.moe.input_site.choose
+    def record_choice(self, expert_ids_TA: Tensor) -> None:
+        """Take the experts of the tokens."""
+        self._experts_TA = expert_ids_TA
 
-        def seen(x: Tensor, expert_ids_N: Tensor | None = None) -> Selected:
-            selected = choose(x, expert_ids_N)
-            self.input_XD = selected.sparse != 0
-            return selected
+    def record_input(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
+        """Take the rows that gate and up read."""
+        self._input_ND = sparse != 0
+        return sparse
 
-        self.moe.input_site.__dict__["choose"] = seen
-
-    def _see_router(self, module: torch.nn.Module, inputs: object, routing: tuple[Tensor, ...]) -> None:
-        self.experts_TA = routing[1]
-
-    def _see_hidden(self, module: torch.nn.Module, inputs: tuple[Tensor, ...], output: tuple[Tensor, object]) -> None:
-        self.dense_NF, self.hidden_NF = inputs[0] != 0, output[0] != 0
+    def record_hidden(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
+        """Take the rows before and after the selection in front of down."""
+        self._dense_NF, self._hidden_NF = x != 0, sparse != 0
+        return sparse
 
     def needs(self, num_rows: int, length: int) -> LayerNeeds:
-        """Of the last token of each of ``num_rows`` rows."""
-        assert self.experts_TA is not None and self.input_XD is not None
-        assert self.dense_NF is not None and self.hidden_NF is not None
-        last_R = torch.arange(num_rows) * length + length - 1
-        # The rows are sorted by expert, within an expert by token (moe/dispatch.py).
-        row_TA = self.experts_TA.flatten().argsort(stable=True).argsort().view_as(self.experts_TA)
+        """Return what the last token of each of ``num_rows`` rows needs."""
+        last_R = torch.arange(num_rows, device=self._experts_TA.device) * length + length - 1
+        # The routed tokens are sorted by expert, those of one expert by token (moe/dispatch.py).
+        row_TA = self._experts_TA.flatten().argsort(stable=True).argsort().view_as(self._experts_TA)
         rows_RA = row_TA[last_R]
-        # One selection a token, or one a routed row where the experts differ in K.
-        input_row_RA = rows_RA if len(self.input_XD) == row_TA.numel() else last_R[:, None].expand_as(rows_RA)
-        input_RAD = self.input_XD[input_row_RA]
-        return LayerNeeds(self.experts_TA[last_R], input_RAD, self.dense_NF[rows_RA], self.hidden_NF[rows_RA])
-
-    def remove(self) -> None:
-        """Take the hooks away."""
-        del self.moe.input_site.__dict__["choose"]
-        for handle in self.handles:
-            handle.remove()
+        return LayerNeeds(
+            self._experts_TA[last_R], self._input_ND[rows_RA], self._dense_NF[rows_RA], self._hidden_NF[rows_RA]
+        )
 
 
 def _shares(needs: LayerNeeds, rows_B: Tensor, num_experts: int) -> Tensor:

@@ -19,7 +19,7 @@ from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, route
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.moe.shared import SharedExperts
-from qsparse_moe.nn.sparse_site import Selected, SparseSite
+from qsparse_moe.nn.sparse_site import SiteOutput, SparseSite
 from qsparse_moe.sparsity.stats import Readers, Stats
 
 
@@ -72,7 +72,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""
         x_TD = x_BSD.flatten(0, 1)
-        selected = self.input_site.choose(x_TD) if self.input_site.is_uniform else None
+        selected = self.input_site.select(x_TD) if self.input_site.is_uniform else None
         routing = self._route(x_TD, selected)
         kept_TA = self._within_capacity(routing)
         dispatch = self.permutation.plan(routing.expert_ids_TA, self.num_experts, kept_TA)
@@ -98,7 +98,7 @@ class MoELayer(nn.Module):
                 stats["router/dropped_E"] = stats["router/rows_E"] - dispatch.rows_per_expert_E
         return MoEOutput(y_TD.view_as(x_BSD), balance, router_z_loss(routing.logits_TE), stats)
 
-    def _route(self, x_TD: Tensor, selected: Selected | None) -> Routing:
+    def _route(self, x_TD: Tensor, selected: SiteOutput | None) -> Routing:
         if not self.router_sees_sparse:
             return self.router(x_TD)
         assert selected is not None, "experts whose selections differ leave the router no one sparse token"
@@ -111,7 +111,7 @@ class MoELayer(nn.Module):
         return within_capacity(routing.weights_TA, routing.expert_ids_TA, capacity)
 
     def _gather(
-        self, x_TD: Tensor, selected: Selected | None, dispatch: RoutedRows, continues_N: Tensor | None
+        self, x_TD: Tensor, selected: SiteOutput | None, dispatch: RoutedRows, continues_N: Tensor | None
     ) -> tuple[Tensor, Stats]:
         """The sparse rows of the experts, with sums where it is known which reading continues in the next.
 

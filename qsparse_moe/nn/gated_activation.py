@@ -53,8 +53,8 @@ class SparseActivation:
         """
         if gate_NF is None:
             dense_NF = UNGATED_ACTIVATIONS[self._activation](up_NF)
-        elif self._fused is not None and self._site.only_ranks:
-            wanted = self._site.num_kept_of_rows(expert_ids_N)
+        elif self._fused is not None and self._site.can_fuse:
+            wanted = self._site.ranking.num_kept_of_rows(expert_ids_N)
             kept_NF, sums = self._in_one_pass(self._fused, gate_NF, up_NF, wanted, with_stats)
             stats = {} if sums is None else self._site.stats_of(sums, kept_NF, wanted, readers)
             return rescale_kept(kept_NF, kept_NF, self._site.settings.rescale), stats

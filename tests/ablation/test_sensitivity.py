@@ -26,6 +26,7 @@ from qsparse_moe.data.rows import RowTable, spread_rows
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
 
@@ -107,11 +108,11 @@ def test_changes_of_rows_are_gradient_times_what_the_site_itself_would_make(sele
     x_ND, grad_ND = torch.randn(7, 16, dtype=torch.float64), torch.randn(7, 16, dtype=torch.float64)
     x_ND[0, :5] = x_ND[0, 5]  # ties
     values = (0.0, 0.25, 0.5, 0.75)
-    now_ND = site.choose(x_ND).sparse
+    now_ND = site.select(x_ND).sparse
     found_NX = changes(site, x_ND, now_ND, grad_ND, [site_num_kept(settings, value, 16) for value in values])
     for place, value in enumerate(values):
         site.set_sparsity([value])
-        wanted_N = (grad_ND * (site.choose(x_ND).sparse - now_ND)).sum(-1)
+        wanted_N = (grad_ND * (site.select(x_ND).sparse - now_ND)).sum(-1)
         torch.testing.assert_close(found_NX[:, place], wanted_N, atol=1e-10, rtol=1e-10)
 
 
@@ -129,11 +130,11 @@ def test_first_order_is_the_derivative_along_the_change_for_every_cell():
 
     for block in model.blocks():
         for name, site in block.sites().items():
-            for expert in range(len(site.num_kept_E)):
+            for expert in range(site.num_experts):
                 cell = Cell(block.layer, name, expert if name in ("expert_input", "expert_hidden") else None)
                 losses = []
                 for sign in (1, -1):
-                    site.hook = _towards(site, 0.75, expert, sign * step)
+                    site.hook = SiteHook(_towards(site, 0.75, expert, sign * step), ranks=True)
                     losses.append(loss())
                     site.hook = None
                 wanted = (losses[0] - losses[1]) / (2 * step)
@@ -158,11 +159,11 @@ def test_second_order_is_half_of_the_fisher_information_along_the_change_for_eve
     probabilities_BSV, compared = logits().softmax(-1), 0
     for block in model.blocks():
         for name, site in block.sites().items():
-            for expert in range(len(site.num_kept_E)):
+            for expert in range(site.num_experts):
                 cell = Cell(block.layer, name, expert if name in ("expert_input", "expert_hidden") else None)
                 moved = []
                 for sign in (1, -1):
-                    site.hook = _towards(site, 0.75, expert, sign * step)
+                    site.hook = SiteHook(_towards(site, 0.75, expert, sign * step), ranks=True)
                     moved.append(logits())
                     site.hook = None
                 dz_BSV = (moved[0] - moved[1]) / (2 * step)
@@ -201,7 +202,7 @@ def _towards(site: SparseSite, sparsity: float, expert: int, step: float):
     other.set_sparsity([sparsity])
 
     def observe(x, expert_ids_N, sparse):
-        moved = sparse + step * (other.choose(x).sparse - sparse)
+        moved = sparse + step * (other.select(x).sparse - sparse)
         return moved if expert_ids_N is None else torch.where((expert_ids_N == expert)[:, None], moved, sparse)
 
     return observe

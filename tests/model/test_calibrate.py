@@ -98,7 +98,9 @@ def test_the_model_is_left_as_it_was_and_nothing_is_random():
     assert model.sparsity_plan is before
     assert model.training
     sites = [site for block in model.blocks() for site in block.sites().values()]
-    assert all(site.hook is None and site.is_uniform == (len(set(site.num_kept_E.tolist())) == 1) for site in sites)
+    assert all(
+        site.hook is None and site.is_uniform == (len(set(site.ranking.num_kept_E.tolist())) == 1) for site in sites
+    )
     assert torch.equal(model(tokens).logits_BSV, logits)
 
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from qsparse_moe.config.schema import RECOMPUTE, ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.model.recompute import _kept, run_part
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.nn.hooks import SiteHook
 
 ATTENTION = {"attention_input", "attention_output"}
 EXPERTS = {"expert_input", "expert_hidden"}
@@ -56,7 +57,7 @@ def recorded_choices(model):
     log = []
     for block in model.blocks():
         for name, site in block.sites().items():
-            site.select_rows = recorder(log, (block.layer, name), site.select_rows)
+            site.ranking.select_rows = recorder(log, (block.layer, name), site.ranking.select_rows)
         block.moe.router.register_forward_hook(
             lambda module, inputs, routing, layer=block.layer: log.append(((layer, "router"), routing.expert_ids_TA))
         )
@@ -93,7 +94,7 @@ def test_selections_and_choices_are_the_same_again_and_only_what_is_asked_for_is
 def test_the_ties_are_there():
     model = with_ties(make(), 0.0)
     seen = []
-    model.layers[0].attention.input_site.hook = lambda x, experts, sparse: seen.append(x.abs()) or sparse
+    model.layers[0].attention.input_site.hook = SiteHook(lambda x, experts, sparse: seen.append(x.abs()) or sparse)
     model(tokens())
     assert torch.equal(seen[0], seen[0][..., :1].expand_as(seen[0])), "all features of the first site are as large"
     logits = model.layers[0].moe.router(torch.randn(3, 32)).logits_TE

@@ -83,13 +83,6 @@ def test_independent_tokens_follow_the_formula(tokens):
     assert up == pytest.approx(union(A / E / 4, 4), rel=0.03)
 
 
-def test_a_fused_pass_is_refused():
-    model = make()
-    model.runtime = type("Runtime", (), {"fused_glu": object()})()
-    with pytest.raises(AssertionError, match="sparsity.backend torch"):
-        layer_needs(model, torch.zeros(1, 2, dtype=torch.long))
-
-
 def test_shares_of_a_step_by_hand_where_the_masks_in_front_of_the_three_matrices_differ():
     from qsparse_moe.model.unions import LayerNeeds, _shares
 
@@ -102,3 +95,14 @@ def test_shares_of_a_step_by_hand_where_the_masks_in_front_of_the_three_matrices
     # Of up, token 0 needs (0; 0-3) and token 1 (0-1; 3-4): together 4 + 1 + 2 of 20 elements.
     expected = torch.tensor([1, 2 / 4, 7 / 20, 1 / 5]) / 5
     torch.testing.assert_close(shares, expected)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_a_fused_pass_gives_way_to_the_hooks_and_is_used_again(tokens, backend):
+    model = make(backend=backend)
+    plain = layer_needs(make(), tokens)
+    before = model(tokens).logits_BSV
+    for found, wanted in zip(layer_needs(model, tokens), plain, strict=True):
+        assert all(torch.equal(getattr(found, name), getattr(wanted, name)) for name in vars(wanted))
+    assert all(site.hook is None for block in model.blocks() for site in block.sites().values())
+    assert torch.equal(model(tokens).logits_BSV, before)

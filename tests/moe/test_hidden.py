@@ -15,6 +15,7 @@ from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.runtime import resolve_runtime
 from qsparse_moe.nn.activations import ACTIVATIONS
 from qsparse_moe.nn.gated_activation import SparseActivation
+from qsparse_moe.nn.hooks import SiteHook
 
 E, D, F = 4, 16, 24
 PER_EXPERT = [0.25, 0.5, 0.75, 0.0]
@@ -140,7 +141,7 @@ def test_settings_that_it_cannot_follow_go_the_long_way(changed, calls):
 def test_an_observed_or_dense_site_goes_the_long_way(calls):
     _, layer = layers(FUSED_GLUS[0])
     layer.shared.hidden_site.set_sparsity([0.0])
-    layer.experts.hidden_site.hook = lambda rows, experts, sparse: sparse
+    layer.experts.hidden_site.hook = SiteHook(lambda rows, experts, sparse: sparse)
     layer(torch.randn(1, 3, D))
     assert not calls
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Routing
+from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.topk import rescale_kept, topk_mask
@@ -156,22 +157,17 @@ def _mean_magnitudes(model: Transformer, rows: DocumentRows) -> dict[Block, Tens
         counts[block].index_add_(0, expert_ids_N, torch.ones_like(x_NF[:, :1], dtype=counts[block].dtype))
         return sparse_NF
 
-    with _observed_hidden(blocks, add):
+    with _hidden_hooks(blocks, add):
         for batch in rows.batches:
             run_model(model, batch, device, with_stats=False, layer_hook=None)
     return {block: sums[block] / counts[block].clamp(min=1) for block in blocks}
 
 
-@contextmanager
-def _observed_hidden(blocks: list[Block], hook: Any) -> Iterator[None]:
-    sites = [block.moe.experts.hidden_site for block in blocks if block.moe is not None]
-    try:
-        for block, site in zip(blocks, sites, strict=True):
-            site.hook = partial(hook, block)
-        yield
-    finally:
-        for site in sites:
-            site.hook = None
+def _hidden_hooks(blocks: list[Block], callback: Any) -> AbstractContextManager[None]:
+    """Attach ``callback``, called with the block too, to the hidden site of every block's experts."""
+    return site_hooks(
+        {b.moe.experts.hidden_site: partial(callback, b) for b in blocks if b.moe is not None}, ranks=True
+    )
 
 
 @contextmanager
@@ -189,12 +185,12 @@ def pooled_selection(model: Transformer) -> Iterator[None]:
     def pool(block: Block, x_NF: Tensor, expert_ids_N: Tensor | None, sparse_NF: Tensor) -> Tensor:
         assert block.moe is not None
         site = block.moe.experts.hidden_site
-        assert site.uniform_num_kept is not None, "pooled selection needs the same K for all experts"
-        mask_NF = pooled_mask(x_NF, routings[block], site.uniform_num_kept)
+        assert site.ranking.uniform_num_kept is not None, "pooled selection needs the same K for all experts"
+        mask_NF = pooled_mask(x_NF, routings[block], site.ranking.uniform_num_kept)
         return rescale_kept(as_format(x_NF, site.number_format) * mask_NF, x_NF, site.settings.rescale)
 
     try:
-        with _observed_hidden(blocks, pool):
+        with _hidden_hooks(blocks, pool):
             yield
     finally:
         for handle in handles:

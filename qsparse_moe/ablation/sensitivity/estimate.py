@@ -32,6 +32,7 @@ from qsparse_moe.data.packing import Array
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
 from qsparse_moe.moe.dispatch import RoutedRows
+from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import site_num_kept
 from qsparse_moe.sparsity.quantize import as_format
@@ -144,7 +145,7 @@ def _listening(
     model: Transformer, num_documents: int, values: Sequence[float], ste_share: float
 ) -> Iterator[list[_Listener]]:
     """Listeners at every site. Of the weights only the embedding asks for a gradient: it lets the graph begin there."""
-    listeners = []
+    listeners: dict[SparseSite, _Listener] = {}
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     sites = [site for block in model.blocks() for site in block.sites().values()]
     shares, permutations = [site.ste_share for site in sites], {}
@@ -163,12 +164,12 @@ def _listening(
                 )
             for site in block.sites().values():
                 site.ste_share = ste_share
-                site.hook = _Listener(block, site, tokens, num_documents, values)
-                listeners.append(site.hook)
-        yield listeners
+                listeners[site] = _Listener(block, site, tokens, num_documents, values)
+        with site_hooks(listeners, ranks=True):
+            yield list(listeners.values())
     finally:
         for site, share in zip(sites, shares, strict=True):
-            site.hook, site.ste_share = None, share
+            site.ste_share = share
         for block, permutation in permutations.items():
             assert block.moe is not None
             block.moe.permutation = permutation
@@ -198,7 +199,7 @@ class _Listener:
         self._layer, self._site, self._tokens = block.layer, site, tokens
         self._kept = [site_num_kept(site.settings, value, site.num_features) for value in values]
         self._num_documents = num_documents
-        self._sums_2ECX = torch.zeros(2, len(site.num_kept_E), num_documents, len(values), dtype=torch.float64)
+        self._sums_2ECX = torch.zeros(2, site.num_experts, num_documents, len(values), dtype=torch.float64)
         self._pieces: _Pieces | None = None
         self._sums_FX = torch.zeros(0)
 
@@ -206,7 +207,7 @@ class _Listener:
         """Before the gradients of a batch for one choice of labels."""
         self._pieces = pieces
         self._sums_FX = torch.zeros(
-            len(self._site.num_kept_E) * len(pieces.document_P), len(self._kept), dtype=torch.float64
+            self._site.num_experts * len(pieces.document_P), len(self._kept), dtype=torch.float64
         )
 
     def end(self, *, weight: float | None) -> None:
@@ -258,7 +259,7 @@ def changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, 
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     rounded_ND, grad_ND = as_format(x_ND, site.number_format).to(wide), grad_ND.to(wide)
     now_N1 = (grad_ND * sparse_ND.to(wide)).sum(-1, keepdim=True)
-    group = site.group_size or site.num_features
+    group = site.ranking.group_size or site.num_features
     order_NGF = x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
     along_NX = _read(grad_ND * rounded_ND, order_NGF, kept)
     if site.settings.rescale == "none":

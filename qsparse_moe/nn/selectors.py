@@ -1,0 +1,142 @@
+"""The two ways in which a sparse site decides which features of a row to keep: by rank, or by a threshold.
+
+Both hold one number per expert (one in all at a site without experts) and round the kept features to the number format
+of the site. The decision looks at the row before it is rounded. N rows, D features, E experts, G features per group.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import Site, SparsityConfig
+from qsparse_moe.config.shapes import site_format
+from qsparse_moe.kernels.topk_select.op import SelectRows, select
+from qsparse_moe.sparsity.plan import site_num_kept, site_threshold
+from qsparse_moe.sparsity.quantize import as_format
+from qsparse_moe.sparsity.selection import THRESHOLD_MASKS
+from qsparse_moe.sparsity.topk import apply_mask
+
+
+class Selection(NamedTuple):
+    """The rows after a selection, and how many features of each were selected."""
+
+    rows: Tensor
+    """``(*, D)``: selected and rounded, before any rescale."""
+    chosen: int | Tensor
+    """K of every row: one int, or a tensor with one per row; or the bool mask ``(*, D)`` in which to count."""
+
+    @property
+    def num_selected(self) -> int | Tensor:
+        """The number of selected features: one for all rows, or one per row."""
+        is_mask = isinstance(self.chosen, Tensor) and self.chosen.dtype == torch.bool
+        return self.chosen.sum(-1) if is_mask else self.chosen  # type: ignore[union-attr]
+
+
+class RankingSelector(nn.Module):
+    """Keeps the K largest magnitudes of every row, or of a row's contiguous groups: ``topk`` and ``block``."""
+
+    num_kept_E: Tensor
+
+    def __init__(
+        self, site: Site, num_features: int, settings: SparsityConfig, select_rows: SelectRows, *, num_experts: int
+    ) -> None:
+        super().__init__()
+        self.num_features = num_features
+        self.settings = settings
+        self.group_size = settings.group_size if settings.selection == "block" else None
+        self.number_format = site_format(settings, site)
+        self.select_rows = select_rows
+        self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
+        self.uniform_num_kept: int | None = num_features
+        """K if all experts have the same; None if they differ."""
+        self.keeps_all = True
+
+    def set_sparsity(self, values: Sequence[float]) -> None:
+        """Use S from now on, one value per expert."""
+        kept = [site_num_kept(self.settings, value, self.num_features) for value in values]
+        self.num_kept_E.copy_(torch.tensor(kept))
+        self.uniform_num_kept = kept[0] if len(set(kept)) == 1 else None
+        self.keeps_all = min(kept) == self.num_features
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether one K holds for every row, so that a row need not name its expert."""
+        return self.uniform_num_kept is not None
+
+    def num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
+        """Return K of every row ``(N,)``, or the one K that holds for all rows."""
+        if self.uniform_num_kept is not None:
+            return self.uniform_num_kept
+        assert expert_ids_N is not None, "K differs between experts, so every row must name its expert"
+        return self.num_kept_E[expert_ids_N]
+
+    def forward(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
+        """Select in the rows ``(*, D)``.
+
+        Args:
+            x: the rows.
+            expert_ids_N: the expert of every row; needed if K differs between experts.
+            ste_share: share of the straight-through gradient, from 0 (masked) to 1.
+        """
+        num_kept = self.num_kept_of_rows(expert_ids_N)
+        if self.number_format == "none" and ste_share in (0.0, 1.0):
+            gradient = "ste" if ste_share else "masked"
+            rows = select(x, num_kept, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
+            return Selection(rows, num_kept)
+        mask = topk_rows_mask(x.detach(), num_kept, self.select_rows, self.group_size)
+        return Selection(apply_mask(as_format(x, self.number_format), mask, gradient=ste_share), num_kept)
+
+
+class ThresholdSelector(nn.Module):
+    """Keeps the features above a threshold: ``threshold``, ``statistical``, and ``relu``."""
+
+    threshold_bits_E: Tensor
+
+    def __init__(self, site: Site, settings: SparsityConfig, *, num_experts: int) -> None:
+        super().__init__()
+        self.settings = settings
+        self.number_format = site_format(settings, site)
+        self._mask_of = THRESHOLD_MASKS[settings.selection]
+        # Stored as integers, because a cast of the model to bf16 would round a floating-point buffer.
+        self.register_buffer("threshold_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
+        self.is_uniform = True
+        """Whether one threshold holds for every row."""
+        self.keeps_all = True
+
+    def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None) -> None:
+        """Use S from now on, one value per expert, and the calibrated threshold of each if the selection needs one."""
+        pairs = zip(values, thresholds or [math.nan] * len(values), strict=True)
+        found = [site_threshold(self.settings, value, threshold) for value, threshold in pairs]
+        assert not any(math.isnan(value) for value in found), "selection by threshold needs thresholds"
+        self.threshold_bits_E.copy_(torch.tensor(found, dtype=torch.float32).view(torch.int32))
+        self.is_uniform, self.keeps_all = len(set(found)) == 1, max(found) == -math.inf
+
+    def forward(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
+        """Select in the rows ``(*, D)``; the arguments are those of ``RankingSelector.forward``."""
+        mask = self._mask_of(x, self._threshold_of_rows(expert_ids_N))
+        return Selection(apply_mask(as_format(x, self.number_format), mask, gradient=ste_share), mask)
+
+    def _threshold_of_rows(self, expert_ids_N: Tensor | None) -> Tensor:
+        """Return ``(1,)`` or one per row ``(N, 1)``, in fp32: torch would round a Python number to the rows' dtype."""
+        threshold_E = self.threshold_bits_E.view(torch.float32)
+        if self.is_uniform:
+            return threshold_E[:1]
+        assert expert_ids_N is not None, "the threshold differs between experts, so every row must name its expert"
+        return threshold_E[expert_ids_N, None]
+
+
+def topk_rows_mask(x: Tensor, num_kept: int | Tensor, rows: SelectRows, group_size: int | None) -> Tensor:
+    """Return ``topk_mask(x, num_kept, group_size=group_size)``, computed by ``rows``."""
+    if group_size is None:
+        return rows(x, num_kept, True)[1]
+    num_groups = x.shape[-1] // group_size
+    per_group = num_kept // num_groups
+    groups = x.unflatten(-1, (num_groups, group_size))
+    if isinstance(per_group, Tensor):
+        per_group = per_group[..., None].expand(groups.shape[:-1])
+    return rows(groups, per_group, True)[1].flatten(-2)

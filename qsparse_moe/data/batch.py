@@ -20,7 +20,7 @@ class Batch(NamedTuple):
 
     tokens_BS: Tensor
     """Inputs."""
-    labels_BS: Tensor
+    targets_BS: Tensor
     """The token that follows each input; -100 is ignored."""
     positions_BS: Tensor
     """From 0 in every row and in every document; they run on when attention crosses documents."""

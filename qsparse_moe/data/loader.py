@@ -207,7 +207,7 @@ def evaluation_batches(
     rows = _filled_up(table, mine, share)
     batches = [table.batch(rows[begin : begin + micro_batch_size]) for begin in range(0, share, micro_batch_size)]
     for begin, batch in zip(range(0, share, micro_batch_size), batches, strict=True):
-        batch.labels_BS[max(0, len(mine) - begin) :] = IGNORED_LABEL
+        batch.targets_BS[max(0, len(mine) - begin) :] = IGNORED_LABEL
     return batches
 
 

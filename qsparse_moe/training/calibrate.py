@@ -157,7 +157,7 @@ def _measure(model: Transformer, data: TokenData, rows: Array, size: int, distri
     total: Stats = {}
     for _, batch in _share(data, rows, size, distributed):
         output = run_model(model, batch, distributed.device, with_stats=True, layer_hook=None)
-        num_labels = torch.tensor(batch.labels_BS.numel(), dtype=torch.float64)  # all rows of a table are full
+        num_labels = torch.tensor(batch.targets_BS.numel(), dtype=torch.float64)  # all rows of a table are full
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}
         total = add_stats(total, sums | {"loss": loss, "labels": num_labels})

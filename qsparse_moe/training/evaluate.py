@@ -60,7 +60,7 @@ class Evaluator:
             world_size=distributed.world_size,
         )
         self._num_bytes = evaluation_num_bytes(data, num_rows)
-        self.counts_T = torch.cat([batch.labels_BS.flatten() for batch in self._batches]) != IGNORED_LABEL
+        self.counts_T = torch.cat([batch.targets_BS.flatten() for batch in self._batches]) != IGNORED_LABEL
         """bool, of every token of this rank, in order: whether its label counts."""
 
     def __call__(self, forward: Forward) -> dict[str, float]:
@@ -144,7 +144,7 @@ def _sums(forward: Forward, batches: Sequence[Batch], distributed: Distributed) 
     """``(2,)`` float64: the sum of the loss over this rank's labels that count, and their number."""
     sums = torch.zeros(2, dtype=torch.float64, device=distributed.device)
     for batch in batches:
-        labels = batch.labels_BS.to(distributed.device).flatten()
+        labels = batch.targets_BS.to(distributed.device).flatten()
         logits_TV = forward(batch).logits_BSV.flatten(0, 1).float()
         loss = F.cross_entropy(logits_TV, labels, ignore_index=IGNORED_LABEL, reduction="sum")
         sums += torch.stack((loss.double(), (labels != IGNORED_LABEL).sum().double()))

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from qsparse_moe.ablation.cell_maps import scale_over
 from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
-from qsparse_moe.ablation.grid.figure_points import Point, points_of
+from qsparse_moe.ablation.grid.figure_points import FigurePoint, points_of
 from qsparse_moe.ablation.grid.figures import draw_figures, loss_by_parameters, pareto_front
 from qsparse_moe.ablation.grid.scan_figures import loss_by_place, loss_by_sparsity
 from qsparse_moe.ablation.law.figures import iso_levels
@@ -102,7 +102,9 @@ def test_levels_of_a_map_rise_and_can_be_drawn_whatever_the_law(kind):
 
 
 def test_the_pareto_front_holds_what_no_other_point_beats():
-    points = [Point({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]]
+    points = [
+        FigurePoint({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]
+    ]
     assert [(p.row["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
 
 
@@ -168,13 +170,13 @@ def test_a_map_of_one_seed_says_that_no_spread_is_known_and_marks_nothing():
 
 def test_the_interval_of_a_difference_is_that_of_seeds_as_blocks():
     losses = np.array([[2.0, 2.5, 3.1], [2.1, 2.7, 3.0], [1.9, 2.6, 3.3]])
-    points = [Point({}, float(own.mean()), 0.0, dict(enumerate(own.tolist()))) for own in losses]
+    points = [FigurePoint({}, float(own.mean()), 0.0, dict(enumerate(own.tolist()))) for own in losses]
     change, half = differences(points)
     np.testing.assert_allclose(change, [0.2 / 3, 0.2 / 3])
     # Residuals around row and column means, by hand: 4 degrees of freedom, t = 2.776.
     residuals = losses - losses.mean(1, keepdims=True) - losses.mean(0) + losses.mean()
     assert half == pytest.approx(2.7764 * (2 * (residuals**2).sum() / 4 / 3) ** 0.5, rel=1e-4)
-    shifted = [Point({}, p.loss, 0.0, {s: v + 10 * s for s, v in p.by_seed.items()}) for p in points]
+    shifted = [FigurePoint({}, p.loss, 0.0, {s: v + 10 * s for s, v in p.by_seed.items()}) for p in points]
     assert differences(shifted)[1] == pytest.approx(half), "what a seed does to all points alike does not count"
     assert differences([p._replace(by_seed={0: p.by_seed[0]}) for p in points])[1] is None
 

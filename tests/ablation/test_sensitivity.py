@@ -87,7 +87,7 @@ def test_exact_is_the_difference_of_two_evaluations_and_the_model_keeps_its_plan
         with torch.no_grad():
             loss = model(
                 batch.tokens_BS,
-                targets_BS=batch.labels_BS,
+                targets_BS=batch.targets_BS,
                 positions_BS=batch.positions_BS,
                 documents_BS=batch.documents_BS,
             )
@@ -126,7 +126,7 @@ def test_first_order_is_the_derivative_along_the_change_for_every_cell():
     def loss() -> float:
         with torch.no_grad():
             output = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
-        return float(token_losses(output.logits_BSV, batch.labels_BS).sum())
+        return float(token_losses(output.logits_BSV, batch.targets_BS).sum())
 
     for block in model.blocks():
         for name, site in block.sites().items():
@@ -178,7 +178,7 @@ def test_a_documents_part_of_an_estimate_is_that_of_its_row_alone():
     model, rows = model_of(config({"num_shared_experts": 1}, default=0.25)), rows_of()
     (batch, documents_BS) = next(iter(rows))
     whole = estimate(model, rows, (0.5, 0.75))
-    tokens_RS = torch.cat([batch.tokens_BS, batch.labels_BS[:, -1:]], 1).numpy()
+    tokens_RS = torch.cat([batch.tokens_BS, batch.targets_BS[:, -1:]], 1).numpy()
     for row, ids in enumerate(documents_BS):
         own = ids.unique().numpy()
         alone = make_batch(tokens_RS[row : row + 1], document_token=0, attend_across_documents=False)

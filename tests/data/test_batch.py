@@ -30,7 +30,7 @@ def test_positions_and_documents_restart_at_every_document_token(rows: list[list
     for i, row in enumerate(rows):
         positions, documents = slow_positions_and_documents(row[:-1])
         assert batch.tokens_BS[i].tolist() == row[:-1]
-        assert batch.labels_BS[i].tolist() == row[1:]
+        assert batch.targets_BS[i].tolist() == row[1:]
         assert batch.positions_BS[i].tolist() == positions
         assert batch.documents_BS[i].tolist() == documents
 

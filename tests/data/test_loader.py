@@ -62,8 +62,8 @@ def test_every_layout_reads_the_same_global_batch(run_config: MakeRun) -> None:
 def test_labels_are_the_next_tokens_and_all_count(run_config: MakeRun) -> None:
     config = run_config()
     (batch, *_) = TrainLoader(config, load_data(config.data), 0, 1).batches(0)
-    assert batch.labels_BS[:, :-1].tolist() == batch.tokens_BS[:, 1:].tolist()
-    assert (batch.labels_BS >= 0).all()
+    assert batch.targets_BS[:, :-1].tolist() == batch.tokens_BS[:, 1:].tolist()
+    assert (batch.targets_BS >= 0).all()
 
 
 def test_a_global_batch_that_does_not_divide_is_refused(run_config: MakeRun) -> None:
@@ -135,7 +135,7 @@ def evaluated_rows(batches: list[Batch]) -> list[list[int]]:
     """Tokens and last label of every row that counts; the others must count in no way."""
     rows = []
     for batch in batches:
-        for tokens, labels in zip(batch.tokens_BS, batch.labels_BS, strict=True):
+        for tokens, labels in zip(batch.tokens_BS, batch.targets_BS, strict=True):
             counted = labels != -100
             assert counted.all() or not counted.any()
             if counted.all():
@@ -166,7 +166,7 @@ def test_evaluation_sees_the_same_rows_in_every_layout(run_config: MakeRun, num_
 def test_evaluation_bytes_are_those_that_the_labels_stand_for(run_config: MakeRun, mode: str) -> None:
     data = load_data(run_config(data={"mode": mode}).data)
     (batch,) = evaluation_batches(data, num_rows=60, micro_batch_size=64, rank=0, world_size=1)
-    labels = batch.labels_BS[batch.labels_BS != -100]
+    labels = batch.targets_BS[batch.targets_BS != -100]
     assert len(labels) == 60 * 16
     assert evaluation_num_bytes(data, 60) == int((labels < 256).sum()) < len(labels)
 
@@ -174,7 +174,7 @@ def test_evaluation_bytes_are_those_that_the_labels_stand_for(run_config: MakeRu
 def test_evaluation_bytes_of_a_subword_tokenizer(run_config: MakeRun, bpe_folder: Path) -> None:
     data = load_data(run_config(data={"tokenizer": str(bpe_folder)}).data)
     (batch,) = evaluation_batches(data, num_rows=40, micro_batch_size=40, rank=0, world_size=1)
-    labels = batch.labels_BS.flatten()
+    labels = batch.targets_BS.flatten()
     # A row may begin or end inside a character, and a replacement character is longer than the byte it stands for.
     text = data.tokenizer.decode(labels[labels != data.tokenizer.document_token].tolist())
     assert evaluation_num_bytes(data, 40) == pytest.approx(len(text.encode()), rel=0.02)
@@ -183,5 +183,5 @@ def test_evaluation_bytes_of_a_subword_tokenizer(run_config: MakeRun, bpe_folder
 def test_a_padded_batch_is_fit_for_the_model(run_config: MakeRun) -> None:
     data = load_data(run_config().data)
     (batch,) = evaluation_batches(data, num_rows=1, micro_batch_size=4, rank=1, world_size=2)
-    assert (batch.labels_BS == -100).all() and (batch.tokens_BS == data.tokenizer.document_token).all()
+    assert (batch.targets_BS == -100).all() and (batch.tokens_BS == data.tokenizer.document_token).all()
     assert batch.documents_BS is not None and torch.equal(batch.documents_BS[0], torch.arange(16))

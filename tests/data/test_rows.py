@@ -28,7 +28,7 @@ def test_rows_of_all_sources_are_numbered_one_after_another() -> None:
     assert table.tokens(range(10))[:, 0].tolist() == firsts
     batch = table.rows([9, 0, 5, 0])
     assert batch.tokens_BS.tolist() == [[103, 104], [10, 11], [50, 51], [10, 11]]
-    assert batch.labels_BS.tolist() == [[104, 105], [11, 12], [51, 52], [11, 12]]
+    assert batch.targets_BS.tolist() == [[104, 105], [11, 12], [51, 52], [11, 12]]
     assert table.num_bytes([9, 0, 0]) == 103 + 10 + 10
 
 

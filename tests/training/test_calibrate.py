@@ -40,7 +40,7 @@ def batches_of(data, rows, size=2):
 @torch.no_grad()
 def outputs(model, batches):
     return [
-        model(b.tokens_BS, targets_BS=b.labels_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS)
+        model(b.tokens_BS, targets_BS=b.targets_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS)
         for b in batches
     ]
 

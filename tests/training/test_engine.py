@@ -48,7 +48,7 @@ def test_three_steps_are_those_of_clipped_adamw_by_hand(tmp_path, max_norm):
     for step in (1, 2, 3):
         outcome = train_step(engine, batches, step=step, learning_rate=rate, guard=guard, report=True)
         loss = torch.stack(
-            [model(b.tokens_BS, targets_BS=b.labels_BS, positions_BS=b.positions_BS).loss for b in batches]
+            [model(b.tokens_BS, targets_BS=b.targets_BS, positions_BS=b.positions_BS).loss for b in batches]
         ).mean()
         loss.backward()
         norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()

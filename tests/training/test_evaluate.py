@@ -43,7 +43,7 @@ def test_the_loss_is_the_mean_over_all_labels_and_the_bits_are_over_all_bytes(ma
                 documents_BS=batch.documents_BS[row : row + 1],
             ).logits_BSV
             log_probs = logits[0].double().log_softmax(-1)
-            losses += [-log_probs[position, label].item() for position, label in enumerate(batch.labels_BS[row])]
+            losses += [-log_probs[position, label].item() for position, label in enumerate(batch.targets_BS[row])]
     assert len(losses) == 11 * 24
     with open_distributed("cpu") as distributed:
         evaluator = Evaluator(data, num_rows=11, micro_batch_size=3, distributed=distributed)
@@ -85,9 +85,9 @@ def test_rows_of_the_vocabulary_that_stand_for_nothing_change_no_evaluation(make
     batch = table.rows(rows)
     with torch.no_grad():
         logits = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS).logits_BSV
-        want = torch.nn.functional.cross_entropy(logits[..., :257].flatten(0, 1), batch.labels_BS.flatten())
+        want = torch.nn.functional.cross_entropy(logits[..., :257].flatten(0, 1), batch.targets_BS.flatten())
         model.hide_ids(range(257, 320))
-        hidden = model(batch.tokens_BS, targets_BS=batch.labels_BS, documents_BS=batch.documents_BS).logits_BSV
+        hidden = model(batch.tokens_BS, targets_BS=batch.targets_BS, documents_BS=batch.documents_BS).logits_BSV
         assert (hidden[..., 257:] == -torch.inf).all() and hidden[..., :257].isfinite().all()
         model.train()  # training sees every row, as it always did
         assert model(batch.tokens_BS).logits_BSV.isfinite().all()

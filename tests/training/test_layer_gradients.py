@@ -48,7 +48,7 @@ def test_norms_are_those_of_the_mean_gradient_before_clipping(tmp_path, model, p
     squares = torch.zeros(config.model.num_layers, dtype=torch.float64)
     sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in by_hand.named_parameters()}
     for batch in batches:
-        loss = by_hand(batch.tokens_BS, targets_BS=batch.labels_BS, positions_BS=batch.positions_BS).loss
+        loss = by_hand(batch.tokens_BS, targets_BS=batch.targets_BS, positions_BS=batch.positions_BS).loss
         grads = torch.autograd.grad(loss / len(batches), list(by_hand.parameters()))
         for total, grad in zip(sums.values(), grads, strict=True):
             total += grad

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
-from qsparse_moe.ablation.grid.figure_points import Place, Point, changed_places, other_settings
+from qsparse_moe.ablation.grid.figure_points import FigurePoint, Place, changed_places, other_settings
 from qsparse_moe.config.schema import Site
 from qsparse_moe.data.packing import Array
 
@@ -30,7 +30,7 @@ class _Expert(NamedTuple):
     expert: int
 
 
-def expert_maps(points: Sequence[Point]) -> Figure | None:
+def expert_maps(points: Sequence[FigurePoint]) -> Figure | None:
     """Return a map for each site and S of what changing one expert does; None where fewer than two points do that."""
     experts = _single_experts(points)
     if len(experts) < 2:
@@ -58,7 +58,7 @@ def expert_maps(points: Sequence[Point]) -> Figure | None:
     return draw_maps(maps, scale_over(change.tolist()), title=title, missing=missing, noise=noise, note=note)
 
 
-def differences(points: Sequence[Point]) -> tuple[Array, float | None]:
+def differences(points: Sequence[FigurePoint]) -> tuple[Array, float | None]:
     """Return the mean change of every point against the first, and half of the interval that each has.
 
     The spread is that of the residuals of an analysis of variance with the seeds as blocks (Fisher 1935): what a seed
@@ -79,7 +79,7 @@ def differences(points: Sequence[Point]) -> tuple[Array, float | None]:
     return means_V[1:] - means_V[0], half
 
 
-def _single_experts(points: Sequence[Point]) -> dict[int, _Expert]:
+def _single_experts(points: Sequence[FigurePoint]) -> dict[int, _Expert]:
     """By their index, the points that differ from the first in the S of one expert alone."""
     found: dict[int, _Expert] = {}
     for index, point in enumerate(points[1:], 1):

@@ -18,7 +18,7 @@ Place = tuple[int, Site, int | None]
 """Layer, site, and expert, which is None where all experts of the layer have one S or the site has none."""
 
 
-class Point(NamedTuple):
+class FigurePoint(NamedTuple):
     """A point of a grid: the rows of its seeds as one."""
 
     row: Row
@@ -29,7 +29,7 @@ class Point(NamedTuple):
     """The loss of every finished run."""
 
 
-def points_of(rows: Sequence[Row]) -> list[Point]:
+def points_of(rows: Sequence[Row]) -> list[FigurePoint]:
     """Return the finished runs, the seeds of a variant as one point, in their order."""
     by_variant: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -40,11 +40,11 @@ def points_of(rows: Sequence[Row]) -> list[Point]:
         losses = [row["loss"] for row in found]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         by_seed = {row.get("seed", place): row["loss"] for place, row in enumerate(found)}
-        points.append(Point(found[0], statistics.mean(losses), spread, by_seed))
+        points.append(FigurePoint(found[0], statistics.mean(losses), spread, by_seed))
     return points
 
 
-def seeds_text(points: Sequence[Point]) -> str:
+def seeds_text(points: Sequence[FigurePoint]) -> str:
     """Return what the marks of a figure are over the seeds."""
     counts = {max(len(point.by_seed), 1) for point in points}
     if counts == {1}:
@@ -58,12 +58,12 @@ def is_sparsity(path: str) -> bool:
     return any(path == known or path.startswith(f"{known}.") for known in S_PATHS)
 
 
-def other_settings(point: Point) -> dict[str, str]:
+def other_settings(point: FigurePoint) -> dict[str, str]:
     """Return what the point sets beside S, by path, as text."""
     return {path: repr(value) for path, value in point.row["settings"].items() if not is_sparsity(path)}
 
 
-def varied(points: Iterable[Point]) -> dict[Place, list[float]]:
+def varied(points: Iterable[FigurePoint]) -> dict[Place, list[float]]:
     """Return S of every point at each place that is not the same in all of them; experts apart where they differ."""
     entries = [point.row.get("varied_sparsity") or () for point in points]
     split = {(layer, site) for own in entries for layer, site, experts, _ in own if experts is not None}
@@ -82,7 +82,7 @@ def varied(points: Iterable[Point]) -> dict[Place, list[float]]:
     return {place: values for place, values in found.items() if len(set(values)) > 1}
 
 
-def changed_places(base: Point, point: Point) -> dict[Place, float]:
+def changed_places(base: FigurePoint, point: FigurePoint) -> dict[Place, float]:
     """Return S of ``point`` wherever it is another than that of ``base``."""
     return {place: values[1] for place, values in varied((base, point)).items()}
 
@@ -108,7 +108,7 @@ def places_label(places: Iterable[Place]) -> str:
     return "; ".join(words)
 
 
-def choice_labels(point: Point, paths: set[str]) -> list[str]:
+def choice_labels(point: FigurePoint, paths: set[str]) -> list[str]:
     """Return the labels of the point's variant and settings of axes that set some of ``paths``."""
     choices = point.row.get("choices") or ()
     if choices:

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from matplotlib.figure import Figure
 
 from qsparse_moe.ablation.grid.figure_points import (
+    FigurePoint,
     Place,
-    Point,
     changed_places,
     choice_labels,
     is_sparsity,
@@ -31,7 +31,7 @@ _MOST_CHARACTERS = 70
 MEAN = "mean S of the plan"
 
 
-def loss_by_sparsity(points: Sequence[Point]) -> Figure | None:
+def loss_by_sparsity(points: Sequence[FigurePoint]) -> Figure | None:
     """Draw loss against S, a line for every E and A (and whatever else varies), a panel for every width and depth.
 
     S is that of the places where the grid varies it, which the axis names, or the plan's mean where that is the same.
@@ -57,7 +57,7 @@ def loss_by_sparsity(points: Sequence[Point]) -> Figure | None:
     return figure
 
 
-def sparsity_axis(points: Sequence[Point]) -> tuple[str, list[float]]:
+def sparsity_axis(points: Sequence[FigurePoint]) -> tuple[str, list[float]]:
     """Return the label of an axis of S and the S of every point; no values where the points have no S in common."""
     places = varied(points)
     if places:
@@ -84,7 +84,7 @@ def _complete(places: Mapping[Place, Sequence[float]], num_points: int) -> bool:
     return all(len(values) == num_points for values in places.values())
 
 
-def loss_by_place(points: Sequence[Point]) -> Figure | None:
+def loss_by_place(points: Sequence[FigurePoint]) -> Figure | None:
     """Draw the change of loss against the S of the places that a point changes from the first, a line for every place.
 
     The change is that against the first point, seed by seed: what a seed does to both alike is no part of its spread.
@@ -92,7 +92,7 @@ def loss_by_place(points: Sequence[Point]) -> Figure | None:
     """
     if not points or sparsity_axis(points)[1]:
         return None
-    base, lines = points[0], defaultdict[tuple[Place, ...], list[tuple[float, Point]]](list)
+    base, lines = points[0], defaultdict[tuple[Place, ...], list[tuple[float, FigurePoint]]](list)
     for point in points[1:]:
         changed = changed_places(base, point)
         if changed and len(set(changed.values())) == 1 and other_settings(point) == other_settings(base):
@@ -123,7 +123,7 @@ def loss_by_place(points: Sequence[Point]) -> Figure | None:
     return figure
 
 
-def _change(base: Point, point: Point) -> tuple[float, float]:
+def _change(base: FigurePoint, point: FigurePoint) -> tuple[float, float]:
     """The mean over the seeds that both have of the change, and its standard deviation; 0 where they share one."""
     apart = [point.by_seed[seed] - base.by_seed[seed] for seed in base.by_seed if seed in point.by_seed]
     if not apart:
@@ -131,20 +131,20 @@ def _change(base: Point, point: Point) -> tuple[float, float]:
     return statistics.mean(apart), statistics.stdev(apart) if len(apart) > 1 else 0.0
 
 
-def _sparsity_at(base: Point, places: Sequence[Place], other: Point) -> float | None:
+def _sparsity_at(base: FigurePoint, places: Sequence[Place], other: FigurePoint) -> float | None:
     """S of ``base`` at places where ``other`` has another; None where they differ."""
     both = varied((base, other))
     values = {both[place][0] for place in places}
     return values.pop() if len(values) == 1 else None
 
 
-def _lines(points: Sequence[Point]) -> dict[str, list[Point]]:
+def _lines(points: Sequence[FigurePoint]) -> dict[str, list[FigurePoint]]:
     """The points of a panel by their label: E and A, and the names of whatever else varies beside S."""
     known = (*_SHAPE_PATHS, *_EXPERT_PATHS)
     paths = {path for point in points for path in point.row["settings"] if not is_sparsity(path) and path not in known}
     # What is the same in the whole panel tells no line from another.
     telling = {path for path in paths if len({repr(point.row["settings"].get(path)) for point in points}) > 1}
-    lines: dict[str, list[Point]] = defaultdict(list)
+    lines: dict[str, list[FigurePoint]] = defaultdict(list)
     for point in points:
         experts = f"E={point.row['num_experts']}, A={point.row['experts_per_token']}"
         lines[", ".join([experts, *choice_labels(point, telling)])].append(point)

@@ -96,7 +96,7 @@ def loss_by_document(model: Transformer, rows: DocumentRows) -> Array:
     sums_C = torch.zeros(rows.num_documents, dtype=torch.float64)
     for batch, documents_BS in rows:
         output = run_model(model, batch, device, with_stats=False, layer_hook=None)
-        losses_T = token_losses(output.logits_BSV, batch.labels_BS.to(device))
+        losses_T = token_losses(output.logits_BSV, batch.targets_BS.to(device))
         sums_C.index_add_(0, documents_BS.flatten(), losses_T.double().cpu())
     return sums_C.numpy()
 

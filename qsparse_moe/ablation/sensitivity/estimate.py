@@ -89,7 +89,7 @@ def estimate(
             pieces = _Pieces.of(documents_BS.to(device))
             with torch.enable_grad():
                 logits_BSV = run_model(model, batch, device, with_stats=False, layer_hook=None).logits_BSV
-                labels_BS = batch.labels_BS.to(device)
+                labels_BS = batch.targets_BS.to(device)
                 _backward(logits_BSV, labels_BS, pieces, listeners, weight=None, keep=draws > 0)
                 for draw in range(draws):
                     drawn_BS = _draw(logits_BSV, labels_BS, generator)

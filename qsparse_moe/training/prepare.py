@@ -27,7 +27,7 @@ from qsparse_moe.training.expert_groups import join_expert_group
 from qsparse_moe.training.full_disk import writing
 from qsparse_moe.training.manifest import write_manifest
 from qsparse_moe.training.portable_state import restore, seed_random_states, set_random_states
-from qsparse_moe.training.run_folder import TOKENIZER, run_folder, write_config
+from qsparse_moe.training.run_folder import CONFIG_FILE, TOKENIZER, run_folder, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +73,9 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     )
 
     def write() -> None:
+        if start.step == 0 and (folder / CONFIG_FILE).exists():
+            logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
+        remove_leftovers(folder)
         with writing(folder):
             write_config(folder, config)
             data.tokenizer.save(folder / TOKENIZER)
@@ -84,13 +87,9 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
 
 
 def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | None:
-    distributed.on_rank_zero(lambda: remove_leftovers(folder))
     checkpoint = newest_checkpoint(folder, distributed)
-    if distributed.rank == 0:
-        if checkpoint is None:
-            logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
-        else:
-            logger.info("resuming from %s", checkpoint.path)
+    if distributed.rank == 0 and checkpoint is not None:
+        logger.info("resuming from %s", checkpoint.path)
     return checkpoint
 
 

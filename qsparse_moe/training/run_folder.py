@@ -17,6 +17,7 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 """Folder of a copy of the run's tokenizer, where it has files."""
+METRICS_FILE = "metrics.jsonl"
 
 MAY_CHANGE = (
     "data.cache_dir",
@@ -55,6 +56,17 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.training.output_dir).expanduser() / config.training.name
 
 
+def holds_no_step(folder: Path) -> bool:
+    """Return whether a run folder holds nothing that a step made: no complete checkpoint and no logged step."""
+    rows = folder / METRICS_FILE
+    if newest_step(folder) is not None:
+        return False
+    if not rows.is_file():
+        return True
+    with rows.open("rb") as lines:
+        return not next(lines, b"").endswith(b"\n")
+
+
 def is_finished(config: RunConfig) -> bool:
     """Whether the run's folder holds a checkpoint of its last step or a later one; needs no torch.
 
@@ -84,6 +96,8 @@ def no_checkpoint(folder: Path) -> CheckpointError:
 def check_run_folder(config: RunConfig) -> bool:
     """Whether there is a run to resume; False where the folder is free. Writes nothing and needs no torch.
 
+    A run that ended before it kept a step has nothing to lose: its folder is free, for other settings as well.
+
     Raises:
         CheckpointError: the folder is in use and the run shall not resume, or it holds something that is no run.
         ConfigError: the run in it was made with other settings; each is named with both values.
@@ -91,12 +105,14 @@ def check_run_folder(config: RunConfig) -> bool:
     folder = run_folder(config)
     if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
         return False
+    stored = folder / CONFIG_FILE
+    if stored.is_file() and holds_no_step(folder):
+        return False
     if not config.training.resume:
         raise CheckpointError(
             f"{folder}: exists, and a run never overwrites another (training.resume is false). Set "
             "training.resume=true to continue it, or give this run another training.name"
         )
-    stored = folder / CONFIG_FILE
     if not stored.is_file():
         raise CheckpointError(
             f"{folder}: is no run folder, it has no {CONFIG_FILE}, so training.resume=true cannot continue it; "
@@ -104,6 +120,21 @@ def check_run_folder(config: RunConfig) -> bool:
         )
     _check_same_run(stored, config)
     return True
+
+
+def check_steps(config: RunConfig) -> None:
+    """Refuse to resume a run that has done more steps than ``training.steps``. Writes nothing and needs no torch.
+
+    Raises:
+        ConfigError: the run's newest checkpoint is of a later step; the way back to an earlier one is named.
+    """
+    folder = run_folder(config)
+    done, steps = newest_step(folder), config.training.steps
+    if done is not None and done > steps:
+        raise ConfigError(
+            f"training.steps ({steps}) must be at least the {done} steps that the run in {folder} has done; "
+            f"set training.steps={done} or more, or train under another training.name"
+        )
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

@@ -13,10 +13,8 @@ import torch
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.training.engine import Engine
-from qsparse_moe.training.run_folder import write_whole
+from qsparse_moe.training.run_folder import MANIFEST_FILE, write_whole
 from qsparse_moe.version import __version__
-
-MANIFEST_FILE = "manifest.json"
 
 _PACKAGES = (
     "torch",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from qsparse_moe.training.expert_groups import join_expert_group
 from qsparse_moe.training.full_disk import writing
 from qsparse_moe.training.manifest import write_manifest
 from qsparse_moe.training.portable_state import restore, seed_random_states, set_random_states
-from qsparse_moe.training.run_folder import CONFIG_FILE, TOKENIZER, run_folder, write_config
+from qsparse_moe.training.run_folder import MANIFEST_FILE, TOKENIZER, run_folder, write_config
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +74,18 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     )
 
     def write() -> None:
-        if start.step == 0 and (folder / CONFIG_FILE).exists():
+        if start.step == 0 and (folder / MANIFEST_FILE).exists():
             logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
         remove_leftovers(folder)
         with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # First: it marks the folder as a run's, should this process end before the config is there.
+            write_manifest(folder, config, engine, start_step=start.step, fingerprint=data.fingerprint)
             write_config(folder, config)
             data.tokenizer.save(folder / TOKENIZER)
-            write_manifest(folder, config, engine, start_step=start.step, fingerprint=data.fingerprint)
+            if config.data.tokenizer == "bytes":
+                # Of a run that began here with another one and kept no step.
+                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
 
     distributed.on_rank_zero(write)
     plan = SparsityPlan.from_config(config.model)

@@ -14,6 +14,7 @@ from qsparse_moe.config.schema import RunConfig, SourceConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
+MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 """Folder of a copy of the run's tokenizer, where it has files."""
@@ -105,14 +106,15 @@ def check_run_folder(config: RunConfig) -> bool:
     folder = run_folder(config)
     if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
         return False
-    stored = folder / CONFIG_FILE
-    if stored.is_file() and holds_no_step(folder):
+    # Not by its config alone, which may be the very file that the user wrote.
+    if (folder / MANIFEST_FILE).is_file() and holds_no_step(folder):
         return False
     if not config.training.resume:
         raise CheckpointError(
             f"{folder}: exists, and a run never overwrites another (training.resume is false). Set "
             "training.resume=true to continue it, or give this run another training.name"
         )
+    stored = folder / CONFIG_FILE
     if not stored.is_file():
         raise CheckpointError(
             f"{folder}: is no run folder, it has no {CONFIG_FILE}, so training.resume=true cannot continue it; "

@@ -61,6 +61,7 @@ def test_a_run_never_overwrites_another(make_config):
 def test_a_run_that_kept_no_step_may_start_again_with_other_settings(make_config, left, rows, resume):
     config = make_config()
     write_config(run_folder(config), config)
+    (run_folder(config) / "manifest.json").touch()
     for name in left:
         (run_folder(config) / "checkpoints" / name).mkdir(parents=True)
     if rows is not None:
@@ -68,9 +69,16 @@ def test_a_run_that_kept_no_step_may_start_again_with_other_settings(make_config
     assert check_run_folder(changed(make_config(resume=resume), "training.learning_rate", 0.5)) is False
 
 
+def test_a_config_that_no_run_wrote_is_kept(make_config):
+    write_config(run_folder(make_config()), make_config())
+    with pytest.raises(CheckpointError, match="never overwrites another"):
+        check_run_folder(make_config())
+
+
 def test_a_run_with_a_logged_step_and_no_checkpoint_is_kept(make_config):
     config = make_config()
     write_config(run_folder(config), config)
+    (run_folder(config) / "manifest.json").touch()
     (run_folder(config) / "metrics.jsonl").write_text('{"step": 1, "tokens": 9, "seconds": 0.1}\n{"st')
     with pytest.raises(CheckpointError, match="never overwrites another"):
         check_run_folder(config)

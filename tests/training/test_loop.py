@@ -206,9 +206,12 @@ def test_a_run_that_failed_before_its_first_step_starts_again_mended(make_config
         patch.setattr(loop, "train_step", fail)
         with pytest.raises(TrainingDiverged):
             train(make_config(steps=3, learning_rate=0.004))
+    left = run_folder(make_config()) / "tokenizer"
+    left.mkdir()
     mended = make_config(steps=3, resume=resume)
     result = train(mended)
     assert load_config(result.run_dir / "config.yaml") == mended
+    assert not left.exists(), "the copy of a tokenizer that the mended run does not use"
     assert result.validation == train(make_config("whole", steps=3)).validation
 
 

@@ -115,7 +115,7 @@ def load_run(
 
 def stored_timeout(run_dir: Path) -> float:
     """Return ``training.collective_timeout`` of the run in ``run_dir``, seconds."""
-    return load_config(run_dir / CONFIG_FILE).training.collective_timeout
+    return load_run_config(run_dir).training.collective_timeout
 
 
 def evaluate_run(run_dir: Path, *, num_rows: int | None = None, device: str = "auto") -> Evaluation:

@@ -20,13 +20,9 @@ _PATIENCE_SECONDS = 3.0
 
 def is_rank_zero() -> bool:
     """Whether this process speaks for all ranks of its launcher."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def world_size() -> int:
-    """Ranks that the launcher started; 1 without a launcher."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdecimal() and int(text) else 1
+    text = os.environ.get("RANK", "0")
+    # What is no number is said by whoever has it: no rank could speak for all.
+    return not text.isdecimal() or int(text) == 0
 
 
 def complain(message: str) -> None:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qsparse_moe.cli.console import is_rank_zero, print_json, result_console, world_size
+from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.progress import TrainingProgress
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.rules import check_trainable, check_world_size
-from qsparse_moe.runs.folder import check_run_folder
+from qsparse_moe.runs.folder import check_run_folder, check_steps
+from qsparse_moe.training.distributed.launcher_environment import launcher_world_size
 
 if TYPE_CHECKING:
     from qsparse_moe.runs.report import StepReport, TrainingResult
@@ -31,9 +32,11 @@ def train(
 ) -> None:
     """Train a model. Alone, or as one rank of the deepspeed launcher."""
     run = load_config(config, overrides or ())
-    check_world_size(run, world_size())
-    if is_rank_zero() and not check_run_folder(run):  # for all: another rank might look when it has just been made
-        check_trainable(run)
+    check_world_size(run, launcher_world_size())
+    if is_rank_zero():  # for all: another rank might look when the folder has just been made
+        if not check_run_folder(run):
+            check_trainable(run)
+        check_steps(run)
     from qsparse_moe.data.tokenizer import with_vocabulary
 
     run = with_vocabulary(run)

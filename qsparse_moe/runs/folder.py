@@ -14,9 +14,11 @@ from qsparse_moe.config.schema import RunConfig, SourceConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
 
 CONFIG_FILE = "config.yaml"
+MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 """Folder of a copy of the run's tokenizer, where it has files."""
+METRICS_FILE = "metrics.jsonl"
 
 MAY_CHANGE = (
     "data.cache_dir",
@@ -55,6 +57,17 @@ def run_folder(config: RunConfig) -> Path:
     return Path(config.training.output_dir).expanduser() / config.training.name
 
 
+def holds_no_step(folder: Path) -> bool:
+    """Return whether a run folder holds nothing that a step made: no complete checkpoint and no logged step."""
+    rows = folder / METRICS_FILE
+    if newest_step(folder) is not None:
+        return False
+    if not rows.is_file():
+        return True
+    with rows.open("rb") as lines:
+        return not next(lines, b"").endswith(b"\n")
+
+
 def is_finished(config: RunConfig) -> bool:
     """Whether the run's folder holds a checkpoint of its last step or a later one; needs no torch.
 
@@ -84,12 +97,17 @@ def no_checkpoint(folder: Path) -> CheckpointError:
 def check_run_folder(config: RunConfig) -> bool:
     """Whether there is a run to resume; False where the folder is free. Writes nothing and needs no torch.
 
+    A run that ended before it kept a step has nothing to lose: its folder is free, for other settings as well.
+
     Raises:
         CheckpointError: the folder is in use and the run shall not resume, or it holds something that is no run.
         ConfigError: the run in it was made with other settings; each is named with both values.
     """
     folder = run_folder(config)
     if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
+        return False
+    # Not by its config alone, which may be the very file that the user wrote.
+    if (folder / MANIFEST_FILE).is_file() and holds_no_step(folder):
         return False
     if not config.training.resume:
         raise CheckpointError(
@@ -104,6 +122,21 @@ def check_run_folder(config: RunConfig) -> bool:
         )
     _check_same_run(stored, config)
     return True
+
+
+def check_steps(config: RunConfig) -> None:
+    """Refuse to resume a run that has done more steps than ``training.steps``. Writes nothing and needs no torch.
+
+    Raises:
+        ConfigError: the run's newest checkpoint is of a later step; the way back to an earlier one is named.
+    """
+    folder = run_folder(config)
+    done, steps = newest_step(folder), config.training.steps
+    if done is not None and done > steps:
+        raise ConfigError(
+            f"training.steps ({steps}) must be at least the {done} steps that the run in {folder} has done; "
+            f"set training.steps={done} or more, or train under another training.name"
+        )
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

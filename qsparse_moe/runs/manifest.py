@@ -9,10 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qsparse_moe.runs.folder import write_atomically
+from qsparse_moe.runs.folder import MANIFEST_FILE, write_atomically
 from qsparse_moe.version import __version__
-
-MANIFEST_FILE = "manifest.json"
 
 _PACKAGES = (
     "torch",

@@ -29,7 +29,7 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import Stats, add_stats
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.engines.protocol import run_model
-from qsparse_moe.training.evaluate import load_run
+from qsparse_moe.training.evaluate import load_run, stored_timeout
 
 logger = logging.getLogger(__name__)
 # Under this setting thresholds are found, whatever the run selects by.
@@ -98,7 +98,7 @@ def calibrate_run(
         CheckpointError, ConfigError, DataError: as ``load_run`` and ``load_data`` do.
         TrainingDiverged: a site saw a value that is not finite.
     """
-    with open_distributed(device) as distributed:
+    with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
         config, model, step = load_run(run_dir, distributed.device, overrides=[_RANKED])
         data, size = load_data(config.data), config.training.micro_batch_size
         model.hide_ids(meaningless_ids(config.model, data.tokenizer))

@@ -113,6 +113,11 @@ def load_run(
     return config, model.eval(), step
 
 
+def stored_timeout(run_dir: Path) -> float:
+    """Return ``training.collective_timeout`` of the run in ``run_dir``, seconds."""
+    return load_run_config(run_dir).training.collective_timeout
+
+
 def evaluate_run(run_dir: Path, *, num_rows: int | None = None, device: str = "auto") -> Evaluation:
     """Evaluate the newest checkpoint of a run on its validation rows; any number of ranks may call it together.
 
@@ -121,7 +126,7 @@ def evaluate_run(run_dir: Path, *, num_rows: int | None = None, device: str = "a
         num_rows: validation rows, evenly spread; None takes ``training.evaluation_rows``.
         device: ``auto``, ``cpu`` or ``cuda``.
     """
-    with open_distributed(device) as distributed:
+    with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
         config, model, step = load_run(run_dir, distributed.device)
         num_rows = num_rows or config.training.evaluation_rows
         data = load_data(config.data)

@@ -17,7 +17,7 @@ from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import with_vocabulary
 from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
-from qsparse_moe.runs.folder import check_run_folder, run_folder
+from qsparse_moe.runs.folder import check_run_folder, check_steps, run_folder
 from qsparse_moe.runs.report import Listener, RunContext, StepReport, TrainingResult, notify
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 from qsparse_moe.training.checkpoint.full_disk import cannot_write, writing
@@ -63,7 +63,7 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     with open_distributed(config.training.device, timeout=timeout) as distributed:
         check_world_size(config, distributed.world_size)
         config = distributed.on_every_rank(lambda: with_vocabulary(config))[distributed.rank]
-        resumes = distributed.on_rank_zero(lambda: check_run_folder(config))
+        resumes = distributed.on_rank_zero(lambda: _check_folder(config))
         if not resumes:
             check_trainable(config)
         data = load_data(config.data)
@@ -74,6 +74,12 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
                 return _Loop(run, listeners if distributed.rank == 0 else ()).run()
             finally:
                 run.engine.close()
+
+
+def _check_folder(config: RunConfig) -> bool:
+    resumes = check_run_folder(config)
+    check_steps(config)
+    return resumes
 
 
 def _how_to_go_on(config: RunConfig) -> str:

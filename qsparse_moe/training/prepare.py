@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.runs.folder import TOKENIZER, run_folder, write_config
+from qsparse_moe.runs.folder import MANIFEST_FILE, TOKENIZER, run_folder, write_config
 from qsparse_moe.runs.manifest import describe_environment, write_manifest
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.full_disk import writing
@@ -78,10 +79,18 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     )
 
     def write() -> None:
+        if start.step == 0 and (folder / MANIFEST_FILE).exists():
+            logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
+        remove_leftovers(folder)
         with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            # First: it marks the folder as a run's, should this process end before the config is there.
+            write_manifest(folder, _describe_part(config, engine, start_step=start.step, fingerprint=data.fingerprint))
             write_config(folder, config)
             data.tokenizer.save(folder / TOKENIZER)
-            write_manifest(folder, _describe_part(config, engine, start_step=start.step, fingerprint=data.fingerprint))
+            if config.data.tokenizer == "bytes":
+                # Of a run that began here with another one and kept no step.
+                shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
 
     distributed.on_rank_zero(write)
     plan = SparsityPlan.from_config(config.model)
@@ -89,13 +98,9 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
 
 
 def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | None:
-    distributed.on_rank_zero(lambda: remove_leftovers(folder))
     checkpoint = newest_checkpoint(folder, distributed)
-    if distributed.rank == 0:
-        if checkpoint is None:
-            logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
-        else:
-            logger.info("resuming from %s", checkpoint.path)
+    if distributed.rank == 0 and checkpoint is not None:
+        logger.info("resuming from %s", checkpoint.path)
     return checkpoint
 
 

@@ -51,10 +51,17 @@ def test_one_process_needs_no_launcher_and_several_or_a_wish_have_it():
 def test_runs_share_out_the_devices():
     placement = Placement(ranks=2, jobs=2, devices=("0", "1", "4", "5"))
     first, second = placement.slots()
-    assert placement.environment(second, 8) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "4,5"}
+    assert placement.environment(second, 8, given={}) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "4,5"}
     command = placement.command(CONFIG, first)
     assert command[command.index("--include") + 1] == "localhost:0,1" and "--num_gpus" not in command
-    assert Placement(jobs=3).environment((), 2) == {"OMP_NUM_THREADS": "1"}
+    assert Placement(jobs=3).environment((), 2, given={}) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_threads_that_the_user_has_set_are_kept():
+    given = {"OMP_NUM_THREADS": "3", "HOME": "/home"}
+    assert Placement(jobs=2).environment((), 8, given=given) == given
+    devices = Placement(devices=("1",)).environment(("1",), 8, given=given | {"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert devices == given | {"CUDA_VISIBLE_DEVICES": "1"}
 
 
 @pytest.mark.parametrize(

@@ -222,7 +222,21 @@ def test_a_damaged_file_is_named_and_no_older_checkpoint_is_taken_silently(tmp_p
         newest_checkpoint(tmp_path)
     message = str(caught.value)
     assert message.startswith(str(the_file(tmp_path)))
-    assert f"Delete the folder {the_file(tmp_path).parent} to go on from the checkpoint before it" in message
+    folder = the_file(tmp_path).parent
+    earlier = folder.with_name("step-00000000")
+    assert message.endswith(f"Restore it from a copy, or delete the folder {folder} to go on from {earlier}")
+
+
+def test_the_only_checkpoint_is_not_said_to_have_one_before_it(tmp_path, engine):
+    save(tmp_path, engine, 1)
+    save(tmp_path, engine, 2)
+    flip_a_byte(the_file(tmp_path))
+    with pytest.raises(CheckpointError) as caught:
+        Checkpoint(the_file(tmp_path).parent).verify()
+    assert str(caught.value).endswith(
+        f"There is none before it: restore it from a copy, or delete the folder {the_file(tmp_path).parent}, and "
+        "training.resume=true begins again at step 0"
+    )
 
 
 def test_a_file_that_is_no_checkpoint_is_named(tmp_path, engine):

@@ -14,7 +14,7 @@ from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.folder import run_folder
-from qsparse_moe.training import prepare
+from qsparse_moe.training import loop, prepare
 from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.loop import train
 
@@ -187,6 +187,32 @@ def test_a_finished_run_can_be_resumed_to_no_steps_or_to_more(make_config):
     assert (again.step, again.validation, listener.reports) == (2, first.validation, [])
     more = train(make_config(steps=3, resume=True), [listener])
     assert more.step == 3 and [report.step for report in listener.reports] == [3]
+
+
+def test_fewer_steps_than_were_done_are_refused_and_the_config_stays(make_config):
+    result = train(make_config(steps=4))
+    before = (result.run_dir / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"training\.steps \(3\) must be at least the 4 steps"):
+        train(make_config(steps=3, resume=True))
+    assert (result.run_dir / "config.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_failed_before_its_first_step_starts_again_mended(make_config, monkeypatch, resume):
+    def fail(*arguments, **settings):
+        raise TrainingDiverged("step 1")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", fail)
+        with pytest.raises(TrainingDiverged):
+            train(make_config(steps=3, learning_rate=0.004))
+    left = run_folder(make_config()) / "tokenizer"
+    left.mkdir()
+    mended = make_config(steps=3, resume=resume)
+    result = train(mended)
+    assert load_config(result.run_dir / "config.yaml") == mended
+    assert not left.exists(), "the copy of a tokenizer that the mended run does not use"
+    assert result.validation == train(make_config("whole", steps=3)).validation
 
 
 def test_a_run_that_died_before_its_first_checkpoint_begins_again(make_config, caplog):

@@ -5,7 +5,14 @@ import pytest
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
-from qsparse_moe.runs.folder import MAY_CHANGE, check_run_folder, run_folder, write_config
+from qsparse_moe.runs.folder import (
+    MAY_CHANGE,
+    check_run_folder,
+    check_steps,
+    is_finished,
+    run_folder,
+    write_config,
+)
 
 
 def changed(config: RunConfig, path: str, value) -> RunConfig:
@@ -16,6 +23,12 @@ def changed(config: RunConfig, path: str, value) -> RunConfig:
         section = section[int(part)] if isinstance(section, list) else section[part]
     section[name] = value
     return RunConfig.model_validate(settings)
+
+
+def make_run(config: RunConfig, *, step: int = 4) -> None:
+    """Write what a run leaves that has saved a checkpoint."""
+    write_config(run_folder(config), config)
+    (run_folder(config) / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
 
 def test_a_free_folder_is_a_new_run_whatever_resume_says(make_config):
@@ -32,7 +45,7 @@ def test_a_free_folder_is_a_new_run_whatever_resume_says(make_config):
 
 def test_a_run_never_overwrites_another(make_config):
     config = make_config()
-    write_config(run_folder(config), config)
+    make_run(config)
     with pytest.raises(CheckpointError) as caught:
         check_run_folder(config)
     assert str(caught.value) == (
@@ -40,6 +53,51 @@ def test_a_run_never_overwrites_another(make_config):
         "training.resume=true to continue it, or give this run another training.name"
     )
     assert check_run_folder(make_config(resume=True)) is True
+
+
+@pytest.mark.parametrize("left", [(), (".saving-step-00000001",)])
+@pytest.mark.parametrize("rows", [None, "", '{"step": 1, "tok'])
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_kept_no_step_may_start_again_with_other_settings(make_config, left, rows, resume):
+    config = make_config()
+    write_config(run_folder(config), config)
+    (run_folder(config) / "manifest.json").touch()
+    for name in left:
+        (run_folder(config) / "checkpoints" / name).mkdir(parents=True)
+    if rows is not None:
+        (run_folder(config) / "metrics.jsonl").write_text(rows)
+    assert check_run_folder(changed(make_config(resume=resume), "training.learning_rate", 0.5)) is False
+
+
+def test_a_config_that_no_run_wrote_is_kept(make_config):
+    write_config(run_folder(make_config()), make_config())
+    with pytest.raises(CheckpointError, match="never overwrites another"):
+        check_run_folder(make_config())
+
+
+def test_a_run_with_a_logged_step_and_no_checkpoint_is_kept(make_config):
+    config = make_config()
+    write_config(run_folder(config), config)
+    (run_folder(config) / "manifest.json").touch()
+    (run_folder(config) / "metrics.jsonl").write_text('{"step": 1, "tokens": 9, "seconds": 0.1}\n{"st')
+    with pytest.raises(CheckpointError, match="never overwrites another"):
+        check_run_folder(config)
+    with pytest.raises(ConfigError, match=r"training\.learning_rate was 0\.005 and is 0\.5"):
+        check_run_folder(changed(make_config(resume=True), "training.learning_rate", 0.5))
+    assert check_run_folder(make_config(resume=True)) is True
+
+
+def test_fewer_steps_than_a_run_has_done_are_refused(make_config):
+    make_run(make_config(steps=4))
+    for steps in (4, 5):
+        check_steps(make_config(steps=steps, resume=True))
+    with pytest.raises(ConfigError) as caught:
+        check_steps(make_config(steps=3, resume=True))
+    assert str(caught.value) == (
+        f"training.steps (3) must be at least the 4 steps that the run in {run_folder(make_config())} has done; "
+        "set training.steps=4 or more, or train under another training.name"
+    )
+    assert is_finished(make_config(steps=3, resume=True)), "a grid and the quickstart take it as it is"
 
 
 def test_something_else_in_the_folder_is_not_continued(make_config):
@@ -56,7 +114,7 @@ def test_something_else_in_the_folder_is_not_continued(make_config):
 
 def test_another_run_is_named_with_every_setting_and_both_values(make_config):
     config = make_config()
-    write_config(run_folder(config), config)
+    make_run(config)
     other = changed(make_config(resume=True), "training.learning_rate", 0.5)
     other = changed(other, "model.moe.activation", "swiglu")
     other = changed(other, "data.sources.0.max_bytes", 10)
@@ -86,7 +144,7 @@ def test_another_run_is_named_with_every_setting_and_both_values(make_config):
 )
 def test_what_does_not_make_another_run_may_change(make_config, path, value):
     config = make_config()
-    write_config(run_folder(config), config)
+    make_run(config)
     assert check_run_folder(changed(make_config(resume=True), path, value)) is True
 
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from qsparse_moe.config.problems import show
 from qsparse_moe.errors import ConfigError
 
 Launcher = Literal["auto", "deepspeed", "none"]
+
+_NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,15 @@ class Placement:
         """The devices of each of the runs at the same time."""
         return [self.devices[job * self.ranks : (job + 1) * self.ranks] for job in range(self.jobs)]
 
-    def environment(self, slot: Sequence[str], num_cores: int) -> dict[str, str]:
-        """What a run in ``slot`` has in its environment beside all else."""
+    def environment(
+        self, slot: Sequence[str], num_cores: int, *, given: Mapping[str, str] = _NOTHING
+    ) -> dict[str, str]:
+        """Return the whole environment of a run in ``slot``: ``given``, and what the placement adds to it.
+
+        The runs share the cores of the machine, unless the user has set OMP_NUM_THREADS: that is kept.
+        """
         threads = {"OMP_NUM_THREADS": str(max(1, num_cores // (self.ranks * self.jobs)))}
-        return threads | ({"CUDA_VISIBLE_DEVICES": ",".join(slot)} if slot else {})
+        return {**threads, **given} | ({"CUDA_VISIBLE_DEVICES": ",".join(slot)} if slot else {})
 
     def command(self, config: Path, slot: Sequence[str]) -> list[str]:
         """The command that trains ``config``."""

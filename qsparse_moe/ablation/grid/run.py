@@ -86,7 +86,7 @@ def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...]
     file = grid.folder / f"{run.id}.yaml"
     file.write_text(config_to_yaml(run.config), "utf-8")
     log = grid.folder / f"{run.id}.log"
-    environment = os.environ | placement.environment(slot, num_cores())
+    environment = placement.environment(slot, num_cores(), given=os.environ)
     code = children.run(placement.command(file, slot), log, environment)
     if code == 0 and is_finished(run.config):
         return None

@@ -350,7 +350,14 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 
 def _broken(file: Path, what: str) -> CheckpointError:
-    return CheckpointError(
-        f"{file} {what}; a checkpoint is used whole or not at all. Delete the folder {file.parent} to go on from the "
-        "checkpoint before it, or restore it from a copy"
-    )
+    folder = file.parent
+    paths = list_checkpoints(folder.parent.parent)
+    earlier = paths[: paths.index(folder)] if folder in paths else []
+    if earlier:
+        way_out = f"Restore it from a copy, or delete the folder {folder} to go on from {earlier[-1]}"
+    else:
+        way_out = (
+            f"There is none before it: restore it from a copy, or delete the folder {folder}, and training.resume=true "
+            "begins again at step 0"
+        )
+    return CheckpointError(f"{file} {what}; a checkpoint is used whole or not at all. {way_out}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import sys
@@ -16,11 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsparse_moe.errors import BackendUnavailable, ConfigError
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.training.distributed.launcher_environment import launcher_ranks, num_local_ranks
+from qsparse_moe.training.distributed.rendezvous import meet
 
 T = TypeVar("T")
 
-_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_launcher_store: dist.Store | None = None
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,14 @@ def open_distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterato
 
     Args:
         device: ``training.device``.
-        timeout: ``training.collective_timeout``, seconds.
+        timeout: ``training.collective_timeout``, seconds; for the other ranks to come as well.
 
     Raises:
         BackendUnavailable: ``cuda`` was asked for and is not there.
-        ConfigError: the launcher's environment is incomplete.
+        ConfigError: the launcher's environment is incomplete or wrong, or another process listens at its port.
+        RankLost: another rank did not come within ``timeout``.
     """
-    rank, world_size, local_rank = _launcher_ranks()
+    rank, world_size, local_rank = launcher_ranks()
     chosen = choose_device(device, local_rank)
     # DeepSpeed looks for an accelerator by itself when it is imported; it has to find the one that is used.
     os.environ["DS_ACCELERATOR"] = chosen.type
@@ -116,7 +118,7 @@ def open_distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterato
         excepthook = sys.excepthook
         dist.init_process_group(
             backend,
-            store=_session_store(world_size),
+            store=_session_store(rank, world_size, timeout),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=timeout),
@@ -150,26 +152,12 @@ def choose_device(requested: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _launcher_ranks() -> tuple[int, int, int]:
-    """Rank, world size and local rank from the launcher's environment; one rank where there is none."""
-    if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-        return 0, 1, 0
-    values = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
-    missing = [name for name, value in values.items() if value is None]
-    if missing and values["WORLD_SIZE"] != "1":
-        raise ConfigError(
-            f"environment variables {', '.join(missing)} are not set but RANK or WORLD_SIZE is; a launcher sets "
-            f"{', '.join(_LAUNCHER_VARIABLES)} together. Start ranks with the deepspeed launcher, or unset them all"
-        )
-    return int(values["RANK"] or 0), int(values["WORLD_SIZE"] or 1), int(values["LOCAL_RANK"] or 0)
-
-
 def _share_cores() -> None:
     """Divide this machine's cores among its ranks; without it every rank starts a thread on every core.
 
     The launcher sets OMP_NUM_THREADS only with --bind_cores_to_rank; where it is set, it is kept.
     """
-    local_ranks = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    local_ranks = num_local_ranks()
     if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
         torch.set_num_threads(max(1, num_cores() // local_ranks))
 
@@ -184,23 +172,25 @@ def num_cores() -> int:
 _sessions = itertools.count()
 
 
-def _session_store(world_size: int) -> dist.Store:
+def _session_store(rank: int, world_size: int, timeout: float) -> dist.Store:
     """Where the ranks find each other. One rank alone needs no port, so nothing that another run could hold.
 
     The launcher's port is opened once for the life of the process and every session has its own names in it: DeepSpeed
     keeps the groups of an ended session alive, and the next one would meet their entries in the store and hang.
     """
+    global _launcher_store
     session = next(_sessions)
     if world_size == 1:
         return dist.HashStore()
-    return dist.PrefixStore(f"session-{session}", launcher_store())
+    if _launcher_store is None:
+        _launcher_store = meet(rank, world_size, timeout=timeout)
+    return dist.PrefixStore(f"session-{session}", _launcher_store)
 
 
-@functools.cache
 def launcher_store() -> dist.Store:
     """The store that the ranks of a launcher share; it lives in rank 0's process."""
-    store, _, _ = next(dist.rendezvous("env://"))
-    return store
+    assert _launcher_store is not None, "open_distributed comes first"
+    return _launcher_store
 
 
 @contextlib.contextmanager

@@ -41,86 +41,89 @@ class MoEConfig(Section):
     """The routed feed-forward layers."""
 
     num_experts: NumExperts = 8
-    """E, routed experts a layer."""
+    """E, the number of routed experts per layer."""
     experts_per_token: PositiveInt = 2
-    """A, experts that each token uses; at most num_experts."""
+    """A, the number of experts that process each token; at most num_experts."""
     expert_hidden_size: Width = 256
-    """F, hidden width of one expert."""
+    """F, the hidden width of one expert."""
     num_shared_experts: Annotated[int, Field(ge=0, le=65_536)] = 0
-    """Experts that every token uses, beside the routed ones; together they are one feed-forward."""
+    """Number of shared experts, which process every token in addition to the routed ones. Together they form one
+    feed-forward network."""
     shared_expert_hidden_size: Width | None = None
-    """Hidden width of the shared experts together; null: num_shared_experts * expert_hidden_size."""
+    """Hidden width of all shared experts together; null: num_shared_experts * expert_hidden_size."""
     shared_expert_gate: bool = False
-    """Each token scales the shared experts' output by the sigmoid of a linear map of its own (Qwen2-MoE)."""
+    """Scale the output of the shared experts, for each token, by the sigmoid of a learned linear map (Qwen2-MoE)."""
     router: Literal[
         "softmax_topk", "softmax_topk_renormalized", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalized"
     ] = "softmax_topk_renormalized"
-    """softmax_topk: the scores are probabilities, and those of the A experts with the largest are the weights;
-    softmax_topk_renormalized: the same, divided by their sum; topk_softmax: softmax over the A largest logits only;
-    sigmoid_topk and sigmoid_topk_renormalized: every score is a sigmoid of its own logit (DeepSeek-V3 has the
-    renormalised one)."""
+    """How the weights of a token's A experts are computed. softmax_topk: the softmax over all experts, without
+    renormalization; softmax_topk_renormalized: the same, divided by the sum of the A weights; topk_softmax: a softmax
+    over the A largest logits; sigmoid_topk and sigmoid_topk_renormalized: the sigmoid of each logit, without and with
+    renormalization (DeepSeek-V3 uses the latter)."""
     router_input: Literal["dense", "sparse"] = "dense"
-    """What the router sees: the tokens as they are, or what the selection at expert_input leaves of them, which must
-    then be the same for all experts of a layer."""
+    """Input of the router. dense: the tokens before any selection; sparse: the tokens after the selection at
+    expert_input, which then must be the same for all experts of a layer."""
     router_scaling_factor: PositiveFloat = 1.0
-    """Factor of the weights of a token's experts, after they are renormalised; 2.5 in DeepSeek-V3."""
+    """Factor applied to the weights of a token's experts after renormalization; DeepSeek-V3 uses 2.5."""
     router_noise: NonNegativeFloat = 0.0
-    """Standard deviation of normal noise that is added to the logits in training, before scores, choice and losses are
-    formed from them (V-MoE, which has 1 / num_experts); 0: none."""
+    """Standard deviation of the normal noise that is added to the router logits in training (V-MoE uses 1 /
+    num_experts); 0: no noise."""
     router_jitter: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """In training the router's input, and only its, is multiplied element by element with draws that are uniform
-    between 1 - router_jitter and 1 + router_jitter (Switch Transformer, which has 0.01); 0: none."""
+    """In training, multiply each element of the router's input by a uniform random number between 1 - router_jitter and
+    1 + router_jitter (Switch Transformer uses 0.01); 0: no jitter."""
     num_expert_groups: PositiveInt = 1
-    """Groups of experts that follow each other, a divisor of num_experts, among which a token first chooses; 1: every
-    expert may be chosen."""
+    """Number of groups of consecutive experts; a divisor of num_experts. A token first selects groups and then experts
+    within them; 1: no groups."""
     groups_per_token: PositiveInt = 1
-    """Groups from which a token's experts come; at most num_expert_groups."""
+    """Number of groups from which the experts of a token are selected; at most num_expert_groups."""
     group_score: Literal["top2_sum", "max"] = "top2_sum"
-    """What a group is chosen by: top2_sum, the sum of its two best scores (DeepSeek-V3); max, the best one
-    (DeepSeek-V2)."""
+    """Score by which a token selects groups. top2_sum: the sum of the two best expert scores (DeepSeek-V3); max: the
+    best expert score (DeepSeek-V2)."""
     force_uniform_routing: bool = False
-    """For benchmarks: token t of a micro-batch uses the experts t * A to t * A + A - 1, counted round, whatever its
-    scores are. They still give the weights, so every gradient is there."""
+    """For benchmarks: send token t of a micro-batch to the experts t * A to t * A + A - 1 (modulo E), whatever the
+    scores are. The scores still give the weights, so every gradient exists."""
     load_balance_coefficient: NonNegativeFloat = 0.01
-    """Factor of the load-balance loss, which is 1 at even load and is averaged over the MoE layers."""
+    """Coefficient of the load-balance loss, which is 1 at even load and is averaged over the MoE layers."""
     load_balance_scope: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
-    """The tokens whose load the load-balance loss holds against the router's mean probabilities: those of a sequence;
-    of the micro-batch; or of all ranks and of the step's micro-batches so far (arXiv 2501.11873). Only sequence is the
-    same however the batch is cut into micro-batches; global_batch is so where each rank has one of them a step."""
+    """Tokens over which the load-balance loss is computed. sequence: each sequence by itself; micro_batch: the
+    micro-batch; global_batch: all ranks and all micro-batches of the step so far (arXiv 2501.11873). Only sequence does
+    not depend on how the batch is split into micro-batches; global_batch does not if each rank has one micro-batch per
+    step."""
     bias_update_rate: NonNegativeFloat = 0.0
-    """Loss-free balancing: every expert has a bias, added to its score when experts are chosen and not in the weights,
-    that moves by this much after every step, up where the expert had fewer rows than the mean of the step's global
-    batch, down where it had more; 0: no biases. DeepSeek-V3 has 0.001."""
+    """Balancing without a loss (DeepSeek-V3 uses 0.001): each expert has a bias that is added to its score for the
+    selection only. After every step the bias moves by this rate: up if the expert received fewer tokens than the mean
+    of the global batch, down if it received more. 0: no biases."""
     bias_update_steps: NonNegativeInt | None = None
-    """Steps after which the biases stay what they are; null: they always move."""
+    """Number of steps after which the biases stay constant; null: they always move."""
     router_z_coefficient: NonNegativeFloat = 0.001
-    """Factor of the router z-loss, averaged over the MoE layers."""
+    """Coefficient of the router z-loss, which is averaged over the MoE layers."""
     activation: Literal["swiglu", "relu2glu", "reglu", "drelu", "relu2"] = "relu2glu"
-    """swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up; reglu: relu(gate) * up; drelu: relu(gate) * relu(up);
-    relu2: relu(up)^2, without a gate matrix. Dense layers and shared experts use it too."""
+    """Activation function. swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up; reglu: relu(gate) * up; drelu:
+    relu(gate) * relu(up); relu2: relu(up)^2, without a gate matrix. Dense layers and shared experts use the same
+    function."""
     backend: Literal["auto", "loop", "grouped", "megablocks", "onednn", "blas"] = "auto"
-    """loop: one expert after the other, the definition; grouped: torch grouped_mm; megablocks: MegaBlocks' permutation
-    around a grouped product, CUDA (on a CPU under TRITON_INTERPRET=1, for tests); onednn and blas: CPU only, a product
-    an expert by oneDNN, in rounded row counts, or by PyTorch's own, MKL as a rule; auto: the fastest that runs here, on
-    a CPU onednn if it has AVX-512 and else blas."""
+    """Implementation of the experts' matrix products. auto: the fastest that is available, on a CPU onednn with AVX-512
+    and blas without; loop: one expert after the other, the definition; grouped: torch's grouped_mm; onednn, blas: CPU
+    only, one product per expert by oneDNN (with rounded row counts) or by PyTorch's BLAS; megablocks: MegaBlocks'
+    permutation around a grouped product, CUDA only (on a CPU under TRITON_INTERPRET=1, for tests)."""
     capacity_factor: PositiveFloat | None = None
-    """null: dropless. Else an expert takes at most ceil(capacity_factor * T * A / E) rows of a micro-batch's T tokens,
-    those with the largest router weights (of equal ones the first); for the others its output is 0. Holds in training
-    only: evaluation and generation drop nothing."""
+    """null: no token is dropped. Otherwise an expert processes at most ceil(capacity_factor * T * A / E) of the routed
+    tokens of a micro-batch of T tokens: those with the largest router weights, the first ones among equal weights. It
+    outputs 0 for the others. In evaluation and generation no token is dropped."""
     num_dense_layers: NonNegativeInt = 0
-    """How many of the first layers have a dense feed-forward in place of experts."""
+    """Number of layers, from the first on, that have a dense feed-forward network instead of experts."""
     moe_layer_interval: PositiveInt = 1
-    """n: beyond the first num_dense_layers, every n-th layer of the model has experts (with 2 the second, the fourth
-    and so on), each other one a dense feed-forward."""
+    """After the first num_dense_layers layers, every n-th layer of the model has experts (with 2: the second, the
+    fourth, and so on), and the others have a dense feed-forward network."""
     dense_hidden_size: Width | None = None
-    """Hidden width of the dense layers; null: experts_per_token * expert_hidden_size."""
+    """Hidden width of the dense feed-forward networks; null: experts_per_token * expert_hidden_size."""
 
 
 class SitesConfig(Section):
     """S by site; null takes model.sparsity.default."""
 
     attention_input: Sparsity | None = None
-    """Input of the query, key and value projections."""
+    """Input of the query, key, and value projections."""
     attention_output: Sparsity | None = None
     """Input of the attention's output projection."""
     expert_input: Sparsity | None = None
@@ -141,11 +144,11 @@ class SparsityOverride(Section):
     """S for the layers, site and experts that it selects; later overrides win."""
 
     sparsity: Sparsity
-    """S, the fraction zeroed."""
+    """S, the fraction of features set to zero."""
     layers: Selector = None
-    """A layer, a list, or a range such as "0-3" (both ends included); null: every layer."""
+    """A layer, a list of layers, or a range such as "0-3" that includes both ends; null: every layer."""
     site: Site | None = None
-    """One site; null: every site."""
+    """A site; null: every site."""
     experts: Selector = None
     """An expert, a list, or a range such as "0-3", at expert sites only; null: every expert."""
 
@@ -154,33 +157,34 @@ class ScheduleConfig(Section):
     """How S grows to its target over the steps."""
 
     shape: Literal["constant", "linear", "cubic", "cosine"] = "constant"
-    """constant: the target from the first step after warm-up; the others rise from 0 to the target over ramp_steps."""
+    """constant: the target from the end of the warm-up on; the other shapes rise from 0 to the target within
+    ramp_steps."""
     warmup_steps: NonNegativeInt = 0
-    """Dense steps (S = 0) at the start."""
+    """Number of dense steps (S = 0) at the start of the run."""
     ramp_steps: NonNegativeInt = 0
-    """Steps from S = 0 to the target; 0 unless shape is linear, cubic or cosine."""
+    """Number of steps in which S rises from 0 to the target; 0 unless shape is linear, cubic, or cosine."""
 
 
 class BlendConfig(Section):
     """How the share of the straight-through gradient moves over the steps, when gradient is blend."""
 
     start: Fraction = 1.0
-    """Share at first; 1 is ste, 0 masked."""
+    """Initial share of the straight-through gradient; 1 is ste, 0 is masked."""
     end: Fraction = 0.0
     """Share from the end of the ramp on."""
     shape: Literal["linear", "cosine"] = "linear"
-    """Of the way from start to end."""
+    """Shape of the ramp from start to end."""
     hold_steps: NonNegativeInt = 0
-    """Steps that stay at start."""
+    """Number of steps before the ramp begins."""
     ramp_steps: NonNegativeInt = 0
-    """Steps from start to end."""
+    """Number of steps of the ramp."""
 
 
 class QuantizationSitesConfig(Section):
     """Number format by site; null takes model.sparsity.quantization.activations."""
 
     attention_input: ActivationFormat | None = None
-    """Input of the query, key and value projections."""
+    """Input of the query, key, and value projections."""
     attention_output: ActivationFormat | None = None
     """Input of the attention's output projection."""
     expert_input: ActivationFormat | None = None
@@ -201,55 +205,57 @@ class QuantizationConfig(Section):
     """Rounded activations and weights: the values are those of the format, the gradient passes straight through."""
 
     activations: ActivationFormat | None = None
-    """Format at every site: int8 scales a row by its largest magnitude, int4 by its mean magnitude; the selection still
-    looks at the unrounded row. null: the preset's, or none without one."""
+    """Number format at every site. int8 scales each row by its largest magnitude, int4 by its mean magnitude; features
+    are selected by the row before rounding. null: the format of the preset, or none."""
     sites: QuantizationSitesConfig = QuantizationSitesConfig()
-    """Format by site."""
+    """Number format per site."""
     weights: Literal["none", "ternary"] = "none"
-    """ternary: -1, 0 or 1 times the mean magnitude of the matrix, in every projection of attention, experts and dense
-    layers; embedding, head and router keep their precision."""
+    """ternary: every projection of attention, experts, and dense layers uses -1, 0, or 1 times the mean magnitude of
+    its matrix. The embedding, the head, and the router are not quantized."""
 
 
 class SparsityConfig(Section):
     """Q-Sparse: what fraction of the features in front of each weight matrix is zeroed, and how."""
 
     preset: Literal["paper", "a4.8", "dense"] | None = None
-    """paper: S = 0.3 at every site (Q-Sparse); a4.8: int4 at the inputs, int8 with S = 0.5 before the attention's
-    output, int8 before down (BitNet a4.8; its weights are ternary, see quantization.weights); dense: S = 0. What
-    default, sites, overrides and quantization say comes first."""
+    """paper: S = 0.3 at every site (Q-Sparse); a4.8: int4 at the inputs, int8 with S = 0.5 at attention_output, int8 at
+    the hidden sites (BitNet a4.8; for its ternary weights see quantization.weights); dense: S = 0. Values of default,
+    sites, overrides, and quantization take precedence."""
     plan: str | None = None
-    """JSON file with S, and where calibrated the threshold, of every layer, site and expert; preset, default, sites and
-    overrides must then be unset."""
+    """JSON file with S, and the threshold if it was calibrated, for every layer, site, and expert. preset, default,
+    sites, and overrides must be unset."""
     default: Sparsity | None = None
-    """S at every site, the fraction zeroed; null: the preset's, or 0, dense, without one."""
+    """S at every site, the fraction of features set to zero; null: the value of the preset, or 0 (dense)."""
     sites: SitesConfig = SitesConfig()
-    """S by site."""
+    """S per site."""
     overrides: Annotated[tuple[SparsityOverride, ...], Field(strict=False)] = ()
-    """S by layer, site and expert, applied in order after sites."""
+    """S for selected layers, sites, and experts; applied in order, after sites."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """S over the steps."""
+    """S over the steps of the run."""
     selection: Literal["topk", "block", "threshold", "statistical", "relu"] = "topk"
-    """topk: the K largest magnitudes of a row; block: the largest of every contiguous group of group_size features;
-    threshold: all above a magnitude calibrated on data, which the plan holds; statistical: all above mean + z *
-    standard deviation of the row's magnitudes, z the normal quantile at S; these two keep 1 - S only on average. relu:
-    the positive features wherever S is above 0, however many they are; the paper's baseline, with gradient masked."""
+    """Which features are kept. topk: the K largest magnitudes of a row; block: the largest magnitudes of every
+    contiguous group of group_size features; threshold: all magnitudes above a calibrated threshold, which the plan
+    contains; statistical: all magnitudes above mean + z * standard deviation of the row, where z is the normal quantile
+    at S. The last two keep 1 - S on average only. relu: all positive features where S is above 0, the baseline of the
+    paper, used with gradient masked."""
     group_size: Width = 32
-    """G, features a group when selection is block."""
+    """G, the number of features per group if selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
-    """What follows the selection: none; unit: divide by the L2 norm of the kept; preserve: restore the row's norm."""
+    """Applied after the selection. none: nothing; unit: divide by the L2 norm of the selected features; preserve:
+    restore the L2 norm of the row."""
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
-    """torch: stock PyTorch; native: C++ compiled at first use, CPU only; triton: GPU kernels; auto: the fastest that
-    runs here."""
+    """Implementation of the selection. torch: stock PyTorch; native: C++ compiled at first use, CPU only; triton: GPU
+    kernels; auto: the fastest that is available."""
     gradient: Literal["ste", "masked", "blend"] = "ste"
-    """ste: the backward ignores the mask; masked: only kept features receive gradient; blend: a share of the one and
-    the rest of the other."""
+    """Gradient of the selection. ste: the backward pass ignores the mask (straight-through estimator); masked: only
+    selected features receive a gradient; blend: a weighted mean of both, see blend."""
     blend: BlendConfig = BlendConfig()
-    """The share of ste over the steps, when gradient is blend."""
+    """Share of the straight-through gradient over the steps if gradient is blend."""
     quantization: QuantizationConfig = QuantizationConfig()
-    """Number formats in front of and inside the weight matrices."""
+    """Number formats of the activations and of the weight matrices."""
     debug: bool = False
-    """Stop at the first site that is given a NaN and name it; the check waits for the device at every site. Without it
-    a NaN is never dropped by a selection and reaches the loss."""
+    """Stop at the first site whose input contains a NaN and name the site. The check synchronizes with the device at
+    every site. Without it, a selection never drops a NaN, so it reaches the loss."""
 
 
 class ModelConfig(Section):
@@ -261,25 +267,25 @@ class ModelConfig(Section):
     of 8 (264 for bytes, which need 257). Rows beyond the tokenizer's are padding: nothing evaluates or generates them.
     """
     hidden_size: Width = 128
-    """D, model width."""
+    """D, the width of the model."""
     num_layers: NumLayers = 4
-    """Decoder layers."""
+    """Number of decoder layers."""
     num_heads: Width = 4
-    """H, query heads."""
+    """H, the number of query heads."""
     num_kv_heads: Width | None = None
-    """Key and value heads, a divisor of num_heads; null: num_heads."""
+    """Number of key and value heads, a divisor of num_heads; null: num_heads."""
     head_size: Width | None = None
-    """C, channels a head, even; null: hidden_size / num_heads."""
+    """C, the number of channels per head; even. null: hidden_size / num_heads."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     norm_epsilon: PositiveFloat = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Value added to the mean square in RMSNorm."""
     qk_norm: bool = False
-    """RMSNorm on every head's queries and keys, before the rotation."""
+    """Apply RMSNorm to the queries and keys of every head before the rotation."""
     tie_embeddings: bool = False
-    """The head uses the embedding's weight."""
+    """Use the weight of the embedding for the output head."""
     init_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights, cut at three of them."""
+    """Standard deviation of the initial weights, which are cut at three standard deviations."""
     moe: MoEConfig = MoEConfig()
     """Experts."""
     sparsity: SparsityConfig = SparsityConfig()

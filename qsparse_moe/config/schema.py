@@ -72,7 +72,7 @@ class SourceConfig(Section):
     path: str | Texts | None = None
     """Files or globs for text, jsonl and parquet; the folder for saved; the data set's name or folder for hub."""
     subset: str | None = None
-    """Configuration name of a hub data set."""
+    """Name of the configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set, or of a saved one that has splits."""
     column: str = "text"
@@ -80,27 +80,28 @@ class SourceConfig(Section):
     separator: Annotated[str, Field(min_length=1)] | None = None
     """text: where one document of a file ends and the next begins; null: a file is one document."""
     weight: PositiveFloat = 1.0
-    """Share of this source's tokens in the mixture, relative to the other weights; all 1: everything once."""
+    """Weight of this source in the mixture: its share of the tokens, relative to the other sources. If all weights are
+    1, every document is used once per epoch."""
     max_bytes: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
-    """Stop reading the source after this many bytes of text; null: all of it."""
+    """Maximum number of bytes of text to read from this source; null: no limit."""
 
 
 class DataConfig(Section):
     """Text to token rows."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)] = (SourceConfig(),)
-    """Where documents come from."""
+    """Sources of documents."""
     tokenizer: str = "bytes"
     """bytes, or the folder or the hub's name (owner/name) of a Hugging Face tokenizer. A run keeps a copy of it."""
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST_WIDTH)] = 256
-    """S, tokens a row."""
+    """S, the number of tokens per sequence."""
     attend_across_documents: bool = False
-    """Attention and positions run on over document boundaries inside a row."""
+    """Let attention and positions continue across document boundaries within a sequence."""
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.05
-    """Share of the documents held out, chosen by a hash of the text."""
+    """Fraction of the documents held out for validation, selected by a hash of the text."""
     mode: Literal["table", "streaming"] = "table"
-    """table: tokenise once into a memory-mapped table, exactly resumable on any number of ranks; streaming: tokenise
-    while training, resumable on the same number of ranks."""
+    """table: tokenize once into a memory-mapped table; a run resumes exactly on any number of ranks. streaming:
+    tokenize during training; a run resumes exactly on the same number of ranks."""
     shuffle: bool = True
     """table: rows in a new random order every epoch; streaming: files (shards) in random order, and rows within
     shuffle_window."""
@@ -115,93 +116,98 @@ class DataConfig(Section):
     shuffle_buffer: NonNegativeInt = 0
     """Must be 0: a shuffle buffer cannot be resumed exactly."""
     cache_dir: str = "~/.cache/qsparse_moe"
-    """Where tokenised tables are kept."""
+    """Folder for tokenized tables."""
 
 
 class DeepSpeedConfig(Section):
     """What of DeepSpeed's own settings a run may choose; the whole dictionary is derived from it."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
-    """0: replicated; 1: optimizer state sharded; 2: gradients too; 3: parameters too."""
+    """ZeRO stage. 0: everything is replicated; 1: the optimizer state is sharded; 2: the gradients too; 3: the
+    parameters too."""
     reduce_bucket_size: PositiveInt = 50_000_000
-    """Elements reduced at once."""
+    """Number of elements per reduction."""
     allgather_bucket_size: PositiveInt = 50_000_000
-    """Elements gathered at once."""
+    """Number of elements per all-gather."""
     overlap_communication: bool = False
-    """Reduce gradients while the backward runs."""
+    """Reduce gradients while the backward pass runs."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where a rank keeps its fp32 weights and Adam's moments, and AdamW steps in host memory on them: none: on the
-    device; cpu: host memory (ZeRO 1 to 3); nvme: files below nvme_path, read for the step and written back (ZeRO-3)."""
+    """Where the fp32 weights and Adam's moments are kept, and where AdamW runs. none: on the device; cpu: in host
+    memory (ZeRO 1 to 3); nvme: in files below nvme_path, which are read and written in every step (ZeRO-3)."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    """Where a rank keeps its part of the weights that compute until a layer needs them (ZeRO-3): none: on the device;
-    cpu: host memory; nvme: files below nvme_path."""
+    """Where a rank keeps its shard of the parameters until a layer needs them (ZeRO-3). none: on the device; cpu: in
+    host memory; nvme: in files below nvme_path."""
     nvme_path: str | None = None
-    """Folder on a local disk for what nvme offloads; every run makes a folder of its own in it and removes it."""
+    """Folder on a local disk for offloading to files. Every run creates its own folder in it and removes it at the
+    end."""
 
 
 class LossScaleConfig(Section):
     """What every micro-batch's mean loss is multiplied by in fp16; the defaults are DeepSpeed's."""
 
     initial_power: Annotated[int, Field(ge=0, le=32)] = 16
-    """The scale begins at two to this power."""
+    """The initial loss scale is two to this power."""
     window: PositiveInt = 1000
-    """Steps in a row without an overflow after which the scale is doubled."""
+    """Number of consecutive steps without an overflow after which the scale is doubled."""
     hysteresis: PositiveInt = 2
-    """Overflows until the scale is halved for the first time, and again after it was doubled; each skips its step."""
+    """Number of overflows before the scale is halved for the first time, and again after it was doubled. Each overflow
+    skips its step."""
     minimum: PositiveInt = 1
-    """The scale goes no lower: an overflow there ends the run."""
+    """Smallest scale; an overflow at this scale ends the run."""
 
 
 class TrainingConfig(Section):
     """The run itself."""
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
-    """Name of the run folder: letters, digits, '.', '_' and '-'."""
+    """Name of the run folder; letters, digits, '.', '_', and '-'."""
     output_dir: str = "runs"
-    """Folder of run folders."""
+    """Folder that contains the run folders."""
     steps: PositiveInt = 300
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     global_batch_size: PositiveInt = 16
-    """Rows a step over all ranks; a multiple of micro_batch_size times the ranks."""
+    """Number of sequences per step over all ranks; a multiple of micro_batch_size times the number of ranks."""
     micro_batch_size: PositiveInt = 8
-    """Rows that one rank sends through the model at once."""
+    """Number of sequences that one rank processes at once."""
     learning_rate: PositiveFloat = 1e-3
     """Peak learning rate."""
     learning_rate_schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
-    """Shape after the warm-up; warmup_stable_decay falls linearly over the last decay_steps."""
+    """Shape of the schedule after the warm-up; warmup_stable_decay falls linearly over the last decay_steps."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     decay_steps: NonNegativeInt = 0
-    """Last steps that decay under warmup_stable_decay; else 0."""
+    """Number of final steps that decay under warmup_stable_decay; 0 otherwise."""
     min_learning_rate_ratio: Fraction = 0.1
-    """Final learning rate over the peak."""
+    """Final learning rate divided by the peak."""
     weight_decay: NonNegativeFloat = 0.1
-    """AdamW's decay of matrices; norms have none."""
+    """Weight decay of AdamW, for matrices only."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's first moment."""
+    """Decay rate of AdamW's first moment."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    """AdamW's second moment."""
+    """Decay rate of AdamW's second moment."""
     epsilon: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     gradient_clipping: NonNegativeFloat = 1.0
     """Largest global gradient norm; 0: no clipping."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """bf16 and fp16 keep fp32 master weights and optimizer state; fp16 scales the loss, and skips a step whose
-    gradient overflows. Many CPUs have no fp16 product: it runs there, slowly."""
+    """bf16 and fp16 keep fp32 master weights and optimizer state. fp16 scales the loss and skips a step whose gradient
+    overflows; many CPUs have no fp16 products and are slow at it."""
     loss_scale: LossScaleConfig = LossScaleConfig()
-    """Dynamic loss scaling, when precision is fp16."""
+    """Dynamic loss scaling if precision is fp16."""
     activation_checkpointing: Recompute = "none"
-    """What the backward computes again instead of keeping it: full: every layer; attention, feed_forward: this half of
-    every layer, its norm included; selective: every layer but its matrix products and attention, which are kept."""
+    """What the backward pass computes again instead of keeping it. full: every layer; attention, feed_forward: this
+    half of every layer with its norm; selective: everything in a layer except its matrix products and attention."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
-    """Seed of weights, data order and noise."""
+    """Seed of the weights, the data order, and the noise."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one."""
+    """auto: cuda if it is available."""
     engine: Literal["deepspeed", "torch"] = "deepspeed"
-    """torch is the plain reference; it replicates all but spread experts and ignores training.deepspeed."""
+    """deepspeed, or torch: the plain reference, which replicates everything except sharded experts and ignores
+    training.deepspeed."""
     expert_parallel_size: PositiveInt = 1
-    """P, the ranks that hold the experts of every layer between them, E / P each, and send their tokens to each other;
-    it divides the number of ranks and num_experts. 1: every rank holds all experts, or ZeRO-3's part of each."""
+    """P, the number of ranks that share the experts of every layer: each holds E / P of them, and tokens are exchanged
+    by all-to-all. It must divide the number of ranks and num_experts. 1: every rank holds all experts (under ZeRO-3, a
+    shard of each)."""
     collective_timeout: Annotated[float, Field(gt=0, le=1e8)] = 600.0
     """Seconds after which a rank that gives no sign of life, or a collective that does not end, ends the run: longer
     than anything that one rank does while the others wait. A rank that is killed is noticed sooner."""
@@ -212,52 +218,53 @@ class TrainingConfig(Section):
     checkpoint_minutes: NonNegativeFloat = 10.0
     """A checkpoint is saved after a step when the last one is so many minutes old, by rank 0's clock; 0: never."""
     keep_last: PositiveInt = 2
-    """Checkpoints kept."""
+    """Number of checkpoints to keep."""
     evaluation_interval: NonNegativeInt = 0
-    """Steps between evaluations; 0: only at the end."""
+    """Number of steps between evaluations; 0: only at the end."""
     evaluation_rows: PositiveInt = 64
-    """Validation rows used, the same ones in every layout; fewer where there are fewer."""
+    """Number of validation sequences, the same ones in every layout; fewer if there are fewer."""
     deepspeed: DeepSpeedConfig = DeepSpeedConfig()
-    """DeepSpeed."""
+    """Settings of DeepSpeed."""
 
 
 class MetricsConfig(Section):
     """What is written about a run."""
 
     interval: PositiveInt = 10
-    """Steps between logged steps."""
+    """Number of steps between logged steps."""
     dead_expert_window: NonNegativeInt = 100
     """A warning names the experts that got no row in so many steps, looked at in logged steps; 0: never."""
     tensorboard: bool = True
-    """Write TensorBoard event files beside metrics.jsonl."""
+    """Write TensorBoard event files in addition to metrics.jsonl."""
     hyperparameters: Texts = ()
-    """Settings by dotted path that get a column on the HPARAMS page, beside those that always have one. The runs of one
-    page should name the same; a grid names what it varies."""
+    """Settings, by dotted path, that get a column on TensorBoard's HPARAMS page in addition to the standard ones. The
+    runs of one page should name the same settings; a grid names what it varies."""
     variant: str | None = None
     """Name of the grid's point that this run is, set by the grid. With it the HPARAMS page has columns for it, S, the
     seed and hyperparameters, and no others; null: no grid."""
     image_interval: NonNegativeInt = 200
     """Steps between heat maps of layers and experts in TensorBoard, drawn in the next logged step; 0: none."""
     peak_tflops: PositiveFloat | None = None
-    """TFLOP/s that one device can reach in the run's precision, for the model FLOPs utilisation; null: from a table by
-    the device's name, and no utilisation where that does not know it."""
+    """Peak TFLOP/s of one device in the precision of the run, for the model FLOPs utilization; null: looked up by the
+    name of the device, and not reported for an unknown device."""
     layer_gradients: bool = False
     """Record the gradient norm of each layer's matrices in logged steps. Each rank reads its part of the gradient once
-    more in those steps; the sums travel with the other statistics."""
+    more in these steps."""
     profile_steps: NonNegativeInt = 0
-    """Profile so many steps on rank 0: a trace for Perfetto and a table in the run folder's profile/; 0: none."""
+    """Number of steps to profile on rank 0; writes a trace for Perfetto and a table to profile/ in the run folder. 0:
+    none."""
     profile_from: PositiveInt = 11
-    """The first of the profiled steps, counted from 1. Compilers and caches have settled after a few."""
+    """First profiled step, counted from 1. Compilers and caches have settled after a few steps."""
 
 
 class RunConfig(Section):
     """One complete run."""
 
     model: ModelConfig = ModelConfig()
-    """The decoder."""
+    """The model."""
     data: DataConfig = DataConfig()
-    """Text to token rows."""
+    """The training data."""
     training: TrainingConfig = TrainingConfig()
-    """The run itself."""
+    """The training run."""
     metrics: MetricsConfig = MetricsConfig()
-    """What is written about a run."""
+    """Logging."""

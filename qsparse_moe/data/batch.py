@@ -16,7 +16,7 @@ IGNORED_LABEL = -100
 
 
 class Batch(NamedTuple):
-    """Rows of tokens with their labels: int64 on the CPU."""
+    """Sequences of tokens with their targets: int64 on the CPU."""
 
     tokens_BS: Tensor
     """Inputs."""

@@ -30,87 +30,109 @@ class Metric:
 
 
 METRICS = (
-    Metric("train/loss", "nats a token", "What is minimised: lm_loss plus each other loss times its coefficient."),
-    Metric("train/lm_loss", "nats a token", "Cross-entropy of the next token over the step's global batch."),
+    Metric(
+        "train/loss",
+        "nats per token",
+        "The training objective: lm_loss plus each auxiliary loss times its coefficient.",
+    ),
+    Metric("train/lm_loss", "nats per token", "Cross-entropy of the next token over the step's global batch."),
     Metric(
         "train/load_balance_loss",
         "1",
-        "Load-balance loss before its coefficient, mean over the MoE layers; 1 at even load, E if one expert has all.",
+        "Load-balance loss before its coefficient, mean over the MoE layers; 1 at even load, E if one expert "
+        "receives every token.",
     ),
     Metric(
         "train/router_z_loss",
         "1",
-        "Mean square of the log of the router's partition function, before its coefficient, mean over the MoE layers.",
+        "Mean square of the logarithm of the router's partition function, before its coefficient, mean over "
+        "the MoE layers.",
     ),
     Metric(
         "train/grad_norm",
         "1",
-        "L2 norm of the whole gradient before clipping; by layer, with metrics.layer_gradients, that of the layer's "
-        "matrices in attention, experts, shared experts and dense feed-forwards; null in a step skipped in fp16.",
+        "L2 norm of the whole gradient before clipping. Per layer, with metrics.layer_gradients: that of the "
+        "layer's matrices in attention, experts, shared experts, and dense feed-forward networks. null in a "
+        "step that was skipped in fp16.",
         layers="chart",
     ),
-    Metric("train/loss_scale", "1", "What every micro-batch's mean loss was multiplied by; absent but in fp16."),
+    Metric("train/loss_scale", "1", "Factor by which the loss is multiplied in fp16; absent in other precisions."),
     Metric(
         "train/skipped_steps",
         "steps",
-        "Steps skipped since the run began because the scaled gradient overflowed; absent but in fp16.",
+        "Number of steps skipped since the start of the run because the scaled gradient overflowed in fp16; "
+        "absent in other precisions.",
     ),
     Metric("train/learning_rate", "1", "Learning rate of the step."),
-    Metric("train/sparsity", "1", "S that the plan asks for in this step, mean over layers, sites and experts."),
-    Metric("validation/loss", "nats a token", "Cross-entropy of the next token over the fixed validation rows."),
+    Metric("train/sparsity", "1", "S of the plan in this step, mean over layers, sites, and experts."),
+    Metric("validation/loss", "nats per token", "Cross-entropy of the next token over the fixed validation sequences."),
     Metric("validation/perplexity", "1", "exp of validation/loss."),
-    Metric("validation/bits_per_byte", "bits a byte", "The same loss in bits, over the bytes of text in those rows."),
+    Metric(
+        "validation/bits_per_byte",
+        "bits per byte",
+        "The same loss in bits, divided by the number of bytes of text in these sequences.",
+    ),
     Metric(
         "throughput/tokens_per_second",
-        "tokens a second",
-        "Tokens trained by all ranks in the steps since the last logged one, over the time of those steps.",
+        "tokens per second",
+        "Tokens processed by all ranks since the last logged step, divided by the time of these steps.",
     ),
     Metric(
-        "throughput/step_seconds", "seconds", "Wall-clock of a step, mean over the steps since the last logged one."
+        "throughput/step_seconds", "seconds", "Wall-clock time per step, mean over the steps since the last logged one."
     ),
-    Metric("throughput/rows_per_second", "rows a second", "Rows of the data trained by all ranks in the same time."),
-    Metric("throughput/data_seconds", "seconds", "Of this step, rank 0: waiting for data."),
-    Metric("throughput/forward_seconds", "seconds", "Of this step, rank 0: the model's forward passes."),
+    Metric(
+        "throughput/rows_per_second",
+        "sequences per second",
+        "Sequences processed by all ranks in the same time, divided by it.",
+    ),
+    Metric("throughput/data_seconds", "seconds", "Time of this step that rank 0 spent waiting for data."),
+    Metric("throughput/forward_seconds", "seconds", "Time of this step that rank 0 spent in forward passes."),
     Metric(
         "throughput/backward_seconds",
         "seconds",
-        "Of this step, rank 0: its backward passes, and what the engine reduces over the ranks in them.",
+        "Time of this step that rank 0 spent in backward passes, including the reductions of the engine in them.",
     ),
     Metric(
         "throughput/update_seconds",
         "seconds",
-        "Of this step, rank 0: clipping and optimizer, and what the engine reduces and gathers around them.",
+        "Time of this step that rank 0 spent in clipping and in the optimizer, including the engine's "
+        "reductions and gathers.",
     ),
     Metric(
         "throughput/communication_seconds",
         "seconds",
-        "Of this step, rank 0: held up by collectives, those of the step's report included; lies within the parts "
-        "above or beside them. Absent on CUDA, where only a profile shows it.",
+        "Time of this step that rank 0 spent in collectives, including those of the report. It is part of "
+        "the times above or in addition to them. Absent on CUDA, where only a profile shows it.",
     ),
     Metric(
         "throughput/model_flops_utilisation",
         "1",
-        "Operations that training takes with routing (efficiency/training_flops_per_token) a second, over the peak of "
-        "all devices; absent where the peak is not known.",
+        "FLOPs of training with routing (efficiency/training_flops_per_token) per second, divided by the "
+        "peak of all devices; absent if the peak is unknown.",
     ),
-    Metric("memory/resident", "bytes", "Memory that the process of rank 0 occupies."),
-    Metric("memory/peak_resident", "bytes", "The most that it has occupied so far."),
-    Metric("memory/allocated", "bytes", "CUDA memory of rank 0's tensors; absent on a CPU."),
-    Metric("memory/peak_allocated", "bytes", "The most that they have taken so far; absent on a CPU."),
+    Metric("memory/resident", "bytes", "Resident memory of the process of rank 0."),
+    Metric("memory/peak_resident", "bytes", "Largest resident memory so far."),
+    Metric("memory/allocated", "bytes", "CUDA memory of the tensors of rank 0; absent on a CPU."),
+    Metric("memory/peak_allocated", "bytes", "Largest value of it so far; absent on a CPU."),
     Metric(
         "router/load_imbalance",
         "1",
-        "Rows of the busiest expert over the mean rows of an expert; 1 is even.",
+        "Routed tokens of the busiest expert divided by the mean per expert; 1 at even load.",
         layers="chart",
     ),
     Metric(
         "router/load_entropy",
         "nats",
-        "Entropy of the experts' shares of the rows; ln E is even.",
+        "Entropy of the distribution of routed tokens over the experts; ln E at even load.",
         layers="file",
     ),
-    Metric("router/busiest_share", "1", "Share of the rows that the busiest expert gets; 1/E is even.", layers="file"),
-    Metric("router/dead_experts", "experts", "Experts that got no row in this step.", layers="chart"),
+    Metric(
+        "router/busiest_share",
+        "1",
+        "Fraction of the routed tokens that the busiest expert receives; 1/E at even load.",
+        layers="file",
+    ),
+    Metric("router/dead_experts", "experts", "Number of experts that received no token in this step.", layers="chart"),
     Metric(
         "router/dead_experts_window",
         "experts",
@@ -121,21 +143,21 @@ METRICS = (
     Metric(
         "router/dropped_share",
         "1",
-        "Share of the routed rows that the capacity factor dropped, absent without one; the other router figures count "
-        "those rows too.",
+        "Fraction of the routed tokens beyond the capacity of their expert; absent without a capacity "
+        "factor. The other router metrics include these tokens.",
         layers="file",
     ),
     Metric(
         "router/choice_entropy",
         "nats",
-        "Entropy of the router's probabilities for a token (of sigmoid scores: divided by their sum), mean over the "
-        "tokens; 0 is certain, ln E undecided.",
+        "Entropy of the router's probabilities per token (sigmoid scores are divided by their sum), mean "
+        "over the tokens; 0: certain, ln E: undecided.",
         layers="file",
     ),
     Metric(
         "router/first_weight",
         "1",
-        "Weight of a token's first expert, scaling factor included, mean over the tokens.",
+        "Weight of a token's first expert, including the scaling factor, mean over the tokens.",
         layers="file",
     ),
     Metric(
@@ -148,38 +170,39 @@ METRICS = (
     Metric(
         "router/bias_range",
         "1",
-        "Largest less smallest of the biases that balance the load, after the step; absent where there are none.",
+        "Difference between the largest and the smallest balancing bias after the step; absent without biases.",
         layers="file",
     ),
     Metric(
         "sparsity/SITE/zeros_chosen",
         "1",
-        "Fraction of the features that the selection zeroed: S after rounding to whole features.",
+        "Fraction of the features that the selection set to zero: S after rounding to whole features.",
         layers="file",
     ),
     Metric(
         "sparsity/SITE/zeros",
         "1",
-        "Fraction of zeros in front of the matrix: those chosen and those that were zero by nature.",
+        "Fraction of zeros in front of the matrix: those of the selection and those that the activation "
+        "function produced.",
         layers="chart",
     ),
     Metric(
         "sparsity/SITE/kept_energy",
         "1",
-        "Sum of squares after the selection over the sum before, before any rescale; absent where that is 0.",
+        "Sum of squares after the selection divided by the sum before it, before any rescale; absent if that sum is 0.",
         layers="chart",
     ),
     Metric(
         "sparsity/SITE/overlap",
         "1",
-        "Of the values of a token that are not zero, the share whose feature is not zero in the next token either, "
-        "over tokens that one matrix reads one after the other; absent where there are none.",
+        "Fraction of a token's non-zero features that are non-zero in the next token as well, over "
+        "consecutive tokens that the same matrix reads; absent if there are none.",
         layers="file",
     ),
     Metric(
         "sparsity/SITE/threshold",
         "1",
-        "Smallest magnitude that is kept of a row, mean over the rows.",
+        "Smallest magnitude that is kept in a row, mean over the rows.",
         layers="file",
     ),
     Metric(
@@ -195,68 +218,88 @@ METRICS = (
         "until there are so many.",
         layers="file",
     ),
-    Metric("efficiency/active_parameters", "parameters", "That a token uses by routing."),
+    Metric("efficiency/active_parameters", "parameters", "Parameters that one token uses after routing."),
     Metric(
         "efficiency/kept_parameters",
         "parameters",
-        "Those of the active whose input is not zero, by the zeros of this step.",
+        "Active parameters whose input is not zero, by the zeros of this step.",
     ),
     Metric(
         "efficiency/training_flops_per_token",
-        "FLOPs a token",
-        "Forward and backward with routing: what dense kernels execute, recomputation not counted.",
+        "FLOPs per token",
+        "FLOPs of forward and backward with routing: what dense kernels execute, without recomputation.",
     ),
     Metric(
         "efficiency/kept_training_flops_per_token",
-        "FLOPs a token",
-        "The same if every zero of this step were skipped; the gradient by the input stays dense under the "
+        "FLOPs per token",
+        "The same if every zero of this step were skipped. The input gradient stays dense under the "
         "straight-through estimator. Counted, not saved.",
     ),
-    Metric("efficiency/total_training_flops", "FLOPs", "Executed since the run began, over all ranks."),
+    Metric("efficiency/total_training_flops", "FLOPs", "FLOPs executed since the start of the run, over all ranks."),
     Metric(
         "efficiency/total_kept_training_flops",
         "FLOPs",
-        "The same with the zeros of the logged steps skipped, each step's standing for those before it.",
+        "The same if the zeros of the logged steps were skipped; each logged step stands for the steps before it.",
     ),
     Metric(
         "efficiency/weight_bytes_1",
         "bytes",
-        "Of weights that generating one token reads, by routing and the zeros of this step.",
+        "Bytes of weights that are read to generate one token, by routing and the zeros of this step.",
     ),
-    Metric("efficiency/weight_bytes_16", "bytes", "The same for 16 independent tokens at once: their union."),
+    Metric(
+        "efficiency/weight_bytes_16",
+        "bytes",
+        "Bytes of weights that are read to generate one token each for 16 independent sequences: the union "
+        "of their needs.",
+    ),
     Metric(
         "cost/lm_loss_by_executed_gflops",
-        "nats a token",
+        "nats per token",
         "train/lm_loss over efficiency/total_training_flops, in GFLOPs, in the place of the step.",
         kind="curve",
     ),
     Metric(
         "cost/lm_loss_by_kept_gflops",
-        "nats a token",
+        "nats per token",
         "train/lm_loss over efficiency/total_kept_training_flops, in GFLOPs, in the place of the step.",
         kind="curve",
     ),
     Metric(
         "router/log2_probability",
-        "log2 of 1",
-        "Histogram of the logarithm of the router's probabilities, of every token and expert, in half octaves from "
-        "2^-20; what is smaller counts there.",
+        "log2",
+        "Histogram of the base-2 logarithm of the router's probabilities, over all tokens and experts, in "
+        "bins of half an octave from 2^-20; smaller values count in the first bin.",
         kind="histogram",
     ),
     Metric(
         "sparsity/SITE/log2_threshold",
-        "log2 of 1",
+        "log2",
         "Histogram of the logarithm of the smallest magnitude that is kept of a row, in half octaves from "
         "2^-24 to 2^8.",
         kind="histogram",
     ),
-    Metric("experts/load", "1", "Layers by experts: rows of an expert over the layer's mean.", kind="image"),
-    Metric("experts/SITE/kept_energy", "1", "Layers by experts, expert_input and expert_hidden.", kind="image"),
-    Metric("experts/SITE/zeros", "1", "The same, of the zeros in front of the expert's matrix.", kind="image"),
+    Metric(
+        "experts/load",
+        "1",
+        "Heat map of layers by experts: routed tokens of an expert divided by the mean of its layer.",
+        kind="image",
+    ),
+    Metric(
+        "experts/SITE/kept_energy",
+        "1",
+        "Heat map of layers by experts of the kept energy, at expert_input and expert_hidden.",
+        kind="image",
+    ),
+    Metric(
+        "experts/SITE/zeros",
+        "1",
+        "Heat map of layers by experts of the fraction of zeros in front of the expert's matrix.",
+        kind="image",
+    ),
     Metric(
         "experts/SITE/unused_features",
         "1",
-        "The same, of the share of features that were zero in every row of the step.",
+        "Heat map of layers by experts of the fraction of features that were zero in every row of the step.",
         kind="image",
     ),
 )

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.model.transformer import build_model
 from qsparse_moe.training.checkpoint import list_checkpoints
 from qsparse_moe.training.distributed import open_distributed
 from qsparse_moe.training.evaluate import Evaluator, evaluate_run, load_run
@@ -51,6 +53,23 @@ def test_the_loss_is_the_mean_over_all_labels_and_the_bits_are_over_all_bytes(ma
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / table.num_bytes(rows), rel=1e-6)
+
+
+def test_bits_are_over_the_bytes_of_the_labels_and_a_document_token_has_none(make_config, tmp_path):
+    file = tmp_path / "short.jsonl"
+    file.write_text("".join(json.dumps({"text": f"doc {number}"}) + "\n" for number in range(200)))
+    config = make_config()
+    source = config.data.sources[0].model_copy(update={"kind": "jsonl", "path": str(file)})
+    data = load_data(config.data.model_copy(update={"sources": (source,)}))
+    model = build_model(config.model).eval()
+    table, rows = data.evaluation_rows(4)
+    labels = table.rows(rows).labels_BS
+    num_bytes = (labels < 256).sum().item()
+    assert 0 < num_bytes < 0.95 * labels.numel()
+    with open_distributed("cpu") as distributed:
+        evaluator = Evaluator(data, num_rows=4, micro_batch_size=2, distributed=distributed)
+        found = evaluator(lambda b: model(b.tokens_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS))
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * labels.numel() / num_bytes, rel=1e-9)
 
 
 def test_a_loaded_model_has_the_weights_and_the_sparsity_of_its_last_step(make_config):

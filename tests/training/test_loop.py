@@ -15,8 +15,10 @@ from qsparse_moe.errors import CheckpointError, ConfigError, DataError, Training
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.training import loop, prepare
 from qsparse_moe.training.checkpoint import list_checkpoints
+from qsparse_moe.training.evaluate import evaluate_run
 from qsparse_moe.training.loop import train
 from qsparse_moe.training.run_folder import run_folder
+from tests.training.test_checkpoint import flip_a_byte
 
 
 class Listener:
@@ -280,3 +282,23 @@ def test_a_poisoned_weight_stops_the_run_with_its_layer_and_the_last_checkpoint(
     message = str(caught.value)
     assert message.startswith("step 3: the output of layer 1 is not finite on rank 0. Nothing of this step was kept.")
     assert message.endswith(f"resume from the last checkpoint: {run_folder(config)}/checkpoints/step-00000002")
+
+
+def test_a_run_does_not_resume_from_a_checkpoint_in_which_a_byte_has_changed(make_config):
+    file = list_checkpoints(train(make_config(steps=2)).run_dir)[-1] / "rank-00000-of-00001.pt"
+    flip_a_byte(file)
+    with pytest.raises(CheckpointError, match=r"00001\.pt does not have the checksum that it was written with"):
+        train(make_config(steps=3, resume=True))
+    assert [path.name for path in list_checkpoints(file.parents[2])] == ["step-00000002"]
+
+
+def test_validation_in_the_middle_of_a_ramp_is_that_of_its_checkpoint(make_config):
+    listener = Listener()
+    intervals = {"evaluation_interval": 2, "checkpoint_interval": 2, "keep_last": 9}
+    result = train(make_config(**intervals), [listener])
+    found = {report.step: report.validation for report in listener.reports if report.validation is not None}
+    assert sorted(found) == [2, 4, 6]
+    for path in reversed(list_checkpoints(result.run_dir)):
+        evaluation = evaluate_run(result.run_dir)
+        assert {name: getattr(evaluation, name) for name in found[evaluation.step]} == found[evaluation.step]
+        shutil.rmtree(path)

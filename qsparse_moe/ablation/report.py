@@ -11,6 +11,7 @@ from pathlib import Path
 from qsparse_moe.ablation.figures import draw_figures
 from qsparse_moe.ablation.grid import Grid
 from qsparse_moe.ablation.results import RESULTS, Outcome, results_text
+from qsparse_moe.errors import naming
 
 REPORT = "report.md"
 
@@ -22,8 +23,9 @@ def write_results(grid: Grid, outcomes: Sequence[Outcome], folder: Path) -> None
     report = "\n\n".join([markdown(grid, outcomes), *(f"![{title}]({name})" for name, title in figures.items())])
     for name, text in ((RESULTS, results_text(outcomes)), (REPORT, report + "\n")):
         part = folder / f"{name}.part"
-        part.write_text(text, "utf-8")
-        os.replace(part, folder / name)
+        with naming(part):
+            part.write_text(text, "utf-8")
+            os.replace(part, folder / name)
 
 
 def markdown(grid: Grid, outcomes: Sequence[Outcome]) -> str:

@@ -7,6 +7,8 @@ The folder is laid out as the ecosystem's tools read it: ``model.safetensors``, 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from importlib import import_module
@@ -172,12 +174,25 @@ def _write_weights(folder: Path, source: _Source, metadata: dict[str, str], part
     if len(parts) == 1:
         files = [WEIGHTS]
     for file, names in zip(files, parts, strict=True):
-        _safetensors().save_file({name: source.tensor(name) for name in names}, folder / file, metadata=metadata)
+        _save_file({name: source.tensor(name) for name in names}, folder / file, metadata)
     if len(parts) > 1:
         where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(source.sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return len(files)
+
+
+def _save_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write one file; what the system says of it comes as the library's own error, with the number in its text."""
+    library = _safetensors()
+    try:
+        library.save_file(tensors, file, metadata=metadata)
+    except import_module("safetensors").SafetensorError as error:
+        # Its versions write "(os error 28)" or "Os { code: 28, ...".
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:

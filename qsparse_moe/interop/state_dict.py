@@ -82,6 +82,7 @@ def export_run(
         metadata = {"format": "pt", "qsparse_moe": FORMAT, "step": str(checkpoint.progress.step)}
         files = _write_weights(partial, source, metadata, part_bytes)
         _write_config(partial, config)
+        _open_to_readers(partial)
         _put_in_place(partial, output)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +94,7 @@ def export_run(
 
 
 def load_export(
-    folder: Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
+    folder: Path | str, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
 ) -> tuple[RunConfig, Transformer, int]:
     """The config, the model and the steps that it was trained, as ``training.evaluate.load_run`` gives them for a run.
 
@@ -107,6 +108,7 @@ def load_export(
         BackendUnavailable: safetensors is not installed.
         ConfigError: its config.yaml cannot be read.
     """
+    folder = Path(folder)
     files = _Files(folder)
     plan = folder / PLAN_FILE
     config = load_config(folder / CONFIG_FILE, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
@@ -139,6 +141,13 @@ def _put_in_place(partial: Path, output: Path) -> None:
         output.rename(before)
     partial.rename(output)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give the files the mode of any new file: safetensors writes weights that only their owner may read."""
+    mode = folder.stat().st_mode & 0o666  # what the umask left of a new folder's 0777
+    for file in folder.iterdir():
+        file.chmod(mode)
 
 
 class _Source:

@@ -129,6 +129,21 @@ def test_generated_text_is_the_same_streamed_and_as_json(trained, capsys):
     assert 1 <= content["num_tokens"] <= 12
 
 
+def test_a_prompt_is_checked_against_the_window_and_the_encoding(trained, capsys):
+    _, run_dir, _ = trained
+    arguments = ["generate", str(run_dir), "--max-tokens", "1", "--prompt"]
+    assert run([*arguments, "ab" * 40]) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert (
+        "--prompt (81 tokens with the one that begins a document) must be at most data.sequence_length (64)" in printed
+    )
+    assert run([*arguments, "ab" * 40, "--truncate-prompt"]) == 0
+    assert capsys.readouterr().out.startswith("ab" * 32)
+    assert run([*arguments, b"caf\xe9".decode("utf-8", errors="surrogateescape")]) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "must be UTF-8, and its byte 3 is not" in printed and "Traceback" not in printed
+
+
 def test_draws_depend_on_the_seed(trained, capsys):
     _, run_dir, _ = trained
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -44,6 +45,20 @@ def tokens():
 
 def names(path):
     return sorted(file.name for file in path.iterdir())
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_an_export_has_the_modes_that_the_umask_leaves_and_is_loaded_by_its_name(
+    run_dir, tmp_path, umask, file_mode, folder_mode
+):
+    before = os.umask(umask)
+    try:
+        export_run(run_dir, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {file_mode}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder_mode
+    assert load_export(str(tmp_path / "out"))[2] == 6
 
 
 @pytest.mark.parametrize("part_bytes", [2**30, 20_000, 1], ids=["one file", "parts", "one tensor a file"])

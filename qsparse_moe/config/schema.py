@@ -170,7 +170,7 @@ class TrainingConfig(Section):
     learning_rate_schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
     """Shape after the warm-up; warmup_stable_decay falls linearly over the last decay_steps."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; a run of fewer steps ends on its way to the peak."""
     decay_steps: NonNegativeInt = 0
     """Last steps that decay under warmup_stable_decay; else 0."""
     min_learning_rate_ratio: Fraction = 0.1

@@ -176,7 +176,8 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dic
         changes = "; ".join(f"{name}: was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in names)
         raise DataError(
             f"the data of this run is not the checkpoint's ({changes}), and a run resumes only on the same rows in the "
-            "same order; restore what changed, or start a new run under another training.name"
+            "same order; restore what changed, or start a new run under another training.name; runs of a grid go "
+            "to another folder with ablate's --output-dir"
         )
 
 

@@ -217,7 +217,8 @@ def _check_same_run(stored: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{stored}: was made with other settings than the run that shall continue it (training.resume=true): "
             + "; ".join(changed)
-            + ". Put them back, or start a new run under another training.name"
+            + ". Put them back, or start a new run under another training.name; runs of a grid go to another "
+            "folder with ablate's --output-dir"
         )
 
 

@@ -42,8 +42,8 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     """Train the run that ``config`` describes, in this process and the other ranks that its launcher started.
 
     Every rank calls it with the same config. It writes ``config.yaml``, ``manifest.json`` and ``checkpoints/`` into the
-    run folder, and tells the listeners of rank 0 of every logged step. SIGTERM or Ctrl-C ends it after the step at
-    work, with a checkpoint; before the first step is done they have the effect that they had before the call.
+    run folder, and tells the listeners of rank 0 of every logged step. SIGTERM, SIGUSR1 or Ctrl-C ends it after the
+    step at work, with a checkpoint; before the first step is done they have the effect that they had before the call.
 
     Args:
         config: a complete run; with ``training.resume`` an existing run folder is continued.

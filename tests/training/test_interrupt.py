@@ -34,6 +34,15 @@ def test_a_ctrl_c_and_the_launchers_sigterm_after_it_are_one_wish():
         assert signals.received == signal.SIGINT
 
 
+def test_the_warning_of_slurm_is_noted_as_sigterm_is():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals() as signals:
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+        assert signals.received == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_second_ctrl_c_ends_the_process_at_once():
     script = """
 import os, signal
@@ -75,7 +84,9 @@ def run_script(script, **environment):
     )
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")]
+)
 def test_work_ends_at_once_with_its_finally_clauses_and_one_line(number, name):
     script = f"""
 def work():

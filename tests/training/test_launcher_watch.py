@@ -67,7 +67,8 @@ def test_a_rank_stops_when_a_process_of_its_launcher_has_ended(start, number, vi
     process = start([*OUTER, *INNER, *rank()])
     pid = process.pid if victim == "outer" else psutil.Process(process.pid).children()[0].pid
     os.kill(pid, number)
-    assert process.stdout.read() == "15\nsaved\n"
+    said = process.stdout.read()
+    assert said == "SIGTERM: stopping after this step, with a checkpoint\n15\nsaved\n"
 
 
 def test_it_just_ends_where_there_is_nothing_to_save(start):

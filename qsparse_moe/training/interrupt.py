@@ -113,6 +113,18 @@ class StopSignals(CaughtSignals):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class EndingAlready(CaughtSignals):
+    """While it is entered, SIGTERM has no effect and the second Ctrl-C ends the process at once.
+
+    For a process that ends by itself and first says why: the launcher sends SIGTERM within a second to the ranks that
+    are left when one is gone.
+    """
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _EndAtOnce(CaughtSignals):
     """Raises ``Stopped`` in the main thread; where that does not end the process in time, a thread of ours does.
 

@@ -72,6 +72,9 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
                 return _Loop(run, listeners if distributed.rank == 0 else ()).run()
+            except RuntimeError as error:
+                watch.expect_end(error)
+                raise
             finally:
                 run.engine.close()
 
@@ -124,8 +127,8 @@ class _Loop:
         try:
             return self._run_steps()
         finally:
-            self._signals.release()
             self._profiler.close()
+            self._signals.release()
 
     def _run_steps(self) -> TrainingResult:
         self._run.distributed.on_rank_zero(self._begin)

@@ -172,3 +172,24 @@ sys.exit({catcher})
 """
     ended = run_script(script)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "-15\n", "")
+
+
+def test_who_ends_already_says_why_first():
+    """A lost rank is named though the launcher sends SIGTERM for it, and the handler from before comes back."""
+    script = """
+from qsparse_moe.training.interrupt import EndingAlready
+def work():
+    with EndingAlready():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(3)
+        print("rank 1 is gone", flush=True)
+        if len(sys.argv) > 1:
+            os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+sys.exit(until_stopped(work))
+"""
+    ended = run_script(script)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "rank 1 is gone\n", "error: stopped by SIGTERM\n")
+    assert run_script("sys.argv.append('twice')\n" + script).returncode == -signal.SIGINT

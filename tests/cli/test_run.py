@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.cli.app import run
+from tests.data.test_tokenizer import save_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
@@ -203,3 +204,27 @@ def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export overwrites nothing")
     assert run(["export", str(run_dir), str(out), "--force"]) == 0
     assert f"{2 * made['bytes']:,} bytes in fp32" in capsys.readouterr().out
+
+
+def test_a_finished_run_with_a_tokenizer_of_ones_own_works_from_another_folder(tmp_path, capsys, monkeypatch):
+    """Paths were relative to where it was trained; the tokenizer that was there has gone, and the run keeps its own."""
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    elsewhere.mkdir()
+    words = ["<unk>", "</s>", "sparse", "expert", "router", "token", "größe", "layer"]
+    save_tokenizer(there / "words", vocabulary=words, unknown="<unk>", settings={"eos_token": "</s>"})
+    config = write_inputs(there)
+    config.write_text(config.read_text(encoding="utf-8").replace(str(there), "."), encoding="utf-8")
+    monkeypatch.chdir(there)
+    settings = ["data.tokenizer=words", "data.sequence_length=16", "training.steps=2", "training.warmup_steps=0"]
+    assert run(["train", "mine.yaml", *settings, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    (there / "words").rename(there / "gone")
+    monkeypatch.chdir(elsewhere)
+    run_dir = there / "runs" / "mine"
+    assert run(["evaluate", str(run_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == summary["validation"]["loss"]
+    assert run(["generate", str(run_dir), "--prompt", "router layer", "--max-tokens", "6", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["prompt"] == "router layer" and set(content["text"].split()) <= set(words)
+    assert list(elsewhere.iterdir()) == []

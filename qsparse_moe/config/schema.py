@@ -115,7 +115,8 @@ class DataConfig(Section):
     shuffle_buffer: NonNegativeInt = 0
     """Must be 0: a shuffle buffer cannot be resumed exactly."""
     cache_dir: str = "~/.cache/qsparse_moe"
-    """Where tokenised tables are kept."""
+    """Where tokenised tables are kept, in the folder tables inside. Nothing removes them: while no run is at work,
+    `rm -r ~/.cache/qsparse_moe/tables` does, and the next run makes the one that it needs again."""
 
 
 class DeepSpeedConfig(Section):

@@ -335,6 +335,9 @@ class _Loop:
                 result.step,
                 self._training.steps,
             )
+        if self._run.distributed.rank == 0:
+            for index, passes in enumerate(self._run.loader.passes()):
+                logger.info("data.sources.%d was read %d times to its end, by rank 0", index, passes)
         self._end_listeners(result)
         self._end_troubled()
         return result

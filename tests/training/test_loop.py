@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 
 import pytest
 
 from qsparse_moe.config.load import load_config
+from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.training import loop, prepare
@@ -302,3 +304,22 @@ def test_validation_in_the_middle_of_a_ramp_is_that_of_its_checkpoint(make_confi
         evaluation = evaluate_run(result.run_dir)
         assert {name: getattr(evaluation, name) for name in found[evaluation.step]} == found[evaluation.step]
         shutil.rmtree(path)
+
+
+def test_the_log_says_how_often_each_source_is_read(make_config, text_folder, caplog):
+    config = make_config(steps=4)
+    whole = config.data.sources[0]
+    small = whole.model_copy(update={"path": str(text_folder / "text" / "text-0[0-4].txt"), "weight": 3.0})
+
+    def data_of(*sources):
+        return config.data.model_copy(update={"sources": sources})
+
+    with caplog.at_level(logging.INFO):
+        train(config.model_copy(update={"data": data_of(whole, small)}))
+    lines = [record.getMessage() for record in caplog.records if "is read" in record.getMessage()]
+    assert len(lines) == 2
+    # Of the rows of four steps of eight, three quarters are of the small source.
+    for index, (source, share) in enumerate(((whole, 0.25), (small, 0.75))):
+        before, times, after = re.fullmatch(r"(.*) is read ([\d.e-]+) times (.*)", lines[index]).groups()
+        assert (before, after) == (f"data.sources.{index} ({source.path})", "in the 4 steps of the run")
+        assert float(times) == pytest.approx(4 * 8 * share / len(load_data(data_of(source)).train), rel=0.02)

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.cli.app import run
+from qsparse_moe.cli.evaluate import asked_plan
+from qsparse_moe.config.load import load_config
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.data.test_tokenizer import save_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
@@ -116,6 +120,64 @@ def test_evaluation_reports_the_newest_checkpoint(trained, capsys):
     printed = capsys.readouterr().out
     assert "on 3 validation rows" in printed
     assert f"unigram model's   {figures['unigram_bits_per_byte']:.4f}" in printed
+
+
+def test_evaluation_takes_another_s_or_plan_and_files(trained, capsys, tmp_path):
+    _, run_dir, _ = trained
+    arguments = ["evaluate", str(run_dir), "--json"]
+    losses = []
+    plan, own = tmp_path / "plan.json", tmp_path / "own.txt"
+    SparsityPlan.uniform(load_config(run_dir / "config.yaml").model, 0.75).save(plan)
+    own.write_text("sparse expert " * 30, encoding="utf-8")
+    for more in ([], ["--sparsity", "0.75"], ["--plan", str(plan)], ["--data", str(own)]):
+        assert run([*arguments, *more]) == 0
+        losses.append(json.loads(capsys.readouterr().out))
+    assert losses[0]["loss"] != losses[1]["loss"] == losses[2]["loss"] != losses[3]["loss"]
+    assert [one["sparsity"] for one in losses[1:3]] == pytest.approx([0.75, 0.75])
+    # 421 tokens are 6 rows of 64 labels and 36 more.
+    assert losses[3]["rows"] == 7 and losses[3]["unigram_bits_per_byte"] is None
+    assert run(["evaluate", str(run_dir), "--data", str(own)]) == 0
+    assert f"on all text of {own}, 7 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "1"], "--sparsity (1.0) must lie in [0, 1): it is the fraction zeroed"),
+        (
+            ["--sparsity", "0.5", "--plan", "p.json"],
+            "--sparsity and --plan both say which S to evaluate under; keep one",
+        ),
+        (
+            ["--rows", "3", "--data", "a.txt"],
+            "--rows (3) counts validation rows, and --data takes all text of its files",
+        ),
+    ],
+)
+def test_evaluation_refuses_what_does_not_go_together(trained, capsys, arguments, message):
+    _, run_dir, _ = trained
+    assert run(["evaluate", str(run_dir), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("relu", r"--sparsity changes nothing on .*: model.sparsity.selection is relu"),
+        (
+            "threshold",
+            r"--sparsity \(0.5\) needs thresholds, .*qsparse-moe calibrate --sparsity, and give it as --plan",
+        ),
+    ],
+)
+def test_an_s_without_meaning_for_the_run_s_selection_is_refused(trained, tmp_path, monkeypatch, selection, message):
+    _, run_dir, _ = trained
+    config = load_config(run_dir / "config.yaml")
+    settings = config.model.sparsity.model_copy(update={"selection": selection})
+    other = config.model_copy(update={"model": config.model.model_copy(update={"sparsity": settings})})
+    monkeypatch.setattr("qsparse_moe.cli.evaluate.load_run_config", lambda run_dir: other)
+    with pytest.raises(ConfigError, match=message):
+        asked_plan(run_dir, sparsity=0.5, plan_file=None)
 
 
 def test_generated_text_is_the_same_streamed_and_as_json(trained, capsys):

@@ -4,6 +4,23 @@ Each message names the setting or file, its value, the rule and the way out. The
 traceback and ends with code 2. Our own mistakes are ``assert``s, never one of these.
 """
 
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give the system's error inside the name of the file: one that comes of writing, as on a full disk, has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
 
 class QSparseMoEError(Exception):
     """Base of every error that the user can mend."""

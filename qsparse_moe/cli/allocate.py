@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qsparse_moe.cli.calibrate import check_output, write_plan
+from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
 from qsparse_moe.cli.sensitivity import rich_table
@@ -51,7 +52,7 @@ def allocate(
     check_output(output, force=force)
     from qsparse_moe.ablation.allocation.plans import allocate_run
     from qsparse_moe.ablation.allocation.report import as_dict, markdown
-    from qsparse_moe.runs.folder import write_atomically
+    from qsparse_moe.runs.folder import load_run_config, write_atomically
 
     found = allocate_run(
         run_dir,
@@ -66,6 +67,7 @@ def allocate(
     )
     write_plan(found.plan, output, force=force)
     summary = as_dict(found, run_dir=run_dir, output=output)
+    summary["settings"] = list(settings_for(load_run_config(run_dir), output, selection="topk"))
     if report is not None:
         write_atomically(report, markdown(found, title=f"Plans for {run_dir}"))
     if json:
@@ -112,4 +114,4 @@ def _print_summary(summary: dict[str, Any]) -> None:
         f"budget            {summary['quantity']} {summary['target']:,.6g}, planned {summary['planned']:,.6g}"
     )
     console.print(f"plan              {summary['output']}", soft_wrap=True)
-    console.print(f"to use it         model.sparsity.plan={summary['output']}", soft_wrap=True)
+    console.print(f"to use it         {shlex.join(summary['settings'])}", soft_wrap=True)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -40,6 +41,9 @@ are called."""
 # typer carries click inside or depends on it, as its version goes; this is the base of its usage errors in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says of a disk without room, and of a user's share of one."""
+
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and end the process with its exit code."""
@@ -59,6 +63,11 @@ def run(arguments: Sequence[str]) -> int:
         return 2 if isinstance(error, QSparseMoEError) else 1
     except _UsageError as error:
         complain(_usage_message(error))
+        return 2
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        complain(_full_message(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         complain("stopped by Ctrl-C")
@@ -91,6 +100,11 @@ def _root(
         typer.echo(f"{PROGRAM} {__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+def _full_message(error: OSError) -> str:
+    place = error.filename or "a file or standard output"
+    return f"{place}: cannot be written ({error.strerror}); it needs free space. Make room, or name a place with some"
 
 
 def _usage_message(error: Exception) -> str:

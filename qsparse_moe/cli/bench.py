@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.bench_moe import moe
-from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.errors import ConfigError
 
@@ -75,8 +74,7 @@ def step(
     ]
     results = {benchmark.precision: run_step_benchmark(benchmark) for benchmark in benchmarks}
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json_text.dumps(results, indent=1) + "\n")
+        write_json(output, results)
     print_json(results) if json else _print_tables(results, benchmarks[0])
 
 
@@ -100,8 +98,7 @@ def ops(
     dtypes = {name: DTYPES[name] for name in precision.split(",")}
     result = run_op_benchmarks(dtypes, device=device, rounds=rounds)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json_text.dumps(result, indent=1) + "\n")
+        write_json(output, result)
     print_json(result) if json else _print_operations(result)
 
 
@@ -155,8 +152,7 @@ def metrics(
 
     result = run_metrics_benchmark(loaded, steps=steps, rounds=rounds)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json_text.dumps(result, indent=1) + "\n")
+        write_json(output, result)
     if json:
         print_json(result)
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_text
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -77,8 +76,7 @@ def moe(
         )
     )
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json_text.dumps(result, indent=1) + "\n")
+        write_json(output, result)
     print_json(result) if json else _print_layers(result)
 
 

@@ -158,10 +158,11 @@ def summarize(calibration: Calibration, run_dir: Path, output: Path) -> dict[str
     }
 
 
-def settings_for(config: RunConfig, output: Path) -> Iterator[str]:
+def settings_for(config: RunConfig, output: Path, *, selection: str = "threshold") -> Iterator[str]:
     """The overrides by which a run like ``config`` selects by the plan in ``output``: what it rules out is unset."""
     settings = config.model.sparsity
-    yield f"{_SECTION}.selection=threshold"
+    if selection == "threshold" or settings.selection == "threshold":
+        yield f"{_SECTION}.selection={selection}"
     yield f"{_SECTION}.plan={output}"
     for name in ("preset", "default"):
         if getattr(settings, name) is not None:
@@ -171,7 +172,7 @@ def settings_for(config: RunConfig, output: Path) -> Iterator[str]:
             yield f"{_SECTION}.sites.{site}=null"
     if settings.overrides:
         yield f"{_SECTION}.overrides=[]"
-    if settings.schedule.ramp_steps:
+    if selection == "threshold" and settings.schedule.ramp_steps:
         yield f"{_SECTION}.schedule.ramp_steps=0"
         yield f"{_SECTION}.schedule.shape=constant"
     if settings.preset is not None and PRESETS[settings.preset].formats:

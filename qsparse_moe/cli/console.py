@@ -8,9 +8,12 @@ import math
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+
+from qsparse_moe.errors import naming
 
 # Wide enough for the tables where the output is a file or a pipe, whose width nobody knows.
 _WIDTH_WITHOUT_TERMINAL = 120
@@ -36,6 +39,13 @@ def complain(message: str) -> None:
 def print_json(content: dict[str, Any]) -> None:
     """The one JSON object of a verb with ``--json``; what is infinite or no number becomes null."""
     print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write a verb's result into ``file``, and make the folder that it is in."""
+    with naming(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

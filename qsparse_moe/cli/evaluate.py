@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -9,6 +10,9 @@ import typer
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.folder import load_run_config
+from qsparse_moe.sparsity.plan import SparsityPlan
 
 if TYPE_CHECKING:
     from qsparse_moe.training.evaluate import Evaluation
@@ -24,23 +28,71 @@ def evaluate(
     rows: Annotated[
         int | None, typer.Option(help="Validation rows; without it training.evaluation_rows.", min=1)
     ] = None,
+    sparsity: Annotated[float | None, typer.Option(help="S at every place, in place of the run's.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan in place of the run's.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File or glob (.jsonl, .parquet, else text) in place of the validation rows; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Evaluate a run's newest checkpoint. Alone, or on the ranks of the deepspeed launcher."""
     run_dir = find_run(run)
+    files = tuple(data or ())
+    if files and rows is not None:
+        raise ConfigError(f"--rows ({rows}) counts validation rows, and --data takes all text of its files; keep one")
+    plan = asked_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
     from qsparse_moe.training.evaluate import evaluate_run
 
-    evaluation = evaluate_run(run_dir, num_rows=rows, device=device)
+    evaluation = evaluate_run(run_dir, num_rows=rows, device=device, plan=plan, files=files)
     if is_rank_zero():
-        print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation)
+        print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)
 
 
-def _print_figures(evaluation: Evaluation) -> None:
+def asked_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None) -> SparsityPlan | None:
+    """Return the S that was asked for in place of the run's, None where it is the run's. Needs no torch.
+
+    Raises:
+        ConfigError: it is asked for in two ways, is no fraction, is of another model, or has no effect on this run.
+    """
+    if sparsity is not None and plan_file is not None:
+        raise ConfigError("--sparsity and --plan both say which S to evaluate under; keep one of them")
+    if sparsity is not None and not 0.0 <= sparsity < 1.0:
+        raise ConfigError(f"--sparsity ({sparsity}) must lie in [0, 1): it is the fraction zeroed")
+    if sparsity is None and plan_file is None:
+        return None
+    config = load_run_config(run_dir).model
+    if config.sparsity.selection == "relu":
+        way = "--plan" if sparsity is None else "--sparsity"
+        raise ConfigError(
+            f"{way} changes nothing on {run_dir}: model.sparsity.selection is relu, which keeps what is positive "
+            "whatever S is; leave it out"
+        )
+    if plan_file is not None:
+        plan = SparsityPlan.load(plan_file)
+        plan.check_fits(config)
+        return plan
+    assert sparsity is not None
+    if config.sparsity.selection == "threshold":
+        raise ConfigError(
+            f"--sparsity ({sparsity}) needs thresholds, because model.sparsity.selection is threshold in {run_dir}; "
+            "make a plan with qsparse-moe calibrate --sparsity, and give it as --plan"
+        )
+    return SparsityPlan.uniform(config, sparsity)
+
+
+def _print_figures(evaluation: Evaluation, files: Sequence[str]) -> None:
     console = result_console()
-    ratio = evaluation.bits_per_byte / evaluation.unigram_bits_per_byte
-    console.print(f"after step {evaluation.step}, on {evaluation.rows} validation rows")
+    where = f"all text of {', '.join(files)}, {evaluation.rows}" if files else f"{evaluation.rows} validation"
+    console.print(f"after step {evaluation.step}, on {where} rows", soft_wrap=True)
+    console.print(f"mean S            {evaluation.sparsity:.4f}")
     console.print(f"loss              {evaluation.loss:.4f} nats a token")
     console.print(f"perplexity        {evaluation.perplexity:.3f}")
     console.print(f"bits a byte       {evaluation.bits_per_byte:.4f}")
-    console.print(f"unigram model's   {evaluation.unigram_bits_per_byte:.4f}, of which this is {ratio:.3f}")
+    if evaluation.unigram_bits_per_byte is not None:
+        ratio = evaluation.bits_per_byte / evaluation.unigram_bits_per_byte
+        console.print(f"unigram model's   {evaluation.unigram_bits_per_byte:.4f}, of which this is {ratio:.3f}")

@@ -13,6 +13,7 @@ import typer
 
 from qsparse_moe.cli.console import print_json
 from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,9 @@ def register(app: typer.Typer) -> None:
 def generate(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a document.")] = "",
+    truncate_prompt: Annotated[
+        bool, typer.Option("--truncate-prompt", help="Keep the last tokens of a prompt that is too long.")
+    ] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens at most; a document may end earlier.", min=1)] = 200,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws at a temperature above 0.", min=0)] = 0,
@@ -40,6 +44,7 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model. The text of the newest checkpoint is printed as it comes."""
     run_dir = find_run(run)
+    check_prompt(prompt)
     from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
     from qsparse_moe.training.distributed.ranks import choose_device
     from qsparse_moe.training.evaluate import load_run
@@ -47,8 +52,9 @@ def generate(
     config, model, step = load_run(run_dir, choose_device(device, 0))
     tokenizer = load_tokenizer(config.data.tokenizer)
     model.hide_ids(meaningless_ids(config.model, tokenizer))
-    start = [tokenizer.document_token, *tokenizer.encode(prompt)]
-    tokens = next_tokens(model, start, window=config.data.sequence_length, temperature=temperature, seed=seed)
+    window = config.data.sequence_length
+    start = fit_prompt([tokenizer.document_token, *tokenizer.encode(prompt)], window, truncate=truncate_prompt)
+    tokens = next_tokens(model, start, window=window, temperature=temperature, seed=seed)
     tokens = _until(tokens, tokenizer.document_token, max_tokens)
     if json:
         ids = list(tokens)
@@ -58,6 +64,33 @@ def generate(
     for piece in text_pieces(tokens, start, tokenizer):
         typer.echo(piece, nl=False)
     typer.echo()
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise ConfigError unless the prompt is text: Python hands on bytes that are not UTF-8 as lone surrogates."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        place = len(prompt[: error.start].encode("utf-8"))
+        raise ConfigError(
+            f"--prompt ({ascii(prompt)}) must be UTF-8, and its byte {place} is not; convert it, for example with "
+            "iconv -t UTF-8, or use a terminal with a UTF-8 locale"
+        ) from None
+
+
+def fit_prompt(start: list[int], window: int, *, truncate: bool) -> list[int]:
+    """Return the tokens that generation starts from: all of ``start``, or its last ``window`` with ``truncate``.
+
+    Raises:
+        ConfigError: there are more than the window holds, and ``truncate`` is not set.
+    """
+    if len(start) > window and not truncate:
+        raise ConfigError(
+            f"--prompt ({len(start)} tokens with the one that begins a document) must be at most data.sequence_length "
+            f"({window}), the window that the model was trained on; shorten it, or keep its last {window} tokens with "
+            "--truncate-prompt"
+        )
+    return start[-window:]
 
 
 def next_tokens(model: Transformer, start: list[int], *, window: int, temperature: float, seed: int) -> Iterator[int]:

@@ -92,11 +92,15 @@ def _learning_rate_steps(config: RunConfig) -> Iterator[Problem]:
             f"a tenth of the steps is {max(1, training.steps // 10)}",
             paths,
         )
-    if training.warmup_steps + training.decay_steps > training.steps:
+    # A run without a decay may end within its warm-up: it is the beginning of a longer one.
+    together = training.warmup_steps + training.decay_steps
+    if training.decay_steps and together > training.steps:
+        warmup = training.steps * training.warmup_steps // together
+        decay = max(1, training.steps * training.decay_steps // together)
         yield Problem(
             f"training.warmup_steps ({training.warmup_steps}) and training.decay_steps ({training.decay_steps}) "
-            f"together must be at most training.steps ({training.steps}); shorten them or train for at least "
-            f"{training.warmup_steps + training.decay_steps} steps",
+            f"together must be at most training.steps ({training.steps}); shorten them, for "
+            f"example to {warmup} and {decay}, or train for at least {together} steps",
             ("training.warmup_steps", "training.decay_steps", "training.steps"),
         )
 

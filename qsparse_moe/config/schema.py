@@ -116,7 +116,8 @@ class DataConfig(Section):
     shuffle_buffer: NonNegativeInt = 0
     """Must be 0: a shuffle buffer cannot be resumed exactly."""
     cache_dir: str = "~/.cache/qsparse_moe"
-    """Folder for tokenized tables."""
+    """Folder for tokenized tables, which are kept in its folder tables. Nothing removes them: while no run is active,
+    `rm -r ~/.cache/qsparse_moe/tables` does, and the next run creates the table that it needs again."""
 
 
 class DeepSpeedConfig(Section):
@@ -174,7 +175,7 @@ class TrainingConfig(Section):
     learning_rate_schedule: Literal["cosine", "linear", "warmup_stable_decay", "constant"] = "cosine"
     """Shape of the schedule after the warm-up; warmup_stable_decay falls linearly over the last decay_steps."""
     warmup_steps: NonNegativeInt = 0
-    """Number of steps of linear warm-up."""
+    """Number of steps of linear warm-up; a run with fewer steps ends before the peak."""
     decay_steps: NonNegativeInt = 0
     """Number of final steps that decay under warmup_stable_decay; 0 otherwise."""
     min_learning_rate_ratio: Fraction = 0.1

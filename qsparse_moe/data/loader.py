@@ -92,13 +92,19 @@ class TrainLoader:
         return None
 
     def epochs(self, step: int) -> list[float]:
-        """Return how often each source has been read after ``step`` steps.
+        """Return how often each source is read in ``step`` steps, by all ranks.
 
-        Streaming mode: the passes that this rank has ended; it reads data.shuffle_window ahead.
+        Table mode alone: how long a stream is, nobody knows before its end; see ``passes``.
         """
-        if self._stream is not None:
-            return [float(passes) for passes in self._stream.passes()]
+        assert self._stream is None, "the length of a stream is not known"
         return self._data.train.epochs(step * self._global_batch_size)
+
+    def passes(self) -> list[int]:
+        """Return how many passes over each source this rank has ended, and none in table mode.
+
+        It reads ``data.shuffle_window`` rows ahead.
+        """
+        return [] if self._stream is None else self._stream.passes()
 
     def _table_rows(self, step: int) -> Array:
         table = self._data.train
@@ -176,7 +182,8 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dic
         changes = "; ".join(f"{name}: was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in names)
         raise DataError(
             f"the data of this run is not the checkpoint's ({changes}), and a run resumes only on the same rows in the "
-            "same order; restore what changed, or start a new run under another training.name"
+            "same order; restore what changed, or start a new run under another training.name; runs of a grid go "
+            "to another folder with ablate's --output-dir"
         )
 
 

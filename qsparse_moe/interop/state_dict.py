@@ -7,6 +7,8 @@ The folder is laid out as the ecosystem's tools read it: ``model.safetensors``, 
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from dataclasses import dataclass
 from importlib import import_module
@@ -80,6 +82,7 @@ def export_run(
         metadata = {"format": "pt", "qsparse_moe": FORMAT, "step": str(checkpoint.progress.step)}
         files = _write_weights(partial, source, metadata, part_bytes)
         _write_config(partial, config)
+        _open_to_readers(partial)
         _put_in_place(partial, output)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -91,7 +94,7 @@ def export_run(
 
 
 def load_export(
-    folder: Path, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
+    folder: Path | str, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
 ) -> tuple[RunConfig, Transformer, int]:
     """The config, the model and the steps that it was trained, as ``training.evaluate.load_run`` gives them for a run.
 
@@ -105,6 +108,7 @@ def load_export(
         BackendUnavailable: safetensors is not installed.
         ConfigError: its config.yaml cannot be read.
     """
+    folder = Path(folder)
     files = _Files(folder)
     plan = folder / PLAN_FILE
     config = load_config(folder / CONFIG_FILE, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
@@ -137,6 +141,13 @@ def _put_in_place(partial: Path, output: Path) -> None:
         output.rename(before)
     partial.rename(output)
     shutil.rmtree(before, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give the files the mode of any new file: safetensors writes weights that only their owner may read."""
+    mode = folder.stat().st_mode & 0o666  # what the umask left of a new folder's 0777
+    for file in folder.iterdir():
+        file.chmod(mode)
 
 
 class _Source:
@@ -172,12 +183,25 @@ def _write_weights(folder: Path, source: _Source, metadata: dict[str, str], part
     if len(parts) == 1:
         files = [WEIGHTS]
     for file, names in zip(files, parts, strict=True):
-        _safetensors().save_file({name: source.tensor(name) for name in names}, folder / file, metadata=metadata)
+        _save_file({name: source.tensor(name) for name in names}, folder / file, metadata)
     if len(parts) > 1:
         where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(source.sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return len(files)
+
+
+def _save_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write one file; what the system says of it comes as the library's own error, with the number in its text."""
+    library = _safetensors()
+    try:
+        library.save_file(tensors, file, metadata=metadata)
+    except import_module("safetensors").SafetensorError as error:
+        # Its versions write "(os error 28)" or "Os { code: 28, ...".
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
 def _write_config(folder: Path, config: RunConfig) -> None:

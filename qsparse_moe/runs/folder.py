@@ -11,7 +11,7 @@ from typing import Any
 from qsparse_moe.config.load import config_to_yaml, load_config
 from qsparse_moe.config.problems import show
 from qsparse_moe.config.schema import RunConfig, SourceConfig
-from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.errors import CheckpointError, ConfigError, naming
 
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
@@ -186,11 +186,12 @@ def _absolute(path: str) -> str:
 def write_atomically(file: Path, text: str) -> None:
     """Replace ``file``: whoever reads it sees the old text or the new one, never a part."""
     beside = _beside(file)
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
+    with naming(file):
+        with beside.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        beside.replace(file)
 
 
 def _beside(file: Path) -> Path:
@@ -216,7 +217,8 @@ def _check_same_run(stored: Path, config: RunConfig) -> None:
         raise ConfigError(
             f"{stored}: was made with other settings than the run that shall continue it (training.resume=true): "
             + "; ".join(changed)
-            + ". Put them back, or start a new run under another training.name"
+            + ". Put them back, or start a new run under another training.name; runs of a grid go to another "
+            "folder with ablate's --output-dir"
         )
 
 

@@ -91,7 +91,7 @@ class TrainingResult:
     validation: dict[str, float] | None
     """Of the evaluation at the end; None for a run that a signal stopped."""
     stopped_by: int | None
-    """The signal (2: Ctrl-C, 15: SIGTERM) that stopped the run before its last step; its checkpoint is written."""
+    """The signal that stopped the run before its last step, with a checkpoint: 2 Ctrl-C, 10 SIGUSR1, 15 SIGTERM."""
 
     @property
     def exit_code(self) -> int:

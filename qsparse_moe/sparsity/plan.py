@@ -14,7 +14,7 @@ from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig, SparsityOverride
 from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_sparsity, site_width
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ConfigError, naming
 
 FORMAT = "qsparse_moe.sparsity_plan/2"
 
@@ -153,7 +153,8 @@ class SparsityPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON to ``path``, for ``model.sparsity.plan``."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        with naming(Path(path)):
+            Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     def to_json(self) -> str:
         """The plan as JSON, with the name and version of its format."""

@@ -14,11 +14,13 @@ from torch import Tensor
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.loader import evaluation_batches, evaluation_num_bytes
+from qsparse_moe.data.own_text import OwnText
 from qsparse_moe.data.token_data import TokenData, load_data
-from qsparse_moe.data.tokenizer import meaningless_ids
+from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.runs.folder import load_run_config, no_checkpoint
+from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
 from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
@@ -29,20 +31,23 @@ Forward = Callable[[Batch], ModelOutput]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run's newest checkpoint does on validation rows."""
+    """How a run's newest checkpoint does on validation rows, or on files of one's own."""
 
     step: int
     """Steps that were trained."""
     rows: int
-    """Validation rows used, of ``sequence_length`` labels each."""
+    """Rows used, of ``sequence_length`` labels each; the last one of files of one's own may have fewer."""
     loss: float
     """Mean over the labels, nats a token."""
     perplexity: float
     bits_per_byte: float
-    unigram_bits_per_byte: float
-    """Of a byte unigram model fitted on train text: what knowing only frequencies gives."""
+    unigram_bits_per_byte: float | None
+    """Of a byte unigram model fitted on train text: what knowing only frequencies gives. None of files of one's own,
+    for which the train text is not read."""
+    sparsity: float
+    """Mean S of the plan that the model was evaluated under."""
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float | None]:
         """By name."""
         return asdict(self)
 
@@ -68,14 +73,21 @@ class Evaluator:
 
         ``forward`` is called without gradients and must return logits.
         """
-        loss_sum, num_labels = self._distributed.all_reduce(_sums(forward, self._batches, self._distributed)).tolist()
-        loss = loss_sum / num_labels
-        return {
-            "loss": loss,
-            # exp overflows where a run has diverged far, and the loss says it already.
-            "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "bits_per_byte": loss_sum / math.log(2) / self._num_bytes,
-        }
+        return mean_losses(forward, self._batches, self._num_bytes, self._distributed)
+
+
+def mean_losses(
+    forward: Forward, batches: Sequence[Batch], num_bytes: int, distributed: Distributed
+) -> dict[str, float]:
+    """Return ``loss``, ``perplexity`` and ``bits_per_byte`` over all ranks' batches, whose text has ``num_bytes``."""
+    loss_sum, num_labels = distributed.all_reduce(_sums(forward, batches, distributed)).tolist()
+    loss = loss_sum / num_labels
+    return {
+        "loss": loss,
+        # exp overflows where a run has diverged far, and the loss says it already.
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": loss_sum / math.log(2) / num_bytes,
+    }
 
 
 def load_run(
@@ -118,30 +130,50 @@ def stored_timeout(run_dir: Path) -> float:
     return load_run_config(run_dir).training.collective_timeout
 
 
-def evaluate_run(run_dir: Path, *, num_rows: int | None = None, device: str = "auto") -> Evaluation:
+def evaluate_run(
+    run_dir: Path,
+    *,
+    num_rows: int | None = None,
+    device: str = "auto",
+    plan: SparsityPlan | None = None,
+    files: Sequence[str] = (),
+) -> Evaluation:
     """Evaluate the newest checkpoint of a run on its validation rows; any number of ranks may call it together.
 
     Args:
         run_dir: a run folder.
         num_rows: validation rows, evenly spread; None takes ``training.evaluation_rows``.
         device: ``auto``, ``cpu`` or ``cuda``.
+        plan: S to evaluate under; None takes that of the run's last step.
+        files: files or globs to evaluate on in place of the validation rows, with the run's tokenizer; all their text.
+
+    Raises:
+        ConfigError: the plan was made for another model, or lacks the thresholds that the run selects by.
+        DataError: a file cannot be read or holds no text.
     """
     with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
         config, model, step = load_run(run_dir, distributed.device)
-        num_rows = num_rows or config.training.evaluation_rows
-        data = load_data(config.data)
-        model.hide_ids(meaningless_ids(config.model, data.tokenizer))
-        evaluator = Evaluator(
-            data, num_rows=num_rows, micro_batch_size=config.training.micro_batch_size, distributed=distributed
-        )
+        if plan is not None:
+            plan.check_fits(config.model)
+            model.set_sparsity(plan)
+        micro_batch_size, sparsity = config.training.micro_batch_size, model.sparsity_plan.mean
 
         def forward(batch: Batch) -> ModelOutput:
             return run_model(model, batch, distributed.device, with_stats=False, layer_hook=None)
 
-        rows = len(data.evaluation_rows(num_rows)[1])
-        return Evaluation(
-            step=step, rows=rows, **evaluator(forward), unigram_bits_per_byte=data.unigram_bits_per_byte()
-        )
+        if files:
+            tokenizer = load_tokenizer(config.data.tokenizer)
+            model.hide_ids(meaningless_ids(config.model, tokenizer))
+            text = OwnText(files, config.data, tokenizer)
+            batches = text.batches(micro_batch_size, rank=distributed.rank, world_size=distributed.world_size)
+            losses = mean_losses(forward, batches, text.num_bytes, distributed)
+            return Evaluation(step=step, rows=len(text), **losses, unigram_bits_per_byte=None, sparsity=sparsity)
+        num_rows = num_rows or config.training.evaluation_rows
+        data = load_data(config.data)
+        model.hide_ids(meaningless_ids(config.model, data.tokenizer))
+        losses = Evaluator(data, num_rows=num_rows, micro_batch_size=micro_batch_size, distributed=distributed)(forward)
+        rows, unigram = len(data.evaluation_rows(num_rows)[1]), data.unigram_bits_per_byte()
+        return Evaluation(step=step, rows=rows, **losses, unigram_bits_per_byte=unigram, sparsity=sparsity)
 
 
 @torch.no_grad()

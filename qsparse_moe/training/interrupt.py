@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the end of the process at once, or, once there are steps to save, a wish that the loop grants."""
+"""Ctrl-C, SIGTERM, SIGUSR1: the end of the process at once, or, once there are steps to save, a wish to the loop."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
+from qsparse_moe.training.launcher_watch import LauncherWatch
+
 logger = logging.getLogger(__name__)
 
+# SLURM warns of a job's end by SIGUSR1: sbatch --signal=USR1@300.
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # For the finally clauses of whatever is at work; a process that stands in a call of C or C++ runs none.
 _GRACE_SECONDS = 2.0
 
@@ -33,14 +37,15 @@ class Stopped(BaseException):
 
 
 def until_stopped(work: Callable[[], int]) -> int:
-    """Call ``work`` and return its exit code; where SIGINT or SIGTERM ends it, say so and return that of the signal.
+    """Call ``work`` and return its exit code; where SIGINT, SIGTERM or SIGUSR1 ends it, say so and return the signal's.
 
+    The end of the deepspeed launcher above this process counts as SIGTERM; see ``LauncherWatch``.
     From its first line to its last the process ends within seconds, also where Python cannot run a handler because it
     waits in C++ for another rank. ``work`` may handle the signals in another way for a part of its time, as
     ``StopSignals`` does.
     """
     try:
-        with _EndAtOnce():
+        with _EndAtOnce() as signals, LauncherWatch(is_stopping=lambda: signals.is_stopping):
             return work()
     except Stopped as stopped:
         _publish_lost(stopped)
@@ -48,7 +53,7 @@ def until_stopped(work: Callable[[], int]) -> int:
 
 
 class CaughtSignals:
-    """While it is entered, SIGINT and SIGTERM go to ``_caught``; what handled them before does so again afterwards.
+    """While it is entered, SIGINT, SIGTERM and SIGUSR1 go to ``_caught``; afterwards to what handled them before.
 
     In another thread than the main one, where Python allows no handlers, and in forked processes, signals keep the
     effect that they had before.
@@ -60,7 +65,7 @@ class CaughtSignals:
     def catch(self) -> None:
         """Begin to catch the signals; nothing changes where they are caught already."""
         if not self._previous and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._caught)
             _catching.append(self)
 
@@ -86,12 +91,12 @@ class CaughtSignals:
 
 
 class StopSignals(CaughtSignals):
-    """While it is entered, the first SIGINT or SIGTERM is only noted; a second Ctrl-C ends the process at once.
+    """While it is entered, the first stop signal is only noted; a second Ctrl-C ends the process at once.
 
     Under the deepspeed launcher a Ctrl-C reaches a rank twice, from the terminal and as the launcher's SIGTERM, so
     SIGTERM never counts as the second. The launcher (0.19.8) kills a rank that is still there 30 s after its SIGTERM: a
-    checkpoint must be written by then. Its outer process, ``deepspeed`` itself, passes SIGTERM on to nobody: send it to
-    the process group, to ``deepspeed.launcher.launch`` below it, or to any one rank.
+    checkpoint must be written by then. Its outer process, ``deepspeed`` itself, ends on SIGTERM and passes it on to
+    nobody: ``LauncherWatch`` notices that in every rank.
     """
 
     def __init__(self) -> None:
@@ -108,6 +113,18 @@ class StopSignals(CaughtSignals):
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+class EndingAlready(CaughtSignals):
+    """While it is entered, SIGTERM has no effect and the second Ctrl-C ends the process at once.
+
+    For a process that ends by itself and first says why: the launcher sends SIGTERM within a second to the ranks that
+    are left when one is gone.
+    """
+
+    def _caught(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class _EndAtOnce(CaughtSignals):
     """Raises ``Stopped`` in the main thread; where that does not end the process in time, a thread of ours does.
 
@@ -117,6 +134,8 @@ class _EndAtOnce(CaughtSignals):
 
     def __init__(self) -> None:
         super().__init__()
+        self.is_stopping = False
+        """Whether a signal has asked the process to stop, whoever handles it."""
         self._is_left = threading.Event()
         self._wakeup: socket.socket | None = None
         self._previous_wakeup = -1
@@ -144,7 +163,8 @@ class _EndAtOnce(CaughtSignals):
         with numbers:
             while received := numbers.recv(1):
                 number = received[0]
-                is_ours = number in (signal.SIGINT, signal.SIGTERM) and signal.getsignal(number) == self._caught
+                self.is_stopping = self.is_stopping or number in _STOP_SIGNALS
+                is_ours = number in _STOP_SIGNALS and signal.getsignal(number) == self._caught
                 if is_ours and not self._is_left.wait(_GRACE_SECONDS):
                     stopped = Stopped(number)
                     _publish_lost(stopped)

@@ -42,8 +42,8 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     """Train the run that ``config`` describes, in this process and the other ranks that its launcher started.
 
     Every rank calls it with the same config. It writes ``config.yaml``, ``manifest.json`` and ``checkpoints/`` into the
-    run folder, and tells the listeners of rank 0 of every logged step. SIGTERM or Ctrl-C ends it after the step at
-    work, with a checkpoint; before the first step is done they have the effect that they had before the call.
+    run folder, and tells the listeners of rank 0 of every logged step. SIGTERM, SIGUSR1 or Ctrl-C ends it after the
+    step at work, with a checkpoint; before the first step is done they have the effect that they had before the call.
 
     Args:
         config: a complete run; with ``training.resume`` an existing run folder is continued.
@@ -72,6 +72,9 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
                 return _Loop(run, listeners if distributed.rank == 0 else ()).run()
+            except RuntimeError as error:
+                watch.expect_end(error)
+                raise
             finally:
                 run.engine.close()
 
@@ -124,8 +127,8 @@ class _Loop:
         try:
             return self._run_steps()
         finally:
-            self._signals.release()
             self._profiler.close()
+            self._signals.release()
 
     def _run_steps(self) -> TrainingResult:
         self._run.distributed.on_rank_zero(self._begin)
@@ -332,6 +335,9 @@ class _Loop:
                 result.step,
                 self._training.steps,
             )
+        if self._run.distributed.rank == 0:
+            for index, passes in enumerate(self._run.loader.passes()):
+                logger.info("data.sources.%d was read %d times to its end, by rank 0", index, passes)
         self._end_listeners(result)
         self._end_troubled()
         return result

@@ -93,8 +93,22 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
 
     distributed.on_rank_zero(write)
+    if distributed.rank == 0 and config.data.mode == "table":
+        _log_epochs(config, loader.epochs(training.steps))
     plan = SparsityPlan.from_config(config.model)
     return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start)
+
+
+def _log_epochs(config: RunConfig, epochs: Sequence[float]) -> None:
+    for index, (source, times) in enumerate(zip(config.data.sources, epochs, strict=True)):
+        place = source.path if isinstance(source.path, str) else ", ".join(source.path or ())
+        logger.info(
+            "data.sources.%d (%s) is read %.3g times in the %d steps of the run",
+            index,
+            place or source.kind,
+            times,
+            config.training.steps,
+        )
 
 
 def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,12 +14,16 @@ from pathlib import Path
 
 import pytest
 import typer
+from matplotlib.figure import Figure
 
+from qsparse_moe.ablation.sensitivity.figures import _save
 from qsparse_moe.cli import app as app_module
 from qsparse_moe.cli.app import VERBS, build_app, main, run
-from qsparse_moe.cli.console import print_json
+from qsparse_moe.cli.console import print_json, write_json
 from qsparse_moe.config.load import load_config
-from qsparse_moe.errors import BackendUnavailable, CheckpointError, ConfigError, DataError, TrainingDiverged
+from qsparse_moe.errors import BackendUnavailable, CheckpointError, ConfigError, DataError, TrainingDiverged, naming
+from qsparse_moe.runs.folder import write_atomically
+from qsparse_moe.sparsity.plan import SparsityPlan
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = str(REPOSITORY / "configs" / "tiny.yaml")
@@ -163,6 +168,63 @@ def test_our_own_mistake_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr("qsparse_moe.cli.describe.load_config", fail)
     with pytest.raises(ZeroDivisionError):
         run(["describe", TINY])
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_message_that_names_the_file(number, capsys, monkeypatch, tmp_path):
+    def fail(*_arguments):
+        with naming(tmp_path / "figure.png"):
+            raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("qsparse_moe.cli.describe.load_config", fail)
+    assert run(["describe", TINY]) == 2
+    printed = capsys.readouterr().err
+    assert printed == (
+        f"error: {tmp_path}/figure.png: cannot be written ({os.strerror(number)}); it needs free space. "
+        "Make room, or name a place with some\n"
+    )
+
+
+def test_another_error_of_the_system_keeps_its_traceback(monkeypatch):
+    def fail(*_arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("qsparse_moe.cli.describe.load_config", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        run(["describe", TINY])
+
+
+FULL = Path("/dev/full")
+on_full_disk = pytest.mark.skipif(not FULL.exists(), reason="a device that is always full")
+
+
+@on_full_disk
+def test_plans_whole_files_and_results_name_the_file_that_a_full_disk_refuses(tmp_path):
+    plan = SparsityPlan.uniform(load_config(Path(TINY)).model, 0.5)
+    writers = (plan.save, lambda file: write_json(file, {"a": 1}), lambda file: _save(Figure(), file))
+    for write in writers:
+        link = tmp_path / "link.json"
+        link.symlink_to(FULL)
+        with pytest.raises(OSError, match="No space left") as error:
+            write(link)
+        assert (error.value.errno, error.value.filename) == (errno.ENOSPC, str(link))
+        link.unlink()
+    (tmp_path / ".report.md.new").symlink_to(FULL)
+    with pytest.raises(OSError, match="No space left") as error:
+        write_atomically(tmp_path / "report.md", "text")
+    assert error.value.filename == str(tmp_path / "report.md")
+
+
+@on_full_disk
+def test_a_result_on_a_full_standard_output_is_one_message():
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "qsparse_moe", "describe", TINY, "--json"],
+            cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: a file or standard output: cannot be written (No space left on device)")
+    assert "Traceback" not in done.stderr
 
 
 def test_ctrl_c_ends_with_130(capsys, monkeypatch):

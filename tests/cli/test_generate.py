@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qsparse_moe.cli.generate import _until, choose_token, next_tokens, text_pieces
+from qsparse_moe.cli.generate import _until, check_prompt, choose_token, fit_prompt, next_tokens, text_pieces
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.data.tokenizer import ByteTokenizer
+from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import build_model
 
 torch.set_num_threads(1)
@@ -37,6 +38,23 @@ def test_next_tokens_follow_the_model_and_see_a_window():
     tokens = next_tokens(model, [5, 6], window=4, temperature=0.0, seed=0)
     assert list(islice(tokens, 5)) == [7, 8, 9, 10, 11]
     assert model.lengths == [2, 3, 4, 4, 4]
+
+
+def test_a_prompt_longer_than_the_window_is_refused_or_keeps_its_last_tokens():
+    assert fit_prompt([256, 1, 2, 3], 4, truncate=False) == [256, 1, 2, 3]
+    message = (
+        r"--prompt \(5 tokens .*\) must be at most data.sequence_length \(4\).* keep its last 4 tokens with --trunc"
+    )
+    with pytest.raises(ConfigError, match=message):
+        fit_prompt([256, 1, 2, 3, 4], 4, truncate=False)
+    assert fit_prompt([256, 1, 2, 3, 4], 4, truncate=True) == [1, 2, 3, 4]
+
+
+def test_a_prompt_that_is_not_utf_8_is_named_with_the_byte_that_is_not():
+    check_prompt("né €")
+    prompt = "né".encode() + b"caf\xe9!"
+    with pytest.raises(ConfigError, match=r"--prompt \('n\\xe9caf\\udce9!'\) must be UTF-8, and its byte 6 is not"):
+        check_prompt(prompt.decode("utf-8", errors="surrogateescape"))
 
 
 def test_greedy_tokens_are_the_argmax_of_a_real_model_s_full_forward():

@@ -12,6 +12,11 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.cli.app import run
+from qsparse_moe.cli.evaluate import asked_plan
+from qsparse_moe.config.load import load_config
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.sparsity.plan import SparsityPlan
+from tests.data.test_tokenizer import save_tokenizer
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIG = """
@@ -117,6 +122,64 @@ def test_evaluation_reports_the_newest_checkpoint(trained, capsys):
     assert f"unigram model's   {figures['unigram_bits_per_byte']:.4f}" in printed
 
 
+def test_evaluation_takes_another_s_or_plan_and_files(trained, capsys, tmp_path):
+    _, run_dir, _ = trained
+    arguments = ["evaluate", str(run_dir), "--json"]
+    losses = []
+    plan, own = tmp_path / "plan.json", tmp_path / "own.txt"
+    SparsityPlan.uniform(load_config(run_dir / "config.yaml").model, 0.75).save(plan)
+    own.write_text("sparse expert " * 30, encoding="utf-8")
+    for more in ([], ["--sparsity", "0.75"], ["--plan", str(plan)], ["--data", str(own)]):
+        assert run([*arguments, *more]) == 0
+        losses.append(json.loads(capsys.readouterr().out))
+    assert losses[0]["loss"] != losses[1]["loss"] == losses[2]["loss"] != losses[3]["loss"]
+    assert [one["sparsity"] for one in losses[1:3]] == pytest.approx([0.75, 0.75])
+    # 421 tokens are 6 rows of 64 labels and 36 more.
+    assert losses[3]["rows"] == 7 and losses[3]["unigram_bits_per_byte"] is None
+    assert run(["evaluate", str(run_dir), "--data", str(own)]) == 0
+    assert f"on all text of {own}, 7 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sparsity", "1"], "--sparsity (1.0) must lie in [0, 1): it is the fraction zeroed"),
+        (
+            ["--sparsity", "0.5", "--plan", "p.json"],
+            "--sparsity and --plan both say which S to evaluate under; keep one",
+        ),
+        (
+            ["--rows", "3", "--data", "a.txt"],
+            "--rows (3) counts validation rows, and --data takes all text of its files",
+        ),
+    ],
+)
+def test_evaluation_refuses_what_does_not_go_together(trained, capsys, arguments, message):
+    _, run_dir, _ = trained
+    assert run(["evaluate", str(run_dir), *arguments]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("selection", "message"),
+    [
+        ("relu", r"--sparsity changes nothing on .*: model.sparsity.selection is relu"),
+        (
+            "threshold",
+            r"--sparsity \(0.5\) needs thresholds, .*qsparse-moe calibrate --sparsity, and give it as --plan",
+        ),
+    ],
+)
+def test_an_s_without_meaning_for_the_run_s_selection_is_refused(trained, tmp_path, monkeypatch, selection, message):
+    _, run_dir, _ = trained
+    config = load_config(run_dir / "config.yaml")
+    settings = config.model.sparsity.model_copy(update={"selection": selection})
+    other = config.model_copy(update={"model": config.model.model_copy(update={"sparsity": settings})})
+    monkeypatch.setattr("qsparse_moe.cli.evaluate.load_run_config", lambda run_dir: other)
+    with pytest.raises(ConfigError, match=message):
+        asked_plan(run_dir, sparsity=0.5, plan_file=None)
+
+
 def test_generated_text_is_the_same_streamed_and_as_json(trained, capsys):
     _, run_dir, _ = trained
     arguments = ["generate", str(run_dir), "--prompt", "router tö", "--max-tokens", "12"]
@@ -127,6 +190,21 @@ def test_generated_text_is_the_same_streamed_and_as_json(trained, capsys):
     content = json.loads(capsys.readouterr().out)
     assert content["prompt"] + content["text"] + "\n" == streamed
     assert 1 <= content["num_tokens"] <= 12
+
+
+def test_a_prompt_is_checked_against_the_window_and_the_encoding(trained, capsys):
+    _, run_dir, _ = trained
+    arguments = ["generate", str(run_dir), "--max-tokens", "1", "--prompt"]
+    assert run([*arguments, "ab" * 40]) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert (
+        "--prompt (81 tokens with the one that begins a document) must be at most data.sequence_length (64)" in printed
+    )
+    assert run([*arguments, "ab" * 40, "--truncate-prompt"]) == 0
+    assert capsys.readouterr().out.startswith("ab" * 32)
+    assert run([*arguments, b"caf\xe9".decode("utf-8", errors="surrogateescape")]) == 2
+    printed = " ".join(capsys.readouterr().err.split())
+    assert "must be UTF-8, and its byte 3 is not" in printed and "Traceback" not in printed
 
 
 def test_draws_depend_on_the_seed(trained, capsys):
@@ -188,3 +266,27 @@ def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export overwrites nothing")
     assert run(["export", str(run_dir), str(out), "--force"]) == 0
     assert f"{2 * made['bytes']:,} bytes in fp32" in capsys.readouterr().out
+
+
+def test_a_finished_run_with_a_tokenizer_of_ones_own_works_from_another_folder(tmp_path, capsys, monkeypatch):
+    """Paths were relative to where it was trained; the tokenizer that was there has gone, and the run keeps its own."""
+    there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
+    there.mkdir()
+    elsewhere.mkdir()
+    words = ["<unk>", "</s>", "sparse", "expert", "router", "token", "größe", "layer"]
+    save_tokenizer(there / "words", vocabulary=words, unknown="<unk>", settings={"eos_token": "</s>"})
+    config = write_inputs(there)
+    config.write_text(config.read_text(encoding="utf-8").replace(str(there), "."), encoding="utf-8")
+    monkeypatch.chdir(there)
+    settings = ["data.tokenizer=words", "data.sequence_length=16", "training.steps=2", "training.warmup_steps=0"]
+    assert run(["train", "mine.yaml", *settings, "--json"]) == 0
+    summary = json.loads(capsys.readouterr().out)
+    (there / "words").rename(there / "gone")
+    monkeypatch.chdir(elsewhere)
+    run_dir = there / "runs" / "mine"
+    assert run(["evaluate", str(run_dir), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == summary["validation"]["loss"]
+    assert run(["generate", str(run_dir), "--prompt", "router layer", "--max-tokens", "6", "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["prompt"] == "router layer" and set(content["text"].split()) <= set(words)
+    assert list(elsewhere.iterdir()) == []

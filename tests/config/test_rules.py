@@ -406,8 +406,8 @@ CASES = {
             "training.learning_rate_schedule": "warmup_stable_decay",
         },
         "training.warmup_steps (40) and training.decay_steps (20) together must be at most training.steps (50); "
-        "shorten them or train for at least 60 steps",
-        {"training.steps": 60},
+        "shorten them, for example to 33 and 16, or train for at least 60 steps",
+        {"training.warmup_steps": 33, "training.decay_steps": 16},
     ),
     "experts that do not divide": (
         {"model.moe.num_experts": 10, "training.expert_parallel_size": 4},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -24,6 +25,20 @@ from qsparse_moe.errors import DataError
 from tests.data.corpus import make_texts, write_files, write_jsonl
 
 MakeConfig = Callable[..., DataConfig]
+
+
+def test_the_command_of_the_settings_page_clears_the_cache(jsonl_source: SourceConfig, data_config: MakeConfig) -> None:
+    """The tables go, nothing else does, and the next run makes its table again."""
+    page = (Path(__file__).parents[2] / "docs" / "settings.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"`(rm [^`]*)`", page)
+    config = data_config(jsonl_source)
+    rows = all_rows(load_data(config))
+    other = Path(config.cache_dir) / "other.txt"
+    other.write_text("kept")
+    assert table_folders(config)
+    subprocess.run(command.replace("~/.cache/qsparse_moe", config.cache_dir), shell=True, check=True)
+    assert list(Path(config.cache_dir).iterdir()) == [other]
+    assert all_rows(load_data(config)) == rows and len(table_folders(config)) == 1
 
 
 def load_one(config: DataConfig) -> SourceTable:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qsparse_moe.errors import BackendUnavailable, CheckpointError
@@ -42,6 +45,20 @@ def tokens():
 
 def names(path):
     return sorted(file.name for file in path.iterdir())
+
+
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_an_export_has_the_modes_that_the_umask_leaves_and_is_loaded_by_its_name(
+    run_dir, tmp_path, umask, file_mode, folder_mode
+):
+    before = os.umask(umask)
+    try:
+        export_run(run_dir, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "out").iterdir()} == {file_mode}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == folder_mode
+    assert load_export(str(tmp_path / "out"))[2] == 6
 
 
 @pytest.mark.parametrize("part_bytes", [2**30, 20_000, 1], ids=["one file", "parts", "one tensor a file"])
@@ -137,6 +154,39 @@ def test_what_cannot_be_written_leaves_nothing_behind(run_dir, tmp_path, monkeyp
     monkeypatch.setattr("safetensors.torch.save_file", full)
     with pytest.raises(CheckpointError, match=r"out: cannot be written \(No space left on device\)"):
         export_run(run_dir, tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+        'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
+    ],
+)
+def test_what_the_library_cannot_write_is_the_same_message(run_dir, tmp_path, monkeypatch, text):
+    def full(*arguments, **settings):
+        raise SafetensorError(text)
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written \(No space left on device\)"):
+        export_run(run_dir, tmp_path / "out")
+    assert names(tmp_path) == []
+
+
+def test_a_limit_of_the_system_on_files_is_one_message_of_an_export(run_dir, tmp_path):
+    """The library's own words, of this version."""
+    code = (
+        "import resource, signal, sys\n"
+        "from qsparse_moe.cli.app import run\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "sys.exit(run(['export', *sys.argv[1:]]))\n"
+    )
+    command = [sys.executable, "-c", code, str(run_dir), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert f"error: {tmp_path}/out: cannot be written (File too large)" in done.stderr
     assert names(tmp_path) == []
 
 

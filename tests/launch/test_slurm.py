@@ -74,6 +74,18 @@ def test_job_trains_one_run_over_its_nodes(job, tmp_path):
     assert not list(tmp_path.glob("hosts-*"))
 
 
+def test_the_warning_before_the_time_limit_is_for_the_ranks_and_does_not_end_the_launcher(job, tmp_path):
+    """Slurm sends it to every process of a step."""
+    add_program(tmp_path / "bin", "launcher", '#!/bin/sh\nkill -USR1 $$\necho "node $SLURM_NODEID goes on"\n')
+    with (tmp_path / "launch" / "setup.sh").open("a") as setup:
+        setup.write("python=launcher\n")
+    script = REPOSITORY / "launch" / "slurm.sbatch"
+    assert "#SBATCH --signal=USR1@300\n" in script.read_text()
+    result = subprocess.run(["bash", str(script), "x.yaml"], env=job, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert sorted(result.stdout.splitlines()) == ["node 0 goes on", "node 1 goes on"]
+
+
 @pytest.mark.distributed
 @pytest.mark.slow
 def test_job_of_an_array_trains_its_run_of_a_grid_through_the_launcher(job, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
-from qsparse_moe.metrics.derive import derive_metrics, load_ratios
+from qsparse_moe.metrics.derive import derive_metrics, layer_ratios, load_ratios
 from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
 from qsparse_moe.metrics.window import Window
 from qsparse_moe.model.transformer import build_model
@@ -32,6 +32,18 @@ def test_load_of_one_layer_by_hand():
     expected = {"load_imbalance": 3.0, "load_entropy": entropy, "busiest_share": 0.75, "dead_experts": 2.0}
     for name, value in expected.items():
         assert ratios[f"router/{name}"].tolist() == [pytest.approx(value, abs=1e-15)], name
+
+
+def test_overlap_is_over_the_non_zeros_that_have_a_neighbour_by_hand():
+    site = "sparsity/expert_input"
+    stats = {f"{site}/{name}_LE": torch.ones(2, 2, dtype=torch.float64) for name in SITE_FIELDS}
+    stats[f"{site}/used_LED"] = torch.ones(2, 2, 8, dtype=torch.float64)
+    stats |= {
+        f"{site}/nonzero_LE": torch.stack((sums(10, 6), sums(9, 7))),
+        f"{site}/pairs_nonzero_LE": torch.stack((sums(6, 2), sums(3, 5))),
+        f"{site}/pairs_common_LE": torch.stack((sums(3, 1), sums(0, 1))),
+    }
+    assert layer_ratios(stats)[f"{site}/overlap"].tolist() == [4 / 8, 1 / 8]
 
 
 def test_even_load_is_even_in_every_figure():

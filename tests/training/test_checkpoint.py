@@ -7,6 +7,7 @@ import os
 import pathlib
 import random
 import shutil
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -323,3 +324,22 @@ def test_seeds_differ_by_rank_and_step_and_repeat():
     draws = [first(*arguments) for arguments in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
     assert all(len(set(column)) == 4 for column in zip(*draws, strict=True))
     assert first(0, 0, 1) == draws[3]
+
+
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_every_file_is_verified_by_one_rank_when_a_run_resumes(tmp_path, engine, damaged):
+    path = save(tmp_path, engine, 1)
+    index = json.loads((path / "state.json").read_text())
+    facts = index["files"].pop("rank-00000-of-00001.pt")
+    for rank in (0, 1):
+        shutil.copyfile(the_file(tmp_path), path / f"rank-0000{rank}-of-00002.pt")
+        index["files"][f"rank-0000{rank}-of-00002.pt"] = facts
+    (path / "state.json").write_text(json.dumps(index))
+    flip_a_byte(path / f"rank-0000{damaged}-of-00002.pt")
+    for rank in (0, 1):
+        ranks = SimpleNamespace(rank=rank, world_size=2, on_every_rank=lambda function: [function()])
+        if rank == damaged:
+            with pytest.raises(CheckpointError, match=f"rank-0000{rank}-of-00002.pt does not have the checksum"):
+                newest_checkpoint(tmp_path, ranks)
+        else:
+            assert newest_checkpoint(tmp_path, ranks).progress.step == 1

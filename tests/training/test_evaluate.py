@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from qsparse_moe.data.batch import make_batch
+from qsparse_moe.data.packing import is_validation, text_digest
+from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.token_data import load_data
-from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.errors import CheckpointError, ConfigError, DataError
+from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.folder import run_folder, write_config
+from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.evaluate import Evaluator, evaluate_run, load_run
@@ -26,6 +33,55 @@ def test_a_finished_run_evaluates_to_what_training_said(make_config, precision):
     assert evaluation.as_dict()["bits_per_byte"] == evaluation.bits_per_byte
     more = evaluate_run(result.run_dir, num_rows=20)
     assert more.rows == 20 and more.loss != evaluation.loss
+
+
+def test_files_of_one_s_own_evaluate_as_the_run_s_validation_rows_of_the_same_text(make_config, tmp_path):
+    """The validation documents as a file, with their last one cut where the last whole row ends, and without that."""
+    config = make_config(steps=2)
+    run_dir = train(config).run_dir
+    want = evaluate_run(run_dir, num_rows=10**6)
+    texts = [
+        text
+        for text in open_source(config.data.sources[0], 0).texts()
+        if is_validation(text_digest(text.encode()), config.data.validation_fraction)
+    ]
+    excess = sum(len(text.encode()) + 1 for text in texts) - (want.rows * config.data.sequence_length + 1)
+    assert 0 < excess < len(texts[-1]) and texts[-1].isascii()
+    found = evaluate_run(run_dir, files=[write_jsonl(tmp_path / "cut.jsonl", [*texts[:-1], texts[-1][:-excess]])])
+    assert (found.rows, found.unigram_bits_per_byte) == (want.rows, None)
+    assert (found.loss, found.bits_per_byte) == pytest.approx((want.loss, want.bits_per_byte), rel=1e-6)
+    # What is behind the last whole row counts too: the labels of the text and no others.
+    whole = evaluate_run(run_dir, files=[write_jsonl(tmp_path / "whole.jsonl", texts)])
+    assert whole.rows == want.rows + 1
+    num_labels = want.rows * config.data.sequence_length
+    _, model, _ = load_run(run_dir)
+    ids = [token for text in texts for token in [256, *text.encode()]][-excess - 1 :]
+    batch = make_batch(np.array([ids]), document_token=256, attend_across_documents=False)
+    with torch.no_grad():
+        logits = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS).logits_BSV
+    rest = torch.nn.functional.cross_entropy(logits[0], batch.targets_BS[0], reduction="sum").item()
+    assert whole.loss == pytest.approx((want.loss * num_labels + rest) / (num_labels + excess), rel=1e-6)
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return str(path)
+
+
+def test_another_plan_evaluates_as_the_run_does_where_it_is_the_run_s(make_config):
+    run_dir = train(make_config(steps=2)).run_dir
+    want = evaluate_run(run_dir)
+    config, model, _ = load_run(run_dir)
+    assert evaluate_run(run_dir, plan=model.sparsity_plan) == want
+    assert want.sparsity == pytest.approx(model.sparsity_plan.mean)
+    dense, sparse = (evaluate_run(run_dir, plan=SparsityPlan.uniform(config.model, s)) for s in (0.0, 0.9))
+    assert (dense.sparsity, sparse.sparsity) == pytest.approx((0.0, 0.9)) and dense.loss != sparse.loss != want.loss
+
+
+def test_a_file_without_text_is_named(make_config, tmp_path):
+    run_dir = train(make_config(steps=1)).run_dir
+    with pytest.raises(DataError, match=r"empty\.jsonl"):
+        evaluate_run(run_dir, files=[write_jsonl(tmp_path / "empty.jsonl", [""])])
 
 
 def test_the_loss_is_the_mean_over_all_labels_and_the_bits_are_over_all_bytes(make_config):
@@ -51,6 +107,23 @@ def test_the_loss_is_the_mean_over_all_labels_and_the_bits_are_over_all_bytes(ma
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
     assert found["bits_per_byte"] == pytest.approx(sum(losses) / math.log(2) / table.num_bytes(rows), rel=1e-6)
+
+
+def test_bits_are_over_the_bytes_of_the_labels_and_a_document_token_has_none(make_config, tmp_path):
+    file = tmp_path / "short.jsonl"
+    file.write_text("".join(json.dumps({"text": f"doc {number}"}) + "\n" for number in range(200)))
+    config = make_config()
+    source = config.data.sources[0].model_copy(update={"kind": "jsonl", "path": str(file)})
+    data = load_data(config.data.model_copy(update={"sources": (source,)}))
+    model = build_model(config.model).eval()
+    table, rows = data.evaluation_rows(4)
+    labels = table.rows(rows).targets_BS
+    num_bytes = (labels < 256).sum().item()
+    assert 0 < num_bytes < 0.95 * labels.numel()
+    with open_distributed("cpu") as distributed:
+        evaluator = Evaluator(data, num_rows=4, micro_batch_size=2, distributed=distributed)
+        found = evaluator(lambda b: model(b.tokens_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS))
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * labels.numel() / num_bytes, rel=1e-9)
 
 
 def test_a_loaded_model_has_the_weights_and_the_sparsity_of_its_last_step(make_config):

@@ -34,6 +34,15 @@ def test_a_ctrl_c_and_the_launchers_sigterm_after_it_are_one_wish():
         assert signals.received == signal.SIGINT
 
 
+def test_the_warning_of_slurm_is_noted_as_sigterm_is():
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopSignals() as signals:
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+        assert signals.received == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
 def test_a_second_ctrl_c_ends_the_process_at_once():
     script = """
 import os, signal
@@ -75,7 +84,9 @@ def run_script(script, **environment):
     )
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM")])
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGTERM, "SIGTERM"), (signal.SIGUSR1, "SIGUSR1")]
+)
 def test_work_ends_at_once_with_its_finally_clauses_and_one_line(number, name):
     script = f"""
 def work():
@@ -161,3 +172,24 @@ sys.exit({catcher})
 """
     ended = run_script(script)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "-15\n", "")
+
+
+def test_who_ends_already_says_why_first():
+    """A lost rank is named though the launcher sends SIGTERM for it, and the handler from before comes back."""
+    script = """
+from qsparse_moe.training.interrupt import EndingAlready
+def work():
+    with EndingAlready():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(3)
+        print("rank 1 is gone", flush=True)
+        if len(sys.argv) > 1:
+            os.kill(os.getpid(), signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+sys.exit(until_stopped(work))
+"""
+    ended = run_script(script)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (143, "rank 1 is gone\n", "error: stopped by SIGTERM\n")
+    assert run_script("sys.argv.append('twice')\n" + script).returncode == -signal.SIGINT

@@ -58,5 +58,10 @@ def test_no_warm_up_starts_near_the_peak_and_a_floor_of_zero_ends_there(schedule
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_a_run_shorter_than_its_warm_up_is_the_beginning_of_a_longer_one(schedule):
+    assert rates(schedule, steps=6) == rates(schedule)[:6] == pytest.approx([PEAK * step / 10 for step in range(1, 7)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_a_run_of_warm_up_only_ends_at_the_peak(schedule):
     assert rates(schedule, steps=10)[-1] == pytest.approx(PEAK)

@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 
 import pytest
 
 from qsparse_moe.config.load import load_config
+from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.folder import run_folder
 from qsparse_moe.training import loop, prepare
 from qsparse_moe.training.checkpoint.store import list_checkpoints
+from qsparse_moe.training.evaluate import evaluate_run
 from qsparse_moe.training.loop import train
+from tests.training.test_checkpoint import flip_a_byte
 
 
 class Listener:
@@ -280,3 +284,42 @@ def test_a_poisoned_weight_stops_the_run_with_its_layer_and_the_last_checkpoint(
     message = str(caught.value)
     assert message.startswith("step 3: the output of layer 1 is not finite on rank 0. Nothing of this step was kept.")
     assert message.endswith(f"resume from the last checkpoint: {run_folder(config)}/checkpoints/step-00000002")
+
+
+def test_a_run_does_not_resume_from_a_checkpoint_in_which_a_byte_has_changed(make_config):
+    file = list_checkpoints(train(make_config(steps=2)).run_dir)[-1] / "rank-00000-of-00001.pt"
+    flip_a_byte(file)
+    with pytest.raises(CheckpointError, match=r"00001\.pt does not have the checksum that it was written with"):
+        train(make_config(steps=3, resume=True))
+    assert [path.name for path in list_checkpoints(file.parents[2])] == ["step-00000002"]
+
+
+def test_validation_in_the_middle_of_a_ramp_is_that_of_its_checkpoint(make_config):
+    listener = Listener()
+    intervals = {"evaluation_interval": 2, "checkpoint_interval": 2, "keep_last": 9}
+    result = train(make_config(**intervals), [listener])
+    found = {report.step: report.validation for report in listener.reports if report.validation is not None}
+    assert sorted(found) == [2, 4, 6]
+    for path in reversed(list_checkpoints(result.run_dir)):
+        evaluation = evaluate_run(result.run_dir)
+        assert {name: getattr(evaluation, name) for name in found[evaluation.step]} == found[evaluation.step]
+        shutil.rmtree(path)
+
+
+def test_the_log_says_how_often_each_source_is_read(make_config, text_folder, caplog):
+    config = make_config(steps=4)
+    whole = config.data.sources[0]
+    small = whole.model_copy(update={"path": str(text_folder / "text" / "text-0[0-4].txt"), "weight": 3.0})
+
+    def data_of(*sources):
+        return config.data.model_copy(update={"sources": sources})
+
+    with caplog.at_level(logging.INFO):
+        train(config.model_copy(update={"data": data_of(whole, small)}))
+    lines = [record.getMessage() for record in caplog.records if "is read" in record.getMessage()]
+    assert len(lines) == 2
+    # Of the rows of four steps of eight, three quarters are of the small source.
+    for index, (source, share) in enumerate(((whole, 0.25), (small, 0.75))):
+        before, times, after = re.fullmatch(r"(.*) is read ([\d.e-]+) times (.*)", lines[index]).groups()
+        assert (before, after) == (f"data.sources.{index} ({source.path})", "in the 4 steps of the run")
+        assert float(times) == pytest.approx(4 * 8 * share / len(load_data(data_of(source)).train), rel=0.02)

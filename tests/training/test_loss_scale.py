@@ -153,6 +153,17 @@ def test_the_scale_leaves_the_gradient_as_it_is(tmp_path):
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-2)
 
 
+def test_the_norms_of_the_layers_are_without_the_scale(tmp_path):
+    batches, norms = random_batches(), []
+    for engine in (fp16_engine(tmp_path, initial_power=12), make_engine(tmp_path)[1]):
+        guard = NonFiniteGuard(2, ALONE, engine.loss_scaler)
+        outcome = train_step(
+            engine, batches, step=1, learning_rate=0.01, guard=guard, report=True, layer_gradients=True
+        )
+        norms.append(outcome.layer_grad_norms)
+    assert norms[0] == pytest.approx(norms[1], rel=2e-2) and len(norms[0]) == 2
+
+
 def test_an_overflow_at_the_smallest_scale_ends_the_run(tmp_path):
     engine = fp16_engine(tmp_path, minimum=2**29)
     step_through(engine, random_batches(), 1)

@@ -125,7 +125,10 @@ def test_another_run_is_named_with_every_setting_and_both_values(make_config):
     assert "training.learning_rate was 0.005 and is 0.5" in message
     assert 'model.moe.activation was "relu2glu" and is "swiglu"' in message
     assert "data.sources.0.max_bytes was null and is 10" in message
-    assert message.endswith("Put them back, or start a new run under another training.name")
+    assert message.endswith(
+        "Put them back, or start a new run under another training.name; runs of a grid go to another folder with "
+        "ablate's --output-dir"
+    )
     assert message.count(" was ") == 4, "no other setting is named"
 
 

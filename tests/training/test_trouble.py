@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 
 import pytest
 
+from qsparse_moe.data.packing import is_validation, text_digest
 from qsparse_moe.errors import CheckpointError, DataError
 from qsparse_moe.runs.folder import load_run_config, run_folder
 from qsparse_moe.training.checkpoint import store as checkpoint_module
@@ -54,6 +56,23 @@ def test_a_data_error_in_the_middle_of_a_stream_keeps_the_steps_done(make_config
     assert [p.name for p in list_checkpoints(run_folder(make_config()))] == [f"step-{done:08d}"]
     train(streamed(make_config(steps=20, resume=True), broken_file, max_bad_records=9), [parts])
     assert parts.losses == whole.losses
+
+
+def test_the_log_of_a_stream_says_how_often_it_was_read_to_its_end(make_config, tmp_path, caplog):
+    texts = [f"document {i} " * 12 for i in range(10)]
+    file = tmp_path / "docs.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with caplog.at_level(logging.INFO):
+        train(streamed(make_config(steps=12), file, validation_fraction=0.5, shuffle=False))
+    (line,) = (record.getMessage() for record in caplog.records if "to its end" in record.getMessage())
+    lengths = [len(text) + 1 for text in texts if not is_validation(text_digest(text.encode()), 0.5)]
+    # Twelve steps of eight rows of 24 tokens, and a last label.
+    tokens = given = 0
+    while tokens < 12 * 8 * 24 + 1:
+        tokens += lengths[given % len(lengths)]
+        given += 1
+    assert (given - 1) // len(lengths) == 2
+    assert line == "data.sources.0 was read 2 times to its end, by rank 0"
 
 
 def test_a_full_disk_for_the_metrics_keeps_the_steps_done(make_config):

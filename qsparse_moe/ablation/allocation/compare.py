@@ -32,7 +32,7 @@ class PlanComparison:
     cost: float
     """In the unit of the budget, with the load that was measured on the held-out rows under this very plan."""
     gap_closed: float | None
-    """Share of the distance from uniform S to the dense model; None where dense is no better than uniform."""
+    """Share of the distance from uniform S to the dense model; None where the interval of that distance holds 0."""
 
 
 def rival_plans(
@@ -88,6 +88,8 @@ def outcomes(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tuple
     gap = float((uniform_C - dense_C).sum())
     apart = np.stack([losses_C - uniform_C for losses_C, _ in found.values()])
     low, high = bootstrap_intervals(apart, labels_C)
+    # A ratio over a distance that may be 0, or of the other sign, says nothing.
+    is_told = bool(high[list(found).index(DENSE)] < 0)
     return tuple(
         PlanComparison(
             name=name,
@@ -95,7 +97,7 @@ def outcomes(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tuple
             against_uniform=float(apart[i].sum() / labels_C.sum()),
             interval=(float(low[i]), float(high[i])),
             cost=cost,
-            gap_closed=float(-apart[i].sum() / gap) if gap > 0 else None,
+            gap_closed=float(-apart[i].sum() / gap) if is_told else None,
         )
         for i, (name, (losses_C, cost)) in enumerate(found.items())
     )

@@ -14,6 +14,8 @@ from qsparse_moe.metrics.tensorboard import plan_table
 FORMAT = "qsparse_moe.allocation/1"
 _HEAD = ("plan", "loss", "against uniform", "95 % interval", "cost measured", "gap closed")
 
+GAP_NOT_TOLD = "gap not told from 0"
+
 
 def as_dict(found: Allocation, *, run_dir: Path, output: Path) -> dict[str, Any]:
     """All but the plan, which has a file of its own; JSON-able."""
@@ -49,7 +51,7 @@ def outcome_rows(outcomes: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             f"{one['against_uniform']:+.4f}",
             f"{one['interval'][0]:+.4f} to {one['interval'][1]:+.4f}",
             f"{one['cost']:,.5g}",
-            "–" if one["gap_closed"] is None else f"{one['gap_closed']:.2f}",
+            GAP_NOT_TOLD if one["gap_closed"] is None else f"{one['gap_closed']:.2f}",
         )
         for one in outcomes
     ]

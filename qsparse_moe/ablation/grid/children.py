@@ -18,7 +18,7 @@ _PATIENCE_SECONDS = 45.0
 
 
 class Children(CaughtSignals):
-    """While it is entered, SIGINT and SIGTERM go on to the children as SIGTERM, and no new one is started.
+    """While it is entered, SIGINT, SIGTERM and SIGUSR1 go to the children as SIGTERM, and no new one is started.
 
     Each child leads a session of its own: a Ctrl-C of the terminal reaches it through here only, and whatever the
     launcher starts below it gets the signal too.

@@ -16,6 +16,7 @@ from qsparse_moe.ablation.grid.expert_figures import expert_maps
 from qsparse_moe.ablation.grid.figure_points import FigurePoint, Row, points_of
 from qsparse_moe.ablation.grid.panels import LOSS, colour_bar, panels_of, split_by
 from qsparse_moe.ablation.grid.scan_figures import MEAN, loss_by_place, loss_by_sparsity, sparsity_axis
+from qsparse_moe.errors import naming
 
 _SHAPE = ("hidden_size", "num_layers")
 _MOST_PANELS = 4
@@ -39,7 +40,8 @@ def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     for name, (title, figure) in drawings.items():
         if figure is not None:
             part = folder / f"{name}.part"
-            FigureCanvasAgg(figure).print_png(str(part))
+            with naming(part):
+                FigureCanvasAgg(figure).print_png(str(part))
             os.replace(part, folder / name)
             found[name] = title
     return found

@@ -11,6 +11,7 @@ from pathlib import Path
 from qsparse_moe.ablation.grid.figures import draw_figures
 from qsparse_moe.ablation.grid.points import Grid
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
+from qsparse_moe.errors import naming
 
 REPORT = "report.md"
 
@@ -22,8 +23,9 @@ def write_results(grid: Grid, outcomes: Sequence[RunResult], folder: Path) -> No
     report = "\n\n".join([markdown(grid, outcomes), *(f"![{title}]({name})" for name, title in figures.items())])
     for name, text in ((RESULTS, results_text(outcomes)), (REPORT, report + "\n")):
         part = folder / f"{name}.part"
-        part.write_text(text, "utf-8")
-        os.replace(part, folder / name)
+        with naming(part):
+            part.write_text(text, "utf-8")
+            os.replace(part, folder / name)
 
 
 def markdown(grid: Grid, outcomes: Sequence[RunResult]) -> str:

@@ -16,7 +16,7 @@ from qsparse_moe.ablation.grid.points import Grid, GridRun
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.rules import check_trainable
-from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.errors import CheckpointError, ConfigError, naming
 from qsparse_moe.runs.folder import is_finished, run_folder
 from qsparse_moe.training.distributed.ranks import num_cores
 
@@ -84,7 +84,8 @@ def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...]
     """Train ``run`` in processes of its own; what stopped or broke it, None where it came to its end."""
     grid.folder.mkdir(parents=True, exist_ok=True)
     file = grid.folder / f"{run.id}.yaml"
-    file.write_text(config_to_yaml(run.config), "utf-8")
+    with naming(file):
+        file.write_text(config_to_yaml(run.config), "utf-8")
     log = grid.folder / f"{run.id}.log"
     environment = placement.environment(slot, num_cores(), given=os.environ)
     code = children.run(placement.command(file, slot), log, environment)

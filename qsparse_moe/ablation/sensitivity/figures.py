@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
 from qsparse_moe.ablation.sensitivity.measure import Sensitivity, SensitivityPoint
 from qsparse_moe.config.schema import Site
+from qsparse_moe.errors import naming
 from qsparse_moe.metrics.tensorboard import write_pictures
 
 
@@ -99,5 +100,6 @@ def _pixels(figure: Figure) -> np.ndarray:
 
 
 def _save(figure: Figure, file: Path) -> Path:
-    FigureCanvasAgg(figure).print_png(str(file))
+    with naming(file):
+        FigureCanvasAgg(figure).print_png(str(file))
     return file

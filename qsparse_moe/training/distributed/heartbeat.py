@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from qsparse_moe.errors import RankLost
 from qsparse_moe.training.distributed.ranks import Distributed, launcher_store
+from qsparse_moe.training.interrupt import EndingAlready
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class RankWatch:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._heartbeats: Heartbeats | None = None
+        self._signals = EndingAlready()
 
     def __enter__(self) -> RankWatch:
         if self._distributed.world_size > 1:
@@ -63,7 +65,10 @@ class RankWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         failure = error or self._wait_for_all()
-        message = self._explain(failure) if failure is not None else None
+        try:
+            message = self._explain(failure) if failure is not None else None
+        finally:
+            self._signals.release()
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * _BEAT_SECONDS)
@@ -73,6 +78,14 @@ class RankWatch:
             raise RankLost(message) from failure
         if error is None and failure is not None:
             raise failure
+
+    def expect_end(self, error: BaseException) -> None:
+        """Let signals wait until the lost rank is named, if a collective raised ``error``; the way out calls it too.
+
+        Whoever has something to do between the error and the way out calls it before.
+        """
+        if self._heartbeats is not None and is_of_a_collective(error):
+            self._signals.catch()
 
     def _wait_for_all(self) -> BaseException | None:
         """Leave together: whoever gives no sign because its work is done must not be taken for lost."""
@@ -86,6 +99,7 @@ class RankWatch:
         """What the user should know of an error that a collective raised; None for any other error."""
         if self._heartbeats is None or not is_of_a_collective(error):
             return None
+        self.expect_end(error)
         lost = self._heartbeats.wait_for_lost(_PATIENCE_SECONDS)
         if lost:
             return self._message(self._heartbeats, lost)

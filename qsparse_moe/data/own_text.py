@@ -1,0 +1,77 @@
+"""Files of one's own as rows, all of their text: what a trained model is evaluated on beside its validation rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from qsparse_moe.config.schema import DataConfig, SourceConfig
+from qsparse_moe.data.batch import IGNORED_LABEL, Batch, make_batch
+from qsparse_moe.data.open_source import Limits
+from qsparse_moe.data.packing import Array, Packer
+from qsparse_moe.data.sources import open_source
+from qsparse_moe.data.tokenizer import TextTokenizer
+from qsparse_moe.errors import DataError
+
+_KINDS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet": "parquet"}
+
+
+class OwnText:
+    """The rows of all documents of some files, packed as the rows of a run are; nothing is held out or cached.
+
+    Args:
+        files: files or globs, read in order: JSON lines and Parquet by their suffix, the others as text.
+        config: the ``data`` section of the run.
+        tokenizer: the run's.
+
+    Raises:
+        DataError: a file cannot be read, or there is no text in them.
+    """
+
+    def __init__(self, files: Sequence[str], config: DataConfig, tokenizer: TextTokenizer) -> None:
+        self._config, self._document_token = config, tokenizer.document_token
+        packer, full = Packer(config.sequence_length), []
+        self.num_bytes = 0
+        """Bytes of text."""
+        for text in _texts(files, config):
+            documents = tokenizer.tokenize([text])
+            self.num_bytes += int(documents[0].num_bytes.sum())
+            full.append(packer.add(documents).tokens)
+        waiting = packer.state_dict()["tokens"]
+        self._last_labels = max(0, len(waiting) - 1)
+        if self._last_labels:
+            last = np.full((1, config.sequence_length + 1), tokenizer.document_token, np.int32)
+            last[0, : len(waiting)] = waiting
+            full.append(last)
+        self._rows_RS: Array = np.concatenate(full) if full else np.zeros((0, config.sequence_length + 1), np.int32)
+        if not len(self._rows_RS):
+            raise DataError(f"{', '.join(files)}: holds no text, and a loss needs some; name another file")
+
+    def __len__(self) -> int:
+        return len(self._rows_RS)
+
+    def batches(self, micro_batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
+        """Return one rank's part of the rows; labels behind the end of the text do not count."""
+        begins = range(rank * micro_batch_size, len(self), world_size * micro_batch_size)
+        return [self._batch(begin, begin + micro_batch_size) for begin in begins]
+
+    def _batch(self, begin: int, end: int) -> Batch:
+        batch = make_batch(
+            self._rows_RS[begin:end],
+            document_token=self._document_token,
+            attend_across_documents=self._config.attend_across_documents,
+        )
+        if end >= len(self) and self._last_labels:
+            batch.targets_BS[-1, self._last_labels :] = IGNORED_LABEL
+        return batch
+
+
+def _texts(files: Sequence[str], config: DataConfig) -> Iterator[str]:
+    limits = Limits(config.max_bad_records, config.max_document_bytes)
+    for index, file in enumerate(files):
+        suffix = Path(file.removesuffix(".gz")).suffix
+        source = SourceConfig(kind=_KINDS.get(suffix, "text"), path=file)
+        yield from open_source(source, index, limits).texts()

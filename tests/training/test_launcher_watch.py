@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from qsparse_moe.training import launcher_watch
+from qsparse_moe.training.launcher_watch import LauncherWatch, launcher_processes
+
+# A process that stands for the launcher by the words of its command line, and starts what follows them.
+PARENT = "import subprocess, sys; subprocess.Popen(sys.argv[2:]).wait()"
+OUTER = [sys.executable, "-c", PARENT, "deepspeed.launcher.runner"]
+INNER = [sys.executable, "-c", PARENT, "deepspeed.launcher.launch"]
+NOBODY = [sys.executable, "-c", PARENT, "nohup"]
+RANK = """
+import time
+from qsparse_moe.training.interrupt import StopSignals, until_stopped
+def work():
+    print("at work", flush=True)
+    if AT_ONCE:
+        time.sleep(60)
+    with StopSignals() as signals:
+        end = time.monotonic() + SECONDS
+        while not signals.received and time.monotonic() < end:
+            time.sleep(0.05)
+        print(signals.received, flush=True)
+        time.sleep(1.5)  # once only: nothing ends it while it saves
+    print("saved", flush=True)
+    return 0
+until_stopped(work)
+"""
+
+
+def rank(*, at_once=False, seconds=60):
+    return [sys.executable, "-c", RANK.replace("AT_ONCE", str(at_once)).replace("SECONDS", str(seconds))]
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def begin(command):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        assert process.stdout.readline() == "at work\n"
+        started.extend(psutil.Process(process.pid).children(recursive=True))
+        return process
+
+    yield begin
+    for process in started:
+        if isinstance(process, subprocess.Popen):
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        elif process.is_running():
+            process.kill()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("victim", ["outer", "inner"])
+def test_a_rank_stops_when_a_process_of_its_launcher_has_ended(start, number, victim):
+    process = start([*OUTER, *INNER, *rank()])
+    pid = process.pid if victim == "outer" else psutil.Process(process.pid).children()[0].pid
+    os.kill(pid, number)
+    said = process.stdout.read()
+    assert said == "SIGTERM: stopping after this step, with a checkpoint\n15\nsaved\n"
+
+
+def test_it_just_ends_where_there_is_nothing_to_save(start):
+    process = start([*OUTER, *INNER, *rank(at_once=True)])
+    process.terminate()
+    assert process.stdout.read() == "error: stopped by SIGTERM\n"
+
+
+def test_the_end_of_another_parent_is_no_wish_of_the_users(start):
+    for command in ([*NOBODY, *INNER], [*NOBODY]):
+        process = start([*command, *rank(seconds=4)])
+        process.terminate()
+        assert process.stdout.read() == "0\nsaved\n"
+
+
+def test_a_signal_that_is_there_already_is_not_followed_by_another(monkeypatch):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    gone = launcher_watch._look(child.pid)
+    child.communicate(b"\n")
+    sent = []
+    monkeypatch.setattr(launcher_watch, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(launcher_watch, "launcher_processes", lambda: [gone])
+    monkeypatch.setattr(launcher_watch.os, "kill", lambda *given: sent.append(given))
+    with LauncherWatch(is_stopping=lambda: True):
+        time.sleep(0.2)
+    assert sent == []
+    with LauncherWatch(is_stopping=lambda: False):
+        time.sleep(0.2)
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+def test_a_number_that_another_process_has_now_is_not_taken_for_it():
+    me = launcher_watch._look(os.getpid())
+    assert me.parent == os.getppid()
+    assert launcher_watch._is_there(me)
+    assert not launcher_watch._is_there(me._replace(start=str(int(me.start) - 1)))
+
+
+def test_without_proc_the_environment_tells_of_the_launcher(monkeypatch, tmp_path):
+    monkeypatch.setattr(launcher_watch, "_PROCESSES", tmp_path / "gone")
+    for name in ("CROSS_RANK", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert launcher_processes() == []
+    monkeypatch.setenv("CROSS_RANK", "0")
+    monkeypatch.setenv("LOCAL_SIZE", "2")
+    (parent,) = launcher_processes()
+    assert parent.pid == os.getppid() and launcher_watch._is_there(parent)

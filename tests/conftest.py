@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 
 # Before torch and the Hugging Face libraries are imported, which read these once. The tests already run on several
 # processes, and none of them may need a network.
@@ -33,3 +35,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in marked:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _package_log_as_it_was() -> Iterator[None]:
+    """Undo what a verb does to the package's loggers: as another rank it would hide what later tests look for."""
+    names = [name for name in logging.root.manager.loggerDict if name.startswith("qsparse_moe")]
+    levels = {name: logging.getLogger(name).level for name in {*names, "qsparse_moe"}}
+    yield
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("qsparse_moe"):
+            logging.getLogger(name).setLevel(levels.get(name, logging.NOTSET))

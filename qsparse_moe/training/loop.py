@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from signal import Signals
 
 from torch import Tensor
@@ -33,6 +34,7 @@ from qsparse_moe.training.monitor.non_finite import CANNOT_GO_ON, NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.profile import StepProfiler
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
+from qsparse_moe.training.run_lock import locked_run_folder
 from qsparse_moe.training.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
@@ -60,10 +62,11 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     """
     check_config(config)
     timeout = config.training.collective_timeout
-    with open_distributed(config.training.device, timeout=timeout) as distributed:
+    # Rank 0 holds the folder until its engine is closed.
+    with open_distributed(config.training.device, timeout=timeout) as distributed, ExitStack() as held:
         check_world_size(config, distributed.world_size)
         config = distributed.on_every_rank(lambda: with_vocabulary(config))[distributed.rank]
-        resumes = distributed.on_rank_zero(lambda: _check_folder(config))
+        resumes = distributed.on_rank_zero(lambda: _take_folder(config, held))
         if not resumes:
             check_trainable(config)
         data = load_data(config.data)
@@ -79,7 +82,8 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
                 run.engine.close()
 
 
-def _check_folder(config: RunConfig) -> bool:
+def _take_folder(config: RunConfig, held: ExitStack) -> bool:
+    held.enter_context(locked_run_folder(run_folder(config)))
     resumes = check_run_folder(config)
     check_steps(config)
     return resumes

@@ -22,7 +22,7 @@ class Ranks(Distributed):
 
 
 def one_of_three(rank: int, others: list[int]) -> NonFiniteGuard:
-    """A guard of two layers: ``others`` are the flags of layers 0 and 1, of their gradients, of the loss, and stop."""
+    """A guard of two layers; ``others``: flags of layers 0 and 1, of their gradients, of the loss, then stop and save."""
     distributed = Ranks(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
     object.__setattr__(distributed, "others", torch.tensor(others))
     return NonFiniteGuard(2, distributed)
@@ -30,7 +30,7 @@ def one_of_three(rank: int, others: list[int]) -> NonFiniteGuard:
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_a_rank_that_alone_sees_a_bad_value_is_named(rank):
-    guard = one_of_three(rank, [0, 0, 0, 0, 0, 0])
+    guard = one_of_three(rank, [0, 0, 0, 0, 0, 0, 0])
     guard.layer_hook(1, torch.tensor([float("nan")]))
     with pytest.raises(TrainingDiverged, match=f"step 4: the output of layer 1 is not finite on rank {rank}\\."):
         guard.check(4, stop=0)
@@ -38,21 +38,21 @@ def test_a_rank_that_alone_sees_a_bad_value_is_named(rank):
 
 def test_of_several_ranks_the_lowest_is_named():
     # Rank 2 sees a bad output of layer 1 itself; rank 0 hands in 3 for the same place, rank 1 would hand in 2.
-    guard = one_of_three(2, [0, 3, 0, 0, 0, 0])
+    guard = one_of_three(2, [0, 3, 0, 0, 0, 0, 0])
     guard.layer_hook(1, torch.tensor([float("nan")]))
     with pytest.raises(TrainingDiverged, match=r"the output of layer 1 is not finite on rank 0\."):
         guard.check(1, stop=0)
 
 
 def test_the_highest_signal_of_all_ranks_comes_back():
-    assert one_of_three(1, [0, 0, 0, 0, 0, 15]).check(1, stop=2) == 15
-    assert one_of_three(1, [0, 0, 0, 0, 0, 2]).check(1, stop=15) == 15
+    assert one_of_three(1, [0, 0, 0, 0, 0, 15, 0]).check(1, stop=2).stop == 15
+    assert one_of_three(1, [0, 0, 0, 0, 0, 2, 0]).check(1, stop=15).stop == 15
 
 
 def test_a_bad_loss_of_an_earlier_step_is_forgotten():
-    guard = one_of_three(1, [0, 0, 0, 0, 0, 0])
+    guard = one_of_three(1, [0, 0, 0, 0, 0, 0, 0])
     guard.add_loss(torch.tensor(float("inf")))
     with pytest.raises(TrainingDiverged, match=r"the loss is not finite on rank 1\."):
         guard.check(1, stop=0)
     guard.add_loss(torch.tensor(2.0))
-    assert guard.check(2, stop=0) == 0
+    assert guard.check(2, stop=0).stop == 0

@@ -22,7 +22,7 @@ class Ranks(Distributed):
 
 
 def one_of_three(rank: int, others: list[int]) -> NonFiniteGuard:
-    """A guard of two layers; ``others``: flags of layers 0 and 1, of their gradients, of the loss, then stop and save."""
+    """A guard of two layers; ``others``: flags of layers 0, 1, of their gradients, of the loss, then stop and save."""
     distributed = Ranks(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
     object.__setattr__(distributed, "others", torch.tensor(others))
     return NonFiniteGuard(2, distributed)

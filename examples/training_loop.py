@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from qsparse_moe import SparsityPlan, build_model, load_config
+from qsparse_moe import SparsityPlan, build_model, expert_ratios, load_config
 from qsparse_moe.config.shipped import shipped
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import load_data
@@ -48,11 +48,10 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if report:
-            # Statistics are sums over tokens, one row per layer: divide them last.
-            load_LE = output.stats["router/rows_LE"]
-            energy = output.stats["sparsity/expert_hidden/kept_energy_LE"].sum()
-            energy = energy / output.stats["sparsity/expert_hidden/energy_LE"].sum()
-            imbalance = (load_LE.max(dim=1).values / load_LE.mean(dim=1)).mean()
+            # One value per layer and expert; output.stats holds the sums that they are formed from.
+            ratios = expert_ratios(output.stats)
+            imbalance = ratios["load"].amax(dim=1).mean()
+            energy = ratios["expert_hidden/kept_energy"].nanmean()
             print(
                 f"step {step:4d}  loss {output.loss.item():.3f}  S {sparsity:.2f}  "
                 f"load imbalance {imbalance:.2f}  kept energy {energy:.3f}"

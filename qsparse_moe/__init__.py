@@ -13,6 +13,7 @@ from qsparse_moe.version import __version__
 if TYPE_CHECKING:
     from qsparse_moe.config.load import load_config
     from qsparse_moe.config.schema import RunConfig
+    from qsparse_moe.metrics.experts import expert_ratios
     from qsparse_moe.model.output import ModelOutput
     from qsparse_moe.model.transformer import Transformer, build_model
     from qsparse_moe.moe.layer import MoELayer
@@ -31,6 +32,7 @@ __all__ = [
     "Transformer",
     "__version__",
     "build_model",
+    "expert_ratios",
     "fake_quantize",
     "load_config",
     "topk_mask",
@@ -46,6 +48,7 @@ _MODULE_OF = {
     "SparsityPlan": "sparsity.plan",
     "Transformer": "model.transformer",
     "build_model": "model.transformer",
+    "expert_ratios": "metrics.experts",
     "fake_quantize": "sparsity.quantize",
     "load_config": "config.load",
     "topk_mask": "sparsity.topk",
@@ -55,7 +58,7 @@ _MODULE_OF = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import the room of a public name when it is first asked for."""
+    """Import the module of a public name on first use."""
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

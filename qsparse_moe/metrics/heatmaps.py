@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
-from qsparse_moe.sparsity.stats import SITE_FIELDS, Stats
+from qsparse_moe.metrics.experts import expert_ratios
+from qsparse_moe.sparsity.stats import Stats
 
 Pixels = np.ndarray
 _MISSING = "#d0d0d0"
@@ -37,19 +38,8 @@ class Scale:
 
 
 def heat_maps(stats: Stats) -> dict[str, np.ndarray]:
-    """The maps ``(L, E)`` of one logged step by name, NaN where an expert had no row.
-
-    ``load``: rows over the mean rows of an expert in that layer. Of ``expert_input`` and ``expert_hidden``:
-    ``SITE/kept_energy``, ``SITE/zeros``, ``SITE/unused_features`` (share of the features that no row of the step used).
-    """
-    maps: dict[str, np.ndarray] = {}
-    if "router/rows_LE" in stats:
-        rows_LE = stats["router/rows_LE"]
-        maps["load"] = (rows_LE / rows_LE.mean(-1, keepdim=True)).numpy()
-    for site in ("expert_input", "expert_hidden"):
-        if f"sparsity/{site}/rows_LE" in stats:
-            maps |= _site_maps(stats, site)
-    return maps
+    """Return the maps ``(L, E)`` of one logged step by name: the values of ``experts.expert_ratios``."""
+    return {name: ratio_LE.numpy() for name, ratio_LE in expert_ratios(stats).items()}
 
 
 def scale_of(name: str, num_experts: int) -> Scale:
@@ -110,19 +100,6 @@ class HeatMap:
         for centre, value, background in zip(self._centres, values.tolist(), backgrounds, strict=True):
             if value == value:
                 pen.text(centre, f"{value:.2f}", fill=_readable(background), font=self._font, anchor="mm")
-
-
-def _site_maps(stats: Stats, site: str) -> dict[str, np.ndarray]:
-    sums = {name: stats[f"sparsity/{site}/{name}_LE"] for name in SITE_FIELDS}
-    used_LED = stats[f"sparsity/{site}/used_LED"]
-    features_LE = sums["rows"] * used_LED.shape[-1]
-    seen_LE = sums["rows"] > 0
-    unused_LE = (~used_LED).double().mean(-1).masked_fill(~seen_LE, float("nan"))
-    return {
-        f"{site}/kept_energy": (sums["kept_energy"] / sums["energy"]).numpy(),
-        f"{site}/zeros": (1 - sums["nonzero"] / features_LE).numpy(),
-        f"{site}/unused_features": unused_LE.numpy(),
-    }
 
 
 def _colour_map(name: str) -> Colormap:

@@ -24,11 +24,23 @@ class MetricsFile:
         keep_until(path, start_step)
         self._file = path.open("a", encoding="utf-8")
 
-    def write(self, step: int, tokens: int, seconds: float, metrics: Mapping[str, float]) -> None:
-        """Append one logged step. JSON has no infinity and no NaN: such a value is written as null."""
-        row = {"step": step, "tokens": tokens, "seconds": seconds} | {
+    def write(
+        self,
+        step: int,
+        tokens: int,
+        seconds: float,
+        metrics: Mapping[str, float],
+        experts: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Append one logged step. JSON has no infinity and no NaN: such a value is written as null.
+
+        ``experts`` are the values of every expert (``experts.expert_values``), under the key of that name.
+        """
+        row: dict[str, Any] = {"step": step, "tokens": tokens, "seconds": seconds} | {
             name: value if math.isfinite(value) else None for name, value in metrics.items()
         }
+        if experts:
+            row["experts"] = dict(experts)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.metrics.derive import derive_metrics
+from qsparse_moe.metrics.derive import derive_metrics, layers_with
 from qsparse_moe.metrics.efficiency import Efficiency
+from qsparse_moe.metrics.experts import expert_values
 from qsparse_moe.metrics.jsonl import MetricsFile, read_metrics
 from qsparse_moe.metrics.window import Window
 from qsparse_moe.runs.report import RunContext, StepReport, TrainingResult
@@ -30,6 +31,7 @@ class Recorder:
         self._window = Window(expert_length=-(-config.metrics.dead_expert_window // config.metrics.interval))
         self._efficiency: Efficiency | None = None
         self._step = 0
+        self._last_logged: int | None = None
 
     def begin(self, context: RunContext) -> None:
         """Open the run folder's files after ``context.start_step``; what they hold of later steps is dropped."""
@@ -37,6 +39,7 @@ class Recorder:
         self._step = context.start_step
         self._file = MetricsFile(path, start_step=context.start_step)
         before = read_metrics(path)
+        self._last_logged = before[-1]["step"] if before else None
         self._efficiency = Efficiency(context, before[-1] if before else None)
         if self._config.metrics.tensorboard:
             # Imported here: it takes seconds, and not every run wants it.
@@ -53,9 +56,23 @@ class Recorder:
         metrics["throughput/rows_per_second"] = report.tokens_per_second / self._config.data.sequence_length
         metrics |= self._efficiency(report, metrics)
         self._step = report.step
-        self._file.write(report.step, report.tokens, report.seconds, metrics)
+        self._file.write(report.step, report.tokens, report.seconds, metrics, self._experts(report))
+        self._last_logged = report.step
         if self._board is not None:
             self._board.write(report.step, metrics, report.stats)
+
+    def _experts(self, report: StepReport) -> dict[str, Any]:
+        """Return the values of every expert in the first logged step of each image interval, and in the last step.
+
+        It depends on the steps alone, so that a resumed run writes what an unbroken one does.
+        """
+        interval = self._config.metrics.image_interval
+        if not interval or "router/rows_LE" not in report.stats:
+            return {}
+        is_first = self._last_logged is None or (report.step - 1) // interval != (self._last_logged - 1) // interval
+        if not is_first and report.step != self._config.training.steps:
+            return {}
+        return expert_values(report.stats, layers_with("router/rows", self._config.model))
 
     def end(self, result: TrainingResult) -> None:
         """Close the files."""

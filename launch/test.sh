@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole test suite: what can run side by side on two processes, then what starts processes of its own.
 # Arguments go to both pytest runs: bash launch/test.sh -k router
-# --fast runs the fast tier only: unit tests that start no process and are not marked slow, under two minutes on two cores.
+# --fast runs the fast tier only: unit tests that start no process and are not marked slow.
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"

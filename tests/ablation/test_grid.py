@@ -171,6 +171,7 @@ def test_two_points_of_one_name_are_refused(write):
         load_grid(write(grid))
 
 
+@pytest.mark.slow
 def test_runs_end_are_kept_and_a_broken_one_does_not_stop_the_others(write, tmp_path):
     broken = GRID.replace("half: {", "half: {data.cache_dir: /proc/none, ").replace("[0, 3]", "[0]")
     grid = load_grid(write(broken), output_dir=str(tmp_path / "out"))

@@ -17,6 +17,7 @@ def config(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_record_that_sleeps_costs_its_sleep_over_the_interval(config, monkeypatch):
     slow, records = 0.5, []
 

@@ -51,6 +51,7 @@ def test_every_case_of_every_operation_is_timed_forward_and_back(spec, case):
     )
 
 
+@pytest.mark.slow
 def test_the_verb_runs_whole(capsys):
     assert run(["bench", "ops", "--precision", "fp32", "--rounds", "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -29,6 +29,7 @@ def test_the_step_benchmark_runs_whole(shown, tmp_path, capsys):
         assert "One training step of 16 tokens" in printed and "fp32" in printed
 
 
+@pytest.mark.slow
 def test_the_metrics_benchmark_runs_whole(tmp_path, capsys):
     write_text(tmp_path / "text")
     small = [

@@ -24,6 +24,7 @@ def fit(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_law_is_fitted_told_and_written_with_its_figures(tmp_path, capsys):
     broken = rows()[0] | {"id": "broken", "finished": False, "loss": None, "curve": []}
     file, output = write_rows(tmp_path / "results.jsonl", [*rows(), broken]), tmp_path / "law"

@@ -77,6 +77,7 @@ def trained(tmp_path_factory):
     return config, folder / "runs" / "mine", done
 
 
+@pytest.mark.slow
 def test_training_prints_one_json_object_and_its_progress_elsewhere(trained):
     _, run_dir, done = trained
     summary = json.loads(done.stdout)
@@ -98,6 +99,7 @@ def test_run_is_never_overwritten(trained):
     assert (run_dir / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resumed_run_ends_with_a_summary_for_people(trained):
     config, run_dir, _ = trained
     done = train(config, "training.resume=true", "training.steps=8")

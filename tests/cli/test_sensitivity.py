@@ -23,6 +23,7 @@ def trained(tmp_path_factory):
     return train(tiny_config(folder, "run", engine="torch")).run_dir
 
 
+@pytest.mark.slow
 def test_sensitivity_writes_json_csv_report_and_pictures(trained, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -59,6 +60,7 @@ def test_sensitivity_without_evaluations_around_another_s_for_people(trained, tm
     assert {(point["sparsity"], point["exact"]) for point in found["points"]} == {(0.0, None)}
 
 
+@pytest.mark.slow
 def test_allocate_writes_a_plan_that_keeps_to_the_budget_and_compares_it(trained, tmp_path, capsys):
     output, report = tmp_path / "plan.json", tmp_path / "report.md"
     arguments = ["allocate", str(trained), "--output", str(output), "--sparsity", "0.6", "--rows", "3", "--rounds", "1"]

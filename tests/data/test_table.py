@@ -197,6 +197,7 @@ def start_builder(source: SourceConfig, config: DataConfig, go: Path) -> subproc
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_builds_and_the_other_waits(
     data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path
 ) -> None:
@@ -230,6 +231,7 @@ def test_a_builder_without_an_end_is_named(
         process.communicate(timeout=60)
 
 
+@pytest.mark.slow
 def test_a_killed_build_leaves_no_table_and_the_next_one_cleans_up(
     data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ def profiled(config, first, steps):
     return config.model_copy(update={"metrics": config.metrics.model_copy(update=changes)})
 
 
+@pytest.mark.slow
 def test_trace_holds_the_phases_and_the_operators_of_the_asked_for_steps_only(make_config):
     result = train(profiled(make_config(steps=5), 3, 2))
     folder = result.run_dir / "profile"

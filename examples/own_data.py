@@ -20,7 +20,7 @@ from qsparse_moe.metrics.recorder import Recorder
 
 
 def train_tokenizer(files: list[str], vocab_size: int, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer on ``files`` and save it as ``folder/tokenizer.json``."""
+    """Train a byte-level BPE tokenizer on ``files`` and save it in ``folder``, as Hugging Face tokenizers are saved."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -34,6 +34,7 @@ def train_tokenizer(files: list[str], vocab_size: int, folder: Path) -> None:
     tokenizer.train(files, trainer)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}\n')
 
 
 def main() -> None:
@@ -55,8 +56,6 @@ def main() -> None:
         [
             f"data.tokenizer={tokenizer}",
             f'data.sources=[{{kind: text, path: "{arguments.text}"}}]',
-            # Rounded up, because matrix products are faster for multiples of 8.
-            f"model.vocab_size={-(-arguments.vocab_size // 8) * 8}",
             f"training.name={arguments.name}",
             f"training.steps={arguments.steps}",
             "training.engine=torch",

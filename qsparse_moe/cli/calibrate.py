@@ -18,6 +18,7 @@ from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
 from qsparse_moe.runs.folder import load_run_config, newest_step, no_checkpoint, write_atomically
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
@@ -57,6 +58,8 @@ def calibrate(
         check_output(output, force=force)
     from qsparse_moe.training.calibrate import calibrate_run
 
+    if is_rank_zero():
+        warn_of_natural_zeros(run_dir)
     calibration = calibrate_run(run_dir, asked, num_rows=rows, device=device)
     if is_rank_zero():
         write_plan(calibration.plan, output, force=force)

@@ -13,6 +13,7 @@ from rich.table import Table
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.cli.run_folder import find_run
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.sensitivity.measure import Sensitivity
@@ -52,6 +53,7 @@ def sensitivity(
     from qsparse_moe.data.loader import load_data
     from qsparse_moe.data.tokenizer import meaningless_ids
 
+    warn_of_natural_zeros(run_dir)
     config, model, step = load_ranked(run_dir, device, at)
     data = load_data(config.data)
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))

@@ -1,0 +1,41 @@
+"""S below the zeros that the activation function produces by itself is pointed out."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from qsparse_moe.cli.app import run
+from qsparse_moe.config.load import config_to_yaml
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.metrics.natural_zeros import natural_zeros, warn_of_natural_zeros
+
+ROW = {
+    "step": 20,
+    "sparsity/expert_hidden/zeros": 0.675,
+    "sparsity/expert_hidden/zeros_chosen": 0.5,
+    "sparsity/expert_input/zeros": 0.51,
+    "sparsity/expert_input/zeros_chosen": 0.5,
+}
+
+
+def test_only_a_site_with_more_zeros_than_were_chosen_is_named():
+    found = natural_zeros(ROW)
+    assert list(found) == ["expert_hidden"]
+    assert "0.675 of the features are zero" in found["expert_hidden"] and "below about 0.68" in found["expert_hidden"]
+    assert natural_zeros({"step": 1}) == {}
+
+
+def test_a_run_warns_of_its_last_logged_step(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10}) + "\n" + json.dumps(ROW) + "\n")
+    with caplog.at_level(logging.WARNING, logger="qsparse_moe"):
+        warn_of_natural_zeros(tmp_path)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["expert_hidden"]
+
+
+def test_describe_says_it_of_a_run(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(config_to_yaml(RunConfig()))
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
+    assert run(["describe", str(tmp_path), "--json"]) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert any("changes little there" in warning for warning in warnings)

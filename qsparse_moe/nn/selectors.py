@@ -75,7 +75,7 @@ class RankingSelector(nn.Module):
         assert expert_ids_N is not None, "K differs between experts, so every row must name its expert"
         return self.num_kept_E[expert_ids_N]
 
-    def forward(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
+    def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
         """Select in the rows ``(*, D)``.
 
         Args:
@@ -116,8 +116,8 @@ class ThresholdSelector(nn.Module):
         self.threshold_bits_E.copy_(torch.tensor(found, dtype=torch.float32).view(torch.int32))
         self.is_uniform, self.keeps_all = len(set(found)) == 1, max(found) == -math.inf
 
-    def forward(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
-        """Select in the rows ``(*, D)``; the arguments are those of ``RankingSelector.forward``."""
+    def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
+        """Select in the rows ``(*, D)``; the arguments are those of ``RankingSelector.select``."""
         mask = self._mask_of(x, self._threshold_of_rows(expert_ids_N))
         return Selection(apply_mask(as_format(x, self.number_format), mask, gradient=ste_share), mask)
 

@@ -139,7 +139,7 @@ class SparseSite(nn.Module):
         if self.selector.keeps_all:
             rounded = as_format(x, self.number_format)
             return SiteOutput(rounded, x, Selection(rounded, self.num_features))
-        selection = self.selector(x, expert_ids_N, ste_share=self.ste_share)
+        selection = self.selector.select(x, expert_ids_N, ste_share=self.ste_share)
         return SiteOutput(rescale_kept(selection.rows, x, self.settings.rescale), x, selection)
 
     def sums(self, output: SiteOutput, readers: Readers | None) -> Stats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ class TensorBoardFiles:
         self._drawn = start_step
         self._next_images = start_step + 1
         self._summaries = hparams(hyperparameters(config), dict.fromkeys(SUMMARY_METRICS, 0.0))
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
         self._writer.add_custom_scalars(chart_layout(config))
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
@@ -149,6 +151,18 @@ class TensorBoardFiles:
         """Close the event files; nothing can be written after."""
         self._writer.close()
         self._cost_writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """Wait until the name of a new event file sorts behind those in ``folder``, by less than a second.
+
+    Readers take the files in the order of their names, which begin with the second in which they were made and end with
+    a counter of the process; of one second, file 10 would come before file 9, and what it purges would come back.
+    """
+    newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
+    if newest >= int(time.time()):
+        # A name from a clock that is ahead is not waited for.
+        time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
 
 
 def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> None:

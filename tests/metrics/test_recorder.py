@@ -97,6 +97,13 @@ def test_resumed_run_replaces_what_came_after_its_step(tmp_path, start_step):
     assert board.Tensors("config/text_summary")[0].step == 0
 
 
+def test_event_files_of_one_second_are_read_in_the_order_in_which_they_were_made(tmp_path):
+    for part in range(3):
+        record(tmp_path, [1, 2], ends=part == 2)
+        seconds = [int(path.name.split(".")[3]) for path in (tmp_path / "tensorboard").glob("events.out.tfevents.*")]
+        assert len(set(seconds)) == len(seconds) == part + 1
+
+
 @pytest.mark.parametrize("tag", ["cost/lm_loss_by_executed_gflops", "cost/lm_loss_by_kept_gflops"])
 def test_resumed_run_keeps_its_curves_whose_step_is_a_cost(tmp_path, tag):
     for name in ("whole", "parts"):

@@ -136,14 +136,14 @@ def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, pur
         with _folder_beside(path) as folder:
             built = build(folder)
             for part in (built, *built.rglob("*")):
-                _flush(part)
+                flush(part)
             try:
                 built.rename(path)
             except OSError:
                 # Where the file system has no locks, another process may have been faster.
                 if not path.is_dir():
                     raise
-        _flush(path.parent)
+        flush(path.parent)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _is_abandoned(folder: Path, maker: str) -> bool:
     return False
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Put a file or a folder's entries on the disk, so that a power cut after the rename loses nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

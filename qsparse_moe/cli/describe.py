@@ -84,7 +84,7 @@ def _measure(folder: Path, num_rows: int) -> list[dict[str, Any]]:
     from qsparse_moe.model.unions import measured_unions
     from qsparse_moe.training.evaluate import load_run
 
-    config, model, _ = load_run(folder, overrides=["model.sparsity.backend=torch"])
+    config, model, _ = load_run(folder)
     data = load_data(config.data)
     table, indices = data.evaluation_rows(num_rows)
     tokens_RS = table.batch(table.tokens(indices)).tokens_BS

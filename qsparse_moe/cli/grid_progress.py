@@ -39,7 +39,7 @@ class GridProgress:
         with self._lock:
             self._done += 1
             self._best = _better(self._best, outcome)
-            line = f"{outcome.id}  {_read_lost(outcome)}"
+            line = f"{outcome.id}  {_ending(outcome)}"
             best = f"best {self._best.id} {_bits(self._best)}" if self._best else ""
             if self._bar is not None:
                 self._bar.console.print(line, markup=False, highlight=False)
@@ -55,7 +55,7 @@ def _better(best: RunResult | None, outcome: RunResult) -> RunResult | None:
     return outcome if best is None or outcome.bits_per_byte < (best.bits_per_byte or 0.0) else best
 
 
-def _read_lost(outcome: RunResult) -> str:
+def _ending(outcome: RunResult) -> str:
     return outcome.error or _bits(outcome)
 
 

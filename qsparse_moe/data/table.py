@@ -169,12 +169,12 @@ class _LogProgress:
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self._every = every_seconds
-        self._read_lost = time.monotonic()
+        self._logged_at = time.monotonic()
 
     def __call__(self, setting: str, done: int, total: int | None) -> None:
-        if time.monotonic() - self._read_lost < self._every:
+        if time.monotonic() - self._logged_at < self._every:
             return
-        self._read_lost = time.monotonic()
+        self._logged_at = time.monotonic()
         of_all = f" of {total / 1e6:,.0f} ({100 * done / total:.0f} %)" if total else ""
         logger.info("%s: %.0f%s million bytes tokenised", setting, done / 1e6, of_all)
 

@@ -16,6 +16,7 @@ import numpy as np
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.shapes import padded_vocabulary, vocab_size
 from qsparse_moe.data.hub_wait import says_what_it_waits_for
+from qsparse_moe.data.local_files import short
 from qsparse_moe.data.packing import Array, Document
 from qsparse_moe.errors import ConfigError, DataError
 
@@ -278,9 +279,8 @@ def _hub_files(name: str) -> list[Path]:
             return [Path(hf_hub_download(name, file)) for file in ("tokenizer.json", "tokenizer_config.json")]
     except Exception as error:  # no such name, no such file, no network, no permission: many types
         raise DataError(
-            f"data.tokenizer ({name}): cannot be fetched from the hub: {type(error).__name__}: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else ''}; it must be bytes, a folder or a name "
-            "on the hub that has a tokenizer.json. Mend the name, or use a local folder"
+            f"data.tokenizer ({name}): cannot be fetched from the hub: {short(error)}; it must be bytes, a folder or "
+            "a name on the hub that has a tokenizer.json. Mend the name, or use a local folder"
         ) from error
 
 

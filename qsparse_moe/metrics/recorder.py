@@ -56,21 +56,25 @@ class Recorder:
         metrics["throughput/rows_per_second"] = report.tokens_per_second / self._config.data.sequence_length
         metrics |= self._efficiency(report, metrics)
         self._step = report.step
-        self._file.write(report.step, report.tokens, report.seconds, metrics, self._experts(report))
+        images = self._is_image_step(report.step)
+        self._file.write(report.step, report.tokens, report.seconds, metrics, self._experts(report) if images else None)
         self._last_logged = report.step
         if self._board is not None:
-            self._board.write(report.step, metrics, report.stats)
+            self._board.write(report.step, metrics, report.stats, images=images)
 
-    def _experts(self, report: StepReport) -> dict[str, Any]:
-        """Return the values of every expert in the first logged step of each image interval, and in the last step.
+    def _is_image_step(self, step: int) -> bool:
+        """Whether ``step`` is the first logged one of its image interval, or the last step of the run.
 
-        It depends on the steps alone, so that a resumed run writes what an unbroken one does.
+        The steps alone decide, so that a resumed run draws and writes what an unbroken one does.
         """
         interval = self._config.metrics.image_interval
-        if not interval or "router/rows_LE" not in report.stats:
-            return {}
-        is_first = self._last_logged is None or (report.step - 1) // interval != (self._last_logged - 1) // interval
-        if not is_first and report.step != self._config.training.steps:
+        if not interval:
+            return False
+        is_first = self._last_logged is None or (step - 1) // interval != (self._last_logged - 1) // interval
+        return is_first or step == self._config.training.steps
+
+    def _experts(self, report: StepReport) -> dict[str, Any]:
+        if "router/rows_LE" not in report.stats:
             return {}
         return expert_values(report.stats, layers_with("router/rows", self._config.model))
 

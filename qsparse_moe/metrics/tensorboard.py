@@ -60,7 +60,6 @@ class TensorBoardFiles:
         self._described: set[str] = set()
         self._last: tuple[int, Stats] | None = None
         self._drawn = start_step
-        self._next_images = start_step + 1
         self._summaries = hparams(hyperparameters(config), dict.fromkeys(SUMMARY_METRICS, 0.0))
         _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
@@ -77,16 +76,15 @@ class TensorBoardFiles:
         self._writer.flush()
         self._cost_writer.flush()
 
-    def write(self, step: int, metrics: Mapping[str, float], stats: Stats) -> None:
-        """Add one logged step; of the values by layer only those that are charted, heat maps and histograms
-        where they are due."""
+    def write(self, step: int, metrics: Mapping[str, float], stats: Stats, *, images: bool) -> None:
+        """Add one logged step: of the values by layer only those that are charted, and with ``images`` the heat maps
+        and histograms."""
         for name, value in metrics.items():
             if not is_layer_name(name) or metric_of(name).layers == "chart":
                 self._add_scalar(self._writer, name, value, step)
         self._write_costs(metrics)
         self._last = step, stats
-        if self._config.metrics.image_interval and step >= self._next_images:
-            self._next_images = step + self._config.metrics.image_interval
+        if images:
             self._write_images(step, stats)
         self._writer.flush()
         self._cost_writer.flush()

@@ -99,14 +99,6 @@ def _masked(x: Tensor, mask: Tensor, gradient: Gradient) -> Tensor:
     return _BlendedMask.apply(x, mask, gradient)
 
 
-def rescale_reference(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
-    """The definition of ``rescale_kept``, for rows of ``kept`` that are not all zero."""
-    norm = torch.linalg.vector_norm(kept, dim=-1, keepdim=True)
-    if rescale == "none":
-        return kept
-    return kept / norm if rescale == "unit" else kept * (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / norm)
-
-
 def rescale_kept(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
     """What is kept of ``x`` as it is, over its L2 norm, or with the L2 norm of ``x``; in the dtype of ``x``.
 

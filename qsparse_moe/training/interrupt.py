@@ -48,7 +48,7 @@ def until_stopped(work: Callable[[], int]) -> int:
         with _EndAtOnce() as signals, LauncherWatch(is_stopping=lambda: signals.is_stopping):
             return work()
     except Stopped as stopped:
-        _publish_lost(stopped)
+        _print_stopped(stopped)
         return stopped.exit_code
 
 
@@ -167,11 +167,11 @@ class _EndAtOnce(CaughtSignals):
                 is_ours = number in _STOP_SIGNALS and signal.getsignal(number) == self._caught
                 if is_ours and not self._is_left.wait(_GRACE_SECONDS):
                     stopped = Stopped(number)
-                    _publish_lost(stopped)
+                    _print_stopped(stopped)
                     os._exit(stopped.exit_code)
 
 
-def _publish_lost(stopped: Stopped) -> None:
+def _print_stopped(stopped: Stopped) -> None:
     """One line, from rank 0."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {stopped}", file=sys.stderr, flush=True)

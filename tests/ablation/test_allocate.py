@@ -34,6 +34,7 @@ from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.moe.router import Routing
+from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.test_sensitivity import config, model_of, rows_of
 
@@ -253,7 +254,9 @@ def test_smaller_experts_keep_the_features_that_add_most_on_average_whatever_the
     (batch,) = rows.batches
     seen = {}
     for block in model.blocks():
-        block.moe.experts.hidden_site.hook = lambda x, ids, sparse, b=block: seen.setdefault(b, (x, ids)) and sparse
+        block.moe.experts.hidden_site.hook = SiteHook(
+            lambda x, ids, sparse, b=block: seen.setdefault(b, (x, ids)) and sparse
+        )
     with torch.no_grad():
         model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
     for block in model.blocks():

@@ -146,6 +146,18 @@ def test_heat_maps_are_drawn_first_then_at_the_interval_and_at_the_end(tmp_path,
     assert drawn == expected
 
 
+@pytest.mark.parametrize("stop", [20, 30, 40])
+def test_a_resumed_run_draws_on_the_steps_that_have_the_values_of_experts(tmp_path, stop):
+    metrics = CONFIG.metrics.model_copy(update={"image_interval": 20})
+    config = CONFIG.model_copy(update={"metrics": metrics})
+    steps = [10, 20, 30, 40, 50]
+    record(tmp_path, [step for step in steps if step <= stop], ends=False, config=config)
+    record(tmp_path, [step for step in steps if step > stop], start_step=stop, ends=False, config=config)
+    drawn = [event.step for event in read_board(tmp_path).Images("experts/load")]
+    having = [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl") if "experts" in row]
+    assert drawn == having == [10, 30, 50]
+
+
 @pytest.mark.parametrize(("window", "first"), [(30, 3), (25, 3), (10, 1), (0, None)])
 def test_the_setting_governs_the_window_of_dead_experts(tmp_path, window, first):
     metrics = CONFIG.metrics.model_copy(update={"interval": 10, "dead_expert_window": window})

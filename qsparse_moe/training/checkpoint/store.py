@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
+from qsparse_moe.locks import flush
 from qsparse_moe.runs.folder import CHECKPOINTS
 from qsparse_moe.training.checkpoint.state import (
     Tensors,
@@ -302,9 +303,9 @@ def _finish(partial: Path, final: Path, index: dict[str, Any]) -> None:
         json.dump(index, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _flush_folder(partial)
+    flush(partial)
     partial.rename(final)
-    _flush_folder(final.parent)
+    flush(final.parent)
 
 
 def _prune(root: Path, keep_last: int) -> None:
@@ -313,14 +314,6 @@ def _prune(root: Path, keep_last: int) -> None:
         doomed = path.with_name(f"{_UNFINISHED[1]}{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _entries(root: Path) -> list[Path]:

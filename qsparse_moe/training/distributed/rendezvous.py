@@ -113,13 +113,13 @@ class _Meeting:
 
     def _check_port(self) -> None:
         """Before torch tries: it writes the frames of its C++ code to standard error where it fails."""
-        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as layer_hook:
-            layer_hook.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if layer_hook.family == socket.AF_INET6:
-                layer_hook.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if listener.family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             try:
-                layer_hook.bind(("", self._port))
-                layer_hook.listen()
+                listener.bind(("", self._port))
+                listener.listen()
             except OSError as error:
                 if error.errno == errno.EADDRINUSE:
                     raise self._port_in_use() from error

@@ -9,6 +9,7 @@ from qsparse_moe.config.schema import ModelConfig, SparsityConfig
 from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import fake_quantize
 from qsparse_moe.sparsity.selection import relu_mask, statistical_mask, threshold_mask
@@ -169,3 +170,17 @@ def test_the_sums_hold_the_energy_of_the_rows_as_they_came(selection, number_for
     _, stats = make((0.5,), selection=selection, quantization=quantization)(x, with_stats=True)
     torch.testing.assert_close(stats["energy_E"], x.double().square().sum()[None], rtol=1e-5, atol=0.0)
     assert stats["kept_energy_E"].item() < 0.99 * stats["energy_E"].item()
+
+
+def test_a_hook_sees_what_the_threshold_selects_unless_it_asks_for_exact_top_k():
+    site = make((0.5,), (1.2,), selection="threshold")
+    x = torch.randn(7, D)
+    experts = torch.zeros(7, dtype=torch.long)
+    plain = site(x, experts, with_stats=False)[0]
+    seen = []
+    for ranks in (False, True):
+        with site_hooks({site: lambda rows, ids, sparse: seen.append(sparse) or sparse}, ranks=ranks):
+            site(x, experts, with_stats=False)
+    compared, ranked = seen
+    assert torch.equal(compared, plain) and torch.equal(compared, x * threshold_mask(x, torch.tensor([1.2])))
+    assert torch.equal(ranked, x * topk_mask(x, D // 2)) and not torch.equal(ranked, compared)

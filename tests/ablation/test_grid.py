@@ -11,6 +11,7 @@ from qsparse_moe.ablation.grid.run import run_grid
 from qsparse_moe.accounting.parameters import count_by_part
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.folder import run_folder
 
 BASE = """
@@ -325,6 +326,26 @@ def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_byt
     assert one.tokens_per_second == 20.0
     assert one.weight_bytes_1 == 2 * found["bf16"].weight_bytes_1 > 0
     assert one.weight_bytes_16 == 2 * found["bf16"].weight_bytes_16 > 0
+
+
+def test_a_row_of_results_counts_the_parameters_of_the_built_model_and_those_that_a_token_uses(write, tmp_path):
+    base = BASE.replace("num_experts: 2, experts_per_token: 2", "num_experts: 5, experts_per_token: 2, num_shared_experts: 1")
+    grid = load_grid(write(base=base), output_dir=str(tmp_path / "out"))
+    dense, half = (outcome_of(grid, grid.runs[index]) for index in (0, 2))
+    sizes = {name: p.numel() for name, p in build_model(grid.runs[0].config.model).named_parameters()}
+    tables = sizes.pop("embedding.weight") + sizes.pop("head.weight")
+    assert tables == 2 * 264 * 16
+    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".moe.experts." in name)
+    assert experts == 5 * 3 * 16 * 16
+    assert (dense.total_parameters, dense.embedding_parameters) == (half.total_parameters, tables) == (total, tables)
+    # 2 of 5 experts; of the tables the head and one row of the embedding.
+    assert dense.active_parameters == half.active_parameters == total - experts * 3 // 5 + tables // 2 + 16
+    by_part = {"attention": 4 * 16 * 16, "router": 5 * 16, "experts_active": 2 * 3 * 16 * 16, "shared": 3 * 16 * 16}
+    assert dense.active_weights_by_part == half.active_weights_by_part == by_part
+    # Every matrix but the router's and the head stands behind a site: half of its rows meet a zero.
+    assert dense.kept_parameters == dense.active_parameters
+    behind_sites = by_part["attention"] + by_part["experts_active"] + by_part["shared"]
+    assert half.kept_parameters == half.active_parameters - behind_sites / 2
 
 
 ONES = """

@@ -225,8 +225,8 @@ def test_an_expert_without_rows_changes_nothing():
     assert any(p.exact != 0.0 for p in found.points)
 
 
-def data_of(tokens):
-    """What the two kinds of rows are taken from; validation rows are every other row of the table."""
+def data_of(tokens, evaluated=range(0, 12, 2)):
+    """What the two kinds of rows are taken from; validation rows are ``evaluated``, by default every other row of 12."""
 
     class Side:
         chunks, num_bytes, byte_counts = [tokens], np.full(len(tokens), 4), np.zeros(256)
@@ -240,7 +240,7 @@ def data_of(tokens):
         train = validation = table
 
         def evaluation_rows(self, num_rows):
-            return table, np.arange(0, 12, 2)[:num_rows]
+            return table, np.array(evaluated)[:num_rows]
 
         def batch(self, rows):
             return table.batch(rows)
@@ -269,6 +269,23 @@ def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_th
     for one, other in itertools.pairwise(ids):
         assert other[0] == one[-1] + 1, "every row begins another document"
     assert ((ids[:, 1:] != ids[:, :-1]) == (read[:, 1:] == 0)).all()
+
+
+def test_documents_are_counted_through_tables_of_more_rows_than_are_read_at_once():
+    tokens = np.random.default_rng(0).integers(0, 9, (2600, 5))
+    tokens[1024, 0] = tokens[2047, 3] = 0
+    tokens[1023], tokens[2048] = 5, 5  # the rows at the borders, where a document goes on from one part to the next
+    wanted = [1, 1022, 1023, 1024, 1025, 2047, 2048, 2049, 2599]
+    rows = validation_documents(data_of(tokens, wanted), num_rows=9, batch_size=4)
+    number, of_label = 0, []
+    for row in tokens[:, :-1].tolist():
+        of_label.append([])
+        for token in row:
+            number += token == 0
+            of_label[-1].append(number)
+    met = sorted({number for row in wanted for number in of_label[row]})
+    expected = [[met.index(number) for number in of_label[row]] for row in wanted]
+    assert torch.cat(rows.documents).tolist() == expected and rows.num_documents == len(met)
 
 
 def test_bootstrap_covers_the_mean_as_often_as_it_says_and_knows_a_constant():

@@ -10,6 +10,7 @@ import pytest
 from qsparse_moe.ablation.law.joint import PRODUCT
 from qsparse_moe.ablation.law.published import FINE_GRAINED
 from qsparse_moe.cli.app import run
+from qsparse_moe.cli.fit_law import _optimum_table
 from tests.ablation.law_runs import points_of, rows_of, write_rows
 
 CONSTANTS = {"E": 1.0, "B": 0.2, "C": 0.7, "b": 0.6, "alpha": 0.3, "delta": 0.12, "beta": 0.15, "nu": 0.5}
@@ -159,3 +160,24 @@ def test_choices_that_cannot_be_are_refused_before_anything_is_read(tmp_path, ca
         "no evaluation after 99000000 tokens (--min-tokens); lower it"
         in fit(capsys, file, "--min-tokens", 99_000_000)[2]
     )
+
+
+def test_a_mark_stands_at_an_optimum_that_is_beyond_every_s_of_the_runs_and_at_no_other():
+    def optimum(sparsity, share):
+        ends = {"interval": [0.1, 0.9], "band": [0.2, 0.8], "band_interval": [0.15, 0.85]}
+        others = {"dense_excess": 0.031, "worse_than_dense_beyond": None, "at_edge_share": 0.25}
+        return {"sparsity": sparsity, "expert_share": share} | ends | others
+
+    summary = {
+        "level": 0.95,
+        "tolerance": 0.01,
+        "ranges": {"sparsity": [0.0, 0.7], "total": [1.0, 1.0]},
+        "forms": {"kept": {"optima": [optimum(0.699, 0.5), optimum(0.7, 0.25), optimum(0.701, 0.125)]}},
+        "printed": {"sparsity": 0.9, "rounding": (0.4, 0.6), "band": (0.3, 0.7)},
+    }
+    of_column = {column.header: list(column.cells) for column in _optimum_table(summary).columns}
+    assert of_column["form"] == ["kept"] * 3 + ["q-sparse, printed"]
+    assert of_column["A/E"] == ["0.5", "0.25", "0.125", "any"]
+    # The last row is of the paper's runs and not of these.
+    assert of_column["S*"] == ["0.699", "0.700", "0.701 !", "0.900"]
+    assert of_column["at edge"] == ["25%"] * 3 + [""]

@@ -85,6 +85,14 @@ def test_one_bar_on_a_terminal(monkeypatch):
     assert "step 10/20" not in shown
 
 
+def test_the_bar_of_a_resumed_run_begins_where_the_run_does(monkeypatch):
+    terminal = use_terminal(monkeypatch)
+    with TrainingProgress(20) as progress:
+        progress.begin(context(start_step=5))
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal.getvalue())
+    assert re.findall(r"\d+/20", shown) and set(re.findall(r"\d+/20", shown)) == {"5/20"}
+
+
 def test_error_leaves_no_bar_behind(monkeypatch):
     terminal = use_terminal(monkeypatch)
     with pytest.raises(RuntimeError, match="mid-run"), TrainingProgress(20) as progress:

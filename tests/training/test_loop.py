@@ -306,6 +306,18 @@ def test_validation_in_the_middle_of_a_ramp_is_that_of_its_checkpoint(make_confi
         shutil.rmtree(path)
 
 
+def test_an_evaluation_in_the_middle_changes_no_later_step(make_config):
+    """The router's jitter and the capacity belong to training alone: both are on again after an evaluation."""
+    moe = {"num_experts": 4, "expert_hidden_size": 24, "backend": "loop", "router_jitter": 0.3, "capacity_factor": 0.5}
+    losses = {}
+    for interval in (0, 2):
+        listener = Listener()
+        config = make_config(f"every-{interval}", model={"moe": moe}, steps=5, evaluation_interval=interval)
+        train(config, [listener])
+        losses[interval] = [report.losses for report in listener.reports]
+    assert len(losses[0]) == 5 and losses[2] == losses[0]
+
+
 def test_the_log_says_how_often_each_source_is_read(make_config, text_folder, caplog):
     config = make_config(steps=4)
     whole = config.data.sources[0]

@@ -16,11 +16,14 @@ from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.loop import train
 from tests.support.runs import tiny_config, write_text
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
-@pytest.mark.parametrize("steps", [1, 2])
-def test_a_step_of_continued_training_is_adams_next_at_a_tenth_of_the_peak_rate_on_the_next_rows(tmp_path, steps):
+
+@pytest.mark.parametrize(("mode", "steps"), [("table", 1), ("table", 2), ("streaming", 1)])
+def test_a_step_of_continued_training_is_adams_next_at_a_tenth_of_the_peak_rate_on_the_next_rows(tmp_path, mode, steps):
     write_text(tmp_path / "text")
-    ended = train(tiny_config(tmp_path, "run", engine="torch", steps=3, gradient_clipping=0.0, weight_decay=0.2))
+    run = tiny_config(tmp_path, "run", engine="torch", steps=3, gradient_clipping=0.0, weight_decay=0.2)
+    ended = train(run.model_copy(update={"data": run.data.model_copy(update={"mode": mode})}))
     config, checkpoint = load_run_config(ended.run_dir), newest_checkpoint(ended.run_dir)
     data, plan = load_data(config.data), SparsityPlan.uniform(config.model, 0.25)
     with open_distributed("cpu") as distributed:
@@ -52,6 +55,3 @@ def test_a_step_of_continued_training_is_adams_next_at_a_tenth_of_the_peak_rate_
     for name, parameter in trained.named_parameters():
         # A feature or an expert at the border of a selection may change sides after a first step that was rounded.
         torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-5, atol=1e-6 if steps == 1 else 3e-5)
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")

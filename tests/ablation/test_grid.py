@@ -329,7 +329,9 @@ def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_byt
 
 
 def test_a_row_of_results_counts_the_parameters_of_the_built_model_and_those_that_a_token_uses(write, tmp_path):
-    base = BASE.replace("num_experts: 2, experts_per_token: 2", "num_experts: 5, experts_per_token: 2, num_shared_experts: 1")
+    base = BASE.replace(
+        "num_experts: 2, experts_per_token: 2", "num_experts: 5, experts_per_token: 2, num_shared_experts: 1"
+    )
     grid = load_grid(write(base=base), output_dir=str(tmp_path / "out"))
     dense, half = (outcome_of(grid, grid.runs[index]) for index in (0, 2))
     sizes = {name: p.numel() for name, p in build_model(grid.runs[0].config.model).named_parameters()}

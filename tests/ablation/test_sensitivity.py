@@ -226,7 +226,7 @@ def test_an_expert_without_rows_changes_nothing():
 
 
 def data_of(tokens, evaluated=range(0, 12, 2)):
-    """What the two kinds of rows are taken from; validation rows are ``evaluated``, by default every other row of 12."""
+    """What the two kinds of rows are taken from; validation rows are ``evaluated``, in general every other of 12."""
 
     class Side:
         chunks, num_bytes, byte_counts = [tokens], np.full(len(tokens), 4), np.zeros(256)

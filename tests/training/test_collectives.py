@@ -62,7 +62,9 @@ def test_clock_adds_them_in_steps_that_are_reported_and_not_on_cuda(monkeypatch)
         assert dist.all_reduce is slow_call
 
 
-def test_a_part_that_comes_several_times_in_a_step_has_the_sum_of_its_seconds_and_the_next_step_begins_at_0(monkeypatch):
+def test_a_part_that_comes_several_times_in_a_step_has_the_sum_of_its_seconds_and_the_next_step_begins_at_0(
+    monkeypatch,
+):
     ticks = iter([0.0, 1.0, 10.0, 14.0, 20.0, 20.5, 100.0, 108.0])
     monkeypatch.setattr("qsparse_moe.training.monitor.phases.time", SimpleNamespace(perf_counter=ticks.__next__))
     clock = PhaseClock(torch.device("cpu"))

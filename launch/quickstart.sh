@@ -22,13 +22,19 @@ once() {
 if [[ "$state" == finished* ]]; then
     echo "$run is trained already; remove it, or give training.name=NAME, to train again" >&2
 else
-    # Ctrl-C is for the ranks, which save and leave: the launcher waits for them.
-    (
-        trap '' INT
-        OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_rank 2)}" \
-            exec "$python" -m deepspeed.launcher.runner --quiet --num_gpus 2 --master_port "$(free_port)" \
-            --module qsparse_moe train "${settings[@]}"
-    )
+    OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_rank 2)}" \
+        "$python" -m qsparse_moe.training.launcher --quiet --num_gpus 2 --master_port "$(free_port)" \
+        --module qsparse_moe train "${settings[@]}" &
+    launcher=$!
+    # The launcher tells the ranks, which save, and ends after them. The terminal sends it Ctrl-C itself.
+    trap '' INT
+    trap 'kill -TERM "$launcher"' TERM
+    while kill -0 "$launcher" 2>/dev/null; do
+        code=0
+        wait "$launcher" || code=$?
+    done
+    trap - INT TERM
+    [[ "$code" -eq 0 ]] || exit "$code"
     # The launcher ends with 0 when it was killed itself.
     [[ "$("$python" launch/run_state.py "${settings[@]}")" == finished* ]] ||
         fail "$run stopped before its last step (training.steps): run the same command again to go on"

@@ -4,7 +4,6 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-# Ctrl-C is for the ranks, which save and leave: the launcher waits for them.
-trap '' INT
-exec "$python" -m deepspeed.launcher.runner --log_level warning --num_gpus "${NUM_GPUS:--1}" --master_port "$(free_port)" \
+# On Ctrl-C and SIGTERM it waits until the ranks have saved; as the main process of a container too.
+exec "$python" -m qsparse_moe.training.launcher --log_level warning --num_gpus "${NUM_GPUS:--1}" --master_port "$(free_port)" \
     --module qsparse_moe train "$@"

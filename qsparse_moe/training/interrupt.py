@@ -19,8 +19,9 @@ logger = logging.getLogger(__name__)
 
 # SLURM warns of a job's end by SIGUSR1: sbatch --signal=USR1@300.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# For the finally clauses of whatever is at work; a process that stands in a call of C or C++ runs none.
-_GRACE_SECONDS = 2.0
+# For the finally clauses of whatever is at work; the longest looks for 3 s which ranks are gone. A process that
+# stands in a call of C or C++ runs none.
+_GRACE_SECONDS = 4.0
 
 
 class Stopped(BaseException):
@@ -111,6 +112,11 @@ class StopSignals(CaughtSignals):
         if number == signal.SIGINT:
             # Not a handler of ours: Python runs none while a collective waits for the other ranks.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def is_told_to_stop() -> bool:
+    """Return whether a signal has asked this process to stop after its step."""
+    return any(isinstance(signals, StopSignals) and signals.received for signals in list(_catching))
 
 
 class EndingAlready(CaughtSignals):

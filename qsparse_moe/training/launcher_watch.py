@@ -16,7 +16,9 @@ from typing import NamedTuple
 
 _LOOK_SECONDS = 1.0
 _PROCESSES = Path("/proc")
-_INNER, _OUTER = "deepspeed.launcher.launch", "deepspeed.launcher.runner"
+LAUNCHED = "deepspeed.launcher.launch"
+"""Name of the launcher's inner process, in its command line: the parent of a machine's ranks."""
+_OUTER = ("deepspeed.launcher.runner", "qsparse_moe.training.launcher")
 _OUTER_PROGRAMS = ("deepspeed", "deepspeed.pt", "ds")
 
 
@@ -75,15 +77,15 @@ def launcher_processes() -> list[Process]:
     process = _look(os.getppid())
     while process is not None:
         above.append(process)
-        words = _command(process.pid)
+        words = command_of(process.pid)
         process = _look(process.parent)
-        if _INNER in words:
-            return [*above, process] if process is not None and _is_outer(_command(process.pid)) else above
+        if LAUNCHED in words:
+            return [*above, process] if process is not None and _is_outer(command_of(process.pid)) else above
     return []
 
 
 def _is_outer(words: list[str]) -> bool:
-    return _OUTER in words or any(Path(word).name in _OUTER_PROGRAMS for word in words[:2])
+    return any(name in words for name in _OUTER) or any(Path(word).name in _OUTER_PROGRAMS for word in words[:2])
 
 
 def _is_there(process: Process) -> bool:
@@ -104,7 +106,14 @@ def _look(pid: int) -> Process | None:
     return None if state in "ZX" else Process(pid, others[17], int(parent))
 
 
-def _command(pid: int) -> list[str]:
+def children() -> list[int]:
+    """Return the numbers of the processes below this one that have not ended; none without ``/proc``."""
+    pids = [int(path.name) for path in _PROCESSES.iterdir() if path.name.isdecimal()] if _PROCESSES.is_dir() else []
+    return [pid for pid in pids if (process := _look(pid)) is not None and process.parent == os.getpid()]
+
+
+def command_of(pid: int) -> list[str]:
+    """Return the words of a process's command line; none where there is no such process."""
     try:
         return (_PROCESSES / str(pid) / "cmdline").read_bytes().decode(errors="replace").split("\0")
     except OSError:

@@ -42,10 +42,10 @@ def wait_for(condition, seconds=120):
 
 
 def test_one_process_needs_no_launcher_and_several_or_a_wish_have_it():
-    assert "deepspeed.launcher.runner" not in Placement().command(CONFIG, ())
+    assert "qsparse_moe.training.launcher" not in Placement().command(CONFIG, ())
     several = Placement(ranks=2).command(CONFIG, ())
     assert several[several.index("--num_gpus") + 1] == "2" and several[-3:] == ["qsparse_moe", "train", "x.yaml"]
-    assert "deepspeed.launcher.runner" in Placement(launcher="deepspeed").command(CONFIG, ())
+    assert "qsparse_moe.training.launcher" in Placement(launcher="deepspeed").command(CONFIG, ())
 
 
 def test_runs_share_out_the_devices():

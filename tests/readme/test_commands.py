@@ -17,7 +17,7 @@ from tests.readme.blocks import OWN_CI_STEP, REPOSITORY, blocks, commands, launc
 
 SMALL_PROGRAM = Path(__file__).with_name("small_program.py")
 RECORDER = """#!/bin/sh
-case "$*" in *deepspeed.launcher.runner*) printf '%s\\n' "$@" >"{folder}/call-$$";; *) exec {python} "$@";; esac
+case "$*" in *qsparse_moe.training.launcher*) printf '%s\\n' "$@" >"{folder}/call-$$";; *) exec {python} "$@";; esac
 """
 SBATCH = """#!/bin/bash
 [[ $1 == --nodes=* ]] && shift
@@ -99,7 +99,7 @@ def test_scripts_for_more_machines_start_the_launcher_with_what_it_and_train_acc
     from deepspeed.launcher.runner import parse_args
 
     for call in calls:
-        assert call[:2] == ["-m", "deepspeed.launcher.runner"]
+        assert call[:2] == ["-m", "qsparse_moe.training.launcher"]
         launch = parse_args(call[2:])
         assert launch.module and launch.user_script == "qsparse_moe" and launch.user_args[0] == "train"
         load_config(REPOSITORY / launch.user_args[1], launch.user_args[2:])

@@ -69,13 +69,20 @@ def run_plan(
     }
 
 
-def start(arguments: Sequence[str], *, ranks: int, output: Any) -> subprocess.Popen[bytes]:
-    """Start a script on ``ranks`` ranks, in a process group of its own."""
+def start(
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    output: Any,
+    launcher: str = "deepspeed.launcher.runner",
+    prefix: Sequence[str] = (),
+) -> subprocess.Popen[bytes]:
+    """Start a script on ``ranks`` ranks, in a process group of its own; ``prefix`` is a command that starts others."""
     if ranks == 1:
         command = [sys.executable, *arguments]
     else:
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        command = [*launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), *arguments]
+        where = ["--num_gpus", str(ranks), "--master_port", str(free_port())]
+        command = [*prefix, sys.executable, "-m", launcher, *where, *arguments]
     return _start(command, output)
 
 

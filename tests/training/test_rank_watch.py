@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import time
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from qsparse_moe.errors import RankLost, TrainingDiverged
 from qsparse_moe.training.distributed import heartbeat as rank_watch
 from qsparse_moe.training.distributed.heartbeat import Heartbeats, RankWatch, is_of_a_collective
 from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.interrupt import Stopped, StopSignals
 
 CLOSED = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1")
 TIMED_OUT = RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 5000ms for recv operation")
@@ -140,6 +142,70 @@ def test_a_rank_alone_watches_nobody():
     with pytest.raises(RuntimeError, match="gloo"), RankWatch(alone, timeout=1.0, way_out=str) as watch:
         assert watch._thread is None
         raise CLOSED
+
+
+def end_by(watch, number):
+    """The way out of a rank that a signal ends at once."""
+    stopped = Stopped(number)
+    watch.__exit__(Stopped, stopped, None)
+
+
+def test_a_rank_that_sigterm_ends_before_any_collective_has_failed_names_the_one_that_is_gone(
+    ranks, monkeypatch, caplog
+):
+    """The launcher's SIGTERM comes within a second of a rank's death, to the others one after the other."""
+    monkeypatch.setattr(rank_watch, "_LAST_LOOK_SECONDS", 1.0)
+    watches = [RankWatch(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
+    Heartbeats(ranks[2])
+    for watch in watches:
+        watch.__enter__()
+    for rank, watch in enumerate(watches):
+        caplog.clear()
+        with caplog.at_level(logging.ERROR):
+            end_by(watch, signal.SIGTERM)
+        (said,) = caplog.messages
+        assert said.startswith("rank 2 (process ") and ", rank 2), of 3 ranks, gave no sign of life for 1 s" in said
+        assert said.endswith(f"Rank {rank} ends too. Go on.")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ranks_that_a_signal_ends_one_after_the_other_take_none_for_lost(ranks, monkeypatch, caplog, number):
+    monkeypatch.setattr(rank_watch, "_LAST_LOOK_SECONDS", 1.0)
+    watches = [RankWatch(rank, timeout=100.0, way_out=str) for rank in ranks]
+    for watch in watches:
+        watch.__enter__()
+    with caplog.at_level(logging.ERROR):
+        for watch in watches:
+            end_by(watch, number)
+    assert caplog.messages == []
+
+
+def test_a_store_that_ended_with_a_stopped_rank_0_is_no_lost_rank(ranks):
+    first, second = Heartbeats(ranks[0]), Heartbeats(ranks[1])
+    Heartbeats(ranks[2])
+    first.last_look(0.1)
+    second.beat(10.0)
+    second._store = BrokenStore()
+    assert second.last_look(0.1) == {}
+
+
+def test_a_store_that_ended_without_a_word_is_rank_0(ranks):
+    signs = Heartbeats(ranks[1])
+    signs._store = BrokenStore()
+    assert signs.last_look(0.1).keys() == {0}
+
+
+def test_once_it_is_told_to_stop_a_hanging_collective_is_waited_for_less_long(ranks, monkeypatch):
+    """The launcher kills 30 s after its SIGTERM, which a rank in a collective of NCCL only notes."""
+    assert rank_watch._STOPPING_SECONDS + 5 < 30
+    given = []
+    monkeypatch.setattr(Heartbeats, "beat", lambda self, timeout: given.append(timeout) or {})
+    with RankWatch(ranks[0], timeout=600.0, way_out=str), StopSignals() as signals:
+        time.sleep(0.2)
+        assert set(given) == {600.0}
+        signals.received = signal.SIGTERM
+        time.sleep(0.2)
+        assert given[-1] == rank_watch._STOPPING_SECONDS
 
 
 def test_the_command_line_ends_with_1_and_repeats_nothing(monkeypatch, capsys):

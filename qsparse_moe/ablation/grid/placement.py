@@ -74,7 +74,7 @@ class Placement:
             return [sys.executable, "-m", *train]
         # Where it is given a number of devices, the launcher ignores CUDA_VISIBLE_DEVICES.
         where = ["--include", f"localhost:{','.join(slot)}"] if slot else ["--num_gpus", str(self.ranks)]
-        launcher = ["deepspeed.launcher.runner", *where, "--master_port", str(_free_port())]
+        launcher = ["qsparse_moe.training.launcher", *where, "--master_port", str(_free_port())]
         return [sys.executable, "-m", *launcher, "--module", *train]
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from types import TracebackType
 
@@ -21,13 +22,17 @@ import torch.distributed as dist
 
 from qsparse_moe.errors import RankLost
 from qsparse_moe.training.distributed.ranks import Distributed, launcher_store
-from qsparse_moe.training.interrupt import EndingAlready
+from qsparse_moe.training.interrupt import EndingAlready, Stopped, is_told_to_stop
 
 logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 1.0
 # After a collective has failed: whoever gives no sign for so long is gone. The launcher gives a rank 30 s to end.
 _PATIENCE_SECONDS = 8.0
+# After SIGTERM, which the launcher sends to the others when a rank has died; it kills them 30 s later.
+_STOPPING_SECONDS = 15.0
+# Three beats, where SIGTERM ends this process at once: that it must do within 4 s.
+_LAST_LOOK_SECONDS = 3.0
 # What the main thread gets to end by itself once a rank is known to be gone, before the process is ended for it.
 _GRACE_SECONDS = 5.0
 
@@ -64,14 +69,16 @@ class RankWatch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, Stopped):
+            self._name_lost(error)
+            self._end_watch()
+            return
         failure = error or self._wait_for_all()
         try:
             message = self._explain(failure) if failure is not None else None
         finally:
             self._signals.release()
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(2 * _BEAT_SECONDS)
+        self._end_watch()
         if message is not None:
             # By every rank that is left: rank 0, which else speaks for all, may be the one that is gone.
             logger.error("%s", message)
@@ -86,6 +93,18 @@ class RankWatch:
         """
         if self._heartbeats is not None and is_of_a_collective(error):
             self._signals.catch()
+
+    def _end_watch(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join(2 * _BEAT_SECONDS)
+
+    def _name_lost(self, stopped: Stopped) -> None:
+        """Say which ranks are gone, if any: the launcher sends SIGTERM to those that are left when one is."""
+        if self._heartbeats is not None and stopped.number == signal.SIGTERM:
+            lost = self._heartbeats.last_look(_LAST_LOOK_SECONDS)
+            if lost:
+                logger.error("%s", self._message(self._heartbeats, lost))
 
     def _wait_for_all(self) -> BaseException | None:
         """Leave together: whoever gives no sign because its work is done must not be taken for lost."""
@@ -113,7 +132,8 @@ class RankWatch:
     def _watch(self, signs: Heartbeats) -> None:
         """Until told to stop: give a sign, and look at the next rank; end the process when a rank is gone."""
         while not self._stop.wait(_BEAT_SECONDS):
-            lost = signs.beat(self._timeout)
+            # A collective may hang though it will never end: the wish to stop is then noted, and nobody acts on it.
+            lost = signs.beat(min(self._timeout, _STOPPING_SECONDS) if is_told_to_stop() else self._timeout)
             if lost and not self._stop.wait(_GRACE_SECONDS):
                 # The main thread hangs in a collective that nothing can end.
                 print(self._message(signs, lost), file=sys.stderr, flush=True)
@@ -147,6 +167,7 @@ class Heartbeats:
         self._count = 0
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._store_answered = time.monotonic()
+        self._stopped: set[int] = set()
         self._send_heartbeat()
         distributed.barrier()
 
@@ -160,6 +181,7 @@ class Heartbeats:
         with self._lock:
             try:
                 self._send_heartbeat()
+                self._read_stopped()
                 return self._read_lost() or self._publish_lost(_longer(self._silences([following]), timeout))
             except RuntimeError:
                 return _longer(self._silence_of_store(), timeout)
@@ -180,6 +202,34 @@ class Heartbeats:
             # The others read it in the store, which ends with this process.
             time.sleep(2 * _BEAT_SECONDS)
         return lost
+
+    def last_look(self, seconds: float) -> Silences:
+        """Return the ranks that give no sign within ``seconds``, except those that a signal has stopped too.
+
+        The launcher stops the ranks one after the other: rank 0, which holds the store, stays until all know of it.
+        """
+        end = time.monotonic() + seconds
+        with self._lock:
+            try:
+                self._store.append(self._key("stopped"), f"{self._rank} ")
+                if lost := self._read_lost():
+                    return lost
+                first = silent = self._counts(rank for rank in range(self._world_size) if rank != self._rank)
+                while time.monotonic() < end and (silent or self._rank == 0):
+                    time.sleep(_BEAT_SECONDS / 20)
+                    self._read_stopped()
+                    counts = self._counts(silent.keys() - self._stopped)
+                    silent = {rank: count for rank, count in counts.items() if count == first[rank]}
+                return self._publish_lost(dict.fromkeys(silent, seconds))
+            except RuntimeError:
+                return {} if 0 in self._stopped else self._silence_of_store()
+
+    def _counts(self, ranks: Iterable[int]) -> dict[int, bytes]:
+        return {rank: self._store.get(self._key(rank)) for rank in ranks}
+
+    def _read_stopped(self) -> None:
+        if self._store.check([self._key("stopped")]):
+            self._stopped = {int(rank) for rank in self._store.get(self._key("stopped")).split()}
 
     def _send_heartbeat(self) -> None:
         self._count += 1

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qsparse_moe.ablation.grid.load import Grid, GridRun, load_grid
 from qsparse_moe.ablation.grid.placement import Launcher, Placement
-from qsparse_moe.ablation.grid.points import Grid, GridRun, load_grid
 from qsparse_moe.cli.console import print_json
 from qsparse_moe.cli.grid_progress import GridProgress
 from qsparse_moe.errors import CheckpointError, ConfigError
@@ -48,20 +48,20 @@ def ablate(
         _print_list(loaded, json)
         return
     chosen = loaded if task is None else _only(loaded, task)
-    from qsparse_moe.ablation.grid.outcome import outcome_of
     from qsparse_moe.ablation.grid.run import run_grid
+    from qsparse_moe.ablation.grid.run_result import result_of
 
     stopped_by = 0
     if report_only:
-        outcomes = [outcome_of(loaded, run) for run in loaded.runs]
+        results = [result_of(loaded, run) for run in loaded.runs]
     else:
         with GridProgress(len(chosen.runs)) as progress:
-            outcomes, stopped_by = run_grid(chosen, placement, tell=progress)
+            results, stopped_by = run_grid(chosen, placement, notify=progress)
     # Tasks of an array run at the same time: the report is written once, when they are done.
-    _print_report(chosen, outcomes, None if task is not None else output or loaded.folder, json)
+    _print_report(chosen, results, None if task is not None else output or loaded.folder, json)
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
-    if not report_only and not all(outcome.finished for outcome in outcomes):
+    if not report_only and not all(result.finished for result in results):
         raise typer.Exit(1)
 
 
@@ -73,15 +73,15 @@ def _only(grid: Grid, task: int) -> Grid:
     return Grid(grid.name, (grid.runs[task],))
 
 
-def _print_report(grid: Grid, outcomes: list[RunResult], folder: Path | None, json: bool) -> None:
+def _print_report(grid: Grid, results: list[RunResult], folder: Path | None, json: bool) -> None:
     from qsparse_moe.ablation.grid.report import markdown, write_results
 
     if folder is not None:
-        write_results(grid, outcomes, folder)
+        write_results(grid, results, folder)
     if json:
-        print_json({"grid": grid.name, "results": [outcome.as_dict() for outcome in outcomes]})
+        print_json({"grid": grid.name, "results": [result.as_dict() for result in results]})
     else:
-        print(markdown(grid, outcomes))
+        print(markdown(grid, results))
         if folder is not None:
             print(f"\nwritten to {folder}")
 

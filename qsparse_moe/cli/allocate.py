@@ -50,8 +50,8 @@ def allocate(
     run_dir = find_run(run)
     quantity, target = asked_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
     check_output(output, force=force)
-    from qsparse_moe.ablation.allocation.plans import allocate_run
     from qsparse_moe.ablation.allocation.report import as_dict, markdown
+    from qsparse_moe.ablation.allocation.run import allocate_run
     from qsparse_moe.runs.folder import load_run_config, write_atomically
 
     found = allocate_run(
@@ -59,7 +59,7 @@ def allocate(
         quantity,
         target,
         batch=batch,
-        num_rows=rows,
+        num_sequences=rows,
         rounds=rounds,
         num_random=random,
         train_steps=train,
@@ -103,13 +103,13 @@ def asked_budget(
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from qsparse_moe.ablation.allocation.report import outcome_rows
+    from qsparse_moe.ablation.allocation.report import comparison_rows
 
     console, rows = result_console(), summary["held_out_rows"]
     summary = summary | {"outcomes": summary["outcomes"] + summary["alternatives"]}
     for title, name in (("Without training", "outcomes"), ("After training", "after_training")):
         if summary[name]:
-            console.print(rich_table(f"{title}, on {rows} held-out rows", _HEAD, outcome_rows(summary[name])))
+            console.print(rich_table(f"{title}, on {rows} held-out rows", _HEAD, comparison_rows(summary[name])))
     console.print(
         f"budget            {summary['quantity']} {summary['target']:,.6g}, planned {summary['planned']:,.6g}"
     )

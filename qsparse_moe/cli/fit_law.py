@@ -60,12 +60,12 @@ def fit_law(
     """Fit laws of the loss in size, experts, sparsity and tokens to the results of runs."""
     if output is not None:
         check_folder(output, force=force)
-    from qsparse_moe.ablation.law.rows import read_runs
+    from qsparse_moe.ablation.law.read import read_runs
     from qsparse_moe.ablation.law.study import Choices, as_dict, study
 
     choices = Choices(tuple(form or ()), bootstrap, level, tolerance, kept_parameters, seed)
     runs = read_runs(results, unit=unit, last_only=points == "last", min_tokens=min_tokens)
-    done = study(runs, unit=unit, choices=choices, tell=_print_report)
+    done = study(runs, unit=unit, choices=choices, notify=_print_report)
     summary = as_dict(done)
     if output is not None:
         summary["figures"] = write_law(done, summary, output)

@@ -59,10 +59,10 @@ def sensitivity(
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     measured_on = validation_documents(
         data,
-        num_rows=rows or config.training.evaluation_rows,
+        num_sequences=rows or config.training.evaluation_rows,
         batch_size=config.training.micro_batch_size,
     )
-    found = measure(model, measured_on, asked, exact=not estimate_only, tell=_print_report)
+    found = measure(model, measured_on, asked, exact=not estimate_only, notify=_print_report)
     folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)
     write_report(found, summary, folder, tensorboard=run_dir / "tensorboard")
@@ -103,7 +103,7 @@ def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, t
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "sensitivity.json", json.dumps(summary, indent=1) + "\n")
-    write_csv(found.points, folder / "sensitivity.csv")
+    write_csv(found.changes, folder / "sensitivity.csv")
     title = f"Sensitivities of {summary['run_dir']} after step {summary['step']}"
     pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in write_figures(found, folder))
     write_atomically(folder / "report.md", markdown(found, title=title) + pictures)
@@ -133,7 +133,9 @@ def _print_summary(found: Sensitivity, folder: Path) -> None:
         )
     head = ("cell", "S", "estimate", "exact")
     console.print(rich_table("Cells that cost most, nats a token", head, costliest_rows(found)))
-    console.print(f"loss              {found.loss:.4f} nats a token, {found.rows} rows of {found.documents} documents")
+    console.print(
+        f"loss              {found.loss:.4f} nats a token, {found.num_sequences} rows of {found.documents} documents"
+    )
     console.print(f"written to        {folder}", soft_wrap=True)
 
 

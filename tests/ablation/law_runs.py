@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qsparse_moe.ablation.law.forms import Form
-from qsparse_moe.ablation.law.points import Points
+from qsparse_moe.ablation.law.observations import Observations
 
 WIDTHS = (64, 96, 128, 192)
 EXPERTS = ((4, 2), (8, 2), (16, 1))
@@ -18,7 +18,7 @@ SPARSITIES = (0.0, 0.3, 0.5, 0.7)
 EVALUATIONS = 5
 
 
-def points_of(
+def observations_of(
     form: Form,
     constants: dict[str, float],
     *,
@@ -31,9 +31,9 @@ def points_of(
     sparsities=SPARSITIES,
     scale: float = 1.0,
     final_tokens: float = 2e7,
-) -> Points:
-    """Points of a grid of models. ``noise`` and ``run_noise`` are standard deviations of the log loss, by point and by
-    run; ``scale`` multiplies the parameters, for laws of larger models."""
+) -> Observations:
+    """Observations of a grid of models. ``noise`` and ``run_noise`` are standard deviations of the log loss, per
+    observation and per run; ``scale`` multiplies the parameters, for laws of larger models."""
     random = np.random.default_rng(seed)
     grid = [
         (configuration, *place)
@@ -63,12 +63,14 @@ def points_of(
                 }
             )
     whole = {"run", "configuration"}
-    points = Points(**{k: np.array([r[k] for r in rows], np.int64 if k in whole else np.float64) for k in rows[0]})
+    points = Observations(
+        **{k: np.array([r[k] for r in rows], np.int64 if k in whole else np.float64) for k in rows[0]}
+    )
     offsets = noise * random.standard_normal(len(points)) + run_noise * random.standard_normal(len(grid))[points.run]
     return replace(points, loss=form.loss(constants, points) * np.exp(offsets))
 
 
-def rows_of(points: Points, **changes) -> list[dict]:
+def rows_of(points: Observations, **changes) -> list[dict]:
     """The rows of a results file that has these points as its runs' curves, in nats a token; tokens are bytes."""
     rows = []
     for run in np.unique(points.run):

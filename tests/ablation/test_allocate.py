@@ -18,7 +18,7 @@ from qsparse_moe.ablation.allocation.allocate import (
 )
 from qsparse_moe.ablation.allocation.alternatives import (
     _mean_magnitudes,
-    alternative_outcomes,
+    compare_alternatives,
     features_dropped,
     pooled_mask,
     pooled_selection,
@@ -27,7 +27,7 @@ from qsparse_moe.ablation.allocation.alternatives import (
 from qsparse_moe.ablation.allocation.compare import compare, load_under_uniform, rival_plans
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
 from qsparse_moe.ablation.allocation.rivals import _greedy_layer, greedy_plan
-from qsparse_moe.ablation.sensitivity.cells import cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.cells import cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.sensitivity.documents import loss_by_document
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import count_parameters
@@ -175,7 +175,7 @@ def test_the_measured_load_is_the_share_of_tokens_of_every_expert_and_plans_meet
 
 
 def test_allocation_on_its_own_rows_is_no_worse_than_uniform():
-    model, rows = model_of(config()), rows_of(num_rows=6, length=16)
+    model, rows = model_of(config()), rows_of(num_sequences=6, length=16)
     costs = Costs(model.config, measured_load(model, rows), "sparsity")
     uniform = uniform_at(model.sparsity_plan, costs, 0.5)
     losses = []
@@ -202,7 +202,7 @@ def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
     before, weights = model.sparsity_plan, {name: value.clone() for name, value in model.state_dict().items()}
     costs = Costs(model.config, measured_load(model, rows), "sparsity")
     plans = {"uniform": uniform_at(before, costs, 0.5)}
-    found = alternative_outcomes(model, rows, rows, plans, costs, 0.5)
+    found = compare_alternatives(model, rows, rows, plans, costs, 0.5)
     assert [one.name.split(",")[0] for one in found] == [
         "pooled over a token's experts",
         "1 of 2 experts a token",
@@ -226,13 +226,13 @@ def test_alternatives_that_cannot_come_down_are_left_out_with_a_word(caplog):
     costs = replace(Costs(model.config, measured_load(model, rows), "sparsity"))
     plans = {"uniform": uniform_at(model.sparsity_plan, costs, 0.9)}
     with caplog.at_level("INFO", logger="qsparse_moe.ablation.allocation.alternatives"):
-        found = alternative_outcomes(model, rows, rows, plans, costs, 0.9)
+        found = compare_alternatives(model, rows, rows, plans, costs, 0.9)
     assert not any("features" in one.name for one in found)
     assert "smaller experts: with one feature each the dense model still costs more than the budget" in caplog.text
 
 
 def test_every_round_goes_half_of_the_way_to_what_the_curves_around_the_round_before_ask_for():
-    model, rows = model_of(config()), rows_of(num_rows=4)
+    model, rows = model_of(config()), rows_of(num_sequences=4)
     before = model.sparsity_plan
     costs = Costs(model.config, measured_load(model, rows), "sparsity")
     expected, furthest = uniform_at(before, costs, 0.5), 0.0

@@ -9,9 +9,9 @@ from matplotlib.image import imread
 
 from qsparse_moe.ablation.cell_maps import scale_over
 from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
-from qsparse_moe.ablation.grid.figure_points import FigurePoint, points_of
 from qsparse_moe.ablation.grid.figures import draw_figures, loss_by_parameters, pareto_front
-from qsparse_moe.ablation.grid.scan_figures import loss_by_place, loss_by_sparsity
+from qsparse_moe.ablation.grid.scan_figures import loss_by_cell, loss_by_sparsity
+from qsparse_moe.ablation.grid.variants import VariantResult, variant_results
 from qsparse_moe.ablation.law.figures import iso_levels
 
 
@@ -73,11 +73,11 @@ def test_lines_are_told_apart_by_what_varies_in_their_panel_and_named_once_besid
         for steps in (80, 160)
         for s in (0.0, 0.5)
     ]
-    figure = loss_by_sparsity(points_of(rows))
+    figure = loss_by_sparsity(variant_results(rows))
     assert [axis.get_legend() for axis in figure.axes] == [None, None]
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["E=4, A=2, steps 80", "E=4, A=2, steps 160"]
-    alone = loss_by_sparsity(points_of(rows[:4]))
+    alone = loss_by_sparsity(variant_results(rows[:4]))
     (legend,) = alone.legends
     assert alone.axes[0].get_legend() is None, "a legend stands beside the panel, where it covers nothing"
     assert [text.get_text() for text in legend.get_texts()] == ["E=4, A=2, steps 80", "E=4, A=2, steps 160"]
@@ -86,7 +86,7 @@ def test_lines_are_told_apart_by_what_varies_in_their_panel_and_named_once_besid
 @pytest.mark.parametrize(("largest", "scale"), [(4_000, "linear"), (40_000, "log")])
 def test_costs_far_apart_stand_on_a_logarithmic_axis(largest, scale):
     rows = [row({"model.hidden_size": n}, 2.0, active_parameters=n, kept_parameters=n) for n in (1_000, largest)]
-    assert {axis.get_xscale() for axis in loss_by_parameters(points_of(rows)).axes[:2]} == {scale}
+    assert {axis.get_xscale() for axis in loss_by_parameters(variant_results(rows)).axes[:2]} == {scale}
 
 
 @pytest.mark.parametrize("kind", ["flat", "nearly flat", "steep at one end"])
@@ -103,7 +103,7 @@ def test_levels_of_a_map_rise_and_can_be_drawn_whatever_the_law(kind):
 
 def test_the_pareto_front_holds_what_no_other_point_beats():
     points = [
-        FigurePoint({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]
+        VariantResult({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]
     ]
     assert [(p.row["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
 
@@ -148,7 +148,7 @@ def hatched(axis):
 
 
 def test_a_map_of_single_experts_has_the_change_against_the_first_point_and_hatches_what_seeds_explain():
-    figure = expert_maps(points_of(one_by_one((0, 1, 2))))
+    figure = expert_maps(variant_results(one_by_one((0, 1, 2))))
     axis, bar = figure.axes
     assert axis.get_title() == "expert_hidden, S=0.9" and "nats per token" in bar.get_ylabel()
     changes = np.asarray(axis.images[0].get_array())
@@ -162,7 +162,7 @@ def test_a_map_of_single_experts_has_the_change_against_the_first_point_and_hatc
 
 
 def test_a_map_of_one_seed_says_that_no_spread_is_known_and_marks_nothing():
-    figure = expert_maps(points_of(one_by_one((1,))))
+    figure = expert_maps(variant_results(one_by_one((1,))))
     assert "one seed: no spread known" in figure.get_suptitle() and not hatched(figure.axes[0])
     assert np.asarray(figure.axes[0].images[0].get_array())[0, 1] == pytest.approx(100, abs=2)
     assert figure.legends == []
@@ -170,13 +170,13 @@ def test_a_map_of_one_seed_says_that_no_spread_is_known_and_marks_nothing():
 
 def test_the_interval_of_a_difference_is_that_of_seeds_as_blocks():
     losses = np.array([[2.0, 2.5, 3.1], [2.1, 2.7, 3.0], [1.9, 2.6, 3.3]])
-    points = [FigurePoint({}, float(own.mean()), 0.0, dict(enumerate(own.tolist()))) for own in losses]
+    points = [VariantResult({}, float(own.mean()), 0.0, dict(enumerate(own.tolist()))) for own in losses]
     change, half = differences(points)
     np.testing.assert_allclose(change, [0.2 / 3, 0.2 / 3])
     # Residuals around row and column means, by hand: 4 degrees of freedom, t = 2.776.
     residuals = losses - losses.mean(1, keepdims=True) - losses.mean(0) + losses.mean()
     assert half == pytest.approx(2.7764 * (2 * (residuals**2).sum() / 4 / 3) ** 0.5, rel=1e-4)
-    shifted = [FigurePoint({}, p.loss, 0.0, {s: v + 10 * s for s, v in p.by_seed.items()}) for p in points]
+    shifted = [VariantResult({}, p.loss, 0.0, {s: v + 10 * s for s, v in p.by_seed.items()}) for p in points]
     assert differences(shifted)[1] == pytest.approx(half), "what a seed does to all points alike does not count"
     assert differences([p._replace(by_seed={0: p.by_seed[0]}) for p in points])[1] is None
 
@@ -185,8 +185,8 @@ def test_a_point_that_changes_two_experts_or_another_setting_is_on_no_map():
     rows = one_by_one((0,))[:2]
     both = place_row("both", 2.0, {(0, 0): 0.9, (1, 0): 0.9})
     other = place_row("other", 2.0, {(1, 1): 0.9}, settings={"model.moe.router": "x"})
-    assert expert_maps(points_of([*rows, both, other])) is None
-    assert expert_maps(points_of([*rows, both, place_row("more", 2.0, {(1, 2): 0.9})])) is not None
+    assert expert_maps(variant_results([*rows, both, other])) is None
+    assert expert_maps(variant_results([*rows, both, place_row("more", 2.0, {(1, 2): 0.9})])) is not None
 
 
 def scan(seeds=(0,)):
@@ -206,13 +206,13 @@ def scan(seeds=(0,)):
 
 
 def test_a_scan_of_the_s_of_one_place_is_one_line_over_that_s_and_names_the_place():
-    figure = loss_by_sparsity(points_of(scan()))
+    figure = loss_by_sparsity(variant_results(scan()))
     (axis,) = figure.axes
     (line,) = [one for one in axis.lines if len(one.get_xdata()) > 1]
     assert list(line.get_xdata()) == [0.0, 0.5, 0.9] and list(line.get_ydata()) == [2.0, 2.5, 2.9]
     assert axis.get_xlabel() == "S at layer 1 experts 0-1 expert_hidden"
     assert figure.legends[0].get_title().get_text() == "one seed: no spread known"
-    assert "over 2 seeds" in loss_by_sparsity(points_of(scan((0, 1)))).legends[0].get_title().get_text()
+    assert "over 2 seeds" in loss_by_sparsity(variant_results(scan((0, 1)))).legends[0].get_title().get_text()
 
 
 def places():
@@ -221,12 +221,12 @@ def places():
         for s in (0.9, 0.5):
             rows.append(place_row(f"a{s}", 2.0 + seed + s * (1 + seed), {(0, 2): s}, seed=seed))
             rows.append(place_row(f"b{s}", 2.0 + seed - s, {(1, 0): s, (1, 1): s}, seed=seed))
-    return points_of(rows)
+    return variant_results(rows)
 
 
 def test_places_that_are_scanned_beside_each_other_have_a_line_each_from_the_first_point():
     assert loss_by_sparsity(places()) is None, "their mean S is no axis"
-    figure = loss_by_place(places())
+    figure = loss_by_cell(places())
     (axis,) = figure.axes
     lines = {own.get_label(): own[0] for own in axis.containers}
     assert list(lines) == ["layer 0 expert 2 expert_hidden", "layer 1 experts 0-1 expert_hidden"]
@@ -236,7 +236,7 @@ def test_places_that_are_scanned_beside_each_other_have_a_line_each_from_the_fir
     assert "change" in axis.get_ylabel()
 
 
-@pytest.mark.parametrize("make", [lambda: loss_by_place(places()), lambda: loss_by_sparsity(points_of(scan()))])
+@pytest.mark.parametrize("make", [lambda: loss_by_cell(places()), lambda: loss_by_sparsity(variant_results(scan()))])
 def test_no_legend_covers_what_is_drawn_or_holds_python(make):
     figure = make()
     FigureCanvasAgg(figure).draw()
@@ -255,7 +255,7 @@ def test_lines_of_named_variants_have_their_names_and_none_is_a_dictionary():
         for name, own in (("plain", {}), ("mine", {"data.sources": [{"kind": "text", "path": "x"}]}))
         for s in (0.0, 0.5)
     ]
-    (legend,) = loss_by_sparsity(points_of(rows)).legends
+    (legend,) = loss_by_sparsity(variant_results(rows)).legends
     assert [text.get_text() for text in legend.get_texts()] == ["E=4, A=2, plain", "E=4, A=2, mine"]
 
 

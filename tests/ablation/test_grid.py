@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.ablation.grid.outcome import outcome_of
-from qsparse_moe.ablation.grid.points import load_grid
+from qsparse_moe.ablation.grid.load import load_grid
 from qsparse_moe.ablation.grid.run import run_grid
+from qsparse_moe.ablation.grid.run_result import result_of
 from qsparse_moe.accounting.parameters import count_by_part
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.errors import ConfigError
@@ -177,7 +177,7 @@ def test_runs_end_are_kept_and_a_broken_one_does_not_stop_the_others(write, tmp_
     broken = GRID.replace("half: {", "half: {data.cache_dir: /proc/none, ").replace("[0, 3]", "[0]")
     grid = load_grid(write(broken), output_dir=str(tmp_path / "out"))
     told = []
-    outcomes, stopped_by = run_grid(grid, tell=told.append)
+    outcomes, stopped_by = run_grid(grid, notify=told.append)
     assert stopped_by == 0
     assert [outcome.finished for outcome in outcomes] == [True, False]
     assert outcomes[0].bits_per_byte > 0
@@ -273,14 +273,14 @@ def test_a_runs_gradient_norms_are_the_means_over_its_second_half(write, tmp_pat
     run = grid.runs[0]
     names = ("train/grad_norm", "train/grad_norm/layer_0", "train/grad_norm/layer_1")
     finished_run(run, [{"step": s} | dict(zip(names, (100 * s, s, 10 * s), strict=True)) for s in range(1, steps + 1)])
-    assert outcome_of(grid, run).layer_grad_norms == mean
+    assert result_of(grid, run).layer_grad_norms == mean
 
 
 def test_a_run_that_stopped_logging_gradient_norms_before_its_second_half_has_none(write, tmp_path):
     grid = load_grid(write(), output_dir=str(tmp_path / "out"))
     run = grid.runs[0]
     finished_run(run, [{"step": 1, "train/grad_norm/layer_0": 1.0}, {"step": 2, "train/grad_norm": 1.0}])
-    assert outcome_of(grid, run).layer_grad_norms is None
+    assert result_of(grid, run).layer_grad_norms is None
 
 
 def test_a_folder_made_with_other_settings_is_one_broken_run_among_finished_ones(write, tmp_path):
@@ -302,8 +302,8 @@ def test_costs_of_relu_follow_the_zeros_that_the_run_measured(write, tmp_path):
     measured = {f"sparsity/{site}/zeros/layer_0": 0.0 for site in sites}
     validated = {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}
     finished_run(relu, [validated | measured])
-    assert outcome_of(grid, relu).kept_parameters == outcome_of(grid, dense).kept_parameters
-    assert outcome_of(grid, relu).sparsity == 0.5
+    assert result_of(grid, relu).kept_parameters == result_of(grid, dense).kept_parameters
+    assert result_of(grid, relu).sparsity == 0.5
 
 
 def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_bytes_of_the_precision(write, tmp_path):
@@ -319,7 +319,7 @@ def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_byt
         changed = [f"training.precision={precision}"]
         grid = load_grid(path, changed, output_dir=str(tmp_path / precision))
         finished_run(grid.runs[0], logged)
-        found[precision] = outcome_of(grid, grid.runs[0])
+        found[precision] = result_of(grid, grid.runs[0])
     one = found["fp32"]
     assert one.curve == [(64, 3.0, 4.0), (128, 1.0, 1.5)]
     assert (one.steps, one.tokens, one.loss, one.bits_per_byte) == (2, 128, 1.0, 1.5)
@@ -333,7 +333,7 @@ def test_a_row_of_results_counts_the_parameters_of_the_built_model_and_those_tha
         "num_experts: 2, experts_per_token: 2", "num_experts: 5, experts_per_token: 2, num_shared_experts: 1"
     )
     grid = load_grid(write(base=base), output_dir=str(tmp_path / "out"))
-    dense, half = (outcome_of(grid, grid.runs[index]) for index in (0, 2))
+    dense, half = (result_of(grid, grid.runs[index]) for index in (0, 2))
     sizes = {name: p.numel() for name, p in build_model(grid.runs[0].config.model).named_parameters()}
     tables = sizes.pop("embedding.weight") + sizes.pop("head.weight")
     assert tables == 2 * 264 * 16
@@ -368,8 +368,8 @@ def test_a_list_of_variants_is_named_by_itself_or_by_what_it_sets(write, tmp_pat
     labels = [run.choices[0].label for run in grid.runs]
     assert labels == ["dense", "layer 0 experts 0-1 expert_hidden S=0.9", "layer 0 expert 2 S=0.5", "last"]
     assert {run.choices[0].paths for run in grid.runs} == {("model.sparsity.overrides",)}
-    assert grid.places == ((0, "expert_input"), (0, "expert_hidden"))
-    found = [outcome_of(grid, run).varied_sparsity for run in grid.runs]
+    assert grid.varied_sites == ((0, "expert_input"), (0, "expert_hidden"))
+    found = [result_of(grid, run).varied_sparsity for run in grid.runs]
     assert found[0] == [(0, "expert_input", None, 0.0), (0, "expert_hidden", None, 0.0)]
     assert found[1] == [
         (0, "expert_input", None, 0.0),
@@ -414,8 +414,8 @@ def test_a_list_of_variants_that_cannot_be_named_is_refused(write, entries, mess
 
 
 def test_models_of_different_places_have_no_places_that_the_grid_varies(write):
-    assert load_grid(write(AXES)).places == ()
-    assert len(load_grid(write(GRID)).places) == 4
+    assert load_grid(write(AXES)).varied_sites == ()
+    assert len(load_grid(write(GRID)).varied_sites) == 4
 
 
 def test_runs_of_a_grid_name_their_variant_and_whole_lists_for_the_hparams_page(write):

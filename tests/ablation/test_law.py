@@ -11,8 +11,8 @@ from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest
 from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, why_not
 from qsparse_moe.ablation.law.forms import Design
 from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, PRODUCT
+from qsparse_moe.ablation.law.observations import imagined, seed_spread
 from qsparse_moe.ablation.law.optimum import find_optimum
-from qsparse_moe.ablation.law.points import imagined, seed_spread
 from qsparse_moe.ablation.law.published import (
     EXPERT_SPARSITY,
     FINE_GRAINED,
@@ -22,7 +22,7 @@ from qsparse_moe.ablation.law.published import (
     Q_SPARSE,
 )
 from qsparse_moe.ablation.law.study import printed_optimum
-from tests.ablation.law_runs import points_of
+from tests.ablation.law_runs import observations_of
 
 CONSTANTS = {
     "product": {"E": 1.0, "B": 0.2, "C": 0.7, "b": 0.6, "alpha": 0.3, "delta": 0.12, "beta": 0.15, "nu": 0.5},
@@ -38,7 +38,7 @@ for without_sparsity in (FINE_GRAINED, JOINT_MOE, EXPERT_SPARSITY):
 
 
 def runs_of(form, **settings):
-    return points_of(form, CONSTANTS[form.name], **SIZE.get(form.name, {}) | settings)
+    return observations_of(form, CONSTANTS[form.name], **SIZE.get(form.name, {}) | settings)
 
 
 def plainly(form, p):
@@ -141,7 +141,7 @@ def test_constants_that_round_to_the_printed_ones_reproduce_the_published_optimu
     """Of those there are many; with B and C as printed and this beta the optimum is the stated one."""
     unrounded = dict(Q_SPARSE.printed) | {"beta": 0.0547}
     assert {name: round(value, 2) for name, value in unrounded.items()} == Q_SPARSE.printed
-    points = points_of(Q_SPARSE, unrounded, **SIZE["q-sparse"], noise=0.0005)
+    points = observations_of(Q_SPARSE, unrounded, **SIZE["q-sparse"], noise=0.0005)
     found = optimum(Q_SPARSE, fit(Q_SPARSE, points).constants)
     assert found.sparsity == pytest.approx(PUBLISHED_OPTIMUM["full precision"], abs=0.01)
     assert optimum(Q_SPARSE, unrounded).sparsity == pytest.approx(0.4558, abs=5e-4)

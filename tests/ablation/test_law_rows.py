@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from qsparse_moe.ablation.grid.outcome import outcome_of
-from qsparse_moe.ablation.grid.points import load_grid
-from qsparse_moe.ablation.law.rows import read_runs
+from qsparse_moe.ablation.grid.load import load_grid
+from qsparse_moe.ablation.grid.run_result import result_of
+from qsparse_moe.ablation.law.read import read_runs
 from tests.ablation.law_runs import write_rows
 
 BASE = """
@@ -29,13 +29,13 @@ def file(tmp_path):
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "grid.yaml").write_text("base: base.yaml\nseeds: [0, 1]\nvariants: {half: {}}\n")
     grid = load_grid(tmp_path / "grid.yaml", output_dir=str(tmp_path / "out"))
-    rows = [json.loads(json.dumps(outcome_of(grid, run).as_dict())) for run in grid.runs]
+    rows = [json.loads(json.dumps(result_of(grid, run).as_dict())) for run in grid.runs]
     done = {"finished": True, "tokens": 1000, "loss": 4.0, "bits_per_byte": 5.8, "curve": CURVE}
     return write_rows(tmp_path / "results.jsonl", [row | done for row in rows])
 
 
 def test_parameters_are_the_weight_matrices_without_embedding_head_and_norms(file):
-    points = read_runs([file]).points
+    points = read_runs([file]).observations
     attention, router, expert = 2 * 4 * 16 * 16, 2 * 4 * 16, 2 * 3 * 16 * 32
     norms = 2 * 2 * 16 + 16
     assert points.active.tolist() == [attention + router + expert] * 4
@@ -46,10 +46,10 @@ def test_parameters_are_the_weight_matrices_without_embedding_head_and_norms(fil
 
 
 def test_a_run_gives_its_curve_its_end_or_what_comes_late_enough(file):
-    points = read_runs([file]).points
+    points = read_runs([file]).observations
     assert points.tokens.tolist() == [500, 1000] * 2 and points.loss.tolist() == [5.0, 4.0] * 2
     assert points.run.tolist() == [0, 0, 1, 1]
     assert points.configuration.tolist() == [0] * 4, "seeds are no configurations"
-    assert read_runs([file], last_only=True).points.loss.tolist() == [4.0, 4.0]
-    assert read_runs([file.parent], min_tokens=501).points.loss.tolist() == [4.0, 4.0]
-    assert read_runs([file], unit="bits-per-byte").points.loss.tolist() == [7.2, 5.8] * 2
+    assert read_runs([file], last_only=True).observations.loss.tolist() == [4.0, 4.0]
+    assert read_runs([file.parent], min_tokens=501).observations.loss.tolist() == [4.0, 4.0]
+    assert read_runs([file], unit="bits-per-byte").observations.loss.tolist() == [7.2, 5.8] * 2

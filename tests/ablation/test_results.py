@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.ablation.grid.points import load_grid
+from qsparse_moe.ablation.grid.load import load_grid
 from qsparse_moe.ablation.grid.report import markdown, write_results
 from qsparse_moe.ablation.grid.results import RunResult, read_results, results_text
 from qsparse_moe.errors import ConfigError

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
-from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, outcomes
-from qsparse_moe.ablation.allocation.report import outcome_rows
+from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, comparisons
+from qsparse_moe.ablation.allocation.report import comparison_rows
 from qsparse_moe.ablation.grid.placement import Placement
 from qsparse_moe.ablation.sensitivity.documents import bootstrap_intervals
 
@@ -25,7 +25,7 @@ def test_the_gap_closed_is_a_share_of_the_way_from_uniform_to_dense():
         "other": (np.array([29.0, 86.0]), 8.0),  # 5 of the 20 nats
         DENSE: (np.array([25.0, 75.0]), 9.0),
     }
-    by_name = {outcome.name: outcome for outcome in outcomes(found, labels_C)}
+    by_name = {outcome.name: outcome for outcome in comparisons(found, labels_C)}
     assert {name: outcome.gap_closed for name, outcome in by_name.items()} == {UNIFORM: 0.0, "other": 0.25, DENSE: 1.0}
     assert by_name["other"].against_uniform == pytest.approx(-5 / 40)
     assert by_name["other"].loss == pytest.approx(115 / 40)
@@ -38,10 +38,10 @@ def test_no_share_of_a_gap_is_given_where_the_gap_may_be_0():
         "other": (np.full(4, 28.0), 8.0),
         DENSE: (np.array([20.0, 39.0, 20.0, 39.0]), 9.0),  # better by 2 nats together, between -9 and +10 a document
     }
-    compared = outcomes(found, labels_C)
+    compared = comparisons(found, labels_C)
     assert compared[2].against_uniform < 0.0 < compared[2].interval[1]
     assert [outcome.gap_closed for outcome in compared] == [None] * 3
-    assert [row[-1] for row in outcome_rows([asdict(one) for one in compared])] == ["gap not told from 0"] * 3
+    assert [row[-1] for row in comparison_rows([asdict(one) for one in compared])] == ["gap not told from 0"] * 3
 
 
 def test_an_interval_of_95_percent_leaves_a_fortieth_on_either_side():

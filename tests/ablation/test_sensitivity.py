@@ -9,15 +9,15 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.sensitivity.documents import (
-    DocumentRows,
+    DocumentSequences,
     bootstrap_intervals,
     token_losses,
     training_documents,
     validation_documents,
 )
-from qsparse_moe.ablation.sensitivity.estimate import changes, estimate
+from qsparse_moe.ablation.sensitivity.estimate import estimate, row_changes
 from qsparse_moe.ablation.sensitivity.figures import _figures
 from qsparse_moe.ablation.sensitivity.measure import agreements, check_ranks, measure
 from qsparse_moe.config.schema import ModelConfig, RunConfig
@@ -56,12 +56,12 @@ def model_of(settings: ModelConfig, *, sharpness: float = 4.0):
     return model.eval()
 
 
-def rows_of(num_rows=3, length=10, seed=0) -> DocumentRows:
-    tokens = np.random.default_rng(seed).integers(1, VOCABULARY, (num_rows, length + 1))
+def rows_of(num_sequences=3, length=10, seed=0) -> DocumentSequences:
+    tokens = np.random.default_rng(seed).integers(1, VOCABULARY, (num_sequences, length + 1))
     tokens[:, 0] = tokens[1, 4] = 0
     batch = make_batch(tokens, document_token=0, attend_across_documents=False)
     documents = torch.cumsum((batch.tokens_BS == 0).flatten().long(), 0).view_as(batch.tokens_BS) - 1
-    return DocumentRows((batch,), (documents,), int(documents.max()) + 1)
+    return DocumentSequences((batch,), (documents,), int(documents.max()) + 1)
 
 
 def test_cells_name_every_s_of_a_plan_once():
@@ -79,9 +79,9 @@ def test_exact_is_the_difference_of_two_evaluations_and_the_model_keeps_its_plan
     model, rows = model_of(config(moe, default=0.25)), rows_of()
     plan = model.sparsity_plan
     found = measure(model, rows, (0.25, 0.75), draws=20)
-    assert model.sparsity_plan is plan and found.evaluations == len(found.points) + 1 == len(cells_of(plan)) + 1
+    assert model.sparsity_plan is plan and found.evaluations == len(found.changes) + 1 == len(cells_of(plan)) + 1
     (batch, _) = next(iter(rows))
-    for point in found.points[:: 1 if moe else 3]:
+    for point in found.changes[:: 1 if moe else 3]:
         assert point.sparsity == 0.75
         model.set_sparsity(with_cells(plan, {point.cell: 0.75}))
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_changes_of_rows_are_gradient_times_what_the_site_itself_would_make(sele
     x_ND[0, :5] = x_ND[0, 5]  # ties
     values = (0.0, 0.25, 0.5, 0.75)
     now_ND = site.select(x_ND).sparse
-    found_NX = changes(site, x_ND, now_ND, grad_ND, [site_num_kept(settings, value, 16) for value in values])
+    found_NX = row_changes(site, x_ND, now_ND, grad_ND, [site_num_kept(settings, value, 16) for value in values])
     for place, value in enumerate(values):
         site.set_sparsity([value])
         wanted_N = (grad_ND * (site.select(x_ND).sparse - now_ND)).sum(-1)
@@ -182,7 +182,7 @@ def test_a_documents_part_of_an_estimate_is_that_of_its_row_alone():
     for row, ids in enumerate(documents_BS):
         own = ids.unique().numpy()
         alone = make_batch(tokens_RS[row : row + 1], document_token=0, attend_across_documents=False)
-        found = estimate(model, DocumentRows((alone,), (ids[None] - int(own[0]),), len(own)), (0.5, 0.75), draws=0)
+        found = estimate(model, DocumentSequences((alone,), (ids[None] - int(own[0]),), len(own)), (0.5, 0.75), draws=0)
         for cell in cells_of(model.sparsity_plan):
             np.testing.assert_allclose(found.first[cell], whole.first[cell][:, own], atol=1e-10, err_msg=cell.name)
             assert not found.second[cell].any()
@@ -220,9 +220,9 @@ def test_an_expert_without_rows_changes_nothing():
     for block in model.blocks():
         block.moe.router.expert_bias[3] = -10.0
     found = measure(model, rows, (0.75,), draws=5)
-    idle = [p for p in found.points if p.cell.expert == 3]
+    idle = [p for p in found.changes if p.cell.expert == 3]
     assert len(idle) == 4 and all(p.exact == 0.0 and p.estimate == 0.0 and p.exact_interval == (0.0, 0.0) for p in idle)
-    assert any(p.exact != 0.0 for p in found.points)
+    assert any(p.exact != 0.0 for p in found.changes)
 
 
 def data_of(tokens, evaluated=range(0, 12, 2)):
@@ -256,12 +256,12 @@ def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_th
     for row, column in ((0, 0), (1, 2), (4, 0), (6, 3), (8, 1)):
         tokens[row, column] = 0
     data = data_of(tokens)
-    rows = validation_documents(data, num_rows=6, batch_size=4)
+    rows = validation_documents(data, num_sequences=6, batch_size=4)
     # Row 2 belongs to the document that row 1 began, and row 10 to the one of row 8.
     assert torch.cat(rows.documents).tolist() == [[0] * 4, [1] * 4, [2] * 4, [2, 2, 2, 3], [3, 4, 4, 4], [4] * 4]
     assert rows.labels_C.tolist() == [4, 4, 7, 2, 7] and [len(ids) for ids in rows.documents] == [4, 2]
     assert torch.cat([batch.tokens_BS for batch in rows.batches]).tolist() == tokens[::2, :-1].tolist()
-    trained = training_documents(RunConfig(), data, num_rows=6, batch_size=4)
+    trained = training_documents(RunConfig(), data, num_sequences=6, batch_size=4)
     read = torch.cat([batch.tokens_BS for batch in trained.batches])
     assert read.tolist() == tokens[spread_rows(6, 12), :-1].tolist()
     ids = torch.cat(trained.documents)
@@ -276,7 +276,7 @@ def test_documents_are_counted_through_tables_of_more_rows_than_are_read_at_once
     tokens[1024, 0] = tokens[2047, 3] = 0
     tokens[1023], tokens[2048] = 5, 5  # the rows at the borders, where a document goes on from one part to the next
     wanted = [1, 1022, 1023, 1024, 1025, 2047, 2048, 2049, 2599]
-    rows = validation_documents(data_of(tokens, wanted), num_rows=9, batch_size=4)
+    rows = validation_documents(data_of(tokens, wanted), num_sequences=9, batch_size=4)
     number, of_label = 0, []
     for row in tokens[:, :-1].tolist():
         of_label.append([])
@@ -305,18 +305,18 @@ def test_agreement_is_of_all_points_and_of_each_s():
     model, rows = model_of(config(default=0.25)), rows_of()
     found = measure(model, rows, (0.5, 0.75), draws=5)
     assert [one.sparsity for one in found.agreement] == [None, 0.5, 0.75]
-    assert found.agreement[0].points == len(found.points) == 2 * found.agreement[1].points
+    assert found.agreement[0].points == len(found.changes) == 2 * found.agreement[1].points
     assert all(-1 <= one.spearman <= 1 for one in found.agreement)
     assert found.times_cheaper == found.exact_seconds / found.estimate_seconds
-    assert agreements(found.points) == found.agreement
+    assert agreements(found.changes) == found.agreement
     for one in found.agreement:
-        group = [p for p in found.points if one.sparsity in (None, p.sparsity)]
+        group = [p for p in found.changes if one.sparsity in (None, p.sparsity)]
         decided = [p for p in group if p.exact_interval[0] > 0 or p.exact_interval[1] < 0]
         assert one.decided == len(decided) and len(decided) > 2
         assert one.spearman_decided == spearmanr([p.estimate for p in decided], [p.exact for p in decided]).statistic
         assert one.spearman_halves == spearmanr(*zip(*(p.exact_halves for p in group), strict=True)).statistic
     only = measure(model, rows, (0.5,), exact=False, draws=5)
-    assert only.agreement == () and only.times_cheaper is None and {p.exact for p in only.points} == {None}
+    assert only.agreement == () and only.times_cheaper is None and {p.exact for p in only.changes} == {None}
 
 
 def test_halves_are_of_every_other_document_and_none_of_a_single_one():
@@ -324,10 +324,10 @@ def test_halves_are_of_every_other_document_and_none_of_a_single_one():
     found = measure(model, rows, (0.75,), draws=5)
     labels_C = rows.labels_C
     weights = np.array([labels_C[0::2].sum(), labels_C[1::2].sum()]) / labels_C.sum()
-    for point in found.points:
+    for point in found.changes:
         assert weights @ point.exact_halves == pytest.approx(point.exact, abs=1e-12)
-    assert len({point.exact_halves for point in found.points}) > 3
-    one = DocumentRows(rows.batches, tuple(torch.zeros_like(ids) for ids in rows.documents), 1)
+    assert len({point.exact_halves for point in found.changes}) > 3
+    one = DocumentSequences(rows.batches, tuple(torch.zeros_like(ids) for ids in rows.documents), 1)
     assert measure(model, one, (0.75,), draws=5).agreement[0].spearman_halves is None
 
 
@@ -344,9 +344,9 @@ def test_what_has_no_k_of_its_own_is_refused(moe, sparsity, message):
 
 
 def test_rows_of_one_document_are_squared_apart_and_added():
-    model, rows = model_of(config(default=0.25)), rows_of(num_rows=2)
-    apart = DocumentRows(rows.batches, (torch.arange(2)[:, None].expand_as(rows.documents[0]),), 2)
-    together = DocumentRows(rows.batches, (torch.zeros_like(rows.documents[0]),), 1)
+    model, rows = model_of(config(default=0.25)), rows_of(num_sequences=2)
+    apart = DocumentSequences(rows.batches, (torch.arange(2)[:, None].expand_as(rows.documents[0]),), 2)
+    together = DocumentSequences(rows.batches, (torch.zeros_like(rows.documents[0]),), 1)
     two, one = estimate(model, apart, (0.75,)), estimate(model, together, (0.75,))
     for cell in cells_of(model.sparsity_plan):
         np.testing.assert_allclose(one.second[cell][:, 0], two.second[cell].sum(1), rtol=1e-9, err_msg=cell.name)
@@ -355,7 +355,7 @@ def test_rows_of_one_document_are_squared_apart_and_added():
 
 
 def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_cells_whose_interval_holds_0():
-    model, rows = model_of(config(default=0.25)), rows_of(num_rows=6)
+    model, rows = model_of(config(default=0.25)), rows_of(num_sequences=6)
     found = measure(model, rows, (0.25, 0.5, 0.75), draws=50)
     figures = {name: figure for name, figure in _figures(found).items() if name.startswith("map-")}
     assert len(figures) == 4
@@ -372,19 +372,19 @@ def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_ce
                 place = round(patch.get_y() + 0.5), round(patch.get_x() + 0.5)
                 hatched.setdefault((name.removeprefix("map-"), value), set()).add(place)
     ((low, high),) = ends
-    assert -low == high == pytest.approx(1000 * max(abs(point.exact) for point in found.points))
+    assert -low == high == pytest.approx(1000 * max(abs(point.exact) for point in found.changes))
     noise = {}
-    for point in found.points:
+    for point in found.changes:
         if point.exact_interval[0] <= 0 <= point.exact_interval[1]:
             noise.setdefault((point.cell.site, point.sparsity), set()).add((point.cell.layer, point.cell.expert or 0))
-    assert hatched == noise and 0 < sum(map(len, noise.values())) < len(found.points)
+    assert hatched == noise and 0 < sum(map(len, noise.values())) < len(found.changes)
 
 
 def test_a_map_of_estimates_marks_noise_by_their_own_interval():
-    model, rows = model_of(config(default=0.25)), rows_of(num_rows=6)
+    model, rows = model_of(config(default=0.25)), rows_of(num_sequences=6)
     found = measure(model, rows, (0.75,), exact=False, draws=50)
     axis = _figures(found)["map-expert_hidden"].axes[0]
-    own = [point for point in found.points if point.cell.site == "expert_hidden"]
+    own = [point for point in found.changes if point.cell.site == "expert_hidden"]
     assert len(axis.patches) == sum(p.estimate_interval[0] <= 0 <= p.estimate_interval[1] for p in own)
     values = np.asarray(axis.images[0].get_array())
     for point in own:

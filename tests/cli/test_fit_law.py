@@ -11,13 +11,13 @@ from qsparse_moe.ablation.law.joint import PRODUCT
 from qsparse_moe.ablation.law.published import FINE_GRAINED
 from qsparse_moe.cli.app import run
 from qsparse_moe.cli.fit_law import _optimum_table
-from tests.ablation.law_runs import points_of, rows_of, write_rows
+from tests.ablation.law_runs import observations_of, rows_of, write_rows
 
 CONSTANTS = {"E": 1.0, "B": 0.2, "C": 0.7, "b": 0.6, "alpha": 0.3, "delta": 0.12, "beta": 0.15, "nu": 0.5}
 
 
 def rows(**settings):
-    return rows_of(points_of(PRODUCT, CONSTANTS, noise=0.002, **settings))
+    return rows_of(observations_of(PRODUCT, CONSTANTS, noise=0.002, **settings))
 
 
 def fit(capsys, *arguments):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from qsparse_moe.ablation.sensitivity.cells import cells_of
+from qsparse_moe.ablation.cells import cells_of
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.load import load_config
 from qsparse_moe.sparsity.plan import SparsityPlan

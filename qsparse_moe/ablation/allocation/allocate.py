@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qsparse_moe.ablation.allocation.cost import Costs
-from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, with_cells
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows
+from qsparse_moe.ablation.cells import Cell, cells_of, with_cells
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.ablation.sensitivity.estimate import estimate
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import Transformer
@@ -152,7 +152,7 @@ def shifted(plan: SparsityPlan, offsets: Mapping[Cell, float], costs: Costs, tar
 
 
 def allocate_for(
-    model: Transformer, rows: DocumentRows, costs: Costs, target: float, *, rounds: int = 3
+    model: Transformer, sequences: DocumentSequences, costs: Costs, target: float, *, rounds: int = 3
 ) -> SparsityPlan:
     """The plan of ``allocate`` with curves estimated around what the round before found, the first around uniform S.
 
@@ -164,7 +164,7 @@ def allocate_for(
     try:
         for _ in range(rounds):
             model.set_sparsity(found)
-            curves = estimated_curves(model, rows)
+            curves = estimated_curves(model, sequences)
             wished = allocate(found, curves, costs, target)
             found = _between(found, wished, costs, target)
     finally:
@@ -172,9 +172,9 @@ def allocate_for(
     return found
 
 
-def estimated_curves(model: Transformer, rows: DocumentRows) -> dict[Cell, Curve]:
+def estimated_curves(model: Transformer, sequences: DocumentSequences) -> dict[Cell, Curve]:
     """Of every cell, at S from 0 to 0.95 by 0.05, around the model's plan."""
-    estimated = estimate(model, rows, FINE_VALUES)
+    estimated = estimate(model, sequences, FINE_VALUES)
     return {
         cell: list(zip(FINE_VALUES, estimated.total(cell).sum(-1).tolist(), strict=True))
         for cell in cells_of(model.sparsity_plan)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.ablation.allocation.allocate import uniform_at
-from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, PlanComparison, outcomes
+from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, PlanComparison, comparisons
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows, loss_by_document
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.data.packing import Array
 from qsparse_moe.errors import ConfigError
@@ -34,10 +34,10 @@ from qsparse_moe.training.engines.protocol import run_model
 logger = logging.getLogger(__name__)
 
 
-def alternative_outcomes(
+def compare_alternatives(
     model: Transformer,
-    rows: DocumentRows,
-    held_out: DocumentRows,
+    sequences: DocumentSequences,
+    held_out: DocumentSequences,
     plans: Mapping[str, SparsityPlan],
     costs: Costs,
     target: float,
@@ -57,20 +57,25 @@ def alternative_outcomes(
         with pooled_selection(model):
             found["pooled over a token's experts"] = loss_by_document(model, held_out), costs.of(uniform)
         for num_experts in range(1, model.config.moe.experts_per_token):
-            found |= _fewer_experts(model, num_experts, rows, held_out, costs, target)
+            found |= _fewer_experts(model, num_experts, sequences, held_out, costs, target)
         model.set_sparsity(dense)
-        found |= _smaller_experts(model, rows, held_out, costs, target)
+        found |= _smaller_experts(model, sequences, held_out, costs, target)
     finally:
         model.set_sparsity(before)
-    return tuple(one for one in outcomes(found, held_out.labels_C) if one.name not in (UNIFORM, DENSE))
+    return tuple(one for one in comparisons(found, held_out.labels_C) if one.name not in (UNIFORM, DENSE))
 
 
 def _fewer_experts(
-    model: Transformer, num_experts: int, rows: DocumentRows, held_out: DocumentRows, costs: Costs, target: float
+    model: Transformer,
+    num_experts: int,
+    sequences: DocumentSequences,
+    held_out: DocumentSequences,
+    costs: Costs,
+    target: float,
 ) -> dict[str, tuple[Array, float]]:
     other = with_experts_per_token(model, num_experts)
     budget = _absolute(costs, target)
-    own = replace(costs, config=other.config, quantity=budget[0], load=measured_load(other, rows))
+    own = replace(costs, config=other.config, quantity=budget[0], load=measured_load(other, sequences))
     try:
         plan = uniform_at(other.sparsity_plan, own, budget[1])
     except ConfigError as error:
@@ -82,14 +87,14 @@ def _fewer_experts(
 
 
 def _smaller_experts(
-    model: Transformer, rows: DocumentRows, held_out: DocumentRows, costs: Costs, target: float
+    model: Transformer, sequences: DocumentSequences, held_out: DocumentSequences, costs: Costs, target: float
 ) -> dict[str, tuple[Array, float]]:
     budget, full = _absolute(costs, target), model.config.moe.expert_hidden_size
     for kept in range(full, 0, -1):
         own = replace(costs, config=_moe_changed(model.config, expert_hidden_size=kept), quantity=budget[0])
         cost = own.of(SparsityPlan.uniform(own.config, 0.0))
         if cost <= budget[1]:
-            with features_dropped(model, rows, kept):
+            with features_dropped(model, sequences, kept):
                 losses_C = loss_by_document(model, held_out)
             return {f"experts of {kept} of {full} features, S = 0": (losses_C, costs.shown_at(cost - own.fixed))}
     logger.info("smaller experts: with one feature each the dense model still costs more than the budget")
@@ -119,13 +124,13 @@ def with_experts_per_token(model: Transformer, num_experts: int) -> Transformer:
 
 
 @contextmanager
-def features_dropped(model: Transformer, rows: DocumentRows, kept: int) -> Iterator[None]:
+def features_dropped(model: Transformer, sequences: DocumentSequences, kept: int) -> Iterator[None]:
     """Every expert with its ``kept`` most important features alone, while it lasts.
 
     A feature weighs the mean of its magnitude over the expert's rows, as the model runs now, times the L2 norm of its
     row of ``w_down``: what it adds to the output on average. The row of a dropped feature is 0 meanwhile.
     """
-    importance = _mean_magnitudes(model, rows)
+    importance = _mean_magnitudes(model, sequences)
     saved: dict[Block, Tensor] = {}
     try:
         with torch.no_grad():
@@ -144,7 +149,7 @@ def features_dropped(model: Transformer, rows: DocumentRows, kept: int) -> Itera
 
 
 @torch.no_grad()
-def _mean_magnitudes(model: Transformer, rows: DocumentRows) -> dict[Block, Tensor]:
+def _mean_magnitudes(model: Transformer, sequences: DocumentSequences) -> dict[Block, Tensor]:
     """``(E, F)`` of every layer with experts: mean magnitude of the dense hidden rows; 0 for an expert without rows."""
     device, num_experts = model.embedding.weight.device, model.config.moe.num_experts
     blocks = [block for block in model.blocks() if block.moe is not None]
@@ -158,7 +163,7 @@ def _mean_magnitudes(model: Transformer, rows: DocumentRows) -> dict[Block, Tens
         return sparse_NF
 
     with _hidden_hooks(blocks, add):
-        for batch in rows.batches:
+        for batch in sequences.batches:
             run_model(model, batch, device, with_stats=False, layer_hook=None)
     return {block: sums[block] / counts[block].clamp(min=1) for block in blocks}
 

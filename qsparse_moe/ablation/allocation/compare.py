@@ -10,7 +10,7 @@ import numpy as np
 from qsparse_moe.ablation.allocation.allocate import allocate_for, uniform_at
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
 from qsparse_moe.ablation.allocation.rivals import greedy_plan, random_plan
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows, bootstrap_intervals, loss_by_document
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, bootstrap_intervals, loss_by_document
 from qsparse_moe.data.packing import Array
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -36,7 +36,13 @@ class PlanComparison:
 
 
 def rival_plans(
-    model: Transformer, rows: DocumentRows, costs: Costs, target: float, *, num_random: int = 5, rounds: int = 3
+    model: Transformer,
+    sequences: DocumentSequences,
+    costs: Costs,
+    target: float,
+    *,
+    num_random: int = 5,
+    rounds: int = 3,
 ) -> dict[str, SparsityPlan]:
     """All plans of one budget by name, made from the rows of the sensitivities; the model keeps its plan.
 
@@ -45,21 +51,21 @@ def rival_plans(
     """
     uniform = uniform_at(model.sparsity_plan, costs, target)
     plans = {
-        ALLOCATED: allocate_for(model, rows, costs, target, rounds=rounds),
+        ALLOCATED: allocate_for(model, sequences, costs, target, rounds=rounds),
         UNIFORM: uniform,
-        GREEDY: greedy_plan(model, rows, uniform, costs, target),
+        GREEDY: greedy_plan(model, sequences, uniform, costs, target),
     }
     return plans | {f"random {seed}": random_plan(uniform, costs, target, seed) for seed in range(num_random)}
 
 
 def load_under_uniform(
-    model: Transformer, rows: DocumentRows, costs: Costs, target: float, *, rounds: int = 2
+    model: Transformer, sequences: DocumentSequences, costs: Costs, target: float, *, rounds: int = 2
 ) -> Costs:
     """``costs`` with the load that the rows have under uniform S at the budget, which depends on that load a little."""
     before = model.sparsity_plan
     try:
         for _ in range(rounds):
-            costs = replace(costs, load=measured_load(model, rows))
+            costs = replace(costs, load=measured_load(model, sequences))
             model.set_sparsity(uniform_at(before, costs, target))
         return costs
     finally:
@@ -67,7 +73,7 @@ def load_under_uniform(
 
 
 def compare(
-    model: Transformer, rows: DocumentRows, plans: Mapping[str, SparsityPlan], costs: Costs
+    model: Transformer, sequences: DocumentSequences, plans: Mapping[str, SparsityPlan], costs: Costs
 ) -> tuple[PlanComparison, ...]:
     """Every plan, and the dense model, on rows that no plan was made from; uniform S must be among the plans."""
     before = model.sparsity_plan
@@ -75,14 +81,14 @@ def compare(
     try:
         for name, plan in ({**plans, DENSE: SparsityPlan.uniform(model.config, 0.0)}).items():
             model.set_sparsity(plan)
-            losses_C = loss_by_document(model, rows)
-            found[name] = losses_C, replace(costs, load=measured_load(model, rows)).of(plan)
+            losses_C = loss_by_document(model, sequences)
+            found[name] = losses_C, replace(costs, load=measured_load(model, sequences)).of(plan)
     finally:
         model.set_sparsity(before)
-    return outcomes(found, rows.labels_C)
+    return comparisons(found, sequences.labels_C)
 
 
-def outcomes(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tuple[PlanComparison, ...]:
+def comparisons(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tuple[PlanComparison, ...]:
     """From the losses by document and the measured cost of each; uniform S and the dense model are among them."""
     uniform_C, dense_C = found[UNIFORM][0], found[DENSE][0]
     gap = float((uniform_C - dense_C).sum())

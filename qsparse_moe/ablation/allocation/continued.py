@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from qsparse_moe.ablation.allocation.compare import ALLOCATED, DENSE, GREEDY, UNIFORM, PlanComparison, outcomes
+from qsparse_moe.ablation.allocation.compare import ALLOCATED, DENSE, GREEDY, UNIFORM, PlanComparison, comparisons
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows, loss_by_document
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.data.loader import TrainLoader, load_data
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData
@@ -31,7 +31,7 @@ RATE = 0.1
 def compare_after_training(
     run_dir: Path,
     plans: Mapping[str, SparsityPlan],
-    held_out: DocumentRows,
+    held_out: DocumentSequences,
     costs: Costs,
     steps: int,
     device: str,
@@ -52,7 +52,7 @@ def compare_after_training(
             model = _trained(run_dir, plan, steps, data, distributed)
             losses_C = loss_by_document(model, held_out)
             found[name] = losses_C, replace(costs, load=measured_load(model, held_out)).of(plan)
-    return outcomes(found, held_out.labels_C)
+    return comparisons(found, held_out.labels_C)
 
 
 def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, distributed: Distributed) -> Transformer:

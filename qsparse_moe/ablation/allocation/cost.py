@@ -12,8 +12,8 @@ from typing import Literal
 
 import torch
 
-from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, sparsity_of
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows
+from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.accounting.traffic import union
@@ -114,10 +114,10 @@ class Costs:
 
 
 @torch.no_grad()
-def measured_load(model: Transformer, rows: DocumentRows) -> Load:
+def measured_load(model: Transformer, sequences: DocumentSequences) -> Load:
     """Which share of the tokens of ``rows`` uses each expert, at the model's plan."""
     total = None
-    for batch in rows.batches:
+    for batch in sequences.batches:
         output = run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
         rows_LE = output.stats.get("router/rows_LE")
         if rows_LE is not None:

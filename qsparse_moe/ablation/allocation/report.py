@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from qsparse_moe.ablation.allocation.plans import Allocation
+from qsparse_moe.ablation.allocation.run import Allocation
 from qsparse_moe.ablation.sensitivity.report import table
 from qsparse_moe.metrics.tensorboard import plan_table
 
@@ -19,11 +19,21 @@ GAP_NOT_TOLD = "gap not told from 0"
 
 def as_dict(found: Allocation, *, run_dir: Path, output: Path) -> dict[str, Any]:
     """All but the plan, which has a file of its own; JSON-able."""
-    figures = {name: value for name, value in vars(found).items() if name != "plan"}
-    lists = {
-        name: [asdict(one) for one in figures.pop(name)] for name in ("outcomes", "alternatives", "after_training")
+    return {
+        "format": FORMAT,
+        "run_dir": str(run_dir),
+        "output": str(output),
+        "quantity": found.quantity,
+        "target": found.target,
+        "planned": found.planned,
+        "step": found.step,
+        "rows": found.num_sequences,
+        "held_out_rows": found.num_held_out,
+        "train_steps": found.train_steps,
+        "outcomes": [asdict(one) for one in found.comparisons],
+        "alternatives": [asdict(one) for one in found.alternatives],
+        "after_training": [asdict(one) for one in found.after_training],
     }
-    return {"format": FORMAT, "run_dir": str(run_dir), "output": str(output), **figures, **lists}
 
 
 def markdown(found: Allocation, *, title: str) -> str:
@@ -31,18 +41,18 @@ def markdown(found: Allocation, *, title: str) -> str:
     parts = [
         f"# {title}",
         f"Budget: {found.quantity} {found.target:,.6g}; the plan comes to {found.planned:,.6g} with the load of the "
-        f"rows that it was made from. After step {found.step}; {found.rows} training rows for the plans, "
-        f"{found.held_out_rows} validation rows for the figures. Losses in nats a token; the interval is that of the "
+        f"rows that it was made from. After step {found.step}; {found.num_sequences} training rows for the plans, "
+        f"{found.num_held_out} validation rows for the figures. Losses in nats a token; the interval is that of the "
         "difference, by bootstrap over documents.",
-        table(_HEAD, outcome_rows([asdict(one) for one in (*found.outcomes, *found.alternatives)])),
+        table(_HEAD, comparison_rows([asdict(one) for one in (*found.comparisons, *found.alternatives)])),
     ]
     if found.after_training:
         parts += [f"After {found.train_steps} steps of training with each plan:"]
-        parts += [table(_HEAD, outcome_rows([asdict(one) for one in found.after_training]))]
+        parts += [table(_HEAD, comparison_rows([asdict(one) for one in found.after_training]))]
     return "\n\n".join([*parts, "S of the plan:", plan_table(found.plan)]) + "\n"
 
 
-def outcome_rows(outcomes: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
     """The columns of a comparison as text."""
     return [
         (
@@ -53,5 +63,5 @@ def outcome_rows(outcomes: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
             f"{one['cost']:,.5g}",
             GAP_NOT_TOLD if one["gap_closed"] is None else f"{one['gap_closed']:.2f}",
         )
-        for one in outcomes
+        for one in comparisons
     ]

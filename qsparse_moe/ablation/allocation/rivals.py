@@ -12,8 +12,8 @@ from torch import Tensor
 
 from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, shifted
 from qsparse_moe.ablation.allocation.cost import Costs
-from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, sparsity_of, with_cells
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows
+from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.config.schema import Site
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import Transformer
@@ -38,7 +38,7 @@ def random_plan(plan: SparsityPlan, costs: Costs, target: float, seed: int) -> S
 
 @torch.no_grad()
 def greedy_plan(
-    model: Transformer, rows: DocumentRows, uniform: SparsityPlan, costs: Costs, target: float
+    model: Transformer, sequences: DocumentSequences, uniform: SparsityPlan, costs: Costs, target: float
 ) -> SparsityPlan:
     """S by site, found layer by layer as TEAL does (arXiv 2408.14690, algorithm 1).
 
@@ -51,7 +51,7 @@ def greedy_plan(
     model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
     try:
         with _inputs(model) as inputs:
-            for batch in rows.batches:
+            for batch in sequences.batches:
                 run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
         for block in model.blocks():
             found |= _greedy_layer(block, inputs[block], uniform, costs)

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from scipy.stats import t as student_t
 
 from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
-from qsparse_moe.ablation.grid.figure_points import FigurePoint, Place, changed_places, other_settings
+from qsparse_moe.ablation.grid.variants import Cell, VariantResult, changed_cells, other_settings
 from qsparse_moe.config.schema import Site
 from qsparse_moe.data.packing import Array
 
@@ -30,7 +30,7 @@ class _Expert(NamedTuple):
     expert: int
 
 
-def expert_maps(points: Sequence[FigurePoint]) -> Figure | None:
+def expert_maps(points: Sequence[VariantResult]) -> Figure | None:
     """Return a map for each site and S of what changing one expert does; None where fewer than two points do that."""
     experts = _single_experts(points)
     if len(experts) < 2:
@@ -58,7 +58,7 @@ def expert_maps(points: Sequence[FigurePoint]) -> Figure | None:
     return draw_maps(maps, scale_over(change.tolist()), title=title, missing=missing, noise=noise, note=note)
 
 
-def differences(points: Sequence[FigurePoint]) -> tuple[Array, float | None]:
+def differences(points: Sequence[VariantResult]) -> tuple[Array, float | None]:
     """Return the mean change of every point against the first, and half of the interval that each has.
 
     The spread is that of the residuals of an analysis of variance with the seeds as blocks (Fisher 1935): what a seed
@@ -79,17 +79,17 @@ def differences(points: Sequence[FigurePoint]) -> tuple[Array, float | None]:
     return means_V[1:] - means_V[0], half
 
 
-def _single_experts(points: Sequence[FigurePoint]) -> dict[int, _Expert]:
+def _single_experts(points: Sequence[VariantResult]) -> dict[int, _Expert]:
     """By their index, the points that differ from the first in the S of one expert alone."""
     found: dict[int, _Expert] = {}
     for index, point in enumerate(points[1:], 1):
-        changed = changed_places(points[0], point)
+        changed = changed_cells(points[0], point)
         if other_settings(point) == other_settings(points[0]) and (one := _one_expert(changed)) is not None:
             found[index] = one
     return found
 
 
-def _one_expert(changed: Mapping[Place, float]) -> _Expert | None:
+def _one_expert(changed: Mapping[Cell, float]) -> _Expert | None:
     by_expert: dict[tuple[int, int | None], list[Site]] = defaultdict(list)
     for layer, site, expert in changed:
         by_expert[layer, expert].append(site)

@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from qsparse_moe.ablation.grid.expert_figures import expert_maps
-from qsparse_moe.ablation.grid.figure_points import FigurePoint, Row, points_of
 from qsparse_moe.ablation.grid.panels import LOSS, colour_bar, panels_of, split_by
-from qsparse_moe.ablation.grid.scan_figures import MEAN, loss_by_place, loss_by_sparsity, sparsity_axis
+from qsparse_moe.ablation.grid.scan_figures import MEAN, loss_by_cell, loss_by_sparsity, sparsity_axis
+from qsparse_moe.ablation.grid.variants import Row, VariantResult, variant_results
 from qsparse_moe.errors import naming
 
 _SHAPE = ("hidden_size", "num_layers")
@@ -28,10 +28,10 @@ _PAPER = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 
 def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     """Write the PNG files that ``rows`` of results have the axes for into ``folder``: their titles by file name."""
-    points = points_of(rows)
+    points = variant_results(rows)
     drawings = {
         "loss-by-sparsity.png": ("Validation loss by S and experts", loss_by_sparsity(points)),
-        "loss-by-place.png": ("Validation loss by S at each place that is changed", loss_by_place(points)),
+        "loss-by-place.png": ("Validation loss by S at each place that is changed", loss_by_cell(points)),
         "loss-by-expert.png": ("Change of the validation loss by the expert that is changed", expert_maps(points)),
         "loss-by-parameters.png": ("Validation loss by active parameters", loss_by_parameters(points)),
         "iso-loss.png": ("Validation loss over E/A and S", iso_loss(points)),
@@ -47,7 +47,7 @@ def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     return found
 
 
-def loss_by_parameters(points: Sequence[FigurePoint]) -> Figure | None:
+def loss_by_parameters(points: Sequence[VariantResult]) -> Figure | None:
     """Loss against the parameters that a token uses, by routing and by what Q-Sparse keeps, with the Pareto fronts.
 
     None where neither varies.
@@ -69,16 +69,16 @@ def loss_by_parameters(points: Sequence[FigurePoint]) -> Figure | None:
     return figure
 
 
-def pareto_front(points: Sequence[FigurePoint], cost: str) -> list[FigurePoint]:
+def pareto_front(points: Sequence[VariantResult], cost: str) -> list[VariantResult]:
     """The points that no other beats in loss at the same or a lower ``cost``, by rising cost."""
-    front: list[FigurePoint] = []
+    front: list[VariantResult] = []
     for point in sorted(points, key=lambda point: (point.row[cost], point.loss)):
         if not front or point.loss < front[-1].loss:
             front.append(point)
     return front
 
 
-def iso_loss(points: Sequence[FigurePoint]) -> Figure | None:
+def iso_loss(points: Sequence[VariantResult]) -> Figure | None:
     """Contours of equal loss over E/A and S, a panel for every width, depth and A with a complete map of them.
 
     None where there is no such panel.
@@ -106,13 +106,13 @@ def iso_loss(points: Sequence[FigurePoint]) -> Figure | None:
     return figure
 
 
-def _name(point: FigurePoint) -> str:
+def _name(point: VariantResult) -> str:
     """The labels of the point's variant and of its settings of the axes."""
     labels = [label for label, _ in point.row.get("choices") or ()]
     return ", ".join(labels) or str(point.row["variant"])
 
 
-def _scatter(axis: Axes, points: Sequence[FigurePoint], cost: str) -> PathCollection:
+def _scatter(axis: Axes, points: Sequence[VariantResult], cost: str) -> PathCollection:
     front = pareto_front(points, cost)
     x, y = [point.row[cost] / 1e3 for point in front], [point.loss for point in front]
     axis.step(x, y, "k--", where="post", linewidth=1, label="Pareto front", zorder=1)
@@ -143,7 +143,7 @@ def _scatter(axis: Axes, points: Sequence[FigurePoint], cost: str) -> PathCollec
     return axis.scatter(costs, losses, c=[point.row["sparsity"] for point in points], cmap="viridis", zorder=2)
 
 
-def _complete_map(points: Sequence[FigurePoint]) -> tuple[list[float], list[float], list[list[float]]] | None:
+def _complete_map(points: Sequence[VariantResult]) -> tuple[list[float], list[float], list[list[float]]] | None:
     """E/A, S and the loss at each; None unless there is one point at each of at least 2 x 2."""
     # A mean over other numbers of experts is rounded otherwise.
     found = {(p.row["num_experts"] / p.row["experts_per_token"], round(p.row["sparsity"], 6)): p.loss for p in points}

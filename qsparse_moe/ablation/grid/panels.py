@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 
-from qsparse_moe.ablation.grid.figure_points import FigurePoint
+from qsparse_moe.ablation.grid.variants import VariantResult
 
 LOSS = "validation loss, nats per token"
 _LETTERS = {"hidden_size": "D", "num_layers": "L", "experts_per_token": "A"}
@@ -52,10 +52,10 @@ def legend(figure: Figure, axes: Sequence[Axes], note: str = "") -> None:
         figure.set_figheight(high)
 
 
-def split_by(points: Sequence[FigurePoint], names: Sequence[str]) -> dict[str, list[FigurePoint]]:
+def split_by(points: Sequence[VariantResult], names: Sequence[str]) -> dict[str, list[VariantResult]]:
     """Return the points by the title of their panel, which says what they are of ``names``."""
     varying = [name for name in names if len({point.row[name] for point in points}) > 1]
-    panels: dict[str, list[FigurePoint]] = defaultdict(list)
+    panels: dict[str, list[VariantResult]] = defaultdict(list)
     for point in points:
         panels[", ".join(f"{_LETTERS[name]}={point.row[name]}" for name in varying)].append(point)
     return panels

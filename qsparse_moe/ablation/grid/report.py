@@ -1,4 +1,4 @@
-"""The outcomes of a grid as lines of JSON and as Markdown tables."""
+"""The results of a grid as lines of JSON and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -9,54 +9,54 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qsparse_moe.ablation.grid.figures import draw_figures
-from qsparse_moe.ablation.grid.points import Grid
+from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
 from qsparse_moe.errors import naming
 
 REPORT = "report.md"
 
 
-def write_results(grid: Grid, outcomes: Sequence[RunResult], folder: Path) -> None:
+def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> None:
     """Write ``results.jsonl``, the figures that the grid has the axes for, and ``report.md``, each file at once."""
     folder.mkdir(parents=True, exist_ok=True)
-    figures = draw_figures([outcome.as_dict() for outcome in outcomes], folder)
-    report = "\n\n".join([markdown(grid, outcomes), *(f"![{title}]({name})" for name, title in figures.items())])
-    for name, text in ((RESULTS, results_text(outcomes)), (REPORT, report + "\n")):
+    figures = draw_figures([result.as_dict() for result in results], folder)
+    report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
+    for name, text in ((RESULTS, results_text(results)), (REPORT, report + "\n")):
         part = folder / f"{name}.part"
         with naming(part):
             part.write_text(text, "utf-8")
             os.replace(part, folder / name)
 
 
-def markdown(grid: Grid, outcomes: Sequence[RunResult]) -> str:
+def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
     """Quality and cost by point; below them gradient norms by layer where runs have them, and the runs that broke."""
-    seeds = {outcome.seed for outcome in outcomes}
+    seeds = {result.seed for result in results}
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
     parts = [
         f"Validation bits a byte after the last step; {spread}; the distance from the first row seed by seed.",
-        _quality(grid, outcomes),
+        _quality(grid, results),
         "Cost, counted by routing and by what Q-Sparse keeps; parameters without embedding and head where they are "
         "stored. Operations of training per token: executed by dense kernels, and left if every zero were skipped. MB "
         "of weights that one step of generation needs, by its tokens. Tokens/s: measured in training, median. "
         "A column in which all rows agree is told once.",
-        *_cost(grid, outcomes),
+        *_cost(grid, results),
     ]
-    if any(outcome.layer_grad_norms for outcome in outcomes):
+    if any(result.layer_grad_norms for result in results):
         parts.append(
             "Gradient norm by layer, of the layer's matrices and before clipping: mean over the logged steps of the "
             "second half of a run, then mean ± spread over the seeds."
         )
-        parts.append(_gradients(grid, outcomes))
-    broken = [f"- `{outcome.id}`: {_one_line(outcome.error)}" for outcome in outcomes if not outcome.finished]
+        parts.append(_gradients(grid, results))
+    broken = [f"- `{result.id}`: {_one_line(result.error)}" for result in results if not result.finished]
     if broken:
-        parts += [f"{len(broken)} of {len(outcomes)} runs did not come to their end:", "\n".join(broken)]
+        parts += [f"{len(broken)} of {len(results)} runs did not come to their end:", "\n".join(broken)]
     return "\n\n".join(parts)
 
 
-def _quality(grid: Grid, outcomes: Sequence[RunResult]) -> str:
+def _quality(grid: Grid, results: Sequence[RunResult]) -> str:
     """A row a point. A run that is missing has a dash."""
-    seeds = list(dict.fromkeys(outcome.seed for outcome in outcomes))
-    bits = {(outcome.variant, outcome.seed): outcome.bits_per_byte for outcome in outcomes}
+    seeds = list(dict.fromkeys(result.seed for result in results))
+    bits = {(result.variant, result.seed): result.bits_per_byte for result in results}
     first = grid.variants[0]
     rows = []
     for variant in grid.variants:
@@ -74,15 +74,15 @@ def _quality(grid: Grid, outcomes: Sequence[RunResult]) -> str:
     return _table(["variant", *(f"seed {seed}" for seed in seeds), *mean, f"against {first}"], rows)
 
 
-def _cost(grid: Grid, outcomes: Sequence[RunResult]) -> list[str]:
+def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
     """The columns in which the points differ as a table, and what they have in common as a line."""
     by_variant: dict[str, list[RunResult]] = defaultdict(list)
-    for outcome in outcomes:
-        by_variant[outcome.variant].append(outcome)
+    for result in results:
+        by_variant[result.variant].append(result)
     rows = []
     for variant in grid.variants:
         found = by_variant[variant]
-        rates = [outcome.tokens_per_second for outcome in found if outcome.tokens_per_second]
+        rates = [result.tokens_per_second for result in found if result.tokens_per_second]
         kept, left = _mean(found, "kept_parameters"), _mean(found, "kept_training_flops_per_token")
         rows.append(
             [
@@ -106,16 +106,16 @@ def _cost(grid: Grid, outcomes: Sequence[RunResult]) -> list[str]:
     return ([f"The same in all rows: {', '.join(common)}."] if common else []) + (parts if len(differs) > 1 else [])
 
 
-def _mean(outcomes: Sequence[RunResult], name: str) -> float:
-    return statistics.mean(getattr(outcome, name) for outcome in outcomes)
+def _mean(results: Sequence[RunResult], name: str) -> float:
+    return statistics.mean(getattr(result, name) for result in results)
 
 
-def _gradients(grid: Grid, outcomes: Sequence[RunResult]) -> str:
+def _gradients(grid: Grid, results: Sequence[RunResult]) -> str:
     """A row a point, a column a layer. Three digits each: across the layers they may lie orders apart."""
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for outcome in outcomes:
-        for layer, norm in enumerate(outcome.layer_grad_norms or ()):
-            found[outcome.variant, layer].append(norm)
+    for result in results:
+        for layer, norm in enumerate(result.layer_grad_norms or ()):
+            found[result.variant, layer].append(norm)
     layers = range(1 + max(layer for _, layer in found))
     rows = [
         [variant, *(_spread(found.get((variant, layer), ()), digits=".3g") for layer in layers)]

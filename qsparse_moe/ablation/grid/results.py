@@ -87,9 +87,9 @@ class RunResult:
         return {"version": self.version, **asdict(self)}
 
 
-def results_text(outcomes: Iterable[RunResult]) -> str:
+def results_text(results: Iterable[RunResult]) -> str:
     """The text of a ``results.jsonl``."""
-    return "".join(json.dumps(outcome.as_dict()) + "\n" for outcome in outcomes)
+    return "".join(json.dumps(result.as_dict()) + "\n" for result in results)
 
 
 def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:

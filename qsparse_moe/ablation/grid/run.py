@@ -10,10 +10,10 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from qsparse_moe.ablation.grid.children import Children
-from qsparse_moe.ablation.grid.outcome import outcome_of
+from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.placement import Placement
-from qsparse_moe.ablation.grid.points import Grid, GridRun
 from qsparse_moe.ablation.grid.results import RunResult
+from qsparse_moe.ablation.grid.run_result import result_of
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.rules import check_trainable
 from qsparse_moe.errors import CheckpointError, ConfigError, naming
@@ -26,14 +26,14 @@ LOG_TAIL = 400
 class GridResult(NamedTuple):
     """What the runs of a grid came to."""
 
-    outcomes: list[RunResult]
+    results: list[RunResult]
     """In the order of the grid."""
     stopped_by: int
     """Number of the signal that stopped it, else 0."""
 
 
 def run_grid(
-    grid: Grid, placement: Placement | None = None, *, tell: Callable[[RunResult], None] = lambda outcome: None
+    grid: Grid, placement: Placement | None = None, *, notify: Callable[[RunResult], None] = lambda result: None
 ) -> GridResult:
     """Bring every run of ``grid`` to its end; a broken one is reported, and the others go on.
 
@@ -45,7 +45,7 @@ def run_grid(
     Args:
         grid: its configs.
         placement: None is one after the other, a process each.
-        tell: called with every outcome as it comes, from several threads; not after a stop.
+        notify: called with every result as it comes, from several threads; not after a stop.
     """
     placement = placement or Placement()
     for run in grid.runs:
@@ -65,10 +65,10 @@ def run_grid(
                 error = str(refused)
             finally:
                 slots.put(slot)
-            outcome = outcome_of(grid, run, error)
+            result = result_of(grid, run, error)
             if not children.stopped_by:
-                tell(outcome)
-            return outcome
+                notify(result)
+            return result
 
         return GridResult(list(pool.map(bring_to_end, grid.runs)), children.stopped_by)
 

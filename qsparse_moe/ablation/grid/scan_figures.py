@@ -9,18 +9,18 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.figure import Figure
 
-from qsparse_moe.ablation.grid.figure_points import (
-    FigurePoint,
-    Place,
-    changed_places,
+from qsparse_moe.ablation.grid.panels import LOSS, legend, panels_of, split_by
+from qsparse_moe.ablation.grid.variants import (
+    Cell,
+    VariantResult,
+    cells_label,
+    changed_cells,
     choice_labels,
     is_sparsity,
     other_settings,
-    places_label,
     seeds_text,
-    varied,
+    varied_sparsity,
 )
-from qsparse_moe.ablation.grid.panels import LOSS, legend, panels_of, split_by
 
 _SHAPE = ("hidden_size", "num_layers")
 _SHAPE_PATHS = ("model.hidden_size", "model.num_layers", "model.num_heads", "model.num_kv_heads")
@@ -31,7 +31,7 @@ _MOST_CHARACTERS = 70
 MEAN = "mean S of the plan"
 
 
-def loss_by_sparsity(points: Sequence[FigurePoint]) -> Figure | None:
+def loss_by_sparsity(points: Sequence[VariantResult]) -> Figure | None:
     """Draw loss against S, a line for every E and A (and whatever else varies), a panel for every width and depth.
 
     S is that of the places where the grid varies it, which the axis names, or the plan's mean where that is the same.
@@ -57,9 +57,9 @@ def loss_by_sparsity(points: Sequence[FigurePoint]) -> Figure | None:
     return figure
 
 
-def sparsity_axis(points: Sequence[FigurePoint]) -> tuple[str, list[float]]:
+def sparsity_axis(points: Sequence[VariantResult]) -> tuple[str, list[float]]:
     """Return the label of an axis of S and the S of every point; no values where the points have no S in common."""
-    places = varied(points)
+    places = varied_sparsity(points)
     if places:
         by_point = list(zip(*places.values(), strict=True)) if _complete(places, len(points)) else []
         if not by_point or any(len(set(values)) > 1 for values in by_point):
@@ -67,7 +67,7 @@ def sparsity_axis(points: Sequence[FigurePoint]) -> tuple[str, list[float]]:
         found = [values[0] for values in by_point]
         if all(math.isclose(value, point.row["sparsity"]) for value, point in zip(found, points, strict=True)):
             return MEAN, found
-        return f"S at {shortened(places_label(places))}", found
+        return f"S at {shortened(cells_label(places))}", found
     ways = {frozenset(path for path in point.row["settings"] if is_sparsity(path)) for point in points}
     whole = not any(
         path.startswith(("model.sparsity.overrides", "model.sparsity.plan")) for way in ways for path in way
@@ -80,11 +80,11 @@ def shortened(places: str) -> str:
     return places if len(places) <= _MOST_CHARACTERS else "the places that the grid varies"
 
 
-def _complete(places: Mapping[Place, Sequence[float]], num_points: int) -> bool:
+def _complete(places: Mapping[Cell, Sequence[float]], num_points: int) -> bool:
     return all(len(values) == num_points for values in places.values())
 
 
-def loss_by_place(points: Sequence[FigurePoint]) -> Figure | None:
+def loss_by_cell(points: Sequence[VariantResult]) -> Figure | None:
     """Draw the change of loss against the S of the places that a point changes from the first, a line for every place.
 
     The change is that against the first point, seed by seed: what a seed does to both alike is no part of its spread.
@@ -92,9 +92,9 @@ def loss_by_place(points: Sequence[FigurePoint]) -> Figure | None:
     """
     if not points or sparsity_axis(points)[1]:
         return None
-    base, lines = points[0], defaultdict[tuple[Place, ...], list[tuple[float, FigurePoint]]](list)
+    base, lines = points[0], defaultdict[tuple[Cell, ...], list[tuple[float, VariantResult]]](list)
     for point in points[1:]:
-        changed = changed_places(base, point)
+        changed = changed_cells(base, point)
         if changed and len(set(changed.values())) == 1 and other_settings(point) == other_settings(base):
             lines[tuple(changed)].append((next(iter(changed.values())), point))
     if not lines or max(map(len, lines.values())) < 2 or len(lines) > _MOST_LINES:
@@ -110,7 +110,7 @@ def loss_by_place(points: Sequence[FigurePoint]) -> Figure | None:
             [s + shift for s, _ in line],
             [change for change, _ in changes],
             [spread for _, spread in changes] if any(spread for _, spread in changes) else None,
-            label=shortened(places_label(places)),
+            label=shortened(cells_label(places)),
             color=f"C{position % 10}",
             linestyle="-" if position < 10 else "--",
             marker="o",
@@ -123,7 +123,7 @@ def loss_by_place(points: Sequence[FigurePoint]) -> Figure | None:
     return figure
 
 
-def _change(base: FigurePoint, point: FigurePoint) -> tuple[float, float]:
+def _change(base: VariantResult, point: VariantResult) -> tuple[float, float]:
     """The mean over the seeds that both have of the change, and its standard deviation; 0 where they share one."""
     apart = [point.by_seed[seed] - base.by_seed[seed] for seed in base.by_seed if seed in point.by_seed]
     if not apart:
@@ -131,20 +131,20 @@ def _change(base: FigurePoint, point: FigurePoint) -> tuple[float, float]:
     return statistics.mean(apart), statistics.stdev(apart) if len(apart) > 1 else 0.0
 
 
-def _sparsity_at(base: FigurePoint, places: Sequence[Place], other: FigurePoint) -> float | None:
+def _sparsity_at(base: VariantResult, places: Sequence[Cell], other: VariantResult) -> float | None:
     """S of ``base`` at places where ``other`` has another; None where they differ."""
-    both = varied((base, other))
+    both = varied_sparsity((base, other))
     values = {both[place][0] for place in places}
     return values.pop() if len(values) == 1 else None
 
 
-def _lines(points: Sequence[FigurePoint]) -> dict[str, list[FigurePoint]]:
+def _lines(points: Sequence[VariantResult]) -> dict[str, list[VariantResult]]:
     """The points of a panel by their label: E and A, and the names of whatever else varies beside S."""
     known = (*_SHAPE_PATHS, *_EXPERT_PATHS)
     paths = {path for point in points for path in point.row["settings"] if not is_sparsity(path) and path not in known}
     # What is the same in the whole panel tells no line from another.
     telling = {path for path in paths if len({repr(point.row["settings"].get(path)) for point in points}) > 1}
-    lines: dict[str, list[FigurePoint]] = defaultdict(list)
+    lines: dict[str, list[VariantResult]] = defaultdict(list)
     for point in points:
         experts = f"E={point.row['num_experts']}, A={point.row['experts_per_token']}"
         lines[", ".join([experts, *choice_labels(point, telling)])].append(point)

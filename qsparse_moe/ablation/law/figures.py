@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from qsparse_moe.ablation.law.forms import Design
+from qsparse_moe.ablation.law.observations import Array, Observations, imagined
 from qsparse_moe.ablation.law.optimum import GRID
-from qsparse_moe.ablation.law.points import Array, Points, imagined
-from qsparse_moe.ablation.law.rows import UNITS
+from qsparse_moe.ablation.law.read import UNITS
 from qsparse_moe.ablation.law.study import FittedForm, Study
 
 FIGURES = ("fit.png", "residuals.png", "sparsity.png", "iso_loss.png")
@@ -37,16 +37,16 @@ def draw(done: Study, folder: Path) -> list[str]:
 
 def _fit(done: Study, best: FittedForm) -> Figure:
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")
-    points = done.runs.points
-    fitted = best.best.loss(points)
-    drawn = axes.scatter(fitted, points.loss, c=points.sparsity, s=14, cmap="viridis", vmin=0)
-    ends = [min(fitted.min(), points.loss.min()), max(fitted.max(), points.loss.max())]
+    observations = done.runs.observations
+    fitted = best.best.loss(observations)
+    drawn = axes.scatter(fitted, observations.loss, c=observations.sparsity, s=14, cmap="viridis", vmin=0)
+    ends = [min(fitted.min(), observations.loss.min()), max(fitted.max(), observations.loss.max())]
     axes.plot(ends, ends, color="0.4", linewidth=1)
     unit = UNITS[done.unit]
     axes.set(
         xlabel=f"fitted loss ({unit})",
         ylabel=f"measured validation loss ({unit})",
-        title=f"Form {best.best.form.name}: {points.num_runs} runs, RMS error {best.fit_error:.2%}",
+        title=f"Form {best.best.form.name}: {observations.num_runs} runs, RMS error {best.fit_error:.2%}",
     )
     figure.colorbar(drawn, label="activation sparsity S")
     return figure
@@ -54,13 +54,13 @@ def _fit(done: Study, best: FittedForm) -> Figure:
 
 def _residuals(done: Study, best: FittedForm) -> Figure:
     figure, panels = plt.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey=True)
-    points = done.runs.points
-    percent = 100 * best.best.log_residuals(points)
+    observations = done.runs.observations
+    percent = 100 * best.best.log_residuals(observations)
     against: list[tuple[str, Array, bool]] = [
-        ("parameters N", points.total, True),
-        ("tokens D", points.tokens, True),
-        ("experts / experts per token, E/A", 1 / points.expert_share, True),
-        ("activation sparsity S", points.sparsity, False),
+        ("parameters N", observations.total, True),
+        ("tokens D", observations.tokens, True),
+        ("experts / experts per token, E/A", 1 / observations.expert_share, True),
+        ("activation sparsity S", observations.sparsity, False),
     ]
     for axes, (label, values, by_ratio) in zip(panels.flat, against, strict=True):
         axes.axhline(0, color="0.4", linewidth=1)
@@ -84,11 +84,11 @@ def _sparsity(done: Study) -> Figure:
     figure, (axes, below) = plt.subplots(
         2, 1, figsize=(7, 6), layout="constrained", sharex=True, height_ratios=(5, 1), squeeze=True
     )
-    points = done.runs.points
-    share = _middle_share(points)
+    observations = done.runs.observations
+    share = _middle_share(observations)
     with_sparsity = {name: found for name, found in done.fitted.items() if found.optima}
     optima = [best.found.sparsity for found in with_sparsity.values() for best in found.optima]
-    end = max(points.sparsity.max() + 0.15, *optima)
+    end = max(observations.sparsity.max() + 0.15, *optima)
     grid = GRID[: np.searchsorted(GRID, end, side="right")]
     models = imagined(kept=done.kept, expert_share=share, sparsity=grid)
     lowest = 0.0
@@ -106,7 +106,7 @@ def _sparsity(done: Study) -> Figure:
         below.plot(best.found.sparsity, place, "o", color=line.get_color(), markeredgecolor="white", markersize=7)
     axes.axhline(0, color="0.4", linewidth=1)
     for panel in (axes, below):
-        panel.axvline(points.sparsity.max(), color="0.6", linewidth=1, linestyle=":", label="largest S of a run")
+        panel.axvline(observations.sparsity.max(), color="0.6", linewidth=1, linestyle=":", label="largest S of a run")
     axes.set(
         xlim=(0, grid[-1]),
         ylim=(2 * lowest - 2, 30),
@@ -137,10 +137,10 @@ def _percent(reducible: Array) -> Array:
 def _iso_loss(done: Study, best: FittedForm) -> Figure:
     """Loss of the best form over E/A and S at equal kept parameters and the most tokens of the runs."""
     figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
-    points = done.runs.points
-    ratios = np.geomspace((1 / points.expert_share).min(), (1 / points.expert_share).max(), 60)
-    grid = np.linspace(0, points.sparsity.max(), 80)
-    tokens = float(points.tokens.max())
+    observations = done.runs.observations
+    ratios = np.geomspace((1 / observations.expert_share).min(), (1 / observations.expert_share).max(), 60)
+    grid = np.linspace(0, observations.sparsity.max(), 80)
+    tokens = float(observations.tokens.max())
     losses = np.array(
         [best.best.loss(imagined(kept=done.kept, expert_share=1 / r, sparsity=grid, tokens=tokens)) for r in ratios]
     ).T
@@ -148,9 +148,9 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     filled = axes.contourf(ratios, grid, losses, levels=levels, norm=BoundaryNorm(levels, 256), cmap="viridis")
     lines = axes.contour(ratios, grid, losses, levels=levels, colors="white", linewidths=0.6)
     axes.clabel(lines, fontsize=7, fmt="%.3f")
-    axes.plot(1 / points.expert_share, points.sparsity, "o", color="black", markersize=4, clip_on=False)
+    axes.plot(1 / observations.expert_share, observations.sparsity, "o", color="black", markersize=4, clip_on=False)
     axes.set_xscale("log")
-    _ticks(axes, 1 / points.expert_share)
+    _ticks(axes, 1 / observations.expert_share)
     axes.set(
         xlabel="experts / experts per token, E/A",
         ylabel="activation sparsity S",
@@ -166,6 +166,6 @@ def _ticks(axes: Axes, values: Array) -> None:
     axes.minorticks_off()
 
 
-def _middle_share(points: Points) -> float:
-    shares = np.unique(points.expert_share)
+def _middle_share(observations: Observations) -> float:
+    shares = np.unique(observations.expert_share)
     return float(shares[len(shares) // 2])

@@ -1,6 +1,6 @@
 """The constants of a form: Huber loss on the log of the loss, minimised by L-BFGS from a grid of starts.
 
-P constants, n points.
+P constants, n observations.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import minimize, nnls
 
 from qsparse_moe.ablation.law.forms import QUANTITIES, Design, Form
-from qsparse_moe.ablation.law.points import Array, Points
+from qsparse_moe.ablation.law.observations import Array, Observations
 from qsparse_moe.errors import ConfigError
 
 HUBER_DELTA = 1e-3
@@ -55,36 +55,36 @@ class Fit:
         """By name."""
         return self.form.values(self.theta)
 
-    def loss(self, points: Points) -> Array:
+    def loss(self, observations: Observations) -> Array:
         """``(n,)`` what the law says of them."""
-        return Design.of(self.form, points).loss(self.theta)
+        return Design.of(self.form, observations).loss(self.theta)
 
-    def log_residuals(self, points: Points) -> Array:
+    def log_residuals(self, observations: Observations) -> Array:
         """``(n,)`` ln of measured over fitted: near the relative error."""
-        return np.log(points.loss) - np.log(self.loss(points))
+        return np.log(observations.loss) - np.log(self.loss(observations))
 
 
-def rms(log_residuals: Array, points: Points) -> float:
+def rms(log_residuals: Array, observations: Observations) -> float:
     """Root of the mean square, every run counting as one."""
-    weights = points.run_weights
+    weights = observations.run_weights
     return float(np.sqrt((weights * log_residuals**2).sum() / weights.sum()))
 
 
-def why_not(form: Form, points: Points) -> str | None:
-    """Why these points cannot tell the constants of ``form``; None where they can."""
+def why_not(form: Form, observations: Observations) -> str | None:
+    """Why these observations cannot tell the constants of ``form``; None where they can."""
     for name, needed in form.needs.items():
-        different = np.unique(np.round(QUANTITIES[name](points), 9))
+        different = np.unique(np.round(QUANTITIES[name](observations), 9))
         if len(different) < needed:
             return (
                 f"{name} takes {_number(len(different), 'value')} in the runs, and its constants are told by "
                 f"{needed} or more"
             )
-    if points.num_runs <= len(form.constants):
+    if observations.num_runs <= len(form.constants):
         return (
-            f"it has {len(form.constants)} constants and there are {_number(points.num_runs, 'run')}; "
+            f"it has {len(form.constants)} constants and there are {_number(observations.num_runs, 'run')}; "
             f"{len(form.constants) + 1} is the least"
         )
-    columns = np.stack([QUANTITIES[name](points) for name in form.needs])
+    columns = np.stack([QUANTITIES[name](observations) for name in form.needs])
     columns = columns - columns.mean(1, keepdims=True)
     singular = np.linalg.svd(columns / np.linalg.norm(columns, axis=1, keepdims=True), compute_uv=False)
     if singular[-1] < _TOGETHER * singular[0]:
@@ -92,34 +92,36 @@ def why_not(form: Form, points: Points) -> str | None:
     return None
 
 
-def check(form: Form, points: Points) -> None:
-    """Raise ConfigError unless these points can tell the constants of ``form``."""
-    reason = why_not(form, points)
+def check(form: Form, observations: Observations) -> None:
+    """Raise ConfigError unless these observations can tell the constants of ``form``."""
+    reason = why_not(form, observations)
     if reason is not None:
         raise ConfigError(f"the form {form.name} cannot be fitted: {reason}; add such runs, or name another --form")
 
 
-def fit(form: Form, points: Points, *, weights: Array | None = None, near: Array | None = None) -> Fit:
+def fit(form: Form, observations: Observations, *, weights: Array | None = None, near: Array | None = None) -> Fit:
     """The constants at which the Huber loss is least.
 
     Args:
         form: which law.
-        points: what was measured.
-        weights: ``(n,)`` of the points; None: every run counts as one.
-        near: ``(P,)`` constants of a fit to nearly the same points. L-BFGS then starts there and nowhere else.
+        observations: what was measured.
+        weights: ``(n,)`` of the observations; None: every run counts as one.
+        near: ``(P,)`` constants of a fit to nearly the same observations. L-BFGS then starts there and nowhere else.
 
     Raises:
-        ConfigError: the points cannot tell the constants.
+        ConfigError: the observations cannot tell the constants.
     """
     if near is None:
-        check(form, points)
-    design = Design.of(form, points)
-    weights = points.run_weights if weights is None else weights
+        check(form, observations)
+    design = Design.of(form, observations)
+    weights = observations.run_weights if weights is None else weights
     if near is not None:
-        return _descend(design, points, weights, near, _RESAMPLE)
-    sketches = [_descend(design, points, weights, start, _SKETCH) for start in _best_starts(design, points, weights)]
+        return _descend(design, observations, weights, near, _RESAMPLE)
+    sketches = [
+        _descend(design, observations, weights, start, _SKETCH) for start in _best_starts(design, observations, weights)
+    ]
     better = sorted(sketches, key=_by_objective)[:_TO_THE_END]
-    return min((_descend(design, points, weights, found.theta, _FULL) for found in better), key=_by_objective)
+    return min((_descend(design, observations, weights, found.theta, _FULL) for found in better), key=_by_objective)
 
 
 def _by_objective(found: Fit) -> float:
@@ -134,10 +136,10 @@ def _objective(theta: Array, design: Design, log_loss: Array, weights: Array) ->
     return value, jacobian_Pn @ (weights * cut) / HUBER_DELTA
 
 
-def _descend(design: Design, points: Points, weights: Array, theta: Array, effort: _Effort) -> Fit:
+def _descend(design: Design, observations: Observations, weights: Array, theta: Array, effort: _Effort) -> Fit:
     """L-BFGS in rounds. Constants of a power law are nearly interchangeable, so each round moves in the directions in
     which the predictions change alike; plain L-BFGS stops far from the minimum there."""
-    log_loss = np.log(points.loss)
+    log_loss = np.log(observations.loss)
     value, _ = _objective(theta, design, log_loss, weights)
     for _ in range(effort.rounds):
         step = _metric(theta, design, weights)
@@ -165,24 +167,24 @@ def _metric(theta: Array, design: Design, weights: Array) -> Array:
     return vectors / np.sqrt(np.maximum(eigenvalues, 1e-9 * eigenvalues[-1]))
 
 
-def _best_starts(design: Design, points: Points, weights: Array) -> list[Array]:
-    """The ``_DESCENTS`` points of the grid with the least Huber loss."""
-    log_loss = np.log(points.loss)
-    starts = list(_grid(design, points, weights))
+def _best_starts(design: Design, observations: Observations, weights: Array) -> list[Array]:
+    """The ``_DESCENTS`` observations of the grid with the least Huber loss."""
+    log_loss = np.log(observations.loss)
+    starts = list(_grid(design, observations, weights))
     return sorted(starts, key=lambda theta: _objective(theta, design, log_loss, weights)[0])[:_DESCENTS]
 
 
-def _grid(design: Design, points: Points, weights: Array) -> Iterator[Array]:
+def _grid(design: Design, observations: Observations, weights: Array) -> Iterator[Array]:
     """Every combination of the exponents' starts, with the coefficients that least squares gives it."""
     form = design.form
     root = np.sqrt(weights)
     for exponents in itertools.product(*form.starts.values()):
         basis_Cn = design.basis(np.array(exponents))
         largest_C = np.abs(basis_Cn).max(1)
-        columns_nC = (basis_Cn / largest_C[:, None] / points.loss * root).T
+        columns_nC = (basis_Cn / largest_C[:, None] / observations.loss * root).T
         found, _ = nnls(columns_nC, root)
         # None may be 0, whose logarithm could not move.
-        coefficients = np.maximum(found, 1e-3 * points.loss.mean()) / largest_C
+        coefficients = np.maximum(found, 1e-3 * observations.loss.mean()) / largest_C
         named = zip(form.constants, [*coefficients, *exponents], strict=True)
         yield form.theta({name: float(value) for name, value in named})
 

@@ -4,7 +4,7 @@ Every form here is ``L = Σ_m ± c_m · exp(Σ_k p_k · v_mk)``: a coefficient `
 ``v`` that the run gives, such as ``−ln N`` for ``N^−α`` and ``1/(1−S)`` for ``exp(β/(1−S))``. So one evaluation, one
 exact gradient and one way to find starts serve all of them.
 
-M terms, C coefficients, K exponents, P = C + K constants, n points.
+M terms, C coefficients, K exponents, P = C + K constants, n observations.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from qsparse_moe.ablation.law.points import Array, Points
+from qsparse_moe.ablation.law.observations import Array, Observations
 
-Variable = Callable[[Points], Array]
+Variable = Callable[[Observations], Array]
 
 # Further out no term matters any more, and the powers of such constants overflow.
 _LOG_COEFFICIENT = (-80.0, 80.0)
@@ -94,14 +94,14 @@ class Form:
         low, high = zip(*bounds, strict=True)
         return np.array(low), np.array(high)
 
-    def loss(self, constants: Mapping[str, float], points: Points) -> Array:
+    def loss(self, constants: Mapping[str, float], observations: Observations) -> Array:
         """``(n,)`` losses that the law with these constants gives."""
-        return Design.of(self, points).loss(self.theta(constants))
+        return Design.of(self, observations).loss(self.theta(constants))
 
 
 @dataclass(frozen=True)
 class Design:
-    """A form at given points: all that does not change while its constants are sought."""
+    """A form at given observations: all that does not change while its constants are sought."""
 
     form: Form
     variables_KMn: Array
@@ -112,14 +112,14 @@ class Design:
     bounds: tuple[Array, Array]
 
     @classmethod
-    def of(cls, form: Form, points: Points) -> Design:
+    def of(cls, form: Form, observations: Observations) -> Design:
         """The variables of every term, computed once."""
-        variables = np.zeros((len(form.exponents), len(form.terms), len(points)))
+        variables = np.zeros((len(form.exponents), len(form.terms), len(observations)))
         signs = np.zeros((len(form.coefficients), len(form.terms)))
         for m, term in enumerate(form.terms):
             signs[form.coefficients.index(term.coefficient), m] = term.sign
             for name, variable in term.powers.items():
-                variables[form.exponents.index(name), m] = variable(points)
+                variables[form.exponents.index(name), m] = variable(observations)
         return cls(form, variables, signs, np.array([name in form.signed for name in form.exponents]), form.bounds)
 
     def basis(self, exponents_K: Array) -> Array:
@@ -163,47 +163,47 @@ class Design:
 
 def total(unit: float = 1.0) -> Variable:
     """``−ln N`` of all parameters, in ``unit``: the variable of ``N^−α``."""
-    return lambda points: -np.log(points.total / unit)
+    return lambda observations: -np.log(observations.total / unit)
 
 
 def tokens(unit: float = 1.0) -> Variable:
     """``−ln D``, in ``unit``: the variable of ``D^−β``."""
-    return lambda points: -np.log(points.tokens / unit)
+    return lambda observations: -np.log(observations.tokens / unit)
 
 
 def kept(unit: float = 1.0) -> Variable:
     """``−ln K`` of the kept parameters, in ``unit``."""
-    return lambda points: -np.log(points.kept / unit)
+    return lambda observations: -np.log(observations.kept / unit)
 
 
-def expert_share(points: Points) -> Array:
+def expert_share(observations: Observations) -> Array:
     """``−ln(1−s) = −ln(A/E)``: the variable of ``(1−s)^−δ``."""
-    return -np.log(points.expert_share)
+    return -np.log(observations.expert_share)
 
 
-def stored_for_kept(points: Points) -> Array:
+def stored_for_kept(observations: Observations) -> Array:
     """``−ln(N/K)``: parameters stored for each that is kept."""
-    return -np.log(points.total / points.kept)
+    return -np.log(observations.total / observations.kept)
 
 
-def granularity(points: Points) -> Array:
+def granularity(observations: Observations) -> Array:
     """``−ln G``."""
-    return -np.log(points.granularity)
+    return -np.log(observations.granularity)
 
 
-def density(points: Points) -> Array:
+def density(observations: Observations) -> Array:
     """``1/(1−S)``: the variable of ``exp(β/(1−S))``."""
-    return 1.0 / (1.0 - points.sparsity)
+    return 1.0 / (1.0 - observations.sparsity)
 
 
-def dropped_for_kept(points: Points) -> Array:
+def dropped_for_kept(observations: Observations) -> Array:
     """``S/(1−S)``: the same variable, 0 for a dense model."""
-    return points.sparsity / (1.0 - points.sparsity)
+    return observations.sparsity / (1.0 - observations.sparsity)
 
 
 QUANTITIES: dict[str, Variable] = {
     "N": total(),
-    "N_active": lambda points: np.log(points.active),
+    "N_active": lambda observations: np.log(observations.active),
     "K": kept(),
     "N/K": stored_for_kept,
     "E/A": expert_share,

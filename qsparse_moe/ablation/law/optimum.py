@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qsparse_moe.ablation.law.forms import Design, Form
-from qsparse_moe.ablation.law.points import Array, imagined
+from qsparse_moe.ablation.law.observations import Array, imagined
 
 _STEP = 5e-4
 GRID = np.arange(0.0, 0.95 + _STEP / 2, _STEP)

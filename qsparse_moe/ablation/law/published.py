@@ -11,7 +11,7 @@ import numpy as np
 
 from qsparse_moe.ablation.law import forms
 from qsparse_moe.ablation.law.forms import Form, Term
-from qsparse_moe.ablation.law.points import Array, Points
+from qsparse_moe.ablation.law.observations import Array, Observations
 
 Q_SPARSE = Form(
     name="q-sparse",
@@ -49,25 +49,25 @@ FINE_GRAINED = Form(
 _E_START, _E_MAX = 2.0732, 290.4521
 
 
-def effective_experts(points: Points) -> Array:
+def effective_experts(observations: Observations) -> Array:
     """``ln Ê`` of the joint MoE law, with E/A for its E, whose models use one expert a token.
 
     ``1/Ê = 1/(E − 1 + (1/E_start − 1/E_max)^-1) + 1/E_max``: E_start for a dense model, never above E_max.
     """
-    beyond_dense = 1.0 / points.expert_share - 1.0
+    beyond_dense = 1.0 / observations.expert_share - 1.0
     return -np.log(1.0 / (beyond_dense + 1.0 / (1.0 / _E_START - 1.0 / _E_MAX)) + 1.0 / _E_MAX)
 
 
 def _by_experts(of: forms.Variable) -> forms.Variable:
-    return lambda points: of(points) * effective_experts(points)
+    return lambda observations: of(observations) * effective_experts(observations)
 
 
-def _log_active(points: Points) -> Array:
-    return np.log(points.active)
+def _log_active(observations: Observations) -> Array:
+    return np.log(observations.active)
 
 
-def _log_tokens(points: Points) -> Array:
-    return np.log(points.tokens)
+def _log_tokens(observations: Observations) -> Array:
+    return np.log(observations.tokens)
 
 
 JOINT_MOE = Form(

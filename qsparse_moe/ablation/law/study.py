@@ -12,10 +12,10 @@ from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest
 from qsparse_moe.ablation.law.fit import Fit, check, fit, rms, why_not
 from qsparse_moe.ablation.law.forms import Form
 from qsparse_moe.ablation.law.joint import JOINT
+from qsparse_moe.ablation.law.observations import Observations, seed_spread
 from qsparse_moe.ablation.law.optimum import Optimum, find_optimum
-from qsparse_moe.ablation.law.points import Points, seed_spread
 from qsparse_moe.ablation.law.published import PUBLISHED, PUBLISHED_OPTIMUM, Q_SPARSE, rounding_corners
-from qsparse_moe.ablation.law.rows import UNITS, Runs, Unit
+from qsparse_moe.ablation.law.read import UNITS, Runs, Unit
 from qsparse_moe.errors import ConfigError
 
 FORMS: dict[str, Form] = {form.name: form for form in (*JOINT, *PUBLISHED)}
@@ -90,7 +90,7 @@ class Study:
 
 
 def study(
-    runs: Runs, *, unit: Unit, choices: Choices, tell: Callable[[str, int], None] = lambda what, done: None
+    runs: Runs, *, unit: Unit, choices: Choices, notify: Callable[[str, int], None] = lambda what, done: None
 ) -> Study:
     """Fit every form and say how sure it is.
 
@@ -98,58 +98,62 @@ def study(
         runs: what was measured.
         unit: that of their losses.
         choices: forms, resamples, levels.
-        tell: called with a form's name and the resamples done.
+        notify: called with a form's name and the resamples done.
 
     Raises:
         ConfigError: the runs cannot tell the constants of a joint form or of one asked for by name.
     """
-    points = runs.points
-    asked, not_fitted = _asked(points, choices)
-    kept = choices.kept or float(np.exp(np.log(points.kept).mean()))
-    fitted = {form.name: _fitted(form, points, choices, kept, tell) for form in asked}
-    return Study(runs, unit, choices, kept, fitted, not_fitted, seed_spread(points))
+    observations = runs.observations
+    asked, not_fitted = _asked(observations, choices)
+    kept = choices.kept or float(np.exp(np.log(observations.kept).mean()))
+    fitted = {form.name: _fitted(form, observations, choices, kept, notify) for form in asked}
+    return Study(runs, unit, choices, kept, fitted, not_fitted, seed_spread(observations))
 
 
-def _asked(points: Points, choices: Choices) -> tuple[list[Form], dict[str, str]]:
+def _asked(observations: Observations, choices: Choices) -> tuple[list[Form], dict[str, str]]:
     unknown = [name for name in choices.forms if name not in FORMS]
     if unknown:
         raise ConfigError(f"--form ({unknown[0]}) is no form; choose from {', '.join(FORMS)}")
     forms = [FORMS[name] for name in dict.fromkeys(choices.forms)] or list(JOINT)
     for form in forms:
         try:
-            check(form, points)
+            check(form, observations)
         except ConfigError as error:
-            possible = [name for name, other in FORMS.items() if why_not(other, points) is None]
+            possible = [name for name, other in FORMS.items() if why_not(other, observations) is None]
             way_out = f"these runs can tell: {', '.join(possible)}" if possible else "these runs can tell none"
             raise ConfigError(f"{error} ({way_out})") from None
     if choices.forms:
         return forms, {}
-    reasons = {form.name: why_not(form, points) for form in PUBLISHED}
+    reasons = {form.name: why_not(form, observations) for form in PUBLISHED}
     forms += [form for form in PUBLISHED if reasons[form.name] is None]
     return forms, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
-def _fitted(form: Form, points: Points, choices: Choices, kept: float, tell: Callable[[str, int], None]) -> FittedForm:
-    tell(form.name, 0)
-    best = fit(form, points)
+def _fitted(
+    form: Form, observations: Observations, choices: Choices, kept: float, notify: Callable[[str, int], None]
+) -> FittedForm:
+    notify(form.name, 0)
+    best = fit(form, observations)
     done = iter(range(1, choices.bootstrap + 1))
     number, seed = choices.bootstrap, choices.seed
-    again = tuple(resampled(best, points, number=number, seed=seed, tell=lambda: tell(form.name, next(done))))
+    again = tuple(resampled(best, observations, number=number, seed=seed, notify=lambda: notify(form.name, next(done))))
     values = {name: np.array([other.constants[name] for other in again]) for name in form.constants}
     return FittedForm(
         best=best,
         resamples=again,
         intervals={name: interval(found, choices.level) for name, found in values.items()},
-        fit_error=rms(best.log_residuals(points), points),
-        held_out_error=held_out_error(best, points, seed=choices.seed),
-        largest_held_out_error=largest_held_out_error(best, points),
-        optima=_optima(best, again, points, choices, kept) if form.has_sparsity else (),
+        fit_error=rms(best.log_residuals(observations), observations),
+        held_out_error=held_out_error(best, observations, seed=choices.seed),
+        largest_held_out_error=largest_held_out_error(best, observations),
+        optima=_optima(best, again, observations, choices, kept) if form.has_sparsity else (),
     )
 
 
-def _optima(best: Fit, again: Sequence[Fit], points: Points, choices: Choices, kept: float) -> tuple[BestS, ...]:
+def _optima(
+    best: Fit, again: Sequence[Fit], observations: Observations, choices: Choices, kept: float
+) -> tuple[BestS, ...]:
     """One for every A/E of the runs, or one for all where they agree."""
-    shares = np.unique(points.expert_share)[::-1]
+    shares = np.unique(observations.expert_share)[::-1]
     found = [_best_s(best, again, choices, kept, float(share)) for share in shares]
     if all(abs(other.found.sparsity - found[0].found.sparsity) < 1e-6 for other in found):
         return (BestS(None, *list(vars(found[0]).values())[1:]),)
@@ -195,20 +199,20 @@ def printed_optimum(tolerance: float) -> dict[str, Any]:
 
 def as_dict(done: Study) -> dict[str, Any]:
     """The study as JSON holds it."""
-    points = done.runs.points
+    observations = done.runs.observations
     return {
         "files": list(done.runs.files),
         "unit": UNITS[done.unit],
-        "runs": points.num_runs,
+        "runs": observations.num_runs,
         "left_out": done.runs.left_out,
-        "points": len(points),
-        "configurations": len(np.unique(points.configuration)),
+        "points": len(observations),
+        "configurations": len(np.unique(observations.configuration)),
         "ranges": {
             name: [float(values.min()), float(values.max())]
-            for name, values in vars(points).items()
+            for name, values in vars(observations).items()
             if name in ("total", "active", "kept", "expert_share", "sparsity", "tokens", "loss")
         }
-        | {"expert_share": [float(points.expert_share.min()), float(points.expert_share.max())]},
+        | {"expert_share": [float(observations.expert_share.min()), float(observations.expert_share.max())]},
         "bootstrap": done.choices.bootstrap,
         "level": done.choices.level,
         "tolerance": done.choices.tolerance,

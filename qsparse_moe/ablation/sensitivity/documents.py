@@ -22,11 +22,11 @@ from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.training.engines.protocol import run_model
 
-_ROWS_READ_AT_ONCE = 1024
+_SEQUENCES_PER_READ = 1024
 
 
 @dataclass(frozen=True)
-class DocumentRows:
+class DocumentSequences:
     """Rows of one table and which document each label stands in."""
 
     batches: tuple[Batch, ...]
@@ -35,7 +35,7 @@ class DocumentRows:
     num_documents: int
 
     @property
-    def num_rows(self) -> int:
+    def num_sequences(self) -> int:
         """R."""
         return sum(len(batch.tokens_BS) for batch in self.batches)
 
@@ -49,28 +49,28 @@ class DocumentRows:
         return iter(zip(self.batches, self.documents, strict=True))
 
 
-def validation_documents(data: TokenData, *, num_rows: int, batch_size: int) -> DocumentRows:
+def validation_documents(data: TokenData, *, num_sequences: int, batch_size: int) -> DocumentSequences:
     """Validation rows, spread evenly over all of them; fewer where there are fewer."""
-    table, indices = data.evaluation_rows(num_rows)
+    table, indices = data.evaluation_rows(num_sequences)
     _, dense = np.unique(_documents(table, indices), return_inverse=True)
     return _batched(table.tokens(indices), dense.reshape(len(indices), -1), data, batch_size)
 
 
-def training_documents(config: RunConfig, data: TokenData, *, num_rows: int, batch_size: int) -> DocumentRows:
+def training_documents(config: RunConfig, data: TokenData, *, num_sequences: int, batch_size: int) -> DocumentSequences:
     """Training rows, spread evenly over all of them: of many more documents than validation rows are.
 
     What a row holds of one document counts as a document: which rows share one is not looked up.
     """
-    tokens_RS = sample_train_rows(config, data, num_rows)
+    tokens_RS = sample_train_rows(config, data, num_sequences)
     starts_RS = tokens_RS[:, :-1] == data.validation.document_token
     starts_RS[:, 0] = True
     return _batched(tokens_RS, starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1, data, batch_size)
 
 
-def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size: int) -> DocumentRows:
+def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size: int) -> DocumentSequences:
     begins = range(0, len(tokens_RS), batch_size)
     ids_RS = torch.from_numpy(documents_RS.astype(np.int64))
-    return DocumentRows(
+    return DocumentSequences(
         tuple(data.batch(tokens_RS[begin : begin + batch_size]) for begin in begins),
         tuple(ids_RS[begin : begin + batch_size] for begin in begins),
         int(ids_RS.max()) + 1,
@@ -80,8 +80,8 @@ def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size:
 def _documents(table: RowTable, indices: Array) -> Array:
     """``(R, S)`` the documents of these rows, counted through the whole table: a document may fill several rows."""
     found, begun, wanted = [], 0, set(indices.tolist())
-    for begin in range(0, int(indices.max()) + 1, _ROWS_READ_AT_ONCE):
-        rows = range(begin, min(begin + _ROWS_READ_AT_ONCE, len(table)))
+    for begin in range(0, int(indices.max()) + 1, _SEQUENCES_PER_READ):
+        rows = range(begin, min(begin + _SEQUENCES_PER_READ, len(table)))
         starts = table.tokens(rows)[:, :-1] == table.document_token
         counted = begun + np.cumsum(starts.reshape(-1)).reshape(starts.shape)
         begun = int(counted[-1, -1])
@@ -90,11 +90,11 @@ def _documents(table: RowTable, indices: Array) -> Array:
 
 
 @torch.no_grad()
-def loss_by_document(model: Transformer, rows: DocumentRows) -> Array:
+def loss_by_document(model: Transformer, sequences: DocumentSequences) -> Array:
     """``(C,)`` float64: the sum of the loss over each document's labels, in nats."""
     device = model.embedding.weight.device
-    sums_C = torch.zeros(rows.num_documents, dtype=torch.float64)
-    for batch, documents_BS in rows:
+    sums_C = torch.zeros(sequences.num_documents, dtype=torch.float64)
+    for batch, documents_BS in sequences:
         output = run_model(model, batch, device, with_stats=False, layer_hook=None)
         losses_T = token_losses(output.logits_BSV, batch.targets_BS.to(device))
         sums_C.index_add_(0, documents_BS.flatten(), losses_T.double().cpu())

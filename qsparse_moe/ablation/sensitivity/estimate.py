@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsparse_moe.ablation.sensitivity.cells import Cell
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows, token_losses
+from qsparse_moe.ablation.cells import Cell
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, token_losses
 from qsparse_moe.data.packing import Array
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
@@ -60,7 +60,7 @@ DRAWS = 1
 
 def estimate(
     model: Transformer,
-    rows: DocumentRows,
+    sequences: DocumentSequences,
     values: Sequence[float],
     *,
     ste_share: float = STE_SHARE,
@@ -84,8 +84,8 @@ def estimate(
     """
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
-    with _listening(model, rows.num_documents, values, ste_share) as listeners:
-        for batch, documents_BS in rows:
+    with _listening(model, sequences.num_documents, values, ste_share) as listeners:
+        for batch, documents_BS in sequences:
             pieces = _Pieces.of(documents_BS.to(device))
             with torch.enable_grad():
                 logits_BSV = run_model(model, batch, device, with_stats=False, layer_hook=None).logits_BSV
@@ -235,7 +235,7 @@ class _Listener:
         if expert_ids_N is not None:
             assert token_N is not None
             places_N = expert_ids_N.long() * len(self._pieces.document_P) + places_N[token_N.long()]
-        change_NX = changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._kept).double().cpu()
+        change_NX = row_changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._kept).double().cpu()
         self._sums_FX.index_add_(0, places_N.cpu(), change_NX)
 
     def by_cell(self) -> Iterator[tuple[Cell, Array]]:
@@ -246,7 +246,7 @@ class _Listener:
             yield cell, np.ascontiguousarray(self._sums_2ECX[:, expert].transpose(-1, -2).numpy())
 
 
-def changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, kept: Sequence[int]) -> Tensor:
+def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, kept: Sequence[int]) -> Tensor:
     """``(N, X)``: ``g.(y(K) - y)`` of every row for each K of ``kept``, in at least fp32.
 
     Args:

@@ -11,7 +11,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
-from qsparse_moe.ablation.sensitivity.measure import Sensitivity, SensitivityPoint
+from qsparse_moe.ablation.sensitivity.measure import CellChange, Sensitivity
 from qsparse_moe.config.schema import Site
 from qsparse_moe.errors import naming
 from qsparse_moe.metrics.tensorboard import write_pictures
@@ -34,37 +34,38 @@ def write_images(found: Sensitivity, tensorboard: Path, step: int) -> None:
 
 def _figures(found: Sensitivity) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
-    scale = scale_over(_change(point)[0] for point in found.points)  # one for all sites, so that they can be compared
-    for site in dict.fromkeys(point.cell.site for point in found.points):
-        own = [point for point in found.points if point.cell.site == site]
+    # One scale for all sites, so that their colours can be compared.
+    scale = scale_over(_change(change)[0] for change in found.changes)
+    for site in dict.fromkeys(change.cell.site for change in found.changes):
+        own = [change for change in found.changes if change.cell.site == site]
         figures[f"map-{site}"] = _maps(site, own, scale)
     if found.exact_seconds is not None:
         figures["estimate"] = _scatter(found)
     return figures
 
 
-def _change(point: SensitivityPoint) -> tuple[float, tuple[float, float]]:
+def _change(change: CellChange) -> tuple[float, tuple[float, float]]:
     """The change and its interval: evaluated, or else estimated."""
-    if point.exact is None or point.exact_interval is None:
-        return point.estimate, point.estimate_interval
-    return point.exact, point.exact_interval
+    if change.exact is None or change.exact_interval is None:
+        return change.estimate, change.estimate_interval
+    return change.exact, change.exact_interval
 
 
-def _maps(site: Site, points: Sequence[SensitivityPoint], scale: Normalize) -> Figure:
+def _maps(site: Site, changes: Sequence[CellChange], scale: Normalize) -> Figure:
     """One map for each S, side by side; cells whose interval holds 0 are hatched."""
-    values = sorted({point.sparsity for point in points})
-    layers = tuple(sorted({point.cell.layer for point in points}))
-    num_experts = 1 + max(point.cell.expert or 0 for point in points)
+    values = sorted({change.sparsity for change in changes})
+    layers = tuple(sorted({change.cell.layer for change in changes}))
+    num_experts = 1 + max(change.cell.expert or 0 for change in changes)
     maps = []
     for value in values:
         change_LE, noise_LE = np.full((len(layers), num_experts), np.nan), np.zeros((len(layers), num_experts), bool)
-        for point in points:
-            if point.sparsity == value:
-                place = layers.index(point.cell.layer), point.cell.expert or 0
-                change, (low, high) = _change(point)
-                change_LE[place], noise_LE[place] = change, low <= 0 <= high
+        for one in changes:
+            if one.sparsity == value:
+                index = layers.index(one.cell.layer), one.cell.expert or 0
+                change, (low, high) = _change(one)
+                change_LE[index], noise_LE[index] = change, low <= 0 <= high
         maps.append(CellMap(f"S={value:.3g}", layers, change_LE, noise_LE))
-    kind = "estimated" if points[0].exact is None else "evaluated"
+    kind = "estimated" if changes[0].exact is None else "evaluated"
     title = f"{site.replace('_', ' ')}: loss with another S in one place, against the run's own plan ({kind})"
     noise = "noise: the 95% interval over documents holds 0"
     return draw_maps(maps, scale, title=title, missing="the run's own S", noise=noise)
@@ -73,22 +74,22 @@ def _maps(site: Site, points: Sequence[SensitivityPoint], scale: Normalize) -> F
 def _scatter(found: Sensitivity) -> Figure:
     figure = Figure(figsize=(6.2, 4.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    values = sorted({point.sparsity for point in found.points})
+    values = sorted({change.sparsity for change in found.changes})
     for value in values:
-        own = [point for point in found.points if point.sparsity == value]
+        own = [change for change in found.changes if change.sparsity == value]
         axes.plot(
             [p.exact or 0.0 for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S={value:.3g}"
         )
-    ends = [min(p.exact or 0.0 for p in found.points), max(p.exact or 0.0 for p in found.points)]
+    ends = [min(p.exact or 0.0 for p in found.changes), max(p.exact or 0.0 for p in found.changes)]
     axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
-    median = max(float(np.median([abs(p.exact or 0.0) for p in found.points])), 1e-6)
+    median = max(float(np.median([abs(p.exact or 0.0) for p in found.changes])), 1e-6)
     scale = 10.0 ** np.ceil(np.log10(median))  # a whole decade, or the labels around 0 lie over each other
     axes.set_xscale("symlog", linthresh=scale)
     axes.set_yscale("symlog", linthresh=scale)
     axes.set_xlabel("change of the loss by evaluation, nats per token")
     axes.set_ylabel("change estimated, nats per token")
     axes.tick_params(axis="both", labelsize=8)
-    axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.points)} points", fontsize=10)
+    axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.changes)} points", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from qsparse_moe.ablation.sensitivity.cells import Cell, cells_of, sparsity_of, with_cells
-from qsparse_moe.ablation.sensitivity.documents import DocumentRows, bootstrap_intervals, loss_by_document
+from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, bootstrap_intervals, loss_by_document
 from qsparse_moe.ablation.sensitivity.estimate import Estimate, estimate
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.packing import Array
@@ -27,12 +27,12 @@ from qsparse_moe.training.evaluate import load_run
 
 logger = logging.getLogger(__name__)
 DEFAULT_VALUES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9)
-Told = Callable[[int, int], None]
+Notify = Callable[[int, int], None]
 """Called with how many evaluations are done, of how many."""
 
 
 @dataclass(frozen=True)
-class SensitivityPoint:
+class CellChange:
     """One cell at one S: changes of the mean loss against the plan as it is, nats a token."""
 
     cell: Cell
@@ -78,11 +78,11 @@ class Sensitivity:
     """All cells of a model around one plan."""
 
     plan: SparsityPlan
-    rows: int
+    num_sequences: int
     documents: int
     loss: float
     """Of the plan as it is, nats a token."""
-    points: tuple[SensitivityPoint, ...]
+    changes: tuple[CellChange, ...]
     estimate_seconds: float
     exact_seconds: float | None
     evaluations: int
@@ -129,47 +129,47 @@ def check_ranks(config: ModelConfig) -> None:
 
 def measure(
     model: Transformer,
-    rows: DocumentRows,
+    sequences: DocumentSequences,
     values: Sequence[float] = DEFAULT_VALUES,
     *,
     exact: bool = True,
     draws: int = 1000,
-    tell: Told | None = None,
+    notify: Notify | None = None,
 ) -> Sensitivity:
     """The sensitivities of every cell around the model's plan, which it keeps.
 
     Args:
         model: selects by rank; on any device.
-        rows: what both are measured on, so that the estimate is compared on the same text.
+        sequences: the sequences that both are measured on, so that the estimate is compared on the same text.
         values: S of which each cell takes one after the other; values with the same K as the plan's are left out.
         exact: evaluate too, cell by cell.
         draws: of the bootstrap over documents.
-        tell: progress of the evaluations.
+        notify: progress of the evaluations.
     """
-    plan, labels_C = model.sparsity_plan, rows.labels_C
+    plan, labels_C = model.sparsity_plan, sequences.labels_C
     SparsityPlan.uniform(model.config, max(values)).check_fits(model.config)
     # First, so that neither pays for what is made at the first use.
     began = time.perf_counter()
-    base_C = loss_by_document(model, rows)
+    base_C = loss_by_document(model, sequences)
     base_seconds = time.perf_counter() - began
     began = time.perf_counter()
-    estimated = estimate(model, rows, values)
+    estimated = estimate(model, sequences, values)
     estimate_seconds = time.perf_counter() - began
     pairs = _pairs(plan, values)
     began = time.perf_counter()
-    losses = _evaluate(model, rows, pairs, base_C, tell) if exact else None
+    losses = _evaluate(model, sequences, pairs, base_C, notify) if exact else None
     exact_seconds = base_seconds + time.perf_counter() - began if exact else None
-    points = _points(pairs, estimated, losses, labels_C, draws)
+    changes = _cell_changes(pairs, estimated, losses, labels_C, draws)
     return Sensitivity(
         plan=plan,
-        rows=rows.num_rows,
-        documents=rows.num_documents,
+        num_sequences=sequences.num_sequences,
+        documents=sequences.num_documents,
         loss=float(base_C.sum() / labels_C.sum()),
-        points=points,
+        changes=changes,
         estimate_seconds=estimate_seconds,
         exact_seconds=exact_seconds,
         evaluations=len(pairs) + 1 if exact else 0,
-        agreement=agreements(points) if exact else (),
+        agreement=agreements(changes) if exact else (),
     )
 
 
@@ -184,23 +184,27 @@ def _pairs(plan: SparsityPlan, values: Sequence[float]) -> list[tuple[Cell, int,
 
 
 def _evaluate(
-    model: Transformer, rows: DocumentRows, pairs: list[tuple[Cell, int, float]], base_C: Array, tell: Told | None
+    model: Transformer,
+    sequences: DocumentSequences,
+    pairs: list[tuple[Cell, int, float]],
+    base_C: Array,
+    notify: Notify | None,
 ) -> list[Array]:
     plan, found = model.sparsity_plan, []
     try:
         for cell, _, value in pairs:
             model.set_sparsity(with_cells(plan, {cell: value}))
-            found.append(loss_by_document(model, rows) - base_C)
-            if tell is not None:
-                tell(len(found), len(pairs))
+            found.append(loss_by_document(model, sequences) - base_C)
+            if notify is not None:
+                notify(len(found), len(pairs))
     finally:
         model.set_sparsity(plan)
     return found
 
 
-def _points(
+def _cell_changes(
     pairs: list[tuple[Cell, int, float]], estimated: Estimate, losses: list[Array] | None, labels_C: Array, draws: int
-) -> tuple[SensitivityPoint, ...]:
+) -> tuple[CellChange, ...]:
     total = labels_C.sum()
     first_PC = np.stack([estimated.first[cell][place] for cell, place, _ in pairs])
     both_PC = first_PC + np.stack([estimated.second[cell][place] for cell, place, _ in pairs])
@@ -209,7 +213,7 @@ def _points(
     bounds = bootstrap_intervals(exact_PC, labels_C, draws=draws) if exact_PC is not None else None
     halves_P2 = _halves(exact_PC, labels_C) if exact_PC is not None else None
     return tuple(
-        SensitivityPoint(
+        CellChange(
             cell=cell,
             sparsity=value,
             estimate=float(both_PC[i].sum() / total),
@@ -229,29 +233,29 @@ def _halves(sums_PC: Array, labels_C: Array) -> Array:
         return np.stack([sums_PC[:, part::2].sum(1) / labels_C[part::2].sum() for part in (0, 1)], axis=1)
 
 
-def agreements(points: Sequence[SensitivityPoint]) -> tuple[Agreement, ...]:
+def agreements(changes: Sequence[CellChange]) -> tuple[Agreement, ...]:
     """Over all points, then for each S by itself; of points that were evaluated."""
-    values = sorted({point.sparsity for point in points})
-    groups: list[tuple[float | None, list[SensitivityPoint]]] = [(None, list(points))]
-    groups += [(value, [point for point in points if point.sparsity == value]) for value in values]
+    values = sorted({change.sparsity for change in changes})
+    groups: list[tuple[float | None, list[CellChange]]] = [(None, list(changes))]
+    groups += [(value, [change for change in changes if change.sparsity == value]) for value in values]
     return tuple(_agreement(value, group) for value, group in groups if len(group) > 2)
 
 
-def _agreement(sparsity: float | None, points: Sequence[SensitivityPoint]) -> Agreement:
-    exact = [point.exact for point in points]
-    both, first = [point.estimate for point in points], [point.first_order for point in points]
-    halves = [point.exact_halves for point in points if point.exact_halves is not None]
-    has_halves = len(halves) == len(points) and bool(np.isfinite(halves).all())
-    decided = [point for point in points if point.is_decided]
+def _agreement(sparsity: float | None, changes: Sequence[CellChange]) -> Agreement:
+    exact = [change.exact for change in changes]
+    both, first = [change.estimate for change in changes], [change.first_order for change in changes]
+    halves = [change.exact_halves for change in changes if change.exact_halves is not None]
+    has_halves = len(halves) == len(changes) and bool(np.isfinite(halves).all())
+    decided = [change for change in changes if change.is_decided]
     return Agreement(
         sparsity=sparsity,
-        points=len(points),
+        points=len(changes),
         spearman=_spearman(both, exact),
         pearson=float(pearsonr(both, exact).statistic),
         spearman_first_order=_spearman(first, exact),
         spearman_halves=_spearman(*zip(*halves, strict=True)) if has_halves else None,
         decided=len(decided),
-        spearman_decided=_spearman([point.estimate for point in decided], [point.exact for point in decided])
+        spearman_decided=_spearman([change.estimate for change in decided], [change.exact for change in decided])
         if len(decided) > 2
         else None,
     )

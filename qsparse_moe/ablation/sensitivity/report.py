@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qsparse_moe.ablation.sensitivity.estimate import DRAWS
-from qsparse_moe.ablation.sensitivity.measure import Sensitivity, SensitivityPoint
+from qsparse_moe.ablation.sensitivity.measure import CellChange, Sensitivity
 from qsparse_moe.runs.folder import write_atomically
 
 FORMAT = "qsparse_moe.sensitivity/1"
@@ -43,7 +43,7 @@ def as_dict(found: Sensitivity, *, run_dir: Path, step: int) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "step": step,
         "mean_sparsity": found.plan.mean,
-        "rows": found.rows,
+        "rows": found.num_sequences,
         "documents": found.documents,
         "loss": found.loss,
         "estimate_seconds": found.estimate_seconds,
@@ -51,31 +51,31 @@ def as_dict(found: Sensitivity, *, run_dir: Path, step: int) -> dict[str, Any]:
         "evaluations": found.evaluations,
         "times_cheaper": found.times_cheaper,
         "agreement": [asdict(one) for one in found.agreement],
-        "points": [_row(point) for point in found.points],
+        "points": [_row(change) for change in found.changes],
     }
 
 
-def _row(point: SensitivityPoint) -> dict[str, Any]:
-    exact_low, exact_high = point.exact_interval or (None, None)
+def _row(change: CellChange) -> dict[str, Any]:
+    exact_low, exact_high = change.exact_interval or (None, None)
     values = (
-        *point.cell,
-        point.sparsity,
-        point.estimate,
-        *point.estimate_interval,
-        point.first_order,
-        point.exact,
+        *change.cell,
+        change.sparsity,
+        change.estimate,
+        *change.estimate_interval,
+        change.first_order,
+        change.exact,
         exact_low,
         exact_high,
     )
     return dict(zip(_COLUMNS, values, strict=True))
 
 
-def write_csv(points: Sequence[SensitivityPoint], file: Path) -> None:
-    """A line a point; ``expert`` is empty at a site without experts, ``exact`` where nothing was evaluated."""
+def write_csv(changes: Sequence[CellChange], file: Path) -> None:
+    """A line a change; ``expert`` is empty at a site without experts, ``exact`` where nothing was evaluated."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(_row(point) for point in points)
+    writer.writerows(_row(change) for change in changes)
     write_atomically(file, text.getvalue())
 
 
@@ -83,8 +83,9 @@ def markdown(found: Sensitivity, *, title: str) -> str:
     """The agreement of estimate and evaluation, and the cells that cost most."""
     parts = [
         f"# {title}",
-        f"Loss {found.loss:.4f} nats a token at mean S {found.plan.mean:.3f}, on {found.rows} validation rows of "
-        f"{found.documents} documents. Changes are in nats a token; intervals are 95 % by bootstrap over documents.",
+        f"Loss {found.loss:.4f} nats a token at mean S {found.plan.mean:.3f}, on {found.num_sequences} "
+        f"validation sequences of {found.documents} documents. Changes are in nats per token; intervals are 95 % "
+        "by bootstrap over documents.",
     ]
     if found.exact_seconds is not None:
         parts += [
@@ -119,23 +120,25 @@ def _correlation(value: float | None) -> str:
 
 def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:
     """Of each cell its costliest S; the first ten, by what was evaluated where it was."""
-    by_cell: dict[Any, SensitivityPoint] = {}
-    for point in sorted(found.points, key=_cost):
-        by_cell[point.cell] = point
+    by_cell: dict[Any, CellChange] = {}
+    for change in sorted(found.changes, key=_cost):
+        by_cell[change.cell] = change
     chosen = sorted(by_cell.values(), key=_cost, reverse=True)[:_MOST_SENSITIVE]
     return [
         (
-            point.cell.name,
-            f"{point.sparsity:.3g}",
-            _told(point.estimate, point.estimate_interval),
-            "–" if point.exact is None or point.exact_interval is None else _told(point.exact, point.exact_interval),
+            change.cell.name,
+            f"{change.sparsity:.3g}",
+            _told(change.estimate, change.estimate_interval),
+            "–"
+            if change.exact is None or change.exact_interval is None
+            else _told(change.exact, change.exact_interval),
         )
-        for point in chosen
+        for change in chosen
     ]
 
 
-def _cost(point: SensitivityPoint) -> float:
-    return point.estimate if point.exact is None else point.exact
+def _cost(change: CellChange) -> float:
+    return change.estimate if change.exact is None else change.exact
 
 
 def _told(value: float, interval: tuple[float, float]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from qsparse_moe.ablation.allocation.alternatives import alternative_outcomes
+from qsparse_moe.ablation.allocation.alternatives import compare_alternatives
 from qsparse_moe.ablation.allocation.compare import ALLOCATED, PlanComparison, compare, load_under_uniform, rival_plans
 from qsparse_moe.ablation.allocation.continued import compare_after_training
 from qsparse_moe.ablation.allocation.cost import Costs, Quantity, measured_load
@@ -30,11 +30,11 @@ class Allocation:
     """What the plan costs with the load of the rows that it was made from."""
     step: int
     """Steps that the run was trained."""
-    rows: int
+    num_sequences: int
     """Training rows that the plans were made from."""
-    held_out_rows: int
+    num_held_out: int
     """Validation rows that they were compared on."""
-    outcomes: tuple[PlanComparison, ...]
+    comparisons: tuple[PlanComparison, ...]
     """Without training."""
     alternatives: tuple[PlanComparison, ...]
     """Other ways to the same cost, without training."""
@@ -49,7 +49,7 @@ def allocate_run(
     target: float,
     *,
     batch: int = 1,
-    num_rows: int | None = None,
+    num_sequences: int | None = None,
     rounds: int = 3,
     num_random: int = 5,
     train_steps: int = 0,
@@ -62,7 +62,7 @@ def allocate_run(
         quantity: what the budget bounds.
         target: the budget.
         batch: tokens of a step, where bytes are bounded.
-        num_rows: training rows that the plans are made from; None takes some 4,000 tokens an expert.
+        num_sequences: training rows that the plans are made from; None takes some 4,000 tokens an expert.
         rounds: passes that the plan is improved in.
         num_random: random plans to compare with.
         train_steps: of continued training with each plan; 0: none.
@@ -75,18 +75,20 @@ def allocate_run(
     config, model, step = load_ranked(run_dir, torch.device(device), None)
     data, size = load_data(config.data), config.training.micro_batch_size
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))
-    rows = training_documents(config, data, num_rows=num_rows or default_num_rows(config), batch_size=size)
-    held_out = validation_documents(data, num_rows=config.training.evaluation_rows, batch_size=size)
+    sequences = training_documents(
+        config, data, num_sequences=num_sequences or default_num_rows(config), batch_size=size
+    )
+    held_out = validation_documents(data, num_sequences=config.training.evaluation_rows, batch_size=size)
     costs = Costs(
         config.model,
-        measured_load(model, rows),
+        measured_load(model, sequences),
         quantity,
         context=config.data.sequence_length,
         batch=batch,
         bytes_per_weight=4.0 if config.training.precision == "fp32" else 2.0,
     )
-    costs = load_under_uniform(model, rows, costs, target)
-    plans = rival_plans(model, rows, costs, target, num_random=num_random, rounds=rounds)
+    costs = load_under_uniform(model, sequences, costs, target)
+    plans = rival_plans(model, sequences, costs, target, num_random=num_random, rounds=rounds)
     without = compare(model, held_out, plans, costs)
     return Allocation(
         plan=plans[ALLOCATED],
@@ -94,10 +96,10 @@ def allocate_run(
         target=target,
         planned=costs.of(plans[ALLOCATED]),
         step=step,
-        rows=rows.num_rows,
-        held_out_rows=held_out.num_rows,
-        outcomes=without,
-        alternatives=alternative_outcomes(model, rows, held_out, plans, costs, target),
+        num_sequences=sequences.num_sequences,
+        num_held_out=held_out.num_sequences,
+        comparisons=without,
+        alternatives=compare_alternatives(model, sequences, held_out, plans, costs, target),
         train_steps=train_steps,
         after_training=compare_after_training(run_dir, plans, held_out, costs, train_steps, device)
         if train_steps

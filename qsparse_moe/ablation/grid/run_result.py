@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qsparse_moe.ablation.grid.points import Grid, GridRun
+from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.accounting.densities import Densities, measured_densities, planned_densities
 from qsparse_moe.accounting.flops import training_flops
@@ -29,7 +29,7 @@ _PARTS = {
 }
 
 
-def outcome_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
+def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
     """What the folder of ``run`` holds now; ``error``: why it did not come to its end."""
     finished, error = _state(run.config, error)
     rows = read_metrics(run_folder(run.config) / "metrics.jsonl") if finished else []
@@ -62,7 +62,7 @@ def _varied_sparsity(grid: Grid, model: ModelConfig) -> list[tuple[int, Site, li
     """S at the places that the grid varies; experts of one S as one entry."""
     plan = SparsityPlan.from_config(model)
     found: list[tuple[int, Site, list[int] | None, float]] = []
-    for layer, site in grid.places:
+    for layer, site in grid.varied_sites:
         values = plan.values[layer, site]
         for sparsity in dict.fromkeys(values):
             experts = [expert for expert, value in enumerate(values) if value == sparsity]

@@ -1,6 +1,7 @@
-"""What a law is fitted to: validation losses of runs, each with the sizes, the sparsities and the tokens behind it.
+"""The observations that a law is fitted to: validation losses, each with the sizes, sparsities, and tokens of its run.
 
-n points, R runs. A run gives a point for every evaluation of its curve; all its points count together as one run does.
+n observations, R runs. A run contributes one observation per evaluation of its curve. The weights of a run's
+observations add up to 1, so that a long curve does not count more than a short one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Points:
-    """The points of some runs, each field ``(n,)``. Parameters are weight matrices without embedding and head."""
+class Observations:
+    """The observations of some runs, each field ``(n,)``. Parameters are weight matrices without embedding and head."""
 
     total: Array
     """Parameters stored."""
@@ -34,11 +35,11 @@ class Points:
     tokens: Array
     """Seen in training when the loss was measured."""
     loss: Array
-    """Validation loss; in which unit, whoever made the points knows."""
+    """Validation loss; in which unit, whoever made the observations knows."""
     backbone: Array
     """Layers times width squared: the size of a model whatever its experts are."""
     run: NDArray[np.int64]
-    """Index of the run: points of one run are no independent measurements."""
+    """Index of the run: observations of one run are no independent measurements."""
     configuration: NDArray[np.int64]
     """Index of what the run was a seed of: runs of one configuration differ by chance alone."""
 
@@ -57,21 +58,21 @@ class Points:
 
     @property
     def run_weights(self) -> Array:
-        """One over the number of points of the run, so that every run counts as one."""
+        """One over the number of observations of the run, so that every run counts as one."""
         _, place, counts = np.unique(self.run, return_inverse=True, return_counts=True)
         return 1.0 / counts[place]
 
-    def where(self, chosen: NDArray[np.bool_]) -> Points:
-        """The points at which ``chosen``, ``(n,)``, is true."""
+    def where(self, chosen: NDArray[np.bool_]) -> Observations:
+        """The observations at which ``chosen``, ``(n,)``, is true."""
         return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
-    def final(self) -> Points:
+    def final(self) -> Observations:
         """The last point of each run."""
         last = [np.flatnonzero(self.run == run)[self.tokens[self.run == run].argmax()] for run in np.unique(self.run)]
         return self.where(np.isin(np.arange(len(self)), last))
 
 
-def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float = 1e9) -> Points:
+def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float = 1e9) -> Observations:
     """Models of ``kept`` parameters a token each, at the S of ``sparsity``; no run measured them.
 
     All parameters are taken as sparse and as the experts': a share A/E of them is active and 1 − S of those is kept,
@@ -80,7 +81,7 @@ def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float
     ones = np.ones(len(sparsity))
     active = kept / (1.0 - sparsity)
     nothing = np.zeros(len(sparsity), dtype=np.int64)
-    return Points(
+    return Observations(
         total=active / expert_share,
         active=active,
         kept=kept * ones,
@@ -96,13 +97,13 @@ def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float
     )
 
 
-def seed_spread(points: Points) -> float | None:
+def seed_spread(observations: Observations) -> float | None:
     """Standard deviation of the log loss over runs of one configuration at equal tokens; None where none is repeated.
 
-    No law in the settings of a run can come closer to the points than this.
+    No law in the settings of a run can come closer to the observations than this.
     """
     squares, degrees = 0.0, 0
-    final = points.final()
+    final = observations.final()
     for configuration, tokens in {(c, t) for c, t in zip(final.configuration, final.tokens, strict=True)}:
         logs = np.log(final.loss[(final.configuration == configuration) & (final.tokens == tokens)])
         squares += float(((logs - logs.mean()) ** 2).sum())

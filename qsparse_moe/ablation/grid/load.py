@@ -57,7 +57,7 @@ class Grid:
         return tuple(dict.fromkeys(run.variant for run in self.runs))
 
     @cached_property
-    def places(self) -> tuple[tuple[int, Site], ...]:
+    def varied_sites(self) -> tuple[tuple[int, Site], ...]:
         """The layers and sites at which not every run has the same S; none where the models have different places."""
         plans = [SparsityPlan.from_config(model).values for model in self._models]
         shapes = [{place: len(values) for place, values in plan.items()} for plan in plans]

@@ -14,11 +14,11 @@ from qsparse_moe.config.shapes import EXPERT_SITES
 Row = Mapping[str, Any]
 S_PATHS = ("model.sparsity.default", "model.sparsity.sites", "model.sparsity.overrides", "model.sparsity.plan")
 """Settings of S: a point of a line may differ from the next in them."""
-Place = tuple[int, Site, int | None]
+Cell = tuple[int, Site, int | None]
 """Layer, site, and expert, which is None where all experts of the layer have one S or the site has none."""
 
 
-class FigurePoint(NamedTuple):
+class VariantResult(NamedTuple):
     """A point of a grid: the rows of its seeds as one."""
 
     row: Row
@@ -29,7 +29,7 @@ class FigurePoint(NamedTuple):
     """The loss of every finished run."""
 
 
-def points_of(rows: Sequence[Row]) -> list[FigurePoint]:
+def variant_results(rows: Sequence[Row]) -> list[VariantResult]:
     """Return the finished runs, the seeds of a variant as one point, in their order."""
     by_variant: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -40,11 +40,11 @@ def points_of(rows: Sequence[Row]) -> list[FigurePoint]:
         losses = [row["loss"] for row in found]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
         by_seed = {row.get("seed", place): row["loss"] for place, row in enumerate(found)}
-        points.append(FigurePoint(found[0], statistics.mean(losses), spread, by_seed))
+        points.append(VariantResult(found[0], statistics.mean(losses), spread, by_seed))
     return points
 
 
-def seeds_text(points: Sequence[FigurePoint]) -> str:
+def seeds_text(points: Sequence[VariantResult]) -> str:
     """Return what the marks of a figure are over the seeds."""
     counts = {max(len(point.by_seed), 1) for point in points}
     if counts == {1}:
@@ -58,12 +58,12 @@ def is_sparsity(path: str) -> bool:
     return any(path == known or path.startswith(f"{known}.") for known in S_PATHS)
 
 
-def other_settings(point: FigurePoint) -> dict[str, str]:
+def other_settings(point: VariantResult) -> dict[str, str]:
     """Return what the point sets beside S, by path, as text."""
     return {path: repr(value) for path, value in point.row["settings"].items() if not is_sparsity(path)}
 
 
-def varied(points: Iterable[FigurePoint]) -> dict[Place, list[float]]:
+def varied_sparsity(points: Iterable[VariantResult]) -> dict[Cell, list[float]]:
     """Return S of every point at each place that is not the same in all of them; experts apart where they differ."""
     entries = [point.row.get("varied_sparsity") or () for point in points]
     split = {(layer, site) for own in entries for layer, site, experts, _ in own if experts is not None}
@@ -71,7 +71,7 @@ def varied(points: Iterable[FigurePoint]) -> dict[Place, list[float]]:
     for layer, site, experts, _ in (entry for own in entries for entry in own):
         if experts is not None:
             known[layer, site].update(experts)
-    found: dict[Place, list[float]] = defaultdict(list)
+    found: dict[Cell, list[float]] = defaultdict(list)
     for own in entries:
         for layer, site, experts, sparsity in own:
             listed: Sequence[int | None] = (
@@ -82,12 +82,12 @@ def varied(points: Iterable[FigurePoint]) -> dict[Place, list[float]]:
     return {place: values for place, values in found.items() if len(set(values)) > 1}
 
 
-def changed_places(base: FigurePoint, point: FigurePoint) -> dict[Place, float]:
+def changed_cells(base: VariantResult, point: VariantResult) -> dict[Cell, float]:
     """Return S of ``point`` wherever it is another than that of ``base``."""
-    return {place: values[1] for place, values in varied((base, point)).items()}
+    return {place: values[1] for place, values in varied_sparsity((base, point)).items()}
 
 
-def places_label(places: Iterable[Place]) -> str:
+def cells_label(places: Iterable[Cell]) -> str:
     """Return the places in few words: ``layer 3 experts 0-1 expert_hidden``."""
     by_expert: dict[tuple[Site, tuple[int | None, ...]], list[int]] = defaultdict(list)
     experts: dict[tuple[int, Site], list[int | None]] = defaultdict(list)
@@ -108,7 +108,7 @@ def places_label(places: Iterable[Place]) -> str:
     return "; ".join(words)
 
 
-def choice_labels(point: FigurePoint, paths: set[str]) -> list[str]:
+def choice_labels(point: VariantResult, paths: set[str]) -> list[str]:
     """Return the labels of the point's variant and settings of axes that set some of ``paths``."""
     choices = point.row.get("choices") or ()
     if choices:

@@ -1,4 +1,4 @@
-"""Points from the rows of results files, checked: what does not belong together is not fitted together."""
+"""Observations from the rows of results files, checked: what does not belong together is not fitted together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeGuard
 import numpy as np
 
 from qsparse_moe.ablation.grid.results import read_results
-from qsparse_moe.ablation.law.points import Points
+from qsparse_moe.ablation.law.observations import Observations
 from qsparse_moe.errors import ConfigError
 
 Unit = Literal["nats", "bits", "bits-per-byte"]
@@ -34,16 +34,16 @@ _PARTS = ("attention", "router", "shared", "experts_active", "dense")
 
 @dataclass(frozen=True)
 class Runs:
-    """The points of the finished runs of some files."""
+    """The observations of the finished runs of some files."""
 
-    points: Points
+    observations: Observations
     files: tuple[str, ...]
     left_out: int
     """Runs that did not finish."""
 
 
 def read_runs(paths: Sequence[Path], *, unit: Unit = "nats", last_only: bool = False, min_tokens: int = 0) -> Runs:
-    """The points of every finished run.
+    """The observations of every finished run.
 
     Args:
         paths: results files, or folders with a ``results.jsonl``.
@@ -69,16 +69,18 @@ def read_runs(paths: Sequence[Path], *, unit: Unit = "nats", last_only: bool = F
                 left_out += 1
     if not found:
         raise ConfigError(f"{_names(paths)}: no finished run in it ({left_out} unfinished); finish the grid first")
-    return Runs(_points(list(found.values()), unit, last_only, min_tokens, paths), tuple(map(str, paths)), left_out)
+    return Runs(
+        _observations(list(found.values()), unit, last_only, min_tokens, paths), tuple(map(str, paths)), left_out
+    )
 
 
-def _points(
+def _observations(
     found: Sequence[tuple[str, Mapping[str, Any]]],
     unit: Unit,
     last_only: bool,
     min_tokens: int,
     paths: Sequence[Path],
-) -> Points:
+) -> Observations:
     columns: list[dict[str, float]] = []
     configurations: dict[str, int] = {}
     first: tuple[str, float, float] | None = None
@@ -96,7 +98,7 @@ def _points(
         key: np.array([column[key] for column in columns], np.int64 if key in whole else np.float64)
         for key in columns[0]
     }
-    return Points(**arrays)
+    return Observations(**arrays)
 
 
 def _sizes(row: Mapping[str, Any], where: str) -> dict[str, float]:
@@ -138,23 +140,25 @@ def _active_weights(row: Mapping[str, Any], where: str) -> float:
 
 
 def _curve(row: Mapping[str, Any], where: str, unit: Unit, last_only: bool) -> list[tuple[float, float]]:
-    points: list[Any] = [[row.get("tokens"), row.get("loss"), row.get("bits_per_byte")]]
+    observations: list[Any] = [[row.get("tokens"), row.get("loss"), row.get("bits_per_byte")]]
     if not last_only and row.get("curve"):
-        points = row["curve"]
-    for point in points:
+        observations = row["curve"]
+    for point in observations:
         if not isinstance(point, list) or len(point) != 3 or not all(_is_number(v) and v > 0 for v in point):
             raise ConfigError(
                 f"{where}: an evaluation is {point}; it must be tokens, loss and bits a byte, all above 0 "
                 "(a run that diverged has none: remove its line)"
             )
     scales = {"nats": 1.0, "bits": 1 / math.log(2)}
-    return [(float(t), float(b) if unit == "bits-per-byte" else float(loss) * scales[unit]) for t, loss, b in points]
+    return [
+        (float(t), float(b) if unit == "bits-per-byte" else float(loss) * scales[unit]) for t, loss, b in observations
+    ]
 
 
 def _check_same_text(
     first: tuple[str, float, float] | None, row: Mapping[str, Any], where: str
 ) -> tuple[str, float, float]:
-    """Losses of different tokens or vocabularies are no points of one law."""
+    """Losses of different tokens or vocabularies are no observations of one law."""
     vocabulary = _positive(row, "embedding_parameters", where) / row["hidden_size"]
     token_bytes = _positive(row, "loss", where) / _positive(row, "bits_per_byte", where) / math.log(2)
     if first is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
 from signal import Signals
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.loader import combine_states
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import with_vocabulary
-from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
+from qsparse_moe.errors import CheckpointError, QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.runs.folder import check_run_folder, check_steps, run_folder
 from qsparse_moe.runs.report import Listener, RunContext, StepReport, TrainingResult, notify
@@ -34,7 +33,7 @@ from qsparse_moe.training.monitor.non_finite import CANNOT_GO_ON, NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.profile import StepProfiler
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
-from qsparse_moe.training.run_lock import locked_run_folder
+from qsparse_moe.training.run_lock import RunFolderLock
 from qsparse_moe.training.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
@@ -53,7 +52,8 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
 
     Raises:
         ConfigError: a rule is broken, or the run to resume was made with other settings.
-        CheckpointError: the run folder is in use, or a checkpoint is damaged, or a file cannot be written.
+        CheckpointError: the run folder is in use or was taken over, a checkpoint is damaged, or a file cannot be
+            written.
         DataError: the data cannot be used, or is another than the checkpoint's. In the middle of a stream the steps
             done are saved first.
         BackendUnavailable: the device or a backend asked for by name is not there.
@@ -63,10 +63,10 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     check_config(config)
     timeout = config.training.collective_timeout
     # Rank 0 holds the folder until its engine is closed.
-    with open_distributed(config.training.device, timeout=timeout) as distributed, ExitStack() as held:
+    with open_distributed(config.training.device, timeout=timeout) as distributed, _lock_of(config) as lock:
         check_world_size(config, distributed.world_size)
         config = distributed.on_every_rank(lambda: with_vocabulary(config))[distributed.rank]
-        resumes = distributed.on_rank_zero(lambda: _take_folder(config, held))
+        resumes = distributed.on_rank_zero(lambda: _take_folder(config, lock))
         if not resumes:
             check_trainable(config)
         data = load_data(config.data)
@@ -74,7 +74,7 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         with watch:
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
-                return _Loop(run, listeners if distributed.rank == 0 else ()).run()
+                return _Loop(run, listeners if distributed.rank == 0 else (), lock).run()
             except RuntimeError as error:
                 watch.expect_end(error)
                 raise
@@ -82,8 +82,12 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
                 run.engine.close()
 
 
-def _take_folder(config: RunConfig, held: ExitStack) -> bool:
-    held.enter_context(locked_run_folder(run_folder(config)))
+def _lock_of(config: RunConfig) -> RunFolderLock:
+    return RunFolderLock(run_folder(config))
+
+
+def _take_folder(config: RunConfig, lock: RunFolderLock) -> bool:
+    lock.take()
     resumes = check_run_folder(config)
     check_steps(config)
     return resumes
@@ -97,8 +101,9 @@ def _how_to_go_on(config: RunConfig) -> str:
 class _Loop:
     """The steps of a prepared run, and what happens between them."""
 
-    def __init__(self, run: PreparedRun, listeners: Sequence[Listener]) -> None:
+    def __init__(self, run: PreparedRun, listeners: Sequence[Listener], lock: RunFolderLock) -> None:
         self._run = run
+        self._lock = lock
         self._training = run.config.training
         self._signals = StopSignals()
         self._listeners = listeners
@@ -247,6 +252,7 @@ class _Loop:
 
     def _save(self) -> None:
         distributed = self._run.distributed
+        distributed.on_rank_zero(self._lock.check)
         states = distributed.gather(self._run.loader.state_dict())
         save_checkpoint(
             self._run.folder,
@@ -283,11 +289,15 @@ class _Loop:
             loss_scale=outcome.loss_scale,
             skipped_steps=None if scaler is None else scaler.skipped_steps,
         )
+        # The other ranks are on their way: the next step carries the wish to stop to them, with a checkpoint.
         try:
+            self._lock.check()
             for listener in self._listeners:
                 listener(report)
+        except CheckpointError as error:
+            # Nor is there a checkpoint then: saving looks at the lock again.
+            self._trouble = error
         except OSError as error:
-            # The other ranks are on their way: the next step carries the wish to stop to them, with a checkpoint.
             self._trouble = cannot_write(self._run.folder, error)
 
     def _context(self) -> RunContext:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,14 +11,23 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.runs.folder import newest_step
+from qsparse_moe.runs.folder import newest_step, run_folder
 from qsparse_moe.training import run_lock
-from qsparse_moe.training.run_lock import locked_run_folder
+from qsparse_moe.training.loop import train as train_here
+from qsparse_moe.training.run_lock import RunFolderLock
 from tests.cli.test_run import REPOSITORY, train, write_inputs
+
+
+@contextlib.contextmanager
+def locked_run_folder(folder):
+    with RunFolderLock(folder) as lock:
+        lock.take()
+        yield lock
 
 
 def record_of(folder):
@@ -70,16 +80,140 @@ def test_a_dead_run_of_another_machine_is_taken_over_after_half_a_minute(tmp_pat
     said = []
     monkeypatch.setattr(run_lock.logger, "warning", lambda text, *values: said.append(text % values))
     assert run_lock._STALE_SECONDS == 30.0
+    assert run_lock._SETTLE_SECONDS > 2 * run_lock._BEAT_SECONDS
     monkeypatch.setattr(run_lock, "_STALE_SECONDS", 0.6)
+    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.3)
     folder = tmp_path / "mine"
     write_record(folder, host="node-elsewhere")
     begin = time.monotonic()
     with locked_run_folder(folder):
-        assert time.monotonic() - begin >= 0.6
+        assert time.monotonic() - begin >= 0.9
         assert json.loads(record_of(folder).read_text())["pid"] == os.getpid()
     holder = "process 4711 on node-elsewhere since 2026-01-31 12:00:00 UTC"
     assert said == [f"{folder}: {holder} gave no sign for 0.6 s; this run takes it over"]
     assert list(tmp_path.iterdir()) == []
+
+
+class OtherMachine(RunFolderLock):
+    """A process elsewhere, with which no lock of the file system is shared."""
+
+    def take(self):
+        self._record = run_lock._Record(self._folder)
+        self._record._mine = replace(self._record._mine, host=f"node-{id(self)}", boot="")
+        self._record._beside = self._record._file.with_name(f"{self._record._file.name}.{id(self)}")
+        self._held.enter_context(self._record)
+
+
+@pytest.mark.parametrize("found", ["nothing", "a dead record", "a torn record"])
+def test_of_machines_that_come_at_the_same_instant_one_has_the_folder(tmp_path, monkeypatch, found):
+    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(run_lock, "_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(run_lock, "_STALE_SECONDS", 0.5)
+    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.6)
+    folder = tmp_path / "mine"
+    if found == "a dead record":
+        write_record(folder, host="node-elsewhere")
+    elif found == "a torn record":
+        record_of(folder).write_text("")
+    write, together = run_lock._Record._write, threading.Barrier(3, timeout=20)
+
+    def write_together(record):
+        # All have decided to replace the record before the first one does.
+        if threading.current_thread().name.startswith("taker") and found != "nothing":
+            together.wait()
+        write(record)
+
+    monkeypatch.setattr(run_lock._Record, "_write", write_together)
+    locks, refused = [OtherMachine(folder) for _ in range(3)], []
+
+    def take(lock):
+        try:
+            lock.take()
+        except CheckpointError as error:
+            refused.append(str(error))
+
+    takers = [threading.Thread(target=take, args=(lock,), name=f"taker {n}") for n, lock in enumerate(locks)]
+    for thread in takers:
+        thread.start()
+    for thread in takers:
+        thread.join()
+    holder = json.loads(record_of(folder).read_text())["host"]
+    assert len(refused) == 2 and all(
+        f"is in use by process {os.getpid()} on {holder} since" in text for text in refused
+    )
+    for lock in locks:
+        lock.check() if f"node-{id(lock)}" == holder else None
+        lock.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_locks_of_the_file_system_the_record_keeps_a_second_process_of_this_machine_out(tmp_path, monkeypatch):
+    """It is known at once that a process of this machine is dead."""
+    monkeypatch.setattr(run_lock, "acquire_lock", lambda path: contextlib.nullcontext())
+    monkeypatch.setattr(run_lock, "_POLL_SECONDS", 0.02)
+    folder = tmp_path / "mine"
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    with child:
+        record = {"host": socket.gethostname(), "pid": child.pid, "since": "now", "boot": run_lock._boot()}
+        record_of(folder).write_text(json.dumps(record))
+        threading.Timer(0.3, lambda: record_of(folder).write_text(json.dumps(record | {"beat": 1}))).start()
+        with pytest.raises(CheckpointError, match=f"is in use by process {child.pid} on"), locked_run_folder(folder):
+            pass
+        child.communicate(b"\n")
+    begin = time.monotonic()
+    with locked_run_folder(folder):
+        assert time.monotonic() - begin < 5
+
+
+def test_a_machine_of_the_same_name_is_another_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_STALE_SECONDS", 0.4)
+    monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.0)
+    folder = tmp_path / "mine"
+    record = {"host": socket.gethostname(), "pid": os.getpid(), "since": "then", "boot": "another"}
+    record_of(folder).write_text(json.dumps(record))
+    begin = time.monotonic()
+    with locked_run_folder(folder):
+        assert time.monotonic() - begin >= 0.4
+
+
+def test_a_holder_that_was_suspended_learns_who_has_the_folder_and_takes_nothing_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.05)
+    folder = tmp_path / "mine"
+    with locked_run_folder(folder) as lock:
+        lock.check()
+        write_record(folder, host="node-elsewhere")
+        time.sleep(0.3)
+        assert json.loads(record_of(folder).read_text())["host"] == "node-elsewhere"
+        with pytest.raises(CheckpointError) as caught:
+            lock.check()
+    assert str(caught.value) == (
+        f"{folder}: was taken over by process 4711 on node-elsewhere since 2026-01-31 12:00:00 UTC, because this "
+        "process gave no sign of life for 30 s (it was suspended, or the file system did not answer). This process ends "
+        "and writes nothing more; the other one goes on from the last checkpoint"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == [record_of(folder).name], "the other's"
+
+
+@pytest.mark.parametrize("at", ["a report", "a save"])
+def test_a_run_whose_folder_was_taken_over_ends_before_it_writes(make_config, at):
+    config = make_config(steps=6, checkpoint_interval=2)
+    if at == "a save":
+        config = config.model_copy(update={"metrics": config.metrics.model_copy(update={"interval": 6})})
+    folder = run_folder(config)
+    reported = []
+
+    def listener(report):
+        reported.append(report.step)
+        if report.step == 3:
+            write_record(folder, host="node-elsewhere")
+
+    if at == "a save":
+        listener.begin = lambda context: write_record(folder, host="node-elsewhere")
+    with pytest.raises(CheckpointError, match="was taken over by process 4711 on node-elsewhere"):
+        train_here(config, [listener])
+    assert reported == ([1, 2, 3] if at == "a report" else [])
+    assert newest_step(folder) == (2 if at == "a report" else None)
+    assert record_of(folder).exists()
 
 
 @pytest.mark.distributed

@@ -46,6 +46,19 @@ def test_what_cannot_be_is_refused_and_nothing_written(grid, capsys, tmp_path, o
     assert not (tmp_path / "out").exists()
 
 
+def test_a_point_whose_router_the_loss_does_not_train_is_refused_by_name_before_any_run(grid, capsys, tmp_path):
+    axes = "axes: {model.moe.experts_per_token: [2, 1]}"
+    (tmp_path / "mini.yaml").write_text(GRID.replace("axes: {model.sparsity.default: [0, 0.5]}", axes))
+    assert run(["ablate", *grid]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert (
+        "error: variant A1: model.moe.router (softmax_topk_renormalized) gives a token's experts weights that sum to 1"
+        in said
+    )
+    assert "choose model.moe.router=softmax_topk, or use at least 2 experts per token" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_report_only_starts_nothing(grid, capsys, tmp_path):
     assert run(["ablate", *grid, "--report-only"]) == 0
     assert "4 of 4 runs did not come to their end:" in capsys.readouterr().out

@@ -128,3 +128,26 @@ def test_folder_of_runs_names_the_runs_in_it(capsys, tmp_path):
     (tmp_path / "runs" / "mine" / "config.yaml").touch()
     assert run(["evaluate", str(tmp_path / "runs")]) == 2
     assert f"such as {tmp_path}/runs/mine" in capsys.readouterr().err
+
+
+ONE_EXPERT = "model.moe.experts_per_token=1"
+
+
+@pytest.mark.parametrize(
+    ("settings", "way_out"),
+    [
+        ([], "model.moe.router=softmax_topk,"),
+        (["model.moe.router=sigmoid_topk_renormalized"], "model.moe.router=sigmoid_topk,"),
+    ],
+)
+def test_a_router_that_the_loss_does_not_train_is_warned_of_with_the_way_out(capsys, settings, way_out):
+    arguments = [TINY, *SHAPE, ONE_EXPERT, *settings]
+    (warning,) = described(capsys, *arguments)["warnings"]
+    assert "the loss gives the router no gradient" in warning and way_out in warning
+    assert run(["describe", *arguments]) == 0
+    assert capsys.readouterr().out.count(f"warning: {warning}") == 1
+
+
+@pytest.mark.parametrize("trained", ["model.moe.experts_per_token=2", "model.moe.router=softmax_topk"])
+def test_a_router_that_the_loss_trains_is_not_warned_of(capsys, trained):
+    assert described(capsys, TINY, *SHAPE, ONE_EXPERT, trained)["warnings"] == []

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from itertools import islice
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qsparse_moe.cli import generate as generate_module
+from qsparse_moe.cli.app import run
 from qsparse_moe.cli.generate import _until, check_prompt, choose_token, fit_prompt, next_tokens, text_pieces
-from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.tokenizer import ByteTokenizer
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.training import evaluate
 
 torch.set_num_threads(1)
 TOKENIZER = ByteTokenizer()
@@ -78,6 +82,29 @@ def test_draws_follow_the_tempered_probabilities():
     for _ in range(4000):
         counts[choose_token(logits, 0.5, generator)] += 1
     assert counts / 4000 == pytest.approx((logits / 0.5).softmax(-1), abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", ["0", "1", "5"])
+def test_ids_of_the_vocabularys_padding_are_never_taken_however_likely(tmp_path, monkeypatch, capsys, temperature):
+    config = RunConfig(model=ModelConfig(hidden_size=16, num_layers=1, num_heads=2, vocab_size=320))
+    model = build_model(config.model, seed=3).eval()
+    padding = torch.zeros(320)
+    padding[257:] = 100.0
+    model.head.register_forward_hook(lambda module, inputs, logits_BSV: logits_BSV + padding)
+    monkeypatch.setattr(generate_module, "find_run", lambda path: path)
+    monkeypatch.setattr(evaluate, "load_run", lambda folder, device: (config, model, 7))
+    shown = []
+
+    def record(tokens, last, max_tokens):
+        # Past the end of a document too: the point is what may be drawn.
+        shown.extend(islice(tokens, max_tokens))
+        return iter(shown)
+
+    monkeypatch.setattr(generate_module, "_until", record)
+    options = ["--device", "cpu", "--temperature", temperature, "--max-tokens", "100", "--json"]
+    assert run(["generate", str(tmp_path), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["num_tokens"] == 100
+    assert max(shown) < 257 and (temperature == "0" or len(set(shown)) > 20)
 
 
 def test_generation_ends_at_the_document_token_or_after_the_given_number():

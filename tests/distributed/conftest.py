@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,10 @@ CALIBRATIONS = {"calibrated": (9, 2**18), "calibrated-thinned": (9, 1024), "cali
 """By label: training rows (five batches of one rank, or one) and the most magnitudes kept of one place."""
 
 
+STREAM_STEPS = 20
+"""Of the runs that read a stream, one of whose two files holds a record that is no JSON: the file of rank 1."""
+
+
 class Runs:
     """The outcomes by label and number of ranks, and where the run folders are."""
 
@@ -126,6 +131,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             + _balanced_resumed(made, 2)
             + _stopped_and_resumed(made, 2)
             + _faults(made)
+            + _streams(made)
             + _transfers(made, 2)
             + _calibrations(made),
         ),
@@ -257,3 +263,29 @@ def _faults(made: Runs) -> list[dict[str, Any]]:
         training = {"checkpoint_interval": 1, "keep_last": 5}
         plan.append(_entry(made, f"fault-{label}", layout, 2, training=training, fault=spoiled))
     return plan
+
+
+def _streams(made: Runs) -> list[dict[str, Any]]:
+    """A stream that skips a bad record, one that ends at it, and the latter resumed with the record allowed."""
+    folder = made.folder / "stream"
+    folder.mkdir()
+    for rank in range(2):
+        lines = [json.dumps({"text": f"document {rank} {index} " * 12}) for index in range(45)]
+        if rank == 1:
+            lines.insert(20, "{oops")
+        (folder / f"part-{rank}.jsonl").write_text("\n".join(lines) + "\n")
+    source = {"kind": "jsonl", "path": str(folder / "part-*.jsonl")}
+    data = {"mode": "streaming", "shuffle": False, "validation_fraction": 0.8, "sources": [source]}
+
+    def make(label: str, *, max_bad_records: int, training: dict[str, Any], **more: Any) -> dict[str, Any]:
+        settings = training | {"steps": STREAM_STEPS}
+        made_entry = _entry(made, f"stream-{label}", "zero2-fp32", 2, training=settings, **more)
+        made_entry["config"]["data"] |= data | {"max_bad_records": max_bad_records}
+        return made_entry
+
+    broken = made.folder_of("stream-broken", 2)
+    return [
+        make("whole", max_bad_records=9, training={}),
+        make("broken", max_bad_records=0, training={}),
+        make("resumed", max_bad_records=9, training={"resume": True}, copy_of=broken),
+    ]

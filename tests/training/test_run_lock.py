@@ -188,8 +188,8 @@ def test_a_holder_that_was_suspended_learns_who_has_the_folder_and_takes_nothing
             lock.check()
     assert str(caught.value) == (
         f"{folder}: was taken over by process 4711 on node-elsewhere since 2026-01-31 12:00:00 UTC, because this "
-        "process gave no sign of life for 30 s (it was suspended, or the file system did not answer). This process ends "
-        "and writes nothing more; the other one goes on from the last checkpoint"
+        "process gave no sign of life for 30 s (it was suspended, or the file system did not answer). This process "
+        "ends and writes nothing more; the other one goes on from the last checkpoint"
     )
     assert [path.name for path in tmp_path.iterdir()] == [record_of(folder).name], "the other's"
 

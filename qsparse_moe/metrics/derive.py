@@ -14,7 +14,7 @@ from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import layers_with_site
 from qsparse_moe.metrics.names import is_listed, layer_name
 from qsparse_moe.metrics.window import Window
-from qsparse_moe.runs.report import StepReport
+from qsparse_moe.runs.report import LateEvaluation, StepReport
 from qsparse_moe.sparsity.stats import SITE_FIELDS
 
 
@@ -30,15 +30,23 @@ def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None
     by_layer = layer_ratios(report.stats)
     if report.router_bias_LE is not None:
         by_layer["router/bias_range"] = report.router_bias_LE.amax(-1) - report.router_bias_LE.amin(-1)
-    if report.choice_agreement_L is not None:
-        by_layer["router/choice_agreement"] = report.choice_agreement_L
     if window is not None:
         by_layer |= window.see(report.stats)
     for name, values_L in by_layer.items():
         metrics |= _over_layers(name, values_L, layers_with(name, model))
+    metrics |= evaluation_metrics(report, model)
     unlisted = [name for name in metrics if not is_listed(name)]
     assert not unlisted, f"metrics that names.METRICS does not define: {unlisted}"
     return metrics
+
+
+def evaluation_metrics(report: StepReport | LateEvaluation, model: ModelConfig) -> dict[str, float]:
+    """Return the metrics of the evaluation that followed a step by name, none where there was none."""
+    metrics = {f"validation/{name}": float(value) for name, value in (report.validation or {}).items()}
+    if report.choice_agreement_L is None:
+        return metrics
+    name = "router/choice_agreement"
+    return metrics | _over_layers(name, report.choice_agreement_L, layers_with(name, model))
 
 
 def _scalars(report: StepReport) -> dict[str, float]:
@@ -53,7 +61,6 @@ def _scalars(report: StepReport) -> dict[str, float]:
     throughput |= {f"{part}_seconds": seconds for part, seconds in report.phase_seconds.items()}
     groups = {
         "train": train,
-        "validation": report.validation or {},
         "throughput": throughput,
         "memory": report.memory,
     }

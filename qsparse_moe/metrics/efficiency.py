@@ -22,13 +22,14 @@ class Efficiency:
     """The metrics under ``efficiency/``, and the utilisation, of one run."""
 
     def __init__(self, context: RunContext, last_row: Mapping[str, Any] | None = None) -> None:
-        """``last_row`` is the logged step before ``context.start_step``, from which the sum goes on."""
+        """Sum from ``last_row``, the last logged step up to ``context.start_step``, where no state is loaded."""
         self._config: RunConfig = context.config
         self._context = context
         model, length = self._config.model, self._config.data.sequence_length
         self._executed = training_flops(model, length).routed
         self._active = count_parameters(model).active
-        self._tokens = context.start_tokens
+        # Steps between the last logged one and a checkpoint are summed up with the next logged step.
+        self._tokens = int((last_row or {}).get("tokens", context.start_tokens))
         self._kept_so_far = float((last_row or {}).get(_KEPT_SO_FAR) or 0.0)
         self._peak = self._find_peak()
 
@@ -49,6 +50,14 @@ class Efficiency:
             flops_per_second = self._executed * report.tokens_per_second
             found["throughput/model_flops_utilisation"] = flops_per_second / (self._peak * self._context.world_size)
         return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps: the sum, and how many tokens are in it; JSON-able."""
+        return {"total_kept_training_flops": self._kept_so_far, "tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self._kept_so_far, self._tokens = state["total_kept_training_flops"], state["tokens"]
 
     def _kept(self, report: StepReport, densities: Any) -> dict[str, float]:
         model, length = self._config.model, self._config.data.sequence_length

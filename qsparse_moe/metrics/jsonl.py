@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class MetricsFile:
             CheckpointError: a line before the last is no logged step. A last line that was cut off is dropped.
         """
         keep_until(path, start_step)
+        self._path = path
         self._file = path.open("a", encoding="utf-8")
 
     def write(
@@ -36,13 +37,21 @@ class MetricsFile:
 
         ``experts`` are the values of every expert (``experts.expert_values``), under the key of that name.
         """
-        row: dict[str, Any] = {"step": step, "tokens": tokens, "seconds": seconds} | {
-            name: value if math.isfinite(value) else None for name, value in metrics.items()
-        }
+        row: dict[str, Any] = {"step": step, "tokens": tokens, "seconds": seconds} | _finite(metrics)
         if experts:
             row["experts"] = dict(experts)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+
+    def amend(self, step: int, tokens: int, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the last logged step; they become a line of their own where that is not ``step``."""
+        rows = read_metrics(self._path)
+        if not rows or rows[-1]["step"] != step:
+            rows.append({"step": step, "tokens": tokens, "seconds": seconds})
+        rows[-1] |= _finite(metrics)
+        self._file.close()
+        _replace(self._path, rows)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file; nothing can be written after."""
@@ -68,10 +77,17 @@ def keep_until(path: Path, step: int) -> None:
     """Rewrite the file, if there is one, to its logged steps up to ``step``: at once, or not at all."""
     if not path.exists():
         return
-    kept = [row for row in read_metrics(path) if row["step"] <= step]
+    _replace(path, [row for row in read_metrics(path) if row["step"] <= step])
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+
+
+def _replace(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     beside = path.with_name(path.name + ".part")
     with beside.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
+        file.writelines(json.dumps(row) + "\n" for row in rows)
         file.flush()
         os.fsync(file.fileno())
     beside.replace(path)

@@ -164,7 +164,7 @@ METRICS = (
         "router/choice_agreement",
         "1",
         "Share of the experts that the tokens of the validation rows chose in this evaluation and in the one before; "
-        "A/E by chance; absent in a process's first evaluation.",
+        "A/E by chance; absent in a run's first evaluation.",
         layers="file",
     ),
     Metric(
@@ -208,7 +208,7 @@ METRICS = (
     Metric(
         "sparsity/SITE/threshold_drift",
         "1",
-        "Change of the threshold since the logged step before, over its value there; absent in a process's first.",
+        "Change of the threshold since the logged step before, over its value there; absent in a run's first.",
         layers="file",
     ),
     Metric(

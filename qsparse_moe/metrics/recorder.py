@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.metrics.derive import derive_metrics, layers_with
+from qsparse_moe.metrics.derive import derive_metrics, evaluation_metrics, layers_with
 from qsparse_moe.metrics.efficiency import Efficiency
 from qsparse_moe.metrics.experts import expert_values
 from qsparse_moe.metrics.jsonl import MetricsFile, read_metrics
 from qsparse_moe.metrics.window import Window
-from qsparse_moe.runs.report import RunContext, StepReport, TrainingResult
+from qsparse_moe.runs.report import LateEvaluation, RunContext, StepReport, TrainingResult
 
 if TYPE_CHECKING:
     from qsparse_moe.metrics.tensorboard import TensorBoardFiles
+
+
+logger = logging.getLogger(__name__)
 
 
 class Recorder:
     """Records every report of a run; give it to ``train`` among the listeners.
 
     Files are opened by ``begin`` and closed by ``end``. Each report is on its way to the disk when the call returns,
-    so a run that is killed loses none.
+    so a run that is killed loses none. What spans several logged steps is kept in checkpoints (``StatefulListener``).
     """
+
+    state_name = "metrics"
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config
@@ -61,6 +67,38 @@ class Recorder:
         self._last_logged = report.step
         if self._board is not None:
             self._board.write(report.step, metrics, report.stats, images=images)
+
+    def late_evaluation(self, evaluation: LateEvaluation) -> None:
+        """Add the values of an evaluation to the step that was logged without them before the run was stopped."""
+        assert self._file is not None, "begin comes before the first evaluation"
+        metrics = evaluation_metrics(evaluation, self._config.model)
+        self._file.amend(evaluation.step, evaluation.tokens, evaluation.seconds, metrics)
+        if self._board is not None:
+            self._board.write_scalars(evaluation.step, metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; JSON-able."""
+        assert self._efficiency is not None, "begin comes before the first checkpoint"
+        return {
+            "interval": self._config.metrics.interval,
+            "window": self._window.state_dict(),
+            "efficiency": self._efficiency.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint; the window only where ``metrics.interval``, in which it counts, is the same."""
+        assert self._efficiency is not None, "begin comes before the state"
+        self._efficiency.load_state_dict(state["efficiency"])
+        before, now = state["interval"], self._config.metrics.interval
+        if before == now:
+            self._window.load_state_dict(state["window"])
+        else:
+            logger.info(
+                "metrics.interval was %d before the resume and is %d: the metrics of several logged steps (dead "
+                "experts and features, drift of thresholds) start with an empty window",
+                before,
+                now,
+            )
 
     def _is_image_step(self, step: int) -> bool:
         """Whether ``step`` is the first logged one of its image interval, or the last step of the run.

@@ -79,15 +79,19 @@ class TensorBoardFiles:
     def write(self, step: int, metrics: Mapping[str, float], stats: Stats, *, images: bool) -> None:
         """Add one logged step: of the values by layer only those that are charted, and with ``images`` the heat maps
         and histograms."""
-        for name, value in metrics.items():
-            if not is_layer_name(name) or metric_of(name).layers == "chart":
-                self._add_scalar(self._writer, name, value, step)
+        self.write_scalars(step, metrics)
         self._write_costs(metrics)
         self._last = step, stats
         if images:
             self._write_images(step, stats)
         self._writer.flush()
         self._cost_writer.flush()
+
+    def write_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the values of a step that are charted."""
+        for name, value in metrics.items():
+            if not is_layer_name(name) or metric_of(name).layers == "chart":
+                self._add_scalar(self._writer, name, value, step)
 
     def write_end(self, step: int) -> None:
         """Draw the last logged step, unless it was drawn, and say that the run ended; the HPARAMS page shows when."""

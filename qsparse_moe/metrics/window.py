@@ -1,12 +1,17 @@
 """What only several logged steps together say: experts without a row, features without a use, a threshold that moves.
 
-The window spans the last logged steps of this process; a resumed run begins a new one. L layers, E experts, D features.
+The window spans the last logged steps of the run; its state is part of the checkpoints, so that a resumed run continues
+it. L layers, E experts, D features.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import base64
+import math
+import zlib
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,11 +25,10 @@ class Window:
     """The last ``length`` logged steps; for dead experts the last ``expert_length``, and nothing where that is 0."""
 
     def __init__(self, length: int = LENGTH, expert_length: int | None = None) -> None:
-        self._expert_length = length if expert_length is None else expert_length
-        self._rows: deque[Tensor] = deque(maxlen=self._expert_length)
-        self._used: dict[str, deque[Tensor]] = {}
-        self._thresholds_L: dict[str, Tensor] = {}
         self._length = length
+        self._experts = _Idle(length if expert_length is None else expert_length)
+        self._features: dict[str, _Idle] = {}
+        self._thresholds_L: dict[str, Tensor] = {}
 
     def see(self, stats: Stats) -> dict[str, Tensor]:
         """Take in one logged step; the ratios ``(L,)`` of the window by metric name, NaN where there is none.
@@ -32,20 +36,19 @@ class Window:
         What needs a full window is absent until there is one: a feature that three steps did not use is not dead.
         """
         ratios: dict[str, Tensor] = {}
-        if "router/rows_LE" in stats and self._expert_length:
-            self._rows.append(stats["router/rows_LE"] > 0)
-            if len(self._rows) == self._expert_length:
-                ratios["router/dead_experts_window"] = (~_any(self._rows)).sum(-1).double()
+        if "router/rows_LE" in stats and self._experts.length:
+            dead_LE = self._experts.see(stats["router/rows_LE"] > 0)
+            if dead_LE is not None:
+                ratios["router/dead_experts_window"] = dead_LE.sum(-1).double()
         for key in [key for key in stats if key.endswith("/used_LED")]:
             ratios |= self._see_site(stats, key.removesuffix("/used_LED"))
         return ratios
 
     def _see_site(self, stats: Stats, site: str) -> dict[str, Tensor]:
         ratios: dict[str, Tensor] = {}
-        used = self._used.setdefault(site, deque(maxlen=self._length))
-        used.append(stats[f"{site}/used_LED"])
-        if len(used) == self._length:
-            ratios[f"{site}/dead_features"] = (~_any(used)).double().mean((-1, -2))
+        dead_LED = self._features.setdefault(site, _Idle(self._length)).see(stats[f"{site}/used_LED"])
+        if dead_LED is not None:
+            ratios[f"{site}/dead_features"] = dead_LED.double().mean((-1, -2))
         threshold_L = stats[f"{site}/smallest_LE"].sum(-1) / stats[f"{site}/rows_LE"].sum(-1)
         before_L = self._thresholds_L.get(site)
         self._thresholds_L[site] = threshold_L
@@ -53,6 +56,61 @@ class Window:
             ratios[f"{site}/threshold_drift"] = threshold_L / before_L - 1.0
         return ratios
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; JSON-able, without NaN."""
+        return {
+            "experts": self._experts.state_dict(),
+            "features": {site: idle.state_dict() for site, idle in self._features.items()},
+            "thresholds": {
+                site: [None if math.isnan(value) else value for value in threshold_L.tolist()]
+                for site, threshold_L in self._thresholds_L.items()
+            },
+        }
 
-def _any(flags: deque[Tensor]) -> Tensor:
-    return torch.stack(tuple(flags)).any(0)
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint; the lengths stay those of this window."""
+        self._experts.load_state_dict(state["experts"])
+        for site, idle in state["features"].items():
+            self._features.setdefault(site, _Idle(self._length)).load_state_dict(idle)
+        self._thresholds_L = {
+            site: torch.tensor([math.nan if value is None else value for value in values], dtype=torch.float64)
+            for site, values in state["thresholds"].items()
+        }
+
+
+class _Idle:
+    """For how many logged steps in a row each of several things was not used."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        """Steps without a use after which a thing counts as dead; 0: never."""
+        self._num_seen = 0
+        self._steps: Tensor | None = None
+
+    def see(self, used: Tensor) -> Tensor | None:
+        """Take in what one step used; which are dead after it, None while fewer than ``length`` steps were seen."""
+        before = torch.zeros(used.shape, dtype=torch.int32) if self._steps is None else self._steps
+        self._steps = torch.where(used, 0, before + 1)
+        self._num_seen += 1
+        return self._steps >= self.length if self._num_seen >= self.length else None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps; JSON-able."""
+        return {"num_seen": self._num_seen, "steps": None if self._steps is None else _packed(self._steps)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint."""
+        self._num_seen = state["num_seen"]
+        self._steps = None if state["steps"] is None else _unpacked(state["steps"])
+
+
+def _packed(numbers: Tensor) -> dict[str, Any]:
+    """Whole numbers as compressed text: one for every feature of every expert, and nearly all of them are 0."""
+    content = zlib.compress(numbers.numpy().astype("<i4").tobytes(), level=1)
+    return {"shape": list(numbers.shape), "zlib_int32": base64.b64encode(content).decode("ascii")}
+
+
+def _unpacked(packed: dict[str, Any]) -> Tensor:
+    content = zlib.decompress(base64.b64decode(packed["zlib_int32"]))
+    numbers = np.frombuffer(content, dtype="<i4").astype(np.int32)
+    return torch.from_numpy(numbers).view(packed["shape"])

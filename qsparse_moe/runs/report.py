@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -69,7 +70,7 @@ class StepReport:
     """``loss``, ``perplexity``, ``bits_per_byte`` where an evaluation followed this step."""
     choice_agreement_L: Tensor | None = None
     """Share of the experts that the tokens of the evaluation which followed this step chose in the one before too;
-    None without an evaluation, and in the first one of a process."""
+    None without an evaluation, and in the first one of a run."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Of this step on rank 0, by part: ``data``, ``forward``, ``backward``, ``update``; and ``communication``,
     which lies within these, but on CUDA."""
@@ -77,6 +78,26 @@ class StepReport:
     """That this step's loss was multiplied by, in fp16."""
     skipped_steps: int | None = None
     """Steps skipped since the run began because the gradient overflowed, in fp16."""
+
+
+@dataclass(frozen=True)
+class LateEvaluation:
+    """An evaluation that was due after the step at which the run was stopped, made when the run is resumed.
+
+    A run that is asked to stop saves at once and leaves its evaluation to the part of the run that follows. The report
+    of that step went to the listeners before the stop, without these values.
+    """
+
+    step: int
+    """The step after which it was due: that of the checkpoint."""
+    tokens: int
+    """As in ``StepReport``, of that step."""
+    seconds: float
+    """As in ``StepReport``, of that step."""
+    validation: dict[str, float]
+    """As in ``StepReport``."""
+    choice_agreement_L: Tensor | None
+    """As in ``StepReport``."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +121,33 @@ class TrainingResult:
 
 
 Listener = Callable[[StepReport], None]
-"""Called on rank 0 with every report. ``begin(context)`` and ``end(result)`` are called too where it has them."""
+"""Called on rank 0 with every report. Its methods ``begin(context)``, ``late_evaluation(evaluation)`` and
+``end(result)`` are called if it has them. One that remembers anything over reports is a ``StatefulListener``."""
 
 
-def notify(listeners: Iterable[Listener], moment: str, news: RunContext | TrainingResult) -> None:
-    """Call ``begin`` or ``end`` of every listener that has it."""
+@runtime_checkable
+class StatefulListener(Protocol):
+    """A listener with a state that checkpoints keep, so that a resumed run reports what an unbroken one would.
+
+    ``state_dict`` is called when a checkpoint is saved, after the report of its step; ``load_state_dict`` when the run
+    is resumed, after ``begin``, and not at all where the checkpoint holds no state of that name.
+    """
+
+    state_name: str
+    """Name of the state in the checkpoint; unique among the listeners of a run."""
+
+    def __call__(self, report: StepReport) -> None:
+        """Take in one logged step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; JSON-able."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state``, which ``state_dict`` returned in an earlier part of the run."""
+
+
+def notify(listeners: Iterable[Listener], moment: str, news: RunContext | LateEvaluation | TrainingResult) -> None:
+    """Call ``begin``, ``late_evaluation`` or ``end`` of every listener that has it."""
     for listener in listeners:
         method = getattr(listener, moment, None)
         if method is not None:

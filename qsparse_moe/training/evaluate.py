@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,6 +68,8 @@ class Evaluator:
         self._num_bytes = evaluation_num_bytes(data, num_rows)
         self.counts_T = torch.cat([batch.targets_BS.flatten() for batch in self._batches]) != IGNORED_LABEL
         """bool, of every token of this rank, in order: whether its label counts."""
+        self.checksum = _checksum(self._batches, self.counts_T)
+        """Of the tokens that count and their labels, in order."""
 
     def __call__(self, forward: Forward) -> dict[str, float]:
         """``loss`` (nats a label), ``perplexity`` and ``bits_per_byte`` over the rows of all ranks.
@@ -174,6 +177,12 @@ def evaluate_run(
         losses = Evaluator(data, num_rows=num_rows, micro_batch_size=micro_batch_size, distributed=distributed)(forward)
         rows, unigram = len(data.evaluation_rows(num_rows)[1]), data.unigram_bits_per_byte()
         return Evaluation(step=step, rows=rows, **losses, unigram_bits_per_byte=unigram, sparsity=sparsity)
+
+
+def _checksum(batches: Sequence[Batch], counts_T: Tensor) -> int:
+    tokens_T = torch.cat([batch.tokens_BS.flatten() for batch in batches])
+    targets_T = torch.cat([batch.targets_BS.flatten() for batch in batches])
+    return zlib.crc32(torch.stack((tokens_T[counts_T], targets_T[counts_T])).numpy().tobytes())
 
 
 @torch.no_grad()

@@ -18,14 +18,16 @@ from qsparse_moe.data.tokenizer import with_vocabulary
 from qsparse_moe.errors import CheckpointError, QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.runs.folder import check_run_folder, check_steps, run_folder
-from qsparse_moe.runs.report import Listener, RunContext, StepReport, TrainingResult, notify
+from qsparse_moe.runs.report import LateEvaluation, Listener, RunContext, StepReport, TrainingResult
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 from qsparse_moe.training.checkpoint.full_disk import cannot_write, writing
-from qsparse_moe.training.checkpoint.store import RunProgress, list_checkpoints, save_checkpoint
+from qsparse_moe.training.checkpoint.save import save_checkpoint
+from qsparse_moe.training.checkpoint.store import ReportState, RunProgress, list_checkpoints
 from qsparse_moe.training.distributed.heartbeat import RankWatch
 from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
+from qsparse_moe.training.listeners import Listeners
 from qsparse_moe.training.monitor.choices import ChoiceMemory
 from qsparse_moe.training.monitor.dead_experts import DeadExpertWatch
 from qsparse_moe.training.monitor.memory import device_name, memory_in_use
@@ -48,9 +50,10 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
 
     Args:
         config: a complete run; with ``training.resume`` an existing run folder is continued.
-        listeners: called with every ``StepReport``; see ``training.report``.
+        listeners: called with every ``StepReport``; see ``runs.report``.
 
     Raises:
+        ValueError: two listeners have the same ``state_name``.
         ConfigError: a rule is broken, or the run to resume was made with other settings.
         CheckpointError: the run folder is in use or was taken over, a checkpoint is damaged, or a file cannot be
             written.
@@ -60,6 +63,7 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         TrainingDiverged: a loss, an activation or a gradient is not finite; the checkpoints before it are kept.
         RankLost: another rank is gone; it is named, and said by every rank that is left.
     """
+    told = Listeners(listeners)
     check_config(config)
     timeout = config.training.collective_timeout
     # Rank 0 holds the folder until its engine is closed.
@@ -74,7 +78,7 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         with watch:
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
-                return _Loop(run, listeners if distributed.rank == 0 else (), lock).run()
+                return _Loop(run, told if distributed.rank == 0 else Listeners(), lock).run()
             except RuntimeError as error:
                 watch.expect_end(error)
                 raise
@@ -101,7 +105,7 @@ def _how_to_go_on(config: RunConfig) -> str:
 class _Loop:
     """The steps of a prepared run, and what happens between them."""
 
-    def __init__(self, run: PreparedRun, listeners: Sequence[Listener], lock: RunFolderLock) -> None:
+    def __init__(self, run: PreparedRun, listeners: Listeners, lock: RunFolderLock) -> None:
         self._run = run
         self._lock = lock
         self._training = run.config.training
@@ -126,10 +130,13 @@ class _Loop:
         self._progress = run.start
         self._reported = run.start
         self._validation: dict[str, float] | None = None
-        self._choices = ChoiceMemory(run.engine.model.routers(), run.distributed)
+        self._choices = ChoiceMemory(run.engine.model.routers(), run.distributed, sequences=run.evaluator.checksum)
         self._choice_agreement_L: Tensor | None = None
         self._trouble: QSparseMoEError | None = None
         self._saved_at = time.monotonic()
+        if run.report_state.monitor is not None:
+            self._choices.load_state_dict(run.report_state.monitor["choices"])
+            self._dead_experts.load_state_dict(run.report_state.monitor["dead_experts"])
 
     def run(self) -> TrainingResult:
         """Take the steps that are left."""
@@ -141,6 +148,8 @@ class _Loop:
 
     def _run_steps(self) -> TrainingResult:
         self._run.distributed.on_rank_zero(self._begin)
+        if self._run.report_state.evaluation_pending:
+            self._evaluate_late()
         stopped_by = 0
         if self._run.start.step < self._training.steps:
             # All ranks have their first batch, or none begins.
@@ -153,21 +162,22 @@ class _Loop:
             done = step + 1
             stopped_by = outcome.stop if done < self._training.steps else 0
             self._validation, self._choice_agreement_L = None, None
-            if not stopped_by and self._is_due(self._training.evaluation_interval, done):
+            is_due = self._is_due(self._training.evaluation_interval, done)
+            if is_due and not stopped_by:
                 self._validation = self._evaluate()
             if outcome.losses is not None:
                 self._report(step, outcome)
             if stopped_by or outcome.save or self._is_due(self._training.checkpoint_interval, done):
-                self._save()
+                self._save(evaluation_pending=is_due and bool(stopped_by))
             if stopped_by:
                 break
-        if self._run.start.step >= self._training.steps:
+        if self._run.start.step >= self._training.steps and self._validation is None:
             self._validation = self._evaluate()
         return self._finish(stopped_by)
 
     def _begin(self) -> None:
         with writing(self._run.folder):
-            notify(self._listeners, "begin", self._context())
+            self._listeners.begin(self._context(), self._run.report_state.listeners)
 
     def _read_first(self) -> None:
         if (error := self._run.loader.read_ahead()) is not None:
@@ -250,7 +260,20 @@ class _Loop:
         finally:
             engine.model.train()
 
-    def _save(self) -> None:
+    def _evaluate_late(self) -> None:
+        """Make the evaluation that was due after the last step before the run was stopped, and add it to its report."""
+        self._validation = self._evaluate()
+        now = self._progress
+        late = LateEvaluation(now.step, now.tokens, now.seconds, self._validation, self._choice_agreement_L)
+
+        def tell() -> None:
+            self._lock.check()
+            with writing(self._run.folder):
+                self._listeners.late_evaluation(late)
+
+        self._run.distributed.on_rank_zero(tell)
+
+    def _save(self, *, evaluation_pending: bool) -> None:
         distributed = self._run.distributed
         distributed.on_rank_zero(self._lock.check)
         states = distributed.gather(self._run.loader.state_dict())
@@ -260,6 +283,11 @@ class _Loop:
             self._progress,
             combine_states(states),
             keep_last=self._training.keep_last,
+            report_state=ReportState(
+                listeners=self._listeners.state_dict(),
+                monitor={"choices": self._choices.state_dict(), "dead_experts": self._dead_experts.state_dict()},
+                evaluation_pending=evaluation_pending,
+            ),
         )
         self._saved_at = time.monotonic()
 
@@ -292,8 +320,7 @@ class _Loop:
         # The other ranks are on their way: the next step carries the wish to stop to them, with a checkpoint.
         try:
             self._lock.check()
-            for listener in self._listeners:
-                listener(report)
+            self._listeners.report(report)
         except CheckpointError as error:
             # Nor is there a checkpoint then: saving looks at the lock again.
             self._trouble = error
@@ -329,7 +356,7 @@ class _Loop:
 
     def _end_listeners(self, result: TrainingResult) -> None:
         try:
-            notify(self._listeners, "end", result)
+            self._listeners.end(result)
         except OSError as error:
             self._trouble = self._trouble or cannot_write(self._run.folder, error)
 

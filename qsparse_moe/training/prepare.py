@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from qsparse_moe.training.checkpoint.full_disk import writing
 from qsparse_moe.training.checkpoint.state import restore, seed_random_states, set_random_states
 from qsparse_moe.training.checkpoint.store import (
     Checkpoint,
+    ReportState,
     RunProgress,
     load_checkpoint,
     newest_checkpoint,
@@ -52,6 +53,8 @@ class PreparedRun:
     """The sparsity that the schedule leads to."""
     start: RunProgress
     """Where it begins: nothing, or what the checkpoint had done."""
+    report_state: ReportState
+    """What the reports of earlier steps left for those to come; nothing where the run starts or cannot have it."""
 
 
 def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *, resumes: bool) -> PreparedRun:
@@ -96,7 +99,8 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     if distributed.rank == 0 and config.data.mode == "table":
         _log_epochs(config, loader.epochs(training.steps))
     plan = SparsityPlan.from_config(config.model)
-    return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start)
+    report_state = ReportState() if checkpoint is None else _read_report_state(checkpoint, distributed)
+    return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start, report_state)
 
 
 def _log_epochs(config: RunConfig, epochs: Sequence[float]) -> None:
@@ -143,6 +147,32 @@ def _start_random_states(
     seed_random_states(seed, start.step, distributed.rank)
     if checkpoint is not None and checkpoint.world_size == distributed.world_size:
         set_random_states(checkpoint.random_states(distributed.rank))
+
+
+def _read_report_state(checkpoint: Checkpoint, distributed: Distributed) -> ReportState:
+    """Read what the checkpoint holds of reports: all of it on the number of ranks that wrote it.
+
+    On another number the state of the monitors is left out, which is of the sequences and tokens of one rank each.
+    """
+    if not checkpoint.has_report_state:
+        if distributed.rank == 0:
+            logger.info(
+                "%s was written by an earlier version, which kept no state of metrics: those of several steps (dead "
+                "experts and features, drift of thresholds, agreement of choices) start with an empty window",
+                checkpoint.path,
+            )
+        return ReportState()
+    if checkpoint.world_size == distributed.world_size:
+        return checkpoint.report_state(distributed.rank)
+    if distributed.rank == 0:
+        logger.info(
+            "%s was written by %d ranks and this run has %d: router/choice_agreement starts with the second evaluation "
+            "from here, and the warnings of dead experts with an empty window",
+            checkpoint.path,
+            checkpoint.world_size,
+            distributed.world_size,
+        )
+    return replace(checkpoint.report_state(0), monitor=None)
 
 
 def _describe_part(config: RunConfig, engine: Engine, *, start_step: int, fingerprint: str) -> dict[str, Any]:

@@ -35,6 +35,9 @@ RESUMED = {
     2: [*EVERY_LAYOUT, "zero0-fp16", "zero3-fp16", "zero2_cpu-bf16", "zero2_cpu-fp16", "zero3_cpu-fp32"],
 }
 """Layouts that are stopped and resumed, by the number of ranks."""
+LATE = {1: "torch-fp32", 2: "zero3-fp32"}
+"""The layout that is also stopped in a step after which an evaluation is due, by the number of ranks."""
+EVALUATED_STEP = 3
 
 MIXED = ["torch-fp32", "torch-bf16", "zero1-bf16", "zero2-fp32", "zero3-fp32"]
 """Layouts of the other model, in which half of the elements end inside a matrix: ZeRO-1 and 2 cut it there."""
@@ -156,11 +159,14 @@ def _entry(
 ) -> dict[str, Any]:
     engine, precision = layout.split("-")
     # Evaluated in the middle too: ZeRO-3 follows the order of modules, and an evaluation comes in between.
-    settings = (LAYOUTS | OFFLOADED)[engine] | {"precision": precision, "evaluation_interval": 3} | training
+    settings = (LAYOUTS | OFFLOADED)[engine] | {"precision": precision} | training
+    settings["evaluation_interval"] = EVALUATED_STEP
     if precision == "fp16":
         settings["loss_scale"] = LOSS_SCALE
     config = tiny_config(made.folder, name_of(label, ranks), model=model, **settings)
-    metrics = config.metrics.model_copy(update={"layer_gradients": layer_gradients})
+    # A window that is full in the step after the stop.
+    changes = {"layer_gradients": layer_gradients, "dead_expert_window": STOP_STEP + 1}
+    metrics = config.metrics.model_copy(update=changes)
     return entry(label, config.model_copy(update={"metrics": metrics}), **more)
 
 
@@ -209,13 +215,14 @@ def _balanced_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:
 
 def _stopped_and_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:
     plan = []
-    for layout in RESUMED[ranks]:
-        stopped = f"{layout}-stopped"
+    parts = [(layout, layout, STOP_STEP) for layout in RESUMED[ranks]] + [("late", LATE[ranks], EVALUATED_STEP)]
+    for label, layout, step in parts:
+        stopped = f"{label}-stopped"
         plan += [
-            _entry(made, stopped, layout, ranks, training={}, stop_after=STOP_STEP),
+            _entry(made, stopped, layout, ranks, training={}, stop_after=step),
             _entry(
                 made,
-                f"{layout}-resumed",
+                f"{label}-resumed",
                 layout,
                 ranks,
                 training={"resume": True},

@@ -47,7 +47,7 @@ def main() -> None:
     note("start")
     from qsparse_moe.kernels import native
     from qsparse_moe.training import loop
-    from qsparse_moe.training.checkpoint import store as checkpoint
+    from qsparse_moe.training.checkpoint import save as checkpoint
     from qsparse_moe.training.evaluate import Evaluator
 
     loop.train_step = noted("step", loop.train_step)

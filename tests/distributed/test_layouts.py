@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
 from qsparse_moe.training.engines.protocol import STATE_KINDS
 from tests.distributed.conftest import (
     BALANCED,
     BALANCED_RESUMED,
     CUT,
+    EVALUATED_STEP,
     FAULT_STEP,
     FAULTS,
     FP16,
     FULL,
+    LATE,
     MIXED,
     RECOMPUTED,
     RECOMPUTED_PARTS,
@@ -24,6 +27,7 @@ from tests.distributed.conftest import (
     Runs,
     transfer_label,
 )
+from tests.support.metrics import same_in_every_run
 from tests.support.runs import STEPS, STOP_STEP
 
 pytestmark = pytest.mark.distributed
@@ -220,7 +224,9 @@ def test_sums_are_those_of_the_whole_batch_in_every_layout(runs: Runs):
 def test_choices_agree_between_evaluations_as_much_in_every_layout(runs: Runs):
     for layout, ranks in EVERYWHERE:
         precision = layout.split("-")[1]
-        have, want = runs(layout, ranks)["agreement"], runs(f"torch-{precision}", 1)["agreement"]
+        have, want = (
+            run["reports"][-1]["choice_agreement_L"] for run in (runs(layout, ranks), runs(f"torch-{precision}", 1))
+        )
         assert len(have) == 2 and all(0.5 < share < 1 for share in want)
         # A token whose two best experts are near each other may take the other one.
         assert have == pytest.approx(want, abs=0.01 if precision == "fp32" else 0.1), (layout, ranks)
@@ -250,6 +256,23 @@ def test_a_run_stopped_by_sigterm_resumes_to_what_it_would_have_been_exactly(run
     checkpoint, have = state_of(runs.folder_of(f"{layout}-resumed", ranks))
     assert checkpoint.adam_step == STEPS - (whole["reports"][-1]["skipped_steps"] or 0)
     assert [key for key in want if not have[key].equal(want[key])] == []
+    rows = rows_of(runs.folder_of(f"{layout}-resumed", ranks))
+    assert rows == rows_of(runs.folder_of(layout, ranks))
+    assert [row["step"] for row in rows if "router/dead_experts_window" in row] == [STOP_STEP + 1, STOP_STEP + 2]
+
+
+def rows_of(run_dir):
+    """The logged steps, without what a clock measures and the gradient norms that not every part of a run reads."""
+    rows = [same_in_every_run(row) for row in read_metrics(run_dir / "metrics.jsonl")]
+    return [{name: row[name] for name in row if not name.startswith("train/grad_norm/layer_")} for row in rows]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_is_resumed(runs: Runs, ranks):
+    stopped, resumed = runs("late-stopped", ranks), runs("late-resumed", ranks)
+    assert stopped["result"]["step"] == EVALUATED_STEP and stopped["result"]["validation"] is None
+    assert [report["step"] for report in resumed["reports"]] == [*range(EVALUATED_STEP + 1, STEPS + 1)]
+    assert rows_of(runs.folder_of("late-resumed", ranks)) == rows_of(runs.folder_of(LATE[ranks], ranks))
 
 
 @pytest.mark.parametrize(("source", "written_by", "target", "resumed_by"), TRANSFERS)

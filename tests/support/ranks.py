@@ -30,6 +30,7 @@ import torch
 
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.runs.folder import CONFIG_FILE, run_folder
 from qsparse_moe.runs.report import StepReport
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -49,7 +50,6 @@ class Listener:
     def __init__(self, stop_after: int | None) -> None:
         self.reports: list[dict[str, Any]] = []
         self.context: dict[str, Any] = {}
-        self.agreement: list[float] | None = None
         self.phase_seconds: dict[str, float] = {}
         self._stop_after = stop_after
 
@@ -57,12 +57,12 @@ class Listener:
         self.context = {"start_step": context.start_step, "world_size": context.world_size}
 
     def __call__(self, report: StepReport) -> None:
-        # The time of parts is another in every run; a process's first evaluation has none before it to agree with.
+        # The time of parts is another in every run.
         left_out = {"stats", "memory", "phase_seconds", "choice_agreement_L"}
         numbers = {key: value for key, value in asdict(report).items() if key not in left_out}
         self.phase_seconds = report.phase_seconds
-        if report.choice_agreement_L is not None:
-            self.agreement = report.choice_agreement_L.tolist()
+        agreement_L = report.choice_agreement_L
+        numbers["choice_agreement_L"] = None if agreement_L is None else agreement_L.tolist()
         if report.router_bias_LE is not None:
             numbers["router_bias_LE"] = report.router_bias_LE.tolist()
         self.reports.append(numbers | {"stats": {name: value.tolist() for name, value in report.stats.items()}})
@@ -145,18 +145,22 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
     outcome: dict[str, Any] = {"label": label, "error": None, "result": None}
     try:
         with broken(fault):
-            result = loop.train(RunConfig.model_validate(config), [listener])
+            settings = RunConfig.model_validate(config)
+            result = loop.train(settings, [_recorder(settings), listener])
         outcome["result"] = {"step": result.step, "stopped_by": result.stopped_by, "validation": result.validation}
     except Exception as error:  # handed to the test, which knows what it expects
         outcome |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-    return (
-        outcome
-        | {"reports": listener.reports, "context": listener.context}
-        | {
-            "agreement": listener.agreement,
-            "phase_seconds": listener.phase_seconds,
-        }
-    )
+    return outcome | {
+        "reports": listener.reports,
+        "context": listener.context,
+        "phase_seconds": listener.phase_seconds,
+    }
+
+
+def _recorder(config: RunConfig) -> Recorder:
+    """Of ``metrics.jsonl`` alone: the files of TensorBoard take seconds."""
+    metrics = config.metrics.model_copy(update={"tensorboard": False})
+    return Recorder(config.model_copy(update={"metrics": metrics}))
 
 
 def calibrated(label: str, *, run_dir: str, num_rows: int, max_values: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.training.checkpoint.save import save_checkpoint
 from qsparse_moe.training.checkpoint.state import (
     check_shapes,
     owners,
@@ -32,7 +33,6 @@ from qsparse_moe.training.checkpoint.store import (
     load_checkpoint,
     newest_checkpoint,
     remove_leftovers,
-    save_checkpoint,
 )
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import STATE_KINDS
@@ -336,10 +336,11 @@ def test_every_file_is_verified_by_one_rank_when_a_run_resumes(tmp_path, engine,
         index["files"][f"rank-0000{rank}-of-00002.pt"] = facts
     (path / "state.json").write_text(json.dumps(index))
     flip_a_byte(path / f"rank-0000{damaged}-of-00002.pt")
+    found = []
     for rank in (0, 1):
         ranks = SimpleNamespace(rank=rank, world_size=2, on_every_rank=lambda function: [function()])
-        if rank == damaged:
-            with pytest.raises(CheckpointError, match=f"rank-0000{rank}-of-00002.pt does not have the checksum"):
-                newest_checkpoint(tmp_path, ranks)
-        else:
+        try:
             assert newest_checkpoint(tmp_path, ranks).progress.step == 1
+        except CheckpointError as error:
+            found.append(str(error))
+    assert len(found) == 1 and f"rank-0000{damaged}-of-00002.pt does not have the checksum" in found[0]

@@ -1,5 +1,7 @@
 """Agreement of the experts that tokens choose in two evaluations."""
 
+import logging
+
 import pytest
 import torch
 
@@ -55,3 +57,24 @@ def test_model_without_experts_has_none():
         with memory.watch() as seen:
             model(torch.zeros(1, 4, dtype=torch.long))
         assert memory.compare(seen, torch.ones(4, dtype=torch.bool)) is None
+
+
+def test_choices_of_a_checkpoint_are_compared_only_on_the_same_sequences_of_all_ranks(caplog):
+    counts_T = torch.tensor([True, True])
+    chosen = [[torch.tensor([[0, 1], [2, 3]])]]
+
+    class OtherRankDiffers(Distributed):
+        def gather(self, value):
+            return [value, False]
+
+    two = OtherRankDiffers(0, 2, 0, torch.device("cpu"))
+    first = ChoiceMemory([], ALONE, sequences=7)
+    first.compare(chosen, counts_T)
+    for distributed, sequences, want in ((ALONE, 7, [1.0]), (ALONE, 8, None), (two, 7, None)):
+        resumed = ChoiceMemory([], distributed, sequences=sequences)
+        with caplog.at_level(logging.INFO):
+            resumed.load_state_dict(first.state_dict())
+        assert ("training.evaluation_rows" in caplog.text) == (want is None)
+        found = resumed.compare(chosen, counts_T)
+        assert (found if found is None else found.tolist()) == want
+        caplog.clear()

@@ -100,3 +100,23 @@ def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
         train(config.model_copy(update={"metrics": watch, "model": model}))
     messages = [record.getMessage() for record in caplog.records if "got no row" in record.getMessage()]
     assert [text.split(" got")[0] for text in messages] == ["step 4: layer 1: experts 2-3"]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
+    """Expert 1 gets no row; the state is taken after ``stop`` steps, within an interval of two between the looks."""
+    dead, watch = rows([3, 0]), DeadExpertWatch(4, [0], ALONE)
+    want = warnings_of(caplog, DeadExpertWatch(4, [0], ALONE), [[dead, dead], [dead, dead], [dead, dead]])
+    assert [len(texts) for texts in want] == [0, 1, 0]
+    found = []
+    for step in range(1, 7):
+        watch.add(dead)
+        if step % 2 == 0:
+            caplog.clear()
+            watch.look(step)
+            found.append([record.getMessage() for record in caplog.records])
+        if step == stop:
+            resumed = DeadExpertWatch(4, [0], ALONE)
+            resumed.load_state_dict(watch.state_dict())
+            watch = resumed
+    assert found == want

@@ -1,46 +1,37 @@
-"""Checkpoints that any engine, ZeRO stage and number of ranks writes and reads.
+"""Checkpoints that any engine, ZeRO stage and number of ranks writes and reads; ``save`` writes them.
 
 ``checkpoints/step-00000100/`` holds ``rank-00000-of-00002.pt`` and so on, each with its share of the whole fp32
-tensors and the first with the model's buffers, and ``state.json``, the index. It is written under another name and
-renamed when all of it is on the disk: a folder with the final name is complete, whatever happened on the way.
+tensors, the rank's random states and monitors, and the first with the model's buffers; ``listeners.json`` with the
+states of the run's listeners; and ``state.json``, the index. It is written under another name and renamed when all of
+it is on the disk: a folder with the final name is complete, whatever happened on the way.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.locks import flush
 from qsparse_moe.runs.folder import CHECKPOINTS
-from qsparse_moe.training.checkpoint.state import (
-    Tensors,
-    check_shapes,
-    collect,
-    collect_buffers,
-    load_model,
-    owners,
-    random_states,
-    state_buffers,
-    stored_shapes,
-)
+from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
 from qsparse_moe.training.distributed.ranks import Distributed
-from qsparse_moe.training.engines.protocol import Engine, StateKind
+from qsparse_moe.training.engines.protocol import StateKind
 
 FORMAT = "qsparse_moe.checkpoint/1"
 INDEX = "state.json"
+LISTENERS = "listeners.json"
+UNFINISHED = (".saving-", ".deleting-")
+"""How the names of folders begin that are being written, or removed."""
 
 _FINAL = re.compile(r"step-(\d{8,})")
-_UNFINISHED = (".saving-", ".deleting-")
 
 
 @dataclass(frozen=True)
@@ -55,46 +46,16 @@ class RunProgress:
     """Spent in steps."""
 
 
-def save_checkpoint(
-    run_dir: Path, engine: Engine, progress: RunProgress, data_state: dict[str, Any], *, keep_last: int
-) -> Path:
-    """Write the checkpoint of ``progress.step`` and remove the oldest beyond ``keep_last``. All ranks call it.
+@dataclass(frozen=True)
+class ReportState:
+    """What reports and warnings of a run need to know of earlier steps; weights and data do not depend on it."""
 
-    When it returns, the folder is complete and on the disk; whenever it is cut off, the checkpoints before it are
-    untouched. One that is there already stays as it is.
-
-    Args:
-        run_dir: the run folder.
-        engine: between two steps.
-        progress: of the run.
-        data_state: the loader's, combined over the ranks; JSON-able.
-        keep_last: how many to keep, this one included.
-
-    Raises:
-        CheckpointError: the folder cannot be written.
-    """
-    distributed = engine.distributed
-    root = run_dir / CHECKPOINTS
-    final = root / f"step-{progress.step:08d}"
-    if distributed.on_rank_zero(final.exists):
-        return final
-    partial = root / f"{_UNFINISHED[0]}{final.name}"
-    try:
-        distributed.on_rank_zero(lambda: _make_empty(partial))
-        share = collect(engine)
-        buffers = collect_buffers(engine) if distributed.rank == 0 else {}
-        name = f"rank-{distributed.rank:05d}-of-{distributed.world_size:05d}.pt"
-        files = distributed.on_every_rank(lambda: _write_shard(partial / name, share, buffers))
-        index = _index(engine, progress, data_state, files)
-        distributed.on_rank_zero(lambda: _finish(partial, final, index))
-        distributed.on_rank_zero(lambda: _prune(root, keep_last))
-    except OSError as error:
-        _remove(partial, distributed.rank)
-        raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror or error}); it needs a folder that this user may write and "
-            "free space. Make room, or move the run and set training.output_dir; the checkpoints before it are intact"
-        ) from error
-    return final
+    listeners: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """States of the listeners of rank 0 by name; JSON-able. No other rank saves any."""
+    monitor: dict[str, Any] | None = None
+    """State of this rank's monitors by name: tensors, numbers, texts, and lists and dicts of them; None: none."""
+    evaluation_pending: bool = False
+    """Whether an evaluation was due after the last step, and the run was stopped before it."""
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -107,7 +68,7 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 def remove_leftovers(run_dir: Path) -> None:
     """Remove what a process that died while it saved or pruned left behind. Nobody else may be saving."""
     for path in _entries(run_dir / CHECKPOINTS):
-        if path.name.startswith(_UNFINISHED):
+        if path.name.startswith(UNFINISHED):
             shutil.rmtree(path)
 
 
@@ -188,9 +149,26 @@ class Checkpoint:
         """A buffer that is state, on the CPU and backed by the file."""
         return self._content(self._buffers[name]["file"])["buffers"][name]
 
+    @property
+    def has_report_state(self) -> bool:
+        """Whether it holds a ``ReportState``; checkpoints of earlier versions hold none."""
+        return "listeners" in self._index
+
+    def report_state(self, rank: int) -> ReportState:
+        """What ``rank`` among the ``world_size`` that wrote it handed to ``save_checkpoint``, with all listeners."""
+        file = self.path / self._index["listeners"]
+        try:
+            listeners = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise _broken(file, f"cannot be read ({error})") from error
+        return ReportState(listeners, self._rank_content(rank)["monitor"], self._index["evaluation_pending"])
+
     def random_states(self, rank: int) -> dict[str, Any]:
         """The random states of ``rank`` among the ``world_size`` that wrote it."""
-        return self._content(f"rank-{rank:05d}-of-{self.world_size:05d}.pt")["random"]
+        return self._rank_content(rank)["random"]
+
+    def _rank_content(self, rank: int) -> dict[str, Any]:
+        return self._content(f"rank-{rank:05d}-of-{self.world_size:05d}.pt")
 
     def _content(self, name: str) -> dict[str, Any]:
         if name not in self._contents:
@@ -226,94 +204,6 @@ def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
     """
     check_shapes(stored_shapes(model), checkpoint.shapes | checkpoint.buffer_shapes, str(checkpoint.index_file))
     load_model(model, checkpoint.tensor, checkpoint.buffer)
-
-
-def _index(
-    engine: Engine, progress: RunProgress, data_state: dict[str, Any], files: list[dict[str, Any]]
-) -> dict[str, Any]:
-    owner = owners(engine.shapes(), engine.distributed.world_size)
-    parameters = {
-        name: {"shape": list(shape), "file": files[owner[name]]["name"]} for name, shape in engine.shapes().items()
-    }
-    return {
-        "format": FORMAT,
-        "progress": {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds},
-        "adam_step": engine.adam_step,
-        "loss_scale": None if engine.loss_scaler is None else engine.loss_scaler.state_dict(),
-        "world_size": engine.distributed.world_size,
-        "data": data_state,
-        "files": {file["name"]: {"bytes": file["bytes"], "crc32": file["crc32"]} for file in files},
-        "parameters": parameters,
-        "buffers": {
-            name: {"shape": list(value.shape), "file": files[0]["name"]}
-            for name, value in state_buffers(engine.model).items()
-        },
-    }
-
-
-class _Checksummed:
-    """A file to write to that adds up what goes into it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.crc32 = 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        self.crc32 = zlib.crc32(data, self.crc32)
-        try:
-            return self._file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self._file.flush()
-
-
-def _write_shard(path: Path, share: Tensors, buffers: dict[str, Tensor]) -> dict[str, Any]:
-    with path.open("wb") as file:
-        writer = _Checksummed(file)
-        content = {"tensors": share, "buffers": buffers, "random": random_states()}
-        try:
-            torch.save(content, cast(BinaryIO, writer))
-        except RuntimeError:
-            # torch's writer says only that it ended at an unexpected place.
-            if writer.error is not None:
-                raise writer.error from None
-            raise
-        file.flush()
-        os.fsync(file.fileno())
-        return {"name": path.name, "bytes": file.tell(), "crc32": writer.crc32}
-
-
-def _remove(partial: Path, rank: int) -> None:
-    """Give the space of a checkpoint that could not be written back."""
-    if rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _finish(partial: Path, final: Path, index: dict[str, Any]) -> None:
-    with (partial / INDEX).open("w", encoding="utf-8") as file:
-        json.dump(index, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    flush(partial)
-    partial.rename(final)
-    flush(final.parent)
-
-
-def _prune(root: Path, keep_last: int) -> None:
-    for path in list_checkpoints(root.parent)[:-keep_last]:
-        # Renamed first: half of a folder must never have a final name.
-        doomed = path.with_name(f"{_UNFINISHED[1]}{path.name}")
-        path.rename(doomed)
-        shutil.rmtree(doomed)
 
 
 def _entries(root: Path) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ logger = logging.getLogger(__name__)
 class DeadExpertWatch:
     """Warns, on rank 0 and once a window, of every expert that got no row on any rank in a window of steps.
 
-    Rows are added up where they are in every step, and looked at in logged steps: one small collective for each. The
-    window begins with the process, also where a run is resumed.
+    Rows are added up where they are in every step, and looked at in logged steps: one small collective for each.
     """
 
     def __init__(self, window: int, layers: Sequence[int], distributed: Distributed) -> None:
@@ -51,6 +51,21 @@ class DeadExpertWatch:
         if self._distributed.rank == 0:
             for layer, due_E in zip(self._layers, due_LE, strict=True):
                 self._warn(step, layer, due_E.nonzero().flatten().tolist())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of this rank."""
+        return {
+            "rows_LE": None if self._rows_LE is None else self._rows_LE.cpu(),
+            "steps": self._steps,
+            "idle_LE": self._idle_LE,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint of as many ranks."""
+        if self._window:
+            rows_LE = state["rows_LE"]
+            self._rows_LE = None if rows_LE is None else rows_LE.to(self._distributed.device)
+            self._steps, self._idle_LE = state["steps"], state["idle_LE"]
 
     def _warn(self, step: int, layer: int, experts: list[int]) -> None:
         if experts:

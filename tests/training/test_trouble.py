@@ -11,7 +11,7 @@ import pytest
 from qsparse_moe.data.packing import is_validation, text_digest
 from qsparse_moe.errors import CheckpointError, DataError
 from qsparse_moe.runs.folder import load_run_config, run_folder
-from qsparse_moe.training.checkpoint import store as checkpoint_module
+from qsparse_moe.training.checkpoint import save as checkpoint_module
 from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.loop import train
 
@@ -92,9 +92,9 @@ def test_a_full_disk_in_the_last_report_is_said_too(make_config):
 def test_a_full_disk_during_a_save_is_one_message_and_leaves_nothing(make_config, monkeypatch):
     write = checkpoint_module._write_shard
 
-    def full(path, share, buffers):
+    def full(path, content):
         path.symlink_to("/dev/full")
-        return write(path, share, buffers)
+        return write(path, content)
 
     monkeypatch.setattr(checkpoint_module, "_write_shard", full)
     with pytest.raises(

@@ -11,7 +11,6 @@ OPS: tuple[OpSpec, ...] = (
     fused_glu.SPEC,
     combine_rows.SPEC,
     int8_quantize.SPEC,
-    int8_quantize.FAKE_SPEC,
     site_sums.SPEC,
     site_sums.PATTERN_SPEC,
 )

@@ -46,10 +46,20 @@ class Attention(nn.Module):
         self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.input_site = SparseSite(
-            "attention_input", config.hidden_size, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+            "attention_input",
+            config.hidden_size,
+            config.sparsity,
+            runtime.select_rows,
+            site_sums=runtime.site_sums,
+            format_rows=runtime.format_rows,
         )
         self.output_site = SparseSite(
-            "attention_output", width, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+            "attention_output",
+            width,
+            config.sparsity,
+            runtime.select_rows,
+            site_sums=runtime.site_sums,
+            format_rows=runtime.format_rows,
         )
 
     def forward(

@@ -43,6 +43,7 @@ class Experts(nn.Module):
             runtime.sites.select_rows,
             num_experts=moe.num_experts,
             site_sums=runtime.sites.site_sums,
+            format_rows=runtime.sites.format_rows,
         )
         self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.sites.fused_glu)
         self.weight_format = config.sparsity.quantization.weights

@@ -65,6 +65,7 @@ class MoELayer(nn.Module):
             runtime.sites.select_rows,
             num_experts=moe.num_experts,
             site_sums=runtime.sites.site_sums,
+            format_rows=runtime.sites.format_rows,
         )
         self.experts = Experts(config, runtime)
         self.shared = SharedExperts(config, runtime.sites) if moe.num_shared_experts else None

@@ -38,10 +38,20 @@ class FeedForward(nn.Module):
         self.w_down = nn.Parameter(torch.empty(hidden_size, width))
         input_site, hidden_site = _SITES[part]
         self.input_site = SparseSite(
-            input_site, width, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+            input_site,
+            width,
+            config.sparsity,
+            runtime.select_rows,
+            site_sums=runtime.site_sums,
+            format_rows=runtime.format_rows,
         )
         self.hidden_site = SparseSite(
-            hidden_site, hidden_size, config.sparsity, runtime.select_rows, site_sums=runtime.site_sums
+            hidden_site,
+            hidden_size,
+            config.sparsity,
+            runtime.select_rows,
+            site_sums=runtime.site_sums,
+            format_rows=runtime.format_rows,
         )
         self.activation = SparseActivation(config.moe.activation, self.hidden_site, runtime.fused_glu)
         self.weight_format = config.sparsity.quantization.weights

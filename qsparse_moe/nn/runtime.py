@@ -13,8 +13,10 @@ from qsparse_moe.config.schema import SparsityConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
+from qsparse_moe.kernels.int8_quantize.op import FormatRows, as_format_triton
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SELECTIONS, SelectRows
+from qsparse_moe.sparsity.quantize import as_format
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class SiteRuntime:
     """Activation and selection in one pass over memory; None if the implementation has no such pass."""
     site_sums: SiteSums
     """The statistics of a site, by the same implementation or, if it has none, by stock PyTorch."""
+    format_rows: FormatRows
+    """Rounds rows to a number format, by the same implementation or, if it has none, by stock PyTorch."""
 
 
 def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> SiteRuntime:
@@ -58,6 +62,7 @@ def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> Site
         selection.select_rows,
         next((fused for fused in FUSED_GLUS if fused.name == selection.name), None),
         NATIVE if is_native else TORCH,
+        as_format_triton if selection.name == "triton" else as_format,
     )
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.config.shapes import site_format
+from qsparse_moe.kernels.int8_quantize.op import FormatRows
 from qsparse_moe.kernels.topk_select.op import SelectRows, select
 from qsparse_moe.sparsity.plan import site_num_kept, site_threshold
-from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.selection import THRESHOLD_MASKS
 from qsparse_moe.sparsity.topk import apply_mask
 
@@ -43,7 +43,14 @@ class RankingSelector(nn.Module):
     num_kept_E: Tensor
 
     def __init__(
-        self, site: Site, num_features: int, settings: SparsityConfig, select_rows: SelectRows, *, num_experts: int
+        self,
+        site: Site,
+        num_features: int,
+        settings: SparsityConfig,
+        select_rows: SelectRows,
+        *,
+        num_experts: int,
+        format_rows: FormatRows,
     ) -> None:
         super().__init__()
         self.num_features = num_features
@@ -51,6 +58,7 @@ class RankingSelector(nn.Module):
         self.group_size = settings.group_size if settings.selection == "block" else None
         self.number_format = site_format(settings, site)
         self.select_rows = select_rows
+        self.format_rows = format_rows
         self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
         self.uniform_num_kept: int | None = num_features
         """K if all experts have the same; None if they differ."""
@@ -89,7 +97,7 @@ class RankingSelector(nn.Module):
             rows = select(x, num_kept, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
             return Selection(rows, num_kept)
         mask = topk_rows_mask(x.detach(), num_kept, self.select_rows, self.group_size)
-        return Selection(apply_mask(as_format(x, self.number_format), mask, gradient=ste_share), num_kept)
+        return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), num_kept)
 
 
 class ThresholdSelector(nn.Module):
@@ -97,10 +105,11 @@ class ThresholdSelector(nn.Module):
 
     threshold_bits_E: Tensor
 
-    def __init__(self, site: Site, settings: SparsityConfig, *, num_experts: int) -> None:
+    def __init__(self, site: Site, settings: SparsityConfig, *, num_experts: int, format_rows: FormatRows) -> None:
         super().__init__()
         self.settings = settings
         self.number_format = site_format(settings, site)
+        self.format_rows = format_rows
         self._mask_of = THRESHOLD_MASKS[settings.selection]
         # Stored as integers, because a cast of the model to bf16 would round a floating-point buffer.
         self.register_buffer("threshold_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
@@ -119,7 +128,7 @@ class ThresholdSelector(nn.Module):
     def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
         """Select in the rows ``(*, D)``; the arguments are those of ``RankingSelector.select``."""
         mask = self._mask_of(x, self._threshold_of_rows(expert_ids_N))
-        return Selection(apply_mask(as_format(x, self.number_format), mask, gradient=ste_share), mask)
+        return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), mask)
 
     def _threshold_of_rows(self, expert_ids_N: Tensor | None) -> Tensor:
         """Return ``(1,)`` or one per row ``(N, 1)``, in fp32: torch would round a Python number to the rows' dtype."""

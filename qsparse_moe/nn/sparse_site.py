@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ActivationFormat, Site, SparsityConfig
 from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.kernels.int8_quantize.op import FormatRows
 from qsparse_moe.kernels.site_sums.op import TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SelectRows
 from qsparse_moe.nn.hooks import SiteHook
@@ -47,6 +48,7 @@ class SparseSite(nn.Module):
         *,
         num_experts: int = 1,
         site_sums: SiteSums = TORCH,
+        format_rows: FormatRows = as_format,
     ) -> None:
         super().__init__()
         self.site = site
@@ -56,13 +58,18 @@ class SparseSite(nn.Module):
         self.num_experts = num_experts
         self.settings = settings
         self.site_sums = site_sums
+        self.format_rows = format_rows
         self.ste_share = ste_share(settings, 0)
         """Share of the straight-through gradient, from 0 (masked) to 1; may be changed between steps."""
         self.hook: SiteHook | None = None
         """Attached by ``nn.hooks.site_hooks``. With a hook, every row names its expert and no fused pass runs."""
-        self.ranking = RankingSelector(site, num_features, settings, select_rows, num_experts=num_experts)
+        self.ranking = RankingSelector(
+            site, num_features, settings, select_rows, num_experts=num_experts, format_rows=format_rows
+        )
         compares = settings.selection in THRESHOLD_MASKS
-        self.comparison = ThresholdSelector(site, settings, num_experts=num_experts) if compares else None
+        self.comparison = (
+            ThresholdSelector(site, settings, num_experts=num_experts, format_rows=format_rows) if compares else None
+        )
         self.set_sparsity([0.0] * num_experts)
 
     def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None = None) -> None:
@@ -137,7 +144,7 @@ class SparseSite(nn.Module):
 
     def _select(self, x: Tensor, expert_ids_N: Tensor | None) -> SiteOutput:
         if self.selector.keeps_all:
-            rounded = as_format(x, self.number_format)
+            rounded = self.format_rows(x, self.number_format)
             return SiteOutput(rounded, x, Selection(rounded, self.num_features))
         selection = self.selector.select(x, expert_ids_N, ste_share=self.ste_share)
         return SiteOutput(rescale_kept(selection.rows, x, self.settings.rescale), x, selection)

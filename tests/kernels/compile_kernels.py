@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
@@ -39,15 +40,15 @@ class NamedTarget:
 
 
 @contextmanager
-def only_compiling(capability: int, compiled: Callable[[str, int], None]) -> Iterator[None]:
-    """Inside, a launch only compiles for ``capability``; ``compiled`` gets name and bytes of the machine code."""
+def only_compiling(capability: int, compiled: Callable[[str, dict[str, Any]], None]) -> Iterator[None]:
+    """Inside, a launch only compiles for ``capability``; ``compiled`` gets a kernel's name and its code by form."""
     triton.runtime.driver.set_active(NamedTarget(capability))
     run = JITFunction.run
 
     def only_compile(self: JITFunction, *args: object, **settings: object) -> object:
         settings["warmup"] = True
         kernel = run(self, *args, **settings)
-        compiled(self.__name__, len(kernel.asm["cubin"]))
+        compiled(self.__name__, kernel.asm)
         return kernel
 
     JITFunction.run = only_compile
@@ -57,10 +58,14 @@ def only_compiling(capability: int, compiled: Callable[[str, int], None]) -> Ite
         JITFunction.run = run
 
 
-def compile_all(capability: int) -> dict[str, dict[str, int]]:
-    """Sizes in bytes of the machine code, by operation and case, of the kernels that each launches."""
-    compiled: dict[str, dict[str, int]] = {}
-    with only_compiling(capability, lambda name, size: compiled.setdefault(where, {}).__setitem__(name, size)):
+def compile_all(capability: int) -> dict[str, dict[str, list[int]]]:
+    """By operation and case, for each kernel that it launches: bytes of machine code, and fused multiply-adds."""
+    compiled: dict[str, dict[str, list[int]]] = {}
+
+    def note(name: str, code: dict[str, Any]) -> None:
+        compiled.setdefault(where, {})[name] = [len(code["cubin"]), code["ptx"].count("fma.rn")]
+
+    with only_compiling(capability, note):
         for spec in (spec for spec in OPS if "triton" in spec.fast):
             for case in cases(spec) if capability == HOPPER else ("large",):
                 for dtype in (torch.float32, torch.bfloat16):

@@ -25,4 +25,7 @@ def test_every_kernel_compiles_for_ampere_and_hopper(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for compiled in json.loads(done.stdout).values():
         assert {name.split()[0] for name in compiled} == {spec.name for spec in OPS if "triton" in spec.fast}
-        assert all(size > 1000 for kernels in compiled.values() for size in kernels.values())
+        assert all(size > 1000 for kernels in compiled.values() for size, _ in kernels.values())
+        fused = {name.split()[0] for name, kernels in compiled.items() if any(count for _, count in kernels.values())}
+        assert "fused_glu" in fused, "else nothing is seen of it"
+        assert "int8_fake_quantize" not in fused, "a product that is not rounded falls on the other side of a half"

@@ -1,4 +1,4 @@
-"""Absmax int8 quantisation of rows: codes and scales, or what they stand for, with a straight-through gradient."""
+"""Rows rounded to int8 and back, with a straight-through gradient: what a site of that number format does."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import torch
 
 from qsparse_moe.kernels import example_rows, tiles
 from qsparse_moe.kernels.spec import Example, Implementation, OpSpec
-from qsparse_moe.sparsity.quantize import fake_quantize, quantize
+from qsparse_moe.sparsity.quantize import fake_quantize
 
-_TRITON = "qsparse_moe.kernels.int8_quantize.triton"
 CASES = (
     "plain",
     "odd_sizes",
@@ -37,17 +36,9 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
 
 
 SPEC = OpSpec(
-    name="int8_quantize",
-    reference=partial(quantize, number_format="int8"),
-    fast={"triton": Implementation(f"{_TRITON}:quantize_triton", tiles.why_not)},
-    example_inputs=example_inputs,
-    cases=CASES,
-    budget=2.0,
-)
-FAKE_SPEC = OpSpec(
     name="int8_fake_quantize",
     reference=partial(fake_quantize, number_format="int8"),
-    fast={"triton": Implementation(f"{_TRITON}:fake_quantize_triton", tiles.why_not)},
+    fast={"triton": Implementation("qsparse_moe.kernels.int8_quantize.triton:fake_quantize_triton", tiles.why_not)},
     example_inputs=example_inputs,
     cases=CASES,
     budget=2.0,

@@ -20,8 +20,8 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
-from qsparse_moe.moe.dispatch import RowCounts
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.moe.permutation import RowCounts
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.nn.activations import ACTIVATIONS
 

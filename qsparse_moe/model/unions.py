@@ -115,7 +115,7 @@ class _Recorder:
     def needs(self, num_rows: int, length: int) -> LayerNeeds:
         """Return what the last token of each of ``num_rows`` rows needs."""
         last_R = torch.arange(num_rows, device=self._experts_TA.device) * length + length - 1
-        # The routed tokens are sorted by expert, those of one expert by token (moe/dispatch.py).
+        # The routed tokens are sorted by expert, those of one expert by token (moe/permutation.py).
         row_TA = self._experts_TA.flatten().argsort(stable=True).argsort().view_as(self._experts_TA)
         rows_RA = row_TA[last_R]
         return LayerNeeds(

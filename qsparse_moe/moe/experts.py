@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import has_gate
-from qsparse_moe.moe.dispatch import RowCounts
 from qsparse_moe.moe.expert_group import shard_over
+from qsparse_moe.moe.permutation import RowCounts
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.nn.gated_activation import SparseActivation
 from qsparse_moe.nn.sparse_site import SparseSite

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.capacity import expert_capacity, within_capacity
-from qsparse_moe.moe.dispatch import RoutedRows
 from qsparse_moe.moe.dispatcher import ExpertRows, start_dispatch
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, router_z_loss
+from qsparse_moe.moe.permutation import RoutedTokens
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.moe.shared import SharedExperts
@@ -75,12 +75,12 @@ class MoELayer(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         selected = self.input_site.select(x_TD) if self.input_site.is_uniform else None
         routing = self._route(x_TD, selected)
-        kept_TA = self._within_capacity(routing)
-        dispatch = self.permutation.plan(routing.expert_ids_TA, self.num_experts, kept_TA)
-        continues_N = _continues(dispatch, x_BSD.shape[1]) if with_stats else None
-        rows_ND, input_stats = self._gather(x_TD, selected, dispatch, continues_N)
+        within_TA = self._within_capacity(routing)
+        routed = self.permutation.sort(routing.expert_ids_TA, self.num_experts, within_TA)
+        continues_N = _continues(routed, x_BSD.shape[1]) if with_stats else None
+        rows_ND, input_stats = self._gather(x_TD, selected, routed, continues_N)
         dispatcher = start_dispatch(
-            ExpertRows(rows_ND, dispatch.rows_per_expert_E, dispatch.expert_N, continues_N), self.expert_group
+            ExpertRows(rows_ND, routed.rows_per_expert_E, routed.expert_N, continues_N), self.expert_group
         )
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
         balance = balance_of(routing.probs_TE, routing.expert_ids_TA, num_groups)
@@ -89,14 +89,14 @@ class MoELayer(nn.Module):
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
         y_MD, hidden_stats = self._run_experts(dispatcher.receive(), with_stats)
-        y_TD = self.permutation.combine(dispatcher.combine(y_MD), routing.weights_TA, dispatch)
+        y_TD = self.permutation.combine(dispatcher.combine(y_MD), routing.weights_TA, routed)
         if self.shared is not None:
             y_TD = y_TD + shared_BSD.flatten(0, 1)
         if with_stats:
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
             stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
-            if kept_TA is not None:
-                stats["router/dropped_E"] = stats["router/rows_E"] - dispatch.rows_per_expert_E
+            if within_TA is not None:
+                stats["router/dropped_E"] = stats["router/rows_E"] - routed.rows_per_expert_E
         return MoEOutput(y_TD.view_as(x_BSD), balance, router_z_loss(routing.logits_TE), stats)
 
     def _route(self, x_TD: Tensor, selected: SiteOutput | None) -> Routing:
@@ -112,7 +112,7 @@ class MoELayer(nn.Module):
         return within_capacity(routing.weights_TA, routing.expert_ids_TA, capacity)
 
     def _gather(
-        self, x_TD: Tensor, selected: SiteOutput | None, dispatch: RoutedRows, continues_N: Tensor | None
+        self, x_TD: Tensor, selected: SiteOutput | None, routed: RoutedTokens, continues_N: Tensor | None
     ) -> tuple[Tensor, Stats]:
         """The sparse rows of the experts, with sums where it is known which reading continues in the next.
 
@@ -120,11 +120,11 @@ class MoELayer(nn.Module):
         """
         with_stats = continues_N is not None
         if selected is None:
-            rows_ND, readers = self.permutation.permute(x_TD, dispatch), self._readers(dispatch.expert_N, continues_N)
-            return self.input_site(rows_ND, dispatch.expert_N, with_stats=with_stats, readers=readers)
-        readers = self._readers(dispatch.expert_N, continues_N, dispatch.token_N)
+            rows_ND, readers = self.permutation.permute(x_TD, routed), self._readers(routed.expert_N, continues_N)
+            return self.input_site(rows_ND, routed.expert_N, with_stats=with_stats, readers=readers)
+        readers = self._readers(routed.expert_N, continues_N, routed.token_N)
         stats = self.input_site.sums(selected, readers) if with_stats else {}
-        return self.permutation.permute(selected.sparse, dispatch), stats
+        return self.permutation.permute(selected.sparse, routed), stats
 
     def _run_experts(self, received: ExpertRows, with_stats: bool) -> tuple[Tensor, Stats]:
         rows_MD, rows_per_expert_L, expert_M, continues_M = received
@@ -139,9 +139,9 @@ class MoELayer(nn.Module):
         return Readers(row_N, expert_N.long(), self.num_experts, continues_N)
 
 
-def _continues(dispatch: RoutedRows, sequence_length: int) -> Tensor:
+def _continues(routed: RoutedTokens, sequence_length: int) -> Tensor:
     """``(N,)`` bool: the next row is the same expert's of the next token of the same sequence."""
-    token_N, expert_N = dispatch.token_N, dispatch.expert_N
+    token_N, expert_N = routed.token_N, routed.expert_N
     continues_N = torch.zeros_like(token_N, dtype=torch.bool)
     continues_N[:-1] = (
         (token_N[1:] == token_N[:-1] + 1) & (expert_N[1:] == expert_N[:-1]) & (token_N[1:] % sequence_length != 0)

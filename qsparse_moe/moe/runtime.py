@@ -8,8 +8,8 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
-from qsparse_moe.moe.dispatch import GATHERS, ONE_PASS_GATHERS, Permutation
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
+from qsparse_moe.moe.permutation import GATHERS, ONE_PASS_GATHERS, Permutation
 from qsparse_moe.nn.runtime import SiteRuntime, choose, resolve_site_runtime
 
 

@@ -12,18 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsparse_moe.kernels.fused_glu.reference import ACTIVATIONS as FUSED_REFERENCES
+
 Activation = Callable[[Tensor, Tensor], Tensor]
 UngatedActivation = Callable[[Tensor], Tensor]
-
-
-def swiglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """``silu(gate) * up`` (arXiv 2002.05202)."""
-    return F.silu(gate_NF) * up_NF
-
-
-def relu2glu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """``relu(gate)^2 * up`` (arXiv 2407.10969, section 2.3)."""
-    return gate_NF.relu().square() * up_NF
 
 
 def reglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -42,7 +34,7 @@ def relu2_reference(up_NF: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """``swiglu_reference`` that keeps only its two inputs for the backward."""
+    """SwiGLU that keeps only its two inputs for the backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -57,7 +49,7 @@ class _SwiGLU(torch.autograd.Function):
 
 
 class _ReLU2GLU(torch.autograd.Function):
-    """``relu2glu_reference`` that keeps only its two inputs for the backward."""
+    """``relu(gate)^2 * up`` that keeps only its two inputs for the backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -128,9 +120,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "drelu": _DReLU.apply,
 }
 """Those of two branches, gate and up."""
-REFERENCES: dict[str, Activation] = {
-    "swiglu": swiglu_reference,
-    "relu2glu": relu2glu_reference,
+REFERENCES: dict[str, Activation] = FUSED_REFERENCES | {
     "reglu": reglu_reference,
     "drelu": drelu_reference,
 }

@@ -9,7 +9,7 @@ from qsparse_moe.bench import trace
 from qsparse_moe.bench.moe_layer import layer_config
 from qsparse_moe.bench.moe_peers import LayerShape
 from qsparse_moe.moe.backends import loop
-from qsparse_moe.moe.dispatch import RowCounts
+from qsparse_moe.moe.permutation import RowCounts
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def test_copies_and_waits_name_their_place_forward_and_backward(waits):
     assert [copy["bytes"] for copy in found["copies"]] == sorted((c["bytes"] for c in found["copies"]), reverse=True)
     listed = next(wait for wait in found["waits"] if wait["operator"] == "tolist")
     assert listed["calls"] == 1
-    assert listed["place"].startswith("moe/dispatch.py:")
+    assert listed["place"].startswith("moe/permutation.py:")
     assert any(wait["operator"] == "_local_scalar_dense" for wait in found["waits"]) == waits
 
 

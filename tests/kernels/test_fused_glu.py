@@ -22,10 +22,8 @@ def by(request):
     return request.param
 
 
-@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
-def test_definitions_are_those_of_the_experts(activation):
-    gate, up = torch.randn(2, 4, 9)
-    assert torch.equal(reference.ACTIVATIONS[activation](gate, up), REFERENCES[activation](gate, up))
+def test_every_activation_has_one_reference():
+    assert reference.ACTIVATIONS.items() <= REFERENCES.items()
 
 
 @pytest.mark.parametrize("num_kept", [5, torch.tensor([1, 9, 4, 7])])
@@ -49,7 +47,7 @@ def test_selection_is_exact_for_the_activation_as_it_is_stored(by, activation, d
     for num_kept in (1, 20, torch.tensor([3, 64, 1, 63, 32, 9])):
         kept, sums = fused_glu(gate, up, num_kept, by=by, activation=activation)
         assert torch.equal(kept, topk_sparsify(dense, num_kept))
-        torch.testing.assert_close(sums, reference.row_sums(dense, kept, num_kept))
+        torch.testing.assert_close(sums, reference.selection_sums(dense, kept, num_kept))
 
 
 def test_halves_of_one_matrix_are_read_where_they_lie(by):

@@ -35,7 +35,7 @@ def compile_permutation(capability: int) -> dict[str, int]:
 def there_and_back(dtype: torch.dtype) -> None:
     x = torch.zeros(8, 2048, dtype=dtype, requires_grad=True)
     weights = torch.zeros(8, 2, requires_grad=True)
-    rows = megablocks.plan(torch.zeros(8, 2, dtype=torch.int64), 4)
+    rows = megablocks.sort(torch.zeros(8, 2, dtype=torch.int64), 4)
     megablocks.combine(megablocks.permute(x, rows), weights, rows).sum().backward()
 
 

@@ -10,7 +10,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends import loop
 from qsparse_moe.moe.backends.registry import BACKENDS
-from qsparse_moe.moe.dispatch import RowCounts
+from qsparse_moe.moe.permutation import RowCounts
 from qsparse_moe.moe.runtime import resolve_runtime
 
 FAST = {spec.name: spec.matmul for spec in BACKENDS if spec.name != "loop"}

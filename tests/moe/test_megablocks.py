@@ -16,8 +16,8 @@ from qsparse_moe.model.init import initialize
 from qsparse_moe.moe.backends import grouped, megablocks, megablocks_package
 from qsparse_moe.moe.backends import loop as loop_backend
 from qsparse_moe.moe.backends.registry import BACKENDS
-from qsparse_moe.moe.dispatch import RowCounts, combine_reference, permute_reference, plan_dispatch
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.moe.permutation import RowCounts, combine_reference, permute_reference, sort_by_expert
 from qsparse_moe.moe.runtime import resolve_runtime
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -44,7 +44,7 @@ def ready(device):
 def test_rows_are_those_of_the_dispatch(case, device):
     ready(device)
     expert_ids_TA = torch.tensor(CASES[case], device=device)
-    mine, want = megablocks.plan(expert_ids_TA, E), plan_dispatch(expert_ids_TA, E)
+    mine, want = megablocks.sort(expert_ids_TA, E), sort_by_expert(expert_ids_TA, E)
     for name in ("expert_N", "slot_N", "token_N", "rows_per_expert_E"):
         assert getattr(mine, name).tolist() == getattr(want, name).tolist(), name
         assert getattr(mine, name).dtype == torch.int32
@@ -53,7 +53,7 @@ def test_rows_are_those_of_the_dispatch(case, device):
 
 def test_a_single_expert_has_all_rows():
     ready("cpu")
-    rows = megablocks.plan(torch.zeros(3, 1, dtype=torch.int64), 1)
+    rows = megablocks.sort(torch.zeros(3, 1, dtype=torch.int64), 1)
     assert (rows.rows_per_expert_E.tolist(), rows.ends_E.tolist()) == ([3], [3])
 
 
@@ -77,7 +77,7 @@ def test_permutation_matches_its_definition_in_value_and_every_gradient(case, wi
     num_tokens, choices = expert_ids_TA.shape
     leaves = [torch.randn(num_tokens, width, device=device), torch.rand(num_tokens, choices, device=device)]
     upstream = [torch.randn(rows, width, device=device) for rows in (num_tokens * choices, num_tokens)]
-    rows, dispatch = megablocks.plan(expert_ids_TA, E), plan_dispatch(expert_ids_TA, E)
+    rows, dispatch = megablocks.sort(expert_ids_TA, E), sort_by_expert(expert_ids_TA, E)
     got = there_and_back(megablocks.permute, megablocks.combine, rows, leaves, upstream, dtype)
     plain, exact = (
         there_and_back(permute_reference, combine_reference, dispatch, list(map(cast, leaves)), upstream, other)
@@ -97,7 +97,7 @@ def test_permutation_matches_its_definition_in_value_and_every_gradient(case, wi
 def test_tensors_that_are_not_contiguous_are_read_as_they_are(device):
     ready(device)
     expert_ids_TA = torch.tensor([[0], [4], [2]], device=device)
-    rows, dispatch = megablocks.plan(expert_ids_TA, E), plan_dispatch(expert_ids_TA, E)
+    rows, dispatch = megablocks.sort(expert_ids_TA, E), sort_by_expert(expert_ids_TA, E)
     x_TD, weights_TA = torch.randn(6, 3, device=device).T, torch.rand(3, 2, device=device)[:, :1]
     rows_ND = megablocks.permute(x_TD, rows)
     assert torch.equal(rows_ND, permute_reference(x_TD, dispatch))
@@ -113,7 +113,7 @@ def test_nothing_waits_for_the_device():
     upstream = [torch.randn(10, 64, device="cuda"), torch.randn(5, 64, device="cuda")]
 
     def run():
-        rows = megablocks.plan(expert_ids_TA, E)
+        rows = megablocks.sort(expert_ids_TA, E)
         there_and_back(megablocks.permute, megablocks.combine, rows, leaves, upstream, torch.bfloat16)
 
     run()  # compiles and chooses configurations

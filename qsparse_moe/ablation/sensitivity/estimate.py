@@ -18,9 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,6 @@ from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, token_
 from qsparse_moe.data.packing import Array
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
-from qsparse_moe.moe.dispatch import RoutedRows
 from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import site_num_kept
@@ -148,7 +147,8 @@ def _listening(
     listeners: dict[SparseSite, _Listener] = {}
     asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     sites = [site for block in model.blocks() for site in block.sites().values()]
-    shares, permutations = [site.ste_share for site in sites], {}
+    shares = [site.ste_share for site in sites]
+    routers = model.routers()
     was_training = model.training
     try:
         model.eval()
@@ -158,10 +158,7 @@ def _listening(
         for block in model.blocks():
             tokens = _TokensOfRows()
             if block.moe is not None:
-                permutations[block] = block.moe.permutation
-                block.moe.permutation = replace(
-                    block.moe.permutation, plan=partial(tokens.plan, permutations[block].plan)
-                )
+                block.moe.router.hook = tokens
             for site in block.sites().values():
                 site.ste_share = ste_share
                 listeners[site] = _Listener(block, site, tokens, num_documents, values)
@@ -170,24 +167,24 @@ def _listening(
     finally:
         for site, share in zip(sites, shares, strict=True):
             site.ste_share = share
-        for block, permutation in permutations.items():
-            assert block.moe is not None
-            block.moe.permutation = permutation
+        for router in routers:
+            router.hook = None
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(asked[name])
         model.train(was_training)
 
 
 class _TokensOfRows:
-    """Remembers which token each routed row of a layer is of: the sites see the rows alone."""
+    """A router hook that records the token of each routed row of a layer, which the hooks of sites are not given."""
 
     def __init__(self) -> None:
         self.token_N: Tensor | None = None
 
-    def plan(self, original: Any, *arguments: Any) -> RoutedRows:
-        planned: RoutedRows = original(*arguments)
-        self.token_N = planned.token_N
-        return planned
+    def __call__(self, expert_ids_TA: Tensor) -> None:
+        # Routed tokens are sorted by expert, those of one expert by token (moe/permutation.py); none is dropped here,
+        # because a capacity applies in training only.
+        slot_N = expert_ids_TA.flatten().argsort(stable=True)
+        self.token_N = slot_N.div(expert_ids_TA.shape[1], rounding_mode="floor")
 
 
 class _Listener:

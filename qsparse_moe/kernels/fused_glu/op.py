@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsparse_moe.kernels import native, tiles
 from qsparse_moe.kernels.fused_glu.native import backward_native, forward_native
-from qsparse_moe.kernels.fused_glu.reference import RowSums
+from qsparse_moe.kernels.fused_glu.reference import SelectionSums
 from qsparse_moe.kernels.spec import WhyNot
 
 
@@ -19,9 +19,10 @@ from qsparse_moe.kernels.spec import WhyNot
 class FusedGLU:
     """A named implementation.
 
-    ``forward(gate_NF, up_NF, num_kept, activation, *, with_mask, with_sums)`` returns what is kept ``(N, F)``, the bool
-    mask ``(N, F)`` and the sums ``(4, N)`` fp32 in the order of ``RowSums``; what was not asked for is of no size.
-    ``backward(gate_NF, up_NF, grad_NF, mask_NF or None, activation)`` returns the gradients by gate and by up.
+    ``forward(gate_NF, up_NF, num_kept, activation, *, with_mask, with_sums)`` returns the selected rows ``(N, F)``, the
+    bool mask ``(N, F)``, and the sums ``(4, N)`` in fp32, in the order of ``SelectionSums``. The mask and the sums are
+    empty tensors if they were not requested.
+    ``backward(gate_NF, up_NF, grad_NF, mask_NF or None, activation)`` returns the gradients of gate and up.
     """
 
     name: str
@@ -39,10 +40,10 @@ def fused_glu(
     activation: str = "relu2glu",
     gradient: str = "ste",
     with_sums: bool = True,
-) -> tuple[Tensor, RowSums | None]:
+) -> tuple[Tensor, SelectionSums | None]:
     """``reference.fused_glu`` computed by ``by``; without ``with_sums`` there are none."""
     kept_NF, sums_4N = _FusedGLU.apply(gate_NF, up_NF, num_kept, by, activation, gradient == "masked", with_sums)
-    return kept_NF, RowSums(*sums_4N) if with_sums else None
+    return kept_NF, SelectionSums(*sums_4N) if with_sums else None
 
 
 def fused_glu_native(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:

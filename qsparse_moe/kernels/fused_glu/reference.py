@@ -1,4 +1,7 @@
-"""Gated activation, top-K selection and the sums of what it did, written out. N rows, F hidden features."""
+"""Reference of the fused gated activation, top-K selection, and row sums. N rows, F hidden features.
+
+The two activations here are also the references of ``nn.activations``, so each has one definition.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qsparse_moe.sparsity.stats import row_sums
 from qsparse_moe.sparsity.topk import Gradient, topk_sparsify
 
 Activation = Callable[[Tensor, Tensor], Tensor]
 
 
-class RowSums(NamedTuple):
-    """Sums over the features of every row, in at least fp32; added over rows they are the fields of ``site_stats``."""
+class SelectionSums(NamedTuple):
+    """K of every row, followed by the fields of ``RowSums``: what the fused pass reports, in at least fp32.
 
-    kept_N: Tensor  # chosen by the selection, zeros among them included
-    nonzero_N: Tensor  # of what is kept
+    Summed over the rows, they are the fields of ``site_stats``.
+    """
+
+    kept_N: Tensor  # number of selected features, including those that are zero
+    nonzero_N: Tensor  # number of nonzero features after the selection
     energy_N: Tensor  # sum of squares before the selection
-    kept_energy_N: Tensor  # and after
+    kept_energy_N: Tensor  # sum of squares after it
 
 
 def swiglu(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -38,7 +45,7 @@ ACTIVATIONS: dict[str, Activation] = {"relu2glu": relu2glu, "swiglu": swiglu}
 
 def fused_glu(
     gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, *, activation: str = "relu2glu", gradient: Gradient = "ste"
-) -> tuple[Tensor, RowSums]:
+) -> tuple[Tensor, SelectionSums]:
     """``topk_sparsify(activation(gate, up), num_kept)`` and the sums of its rows.
 
     The selection sees the activation as it is stored, in the dtype of ``gate``.
@@ -55,11 +62,10 @@ def fused_glu(
     """
     dense_NF = ACTIVATIONS[activation](gate_NF, up_NF)
     kept_NF = topk_sparsify(dense_NF, num_kept, gradient=gradient)
-    return kept_NF, row_sums(dense_NF.detach(), kept_NF.detach(), num_kept)
+    return kept_NF, selection_sums(dense_NF.detach(), kept_NF.detach(), num_kept)
 
 
-def row_sums(dense_NF: Tensor, kept_NF: Tensor, num_kept: int | Tensor) -> RowSums:
-    """The sums of rows before and after a selection of ``num_kept``."""
-    dense_NF, kept_NF = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (dense_NF, kept_NF))
-    kept_N = torch.zeros_like(dense_NF[:, 0]) + num_kept
-    return RowSums(kept_N, (kept_NF != 0).sum(-1).to(kept_N), dense_NF.square().sum(-1), kept_NF.square().sum(-1))
+def selection_sums(dense_NF: Tensor, kept_NF: Tensor, num_kept: int | Tensor) -> SelectionSums:
+    """Return the sums of rows before and after a selection of ``num_kept`` features."""
+    sums = row_sums(dense_NF, kept_NF)
+    return SelectionSums(torch.zeros_like(sums.nonzero_N) + num_kept, *sums)

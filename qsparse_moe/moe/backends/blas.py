@@ -8,7 +8,7 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends import stacked
-from qsparse_moe.moe.dispatch import RowCounts
+from qsparse_moe.moe.permutation import RowCounts
 
 _PRODUCTS = stacked.Products(onednn.torch_gemm)
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.dispatch import RowCounts
+from qsparse_moe.moe.permutation import RowCounts
 
 # grouped_mm wants rows of whole 16 bytes: 8 features in bf16, 4 in fp32. The model's dtype is not known when the
 # backend is chosen, so the stricter one holds.

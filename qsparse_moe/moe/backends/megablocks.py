@@ -16,8 +16,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import tiles
 from qsparse_moe.moe.backends import grouped
 from qsparse_moe.moe.backends.megablocks_package import has_extension, load, missing
-from qsparse_moe.moe.capacity import dropping
-from qsparse_moe.moe.dispatch import Permutation, RowCounts
+from qsparse_moe.moe.permutation import Permutation, RoutedTokens, RowCounts, count_rows, rows_within_capacity
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Its kernels compute the places of values in int32.
@@ -43,9 +42,34 @@ class SortedRows(NamedTuple):
         return self.slot_N.div(self.experts_per_token, rounding_mode="floor")
 
 
-def plan(expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor | None = None) -> SortedRows:
-    """Sort the chosen (token, expert) pairs by expert, stably; nothing is copied to the host."""
-    assert kept_TA is None, "its kernels go to every row and back; dropping leaves some out behind them"
+class RowsWithinCapacity(NamedTuple):
+    """The rows that are within the capacity of their expert, and all rows, which MegaBlocks' kernels need."""
+
+    token_N: Tensor
+    """The token of each row."""
+    expert_N: Tensor
+    """The expert of each row, ascending."""
+    rows_per_expert_E: Tensor
+    """int64; an expert without rows has 0."""
+    row_N: Tensor
+    """The position of each row among all rows."""
+    all_rows: SortedRows
+
+
+def sort(expert_ids_TA: Tensor, num_experts: int, within_TA: Tensor | None = None) -> RoutedTokens:
+    """Sort the (token, expert) pairs by expert, stably, and leave out those of which ``within_TA`` is false.
+
+    Nothing is copied to the host except, with ``within_TA``, the number of remaining pairs.
+    """
+    rows = _sort_all(expert_ids_TA, num_experts)
+    if within_TA is None:
+        return rows
+    row_N = rows_within_capacity(rows.slot_N, within_TA)
+    expert_N = rows.expert_N[row_N]
+    return RowsWithinCapacity(rows.token_N[row_N], expert_N, count_rows(expert_N, num_experts), row_N, rows)
+
+
+def _sort_all(expert_ids_TA: Tensor, num_experts: int) -> SortedRows:
     ops = load().ops
     ids_N = expert_ids_TA.flatten().int()
     with tiles.on_device_of(ids_N):
@@ -56,24 +80,32 @@ def plan(expert_ids_TA: Tensor, num_experts: int, kept_TA: Tensor | None = None)
     return SortedRows(expert_N, slot_N, ends_E, rows_per_expert_E, expert_ids_TA.shape[1])
 
 
-def permute(x_TD: Tensor, rows: SortedRows) -> Tensor:
-    """``permute_reference`` by MegaBlocks' ``gather``, whose backward is its ``scatter``.
+def permute(x_TD: Tensor, rows: SortedRows | RowsWithinCapacity) -> Tensor:
+    """Compute ``permute_reference`` with MegaBlocks' ``gather``, whose backward is its ``scatter``.
 
     Raises:
-        BackendUnavailable: its kernels cannot take a tensor of this dtype or size.
+        BackendUnavailable: its kernels do not support a tensor of this dtype or size.
     """
+    if isinstance(rows, RowsWithinCapacity):
+        return permute(x_TD, rows.all_rows).index_select(0, rows.row_N)
     _check(x_TD, len(rows.slot_N))
     with tiles.on_device_of(x_TD):
         # It reads rows one behind the other, whatever the strides.
         return load().ops.gather(x_TD.contiguous(), rows.slot_N, rows.expert_N, rows.ends_E, rows.experts_per_token)
 
 
-def combine(y_ND: Tensor, weights_TA: Tensor, rows: SortedRows) -> Tensor:
-    """``combine_reference`` by MegaBlocks' ``scatter``, whose backward is its ``gather`` and a kernel of dot products.
+def combine(y_ND: Tensor, weights_TA: Tensor, rows: SortedRows | RowsWithinCapacity) -> Tensor:
+    """Compute ``combine_reference`` with MegaBlocks' ``scatter``.
+
+    Its backward is MegaBlocks' ``gather`` and a kernel of dot products.
 
     Raises:
-        BackendUnavailable: its kernels cannot take a tensor of this dtype or size.
+        BackendUnavailable: its kernels do not support a tensor of this dtype or size.
     """
+    if isinstance(rows, RowsWithinCapacity):
+        # A dropped row is zero here: it adds nothing to its token, and its router weight gets no gradient.
+        all_ND = y_ND.new_zeros(weights_TA.numel(), y_ND.shape[1]).index_copy(0, rows.row_N, y_ND)
+        return combine(all_ND, weights_TA, rows.all_rows)
     _check(y_ND, len(rows.slot_N))
     weight_N = weights_TA.flatten().contiguous()
     with tiles.on_device_of(y_ND):
@@ -118,5 +150,6 @@ def _check(x: Tensor, num_rows: int) -> None:
         )
 
 
-PERMUTATION = dropping(Permutation(plan, permute, combine))
-"""MegaBlocks' own; rows that a capacity factor drops are left out behind it."""
+PERMUTATION = Permutation(sort, permute, combine)
+"""The permutation by MegaBlocks' kernels. They process every routed token; those beyond the capacity of their expert
+are left out after them."""

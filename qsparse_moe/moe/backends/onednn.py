@@ -8,7 +8,7 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends import stacked
-from qsparse_moe.moe.dispatch import RowCounts
+from qsparse_moe.moe.permutation import RowCounts
 
 # oneDNN compiles a kernel for every shape it meets. Loads differ at every step, so exact counts keep compiling:
 # 128 rows, 512 x 768, bf16: 0.27 ms a product once compiled, 0.7 ms the first time. Rounded up to 16 they recur.

@@ -11,7 +11,7 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels.onednn import is_faster_in_fp32
 from qsparse_moe.moe.backends import blas, grouped, loop, megablocks, megablocks_package, onednn
-from qsparse_moe.moe.dispatch import GATHERS, Permutation, RowCounts
+from qsparse_moe.moe.permutation import GATHERS, Permutation, RowCounts
 
 Matmul = Callable[[Tensor, Tensor, RowCounts], Tensor]
 

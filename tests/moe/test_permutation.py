@@ -6,14 +6,14 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.topk_select.op import SELECTIONS
-from qsparse_moe.moe.dispatch import (
+from qsparse_moe.moe.permutation import (
     GATHERS,
     ONE_PASS_GATHERS,
     RowCounts,
     combine,
     combine_reference,
     permute_reference,
-    plan_dispatch,
+    sort_by_expert,
 )
 from qsparse_moe.moe.runtime import resolve_runtime
 
@@ -27,7 +27,7 @@ CASES = {
 
 @pytest.mark.parametrize("expert_ids_TA", CASES.values(), ids=CASES.keys())
 def test_rows_are_sorted_by_expert_then_token_and_the_inverse_undoes_it(expert_ids_TA):
-    dispatch = plan_dispatch(expert_ids_TA, 4)
+    dispatch = sort_by_expert(expert_ids_TA, 4)
     flat = expert_ids_TA.flatten()
     assert torch.equal(dispatch.expert_N, flat.sort().values)
     assert torch.equal(flat[dispatch.slot_N], dispatch.expert_N)
@@ -43,8 +43,8 @@ def test_rows_are_sorted_by_expert_then_token_and_the_inverse_undoes_it(expert_i
 @pytest.mark.parametrize("expert_ids_TA", CASES.values(), ids=CASES.keys())
 def test_permute_and_combine_match_their_definitions_in_value_and_every_gradient(expert_ids_TA, by, drops):
     skip_unless_it_runs(by)
-    kept_TA = (torch.arange(expert_ids_TA.numel()) % 3 > 0).view_as(expert_ids_TA) if drops else None
-    dispatch = plan_dispatch(expert_ids_TA, 4, kept_TA)
+    within_TA = (torch.arange(expert_ids_TA.numel()) % 3 > 0).view_as(expert_ids_TA) if drops else None
+    dispatch = sort_by_expert(expert_ids_TA, 4, within_TA)
     num_tokens, choices = expert_ids_TA.shape
     # Triton's arithmetic is fp32.
     exact = {"dtype": torch.float32 if by == "triton" else torch.float64}
@@ -80,7 +80,7 @@ def test_the_selection_s_implementation_brings_the_way_back_from_the_rows(by):
 
 def test_combine_adds_bf16_rows_in_fp32():
     rows = torch.tensor([[256.0], [1.0]], dtype=torch.bfloat16)  # 256 + 0.5 + 0.5 is lost if rounded in between
-    dispatch = plan_dispatch(torch.tensor([[0, 1]]), 2)
+    dispatch = sort_by_expert(torch.tensor([[0, 1]]), 2)
     y = combine(rows, torch.tensor([[1.0, 1.0]]), dispatch)
     assert y.dtype == torch.bfloat16
     assert y.item() == torch.tensor(257.0).bfloat16().item()

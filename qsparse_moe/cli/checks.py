@@ -100,14 +100,14 @@ def _backends() -> Iterator[Finding]:
     """Each way to run the experts and the selection, on each kind of device that is here, for the default model."""
     import torch
 
-    from qsparse_moe.kernels.topk_select.op import SELECTIONS
+    from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS
     from qsparse_moe.moe.backends.registry import BACKENDS
 
     for device in _devices(torch.cuda.is_available()):
         for backend in BACKENDS:
             reason = backend.why_not(ModelConfig(), device)
             yield _on_device(f"model.moe.backend={backend.name}", device, reason)
-        for selection in SELECTIONS:
+        for selection in TOPK_SELECTS:
             yield _on_device(f"model.sparsity.backend={selection.name}", device, selection.why_not(device))
 
 

@@ -15,7 +15,7 @@ from qsparse_moe.kernels import native
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
 from qsparse_moe.kernels.int8_quantize.op import FormatRows, as_format_triton
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
-from qsparse_moe.kernels.topk_select.op import SELECTIONS, SelectRows
+from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS, SelectRows
 from qsparse_moe.sparsity.quantize import as_format
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> Site
     Raises:
         BackendUnavailable: the implementation was requested by name and cannot run here; with the reason.
     """
-    selection = choose("model.sparsity.backend", settings.backend, SELECTIONS, lambda spec: spec.why_not(device))
+    selection = choose("model.sparsity.backend", settings.backend, TOPK_SELECTS, lambda spec: spec.why_not(device))
     is_native = selection.name == "native"
     if is_native:
         native.load()

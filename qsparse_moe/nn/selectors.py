@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.config.shapes import site_format
 from qsparse_moe.kernels.int8_quantize.op import FormatRows
-from qsparse_moe.kernels.topk_select.op import SelectRows, select
+from qsparse_moe.kernels.topk_select.op import SelectRows, select, select_mask
 from qsparse_moe.sparsity.plan import site_num_kept, site_threshold
 from qsparse_moe.sparsity.selection import THRESHOLD_MASKS
 from qsparse_moe.sparsity.topk import apply_mask
@@ -59,10 +59,12 @@ class RankingSelector(nn.Module):
         self.number_format = site_format(settings, site)
         self.select_rows = select_rows
         self.format_rows = format_rows
-        self.register_buffer("num_kept_E", torch.full((num_experts,), num_features), persistent=False)
-        self.uniform_num_kept: int | None = num_features
+        # Not persistent: K follows from the plan, which is not part of a checkpoint.
+        self.register_buffer("num_kept_E", torch.empty(num_experts, dtype=torch.int64), persistent=False)
+        self.uniform_num_kept: int | None
         """K if all experts have the same; None if they differ."""
-        self.keeps_all = True
+        self.keeps_all: bool
+        self.set_sparsity([0.0] * num_experts)
 
     def set_sparsity(self, values: Sequence[float]) -> None:
         """Use S from now on, one value per expert."""
@@ -96,7 +98,7 @@ class RankingSelector(nn.Module):
             gradient = "ste" if ste_share else "masked"
             rows = select(x, num_kept, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
             return Selection(rows, num_kept)
-        mask = topk_rows_mask(x.detach(), num_kept, self.select_rows, self.group_size)
+        mask = select_mask(x.detach(), num_kept, rows=self.select_rows, group_size=self.group_size)
         return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), num_kept)
 
 
@@ -113,9 +115,10 @@ class ThresholdSelector(nn.Module):
         self._mask_of = THRESHOLD_MASKS[settings.selection]
         # Stored as integers, because a cast of the model to bf16 would round a floating-point buffer.
         self.register_buffer("threshold_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
-        self.is_uniform = True
+        self.is_uniform: bool
         """Whether one threshold holds for every row."""
-        self.keeps_all = True
+        self.keeps_all: bool
+        self.set_sparsity([0.0] * num_experts, None)
 
     def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None) -> None:
         """Use S from now on, one value per expert, and the calibrated threshold of each if the selection needs one."""
@@ -137,15 +140,3 @@ class ThresholdSelector(nn.Module):
             return threshold_E[:1]
         assert expert_ids_N is not None, "the threshold differs between experts, so every row must name its expert"
         return threshold_E[expert_ids_N, None]
-
-
-def topk_rows_mask(x: Tensor, num_kept: int | Tensor, rows: SelectRows, group_size: int | None) -> Tensor:
-    """Return ``topk_mask(x, num_kept, group_size=group_size)``, computed by ``rows``."""
-    if group_size is None:
-        return rows(x, num_kept, True)[1]
-    num_groups = x.shape[-1] // group_size
-    per_group = num_kept // num_groups
-    groups = x.unflatten(-1, (num_groups, group_size))
-    if isinstance(per_group, Tensor):
-        per_group = per_group[..., None].expand(groups.shape[:-1])
-    return rows(groups, per_group, True)[1].flatten(-2)

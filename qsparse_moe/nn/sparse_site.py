@@ -70,7 +70,6 @@ class SparseSite(nn.Module):
         self.comparison = (
             ThresholdSelector(site, settings, num_experts=num_experts, format_rows=format_rows) if compares else None
         )
-        self.set_sparsity([0.0] * num_experts)
 
     def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None = None) -> None:
         """Use S from the next forward on.

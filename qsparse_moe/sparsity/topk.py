@@ -205,12 +205,25 @@ def _group_mask(x: Tensor, num_kept: int | Tensor, group_size: int) -> Tensor:
             f"num_kept * group_size / {num_features} must be whole, got {num_kept} * {group_size} / {num_features}; "
             f"choose num_kept as a multiple of {num_features // group_size}"
         )
-    groups = x.unflatten(-1, (num_features // group_size, group_size))
-    per_group = num_kept * group_size // num_features
+    if isinstance(num_kept, Tensor):
+        _check_num_kept(num_kept, x)
+    return topk_mask(*split_into_groups(x, num_kept, group_size)).flatten(-2)
+
+
+def split_into_groups(x: Tensor, num_kept: int | Tensor, group_size: int) -> tuple[Tensor, int | Tensor]:
+    """Return the groups of rows ``(*, D)`` as rows of their own, ``(*, D / G, G)``, and K per group.
+
+    Args:
+        x: the rows; G divides D.
+        num_kept: K per row, which is split evenly over the groups: an int, or an integer tensor ``(*)``.
+        group_size: G.
+    """
+    num_groups = x.shape[-1] // group_size
+    groups = x.unflatten(-1, (num_groups, group_size))
+    per_group = num_kept // num_groups
     if isinstance(per_group, Tensor):
-        _check_num_kept(per_group, x)
         per_group = per_group[..., None].expand(groups.shape[:-1])
-    return topk_mask(groups, per_group).flatten(-2)
+    return groups, per_group
 
 
 def _kth_largest(magnitude: Tensor, num_kept: int | Tensor) -> Tensor:

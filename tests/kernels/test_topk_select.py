@@ -6,17 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsparse_moe.kernels import native, tiles
-from qsparse_moe.kernels.topk_select.op import SELECTIONS, select
+from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS, select
 from qsparse_moe.sparsity.topk import topk_mask_reference, topk_sparsify
 
-IMPLEMENTATIONS = {spec.name: spec.select_rows for spec in SELECTIONS}
+IMPLEMENTATIONS = {spec.name: spec.select_rows for spec in TOPK_SELECTS}
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 def runnable(name):
     """The implementation, where it runs on this machine's CPU."""
-    reason = next(spec for spec in SELECTIONS if spec.name == name).why_not(torch.device("cpu"))
+    reason = next(spec for spec in TOPK_SELECTS if spec.name == name).why_not(torch.device("cpu"))
     if reason:
         pytest.skip(reason)
     return IMPLEMENTATIONS[name]

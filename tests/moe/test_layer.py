@@ -175,18 +175,6 @@ def test_the_balance_loss_is_the_same_however_whole_sequences_are_cut():
     torch.testing.assert_close(whole, sum(halves) / 2)
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations_match_their_definitions(name):
-    gate, up = (torch.randn(7, 9, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    upstream = torch.randn(7, 9, dtype=torch.float64)
-    results = []
-    for function in (ACTIVATIONS[name], REFERENCES[name]):
-        out = function(gate, up)
-        results.append((out, *torch.autograd.grad(out, (gate, up), upstream)))
-    for mine, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(mine, theirs)
-
-
 @pytest.mark.parametrize("values", [UNIFORM, PER_EXPERT], ids=["uniform", "per expert"])
 def test_sums_by_expert_are_those_of_the_rows_that_each_expert_reads(values):
     layer = make(shared=1)

@@ -5,7 +5,7 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.kernels import native
-from qsparse_moe.kernels.topk_select.op import SELECTIONS
+from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS
 from qsparse_moe.moe.permutation import (
     GATHERS,
     ONE_PASS_GATHERS,
@@ -63,7 +63,7 @@ def test_permute_and_combine_match_their_definitions_in_value_and_every_gradient
 
 
 def skip_unless_it_runs(by):
-    selection = next(selection for selection in SELECTIONS if selection.name == by)
+    selection = next(selection for selection in TOPK_SELECTS if selection.name == by)
     reason = selection.why_not(torch.device("cpu"))
     if reason:
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Three plain processes that send rows to each other's experts, for tests/moe/test_exchange.py.
+"""Three plain processes that send rows to each other's experts, for tests/moe/test_dispatcher.py.
 
     python tests/support/expert_ranks.py FOLDER RANK
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.kernels import native, tiles
-from qsparse_moe.sparsity.topk import topk_mask
+from qsparse_moe.sparsity.topk import split_into_groups, topk_mask
 
 SelectRows = Callable[[Tensor, "int | Tensor", bool], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Selection:
+class TopKSelect:
     """A named implementation of ``select_rows(x, num_kept, with_mask) -> (kept, mask)``.
 
     ``x`` is ``(*, D)``, ``num_kept`` an int or int64 ``(*)``; ``kept`` is ``x`` with all but the K largest magnitudes
@@ -48,10 +48,10 @@ def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tu
     return triton.select_rows_triton(x, num_kept, with_mask)
 
 
-SELECTIONS: tuple[Selection, ...] = (
-    Selection("native", select_rows_native, native.why_not),
-    Selection("triton", select_rows_triton, tiles.why_not),
-    Selection("torch", select_rows_torch, lambda device: None),
+TOPK_SELECTS: tuple[TopKSelect, ...] = (
+    TopKSelect("native", select_rows_native, native.why_not),
+    TopKSelect("triton", select_rows_triton, tiles.why_not),
+    TopKSelect("torch", select_rows_torch, lambda device: None),
 )
 """Fastest first."""
 
@@ -71,12 +71,14 @@ def select(
     masked = gradient == "masked"
     if group_size is None:
         return _Select.apply(x, num_kept, rows, masked)
-    num_groups = x.shape[-1] // group_size
-    groups = x.unflatten(-1, (num_groups, group_size))
-    per_group = num_kept // num_groups
-    if isinstance(per_group, Tensor):
-        per_group = per_group[..., None].expand(groups.shape[:-1])
-    return _Select.apply(groups, per_group, rows, masked).flatten(-2)
+    return _Select.apply(*split_into_groups(x, num_kept, group_size), rows, masked).flatten(-2)
+
+
+def select_mask(x: Tensor, num_kept: int | Tensor, *, rows: SelectRows, group_size: int | None = None) -> Tensor:
+    """Compute ``topk_mask(x, num_kept, group_size=group_size)`` with ``rows``."""
+    if group_size is None:
+        return rows(x, num_kept, True)[1]
+    return rows(*split_into_groups(x, num_kept, group_size), True)[1].flatten(-2)
 
 
 def sparsify_torch(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:

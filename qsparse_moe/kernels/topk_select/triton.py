@@ -96,7 +96,7 @@ def select_kernel(
 
 
 def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
-    """``Selection.select_rows`` on an NVIDIA GPU, or on a CPU under Triton's interpreter; fp16, bf16, fp32 and fp64.
+    """``TopKSelect.select_rows`` on an NVIDIA GPU, or on a CPU under Triton's interpreter; fp16, bf16, fp32 and fp64.
 
     Raises:
         ValueError: rows have more than ``tiles.MAX_FEATURES`` features.

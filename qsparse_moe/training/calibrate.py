@@ -22,10 +22,10 @@ from qsparse_moe.data.loader import sample_train_rows
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import meaningless_ids
-from qsparse_moe.model.calibrate import Samples, sample_sites, with_calibrated_thresholds, with_thresholds
+from qsparse_moe.model.thresholds import Samples, sample_sites, with_calibrated_thresholds, with_thresholds
 from qsparse_moe.model.transformer import Transformer
-from qsparse_moe.sparsity.calibrate import MAX_VALUES, RowSample
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.row_sample import MAX_VALUES, RowSample
 from qsparse_moe.sparsity.stats import Stats, add_stats
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.engines.protocol import run_model

@@ -7,7 +7,7 @@ import torch
 
 from qsparse_moe.data.loader import sample_train_rows
 from qsparse_moe.data.token_data import load_data
-from qsparse_moe.model.calibrate import calibrate
+from qsparse_moe.model.thresholds import calibrate
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training import calibrate as calibrate_module
 from qsparse_moe.training.calibrate import calibrate_run, default_num_rows

@@ -8,7 +8,7 @@ import torch
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError, TrainingDiverged
-from qsparse_moe.model.calibrate import calibrate, sample_sites, with_calibrated_thresholds, with_thresholds
+from qsparse_moe.model.thresholds import calibrate, sample_sites, with_calibrated_thresholds, with_thresholds
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.plan import SparsityPlan
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.sparsity.calibrate import RowSample, calibrated_threshold
+from qsparse_moe.sparsity.row_sample import RowSample, calibrated_threshold
 from qsparse_moe.sparsity.selection import threshold_mask
 
 torch.set_num_threads(1)

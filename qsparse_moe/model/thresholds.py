@@ -18,12 +18,12 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.nn.hooks import site_hooks
-from qsparse_moe.sparsity.calibrate import MAX_VALUES, RowSample, calibrated_threshold
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.row_sample import MAX_VALUES, RowSample, calibrated_threshold
 
 logger = logging.getLogger(__name__)
-Place = tuple[int, Site]
-Samples = dict[Place, list[RowSample]]
+LayerSite = tuple[int, Site]
+Samples = dict[LayerSite, list[RowSample]]
 """Of every (layer, site): one sample, or one an expert."""
 
 
@@ -120,7 +120,7 @@ def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
 
 
 @contextmanager
-def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterator[dict[Place, _Recorder]]:
+def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterator[dict[LayerSite, _Recorder]]:
     """Recorders of every place, shown its rows by the forwards inside; these run with exact top-K."""
     before, was_training = model.sparsity_plan, model.training
     recorders = {place: _Recorder([RowSample(max_values) for _ in values]) for place, values in plan.values.items()}
@@ -159,7 +159,7 @@ class _Recorder:
         sample.add(rows_ND, self.first_number + torch.arange(len(rows_ND), device=rows_ND.device))
 
 
-def _thresholds(place: Place, samples: list[RowSample], plan: SparsityPlan) -> tuple[float, ...]:
+def _thresholds(place: LayerSite, samples: list[RowSample], plan: SparsityPlan) -> tuple[float, ...]:
     magnitudes = [sample.magnitudes() for sample in samples]
     unseen = [expert for expert, sample in enumerate(samples) if not sample.num_seen]
     assert len(unseen) < len(samples), "calibration was given no batch"

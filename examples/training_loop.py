@@ -12,7 +12,7 @@ import argparse
 
 import torch
 
-from qsparse_moe import SparsityPlan, build_model, expert_ratios, load_config
+from qsparse_moe import SparsityPlan, build_model, expert_ratios, load_config, scalar_ratios
 from qsparse_moe.config.shipped import shipped
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import load_data
@@ -48,13 +48,16 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if report:
-            # One value per layer and expert; output.stats holds the sums that they are formed from.
-            ratios = expert_ratios(output.stats)
-            imbalance = ratios["load"].amax(dim=1).mean()
-            energy = ratios["expert_hidden/kept_energy"].nanmean()
+            # output.stats holds sums. The ratios have the names and the values of the recorded metrics.
+            ratios = scalar_ratios(output.stats)
+            # The same by layer and expert, tensors (L, E); NaN for an expert without a token.
+            energy_LE = expert_ratios(output.stats)["expert_hidden/kept_energy"]
             print(
                 f"step {step:4d}  loss {output.loss.item():.3f}  S {sparsity:.2f}  "
-                f"load imbalance {imbalance:.2f}  kept energy {energy:.3f}"
+                f"load imbalance {ratios['router/load_imbalance']:.2f}  "
+                f"zeros {ratios['sparsity/expert_hidden/zeros']:.3f}  "
+                f"kept energy {ratios['sparsity/expert_hidden/kept_energy']:.3f}, "
+                f"least of an expert {energy_LE[~energy_LE.isnan()].min():.3f}"
             )
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from qsparse_moe.config.load import load_config
     from qsparse_moe.config.schema import RunConfig
     from qsparse_moe.metrics.experts import expert_ratios
+    from qsparse_moe.metrics.ratios import scalar_ratios
     from qsparse_moe.model.output import ModelOutput
     from qsparse_moe.model.transformer import Transformer, build_model
     from qsparse_moe.moe.layer import MoELayer
@@ -35,6 +36,7 @@ __all__ = [
     "expert_ratios",
     "fake_quantize",
     "load_config",
+    "scalar_ratios",
     "topk_mask",
     "topk_sparsify",
     "train",
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "expert_ratios": "metrics.experts",
     "fake_quantize": "sparsity.quantize",
     "load_config": "config.load",
+    "scalar_ratios": "metrics.ratios",
     "topk_mask": "sparsity.topk",
     "topk_sparsify": "sparsity.topk",
     "train": "training.loop",

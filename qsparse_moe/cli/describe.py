@@ -17,7 +17,7 @@ from qsparse_moe.config.router_rules import untrained_router
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.jsonl import read_metrics
-from qsparse_moe.metrics.natural_zeros import natural_zeros
+from qsparse_moe.metrics.natural_zeros import natural_zeros, natural_zeros_warning
 from qsparse_moe.runs.folder import CONFIG_FILE
 
 _BAR = 40
@@ -63,7 +63,7 @@ def describe(
     description = describe_run(config, rows[-1] if rows else None, ranks=ranks)
     problem = untrained_router(config.model)
     description["warnings"] = [problem] if problem else []
-    description["warnings"] += natural_zeros(rows[-1] if rows else {}).values()
+    description["warnings"] += [natural_zeros_warning(found) for found in natural_zeros(rows[-1] if rows else {})]
     if folder is not None and measure:
         description["measured_unions"] = _measure(folder, measure)
     print_json(description) if json else _print_tables(description)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import layers_with_site
 from qsparse_moe.metrics.names import is_listed, layer_name
+from qsparse_moe.metrics.ratios import layer_ratios, mean_over_layers
 from qsparse_moe.metrics.window import Window
 from qsparse_moe.runs.report import LateEvaluation, StepReport
-from qsparse_moe.sparsity.stats import SITE_FIELDS
 
 
 def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None = None) -> dict[str, float]:
@@ -67,50 +66,6 @@ def _scalars(report: StepReport) -> dict[str, float]:
     return {f"{group}/{name}": float(value) for group, values in groups.items() for name, value in values.items()}
 
 
-def layer_ratios(stats: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The ratios ``(L,)`` by metric name; NaN where a layer's denominator is 0.
-
-    Args:
-        stats: the float64 sums of ``ModelOutput.stats``, as far as they are there.
-    """
-    ratios: dict[str, Tensor] = {}
-    if "router/rows_LE" in stats:
-        ratios |= load_ratios(stats["router/rows_LE"])
-    if "router/dropped_LE" in stats:
-        ratios["router/dropped_share"] = stats["router/dropped_LE"].sum(-1) / stats["router/rows_LE"].sum(-1)
-    if "router/tokens_L" in stats:
-        tokens_L = stats["router/tokens_L"]
-        ratios["router/choice_entropy"] = stats["router/choice_entropy_L"] / tokens_L
-        ratios["router/first_weight"] = stats["router/first_weight_L"] / tokens_L
-    for site in sorted({key.split("/")[1] for key in stats if key.startswith("sparsity/")}):
-        ratios |= _site_ratios(stats, f"sparsity/{site}")
-    return ratios
-
-
-def load_ratios(rows_LE: Tensor) -> dict[str, Tensor]:
-    """How evenly the experts of each layer are loaded, each ``(L,)``, from the rows of each expert ``(L, E)``."""
-    shares_LE = rows_LE / rows_LE.sum(-1, keepdim=True)
-    busiest_L = shares_LE.amax(-1)
-    return {
-        "router/load_imbalance": busiest_L * rows_LE.shape[-1],
-        "router/load_entropy": torch.special.entr(shares_LE).sum(-1),
-        "router/busiest_share": busiest_L,
-        "router/dead_experts": (rows_LE == 0).sum(-1).double(),
-    }
-
-
-def _site_ratios(stats: dict[str, Tensor], site: str) -> dict[str, Tensor]:
-    sums_L = {name: stats[f"{site}/{name}_LE"].sum(-1) for name in SITE_FIELDS}
-    features_L = sums_L["rows"] * stats[f"{site}/used_LED"].shape[-1]
-    return {
-        f"{site}/zeros_chosen": 1 - sums_L["kept"] / features_L,
-        f"{site}/zeros": 1 - sums_L["nonzero"] / features_L,
-        f"{site}/kept_energy": sums_L["kept_energy"] / sums_L["energy"],
-        f"{site}/overlap": sums_L["pairs_common"] / sums_L["pairs_nonzero"],
-        f"{site}/threshold": sums_L["smallest"] / sums_L["rows"],
-    }
-
-
 def layers_with(name: str, model: ModelConfig) -> list[int]:
     """The layers, counted from 0, that the sums behind the metric ``name`` speak of, in their order."""
     site = "expert_input" if name.startswith("router/") else cast(Site, name.split("/")[1])
@@ -120,8 +75,5 @@ def layers_with(name: str, model: ModelConfig) -> list[int]:
 def _over_layers(name: str, values_L: Tensor, layers: list[int]) -> dict[str, float]:
     """The mean over the layers that have a value, then each of those; nothing where none has."""
     by_layer = zip(layers, values_L.tolist(), strict=True)
-    present = {layer: value for layer, value in by_layer if value == value}
-    if not present:
-        return {}
-    mean = sum(present.values()) / len(present)
-    return {name: mean} | {layer_name(name, layer): value for layer, value in present.items()}
+    present = {layer_name(name, layer): value for layer, value in by_layer if value == value}
+    return {name: mean_over_layers(values_L)} | present if present else {}

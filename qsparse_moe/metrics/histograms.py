@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import histogram_raw
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import layers_with_site, model_sites, moe_layers
@@ -24,17 +25,20 @@ def histograms(stats: Stats, model: ModelConfig) -> Iterator[tuple[str, Tensor, 
             yield f"sparsity/{site}/log2_threshold", counts_LH, layers_with_site(model, site), MAGNITUDES
 
 
-def add_histogram(writer: SummaryWriter, tag: str, counts_H: Tensor, bins: LogBins, step: int) -> None:
-    """Bins without a value at both ends are left out, or TensorBoard would draw the range that they span."""
+def histogram_summary(tag: str, counts_H: Tensor, bins: LogBins) -> Any | None:
+    """Return the histogram as TensorBoard's ``Summary``, or None if nothing was counted.
+
+    Empty bins at both ends are left out: TensorBoard divides the range that it is given into 30 bins of equal width.
+    """
     counts = counts_H.numpy()
     edges = np.asarray(bins.edges)
     filled = np.flatnonzero(counts)
     if not len(filled):
-        return
+        return None
     part = slice(filled[0], filled[-1] + 1)
     counts, lower, upper = counts[part], edges[:-1][part], edges[1:][part]
     middle = (lower + upper) / 2
-    writer.add_histogram_raw(
+    return histogram_raw(
         tag,
         min=lower[0],
         max=upper[-1],
@@ -43,5 +47,4 @@ def add_histogram(writer: SummaryWriter, tag: str, counts_H: Tensor, bins: LogBi
         sum_squares=(counts * middle**2).sum(),
         bucket_limits=upper.tolist(),
         bucket_counts=counts.tolist(),
-        global_step=step,
     )

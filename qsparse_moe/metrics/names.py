@@ -268,14 +268,14 @@ METRICS = (
         "router/log2_probability",
         "log2",
         "Histogram of the base-2 logarithm of the router's probabilities, over all tokens and experts, in "
-        "bins of half an octave from 2^-20; smaller values count in the first bin.",
+        "bins of an eighth of an octave from 2^-20; smaller values count in the first bin.",
         kind="histogram",
     ),
     Metric(
         "sparsity/SITE/log2_threshold",
         "log2",
-        "Histogram of the logarithm of the smallest magnitude that is kept of a row, in half octaves from "
-        "2^-24 to 2^8.",
+        "Histogram of the base-2 logarithm of the smallest selected magnitude per row, in bins of an eighth of an "
+        "octave from 2^-24 to 2^8.",
         kind="histogram",
     ),
     Metric(
@@ -285,19 +285,19 @@ METRICS = (
         kind="image",
     ),
     Metric(
-        "experts/SITE/kept_energy",
+        "sparsity_by_expert/SITE/kept_energy",
         "1",
         "Heat map of layers by experts of the kept energy, at expert_input and expert_hidden.",
         kind="image",
     ),
     Metric(
-        "experts/SITE/zeros",
+        "sparsity_by_expert/SITE/zeros",
         "1",
         "Heat map of layers by experts of the fraction of zeros in front of the expert's matrix.",
         kind="image",
     ),
     Metric(
-        "experts/SITE/unused_features",
+        "sparsity_by_expert/SITE/unused_features",
         "1",
         "Heat map of layers by experts of the fraction of features that were zero in every row of the step.",
         kind="image",
@@ -307,7 +307,7 @@ METRICS = (
 _BY_NAME = {metric.name: metric for metric in METRICS if metric.kind == "scalar"}
 _BY_TAG = {metric.name: metric for metric in METRICS}
 _LAYER = re.compile(r"/layer_[0-9]+$")
-_SITE = re.compile(rf"^sparsity/(?:{'|'.join(SITES)})/")
+_SITE = re.compile(rf"^(sparsity|sparsity_by_expert)/(?:{'|'.join(SITES)})/")
 
 
 def layer_name(name: str, layer: int) -> str:
@@ -341,4 +341,4 @@ def describe_tag(name: str) -> str:
 
 
 def _listed_name(name: str) -> str:
-    return _SITE.sub("sparsity/SITE/", _LAYER.sub("", name))
+    return _SITE.sub(r"\1/SITE/", _LAYER.sub("", name))

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import DataClass, Summary, SummaryMetadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import hparams, image
 
 from qsparse_moe.config.fields import value_of
 from qsparse_moe.config.labels import OVERRIDES, setting_label
@@ -20,7 +21,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.metrics.charts import chart_layout
 from qsparse_moe.metrics.heatmaps import HeatMap, Pixels, heat_maps, scale_of
-from qsparse_moe.metrics.histograms import add_histogram, histograms
+from qsparse_moe.metrics.histograms import histogram_summary, histograms
 from qsparse_moe.metrics.names import describe_tag, is_layer_name, layer_name, metric_of
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import Stats
@@ -30,8 +31,17 @@ _COSTS = {
     "cost/lm_loss_by_kept_gflops": "efficiency/total_kept_training_flops",
 }
 """The curves whose step is a cost, by the metric that is the cost."""
+_DATA_CLASSES = {
+    "scalars": DataClass.DATA_CLASS_SCALAR,
+    "images": DataClass.DATA_CLASS_BLOB_SEQUENCE,
+    "histograms": DataClass.DATA_CLASS_TENSOR,
+}
 _COST_RUN = "cost"
-"""The folder within TensorBoard's that holds those curves; it is a run of its own there."""
+"""Folder of those curves within the run's TensorBoard folder; TensorBoard lists it as a run of its own."""
+VALIDATION_RUN = "validation"
+"""Folder of the metrics ``validation/...``. TensorBoard has one colour per run, so a run of their own is what tells
+train and validation loss apart in one chart."""
+_VALIDATION = "validation/"
 SUMMARY_METRICS = (
     "validation/bits_per_byte",
     "train/lm_loss",
@@ -41,7 +51,7 @@ SUMMARY_METRICS = (
     "throughput/tokens_per_second",
     "router/load_imbalance",
 )
-"""By which the HPARAMS page sorts runs: it takes the last value of each of these curves."""
+"""Final metrics that the HPARAMS page lists per run: the last value of each of these curves."""
 
 
 class TensorBoardFiles:
@@ -60,9 +70,8 @@ class TensorBoardFiles:
         self._described: set[str] = set()
         self._last: tuple[int, Stats] | None = None
         self._drawn = start_step
-        self._summaries = hparams(hyperparameters(config), dict.fromkeys(SUMMARY_METRICS, 0.0))
-        _wait_for_a_later_name(folder)
-        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+        self._summaries = _hparams_summaries(config)
+        self._writer = _open(folder, start_step)
         self._writer.add_custom_scalars(chart_layout(config))
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
         self._writer.add_text("sparsity plan", plan_table(SparsityPlan.from_config(config.model)), start_step)
@@ -73,8 +82,18 @@ class TensorBoardFiles:
         self._cost_writer = SummaryWriter(str(folder / _COST_RUN))
         for row in before:
             self._write_costs(row)
-        self._writer.flush()
-        self._cost_writer.flush()
+        self._open_validation(folder / VALIDATION_RUN, start_step, before)
+        self._flush()
+
+    def _open_validation(self, folder: Path, start_step: int, before: Sequence[Mapping[str, Any]]) -> None:
+        # Runs of earlier versions have these curves among all others: the new run gets them from metrics.jsonl, so
+        # that a curve does not begin in the middle.
+        is_new = not any(folder.glob("events.out.tfevents.*"))
+        self._validation_writer = _open(folder, start_step)
+        for row in before if is_new else ():
+            for name, value in row.items():
+                if name.startswith(_VALIDATION):
+                    self._add_scalar(self._validation_writer, name, value, row["step"])
 
     def write(self, step: int, metrics: Mapping[str, float], stats: Stats, *, images: bool) -> None:
         """Add one logged step: of the values by layer only those that are charted, and with ``images`` the heat maps
@@ -84,33 +103,43 @@ class TensorBoardFiles:
         self._last = step, stats
         if images:
             self._write_images(step, stats)
-        self._writer.flush()
-        self._cost_writer.flush()
+        self._flush()
 
     def write_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the values of a step that are charted."""
         for name, value in metrics.items():
             if not is_layer_name(name) or metric_of(name).layers == "chart":
-                self._add_scalar(self._writer, name, value, step)
+                writer = self._validation_writer if name.startswith(_VALIDATION) else self._writer
+                self._add_scalar(writer, name, value, step)
 
     def write_end(self, step: int) -> None:
         """Draw the last logged step, unless it was drawn, and say that the run ended; the HPARAMS page shows when."""
         if self._config.metrics.image_interval and self._last is not None and self._last[0] != self._drawn:
             self._write_images(*self._last)
-        self._add_summary(self._summaries[2], step)
+        _add_summary(self._writer, self._summaries[2], step)
 
     def _add_scalar(self, writer: SummaryWriter, name: str, value: float | None, step: int) -> None:
-        """As ``SummaryWriter.add_scalar``, with the unit and the definition for the card of the curve."""
-        metadata = None
-        if name not in self._described:
-            self._described.add(name)
-            plugin = SummaryMetadata.PluginData(plugin_name="scalars")
-            metadata = SummaryMetadata(summary_description=describe_tag(name), plugin_data=plugin)
         number = float("nan") if value is None else float(value)
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=number, metadata=metadata)])
-        file_writer = writer.file_writer
-        assert file_writer is not None, "the event file is closed"
-        file_writer.add_summary(summary, step)
+        summary = Summary(value=[Summary.Value(tag=name, simple_value=number)])
+        self._add_described(writer, "scalars", summary, step)
+
+    def _add_described(self, writer: SummaryWriter, plugin: str, summary: Any, step: int) -> None:
+        """Add the value of one tag, with the unit and the definition for its card.
+
+        ``SummaryWriter`` writes no descriptions. TensorBoard takes them from the first value of a tag in a file.
+        """
+        (value,) = summary.value
+        if value.tag not in self._described:
+            self._described.add(value.tag)
+            # Without the class of the data, TensorBoard's fast reader replaces the metadata, description included.
+            value.metadata.CopyFrom(
+                SummaryMetadata(
+                    summary_description=describe_tag(value.tag),
+                    plugin_data=SummaryMetadata.PluginData(plugin_name=plugin),
+                    data_class=_DATA_CLASSES[plugin],
+                )
+            )
+        _add_summary(writer, summary, step)
 
     def _write_images(self, step: int, stats: Stats) -> None:
         self._drawn = step
@@ -121,12 +150,7 @@ class TensorBoardFiles:
         # In the run's own folder and from its beginning: a run that is killed or resumed is one row of the page, too.
         # Every run names the same columns, because TensorBoard takes them from whichever it finds first.
         for summary in self._summaries[:2]:
-            self._add_summary(summary, step)
-
-    def _add_summary(self, summary: Any, step: int) -> None:
-        file_writer = self._writer.file_writer
-        assert file_writer is not None, "the event file is closed"
-        file_writer.add_summary(summary, step)
+            _add_summary(self._writer, summary, step)
 
     def _write_costs(self, metrics: Mapping[str, float | None]) -> None:
         """The step of these curves is what the run has cost so far: two runs lie over each other at equal cost."""
@@ -142,17 +166,57 @@ class TensorBoardFiles:
                 scale = scale_of(name, model.moe.num_experts)
                 self._maps[name] = HeatMap(scale, moe_layers(model), model.moe.num_experts)
             picture = self._maps[name].draw(values_LE)
-            self._writer.add_image(f"experts/{name}", picture, step, dataformats="HWC")
+            self._add_described(self._writer, "images", image(image_tag(name), picture, dataformats="HWC"), step)
 
     def _count(self, step: int, stats: Stats) -> None:
         for name, counts_LH, layers, bins in histograms(stats, self._config.model):
             for layer, counts_H in zip(layers, counts_LH, strict=True):
-                add_histogram(self._writer, layer_name(name, layer), counts_H, bins, step)
+                summary = histogram_summary(layer_name(name, layer), counts_H, bins)
+                if summary is not None:
+                    self._add_described(self._writer, "histograms", summary, step)
+
+    def _flush(self) -> None:
+        for writer in (self._writer, self._validation_writer, self._cost_writer):
+            writer.flush()
 
     def close(self) -> None:
-        """Close the event files; nothing can be written after."""
-        self._writer.close()
-        self._cost_writer.close()
+        """Close the event files; nothing can be written afterwards."""
+        for writer in (self._writer, self._validation_writer, self._cost_writer):
+            writer.close()
+
+
+def _open(folder: Path, start_step: int) -> SummaryWriter:
+    """Open a new event file that voids what earlier files of ``folder`` hold of the steps after ``start_step``."""
+    _wait_for_a_later_name(folder)
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+def _add_summary(writer: SummaryWriter, summary: Any, step: int) -> None:
+    file_writer = writer.file_writer
+    assert file_writer is not None, "the event file is closed"
+    file_writer.add_summary(summary, step)
+
+
+def image_tag(name: str) -> str:
+    """Return the tag of the heat map ``name`` of ``heatmaps.heat_maps``.
+
+    TensorBoard sorts the Images page by tag, with several runs a page or more per group. The load comes first because
+    its group, ``experts``, comes before the group of the maps of the sites, which are constant under exact top-K.
+    """
+    return f"experts/{name}" if name == "load" else f"sparsity_by_expert/{name}"
+
+
+def _hparams_summaries(config: RunConfig) -> tuple[Any, Any, Any]:
+    """Return the summaries of the experiment, of the start, and of the end of a session for the HPARAMS page."""
+    experiment, start, end = hparams(hyperparameters(config), dict.fromkeys(SUMMARY_METRICS, 0.0))
+    (value,) = experiment.value
+    data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
+    for info in data.experiment.metric_infos:
+        if info.name.tag.startswith(_VALIDATION):
+            # The page searches a metric in the folder of the session unless its group names a folder below it.
+            info.display_name, info.name.group = info.name.tag, VALIDATION_RUN
+    value.metadata.plugin_data.content = data.SerializeToString()
+    return experiment, start, end
 
 
 def _wait_for_a_later_name(folder: Path) -> None:

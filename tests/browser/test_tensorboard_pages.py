@@ -92,7 +92,10 @@ def test_custom_scalars_groups_the_charts_by_question(page, configs):
 
 def test_images_are_heat_maps_of_layers_and_experts(page):
     page.open("images")
-    page.shows("experts/expert_hidden/kept_energy", "experts/expert_input/zeros", "half", "most")
+    page.shows("experts/load", "sparsity_by_expert/expert_hidden/kept_energy", "half", "most")
+    # The load is the first picture of each run, above those that are constant under exact top-K.
+    tags = [text for text in page.texts() if text.startswith(("experts/", "sparsity_by_expert/"))]
+    assert set(tags[:2]) == {"experts/load"}, tags
     page.loads_pictures(4)
     page.keep("images")
 

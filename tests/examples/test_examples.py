@@ -69,11 +69,15 @@ def test_own_data_trains_a_tokenizer_and_a_model_whose_run_can_be_read_in_the_no
 def test_training_loop_prints_a_falling_loss_and_a_rising_sparsity(folder):
     settings = [*SMALL, "data.sources.0.max_bytes=1000000", f"data.cache_dir={folder / 'cache'}"]
     output = run_python(folder, str(EXAMPLES / "training_loop.py"), "--steps", "31", *settings)
-    found = re.findall(r"loss (\S+)  S (\S+)  load imbalance (\S+)  kept energy (\S+)", output)
-    loss, sparsity, _, energy = (list(map(float, column)) for column in zip(*found, strict=True))
+    found = re.findall(
+        r"loss (\S+)  S (\S+)  load imbalance (\S+)  zeros (\S+)  kept energy (\S+), least of an expert (\S+)", output
+    )
+    loss, sparsity, _, zeros, energy, least = (list(map(float, column)) for column in zip(*found, strict=True))
     assert loss[-1] < loss[0] - 0.5
     assert sparsity == [0.0, 0.25, 0.5, 0.75]
     assert energy[0] == 1.0 and energy[0] > energy[-1] > 0.25
+    assert all(zero >= asked for zero, asked in zip(zeros, sparsity, strict=True))
+    assert all(low <= mean for low, mean in zip(least, energy, strict=True))
 
 
 def test_the_sweep_names_every_run_it_would_train(folder):

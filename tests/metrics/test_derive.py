@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+import qsparse_moe
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
-from qsparse_moe.metrics.derive import derive_metrics, layer_ratios, load_ratios
+from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
+from qsparse_moe.metrics.ratios import layer_ratios, load_ratios, scalar_ratios
 from qsparse_moe.metrics.window import Window
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.sparsity.stats import SITE_FIELDS, add_stats
@@ -185,6 +187,27 @@ def output():
     generator = torch.Generator().manual_seed(0)
     tokens_BS = torch.randint(0, 32, (2, 8), generator=generator)
     return build_model(MODEL, seed=1)(tokens_BS, tokens_BS)
+
+
+def test_scalar_ratios_in_a_loop_of_ones_own_are_the_recorded_metrics(output):
+    ratios = qsparse_moe.scalar_ratios(output.stats)
+    metrics = derive_metrics(make_report(stats=output.stats), MODEL)
+    from_stats = {name: value for name, value in metrics.items() if name.startswith(("router/", "sparsity/"))}
+    assert ratios == {name: value for name, value in from_stats.items() if not is_layer_name(name)}
+    assert {"router/load_imbalance", "router/choice_entropy", "router/dropped_share"} <= ratios.keys()
+    assert ratios["sparsity/expert_input/zeros"] >= ratios["sparsity/expert_input/zeros_chosen"] == 0.5
+
+
+def test_scalar_ratios_by_hand_leave_out_a_layer_without_a_value_and_a_ratio_without_a_layer():
+    site = "sparsity/expert_hidden"
+    stats = {f"{site}/{name}_LE": torch.zeros(2, 1, dtype=torch.float64) for name in SITE_FIELDS}
+    stats |= {f"{site}/rows_LE": sums(4, 0)[:, None], f"{site}/nonzero_LE": sums(6, 0)[:, None]}
+    stats[f"{site}/used_LED"] = torch.ones(2, 1, 2, dtype=torch.bool)
+    ratios = scalar_ratios(stats | {"router/rows_LE": torch.stack((sums(6, 2), sums(4, 4)))})
+    assert ratios[f"{site}/zeros"] == 1 - 6 / 8
+    assert f"{site}/kept_energy" not in ratios
+    assert ratios["router/load_imbalance"] == (1.5 + 1.0) / 2
+    assert scalar_ratios({}) == {}
 
 
 def test_model_feeds_every_router_and_sparsity_metric(output):

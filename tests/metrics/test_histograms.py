@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
-from qsparse_moe.metrics.histograms import add_histogram, histograms
+from qsparse_moe.metrics.histograms import histogram_summary, histograms
 from qsparse_moe.metrics.names import METRICS
 from qsparse_moe.sparsity.log_counts import MAGNITUDES, PROBABILITIES, LogBins, log_counts
 from tests.metrics.reports import random_stats
@@ -16,7 +16,9 @@ BINS = LogBins(-3, 1, 1)
 
 def read_back(folder, values):
     writer = SummaryWriter(str(folder))
-    add_histogram(writer, "h", log_counts(values, BINS), BINS, 5)
+    summary = histogram_summary("h", log_counts(values, BINS), BINS)
+    if summary is not None:
+        writer.file_writer.add_summary(summary, 5)
     writer.close()
     board = EventAccumulator(str(folder), size_guidance={"histograms": 0})
     board.Reload()
@@ -31,6 +33,14 @@ def test_counts_stand_between_the_edges_of_the_bins_that_hold_something(tmp_path
     counts = dict(zip(found.bucket_limit, found.bucket, strict=True))
     assert {edge: count for edge, count in counts.items() if count} == {-1: 2, 1: 1}
     assert found.sum == pytest.approx(2 * -1.5 + 0.5)
+
+
+def test_thresholds_an_eighth_of_an_octave_apart_lie_in_bins_of_their_own():
+    magnitudes = 2.0 ** ((torch.arange(9) + 0.5) / 8 - 3)  # one octave and an eighth: half octaves gave three bins
+    counts = log_counts(magnitudes, MAGNITUDES)
+    assert counts[counts > 0].tolist() == [1.0] * 9
+    assert [MAGNITUDES.edges[i] for i in counts.nonzero().flatten()] == [-3 + i / 8 for i in range(9)]
+    assert log_counts(2.0 ** torch.tensor([-2.03, -2.2, -2.3]), PROBABILITIES).max() == 1
 
 
 def test_nothing_counted_is_nothing_drawn(tmp_path):

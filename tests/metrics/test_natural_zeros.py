@@ -8,7 +8,7 @@ import logging
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.metrics.natural_zeros import natural_zeros, warn_of_natural_zeros
+from qsparse_moe.metrics.natural_zeros import NaturalZeros, natural_zeros, natural_zeros_warning, warn_of_natural_zeros
 
 ROW = {
     "step": 20,
@@ -20,10 +20,23 @@ ROW = {
 
 
 def test_only_a_site_with_more_zeros_than_were_chosen_is_named():
-    found = natural_zeros(ROW)
-    assert list(found) == ["expert_hidden"]
-    assert "0.675 of the features are zero" in found["expert_hidden"] and "below about 0.68" in found["expert_hidden"]
-    assert natural_zeros({"step": 1}) == {}
+    assert natural_zeros(ROW) == [NaturalZeros("expert_hidden", (), 0.675, 0.5)]
+    (sentence,) = map(natural_zeros_warning, natural_zeros(ROW))
+    assert sentence.startswith("expert_hidden: 0.675 of the features are zero")
+    assert "only 0.500" in sentence and "below about 0.68" in sentence
+    assert natural_zeros({"step": 1}) == []
+
+
+def test_a_single_layer_below_its_natural_zeros_is_named_though_the_mean_hides_it():
+    row = {"sparsity/expert_hidden/zeros": 0.895, "sparsity/expert_hidden/zeros_chosen": 0.88}
+    for layer in range(12):
+        chosen, zeros = (0.5, 0.68) if layer in (3, 10) else (0.95, 0.95)
+        row |= {f"sparsity/expert_hidden/zeros_chosen/layer_{layer}": chosen}
+        row |= {f"sparsity/expert_hidden/zeros/layer_{layer}": zeros}
+    assert natural_zeros(row) == [NaturalZeros("expert_hidden", (3, 10), 0.68, 0.5)]
+    assert natural_zeros_warning(natural_zeros(row)[0]).startswith("layers 3,10 expert_hidden: 0.680")
+    everywhere = row | {f"sparsity/expert_hidden/zeros/layer_{layer}": 0.99 for layer in range(12)}
+    assert natural_zeros(everywhere)[0].layers == ()
 
 
 def test_a_run_warns_of_its_last_logged_step(tmp_path, caplog):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -48,10 +49,18 @@ def read_board(run_dir):
     return board
 
 
-def read_costs(run_dir):
-    board = EventAccumulator(str(run_dir / "tensorboard" / "cost"))
+def read_part(run_dir, part):
+    board = EventAccumulator(str(run_dir / "tensorboard" / part))
     board.Reload()
     return board
+
+
+def read_costs(run_dir):
+    return read_part(run_dir, "cost")
+
+
+def read_validation(run_dir):
+    return read_part(run_dir, "validation")
 
 
 def scalars(board, tag):
@@ -67,9 +76,18 @@ def test_both_files_hold_the_same_numbers(tmp_path):
         assert derive_metrics(report(step), CONFIG.model).items() <= row.items()
         expected = {name: value for name, value in row.items() if name not in ("step", "tokens", "seconds", "experts")}
         charted = {n for n in expected if not is_layer_name(n) or metric_of(n).layers == "chart"}
-        assert charted <= set(board.Tags()["scalars"])
         for name in charted:
-            assert scalars(board, name)[step] == pytest.approx(expected[name], rel=1e-6), name
+            found = read_validation(tmp_path) if name.startswith("validation/") else board
+            assert scalars(found, name)[step] == pytest.approx(expected[name], rel=1e-6), name
+
+
+def test_validation_is_a_run_of_its_own_in_the_board_and_has_its_own_colour(tmp_path):
+    record(tmp_path, [1, 2])
+    tags = {"validation/loss", "validation/perplexity", "validation/bits_per_byte"}
+    board, validation = read_board(tmp_path), read_validation(tmp_path)
+    assert set(validation.Tags()["scalars"]) == tags
+    assert "train/loss" in board.Tags()["scalars"] and not tags & set(board.Tags()["scalars"])
+    assert scalars(validation, "validation/bits_per_byte") == {1: pytest.approx(3.6), 2: pytest.approx(3.6)}
 
 
 def test_configuration_stands_in_the_board_as_text(tmp_path):
@@ -93,8 +111,18 @@ def test_resumed_run_replaces_what_came_after_its_step(tmp_path, start_step):
     board = read_board(tmp_path)
     for tag in ("train/loss", "router/load_imbalance/layer_1"):
         assert set(scalars(board, tag)) == expected, tag
+    validation = read_validation(tmp_path)
+    for tag in validation.Tags()["scalars"]:
+        assert set(scalars(validation, tag)) == expected, tag
     # What the first part wrote about the run as a whole is still there.
     assert board.Tensors("config/text_summary")[0].step == 0
+
+
+def test_a_resumed_run_of_an_earlier_version_has_its_whole_validation_curve(tmp_path):
+    record(tmp_path, [1, 2, 3], ends=False)
+    shutil.rmtree(tmp_path / "tensorboard" / "validation")  # earlier versions wrote these values with all others
+    record(tmp_path, [3], start_step=2)
+    assert scalars(read_validation(tmp_path), "validation/loss") == {1: 2.5, 2: 2.5, 3: 2.5}
 
 
 def test_event_files_of_one_second_are_read_in_the_order_in_which_they_were_made(tmp_path):
@@ -122,10 +150,27 @@ def test_resumed_run_keeps_its_curves_whose_step_is_a_cost(tmp_path, tag):
 
 def test_every_curve_has_its_unit_and_definition_on_its_card(tmp_path):
     record(tmp_path, [1])
-    for board in (read_board(tmp_path), read_costs(tmp_path)):
+    for board in (read_board(tmp_path), read_costs(tmp_path), read_validation(tmp_path)):
         assert board.Tags()["scalars"]
         for tag in board.Tags()["scalars"]:
             assert board.SummaryMetadata(tag).summary_description == describe_tag(tag)
+
+
+def test_every_heat_map_and_histogram_has_its_definition_on_its_card(tmp_path):
+    record(tmp_path, [1])
+    board = read_board(tmp_path)
+    for kind in ("images", "histograms"):
+        assert board.Tags()[kind]
+        for tag in board.Tags()[kind]:
+            assert board.SummaryMetadata(tag).summary_description == describe_tag(tag)
+    assert describe_tag("sparsity_by_expert/expert_input/zeros").startswith("**Unit: 1.** Heat map")
+
+
+def test_the_load_comes_before_the_maps_that_may_be_constant(tmp_path):
+    record(tmp_path, [1])
+    tags = sorted(read_board(tmp_path).Tags()["images"])
+    assert tags[0] == "experts/load" and len(tags) == 7
+    assert {tag.split("/")[0] for tag in tags[1:]} == {"sparsity_by_expert"}
     assert describe_tag("sparsity/attention_input/zeros/layer_2").startswith("**Unit: 1.** Fraction of zeros in front")
 
 
@@ -185,8 +230,11 @@ def test_hparams_hold_the_settings_once_from_the_beginning_and_name_every_final_
         "num_layers": CONFIG.model.num_layers,
         "S": hyperparameters(CONFIG)["S"],
     }
-    named = {info.name.tag for info in data["_hparams_/experiment"].experiment.metric_infos}
-    assert named == set(SUMMARY_METRICS) and named <= set(board.Tags()["scalars"])
+    infos = data["_hparams_/experiment"].experiment.metric_infos
+    assert [info.display_name or info.name.tag for info in infos] == list(SUMMARY_METRICS)
+    # The page reads each from the folder below the run that the group names.
+    for info in infos:
+        assert info.name.tag in read_part(tmp_path, info.name.group).Tags()["scalars"]
     assert "_hparams_/session_end_info" in data
 
 
@@ -256,7 +304,7 @@ def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path, capac
                 choice_agreement_L=torch.tensor([0.5, 1.0]),
             )
         )
-    tags = read_board(tmp_path).Tags()["scalars"] + read_costs(tmp_path).Tags()["scalars"]
+    tags = [tag for part in ("", "cost", "validation") for tag in read_part(tmp_path, part).Tags()["scalars"]]
     patterns = [pattern for chart in charts(tmp_path).values() for pattern in chart]
     for pattern in patterns:
         assert [tag for tag in tags if re.match(pattern, tag)], pattern

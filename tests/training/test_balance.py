@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from qsparse_moe.metrics.derive import load_ratios
+from qsparse_moe.metrics.ratios import load_ratios
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed.ranks import Distributed

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qsparse_moe.config.labels import place_label
-from qsparse_moe.config.schema import SITES
+from qsparse_moe.config.schema import SITES, Site
 from qsparse_moe.metrics.jsonl import read_metrics
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _MARGIN = 0.02
 class NaturalZeros:
     """A site of some layers at which S lies below the fraction of zeros that the activation function produces."""
 
-    site: str
+    site: Site
     layers: tuple[int, ...]
     """The layers concerned; empty if it is so in every layer that has the site."""
     zeros: float
@@ -48,11 +48,12 @@ def natural_zeros(row: Mapping[str, Any]) -> list[NaturalZeros]:
     return [found for site in SITES if (found := _natural_zeros_of(row, site)) is not None]
 
 
-def _natural_zeros_of(row: Mapping[str, Any], site: str) -> NaturalZeros | None:
+def _natural_zeros_of(row: Mapping[str, Any], site: Site) -> NaturalZeros | None:
     # By layer where the row has such values: in the mean, the other layers hide a single layer with another S.
     pattern = re.compile(rf"sparsity/{site}/zeros/layer_([0-9]+)")
     layers = sorted(int(match[1]) for name in row if (match := pattern.fullmatch(name)))
-    pairs = {layer: _pair(row, site, f"/layer_{layer}") for layer in layers} or {None: _pair(row, site, "")}
+    endings: dict[int | None, str] = {layer: f"/layer_{layer}" for layer in layers}
+    pairs = {layer: _pair(row, site, ending) for layer, ending in (endings or {None: ""}).items()}
     above = {layer: pair for layer, pair in pairs.items() if pair is not None and pair[0] > pair[1] + _MARGIN}
     if not above:
         return None

@@ -306,6 +306,19 @@ def test_costs_of_relu_follow_the_zeros_that_the_run_measured(write, tmp_path):
     assert result_of(grid, relu).sparsity == 0.5
 
 
+def test_a_row_of_results_says_where_s_lies_below_the_zeros_of_the_activation(write, tmp_path):
+    path = write(GRID.replace("[0, 3]", "[0]"))
+    dense, half = load_grid(path, output_dir=str(tmp_path / "out")).runs
+    validated = {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}
+    level = {"sparsity/expert_hidden/zeros": 0.675, "sparsity/expert_hidden/zeros_chosen": 0.5}
+    above = {"sparsity/expert_hidden/zeros": 0.51, "sparsity/expert_hidden/zeros_chosen": 0.5}
+    finished_run(dense, [validated | {"step": 1} | level, validated | above])
+    finished_run(half, [validated | {"step": 1} | above, validated | level])
+    grid = load_grid(path, output_dir=str(tmp_path / "out"))
+    assert result_of(grid, dense).natural_zeros == []
+    assert result_of(grid, half).natural_zeros == [("expert_hidden", [], 0.675, 0.5)]
+
+
 def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_bytes_of_the_precision(write, tmp_path):
     path = write(GRID.replace("[0, 3]", "[0]"))
     logged = [

@@ -101,10 +101,30 @@ def test_a_table_of_one_seed_says_that_no_spread_is_known(tmp_path):
 
 def test_rows_written_before_choices_and_places_were_added_are_read(tmp_path):
     row = outcome("dense", 0, 2.0).as_dict()
-    del row["choices"], row["varied_sparsity"]
+    del row["choices"], row["varied_sparsity"], row["natural_zeros"]
     (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
     (read,) = read_results([tmp_path])
-    assert read == json.loads(json.dumps(row)) | {"choices": [], "varied_sparsity": []}
+    assert read == json.loads(json.dumps(row)) | {"choices": [], "varied_sparsity": [], "natural_zeros": []}
+
+
+def test_variants_whose_s_lies_below_the_natural_zeros_are_named_with_both_figures(tmp_path):
+    grid = two_variants(tmp_path)
+    results = [outcome(variant, seed, 2.0) for variant in ("dense", "half") for seed in (0, 3)]
+    assert "natural level" not in markdown(grid, results)
+    results[2] = replace(results[2], natural_zeros=[("expert_hidden", [1], 0.66, 0.5), ("dense_hidden", [], 0.9, 0.5)])
+    results[3] = replace(results[3], natural_zeros=[("expert_hidden", [2], 0.68, 0.5)])
+    note, table = markdown(grid, results).split("\n\n")[-2:]
+    assert note.startswith("Below the natural level of zeros")
+    assert table.splitlines() == [
+        "| variant | place | S asked for | zeros measured |",
+        "| --- | --- | --- | --- |",
+        "| half | layers 1-2 expert_hidden | 0.500 | 0.670 |",
+        "| half | dense_hidden | 0.500 | 0.900 |",
+    ]
+    write_results(grid, results, tmp_path)
+    assert note in (tmp_path / "report.md").read_text()
+    row = read_results([tmp_path])[2]
+    assert row["natural_zeros"] == [["expert_hidden", [1], 0.66, 0.5], ["dense_hidden", [], 0.9, 0.5]]
 
 
 def test_gradient_norms_by_layer_are_a_table_of_their_own(tmp_path):

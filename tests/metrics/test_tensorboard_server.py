@@ -26,9 +26,8 @@ def address(tmp_path_factory):
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(folder / "tensorboard"), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            (found,) = [
-                match[0] for line in until(process.stderr, "http://") if (match := re.search(r"http\S+/", line))
-            ]
+            *_, last = until(process.stderr, " at http://")
+            found = re.findall(r"http\S+/", last)[0]
             yield found
         finally:
             process.terminate()

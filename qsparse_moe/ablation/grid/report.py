@@ -11,6 +11,7 @@ from pathlib import Path
 from qsparse_moe.ablation.grid.figures import draw_figures
 from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
+from qsparse_moe.config.labels import place_label
 from qsparse_moe.errors import naming
 
 REPORT = "report.md"
@@ -40,6 +41,7 @@ def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
         "of weights that one step of generation needs, by its tokens. Tokens/s: measured in training, median. "
         "A column in which all rows agree is told once.",
         *_cost(grid, results),
+        *_natural_zeros(grid, results),
     ]
     if any(result.layer_grad_norms for result in results):
         parts.append(
@@ -104,6 +106,26 @@ def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
     common = [f"{head[place]} {columns[place][0]}" for place in range(len(head)) if place not in differs]
     parts = [_table([head[place] for place in differs], [[row[place] for place in differs] for row in rows])]
     return ([f"The same in all rows: {', '.join(common)}."] if common else []) + (parts if len(differs) > 1 else [])
+
+
+def _natural_zeros(grid: Grid, results: Sequence[RunResult]) -> list[str]:
+    """Return a note with a table if S lies below the natural zeros in a variant, else nothing."""
+    rows = []
+    for variant in grid.variants:
+        found = [entry for result in results if result.variant == variant for entry in result.natural_zeros]
+        for site in dict.fromkeys(entry[0] for entry in found):
+            _, layers, zeros, chosen = zip(*(entry for entry in found if entry[0] == site), strict=True)
+            # An empty list means every layer, whatever the other seeds have.
+            place = place_label(layers=sorted(set().union(*layers)) if all(layers) else None, site=site)
+            rows.append([variant, place, f"{statistics.mean(chosen):.3f}", f"{statistics.mean(zeros):.3f}"])
+    if not rows:
+        return []
+    note = (
+        "Below the natural level of zeros: at these places the activation function produces more zeros than S asks "
+        "for, so the loss of these variants says little about S there. A selection changes something above the "
+        "measured zeros (mean over the seeds, last evaluation)."
+    )
+    return [note, _table(["variant", "place", "S asked for", "zeros measured"], rows)]
 
 
 def _mean(results: Sequence[RunResult], name: str) -> float:

@@ -15,7 +15,7 @@ from qsparse_moe.errors import ConfigError
 RESULTS_VERSION = 2
 """Of the rows; a reader refuses every other."""
 RESULTS = "results.jsonl"
-_ADDED = ("choices", "varied_sparsity")
+_ADDED = ("choices", "varied_sparsity", "natural_zeros")
 """Lists that rows of this version did not have at first; they are empty there."""
 
 
@@ -80,6 +80,9 @@ class RunResult:
     """Of the variant and of every axis its label, and the settings that the axis sets."""
     varied_sparsity: list[tuple[int, Site, list[int] | None, float]] = field(default_factory=list)
     """Layer, site, experts (None: all, or a site without experts) and S, wherever runs of the grid differ in S."""
+    natural_zeros: list[tuple[Site, list[int], float, float]] = field(default_factory=list)
+    """Sites at which S lies below the zeros that the activation function produces: the site, the layers (empty: all),
+    the measured fraction of zeros, and the fraction that the selection chose."""
     version: int = field(default=RESULTS_VERSION, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.names import layer_name
+from qsparse_moe.metrics.natural_zeros import natural_zeros
 from qsparse_moe.runs.folder import is_finished, run_folder
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -54,6 +55,7 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
         tokens_per_second=rates[len(rates) // 2] if rates else None,
         choices=[(choice.label, list(choice.paths)) for choice in run.choices],
         varied_sparsity=_varied_sparsity(grid, run.config.model),
+        natural_zeros=[(one.site, list(one.layers), one.zeros, one.chosen) for one in natural_zeros(last)],
         layer_grad_norms=_late_grad_norms(rows, run.config.training.steps, run.config.model.num_layers),
     )
 

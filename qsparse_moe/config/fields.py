@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from qsparse_moe.config.problems import Problem, dotted, show
+from qsparse_moe.config.removed import REMOVED, removed_setting
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.section import SMALLEST_GUARD
 
@@ -207,6 +208,8 @@ def unknown_setting(path: Path) -> Problem:
     """The problem of a path that names nothing: the nearest name, else what exists there."""
     known, node = walk(path)
     named = path[: len(known) + 1]
+    if dotted(named) in REMOVED:
+        return removed_setting(dotted(named))
     prefix = f"{dotted(known)}." if known else ""
     start = f"{dotted(named)} is not a setting"
     fields = section_fields(node)

@@ -23,6 +23,7 @@ from qsparse_moe.config.fields import (
 from qsparse_moe.config.fields import Path as SettingPath
 from qsparse_moe.config.overrides import apply_overrides
 from qsparse_moe.config.problems import Problem, raise_if_any, show
+from qsparse_moe.config.removed import drop_removed
 from qsparse_moe.config.rules import broken_rules
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.yaml_text import dump_yaml, parse_yaml
@@ -42,6 +43,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         settings = {}
     if not isinstance(settings, dict):
         raise ConfigError(f"{where} ({show(settings)}) must hold settings by name, such as training: {{steps: 50}}")
+    # Before the overrides: only an old file may still contain a removed setting, a command line may not.
+    problems += drop_removed(settings)
     problems += apply_overrides(settings, overrides)
     config, more = _build(_tidy(settings, run_schema()))
     raise_if_any([*problems, *more], where)

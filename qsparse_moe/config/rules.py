@@ -243,17 +243,6 @@ def _vocabulary(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _shuffle_buffer(config: RunConfig) -> Iterator[Problem]:
-    size = config.data.shuffle_buffer
-    if size:
-        yield Problem(
-            f"data.shuffle_buffer ({size}) must be 0: the rows inside a shuffle buffer are lost or doubled when a run "
-            "is resumed; data.shuffle=true shuffles exactly (rows of a table; files of a stream, and rows within "
-            "data.shuffle_window)",
-            ("data.shuffle_buffer",),
-        )
-
-
 def _sources(config: RunConfig) -> Iterator[Problem]:
     for index, source in enumerate(config.data.sources):
         path = f"data.sources.{index}"
@@ -291,7 +280,6 @@ def _suffix(kind: str) -> str:
 _RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _vocabulary,
     _sources,
-    _shuffle_buffer,
     _batch_sizes,
     _learning_rate_steps,
     _sparsity_steps,

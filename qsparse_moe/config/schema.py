@@ -113,8 +113,6 @@ class DataConfig(Section):
     files that are not UTF-8, documents that are too long. Each is counted in the log. 0: the first one ends the run."""
     max_document_bytes: PositiveInt = 50_000_000
     """Longest document (a text file, a line of JSONL, a row), which is held in memory whole, about 20 times."""
-    shuffle_buffer: NonNegativeInt = 0
-    """Must be 0: a shuffle buffer cannot be resumed exactly."""
     cache_dir: str = "~/.cache/qsparse_moe"
     """Folder for tokenized tables, which are kept in its folder tables. Nothing removes them: while no run is active,
     `rm -r ~/.cache/qsparse_moe/tables` does, and the next run creates the table that it needs again."""

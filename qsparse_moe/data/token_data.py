@@ -130,11 +130,6 @@ def fingerprint_of(parts: dict[str, str]) -> str:
 
 
 def _check_mode(config: DataConfig) -> None:
-    if config.shuffle_buffer:
-        raise ConfigError(
-            f"data.shuffle_buffer ({config.shuffle_buffer}) must be 0: rows inside the buffer are lost or doubled when "
-            "a run resumes; data.shuffle=true shuffles exactly"
-        )
     for index, source in enumerate(config.sources):
         if config.mode == "streaming" and source.max_bytes is not None:
             raise ConfigError(

@@ -401,16 +401,31 @@ data:
     lines = error_of(text, "metrics.interval=-1", "foo").splitlines()
     assert lines[0].endswith("run.yaml breaks 8 rules:")
     assert [line.split()[0] for line in lines[1:]] == [
+        "data.shuffle_buffer",
         '"foo"',
         "model.sparsity.shedule",
         "training.steps",
         "training.nme",
         "metrics.interval",
         "model.num_kv_heads",
-        "data.shuffle_buffer",
         "training.global_batch_size",
     ]
     assert all(line.startswith("  ") for line in lines[1:])
+
+
+def test_removed_setting_at_its_former_default_is_read(load):
+    assert load("data: {shuffle_buffer: 0, sequence_length: 64}") == load("data: {sequence_length: 64}")
+
+
+@pytest.mark.parametrize("value", ["100", "false", "null"])
+def test_removed_setting_with_another_value_is_refused_with_what_replaces_it(error_of, value):
+    message = error_of(f"data: {{shuffle_buffer: {value}}}")
+    assert re.search(rf"^data\.shuffle_buffer \({value}\) was removed.* 0,.*delete it.*data\.shuffle=true", message)
+
+
+def test_removed_setting_on_the_command_line_is_refused_with_what_replaces_it(error_of):
+    message = error_of("", "data.shuffle_buffer=0")
+    assert re.search(r"^data\.shuffle_buffer was removed.*delete it.*data\.shuffle=true", message)
 
 
 def test_rule_that_joins_a_broken_setting_is_not_judged_by_its_default(error_of):

@@ -327,13 +327,6 @@ CASES = {
         "remove it, and it follows from the tokenizer",
         {"model.vocab_size": None},
     ),
-    "shuffle buffer": (
-        {"data.shuffle_buffer": 1000},
-        "data.shuffle_buffer (1000) must be 0: the rows inside a shuffle buffer are lost or doubled when a run is "
-        "resumed; data.shuffle=true shuffles exactly (rows of a table; files of a stream, and rows within "
-        "data.shuffle_window)",
-        {"data.shuffle_buffer": 0},
-    ),
     "standard library with a path": (
         {"data.sources": [{"path": "x.py"}]},
         'data.sources.0.path ("x.py") must be null when kind is stdlib, which is always this Python\'s library; remove '

@@ -88,11 +88,6 @@ def test_too_little_text_for_train_is_refused_with_its_source(data_config: MakeC
         load_data(data_config(good, short))
 
 
-def test_a_shuffle_buffer_is_refused_with_the_reason(data_config: MakeConfig, jsonl_source: SourceConfig) -> None:
-    with pytest.raises(ConfigError, match=r"data\.shuffle_buffer \(100\) must be 0: .*lost or doubled.*data\.shuffle"):
-        load_data(data_config(jsonl_source, mode="streaming", shuffle_buffer=100))
-
-
 def test_max_bytes_of_a_stream_is_refused_with_the_reason(data_config: MakeConfig, jsonl_source: SourceConfig) -> None:
     source = jsonl_source.model_copy(update={"max_bytes": 100})
     with pytest.raises(ConfigError, match=r"data\.sources\.0\.max_bytes \(100\) must be null.*streaming.*mode=table"):

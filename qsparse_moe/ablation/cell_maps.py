@@ -1,4 +1,4 @@
-"""Maps layers x experts of a change of the loss: one scale and a colour bar for all panels, noise hatched.
+"""Heat maps (layers x experts) of a change of the loss, with one colour scale for all panels and hatched noise.
 
 L layers, E experts.
 """
@@ -18,34 +18,36 @@ from qsparse_moe.ablation.grid.panels import colour_bar
 from qsparse_moe.data.packing import Array
 
 UNIT = "change of the loss,\n1/1000 nats per token"
+# More cells than this are too small on the page for a readable number.
 _MOST_LABELLED = 160
 _MOST_COLUMNS = 3
 _WIDE = 30.0
-"""A scale whose end is further above the typical change is linear near 0 only, and logarithmic beyond."""
+"""The scale becomes logarithmic away from 0 when the largest change exceeds the median change by this factor."""
 _MISSING = "0.82"
 
 
 @dataclass(frozen=True)
 class CellMap:
-    """One panel."""
+    """One panel of the figure."""
 
     title: str
     layers: tuple[int, ...]
-    """The layer of every row."""
+    """The layer that each row of the map shows."""
     change_LE: Array
-    """Nats per token; nan where there is no such cell."""
+    """The change of the loss in nats per token; nan where there is no such cell."""
     noise_LE: Array
-    """bool: the change is not told from 0."""
+    """bool, true where the change cannot be distinguished from 0."""
 
 
 def scale_over(changes: Iterable[float]) -> Normalize:
-    """Return the scale on which all of ``changes``, in nats per token, are shown in thousandths of a nat.
+    """Return a colour scale in thousandths of a nat that covers all of ``changes``, given in nats per token.
 
-    It is symmetric around 0; where the changes lie orders of magnitude apart it is logarithmic away from 0.
+    The scale is symmetric around 0. It is logarithmic away from 0 if the changes differ by orders of magnitude.
     """
     sizes = np.abs(1000 * np.asarray([change for change in changes if np.isfinite(change)]))
     largest = max(float(sizes.max(initial=0.0)), 1e-9)
     others = sizes[sizes > 1e-6 * largest]
+    # The median leaves out exact zeros, such as experts without tokens, which would hide the typical size.
     typical = float(np.median(others)) if len(others) else largest
     if largest <= _WIDE * typical:
         return Normalize(-largest, largest)
@@ -56,15 +58,15 @@ def scale_over(changes: Iterable[float]) -> Normalize:
 def draw_maps(
     panels: Sequence[CellMap], scale: Normalize, *, title: str, missing: str, noise: str | None, note: str = ""
 ) -> Figure:
-    """Draw every panel on one scale, in thousandths of a nat; white is no change.
+    """Draw every panel on one scale, in thousandths of a nat per token. White means no change.
 
     Args:
-        panels: one after the other, three in a row.
-        scale: as ``scale_over`` makes it, of these panels or of those of several figures.
-        title: of the figure.
-        missing: why a grey cell has no value, for the legend.
-        noise: what makes a cell noise, for the legend; None where that is not known and no cell is marked.
-        note: a second line of the title.
+        panels: the panels in reading order, three per line.
+        scale: the result of ``scale_over`` for these panels, or for those of several figures that are compared.
+        title: the title of the figure.
+        missing: the reason why a grey cell has no value, for the legend.
+        noise: the criterion for hatched cells, for the legend; None if the noise is unknown and no cell is hatched.
+        note: an optional second line of the title.
     """
     num_columns = min(len(panels), _MOST_COLUMNS)
     num_rows = -(-len(panels) // num_columns)
@@ -74,26 +76,28 @@ def draw_maps(
     size = max(6.4, num_columns * wide + 1.6), num_rows * high + (1.3 if noise or note else 0.9)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     figure.suptitle("\n".join(filter(None, (title, note))), fontsize=9)
-    axes = [figure.add_subplot(num_rows, num_columns, place + 1) for place in range(len(panels))]
+    axes = [figure.add_subplot(num_rows, num_columns, index + 1) for index in range(len(panels))]
     for axis, panel in zip(axes, panels, strict=True):
         image = axis.imshow(1000 * panel.change_LE, cmap="RdBu_r", norm=scale, aspect="auto")
         axis.set_facecolor(_MISSING)
         axis.set_title(panel.title, fontsize=8)
         axis.set_ylabel("layer", fontsize=8)
-        step = -(-len(panel.layers) // 16)
+        step = -(-len(panel.layers) // 16)  # at most 16 tick labels fit side by side
         axis.set_yticks(range(0, len(panel.layers), step), [str(n) for n in panel.layers[::step]], fontsize=8)
         _label_experts(axis, panel.change_LE.shape[1])
         _hatch_noise(axis, panel.noise_LE)
         if panel.change_LE.size <= _MOST_LABELLED:
             _write_values(axis, panel, scale)
     colour_bar(figure, axes, image, UNIT, pad=0.02)
-    signs = []
+    legend_entries = []
     if noise is not None:
-        signs.append(Patch(facecolor="white", edgecolor="0.5", hatch="////", label=noise))
+        legend_entries.append(Patch(facecolor="white", edgecolor="0.5", hatch="////", label=noise))
     if any(np.isnan(panel.change_LE).any() for panel in panels):
-        signs.append(Patch(facecolor=_MISSING, label=missing))
-    if signs:
-        figure.legend(handles=signs, loc="outside lower center", ncols=len(signs), fontsize=8, frameon=False)
+        legend_entries.append(Patch(facecolor=_MISSING, label=missing))
+    if legend_entries:
+        figure.legend(
+            handles=legend_entries, loc="outside lower center", ncols=len(legend_entries), fontsize=8, frameon=False
+        )
     return figure
 
 
@@ -114,14 +118,14 @@ def _hatch_noise(axis: Axes, noise_LE: Array) -> None:
 
 
 def _write_values(axis: Axes, panel: CellMap, scale: Normalize) -> None:
-    """Each value in its cell; noise in grey on white, so that the hatching does not cross the digits."""
+    """Write each value into its cell. Noise is grey on a white box, so that the hatching does not cross the digits."""
     for row, column in np.argwhere(~np.isnan(panel.change_LE)):
         value, is_noise = 1000 * panel.change_LE[row, column], bool(panel.noise_LE[row, column])
         dark = abs(float(scale(value)) - 0.5) > 0.3 and not is_noise
-        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9} if is_noise else None
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9} if is_noise else None
         weight, colour = ("normal", "0.35") if is_noise else ("bold", "white" if dark else "black")
         axis.text(
-            column, row, _short(value), ha="center", va="center", fontsize=7, color=colour, weight=weight, bbox=paper
+            column, row, _short(value), ha="center", va="center", fontsize=7, color=colour, weight=weight, bbox=box
         )
 
 

@@ -1,4 +1,4 @@
-"""Cells: the single places of a model whose sparsity is looked at by itself, a (layer, site, expert) each."""
+"""Cells of a sparsity plan: one cell per (layer, site, expert), the unit that grids and allocations change."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 
 
 class Cell(NamedTuple):
-    """One S of a plan."""
+    """One entry of a plan, which holds one S."""
 
     layer: int
     site: Site
     expert: int | None
-    """None at a site without experts."""
+    """None at a site without experts, and in the figures of a grid also where all experts of the layer share one S."""
 
     @property
     def name(self) -> str:
-        """For tables: ``layer 1, expert_hidden, expert 3``."""
+        """Return the label for tables, such as ``layer 1, expert_hidden, expert 3``."""
         where = f"layer {self.layer}, {self.site}"
         return where if self.expert is None else f"{where}, expert {self.expert}"
 
 
 def cells_of(plan: SparsityPlan) -> list[Cell]:
-    """All cells in the order of the plan."""
+    """Return all cells of the plan, in its order."""
     return [
         Cell(layer, site, expert if site in EXPERT_SITES else None)
         for (layer, site), values in plan.values.items()
@@ -35,13 +35,13 @@ def cells_of(plan: SparsityPlan) -> list[Cell]:
 
 
 def sparsity_of(plan: SparsityPlan, cell: Cell) -> float:
-    """S of one cell."""
+    """Return S of one cell."""
     return plan.values[cell.layer, cell.site][cell.expert or 0]
 
 
 def with_cells(plan: SparsityPlan, changed: Mapping[Cell, float]) -> SparsityPlan:
-    """``plan`` with another S in some cells; without thresholds, which belong to an S."""
-    values = {place: list(own) for place, own in plan.values.items()}
+    """Return ``plan`` with another S in some cells, without its thresholds: each was calibrated for the old S."""
+    values = {key: list(own) for key, own in plan.values.items()}
     for cell, sparsity in changed.items():
         values[cell.layer, cell.site][cell.expert or 0] = sparsity
-    return SparsityPlan({place: tuple(own) for place, own in values.items()})
+    return SparsityPlan({key: tuple(own) for key, own in values.items()})

@@ -1,1 +1,1 @@
-"""Timings of a step and its parts beside their peers."""
+"""Benchmarks: timings of a training step and its parts, compared with peers."""

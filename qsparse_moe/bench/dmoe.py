@@ -1,4 +1,4 @@
-"""A peer of the MoE layer: MegaBlocks' dMoE with grouped products, of the same shape and with the same weights.
+"""A peer of the MoE layer: MegaBlocks' dMoE with grouped products, with the same shape and weights.
 
 E experts, D width, F expert width.
 """
@@ -25,7 +25,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "reglu": F.relu,
     "relu2": lambda x: x.relu().square(),
 }
-# What ours may have beside and it has not, by the value at which ours does without too.
+# Features of our layer that dMoE lacks, with the value that switches each off.
 _WITHOUT: dict[str, object] = {
     "num_shared_experts": 0,
     "router_input": "dense",
@@ -42,14 +42,14 @@ _LEAST_FEATURES = 128
 
 
 def build_dmoe(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """``megablocks.layers.dmoe.dMoE`` with ``mlp_impl="grouped"``; random weights, without Q-Sparse.
+    """Build ``megablocks.layers.dmoe.dMoE`` with ``mlp_impl="grouped"``, random weights, and without Q-Sparse.
 
-    It maps ``(B, S, D)`` to ``(B, S, D)``, waits for the device once a call, routes in ``dtype`` and forms no balance
-    loss.
+    The layer maps ``(B, S, D)`` to ``(B, S, D)``, waits for the device once per call, routes in ``dtype``, and computes
+    no balance loss.
 
     Raises:
         BackendUnavailable: MegaBlocks or grouped_gemm is not installed.
-        ConfigError: it has no such router, activation or shape.
+        ConfigError: dMoE does not support the router, the activation, or the shape.
     """
     reason = megablocks_package.missing()
     if reason is not None:
@@ -58,8 +58,8 @@ def build_dmoe(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
     package = megablocks_package.load()
     if not package.grouped_gemm_util.grouped_gemm_is_available():
         raise BackendUnavailable(
-            "bench: the peer dMoE needs grouped_gemm, which cannot be imported; on a machine with a GPU "
-            f"GROUPED_GEMM=1 {megablocks_package.INSTALL} builds it"
+            "bench: the peer dMoE needs grouped_gemm, which cannot be imported; on a machine with a GPU, "
+            f"build it with GROUPED_GEMM=1 {megablocks_package.INSTALL}"
         )
     arguments = package.Arguments(
         hidden_size=config.hidden_size,
@@ -72,7 +72,7 @@ def build_dmoe(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
         mlp_impl="grouped",
         bias=False,
         return_bias=False,
-        # Otherwise every training step adds to a list that nobody here empties.
+        # With a weight above 0, every training step appends to a module-level list, which would keep its tensors alive.
         moe_loss_weight=0.0,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
@@ -85,10 +85,11 @@ def build_dmoe(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
 def copy_weights(
     dmoe: nn.Module, router_ED: Tensor, w_gate_EDF: Tensor | None, w_up_EDF: Tensor, w_down_EFD: Tensor
 ) -> None:
-    """Give ``dmoe`` the weights of a MoE layer; its own are (E * F, D), and named w1, v1 and w2."""
-    theirs: Any = dmoe
-    mlp = theirs.experts.mlp
-    theirs.router.layer.weight.copy_(router_ED)
+    """Copy the weights of a MoE layer into ``dmoe``, whose matrices w1, v1, and w2 are ``(E * F, D)``."""
+    layer: Any = dmoe
+    mlp = layer.experts.mlp
+    layer.router.layer.weight.copy_(router_ED)
+    # MegaBlocks applies the activation to w1, so w1 is the gate where there is one.
     if w_gate_EDF is None:
         mlp.w1.copy_(rows_of(w_up_EDF))
     else:
@@ -98,7 +99,7 @@ def copy_weights(
 
 
 def rows_of(w_EDF: Tensor) -> Tensor:
-    """``(E * F, D)``: a matrix that reads the width, as MegaBlocks stores it."""
+    """Return an input matrix in the layout of MegaBlocks, ``(E * F, D)``."""
     return w_EDF.transpose(1, 2).flatten(0, 1)
 
 
@@ -108,17 +109,17 @@ def _check(config: ModelConfig) -> None:
     for name, value, known in choices:
         if value not in known:
             raise ConfigError(
-                f"bench: the peer dMoE has no model.moe.{name}={value}; those that it has are {', '.join(known)}"
+                f"bench: the peer dMoE does not support model.moe.{name}={value}; choose from {', '.join(known)}"
             )
     for name, without in _WITHOUT.items():
         if getattr(moe, name) != without:
             raise ConfigError(
-                f"bench: the peer dMoE is built without model.moe.{name} ({show(getattr(moe, name))}); "
+                f"bench: the peer dMoE does not support model.moe.{name} ({show(getattr(moe, name))}); "
                 f"set it to {show(without)}"
             )
     if moe.num_experts * moe.expert_hidden_size < _LEAST_FEATURES:
         raise ConfigError(
-            f"bench: the peer dMoE needs at least {_LEAST_FEATURES} features in all experts together; "
+            f"bench: the peer dMoE needs at least {_LEAST_FEATURES} features over all experts; "
             f"model.moe.num_experts ({moe.num_experts}) times model.moe.expert_hidden_size ({moe.expert_hidden_size}) "
             f"is {moe.num_experts * moe.expert_hidden_size}"
         )

@@ -1,4 +1,4 @@
-"""Timings of contenders in turns, so that a machine whose speed drifts is fair to all of them."""
+"""Time contenders in turns, so that drifts in the speed of the machine affect all of them alike."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender, an entry a round, each the median of the calls that the round timed."""
+    """Seconds of one contender, one entry per round, each the median of the calls timed in that round."""
 
     seconds_by_round: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """Median over the rounds, seconds."""
+        """Median over the rounds, in seconds."""
         return statistics.median(self.seconds_by_round)
 
 
@@ -38,16 +38,16 @@ def time_in_turns(
 ) -> dict[str, Timing]:
     """Time every contender ``calls`` times in each of ``rounds`` rounds, one contender after the other.
 
-    ``settle`` untimed calls begin every turn: what one contender leaves in shared caches (the processor's, and that of
-    oneDNN's compiled kernels) is not charged to the next. One whole untimed round comes first. ``clock`` None reads the
-    wall clock; ``time.process_time`` leaves out what other programs on the machine take.
+    Every turn starts with ``settle`` untimed calls, so that the state in which one contender leaves shared caches (of
+    the processor, and of oneDNN's compiled kernels) is not charged to the next. The first round is not timed. ``clock``
+    None means the wall clock; ``time.process_time`` excludes the time of other programs on the machine.
     """
     clock = clock or time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, call in contenders.items():
             median = _turn(call, calls, settle, synchronize, clock)
-            if number:
+            if number:  # round 0 compiles kernels and fills caches
                 seconds[name].append(median)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
@@ -68,13 +68,13 @@ def _turn(
 
 
 def ratio(slower: Timing, faster: Timing) -> dict[str, float]:
-    """How many times faster ``faster`` is than ``slower``: median, least and most over the rounds, round by round."""
+    """Return the speed-up of ``faster`` over ``slower``, per round: its median, minimum, and maximum."""
     ratios = [a / b for a, b in zip(slower.seconds_by_round, faster.seconds_by_round, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
 def fingerprint() -> dict[str, Any]:
-    """The machine and the software that a result was measured on."""
+    """Return the machine and the software versions, which every result records."""
     return {
         "processor": _processor(),
         "cores": len(_cores()),

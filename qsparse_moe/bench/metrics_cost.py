@@ -1,4 +1,4 @@
-"""What recording metrics costs: runs that record every step beside runs that record nothing, in turns."""
+"""Measure the cost of recording metrics: runs that record every step against runs that record nothing, in turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qsparse_moe.training.loop import train
 
 
 class _Stopwatch:
-    """The last listener of a run: wall-clock from its begin to its last report, and what the steps took of it."""
+    """The last listener of a run: measures the wall clock up to the last report, and the time of the steps in it."""
 
     def begin(self, context: RunContext) -> None:
         self._start = time.perf_counter()
@@ -28,7 +28,7 @@ class _Stopwatch:
 
 
 class _TimedRecorder(Recorder):
-    """The first record imports and lays out what the later ones draw into: it is told apart from them."""
+    """A recorder that times its first record separately, because it imports matplotlib and lays out the figures."""
 
     first_seconds: float | None = None
 
@@ -40,19 +40,20 @@ class _TimedRecorder(Recorder):
 
 
 def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict[str, Any]:
-    """The share of a step's time that metrics take at the interval of ``config``.
+    """Measure the share of the time of a step that metrics take at the interval of ``config``.
 
-    Two runs a round, in this process by the plain engine. One records every step, and draws its images as often among
-    its records as ``config`` asks for; the other reports its last step to nobody but the clock. The difference,
-    over the interval, is what the records of ``config`` add to a step.
+    Each round consists of two runs in this process with the plain engine. One records every step and draws images in
+    the same proportion of its records as ``config``; the other reports only its last step, to the stopwatch. The
+    difference per record, divided by the interval, is the time that recording adds to a step.
 
     Args:
-        config: a complete run; only its model, data and training settings and its intervals are used.
-        steps: of each run.
-        rounds: that count; one more comes first.
+        config: a complete run, of which the model, data, and training settings and the intervals are used.
+        steps: number of steps per run.
+        rounds: number of timed rounds, after one untimed round.
 
     Returns:
-        ``cost``: median, least and most over the rounds; seconds a step, a record, and once a run; the machine.
+        ``cost``: median, minimum, and maximum over the rounds; seconds per step, per record, and once per run; and
+        the machine.
     """
     interval = config.metrics.interval
     images = max(1, config.metrics.image_interval // interval) if config.metrics.image_interval else 0
@@ -82,7 +83,7 @@ def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict
 
 
 def _run(config: RunConfig, steps: int, metrics: dict[str, Any], *, records: bool) -> tuple[_Stopwatch, float]:
-    """The run's times, and the seconds of its first record, 0 without records."""
+    """Train once; return the stopwatch and the seconds of the first record, which are 0 without records."""
     watch = _Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         training = {

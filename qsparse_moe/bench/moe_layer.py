@@ -1,6 +1,6 @@
-"""``bench moe``: one MoE feed-forward layer, forward and backward, beside others' and the dense products in it.
+"""``bench moe``: one MoE feed-forward layer, forward and backward, compared with peers and with dense products.
 
-T tokens, D width, E experts, A experts a token, F expert width, N = T * A routed rows.
+T tokens, D width, E experts, A experts per token, F expert width, N = T * A routed rows.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHAPES = {"cpu": LayerShape(4096, 512, 768, 16, 2), "cuda": LayerShape(16384, 2048, 1024, 64, 8)}
 OUR_CHAIN = "dense, our products"
 LOSS_WEIGHTS = (0.01, 0.001)
-"""Upstream gradients of the losses that a layer returns, as in training."""
+"""Upstream gradients of the losses that a layer returns, with the coefficients of training."""
 PEAK_SIZE = {"cpu": 2048, "cuda": 8192}
-"""Rows and columns of the square matrices whose product is the measured matrix peak."""
+"""Rows and columns of the square matrices with which the matrix peak is measured."""
 
 
 @dataclass(frozen=True)
 class MoEBenchmark:
-    """What is measured, and how."""
+    """The shape, the contenders' settings, and the rounds of one benchmark."""
 
     shape: LayerShape
     precisions: tuple[str, ...]
@@ -46,16 +46,16 @@ class MoEBenchmark:
     calls: int
     device: torch.device
     clock: Callable[[], float] | None = None
-    """Seconds; None takes the wall clock."""
+    """A clock in seconds; None means the wall clock."""
 
 
 def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEERS) -> dict[str, Any]:
-    """Time the contenders in turns for every precision and load, then look into one step of some of them.
+    """Time the contenders in turns for every precision and load, then profile one step of some of them.
 
     Returns:
-        The machine, the shape, ``peak`` (FLOP/s of a large square product by precision) and ``layers``, one entry a
-        precision and load: rows by expert, seconds and FLOP/s by contender, how many times as fast ours are as the
-        others, bytes of a step, why a contender is left out, and the profiles of ours.
+        The machine, the shape, ``peak`` (FLOP/s of a large square product by precision), and ``layers`` with one entry
+        per precision and load: rows per expert, seconds and FLOP/s by contender, the speed-up of our layers over the
+        others, bytes per step, the reason why a contender is left out, and the profiles of our layers.
     """
     peak = {name: matrix_peak(name, benchmark.device, clock=benchmark.clock) for name in benchmark.precisions}
     cases = [(precision, load) for precision in benchmark.precisions for load in benchmark.loads]
@@ -76,7 +76,7 @@ def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEER
 def matrix_peak(
     precision: str, device: torch.device, *, clock: Callable[[], float] | None = None, rounds: int = 5
 ) -> float:
-    """FLOP/s of a square product, the fastest of ``rounds``: the most that this machine is seen to give."""
+    """Return the FLOP/s of a square product, the fastest of ``rounds``, as the peak of this machine."""
     size = PEAK_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
     out = torch.empty_like(a)
@@ -88,7 +88,7 @@ def matrix_peak(
 
 
 def make_weights(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> LayerWeights:
-    """Normal weights, each scaled by the root of its inputs; the router reads the logits out of ``routed_input``."""
+    """Return normal weights scaled by 1/sqrt(fan-in), and a router that reads the logits of ``routed_input``."""
     generator = torch.Generator().manual_seed(2)
     experts, width, hidden = shape.num_experts, shape.hidden_size, shape.expert_hidden_size
     sizes = ((experts, width, hidden), (experts, width, hidden), (experts, hidden, width))
@@ -100,9 +100,9 @@ def make_weights(shape: LayerShape, dtype: torch.dtype, device: torch.device) ->
 def build_contenders(
     shape: LayerShape, weights: LayerWeights, x_TD: Tensor, sparsity: float, peers: Mapping[str, Build]
 ) -> tuple[dict[str, Contender], dict[str, Contender], dict[str, str]]:
-    """Ours, with each backend that runs here, without and with Q-Sparse; the others; and why some are left out.
+    """Build our layer with each backend, dense and sparse, and the peers; return them and the reasons for omissions.
 
-    Among the others is ``OUR_CHAIN``: one expert over all N rows by the first of our backends.
+    The peers include ``OUR_CHAIN``: one expert over all N rows with the first of our backends.
     """
     ours, others, left_out = {}, {}, {}
     for name, build in peers.items():
@@ -124,12 +124,12 @@ def build_contenders(
 
 
 def our_name(backend: str, sparsity: float = 0.0) -> str:
-    """What the result calls one of our layers."""
+    """Return the name of one of our layers in the result."""
     return f"ours, {backend}, S {sparsity:g}" if sparsity else f"ours, {backend}"
 
 
 def training_step(contender: Contender) -> Callable[[], object]:
-    """Forward, and backward to the input and every parameter under a random upstream gradient."""
+    """Return a step: forward, then backward to the input and every parameter with a random upstream gradient."""
     x = leaf(contender.x)
     leaves = (x, *contender.parameters)
     upstream = torch.randn_like(x)
@@ -143,7 +143,7 @@ def training_step(contender: Contender) -> Callable[[], object]:
 
 
 def synchronizer(device: torch.device) -> Callable[[], None]:
-    """What waits until ``device`` has done all that it was given."""
+    """Return a function that waits until ``device`` has completed all queued work."""
     return torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
 
@@ -171,8 +171,8 @@ def _measure(
     timings = time_in_turns(
         steps, rounds=benchmark.rounds, calls=benchmark.calls, synchronize=synchronizer(device), clock=benchmark.clock
     )
-    # Of ours the two that auto takes, and the products that they are held against.
-    looked_into = (*list(ours)[:2], OUR_CHAIN)
+    # The backend that auto chooses, dense and sparse, and the dense chain with the same products.
+    profiled = (*list(ours)[:2], OUR_CHAIN)
     return {
         "seconds": {name: timing.median for name, timing in timings.items()},
         "seconds_by_round": {name: timing.seconds_by_round for name, timing in timings.items()},
@@ -180,17 +180,17 @@ def _measure(
         "share_of_peak": {name: flops / timing.median / peak for name, timing in timings.items()},
         "times_as_fast_as": {name: {other: ratio(timings[other], timings[name]) for other in others} for name in ours},
         "peak_bytes": {name: trace.peak_bytes(step, device=device) for name, step in steps.items()},
-        "profile": {name: trace.profile(steps[name], device=device) for name in looked_into},
+        "profile": {name: trace.profile(steps[name], device=device) for name in profiled},
     }
 
 
 def _why_left_out(backend: BackendSpec, config: ModelConfig, device: torch.device) -> str | None:
     if backend.name == "megablocks" and device.type == "cpu":
-        return "under Triton's interpreter a time means nothing"
+        return "timings under Triton's interpreter are meaningless"
     return backend.why_not(config, device)
 
 
-@cache  # it says what it chose
+@cache  # resolve_runtime logs its choice, which should appear once
 def _resolve(config: ModelConfig, device: torch.device) -> Runtime:
     return resolve_runtime(config, device)
 

@@ -1,6 +1,6 @@
-"""The MoE feed-forward layers of others, and the dense product chain of the same work, with given weights.
+"""MoE feed-forward layers of other libraries, and a dense chain with the same products, with given weights.
 
-T tokens, D width, E experts, A experts a token, F expert width, N = T * A routed rows.
+T tokens, D width, E experts, A experts per token, F expert width, N = T * A routed rows.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ class LayerShape:
 
     @property
     def rows(self) -> int:
-        """N, routed rows."""
+        """Number of routed rows, N."""
         return self.tokens * self.experts_per_token
 
     @property
     def flops(self) -> int:
-        """Of the experts' products, forward and backward: three matrices, each once forward and twice backward."""
+        """FLOPs of the experts' products: three matrices, each with one product forward and two backward."""
         return 3 * 3 * 2 * self.rows * self.hidden_size * self.expert_hidden_size
 
 
 class LayerWeights(NamedTuple):
-    """What every contender that routes starts from."""
+    """The weights that all routing contenders share."""
 
     router_ED: Tensor
     w_gate_EDF: Tensor
@@ -52,7 +52,7 @@ class LayerWeights(NamedTuple):
 
 
 class Contender(NamedTuple):
-    """A layer to be timed: ``forward(x)`` gives the output and then the losses that the layer itself computes."""
+    """A layer to time: ``forward(x)`` returns the output, followed by the losses that the layer itself computes."""
 
     x: Tensor
     forward: Callable[[Tensor], Sequence[Tensor]]
@@ -60,11 +60,11 @@ class Contender(NamedTuple):
 
 
 Build = Callable[[LayerShape, LayerWeights, Tensor], Contender]
-"""Someone's layer over ``(T, D)`` tokens, or BackendUnavailable with the reason."""
+"""A function that builds a contender for ``(T, D)`` tokens, or raises BackendUnavailable with the reason."""
 
 
 def layer_config(shape: LayerShape, backend: str = "auto") -> ModelConfig:
-    """The settings of this package's layer of a shape, with SwiGLU."""
+    """Return the settings of our layer in a shape, with SwiGLU."""
     moe = {
         "num_experts": shape.num_experts,
         "experts_per_token": shape.experts_per_token,
@@ -76,7 +76,7 @@ def layer_config(shape: LayerShape, backend: str = "auto") -> ModelConfig:
 
 
 def build_dense_chain(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
-    """Gate, up, SwiGLU and down of the first expert over all N rows, in stock PyTorch: the same products in three."""
+    """Build gate, up, SwiGLU, and down of the first expert over all N rows in plain PyTorch: three large products."""
     w_gate_DF, w_up_DF, w_down_FD = (leaf(stack[0]) for stack in weights[1:])
 
     def forward(x_ND: Tensor) -> tuple[Tensor]:
@@ -86,7 +86,7 @@ def build_dense_chain(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) ->
 
 
 class _Expert(nn.Module):
-    """An expert as DeepSpeed's layer wants it: a module that it copies E times."""
+    """An expert for DeepSpeed's layer, which copies this module E times."""
 
     def __init__(self, shape: LayerShape) -> None:
         super().__init__()
@@ -99,9 +99,9 @@ class _Expert(nn.Module):
 
 
 def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
-    """``deepspeed.moe.layer.MoE`` that drops no token, with its balance loss; every expert padded to the busiest."""
+    """Build ``deepspeed.moe.layer.MoE`` without token dropping, which pads every expert to the busiest one."""
     _require("deepspeed")
-    # DeepSpeed speaks on standard output, where a verb's JSON object goes.
+    # DeepSpeed prints to standard output, which is reserved for the JSON result.
     with contextlib.redirect_stdout(sys.stderr):
         from deepspeed.moe.layer import MoE
 
@@ -124,7 +124,7 @@ def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> C
 
 
 def build_transformers(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
-    """``MixtralSparseMoeBlock`` with the experts ``grouped_mm``; its balance loss is the model's and not in here."""
+    """Build ``MixtralSparseMoeBlock`` with ``grouped_mm`` experts, which leaves the balance loss to the model."""
     _require("transformers")
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
@@ -146,16 +146,16 @@ def build_transformers(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -
 
 
 def build_megablocks(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> Contender:
-    """MegaBlocks' dMoE with grouped products; it forms no balance loss."""
+    """Build MegaBlocks' dMoE with grouped products, which computes no balance loss."""
     if x_TD.device.type != "cuda":
-        raise BackendUnavailable(f"its grouped products run on CUDA devices, the device is {x_TD.device.type}")
+        raise BackendUnavailable(f"its grouped products need a CUDA device, the device is {x_TD.device.type}")
     layer = build_dmoe(layer_config(shape), x_TD.dtype, x_TD.device)
     copy_weights(layer, *weights)
     return Contender(x_TD[None], lambda x_1TD: (layer(x_1TD),), tuple(layer.parameters()))
 
 
 def leaf(x: Tensor) -> Tensor:
-    """A copy to take gradients by."""
+    """Return a copy that is a leaf of the graph."""
     return x.detach().clone().requires_grad_()
 
 
@@ -170,4 +170,4 @@ PEERS: dict[str, Build] = {
     "transformers": build_transformers,
     "MegaBlocks": build_megablocks,
 }
-"""By the names that results call them: the products of one dense feed-forward over all N rows, then MoE layers."""
+"""The peers by their name in results: a dense feed-forward over all N rows, then MoE layers."""

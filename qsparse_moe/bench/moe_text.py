@@ -1,6 +1,6 @@
-"""The result of ``bench moe`` as Markdown: ``python -m qsparse_moe.bench.moe_text RESULT.json FILE...``.
+"""Write the result of ``bench moe`` as Markdown: ``python -m qsparse_moe.bench.moe_text RESULT.json FILE...``.
 
-It rewrites what stands between two marks in every FILE.
+The section between two marker comments in every FILE is replaced.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _USAGE = "usage: python -m qsparse_moe.bench.moe_text RESULT.json FILE..."
 
 
 def moe_markdown(result: dict[str, Any]) -> str:
-    """Shape and machine, a table a precision and load, and where the time of ours goes."""
+    """Return shape and machine, one table per precision and load, and the profiles of our layers."""
     parts = [_head(result)]
     for layer in result["layers"]:
         parts += [_times(layer), *_profiles(layer)]
@@ -25,15 +25,15 @@ def moe_markdown(result: dict[str, Any]) -> str:
 
 
 def with_section(text: str, result: dict[str, Any]) -> str:
-    """``text`` with the section between its marks made anew.
+    """Return ``text`` with the section between its markers replaced.
 
     Raises:
-        ValueError: one of the marks is missing.
+        ValueError: one of the markers is missing.
     """
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the section stands between {BEGIN!r} and {END!r}; add both lines where it belongs")
+        raise ValueError(f"the section must be between the lines {BEGIN!r} and {END!r}; add both lines to the file")
     return f"{before}{BEGIN}\n\n{moe_markdown(result)}\n{END}{after}"
 
 
@@ -42,10 +42,10 @@ def _head(result: dict[str, Any]) -> str:
     peak = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in result["peak"].items())
     return (
         f"{shape['tokens']} tokens, D {shape['hidden_size']}, F {shape['expert_hidden_size']}, "
-        f"E {shape['num_experts']}, A {shape['experts_per_token']}, SwiGLU, S {result['sparsity']:g} where there is "
-        "Q-Sparse; forward, and backward to input, router and experts; "
+        f"E {shape['num_experts']}, A {shape['experts_per_token']}, SwiGLU, S {result['sparsity']:g} with Q-Sparse; "
+        "forward, and backward to input, router, and experts; "
         f"{shape['flops'] / 1e9:,.1f} GFLOP in the experts' products; {result['rounds']} rounds in turn, "
-        f"{result['calls']} timed calls a turn, {result['clock']} time. "
+        f"{result['calls']} timed calls per turn, {result['clock']} time. "
         f"{machine['accelerator'] or machine['processor']}, {machine['cores']} cores, {machine['threads']} threads, "
         f"torch {machine['torch']}; commit {machine['commit']}, {machine['date']}. Matrix peak, measured: {peak}."
     )
@@ -57,14 +57,14 @@ def _times(layer: dict[str, Any]) -> str:
     busiest = max(counts) * len(counts) / sum(counts)
     lines = [
         f"**{layer['precision']}, {layer['load']} load** (the busiest expert has {busiest:.2f} times the mean rows). "
-        "× a name: how many times as fast as that layer, median (least to most) of the rounds.",
+        "× NAME: speed-up over that layer, median (minimum to maximum) of the rounds.",
         "",
-        "| layer | ms | GFLOP/s | of the peak | MB | " + " | ".join(f"× {peer}" for peer in peers) + " |",
+        "| layer | ms | GFLOP/s | share of peak | MB | " + " | ".join(f"× {peer}" for peer in peers) + " |",
         "| --- " * (5 + len(peers)) + "|",
     ]
     for name, seconds in layer["seconds"].items():
         ratios = layer["times_as_fast_as"].get(name, {})
-        told = [
+        cells = [
             name,
             f"{1e3 * seconds:.1f}",
             f"{layer['flops_per_second'][name] / 1e9:,.0f}",
@@ -72,7 +72,7 @@ def _times(layer: dict[str, Any]) -> str:
             f"{layer['peak_bytes'][name] / 1e6:,.0f}",
             *(_ratio(ratios[peer]) if peer in ratios else "" for peer in peers),
         ]
-        lines.append("| " + " | ".join(told) + " |")
+        lines.append("| " + " | ".join(cells) + " |")
     left_out = "; ".join(f"{name} ({reason})" for name, reason in layer["left_out"].items())
     return "\n".join(lines) + (f"\n\nLeft out: {left_out}." if left_out else "")
 
@@ -85,9 +85,9 @@ def _profiles(layer: dict[str, Any]) -> Iterator[str]:
         copies = [f"{c['operator']} in `{c['place']}` {c['bytes'] / 1e6:.1f} MB" for c in profile["copies"]]
         waits = [f"{w['operator']} in `{w['place']}` ({w['calls']})" for w in profile["waits"]]
         yield (
-            f"- {name}: own time by operator (calls): {operators}\n"
+            f"- {name}: self time by operator (calls): {operators}\n"
             f"  - copies and gathers: {'; '.join(copies) or 'none'}\n"
-            f"  - the host waits for a value: {'; '.join(waits) or 'nowhere'}"
+            f"  - waits of the host for a value: {'; '.join(waits) or 'none'}"
         )
 
 
@@ -96,7 +96,7 @@ def _ratio(found: dict[str, float]) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Rewrite the section in every file named; for the command line."""
+    """Replace the section in every file of ``arguments``, the command line."""
     if len(arguments) < 2:
         sys.exit(_USAGE)
     result = json.loads(Path(arguments[0]).read_text(encoding="utf-8"))

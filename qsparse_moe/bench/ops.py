@@ -1,4 +1,4 @@
-"""Timings of the operations that have fast versions, and of the ways to find the K largest in stock PyTorch."""
+"""Time the operations that have fast implementations, and the ways to find the K-th largest in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ CASE = "large"
 def run_op_benchmarks(
     dtypes: Mapping[str, torch.dtype], *, device: str, rounds: int, case: str = CASE
 ) -> dict[str, Any]:
-    """Time every operation of the registry and ``THRESHOLDS`` in every dtype, the versions of one in turns.
+    """Time every operation of the registry and of ``THRESHOLDS`` in every dtype, all versions of one in turns.
 
     Args:
-        dtypes: by the name that the result calls them.
+        dtypes: the dtypes by their name in the result.
         device: ``cpu`` or ``cuda``.
-        rounds: rounds of the turns.
-        case: the example inputs.
+        rounds: number of timed rounds.
+        case: name of the example inputs.
 
     Returns:
         The machine, the device, and ``operations``: name, shape, precision, median ``seconds`` by pass and version, and
-        ``left_out``, why a version did not run.
+        ``left_out``, the reason why a version did not run.
     """
     operations = []
     for precision, dtype in dtypes.items():
@@ -55,27 +55,27 @@ def time_operation(spec: OpSpec, case: str, dtype: torch.dtype, device: str, rou
 
 
 def threshold_by_topk(magnitude: Tensor, num_kept: int) -> Tensor:
-    """``(N, 1)`` the K-th largest by ``torch.topk`` without sorting."""
+    """Return the K-th largest, ``(N, 1)``, with ``torch.topk`` without sorting."""
     return magnitude.topk(num_kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
 
 def threshold_by_sorted_topk(magnitude: Tensor, num_kept: int) -> Tensor:
-    """The same by ``torch.topk`` as it is by default."""
+    """Return the K-th largest with ``torch.topk`` and its default, which sorts."""
     return magnitude.topk(num_kept, dim=-1).values[..., -1:]
 
 
 def threshold_by_kthvalue(magnitude: Tensor, num_kept: int) -> Tensor:
-    """The same by ``torch.kthvalue``, which counts from the smallest."""
+    """Return the K-th largest with ``torch.kthvalue``, which counts from the smallest."""
     return magnitude.kthvalue(magnitude.shape[-1] + 1 - num_kept, dim=-1, keepdim=True).values
 
 
 def threshold_by_sort(magnitude: Tensor, num_kept: int) -> Tensor:
-    """The same by sorting the rows."""
+    """Return the K-th largest by sorting the rows."""
     return magnitude.sort(dim=-1, descending=True).values[..., num_kept - 1 : num_kept]
 
 
 def threshold_by_bisection(magnitude: Tensor, num_kept: int) -> Tensor:
-    """The same bit by bit from the top, as the C++ and the Triton operator do it, a tensor operation a step."""
+    """Return the K-th largest bit by bit from the top, like the C++ and Triton operators but in tensor operations."""
     found = torch.zeros_like(magnitude[..., :1])
     for bit in reversed(range(8 * magnitude.element_size() - 1)):
         candidate = found | (1 << bit)
@@ -91,7 +91,7 @@ THRESHOLDS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sort": threshold_by_sort,
     "bisection": threshold_by_bisection,
 }
-"""Of the integers that ``magnitude_bits`` makes; ties are not resolved."""
+"""Ways to find the K-th largest of the integers that ``magnitude_bits`` returns; ties are not resolved."""
 
 
 def _thresholds(case: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def _thresholds(case: str, dtype: torch.dtype, device: str, rounds: int) -> dict
     x, num_kept = example.tensors["x"], example.settings["num_kept"]
     calls = {name: _of_magnitudes(find, x, num_kept) for name, find in THRESHOLDS.items()}
     seconds = {"forward": _seconds(calls, device, rounds)}
-    return {"name": "K-th largest magnitude, stock PyTorch", "shape": list(x.shape), "seconds": seconds, "left_out": {}}
+    return {"name": "K-th largest magnitude, plain PyTorch", "shape": list(x.shape), "seconds": seconds, "left_out": {}}
 
 
 def _of_magnitudes(find: Callable[[Tensor, int], Tensor], x: Tensor, num_kept: int) -> Callable[[], object]:
@@ -109,7 +109,7 @@ def _of_magnitudes(find: Callable[[Tensor, int], Tensor], x: Tensor, num_kept: i
 
 def _why_left_out(spec: OpSpec, name: str, device: str) -> str | None:
     if name == "triton" and device == "cpu" and tiles.interpreted():
-        return "under Triton's interpreter a time means nothing"
+        return "timings under Triton's interpreter are meaningless"
     return spec.fast[name].why_not(torch.device(device))
 
 
@@ -134,7 +134,7 @@ def _forward_and_backward(version: Operation, example: Example) -> Callable[[], 
         output = version(**leaves, **example.settings)
         return output if isinstance(output, Tensor) else output[0]
 
-    # The output may have another shape than every input.
+    # A gradient of the output's own shape: outputs such as those of combine_rows have the shape of no input.
     upstream = torch.randn_like(first_output())
 
     def call() -> None:

@@ -1,4 +1,4 @@
-"""Inputs that make any linear router send a given load to every expert. T tokens, D width, E experts, A choices."""
+"""Inputs that make any linear router produce a given expert load. T tokens, D width, E experts, A choices."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from torch import Tensor
 
 LOADS = ("balanced", "skewed")
 _CHOSEN, _STEP, _NOISE = 6.0, 1.0, 0.3
-"""Logits of the first choice, the distance to the next, and the deviation of the others: bf16 tells them apart."""
+"""Logit of the first choice, range of the chosen logits, and standard deviation of the others.
+
+They are so far apart that bf16 keeps their order.
+"""
 
 
 def choose_experts(load: str, num_tokens: int, num_experts: int, experts_per_token: int) -> Tensor:
-    """``(T, A)`` different experts a token, first choice first; the same for the same arguments.
+    """Return A different experts per token, ``(T, A)``, first choice first; equal arguments give equal results.
 
-    ``balanced`` gives all experts the same number of rows, or one more or less. ``skewed`` draws a token's experts
-    one after the other without replacement, expert e with a probability in proportion to 1 / (e + 1).
+    ``balanced`` gives all experts the same number of rows up to one. ``skewed`` draws the experts of a token without
+    replacement, expert e with a probability proportional to 1 / (e + 1).
     """
     generator = torch.Generator().manual_seed(0)
     if load == "balanced":
@@ -26,10 +29,10 @@ def choose_experts(load: str, num_tokens: int, num_experts: int, experts_per_tok
 
 
 def routed_input(expert_ids_TA: Tensor, num_experts: int, hidden_size: int) -> Tensor:
-    """``(T, D)`` normal values whose first E features are the logits that choose ``expert_ids_TA``, fp32.
+    """Return normal values, ``(T, D)`` fp32, whose first E features are the logits that select ``expert_ids_TA``.
 
-    With ``router_weight`` a router reads these features and nothing else, so that every contender that has a linear
-    router routes the same rows to the same experts, and none needs a way to be forced.
+    With ``router_weight``, a router reads only these features. Every contender with a linear router then routes the
+    same tokens to the same experts, without an interface for forced routing.
     """
     generator = torch.Generator().manual_seed(1)
     num_tokens, experts_per_token = expert_ids_TA.shape
@@ -42,5 +45,5 @@ def routed_input(expert_ids_TA: Tensor, num_experts: int, hidden_size: int) -> T
 
 
 def router_weight(num_experts: int, hidden_size: int) -> Tensor:
-    """``(E, D)``: expert e's logit is feature e."""
+    """Return the router weight, ``(E, D)``, under which the logit of expert e is feature e."""
     return torch.eye(num_experts, hidden_size)

@@ -1,4 +1,4 @@
-"""``bench step``: one training step (forward, backward, optimizer) with and without Q-Sparse, beside a peer."""
+"""``bench step``: one training step (forward, backward, optimizer) with and without Q-Sparse, against a peer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SPARSE = "with Q-Sparse"
 
 @dataclass(frozen=True)
 class StepBenchmark:
-    """What is measured: a model's shape, a batch and a precision."""
+    """The model shape, batch, and precision of one benchmark."""
 
     model: ModelConfig
     precision: str
@@ -36,14 +36,14 @@ class StepBenchmark:
 
     @property
     def tokens(self) -> int:
-        """Tokens a step."""
+        """Number of tokens per step."""
         return self.rows * self.sequence_length
 
 
 def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
     """Time the three contenders in turns and profile one step with Q-Sparse.
 
-    All three have the same shape, tokens, threads and optimizer (AdamW, fused), and both losses of a router's training.
+    All three have the same shape, tokens, threads, and optimizer (fused AdamW), and include the balance loss.
     """
     tokens_BS = torch.randint(
         0, min(256, vocab_size(benchmark.model)), (benchmark.rows, benchmark.sequence_length), device=benchmark.device
@@ -115,9 +115,9 @@ def _shape(benchmark: StepBenchmark) -> dict[str, Any]:
 
 
 def _profile(step: Callable[[], object], top: int = 8) -> dict[str, float]:
-    """The share of one step's time that each of the ``top`` operators spends in itself."""
+    """Return the share of the time of one step that each of the ``top`` operators spends in itself."""
     cuda = torch.cuda.is_available()
-    step()
+    step()  # warms up, so that the profile has no compilation in it
     with torch.profiler.profile() as profiler:
         step()
     own = {

@@ -1,4 +1,4 @@
-"""What a training step does besides computing: operators and their own time, copies, waits of the host, memory."""
+"""Trace a training step: self time of operators, copies, waits of the host, and memory."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ import qsparse_moe
 Step = Callable[[], object]
 _PACKAGE = Path(qsparse_moe.__file__).parent
 _COPIES = ("copy_", "clone", "_to_copy", "cat", "constant_pad_nd", "index", "index_select", "gather")
-# All of them hand a tensor's values, or a size that depends on them, to the host.
+# These operators return values of a tensor, or a size that depends on them, to the host.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
 
 
 def profile(step: Step, *, device: torch.device) -> dict[str, list[dict[str, Any]]]:
-    """``operators`` of ``operator_times``, ``copies`` and ``waits`` of ``copies_and_waits``."""
+    """Return ``operators`` from ``operator_times``, and ``copies`` and ``waits`` from ``copies_and_waits``."""
     return {"operators": operator_times(step, device=device)} | copies_and_waits(step, device=device)
 
 
 def operator_times(step: Step, *, device: torch.device, top: int = 12) -> list[dict[str, Any]]:
-    """The ``top`` operators of one step by the time they spend in themselves: name, calls, seconds, share of all."""
+    """Return the ``top`` operators of one step by self time: name, calls, seconds, and share of the total."""
     on_cuda = device.type == "cuda"
     step()
     with torch.profiler.profile() as profiler:
@@ -45,9 +45,9 @@ def operator_times(step: Step, *, device: torch.device, top: int = 12) -> list[d
 
 
 def peak_bytes(step: Step, *, device: torch.device) -> int:
-    """The most bytes that the tensors made in one step take at once, counted by PyTorch's allocator.
+    """Return the peak bytes of the tensors allocated during one step, counted by PyTorch's allocator.
 
-    On a CPU that is the running sum of the profiler's allocations; buffers inside oneDNN and MKL are not among them.
+    On a CPU this is the peak of the running sum of the profiler's allocations, without buffers inside oneDNN and MKL.
     """
     step()
     if device.type == "cuda":
@@ -59,18 +59,19 @@ def peak_bytes(step: Step, *, device: torch.device) -> int:
         step()
     results: Any = profiler.profiler.kineto_results
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
-    held = most = 0
+    current = peak = 0
     for _, change in changes:
-        held += change
-        most = max(most, held)
-    return most
+        current += change
+        peak = max(peak, current)
+    return peak
 
 
 def copies_and_waits(step: Step, *, device: torch.device, top: int = 16) -> dict[str, list[dict[str, Any]]]:
-    """Every place of one step that copies tensors (largest first) or makes the host wait for a value.
+    """Return the source lines that copy tensors (largest first) or make the host wait for a value in one step.
 
     ``copies``: operator, place, calls, bytes written. ``waits``: operator, place, calls; on a CPU nothing waits, and
-    these are the places that would on an accelerator. A place is the innermost line of this package, outside ``bench``.
+    the list shows the lines that would wait on an accelerator. A place is the innermost line of this package outside
+    ``bench``.
     """
     recorder = _Recorder()
     step()
@@ -85,7 +86,7 @@ def copies_and_waits(step: Step, *, device: torch.device, top: int = 16) -> dict
 
 
 class _Recorder(TorchDispatchMode):
-    """Counts operators that copy or wait, by name and place."""
+    """Count the operators that copy or wait, by name and place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +108,7 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def _python_calls(recorder: _Recorder) -> Iterator[None]:
-    """Also count ``tolist``, which reaches no operator on a CPU."""
+    """Also count ``tolist``, which dispatches no operator on a CPU."""
 
     def watch(frame: FrameType, event: str, called: Any) -> None:
         if event == "c_call" and called.__name__ == "tolist" and isinstance(called.__self__, Tensor):
@@ -123,7 +124,7 @@ def _python_calls(recorder: _Recorder) -> Iterator[None]:
 
 @contextmanager
 def _cuda_waits(recorder: _Recorder, device: torch.device) -> Iterator[None]:
-    """Also count what CUDA itself reports as a wait, by its message."""
+    """Also count the waits that CUDA itself reports, by their message."""
     if device.type != "cuda":
         yield
         return

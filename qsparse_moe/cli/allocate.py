@@ -17,8 +17,6 @@ from qsparse_moe.errors import ConfigError
 if TYPE_CHECKING:
     from qsparse_moe.ablation.allocation.cost import Quantity
 
-_HEAD = ("plan", "loss", "against uniform", "95 % interval", "cost measured", "gap closed")
-
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -103,13 +101,13 @@ def asked_budget(
 
 
 def _print_summary(summary: dict[str, Any]) -> None:
-    from qsparse_moe.ablation.allocation.report import comparison_rows
+    from qsparse_moe.ablation.allocation.report import HEAD, comparison_rows
 
     console, rows = result_console(), summary["held_out_rows"]
     summary = summary | {"outcomes": summary["outcomes"] + summary["alternatives"]}
     for title, name in (("Without training", "outcomes"), ("After training", "after_training")):
         if summary[name]:
-            console.print(rich_table(f"{title}, on {rows} held-out rows", _HEAD, comparison_rows(summary[name])))
+            console.print(rich_table(f"{title}, on {rows} held-out sequences", HEAD, comparison_rows(summary[name])))
     console.print(
         f"budget            {summary['quantity']} {summary['target']:,.6g}, planned {summary['planned']:,.6g}"
     )

@@ -71,7 +71,7 @@ def observations_of(
 
 
 def rows_of(points: Observations, **changes) -> list[dict]:
-    """The rows of a results file that has these points as its runs' curves, in nats a token; tokens are bytes."""
+    """Return the records of a results file with these observations as curves, in nats per token; tokens are bytes."""
     rows = []
     for run in np.unique(points.run):
         own = points.where(points.run == run)

@@ -126,7 +126,7 @@ def test_plans_keep_to_the_budget_and_use_it_up(quantity, load):
         (
             "sparsity",
             0.99,
-            r"a budget of mean S 0\.9900 cannot be met: with S at most 0\.95 everywhere "
+            r"a budget of mean S 0\.9900 cannot be met: with S at most 0\.95 everywhere, "
             r"the nearest is mean S 0\.9375; ask for that or less",
         ),
         (
@@ -135,8 +135,8 @@ def test_plans_keep_to_the_budget_and_use_it_up(quantity, load):
             r"a budget of 10 active parameters cannot be met: .* nearest is [\d,]+ active parameters; ask for that "
             "or more",
         ),
-        ("flops", 10, r"a budget of 10 FLOPs a token cannot be met"),
-        ("bytes", 10, r"a budget of 10 bytes a step of 3 cannot be met"),
+        ("flops", 10, r"a budget of 10 FLOPs per token cannot be met"),
+        ("bytes", 10, r"a budget of 10 bytes per step of 3 cannot be met"),
     ],
 )
 def test_a_budget_that_cannot_be_met_names_the_nearest_that_can(quantity, target, message):
@@ -204,8 +204,8 @@ def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
     plans = {"uniform": uniform_at(before, costs, 0.5)}
     found = compare_alternatives(model, rows, rows, plans, costs, 0.5)
     assert [one.name.split(",")[0] for one in found] == [
-        "pooled over a token's experts",
-        "1 of 2 experts a token",
+        "pooled over the experts of a token",
+        "1 of 2 experts per token",
         "experts of 2 of 16 features",
     ]
     assert all(one.cost >= 0.5 - 1e-9 for one in found)
@@ -228,7 +228,7 @@ def test_alternatives_that_cannot_come_down_are_left_out_with_a_word(caplog):
     with caplog.at_level("INFO", logger="qsparse_moe.ablation.allocation.alternatives"):
         found = compare_alternatives(model, rows, rows, plans, costs, 0.9)
     assert not any("features" in one.name for one in found)
-    assert "smaller experts: with one feature each the dense model still costs more than the budget" in caplog.text
+    assert "smaller experts: the dense model exceeds the budget even with one feature per expert" in caplog.text
 
 
 def test_every_round_goes_half_of_the_way_to_what_the_curves_around_the_round_before_ask_for():

@@ -105,7 +105,7 @@ def test_the_pareto_front_holds_what_no_other_point_beats():
     points = [
         VariantResult({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]
     ]
-    assert [(p.row["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
+    assert [(p.record["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
 
 
 def place_row(variant, loss, cells, *, seed=0, settings=None, choices=()):

@@ -131,7 +131,7 @@ def test_printed_constants_give_their_own_optimum_with_a_warning():
     assert printed["sparsity"] == pytest.approx(0.502, abs=5e-4)
     low, high = printed["rounding"]
     assert low < PUBLISHED_OPTIMUM["full precision"] < high and high - low > 0.1
-    assert "give S* 50.2%, the paper states 45.58%" in printed["warning"]
+    assert "give S* 50.2%, whereas the paper states 45.58%" in printed["warning"]
     found = optimum(Q_SPARSE, Q_SPARSE.printed)
     assert found.band[0] < 0.3 and found.band[1] > 0.65
     assert found.worse_than_dense_beyond == pytest.approx(0.72, abs=0.01)
@@ -230,8 +230,8 @@ def test_seeds_of_a_configuration_are_held_out_together_and_tell_the_noise():
 @pytest.mark.parametrize(
     ("form", "settings", "reason"),
     [
-        (PRODUCT, {"sparsities": (0.5,)}, "S takes 1 value in the runs, and its constants are told by 3 or more"),
-        (PRODUCT, {"experts": ((8, 2),)}, "E/A takes 1 value in the runs, and its constants are told by 2 or more"),
+        (PRODUCT, {"sparsities": (0.5,)}, "S takes 1 value in the runs, and its constants need at least 3"),
+        (PRODUCT, {"experts": ((8, 2),)}, "E/A takes 1 value in the runs, and its constants need at least 2"),
         (
             KEPT,
             {"experts": ((8, 2),), "widths": (64, 96), "sparsities": (0.0, 0.3, 0.5)},
@@ -249,4 +249,4 @@ def test_quantities_that_move_together_are_known():
     linked = points.where(np.isin(points.total, np.unique(points.total)[:4]))
     sparsity = 1 - 1 / (1 + 0.1 * np.log(linked.total / linked.total.min()))
     assert why_not(Q_SPARSE, linked.where(linked.run < 99)) is None
-    assert "N, S move together" in why_not(Q_SPARSE, replace(linked, sparsity=sparsity))
+    assert "N, S vary together" in why_not(Q_SPARSE, replace(linked, sparsity=sparsity))

@@ -75,8 +75,8 @@ def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(tmp_path):
         "| half | 2.5000 | – | 2.5000 | +0.5000 |",
     ]
     assert common == (
-        "The same in all rows: mean S 0.5, parameters stored 200, active 100, MFLOP executed 6.000, MFLOP kept 3.000, "
-        "MB at 1 1.000, MB at 16 2.000."
+        "The same for all variants: mean S 0.5, parameters stored 200, active 100, MFLOP executed 6.000, MFLOP kept "
+        "3.000, MB at 1 1.000, MB at 16 2.000."
     )
     assert cost.splitlines() == [
         "| variant | kept | tokens/s |",
@@ -84,7 +84,7 @@ def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(tmp_path):
         "| dense | 50 | 10 |",
         "| half | 40 | 12 |",
     ]
-    assert said == "1 of 4 runs did not come to their end:"
+    assert said == "1 of 4 runs did not finish:"
     assert broken.strip() == "- `half-seed3`: not started, or stopped"
     write_results(grid, outcomes, tmp_path / "results")
     lines = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
@@ -167,15 +167,15 @@ ROW = results_text(
     [
         (
             ROW + ROW[:-30],
-            r"results.jsonl, line 2, is cut off or no JSON .*keeps finished runs and writes the file anew",
+            r"results.jsonl, line 2, is truncated or not JSON .*keeps finished runs and rewrites the file",
         ),
-        (ROW + "\n", "line 2, is cut off"),
+        (ROW + "\n", "line 2, is truncated"),
         (
             ROW + ROW.replace('"version": 2', '"version": 3'),
-            "line 2, is of version 3, and 2 is read here; run qsparse-moe",
+            "line 2, has version 3, but only version 2 can be read; run qsparse-moe",
         ),
-        (ROW.replace('"version": 2, ', ""), "line 1, is of version 1, and 2 is read here"),
-        ("[1]\n", "line 1, is of version null"),
+        (ROW.replace('"version": 2, ', ""), "line 1, has version 1, but only version 2 can be read"),
+        ("[1]\n", "line 1, has version null"),
         (ROW.replace('"curve"', '"kurve"'), "line 1, lacks curve; run"),
         ("", "results.jsonl is empty; run qsparse-moe ablate"),
     ],

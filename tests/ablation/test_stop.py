@@ -67,10 +67,13 @@ def test_threads_that_the_user_has_set_are_kept():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"devices": ("0", "1"), "jobs": 2, "ranks": 2}, r"--devices names 2, and 2 runs.*need 4; .*set --jobs 1"),
+        (
+            {"devices": ("0", "1"), "jobs": 2, "ranks": 2},
+            r"--devices \(0,1\) must name 4 devices for 2 runs.* 2 processes.*set --jobs 1",
+        ),
         ({"devices": ("0", "0")}, r'--devices \("0,0"\) must be different indices of CUDA devices, such as 0,1'),
         ({"devices": ("cuda:0",)}, r'--devices \("cuda:0"\) must be different indices'),
-        ({"launcher": "none", "ranks": 2}, "--launcher none starts one process a run, and --ranks is 2; leave"),
+        ({"launcher": "none", "ranks": 2}, "--launcher none starts one process per run, but --ranks is 2; leave"),
     ],
 )
 def test_a_placement_that_cannot_be_is_refused(settings, message):

@@ -95,7 +95,7 @@ def test_the_result_tells_of_every_contender_or_why_it_is_left_out(result):
     assert layer["left_out"]["other"] == "it is not here"
     for backend in BACKENDS:
         assert (our_name(backend.name) in layer["seconds"]) != (our_name(backend.name) in layer["left_out"])
-    assert layer["left_out"]["ours, megablocks"] == "under Triton's interpreter a time means nothing"
+    assert layer["left_out"]["ours, megablocks"] == "timings under Triton's interpreter are meaningless"
     timed = layer["seconds"].keys()
     assert {"dense", OUR_CHAIN, our_name("loop"), our_name("loop", 0.5)} <= timed
     for by_contender in ("seconds_by_round", "flops_per_second", "share_of_peak", "peak_bytes"):
@@ -142,7 +142,7 @@ def test_the_markdown_section_holds_the_figures_and_replaces_the_one_before(resu
     assert "24 tokens, D 16, F 8, E 4, A 2" in text
     assert "it is not here" in text
     assert "index_select" in text
-    with pytest.raises(ValueError, match="add both lines where it belongs"):
+    with pytest.raises(ValueError, match="add both lines to the file"):
         moe_text.with_section("no marks", result)
     with pytest.raises(SystemExit, match="usage"):
         moe_text.main([])

@@ -37,7 +37,7 @@ def test_list_tells_index_state_and_id(grid, capsys, tmp_path):
     [
         (["--task", "4"], "--task (4) must be the index of a run of mini, 0 to 3; --list shows them"),
         (["--task", "1", "--list"], "--task, --list and --report-only exclude each other; name one of them"),
-        (["--devices", "0", "--jobs", "2"], "--devices names 1, and 2 runs at a time (--jobs)"),
+        (["--devices", "0", "--jobs", "2"], "--devices (0) must name 2 devices for 2 runs at a time (--jobs)"),
     ],
 )
 def test_what_cannot_be_is_refused_and_nothing_written(grid, capsys, tmp_path, options, message):
@@ -61,7 +61,7 @@ def test_a_point_whose_router_the_loss_does_not_train_is_refused_by_name_before_
 
 def test_report_only_starts_nothing(grid, capsys, tmp_path):
     assert run(["ablate", *grid, "--report-only"]) == 0
-    assert "4 of 4 runs did not come to their end:" in capsys.readouterr().out
+    assert "4 of 4 runs did not finish:" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "out" / "mini").iterdir()) == ["report.md", "results.jsonl"]
 
 

@@ -34,7 +34,7 @@ def test_a_law_is_fitted_told_and_written_with_its_figures(tmp_path, capsys):
     assert (code, told) == (0, "fitting product\nfitting kept\n")
     found = json.loads(printed)
     assert json.loads((output / "law.json").read_text()) == found
-    assert (found["runs"], found["points"], found["left_out"], found["unit"]) == (48, 240, 1, "nats a token")
+    assert (found["runs"], found["points"], found["left_out"], found["unit"]) == (48, 240, 1, "nats per token")
     assert found["best"] == "product"
     assert found["forms"]["product"]["held_out_error"] < found["forms"]["kept"]["held_out_error"]
     nu = found["forms"]["product"]["constants"]["nu"]
@@ -58,9 +58,9 @@ def test_tables_say_units_intervals_and_that_printed_constants_are_rounded(tmp_p
     settings = ("--form", "q-sparse", "--bootstrap", 20, "--unit", "bits-per-byte", "--points", "last")
     code, printed, _ = fit(capsys, file, *settings)
     assert code == 0
-    assert "48 points of 48 runs" in printed and "Loss in bits a byte" in printed
+    assert "48 points of 48 runs" in printed and "Loss in bits per byte" in printed
     assert "no configuration has two seeds" in printed
-    assert "its paper prints (bits a token)" in printed
+    assert "its paper prints (bits per token)" in printed
     assert "the constants that the Q-Sparse paper prints are rounded: they give S* 50.2%" in printed
     assert "45.58%" in printed
 
@@ -79,7 +79,9 @@ def test_published_forms_that_the_runs_cannot_tell_are_named_with_the_reason(tmp
     few = rows(widths=(64, 96, 144), experts=((4, 2), (8, 2)), sparsities=(0.0, 0.4, 0.7))
     code, printed, _ = fit(capsys, write_rows(tmp_path / "runs.jsonl", few), "--bootstrap", 20, "--points", "all")
     assert code == 0
-    assert f"not fitted: {FINE_GRAINED.name}: G takes 2 values in the runs, and its constants are told by 3" in printed
+    assert (
+        f"not fitted: {FINE_GRAINED.name}: G takes 2 values in the runs, and its constants need at least 3" in printed
+    )
     assert "not fitted: joint-moe: E/A takes 2 values" in printed
     assert all(f"\n{name}: L = " in printed for name in ("product", "kept", "additive", "q-sparse"))
 
@@ -98,16 +100,16 @@ BAD_ROWS = {
     "sparsity": (changed(2, sparsity=1.0), "run run2: sparsity (1.0) must lie in [0, 1)"),
     "experts": (changed(0, experts_per_token=9), "experts_per_token (9) must be at most num_experts (4)"),
     "no number": (changed(1, total_parameters="many"), "total_parameters (many) must be a number above 0"),
-    "no parts": (changed(1, active_weights_by_part={}), "active_weights_by_part ({}) must hold numbers by part"),
-    "kept": (changed(1, kept_parameters=10.0), "kept_parameters (10.0) is less than what Q-Sparse has no part in"),
-    "vocabulary": (changed(5, embedding_parameters=64 * 1000.0), "one law is fitted to runs of one vocabulary"),
-    "tokenizer": (changed(5, bits_per_byte=0.5), "one law is fitted to runs of one tokenizer and one validation text"),
-    "twice": (lambda found: [*found, found[0]], "run run0: it also stands in"),
+    "no parts": (changed(1, active_weights_by_part={}), "active_weights_by_part ({}) must map parts to numbers"),
+    "kept": (changed(1, kept_parameters=10.0), "kept_parameters (10.0) is less than what Q-Sparse does not change"),
+    "vocabulary": (changed(5, embedding_parameters=64 * 1000.0), "a law needs runs with one vocabulary"),
+    "tokenizer": (changed(5, bits_per_byte=0.5), "a law needs runs with one tokenizer and one validation text"),
+    "twice": (lambda found: [*found, found[0]], "run run0: the run also occurs in"),
     "nothing finished": (lambda found: [row | {"finished": False} for row in found], "no finished run"),
     "one S": (lambda found: [row for row in found if row["sparsity"] == 0.5], "S takes 1 value in the runs"),
     "too few": (
         lambda found: found[::7],
-        "product cannot be fitted: it has 8 constants and there are 7 runs; 9 is the least",
+        "product cannot be fitted: it has 8 constants and there are 7 runs; at least 9 are needed",
     ),
 }
 
@@ -135,10 +137,13 @@ def test_a_file_cut_in_the_middle_or_missing_is_refused(tmp_path, capsys):
 def test_a_reason_names_the_forms_that_the_runs_can_tell(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows(sparsities=(0.5,), widths=(32, 48, 64, 96, 128)))
     told = fit(capsys, file)[2]
-    assert "the form product cannot be fitted: S takes 1 value in the runs, and its constants are told by 3" in told
-    assert "add such runs, or name another --form (these runs can tell: fine-grained-moe, joint-moe, expert-s" in told
+    assert "the form product cannot be fitted: S takes 1 value in the runs, and its constants need at least 3" in told
+    assert (
+        "add such runs, or name another --form (forms that these runs can determine: fine-grained-moe, joint-moe,"
+        in told
+    )
     told = fit(capsys, write_rows(tmp_path / "few.jsonl", rows()[:3]), "--form", "kept")[2]
-    assert "(these runs can tell none)" in told
+    assert "(forms that these runs can determine: none)" in told
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatch):
@@ -152,7 +157,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatc
 def test_choices_that_cannot_be_are_refused_before_anything_is_read(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows())
     assert (
-        "--form (chinchilla) is no form; choose from product, kept, additive, q-sparse"
+        "--form (chinchilla) is not a form; choose from product, kept, additive, q-sparse"
         in fit(capsys, file, "--form", "chinchilla")[2]
     )
     assert f"--output ({file}) is a file; name a folder" in fit(capsys, file, "--output", file)[2]

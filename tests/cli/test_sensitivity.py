@@ -81,7 +81,7 @@ def test_allocate_writes_a_plan_that_keeps_to_the_budget_and_compares_it(trained
     assert run(["train", str(trained / "config.yaml"), "training.name=by-plan", *_by(found), "--json"]) == 0
     capsys.readouterr()
     assert run(["allocate", str(trained), "--output", str(tmp_path / "b.json"), "--bytes", "1", "--rows", "2"]) == 2
-    assert "a budget of 1 bytes a step of 1 cannot be met" in capsys.readouterr().err
+    assert "a budget of 1 bytes per step of 1 cannot be met" in capsys.readouterr().err
 
 
 def _by(found):

@@ -1,1 +1,1 @@
-"""Plans that spend one budget over all cells, beside rival plans of the same cost."""
+"""Plans that spend a budget over all cells, compared with rival plans of the same cost."""

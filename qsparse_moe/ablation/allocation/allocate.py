@@ -1,9 +1,9 @@
-"""Which S each cell should have, so that a plan keeps to a budget at the least loss.
+"""Allocate S to every cell so that the plan meets a budget at the least loss.
 
-Every cell has a curve of loss by cost, from its sensitivities. On the lower convex hull of it each step towards less
-cost has a price, the loss that it adds for what it saves; taking all cells' steps in the order of their prices
-minimises the sum of losses at every cost the steps come to (Everett 1963: the price at which it stops is the Lagrange
-multiplier). The last step is taken as far as the budget asks.
+Every cell has a curve of loss over cost, from its sensitivities. On the lower convex hull of the curve, each step
+towards less cost has a price: the loss added per cost saved. Taking the steps of all cells in ascending order of price
+minimises the sum of losses at every cost reached on the way (Everett 1963: the final price is the Lagrange multiplier).
+The last step is taken only as far as the budget requires.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 Curve = Sequence[tuple[float, float]]
-"""Of one cell: pairs of S, ascending, and change of loss."""
+"""The curve of one cell: pairs of S, ascending, and the change of the loss."""
 MOST_SPARSE = 0.95
+"""The largest S that a plan may have."""
 FINE_VALUES = tuple(round(0.05 * step, 2) for step in range(20))
-_HALVINGS = 40
+_HALVINGS = 40  # bisection to 1e-12 of the interval, far below the S that one feature makes
 
 
 class _Step(NamedTuple):
@@ -35,7 +36,10 @@ class _Step(NamedTuple):
 
 
 def lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The lower convex hull of points (x, y), by ascending x; of equal x the lowest y (Andrew's monotone chain)."""
+    """Return the lower convex hull of points (x, y) in ascending x (Andrew's monotone chain).
+
+    Of several points with the same x, only the lowest counts.
+    """
     hull: list[tuple[float, float]] = []
     for x, y in sorted(points):
         if hull and hull[-1][0] == x:
@@ -51,50 +55,54 @@ def _turns_down(a: tuple[float, float], b: tuple[float, float], c: tuple[float, 
 
 
 def allocate(plan: SparsityPlan, curves: Mapping[Cell, Curve], costs: Costs, target: float) -> SparsityPlan:
-    """A plan whose cost is at most ``target`` (of mean S: at least), by as little as one feature of one cell allows.
+    """Return a plan whose cost is at most ``target``, and below it by less than one feature of one cell.
+
+    If the budget is a mean S, the plan has at least that S.
 
     Args:
-        plan: gives the places; a cell without a curve keeps its S.
-        curves: by cell.
-        costs: of a cell and of the whole.
+        plan: the plan whose cells are changed; a cell without a curve keeps its S.
+        curves: the curve of each cell.
+        costs: the cost model.
         target: the budget in the unit of ``costs``.
 
     Raises:
-        ConfigError: no plan on the curves keeps to it; with the nearest budget that one does.
+        ConfigError: no plan on the curves meets the budget; the message names the nearest budget that can be met.
     """
     start = with_cells(plan, {cell: curve[0][0] for cell, curve in curves.items()})
     least = with_cells(plan, {cell: curve[-1][0] for cell, curve in curves.items()})
-    room = costs.total_at(target)
+    budget = costs.total_at(target)
     check_budget(costs, least, target)
     total = _total(costs, start)
-    waiting = [step for cell, curve in curves.items() for step in _steps(cell, curve, costs)]
-    heapq.heapify(waiting)
+    # A heap merges the steps of all cells by price. Along one hull prices rise, so a cell's steps stay in order.
+    heap = [step for cell, curve in curves.items() for step in _steps(cell, curve, costs)]
+    heapq.heapify(heap)
     changed: dict[Cell, float] = {}
-    while total > room:
-        step = heapq.heappop(waiting)
+    while total > budget:
+        step = heapq.heappop(heap)
         after = costs.of_cell(step.cell, step.after)
         saved = costs.of_cell(step.cell, step.before) - after
-        if total - saved <= room:
-            changed[step.cell] = _partly(costs, step, after + room - (total - saved))
+        if total - saved <= budget:
+            changed[step.cell] = _partly(costs, step, after + budget - (total - saved))
             break
         changed[step.cell], total = step.after, total - saved
     return with_cells(start, changed)
 
 
 def check_budget(costs: Costs, least: SparsityPlan, target: float) -> None:
-    """Raise ConfigError, with the nearest budget, where even ``least``, the sparsest plan, costs more."""
+    """Raise ConfigError if even ``least``, the sparsest plan, exceeds the budget."""
+    # The tolerance lets a budget through that was computed from the sparsest plan itself.
     if _total(costs, least) > costs.total_at(target) * (1 + 1e-9):
         direction = "less" if costs.quantity == "sparsity" else "more"
         raise ConfigError(
-            f"a budget of {_told(costs, target)} cannot be met: with S at most {MOST_SPARSE:g} everywhere the nearest "
-            f"is {_told(costs, costs.of(least))}; ask for that or {direction}"
+            f"a budget of {_with_unit(costs, target)} cannot be met: with S at most {MOST_SPARSE:g} everywhere, "
+            f"the nearest is {_with_unit(costs, costs.of(least))}; ask for that or {direction}"
         )
 
 
-def _told(costs: Costs, value: float) -> str:
+def _with_unit(costs: Costs, value: float) -> str:
     if costs.quantity == "sparsity":
         return f"mean S {value:.4f}"
-    unit = {"parameters": "active parameters", "flops": "FLOPs a token", "bytes": f"bytes a step of {costs.batch}"}
+    unit = {"parameters": "active parameters", "flops": "FLOPs per token", "bytes": f"bytes per step of {costs.batch}"}
     return f"{value:,.0f} {unit[costs.quantity]}"
 
 
@@ -103,7 +111,11 @@ def _total(costs: Costs, plan: SparsityPlan) -> float:
 
 
 def _steps(cell: Cell, curve: Curve, costs: Costs) -> list[_Step]:
-    """Along the hull, from the densest S to the sparsest: their prices rise. A cell that no token uses has none."""
+    """Return the steps along the hull from the densest S to the sparsest, with rising prices.
+
+    A cell that no token uses has no steps, because nothing can be saved in it.
+    """
+    # Several S may round to the same K and cost; the sparsest of them names the point of the hull.
     by_cost: dict[float, float] = {}
     for sparsity, _ in curve:
         by_cost[costs.of_cell(cell, sparsity)] = sparsity
@@ -115,7 +127,7 @@ def _steps(cell: Cell, curve: Curve, costs: Costs) -> list[_Step]:
 
 
 def _partly(costs: Costs, step: _Step, most: float) -> float:
-    """The least S between the step's two at which the cell costs at most ``most``."""
+    """Return the least S within the step at which the cell costs at most ``most``."""
     low, high = step.before, step.after
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
@@ -124,40 +136,41 @@ def _partly(costs: Costs, step: _Step, most: float) -> float:
 
 
 def uniform_at(plan: SparsityPlan, costs: Costs, target: float) -> SparsityPlan:
-    """The same S everywhere, the least that keeps to the budget.
+    """Return the plan with the same S everywhere, the least that meets the budget.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no such plan meets the budget.
     """
     return shifted(plan, dict.fromkeys(cells_of(plan), 0.0), costs, target)
 
 
 def shifted(plan: SparsityPlan, offsets: Mapping[Cell, float], costs: Costs, target: float) -> SparsityPlan:
-    """S = offset + t in every cell, cut to [0, 0.95], with the least t that keeps to the budget.
+    """Return the plan with S = offset + t in every cell, clipped to [0, 0.95], with the least t that meets the budget.
 
     Raises:
-        ConfigError: none does.
+        ConfigError: no such plan meets the budget.
     """
 
     def at(level: float) -> SparsityPlan:
         return with_cells(plan, {cell: min(MOST_SPARSE, max(0.0, o + level)) for cell, o in offsets.items()})
 
-    spread = max(map(abs, offsets.values()))
-    low, high, room = -spread, MOST_SPARSE + spread, costs.total_at(target)
+    largest = max(map(abs, offsets.values()))
+    low, high, budget = -largest, MOST_SPARSE + largest, costs.total_at(target)
     check_budget(costs, at(high), target)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (low, middle) if _total(costs, at(middle)) <= room else (middle, high)
+        low, high = (low, middle) if _total(costs, at(middle)) <= budget else (middle, high)
     return at(high)
 
 
 def allocate_for(
     model: Transformer, sequences: DocumentSequences, costs: Costs, target: float, *, rounds: int = 3
 ) -> SparsityPlan:
-    """The plan of ``allocate`` with curves estimated around what the round before found, the first around uniform S.
+    """Return the result of ``allocate`` after several rounds, the first around uniform S.
 
-    Each round is one estimate, and goes half of the way: curves hold near the plan they were made at. The model keeps
-    its plan.
+    Each round estimates the curves around the plan of the round before and moves half of the way towards the new
+    allocation, because the curves are valid only near the plan at which they were estimated. The plan of the model is
+    the same after the call.
     """
     before = model.sparsity_plan
     found = uniform_at(before, costs, target)
@@ -165,15 +178,15 @@ def allocate_for(
         for _ in range(rounds):
             model.set_sparsity(found)
             curves = estimated_curves(model, sequences)
-            wished = allocate(found, curves, costs, target)
-            found = _between(found, wished, costs, target)
+            allocated = allocate(found, curves, costs, target)
+            found = _halfway(found, allocated, costs, target)
     finally:
         model.set_sparsity(before)
     return found
 
 
 def estimated_curves(model: Transformer, sequences: DocumentSequences) -> dict[Cell, Curve]:
-    """Of every cell, at S from 0 to 0.95 by 0.05, around the model's plan."""
+    """Return the estimated curve of every cell around the plan of the model, at S from 0 to 0.95 in steps of 0.05."""
     estimated = estimate(model, sequences, FINE_VALUES)
     return {
         cell: list(zip(FINE_VALUES, estimated.total(cell).sum(-1).tolist(), strict=True))
@@ -181,8 +194,8 @@ def estimated_curves(model: Transformer, sequences: DocumentSequences) -> dict[C
     }
 
 
-def _between(here: SparsityPlan, there: SparsityPlan, costs: Costs, target: float) -> SparsityPlan:
-    """Half of the way, brought to the budget: the cost of the mean of two plans may differ by a rounding of K."""
+def _halfway(here: SparsityPlan, there: SparsityPlan, costs: Costs, target: float) -> SparsityPlan:
+    """Return the mean of two plans, shifted to the budget, which the mean can miss because cost is not linear in S."""
     pairs = zip(cells_of(here), _flat(here), _flat(there), strict=True)
     return shifted(here, {cell: (a + b) / 2 for cell, a, b in pairs}, costs, target)
 

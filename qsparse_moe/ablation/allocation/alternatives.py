@@ -1,6 +1,6 @@
-"""Other ways to the cost of a plan, without training: fewer experts a token, smaller experts, pooled selection.
+"""Alternatives of the same cost without training: fewer experts per token, smaller experts, pooled selection.
 
-T tokens, A experts a token, N routed rows, E experts, F features of an expert, K kept.
+T tokens, A experts per token, N routed rows, E experts, F features of an expert, K selected features.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def compare_alternatives(
     costs: Costs,
     target: float,
 ) -> tuple[PlanComparison, ...]:
-    """On the held-out rows: A - 1 experts a token and so on, smaller experts, pooled selection at uniform S.
+    """Compare fewer experts per token, smaller experts, and pooled selection at uniform S on the held-out sequences.
 
-    Where one of them cannot come down to the budget a log line says so and it is left out. ``cost`` is of the budget's
-    quantity; the model keeps its plan.
+    An alternative that cannot meet the budget is left out, and a log line gives the reason. ``cost`` has the unit of
+    the budget. The plan of the model is the same after the call.
     """
     before, uniform, dense = model.sparsity_plan, plans[UNIFORM], SparsityPlan.uniform(model.config, 0.0)
     found: dict[str, tuple[Array, float]] = {}
@@ -55,7 +55,7 @@ def compare_alternatives(
             found[name] = loss_by_document(model, held_out), costs.of(plan)
         model.set_sparsity(uniform)
         with pooled_selection(model):
-            found["pooled over a token's experts"] = loss_by_document(model, held_out), costs.of(uniform)
+            found["pooled over the experts of a token"] = loss_by_document(model, held_out), costs.of(uniform)
         for num_experts in range(1, model.config.moe.experts_per_token):
             found |= _fewer_experts(model, num_experts, sequences, held_out, costs, target)
         model.set_sparsity(dense)
@@ -79,10 +79,10 @@ def _fewer_experts(
     try:
         plan = uniform_at(other.sparsity_plan, own, budget[1])
     except ConfigError as error:
-        logger.info("%d experts a token: %s", num_experts, error)
+        logger.info("%d experts per token: %s", num_experts, error)
         return {}
     other.set_sparsity(plan)
-    name = f"{num_experts} of {model.config.moe.experts_per_token} experts a token, S = {plan.mean:.2f}"
+    name = f"{num_experts} of {model.config.moe.experts_per_token} experts per token, S = {plan.mean:.2f}"
     return {name: (loss_by_document(other, held_out), costs.shown_at(own.of(plan) - own.fixed))}
 
 
@@ -90,6 +90,7 @@ def _smaller_experts(
     model: Transformer, sequences: DocumentSequences, held_out: DocumentSequences, costs: Costs, target: float
 ) -> dict[str, tuple[Array, float]]:
     budget, full = _absolute(costs, target), model.config.moe.expert_hidden_size
+    # Descending, so that the first that meets the budget keeps the most features.
     for kept in range(full, 0, -1):
         own = replace(costs, config=_moe_changed(model.config, expert_hidden_size=kept), quantity=budget[0])
         cost = own.of(SparsityPlan.uniform(own.config, 0.0))
@@ -97,12 +98,12 @@ def _smaller_experts(
             with features_dropped(model, sequences, kept):
                 losses_C = loss_by_document(model, held_out)
             return {f"experts of {kept} of {full} features, S = 0": (losses_C, costs.shown_at(cost - own.fixed))}
-    logger.info("smaller experts: with one feature each the dense model still costs more than the budget")
+    logger.info("smaller experts: the dense model exceeds the budget even with one feature per expert")
     return {}
 
 
 def _absolute(costs: Costs, target: float) -> tuple[Any, float]:
-    """The budget as parameters where it is a mean S, which another model has another number of weights for."""
+    """Return the budget in parameters if it is a mean S, which is no cost across models with different weights."""
     if costs.quantity != "sparsity":
         return costs.quantity, target
     counted = replace(costs, quantity="parameters")
@@ -114,21 +115,21 @@ def _moe_changed(config: ModelConfig, **changed: int) -> ModelConfig:
 
 
 def with_experts_per_token(model: Transformer, num_experts: int) -> Transformer:
-    """A model on the same weights, which are not copied, whose tokens use ``num_experts`` experts; for evaluation."""
+    """Return a model for evaluation that shares the weights and uses ``num_experts`` experts per token."""
     device = model.embedding.weight.device
     other = Transformer(_moe_changed(model.config, experts_per_token=num_experts), device=device)
     other.load_state_dict(model.state_dict(), assign=True)
-    other.to(device)  # what is no weight
+    other.to(device)  # buffers, which load_state_dict does not assign
     other.set_sparsity(model.sparsity_plan)
     return other.eval()
 
 
 @contextmanager
 def features_dropped(model: Transformer, sequences: DocumentSequences, kept: int) -> Iterator[None]:
-    """Every expert with its ``kept`` most important features alone, while it lasts.
+    """Reduce every expert to its ``kept`` most important features inside the context.
 
-    A feature weighs the mean of its magnitude over the expert's rows, as the model runs now, times the L2 norm of its
-    row of ``w_down``: what it adds to the output on average. The row of a dropped feature is 0 meanwhile.
+    The importance of a feature is the mean of its magnitude over the rows of the expert under the current plan, times
+    the L2 norm of its row of ``w_down``: its mean contribution to the output. Rows of dropped features are set to 0.
     """
     importance = _mean_magnitudes(model, sequences)
     saved: dict[Block, Tensor] = {}
@@ -138,8 +139,8 @@ def features_dropped(model: Transformer, sequences: DocumentSequences, kept: int
                 assert block.moe is not None
                 weight = block.moe.experts.w_down
                 saved[block] = weight.detach().clone()
-                weighs_EF = mean_EF * weight.norm(dim=-1)
-                weight.mul_(topk_mask(weighs_EF, kept)[..., None])
+                importance_EF = mean_EF * weight.norm(dim=-1)
+                weight.mul_(topk_mask(importance_EF, kept)[..., None])
         yield
     finally:
         with torch.no_grad():
@@ -150,7 +151,7 @@ def features_dropped(model: Transformer, sequences: DocumentSequences, kept: int
 
 @torch.no_grad()
 def _mean_magnitudes(model: Transformer, sequences: DocumentSequences) -> dict[Block, Tensor]:
-    """``(E, F)`` of every layer with experts: mean magnitude of the dense hidden rows; 0 for an expert without rows."""
+    """Return the mean magnitude of each hidden feature per MoE layer, ``(E, F)``; 0 for an expert without rows."""
     device, num_experts = model.embedding.weight.device, model.config.moe.num_experts
     blocks = [block for block in model.blocks() if block.moe is not None]
     sums = {block: torch.zeros(num_experts, model.config.moe.expert_hidden_size, device=device) for block in blocks}
@@ -169,7 +170,7 @@ def _mean_magnitudes(model: Transformer, sequences: DocumentSequences) -> dict[B
 
 
 def _hidden_hooks(blocks: list[Block], callback: Any) -> AbstractContextManager[None]:
-    """Attach ``callback``, called with the block too, to the hidden site of every block's experts."""
+    """Attach ``callback`` to the hidden site of the experts of every block; its first argument is the block."""
     return site_hooks(
         {b.moe.experts.hidden_site: partial(callback, b) for b in blocks if b.moe is not None}, ranks=True
     )
@@ -177,8 +178,11 @@ def _hidden_hooks(blocks: list[Block], callback: Any) -> AbstractContextManager[
 
 @contextmanager
 def pooled_selection(model: Transformer) -> Iterator[None]:
-    """At ``expert_hidden`` a token's experts share their K, while it lasts: of all A F features, each times its router
-    weight, the largest A K are kept. S must be the same for all experts of a layer."""
+    """Pool the selection at ``expert_hidden`` over the experts of a token inside the context.
+
+    Of the A F hidden features of a token, each times its router weight, the A K largest are selected. All experts of a
+    layer must have the same S.
+    """
     blocks = [block for block in model.blocks() if block.moe is not None]
     routings: dict[Block, Routing] = {}
 
@@ -203,15 +207,15 @@ def pooled_selection(model: Transformer) -> Iterator[None]:
 
 
 def pooled_mask(x_NF: Tensor, routing: Routing, num_kept: int) -> Tensor:
-    """``(N, F)`` bool, true A K times for every token.
+    """Return the mask of the selected features, ``(N, F)`` bool, true A K times per token.
 
     Args:
-        x_NF: rows sorted by expert, within an expert by token; every token has A.
-        routing: of the T tokens.
-        num_kept: K, on average over a token's rows.
+        x_NF: rows sorted by expert and within an expert by token; every token has A rows.
+        routing: the routing of the T tokens.
+        num_kept: K, the mean over the rows of a token.
     """
     per_token = routing.expert_ids_TA.shape[1]
-    # The slot, token * A + choice, of every row: what a stable sort by expert makes of the slots in order.
+    # The slot of a row is token * A + choice. A stable sort of the slots by expert gives the order of the rows.
     slot_N = routing.expert_ids_TA.flatten().argsort(stable=True)
     weighted_NF = x_NF * routing.weights_TA.flatten()[slot_N, None].to(x_NF.dtype)
     by_token = torch.empty_like(weighted_NF).index_copy_(0, slot_N, weighted_NF).view(-1, per_token * x_NF.shape[1])

@@ -1,4 +1,4 @@
-"""Plans of the same cost on held-out rows: loss with its interval, and the cost that was measured there."""
+"""Compare plans of the same cost on held-out sequences: the loss with its interval, and the measured cost."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ ALLOCATED, UNIFORM, GREEDY, DENSE = "allocated", "uniform", "greedy by layer", "
 
 @dataclass(frozen=True)
 class PlanComparison:
-    """One way to spend the budget, on the held-out rows."""
+    """The result of one plan on the held-out sequences."""
 
     name: str
     loss: float
-    """Nats a token."""
+    """Loss in nats per token."""
     against_uniform: float
-    """Difference of the loss to uniform S."""
+    """Difference between its loss and the loss under uniform S."""
     interval: tuple[float, float]
-    """Of that difference, 95 % by bootstrap over documents."""
+    """95 % bootstrap interval of that difference, over documents."""
     cost: float
-    """In the unit of the budget, with the load that was measured on the held-out rows under this very plan."""
+    """Cost in the unit of the budget, under the expert load measured on the held-out sequences with this plan."""
     gap_closed: float | None
-    """Share of the distance from uniform S to the dense model; None where the interval of that distance holds 0."""
+    """Share of the gap between uniform S and the dense model; None if the interval of that gap contains 0."""
 
 
 def rival_plans(
@@ -44,10 +44,10 @@ def rival_plans(
     num_random: int = 5,
     rounds: int = 3,
 ) -> dict[str, SparsityPlan]:
-    """All plans of one budget by name, made from the rows of the sensitivities; the model keeps its plan.
+    """Return all plans of one budget by name. The plan of the model is the same after the call.
 
     Raises:
-        ConfigError: no plan keeps to the budget.
+        ConfigError: no plan meets the budget.
     """
     uniform = uniform_at(model.sparsity_plan, costs, target)
     plans = {
@@ -61,7 +61,10 @@ def rival_plans(
 def load_under_uniform(
     model: Transformer, sequences: DocumentSequences, costs: Costs, target: float, *, rounds: int = 2
 ) -> Costs:
-    """``costs`` with the load that the rows have under uniform S at the budget, which depends on that load a little."""
+    """Return ``costs`` with the expert load under uniform S at the budget.
+
+    Uniform S at the budget itself depends slightly on the load, hence the rounds.
+    """
     before = model.sparsity_plan
     try:
         for _ in range(rounds):
@@ -75,7 +78,7 @@ def load_under_uniform(
 def compare(
     model: Transformer, sequences: DocumentSequences, plans: Mapping[str, SparsityPlan], costs: Costs
 ) -> tuple[PlanComparison, ...]:
-    """Every plan, and the dense model, on rows that no plan was made from; uniform S must be among the plans."""
+    """Compare every plan and the dense model on held-out sequences; uniform S must be among the plans."""
     before = model.sparsity_plan
     found: dict[str, tuple[Array, float]] = {}
     try:
@@ -89,21 +92,21 @@ def compare(
 
 
 def comparisons(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tuple[PlanComparison, ...]:
-    """From the losses by document and the measured cost of each; uniform S and the dense model are among them."""
+    """Return the comparison from the loss per document and the cost of each; uniform S and dense must be among them."""
     uniform_C, dense_C = found[UNIFORM][0], found[DENSE][0]
     gap = float((uniform_C - dense_C).sum())
-    apart = np.stack([losses_C - uniform_C for losses_C, _ in found.values()])
-    low, high = bootstrap_intervals(apart, labels_C)
-    # A ratio over a distance that may be 0, or of the other sign, says nothing.
-    is_told = bool(high[list(found).index(DENSE)] < 0)
+    differences_XC = np.stack([losses_C - uniform_C for losses_C, _ in found.values()])
+    low, high = bootstrap_intervals(differences_XC, labels_C)
+    # If the gap may be 0 or negative, a ratio over it has no meaning.
+    has_gap = bool(high[list(found).index(DENSE)] < 0)
     return tuple(
         PlanComparison(
             name=name,
             loss=float(losses_C.sum() / labels_C.sum()),
-            against_uniform=float(apart[i].sum() / labels_C.sum()),
+            against_uniform=float(differences_XC[i].sum() / labels_C.sum()),
             interval=(float(low[i]), float(high[i])),
             cost=cost,
-            gap_closed=float(-apart[i].sum() / gap) if is_told else None,
+            gap_closed=float(-differences_XC[i].sum() / gap) if has_gap else None,
         )
         for i, (name, (losses_C, cost)) in enumerate(found.items())
     )

@@ -1,4 +1,4 @@
-"""A short training of a finished run's model with each of several plans, on the same rows and at the same rate."""
+"""Continue training a finished run with each of several plans, on the same sequences and at the same rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
 
 RATE = 0.1
-"""Of the run's peak learning rate: about what continued training of published runs begins with."""
+"""Share of the peak learning rate of the run, close to the rate at which published continued training begins."""
 
 
 def compare_after_training(
@@ -36,12 +36,13 @@ def compare_after_training(
     steps: int,
     device: str,
 ) -> tuple[PlanComparison, ...]:
-    """Train the newest checkpoint with the allocated, the uniform, the greedy and the first random plan, and dense.
+    """Continue from the newest checkpoint with the allocated, the uniform, the greedy, one random plan, and dense.
 
-    Each takes up weights and Adam's moments of the run and the rows that come next in it; the folder stays as it is.
+    Each starts with the weights and the Adam moments of the run and reads the sequences that follow in it. The run
+    folder is not changed.
 
     Raises:
-        CheckpointError, TrainingDiverged: as training does.
+        CheckpointError, TrainingDiverged: under the same conditions as in training.
     """
     chosen = {name: plans[name] for name in (ALLOCATED, UNIFORM, GREEDY, "random 0") if name in plans}
     chosen[DENSE] = SparsityPlan.uniform(costs.config, 0.0)
@@ -76,6 +77,7 @@ def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, dis
         for step in range(first, first + steps):
             model.train()
             model.set_ste_share(ste_share(config.model.sparsity, step))
+            # Constant, so that the comparison does not depend on a schedule of the rate.
             rate = RATE * config.training.learning_rate
             train_step(engine, loader.batches(step), step=step + 1, learning_rate=rate, guard=guard, report=False)
     finally:

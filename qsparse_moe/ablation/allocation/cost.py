@@ -1,6 +1,6 @@
-"""What a plan costs a token, with the experts' load counted: parameters, operations or bytes, cell by cell.
+"""The cost of a plan per token under a given expert load: parameters, operations, or bytes, cell by cell.
 
-E experts, A experts a token, K kept features, B tokens a step.
+E experts, A experts per token, K selected features, B tokens per step.
 """
 
 from __future__ import annotations
@@ -25,18 +25,17 @@ from qsparse_moe.training.engines.protocol import run_model
 
 Quantity = Literal["sparsity", "parameters", "flops", "bytes"]
 Load = Mapping[int, tuple[float, ...]]
-"""Of every layer with experts, the share of tokens that uses each: between 0 and 1, A over all."""
+"""For every MoE layer, the share of tokens that use each expert: between 0 and 1, A in total."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Counts one quantity, under one load.
+    """A cost model for one quantity under one expert load.
 
-    ``parameters``: elements of matrices and of all else that a token uses and whose input is kept, as
-    ``accounting.parameters`` counts them, but by the experts' load. ``sparsity``: the share of the elements behind
-    sites that are not kept, so a mean S in which each matrix weighs as much as tokens use it. ``flops``: forward, at
-    ``context`` tokens, the selection of every sparse row among them. ``bytes``: weights read in a step of ``batch``
-    independent tokens.
+    ``parameters``: parameters that a token uses and whose input is selected, as in ``accounting.parameters`` but
+    weighted by the expert load. ``sparsity``: the share of the elements behind sites whose input is not selected, which
+    is a mean S with each matrix weighted by its use. ``flops``: operations of the forward pass at ``context`` tokens,
+    including the selection of every sparse row. ``bytes``: weights read in a step of ``batch`` independent tokens.
     """
 
     config: ModelConfig
@@ -47,34 +46,36 @@ class Costs:
     bytes_per_weight: float = 4.0
 
     def of(self, plan: SparsityPlan) -> float:
-        """Of the whole model; of ``sparsity`` the mean S."""
+        """Return the cost of the whole model under ``plan``; for ``sparsity``, its mean S."""
         total = sum(self.of_cell(cell, sparsity_of(plan, cell)) for cell in cells_of(plan))
         if self.quantity == "sparsity":
             return 1.0 - total / self._behind_sites
         return total + self.fixed
 
     def total_at(self, target: float) -> float:
-        """What ``of_cell`` may add up to, so that a plan keeps to ``target``."""
+        """Return the sum of ``of_cell`` over all cells at which a plan exactly meets ``target``."""
         return (1.0 - target) * self._behind_sites if self.quantity == "sparsity" else target - self.fixed
 
     def shown_at(self, total: float) -> float:
-        """The inverse of ``total_at``: the budget that a sum over cells keeps to."""
+        """Return the budget that a sum over cells meets: the inverse of ``total_at``."""
         return 1.0 - total / self._behind_sites if self.quantity == "sparsity" else total + self.fixed
 
     def of_cell(self, cell: Cell, sparsity: float) -> float:
-        """What one cell adds at S: parameters (also for ``sparsity``), operations or bytes."""
+        """Return the cost of one cell at S: parameters (also for ``sparsity``), operations, or bytes."""
         width = site_width(self.config, cell.site)
         kept = site_num_kept(self.config.sparsity, sparsity, width)
         used, size = self.used(cell), self._size(cell.layer, cell.site)
         if self.quantity == "bytes":
+            # Tokens of a step share the rows that they read: each counts once.
             return self.bytes_per_weight * size * union(used * kept / width, self.batch)
         parameters = used * size * kept / width
         if self.quantity != "flops":
             return parameters
+        # A dense row needs no selection, which takes about two operations per feature.
         return 2 * parameters + (2 * width * used if kept < width else 0.0)
 
     def used(self, cell: Cell) -> float:
-        """The share of tokens that uses the cell."""
+        """Return the share of tokens that use the cell."""
         return 1.0 if cell.expert is None else self.load[cell.layer][cell.expert]
 
     def _size(self, layer: int, site: Site) -> int:
@@ -82,13 +83,13 @@ class Costs:
 
     @cached_property
     def _sizes(self) -> dict[tuple[int, Site], int]:
-        """Elements of the matrices behind every site, of one expert."""
+        """Number of elements of the matrices behind every site, for one expert."""
         found: dict[tuple[int, Site], int] = {}
         for weight in self._weights:
             if weight.site is not None:
                 share = self.config.moe.experts_per_token if weight.site in EXPERT_SITES else 1
-                place = (weight.layer, weight.site)
-                found[place] = found.get(place, 0) + weight.active // share
+                key = (weight.layer, weight.site)
+                found[key] = found.get(key, 0) + weight.active // share
         return found
 
     @cached_property
@@ -102,9 +103,10 @@ class Costs:
 
     @cached_property
     def fixed(self) -> float:
-        """What no plan changes: embedding, norms, routers, head, attention scores."""
+        """The cost that no plan changes: embedding, norms, routers, head, and attention scores."""
         others = [weight for weight in self._weights if weight.site is None]
         if self.quantity == "bytes":
+            # Each token reads its own row of the embedding; one row is in the count of active parameters already.
             embedding = self.config.hidden_size * (min(self.batch, vocab_size(self.config)) - 1)
             return self.bytes_per_weight * (sum(weight.active for weight in others) + embedding)
         if self.quantity == "flops":
@@ -115,7 +117,7 @@ class Costs:
 
 @torch.no_grad()
 def measured_load(model: Transformer, sequences: DocumentSequences) -> Load:
-    """Which share of the tokens of ``rows`` uses each expert, at the model's plan."""
+    """Return the share of the tokens of ``sequences`` that use each expert under the plan of the model."""
     total = None
     for batch in sequences.batches:
         output = run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)

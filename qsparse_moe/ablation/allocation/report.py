@@ -1,4 +1,4 @@
-"""An allocation as JSON and as Markdown."""
+"""Write an allocation as JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from qsparse_moe.ablation.sensitivity.report import table
 from qsparse_moe.metrics.tensorboard import plan_table
 
 FORMAT = "qsparse_moe.allocation/1"
-_HEAD = ("plan", "loss", "against uniform", "95 % interval", "cost measured", "gap closed")
-
-GAP_NOT_TOLD = "gap not told from 0"
+HEAD = ("plan", "loss", "against uniform", "95 % interval", "measured cost", "gap closed")
+"""The columns of ``comparison_rows``."""
+NO_GAP = "gap not distinguishable from 0"
 
 
 def as_dict(found: Allocation, *, run_dir: Path, output: Path) -> dict[str, Any]:
-    """All but the plan, which has a file of its own; JSON-able."""
+    """Return everything but the plan as values that JSON can hold. The keys are public and do not follow renamings."""
     return {
         "format": FORMAT,
         "run_dir": str(run_dir),
@@ -37,23 +37,23 @@ def as_dict(found: Allocation, *, run_dir: Path, output: Path) -> dict[str, Any]
 
 
 def markdown(found: Allocation, *, title: str) -> str:
-    """The comparison, what training made of it, and the plan."""
+    """Return the comparisons before and after training, and the plan."""
     parts = [
         f"# {title}",
-        f"Budget: {found.quantity} {found.target:,.6g}; the plan comes to {found.planned:,.6g} with the load of the "
-        f"rows that it was made from. After step {found.step}; {found.num_sequences} training rows for the plans, "
-        f"{found.num_held_out} validation rows for the figures. Losses in nats a token; the interval is that of the "
-        "difference, by bootstrap over documents.",
-        table(_HEAD, comparison_rows([asdict(one) for one in (*found.comparisons, *found.alternatives)])),
+        f"Budget: {found.quantity} {found.target:,.6g}; the plan costs {found.planned:,.6g} under the expert load of "
+        f"the sequences that it was made from. Checkpoint of step {found.step}; {found.num_sequences} training "
+        f"sequences for the plans, {found.num_held_out} validation sequences for the comparison. Losses are in nats "
+        "per token; the interval is that of the difference, by bootstrap over documents.",
+        table(HEAD, comparison_rows([asdict(one) for one in (*found.comparisons, *found.alternatives)])),
     ]
     if found.after_training:
         parts += [f"After {found.train_steps} steps of training with each plan:"]
-        parts += [table(_HEAD, comparison_rows([asdict(one) for one in found.after_training]))]
+        parts += [table(HEAD, comparison_rows([asdict(one) for one in found.after_training]))]
     return "\n\n".join([*parts, "S of the plan:", plan_table(found.plan)]) + "\n"
 
 
 def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The columns of a comparison as text."""
+    """Return the rows of a comparison table as text, in the order of ``HEAD``."""
     return [
         (
             one["name"],
@@ -61,7 +61,7 @@ def comparison_rows(comparisons: Sequence[dict[str, Any]]) -> list[tuple[str, ..
             f"{one['against_uniform']:+.4f}",
             f"{one['interval'][0]:+.4f} to {one['interval'][1]:+.4f}",
             f"{one['cost']:,.5g}",
-            GAP_NOT_TOLD if one["gap_closed"] is None else f"{one['gap_closed']:.2f}",
+            NO_GAP if one["gap_closed"] is None else f"{one['gap_closed']:.2f}",
         )
         for one in comparisons
     ]

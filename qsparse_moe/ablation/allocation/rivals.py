@@ -1,4 +1,4 @@
-"""Plans that an allocation is compared with: greedy by layer, as TEAL does it, and random ones."""
+"""Plans that an allocation is compared with: greedy per layer, as in TEAL, and random."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.engines.protocol import run_model
 
-_STEP = 0.05
+_STEP = 0.05  # the spacing of FINE_VALUES, at which the allocation estimates its curves
 _RANDOM_SPREAD = 0.3
 
 
 def random_plan(plan: SparsityPlan, costs: Costs, target: float, seed: int) -> SparsityPlan:
-    """S uniform within 0.3 of a level, the level being what the budget asks for.
+    """Return a plan whose S is drawn uniformly within 0.3 of a level that meets the budget.
 
     Raises:
-        ConfigError: no such plan keeps to the budget.
+        ConfigError: no such plan meets the budget.
     """
     generator = np.random.default_rng(seed)
     cells = cells_of(plan)
@@ -40,11 +40,11 @@ def random_plan(plan: SparsityPlan, costs: Costs, target: float, seed: int) -> S
 def greedy_plan(
     model: Transformer, sequences: DocumentSequences, uniform: SparsityPlan, costs: Costs, target: float
 ) -> SparsityPlan:
-    """S by site, found layer by layer as TEAL does (arXiv 2408.14690, algorithm 1).
+    """Return a plan with one S per layer and site, found layer by layer as in TEAL (arXiv 2408.14690, algorithm 1).
 
-    A layer begins dense. The site whose next step changes the layer's output least, by the squared L2 distance for what
-    the step saves, takes it, until the layer costs what it does under ``uniform``. All experts of a layer have the same
-    S. The model keeps its plan.
+    A layer starts dense. In each iteration, the site with the smallest squared L2 change of the layer output per cost
+    saved takes one step of S, until the layer costs as much as under ``uniform``. All experts of a layer have the same
+    S. The plan of the model is the same after the call.
     """
     before = model.sparsity_plan
     found: dict[tuple[int, Site], float] = {}
@@ -57,6 +57,7 @@ def greedy_plan(
             found |= _greedy_layer(block, inputs[block], uniform, costs)
     finally:
         model.set_sparsity(before)
+    # The layers meet their budgets only to within one step; the shift makes the cost exactly comparable.
     cells = {cell: found[cell.layer, cell.site] for cell in cells_of(uniform)}
     return shifted(uniform, cells, costs, target)
 
@@ -64,23 +65,23 @@ def greedy_plan(
 def _greedy_layer(
     block: Block, inputs: Sequence[tuple[Any, ...]], uniform: SparsityPlan, costs: Costs
 ) -> dict[tuple[int, Site], float]:
-    plan = SparsityPlan({place: (0.0,) * len(values) for place, values in uniform.values.items()})
+    plan = SparsityPlan({key: (0.0,) * len(values) for key, values in uniform.values.items()})
     own = [cell for cell in cells_of(uniform) if cell.layer == block.layer]
-    room = sum(costs.of_cell(cell, sparsity_of(uniform, cell)) for cell in own)
+    budget = sum(costs.of_cell(cell, sparsity_of(uniform, cell)) for cell in own)
     block.set_sparsity(plan)
-    wanted = [block(*arguments).hidden_BSD for arguments in inputs]
+    dense = [block(*arguments).hidden_BSD for arguments in inputs]
     levels = dict.fromkeys(plan.sites(block.layer), 0.0)
 
     def cost_at(site: Site, level: float) -> float:
         return sum(costs.of_cell(cell, level) for cell in own if cell.site == site)
 
-    while sum(cost_at(site, level) for site, level in levels.items()) > room:
+    while sum(cost_at(site, level) for site, level in levels.items()) > budget:
         prices = {}
         for site, level in levels.items():
             if level + _STEP <= MOST_SPARSE + 1e-9:
                 saved = cost_at(site, level) - cost_at(site, level + _STEP)
                 tried = _with_levels(plan, own, levels | {site: level + _STEP})
-                prices[site] = _distance(block, tried, inputs, wanted) / max(saved, 1e-12)
+                prices[site] = _distance(block, tried, inputs, dense) / max(saved, 1e-12)
         levels[min(prices, key=lambda site: prices[site])] += _STEP
     return {(block.layer, site): level for site, level in levels.items()}
 
@@ -89,18 +90,18 @@ def _with_levels(plan: SparsityPlan, own: Sequence[Cell], levels: dict[Site, flo
     return with_cells(plan, {cell: levels[cell.site] for cell in own})
 
 
-def _distance(block: Block, plan: SparsityPlan, inputs: Sequence[tuple[Any, ...]], wanted: Sequence[Tensor]) -> float:
+def _distance(block: Block, plan: SparsityPlan, inputs: Sequence[tuple[Any, ...]], dense: Sequence[Tensor]) -> float:
     block.set_sparsity(plan)
-    apart = [
-        (block(*arguments).hidden_BSD - want).double().square().sum()
-        for arguments, want in zip(inputs, wanted, strict=True)
+    distances = [
+        (block(*arguments).hidden_BSD - dense_BSD).double().square().sum()
+        for arguments, dense_BSD in zip(inputs, dense, strict=True)
     ]
-    return float(torch.stack(apart).sum())
+    return float(torch.stack(distances).sum())
 
 
 @contextmanager
 def _inputs(model: Transformer) -> Iterator[dict[Block, list[tuple[Any, ...]]]]:
-    """What every layer is called with by the forwards inside."""
+    """Record the arguments with which every layer is called inside the context."""
     found: dict[Block, list[tuple[Any, ...]]] = {block: [] for block in model.blocks()}
 
     def remember(block: Any, arguments: tuple[Any, ...]) -> None:

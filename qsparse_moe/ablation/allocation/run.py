@@ -1,4 +1,4 @@
-"""A run's plan for a budget, and how it does against other ways to spend the same."""
+"""Allocate a plan for a run and a budget, and compare it with other plans of the same cost."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ from qsparse_moe.training.calibrate import default_num_rows
 
 @dataclass(frozen=True)
 class Allocation:
-    """The plan and the comparison."""
+    """The allocated plan and its comparisons."""
 
     plan: SparsityPlan
     quantity: Quantity
     target: float
     planned: float
-    """What the plan costs with the load of the rows that it was made from."""
+    """Cost of the plan under the expert load of the sequences that it was made from."""
     step: int
-    """Steps that the run was trained."""
+    """Number of training steps of the checkpoint."""
     num_sequences: int
-    """Training rows that the plans were made from."""
+    """Number of training sequences that the plans were made from."""
     num_held_out: int
-    """Validation rows that they were compared on."""
+    """Number of validation sequences that the plans were compared on."""
     comparisons: tuple[PlanComparison, ...]
-    """Without training."""
+    """The plans without further training."""
     alternatives: tuple[PlanComparison, ...]
-    """Other ways to the same cost, without training."""
+    """Other models of the same cost, without further training."""
     train_steps: int
     after_training: tuple[PlanComparison, ...]
-    """The allocated, the uniform and the greedy plan and one random one, after as many steps each; else empty."""
+    """The plans after ``train_steps`` steps each; empty if there was no further training."""
 
 
 def allocate_run(
@@ -55,22 +55,22 @@ def allocate_run(
     train_steps: int = 0,
     device: str = "cpu",
 ) -> Allocation:
-    """Allocate for a budget with a run's newest checkpoint, and compare on validation rows.
+    """Allocate a plan for the newest checkpoint of a run, and compare it on validation sequences.
 
     Args:
-        run_dir: a run folder.
-        quantity: what the budget bounds.
+        run_dir: the run folder.
+        quantity: the quantity that the budget limits.
         target: the budget.
-        batch: tokens of a step, where bytes are bounded.
-        num_sequences: training rows that the plans are made from; None takes some 4,000 tokens an expert.
-        rounds: passes that the plan is improved in.
-        num_random: random plans to compare with.
-        train_steps: of continued training with each plan; 0: none.
+        batch: number of tokens per step, for a budget of bytes.
+        num_sequences: number of training sequences for the plans; None means about 4,000 tokens per expert.
+        rounds: number of rounds of estimating and allocating.
+        num_random: number of random plans to compare with.
+        train_steps: number of steps of continued training per plan; 0 means none.
         device: ``cpu`` or ``cuda``.
 
     Raises:
-        ConfigError: the budget cannot be met, with the nearest that can; or the run does not select by rank.
-        CheckpointError: as ``load_run``.
+        ConfigError: the budget cannot be met, or the run does not select by rank.
+        CheckpointError: under the same conditions as in ``load_run``.
     """
     config, model, step = load_ranked(run_dir, torch.device(device), None)
     data, size = load_data(config.data), config.training.micro_batch_size
@@ -89,7 +89,7 @@ def allocate_run(
     )
     costs = load_under_uniform(model, sequences, costs, target)
     plans = rival_plans(model, sequences, costs, target, num_random=num_random, rounds=rounds)
-    without = compare(model, held_out, plans, costs)
+    comparisons = compare(model, held_out, plans, costs)
     return Allocation(
         plan=plans[ALLOCATED],
         quantity=quantity,
@@ -98,7 +98,7 @@ def allocate_run(
         step=step,
         num_sequences=sequences.num_sequences,
         num_held_out=held_out.num_sequences,
-        comparisons=without,
+        comparisons=comparisons,
         alternatives=compare_alternatives(model, sequences, held_out, plans, costs, target),
         train_steps=train_steps,
         after_training=compare_after_training(run_dir, plans, held_out, costs, train_steps, device)

@@ -1,1 +1,1 @@
-"""Grids: many runs from one file, their results, report, and figures."""
+"""Grids: many runs from one file, with their results, report, and figures."""

@@ -1,4 +1,4 @@
-"""Processes of runs that end together: the first signal lets each save its checkpoint, a second Ctrl-C does not."""
+"""Run several processes that end together: the first signal lets each save a checkpoint, a second Ctrl-C kills them."""
 
 from __future__ import annotations
 
@@ -13,27 +13,31 @@ from types import FrameType
 
 from qsparse_moe.training.interrupt import CaughtSignals
 
-# The launcher (0.19.8) kills a rank that is still there 30 s after its SIGTERM.
+# The DeepSpeed launcher (0.19.8) kills a rank 30 s after its SIGTERM; 45 s leave time for that.
 _PATIENCE_SECONDS = 45.0
 
 
 class Children(CaughtSignals):
-    """While it is entered, SIGINT, SIGTERM and SIGUSR1 go to the children as SIGTERM, and no new one is started.
+    """A context in which SIGINT, SIGTERM, and SIGUSR1 are passed to the children as SIGTERM and no new child starts.
 
-    Each child leads a session of its own: a Ctrl-C of the terminal reaches it through here only, and whatever the
-    launcher starts below it gets the signal too.
+    Each child leads its own session, so that a Ctrl-C in the terminal reaches it only through this class, and so that
+    a signal to its process group also reaches the ranks that a launcher started.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.stopped_by = 0
-        """Number of the first signal, 0 while there is none."""
+        """Number of the first signal, 0 before any signal."""
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
     def run(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int | None:
-        """Run ``command`` to its end, what it prints appended to ``log``; its exit code, None once all are stopped."""
+        """Run ``command`` to its end and append its output to ``log``.
+
+        Return the exit code, or None if a signal came before the start.
+        """
         with log.open("ab") as output:
+            # Under the lock, so that a signal cannot come between the check and the registration of the child.
             with self._lock:
                 if self.stopped_by:
                     return None
@@ -58,7 +62,7 @@ class Children(CaughtSignals):
 
 
 def _send(group: int, number: int) -> bool:
-    """Whether the group was still there."""
+    """Send a signal to a process group; return whether the group still existed. Signal 0 only asks."""
     try:
         os.killpg(group, number)
     except ProcessLookupError:
@@ -67,7 +71,7 @@ def _send(group: int, number: int) -> bool:
 
 
 def _wait_for_group(group: int) -> None:
-    """The launcher's outer process ends at once on SIGTERM; its ranks still write their checkpoint."""
+    """Wait for the ranks: the outer process of the launcher ends at once on SIGTERM while they save a checkpoint."""
     end = time.monotonic() + _PATIENCE_SECONDS
     while time.monotonic() < end and _send(group, 0):
         time.sleep(0.1)

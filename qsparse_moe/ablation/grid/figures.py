@@ -1,4 +1,4 @@
-"""The figures of a grid, each drawn only where the rows of its results have the axes for it."""
+"""The figures of a grid, each drawn only if the results vary what it shows."""
 
 from __future__ import annotations
 
@@ -15,30 +15,31 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from qsparse_moe.ablation.grid.expert_figures import expert_maps
 from qsparse_moe.ablation.grid.panels import LOSS, colour_bar, panels_of, split_by
 from qsparse_moe.ablation.grid.scan_figures import MEAN, loss_by_cell, loss_by_sparsity, sparsity_axis
-from qsparse_moe.ablation.grid.variants import Row, VariantResult, variant_results
+from qsparse_moe.ablation.grid.variants import Record, VariantResult, variant_results
 from qsparse_moe.errors import naming
 
 _SHAPE = ("hidden_size", "num_layers")
 _MOST_PANELS = 4
 _MOST_NAMES = 6
 _WIDE = 8.0
-"""Costs that differ by more than this factor stand on a logarithmic axis."""
+"""Costs that differ by more than this factor get a logarithmic axis."""
 _PAPER = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 
 
-def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
-    """Write the PNG files that ``rows`` of results have the axes for into ``folder``: their titles by file name."""
-    points = variant_results(rows)
+def draw_figures(records: Sequence[Record], folder: Path) -> dict[str, str]:
+    """Write the figures that apply to ``records`` into ``folder``, as PNG files; return their titles by file name."""
+    variants = variant_results(records)
     drawings = {
-        "loss-by-sparsity.png": ("Validation loss by S and experts", loss_by_sparsity(points)),
-        "loss-by-place.png": ("Validation loss by S at each place that is changed", loss_by_cell(points)),
-        "loss-by-expert.png": ("Change of the validation loss by the expert that is changed", expert_maps(points)),
-        "loss-by-parameters.png": ("Validation loss by active parameters", loss_by_parameters(points)),
-        "iso-loss.png": ("Validation loss over E/A and S", iso_loss(points)),
+        "loss-by-sparsity.png": ("Validation loss by S and experts", loss_by_sparsity(variants)),
+        "loss-by-place.png": ("Change of the validation loss by S of the changed cells", loss_by_cell(variants)),
+        "loss-by-expert.png": ("Change of the validation loss by changed expert", expert_maps(variants)),
+        "loss-by-parameters.png": ("Validation loss by active parameters", loss_by_parameters(variants)),
+        "iso-loss.png": ("Validation loss over E/A and S", iso_loss(variants)),
     }
     found = {}
     for name, (title, figure) in drawings.items():
         if figure is not None:
+            # Renamed when complete, so that a reader never sees half a picture.
             part = folder / f"{name}.part"
             with naming(part):
                 FigureCanvasAgg(figure).print_png(str(part))
@@ -47,21 +48,21 @@ def draw_figures(rows: Sequence[Row], folder: Path) -> dict[str, str]:
     return found
 
 
-def loss_by_parameters(points: Sequence[VariantResult]) -> Figure | None:
-    """Loss against the parameters that a token uses, by routing and by what Q-Sparse keeps, with the Pareto fronts.
+def loss_by_parameters(variants: Sequence[VariantResult]) -> Figure | None:
+    """Draw the loss against active parameters, by routing and with Q-Sparse, with the Pareto fronts.
 
-    None where neither varies.
+    None if neither count varies.
     """
     names = {
         "active_parameters": "thousand parameters active by routing",
-        "kept_parameters": "thousand of them kept by Q-Sparse",
+        "kept_parameters": "thousand parameters active with Q-Sparse",
     }
-    shown = [name for name in names if len({point.row[name] for point in points}) > 1]
+    shown = [name for name in names if len({variant.record[name] for variant in variants}) > 1]
     if not shown:
         return None
     figure, axes = panels_of(dict.fromkeys(names[name] for name in shown))
     for axis, name in zip(axes, shown, strict=True):
-        colored = _scatter(axis, points, name)
+        colored = _scatter(axis, variants, name)
         axis.set_xlabel(names[name])
         axis.set_title("")
     colour_bar(figure, axes, colored, MEAN)
@@ -69,25 +70,25 @@ def loss_by_parameters(points: Sequence[VariantResult]) -> Figure | None:
     return figure
 
 
-def pareto_front(points: Sequence[VariantResult], cost: str) -> list[VariantResult]:
-    """The points that no other beats in loss at the same or a lower ``cost``, by rising cost."""
+def pareto_front(variants: Sequence[VariantResult], cost: str) -> list[VariantResult]:
+    """Return the variants that no other beats in loss at the same or a lower ``cost``, in ascending cost."""
     front: list[VariantResult] = []
-    for point in sorted(points, key=lambda point: (point.row[cost], point.loss)):
-        if not front or point.loss < front[-1].loss:
-            front.append(point)
+    for variant in sorted(variants, key=lambda variant: (variant.record[cost], variant.loss)):
+        if not front or variant.loss < front[-1].loss:
+            front.append(variant)
     return front
 
 
-def iso_loss(points: Sequence[VariantResult]) -> Figure | None:
-    """Contours of equal loss over E/A and S, a panel for every width, depth and A with a complete map of them.
+def iso_loss(variants: Sequence[VariantResult]) -> Figure | None:
+    """Draw contours of equal loss over E/A and S, in one panel per width, depth, and A with a complete map.
 
-    None where there is no such panel.
+    None if there is no such panel.
     """
-    if sparsity_axis(points)[0] != MEAN:
+    if sparsity_axis(variants)[0] != MEAN:
         return None
-    by_panel = split_by(points, (*_SHAPE, "experts_per_token"))
+    by_panel = split_by(variants, (*_SHAPE, "experts_per_token"))
     if len(by_panel) > _MOST_PANELS:
-        by_panel = split_by(points, _SHAPE)
+        by_panel = split_by(variants, _SHAPE)
     maps = {name: found for name, panel in by_panel.items() if (found := _complete_map(panel)) is not None}
     if not maps or len(maps) > _MOST_PANELS:
         return None
@@ -106,22 +107,24 @@ def iso_loss(points: Sequence[VariantResult]) -> Figure | None:
     return figure
 
 
-def _name(point: VariantResult) -> str:
-    """The labels of the point's variant and of its settings of the axes."""
-    labels = [label for label, _ in point.row.get("choices") or ()]
-    return ", ".join(labels) or str(point.row["variant"])
+def _name(variant: VariantResult) -> str:
+    """Return the labels of the choices that make up the variant."""
+    labels = [label for label, _ in variant.record.get("choices") or ()]
+    return ", ".join(labels) or str(variant.record["variant"])
 
 
-def _scatter(axis: Axes, points: Sequence[VariantResult], cost: str) -> PathCollection:
-    front = pareto_front(points, cost)
-    x, y = [point.row[cost] / 1e3 for point in front], [point.loss for point in front]
+def _scatter(axis: Axes, variants: Sequence[VariantResult], cost: str) -> PathCollection:
+    front = pareto_front(variants, cost)
+    x, y = [variant.record[cost] / 1e3 for variant in front], [variant.loss for variant in front]
     axis.step(x, y, "k--", where="post", linewidth=1, label="Pareto front", zorder=1)
-    middle = (min(point.row[cost] for point in points) + max(point.row[cost] for point in points)) / 2e3
-    for point, left, low in zip(front, x, y, strict=True) if len(front) <= _MOST_NAMES else ():
-        away = 4 if left <= middle else -4  # towards the middle: the names may be long
+    middle = (
+        min(variant.record[cost] for variant in variants) + max(variant.record[cost] for variant in variants)
+    ) / 2e3
+    for variant, left, low in zip(front, x, y, strict=True) if len(front) <= _MOST_NAMES else ():
+        away = 4 if left <= middle else -4  # towards the middle, because names may be long
         side = "left" if away > 0 else "right"
         axis.annotate(
-            _name(point),
+            _name(variant),
             (left, low),
             (away, -9),
             textcoords="offset points",
@@ -130,7 +133,7 @@ def _scatter(axis: Axes, points: Sequence[VariantResult], cost: str) -> PathColl
             zorder=3,
             bbox=_PAPER,
         )
-    values = [point.row[cost] for point in points]
+    values = [variant.record[cost] for variant in variants]
     axis.margins(x=0.25, y=0.1)
     if max(values) > _WIDE * min(values):
         axis.set_xscale("log")
@@ -139,16 +142,20 @@ def _scatter(axis: Axes, points: Sequence[VariantResult], cost: str) -> PathColl
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_ylabel(LOSS)
-    costs, losses = [point.row[cost] / 1e3 for point in points], [point.loss for point in points]
-    return axis.scatter(costs, losses, c=[point.row["sparsity"] for point in points], cmap="viridis", zorder=2)
+    costs, losses = [variant.record[cost] / 1e3 for variant in variants], [variant.loss for variant in variants]
+    return axis.scatter(costs, losses, c=[variant.record["sparsity"] for variant in variants], cmap="viridis", zorder=2)
 
 
-def _complete_map(points: Sequence[VariantResult]) -> tuple[list[float], list[float], list[list[float]]] | None:
-    """E/A, S and the loss at each; None unless there is one point at each of at least 2 x 2."""
-    # A mean over other numbers of experts is rounded otherwise.
-    found = {(p.row["num_experts"] / p.row["experts_per_token"], round(p.row["sparsity"], 6)): p.loss for p in points}
+def _complete_map(variants: Sequence[VariantResult]) -> tuple[list[float], list[float], list[list[float]]] | None:
+    """Return E/A, S, and the loss at each pair; None unless there is exactly one variant at each of at least 2 x 2."""
+    # Rounded, because the mean S over different numbers of experts differs in the last bits.
+    found = {
+        (p.record["num_experts"] / p.record["experts_per_token"], round(p.record["sparsity"], 6)): p.loss
+        for p in variants
+    }
     ratios, sparsities = sorted({ratio for ratio, _ in found}), sorted({sparsity for _, sparsity in found})
-    if min(len(ratios), len(sparsities)) < 2 or len(found) < len(points) or len(found) < len(ratios) * len(sparsities):
+    is_complete = len(found) == len(variants) == len(ratios) * len(sparsities)
+    if min(len(ratios), len(sparsities)) < 2 or not is_complete:
         return None
     return ratios, sparsities, [[found[ratio, sparsity] for sparsity in sparsities] for ratio in ratios]
 

@@ -1,4 +1,4 @@
-"""What a grid file may hold, and its points: every variant with every setting of every axis. Imports no torch."""
+"""The schema of a grid file and its points: every variant with every setting of every axis. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from qsparse_moe.config.yaml_text import parse_yaml
 from qsparse_moe.errors import ConfigError
 
 GIVEN = ("training.name", "training.output_dir", "training.seed", "training.resume")
-"""What every run of a grid is given; a grid that sets them too would say two things."""
+"""Settings that the grid itself gives to every run, so that a grid file must not set them."""
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Name = Annotated[str, Field(pattern=_NAME)]
@@ -33,30 +33,32 @@ class _Strict(BaseModel):
 
 
 class ExtraSeeds(_Strict):
-    """Seeds beyond ``seeds``, for some points of the grid."""
+    """Seeds in addition to ``seeds``, for some points of the grid."""
 
     seeds: Seeds
-    """The seeds."""
+    """The additional seeds."""
     points: Annotated[list[str], Field(min_length=1)]
-    """Names of points, which are those of runs without their seed; ``*`` stands for any text."""
+    """Names of points, which are the names of runs without the seed; ``*`` matches any text."""
 
 
 class GridFile(_Strict):
-    """What a grid file may hold: a run for every variant, setting of every axis, and seed."""
+    """The content of a grid file: one run per variant, setting of every axis, and seed."""
 
     base: str
-    """Config file that every run starts from, relative to the grid file."""
+    """The config file of every run, relative to the grid file."""
     seeds: Seeds
-    """One run a point and seed."""
+    """The seeds: one run per point and seed."""
     settings: dict[str, Any] = {}
-    """Settings of every run by dotted path, over those of the base."""
+    """Settings of every run by dotted path, which override the base."""
     variants: Annotated[dict[Name, Settings], Field(min_length=1)] | None = None
-    """By name, the settings in which a variant differs; the first is what the others are compared with. Or a list of
-    settings, each with a ``name`` or named after what it sets."""
+    """Settings of each variant by name; the first is the baseline of all comparisons.
+
+    A list of settings is allowed as well; each entry has a ``name`` or is named after its settings.
+    """
     axes: dict[str, list[Any] | dict[Name, Settings]] = {}
-    """By dotted path a list of values; or, under any name, a mapping of settings that change together, each named."""
+    """A list of values by dotted path, or, under any name, named groups of settings that change together."""
     extra_seeds: list[ExtraSeeds] = []
-    """More seeds for a part of the grid."""
+    """Additional seeds for a part of the grid."""
 
     @field_validator("variants", mode="before")
     @classmethod
@@ -65,32 +67,32 @@ class GridFile(_Strict):
 
 
 class Choice(NamedTuple):
-    """What a point takes of the variants, or of one axis."""
+    """The entry that a point takes from the variants or from one axis."""
 
     label: str
-    """For legends: the name that the file gives it, or else what it sets in words."""
+    """The label for legends: the name in the file, or else the settings in words."""
     paths: tuple[str, ...]
-    """Every setting that any choice of that axis sets."""
+    """The settings that any entry of the same axis sets."""
 
 
 @dataclass(frozen=True)
 class GridPoint:
-    """One combination of a variant and a setting of every axis."""
+    """One point of a grid: a variant combined with one setting of every axis. Results call it a variant."""
 
     name: str
-    """That of its runs, without their seed."""
+    """The name of its runs without the seed."""
     settings: dict[str, Any]
-    """What the variant and the axes set, by dotted path."""
+    """Settings of the variant and the axes, by dotted path."""
     seeds: tuple[int, ...]
     choices: tuple[Choice, ...] = ()
-    """Of the variant and of every axis, in their order."""
+    """The choice of the variant and of each axis, in their order."""
 
 
 def read_grid_file(path: Path) -> GridFile:
-    """The content of ``path``, with every problem that shows without its base config.
+    """Read ``path`` and check everything that does not need its base config.
 
     Raises:
-        ConfigError: it cannot be read, an axis is empty or sets what is no setting, or two of its parts set the same.
+        ConfigError: the file cannot be read, an axis is empty or sets an unknown path, or two parts set the same path.
     """
     try:
         text = path.read_text("utf-8")
@@ -117,10 +119,10 @@ def read_grid_file(path: Path) -> GridFile:
 
 
 def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
-    """The points of ``file`` in its order, the last axis first to change.
+    """Return the points of ``file`` in its order; the last axis varies fastest.
 
     Raises:
-        ConfigError: two points have one name, or extra seeds are for no point.
+        ConfigError: two points have the same name, or no point matches an entry of the extra seeds.
     """
     groups = [_choices(file.variants)] if file.variants else []
     groups += [
@@ -141,7 +143,7 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
             matching = fnmatch.filter(found, pattern)
             if not matching:
                 raise ConfigError(
-                    f"{path}: extra_seeds name {show(pattern)}, which is no point of the grid; its points are "
+                    f"{path}: extra_seeds names {show(pattern)}, which matches no point of the grid; its points are "
                     f"{', '.join(list(found)[:6])}{', ...' if len(found) > 6 else ''}"
                 )
             for name in matching:
@@ -152,7 +154,7 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
 def _choices(
     settings_by_name: Mapping[str, Settings], path: str | None = None
 ) -> list[tuple[str, dict[str, Any], Choice]]:
-    """Name, settings and choice of each; an axis of values (``path``) has labels made of them."""
+    """Return name, settings, and choice of each entry; the labels of an axis of values (``path``) show the values."""
     paths = tuple(dict.fromkeys(other for settings in settings_by_name.values() for other in settings or {}))
     every = [settings or {} for settings in settings_by_name.values()]
     found = []
@@ -164,21 +166,21 @@ def _choices(
 
 
 def _by_name(entries: list[Any]) -> dict[str, Settings]:
-    """A list of variants by their names; one without a name is named after the settings that not all of them have."""
+    """Return a list of variants by name; an entry without a name is named after the settings that distinguish it."""
     if not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError("each entry must be settings by dotted path, with or without a name beside them")
+        raise ValueError("each entry must be a mapping of settings by dotted path, with an optional name")
     every = [{path: value for path, value in entry.items() if path != "name"} for entry in entries]
     found: dict[str, Settings] = {}
     for entry, settings in zip(entries, every, strict=True):
         name = entry.get("name") or name_of(_own_label(settings, every)) or "base"
         if name in found:
-            raise ValueError(f"two of them are named {name}; give one another name")
+            raise ValueError(f"two variants are named {name}; rename one of them")
         found[name] = settings
     return found
 
 
 def _own_label(settings: Mapping[str, Any], every: list[dict[str, Any]]) -> str:
-    """The settings in words, without those, or those overrides, that every variant has."""
+    """Return the settings in words, without the settings and overrides that every variant has."""
     words = []
     for path, value in settings.items():
         if len(every) > 1 and all(path in other and other[path] == value for other in every):
@@ -191,7 +193,7 @@ def _own_label(settings: Mapping[str, Any], every: list[dict[str, Any]]) -> str:
 
 
 def _named(path: str, axis: list[Any] | Mapping[str, Settings]) -> Mapping[str, Settings]:
-    """The settings of an axis by name; a path with values has its letter, or its last part, and the value."""
+    """Return the settings of an axis by name; a value is named by the letter or last part of its path and itself."""
     if not isinstance(axis, list):
         return axis
     return {_value_name(path, value): {path: value} for value in axis}
@@ -206,7 +208,7 @@ def _value_name(path: str, value: Any) -> str:
 
 def _broken_rules(file: GridFile) -> Iterator[str]:
     if len(set(file.seeds)) < len(file.seeds):
-        yield f"seeds ({show(file.seeds)}) hold one twice; keep each once"
+        yield f"seeds ({show(file.seeds)}) contains a seed twice; keep each once"
     yield from _wrong_paths("settings", file.settings)
     yield from _wrong_settings("variants", file.variants or {})
     for name, axis in file.axes.items():
@@ -216,14 +218,14 @@ def _broken_rules(file: GridFile) -> Iterator[str]:
 
 def _wrong_axis(name: str, axis: list[Any] | dict[str, Settings]) -> Iterator[str]:
     if not axis:
-        yield f"axes.{name} is empty; give it values, or remove the axis"
+        yield f"axes.{name} is empty; add values, or remove the axis"
     elif isinstance(axis, list):
         yield from _wrong_paths(f"axes.{name}", {name: None})
         for position, value in enumerate(axis):
             is_named = isinstance(value, str | int | float | None) or (name == OVERRIDES and isinstance(value, list))
             if not is_named or not re.match(_NAME, _value_name(name, value)):
                 yield (
-                    f"axes.{name} has the value {show(value)}, which cannot stand in the name of a run; "
+                    f"axes.{name} has the value {show(value)}, which cannot be part of the name of a run; "
                     f"write the axis as a mapping with a name for each value, such as first: {{{name}: {show(value)}}}"
                 )
             if any(value == other and type(value) is type(other) for other in axis[:position]):
@@ -243,11 +245,11 @@ def _wrong_paths(place: str, settings: Mapping[str, Any]) -> Iterator[str]:
         if len(walk(parts)[0]) < len(parts):
             yield f"{place}: {unknown_setting(parts).message}"
         elif path in GIVEN:
-            yield f"{place} sets {path} ({show(value)}), which every run of a grid is given; remove it"
+            yield f"{place} sets {path} ({show(value)}), which the grid sets for every run; remove it"
 
 
 def _set_twice(file: GridFile) -> Iterator[str]:
-    """What two axes, or an axis and a variant, both set: the one would hide the other."""
+    """Yield the paths that two axes, or an axis and the variants, both set: one would override the other."""
     groups = {"variants": [settings or {} for settings in (file.variants or {}).values()]}
     for name, axis in file.axes.items():
         groups[f"axes.{name}"] = (
@@ -257,4 +259,4 @@ def _set_twice(file: GridFile) -> Iterator[str]:
     for (one, ours), (other, theirs) in itertools.combinations(paths.items(), 2):
         for path in sorted(ours):
             if any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in theirs):
-                yield f"{one} and {other} both set {path}; let one do it, or join them in one axis of named settings"
+                yield f"{one} and {other} both set {path}; remove one, or join them in one axis of named settings"

@@ -1,4 +1,4 @@
-"""A grid file as complete configs with stable ids. Imports no torch."""
+"""Load a grid file as complete configs with stable ids. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 
+# Matches the index of a list item and whatever follows it in a dotted path.
 _ITEM = re.compile(r"\.\d+(\..*)?$")
 
 
@@ -25,45 +26,45 @@ class GridRun:
     """One run of a grid."""
 
     variant: str
-    """The point of the grid: the variant's name and that of each axis' setting."""
+    """Name of the grid point: the name of the variant and of the setting of each axis."""
     seed: int
     config: RunConfig
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """What the variant and the axes set, by dotted path."""
+    """Settings of the variant and the axes, by dotted path."""
     choices: tuple[Choice, ...] = ()
-    """The names of its variant and of its setting of every axis."""
+    """The choice of the variant and of each axis."""
 
     @property
     def id(self) -> str:
-        """Stable over changes of the grid's other entries."""
+        """Name of the run, which does not change when other entries of the grid do."""
         return self.config.training.name
 
 
 @dataclass(frozen=True)
 class Grid:
-    """All runs of a grid file, point by point."""
+    """All runs of a grid file, in the order of its points."""
 
     name: str
     runs: tuple[GridRun, ...]
 
     @property
     def folder(self) -> Path:
-        """Where the runs and the results lie."""
+        """The folder of the runs and the results."""
         return Path(self.runs[0].config.training.output_dir)
 
     @property
     def variants(self) -> tuple[str, ...]:
-        """The points, in the order of the file."""
+        """Names of the points, in the order of the file."""
         return tuple(dict.fromkeys(run.variant for run in self.runs))
 
     @cached_property
     def varied_sites(self) -> tuple[tuple[int, Site], ...]:
-        """The layers and sites at which not every run has the same S; none where the models have different places."""
+        """Layers and sites at which the runs differ in S; empty if the models differ in layers, sites, or experts."""
         plans = [SparsityPlan.from_config(model).values for model in self._models]
-        shapes = [{place: len(values) for place, values in plan.items()} for plan in plans]
+        shapes = [{key: len(values) for key, values in plan.items()} for plan in plans]
         if any(shape != shapes[0] for shape in shapes):
             return ()
-        return tuple(place for place in plans[0] if len({plan[place] for plan in plans}) > 1)
+        return tuple(key for key in plans[0] if len({plan[key] for plan in plans}) > 1)
 
     @property
     def _models(self) -> list[ModelConfig]:
@@ -71,22 +72,21 @@ class Grid:
 
 
 def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "runs/ablations") -> Grid:
-    """The grid that ``path`` describes; every config of it is checked, and nothing is written.
+    """Load the grid file ``path`` and check every config. Nothing is written.
 
     Args:
-        path: a grid file.
-        overrides: settings of every run, over all others, as ``training.steps=50``.
-        output_dir: the runs lie in a folder of the grid's name below it.
+        path: the grid file.
+        overrides: settings of every run such as ``training.steps=50``, which take precedence over the grid.
+        output_dir: the parent of the folder of the grid.
 
     Raises:
-        ConfigError: the file cannot be read or a run's config breaks a rule, the message names the point; or two points
-            have one name or are the same run.
+        ConfigError: the file cannot be read, a config breaks a rule, or two points have the same name or settings.
     """
     file = read_grid_file(path)
     points = grid_points(path, file)
     common = [_override(name, value) for name, value in file.settings.items()]
     known = {name for name, _ in all_settings()}
-    # An item of a list has no column: its whole list has.
+    # HPARAMS has no column for an item of a list, only for the whole list.
     paths = {_ITEM.sub("", name) for point in points for name in point.settings}
     varied = sorted(paths & known)
     runs = []
@@ -111,7 +111,7 @@ def _checked(path: Path, point: GridPoint, base: Path, overrides: Sequence[str])
 
 
 def _with_columns(config: RunConfig, variant: str, varied: Sequence[str]) -> RunConfig:
-    """Every run of the grid has columns on the HPARAMS page for its variant and for what any of them varies."""
+    """Return the config with HPARAMS columns for the variant and for every setting that the grid varies."""
     metrics = config.metrics
     if not metrics.tensorboard:
         return config
@@ -122,15 +122,15 @@ def _with_columns(config: RunConfig, variant: str, varied: Sequence[str]) -> Run
 
 
 def _refuse_twins(path: Path, runs: Iterable[GridRun]) -> None:
-    """Two runs that differ in their name only would be one, trained twice."""
+    """Raise ConfigError if two runs differ only in their name: the same run would be trained twice."""
     names: dict[str, str] = {}
     for run in runs:
         training = run.config.training.model_copy(update={"name": ""})
         settings = run.config.model_copy(update={"training": training}).model_dump_json()
         if settings in names:
             raise ConfigError(
-                f"{path}: {names[settings]} and {run.id} are the same run, setting for setting; remove one of them, or "
-                "let them differ"
+                f"{path}: {names[settings]} and {run.id} have the same settings; remove one of them, or change a "
+                "setting"
             )
         names[settings] = run.id
 

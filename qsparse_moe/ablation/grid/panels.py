@@ -1,4 +1,4 @@
-"""What the figures of a grid have in common: panels side by side, a legend beside them, one note below the title."""
+"""Shared parts of the figures of a grid: panels side by side, a colour bar, and a legend beside the panels."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def panels_of(titles: Iterable[str]) -> tuple[Figure, list[Axes]]:
 
 
 def colour_bar(figure: Figure, axes: Sequence[Axes], drawn: ScalarMappable, label: str, **settings: Any) -> None:
-    """Add a colour bar for all ``axes``, in letters of their size."""
+    """Add one colour bar for all ``axes``, with labels of the same font size."""
     axis = figure.colorbar(drawn, ax=axes, label=label, **settings).ax
     axis.tick_params(labelsize=8)
     axis.yaxis.label.set_fontsize(9)
 
 
 def legend(figure: Figure, axes: Sequence[Axes], note: str = "") -> None:
-    """Add one legend beside the panels, with each name once, and a note above it; neither covers what is drawn."""
+    """Add one legend beside the panels, with each label once and an optional note as its title."""
     by_label: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -46,16 +46,17 @@ def legend(figure: Figure, axes: Sequence[Axes], note: str = "") -> None:
         list(by_label.values()), list(by_label), loc="outside right upper", fontsize=7, title=note or None
     )
     chosen.get_title().set_fontsize(7)
+    # The legend takes its width from the panels unless the figure grows with the longest label.
     figure.set_figwidth(figure.get_figwidth() + 0.06 * max(map(len, (note, *by_label))))
     high = 0.9 + 0.17 * len(by_label)
     if high > figure.get_figheight():
         figure.set_figheight(high)
 
 
-def split_by(points: Sequence[VariantResult], names: Sequence[str]) -> dict[str, list[VariantResult]]:
-    """Return the points by the title of their panel, which says what they are of ``names``."""
-    varying = [name for name in names if len({point.row[name] for point in points}) > 1]
+def split_by(variants: Sequence[VariantResult], names: Sequence[str]) -> dict[str, list[VariantResult]]:
+    """Return the variants by the title of their panel, which gives the values of ``names`` that vary."""
+    varying = [name for name in names if len({variant.record[name] for variant in variants}) > 1]
     panels: dict[str, list[VariantResult]] = defaultdict(list)
-    for point in points:
-        panels[", ".join(f"{_LETTERS[name]}={point.row[name]}" for name in varying)].append(point)
+    for variant in variants:
+        panels[", ".join(f"{_LETTERS[name]}={variant.record[name]}" for name in varying)].append(variant)
     return panels

@@ -1,4 +1,4 @@
-"""Where the runs of a grid are put: how many at a time, on which devices, through which launcher. Imports no torch."""
+"""Placement of the runs of a grid: how many at a time, on which devices, with which launcher. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Placement:
-    """How the runs of a grid share a machine.
+    """The way in which the runs of a grid share a machine.
 
     Raises:
-        ConfigError: there are fewer devices than the runs at the same time need, or several ranks and no launcher.
+        ConfigError: the concurrent runs need more devices than there are, or several ranks have no launcher.
     """
 
     ranks: int = 1
-    """Processes a run."""
+    """Processes per run."""
     jobs: int = 1
-    """Runs at the same time; without devices they share the cores."""
+    """Number of concurrent runs; without devices they share the cores."""
     devices: tuple[str, ...] = ()
-    """Indices of CUDA devices, ``ranks`` of them for every run; empty: each run sees what there is."""
+    """Indices of CUDA devices, ``ranks`` per concurrent run; if empty, every run sees all devices."""
     launcher: Launcher = "auto"
-    """auto: deepspeed's where a run has several ranks."""
+    """``auto`` uses the DeepSpeed launcher if a run has several ranks."""
 
     def __post_init__(self) -> None:
         wrong = [device for device in self.devices if not device.isdecimal()]
@@ -44,41 +44,42 @@ class Placement:
         needed = self.ranks * self.jobs
         if self.devices and needed > len(self.devices):
             raise ConfigError(
-                f"--devices names {len(self.devices)}, and {self.jobs} runs at a time (--jobs) of {self.ranks} "
-                f"processes (--ranks) need {needed}; name more devices, or set "
+                f"--devices ({','.join(self.devices)}) must name {needed} devices for {self.jobs} runs at a time "
+                f"(--jobs) of {self.ranks} processes each (--ranks); name more devices, or set "
                 f"--jobs {max(1, len(self.devices) // self.ranks)}"
             )
         if self.launcher == "none" and self.ranks > 1:
             raise ConfigError(
-                f"--launcher none starts one process a run, and --ranks is {self.ranks}; leave --launcher out"
+                f"--launcher none starts one process per run, but --ranks is {self.ranks}; leave --launcher out"
             )
 
     def slots(self) -> list[tuple[str, ...]]:
-        """The devices of each of the runs at the same time."""
+        """Return the devices of each concurrent run."""
         return [self.devices[job * self.ranks : (job + 1) * self.ranks] for job in range(self.jobs)]
 
     def environment(
         self, slot: Sequence[str], num_cores: int, *, given: Mapping[str, str] = _NOTHING
     ) -> dict[str, str]:
-        """Return the whole environment of a run in ``slot``: ``given``, and what the placement adds to it.
+        """Return the environment of a run in ``slot``: ``given`` with the additions of the placement.
 
-        The runs share the cores of the machine, unless the user has set OMP_NUM_THREADS: that is kept.
+        Concurrent runs divide the cores among them unless the user has set OMP_NUM_THREADS, which is not changed.
         """
         threads = {"OMP_NUM_THREADS": str(max(1, num_cores // (self.ranks * self.jobs)))}
         return {**threads, **given} | ({"CUDA_VISIBLE_DEVICES": ",".join(slot)} if slot else {})
 
     def command(self, config: Path, slot: Sequence[str]) -> list[str]:
-        """The command that trains ``config``."""
+        """Return the command that trains ``config``."""
         train = ["qsparse_moe", "train", str(config)]
         if self.launcher == "none" or (self.launcher == "auto" and self.ranks == 1):
             return [sys.executable, "-m", *train]
-        # Where it is given a number of devices, the launcher ignores CUDA_VISIBLE_DEVICES.
+        # With --num_gpus, the launcher ignores CUDA_VISIBLE_DEVICES, so named devices need --include.
         where = ["--include", f"localhost:{','.join(slot)}"] if slot else ["--num_gpus", str(self.ranks)]
         launcher = ["qsparse_moe.training.launcher", *where, "--master_port", str(_free_port())]
         return [sys.executable, "-m", *launcher, "--module", *train]
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    # Concurrent launchers must not share the default port. Port 0 lets the system choose a free one.
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,4 +1,4 @@
-"""The results of a grid as lines of JSON and as Markdown tables."""
+"""Write the results of a grid as JSON lines, figures, and Markdown tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPORT = "report.md"
 
 
 def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> None:
-    """Write ``results.jsonl``, the figures that the grid has the axes for, and ``report.md``, each file at once."""
+    """Write ``results.jsonl``, the figures that apply to the grid, and ``report.md``; no file is ever half written."""
     folder.mkdir(parents=True, exist_ok=True)
     figures = draw_figures([result.as_dict() for result in results], folder)
     report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
@@ -30,33 +30,34 @@ def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> Non
 
 
 def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
-    """Quality and cost by point; below them gradient norms by layer where runs have them, and the runs that broke."""
+    """Return the tables of quality and cost per variant, gradient norms if they were logged, and the failed runs."""
     seeds = {result.seed for result in results}
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
     parts = [
-        f"Validation bits a byte after the last step; {spread}; the distance from the first row seed by seed.",
+        f"Validation bits per byte after the last step; {spread}; the difference from the first variant is taken "
+        "seed by seed.",
         _quality(grid, results),
-        "Cost, counted by routing and by what Q-Sparse keeps; parameters without embedding and head where they are "
-        "stored. Operations of training per token: executed by dense kernels, and left if every zero were skipped. MB "
-        "of weights that one step of generation needs, by its tokens. Tokens/s: measured in training, median. "
-        "A column in which all rows agree is told once.",
+        "Cost, counted for the routed experts (active) and for the selected features alone (kept). Stored parameters "
+        "exclude embedding and head. MFLOP per token in training: executed by dense kernels, and remaining if every "
+        "zero were skipped (kept). MB at N: weights that one step of generation with N tokens reads. Tokens/s: "
+        "measured in training, median. Values that are the same for all variants are listed once, above the table.",
         *_cost(grid, results),
         *_natural_zeros(grid, results),
     ]
     if any(result.layer_grad_norms for result in results):
         parts.append(
-            "Gradient norm by layer, of the layer's matrices and before clipping: mean over the logged steps of the "
-            "second half of a run, then mean ± spread over the seeds."
+            "Gradient norm by layer, over its matrices and before clipping: mean over the logged steps of the second "
+            "half of a run, then mean ± standard deviation over the seeds."
         )
         parts.append(_gradients(grid, results))
     broken = [f"- `{result.id}`: {_one_line(result.error)}" for result in results if not result.finished]
     if broken:
-        parts += [f"{len(broken)} of {len(results)} runs did not come to their end:", "\n".join(broken)]
+        parts += [f"{len(broken)} of {len(results)} runs did not finish:", "\n".join(broken)]
     return "\n\n".join(parts)
 
 
 def _quality(grid: Grid, results: Sequence[RunResult]) -> str:
-    """A row a point. A run that is missing has a dash."""
+    """Return the table of quality with one row per variant; a missing run has a dash."""
     seeds = list(dict.fromkeys(result.seed for result in results))
     bits = {(result.variant, result.seed): result.bits_per_byte for result in results}
     first = grid.variants[0]
@@ -77,7 +78,7 @@ def _quality(grid: Grid, results: Sequence[RunResult]) -> str:
 
 
 def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
-    """The columns in which the points differ as a table, and what they have in common as a line."""
+    """Return a line of the values that all variants share, and a table of the columns in which they differ."""
     by_variant: dict[str, list[RunResult]] = defaultdict(list)
     for result in results:
         by_variant[result.variant].append(result)
@@ -102,10 +103,12 @@ def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
     head = ["variant", "mean S", "parameters stored", "active", "kept", "MFLOP executed", "MFLOP kept"]
     head += ["MB at 1", "MB at 16", "tokens/s"]
     columns = list(zip(*rows, strict=True))
-    differs = [place for place, values in enumerate(columns) if place == 0 or len(set(values)) > 1 or len(rows) == 1]
-    common = [f"{head[place]} {columns[place][0]}" for place in range(len(head)) if place not in differs]
-    parts = [_table([head[place] for place in differs], [[row[place] for place in differs] for row in rows])]
-    return ([f"The same in all rows: {', '.join(common)}."] if common else []) + (parts if len(differs) > 1 else [])
+    differs = [i for i, values in enumerate(columns) if i == 0 or len(set(values)) > 1 or len(rows) == 1]
+    common = [f"{head[i]} {columns[i][0]}" for i in range(len(head)) if i not in differs]
+    parts = [_table([head[i] for i in differs], [[row[i] for i in differs] for row in rows])]
+    return ([f"The same for all variants: {', '.join(common)}."] if common else []) + (
+        parts if len(differs) > 1 else []
+    )
 
 
 def _natural_zeros(grid: Grid, results: Sequence[RunResult]) -> list[str]:
@@ -133,7 +136,10 @@ def _mean(results: Sequence[RunResult], name: str) -> float:
 
 
 def _gradients(grid: Grid, results: Sequence[RunResult]) -> str:
-    """A row a point, a column a layer. Three digits each: across the layers they may lie orders apart."""
+    """Return the gradient norms with one row per variant and one column per layer.
+
+    Three significant digits and not a fixed number of decimals: layers may differ by orders of magnitude.
+    """
     found: dict[tuple[str, int], list[float]] = defaultdict(list)
     for result in results:
         for layer, norm in enumerate(result.layer_grad_norms or ()):

@@ -1,4 +1,4 @@
-"""The runs of a grid, each in its own process; finished ones are kept, interrupted ones go on."""
+"""Train the runs of a grid, each in its own process. Finished runs are kept, interrupted runs are resumed."""
 
 from __future__ import annotations
 
@@ -21,33 +21,35 @@ from qsparse_moe.runs.folder import is_finished, run_folder
 from qsparse_moe.training.distributed.ranks import num_cores
 
 LOG_TAIL = 400
+"""Number of characters of the output of a failed run that its error quotes."""
 
 
 class GridResult(NamedTuple):
-    """What the runs of a grid came to."""
+    """The results of all runs of a grid."""
 
     results: list[RunResult]
-    """In the order of the grid."""
+    """One result per run, in the order of the grid."""
     stopped_by: int
-    """Number of the signal that stopped it, else 0."""
+    """Number of the signal that stopped the grid, or 0."""
 
 
 def run_grid(
     grid: Grid, placement: Placement | None = None, *, notify: Callable[[RunResult], None] = lambda result: None
 ) -> GridResult:
-    """Bring every run of ``grid`` to its end; a broken one is reported, and the others go on.
+    """Train every run of ``grid`` to its end. A failed run is reported, and the others continue.
 
-    SIGINT and SIGTERM stop the runs that are under way, each with a checkpoint from which the next call goes on.
-
-    Raises:
-        ConfigError: a run that has not begun has settings with which its router would not learn; no run is started.
+    SIGINT, SIGTERM, and SIGUSR1 stop the running processes, each with a checkpoint from which the next call resumes.
 
     Args:
-        grid: its configs.
-        placement: None is one after the other, a process each.
-        notify: called with every result as it comes, from several threads; not after a stop.
+        grid: the grid.
+        placement: the placement of its runs; None means one after the other, in one process each.
+        notify: called with every result as it is complete, from several threads; not after a stop.
+
+    Raises:
+        ConfigError: a run that has not started has settings with which its router would not learn; no run is started.
     """
     placement = placement or Placement()
+    # Started runs were checked before their first step, and a grid must be able to resume them.
     for run in grid.runs:
         if not run_folder(run.config).exists():
             _check_trainable(run)
@@ -57,11 +59,11 @@ def run_grid(
 
     with Children() as children, ThreadPoolExecutor(placement.jobs) as pool:
 
-        def bring_to_end(run: GridRun) -> RunResult:
+        def train_to_end(run: GridRun) -> RunResult:
             slot = slots.get()
             try:
                 error = None if is_finished(run.config) else _start(grid, run, placement, slot, children)
-            except (ConfigError, CheckpointError) as refused:  # the folder is that of another run
+            except (ConfigError, CheckpointError) as refused:  # the folder belongs to a run with other settings
                 error = str(refused)
             finally:
                 slots.put(slot)
@@ -70,7 +72,7 @@ def run_grid(
                 notify(result)
             return result
 
-        return GridResult(list(pool.map(bring_to_end, grid.runs)), children.stopped_by)
+        return GridResult(list(pool.map(train_to_end, grid.runs)), children.stopped_by)
 
 
 def _check_trainable(run: GridRun) -> None:
@@ -81,7 +83,7 @@ def _check_trainable(run: GridRun) -> None:
 
 
 def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...], children: Children) -> str | None:
-    """Train ``run`` in processes of its own; what stopped or broke it, None where it came to its end."""
+    """Train ``run`` in its own processes; return the reason why it did not finish, or None."""
     grid.folder.mkdir(parents=True, exist_ok=True)
     file = grid.folder / f"{run.id}.yaml"
     with naming(file):
@@ -93,6 +95,6 @@ def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...]
         return None
     if children.stopped_by:
         name = signal.Signals(children.stopped_by).name
-        return f"{'not started' if code is None else 'stopped'}, {name}; the same command goes on from here"
+        return f"{'not started' if code is None else 'stopped'}, {name}; the same command resumes it"
     text = log.read_text("utf-8", errors="replace").strip()
     return f"exit code {code}, see {log}: ...{text[-LOG_TAIL:]}"

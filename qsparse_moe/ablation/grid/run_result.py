@@ -1,4 +1,4 @@
-"""What the folder of a run says, with what its model costs, as a row of results."""
+"""Read the result of a run from its folder, and count the cost of its model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _PARTS = {
 
 
 def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
-    """What the folder of ``run`` holds now; ``error``: why it did not come to its end."""
+    """Return the result that the folder of ``run`` holds now; ``error`` is the reason why the run did not finish."""
     finished, error = _state(run.config, error)
     rows = read_metrics(run_folder(run.config) / "metrics.jsonl") if finished else []
     validated = [row for row in rows if row.get("validation/bits_per_byte") is not None]
@@ -61,7 +61,7 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
 
 
 def _varied_sparsity(grid: Grid, model: ModelConfig) -> list[tuple[int, Site, list[int] | None, float]]:
-    """S at the places that the grid varies; experts of one S as one entry."""
+    """Return S at the sites that the grid varies, with one entry per group of experts with the same S."""
     plan = SparsityPlan.from_config(model)
     found: list[tuple[int, Site, list[int] | None, float]] = []
     for layer, site in grid.varied_sites:
@@ -73,7 +73,7 @@ def _varied_sparsity(grid: Grid, model: ModelConfig) -> list[tuple[int, Site, li
 
 
 def _state(config: RunConfig, error: str | None) -> tuple[bool, str | None]:
-    """Whether the run is finished, and what speaks against it."""
+    """Return whether the run is finished, and the reason why not."""
     try:
         return is_finished(config), error
     except (ConfigError, CheckpointError) as refused:
@@ -92,7 +92,7 @@ def _shape(model: ModelConfig) -> dict[str, Any]:
 
 
 def _densities(model: ModelConfig, row: Mapping[str, Any]) -> Densities:
-    """As planned; where a plan only says where a threshold stands, as the run measured, once it did."""
+    """Return planned densities, or measured ones if S follows from the data and the run has measured it."""
     if model.sparsity.selection in ("topk", "block"):
         return planned_densities(model)
     return measured_densities(model, row) or planned_densities(model)
@@ -118,12 +118,12 @@ def _cost(config: RunConfig, densities: Densities) -> dict[str, Any]:
 
 
 def _bytes(config: RunConfig, batch: int, densities: Densities) -> float:
-    each = 4.0 if config.training.precision == "fp32" else 2.0
-    return total_traffic(weight_traffic(config.model, batch, densities, bytes_per_weight=each)).kept
+    bytes_per_weight = 4.0 if config.training.precision == "fp32" else 2.0
+    return total_traffic(weight_traffic(config.model, batch, densities, bytes_per_weight=bytes_per_weight)).kept
 
 
 def _late_grad_norms(rows: Sequence[Mapping[str, Any]], steps: int, num_layers: int) -> list[float] | None:
-    """By layer, the mean over the rows of the steps after half of ``steps``; None where those have no such norms."""
+    """Return the mean gradient norm per layer over the second half of ``steps``; None if the run did not log norms."""
     names = [layer_name("train/grad_norm", layer) for layer in range(num_layers)]
     late = [row for row in rows if 2 * row["step"] > steps and names[0] in row]
     return [statistics.mean(row[name] for row in late) for name in names] if late else None

@@ -1,4 +1,7 @@
-"""The rows of a grid's results as points: the seeds of a variant together, and where its S is another. No torch."""
+"""Combine the records of a grid per variant, over its seeds, and find the cells in which variants differ in S.
+
+Imports no torch, so that figures can be drawn without it.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +10,48 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from qsparse_moe.ablation.cells import Cell
 from qsparse_moe.config.labels import place_label, ranges_text, setting_label
 from qsparse_moe.config.schema import Site
 from qsparse_moe.config.shapes import EXPERT_SITES
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
+"""A line of ``results.jsonl``."""
 S_PATHS = ("model.sparsity.default", "model.sparsity.sites", "model.sparsity.overrides", "model.sparsity.plan")
-"""Settings of S: a point of a line may differ from the next in them."""
-Cell = tuple[int, Site, int | None]
-"""Layer, site, and expert, which is None where all experts of the layer have one S or the site has none."""
+"""Settings of S. Variants that differ only in these belong to one line of a figure."""
 
 
 class VariantResult(NamedTuple):
-    """A point of a grid: the rows of its seeds as one."""
+    """The result of one variant of a grid over its seeds."""
 
-    row: Row
+    record: Record
+    """The record of its first seed; settings and sizes are the same for all seeds."""
     loss: float
+    """Mean of the loss over the seeds."""
     spread: float
     """Standard deviation over the seeds; 0 with one seed."""
     by_seed: Mapping[int, float] = {}
-    """The loss of every finished run."""
+    """Loss of every finished run, by seed."""
 
 
-def variant_results(rows: Sequence[Row]) -> list[VariantResult]:
-    """Return the finished runs, the seeds of a variant as one point, in their order."""
-    by_variant: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        if row["finished"] and row["loss"] is not None:
-            by_variant[row["variant"]].append(row)
-    points = []
+def variant_results(records: Sequence[Record]) -> list[VariantResult]:
+    """Return one result per variant from its finished runs, in the order of the records."""
+    by_variant: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        if record["finished"] and record["loss"] is not None:
+            by_variant[record["variant"]].append(record)
+    variants = []
     for found in by_variant.values():
-        losses = [row["loss"] for row in found]
+        losses = [record["loss"] for record in found]
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        by_seed = {row.get("seed", place): row["loss"] for place, row in enumerate(found)}
-        points.append(VariantResult(found[0], statistics.mean(losses), spread, by_seed))
-    return points
+        by_seed = {record.get("seed", index): record["loss"] for index, record in enumerate(found)}
+        variants.append(VariantResult(found[0], statistics.mean(losses), spread, by_seed))
+    return variants
 
 
-def seeds_text(points: Sequence[VariantResult]) -> str:
-    """Return what the marks of a figure are over the seeds."""
-    counts = {max(len(point.by_seed), 1) for point in points}
+def seeds_text(variants: Sequence[VariantResult]) -> str:
+    """Return the note of a figure that says how many seeds its marks average."""
+    counts = {max(len(variant.by_seed), 1) for variant in variants}
     if counts == {1}:
         return "one seed: no spread known"
     least, most = min(counts), max(counts)
@@ -58,14 +63,19 @@ def is_sparsity(path: str) -> bool:
     return any(path == known or path.startswith(f"{known}.") for known in S_PATHS)
 
 
-def other_settings(point: VariantResult) -> dict[str, str]:
-    """Return what the point sets beside S, by path, as text."""
-    return {path: repr(value) for path, value in point.row["settings"].items() if not is_sparsity(path)}
+def other_settings(variant: VariantResult) -> dict[str, str]:
+    """Return the settings of the variant other than S, by path, as text."""
+    return {path: repr(value) for path, value in variant.record["settings"].items() if not is_sparsity(path)}
 
 
-def varied_sparsity(points: Iterable[VariantResult]) -> dict[Cell, list[float]]:
-    """Return S of every point at each place that is not the same in all of them; experts apart where they differ."""
-    entries = [point.row.get("varied_sparsity") or () for point in points]
+def varied_sparsity(variants: Iterable[VariantResult]) -> dict[Cell, list[float]]:
+    """Return S per cell and variant, for the cells in which not all variants have the same S.
+
+    The expert of a cell is None where no variant distinguishes the experts of the layer.
+    """
+    entries = [variant.record.get("varied_sparsity") or () for variant in variants]
+    # A site is split into experts as soon as one variant lists them. A variant that gives all experts one S must then
+    # be expanded to the same experts, or its S would be missing from their cells.
     split = {(layer, site) for own in entries for layer, site, experts, _ in own if experts is not None}
     known = {(layer, site): set[int]() for layer, site in split}
     for layer, site, experts, _ in (entry for own in entries for entry in own):
@@ -78,20 +88,20 @@ def varied_sparsity(points: Iterable[VariantResult]) -> dict[Cell, list[float]]:
                 experts if experts is not None else sorted(known.get((layer, site), ())) or [None]
             )
             for expert in listed:
-                found[layer, site, expert].append(sparsity)
-    return {place: values for place, values in found.items() if len(set(values)) > 1}
+                found[Cell(layer, site, expert)].append(sparsity)
+    return {cell: values for cell, values in found.items() if len(set(values)) > 1}
 
 
-def changed_cells(base: VariantResult, point: VariantResult) -> dict[Cell, float]:
-    """Return S of ``point`` wherever it is another than that of ``base``."""
-    return {place: values[1] for place, values in varied_sparsity((base, point)).items()}
+def changed_cells(base: VariantResult, variant: VariantResult) -> dict[Cell, float]:
+    """Return S of ``variant`` in the cells in which it differs from ``base``."""
+    return {cell: values[1] for cell, values in varied_sparsity((base, variant)).items()}
 
 
-def cells_label(places: Iterable[Cell]) -> str:
-    """Return the places in few words: ``layer 3 experts 0-1 expert_hidden``."""
+def cells_label(cells: Iterable[Cell]) -> str:
+    """Return a short label of the cells, such as ``layer 3 experts 0-1 expert_hidden``."""
     by_expert: dict[tuple[Site, tuple[int | None, ...]], list[int]] = defaultdict(list)
     experts: dict[tuple[int, Site], list[int | None]] = defaultdict(list)
-    for layer, site, expert in places:
+    for layer, site, expert in cells:
         experts[layer, site].append(expert)
     for (layer, site), own in experts.items():
         by_expert[site, tuple(own)].append(layer)
@@ -108,9 +118,9 @@ def cells_label(places: Iterable[Cell]) -> str:
     return "; ".join(words)
 
 
-def choice_labels(point: VariantResult, paths: set[str]) -> list[str]:
-    """Return the labels of the point's variant and settings of axes that set some of ``paths``."""
-    choices = point.row.get("choices") or ()
+def choice_labels(variant: VariantResult, paths: set[str]) -> list[str]:
+    """Return the labels of the choices of the variant that set some of ``paths``."""
+    choices = variant.record.get("choices") or ()
     if choices:
         return [label for label, own in choices if paths & set(own)]
-    return [setting_label(path, value) for path, value in point.row["settings"].items() if path in paths]
+    return [setting_label(path, value) for path, value in variant.record["settings"].items() if path in paths]

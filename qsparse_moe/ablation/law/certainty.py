@@ -1,4 +1,4 @@
-"""How far a fit can be trusted: intervals by resampling runs, and errors on runs that the fit did not see.
+"""Uncertainty of a fit: bootstrap intervals over runs, and errors on held-out runs.
 
 R resamples, P constants.
 """
@@ -14,36 +14,38 @@ from qsparse_moe.ablation.law.fit import Fit, fit, rms, why_not
 from qsparse_moe.ablation.law.observations import Array, Observations
 
 FOLDS = 5
+"""Number of folds of the cross-validation."""
 
 
 def resampled(
     best: Fit, observations: Observations, *, number: int, seed: int = 0, notify: Callable[[], None] = lambda: None
 ) -> list[Fit]:
-    """``number`` fits to runs drawn with replacement, as many as there are; all observations of a run come with it.
+    """Return ``number`` fits to runs drawn with replacement; a run is drawn with all its observations.
 
-    Each starts from ``best``, in whose valley it stays. ``notify`` is called after each.
+    Each fit starts from ``best`` and finds the local minimum there. ``notify`` is called after each fit.
     """
     generator = np.random.default_rng(seed)
-    runs, place = np.unique(observations.run, return_inverse=True)
+    runs, run_index = np.unique(observations.run, return_inverse=True)
     share = np.full(len(runs), 1 / len(runs))
     found = []
+    # A run that is drawn k times gets k times its weight, which is the same as repeating its observations.
     for drawn in generator.multinomial(len(runs), share, size=number):
-        found.append(fit(best.form, observations, weights=observations.run_weights * drawn[place], near=best.theta))
+        found.append(fit(best.form, observations, weights=observations.run_weights * drawn[run_index], near=best.theta))
         notify()
     return found
 
 
 def interval(values: Array, level: float) -> tuple[float, float]:
-    """The percentiles between which a share ``level`` of the values lies."""
+    """Return the central interval that contains a share ``level`` of the values."""
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
 def held_out_error(best: Fit, observations: Observations, *, seed: int = 0) -> float | None:
-    """RMS of ln(measured/predicted) over configurations that the fit did not see, in ``FOLDS`` parts.
+    """Return the RMS of ln(measured/predicted) over held-out configurations, by cross-validation.
 
-    All seeds of a configuration are in one part: a run would be no surprise to a fit that knew its twin. None where
-    the rest of some part cannot tell the constants.
+    All seeds of a configuration are in the same fold, because a fit that has seen one seed predicts the others too
+    well. None if the constants cannot be determined without some fold.
     """
     residuals = np.empty(len(observations))
     for held in _folds(observations, seed):
@@ -55,7 +57,10 @@ def held_out_error(best: Fit, observations: Observations, *, seed: int = 0) -> f
 
 
 def largest_held_out_error(best: Fit, observations: Observations) -> float | None:
-    """The same for the models of the largest layers x width², predicted from the smaller ones; None where it cannot."""
+    """Return the same error for the models with the largest layers x width², predicted from the smaller ones.
+
+    None if there is only one size, or if the smaller models cannot determine the constants.
+    """
     held = observations.backbone == observations.backbone.max()
     if held.all() or why_not(best.form, observations.where(~held)) is not None:
         return None
@@ -64,7 +69,10 @@ def largest_held_out_error(best: Fit, observations: Observations) -> float | Non
 
 
 def _refit(best: Fit, seen: Observations) -> Fit:
-    """The better of a fit from the grid and one from the constants of all observations."""
+    """Return the better of two fits: one from the grid of starts and one from the constants of all observations.
+
+    The second guards against a poor local minimum, which would count as a prediction error of the form.
+    """
     candidates = (fit(best.form, seen), fit(best.form, seen, near=best.theta))
     return min(candidates, key=lambda found: found.objective)
 

@@ -1,4 +1,4 @@
-"""Figures of a fitted law: fitted against measured, residuals, loss against S, and lines of equal loss."""
+"""Figures of a fitted law: fitted against measured loss, residuals, loss against S, and contours of equal loss."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LEVELS = 12
 
 
 def draw(done: Study, folder: Path) -> list[str]:
-    """Write the figures of the best form into ``folder``; their names. A form without S has the first two alone."""
+    """Write the figures of the best form into ``folder``; return their names. A form without S has only two."""
     best = done.fitted[done.best]
     figures = {"fit.png": _fit(done, best), "residuals.png": _residuals(done, best)}
     if best.optima:
@@ -80,7 +80,7 @@ def _residuals(done: Study, best: FittedForm) -> Figure:
 
 
 def _sparsity(done: Study) -> Figure:
-    """The reducible loss against S at equal kept parameters, for every form with S, at a middle A/E of the runs."""
+    """Draw the reducible loss against S at equal kept parameters, per form with S, at the median A/E of the runs."""
     figure, (axes, below) = plt.subplots(
         2, 1, figsize=(7, 6), layout="constrained", sharex=True, height_ratios=(5, 1), squeeze=True
     )
@@ -88,11 +88,12 @@ def _sparsity(done: Study) -> Figure:
     share = _middle_share(observations)
     with_sparsity = {name: found for name, found in done.fitted.items() if found.optima}
     optima = [best.found.sparsity for found in with_sparsity.values() for best in found.optima]
+    # A margin beyond the runs and beyond every optimum, so that each minimum is visible.
     end = max(observations.sparsity.max() + 0.15, *optima)
     grid = GRID[: np.searchsorted(GRID, end, side="right")]
     models = imagined(kept=done.kept, expert_share=share, sparsity=grid)
     lowest = 0.0
-    for place, (name, found) in enumerate(with_sparsity.items()):
+    for position, (name, found) in enumerate(with_sparsity.items()):
         design = Design.of(found.best.form, models)
         curve = _percent(design.reducible(found.best.theta))
         lowest = min(lowest, float(curve.min()))
@@ -101,32 +102,38 @@ def _sparsity(done: Study) -> Figure:
         low, high = np.quantile(resampled, [(1 - done.choices.level) / 2, (1 + done.choices.level) / 2], axis=0)
         axes.fill_between(grid, low, high, color=line.get_color(), alpha=0.12, linewidth=0)
         best = next(best for best in found.optima if best.expert_share in (None, share))
-        below.plot(best.found.band, [place, place], color=line.get_color(), linewidth=1)
-        below.plot(best.interval, [place, place], color=line.get_color(), linewidth=5, solid_capstyle="butt")
-        below.plot(best.found.sparsity, place, "o", color=line.get_color(), markeredgecolor="white", markersize=7)
+        below.plot(best.found.band, [position, position], color=line.get_color(), linewidth=1)
+        below.plot(best.interval, [position, position], color=line.get_color(), linewidth=5, solid_capstyle="butt")
+        below.plot(best.found.sparsity, position, "o", color=line.get_color(), markeredgecolor="white", markersize=7)
     axes.axhline(0, color="0.4", linewidth=1)
     for panel in (axes, below):
-        panel.axvline(observations.sparsity.max(), color="0.6", linewidth=1, linestyle=":", label="largest S of a run")
+        panel.axvline(
+            observations.sparsity.max(), color="0.6", linewidth=1, linestyle=":", label="largest S of the runs"
+        )
     axes.set(
         xlim=(0, grid[-1]),
         ylim=(2 * lowest - 2, 30),
-        ylabel="reducible loss against the dense model, %",
+        ylabel="change of the reducible loss against the dense model, %",
         title=f"{done.kept:,.0f} kept parameters, A/E = {share:g}",
     )
     axes.legend(loc="upper left")
     below.set(ylim=(len(with_sparsity) - 0.4, -0.6), xlabel="activation sparsity S")
     below.set_yticks(range(len(with_sparsity)), list(with_sparsity))
     below.set_title(
-        f"S*: best fit, {done.choices.level:.0%} interval (thick), within {done.choices.tolerance:.1%} of it (thin)",
+        f"S*: best fit; {done.choices.level:.0%} interval (thick); loss within {done.choices.tolerance:.1%} (thin)",
         fontsize=9,
     )
     return figure
 
 
 def iso_levels(losses: Array) -> Array:
-    """Rising, for equal shares of the map and not of the loss: the optimum is flat, and the highest S is steep."""
+    """Return ascending contour levels that divide the area of the map, not the range of the loss, into equal parts.
+
+    The loss is flat around the optimum and steep at high S, so that equal steps of the loss would leave
+    the optimum blank.
+    """
     levels = np.unique(np.quantile(losses, np.linspace(0, 1, _LEVELS + 1)))
-    # A law whose S and s came out without effect is the same everywhere.
+    # A law in which neither S nor E/A has an effect is constant, and contourf needs levels that increase.
     return levels if np.ptp(levels) > 1e-6 * levels[-1] else levels.mean() * np.array([0.999, 1.0, 1.001])
 
 
@@ -135,7 +142,7 @@ def _percent(reducible: Array) -> Array:
 
 
 def _iso_loss(done: Study, best: FittedForm) -> Figure:
-    """Loss of the best form over E/A and S at equal kept parameters and the most tokens of the runs."""
+    """Draw the loss of the best form over E/A and S, at equal kept parameters and the most tokens of the runs."""
     figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
     observations = done.runs.observations
     ratios = np.geomspace((1 / observations.expert_share).min(), (1 / observations.expert_share).max(), 60)
@@ -161,8 +168,8 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
 
 
 def _ticks(axes: Axes, values: Array) -> None:
-    places = np.unique(values)
-    axes.set_xticks(places, [f"{place:g}" for place in places])
+    ticks = np.unique(values)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
 
 

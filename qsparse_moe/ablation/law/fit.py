@@ -1,6 +1,6 @@
-"""The constants of a form: Huber loss on the log of the loss, minimised by L-BFGS from a grid of starts.
+"""Fit the constants of a form: Huber loss on the log of the loss, minimised by L-BFGS from a grid of starts.
 
-P constants, n observations.
+P constants, C coefficients, n observations.
 """
 
 from __future__ import annotations
@@ -18,98 +18,98 @@ from qsparse_moe.ablation.law.observations import Array, Observations
 from qsparse_moe.errors import ConfigError
 
 HUBER_DELTA = 1e-3
-"""Of the log loss, as in the Q-Sparse paper: residuals beyond a thousandth of the loss count by their size alone."""
-_DESCENTS = 8  # starts of the grid, best first, from which L-BFGS goes down; the better of them to the end
-_TO_THE_END = 3
-_TOGETHER = 1e-6  # smallest singular value of the quantities, against the largest, below which they are one too few
+"""Delta of the Huber loss, as in the Q-Sparse paper: residuals above 0.1 % of the loss count linearly."""
+_DESCENTS = 8  # number of grid starts, best first, with a short L-BFGS descent
+_TO_THE_END = 3  # number of those descents that continue to convergence
+_COLLINEAR = 1e-6  # ratio of the smallest to the largest singular value below which quantities are collinear
 
 
 class _Effort(NamedTuple):
-    """When L-BFGS ends. A round moves in the metric of the point that the last one reached."""
+    """The stopping rule of L-BFGS. Each round uses the metric at the point that the round before reached."""
 
     rounds: int
     iterations: int
-    """In a round."""
+    """Iterations per round."""
     gain: float
-    """A round that lowers the objective by no more than this share of it is the last."""
+    """The last round is the one that lowers the objective by at most this share."""
 
 
 _SKETCH = _Effort(rounds=1, iterations=80, gain=1.0)
 _FULL = _Effort(rounds=8, iterations=150, gain=1e-6)
-# Against _FULL on 100 resamples of 48 runs with 0.5 % of noise, constants move by at most 9 % (the median) of their
-# intervals (B of q-sparse), 5 % in expert-sparsity and under 0.01 % in the joint forms, in a third of the time at best.
+# Compared with _FULL on 100 resamples of 48 runs with 0.5 % noise, the median constant differs by at most 9 % of its
+# interval (B of q-sparse), 5 % in expert-sparsity, and less than 0.01 % in the joint forms, in down to a third of the
+# time.
 _RESAMPLE = _Effort(rounds=3, iterations=80, gain=1e-4)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A form with its constants."""
+    """A form with fitted constants."""
 
     form: Form
     theta: Array
     objective: float
-    """Huber loss over ``HUBER_DELTA``: nearly the sum over runs of the mean absolute log residual."""
+    """Huber loss divided by ``HUBER_DELTA``, which is close to the sum over runs of the mean absolute log residual."""
 
     @property
     def constants(self) -> dict[str, float]:
-        """By name."""
+        """Return the constants by name."""
         return self.form.values(self.theta)
 
     def loss(self, observations: Observations) -> Array:
-        """``(n,)`` what the law says of them."""
+        """Return the predicted losses, ``(n,)``."""
         return Design.of(self.form, observations).loss(self.theta)
 
     def log_residuals(self, observations: Observations) -> Array:
-        """``(n,)`` ln of measured over fitted: near the relative error."""
+        """Return ln(measured/fitted), ``(n,)``, which is close to the relative error."""
         return np.log(observations.loss) - np.log(self.loss(observations))
 
 
 def rms(log_residuals: Array, observations: Observations) -> float:
-    """Root of the mean square, every run counting as one."""
+    """Return the root mean square with equal weight per run."""
     weights = observations.run_weights
     return float(np.sqrt((weights * log_residuals**2).sum() / weights.sum()))
 
 
 def why_not(form: Form, observations: Observations) -> str | None:
-    """Why these observations cannot tell the constants of ``form``; None where they can."""
+    """Return the reason why the observations cannot determine the constants of ``form``; None if they can."""
     for name, needed in form.needs.items():
         different = np.unique(np.round(QUANTITIES[name](observations), 9))
         if len(different) < needed:
             return (
-                f"{name} takes {_number(len(different), 'value')} in the runs, and its constants are told by "
-                f"{needed} or more"
+                f"{name} takes {_number(len(different), 'value')} in the runs, and its constants need at least {needed}"
             )
     if observations.num_runs <= len(form.constants):
         return (
-            f"it has {len(form.constants)} constants and there are {_number(observations.num_runs, 'run')}; "
-            f"{len(form.constants) + 1} is the least"
+            f"it has {len(form.constants)} constants and there are {_number(observations.num_runs, 'run')}; at least "
+            f"{len(form.constants) + 1} are needed"
         )
     columns = np.stack([QUANTITIES[name](observations) for name in form.needs])
     columns = columns - columns.mean(1, keepdims=True)
     singular = np.linalg.svd(columns / np.linalg.norm(columns, axis=1, keepdims=True), compute_uv=False)
-    if singular[-1] < _TOGETHER * singular[0]:
-        return f"{', '.join(form.needs)} move together in the runs, so that what each does cannot be told"
+    if singular[-1] < _COLLINEAR * singular[0]:
+        return f"{', '.join(form.needs)} vary together in the runs, so that their effects cannot be separated"
     return None
 
 
 def check(form: Form, observations: Observations) -> None:
-    """Raise ConfigError unless these observations can tell the constants of ``form``."""
+    """Raise ConfigError unless the observations can determine the constants of ``form``."""
     reason = why_not(form, observations)
     if reason is not None:
         raise ConfigError(f"the form {form.name} cannot be fitted: {reason}; add such runs, or name another --form")
 
 
 def fit(form: Form, observations: Observations, *, weights: Array | None = None, near: Array | None = None) -> Fit:
-    """The constants at which the Huber loss is least.
+    """Return the constants at which the Huber loss is least.
 
     Args:
-        form: which law.
-        observations: what was measured.
-        weights: ``(n,)`` of the observations; None: every run counts as one.
-        near: ``(P,)`` constants of a fit to nearly the same observations. L-BFGS then starts there and nowhere else.
+        form: the form of the law.
+        observations: the measured losses.
+        weights: weights of the observations, ``(n,)``; None means equal weight per run.
+        near: constants of a fit to nearly the same observations, ``(P,)``. L-BFGS then starts only there.
 
     Raises:
-        ConfigError: the observations cannot tell the constants.
+        ConfigError: the observations cannot determine the constants.
     """
     if near is None:
         check(form, observations)
@@ -137,8 +137,11 @@ def _objective(theta: Array, design: Design, log_loss: Array, weights: Array) ->
 
 
 def _descend(design: Design, observations: Observations, weights: Array, theta: Array, effort: _Effort) -> Fit:
-    """L-BFGS in rounds. Constants of a power law are nearly interchangeable, so each round moves in the directions in
-    which the predictions change alike; plain L-BFGS stops far from the minimum there."""
+    """Run L-BFGS in rounds, each preconditioned at its starting point.
+
+    The constants of a power law trade against each other, so that the objective has long narrow valleys, in which plain
+    L-BFGS stops far from the minimum.
+    """
     log_loss = np.log(observations.loss)
     value, _ = _objective(theta, design, log_loss, weights)
     for _ in range(effort.rounds):
@@ -161,29 +164,31 @@ def _descend(design: Design, observations: Observations, weights: Array, theta: 
 
 
 def _metric(theta: Array, design: Design, weights: Array) -> Array:
-    """``(P, P)`` steps that each change the log losses by about ``HUBER_DELTA``."""
+    """Return ``(P, P)`` directions, in its columns, that each change the log losses by about ``HUBER_DELTA``."""
     _, jacobian_Pn = design.log_loss_and_jacobian(theta)
     eigenvalues, vectors = np.linalg.eigh((jacobian_Pn * weights) @ jacobian_Pn.T / HUBER_DELTA)
+    # The floor bounds steps along directions that the observations do not determine.
     return vectors / np.sqrt(np.maximum(eigenvalues, 1e-9 * eigenvalues[-1]))
 
 
 def _best_starts(design: Design, observations: Observations, weights: Array) -> list[Array]:
-    """The ``_DESCENTS`` observations of the grid with the least Huber loss."""
+    """Return the ``_DESCENTS`` starts of the grid with the least Huber loss."""
     log_loss = np.log(observations.loss)
     starts = list(_grid(design, observations, weights))
     return sorted(starts, key=lambda theta: _objective(theta, design, log_loss, weights)[0])[:_DESCENTS]
 
 
 def _grid(design: Design, observations: Observations, weights: Array) -> Iterator[Array]:
-    """Every combination of the exponents' starts, with the coefficients that least squares gives it."""
+    """Yield every combination of starting exponents with its coefficients from non-negative least squares."""
     form = design.form
     root = np.sqrt(weights)
     for exponents in itertools.product(*form.starts.values()):
         basis_Cn = design.basis(np.array(exponents))
+        # Scaled columns: the powers of N and D differ by many orders of magnitude.
         largest_C = np.abs(basis_Cn).max(1)
         columns_nC = (basis_Cn / largest_C[:, None] / observations.loss * root).T
         found, _ = nnls(columns_nC, root)
-        # None may be 0, whose logarithm could not move.
+        # Constants move as logarithms, so a coefficient must not start at 0.
         coefficients = np.maximum(found, 1e-3 * observations.loss.mean()) / largest_C
         named = zip(form.constants, [*coefficients, *exponents], strict=True)
         yield form.theta({name: float(value) for name, value in named})

@@ -1,8 +1,8 @@
 """Candidate forms of the joint law of model size, expert sparsity, activation sparsity and tokens.
 
-N parameters stored and K kept a token, both in 1e6 and without embedding and head; 1−s = A/E; S the fraction of
-activations zeroed; D tokens in 1e6. The units keep the constants of small runs near one, so that they can be told.
-No paper has such a law; each of these states another way in which the two sparsities could meet.
+N parameters stored and K kept per token, both in 1e6 and without embedding and head; 1−s = A/E; S the fraction of
+activations zeroed; D tokens in 1e6. The units keep the constants of small runs near 1, which conditions the fit well.
+No paper has such a law; each candidate states another way in which the two sparsities could interact.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _BETA = (0.02, 0.1, 0.4)
 PRODUCT = Form(
     name="product",
     formula="L = E + (B + C exp(beta/(1-S))) / (N^alpha (1-s)^delta) + b/D^nu,  N and D in 1e6",
-    source="the N-term of a MoE law times A(S) of Q-Sparse: S costs every (E, A) the same share",
+    source="the N-term of a MoE law times A(S) of Q-Sparse: S costs the same share for every (E, A)",
     terms=(
         Term("E"),
         Term("B", {"alpha": _N, "delta": forms.expert_share}),
@@ -35,7 +35,7 @@ PRODUCT = Form(
 KEPT = Form(
     name="kept",
     formula="L = E + a exp(beta S/(1-S)) / (K^alpha (N/K)^delta) + b/D^nu,  K and D in 1e6",
-    source="a law in kept parameters: what is stored but not used helps alike, whichever sparsity leaves it out",
+    source="a law in kept parameters: parameters that are stored but not used help equally under either sparsity",
     terms=(
         Term("E"),
         Term("a", {"alpha": _K, "delta": forms.stored_for_kept, "beta": forms.dropped_for_kept}),
@@ -54,7 +54,7 @@ ADDITIVE = Form(
     formula=(
         "L = E + a/(N^alpha (1-s)^delta) + h (exp(beta S/(1-S)) - 1)/(N^gamma (1-s)^eta) + b/D^nu,  N and D in 1e6"
     ),
-    source="what S costs is a term of its own: it may shrink with N, and grow with s, at its own rate",
+    source="the cost of S is a separate term, which may shrink with N and grow with s at its own rates",
     terms=(
         Term("E"),
         Term("a", {"alpha": _N, "delta": forms.expert_share}),
@@ -76,4 +76,4 @@ ADDITIVE = Form(
 )
 
 JOINT = (PRODUCT, KEPT, ADDITIVE)
-"""All candidates."""
+"""All candidate forms."""

@@ -16,71 +16,71 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Observations:
-    """The observations of some runs, each field ``(n,)``. Parameters are weight matrices without embedding and head."""
+    """The observations of several runs, each field ``(n,)``. Parameters exclude embedding and head."""
 
     total: Array
-    """Parameters stored."""
+    """Number of parameters stored."""
     active: Array
-    """Parameters that a token uses by routing."""
+    """Number of parameters that a token uses by routing."""
     kept: Array
-    """Those of the active ones whose input Q-Sparse keeps."""
+    """Number of active parameters whose input Q-Sparse selects."""
     experts: Array
     """E."""
     experts_per_token: Array
     """A."""
     granularity: Array
-    """4 times the model width over the expert width: G of the fine-grained law, of a dense FFN of the usual width."""
+    """G of the fine-grained law: 4 times the model width, the usual width of a dense FFN, over the expert width."""
     sparsity: Array
     """Mean S of the plan: the fraction of activations zeroed."""
     tokens: Array
-    """Seen in training when the loss was measured."""
+    """Number of training tokens when the loss was measured."""
     loss: Array
-    """Validation loss; in which unit, whoever made the observations knows."""
+    """Validation loss, in the unit with which the observations were read."""
     backbone: Array
-    """Layers times width squared: the size of a model whatever its experts are."""
+    """Layers times width squared: the size of a model independent of its experts."""
     run: NDArray[np.int64]
-    """Index of the run: observations of one run are no independent measurements."""
+    """Index of the run. Observations of one run are not independent measurements."""
     configuration: NDArray[np.int64]
-    """Index of what the run was a seed of: runs of one configuration differ by chance alone."""
+    """Index of the configuration. Runs of one configuration differ only in their seed."""
 
     def __len__(self) -> int:
         return len(self.loss)
 
     @property
     def expert_share(self) -> Array:
-        """A/E, the part of the experts that a token uses: 1 − s of the expert sparsity s = (E − A)/E."""
+        """A/E, the share of the experts that a token uses: 1 − s for the expert sparsity s = (E − A)/E."""
         return self.experts_per_token / self.experts
 
     @property
     def num_runs(self) -> int:
-        """Runs that have a point here."""
+        """Number of runs with at least one observation."""
         return len(np.unique(self.run))
 
     @property
     def run_weights(self) -> Array:
-        """One over the number of observations of the run, so that every run counts as one."""
-        _, place, counts = np.unique(self.run, return_inverse=True, return_counts=True)
-        return 1.0 / counts[place]
+        """One over the number of observations of the run, so that every run has the same weight."""
+        _, index, counts = np.unique(self.run, return_inverse=True, return_counts=True)
+        return 1.0 / counts[index]
 
     def where(self, chosen: NDArray[np.bool_]) -> Observations:
-        """The observations at which ``chosen``, ``(n,)``, is true."""
+        """Return the observations at which ``chosen``, ``(n,)``, is true."""
         return replace(self, **{field.name: getattr(self, field.name)[chosen] for field in fields(self)})
 
     def final(self) -> Observations:
-        """The last point of each run."""
+        """Return the last observation of each run."""
         last = [np.flatnonzero(self.run == run)[self.tokens[self.run == run].argmax()] for run in np.unique(self.run)]
         return self.where(np.isin(np.arange(len(self)), last))
 
 
 def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float = 1e9) -> Observations:
-    """Models of ``kept`` parameters a token each, at the S of ``sparsity``; no run measured them.
+    """Return hypothetical models with ``kept`` parameters per token at each S of ``sparsity``.
 
-    All parameters are taken as sparse and as the experts': a share A/E of them is active and 1 − S of those is kept,
-    so that more is stored as S rises. It is what the Q-Sparse paper fixes, ``N_a = N (1 − S)``, with experts.
+    All parameters count as sparse expert weights: a share A/E of them is active, and 1 − S of those is kept, so that
+    more is stored as S rises. This extends the constraint of the Q-Sparse paper, ``N_a = N (1 − S)``, to experts.
     """
     ones = np.ones(len(sparsity))
     active = kept / (1.0 - sparsity)
-    nothing = np.zeros(len(sparsity), dtype=np.int64)
+    no_index = np.zeros(len(sparsity), dtype=np.int64)
     return Observations(
         total=active / expert_share,
         active=active,
@@ -92,15 +92,16 @@ def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float
         tokens=tokens * ones,
         loss=np.nan * ones,
         backbone=np.nan * ones,
-        run=nothing,
-        configuration=nothing,
+        run=no_index,
+        configuration=no_index,
     )
 
 
 def seed_spread(observations: Observations) -> float | None:
-    """Standard deviation of the log loss over runs of one configuration at equal tokens; None where none is repeated.
+    """Return the standard deviation of the log loss over the seeds of a configuration, at equal tokens.
 
-    No law in the settings of a run can come closer to the observations than this.
+    It is pooled over configurations, and None if no configuration has two seeds. No law of the settings of a run can
+    have a smaller error.
     """
     squares, degrees = 0.0, 0
     final = observations.final()

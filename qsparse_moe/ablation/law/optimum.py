@@ -1,7 +1,7 @@
-"""The S at which a law's loss is least while the parameters that a token uses stay the same, and how flat it is there.
+"""Find the S of the least loss at a fixed number of kept parameters, and the width of the minimum.
 
-As in the Q-Sparse paper: ``N_a = N (1 − S)`` is fixed, so a sparser model stores more. Terms that change with neither N
-nor S play no part.
+As in the Q-Sparse paper, ``N_a = N (1 − S)`` is fixed, so that a sparser model stores more parameters. Terms that
+depend on neither N nor S have no influence.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from qsparse_moe.ablation.law.observations import Array, imagined
 
 _STEP = 5e-4
 GRID = np.arange(0.0, 0.95 + _STEP / 2, _STEP)
-"""S among which the optimum is sought; beyond 0.95 no law has seen a run."""
+"""Candidates for the optimum. The range ends at 0.95 because no law here was fitted to sparser runs."""
 
 
 @dataclass(frozen=True)
@@ -24,24 +24,24 @@ class Optimum:
 
     sparsity: float
     at_edge: bool
-    """Whether it is an end of the range searched: 0, where sparsity never pays, or 0.95."""
+    """Whether S* is an end of the range searched: 0, where sparsity never pays off, or 0.95."""
     band: tuple[float, float]
-    """S around it at which the reducible loss is within the tolerance of its least."""
+    """Range of S around S* in which the reducible loss is within the tolerance of its minimum."""
     dense_excess: float
-    """By which share of the least reducible loss the dense model of as many used parameters is worse."""
+    """Excess of the dense model with the same number of kept parameters, as a share of the least reducible loss."""
     worse_than_dense_beyond: float | None
-    """The S from which on sparsity loses; None where it never does."""
+    """The S beyond which the sparse model is worse than the dense one; None if it never is."""
 
 
 def find_optimum(form: Form, theta: Array, *, kept: float, expert_share: float, tolerance: float) -> Optimum:
-    """The optimum of a law with S in it.
+    """Return the optimum of a law that depends on S.
 
     Args:
-        form: a form that has S.
+        form: a form that depends on S.
         theta: its constants.
-        kept: parameters that a token uses after routing and Q-Sparse; held fixed.
+        kept: number of parameters per token after routing and Q-Sparse, which is fixed.
         expert_share: A/E.
-        tolerance: of the reducible loss, for the band.
+        tolerance: width of the band, as a share of the reducible loss.
     """
     reducible = Design.of(form, imagined(kept=kept, expert_share=expert_share, sparsity=GRID)).reducible(theta)
     least = int(reducible.argmin())
@@ -55,7 +55,7 @@ def find_optimum(form: Form, theta: Array, *, kept: float, expert_share: float, 
 
 
 def _vertex(values: Array, least: int) -> float:
-    """The lowest point of the parabola through the least value of the grid and its neighbours."""
+    """Return the vertex of the parabola through the least value of the grid and its neighbours."""
     if least in (0, len(values) - 1):
         return float(GRID[least])
     before, at, after = values[least - 1 : least + 2]

@@ -1,6 +1,6 @@
-"""The published laws as forms, with the constants that their papers print and in the papers' units.
+"""The published laws as forms, with the constants and units of their papers.
 
-None holds expert sparsity and activation sparsity together; ``joint.py`` has those that do.
+None contains both expert sparsity and activation sparsity; ``joint.py`` has forms that do.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Q_SPARSE = Form(
     needs={"N": 3, "S": 3},
     by_size=frozenset({"B", "C"}),
     printed={"E": 1.86, "B": 0.01, "C": 1.89, "alpha": 0.10, "beta": 0.05},
-    printed_unit="bits a token",
+    printed_unit="bits per token",
 )
 
 FINE_GRAINED = Form(
@@ -43,16 +43,16 @@ FINE_GRAINED = Form(
     needs={"N": 3, "G": 3, "D": 3},
     by_size=frozenset({"g", "a"}),
     printed={"c": 0.47, "g": 2.1, "a": 18.1, "b": 30.8, "gamma": 0.58, "alpha": 0.115, "beta": 0.147},
-    printed_unit="nats a token",
+    printed_unit="nats per token",
 )
 
 _E_START, _E_MAX = 2.0732, 290.4521
 
 
 def effective_experts(observations: Observations) -> Array:
-    """``ln Ê`` of the joint MoE law, with E/A for its E, whose models use one expert a token.
+    """Return ``ln Ê`` of the joint MoE law, with E/A in place of its E, because its models use one expert per token.
 
-    ``1/Ê = 1/(E − 1 + (1/E_start − 1/E_max)^-1) + 1/E_max``: E_start for a dense model, never above E_max.
+    ``1/Ê = 1/(E − 1 + (1/E_start − 1/E_max)^-1) + 1/E_max``, which is E_start for a dense model and at most E_max.
     """
     beyond_dense = 1.0 / observations.expert_share - 1.0
     return -np.log(1.0 / (beyond_dense + 1.0 / (1.0 / _E_START - 1.0 / _E_MAX)) + 1.0 / _E_MAX)
@@ -101,7 +101,7 @@ JOINT_MOE = Form(
         "beta": -0.1775,
         "zeta": -0.0259,
     },
-    printed_unit="nats a token",
+    printed_unit="nats per token",
 )
 
 EXPERT_SPARSITY = Form(
@@ -137,19 +137,19 @@ EXPERT_SPARSITY = Form(
         "delta": 0.1603,
         "gamma": 0.1595,
     },
-    printed_unit="nats a token",
+    printed_unit="nats per token",
 )
 
 PUBLISHED = (Q_SPARSE, FINE_GRAINED, JOINT_MOE, EXPERT_SPARSITY)
-"""All of them."""
+"""All published forms."""
 
 PUBLISHED_OPTIMUM = {"full precision": 0.4558, "1.58-bit": 0.6125}
-"""S* that the Q-Sparse paper states; the constants of its 1.58-bit law are not published."""
+"""S* as stated in the Q-Sparse paper, which does not publish the constants of its 1.58-bit law."""
 _ROUNDED_BY = 0.005  # B, C, alpha and beta are printed with two decimals
 
 
 def rounding_corners() -> list[dict[str, float]]:
-    """The Q-Sparse constants at the ends of what rounds to the printed ones."""
+    """Return the Q-Sparse constants at the corners of the box of values that round to the printed ones."""
     names = ("B", "C", "alpha", "beta")
     ends = itertools.product((-_ROUNDED_BY, _ROUNDED_BY), repeat=len(names))
     return [

@@ -1,4 +1,4 @@
-"""All that ``fit-law`` finds: every form fitted, how sure that is, which predicts best, and where S is best."""
+"""The study behind ``fit-law``: every form fitted, its uncertainty, the form that predicts best, and the best S."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ FORMS: dict[str, Form] = {form.name: form for form in (*JOINT, *PUBLISHED)}
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user can choose about a study."""
+    """The options of a study."""
 
     forms: tuple[str, ...] = ()
-    """Names of ``FORMS``; none: the joint ones, and of the published ones those that the runs can tell."""
+    """Names of ``FORMS``; if empty, the joint forms and the published forms that the runs can determine."""
     bootstrap: int = 200
-    """Resamples behind an interval."""
+    """Number of resamples behind an interval."""
     level: float = 0.95
-    """The share of the resamples that an interval holds."""
+    """Share of the resamples that an interval contains."""
     tolerance: float = 0.01
-    """Of the reducible loss: S within it of the least make the band around S*."""
+    """Width of the band around S*, as a share of the least reducible loss."""
     kept: float | None = None
-    """Parameters a token uses, at which S* is sought; None: the geometric mean of the runs."""
+    """Number of kept parameters per token at which S* is determined; None means the geometric mean of the runs."""
     seed: int = 0
-    """Of resamples and folds."""
+    """Seed of the resamples and folds."""
 
 
 @dataclass(frozen=True)
 class BestS:
-    """S* at one share of experts, with the interval that the resamples give it."""
+    """S* at one share of experts, with its bootstrap interval."""
 
     expert_share: float | None
-    """A/E; None where S* is the same at all that the runs have."""
+    """A/E; None if S* is the same at every A/E of the runs."""
     found: Optimum
     interval: tuple[float, float]
     band_interval: tuple[float, float]
-    """From the low percentile of the bands' lower ends to the high one of their upper ends."""
+    """From the low percentile of the lower ends of the bands to the high percentile of their upper ends."""
     at_edge_share: float
-    """Of the resamples, those whose S* is 0 or 0.95: where it is much, the runs do not tell S*."""
+    """Share of the resamples whose S* is 0 or 0.95. If it is large, the runs do not determine S*."""
 
 
 @dataclass(frozen=True)
 class FittedForm:
-    """One form and what is known of its fit."""
+    """One form with its fit and the uncertainty of the fit."""
 
     best: Fit
     resamples: tuple[Fit, ...]
@@ -66,12 +66,12 @@ class FittedForm:
     held_out_error: float | None
     largest_held_out_error: float | None
     optima: tuple[BestS, ...]
-    """None for a form without S."""
+    """One S* per A/E, or a single one for all; empty for a form without S."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a set of runs says about all the forms asked for."""
+    """The fits of all requested forms to a set of runs."""
 
     runs: Runs
     unit: Unit
@@ -79,12 +79,12 @@ class Study:
     kept: float
     fitted: dict[str, FittedForm]
     not_fitted: dict[str, str]
-    """By name, why the runs cannot tell the constants of a form that nobody asked for by name."""
+    """The reason why a form that was not requested by name could not be fitted, by its name."""
     seed_spread: float | None
 
     @property
     def best(self) -> str:
-        """The form with the least error on runs held out; a joint one where one was fitted."""
+        """Name of the form with the least held-out error, among the joint forms if any was fitted."""
         joint = [name for name in self.fitted if FORMS[name] in JOINT]
         return min(joint or list(self.fitted), key=lambda name: _error(self.fitted[name]))
 
@@ -92,35 +92,35 @@ class Study:
 def study(
     runs: Runs, *, unit: Unit, choices: Choices, notify: Callable[[str, int], None] = lambda what, done: None
 ) -> Study:
-    """Fit every form and say how sure it is.
+    """Fit every form and determine its uncertainty.
 
     Args:
-        runs: what was measured.
-        unit: that of their losses.
-        choices: forms, resamples, levels.
-        notify: called with a form's name and the resamples done.
+        runs: the observations of the runs.
+        unit: the unit of their losses.
+        choices: the options of the study.
+        notify: called with the name of a form and the number of resamples done.
 
     Raises:
-        ConfigError: the runs cannot tell the constants of a joint form or of one asked for by name.
+        ConfigError: the runs cannot determine the constants of a joint form or of a form requested by name.
     """
     observations = runs.observations
-    asked, not_fitted = _asked(observations, choices)
+    requested, not_fitted = _requested(observations, choices)
     kept = choices.kept or float(np.exp(np.log(observations.kept).mean()))
-    fitted = {form.name: _fitted(form, observations, choices, kept, notify) for form in asked}
+    fitted = {form.name: _fitted(form, observations, choices, kept, notify) for form in requested}
     return Study(runs, unit, choices, kept, fitted, not_fitted, seed_spread(observations))
 
 
-def _asked(observations: Observations, choices: Choices) -> tuple[list[Form], dict[str, str]]:
+def _requested(observations: Observations, choices: Choices) -> tuple[list[Form], dict[str, str]]:
     unknown = [name for name in choices.forms if name not in FORMS]
     if unknown:
-        raise ConfigError(f"--form ({unknown[0]}) is no form; choose from {', '.join(FORMS)}")
+        raise ConfigError(f"--form ({unknown[0]}) is not a form; choose from {', '.join(FORMS)}")
     forms = [FORMS[name] for name in dict.fromkeys(choices.forms)] or list(JOINT)
     for form in forms:
         try:
             check(form, observations)
         except ConfigError as error:
             possible = [name for name, other in FORMS.items() if why_not(other, observations) is None]
-            way_out = f"these runs can tell: {', '.join(possible)}" if possible else "these runs can tell none"
+            way_out = f"forms that these runs can determine: {', '.join(possible) or 'none'}"
             raise ConfigError(f"{error} ({way_out})") from None
     if choices.forms:
         return forms, {}
@@ -152,7 +152,7 @@ def _fitted(
 def _optima(
     best: Fit, again: Sequence[Fit], observations: Observations, choices: Choices, kept: float
 ) -> tuple[BestS, ...]:
-    """One for every A/E of the runs, or one for all where they agree."""
+    """Return one S* per A/E of the runs, or a single one if they agree."""
     shares = np.unique(observations.expert_share)[::-1]
     found = [_best_s(best, again, choices, kept, float(share)) for share in shares]
     if all(abs(other.found.sparsity - found[0].found.sparsity) < 1e-6 for other in found):
@@ -177,7 +177,7 @@ def _best_s(best: Fit, again: Sequence[Fit], choices: Choices, kept: float, shar
 
 
 def printed_optimum(tolerance: float) -> dict[str, Any]:
-    """S* of the Q-Sparse law as printed, which is not the one that the paper states, and why."""
+    """Return S* of the Q-Sparse law with its printed constants, and a warning why it differs from the stated S*."""
 
     def at(constants: dict[str, float]) -> Optimum:
         theta = Q_SPARSE.theta(constants)
@@ -191,14 +191,14 @@ def printed_optimum(tolerance: float) -> dict[str, Any]:
         "stated": stated,
         "rounding": (min(corners), max(corners)),
         "warning": (
-            f"the constants that the Q-Sparse paper prints are rounded: they give S* {found.sparsity:.1%}, the paper "
-            f"states {stated:.2%}; all that rounds to them gives {min(corners):.1%} to {max(corners):.1%}"
+            f"the constants that the Q-Sparse paper prints are rounded: they give S* {found.sparsity:.1%}, whereas the "
+            f"paper states {stated:.2%}; constants that round to them give {min(corners):.1%} to {max(corners):.1%}"
         ),
     }
 
 
 def as_dict(done: Study) -> dict[str, Any]:
-    """The study as JSON holds it."""
+    """Return the study as values that JSON can hold. The keys are public and do not follow renamings."""
     observations = done.runs.observations
     return {
         "files": list(done.runs.files),

@@ -1,1 +1,1 @@
-"""The change of the loss when the sparsity of one cell of a plan changes: measured and estimated."""
+"""Sensitivities: the change of the loss when one cell of a plan gets another sparsity, evaluated and estimated."""

@@ -1,6 +1,8 @@
-"""Rows with the document of every label, and losses added up by document. R rows, S tokens, C documents.
+"""Sequences with the document of every label, and losses summed per document.
 
-Documents, not tokens, are what differs from one text to another, so a bootstrap draws them.
+The bootstrap resamples documents and not tokens, because the tokens of one document are not independent.
+
+R sequences, S tokens per sequence, C documents.
 """
 
 from __future__ import annotations
@@ -22,26 +24,27 @@ from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.training.engines.protocol import run_model
 
+# Bounds the memory of counting documents through a table that may be larger than memory.
 _SEQUENCES_PER_READ = 1024
 
 
 @dataclass(frozen=True)
 class DocumentSequences:
-    """Rows of one table and which document each label stands in."""
+    """Sequences in batches, with the document that each label belongs to."""
 
     batches: tuple[Batch, ...]
     documents: tuple[Tensor, ...]
-    """``(B, S)`` int64 for each batch: the document of every label, numbered from 0 without gaps."""
+    """``(B, S)`` int64 per batch: the document of every label, numbered from 0 without gaps."""
     num_documents: int
 
     @property
     def num_sequences(self) -> int:
-        """R."""
+        """Number of sequences, R."""
         return sum(len(batch.tokens_BS) for batch in self.batches)
 
     @property
     def labels_C(self) -> Array:
-        """``(C,)`` how many labels each document has."""
+        """Number of labels per document, ``(C,)``."""
         every = torch.cat([ids.flatten() for ids in self.documents])
         return torch.bincount(every, minlength=self.num_documents).double().numpy()
 
@@ -50,20 +53,22 @@ class DocumentSequences:
 
 
 def validation_documents(data: TokenData, *, num_sequences: int, batch_size: int) -> DocumentSequences:
-    """Validation rows, spread evenly over all of them; fewer where there are fewer."""
+    """Return ``num_sequences`` validation sequences spread evenly over the validation text, or all if it has fewer."""
     table, indices = data.evaluation_rows(num_sequences)
+    # Documents between the chosen sequences leave gaps in the numbering.
     _, dense = np.unique(_documents(table, indices), return_inverse=True)
     return _batched(table.tokens(indices), dense.reshape(len(indices), -1), data, batch_size)
 
 
 def training_documents(config: RunConfig, data: TokenData, *, num_sequences: int, batch_size: int) -> DocumentSequences:
-    """Training rows, spread evenly over all of them: of many more documents than validation rows are.
+    """Return training sequences spread evenly over the training text, which has many more documents than validation.
 
-    What a row holds of one document counts as a document: which rows share one is not looked up.
+    The part of a document inside one sequence counts as a document of its own: finding the sequences that share a
+    document would mean reading the whole training text.
     """
     tokens_RS = sample_train_rows(config, data, num_sequences)
     starts_RS = tokens_RS[:, :-1] == data.validation.document_token
-    starts_RS[:, 0] = True
+    starts_RS[:, 0] = True  # a sequence may begin in the middle of a document
     return _batched(tokens_RS, starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1, data, batch_size)
 
 
@@ -78,7 +83,10 @@ def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size:
 
 
 def _documents(table: RowTable, indices: Array) -> Array:
-    """``(R, S)`` the documents of these rows, counted through the whole table: a document may fill several rows."""
+    """Return the documents of these sequences, ``(R, S)``, counted from the start of the table.
+
+    Counting starts there because a document may continue over several sequences.
+    """
     found, begun, wanted = [], 0, set(indices.tolist())
     for begin in range(0, int(indices.max()) + 1, _SEQUENCES_PER_READ):
         rows = range(begin, min(begin + _SEQUENCES_PER_READ, len(table)))
@@ -91,7 +99,7 @@ def _documents(table: RowTable, indices: Array) -> Array:
 
 @torch.no_grad()
 def loss_by_document(model: Transformer, sequences: DocumentSequences) -> Array:
-    """``(C,)`` float64: the sum of the loss over each document's labels, in nats."""
+    """Return the loss summed over the labels of each document, ``(C,)`` float64, in nats."""
     device = model.embedding.weight.device
     sums_C = torch.zeros(sequences.num_documents, dtype=torch.float64)
     for batch, documents_BS in sequences:
@@ -102,7 +110,7 @@ def loss_by_document(model: Transformer, sequences: DocumentSequences) -> Array:
 
 
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """``(B * S,)`` nats, in at least fp32."""
+    """Return the loss per token in nats, ``(B * S,)``, in at least fp32."""
     wide = torch.promote_types(logits_BSV.dtype, torch.float32)
     return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), labels_BS.flatten(), reduction="none")
 
@@ -110,17 +118,20 @@ def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
 def bootstrap_intervals(
     sums_XC: Array, labels_C: Array, *, draws: int = 1000, level: float = 0.95, seed: int = 0
 ) -> tuple[Array, Array]:
-    """Percentile intervals ``(X,)`` of ``sums / labels`` over documents drawn with replacement (Efron 1979).
+    """Return the bootstrap percentile interval of ``sum / labels`` for each quantity, as two arrays ``(X,)``.
+
+    Documents are drawn with replacement (Efron 1979).
 
     Args:
-        sums_XC: for each of X quantities what every document adds to it.
-        labels_C: what every document adds to the number it is divided by.
-        draws: how often C documents are drawn.
-        level: of the interval.
-        seed: of the draws.
+        sums_XC: the contribution of each document to each of X sums.
+        labels_C: number of labels per document, the denominator.
+        draws: number of resamples, each of C documents.
+        level: the confidence level.
+        seed: the seed of the resampling.
     """
     generator = np.random.default_rng(seed)
     count = len(labels_C)
+    # Multinomial counts are the resamples in one matrix product, without a loop over draws.
     weights_BC = generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
     drawn_BX = (weights_BC @ sums_XC.T) / (weights_BC @ labels_C)[:, None]
     low, high = np.quantile(drawn_BX, [(1 - level) / 2, (1 + level) / 2], axis=0)

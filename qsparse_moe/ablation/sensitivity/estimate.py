@@ -1,17 +1,18 @@
-"""What the loss would change by if the S of one cell were another, for all cells and many S from one forward pass.
+"""Estimate the change of the loss for another S in one cell, for all cells and many S from a single forward pass.
 
-A site turns a row x into a sparse row y(S), the K largest of x (and its rescale). With g the gradient of the summed
-loss by the sparse row at the S of the moment, S0, and d = y(S) - y(S0), a cell's change of loss is to second order
+A site turns a row x into a sparse row y(S), the K largest features of x (rescaled if the run does so). Let g be the
+gradient of the summed loss with respect to the sparse row at the current S0, and d = y(S) - y(S0). To second order, the
+loss of a cell changes by
 
-    sum over its rows of g.d,  and half of d' G d  over all its rows together
+    the sum over its rows of g.d,  plus half of d' G d  over all its rows together
 
-G is the Gauss-Newton matrix of the loss by the sparse rows, which is Fisher's information: d' G d is the mean of
-(sum over the rows of g*.d)^2 with g* the gradient for labels drawn from the model. Tokens of one document in one row of
-the batch see each other, so their sums are squared; pieces of different documents do not. One draw is enough,
-because the pieces are many. One sort of |x| gives g.y(S) for every S: running sums of g x and x^2 in falling order of
-|x|, read at K.
+G is the Gauss-Newton matrix of the loss with respect to the sparse rows, which is the Fisher information: d' G d is the
+expectation of (sum over the rows of g*.d)^2, where g* is the gradient for labels drawn from the model. Tokens of one
+document in one sequence attend to each other, so their terms are summed before squaring; pieces of different documents
+are independent. One draw is enough because a batch has many pieces. A single sort of |x| gives g.y(S) for every S: the
+running sums of g x and x^2 in descending order of |x|, read at K.
 
-N rows, D features, X values of S, E experts, C documents, P pieces of documents in a batch.
+N routed rows, D features, X values of S, E experts, C documents, P pieces of documents in a batch.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from qsparse_moe.ablation.cells import Cell
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, token_losses
+from qsparse_moe.config.shapes import EXPERT_SITES
 from qsparse_moe.data.packing import Array
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
@@ -40,7 +42,7 @@ from qsparse_moe.training.engines.protocol import run_model
 
 @dataclass(frozen=True)
 class Estimate:
-    """Sums over the labels of every document, by cell and S; both terms, not yet added."""
+    """Both terms of the estimate, summed over the labels of each document, per cell and S."""
 
     first: dict[Cell, Array]
     """``(X, C)`` nats: the first-order term."""
@@ -48,13 +50,13 @@ class Estimate:
     """``(X, C)`` nats: the second-order term, never below 0."""
 
     def total(self, cell: Cell) -> Array:
-        """``(X, C)`` both together."""
+        """Return the sum of both terms, ``(X, C)``."""
         return self.first[cell] + self.second[cell]
 
 
 STE_SHARE = 1.0
 DRAWS = 1
-"""Of labels for the second order; see ``estimate``."""
+"""Number of label draws for the second-order term. Two draws changed the Spearman correlation by 0.004 (results.md)."""
 
 
 def estimate(
@@ -66,20 +68,19 @@ def estimate(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> Estimate:
-    """Both terms of every cell at each S of ``values``, from one forward and ``1 + draws`` backward passes.
+    """Estimate both terms for every cell at each S of ``values``, from one forward and ``1 + draws`` backward passes.
 
-    The model keeps its plan, its weights and which of them ask for gradients.
+    The plan, the weights, and the ``requires_grad`` flags of the model are the same after the call.
 
     Args:
-        model: selects by rank; on any device.
-        rows: in their documents.
-        values: X values of S.
-        ste_share: of the gradient that other selections pass on to the features they dropped. With 0 the first order is
-            the derivative of the loss while every selection stays as it is; but a change of finite size moves features
-            over the thresholds of the sites behind it, which the straight-through gradient sees and the derivative
-            does not (docs/results.md).
-        draws: of a label for every position, from what the model predicts there.
-        seed: of the draws.
+        model: a model that selects by rank, on any device.
+        sequences: the sequences to measure on, with their documents.
+        values: the X values of S.
+        ste_share: the share of the gradient that the other sites pass to the features they dropped. With 0, the first
+            order is the derivative of the loss for fixed selections. A finite change, however, moves features over the
+            thresholds of later sites. The straight-through gradient includes that effect, the derivative does not.
+        draws: number of labels drawn per position from the predictions of the model.
+        seed: the seed of the draws.
     """
     device = model.embedding.weight.device
     generator = torch.Generator(device).manual_seed(seed)
@@ -110,42 +111,47 @@ def _backward(
     weight: float | None,
     keep: bool,
 ) -> None:
-    """Bring the gradients for these labels to the listeners; ``keep`` the graph for another time."""
+    """Run one backward pass for these labels, which the site hooks listen to; ``keep`` the graph for the next pass."""
     for listener in listeners:
         listener.begin(pieces)
-    # The sum: a row's gradient is then that of its own document, whatever else is in the batch.
+    # The sum and not the mean: the gradient of a row then does not depend on the other documents of the batch.
     torch.autograd.backward(token_losses(logits_BSV, labels_BS).sum(), retain_graph=keep)
     for listener in listeners:
         listener.end(weight=weight)
 
 
 def _draw(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> Tensor:
-    """Labels from what the model predicts, where the text has one."""
+    """Draw a label from the prediction of the model at every position that has a label."""
     probabilities_TV = logits_BSV.detach().float().softmax(-1).flatten(0, 1)
     drawn_BS = torch.multinomial(probabilities_TV, 1, generator=generator).view_as(labels_BS)
     return torch.where(labels_BS == IGNORED_LABEL, labels_BS, drawn_BS)
 
 
 class _Pieces(NamedTuple):
-    """What of a batch belongs to one document in one of its rows."""
+    """The pieces of a batch: the tokens of one document in one sequence."""
 
     of_token_T: Tensor
     document_P: Tensor
 
     @staticmethod
     def of(documents_BS: Tensor) -> _Pieces:
-        rows_BS = torch.arange(len(documents_BS), device=documents_BS.device)[:, None].expand_as(documents_BS)
-        pairs_PR, of_token_T = torch.stack([rows_BS, documents_BS], -1).flatten(0, 1).unique(dim=0, return_inverse=True)
-        return _Pieces(of_token_T, pairs_PR[:, 1])
+        sequence_BS = torch.arange(len(documents_BS), device=documents_BS.device)[:, None].expand_as(documents_BS)
+        pairs_P2, of_token_T = (
+            torch.stack([sequence_BS, documents_BS], -1).flatten(0, 1).unique(dim=0, return_inverse=True)
+        )
+        return _Pieces(of_token_T, pairs_P2[:, 1])
 
 
 @contextmanager
 def _listening(
     model: Transformer, num_documents: int, values: Sequence[float], ste_share: float
 ) -> Iterator[list[_Listener]]:
-    """Listeners at every site. Of the weights only the embedding asks for a gradient: it lets the graph begin there."""
+    """Attach a listener to every site, and restore the model on exit.
+
+    Only the embedding requires a gradient, so that the graph reaches every site and no weight gradient is computed.
+    """
     listeners: dict[SparseSite, _Listener] = {}
-    asked = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     sites = [site for block in model.blocks() for site in block.sites().values()]
     shares = [site.ste_share for site in sites]
     routers = model.routers()
@@ -170,7 +176,7 @@ def _listening(
         for router in routers:
             router.hook = None
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(asked[name])
+            parameter.requires_grad_(requires_grad[name])
         model.train(was_training)
 
 
@@ -188,7 +194,7 @@ class _TokensOfRows:
 
 
 class _Listener:
-    """Adds up both terms of one site's cells while gradients arrive."""
+    """A hook at one site that sums both terms of its cells during the backward passes."""
 
     def __init__(
         self, block: Block, site: SparseSite, tokens: _TokensOfRows, num_documents: int, values: Sequence[float]
@@ -196,19 +202,20 @@ class _Listener:
         self._layer, self._site, self._tokens = block.layer, site, tokens
         self._kept = [site_num_kept(site.settings, value, site.num_features) for value in values]
         self._num_documents = num_documents
+        # float64: the sums run over every token, and the second order squares them.
         self._sums_2ECX = torch.zeros(2, site.num_experts, num_documents, len(values), dtype=torch.float64)
         self._pieces: _Pieces | None = None
         self._sums_FX = torch.zeros(0)
 
     def begin(self, pieces: _Pieces) -> None:
-        """Before the gradients of a batch for one choice of labels."""
+        """Prepare for one backward pass over a batch."""
         self._pieces = pieces
         self._sums_FX = torch.zeros(
             self._site.num_experts * len(pieces.document_P), len(self._kept), dtype=torch.float64
         )
 
     def end(self, *, weight: float | None) -> None:
-        """After them: the sums as they are for the first order, or their squares times ``weight`` for the second."""
+        """Add the sums of the pass to the first order, or their squares times ``weight`` to the second order."""
         assert self._pieces is not None
         sums_EPX = self._sums_FX.unflatten(0, (-1, len(self._pieces.document_P)))
         document_P = self._pieces.document_P.cpu()
@@ -218,7 +225,7 @@ class _Listener:
             self._sums_2ECX[1].index_add_(1, document_P, sums_EPX.square(), alpha=weight)
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
-        # The pieces are asked for in the backward: a forward serves several.
+        # The pieces are read during the backward pass, because one forward pass serves several of them.
         token_N = None if expert_ids_N is None else self._tokens.token_N
         hook = partial(self._add, x.detach().flatten(0, -2), sparse.detach().flatten(0, -2), expert_ids_N, token_N)
         sparse.register_hook(hook)
@@ -228,49 +235,52 @@ class _Listener:
         self, x_ND: Tensor, sparse_ND: Tensor, expert_ids_N: Tensor | None, token_N: Tensor | None, grad: Tensor
     ) -> None:
         assert self._pieces is not None
-        places_N = self._pieces.of_token_T
+        index_N = self._pieces.of_token_T
         if expert_ids_N is not None:
             assert token_N is not None
-            places_N = expert_ids_N.long() * len(self._pieces.document_P) + places_N[token_N.long()]
+            # Experts and pieces share one flat index, so that a single index_add_ serves both.
+            index_N = expert_ids_N.long() * len(self._pieces.document_P) + index_N[token_N.long()]
         change_NX = row_changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._kept).double().cpu()
-        self._sums_FX.index_add_(0, places_N.cpu(), change_NX)
+        self._sums_FX.index_add_(0, index_N.cpu(), change_NX)
 
     def by_cell(self) -> Iterator[tuple[Cell, Array]]:
-        """The sums ``(2, X, C)`` of every cell."""
-        has_experts = self._site.site in ("expert_input", "expert_hidden")
+        """Yield each cell with its sums, ``(2, X, C)``."""
+        has_experts = self._site.site in EXPERT_SITES
         for expert in range(self._sums_2ECX.shape[1]):
             cell = Cell(self._layer, self._site.site, expert if has_experts else None)
             yield cell, np.ascontiguousarray(self._sums_2ECX[:, expert].transpose(-1, -2).numpy())
 
 
 def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, kept: Sequence[int]) -> Tensor:
-    """``(N, X)``: ``g.(y(K) - y)`` of every row for each K of ``kept``, in at least fp32.
+    """Return ``g.(y(K) - y)`` of every row for each K of ``kept``, ``(N, X)``, in at least fp32.
 
     Args:
-        site: whose selection, number format and rescale make y of x.
-        x_ND: what the site was given.
-        sparse_ND: y of the moment.
-        grad_ND: g, the gradient by it.
-        kept: K of a row, each as ``site_num_kept`` gives it.
+        site: the site whose selection, number format, and rescaling turn x into y.
+        x_ND: the input of the site.
+        sparse_ND: the current y.
+        grad_ND: g, the gradient with respect to ``sparse_ND``.
+        kept: values of K, as returned by ``site_num_kept``.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     rounded_ND, grad_ND = as_format(x_ND, site.number_format).to(wide), grad_ND.to(wide)
     now_N1 = (grad_ND * sparse_ND.to(wide)).sum(-1, keepdim=True)
     group = site.ranking.group_size or site.num_features
+    # Stable, so that ties go to the lower index as in the selection itself.
     order_NGF = x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
     along_NX = _read(grad_ND * rounded_ND, order_NGF, kept)
     if site.settings.rescale == "none":
         return along_NX - now_N1
     energy_NX = _read(rounded_ND.square(), order_NGF, kept)
     target_N1 = x_ND.to(wide).square().sum(-1, keepdim=True) if site.settings.rescale == "preserve" else 1.0
-    # A site that keeps everything is left as it is (SparseSite), so that no S changes nothing.
+    # SparseSite does not rescale a row of which it selects every feature, so S = 0 must not be rescaled here either.
     is_whole_X = torch.tensor([count == site.num_features for count in kept], device=x_ND.device)
+    # A row of zeros has no energy to scale to: 0 / 0 becomes 0.
     scale_NX = (target_N1 / energy_NX).sqrt().nan_to_num(0.0, 0.0, 0.0)
     return torch.where(is_whole_X, along_NX, along_NX * scale_NX) - now_N1
 
 
 def _read(terms_ND: Tensor, order_NGF: Tensor, kept: Sequence[int]) -> Tensor:
-    """``(N, X)``: the sums of ``terms`` over what each K keeps, an equal part of it in every group."""
+    """Return the sums of ``terms`` over the features that each K selects, ``(N, X)``, an equal part from each group."""
     num_groups, group = order_NGF.shape[-2:]
     running_NGF = terms_ND.unflatten(-1, (num_groups, group)).gather(-1, order_NGF).cumsum(-1)
     last_X = torch.tensor([count // num_groups - 1 for count in kept], device=terms_ND.device)

@@ -1,4 +1,7 @@
-"""Pictures of sensitivities: heat maps layers x experts, and estimate against evaluation. L layers, E experts."""
+"""Figures of sensitivities: heat maps (layers x experts), and the estimate against the evaluation.
+
+L layers, E experts.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ from qsparse_moe.metrics.tensorboard import write_pictures
 
 
 def write_figures(found: Sensitivity, folder: Path) -> list[Path]:
-    """Write the PNG files into ``folder``; their paths.
+    """Write the PNG files into ``folder`` and return their paths.
 
-    ``map-SITE.png``, a map for each S, of what was evaluated or else estimated; and where both are there
-    ``estimate.png``, all points against each other.
+    ``map-SITE.png`` has one map per S, of the evaluated change if there is one and else of the estimate.
+    ``estimate.png`` plots the estimate against the evaluation and needs both.
     """
     return [_save(figure, folder / f"{name}.png") for name, figure in _figures(found).items()]
 
 
 def write_images(found: Sensitivity, tensorboard: Path, step: int) -> None:
-    """Add the same pictures to a run's TensorBoard folder, under ``sensitivity/``."""
+    """Add the same figures to the TensorBoard folder of a run, under ``sensitivity/``."""
     pictures = {f"sensitivity/{name}": _pixels(figure) for name, figure in _figures(found).items()}
     write_pictures(tensorboard, pictures, step)
 
@@ -45,14 +48,14 @@ def _figures(found: Sensitivity) -> dict[str, Figure]:
 
 
 def _change(change: CellChange) -> tuple[float, tuple[float, float]]:
-    """The change and its interval: evaluated, or else estimated."""
+    """Return the evaluated change and its interval, or the estimated ones if nothing was evaluated."""
     if change.exact is None or change.exact_interval is None:
         return change.estimate, change.estimate_interval
     return change.exact, change.exact_interval
 
 
 def _maps(site: Site, changes: Sequence[CellChange], scale: Normalize) -> Figure:
-    """One map for each S, side by side; cells whose interval holds 0 are hatched."""
+    """Draw one map per S side by side, and hatch the cells whose interval contains 0."""
     values = sorted({change.sparsity for change in changes})
     layers = tuple(sorted({change.cell.layer for change in changes}))
     num_experts = 1 + max(change.cell.expert or 0 for change in changes)
@@ -66,9 +69,11 @@ def _maps(site: Site, changes: Sequence[CellChange], scale: Normalize) -> Figure
                 change_LE[index], noise_LE[index] = change, low <= 0 <= high
         maps.append(CellMap(f"S={value:.3g}", layers, change_LE, noise_LE))
     kind = "estimated" if changes[0].exact is None else "evaluated"
-    title = f"{site.replace('_', ' ')}: loss with another S in one place, against the run's own plan ({kind})"
-    noise = "noise: the 95% interval over documents holds 0"
-    return draw_maps(maps, scale, title=title, missing="the run's own S", noise=noise)
+    title = (
+        f"{site.replace('_', ' ')}: change of the loss with another S in one cell, against the plan of the run ({kind})"
+    )
+    noise = "noise: the 95% interval over documents contains 0"
+    return draw_maps(maps, scale, title=title, missing="S of the run", noise=noise)
 
 
 def _scatter(found: Sensitivity) -> Figure:
@@ -83,13 +88,14 @@ def _scatter(found: Sensitivity) -> Figure:
     ends = [min(p.exact or 0.0 for p in found.changes), max(p.exact or 0.0 for p in found.changes)]
     axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
     median = max(float(np.median([abs(p.exact or 0.0) for p in found.changes])), 1e-6)
-    scale = 10.0 ** np.ceil(np.log10(median))  # a whole decade, or the labels around 0 lie over each other
+    # A whole decade: otherwise the tick labels around 0 overlap.
+    scale = 10.0 ** np.ceil(np.log10(median))
     axes.set_xscale("symlog", linthresh=scale)
     axes.set_yscale("symlog", linthresh=scale)
-    axes.set_xlabel("change of the loss by evaluation, nats per token")
-    axes.set_ylabel("change estimated, nats per token")
+    axes.set_xlabel("evaluated change of the loss, nats per token")
+    axes.set_ylabel("estimated change of the loss, nats per token")
     axes.tick_params(axis="both", labelsize=8)
-    axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.changes)} points", fontsize=10)
+    axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.changes)} changes", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 

@@ -1,6 +1,6 @@
-"""How much one cell's sparsity costs: the change of validation loss when its S alone is another.
+"""Measure the change of the validation loss when a single cell gets another S.
 
-Exactly, by an evaluation for every cell and S; and estimated for all at once (``estimate.py``). C documents.
+The exact change takes one evaluation per cell and S; ``estimate.py`` estimates all changes at once. C documents.
 """
 
 from __future__ import annotations
@@ -28,81 +28,84 @@ from qsparse_moe.training.evaluate import load_run
 logger = logging.getLogger(__name__)
 DEFAULT_VALUES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9)
 Notify = Callable[[int, int], None]
-"""Called with how many evaluations are done, of how many."""
+"""A callback that receives the number of evaluations done and their total."""
 
 
 @dataclass(frozen=True)
 class CellChange:
-    """One cell at one S: changes of the mean loss against the plan as it is, nats a token."""
+    """The change of the mean loss when one cell has another S than in the plan, in nats per token."""
 
     cell: Cell
     sparsity: float
     estimate: float
     estimate_interval: tuple[float, float]
     first_order: float
-    """Of the estimate, the first-order term."""
+    """The first-order term of the estimate."""
     exact: float | None
-    """None where it was not evaluated."""
+    """The evaluated change; None if it was not evaluated."""
     exact_interval: tuple[float, float] | None
     exact_halves: tuple[float, float] | None
-    """The exact change over every other document, and over the rest."""
+    """The exact change over every second document, and over the other documents."""
 
     @property
     def is_decided(self) -> bool:
-        """Whether it was evaluated and 0 lies outside the interval."""
+        """Return whether the change was evaluated and its interval excludes 0."""
         return self.exact_interval is not None and not self.exact_interval[0] <= 0 <= self.exact_interval[1]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well the estimate ranks what evaluation finds, and how well evaluation ranks itself."""
+    """Rank correlations of the estimate with the evaluation, and of the evaluation with itself."""
 
     sparsity: float | None
-    """The S of the points compared; None: all of them."""
+    """The S of the changes compared; None means all of them."""
     points: int
+    """Number of changes compared."""
     spearman: float
     pearson: float
     spearman_first_order: float
-    """With the first-order term alone."""
+    """Spearman correlation of the first-order term alone."""
     spearman_halves: float | None
-    """Of the exact changes over one half of the documents with those over the other: where it is low, ranks are noise,
-    and no estimate could rank better; more rows help. None where all is one document."""
+    """Spearman correlation of the exact changes over one half of the documents with those over the other half.
+
+    Where it is low, the ranks are noise and no estimate can rank better; more sequences help. None if there is only one
+    document.
+    """
     decided: int
-    """Points whose exact change has an interval without 0."""
+    """Number of changes whose interval excludes 0."""
     spearman_decided: float | None
-    """Over them alone; None where they are fewer than three."""
+    """Spearman correlation over the decided changes alone; None if there are fewer than three."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """All cells of a model around one plan."""
+    """The sensitivities of all cells of a model around one plan."""
 
     plan: SparsityPlan
     num_sequences: int
     documents: int
     loss: float
-    """Of the plan as it is, nats a token."""
+    """Loss under the plan itself, in nats per token."""
     changes: tuple[CellChange, ...]
     estimate_seconds: float
     exact_seconds: float | None
     evaluations: int
-    """Forward passes over the rows that the exact changes took, the plan's own among them; the estimate takes one
-    forward and a few backward."""
+    """Number of forward passes over the sequences for the exact changes, including the one under the plan itself."""
     agreement: tuple[Agreement, ...]
 
     @property
     def times_cheaper(self) -> float | None:
-        """Seconds of all evaluations over those of the estimate."""
+        """Return the seconds of all evaluations divided by those of the estimate."""
         return None if self.exact_seconds is None else self.exact_seconds / self.estimate_seconds
 
 
 def load_ranked(
     run_dir: Path, device: torch.device | str, sparsity: float | None
 ) -> tuple[RunConfig, Transformer, int]:
-    """A run's model, at its own plan or at one S everywhere.
+    """Load the model of a run, with its own plan or with one S in every cell.
 
     Raises:
-        ConfigError: the run selects by a bound, or its router sees sparse tokens.
+        ConfigError: the run selects by a threshold, or its router reads sparse tokens.
         CheckpointError: as ``load_run``.
     """
     config, model, step = load_run(run_dir, device)
@@ -113,17 +116,17 @@ def load_ranked(
 
 
 def check_ranks(config: ModelConfig) -> None:
-    """Raise ConfigError where S of one cell is not the share that its ranking drops."""
+    """Raise ConfigError unless S of a cell is the share of features that its ranking drops."""
     selection = config.sparsity.selection
     if selection not in ("topk", "block"):
         raise ConfigError(
-            f"model.sparsity.selection ({selection}) must be topk or block for sensitivities, which change the K of "
+            f"model.sparsity.selection ({selection}) must be topk or block for sensitivities, which change K of "
             "one cell at a time; train the run, or a copy of its config, with one of these"
         )
     if config.moe.router_input == "sparse":
         raise ConfigError(
-            "model.moe.router_input (sparse) must be dense for sensitivities: with another S for one expert there "
-            "is no one sparse token that the router could see"
+            "model.moe.router_input (sparse) must be dense for sensitivities: if one expert has another S, there "
+            "is no single sparse token that the router could read; train a copy of the config with router_input=dense"
         )
 
 
@@ -136,19 +139,21 @@ def measure(
     draws: int = 1000,
     notify: Notify | None = None,
 ) -> Sensitivity:
-    """The sensitivities of every cell around the model's plan, which it keeps.
+    """Measure the sensitivities of every cell around the plan of the model.
+
+    The plan of the model is the same after the call.
 
     Args:
-        model: selects by rank; on any device.
-        sequences: the sequences that both are measured on, so that the estimate is compared on the same text.
-        values: S of which each cell takes one after the other; values with the same K as the plan's are left out.
-        exact: evaluate too, cell by cell.
-        draws: of the bootstrap over documents.
-        notify: progress of the evaluations.
+        model: a model that selects by rank, on any device.
+        sequences: the sequences on which both the estimate and the exact changes are measured.
+        values: the values of S that each cell takes in turn; the S of the plan itself is left out.
+        exact: whether to evaluate every change as well.
+        draws: number of bootstrap resamples over documents.
+        notify: called after each evaluation.
     """
     plan, labels_C = model.sparsity_plan, sequences.labels_C
     SparsityPlan.uniform(model.config, max(values)).check_fits(model.config)
-    # First, so that neither pays for what is made at the first use.
+    # This pass comes first, so that neither timing below includes one-time costs such as allocation and compilation.
     began = time.perf_counter()
     base_C = loss_by_document(model, sequences)
     base_seconds = time.perf_counter() - began
@@ -174,11 +179,11 @@ def measure(
 
 
 def _pairs(plan: SparsityPlan, values: Sequence[float]) -> list[tuple[Cell, int, float]]:
-    """Every cell with every S that differs from its own, and the place of that S among the values."""
+    """Return every cell with every S that differs from its own, and the index of that S in ``values``."""
     return [
-        (cell, place, value)
+        (cell, index, value)
         for cell in cells_of(plan)
-        for place, value in enumerate(values)
+        for index, value in enumerate(values)
         if value != sparsity_of(plan, cell)
     ]
 
@@ -206,11 +211,11 @@ def _cell_changes(
     pairs: list[tuple[Cell, int, float]], estimated: Estimate, losses: list[Array] | None, labels_C: Array, draws: int
 ) -> tuple[CellChange, ...]:
     total = labels_C.sum()
-    first_PC = np.stack([estimated.first[cell][place] for cell, place, _ in pairs])
-    both_PC = first_PC + np.stack([estimated.second[cell][place] for cell, place, _ in pairs])
+    first_PC = np.stack([estimated.first[cell][index] for cell, index, _ in pairs])
+    both_PC = first_PC + np.stack([estimated.second[cell][index] for cell, index, _ in pairs])
     low_P, high_P = bootstrap_intervals(both_PC, labels_C, draws=draws)
     exact_PC = np.stack(losses) if losses is not None else None
-    bounds = bootstrap_intervals(exact_PC, labels_C, draws=draws) if exact_PC is not None else None
+    exact_interval = bootstrap_intervals(exact_PC, labels_C, draws=draws) if exact_PC is not None else None
     halves_P2 = _halves(exact_PC, labels_C) if exact_PC is not None else None
     return tuple(
         CellChange(
@@ -220,7 +225,9 @@ def _cell_changes(
             estimate_interval=(float(low_P[i]), float(high_P[i])),
             first_order=float(first_PC[i].sum() / total),
             exact=None if exact_PC is None else float(exact_PC[i].sum() / total),
-            exact_interval=None if bounds is None else (float(bounds[0][i]), float(bounds[1][i])),
+            exact_interval=None
+            if exact_interval is None
+            else (float(exact_interval[0][i]), float(exact_interval[1][i])),
             exact_halves=None if halves_P2 is None else (float(halves_P2[i, 0]), float(halves_P2[i, 1])),
         )
         for i, (cell, _, value) in enumerate(pairs)
@@ -228,13 +235,16 @@ def _cell_changes(
 
 
 def _halves(sums_PC: Array, labels_C: Array) -> Array:
-    """``(P, 2)``: the mean change over every other document, and over the rest; nan where there is one document."""
+    """Return the mean change over every second document and over the others, ``(P, 2)``; nan with a single document.
+
+    Alternating documents, not the first and the second half: neighbours in the text may be alike.
+    """
     with np.errstate(invalid="ignore"):
         return np.stack([sums_PC[:, part::2].sum(1) / labels_C[part::2].sum() for part in (0, 1)], axis=1)
 
 
 def agreements(changes: Sequence[CellChange]) -> tuple[Agreement, ...]:
-    """Over all points, then for each S by itself; of points that were evaluated."""
+    """Return the agreement over all evaluated changes, then for each S separately."""
     values = sorted({change.sparsity for change in changes})
     groups: list[tuple[float | None, list[CellChange]]] = [(None, list(changes))]
     groups += [(value, [change for change in changes if change.sparsity == value]) for value in values]

@@ -1,4 +1,4 @@
-"""Sensitivities as JSON, as CSV and as Markdown."""
+"""Write sensitivities as JSON, CSV, and Markdown."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _COLUMNS = (
 )
 _MOST_SENSITIVE = 10
 AGREEMENT_HEAD = ("S", "points", "Spearman", "Pearson", "first order alone", "halves", "decided", "over decided")
-"""Of ``agreement_rows``; what follows Pearson are rank correlations and a count."""
+"""The columns of ``agreement_rows``. The columns after Pearson are rank correlations and one count."""
 _READING = (
-    "Halves: how far the exact changes of one half of the documents rank as those of the other; no estimate can be "
-    "expected to rank better. Decided: points whose exact change has an interval without 0."
+    "Halves: rank correlation of the exact changes over one half of the documents with those over the other half; no "
+    "estimate can be expected to rank better. Decided: number of changes whose interval excludes 0."
 )
 
 
 def as_dict(found: Sensitivity, *, run_dir: Path, step: int) -> dict[str, Any]:
-    """All of it, JSON-able."""
+    """Return everything as values that JSON can hold. The keys are public: they keep the names of earlier versions."""
     return {
         "format": FORMAT,
         "run_dir": str(run_dir),
@@ -71,7 +71,7 @@ def _row(change: CellChange) -> dict[str, Any]:
 
 
 def write_csv(changes: Sequence[CellChange], file: Path) -> None:
-    """A line a change; ``expert`` is empty at a site without experts, ``exact`` where nothing was evaluated."""
+    """Write one line per change; ``expert`` is empty at a site without experts, ``exact`` if nothing was evaluated."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -80,10 +80,10 @@ def write_csv(changes: Sequence[CellChange], file: Path) -> None:
 
 
 def markdown(found: Sensitivity, *, title: str) -> str:
-    """The agreement of estimate and evaluation, and the cells that cost most."""
+    """Return the agreement of estimate and evaluation, and the most sensitive cells."""
     parts = [
         f"# {title}",
-        f"Loss {found.loss:.4f} nats a token at mean S {found.plan.mean:.3f}, on {found.num_sequences} "
+        f"Loss {found.loss:.4f} nats per token at mean S {found.plan.mean:.3f}, on {found.num_sequences} "
         f"validation sequences of {found.documents} documents. Changes are in nats per token; intervals are 95 % "
         "by bootstrap over documents.",
     ]
@@ -95,12 +95,12 @@ def markdown(found: Sensitivity, *, title: str) -> str:
             table(AGREEMENT_HEAD, agreement_rows(found)),
             _READING,
         ]
-    parts += ["Cells that cost most:", table(("cell", "S", "estimate", "exact"), costliest_rows(found))]
+    parts += ["Most sensitive cells:", table(("cell", "S", "estimate", "exact"), costliest_rows(found))]
     return "\n\n".join(parts) + "\n"
 
 
 def agreement_rows(found: Sensitivity) -> list[tuple[str, ...]]:
-    """What ``AGREEMENT_HEAD`` names, as text."""
+    """Return the cells of the agreement table as text, in the order of ``AGREEMENT_HEAD``."""
     return [
         (
             "all" if one.sparsity is None else f"{one.sparsity:.3g}",
@@ -119,7 +119,7 @@ def _correlation(value: float | None) -> str:
 
 
 def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:
-    """Of each cell its costliest S; the first ten, by what was evaluated where it was."""
+    """Return the ten most sensitive cells at their costliest S, by the evaluated change if there is one."""
     by_cell: dict[Any, CellChange] = {}
     for change in sorted(found.changes, key=_cost):
         by_cell[change.cell] = change
@@ -128,10 +128,10 @@ def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:
         (
             change.cell.name,
             f"{change.sparsity:.3g}",
-            _told(change.estimate, change.estimate_interval),
+            _with_interval(change.estimate, change.estimate_interval),
             "–"
             if change.exact is None or change.exact_interval is None
-            else _told(change.exact, change.exact_interval),
+            else _with_interval(change.exact, change.exact_interval),
         )
         for change in chosen
     ]
@@ -141,10 +141,10 @@ def _cost(change: CellChange) -> float:
     return change.estimate if change.exact is None else change.exact
 
 
-def _told(value: float, interval: tuple[float, float]) -> str:
+def _with_interval(value: float, interval: tuple[float, float]) -> str:
     return f"{value:+.4f} ({interval[0]:+.4f} to {interval[1]:+.4f})"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

@@ -57,6 +57,14 @@ def test_each_expert_has_the_sums_of_the_rows_that_it_reads():
     assert stats["pairs_common_E"].tolist() == [0, 0, (kept[2] & kept[3]).sum()]
 
 
+def test_the_smallest_magnitude_of_a_row_counts_once_for_every_expert_that_reads_it():
+    before = torch.tensor([[4.0, 1.0], [0.25, 8.0], [0.0, 0.0]])  # kept is 4, 8 and nothing
+    row, expert = torch.tensor([0, 1, 2, 0, 0]), torch.tensor([0, 0, 0, 1, 2])
+    counts_H = stats_of(before, 1, Readers(row, expert, 3))["smallest_counts_H"]
+    # Two bins per octave from 2^-24 on: 4 = 2^2 begins bin 52, 8 = 2^3 bin 54; a row of zeros counts in the first.
+    assert {index: counts_H[index].item() for index in counts_H.nonzero().flatten().tolist()} == {0: 1, 52: 3, 54: 1}
+
+
 def test_parts_add_up_to_the_whole():
     x = torch.randn(10, 8)
     whole = stats_of(x, 3)

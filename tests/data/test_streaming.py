@@ -255,6 +255,21 @@ def test_validation_rows_of_a_stream_are_the_first_held_out_ones(data_config: Ma
     assert len(data.validation) == min(64, (len(joined) - 1) // 16)
 
 
+@pytest.mark.parametrize(("num_rows", "of_each"), [(1, 1), (4, 2), (5, 3)])
+def test_every_source_of_a_stream_gives_as_many_validation_rows_and_together_no_fewer_than_asked_for(
+    data_config: MakeConfig, tmp_path: Path, num_rows: int, of_each: int
+) -> None:
+    sources = (make_source(tmp_path, "text"), make_source(tmp_path, "jsonl"))
+    rows = []
+    for source in sources:
+        alone = load_data(data_config(source, mode="streaming"))
+        table, indices = alone.evaluation_rows(of_each)
+        rows += table.tokens(indices).tolist()
+    table, indices = load_data(data_config(*sources, mode="streaming")).evaluation_rows(num_rows)
+    assert table.tokens(range(len(table))).tolist() == rows
+    assert len(indices) == num_rows
+
+
 def test_only_as_much_of_a_stream_is_read_as_validation_needs(
     data_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.data.tokenizer import ByteTokenizer, HuggingFaceTokenizer, check_vocabulary, load_tokenizer
+from qsparse_moe.data.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    _byte_offsets,
+    check_vocabulary,
+    load_tokenizer,
+)
 from qsparse_moe.errors import ConfigError, DataError
 
 SPELLED = "a<|end|>b <|begin|> naïve 漢字 😀\n"
@@ -244,3 +250,10 @@ def test_a_copy_of_a_tokenizer_is_the_same_one(bpe_folder: Path, tmp_path: Path)
     assert load_tokenizer(str(tmp_path / "run" / "tokenizer")).fingerprint == tokenizer.fingerprint
     ByteTokenizer().save(tmp_path / "bytes")
     assert not (tmp_path / "bytes").exists()
+
+
+def test_bytes_before_every_character_are_counted_at_the_borders_of_utf_8():
+    # The last character of one byte and the first of two, and so on: U+7F, U+80, U+7FF, U+800, U+FFFF, U+10000.
+    text = "\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffff"
+    assert _byte_offsets(text).tolist() == [len(text[:place].encode()) for place in range(len(text) + 1)]
+    assert _byte_offsets(text).tolist() == [0, 1, 3, 5, 8, 11, 15, 19]

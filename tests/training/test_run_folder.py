@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.runs.folder import (
+    MANIFEST_FILE,
     MAY_CHANGE,
     check_run_folder,
     check_steps,
@@ -13,6 +16,7 @@ from qsparse_moe.runs.folder import (
     run_folder,
     write_config,
 )
+from qsparse_moe.runs.manifest import write_manifest
 
 
 def changed(config: RunConfig, path: str, value) -> RunConfig:
@@ -165,3 +169,10 @@ def test_the_written_config_is_read_back_equal(make_config):
     write_config(run_folder(config), config)
     assert load_config(run_folder(config) / "config.yaml") == config
     assert [path.name for path in run_folder(config).iterdir()] == ["config.yaml"]
+
+
+def test_a_manifest_keeps_those_of_the_earlier_parts_of_its_run_the_oldest_first(tmp_path):
+    for start_step in (0, 4, 9):
+        write_manifest(tmp_path, {"start_step": start_step})
+    stored = json.loads((tmp_path / MANIFEST_FILE).read_text())
+    assert stored == {"start_step": 9, "earlier_parts": [{"start_step": 0}, {"start_step": 4}]}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH
+from qsparse_moe.sparsity.log_counts import MAGNITUDES
 from qsparse_moe.sparsity.stats import SITE_FIELDS, Readers, add_stats, row_sums, site_stats, stack_layers
 from qsparse_moe.sparsity.topk import topk_sparsify
 
@@ -61,8 +62,9 @@ def test_the_smallest_magnitude_of_a_row_counts_once_for_every_expert_that_reads
     before = torch.tensor([[4.0, 1.0], [0.25, 8.0], [0.0, 0.0]])  # kept is 4, 8 and nothing
     row, expert = torch.tensor([0, 1, 2, 0, 0]), torch.tensor([0, 0, 0, 1, 2])
     counts_H = stats_of(before, 1, Readers(row, expert, 3))["smallest_counts_H"]
-    # Two bins per octave from 2^-24 on: 4 = 2^2 begins bin 52, 8 = 2^3 bin 54; a row of zeros counts in the first.
-    assert {index: counts_H[index].item() for index in counts_H.nonzero().flatten().tolist()} == {0: 1, 52: 3, 54: 1}
+    at_4, at_8 = (MAGNITUDES.edges.index(exponent) for exponent in (2.0, 3.0))  # the bins that begin there
+    # A row of zeros counts in the first bin.
+    assert {bin_: counts_H[bin_].item() for bin_ in counts_H.nonzero().flatten().tolist()} == {0: 1, at_4: 3, at_8: 1}
 
 
 def test_parts_add_up_to_the_whole():

@@ -1,1 +1,1 @@
-"""The decoder-only Transformer around the experts."""
+"""The decoder-only Transformer and what is computed on it: initial values, recomputation, thresholds, and unions."""

@@ -1,4 +1,4 @@
-"""Causal grouped-query attention. B batch, S sequence, H heads, C channels a head, D width."""
+"""Causal grouped-query attention. B batch, S sequence, H heads, C channels per head, D width."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from qsparse_moe.sparsity.stats import Stats
 
 
 class Projection(Linear):
-    """A linear map whose weight is read in a number format; the weight itself keeps its own."""
+    """A linear map that rounds its weight to a number format when it is used; the stored weight is not rounded."""
 
     def __init__(self, in_features: int, out_features: int, weight_format: Literal["none", "ternary"]) -> None:
         super().__init__(in_features, out_features)
         self.weight_format = weight_format
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(*, in)`` to ``(*, out)``."""
+        """Map ``(*, in)`` to ``(*, out)``."""
         return linear(x, as_format(self.weight, self.weight_format))
 
 
 class Attention(nn.Module):
-    """One sparse input for queries, keys and values, one sparse input for the output projection."""
+    """Attention with two sparse sites: one before the joint query, key, and value projection, one before the output."""
 
     def __init__(self, config: ModelConfig, runtime: SiteRuntime) -> None:
         super().__init__()
@@ -65,14 +65,16 @@ class Attention(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, *, with_stats: bool
     ) -> tuple[Tensor, Stats, Stats]:
-        """``(B, S, D)`` to ``(B, S, D)``, with the sums of the input and of the output site.
+        """Return the attention output ``(B, S, D)`` and the statistics of the input site and of the output site.
 
-        ``mask_B1SS`` is true where a query (third dim) may look at a key (last dim); None is plain causal.
+        ``mask_B1SS`` is true where a query (third dim) attends to a key (last dim); None is the plain causal mask.
         """
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
         qkv = rearrange(self.qkv(x_BSD), "b s (h c) -> b h s c", c=self.head_size)
         query, key, value = qkv.split(heads, dim=1)
+        # Normalized before the rotation, as in Qwen3 and OLMoE; a rotation does not change a norm, so only the learned
+        # scale makes the order matter.
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
@@ -81,6 +83,7 @@ class Attention(nn.Module):
             key,
             value,
             attn_mask=mask_B1SS,
+            # SDPA accepts one of the two. Without a mask tensor it can choose its fused causal kernels.
             is_causal=mask_B1SS is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
@@ -89,7 +92,7 @@ class Attention(nn.Module):
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:
-    """``(B, 1, S, S)`` bool: a query sees the keys of its own document that do not come after it."""
+    """Return ``(B, 1, S, S)`` bool: true for the keys of a query's own document that do not come after it."""
     length = documents_BS.shape[1]
     causal_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
     same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]

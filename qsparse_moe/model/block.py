@@ -1,4 +1,4 @@
-"""One decoder layer: attention, then experts (or a dense feed-forward), each after its norm and added to the stream."""
+"""One decoder layer: attention, then routed experts or a dense feed-forward, each normed and added to the residual."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.layer import MoELayer, site_names
-from qsparse_moe.moe.losses import Balance
+from qsparse_moe.moe.losses import BalanceTerms
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.nn.sparse_site import SparseSite
@@ -21,16 +21,16 @@ from qsparse_moe.sparsity.stats import Stats
 
 
 class BlockOutput(NamedTuple):
-    """The stream, what the layer's router losses are formed from (None in a dense layer) and its sums."""
+    """The result of a decoder layer: hidden states, the terms of its router losses (None if dense), and statistics."""
 
     hidden_BSD: Tensor
-    balance: Balance | None
+    balance: BalanceTerms | None
     router_z_loss: Tensor | None
     stats: Stats
 
 
 class Block(nn.Module):
-    """Pre-norm decoder layer number ``layer``."""
+    """A pre-norm decoder layer, the ``layer``-th of the model."""
 
     def __init__(self, config: ModelConfig, layer: int, runtime: Runtime) -> None:
         super().__init__()
@@ -41,6 +41,7 @@ class Block(nn.Module):
         routed = has_experts(config, layer)
         self.dense = None if routed else FeedForward(config, "dense", dense_hidden_size(config), runtime.sites)
         self.moe = MoELayer(config, runtime) if routed else None
+        # Only for messages: a site that finds a NaN names its layer.
         for site in self.sites().values():
             site.layer = layer
 
@@ -52,7 +53,10 @@ class Block(nn.Module):
         with_stats: bool,
         recompute: Recompute = "none",
     ) -> BlockOutput:
-        """The stream ``(B, S, D)`` after this layer; ``recompute`` names a half that the backward computes again."""
+        """Return the hidden states ``(B, S, D)`` after this layer and its statistics.
+
+        ``recompute`` names the half that the backward recomputes, or a setting that names neither half.
+        """
         mixed_BSD, *attention_stats = run_part(
             recompute, "attention", self._attend, hidden_BSD, rotation, mask_B1SS, with_stats
         )
@@ -68,7 +72,7 @@ class Block(nn.Module):
 
     def _feed_forward(
         self, hidden_BSD: Tensor, with_stats: bool
-    ) -> tuple[Tensor, Balance | None, Tensor | None, Stats]:
+    ) -> tuple[Tensor, BalanceTerms | None, Tensor | None, Stats]:
         normed_BSD = self.feed_forward_norm(hidden_BSD)
         if self.moe is not None:
             return self.moe(normed_BSD, with_stats=with_stats)
@@ -77,12 +81,12 @@ class Block(nn.Module):
         return y_BSD, None, None, _named(("dense_input", "dense_hidden"), stats)
 
     def set_sparsity(self, plan: SparsityPlan) -> None:
-        """Give every site of this layer its S from ``plan``."""
+        """Set S, and the thresholds if there are any, of every site of this layer from ``plan``."""
         for site, module in self.sites().items():
             module.set_sparsity(plan.values[self.layer, site], plan.thresholds.get((self.layer, site)))
 
     def sites(self) -> dict[Site, SparseSite]:
-        """The sparse sites of this layer by name."""
+        """Return the sparse sites of this layer by name."""
         found: dict[Site, SparseSite] = {
             "attention_input": self.attention.input_site,
             "attention_output": self.attention.output_site,

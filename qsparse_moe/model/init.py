@@ -1,4 +1,4 @@
-"""Every initial value of the model, in one table."""
+"""Initialisation of every parameter of the model, in one function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.expert_group import global_shape, local_shard
 
-# Standard deviations are cut at three of them (OLMoE, arXiv 2409.02060, appendix).
+# Normal values are truncated at three standard deviations (OLMoE, arXiv 2409.02060, appendix).
 _CUTOFF = 3.0
 
 
@@ -19,8 +19,8 @@ _CUTOFF = 3.0
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter from ``seed`` and its own name, so that a value depends on nothing else in the model.
 
-    Norms are 1. Matrices are normal with ``init_std``; the two that write into the stream are divided by
-    ``sqrt(2 * num_layers)``, so that the stream's variance does not grow with depth (GPT-2).
+    Norm weights are 1. Matrices are normal with ``init_std``. The two that write into the residual stream are scaled by
+    ``1 / sqrt(2 * num_layers)``, so that the variance of the stream does not grow with depth (GPT-2).
     """
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in model.named_parameters():
@@ -28,9 +28,9 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
             parameter.fill_(1.0)
             continue
         std = residual_std if name.endswith(("w_down", "attention.output.weight")) else config.init_std
-        # The CPU's generator reads 32 bits of its seed, so seed and name are folded into as many.
+        # The CPU generator uses only 32 bits of its seed, so seed and name are hashed to 32 bits.
         generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        # Drawn as a whole, so that an expert's values do not depend on which rank holds it.
+        # The global tensor is drawn on every rank, so that an expert's values do not depend on which rank holds it.
         whole = torch.empty(global_shape(parameter), dtype=parameter.dtype, device=parameter.device)
         nn.init.trunc_normal_(whole, std=std, a=-_CUTOFF * std, b=_CUTOFF * std, generator=generator)
         parameter.copy_(local_shard(parameter, whole))

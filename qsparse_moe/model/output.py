@@ -1,4 +1,4 @@
-"""What a forward pass of the Transformer returns."""
+"""The output of a forward pass of the Transformer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class ModelOutput(NamedTuple):
-    """Tensors only, in tuples and dicts: DeepSpeed's ZeRO-3 follows gradients through nothing else."""
+    """Logits, losses, and statistics, in tuples and dicts only: DeepSpeed's ZeRO-3 finds tensors in nothing else."""
 
     logits_BSV: Tensor
     loss: Tensor | None
-    """lm_loss plus the coefficients times the other losses; None without labels or targets."""
+    """The language-model loss plus the weighted router losses; None without labels or targets."""
     losses: dict[str, Tensor]
-    """Detached and unscaled: ``lm_loss`` (nats a label), and with a MoE layer ``load_balance_loss`` and
-    ``router_z_loss``, means over those layers."""
+    """The terms of the loss, detached and unweighted: ``lm_loss`` in nats per label, and with MoE layers
+    ``load_balance_loss`` and ``router_z_loss``, each the mean over these layers."""
     stats: dict[str, Tensor]
-    """Detached float64 sums by name, one entry of the first dim a layer that has the thing."""
+    """Statistics by name: detached float64 sums whose first dim has one entry per layer that has the statistic."""

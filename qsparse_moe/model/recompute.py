@@ -1,7 +1,8 @@
-"""Activation checkpointing: what of a layer the backward computes again instead of keeping it.
+"""Activation checkpointing: the parts of a layer that the backward recomputes instead of storing their activations.
 
-Non-reentrant only: the other kind drops the gradient of a loss that is returned inside a structure. What is computed
-again starts from the same bits, so router and sparse sites choose the same; a test compares, ties included.
+Only non-reentrant checkpointing is used: the reentrant kind drops the gradient of a loss that is returned inside a
+tuple. A recomputation starts from the same bits, so router and sparse sites select the same experts and features. A
+test compares both, including ties.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ _ATTENTION = (
     "_scaled_dot_product_cudnn_attention",
     "_scaled_dot_product_fused_attention_overrideable",
 )
+# Under the setting ``selective`` the results of these operators are stored and everything else is recomputed.
 _PRODUCTS = ("mm", "bmm", "addmm", "_grouped_mm", *_ATTENTION)
 
 
 def run_part(chosen: Recompute, part: Recompute, function: Callable[..., T], *args: Any) -> T:
-    """``function(*args)``, where ``chosen`` says that this ``part`` is computed again in the backward.
+    """Return ``function(*args)``, recomputed in the backward if the setting covers this ``part`` of a layer.
 
     Args:
         chosen: ``training.activation_checkpointing``.
-        part: what ``function`` is of a layer: ``full`` for all of it, ``attention`` or ``feed_forward``.
+        part: the part of the layer that ``function`` computes: ``full``, ``attention``, or ``feed_forward``.
         function: returns tensors, or tuples and dicts of them.
         args: its arguments.
     """
     assert chosen in RECOMPUTE, chosen
+    # "selective" wraps whole layers and lets the policy below decide operator by operator.
     keeps_products = chosen == "selective" and part == "full"
     if not torch.is_grad_enabled() or not (chosen == part or keeps_products):
         return function(*args)
@@ -47,13 +50,14 @@ def run_part(chosen: Recompute, part: Recompute, function: Callable[..., T], *ar
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _kept() else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator in _stored() else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache
-def _kept() -> frozenset[Any]:
-    """Operators whose results are kept: they take nearly all the time and few of the bytes of a layer."""
+def _stored() -> frozenset[Any]:
+    """Return the operators whose results are stored: they take most of the time and few of the bytes of a layer."""
     found = {getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)}
+    # The product of kernels/onednn.py, which PyTorch builds without oneDNN lack.
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found.add(torch.ops.mkldnn._linear_pointwise.default)
     return frozenset(found)

@@ -1,7 +1,9 @@
-"""Thresholds for a model's plan, from the activations that its sites see on data.
+"""Calibration: thresholds for the plan of a model from the activations that reach its sparse sites on data.
 
-Several processes may share the work: each samples its own batches, and the samples are merged before thresholds are
-made of them. Who they are and how they meet is their owner's business.
+The work can be split over processes. Each samples its own batches, and the caller merges the samples before thresholds
+are derived from them (``training/calibrate.py``).
+
+N rows, D features.
 """
 
 from __future__ import annotations
@@ -24,28 +26,28 @@ from qsparse_moe.sparsity.row_sample import MAX_VALUES, RowSample, calibrated_th
 logger = logging.getLogger(__name__)
 LayerSite = tuple[int, Site]
 Samples = dict[LayerSite, list[RowSample]]
-"""Of every (layer, site): one sample, or one an expert."""
+"""One sample per (layer, site), or one per expert at the sites of routed experts."""
 
 
 def calibrate(
     model: Transformer, batches: Iterable[Batch], plan: SparsityPlan | None = None, *, max_values: int = MAX_VALUES
 ) -> SparsityPlan:
-    """``plan`` with the threshold of every (layer, site, expert), so that the share S of the magnitudes lies below.
+    """Return ``plan`` with calibrated thresholds: a fraction S of the magnitudes at each site lies below its threshold.
 
-    The model runs with exact top-K at the plan's S, so that each site sees the activations that sparse sites before it
-    leave. The sample is bounded and has no randomness in it. An expert to which no row was routed takes the threshold
-    of all the rows that the site saw, and a log line names it. The model keeps the plan that it had.
+    The model runs with exact top-K at the plan's S, so that each site receives the activations that the sparse sites
+    before it produce. The sample is limited in size and deterministic. An expert that received no token gets the
+    threshold of all rows of its site, and a warning names it. The plan of the model itself does not change.
 
     Args:
         model: on any device.
-        batches: a few thousand tokens an expert, of the text that the model was trained on.
-        plan: the S to calibrate for; None is the model's own.
-        max_values: the most magnitudes that are kept of one place.
+        batches: a few thousand tokens per expert, of text like that on which the model was trained.
+        plan: the plan to calibrate; None is the plan of the model.
+        max_values: maximum number of magnitudes that are stored per threshold.
 
     Raises:
-        ConfigError: the plan was made for another model, or the router sees the sparse tokens, of which there is not
-            one alone where thresholds differ between experts.
-        TrainingDiverged: a site saw a value that is not finite.
+        ConfigError: the plan was made for another model, or the router reads sparse tokens, which requires one
+            selection for all experts.
+        TrainingDiverged: a site received a value that is not finite.
     """
     plan = plan or model.sparsity_plan
     return with_calibrated_thresholds(plan, sample_sites(model, _numbered(batches), plan, max_values=max_values))
@@ -55,26 +57,26 @@ def calibrate(
 def sample_sites(
     model: Transformer, batches: Iterable[tuple[int, Batch]], plan: SparsityPlan, *, max_values: int = MAX_VALUES
 ) -> Samples:
-    """What every site is given while the model runs with exact top-K at the S of ``plan``.
+    """Sample the rows that reach every site while the model runs with exact top-K at the S of ``plan``.
 
     Args:
         model: on any device.
-        batches: each with the number of its first token among all tokens that are shown, in whatever process; none is
-            a process without a share of the work.
-        plan: the S; fits the model.
-        max_values: the most magnitudes that are kept of one place.
+        batches: each with the index of its first token among the tokens of all processes. A process without batches
+            returns empty samples.
+        plan: a plan that fits the model.
+        max_values: maximum number of magnitudes that are stored per threshold.
 
     Returns:
-        Samples of the rows of this process. Those of several, merged place by place, are the ones that a single
-        process makes of all batches: which rows are kept depends on the batches and on their numbers only.
+        Samples of the rows of this process. Merged over the processes, they equal the samples that one process takes of
+        all batches: the rows that are stored depend only on the batches and their indices.
 
     Raises:
-        ConfigError: the router sees the sparse tokens.
+        ConfigError: the router reads sparse tokens.
     """
     if model.config.moe.router_input == "sparse":
         raise ConfigError(
-            "calibrate: model.moe.router_input (sparse) must be dense, because every expert gets a threshold of its "
-            "own at expert_input and the router would have to see one token; set it to dense"
+            "calibrate: model.moe.router_input (sparse) must be dense, because every expert gets its own threshold at "
+            "expert_input, while the router reads only one version of a token; set it to dense"
         )
     with _observed(model, plan, max_values) as recorders:
         for first_token, batch in batches:
@@ -88,26 +90,26 @@ def sample_sites(
 
 
 def with_calibrated_thresholds(plan: SparsityPlan, samples: Samples) -> SparsityPlan:
-    """``plan`` with the thresholds that its S and the samples of all processes give; see ``calibrate``.
+    """Return ``plan`` with the thresholds derived from its S and the samples of all processes; see ``calibrate``.
 
     Raises:
-        TrainingDiverged: a site saw a value that is not finite.
+        TrainingDiverged: a site received a value that is not finite.
     """
     return plan.with_thresholds({place: _thresholds(place, samples[place], plan) for place in samples})
 
 
 def with_thresholds(model: Transformer, plan: SparsityPlan) -> Transformer:
-    """A model on the same weights, which are not copied, that selects by the thresholds of ``plan``; for evaluation.
+    """Return an evaluation-mode model that shares the weights of ``model`` and selects by the thresholds of ``plan``.
 
-    Number formats and rescale stay as they are.
+    Number formats and rescale stay the same.
     """
-    # S = 0 until the plan is set; the preset stays, because number formats come from it too.
+    # Built with S = 0, because the thresholds come with the plan. The preset stays: it also sets the number formats.
     nothing = {"plan": None, "default": 0.0, "sites": SitesConfig(), "overrides": ()}
     sparsity = model.config.sparsity.model_copy(update={"selection": "threshold"} | nothing)
     device = model.embedding.weight.device
     other = Transformer(model.config.model_copy(update={"sparsity": sparsity}), device=device)
     other.load_state_dict(model.state_dict(), assign=True)
-    other.to(device)  # what is no weight
+    other.to(device)  # buffers that the state dict does not hold
     other.set_sparsity(plan)
     return other.eval()
 
@@ -121,11 +123,13 @@ def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
 
 @contextmanager
 def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterator[dict[LayerSite, _Recorder]]:
-    """Recorders of every place, shown its rows by the forwards inside; these run with exact top-K."""
+    """Attach a recorder to every site; forward passes inside the context run with exact top-K."""
     before, was_training = model.sparsity_plan, model.training
     recorders = {place: _Recorder([RowSample(max_values) for _ in values]) for place, values in plan.values.items()}
     sites = {(block.layer, name): site for block in model.blocks() for name, site in block.sites().items()}
     try:
+        # A model that selects by threshold refuses a plan without thresholds. These are not used: the hooks make every
+        # site rank.
         model.set_sparsity(plan.with_thresholds({place: (0.0,) * len(v) for place, v in plan.values.items()}))
         model.eval()
         with site_hooks({site: recorders[place] for place, site in sites.items()}, ranks=True):
@@ -136,36 +140,41 @@ def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterat
 
 
 class _Recorder:
-    """Shows every row of a site to the sample of its expert, numbered as it comes in its batch.
+    """A site hook that adds every row to the sample of its expert.
 
-    Of an expert that is the place among its own rows of the batch: fewer than the batch's tokens, so that no number
-    occurs twice.
+    A row is numbered by the index of its batch's first token plus its position among the rows of the same expert. An
+    expert has at most as many rows as the batch has tokens, so no number occurs twice.
     """
 
     def __init__(self, samples: list[RowSample]) -> None:
         self.samples = samples
         self.first_number = 0
-        """Of the batch that comes next."""
+        """Index of the first token of the next batch."""
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
         if expert_ids_N is None:
-            self._show(self.samples[0], x.flatten(0, -2))
+            self._add(self.samples[0], x.flatten(0, -2))
             return sparse
         for expert, sample in enumerate(self.samples):
-            self._show(sample, x[expert_ids_N == expert])
+            self._add(sample, x[expert_ids_N == expert])
         return sparse
 
-    def _show(self, sample: RowSample, rows_ND: Tensor) -> None:
+    def _add(self, sample: RowSample, rows_ND: Tensor) -> None:
         sample.add(rows_ND, self.first_number + torch.arange(len(rows_ND), device=rows_ND.device))
 
 
 def _thresholds(place: LayerSite, samples: list[RowSample], plan: SparsityPlan) -> tuple[float, ...]:
     magnitudes = [sample.magnitudes() for sample in samples]
     unseen = [expert for expert, sample in enumerate(samples) if not sample.num_seen]
-    assert len(unseen) < len(samples), "calibration was given no batch"
+    assert len(unseen) < len(samples), "calibration received no batch"
     if unseen:
         layer, site = place
-        logger.warning("layer %d, %s: no row for experts %s; they take the threshold of all rows", layer, site, unseen)
+        logger.warning(
+            "layer %d, %s: experts %s received no token; they get the threshold of all rows of the site",
+            layer,
+            site,
+            unseen,
+        )
     everything = torch.cat(magnitudes) if unseen else torch.empty(0)
     try:
         return tuple(

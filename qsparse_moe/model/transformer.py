@@ -1,4 +1,4 @@
-"""The decoder-only Transformer. B batch, S sequence, D width, V vocabulary, L layers."""
+"""The decoder-only Transformer. B batch, S sequence, D width, V vocabulary, L layers, E experts, G groups of tokens."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import rotation_at
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
-from qsparse_moe.moe.losses import Balance, StepLoad, load_balance_loss
+from qsparse_moe.moe.losses import BalanceTerms, StepLoad, load_balance_loss
 from qsparse_moe.moe.router import Router
 from qsparse_moe.moe.runtime import resolve_runtime
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.stats import stack_layers
 
 LayerHook = Callable[[int, Tensor], None]
+"""Called with the number of a layer and its output ``(B, S, D)``."""
+# The convention of torch.nn.functional.cross_entropy and of transformers.
 IGNORED_LABEL = -100
 
 
@@ -36,15 +38,15 @@ def build_model(
     seed: int = 0,
     expert_group: ExpertGroup = ALONE,
 ) -> Transformer:
-    """The model that ``config`` describes, with the weights that ``seed`` gives and the plan of its sparsity settings.
+    """Build the model that ``config`` describes, with weights drawn from ``seed`` and S from its sparsity settings.
 
-    The weights are drawn in fp32 on the CPU, so they are the same on every device, and then moved. With an
-    ``expert_group`` this rank holds its share of every layer's experts, and all ranks of the group run the model
+    The weights are drawn in fp32 on the CPU and then moved, so they are the same on every device. With an
+    ``expert_group`` this rank holds its shard of every layer's experts, and all ranks of the group must run the model
     together.
 
     Raises:
-        BackendUnavailable: the experts' backend cannot run on ``device``.
-        ConfigError: a sparsity override matches nothing.
+        BackendUnavailable: the backend of the experts or of the sparse sites cannot run on ``device``.
+        ConfigError: a sparsity override matches nothing, or the plan file does not fit the model.
     """
     model = Transformer(config, device=device, expert_group=expert_group)
     initialize(model, config, seed)
@@ -52,7 +54,7 @@ def build_model(
 
 
 class Transformer(nn.Module):
-    """Pre-norm decoder with routed experts and a sparse site in front of every projection inside the layers."""
+    """A pre-norm decoder with routed experts and a sparse site in front of every projection inside its layers."""
 
     def __init__(
         self, config: ModelConfig, *, device: torch.device | str = "cpu", expert_group: ExpertGroup = ALONE
@@ -60,10 +62,10 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.step_load: StepLoad | None = None
-        """Given by what trains the model, for a balance loss over the global batch; without it, and in evaluation, a
-        batch stands for itself."""
+        """Set by the training engine for a load balance loss over the global batch. Without it, and in evaluation, the
+        loss covers the micro-batch alone."""
         self.activation_checkpointing: Recompute = "none"
-        """What the backward computes again, from the next forward on."""
+        """The parts of a layer that the backward recomputes, from the next forward on."""
         self._hidden_ids: Tensor | None = None
         self.runtime = resolve_runtime(config, device, expert_group=expert_group)
         self.embedding = nn.Embedding(vocab_size(config), config.hidden_size)
@@ -76,10 +78,10 @@ class Transformer(nn.Module):
         self.set_sparsity(self.sparsity_plan)
 
     def set_sparsity(self, plan: SparsityPlan) -> None:
-        """Use ``plan`` from the next forward on; nothing is rebuilt.
+        """Use ``plan`` from the next forward on, without rebuilding anything.
 
         Raises:
-            ConfigError: the plan was made for another model, or lacks the thresholds that its selection needs.
+            ConfigError: the plan was made for another model, or lacks thresholds that the selection needs.
         """
         plan.check_fits(self.config)
         self.sparsity_plan = plan
@@ -87,35 +89,45 @@ class Transformer(nn.Module):
             block.set_sparsity(plan)
 
     def set_ste_share(self, share: float) -> None:
-        """Blend the gradient of every site from the next forward on: this share straight through, the rest masked."""
+        """Blend the gradients of every site from the next forward on.
+
+        Args:
+            share: weight of the straight-through gradient, from 0 to 1; the masked gradient has the rest.
+        """
         for block in self.blocks():
             for site in block.sites().values():
                 site.ste_share = share
 
     @property
     def router_bias_LE(self) -> Tensor | None:
-        """The biases that balance the load, of every MoE layer; None without them."""
+        """The load-balancing biases ``(L, E)`` of the MoE layers; None if their routers have none."""
         biases = [router.expert_bias for router in self.routers() if router.expert_bias is not None]
         return torch.stack(biases) if biases else None
 
     def update_router_bias(self, rows_LE: Tensor, rate: float) -> None:
-        """Move the biases once; see ``Router.update_bias``. To be called once a step, with the rows of all ranks."""
+        """Update the biases of all routers with ``Router.update_bias``. Call it once per step.
+
+        Args:
+            rows_LE: number of routed tokens per MoE layer and expert in the step, summed over all ranks.
+            rate: change of each bias.
+        """
         for router, rows_E in zip(self.routers(), rows_LE, strict=True):
             router.update_bias(rows_E, rate)
 
     def hide_ids(self, ids: Sequence[int]) -> None:
-        """Give these token ids no probability outside of training: rows of the vocabulary that stand for nothing.
+        """Set the logits of these token ids to -inf in evaluation mode, so that they are never generated.
 
-        From the next forward in evaluation mode on their logits are -inf. Training sees them, as it always did.
+        They are vocabulary entries that decode to no token, such as padding up to a round size. Training is not
+        affected.
         """
         self._hidden_ids = torch.tensor(ids, dtype=torch.int64) if ids else None
 
     def routers(self) -> list[Router]:
-        """Those of the MoE layers, in order."""
+        """Return the routers of the MoE layers, in order."""
         return [block.moe.router for block in self.blocks() if block.moe is not None]
 
     def blocks(self) -> Iterator[Block]:
-        """The decoder layers in order."""
+        """Iterate over the decoder layers in order."""
         for layer in self.layers:
             assert isinstance(layer, Block)
             yield layer
@@ -131,19 +143,21 @@ class Transformer(nn.Module):
         with_stats: bool = True,
         layer_hook: LayerHook | None = None,
     ) -> ModelOutput:
-        """Return the logits, and the loss where labels or targets are given.
+        """Return the logits and, if labels or targets are given, the loss.
 
         Args:
             tokens_BS: ``(B, S)`` token ids.
-            labels_BS: ``(B, S)`` the tokens themselves, as ``transformers`` takes them: they are shifted here, so that
-                position s learns to predict ``labels_BS[:, s + 1]``. The last position, and with ``documents_BS`` the
-                last one of every document, has nothing to predict. -100 is ignored.
-            targets_BS: ``(B, S)`` in place of ``labels_BS``: the token that each position should predict, shifted
-                already, as a ``Batch`` holds them. -100 is ignored.
-            positions_BS: ``(B, S)`` for the rotary embedding; None counts from 0.
-            documents_BS: ``(B, S)`` ids; attention stays inside one id. None lets it cross.
-            with_stats: False leaves only ``router/rows_LE`` among the stats.
-            layer_hook: called with the number and the output of every layer, inside the graph.
+            labels_BS: ``(B, S)``, the tokens themselves, as in ``transformers``: the model shifts them, so that
+                position s is trained to predict ``labels_BS[:, s + 1]``. The last position predicts nothing, and with
+                ``documents_BS`` neither does the last position of every document. -100 is ignored.
+            targets_BS: ``(B, S)``, instead of ``labels_BS``: the token that each position is trained to predict,
+                already shifted, as in a ``Batch``. -100 is ignored.
+            positions_BS: ``(B, S)`` positions for the rotary embedding; None counts from 0.
+            documents_BS: ``(B, S)`` document ids. Attention does not cross documents; None is one document per
+                sequence.
+            with_stats: if False, ``router/rows_LE`` is the only statistic.
+            layer_hook: called with the number and the output of every layer. The output is part of the graph, so the
+                hook may register gradient hooks on it.
 
         Raises:
             ValueError: both ``labels_BS`` and ``targets_BS`` are given.
@@ -151,8 +165,8 @@ class Transformer(nn.Module):
         if labels_BS is not None:
             if targets_BS is not None:
                 raise ValueError(
-                    "labels_BS and targets_BS are both given, and one of them must be None: labels_BS are shifted by "
-                    "the model, targets_BS are shifted already; leave one out"
+                    "labels_BS and targets_BS are both given, but one of them must be None: the model shifts "
+                    "labels_BS, and targets_BS are already shifted; leave one of them out"
                 )
             targets_BS = shifted_labels(labels_BS, documents_BS)
         if positions_BS is None:
@@ -168,6 +182,7 @@ class Transformer(nn.Module):
             if layer_hook is not None:
                 layer_hook(layer, hidden_BSD)
         logits_BSV = self.head(self.final_norm(hidden_BSD))
+        # Only outside of training, where the loss keeps the values that it has always had.
         if self._hidden_ids is not None and not self.training:
             logits_BSV = logits_BSV.index_fill(-1, self._hidden_ids.to(logits_BSV.device), -torch.inf)
         stats = stack_layers([output.stats for output in outputs])
@@ -190,19 +205,20 @@ class Transformer(nn.Module):
         loss = lm_loss + moe.load_balance_coefficient * balance + moe.router_z_coefficient * z
         return loss, losses | {"load_balance_loss": balance.detach(), "router_z_loss": z.detach()}
 
-    def _balance_loss(self, balances: list[Balance]) -> Tensor:
-        """Mean over the layers. Outside of what is recomputed, so that no row is counted twice."""
+    def _balance_loss(self, balances: list[BalanceTerms]) -> Tensor:
+        """Return the mean over the layers."""
         rows_LGE, probs_LGE = (torch.stack(parts) for parts in zip(*balances, strict=True))
+        # Computed here, outside of the recomputed layers, because recomputation would count the tokens twice.
         is_global = self.config.moe.load_balance_scope == "global_batch"
         if is_global and self.step_load is not None and self.training and torch.is_grad_enabled():
             rows_LGE = self.step_load.add(rows_LGE)
-        return load_balance_loss(Balance(rows_LGE, probs_LGE))
+        return load_balance_loss(BalanceTerms(rows_LGE, probs_LGE))
 
 
 def shifted_labels(labels_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:
-    """Return the token that each position should predict: ``(B, S)``, the label after it.
+    """Return the token that each position is trained to predict: ``(B, S)``, the label of the next position.
 
-    The last position has none and is ignored, as is the last one of every document where ``documents_BS`` is given.
+    The last position is ignored, and with ``documents_BS`` so is the last position of every document.
     """
     targets_BS = torch.full_like(labels_BS, IGNORED_LABEL)
     targets_BS[:, :-1] = labels_BS[:, 1:]
@@ -213,7 +229,8 @@ def shifted_labels(labels_BS: Tensor, documents_BS: Tensor | None = None) -> Ten
 
 
 def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
-    """Return the mean over the targets that are not ignored, in nats and at least fp32; 0 where all are ignored."""
+    """Return the mean loss over the targets that are not ignored, in nats and at least fp32; 0 if all are ignored."""
     wide_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
     total = F.cross_entropy(wide_TV, targets_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
+    # PyTorch's own mean would be 0 / 0 for a micro-batch in which every target is ignored.
     return total / (targets_BS != IGNORED_LABEL).sum().clamp(min=1)

@@ -1,10 +1,10 @@
-"""Which weights real tokens need: routing and masks of a trained model, and their union over the tokens of a step.
+"""The expert weights that a decoding step needs, measured on a trained model: the union over the tokens of the step.
 
-A step of generation holds one token of each of B sequences, so the tokens here are the last ones of different rows. The
-share of an expert's matrix that B tokens read is averaged over random choices of B among them, to be held against the
-formula for independent tokens (``accounting/traffic.py``).
+A decoding step processes one token of each of B sequences, so the tokens used here are the last ones of different
+sequences. The fraction of the experts' weights that B tokens read is averaged over random choices of B sequences and
+compared with the formula for independent tokens (``accounting/traffic.py``).
 
-B tokens of a step, R rows, A experts a token, E experts, D width, F hidden width.
+B tokens per step, R sequences, S sequence length, A experts per token, E experts, D width, F hidden width.
 """
 
 from __future__ import annotations
@@ -22,43 +22,46 @@ from qsparse_moe.nn.hooks import site_hooks
 
 @dataclass
 class LayerNeeds:
-    """What the last token of each row needs in one MoE layer."""
+    """The experts and features that the last token of each sequence needs in one MoE layer."""
 
     experts_RA: Tensor
     input_RAD: Tensor
-    """bool: which features in front of gate and up are not zero."""
+    """Bool: whether each input feature of gate and up is nonzero."""
     gate_RAF: Tensor
-    """bool: where the activation is not zero before the selection: where up is needed if the gate comes first."""
+    """Bool: whether the activation before the selection is nonzero: up is needed only there if gate comes first."""
     hidden_RAF: Tensor
-    """bool: which features in front of down are not zero."""
+    """Bool: whether each input feature of down is nonzero."""
 
 
 @dataclass(frozen=True)
 class MeasuredUnion:
-    """Shares of the routed experts' weights that a step of ``batch`` tokens reads, means over layers and draws."""
+    """Fractions of the routed experts' weights that a step of ``batch`` tokens reads: means over layers and draws.
+
+    Each is relative to the weights of all E experts.
+    """
 
     batch: int
     routed: float
-    """Of experts that some token chose, all."""
+    """Fraction of the experts that are chosen by at least one token."""
     input_rows: float
-    """Rows of gate and up."""
+    """Fraction of the rows of gate and up."""
     up_elements: float
-    """Elements of up, the gate being computed first; its rows where nothing is zero before the selection."""
+    """Fraction of the elements of up if gate is computed first. Equals ``input_rows`` if no activation is zero."""
     hidden_rows: float
-    """Rows of down."""
+    """Fraction of the rows of down."""
 
 
 def measured_unions(
     model: Transformer, tokens_RS: Tensor, batches: Sequence[int], *, draws: int = 16, seed: int = 0
 ) -> list[MeasuredUnion]:
-    """The unions over B of the last tokens of the rows ``(R, S)``, for every B of ``batches`` up to R.
+    """Return the union over B last tokens of the sequences ``(R, S)``, for every B in ``batches``.
 
     Args:
-        model: is left as it was.
-        tokens_RS: rows of text, one forward pass.
-        batches: each B is at most R.
-        draws: random choices of B rows.
-        seed: of the draws.
+        model: is not changed.
+        tokens_RS: sequences of text, processed in one forward pass.
+        batches: values of B, each at most R.
+        draws: number of random choices of B sequences.
+        seed: seed of the random choices.
     """
     layers = layer_needs(model, tokens_RS)
     generator = torch.Generator().manual_seed(seed)
@@ -66,15 +69,15 @@ def measured_unions(
     found = []
     for batch in batches:
         assert 1 <= batch <= len(tokens_RS), (batch, len(tokens_RS))
-        chosen = [torch.randperm(len(tokens_RS), generator=generator)[:batch] for _ in range(draws)]
-        shares = [_shares(needs, rows, num_experts) for needs in layers for rows in chosen]
+        choices = [torch.randperm(len(tokens_RS), generator=generator)[:batch] for _ in range(draws)]
+        shares = [_shares(needs, chosen_B, num_experts) for needs in layers for chosen_B in choices]
         found.append(MeasuredUnion(batch, *torch.stack(shares).mean(0).tolist()))
     return found
 
 
 @torch.no_grad()
 def layer_needs(model: Transformer, tokens_RS: Tensor) -> list[LayerNeeds]:
-    """Return what the last token of each row needs in every MoE layer, in order; the model is left as it was."""
+    """Return the needs of the last token of each sequence for every MoE layer, in order; the model is not changed."""
     recorders = [_Recorder(block.moe) for block in model.blocks() if block.moe is not None]
     hooks = {recorder.moe.input_site: recorder.record_input for recorder in recorders}
     hooks |= {recorder.moe.experts.hidden_site: recorder.record_hidden for recorder in recorders}
@@ -92,30 +95,31 @@ def layer_needs(model: Transformer, tokens_RS: Tensor) -> list[LayerNeeds]:
 
 
 class _Recorder:
-    """Records which experts one MoE layer chooses, and which features are not zero at its two sites."""
+    """Hooks that record the experts that one MoE layer chooses and the nonzero features at its two sites."""
 
     def __init__(self, moe: MoELayer) -> None:
         self.moe = moe
         self._experts_TA = self._input_ND = self._dense_NF = self._hidden_NF = torch.empty(0)
 
     def record_choice(self, expert_ids_TA: Tensor) -> None:
-        """Take the experts of the tokens."""
+        """Record the experts of every token."""
         self._experts_TA = expert_ids_TA
 
     def record_input(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
-        """Take the rows that gate and up read."""
+        """Record the nonzero features of the rows that gate and up read."""
         self._input_ND = sparse != 0
         return sparse
 
     def record_hidden(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
-        """Take the rows before and after the selection in front of down."""
+        """Record the nonzero features before and after the selection in front of down."""
         self._dense_NF, self._hidden_NF = x != 0, sparse != 0
         return sparse
 
-    def needs(self, num_rows: int, length: int) -> LayerNeeds:
-        """Return what the last token of each of ``num_rows`` rows needs."""
-        last_R = torch.arange(num_rows, device=self._experts_TA.device) * length + length - 1
-        # The routed tokens are sorted by expert, those of one expert by token (moe/permutation.py).
+    def needs(self, num_sequences: int, length: int) -> LayerNeeds:
+        """Return the needs of the last token of each of ``num_sequences`` sequences."""
+        last_R = torch.arange(num_sequences, device=self._experts_TA.device) * length + length - 1
+        # The routed tokens are sorted by expert, those of one expert by token (moe/permutation.py): the double argsort
+        # finds the row of each choice.
         row_TA = self._experts_TA.flatten().argsort(stable=True).argsort().view_as(self._experts_TA)
         rows_RA = row_TA[last_R]
         return LayerNeeds(
@@ -123,11 +127,11 @@ class _Recorder:
         )
 
 
-def _shares(needs: LayerNeeds, rows_B: Tensor, num_experts: int) -> Tensor:
-    """``(4,)`` the fields of ``MeasuredUnion`` behind ``batch``, for one layer and one choice of rows."""
-    experts_N = needs.experts_RA[rows_B].flatten()
+def _shares(needs: LayerNeeds, chosen_B: Tensor, num_experts: int) -> Tensor:
+    """Return ``(4,)``: the fractions of ``MeasuredUnion`` for one layer and one choice of sequences."""
+    experts_N = needs.experts_RA[chosen_B].flatten()
     input_ND, gate_NF, hidden_NF = (
-        part[rows_B].flatten(0, 1).float() for part in (needs.input_RAD, needs.gate_RAF, needs.hidden_RAF)
+        part[chosen_B].flatten(0, 1).float() for part in (needs.input_RAD, needs.gate_RAF, needs.hidden_RAF)
     )
     routed = input_rows = up_elements = hidden_rows = 0.0
     for expert in experts_N.unique():
@@ -135,6 +139,6 @@ def _shares(needs: LayerNeeds, rows_B: Tensor, num_experts: int) -> Tensor:
         routed += 1.0
         input_rows += input_ND[mine].amax(0).mean().item()
         hidden_rows += hidden_NF[mine].amax(0).mean().item()
-        # An element (d, f) of up is needed if some token has both; a product of matrices counts those tokens.
+        # Element (d, f) of up is needed if some token has both features; a matrix product counts such tokens.
         up_elements += (input_ND[mine].T @ gate_NF[mine] > 0).float().mean().item()
     return torch.tensor([routed, input_rows, up_elements, hidden_rows]) / num_experts

@@ -1,1 +1,1 @@
-"""Routed experts: the router, its losses, the experts' weights and the backends that run them."""
+"""Routed experts: the router and its losses, the weights of the experts, dispatch, and the backends that run them."""

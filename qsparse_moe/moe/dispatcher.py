@@ -1,4 +1,4 @@
-"""Dispatch of routed tokens to the ranks that hold their experts, and the way back of the experts' outputs.
+"""Dispatch of routed tokens to the ranks that hold their experts, and the return of the experts' outputs.
 
 N routed tokens of this rank and M that it receives, each sorted by expert; D width, E experts, P ranks of which each
 holds L experts.
@@ -77,6 +77,8 @@ class _LocalDispatcher:
 
 
 class _AllToAllDispatcher:
+    """Routed tokens go to the ranks of their experts, and the outputs come back, by all-to-all collectives."""
+
     def __init__(self, rows: ExpertRows, group: ExpertGroup) -> None:
         send_PL = rows.rows_per_expert_L.long().view(group.size, -1)
         receive_PL = torch.empty_like(send_PL)

@@ -1,4 +1,4 @@
-"""The ranks that hold the experts of every layer between them, and what each of them holds. E experts, P ranks."""
+"""Expert parallelism: the ranks that share the experts of every layer, and the shard of each. E experts, P ranks."""
 
 from __future__ import annotations
 
@@ -11,41 +11,42 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class ExpertGroup:
-    """This rank among the P that share the experts: number ``rank`` holds the ``rank``-th E / P of every layer's."""
+    """This rank among the P that share the experts: rank r holds the r-th E / P experts of every layer."""
 
     rank: int = 0
     size: int = 1
     members: dist.ProcessGroup | None = None
-    """The P ranks; None where one holds all experts."""
-    replicas: dist.ProcessGroup | None = None
-    """The ranks that hold the same experts as this one, for whoever adds up their gradients."""
+    """The process group of the P ranks; None if this rank holds all experts."""
+    data_parallel: dist.ProcessGroup | None = None
+    """The expert data-parallel group: the ranks that hold the same experts, over which their gradients are reduced."""
 
     def num_local(self, num_experts: int) -> int:
-        """How many of a layer's experts this rank holds."""
+        """Return the number of experts per layer that this rank holds."""
         assert num_experts % self.size == 0, f"{num_experts} experts do not divide over {self.size} ranks"
         return num_experts // self.size
 
 
 ALONE = ExpertGroup()
+"""The group of a rank that holds all experts."""
 
 
 def shard_over(parameter: nn.Parameter, group: ExpertGroup) -> None:
-    """Mark stacked matrices as this rank's share of the whole ones: the tag that engines and checkpoints read."""
+    """Tag stacked matrices as this rank's shard of the global ones; engines and checkpoints read the tag."""
     if group.size > 1:
         parameter.expert_group = group  # type: ignore[attr-defined]
 
 
 def expert_group(parameter: Tensor) -> ExpertGroup:
-    """Over which ranks a parameter is spread; ``ALONE`` for one that every rank holds whole."""
+    """Return the ranks over which a parameter is sharded; ``ALONE`` if every rank holds all of it."""
     return getattr(parameter, "expert_group", ALONE)
 
 
 def global_shape(parameter: Tensor, shape: torch.Size | None = None) -> torch.Size:
-    """The shape of the whole parameter.
+    """Return the global shape of a parameter.
 
     Args:
-        parameter: with its tag.
-        shape: of what this rank holds, where the parameter itself is empty (ZeRO-3); None takes the parameter's.
+        parameter: the local shard with its tag.
+        shape: the shape of the local shard if the parameter itself is empty, as under ZeRO-3; None is its own shape.
     """
     shape = parameter.shape if shape is None else shape
     size = expert_group(parameter).size
@@ -53,16 +54,16 @@ def global_shape(parameter: Tensor, shape: torch.Size | None = None) -> torch.Si
 
 
 def local_shard(parameter: Tensor, whole: Tensor) -> Tensor:
-    """What this rank holds of a tensor that is shaped as the whole parameter: a view."""
+    """Return this rank's shard, a view, of a tensor with the global shape of ``parameter``."""
     group = expert_group(parameter)
     return whole if group.size == 1 else whole.chunk(group.size)[group.rank]
 
 
-def all_gather_shards(parameter: Tensor, share: Tensor) -> Tensor:
-    """The whole of which every rank holds a share like ``share``. All ranks call it."""
+def all_gather_shards(parameter: Tensor, shard: Tensor) -> Tensor:
+    """Return the global tensor of which ``shard`` is this rank's part. All ranks of the group must call it."""
     group = expert_group(parameter)
     if group.size == 1:
-        return share
-    whole = share.new_empty(group.size * len(share), *share.shape[1:])
-    dist.all_gather(list(whole.chunk(group.size)), share.contiguous(), group=group.members)
+        return shard
+    whole = shard.new_empty(group.size * len(shard), *shard.shape[1:])
+    dist.all_gather(list(whole.chunk(group.size)), shard.contiguous(), group=group.members)
     return whole

@@ -1,6 +1,6 @@
-"""The routed experts' weights and what a row goes through inside one. N rows, D width, F hidden, E experts.
+"""The weights of the routed experts and their forward pass. N rows, D width, F hidden width, E experts.
 
-Of P ranks that share the experts each holds L = E / P; alone it holds all E.
+Each of the P ranks that share the experts holds L = E / P of them; without expert parallelism L = E.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from qsparse_moe.sparsity.stats import Readers, Stats
 
 
 class Experts(nn.Module):
-    """L feed-forwards as stacked matrices: gate (None under an activation without one), up and down.
+    """L feed-forward networks as stacked matrices: gate (None if the activation has none), up, and down.
 
-    It owns the weights; the runtime's ``matmul`` owns the speed.
+    This module owns the weights. The runtime's ``matmul`` multiplies with them and owns the speed.
     """
 
     def __init__(self, config: ModelConfig, runtime: Runtime) -> None:
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_local, hidden, width))
         for parameter in self.parameters():
             shard_over(parameter, runtime.expert_group)
-        # It has the numbers of all E: a row names its expert among all, whichever rank holds it.
+        # The site knows S of all E experts, because rows carry the global number of their expert.
         self.hidden_site = SparseSite(
             "expert_hidden",
             hidden,
@@ -58,17 +58,17 @@ class Experts(nn.Module):
         with_stats: bool,
         readers: Readers | None = None,
     ) -> tuple[Tensor, Stats]:
-        """Run rows that are sorted by expert.
+        """Run the experts on rows that are sorted by expert.
 
         Args:
-            rows_ND: of this rank's experts.
-            rows_per_expert_L: how many rows each of them has.
-            expert_N: the expert of each row, counted among all E.
-            with_stats: False returns no sums.
-            readers: for the sums, as in ``SparseSite.forward``.
+            rows_ND: the rows of this rank's experts.
+            rows_per_expert_L: number of rows per expert of this rank.
+            expert_N: the expert of each row, numbered among all E.
+            with_stats: if False, the statistics are empty.
+            readers: for the statistics, as in ``SparseSite.forward``.
 
         Returns:
-            ``(N, D)`` and the sums of the site ``expert_hidden``.
+            The outputs ``(N, D)`` and the statistics of the site ``expert_hidden``.
         """
         counts = RowCounts(rows_per_expert_L)
         gate_NF = None if self.w_gate is None else self._project(rows_ND, self.w_gate, counts)

@@ -1,6 +1,7 @@
-"""The MoE feed-forward layer: route, gather, run the experts, combine.
+"""The MoE feed-forward layer: route, sort by expert, dispatch, run the experts, combine.
 
-B batch, S sequence, T = B * S tokens, D width, E experts, A experts a token, N = T * A routed rows.
+B batch, S sequence, T = B * S tokens, D width, E experts, A experts per token. N routed tokens of this rank, M routed
+tokens of this rank's L experts: N = T * A unless a capacity drops some, and M = N without expert parallelism.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.capacity import expert_capacity, within_capacity
 from qsparse_moe.moe.dispatcher import ExpertRows, start_dispatch
 from qsparse_moe.moe.experts import Experts
-from qsparse_moe.moe.losses import Balance, balance_of, load_balance_loss, router_z_loss
+from qsparse_moe.moe.losses import BalanceTerms, balance_terms, load_balance_loss, router_z_loss
 from qsparse_moe.moe.permutation import RoutedTokens
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
@@ -24,30 +25,30 @@ from qsparse_moe.sparsity.stats import Readers, Stats
 
 
 class MoEOutput(NamedTuple):
-    """What a MoE layer returns: the tokens, what its balance loss is formed from, its z-loss and its sums."""
+    """The output of a MoE layer: tokens, the terms of its load balance loss, its z-loss, and its statistics."""
 
     y_BSD: Tensor
-    balance: Balance
-    """One group a sequence where the loss looks at each by itself, else one."""
+    balance: BalanceTerms
+    """One group per sequence if ``load_balance_scope`` is ``sequence``, else one group."""
     router_z_loss: Tensor
     stats: Stats
 
     @property
     def load_balance_loss(self) -> Tensor:
-        """Of these tokens alone, unscaled."""
+        """The load balance loss of these tokens alone, without its coefficient."""
         return load_balance_loss(self.balance)
 
 
 class MoELayer(nn.Module):
     """Routed experts with Q-Sparse inside each, and shared experts if there are any.
 
-    No row is dropped, unless there is a capacity factor and the layer is in training mode. Where all experts have the
-    same K (or bound), one selection at ``expert_input`` serves all A experts of a token; otherwise each routed row has
-    its own. The router sees the dense tokens, or what that one selection leaves of them.
+    Tokens are dropped only in training and only with a capacity factor. If all experts have the same K (or threshold),
+    one selection at ``expert_input`` serves all A experts of a token; otherwise each routed token has its own. The
+    router reads the dense tokens, or with ``router_input: sparse`` the result of that one selection.
     """
 
     def __init__(self, config: ModelConfig, runtime: Runtime | None = None) -> None:
-        """``runtime`` None chooses for a CPU; ``build_model`` passes the one that its whole model uses."""
+        """Create the layer; without a ``runtime``, implementations for a CPU are chosen."""
         super().__init__()
         runtime = runtime or resolve_runtime(config, "cpu")
         moe = config.moe
@@ -71,7 +72,10 @@ class MoELayer(nn.Module):
         self.shared = SharedExperts(config, runtime.sites) if moe.num_shared_experts else None
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
-        """``(B, S, D)`` to ``(B, S, D)``; ``router/rows_E`` is always among the stats, the rest ``with_stats``."""
+        """Return the output for ``x_BSD``, with the losses and statistics of the router.
+
+        ``router/rows_E`` is always among the statistics, because it balances the load; the others need ``with_stats``.
+        """
         x_TD = x_BSD.flatten(0, 1)
         selected = self.input_site.select(x_TD) if self.input_site.is_uniform else None
         routing = self._route(x_TD, selected)
@@ -83,9 +87,10 @@ class MoELayer(nn.Module):
             ExpertRows(rows_ND, routed.rows_per_expert_E, routed.expert_N, continues_N), self.expert_group
         )
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
-        balance = balance_of(routing.probs_TE, routing.expert_ids_TA, num_groups)
+        balance = balance_terms(routing.probs_TE, routing.expert_ids_TA, num_groups)
         stats = {"router/rows_E": balance.rows_GE.sum(0)}
-        if self.shared is not None:  # overlaps with the dispatch
+        if self.shared is not None:
+            # Computed here, because it overlaps with the transfer that start_dispatch began.
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
         y_MD, hidden_stats = self._run_experts(dispatcher.receive(), with_stats)
@@ -102,7 +107,9 @@ class MoELayer(nn.Module):
     def _route(self, x_TD: Tensor, selected: SiteOutput | None) -> Routing:
         if not self.router_sees_sparse:
             return self.router(x_TD)
-        assert selected is not None, "experts whose selections differ leave the router no one sparse token"
+        assert selected is not None, (
+            "with a selection per expert there is no single sparse token for the router; the config rules refuse it"
+        )
         return self.router(selected.sparse)
 
     def _within_capacity(self, routing: Routing) -> Tensor | None:
@@ -114,9 +121,9 @@ class MoELayer(nn.Module):
     def _gather(
         self, x_TD: Tensor, selected: SiteOutput | None, routed: RoutedTokens, continues_N: Tensor | None
     ) -> tuple[Tensor, Stats]:
-        """The sparse rows of the experts, with sums where it is known which reading continues in the next.
+        """Return the sparse rows of the routed tokens and, unless ``continues_N`` is None, the statistics of the site.
 
-        ``selected`` holds the one selection that serves all experts of a token; None: each row needs its own.
+        ``selected`` is the one selection that serves all experts of a token; None if each routed token has its own.
         """
         with_stats = continues_N is not None
         if selected is None:
@@ -132,7 +139,7 @@ class MoELayer(nn.Module):
         return self.experts(rows_MD, rows_per_expert_L, expert_M, with_stats=with_stats, readers=readers)
 
     def _readers(self, expert_N: Tensor, continues_N: Tensor | None, token_N: Tensor | None = None) -> Readers | None:
-        """Which expert reads which routed row, or which token; None where no sums are wanted."""
+        """Return which expert reads which row, or which token; None if no statistics are recorded."""
         if continues_N is None:
             return None
         row_N = None if token_N is None else token_N.long()
@@ -140,7 +147,7 @@ class MoELayer(nn.Module):
 
 
 def _continues(routed: RoutedTokens, sequence_length: int) -> Tensor:
-    """``(N,)`` bool: the next row is the same expert's of the next token of the same sequence."""
+    """Return ``(N,)`` bool: whether the next row has the same expert and is the next token of the same sequence."""
     token_N, expert_N = routed.token_N, routed.expert_N
     continues_N = torch.zeros_like(token_N, dtype=torch.bool)
     continues_N[:-1] = (
@@ -150,5 +157,5 @@ def _continues(routed: RoutedTokens, sequence_length: int) -> Tensor:
 
 
 def site_names(stats_by_site: dict[str, Stats]) -> Stats:
-    """``{"expert_input": {"rows": r}}`` to ``{"sparsity/expert_input/rows": r}``."""
+    """Return the statistics of all sites under full names, such as ``sparsity/expert_input/rows``."""
     return {f"sparsity/{site}/{name}": v for site, stats in stats_by_site.items() for name, v in stats.items()}

@@ -1,6 +1,6 @@
-"""The two losses that keep a router healthy, and the loads that the first is formed from.
+"""The two auxiliary losses of a router: load balance and z-loss.
 
-T tokens, E experts, A experts a token; G groups of tokens whose balance is looked at by itself, L layers.
+T tokens, E experts, A experts per token, G groups of tokens that are balanced separately, L layers.
 """
 
 from __future__ import annotations
@@ -12,28 +12,28 @@ import torch
 from torch import Tensor
 
 
-class Balance(NamedTuple):
-    """What a layer's balance loss is formed from, outside of it."""
+class BalanceTerms(NamedTuple):
+    """The two terms of a layer's load balance loss, which the model computes from the terms of all layers."""
 
     rows_GE: Tensor
-    """float64, without gradient: the rows that the router gave to every expert."""
+    """Number of routed tokens per expert: float64, without gradient."""
     probs_GE: Tensor
-    """At least fp32: the mean probability that it gave to every expert."""
+    """Mean router probability per expert, at least fp32."""
 
 
-def balance_of(probs_TE: Tensor, expert_ids_TA: Tensor, num_groups: int) -> Balance:
-    """Rows and mean probabilities of each of ``num_groups`` equal parts of the tokens."""
+def balance_terms(probs_TE: Tensor, expert_ids_TA: Tensor, num_groups: int) -> BalanceTerms:
+    """Return the two terms for each of ``num_groups`` equal, contiguous parts of the tokens."""
     ids_GN = expert_ids_TA.unflatten(0, (num_groups, -1)).flatten(1)
     rows_GE = torch.zeros(num_groups, probs_TE.shape[-1], dtype=torch.float64, device=probs_TE.device)
     rows_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN, dtype=torch.float64))
-    return Balance(rows_GE, probs_TE.unflatten(0, (num_groups, -1)).mean(1))
+    return BalanceTerms(rows_GE, probs_TE.unflatten(0, (num_groups, -1)).mean(1))
 
 
-def load_balance_loss(balance: Balance) -> Tensor:
-    """``E * sum_e f_e P_e``: 1 at even load and E where one expert has everything (arXiv 2101.03961, eq. 4).
+def load_balance_loss(balance: BalanceTerms) -> Tensor:
+    """Return ``E * sum_e f_e P_e``: 1 at even load, E if one expert gets every token (arXiv 2101.03961, eq. 4).
 
-    f_e is the share of the rows that went to expert e, P_e the mean probability that it was given. Leading dims, such
-    as layers and groups, are averaged.
+    f_e is the fraction of the routed tokens that went to expert e, and P_e its mean probability. The mean is taken over
+    the leading dims, such as layers and groups.
     """
     rows_GE, probs_GE = balance
     share_GE = (rows_GE / rows_GE.sum(-1, keepdim=True)).to(probs_GE.dtype)
@@ -41,27 +41,27 @@ def load_balance_loss(balance: Balance) -> Tensor:
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """Mean over tokens of ``logsumexp(logits)^2``, which keeps the logits small (arXiv 2202.08906, eq. 5)."""
+    """Return the mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (arXiv 2202.08906, eq. 5)."""
     return logits_TE.logsumexp(-1).square().mean()
 
 
 class StepLoad:
-    """Every layer's rows over the ranks and over the micro-batches of one step so far (arXiv 2501.11873).
+    """Routed tokens per layer and expert, accumulated over the ranks and micro-batches of a step (arXiv 2501.11873).
 
-    It is given to a model by what trains it, which knows the ranks and when a step ends.
+    The training engine sets it on the model, because the engine knows the ranks and the end of a step.
     """
 
     def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """``reduce`` adds a tensor over the ranks; all of them call it together."""
+        """Create an empty load; ``reduce`` sums a tensor over the ranks, all of which must call it."""
         self._reduce = reduce
         self._rows: Tensor | None = None
 
     def add(self, rows: Tensor) -> Tensor:
-        """Count the rows of one more micro-batch, of any shape, with one reduction; the rows of the step so far."""
+        """Add the counts of one more micro-batch, in one reduction, and return those of the step so far."""
         rows = self._reduce(rows.clone())
         self._rows = rows if self._rows is None else self._rows + rows
         return self._rows
 
     def reset(self) -> None:
-        """Begin a new step."""
+        """Start a new step."""
         self._rows = None

@@ -1,4 +1,4 @@
-"""The implementations behind a whole model, experts included: chosen once when the model is built."""
+"""Choice of the implementations behind a model, including its experts: made once when the model is built."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from qsparse_moe.nn.runtime import SiteRuntime, choose, resolve_site_runtime
 
 @dataclass(frozen=True)
 class Runtime:
-    """The functions that a model's modules call, and the names of the implementations behind them by setting."""
+    """The functions that the modules of a model call, and the names of their implementations by setting."""
 
     sites: SiteRuntime
     permutation: Permutation
-    """The backend's own, or else gathers; these combine in one pass if the implementation of the sites can."""
+    """The permutation of the backend, or gathers, which combine in one pass if the implementation of the sites can."""
     matmul: Matmul
     """The grouped matrix product of the experts' backend."""
     names: dict[str, str]
     expert_group: ExpertGroup = ALONE
-    """The ranks that share the experts."""
+    """The ranks that share the experts of every layer."""
 
 
 def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_group: ExpertGroup = ALONE) -> Runtime:
     """Choose the experts' backend and the implementation of the sparse sites for ``device``.
 
     Raises:
-        BackendUnavailable: one that was requested by name cannot run here; with the reason.
+        BackendUnavailable: an implementation was requested by name and cannot run here; with the reason.
     """
     device = torch.device(device)
     backends = fastest_first()

@@ -1,1 +1,1 @@
-"""What attention, experts, and dense layers share: sparse site, gated activation, and feed-forward network."""
+"""Building blocks of attention, experts, and dense layers: sparse site, gated activation, and feed-forward network."""

@@ -1,6 +1,7 @@
-"""The activations between an expert's input and output matrices. N rows, F hidden features.
+"""The activations between the input and output matrices of a feed-forward network. N rows, F hidden features.
 
-Each stands beside its reference and keeps for the backward what it was given and nothing else.
+Every activation has a reference, which defines it, and an autograd function that saves only its inputs for the
+backward. Autograd would save an intermediate tensor of the same size for each step of the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def reglu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
 
 
 def drelu_reference(gate_NF: Tensor, up_NF: Tensor) -> Tensor:
-    """``relu(gate) * relu(up)``: a zero where either branch is negative (TurboSparse, arXiv 2406.05955)."""
+    """``relu(gate) * relu(up)``, which is zero if either branch is negative (TurboSparse, arXiv 2406.05955)."""
     return gate_NF.relu() * up_NF.relu()
 
 
@@ -34,7 +35,7 @@ def relu2_reference(up_NF: Tensor) -> Tensor:
 
 
 class _SwiGLU(torch.autograd.Function):
-    """SwiGLU that keeps only its two inputs for the backward."""
+    """``silu(gate) * up`` that saves only its two inputs for the backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -45,11 +46,12 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, Tensor]:
         gate_NF, up_NF = ctx.saved_tensors
         grad_up_NF = F.silu(gate_NF).mul_(grad_NF)
+        # PyTorch's own backward of SiLU, which has no public name; written out it would take several passes.
         return torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF), grad_up_NF
 
 
 class _ReLU2GLU(torch.autograd.Function):
-    """``relu(gate)^2 * up`` that keeps only its two inputs for the backward."""
+    """``relu(gate)^2 * up`` that saves only its two inputs for the backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class _ReLU2GLU(torch.autograd.Function):
 
 
 class _ReGLU(torch.autograd.Function):
-    """``reglu_reference`` that keeps only its two inputs for the backward."""
+    """``reglu_reference`` that saves only its two inputs for the backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ class _ReGLU(torch.autograd.Function):
 
 
 class _DReLU(torch.autograd.Function):
-    """``drelu_reference`` that keeps only its two inputs for the backward."""
+    """``drelu_reference`` that saves only its two inputs for the backward."""
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
@@ -95,7 +97,7 @@ class _DReLU(torch.autograd.Function):
 
 
 class _ReLU2(torch.autograd.Function):
-    """``relu2_reference`` that keeps only its input for the backward."""
+    """``relu2_reference`` that saves only its input for the backward."""
 
     @staticmethod
     def forward(ctx: Any, up_NF: Tensor) -> Tensor:
@@ -109,7 +111,7 @@ class _ReLU2(torch.autograd.Function):
 
 
 def _where_positive(grad_NF: Tensor, x_NF: Tensor) -> Tensor:
-    """ReLU's own backward: the gradient where ``x`` is above 0 or NaN, else 0."""
+    """Return the gradient where ``x`` is above 0 or NaN, else 0: the backward of PyTorch's ReLU."""
     return torch.ops.aten.threshold_backward(grad_NF, x_NF, 0.0)
 
 
@@ -119,11 +121,11 @@ ACTIVATIONS: dict[str, Activation] = {
     "reglu": _ReGLU.apply,
     "drelu": _DReLU.apply,
 }
-"""Those of two branches, gate and up."""
+"""The activations with two branches, gate and up."""
 REFERENCES: dict[str, Activation] = FUSED_REFERENCES | {
     "reglu": reglu_reference,
     "drelu": drelu_reference,
 }
 UNGATED_ACTIVATIONS: dict[str, UngatedActivation] = {"relu2": _ReLU2.apply}
-"""Those of one branch, up: the experts then have no ``w_gate``."""
+"""The activations with one branch, up. Feed-forward networks that use them have no ``w_gate``."""
 UNGATED_REFERENCES: dict[str, UngatedActivation] = {"relu2": relu2_reference}

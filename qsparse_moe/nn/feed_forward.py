@@ -1,4 +1,7 @@
-"""A dense feed-forward: the shared experts of a MoE layer, or all of a dense layer."""
+"""A dense feed-forward network: the shared experts of a MoE layer, or the feed-forward part of a dense layer.
+
+B batch, S sequence, D width, F hidden width.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +26,9 @@ _SITES: dict[str, tuple[Site, Site]] = {
 
 
 class FeedForward(nn.Module):
-    """``down(activation(gate(x), up(x)))`` with a sparse site before gate and up and one before down.
+    """``down(activation(gate(x), up(x)))`` with one sparse site before gate and up, and one before down.
 
-    ``w_gate`` is None under an activation without a gate.
+    ``w_gate`` is None if the activation has no gate.
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class FeedForward(nn.Module):
         self.weight_format = config.sparsity.quantization.weights
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
-        """``(B, S, D)`` to ``(B, S, D)``, with the sums of the input and of the hidden site."""
+        """Return the output ``(B, S, D)`` and the statistics of the input site and of the hidden site."""
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         gate_BSF = None if self.w_gate is None else self._project(x_BSD, self.w_gate)
         hidden_BSF, hidden_stats = self.activation(gate_BSF, self._project(x_BSD, self.w_up), with_stats=with_stats)

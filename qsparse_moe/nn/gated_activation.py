@@ -1,4 +1,4 @@
-"""What stands between the input matrices of a feed-forward and its output matrix: activation, then the sparse site.
+"""The activation of a feed-forward network and the sparse site after it, fused into one pass where possible.
 
 N rows, F hidden features.
 """
@@ -19,15 +19,19 @@ from qsparse_moe.sparsity.topk import rescale_kept
 
 
 class SparseActivation:
-    """``site(activation(gate, up))``: in one pass over memory where the site's settings of the moment allow it.
+    """``site(activation(gate, up))``, computed in one pass over memory if the current settings of the site allow it.
 
-    It holds no parameter and no state; the site is the owner's.
+    It has no parameters and no state. The site is a submodule of the feed-forward network.
     """
 
     def __init__(self, activation: str, site: SparseSite, fused: FusedGLU | None) -> None:
-        """``fused`` None always takes the activation and the site one after the other, which defines the result.
+        """Create the activation for ``site``.
 
-        Where its pass cannot stand for both it still brings the activation's backward.
+        Args:
+            activation: name in ``model.moe.activation``.
+            site: the sparse site before the output matrix.
+            fused: the fused implementation. If it cannot serve a call, its backward of the activation is still used.
+                None always runs the activation and then the site, which defines the result.
         """
         self._activation = activation
         self._site = site
@@ -42,14 +46,14 @@ class SparseActivation:
         with_stats: bool,
         readers: Readers | None = None,
     ) -> tuple[Tensor, Stats]:
-        """The sparse hidden rows, as many dims as ``up_NF``, and, if asked for, the sums of ``site_stats``.
+        """Return the sparse hidden rows in the shape of ``up_NF`` and, if requested, the statistics of the site.
 
         Args:
-            gate_NF: None under an activation without a gate.
+            gate_NF: ``(*, F)``; None if the activation has no gate.
             up_NF: ``(*, F)``.
-            expert_ids_N: the expert of every row; needed where the site's numbers differ between experts.
-            with_stats: False returns no sums.
-            readers: for the sums, as in ``SparseSite.forward``.
+            expert_ids_N: the expert of every row; required if S differs between experts.
+            with_stats: if False, the statistics are empty.
+            readers: for the statistics, as in ``SparseSite.forward``.
         """
         if gate_NF is None:
             dense_NF = UNGATED_ACTIVATIONS[self._activation](up_NF)
@@ -57,8 +61,10 @@ class SparseActivation:
             wanted = self._site.ranking.num_kept_of_rows(expert_ids_N)
             kept_NF, sums = self._in_one_pass(self._fused, gate_NF, up_NF, wanted, with_stats)
             stats = {} if sums is None else self._site.stats_of(sums, kept_NF, wanted, readers)
+            # Only "preserve" uses the norm before the selection, and with it a site cannot be fused.
             return rescale_kept(kept_NF, kept_NF, self._site.settings.rescale), stats
-        elif self._fused is not None and up_NF.dtype != torch.float64:  # in Triton its arithmetic is fp32
+        elif self._fused is not None and up_NF.dtype != torch.float64:
+            # fp64 is left out because the Triton kernel computes in fp32.
             dense_NF = _BackwardInOnePass.apply(gate_NF, up_NF, self._activation, self._fused)
         else:
             dense_NF = ACTIVATIONS[self._activation](gate_NF, up_NF)
@@ -80,7 +86,7 @@ class SparseActivation:
 
 
 class _BackwardInOnePass(torch.autograd.Function):
-    """A gated activation in stock PyTorch, with the backward of ``by``: one pass over memory in place of four."""
+    """A gated activation in stock PyTorch with the backward of ``by``: one pass over memory instead of four."""
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, activation: str, by: FusedGLU) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hooks on sparse sites: the one way in which calibration, sensitivity, and measurements see what passes a site."""
+"""Hooks on sparse sites, by which calibration, sensitivity, and measurements receive the rows of a site."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 SiteCallback = Callable[[Tensor, "Tensor | None", Tensor], Tensor]
 """Called with the rows ``(*, D)``, the expert of each row (None at a site without experts), and the sparse rows.
-Returns what the projection reads in their place."""
+Returns the rows that the projection reads instead of the sparse rows."""
 
 
 @dataclass(frozen=True)
 class SiteHook:
-    """A callback that is attached to a site."""
+    """A callback that is attached to a sparse site."""
 
     callback: SiteCallback
     ranks: bool = False
-    """Whether the site selects by exact top-K while the hook is attached, whatever its selection is."""
+    """Whether the site selects by exact top-K while the hook is attached, regardless of its selection."""
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
         """Call the callback."""
@@ -28,7 +28,7 @@ class SiteHook:
 
 
 class Hookable(Protocol):
-    """A site to which a hook can be attached."""
+    """A sparse site to which a hook can be attached."""
 
     hook: SiteHook | None
 
@@ -38,11 +38,11 @@ Site = TypeVar("Site", bound=Hookable)
 
 @contextmanager
 def site_hooks(callbacks: Mapping[Site, SiteCallback], *, ranks: bool = False) -> Iterator[None]:
-    """Attach a callback to each site for the time of the context.
+    """Attach a callback to each site for the duration of the context.
 
     Args:
-        callbacks: by site. A site can have one hook at a time.
-        ranks: see ``SiteHook``.
+        callbacks: the callback of each site. A site can have one hook at a time.
+        ranks: as in ``SiteHook``.
     """
     assert all(site.hook is None for site in callbacks), "a site has a hook already"
     try:

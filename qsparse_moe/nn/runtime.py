@@ -1,4 +1,4 @@
-"""The implementations of the sparse sites of a model, chosen once when it is built, and logged."""
+"""Choice of the implementations behind the sparse sites of a model: made once when it is built, and logged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Named(Protocol):
-    """An implementation with the name by which a setting requests it."""
+    """An implementation with the name that selects it in a setting."""
 
     @property
     def name(self) -> str:
@@ -34,15 +34,15 @@ Implementation = TypeVar("Implementation", bound=Named)
 
 @dataclass(frozen=True)
 class SiteRuntime:
-    """The functions that sparse sites and gated activations call."""
+    """The functions that sparse sites and gated activations of a model call."""
 
     name: str
     """The implementation behind them: ``torch``, ``native`` or ``triton``."""
     select_rows: SelectRows
     fused_glu: FusedGLU | None
-    """Activation and selection in one pass over memory; None if the implementation has no such pass."""
+    """Activation and selection fused into one pass over memory; None if the implementation has no such pass."""
     site_sums: SiteSums
-    """The statistics of a site, by the same implementation or, if it has none, by stock PyTorch."""
+    """The statistics of a site, from the same implementation or, if it has none, from stock PyTorch."""
     format_rows: FormatRows
     """Rounds rows to a number format, by the same implementation or, if it has none, by stock PyTorch."""
 

@@ -1,7 +1,7 @@
-"""The two ways in which a sparse site decides which features of a row to keep: by rank, or by a threshold.
+"""The two ways in which a sparse site selects features of a row: by rank, or by comparison with a threshold.
 
-Both hold one number per expert (one in all at a site without experts) and round the kept features to the number format
-of the site. The decision looks at the row before it is rounded. N rows, D features, E experts, G features per group.
+Both hold one number per expert (a single one at a site without experts), select by the unrounded row, and round the
+selected features to the number format of the site. N rows, D features, E experts, G features per group.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from qsparse_moe.sparsity.topk import apply_mask
 
 
 class Selection(NamedTuple):
-    """The rows after a selection, and how many features of each were selected."""
+    """The rows after a selection, and the number of selected features of each."""
 
     rows: Tensor
-    """``(*, D)``: selected and rounded, before any rescale."""
+    """``(*, D)``: the selected features, rounded to the number format, before any rescale."""
     chosen: int | Tensor
-    """K of every row: one int, or a tensor with one per row; or the bool mask ``(*, D)`` in which to count."""
+    """K as an int for all rows or as a tensor with one entry per row, or the bool mask ``(*, D)`` to count in."""
 
     @property
     def num_selected(self) -> int | Tensor:
-        """The number of selected features: one for all rows, or one per row."""
+        """Number of selected features: one for all rows, or one per row."""
+        # Counted only when statistics are wanted: a mask costs a pass over memory to count.
         is_mask = isinstance(self.chosen, Tensor) and self.chosen.dtype == torch.bool
         return self.chosen.sum(-1) if is_mask else self.chosen  # type: ignore[union-attr]
 
 
 class RankingSelector(nn.Module):
-    """Keeps the K largest magnitudes of every row, or of a row's contiguous groups: ``topk`` and ``block``."""
+    """Selects the K largest magnitudes of every row, or of each contiguous group of it: ``topk`` and ``block``."""
 
     num_kept_E: Tensor
 
@@ -75,35 +76,36 @@ class RankingSelector(nn.Module):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether one K holds for every row, so that a row need not name its expert."""
+        """Whether all experts have the same K, so that the expert of a row is not needed."""
         return self.uniform_num_kept is not None
 
     def num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
-        """Return K of every row ``(N,)``, or the one K that holds for all rows."""
+        """Return K of every row ``(N,)``, or one int if all experts have the same K."""
         if self.uniform_num_kept is not None:
             return self.uniform_num_kept
-        assert expert_ids_N is not None, "K differs between experts, so every row must name its expert"
+        assert expert_ids_N is not None, "K differs between experts, so the expert of every row is required"
         return self.num_kept_E[expert_ids_N]
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
-        """Select in the rows ``(*, D)``.
+        """Select features of the rows.
 
         Args:
-            x: the rows.
-            expert_ids_N: the expert of every row; needed if K differs between experts.
-            ste_share: share of the straight-through gradient, from 0 (masked) to 1.
+            x: the rows ``(*, D)``.
+            expert_ids_N: the expert of every row; required if K differs between experts.
+            ste_share: weight of the straight-through gradient, from 0 (masked gradient only) to 1.
         """
         num_kept = self.num_kept_of_rows(expert_ids_N)
         if self.number_format == "none" and ste_share in (0.0, 1.0):
             gradient = "ste" if ste_share else "masked"
             rows = select(x, num_kept, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
             return Selection(rows, num_kept)
+        # A format or a blended gradient needs the mask itself, and the mask comes from the unrounded magnitudes.
         mask = select_mask(x.detach(), num_kept, rows=self.select_rows, group_size=self.group_size)
         return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), num_kept)
 
 
 class ThresholdSelector(nn.Module):
-    """Keeps the features above a threshold: ``threshold``, ``statistical``, and ``relu``."""
+    """Selects the features above a threshold: ``threshold``, ``statistical``, and ``relu``."""
 
     threshold_bits_E: Tensor
 
@@ -116,27 +118,30 @@ class ThresholdSelector(nn.Module):
         # Stored as integers, because a cast of the model to bf16 would round a floating-point buffer.
         self.register_buffer("threshold_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
         self.is_uniform: bool
-        """Whether one threshold holds for every row."""
+        """Whether all experts have the same threshold."""
         self.keeps_all: bool
         self.set_sparsity([0.0] * num_experts, None)
 
     def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None) -> None:
-        """Use S from now on, one value per expert, and the calibrated threshold of each if the selection needs one."""
+        """Use S from now on: one value per expert, with its calibrated threshold if the selection needs one."""
         pairs = zip(values, thresholds or [math.nan] * len(values), strict=True)
         found = [site_threshold(self.settings, value, threshold) for value, threshold in pairs]
-        assert not any(math.isnan(value) for value in found), "selection by threshold needs thresholds"
+        assert not any(math.isnan(value) for value in found), (
+            "selection by threshold needs thresholds; SparsityPlan.check_fits reports a plan without them"
+        )
         self.threshold_bits_E.copy_(torch.tensor(found, dtype=torch.float32).view(torch.int32))
         self.is_uniform, self.keeps_all = len(set(found)) == 1, max(found) == -math.inf
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
-        """Select in the rows ``(*, D)``; the arguments are those of ``RankingSelector.select``."""
+        """Select features of the rows ``(*, D)``; the arguments are those of ``RankingSelector.select``."""
         mask = self._mask_of(x, self._threshold_of_rows(expert_ids_N))
         return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), mask)
 
     def _threshold_of_rows(self, expert_ids_N: Tensor | None) -> Tensor:
-        """Return ``(1,)`` or one per row ``(N, 1)``, in fp32: torch would round a Python number to the rows' dtype."""
+        """Return the threshold ``(1,)`` for all rows, or one per row ``(N, 1)``, in fp32."""
+        # A Python number would be rounded to the dtype of the rows before the comparison.
         threshold_E = self.threshold_bits_E.view(torch.float32)
         if self.is_uniform:
             return threshold_E[:1]
-        assert expert_ids_N is not None, "the threshold differs between experts, so every row must name its expert"
+        assert expert_ids_N is not None, "the threshold differs between experts, so the expert of every row is required"
         return threshold_E[expert_ids_N, None]

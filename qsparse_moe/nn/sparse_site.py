@@ -1,4 +1,4 @@
-"""A sparse site: a place in front of a weight matrix where some features of every row are kept. N rows, D features."""
+"""A sparse site: the module in front of a weight matrix that selects features of every row. N rows, D features."""
 
 from __future__ import annotations
 
@@ -23,20 +23,21 @@ from qsparse_moe.sparsity.topk import rescale_kept
 
 
 class SiteOutput(NamedTuple):
-    """The result of a site for some rows, with what its statistics need."""
+    """The sparse rows, together with the tensors from which the statistics of the site are computed."""
 
     sparse: Tensor
-    """``(*, D)``: what the projection reads, after the rescale."""
+    """``(*, D)``: the rows that the projection reads, after the rescale."""
     before: Tensor
-    """The rows that were given to the site."""
+    """The input rows of the site."""
     selection: Selection
 
 
 class SparseSite(nn.Module):
     """Selects features of every row, rounds them to the site's number format, and rescales them.
 
-    The site has no parameters. S is one number, or one per expert; ``set_sparsity`` changes it at any time, and it is
-    not part of a checkpoint. ``ranking`` selects by rank, ``comparison`` by a threshold under selections that have one.
+    The site has no parameters. S is one number, or one per expert. It is not part of a checkpoint, and ``set_sparsity``
+    changes it at any time. ``ranking`` selects by rank. ``comparison`` selects by threshold and exists only if
+    ``model.sparsity.selection`` does so.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class SparseSite(nn.Module):
         super().__init__()
         self.site = site
         self.layer: int | None = None
-        """Number of the layer, for messages; None outside a model."""
+        """Index of the layer, for error messages; None outside of a model."""
         self.num_features = num_features
         self.num_experts = num_experts
         self.settings = settings
         self.site_sums = site_sums
         self.format_rows = format_rows
         self.ste_share = ste_share(settings, 0)
-        """Share of the straight-through gradient, from 0 (masked) to 1; may be changed between steps."""
+        """Weight of the straight-through gradient, from 0 (masked only) to 1; it may be changed between steps."""
         self.hook: SiteHook | None = None
-        """Attached by ``nn.hooks.site_hooks``. With a hook, every row names its expert and no fused pass runs."""
+        """Attached by ``nn.hooks.site_hooks``. A site with a hook needs the expert of every row and is never fused."""
         self.ranking = RankingSelector(
             site, num_features, settings, select_rows, num_experts=num_experts, format_rows=format_rows
         )
@@ -76,7 +77,7 @@ class SparseSite(nn.Module):
 
         Args:
             values: S, one per expert.
-            thresholds: the magnitude that belongs to each S; needed if the selection is ``threshold`` and S above 0.
+            thresholds: the calibrated threshold for each S; required for S above 0 if the selection is ``threshold``.
         """
         self.ranking.set_sparsity(values)
         if self.comparison is not None:
@@ -89,21 +90,21 @@ class SparseSite(nn.Module):
 
     @property
     def selector(self) -> RankingSelector | ThresholdSelector:
-        """The selector in use: the comparison, unless an attached hook asks for exact top-K."""
+        """The selector in use: the comparison if there is one, unless an attached hook requires exact top-K."""
         if self.comparison is None or (self.hook is not None and self.hook.ranks):
             return self.ranking
         return self.comparison
 
     @property
     def is_uniform(self) -> bool:
-        """Whether one number holds for every row, so that a row need not name its expert."""
+        """Whether all experts select alike and no hook is attached, so that the expert of a row is not needed."""
         return self.selector.is_uniform and self.hook is None
 
     @property
     def can_fuse(self) -> bool:
-        """Whether a pass that computes the rows can select in them as it goes.
+        """Whether the selection can be fused into the operation that computes the rows.
 
-        It can if the site does nothing but exact top-K and, at most, a division by a norm of the selected features.
+        It can if the site does exact top-K and, at most, divides by the norm of the selected features.
         """
         return (
             self.settings.selection == "topk"
@@ -116,32 +117,35 @@ class SparseSite(nn.Module):
     def forward(
         self, x: Tensor, expert_ids_N: Tensor | None = None, *, with_stats: bool, readers: Readers | None = None
     ) -> tuple[Tensor, Stats]:
-        """Return the sparse rows and, if asked for, the sums of ``site_stats``.
+        """Return the sparse rows and, if requested, the statistics of ``site_stats``.
 
         Args:
-            x: ``(*, D)``.
-            expert_ids_N: the expert of every row of ``x`` ``(N, D)``; needed where the numbers differ between experts.
-            with_stats: False returns no sums.
-            readers: which expert reads which row, for the sums; None: each row once, ``(B, S, D)`` as B sequences.
+            x: the rows ``(*, D)``.
+            expert_ids_N: the expert of every row of ``x`` ``(N, D)``; required if S differs between experts.
+            with_stats: if False, the statistics are empty.
+            readers: which expert reads which row, for the statistics. None: each row is read once, and ``(B, S, D)``
+                are B sequences.
 
         Raises:
-            TrainingDiverged: under ``model.sparsity.debug``, if a row holds a NaN.
+            TrainingDiverged: a row contains a NaN; checked only if ``model.sparsity.debug`` is true.
         """
         output = self.select(x, expert_ids_N)
         return output.sparse, self.sums(output, readers) if with_stats else {}
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None = None) -> SiteOutput:
-        """Return the sparse rows, and what ``sums`` needs: the first half of ``forward``."""
+        """Return the sparse rows and the input of ``sums``: the first half of ``forward``."""
         if self.settings.debug:
             self._check_nan(x)
         output = self._select(x, expert_ids_N)
         if self.hook is None:
             return output
-        # A view: where nothing is dropped the sparse rows are the rows themselves, which others may read too.
+        # A view, because at S = 0 the sparse rows are the input itself: a gradient hook on them must not fire for the
+        # other readers of the input.
         shown = output.sparse.view_as(output.sparse)
         return output._replace(sparse=self.hook(x, expert_ids_N, shown))
 
     def _select(self, x: Tensor, expert_ids_N: Tensor | None) -> SiteOutput:
+        # S = 0 leaves the row as it is except for its number format: it is not rescaled either.
         if self.selector.keeps_all:
             rounded = self.format_rows(x, self.number_format)
             return SiteOutput(rounded, x, Selection(rounded, self.num_features))
@@ -149,18 +153,18 @@ class SparseSite(nn.Module):
         return SiteOutput(rescale_kept(selection.rows, x, self.settings.rescale), x, selection)
 
     def sums(self, output: SiteOutput, readers: Readers | None) -> Stats:
-        """Return the statistics: the second half of ``forward``, for callers that learn ``readers`` only later."""
+        """Return the statistics: the second half of ``forward``, for callers that know ``readers`` only afterwards."""
         rows = output.selection.rows
         sums = self.site_sums.row_sums(output.before.flatten(0, -2), rows.flatten(0, -2))
         return self.stats_of(sums, rows, output.selection.num_selected, readers)
 
     def stats_of(self, sums: RowSums, after: Tensor, num_selected: int | Tensor, readers: Readers | None) -> Stats:
-        """Return the sums of ``site_stats`` of rows whose own sums are known already.
+        """Return the statistics of rows whose sums are already known.
 
         Args:
-            sums: of the rows.
+            sums: the sums over the features of each row.
             after: ``(*, D)``, the rows after the selection and before any rescale.
-            num_selected: K, an int or one per row.
+            num_selected: number of selected features: one for all rows, or one per row.
             readers: as in ``forward``.
         """
         if readers is None:
@@ -176,13 +180,13 @@ class SparseSite(nn.Module):
         where = f"layer {self.layer}, {self.site}" if self.layer is not None else self.site
         raise TrainingDiverged(
             f"{where}: NaN in {int(broken.sum())} of {len(broken)} rows, first in row {int(broken.nonzero()[0])} "
-            "(model.sparsity.debug is true). It was computed before this site: look at the weights there, lower "
+            "(model.sparsity.debug is true). It arose before this site: check the weights there, lower "
             "training.learning_rate, or resume from the last checkpoint"
         )
 
 
 def _within_sequences(x_BSD: Tensor) -> Tensor:
-    """Return ``(B * S,)`` bool: true for every token but the last of each sequence."""
+    """Return ``(B * S,)`` bool: true for every token except the last of each sequence."""
     continues_BS = torch.ones(x_BSD.shape[:2], dtype=torch.bool, device=x_BSD.device)
     continues_BS[:, -1] = False
     return continues_BS.flatten()

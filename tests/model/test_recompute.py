@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qsparse_moe.config.schema import RECOMPUTE, ModelConfig, MoEConfig, SparsityConfig
-from qsparse_moe.model.recompute import _kept, run_part
+from qsparse_moe.model.recompute import _stored, run_part
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.nn.hooks import SiteHook
 
@@ -128,7 +128,7 @@ class Products(TorchDispatchMode):
     calls = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.calls += operator in _kept()
+        self.calls += operator in _stored()
         return operator(*args, **(kwargs or {}))
 
 
@@ -143,7 +143,7 @@ def test_selective_runs_no_product_again():
             loss.backward()
         calls[mode] = products.calls
     assert calls["none"] == calls["selective"] < calls["full"]
-    assert {str(operator) for operator in _kept()} >= {"aten.mm.default", "aten._grouped_mm.default"}
+    assert {str(operator) for operator in _stored()} >= {"aten.mm.default", "aten._grouped_mm.default"}
 
 
 def test_without_gradients_nothing_is_computed_twice():

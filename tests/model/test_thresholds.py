@@ -189,7 +189,7 @@ def test_an_expert_without_a_row_takes_the_threshold_of_all_and_is_named(caplog)
                 block.moe.router.weight.zero_()  # ties: the first two experts take every token
     with caplog.at_level(logging.WARNING):
         plan = calibrate(model, batches())
-    assert "layer 1, expert_hidden: no row for experts [2]; they take the threshold of all rows" in caplog.text
+    assert "layer 1, expert_hidden: experts [2] received no token; they get the threshold of all rows" in caplog.text
     low, high = sorted(plan.thresholds[2, "expert_input"][:2])
     assert low <= plan.thresholds[2, "expert_input"][2] <= high
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qsparse_moe.moe.losses import Balance, StepLoad, balance_of, load_balance_loss, router_z_loss
+from qsparse_moe.moe.losses import BalanceTerms, StepLoad, balance_terms, load_balance_loss, router_z_loss
 
 E, A, T = 6, 2, 15
 
@@ -29,7 +29,7 @@ def distinct_ids(num_tokens):
 def test_balance_loss_and_its_gradient_match_the_written_out_sum(num_groups):
     probs = torch.randn(T, E, dtype=torch.float64).softmax(-1).requires_grad_()
     ids = distinct_ids(T)
-    got = load_balance_loss(balance_of(probs, ids, num_groups))
+    got = load_balance_loss(balance_terms(probs, ids, num_groups))
     want = written_out_balance(probs.unflatten(0, (num_groups, -1)), ids.unflatten(0, (num_groups, -1)))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(3 * loss, probs)[0] for loss in (got, want)))
@@ -37,15 +37,15 @@ def test_balance_loss_and_its_gradient_match_the_written_out_sum(num_groups):
 
 def test_balance_loss_is_one_when_even_and_e_when_all_go_to_one():
     even_ids = torch.arange(E).view(E // A, A)
-    assert load_balance_loss(balance_of(torch.full((E // A, E), 1 / E), even_ids, 1)).item() == pytest.approx(1.0)
+    assert load_balance_loss(balance_terms(torch.full((E // A, E), 1 / E), even_ids, 1)).item() == pytest.approx(1.0)
     certain = torch.nn.functional.one_hot(torch.zeros(4, dtype=torch.long), E).float()
     one_id = torch.zeros(4, 1, dtype=torch.long)
-    assert load_balance_loss(balance_of(certain, one_id, 1)).item() == pytest.approx(E)
+    assert load_balance_loss(balance_terms(certain, one_id, 1)).item() == pytest.approx(E)
 
 
 def test_leading_dims_are_averaged():
-    balances = [balance_of(torch.randn(T, E).softmax(-1), distinct_ids(T), 3) for _ in range(4)]
-    stacked = Balance(*map(torch.stack, zip(*balances, strict=True)))
+    balances = [balance_terms(torch.randn(T, E).softmax(-1), distinct_ids(T), 3) for _ in range(4)]
+    stacked = BalanceTerms(*map(torch.stack, zip(*balances, strict=True)))
     torch.testing.assert_close(load_balance_loss(stacked), torch.stack([*map(load_balance_loss, balances)]).mean())
 
 

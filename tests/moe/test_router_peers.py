@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qsparse_moe.config.schema import MoEConfig
-from qsparse_moe.moe.losses import balance_of, load_balance_loss
+from qsparse_moe.moe.losses import balance_terms, load_balance_loss
 from qsparse_moe.moe.router import Router
 
 transformers = pytest.importorskip("transformers")
@@ -109,7 +109,7 @@ def test_the_balance_loss_is_transformers_divided_by_the_choices():
     torch.nn.init.normal_(router.weight)
     routing = router(torch.randn(T, D))
     theirs = load_balancing_loss_func((routing.logits_TE,), E, A)
-    ours = load_balance_loss(balance_of(routing.probs_TE, routing.expert_ids_TA, 1))
+    ours = load_balance_loss(balance_terms(routing.probs_TE, routing.expert_ids_TA, 1))
     torch.testing.assert_close(ours, theirs / A)
     torch.testing.assert_close(
         *(torch.autograd.grad(loss, router.weight, retain_graph=True)[0] for loss in (ours, theirs / A))

@@ -1,1 +1,1 @@
-"""Ways to run the stacked experts on routed rows; they hold no weights."""
+"""Backends: implementations of the grouped matrix product of the experts. They hold no weights."""

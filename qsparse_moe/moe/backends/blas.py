@@ -1,4 +1,4 @@
-"""Each expert's rows through PyTorch's own product on a CPU, MKL in the usual builds. N rows, X and Y widths."""
+"""Backend ``blas``: one product per expert by PyTorch on a CPU, MKL in the usual builds. N rows, X and Y widths."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _PRODUCTS = stacked.Products(onednn.torch_gemm)
 
 
 def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
-    """``(N, Y)``: each expert's rows times its matrix."""
+    """Return ``(N, Y)``: the rows of each expert times its matrix."""
     return stacked.matmul(rows_NX, weights_EXY, counts.as_list, by=_PRODUCTS)
 
 
 def why_not(config: ModelConfig, device: torch.device) -> str | None:
-    """The reason why it cannot run on ``device``, or None."""
-    return (
-        None if device.type == "cpu" else f"it is for CPUs, where row counts are at hand; the device is {device.type}"
-    )
+    """Return the reason why this backend cannot run on ``device``, or None if it can."""
+    if device.type == "cpu":
+        return None
+    return f"it runs on CPUs only, where reading the row counts is free; the device is {device.type}"

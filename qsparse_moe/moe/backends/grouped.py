@@ -1,4 +1,4 @@
-"""All experts in one call of PyTorch's grouped matrix product."""
+"""Backend ``grouped``: all experts in one call of PyTorch's grouped matrix product. N rows, X and Y widths."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.permutation import RowCounts
 
-# grouped_mm wants rows of whole 16 bytes: 8 features in bf16, 4 in fp32. The model's dtype is not known when the
-# backend is chosen, so the stricter one holds.
+# grouped_mm requires rows whose size is a multiple of 16 bytes: 8 features in bf16, 4 in fp32. The dtype of the model
+# is not known when the backend is chosen, so the stricter rule applies.
 _MULTIPLE = 8
 
 
 def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
-    """``(N, Y)``: each expert's rows times its matrix; the counts stay on the device.
+    """Return ``(N, Y)``: the rows of each expert times its matrix. The row counts stay on the device.
 
-    PyTorch copies them to the host all the same where none of its grouped kernels takes the dtype on the device.
+    If PyTorch has no grouped kernel for the dtype on the device, its fallback copies the counts to the host.
     """
     return F.grouped_mm(rows_NX, weights_EXY, offs=counts.ends_E)
 
 
 def why_not(config: ModelConfig, device: torch.device) -> str | None:
-    """The reason why this model's experts cannot run through it, or None."""
+    """Return the reason why this backend cannot run the experts of the model, or None if it can."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm; it is public since torch 2.10"
     sizes = {"model.hidden_size": config.hidden_size, "model.moe.expert_hidden_size": config.moe.expert_hidden_size}
@@ -34,6 +34,6 @@ def why_not(config: ModelConfig, device: torch.device) -> str | None:
 
 
 def near(size: int) -> str:
-    """The multiples below and above ``size``, for a message."""
+    """Return the supported sizes below and above ``size``, for an error message."""
     below = size // _MULTIPLE * _MULTIPLE
     return f"{below} and {below + _MULTIPLE}" if below else str(_MULTIPLE)

@@ -1,4 +1,4 @@
-"""One expert after the other: the definition that every other backend is compared with."""
+"""Backend ``loop``: one expert after the other, the reference of every other backend. N rows, X and Y widths."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from qsparse_moe.moe.permutation import RowCounts
 
 
 def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
-    """``(N, Y)``: each expert's rows times its matrix. Waits for the counts on the host."""
+    """Return ``(N, Y)``: the rows of each expert times its matrix. Waits for the row counts on the host."""
     parts = rows_NX.split(counts.as_list)
     return torch.cat([part @ weight for part, weight in zip(parts, weights_EXY.unbind(), strict=True)])
 
 
 def why_not(config: ModelConfig, device: torch.device) -> str | None:
-    """None: it runs everywhere."""
+    """Return None: this backend runs everywhere."""
     return None

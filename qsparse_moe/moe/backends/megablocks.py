@@ -1,7 +1,9 @@
-"""MegaBlocks' permutation around a grouped product. T tokens, A experts a token, N = T * A rows, D width, E experts.
+"""Backend ``megablocks``: the permutation of MegaBlocks around a grouped matrix product.
 
-Its kernels compute in fp32 and store in the dtype of the rows. So ``combine`` rounds each weighted row before the sum
-over a token's experts, and the gradient of the weights once, where the gathers of ``dispatch.py`` do neither.
+T tokens, A experts per token, N = T * A routed tokens, D width, E experts, X and Y widths of a matrix.
+
+The kernels of MegaBlocks compute in fp32 and store in the dtype of the rows. So ``combine`` rounds each weighted row
+before it sums over the experts of a token, and it rounds the gradient of the weights. ``permutation.py`` does neither.
 """
 
 from __future__ import annotations
@@ -19,26 +21,26 @@ from qsparse_moe.moe.backends.megablocks_package import has_extension, load, mis
 from qsparse_moe.moe.permutation import Permutation, RoutedTokens, RowCounts, count_rows, rows_within_capacity
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Its kernels compute the places of values in int32.
+# The kernels compute offsets of values in int32.
 _MAX_VALUES = 2**31 - 1
 
 
 class SortedRows(NamedTuple):
-    """MegaBlocks' description of the rows, all int32; rows are sorted by expert, within an expert by token."""
+    """All routed tokens as MegaBlocks describes them, in int32, sorted by expert and within an expert by token."""
 
     expert_N: Tensor
     """The expert of each row, ascending (its ``bin_ids``)."""
     slot_N: Tensor
     """The (token, choice) pair of each row, as ``token * A + choice`` (its ``indices``)."""
     ends_E: Tensor
-    """The row behind each expert's last (its ``bins``)."""
+    """Exclusive end of each expert's rows (its ``bins``)."""
     rows_per_expert_E: Tensor
     """An expert without rows has 0."""
     experts_per_token: int
 
     @property
     def token_N(self) -> Tensor:
-        """The token of each row; computed when it is asked for, as MegaBlocks does without it."""
+        """The token of each row; computed on access, because the kernels of MegaBlocks do not need it."""
         return self.slot_N.div(self.experts_per_token, rounding_mode="floor")
 
 
@@ -75,7 +77,7 @@ def _sort_all(expert_ids_TA: Tensor, num_experts: int) -> SortedRows:
     with tiles.on_device_of(ids_N):
         expert_N, slot_N = ops.sort(ids_N, max(1, (num_experts - 1).bit_length()))
         rows_per_expert_E = ops.histogram(ids_N, num_experts)
-        # It returns the sum of a single expert without a dim.
+        # For a single expert the result has no dim.
         ends_E = ops.inclusive_cumsum(rows_per_expert_E, 0).view(num_experts)
     return SortedRows(expert_N, slot_N, ends_E, rows_per_expert_E, expert_ids_TA.shape[1])
 
@@ -90,7 +92,7 @@ def permute(x_TD: Tensor, rows: SortedRows | RowsWithinCapacity) -> Tensor:
         return permute(x_TD, rows.all_rows).index_select(0, rows.row_N)
     _check(x_TD, len(rows.slot_N))
     with tiles.on_device_of(x_TD):
-        # It reads rows one behind the other, whatever the strides.
+        # The kernel ignores strides.
         return load().ops.gather(x_TD.contiguous(), rows.slot_N, rows.expert_N, rows.ends_E, rows.experts_per_token)
 
 
@@ -115,10 +117,10 @@ def combine(y_ND: Tensor, weights_TA: Tensor, rows: SortedRows | RowsWithinCapac
 
 
 def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
-    """``(N, Y)``: each expert's rows times its matrix.
+    """Return ``(N, Y)``: the rows of each expert times its matrix.
 
-    By the package grouped_gemm where it is installed, for bf16 on CUDA, which is all that it takes; it wants the counts
-    on the host, so a layer waits for the device once. Otherwise by PyTorch's grouped product.
+    The package grouped_gemm multiplies if it is installed, for bf16 on CUDA, the only case it supports. It needs the
+    row counts on the host, so a layer waits for the device once. Otherwise PyTorch's grouped product multiplies.
     """
     if rows_NX.is_cuda and rows_NX.dtype == torch.bfloat16:
         grouped_gemm = load().grouped_gemm_util.ops
@@ -128,25 +130,25 @@ def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
 
 
 def why_not(config: ModelConfig, device: torch.device) -> str | None:
-    """The reason why this model's experts cannot run through it on ``device``, with the way out, or None."""
+    """Return the reason why this backend cannot run the experts on ``device``, with the way out, or None if it can."""
     reason = missing() or tiles.why_not(device)
     if reason is not None:
         return reason
     if device.type != "cuda" and has_extension():
-        return f"its CUDA extension is installed, which takes no tensors of the device {device.type}; use device cuda"
+        return f"its CUDA extension is installed, which does not support tensors on the device {device.type}; use cuda"
     return grouped.why_not(config, device)
 
 
 def _check(x: Tensor, num_rows: int) -> None:
     if x.dtype not in _DTYPES:
         raise BackendUnavailable(
-            f"model.moe.backend ('megablocks') computes in fp32 at most, not in {x.dtype}; other backends do"
+            f"model.moe.backend ('megablocks') computes in fp32 at most, not in {x.dtype}; use another backend"
         )
     width = x.shape[-1]
     if num_rows * width > _MAX_VALUES:
         raise BackendUnavailable(
-            f"model.moe.backend ('megablocks'): {num_rows} routed rows of model.hidden_size {width} are more than the "
-            f"{_MAX_VALUES} values that its kernels can count; lower training.micro_batch_size, or use grouped"
+            f"model.moe.backend ('megablocks'): {num_rows} routed tokens of model.hidden_size {width} are more than "
+            f"the {_MAX_VALUES} values that its kernels can address; lower training.micro_batch_size, or use grouped"
         )
 
 

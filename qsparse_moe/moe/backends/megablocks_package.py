@@ -1,4 +1,4 @@
-"""The installed MegaBlocks: whether it is there, and how it is imported where a part of it is not."""
+"""The installed MegaBlocks package: whether it is available, and its import without its CUDA extension."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _STAND_IN = "qsparse_moe.moe.backends.megablocks_stand_in"
 
 
 def missing() -> str | None:
-    """What keeps MegaBlocks from being imported, with the way out, or None."""
+    """Return the reason why MegaBlocks cannot be imported, with the way out, or None if it can."""
     for module, package in (("megablocks", "megablocks"), ("stk", "stanford-stk")):
         if importlib.util.find_spec(module) is None:
             return f"{package} is not installed; {INSTALL} installs it"
@@ -27,7 +27,7 @@ def missing() -> str | None:
 
 
 def has_extension() -> bool:
-    """Whether its CUDA extension is installed; what stands in for it does not count."""
+    """Whether the CUDA extension of MegaBlocks is installed; the replacement in this package does not count."""
     loaded = sys.modules.get(_EXTENSION)
     if loaded is not None:
         return loaded.__name__ == _EXTENSION
@@ -36,44 +36,44 @@ def has_extension() -> bool:
 
 @cache
 def load() -> ModuleType:
-    """The package ``megablocks``, imported once; with a stand-in for its CUDA extension where that is not installed.
+    """Import the package ``megablocks`` once, with a replacement for its CUDA extension if that is not installed.
 
-    Under Triton's interpreter, where there is nothing to time, each of its kernels keeps one configuration.
+    Under Triton's interpreter, where autotuning is pointless, each kernel keeps one configuration.
 
     Raises:
         BackendUnavailable: it cannot be imported.
     """
-    # Here, so that what is missing can be told where torch is missing too.
+    # Imported here, because missing() must work without torch: doctor reports a missing torch as well.
     from qsparse_moe.kernels import tiles
 
     if not has_extension():
         sys.modules[_EXTENSION] = import_module(_STAND_IN)
         logger.warning(
-            "model.moe.backend=megablocks: PyTorch stands in for sort, histogram and sums of %s, MegaBlocks' CUDA "
-            "extension, which is not installed; %s builds it where CUDA is older than 13",
+            "model.moe.backend=megablocks: %s, the CUDA extension of MegaBlocks, is not installed; PyTorch computes "
+            "its sort, histogram, and sums instead. With a CUDA version below 13, %s builds it",
             _EXTENSION,
             INSTALL,
         )
     try:
         with warnings.catch_warnings():
-            # Said below, with what takes its place.
+            # Logged below, together with the product that is used instead.
             warnings.filterwarnings("ignore", message="Grouped GEMM not available")
             package = import_module("megablocks")
     except ImportError as error:
         raise BackendUnavailable(
             f"model.moe.backend ('megablocks'): the installed MegaBlocks cannot be imported ({error}); {INSTALL} "
-            "installs it again, for the torch that is there"
+            "reinstalls it for the installed torch"
         ) from error
     if tiles.interpreted():
         _take_one_configuration(package.backend.kernels)
     has_gemm = package.grouped_gemm_util.grouped_gemm_is_available()
     products = "grouped_gemm (bf16 on CUDA; other rows: torch grouped_mm)" if has_gemm else "torch grouped_mm"
-    logger.info("model.moe.backend=megablocks multiplies by %s", products)
+    logger.info("model.moe.backend=megablocks: matrix products by %s", products)
     return package
 
 
 def _take_one_configuration(kernels: ModuleType) -> None:
     for kernel in vars(kernels).values():
         if hasattr(kernel, "configs"):
-            # The widest block: the interpreter's time goes by the number of operations.
+            # The widest block needs the fewest operations, which determine the time of the interpreter.
             kernel.configs = [max(kernel.configs, key=lambda config: config.kwargs["BLOCK_X"])]

@@ -1,7 +1,7 @@
-"""What this package uses of ``megablocks_ops``, MegaBlocks' CUDA extension, in stock PyTorch on any device.
+"""The functions of ``megablocks_ops``, MegaBlocks' CUDA extension, that this package uses, in stock PyTorch.
 
-The module takes the extension's place where that is not installed. It waits for no device, and its results are the
-extension's: a stable sort, counts, sums.
+This module replaces the extension if it is not installed. Its results are the same: a stable sort, counts, and sums. It
+runs on any device and does not wait for it.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from qsparse_moe.errors import BackendUnavailable
 
 
 def sort(x_N: Tensor, end_bit: int, values_N: Tensor, order_N: Tensor) -> None:
-    """Write the sorted values and their places before the sort; equal values keep their order.
+    """Write the sorted values and their positions before the sort; equal values keep their order.
 
-    ``end_bit``: the extension sorts by that many low bits. The caller gives as many as the values have.
+    ``end_bit`` is the number of low bits by which the extension sorts. It is ignored here, because callers pass the
+    number of bits of the values.
     """
     values, order = x_N.sort(stable=True)
     values_N.copy_(values)
@@ -25,24 +26,24 @@ def sort(x_N: Tensor, end_bit: int, values_N: Tensor, order_N: Tensor) -> None:
 
 
 def histogram(x_N: Tensor, num_bins: int) -> Tensor:
-    """``(num_bins,)`` int32: how often each of 0 .. num_bins - 1 occurs."""
-    # Not bincount, which looks for the largest value on the host.
+    """Return ``(num_bins,)`` int32: the number of occurrences of each of 0 to num_bins - 1."""
+    # bincount would copy the largest value to the host.
     index_N = x_N.long()
     counts = torch.zeros(num_bins, dtype=torch.int32, device=x_N.device)
     return counts.scatter_add_(0, index_N, torch.ones_like(index_N, dtype=torch.int32))
 
 
 def inclusive_cumsum(x: Tensor, dim: int, out: Tensor) -> None:
-    """Write the running sums along ``dim``."""
+    """Write the cumulative sums along ``dim``."""
     torch.cumsum(x, dim, dtype=x.dtype, out=out)
 
 
 def __getattr__(name: str) -> NoReturn:
-    # Python asks modules for names such as __path__ and takes an AttributeError for no.
+    # Python looks up names such as __path__ on modules and expects an AttributeError.
     if name.startswith("__"):
         raise AttributeError(name)
     raise BackendUnavailable(
-        f"model.moe.backend ('megablocks'): nothing stands in for {name} of MegaBlocks' CUDA extension, as only its "
-        "block-sparse layers and its expert parallelism use it; bash launch/megablocks.sh builds the extension where "
-        "CUDA is older than 13"
+        f"model.moe.backend ('megablocks'): there is no replacement for {name} of MegaBlocks' CUDA extension, which "
+        "only its block-sparse layers and its expert parallelism use; with a CUDA version below 13, "
+        "bash launch/megablocks.sh builds the extension"
     )

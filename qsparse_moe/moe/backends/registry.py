@@ -1,4 +1,4 @@
-"""The ways to multiply routed rows with stacked expert weights."""
+"""The list of backends: implementations of the product of routed tokens with stacked expert weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ Matmul = Callable[[Tensor, Tensor, RowCounts], Tensor]
 
 @dataclass(frozen=True)
 class BackendSpec:
-    """A named way to run the experts.
+    """A named backend of the experts.
 
-    ``matmul(rows_NX, weights_EXY, counts) -> (N, Y)`` multiplies each expert's rows, which are contiguous and in expert
-    order, with that expert's matrix. ``why_not(config, device)`` is None where it runs. ``permutation`` brings the
-    tokens into that order and back; ``load()`` imports or compiles what the two need, once, when a model is built.
+    ``matmul(rows_NX, weights_EXY, counts) -> (N, Y)`` multiplies the rows of each expert, which are contiguous and
+    sorted by expert, with that expert's matrix. ``why_not(config, device)`` returns the reason why the backend cannot
+    run, or None. ``permutation`` brings the tokens into that order and back. ``load()`` imports or compiles what the
+    backend needs, once, when a model is built.
     """
 
     name: str
@@ -39,13 +40,13 @@ BACKENDS: tuple[BackendSpec, ...] = (
     BackendSpec("megablocks", megablocks.matmul, megablocks.why_not, megablocks.PERMUTATION, megablocks_package.load),
     BackendSpec("loop", loop.matmul, loop.why_not),
 )
-"""Fastest first where there is a GPU, or a CPU with AVX-512.
+"""All backends, fastest first on a GPU or on a CPU with AVX-512.
 
-``megablocks`` runs nowhere where ``grouped`` does not, so ``auto`` never takes it: which of the two permutations is
-faster on a GPU has not been measured here, and one needs no package that its authors have left behind.
+``auto`` never chooses ``megablocks``, because ``grouped`` runs wherever it does and comes first: which of the two is
+faster on a GPU has not been measured here, and ``grouped`` needs no package that is no longer maintained.
 """
 
 
 def fastest_first() -> tuple[BackendSpec, ...]:
-    """``BACKENDS`` in the order in which ``auto`` tries them: ``onednn`` last on a CPU where MKL is the faster."""
+    """Return ``BACKENDS`` in the order in which ``auto`` tries them: ``onednn`` comes last where MKL is faster."""
     return BACKENDS if is_faster_in_fp32() else tuple(sorted(BACKENDS, key=lambda spec: spec.name == "onednn"))

@@ -1,4 +1,4 @@
-"""One product an expert, written where its rows lie in the stacked result. N rows, X and Y widths, E experts."""
+"""One product per expert, written directly into the stacked result. N rows, X and Y widths, E experts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Products:
-    """``gemm(a, b, out)`` writes ``a @ b`` into ``out``, any strides; ``round_to``: row counts are multiples of it."""
+    """A matrix product and the multiple to which row counts are rounded.
+
+    ``gemm(a, b, out)`` writes ``a @ b`` into ``out``; all three may have any strides.
+    """
 
     gemm: Callable[[Tensor, Tensor, Tensor], None]
     round_to: int = 1
 
 
 def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: list[int], *, by: Products) -> Tensor:
-    """``(N, Y)``: each expert's rows times its matrix."""
+    """Return ``(N, Y)``: the rows of each expert times its matrix."""
     return _StackedMatmul.apply(rows_NX, weights_EXY, counts, by)
 
 
@@ -42,10 +45,10 @@ class _StackedMatmul(torch.autograd.Function):
 
 
 def _rows_times(rows_NX: Tensor, weights_EXY: Tensor, counts: list[int], by: Products) -> Tensor:
-    """Each expert's rows times its matrix.
+    """Return the rows of each expert times its matrix.
 
-    A rounded-up count reaches into the next expert's rows; that expert, coming later, writes over the surplus. Only
-    the last rows of all have nothing behind them, so those counts that would reach past the end stay exact.
+    A count that is rounded up includes rows of the next expert, which overwrites their results afterwards. At the end
+    of the tensor no rows follow, so a count that would exceed it stays exact.
     """
     num_rows = len(rows_NX)
     out_NY = rows_NX.new_empty(num_rows, weights_EXY.shape[2])
@@ -60,7 +63,7 @@ def _rows_times(rows_NX: Tensor, weights_EXY: Tensor, counts: list[int], by: Pro
 
 
 def _outer(rows_NX: Tensor, grad_NY: Tensor, like_EXY: Tensor, counts: list[int], by: Products) -> Tensor:
-    """``(E, X, Y)``: each expert's rows, transposed, times the gradient of its results; zero where it had no rows."""
+    """Return ``(E, X, Y)``: the transposed rows of each expert times the gradient of its results; zero without rows."""
     out_EXY = torch.empty_like(like_EXY, memory_format=torch.contiguous_format)
     start = 0
     for count, out_XY in zip(counts, out_EXY.unbind(), strict=True):
@@ -74,7 +77,7 @@ def _outer(rows_NX: Tensor, grad_NY: Tensor, like_EXY: Tensor, counts: list[int]
 
 
 def _zero_padded(rows: Tensor, round_to: int) -> Tensor:
-    """The rows, followed by zeros up to a rounded count: a sum over them must not reach into the next expert's."""
+    """Return the rows with zeros appended up to a rounded count: a sum over rows must not include the next expert's."""
     missing = _rounded(len(rows), round_to) - len(rows)
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 

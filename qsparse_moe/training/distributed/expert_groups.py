@@ -18,5 +18,5 @@ def join_expert_group(size: int, distributed: Distributed) -> ExpertGroup:
         return ALONE
     ranks = range(distributed.world_size)
     members, _ = dist.new_subgroups_by_enumeration([list(ranks[first : first + size]) for first in ranks[::size]])
-    replicas, _ = dist.new_subgroups_by_enumeration([list(ranks[place::size]) for place in range(size)])
-    return ExpertGroup(distributed.rank % size, size, members, replicas)
+    data_parallel, _ = dist.new_subgroups_by_enumeration([list(ranks[place::size]) for place in range(size)])
+    return ExpertGroup(distributed.rank % size, size, members, data_parallel)

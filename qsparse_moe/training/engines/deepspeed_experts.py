@@ -63,4 +63,4 @@ class _SpreadExperts(AutoEPMoELayer):
     def set_deepspeed_parallelism(self, *unused: Any, **also_unused: Any) -> None:
         """Called while the engine is built, before it asks for the groups: it gets those that the model uses."""
         groups._get_expert_parallel_group_dict()[self._name] = self._group.members
-        groups._get_expert_data_parallel_group_dict()[self._name] = self._group.replicas
+        groups._get_expert_data_parallel_group_dict()[self._name] = self._group.data_parallel

@@ -143,7 +143,7 @@ def average_gradients(parameters: Iterable[nn.Parameter], distributed: Distribut
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
-        distributed.all_reduce(parameter.grad, group=expert_group(parameter).replicas).div_(distributed.world_size)
+        distributed.all_reduce(parameter.grad, group=expert_group(parameter).data_parallel).div_(distributed.world_size)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, factor: float = 1.0) -> Tensor:

@@ -1,6 +1,6 @@
-"""From the sums of a step to its metrics: sums are added first, over micro-batches and ranks, and divided last.
+"""Metrics of a logged step, derived from its report. L layers that have the site, E experts.
 
-L layers that have the thing, E experts.
+Sums are added over micro-batches and ranks first and divided last.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from qsparse_moe.runs.report import LateEvaluation, StepReport
 
 
 def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None = None) -> dict[str, float]:
-    """Every metric of one logged step by its recorded name; each stands in ``names.METRICS``.
+    """Return every metric of one logged step by its recorded name; ``names.METRICS`` defines each of them.
 
     A ratio whose denominator is 0 in a layer is absent for that layer and left out of the mean over the layers.
-    ``window`` remembers the logged steps before; without it what only several steps say is absent.
+    ``window`` holds the previous logged steps; without it, metrics of several steps are absent.
     """
     metrics = _scalars(report)
     norms = report.layer_grad_norms or ()
@@ -30,7 +30,7 @@ def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None
     if report.router_bias_LE is not None:
         by_layer["router/bias_range"] = report.router_bias_LE.amax(-1) - report.router_bias_LE.amin(-1)
     if window is not None:
-        by_layer |= window.see(report.stats)
+        by_layer |= window.update(report.stats)
     for name, values_L in by_layer.items():
         metrics |= _over_layers(name, values_L, layers_with(name, model))
     metrics |= evaluation_metrics(report, model)
@@ -67,13 +67,14 @@ def _scalars(report: StepReport) -> dict[str, float]:
 
 
 def layers_with(name: str, model: ModelConfig) -> list[int]:
-    """The layers, counted from 0, that the sums behind the metric ``name`` speak of, in their order."""
+    """Return the layers, counted from 0, that the sums behind the metric ``name`` are of, in order."""
+    # Every layer that has a router has experts.
     site = "expert_input" if name.startswith("router/") else cast(Site, name.split("/")[1])
     return list(layers_with_site(model, site))
 
 
 def _over_layers(name: str, values_L: Tensor, layers: list[int]) -> dict[str, float]:
-    """The mean over the layers that have a value, then each of those; nothing where none has."""
+    """Return the mean over the layers that have a value, then the value of each; nothing if no layer has one."""
     by_layer = zip(layers, values_L.tolist(), strict=True)
     present = {layer_name(name, layer): value for layer, value in by_layer if value == value}
     return {name: mean_over_layers(values_L)} | present if present else {}

@@ -1,11 +1,11 @@
-"""What a run pays for its loss: the accounting with the zeros that a step measured, summed up over the run."""
+"""Cost of a run: the accounting with the zeros that its logged steps measured, summed over the run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from qsparse_moe.accounting.densities import measured_densities
+from qsparse_moe.accounting.densities import Densities, measured_densities
 from qsparse_moe.accounting.flops import training_flops
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.peaks import peak_flops
@@ -14,29 +14,29 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.runs.report import RunContext, StepReport
 
 BATCHES = (1, 16)
-"""Tokens of one generation step for which the bytes of weights are recorded."""
+"""Batch sizes of a generation step for which the bytes of weights are recorded."""
 _KEPT_SO_FAR = "efficiency/total_kept_training_flops"
 
 
 class Efficiency:
-    """The metrics under ``efficiency/``, and the utilisation, of one run."""
+    """Computes the metrics ``efficiency/...`` and the utilisation of one run."""
 
     def __init__(self, context: RunContext, last_row: Mapping[str, Any] | None = None) -> None:
-        """Sum from ``last_row``, the last logged step up to ``context.start_step``, where no state is loaded."""
+        """Continue the sum of ``last_row``, the last logged step before the start, unless a state is loaded."""
         self._config: RunConfig = context.config
         self._context = context
         model, length = self._config.model, self._config.data.sequence_length
         self._executed = training_flops(model, length).routed
         self._active = count_parameters(model).active
-        # Steps between the last logged one and a checkpoint are summed up with the next logged step.
+        # The steps between the last logged one and a checkpoint are added with the next logged step.
         self._tokens = int((last_row or {}).get("tokens", context.start_tokens))
         self._kept_so_far = float((last_row or {}).get(_KEPT_SO_FAR) or 0.0)
         self._peak = self._find_peak()
 
     def __call__(self, report: StepReport, metrics: Mapping[str, float]) -> dict[str, float]:
-        """The metrics of one logged step, from the ``metrics`` that it has already.
+        """Return the metrics of one logged step, computed from its other ``metrics``.
 
-        What depends on the zeros is absent where a place has none measured.
+        Metrics that depend on the zeros are absent if the zeros of a site were not measured.
         """
         found = {
             "efficiency/active_parameters": float(self._active),
@@ -45,7 +45,7 @@ class Efficiency:
         }
         densities = measured_densities(self._config.model, metrics)
         if densities is not None:
-            found |= self._kept(report, densities)
+            found |= self._without_zeros(report, densities)
         if self._peak is not None:
             flops_per_second = self._executed * report.tokens_per_second
             found["throughput/model_flops_utilisation"] = flops_per_second / (self._peak * self._context.world_size)
@@ -59,11 +59,14 @@ class Efficiency:
         """Continue from a checkpoint."""
         self._kept_so_far, self._tokens = state["total_kept_training_flops"], state["tokens"]
 
-    def _kept(self, report: StepReport, densities: Any) -> dict[str, float]:
+    def _without_zeros(self, report: StepReport, densities: Densities) -> dict[str, float]:
+        """Return what would be left of the cost if every zero were skipped."""
         model, length = self._config.model, self._config.data.sequence_length
         kept = training_flops(model, length, densities=densities).kept
+        # The zeros of a logged step are taken for the steps since the previous one, which measure none.
         self._kept_so_far += kept * (report.tokens - self._tokens)
         self._tokens = report.tokens
+        # fp16 and bf16 both take two bytes.
         bytes_per_weight = 4.0 if self._config.training.precision == "fp32" else 2.0
         read = {
             f"efficiency/weight_bytes_{batch}": total_traffic(
@@ -78,6 +81,7 @@ class Efficiency:
         }
 
     def _find_peak(self) -> float | None:
+        # A setting first: the table of peaks knows few devices, and none of a CPU.
         given = self._config.metrics.peak_tflops
         if given is not None:
             return given * 1e12

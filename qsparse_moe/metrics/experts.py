@@ -1,4 +1,4 @@
-"""What one number over all experts hides: the load and the sparsity of every single expert. L layers, E experts."""
+"""Load and sparsity of every single expert, which a mean over the experts hides. L layers, E experts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ EXPERT_SITES = ("expert_input", "expert_hidden")
 def expert_ratios(stats: Stats) -> dict[str, Tensor]:
     """Return the ratios of every expert ``(L, E)`` by name, from the sums of ``ModelOutput.stats``.
 
-    The sums of several batches or ranks may be added before (``sparsity.stats.add_stats``).
+    The sums of several batches or ranks may be added first (``sparsity.stats.add_stats``).
 
     Args:
-        stats: of a forward pass with ``with_stats=True``; ratios whose sums are missing are left out.
+        stats: sums of a forward pass with ``with_stats=True``; ratios whose sums are missing are left out.
 
     Returns:
         ``load``: routed tokens of an expert divided by the mean of its layer. For each of ``expert_input`` and
@@ -42,7 +42,7 @@ def expert_values(stats: Stats, layers: Sequence[int]) -> dict[str, Any]:
 
     Args:
         stats: the sums of a logged step.
-        layers: numbers of the layers with experts, in order: the rows of every table.
+        layers: numbers of the layers with experts, in order; each is one row of every table.
     """
     tables = {name: [[_digits(value) for value in row] for row in table.tolist()] for name, table in _items(stats)}
     return {"layers": list(layers), **tables} if tables else {}
@@ -53,6 +53,7 @@ def _items(stats: Stats) -> list[tuple[str, Tensor]]:
 
 
 def _digits(value: float) -> float | None:
+    # All 17 digits would double the size of these tables, the largest part of the file.
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
@@ -60,6 +61,7 @@ def _site_ratios(stats: Stats, site: str) -> dict[str, Tensor]:
     sums = {name: stats[f"sparsity/{site}/{name}_LE"] for name in SITE_FIELDS}
     used_LED = stats[f"sparsity/{site}/used_LED"]
     features_LE = sums["rows"] * used_LED.shape[-1]
+    # An expert without a token used no feature, which says nothing about its features.
     unused_LE = (~used_LED).double().mean(-1).masked_fill(sums["rows"] == 0, float("nan"))
     return {
         f"{site}/kept_energy": sums["kept_energy"] / sums["energy"],

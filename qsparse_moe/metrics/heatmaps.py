@@ -1,7 +1,7 @@
-"""Heat maps layers x experts as pictures: what one number over all experts hides. L layers, E experts.
+"""Heat maps of layers by experts as pictures. L layers, E experts.
 
-A map keeps its colour scale over the steps, so that two pictures can be compared; what lies beyond it takes the colour
-of the end.
+A map has the same colour scale in every step, so that two pictures can be compared; values beyond the scale take the
+colour of its end.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from qsparse_moe.sparsity.stats import Stats
 
 Pixels = np.ndarray
 _MISSING = "#d0d0d0"
-# Numbers are written into the cells while there are few enough of them to be read.
+# With more cells, the numbers in them are too small to be read.
 _MOST_LABELLED = 160
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The colours of a map: from ``low`` to ``high``, by the name of a matplotlib colour map."""
+    """The colour scale of a map: from ``low`` to ``high`` in a colour map of matplotlib."""
 
     low: float
     high: float
@@ -43,20 +43,21 @@ def heat_maps(stats: Stats) -> dict[str, np.ndarray]:
 
 
 def scale_of(name: str, num_experts: int) -> Scale:
-    """The scale of the map ``name``, the same in every step."""
+    """Return the scale of the map ``name``, the same in every step."""
     if name == "load":
-        return Scale(0.0, min(4.0, float(num_experts)), "RdBu_r", "Rows of an expert over the layer's mean")
+        # The largest possible load is E. Beyond 4 a map of many experts would show all others in one colour.
+        return Scale(0.0, min(4.0, float(num_experts)), "RdBu_r", "Load: routed tokens over the layer's mean")
     site, quantity = name.split("/")
     where = site.replace("_", " ")
     if quantity == "kept_energy":
-        return Scale(0.5, 1.0, "viridis", f"Energy kept at {where}")
+        return Scale(0.5, 1.0, "viridis", f"Energy after the selection at {where}")
     if quantity == "zeros":
-        return Scale(0.0, 1.0, "magma", f"Share of zeros at {where}")
+        return Scale(0.0, 1.0, "magma", f"Fraction of zeros at {where}")
     return Scale(0.0, 1.0, "cividis_r", f"Unused features at {where}")
 
 
 class HeatMap:
-    """One map's picture. Its frame is drawn once; a step only draws the cells into it, in a fraction of the time."""
+    """Picture of one map. The frame is drawn once; each step draws only the cells, in a fraction of the time."""
 
     def __init__(self, scale: Scale, layers: Sequence[int], num_experts: int) -> None:
         """``layers`` are the numbers of the layers that have experts, in order."""
@@ -82,7 +83,7 @@ class HeatMap:
         self._font = ImageFont.truetype(findfont("DejaVu Sans"), 12) if len(cells) <= _MOST_LABELLED else None
 
     def draw(self, values_LE: np.ndarray) -> Pixels:
-        """The picture of one step, ``(height, width, 3)`` bytes."""
+        """Return the picture of one step, ``(height, width, 3)`` bytes."""
         self._canvas.restore_region(self._frame)
         self._image.set_data(np.ma.masked_invalid(values_LE))
         self._axes.draw_artist(self._image)
@@ -94,11 +95,12 @@ class HeatMap:
         return np.asarray(picture)
 
     def _write(self, picture: Image.Image, values: np.ndarray) -> None:
-        """The numbers into the cells: matplotlib's own text takes most of a millisecond for each."""
+        """Write the numbers into the cells."""
+        # With PIL: a text of matplotlib takes most of a millisecond.
         pen = ImageDraw.Draw(picture)
         backgrounds = self._image.cmap(self._image.norm(values))
         for centre, value, background in zip(self._centres, values.tolist(), backgrounds, strict=True):
-            if value == value:
+            if value == value:  # not NaN: an expert without a token
                 pen.text(centre, f"{value:.2f}", fill=_readable(background), font=self._font, anchor="mm")
 
 
@@ -107,6 +109,6 @@ def _colour_map(name: str) -> Colormap:
 
 
 def _readable(background: Any) -> str:
-    """Black or white, whichever stands out: by the luminance of ITU-R BT.601."""
+    """Return black or white, whichever has more contrast by the luminance of ITU-R BT.601."""
     red, green, blue = background[:3]
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"

@@ -1,4 +1,4 @@
-"""Histograms of a run's router probabilities and thresholds. L layers, H bins."""
+"""Histograms of router probabilities and of thresholds. L layers, H bins."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qsparse_moe.sparsity.stats import Stats
 
 
 def histograms(stats: Stats, model: ModelConfig) -> Iterator[tuple[str, Tensor, Sequence[int], LogBins]]:
-    """The histograms of one logged step: name, counts ``(L, H)``, the numbers of the L layers, and their H bins."""
+    """Yield the histograms of one logged step: name, counts ``(L, H)``, the numbers of the L layers, and the H bins."""
     if "router/probability_counts_LH" in stats:
         yield "router/log2_probability", stats["router/probability_counts_LH"], moe_layers(model), PROBABILITIES
     for site in model_sites(model):
@@ -37,6 +37,7 @@ def histogram_summary(tag: str, counts_H: Tensor, bins: LogBins) -> Any | None:
         return None
     part = slice(filled[0], filled[-1] + 1)
     counts, lower, upper = counts[part], edges[:-1][part], edges[1:][part]
+    # The values themselves are gone: each counts with the middle of its bin.
     middle = (lower + upper) / 2
     return histogram_raw(
         tag,

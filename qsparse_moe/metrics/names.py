@@ -1,9 +1,8 @@
-"""The one list of metrics: name, unit, definition. Nothing is recorded under a name that does not stand here.
+"""The list of all metrics: name, unit, definition. Nothing is recorded under a name that is not in it.
 
-``SITE`` in a name stands for a sparsity site. A metric of the layers is recorded as its mean over the layers that have
-it (``train/grad_norm``: as the norm of all parameters) and, with ``/layer_I`` behind the name, for every such layer.
-The table in ``README.md`` and the page ``docs/metrics.md`` are made from this list by
-``python -m qsparse_moe.metrics.table``.
+``SITE`` in a name is replaced by the name of a sparsity site. A metric of the layers is recorded as its mean over the
+layers that have it (``train/grad_norm``: as the norm of all parameters) and, with ``/layer_I`` after the name, for each
+of these layers. ``python -m qsparse_moe.metrics.table`` writes the table in ``docs/metrics.md`` from this list.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from qsparse_moe.config.schema import SITES
 
 @dataclass(frozen=True)
 class Metric:
-    """One quantity that a run records."""
+    """A quantity that a run records."""
 
     name: str
     unit: str
     definition: str
     layers: Literal["none", "file", "chart"] = "none"
-    """Where its values by layer go: nowhere, to metrics.jsonl, or to TensorBoard as well. Few are charted by layer, so
-    that a deep model stays below a thousand tags."""
+    """Destination of its values by layer: none, metrics.jsonl, or TensorBoard as well."""
+    # Few are "chart": TensorBoard becomes slow with thousands of tags, and a deep model should stay below one thousand.
     kind: Literal["scalar", "curve", "histogram", "image"] = "scalar"
-    """All but scalars are in TensorBoard alone: curves whose step is a cost, histograms by layer, images."""
+    """Scalars are in both files. Curves over a cost, histograms by layer, and images are in TensorBoard only."""
 
 
 METRICS = (
@@ -136,8 +135,8 @@ METRICS = (
     Metric(
         "router/dead_experts_window",
         "experts",
-        "Experts that got no row in the last logged steps: metrics.dead_expert_window over metrics.interval of them, "
-        "rounded up; absent until there are so many, and where the setting is 0.",
+        "Number of experts that received no token in the last metrics.dead_expert_window / metrics.interval logged "
+        "steps, rounded up; absent before there are as many, and if metrics.dead_expert_window is 0.",
         layers="file",
     ),
     Metric(
@@ -163,8 +162,8 @@ METRICS = (
     Metric(
         "router/choice_agreement",
         "1",
-        "Share of the experts that the tokens of the validation rows chose in this evaluation and in the one before; "
-        "A/E by chance; absent in a run's first evaluation.",
+        "Fraction of the routing choices of the validation tokens that are the same as in the previous evaluation; "
+        "A/E by chance; absent in the first evaluation of a run.",
         layers="file",
     ),
     Metric(
@@ -202,20 +201,20 @@ METRICS = (
     Metric(
         "sparsity/SITE/threshold",
         "1",
-        "Smallest magnitude that is kept in a row, mean over the rows.",
+        "Smallest selected magnitude of the features of a token, mean over the tokens.",
         layers="file",
     ),
     Metric(
         "sparsity/SITE/threshold_drift",
         "1",
-        "Change of the threshold since the logged step before, over its value there; absent in a run's first.",
+        "Relative change of the threshold since the previous logged step; absent in the first one of a run.",
         layers="file",
     ),
     Metric(
         "sparsity/SITE/dead_features",
         "1",
-        "Share of the features, over all experts, that were zero in every row of the last 10 logged steps; absent "
-        "until there are so many.",
+        "Fraction of the features, over all experts, that were zero for every token in the last 10 logged steps; "
+        "absent before there are as many.",
         layers="file",
     ),
     Metric("efficiency/active_parameters", "parameters", "Parameters that one token uses after routing."),
@@ -239,7 +238,7 @@ METRICS = (
     Metric(
         "efficiency/total_kept_training_flops",
         "FLOPs",
-        "The same if the zeros of the logged steps were skipped; each logged step stands for the steps before it.",
+        "The same if every zero were skipped. The zeros of a logged step count for the steps since the previous one.",
     ),
     Metric(
         "efficiency/weight_bytes_1",
@@ -255,27 +254,26 @@ METRICS = (
     Metric(
         "cost/lm_loss_by_executed_gflops",
         "nats per token",
-        "train/lm_loss over efficiency/total_training_flops, in GFLOPs, in the place of the step.",
+        "train/lm_loss as a function of efficiency/total_training_flops in GFLOPs, which replace the step.",
         kind="curve",
     ),
     Metric(
         "cost/lm_loss_by_kept_gflops",
         "nats per token",
-        "train/lm_loss over efficiency/total_kept_training_flops, in GFLOPs, in the place of the step.",
+        "train/lm_loss as a function of efficiency/total_kept_training_flops in GFLOPs, which replace the step.",
         kind="curve",
     ),
     Metric(
         "router/log2_probability",
         "log2",
         "Histogram of the base-2 logarithm of the router's probabilities, over all tokens and experts, in "
-        "bins of an eighth of an octave from 2^-20; smaller values count in the first bin.",
+        "bins of 1/8 from -20 to 0; smaller values count in the first bin.",
         kind="histogram",
     ),
     Metric(
         "sparsity/SITE/log2_threshold",
         "log2",
-        "Histogram of the base-2 logarithm of the smallest selected magnitude per row, in bins of an eighth of an "
-        "octave from 2^-24 to 2^8.",
+        "Histogram of the base-2 logarithm of the smallest selected magnitude per token, in bins of 1/8 from -24 to 8.",
         kind="histogram",
     ),
     Metric(
@@ -287,23 +285,25 @@ METRICS = (
     Metric(
         "sparsity_by_expert/SITE/kept_energy",
         "1",
-        "Heat map of layers by experts of the kept energy, at expert_input and expert_hidden.",
+        "Heat map of layers by experts: sum of squares after the selection divided by the sum before it, at "
+        "expert_input and expert_hidden.",
         kind="image",
     ),
     Metric(
         "sparsity_by_expert/SITE/zeros",
         "1",
-        "Heat map of layers by experts of the fraction of zeros in front of the expert's matrix.",
+        "Heat map of layers by experts: fraction of zeros in front of the matrix of the expert.",
         kind="image",
     ),
     Metric(
         "sparsity_by_expert/SITE/unused_features",
         "1",
-        "Heat map of layers by experts of the fraction of features that were zero in every row of the step.",
+        "Heat map of layers by experts: fraction of the features that were zero for every token of the step.",
         kind="image",
     ),
 )
 
+# Curves, histograms, and pictures are never in a logged step, so only scalars are valid recorded names.
 _BY_NAME = {metric.name: metric for metric in METRICS if metric.kind == "scalar"}
 _BY_TAG = {metric.name: metric for metric in METRICS}
 _LAYER = re.compile(r"/layer_[0-9]+$")
@@ -311,31 +311,31 @@ _SITE = re.compile(rf"^(sparsity|sparsity_by_expert)/(?:{'|'.join(SITES)})/")
 
 
 def layer_name(name: str, layer: int) -> str:
-    """The name under which the metric ``name`` of one layer, counted from 0, is recorded."""
+    """Return the name under which the metric ``name`` of one layer, counted from 0, is recorded."""
     return f"{name}/layer_{layer}"
 
 
 def is_layer_name(name: str) -> bool:
-    """Whether ``name`` is that of one layer's value."""
+    """Return whether ``name`` is the name of a value of one layer."""
     return _LAYER.search(name) is not None
 
 
 def is_listed(name: str) -> bool:
-    """Whether the recorded ``name`` belongs to a scalar of the list."""
+    """Return whether the recorded ``name`` belongs to a scalar of the list."""
     return _listed_name(name) in _BY_NAME
 
 
 def metric_of(name: str) -> Metric:
-    """The entry of the list that a recorded ``name`` belongs to.
+    """Return the entry of the list that a recorded ``name`` belongs to.
 
     Raises:
-        KeyError: no scalar of that name is in the list.
+        KeyError: the list has no scalar of that name.
     """
     return _BY_NAME[_listed_name(name)]
 
 
 def describe_tag(name: str) -> str:
-    """The unit and the definition of the metric, of whatever kind, that the tag ``name`` belongs to."""
+    """Return the unit and the definition of the metric of any kind that the tag ``name`` belongs to."""
     metric = _BY_TAG[_listed_name(name)]
     return f"**Unit: {metric.unit}.** {metric.definition}"
 

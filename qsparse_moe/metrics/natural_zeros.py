@@ -68,7 +68,7 @@ def _pair(row: Mapping[str, Any], site: str, ending: str) -> tuple[float, float]
 
 
 def natural_zeros_warning(found: NaturalZeros) -> str:
-    """Return the sentence that says so to a person."""
+    """Return the finding as a sentence for a log or a report."""
     return (
         f"{found.place}: {found.zeros:.3f} of the features are zero, but S asks for only {found.chosen:.3f}: the "
         f"activation function produces the others, so an S below about {found.zeros:.2f} changes little there"

@@ -1,4 +1,4 @@
-"""Ratios of the sums that a forward pass returns. L layers that have the site, E experts, D features of a site."""
+"""Ratios of the sums that a forward pass returns. L layers, E experts, D features of a site."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def scalar_ratios(stats: Stats) -> dict[str, float]:
 
     The names and the values are those of the recorded metrics (``metrics.names``), such as ``router/load_imbalance``,
     ``router/choice_entropy``, ``sparsity/expert_hidden/zeros`` or ``sparsity/expert_hidden/kept_energy``. A ratio that
-    no layer has is absent. The sums of several batches or ranks may be added before (``sparsity.stats.add_stats``).
+    no layer has is absent. The sums of several batches or ranks may be added first (``sparsity.stats.add_stats``).
 
     Args:
         stats: sums of a forward pass with ``with_stats=True``; ratios whose sums are missing are left out.
@@ -28,15 +28,16 @@ def mean_over_layers(ratio_L: Tensor) -> float:
 
 
 def layer_ratios(stats: Stats) -> dict[str, Tensor]:
-    """The ratios ``(L,)`` by metric name; NaN where a layer's denominator is 0.
+    """Return the ratios ``(L,)`` by metric name; NaN where the denominator of a layer is 0.
 
     Args:
-        stats: the float64 sums of ``ModelOutput.stats``, as far as they are there.
+        stats: the float64 sums of ``ModelOutput.stats``; ratios whose sums are missing are left out.
     """
     ratios: dict[str, Tensor] = {}
     if "router/rows_LE" in stats:
         ratios |= load_ratios(stats["router/rows_LE"])
     if "router/dropped_LE" in stats:
+        # Routed tokens are counted before the capacity cuts them, so they include the dropped ones.
         ratios["router/dropped_share"] = stats["router/dropped_LE"].sum(-1) / stats["router/rows_LE"].sum(-1)
     if "router/tokens_L" in stats:
         tokens_L = stats["router/tokens_L"]
@@ -48,11 +49,12 @@ def layer_ratios(stats: Stats) -> dict[str, Tensor]:
 
 
 def load_ratios(rows_LE: Tensor) -> dict[str, Tensor]:
-    """How evenly the experts of each layer are loaded, each ``(L,)``, from the rows of each expert ``(L, E)``."""
+    """Return how evenly the experts of each layer are loaded ``(L,)``, from their routed tokens ``(L, E)``."""
     shares_LE = rows_LE / rows_LE.sum(-1, keepdim=True)
     busiest_L = shares_LE.amax(-1)
     return {
         "router/load_imbalance": busiest_L * rows_LE.shape[-1],
+        # entr(0) is 0; with -p * log(p), an expert without a token would make the entropy NaN.
         "router/load_entropy": torch.special.entr(shares_LE).sum(-1),
         "router/busiest_share": busiest_L,
         "router/dead_experts": (rows_LE == 0).sum(-1).double(),
@@ -60,6 +62,7 @@ def load_ratios(rows_LE: Tensor) -> dict[str, Tensor]:
 
 
 def _site_ratios(stats: Stats, site: str) -> dict[str, Tensor]:
+    # Over the experts first: the ratio of a layer weights each expert by its tokens.
     sums_L = {name: stats[f"{site}/{name}_LE"].sum(-1) for name in SITE_FIELDS}
     features_L = sums_L["rows"] * stats[f"{site}/used_LED"].shape[-1]
     return {

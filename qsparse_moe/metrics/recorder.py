@@ -1,4 +1,4 @@
-"""The listener that keeps a run's metrics: ``metrics.jsonl`` and, unless it is switched off, TensorBoard's files."""
+"""The listener that records a run's metrics in ``metrics.jsonl`` and, unless it is switched off, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ logger = logging.getLogger(__name__)
 class Recorder:
     """Records every report of a run; give it to ``train`` among the listeners.
 
-    Files are opened by ``begin`` and closed by ``end``. Each report is on its way to the disk when the call returns,
-    so a run that is killed loses none. What spans several logged steps is kept in checkpoints (``StatefulListener``).
+    ``begin`` opens the files and ``end`` closes them. Each report is handed to the operating system before the call
+    returns, so a run that is killed loses none. State that spans several logged steps is part of the checkpoints
+    (``StatefulListener``).
     """
 
     state_name = "metrics"
@@ -33,22 +34,23 @@ class Recorder:
         self._config = config
         self._file: MetricsFile | None = None
         self._board: TensorBoardFiles | None = None
-        # A window of so many steps, in logged ones.
+        # The setting counts steps, the window logged steps: rounded up, so that it spans at least the setting.
         self._window = Window(expert_length=-(-config.metrics.dead_expert_window // config.metrics.interval))
         self._efficiency: Efficiency | None = None
         self._step = 0
         self._last_logged: int | None = None
 
     def begin(self, context: RunContext) -> None:
-        """Open the run folder's files after ``context.start_step``; what they hold of later steps is dropped."""
+        """Open the files of the run folder; values of steps after ``context.start_step`` are dropped."""
         path = context.run_dir / "metrics.jsonl"
         self._step = context.start_step
         self._file = MetricsFile(path, start_step=context.start_step)
+        # Read after later steps were dropped: an image interval and the sum of costs continue from the last step left.
         before = read_metrics(path)
         self._last_logged = before[-1]["step"] if before else None
         self._efficiency = Efficiency(context, before[-1] if before else None)
         if self._config.metrics.tensorboard:
-            # Imported here: it takes seconds, and not every run wants it.
+            # Imported here because it takes seconds, and a run may do without TensorBoard.
             from qsparse_moe.metrics.tensorboard import TensorBoardFiles
 
             self._board = TensorBoardFiles(
@@ -59,6 +61,7 @@ class Recorder:
         """Record one logged step."""
         assert self._file is not None and self._efficiency is not None, "begin comes before the first report"
         metrics = derive_metrics(report, self._config.model, self._window)
+        # Here and not in derive_metrics: a report does not know the length of the sequences.
         metrics["throughput/rows_per_second"] = report.tokens_per_second / self._config.data.sequence_length
         metrics |= self._efficiency(report, metrics)
         self._step = report.step
@@ -77,7 +80,7 @@ class Recorder:
             self._board.write_scalars(evaluation.step, metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; JSON-able."""
+        """Return the state for a checkpoint; JSON-able."""
         assert self._efficiency is not None, "begin comes before the first checkpoint"
         return {
             "interval": self._config.metrics.interval,
@@ -86,7 +89,7 @@ class Recorder:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint; the window only where ``metrics.interval``, in which it counts, is the same."""
+        """Continue from a checkpoint; the window, which counts logged steps, only at the same ``metrics.interval``."""
         assert self._efficiency is not None, "begin comes before the state"
         self._efficiency.load_state_dict(state["efficiency"])
         before, now = state["interval"], self._config.metrics.interval
@@ -101,9 +104,9 @@ class Recorder:
             )
 
     def _is_image_step(self, step: int) -> bool:
-        """Whether ``step`` is the first logged one of its image interval, or the last step of the run.
+        """Return whether ``step`` is the first logged one of its image interval, or the last step of the run.
 
-        The steps alone decide, so that a resumed run draws and writes what an unbroken one does.
+        Only the steps decide, so that a resumed run draws the same pictures as an uninterrupted one.
         """
         interval = self._config.metrics.image_interval
         if not interval:

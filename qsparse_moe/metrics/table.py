@@ -1,4 +1,4 @@
-"""The list of metrics as Markdown: ``python -m qsparse_moe.metrics.table FILE...`` rewrites it between two marks."""
+"""Table of the metrics in Markdown: ``python -m qsparse_moe.metrics.table FILE...`` rewrites it in these files."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ BEGIN = "<!-- metrics: made by python -m qsparse_moe.metrics.table -->"
 END = "<!-- end of metrics -->"
 _LAYERS = {"none": "", "file": "`metrics.jsonl`", "chart": "`metrics.jsonl`, TensorBoard"}
 _ELSEWHERE = {
-    "curve": "no; TensorBoard alone",
+    "curve": "not by layer; TensorBoard only",
     "histogram": "TensorBoard, *Histograms*",
     "image": "TensorBoard, *Images*",
 }
 
 
 def metrics_markdown() -> str:
-    """One row a metric: name, unit, definition, and where its values by layer are found."""
-    head = "| Metric | Unit | What it is | By layer in |\n| --- | --- | --- | --- |\n"
+    """Return one table row per metric: name, unit, definition, and where its values by layer are found."""
+    head = "| Metric | Unit | Definition | By layer in |\n| --- | --- | --- | --- |\n"
     rows = (f"| `{m.name}` | {m.unit} | {m.definition} | {_by_layer_in(m)} |\n" for m in METRICS)
     return head + "".join(rows)
 
@@ -29,20 +29,21 @@ def _by_layer_in(metric: Metric) -> str:
 
 
 def with_table(text: str) -> str:
-    """``text`` with the table between its marks made anew.
+    """Return ``text`` with a new table between the two marks.
 
     Raises:
-        ValueError: one of the marks is missing.
+        ValueError: one of the two marks is missing.
     """
+    # The marks are HTML comments, so that the page shows the table alone.
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the table stands between {BEGIN!r} and {END!r}; add both lines where it belongs")
+        raise ValueError(f"the table lies between the lines {BEGIN!r} and {END!r}; add both lines where it belongs")
     return f"{before}{BEGIN}\n\n{metrics_markdown()}\n{END}{after}"
 
 
 def main(paths: list[str]) -> None:
-    """Rewrite the table in every file named; for the command line."""
+    """Rewrite the table in every file of ``paths``; for the command line."""
     if not paths:
         sys.exit("usage: python -m qsparse_moe.metrics.table FILE...")
     for path in map(Path, paths):

@@ -1,4 +1,4 @@
-"""The event files that TensorBoard shows: scalars, the run's configuration as text, and charts grouped by question."""
+"""Event files for TensorBoard: scalars, pictures, histograms, and the configuration of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _COSTS = {
     "cost/lm_loss_by_executed_gflops": "efficiency/total_training_flops",
     "cost/lm_loss_by_kept_gflops": "efficiency/total_kept_training_flops",
 }
-"""The curves whose step is a cost, by the metric that is the cost."""
+"""Curves over a cost instead of the step, with the metric that is the cost."""
 _DATA_CLASSES = {
     "scalars": DataClass.DATA_CLASS_SCALAR,
     "images": DataClass.DATA_CLASS_BLOB_SEQUENCE,
@@ -55,15 +55,15 @@ SUMMARY_METRICS = (
 
 
 class TensorBoardFiles:
-    """Writes one run's event files into a folder; several writers after each other continue the same curves."""
+    """Writes the event files of one run into a folder. A resumed run opens new files that continue the same curves."""
 
     def __init__(
         self, folder: Path, config: RunConfig, *, start_step: int = 0, before: Sequence[Mapping[str, Any]] = ()
     ) -> None:
-        """Open a new event file for a run that goes on after ``start_step`` steps.
+        """Open new event files for a run that continues after ``start_step`` steps.
 
-        What earlier files hold of later steps is void from here on: TensorBoard drops it when it reads this file.
-        ``before`` are the run's logged steps up to there; the curves whose step is a cost are written anew from them.
+        They void the later steps of earlier files: TensorBoard drops these steps when it reads the new file.
+        ``before`` are the logged steps of the run up to there; the curves over a cost are written again from them.
         """
         self._config = config
         self._maps: dict[str, HeatMap] = {}
@@ -76,8 +76,8 @@ class TensorBoardFiles:
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
         self._writer.add_text("sparsity plan", plan_table(SparsityPlan.from_config(config.model)), start_step)
         self._write_hyperparameters(start_step)
-        # The place of these points is no step, so no reader can tell which of them are void: they have a file of their
-        # own, which is written anew.
+        # The x of these points is not a step, so a reader cannot know which of them are void. They are in a file of
+        # their own, which is written again at every resume.
         shutil.rmtree(folder / _COST_RUN, ignore_errors=True)
         self._cost_writer = SummaryWriter(str(folder / _COST_RUN))
         for row in before:
@@ -86,8 +86,7 @@ class TensorBoardFiles:
         self._flush()
 
     def _open_validation(self, folder: Path, start_step: int, before: Sequence[Mapping[str, Any]]) -> None:
-        # Runs of earlier versions have these curves among all others: the new run gets them from metrics.jsonl, so
-        # that a curve does not begin in the middle.
+        # Runs of earlier versions have these curves in the run itself. After a resume they are complete here as well.
         is_new = not any(folder.glob("events.out.tfevents.*"))
         self._validation_writer = _open(folder, start_step)
         for row in before if is_new else ():
@@ -96,9 +95,8 @@ class TensorBoardFiles:
                     self._add_scalar(self._validation_writer, name, value, row["step"])
 
     def write(self, step: int, metrics: Mapping[str, float], stats: Stats, *, images: bool) -> None:
-        """Add one logged step: of the values by layer only those that are charted, and with ``images`` the heat maps
-        and histograms."""
-        self.write_scalars(step, metrics)
+        """Add one logged step, with ``images`` its heat maps and histograms too."""
+        self._add_scalars(step, metrics)
         self._write_costs(metrics)
         self._last = step, stats
         if images:
@@ -106,19 +104,25 @@ class TensorBoardFiles:
         self._flush()
 
     def write_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the values of a step that are charted."""
+        """Add values to a step that was written before; of the values by layer only those that are charted."""
+        self._add_scalars(step, metrics)
+        self._flush()
+
+    def _add_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
             if not is_layer_name(name) or metric_of(name).layers == "chart":
+                # By name, not by a list: every metric of an evaluation belongs to one run and has one colour.
                 writer = self._validation_writer if name.startswith(_VALIDATION) else self._writer
                 self._add_scalar(writer, name, value, step)
 
     def write_end(self, step: int) -> None:
-        """Draw the last logged step, unless it was drawn, and say that the run ended; the HPARAMS page shows when."""
+        """Draw the last logged step unless it was drawn, and write the end of the run, which the HPARAMS page shows."""
         if self._config.metrics.image_interval and self._last is not None and self._last[0] != self._drawn:
             self._write_images(*self._last)
         _add_summary(self._writer, self._summaries[2], step)
 
     def _add_scalar(self, writer: SummaryWriter, name: str, value: float | None, step: int) -> None:
+        # None is how metrics.jsonl stores NaN and infinity.
         number = float("nan") if value is None else float(value)
         summary = Summary(value=[Summary.Value(tag=name, simple_value=number)])
         self._add_described(writer, "scalars", summary, step)
@@ -147,22 +151,24 @@ class TensorBoardFiles:
         self._count(step, stats)
 
     def _write_hyperparameters(self, step: int) -> None:
-        # In the run's own folder and from its beginning: a run that is killed or resumed is one row of the page, too.
-        # Every run names the same columns, because TensorBoard takes them from whichever it finds first.
+        # In the folder of the run and at its start, so that a killed or resumed run is one row of the page as well.
+        # Every run names the same columns, because TensorBoard takes them from the first run that it finds.
         for summary in self._summaries[:2]:
             _add_summary(self._writer, summary, step)
 
     def _write_costs(self, metrics: Mapping[str, float | None]) -> None:
-        """The step of these curves is what the run has cost so far: two runs lie over each other at equal cost."""
+        # The cost so far takes the place of the step, so that the curves of two runs compare at equal cost.
         for name, flops in _COSTS.items():
             cost, loss = metrics.get(flops), metrics.get("train/lm_loss")
             if cost is not None and loss is not None:
+                # In GFLOPs because TensorBoard's steps are 64-bit integers, which the FLOPs of a large run exceed.
                 self._add_scalar(self._cost_writer, name, loss, round(cost / 1e9))
 
     def _draw(self, step: int, stats: Stats) -> None:
         model = self._config.model
         for name, values_LE in heat_maps(stats).items():
             if name not in self._maps:
+                # The frame of a map is drawn once and used in every step.
                 scale = scale_of(name, model.moe.num_experts)
                 self._maps[name] = HeatMap(scale, moe_layers(model), model.moe.num_experts)
             picture = self._maps[name].draw(values_LE)
@@ -220,35 +226,35 @@ def _hparams_summaries(config: RunConfig) -> tuple[Any, Any, Any]:
 
 
 def _wait_for_a_later_name(folder: Path) -> None:
-    """Wait until the name of a new event file sorts behind those in ``folder``, by less than a second.
+    """Wait, less than a second, until the name of a new event file sorts after those in ``folder``.
 
-    Readers take the files in the order of their names, which begin with the second in which they were made and end with
-    a counter of the process; of one second, file 10 would come before file 9, and what it purges would come back.
+    Readers take the files in the order of their names, which contain the second in which they were made and end with a
+    counter of the process. Within one second, file 10 sorts before file 9, and the steps that it voids would come back.
     """
     newest = max((int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.*")), default=0)
     if newest >= int(time.time()):
-        # A name from a clock that is ahead is not waited for.
+        # At most a second: a file from a machine whose clock is ahead would make the run wait for as long.
         time.sleep(min(1.0, max(0.0, newest + 1 - time.time())))
 
 
 def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> None:
-    """Add pictures ``(height, width, 3)`` by name, in an event file of their own beside the run's."""
+    """Add pictures ``(height, width, 3)`` by name, in an event file of their own in the folder of the run."""
     with SummaryWriter(str(folder), filename_suffix=".pictures") as writer:
         for name, picture in pictures.items():
             writer.add_image(name, picture, step, dataformats="HWC")
 
 
 def plan_table(plan: SparsityPlan) -> str:
-    """S by layer and site as a Markdown table; a range where the experts differ."""
+    """Return S by layer and site as a Markdown table, with a range where the experts differ."""
     layers = sorted({layer for layer, _ in plan.values})
     sites = list(dict.fromkeys(site for _, site in plan.values))
     rows = [["layer", *sites], ["---"] * (len(sites) + 1)]
     for layer in layers:
-        rows.append([str(layer), *(_told(plan.values.get((layer, site), ())) for site in sites)])
+        rows.append([str(layer), *(_range_text(plan.values.get((layer, site), ())) for site in sites)])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _told(values: Sequence[float]) -> str:
+def _range_text(values: Sequence[float]) -> str:
     if not values:
         return "–"
     least, most = min(values), max(values)
@@ -275,26 +281,26 @@ _COLUMNS = (
 
 
 def hyperparameters(config: RunConfig) -> dict[str, float | str | bool]:
-    """What an ablation varies, by the end of its path, since the page cuts long names; S is the mean of the plan.
+    """Return the settings for the HPARAMS page, named by the end of their path; S is the mean of the plan.
 
-    Nothing that a resumed run may change: TensorBoard keeps the first value.
+    The page cuts long names. Settings that a resumed run may change are left out, because TensorBoard keeps the first
+    value.
     """
     named: dict[str, float | str | bool] = {"S": SparsityPlan.from_config(config.model).mean}
     always: tuple[str, ...] = _COLUMNS
-    if (
-        config.metrics.variant is not None
-    ):  # the other runs of the page are those of the same grid, which names its columns
+    if config.metrics.variant is not None:
+        # The other runs of the page belong to the same grid, which names the columns.
         named, always = {"variant": config.metrics.variant, **named}, ("training.seed",)
     for path in dict.fromkeys((*always, *config.metrics.hyperparameters)):
         parts = path.split(".")
-        # "weights" says little, and two settings may end alike.
+        # The last part alone may be ambiguous ("weights"), or the same for two settings.
         name = ".".join(parts[-2:] if parts[-1] in named or parts[-2] == "quantization" else parts[-1:])
         named[name] = _shown(path, value_of(config, path))
     return named
 
 
 def _shown(path: str, value: Any) -> float | str | bool:
-    """As the page takes it: numbers and texts as they are, overrides of S in words, the rest as JSON."""
+    """Return the value for the page: numbers and texts as they are, overrides of S in words, others as JSON."""
     if path == OVERRIDES:
         return setting_label(path, value)
     return value if isinstance(value, bool | int | float | str) else json.dumps(value)

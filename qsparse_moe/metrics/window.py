@@ -1,4 +1,4 @@
-"""What only several logged steps together say: experts without a row, features without a use, a threshold that moves.
+"""Metrics of several logged steps: experts without a token, unused features, and the drift of thresholds.
 
 The window spans the last logged steps of the run; its state is part of the checkpoints, so that a resumed run continues
 it. L layers, E experts, D features.
@@ -18,11 +18,11 @@ from torch import Tensor
 from qsparse_moe.sparsity.stats import Stats
 
 LENGTH = 10
-"""Logged steps. With the default interval of 10 that is a hundred steps."""
+"""Number of logged steps: a hundred steps with the default interval of 10."""
 
 
 class Window:
-    """The last ``length`` logged steps; for dead experts the last ``expert_length``, and nothing where that is 0."""
+    """The last ``length`` logged steps; for dead experts the last ``expert_length``, or none at all if that is 0."""
 
     def __init__(self, length: int = LENGTH, expert_length: int | None = None) -> None:
         self._length = length
@@ -30,25 +30,28 @@ class Window:
         self._features: dict[str, _Idle] = {}
         self._thresholds_L: dict[str, Tensor] = {}
 
-    def see(self, stats: Stats) -> dict[str, Tensor]:
-        """Take in one logged step; the ratios ``(L,)`` of the window by metric name, NaN where there is none.
+    def update(self, stats: Stats) -> dict[str, Tensor]:
+        """Add one logged step and return the ratios ``(L,)`` of the window by metric name, NaN if a layer has none.
 
-        What needs a full window is absent until there is one: a feature that three steps did not use is not dead.
+        Counts of dead experts and features are absent until the window is full: a feature that was unused in three
+        steps is not dead.
         """
         ratios: dict[str, Tensor] = {}
         if "router/rows_LE" in stats and self._experts.length:
-            dead_LE = self._experts.see(stats["router/rows_LE"] > 0)
+            dead_LE = self._experts.update(stats["router/rows_LE"] > 0)
             if dead_LE is not None:
                 ratios["router/dead_experts_window"] = dead_LE.sum(-1).double()
         for key in [key for key in stats if key.endswith("/used_LED")]:
-            ratios |= self._see_site(stats, key.removesuffix("/used_LED"))
+            ratios |= self._update_site(stats, key.removesuffix("/used_LED"))
         return ratios
 
-    def _see_site(self, stats: Stats, site: str) -> dict[str, Tensor]:
+    def _update_site(self, stats: Stats, site: str) -> dict[str, Tensor]:
         ratios: dict[str, Tensor] = {}
-        dead_LED = self._features.setdefault(site, _Idle(self._length)).see(stats[f"{site}/used_LED"])
+        # Consecutive unused steps, not the flags of every step: one number per feature, whatever the length.
+        dead_LED = self._features.setdefault(site, _Idle(self._length)).update(stats[f"{site}/used_LED"])
         if dead_LED is not None:
             ratios[f"{site}/dead_features"] = dead_LED.double().mean((-1, -2))
+        # Rows without a selected feature count as 0, as in the metric ``threshold``.
         threshold_L = stats[f"{site}/smallest_LE"].sum(-1) / stats[f"{site}/rows_LE"].sum(-1)
         before_L = self._thresholds_L.get(site)
         self._thresholds_L[site] = threshold_L
@@ -57,7 +60,7 @@ class Window:
         return ratios
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; JSON-able, without NaN."""
+        """Return the state for a checkpoint; JSON-able, without NaN."""
         return {
             "experts": self._experts.state_dict(),
             "features": {site: idle.state_dict() for site, idle in self._features.items()},
@@ -79,33 +82,34 @@ class Window:
 
 
 class _Idle:
-    """For how many logged steps in a row each of several things was not used."""
+    """Counts for each of several things the consecutive logged steps in which it was not used."""
 
     def __init__(self, length: int) -> None:
         self.length = length
-        """Steps without a use after which a thing counts as dead; 0: never."""
-        self._num_seen = 0
+        """Number of unused steps after which a thing counts as dead; 0: never."""
+        self._num_steps = 0
         self._steps: Tensor | None = None
 
-    def see(self, used: Tensor) -> Tensor | None:
-        """Take in what one step used; which are dead after it, None while fewer than ``length`` steps were seen."""
+    def update(self, used: Tensor) -> Tensor | None:
+        """Add the flags of one step; return which things are dead, or None before ``length`` steps were added."""
         before = torch.zeros(used.shape, dtype=torch.int32) if self._steps is None else self._steps
         self._steps = torch.where(used, 0, before + 1)
-        self._num_seen += 1
-        return self._steps >= self.length if self._num_seen >= self.length else None
+        self._num_steps += 1
+        return self._steps >= self.length if self._num_steps >= self.length else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps; JSON-able."""
-        return {"num_seen": self._num_seen, "steps": None if self._steps is None else _packed(self._steps)}
+        """Return the state for a checkpoint; JSON-able."""
+        return {"num_seen": self._num_steps, "steps": None if self._steps is None else _packed(self._steps)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._num_seen = state["num_seen"]
+        self._num_steps = state["num_seen"]
         self._steps = None if state["steps"] is None else _unpacked(state["steps"])
 
 
 def _packed(numbers: Tensor) -> dict[str, Any]:
-    """Whole numbers as compressed text: one for every feature of every expert, and nearly all of them are 0."""
+    """Return whole numbers as compressed text."""
+    # One number per feature of every expert, nearly all of them 0: compressed, they stay small beside the weights.
     content = zlib.compress(numbers.numpy().astype("<i4").tobytes(), level=1)
     return {"shape": list(numbers.shape), "zlib_int32": base64.b64encode(content).decode("ascii")}
 

@@ -1,4 +1,4 @@
-"""A browser without a window, on the pages of a TensorBoard."""
+"""A headless browser for the pages of TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from selenium.webdriver.chrome.service import Service
 
 PROGRAMS = ("chromium", "chromedriver")
 REQUIRED = "QSPARSE_MOE_BROWSER_REQUIRED"
-"""Set where a missing browser is a failure: in CI, which installs it."""
+"""Set where a missing browser is a failure, as in CI, which installs one."""
 SCREENSHOTS = "QSPARSE_MOE_SCREENSHOTS"
-"""Names the folder that keeps the pictures of the pages."""
+"""Folder that the pictures of the pages are copied to."""
 _WAIT_S = 40.0
 
-# TensorBoard's pages nest shadow roots, which the browser's own searches do not enter. Hidden text does not count.
+# TensorBoard's pages nest shadow roots, which the search functions of browsers do not enter. Hidden text is left out.
 _VISIBLE_TEXTS = """
 const found = [];
 const walk = (node) => {
@@ -51,13 +51,13 @@ return found;
 
 
 def missing_programs() -> list[str]:
-    """Those of Debian's browser and its driver that are not on this machine."""
+    """Return which of the browser and its driver are not installed on this machine."""
     return [name for name in PROGRAMS if shutil.which(name) is None]
 
 
 @contextmanager
 def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
-    """A browser with a new profile; it is closed after."""
+    """Open a browser with a new profile and close it afterwards."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     for flag in (
@@ -82,7 +82,7 @@ def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
 
 
 class Page:
-    """One page after the other of the TensorBoard at ``address``."""
+    """Opens pages of the TensorBoard at ``address``, one after the other."""
 
     def __init__(self, driver: webdriver.Chrome, address: str, pictures: Path) -> None:
         self._driver = driver
@@ -90,21 +90,21 @@ class Page:
         self._pictures = pictures
 
     def open(self, name: str) -> None:
-        """Go to a page by the word that its address ends with."""
-        # Over an empty page: an address that differs in its last word alone would not load it anew.
+        """Open a page by the last word of its address."""
+        # By way of an empty page: a change of the last word alone would not load the page again.
         self._driver.get("about:blank")
         self._driver.get(f"{self._address}#{name}")
 
     def texts(self) -> list[str]:
-        """All visible text, piece by piece."""
+        """Return all visible text, one entry per text node."""
         return list(self._driver.execute_script(_VISIBLE_TEXTS))
 
     def elements(self, selector: str) -> list[Any]:
-        """Everything that a CSS selector finds, in every shadow root."""
+        """Return the elements that a CSS selector finds in all shadow roots."""
         return list(self._driver.execute_script(_ELEMENTS, selector))
 
     def loads_pictures(self, least: int) -> None:
-        """Wait until so many pictures are loaded."""
+        """Wait until at least ``least`` pictures are loaded."""
         loaded = "return arguments[0].complete && arguments[0].naturalWidth"
 
         def widths() -> list[int]:
@@ -113,7 +113,7 @@ class Page:
         self.wait(lambda: len(widths()) >= least, lambda: f"{least} pictures, of which {len(widths())} are loaded")
 
     def shows(self, *wanted: str) -> None:
-        """Wait until every one of ``wanted`` stands in a visible text."""
+        """Wait until each of ``wanted`` is part of a visible text."""
 
         def lacking() -> list[str]:
             texts = self.texts()
@@ -121,11 +121,11 @@ class Page:
 
         self.wait(lambda: not lacking(), lambda: f"{lacking()} in {self._driver.current_url}")
 
-    def wait(self, look: Callable[[], Any], what: Callable[[], str]) -> Any:
-        """What ``look`` finds as soon as it finds something; an AssertionError tells what is there instead."""
+    def wait(self, search: Callable[[], Any], what: Callable[[], str]) -> Any:
+        """Return the result of ``search`` as soon as it is true; an AssertionError after the timeout shows the page."""
         end = time.monotonic() + _WAIT_S
         while time.monotonic() < end:
-            found = look()
+            found = search()
             if found:
                 return found
             time.sleep(0.2)
@@ -133,8 +133,8 @@ class Page:
         raise AssertionError(f"waited {_WAIT_S:.0f} s for {what()}; the page shows {self.texts()}")
 
     def keep(self, name: str) -> Path:
-        """Keep a picture of the page."""
-        # A chart that is on the page is drawn in the next frames.
+        """Save a picture of the page."""
+        # A chart is drawn a few frames after its element is on the page.
         time.sleep(1.0)
         path = self._pictures / f"{name}.png"
         self._driver.save_screenshot(str(path))

@@ -1,4 +1,4 @@
-"""Two real runs in the real TensorBoard, as a browser shows them."""
+"""Two trained runs in TensorBoard, as a browser shows them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qsparse_moe.training.loop import train
 from tests.browser.page import REQUIRED, Page, missing_programs, open_browser
 from tests.support.runs import tiny_config, write_text
 
-# In the part of the suite that runs one after the other: it needs its processes once, and the machine for itself.
+# "distributed" tests run one after the other: the browser and the server need the machine for themselves.
 pytestmark = [pytest.mark.browser, pytest.mark.distributed]
 
 STEPS = 20
@@ -35,7 +35,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def configs(browser, tmp_path_factory):
-    """The configs of two runs that differ in their sparsity, trained; the second in two parts."""
+    """Train two runs that differ in sparsity, the second in two parts, and return their configs."""
     folder = tmp_path_factory.mktemp("board")
     write_text(folder / "text")
     half = tiny_config(
@@ -85,7 +85,7 @@ def test_custom_scalars_groups_the_charts_by_question(page, configs):
     layout = chart_layout(configs[0])
     page.open("custom_scalars")
     page.shows(*layout, *(title for group in layout.values() for title in group))
-    # The ends of the axes of steps: charts without a line have none.
+    # The step axes end with the last step; a chart without a line has no axis.
     page.wait(lambda: page.texts().count(str(STEPS)) >= len(layout["Does it learn?"]), lambda: "lines in the charts")
     page.keep("custom_scalars")
 
@@ -106,14 +106,14 @@ def test_histograms_of_the_router(page):
     page.keep("histograms")
 
 
-def test_hparams_has_one_row_a_run_with_its_final_metrics(page, configs):
+def test_hparams_has_one_row_per_run_with_its_final_metrics(page, configs):
     page.open("hparams")
     page.shows("half", "most", *hyperparameters(configs[0]), *SUMMARY_METRICS)
     page.shows("Number of matching session groups: 2", "0.50000", "0.75000")
     page.keep("hparams")
 
 
-def test_text_holds_the_configuration_and_the_plan(page):
+def test_text_has_the_configuration_and_the_plan(page):
     page.open("text")
     page.shows("config", "sparsity plan", "num_experts", "expert_hidden")
     page.keep("text")

@@ -1,4 +1,4 @@
-"""Reports as training makes them, for the tests of what becomes of them."""
+"""Reports as training makes them, for the tests of the metrics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qsparse_moe.sparsity.stats import SITE_FIELDS
 
 
 def make_report(step: int = 10, **changes: Any) -> StepReport:
-    """A report whose every number differs from every other one."""
+    """Return a report in which all numbers differ."""
     values: dict[str, Any] = {
         "step": step,
         "tokens": step * 512,
@@ -38,7 +38,7 @@ def make_report(step: int = 10, **changes: Any) -> StepReport:
 
 
 def make_context(run_dir: Path, config: RunConfig, *, start_step: int = 0) -> RunContext:
-    """The run that the reports belong to."""
+    """Return the run that the reports belong to."""
     return RunContext(
         run_dir=run_dir,
         config=config,
@@ -56,7 +56,7 @@ def make_context(run_dir: Path, config: RunConfig, *, start_step: int = 0) -> Ru
 
 
 def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
-    """Sums under every key that the model's layers have."""
+    """Return random sums under every key that the layers of the model have."""
     generator = torch.Generator().manual_seed(seed)
 
     def counts(*shape: int) -> Tensor:

@@ -36,7 +36,7 @@ def test_load_of_one_layer_by_hand():
         assert ratios[f"router/{name}"].tolist() == [pytest.approx(value, abs=1e-15)], name
 
 
-def test_overlap_is_over_the_non_zeros_that_have_a_neighbour_by_hand():
+def test_overlap_counts_only_non_zeros_that_have_a_next_token_by_hand():
     site = "sparsity/expert_input"
     stats = {f"{site}/{name}_LE": torch.ones(2, 2, dtype=torch.float64) for name in SITE_FIELDS}
     stats[f"{site}/used_LED"] = torch.ones(2, 2, 8, dtype=torch.float64)
@@ -48,19 +48,19 @@ def test_overlap_is_over_the_non_zeros_that_have_a_neighbour_by_hand():
     assert layer_ratios(stats)[f"{site}/overlap"].tolist() == [4 / 8, 1 / 8]
 
 
-def test_even_load_is_even_in_every_figure():
+def test_ratios_of_an_even_load():
     ratios = load_ratios(torch.full((2, 8), 5.0, dtype=torch.float64))
     assert ratios["router/load_imbalance"].tolist() == [1.0, 1.0]
     assert ratios["router/load_entropy"].tolist() == pytest.approx([math.log(8)] * 2)
     assert ratios["router/dead_experts"].tolist() == [0.0, 0.0]
 
 
-def test_all_rows_in_one_expert():
+def test_ratios_with_all_tokens_in_one_expert():
     ratios = load_ratios(sums(0, 0, 9)[None])
     assert [ratios[f"router/{name}"].item() for name in ("load_imbalance", "load_entropy", "dead_experts")] == [3, 0, 2]
 
 
-def test_scalars_keep_their_numbers_and_groups():
+def test_scalars_are_recorded_unchanged_under_their_groups():
     validation = {"loss": 2.5, "perplexity": 12.2, "bits_per_byte": 3.6}
     losses = {"loss": 3.09, "lm_loss": 3.0, "load_balance_loss": 1.2, "router_z_loss": 0.7}
     assert derive_metrics(make_report(losses=losses, validation=validation), MODEL) == {
@@ -86,7 +86,7 @@ def test_scalars_keep_their_numbers_and_groups():
     }
 
 
-def test_gradient_norms_by_layer_stand_beside_the_whole_one():
+def test_gradient_norms_by_layer_are_recorded_beside_the_total_norm():
     metrics = derive_metrics(make_report(layer_grad_norms=(0.5, 0.25, 0.125)), MODEL)
     assert {name: value for name, value in metrics.items() if "grad_norm" in name} == {
         "train/grad_norm": 0.9,
@@ -96,11 +96,11 @@ def test_gradient_norms_by_layer_stand_beside_the_whole_one():
     }
 
 
-def test_no_validation_leaves_no_validation_metric():
+def test_without_an_evaluation_there_is_no_validation_metric():
     assert not [name for name in derive_metrics(make_report(), MODEL) if name.startswith("validation/")]
 
 
-def test_router_ratios_by_hand_and_by_the_layers_own_number():
+def test_router_ratios_by_hand_under_the_numbers_of_their_layers():
     stats = random_stats(MODEL) | {
         "router/tokens_L": sums(4, 8),
         "router/choice_entropy_L": sums(2, 2),
@@ -115,7 +115,7 @@ def test_router_ratios_by_hand_and_by_the_layers_own_number():
     assert "router/choice_entropy/layer_0" not in metrics
 
 
-def test_dropped_rows_are_a_share_of_the_routed_ones():
+def test_dropped_share_is_a_fraction_of_the_routed_tokens():
     rows_LE = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]], dtype=torch.float64)
     dropped_LE = torch.tensor([[4, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
     metrics = derive_metrics(make_report(stats={"router/rows_LE": rows_LE, "router/dropped_LE": dropped_LE}), MODEL)
@@ -126,7 +126,7 @@ def test_dropped_rows_are_a_share_of_the_routed_ones():
     assert "router/dropped_share" not in dropless and "router/load_imbalance" in dropless
 
 
-def test_layers_of_every_second_layer_are_called_by_their_own_numbers():
+def test_with_experts_in_every_second_layer_metrics_have_the_numbers_of_these_layers():
     model = MODEL.model_copy(
         update={"num_layers": 6, "moe": MoEConfig(num_dense_layers=2, moe_layer_interval=2, num_experts=4)}
     )
@@ -151,7 +151,7 @@ def test_sparsity_ratios_by_hand():
     assert metrics["sparsity/dense_hidden/kept_energy/layer_0"] == 0.75
 
 
-def test_ratio_without_denominator_is_absent_and_not_in_the_mean():
+def test_ratio_with_denominator_zero_is_absent_and_not_in_the_mean():
     stats = random_stats(MODEL)
     stats["sparsity/expert_hidden/energy_LE"] = torch.stack((sums(0, 0), sums(4, 6)))
     stats["sparsity/expert_hidden/kept_energy_LE"] = torch.stack((sums(0, 0), sums(3, 6)))
@@ -163,7 +163,7 @@ def test_ratio_without_denominator_is_absent_and_not_in_the_mean():
     assert not [name for name in metrics if name.startswith("sparsity/dense_hidden/kept_energy")]
 
 
-def test_sums_added_before_they_are_divided_do_not_depend_on_the_split():
+def test_ratios_of_added_sums_do_not_depend_on_the_split():
     halves = [random_stats(MODEL, seed=seed) for seed in (1, 2)]
     whole = add_stats(*halves)
     metrics = derive_metrics(make_report(stats=whole), MODEL)
@@ -172,12 +172,12 @@ def test_sums_added_before_they_are_divided_do_not_depend_on_the_split():
     assert metrics["sparsity/attention_input/zeros_chosen/layer_2"] == pytest.approx(float(1 - kept / features))
 
 
-def test_quantity_that_the_list_does_not_define_is_refused():
+def test_metric_that_is_not_in_the_list_is_refused():
     with pytest.raises(AssertionError, match="names.METRICS does not define: \\['train/surprise'\\]"):
         derive_metrics(make_report(losses={"surprise": 1.0}), MODEL)
 
 
-def test_stats_of_other_layers_than_the_models_are_refused():
+def test_stats_of_another_number_of_layers_are_refused():
     with pytest.raises(ValueError, match="shorter|longer"):
         derive_metrics(make_report(stats=random_stats(MODEL)), MODEL.model_copy(update={"num_layers": 4}))
 
@@ -189,7 +189,7 @@ def output():
     return build_model(MODEL, seed=1)(tokens_BS, tokens_BS)
 
 
-def test_scalar_ratios_in_a_loop_of_ones_own_are_the_recorded_metrics(output):
+def test_scalar_ratios_are_the_recorded_metrics(output):
     ratios = qsparse_moe.scalar_ratios(output.stats)
     metrics = derive_metrics(make_report(stats=output.stats), MODEL)
     from_stats = {name: value for name, value in metrics.items() if name.startswith(("router/", "sparsity/"))}
@@ -210,7 +210,7 @@ def test_scalar_ratios_by_hand_leave_out_a_layer_without_a_value_and_a_ratio_wit
     assert scalar_ratios({}) == {}
 
 
-def test_model_feeds_every_router_and_sparsity_metric(output):
+def test_model_returns_the_sums_of_every_router_and_sparsity_metric(output):
     bias_LE = torch.tensor([[0.0, 0.25, -0.5, 0.0], [0.0, 0.0, 0.125, 0.0]])
     window = Window(length=1)
     for _ in range(2):  # a drift needs a step before
@@ -232,7 +232,7 @@ def test_model_feeds_every_router_and_sparsity_metric(output):
     assert 0.5 <= metrics["router/first_weight"] <= 1
 
 
-def test_a_model_without_biases_has_no_range_of_them(output):
+def test_a_model_without_balancing_biases_has_no_bias_range(output):
     names = derive_metrics(make_report(stats=output.stats), MODEL)
     assert not [name for name in names if name.startswith("router/bias_range")]
 

@@ -1,4 +1,4 @@
-"""Cost of a run with the zeros that its steps measured, summed up and resumed."""
+"""Cost of a run with the zeros that its steps measured: the sum, and its continuation after a resume."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def zeros(share):
     return {f"sparsity/{site}/zeros/layer_{layer}": share for layer, site in planned_densities(MODEL)}
 
 
-def test_a_step_counts_with_the_zeros_that_it_measured(tmp_path):
+def test_costs_of_a_step_follow_the_zeros_that_it_measured(tmp_path):
     found = Efficiency(make_context(tmp_path, CONFIG))(make_report(10), zeros(0.5))
     planned = training_flops(MODEL, LENGTH)
     assert found["efficiency/kept_parameters"] == count_parameters(MODEL).kept
@@ -34,7 +34,7 @@ def test_a_step_counts_with_the_zeros_that_it_measured(tmp_path):
     assert all(map(is_listed, found))
 
 
-def test_without_measured_zeros_what_depends_on_them_is_absent(tmp_path):
+def test_without_measured_zeros_the_metrics_that_need_them_are_absent(tmp_path):
     found = Efficiency(make_context(tmp_path, CONFIG))(make_report(10), {})
     assert set(found) == {
         "efficiency/active_parameters", "efficiency/training_flops_per_token", "efficiency/total_training_flops",

@@ -1,4 +1,4 @@
-"""Values of single experts: ratios by hand, and where metrics.jsonl has them, after a resume too."""
+"""Values of single experts: ratios by hand, and the steps that have them in metrics.jsonl, also after a resume."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.metrics.reports import make_context, make_report, random_stats
 
 
 def sums():
-    """One layer of three experts, the last without a token; two features."""
+    """Return the sums of one layer of three experts, the last without a token, and two features."""
     table = {"rows": [2, 1, 0], "nonzero": [3, 1, 0], "energy": [10, 4, 0], "kept_energy": [9, 1, 0]}
     stats = {f"sparsity/expert_hidden/{name}_LE": torch.tensor([values]).double() for name, values in table.items()}
     for name in ("kept", "smallest", "pairs_nonzero", "pairs_common"):
@@ -37,7 +37,7 @@ def test_ratios_of_every_expert_by_hand():
     assert "expert_input/zeros" not in ratios
 
 
-def test_values_for_json_number_the_layers_and_have_null_for_an_expert_without_a_token():
+def test_values_for_json_have_layer_numbers_and_null_for_an_expert_without_a_token():
     values = expert_values(sums(), [5])
     assert values["layers"] == [5]
     assert values["load"] == [[2.0, 1.0, 0.0]]
@@ -60,7 +60,7 @@ def with_experts(folder):
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5, 8])
-def test_a_resumed_run_writes_them_on_the_steps_of_the_unbroken_one(tmp_path, stop):
+def test_a_resumed_run_writes_values_of_experts_on_the_steps_of_an_uninterrupted_one(tmp_path, stop):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     record(tmp_path / "whole", range(1, 10))
@@ -74,6 +74,6 @@ def test_a_resumed_run_writes_them_on_the_steps_of_the_unbroken_one(tmp_path, st
     assert whole[5]["layers"] == list(range(RunConfig().model.num_layers))
 
 
-def test_the_last_step_has_them_whatever_the_interval(tmp_path):
+def test_the_last_step_has_values_of_experts_at_any_interval(tmp_path):
     record(tmp_path, range(1, 8), last=7)
     assert list(with_experts(tmp_path)) == [1, 5, 7]

@@ -11,12 +11,12 @@ from qsparse_moe.sparsity.log_counts import LogBins
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 
-def test_a_plan_shows_the_range_of_its_experts_in_whatever_order_they_stand():
+def test_table_of_a_plan_shows_the_range_over_experts_in_any_order():
     plan = SparsityPlan({(0, "expert_hidden"): (0.5, 0.9, 0.25, 0.6), (1, "expert_hidden"): (0.5,) * 4})
     assert plan_table(plan).splitlines()[2:] == ["| 0 | 0.25 to 0.9 |", "| 1 | 0.5 |"]
 
 
-def test_sums_of_a_histogram_are_of_the_middles_of_its_bins():
+def test_moments_of_a_histogram_use_the_middles_of_its_bins():
     bins = LogBins(-3, 1, 1)
     counts = torch.zeros(len(bins.edges) - 1)
     counts[1], counts[3] = 2, 1

@@ -20,7 +20,7 @@ def stats():
     return made | {"sparsity/expert_hidden/used_LED": used}
 
 
-def test_values_by_hand_and_nothing_where_an_expert_had_no_row():
+def test_values_by_hand_with_nan_for_an_expert_without_a_token():
     maps = heat_maps(stats())
     nan = np.nan
     expected = {
@@ -51,7 +51,7 @@ def test_a_value_has_one_colour_in_every_step(name):
     assert np.array_equal(heat_map.draw(values), first)
 
 
-def test_ticks_name_the_layers_and_experts_and_each_value_lies_in_its_cell():
+def test_ticks_are_layer_and_expert_numbers_and_each_value_is_drawn_in_its_cell():
     heat_map = HeatMap(Scale(0, 1, "gray", "test"), [1, 3], 3)
     axes = heat_map._axes
     assert [label.get_text() for label in axes.get_yticklabels()] == ["1", "3"]
@@ -66,7 +66,7 @@ def test_ticks_name_the_layers_and_experts_and_each_value_lies_in_its_cell():
         assert len(ys) > 400
 
 
-def test_numbers_stand_in_the_cells_of_their_values():
+def test_numbers_are_written_into_the_cells_of_their_values():
     scale = Scale(0, 1000, "gray", "test")  # the two values have one colour
     heat_map = HeatMap(scale, [1, 3], 3)
     first, second = np.full((2, 3), 0.1), np.full((2, 3), 0.1)

@@ -1,4 +1,4 @@
-"""Histograms as TensorBoard reads them back: the counts, between the edges that they were counted in."""
+"""Histograms as TensorBoard reads them: counts between the edges of their bins."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def read_back(folder, values):
     return board.Histograms("h") if "h" in board.Tags()["histograms"] else []
 
 
-def test_counts_stand_between_the_edges_of_the_bins_that_hold_something(tmp_path):
+def test_counts_are_written_between_the_edges_of_the_non_empty_bins(tmp_path):
     (event,) = read_back(tmp_path, torch.tensor([0.3, 0.4, 1.5]))
     found = event.histogram_value
     assert event.step == 5 and found.num == 3
@@ -43,11 +43,11 @@ def test_thresholds_an_eighth_of_an_octave_apart_lie_in_bins_of_their_own():
     assert log_counts(2.0 ** torch.tensor([-2.03, -2.2, -2.3]), PROBABILITIES).max() == 1
 
 
-def test_nothing_counted_is_nothing_drawn(tmp_path):
+def test_an_empty_histogram_is_not_written(tmp_path):
     assert not read_back(tmp_path, torch.empty(0))
 
 
-def test_every_layer_that_has_the_thing_has_its_histogram():
+def test_every_layer_that_has_the_site_has_a_histogram():
     model = ModelConfig(num_layers=3, moe=MoEConfig(num_dense_layers=1, num_shared_experts=1))
     found = {
         name: (counts_LH, layers, bins) for name, counts_LH, layers, bins in histograms(random_stats(model), model)

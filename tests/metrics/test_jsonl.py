@@ -31,18 +31,18 @@ def test_line_is_one_object_with_step_tokens_and_seconds_first(path):
     ]
 
 
-def test_no_file_has_no_steps(path):
+def test_a_missing_file_has_no_steps(path):
     assert read_metrics(path) == []
 
 
-def test_line_can_be_read_while_the_run_goes_on(path):
+def test_lines_can_be_read_while_the_run_writes(path):
     file = MetricsFile(path)
     file.write(1, 100, 0.1, {})
     assert [row["step"] for row in read_metrics(path)] == [1]
     file.close()
 
 
-def test_resumed_run_drops_what_lies_beyond_its_step_and_keeps_the_rest_unchanged(path):
+def test_resumed_run_drops_later_steps_and_leaves_the_others_unchanged(path):
     write_steps(path, [1, 2, 3, 4])
     before = path.read_bytes().split(b"\n")
     write_steps(path, [3, 5], start_step=2)
@@ -51,7 +51,7 @@ def test_resumed_run_drops_what_lies_beyond_its_step_and_keeps_the_rest_unchange
     assert not list(path.parent.glob("*.part"))
 
 
-def test_run_from_the_start_keeps_nothing(path):
+def test_run_from_the_start_drops_every_step(path):
     write_steps(path, [1, 2])
     write_steps(path, [1])
     assert [row["step"] for row in read_metrics(path)] == [1]
@@ -70,7 +70,7 @@ def test_file_cut_at_any_byte_reads_and_resumes(path):
         assert [row["step"] for row in read_metrics(path)] == [*[1, 2][:expected], 7], length
 
 
-def test_cut_inside_a_character_is_a_cut_line(path):
+def test_a_line_cut_inside_a_character_is_left_out(path):
     write_steps(path, [1])
     with path.open("ab") as file:
         file.write('{"step": 2, "note": "é'.encode()[:-1])
@@ -90,7 +90,7 @@ def test_broken_line_before_the_last_names_file_line_rule_and_way_out(path, line
     assert path.read_bytes() == whole
 
 
-def test_what_json_cannot_hold_is_null(path):
+def test_values_that_json_does_not_have_are_null(path):
     file = MetricsFile(path)
     file.write(1, 1, 0.1, {"train/grad_norm": math.inf, "train/loss": math.nan, "train/sparsity": 0.0})
     file.close()

@@ -12,13 +12,13 @@ from qsparse_moe.metrics.table import BEGIN, END, main, metrics_markdown, with_t
 REPOSITORY = Path(qsparse_moe.__file__).parent.parent
 
 
-def test_names_are_unique_and_every_entry_says_something():
+def test_names_are_unique_and_every_entry_has_a_unit_and_a_definition():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
     for metric in METRICS:
         assert metric.unit and metric.definition.endswith("."), metric.name
 
 
-def test_recorded_names_lead_back_to_the_list():
+def test_recorded_names_are_found_in_the_list():
     for site in SITES:
         name = f"sparsity/{site}/zeros"
         assert metric_of(name) is metric_of(layer_name(name, 12)) is metric_of("sparsity/SITE/zeros")
@@ -34,12 +34,12 @@ def test_other_names_are_not_listed(name):
 
 
 @pytest.mark.parametrize("page", ["docs/metrics.md"])
-def test_pages_hold_the_list_as_it_is(page):
+def test_pages_have_the_current_list(page):
     text = (REPOSITORY / page).read_text(encoding="utf-8")
     assert text == with_table(text), f"run python -m qsparse_moe.metrics.table {page}"
 
 
-def test_table_command_rewrites_only_what_stands_between_the_marks(tmp_path):
+def test_table_command_rewrites_only_the_text_between_the_marks(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{BEGIN}\nstale words\n{END}\nafter\n", encoding="utf-8")
     main([str(page)])

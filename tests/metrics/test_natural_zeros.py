@@ -1,4 +1,4 @@
-"""S below the zeros that the activation function produces by itself is pointed out."""
+"""Warnings for an S below the fraction of zeros that the activation function produces."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROW = {
 }
 
 
-def test_only_a_site_with_more_zeros_than_were_chosen_is_named():
+def test_only_sites_with_more_zeros_than_the_selection_chose_are_named():
     assert natural_zeros(ROW) == [NaturalZeros("expert_hidden", (), 0.675, 0.5)]
     (sentence,) = map(natural_zeros_warning, natural_zeros(ROW))
     assert sentence.startswith("expert_hidden: 0.675 of the features are zero")
@@ -46,7 +46,7 @@ def test_a_run_warns_of_its_last_logged_step(tmp_path, caplog):
     assert [record.message.split(":")[0] for record in caplog.records] == ["expert_hidden"]
 
 
-def test_describe_says_it_of_a_run(tmp_path, capsys):
+def test_describe_warns_of_the_natural_zeros_of_a_run(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(config_to_yaml(RunConfig()))
     (tmp_path / "metrics.jsonl").write_text(json.dumps(ROW) + "\n")
     assert run(["describe", str(tmp_path), "--json"]) == 0

@@ -1,4 +1,4 @@
-"""The recorder as training uses it, its files read back with TensorBoard's own reader."""
+"""The recorder as training uses it; its event files are read back with TensorBoard's Python reader."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_both_files_hold_the_same_numbers(tmp_path):
             assert scalars(found, name)[step] == pytest.approx(expected[name], rel=1e-6), name
 
 
-def test_validation_is_a_run_of_its_own_in_the_board_and_has_its_own_colour(tmp_path):
+def test_validation_is_a_tensorboard_run_with_a_colour_of_its_own(tmp_path):
     record(tmp_path, [1, 2])
     tags = {"validation/loss", "validation/perplexity", "validation/bits_per_byte"}
     board, validation = read_board(tmp_path), read_validation(tmp_path)
@@ -90,7 +90,7 @@ def test_validation_is_a_run_of_its_own_in_the_board_and_has_its_own_colour(tmp_
     assert scalars(validation, "validation/bits_per_byte") == {1: pytest.approx(3.6), 2: pytest.approx(3.6)}
 
 
-def test_configuration_stands_in_the_board_as_text(tmp_path):
+def test_tensorboard_has_the_configuration_as_text(tmp_path):
     record(tmp_path, [1])
     (event,) = read_board(tmp_path).Tensors("config/text_summary")
     assert event.tensor_proto.string_val[0].decode() == f"```yaml\n{config_to_yaml(CONFIG)}```"
@@ -103,7 +103,7 @@ def test_killed_run_loses_no_report(tmp_path):
 
 
 @pytest.mark.parametrize("start_step", [0, 2])
-def test_resumed_run_replaces_what_came_after_its_step(tmp_path, start_step):
+def test_resumed_run_replaces_the_values_after_its_step(tmp_path, start_step):
     record(tmp_path, [1, 2, 3, 4], ends=False)
     record(tmp_path, [start_step + 1, 9], start_step=start_step)
     expected = {*range(1, start_step + 2), 9}
@@ -114,7 +114,7 @@ def test_resumed_run_replaces_what_came_after_its_step(tmp_path, start_step):
     validation = read_validation(tmp_path)
     for tag in validation.Tags()["scalars"]:
         assert set(scalars(validation, tag)) == expected, tag
-    # What the first part wrote about the run as a whole is still there.
+    # The texts that the first part wrote are still there.
     assert board.Tensors("config/text_summary")[0].step == 0
 
 
@@ -125,7 +125,7 @@ def test_a_resumed_run_of_an_earlier_version_has_its_whole_validation_curve(tmp_
     assert scalars(read_validation(tmp_path), "validation/loss") == {1: 2.5, 2: 2.5, 3: 2.5}
 
 
-def test_event_files_of_one_second_are_read_in_the_order_in_which_they_were_made(tmp_path):
+def test_event_files_of_one_second_are_read_in_the_order_of_their_creation(tmp_path):
     for part in range(3):
         record(tmp_path, [1, 2], ends=part == 2)
         seconds = [int(path.name.split(".")[3]) for path in (tmp_path / "tensorboard").glob("events.out.tfevents.*")]
@@ -133,7 +133,7 @@ def test_event_files_of_one_second_are_read_in_the_order_in_which_they_were_made
 
 
 @pytest.mark.parametrize("tag", ["cost/lm_loss_by_executed_gflops", "cost/lm_loss_by_kept_gflops"])
-def test_resumed_run_keeps_its_curves_whose_step_is_a_cost(tmp_path, tag):
+def test_resumed_run_keeps_its_curves_over_a_cost(tmp_path, tag):
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
     record(tmp_path / "whole", [1, 2, 3])
@@ -192,7 +192,7 @@ def test_heat_maps_are_drawn_first_then_at_the_interval_and_at_the_end(tmp_path,
 
 
 @pytest.mark.parametrize("stop", [20, 30, 40])
-def test_a_resumed_run_draws_on_the_steps_that_have_the_values_of_experts(tmp_path, stop):
+def test_a_resumed_run_draws_on_the_steps_that_have_values_of_experts(tmp_path, stop):
     metrics = CONFIG.metrics.model_copy(update={"image_interval": 20})
     config = CONFIG.model_copy(update={"metrics": metrics})
     steps = [10, 20, 30, 40, 50]
@@ -218,7 +218,7 @@ def test_sequences_per_second_by_hand(tmp_path):
     assert row["throughput/rows_per_second"] == report(1).tokens_per_second / CONFIG.data.sequence_length
 
 
-def test_hparams_hold_the_settings_once_from_the_beginning_and_name_every_final_metric(tmp_path):
+def test_hparams_have_the_settings_once_from_the_start_and_name_every_final_metric(tmp_path):
     record(tmp_path, [1, 2], ends=False)
     record(tmp_path, [2], start_step=1)
     board = read_board(tmp_path)
@@ -238,7 +238,7 @@ def test_hparams_hold_the_settings_once_from_the_beginning_and_name_every_final_
     assert "_hparams_/session_end_info" in data
 
 
-def test_hparams_have_a_column_for_every_setting_that_is_asked_for_by_the_end_of_its_path():
+def test_hparams_have_a_column_per_requested_setting_named_by_the_end_of_its_path():
     asked = ["model.init_std", "training.learning_rate", "model.sparsity.schedule.shape", "training.steps"]
     asked += ["model.sparsity.plan", "model.moe.num_dense_layers"]
     config = CONFIG.model_copy(update={"metrics": CONFIG.metrics.model_copy(update={"hyperparameters": tuple(asked)})})
@@ -253,7 +253,7 @@ def test_hparams_have_a_column_for_every_setting_that_is_asked_for_by_the_end_of
     }
 
 
-def test_a_run_of_a_grid_has_columns_for_its_variant_and_for_what_the_grid_varies_alone():
+def test_a_run_of_a_grid_has_columns_only_for_its_variant_and_the_settings_that_the_grid_varies():
     override = SparsityOverride(layers=2, experts="0-1", site="expert_hidden", sparsity=0.9)
     asked = {"variant": "first", "hyperparameters": ("model.sparsity.overrides", "model.hidden_size")}
     config = CONFIG.model_copy(
@@ -279,21 +279,21 @@ def charts(run_dir) -> dict[str, list[str]]:
     return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
 
 
-def test_a_run_without_biases_has_no_chart_of_them():
+def test_a_run_without_balancing_biases_has_no_chart_for_them():
     titles = {title for group in chart_layout(RunConfig()).values() for title in group}
     with_biases = {title for group in chart_layout(CONFIG).values() for title in group}
     assert {title for title in with_biases - titles if "bias" in title} and not [t for t in titles if "bias" in t]
 
 
 @pytest.mark.parametrize("capacity_factor", [None, 1.0])
-def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path, capacity_factor):
+def test_every_chart_has_a_tag_and_every_tag_is_in_a_chart(tmp_path, capacity_factor):
     moe = CONFIG.model.moe.model_copy(update={"capacity_factor": capacity_factor})
     config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"moe": moe})})
     memory = dict.fromkeys(("resident", "peak_resident", "allocated", "peak_allocated"), 1.0)
     recorder = Recorder(config)
     recorder.begin(make_context(tmp_path, config))
     stats = random_stats(config.model)
-    for step in range(1, 12):  # what a window of ten steps says comes with the tenth
+    for step in range(1, 12):  # metrics of a window of ten steps begin with the tenth
         recorder(
             make_report(
                 step,
@@ -308,22 +308,22 @@ def test_every_chart_shows_something_and_every_tag_is_in_a_chart(tmp_path, capac
     patterns = [pattern for chart in charts(tmp_path).values() for pattern in chart]
     for pattern in patterns:
         assert [tag for tag in tags if re.match(pattern, tag)], pattern
-    unseen = {tag for tag in tags if not any(re.match(pattern, tag) for pattern in patterns)}
-    # These say again what a chart says, or hide in a mean what it shows by layer.
+    not_charted = {tag for tag in tags if not any(re.match(pattern, tag) for pattern in patterns)}
+    # These repeat what a chart shows, or are means of what it shows by layer.
     router = {"router/load_entropy", "router/busiest_share", "router/dead_experts"}
-    told_by_others = {"train/loss", "validation/perplexity", "throughput/rows_per_second"} | router
-    told_by_others |= {"efficiency/total_training_flops", "efficiency/total_kept_training_flops"}
-    assert {tag for tag in unseen if not tag.endswith("/zeros_chosen")} == told_by_others
+    without_chart = {"train/loss", "validation/perplexity", "throughput/rows_per_second"} | router
+    without_chart |= {"efficiency/total_training_flops", "efficiency/total_kept_training_flops"}
+    assert {tag for tag in not_charted if not tag.endswith("/zeros_chosen")} == without_chart
 
 
-def test_chart_of_one_tag_shows_no_other(tmp_path):
+def test_chart_of_one_tag_matches_no_other_tag(tmp_path):
     record(tmp_path, [1])
-    (pattern,) = charts(tmp_path)["Busiest expert over the mean"]
+    (pattern,) = charts(tmp_path)["Load of the busiest expert over the mean"]
     tags = read_board(tmp_path).Tags()["scalars"]
     assert [tag for tag in tags if re.match(pattern, tag)] == ["router/load_imbalance"]
 
 
-def test_gradient_norms_by_layer_have_a_chart_where_they_are_recorded(tmp_path):
+def test_gradient_norms_by_layer_have_a_chart_if_they_are_recorded(tmp_path):
     config = CONFIG.model_copy(update={"metrics": MetricsConfig(layer_gradients=True)})
     recorder = Recorder(config)
     recorder.begin(make_context(tmp_path, config))
@@ -345,11 +345,11 @@ def test_deep_model_stays_below_a_thousand_tags():
     assert len([n for n in metrics if not is_layer_name(n) or metric_of(n).layers == "chart"]) < 1000
 
 
-def test_board_switched_off_leaves_only_the_lines(tmp_path):
+def test_without_tensorboard_only_metrics_jsonl_is_written(tmp_path):
     record(tmp_path, [1], config=CONFIG.model_copy(update={"metrics": MetricsConfig(tensorboard=False)}))
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_report_before_the_beginning_is_our_mistake():
+def test_report_before_begin_is_an_assertion():
     with pytest.raises(AssertionError, match="begin comes before"):
         Recorder(CONFIG)(report(1))

@@ -1,4 +1,4 @@
-"""TensorBoard's own server reads the files: it has a faster reader than the Python one, with rules of its own."""
+"""Event files as TensorBoard's server reads them: its fast reader has other rules than the Python reader."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """The address of a server over one run of two parts."""
+    """Start a server for one resumed run and yield its address."""
     folder = tmp_path_factory.mktemp("server")
     record(folder, [1, 2, 3], ends=False)
     record(folder, [2, 3], start_step=1)
@@ -46,7 +46,7 @@ def fetch(address, path):
 
 
 def fetch_tags(address, plugin):
-    """The tags of a page by run, as soon as the server has read all files."""
+    """Return the tags of a page by run as soon as the server has read all files."""
     end = time.monotonic() + 60
     while time.monotonic() < end:
         runs = {run for run, found in fetch(address, "scalars/tags").items() if found}

@@ -1,4 +1,4 @@
-"""What several logged steps say together."""
+"""Metrics of several logged steps."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def step(rows, used, smallest):
     }
 
 
-def test_dead_is_what_no_step_of_a_full_window_used():
+def test_dead_means_unused_in_every_step_of_a_full_window():
     window = Window(length=2)
-    first = window.see(step([4, 0, 0], [[True, False], [False, False], [False, False]], [2, 0, 0]))
+    first = window.update(step([4, 0, 0], [[True, False], [False, False], [False, False]], [2, 0, 0]))
     assert "router/dead_experts_window" not in first and f"{SITE}/dead_features" not in first
-    second = window.see(step([2, 2, 0], [[True, False], [False, True], [False, False]], [1, 1, 0]))
+    second = window.update(step([2, 2, 0], [[True, False], [False, True], [False, False]], [1, 1, 0]))
     assert second["router/dead_experts_window"].tolist() == [1]
     assert second[f"{SITE}/dead_features"].tolist() == [4 / 6]
-    third = window.see(step([0, 2, 2], [[False, False], [False, True], [True, True]], [0, 1, 1]))
+    third = window.update(step([0, 2, 2], [[False, False], [False, True], [True, True]], [0, 1, 1]))
     assert third["router/dead_experts_window"].tolist() == [0]
     assert third[f"{SITE}/dead_features"].tolist() == [2 / 6]
 
 
-def test_drift_is_relative_to_the_step_before():
+def test_drift_is_relative_to_the_previous_step():
     window = Window()
     used = [[True]]
-    assert f"{SITE}/threshold_drift" not in window.see(step([4], used, [2.0]))
-    assert window.see(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [pytest.approx(0.5)]
-    assert window.see(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [0.0]
+    assert f"{SITE}/threshold_drift" not in window.update(step([4], used, [2.0]))
+    assert window.update(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [pytest.approx(0.5)]
+    assert window.update(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [0.0]

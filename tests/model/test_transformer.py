@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
+from qsparse_moe.config.shapes import site_width
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.rope import rotate, rotation_at
 from qsparse_moe.model.transformer import build_model, cross_entropy, shifted_labels
@@ -392,3 +393,31 @@ def test_angles_of_far_positions_are_right_in_every_dtype(dtype):
     for got, want in zip(rotation, (wide.cos(), wide.sin()), strict=True):
         assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, rtol=0.0, atol=2**-8 if dtype == torch.bfloat16 else 5e-4)
+
+
+def test_the_sums_of_every_site_are_its_own():
+    """Every site keeps another K, so that the sums of two sites that were swapped would differ."""
+    kept = {
+        "attention_input": 15, "attention_output": 14, "dense_input": 13, "dense_hidden": 12, "expert_input": 11,
+        "expert_hidden": 10, "shared_input": 9, "shared_hidden": 8,
+    }  # fmt: skip
+    moe = {"num_experts": 4, "expert_hidden_size": 24, "num_dense_layers": 1, "num_shared_experts": 1}
+    shape = {
+        "hidden_size": 16,
+        "num_layers": 2,
+        "num_heads": 2,
+        "vocab_size": 32,
+        "moe": moe | {"activation": "swiglu"},
+    }
+    config = ModelConfig.model_validate(shape)
+    sites = {site: 1 - kept[site] / site_width(config, site) for site in kept}
+    config = ModelConfig.model_validate(shape | {"sparsity": {"sites": sites}})
+    output = build_model(config)(torch.randint(0, 32, (2, 6)))
+    widths, found = {}, {}
+    for site in kept:
+        sums = {name: output.stats[f"sparsity/{site}/{name}_LE"].sum().item() for name in ("rows", "kept", "nonzero")}
+        found[site] = sums["kept"] / sums["rows"]
+        assert sums["nonzero"] == sums["kept"], "SwiGLU leaves no zeros"
+        widths[site] = output.stats[f"sparsity/{site}/used_LED"].shape[-1]
+    assert found == kept
+    assert widths == dict.fromkeys(kept, 16) | {"dense_hidden": 48, "expert_hidden": 24, "shared_hidden": 24}

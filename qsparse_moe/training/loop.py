@@ -126,7 +126,8 @@ class _Loop:
             device=run.distributed.device,
             records=run.distributed.rank == 0,
         )
-        self._scale: float | None = None
+        # The model was built under the whole plan.
+        self._scale = 1.0
         self._progress = run.start
         self._reported = run.start
         self._validation: dict[str, float] | None = None
@@ -165,7 +166,9 @@ class _Loop:
             is_due = self._is_due(self._training.evaluation_interval, done)
             if is_due and not stopped_by:
                 self._validation = self._evaluate()
-            if outcome.losses is not None:
+            if outcome.losses is None:
+                self._dead_experts.add(outcome.rows_LE)
+            else:
                 self._report(step, outcome)
             if stopped_by or outcome.save or self._is_due(self._training.checkpoint_interval, done):
                 self._save(evaluation_pending=is_due and bool(stopped_by))
@@ -211,6 +214,7 @@ class _Loop:
                     guard=self._guard,
                     report=self._is_reported(step + 1),
                     layer_gradients=self._run.config.metrics.layer_gradients,
+                    earlier_rows_LE=self._dead_experts.rows_LE if self._is_reported(step + 1) else None,
                     stop=CANNOT_GO_ON if self._trouble is not None else self._signals.received,
                     save=self._is_old(),
                     clock=self._clock,
@@ -218,7 +222,6 @@ class _Loop:
         except TrainingDiverged as error:
             kept = list_checkpoints(self._run.folder)
             raise TrainingDiverged(f"{error}: {kept[-1] if kept else 'there is none yet'}") from None
-        self._dead_experts.add(outcome.rows_LE)
         before = self._progress
         self._progress = RunProgress(
             step=step + 1,
@@ -295,7 +298,7 @@ class _Loop:
         assert outcome.losses is not None and outcome.stats is not None
         now, last, scaler = self._progress, self._reported, self._run.engine.loss_scaler
         self._reported = now
-        self._dead_experts.look(now.step)
+        self._dead_experts.look(now.step, outcome.rows_since_report_LE)
         router_bias_LE = self._run.engine.model.router_bias_LE
         report = StepReport(
             step=now.step,

@@ -98,7 +98,7 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     distributed.on_rank_zero(write)
     if distributed.rank == 0 and config.data.mode == "table":
         _log_epochs(config, loader.epochs(training.steps))
-    plan = SparsityPlan.from_config(config.model)
+    plan = engine.model.sparsity_plan
     report_state = ReportState() if checkpoint is None else _read_report_state(checkpoint, distributed)
     return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start, report_state)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import shutil
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from qsparse_moe.metrics.ratios import load_ratios
 from qsparse_moe.model.transformer import build_model
@@ -83,6 +85,47 @@ def test_biases_move_once_a_step_by_all_rows_of_it(tmp_path, micro_batches, repo
         want = before + 0.02 * (8 * 24 * 2 / E - rows_LE).sign().float()
         assert engine.model.router_bias_LE.equal(want), step
         assert not want.equal(before)
+
+
+class TwoAlike(Distributed):
+    """One of two ranks that do the same; it counts what is reduced."""
+
+    def all_reduce(self, tensor, op=dist.ReduceOp.SUM, *, group=None):
+        reduced.append(tensor.numel())
+        return tensor.mul_(2) if op == dist.ReduceOp.SUM else tensor
+
+
+reduced: list[int] = []
+
+
+@pytest.mark.parametrize("report", [False, True])
+def test_rows_are_reduced_once_and_those_of_steps_before_the_report_with_them(tmp_path, report):
+    config = config_of(tmp_path, BIASED, micro_batch_size=8)
+    engine = engine_of(config, skew=1.0)
+    engine.distributed = TwoAlike(0, 2, 0, torch.device("cpu"))
+    guard = NonFiniteGuard(2, ALONE)
+    earlier_LE = torch.full((2, E), 3.0)
+    nothing = mock.patch.multiple(engine, backward=lambda loss, is_last: None, update=lambda rate: 1.0)
+    with nothing:
+        reduced.clear()
+        outcome = train_step(
+            engine,
+            random_batches(1, 8),
+            step=1,
+            learning_rate=1e-3,
+            guard=guard,
+            report=report,
+            earlier_rows_LE=earlier_LE if report else None,
+        )
+    own_LE = outcome.rows_LE.double()
+    assert own_LE.sum() == 2 * 8 * 24 * 2
+    assert engine.model.router_bias_LE.equal(0.02 * (8 * 24 * 2 / E - own_LE).sign().float())
+    if report:
+        assert len(reduced) == 2, "numbers, and flags"
+        assert outcome.stats["router/rows_LE"].equal(2 * own_LE)
+        assert outcome.rows_since_report_LE.equal(2 * (own_LE + earlier_LE))
+    else:
+        assert reduced == [2 * E] and outcome.rows_since_report_LE is None
 
 
 def test_an_evaluation_moves_no_bias(tmp_path):

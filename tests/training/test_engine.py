@@ -11,7 +11,7 @@ from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.build import build_engine
 from qsparse_moe.training.engines.torch_engine import TorchEngine
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
-from qsparse_moe.training.step import reduce_sums, train_step
+from qsparse_moe.training.step import reduce_tensors, train_step
 from tests.support.runs import tiny_config
 
 ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -125,19 +125,16 @@ def test_a_tied_head_is_one_parameter(tmp_path):
     assert engine.model.head.weight is engine.model.embedding.weight
 
 
-def test_reduced_sums_keep_names_shapes_and_float64():
-    sums = {"b": torch.tensor([[1.0, 2.0], [3.0, 4.0]]), "a": torch.tensor(5), "c": torch.tensor([1e-17 + 1.0, 1e17])}
-    reduced = reduce_sums(sums, ALONE)
-    assert {name: value.tolist() for name, value in reduced.items()} == {
-        "a": 5.0,
-        "b": [[1.0, 2.0], [3.0, 4.0]],
-        "c": sums["c"].double().tolist(),
-    }
-    assert {value.dtype for value in reduced.values()} == {torch.float64}
+def test_reduced_tensors_keep_their_places_and_shapes_in_float64():
+    tensors = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor(5), torch.tensor([1e-17 + 1.0, 1e17])]
+    reduced = reduce_tensors(tensors, ALONE)
+    assert [x.tolist() for x in reduced] == [[[1.0, 2.0], [3.0, 4.0]], 5.0, tensors[2].double().tolist()]
+    assert {x.dtype for x in reduced} == {torch.float64}
+    assert reduce_tensors([], ALONE) == []
 
 
-def test_flags_stay_flags():
+def test_flags_stay_flags_between_numbers():
     flags = torch.tensor([[True, False], [False, False]])
-    reduced = reduce_sums({"used": flags, "rows": torch.tensor(3)}, ALONE)
-    assert reduced["used"].equal(flags)
-    assert reduced["rows"].tolist() == 3.0
+    before, used, after = reduce_tensors([torch.tensor(2), flags, torch.tensor([3])], ALONE)
+    assert used.equal(flags)
+    assert (before.tolist(), after.tolist()) == (2.0, [3.0])

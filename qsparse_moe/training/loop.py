@@ -7,20 +7,17 @@ import time
 from collections.abc import Sequence
 from signal import Signals
 
-from torch import Tensor
-
 from qsparse_moe.config.rules import check_config, check_trainable, check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.loader import combine_states
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import with_vocabulary
-from qsparse_moe.errors import CheckpointError, QSparseMoEError, TrainingDiverged
+from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.runs.folder import check_run_folder, check_steps, run_folder
-from qsparse_moe.runs.report import LateEvaluation, Listener, RunContext, StepReport, TrainingResult
+from qsparse_moe.runs.report import Listener, TrainingResult
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
-from qsparse_moe.training.checkpoint.full_disk import cannot_write, writing
 from qsparse_moe.training.checkpoint.save import save_checkpoint
 from qsparse_moe.training.checkpoint.store import ReportState, RunProgress, list_checkpoints
 from qsparse_moe.training.distributed.heartbeat import RankWatch
@@ -30,11 +27,11 @@ from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.listeners import Listeners
 from qsparse_moe.training.monitor.choices import ChoiceMemory
 from qsparse_moe.training.monitor.dead_experts import DeadExpertWatch
-from qsparse_moe.training.monitor.memory import device_name, memory_in_use
 from qsparse_moe.training.monitor.non_finite import CANNOT_GO_ON, NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.profile import StepProfiler
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
+from qsparse_moe.training.reporting import EvaluationResult, Reporter
 from qsparse_moe.training.run_lock import RunFolderLock
 from qsparse_moe.training.step import StepResult, train_step
 
@@ -110,14 +107,13 @@ class _Loop:
         self._lock = lock
         self._training = run.config.training
         self._signals = StopSignals()
-        self._listeners = listeners
+        self._reporter = Reporter(run, listeners, lock)
         self._guard = NonFiniteGuard(run.config.model.num_layers, run.distributed, run.engine.loss_scaler)
         self._dead_experts = DeadExpertWatch(
             run.config.metrics.dead_expert_window,
             [block.layer for block in run.engine.model.blocks() if block.moe is not None],
             run.distributed,
         )
-        self._tokens_per_step = self._training.global_batch_size * run.config.data.sequence_length
         self._clock = PhaseClock(run.distributed.device)
         self._profiler = StepProfiler(
             run.config.metrics,
@@ -129,10 +125,8 @@ class _Loop:
         # The model was built under the whole plan.
         self._scale = 1.0
         self._progress = run.start
-        self._reported = run.start
-        self._validation: dict[str, float] | None = None
+        self._evaluation: EvaluationResult | None = None
         self._choices = ChoiceMemory(run.engine.model.routers(), run.distributed, sequences=run.evaluator.checksum)
-        self._choice_agreement_L: Tensor | None = None
         self._trouble: QSparseMoEError | None = None
         self._saved_at = time.monotonic()
         if run.report_state.monitor is not None:
@@ -148,7 +142,7 @@ class _Loop:
             self._signals.release()
 
     def _run_steps(self) -> TrainingResult:
-        self._run.distributed.on_rank_zero(self._begin)
+        self._run.distributed.on_rank_zero(self._reporter.begin)
         if self._run.report_state.evaluation_pending:
             self._evaluate_late()
         stopped_by = 0
@@ -162,10 +156,10 @@ class _Loop:
             self._signals.catch()
             done = step + 1
             stopped_by = outcome.stop if done < self._training.steps else 0
-            self._validation, self._choice_agreement_L = None, None
+            self._evaluation = None
             is_due = self._is_due(self._training.evaluation_interval, done)
             if is_due and not stopped_by:
-                self._validation = self._evaluate()
+                self._evaluation = self._evaluate()
             if outcome.losses is None:
                 self._dead_experts.add(outcome.rows_LE)
             else:
@@ -174,13 +168,9 @@ class _Loop:
                 self._save(evaluation_pending=is_due and bool(stopped_by))
             if stopped_by:
                 break
-        if self._run.start.step >= self._training.steps and self._validation is None:
-            self._validation = self._evaluate()
+        if self._run.start.step >= self._training.steps and self._evaluation is None:
+            self._evaluation = self._evaluate()
         return self._finish(stopped_by)
-
-    def _begin(self) -> None:
-        with writing(self._run.folder):
-            self._listeners.begin(self._context(), self._run.report_state.listeners)
 
     def _read_first(self) -> None:
         if (error := self._run.loader.read_ahead()) is not None:
@@ -225,7 +215,7 @@ class _Loop:
         before = self._progress
         self._progress = RunProgress(
             step=step + 1,
-            tokens=before.tokens + self._tokens_per_step,
+            tokens=before.tokens + self._run.tokens_per_step,
             seconds=before.seconds + time.perf_counter() - begin,
         )
         return outcome
@@ -247,7 +237,7 @@ class _Loop:
             self._training.evaluation_interval, done
         )
 
-    def _evaluate(self) -> dict[str, float]:
+    def _evaluate(self) -> EvaluationResult:
         engine = self._run.engine
 
         def forward(batch: Batch) -> ModelOutput:
@@ -258,23 +248,14 @@ class _Loop:
         try:
             with self._choices.watch() as seen:
                 validation = self._run.evaluator(forward)
-            self._choice_agreement_L = self._choices.compare(seen, self._run.evaluator.counts_T)
-            return validation
+            return EvaluationResult(validation, self._choices.compare(seen, self._run.evaluator.counts_T))
         finally:
             engine.model.train()
 
     def _evaluate_late(self) -> None:
         """Make the evaluation that was due after the last step before the run was stopped, and add it to its report."""
-        self._validation = self._evaluate()
-        now = self._progress
-        late = LateEvaluation(now.step, now.tokens, now.seconds, self._validation, self._choice_agreement_L)
-
-        def tell() -> None:
-            self._lock.check()
-            with writing(self._run.folder):
-                self._listeners.late_evaluation(late)
-
-        self._run.distributed.on_rank_zero(tell)
+        self._evaluation = found = self._evaluate()
+        self._run.distributed.on_rank_zero(lambda: self._reporter.late_evaluation(self._progress, found))
 
     def _save(self, *, evaluation_pending: bool) -> None:
         distributed = self._run.distributed
@@ -287,7 +268,7 @@ class _Loop:
             combine_states(states),
             keep_last=self._training.keep_last,
             report_state=ReportState(
-                listeners=self._listeners.state_dict(),
+                listeners=self._reporter.state_dict(),
                 monitor={"choices": self._choices.state_dict(), "dead_experts": self._dead_experts.state_dict()},
                 evaluation_pending=evaluation_pending,
             ),
@@ -295,57 +276,16 @@ class _Loop:
         self._saved_at = time.monotonic()
 
     def _report(self, step: int, outcome: StepResult) -> None:
-        assert outcome.losses is not None and outcome.stats is not None
-        now, last, scaler = self._progress, self._reported, self._run.engine.loss_scaler
-        self._reported = now
-        self._dead_experts.look(now.step, outcome.rows_since_report_LE)
-        router_bias_LE = self._run.engine.model.router_bias_LE
-        report = StepReport(
-            step=now.step,
-            tokens=now.tokens,
-            seconds=now.seconds,
-            losses=outcome.losses,
-            stats=outcome.stats,
-            router_bias_LE=None if router_bias_LE is None else router_bias_LE.cpu(),
-            grad_norm=outcome.grad_norm,
-            layer_grad_norms=outcome.layer_grad_norms,
+        self._dead_experts.look(self._progress.step, outcome.rows_since_report_LE)
+        self._reporter.report(
+            self._progress,
+            outcome,
             learning_rate=learning_rate(self._training, step),
-            sparsity=self._run.engine.model.sparsity_plan.mean,
-            step_seconds=(now.seconds - last.seconds) / (now.step - last.step),
-            tokens_per_second=(now.tokens - last.tokens) / (now.seconds - last.seconds),
-            memory=memory_in_use(self._run.distributed.device),
-            validation=self._validation,
-            choice_agreement_L=self._choice_agreement_L,
+            evaluation=self._evaluation,
             phase_seconds=dict(self._clock.seconds),
-            loss_scale=outcome.loss_scale,
-            skipped_steps=None if scaler is None else scaler.skipped_steps,
         )
         # The other ranks are on their way: the next step carries the wish to stop to them, with a checkpoint.
-        try:
-            self._lock.check()
-            self._listeners.report(report)
-        except CheckpointError as error:
-            # Nor is there a checkpoint then: saving looks at the lock again.
-            self._trouble = error
-        except OSError as error:
-            self._trouble = cannot_write(self._run.folder, error)
-
-    def _context(self) -> RunContext:
-        run = self._run
-        return RunContext(
-            run_dir=run.folder,
-            config=run.config,
-            start_step=run.start.step,
-            start_tokens=run.start.tokens,
-            start_seconds=run.start.seconds,
-            world_size=run.distributed.world_size,
-            tokens_per_step=self._tokens_per_step,
-            num_parameters=sum(shape.numel() for shape in run.engine.shapes().values()),
-            engine=run.engine.name,
-            device=run.distributed.device.type,
-            device_name=device_name(run.distributed.device),
-            backend=run.engine.model.runtime.names.get("model.moe.backend", ""),
-        )
+        self._trouble = self._reporter.trouble or self._trouble
 
     def _end_troubled(self) -> None:
         """Raise on every rank what any of them could not go on with, and say which checkpoint holds the steps done."""
@@ -357,19 +297,13 @@ class _Loop:
                 f"training.resume=true goes on from {kept[-1]}"
             ) from troubles[0]
 
-    def _end_listeners(self, result: TrainingResult) -> None:
-        try:
-            self._listeners.end(result)
-        except OSError as error:
-            self._trouble = self._trouble or cannot_write(self._run.folder, error)
-
     def _finish(self, stopped_by: int) -> TrainingResult:
         result = TrainingResult(
             run_dir=self._run.folder,
             step=self._progress.step,
             tokens=self._progress.tokens,
             seconds=self._progress.seconds,
-            validation=self._validation,
+            validation=None if self._evaluation is None else self._evaluation.validation,
             stopped_by=stopped_by if 0 < stopped_by < CANNOT_GO_ON else None,
         )
         if 0 < stopped_by < CANNOT_GO_ON and self._run.distributed.rank == 0:
@@ -382,6 +316,7 @@ class _Loop:
         if self._run.distributed.rank == 0:
             for index, passes in enumerate(self._run.loader.passes()):
                 logger.info("data.sources.%d was read %d times to its end, by rank 0", index, passes)
-        self._end_listeners(result)
+        self._reporter.end(result)
+        self._trouble = self._trouble or self._reporter.trouble
         self._end_troubled()
         return result

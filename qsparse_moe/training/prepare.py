@@ -56,6 +56,11 @@ class PreparedRun:
     report_state: ReportState
     """What the reports of earlier steps left for those to come; nothing where the run starts or cannot have it."""
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        return self.config.training.global_batch_size * self.config.data.sequence_length
+
 
 def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *, resumes: bool) -> PreparedRun:
     """Build model, engine and loader, from the newest checkpoint where the run ``resumes``, and write the run folder.

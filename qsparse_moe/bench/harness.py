@@ -46,6 +46,7 @@ def time_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for number in range(rounds + 1):
         for name, call in contenders.items():
+            # Contenders alternate within a round, so that a slow phase of the machine hits all of them.
             median = _turn(call, calls, settle, synchronize, clock)
             if number:  # round 0 compiles kernels and fills caches
                 seconds[name].append(median)
@@ -69,6 +70,7 @@ def _turn(
 
 def ratio(slower: Timing, faster: Timing) -> dict[str, float]:
     """Return the speed-up of ``faster`` over ``slower``, per round: its median, minimum, and maximum."""
+    # Ratios within a round, whose noise is common to both contenders.
     ratios = [a / b for a, b in zip(slower.seconds_by_round, faster.seconds_by_round, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
@@ -105,4 +107,5 @@ def _commit() -> str | None:
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
     )
+    # None outside of a checkout, for example in an installed package.
     return result.stdout.strip() or None

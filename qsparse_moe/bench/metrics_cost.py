@@ -61,9 +61,11 @@ def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict
     for number in range(rounds + 1):
         recorded, first = _run(config, steps, {"interval": 1, "image_interval": images}, records=True)
         silent, _ = _run(config, steps, {"interval": steps, "tensorboard": False}, records=False)
+        # The first round pays for imports and caches that later rounds share.
         if number == 0:
             continue
         once.append(first)
+        # The first record is excluded on both sides: its one-time cost is reported separately.
         records.append((recorded.wall_seconds - first - silent.wall_seconds) / (steps - 1))
         plain.append(silent.step_seconds / steps)
         shares.append(records[-1] / interval / plain[-1])
@@ -106,5 +108,6 @@ def _run(config: RunConfig, steps: int, metrics: dict[str, Any], *, records: boo
         recorder = _TimedRecorder(changed)
         listeners: Sequence[Listener] = [recorder, watch] if records else [watch]
         train(changed, listeners)
+        # A silent failure to record would look like a cost of zero.
         assert Path(folder, "run", "metrics.jsonl").exists() == records
     return watch, recorder.first_seconds or 0.0

@@ -79,6 +79,7 @@ def matrix_peak(
     """Return the FLOP/s of a square product, the fastest of ``rounds``, as the peak of this machine."""
     size = PEAK_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=DTYPES[precision]) for _ in range(2))
+    # Preallocated, so that the product is timed without the allocator.
     out = torch.empty_like(a)
     products = {"torch": lambda: onednn.torch_gemm(a, b, out)}
     if onednn.why_not(device) is None:
@@ -89,6 +90,7 @@ def matrix_peak(
 
 def make_weights(shape: LayerShape, dtype: torch.dtype, device: torch.device) -> LayerWeights:
     """Return normal weights scaled by 1/sqrt(fan-in), and a router that reads the logits of ``routed_input``."""
+    # A seed other than those of the inputs in routing.py, which use 0 and 1.
     generator = torch.Generator().manual_seed(2)
     experts, width, hidden = shape.num_experts, shape.hidden_size, shape.expert_hidden_size
     sizes = ((experts, width, hidden), (experts, width, hidden), (experts, hidden, width))
@@ -118,6 +120,7 @@ def build_contenders(
         if OUR_CHAIN not in others:
             others[OUR_CHAIN] = _our_chain(shape, weights, x_TD, backend.matmul)
         runtime = _resolve(config, x_TD.device)
+        # dict.fromkeys drops the duplicate if the benchmark runs at S = 0.
         for s in dict.fromkeys((0.0, sparsity)):
             ours[our_name(backend.name, s)] = _our_layer(config, runtime, weights, x_TD, s)
     return ours, others, left_out
@@ -135,6 +138,7 @@ def training_step(contender: Contender) -> Callable[[], object]:
     upstream = torch.randn_like(x)
 
     def step() -> None:
+        # Losses of a layer get the gradient that they have in training; without it their backward would be free.
         y, *losses = contender.forward(x)
         grads = [loss.new_tensor(weight) for loss, weight in zip(losses, LOSS_WEIGHTS, strict=False)]
         torch.autograd.grad([y, *losses], leaves, [upstream, *grads])

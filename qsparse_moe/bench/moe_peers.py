@@ -139,6 +139,7 @@ def build_transformers(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -
     layer = MixtralSparseMoeBlock(settings).to(x_TD)
     with torch.no_grad():
         layer.gate.weight.copy_(weights.router_ED)
+        # transformers stores both matrices in one tensor, transposed.
         gate_up_EDX = torch.cat((weights.w_gate_EDF, weights.w_up_EDF), -1)
         layer.experts.gate_up_proj.copy_(gate_up_EDX.transpose(1, 2))
         layer.experts.down_proj.copy_(weights.w_down_EFD.transpose(1, 2))

@@ -54,6 +54,7 @@ def _head(result: dict[str, Any]) -> str:
 def _times(layer: dict[str, Any]) -> str:
     peers = list(next(iter(layer["times_as_fast_as"].values())))
     counts = layer["rows_per_expert"]
+    # 1 for an even load.
     busiest = max(counts) * len(counts) / sum(counts)
     lines = [
         f"**{layer['precision']}, {layer['load']} load** (the busiest expert has {busiest:.2f} times the mean rows). "

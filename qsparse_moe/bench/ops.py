@@ -77,6 +77,7 @@ def threshold_by_sort(magnitude: Tensor, num_kept: int) -> Tensor:
 def threshold_by_bisection(magnitude: Tensor, num_kept: int) -> Tensor:
     """Return the K-th largest bit by bit from the top, like the C++ and Triton operators but in tensor operations."""
     found = torch.zeros_like(magnitude[..., :1])
+    # The sign bit is skipped: magnitudes are not negative.
     for bit in reversed(range(8 * magnitude.element_size() - 1)):
         candidate = found | (1 << bit)
         enough = (magnitude >= candidate).sum(-1, keepdim=True) >= num_kept
@@ -128,6 +129,7 @@ def _forward(version: Operation, example: Example) -> Callable[[], object]:
 
 
 def _forward_and_backward(version: Operation, example: Example) -> Callable[[], object]:
+    # Detached leaves, so that autograd.grad returns the gradient of every input and accumulates nothing.
     leaves = {name: x.detach().requires_grad_() for name, x in example.tensors.items()}
 
     def first_output() -> Tensor:

@@ -39,6 +39,7 @@ def routed_input(expert_ids_TA: Tensor, num_experts: int, hidden_size: int) -> T
     x_TD = torch.randn(num_tokens, hidden_size, generator=generator)
     chosen_A = _CHOSEN - _STEP * torch.arange(experts_per_token) / experts_per_token
     logits_TE = _NOISE * torch.randn(num_tokens, num_experts, generator=generator)
+    # The chosen logits are far above the noise, so that every top-A selection finds them.
     logits_TE.scatter_(1, expert_ids_TA, chosen_A.expand(num_tokens, -1))
     x_TD[:, :num_experts] = logits_TE
     return x_TD

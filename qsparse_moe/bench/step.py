@@ -66,6 +66,7 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
 
 def _contenders(benchmark: StepBenchmark, tokens_BS: Tensor) -> dict[str, Callable[[], object]]:
     dtype = DTYPES[benchmark.precision]
+    # Built once, so that the timing contains only steps.
     peer = build_mixtral(benchmark.model, dtype, benchmark.device)
     dense, sparse = (_ours(benchmark, sparsity) for sparsity in (0.0, benchmark.sparsity))
     return {

@@ -32,6 +32,7 @@ def profile(step: Step, *, device: torch.device) -> dict[str, list[dict[str, Any
 def operator_times(step: Step, *, device: torch.device, top: int = 12) -> list[dict[str, Any]]:
     """Return the ``top`` operators of one step by self time: name, calls, seconds, and share of the total."""
     on_cuda = device.type == "cuda"
+    # Warm-up: caches and lazily created buffers are not part of a typical step.
     step()
     with torch.profiler.profile() as profiler:
         step()
@@ -139,6 +140,7 @@ def _cuda_waits(recorder: _Recorder, device: torch.device) -> Iterator[None]:
 
 
 def _place(frame: FrameType | None) -> str:
+    # The innermost line of the package, because the frames above it are PyTorch and this module.
     while frame is not None:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(_PACKAGE) and not path.is_relative_to(_PACKAGE / "bench"):

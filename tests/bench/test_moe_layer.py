@@ -143,7 +143,7 @@ def test_the_markdown_section_holds_the_figures_and_replaces_the_one_before(resu
     assert "it is not here" in text
     assert "index_select" in text
     with pytest.raises(ValueError, match="add both lines to the file"):
-        moe_text.with_section("no marks", result)
+        moe_text.with_section("no markers", result)
     with pytest.raises(SystemExit, match="usage"):
         moe_text.main([])
 

@@ -132,6 +132,7 @@ def _partly(costs: Costs, step: _Step, most: float) -> float:
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         low, high = (low, middle) if costs.of_cell(step.cell, middle) <= most else (middle, high)
+    # The upper end, so that the budget is met and never missed by a rounding.
     return high
 
 
@@ -173,6 +174,7 @@ def allocate_for(
     the same after the call.
     """
     before = model.sparsity_plan
+    # Uniform S at the budget is the natural first plan: its curves are measured where the result will be.
     found = uniform_at(before, costs, target)
     try:
         for _ in range(rounds):

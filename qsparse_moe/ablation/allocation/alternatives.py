@@ -56,6 +56,7 @@ def compare_alternatives(
         model.set_sparsity(uniform)
         with pooled_selection(model):
             found["pooled over the experts of a token"] = loss_by_document(model, held_out), costs.of(uniform)
+        # A itself is the uniform plan; 0 experts would be no MoE layer.
         for num_experts in range(1, model.config.moe.experts_per_token):
             found |= _fewer_experts(model, num_experts, sequences, held_out, costs, target)
         model.set_sparsity(dense)
@@ -134,6 +135,7 @@ def features_dropped(model: Transformer, sequences: DocumentSequences, kept: int
     importance = _mean_magnitudes(model, sequences)
     saved: dict[Block, Tensor] = {}
     try:
+        # In place, because a copy of all expert weights may not fit.
         with torch.no_grad():
             for block, mean_EF in importance.items():
                 assert block.moe is not None
@@ -194,6 +196,7 @@ def pooled_selection(model: Transformer) -> Iterator[None]:
     def pool(block: Block, x_NF: Tensor, expert_ids_N: Tensor | None, sparse_NF: Tensor) -> Tensor:
         assert block.moe is not None
         site = block.moe.experts.hidden_site
+        # One K per token is the budget that its experts share.
         assert site.ranking.uniform_num_kept is not None, "pooled selection needs the same K for all experts"
         mask_NF = pooled_mask(x_NF, routings[block], site.ranking.uniform_num_kept)
         return rescale_kept(as_format(x_NF, site.number_format) * mask_NF, x_NF, site.settings.rescale)

@@ -85,6 +85,7 @@ def compare(
         for name, plan in ({**plans, DENSE: SparsityPlan.uniform(model.config, 0.0)}).items():
             model.set_sparsity(plan)
             losses_C = loss_by_document(model, sequences)
+            # The load depends on the plan, because sparser layers route other tokens to an expert.
             found[name] = losses_C, replace(costs, load=measured_load(model, sequences)).of(plan)
     finally:
         model.set_sparsity(before)
@@ -96,6 +97,7 @@ def comparisons(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tu
     uniform_C, dense_C = found[UNIFORM][0], found[DENSE][0]
     gap = float((uniform_C - dense_C).sum())
     differences_XC = np.stack([losses_C - uniform_C for losses_C, _ in found.values()])
+    # Of differences within a document, whose variance is far below that of the losses.
     low, high = bootstrap_intervals(differences_XC, labels_C)
     # If the gap may be 0 or negative, a ratio over it has no meaning.
     has_gap = bool(high[list(found).index(DENSE)] < 0)

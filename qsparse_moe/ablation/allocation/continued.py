@@ -50,6 +50,7 @@ def compare_after_training(
     with open_distributed(device) as distributed:
         data = load_data(load_run_config(run_dir).data)
         for name, plan in chosen.items():
+            # One at a time: two models with optimizer states may not fit into memory.
             model = _trained(run_dir, plan, steps, data, distributed)
             losses_C = loss_by_document(model, held_out)
             found[name] = losses_C, replace(costs, load=measured_load(model, held_out)).of(plan)
@@ -67,6 +68,7 @@ def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, dis
     engine = TorchEngine(config, model, distributed)
     restore(engine, checkpoint.tensor, checkpoint.adam_step)
     first = checkpoint.progress.step
+    # The same random numbers for every plan, so that only the plan differs.
     seed_random_states(config.training.seed, first, distributed.rank)
     loader, guard = (
         TrainLoader(config, data, 0, 1),

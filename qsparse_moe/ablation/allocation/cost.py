@@ -87,6 +87,7 @@ class Costs:
         found: dict[tuple[int, Site], int] = {}
         for weight in self._weights:
             if weight.site is not None:
+                # model_weights counts the A experts of a token together.
                 share = self.config.moe.experts_per_token if weight.site in EXPERT_SITES else 1
                 key = (weight.layer, weight.site)
                 found[key] = found.get(key, 0) + weight.active // share
@@ -127,5 +128,6 @@ def measured_load(model: Transformer, sequences: DocumentSequences) -> Load:
     layers = [block.layer for block in model.blocks() if block.moe is not None]
     if total is None:
         return {}
+    # Rows of a layer add up to A per token.
     shares_LE = total / (total.sum(-1, keepdim=True) / model.config.moe.experts_per_token)
     return {layer: tuple(shares_E) for layer, shares_E in zip(layers, shares_LE.tolist(), strict=True)}

@@ -69,6 +69,7 @@ def _greedy_layer(
     own = [cell for cell in cells_of(uniform) if cell.layer == block.layer]
     budget = sum(costs.of_cell(cell, sparsity_of(uniform, cell)) for cell in own)
     block.set_sparsity(plan)
+    # The inputs of a layer are those of the dense model, so that the layers are independent of each other.
     dense = [block(*arguments).hidden_BSD for arguments in inputs]
     levels = dict.fromkeys(plan.sites(block.layer), 0.0)
 
@@ -81,6 +82,7 @@ def _greedy_layer(
             if level + _STEP <= MOST_SPARSE + 1e-9:
                 saved = cost_at(site, level) - cost_at(site, level + _STEP)
                 tried = _with_levels(plan, own, levels | {site: level + _STEP})
+                # A step that saves nothing gets a very high price instead of a division by zero.
                 prices[site] = _distance(block, tried, inputs, dense) / max(saved, 1e-12)
         levels[min(prices, key=lambda site: prices[site])] += _STEP
     return {(block.layer, site): level for site, level in levels.items()}

@@ -87,6 +87,7 @@ def allocate_run(
         batch=batch,
         bytes_per_weight=4.0 if config.training.precision == "fp32" else 2.0,
     )
+    # The load at the budget, because the dense model may route differently.
     costs = load_under_uniform(model, sequences, costs, target)
     plans = rival_plans(model, sequences, costs, target, num_random=num_random, rounds=rounds)
     comparisons = compare(model, held_out, plans, costs)

@@ -41,11 +41,13 @@ class Children(CaughtSignals):
             with self._lock:
                 if self.stopped_by:
                     return None
+                # start_new_session also makes the child the leader of a process group, which _send addresses.
                 child = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
                 self._running.add(child)
             try:
                 code = child.wait()
                 if self.stopped_by:
+                    # Otherwise the grid could return while ranks still write their checkpoint.
                     _wait_for_group(child.pid)
             finally:
                 with self._lock:

@@ -93,9 +93,11 @@ def _one_expert(changed: Mapping[Cell, float]) -> _Expert | None:
     by_expert: dict[tuple[int, int | None], list[Site]] = defaultdict(list)
     for layer, site, expert in changed:
         by_expert[layer, expert].append(site)
+    # Several experts, or several values of S, have no single cell.
     if len(by_expert) != 1 or len(set(changed.values())) != 1:
         return None
     ((layer, expert), sites) = next(iter(by_expert.items()))
+    # A changed site without experts is no cell of this map.
     return None if expert is None else _Expert(tuple(sites), next(iter(changed.values())), layer, expert)
 
 

@@ -73,6 +73,7 @@ def loss_by_parameters(variants: Sequence[VariantResult]) -> Figure | None:
 def pareto_front(variants: Sequence[VariantResult], cost: str) -> list[VariantResult]:
     """Return the variants that no other beats in loss at the same or a lower ``cost``, in ascending cost."""
     front: list[VariantResult] = []
+    # In ascending cost, a variant is on the front exactly if it is better than all cheaper ones.
     for variant in sorted(variants, key=lambda variant: (variant.record[cost], variant.loss)):
         if not front or variant.loss < front[-1].loss:
             front.append(variant)
@@ -97,6 +98,7 @@ def iso_loss(variants: Sequence[VariantResult]) -> Figure | None:
     for axis, (ratios, sparsities, losses) in zip(axes, maps.values(), strict=True):
         filled = axis.contourf(sparsities, ratios, losses, levels=levels, cmap="viridis_r", extend="both")
         axis.contour(sparsities, ratios, losses, levels=levels, colors="black", linewidths=0.5)
+        # Dots mark the measured variants; everything between them is interpolation.
         x, y = [s for s in sparsities for _ in ratios], [r for _ in sparsities for r in ratios]
         axis.plot(x, y, "k.", markersize=4, clip_on=False)
         axis.set_yscale("log", base=2)
@@ -120,6 +122,7 @@ def _scatter(axis: Axes, variants: Sequence[VariantResult], cost: str) -> PathCo
     middle = (
         min(variant.record[cost] for variant in variants) + max(variant.record[cost] for variant in variants)
     ) / 2e3
+    # More names than this overlap.
     for variant, left, low in zip(front, x, y, strict=True) if len(front) <= _MOST_NAMES else ():
         away = 4 if left <= middle else -4  # towards the middle, because names may be long
         side = "left" if away > 0 else "right"
@@ -162,5 +165,6 @@ def _complete_map(variants: Sequence[VariantResult]) -> tuple[list[float], list[
 
 def _levels(losses: Sequence[float]) -> list[float]:
     least, most = min(losses), max(losses)
+    # Equal losses would give levels that do not increase, which contourf refuses.
     step = max(most - least, 1e-6) / 10
     return [least + step * index for index in range(11)]

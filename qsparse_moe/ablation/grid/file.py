@@ -28,6 +28,7 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
 Settings = dict[str, Any] | None
 
 
+# Frozen and strict as the run configuration, so that a typo is an error and not an ignored key.
 class _Strict(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
@@ -129,8 +130,10 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
         _choices(_named(name, axis), None if isinstance(axis, dict) else name) for name, axis in file.axes.items()
     ]
     found: dict[str, tuple[dict[str, Any], tuple[Choice, ...]]] = {}
+    # The order of product is that of nested loops: the last axis varies fastest.
     for chosen in itertools.product(*groups):
         name = "-".join(label for label, _, _ in chosen) or "base"
+        # Two entries of different axes can share a name, so that two combinations read alike.
         if name in found:
             raise ConfigError(
                 f"{path}: two points of the grid are named {name}; rename a variant or a setting of an axis"
@@ -160,6 +163,7 @@ def _choices(
     found = []
     for name, settings in zip(settings_by_name, every, strict=True):
         words = setting_label(path, settings[path]) if path is not None else _own_label(settings, every)
+        # Without an explicit name, the words are clearer than the name that was derived from them.
         is_made_of_words = path is not None or name == name_of(words)
         found.append((name, settings, Choice(words if is_made_of_words else name, paths)))
     return found
@@ -185,6 +189,7 @@ def _own_label(settings: Mapping[str, Any], every: list[dict[str, Any]]) -> str:
     for path, value in settings.items():
         if len(every) > 1 and all(path in other and other[path] == value for other in every):
             continue
+        # Overrides are lists of settings; JSON of them would make an unreadable name.
         if path == OVERRIDES and isinstance(value, list):
             lists = [other[path] for other in every if isinstance(other.get(path), list)]
             value = [one for one in value if len(lists) < len(every) or not all(one in other for other in lists)]
@@ -228,6 +233,7 @@ def _wrong_axis(name: str, axis: list[Any] | dict[str, Settings]) -> Iterator[st
                     f"axes.{name} has the value {show(value)}, which cannot be part of the name of a run; "
                     f"write the axis as a mapping with a name for each value, such as first: {{{name}: {show(value)}}}"
                 )
+            # 1 and True, and 1 and 1.0, are equal in Python but different settings.
             if any(value == other and type(value) is type(other) for other in axis[:position]):
                 yield f"axes.{name} has the value {show(value)} twice; keep it once"
     else:
@@ -258,5 +264,6 @@ def _set_twice(file: GridFile) -> Iterator[str]:
     paths = {place: {path for settings in group for path in settings} for place, group in groups.items()}
     for (one, ours), (other, theirs) in itertools.combinations(paths.items(), 2):
         for path in sorted(ours):
+            # A parent path sets everything below it, so it conflicts with each of its children.
             if any(path == b or path.startswith(f"{b}.") or b.startswith(f"{path}.") for b in theirs):
                 yield f"{one} and {other} both set {path}; remove one, or join them in one axis of named settings"

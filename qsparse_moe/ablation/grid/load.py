@@ -62,6 +62,7 @@ class Grid:
         """Layers and sites at which the runs differ in S; empty if the models differ in layers, sites, or experts."""
         plans = [SparsityPlan.from_config(model).values for model in self._models]
         shapes = [{key: len(values) for key, values in plan.items()} for plan in plans]
+        # Cells of models with different shapes cannot be matched.
         if any(shape != shapes[0] for shape in shapes):
             return ()
         return tuple(key for key in plans[0] if len({plan[key] for plan in plans}) > 1)
@@ -91,8 +92,10 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
     varied = sorted(paths & known)
     runs = []
     for point in points:
+        # Later entries take precedence: the command line over the point, and the point over the grid.
         changed = [*common, *(_override(name, value) for name, value in point.settings.items()), *overrides]
         for seed in point.seeds:
+            # resume=true makes the same command continue interrupted runs.
             given = (f"{point.name}-seed{seed}", f"{output_dir}/{path.stem}", str(seed), "true")
             fixed = [f"{name}={value}" for name, value in zip(GIVEN, given, strict=True)]
             config = _with_columns(

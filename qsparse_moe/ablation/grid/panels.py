@@ -48,6 +48,7 @@ def legend(figure: Figure, axes: Sequence[Axes], note: str = "") -> None:
     chosen.get_title().set_fontsize(7)
     # The legend takes its width from the panels unless the figure grows with the longest label.
     figure.set_figwidth(figure.get_figwidth() + 0.06 * max(map(len, (note, *by_label))))
+    # A long legend would otherwise be cut off at the bottom.
     high = 0.9 + 0.17 * len(by_label)
     if high > figure.get_figheight():
         figure.set_figheight(high)

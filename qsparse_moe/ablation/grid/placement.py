@@ -64,12 +64,14 @@ class Placement:
 
         Concurrent runs divide the cores among them unless the user has set OMP_NUM_THREADS, which is not changed.
         """
+        # Without a limit, each process would start one thread per core of the machine.
         threads = {"OMP_NUM_THREADS": str(max(1, num_cores // (self.ranks * self.jobs)))}
         return {**threads, **given} | ({"CUDA_VISIBLE_DEVICES": ",".join(slot)} if slot else {})
 
     def command(self, config: Path, slot: Sequence[str]) -> list[str]:
         """Return the command that trains ``config``."""
         train = ["qsparse_moe", "train", str(config)]
+        # A single process needs no launcher, which would only add seconds of start-up.
         if self.launcher == "none" or (self.launcher == "auto" and self.ranks == 1):
             return [sys.executable, "-m", *train]
         # With --num_gpus, the launcher ignores CUDA_VISIBLE_DEVICES, so named devices need --include.

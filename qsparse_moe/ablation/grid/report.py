@@ -20,6 +20,7 @@ REPORT = "report.md"
 def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> None:
     """Write ``results.jsonl``, the figures that apply to the grid, and ``report.md``; no file is ever half written."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Figures come first, because report.md links only to those that were drawn.
     figures = draw_figures([result.as_dict() for result in results], folder)
     report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
     for name, text in ((RESULTS, results_text(results)), (REPORT, report + "\n")):
@@ -64,6 +65,7 @@ def _quality(grid: Grid, results: Sequence[RunResult]) -> str:
     rows = []
     for variant in grid.variants:
         found = [bits.get((variant, seed)) for seed in seeds]
+        # Differences within a seed cancel its effect, which is often larger than that of the variant.
         pairs = [(bits.get((first, seed)), value) for seed, value in zip(seeds, found, strict=True)]
         rows.append(
             [

@@ -124,6 +124,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except ValueError:
         raise ConfigError(f"{where} is truncated or not JSON (it ends in {show(line[-30:])}); {again}") from None
+    # The first version had no version field.
     version = record.get("version", 1) if isinstance(record, dict) else None
     if version != RESULTS_VERSION:
         raise ConfigError(

@@ -54,6 +54,7 @@ def run_grid(
         if not run_folder(run.config).exists():
             _check_trainable(run)
     slots: SimpleQueue[tuple[str, ...]] = SimpleQueue()
+    # A queue of slots, so that a finished run frees its devices for the next one.
     for slot in placement.slots():
         slots.put(slot)
 
@@ -65,6 +66,7 @@ def run_grid(
                 error = None if is_finished(run.config) else _start(grid, run, placement, slot, children)
             except (ConfigError, CheckpointError) as refused:  # the folder belongs to a run with other settings
                 error = str(refused)
+            # Also after an error, or the remaining runs would wait for this slot forever.
             finally:
                 slots.put(slot)
             result = result_of(grid, run, error)
@@ -91,6 +93,7 @@ def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...]
     log = grid.folder / f"{run.id}.log"
     environment = placement.environment(slot, num_cores(), given=os.environ)
     code = children.run(placement.command(file, slot), log, environment)
+    # The exit code alone does not prove that the last checkpoint is complete.
     if code == 0 and is_finished(run.config):
         return None
     if children.stopped_by:

@@ -36,6 +36,7 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
     rows = read_metrics(run_folder(run.config) / "metrics.jsonl") if finished else []
     validated = [row for row in rows if row.get("validation/bits_per_byte") is not None]
     last: dict[str, Any] = validated[-1] if validated else {}
+    # The median is robust against the first steps, which include compilation.
     rates = sorted(row["throughput/tokens_per_second"] for row in rows if row.get("throughput/tokens_per_second"))
     return RunResult(
         grid=grid.name,
@@ -102,6 +103,7 @@ def _cost(config: RunConfig, densities: Densities) -> dict[str, Any]:
     model = config.model
     parts = count_by_part(model, densities=densities)
     counted = count_parameters(model, densities=densities)
+    # The vocabulary dominates small models and is the same for all runs of a grid.
     tables = sum(parts[part].stored for part in _TABLES if part in parts)
     training = training_flops(model, config.data.sequence_length, densities=densities)
     return {
@@ -125,5 +127,6 @@ def _bytes(config: RunConfig, batch: int, densities: Densities) -> float:
 def _late_grad_norms(rows: Sequence[Mapping[str, Any]], steps: int, num_layers: int) -> list[float] | None:
     """Return the mean gradient norm per layer over the second half of ``steps``; None if the run did not log norms."""
     names = [layer_name("train/grad_norm", layer) for layer in range(num_layers)]
+    # The first half contains the warm-up, in which norms are not yet typical.
     late = [row for row in rows if 2 * row["step"] > steps and names[0] in row]
     return [statistics.mean(row[name] for row in late) for name in names] if late else None

@@ -38,6 +38,7 @@ def loss_by_sparsity(variants: Sequence[VariantResult]) -> Figure | None:
     None if S does not vary, or if variants set it in different cells.
     """
     axis_label, sparsities = sparsity_axis(variants)
+    # A single S is no curve.
     if len(set(sparsities)) < 2:
         return None
     x_of = dict(zip(map(id, variants), sparsities, strict=True))
@@ -62,6 +63,7 @@ def sparsity_axis(variants: Sequence[VariantResult]) -> tuple[str, list[float]]:
     cells = varied_sparsity(variants)
     if cells:
         by_variant = list(zip(*cells.values(), strict=True)) if _complete(cells, len(variants)) else []
+        # Several values of S in one variant have no single position on the axis.
         if not by_variant or any(len(set(values)) > 1 for values in by_variant):
             return "", []
         found = [values[0] for values in by_variant]
@@ -99,6 +101,7 @@ def loss_by_cell(variants: Sequence[VariantResult]) -> Figure | None:
     base, lines = variants[0], defaultdict[tuple[Cell, ...], list[tuple[float, VariantResult]]](list)
     for variant in variants[1:]:
         changed = changed_cells(base, variant)
+        # Only variants that change nothing but S, and to one value, have a position on the axis.
         if changed and len(set(changed.values())) == 1 and other_settings(variant) == other_settings(base):
             lines[tuple(changed)].append((next(iter(changed.values())), variant))
     if not lines or max(map(len, lines.values())) < 2 or len(lines) > _MOST_LINES:

@@ -108,6 +108,7 @@ def cells_label(cells: Iterable[Cell]) -> str:
     by_layers: dict[tuple[str, tuple[int | None, ...]], list[Site]] = defaultdict(list)
     for (site, chosen), numbers in by_expert.items():
         by_layers[ranges_text(numbers), chosen].append(site)
+    # Layers of equal experts and sites of equal layers are merged, because a legend has little space.
     words = []
     for (layers, chosen), sites in by_layers.items():
         numbers = [expert for expert in chosen if expert is not None]

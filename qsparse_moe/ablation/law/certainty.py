@@ -30,6 +30,7 @@ def resampled(
     found = []
     # A run that is drawn k times gets k times its weight, which is the same as repeating its observations.
     for drawn in generator.multinomial(len(runs), share, size=number):
+        # A fit from the grid of starts per resample would take many times as long, and 200 resamples are the default.
         found.append(fit(best.form, observations, weights=observations.run_weights * drawn[run_index], near=best.theta))
         notify()
     return found
@@ -47,6 +48,7 @@ def held_out_error(best: Fit, observations: Observations, *, seed: int = 0) -> f
     All seeds of a configuration are in the same fold, because a fit that has seen one seed predicts the others too
     well. None if the constants cannot be determined without some fold.
     """
+    # Each observation is predicted exactly once, so the folds need no weights of their own.
     residuals = np.empty(len(observations))
     for held in _folds(observations, seed):
         seen = observations.where(~held)
@@ -79,5 +81,6 @@ def _refit(best: Fit, seen: Observations) -> Fit:
 
 def _folds(observations: Observations, seed: int) -> Iterator[NDArray[np.bool_]]:
     configurations = np.random.default_rng(seed).permutation(np.unique(observations.configuration))
+    # Fewer configurations than folds give leave-one-out.
     for part in np.array_split(configurations, min(FOLDS, len(configurations))):
         yield np.isin(observations.configuration, part)

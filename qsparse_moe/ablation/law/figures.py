@@ -66,12 +66,14 @@ def _residuals(done: Study, best: FittedForm) -> Figure:
         axes.axhline(0, color="0.4", linewidth=1)
         axes.scatter(values, percent, s=10, alpha=0.6)
         axes.set_xlabel(label)
+        # Sizes and tokens of a grid grow by factors, so a logarithmic axis spaces them evenly.
         if by_ratio:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_formatter(NullFormatter())
         if label.startswith("experts"):
+            # The few values of E/A are labelled themselves, because decades would show none of them.
             _ticks(axes, values)
     for axes in panels[:, 0]:
         axes.set_ylabel("ln(measured / fitted), %")
@@ -96,6 +98,7 @@ def _sparsity(done: Study) -> Figure:
     for position, (name, found) in enumerate(with_sparsity.items()):
         design = Design.of(found.best.form, models)
         curve = _percent(design.reducible(found.best.theta))
+        # The lower limit of the axis follows the deepest minimum of all forms.
         lowest = min(lowest, float(curve.min()))
         (line,) = axes.plot(grid, curve, label=name, linewidth=2.4 if name == done.best else 1.2)
         resampled = np.array([_percent(design.reducible(other.theta)) for other in found.resamples])
@@ -112,6 +115,7 @@ def _sparsity(done: Study) -> Figure:
         )
     axes.set(
         xlim=(0, grid[-1]),
+        # Cut at 30 %, because the steep rise at high S would flatten the region around the optimum.
         ylim=(2 * lowest - 2, 30),
         ylabel="change of the reducible loss against the dense model, %",
         title=f"{done.kept:,.0f} kept parameters, A/E = {share:g}",
@@ -146,6 +150,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
     observations = done.runs.observations
     ratios = np.geomspace((1 / observations.expert_share).min(), (1 / observations.expert_share).max(), 60)
+    # Up to the largest S of the runs only: contours beyond it would be extrapolation.
     grid = np.linspace(0, observations.sparsity.max(), 80)
     tokens = float(observations.tokens.max())
     losses = np.array(

@@ -74,17 +74,20 @@ def rms(log_residuals: Array, observations: Observations) -> float:
 def why_not(form: Form, observations: Observations) -> str | None:
     """Return the reason why the observations cannot determine the constants of ``form``; None if they can."""
     for name, needed in form.needs.items():
+        # Rounded, so that values that differ only in the last bits count as one.
         different = np.unique(np.round(QUANTITIES[name](observations), 9))
         if len(different) < needed:
             return (
                 f"{name} takes {_number(len(different), 'value')} in the runs, and its constants need at least {needed}"
             )
+    # Runs and not observations: the evaluations of one run are not independent.
     if observations.num_runs <= len(form.constants):
         return (
             f"it has {len(form.constants)} constants and there are {_number(observations.num_runs, 'run')}; at least "
             f"{len(form.constants) + 1} are needed"
         )
     columns = np.stack([QUANTITIES[name](observations) for name in form.needs])
+    # Constant offsets are absorbed by the coefficients, so only variation around the mean can determine an exponent.
     columns = columns - columns.mean(1, keepdims=True)
     singular = np.linalg.svd(columns / np.linalg.norm(columns, axis=1, keepdims=True), compute_uv=False)
     if singular[-1] < _COLLINEAR * singular[0]:
@@ -94,6 +97,7 @@ def why_not(form: Form, observations: Observations) -> str | None:
 
 def check(form: Form, observations: Observations) -> None:
     """Raise ConfigError unless the observations can determine the constants of ``form``."""
+    # Checked before the fit: an undetermined fit would converge to arbitrary constants without any sign of it.
     reason = why_not(form, observations)
     if reason is not None:
         raise ConfigError(f"the form {form.name} cannot be fitted: {reason}; add such runs, or name another --form")
@@ -131,6 +135,7 @@ def _by_objective(found: Fit) -> float:
 def _objective(theta: Array, design: Design, log_loss: Array, weights: Array) -> tuple[float, Array]:
     predicted, jacobian_Pn = design.log_loss_and_jacobian(theta)
     residual = predicted - log_loss
+    # Huber loss and its gradient from the clipped residual, without branches.
     cut = np.clip(residual, -HUBER_DELTA, HUBER_DELTA)
     value = float((weights * cut * (residual - cut / 2)).sum() / HUBER_DELTA)
     return value, jacobian_Pn @ (weights * cut) / HUBER_DELTA
@@ -146,12 +151,14 @@ def _descend(design: Design, observations: Observations, weights: Array, theta: 
     value, _ = _objective(theta, design, log_loss, weights)
     for _ in range(effort.rounds):
         step = _metric(theta, design, weights)
+        # Bound as default arguments below, so that the closure does not capture variables of the loop.
         base = theta
 
         def moved(z: Array, base: Array = base, step: Array = step) -> tuple[float, Array]:
             found, gradient = _objective(base + step @ z, design, log_loss, weights)
             return found, step.T @ gradient
 
+        # Tolerances near the precision of float64: the rounds, not L-BFGS, decide when to stop.
         options = {"maxiter": effort.iterations, "maxcor": 20, "ftol": 1e-13, "gtol": 1e-11}
         result = minimize(moved, np.zeros(len(theta)), jac=True, method="L-BFGS-B", options=options)
         gained = value - float(result.fun)

@@ -73,11 +73,12 @@ class Form:
 
     @property
     def has_sparsity(self) -> bool:
-        """Whether the form depends on S."""
+        """True if the form depends on S."""
         return "S" in self.needs
 
     def theta(self, constants: Mapping[str, float]) -> Array:
         """Return the constants as the fit moves them, ``(P,)``: logarithms, except for signed exponents."""
+        # Logarithms keep positive constants positive and give power laws comparable step sizes.
         return np.array([constants[c] if c in self.signed else np.log(constants[c]) for c in self.constants])
 
     def values(self, theta: Array) -> dict[str, float]:
@@ -142,6 +143,7 @@ class Design:
         coefficients_C, exponents_K, slopes_K = self._constants(theta)
         powers_Mn = self._powers(exponents_K)
         by_coefficient_Cn = coefficients_C[:, None] * (self.sign_CM @ powers_Mn)
+        # A term has exactly one coefficient, so this product selects it together with its sign.
         terms_Mn = (coefficients_C @ self.sign_CM)[:, None] * powers_Mn
         by_exponent_Kn = slopes_K[:, None] * np.einsum("kmn,mn->kn", self.variables_KMn, terms_Mn)
         loss_n = terms_Mn.sum(0)
@@ -150,6 +152,7 @@ class Design:
     def _powers(self, exponents_K: Array) -> Array:
         """Return every term without its coefficient, ``(M, n)``."""
         _, num_terms, num_points = self.variables_KMn.shape
+        # One matrix product over all terms and observations; the fit evaluates this thousands of times.
         return np.exp(exponents_K @ self.variables_KMn.reshape(-1, num_terms * num_points)).reshape(num_terms, -1)
 
     def _constants(self, theta: Array) -> tuple[Array, Array, Array]:

@@ -12,6 +12,7 @@ from qsparse_moe.ablation.law.forms import Form, Term
 
 _MILLION = 1e6
 _N, _K, _D = forms.total(_MILLION), forms.kept(_MILLION), forms.tokens(_MILLION)
+# Starting values around the exponents of published laws, spaced by about a factor of two.
 _ALPHA = (0.1, 0.3, 0.6, 1.0)
 _NU = (0.15, 0.3, 0.6, 1.0)
 _BETA = (0.02, 0.1, 0.4)
@@ -49,6 +50,7 @@ KEPT = Form(
 
 _PENALTY = {"gamma": _N, "eta": forms.expert_share}
 
+# h occurs twice: exp(.) - 1 makes the penalty zero for a dense model.
 ADDITIVE = Form(
     name="additive",
     formula=(

@@ -79,6 +79,7 @@ def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float
     more is stored as S rises. This extends the constraint of the Q-Sparse paper, ``N_a = N (1 − S)``, to experts.
     """
     ones = np.ones(len(sparsity))
+    # No embedding, router, or norms: a law of N cannot distinguish them from expert weights.
     active = kept / (1.0 - sparsity)
     no_index = np.zeros(len(sparsity), dtype=np.int64)
     return Observations(
@@ -105,8 +106,10 @@ def seed_spread(observations: Observations) -> float | None:
     """
     squares, degrees = 0.0, 0
     final = observations.final()
+    # At equal tokens only: a longer run of the same configuration has a lower loss without any noise.
     for configuration, tokens in {(c, t) for c, t in zip(final.configuration, final.tokens, strict=True)}:
         logs = np.log(final.loss[(final.configuration == configuration) & (final.tokens == tokens)])
         squares += float(((logs - logs.mean()) ** 2).sum())
+        # A configuration with one seed adds nothing to either sum.
         degrees += len(logs) - 1
     return float(np.sqrt(squares / degrees)) if degrees else None

@@ -24,7 +24,7 @@ class Optimum:
 
     sparsity: float
     at_edge: bool
-    """Whether S* is an end of the range searched: 0, where sparsity never pays off, or 0.95."""
+    """True if S* is an end of the range searched: 0, where sparsity never pays off, or 0.95."""
     band: tuple[float, float]
     """Range of S around S* in which the reducible loss is within the tolerance of its minimum."""
     dense_excess: float
@@ -60,6 +60,7 @@ def _vertex(values: Array, least: int) -> float:
         return float(GRID[least])
     before, at, after = values[least - 1 : least + 2]
     bend = before - 2 * at + after
+    # The parabola resolves S* below the spacing of the grid, where a flat minimum would otherwise jump.
     return float(GRID[least] + _STEP * (before - after) / (2 * bend)) if bend > 0 else float(GRID[least])
 
 
@@ -72,5 +73,6 @@ def _band(values: Array, least: int, most: float) -> tuple[float, float]:
 
 
 def _crossing(values: Array, least: int) -> float | None:
+    # Sought above the minimum only: below it, every S is at most as bad as dense.
     worse = np.flatnonzero(values[least:] > values[0])
     return float(GRID[least + worse[0]]) if len(worse) else None

@@ -46,6 +46,7 @@ FINE_GRAINED = Form(
     printed_unit="nats per token",
 )
 
+# As printed in arXiv 2502.05172.
 _E_START, _E_MAX = 2.0732, 290.4521
 
 

@@ -61,9 +61,11 @@ def read_runs(paths: Sequence[Path], *, unit: Unit = "nats", last_only: bool = F
     for path in paths:
         for record in read_results([path]):
             where = f"{path}, run {record.get('id')}"
+            # Grid and run together: two grids may name their runs alike.
             name = f"{record.get('grid')}/{record.get('id')}"
             if name in found:
                 raise ConfigError(f"{where}: the run also occurs in {found[name][0]}; name each file once")
+            # The last loss of an unfinished run belongs to another point of its learning rate schedule.
             if record.get("finished") is True:
                 found[name] = (where, record)
             else:
@@ -165,6 +167,7 @@ def _check_same_text(
 ) -> tuple[str, float, float]:
     """Raise ConfigError unless the run has the vocabulary and tokens of the first; a law needs comparable losses."""
     vocabulary = _positive(record, "embedding_parameters", where) / record["hidden_size"]
+    # Nats per token over bits per byte gives bytes per token, up to ln 2.
     token_bytes = _positive(record, "loss", where) / _positive(record, "bits_per_byte", where) / math.log(2)
     if first is None:
         return where, vocabulary, token_bytes
@@ -183,6 +186,7 @@ def _check_same_text(
 
 
 def _configuration(record: Mapping[str, Any], sizes: Mapping[str, float]) -> str:
+    # Without the seed, so that the seeds of a configuration compare equal.
     settings = {name: value for name, value in (record.get("settings") or {}).items() if name != "training.seed"}
     return json.dumps([settings, sizes], sort_keys=True)
 
@@ -195,6 +199,7 @@ def _positive(record: Mapping[str, Any], name: str, where: str) -> float:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
+    # bool is a subclass of int, and NaN is a float.
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -115,6 +115,7 @@ def _requested(observations: Observations, choices: Choices) -> tuple[list[Form]
     if unknown:
         raise ConfigError(f"--form ({unknown[0]}) is not a form; choose from {', '.join(FORMS)}")
     forms = [FORMS[name] for name in dict.fromkeys(choices.forms)] or list(JOINT)
+    # Checked for all forms before the first fit, which may take minutes.
     for form in forms:
         try:
             check(form, observations)
@@ -122,6 +123,7 @@ def _requested(observations: Observations, choices: Choices) -> tuple[list[Form]
             possible = [name for name, other in FORMS.items() if why_not(other, observations) is None]
             way_out = f"forms that these runs can determine: {', '.join(possible) or 'none'}"
             raise ConfigError(f"{error} ({way_out})") from None
+    # A form requested by name must be fitted or refused; published forms are optional otherwise.
     if choices.forms:
         return forms, {}
     reasons = {form.name: why_not(form, observations) for form in PUBLISHED}
@@ -153,6 +155,7 @@ def _optima(
     best: Fit, again: Sequence[Fit], observations: Observations, choices: Choices, kept: float
 ) -> tuple[BestS, ...]:
     """Return one S* per A/E of the runs, or a single one if they agree."""
+    # Descending A/E, which is ascending expert sparsity.
     shares = np.unique(observations.expert_share)[::-1]
     found = [_best_s(best, again, choices, kept, float(share)) for share in shares]
     if all(abs(other.found.sparsity - found[0].found.sparsity) < 1e-6 for other in found):
@@ -164,6 +167,7 @@ def _best_s(best: Fit, again: Sequence[Fit], choices: Choices, kept: float, shar
     def at(theta: Any) -> Optimum:
         return find_optimum(best.form, theta, kept=kept, expert_share=share, tolerance=choices.tolerance)
 
+    # Each resample has its own optimum, so the interval of S* needs no linearisation.
     others = [at(other.theta) for other in again]
     low, _ = interval(np.array([other.band[0] for other in others]), choices.level)
     _, high = interval(np.array([other.band[1] for other in others]), choices.level)

@@ -105,6 +105,7 @@ def loss_by_document(model: Transformer, sequences: DocumentSequences) -> Array:
     for batch, documents_BS in sequences:
         output = run_model(model, batch, device, with_stats=False, layer_hook=None)
         losses_T = token_losses(output.logits_BSV, batch.targets_BS.to(device))
+        # float64 on the CPU: the change of one cell is a small difference of large sums.
         sums_C.index_add_(0, documents_BS.flatten(), losses_T.double().cpu())
     return sums_C.numpy()
 
@@ -112,6 +113,7 @@ def loss_by_document(model: Transformer, sequences: DocumentSequences) -> Array:
 def token_losses(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """Return the loss per token in nats, ``(B * S,)``, in at least fp32."""
     wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+    # Summed by the callers: the mean would weight documents by the batch that they are in.
     return F.cross_entropy(logits_BSV.flatten(0, 1).to(wide), labels_BS.flatten(), reduction="none")
 
 

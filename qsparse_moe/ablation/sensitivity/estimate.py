@@ -87,6 +87,7 @@ def estimate(
     with _listening(model, sequences.num_documents, values, ste_share) as listeners:
         for batch, documents_BS in sequences:
             pieces = _Pieces.of(documents_BS.to(device))
+            # The caller may run under no_grad.
             with torch.enable_grad():
                 logits_BSV = run_model(model, batch, device, with_stats=False, layer_hook=None).logits_BSV
                 labels_BS = batch.targets_BS.to(device)
@@ -94,6 +95,7 @@ def estimate(
                 for draw in range(draws):
                     drawn_BS = _draw(logits_BSV, labels_BS, generator)
                     _backward(logits_BSV, drawn_BS, pieces, listeners, weight=1 / (2 * draws), keep=draw < draws - 1)
+            # The only gradient that the backward passes accumulate.
             model.embedding.weight.grad = None
     first, second = {}, {}
     for listener in listeners:
@@ -200,6 +202,7 @@ class _Listener:
         self, block: Block, site: SparseSite, tokens: _TokensOfRows, num_documents: int, values: Sequence[float]
     ) -> None:
         self._layer, self._site, self._tokens = block.layer, site, tokens
+        # K and not S enters the estimate: several S may round to one K.
         self._kept = [site_num_kept(site.settings, value, site.num_features) for value in values]
         self._num_documents = num_documents
         # float64: the sums run over every token, and the second order squares them.
@@ -262,15 +265,18 @@ def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tens
         kept: values of K, as returned by ``site_num_kept``.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
+    # The selection ranks x itself, but the matrix reads x in the number format of the site.
     rounded_ND, grad_ND = as_format(x_ND, site.number_format).to(wide), grad_ND.to(wide)
     now_N1 = (grad_ND * sparse_ND.to(wide)).sum(-1, keepdim=True)
     group = site.ranking.group_size or site.num_features
     # Stable, so that ties go to the lower index as in the selection itself.
     order_NGF = x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
     along_NX = _read(grad_ND * rounded_ND, order_NGF, kept)
+    # Without rescaling the change is linear in the sums, and no energies are needed.
     if site.settings.rescale == "none":
         return along_NX - now_N1
     energy_NX = _read(rounded_ND.square(), order_NGF, kept)
+    # unit scales a row to norm 1, preserve to the norm of its input.
     target_N1 = x_ND.to(wide).square().sum(-1, keepdim=True) if site.settings.rescale == "preserve" else 1.0
     # SparseSite does not rescale a row of which it selects every feature, so S = 0 must not be rescaled here either.
     is_whole_X = torch.tensor([count == site.num_features for count in kept], device=x_ND.device)

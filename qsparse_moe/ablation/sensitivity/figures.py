@@ -57,6 +57,7 @@ def _change(change: CellChange) -> tuple[float, tuple[float, float]]:
 def _maps(site: Site, changes: Sequence[CellChange], scale: Normalize) -> Figure:
     """Draw one map per S side by side, and hatch the cells whose interval contains 0."""
     values = sorted({change.sparsity for change in changes})
+    # Models with dense layers have experts in some layers only.
     layers = tuple(sorted({change.cell.layer for change in changes}))
     num_experts = 1 + max(change.cell.expert or 0 for change in changes)
     maps = []

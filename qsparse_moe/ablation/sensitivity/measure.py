@@ -202,6 +202,7 @@ def _evaluate(
             found.append(loss_by_document(model, sequences) - base_C)
             if notify is not None:
                 notify(len(found), len(pairs))
+    # Also after an interrupt: the caller keeps its model.
     finally:
         model.set_sparsity(plan)
     return found
@@ -213,6 +214,7 @@ def _cell_changes(
     total = labels_C.sum()
     first_PC = np.stack([estimated.first[cell][index] for cell, index, _ in pairs])
     both_PC = first_PC + np.stack([estimated.second[cell][index] for cell, index, _ in pairs])
+    # One set of resamples for all changes, so that their intervals are comparable.
     low_P, high_P = bootstrap_intervals(both_PC, labels_C, draws=draws)
     exact_PC = np.stack(losses) if losses is not None else None
     exact_interval = bootstrap_intervals(exact_PC, labels_C, draws=draws) if exact_PC is not None else None
@@ -254,6 +256,7 @@ def agreements(changes: Sequence[CellChange]) -> tuple[Agreement, ...]:
 def _agreement(sparsity: float | None, changes: Sequence[CellChange]) -> Agreement:
     exact = [change.exact for change in changes]
     both, first = [change.estimate for change in changes], [change.first_order for change in changes]
+    # With a single document the second half is empty and its mean is nan.
     halves = [change.exact_halves for change in changes if change.exact_halves is not None]
     has_halves = len(halves) == len(changes) and bool(np.isfinite(halves).all())
     decided = [change for change in changes if change.is_decided]

@@ -123,6 +123,7 @@ def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:
     by_cell: dict[Any, CellChange] = {}
     for change in sorted(found.changes, key=_cost):
         by_cell[change.cell] = change
+    # Sorted ascending before, so that the costliest S of each cell was stored last.
     chosen = sorted(by_cell.values(), key=_cost, reverse=True)[:_MOST_SENSITIVE]
     return [
         (

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
@@ -35,6 +35,8 @@ class Scale:
     high: float
     colours: str
     title: str
+    middle: float | None = None
+    """Value at the middle of the colour map; None: halfway between ``low`` and ``high``."""
 
 
 def heat_maps(stats: Stats) -> dict[str, np.ndarray]:
@@ -46,7 +48,9 @@ def scale_of(name: str, num_experts: int) -> Scale:
     """Return the scale of the map ``name``, the same in every step."""
     if name == "load":
         # The largest possible load is E. Beyond 4 a map of many experts would show all others in one colour.
-        return Scale(0.0, min(4.0, float(num_experts)), "RdBu_r", "Load: routed tokens over the layer's mean")
+        high = min(4.0, max(2.0, float(num_experts)))
+        # White at 1, an even load; the two halves of the scale are of different length.
+        return Scale(0.0, high, "RdBu_r", "Load: routed tokens over the layer's mean", middle=1.0)
     site, quantity = name.split("/")
     where = site.replace("_", " ")
     if quantity == "kept_energy":
@@ -66,7 +70,7 @@ class HeatMap:
         self._axes = axes = figure.add_subplot()
         colours = _colour_map(scale.colours)
         empty = np.full((len(layers), num_experts), np.nan)
-        self._image = axes.imshow(empty, cmap=colours, vmin=scale.low, vmax=scale.high, aspect="auto")
+        self._image = axes.imshow(empty, cmap=colours, norm=_norm(scale), aspect="auto")
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
         step = -(-num_experts // 32)
@@ -102,6 +106,12 @@ class HeatMap:
         for centre, value, background in zip(self._centres, values.tolist(), backgrounds, strict=True):
             if value == value:  # not NaN: an expert without a token
                 pen.text(centre, f"{value:.2f}", fill=_readable(background), font=self._font, anchor="mm")
+
+
+def _norm(scale: Scale) -> Normalize:
+    if scale.middle is None:
+        return Normalize(scale.low, scale.high)
+    return TwoSlopeNorm(scale.middle, scale.low, scale.high)
 
 
 def _colour_map(name: str) -> Colormap:

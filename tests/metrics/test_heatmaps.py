@@ -51,6 +51,14 @@ def test_a_value_has_one_colour_in_every_step(name):
     assert np.array_equal(heat_map.draw(values), first)
 
 
+@pytest.mark.parametrize("num_experts", [1, 2, 8, 64])
+def test_an_even_load_is_white_and_an_expert_with_more_is_red_and_with_less_blue(num_experts):
+    heat_map = HeatMap(scale_of("load", num_experts), [0], num_experts)
+    even, more, less = (heat_map._image.cmap(heat_map._image.norm(value))[:3] for value in (1.0, 1.5, 0.5))
+    assert min(even) > 0.96
+    assert more[0] > more[2] + 0.1 and less[2] > less[0] + 0.1
+
+
 def test_ticks_are_layer_and_expert_numbers_and_each_value_is_drawn_in_its_cell():
     heat_map = HeatMap(Scale(0, 1, "gray", "test"), [1, 3], 3)
     axes = heat_map._axes

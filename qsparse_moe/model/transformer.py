@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig, Recompute
 from qsparse_moe.config.shapes import head_size, vocab_size
 from qsparse_moe.kernels.onednn import Linear
@@ -44,10 +45,14 @@ def build_model(
     ``expert_group`` this rank holds its shard of every layer's experts, and all ranks of the group must run the model
     together.
 
+    Where ``config.vocab_size`` is None the model is one of bytes, with 264 rows: the section alone does not know the
+    run's tokenizer. ``data.tokenizer.with_vocabulary(run_config).model`` has the rows that another tokenizer needs.
+
     Raises:
         BackendUnavailable: the backend of the experts or of the sparse sites cannot run on ``device``.
-        ConfigError: a sparsity override matches nothing, or the plan file does not fit the model.
+        ConfigError: a rule is broken, a sparsity override matches nothing, or the plan file does not fit the model.
     """
+    check_model(config)
     model = Transformer(config, device=device, expert_group=expert_group)
     initialize(model, config, seed)
     return model.to(device=device, dtype=dtype)
@@ -171,7 +176,7 @@ class Transformer(nn.Module):
             targets_BS = shifted_labels(labels_BS, documents_BS)
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
-        hidden_BSD = self.embedding(tokens_BS)
+        hidden_BSD = self._embed(tokens_BS)
         rotation = rotation_at(positions_BS, head_size(self.config), self.config.rope_theta, hidden_BSD.dtype)
         mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
         chosen = self.activation_checkpointing
@@ -190,6 +195,17 @@ class Transformer(nn.Module):
             return ModelOutput(logits_BSV, None, {}, stats)
         loss, losses = self._losses(logits_BSV, targets_BS, outputs)
         return ModelOutput(logits_BSV, loss, losses, stats)
+
+    def _embed(self, tokens_BS: Tensor) -> Tensor:
+        try:
+            return self.embedding(tokens_BS)
+        except IndexError:
+            rows = self.embedding.weight.shape[0]
+            raise ValueError(
+                f"tokens_BS holds ids from {int(tokens_BS.min())} to {int(tokens_BS.max())}, and the model has {rows} "
+                "rows, for ids from 0 on; build it with the model.vocab_size of the tokenizer, which "
+                "with_vocabulary(run_config).model has"
+            ) from None
 
     def _losses(
         self, logits_BSV: Tensor, targets_BS: Tensor, outputs: list[BlockOutput]

@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
+from qsparse_moe.config.schema import ModelConfig, MoEConfig, RunConfig, SparsityConfig
 from qsparse_moe.config.shapes import site_width
+from qsparse_moe.data.tokenizer import with_vocabulary
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.rope import rotate, rotation_at
 from qsparse_moe.model.transformer import build_model, cross_entropy, shifted_labels
 from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
+from tests.data.test_tokenizer import save_tokenizer
 
 VOCAB = 40
 RECOMPUTED = ("full", "selective", "attention", "feed_forward")
@@ -421,3 +423,28 @@ def test_the_sums_of_every_site_are_its_own():
         widths[site] = output.stats[f"sparsity/{site}/used_LED"].shape[-1]
     assert found == kept
     assert widths == dict.fromkeys(kept, 16) | {"dense_hidden": 48, "expert_hidden": 24, "shared_hidden": 24}
+
+
+def test_a_model_section_without_a_vocabulary_is_one_of_bytes_and_a_runs_has_its_tokenizers(tmp_path):
+    section = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
+    model = build_model(ModelConfig(**section))
+    assert model.embedding.weight.shape[0] == model.head.weight.shape[0] == 264
+    assert model(torch.tensor([[0, 256]])).logits_BSV.shape == (1, 2, 264)
+    words = ["<unk>", "</s>", *(f"w{number}" for number in range(298))]
+    save_tokenizer(tmp_path / "words", vocabulary=words, unknown="<unk>", settings={"eos_token": "</s>"})
+    config = RunConfig(model=ModelConfig(**section), data={"tokenizer": str(tmp_path / "words")})
+    assert build_model(with_vocabulary(config).model).embedding.weight.shape[0] == 304
+
+
+def test_an_id_without_a_row_is_named_with_the_way_out():
+    with pytest.raises(ValueError) as caught:
+        build_model(ModelConfig(hidden_size=16, num_layers=1, num_heads=2))(torch.tensor([[3, 264]]))
+    assert str(caught.value) == (
+        "tokens_BS holds ids from 3 to 264, and the model has 264 rows, for ids from 0 on; build it with the "
+        "model.vocab_size of the tokenizer, which with_vocabulary(run_config).model has"
+    )
+
+
+def test_a_section_that_breaks_a_rule_is_not_built():
+    with pytest.raises(ConfigError, match=r"^model\.num_kv_heads \(3\) must divide"):
+        build_model(ModelConfig(num_kv_heads=3))

@@ -17,8 +17,6 @@ from qsparse_moe.ablation.law.optimum import GRID
 from qsparse_moe.ablation.law.read import UNITS
 from qsparse_moe.ablation.law.study import FittedForm, Study
 
-FIGURES = ("fit.png", "residuals.png", "sparsity.png", "iso_loss.png")
-"""What ``draw`` can write."""
 _DPI = 130
 _LEVELS = 12
 

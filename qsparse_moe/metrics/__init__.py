@@ -1,1 +1,1 @@
-"""What a run writes about itself: one list of metrics, and the listener that records them as JSON lines and charts."""
+"""Metrics of a run: their definitions, and the listener that records them as JSON lines and for TensorBoard."""

@@ -34,6 +34,7 @@ def derive_metrics(report: StepReport, model: ModelConfig, window: Window | None
     for name, values_L in by_layer.items():
         metrics |= _over_layers(name, values_L, layers_with(name, model))
     metrics |= evaluation_metrics(report, model)
+    # Our own mistake, found by any test that logs a step: a metric without a definition would have no unit on its card.
     unlisted = [name for name in metrics if not is_listed(name)]
     assert not unlisted, f"metrics that names.METRICS does not define: {unlisted}"
     return metrics

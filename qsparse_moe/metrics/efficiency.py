@@ -26,6 +26,7 @@ class Efficiency:
         self._config: RunConfig = context.config
         self._context = context
         model, length = self._config.model, self._config.data.sequence_length
+        # The products of training are dense within the experts that routing chose, whatever S is.
         self._executed = training_flops(model, length).routed
         self._active = count_parameters(model).active
         # The steps between the last logged one and a checkpoint are added with the next logged step.
@@ -46,6 +47,7 @@ class Efficiency:
         densities = measured_densities(self._config.model, metrics)
         if densities is not None:
             found |= self._without_zeros(report, densities)
+        # A peak that is not known is not guessed, so the metric is absent on a CPU without the setting.
         if self._peak is not None:
             flops_per_second = self._executed * report.tokens_per_second
             found["throughput/model_flops_utilisation"] = flops_per_second / (self._peak * self._context.world_size)

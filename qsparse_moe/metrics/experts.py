@@ -29,6 +29,7 @@ def expert_ratios(stats: Stats) -> dict[str, Tensor]:
     """
     ratios: dict[str, Tensor] = {}
     if "router/rows_LE" in stats:
+        # In double as everywhere: counts of tokens over a long sum exceed the integers that fp32 holds.
         rows_LE = stats["router/rows_LE"].double()
         ratios["load"] = rows_LE / rows_LE.mean(-1, keepdim=True)
     for site in EXPERT_SITES:

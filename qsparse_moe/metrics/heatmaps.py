@@ -54,6 +54,7 @@ def scale_of(name: str, num_experts: int) -> Scale:
     site, quantity = name.split("/")
     where = site.replace("_", " ")
     if quantity == "kept_energy":
+        # From 0.5: top-K keeps the largest magnitudes, so less than half of the energy is rare and needs no own colour.
         return Scale(0.5, 1.0, "viridis", f"Energy after the selection at {where}")
     if quantity == "zeros":
         return Scale(0.0, 1.0, "magma", f"Fraction of zeros at {where}")
@@ -65,6 +66,7 @@ class HeatMap:
 
     def __init__(self, scale: Scale, layers: Sequence[int], num_experts: int) -> None:
         """``layers`` are the numbers of the layers that have experts, in order."""
+        # A column of 0.42 inch holds a number such as 12.34, a row of 0.36 inch its height.
         figure = Figure(figsize=(2.2 + 0.42 * max(num_experts, 8), 1.6 + 0.36 * len(layers)), dpi=100)
         self._canvas = FigureCanvasAgg(figure)
         self._axes = axes = figure.add_subplot()
@@ -73,6 +75,7 @@ class HeatMap:
         self._image = axes.imshow(empty, cmap=colours, norm=_norm(scale), aspect="auto")
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
+        # More than 32 labels would overlap.
         step = -(-num_experts // 32)
         axes.set_xticks(range(0, num_experts, step), [str(e) for e in range(0, num_experts, step)])
         axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])

@@ -31,6 +31,7 @@ def histogram_summary(tag: str, counts_H: Tensor, bins: LogBins) -> Any | None:
     Empty bins at both ends are left out: TensorBoard divides the range that it is given into 30 bins of equal width.
     """
     counts = counts_H.numpy()
+    # Edges are logarithms: on a linear axis of magnitudes, all thresholds but the largest share one bin.
     edges = np.asarray(bins.edges)
     filled = np.flatnonzero(counts)
     if not len(filled):

@@ -40,6 +40,7 @@ class MetricsFile:
         row: dict[str, Any] = {"step": step, "tokens": tokens, "seconds": seconds} | _finite(metrics)
         if experts:
             row["experts"] = dict(experts)
+        # NaN is not JSON: fail here rather than write a line that other parsers refuse.
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
 

@@ -194,6 +194,7 @@ class TensorBoardFiles:
 def _open(folder: Path, start_step: int) -> SummaryWriter:
     """Open a new event file that voids what earlier files of ``folder`` hold of the steps after ``start_step``."""
     _wait_for_a_later_name(folder)
+    # Readers drop the steps from purge_step on, so the step of the checkpoint itself stays.
     return SummaryWriter(str(folder), purge_step=start_step + 1)
 
 
@@ -214,6 +215,7 @@ def image_tag(name: str) -> str:
 
 def _hparams_summaries(config: RunConfig) -> tuple[Any, Any, Any]:
     """Return the summaries of the experiment, of the start, and of the end of a session for the HPARAMS page."""
+    # The zeros are not written anywhere: the page reads the last value of each metric's curve.
     experiment, start, end = hparams(hyperparameters(config), dict.fromkeys(SUMMARY_METRICS, 0.0))
     (value,) = experiment.value
     data = HParamsPluginData.FromString(value.metadata.plugin_data.content)
@@ -239,6 +241,7 @@ def _wait_for_a_later_name(folder: Path) -> None:
 
 def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> None:
     """Add pictures ``(height, width, 3)`` by name, in an event file of their own in the folder of the run."""
+    # The suffix tells the file from the run's own, and no purge_step: the curves of the run stay as they are.
     with SummaryWriter(str(folder), filename_suffix=".pictures") as writer:
         for name, picture in pictures.items():
             writer.add_image(name, picture, step, dataformats="HWC")

@@ -55,6 +55,7 @@ class Window:
         threshold_L = stats[f"{site}/smallest_LE"].sum(-1) / stats[f"{site}/rows_LE"].sum(-1)
         before_L = self._thresholds_L.get(site)
         self._thresholds_L[site] = threshold_L
+        # The first logged step has nothing to compare with: absent, not 0, which would mean a constant threshold.
         if before_L is not None:
             ratios[f"{site}/threshold_drift"] = threshold_L / before_L - 1.0
         return ratios
@@ -95,6 +96,7 @@ class _Idle:
         before = torch.zeros(used.shape, dtype=torch.int32) if self._steps is None else self._steps
         self._steps = torch.where(used, 0, before + 1)
         self._num_steps += 1
+        # Before `length` steps, "unused so far" would count as dead.
         return self._steps >= self.length if self._num_steps >= self.length else None
 
     def state_dict(self) -> dict[str, Any]:
@@ -110,6 +112,8 @@ class _Idle:
 def _packed(numbers: Tensor) -> dict[str, Any]:
     """Return whole numbers as compressed text."""
     # One number per feature of every expert, nearly all of them 0: compressed, they stay small beside the weights.
+    # Little-endian and 32 bits whatever the machine, because a checkpoint may be read on another one. Level 1 is the
+    # fastest, and zeros compress well at any level.
     content = zlib.compress(numbers.numpy().astype("<i4").tobytes(), level=1)
     return {"shape": list(numbers.shape), "zlib_int32": base64.b64encode(content).decode("ascii")}
 

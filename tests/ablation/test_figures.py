@@ -265,3 +265,10 @@ def test_changes_orders_apart_have_a_scale_that_is_logarithmic_away_from_0():
     assert isinstance(far, SymLogNorm) and (far.vmin, far.vmax) == (-100.0, 100.0)
     assert float(far(0.0)) == pytest.approx(0.5)
     assert scale_over([0.0]).vmax > 0
+
+
+def test_the_spread_of_a_variant_is_the_sample_deviation_of_its_seeds():
+    (found, alone) = variant_results([row({}, 1.0), row({"a": 1}, 5.0), row({}, 3.0), row({}, None)])
+    # Squares of 1 and 1 around the mean of 2, over one degree of freedom.
+    assert (found.loss, found.spread) == (2.0, pytest.approx(2**0.5))
+    assert (alone.loss, alone.spread) == (5.0, 0.0)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from qsparse_moe.ablation.law import certainty
 from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest_held_out_error, resampled
 from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, why_not
 from qsparse_moe.ablation.law.forms import Design
@@ -250,3 +252,22 @@ def test_quantities_that_move_together_are_known():
     sparsity = 1 - 1 / (1 + 0.1 * np.log(linked.total / linked.total.min()))
     assert why_not(Q_SPARSE, linked.where(linked.run < 99)) is None
     assert "N, S vary together" in why_not(Q_SPARSE, replace(linked, sparsity=sparsity))
+
+
+def test_a_drawn_run_counts_as_one_however_many_observations_it_has(monkeypatch):
+    seen = []
+    monkeypatch.setattr(certainty, "fit", lambda *_arguments, weights, near: seen.append(weights))
+    runs = np.array([0, 0, 0, 0, 1, 1, 2])
+    seven = imagined(kept=1e6, expert_share=0.5, sparsity=np.zeros(7))
+    resampled(SimpleNamespace(form=None, theta=None), replace(seven, run=runs), number=20)
+    by_run = np.array([[weights[runs == run].sum() for run in range(3)] for weights in seen])
+    # Drawn three times with replacement: whole numbers that add up to 3, not always the same.
+    assert by_run.sum(1) == pytest.approx(3) and by_run == pytest.approx(by_run.round())
+    assert len({tuple(drawn) for drawn in by_run.round().tolist()}) > 3
+
+
+def test_the_spread_over_seeds_compares_runs_of_equal_tokens_alone():
+    four = imagined(kept=1e6, expert_share=0.5, sparsity=np.zeros(4))
+    runs = replace(four, run=np.arange(4), tokens=np.array([1e9, 1e9, 2e9, 2e9]), loss=np.exp([1.2, 1.0, 0.3, 0.5]))
+    # Each pair lies 0.1 around its mean: four squares of 0.01 over two degrees of freedom.
+    assert seed_spread(runs) == pytest.approx((4 * 0.01 / 2) ** 0.5)

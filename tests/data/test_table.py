@@ -18,7 +18,7 @@ from qsparse_moe.config.schema import DataConfig, SourceConfig
 from qsparse_moe.data import cache
 from qsparse_moe.data.packing import Packer, is_validation, text_digest
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.table import Packing, SourceTable, _LogProgress, load_source_table
+from qsparse_moe.data.table import Packing, SourceTable, _LogProgress, _up_to, load_source_table
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import load_tokenizer
 from qsparse_moe.errors import DataError
@@ -299,3 +299,11 @@ def test_a_long_build_logs_how_far_it_is_and_a_short_one_does_not(caplog, monkey
         say("data.sources.0 (text)", 20_000_000, 40_000_000)
         say("data.sources.0 (text)", 30_000_000, None)
     assert caplog.messages == ["data.sources.0 (text): 20 of 40 (50 %) million bytes tokenised"]
+
+
+def test_text_ends_with_the_byte_that_a_source_may_have_and_nothing_comes_after_it() -> None:
+    # An empty document has no bytes, but a token.
+    assert list(_up_to(iter(["ab", "cd", "", "e"]), 4)) == ["ab", "cd"]
+    assert list(_up_to(iter(["ab", "", "cd"]), 3)) == ["ab", "", "c"]
+    assert list(_up_to(iter(["ab", "cé"]), 4)) == ["ab", "c"]
+    assert list(_up_to(iter(["ab", "", "cd"]), None)) == ["ab", "", "cd"]

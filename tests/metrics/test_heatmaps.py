@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qsparse_moe.metrics.heatmaps import HeatMap, Scale, heat_maps, scale_of
+from qsparse_moe.metrics.heatmaps import HeatMap, Scale, _readable, heat_maps, scale_of
 from qsparse_moe.sparsity.stats import SITE_FIELDS
 
 
@@ -87,3 +87,10 @@ def test_numbers_are_written_into_the_cells_of_their_values():
 def test_many_experts_are_drawn_without_numbers_in_the_cells():
     picture = HeatMap(Scale(0, 4, "viridis", "load"), list(range(3)), 128).draw(np.ones((3, 128)))
     assert picture.shape[1] > 2000
+
+
+def test_numbers_are_black_on_what_looks_bright_and_white_on_what_looks_dark():
+    # Luminance 0.299 R + 0.587 G + 0.114 B: an orange of 0.534 is bright, the blue with as much green, 0.349, is dark.
+    assert _readable((1.0, 0.4, 0.0, 1.0)) == "black"
+    assert _readable((0.0, 0.4, 1.0, 1.0)) == "white"
+    assert [_readable(end) for end in ((1.0, 1.0, 1.0), (0.0, 0.0, 0.0))] == ["black", "white"]

@@ -116,7 +116,7 @@ def test_variants_whose_s_lies_below_the_natural_zeros_are_named_with_both_figur
     note, table = markdown(grid, results).split("\n\n")[-2:]
     assert note.startswith("Below the natural level of zeros")
     assert table.splitlines() == [
-        "| variant | place | S asked for | zeros measured |",
+        "| variant | site | requested S | measured zeros |",
         "| --- | --- | --- | --- |",
         "| half | layers 1-2 expert_hidden | 0.500 | 0.670 |",
         "| half | dense_hidden | 0.500 | 0.900 |",

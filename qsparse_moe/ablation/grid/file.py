@@ -240,18 +240,18 @@ def _wrong_axis(name: str, axis: list[Any] | dict[str, Settings]) -> Iterator[st
         yield from _wrong_settings(f"axes.{name}", axis)
 
 
-def _wrong_settings(place: str, settings_by_name: Mapping[str, Settings]) -> Iterator[str]:
+def _wrong_settings(section: str, settings_by_name: Mapping[str, Settings]) -> Iterator[str]:
     for name, settings in settings_by_name.items():
-        yield from _wrong_paths(f"{place}.{name}", settings or {})
+        yield from _wrong_paths(f"{section}.{name}", settings or {})
 
 
-def _wrong_paths(place: str, settings: Mapping[str, Any]) -> Iterator[str]:
+def _wrong_paths(section: str, settings: Mapping[str, Any]) -> Iterator[str]:
     for path, value in settings.items():
         parts = tuple(path.split("."))
         if len(walk(parts)[0]) < len(parts):
-            yield f"{place}: {unknown_setting(parts).message}"
+            yield f"{section}: {unknown_setting(parts).message}"
         elif path in GIVEN:
-            yield f"{place} sets {path} ({show(value)}), which the grid sets for every run; remove it"
+            yield f"{section} sets {path} ({show(value)}), which the grid sets for every run; remove it"
 
 
 def _set_twice(file: GridFile) -> Iterator[str]:
@@ -261,7 +261,7 @@ def _set_twice(file: GridFile) -> Iterator[str]:
         groups[f"axes.{name}"] = (
             [{name: 0}] if isinstance(axis, list) else [settings or {} for settings in axis.values()]
         )
-    paths = {place: {path for settings in group for path in settings} for place, group in groups.items()}
+    paths = {section: {path for settings in group for path in settings} for section, group in groups.items()}
     for (one, ours), (other, theirs) in itertools.combinations(paths.items(), 2):
         for path in sorted(ours):
             # A parent path sets everything below it, so it conflicts with each of its children.

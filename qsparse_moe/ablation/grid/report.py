@@ -121,16 +121,16 @@ def _natural_zeros(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         for site in dict.fromkeys(entry[0] for entry in found):
             _, layers, zeros, chosen = zip(*(entry for entry in found if entry[0] == site), strict=True)
             # An empty list means every layer, whatever the other seeds have.
-            place = place_label(layers=sorted(set().union(*layers)) if all(layers) else None, site=site)
-            rows.append([variant, place, f"{statistics.mean(chosen):.3f}", f"{statistics.mean(zeros):.3f}"])
+            where = place_label(layers=sorted(set().union(*layers)) if all(layers) else None, site=site)
+            rows.append([variant, where, f"{statistics.mean(chosen):.3f}", f"{statistics.mean(zeros):.3f}"])
     if not rows:
         return []
     note = (
-        "Below the natural level of zeros: at these places the activation function produces more zeros than S asks "
-        "for, so the loss of these variants says little about S there. A selection changes something above the "
+        "Below the natural level of zeros: at these sites the activation function produces more zeros than S asks "
+        "for, so the loss of these variants says little about S there. A selection has an effect only if S exceeds the "
         "measured zeros (mean over the seeds, last evaluation)."
     )
-    return [note, _table(["variant", "place", "S asked for", "zeros measured"], rows)]
+    return [note, _table(["variant", "site", "requested S", "measured zeros"], rows)]
 
 
 def _mean(results: Sequence[RunResult], name: str) -> float:

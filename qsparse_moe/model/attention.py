@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,18 @@ class Projection(Linear):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(*, in)`` to ``(*, out)``."""
         return linear(x, as_format(self.weight, self.weight_format))
+
+
+class AttentionCache(Protocol):
+    """Keys and values of earlier tokens, for evaluation: what generation gives to the attention of one layer."""
+
+    def update(self, key_BHSC: Tensor, value_BHSC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the keys and values of the new tokens, and return what their queries attend to.
+
+        Returns:
+            Keys and values of K tokens, and the mask: true where a query sees a key, broadcast to ``(B, H, S, K)``;
+            None if the K tokens are the S new ones, seen causally.
+        """
 
 
 class Attention(nn.Module):
@@ -63,11 +75,18 @@ class Attention(nn.Module):
         )
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, *, with_stats: bool
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        mask_B1SS: Tensor | None,
+        *,
+        with_stats: bool,
+        cache: AttentionCache | None = None,
     ) -> tuple[Tensor, Stats, Stats]:
         """Return the attention output ``(B, S, D)`` and the statistics of the input site and of the output site.
 
-        ``mask_B1SS`` is true where a query (third dim) attends to a key (last dim); None is the plain causal mask.
+        ``mask_B1SS`` is true where a query (third dim) attends to a key (last dim); None is the plain causal mask. With
+        a ``cache`` the mask is the one that the cache returns.
         """
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -78,6 +97,9 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
+        if cache is not None:
+            assert not self.training and mask_B1SS is None, "a cache goes with evaluation mode and has its own mask"
+            key, value, mask_B1SS = cache.update(key, value)
         mixed = F.scaled_dot_product_attention(
             query,
             key,

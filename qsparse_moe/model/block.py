@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Recompute, Site
 from qsparse_moe.config.shapes import dense_hidden_size, has_experts
-from qsparse_moe.model.attention import Attention
+from qsparse_moe.model.attention import Attention, AttentionCache
 from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.layer import MoELayer, site_names
@@ -52,13 +52,15 @@ class Block(nn.Module):
         mask_B1SS: Tensor | None,
         with_stats: bool,
         recompute: Recompute = "none",
+        cache: AttentionCache | None = None,
     ) -> BlockOutput:
         """Return the hidden states ``(B, S, D)`` after this layer and its statistics.
 
-        ``recompute`` names the half that the backward recomputes, or a setting that names neither half.
+        ``recompute`` names the half that the backward recomputes, or a setting that names neither half. A ``cache``
+        gives attention the keys and values of earlier tokens; only in evaluation mode.
         """
         mixed_BSD, *attention_stats = run_part(
-            recompute, "attention", self._attend, hidden_BSD, rotation, mask_B1SS, with_stats
+            recompute, "attention", self._attend, hidden_BSD, rotation, mask_B1SS, with_stats, cache
         )
         hidden_BSD = hidden_BSD + mixed_BSD
         y_BSD, balance, z_loss, stats = run_part(recompute, "feed_forward", self._feed_forward, hidden_BSD, with_stats)
@@ -66,9 +68,15 @@ class Block(nn.Module):
         return BlockOutput(hidden_BSD + y_BSD, balance, z_loss, stats)
 
     def _attend(
-        self, hidden_BSD: Tensor, rotation: Rotation, mask_B1SS: Tensor | None, with_stats: bool
+        self,
+        hidden_BSD: Tensor,
+        rotation: Rotation,
+        mask_B1SS: Tensor | None,
+        with_stats: bool,
+        cache: AttentionCache | None,
     ) -> tuple[Tensor, Stats, Stats]:
-        return self.attention(self.attention_norm(hidden_BSD), rotation, mask_B1SS, with_stats=with_stats)
+        normed_BSD = self.attention_norm(hidden_BSD)
+        return self.attention(normed_BSD, rotation, mask_B1SS, with_stats=with_stats, cache=cache)
 
     def _feed_forward(
         self, hidden_BSD: Tensor, with_stats: bool

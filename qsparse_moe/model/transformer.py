@@ -186,10 +186,7 @@ class Transformer(nn.Module):
             hidden_BSD = outputs[-1].hidden_BSD
             if layer_hook is not None:
                 layer_hook(layer, hidden_BSD)
-        logits_BSV = self.head(self.final_norm(hidden_BSD))
-        # Only outside of training, where the loss keeps the values that it has always had.
-        if self._hidden_ids is not None and not self.training:
-            logits_BSV = logits_BSV.index_fill(-1, self._hidden_ids.to(logits_BSV.device), -torch.inf)
+        logits_BSV = self.logits(hidden_BSD)
         stats = stack_layers([output.stats for output in outputs])
         if targets_BS is None:
             return ModelOutput(logits_BSV, None, {}, stats)
@@ -206,6 +203,14 @@ class Transformer(nn.Module):
                 "rows, for ids from 0 on; build it with the model.vocab_size of the tokenizer, which "
                 "with_vocabulary(run_config).model has"
             ) from None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits ``(*, V)`` of the last layer's output ``(*, D)``; see ``hide_ids``."""
+        logits = self.head(self.final_norm(hidden))
+        # Only outside of training, where the loss keeps the values that it has always had.
+        if self._hidden_ids is None or self.training:
+            return logits
+        return logits.index_fill(-1, self._hidden_ids.to(logits.device), -torch.inf)
 
     def _losses(
         self, logits_BSV: Tensor, targets_BS: Tensor, outputs: list[BlockOutput]

@@ -1,0 +1,1 @@
+"""Generation: prefill and decode with a key-value cache, sampling, and the text that comes of it."""

@@ -1,0 +1,66 @@
+"""The engines that decode: one token of each sequence per step, from the weights and a key-value cache.
+
+``ENGINES`` lists them, the fastest first; ``resolve_engine`` chooses one when a model is loaded, and logs the choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.inference.cached_model import TorchDecode
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.nn.runtime import choose
+
+
+class DecodeEngine(Protocol):
+    """Computes the next logits of a batch of sequences."""
+
+    name: str
+    """The value of the setting that requests it."""
+
+    def decode(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
+        """Return the logits ``(B, V)`` after one more token of each sequence: fp32, ids that the model hides at -inf.
+
+        Args:
+            tokens_B: ``(B,)`` int64 on the CPU, the newest token of each sequence. Its keys and values are stored at
+                ``cache.positions_B``, which then count it.
+            cache: of these sequences, in the same order.
+
+        Raises:
+            ConfigError: a sequence has no slot left, and the cache does not slide.
+        """
+
+    def figures(self) -> dict[str, Any]:
+        """Return figures of the steps so far for ``generate --stats``; JSON-able, may be empty."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine that can be requested by name."""
+
+    name: str
+    why_not: Callable[[Transformer], str | None]
+    """The reason why it cannot run this model where it is, with the way out; None if it can."""
+    build: Callable[[Transformer], DecodeEngine]
+    """The engine for a model in evaluation mode, whose weights and plan stay as they are from then on."""
+
+
+ENGINES: tuple[EngineSpec, ...] = (EngineSpec("torch", lambda model: None, TorchDecode),)
+
+
+def resolve_engine(requested: str, model: Transformer, engines: Sequence[EngineSpec] = ENGINES) -> DecodeEngine:
+    """Return the engine of that name for ``model``, or for ``auto`` the first that can run it; logs the choice.
+
+    Raises:
+        BackendUnavailable: the name is unknown, or the engine cannot run this model here; with the reason.
+    """
+    names = [spec.name for spec in engines]
+    if requested not in ("auto", *names):
+        raise BackendUnavailable(f"engine ({requested!r}) must be one of auto, {', '.join(names)}; choose one of them")
+    return choose("engine", requested, engines, lambda spec: spec.why_not(model)).build(model)

@@ -1,0 +1,189 @@
+"""The keys and values of the tokens that a model has seen, kept so that each token is computed once.
+
+L layers, B sequences, H key and value heads, S new tokens of a sequence (padded to the longest), P slots per sequence,
+C channels per head. The token at position p lies in slot p % P: the cache holds the last P tokens of each sequence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import head_size, num_kv_heads
+from qsparse_moe.errors import ConfigError
+
+
+class KeyValueCache:
+    """Keys and values of every layer for a batch of sequences, allocated once.
+
+    Attention sees the last P tokens of a sequence, itself included. A cache that slides drops older tokens; one that
+    does not slide refuses a token that has no slot left.
+    """
+
+    def __init__(self, key_LBHPC: Tensor, value_LBHPC: Tensor, *, slides: bool) -> None:
+        assert key_LBHPC.shape == value_LBHPC.shape, (key_LBHPC.shape, value_LBHPC.shape)
+        self.key_LBHPC = key_LBHPC
+        """Keys after the rotation. The slice of a layer is contiguous."""
+        self.value_LBHPC = value_LBHPC
+        self.positions_B = torch.zeros(key_LBHPC.shape[1], dtype=torch.int64)
+        """Number of tokens of each sequence so far, which is the position of its next token; on the CPU."""
+        self.slides = slides
+        """Whether the oldest token makes way for a new one when all slots are taken."""
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ModelConfig,
+        *,
+        batch: int,
+        capacity: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        slides: bool = False,
+    ) -> KeyValueCache:
+        """Return an empty cache for ``batch`` sequences of at most ``capacity`` tokens."""
+        shape = (config.num_layers, batch, num_kv_heads(config), capacity, head_size(config))
+        # Zeros, not torch.empty: a masked slot still enters the product of attention, and 0 * NaN is NaN.
+        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        return cls(key, value, slides=slides)
+
+    @property
+    def batch(self) -> int:
+        """B, the number of sequences."""
+        return self.key_LBHPC.shape[1]
+
+    @property
+    def capacity(self) -> int:
+        """P, the number of slots per sequence."""
+        return self.key_LBHPC.shape[3]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return self.key_LBHPC.nbytes + self.value_LBHPC.nbytes
+
+    def check_space(self, new_B: Tensor) -> None:
+        """Raise ConfigError unless ``new_B`` more tokens of each sequence have slots, or the cache slides."""
+        needed = int((self.positions_B + new_B).max())
+        if not self.slides and needed > self.capacity:
+            raise ConfigError(
+                f"the key-value cache holds {self.capacity} tokens per sequence, and a sequence has {needed}; make the "
+                "cache larger with max_length, or let it slide"
+            )
+
+    def step(self, lengths_B: Tensor) -> CacheStep:
+        """Return what the layers need to store the next ``lengths_B`` tokens of each sequence (at least 1 each).
+
+        Raises:
+            ConfigError: a sequence has no slot left, and the cache does not slide.
+        """
+        self.check_space(lengths_B)
+        return CacheStep.of(self, lengths_B)
+
+    def advance(self, lengths_B: Tensor | int = 1) -> None:
+        """Count the tokens that every layer has stored; called once after the last layer."""
+        self.positions_B += lengths_B
+
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Drop all sequences but these, given by their place in the batch in ascending order."""
+        assert list(sequences) == sorted(set(sequences)), sequences
+        for place, source in enumerate(sequences):
+            if place != source:
+                self.key_LBHPC[:, place] = self.key_LBHPC[:, source]
+                self.value_LBHPC[:, place] = self.value_LBHPC[:, source]
+        self.positions_B = self.positions_B[list(sequences)]
+        self.key_LBHPC = self.key_LBHPC[:, : len(sequences)]
+        self.value_LBHPC = self.value_LBHPC[:, : len(sequences)]
+
+
+def cache_bytes(config: ModelConfig, *, batch: int, capacity: int, dtype: torch.dtype) -> int:
+    """Return the bytes that ``KeyValueCache.allocate`` takes."""
+    return 2 * config.num_layers * batch * num_kv_heads(config) * capacity * head_size(config) * dtype.itemsize
+
+
+@dataclass(frozen=True)
+class CacheStep:
+    """The new tokens of one forward pass: where they are stored, and what each of them attends to."""
+
+    cache: KeyValueCache
+    positions_BS: Tensor
+    """Of the new tokens, on the device; also counted on over the padding."""
+    num_read: int
+    """Slots that hold a token of some sequence before (prefill) or after (decode) this step."""
+    mask_B1SK: Tensor | None
+    """True where a query sees a key; None: the new tokens alone, causally."""
+    source_BP: Tensor | None
+    """The new token that each slot takes, -1 for one that stays; None where each sequence has one new token."""
+
+    @classmethod
+    def of(cls, cache: KeyValueCache, lengths_B: Tensor) -> CacheStep:
+        """See ``KeyValueCache.step``."""
+        device, longest = cache.key_LBHPC.device, int(lengths_B.max())
+        before_B1 = cache.positions_B[:, None]
+        positions_BS = before_B1 + torch.arange(longest)
+        filled = min(int(cache.positions_B.max()), cache.capacity)
+        if longest == 1:
+            filled = min(int(cache.positions_B.max()) + 1, cache.capacity)
+            mask = (torch.arange(filled) <= before_B1)[:, None, None]
+            return cls(cache, positions_BS.to(device), filled, mask.to(device), None)
+        after_BP = _positions_in_slots(before_B1 + lengths_B[:, None], cache.capacity)
+        source_BP = torch.where(after_BP >= before_B1, after_BP - before_B1, -1)
+        mask = None
+        if filled or longest > cache.capacity:
+            held_BK = _positions_in_slots(before_B1, cache.capacity)[:, :filled]
+            keys_B1K = torch.cat((held_BK, positions_BS), dim=1)[:, None]
+            distance_BSK = positions_BS[:, :, None] - keys_B1K
+            mask = ((keys_B1K >= 0) & (distance_BSK >= 0) & (distance_BSK < cache.capacity))[:, None].to(device)
+        return cls(cache, positions_BS.to(device), filled, mask, source_BP.to(device))
+
+    def layers(self) -> list[LayerCache]:
+        """The view of this step for every layer, in order."""
+        return [LayerCache(self, layer) for layer in range(len(self.cache.key_LBHPC))]
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """The keys and values of one layer in one step; see ``model.attention.AttentionCache``."""
+
+    step: CacheStep
+    layer: int
+
+    def update(self, key_BHSC: Tensor, value_BHSC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Store the keys and values of the new tokens; return those that the queries see, and the mask."""
+        cache, step = self.step.cache, self.step
+        stored = (cache.key_LBHPC[self.layer], cache.value_LBHPC[self.layer])
+        new = (key_BHSC, value_BHSC)
+        if step.source_BP is None:
+            slots_B = step.positions_BS[:, 0] % cache.capacity
+            sequences_B = torch.arange(cache.batch, device=slots_B.device)
+            for held, part in zip(stored, new, strict=True):
+                held[sequences_B, :, slots_B] = part[:, :, 0].to(held.dtype)
+            key, value = (held[:, :, : step.num_read].to(key_BHSC.dtype) for held in stored)
+            return key, value, step.mask_B1SK
+        seen = new
+        if step.num_read:
+            # A copy of the older tokens: the first new ones still see those whose slots the last new ones take.
+            key, value = (
+                torch.cat((held[:, :, : step.num_read].to(part.dtype), part), dim=2)
+                for held, part in zip(stored, new, strict=True)
+            )
+            seen = (key, value)
+        for held, part in zip(stored, new, strict=True):
+            _put(held, part, step.source_BP)
+        return *seen, step.mask_B1SK
+
+
+def _positions_in_slots(num_tokens_B1: Tensor, capacity: int) -> Tensor:
+    """``(B, P)``: the position of the token in each slot once a sequence has ``num_tokens``; negative: no token."""
+    last_B1 = num_tokens_B1 - 1
+    return last_B1 - (last_B1 - torch.arange(capacity)) % capacity
+
+
+def _put(held_BHPC: Tensor, new_BHSC: Tensor, source_BP: Tensor) -> None:
+    index_BHPC = source_BP.clamp(min=0)[:, None, :, None].expand(held_BHPC.shape)
+    taken = new_BHSC.to(held_BHPC.dtype).gather(2, index_BHPC)
+    torch.where((source_BP >= 0)[:, None, :, None], taken, held_BHPC, out=held_BHPC)

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
-from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.runs.find import find_run
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.runs.find import find_run
 
 
 def register(app: typer.Typer) -> None:

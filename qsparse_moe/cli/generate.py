@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qsparse_moe.cli.console import print_json
-from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.runs.find import find_run
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.cli.run_folder import find_run
+from qsparse_moe.runs.find import find_run
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
 
 _NUM_BYTE_VALUES = 256
+_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class TextTokenizer(Protocol):
@@ -37,9 +38,14 @@ class TextTokenizer(Protocol):
     """Begins every document, and so ends the one before; never the result of encoding text."""
     fingerprint: str
     """Changes whenever some text would be encoded differently."""
+    files: tuple[Path, ...]
+    """The files that it was read from, all in one folder; none for bytes."""
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone, without the document token."""
+
+    def special_id(self, spelling: str) -> int | None:
+        """Return the id of the special token that is spelled so; None if there is none."""
 
     def save(self, folder: Path) -> None:
         """Copy the files that it was read from into a new folder; nothing where there are none."""
@@ -58,6 +64,11 @@ class ByteTokenizer:
     absent_ids: tuple[int, ...] = ()
     document_token = _NUM_BYTE_VALUES
     fingerprint = "bytes"
+    files: tuple[Path, ...] = ()
+
+    def special_id(self, spelling: str) -> int | None:
+        """Return None: the document token has no spelling."""
+        return None
 
     def save(self, folder: Path) -> None:
         """Do nothing: there are no files."""
@@ -90,7 +101,7 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, document_spelling: str, name: str, files: Sequence[Path] = ()) -> None:
-        self._files = tuple(files)
+        self.files = tuple(files)
         document_token = tokenizer.token_to_id(document_spelling)
         if document_token is None:
             raise DataError(
@@ -102,6 +113,9 @@ class HuggingFaceTokenizer:
         # Ids may have gaps, so the number of entries is not enough.
         ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
         self.vocab_size = max(ids) + 1
+        self._special_ids = {
+            token.content: i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special
+        }
         self.absent_ids: tuple[int, ...] = tuple(sorted(set(range(self.vocab_size)) - ids))
         # A tokenizer.json may cut or pad every text, and parses special tokens out of it by default.
         tokenizer.no_truncation()
@@ -116,10 +130,14 @@ class HuggingFaceTokenizer:
         partial = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        for file in self._files:
+        for file in self.files:
             shutil.copyfile(file, partial / file.name)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+
+    def special_id(self, spelling: str) -> int | None:
+        """Return the id of the special token that is spelled so; None if there is none."""
+        return self._special_ids.get(spelling)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text alone."""
@@ -184,7 +202,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
             f"data.tokenizer ({name}): {files[0]} cannot be read: {error}; it must be the tokenizer.json of a "
             "Hugging Face tokenizer; save it again with save_pretrained"
         ) from error
-    return HuggingFaceTokenizer(tokenizer, _document_spelling(name, files[1:]), name, files)
+    return HuggingFaceTokenizer(tokenizer, _document_spelling(name, [file for file in files if file.name in _SETTINGS_FILES]), name, files)
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
@@ -258,7 +276,8 @@ def _folder_files(name: str) -> list[Path]:
             f"{''.join(f' (did you mean {near}?)' for near in _near_folders(name))}. The hub is not asked for a path. "
             "Mend the path, or make the file with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    candidates = [folder / "tokenizer_config.json", folder / "special_tokens_map.json"]
+    # The template is used by generation alone.
+    candidates = [folder / name for name in (*_SETTINGS_FILES, "chat_template.jinja")]
     return [folder / "tokenizer.json", *(path for path in candidates if path.is_file())]
 
 

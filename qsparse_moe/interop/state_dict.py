@@ -18,11 +18,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import BackendUnavailable, CheckpointError
 from qsparse_moe.model.transformer import Transformer, build_model
-from qsparse_moe.runs.folder import CONFIG_FILE, load_run_config, no_checkpoint, write_config
+from qsparse_moe.runs.folder import CONFIG_FILE, TOKENIZER, load_run_config, no_checkpoint, write_config
 from qsparse_moe.sparsity.schedule import scheduled_scale
 from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
 from qsparse_moe.training.checkpoint.store import Checkpoint, newest_checkpoint
@@ -81,7 +80,7 @@ def export_run(
         source = _Source(checkpoint, COMPUTE_DTYPES[dtype])
         metadata = {"format": "pt", "qsparse_moe": FORMAT, "step": str(checkpoint.progress.step)}
         files = _write_weights(partial, source, metadata, part_bytes)
-        _write_config(partial, config)
+        _write_config(partial, config, run_dir)
         _open_to_readers(partial)
         _put_in_place(partial, output)
     except OSError as error:
@@ -111,7 +110,7 @@ def load_export(
     folder = Path(folder)
     files = _Files(folder)
     plan = folder / PLAN_FILE
-    config = load_config(folder / CONFIG_FILE, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
+    config = load_run_config(folder, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
     dtype = dtype or files.tensor("embedding.weight").dtype
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     check_shapes(stored_shapes(model), files.shapes, str(folder))
@@ -146,8 +145,9 @@ def _put_in_place(partial: Path, output: Path) -> None:
 def _open_to_readers(folder: Path) -> None:
     """Give the files the mode of any new file: safetensors writes weights that only their owner may read."""
     mode = folder.stat().st_mode & 0o666  # what the umask left of a new folder's 0777
-    for file in folder.iterdir():
-        file.chmod(mode)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 class _Source:
@@ -204,8 +204,11 @@ def _save_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str])
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
 
 
-def _write_config(folder: Path, config: RunConfig) -> None:
+def _write_config(folder: Path, config: RunConfig, run_dir: Path) -> None:
     write_config(folder, config)
+    # The export is used on its own, also where the run folder is gone.
+    if (run_dir / TOKENIZER).is_dir():
+        shutil.copytree(run_dir / TOKENIZER, folder / TOKENIZER)
     if config.model.sparsity.plan is not None:
         shutil.copyfile(config.model.sparsity.plan, folder / PLAN_FILE)
 

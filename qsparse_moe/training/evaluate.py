@@ -23,7 +23,7 @@ from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.runs.folder import load_run_config, no_checkpoint
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
+from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint, verified_checkpoint
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES, run_model
 
@@ -99,6 +99,7 @@ def load_run(
     *,
     dtype: torch.dtype | None = None,
     overrides: Sequence[str] = (),
+    checkpoint_folder: Path | None = None,
 ) -> tuple[RunConfig, Transformer, int]:
     """The config, the model of the newest checkpoint and the number of steps that it was trained.
 
@@ -109,13 +110,14 @@ def load_run(
         device: where the model goes.
         dtype: None takes the one that training computed in.
         overrides: settings that leave the weights as they are, such as ``model.sparsity.backend=torch``.
+        checkpoint_folder: a checkpoint of the run to use in place of the newest.
 
     Raises:
         CheckpointError: the folder has no complete checkpoint, or it is damaged.
         ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
     config = load_run_config(run_dir, overrides)
-    checkpoint = newest_checkpoint(run_dir)
+    checkpoint = newest_checkpoint(run_dir) if checkpoint_folder is None else verified_checkpoint(checkpoint_folder)
     if checkpoint is None:
         raise no_checkpoint(run_dir)
     if dtype is None:

@@ -188,11 +188,21 @@ def newest_checkpoint(run_dir: Path, distributed: Distributed | None = None) -> 
     paths = list_checkpoints(run_dir)
     if not paths:
         return None
-    checkpoint = Checkpoint(paths[-1])
     if distributed is None:
-        checkpoint.verify()
-    else:
-        distributed.on_every_rank(lambda: checkpoint.verify(part=distributed.rank, parts=distributed.world_size))
+        return verified_checkpoint(paths[-1])
+    checkpoint = Checkpoint(paths[-1])
+    distributed.on_every_rank(lambda: checkpoint.verify(part=distributed.rank, parts=distributed.world_size))
+    return checkpoint
+
+
+def verified_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint in the folder ``path`` after all its files have been read and compared.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    checkpoint = Checkpoint(path)
+    checkpoint.verify()
     return checkpoint
 
 

@@ -1,0 +1,154 @@
+"""From logits to a token. Pure functions; B sequences, V vocabulary.
+
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. An id whose logit is -inf has
+no probability at the start and gains none on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the default is greedy.
+
+    Raises:
+        ConfigError: a value lies outside of its range, or would have no effect because the temperature is 0.
+    """
+
+    temperature: float = 0.0
+    """The logits are divided by it; 0 takes the likeliest token (greedy)."""
+    top_k: int = 0
+    """Draw from this many of the likeliest tokens; 0: from all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of likeliest tokens whose probabilities sum to at least this (arXiv 1904.09751)."""
+    min_p: float = 0.0
+    """Draw from the tokens with at least this fraction of the largest probability (arXiv 2407.01082); 0: from all."""
+    repetition_penalty: float = 1.0
+    """Positive logits of ids that occur in the sequence are divided by it, negative ones multiplied (arXiv 1909.05858);
+    1: none."""
+
+    def __post_init__(self) -> None:
+        problems = []
+        if not 0.0 <= self.temperature < float("inf"):
+            problems.append(f"temperature ({self.temperature}) must be 0 (greedy) or a positive number")
+        if self.top_k < 0:
+            problems.append(f"top_k ({self.top_k}) must be at least 0; 0 draws from all tokens")
+        if not 0.0 < self.top_p <= 1.0:
+            problems.append(f"top_p ({self.top_p}) must lie in (0, 1]; 1 draws from all tokens")
+        if not 0.0 <= self.min_p <= 1.0:
+            problems.append(f"min_p ({self.min_p}) must lie in [0, 1]; 0 draws from all tokens")
+        if not 0.0 < self.repetition_penalty < float("inf"):
+            problems.append(f"repetition_penalty ({self.repetition_penalty}) must be positive; 1 is no penalty")
+        idle = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
+        if self.temperature == 0 and idle:
+            problems.append(
+                f"{' and '.join(idle)} must be left out at temperature 0, which takes the likeliest token whatever they "
+                "are; set a temperature above 0 to draw"
+            )
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+
+class Sampler:
+    """Chooses the next token of every sequence; each sequence has draws of its own seed."""
+
+    def __init__(self, sampling: Sampling, seeds: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """``tokens`` are those of each sequence so far, for the repetition penalty."""
+        self.sampling = sampling
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._tokens = [list(sequence) for sequence in tokens]
+
+    def __call__(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the next tokens ``(B,)`` and their log-probabilities ``(B,)`` in the model's own distribution.
+
+        Both lie on the CPU. The log-probability is that before penalty, temperature and cuts.
+        """
+        penalised_BV = logits_BV
+        if self.sampling.repetition_penalty != 1.0:
+            penalised_BV = penalise_repetition(logits_BV, self._tokens, self.sampling.repetition_penalty)
+        if self.sampling.temperature == 0:
+            chosen_B = penalised_BV.argmax(-1)
+        else:
+            probs_BV = probabilities(penalised_BV, self.sampling)
+            # One number per sequence and step, whatever the other sequences of the batch do.
+            uniform_B = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in self._generators])
+            chosen_B = draw(probs_BV, uniform_B.to(probs_BV.device))
+        log_probs_B = logits_BV.log_softmax(-1).gather(-1, chosen_B[:, None])[:, 0]
+        chosen_B = chosen_B.cpu()
+        for sequence, token in zip(self._tokens, chosen_B.tolist(), strict=True):
+            sequence.append(token)
+        return chosen_B, log_probs_B.cpu()
+
+    def keep(self, sequences: Sequence[int]) -> None:
+        """Drop all sequences but these, given by their place in the batch."""
+        self._generators = [self._generators[place] for place in sequences]
+        self._tokens = [self._tokens[place] for place in sequences]
+
+
+def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Return the distribution ``(B, V)`` that tokens are drawn from, in float64; the temperature is above 0."""
+    logits_BV = cut_top_k(logits_BV / sampling.temperature, sampling.top_k)
+    probs_BV = logits_BV.softmax(-1, dtype=torch.float64)
+    return cut_min_p(cut_top_p(probs_BV, sampling.top_p), sampling.min_p)
+
+
+def penalise_repetition(logits_BV: Tensor, tokens: Sequence[Sequence[int]], penalty: float) -> Tensor:
+    """Return the logits with those of the ids that occur in ``tokens`` made less likely; see ``Sampling``."""
+    seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool)
+    for row_V, sequence in zip(seen_BV, tokens, strict=True):
+        row_V[torch.as_tensor(sequence, dtype=torch.int64)] = True
+    less_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
+    return torch.where(seen_BV.to(logits_BV.device), less_BV, logits_BV)
+
+
+def cut_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
+    """Return the logits with all but the ``top_k`` largest of each row at -inf; equal ones go to the lower id."""
+    if top_k == 0 or top_k >= logits_BV.shape[-1]:
+        return logits_BV
+    order_BK = logits_BV.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    kept_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(-1, order_BK, True)
+    return logits_BV.masked_fill(~kept_BV, -torch.inf)
+
+
+def cut_top_p(probs_BV: Tensor, top_p: float) -> Tensor:
+    """Return the probabilities with those outside of the smallest set of mass ``top_p`` at 0, and the rest summing to 1.
+
+    The likeliest token always stays; equal ones go to the lower id.
+    """
+    if top_p == 1.0:
+        return probs_BV
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    before_BV = sorted_BV.cumsum(-1) - sorted_BV
+    kept_BV = torch.zeros_like(probs_BV, dtype=torch.bool).scatter_(-1, order_BV, before_BV < top_p)
+    return _normalised(probs_BV * kept_BV)
+
+
+def cut_min_p(probs_BV: Tensor, min_p: float) -> Tensor:
+    """Return the probabilities with those under ``min_p`` times the largest at 0, and the rest summing to 1."""
+    if min_p == 0.0:
+        return probs_BV
+    return _normalised(probs_BV * (probs_BV >= min_p * probs_BV.amax(-1, keepdim=True)))
+
+
+def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
+    """Return ``(B,)``: the id at which the sum of the probabilities up to it first exceeds ``uniform`` in [0, 1).
+
+    An id of probability 0 is never drawn.
+    """
+    sums_BV = probs_BV.double().cumsum(-1)
+    total_B1 = sums_BV[:, -1:]
+    # The product may round up to the total, which no sum exceeds.
+    wanted_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    return torch.searchsorted(sums_BV, wanted_B1, right=True)[:, 0]
+
+
+def _normalised(probs_BV: Tensor) -> Tensor:
+    return probs_BV / probs_BV.sum(-1, keepdim=True)

@@ -1,0 +1,62 @@
+"""Folders that a user names: a run, one checkpoint of a run, an export. Checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from qsparse_moe.errors import CheckpointError
+from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE
+
+_CHECKPOINT_INDEX = "state.json"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that holds a trained model."""
+
+    path: Path
+    kind: Literal["run", "checkpoint", "export"]
+
+    @property
+    def config_folder(self) -> Path:
+        """The folder whose config.yaml describes the model: that of the run where this is a checkpoint."""
+        return self.path.absolute().parent.parent if self.kind == "checkpoint" else self.path
+
+
+def find_model(path: Path) -> ModelFolder:
+    """Return what kind of model folder ``path`` is: a run, one of its checkpoints, or an export.
+
+    Raises:
+        CheckpointError: it is none of them; with the run folders that are beside it.
+    """
+    if (path / _CHECKPOINT_INDEX).is_file() and path.absolute().parent.name == CHECKPOINTS:
+        folder = ModelFolder(path, "checkpoint")
+        find_run(folder.config_folder)
+        return folder
+    find_run(path)
+    return ModelFolder(path, "export" if any(path.glob("model*.safetensors")) else "run")
+
+
+def find_run(path: Path) -> Path:
+    """Return ``path``, which is a run folder.
+
+    Raises:
+        CheckpointError: it is none; with the run folders that are beside it.
+    """
+    if (path / CONFIG_FILE).is_file():
+        return path
+    problem = "does not exist" if not path.exists() else f"is no run folder: it has no {CONFIG_FILE}"
+    found = _runs_in(path.parent) or _runs_in(path)
+    names = difflib.get_close_matches(path.name, [run.name for run in found], n=3, cutoff=0) if found else []
+    nearest = ", such as " + ", ".join(str(found[0].parent / name) for name in names) if names else ""
+    raise CheckpointError(f"{path} {problem}; name a folder that qsparse-moe train made{nearest}")
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    try:
+        return sorted(entry for entry in folder.iterdir() if (entry / CONFIG_FILE).is_file())
+    except OSError:
+        return []

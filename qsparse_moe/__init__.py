@@ -13,6 +13,8 @@ from qsparse_moe.version import __version__
 if TYPE_CHECKING:
     from qsparse_moe.config.load import load_config
     from qsparse_moe.config.schema import RunConfig
+    from qsparse_moe.inference.generator import Generator
+    from qsparse_moe.inference.sampling import Sampling
     from qsparse_moe.metrics.experts import expert_ratios
     from qsparse_moe.metrics.ratios import scalar_ratios
     from qsparse_moe.model.output import ModelOutput
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
     from qsparse_moe.training.loop import train
 
 __all__ = [
+    "Generator",
     "ModelOutput",
     "MoELayer",
     "Router",
     "RunConfig",
+    "Sampling",
     "SparsityPlan",
     "Transformer",
     "__version__",
@@ -43,10 +47,12 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Generator": "inference.generator",
     "ModelOutput": "model.output",
     "MoELayer": "moe.layer",
     "Router": "moe.router",
     "RunConfig": "config.schema",
+    "Sampling": "inference.sampling",
     "SparsityPlan": "sparsity.plan",
     "Transformer": "model.transformer",
     "build_model": "model.transformer",

@@ -202,7 +202,9 @@ def load_tokenizer(name: str) -> TextTokenizer:
             f"data.tokenizer ({name}): {files[0]} cannot be read: {error}; it must be the tokenizer.json of a "
             "Hugging Face tokenizer; save it again with save_pretrained"
         ) from error
-    return HuggingFaceTokenizer(tokenizer, _document_spelling(name, [file for file in files if file.name in _SETTINGS_FILES]), name, files)
+    return HuggingFaceTokenizer(
+        tokenizer, _document_spelling(name, [file for file in files if file.name in _SETTINGS_FILES]), name, files
+    )
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:

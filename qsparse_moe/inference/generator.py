@@ -1,0 +1,295 @@
+"""Text from a trained model: prompts in, tokens out as they come.
+
+B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.shapes import vocab_size
+from qsparse_moe.data.tokenizer import TextTokenizer, meaningless_ids
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.inference.cached_model import prefill
+from qsparse_moe.inference.engine import DecodeEngine, resolve_engine
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.load import load_model
+from qsparse_moe.inference.memory import check_memory
+from qsparse_moe.inference.sampling import Sampler, Sampling
+from qsparse_moe.inference.sequences import Generation, GrowingSequence, NewToken
+from qsparse_moe.inference.stopping import check_stop_strings
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.distributed.ranks import choose_device
+
+Prompt = str | Sequence[int]
+"""A text, which begins a document, or token ids, which are taken as they are."""
+Overlong = Literal["refuse", "slide", "truncate"]
+GREEDY = Sampling()
+
+
+@dataclass
+class Statistics:
+    """Counts and times of one batch of prompts, so far."""
+
+    engine: str
+    prompt_tokens: int
+    """Over all prompts."""
+    cache_bytes: int
+    prefill_seconds: float = 0.0
+    """Until the first token of every sequence was chosen."""
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    """Over all sequences; the first token of each comes of the prefill and is not counted."""
+    decode_seconds: float = 0.0
+    """Of the steps and the choice of their tokens; not of what the caller does between two steps."""
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Generated tokens per second, over all sequences."""
+        return self.decode_tokens / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Generator:
+    """Generates text with a trained model; see ``load``."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: TextTokenizer,
+        config: RunConfig,
+        *,
+        engine: DecodeEngine,
+        max_length: int | None = None,
+        overlong: Overlong = "refuse",
+        step: int = 0,
+    ) -> None:
+        """``model`` is in evaluation mode, and ``engine`` was built for it; the rest is as in ``load``."""
+        self.model = model
+        self.tokenizer = tokenizer
+        self.config = config
+        self.engine = engine
+        self.max_length = config.data.sequence_length if max_length is None else max_length
+        self.overlong = overlong
+        self.step = step
+        """Steps that the model was trained."""
+        if self.max_length < 1:
+            raise ConfigError(f"max_length ({self.max_length}) must be at least 1 token; leave it out for the model's")
+        if overlong not in get_args(Overlong):
+            raise ConfigError(
+                f"overlong ({overlong!r}) must be one of {', '.join(get_args(Overlong))}; choose one of them"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path | str,
+        *,
+        engine: str = "auto",
+        weights: str = "auto",
+        plan: SparsityPlan | Path | str | None = None,
+        device: Literal["auto", "cpu", "cuda"] = "auto",
+        max_length: int | None = None,
+        overlong: Overlong = "refuse",
+    ) -> Generator:
+        """Load a trained model for generation.
+
+        Args:
+            folder: a run (its newest checkpoint is used), one checkpoint of a run, or an export.
+            engine: what decodes: ``auto`` for the fastest that can, or a name of ``inference.engine.ENGINES``.
+            weights: number format of the weights: ``auto`` (what training computed in, or that of the export),
+                ``fp32`` or ``bf16``.
+            plan: S in place of the model's own, or a JSON file with it.
+            device: where the model runs.
+            max_length: number of tokens that the key-value cache holds per sequence: each token attends to the last
+                ``max_length`` tokens, itself included. None: ``data.sequence_length``, the length of training.
+            overlong: what happens to a prompt of more than ``max_length`` tokens. ``refuse``: an error; ``truncate``:
+                its last ``max_length`` tokens are used; ``slide``: all of it is used, each token attending to the last
+                ``max_length``. Generation itself may always go on beyond ``max_length``: the oldest tokens make way.
+
+        Raises:
+            CheckpointError: the folder holds no trained model, or is damaged.
+            ConfigError: an argument is wrong, or the plan was made for another model.
+            BackendUnavailable: the engine or the device cannot be used here.
+        """
+        loaded = load_model(folder, device=choose_device(device, 0), weights=weights, plan=plan)
+        return cls(
+            loaded.model,
+            loaded.tokenizer,
+            loaded.config,
+            engine=resolve_engine(engine, loaded.model),
+            max_length=max_length,
+            overlong=overlong,
+            step=loaded.step,
+        )
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        max_tokens: int = 200,
+        sampling: Sampling = GREEDY,
+        seed: int | Sequence[int] = 0,
+        stop: Sequence[str] = (),
+        stop_tokens: Sequence[int] = (),
+    ) -> GenerationStream:
+        """Check the arguments and return the steps to iterate over: prefill and decode run as they are asked for.
+
+        Args:
+            prompts: one batch: one prompt or several. An empty text begins a document.
+            max_tokens: tokens per sequence at most.
+            sampling: how a token is chosen.
+            seed: of the draws: one per sequence, or that of the first sequence, the next ones having the numbers after
+                it. A sequence's draws depend on its own seed alone.
+            stop: strings that end a sequence and are no part of its text; the spelling of a special token ends it at
+                that token.
+            stop_tokens: ids that end a sequence, beside the document token.
+
+        Raises:
+            ConfigError: an argument is wrong, a prompt is longer than ``max_length`` (see ``load``), or the batch is
+                too large for the memory that is free.
+        """
+        starts = self._starts(prompts)
+        seeds = [seed + index for index in range(len(starts))] if isinstance(seed, int) else list(seed)
+        if len(seeds) != len(starts):
+            raise ConfigError(f"seed ({len(seeds)} numbers) must have one per prompt ({len(starts)}), or be one number")
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens ({max_tokens}) must be at least 1")
+        check_stop_strings(stop)
+        special_ids = {string: self.tokenizer.special_id(string) for string in stop}
+        ending = {self.tokenizer.document_token, *stop_tokens, *(i for i in special_ids.values() if i is not None)}
+        sequences = [
+            GrowingSequence(
+                index,
+                start,
+                self.tokenizer,
+                max_tokens=max_tokens,
+                stop_tokens=ending,
+                stop_strings=[string for string, i in special_ids.items() if i is None],
+            )
+            for index, start in enumerate(starts)
+        ]
+        longest = max(len(start) for start in starts)
+        capacity = min(self.max_length, longest + max_tokens)
+        weight = self.model.embedding.weight
+        check_memory(
+            self.config.model,
+            batch=len(starts),
+            capacity=capacity,
+            longest_prompt=longest,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        return GenerationStream(self.model, self.engine, sequences, Sampler(sampling, seeds, starts), capacity)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Generation]:
+        """Return the whole generated sequences, in the order of the prompts; the settings are those of ``stream``."""
+        stream = self.stream(prompts, **settings)
+        for _ in stream:
+            pass
+        return stream.results
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Return the token ids of a prompt: of a text with the document token that begins it."""
+        if isinstance(prompt, str):
+            return [self.tokenizer.document_token, *self.tokenizer.encode(prompt)]
+        return list(prompt)
+
+    def _starts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
+        """The token ids of every prompt, checked, and cut where that is asked for."""
+        is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+        starts = [self.encode(prompt) for prompt in ([prompts] if is_single else prompts)]  # type: ignore[list-item]
+        if not starts:
+            raise ConfigError('prompts (none) must hold at least one; give "" to begin a document')
+        unusable = set(meaningless_ids(self.config.model, self.tokenizer))
+        for index, start in enumerate(starts):
+            self._check_start(index, start, unusable)
+        return [start[-self.max_length :] if self.overlong == "truncate" else start for start in starts]
+
+    def _check_start(self, index: int, start: list[int], unusable: set[int]) -> None:
+        if not start:
+            raise ConfigError(
+                f"prompts[{index}] (no token) must have at least one token; begin with the document token, "
+                f"{self.tokenizer.document_token}"
+            )
+        wrong = [i for i in start if not 0 <= i < vocab_size(self.config.model) or i in unusable]
+        if wrong:
+            raise ConfigError(
+                f"prompts[{index}] has the token id {wrong[0]}, which this model's tokenizer does not have; encode the "
+                "text with the tokenizer of the model"
+            )
+        if len(start) > self.max_length and self.overlong == "refuse":
+            raise ConfigError(
+                f"prompts[{index}] ({len(start)} tokens, with the one that begins a document where it is a text) must "
+                f"be at most max_length ({self.max_length}) tokens long; shorten it, raise max_length, or set overlong "
+                "to truncate (keep the last tokens) or slide"
+            )
+
+
+@dataclass
+class GenerationStream:
+    """The steps of one batch: iterate over it once; each step gives the ``NewToken`` of every sequence that goes on."""
+
+    model: Transformer
+    engine: DecodeEngine
+    sequences: list[GrowingSequence]
+    sampler: Sampler
+    capacity: int
+    statistics: Statistics = field(init=False)
+
+    def __post_init__(self) -> None:
+        num_tokens = sum(len(sequence.prompt) for sequence in self.sequences)
+        self.statistics = Statistics(self.engine.name, num_tokens, 0)
+
+    @property
+    def results(self) -> list[Generation]:
+        """The sequences as far as they have come, in the order of the prompts."""
+        return [sequence.generation() for sequence in self.sequences]
+
+    def __iter__(self) -> Iterator[list[NewToken]]:
+        statistics, weight = self.statistics, self.model.embedding.weight
+        start = time.perf_counter()
+        cache = KeyValueCache.allocate(
+            self.model.config,
+            batch=len(self.sequences),
+            capacity=self.capacity,
+            dtype=weight.dtype,
+            device=weight.device,
+            slides=True,
+        )
+        statistics.cache_bytes = cache.num_bytes
+        running = list(self.sequences)
+        # What is chosen comes to the CPU, so the device has done its work when the clock is read.
+        tokens_B, log_probs_B = self.sampler(prefill(self.model, [one.prompt for one in running], cache))
+        statistics.prefill_seconds = time.perf_counter() - start
+        while True:
+            pairs = zip(running, tokens_B.tolist(), log_probs_B.tolist(), strict=True)
+            yield [sequence.append(token, log_prob) for sequence, token, log_prob in pairs]
+            start = time.perf_counter()
+            going = [place for place, sequence in enumerate(running) if sequence.stop_reason is None]
+            if not going:
+                return
+            if len(going) < len(running):
+                running, tokens_B = [running[place] for place in going], tokens_B[going]
+                cache.keep(going)
+                self.sampler.keep(going)
+            tokens_B, log_probs_B = self.sampler(self._decode(tokens_B, cache))
+            statistics.decode_seconds += time.perf_counter() - start
+            statistics.decode_steps += 1
+            statistics.decode_tokens += len(running)
+
+    @torch.inference_mode()
+    def _decode(self, tokens_B: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
+        return self.engine.decode(tokens_B, cache)

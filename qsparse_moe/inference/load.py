@@ -1,0 +1,89 @@
+"""A trained model for generation, from the folder of a run, of one checkpoint, or of an export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer, meaningless_ids
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.interop.state_dict import load_export
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.runs.find import find_model
+from qsparse_moe.runs.folder import load_run_config
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
+from qsparse_moe.training.evaluate import load_run
+
+WEIGHT_DTYPES = {name: COMPUTE_DTYPES[name] for name in ("fp32", "bf16")}
+"""By the name of the number format that weights are kept in."""
+
+
+class LoadedModel(NamedTuple):
+    """A model in evaluation mode, with everything that generation needs beside it."""
+
+    config: RunConfig
+    model: Transformer
+    tokenizer: TextTokenizer
+    step: int
+    """Steps that the model was trained."""
+
+
+def load_model(
+    folder: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    weights: str = "auto",
+    plan: SparsityPlan | Path | str | None = None,
+) -> LoadedModel:
+    """Load the newest checkpoint of a run, one checkpoint, or an export.
+
+    Args:
+        folder: of a run, of a checkpoint in it, or of an export.
+        device: where the model goes.
+        weights: number format of the weights. ``auto``: the one that training computed in, or that of the export.
+        plan: S in place of the model's own, or a file with it.
+
+    Raises:
+        CheckpointError: the folder is none of the three, or is damaged.
+        ConfigError: the plan was made for another model or would change nothing, or ``weights`` is unknown.
+    """
+    found = find_model(Path(folder))
+    dtype = _dtype(weights)
+    config = load_run_config(found.config_folder)
+    plan = _checked_plan(plan, config.model)  # before the weights are read
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if found.kind == "export":
+        config, model, step = load_export(found.path, device, dtype=dtype)
+    else:
+        checkpoint = found.path if found.kind == "checkpoint" else None
+        config, model, step = load_run(found.config_folder, device, dtype=dtype, checkpoint_folder=checkpoint)
+    if plan is not None:
+        model.set_sparsity(plan)
+    model.hide_ids(meaningless_ids(config.model, tokenizer))
+    return LoadedModel(config, model.requires_grad_(False), tokenizer, step)
+
+
+def _dtype(weights: str) -> torch.dtype | None:
+    if weights == "auto":
+        return None
+    if weights not in WEIGHT_DTYPES:
+        raise ConfigError(f"weights ({weights!r}) must be one of auto, {', '.join(WEIGHT_DTYPES)}; choose one of them")
+    return WEIGHT_DTYPES[weights]
+
+
+def _checked_plan(plan: SparsityPlan | Path | str | None, config: ModelConfig) -> SparsityPlan | None:
+    if plan is None:
+        return None
+    if config.sparsity.selection == "relu":
+        raise ConfigError(
+            "plan: a plan changes nothing on this model, because its model.sparsity.selection is relu, which keeps "
+            "every positive feature whatever S is; leave it out"
+        )
+    if not isinstance(plan, SparsityPlan):
+        plan = SparsityPlan.load(Path(plan))
+    plan.check_fits(config)
+    return plan

@@ -1,0 +1,72 @@
+"""How much memory generation needs, and how much the machine has free: compared before any of it is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.inference.kv_cache import cache_bytes
+
+_CGROUP_FILES = (
+    # Version 2 of control groups, then version 1; the limit and what is used of it.
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+def check_memory(
+    config: ModelConfig, *, batch: int, capacity: int, longest_prompt: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Raise ConfigError if the cache and the prefill of a batch need more memory than ``device`` has free.
+
+    Nothing is checked where the system does not report its free memory.
+    """
+    free = free_bytes(device)
+    cache = cache_bytes(config, batch=batch, capacity=capacity, dtype=dtype)
+    prefill = prefill_bytes(config, num_tokens=batch * longest_prompt, dtype=dtype)
+    if free is None or cache + prefill <= free:
+        return
+    raise ConfigError(
+        f"prompts ({batch} in one batch, with up to {capacity} tokens each) need about {_gib(cache + prefill)} of "
+        f"memory, {_gib(cache)} of it for keys and values, and {device} has {_gib(free)} free; give fewer prompts at "
+        "a time, or lower max_length or max_tokens"
+    )
+
+
+def prefill_bytes(config: ModelConfig, *, num_tokens: int, dtype: torch.dtype) -> int:
+    """Return a rough estimate of the bytes of activations that one layer needs for ``num_tokens`` tokens at once."""
+    moe = config.moe
+    per_token = 8 * config.hidden_size + moe.experts_per_token * (2 * config.hidden_size + 3 * moe.expert_hidden_size)
+    return num_tokens * per_token * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the bytes that can still be allocated on ``device``; None where the system does not report them."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    known = [free for free in (_available_memory(Path("/proc/meminfo")), _cgroup_free()) if free is not None]
+    return min(known, default=None)
+
+
+def _available_memory(file: Path) -> int | None:
+    if not file.is_file():  # not Linux
+        return None
+    fields = dict(line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    return int(fields["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in fields else None
+
+
+def _cgroup_free() -> int | None:
+    """What the limit of this process's control group leaves; the file cache that counts as used makes it less."""
+    for limit_file, used_file in _CGROUP_FILES:
+        if limit_file.is_file() and used_file.is_file():
+            limit = limit_file.read_text().strip()
+            return None if limit == "max" else max(0, int(limit) - int(used_file.read_text()))
+    return None
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

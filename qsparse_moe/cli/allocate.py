@@ -10,9 +10,9 @@ import typer
 
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.runs.find import find_run
 from qsparse_moe.cli.sensitivity import rich_table
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.find import find_run
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.allocation.cost import Quantity

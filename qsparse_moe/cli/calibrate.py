@@ -13,12 +13,12 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
-from qsparse_moe.runs.find import find_run
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
+from qsparse_moe.runs.find import find_run
 from qsparse_moe.runs.folder import load_run_config, newest_step, no_checkpoint, write_atomically
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale

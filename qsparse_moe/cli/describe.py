@@ -11,13 +11,13 @@ from rich.table import Table
 from qsparse_moe.accounting.description import BATCHES, describe_run
 from qsparse_moe.accounting.traffic import union
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.runs.find import find_run
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.router_rules import untrained_router
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.natural_zeros import natural_zeros, natural_zeros_warning
+from qsparse_moe.runs.find import find_run
 from qsparse_moe.runs.folder import CONFIG_FILE
 
 _BAR = 40

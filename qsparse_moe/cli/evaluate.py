@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
-from qsparse_moe.runs.find import find_run
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.find import find_run
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
 

@@ -1,28 +1,18 @@
-"""``qsparse-moe generate``: text from a trained model, plainly: one full forward pass for every token.
-
-B batch (1), S sequence, V vocabulary.
-"""
+"""``qsparse-moe generate``: text from a trained model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from qsparse_moe.cli.console import print_json
-from qsparse_moe.runs.find import find_run
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.find import find_model
 
 if TYPE_CHECKING:
-    import torch
-
-    from qsparse_moe.data.tokenizer import TextTokenizer
-    from qsparse_moe.model.transformer import Transformer
-
-# What decoding gives for bytes that are no whole character yet.
-_INCOMPLETE = "\ufffd"
+    from qsparse_moe.cli.generated_text import Settings
+    from qsparse_moe.inference.generator import Generator
 
 
 def register(app: typer.Typer) -> None:
@@ -31,43 +21,121 @@ def register(app: typer.Typer) -> None:
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a document.")] = "",
-    truncate_prompt: Annotated[
-        bool, typer.Option("--truncate-prompt", help="Keep the last tokens of a prompt that is too long.")
+    run: Annotated[Path, typer.Argument(help="Run folder, checkpoint in it, or export.", show_default=False)],
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to continue; without it a document begins. May be repeated.", show_default=False),
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help="File with one prompt per line.", show_default=False)
+    ] = None,
+    interactive: Annotated[
+        bool,
+        typer.Option("--interactive", help="Read a line, answer it, and so on, with the tokenizer's chat template."),
     ] = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens at most; a document may end earlier.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws at a temperature above 0.", min=0)] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text. May be repeated.", show_default=False)
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0: from all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Draw from the tokens with this fraction of the largest probability.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: make tokens that have occurred less likely.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the draws; the next prompts take the numbers after it.", min=0)
+    ] = 0,
+    engine: Annotated[str, typer.Option(help="What decodes; auto: the fastest that can.")] = "auto",
+    weights: Annotated[
+        str, typer.Option(help="Number format of the weights; auto: the one of training or of the export.")
+    ] = "auto",
+    plan: Annotated[
+        Path | None, typer.Option(help="Sparsity plan in place of the model's.", show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens that each token attends to, itself included; without it those of training.", min=1),
+    ] = None,
+    overlong: Annotated[
+        Literal["refuse", "slide", "truncate"],
+        typer.Option(help="What happens to a prompt of more than --max-length tokens."),
+    ] = "refuse",
+    truncate_prompt: Annotated[bool, typer.Option("--truncate-prompt", help="The same as --overlong truncate.")] = (
+        False
+    ),
+    batch_size: Annotated[int, typer.Option(help="Prompts that are generated together.", min=1)] = 8,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Report the speed on standard error.")] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON object at the end, or one line per prompt of several.")
+    ] = False,
 ) -> None:
-    """Continue a prompt with a trained model. The text of the newest checkpoint is printed as it comes."""
-    run_dir = find_run(run)
-    check_prompt(prompt)
-    from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
-    from qsparse_moe.training.distributed.ranks import choose_device
-    from qsparse_moe.training.evaluate import load_run
+    """Continue prompts with a trained model. Text is printed as it comes."""
+    find_model(run)
+    prompts = read_prompts(prompt or [], prompts_file)
+    if interactive and (prompts or json):
+        raise ConfigError(
+            "--interactive reads its prompts from the terminal and prints text, so --prompt, --prompts-file and --json "
+            "must be left out"
+        )
+    from qsparse_moe.cli.generated_text import Settings, print_objects, print_texts
+    from qsparse_moe.inference.generator import Generator
+    from qsparse_moe.inference.sampling import Sampling
 
-    config, model, step = load_run(run_dir, choose_device(device, 0))
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    model.hide_ids(meaningless_ids(config.model, tokenizer))
-    window = config.data.sequence_length
-    start = fit_prompt([tokenizer.document_token, *tokenizer.encode(prompt)], window, truncate=truncate_prompt)
-    tokens = next_tokens(model, start, window=window, temperature=temperature, seed=seed)
-    tokens = _until(tokens, tokenizer.document_token, max_tokens)
-    if json:
-        ids = list(tokens)
-        text = tokenizer.decode([*start, *ids]).removeprefix(tokenizer.decode(start))
-        print_json({"run_dir": str(run_dir), "step": step, "prompt": prompt, "text": text, "num_tokens": len(ids)})
-        return
-    for piece in text_pieces(tokens, start, tokenizer):
-        typer.echo(piece, nl=False)
-    typer.echo()
+    settings = Settings(
+        Sampling(temperature, top_k, top_p, min_p, repetition_penalty), max_tokens, tuple(stop or ()), seed, stats
+    )
+    generator = Generator.load(
+        run,
+        engine=engine,
+        weights=weights,
+        plan=plan,
+        device=device,
+        max_length=max_length,
+        overlong="truncate" if truncate_prompt else overlong,
+    )
+    if interactive:
+        _converse(generator, settings)
+    else:
+        (print_objects if json else print_texts)(generator, prompts or [""], settings, batch_size)
+
+
+def _converse(generator: Generator, settings: Settings) -> None:
+    from qsparse_moe.cli.conversation import converse
+    from qsparse_moe.interop.chat import load_chat_template
+
+    converse(generator, load_chat_template(generator.tokenizer), settings)
+
+
+def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
+    """Return the prompts of the command line or of the lines of ``file``; none where neither is given.
+
+    Raises:
+        ConfigError: both are given, the file cannot be read or is empty, or a prompt is not UTF-8.
+    """
+    if file is None:
+        for prompt in prompts:
+            check_prompt(prompt)
+        return prompts
+    if prompts:
+        raise ConfigError("--prompt and --prompts-file both give prompts; keep one of them")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"--prompts-file ({file}) cannot be read ({error}); it must be a UTF-8 text file with one prompt per line"
+        ) from error
+    if not lines:
+        raise ConfigError(f"--prompts-file ({file}) is empty; it must have one prompt per line")
+    return lines
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise ConfigError unless the prompt is text: Python hands on bytes that are not UTF-8 as lone surrogates."""
+    """Raise ConfigError unless the prompt is text: Python represents bytes that are not UTF-8 by lone surrogates."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -76,64 +144,3 @@ def check_prompt(prompt: str) -> None:
             f"--prompt ({ascii(prompt)}) must be UTF-8, and its byte {place} is not; convert it, for example with "
             "iconv -t UTF-8, or use a terminal with a UTF-8 locale"
         ) from None
-
-
-def fit_prompt(start: list[int], window: int, *, truncate: bool) -> list[int]:
-    """Return the tokens that generation starts from: all of ``start``, or its last ``window`` with ``truncate``.
-
-    Raises:
-        ConfigError: there are more than the window holds, and ``truncate`` is not set.
-    """
-    if len(start) > window and not truncate:
-        raise ConfigError(
-            f"--prompt ({len(start)} tokens with the one that begins a document) must be at most data.sequence_length "
-            f"({window}), the window that the model was trained on; shorten it, or keep its last {window} tokens with "
-            "--truncate-prompt"
-        )
-    return start[-window:]
-
-
-def next_tokens(model: Transformer, start: list[int], *, window: int, temperature: float, seed: int) -> Iterator[int]:
-    """Tokens after ``start``, without end; the model sees the last ``window`` of them, as many as it was trained on."""
-    import torch
-
-    device = model.head.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = list(start)
-    while True:
-        with torch.inference_mode():
-            tokens_BS = torch.tensor([tokens[-window:]], device=device)
-            logits_V = model(tokens_BS, with_stats=False).logits_BSV[0, -1].float()
-        tokens.append(choose_token(logits_V, temperature, generator))
-        yield tokens[-1]
-
-
-def choose_token(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    """The likeliest token at temperature 0, else a draw from ``softmax(logits / temperature)``."""
-    if temperature == 0:
-        return int(logits_V.argmax())
-    probs_V = (logits_V / temperature).softmax(-1)
-    return int(probs_V.multinomial(1, generator=generator))
-
-
-def text_pieces(tokens: Iterator[int], start: list[int], tokenizer: TextTokenizer) -> Iterator[str]:
-    """The prompt's text and then the tokens', in pieces that end with whole characters."""
-    ids = list(start)
-    shown = tokenizer.decode(ids)
-    yield shown
-    text = shown
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith(_INCOMPLETE):
-            yield text[len(shown) :]
-            shown = text
-    # What the last tokens left incomplete stays as it is.
-    yield text[len(shown) :]
-
-
-def _until(tokens: Iterator[int], last: int, max_tokens: int) -> Iterator[int]:
-    for _, token in zip(range(max_tokens), tokens, strict=False):
-        if token == last:
-            return
-        yield token

@@ -11,9 +11,9 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.runs.find import find_run
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
+from qsparse_moe.runs.find import find_run
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.sensitivity.measure import Sensitivity

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 
@@ -74,6 +74,7 @@ class Generator:
         engine: DecodeEngine,
         max_length: int | None = None,
         overlong: Overlong = "refuse",
+        folder: Path | str = "",
         step: int = 0,
     ) -> None:
         """``model`` is in evaluation mode, and ``engine`` was built for it; the rest is as in ``load``."""
@@ -83,6 +84,8 @@ class Generator:
         self.engine = engine
         self.max_length = config.data.sequence_length if max_length is None else max_length
         self.overlong = overlong
+        self.folder = Path(folder)
+        """Where the model was loaded from."""
         self.step = step
         """Steps that the model was trained."""
         if self.max_length < 1:
@@ -132,6 +135,7 @@ class Generator:
             engine=resolve_engine(engine, loaded.model),
             max_length=max_length,
             overlong=overlong,
+            folder=folder,
             step=loaded.step,
         )
 
@@ -209,8 +213,7 @@ class Generator:
 
     def _starts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
         """The token ids of every prompt, checked, and cut where that is asked for."""
-        is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
-        starts = [self.encode(prompt) for prompt in ([prompts] if is_single else prompts)]  # type: ignore[list-item]
+        starts = [self.encode(prompt) for prompt in _as_batch(prompts)]
         if not starts:
             raise ConfigError('prompts (none) must hold at least one; give "" to begin a document')
         unusable = set(meaningless_ids(self.config.model, self.tokenizer))
@@ -236,6 +239,12 @@ class Generator:
                 f"be at most max_length ({self.max_length}) tokens long; shorten it, raise max_length, or set overlong "
                 "to truncate (keep the last tokens) or slide"
             )
+
+
+def _as_batch(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+    """One prompt, a text or token ids, as a batch of one."""
+    is_single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int))
+    return cast(Sequence[Prompt], [prompts] if is_single else prompts)
 
 
 @dataclass

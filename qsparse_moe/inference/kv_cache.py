@@ -132,13 +132,12 @@ class CacheStep:
             return cls(cache, positions_BS.to(device), filled, mask.to(device), None)
         after_BP = _positions_in_slots(before_B1 + lengths_B[:, None], cache.capacity)
         source_BP = torch.where(after_BP >= before_B1, after_BP - before_B1, -1)
-        mask = None
         if filled or longest > cache.capacity:
             held_BK = _positions_in_slots(before_B1, cache.capacity)[:, :filled]
-            keys_B1K = torch.cat((held_BK, positions_BS), dim=1)[:, None]
-            distance_BSK = positions_BS[:, :, None] - keys_B1K
-            mask = ((keys_B1K >= 0) & (distance_BSK >= 0) & (distance_BSK < cache.capacity))[:, None].to(device)
-        return cls(cache, positions_BS.to(device), filled, mask, source_BP.to(device))
+            mask_B1SK = _visible(positions_BS, torch.cat((held_BK, positions_BS), dim=1), cache.capacity).to(device)
+        else:
+            mask_B1SK = None
+        return cls(cache, positions_BS.to(device), filled, mask_B1SK, source_BP.to(device))
 
     def layers(self) -> list[LayerCache]:
         """The view of this step for every layer, in order."""
@@ -181,6 +180,13 @@ def _positions_in_slots(num_tokens_B1: Tensor, capacity: int) -> Tensor:
     """``(B, P)``: the position of the token in each slot once a sequence has ``num_tokens``; negative: no token."""
     last_B1 = num_tokens_B1 - 1
     return last_B1 - (last_B1 - torch.arange(capacity)) % capacity
+
+
+def _visible(queries_BS: Tensor, keys_BK: Tensor, capacity: int) -> Tensor:
+    """``(B, 1, S, K)`` bool, from positions: a query sees itself and the ``capacity - 1`` tokens before it."""
+    keys_B1K = keys_BK[:, None]
+    distance_BSK = queries_BS[:, :, None] - keys_B1K
+    return ((keys_B1K >= 0) & (distance_BSK >= 0) & (distance_BSK < capacity))[:, None]
 
 
 def _put(held_BHPC: Tensor, new_BHSC: Tensor, source_BP: Tensor) -> None:

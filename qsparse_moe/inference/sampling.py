@@ -50,8 +50,8 @@ class Sampling:
         idle = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
         if self.temperature == 0 and idle:
             problems.append(
-                f"{' and '.join(idle)} must be left out at temperature 0, which takes the likeliest token whatever they "
-                "are; set a temperature above 0 to draw"
+                f"{' and '.join(idle)} must be left out at temperature 0, which takes the likeliest token; set a "
+                "temperature above 0 to draw"
             )
         if problems:
             raise ConfigError("; ".join(problems))
@@ -119,7 +119,7 @@ def cut_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
 
 
 def cut_top_p(probs_BV: Tensor, top_p: float) -> Tensor:
-    """Return the probabilities with those outside of the smallest set of mass ``top_p`` at 0, and the rest summing to 1.
+    """Return the distribution cut to the smallest set of likeliest tokens whose probabilities sum to ``top_p``.
 
     The likeliest token always stays; equal ones go to the lower id.
     """
@@ -132,7 +132,7 @@ def cut_top_p(probs_BV: Tensor, top_p: float) -> Tensor:
 
 
 def cut_min_p(probs_BV: Tensor, min_p: float) -> Tensor:
-    """Return the probabilities with those under ``min_p`` times the largest at 0, and the rest summing to 1."""
+    """Return the distribution cut to the tokens with at least ``min_p`` times the largest probability."""
     if min_p == 0.0:
         return probs_BV
     return _normalised(probs_BV * (probs_BV >= min_p * probs_BV.amax(-1, keepdim=True)))

@@ -1,0 +1,87 @@
+"""``qsparse-moe generate --interactive``: a line of the user, an answer of the model, and so on."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Protocol
+
+import typer
+
+from qsparse_moe.cli.generated_text import Settings, open_stream, report_speed
+
+if TYPE_CHECKING:
+    from qsparse_moe.inference.generator import Generator
+    from qsparse_moe.inference.sequences import Generation
+    from qsparse_moe.interop.chat import ChatTemplate, Message
+
+
+def converse(generator: Generator, template: ChatTemplate | None, settings: Settings) -> None:
+    """Answer the lines of standard input until it ends. Each answer is printed as it comes and ends with a line."""
+    conversation: _Conversation = _Chat(generator, template) if template is not None else _Text(generator)
+    turn = 0
+    while (line := _read_line()) is not None:
+        stream = open_stream(generator, [conversation.prompt(line)], settings, turn)
+        try:
+            for step in stream:
+                typer.echo(step[0].text, nl=False)
+        finally:
+            typer.echo()
+        conversation.take(stream.results[0])
+        report_speed(stream, settings)
+        turn += 1
+
+
+class _Conversation(Protocol):
+    def prompt(self, line: str) -> list[int]:
+        """Return the token ids to answer after the user's ``line``."""
+
+    def take(self, answer: Generation) -> None:
+        """Add the model's answer to the conversation."""
+
+
+class _Chat:
+    """Turns written by the chat template; the oldest are left out once the conversation is too long."""
+
+    def __init__(self, generator: Generator, template: ChatTemplate) -> None:
+        self._generator, self._template = generator, template
+        self._messages: list[Message] = []
+
+    def prompt(self, line: str) -> list[int]:
+        self._messages.append({"role": "user", "content": line})
+        ids = self._template.encode(self._messages)
+        while len(ids) > self._generator.max_length and len(self._messages) > 2:
+            del self._messages[:2]
+            ids = self._template.encode(self._messages)
+        return ids
+
+    def take(self, answer: Generation) -> None:
+        self._messages.append({"role": "assistant", "content": answer.text})
+
+
+class _Text:
+    """One text that the user and the model continue in turn, for a tokenizer without a chat template.
+
+    Its last ``max_length`` tokens are used; a line of more tokens is treated as any prompt of that length.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self._ids = [generator.tokenizer.document_token]
+
+    def prompt(self, line: str) -> list[int]:
+        new = self._generator.tokenizer.encode(line)
+        self._ids = [*self._ids, *new][-max(self._generator.max_length, len(new)) :]
+        return self._ids
+
+    def take(self, answer: Generation) -> None:
+        self._ids = [*self._ids, *answer.token_ids]
+        if answer.stop_reason == "stop_token":
+            self._ids.append(self._generator.tokenizer.document_token)
+
+
+def _read_line() -> str | None:
+    """The user's next line; None at the end of standard input. Only a terminal is shown where to write."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None

@@ -37,6 +37,12 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    engine: Annotated[
+        Literal["training", "inference"],
+        typer.Option(
+            help="training: all tokens of a row at once. inference: token by token, as generation decodes; slower."
+        ),
+    ] = "training",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -48,7 +54,13 @@ def evaluate(
     plan = asked_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
     from qsparse_moe.training.evaluate import evaluate_run
 
-    evaluation = evaluate_run(run_dir, num_rows=rows, device=device, plan=plan, files=files)
+    if engine == "inference":
+        from qsparse_moe.inference.evaluate import decoding_forward
+
+        forward_of = decoding_forward
+    else:
+        forward_of = None
+    evaluation = evaluate_run(run_dir, num_rows=rows, device=device, plan=plan, files=files, forward_of=forward_of)
     if is_rank_zero():
         print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)
 

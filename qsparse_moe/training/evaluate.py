@@ -142,6 +142,7 @@ def evaluate_run(
     device: str = "auto",
     plan: SparsityPlan | None = None,
     files: Sequence[str] = (),
+    forward_of: Callable[[Transformer], Forward] | None = None,
 ) -> Evaluation:
     """Evaluate the newest checkpoint of a run on its validation rows; any number of ranks may call it together.
 
@@ -151,6 +152,7 @@ def evaluate_run(
         device: ``auto``, ``cpu`` or ``cuda``.
         plan: S to evaluate under; None takes that of the run's last step.
         files: files or globs to evaluate on in place of the validation rows, with the run's tokenizer; all their text.
+        forward_of: makes the function that computes the logits of a batch from the model; None: its own forward pass.
 
     Raises:
         ConfigError: the plan was made for another model, or lacks the thresholds that the run selects by.
@@ -163,9 +165,7 @@ def evaluate_run(
             model.set_sparsity(plan)
         micro_batch_size, sparsity = config.training.micro_batch_size, model.sparsity_plan.mean
 
-        def forward(batch: Batch) -> ModelOutput:
-            return run_model(model, batch, distributed.device, with_stats=False, layer_hook=None)
-
+        forward = (forward_of or _own_forward)(model)
         if files:
             tokenizer = load_tokenizer(config.data.tokenizer)
             model.hide_ids(meaningless_ids(config.model, tokenizer))
@@ -185,6 +185,15 @@ def _checksum(batches: Sequence[Batch], counts_T: Tensor) -> int:
     tokens_T = torch.cat([batch.tokens_BS.flatten() for batch in batches])
     targets_T = torch.cat([batch.targets_BS.flatten() for batch in batches])
     return zlib.crc32(torch.stack((tokens_T[counts_T], targets_T[counts_T])).numpy().tobytes())
+
+
+def _own_forward(model: Transformer) -> Forward:
+    """The model's forward pass over whole rows, on the model's device."""
+
+    def forward(batch: Batch) -> ModelOutput:
+        return run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
+
+    return forward
 
 
 @torch.no_grad()

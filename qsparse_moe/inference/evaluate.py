@@ -1,0 +1,104 @@
+"""Logits of evaluation rows as generation computes them: the first token by prefill, the others one by one.
+
+B rows, S tokens per row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.inference.cached_model import prefill
+from qsparse_moe.inference.engine import DecodeEngine, resolve_engine
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.training.evaluate import Forward
+
+
+class _Segment(NamedTuple):
+    """Tokens that attend to each other: a row, or one document in it."""
+
+    row: int
+    begin: int
+    end: int
+
+    @property
+    def length(self) -> int:
+        return self.end - self.begin
+
+
+def decoding_forward(model: Transformer, engine: str = "auto") -> Forward:
+    """Return a function that computes the logits of a batch with prefill and decode.
+
+    Args:
+        model: in evaluation mode.
+        engine: see ``resolve_engine``.
+    """
+    decode = resolve_engine(engine, model)
+
+    def forward(batch: Batch) -> ModelOutput:
+        return ModelOutput(decoded_logits(model, decode, batch), None, {}, {})
+
+    return forward
+
+
+@torch.inference_mode()
+def decoded_logits(model: Transformer, engine: DecodeEngine, batch: Batch) -> Tensor:
+    """Return ``(B, S, V)`` fp32 on the model's device: the logits after each token, computed token by token.
+
+    Every document of a row is a sequence of its own where attention stays inside a document.
+    """
+    device = model.embedding.weight.device
+    logits_BSV = torch.zeros(*batch.tokens_BS.shape, model.head.out_features, device=device)
+    for segments in _groups(_segments(batch), batch.tokens_BS.numel()):
+        _decode_group(model, engine, batch.tokens_BS, segments, logits_BSV)
+    return logits_BSV
+
+
+def _decode_group(
+    model: Transformer, engine: DecodeEngine, tokens_BS: Tensor, segments: list[_Segment], logits_BSV: Tensor
+) -> None:
+    """Fill in the logits of some segments, the longest first."""
+    weight = model.embedding.weight
+    cache = KeyValueCache.allocate(
+        model.config, batch=len(segments), capacity=segments[0].length, dtype=weight.dtype, device=weight.device
+    )
+    rows, begins = (torch.tensor([getattr(one, name) for one in segments]) for name in ("row", "begin"))
+    for offset in range(segments[0].length):
+        going = sum(one.length > offset for one in segments)
+        rows, begins = rows[:going], begins[:going]
+        tokens = tokens_BS[rows, begins + offset]
+        if offset == 0:
+            logits = prefill(model, [[token] for token in tokens.tolist()], cache)
+        else:
+            cache.keep(range(going))
+            logits = engine.decode(tokens, cache)
+        logits_BSV[rows, begins + offset] = logits.to(logits_BSV.device)
+
+
+def _segments(batch: Batch) -> list[_Segment]:
+    num_rows, length = batch.tokens_BS.shape
+    if batch.documents_BS is None:
+        return [_Segment(row, 0, length) for row in range(num_rows)]
+    found = []
+    for row, documents_S in enumerate(batch.documents_BS):
+        changes = (documents_S[1:] != documents_S[:-1]).nonzero()[:, 0] + 1
+        edges = [0, *changes.tolist(), length]
+        found += [_Segment(row, begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+    return found
+
+
+def _groups(segments: list[_Segment], most_slots: int) -> Iterator[list[_Segment]]:
+    """Segments that are decoded together, the longest first, with at most ``most_slots`` slots of a cache in all."""
+    group: list[_Segment] = []
+    for segment in sorted(segments, key=lambda one: -one.length):
+        if group and (len(group) + 1) * group[0].length > most_slots:
+            yield group
+            group = []
+        group.append(segment)
+    yield group

@@ -1,0 +1,227 @@
+"""Token by token equals all at once: every kind of model, lengths that differ, caches that slide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.errors import BackendUnavailable, ConfigError
+from qsparse_moe.inference.cached_model import prefill
+from qsparse_moe.inference.engine import ENGINES, EngineSpec, resolve_engine
+from qsparse_moe.inference.kv_cache import KeyValueCache, cache_bytes
+from qsparse_moe.moe.backends.registry import BACKENDS
+from qsparse_moe.sparsity.plan import SparsityPlan
+from tests.inference.models import all_at_once, config, model, random_tokens
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+PROMPTS = (5, 9, 1)
+"""Tokens that are computed at once; the rest of 16 comes one by one."""
+LENGTH = 16
+
+DENSE = {
+    "plain": {},
+    "grouped-query attention": {"num_kv_heads": 2},
+    "norms of queries and keys": {"qk_norm": True, "head_size": 8},
+    "tied embeddings": {"tie_embeddings": True},
+    "shared experts": {"moe": {"num_shared_experts": 1, "shared_expert_gate": True}},
+    "a dense layer": {"moe": {"num_dense_layers": 1}},
+    "groups of experts": {"moe": {"num_expert_groups": 2, "router": "sigmoid_topk", "bias_update_rate": 0.1}},
+    "a capacity in training": {"moe": {"capacity_factor": 0.5}},
+    **{
+        f"activation {name}": {"moe": {"activation": name}}
+        for name in ("swiglu", "relu2glu", "reglu", "drelu", "relu2")
+    },
+    **{
+        f"router {name}": {"moe": {"router": name}}
+        for name in ("softmax_topk", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalized")
+    },
+    **{
+        f"experts by {spec.name}": {"moe": {"backend": spec.name}}
+        for spec in BACKENDS
+        if spec.why_not(config(), CPU) is None
+    },
+}
+SPARSE = {
+    "top-k": {"sparsity": {"default": 0.5}},
+    "top-k, compiled": {"sparsity": {"default": 0.5, "backend": "native"}},
+    "blocks": {"sparsity": {"default": 0.5, "selection": "block", "group_size": 8}},
+    "statistical": {"sparsity": {"default": 0.5, "selection": "statistical"}},
+    "relu": {"sparsity": {"default": 0.5, "selection": "relu", "gradient": "masked"}},
+    "rescaled to one": {"sparsity": {"default": 0.5, "rescale": "unit"}},
+    "rescaled to what it was": {"sparsity": {"default": 0.5, "rescale": "preserve"}},
+    "int8 and ternary": {"sparsity": {"default": 0.5, "quantization": {"activations": "int8", "weights": "ternary"}}},
+    "a router of sparse tokens": {"sparsity": {"default": 0.5}, "moe": {"router_input": "sparse"}},
+    "shared and dense": {"sparsity": {"default": 0.5}, "moe": {"num_shared_experts": 1, "num_dense_layers": 1}},
+}
+
+
+def token_by_token(built, tokens_BS, prompts=PROMPTS, engine="torch", **cache_settings):
+    """The logits from the last token of each prompt on, and where they belong in ``(B, S)``."""
+    weight = built.embedding.weight
+    cache = KeyValueCache.allocate(
+        built.config, **{"batch": len(tokens_BS), "capacity": LENGTH, "dtype": weight.dtype} | cache_settings
+    )
+    decode = resolve_engine(engine, built).decode
+    rows = torch.arange(len(tokens_BS))
+    last = torch.tensor(prompts) - 1
+    logits = [prefill(built, [row[:n].tolist() for row, n in zip(tokens_BS, prompts, strict=True)], cache)]
+    for step in range(1, tokens_BS.shape[1] - max(prompts) + 1):
+        logits.append(decode(tokens_BS[rows, last + step], cache))
+    return torch.stack(logits, 1), rows[:, None], last[:, None] + torch.arange(len(logits))
+
+
+def largest_difference(built, tokens_BS, expected_BSV, **settings):
+    found, rows, places = token_by_token(built, tokens_BS, **settings)
+    return (found - expected_BSV[rows, places]).abs().max().item()
+
+
+@pytest.mark.parametrize("engine", [spec.name for spec in ENGINES])
+@pytest.mark.parametrize("settings", DENSE.values(), ids=DENSE.keys())
+def test_token_by_token_equals_all_at_once(settings, engine):
+    built = model(**settings)
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(built, tokens)
+    assert expected.std() > 0.5, "logits that hardly differ prove nothing"
+    assert largest_difference(built, tokens, expected, engine=engine) < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("settings", SPARSE.values(), ids=SPARSE.keys())
+def test_sparse_sites_select_the_same_token_by_token(settings):
+    # In float64 no near tie is decided by rounding.
+    built = model(torch.float64, **settings)
+    tokens = random_tokens(3, LENGTH)
+    assert largest_difference(built, tokens, all_at_once(built, tokens)) < 1e-5
+
+
+@pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
+def test_plans_with_an_s_for_every_expert_hold_token_by_token(selection):
+    built = model(torch.float64, sparsity={"selection": selection, "group_size": 8})
+    draw = torch.Generator().manual_seed(0)
+    places = SparsityPlan.from_config(built.config).values
+    values = {
+        place: tuple((torch.randint(0, 7, (len(old),), generator=draw) / 8).tolist()) for place, old in places.items()
+    }
+    plan = SparsityPlan(values)
+    if selection == "threshold":
+        plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
+    built.set_sparsity(plan)
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(built, tokens)
+    assert largest_difference(built, tokens, expected) < 1e-5
+    built.set_sparsity(SparsityPlan.uniform(built.config, 0.0))
+    assert (all_at_once(built, tokens) - expected).abs().max() > 0.1, "the plan changes the logits"
+
+
+def test_bf16_differs_by_rounding_alone():
+    built = model(torch.bfloat16)
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(model(), tokens)
+    rounding = (all_at_once(built, tokens) - expected).abs().max().item()
+    assert largest_difference(built, tokens, expected) < 2 * rounding
+
+
+def test_hidden_ids_stay_without_probability():
+    built = model()
+    built.hide_ids((257, 258))
+    found, _, _ = token_by_token(built, random_tokens(3, LENGTH))
+    assert (found[..., 257:259] == -torch.inf).all() and found[..., :257].isfinite().all()
+
+
+def sliding_window(built, tokens_BS, window):
+    """All at once, each token attending to the last ``window``: the slow definition, one forward pass per layer."""
+    from qsparse_moe.model.rope import rotation_at
+
+    length = tokens_BS.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = ((distance >= 0) & (distance < window))[None, None]
+    hidden = built.embedding(tokens_BS)
+    rotation = rotation_at(torch.arange(length)[None], hidden.shape[-1] // 4, built.config.rope_theta, hidden.dtype)
+    for block in built.blocks():
+        hidden = block(hidden, rotation, mask, False).hidden_BSD
+    return built.logits(hidden).detach()
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 7])
+@pytest.mark.parametrize("prompts", [(5, 9, 1), (2, 2, 2)])
+def test_a_full_ring_slides(capacity, prompts):
+    built = model()
+    tokens = random_tokens(3, LENGTH)
+    expected = sliding_window(built, tokens, capacity)
+    assert largest_difference(built, tokens, expected, prompts=prompts, capacity=capacity, slides=True) < 1e-5
+    assert (expected - all_at_once(built, tokens))[:, capacity:].abs().max() > 0.1
+
+
+def test_a_cache_that_is_not_full_is_no_window():
+    built = model()
+    tokens = random_tokens(3, LENGTH)
+    assert largest_difference(built, tokens, all_at_once(built, tokens), capacity=40, slides=True) < 1e-5
+
+
+@pytest.mark.parametrize("capacity", [LENGTH, 6])
+def test_a_prefill_goes_on_from_the_tokens_that_the_cache_holds(capacity):
+    built = model()
+    tokens = random_tokens(2, LENGTH)
+    expected = sliding_window(built, tokens, capacity)
+    cache = KeyValueCache.allocate(built.config, batch=2, capacity=capacity, dtype=torch.float32, slides=True)
+    places = [0, 0]
+    for lengths in [(3, 1), (1, 1), (5, 9), (4, 2)]:
+        parts = [tokens[row, places[row] : places[row] + n].tolist() for row, n in enumerate(lengths)]
+        logits = prefill(built, parts, cache)
+        places = [place + n for place, n in zip(places, lengths, strict=True)]
+        assert cache.positions_B.tolist() == places
+        for row, place in enumerate(places):
+            assert (logits[row] - expected[row, place - 1]).abs().max() < 1e-5
+
+
+def test_sequences_that_ended_are_dropped_and_the_others_go_on():
+    built = model()
+    tokens = random_tokens(4, LENGTH)
+    expected = all_at_once(built, tokens)
+    cache = KeyValueCache.allocate(built.config, batch=4, capacity=LENGTH, dtype=torch.float32)
+    prefill(built, [row[:n].tolist() for row, n in zip(tokens, (2, 3, 4, 5), strict=True)], cache)
+    cache.keep([1, 3])
+    decode = resolve_engine("torch", built).decode
+    for step in range(4):
+        logits = decode(tokens[[1, 3], [3 + step, 5 + step]], cache)
+        assert (logits - expected[[1, 3], [3 + step, 5 + step]]).abs().max() < 1e-5
+    cache.keep([1])
+    assert (decode(tokens[[3], [9]], cache) - expected[[3], [9]]).abs().max() < 1e-5
+
+
+def test_a_full_cache_refuses_the_next_token_and_changes_nothing():
+    built = model()
+    cache = KeyValueCache.allocate(built.config, batch=2, capacity=4, dtype=torch.float32)
+    prefill(built, [[1, 2, 3, 4], [1]], cache)
+    before = cache.key_LBHPC.clone()
+    with pytest.raises(
+        ConfigError, match=r"holds 4 tokens per sequence, and a sequence has 5; .*max_length, or let it"
+    ):
+        resolve_engine("torch", built).decode(torch.tensor([5, 5]), cache)
+    assert cache.positions_B.tolist() == [4, 1] and torch.equal(cache.key_LBHPC, before)
+
+
+def test_the_cache_is_as_large_as_counted():
+    settings = config(num_kv_heads=2)
+    cache = KeyValueCache.allocate(settings, batch=3, capacity=5, dtype=torch.bfloat16)
+    assert cache.num_bytes == cache_bytes(settings, batch=3, capacity=5, dtype=torch.bfloat16) == 2 * 2 * 3 * 2 * 5 * 32
+    assert (cache.batch, cache.capacity) == (3, 5)
+
+
+def test_a_cache_is_refused_in_training():
+    built = model().train()
+    cache = KeyValueCache.allocate(built.config, batch=1, capacity=4, dtype=torch.float32)
+    with pytest.raises(AssertionError, match="evaluation mode"):
+        prefill(built, [[1, 2]], cache)
+
+
+def test_an_engine_is_chosen_once_and_out_loud(caplog):
+    built = model()
+    broken = EngineSpec("broken", lambda model: "it has no compiler; install one", lambda model: None)
+    with caplog.at_level("INFO"):
+        assert resolve_engine("auto", built, (broken, *ENGINES)).name == ENGINES[0].name
+    assert "engine=auto: using" in caplog.text and "not broken: it has no compiler" in caplog.text
+    with pytest.raises(BackendUnavailable, match=r"engine \('broken'\) cannot run here: broken: it has no compiler"):
+        resolve_engine("broken", built, (broken, *ENGINES))
+    with pytest.raises(BackendUnavailable, match=r"engine \('fast'\) must be one of auto, .*torch; choose one"):
+        resolve_engine("fast", built)

@@ -82,7 +82,9 @@ def test_repeated_ids_lose_whatever_the_sign_of_their_logit():
     assert logits[0, 0] == 2.0, "the logits themselves stay"
     logits = random_logits(rows=2)
     tokens = [[5, 6, 5, 3], [0]]
-    for row, sequence, found in zip(logits.tolist(), tokens, penalise_repetition(logits, tokens, 1.3).tolist()):
+    for row, sequence, found in zip(
+        logits.tolist(), tokens, penalise_repetition(logits, tokens, 1.3).tolist(), strict=True
+    ):
         want = [(x / 1.3 if x > 0 else x * 1.3) if i in sequence else x for i, x in enumerate(row)]
         assert found == pytest.approx(want)
 

@@ -230,7 +230,9 @@ def test_ctrl_c_ends_the_program_cleanly(run_dir):
         env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
-    first = os.read(process.stdout.fileno(), 2)
+    first = b""
+    while len(first) < 4:  # the prompt and some of the text
+        first += os.read(process.stdout.fileno(), 4)
     process.send_signal(signal.SIGINT)
     rest, said_on_error = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -13,6 +13,7 @@ from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.inference.evaluate import decoding_forward
 from qsparse_moe.inference.generator import Generator
 from qsparse_moe.inference.load import load_model
+from qsparse_moe.inference.sampling import Sampling
 from qsparse_moe.interop.state_dict import export_run, load_export
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.store import list_checkpoints
@@ -167,3 +168,16 @@ def test_the_decoded_loss_is_computed_by_decoding(run_dir, monkeypatch):
     evaluate_run(run_dir, num_rows=4, device="cpu", forward_of=decoding_forward)
     assert set(lengths) == {1} and len(lengths) >= 24
     assert load_config(run_dir / "config.yaml").data.sequence_length == 24
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_ids_of_the_vocabulary_s_padding_are_never_taken_however_likely(folder, temperature):
+    config = tiny_config(folder, f"padded-{temperature}", engine="torch", steps=1, model={"vocab_size": 320})
+    generator = Generator.load(train(config).run_dir, engine="torch", device="cpu")
+    padding = torch.zeros(320)
+    padding[257:] = 100.0
+    generator.model.head.register_forward_hook(lambda module, inputs, logits: logits + padding)
+    stream = generator.stream([[256]] * 20, max_tokens=20, sampling=Sampling(temperature=temperature))
+    shown = [new.token_id for step in stream for new in step if new.token_id is not None]
+    assert len(shown) > 100 and max(shown) < 257
+    assert temperature == 0 or len(set(shown)) > 20

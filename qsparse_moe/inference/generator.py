@@ -257,6 +257,7 @@ class GenerationStream:
     sampler: Sampler
     capacity: int
     statistics: Statistics = field(init=False)
+    _is_started: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         num_tokens = sum(len(sequence.prompt) for sequence in self.sequences)
@@ -268,6 +269,12 @@ class GenerationStream:
         return [sequence.generation() for sequence in self.sequences]
 
     def __iter__(self) -> Iterator[list[NewToken]]:
+        if self._is_started:
+            raise RuntimeError("the steps of a GenerationStream run once; call Generator.stream again")
+        self._is_started = True
+        return self._steps()
+
+    def _steps(self) -> Iterator[list[NewToken]]:
         statistics, weight = self.statistics, self.model.embedding.weight
         start = time.perf_counter()
         cache = KeyValueCache.allocate(

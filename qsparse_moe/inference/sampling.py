@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ConfigError, TrainingDiverged
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,9 @@ class Sampler:
         """Return the next tokens ``(B,)`` and their log-probabilities ``(B,)`` in the model's own distribution.
 
         Both lie on the CPU. The log-probability is that before penalty, temperature and cuts.
+
+        Raises:
+            TrainingDiverged: a logit is NaN or infinite; -inf marks an id without probability.
         """
         penalised_BV = logits_BV
         if self.sampling.repetition_penalty != 1.0:
@@ -81,11 +84,16 @@ class Sampler:
             # One number per sequence and step, whatever the other sequences of the batch do.
             uniform_B = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in self._generators])
             chosen_B = draw(probs_BV, uniform_B.to(probs_BV.device))
-        log_probs_B = logits_BV.log_softmax(-1).gather(-1, chosen_B[:, None])[:, 0]
+        log_probs_B = logits_BV.log_softmax(-1).gather(-1, chosen_B[:, None])[:, 0].cpu()
+        if log_probs_B.isnan().any():
+            raise TrainingDiverged(
+                "generation: the logits of the model are not finite, because its weights or an activation are not; use "
+                "an earlier checkpoint, or weights in fp32 if they are in another number format"
+            )
         chosen_B = chosen_B.cpu()
         for sequence, token in zip(self._tokens, chosen_B.tolist(), strict=True):
             sequence.append(token)
-        return chosen_B, log_probs_B.cpu()
+        return chosen_B, log_probs_B
 
     def keep(self, sequences: Sequence[int]) -> None:
         """Drop all sequences but these, given by their place in the batch."""
@@ -141,13 +149,13 @@ def cut_min_p(probs_BV: Tensor, min_p: float) -> Tensor:
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """Return ``(B,)``: the id at which the sum of the probabilities up to it first exceeds ``uniform`` in [0, 1).
 
-    An id of probability 0 is never drawn.
+    An id of probability 0 is never drawn. Where the probabilities are NaN the result is some id.
     """
     sums_BV = probs_BV.double().cumsum(-1)
     total_B1 = sums_BV[:, -1:]
     # The product may round up to the total, which no sum exceeds.
     wanted_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
-    return torch.searchsorted(sums_BV, wanted_B1, right=True)[:, 0]
+    return torch.searchsorted(sums_BV, wanted_B1, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
 
 
 def _normalised(probs_BV: Tensor) -> Tensor:

@@ -113,6 +113,16 @@ def test_plans_with_an_s_for_every_expert_hold_token_by_token(selection):
     assert (all_at_once(built, tokens) - expected).abs().max() > 0.1, "the plan changes the logits"
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, SPARSE["shared and dense"]], ids=["dense", "sparse"])
+def test_token_by_token_equals_all_at_once_on_a_gpu(settings):
+    built = model(torch.float64, **settings).cuda()
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(built, tokens.cuda()).cpu()
+    found, rows, places = token_by_token(built, tokens, device="cuda")
+    assert found.device.type == "cuda" and (found.cpu() - expected[rows, places]).abs().max() < 1e-5
+
+
 def test_bf16_differs_by_rounding_alone():
     built = model(torch.bfloat16)
     tokens = random_tokens(3, LENGTH)

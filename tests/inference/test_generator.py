@@ -137,6 +137,8 @@ def test_an_interrupted_stream_keeps_what_there_is(monkeypatch):
         if number == 2:
             break
     assert (stream.results[0].text, stream.results[0].stop_reason) == ("abc", None)
+    with pytest.raises(RuntimeError, match="the steps of a GenerationStream run once; call Generator.stream again"):
+        next(iter(stream))
 
 
 def test_statistics_count_tokens_and_time_of_their_phases():

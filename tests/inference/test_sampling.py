@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ConfigError, TrainingDiverged
 from qsparse_moe.inference.sampling import (
     Sampler,
     Sampling,
@@ -180,3 +180,11 @@ def test_a_sequence_draws_the_same_alone_and_in_any_batch():
 def test_settings_outside_of_their_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("broken", [float("nan"), INF])
+def test_logits_that_are_not_finite_end_generation_with_one_message(temperature, broken):
+    sampler = Sampler(Sampling(temperature=temperature), [0, 1], [[], []])
+    with pytest.raises(TrainingDiverged, match=r"the logits of the model are not finite.* use an earlier checkpoint"):
+        sampler(torch.tensor([[1.0, 2.0, -INF], [1.0, broken, 0.0]]))

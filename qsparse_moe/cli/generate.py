@@ -82,6 +82,10 @@ def generate(
             "--interactive reads its prompts from the terminal and prints text, so --prompt, --prompts-file and --json "
             "must be left out"
         )
+    if truncate_prompt and overlong == "slide":
+        raise ConfigError(
+            "--truncate-prompt and --overlong slide both treat prompts that are too long; keep one of them"
+        )
     from qsparse_moe.cli.generated_text import Settings, print_objects, print_texts
     from qsparse_moe.inference.generator import Generator
     from qsparse_moe.inference.sampling import Sampling

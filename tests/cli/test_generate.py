@@ -145,6 +145,7 @@ def test_the_speed_is_reported_beside_the_text(run_dir, capsys):
         (["--interactive", "--json"], "--interactive reads its prompts from the terminal"),
         (["--interactive", "--prompt", "a"], "--interactive reads its prompts from the terminal"),
         (["--plan", "missing.json"], "missing.json"),
+        (["--truncate-prompt", "--overlong", "slide"], "--truncate-prompt and --overlong slide both treat prompts"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_generated_is_refused_with_one_message(run_dir, capsys, arguments, message):

@@ -74,7 +74,7 @@ def report_speed(stream: GenerationStream, settings: Settings) -> None:
     found = stream.statistics
     lines = {
         "engine": found.engine,
-        "key-value cache": f"{found.cache_bytes / 2**20:.2f} MiB",
+        "key-value cache": f"{found.cache_bytes:,} bytes",
         "prefill": f"{found.prompt_tokens} tokens in {found.prefill_seconds:.3f} s, "
         f"{found.prefill_tokens_per_second:.1f} tokens/s",
         "decode": f"{found.decode_tokens} tokens in {found.decode_seconds:.3f} s, "

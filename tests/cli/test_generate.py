@@ -127,7 +127,7 @@ def test_the_speed_is_reported_beside_the_text(run_dir, capsys):
     lines = {line.split("  ")[0]: line for line in printed.err.splitlines()}
     assert lines["engine"].split()[-1] == "torch"
     assert " 4 tokens in " in lines["prefill"] and " 4 tokens in " in lines["decode"]
-    assert lines["decode"].endswith("tokens/s") and lines["key-value cache"].endswith("MiB")
+    assert lines["decode"].endswith("tokens/s") and lines["key-value cache"].endswith(" bytes")
 
 
 @pytest.mark.parametrize(

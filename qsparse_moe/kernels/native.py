@@ -25,6 +25,7 @@ _SOURCES = (
     "fused_glu/fused_glu.cpp",
     "site_sums/site_sums.cpp",
     "combine_rows/combine_rows.cpp",
+    "decode_model/decode_model.cpp",
 )
 # native: the row loops are only fast with the widest vectors that this processor has. no-trapping-math: nobody reads
 # the flags of floating-point exceptions, and with them in mind the compiler leaves the loops around e^x without vectors

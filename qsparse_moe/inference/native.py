@@ -1,0 +1,236 @@
+"""The native decode engine: one C++ call per token, which reads only the weights behind features that are not zero.
+
+It holds its own copy of the weights in a number format of its own; activations are fp32. The definition of what it
+computes is ``cached_model.TorchDecode`` with the same weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import head_size, num_kv_heads
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.stored_weights import StoredWeights, WeightFormat, load_dense, store
+from qsparse_moe.kernels import native
+from qsparse_moe.model.block import Block
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.moe.router import Router
+from qsparse_moe.nn.feed_forward import FeedForward
+from qsparse_moe.nn.selectors import ThresholdSelector
+from qsparse_moe.nn.sparse_site import SparseSite
+from qsparse_moe.sparsity.quantize import as_format
+
+_FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "ternary": 3}
+_SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 4}
+_ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
+_RESCALES = {"none": 0, "unit": 1, "preserve": 2}
+_ACTIVATIONS = {"swiglu": 0, "relu2glu": 1, "reglu": 2, "drelu": 3, "relu2": 4}
+_LARGEST_HEAD = 1024
+_NONE = torch.empty(0)
+
+
+def why_not(model: Transformer) -> str | None:
+    """Return the reason why the engine cannot run ``model`` where it is, with the way out; None if it can."""
+    device = model.head.weight.device
+    reason = native.why_not(device)
+    if reason is not None:
+        return f"{reason}; the engine torch needs no compiler and runs on every device"
+    if model.config.moe.force_uniform_routing:
+        return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
+    if head_size(model.config) > _LARGEST_HEAD:
+        return f"heads of {head_size(model.config)} channels are above its {_LARGEST_HEAD}; use the engine torch"
+    return None
+
+
+def default_format(model: Transformer) -> WeightFormat:
+    """Return the number format that holds the weights of ``model`` as they are: ternary, bf16 or fp32."""
+    if model.config.sparsity.quantization.weights == "ternary":
+        return "ternary"
+    return "bf16" if model.head.weight.dtype == torch.bfloat16 else "fp32"
+
+
+class NativeDecode:
+    """A model's weights in the layout of the C++ engine, and the engine."""
+
+    name = "native"
+    cache_dtype = torch.float32
+
+    def __init__(self, model: Transformer, weight_format: WeightFormat | None = None) -> None:
+        """Store the weights of ``model``.
+
+        Args:
+            model: in evaluation mode; its weights and its plan as they are now.
+            weight_format: of all matrices behind sparse sites. The head is stored in int8 beside int8 and ternary
+                matrices, else in the same format; embedding, norms and routers keep theirs. None takes
+                ``default_format``.
+
+        Raises:
+            BackendUnavailable: the C++ operators cannot be compiled.
+            ValueError: ternary is asked of a model that was not trained so.
+        """
+        native.load()
+        self.config = model.config
+        self.weight_format = weight_format or default_format(model)
+        if self.weight_format == "ternary" and model.config.sparsity.quantization.weights != "ternary":
+            raise ValueError(
+                "weights (ternary) must be those of a model that was trained with "
+                "model.sparsity.quantization.weights=ternary, and this one was trained with none; use int8"
+            )
+        self.stored: dict[str, StoredWeights] = {}
+        """Every stored matrix by the name of the parameter."""
+        self._hidden_ids = model.hidden_ids
+        self._engine = self._build(model)
+
+    def decode(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
+        """See ``engine.DecodeEngine``."""
+        cache.check_space(torch.ones_like(cache.positions_B))
+        logits_BV = self._engine.step(tokens_B, cache.positions_B, cache.key_LBHPC, cache.value_LBHPC)
+        cache.advance()
+        if self._hidden_ids is not None:
+            logits_BV.index_fill_(-1, self._hidden_ids, -torch.inf)
+        return logits_BV
+
+    def read_all_rows(self, read_all: bool) -> None:
+        """Read every row of every matrix from the next step on, zeros included: what a dense engine does."""
+        self._engine.read_all_rows(read_all)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the bytes of weights that the last step read, and what it would have read without zeros."""
+        read, dense = self._engine.bytes_of_last_step()
+        return {
+            "weights": self.weight_format,
+            "weight_bytes": sum(stored.num_bytes for stored in self.stored.values()),
+            "bytes_read": read,
+            "bytes_read_dense": dense,
+        }
+
+    @torch.no_grad()
+    def write_back(self, model: Transformer) -> None:
+        """Give ``model`` the values that the stored matrices stand for, so that both compute with the same weights.
+
+        A model that rounds its weights to ternary in its forward is left as it is.
+        """
+        if self.weight_format == "ternary":
+            names = ["head.weight"]
+        else:
+            names = list(self.stored)
+        for name in names:
+            parameter, stored = model.get_parameter(name), self.stored[name]
+            is_output_major = name.endswith(("qkv.weight", "output.weight"))
+            for which in range(len(stored.data) // stored.num_rows):
+                dense = load_dense(stored, which)
+                target = parameter[which] if parameter.dim() == 3 else parameter
+                target.copy_(dense.T if is_output_major else dense)
+
+    def _build(self, model: Transformer) -> Any:
+        config, classes = model.config, torch.classes.qsparse_moe
+        size = head_size(config)
+        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
+        engine = classes.DecodeModel(
+            config.num_heads,
+            num_kv_heads(config),
+            size,
+            config.norm_epsilon,
+            _ACTIVATIONS[config.moe.activation],
+            config.rope_theta**-exponents,
+            _fp32(model.final_norm.weight),
+            model.embedding.weight.detach(),
+            self._head(model),
+        )
+        for number, block in enumerate(model.blocks()):
+            engine.add_layer(*self._layer(f"layers.{number}.", block))
+        return engine
+
+    def _head(self, model: Transformer) -> Any:
+        head_format: WeightFormat = "int8" if self.weight_format in ("int8", "ternary") else self.weight_format
+        # Rows are the ids of the vocabulary here: every one is read, so there is nothing to leave out.
+        return self._matrix("head.weight", model.head.weight, head_format)
+
+    def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:
+        attention, moe = block.attention, block.moe
+        weights = attention.qkv.weight_format
+        part = block.dense if moe is None else moe.shared
+        part_name = "dense" if moe is None else "moe.shared"
+        token_gate = getattr(part, "token_gate", None)
+        return (
+            _fp32(block.attention_norm.weight),
+            _fp32(block.feed_forward_norm.weight),
+            _norm(attention.query_norm),
+            _norm(attention.key_norm),
+            self._matrix(f"{prefix}attention.qkv.weight", as_format(attention.qkv.weight, weights).T),
+            self._matrix(f"{prefix}attention.output.weight", as_format(attention.output.weight, weights).T),
+            _site(attention.input_site),
+            _site(attention.output_site),
+            None if moe is None else _router(moe.router, reads_sparse=moe.router_sees_sparse),
+            None if moe is None else self._feed_forward(f"{prefix}moe.experts.", moe.experts, moe.input_site),
+            None if part is None else self._feed_forward(f"{prefix}{part_name}.", part, part.input_site),
+            _NONE if token_gate is None else _fp32(token_gate).flatten(),
+        )
+
+    def _feed_forward(self, prefix: str, part: Any, input_site: SparseSite) -> Any:
+        gate, up, down = (
+            None
+            if parameter is None
+            else self._matrix(f"{prefix}{name}", as_format(parameter, part.weight_format))
+            for name, parameter in (("w_gate", part.w_gate), ("w_up", part.w_up), ("w_down", part.w_down))
+        )
+        return torch.classes.qsparse_moe.FeedForward(gate, up, down, _site(input_site), _site(part.hidden_site))
+
+    def _matrix(self, name: str, weights: Tensor, weight_format: WeightFormat | None = None) -> Any:
+        """Store ``weights`` (input-major), remember them under ``name`` and return the engine's view of them."""
+        chosen = weight_format or self.weight_format
+        stored = self.stored[name] = store(weights, chosen)
+        return torch.classes.qsparse_moe.StoredMatrix(
+            stored.data, _FORMATS[chosen], stored.num_rows, stored.num_columns, stored.scales
+        )
+
+
+def _fp32(parameter: Tensor) -> Tensor:
+    return parameter.detach().float().contiguous()
+
+
+def _norm(norm: nn.RMSNorm | None) -> Tensor:
+    return _NONE if norm is None else _fp32(norm.weight)
+
+
+def _site(site: SparseSite) -> Any:
+    """Return the engine's form of a site with its numbers of this moment."""
+    selector = site.selector
+    num_selected = site.ranking.num_kept_E.tolist()
+    thresholds = [0.0] * len(num_selected)
+    if isinstance(selector, ThresholdSelector):
+        thresholds = selector.threshold_bits_E.view(torch.float32).tolist()
+    if selector.is_uniform:
+        num_selected, thresholds = num_selected[:1], thresholds[:1]
+    return torch.classes.qsparse_moe.Site(
+        site.num_features,
+        _SELECTIONS[site.settings.selection],
+        _ROW_FORMATS[site.number_format],
+        _RESCALES[site.settings.rescale],
+        site.settings.group_size or 0,
+        num_selected,
+        thresholds,
+        selector.keeps_all,
+    )
+
+
+def _router(router: Router, *, reads_sparse: bool) -> Any:
+    config = router.config
+    return torch.classes.qsparse_moe.Router(
+        _fp32(router.weight),
+        _NONE if router.expert_bias is None else _fp32(router.expert_bias),
+        config.experts_per_token,
+        config.router.startswith("sigmoid"),
+        config.router == "topk_softmax",
+        config.router.endswith("renormalized"),
+        config.router_scaling_factor,
+        config.num_expert_groups,
+        config.groups_per_token,
+        config.group_score == "top2_sum",
+        reads_sparse,
+    )

@@ -1,0 +1,147 @@
+"""The matrices of a model as the native engine reads them: input-major, padded, in one of four number formats.
+
+Every matrix behind a sparse site is stored with a row per input feature, so that a feature that is zero is a row that is
+never read. Letters: E matrices of a stack, D input features (rows), O outputs (columns).
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.sparsity.quantize import quantize
+
+WeightFormat = Literal["fp32", "bf16", "int8", "ternary"]
+WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
+
+_COLUMN_GRAIN = {"fp32": 32, "bf16": 32, "int8": 32, "ternary": 256}
+_BITS = {"fp32": 32, "bf16": 16, "int8": 8, "ternary": 2}
+_LANES = 16
+_INT8_LARGEST = 127
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """A matrix ``(D, O)``, or a stack of E, in rows of bytes."""
+
+    data: Tensor
+    """``(E * D, bytes per row)`` uint8; columns beyond O are zeros."""
+    scales: Tensor
+    """fp32: one per row ``(E * D,)`` for int8, one per matrix ``(E,)`` for ternary, else empty."""
+    weight_format: WeightFormat
+    num_rows: int
+    """D."""
+    num_columns: int
+    """O."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one stored row, padding included."""
+        return self.data.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows and scales."""
+        return self.data.nbytes + self.scales.nbytes
+
+
+def store(weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
+    """Return ``weights`` in a number format.
+
+    * fp32, bf16: the values, rounded to it.
+    * int8: codes in [-127, 127] and one scale per row, ``max|row| / 127``.
+    * ternary: the codes of ``sparsity.quantize`` in 2 bits each, and one scale per matrix.
+
+    Args:
+        weights: ``(D, O)`` or ``(E, D, O)``, input-major.
+        weight_format: the number format.
+
+    Raises:
+        ValueError: a value is not finite in a format with scales.
+    """
+    stack_EDO = weights.detach() if weights.dim() == 3 else weights.detach()[None]
+    _, num_rows, num_columns = stack_EDO.shape
+    rows_NO, scales = _encode(stack_EDO, weight_format)
+    grain = _COLUMN_GRAIN[weight_format]
+    stored_columns = -(-num_columns // grain) * grain
+    data = _huge_pages(len(rows_NO), stored_columns * _BITS[weight_format] // 8)
+    if weight_format == "ternary":
+        _pack_ternary(rows_NO, data)
+    else:
+        columns = data.view(rows_NO.dtype)
+        columns[:, :num_columns] = rows_NO
+        columns[:, num_columns:] = 0
+    return StoredWeights(data, scales, weight_format, num_rows, num_columns)
+
+
+def load_dense(stored: StoredWeights, which: int = 0) -> Tensor:
+    """Return matrix ``which`` of the stack as ``(D, O)`` fp32: the values that the engine multiplies with."""
+    rows = stored.data[which * stored.num_rows : (which + 1) * stored.num_rows]
+    if stored.weight_format == "ternary":
+        codes = _unpack_ternary(rows)[:, : stored.num_columns]
+        return (codes.float() - 1) * stored.scales[which]
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+    values = rows.view(dtypes[stored.weight_format])[:, : stored.num_columns].float()
+    if stored.weight_format == "int8":
+        values *= stored.scales[which * stored.num_rows : (which + 1) * stored.num_rows, None]
+    return values
+
+
+def _encode(stack_EDO: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Return ``(E * D, O)`` in the dtype that is stored (ternary: codes 0, 1, 2 as uint8), and the scales."""
+    no_scales = torch.empty(0, dtype=torch.float32)
+    if weight_format == "fp32":
+        return stack_EDO.flatten(0, 1).float(), no_scales
+    if weight_format == "bf16":
+        return stack_EDO.flatten(0, 1).bfloat16(), no_scales
+    if not stack_EDO.isfinite().all():
+        raise ValueError(f"weights must be finite to be stored as {weight_format}")
+    if weight_format == "int8":
+        rows_NO = stack_EDO.flatten(0, 1).float()
+        scales_N = rows_NO.abs().amax(-1) / _INT8_LARGEST
+        codes_NO = (rows_NO / scales_N.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
+        return codes_NO.clamp_(-_INT8_LARGEST, _INT8_LARGEST).to(torch.int8), scales_N
+    codes, scale = quantize(stack_EDO, "ternary")
+    return (codes + 1).to(torch.uint8).flatten(0, 1), scale.flatten().float()
+
+
+def _pack_ternary(codes_NO: Tensor, data: Tensor) -> None:
+    """Write codes of 2 bits into ``data``: in a block of 256 columns, word w holds column 16 s + w at bit 2 s."""
+    grain = _COLUMN_GRAIN["ternary"]
+    padding = -codes_NO.shape[1] % grain
+    # Code 1 is a weight of 0.
+    codes_NO = torch.nn.functional.pad(codes_NO, (0, padding), value=1)
+    fields = codes_NO.unflatten(1, (-1, _LANES, _LANES)).to(torch.int32)
+    shifts = torch.arange(0, 2 * _LANES, 2, dtype=torch.int32)[:, None]
+    # The bits do not overlap, so their sum is their union; int32 wraps round into the sign bit as it should.
+    words = (fields << shifts).sum(2, dtype=torch.int32)
+    data.view(torch.int32).copy_(words.flatten(1))
+
+
+def _unpack_ternary(rows: Tensor) -> Tensor:
+    words = rows.view(torch.int32).unflatten(1, (-1, 1, _LANES))
+    shifts = torch.arange(0, 2 * _LANES, 2, dtype=torch.int32)[:, None]
+    return ((words >> shifts) & 3).flatten(1)
+
+
+def _huge_pages(num_rows: int, row_bytes: int) -> Tensor:
+    """Return uninitialised rows in memory of large pages, where the system has them.
+
+    Chosen rows lie on as many pages: with pages of 4 kB every second one costs a walk through the page table.
+    """
+    size = max(num_rows * row_bytes, 1)
+    memory = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError:  # a kernel that was built without them
+            pass
+    return torch.frombuffer(memory, dtype=torch.uint8, count=num_rows * row_bytes).view(num_rows, row_bytes)
+
+
+StoreMatrix = Callable[[Tensor], StoredWeights]

@@ -1,0 +1,841 @@
+// One decode step of a whole model on a CPU: the next token of each of B sequences, from weights of which only the rows
+// behind selected features are read. The definition is the training model's own forward with a key-value cache
+// (inference/cached_model.py); tests hold the two together.
+//
+// One parallel region spans the step. A product is cut by columns, so that a thread adds to its own part of a row and sums
+// need no exchange; what lies between products (norms, selections, attention, routing) is cut by tokens, heads or experts.
+// Between two of them stands a barrier. Nothing is allocated in a step once its number of tokens has been seen.
+//
+// B tokens, D width, E experts, A experts per token, F hidden features of an expert.
+
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+#include <omp.h>
+#include <torch/custom_class.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "row_dot.h"
+#include "site.h"
+
+namespace {
+
+using namespace qsparse_moe;
+using c10::intrusive_ptr;
+
+int64_t padded(int64_t columns) { return (columns + kTernaryBlock - 1) / kTernaryBlock * kTernaryBlock; }
+
+const float* floats(const at::Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr<float>() : nullptr; }
+
+// A matrix, or a stack of E, as it is stored.
+struct StoredMatrix : torch::CustomClassHolder {
+  // `data`: (E * D, row_bytes) uint8 rows; `scales`: fp32, one per row (int8), one per matrix (ternary), or none.
+  StoredMatrix(at::Tensor data_, int64_t format_, int64_t num_rows_, int64_t num_columns_, at::Tensor scales_)
+      : data(std::move(data_)),
+        scales(std::move(scales_)),
+        format(NumberFormat(format_)),
+        num_rows(num_rows_),
+        num_columns(num_columns_) {
+    TORCH_CHECK(data.dim() == 2 && data.is_contiguous() && data.scalar_type() == at::kByte,
+                "a stored matrix must be contiguous rows of bytes");
+    TORCH_CHECK(format_ >= 0 && format_ <= 3 && num_rows > 0 && data.size(0) % num_rows == 0,
+                "a stored matrix must have a known format and whole matrices");
+    const int64_t grain = format == NumberFormat::ternary ? kTernaryBlock : kUnit;
+    stored_columns = (num_columns + grain - 1) / grain * grain;
+    const int64_t bits = format == NumberFormat::fp32 ? 32 : format == NumberFormat::bf16 ? 16
+                         : format == NumberFormat::int8 ? 8 : 2;
+    TORCH_CHECK(data.size(1) * 8 == stored_columns * bits, "a stored row must be padded to ", grain, " columns");
+    const int64_t wanted = format == NumberFormat::int8 ? data.size(0)
+                           : format == NumberFormat::ternary ? data.size(0) / num_rows : 0;
+    TORCH_CHECK(scales.numel() == wanted && scales.scalar_type() == at::kFloat && scales.is_contiguous(),
+                "a stored matrix must have ", wanted, " scales in fp32");
+    data.data_ptr<uint8_t>();
+  }
+
+  Matrix matrix(int64_t which) const {
+    Matrix view;
+    view.data = reinterpret_cast<const char*>(data.const_data_ptr<uint8_t>()) + which * num_rows * data.size(1);
+    view.format = format;
+    view.num_columns = stored_columns;
+    view.row_bytes = data.size(1);
+    return view;
+  }
+  const float* row_scales(int64_t which) const {
+    return format == NumberFormat::int8 ? scales.const_data_ptr<float>() + which * num_rows : nullptr;
+  }
+  float factor(int64_t which) const {
+    return format == NumberFormat::ternary ? scales.const_data_ptr<float>()[which] : 1.0f;
+  }
+
+  at::Tensor data, scales;
+  NumberFormat format;
+  int64_t num_rows, num_columns, stored_columns;
+};
+
+struct SiteHolder : torch::CustomClassHolder {
+  SiteHolder(int64_t num_features, int64_t selection, int64_t format, int64_t rescale, int64_t group_size,
+             std::vector<int64_t> num_selected, std::vector<double> thresholds, bool selects_all) {
+    settings.num_features = num_features;
+    settings.selection = Selection(selection);
+    settings.format = RowFormat(format);
+    settings.rescale = Rescale(rescale);
+    settings.group_size = group_size;
+    settings.num_selected = std::move(num_selected);
+    settings.thresholds.assign(thresholds.begin(), thresholds.end());
+    settings.selects_all = selects_all;
+    TORCH_CHECK(settings.num_selected.size() == settings.thresholds.size() && !settings.num_selected.empty(),
+                "a site must have as many thresholds as numbers of selected features");
+  }
+  SiteSettings settings;
+};
+
+struct FeedForwardHolder : torch::CustomClassHolder {
+  FeedForwardHolder(std::optional<intrusive_ptr<StoredMatrix>> gate_, intrusive_ptr<StoredMatrix> up_,
+                    intrusive_ptr<StoredMatrix> down_, intrusive_ptr<SiteHolder> input_, intrusive_ptr<SiteHolder> hidden_)
+      : gate(gate_ ? *gate_ : nullptr), up(up_), down(down_), input(input_), hidden(hidden_) {}
+  intrusive_ptr<StoredMatrix> gate, up, down;
+  intrusive_ptr<SiteHolder> input, hidden;
+};
+
+struct RouterHolder : torch::CustomClassHolder {
+  RouterHolder(at::Tensor weight_, at::Tensor bias_, int64_t experts_per_token_, bool sigmoid_, bool softmax_of_chosen_,
+               bool renormalized_, double scaling_, int64_t num_groups_, int64_t groups_per_token_, bool group_by_two_,
+               bool reads_sparse_)
+      : weight(std::move(weight_)),
+        bias(std::move(bias_)),
+        experts_per_token(experts_per_token_),
+        sigmoid(sigmoid_),
+        softmax_of_chosen(softmax_of_chosen_),
+        renormalized(renormalized_),
+        scaling(float(scaling_)),
+        num_groups(num_groups_),
+        groups_per_token(groups_per_token_),
+        group_by_two(group_by_two_),
+        reads_sparse(reads_sparse_) {}
+  int64_t num_experts() const { return weight.size(0); }
+  at::Tensor weight, bias;  // (E, D) and (E), fp32; no bias: empty
+  int64_t experts_per_token;
+  bool sigmoid, softmax_of_chosen, renormalized;
+  float scaling;
+  int64_t num_groups, groups_per_token;
+  bool group_by_two, reads_sparse;
+};
+
+struct Layer {
+  at::Tensor attention_norm, feed_forward_norm, query_norm, key_norm;
+  intrusive_ptr<StoredMatrix> qkv, output;
+  intrusive_ptr<SiteHolder> attention_input, attention_output;
+  intrusive_ptr<RouterHolder> router;
+  intrusive_ptr<FeedForwardHolder> routed, dense;  // dense: the shared experts beside `routed`, or the whole layer
+  at::Tensor token_gate;
+};
+
+// Threads of one region meet here; they spin, because a step has a hundred meetings a few microseconds apart, and yield
+// after a while, because a thread that is waited for may have no processor.
+class Barrier {
+ public:
+  explicit Barrier(int num_threads) : num_threads_(num_threads) {}
+  void wait() {
+    if (num_threads_ == 1) return;
+    const int64_t round = round_.load(std::memory_order_acquire);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
+      if (spins > 20000) std::this_thread::yield();
+      else __builtin_ia32_pause();
+    }
+  }
+
+ private:
+  const int num_threads_;
+  std::atomic<int> arrived_{0};
+  std::atomic<int64_t> round_{0};
+};
+
+// A product of up to 8 tokens with one matrix: the rows that at least one of them needs.
+struct Job {
+  Matrix matrix;
+  int tokens = 1;
+  const int32_t* rows = nullptr;
+  const float* values = nullptr;  // (num_rows, tokens)
+  int64_t num_rows = 0;
+  float* out[kMaxTokens] = {};
+  std::vector<int32_t> row_room;
+  std::vector<float> value_room;
+};
+
+// Room for lists of features of as many rows as asked for.
+class ListRoom {
+ public:
+  void reserve(int64_t num_rows, int64_t num_features) {
+    const int64_t width = num_features + 2 * kLanes;
+    if (num_rows <= int64_t(lists.size()) && width <= width_) return;
+    width_ = std::max(width, width_);
+    const int64_t count = std::max(num_rows, int64_t(lists.size()));
+    features_.resize(count * width_);
+    values_.resize(count * width_);
+    lists.resize(count);
+    for (int64_t i = 0; i < count; ++i) lists[i] = {features_.data() + i * width_, values_.data() + i * width_, 0};
+  }
+  std::vector<FeatureList> lists;
+
+ private:
+  int64_t width_ = 0;
+  std::vector<int32_t> features_;
+  std::vector<float> values_;
+};
+
+// Rows of fp32, each padded to whole blocks of columns so that a product may write past the last column.
+class Rows {
+ public:
+  void reserve(int64_t num_rows, int64_t columns) {
+    stride_ = std::max(stride_, padded(columns));
+    if (int64_t(values_.size()) < num_rows * stride_) values_.assign(num_rows * stride_, 0.0f);
+  }
+  float* operator[](int64_t row) { return values_.data() + row * stride_; }
+  int64_t stride() const { return stride_; }
+
+ private:
+  int64_t stride_ = 0;
+  std::vector<float> values_;
+};
+
+class DecodeModel : public torch::CustomClassHolder {
+ public:
+  DecodeModel(int64_t num_heads, int64_t num_kv_heads, int64_t head_size, double epsilon, int64_t activation,
+              at::Tensor inverse_frequencies, at::Tensor final_norm, at::Tensor embedding,
+              intrusive_ptr<StoredMatrix> head)
+      : num_heads_(num_heads),
+        num_kv_heads_(num_kv_heads),
+        head_size_(head_size),
+        width_(final_norm.size(0)),
+        epsilon_(float(epsilon)),
+        activation_(Activation(activation)),
+        inverse_frequencies_(std::move(inverse_frequencies)),
+        final_norm_(std::move(final_norm)),
+        embedding_(std::move(embedding)),
+        head_(std::move(head)) {}
+
+  void add_layer(at::Tensor attention_norm, at::Tensor feed_forward_norm, at::Tensor query_norm, at::Tensor key_norm,
+                 intrusive_ptr<StoredMatrix> qkv, intrusive_ptr<StoredMatrix> output, intrusive_ptr<SiteHolder> input_site,
+                 intrusive_ptr<SiteHolder> output_site, std::optional<intrusive_ptr<RouterHolder>> router,
+                 std::optional<intrusive_ptr<FeedForwardHolder>> routed,
+                 std::optional<intrusive_ptr<FeedForwardHolder>> dense, at::Tensor token_gate) {
+    Layer layer;
+    layer.attention_norm = attention_norm, layer.feed_forward_norm = feed_forward_norm;
+    layer.query_norm = query_norm, layer.key_norm = key_norm;
+    layer.qkv = qkv, layer.output = output;
+    layer.attention_input = input_site, layer.attention_output = output_site;
+    if (router) layer.router = *router;
+    if (routed) layer.routed = *routed;
+    if (dense) layer.dense = *dense;
+    layer.token_gate = token_gate;
+    layers_.push_back(std::move(layer));
+  }
+
+  // Rows of every matrix are read whole from the next step on, however few of them are needed: for comparison.
+  void read_all_rows(bool all) { reads_all_rows_ = all; }
+
+  // Bytes of stored weights that the last step read, and that it would have read without any zero.
+  std::vector<int64_t> bytes_of_last_step() const { return {bytes_read_, bytes_dense_}; }
+
+  at::Tensor step(const at::Tensor& tokens, const at::Tensor& positions, at::Tensor keys, at::Tensor values);
+
+ private:
+  struct Thread {
+    int index, count;
+    Barrier& barrier;
+    SiteScratch& scratch;
+    std::vector<float>& scores;   // as many as slots of the cache, or experts
+    std::vector<int32_t>& marks;  // one per feature, 0 between two uses
+    bool takes(int64_t item) const { return item % count == index; }
+  };
+
+  void reserve(int num_threads);
+  void run_layer(const Layer& layer, int64_t number, const Thread& thread);
+  void attend(const Layer& layer, int64_t number, const Thread& thread);
+  void attend_group(const Layer& layer, int64_t number, int64_t token, int64_t group, std::vector<float>& scores);
+  void feed_forward(const Layer& layer, const Thread& thread);
+  void route(const Layer& layer, const Thread& thread);
+  void choose_experts(const RouterHolder& router, int64_t token, std::vector<float>& scores);
+  void plan_experts(const Layer& layer);
+  void project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, const Thread& thread);
+  void build_expert_jobs(const Layer& layer, const Thread& thread);
+  void build_down_jobs(const Layer& layer, const Thread& thread);
+  int64_t num_token_groups() const { return (batch_ + kMaxTokens - 1) / kMaxTokens; }
+  void build_job(Job& job, const StoredMatrix& matrix, int64_t which, int tokens, const FeatureList* const* lists,
+                 const float* factors, float* const* out, const Thread& thread);
+  void run_jobs(const Thread& thread, int64_t num_jobs);
+  void head(const Thread& thread, at::Tensor& logits);
+  void clear_columns(Rows& rows, int64_t num_rows, int64_t columns, const Thread& thread);
+
+  const int64_t num_heads_, num_kv_heads_, head_size_, width_;
+  const float epsilon_;
+  const Activation activation_;
+  const at::Tensor inverse_frequencies_, final_norm_, embedding_;
+  const intrusive_ptr<StoredMatrix> head_;
+  std::vector<Layer> layers_;
+  bool reads_all_rows_ = false;
+  int64_t bytes_read_ = 0, bytes_dense_ = 0;
+
+  // Of one step.
+  int64_t batch_ = 0;
+  const int64_t* positions_ = nullptr;
+  float *keys_ = nullptr, *values_ = nullptr;
+  int64_t capacity_ = 0, cache_stride_layer_ = 0, cache_stride_batch_ = 0, cache_stride_head_ = 0;
+  Rows stream_, normed_, qkv_, mixed_, logits_, gate_, up_, dense_gate_, dense_up_, spare_, router_rows_;
+  ListRoom lists_, dense_lists_, hidden_lists_, dense_hidden_lists_;
+  std::vector<int64_t> chosen_;     // (B, A)
+  std::vector<float> weights_;      // (B, A)
+  std::vector<float> token_share_;  // (B)
+  std::vector<Job> jobs_;
+  std::vector<std::vector<int32_t>> marks_;
+  std::vector<std::unique_ptr<SiteScratch>> scratch_;
+  std::vector<float> head_first_, head_second_;
+  std::vector<std::vector<float>> scores_;
+  // The tokens of every expert in use, at most 8 at a time: (expert, first place, number) into `members_`.
+  struct ExpertTokens {
+    int64_t expert, begin, count;
+  };
+  std::vector<ExpertTokens> expert_tokens_;
+  std::vector<int64_t> members_;  // places b * A + a, sorted by expert
+  std::vector<int32_t> every_row_;
+};
+
+// Room for the tokens of this step and the threads that compute it; the steps after the first of a size find it there.
+void DecodeModel::reserve(int num_threads) {
+  int64_t widest = width_, choices = 1, experts = 1, hidden = 1, dense_hidden = 1;
+  for (const Layer& layer : layers_) {
+    widest = std::max(widest, layer.output->num_rows);
+    if (layer.routed) {
+      choices = std::max(choices, layer.router->experts_per_token);
+      experts = std::max(experts, layer.router->num_experts());
+      hidden = std::max(hidden, layer.routed->down->num_rows);
+    }
+    if (layer.dense) dense_hidden = std::max(dense_hidden, layer.dense->down->num_rows);
+  }
+  widest = std::max({widest, hidden, dense_hidden});
+  const int64_t places = batch_ * choices, units = padded(width_) / kUnit;
+  for (Rows* rows : {&stream_, &normed_, &router_rows_}) rows->reserve(batch_, width_);
+  qkv_.reserve(batch_, (num_heads_ + 2 * num_kv_heads_) * head_size_);
+  mixed_.reserve(batch_, num_heads_ * head_size_);
+  logits_.reserve(batch_, experts);
+  for (Rows* rows : {&gate_, &up_}) rows->reserve(places, hidden);
+  for (Rows* rows : {&dense_gate_, &dense_up_}) rows->reserve(batch_, dense_hidden);
+  spare_.reserve(1, std::max({widest, qkv_.stride(), head_->num_rows}));
+  lists_.reserve(places, widest);
+  dense_lists_.reserve(batch_, width_);
+  hidden_lists_.reserve(places, hidden);
+  dense_hidden_lists_.reserve(batch_, dense_hidden);
+  if (int64_t(chosen_.size()) < places) {
+    chosen_.resize(places), weights_.resize(places), members_.resize(places), token_share_.resize(batch_);
+    expert_tokens_.reserve(places + experts);
+    // Gate and up of every group of an expert's tokens, and of every group of tokens of the shared experts.
+    jobs_.resize(2 * (places + num_token_groups()) + 2);
+    head_first_.assign(num_token_groups() * kMaxTokens * units * kLanes, 0.0f);
+    head_second_.assign(head_first_.size(), 0.0f);
+  }
+  while (int(scratch_.size()) < num_threads) {
+    scratch_.push_back(std::make_unique<SiteScratch>(widest));
+    marks_.emplace_back(widest, 0);
+    scores_.emplace_back();
+  }
+  for (std::vector<float>& scores : scores_)
+    if (int64_t(scores.size()) < std::max(capacity_, experts) + kLanes)
+      scores.resize(std::max(capacity_, experts) + kLanes);
+  if (int64_t(every_row_.size()) < widest) {
+    every_row_.resize(widest);
+    for (int64_t i = 0; i < widest; ++i) every_row_[i] = int32_t(i);
+  }
+}
+
+at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positions, at::Tensor keys, at::Tensor values) {
+  TORCH_CHECK(tokens.dim() == 1 && tokens.scalar_type() == at::kLong && tokens.is_contiguous() &&
+                  positions.sizes() == tokens.sizes() && positions.scalar_type() == at::kLong &&
+                  positions.is_contiguous(),
+              "decode: tokens and positions must be contiguous int64 (B)");
+  TORCH_CHECK(keys.dim() == 5 && keys.scalar_type() == at::kFloat && values.scalar_type() == at::kFloat &&
+                  keys.sizes() == values.sizes() && keys.strides() == values.strides() && keys.stride(4) == 1 &&
+                  keys.stride(3) == head_size_ && keys.size(0) == int64_t(layers_.size()) &&
+                  keys.size(1) == tokens.size(0) && keys.size(2) == num_kv_heads_ && keys.size(4) == head_size_,
+              "decode: keys and values must be fp32 (L, B, H, P, C) of this model, the last two dims contiguous");
+  batch_ = tokens.size(0);
+  positions_ = positions.const_data_ptr<int64_t>();
+  keys_ = keys.data_ptr<float>(), values_ = values.data_ptr<float>();
+  capacity_ = keys.size(3);
+  cache_stride_layer_ = keys.stride(0), cache_stride_batch_ = keys.stride(1), cache_stride_head_ = keys.stride(2);
+  const int num_threads = at::get_num_threads();
+  reserve(num_threads);
+  bytes_read_ = bytes_dense_ = 0;
+  const at::Tensor rows = embedding_.index_select(0, tokens).to(at::kFloat).contiguous();
+  for (int64_t token = 0; token < batch_; ++token)
+    std::copy_n(rows.const_data_ptr<float>() + token * width_, width_, stream_[token]);
+  at::Tensor logits = at::empty({batch_, head_->num_rows}, rows.options());
+  Barrier barrier(num_threads);
+#pragma omp parallel num_threads(num_threads)
+  {
+    const int index = omp_get_thread_num();
+    const Thread thread{index, num_threads, barrier, *scratch_[index], scores_[index], marks_[index]};
+    for (size_t number = 0; number < layers_.size(); ++number) run_layer(layers_[number], int64_t(number), thread);
+    head(thread, logits);
+  }
+  return logits;
+}
+
+void DecodeModel::run_layer(const Layer& layer, int64_t number, const Thread& thread) {
+  attend(layer, number, thread);
+  feed_forward(layer, thread);
+}
+
+void DecodeModel::clear_columns(Rows& rows, int64_t num_rows, int64_t columns, const Thread& thread) {
+  int64_t begin, end;
+  column_slice(columns, kTernaryBlock, thread.index, thread.count, begin, end);
+  for (int64_t row = 0; row < num_rows; ++row) std::fill(rows[row] + begin, rows[row] + end, 0.0f);
+}
+
+// The rows that `tokens` tokens need of one matrix, and what each token multiplies them with: the values of its list, times
+// its factor, times the scales of the stored weights.
+void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which, int tokens,
+                            const FeatureList* const* lists, const float* factors, float* const* out,
+                            const Thread& thread) {
+  const float* row_scales = matrix.row_scales(which);
+  const float scale = matrix.factor(which);
+  job.matrix = matrix.matrix(which);
+  job.tokens = padded_tokens(tokens);
+  for (int t = 0; t < job.tokens; ++t) job.out[t] = t < tokens ? out[t] : spare_[0];
+  if (tokens == 1 && !row_scales && scale * factors[0] == 1.0f && !reads_all_rows_) {
+    job.rows = lists[0]->features, job.values = lists[0]->values, job.num_rows = lists[0]->length;
+    return;
+  }
+  const int64_t most = matrix.num_rows;
+  if (int64_t(job.value_room.size()) < most * job.tokens) job.value_room.resize(most * job.tokens);
+  if (int64_t(job.row_room.size()) < most) job.row_room.resize(most);
+  float* values = job.value_room.data();
+  const auto place = [&](int t, int64_t k, int64_t row, int64_t feature) {
+    const float scaled = lists[t]->values[k] * factors[t] * scale;
+    values[row * job.tokens + t] = row_scales ? scaled * row_scales[feature] : scaled;
+  };
+  job.values = values;
+  if (tokens == 1 && !reads_all_rows_) {
+    job.rows = lists[0]->features, job.num_rows = lists[0]->length;
+    for (int64_t k = 0; k < job.num_rows; ++k) place(0, k, k, job.rows[k]);
+    return;
+  }
+  if (reads_all_rows_) {
+    job.rows = every_row_.data(), job.num_rows = most;
+    std::fill_n(values, most * job.tokens, 0.0f);
+    for (int t = 0; t < tokens; ++t)
+      for (int64_t k = 0; k < lists[t]->length; ++k) place(t, k, lists[t]->features[k], lists[t]->features[k]);
+    return;
+  }
+  int32_t* marks = thread.marks.data();
+  for (int t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < lists[t]->length; ++k) marks[lists[t]->features[k]] = 1;
+  job.num_rows = 0;
+  for (int64_t feature = 0; feature < most; ++feature) {
+    job.row_room[job.num_rows] = int32_t(feature);
+    const int32_t needed = marks[feature];
+    marks[feature] = int32_t(job.num_rows);
+    job.num_rows += needed;
+  }
+  job.rows = job.row_room.data();
+  std::fill_n(values, job.num_rows * job.tokens, 0.0f);
+  for (int t = 0; t < tokens; ++t)
+    for (int64_t k = 0; k < lists[t]->length; ++k)
+      place(t, k, marks[lists[t]->features[k]], lists[t]->features[k]);
+  std::fill_n(marks, most, 0);
+}
+
+void DecodeModel::run_jobs(const Thread& thread, int64_t num_jobs) {
+  for (int64_t number = 0; number < num_jobs; ++number) {
+    const Job& job = jobs_[number];
+    int64_t begin, end;
+    column_slice(job.matrix.num_columns, job.matrix.grain(), thread.index, thread.count, begin, end);
+    add_product(job.matrix, job.tokens, job.rows, job.num_rows, job.values, job.out, begin, end);
+    if (thread.index == 0) bytes_read_ += job.num_rows * job.matrix.row_bytes;
+  }
+}
+
+// Add to `out[b]` the product of the list of every token with one matrix.
+void DecodeModel::project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, const Thread& thread) {
+  for (int64_t group = 0; group < num_token_groups(); ++group) {
+    if (!thread.takes(group)) continue;
+    const FeatureList* of_tokens[kMaxTokens];
+    float factors[kMaxTokens], *to[kMaxTokens];
+    const int64_t first = group * kMaxTokens, count = std::min<int64_t>(kMaxTokens, batch_ - first);
+    for (int64_t t = 0; t < count; ++t)
+      of_tokens[t] = &lists.lists[first + t], factors[t] = 1, to[t] = out[first + t];
+    build_job(jobs_[group], matrix, 0, int(count), of_tokens, factors, to, thread);
+  }
+  thread.barrier.wait();
+  run_jobs(thread, num_token_groups());
+  if (thread.index == 0) bytes_dense_ += num_token_groups() * matrix.num_rows * matrix.data.size(1);
+  thread.barrier.wait();
+}
+
+void DecodeModel::attend(const Layer& layer, int64_t number, const Thread& thread) {
+  for (int64_t token = 0; token < batch_; ++token) {
+    if (!thread.takes(token)) continue;
+    rms_norm(stream_[token], floats(layer.attention_norm), epsilon_, normed_[token], width_);
+    select_features(layer.attention_input->settings, 0, normed_[token], thread.scratch, lists_.lists[token]);
+  }
+  clear_columns(qkv_, batch_, layer.qkv->stored_columns, thread);
+  if (batch_ > 1) thread.barrier.wait();
+  project(*layer.qkv, lists_, qkv_, thread);
+  for (int64_t item = 0; item < batch_ * num_kv_heads_; ++item)
+    if (thread.takes(item)) attend_group(layer, number, item / num_kv_heads_, item % num_kv_heads_, thread.scores);
+  thread.barrier.wait();
+  for (int64_t token = 0; token < batch_; ++token)
+    if (thread.takes(token))
+      select_features(layer.attention_output->settings, 0, mixed_[token], thread.scratch, lists_.lists[token]);
+  if (batch_ > 1) thread.barrier.wait();
+  project(*layer.output, lists_, stream_, thread);
+}
+
+// Turn the pair (channel i, channel i + C / 2) by the angle of the position.
+void rotate(float* head, int64_t head_size, const float* cosines, const float* sines) {
+  const int64_t half = head_size / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = head[i], second = head[half + i];
+    head[i] = first * cosines[i] - second * sines[i];
+    head[half + i] = second * cosines[i] + first * sines[i];
+  }
+}
+
+// One token's query heads that share key and value head `group`: its key and value are stored before they are read.
+void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token, int64_t group,
+                               std::vector<float>& scores) {
+  const int64_t size = head_size_, heads = num_heads_ / num_kv_heads_, position = positions_[token];
+  float* key = qkv_[token] + (num_heads_ + group) * size;
+  const float* value = qkv_[token] + (num_heads_ + num_kv_heads_ + group) * size;
+  float cosines[512], sines[512];
+  for (int64_t i = 0; i < size / 2; ++i) {
+    const float angle = float(position) * floats(inverse_frequencies_)[i];
+    cosines[i] = std::cos(angle), sines[i] = std::sin(angle);
+  }
+  if (layer.key_norm.numel()) rms_norm(key, floats(layer.key_norm), epsilon_, key, size);
+  rotate(key, size, cosines, sines);
+  const int64_t offset = number * cache_stride_layer_ + token * cache_stride_batch_ + group * cache_stride_head_;
+  float *keys = keys_ + offset, *values = values_ + offset;
+  const int64_t slot = position % capacity_, count = std::min(position + 1, capacity_);
+  std::copy_n(key, size, keys + slot * size);
+  std::copy_n(value, size, values + slot * size);
+  for (int64_t head = group * heads; head < (group + 1) * heads; ++head) {
+    float* query = qkv_[token] + head * size;
+    if (layer.query_norm.numel()) rms_norm(query, floats(layer.query_norm), epsilon_, query, size);
+    rotate(query, size, cosines, sines);
+    const float scale = 1.0f / std::sqrt(float(size));
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < count; ++i) {
+      scores[i] = dot(query, keys + i * size, size) * scale;
+      largest = std::max(largest, scores[i]);
+    }
+    std::fill_n(scores.data() + count, kLanes, -std::numeric_limits<float>::infinity());
+    for (int64_t i = 0; i < count; i += kLanes)
+      store(scores.data() + i, exponential(load<Floats>(scores.data() + i) - largest));
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) total += scores[i];
+    float* mixed = mixed_[token] + head * size;
+    std::fill_n(mixed, size, 0.0f);
+    for (int64_t i = 0; i < count; ++i) add_scaled(mixed, values + i * size, scores[i] / total, size);
+  }
+}
+
+void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
+  const bool routed = bool(layer.routed), dense = bool(layer.dense);
+  const int64_t choices = routed ? layer.router->experts_per_token : 0;
+  const bool shares_selection = routed && layer.routed->input->settings.uniform();
+  for (int64_t token = 0; token < batch_; ++token) {
+    if (!thread.takes(token)) continue;
+    float* normed = normed_[token];
+    rms_norm(stream_[token], floats(layer.feed_forward_norm), epsilon_, normed, width_);
+    if (shares_selection)
+      select_features(layer.routed->input->settings, 0, normed, thread.scratch, lists_.lists[token * choices]);
+    if (dense) select_features(layer.dense->input->settings, 0, normed, thread.scratch, dense_lists_.lists[token]);
+    token_share_[token] = 1;
+    if (layer.token_gate.numel())
+      token_share_[token] = 1.0f / (1.0f + std::exp(-dot(normed, floats(layer.token_gate), width_)));
+    if (routed && layer.router->reads_sparse) {
+      std::fill_n(router_rows_[token], width_, 0.0f);
+      const FeatureList& list = lists_.lists[token * choices];
+      for (int64_t k = 0; k < list.length; ++k) router_rows_[token][list.features[k]] = list.values[k];
+    }
+  }
+  thread.barrier.wait();
+  if (routed) {
+    route(layer, thread);
+    if (!shares_selection) {
+      for (int64_t place = 0; place < batch_ * choices; ++place)
+        if (thread.takes(place))
+          select_features(layer.routed->input->settings, chosen_[place], normed_[place / choices], thread.scratch,
+                          lists_.lists[place]);
+      thread.barrier.wait();
+    }
+  }
+  const int64_t expert_jobs = routed ? int64_t(expert_tokens_.size()) : 0, dense_jobs = dense ? num_token_groups() : 0;
+  const auto matrices = [](const FeedForwardHolder& part) { return part.gate ? 2 : 1; };
+  const int64_t num_jobs = (routed ? matrices(*layer.routed) * expert_jobs : 0) +
+                           (dense ? matrices(*layer.dense) * dense_jobs : 0);
+  if (routed)
+    for (Rows* rows : {&gate_, &up_})
+      clear_columns(*rows, batch_ * choices, layer.routed->up->stored_columns, thread);
+  if (dense)
+    for (Rows* rows : {&dense_gate_, &dense_up_}) clear_columns(*rows, batch_, layer.dense->up->stored_columns, thread);
+  build_expert_jobs(layer, thread);
+  thread.barrier.wait();
+  run_jobs(thread, num_jobs);
+  thread.barrier.wait();
+  const auto hide = [&](const FeedForwardHolder& part, Rows& gate, Rows& up, int64_t row, int64_t expert,
+                        FeatureList& list) {
+    activate_row(activation_, part.gate ? gate[row] : nullptr, up[row], gate[row], part.up->stored_columns);
+    select_features(part.hidden->settings, expert, gate[row], thread.scratch, list);
+  };
+  for (int64_t place = 0; place < batch_ * choices; ++place)
+    if (thread.takes(place)) hide(*layer.routed, gate_, up_, place, chosen_[place], hidden_lists_.lists[place]);
+  for (int64_t token = 0; dense && token < batch_; ++token)
+    if (thread.takes(token)) hide(*layer.dense, dense_gate_, dense_up_, token, 0, dense_hidden_lists_.lists[token]);
+  thread.barrier.wait();
+  build_down_jobs(layer, thread);
+  thread.barrier.wait();
+  run_jobs(thread, expert_jobs + dense_jobs);
+  thread.barrier.wait();
+}
+
+void DecodeModel::route(const Layer& layer, const Thread& thread) {
+  const RouterHolder& router = *layer.router;
+  const int64_t experts = router.num_experts();
+  Rows& seen = router.reads_sparse ? router_rows_ : normed_;
+  const int64_t begin = experts * thread.index / thread.count, end = experts * (thread.index + 1) / thread.count;
+  for (int64_t expert = begin; expert < end; ++expert)
+    for (int64_t token = 0; token < batch_; ++token)
+      logits_[token][expert] = dot(seen[token], floats(router.weight) + expert * width_, width_);
+  thread.barrier.wait();
+  for (int64_t token = 0; token < batch_; ++token)
+    if (thread.takes(token)) choose_experts(router, token, thread.scores);
+  if (batch_ > 1) thread.barrier.wait();
+  if (thread.index == 0) plan_experts(layer);
+  thread.barrier.wait();
+}
+
+// The place of the largest value, the first of equal ones; it is then taken out.
+int64_t take_largest(float* values, int64_t length) {
+  const int64_t place = std::max_element(values, values + length) - values;
+  values[place] = -std::numeric_limits<float>::infinity();
+  return place;
+}
+
+void DecodeModel::choose_experts(const RouterHolder& router, int64_t token, std::vector<float>& scores) {
+  const int64_t experts = router.num_experts(), choices = router.experts_per_token;
+  const float* logits = logits_[token];
+  int64_t* chosen = chosen_.data() + token * choices;
+  float* weights = weights_.data() + token * choices;
+  const float largest = *std::max_element(logits, logits + experts);
+  float total = 0;
+  for (int64_t expert = 0; expert < experts; ++expert) total += std::exp(logits[expert] - largest);
+  const auto score = [&](int64_t expert) {
+    return router.sigmoid ? 1.0f / (1.0f + std::exp(-logits[expert])) : std::exp(logits[expert] - largest) / total;
+  };
+  // Without biases and groups the choice is by the logits, which are never rounded to the same 0 or 1.
+  const bool by_scores = router.bias.numel() || router.num_groups > 1;
+  for (int64_t expert = 0; expert < experts; ++expert) {
+    scores[expert] = by_scores ? score(expert) : logits[expert];
+    if (router.bias.numel()) scores[expert] += floats(router.bias)[expert];
+  }
+  if (router.num_groups > 1) {
+    const int64_t size = experts / router.num_groups;
+    std::vector<float> of_group(router.num_groups);
+    for (int64_t group = 0; group < router.num_groups; ++group) {
+      std::vector<float> values(scores.begin() + group * size, scores.begin() + (group + 1) * size);
+      std::sort(values.begin(), values.end(), std::greater<float>());
+      of_group[group] = router.group_by_two ? values[0] + values[1] : values[0];
+    }
+    std::vector<bool> allowed(router.num_groups, false);
+    for (int64_t i = 0; i < router.groups_per_token; ++i) allowed[take_largest(of_group.data(), router.num_groups)] = true;
+    for (int64_t expert = 0; expert < experts; ++expert)
+      if (!allowed[expert / size]) scores[expert] = -std::numeric_limits<float>::infinity();
+  }
+  for (int64_t a = 0; a < choices; ++a) chosen[a] = take_largest(scores.data(), experts);
+  float sum_of_chosen = 0;
+  for (int64_t a = 0; a < choices; ++a) {
+    weights[a] = router.softmax_of_chosen ? std::exp(logits[chosen[a]] - largest) : score(chosen[a]);
+    sum_of_chosen += weights[a];
+  }
+  for (int64_t a = 0; a < choices; ++a) {
+    if (router.softmax_of_chosen) weights[a] /= sum_of_chosen;
+    if (router.renormalized) weights[a] /= sum_of_chosen + 1e-20f;  // as moe.router: the scores may all be 0
+    weights[a] *= router.scaling;
+  }
+}
+
+// Sort the choices of all tokens by expert, and cut them into groups that share one pass over an expert's rows.
+void DecodeModel::plan_experts(const Layer& layer) {
+  const int64_t choices = layer.router->experts_per_token, places = batch_ * choices;
+  for (int64_t place = 0; place < places; ++place) members_[place] = place;
+  std::stable_sort(members_.begin(), members_.begin() + places,
+                   [&](int64_t a, int64_t b) { return chosen_[a] < chosen_[b]; });
+  expert_tokens_.clear();
+  for (int64_t begin = 0; begin < places;) {
+    const int64_t expert = chosen_[members_[begin]];
+    int64_t end = begin;
+    while (end < places && end - begin < kMaxTokens && chosen_[members_[end]] == expert) ++end;
+    expert_tokens_.push_back({expert, begin, end - begin});
+    begin = end;
+  }
+}
+
+void DecodeModel::build_expert_jobs(const Layer& layer, const Thread& thread) {
+  const FeatureList* lists[kMaxTokens];
+  float factors[kMaxTokens], *gates[kMaxTokens], *ups[kMaxTokens];
+  int64_t number = 0;
+  const auto add = [&](const FeedForwardHolder& part, int64_t expert, int64_t count) {
+    if (part.gate && thread.takes(number))
+      build_job(jobs_[number], *part.gate, expert, int(count), lists, factors, gates, thread);
+    number += part.gate ? 1 : 0;
+    if (thread.takes(number)) build_job(jobs_[number], *part.up, expert, int(count), lists, factors, ups, thread);
+    ++number;
+    if (thread.index == 0)
+      bytes_dense_ += (part.gate ? 2 : 1) * part.up->num_rows * part.up->data.size(1);
+  };
+  if (layer.routed) {
+    const int64_t choices = layer.router->experts_per_token;
+    const bool shares_selection = layer.routed->input->settings.uniform();
+    for (const ExpertTokens& group : expert_tokens_) {
+      for (int64_t t = 0; t < group.count; ++t) {
+        const int64_t place = members_[group.begin + t];
+        lists[t] = &lists_.lists[shares_selection ? place / choices * choices : place];
+        factors[t] = 1, gates[t] = gate_[place], ups[t] = up_[place];
+      }
+      add(*layer.routed, group.expert, group.count);
+    }
+  }
+  for (int64_t first = 0; layer.dense && first < batch_; first += kMaxTokens) {
+    const int64_t count = std::min<int64_t>(kMaxTokens, batch_ - first);
+    for (int64_t t = 0; t < count; ++t) {
+      lists[t] = &dense_lists_.lists[first + t];
+      factors[t] = 1, gates[t] = dense_gate_[first + t], ups[t] = dense_up_[first + t];
+    }
+    add(*layer.dense, 0, count);
+  }
+}
+
+// Down: the routing weight of an expert, or the share of the shared experts, is a factor of the hidden features.
+void DecodeModel::build_down_jobs(const Layer& layer, const Thread& thread) {
+  const FeatureList* lists[kMaxTokens];
+  float factors[kMaxTokens], *out[kMaxTokens];
+  int64_t number = 0;
+  const auto add = [&](const FeedForwardHolder& part, int64_t expert, int64_t count) {
+    if (thread.takes(number)) build_job(jobs_[number], *part.down, expert, int(count), lists, factors, out, thread);
+    ++number;
+    if (thread.index == 0) bytes_dense_ += part.down->num_rows * part.down->data.size(1);
+  };
+  if (layer.routed) {
+    const int64_t choices = layer.router->experts_per_token;
+    for (const ExpertTokens& group : expert_tokens_) {
+      for (int64_t t = 0; t < group.count; ++t) {
+        const int64_t place = members_[group.begin + t];
+        lists[t] = &hidden_lists_.lists[place], factors[t] = weights_[place], out[t] = stream_[place / choices];
+      }
+      add(*layer.routed, group.expert, group.count);
+    }
+  }
+  for (int64_t first = 0; layer.dense && first < batch_; first += kMaxTokens) {
+    const int64_t count = std::min<int64_t>(kMaxTokens, batch_ - first);
+    for (int64_t t = 0; t < count; ++t) {
+      lists[t] = &dense_hidden_lists_.lists[first + t];
+      factors[t] = token_share_[first + t], out[t] = stream_[first + t];
+    }
+    add(*layer.dense, 0, count);
+  }
+}
+
+void DecodeModel::head(const Thread& thread, at::Tensor& logits) {
+  const NumberFormat format = head_->format;
+  const int64_t units = head_->stored_columns / kUnit, vocabulary = head_->num_rows;
+  for (int64_t token = 0; token < batch_; ++token) {
+    if (!thread.takes(token)) continue;
+    std::fill_n(normed_[token], units * kUnit, 0.0f);
+    rms_norm(stream_[token], floats(final_norm_), epsilon_, normed_[token], width_);
+    const int64_t at = token * units * kLanes;
+    split_units(format, normed_[token], units, head_first_.data() + at, head_second_.data() + at);
+  }
+  thread.barrier.wait();
+  const int64_t begin = vocabulary * thread.index / thread.count, end = vocabulary * (thread.index + 1) / thread.count;
+  for (int64_t first = 0; first < batch_; first += kMaxTokens) {
+    const int count = int(std::min<int64_t>(kMaxTokens, batch_ - first));
+    float* out[kMaxTokens];
+    for (int t = 0; t < kMaxTokens; ++t)
+      out[t] = t < count ? logits.data_ptr<float>() + (first + t) * vocabulary : spare_[0];
+    const int64_t at = first * units * kLanes;
+    const Matrix weights = head_->matrix(0);
+    dot_range(padded_tokens(count), format, weights.data, weights.row_bytes, units,
+              {head_first_.data() + at, head_second_.data() + at}, head_->row_scales(0), out, begin, end);
+    if (thread.index == 0) bytes_read_ += vocabulary * weights.row_bytes, bytes_dense_ += vocabulary * weights.row_bytes;
+  }
+}
+
+// One matrix and T tokens: for tests, and for the table of costs.
+at::Tensor row_product(const intrusive_ptr<StoredMatrix>& stored, int64_t which, const at::Tensor& rows,
+                       const at::Tensor& values) {
+  TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == at::kInt && rows.is_contiguous(),
+              "row_product: rows must be contiguous int32 (K)");
+  TORCH_CHECK(values.dim() == 2 && values.scalar_type() == at::kFloat && values.is_contiguous() &&
+                  values.size(0) == rows.size(0) && values.size(1) >= 1 && values.size(1) <= kMaxTokens,
+              "row_product: values must be contiguous fp32 (K, T), T at most ", kMaxTokens);
+  const int tokens = int(values.size(1)), all = padded_tokens(tokens);
+  const int64_t num_rows = rows.size(0), columns = padded(stored->num_columns);
+  at::Tensor scaled = at::zeros({num_rows, all}, values.options());
+  at::Tensor out = at::zeros({all, columns}, values.options());
+  const float *row_scales = stored->row_scales(which), factor = stored->factor(which);
+  const int32_t* row = rows.const_data_ptr<int32_t>();
+  for (int64_t k = 0; k < num_rows; ++k)
+    for (int t = 0; t < tokens; ++t)
+      scaled.data_ptr<float>()[k * all + t] =
+          values.const_data_ptr<float>()[k * tokens + t] * factor * (row_scales ? row_scales[row[k]] : 1.0f);
+  float* to[kMaxTokens];
+  for (int t = 0; t < all; ++t) to[t] = out.data_ptr<float>() + t * columns;
+  const Matrix matrix = stored->matrix(which);
+  const float* factors = scaled.const_data_ptr<float>();
+  const int num_threads = at::get_num_threads();
+#pragma omp parallel num_threads(num_threads)
+  {
+    int64_t begin, end;
+    column_slice(matrix.num_columns, matrix.grain(), omp_get_thread_num(), num_threads, begin, end);
+    add_product(matrix, all, row, num_rows, factors, to, begin, end);
+  }
+  return out.narrow(0, 0, tokens).narrow(1, 0, stored->num_columns).contiguous();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
+  using torch::init;
+  library.class_<StoredMatrix>("StoredMatrix").def(init<at::Tensor, int64_t, int64_t, int64_t, at::Tensor>());
+  library.class_<SiteHolder>("Site").def(
+      init<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>, std::vector<double>, bool>());
+  library.class_<FeedForwardHolder>("FeedForward")
+      .def(init<std::optional<intrusive_ptr<StoredMatrix>>, intrusive_ptr<StoredMatrix>, intrusive_ptr<StoredMatrix>,
+                intrusive_ptr<SiteHolder>, intrusive_ptr<SiteHolder>>());
+  library.class_<RouterHolder>("Router").def(
+      init<at::Tensor, at::Tensor, int64_t, bool, bool, bool, double, int64_t, int64_t, bool, bool>());
+  library.class_<DecodeModel>("DecodeModel")
+      .def(init<int64_t, int64_t, int64_t, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
+                intrusive_ptr<StoredMatrix>>())
+      .def("add_layer", &DecodeModel::add_layer)
+      .def("read_all_rows", &DecodeModel::read_all_rows)
+      .def("bytes_of_last_step", &DecodeModel::bytes_of_last_step)
+      .def("step", &DecodeModel::step);
+  library.def(
+      "row_product(__torch__.torch.classes.qsparse_moe.StoredMatrix stored, int which, Tensor rows, Tensor values) -> "
+      "Tensor");
+}
+
+TORCH_LIBRARY_IMPL(qsparse_moe, CPU, library) { library.impl("row_product", &row_product); }

@@ -17,6 +17,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.stored_weights import StoredWeights, WeightFormat, load_dense, store
 from qsparse_moe.kernels import native
+from qsparse_moe.model.attention import Projection
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Router
@@ -153,7 +154,6 @@ class NativeDecode:
 
     def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:
         attention, moe = block.attention, block.moe
-        weights = attention.qkv.weight_format
         part = block.dense if moe is None else moe.shared
         part_name = "dense" if moe is None else "moe.shared"
         token_gate = getattr(part, "token_gate", None)
@@ -162,8 +162,8 @@ class NativeDecode:
             _fp32(block.feed_forward_norm.weight),
             _norm(attention.query_norm),
             _norm(attention.key_norm),
-            self._matrix(f"{prefix}attention.qkv.weight", as_format(attention.qkv.weight, weights).T),
-            self._matrix(f"{prefix}attention.output.weight", as_format(attention.output.weight, weights).T),
+            self._matrix(f"{prefix}attention.qkv.weight", self._read(attention.qkv).T),
+            self._matrix(f"{prefix}attention.output.weight", self._read(attention.output).T),
             _site(attention.input_site),
             _site(attention.output_site),
             None if moe is None else _router(moe.router, reads_sparse=moe.router_sees_sparse),
@@ -176,10 +176,20 @@ class NativeDecode:
         gate, up, down = (
             None
             if parameter is None
-            else self._matrix(f"{prefix}{name}", as_format(parameter, part.weight_format))
+            else self._matrix(f"{prefix}{name}", self._values(parameter, part.weight_format))
             for name, parameter in (("w_gate", part.w_gate), ("w_up", part.w_up), ("w_down", part.w_down))
         )
         return torch.classes.qsparse_moe.FeedForward(gate, up, down, _site(input_site), _site(part.hidden_site))
+
+    def _read(self, projection: Projection) -> Tensor:
+        return self._values(projection.weight, projection.weight_format)
+
+    def _values(self, parameter: Tensor, trained_format: str) -> Tensor:
+        """Return the weights that the training model multiplies with, unless they are to be rounded to that anyway.
+
+        Rounding to ternary twice is not rounding once: the scale is a mean, which the zeros of the first time lower.
+        """
+        return parameter if self.weight_format == trained_format else as_format(parameter, trained_format)
 
     def _matrix(self, name: str, weights: Tensor, weight_format: WeightFormat | None = None) -> Any:
         """Store ``weights`` (input-major), remember them under ``name`` and return the engine's view of them."""

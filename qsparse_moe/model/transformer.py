@@ -127,6 +127,11 @@ class Transformer(nn.Module):
         """
         self._hidden_ids = torch.tensor(ids, dtype=torch.int64) if ids else None
 
+    @property
+    def hidden_ids(self) -> Tensor | None:
+        """The token ids that have no probability in evaluation mode, on the CPU; None without any."""
+        return self._hidden_ids
+
     def routers(self) -> list[Router]:
         """Return the routers of the MoE layers, in order."""
         return [block.moe.router for block in self.blocks() if block.moe is not None]

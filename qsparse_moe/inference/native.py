@@ -15,8 +15,9 @@ from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference.kv_cache import KeyValueCache
-from qsparse_moe.inference.stored_weights import StoredWeights, WeightFormat, load_dense, store
 from qsparse_moe.kernels import native
+from qsparse_moe.kernels.row_product.op import native_matrix
+from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, load_dense, store
 from qsparse_moe.model.attention import Projection
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import Transformer
@@ -26,7 +27,6 @@ from qsparse_moe.nn.selectors import ThresholdSelector
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 
-_FORMATS = {"fp32": 0, "bf16": 1, "int8": 2, "ternary": 3}
 _SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 4}
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
 _RESCALES = {"none": 0, "unit": 1, "preserve": 2}
@@ -74,7 +74,7 @@ class NativeDecode:
             BackendUnavailable: the C++ operators cannot be compiled.
             ValueError: ternary is asked of a model that was not trained so.
         """
-        native.load()
+        native.load(native.DECODE)
         self.config = model.config
         self.weight_format = weight_format or default_format(model)
         if self.weight_format == "ternary" and model.config.sparsity.quantization.weights != "ternary":
@@ -123,7 +123,7 @@ class NativeDecode:
         for name in names:
             parameter, stored = model.get_parameter(name), self.stored[name]
             is_output_major = name.endswith(("qkv.weight", "output.weight"))
-            for which in range(len(stored.data) // stored.num_rows):
+            for which in range(stored.num_matrices):
                 dense = load_dense(stored, which)
                 target = parameter[which] if parameter.dim() == 3 else parameter
                 target.copy_(dense.T if is_output_major else dense)
@@ -195,9 +195,7 @@ class NativeDecode:
         """Store ``weights`` (input-major), remember them under ``name`` and return the engine's view of them."""
         chosen = weight_format or self.weight_format
         stored = self.stored[name] = store(weights, chosen)
-        return torch.classes.qsparse_moe.StoredMatrix(
-            stored.data, _FORMATS[chosen], stored.num_rows, stored.num_columns, stored.scales
-        )
+        return native_matrix(stored)
 
 
 def _fp32(parameter: Tensor) -> Tensor:

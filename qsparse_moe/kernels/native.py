@@ -9,6 +9,7 @@ import platform
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -19,14 +20,40 @@ from qsparse_moe.errors import BackendUnavailable
 
 logger = logging.getLogger(__name__)
 
-# No two of the same name: the object files lie in one folder.
-_SOURCES = (
-    "topk_select/cpu.cpp",
-    "fused_glu/fused_glu.cpp",
-    "site_sums/site_sums.cpp",
-    "combine_rows/combine_rows.cpp",
-    "decode_model/decode_model.cpp",
+
+
+@dataclass(frozen=True)
+class Library:
+    """Operators that are compiled together and loaded at once."""
+
+    name: str
+    sources: tuple[str, ...]
+    """Beside this file. No two have the same name, because their object files lie in one folder."""
+    setting: str
+    """What requested it, for messages."""
+    way_out: str
+
+
+OPERATORS = Library(
+    "cpu",
+    (
+        "topk_select/cpu.cpp",
+        "fused_glu/fused_glu.cpp",
+        "site_sums/site_sums.cpp",
+        "combine_rows/combine_rows.cpp",
+    ),
+    setting="model.sparsity.backend ('native')",
+    way_out="model.sparsity.backend=torch needs no compiler",
 )
+"""The operators of training."""
+DECODE = Library(
+    "decode",
+    ("decode_model/decode_model.cpp",),
+    setting="the decode engine ('native')",
+    way_out="the engine torch needs no compiler",
+)
+"""The decode engine. It takes as long to compile as all the others, and training never needs it."""
+
 # native: the row loops are only fast with the widest vectors that this processor has. no-trapping-math: nobody reads
 # the flags of floating-point exceptions, and with them in mind the compiler leaves the loops around e^x without vectors
 # on AVX2 (SwiGLU's backward over 8192 rows of 768, one thread of a Zen 3: fp32 37 ms with them, 10 ms without).
@@ -34,7 +61,6 @@ _FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp")
 
 # Many times what a busy machine takes.
 _TIMEOUT_SECONDS = 900.0
-_WAY_OUT = "model.sparsity.backend=torch needs no compiler"
 
 
 def why_not(device: torch.device) -> str | None:
@@ -48,9 +74,8 @@ def why_not(device: torch.device) -> str | None:
     return None
 
 
-@cache
-def load() -> None:
-    """Make ``torch.ops.qsparse_moe`` hold the operators. The first call on a machine compiles them (about 20 s).
+def load(library: Library | None = None) -> None:
+    """Make ``torch.ops.qsparse_moe`` hold the operators of ``library`` (None: ``OPERATORS``). The first call on a machine compiles them (about 20 s).
 
     Processes that call at the same time wait for one of them to compile. Where the library is there, nothing is locked.
 
@@ -58,39 +83,45 @@ def load() -> None:
         BackendUnavailable: the compiler fails, with the end of what it said; another process compiles without an end;
             or the library cannot be loaded.
     """
-    library = library_path()
+    _load(library or OPERATORS)
+
+
+@cache
+def _load(library: Library) -> None:
+    file = library_path(library)
     compiled_here = []
 
     def build(folder: Path) -> Path:
         compiled_here.append(folder)
-        return _compile(folder)
+        return _compile(library, folder)
 
     try:
-        locks.build_once(library, build, timeout=_TIMEOUT_SECONDS, purpose="the C++ operators")
+        locks.build_once(file, build, timeout=_TIMEOUT_SECONDS, purpose="the C++ operators")
     except locks.LockHeld as held:
         raise BackendUnavailable(
-            f"model.sparsity.backend ('native'): {held.holder} has been compiling {library} for more than "
-            f"{_TIMEOUT_SECONDS / 60:g} minutes; end that process if it hangs. {_WAY_OUT}"
+            f"{library.setting}: {held.holder} has been compiling {file} for more than "
+            f"{_TIMEOUT_SECONDS / 60:g} minutes; end that process if it hangs. {library.way_out}"
         ) from None
     except (RuntimeError, OSError) as error:
         raise BackendUnavailable(
-            f"model.sparsity.backend ('native'): compiling {', '.join(_SOURCES)} failed: {str(error)[-800:]}; "
-            f"{_WAY_OUT}"
+            f"{library.setting}: compiling {', '.join(library.sources)} failed: {str(error)[-800:]}; "
+            f"{library.way_out}"
         ) from error
     if compiled_here:  # PyTorch has loaded what it compiled, and refuses the same operators from a second file
         return
     try:
-        torch.ops.load_library(str(library))
+        torch.ops.load_library(str(file))
     except OSError as error:
         raise BackendUnavailable(
-            f"model.sparsity.backend ('native'): {library} cannot be loaded ({error}); remove the file, and it is "
-            f"compiled again. {_WAY_OUT}"
+            f"{library.setting}: {file} cannot be loaded ({error}); remove the file, and it is compiled again. "
+            f"{library.way_out}"
         ) from error
 
 
-def library_path() -> Path:
+def library_path(library: Library | None = None) -> Path:
     """Where the compiled operators are kept: another file for every machine, environment, flag and source text."""
-    return extensions_folder() / f"cpu-{_build_key()}.so"
+    library = library or OPERATORS
+    return extensions_folder() / f"{library.name}-{_build_key(library)}.so"
 
 
 def extensions_folder() -> Path:
@@ -103,16 +134,16 @@ def extensions_folder() -> Path:
     return Path(root) / "qsparse_moe"
 
 
-def _compile(folder: Path) -> Path:
+def _compile(library: Library, folder: Path) -> Path:
     """Compile the library in an empty ``folder`` of this process alone, where PyTorch's own lock meets nobody."""
     from torch.utils import cpp_extension
 
     _put_ninja_on_path()
-    logger.info("compiling the C++ operators for this machine, once: %s (about 20 s)", library_path())
+    logger.info("compiling the C++ operators for this machine, once: %s (about 20 s)", library_path(library))
     start = time.monotonic()
     cpp_extension.load(
-        name="qsparse_moe_cpu",
-        sources=[str(path) for path in _source_paths()],
+        name=f"qsparse_moe_{library.name}",
+        sources=[str(path) for path in _source_paths(library)],
         extra_cflags=list(_FLAGS),
         extra_ldflags=["-fopenmp"],
         build_directory=str(folder),
@@ -123,11 +154,11 @@ def _compile(folder: Path) -> Path:
     return built
 
 
-def _source_paths() -> list[Path]:
-    return [Path(__file__).parent / source for source in _SOURCES]
+def _source_paths(library: Library) -> list[Path]:
+    return [Path(__file__).parent / source for source in library.sources]
 
 
-def _build_key() -> str:
+def _build_key(library: Library) -> str:
     """A digest of all that decides what is compiled: processor, environment, flags, and the text of every source."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -135,7 +166,7 @@ def _build_key() -> str:
     # A folder that machines share may be read by one whose C library is older than that of the compiler.
     parts = [features, torch.__version__, torch.__file__, *platform.libc_ver(), *_FLAGS]
     digest = hashlib.sha256("\n".join(parts).encode())
-    for path in sorted({*_source_paths(), *Path(__file__).parent.rglob("*.h")}):
+    for path in sorted({*_source_paths(library), *Path(__file__).parent.rglob("*.h")}):
         digest.update(f"\n{path.name}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ import logging, sys
 from pathlib import Path
 from qsparse_moe.kernels import native
 logging.basicConfig(level="INFO", format="%(message)s")
-native._SOURCES = (sys.argv[1],)
+import dataclasses
+native.OPERATORS = dataclasses.replace(native.OPERATORS, sources=(sys.argv[1],))
 native.load()
 print("loaded")
 """
@@ -35,7 +37,7 @@ def source(tmp_path, monkeypatch):
     """A source that compiles in a second, and an extension cache of the test's own."""
     file = tmp_path / "tiny.cpp"
     file.write_text('extern "C" int tiny() { return 1; }\n')
-    monkeypatch.setattr(native, "_SOURCES", (str(file),))
+    monkeypatch.setattr(native, "OPERATORS", replace(native.OPERATORS, sources=(str(file),)))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     return file
 
@@ -90,7 +92,7 @@ def test_library_that_is_there_is_loaded_though_its_lock_is_held(source):
     assert load_in_new_process(source).communicate(timeout=120)[0].endswith("loaded\n")
     library = native.library_path()
     with locks.acquire_lock(library.with_name(f"{library.name}.lock")):
-        native.load.__wrapped__()
+        native._load.__wrapped__(native.OPERATORS)
 
 
 def test_who_compiles_without_an_end_is_named(source, monkeypatch, caplog):
@@ -103,7 +105,7 @@ def test_who_compiles_without_an_end_is_named(source, monkeypatch, caplog):
         caplog.at_level(logging.INFO),
         pytest.raises(BackendUnavailable) as refused,
     ):
-        native.load.__wrapped__()
+        native._load.__wrapped__(native.OPERATORS)
     message = str(refused.value)
     assert f"process {os.getpid()} on " in message and f"has been compiling {library} for more than" in message
     assert "end that process if it hangs. model.sparsity.backend=torch needs no compiler" in message
@@ -116,7 +118,7 @@ def test_source_that_does_not_compile_is_a_clear_error(source):
     with pytest.raises(
         BackendUnavailable, match=r"(?s)tiny.cpp failed: .*model.sparsity.backend=torch needs no compiler"
     ):
-        native.load.__wrapped__()
+        native._load.__wrapped__(native.OPERATORS)
     assert cached() == []
 
 
@@ -125,7 +127,7 @@ def test_library_that_is_damaged_is_named(source):
     library.parent.mkdir(parents=True)
     library.write_bytes(b"half a library")
     with pytest.raises(BackendUnavailable, match=r"\.so cannot be loaded \(.*\); remove the file, and it is compiled"):
-        native.load.__wrapped__()
+        native._load.__wrapped__(native.OPERATORS)
 
 
 @pytest.mark.parametrize("edited", ["topk_select/cpu.cpp", "storage_types.h", "topk_select/select_row.h"])

@@ -1,4 +1,4 @@
-"""The matrices of a model as the native engine reads them: input-major, padded, in one of four number formats.
+"""Matrices as the decode engine reads them: input-major, padded, in one of four number formats.
 
 Every matrix behind a sparse site is stored with a row per input feature, so that a feature that is zero is a row that is
 never read. Letters: E matrices of a stack, D input features (rows), O outputs (columns).
@@ -7,7 +7,6 @@ never read. Letters: E matrices of a stack, D input features (rows), O outputs (
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -43,6 +42,11 @@ class StoredWeights:
     def row_bytes(self) -> int:
         """Bytes of one stored row, padding included."""
         return self.data.shape[1]
+
+    @property
+    def num_matrices(self) -> int:
+        """E."""
+        return len(self.data) // self.num_rows
 
     @property
     def num_bytes(self) -> int:
@@ -143,5 +147,3 @@ def _huge_pages(num_rows: int, row_bytes: int) -> Tensor:
             pass
     return torch.frombuffer(memory, dtype=torch.uint8, count=num_rows * row_bytes).view(num_rows, row_bytes)
 
-
-StoreMatrix = Callable[[Tensor], StoredWeights]

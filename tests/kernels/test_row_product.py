@@ -1,0 +1,110 @@
+"""The product of chosen rows with stored weights: every number format, odd sizes, and more threads than one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.kernels import native
+from qsparse_moe.kernels.row_product.op import (
+    MOST_TOKENS,
+    row_product_native,
+    row_product_reference,
+    row_product_torch,
+)
+from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, load_dense, store
+from qsparse_moe.sparsity.quantize import fake_quantize
+
+needs_compiler = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja"
+)
+# Below, at and above whole units of 32 and blocks of 256 columns, and more than are summed at a time.
+SHAPES = [(1, 1), (7, 31), (64, 32), (33, 97), (40, 256), (96, 300), (129, 2080)]
+
+
+def weights_of(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def chosen_rows(num_rows, share, num_tokens):
+    generator = torch.Generator().manual_seed(num_rows)
+    count = round(share * num_rows)
+    rows_K = torch.randperm(num_rows, generator=generator)[:count].sort().values.int()
+    return rows_K, torch.randn(count, num_tokens, generator=generator)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_native_product_is_that_of_the_stored_values(weight_format, shape, threads):
+    stored = store(weights_of(3, *shape), weight_format)
+    for num_tokens in range(1, MOST_TOKENS + 1):
+        for share in (0.0, 0.4, 1.0):
+            rows_K, values_KT = chosen_rows(shape[0], share, num_tokens)
+            for which in (0, 2):
+                exact = row_product_reference(stored, rows_K, values_KT.double(), which=which)
+                plain = row_product_reference(stored, rows_K, values_KT, which=which)
+                found = row_product_native(stored, rows_K, values_KT, which=which)
+                assert found.shape == (num_tokens, shape[1])
+                allowed = 4 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
+                assert (found - exact).abs().max() <= allowed, (num_tokens, share, which)
+
+
+@pytest.mark.parametrize("weight_format", ["fp32", "bf16"])
+def test_bags_of_embeddings_give_the_same_product(weight_format):
+    stored = store(weights_of(2, 40, 70), weight_format)
+    rows_K, values_KT = chosen_rows(40, 0.5, 3)
+    values_KT = values_KT.bfloat16().float()  # stock PyTorch rounds the values to the dtype of the weights
+    found = row_product_torch(stored, rows_K, values_KT, which=1)
+    wanted = row_product_reference(stored, rows_K, values_KT, which=1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5 if weight_format == "fp32" else 2e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "ternary"])
+def test_bags_of_embeddings_refuse_codes(weight_format):
+    with pytest.raises(ValueError, match=rf"stored \({weight_format}\) must be fp32 or bf16"):
+        row_product_torch(store(weights_of(4, 8), weight_format), *chosen_rows(4, 1.0, 1))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_stored_weights_are_the_values_rounded_to_their_format(shape):
+    weights = weights_of(2, *shape)
+    for which, matrix in enumerate(weights):
+        assert torch.equal(load_dense(store(weights, "fp32"), which), matrix)
+        assert torch.equal(load_dense(store(weights, "bf16"), which), matrix.bfloat16().float())
+        ternary = fake_quantize(weights, "ternary")[which]
+        assert torch.equal(load_dense(store(weights, "ternary"), which), ternary)
+        step = matrix.abs().amax(-1, keepdim=True) / 127
+        error = (load_dense(store(weights, "int8"), which) - matrix).abs()
+        assert (error <= 0.5001 * step).all()
+
+
+def test_stored_bytes_are_those_of_the_format():
+    shape, per_row = (64, 512), {"fp32": 2048, "bf16": 1024, "int8": 512, "ternary": 128}
+    for weight_format in WEIGHT_FORMATS:
+        stored = store(weights_of(*shape), weight_format)
+        assert stored.row_bytes == per_row[weight_format]
+        assert stored.num_bytes == 64 * per_row[weight_format] + {"int8": 64 * 4, "ternary": 4}.get(weight_format, 0)
+
+
+def test_row_of_zeros_stays_zeros_in_codes():
+    weights = weights_of(4, 40)
+    weights[2] = 0
+    for weight_format in ("int8", "ternary"):
+        assert not load_dense(store(weights, weight_format))[2].any()
+
+
+def test_weights_that_are_not_finite_have_no_codes():
+    weights = weights_of(4, 40)
+    weights[1, 3] = torch.inf
+    for weight_format in ("int8", "ternary"):
+        with pytest.raises(ValueError, match=rf"weights must be finite to be stored as {weight_format}"):
+            store(weights, weight_format)

@@ -1,9 +1,17 @@
-"""The peer of the step benchmark: Mixtral of transformers in the same shape, with its fastest experts."""
+"""The peer of the step and decode benchmarks: transformers' Mixtral of the same shape, with its fastest experts.
+
+B sequences, V vocabulary.
+"""
 
 from __future__ import annotations
 
-import torch
+import time
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from qsparse_moe.bench.random_weights import fill_random
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.errors import BackendUnavailable
@@ -21,10 +29,56 @@ def build_mixtral(config: ModelConfig, dtype: torch.dtype, device: torch.device)
     Raises:
         BackendUnavailable: transformers is not installed.
     """
+    settings, model_class = _mixtral(config)
+    return model_class._from_config(settings, dtype=dtype).to(device)
+
+
+class DecodingMixtral:
+    """A ``MixtralForCausalLM`` on the CPU that decodes from a static cache."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
+        """Build it with random weights.
+
+        Raises:
+            BackendUnavailable: transformers is not installed.
+        """
+        settings, model_class = _mixtral(config)
+        settings.output_router_logits, settings.use_cache = False, True
+        with torch.device("meta"):
+            model = model_class._from_config(settings, dtype=dtype)
+        self._model = model.to_empty(device="cpu").eval()
+        # Its table of frequencies is no parameter, and to_empty leaves it empty.
+        self._model.model.rotary_emb = type(self._model.model.rotary_emb)(config=settings)
+        fill_random(self._model, config.init_std)
+
+    @torch.inference_mode()
+    def seconds(self, batch: int, *, context: int, tokens: int) -> float:
+        """Return the seconds of ``tokens`` greedy steps of ``batch`` sequences behind ``context`` tokens."""
+        from transformers import StaticCache
+
+        cache = StaticCache(config=self._model.config, max_cache_len=context + tokens)
+        prompt_BS = torch.arange(batch * context).view(batch, context) % self._model.config.vocab_size
+        tokens_B1 = self._step(prompt_BS, cache)
+        start = time.perf_counter()
+        for _ in range(tokens):
+            tokens_B1 = self._step(tokens_B1, cache)
+        return time.perf_counter() - start
+
+    def _step(self, tokens_BS: Tensor, cache: Any) -> Tensor:
+        logits = self._model(input_ids=tokens_BS, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _mixtral(config: ModelConfig) -> tuple[Any, Any]:
+    """Return the settings and the class of the peer.
+
+    Raises:
+        BackendUnavailable: transformers is not installed.
+    """
     try:
         from transformers import MixtralConfig, MixtralForCausalLM
     except ImportError:
-        raise BackendUnavailable("bench step: the peer needs transformers; pip install 'qsparse-moe[hf]'") from None
+        raise BackendUnavailable("the peer needs transformers; pip install 'qsparse-moe[hf]'") from None
     settings = MixtralConfig(
         vocab_size=vocab_size(config),
         hidden_size=config.hidden_size,
@@ -39,4 +93,4 @@ def build_mixtral(config: ModelConfig, dtype: torch.dtype, device: torch.device)
         attn_implementation="sdpa",
         experts_implementation=EXPERTS,
     )
-    return MixtralForCausalLM._from_config(settings, dtype=dtype).to(device)
+    return settings, MixtralForCausalLM

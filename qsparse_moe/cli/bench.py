@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from qsparse_moe.cli.bench_decode import decode
 from qsparse_moe.cli.bench_moe import moe
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
@@ -26,6 +27,7 @@ def register(app: typer.Typer) -> None:
     bench.command("ops")(ops)
     bench.command("moe")(moe)
     bench.command("metrics")(metrics)
+    bench.command("decode")(decode)
     app.add_typer(bench, name="bench")
 
 

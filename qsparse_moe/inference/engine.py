@@ -9,11 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.inference import native
 from qsparse_moe.inference.cached_model import TorchDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.nn.runtime import choose
 
@@ -23,6 +26,8 @@ class DecodeEngine(Protocol):
 
     name: str
     """The value of the setting that requests it."""
+    cache_dtype: torch.dtype | None
+    """What it needs the key-value cache in; None: the model's dtype."""
 
     def decode(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the logits ``(B, V)`` after one more token of each sequence: fp32, ids that the model hides at -inf.
@@ -47,15 +52,31 @@ class EngineSpec:
     name: str
     why_not: Callable[[Transformer], str | None]
     """The reason why it cannot run this model where it is, with the way out; None if it can."""
-    build: Callable[[Transformer], DecodeEngine]
-    """The engine for a model in evaluation mode, whose weights and plan stay as they are from then on."""
+    build: Callable[[Transformer, WeightFormat | None], DecodeEngine]
+    """The engine for a model in evaluation mode, whose weights and plan stay as they are from then on, and the number
+    format that it keeps a copy of them in, if it makes one; None: their own."""
 
 
-ENGINES: tuple[EngineSpec, ...] = (EngineSpec("torch", lambda model: None, TorchDecode),)
+ENGINES: tuple[EngineSpec, ...] = (
+    EngineSpec("native", native.why_not, native.NativeDecode),
+    EngineSpec("torch", lambda model: None, lambda model, weights: TorchDecode(model)),
+)
 
 
-def resolve_engine(requested: str, model: Transformer, engines: Sequence[EngineSpec] = ENGINES) -> DecodeEngine:
+def resolve_engine(
+    requested: str,
+    model: Transformer,
+    *,
+    weights: WeightFormat | None = None,
+    engines: Sequence[EngineSpec] = ENGINES,
+) -> DecodeEngine:
     """Return the engine of that name for ``model``, or for ``auto`` the first that can run it; logs the choice.
+
+    Args:
+        requested: ``auto`` or the name of an engine.
+        model: in evaluation mode, rounded to ``weights`` already.
+        weights: number format of the matrices behind sparse sites; None: their own.
+        engines: to choose from.
 
     Raises:
         BackendUnavailable: the name is unknown, or the engine cannot run this model here; with the reason.
@@ -63,4 +84,4 @@ def resolve_engine(requested: str, model: Transformer, engines: Sequence[EngineS
     names = [spec.name for spec in engines]
     if requested not in ("auto", *names):
         raise BackendUnavailable(f"engine ({requested!r}) must be one of auto, {', '.join(names)}; choose one of them")
-    return choose("engine", requested, engines, lambda spec: spec.why_not(model)).build(model)
+    return choose("engine", requested, engines, lambda spec: spec.why_not(model)).build(model, weights)

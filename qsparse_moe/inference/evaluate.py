@@ -66,7 +66,11 @@ def _decode_group(
     """Fill in the logits of some segments, the longest first."""
     weight = model.embedding.weight
     cache = KeyValueCache.allocate(
-        model.config, batch=len(segments), capacity=segments[0].length, dtype=weight.dtype, device=weight.device
+        model.config,
+        batch=len(segments),
+        capacity=segments[0].length,
+        dtype=engine.cache_dtype or weight.dtype,
+        device=weight.device,
     )
     rows, begins = (torch.tensor([getattr(one, name) for one in segments]) for name in ("row", "begin"))
     for offset in range(segments[0].length):

@@ -113,7 +113,7 @@ class Generator:
             folder: a run (its newest checkpoint is used), one checkpoint of a run, or an export.
             engine: what decodes: ``auto`` for the fastest that can, or a name of ``inference.engine.ENGINES``.
             weights: number format of the weights: ``auto`` (what training computed in, or that of the export),
-                ``fp32`` or ``bf16``.
+                ``fp32``, ``bf16``, ``int8`` (with a scale per row), or ``ternary`` for a model that was trained so.
             plan: S in place of the model's own, or a JSON file with it.
             device: where the model runs.
             max_length: number of tokens that the key-value cache holds per sequence: each token attends to the last
@@ -132,7 +132,7 @@ class Generator:
             loaded.model,
             loaded.tokenizer,
             loaded.config,
-            engine=resolve_engine(engine, loaded.model),
+            engine=resolve_engine(engine, loaded.model, weights=None if weights == "auto" else weights),
             max_length=max_length,
             overlong=overlong,
             folder=folder,
@@ -193,7 +193,7 @@ class Generator:
             batch=len(starts),
             capacity=capacity,
             longest_prompt=longest,
-            dtype=weight.dtype,
+            dtype=self.engine.cache_dtype or weight.dtype,
             device=weight.device,
         )
         return GenerationStream(self.model, self.engine, sequences, Sampler(sampling, seeds, starts), capacity)
@@ -281,7 +281,7 @@ class GenerationStream:
             self.model.config,
             batch=len(self.sequences),
             capacity=self.capacity,
-            dtype=weight.dtype,
+            dtype=self.engine.cache_dtype or weight.dtype,
             device=weight.device,
             slides=True,
         )

@@ -6,26 +6,23 @@ computes is ``cached_model.TorchDecode`` with the same weights.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import head_size, num_kv_heads
-from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.weights import head_format, own_format, site_matrices
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
-from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, load_dense, store
-from qsparse_moe.model.attention import Projection
+from qsparse_moe.kernels.row_product.stored import WeightFormat, store
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Router
-from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.nn.selectors import ThresholdSelector
 from qsparse_moe.nn.sparse_site import SparseSite
-from qsparse_moe.sparsity.quantize import as_format
 
 _SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 4}
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
@@ -41,18 +38,15 @@ def why_not(model: Transformer) -> str | None:
     reason = native.why_not(device)
     if reason is not None:
         return f"{reason}; the engine torch needs no compiler and runs on every device"
+    if model.head.weight.dtype not in (torch.float32, torch.bfloat16):
+        return (
+            f"its weights come from fp32 or bf16, and the model is in {model.head.weight.dtype}; use the engine torch"
+        )
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
     if head_size(model.config) > _LARGEST_HEAD:
         return f"heads of {head_size(model.config)} channels are above its {_LARGEST_HEAD}; use the engine torch"
     return None
-
-
-def default_format(model: Transformer) -> WeightFormat:
-    """Return the number format that holds the weights of ``model`` as they are: ternary, bf16 or fp32."""
-    if model.config.sparsity.quantization.weights == "ternary":
-        return "ternary"
-    return "bf16" if model.head.weight.dtype == torch.bfloat16 else "fp32"
 
 
 class NativeDecode:
@@ -66,24 +60,20 @@ class NativeDecode:
 
         Args:
             model: in evaluation mode; its weights and its plan as they are now.
-            weight_format: of all matrices behind sparse sites. The head is stored in int8 beside int8 and ternary
-                matrices, else in the same format; embedding, norms and routers keep theirs. None takes
-                ``default_format``.
+            weight_format: of all matrices behind sparse sites; None takes ``weights.own_format``. Weights that it
+                cannot hold are rounded; see ``weights.round_weights``.
 
         Raises:
-            BackendUnavailable: the C++ operators cannot be compiled.
-            ValueError: ternary is asked of a model that was not trained so.
+            BackendUnavailable: the C++ library cannot be compiled.
         """
         native.load(native.DECODE)
-        self.config = model.config
-        self.weight_format = weight_format or default_format(model)
-        if self.weight_format == "ternary" and model.config.sparsity.quantization.weights != "ternary":
-            raise ValueError(
-                "weights (ternary) must be those of a model that was trained with "
-                "model.sparsity.quantization.weights=ternary, and this one was trained with none; use int8"
-            )
-        self.stored: dict[str, StoredWeights] = {}
-        """Every stored matrix by the name of the parameter."""
+        self.weight_format = weight_format or own_format(model)
+        self._stored = {
+            matrix.name: store(matrix.input_major(self.weight_format), self.weight_format)
+            for matrix in site_matrices(model)
+        }
+        # A row per id of the vocabulary: no site stands before the head, so every weight of it is read.
+        self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format))
         self._hidden_ids = model.hidden_ids
         self._engine = self._build(model)
 
@@ -96,37 +86,30 @@ class NativeDecode:
             logits_BV.index_fill_(-1, self._hidden_ids, -torch.inf)
         return logits_BV
 
+    def with_plan_of(self, model: Transformer) -> NativeDecode:
+        """Return an engine with the plan that ``model`` has now, over the same stored weights."""
+        other = copy.copy(self)
+        other._engine = other._build(model)
+        return other
+
     def read_all_rows(self, read_all: bool) -> None:
         """Read every row of every matrix from the next step on, zeros included: what a dense engine does."""
         self._engine.read_all_rows(read_all)
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of stored weights that the last step read."""
+        return int(self._engine.bytes_of_last_step()[0])
 
     def figures(self) -> dict[str, Any]:
         """Return the bytes of weights that the last step read, and what it would have read without zeros."""
         read, dense = self._engine.bytes_of_last_step()
         return {
             "weights": self.weight_format,
-            "weight_bytes": sum(stored.num_bytes for stored in self.stored.values()),
+            "weight_bytes": sum(stored.num_bytes for stored in self._stored.values()),
             "bytes_read": read,
-            "bytes_read_dense": dense,
+            "bytes_read_without_zeros": dense,
         }
-
-    @torch.no_grad()
-    def write_back(self, model: Transformer) -> None:
-        """Give ``model`` the values that the stored matrices stand for, so that both compute with the same weights.
-
-        A model that rounds its weights to ternary in its forward is left as it is.
-        """
-        if self.weight_format == "ternary":
-            names = ["head.weight"]
-        else:
-            names = list(self.stored)
-        for name in names:
-            parameter, stored = model.get_parameter(name), self.stored[name]
-            is_output_major = name.endswith(("qkv.weight", "output.weight"))
-            for which in range(stored.num_matrices):
-                dense = load_dense(stored, which)
-                target = parameter[which] if parameter.dim() == 3 else parameter
-                target.copy_(dense.T if is_output_major else dense)
 
     def _build(self, model: Transformer) -> Any:
         config, classes = model.config, torch.classes.qsparse_moe
@@ -141,16 +124,11 @@ class NativeDecode:
             config.rope_theta**-exponents,
             _fp32(model.final_norm.weight),
             model.embedding.weight.detach(),
-            self._head(model),
+            self._matrix("head.weight"),
         )
         for number, block in enumerate(model.blocks()):
             engine.add_layer(*self._layer(f"layers.{number}.", block))
         return engine
-
-    def _head(self, model: Transformer) -> Any:
-        head_format: WeightFormat = "int8" if self.weight_format in ("int8", "ternary") else self.weight_format
-        # Rows are the ids of the vocabulary here: every one is read, so there is nothing to leave out.
-        return self._matrix("head.weight", model.head.weight, head_format)
 
     def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:
         attention, moe = block.attention, block.moe
@@ -162,8 +140,8 @@ class NativeDecode:
             _fp32(block.feed_forward_norm.weight),
             _norm(attention.query_norm),
             _norm(attention.key_norm),
-            self._matrix(f"{prefix}attention.qkv.weight", self._read(attention.qkv).T),
-            self._matrix(f"{prefix}attention.output.weight", self._read(attention.output).T),
+            self._matrix(f"{prefix}attention.qkv.weight"),
+            self._matrix(f"{prefix}attention.output.weight"),
             _site(attention.input_site),
             _site(attention.output_site),
             None if moe is None else _router(moe.router, reads_sparse=moe.router_sees_sparse),
@@ -173,29 +151,12 @@ class NativeDecode:
         )
 
     def _feed_forward(self, prefix: str, part: Any, input_site: SparseSite) -> Any:
-        gate, up, down = (
-            None
-            if parameter is None
-            else self._matrix(f"{prefix}{name}", self._values(parameter, part.weight_format))
-            for name, parameter in (("w_gate", part.w_gate), ("w_up", part.w_up), ("w_down", part.w_down))
-        )
+        gate = None if part.w_gate is None else self._matrix(f"{prefix}w_gate")
+        up, down = self._matrix(f"{prefix}w_up"), self._matrix(f"{prefix}w_down")
         return torch.classes.qsparse_moe.FeedForward(gate, up, down, _site(input_site), _site(part.hidden_site))
 
-    def _read(self, projection: Projection) -> Tensor:
-        return self._values(projection.weight, projection.weight_format)
-
-    def _values(self, parameter: Tensor, trained_format: str) -> Tensor:
-        """Return the weights that the training model multiplies with, unless they are to be rounded to that anyway.
-
-        Rounding to ternary twice is not rounding once: the scale is a mean, which the zeros of the first time lower.
-        """
-        return parameter if self.weight_format == trained_format else as_format(parameter, trained_format)
-
-    def _matrix(self, name: str, weights: Tensor, weight_format: WeightFormat | None = None) -> Any:
-        """Store ``weights`` (input-major), remember them under ``name`` and return the engine's view of them."""
-        chosen = weight_format or self.weight_format
-        stored = self.stored[name] = store(weights, chosen)
-        return native_matrix(stored)
+    def _matrix(self, name: str) -> Any:
+        return native_matrix(self._stored[name])
 
 
 def _fp32(parameter: Tensor) -> Tensor:

@@ -21,7 +21,6 @@ from qsparse_moe.errors import BackendUnavailable
 logger = logging.getLogger(__name__)
 
 
-
 @dataclass(frozen=True)
 class Library:
     """Operators that are compiled together and loaded at once."""
@@ -75,7 +74,9 @@ def why_not(device: torch.device) -> str | None:
 
 
 def load(library: Library | None = None) -> None:
-    """Make ``torch.ops.qsparse_moe`` hold the operators of ``library`` (None: ``OPERATORS``). The first call on a machine compiles them (about 20 s).
+    """Make ``torch.ops.qsparse_moe`` hold the operators of ``library``; None: ``OPERATORS``.
+
+    The first call on a machine compiles them (about 20 s).
 
     Processes that call at the same time wait for one of them to compile. Where the library is there, nothing is locked.
 
@@ -104,8 +105,7 @@ def _load(library: Library) -> None:
         ) from None
     except (RuntimeError, OSError) as error:
         raise BackendUnavailable(
-            f"{library.setting}: compiling {', '.join(library.sources)} failed: {str(error)[-800:]}; "
-            f"{library.way_out}"
+            f"{library.setting}: compiling {', '.join(library.sources)} failed: {str(error)[-800:]}; {library.way_out}"
         ) from error
     if compiled_here:  # PyTorch has loaded what it compiled, and refuses the same operators from a second file
         return

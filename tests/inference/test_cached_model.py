@@ -227,11 +227,11 @@ def test_a_cache_is_refused_in_training():
 
 def test_an_engine_is_chosen_once_and_out_loud(caplog):
     built = model()
-    broken = EngineSpec("broken", lambda model: "it has no compiler; install one", lambda model: None)
+    broken = EngineSpec("broken", lambda model: "it has no compiler; install one", lambda model, weights: None)
     with caplog.at_level("INFO"):
-        assert resolve_engine("auto", built, (broken, *ENGINES)).name == ENGINES[0].name
+        assert resolve_engine("auto", built, engines=(broken, *ENGINES)).name == ENGINES[0].name
     assert "engine=auto: using" in caplog.text and "not broken: it has no compiler" in caplog.text
     with pytest.raises(BackendUnavailable, match=r"engine \('broken'\) cannot run here: broken: it has no compiler"):
-        resolve_engine("broken", built, (broken, *ENGINES))
+        resolve_engine("broken", built, engines=(broken, *ENGINES))
     with pytest.raises(BackendUnavailable, match=r"engine \('fast'\) must be one of auto, .*torch; choose one"):
         resolve_engine("fast", built)

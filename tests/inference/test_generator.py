@@ -32,6 +32,7 @@ class Scripted:
     """A decode engine that says what each sequence is to say, whatever its tokens are."""
 
     name = "scripted"
+    cache_dtype = None
 
     def __init__(self, *texts):
         self.texts = [list(text) for text in texts]

@@ -1,12 +1,13 @@
 """Matrices as the decode engine reads them: input-major, padded, in one of four number formats.
 
-Every matrix behind a sparse site is stored with a row per input feature, so that a feature that is zero is a row that is
-never read. Letters: E matrices of a stack, D input features (rows), O outputs (columns).
+Every matrix behind a sparse site is stored with a row per input feature, so that a feature that is zero is a row that
+is never read. Letters: E matrices of a stack, D input features (rows), O outputs (columns).
 """
 
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -141,9 +142,6 @@ def _huge_pages(num_rows: int, row_bytes: int) -> Tensor:
     size = max(num_rows * row_bytes, 1)
     memory = mmap.mmap(-1, size)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        try:
+        with suppress(OSError):  # a kernel that was built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel that was built without them
-            pass
     return torch.frombuffer(memory, dtype=torch.uint8, count=num_rows * row_bytes).view(num_rows, row_bytes)
-

@@ -1,0 +1,289 @@
+"""``bench decode``: tokens per second of generation, ours with and without zeros beside the engines that people use.
+
+All contenders have the same shape, random weights, threads and context, and are timed in turns. L layers, B sequences.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsparse_moe.bench.harness import Timing, fingerprint, ratio, time_in_turns
+from qsparse_moe.bench.llama_cpp import LlamaCpp, find_llama_cpp
+from qsparse_moe.bench.mixtral import DecodingMixtral
+from qsparse_moe.bench.random_weights import fill_random
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import vocab_size
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.inference.cached_model import prefill
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.native import NativeDecode
+from qsparse_moe.inference.weights import round_weights
+from qsparse_moe.kernels.row_product.stored import WeightFormat
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+OURS = "ours"
+TRANSFORMERS = "transformers"
+LLAMA_CPP = "llama.cpp"
+LLAMA_FORMATS: dict[WeightFormat, tuple[str, ...]] = {
+    "fp32": (),
+    "bf16": ("BF16",),
+    "int8": ("Q8_0", "Q4_0"),
+    "ternary": ("TQ2_0",),
+}
+"""What llama.cpp keeps weights in beside ours: the same bits, and for int8 half of them too."""
+
+
+@dataclass(frozen=True)
+class DecodeBenchmark:
+    """What is measured."""
+
+    model: ModelConfig
+    formats: Sequence[WeightFormat]
+    sparsities: Sequence[float]
+    """S at every site; 0 is always measured, as our dense path."""
+    batches: Sequence[int]
+    context: int
+    """Tokens in the cache before the first measured one."""
+    tokens: int
+    """Steps per measurement."""
+    rounds: int
+    prompt: int
+    """Tokens of the prefill that is timed; 0 leaves it out."""
+    peers: Sequence[str] = (TRANSFORMERS, LLAMA_CPP)
+    folder: Path = Path("llama.cpp-models")
+    """Where the weights for llama.cpp are written, one file at a time, and removed again."""
+
+
+def run_decode_benchmark(
+    benchmark: DecodeBenchmark, report: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Measure every number format, one after another; inside one, all contenders in turns.
+
+    Args:
+        benchmark: what to measure.
+        report: called with a line before each part, for whoever waits.
+    """
+    bandwidth = read_bandwidth()
+    report(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    results = {}
+    for weight_format in benchmark.formats:
+        report(f"{weight_format}: building the contenders")
+        results[weight_format] = _run_format(benchmark, weight_format, bandwidth, report)
+        gc.collect()
+    return {
+        "benchmark": "decode",
+        "machine": fingerprint(),
+        "read_bandwidth": bandwidth,
+        "shape": _shape(benchmark),
+        "formats": results,
+    }
+
+
+def read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
+    """Return the bytes per second at which all threads together read a block that no cache holds."""
+    block = torch.ones(num_bytes // 4)
+    timing = time_in_turns({"read": lambda: block.sum()}, rounds=repeats, calls=1)["read"]
+    return num_bytes / min(timing.seconds_by_round)
+
+
+@torch.no_grad()
+def random_model(config: ModelConfig, weight_format: WeightFormat) -> Transformer:
+    """Return a model with random weights, in bf16 for that format and in fp32 for the others."""
+    dtype = torch.bfloat16 if weight_format == "bf16" else torch.float32
+    with torch.device("meta"):
+        model = Transformer(config, device="cpu").to(dtype)
+    model.to_empty(device="cpu")
+    fill_random(model, config.init_std)
+    model.set_sparsity(model.sparsity_plan)
+    return model.eval().requires_grad_(False)
+
+
+class _Ours:
+    """Our engine at one S and batch: as many steps as asked for from the same context."""
+
+    def __init__(self, engine: NativeDecode, model: Transformer, batch: int, benchmark: DecodeBenchmark) -> None:
+        self.engine = engine
+        self.tokens_B = torch.arange(batch) + 1
+        self.cache = KeyValueCache.allocate(
+            model.config, batch=batch, capacity=benchmark.context + benchmark.tokens, dtype=torch.float32
+        )
+        # Keys and values of random prompts: what attention reads is the same whatever they are.
+        for part in (self.cache.key_LBHPC, self.cache.value_LBHPC):
+            part.normal_(generator=torch.Generator().manual_seed(1))
+        self.context, self.steps = benchmark.context, benchmark.tokens
+        self.bytes_per_step = 0.0
+
+    def __call__(self) -> float:
+        self.cache.positions_B.fill_(self.context)
+        tokens_B, read = self.tokens_B, 0
+        start = time.perf_counter()
+        for _ in range(self.steps):
+            tokens_B = self.engine.decode(tokens_B, self.cache).argmax(-1)
+            read += self.engine.bytes_read
+        seconds = time.perf_counter() - start
+        self.bytes_per_step = read / self.steps
+        return seconds
+
+
+def seconds_in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+    """Return the timings of contenders that measure themselves, one after the other in each of ``rounds`` rounds.
+
+    Each prepares what it needs (a filled cache) outside of what it measures. One round before the first is left out.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds + 1):
+        for name, call in contenders.items():
+            taken = call()
+            if number:
+                seconds[name].append(taken)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _run_format(
+    benchmark: DecodeBenchmark, weight_format: WeightFormat, bandwidth: float, report: Callable[[str], None]
+) -> dict[str, Any]:
+    config = benchmark.model
+    if weight_format == "ternary":
+        quantized = config.sparsity.quantization.model_copy(update={"weights": "ternary"})
+        config = config.model_copy(update={"sparsity": config.sparsity.model_copy(update={"quantization": quantized})})
+    model = random_model(config, weight_format)
+    round_weights(model, weight_format)
+    engines = {}
+    for sparsity in dict.fromkeys((0.0, *benchmark.sparsities)):
+        model.set_sparsity(SparsityPlan.uniform(config, sparsity))
+        if not engines:
+            engines[sparsity] = NativeDecode(model, weight_format)
+        else:
+            engines[sparsity] = engines[0.0].with_plan_of(model)
+    peers = _peers(benchmark, weight_format, config, report)
+    rows = []
+    try:
+        for batch in benchmark.batches:
+            ours = {f"{OURS} S {s:g}": _Ours(engine, model, batch, benchmark) for s, engine in engines.items()}
+            others = _contenders(peers, batch, benchmark)
+            report(f"{weight_format}, batch {batch}: {', '.join([*ours, *others])}")
+            timings = seconds_in_turns({**ours, **others}, benchmark.rounds)
+            rows += [_row(name, batch, timings, ours, benchmark, bandwidth) for name in timings]
+        prefills = _prefill(benchmark, model, peers)
+    finally:
+        for peer in peers.values():
+            if isinstance(peer, LlamaCpp):
+                peer.close()
+    return {"decode": rows, "prefill": prefills}
+
+
+def _row(
+    name: str,
+    batch: int,
+    timings: dict[str, Timing],
+    ours: dict[str, _Ours],
+    benchmark: DecodeBenchmark,
+    bandwidth: float,
+) -> dict[str, Any]:
+    seconds = timings[name].median / benchmark.tokens
+    row: dict[str, Any] = {
+        "contender": name,
+        "batch": batch,
+        "tokens_per_second": batch / seconds,
+        "seconds_by_round": timings[name].seconds_by_round,
+        "times_ours_dense": ratio(timings[f"{OURS} S 0"], timings[name]),
+    }
+    if name in ours:
+        row["bytes_per_step"] = ours[name].bytes_per_step
+        row["share_of_limit"] = ours[name].bytes_per_step / bandwidth / seconds
+        others = [peer for peer in timings if peer not in ours]
+        row["times_peer"] = {peer: ratio(timings[peer], timings[name]) for peer in others}
+    return row
+
+
+Peer = DecodingMixtral | LlamaCpp
+
+
+def _peers(
+    benchmark: DecodeBenchmark, weight_format: WeightFormat, config: ModelConfig, report: Callable[[str], None]
+) -> dict[str, Peer]:
+    """Return the peers by name; one that is not installed is reported and left out."""
+    peers: dict[str, Peer] = {}
+    if TRANSFORMERS in benchmark.peers and weight_format in ("fp32", "bf16"):
+        try:
+            peers[TRANSFORMERS] = DecodingMixtral(config, torch.float32 if weight_format == "fp32" else torch.bfloat16)
+        except BackendUnavailable as error:
+            report(f"left out: {error}")
+    if LLAMA_CPP in benchmark.peers and LLAMA_FORMATS[weight_format]:
+        python, reason = find_llama_cpp()
+        if python is None:
+            report(f"left out: {LLAMA_CPP}: {reason}")
+            return peers
+        capacity = max(benchmark.context + benchmark.tokens, benchmark.prompt)
+        for name in LLAMA_FORMATS[weight_format]:
+            report(f"{LLAMA_CPP}: writing the weights in {name}")
+            peers[f"{LLAMA_CPP} {name}"] = LlamaCpp(python, config, name, folder=benchmark.folder, capacity=capacity)
+    return peers
+
+
+def _contenders(peers: dict[str, Peer], batch: int, benchmark: DecodeBenchmark) -> dict[str, Callable[[], float]]:
+    """Return what measures each peer at a batch; llama.cpp is measured with one sequence."""
+    size = {"context": benchmark.context, "tokens": benchmark.tokens}
+    found: dict[str, Callable[[], float]] = {}
+    for name, peer in peers.items():
+        if isinstance(peer, DecodingMixtral):
+            found[name] = partial(peer.seconds, batch, **size)
+        elif batch == 1:
+            found[name] = partial(peer.decode_seconds, **size)
+    return found
+
+
+def _prefill(benchmark: DecodeBenchmark, model: Transformer, peers: dict[str, Peer]) -> list[dict[str, Any]]:
+    """Measure a prompt in turns: ours, and llama.cpp in each of its formats."""
+    if not benchmark.prompt:
+        return []
+    tokens = (torch.arange(benchmark.prompt) % vocab_size(model.config)).tolist()
+    cache = KeyValueCache.allocate(model.config, batch=1, capacity=benchmark.prompt, dtype=torch.float32)
+
+    def ours() -> float:
+        cache.positions_B.zero_()
+        start = time.perf_counter()
+        prefill(model, [tokens], cache)
+        return time.perf_counter() - start
+
+    contenders: dict[str, Callable[[], float]] = {OURS: ours}
+    for name, peer in peers.items():
+        if isinstance(peer, LlamaCpp):
+            contenders[name] = partial(peer.prefill_seconds, benchmark.prompt)
+    timings = seconds_in_turns(contenders, benchmark.rounds)
+    return [
+        {
+            "contender": name,
+            "tokens_per_second": benchmark.prompt / timing.median,
+            "seconds_by_round": timing.seconds_by_round,
+            "ours_times_faster": ratio(timing, timings[OURS]),
+        }
+        for name, timing in timings.items()
+    ]
+
+
+def _shape(benchmark: DecodeBenchmark) -> dict[str, Any]:
+    model = benchmark.model
+    return {
+        "layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.num_heads,
+        "experts": model.moe.num_experts,
+        "experts_per_token": model.moe.experts_per_token,
+        "expert_hidden_size": model.moe.expert_hidden_size,
+        "vocabulary": vocab_size(model),
+        "activation": model.moe.activation,
+        "context": benchmark.context,
+        "tokens": benchmark.tokens,
+        "prompt": benchmark.prompt,
+        "rounds": benchmark.rounds,
+    }

@@ -1,0 +1,120 @@
+"""The peer of the decode benchmark: llama.cpp on a model of the same shape, in a process of its own.
+
+Its Python package may need other versions of what this package needs, so it may live in an environment of its own: the
+child (``llama_cpp_child.py``) imports nothing of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import head_size, num_kv_heads, vocab_size
+from qsparse_moe.errors import BackendUnavailable
+
+PYTHON_VARIABLE = "QSPARSE_MOE_LLAMA_CPP_PYTHON"
+"""Environment variable with the Python interpreter that has llama-cpp-python and gguf, if that is another one."""
+_CHILD = Path(__file__).with_name("llama_cpp_child.py")
+
+
+def find_llama_cpp() -> tuple[str | None, str]:
+    """Return the interpreter that has llama-cpp-python and gguf, or None and the reason, with the way out."""
+    python = os.environ.get(PYTHON_VARIABLE)
+    if python is None:
+        missing = [name for name in ("llama_cpp", "gguf") if find_spec(name) is None]
+        if not missing:
+            return sys.executable, ""
+        return None, (
+            f"{' and '.join(missing)} not installed; pip install llama-cpp-python gguf, here or in an environment "
+            f"whose interpreter {PYTHON_VARIABLE} names"
+        )
+    check = [python, "-c", "import llama_cpp, gguf"]
+    result = subprocess.run(check, capture_output=True, text=True, check=False)
+    if result.returncode:
+        return None, f"{PYTHON_VARIABLE} ({python}) cannot import llama_cpp and gguf: {result.stderr.strip()[-200:]}"
+    return python, ""
+
+
+class LlamaCpp:
+    """llama.cpp with one file of weights: measures itself when asked, and is otherwise idle."""
+
+    def __init__(self, python: str, config: ModelConfig, number_format: str, *, folder: Path, capacity: int) -> None:
+        """Write random weights of the shape of ``config`` into ``folder`` and load them.
+
+        Args:
+            python: interpreter; see ``find_llama_cpp``.
+            config: SwiGLU experts in every layer.
+            number_format: of the weights, in llama.cpp's words: BF16, Q8_0, Q4_0, TQ2_0.
+            folder: for the file, which ``close`` removes.
+            capacity: tokens that its cache holds.
+
+        Raises:
+            BackendUnavailable: the child ends with an error.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / f"{number_format}.gguf"
+        shape = {
+            "layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "heads": config.num_heads,
+            "kv_heads": num_kv_heads(config),
+            "head_size": head_size(config),
+            "experts": config.moe.num_experts,
+            "experts_per_token": config.moe.experts_per_token,
+            "expert_hidden_size": config.moe.expert_hidden_size,
+            "vocabulary": vocab_size(config),
+            "std": config.init_std,
+            "format": number_format,
+            "file": str(self._file),
+            "capacity": capacity,
+            "threads": torch.get_num_threads(),
+        }
+        self._child = subprocess.Popen(
+            [python, str(_CHILD), json.dumps(shape)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.version = self._answer()["version"]
+
+    def decode_seconds(self, *, context: int, tokens: int) -> float:
+        """Return the seconds of ``tokens`` steps of one sequence behind ``context`` tokens."""
+        return float(self._ask({"do": "decode", "context": context, "tokens": tokens})["seconds"])
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """Return the seconds of a prompt of ``tokens``, computed at once."""
+        return float(self._ask({"do": "prefill", "tokens": tokens})["seconds"])
+
+    def close(self) -> None:
+        """End the child and remove its weights."""
+        if self._child.stdin is not None:
+            self._child.stdin.close()
+        self._child.wait(timeout=60)
+        self._file.unlink(missing_ok=True)
+
+    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps(request) + "\n")
+        self._child.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._child.stdout is not None
+        line = self._child.stdout.readline()
+        answer = json.loads(line) if line.startswith("{") else {"error": "it ended without an answer"}
+        if "error" in answer:
+            self._child.kill()
+            self._file.unlink(missing_ok=True)
+            raise BackendUnavailable(
+                f"llama.cpp ({self._file.stem}) failed: {answer['error']}; leave it out of --peers"
+            )
+        return dict(answer)

@@ -1,0 +1,130 @@
+"""``qsparse-moe bench decode``: options, and the table of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.table import Table
+
+from qsparse_moe.cli.console import log_console, print_json, result_console, write_json
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.errors import ConfigError
+
+Size = Annotated[int, typer.Option(min=1)]
+Value = TypeVar("Value")
+
+
+def decode(
+    weights: Annotated[
+        str, typer.Option(help="Number formats of the weights: fp32, bf16, int8, ternary, with commas.")
+    ] = "bf16,int8,ternary",
+    sparsity: Annotated[str, typer.Option(help="S at every site, with commas; 0 is always measured.")] = (
+        "0,0.4,0.5,0.6,0.75,0.9"
+    ),
+    batch: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1,2,4,8,16",
+    layers: Size = 8,
+    hidden_size: Size = 1024,
+    heads: Size = 16,
+    experts: Size = 32,
+    experts_per_token: Size = 2,
+    expert_hidden_size: Size = 2048,
+    vocab_size: Size = 8192,
+    context: Annotated[int, typer.Option(help="Tokens in the cache before the first measured step.", min=1)] = 32,
+    tokens: Annotated[int, typer.Option(help="Steps per measurement.", min=1)] = 32,
+    prompt: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed; 0: none.", min=0)] = 512,
+    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 5,
+    peers: Annotated[
+        str, typer.Option(help="transformers, llama.cpp, with a comma; what is not installed is left out, and said.")
+    ] = "transformers,llama.cpp",
+    folder: Annotated[Path, typer.Option(help="Where the weights for llama.cpp are written for a while.")] = Path(
+        "llama.cpp-models"
+    ),
+    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time generation on a CPU, with and without zeros, beside transformers and llama.cpp on the same shape."""
+    formats = _names("--weights", weights, ("fp32", "bf16", "int8", "ternary"))
+    sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
+    batches = _numbers("--batch", batch, int, lambda value: value >= 1, "whole numbers from 1")
+    chosen_peers = _names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
+    import torch
+
+    from qsparse_moe.bench.decode import DecodeBenchmark, run_decode_benchmark
+
+    if threads:
+        torch.set_num_threads(threads)
+    model = ModelConfig.model_validate(
+        {
+            "hidden_size": hidden_size,
+            "num_layers": layers,
+            "num_heads": heads,
+            "vocab_size": vocab_size,
+            "moe": {
+                "num_experts": experts,
+                "experts_per_token": experts_per_token,
+                "expert_hidden_size": expert_hidden_size,
+                "activation": "swiglu",
+            },
+        }
+    )
+    benchmark = DecodeBenchmark(
+        model, formats, sparsities, batches, context, tokens, rounds, prompt, chosen_peers, folder
+    )
+    result = run_decode_benchmark(benchmark, lambda line: log_console().print(line, markup=False))
+    if output:
+        write_json(output, result)
+    print_json(result) if json else _print_tables(result)
+
+
+def _names(option: str, text: str, known: Collection[str]) -> list[Any]:
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"{option} {text!r} holds {unknown[0]!r}; choose from {', '.join(known)}")
+    return names
+
+
+def _numbers(
+    option: str, text: str, number: Callable[[str], Value], allowed: Callable[[Value], bool], rule: str
+) -> list[Value]:
+    try:
+        values = [number(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or not all(allowed(value) for value in values):
+        raise ConfigError(f"{option} {text!r} must be {rule}, with commas between them")
+    return values
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    console = result_console()
+    for weight_format, measured in result["formats"].items():
+        table = Table(title=f"Decoding with weights in {weight_format}")
+        for column in ("batch", "engine", "tokens/s", "MB per step", "of the limit", "times our dense", "times the peers"):
+            table.add_column(column, justify="left" if column == "engine" else "right")
+        for row in measured["decode"]:
+            read = row.get("bytes_per_step")
+            table.add_row(
+                str(row["batch"]),
+                row["contender"],
+                f"{row['tokens_per_second']:.1f}",
+                "" if read is None else f"{read / 1e6:.1f}",
+                "" if read is None else f"{row['share_of_limit']:.2f}",
+                f"{row['times_ours_dense']['median']:.2f}",
+                ", ".join(f"{name} {times['median']:.2f}" for name, times in row.get("times_peer", {}).items()),
+            )
+        console.print(table)
+        if measured["prefill"]:
+            prompt = result["shape"]["prompt"]
+            table = Table(title=f"Prefill of {prompt} tokens with weights in {weight_format}")
+            for column in ("engine", "tokens/s", "ours is times faster"):
+                table.add_column(column, justify="left" if column == "engine" else "right")
+            for row in measured["prefill"]:
+                times = row["ours_times_faster"]["median"]
+                table.add_row(row["contender"], f"{row['tokens_per_second']:.0f}", f"{times:.2f}")
+            console.print(table)
+    console.print(f"Read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s; medians of {result['shape']['rounds']} rounds")

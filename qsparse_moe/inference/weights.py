@@ -1,0 +1,110 @@
+"""Which matrices of a model decoding may keep in a number format of their own, and how the model is rounded to it.
+
+Rounding changes the model itself, so that prefill, every decode engine and an evaluation compute with the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, WeightFormat, load_dense, store
+from qsparse_moe.model.attention import Projection
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.moe.experts import Experts
+from qsparse_moe.nn.feed_forward import FeedForward
+from qsparse_moe.sparsity.quantize import as_format
+
+WEIGHT_CHOICES = ("auto", *WEIGHT_FORMATS)
+
+
+class ModelMatrix(NamedTuple):
+    """A matrix behind a sparse site, or a stack of them with one per expert."""
+
+    name: str
+    """Of the parameter in the model's state dict."""
+    parameter: Tensor
+    is_output_major: bool
+    """Whether a row belongs to an output, as in ``torch.nn.Linear``, and not to an input feature."""
+    trained_format: str
+    """What the training model rounds it to in every forward: ``none`` or ``ternary``."""
+
+    def input_major(self, weight_format: WeightFormat) -> Tensor:
+        """Return the values to store in ``weight_format``, with a row per input feature.
+
+        They are those that the training model multiplies with, unless storing rounds to that format itself: rounding to
+        ternary twice is not rounding once, because the scale is a mean, which the zeros of the first time lower.
+        """
+        values = self.parameter if weight_format == self.trained_format else _as_trained(self)
+        return values.T if self.is_output_major else values
+
+
+def site_matrices(model: Transformer) -> Iterator[ModelMatrix]:
+    """Yield every matrix behind a sparse site, in the order of the layers."""
+    for path, module in model.named_modules():
+        if isinstance(module, Projection):
+            yield ModelMatrix(f"{path}.weight", module.weight, True, module.weight_format)
+        if isinstance(module, (Experts, FeedForward)):
+            for name in ("w_gate", "w_up", "w_down"):
+                parameter = getattr(module, name)
+                if parameter is not None:
+                    yield ModelMatrix(f"{path}.{name}", parameter, False, module.weight_format)
+
+
+def own_format(model: Transformer) -> WeightFormat:
+    """Return the number format that holds the weights of ``model`` as they are: ternary, bf16 or fp32."""
+    if model.config.sparsity.quantization.weights == "ternary":
+        return "ternary"
+    return "bf16" if model.head.weight.dtype == torch.bfloat16 else "fp32"
+
+
+def head_format(model: Transformer, weight_format: WeightFormat) -> WeightFormat:
+    """Return the number format of the output head: int8 beside int8 matrices, else the dtype that it has."""
+    if weight_format == "int8":
+        return "int8"
+    return "bf16" if model.head.weight.dtype == torch.bfloat16 else "fp32"
+
+
+def check_weights(weights: str, trained_format: str) -> None:
+    """Raise ConfigError unless a model that was trained with ``trained_format`` can be kept in ``weights``."""
+    if weights not in WEIGHT_CHOICES:
+        raise ConfigError(f"weights ({weights!r}) must be one of {', '.join(WEIGHT_CHOICES)}; choose one of them")
+    if weights == "ternary" and trained_format != "ternary":
+        raise ConfigError(
+            "weights (ternary) must be those of a model that was trained with model.sparsity.quantization.weights="
+            f"ternary, and this one was trained with {trained_format}: rounding would leave little of it. Use int8"
+        )
+    if weights == "int8" and trained_format == "ternary":
+        raise ConfigError(
+            "weights (int8) must be those of a model that was not trained in ternary numbers, and this one was: its "
+            "matrices have three values each. Use ternary, which holds them exactly in a quarter of the bytes"
+        )
+
+
+@torch.no_grad()
+def round_weights(model: Transformer, weight_format: WeightFormat) -> None:
+    """Round the matrices of ``model`` in place to the values that ``weight_format`` can hold, int8 being the only one
+    that its dtype does not hold already. Embedding, norms and routers keep theirs; a head that is the embedding is
+    rounded with it.
+    """
+    if weight_format != "int8":
+        return
+    for matrix in site_matrices(model):
+        _round_rows(matrix.parameter, matrix.is_output_major)
+    _round_rows(model.head.weight, False)
+
+
+def _round_rows(parameter: Tensor, is_output_major: bool) -> None:
+    # Matrix by matrix: a stack of experts in fp32 may be most of the memory.
+    for weights in parameter if parameter.dim() == 3 else [parameter]:
+        dense = load_dense(store(weights.T if is_output_major else weights, "int8"))
+        weights.copy_(dense.T if is_output_major else dense)
+
+
+def _as_trained(matrix: ModelMatrix) -> Tensor:
+    assert matrix.trained_format in ("none", "ternary"), matrix.trained_format
+    return as_format(matrix.parameter, "ternary") if matrix.trained_format == "ternary" else matrix.parameter

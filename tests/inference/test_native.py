@@ -1,0 +1,183 @@
+"""The native engine computes what the training model's own parts compute, for every kind of model and number format."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.errors import BackendUnavailable, ConfigError
+from qsparse_moe.inference.cached_model import TorchDecode, prefill
+from qsparse_moe.inference.engine import resolve_engine
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.native import NativeDecode, why_not
+from qsparse_moe.inference.weights import check_weights, head_format, own_format, round_weights, site_matrices
+from qsparse_moe.kernels import native
+from qsparse_moe.sparsity.plan import SparsityPlan
+from tests.inference.models import model, random_tokens
+from tests.inference.test_cached_model import DENSE, SPARSE
+
+pytestmark = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja"
+)
+STEPS = 10
+
+
+@pytest.fixture(autouse=True, params=[1, 2], ids=lambda count: f"{count} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+def largest_difference(built, weight_format=None, prompts=(4, 2, 7), capacity=9):
+    """Of the logits of some steps, relative to the largest; both engines see the same keys and values in each.
+
+    Greedy tokens of the defining engine; the cache slides, and the sequences have different lengths.
+    """
+    caches = [
+        KeyValueCache.allocate(built.config, batch=len(prompts), capacity=capacity, dtype=torch.float32, slides=True)
+        for _ in range(2)
+    ]
+    tokens = [random_tokens(length, seed=place).tolist() for place, length in enumerate(prompts)]
+    logits, _ = (prefill(built, tokens, cache) for cache in caches)
+    defining, found = TorchDecode(built), NativeDecode(built, weight_format)
+    worst = 0.0
+    for _ in range(STEPS):
+        chosen_B = logits.argmax(-1)
+        logits, other = defining.decode(chosen_B, caches[0]), found.decode(chosen_B, caches[1])
+        assert torch.equal(caches[0].positions_B, caches[1].positions_B)
+        seen = logits.isfinite()
+        assert torch.equal(seen, other.isfinite())
+        worst = max(worst, ((logits - other)[seen].abs().max() / logits[seen].abs().max()).item())
+        # One near tie that flips would be carried on by the cache.
+        caches[1].key_LBHPC.copy_(caches[0].key_LBHPC)
+        caches[1].value_LBHPC.copy_(caches[0].value_LBHPC)
+    return worst
+
+
+@pytest.mark.parametrize("settings", (DENSE | SPARSE).values(), ids=(DENSE | SPARSE).keys())
+def test_native_logits_are_those_of_the_training_model(settings):
+    assert largest_difference(model(**settings)) < 3e-6
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 17])
+def test_every_batch_shares_the_rows_that_some_token_needs(batch):
+    built = model(sparsity={"default": 0.5}, moe={"num_shared_experts": 1})
+    assert largest_difference(built, prompts=tuple(range(1, batch + 1))[::-1], capacity=20) < 3e-6
+
+
+@pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
+def test_experts_with_an_s_of_their_own_select_for_themselves(selection):
+    built = model(sparsity={"selection": selection, "group_size": 8})
+    draw = torch.Generator().manual_seed(0)
+    places = SparsityPlan.from_config(built.config).values
+    values = {
+        place: tuple((torch.randint(0, 7, (len(old),), generator=draw) / 8).tolist()) for place, old in places.items()
+    }
+    plan = SparsityPlan(values)
+    if selection == "threshold":
+        plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
+    built.set_sparsity(plan)
+    assert largest_difference(built) < 3e-6
+
+
+@pytest.mark.parametrize("settings", [{}, {"sparsity": {"default": 0.6}}, {"hidden_size": 72, "num_heads": 2}])
+@pytest.mark.parametrize("weight_format", ["fp32", "bf16", "int8"])
+def test_weights_in_a_number_format_are_those_of_the_rounded_model(settings, weight_format):
+    built = model(**settings)
+    if weight_format == "bf16":
+        built = built.bfloat16().float()
+    before = built.layers[0].attention.qkv.weight.clone()
+    round_weights(built, weight_format)
+    assert torch.equal(before, built.layers[0].attention.qkv.weight) == (weight_format != "int8")
+    assert largest_difference(built, weight_format) < 3e-6
+
+
+def test_int8_moves_no_weight_by_more_than_half_a_step():
+    built, exact = model(), model()
+    round_weights(built, "int8")
+    for matrix, before in zip(site_matrices(built), site_matrices(exact), strict=True):
+        rows, rows_before = ((one.parameter.T if one.is_output_major else one.parameter) for one in (matrix, before))
+        step = rows_before.abs().amax(-1, keepdim=True) / 127
+        moved = (rows - rows_before).abs()
+        assert (moved <= 0.501 * step).all() and moved.any(), matrix.name
+
+
+def test_bytes_that_a_step_reads_are_counted_by_hand():
+    # One token, S 0.75 everywhere, no activation of zero: a quarter of the rows of every matrix, and the whole head.
+    built = model(sparsity={"default": 0.75}, moe={"activation": "swiglu", "experts_per_token": 2})
+    engine = NativeDecode(built, "fp32")
+    cache = KeyValueCache.allocate(built.config, batch=1, capacity=4, dtype=torch.float32)
+    engine.decode(torch.tensor([7]), cache)
+    figures = engine.figures()
+    rows_of_layer = 64 * 3 * 64 + 64 * 64 + 2 * (2 * 64 * 32 + 32 * 64)  # qkv, output, two experts
+    head = built.head.weight.numel()
+    assert figures["bytes_read_without_zeros"] == 4 * (2 * rows_of_layer + head)
+    assert figures["bytes_read"] == 4 * (2 * rows_of_layer // 4 + head)
+    engine.read_all_rows(True)
+    cache.positions_B.zero_()
+    engine.decode(torch.tensor([7]), cache)
+    assert engine.figures()["bytes_read"] == figures["bytes_read_without_zeros"]
+
+
+def test_reading_every_row_changes_no_logit():
+    built = model(sparsity={"default": 0.5})
+    cache = KeyValueCache.allocate(built.config, batch=3, capacity=4, dtype=torch.float32)
+    engine, tokens_B = NativeDecode(built), torch.tensor([3, 1, 200])
+    sparse = engine.decode(tokens_B, cache).clone()
+    cache.positions_B.zero_()
+    engine.read_all_rows(True)
+    dense = engine.decode(tokens_B, cache)
+    torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_ternary_weights_take_two_bits_each():
+    built = model(sparsity={"quantization": {"weights": "ternary"}}, hidden_size=256, moe={"expert_hidden_size": 256})
+    assert own_format(built) == "ternary" and head_format(built, "ternary") == "fp32"
+    layer = (256 * 768 + 256 * 256 + 4 * 3 * 256 * 256) // 4  # bytes, without the scales
+    scales = 4 * (2 + 4 * 3)
+    assert NativeDecode(built).figures()["weight_bytes"] == 2 * (layer + scales) + built.head.weight.numel() * 4
+
+
+def test_ids_that_the_model_hides_have_no_probability():
+    built = model()
+    built.hide_ids([260, 261])
+    cache = KeyValueCache.allocate(built.config, batch=1, capacity=4, dtype=torch.float32)
+    logits_BV = NativeDecode(built).decode(torch.tensor([7]), cache)
+    assert logits_BV[0, 260:262].isneginf().all() and logits_BV.isfinite().sum() == logits_BV.numel() - 2
+
+
+def test_a_full_cache_is_refused_before_a_step():
+    built = model()
+    cache = KeyValueCache.allocate(built.config, batch=1, capacity=1, dtype=torch.float32)
+    engine = NativeDecode(built)
+    engine.decode(torch.tensor([7]), cache)
+    with pytest.raises(ConfigError, match=r"holds 1 tokens per sequence, and a sequence has 2.*max_length"):
+        engine.decode(torch.tensor([7]), cache)
+
+
+def test_what_it_cannot_run_is_said_with_the_way_out():
+    for built, reason in (
+        (model(torch.float64), "the model is in torch.float64; use the engine torch"),
+        (model(moe={"force_uniform_routing": True}), "force_uniform_routing is a setting for measurements"),
+    ):
+        assert reason in why_not(built)
+        with pytest.raises(BackendUnavailable, match="engine \\('native'\\) cannot run here"):
+            resolve_engine("native", built)
+        assert resolve_engine("auto", built).name == "torch"
+
+
+@pytest.mark.parametrize(
+    ("weights", "trained", "message"),
+    [
+        ("int4", "none", r"weights \('int4'\) must be one of auto, fp32, bf16, int8, ternary"),
+        ("ternary", "none", r"weights \(ternary\) .*quantization.weights=ternary, .* trained with none.* Use int8"),
+        ("int8", "ternary", r"weights \(int8\) .* Use ternary"),
+    ],
+)
+def test_a_number_format_that_does_not_fit_is_refused(weights, trained, message):
+    with pytest.raises(ConfigError, match=message):
+        check_weights(weights, trained)
+    for fits in ("auto", "fp32", "bf16", "ternary" if trained == "ternary" else "int8"):
+        check_weights(fits, trained)

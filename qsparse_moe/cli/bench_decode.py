@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -9,9 +10,11 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.table import Table
 
-from qsparse_moe.cli.console import log_console, print_json, result_console, write_json
+from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 Size = Annotated[int, typer.Option(min=1)]
 Value = TypeVar("Value")
@@ -74,7 +77,7 @@ def decode(
     benchmark = DecodeBenchmark(
         model, formats, sparsities, batches, context, tokens, rounds, prompt, chosen_peers, folder
     )
-    result = run_decode_benchmark(benchmark, lambda line: log_console().print(line, markup=False))
+    result = run_decode_benchmark(benchmark, logger.info)
     if output:
         write_json(output, result)
     print_json(result) if json else _print_tables(result)

@@ -107,7 +107,15 @@ def _print_tables(result: dict[str, Any]) -> None:
     console = result_console()
     for weight_format, measured in result["formats"].items():
         table = Table(title=f"Decoding with weights in {weight_format}")
-        for column in ("batch", "engine", "tokens/s", "MB per step", "of the limit", "times our dense", "times the peers"):
+        for column in (
+            "batch",
+            "engine",
+            "tokens/s",
+            "MB per step",
+            "of the limit",
+            "times our dense",
+            "times the peers",
+        ):
             table.add_column(column, justify="left" if column == "engine" else "right")
         for row in measured["decode"]:
             read = row.get("bytes_per_step")
@@ -130,4 +138,6 @@ def _print_tables(result: dict[str, Any]) -> None:
                 times = row["ours_times_faster"]["median"]
                 table.add_row(row["contender"], f"{row['tokens_per_second']:.0f}", f"{times:.2f}")
             console.print(table)
-    console.print(f"Read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s; medians of {result['shape']['rounds']} rounds")
+    console.print(
+        f"Read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s; medians of {result['shape']['rounds']} rounds"
+    )

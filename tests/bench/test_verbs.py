@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+import torch
 
+from qsparse_moe.bench import llama_cpp
 from qsparse_moe.cli.app import run
+from qsparse_moe.kernels import native
 from tests.support.runs import write_text
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
@@ -48,3 +53,59 @@ def test_the_metrics_benchmark_runs_whole(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "a record every" in printed and "ms a step" in printed
     assert json.loads(output.read_text())["steps"] == 2
+
+
+@pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja")
+@pytest.mark.parametrize("shown", ["table", "json"])
+def test_the_decode_benchmark_runs_whole(shown, tmp_path, capsys):
+    sizes = {"layers": 1, "hidden-size": 64, "heads": 2, "experts": 4, "expert-hidden-size": 64, "vocab-size": 256}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    output = tmp_path / "decode.json"
+    options = ["--weights", "bf16,int8,ternary", "--sparsity", "0.5", "--batch", "1,3", "--rounds", "1"]
+    options += ["--context", "4", "--tokens", "2", "--prompt", "8", "--peers", "transformers", "--output", str(output)]
+    assert run(["bench", "decode", *words, *options, *(["--json"] if shown == "json" else [])]) == 0
+    written, printed = json.loads(output.read_text()), capsys.readouterr().out
+    rows = written["formats"]["int8"]["decode"]
+    assert [(row["contender"], row["batch"]) for row in rows] == [
+        ("ours S 0", 1),
+        ("ours S 0.5", 1),
+        ("ours S 0", 3),
+        ("ours S 0.5", 3),
+    ]
+    # By hand, one token: qkv, output, two experts of three matrices, and the head; a byte per weight.
+    behind_sites = 64 * 192 + 64 * 64 + 2 * 3 * 64 * 64
+    assert rows[0]["bytes_per_step"] == behind_sites + 256 * 64
+    assert rows[1]["bytes_per_step"] == behind_sites / 2 + 256 * 64
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    if shown == "json":
+        assert json.loads(printed) == written
+    else:
+        assert "Decoding with weights in ternary" in printed and "Prefill of 8 tokens" in printed
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "rule"),
+    [
+        ("--weights", "int3", "choose from fp32, bf16, int8, ternary"),
+        ("--sparsity", "0.5,1", "S from 0 up to below 1"),
+        ("--batch", "0", "whole numbers from 1"),
+        ("--peers", "vllm", "choose from transformers, llama.cpp"),
+    ],
+)
+def test_options_of_the_decode_benchmark_are_checked(option, value, rule, capsys):
+    assert run(["bench", "decode", option, value]) == 2
+    said = capsys.readouterr().err
+    assert option in said and repr(value) in said and rule in said
+
+
+def test_llama_cpp_that_is_missing_is_said_with_the_way_out(monkeypatch):
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
+    monkeypatch.delenv(llama_cpp.PYTHON_VARIABLE, raising=False)
+    python, reason = llama_cpp.find_llama_cpp()
+    assert python is None and "pip install llama-cpp-python gguf" in reason and llama_cpp.PYTHON_VARIABLE in reason
+    monkeypatch.setenv(llama_cpp.PYTHON_VARIABLE, sys.executable)
+    monkeypatch.setattr(
+        llama_cpp.subprocess, "run", lambda *words, **options: CompletedProcess(words, 1, "", "No module")
+    )
+    python, reason = llama_cpp.find_llama_cpp()
+    assert python is None and sys.executable in reason and "No module" in reason

@@ -58,13 +58,13 @@ def largest_difference(built, weight_format=None, prompts=(4, 2, 7), capacity=9)
 
 @pytest.mark.parametrize("settings", (DENSE | SPARSE).values(), ids=(DENSE | SPARSE).keys())
 def test_native_logits_are_those_of_the_training_model(settings):
-    assert largest_difference(model(**settings)) < 3e-6
+    assert largest_difference(model(**settings)) < 1e-5
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 17])
 def test_every_batch_shares_the_rows_that_some_token_needs(batch):
     built = model(sparsity={"default": 0.5}, moe={"num_shared_experts": 1})
-    assert largest_difference(built, prompts=tuple(range(1, batch + 1))[::-1], capacity=20) < 3e-6
+    assert largest_difference(built, prompts=tuple(range(1, batch + 1))[::-1], capacity=20) < 1e-5
 
 
 @pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
@@ -79,7 +79,7 @@ def test_experts_with_an_s_of_their_own_select_for_themselves(selection):
     if selection == "threshold":
         plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
     built.set_sparsity(plan)
-    assert largest_difference(built) < 3e-6
+    assert largest_difference(built) < 1e-5
 
 
 @pytest.mark.parametrize("settings", [{}, {"sparsity": {"default": 0.6}}, {"hidden_size": 72, "num_heads": 2}])
@@ -91,7 +91,7 @@ def test_weights_in_a_number_format_are_those_of_the_rounded_model(settings, wei
     before = built.layers[0].attention.qkv.weight.clone()
     round_weights(built, weight_format)
     assert torch.equal(before, built.layers[0].attention.qkv.weight) == (weight_format != "int8")
-    assert largest_difference(built, weight_format) < 3e-6
+    assert largest_difference(built, weight_format) < 1e-5
 
 
 def test_int8_moves_no_weight_by_more_than_half_a_step():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -43,6 +44,13 @@ def evaluate(
             help="training: all tokens of a row at once. inference: token by token, as generation decodes; slower."
         ),
     ] = "training",
+    weights: Annotated[
+        str,
+        typer.Option(
+            help="With --engine inference: number format of the weights: auto (that of training), fp32, bf16, int8, or "
+            "ternary."
+        ),
+    ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -51,13 +59,15 @@ def evaluate(
     files = tuple(data or ())
     if files and rows is not None:
         raise ConfigError(f"--rows ({rows}) counts validation rows, and --data takes all text of its files; keep one")
+    if weights != "auto" and engine != "inference":
+        raise ConfigError(f"--weights ({weights}) is what generation keeps weights in; add --engine inference")
     plan = asked_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
     from qsparse_moe.training.evaluate import evaluate_run
 
     if engine == "inference":
         from qsparse_moe.inference.evaluate import decoding_forward
 
-        forward_of = decoding_forward
+        forward_of = partial(decoding_forward, weights=weights)
     else:
         forward_of = None
     evaluation = evaluate_run(run_dir, num_rows=rows, device=device, plan=plan, files=files, forward_of=forward_of)

@@ -51,7 +51,10 @@ def generate(
     ] = 0,
     engine: Annotated[str, typer.Option(help="What decodes; auto: the fastest that can.")] = "auto",
     weights: Annotated[
-        str, typer.Option(help="Number format of the weights; auto: the one of training or of the export.")
+        str,
+        typer.Option(
+            help="Number format of the weights: auto (that of training or of the export), fp32, bf16, int8, ternary."
+        ),
     ] = "auto",
     plan: Annotated[
         Path | None, typer.Option(help="Sparsity plan in place of the model's.", show_default=False)

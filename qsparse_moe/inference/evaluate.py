@@ -15,6 +15,7 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.inference.cached_model import prefill
 from qsparse_moe.inference.engine import DecodeEngine, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.weights import use_weights
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.training.evaluate import Forward
@@ -32,14 +33,19 @@ class _Segment(NamedTuple):
         return self.end - self.begin
 
 
-def decoding_forward(model: Transformer, engine: str = "auto") -> Forward:
+def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "auto") -> Forward:
     """Return a function that computes the logits of a batch with prefill and decode.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; it is brought to ``weights``.
         engine: see ``resolve_engine``.
+        weights: number format of the weights; see ``weights.use_weights``.
+
+    Raises:
+        ConfigError: ``weights`` does not fit the model.
+        BackendUnavailable: the engine cannot run here.
     """
-    decode = resolve_engine(engine, model)
+    decode = resolve_engine(engine, model, weights=use_weights(model, weights))
 
     def forward(batch: Batch) -> ModelOutput:
         return ModelOutput(decoded_logits(model, decode, batch), None, {}, {})

@@ -132,7 +132,7 @@ class Generator:
             loaded.model,
             loaded.tokenizer,
             loaded.config,
-            engine=resolve_engine(engine, loaded.model, weights=None if weights == "auto" else weights),
+            engine=resolve_engine(engine, loaded.model, weights=loaded.weight_format),
             max_length=max_length,
             overlong=overlong,
             folder=folder,

@@ -10,16 +10,14 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer, meaningless_ids
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.inference.weights import check_weights, round_weights
+from qsparse_moe.inference.weights import LOADED_DTYPES, check_weights, use_weights
 from qsparse_moe.interop.state_dict import load_export
+from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.evaluate import load_run
-
-# Codes and their scales multiply to fp32: a model in bf16 would round them a second time.
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 
 
 class LoadedModel(NamedTuple):
@@ -30,6 +28,8 @@ class LoadedModel(NamedTuple):
     tokenizer: TextTokenizer
     step: int
     """Steps that the model was trained."""
+    weight_format: WeightFormat | None
+    """The number format that was asked for; None: its own."""
 
 
 def load_model(
@@ -44,7 +44,7 @@ def load_model(
     Args:
         folder: of a run, of a checkpoint in it, or of an export.
         device: where the model goes.
-        weights: number format of the weights; see ``weights.round_weights``. ``auto``: the one that training computed
+        weights: number format of the weights; see ``weights.use_weights``. ``auto``: the one that training computed
             in, or that of the export.
         plan: S in place of the model's own, or a file with it.
 
@@ -55,7 +55,7 @@ def load_model(
     found = find_model(Path(folder))
     config = load_run_config(found.config_folder)
     check_weights(weights, config.model.sparsity.quantization.weights)
-    dtype = _DTYPES.get(weights)
+    dtype = LOADED_DTYPES.get(weights)
     plan = _checked_plan(plan, config.model)  # before the weights are read
     tokenizer = load_tokenizer(config.data.tokenizer)
     if found.kind == "export":
@@ -63,12 +63,11 @@ def load_model(
     else:
         checkpoint = found.path if found.kind == "checkpoint" else None
         config, model, step = load_run(found.config_folder, device, dtype=dtype, checkpoint_folder=checkpoint)
-    if weights == "int8":
-        round_weights(model, weights)
+    weight_format = use_weights(model, weights)
     if plan is not None:
         model.set_sparsity(plan)
     model.hide_ids(meaningless_ids(config.model, tokenizer))
-    return LoadedModel(config, model.requires_grad_(False), tokenizer, step)
+    return LoadedModel(config, model.requires_grad_(False), tokenizer, step, weight_format)
 
 
 def _checked_plan(plan: SparsityPlan | Path | str | None, config: ModelConfig) -> SparsityPlan | None:

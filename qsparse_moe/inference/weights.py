@@ -6,7 +6,7 @@ Rounding changes the model itself, so that prefill, every decode engine and an e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.sparsity.quantize import as_format
 
 WEIGHT_CHOICES = ("auto", *WEIGHT_FORMATS)
+LOADED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+"""The dtype of the model itself; codes times their scale are fp32, which bf16 would round a second time."""
 
 
 class ModelMatrix(NamedTuple):
@@ -83,6 +85,22 @@ def check_weights(weights: str, trained_format: str) -> None:
             "weights (int8) must be those of a model that was not trained in ternary numbers, and this one was: its "
             "matrices have three values each. Use ternary, which holds them exactly in a quarter of the bytes"
         )
+
+
+def use_weights(model: Transformer, weights: str) -> WeightFormat | None:
+    """Bring ``model`` in place to the number format that ``weights`` names; return it, None for ``auto``.
+
+    Raises:
+        ConfigError: ``weights`` is unknown, or does not fit what the model was trained in.
+    """
+    check_weights(weights, model.config.sparsity.quantization.weights)
+    if weights == "auto":
+        return None
+    if weights in LOADED_DTYPES:
+        model.to(LOADED_DTYPES[weights])
+    chosen = cast(WeightFormat, weights)
+    round_weights(model, chosen)
+    return chosen
 
 
 @torch.no_grad()

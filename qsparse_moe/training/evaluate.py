@@ -6,6 +6,7 @@ import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -165,18 +166,20 @@ def evaluate_run(
             model.set_sparsity(plan)
         micro_batch_size, sparsity = config.training.micro_batch_size, model.sparsity_plan.mean
 
-        forward = (forward_of or _own_forward)(model)
+        # Called when the model is as it will be evaluated: what decodes copies its weights and its hidden ids.
+        make_forward = partial(forward_of or _own_forward, model)
         if files:
             tokenizer = load_tokenizer(config.data.tokenizer)
             model.hide_ids(meaningless_ids(config.model, tokenizer))
             text = OwnText(files, config.data, tokenizer)
             batches = text.batches(micro_batch_size, rank=distributed.rank, world_size=distributed.world_size)
-            losses = mean_losses(forward, batches, text.num_bytes, distributed)
+            losses = mean_losses(make_forward(), batches, text.num_bytes, distributed)
             return Evaluation(step=step, rows=len(text), **losses, unigram_bits_per_byte=None, sparsity=sparsity)
         num_rows = num_rows or config.training.evaluation_rows
         data = load_data(config.data)
         model.hide_ids(meaningless_ids(config.model, data.tokenizer))
-        losses = Evaluator(data, num_rows=num_rows, micro_batch_size=micro_batch_size, distributed=distributed)(forward)
+        evaluator = Evaluator(data, num_rows=num_rows, micro_batch_size=micro_batch_size, distributed=distributed)
+        losses = evaluator(make_forward())
         rows, unigram = len(data.evaluation_rows(num_rows)[1]), data.unigram_bits_per_byte()
         return Evaluation(step=step, rows=rows, **losses, unigram_bits_per_byte=unigram, sparsity=sparsity)
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
 from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.inference.engine import ENGINES
 from qsparse_moe.inference.evaluate import decoding_forward
 from qsparse_moe.inference.generator import Generator
 from qsparse_moe.inference.load import load_model
@@ -63,8 +65,31 @@ def test_weights_are_kept_in_the_format_that_is_asked_for(run_dir, tmp_path):
     export_run(run_dir, tmp_path / "out", dtype="bf16")
     assert load_model(tmp_path / "out").model.head.weight.dtype == torch.bfloat16
     assert len(say(run_dir, weights="bf16").token_ids) == 8
-    with pytest.raises(ConfigError, match=r"weights \('int3'\) must be one of auto, fp32, bf16; choose one"):
+    with pytest.raises(
+        ConfigError, match=r"weights \('int3'\) must be one of auto, fp32, bf16, int8, ternary; choose one"
+    ):
         load_model(run_dir, weights="int3")
+
+
+def test_int8_loads_the_rounded_model_for_every_engine(run_dir):
+    exact, rounded = load_model(run_dir, weights="fp32").model, load_model(run_dir, weights="int8").model
+    moved = (rounded.head.weight - exact.head.weight).abs()
+    assert 0 < moved.max() <= 0.501 * exact.head.weight.abs().amax(-1).max() / 127
+    assert torch.equal(rounded.embedding.weight, exact.embedding.weight) == (not exact.config.tie_embeddings)
+    by_torch, by_auto = (say(run_dir, weights="int8", engine=engine) for engine in ("torch", "auto"))
+    assert by_torch.token_ids == by_auto.token_ids
+
+
+def test_loss_in_another_number_format_is_near_and_not_the_same(run_dir):
+    def loss(weights):
+        forward_of = partial(decoding_forward, weights=weights)
+        return evaluate_run(run_dir, num_rows=2, device="cpu", forward_of=forward_of).bits_per_byte
+
+    exact = loss("auto")
+    for weights in ("bf16", "int8"):
+        assert 0 < abs(loss(weights) - exact) < 0.02 * exact, weights
+    with pytest.raises(ConfigError, match=r"weights \(ternary\) must be those of a model"):
+        loss("ternary")
 
 
 def test_another_plan_is_used_and_checked_before_weights_are_read(run_dir, tmp_path, monkeypatch):
@@ -142,16 +167,18 @@ def test_an_export_goes_with_its_tokenizer(folder, tmp_path):
     assert (tmp_path / "out" / "tokenizer").stat().st_mode & 0o700 == 0o700
 
 
+@pytest.mark.parametrize("engine", [spec.name for spec in ENGINES])
 @pytest.mark.parametrize("across", [False, True], ids=["inside documents", "across documents"])
-def test_the_loss_token_by_token_is_that_of_whole_rows(folder, across):
-    config = tiny_config(folder, f"evaluate-{across}", engine="torch", steps=6, model={"num_layers": 2})
+def test_the_loss_token_by_token_is_that_of_whole_rows(folder, across, engine):
+    config = tiny_config(folder, f"evaluate-{across}-{engine}", engine="torch", steps=6, model={"num_layers": 2})
     data = config.data.model_copy(update={"attend_across_documents": across})
     made = train(config.model_copy(update={"data": data})).run_dir
     own = folder / "short.jsonl"
     own.write_text("".join(json.dumps({"text": "abc de" * n}) + "\n" for n in (1, 2, 5, 1, 3, 1)))
     for arguments in ({"num_rows": 11}, {"files": [str(own)]}):
         whole = evaluate_run(made, device="cpu", **arguments)
-        found = evaluate_run(made, device="cpu", forward_of=decoding_forward, **arguments)
+        forward_of = partial(decoding_forward, engine=engine)
+        found = evaluate_run(made, device="cpu", forward_of=forward_of, **arguments)
         assert found.loss == pytest.approx(whole.loss, rel=1e-5)
         assert found.bits_per_byte == pytest.approx(whole.bits_per_byte, rel=1e-5)
         assert (found.rows, found.step, found.sparsity) == (whole.rows, whole.step, whole.sparsity)
@@ -165,7 +192,7 @@ def test_the_decoded_loss_is_computed_by_decoding(run_dir, monkeypatch):
     monkeypatch.setattr(
         cached_model, "_forward", lambda *arguments: (lengths.append(arguments[1].shape[1]), forward(*arguments))[1]
     )
-    evaluate_run(run_dir, num_rows=4, device="cpu", forward_of=decoding_forward)
+    evaluate_run(run_dir, num_rows=4, device="cpu", forward_of=partial(decoding_forward, engine="torch"))
     assert set(lengths) == {1} and len(lengths) >= 24
     assert load_config(run_dir / "config.yaml").data.sequence_length == 24
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 
 # Before torch and the Hugging Face libraries are imported, which read these once. The tests already run on several
@@ -12,6 +13,8 @@ from collections.abc import Iterator
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is measured once per machine: not among the files of the user, and once for all processes.
+os.environ.setdefault("QSPARSE_MOE_CACHE", os.path.join(tempfile.gettempdir(), "qsparse_moe-tests"))
 # Triton reads it when it is imported: without a GPU its kernels run under its interpreter.
 if shutil.which("nvidia-smi") is None:
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -157,11 +157,11 @@ def _run_format(
         config = config.model_copy(update={"sparsity": config.sparsity.model_copy(update={"quantization": quantized})})
     model = random_model(config, weight_format)
     round_weights(model, weight_format)
-    engines = {}
+    engines: dict[float, NativeDecode] = {}
     for sparsity in dict.fromkeys((0.0, *benchmark.sparsities)):
         model.set_sparsity(SparsityPlan.uniform(config, sparsity))
         if not engines:
-            engines[sparsity] = NativeDecode(model, weight_format)
+            engines[sparsity] = NativeDecode(model, weight_format, rows="auto")
         else:
             engines[sparsity] = engines[0.0].with_plan_of(model)
     peers = _peers(benchmark, weight_format, config, report)

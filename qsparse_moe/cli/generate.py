@@ -56,6 +56,10 @@ def generate(
             help="Number format of the weights: auto (that of training or of the export), fp32, bf16, int8, ternary."
         ),
     ] = "auto",
+    rows: Annotated[
+        Literal["auto", "selected", "all"],
+        typer.Option(help="Rows of weights that the native engine reads: selected, all, or what is faster here."),
+    ] = "auto",
     plan: Annotated[
         Path | None, typer.Option(help="Sparsity plan in place of the model's.", show_default=False)
     ] = None,
@@ -100,6 +104,7 @@ def generate(
         run,
         engine=engine,
         weights=weights,
+        rows=rows,
         plan=plan,
         device=device,
         max_length=max_length,

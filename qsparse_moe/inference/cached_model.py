@@ -46,7 +46,7 @@ class TorchDecode:
     """Decodes with the training model's own parts: on any device, in any dtype, for any model."""
 
     name = "torch"
-    cache_dtype = None
+    cache_dtype: torch.dtype | None = None
 
     def __init__(self, model: Transformer) -> None:
         self.model = model

@@ -46,20 +46,31 @@ class DecodeEngine(Protocol):
 
 
 @dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is asked for, beside its name."""
+
+    weights: WeightFormat | None = None
+    """Number format of the matrices behind sparse sites, to which the model is rounded already; None: their own."""
+    rows: native.Rows = "auto"
+    """Which rows of a matrix a step reads, where the engine can leave some out; see ``NativeDecode``."""
+
+
+@dataclass(frozen=True)
 class EngineSpec:
     """An engine that can be requested by name."""
 
     name: str
     why_not: Callable[[Transformer], str | None]
     """The reason why it cannot run this model where it is, with the way out; None if it can."""
-    build: Callable[[Transformer, WeightFormat | None], DecodeEngine]
-    """The engine for a model in evaluation mode, whose weights and plan stay as they are from then on, and the number
-    format that it keeps a copy of them in, if it makes one; None: their own."""
+    build: Callable[[Transformer, EngineSettings], DecodeEngine]
+    """The engine for a model in evaluation mode, whose weights and plan stay as they are from then on."""
 
 
 ENGINES: tuple[EngineSpec, ...] = (
-    EngineSpec("native", native.why_not, native.NativeDecode),
-    EngineSpec("torch", lambda model: None, lambda model, weights: TorchDecode(model)),
+    EngineSpec(
+        "native", native.why_not, lambda model, asked: native.NativeDecode(model, asked.weights, rows=asked.rows)
+    ),
+    EngineSpec("torch", lambda model: None, lambda model, asked: TorchDecode(model)),
 )
 
 
@@ -67,15 +78,15 @@ def resolve_engine(
     requested: str,
     model: Transformer,
     *,
-    weights: WeightFormat | None = None,
+    settings: EngineSettings = EngineSettings(),
     engines: Sequence[EngineSpec] = ENGINES,
 ) -> DecodeEngine:
     """Return the engine of that name for ``model``, or for ``auto`` the first that can run it; logs the choice.
 
     Args:
         requested: ``auto`` or the name of an engine.
-        model: in evaluation mode, rounded to ``weights`` already.
-        weights: number format of the matrices behind sparse sites; None: their own.
+        model: in evaluation mode.
+        settings: what the engine is asked for.
         engines: to choose from.
 
     Raises:
@@ -84,4 +95,4 @@ def resolve_engine(
     names = [spec.name for spec in engines]
     if requested not in ("auto", *names):
         raise BackendUnavailable(f"engine ({requested!r}) must be one of auto, {', '.join(names)}; choose one of them")
-    return choose("engine", requested, engines, lambda spec: spec.why_not(model)).build(model, weights)
+    return choose("engine", requested, engines, lambda spec: spec.why_not(model)).build(model, settings)

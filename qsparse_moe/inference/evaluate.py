@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.inference.cached_model import prefill
-from qsparse_moe.inference.engine import DecodeEngine, resolve_engine
+from qsparse_moe.inference.engine import DecodeEngine, EngineSettings, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.weights import use_weights
 from qsparse_moe.model.output import ModelOutput
@@ -45,7 +45,7 @@ def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "a
         ConfigError: ``weights`` does not fit the model.
         BackendUnavailable: the engine cannot run here.
     """
-    decode = resolve_engine(engine, model, weights=use_weights(model, weights))
+    decode = resolve_engine(engine, model, settings=EngineSettings(use_weights(model, weights)))
 
     def forward(batch: Batch) -> ModelOutput:
         return ModelOutput(decoded_logits(model, decode, batch), None, {}, {})

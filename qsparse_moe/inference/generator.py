@@ -18,10 +18,11 @@ from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.data.tokenizer import TextTokenizer, meaningless_ids
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.inference.cached_model import prefill
-from qsparse_moe.inference.engine import DecodeEngine, resolve_engine
+from qsparse_moe.inference.engine import DecodeEngine, EngineSettings, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.load import load_model
 from qsparse_moe.inference.memory import check_memory
+from qsparse_moe.inference.native import Rows
 from qsparse_moe.inference.sampling import Sampler, Sampling
 from qsparse_moe.inference.sequences import Generation, GrowingSequence, NewToken
 from qsparse_moe.inference.stopping import check_stop_strings
@@ -102,6 +103,7 @@ class Generator:
         *,
         engine: str = "auto",
         weights: str = "auto",
+        rows: Rows = "auto",
         plan: SparsityPlan | Path | str | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
         max_length: int | None = None,
@@ -114,6 +116,8 @@ class Generator:
             engine: what decodes: ``auto`` for the fastest that can, or a name of ``inference.engine.ENGINES``.
             weights: number format of the weights: ``auto`` (what training computed in, or that of the export),
                 ``fp32``, ``bf16``, ``int8`` (with a scale per row), or ``ternary`` for a model that was trained so.
+            rows: rows of a matrix that a step reads, by engines that can leave some out: ``selected`` by some token,
+                ``all``, or ``auto``, whichever is faster on this machine.
             plan: S in place of the model's own, or a JSON file with it.
             device: where the model runs.
             max_length: number of tokens that the key-value cache holds per sequence: each token attends to the last
@@ -132,7 +136,7 @@ class Generator:
             loaded.model,
             loaded.tokenizer,
             loaded.config,
-            engine=resolve_engine(engine, loaded.model, weights=loaded.weight_format),
+            engine=resolve_engine(engine, loaded.model, settings=EngineSettings(loaded.weight_format, rows)),
             max_length=max_length,
             overlong=overlong,
             folder=folder,

@@ -7,13 +7,14 @@ computes is ``cached_model.TorchDecode`` with the same weights.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.row_costs import NEVER, TOKENS, shares_to_read_all
 from qsparse_moe.inference.weights import head_format, own_format, site_matrices
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
@@ -23,6 +24,8 @@ from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Router
 from qsparse_moe.nn.selectors import ThresholdSelector
 from qsparse_moe.nn.sparse_site import SparseSite
+
+Rows = Literal["auto", "selected", "all"]
 
 _SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 4}
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
@@ -53,15 +56,20 @@ class NativeDecode:
     """A model's weights in the layout of the C++ engine, and the engine."""
 
     name = "native"
-    cache_dtype = torch.float32
+    cache_dtype: torch.dtype | None = torch.float32
 
-    def __init__(self, model: Transformer, weight_format: WeightFormat | None = None) -> None:
+    def __init__(
+        self, model: Transformer, weight_format: WeightFormat | None = None, *, rows: Rows = "selected"
+    ) -> None:
         """Store the weights of ``model``.
 
         Args:
             model: in evaluation mode; its weights and its plan as they are now.
             weight_format: of all matrices behind sparse sites; None takes ``weights.own_format``. Weights that it
                 cannot hold are rounded; see ``weights.round_weights``.
+            rows: which rows of a matrix a pass reads: those ``selected`` by some token of the pass, ``all``, or
+                ``auto``: all of them where the selected ones are so many that one sweep is faster on this machine
+                (``row_costs``).
 
         Raises:
             BackendUnavailable: the C++ library cannot be compiled.
@@ -75,6 +83,10 @@ class NativeDecode:
         # A row per id of the vocabulary: no site stands before the head, so every weight of it is read.
         self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format))
         self._hidden_ids = model.hidden_ids
+        self._rows = rows
+        self._read_all_from = {"selected": [NEVER] * len(TOKENS), "all": [0.0] * len(TOKENS)}.get(rows)
+        if self._read_all_from is None:
+            self._read_all_from = shares_to_read_all(self.weight_format)
         self._engine = self._build(model)
 
     def decode(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
@@ -92,23 +104,22 @@ class NativeDecode:
         other._engine = other._build(model)
         return other
 
-    def read_all_rows(self, read_all: bool) -> None:
-        """Read every row of every matrix from the next step on, zeros included: what a dense engine does."""
-        self._engine.read_all_rows(read_all)
-
     @property
     def bytes_read(self) -> int:
         """Bytes of stored weights that the last step read."""
-        return int(self._engine.bytes_of_last_step()[0])
+        return int(self._engine.last_step()[0])
 
     def figures(self) -> dict[str, Any]:
-        """Return the bytes of weights that the last step read, and what it would have read without zeros."""
-        read, dense = self._engine.bytes_of_last_step()
+        """Return what the last step read: bytes of weights, and how many passes over a matrix took all of its rows."""
+        read, dense, passes, whole = self._engine.last_step()
         return {
             "weights": self.weight_format,
             "weight_bytes": sum(stored.num_bytes for stored in self._stored.values()),
             "bytes_read": read,
             "bytes_read_without_zeros": dense,
+            "rows": self._rows,
+            "passes": passes,
+            "passes_over_all_rows": whole,
         }
 
     def _build(self, model: Transformer) -> Any:
@@ -128,6 +139,7 @@ class NativeDecode:
         )
         for number, block in enumerate(model.blocks()):
             engine.add_layer(*self._layer(f"layers.{number}.", block))
+        engine.read_all_rows_from(self._read_all_from)
         return engine
 
     def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:

@@ -121,7 +121,8 @@ def test_an_export_generates_and_weights_and_plan_change_what_comes(run_dir, tmp
 
 
 def test_the_speed_is_reported_beside_the_text(run_dir, capsys):
-    assert run(["generate", str(run_dir), "--prompt", "abc", "--max-tokens", "5", "--stats"]) == 0
+    words = ["--prompt", "abc", "--max-tokens", "5", "--stats", "--engine", "torch"]
+    assert run(["generate", str(run_dir), *words]) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("abc") and "tokens/s" not in printed.out
     lines = {line.split("  ")[0]: line for line in printed.err.splitlines()}

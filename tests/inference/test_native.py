@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from qsparse_moe.errors import BackendUnavailable, ConfigError
+from qsparse_moe.inference import native as native_engine
+from qsparse_moe.inference import row_costs
 from qsparse_moe.inference.cached_model import TorchDecode, prefill
 from qsparse_moe.inference.engine import resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
@@ -115,21 +117,58 @@ def test_bytes_that_a_step_reads_are_counted_by_hand():
     head = built.head.weight.numel()
     assert figures["bytes_read_without_zeros"] == 4 * (2 * rows_of_layer + head)
     assert figures["bytes_read"] == 4 * (2 * rows_of_layer // 4 + head)
-    engine.read_all_rows(True)
+    assert (figures["rows"], figures["passes"], figures["passes_over_all_rows"]) == ("selected", 2 * (2 + 2 * 3), 0)
+    whole = NativeDecode(built, "fp32", rows="all")
     cache.positions_B.zero_()
-    engine.decode(torch.tensor([7]), cache)
-    assert engine.figures()["bytes_read"] == figures["bytes_read_without_zeros"]
+    whole.decode(torch.tensor([7]), cache)
+    assert whole.figures()["bytes_read"] == figures["bytes_read_without_zeros"]
+    assert whole.figures()["passes_over_all_rows"] == whole.figures()["passes"] == figures["passes"]
 
 
-def test_reading_every_row_changes_no_logit():
+@pytest.mark.parametrize("weight_format", ["fp32", "int8"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_which_rows_are_read_changes_no_logit(batch, weight_format, monkeypatch):
     built = model(sparsity={"default": 0.5})
-    cache = KeyValueCache.allocate(built.config, batch=3, capacity=4, dtype=torch.float32)
-    engine, tokens_B = NativeDecode(built), torch.tensor([3, 1, 200])
-    sparse = engine.decode(tokens_B, cache).clone()
-    cache.positions_B.zero_()
-    engine.read_all_rows(True)
-    dense = engine.decode(tokens_B, cache)
-    torch.testing.assert_close(sparse, dense, rtol=1e-5, atol=1e-5)
+    cache = KeyValueCache.allocate(built.config, batch=batch, capacity=4, dtype=torch.float32)
+    tokens_B = torch.tensor([3, 1, 200])[:batch]
+    # More than half of the rows are needed by no single token, and by some passes of three.
+    monkeypatch.setattr(native_engine, "shares_to_read_all", lambda weight_format: [0.5, 0.6, 0.6, 0.6])
+    found, passes = {}, {}
+    for rows in ("selected", "all", "auto"):
+        engine = NativeDecode(built, weight_format, rows=rows)
+        cache.positions_B.zero_()
+        found[rows] = engine.decode(tokens_B, cache)
+        passes[rows] = engine.figures()["passes_over_all_rows"]
+    torch.testing.assert_close(found["selected"], found["all"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found["selected"], found["auto"], rtol=1e-5, atol=1e-5)
+    assert passes["selected"] == 0 < passes["auto"] <= passes["all"]
+
+
+def test_whole_matrices_are_read_from_where_choosing_is_slower():
+    def seconds(stored, rows_K, num_tokens):
+        share = len(rows_K) / 1024
+        # One token: choosing costs nothing. Two: a little more. Four: slower at 0.7 by accident, and never above.
+        return {1: share, 2: share + 0.07 * (share < 1), 4: 2.0 if 0.69 < share < 0.71 else share, 8: 1.5 - share / 2}[
+            num_tokens
+        ]
+
+    assert row_costs.measure_shares("ternary", seconds) == [row_costs.NEVER, 0.95, row_costs.NEVER, 0.6]
+
+
+def test_the_table_of_costs_is_measured_once_and_kept(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("QSPARSE_MOE_CACHE", str(tmp_path))
+    measured = []
+    monkeypatch.setattr(row_costs, "measure_shares", lambda name: measured.append(name) or [0.9, 0.8, 2.0, 0.7])
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert row_costs.shares_to_read_all("bf16") == [0.9, 0.8, 2.0, 0.7]
+    assert measured == ["bf16"] and caplog.text.count("measuring when to read whole matrices in bf16") == 1
+    row_costs.costs_file().write_text("half a file")
+    row_costs.shares_to_read_all("int8"), row_costs.shares_to_read_all("int8")
+    assert measured == ["bf16", "int8"]
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    row_costs.shares_to_read_all("int8")
+    assert measured[2:] == ["int8"], "another number of threads has another table"
 
 
 def test_ternary_weights_take_two_bits_each():

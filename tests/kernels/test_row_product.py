@@ -7,10 +7,8 @@ import torch
 
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import (
-    MOST_TOKENS,
     row_product_native,
     row_product_reference,
-    row_product_torch,
 )
 from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, load_dense, store
 from qsparse_moe.sparsity.quantize import fake_quantize
@@ -46,7 +44,7 @@ def threads(request):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_native_product_is_that_of_the_stored_values(weight_format, shape, threads):
     stored = store(weights_of(3, *shape), weight_format)
-    for num_tokens in range(1, MOST_TOKENS + 1):
+    for num_tokens in range(1, 9):
         for share in (0.0, 0.4, 1.0):
             rows_K, values_KT = chosen_rows(shape[0], share, num_tokens)
             for which in (0, 2):
@@ -56,22 +54,6 @@ def test_native_product_is_that_of_the_stored_values(weight_format, shape, threa
                 assert found.shape == (num_tokens, shape[1])
                 allowed = 4 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
                 assert (found - exact).abs().max() <= allowed, (num_tokens, share, which)
-
-
-@pytest.mark.parametrize("weight_format", ["fp32", "bf16"])
-def test_bags_of_embeddings_give_the_same_product(weight_format):
-    stored = store(weights_of(2, 40, 70), weight_format)
-    rows_K, values_KT = chosen_rows(40, 0.5, 3)
-    values_KT = values_KT.bfloat16().float()  # stock PyTorch rounds the values to the dtype of the weights
-    found = row_product_torch(stored, rows_K, values_KT, which=1)
-    wanted = row_product_reference(stored, rows_K, values_KT, which=1)
-    torch.testing.assert_close(found, wanted, rtol=1e-5 if weight_format == "fp32" else 2e-2, atol=1e-2)
-
-
-@pytest.mark.parametrize("weight_format", ["int8", "ternary"])
-def test_bags_of_embeddings_refuse_codes(weight_format):
-    with pytest.raises(ValueError, match=rf"stored \({weight_format}\) must be fp32 or bf16"):
-        row_product_torch(store(weights_of(4, 8), weight_format), *chosen_rows(4, 1.0, 1))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -91,7 +73,7 @@ def test_stored_bytes_are_those_of_the_format():
     shape, per_row = (64, 512), {"fp32": 2048, "bf16": 1024, "int8": 512, "ternary": 128}
     for weight_format in WEIGHT_FORMATS:
         stored = store(weights_of(*shape), weight_format)
-        assert stored.row_bytes == per_row[weight_format]
+        assert stored.data.shape[1] == per_row[weight_format]
         assert stored.num_bytes == 64 * per_row[weight_format] + {"int8": 64 * 4, "ternary": 4}.get(weight_format, 0)
 
 

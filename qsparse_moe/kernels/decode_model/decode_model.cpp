@@ -168,6 +168,7 @@ struct Job {
   const int32_t* rows = nullptr;
   const float* values = nullptr;  // (num_rows, tokens)
   int64_t num_rows = 0;
+  bool reads_unneeded = false;
   float* out[kMaxTokens] = {};
   std::vector<int32_t> row_room;
   std::vector<float> value_room;
@@ -242,11 +243,16 @@ class DecodeModel : public torch::CustomClassHolder {
     layers_.push_back(std::move(layer));
   }
 
-  // Rows of every matrix are read whole from the next step on, however few of them are needed: for comparison.
-  void read_all_rows(bool all) { reads_all_rows_ = all; }
+  // From the next step on all rows of a matrix are read, zeros included, where the tokens of a pass need at least this
+  // share of them: entries are for 1, 2, 4 and 8 tokens. 0 always reads all, above 1 never.
+  void read_all_rows_from(std::vector<double> shares) {
+    TORCH_CHECK(shares.size() == 4, "decode: there must be one share for 1, 2, 4 and 8 tokens");
+    all_rows_from_.assign(shares.begin(), shares.end());
+  }
 
-  // Bytes of stored weights that the last step read, and that it would have read without any zero.
-  std::vector<int64_t> bytes_of_last_step() const { return {bytes_read_, bytes_dense_}; }
+  // Bytes of stored weights that the last step read, and that it would have read without any zero; passes over a matrix,
+  // and those that read all of its rows though some were not needed.
+  std::vector<int64_t> last_step() const { return {bytes_read_, bytes_dense_, passes_, whole_passes_}; }
 
   at::Tensor step(const at::Tensor& tokens, const at::Tensor& positions, at::Tensor keys, at::Tensor values);
 
@@ -284,8 +290,8 @@ class DecodeModel : public torch::CustomClassHolder {
   const at::Tensor inverse_frequencies_, final_norm_, embedding_;
   const intrusive_ptr<StoredMatrix> head_;
   std::vector<Layer> layers_;
-  bool reads_all_rows_ = false;
-  int64_t bytes_read_ = 0, bytes_dense_ = 0;
+  std::vector<double> all_rows_from_ = {2, 2, 2, 2};
+  int64_t bytes_read_ = 0, bytes_dense_ = 0, passes_ = 0, whole_passes_ = 0;
 
   // Of one step.
   int64_t batch_ = 0;
@@ -375,7 +381,7 @@ at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positio
   cache_stride_layer_ = keys.stride(0), cache_stride_batch_ = keys.stride(1), cache_stride_head_ = keys.stride(2);
   const int num_threads = at::get_num_threads();
   reserve(num_threads);
-  bytes_read_ = bytes_dense_ = 0;
+  bytes_read_ = bytes_dense_ = passes_ = whole_passes_ = 0;
   const at::Tensor rows = embedding_.index_select(0, tokens).to(at::kFloat).contiguous();
   for (int64_t token = 0; token < batch_; ++token)
     std::copy_n(rows.const_data_ptr<float>() + token * width_, width_, stream_[token]);
@@ -412,11 +418,15 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
   job.matrix = matrix.matrix(which);
   job.tokens = padded_tokens(tokens);
   for (int t = 0; t < job.tokens; ++t) job.out[t] = t < tokens ? out[t] : spare_[0];
-  if (tokens == 1 && !row_scales && scale * factors[0] == 1.0f && !reads_all_rows_) {
+  const int64_t most = matrix.num_rows;
+  const double all_from = all_rows_from_[tokens <= 1 ? 0 : tokens <= 2 ? 1 : tokens <= 4 ? 2 : 3] * double(most);
+  job.reads_unneeded = false;
+  // One token needs every feature of its list.
+  const bool one_needs_all = tokens == 1 && double(lists[0]->length) >= all_from && lists[0]->length < most;
+  if (tokens == 1 && !row_scales && scale * factors[0] == 1.0f && !one_needs_all) {
     job.rows = lists[0]->features, job.values = lists[0]->values, job.num_rows = lists[0]->length;
     return;
   }
-  const int64_t most = matrix.num_rows;
   if (int64_t(job.value_room.size()) < most * job.tokens) job.value_room.resize(most * job.tokens);
   if (int64_t(job.row_room.size()) < most) job.row_room.resize(most);
   float* values = job.value_room.data();
@@ -425,18 +435,18 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
     values[row * job.tokens + t] = row_scales ? scaled * row_scales[feature] : scaled;
   };
   job.values = values;
-  if (tokens == 1 && !reads_all_rows_) {
+  if (tokens == 1 && !one_needs_all) {
     job.rows = lists[0]->features, job.num_rows = lists[0]->length;
     for (int64_t k = 0; k < job.num_rows; ++k) place(0, k, k, job.rows[k]);
     return;
   }
-  if (reads_all_rows_) {
-    job.rows = every_row_.data(), job.num_rows = most;
+  const auto read_all = [&] {
+    job.rows = every_row_.data(), job.num_rows = most, job.reads_unneeded = true;
     std::fill_n(values, most * job.tokens, 0.0f);
     for (int t = 0; t < tokens; ++t)
       for (int64_t k = 0; k < lists[t]->length; ++k) place(t, k, lists[t]->features[k], lists[t]->features[k]);
-    return;
-  }
+  };
+  if (one_needs_all) return read_all();
   int32_t* marks = thread.marks.data();
   for (int t = 0; t < tokens; ++t)
     for (int64_t k = 0; k < lists[t]->length; ++k) marks[lists[t]->features[k]] = 1;
@@ -446,6 +456,10 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
     const int32_t needed = marks[feature];
     marks[feature] = int32_t(job.num_rows);
     job.num_rows += needed;
+  }
+  if (double(job.num_rows) >= all_from && job.num_rows < most) {
+    std::fill_n(marks, most, 0);
+    return read_all();
   }
   job.rows = job.row_room.data();
   std::fill_n(values, job.num_rows * job.tokens, 0.0f);
@@ -461,7 +475,9 @@ void DecodeModel::run_jobs(const Thread& thread, int64_t num_jobs) {
     int64_t begin, end;
     column_slice(job.matrix.num_columns, job.matrix.grain(), thread.index, thread.count, begin, end);
     add_product(job.matrix, job.tokens, job.rows, job.num_rows, job.values, job.out, begin, end);
-    if (thread.index == 0) bytes_read_ += job.num_rows * job.matrix.row_bytes;
+    if (thread.index > 0) continue;
+    bytes_read_ += job.num_rows * job.matrix.row_bytes;
+    ++passes_, whole_passes_ += job.reads_unneeded;
   }
 }
 
@@ -830,8 +846,8 @@ TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
       .def(init<int64_t, int64_t, int64_t, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
                 intrusive_ptr<StoredMatrix>>())
       .def("add_layer", &DecodeModel::add_layer)
-      .def("read_all_rows", &DecodeModel::read_all_rows)
-      .def("bytes_of_last_step", &DecodeModel::bytes_of_last_step)
+      .def("read_all_rows_from", &DecodeModel::read_all_rows_from)
+      .def("last_step", &DecodeModel::last_step)
       .def("step", &DecodeModel::step);
   library.def(
       "row_product(__torch__.torch.classes.qsparse_moe.StoredMatrix stored, int which, Tensor rows, Tensor values) -> "

@@ -5,14 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, StoredWeights, load_dense
-
-MOST_TOKENS = 8
-"""T of one pass over the rows."""
 
 
 def row_product_reference(stored: StoredWeights, rows_K: Tensor, values_KT: Tensor, *, which: int = 0) -> Tensor:
@@ -27,28 +23,8 @@ def row_product_reference(stored: StoredWeights, rows_K: Tensor, values_KT: Tens
     return values_KT.T @ load_dense(stored, which)[rows_K.long()].to(values_KT.dtype)
 
 
-def row_product_torch(stored: StoredWeights, rows_K: Tensor, values_KT: Tensor, *, which: int = 0) -> Tensor:
-    """``row_product_reference`` in stock PyTorch: a bag of embeddings per token, which reads only the chosen rows.
-
-    For fp32 and bf16, whose rows are embeddings as they are stored; the sum is in fp32.
-
-    Raises:
-        ValueError: the matrix is stored in codes.
-    """
-    if stored.weight_format not in ("fp32", "bf16"):
-        raise ValueError(f"stored ({stored.weight_format}) must be fp32 or bf16 for a bag of embeddings; use native")
-    dtype = torch.float32 if stored.weight_format == "fp32" else torch.bfloat16
-    table_NO = stored.data.view(dtype)
-    num_chosen, num_tokens = values_KT.shape
-    index = (rows_K.long() + which * stored.num_rows).repeat(num_tokens)
-    offsets = torch.arange(num_tokens) * num_chosen
-    weights = values_KT.T.to(dtype).flatten()
-    bags_TO = F.embedding_bag(index, table_NO, offsets, mode="sum", per_sample_weights=weights)
-    return bags_TO[:, : stored.num_columns].float()
-
-
 def row_product_native(stored: StoredWeights, rows_K: Tensor, values_KT: Tensor, *, which: int = 0) -> Tensor:
-    """``row_product_reference`` in C++, for at most ``MOST_TOKENS`` tokens; values and sums are fp32."""
+    """``row_product_reference`` in C++, for at most 8 tokens; values and sums are fp32."""
     matrix = native_matrix(stored)  # first: it makes the operator exist
     return torch.ops.qsparse_moe.row_product(matrix, which, rows_K, values_KT)
 

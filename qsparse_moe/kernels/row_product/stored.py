@@ -40,11 +40,6 @@ class StoredWeights:
     """O."""
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one stored row, padding included."""
-        return self.data.shape[1]
-
-    @property
     def num_matrices(self) -> int:
         """E."""
         return len(self.data) // self.num_rows

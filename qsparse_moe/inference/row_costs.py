@@ -1,0 +1,117 @@
+"""From which share of needed rows on reading all rows of a matrix is cheaper than choosing: measured once per machine.
+
+A matrix whose rows are chosen is read with jumps. Where the tokens of a step need nearly all rows, one sweep over all
+of them, zeros included, can be faster. Where that begins depends on the machine, the number format, and the number of
+tokens that share the pass, so it is measured, and kept in a file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.kernels import native
+from qsparse_moe.kernels.row_product.op import row_product_native
+from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
+from qsparse_moe.runs.folder import write_atomically
+
+logger = logging.getLogger(__name__)
+
+TOKENS = (1, 2, 4, 8)
+"""Tokens of one pass for which the engine has code of its own."""
+NEVER = 2.0
+"""A share that no selection reaches."""
+_SHARES = (0.6, 0.7, 0.8, 0.9, 0.95)
+_SHAPE = (1024, 2048)
+# Together larger than the caches of the processor, as a model's weights are.
+_NUM_MATRICES = 24
+_ROUNDS = 5
+
+Measure = Callable[[StoredWeights, Tensor, int], float]
+
+
+def shares_to_read_all(weight_format: WeightFormat) -> list[float]:
+    """Return for 1, 2, 4 and 8 tokens the share of needed rows from which all rows are read.
+
+    ``NEVER`` where choosing wins at every share.
+
+    From the file of this machine, which is made first where it is missing (some seconds, said in a log line).
+    """
+    file = costs_file()
+    known = _read(file)
+    if weight_format not in known:
+        logger.info("measuring when to read whole matrices in %s on this machine, once: %s", weight_format, file)
+        known[weight_format] = measure_shares(weight_format)
+        _write(file, known)
+    return known[weight_format]
+
+
+def measure_shares(weight_format: WeightFormat, measure: Measure | None = None) -> list[float]:
+    """Measure what ``shares_to_read_all`` returns.
+
+    Args:
+        weight_format: of the weights.
+        measure: seconds of a product of some matrices with chosen rows for a number of tokens; None: on the clock.
+    """
+    stored = store(torch.randn(_NUM_MATRICES, *_SHAPE, generator=torch.Generator().manual_seed(0)), weight_format)
+    measure = measure or _seconds
+    found = []
+    for num_tokens in TOKENS:
+        whole = measure(stored, torch.arange(_SHAPE[0], dtype=torch.int32), num_tokens)
+        share_from = NEVER
+        # From the top down: one noisy value below decides nothing.
+        for share in reversed(_SHARES):
+            if measure(stored, _chosen(share), num_tokens) <= whole:
+                break
+            share_from = share
+        found.append(share_from)
+    return found
+
+
+def costs_file() -> Path:
+    """Return the file of this machine: another one for other operators, another processor or number of threads."""
+    root = Path(os.environ.get("QSPARSE_MOE_CACHE", "~/.cache/qsparse_moe")).expanduser()
+    library = native.library_path(native.DECODE).stem
+    return root / "decode" / f"{library}-{platform.node()}-{torch.get_num_threads()}.json"
+
+
+def _chosen(share: float) -> Tensor:
+    order = torch.randperm(_SHAPE[0], generator=torch.Generator().manual_seed(1))
+    return order[: round(share * _SHAPE[0])].sort().values.int()
+
+
+def _seconds(stored: StoredWeights, rows_K: Tensor, num_tokens: int) -> float:
+    """Return the least seconds over some rounds, each over all matrices."""
+    values_KT = torch.ones(len(rows_K), num_tokens)
+    best = float("inf")
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        for which in range(stored.num_matrices):
+            row_product_native(stored, rows_K, values_KT, which=which)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _read(file: Path) -> dict[str, list[float]]:
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {name: [float(share) for share in shares] for name, shares in known.items()}
+
+
+def _write(file: Path, known: dict[str, list[float]]) -> None:
+    """Keep the table for the next process; one that cannot be written is measured again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps(known, indent=1))
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): it is measured again by the next process", file, error.strerror)

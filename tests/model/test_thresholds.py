@@ -176,7 +176,7 @@ def test_the_same_weights_select_by_thresholds_as_a_model_built_for_it(tmp_path)
 def test_a_plan_of_another_model_is_refused_and_the_model_left_as_it_was():
     model = build_model(config(**SPARSE), seed=1)
     other = ModelConfig(num_layers=2)
-    with pytest.raises(ConfigError, match="make the plan from this model's config"):
+    with pytest.raises(ConfigError, match="make the plan from the configuration of this model"):
         calibrate(model, batches(), SparsityPlan.uniform(other, 0.5))
     assert model.training and all(site.hook is None for site in model.layers[0].sites().values())
 

@@ -21,12 +21,12 @@ _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def is_faster_in_fp32() -> bool:
-    """Whether ``gemm`` in fp32 is faster than PyTorch's own product on this processor."""
+    """Return whether ``gemm`` in fp32 is faster than PyTorch's own product on this processor."""
     return _HAS_OPERATOR and _HAS_AVX512
 
 
 def needs_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products in ``dtype`` are computed in fp32 and rounded, because ``device`` has no fast ones."""
+    """Return whether products in ``dtype`` are computed in fp32 and rounded, because ``device`` has no fast ones."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not _HAS_AVX512
 
 
@@ -89,6 +89,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_MK, weight_NK = ctx.saved_tensors
+        # The input of the first layers and frozen weights need no gradient, and each is a whole product.
         grad_x = _product(grad_MN, weight_NK.T) if ctx.needs_input_grad[0] else None
         grad_weight = _product(grad_MN.T, x_MK.T) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight

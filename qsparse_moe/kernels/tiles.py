@@ -36,7 +36,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run under Triton's interpreter. Triton reads the variable when it is imported."""
+    """Return whether kernels run under Triton's interpreter. Triton reads the variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 

@@ -37,5 +37,6 @@ def log_counts(values: Tensor, bins: LogBins) -> Tensor:
 
     Values may have any shape and must not be negative; a 0 counts in the first bin.
     """
+    # Zero becomes -inf, which the clamp puts into the first bin.
     logs = values.detach().double().log2().clamp(bins.low, bins.high)
     return torch.histc(logs, bins=bins.number, min=bins.low, max=bins.high)

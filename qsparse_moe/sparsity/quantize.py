@@ -52,6 +52,7 @@ def quantize(x: Tensor, number_format: Format) -> Quantized:
     Raises:
         ValueError: the format is unknown, or a ternary ``x`` has fewer than two dims.
     """
+    # In bf16 the quotient itself would be rounded to 8 bits, before it is rounded to a code.
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if number_format == "int8":
         # Without the factor 127, the quotient would round to -1, 0, and 1 only.

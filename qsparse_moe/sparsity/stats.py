@@ -74,10 +74,12 @@ def row_pattern(after_ND: Tensor, readers: Readers) -> RowPattern:
     nonzero_ND = after != 0
     smallest_N = after.abs().masked_fill(~nonzero_ND, torch.inf).amin(-1)
     common_N = torch.zeros_like(smallest_N)
+    # A row and the next one are compared here; readers.continues_R decides later which of these pairs count.
     common_N[:-1] = (nonzero_ND[:-1] & nonzero_ND[1:]).sum(-1).to(after.dtype)
     read_RD = nonzero_ND if readers.row_R is None else nonzero_ND[readers.row_R]
     counts_ED = torch.zeros(readers.num_experts, after.shape[-1], device=after.device)
     expert_R = torch.zeros_like(read_RD[:, 0], dtype=torch.long) if readers.expert_R is None else readers.expert_R
+    # index_add_ does not support bool.
     counts_ED.index_add_(0, expert_R, read_RD.float())
     return RowPattern(smallest_N.masked_fill(smallest_N == torch.inf, 0.0), common_N, counts_ED > 0)
 

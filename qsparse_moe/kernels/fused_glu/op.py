@@ -93,6 +93,7 @@ class _FusedGLU(torch.autograd.Function):
         )
         ctx.save_for_backward(gate_NF, up_NF, mask_NF if masked else None)
         ctx.by, ctx.activation = by, activation
+        # Otherwise autograd would allocate a gradient of zeros for the sums.
         ctx.mark_non_differentiable(sums_4N)
         return kept_NF, sums_4N
 

@@ -17,6 +17,7 @@ def as_format_triton(x: Tensor, number_format: Format | Literal["none"]) -> Tens
     """Compute ``as_format``: int8 in one pass over memory by Triton, every other format in stock PyTorch."""
     if number_format != "int8":
         return as_format(x, number_format)
+    # Imported here, because Triton is an optional dependency.
     from qsparse_moe.kernels.int8_quantize.triton import fake_quantize_triton
 
     return fake_quantize_triton(x)

@@ -24,6 +24,7 @@ class SiteSums:
 def row_sums_native(before_ND: Tensor, after_ND: Tensor) -> RowSums:
     """Compute ``row_sums`` with the C++ operators on a CPU."""
     native.load()
+    # The operators read whole rows one after the other and ignore strides.
     before_ND, after_ND = before_ND.detach().contiguous(), after_ND.detach().contiguous()
     return RowSums(*torch.ops.qsparse_moe.site_row_sums(before_ND, after_ND))
 

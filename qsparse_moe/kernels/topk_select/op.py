@@ -43,6 +43,7 @@ def select_rows_native(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tu
 
 def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
     """Select with the Triton kernels, on an NVIDIA GPU; Triton is imported on the first call."""
+    # Imported here, because Triton is an optional dependency.
     from qsparse_moe.kernels.topk_select import triton
 
     return triton.select_rows_triton(x, num_kept, with_mask)

@@ -1,4 +1,4 @@
-"""``qsparse-moe generate``: text from a trained model, plainly: one full forward pass for every token.
+"""``qsparse-moe generate``: continue a text with a trained model, with one full forward pass per token.
 
 B batch (1), S sequence, V vocabulary.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qsparse_moe.data.tokenizer import TextTokenizer
     from qsparse_moe.model.transformer import Transformer
 
-# What decoding gives for bytes that are no whole character yet.
+# Decoding returns this character for bytes that are not a complete character yet.
 _INCOMPLETE = "\ufffd"
 
 
@@ -32,17 +32,21 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    prompt: Annotated[str, typer.Option(help="Text to go on from; empty begins a document.")] = "",
+    prompt: Annotated[str, typer.Option(help="Text to continue; without it, a new document.")] = "",
     truncate_prompt: Annotated[
-        bool, typer.Option("--truncate-prompt", help="Keep the last tokens of a prompt that is too long.")
+        bool, typer.Option("--truncate-prompt", help="Keep only the last tokens of a prompt that is too long.")
     ] = False,
-    max_tokens: Annotated[int, typer.Option(help="Tokens at most; a document may end earlier.", min=1)] = 200,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0.0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws at a temperature above 0.", min=0)] = 0,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    max_tokens: Annotated[
+        int, typer.Option(help="Maximum number of tokens; the document may end earlier.", min=1)
+    ] = 200,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0: always the most likely token.", min=0.0)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Random seed of the sampling.", min=0)] = 0,
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
-    """Continue a prompt with a trained model. The text of the newest checkpoint is printed as it comes."""
+    """Continue a prompt with the newest checkpoint of a run. The text is printed while it is generated."""
     run_dir = find_run(run)
     check_prompt(prompt)
     from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
@@ -67,7 +71,7 @@ def generate(
 
 
 def check_prompt(prompt: str) -> None:
-    """Raise ConfigError unless the prompt is text: Python hands on bytes that are not UTF-8 as lone surrogates."""
+    """Raise ConfigError unless the prompt is text: Python decodes bytes that are not UTF-8 as lone surrogates."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -79,10 +83,10 @@ def check_prompt(prompt: str) -> None:
 
 
 def fit_prompt(start: list[int], window: int, *, truncate: bool) -> list[int]:
-    """Return the tokens that generation starts from: all of ``start``, or its last ``window`` with ``truncate``.
+    """Return the tokens to start from: all of ``start``, or with ``truncate`` its last ``window``.
 
     Raises:
-        ConfigError: there are more than the window holds, and ``truncate`` is not set.
+        ConfigError: there are more than ``window``, and ``truncate`` is not set.
     """
     if len(start) > window and not truncate:
         raise ConfigError(
@@ -94,7 +98,7 @@ def fit_prompt(start: list[int], window: int, *, truncate: bool) -> list[int]:
 
 
 def next_tokens(model: Transformer, start: list[int], *, window: int, temperature: float, seed: int) -> Iterator[int]:
-    """Tokens after ``start``, without end; the model sees the last ``window`` of them, as many as it was trained on."""
+    """Yield tokens after ``start`` without end; the model reads the last ``window`` of them, as in training."""
     import torch
 
     device = model.head.weight.device
@@ -109,7 +113,7 @@ def next_tokens(model: Transformer, start: list[int], *, window: int, temperatur
 
 
 def choose_token(logits_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
-    """The likeliest token at temperature 0, else a draw from ``softmax(logits / temperature)``."""
+    """Return the most likely token at temperature 0, else a sample of ``softmax(logits / temperature)``."""
     if temperature == 0:
         return int(logits_V.argmax())
     probs_V = (logits_V / temperature).softmax(-1)
@@ -117,7 +121,7 @@ def choose_token(logits_V: torch.Tensor, temperature: float, generator: torch.Ge
 
 
 def text_pieces(tokens: Iterator[int], start: list[int], tokenizer: TextTokenizer) -> Iterator[str]:
-    """The prompt's text and then the tokens', in pieces that end with whole characters."""
+    """Yield the text of the prompt and then of the tokens, in pieces that end with complete characters."""
     ids = list(start)
     shown = tokenizer.decode(ids)
     yield shown
@@ -128,7 +132,7 @@ def text_pieces(tokens: Iterator[int], start: list[int], tokenizer: TextTokenize
         if not text.endswith(_INCOMPLETE):
             yield text[len(shown) :]
             shown = text
-    # What the last tokens left incomplete stays as it is.
+    # An incomplete character at the end is printed as it is.
     yield text[len(shown) :]
 
 

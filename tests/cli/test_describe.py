@@ -102,7 +102,7 @@ def test_bytes_grow_with_the_batch_and_the_chart_shows_it(capsys):
     assert filled == sorted(filled) and filled[-1] == 40
 
 
-MADE = "name a folder that qsparse-moe train made, such as"
+MADE = "name a folder made by qsparse-moe train, such as"
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ MADE = "name a folder that qsparse-moe train made, such as"
     [
         ("evaluate", "mime", "does not exist"),
         ("generate", "mime", "does not exist"),
-        ("evaluate", "other", "is no run folder: it has no config.yaml"),
-        ("generate", "other", "is no run folder: it has no config.yaml"),
-        ("describe", "other", "is no run folder: it has no config.yaml"),
+        ("evaluate", "other", "is not a run folder: it contains no config.yaml"),
+        ("generate", "other", "is not a run folder: it contains no config.yaml"),
+        ("describe", "other", "is not a run folder: it contains no config.yaml"),
     ],
 )
 def test_folder_that_is_no_run_names_the_run_beside_it(verb, name, problem, capsys, tmp_path):

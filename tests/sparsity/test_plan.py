@@ -48,8 +48,8 @@ def test_sites_override_the_default_and_overrides_the_sites_in_order():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"layers": 3, "sparsity": 0.5}, r"overrides.0 layers \(3\) names 3; what exists is 0-2"),
-        ({"experts": "2-4", "sparsity": 0.5}, r"overrides.0 experts \('2-4'\) names 4; what exists is 0-3"),
+        ({"layers": 3, "sparsity": 0.5}, r"overrides.0 layers \(3\) names 3; the valid indices are 0-2"),
+        ({"experts": "2-4", "sparsity": 0.5}, r"overrides.0 experts \('2-4'\) names 4; the valid indices are 0-3"),
         ({"layers": "a-b", "sparsity": 0.5}, "neither an index"),
         ({"layers": 0, "site": "expert_input", "sparsity": 0.5}, "matches nothing; this model has layers 0-2"),
     ],

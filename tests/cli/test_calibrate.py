@@ -112,7 +112,7 @@ def test_s_of_a_run_is_that_of_its_last_step_and_an_s_asked_for_is_not_scheduled
 
 WRONG = {
     "no such run": (["nothing"], "nothing does not exist; name a folder made by qsparse-moe train"),
-    "no checkpoint": (["unsaved"], "unsaved/checkpoints: has no complete checkpoint; a run must have saved one."),
+    "no checkpoint": (["unsaved"], "unsaved/checkpoints: contains no complete checkpoint, and one is needed."),
     "no output": ([], "Missing option '--output' (see qsparse-moe calibrate --help)"),
     "output is there": (
         ["ready", "--output", "there.json"],
@@ -141,7 +141,7 @@ WRONG = {
     ),
     "a dense run": (
         ["dense"],
-        "dense: S is 0 at every site, so there is no threshold to calibrate; ask for another with",
+        "dense: S is 0 at every site, so there is no threshold to calibrate; give another S by",
     ),
     "still in its warm-up": (["early"], "early: S is 0 at every site"),
     "a router that sees sparse tokens": (

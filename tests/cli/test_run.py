@@ -265,7 +265,7 @@ def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
     assert (made["folder"], made["format"], made["files"]) == (str(out), "state-dict", 1)
     assert made["bytes"] < (out / "model.safetensors").stat().st_size < made["bytes"] + 10_000
     assert run(["export", str(run_dir), str(out)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export overwrites nothing")
+    assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export does not overwrite it")
     assert run(["export", str(run_dir), str(out), "--force"]) == 0
     assert f"{2 * made['bytes']:,} bytes in fp32" in capsys.readouterr().out
 

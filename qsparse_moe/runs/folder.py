@@ -117,7 +117,7 @@ def check_run_folder(config: RunConfig) -> bool:
     stored = folder / CONFIG_FILE
     if not stored.is_file():
         raise CheckpointError(
-            f"{folder}: is not a run folder (it contains no {CONFIG_FILE}), so training.resume=true cannot continue it; "
+            f"{folder}: is not a run folder (no {CONFIG_FILE} in it), so training.resume=true cannot continue it; "
             "move it away, or choose another training.name or training.output_dir"
         )
     _check_same_run(stored, config)

@@ -129,10 +129,7 @@ def test_another_run_is_named_with_every_setting_and_both_values(make_config):
     assert "training.learning_rate was 0.005 and is 0.5" in message
     assert 'model.moe.activation was "relu2glu" and is "swiglu"' in message
     assert "data.sources.0.max_bytes was null and is 10" in message
-    assert message.endswith(
-        "Restore them, or start a new run with another training.name (for the runs of a grid: another "
-        "ablate's --output-dir"
-    )
+    assert message.endswith("another training.name (for the runs of a grid: another --output-dir of ablate)")
     assert message.count(" was ") == 4, "no other setting is named"
 
 

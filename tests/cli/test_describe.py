@@ -96,7 +96,7 @@ def test_bytes_grow_with_the_batch_and_the_chart_shows_it(capsys):
     by_stage = content["memory"]["training_state_by_zero_stage"]
     assert by_stage["3"]["total"] == by_stage["0"]["total"] / 4
     assert run(["describe", TINY, *SHAPE]) == 0
-    bars = [line for line in capsys.readouterr().out.splitlines() if "█" in line and "kept by" not in line]
+    bars = [line for line in capsys.readouterr().out.splitlines() if "█" in line and "with Q-Sparse" not in line]
     filled = [line.count("█") for line in bars]
     assert len(bars) == 11
     assert filled == sorted(filled) and filled[-1] == 40

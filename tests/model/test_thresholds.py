@@ -1,4 +1,4 @@
-"""Calibration of a model: thresholds of every place from its own activations, and a model that selects by them."""
+"""Calibration of a model: thresholds of every site from its own activations, and a model that selects by them."""
 
 import logging
 
@@ -47,7 +47,7 @@ def seen_by_sites(model, data):
 
 
 def test_each_threshold_leaves_the_share_of_the_rows_that_its_expert_saw():
-    # In one pass with the activation a selection shows its rows to nobody but an observer.
+    # backend=torch, because a fused pass does not call the modules whose inputs this test records.
     model = build_model(config(**SPARSE, backend="torch"), seed=1)
     plan = calibrate(model, batches())
     assert plan.values == model.sparsity_plan.values

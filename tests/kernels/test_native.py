@@ -1,4 +1,4 @@
-"""The library of the C++ operators: compiled once, whole or absent, and never a reason to wait for the dead."""
+"""The library of the C++ operators: compiled once, complete or absent, and not blocked by a process that died."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plan changed at named places: the new values by hand, and what is said of a place that is not there."""
+"""A plan changed at named sites: the new values, and the message for a site that does not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Top-K selection: exact, tie rule, per-row K, groups, gradients. N rows, D features, K kept."""
+"""Top-K selection: exactness, ties, K per row, groups, gradients. N rows, D features, K selected features."""
 
 import pytest
 import torch

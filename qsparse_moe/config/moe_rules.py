@@ -26,7 +26,7 @@ def _experts(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _shared_experts(config: ModelConfig) -> Iterator[Problem]:
-    """What shapes the shared experts has no meaning without any."""
+    """Settings of the shared experts have no meaning without shared experts."""
     if config.moe.num_shared_experts:
         return
     for name in ("shared_expert_hidden_size", "shared_expert_gate"):

@@ -237,7 +237,7 @@ def _byte_offsets(text: str) -> Array:
 
 
 def _looks_local(name: str) -> bool:
-    """Whether the name is a path that exists, or is spelled as none of the hub's can be: the hub is not asked then."""
+    """Return whether the name is an existing path or cannot be a name on the hub, so that the hub is not contacted."""
     return (
         os.path.exists(os.path.expanduser(name))
         or name.startswith((".", "~", os.sep))

@@ -82,7 +82,7 @@ def test_report_for_people_holds_the_same(trained, tmp_path, capsys):
         unseen = str(measured["experts_without_rows"])
         assert [cell.strip() for cell in line.strip("│").split("│")] == [site, "2", *shares, unseen]
     assert f"{found['loss_topk']:.4f} with exact top-K, {found['loss_threshold']:.4f} with thresholds" in printed
-    assert "calibrated on     6 training rows" in printed
+    assert "calibrated on     6 training sequences" in printed
     assert f"to use it         {' '.join(found['settings'])}\n" in printed
 
 

@@ -120,7 +120,7 @@ def test_evaluation_reports_the_newest_checkpoint(trained, capsys):
     assert figures["perplexity"] == pytest.approx(2.718281828 ** figures["loss"])
     assert run(["evaluate", str(run_dir), "--rows", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "on 3 validation rows" in printed
+    assert "on 3 validation sequences" in printed
     assert f"unigram model     {figures['unigram_bits_per_byte']:.4f}" in printed
 
 
@@ -139,7 +139,7 @@ def test_evaluation_takes_another_s_or_plan_and_files(trained, capsys, tmp_path)
     # 421 tokens are 6 rows of 64 labels and 36 more.
     assert losses[3]["rows"] == 7 and losses[3]["unigram_bits_per_byte"] is None
     assert run(["evaluate", str(run_dir), "--data", str(own)]) == 0
-    assert f"on all text of {own}, 7 rows" in capsys.readouterr().out
+    assert f"on all text of {own}, 7 sequences" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

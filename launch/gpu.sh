@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# For the owner of an NVIDIA GPU: the tests that need one, then operations, MoE layer and step timed into results/gpu/.
-# It sets nothing up: PYTHON (python unless set) is an interpreter with qsparse_moe[dev], a CUDA build of torch and, by
-# launch/megablocks.sh, MegaBlocks.
+# Run the tests that need an NVIDIA GPU, then time the operations, the MoE layer, and a step; results go to results/gpu/.
+# Nothing is installed: PYTHON (default: python) is an interpreter with qsparse_moe[dev], a CUDA build of torch, and
+# MegaBlocks (launch/megablocks.sh).
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-python}"
 if ! accelerator="$("$python" -c 'import torch; print(torch.cuda.get_device_name())')"; then
-    echo "launch/gpu.sh: $python sees no CUDA device; PYTHON=... names one whose torch does" >&2
+    echo "launch/gpu.sh: $python finds no CUDA device; set PYTHON to an interpreter whose torch does" >&2
     exit 2
 fi
 if ! "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("megablocks") is None)'; then
     echo "launch/gpu.sh: $python has no megablocks; PYTHON=$python bash launch/megablocks.sh installs it" >&2
     exit 2
 fi
-# Triton compiles; its interpreter is for machines without a GPU.
+# Triton must compile here; its interpreter is for machines without a GPU.
 export TRITON_INTERPRET=0
 "$python" -m pytest -m gpu "$@"
 name="${accelerator//[^[:alnum:]]/-}"
 "$python" -m qsparse_moe bench ops --device cuda --output "results/gpu/ops-$name.json"
 "$python" -m qsparse_moe bench moe --device cuda --output "results/gpu/moe-$name.json"
-# One layer of OLMoE's shape: what a training step pays for Q-Sparse at every site.
+# One layer in the shape of OLMoE: the cost of Q-Sparse at every site in a training step.
 "$python" -m qsparse_moe bench step --device cuda --precision bf16 --layers 1 --hidden-size 2048 --heads 16 --experts 64 \
     --experts-per-token 8 --expert-hidden-size 1024 --rows 4 --sequence-length 4096 --output "results/gpu/step-$name.json"

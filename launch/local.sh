@@ -7,6 +7,6 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 ranks="${RANKS:-2}"
 export DS_ACCELERATOR=cpu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_rank "$ranks")}"
-# On Ctrl-C and SIGTERM it waits until the ranks have saved; as the main process of a container too.
+# This launcher waits on Ctrl-C and SIGTERM until the ranks have saved, also as the main process of a container.
 exec "$python" -m qsparse_moe.training.launcher --quiet --num_gpus "$ranks" --master_port "$(free_port)" \
     --module qsparse_moe train "$@" training.device=cpu

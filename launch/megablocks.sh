@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Installs MegaBlocks, for model.moe.backend=megablocks, around the torch that is there: it pins an older one, so pip
-# leaves its dependencies alone. PYTHON (.venv/bin/python unless set) names the environment.
+# Install MegaBlocks, for model.moe.backend=megablocks, with the installed torch: it pins an older one, so pip must not
+# install its dependencies. PYTHON names the interpreter of the environment (default: .venv/bin/python).
 #   bash launch/megablocks.sh                   with its CUDA extension where that compiles
-#   EXTENSION=no bash launch/megablocks.sh      without it: PyTorch stands in
+#   EXTENSION=no bash launch/megablocks.sh      without it: PyTorch is used instead
 #   GROUPED_GEMM=1 bash launch/megablocks.sh    and grouped_gemm, on a machine with an NVIDIA GPU
-# Versions are those of constraints.txt; what is there in that version stays.
+# The versions are those of constraints.txt; a package that is installed in this version is left alone.
 set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 python="${PYTHON:-.venv/bin/python}"
-# Not from pip's cache: a wheel in there may be for another torch, or without the extension.
+# Without pip's cache: a cached wheel may be built for another torch, or without the extension.
 install=("$python" -m pip install --quiet --no-deps --no-build-isolation --no-cache-dir --force-reinstall)
 
 fail() {
@@ -30,7 +30,7 @@ is_installed() {
         "$1" "$(version_of "$1")" 2>/dev/null
 }
 
-# works, broken (it was compiled for another torch) or absent
+# Print works, broken (compiled for another torch), or absent.
 state_of() {
     "$python" -c 'if True:
         import importlib.util, sys
@@ -45,7 +45,7 @@ state_of() {
         print("works")' "$1"
 }
 
-# CUDA of the build of torch, nvcc, and whether there is a GPU: a word each.
+# Print the CUDA version of torch, the path of nvcc, and whether there is a GPU, as three words.
 examine() {
     "$python" -c 'if True:
         import os, torch
@@ -68,10 +68,10 @@ why_no_extension() {
 
 need_build_tools() {
     "$python" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 71)' 2>/dev/null ||
-        fail "what is built here needs setuptools 71 or newer; $python -m pip install 'setuptools>=71'"
+        fail "the build needs setuptools 71 or newer; $python -m pip install 'setuptools>=71'"
 }
 
-# Its setup.py compiles wherever it sees CUDA, and has no switch.
+# Its setup.py always compiles if it finds CUDA, and has no switch.
 install_without_extension() {
     local folder
     folder="$(mktemp -d)"
@@ -89,7 +89,7 @@ install_without_extension() {
 
 facts="$(examine)" || fail "$python has no torch that can be imported; PYTHON=/path/to/python names one that has"
 read -r cuda nvcc has_gpu <<<"$facts"
-# Where no GPU tells which code to make: Ampere and Hopper.
+# Without a GPU to determine the architecture, compile for Ampere and Hopper.
 [[ "$has_gpu" == True ]] || export TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST:-8.0;9.0}"
 reason="$(why_no_extension)"
 extension="$(state_of megablocks_ops)"

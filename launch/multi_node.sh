@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train on several machines that ssh reaches without a password and pdsh can start programs on, with the repository at
-# the same path on each. HOSTFILE has a line for each machine, "worker-1 slots=8":
+# Train on several machines that are reachable by ssh without a password and by pdsh, with the repository at the same
+# path on each. HOSTFILE has one line per machine, "worker-1 slots=8":
 #   HOSTFILE=hosts.txt bash launch/multi_node.sh configs/base.yaml training.name=two-nodes
 set -euo pipefail
 # shellcheck source=launch/setup.sh

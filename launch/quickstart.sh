@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From a fresh clone to a model that writes: trains configs/tiny.yaml with the deepspeed launcher on two CPU processes,
-# evaluates it, lets it write and sums up. A finished run is used as it is, an interrupted one goes on:
+# From a fresh clone to a trained model: train configs/tiny.yaml with the deepspeed launcher on two CPU processes,
+# evaluate it, generate text, and print a summary. A finished run is not repeated, an interrupted one is continued:
 #   bash launch/quickstart.sh [training.steps=50 ...]
 set -euo pipefail
 # shellcheck source=launch/setup.sh
@@ -11,7 +11,7 @@ state="$("$python" launch/run_state.py "${settings[@]}")"
 run="${state#* }"
 export DS_ACCELERATOR=cpu
 
-# once FILE COMMAND...: what the command prints, kept in the run folder for the next time.
+# once FILE COMMAND...: save the output of the command in the run folder, unless the file exists.
 once() {
     if [[ ! -f "$run/$1" ]]; then
         "${@:2}" >"$run/$1.part"
@@ -26,7 +26,7 @@ else
         "$python" -m qsparse_moe.training.launcher --quiet --num_gpus 2 --master_port "$(free_port)" \
         --module qsparse_moe train "${settings[@]}" &
     launcher=$!
-    # The launcher tells the ranks, which save, and ends after them. The terminal sends it Ctrl-C itself.
+    # The launcher passes the signal to the ranks, which save, and ends after them. Ctrl-C reaches it from the terminal.
     trap '' INT
     trap 'kill -TERM "$launcher"' TERM
     while kill -0 "$launcher" 2>/dev/null; do
@@ -35,9 +35,9 @@ else
     done
     trap - INT TERM
     [[ "$code" -eq 0 ]] || exit "$code"
-    # The launcher ends with 0 when it was killed itself.
+    # The launcher ends with 0 if it was killed itself, so the exit code is not enough.
     [[ "$("$python" launch/run_state.py "${settings[@]}")" == finished* ]] ||
-        fail "$run stopped before its last step (training.steps): run the same command again to go on"
+        fail "$run stopped before its last step (training.steps): run the same command again to continue"
     rm -f -- "$run/evaluation.json" "$run/description.json" "$run/sample.txt" "$run/sample-drawn.txt"
 fi
 

@@ -1,7 +1,7 @@
-"""Whether a run is finished, and its folder: one line for launch/quickstart.sh.
+"""Print whether a run is finished, and its folder, for launch/quickstart.sh.
 
-``python launch/run_state.py CONFIG [OVERRIDES]`` ends with code 2 and one message where a setting is wrong, or
-the folder holds another run.
+``python launch/run_state.py CONFIG [OVERRIDES]`` exits with code 2 and one message if a setting is wrong or
+the folder belongs to another run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qsparse_moe.runs.folder import is_finished, run_folder
 
 
 def main(arguments: list[str]) -> int:
-    """Print ``finished FOLDER`` or ``unfinished FOLDER``; the exit code."""
+    """Print ``finished FOLDER`` or ``unfinished FOLDER``; return the exit code."""
     try:
         config = load_config(arguments[0], arguments[1:])
         print("finished" if is_finished(config) else "unfinished", run_folder(config))

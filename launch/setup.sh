@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: the project's environment, made once and reused while it is up to date.
+# Sourced by the other scripts: creates the environment of the project once and reuses it while it is up to date.
 #
-# After it the working directory is the repository, $python the environment's interpreter, $CXX the C++ compiler, and
-# .venv/bin stands first in PATH.
+# Afterwards the working directory is the repository, $python the environment's interpreter, $CXX the C++ compiler, and
+# .venv/bin is first in PATH.
 
 repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 
@@ -11,7 +11,7 @@ fail() {
     exit 2
 }
 
-# The interpreter behind a link, shim or virtual environment, so that .venv never rests on itself.
+# Find the interpreter behind a link, shim, or virtual environment, so that .venv never depends on itself.
 base_python() {
     "$1" -c 'import sys; print(sys._base_executable) if sys.version_info >= (3, 11) else sys.exit(1)' 2>/dev/null
 }
@@ -37,14 +37,14 @@ find_compiler() {
 check_python_parts() {
     local headers
     "$1" -c 'import ensurepip, venv' 2>/dev/null ||
-        fail "$1 cannot make virtual environments: install what it lacks (Debian, Ubuntu: apt install python3-venv)"
+        fail "$1 cannot create virtual environments: install the missing part (Debian, Ubuntu: apt install python3-venv)"
     headers="$("$1" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
     [[ -f "$headers/Python.h" ]] ||
         fail "$1 has no $headers/Python.h, which C++ code for it needs (Debian, Ubuntu: apt install python3-dev)"
 }
 
-# Where its path holds a space, .venv is made and run through a link to the repository that has none: neither the first
-# line of a script nor the linker's -L as torch writes it can name such a path.
+# If the path contains a space, .venv is created and used through a link without one: neither the first line of a script
+# nor the -L option that torch passes to the linker can contain such a path.
 environment_path() {
     local folder name
     if [[ "$repository" != *[[:space:]]* ]]; then
@@ -62,7 +62,7 @@ environment_path() {
         "move the repository, or name a folder that can be written: XDG_CACHE_HOME=/path bash $0"
 }
 
-# What was asked for, and where it stands: an editable install knows its folder by its full path.
+# A hash of the requirements, and the folder: an editable install depends on its full path.
 wanted_stamp() {
     "$1" -c 'if True:
         import hashlib, pathlib
@@ -86,13 +86,13 @@ set_up() {
         written=""
     fi
     if [[ "$written" != "$stamp" ]]; then
-        echo "Setting up .venv in $repository: a few minutes, once" >&2
-        # torch first and pinned: an open range takes several gigabytes.
+        echo "Setting up .venv in $repository; this takes a few minutes, once" >&2
+        # torch first and pinned: pip downloads several gigabytes to resolve an open range.
         "$python" -m pip install --quiet --constraint constraints.txt torch
         "$python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
         printf '%s\n' "$stamp" >"$environment/made-for.txt"
     fi
-    # What PyTorch compiles is kept with the environment: two checkouts that share a folder rebuild it in turns.
+    # Extensions are kept with the environment: two checkouts that share a folder would rebuild them in turns.
     export CXX PATH="$environment/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$environment/extensions}"
 }
 
@@ -100,7 +100,7 @@ free_port() {
     "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# The launcher's ranks share the cores of the machine.
+# The ranks of the launcher share the cores of the machine.
 threads_per_rank() {
     "$python" -c 'if True:
         import os, sys

@@ -4,6 +4,6 @@ set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
-# On Ctrl-C and SIGTERM it waits until the ranks have saved; as the main process of a container too.
+# This launcher waits on Ctrl-C and SIGTERM until the ranks have saved, also as the main process of a container.
 exec "$python" -m qsparse_moe.training.launcher --log_level warning --num_gpus "${NUM_GPUS:--1}" --master_port "$(free_port)" \
     --module qsparse_moe train "$@"

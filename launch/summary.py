@@ -1,4 +1,4 @@
-"""The end of launch/quickstart.sh: what the model writes, a table of what the run came to, and how to see more.
+"""Print the end of launch/quickstart.sh: samples of the model, a table of results, and the next command.
 
 ``python launch/summary.py RUN`` reads ``evaluation.json``, ``description.json``, ``manifest.json``, ``metrics.jsonl``
 and the two samples in the run folder.
@@ -18,7 +18,7 @@ from qsparse_moe.metrics.jsonl import read_metrics
 
 
 def make_summary(run: Path) -> Table:
-    """Quality beside a byte unigram model, parameters beside what a token uses of them, and speed."""
+    """Return the table of results: quality, parameters stored and active, and speed."""
     table = Table(title=str(run), title_justify="left", show_header=False)
     for name, value, remark in [*quality_rows(run), *parameter_rows(run), speed_row(run)]:
         table.add_row(name, value, remark)
@@ -29,8 +29,8 @@ def quality_rows(run: Path) -> list[tuple[str, str, str]]:
     evaluation = json.loads((run / "evaluation.json").read_text())
     ours, unigram = evaluation["bits_per_byte"], evaluation["unigram_bits_per_byte"]
     return [
-        ("validation", f"{ours:.3f}", f"bits a byte, {ours / unigram:.3f} of the unigram model's"),
-        ("unigram byte model", f"{unigram:.3f}", "bits a byte on the same text"),
+        ("validation", f"{ours:.3f}", f"bits per byte, {ours / unigram:.3f} times the unigram model"),
+        ("unigram byte model", f"{unigram:.3f}", "bits per byte on the same text"),
     ]
 
 
@@ -39,8 +39,8 @@ def parameter_rows(run: Path) -> list[tuple[str, str, str]]:
     stored, active, kept = (round(counted[kind]) for kind in ("stored", "active", "kept"))
     return [
         ("parameters", f"{stored:,}", "stored"),
-        ("active with MoE", f"{active:,}", f"a token, {active / stored:.0%} of them"),
-        ("active with MoE and Q-Sparse", f"{kept:,}", f"a token, {kept / stored:.0%} of them"),
+        ("active with MoE", f"{active:,}", f"per token, {active / stored:.0%} of them"),
+        ("active with MoE and Q-Sparse", f"{kept:,}", f"per token, {kept / stored:.0%} of them"),
     ]
 
 
@@ -53,11 +53,14 @@ def speed_row(run: Path) -> tuple[str, str, str]:
 
 def main(run: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    for name, how in (("sample.txt", "the likeliest byte each time"), ("sample-drawn.txt", "drawn at temperature 0.8")):
+    for name, how in (
+        ("sample.txt", "always the most likely byte"),
+        ("sample-drawn.txt", "sampled at temperature 0.8"),
+    ):
         print(f"Sample, {how}, in {run / name}:\n")
         print((run / name).read_text(encoding="utf-8"))
     console.print(make_summary(run))
-    print(f"\nTo see it: .venv/bin/python -m qsparse_moe tensorboard {shlex.quote(str(run.parent))}")
+    print(f"\nTo see the metrics: .venv/bin/python -m qsparse_moe tensorboard {shlex.quote(str(run.parent))}")
 
 
 if __name__ == "__main__":

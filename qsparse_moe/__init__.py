@@ -1,4 +1,4 @@
-"""Sparse experts with sparse activations: train, ablate, see and run MoE + Q-Sparse language models.
+"""Sparse experts with sparse activations: train, ablate, measure, and run MoE + Q-Sparse language models.
 
 The public names are resolved on first use (PEP 562), so that ``import qsparse_moe`` loads no torch.
 """

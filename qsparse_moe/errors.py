@@ -1,7 +1,7 @@
-"""The situations of a user that this package reports with one clear message.
+"""Errors that a user can fix, each with one clear message.
 
-Each message names the setting or file, its value, the rule and the way out. The command line prints it without a
-traceback and ends with code 2. Our own mistakes are ``assert``s, never one of these.
+A message names the setting or file, its value, the rule, and a way out. The command line prints it without a traceback
+and exits with code 2. Mistakes of this package itself are ``assert``s, never one of these errors.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give the system's error inside the name of the file: one that comes of writing, as on a full disk, has none."""
+    """Add the name of the file to an OSError raised inside: an error of writing, as on a full disk, has none."""
     try:
         yield
     except OSError as error:
@@ -23,28 +23,28 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class QSparseMoEError(Exception):
-    """Base of every error that the user can mend."""
+    """Base class of all errors that a user can fix."""
 
 
 class ConfigError(QSparseMoEError):
-    """A setting is unknown, has the wrong type or breaks a rule."""
+    """A setting is unknown, has the wrong type, or breaks a rule."""
 
 
 class DataError(QSparseMoEError):
-    """A data source, a file or a column cannot be used."""
+    """A data source, a file, or a column cannot be used."""
 
 
 class BackendUnavailable(QSparseMoEError):
-    """A backend, engine or device asked for by name cannot run here."""
+    """A backend, engine, or device requested by name cannot run on this machine."""
 
 
 class CheckpointError(QSparseMoEError):
-    """A checkpoint or a run folder cannot be used as asked."""
+    """A checkpoint or a run folder cannot be used as requested."""
 
 
 class RankLost(RuntimeError):
-    """Another rank of the run is gone. The user's input is not wrong in itself: exit code 1."""
+    """Another rank of the run is lost. The user's input is not at fault: exit code 1."""
 
 
 class TrainingDiverged(RuntimeError):
-    """A loss, an activation or a gradient is not finite. The user's input is not wrong in itself: exit code 1."""
+    """A loss, an activation or a gradient is not finite. The user's input is not at fault: exit code 1."""

@@ -1,10 +1,10 @@
-"""Locks between processes that the operating system holds, so that one dies with the process that holds it.
+"""Locks between processes, held by the operating system, so that a lock ends with the process that holds it.
 
-``acquire_lock`` is the lock itself; ``build_once`` makes a file or a folder under one, for all processes that need it.
+``acquire_lock`` is the lock itself; ``build_once`` uses it to create a file or a folder that several processes need.
 
 A lock is a small file under ``flock``. The kernel releases it when its holder ends in any way, SIGKILL and power cut
-included: the file that such a holder leaves behind means nothing, and the next holder takes it over. The file names its
-holder, for the messages of those who wait or are refused. On NFS the same call locks across machines.
+included: the file that such a holder leaves behind has no effect, and the next holder reuses it. The file names its
+holder, for the messages of processes that wait or are refused. On NFS the same call locks across machines.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _FIRST_NOTICE_SECONDS = 2.0
 _NOTICE_SECONDS = 60.0
 # A file system without locks, such as Lustre mounted without -o flock or NFS without its lock service.
 _NO_LOCKS = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK})
-# Nobody can ask another machine whether a process of it is alive; no build takes so long.
+# A process on another machine cannot be checked, so its folder is removed after a time longer than any build.
 _ABANDONED_SECONDS = 7 * 86400.0
 
 
 class LockHeld(Exception):
-    """Another holder has the lock. Callers raise an error of their own that says what to do about it."""
+    """Another holder has the lock. Callers raise an error of their own with a way out."""
 
     def __init__(self, path: Path, holder: str) -> None:
         super().__init__(f"{path} is held by {holder}")
         self.path = path
         self.holder = holder
-        """For a message: ``process 4711 on node3 since 2026-01-31 12:00:00 UTC``."""
+        """Text for a message: ``process 4711 on node3 since 2026-01-31 12:00:00 UTC``."""
 
 
 class HeldLock:
-    """A lock that this process holds until ``release``, until the ``with`` block ends or until the process does."""
+    """A lock that this process holds until ``release``, the end of the ``with`` block, or the end of the process."""
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self.path = path
@@ -53,18 +53,18 @@ class HeldLock:
         _held.add(self)
 
     def release(self) -> None:
-        """Remove the file and let the next one have the lock. Further calls do nothing."""
+        """Remove the file and release the lock. Further calls do nothing."""
         descriptor = self._descriptor
         if descriptor is None:
             return
-        # While it is still locked: whoever has opened this very file meanwhile finds out that it is gone.
+        # Removed while still locked: a process that has opened this file meanwhile notices that it is gone.
         if _is_at(self.path, descriptor):
             with suppress(OSError):
                 self.path.unlink()
         self._forget()
 
     def _forget(self) -> None:
-        """Close the file without a word to the lock, which its other descriptors (a parent's) still hold."""
+        """Close the descriptor without unlocking: the parent's descriptor still holds the lock."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -82,17 +82,17 @@ class HeldLock:
 def acquire_lock(path: Path, *, timeout: float = 0.0, purpose: str = "") -> HeldLock:
     """Acquire the lock whose file is ``path``, in an existing folder that this user may write.
 
-    Whoever has to wait says so after two seconds and then every minute. SIGINT and SIGTERM interrupt the wait as they
+    A process that waits logs it after two seconds and then every minute. SIGINT and SIGTERM interrupt the wait as they
     interrupt any other Python code.
 
     Args:
-        path: the lock's own file. It holds nothing else, and ``release`` removes it.
-        timeout: seconds to wait for another holder; 0 does not wait.
-        purpose: what is waited for, for the log: ``waiting for {purpose}, held by ...``.
+        path: file of the lock alone; ``release`` removes it.
+        timeout: seconds to wait for another holder; 0: do not wait.
+        purpose: description of the purpose for the log: ``waiting for {purpose}, held by ...``.
 
     Raises:
         LockHeld: another process, or another thread or call in this one, still has it after ``timeout``.
-        OSError: the file cannot be made.
+        OSError: the file cannot be created.
     """
     start = time.monotonic()
     next_notice = start + _FIRST_NOTICE_SECONDS
@@ -111,21 +111,21 @@ def acquire_lock(path: Path, *, timeout: float = 0.0, purpose: str = "") -> Held
 
 
 def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, purpose: str) -> None:
-    """Return when ``path``, a file or a folder, is there; the process that comes first builds it, the others wait.
+    """Create ``path``, a file or a folder, unless it exists: the first process builds it while the others wait.
 
-    Nothing is locked where it is there already. ``build`` is given an empty folder beside ``path`` and returns what in
-    it, or the folder itself, is renamed to ``path`` once it is on the disk: whoever looks sees all of it or nothing. A
-    process that dies on the way leaves its folder behind, which the next one that builds removes.
+    No lock is taken if it exists. ``build`` gets an empty folder beside ``path`` and returns the file or folder in it
+    (or the folder itself) that is renamed to ``path`` once it is on the disk, so that readers see all or nothing. A
+    process that dies during the build leaves its folder behind, which the next build removes.
 
     Args:
-        path: what shall be there; it is never changed afterwards.
-        build: fills the folder that it is given.
+        path: the file or folder to create; it is never changed afterwards.
+        build: fills its folder and returns what to rename.
         timeout: seconds to wait for another process that builds.
-        purpose: what is built, for the log.
+        purpose: description of what is built, for the log.
 
     Raises:
         LockHeld: another process still builds after ``timeout``.
-        OSError: the place cannot be written.
+        OSError: ``path`` cannot be written.
     """
     if path.exists():
         return
@@ -140,7 +140,7 @@ def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, pur
             try:
                 built.rename(path)
             except OSError:
-                # Where the file system has no locks, another process may have been faster.
+                # On a file system without locks, another process may have been faster.
                 if not path.is_dir():
                     raise
         flush(path.parent)
@@ -148,7 +148,7 @@ def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, pur
 
 @contextmanager
 def _folder_beside(path: Path) -> Iterator[Path]:
-    """Make an empty folder for what shall become ``path``; it goes afterwards, like those of processes that died."""
+    """Create an empty folder in which to build ``path``; remove it afterwards, and those of processes that died."""
     prefix = f"{path.name}.partial-"
     for leftover in path.parent.glob(f"{prefix}*"):
         if _is_abandoned(leftover, leftover.name.removeprefix(prefix)):
@@ -162,7 +162,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
 
 
 def _is_abandoned(folder: Path, maker: str) -> bool:
-    """Whether the process that made the folder is gone. Holding the lock says so only where locks work."""
+    """Return whether the process that created the folder is gone. The lock alone proves it only where locks work."""
     process, _, place = maker.partition("-")
     if process.isdecimal() and place.rpartition("-")[0] == socket.gethostname():
         try:
@@ -178,7 +178,7 @@ def _is_abandoned(folder: Path, maker: str) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Put a file or a folder's entries on the disk, so that a power cut after the rename loses nothing."""
+    """Flush a file or the entries of a folder to the disk, so that a power cut after the rename loses nothing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -187,7 +187,7 @@ def flush(path: Path) -> None:
 
 
 def holder_of(path: Path) -> str:
-    """Name the process that wrote the lock's file last: its number, its machine and since when it has the lock."""
+    """Return the process that wrote the lock's file last: its id, its machine, and since when it holds the lock."""
     try:
         text = path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -196,9 +196,9 @@ def holder_of(path: Path) -> str:
 
 
 def _try_to_acquire(path: Path) -> HeldLock | None:
-    """Acquire the lock if it is free. A file that its holder removes between the two calls is not the lock any more."""
+    """Acquire the lock if it is free. A file that its holder removes between open and flock is no longer the lock."""
     while True:
-        # Python's descriptors are not passed on to programs that are started; see _forget_after_fork for the others.
+        # Python's descriptors are not inherited by new programs; for forked children see _forget_after_fork.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             taken = _flock(path, descriptor)
@@ -222,7 +222,7 @@ def _flock(path: Path, descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        logger.warning("%s: this file system has no locks (%s); nothing keeps a second process out", path, error)
+        logger.warning("%s: this file system has no locks (%s); a second process is not prevented", path, error)
     return True
 
 
@@ -241,7 +241,7 @@ _held: set[HeldLock] = set()
 
 
 def _forget_after_fork() -> None:
-    """In a forked child: a descriptor of the parent's lock would keep it held after the parent's death."""
+    """Close the parent's locks in a forked child: its descriptors would keep them held after the parent's death."""
     for lock in list(_held):
         lock._forget()
 

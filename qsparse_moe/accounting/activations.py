@@ -1,7 +1,7 @@
-"""Bytes of activations that training keeps from a forward for its backward.
+"""Count the bytes of activations that training saves from a forward pass for its backward pass.
 
-Per token and layer, with D width, C channels a head, H heads and G key-value heads, F hidden width, E experts and A of
-them a token, in numbers of values (the tensors that autograd keeps, as a test counts them):
+Numbers of values per token and layer (the tensors that autograd saves, as a test counts them), with D width, C channels
+per head, H heads, G key-value heads, F hidden width, E experts, and A experts per token:
 
 - the inputs of attention and feed-forward: D each;
 - attention: its norm's output and what the projections read of it (2 D); query and key before and after their rotation,
@@ -48,12 +48,12 @@ class ActivationMemory:
 
     @property
     def total(self) -> float:
-        """Both, at the backward's first layer."""
+        """Sum of both, as in the first layer of the backward pass."""
         return self.kept + self.recomputed
 
 
 def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> ActivationMemory:
-    """Of the run's micro-batch under ``recompute`` (None: the run's ``training.activation_checkpointing``)."""
+    """Return the activation memory of one micro-batch under ``recompute`` (None: the setting of the run)."""
     model, training = config.model, config.training
     chosen = training.activation_checkpointing if recompute is None else recompute
     width = _FP32 if training.precision == "fp32" else _HALF
@@ -73,13 +73,13 @@ def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> 
 
 
 def _attention(model: ModelConfig) -> float:
-    """Values a token, the layer's input not among them."""
+    """Return the number of values per token, without the layer's input."""
     channels = head_size(model)
     return 2 * model.hidden_size + 4 * model.num_heads * channels + 3 * num_kv_heads(model) * channels
 
 
 def _feed_forward(model: ModelConfig, layer: int, width: int) -> float:
-    """Bytes a token, the input not among them."""
+    """Return the bytes per token, without the input."""
     hidden = 3 if has_gate(model) else 2
     if not has_experts(model, layer):
         return width * (2 * model.hidden_size + hidden * dense_hidden_size(model))

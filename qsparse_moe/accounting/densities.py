@@ -1,4 +1,4 @@
-"""Which share of the features is left at every place of a model: as a plan asks for it, or as a run measured it."""
+"""Fraction of non-zero features at every site of a model: by a plan, or as measured in a run."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Bytes of memory that training and generation need, by rank: weights, gradients, optimizer, key-value cache.
+"""Count the memory of training and generation per rank: weights, gradients, optimizer, key-value cache.
 
-It counts what this package keeps (``training/engine*.py``): in bf16 and fp16 the weights twice, in their own precision
-and as fp32 masters; gradients added in fp32; Adam's two moments in fp32.
+It counts the state of this package's engines (``training/engines/``): in bf16 and fp16 the weights twice, in their
+own precision and as fp32 masters; gradients added in fp32; Adam's two moments in fp32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class StateMemory:
     """Bytes on one rank between two steps."""
 
     weights: float
-    """In the precision that computes."""
+    """Weights in the precision of the computation."""
     gradients: float
     """Summed over micro-batches, fp32."""
     optimizer: float
@@ -30,12 +30,12 @@ class StateMemory:
 
     @property
     def total(self) -> float:
-        """All three."""
+        """Sum of all three."""
         return self.weights + self.gradients + self.optimizer
 
 
 def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = None) -> StateMemory:
-    """What one of ``world_size`` ranks keeps of the model's state under ZeRO ``zero_stage`` (None: the run's).
+    """Return the model's state on one of ``world_size`` ranks under ZeRO ``zero_stage`` (None: the run's).
 
     Stage 1 shards the optimizer, 2 the gradients too, 3 the weights too (arXiv 1910.02054, section 3). With
     ``training.expert_parallel_size`` P a rank has 1 / P of the experts, sharded over the ranks that share them.

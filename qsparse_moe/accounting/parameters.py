@@ -1,6 +1,6 @@
 """Parameters of a model: all, those that a token uses by routing, and those left by routing and Q-Sparse together.
 
-D width, F expert width, H heads, C channels a head, E experts, A experts a token, K kept features, V vocabulary.
+D width, F expert width, H heads, C channels per head, E experts, A experts per token, K kept features, V vocabulary.
 
 A weight matrix behind a site counts ``K / width`` of its rows there: the others meet a zero. The gate (if any), up and
 down matrices count A of E experts. Routers, norms and the head count whole. Of the embedding a token uses the one row
@@ -44,9 +44,9 @@ class Weight:
     is_matrix: bool
     """Whether a token is multiplied with it: no norm and no embedding."""
     layer: int = -1
-    """Of a weight behind a site, its layer."""
+    """Layer of a weight behind a site, else -1."""
     site: Site | None = None
-    """Whose features are multiplied with its rows; None: Q-Sparse has no part in it."""
+    """Site whose features are multiplied with its rows; None: Q-Sparse does not affect it."""
 
 
 @dataclass(frozen=True)

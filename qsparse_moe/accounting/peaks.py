@@ -1,4 +1,4 @@
-"""The most that a device can multiply, for model FLOPs utilisation: from NVIDIA's data sheets, dense, without 2:4.
+"""Peak FLOP/s of devices for model FLOPs utilisation: from NVIDIA's data sheets, dense, without 2:4.
 
 A device that is not in the table has no known peak: MFU is then absent, not guessed.
 """

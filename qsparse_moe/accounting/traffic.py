@@ -1,6 +1,6 @@
-"""Bytes of weights that one step of B tokens reads, in generation: what a machine that waits for memory pays.
+"""Count the bytes of weights that one step of B tokens reads in generation, which is bound by memory.
 
-A weight is read once a step if any of the step's tokens needs it, so what counts is the union over the tokens. For
+A weight is read once per step if any of the step's tokens needs it, so what counts is the union over the tokens. For
 tokens that choose independently, a weight that a token needs with probability p is read with 1 - (1 - p)^B. In front of
 an expert p is the product of the router's A / E and the density d of the site, (A / E) d: a dense model with d = 0.5 is
 at 0.94 by B = 4, an expert that sees few of the tokens stays low until B comes near E / A. Real tokens are not
@@ -9,7 +9,7 @@ independent: what a model really reads is measured (``measure.py`` of the model)
 Under a gate with a ReLU (relu2glu, reglu, drelu) the up product is needed only where the gate is positive, if the gate
 is computed first: p of an element of ``w_up`` is then d times the gate's share of positive values.
 
-E experts, A experts a token, B tokens a step.
+E experts, A experts per token, B tokens per step.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Traffic:
     stored: float
     """All weights: what a dense model of that size reads."""
     routed: float
-    """Of every expert that a token of the step chose all of it, and the rest of the model."""
+    """All weights of every expert that a token of the step selects, and the rest of the model."""
     kept: float
-    """Of these only the rows (and, gate first, the elements of up) that a token's values need."""
+    """Only the rows of these (and with the gate first, the elements of up) that some token's features need."""
 
 
 def weight_traffic(

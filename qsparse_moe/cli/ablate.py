@@ -1,4 +1,4 @@
-"""``qsparse-moe ablate``: the runs of a grid file, and tables and figures of what they came to."""
+"""``qsparse-moe ablate``: train the runs of a grid file, and write tables and figures of their results."""
 
 from __future__ import annotations
 
@@ -28,20 +28,28 @@ def ablate(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings of every run, such as training.steps=50.", show_default=False)
     ] = None,
-    ranks: Annotated[int, typer.Option(help="Processes a run.", min=1)] = 1,
-    jobs: Annotated[int, typer.Option(help="Runs at the same time.", min=1)] = 1,
-    devices: Annotated[str, typer.Option(help="CUDA devices that the runs share out, such as 0,1.")] = "",
-    launcher: Annotated[Launcher, typer.Option(help="auto: deepspeed's where a run has several ranks.")] = "auto",
-    task: Annotated[int | None, typer.Option(help="Train only the run of this index, as one of an array.")] = None,
-    list_runs: Annotated[bool, typer.Option("--list", help="Print index, state and id of the runs.")] = False,
-    report_only: Annotated[bool, typer.Option(help="Write the report of what there is; start nothing.")] = False,
-    output_dir: Annotated[str, typer.Option(help="Folder for the grid's folder of runs.")] = "runs/ablations",
-    output: Annotated[Path | None, typer.Option(help="Folder of the results; left out: the grid's.")] = None,
+    ranks: Annotated[int, typer.Option(help="Number of processes per run.", min=1)] = 1,
+    jobs: Annotated[int, typer.Option(help="Number of runs at the same time.", min=1)] = 1,
+    devices: Annotated[str, typer.Option(help="CUDA devices to distribute over the runs, such as 0,1.")] = "",
+    launcher: Annotated[
+        Launcher, typer.Option(help="auto: the deepspeed launcher if a run has several ranks.")
+    ] = "auto",
+    task: Annotated[
+        int | None, typer.Option(help="Train only the run with this index, as one task of a job array.")
+    ] = None,
+    list_runs: Annotated[bool, typer.Option("--list", help="Print the index, state, and id of each run.")] = False,
+    report_only: Annotated[bool, typer.Option(help="Write the report of the runs so far, and start none.")] = False,
+    output_dir: Annotated[
+        str, typer.Option(help="Folder that will contain the folder of this grid.")
+    ] = "runs/ablations",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the results; default: the folder of the grid.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train every run of a grid file; finished runs are kept. Ends with 1 where a run broke."""
+    """Train every run of a grid file. Finished runs are not repeated. The exit code is 1 if a run failed."""
     if (task is not None) + list_runs + report_only > 1:
-        raise ConfigError("--task, --list and --report-only exclude each other; name one of them")
+        raise ConfigError("--task, --list, and --report-only exclude each other; give only one of them")
     loaded = load_grid(grid, overrides or (), output_dir=output_dir)
     placement = Placement(ranks, jobs, tuple(filter(None, devices.split(","))), launcher)
     if list_runs:
@@ -68,7 +76,7 @@ def ablate(
 def _only(grid: Grid, task: int) -> Grid:
     if not 0 <= task < len(grid.runs):
         raise ConfigError(
-            f"--task ({task}) must be the index of a run of {grid.name}, 0 to {len(grid.runs) - 1}; --list shows them"
+            f"--task ({task}) must be the index of a run of {grid.name}, 0 to {len(grid.runs) - 1}; --list prints them"
         )
     return Grid(grid.name, (grid.runs[task],))
 

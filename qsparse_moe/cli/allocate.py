@@ -1,4 +1,4 @@
-"""``qsparse-moe allocate``: a plan with its own S for every layer, site and expert; and what it is worth."""
+"""``qsparse-moe allocate``: make a plan with one S per layer, site, and expert, and compare it with other plans."""
 
 from __future__ import annotations
 
@@ -27,24 +27,29 @@ def allocate(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
     sparsity: Annotated[
-        float | None, typer.Option(help="Budget: mean S, each matrix weighing as much as tokens use it.")
+        float | None, typer.Option(help="Budget: mean S, with each matrix weighted by how many tokens use it.")
     ] = None,
-    parameters: Annotated[float | None, typer.Option(help="Budget: active parameters a token.")] = None,
-    flops: Annotated[float | None, typer.Option(help="Budget: operations of one token, forward.")] = None,
-    bytes_: Annotated[float | None, typer.Option("--bytes", help="Budget: bytes of weights read in a step.")] = None,
-    batch: Annotated[int, typer.Option(help="Tokens of a step, for --bytes.", min=1)] = 1,
+    parameters: Annotated[float | None, typer.Option(help="Budget: active parameters per token.")] = None,
+    flops: Annotated[float | None, typer.Option(help="Budget: FLOPs per token in the forward pass.")] = None,
+    bytes_: Annotated[float | None, typer.Option("--bytes", help="Budget: bytes of weights read per step.")] = None,
+    batch: Annotated[int, typer.Option(help="Number of tokens per step, for --bytes.", min=1)] = 1,
     rows: Annotated[
-        int | None, typer.Option(help="Training rows to make the plans from; left out: 4,096 tokens an expert.", min=1)
+        int | None,
+        typer.Option(
+            help="Number of training sequences to make the plans from; default: 4,096 tokens per expert.", min=1
+        ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Passes that the plan is improved in.", min=1)] = 3,
-    random: Annotated[int, typer.Option(help="Random plans to compare with.", min=0)] = 5,
-    train: Annotated[int, typer.Option(help="Steps that each plan's model is trained on, then compared.", min=0)] = 0,
-    report: Annotated[Path | None, typer.Option(help="Markdown file for the comparison.")] = None,
+    rounds: Annotated[int, typer.Option(help="Number of passes that improve the plan.", min=1)] = 3,
+    random: Annotated[int, typer.Option(help="Number of random plans to compare with.", min=0)] = 5,
+    train: Annotated[
+        int, typer.Option(help="Number of steps to train the model further under each plan before comparing.", min=0)
+    ] = 0,
+    report: Annotated[Path | None, typer.Option(help="Markdown file to write the comparison to.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Spend a budget of sparsity where it costs least, and compare with other plans of the same cost."""
+    """Distribute a budget of sparsity so that the loss rises least, and compare with other plans of the same cost."""
     run_dir = find_run(run)
     quantity, target = asked_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
     check_output(output, force=force)
@@ -77,10 +82,10 @@ def allocate(
 def asked_budget(
     *, sparsity: float | None, parameters: float | None, flops: float | None, bytes_: float | None
 ) -> tuple[Quantity, float]:
-    """Which quantity is bounded, and by what.
+    """Return the quantity that the budget limits, and the limit.
 
     Raises:
-        ConfigError: not exactly one is given, or S is no fraction, or another is not above 0.
+        ConfigError: not exactly one is given, S is outside [0, 1), or another value is negative.
     """
     given: dict[Quantity, float | None] = {
         "sparsity": sparsity,
@@ -94,9 +99,11 @@ def asked_budget(
         raise ConfigError(f"{told}: give exactly one of --sparsity, --parameters, --flops, --bytes")
     quantity, target = asked[0]
     if quantity == "sparsity" and not 0.0 <= target < 1.0:
-        raise ConfigError(f"--sparsity ({target}) must lie in [0, 1): it is the fraction zeroed")
+        raise ConfigError(f"--sparsity ({target}) must be in [0, 1): it is the fraction of features set to zero")
     if target < 0.0:
-        raise ConfigError(f"--{quantity} ({target}) must not be below 0; qsparse-moe describe tells what the run has")
+        raise ConfigError(
+            f"--{quantity} ({target}) must be at least 0; qsparse-moe describe prints the value of the run"
+        )
     return quantity, target
 
 

@@ -1,6 +1,6 @@
-"""The command line: parse, call the verb, turn what went wrong into one message and an exit code.
+"""The command line: parse the arguments, call the verb, and turn an error into one message and an exit code.
 
-0 done; 2 the user's input is wrong; 1 anything else; 128 + N stopped by signal N.
+Exit codes: 0 success; 2 the user's input is wrong; 1 any other error; 128 + N stopped by signal N.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ VERBS = (
     "bench",
     "tensorboard",
 )
-"""Each is a module of this room, ``_`` for ``-``, with ``register(app)``. They import torch and the like only when they
-are called."""
+"""Each verb is a module of this package with ``register(app)``, ``_`` in place of ``-``. The modules import torch and
+other heavy libraries only when the verb is called."""
 
-# typer carries click inside or depends on it, as its version goes; this is the base of its usage errors in both.
+# Some versions of typer contain click and others depend on it; this is the base of the usage errors in both.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says of a disk without room, and of a user's share of one."""
+"""The error numbers of a full disk and of an exhausted quota."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -51,12 +51,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one verb; its exit code. What is no known situation of a user is raised, with its traceback."""
+    """Run one verb and return its exit code. An unexpected error is raised, with its traceback."""
     try:
         outcome = typer.main.get_command(build_app()).main(
             args=list(arguments), prog_name=PROGRAM, standalone_mode=False
         )
-    except RankLost:  # every rank that is left has said it
+    except RankLost:  # every remaining rank has already reported it
         return 1
     except (QSparseMoEError, TrainingDiverged) as error:
         complain(str(error))
@@ -76,9 +76,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def build_app() -> typer.Typer:
-    """The application with all its verbs."""
+    """Return the application with all its verbs."""
     app = typer.Typer(
-        help="Train, see and run mixture-of-experts language models with Q-Sparse inside the experts.",
+        help="Train, measure, and ablate mixture-of-experts language models with Q-Sparse inside the experts.",
         add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
@@ -94,7 +94,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
     local_rank: Annotated[int, typer.Option("--local_rank", hidden=True)] = 0,
 ) -> None:
-    # The deepspeed launcher puts --local_rank before the verb; the environment says the same, and that is read.
+    # The deepspeed launcher puts --local_rank before the verb. The environment has the same value; that one is read.
     start_logging()
     if version:
         typer.echo(f"{PROGRAM} {__version__}")
@@ -104,7 +104,7 @@ def _root(
 
 def _full_message(error: OSError) -> str:
     place = error.filename or "a file or standard output"
-    return f"{place}: cannot be written ({error.strerror}); it needs free space. Make room, or name a place with some"
+    return f"{place}: cannot be written ({error.strerror}); free some space, or write to another disk"
 
 
 def _usage_message(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""``qsparse-moe bench``: timings beside peers, measured in one run."""
+"""``qsparse-moe bench``: time parts of this package and of other libraries in the same run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the verb with its benchmarks."""
-    bench = typer.Typer(help="Timings beside peers, measured in one run.", rich_markup_mode=None)
+    bench = typer.Typer(
+        help="Time parts of this package and of other libraries in the same run.", rich_markup_mode=None
+    )
     bench.callback()(_group)
     bench.command("step")(step)
     bench.command("ops")(ops)
@@ -32,24 +34,24 @@ def register(app: typer.Typer) -> None:
 
 
 def _group() -> None:
-    """Timings beside peers, measured in one run."""
+    """Time parts of this package and of other libraries in the same run."""
 
 
 def step(
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or both with a comma.")] = "fp32,bf16",
-    layers: Annotated[int, typer.Option(help="Layers.")] = 4,
-    hidden_size: Annotated[int, typer.Option(help="D, model width.")] = 512,
-    heads: Annotated[int, typer.Option(help="Attention heads.")] = 8,
-    experts: Annotated[int, typer.Option(help="E, experts.")] = 16,
-    experts_per_token: Annotated[int, typer.Option(help="A, experts a token.")] = 2,
-    expert_hidden_size: Annotated[int, typer.Option(help="F, hidden width of an expert.")] = 768,
-    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 4,
-    sequence_length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
-    sparsity: Annotated[float, typer.Option(help="S at every site for the contender with Q-Sparse.")] = 0.5,
-    activation: Annotated[str, typer.Option(help="swiglu, as the peer has, or relu2glu.")] = "swiglu",
-    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 7,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or both, separated by a comma.")] = "fp32,bf16",
+    layers: Annotated[int, typer.Option(help="Number of layers.")] = 4,
+    hidden_size: Annotated[int, typer.Option(help="D, the width of the model.")] = 512,
+    heads: Annotated[int, typer.Option(help="Number of attention heads.")] = 8,
+    experts: Annotated[int, typer.Option(help="E, the number of experts.")] = 16,
+    experts_per_token: Annotated[int, typer.Option(help="A, the number of experts per token.")] = 2,
+    expert_hidden_size: Annotated[int, typer.Option(help="F, the hidden width of an expert.")] = 768,
+    rows: Annotated[int, typer.Option(help="Number of sequences in the batch.")] = 4,
+    sequence_length: Annotated[int, typer.Option(help="Number of tokens per sequence.")] = 256,
+    sparsity: Annotated[float, typer.Option(help="S at every site of the model with Q-Sparse.")] = 0.5,
+    activation: Annotated[str, typer.Option(help="swiglu, as in Mixtral, or relu2glu.")] = "swiglu",
+    rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each of them once.", min=1)] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads; default: PyTorch's choice.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -81,10 +83,10 @@ def step(
 
 
 def ops(
-    precision: Annotated[str, typer.Option(help="fp32, bf16, or both with a comma.")] = "fp32,bf16",
-    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 7,
+    precision: Annotated[str, typer.Option(help="fp32, bf16, or both, separated by a comma.")] = "fp32,bf16",
+    rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each of them once.", min=1)] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads; default: PyTorch's choice.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -107,7 +109,7 @@ def ops(
 def _check_precision(precision: str, known: Collection[str]) -> None:
     unknown = [name for name in precision.split(",") if name not in known]
     if unknown:
-        raise ConfigError(f"--precision {precision!r} holds {unknown[0]!r}; choose from {', '.join(known)}")
+        raise ConfigError(f"--precision {precision!r} contains {unknown[0]!r}; choose from {', '.join(known)}")
 
 
 def _print_operations(result: dict[str, Any]) -> None:
@@ -125,7 +127,7 @@ def _print_operations(result: dict[str, Any]) -> None:
 
 def _print_tables(results: dict[str, Any], benchmark: StepBenchmark) -> None:
     table = Table(title=f"One training step of {benchmark.tokens} tokens")
-    for column in ("precision", "model", "ms a step", "tokens/s", "times faster than the peer (least to most)"):
+    for column in ("precision", "model", "ms per step", "tokens/s", "times as fast as Mixtral (least to most)"):
         table.add_column(column)
     for precision, result in results.items():
         for name, seconds in result["seconds"].items():
@@ -141,12 +143,12 @@ def metrics(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings by path, such as metrics.interval=20.", show_default=False)
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of each run.", min=2)] = 40,
-    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 5,
+    steps: Annotated[int, typer.Option(help="Number of steps of each run.", min=2)] = 40,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each of them once.", min=1)] = 5,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time what recording metrics adds to a step, on one rank of the plain engine."""
+    """Time what recording metrics adds to a step, on one rank of the torch engine."""
     from qsparse_moe.config.load import load_config
 
     loaded = load_config(config, overrides or ())
@@ -161,6 +163,6 @@ def metrics(
     cost = result["cost"]
     result_console().print(
         f"a record every {result['interval']} steps costs {cost['median']:.1%} of a step ({cost['min']:.1%} to "
-        f"{cost['max']:.1%} in {rounds} rounds): {1e3 * result['seconds_a_record']:.1f} ms a record, "
-        f"{1e3 * result['seconds_a_step']:.1f} ms a step, and {result['seconds_once']:.1f} s once a run"
+        f"{cost['max']:.1%} in {rounds} rounds): {1e3 * result['seconds_a_record']:.1f} ms per record, "
+        f"{1e3 * result['seconds_a_step']:.1f} ms per step, and {result['seconds_once']:.1f} s once per run"
     )

@@ -1,4 +1,4 @@
-"""``qsparse-moe bench moe``: options, and the table of its result."""
+"""``qsparse-moe bench moe``: the options, and the table of the result."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from qsparse_moe.errors import ConfigError
 if TYPE_CHECKING:
     from qsparse_moe.bench.moe_peers import LayerShape
 
-Size = Annotated[int | None, typer.Option(min=1, help="Left out: as the device's default.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Default: the value of the device's default shape.")]
 
 
 def moe(
     precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16, or both with a comma; left out: those that the device is fast in.")
+        str | None,
+        typer.Option(help="fp32, bf16, or both, separated by a comma; default: those in which the device is fast."),
     ] = None,
-    load: Annotated[str, typer.Option(help="balanced, skewed, or both with a comma.")] = "balanced,skewed",
+    load: Annotated[str, typer.Option(help="balanced, skewed, or both, separated by a comma.")] = "balanced,skewed",
     tokens: Size = None,
     hidden_size: Size = None,
     expert_hidden_size: Size = None,
     experts: Size = None,
     experts_per_token: Size = None,
-    sparsity: Annotated[float, typer.Option(help="S at both sites for our layers with Q-Sparse.", max=0.99)] = 0.5,
-    rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 7,
-    calls: Annotated[int, typer.Option(help="Timed calls a turn.", min=1)] = 1,
+    sparsity: Annotated[float, typer.Option(help="S at both sites of our layers with Q-Sparse.", max=0.99)] = 0.5,
+    rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each layer once.", min=1)] = 7,
+    calls: Annotated[int, typer.Option(help="Number of timed calls per round and layer.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Number of CPU threads; default: PyTorch's choice.")] = None,
     clock: Annotated[
-        str, typer.Option(help="wall, or processor: the process's own time, for a CPU shared with other work.")
+        str, typer.Option(help="wall, or processor: CPU time of the process, for a CPU shared with other work.")
     ] = "wall",
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time a MoE feed-forward layer, forward and backward, beside others' layers and the dense products in it.
+    """Time an MoE layer, forward and backward, and compare with other libraries and with the dense products in it.
 
     The default shape is 4096 tokens, D 512, F 768, E 16, A 2 on a CPU and 16384, 2048, 1024, 64, 8 on CUDA.
     """
@@ -94,7 +95,7 @@ def _chosen(option: str, text: str, known: Any) -> tuple[str, ...]:
     names = tuple(text.split(","))
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ConfigError(f"{option} {text!r} holds {unknown[0]!r}; choose from {', '.join(known)}")
+        raise ConfigError(f"{option} {text!r} contains {unknown[0]!r}; choose from {', '.join(known)}")
     return names
 
 
@@ -119,4 +120,4 @@ def _print_layers(result: dict[str, Any]) -> None:
         console.print(table)
         for name, reason in layer["left_out"].items():
             console.print(f"left out: {name}: {reason}")
-    console.print("× a name: how many times as fast as that layer, median of the rounds")
+    console.print("× NAME: speed relative to that layer, median over the rounds")

@@ -1,4 +1,4 @@
-"""``qsparse-moe calibrate``: the thresholds of a run's sites, written as a plan for ``model.sparsity.plan``."""
+"""``qsparse-moe calibrate``: find the thresholds of a run's sites and write them as a plan."""
 
 from __future__ import annotations
 
@@ -40,21 +40,21 @@ def calibrate(
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(help="S other than the run's, such as model.sparsity.default=0.5.", show_default=False),
+        typer.Argument(help="S in place of the run's, such as model.sparsity.default=0.5.", show_default=False),
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="S at every place, in place of the run's.")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan file with the S, in place of the run's.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="S at every site, in place of the run's.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file that gives S, in place of the run's.")] = None,
     rows: Annotated[
-        int | None, typer.Option(help="Training rows; without it some 4,000 tokens an expert.", min=1)
+        int | None, typer.Option(help="Number of training sequences; default: about 4,000 tokens per expert.", min=1)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find the thresholds that give a run its S. Alone, or on the ranks of the deepspeed launcher."""
+    """Find the thresholds that give a run its S. Runs on one process or under the deepspeed launcher."""
     run_dir = find_run(run)
     asked = asked_plan(run_dir, overrides=overrides or (), sparsity=sparsity, plan_file=plan)
-    if is_rank_zero():  # for all: another rank might look when the file has just been written
+    if is_rank_zero():  # on one rank only: another might check after this one has written the file
         check_output(output, force=force)
     from qsparse_moe.training.calibrate import calibrate_run
 
@@ -70,19 +70,19 @@ def calibrate(
 def asked_plan(
     run_dir: Path, *, overrides: Sequence[str] = (), sparsity: float | None = None, plan_file: Path | None = None
 ) -> SparsityPlan:
-    """The S to calibrate for: the run's in its last step, or what was asked for in its place. Needs no torch.
+    """Return the S to calibrate for: that of the run's last step, or the one given in its place. Needs no torch.
 
     Raises:
         CheckpointError: the run has no checkpoint.
-        ConfigError: S is asked for in two ways, in none that there is, for another model, or is 0 everywhere; or the
-            run's router leaves no room for thresholds.
+        ConfigError: S is given in two ways, by a setting that is not one of S, for another model, or is 0
+            everywhere; or the run's router does not allow thresholds.
     """
     _check_one_way(overrides, sparsity, plan_file)
-    # Rows are ranked while thresholds are found, whatever the selection of the run is.
+    # Calibration ranks the features exactly, whatever the selection of the run is.
     config = load_run_config(run_dir, [f"{_SECTION}.selection=topk", *overrides])
     if config.model.moe.router_input == "sparse":
         raise ConfigError(
-            f"{run_dir}: its router sees the sparse tokens (model.moe.router_input is sparse), and thresholds differ "
+            f"{run_dir}: its router reads the sparse tokens (model.moe.router_input is sparse), and thresholds differ "
             "between experts; only a run that was trained with router_input=dense can select by them"
         )
     step = newest_step(run_dir)
@@ -91,7 +91,7 @@ def asked_plan(
     plan = _plan(config, step, overrides=overrides, sparsity=sparsity, plan_file=plan_file)
     if not plan.mean:
         raise ConfigError(
-            f"{run_dir}: S is 0 at every site, which has no threshold to calibrate; ask for another with --sparsity, "
+            f"{run_dir}: S is 0 at every site, so there is no threshold to calibrate; give another S by --sparsity, "
             f"--plan or {_SECTION}.default"
         )
     return plan
@@ -114,14 +114,14 @@ def _check_one_way(overrides: Sequence[str], sparsity: float | None, plan_file: 
     ways = {"--sparsity": sparsity is not None, "--plan": plan_file is not None, "settings": bool(overrides)}
     given = [name for name, is_given in ways.items() if is_given]
     if len(given) > 1:
-        raise ConfigError(f"{' and '.join(given)} both say which S to calibrate for; keep one of them")
+        raise ConfigError(f"{' and '.join(given)} both give the S to calibrate for; keep one of them")
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"--sparsity ({sparsity}) must lie in [0, 1): it is the fraction zeroed")
+        raise ConfigError(f"--sparsity ({sparsity}) must be in [0, 1): it is the fraction of features set to zero")
     for override in overrides:
         path, equals, _ = override.partition("=")
         if equals and not any(f"{path.strip()}.".startswith(f"{_SECTION}.{name}.") for name in _SETTINGS_OF_S):
             raise ConfigError(
-                f"{path} does not set S, and only S may differ from the run's; choose from "
+                f"{path} does not set S, and only S may differ from the run; choose from "
                 f"{', '.join(f'{_SECTION}.{name}' for name in _SETTINGS_OF_S)}"
             )
 
@@ -132,16 +132,16 @@ def check_output(output: Path, *, force: bool) -> None:
         raise ConfigError(f"--output ({output}) is a folder; name a file, such as {output / 'plan.json'}")
     if not output.parent.is_dir():
         raise ConfigError(
-            f"--output ({output}) must stand in a folder that exists; make {output.parent}, or name another"
+            f"--output ({output}) must be in a folder that exists; create {output.parent}, or name another file"
         )
     if not os.access(output.parent, os.W_OK):
-        raise ConfigError(f"--output ({output}) stands in a folder that this user may not write; name another")
+        raise ConfigError(f"--output ({output}) is in a folder without write permission; name another file")
     if output.exists() and not force:
-        raise ConfigError(f"--output ({output}) exists, and is not overwritten; name another file, or add --force")
+        raise ConfigError(f"--output ({output}) exists and is not overwritten; name another file, or add --force")
 
 
 def write_plan(plan: SparsityPlan, output: Path, *, force: bool) -> None:
-    """Write the plan as a whole; ConfigError where ``check_output`` or the disk says no."""
+    """Write the plan atomically; raise ConfigError as ``check_output`` does, or if the disk fails."""
     check_output(output, force=force)
     try:
         write_atomically(output, plan.to_json() + "\n")
@@ -150,7 +150,7 @@ def write_plan(plan: SparsityPlan, output: Path, *, force: bool) -> None:
 
 
 def summarize(calibration: Calibration, run_dir: Path, output: Path) -> dict[str, Any]:
-    """What was found, in the form of ``--json``."""
+    """Return the result in the form of ``--json``."""
     figures = {name: value for name, value in vars(calibration).items() if name not in {"plan", "sites"}}
     return {
         "run_dir": str(run_dir),
@@ -162,7 +162,7 @@ def summarize(calibration: Calibration, run_dir: Path, output: Path) -> dict[str
 
 
 def settings_for(config: RunConfig, output: Path, *, selection: str = "threshold") -> Iterator[str]:
-    """The overrides by which a run like ``config`` selects by the plan in ``output``: what it rules out is unset."""
+    """Yield the overrides that make a run like ``config`` use the plan ``output``; conflicting settings are unset."""
     settings = config.model.sparsity
     if selection == "threshold" or settings.selection == "threshold":
         yield f"{_SECTION}.selection={selection}"
@@ -185,16 +185,24 @@ def settings_for(config: RunConfig, output: Path, *, selection: str = "threshold
 
 def _print_summary(summary: dict[str, Any]) -> None:
     console = result_console()
-    title = f"Share of zeros after step {summary['step']}, on {summary['held_out_rows']} validation rows"
+    title = f"Fraction of zeros after step {summary['step']}, on {summary['held_out_rows']} validation sequences"
     table = Table(title=title, title_justify="left")
-    for column in ("site", "layers", "mean S", "exact top-K", "thresholds", "largest gap of a layer", "unseen experts"):
+    for column in (
+        "site",
+        "layers",
+        "mean S",
+        "exact top-K",
+        "thresholds",
+        "largest gap of a layer",
+        "experts without tokens",
+    ):
         table.add_column(column, justify="left" if column == "site" else "right")
     for site, found in summary["sites"].items():
         shares = [f"{found[name]:.4f}" for name in ("sparsity", "zeros_topk", "zeros_threshold", "largest_gap")]
         table.add_row(site, str(found["layers"]), *shares, str(found["experts_without_rows"]))
     console.print(table)
     losses = f"{summary['loss_topk']:.4f} with exact top-K, {summary['loss_threshold']:.4f} with thresholds"
-    console.print(f"loss              {losses}, nats a token")
-    console.print(f"calibrated on     {summary['rows']} training rows")
+    console.print(f"loss              {losses}, nats per token")
+    console.print(f"calibrated on     {summary['rows']} training sequences")
     console.print(f"plan              {summary['output']}", soft_wrap=True)
     console.print(f"to use it         {shlex.join(summary['settings'])}", soft_wrap=True)

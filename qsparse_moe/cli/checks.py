@@ -1,4 +1,4 @@
-"""What ``doctor`` looks at. Nothing here fails where something is missing: that is a finding."""
+"""The checks of ``doctor``. A missing package or device is a finding, never an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qsparse_moe.moe.backends.megablocks_package import INSTALL, has_extension
 if TYPE_CHECKING:
     import torch
 
-# The lower bounds of pyproject.toml (a test compares), for what every run imports.
+# The lower bounds of pyproject.toml (a test compares them) of the packages that every run imports.
 NEEDED_PACKAGES = {
     "torch": "2.10",
     "deepspeed": "0.19.8",
@@ -37,7 +37,7 @@ _COMPILERS = ("c++", "g++", "clang++")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing of this machine: whether it runs, whether every run needs it, and what was found or how to get it."""
+    """One finding: whether it works, whether every run needs it, and its version or how to install it."""
 
     group: str
     name: str
@@ -47,7 +47,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Everything, group by group."""
+    """Return all findings, group by group."""
     findings = [_python(), *_needed_packages(), _compiler()]
     if all(finding.runs for finding in findings if finding.name in {"torch", "einops", "numpy"}):
         findings += [*_machine(), *_backends()]
@@ -86,18 +86,18 @@ def _machine() -> Iterator[Finding]:
 
     from qsparse_moe.training.distributed.ranks import num_cores
 
-    detail = f"{platform.machine()}, {num_cores()} cores, torch uses {torch.get_num_threads()} threads a process"
+    detail = f"{platform.machine()}, {num_cores()} cores, torch uses {torch.get_num_threads()} threads per process"
     yield Finding("machine", "CPU", True, False, detail)
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         yield Finding("machine", "CUDA", True, False, f"CUDA {torch.version.cuda}: {', '.join(names)}")
     else:
-        build = f"built for CUDA {torch.version.cuda}, and sees no device" if torch.version.cuda else "a CPU build"
+        build = f"built for CUDA {torch.version.cuda}, but finds no device" if torch.version.cuda else "a CPU build"
         yield Finding("machine", "CUDA", False, False, f"torch {torch.__version__} is {build}")
 
 
 def _backends() -> Iterator[Finding]:
-    """Each way to run the experts and the selection, on each kind of device that is here, for the default model."""
+    """Check each implementation of experts and selection on each kind of device present, for the default model."""
     import torch
 
     from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS
@@ -123,13 +123,15 @@ def _on_device(name: str, device: torch.device, reason: str | None) -> Finding:
 
 def _gpu_libraries() -> Iterator[Finding]:
     yield _module("triton", 'not installed; pip install "qsparse-moe[gpu]" on a machine with a GPU')
-    yield _module("megablocks", f"not installed; {INSTALL} installs it around the torch that is there")
+    yield _module("megablocks", f"not installed; {INSTALL} installs it for the installed torch")
     yield _module("stk", f"not installed; megablocks imports it: {INSTALL}", package="stanford-stk")
-    stand_in = f"not installed; PyTorch stands in for it. {INSTALL} compiles it where CUDA is older than 13"
+    stand_in = f"not installed; PyTorch is used instead. {INSTALL} compiles it for CUDA older than 13"
     detail = "MegaBlocks' CUDA extension" if has_extension() else f"MegaBlocks' CUDA extension is {stand_in}"
     yield Finding("GPU libraries", "megablocks_ops", has_extension(), False, detail)
-    in_its_place = "not installed; torch's grouped product multiplies in its place"
-    yield _module("grouped_gemm", f"{in_its_place}. GROUPED_GEMM=1 {INSTALL} compiles it where there is an NVIDIA GPU")
+    in_its_place = "not installed; torch's grouped_mm is used instead"
+    yield _module(
+        "grouped_gemm", f"{in_its_place}. GROUPED_GEMM=1 {INSTALL} compiles it on a machine with an NVIDIA GPU"
+    )
 
 
 def _module(name: str, missing: str, *, package: str | None = None) -> Finding:
@@ -146,7 +148,7 @@ def _extras() -> Iterator[Finding]:
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed package, None where it is not installed."""
+    """Return the version of a package, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -154,5 +156,5 @@ def installed_version(package: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """``2.13.0+cpu`` as (2, 13, 0)."""
+    """Return (2, 13, 0) for ``2.13.0+cpu``."""
     return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])

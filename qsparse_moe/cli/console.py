@@ -1,4 +1,4 @@
-"""What every verb prints with: messages and logs on standard error from rank 0, results on standard output."""
+"""Output of every verb: messages and logs on standard error from rank 0, results on standard output."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rich.console import Console
 
 from qsparse_moe.errors import naming
 
-# Wide enough for the tables where the output is a file or a pipe, whose width nobody knows.
+# Wide enough for the tables if the output is a file or a pipe, which has no width.
 _WIDTH_WITHOUT_TERMINAL = 120
-# The launcher ends every rank once one has ended, and looks once a second: rank 0 must have spoken by then.
+# The launcher polls once per second and kills every rank once one has ended: rank 0 must have printed by then.
 _PATIENCE_SECONDS = 3.0
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for all ranks of its launcher."""
+    """Return whether this process prints for all ranks of its launcher."""
     text = os.environ.get("RANK", "0")
-    # What is no number is said by whoever has it: no rank could speak for all.
+    # With a RANK that is not a number, every process reports it: none can print for all.
     return not text.isdecimal() or int(text) == 0
 
 
 def complain(message: str) -> None:
-    """Say on standard error, once over all ranks, why the verb cannot go on."""
+    """Print on standard error, once over all ranks, why the verb cannot continue."""
     if is_rank_zero():
         print(f"error: {message}", file=sys.stderr, flush=True)
     else:
@@ -37,12 +37,12 @@ def complain(message: str) -> None:
 
 
 def print_json(content: dict[str, Any]) -> None:
-    """The one JSON object of a verb with ``--json``; what is infinite or no number becomes null."""
+    """Print the JSON object of a verb with ``--json``; infinite values and NaN become null."""
     print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a verb's result into ``file``, and make the folder that it is in."""
+    """Write a verb's result to ``file``, and create its folder."""
     with naming(file):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(content, indent=1) + "\n")
@@ -57,15 +57,15 @@ def _finite(value: Any) -> Any:
 
 
 def result_console() -> Console:
-    """Where results go: standard output."""
+    """Return the console for results: standard output."""
     return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False)
 
 
 def start_logging() -> None:
-    """Send this package's log to standard error: everything from rank 0, errors from the others."""
+    """Send the log of this package to standard error: everything from rank 0, errors from the others."""
     logger = logging.getLogger("qsparse_moe")
     logger.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
-    # Whichever rank comes first tokenises or compiles, and it alone has something to say about that.
+    # Whichever rank comes first tokenises or compiles, so only this rank has progress to log.
     for name in (
         "qsparse_moe.data.table",
         "qsparse_moe.kernels.native",
@@ -77,7 +77,7 @@ def start_logging() -> None:
 
 
 class _StandardError(logging.Handler):
-    """Writes to what ``sys.stderr`` is at that moment: a progress bar puts itself there to keep lines above it."""
+    """Writes to the current ``sys.stderr``: a progress bar replaces it to keep log lines above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr, flush=True)

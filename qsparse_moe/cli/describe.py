@@ -1,4 +1,4 @@
-"""``qsparse-moe describe``: the size, the work and the sparsity of a model, counted from its settings alone."""
+"""``qsparse-moe describe``: count the parameters, FLOPs, bytes, and memory of a model from its settings alone."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def describe(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings such as model.sparsity.default=0.5.", show_default=False)
     ] = None,
-    ranks: Annotated[int, typer.Option(help="Ranks over which training's state is spread.", min=1)] = 1,
+    ranks: Annotated[int, typer.Option(help="Number of ranks over which the training state is sharded.", min=1)] = 1,
     measure: Annotated[
-        int, typer.Option(help="Of a run: validation rows on which its checkpoint's routing and masks are measured.")
+        int, typer.Option(help="For a run: number of validation sequences on which to measure routing and masks.")
     ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Count a model's parameters, operations, bytes and memory. With routing alone and with Q-Sparse; nothing is built.
+    """Count a model's parameters, FLOPs, bytes, and memory, with routing alone and with Q-Sparse; nothing is built.
 
-    For a run folder the zeros of its last logged step stand beside those that the settings ask for, and with --measure
-    the weights that real tokens need beside the formula for independent ones.
+    For a run folder, the tables also show the zeros measured in its last logged step, and with --measure the weights
+    that real tokens need, compared with the formula for independent tokens.
     """
     folder = find_run(path) if path.is_dir() else None
     config = load_config(path if folder is None else folder / CONFIG_FILE, overrides or ())
@@ -57,8 +57,8 @@ def describe(
     rows = read_metrics(folder / "metrics.jsonl") if folder is not None and not overrides else []
     if measure and (folder is None or overrides):
         raise ConfigError(
-            f"--measure ({measure}) needs a run folder as it is, with a checkpoint; got {path} with "
-            f"{len(overrides or ())} settings. Name a folder that qsparse-moe train made, without settings"
+            f"--measure ({measure}) needs a run folder with a checkpoint and no other settings; got {path} with "
+            f"{len(overrides or ())} settings. Name a folder made by qsparse-moe train, without settings"
         )
     description = describe_run(config, rows[-1] if rows else None, ranks=ranks)
     problem = untrained_router(config.model)
@@ -70,7 +70,7 @@ def describe(
 
 
 def _with_vocabulary(config: RunConfig) -> RunConfig:
-    """The size of the vocabulary needs the tokenizer where it is not set and not that of bytes."""
+    """Return ``config`` with its vocabulary size, read from the tokenizer unless it is set or known."""
     if config.model.vocab_size is not None or config.data.tokenizer == "bytes":
         return config
     from qsparse_moe.data.tokenizer import with_vocabulary
@@ -79,7 +79,7 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
 
 
 def _measure(folder: Path, num_rows: int) -> list[dict[str, Any]]:
-    """Shares of the experts' weights that steps of B real tokens read, and those of independent tokens like them."""
+    """Return the fractions of the experts' weights read by B real tokens and by B independent tokens."""
     from qsparse_moe.data.token_data import load_data
     from qsparse_moe.model.unions import measured_unions
     from qsparse_moe.training.evaluate import load_run
@@ -112,7 +112,7 @@ def _print_tables(description: dict[str, Any]) -> None:
     )
     for table in (*tables, *([_union_table(description)] if "measured_unions" in description else [])):
         console.print(table)
-    steps = f"{description['tokens_per_step']:,} tokens a step, {description['tokens']:,} in the run"
+    steps = f"{description['tokens_per_step']:,} tokens per step, {description['tokens']:,} in the run"
     console.print(steps)
     for warning in description["warnings"]:
         console.print(f"warning: {warning}", soft_wrap=True, highlight=False, markup=False)
@@ -133,14 +133,14 @@ def _measured_column(description: dict[str, Any]) -> list[str]:
 
 def _parameter_table(description: dict[str, Any]) -> Table:
     table = _table(
-        "Parameters", "part", "stored", "active by routing", "and kept by Q-Sparse", *_measured_column(description)
+        "Parameters", "part", "stored", "active by routing", "active with Q-Sparse", *_measured_column(description)
     )
     measured = description["measured"]
     for part, counted in description["parameters_by_part"].items():
         table.add_row(part, *_counts(counted, measured and measured["parameters_by_part"][part]))
     table.add_section()
     table.add_row("all", *_counts(description["parameters"], measured and measured["parameters"]))
-    table.add_row("with the whole embedding", *_counts(description["parameters_with_embedding"], None))
+    table.add_row("with the full embedding", *_counts(description["parameters_with_embedding"], None))
     return table
 
 
@@ -153,17 +153,17 @@ def _flops_table(description: dict[str, Any]) -> Table:
     forward, training = description["forward_flops_per_token"], description["training_flops_per_token"]
     measured = description["measured"]
     table = _table(
-        f"Operations of a token, {forward['context']} tokens of context",
+        f"FLOPs per token, {forward['context']} tokens of context",
         "",
         "forward",
         "forward and backward",
         *(f"forward, {column}" for column in _measured_column(description)),
     )
     rows = {
-        "routed": "with routing: what dense kernels execute",
-        "kept": "and Q-Sparse: what is left if every zero is skipped",
-        "attention_scores": "of these, attention scores",
-        "selection": "of these, the selection (at least)",
+        "routed": "with routing, as dense kernels execute",
+        "kept": "with Q-Sparse, if every zero is skipped",
+        "attention_scores": "attention scores, included above",
+        "selection": "selection, included above (at least)",
     }
     for name, label in rows.items():
         extra = [measured["forward_flops_per_token"][name]] if measured else []
@@ -172,21 +172,21 @@ def _flops_table(description: dict[str, Any]) -> Table:
 
 
 def _flops_by_site_table(description: dict[str, Any]) -> Table:
-    table = _table("Forward operations of a token by site", "matrices behind", "routed", "kept", "selection")
+    table = _table("Forward FLOPs per token by site", "matrices behind", "routed", "with Q-Sparse", "selection")
     for name, flops in description["forward_flops_by_site"].items():
         table.add_row(name, *(f"{flops[kind]:,.0f}" for kind in ("routed", "kept", "selection")))
     return table
 
 
 def _traffic_table(description: dict[str, Any]) -> Table:
-    """The union over B independent tokens, as bars: routed and kept, as shares of all weights."""
+    """Return the table of the union over B independent tokens, as bars that show fractions of all weights."""
     chosen = description["measured"] or description
     zeros = f", with the zeros of step {description['measured']['step']}" if description["measured"] else ""
-    table = _table(f"Weights read by a step of B independent tokens{zeros}", "B")
-    table.caption, table.caption_justify = "░ by routing   █ kept by Q-Sparse too", "left"
-    table.add_column("share of all weights", min_width=_BAR)
+    table = _table(f"Weights read per step of B independent tokens{zeros}", "B")
+    table.caption, table.caption_justify = "░ by routing   █ with Q-Sparse", "left"
+    table.add_column("fraction of all weights", min_width=_BAR)
     table.add_column("routed", justify="right")
-    table.add_column("kept", justify="right")
+    table.add_column("with Q-Sparse", justify="right")
     for point in chosen["bytes_read"]:
         routed, kept = (point[name] / point["stored"] for name in ("routed", "kept"))
         filled, outlined = round(_BAR * kept), round(_BAR * routed)
@@ -196,9 +196,9 @@ def _traffic_table(description: dict[str, Any]) -> Table:
 
 
 def _union_table(description: dict[str, Any]) -> Table:
-    table = _table("Routed experts' weights that a step of B real tokens reads", "B", *_UNION_COLUMNS.values())
+    table = _table("Weights of the routed experts read per step of B real tokens", "B", *_UNION_COLUMNS.values())
     table.caption, table.caption_justify = (
-        "in brackets: B tokens that choose independently, each like one of these",
+        "in brackets: B independent tokens with the same frequencies",
         "left",
     )
     for point in description["measured_unions"]:
@@ -210,26 +210,26 @@ def _union_table(description: dict[str, Any]) -> Table:
 
 def _memory_table(description: dict[str, Any]) -> Table:
     memory = description["memory"]
-    title = f"Training's state on one of {memory['ranks']} ranks"
+    title = f"Training state on one of {memory['ranks']} ranks"
     table = _table(title, "ZeRO stage", "weights", "gradients", "optimizer", "all")
     for stage, parts in memory["training_state_by_zero_stage"].items():
         table.add_row(stage, *(_size(parts[name]) for name in ("weights", "gradients", "optimizer", "total")))
     activations = memory["activations"]
     table.caption = (
-        f"activations of one micro-batch on top: {_size(activations['kept'])} kept for the backward"
+        f"plus the activations of one micro-batch: {_size(activations['kept'])} saved for the backward pass"
         f"{_recomputed(activations['recomputed'])}; "
-        f"key-value cache: {_size(memory['kv_cache_bytes_per_token'])} a token"
+        f"key-value cache: {_size(memory['kv_cache_bytes_per_token'])} per token"
     )
     table.caption_justify = "left"
     return table
 
 
 def _recomputed(num_bytes: float) -> str:
-    return f", {_size(num_bytes)} more while a layer is computed again" if num_bytes else ""
+    return f", {_size(num_bytes)} more while a layer is recomputed" if num_bytes else ""
 
 
 def _size(num_bytes: float) -> str:
-    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    """Format bytes in the decimal unit that leaves one to three digits before the point."""
     unit = 0
     while num_bytes >= 1000 and unit < len(_UNITS) - 1:
         num_bytes, unit = num_bytes / 1000, unit + 1

@@ -1,4 +1,4 @@
-"""``qsparse-moe doctor``: what runs on this machine, what does not, and why."""
+"""``qsparse-moe doctor``: report what runs on this machine, what does not, and why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def register(app: typer.Typer) -> None:
 
 
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Say what runs on this machine. Ends with 1 where something is missing that every run needs."""
+    """Report what runs on this machine. The exit code is 1 if something is missing that every run needs."""
     findings = examine()
     missing = [finding for finding in findings if finding.needed and not finding.runs]
     if json:
@@ -44,6 +44,6 @@ def _print_tables(findings: Sequence[Finding], missing: Sequence[Finding]) -> No
         table.add_row(f"  {finding.name}", _MARKS[finding.runs], finding.detail)
     console.print(table)
     if missing:
-        console.print(f"\nNot ready: {', '.join(finding.name for finding in missing)} must be there for every run.")
+        console.print(f"\nNot ready: {', '.join(finding.name for finding in missing)} missing, and every run needs it.")
     else:
-        console.print("\nReady: train, evaluate and generate run here.")
+        console.print("\nReady: train, evaluate, and generate run on this machine.")

@@ -1,4 +1,4 @@
-"""``qsparse-moe evaluate``: how a run's newest checkpoint does on validation rows."""
+"""``qsparse-moe evaluate``: evaluate a run's newest checkpoint on validation sequences."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def register(app: typer.Typer) -> None:
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     rows: Annotated[
-        int | None, typer.Option(help="Validation rows; without it training.evaluation_rows.", min=1)
+        int | None, typer.Option(help="Number of validation sequences; default: training.evaluation_rows.", min=1)
     ] = None,
-    sparsity: Annotated[float | None, typer.Option(help="S at every place, in place of the run's.")] = None,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan in place of the run's.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="S at every site, in place of the run's.")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan file, in place of the run's S.")] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="File or glob (.jsonl, .parquet, else text) in place of the validation rows; may be repeated.",
+            help="File or glob (.jsonl, .parquet, else text) in place of the validation data; can be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -51,16 +51,18 @@ def evaluate(
             "ternary."
         ),
     ] = "auto",
-    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint. Alone, or on the ranks of the deepspeed launcher."""
+    """Evaluate a run's newest checkpoint. Runs on one process or under the deepspeed launcher."""
     run_dir = find_run(run)
     files = tuple(data or ())
     if files and rows is not None:
-        raise ConfigError(f"--rows ({rows}) counts validation rows, and --data takes all text of its files; keep one")
+        raise ConfigError(
+            f"--rows ({rows}) limits the validation data, but --data reads all text of its files; keep one of them"
+        )
     if weights != "auto" and engine != "inference":
-        raise ConfigError(f"--weights ({weights}) is what generation keeps weights in; add --engine inference")
+        raise ConfigError(f"--weights ({weights}) applies to generation only; add --engine inference")
     plan = asked_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
     from qsparse_moe.training.evaluate import evaluate_run
 
@@ -76,23 +78,23 @@ def evaluate(
 
 
 def asked_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None) -> SparsityPlan | None:
-    """Return the S that was asked for in place of the run's, None where it is the run's. Needs no torch.
+    """Return the plan given in place of the run's, or None to use the run's. Needs no torch.
 
     Raises:
-        ConfigError: it is asked for in two ways, is no fraction, is of another model, or has no effect on this run.
+        ConfigError: S is given in two ways, is outside [0, 1), is for another model, or has no effect on this run.
     """
     if sparsity is not None and plan_file is not None:
-        raise ConfigError("--sparsity and --plan both say which S to evaluate under; keep one of them")
+        raise ConfigError("--sparsity and --plan both give the S to evaluate with; keep one of them")
     if sparsity is not None and not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"--sparsity ({sparsity}) must lie in [0, 1): it is the fraction zeroed")
+        raise ConfigError(f"--sparsity ({sparsity}) must be in [0, 1): it is the fraction of features set to zero")
     if sparsity is None and plan_file is None:
         return None
     config = load_run_config(run_dir).model
     if config.sparsity.selection == "relu":
         way = "--plan" if sparsity is None else "--sparsity"
         raise ConfigError(
-            f"{way} changes nothing on {run_dir}: model.sparsity.selection is relu, which keeps what is positive "
-            "whatever S is; leave it out"
+            f"{way} changes nothing on {run_dir}: model.sparsity.selection is relu, which selects the positive "
+            "features whatever S is; leave the option out"
         )
     if plan_file is not None:
         plan = SparsityPlan.load(plan_file)
@@ -102,7 +104,7 @@ def asked_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None)
     if config.sparsity.selection == "threshold":
         raise ConfigError(
             f"--sparsity ({sparsity}) needs thresholds, because model.sparsity.selection is threshold in {run_dir}; "
-            "make a plan with qsparse-moe calibrate --sparsity, and give it as --plan"
+            "make a plan with qsparse-moe calibrate --sparsity, and name it with --plan"
         )
     return SparsityPlan.uniform(config, sparsity)
 
@@ -110,11 +112,13 @@ def asked_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None)
 def _print_figures(evaluation: Evaluation, files: Sequence[str]) -> None:
     console = result_console()
     where = f"all text of {', '.join(files)}, {evaluation.rows}" if files else f"{evaluation.rows} validation"
-    console.print(f"after step {evaluation.step}, on {where} rows", soft_wrap=True)
+    console.print(f"after step {evaluation.step}, on {where} sequences", soft_wrap=True)
     console.print(f"mean S            {evaluation.sparsity:.4f}")
-    console.print(f"loss              {evaluation.loss:.4f} nats a token")
+    console.print(f"loss              {evaluation.loss:.4f} nats per token")
     console.print(f"perplexity        {evaluation.perplexity:.3f}")
-    console.print(f"bits a byte       {evaluation.bits_per_byte:.4f}")
+    console.print(f"bits per byte     {evaluation.bits_per_byte:.4f}")
     if evaluation.unigram_bits_per_byte is not None:
         ratio = evaluation.bits_per_byte / evaluation.unigram_bits_per_byte
-        console.print(f"unigram model's   {evaluation.unigram_bits_per_byte:.4f}, of which this is {ratio:.3f}")
+        console.print(
+            f"unigram model     {evaluation.unigram_bits_per_byte:.4f}; the model has {ratio:.3f} times as many bits"
+        )

@@ -1,4 +1,4 @@
-"""``qsparse-moe export``: a run's weights as one state dict that other programs open."""
+"""``qsparse-moe export``: write a run's weights as one state dict that other programs can read."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def register(app: typer.Typer) -> None:
 
 def export(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
+    output: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
     format: Annotated[
         Literal["state-dict"], typer.Option(help="state-dict: safetensors under this package's own names.")
     ] = "state-dict",
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")] = "fp32",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write the newest checkpoint's weights, whatever layout trained them, and the config that builds their model."""
+    """Write the weights of the newest checkpoint, for any number of ranks and ZeRO stage, and the configuration."""
     run_dir = find_run(run)
     from qsparse_moe.interop.state_dict import export_run
 

@@ -1,4 +1,4 @@
-"""``qsparse-moe fit-law``: laws of the loss fitted to results files, how sure they are, and the S they call best."""
+"""``qsparse-moe fit-law``: fit laws of the loss to results files, with intervals and the best S of each law."""
 
 from __future__ import annotations
 
@@ -27,37 +27,51 @@ def register(app: typer.Typer) -> None:
 
 def fit_law(
     results: Annotated[
-        list[Path], typer.Argument(help="Files of ablate, or folders with a results.jsonl.", show_default=False)
+        list[Path],
+        typer.Argument(help="Results files of ablate, or folders that contain a results.jsonl.", show_default=False),
     ],
     form: Annotated[
         list[str] | None,
-        typer.Option(help="A form to fit, once for each; left out: all that the runs can tell.", show_default=False),
+        typer.Option(
+            help="Form to fit; can be repeated. Default: all forms that the runs determine.", show_default=False
+        ),
     ] = None,
     unit: Annotated[
         Literal["nats", "bits", "bits-per-byte"],
-        typer.Option(help="Of the loss: nats or bits a token, or bits a byte."),
+        typer.Option(help="Unit of the loss: nats per token, bits per token, or bits per byte."),
     ] = "nats",
     points: Annotated[
-        Literal["all", "last"], typer.Option(help="Every evaluation of a run, or its last alone.")
+        Literal["all", "last"], typer.Option(help="Use every evaluation of a run, or only the last one.")
     ] = "all",
-    min_tokens: Annotated[int, typer.Option(help="Leave out evaluations before so many tokens.", min=0)] = 0,
-    bootstrap: Annotated[int, typer.Option(help="Resamples of the runs behind an interval.", min=20)] = 200,
-    level: Annotated[float, typer.Option(help="Share of the resamples in an interval.", min=0.5, max=0.999)] = 0.95,
+    min_tokens: Annotated[int, typer.Option(help="Ignore evaluations before this number of tokens.", min=0)] = 0,
+    bootstrap: Annotated[
+        int, typer.Option(help="Number of bootstrap samples of the runs for the intervals.", min=20)
+    ] = 200,
+    level: Annotated[
+        float, typer.Option(help="Fraction of the bootstrap samples inside an interval.", min=0.5, max=0.999)
+    ] = 0.95,
     tolerance: Annotated[
-        float, typer.Option(help="Of the reducible loss: how far S may be from the best.", min=0.0001, max=1.0)
+        float,
+        typer.Option(
+            help="Relative increase of the reducible loss that still counts as close to the best S.",
+            min=0.0001,
+            max=1.0,
+        ),
     ] = 0.01,
     kept_parameters: Annotated[
         float | None,
-        typer.Option(help="Parameters kept a token, at which S is sought; left out: the runs' mean.", min=1.0),
+        typer.Option(
+            help="Active parameters per token at which to find the best S; default: the mean of the runs.", min=1.0
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the resamples.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap samples.", min=0)] = 0,
     output: Annotated[
         Path | None, typer.Option(help="Folder for law.json and the figures.", show_default=False)
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace what the folder holds of a law.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier law in the folder.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Fit laws of the loss in size, experts, sparsity and tokens to the results of runs."""
+    """Fit laws of the loss in model size, experts, sparsity, and tokens to the results of runs."""
     if output is not None:
         check_folder(output, force=force)
     from qsparse_moe.ablation.law.read import read_runs
@@ -73,18 +87,18 @@ def fit_law(
 
 
 def check_folder(output: Path, *, force: bool) -> None:
-    """Raise ConfigError unless a law may be written into the folder ``output``; nothing is made."""
+    """Raise ConfigError unless a law can be written to the folder ``output``; nothing is created."""
     if output.exists() and not output.is_dir():
         raise ConfigError(f"--output ({output}) is a file; name a folder")
     if (output / _FILE).exists() and not force:
-        raise ConfigError(f"--output ({output}) holds a {_FILE}; name another folder, or add --force")
+        raise ConfigError(f"--output ({output}) contains a {_FILE}; name another folder, or add --force")
     above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not os.access(above, os.W_OK):
-        raise ConfigError(f"--output ({output}) stands in a folder that this user may not write; name another")
+        raise ConfigError(f"--output ({output}) is in a folder without write permission; name another folder")
 
 
 def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:
-    """Write the figures and then ``law.json`` into ``output``; the names of the figures."""
+    """Write the figures and then ``law.json`` to ``output``; return the names of the figures."""
     from qsparse_moe.ablation.law.figures import draw
     from qsparse_moe.runs.folder import write_atomically
 
@@ -99,21 +113,23 @@ def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:
 
 def _print_report(form: str, resamples: int) -> None:
     if sys.stderr.isatty():
-        print(f"\r{form}: {resamples} resamples\x1b[K", end="" if resamples else "\n", file=sys.stderr, flush=True)
+        print(
+            f"\r{form}: {resamples} bootstrap samples\x1b[K", end="" if resamples else "\n", file=sys.stderr, flush=True
+        )
     elif not resamples:
         print(f"fitting {form}", file=sys.stderr, flush=True)
 
 
 def print_summary(summary: dict[str, Any], output: Path | None) -> None:
-    """The tables: forms, constants, S*."""
+    """Print the tables of forms, constants, and S*."""
     console = result_console()
     ranges = summary["ranges"]
     console.print(
-        f"{summary['points']} points of {summary['runs']} runs ({summary['configurations']} configurations); "
+        f"{summary['points']} evaluations of {summary['runs']} runs ({summary['configurations']} configurations); "
         f"{summary['left_out']} unfinished runs left out. Loss in {summary['unit']}.\n"
-        f"N {_range(ranges['total'], ',.0f')}, kept {_range(ranges['kept'], ',.0f')}, A/E "
+        f"N {_range(ranges['total'], ',.0f')}, active {_range(ranges['kept'], ',.0f')}, A/E "
         f"{_range(ranges['expert_share'], '.3g')}, S {_range(ranges['sparsity'], '.2f')}, D "
-        f"{_range(ranges['tokens'], ',.0f')} tokens. N and kept without embedding and head."
+        f"{_range(ranges['tokens'], ',.0f')} tokens. N and active without embedding and head."
     )
     spread = summary["seed_spread"]
     noise = "no configuration has two seeds" if spread is None else f"seeds of one configuration differ by {spread:.2%}"
@@ -123,13 +139,13 @@ def print_summary(summary: dict[str, Any], output: Path | None) -> None:
         console.print(f"\n{name}: {found['formula']}\n{found['source']}", soft_wrap=True)
         console.print(_constants_table(found, summary))
     if any(found["optima"] for found in summary["forms"].values()):
-        console.print(f"\nS* at {summary['kept_parameters']:,.0f} kept parameters a token")
+        console.print(f"\nS* at {summary['kept_parameters']:,.0f} active parameters per token")
         console.print(_optimum_table(summary))
         console.print(
-            "S* is where the reducible loss is least (0 and 0.95 are the edges of the search); within: S whose "
-            "reducible loss is that close to the least; loses beyond: from there on worse than dense; at edge: "
-            "resamples whose S* is an edge; !: beyond every S of the runs. The interval of the printed law is that of "
-            "its rounding."
+            "S* is the S with the smallest reducible loss (searched from 0 to 0.95); within: the S whose reducible "
+            "loss is this close to the smallest; loses beyond: the S from which on the dense model is better; at edge: "
+            "bootstrap samples whose S* is 0 or 0.95; !: above every S of the runs. The interval of the printed law "
+            "comes from the rounding of its constants."
         )
         console.print(f"warning: {summary['printed']['warning']}")
     for name, reason in summary["not_fitted"].items():
@@ -153,7 +169,7 @@ def _constants_table(found: dict[str, Any], summary: dict[str, Any]) -> Table:
     table = Table()
     columns = ["constant", "value", f"{summary['level']:.0%} interval"]
     if found["printed_unit"]:
-        columns.append(f"its paper prints ({found['printed_unit']})")
+        columns.append(f"in its paper ({found['printed_unit']})")
     for column in columns:
         table.add_column(column, justify="left" if column == "constant" else "right")
     for constant, of in found["constants"].items():
@@ -197,7 +213,7 @@ def _optimum_table(summary: dict[str, Any]) -> Table:
 
 
 def _beyond(sparsity: float, summary: dict[str, Any]) -> str:
-    """No run says what is beyond the largest S of all: such an S* has a mark."""
+    """Return the mark of an S* above the largest S of the runs, where the law extrapolates."""
     return " !" if sparsity > summary["ranges"]["sparsity"][1] else ""
 
 

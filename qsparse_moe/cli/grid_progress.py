@@ -1,4 +1,4 @@
-"""How a grid gets on: a bar over its runs with the best so far on a terminal, a line for every run elsewhere."""
+"""Progress of a grid: on a terminal a bar with the best run so far, otherwise one line per run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class GridProgress:
-    """Give it to ``run_grid`` as ``tell``, inside ``with``; several threads may call it."""
+    """A context manager to pass to ``run_grid`` as ``notify``; several threads may call it."""
 
     def __init__(self, num_runs: int) -> None:
         self._done, self._num_runs = 0, num_runs
@@ -34,12 +34,12 @@ class GridProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def __call__(self, outcome: RunResult) -> None:
-        """Show one run that has ended."""
+    def __call__(self, result: RunResult) -> None:
+        """Show the result of one run."""
         with self._lock:
             self._done += 1
-            self._best = _better(self._best, outcome)
-            line = f"{outcome.id}  {_ending(outcome)}"
+            self._best = _better(self._best, result)
+            line = f"{result.id}  {_ending(result)}"
             best = f"best {self._best.id} {_bits(self._best)}" if self._best else ""
             if self._bar is not None:
                 self._bar.console.print(line, markup=False, highlight=False)
@@ -49,18 +49,18 @@ class GridProgress:
                 print(f"{self._done}/{self._num_runs}  {line}{shown}", file=sys.stderr, flush=True)
 
 
-def _better(best: RunResult | None, outcome: RunResult) -> RunResult | None:
-    if outcome.bits_per_byte is None:
+def _better(best: RunResult | None, result: RunResult) -> RunResult | None:
+    if result.bits_per_byte is None:
         return best
-    return outcome if best is None or outcome.bits_per_byte < (best.bits_per_byte or 0.0) else best
+    return result if best is None or result.bits_per_byte < (best.bits_per_byte or 0.0) else best
 
 
-def _ending(outcome: RunResult) -> str:
-    return outcome.error or _bits(outcome)
+def _ending(result: RunResult) -> str:
+    return result.error or _bits(result)
 
 
-def _bits(outcome: RunResult) -> str:
-    return "no validation" if outcome.bits_per_byte is None else f"{outcome.bits_per_byte:.4f} bits a byte"
+def _bits(result: RunResult) -> str:
+    return "no validation" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte"
 
 
 def _make_bar(num_runs: int) -> Progress:

@@ -1,4 +1,4 @@
-"""The listener that shows how a training run gets on: a bar on a terminal, a line for every report elsewhere."""
+"""Progress of a training run: a bar on a terminal, otherwise one line per report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class TrainingProgress:
-    """Give it to ``train`` among the listeners, inside ``with``: an error must not leave a bar on the screen."""
+    """A listener for ``train``, and a context manager so that an error leaves no bar on the screen."""
 
     def __init__(self, num_steps: int) -> None:
         self.last: StepReport | None = None
@@ -32,7 +32,7 @@ class TrainingProgress:
             self._bar.stop()
 
     def begin(self, context: RunContext) -> None:
-        """Start the bar where the run starts."""
+        """Start the bar at the first step of this part of the run."""
         if self._bar is not None:
             self._bar.add_task("training", total=self._num_steps, completed=context.start_step, figures="")
             self._bar.start()
@@ -47,7 +47,7 @@ class TrainingProgress:
 
 
 def figures(report: StepReport) -> str:
-    """The numbers of a report that one looks at while it runs."""
+    """Return the numbers of a report that the progress line shows."""
     text = f"loss {report.losses['loss']:.4f}  {report.tokens_per_second:,.0f} tokens/s"
     if report.validation is not None:
         text += f"  validation {report.validation['bits_per_byte']:.4f} bits/byte"

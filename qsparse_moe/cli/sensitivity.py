@@ -1,4 +1,4 @@
-"""``qsparse-moe sensitivity``: what the loss would change by if the S of one layer, site and expert were another."""
+"""``qsparse-moe sensitivity``: measure how the loss changes with the S of one layer, site, and expert."""
 
 from __future__ import annotations
 
@@ -30,20 +30,24 @@ def register(app: typer.Typer) -> None:
 def sensitivity(
     run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
     values: Annotated[
-        str, typer.Option(help="S that every cell takes in turn, with commas between.")
+        str, typer.Option(help="Values of S to try in each cell, separated by commas.")
     ] = "0,0.25,0.5,0.6,0.7,0.8,0.9",
-    at: Annotated[float | None, typer.Option(help="S everywhere else, in place of the run's.")] = None,
+    at: Annotated[float | None, typer.Option(help="S of the other cells, in place of the run's.")] = None,
     estimate_only: Annotated[
-        bool, typer.Option("--estimate-only", help="Evaluate no cell by itself: one forward and a few backward passes.")
+        bool,
+        typer.Option(
+            "--estimate-only",
+            help="Only estimate: one forward and a few backward passes instead of one evaluation per cell.",
+        ),
     ] = False,
     rows: Annotated[
-        int | None, typer.Option(help="Validation rows; without it training.evaluation_rows.", min=1)
+        int | None, typer.Option(help="Number of validation sequences; default: training.evaluation_rows.", min=1)
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder of the report; left out: RUN/sensitivity.")] = None,
-    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs.")] = "cpu",
+    output: Annotated[Path | None, typer.Option(help="Folder for the report; default: RUN/sensitivity.")] = None,
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find which layers, sites and experts bear more sparsity. Writes JSON, CSV, a report and heat maps."""
+    """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, a report, and heat maps."""
     run_dir = find_run(run)
     asked = parse_values(values)
     check_sparsity("--at", at)
@@ -73,28 +77,28 @@ def sensitivity(
 
 
 def parse_values(text: str) -> tuple[float, ...]:
-    """The S of ``--values``, ascending, each once.
+    """Return the values of ``--values`` in ascending order, each once.
 
     Raises:
-        ConfigError: one is no number in [0, 1).
+        ConfigError: one is not a number in [0, 1).
     """
     try:
         values = sorted({float(part) for part in text.split(",")})
     except ValueError:
         values = [-1.0]
     if not all(0.0 <= value < 1.0 for value in values):
-        raise ConfigError(f"--values ({text}) must be numbers in [0, 1) with commas between, such as 0,0.5,0.75")
+        raise ConfigError(f"--values ({text}) must be numbers in [0, 1) separated by commas, such as 0,0.5,0.75")
     return tuple(values)
 
 
 def check_sparsity(option: str, value: float | None) -> None:
-    """Raise ConfigError unless ``value`` is left out or an S."""
+    """Raise ConfigError unless ``value`` is None or in [0, 1)."""
     if value is not None and not 0.0 <= value < 1.0:
-        raise ConfigError(f"{option} ({value}) must lie in [0, 1): it is the fraction zeroed")
+        raise ConfigError(f"{option} ({value}) must be in [0, 1): it is the fraction of features set to zero")
 
 
 def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, tensorboard: Path) -> None:
-    """Write ``sensitivity.json``, ``sensitivity.csv``, ``report.md`` and the figures into ``folder``."""
+    """Write ``sensitivity.json``, ``sensitivity.csv``, ``report.md``, and the figures to ``folder``."""
     import json
 
     from qsparse_moe.ablation.sensitivity.figures import write_figures, write_images
@@ -132,15 +136,16 @@ def _print_summary(found: Sensitivity, folder: Path) -> None:
             f"{found.exact_seconds:.1f} s, {found.times_cheaper:.0f} times as long"
         )
     head = ("cell", "S", "estimate", "exact")
-    console.print(rich_table("Cells that cost most, nats a token", head, costliest_rows(found)))
+    console.print(rich_table("Cells with the largest change of the loss, nats per token", head, costliest_rows(found)))
     console.print(
-        f"loss              {found.loss:.4f} nats a token, {found.num_sequences} rows of {found.documents} documents"
+        f"loss              {found.loss:.4f} nats per token, on {found.num_sequences} sequences of {found.documents} "
+        "documents"
     )
     console.print(f"written to        {folder}", soft_wrap=True)
 
 
 def rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """A table for people: the first column to the left, the others to the right."""
+    """Return a table with the first column aligned left and the others aligned right."""
     table = Table(title=title, title_justify="left")
     for place, column in enumerate(head):
         table.add_column(column, justify="right" if place else "left")

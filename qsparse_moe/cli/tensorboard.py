@@ -1,4 +1,4 @@
-"""``qsparse-moe tensorboard``: open the run folders in TensorBoard."""
+"""``qsparse-moe tensorboard``: open run folders in TensorBoard."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import typer
 from qsparse_moe.errors import DataError
 
 _DEFAULT = [Path("runs")]
-# As many as a run has: by itself TensorBoard draws 10 images and 1000 points of a curve at random. 0, which is said to
-# keep all, shows none: the pages of 2.21 ask the reader for so many as are kept, and take 0 for none.
+# More than a run has: by default TensorBoard samples 10 images and 1000 points of a curve at random. 0 should mean all,
+# but the pages of version 2.21 then request 0 samples and show none.
 _SAMPLES = "scalars=100000,images=1000,histograms=1000,text=100"
 
 
@@ -25,24 +25,26 @@ def register(app: typer.Typer) -> None:
 
 
 def tensorboard(
-    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders of them.")] = _DEFAULT,
-    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 6006,
-    host: Annotated[str, typer.Option(help="Address to serve on; localhost is seen from here only.")] = "localhost",
-    reload_interval: Annotated[int, typer.Option(help="Seconds between looks for new data.", min=1)] = 10,
+    folders: Annotated[list[Path], typer.Argument(help="Run folders, or folders that contain them.")] = _DEFAULT,
+    port: Annotated[int, typer.Option(help="Port to serve on; 0: any free port.", min=0, max=65535)] = 6006,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; localhost is reachable from this machine only.")
+    ] = "localhost",
+    reload_interval: Annotated[int, typer.Option(help="Seconds between checks for new data.", min=1)] = 10,
 ) -> None:
-    """Open the metrics of runs in TensorBoard, several folders side by side. Serves a page until Ctrl-C."""
+    """Open the metrics of one or several folders in TensorBoard. Serves the page until Ctrl-C."""
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(_logdir(folders))]
     command += ["--host", host, "--port", str(port)]
     command += ["--reload_interval", str(reload_interval), "--samples_per_plugin", _SAMPLES]
-    # In place of this process: a signal to it reaches the server, which says the page's address in one line.
+    # Replace this process, so that a signal to it reaches the server, which prints the address of the page.
     os.execv(command[0], command)
 
 
 def _logdir(folders: Sequence[Path]) -> Path:
-    """A folder of runs itself, where new ones are found; of all else a new folder of links with short names.
+    """Return a single folder of runs itself, so that new runs appear; else a new folder of links with short names.
 
     TensorBoard's own --logdir_spec would call the runs "NAME/." and read them with its slow reader. The links stay in
-    the system's temporary folder: TensorBoard takes the place of this process, so nobody is left to remove them.
+    the system's temporary folder: TensorBoard replaces this process, so no code is left to remove them.
     """
     for folder in folders:
         _check(folder)
@@ -59,11 +61,11 @@ def _logdir(folders: Sequence[Path]) -> Path:
 
 def _check(folder: Path) -> None:
     if not folder.is_dir():
-        raise DataError(f"{folder} does not exist; name a run folder or the folder that holds them")
+        raise DataError(f"{folder} does not exist; name a run folder or a folder that contains run folders")
     if next(folder.rglob("*.tfevents.*"), None) is None:
         raise DataError(
-            f"{folder} holds no metrics for TensorBoard; name a run folder or the folder that holds them, and run with "
-            "metrics.tensorboard=true"
+            f"{folder} contains no metrics for TensorBoard; name a run folder or a folder of run folders, and train "
+            "with metrics.tensorboard=true"
         )
 
 
@@ -71,11 +73,11 @@ def _check_apart(folders: Sequence[Path]) -> None:
     for outer in folders:
         for inner in folders:
             if outer in inner.parents:
-                raise DataError(f"{inner} lies in {outer}, and its runs would be shown twice; leave one of them out")
+                raise DataError(f"{inner} is inside {outer}, so its runs would be shown twice; leave one of them out")
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:
-    """A name for each folder: as few of its last parts as tell all of them apart."""
+    """Return a unique name for each folder: the smallest number of its last parts that distinguishes all of them."""
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-length:]).lstrip("/") for folder in folders]
         if len(set(names)) == len(names):
@@ -88,5 +90,5 @@ def _is_run(folder: Path) -> bool:
 
 
 def _events(folder: Path) -> Path:
-    """Of a run, the folder below it in which only event files lie: the run's name then ends with its own."""
+    """Return the folder to link: for a run its subfolder of event files, so that TensorBoard shows the run's name."""
     return folder / "tensorboard" if _is_run(folder) else folder

@@ -1,4 +1,4 @@
-"""``qsparse-moe train``: one run, from its YAML file to its run folder."""
+"""``qsparse-moe train``: train one run from its YAML file."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def train(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object.")] = False,
 ) -> None:
-    """Train a model. Alone, or as one rank of the deepspeed launcher."""
+    """Train a model. Runs on one process or under the deepspeed launcher."""
     run = load_config(config, overrides or ())
     check_world_size(run, launcher_world_size())
-    if is_rank_zero():  # for all: another rank might look when the folder has just been made
+    if is_rank_zero():  # on one rank only: another might check after this one has created the folder
         if not check_run_folder(run):
             check_trainable(run)
         check_steps(run)
@@ -52,7 +52,7 @@ def train(
 
 
 def summarize(result: TrainingResult, last: StepReport | None) -> dict[str, Any]:
-    """How a run ended, in the form of ``--json``; ``last`` is its last report, None where it had none left to do."""
+    """Return the summary of a run in the form of ``--json``; ``last`` is None if no step was left to do."""
     return {
         "run_dir": str(result.run_dir),
         "step": result.step,
@@ -69,7 +69,7 @@ def _print_summary(summary: dict[str, Any]) -> None:
     console = result_console()
     console.print(f"{summary['step']} steps, {summary['tokens']:,} tokens, {summary['seconds']:.1f} s of training")
     if summary["loss"] is not None:
-        console.print(f"loss of the last step        {summary['loss']:.4f} nats a token")
+        console.print(f"loss of the last step        {summary['loss']:.4f} nats per token")
     if summary["validation"] is not None:
-        console.print(f"validation                   {summary['validation']['bits_per_byte']:.4f} bits a byte")
+        console.print(f"validation                   {summary['validation']['bits_per_byte']:.4f} bits per byte")
     console.print(f"run folder                   {summary['run_dir']}", soft_wrap=True)

@@ -1,6 +1,6 @@
-"""The settings as a tree of names: what exists, what each one takes, which name is nearest.
+"""The settings as a tree of names: which settings exist, their valid values, and the nearest name.
 
-Read from the schema's own JSON schema, so that an error, the table of settings and the editor's help say the same.
+Everything is read from the JSON schema, so that errors, the table of settings, and the editor's help agree.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from qsparse_moe.config.section import SMALLEST_GUARD
 Node = dict[str, Any]
 Path = tuple[str | int, ...]
 
-# A pattern is exact and unreadable; every one in the schema has its words here (a test compares).
+# Messages describe a regular expression in words; a test checks that every pattern of the schema is listed here.
 PATTERN_WORDS = {
     "^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, '.', '_' and '-', beginning with a letter or digit",
 }
@@ -28,25 +28,25 @@ _BOOLEAN_WORDS = {"yes": True, "on": True, "y": True, "no": False, "off": False,
 
 @cache
 def run_schema() -> Node:
-    """The JSON schema of a run file."""
+    """Return the JSON schema of a run file."""
     return RunConfig.model_json_schema()
 
 
 def resolve(node: Node) -> Node:
-    """``node`` with its reference to a section followed."""
+    """Return ``node``, or the section that it refers to."""
     reference = node.get("$ref")
     sections: dict[str, Node] = run_schema()["$defs"]
     return sections[reference.rsplit("/", 1)[1]] if reference else node
 
 
 def section_fields(node: Node) -> dict[str, Node] | None:
-    """The settings of a section by name; None where ``node`` is no section."""
+    """Return the settings of a section by name; None if ``node`` is not a section."""
     fields: dict[str, Node] | None = resolve(node).get("properties")
     return fields
 
 
 def item_node(node: Node) -> Node | None:
-    """What an item of a list setting takes; None where ``node`` takes no list."""
+    """Return the schema of the items of a list; None if ``node`` is not a list."""
     for option in node.get("anyOf", [node]):
         if option.get("type") == "array":
             items: Node = option["items"]
@@ -55,7 +55,7 @@ def item_node(node: Node) -> Node | None:
 
 
 def child(node: Node, part: str | int) -> Node | None:
-    """The setting ``part`` of a section, or the item at an index of a list; None where there is no such thing."""
+    """Return the setting ``part`` of a section, or the item of a list at this index; None if it does not exist."""
     fields = section_fields(node)
     if fields is not None:
         return fields.get(str(part))
@@ -63,19 +63,19 @@ def child(node: Node, part: str | int) -> Node | None:
 
 
 def takes_text(node: Node) -> bool:
-    """Whether a setting takes any text and neither numbers nor true or false, so that 4711 can only be a name."""
+    """Return whether a setting takes any text, but no numbers and no booleans, so that 4711 can only be a name."""
     options = node.get("anyOf", [node])
     types = {option.get("type") for option in options if "enum" not in option}
     return "string" in types and not types & {"integer", "number", "boolean"}
 
 
 def takes_null(node: Node) -> bool:
-    """Whether a setting may be null."""
+    """Return whether a setting may be null."""
     return any(option.get("type") == "null" for option in node.get("anyOf", [node]))
 
 
 def walk(path: Sequence[str | int]) -> tuple[Path, Node]:
-    """Follow ``path`` as far as settings exist: the part that does, and its node."""
+    """Follow ``path`` as far as it exists; return this part of it and its schema."""
     node: Node = run_schema()
     for depth, part in enumerate(path):
         following = child(node, part)
@@ -86,7 +86,7 @@ def walk(path: Sequence[str | int]) -> tuple[Path, Node]:
 
 
 def value_of(config: RunConfig, path: str) -> Any:
-    """The value of a whole setting that exists, by its dotted path, as it would stand in a run file."""
+    """Return the value of a setting by its dotted path, in the form that a run file has."""
     value: Any = config.model_dump(mode="json")
     for part in path.split("."):
         value = value[part]
@@ -94,7 +94,7 @@ def value_of(config: RunConfig, path: str) -> Any:
 
 
 def all_settings() -> Iterator[tuple[str, Node]]:
-    """Every setting that holds a value, with its dotted path; ``N`` stands for the index of a list's item."""
+    """Yield the dotted path and the schema of every setting; ``N`` is the index of a list item."""
     yield from _settings_below((), run_schema())
 
 
@@ -111,10 +111,9 @@ def _settings_below(path: Path, node: Node) -> Iterator[tuple[str, Node]]:
 
 
 def takes(node: Node, *, guards: bool = False) -> str:
-    """What a setting accepts, in words: ``a whole number of at least 1 or null``.
+    """Return the valid values of a setting in words: ``a whole number of at least 1 or null``.
 
-    A largest value that no run comes near, which only keeps the arithmetic of the rules small, is left out without
-    ``guards``.
+    Upper limits that only guard the arithmetic of the rules are included only with ``guards``.
     """
     if "anyOf" in node:
         return " or ".join(takes(option, guards=guards) for option in node["anyOf"])
@@ -147,7 +146,7 @@ def _bounds(node: Node, guards: bool) -> str:
 
 
 def _count(value: float) -> str:
-    """Return the number as text; a power of ten or two with many digits, or one less, as a power."""
+    """Return the number as text: large powers of 10, powers of 2, and powers of 2 minus 1 as powers."""
     if value < SMALLEST_GUARD:
         return str(value)
     number = int(value)
@@ -157,7 +156,7 @@ def _count(value: float) -> str:
 
 
 def wrong_value(path: Path, node: Node, value: Any) -> Problem:
-    """The problem of a value that its setting does not take."""
+    """Return the problem of an invalid value."""
     way_out = _way_out(node, value)
     is_large = isinstance(value, (int, float)) and value >= SMALLEST_GUARD
     message = f"{dotted(path)} ({show(value)}) must be {takes(node, guards=is_large)}" + (
@@ -167,8 +166,8 @@ def wrong_value(path: Path, node: Node, value: Any) -> Problem:
 
 
 def missing_value(path: Path, node: Node) -> Problem:
-    """The problem of a setting that has no default and was not given."""
-    return Problem(f"{dotted(path)} is missing; give it {takes(node)}", (dotted(path),))
+    """Return the problem of a required setting that was not given."""
+    return Problem(f"{dotted(path)} is required; set it to {takes(node)}", (dotted(path),))
 
 
 def _way_out(node: Node, value: Any) -> str:
@@ -184,10 +183,10 @@ def _way_out(node: Node, value: Any) -> str:
         return f"write {int(value)}"
     if types & {"integer", "number"} and isinstance(value, str) and _is_number(value):
         if not math.isfinite(float(value)):
-            return "it is beyond the largest number, about 1.8e308"
+            return "it is larger than the largest number, about 1.8e308"
         return f"write {value} without quotes"
     if "string" in types and not choices and isinstance(value, (bool, int, float)):
-        return "put it in quotes as it stands in the file, so that it is text"
+        return "write it in quotes in the file, so that it is text"
     default = node.get("default", {})
     return (
         ""
@@ -205,7 +204,7 @@ def _is_number(text: str) -> bool:
 
 
 def unknown_setting(path: Path) -> Problem:
-    """The problem of a path that names nothing: the nearest name, else what exists there."""
+    """Return the problem of an unknown setting, with the nearest names, or else with all names of its section."""
     known, node = walk(path)
     named = path[: len(known) + 1]
     if dotted(named) in REMOVED:
@@ -225,7 +224,7 @@ def unknown_setting(path: Path) -> Problem:
 
 
 def _elsewhere(name: str, cutoff: float) -> list[str]:
-    """Settings of any section whose name is at least ``cutoff`` like ``name`` (1: the same): at most two."""
+    """Return at most two settings of any section whose name is similar to ``name``, by ``cutoff`` (1: identical)."""
     by_name: dict[str, list[str]] = {}
     for path, _ in all_settings():
         by_name.setdefault(path.rsplit(".", 1)[-1], []).append(path)

@@ -1,4 +1,4 @@
-"""The JSON schema of a run file, for editors: ``python -m qsparse_moe.config.json_schema configs/schema.json``."""
+"""Generate the JSON schema for editors: ``python -m qsparse_moe.config.json_schema configs/schema.json``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _USAGE = "usage: python -m qsparse_moe.config.json_schema FILE"
 
 
 def schema_text() -> str:
-    """The schema as it stands in ``configs/schema.json``."""
+    """Return the text of ``configs/schema.json``."""
     schema = _for_files(copy.deepcopy(run_schema()))
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "A run of qsparse_moe"}
     return json.dumps(schema, indent=2, ensure_ascii=False) + "\n"
 
 
 def _for_files(node: Any) -> Any:
-    """``node`` as the loader reads files: a section may be empty. Titles that repeat the name go, line breaks too."""
+    """Return ``node`` for files, where a section may be empty; without line breaks and redundant titles."""
     if isinstance(node, list):
         return [_for_files(item) for item in node]
     if not isinstance(node, dict):
@@ -33,7 +33,7 @@ def _for_files(node: Any) -> Any:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the schema to the one file named; for the command line."""
+    """Write the schema to the file named on the command line."""
     if len(arguments) != 1:
         sys.exit(_USAGE)
     Path(arguments[0]).write_text(schema_text(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Settings in few words, for legends, tables and the names of runs. Imports no torch."""
+"""Short labels of settings for legends, tables, and the names of runs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LETTERS = {
     "model.moe.expert_hidden_size": "F",
     "model.sparsity.default": "S",
 }
-"""Settings that have a letter in the field; they are shown as ``E=8``."""
+"""Settings with an established letter; their labels have the form ``E=8``."""
 OVERRIDES = "model.sparsity.overrides"
 _MOST_CHARACTERS = 48
 
@@ -35,7 +35,7 @@ def setting_label(path: str, value: Any) -> str:
 
 
 def override_label(override: Mapping[str, Any]) -> str:
-    """Return one entry of ``model.sparsity.overrides`` in words, or the part of it that is given."""
+    """Return one entry of ``model.sparsity.overrides`` in words; parts that are not given are left out."""
     words = place_label(override.get("layers"), override.get("site"), override.get("experts"))
     if override.get("sparsity") is not None:
         words = f"{words} S={_text(override['sparsity'])}".lstrip()
@@ -43,13 +43,13 @@ def override_label(override: Mapping[str, Any]) -> str:
 
 
 def place_label(layers: Any = None, site: Any = None, experts: Any = None) -> str:
-    """Return ``layer 3 experts 0-1 expert_hidden``; what is None, and so means all of them, is left out."""
+    """Return a label such as ``layer 3 experts 0-1 expert_hidden``; None means all and is left out."""
     words = [_selected("layer", layers), _selected("expert", experts), None if site is None else str(site)]
     return " ".join(word for word in words if word)
 
 
 def ranges_text(numbers: Sequence[int]) -> str:
-    """Return ``0-2,5`` for 0, 1, 2 and 5."""
+    """Return ``0-2,5`` for 0, 1, 2, and 5."""
     found: list[list[int]] = []
     for number in sorted(set(numbers)):
         if found and number == found[-1][1] + 1:
@@ -60,7 +60,7 @@ def ranges_text(numbers: Sequence[int]) -> str:
 
 
 def name_of(label: str) -> str:
-    """Return ``label`` as a part of a run's name: letters, digits and ``._-`` only."""
+    """Return ``label`` as part of a run's name: letters, digits, and ``._-`` only."""
     text = label.replace("; ", "_").replace("=", "").replace(",", ".").replace(" ", "-")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
 

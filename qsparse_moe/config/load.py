@@ -1,4 +1,4 @@
-"""A YAML file and overrides to a RunConfig, and back. Every broken rule is reported, all together; imports no torch."""
+"""Load a RunConfig from YAML and overrides, and write it. All problems are reported at once; imports no torch."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from qsparse_moe.errors import ConfigError
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the YAML file ``path`` describes, after the ``overrides`` (``training.steps=50``), frozen.
+    """Return the configuration in the YAML file ``path``, changed by ``overrides`` such as ``training.steps=50``.
 
     Raises:
-        ConfigError: the file cannot be read, or a setting is unknown, of the wrong type or breaks a rule; every problem
-            has its line with the full path, the value, the rule and the way out.
+        ConfigError: the file cannot be read, or a setting is unknown, has the wrong type, or breaks a rule; each
+            problem has a line with the full path, the value, the rule, and a way out.
     """
     where = os.fspath(path)
     settings, problems = parse_yaml(_read_text(Path(path)), where)
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
-        raise ConfigError(f"{where} ({show(settings)}) must hold settings by name, such as training: {{steps: 50}}")
+        raise ConfigError(f"{where} ({show(settings)}) must contain settings by name, such as training: {{steps: 50}}")
     # Before the overrides: only an old file may still contain a removed setting, a command line may not.
     problems += drop_removed(settings)
     problems += apply_overrides(settings, overrides)
@@ -53,7 +53,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def config_to_yaml(config: RunConfig) -> str:
-    """Every setting of ``config`` as YAML text; ``load_config`` reads it back equal."""
+    """Return all settings of ``config`` as YAML text, from which ``load_config`` restores an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))
 
 
@@ -71,7 +71,7 @@ def _read_text(path: Path) -> str:
 
 
 def _nearby(folder: Path, name: str) -> str:
-    """What the folder, or a folder ``configs`` in it, offers instead: the nearest names first."""
+    """Return a hint with the nearest YAML files in the folder or in its subfolder ``configs``."""
     found = [path for pattern in ("[!.]*.yaml", "configs/*.yaml") for path in sorted(folder.glob(pattern))]
     if not found:
         return ""
@@ -81,7 +81,7 @@ def _nearby(folder: Path, name: str) -> str:
 
 
 def _tidy(value: Any, node: Node) -> Any:
-    """``value`` with text keys and, where a section is empty (``data:`` with nothing below), a section of defaults."""
+    """Return ``value`` with text keys, and an empty mapping for an empty section (``data:`` with nothing below)."""
     fields = section_fields(node)
     if fields is None:
         return value
@@ -93,7 +93,7 @@ def _tidy(value: Any, node: Node) -> Any:
 
 
 def _build(settings: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
-    """The config, where the settings alone are right; with it or without it, every broken rule that can be known."""
+    """Return the configuration if each setting is valid by itself, and every broken rule that can be determined."""
     try:
         config = RunConfig.model_validate(settings)
         return config, broken_rules(config)
@@ -104,7 +104,7 @@ def _build(settings: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         rest = RunConfig.model_validate(_without(settings, broken))
     except ValidationError:
         return None, problems
-    # A rule that joins a broken setting would judge the default that stands in for it.
+    # A rule that involves an invalid setting would check the default in its place.
     problems += [rule for rule in broken_rules(rest) if not any(_overlap(a, b) for a in rule.paths for b in broken)]
     return None, problems
 
@@ -118,9 +118,9 @@ def _translate(errors: Iterable[ErrorDetails], settings: dict[str, Any]) -> list
         elif error["type"] == "missing":
             by_path[path] = missing_value(path, node)
         else:
-            # A union reports each of its options, below the setting: it is named once, as a whole.
+            # A union reports each of its options below the setting: the setting is named once, as a whole.
             by_path[path] = wrong_value(path, node, _value_at(settings, path))
-    # A list is reported too short when its only item is wrong: the item says it better.
+    # A list whose only item is invalid is also reported as too short: the message of the item is the useful one.
     return [problem for path, problem in by_path.items() if not any(_inside(other, path) for other in by_path)]
 
 
@@ -139,7 +139,7 @@ def _overlap(one: str, other: str) -> bool:
 
 
 def _without(settings: dict[str, Any], broken: set[str]) -> dict[str, Any]:
-    """``settings`` less every broken one; a list with a broken item goes as a whole."""
+    """Return ``settings`` without the invalid ones; a list with an invalid item is removed as a whole."""
     kept: dict[str, Any] = {}
     for name, value in settings.items():
         if name in broken:

@@ -1,9 +1,9 @@
-"""Rules inside the model section: heads, and where Q-Sparse selects; those of the experts stand in ``moe_rules.py``.
+"""Rules of the model section: attention heads and Q-Sparse; the rules of the experts are in ``moe_rules.py``.
 
-Letters: D width, H heads, C channels a head, G group, S sparsity.
+Letters: D width, H heads, C channels per head, G group, S sparsity.
 
-Block selection keeps ``max(1, round((1 - S) * G))`` features of every group, the same rounding as everywhere; an S that
-would round to none of a group is refused, because the one that is then kept is not what was asked.
+Block selection selects ``max(1, round((1 - S) * G))`` features of every group, the same rounding as everywhere. An S
+that would round to no feature is refused, because the one that is then selected contradicts S.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def _heads(config: ModelConfig) -> Iterator[Problem]:
     if config.head_size is not None:
         if config.head_size % 2:
             yield Problem(
-                f"model.head_size ({config.head_size}) must be even, because the rotary embedding turns pairs of "
-                f"channels; {config.head_size + 1} is",
+                f"model.head_size ({config.head_size}) must be even, because the rotary embedding rotates pairs of "
+                f"channels; {config.head_size + 1} is even",
                 ("model.head_size",),
             )
     elif width % heads or width // heads % 2:
@@ -94,7 +94,7 @@ def _overrides(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _override_messages(config: ModelConfig, override: SparsityOverride, path: str) -> Iterator[str]:
-    """What is wrong with one override; whether it matches anything is asked once its parts are right."""
+    """Yield the problems of one override; that it matches something is checked only if its parts are valid."""
     messages = []
     for name, count in (("layers", config.num_layers), ("experts", config.moe.num_experts)):
         selector = getattr(override, name)
@@ -104,8 +104,8 @@ def _override_messages(config: ModelConfig, override: SparsityOverride, path: st
             messages.append(f"{path}.{name} ({show(selector)}) {error}")
     if override.experts is not None and override.site not in (None, *EXPERT_SITES):
         messages.append(
-            f"{path}.experts ({show(override.experts)}) selects single experts, which {path}.site ({override.site}) "
-            f"does not have; remove experts, or choose {' or '.join(sorted(EXPERT_SITES))}"
+            f"{path}.experts ({show(override.experts)}) selects single experts, but {path}.site ({override.site}) "
+            f"has none; remove experts, or choose {' or '.join(sorted(EXPERT_SITES))}"
         )
     yield from messages or _no_match(config, override, path)
 
@@ -122,7 +122,7 @@ def _no_match(config: ModelConfig, override: SparsityOverride, path: str) -> Ite
 
 
 def _representatives(config: ModelConfig) -> list[int]:
-    """The first layer of each make: dense, with experts."""
+    """Return the first layer of each type: dense, and with experts."""
     first_of: dict[tuple[Site, ...], int] = {}
     for layer in range(config.num_layers):
         first_of.setdefault(layer_sites(config, layer), layer)
@@ -160,8 +160,8 @@ def _blend(config: ModelConfig) -> Iterator[Problem]:
                 )
     elif blend.start != blend.end and not blend.ramp_steps:
         yield Problem(
-            f"{path}.ramp_steps (0) must be at least 1 when model.sparsity.gradient is blend, to get from {path}.start "
-            f"({blend.start}) to {path}.end ({blend.end}); set it, or set the two alike",
+            f"{path}.ramp_steps (0) must be at least 1 when model.sparsity.gradient is blend, to change from "
+            f"{path}.start ({blend.start}) to {path}.end ({blend.end}); set it, or set both to the same value",
             (f"{path}.ramp_steps", f"{path}.start", f"{path}.end", "model.sparsity.gradient"),
         )
 
@@ -172,15 +172,15 @@ def _plan_file(config: ModelConfig) -> Iterator[Problem]:
         return
     if not Path(plan).is_file():
         yield Problem(
-            f"{path} ({plan}) must name a file that exists, written by SparsityPlan.save; mend the path, which counts "
-            "from the working directory, or remove the setting",
+            f"{path} ({plan}) must name a file that exists, written by SparsityPlan.save; correct the path, which is "
+            "relative to the working directory, or remove the setting",
             (path,),
         )
     preset = [("model.sparsity.preset", config.sparsity.preset)] if config.sparsity.preset else []
     for other, value in (*preset, *_given_sparsities(config)):
         yield Problem(
-            f"{other} ({show(value)}) must be unset beside {path} ({plan}), which holds S for every place; remove the "
-            "one or the other",
+            f"{other} ({show(value)}) must be unset if {path} ({plan}) is set, because the plan gives S for every "
+            "site; remove one of them",
             (path, other),
         )
 
@@ -199,7 +199,7 @@ def _thresholds(config: ModelConfig) -> Iterator[Problem]:
 
 _NO_RAMP = {
     "threshold": "a threshold is calibrated for one S",
-    "relu": "it keeps what is positive whatever S is",
+    "relu": "it selects the positive features whatever S is",
 }
 
 
@@ -237,9 +237,9 @@ def _groups_keep_one(config: ModelConfig) -> Iterator[Problem]:
     for path, sparsity in (*(("model.sparsity.preset", value) for value in set(preset)), *_given_sparsities(config)):
         if round((1 - sparsity) * group) < 1:
             yield Problem(
-                f"{path} ({sparsity}) keeps {(1 - sparsity) * group:.3g} of a group's {group} features "
-                f"(model.sparsity.group_size), and at least 1 must be kept; use at most {1 - 1 / group:.6g} or larger "
-                "groups",
+                f"{path} ({sparsity}) selects {(1 - sparsity) * group:.3g} of the {group} features of a group "
+                f"(model.sparsity.group_size), and it must select at least 1; use at most {1 - 1 / group:.6g}, or "
+                "larger groups",
                 (path, "model.sparsity.group_size"),
             )
 
@@ -255,7 +255,7 @@ def _given_sparsities(config: ModelConfig) -> Iterator[tuple[str, float]]:
 
 
 def sparse_sites(config: ModelConfig) -> tuple[Site, ...]:
-    """The sites of the model at which S is above 0 in some layer or expert."""
+    """Return the sites of the model at which S is above 0 in some layer or expert."""
     return tuple(site for site in model_sites(config) if any(_site_sparsities(config, site)))
 
 
@@ -270,13 +270,13 @@ def _site_sparsities(config: ModelConfig, site: Site) -> set[float]:
 
 
 def divisors(number: int) -> list[int]:
-    """Every divisor of ``number``, rising."""
+    """Return every divisor of ``number`` in ascending order."""
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 
 
 def nearest(value: int, fitting: Iterable[int]) -> str:
-    """The one or two of ``fitting`` next to ``value``, as the end of a sentence about what must divide."""
+    """Return the end of a sentence that names the one or two of ``fitting`` closest to ``value``."""
     near = sorted(sorted(fitting, key=lambda number: abs(number - value))[:2])
     if len(near) == 1:
         return f"the only one that does is {near[0]}"

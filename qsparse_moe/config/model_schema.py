@@ -56,7 +56,7 @@ class MoEConfig(Section):
     router: Literal[
         "softmax_topk", "softmax_topk_renormalized", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalized"
     ] = "softmax_topk_renormalized"
-    """How the weights of a token's A experts are computed. softmax_topk: the softmax over all experts, without
+    """Computation of the weights of a token's A experts. softmax_topk: the softmax over all experts, without
     renormalization; softmax_topk_renormalized: the same, divided by the sum of the A weights; topk_softmax: a softmax
     over the A largest logits; sigmoid_topk and sigmoid_topk_renormalized: the sigmoid of each logit, without and with
     renormalization (DeepSeek-V3 uses the latter)."""
@@ -120,7 +120,7 @@ class MoEConfig(Section):
 
 
 class SitesConfig(Section):
-    """S by site; null takes model.sparsity.default."""
+    """S by site; null: model.sparsity.default."""
 
     attention_input: Sparsity | None = None
     """Input of the query, key, and value projections."""
@@ -154,7 +154,7 @@ class SparsityOverride(Section):
 
 
 class ScheduleConfig(Section):
-    """How S grows to its target over the steps."""
+    """Schedule of S over the steps of the run."""
 
     shape: Literal["constant", "linear", "cubic", "cosine"] = "constant"
     """constant: the target from the end of the warm-up on; the other shapes rise from 0 to the target within
@@ -166,7 +166,7 @@ class ScheduleConfig(Section):
 
 
 class BlendConfig(Section):
-    """How the share of the straight-through gradient moves over the steps, when gradient is blend."""
+    """Schedule of the share of the straight-through gradient if gradient is blend."""
 
     start: Fraction = 1.0
     """Initial share of the straight-through gradient; 1 is ste, 0 is masked."""
@@ -205,8 +205,8 @@ class QuantizationConfig(Section):
     """Rounded activations and weights: the values are those of the format, the gradient passes straight through."""
 
     activations: ActivationFormat | None = None
-    """Number format at every site. int8 scales each row by its largest magnitude, int4 by its mean magnitude; features
-    are selected by the row before rounding. null: the format of the preset, or none."""
+    """Number format at every site. int8 scales each token by its largest magnitude, int4 by its mean magnitude;
+    features are selected before rounding. null: the format of the preset, or none."""
     sites: QuantizationSitesConfig = QuantizationSitesConfig()
     """Number format per site."""
     weights: Literal["none", "ternary"] = "none"
@@ -215,7 +215,7 @@ class QuantizationConfig(Section):
 
 
 class SparsityConfig(Section):
-    """Q-Sparse: what fraction of the features in front of each weight matrix is zeroed, and how."""
+    """Q-Sparse: the fraction of the features in front of each weight matrix that is set to zero, and the method."""
 
     preset: Literal["paper", "a4.8", "dense"] | None = None
     """paper: S = 0.3 at every site (Q-Sparse); a4.8: int4 at the inputs, int8 with S = 0.5 at attention_output, int8 at
@@ -233,16 +233,16 @@ class SparsityConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     """S over the steps of the run."""
     selection: Literal["topk", "block", "threshold", "statistical", "relu"] = "topk"
-    """Which features are kept. topk: the K largest magnitudes of a row; block: the largest magnitudes of every
-    contiguous group of group_size features; threshold: all magnitudes above a calibrated threshold, which the plan
-    contains; statistical: all magnitudes above mean + z * standard deviation of the row, where z is the normal quantile
-    at S. The last two keep 1 - S on average only. relu: all positive features where S is above 0, the baseline of the
-    paper, used with gradient masked."""
+    """Rule by which the features of a token are selected. topk: the K largest magnitudes; block: the largest magnitudes
+    of every contiguous group of group_size features; threshold: all magnitudes above a calibrated threshold, which the
+    plan contains; statistical: all magnitudes above mean + z * standard deviation of the token's features, where z is
+    the normal quantile at S. The last two select 1 - S on average only. relu: all positive features at sites where S is
+    above 0, the baseline of the paper, used with gradient masked."""
     group_size: Width = 32
     """G, the number of features per group if selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
     """Applied after the selection. none: nothing; unit: divide by the L2 norm of the selected features; preserve:
-    restore the L2 norm of the row."""
+    restore the L2 norm before the selection."""
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
     """Implementation of the selection. torch: stock PyTorch; native: C++ compiled at first use, CPU only; triton: GPU
     kernels; auto: the fastest that is available."""
@@ -263,9 +263,8 @@ class ModelConfig(Section):
 
     # Token ids are stored in 32 bits.
     vocab_size: Annotated[int, Field(ge=1, le=2**31 - 1)] | None = None
-    """Rows of the embedding, at least the size of the tokenizer's vocabulary; null: that size, rounded up to a multiple
-    of 8 (264 for bytes, which need 257). Rows beyond the tokenizer's are padding: nothing evaluates or generates them.
-    """
+    """Number of token ids, at least that of the tokenizer; null: that number, rounded up to a multiple of 8 (264 for
+    bytes, which need 257). The ids beyond the tokenizer's are padding: they are never evaluated or generated."""
     hidden_size: Width = 128
     """D, the width of the model."""
     num_layers: NumLayers = 4

@@ -26,7 +26,7 @@ def _experts(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _shared_experts(config: ModelConfig) -> Iterator[Problem]:
-    """What shapes the shared experts has no meaning without any."""
+    """Settings of the shared experts have no meaning without shared experts."""
     if config.moe.num_shared_experts:
         return
     for name in ("shared_expert_hidden_size", "shared_expert_gate"):
@@ -40,13 +40,14 @@ def _shared_experts(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _layer_interval(config: ModelConfig) -> Iterator[Problem]:
-    """A model without a MoE layer is asked for by num_dense_layers alone, never by an interval that skips them all."""
+    """Only num_dense_layers may make every layer dense; an interval that skips all of them is a mistake."""
     interval, num_dense, num_layers = config.moe.moe_layer_interval, config.moe.num_dense_layers, config.num_layers
     if num_dense < num_layers and not moe_layers(config):
         yield Problem(
-            f"model.moe.moe_layer_interval ({interval}) must leave a layer with experts, and none of the "
-            f"model.num_layers ({num_layers}) beyond the first model.moe.num_dense_layers ({num_dense}) is a multiple "
-            f"of it, counted from 1; {num_layers} gives the last layer experts, and num_dense_layers={num_layers} none",
+            f"model.moe.moe_layer_interval ({interval}) must leave at least one layer with experts, but none of "
+            f"the model.num_layers ({num_layers}) after the first model.moe.num_dense_layers ({num_dense}) is a "
+            f"multiple of it, counted from 1; use {num_layers} for experts in the last layer, or "
+            f"num_dense_layers={num_layers} for none",
             ("model.moe.moe_layer_interval", "model.moe.num_dense_layers", "model.num_layers"),
         )
 

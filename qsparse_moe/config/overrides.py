@@ -1,4 +1,4 @@
-"""Settings from the command line: ``training.steps=50`` written into the tree that came from the YAML file."""
+"""Apply settings from the command line, such as ``training.steps=50``, to the tree of the YAML file."""
 
 from __future__ import annotations
 
@@ -25,16 +25,18 @@ _LONGEST_INDEX = 9
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[Problem]:
-    """Write every ``path=value`` into ``settings``, in order; the problems of those that cannot be.
+    """Write every ``path=value`` to ``settings`` in order, and return the problems of the invalid ones.
 
-    The value is YAML. A mapping given to a section is merged into it; a list replaces a list. An item of a list is
-    named by its index: ``data.sources.0.max_bytes=1000``.
+    The value is YAML. A mapping is merged into its section; a list replaces the list. An item of a list is
+    addressed by its index: ``data.sources.0.max_bytes=1000``.
     """
     problems: list[Problem] = []
     for override in overrides:
         path, equals, text = override.partition("=")
         if not equals or not path.strip():
-            problems.append(Problem(f"{show(override)} is no override; write PATH=VALUE, such as training.steps=50"))
+            problems.append(
+                Problem(f"{show(override)} is not an override; write PATH=VALUE, such as training.steps=50")
+            )
             continue
         value, duplicates = parse_yaml(text, f"the value of {path.strip()}")
         problems += duplicates
@@ -45,9 +47,9 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[
 
 
 def _as_text(path: list[str], value: Any, text: str) -> Any:
-    """Return ``value``, or what was written where its setting takes nothing but text: names such as 4711 and true.
+    """Return ``value``, or the original text if the setting takes only text, for names such as 4711 and true.
 
-    A shell takes the quotes away that would make them text in a file.
+    A shell removes the quotes that would make them text in a file.
     """
     known, node = walk(path)
     if len(known) < len(path) or not takes_text(node):
@@ -71,7 +73,7 @@ def _write(settings: dict[str, Any], path: list[str], value: Any) -> Problem | N
         elif item_node(node) is not None:
             return _no_list(path[:depth], part, holder)
         elif not isinstance(holder, dict):
-            return None  # there is a wrong value, and validation reports it
+            return None  # the invalid value is reported by the validation
         if depth == len(path) - 1:
             holder[key] = _merged(holder[key] if isinstance(holder, list) else holder.get(key), value, following)
         else:
@@ -81,7 +83,7 @@ def _write(settings: dict[str, Any], path: list[str], value: Any) -> Problem | N
 
 
 def _opened(holder: Any, key: Any, node: Node) -> Any:
-    """The section or list at ``key``, begun from its default where the file does not give it."""
+    """Return the section or list at ``key``, created from its default if the file does not contain it."""
     if isinstance(holder, list):
         return holder[key]
     if holder.get(key) is None:
@@ -99,8 +101,7 @@ def _merged(old: Any, new: Any, node: Node) -> Any:
 def _no_list(path: list[str], index: str, holder: Any) -> Problem:
     name = dotted(path)
     return Problem(
-        f"{name}.{index} cannot be set: {name} ({show(holder)}) must be a list for that; write the whole list as "
-        f"{name}=[...]",
+        f"{name}.{index} cannot be set: {name} ({show(holder)}) is not a list; write the whole list as {name}=[...]",
         (name,),
     )
 

@@ -1,4 +1,4 @@
-"""A broken rule as a sentence, and many of them as one error."""
+"""Problems of a configuration, and the error that lists all of them."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _LONGEST_VALUE = 60
 
 
 class Problem(NamedTuple):
-    """One broken rule: the sentence for the user, and the dotted paths of the settings that it joins."""
+    """One broken rule: the message for the user, and the dotted paths of the settings that it involves."""
 
     message: str
     paths: tuple[str, ...] = ()
 
 
 def dotted(parts: Sequence[str | int]) -> str:
-    """``("data", "sources", 0)`` as ``data.sources.0``."""
+    """Return ``data.sources.0`` for ``("data", "sources", 0)``."""
     return ".".join(str(part) for part in parts)
 
 
 def show(value: Any) -> str:
-    """``value`` as it could stand in the YAML file, on one line and cut to a readable length."""
+    """Return ``value`` as YAML text on one line, cut to a readable length."""
     if isinstance(value, float) and not math.isfinite(value):
         return f".{value}".replace(".-", "-.")
     text = json.dumps(value, ensure_ascii=False, default=repr)
@@ -33,7 +33,7 @@ def show(value: Any) -> str:
 
 
 def raise_if_any(problems: Sequence[Problem], where: str) -> None:
-    """Raise one ConfigError that holds every problem, each on its own line; nothing where there is none."""
+    """Raise one ConfigError that lists every problem on a line of its own; do nothing if there is none."""
     messages = list(dict.fromkeys(problem.message for problem in problems))
     if not messages:
         return

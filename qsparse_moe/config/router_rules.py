@@ -1,6 +1,6 @@
-"""Rules about the router: groups of experts, what it sees, its biases, and routing that is forced.
+"""Rules about the router: groups of experts, its input, its biases, and forced routing.
 
-E experts, A experts a token, S sparsity.
+E experts, A experts per token, S sparsity.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def _expert_groups(config: ModelConfig) -> Iterator[Problem]:
     elif moe.experts_per_token > chosen * (experts // groups) and moe.experts_per_token <= experts:
         needed = -(-moe.experts_per_token // (experts // groups))
         yield Problem(
-            f"{_CHOSEN} ({chosen}) leaves a token {chosen * (experts // groups)} of model.moe.num_experts ({experts}) "
-            f"experts in {_GROUPS} ({groups}), fewer than model.moe.experts_per_token ({moe.experts_per_token}); "
-            f"{needed} groups hold enough",
+            f"{_CHOSEN} ({chosen}) gives a token the choice of {chosen * (experts // groups)} of model.moe.num_experts "
+            f"({experts}) experts in {_GROUPS} ({groups}), fewer than model.moe.experts_per_token "
+            f"({moe.experts_per_token}); {needed} groups contain enough",
             (_CHOSEN, _GROUPS, "model.moe.experts_per_token"),
         )
     yield from _group_score(config)
@@ -51,7 +51,7 @@ def _group_score(config: ModelConfig) -> Iterator[Problem]:
             )
     elif moe.group_score == "top2_sum" and moe.num_experts == moe.num_expert_groups:
         yield Problem(
-            f"{_SCORE} (top2_sum) needs at least 2 experts a group, and {_GROUPS} ({moe.num_expert_groups}) leaves 1 "
+            f"{_SCORE} (top2_sum) needs at least 2 experts per group, and {_GROUPS} ({moe.num_expert_groups}) leaves 1 "
             f"of model.moe.num_experts ({moe.num_experts}); choose max, or form fewer groups",
             (_SCORE, _GROUPS, "model.moe.num_experts"),
         )
@@ -75,8 +75,8 @@ def _forced(config: ModelConfig) -> Iterator[Problem]:
         value = getattr(moe, name)
         if value != off:
             yield Problem(
-                f"{path} (true) leaves nothing to choose, so model.moe.{name} ({value}) must be {off}; set the one to "
-                f"{off}, or the other to false",
+                f"{path} (true) leaves the router no choice, so model.moe.{name} ({value}) must be {off}; set it to "
+                f"{off}, or set {path} to false",
                 (path, f"model.moe.{name}"),
             )
 
@@ -87,15 +87,15 @@ def _sparse_router_input(config: ModelConfig) -> Iterator[Problem]:
     start = "model.moe.router_input (sparse) needs one selection at expert_input for all experts of a layer"
     if config.sparsity.selection == "threshold":
         yield Problem(
-            f"{start}, and model.sparsity.selection (threshold) has a threshold for each; set router_input to dense, "
-            "or choose another selection",
+            f"{start}, and model.sparsity.selection (threshold) has one threshold per expert; set router_input to "
+            "dense, or choose another selection",
             ("model.moe.router_input", "model.sparsity.selection"),
         )
     for layer in range(config.num_layers):
         values = _expert_input_sparsities(config, layer)
         if len(values) > 1:
             yield Problem(
-                f"{start}, and model.sparsity.overrides give those of layer {layer} different S "
+                f"{start}, and model.sparsity.overrides give the experts of layer {layer} different S "
                 f"({show(sorted(values))}); set router_input to dense, or override all experts alike",
                 ("model.moe.router_input", "model.sparsity.overrides"),
             )
@@ -103,7 +103,7 @@ def _sparse_router_input(config: ModelConfig) -> Iterator[Problem]:
 
 
 def _expert_input_sparsities(config: ModelConfig, layer: int) -> set[float]:
-    """S at ``expert_input`` over the experts of ``layer``; what an override selects wrongly is another rule's."""
+    """Return the values of S at ``expert_input`` of ``layer``; another rule checks that the overrides are valid."""
     if "expert_input" not in layer_sites(config, layer):
         return set()
     values = [site_sparsity(config.sparsity, "expert_input")] * config.moe.num_experts
@@ -122,9 +122,10 @@ def _expert_input_sparsities(config: ModelConfig, layer: int) -> set[float]:
 
 
 def untrained_router(config: ModelConfig) -> str | None:
-    """Return why the loss would not train the router, and the way out; None where it does.
+    """Return why the loss would not train the router, with a way out; None if it does train it.
 
-    Not among the rules of a config: a run that was trained so can still be read. What begins to train checks it.
+    This is not a rule of the configuration, because a run that was trained this way must stay readable; it is checked
+    before a new run starts.
     """
     moe = config.moe
     if moe.experts_per_token > 1 or moe.num_experts == 1 or not moe_layers(config) or moe.router not in _UNNORMALISED:
@@ -142,7 +143,7 @@ _UNNORMALISED = {
     "topk_softmax": "softmax_topk",
     "sigmoid_topk_renormalized": "sigmoid_topk",
 }
-"""The routers whose weights sum to 1, and the one with the same scores that keeps their size."""
+"""Each router whose weights sum to 1, and the router with the same scores and no renormalization."""
 
 
 ROUTER_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (

@@ -1,4 +1,4 @@
-"""Rules that join several settings. Each broken one is a sentence with the settings, their values and the way out."""
+"""Rules that involve several settings. Each message names the settings, their values, the rule, and a way out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FILE_KINDS = frozenset({"text", "jsonl", "parquet"})
 
 
 def broken_rules(config: RunConfig) -> list[Problem]:
-    """Every rule that ``config`` breaks; no rule stops at another's problem."""
+    """Return the problems of ``config``; every rule is checked, whatever the others found."""
     return _broken_model_rules(config.model) + [problem for rule in _RUN_RULES for problem in rule(config)]
 
 
@@ -31,7 +31,7 @@ def check_model(config: ModelConfig) -> None:
 
 
 def check_trainable(config: RunConfig) -> None:
-    """Raise ConfigError for settings that are right to read and generate from, but that no new run should train."""
+    """Raise ConfigError for settings that are valid for reading an existing run but not for training a new one."""
     problem = untrained_router(config.model)
     if problem:
         raise ConfigError(problem)
@@ -49,7 +49,7 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
         fitting = [size for size in divisors(world_size) if config.model.moe.num_experts % size == 0]
         raise ConfigError(
             f"training.expert_parallel_size ({experts_over}) must divide the number of ranks ({world_size}); start a "
-            f"multiple of {experts_over} ranks, or another size: {nearest(experts_over, fitting)}"
+            f"multiple of {experts_over} ranks, or choose another size: {nearest(experts_over, fitting)}"
         )
     share = training.micro_batch_size * world_size
     if training.global_batch_size % share:
@@ -62,7 +62,7 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
 
 def _nearest_multiples(value: int, step: int) -> str:
     below, above = value // step * step, -(-value // step) * step
-    return f"the nearest that are: {below} and {above}" if below else f"the smallest is {above}"
+    return f"the nearest multiples are {below} and {above}" if below else f"the smallest is {above}"
 
 
 def _batch_sizes(config: RunConfig) -> Iterator[Problem]:
@@ -92,7 +92,7 @@ def _learning_rate_steps(config: RunConfig) -> Iterator[Problem]:
             f"a tenth of the steps is {max(1, training.steps // 10)}",
             paths,
         )
-    # A run without a decay may end within its warm-up: it is the beginning of a longer one.
+    # A run without a decay may end during its warm-up: it can be the beginning of a longer run.
     together = training.warmup_steps + training.decay_steps
     if training.decay_steps and together > training.steps:
         warmup = training.steps * training.warmup_steps // together
@@ -125,8 +125,8 @@ def _blend_steps(config: RunConfig) -> Iterator[Problem]:
         path = "model.sparsity.blend"
         yield Problem(
             f"{path}.hold_steps ({blend.hold_steps}) and {path}.ramp_steps ({blend.ramp_steps}) together must be at "
-            f"most training.steps ({steps}), or the gradient never reaches its end; shorten them or train for at least "
-            f"{needed} steps",
+            f"most training.steps ({steps}), or the gradient never reaches blend.end; shorten them or train for at "
+            f"least {needed} steps",
             (f"{path}.hold_steps", f"{path}.ramp_steps", "training.steps"),
         )
 
@@ -137,8 +137,8 @@ def _profiled_steps(config: RunConfig) -> Iterator[Problem]:
     if metrics.profile_steps and last > steps:
         yield Problem(
             f"metrics.profile_from ({metrics.profile_from}) and metrics.profile_steps ({metrics.profile_steps}) end "
-            f"with step {last}, which must be at most training.steps ({steps}); begin earlier, profile fewer, or train "
-            f"for at least {last} steps",
+            f"with step {last}, which must be at most training.steps ({steps}); begin earlier, profile fewer steps, or "
+            f"train for at least {last} steps",
             ("metrics.profile_from", "metrics.profile_steps", "training.steps"),
         )
 
@@ -151,8 +151,8 @@ def _hyperparameters(config: RunConfig) -> Iterator[Problem]:
             yield Problem(f"metrics.hyperparameters: {unknown_setting(parts).message}", ("metrics.hyperparameters",))
         elif section_fields(node) is not None or any(part.isdecimal() for part in parts):
             yield Problem(
-                f"metrics.hyperparameters ({path}) must name whole settings, neither a section nor an item of a list; "
-                "write out the settings that are meant, or remove it",
+                f"metrics.hyperparameters ({path}) must name settings, not a section or an item of a list; "
+                "list the settings of the section, or remove it",
                 ("metrics.hyperparameters",),
             )
 
@@ -164,13 +164,13 @@ def _expert_parallelism(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             f"{path} ({size}) must be 1 when every layer is dense (model.moe.num_dense_layers is "
             f"{moe.num_dense_layers}, model.moe.moe_layer_interval {moe.moe_layer_interval}): there are no experts to "
-            "spread",
+            "distribute; set it to 1",
             (path, "model.moe.num_dense_layers", "model.moe.moe_layer_interval", "model.num_layers"),
         )
     elif moe.num_experts % size:
         yield Problem(
-            f"{path} ({size}) must divide model.moe.num_experts ({moe.num_experts}), so that every rank holds as many "
-            f"experts; {nearest(size, divisors(moe.num_experts))}",
+            f"{path} ({size}) must divide model.moe.num_experts ({moe.num_experts}), so that every rank has the same "
+            f"number of experts; {nearest(size, divisors(moe.num_experts))}",
             (path, "model.moe.num_experts"),
         )
 
@@ -187,15 +187,15 @@ def _offload(config: RunConfig) -> Iterator[Problem]:
     yield from _nvme_path(config)
 
 
-_WHOLE_WEIGHTS = "below it every rank keeps all the weights that compute"
-_NO_FILES = "below it DeepSpeed would use host memory without a word"
+_WHOLE_WEIGHTS = "below stage 3 every rank keeps all weights on the device"
+_NO_FILES = "below stage 3 DeepSpeed would silently use host memory"
 _OFFLOAD_NEEDS = (
-    ("offload_optimizer", "cpu", 1, "ZeRO-0 steps where the weights are", "none"),
-    ("offload_optimizer", "nvme", 3, _NO_FILES, "cpu (from 1 on) or none"),
+    ("offload_optimizer", "cpu", 1, "stage 0 does not shard the optimizer state", "none"),
+    ("offload_optimizer", "nvme", 3, _NO_FILES, "cpu (stage 1 and above) or none"),
     ("offload_parameters", "cpu", 3, _WHOLE_WEIGHTS, "none"),
     ("offload_parameters", "nvme", 3, _WHOLE_WEIGHTS, "none"),
 )
-"""Setting and value, the least ZeRO stage that has it, why, and what to set otherwise."""
+"""Setting, value, the lowest ZeRO stage that supports it, the reason, and the alternative."""
 
 
 def _nvme_path(config: RunConfig) -> Iterator[Problem]:
@@ -238,7 +238,7 @@ def _vocabulary(config: RunConfig) -> Iterator[Problem]:
     if config.data.tokenizer == "bytes" and vocab_size is not None and vocab_size < BYTE_VOCABULARY:
         yield Problem(
             f"model.vocab_size ({vocab_size}) must be at least {BYTE_VOCABULARY} when data.tokenizer is bytes "
-            "(256 bytes and the document token); remove it, and it follows from the tokenizer",
+            "(256 bytes and the document token); remove it, and it is derived from the tokenizer",
             ("model.vocab_size", "data.tokenizer"),
         )
 
@@ -253,16 +253,16 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
 
 
 def _source_problems(source: SourceConfig) -> Iterator[tuple[str, str]]:
-    """The setting and what is wrong with it, for one source."""
+    """Yield each wrong setting of one source, with the message."""
     kind = source.kind
     if kind == "stdlib" and source.path is not None:
-        yield "path", "must be null when kind is stdlib, which is always this Python's library; remove it or set kind"
+        yield "path", "must be null when kind is stdlib, which reads the library of this Python; remove it or set kind"
     if kind in _FILE_KINDS and not source.path:
         yield "path", f"must name files or globs when kind is {kind}, such as texts/*.{_suffix(kind)}"
     if kind == "hub" and (not isinstance(source.path, str) or not source.path):
-        yield "path", "must be one data set's name when kind is hub, such as owner/name"
+        yield "path", "must be the name of one data set when kind is hub, such as owner/name"
     if kind == "saved" and (not isinstance(source.path, str) or not source.path):
-        yield "path", "must be one folder when kind is saved, which datasets' save_to_disk wrote"
+        yield "path", "must be one folder when kind is saved, written by save_to_disk of datasets"
     if kind != "text" and source.separator is not None:
         yield "separator", f"has no meaning when kind is {kind}; remove it"
     if kind in {"stdlib", "text"} and source.column != "text":

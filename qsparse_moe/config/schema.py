@@ -1,7 +1,7 @@
 """Every setting of a run: its type, unit, range and default. Imports no torch.
 
-The model's stand in ``model_schema.py`` and can be had from here too. The README's table of settings and
-``configs/schema.json`` are made from these classes. Rules that join several settings stand in ``rules.py``.
+The settings of the model are defined in ``model_schema.py`` and can be imported from here too. ``docs/settings.md`` and
+``configs/schema.json`` are generated from these classes. Rules that involve several settings are in ``rules.py``.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class SourceConfig(Section):
     split: str = "train"
     """Split of a hub data set, or of a saved one that has splits."""
     column: str = "text"
-    """Column that holds the document's text (jsonl, parquet, saved, hub); the others are not looked at."""
+    """Column with the text of the document (jsonl, parquet, saved, hub); other columns are not read."""
     separator: Annotated[str, Field(min_length=1)] | None = None
-    """text: where one document of a file ends and the next begins; null: a file is one document."""
+    """text: the string between two documents of a file; null: each file is one document."""
     weight: PositiveFloat = 1.0
     """Weight of this source in the mixture: its share of the tokens, relative to the other sources. If all weights are
     1, every document is used once per epoch."""
@@ -87,12 +87,12 @@ class SourceConfig(Section):
 
 
 class DataConfig(Section):
-    """Text to token rows."""
+    """The data: its sources, and how text becomes sequences of tokens."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(min_length=1, strict=False)] = (SourceConfig(),)
     """Sources of documents."""
     tokenizer: str = "bytes"
-    """bytes, or the folder or the hub's name (owner/name) of a Hugging Face tokenizer. A run keeps a copy of it."""
+    """bytes, or a Hugging Face tokenizer: a folder, or a name on the hub (owner/name). A run keeps a copy of it."""
     sequence_length: Annotated[int, Field(ge=2, le=LARGEST_WIDTH)] = 256
     """S, the number of tokens per sequence."""
     attend_across_documents: bool = False
@@ -103,23 +103,27 @@ class DataConfig(Section):
     """table: tokenize once into a memory-mapped table; a run resumes exactly on any number of ranks. streaming:
     tokenize during training; a run resumes exactly on the same number of ranks."""
     shuffle: bool = True
-    """table: rows in a new random order every epoch; streaming: files (shards) in random order, and rows within
-    shuffle_window."""
+    """table: sequences in a new random order every epoch; streaming: files (shards) in random order, and sequences in
+    random order within shuffle_window."""
     shuffle_window: PositiveInt = 1024
-    """streaming with shuffle: every rank reads so many rows ahead and gives them out in random order, then the next so
-    many; resumed exactly. Rows further apart do not mix but by the order of files. 1: rows in their own order."""
+    """streaming with shuffle: each rank reads this number of sequences, uses them in random order, and then reads the
+    next ones; this is resumed exactly. Sequences further apart mix only through the order of the files. 1: sequences
+    are used in the order in which they are read."""
     max_bad_records: NonNegativeInt = 0
-    """Records of one source that may be skipped in one pass: lines that are no JSON, rows without text in the column,
-    files that are not UTF-8, documents that are too long. Each is counted in the log. 0: the first one ends the run."""
+    """Maximum number of records of one source that may be skipped per pass: lines that are not JSON, records without
+    text in the column, files that are not UTF-8, and documents that are too long. The log contains their number. 0: the
+    first one ends the run."""
     max_document_bytes: PositiveInt = 50_000_000
-    """Longest document (a text file, a line of JSONL, a row), which is held in memory whole, about 20 times."""
+    """Maximum size of a document (a text file, a line of JSONL, a row of Parquet). Tokenizing a document takes about 20
+    times its size in memory."""
     cache_dir: str = "~/.cache/qsparse_moe"
-    """Folder for tokenized tables, which are kept in its folder tables. Nothing removes them: while no run is active,
-    `rm -r ~/.cache/qsparse_moe/tables` does, and the next run creates the table that it needs again."""
+    """Folder for tokenized tables, which are stored in its subfolder tables. They are never removed automatically:
+    while no run is active, `rm -r ~/.cache/qsparse_moe/tables` removes them, and the next run creates its table again.
+    """
 
 
 class DeepSpeedConfig(Section):
-    """What of DeepSpeed's own settings a run may choose; the whole dictionary is derived from it."""
+    """Settings of DeepSpeed; its whole configuration is derived from them."""
 
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 1
     """ZeRO stage. 0: everything is replicated; 1: the optimizer state is sharded; 2: the gradients too; 3: the
@@ -142,7 +146,7 @@ class DeepSpeedConfig(Section):
 
 
 class LossScaleConfig(Section):
-    """What every micro-batch's mean loss is multiplied by in fp16; the defaults are DeepSpeed's."""
+    """The factor of each micro-batch's mean loss in fp16; the defaults are those of DeepSpeed."""
 
     initial_power: Annotated[int, Field(ge=0, le=32)] = 16
     """The initial loss scale is two to this power."""
@@ -156,7 +160,7 @@ class LossScaleConfig(Section):
 
 
 class TrainingConfig(Section):
-    """The run itself."""
+    """The training run."""
 
     name: Annotated[str, Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "run"
     """Name of the run folder; letters, digits, '.', '_', and '-'."""
@@ -194,7 +198,7 @@ class TrainingConfig(Section):
     loss_scale: LossScaleConfig = LossScaleConfig()
     """Dynamic loss scaling if precision is fp16."""
     activation_checkpointing: Recompute = "none"
-    """What the backward pass computes again instead of keeping it. full: every layer; attention, feed_forward: this
+    """Activations that the backward pass recomputes instead of saving. full: every layer; attention, feed_forward: this
     half of every layer with its norm; selective: everything in a layer except its matrix products and attention."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Seed of the weights, the data order, and the noise."""
@@ -208,14 +212,14 @@ class TrainingConfig(Section):
     by all-to-all. It must divide the number of ranks and num_experts. 1: every rank holds all experts (under ZeRO-3, a
     shard of each)."""
     collective_timeout: Annotated[float, Field(gt=0, le=1e8)] = 600.0
-    """Seconds after which a rank that gives no sign of life, or a collective that does not end, ends the run: longer
-    than anything that one rank does while the others wait. A rank that is killed is noticed sooner."""
+    """Seconds without a heartbeat of some rank, or without the end of a collective operation, after which the run ends.
+    It must be longer than anything that one rank does while the others wait. A killed rank is noticed sooner."""
     resume: bool = False
-    """Continue the run folder of this name, if there is one."""
+    """Continue the run of this name if its folder exists."""
     checkpoint_interval: NonNegativeInt = 0
-    """Steps between checkpoints; 0: only those of checkpoint_minutes and at the end."""
+    """Number of steps between checkpoints; 0: only those by checkpoint_minutes and at the end."""
     checkpoint_minutes: NonNegativeFloat = 10.0
-    """A checkpoint is saved after a step when the last one is so many minutes old, by rank 0's clock; 0: never."""
+    """Save a checkpoint after a step if the last one is this number of minutes old, by rank 0's clock; 0: never."""
     keep_last: PositiveInt = 2
     """Number of checkpoints to keep."""
     evaluation_interval: NonNegativeInt = 0
@@ -227,28 +231,28 @@ class TrainingConfig(Section):
 
 
 class MetricsConfig(Section):
-    """What is written about a run."""
+    """Metrics and logging."""
 
     interval: PositiveInt = 10
     """Number of steps between logged steps."""
     dead_expert_window: NonNegativeInt = 100
-    """A warning names the experts that got no row in so many steps, looked at in logged steps; 0: never."""
+    """A warning names the experts that received no token in this number of steps, checked in logged steps; 0: never."""
     tensorboard: bool = True
     """Write TensorBoard event files in addition to metrics.jsonl."""
     hyperparameters: Texts = ()
-    """Settings, by dotted path, that get a column on TensorBoard's HPARAMS page in addition to the standard ones. The
-    runs of one page should name the same settings; a grid names what it varies."""
+    """Settings, by dotted path, with a column on TensorBoard's HPARAMS page in addition to the standard columns. All
+    runs on one page should list the same settings; a grid lists the settings that it varies."""
     variant: str | None = None
-    """Name of the grid's point that this run is, set by the grid. With it the HPARAMS page has columns for it, S, the
-    seed and hyperparameters, and no others; null: no grid."""
+    """Name of this run's variant in a grid, set by the grid. With it, the HPARAMS page has columns for the variant, S,
+    the seed, and hyperparameters only; null: not part of a grid."""
     image_interval: NonNegativeInt = 200
-    """Steps between heat maps of layers and experts in TensorBoard, drawn in the next logged step; 0: none."""
+    """Number of steps between TensorBoard's heat maps of layers and experts, drawn in the next logged step; 0: none."""
     peak_tflops: PositiveFloat | None = None
     """Peak TFLOP/s of one device in the precision of the run, for the model FLOPs utilization; null: looked up by the
     name of the device, and not reported for an unknown device."""
     layer_gradients: bool = False
-    """Record the gradient norm of each layer's matrices in logged steps. Each rank reads its part of the gradient once
-    more in these steps."""
+    """Record the gradient norm of each layer's matrices in logged steps. Each rank then reads its shard of the gradient
+    once more."""
     profile_steps: NonNegativeInt = 0
     """Number of steps to profile on rank 0; writes a trace for Perfetto and a table to profile/ in the run folder. 0:
     none."""

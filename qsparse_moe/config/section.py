@@ -1,4 +1,4 @@
-"""What every group of settings is, and the kinds of values that several of them take. Imports no torch."""
+"""The base class of all groups of settings, and the types that several of them share. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field
 
 LARGEST = 10**12
-"""Largest value of a whole number without a narrower range. Rules look for divisors and multiples, and a number of any
-length would keep them busy for ever."""
+"""Largest value of a whole number without a narrower range. Rules search for divisors and multiples, which would take
+unlimited time for a number of unlimited size."""
 LARGEST_WIDTH = 2**24
-"""Largest number of features, channels or tokens of one row."""
+"""Largest number of features, channels, or tokens per sequence."""
 SMALLEST_GUARD = 10**6
-"""A largest value from here on is no range to choose from: it is named where it is exceeded, and nowhere else."""
+"""An upper limit of at least this value only guards the arithmetic: a message names it only if it is exceeded."""
 
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]

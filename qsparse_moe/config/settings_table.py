@@ -1,4 +1,4 @@
-"""Every setting as a Markdown table, made from the schema: ``python -m qsparse_moe.config.settings_table FILE``."""
+"""Generate the Markdown tables of all settings: ``python -m qsparse_moe.config.settings_table FILE``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from qsparse_moe.config.problems import show
 _USAGE = "usage: python -m qsparse_moe.config.settings_table FILE"
 _HEAD = """# Settings of a run
 
-One YAML file is one run. Every setting below can also be given on the command line by its dotted path:
-`training.steps=50`, `model.sparsity.sites.expert_hidden=0.6`, `data.sources.0.max_bytes=1000`. `N` is the index of an
-item of a list, from 0. This page is made from `qsparse_moe/config/schema.py` and `model_schema.py` by
+One YAML file describes one run. Every setting below can also be given on the command line by its dotted path:
+`training.steps=50`, `model.sparsity.sites.expert_hidden=0.6`, `data.sources.0.max_bytes=1000`. `N` is the index of a
+list item, from 0. This page is generated from `qsparse_moe/config/schema.py` and `model_schema.py` by
 `python -m qsparse_moe.config.settings_table docs/settings.md`.
 """
 
 
 def settings_markdown() -> str:
-    """The page ``docs/settings.md``: a table for each section."""
+    """Return the page ``docs/settings.md``: one table per section."""
     sections: dict[str, list[tuple[str, Node]]] = {}
     for path, node in all_settings():
         sections.setdefault(path.rsplit(".", 1)[0], []).append((path, node))
@@ -27,7 +27,7 @@ def settings_markdown() -> str:
 
 
 def _table(section: str, settings: list[tuple[str, Node]]) -> str:
-    head = f"\n## {section}\n\n| Setting | Default | Takes | Meaning |\n| --- | --- | --- | --- |\n"
+    head = f"\n## {section}\n\n| Setting | Default | Values | Meaning |\n| --- | --- | --- | --- |\n"
     return head + "".join(_row(path.rsplit(".", 1)[1], node) for path, node in settings)
 
 
@@ -37,11 +37,11 @@ def _row(name: str, node: Node) -> str:
 
 def _default(node: Node) -> str:
     if "default" not in node:
-        return "(must be given)"
+        return "(required)"
     value = node["default"]
     text = str(value) if isinstance(value, str) else show(value)
-    # A list of sections is shown by its own table.
-    return "one item of defaults" if isinstance(value, list) and value else f"`{_cell(text)}`"
+    # The settings of a list's items have a table of their own.
+    return "one item with the defaults" if isinstance(value, list) and value else f"`{_cell(text)}`"
 
 
 def _meaning(node: Node) -> str:
@@ -53,7 +53,7 @@ def _cell(text: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """Write the page to the one file named; for the command line."""
+    """Write the page to the file named on the command line."""
     if len(arguments) != 1:
         sys.exit(_USAGE)
     Path(arguments[0]).write_text(settings_markdown(), encoding="utf-8")

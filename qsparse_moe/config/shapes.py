@@ -1,4 +1,4 @@
-"""Sizes that follow from the settings: heads, hidden widths, and the width in front of every site. Imports no torch."""
+"""Sizes derived from the settings: heads, hidden widths, and the width at every site. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ EXPERT_SITES: frozenset[Site] = frozenset({"expert_input", "expert_hidden"})
 
 
 BYTE_VOCABULARY = 257
-"""Size of the vocabulary of bytes: 256 values and the document token."""
+"""Size of the byte vocabulary: 256 values and the document token."""
 
 
 def padded_vocabulary(size: int) -> int:
-    """Return the rows of the embedding for a tokenizer of ``size`` ids: the next multiple of 8."""
+    """Return the vocabulary size of the model for a tokenizer of ``size`` ids: the next multiple of 8."""
     return -(-size // 8) * 8
 
 
 def vocab_size(config: ModelConfig) -> int:
-    """Rows of the embedding. A model section without them is that of bytes: a run's has them from its tokenizer."""
+    """Return the vocabulary size of the model. Unset, it is that of bytes; a run sets it by its tokenizer."""
     return config.vocab_size or padded_vocabulary(BYTE_VOCABULARY)
 
 
 def head_size(config: ModelConfig) -> int:
-    """C, channels a head."""
+    """Return C, the number of channels per head."""
     return config.head_size or config.hidden_size // config.num_heads
 
 
 def num_kv_heads(config: ModelConfig) -> int:
-    """Key and value heads."""
+    """Return the number of key and value heads."""
     return config.num_kv_heads or config.num_heads
 
 
 def dense_hidden_size(config: ModelConfig) -> int:
-    """Hidden width of a dense layer's feed-forward."""
+    """Return the hidden width of the dense feed-forward networks."""
     return config.moe.dense_hidden_size or config.moe.experts_per_token * config.moe.expert_hidden_size
 
 
 def shared_hidden_size(config: ModelConfig) -> int:
-    """Hidden width of the shared experts together; 0 without them."""
+    """Return the hidden width of all shared experts together; 0 if there are none."""
     moe = config.moe
     if not moe.num_shared_experts:
         return 0
@@ -48,22 +48,22 @@ def shared_hidden_size(config: ModelConfig) -> int:
 
 
 def has_gate(config: ModelConfig) -> bool:
-    """Whether experts and dense feed-forwards have a gate matrix beside up and down."""
+    """Return whether experts and dense feed-forward networks have a gate matrix in addition to up and down."""
     return config.moe.activation != "relu2"
 
 
 def has_experts(config: ModelConfig, layer: int) -> bool:
-    """Whether ``layer``, counted from 0, has experts; the others have a dense feed-forward."""
+    """Return whether ``layer``, counted from 0, has experts instead of a dense feed-forward network."""
     return layer >= config.moe.num_dense_layers and (layer + 1) % config.moe.moe_layer_interval == 0
 
 
 def moe_layers(config: ModelConfig) -> tuple[int, ...]:
-    """The layers with experts, counted from 0."""
+    """Return the layers with experts, counted from 0."""
     return tuple(layer for layer in range(config.num_layers) if has_experts(config, layer))
 
 
 def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
-    """The sites that exist in ``layer``, in the order in which a token meets them."""
+    """Return the sites that exist in ``layer``, in the order of the forward pass."""
     attention: tuple[Site, ...] = ("attention_input", "attention_output")
     if not has_experts(config, layer):
         return *attention, "dense_input", "dense_hidden"
@@ -72,18 +72,18 @@ def layer_sites(config: ModelConfig, layer: int) -> tuple[Site, ...]:
 
 
 def layers_with_site(config: ModelConfig, site: Site) -> tuple[int, ...]:
-    """The layers, counted from 0, in which ``site`` exists."""
+    """Return the layers, counted from 0, in which ``site`` exists."""
     return tuple(layer for layer in range(config.num_layers) if site in layer_sites(config, layer))
 
 
 def model_sites(config: ModelConfig) -> tuple[Site, ...]:
-    """The sites that exist in at least one layer."""
+    """Return the sites that exist in at least one layer."""
     existing = {site for layer in range(config.num_layers) for site in layer_sites(config, layer)}
     return tuple(site for site in SITES if site in existing)
 
 
 def site_width(config: ModelConfig, site: Site) -> int:
-    """Features of one row at ``site``: the input width of the weight matrix behind it."""
+    """Return the number of features at ``site``: the input width of the weight matrix behind it."""
     widths: dict[Site, int] = {
         "attention_output": config.num_heads * config.head_size if config.head_size else config.hidden_size,
         "expert_hidden": config.moe.expert_hidden_size,
@@ -94,7 +94,7 @@ def site_width(config: ModelConfig, site: Site) -> int:
 
 
 def site_width_setting(config: ModelConfig, site: Site) -> str:
-    """The setting, or the product of settings, that ``site_width`` comes from: for messages."""
+    """Return the setting, or the product of settings, that determines ``site_width``, for messages."""
     moe = config.moe
     names: dict[Site, str] = {
         "attention_output": "model.num_heads * model.head_size" if config.head_size else "model.hidden_size",
@@ -110,17 +110,17 @@ def site_width_setting(config: ModelConfig, site: Site) -> str:
 
 
 def site_sparsity(settings: SparsityConfig, site: Site) -> float:
-    """S at ``site`` before overrides, where no plan file gives it."""
+    """Return S at ``site`` before overrides, without a plan file."""
     preset = PRESETS[settings.preset].sparsity.get(site) if settings.preset else None
     return _first(getattr(settings.sites, site), settings.default, preset, 0.0)
 
 
 def site_format(settings: SparsityConfig, site: Site) -> ActivationFormat:
-    """The number format of the rows at ``site``."""
+    """Return the number format of the activations at ``site``."""
     preset = PRESETS[settings.preset].formats.get(site) if settings.preset else None
     return _first(getattr(settings.quantization.sites, site), settings.quantization.activations, preset, "none")
 
 
 def _first(*values: Any) -> Any:
-    """The first that is given."""
+    """Return the first value that is not None."""
     return next(value for value in values if value is not None)

@@ -1,7 +1,7 @@
-"""YAML in and out, without the traps of YAML 1.1.
+"""Read and write YAML without the traps of YAML 1.1.
 
-``1e-3`` is a number; ``yes``, ``on``, ``2024-01-01``, ``12:30`` and ``010`` are text; a key that stands twice is a
-broken rule. What ``dump_yaml`` writes means the same to this reader and to one of YAML 1.1.
+``1e-3`` is a number; ``yes``, ``on``, ``2024-01-01``, ``12:30``, and ``010`` are text; a duplicate key is an error. The
+output of ``dump_yaml`` has the same meaning for this reader and for readers of YAML 1.1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RESOLVERS = (
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with the scalars above, which remembers keys that stand twice."""
+    """SafeLoader with the scalars above, which records duplicate keys."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
@@ -43,7 +43,7 @@ class _Loader(yaml.SafeLoader):
         self.duplicates: list[tuple[str, int, int]] = []
 
     def construct_yaml_float(self, node: yaml.ScalarNode) -> Any:
-        """Return the number; a literal beyond the largest one stays text, which ``.inf`` alone is not."""
+        """Return the number; a literal above the largest float stays text, so that only ``.inf`` is infinite."""
         number = super().construct_yaml_float(node)
         text = str(node.value)
         return text if math.isinf(number) and "inf" not in text.lower() else number
@@ -61,10 +61,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that also quotes the texts which our reader, beside YAML 1.1, would take for something else."""
+    """SafeDumper that also quotes texts that this package's reader, unlike YAML 1.1, would not read as text."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """``text`` as a scalar; PyYAML folds the line breaks of Unicode wrongly unless they are escaped."""
+        """Return ``text`` as a scalar; PyYAML folds Unicode line breaks wrongly unless they are escaped."""
         style = '"' if _UNICODE_BREAKS & set(text) else None
         return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
 
@@ -77,10 +77,10 @@ for _name, _pattern, _first in _RESOLVERS:
 
 
 def parse_yaml(text: str, where: str) -> tuple[Any, list[Problem]]:
-    """The value of one YAML document, and a problem for every key that stands twice in a mapping.
+    """Return the value of one YAML document, and a problem for every duplicate key.
 
     Raises:
-        ConfigError: the text is no YAML; ``where`` and the line are named.
+        ConfigError: the text is not valid YAML; the message names ``where`` and the line.
     """
     try:
         loader = _Loader(text)
@@ -90,20 +90,20 @@ def parse_yaml(text: str, where: str) -> tuple[Any, list[Problem]]:
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} cannot be read as YAML: {error}; shorten or flatten that value") from None
     problems = [
-        Problem(f"{where}, line {line}: the key {key} stands twice (first in line {first}); keep one of them")
+        Problem(f"{where}, line {line}: the key {key} occurs twice (first in line {first}); keep one of them")
         for key, line, first in loader.duplicates
     ]
     return value, problems
 
 
 def plain_scalar(text: str) -> str:
-    """Return the one scalar of ``text`` as it is written: ``4711 # a comment`` is ``4711``."""
+    """Return the scalar in ``text`` as it is written: ``4711`` for ``4711 # a comment``."""
     node = _Loader(text).get_single_node()
     return str(node.value) if isinstance(node, yaml.ScalarNode) else ""
 
 
 def dump_yaml(value: Any) -> str:
-    """``value`` (mappings, lists, text, numbers) as YAML text that ``parse_yaml`` reads back equal."""
+    """Return ``value`` (mappings, lists, text, numbers) as YAML text that ``parse_yaml`` reads as an equal value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -1,6 +1,7 @@
-"""The batch that the model sees, made from packed rows.
+"""The batch of the model, made from packed rows.
 
-Letters: B rows, S tokens a row. A packed row holds S + 1 tokens: inputs and labels are that row, shifted by one.
+Letters: B sequences, S tokens per sequence. A packed row has S + 1 tokens: inputs and labels are this
+row, shifted by one.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 IGNORED_LABEL = -100
-"""The label that no loss counts."""
+"""The label that every loss ignores."""
 
 
 class Batch(NamedTuple):
@@ -23,7 +24,8 @@ class Batch(NamedTuple):
     targets_BS: Tensor
     """The token that follows each input; -100 is ignored."""
     positions_BS: Tensor
-    """From 0 in every row and in every document; they run on when attention crosses documents."""
+    """Positions, from 0 in every sequence and every document; from 0 in every sequence only if attention crosses
+    documents."""
     documents_BS: Tensor | None
     """Running index of the document inside the row, from 0; None: attention may cross documents."""
 

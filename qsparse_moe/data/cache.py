@@ -8,19 +8,19 @@ from pathlib import Path
 from qsparse_moe import locks
 from qsparse_moe.errors import DataError
 
-# A large corpus is tokenised for hours, and the lock of a process that dies is free at once: who waits longer than this
-# waits for one that hangs.
+# Tokenising a large corpus takes hours, and the lock of a process that dies is released at once: a process that waits
+# longer than this waits for one that hangs.
 _TIMEOUT_SECONDS = 12 * 3600.0
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> None:
-    """After the call ``folder`` exists and is what one call of ``build`` made.
+    """Build ``folder`` by one call of ``build`` unless it exists.
 
-    ``build(partial)`` fills another folder beside it, which is renamed when all of it is on the disk. Processes that
-    come meanwhile wait, and say for whom; see ``locks.build_once``.
+    ``build(partial)`` fills another folder beside it, which is renamed once it is on the disk. Other processes
+    wait meanwhile and log it; see ``locks.build_once``.
 
     Raises:
-        DataError: the folder's place cannot be written, or another process builds it without an end.
+        DataError: the folder's place cannot be written, or another process builds it for too long.
     """
 
     def fill(partial: Path) -> Path:

@@ -1,4 +1,4 @@
-"""What looks slow says what it waits for: the hub answers late, or not at all."""
+"""Log what the program waits for if the hub answers late or not at all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 logger = logging.getLogger(__name__)
 
 SILENT_SECONDS = 2.0
-"""Longest wait without a word."""
+"""Longest wait without a log line."""
 
 
 @contextlib.contextmanager

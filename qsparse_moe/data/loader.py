@@ -1,4 +1,4 @@
-"""From ``data`` in the config to the batches of one rank: the way in to this room."""
+"""The entry point of this package: from ``data`` in the config to the batches of one rank."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TrainLoader:
             self._parts["data.shuffle_window"] = str(config.data.shuffle_window)
 
     def batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of ``step``, counted from 0: rows r·G/R up to (r + 1)·G/R of the global batch."""
+        """Return this rank's micro-batches of ``step``, from 0: rows r·G/R up to (r + 1)·G/R of the global batch."""
         if self._ahead is not None:
             _, (rows, error) = self._ahead
             self._ahead = None
@@ -94,7 +94,7 @@ class TrainLoader:
     def epochs(self, step: int) -> list[float]:
         """Return how often each source is read in ``step`` steps, by all ranks.
 
-        Table mode alone: how long a stream is, nobody knows before its end; see ``passes``.
+        Table mode only, because the length of a stream is unknown before its end; see ``passes``.
         """
         assert self._stream is None, "the length of a stream is not known"
         return self._data.train.epochs(step * self._global_batch_size)
@@ -123,7 +123,7 @@ class TrainLoader:
         return self._stream.take(self._global_batch_size // self._world_size)
 
     def state_dict(self) -> State:
-        """The next step and the fingerprint of the data, and in streaming mode where this rank's stream stands.
+        """Return the next step, the fingerprint of the data, and in streaming mode the position of this rank's stream.
 
         JSON-able. ``combine_states`` makes the states of all ranks into the one that a checkpoint keeps.
         """
@@ -136,7 +136,7 @@ class TrainLoader:
         return state
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after the step of ``state``, a combined state or that of the only rank.
+        """Continue after the step of ``state``, a combined state or that of the only rank.
 
         Raises:
             DataError: the data, its order or (streaming) the number of ranks is another.
@@ -175,7 +175,7 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dic
         name
         for name in saved.keys() | now.keys()
         if saved.get(name) not in (now.get(name), earlier.get(name, now.get(name)))
-        # A checkpoint of an earlier version has none, and its stream goes on in its own order.
+        # A checkpoint of an earlier version has none, and its stream continues in its own order.
         and not (name == "data.shuffle_window" and name not in saved)
     )
     if names:
@@ -188,7 +188,7 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dic
 
 
 def sample_train_rows(config: RunConfig, data: TokenData, num_rows: int) -> Array:
-    """``(num_rows, S + 1)`` token ids of training text, the same on every rank of any number of them.
+    """Return ``(num_rows, S + 1)`` token ids of training text, the same on every rank for any number of ranks.
 
     Table mode: rows spread evenly over the whole table, fewer where there are fewer. Streaming mode: the first rows
     that a single rank trains on.
@@ -202,7 +202,7 @@ def sample_train_rows(config: RunConfig, data: TokenData, num_rows: int) -> Arra
 def evaluation_batches(
     data: TokenData, *, num_rows: int, micro_batch_size: int, rank: int, world_size: int
 ) -> list[Batch]:
-    """One rank's part of ``num_rows`` validation rows, spread evenly over all of them; fewer where there are fewer.
+    """Return one rank's part of ``num_rows`` validation rows, evenly spaced over all of them; fewer if there are fewer.
 
     The rows are the same in every layout: over all ranks each occurs once. Every rank gets the same number of full
     batches; missing rows are filled up with rows whose labels are all -100, so a whole batch may have no label that
@@ -226,6 +226,6 @@ def _filled_up(table: RowTable, indices: Array, num_rows: int) -> Array:
 
 
 def evaluation_num_bytes(data: TokenData, num_rows: int) -> int:
-    """Bytes of text that the labels of those validation rows stand for, over all ranks: for bits per byte."""
+    """Return the bytes of text that the labels of these validation rows encode, over all ranks, for bits per byte."""
     table, indices = data.evaluation_rows(num_rows)
     return table.num_bytes(indices)

@@ -1,4 +1,4 @@
-"""A source that was found and not yet read, and what becomes of its records that cannot be used."""
+"""A source that was found but not yet read, and the handling of its bad records."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ _NUM_BLOCKS = 64
 
 @dataclass(frozen=True)
 class Limits:
-    """What of a source may be unusable, from ``data``."""
+    """Limits for bad records and long documents, from ``data``."""
 
     max_bad_records: int = DataConfig.model_fields["max_bad_records"].default
     max_document_bytes: int = DataConfig.model_fields["max_document_bytes"].default
 
 
 LIMITS = Limits()
-"""Those of a config that sets none."""
+"""The default limits."""
 
 
 @dataclass(frozen=True)
 class OpenSource:
-    """A source that was found, not yet read."""
+    """A source that was found but not yet read."""
 
     setting: str
-    """Where it stands in the config, and its kind."""
+    """Its path in the config, and its kind, for messages."""
     dataset: IterableDataset
-    """Its stream; one shard a file."""
+    """The stream of its records, with one shard per file."""
     column: str
     """The column of the stream that holds the text."""
     identity: dict[str, Any]
-    """What tells at once whether the source is still the same: files with sizes and times, or a hub revision."""
+    """Identifies the content without reading it: the files with sizes and times, or the revision on the hub."""
     num_bytes: int | None
-    """Bytes of text in all; None where only reading can tell."""
+    """Total bytes of text; None if they are unknown before reading."""
     files: tuple[str, ...] = ()
-    """The local files that it is read from, in order; none of a source that the hub holds."""
+    """The local files to read, in order; empty for a source on the hub."""
     limits: Limits = LIMITS
-    """What of it may be unusable."""
+    """Its limits for bad records and long documents."""
 
     def texts(self, dataset: IterableDataset | None = None, bad: BadRecords | None = None) -> Iterator[str]:
         """Yield the documents in order, without empty ones; ``dataset`` may be a part of the stream.
@@ -86,7 +86,7 @@ class OpenSource:
         bad.end_pass()
 
     def _problem(self, example: dict[str, Any], row: int) -> str:
-        """What is wrong with a record; local files say it themselves."""
+        """Return the problem of a record; the readers of local files have already determined it."""
         if example.get("problem"):
             return str(example["problem"])
         place = f"{self.setting}, row {row} of the stream"
@@ -120,7 +120,7 @@ class BadRecords:
             logger.warning("skipped a bad record (data.max_bad_records is %d): %s", self._limit, problem)
 
     def end_pass(self) -> None:
-        """Say in the log how many were skipped, if any was."""
+        """Log the number of skipped records, if any."""
         if self.count:
             logger.warning("%s: %d bad records skipped in this pass", self._setting, self.count)
 

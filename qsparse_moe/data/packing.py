@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 Array = np.ndarray[Any, Any]
 
 PACKING_VERSION = 1
-"""Part of every cache key: raised when rows, split or digest are made differently."""
+"""Part of every cache key; increased when rows, split, or digest are computed differently."""
 
 
 class Document(NamedTuple):
@@ -21,7 +21,7 @@ class Document(NamedTuple):
     tokens: Array
     """``(n,)`` int32; the first is the document token."""
     num_bytes: Array
-    """``(n,)`` int32, bytes of text that each token stands for; 0 for the document token."""
+    """``(n,)`` int32, bytes of text that each token encodes; 0 for the document token."""
 
 
 class Rows(NamedTuple):
@@ -30,11 +30,11 @@ class Rows(NamedTuple):
     tokens: Array
     """``(R, S + 1)`` int32; a row's last token is the next row's first."""
     num_bytes: Array
-    """``(R,)`` int64, bytes of text that the row's S labels stand for."""
+    """``(R,)`` int64, bytes of text that the S labels of the row encode."""
 
 
 class Packer:
-    """Joins documents end to end and cuts rows from them; what does not fill a row waits for the next documents.
+    """Concatenates documents and cuts rows from them; tokens that do not fill a row wait for the next documents.
 
     Every token but the very first is the label of exactly one input.
     """
@@ -45,7 +45,7 @@ class Packer:
         self._num_bytes = np.zeros(0, np.int32)
 
     def add(self, documents: Sequence[Document]) -> Rows:
-        """Every row that is full after ``documents``."""
+        """Append ``documents`` and return every full row."""
         tokens = np.concatenate([self._tokens, *(document.tokens for document in documents)])
         num_bytes = np.concatenate([self._num_bytes, *(document.num_bytes for document in documents)])
         length = self.sequence_length
@@ -58,20 +58,20 @@ class Packer:
         return Rows(rows, num_bytes[1 : used + 1].reshape(num_rows, length).sum(axis=1, dtype=np.int64))
 
     def state_dict(self) -> dict[str, list[int]]:
-        """The tokens that wait, at most S of them; JSON-able."""
+        """Return the waiting tokens, at most S; JSON-able."""
         return {"tokens": self._tokens.tolist(), "num_bytes": self._num_bytes.tolist()}
 
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        """Wait with the tokens of ``state``."""
+        """Restore the waiting tokens of ``state``."""
         self._tokens = np.array(state["tokens"], np.int32)
         self._num_bytes = np.array(state["num_bytes"], np.int32)
 
 
 def text_digest(text: bytes) -> bytes:
-    """16 bytes that stand for the text: the side of the split and the fingerprint of the data come from them."""
+    """Return a 16-byte digest of the text, which determines its side of the split and the fingerprint of the data."""
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def is_validation(digest: bytes, validation_fraction: float) -> bool:
-    """Whether the document with this digest is held out: the same for the same text, in every source and run."""
+    """Return whether the document with this digest is held out: the same for the same text in every source and run."""
     return int.from_bytes(digest[:8], "big") < validation_fraction * 2.0**64

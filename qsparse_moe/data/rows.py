@@ -1,4 +1,4 @@
-"""Rows by index: the tables of all sources as one, mixed by weight, and the row that a step reads."""
+"""Access to rows by index: the tables of all sources as one, mixed by weight, and the rows of each step."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ class RowTable:
 
     @property
     def sequence_length(self) -> int:
-        """S, tokens a row."""
+        """S, the number of tokens per row."""
         return int(self._chunks[0].shape[1]) - 1
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
     def rows(self, indices: Sequence[int] | Array) -> Batch:
-        """The rows as a batch of ``len(indices)``."""
+        """Return these rows as a batch."""
         return self.batch(self.tokens(indices))
 
     def batch(self, rows: Array) -> Batch:
@@ -75,11 +75,11 @@ class RowTable:
         return np.stack([self._chunks[chunk][row] for chunk, row in zip(chunk_ids, within, strict=True)])
 
     def num_bytes(self, indices: Sequence[int] | Array) -> int:
-        """Bytes of text that the labels of these rows stand for."""
+        """Return the bytes of text that the labels of these rows encode."""
         return int(self._num_bytes[self._stored(indices)].sum())
 
     def _stored(self, indices: Sequence[int] | Array) -> Array:
-        """Where these rows are among the stored ones."""
+        """Return the indices of these rows among the stored rows."""
         wanted = np.asarray(indices, np.int64)
         assert len(wanted) and wanted.min() >= 0 and wanted.max() < len(self), "row indices outside the table"
         source = np.searchsorted(self._ends, wanted, side="right")
@@ -91,11 +91,12 @@ def _begins(lengths: Sequence[int]) -> Array:
 
 
 def mixture_counts(num_rows: Sequence[int], weights: Sequence[float]) -> list[int]:
-    """How many rows each source takes up in one epoch. All rows have S tokens, so shares of rows are shares of tokens.
+    """Return the number of rows of each source in one epoch.
 
-    When all weights are 1, every row counts once. Otherwise the weights are shares, and the epoch is the shortest one
-    in which every source gets its share and every row occurs: the source that is largest for its weight is read
-    once, the others are repeated. A source without rows gets none.
+    All rows have S tokens, so shares of rows are shares of tokens. When all weights are 1, every row counts once.
+    Otherwise the weights are shares, and the epoch is the shortest one in which every source gets its share and every
+    row occurs: the source that is largest for its weight is read once, the others are repeated. A source without rows
+    gets none.
     """
     if all(weight == 1 for weight in weights):
         return list(num_rows)
@@ -123,7 +124,7 @@ def train_rows(step: int, *, num_rows: int, global_batch_size: int, seed: int, s
     return rows
 
 
-# Two: a batch may lie across the border of two epochs. 8 bytes a row each.
+# Two, because a batch may contain the end of one epoch and the beginning of the next. Each takes 8 bytes per row.
 @lru_cache(maxsize=2)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> Array:
     return np.random.default_rng((seed, epoch)).permutation(num_rows)

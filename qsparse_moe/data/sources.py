@@ -1,6 +1,6 @@
-"""Documents from every kind of source, as one stream of texts each, through Hugging Face ``datasets``.
+"""Open every kind of source as a stream of texts, through Hugging Face ``datasets``.
 
-A local source is a stream with one shard a file, so that streams split over ranks, shuffle and resume by file. Files
+A local source is a stream with one shard per file, so that streams split over ranks, shuffle and resume by file. Files
 are opened one at a time: an error names its file, and files whose other columns differ can be read together.
 """
 
@@ -50,7 +50,7 @@ def open_source(source: SourceConfig, index: int, limits: Limits = LIMITS) -> Op
 
 
 def _open_files(source: SourceConfig, setting: str, files: list[str], limits: Limits) -> OpenSource:
-    # datasets makes one shard an entry of the only list among these.
+    # datasets creates one shard per entry of the only list among these.
     arguments = {
         "files": files,
         "kind": source.kind,

@@ -39,7 +39,7 @@ class SourceStream:
         self._begin({"epoch": 0, "given": 0, "stream": None})
 
     def next_text(self) -> str | None:
-        """The next document, or None once at the end of every pass.
+        """Return the next document, or None once at the end of every pass.
 
         Raises:
             DataError: a whole pass holds no training document.
@@ -59,16 +59,16 @@ class SourceStream:
 
     @property
     def passes(self) -> int:
-        """Passes that have ended."""
+        """Number of finished passes."""
         return int(self._epoch)
 
     def state_dict(self) -> State:
-        """Where the stream stands, after the last document that it gave."""
+        """Return the position after the last document returned."""
         stream = self._dataset.state_dict() if self._started else self._resumed
         return {"epoch": self._epoch, "given": self._given, "stream": stream}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after the document that was the last one when ``state`` was taken."""
+        """Continue after the document that was the last one when ``state`` was saved."""
         self._begin(state)
 
     def _begin(self, state: State) -> None:
@@ -107,7 +107,7 @@ class MixedStream:
         self._ended = [False] * len(streams)
 
     def next_document(self) -> Document:
-        """The next document, tokenised; the stream never ends."""
+        """Return the next document, tokenised; the stream never ends."""
         while True:
             index = self._choose()
             text = self._streams[index].next_text()
@@ -134,7 +134,7 @@ class MixedStream:
         return [stream.passes for stream in self._streams]
 
     def state_dict(self) -> State:
-        """Where every source stands and what it has given."""
+        """Return the position of every source and the tokens that it has contributed."""
         return {
             "tokens": list(self._tokens),
             "ended": list(self._ended),
@@ -142,14 +142,14 @@ class MixedStream:
         }
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after the document that was the last one when ``state`` was taken."""
+        """Continue after the document that was the last one when ``state`` was saved."""
         self._tokens, self._ended = list(state["tokens"]), list(state["ended"])
         for stream, stream_state in zip(self._streams, state["sources"], strict=True):
             stream.load_state_dict(stream_state)
 
 
 class RowStream:
-    """Rows packed from a mixture, in windows of so many rows in random order, or one after another.
+    """Rows packed from a mixture, in random order within windows of a fixed number of rows, or in order.
 
     The state does not hold the document that is being cut into rows, which may be long, nor the rows of a window: it
     holds where the mixture stood before the document that the window begins in, the tokens that waited then (at most
@@ -209,7 +209,7 @@ class RowStream:
         self._taken = 0
 
     def state_dict(self) -> State:
-        """Where the rows stand, after the last one that was taken."""
+        """Return the position after the last row returned."""
         if self._size == 1:
             return self._packed_state()
         if self._window is None:
@@ -295,7 +295,7 @@ class Streams:
 
 
 class Validation(NamedTuple):
-    """What was read to gather validation rows."""
+    """The validation rows, and the byte counts of the training text read on the way."""
 
     table: RowTable
     """The validation rows."""

@@ -34,19 +34,19 @@ TABLES = "tables"
 """Folder of tables in the cache."""
 _SUMMARY = "table.json"
 
-# Text tokenised at once: enough for a tokenizer's threads and for long record batches, little beside a process.
+# Text tokenised at once: enough for the threads of a tokenizer and for long record batches, small for a process.
 _CHUNK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Everything beside the text that rows depend on."""
+    """Everything other than the text on which the rows depend."""
 
     tokenizer: TextTokenizer
     sequence_length: int
-    """S, tokens a row."""
+    """S, the number of tokens per row."""
     validation_fraction: float
-    """Share of the documents held out."""
+    """Fraction of the documents held out."""
 
     def describe(self) -> dict[str, Any]:
         """JSON-able and equal when the same text gives the same rows."""
@@ -80,7 +80,7 @@ class SourceTable:
     train: SideTable
     validation: SideTable
     digest: str
-    """Of all texts in order: the same data in another place or with other times has the same one."""
+    """Digest of all texts in order, independent of the place and times of the files."""
 
 
 def load_source_table(
@@ -185,7 +185,7 @@ def _smaller(size: int | None, limit: int | None) -> int | None:
 
 
 def _up_to(texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
-    """The texts until ``max_bytes`` of UTF-8; the last one is cut between two characters."""
+    """Yield the texts up to ``max_bytes`` of UTF-8; the last one is cut between two characters."""
     left = max_bytes
     for text in texts:
         if left is None:
@@ -222,7 +222,7 @@ class _SideWriter:
 
         self._packing = packing
         self._packer = Packer(packing.sequence_length)
-        # Half the disk and page cache for every vocabulary of up to 65536 tokens.
+        # 16 bits halve the disk space and page cache of every vocabulary of up to 65536 tokens.
         self._dtype = np.dtype(np.uint16 if packing.tokenizer.vocab_size <= 1 << 16 else np.uint32)
         tokens = List(Value(self._dtype.name), length=packing.sequence_length + 1)
         features = Features({"tokens": tokens, "num_bytes": Value("int64")})
@@ -248,7 +248,7 @@ class _SideWriter:
         self.num_rows += len(rows.tokens)
 
     def close(self) -> dict[str, Any]:
-        """End the file; what the table's summary says of this side."""
+        """Finish the file and return this side's part of the summary."""
         self._writer.finalize()
         return {"num_rows": self.num_rows, "byte_counts": self._byte_counts.tolist()}
 

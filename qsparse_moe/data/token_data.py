@@ -28,7 +28,7 @@ from qsparse_moe.data.table import (
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer
 from qsparse_moe.errors import ConfigError
 
-# Validation rows that a stream gathers at the start, before anybody says how many are used.
+# Validation rows that a stream gathers at the start, when the number needed is not known yet.
 _FIRST_STREAM_ROWS = 64
 
 
@@ -48,7 +48,7 @@ class TokenData:
     ) -> None:
         self.tokenizer = tokenizer
         self.parts = parts
-        """What the rows depend on, by setting, with a digest of each source's content."""
+        """Everything on which the rows depend, by setting, with a digest of the content of each source."""
         self.earlier_parts = parts if earlier_parts is None else earlier_parts
         """The same as a checkpoint of an earlier version holds it: a stream by its files' names, sizes and times."""
         self.validation = validation
@@ -72,8 +72,8 @@ class TokenData:
     def unigram_bits_per_byte(self) -> float:
         """Bits per byte of validation text under the byte frequencies of train text, each counted once more.
 
-        What a model must beat to have learnt more than frequencies. In streaming mode the text is what was read while
-        the first validation rows were gathered.
+        A model that does not reach a lower value has learnt no more than frequencies. In streaming mode
+        the text is the part that was read while the first validation rows were gathered.
         """
         frequencies = (self._train_byte_counts + 1) / (self._train_byte_counts + 1).sum()
         counts = self.validation.byte_counts
@@ -206,7 +206,7 @@ def _parts(config: DataConfig, packing: Packing, digests: Sequence[str]) -> dict
 
 
 def _stream_digest(source: OpenSource) -> str:
-    """Of a stream nobody has read the text: the digest is of its files' contents, or of the hub's revision."""
+    """Return a digest of the contents of the files, or of the revision on the hub: the text has not been read yet."""
     if not source.files:
         return _identity_digest(source)
     how = {name: value for name, value in source.identity.items() if name in ("kind", "column", "separator", "split")}
@@ -215,6 +215,6 @@ def _stream_digest(source: OpenSource) -> str:
 
 
 def _identity_digest(source: OpenSource) -> str:
-    """Names, sizes and times of the files: what checkpoints of earlier versions hold."""
+    """Return a digest of the names, sizes, and times of the files, as in checkpoints of earlier versions."""
     identity = json.dumps(source.identity, sort_keys=True)
     return hashlib.blake2b(identity.encode("utf-8"), digest_size=16).hexdigest()

@@ -28,12 +28,12 @@ _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class TextTokenizer(Protocol):
-    """What the data room and generation need of a tokenizer."""
+    """The interface of a tokenizer."""
 
     vocab_size: int
     """One more than the largest id."""
     absent_ids: tuple[int, ...]
-    """Ids below ``vocab_size`` that stand for nothing."""
+    """Ids below ``vocab_size`` without a meaning."""
     document_token: int
     """Begins every document, and so ends the one before; never the result of encoding text."""
     fingerprint: str
@@ -82,7 +82,7 @@ class ByteTokenizer:
         return bytes(i for i in ids if 0 <= i < _NUM_BYTE_VALUES).decode("utf-8", errors="replace")
 
     def tokenize(self, texts: Sequence[str]) -> list[Document]:
-        """One token a byte."""
+        """Return the documents with one token per byte."""
         return [self._document(text.encode("utf-8")) for text in texts]
 
     def _document(self, text: bytes) -> Document:
@@ -232,7 +232,7 @@ def check_vocabulary(config: ModelConfig, tokenizer: TextTokenizer) -> None:
 
 
 def meaningless_ids(config: ModelConfig, tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """Return the ids of the model that stand for nothing: the tokenizer's gaps and the padding beyond its last id."""
+    """Return the ids of the model without a meaning: the tokenizer's gaps and the padding beyond its last id."""
     return (*tokenizer.absent_ids, *range(tokenizer.vocab_size, vocab_size(config)))
 
 
@@ -257,7 +257,7 @@ def _byte_offsets(text: str) -> Array:
 
 
 def _looks_local(name: str) -> bool:
-    """Whether the name is a path that exists, or is spelled as none of the hub's can be: the hub is not asked then."""
+    """Return whether the name is an existing path or cannot be a name on the hub, so that the hub is not contacted."""
     return (
         os.path.exists(os.path.expanduser(name))
         or name.startswith((".", "~", os.sep))

@@ -1,4 +1,4 @@
-"""A run's weights as one state dict in safetensors files, with the config that builds its model; and back.
+"""Export a run's weights as one state dict in safetensors files with its config, and load such an export.
 
 The folder is laid out as the ecosystem's tools read it: ``model.safetensors``, or numbered parts and
 ``model.safetensors.index.json`` where it is large. The names are those of the model's state dict.
@@ -33,35 +33,35 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAN_FILE = "plan.json"
 FORMAT = "qsparse_moe.state-dict/1"
 PART_BYTES = 4 * 2**30
-"""Of one file; what an export holds in memory at most, beside its largest tensor."""
+"""Maximum size of one file, and of the memory that an export needs in addition to its largest tensor."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """Summary of an export."""
 
     folder: Path
     step: int
-    """Steps that the weights were trained."""
+    """Number of steps that the weights were trained."""
     tensors: int
     bytes: int
-    """Of the tensors."""
+    """Size of all tensors."""
     files: int
 
 
 def export_run(
     run_dir: Path, output: Path, *, dtype: Dtype = "fp32", force: bool = False, part_bytes: int = PART_BYTES
 ) -> Export:
-    """Write the weights of a run's newest checkpoint, whatever layout wrote it, into the folder ``output``.
+    """Write the weights of a run's newest checkpoint, of any number of ranks and ZeRO stage, to the folder ``output``.
 
-    Tensor by tensor from the checkpoint's files, part by part into the new ones, under another name until all is there.
+    Tensors are read from the checkpoint one by one and written file by file, under another name until all are complete.
 
     Args:
         run_dir: a run folder.
-        output: is made; with ``force`` an earlier export in its place is replaced.
-        dtype: of the parameters; buffers keep theirs.
+        output: folder to create; with ``force``, an earlier export is replaced.
+        dtype: type of the parameters; buffers keep their own.
         force: see ``output``.
-        part_bytes: no file is larger, except for one tensor that is.
+        part_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
         CheckpointError: there is no checkpoint, it is damaged, or ``output`` is in use or cannot be written.
@@ -86,8 +86,8 @@ def export_run(
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
-            f"{output}: cannot be written ({error.strerror or error}); it needs a folder that this user may write and "
-            "free space. Make room, or name another"
+            f"{output}: cannot be written ({error.strerror or error}); it needs write permission and free space; "
+            "free some space, or name another folder"
         ) from error
     return Export(output, checkpoint.progress.step, len(source.sizes), sum(source.sizes.values()), files)
 
@@ -95,12 +95,12 @@ def export_run(
 def load_export(
     folder: Path | str, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
 ) -> tuple[RunConfig, Transformer, int]:
-    """The config, the model and the steps that it was trained, as ``training.evaluate.load_run`` gives them for a run.
+    """Return the config, the model, and its number of trained steps, as ``training.evaluate.load_run`` does for a run.
 
     Args:
-        folder: what ``export_run`` made.
-        device: where the model goes.
-        dtype: None takes that of the file.
+        folder: the folder of an export.
+        device: device of the model.
+        dtype: type of the model; None: that of the file.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another model.
@@ -125,15 +125,17 @@ def _check_output(output: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(
-            f"{output}: exists, and an export overwrites nothing; name another folder, or replace an earlier export "
-            "with --force"
+            f"{output}: exists, and an export does not overwrite it; name another folder, or replace an earlier "
+            "export with --force"
         )
     if not (output / CONFIG_FILE).is_file() or not any(output.glob("model*.safetensors")):
-        raise CheckpointError(f"{output}: is no earlier export, so --force does not replace it; name another folder")
+        raise CheckpointError(
+            f"{output}: is not an earlier export, so --force does not replace it; name another folder"
+        )
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
-    """Rename; what was there before, an empty folder or an earlier export, goes when the new one is complete."""
+    """Rename the export; an empty folder or an earlier export in its place is removed once the new one is complete."""
     before = output.with_name(f".{output.name}.replaced")
     shutil.rmtree(before, ignore_errors=True)
     if output.exists():
@@ -143,7 +145,7 @@ def _put_in_place(partial: Path, output: Path) -> None:
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Give the files the mode of any new file: safetensors writes weights that only their owner may read."""
+    """Give the files the default mode: safetensors creates files that only their owner can read."""
     mode = folder.stat().st_mode & 0o666  # what the umask left of a new folder's 0777
     for file in folder.rglob("*"):
         if file.is_file():
@@ -151,7 +153,7 @@ def _open_to_readers(folder: Path) -> None:
 
 
 class _Source:
-    """A checkpoint's weights and buffers by name, in the dtypes that they are written in; read when asked for."""
+    """The weights and buffers of a checkpoint by name, in the types of the export; read on access."""
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
         self._checkpoint, self._dtype = checkpoint, dtype
@@ -164,20 +166,20 @@ class _Source:
         return self._checkpoint.buffer(name).contiguous()
 
     def parts(self, part_bytes: int) -> list[list[str]]:
-        """The names in order, cut so that no part is larger, except for one tensor that is."""
+        """Return the names in order, in groups of at most ``part_bytes``; a larger tensor is a group by itself."""
         parts: list[list[str]] = []
-        room = 0
+        space_left = 0
         for name, size in self.sizes.items():
-            if not parts or size > room:
+            if not parts or size > space_left:
                 parts.append([])
-                room = part_bytes
+                space_left = part_bytes
             parts[-1].append(name)
-            room -= size
+            space_left -= size
         return parts
 
 
 def _write_weights(folder: Path, source: _Source, metadata: dict[str, str], part_bytes: int) -> int:
-    """Write the files of the state dict; their number."""
+    """Write the files of the state dict and return their number."""
     parts = source.parts(part_bytes)
     files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     if len(parts) == 1:
@@ -192,7 +194,7 @@ def _write_weights(folder: Path, source: _Source, metadata: dict[str, str], part
 
 
 def _save_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write one file; what the system says of it comes as the library's own error, with the number in its text."""
+    """Write one file. The library wraps an OSError in its own error with the number in the text: raise the original."""
     library = _safetensors()
     try:
         library.save_file(tensors, file, metadata=metadata)
@@ -214,7 +216,7 @@ def _write_config(folder: Path, config: RunConfig, run_dir: Path) -> None:
 
 
 class _Files:
-    """The state dict of an export; files are mapped, and a tensor is read when it is asked for."""
+    """The state dict of an export; files are mapped, and tensors are read on access."""
 
     def __init__(self, folder: Path) -> None:
         self._where: dict[str, Any] = {}
@@ -262,13 +264,13 @@ class _Files:
 
 def _broken(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
-        f"{file}: cannot be read ({error}); an export is used whole or not at all. Export the run again, or restore "
+        f"{file}: cannot be read ({error}), and every file of an export is needed. Export the run again, or restore "
         "the file from a copy"
     )
 
 
 def _safetensors() -> Any:
-    """The library, with its functions for torch.
+    """Return the module ``safetensors.torch``.
 
     Raises:
         BackendUnavailable: it is not installed.
@@ -277,5 +279,5 @@ def _safetensors() -> Any:
         return import_module("safetensors.torch")
     except ImportError:
         raise BackendUnavailable(
-            'an export is written and read by safetensors, which is not installed; pip install "qsparse-moe[hf]"'
+            'exports need safetensors, which is not installed; pip install "qsparse-moe[hf]"'
         ) from None

@@ -1,1 +1,1 @@
-"""The operations of ``sparsity`` and ``moe`` made fast, each beside its reference."""
+"""Fast implementations of operations of ``sparsity`` and ``moe``, each in a package with its reference."""

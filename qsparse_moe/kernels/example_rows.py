@@ -1,4 +1,4 @@
-"""Rows for the example inputs of operations that select: odd sizes, ties, extremes of K. N rows, D features."""
+"""Example inputs for tests and benchmarks of operations: odd sizes, ties, extremes of K. N rows, D features."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ SHAPES = {
     "many_features": (2, 1100),
     "tiles_of_columns": (2, 2100),
 }
-"""(N, D) by the name of the case. ``several_tiles`` needs several Triton programs of several rows each, and
-``tiles_of_columns`` several tiles beside each other (``tiles.flat_tile`` has at most 2,048 columns)."""
+"""(N, D) of each case. ``several_tiles`` needs several Triton programs of several rows each; ``tiles_of_columns`` needs
+several tiles per row, because ``tiles.flat_tile`` has at most 2,048 columns."""
 MANY_ROWS = (8192, 37)
-"""(N, D) of the case ``many_rows``: several chunks of rows for every thread of the C++ operators."""
+"""(N, D) of the case ``many_rows``, which gives every thread of the C++ operators several chunks of rows."""
 LARGE = {"cpu": (2048, 768), "cuda": (65536, 1024)}
-"""(N, D) of the case ``large`` by the kind of device: rows and hidden width of one MoE layer's step."""
+"""(N, D) of the case ``large`` per device type: rows and hidden width of one MoE layer in a training step."""
 
 
 def shape_of(case: str, device: str) -> tuple[int, int]:
-    """``(N, D)`` of a case."""
+    """Return ``(N, D)`` of a case."""
     if case == "many_rows":
         return MANY_ROWS
     return LARGE[torch.device(device).type] if case == "large" else SHAPES[case]
 
 
 def seeded(case: str, salt: str = "") -> torch.Generator:
-    """A generator of its own for every case."""
+    """Return a generator that is seeded by the name of the case."""
+    # crc32 and not hash(), which differs between processes.
     return torch.Generator().manual_seed(zlib.crc32(f"{case} {salt}".encode()))
 
 
 def values_of(case: str, device: str, salt: str = "") -> Tensor:
-    """``(N, D)`` fp32 normal values; for ``strided`` a transposed view, for ``ties`` few distinct values."""
+    """Return normal values ``(N, D)`` in fp32: for ``strided`` a transposed view, for ``ties`` few distinct values."""
     num_rows, width = shape_of(case, device)
     if case == "strided":
         return torch.randn(width, num_rows, generator=seeded(case, salt)).T.to(device)
@@ -63,7 +64,7 @@ def laid_out(case: str, rows_ND: Tensor) -> Tensor:
 
 
 def num_kept_of(case: str, num_rows: int, width: int, device: str) -> int | Tensor:
-    """K of the case: half of the features, or one, or all of them, or one number a row."""
+    """Return K of the case: half of the features, one, all of them, or a random number per row."""
     if case in ("k_per_row", "ties"):
         return torch.randint(1, width + 1, (num_rows,), generator=seeded(case, "k")).to(device)
     return {"one_kept": 1, "all_kept": width}.get(case, (width + 1) // 2)

@@ -1,4 +1,4 @@
-"""The C++ operators of this package: compiled once for this machine, then loaded from the extension cache."""
+"""The C++ operators of this package, compiled once per machine and then loaded from the extension cache."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Library:
 
     name: str
     sources: tuple[str, ...]
-    """Beside this file. No two have the same name, because their object files lie in one folder."""
+    """Relative to this file. File names are unique, because all object files are written to one folder."""
     setting: str
     """What requested it, for messages."""
     way_out: str
@@ -53,17 +53,17 @@ DECODE = Library(
 )
 """The decode engine. It takes as long to compile as all the others, and training never needs it."""
 
-# native: the row loops are only fast with the widest vectors that this processor has. no-trapping-math: nobody reads
-# the flags of floating-point exceptions, and with them in mind the compiler leaves the loops around e^x without vectors
-# on AVX2 (SwiGLU's backward over 8192 rows of 768, one thread of a Zen 3: fp32 37 ms with them, 10 ms without).
+# march=native: the loops over rows are only fast with the widest vectors of this processor. no-trapping-math: the flags
+# of floating-point exceptions are never read, and preserving them keeps the compiler from vectorising loops with e^x on
+# AVX2 (backward of SwiGLU over 8192 rows of 768 in fp32, one thread of a Zen 3: 37 ms with the flags, 10 ms without).
 _FLAGS = ("-O3", "-march=native", "-fno-trapping-math", "-fopenmp")
 
-# Many times what a busy machine takes.
+# Many times the compile time on a busy machine (about 20 s on an idle one).
 _TIMEOUT_SECONDS = 900.0
 
 
 def why_not(device: torch.device) -> str | None:
-    """The reason why the C++ operators cannot be compiled for ``device``, or None."""
+    """Return the reason why the C++ operators cannot be compiled for ``device``, or None if they can."""
     if device.type != "cpu":
         return f"the C++ operators run on CPUs, the device is {device.type}"
     compiler = os.environ.get("CXX", "c++")
@@ -74,15 +74,16 @@ def why_not(device: torch.device) -> str | None:
 
 
 def load(library: Library | None = None) -> None:
-    """Make ``torch.ops.qsparse_moe`` hold the operators of ``library``; None: ``OPERATORS``.
+    """Load the operators of ``library`` (None: ``OPERATORS``) into ``torch.ops.qsparse_moe``.
 
     The first call on a machine compiles them (about 20 s).
 
-    Processes that call at the same time wait for one of them to compile. Where the library is there, nothing is locked.
+    If several processes call it at the same time, one compiles and the others wait. No lock is taken once the library
+    exists.
 
     Raises:
-        BackendUnavailable: the compiler fails, with the end of what it said; another process compiles without an end;
-            or the library cannot be loaded.
+        BackendUnavailable: the compiler fails, another process has been compiling for too long, or the library cannot
+            be loaded.
     """
     _load(library or OPERATORS)
 
@@ -107,25 +108,26 @@ def _load(library: Library) -> None:
         raise BackendUnavailable(
             f"{library.setting}: compiling {', '.join(library.sources)} failed: {str(error)[-800:]}; {library.way_out}"
         ) from error
-    if compiled_here:  # PyTorch has loaded what it compiled, and refuses the same operators from a second file
+    if compiled_here:
+        # PyTorch loads a library when it compiles it, and refuses to register the same operators from a second file.
         return
     try:
         torch.ops.load_library(str(file))
     except OSError as error:
         raise BackendUnavailable(
-            f"{library.setting}: {file} cannot be loaded ({error}); remove the file, and it is compiled again. "
+            f"{library.setting}: {file} cannot be loaded ({error}); remove the file, so that it is compiled again. "
             f"{library.way_out}"
         ) from error
 
 
 def library_path(library: Library | None = None) -> Path:
-    """Where the compiled operators are kept: another file for every machine, environment, flag and source text."""
+    """Return the path of the compiled library, which depends on the machine, environment, flags, and sources."""
     library = library or OPERATORS
     return extensions_folder() / f"{library.name}-{_build_key(library)}.so"
 
 
 def extensions_folder() -> Path:
-    """The folder of PyTorch's extension cache that is this package's own: ``TORCH_EXTENSIONS_DIR``, or its default."""
+    """Return this package's folder in PyTorch's extension cache: ``TORCH_EXTENSIONS_DIR`` or its default location."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
         from torch.utils.cpp_extension import get_default_build_root
@@ -135,7 +137,7 @@ def extensions_folder() -> Path:
 
 
 def _compile(library: Library, folder: Path) -> Path:
-    """Compile the library in an empty ``folder`` of this process alone, where PyTorch's own lock meets nobody."""
+    """Compile the library in an empty ``folder`` of this process, where PyTorch's own lock never blocks."""
     from torch.utils import cpp_extension
 
     _put_ninja_on_path()
@@ -159,11 +161,11 @@ def _source_paths(library: Library) -> list[Path]:
 
 
 def _build_key(library: Library) -> str:
-    """A digest of all that decides what is compiled: processor, environment, flags, and the text of every source."""
+    """Return a digest of everything that determines the binary: processor, environment, flags, and source texts."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    # A folder that machines share may be read by one whose C library is older than that of the compiler.
+    # On a shared folder, the library may be loaded by a machine with an older C library than the one that compiled it.
     parts = [features, torch.__version__, torch.__file__, *platform.libc_ver(), *_FLAGS]
     digest = hashlib.sha256("\n".join(parts).encode())
     for path in sorted({*_source_paths(library), *Path(__file__).parent.rglob("*.h")}):
@@ -176,6 +178,6 @@ def _beside_python(program: str) -> bool:
 
 
 def _put_ninja_on_path() -> None:
-    """ninja from pip lies beside the interpreter, which is on the path only in an activated environment."""
+    """Add the folder of the interpreter to PATH: pip installs ninja there, and it may not be activated."""
     if shutil.which("ninja") is None:
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"

@@ -1,9 +1,10 @@
-"""Matrix products on a CPU by the faster of what every PyTorch build holds. M, K, N: the usual GEMM sizes.
+"""Matrix products on a CPU by the faster of the libraries in every PyTorch build. M, K, N: the usual GEMM sizes.
 
-PyTorch sends fp32 products to MKL, which on AMD processors has no AVX-512 path: on a Zen 5 it runs at under half of
-oneDNN's speed (one thread, 128 x 512 x 768: 95 against 206 GFLOP/s). Without AVX-512 it is the faster of the two (Zen
-3: 68 against 51). bf16 products go to oneDNN, which has none without AVX-512; PyTorch's own then runs at a sixtieth of
-the speed of fp32 (Zen 3: 1.1 GFLOP/s), so they are computed in fp32 and rounded once.
+PyTorch computes fp32 products with MKL, which has no AVX-512 path for AMD processors: on a Zen 5 it has less than half
+the speed of oneDNN (one thread, 128 x 512 x 768: 95 against 206 GFLOP/s). Without AVX-512, MKL is the faster of the two
+(Zen 3: 68 against 51 GFLOP/s). PyTorch computes bf16 products with oneDNN, which supports them only with AVX-512.
+PyTorch's own bf16 product has a sixtieth of the speed of fp32 (Zen 3: 1.1 GFLOP/s), so without AVX-512 bf16 products
+are computed in fp32 and rounded once.
 """
 
 from __future__ import annotations
@@ -14,25 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The operator is the one that torch.compile emits for CPU linears; it has no public name.
+# The operator that torch.compile emits for linear layers on a CPU; it has no public name.
 _HAS_OPERATOR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 def is_faster_in_fp32() -> bool:
-    """Whether ``gemm`` in fp32 beats torch's own product on this processor."""
+    """Return whether ``gemm`` in fp32 is faster than PyTorch's own product on this processor."""
     return _HAS_OPERATOR and _HAS_AVX512
 
 
 def needs_fp32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products in ``dtype`` are computed in fp32 and rounded because ``device`` has no fast ones."""
+    """Return whether products in ``dtype`` are computed in fp32 and rounded, because ``device`` has no fast ones."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not _HAS_AVX512
 
 
 def why_not(device: torch.device) -> str | None:
-    """The reason why ``gemm`` cannot run on ``device``, or None."""
+    """Return the reason why ``gemm`` cannot run on ``device``, or None if it can."""
     if device.type != "cpu":
         return f"oneDNN runs on CPUs, the device is {device.type}"
     if not _HAS_OPERATOR:
@@ -41,7 +40,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
-    """Write ``a @ b`` into ``out``; any strides; fp32 through oneDNN, anything else through ``torch_gemm``."""
+    """Write ``a @ b`` into ``out``, with any strides: fp32 by oneDNN, other dtypes by ``torch_gemm``."""
     if a_MK.dtype == torch.float32:
         out_MN.copy_(_product(a_MK, b_KN.T))
     else:
@@ -49,7 +48,7 @@ def gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
 
 
 def torch_gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
-    """Write ``a @ b`` into ``out``, any strides, by torch.mm: MKL for fp32 and fp64, oneDNN for bf16 where it can."""
+    """Write ``a @ b`` into ``out``, with any strides, by torch.mm: MKL for fp32 and fp64, oneDNN for bf16."""
     if needs_fp32(a_MK.dtype, a_MK.device):
         out_MN.copy_(a_MK.float() @ b_KN.float())
     else:
@@ -57,7 +56,7 @@ def torch_gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
 
 
 def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
-    """``x @ weight.T`` for ``x`` ``(*, K)``, as ``torch.nn.functional.linear``, the faster way on a CPU."""
+    """Return ``x @ weight.T`` for ``x`` ``(*, K)``, like ``torch.nn.functional.linear`` but faster on a CPU."""
     if x.dtype == torch.float32 and x.device.type == "cpu" and is_faster_in_fp32():
         return _Linear.apply(x.flatten(0, -2), weight_NK).unflatten(0, x.shape[:-1])
     if needs_fp32(x.dtype, x.device):
@@ -66,18 +65,18 @@ def linear(x: Tensor, weight_NK: Tensor) -> Tensor:
 
 
 class Linear(torch.nn.Linear):
-    """``torch.nn.Linear`` without a bias, computed by ``linear``."""
+    """A ``torch.nn.Linear`` without a bias that is computed by ``linear``."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(*, in)`` to ``(*, out)``."""
+        """Map ``(*, in)`` to ``(*, out)``."""
         return linear(x, self.weight)
 
 
 def _product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """``a @ b.T``, newly allocated."""
+    """Return ``a @ b.T`` in a new tensor."""
     return torch.ops.mkldnn._linear_pointwise(a_MK, b_NK, None, "none", [], "")
 
 
@@ -90,6 +89,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_MK, weight_NK = ctx.saved_tensors
+        # The input of the first layers and frozen weights need no gradient, and each is a whole product.
         grad_x = _product(grad_MN, weight_NK.T) if ctx.needs_input_grad[0] else None
         grad_weight = _product(grad_MN.T, x_MK.T) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight

@@ -1,4 +1,4 @@
-"""Every operation that has a fast version. Tests and benchmarks iterate over this list."""
+"""The list of all operations with a fast implementation, over which tests and benchmarks iterate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests and benchmarks know of an operation: its definition, its fast versions, inputs to try them on."""
+"""Description of an operation for tests and benchmarks: its reference, fast implementations, and example inputs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WhyNot = Callable[[torch.device], "str | None"]
 
 @dataclass(frozen=True)
 class Example:
-    """Arguments of one call: ``operation(**tensors, **settings)``. Gradients are taken by all of ``tensors``."""
+    """Arguments of a call ``operation(**tensors, **settings)``. Tests compare the gradients of all ``tensors``."""
 
     tensors: dict[str, Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -24,28 +24,28 @@ class Example:
 
 @dataclass(frozen=True)
 class Implementation:
-    """A fast version of an operation, imported on first use.
+    """A fast implementation of an operation, imported on first use.
 
-    ``target`` is ``module:function``; ``why_not(device)`` is the reason why it cannot run there, or None.
+    ``target`` is ``module:function``. ``why_not(device)`` returns the reason why it cannot run there, or None.
     """
 
     target: str
     why_not: WhyNot
 
     def load(self) -> Operation:
-        """The function itself; its module is imported now."""
+        """Import the module and return the function."""
         module, _, function = self.target.partition(":")
         return getattr(import_module(module), function)
 
 
 @dataclass(frozen=True)
 class OpSpec:
-    """An operation with the function that defines it and its fast versions by name.
+    """An operation: the function that defines it, and its fast implementations by name.
 
-    ``reference`` runs in any floating-point dtype on any device. ``example_inputs(case, dtype, device)`` makes the
-    arguments of a named case; beside ``cases`` every operation knows the case ``large``, for benchmarks. ``budget`` is
-    how many times the reference's own rounding error a fast version may be off, 0 being not at all. ``dtypes`` are
-    those it is made for.
+    ``reference`` runs in any floating-point dtype on any device. ``example_inputs(case, dtype, device)`` returns the
+    arguments of a named case. Besides ``cases``, every operation has the case ``large`` for benchmarks. ``budget`` is
+    the allowed error of a fast implementation as a multiple of the rounding error of the reference; 0 means equal bits.
+    ``dtypes`` are the supported dtypes.
     """
 
     name: str
@@ -57,5 +57,5 @@ class OpSpec:
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     def load(self, name: str) -> Operation:
-        """The fast version ``name``."""
+        """Return the fast implementation ``name``."""
         return self.fast[name].load()

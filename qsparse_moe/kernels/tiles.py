@@ -1,4 +1,4 @@
-"""How the Triton kernels of this package are launched: where, on tiles of which shape, with how many warps."""
+"""Launch parameters of the Triton kernels: device, shape of the tiles, and number of warps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 MAX_FEATURES = 65536
-"""A row is held in the registers of one program: at 32 warps 64 fp32 values a thread."""
-# Enough values to give each of four warps several loads of 16 bytes; a longer row is a tile by itself.
+"""Maximum row length: a row is held in the registers of one program, 64 fp32 values per thread at 32 warps."""
+# Gives each of four warps several loads of 16 bytes. A longer row is a tile of its own.
 _TILE_SIZE = 2048
 
 
 class Tile(NamedTuple):
-    """Rows and columns of the tile of one program, powers of two, and the warps that share it."""
+    """Rows and columns of the tile of one program, both powers of two, and the number of warps of the program."""
 
     rows: int
     columns: int
@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 
 
 def why_not(device: torch.device) -> str | None:
-    """The reason why the Triton kernels cannot run on ``device``, or None."""
+    """Return the reason why the Triton kernels cannot run on ``device``, or None if they can."""
     if importlib.util.find_spec("triton") is None:
         return 'triton is not installed; pip install "qsparse-moe[gpu]"'
     if device.type != "cuda" and not interpreted():
@@ -36,12 +36,12 @@ def why_not(device: torch.device) -> str | None:
 
 
 def interpreted() -> bool:
-    """Whether kernels run under Triton's interpreter, which reads this variable when Triton is imported."""
+    """Return whether kernels run under Triton's interpreter. Triton reads the variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def row_tile(num_rows: int, num_features: int) -> Tile:
-    """A tile that holds whole rows.
+    """Return a tile of whole rows.
 
     Raises:
         ValueError: a row has more than ``MAX_FEATURES`` features.
@@ -54,22 +54,22 @@ def row_tile(num_rows: int, num_features: int) -> Tile:
 
 
 def flat_tile(num_rows: int, num_features: int) -> Tile:
-    """A tile of values that do not depend on each other; a row may span several."""
+    """Return a tile for element-wise operations; a row may span several tiles."""
     columns = min(power_of_two(num_features), _TILE_SIZE)
     rows = min(max(1, _TILE_SIZE // columns), power_of_two(num_rows))
     return Tile(rows, columns, _warps(rows * columns))
 
 
 def power_of_two(number: int) -> int:
-    """The least power of two that is not below ``number``, and at least 1."""
+    """Return the smallest power of two that is at least ``number`` and at least 1."""
     return 1 << max(0, number - 1).bit_length()
 
 
 def on_device_of(x: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device; inside this context that is the one of ``x``."""
+    """Return a context in which the device of ``x`` is current, because Triton launches on the current device."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
 
 
 def _warps(num_values: int) -> int:
-    # 512 values a warp are 16 a thread; between the 4 warps of a small block and the 32 that a block may have.
+    # 512 values per warp are 16 per thread. A block has at most 32 warps, and fewer than 4 would not hide latency.
     return min(32, max(4, power_of_two(num_values // 512)))

@@ -1,1 +1,1 @@
-"""The decoder-only Transformer and what is computed on it: initial values, recomputation, thresholds, and unions."""
+"""The decoder-only Transformer: its layers, initialisation, recomputation, calibration, and measured weight unions."""

@@ -53,6 +53,7 @@ class Attention(nn.Module):
         self.head_size = head_size(config)
         width = self.num_heads * self.head_size
         weight_format = config.sparsity.quantization.weights
+        # One matrix for queries, keys, and values, so that one product and one sparse input serve all three.
         self.qkv = Projection(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size, weight_format)
         self.output = Projection(width, config.hidden_size, weight_format)
         self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None

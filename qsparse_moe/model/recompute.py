@@ -18,6 +18,7 @@ from qsparse_moe.config.schema import RECOMPUTE, Recompute
 
 T = TypeVar("T")
 
+# The implementations of scaled_dot_product_attention, of which PyTorch chooses one per device and shape.
 _ATTENTION = (
     "_scaled_dot_product_flash_attention",
     "_scaled_dot_product_flash_attention_for_cpu",
@@ -56,6 +57,7 @@ def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 @functools.cache
 def _stored() -> frozenset[Any]:
     """Return the operators whose results are stored: they take most of the time and few of the bytes of a layer."""
+    # Not every version and build of PyTorch has all of these operators.
     found = {getattr(torch.ops.aten, name).default for name in _PRODUCTS if hasattr(torch.ops.aten, name)}
     # The product of kernels/onednn.py, which PyTorch builds without oneDNN lack.
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):

@@ -88,6 +88,7 @@ class Transformer(nn.Module):
         Raises:
             ConfigError: the plan was made for another model, or lacks thresholds that the selection needs.
         """
+        # Checked first, so that a refused plan leaves the model unchanged.
         plan.check_fits(self.config)
         self.sparsity_plan = plan
         for block in self.blocks():
@@ -221,11 +222,13 @@ class Transformer(nn.Module):
         self, logits_BSV: Tensor, targets_BS: Tensor, outputs: list[BlockOutput]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         lm_loss = cross_entropy(logits_BSV, targets_BS)
+        # Only the total keeps the graph. The terms are for reports and must not keep activations alive.
         losses = {"lm_loss": lm_loss.detach()}
         balances = [output.balance for output in outputs if output.balance is not None]
         z_losses = [output.router_z_loss for output in outputs if output.router_z_loss is not None]
         if not balances:
             return lm_loss, losses
+        # Means over the layers, so that the coefficients do not depend on the depth of the model.
         balance, z = self._balance_loss(balances), torch.stack(z_losses).mean()
         moe = self.config.moe
         loss = lm_loss + moe.load_balance_coefficient * balance + moe.router_z_coefficient * z

@@ -93,6 +93,7 @@ class _AllToAllDispatcher:
         self._pending = _Send.apply(rows.rows_MD, self._to_experts)
 
     def _dispatch_flags(self, flag_N: Tensor) -> Tensor:
+        # Sent as bytes, because not every communication backend supports bool.
         self._to_experts.start(flag_N.byte(), self._to_experts.send_sizes, self._to_experts.receive_sizes)
         return self._to_experts.finish().bool()[self._order_M]
 
@@ -119,6 +120,7 @@ def _sort_by_expert(receive_PL: Tensor, num_rows: int, rank: int) -> tuple[Tenso
 
 
 def _inverse(order_M: Tensor) -> Tensor:
+    # A scatter is linear in the number of rows; an argsort is not.
     return torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
 
 

@@ -77,4 +77,5 @@ class Experts(nn.Module):
         return self._project(hidden_NF, self.w_down, counts), stats
 
     def _project(self, rows_NX: Tensor, weights_LXY: Tensor, counts: RowCounts) -> Tensor:
+        # Rounded in every call: the optimizer updates the stored weights in full precision.
         return self.matmul(rows_NX, as_format(weights_LXY, self.weight_format), counts)

@@ -86,11 +86,12 @@ class MoELayer(nn.Module):
         dispatcher = start_dispatch(
             ExpertRows(rows_ND, routed.rows_per_expert_E, routed.expert_N, continues_N), self.expert_group
         )
+        # The loss terms and the shared experts are computed here, because they overlap with the transfer that has been
+        # started.
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
         balance = balance_terms(routing.probs_TE, routing.expert_ids_TA, num_groups)
         stats = {"router/rows_E": balance.rows_GE.sum(0)}
         if self.shared is not None:
-            # Computed here, because it overlaps with the transfer that start_dispatch began.
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
         y_MD, hidden_stats = self._run_experts(dispatcher.receive(), with_stats)
@@ -142,6 +143,7 @@ class MoELayer(nn.Module):
         """Return which expert reads which row, or which token; None if no statistics are recorded."""
         if continues_N is None:
             return None
+        # MegaBlocks' permutation returns int32, and the statistics index with int64.
         row_N = None if token_N is None else token_N.long()
         return Readers(row_N, expert_N.long(), self.num_experts, continues_N)
 

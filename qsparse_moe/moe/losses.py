@@ -24,6 +24,7 @@ class BalanceTerms(NamedTuple):
 def balance_terms(probs_TE: Tensor, expert_ids_TA: Tensor, num_groups: int) -> BalanceTerms:
     """Return the two terms for each of ``num_groups`` equal, contiguous parts of the tokens."""
     ids_GN = expert_ids_TA.unflatten(0, (num_groups, -1)).flatten(1)
+    # float64, so that counts stay exact when they are summed over ranks and micro-batches.
     rows_GE = torch.zeros(num_groups, probs_TE.shape[-1], dtype=torch.float64, device=probs_TE.device)
     rows_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN, dtype=torch.float64))
     return BalanceTerms(rows_GE, probs_TE.unflatten(0, (num_groups, -1)).mean(1))
@@ -58,6 +59,7 @@ class StepLoad:
 
     def add(self, rows: Tensor) -> Tensor:
         """Add the counts of one more micro-batch, in one reduction, and return those of the step so far."""
+        # A copy, because the reduction over ranks works in place.
         rows = self._reduce(rows.clone())
         self._rows = rows if self._rows is None else self._rows + rows
         return self._rows

@@ -162,6 +162,7 @@ class _Permute(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(row_TA, within_TA)
         ctx.by = by
+        # PyTorch's own backward of index_select is a scatter-add, whose order of additions is not fixed on a GPU.
         return x_TD.index_select(0, token_N)
 
     @staticmethod

@@ -110,6 +110,7 @@ class Router(nn.Module):
             rate: ``bias_update_rate``.
         """
         assert self.expert_bias is not None, "this router has no biases: bias_update_rate is 0"
+        # Only the sign of the deviation counts, as in the paper, so the rate is the size of every update.
         self.expert_bias += rate * (rows_E.mean() - rows_E).sign().to(self.expert_bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:

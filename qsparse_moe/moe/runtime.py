@@ -37,6 +37,7 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_g
     backends = fastest_first()
     experts = choose("model.moe.backend", config.moe.backend, backends, lambda spec: spec.why_not(config, device))
     sites = resolve_site_runtime(config.sparsity, device)
+    # Loaded now, so that a package that cannot be imported is reported before anything is trained.
     experts.load()
     return Runtime(
         sites,

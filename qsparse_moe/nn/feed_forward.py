@@ -67,4 +67,5 @@ class FeedForward(nn.Module):
         return self._project(hidden_BSF, self.w_down), input_stats, hidden_stats
 
     def _project(self, rows_BSX: Tensor, weight_XY: Tensor) -> Tensor:
+        # Stored as (in, out), like the stacked matrices of experts; linear expects (out, in).
         return linear(rows_BSX, as_format(weight_XY, self.weight_format).T)

@@ -73,6 +73,7 @@ class SparseActivation:
     def _in_one_pass(
         self, by: FusedGLU, gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, with_sums: bool
     ) -> tuple[Tensor, RowSums | None]:
+        # can_fuse admits no blended gradient, so the weight of the straight-through gradient is 0 or 1.
         kept_NF, sums = fused_glu(
             gate_NF.flatten(0, -2),
             up_NF.flatten(0, -2),
@@ -82,6 +83,7 @@ class SparseActivation:
             gradient="ste" if self._site.ste_share else "masked",
             with_sums=with_sums,
         )
+        # The first field is K, which the site already knows.
         return kept_NF.view_as(up_NF), None if sums is None else RowSums(*sums[1:])
 
 

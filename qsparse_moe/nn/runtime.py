@@ -55,6 +55,7 @@ def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> Site
     """
     selection = choose("model.sparsity.backend", settings.backend, TOPK_SELECTS, lambda spec: spec.why_not(device))
     is_native = selection.name == "native"
+    # Compiled now, so that a failing compiler is reported before anything is trained.
     if is_native:
         native.load()
     return SiteRuntime(

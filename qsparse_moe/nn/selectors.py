@@ -76,7 +76,7 @@ class RankingSelector(nn.Module):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all experts have the same K, so that the expert of a row is not needed."""
+        """True if all experts have the same K, so that the expert of a row is not needed."""
         return self.uniform_num_kept is not None
 
     def num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:

@@ -97,12 +97,12 @@ class SparseSite(nn.Module):
 
     @property
     def is_uniform(self) -> bool:
-        """Whether all experts select alike and no hook is attached, so that the expert of a row is not needed."""
+        """True if all experts select alike and no hook is attached, so that the expert of a row is not needed."""
         return self.selector.is_uniform and self.hook is None
 
     @property
     def can_fuse(self) -> bool:
-        """Whether the selection can be fused into the operation that computes the rows.
+        """True if the selection can be fused into the operation that computes the rows.
 
         It can if the site does exact top-K and, at most, divides by the norm of the selected features.
         """
@@ -175,6 +175,7 @@ class SparseSite(nn.Module):
 
     def _check_nan(self, x: Tensor) -> None:
         broken = x.detach().isnan().any(-1).flatten()
+        # This waits for the device, so the check runs only with model.sparsity.debug.
         if not broken.any():
             return
         where = f"layer {self.layer}, {self.site}" if self.layer is not None else self.site

@@ -1,4 +1,4 @@
-"""The folder of a run: made once, never taken over by another run, and continued only by the same one."""
+"""The folder of a run: created once, never overwritten by another run, and continued only by the same run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
-"""Folder of a copy of the run's tokenizer, where it has files."""
+"""Folder with a copy of the run's tokenizer, if it has files."""
 METRICS_FILE = "metrics.jsonl"
 
 MAY_CHANGE = (
     "data.cache_dir",
-    # Which records are skipped, and the texts that come of it: the loader compares the content.
+    # They decide which records are skipped; the loader compares the resulting texts.
     "data.max_bad_records",
     "data.max_document_bytes",
     "data.tokenizer",
     "metrics",
-    # Experts own weights, backends own speed.
+    # Every backend computes the same function of the same weights.
     "model.moe.backend",
     "model.sparsity.backend",
     "training.activation_checkpointing",
@@ -47,18 +47,18 @@ MAY_CHANGE = (
     "training.resume",
     "training.steps",
 )
-"""Settings, or whole sections, that a resumed run may have different; the others would make it another run."""
-# Files may have moved: the loader compares their content.
+"""Settings and sections that may change when a run is resumed; any other change would make it a different run."""
+# Files may have been moved: the loader compares their content.
 _SOURCE_PATH = re.compile(r"data\.sources\.\d+\.path")
 
 
 def run_folder(config: RunConfig) -> Path:
-    """Where the run of ``config`` lives."""
+    """Return the folder of the run of ``config``."""
     return Path(config.training.output_dir).expanduser() / config.training.name
 
 
 def holds_no_step(folder: Path) -> bool:
-    """Return whether a run folder holds nothing that a step made: no complete checkpoint and no logged step."""
+    """Return whether a run folder contains no complete checkpoint and no logged step."""
     rows = folder / METRICS_FILE
     if newest_step(folder) is not None:
         return False
@@ -69,7 +69,7 @@ def holds_no_step(folder: Path) -> bool:
 
 
 def is_finished(config: RunConfig) -> bool:
-    """Whether the run's folder holds a checkpoint of its last step or a later one; needs no torch.
+    """Return whether the run folder contains a checkpoint of the last step or a later one; needs no torch.
 
     Raises:
         CheckpointError, ConfigError: as ``check_run_folder`` does.
@@ -81,43 +81,43 @@ def is_finished(config: RunConfig) -> bool:
 
 
 def newest_step(folder: Path) -> int | None:
-    """Of the newest checkpoint in the run folder, by its name; None without one. Needs no torch."""
+    """Return the step of the newest checkpoint by its name, or None without one. Needs no torch."""
     steps = (path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*"))
     return max((int(step) for step in steps if step.isdecimal()), default=None)
 
 
 def no_checkpoint(folder: Path) -> CheckpointError:
-    """What to raise where a run folder has no complete checkpoint and one is needed."""
+    """Return the error of a run folder that needs a complete checkpoint and has none."""
     return CheckpointError(
-        f"{folder / CHECKPOINTS}: has no complete checkpoint; a run must have saved one. Train it to its end "
+        f"{folder / CHECKPOINTS}: contains no complete checkpoint, and one is needed. Train the run to its end "
         "(training.resume=true), or set training.checkpoint_interval"
     )
 
 
 def check_run_folder(config: RunConfig) -> bool:
-    """Whether there is a run to resume; False where the folder is free. Writes nothing and needs no torch.
+    """Return whether there is a run to resume; False if the folder is free. Writes nothing and needs no torch.
 
-    A run that ended before it kept a step has nothing to lose: its folder is free, for other settings as well.
+    The folder of a run that ended before it saved a step is free, also for other settings.
 
     Raises:
-        CheckpointError: the folder is in use and the run shall not resume, or it holds something that is no run.
-        ConfigError: the run in it was made with other settings; each is named with both values.
+        CheckpointError: the folder is in use and ``training.resume`` is false, or it is not a run folder.
+        ConfigError: the run in it has other settings; each is named with both values.
     """
     folder = run_folder(config)
     if not folder.exists() or (folder.is_dir() and _holds_nothing(folder)):
         return False
-    # Not by its config alone, which may be the very file that the user wrote.
+    # The config alone is not enough: it may be a file that the user wrote.
     if (folder / MANIFEST_FILE).is_file() and holds_no_step(folder):
         return False
     if not config.training.resume:
         raise CheckpointError(
-            f"{folder}: exists, and a run never overwrites another (training.resume is false). Set "
+            f"{folder}: exists, and a run never overwrites another one (training.resume is false). Set "
             "training.resume=true to continue it, or give this run another training.name"
         )
     stored = folder / CONFIG_FILE
     if not stored.is_file():
         raise CheckpointError(
-            f"{folder}: is no run folder, it has no {CONFIG_FILE}, so training.resume=true cannot continue it; "
+            f"{folder}: is not a run folder (no {CONFIG_FILE} in it), so training.resume=true cannot continue it; "
             "move it away, or choose another training.name or training.output_dir"
         )
     _check_same_run(stored, config)
@@ -128,7 +128,7 @@ def check_steps(config: RunConfig) -> None:
     """Refuse to resume a run that has done more steps than ``training.steps``. Writes nothing and needs no torch.
 
     Raises:
-        ConfigError: the run's newest checkpoint is of a later step; the way back to an earlier one is named.
+        ConfigError: the newest checkpoint of the run has a later step.
     """
     folder = run_folder(config)
     done, steps = newest_step(folder), config.training.steps
@@ -140,13 +140,13 @@ def check_steps(config: RunConfig) -> None:
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
-    """Write the resolved config, so that ``load_config`` reads it back equal, but for paths, which are absolute."""
+    """Write the resolved config. ``load_config`` reads it back equal, except that paths are absolute."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / CONFIG_FILE, config_to_yaml(_from_anywhere(config)))
 
 
 def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the config of a run; its tokenizer is the copy that the run folder holds, unless an override names another.
+    """Read the config of a run; its tokenizer is the copy in the run folder, unless an override names another one.
 
     Raises:
         ConfigError: its config.yaml cannot be read, or an override is wrong.
@@ -159,7 +159,7 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
-    """The config with the paths of its data from the root: a run is read from any folder."""
+    """Return the config with absolute paths of its data, so that the run can be read from any folder."""
     sources = tuple(source.model_copy(update={"path": _absolute_path(source)}) for source in config.data.sources)
     cache, tokenizer = config.data.cache_dir, config.data.tokenizer
     update = {
@@ -184,7 +184,7 @@ def _absolute(path: str) -> str:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace ``file``: whoever reads it sees the old text or the new one, never a part."""
+    """Replace ``file`` so that a reader sees either the old text or the new one, never a part."""
     beside = _beside(file)
     with naming(file):
         with beside.open("w", encoding="utf-8") as stream:
@@ -199,14 +199,14 @@ def _beside(file: Path) -> Path:
 
 
 def _holds_nothing(folder: Path) -> bool:
-    """Also where a process died while it wrote the very first file."""
+    """Return whether the folder is empty, apart from the partial file of a process that died writing the config."""
     return all(path == _beside(folder / CONFIG_FILE) for path in folder.iterdir())
 
 
 def _check_same_run(stored: Path, config: RunConfig) -> None:
     before = _leaves(load_config(stored).model_dump(mode="json"))
     now = _leaves(config.model_dump(mode="json"))
-    if config.model.vocab_size is None:  # not derived yet: it will be, from the tokenizer, which is compared too
+    if config.model.vocab_size is None:  # derived later from the tokenizer, which is compared as well
         now["model.vocab_size"] = before["model.vocab_size"]
     changed = [
         f"{path} was {show(before.get(path))} and is {show(now.get(path))}"
@@ -215,15 +215,15 @@ def _check_same_run(stored: Path, config: RunConfig) -> None:
     ]
     if changed:
         raise ConfigError(
-            f"{stored}: was made with other settings than the run that shall continue it (training.resume=true): "
+            f"{stored}: was made with other settings than the run that continues it (training.resume=true): "
             + "; ".join(changed)
-            + ". Put them back, or start a new run under another training.name; runs of a grid go to another "
-            "folder with ablate's --output-dir"
+            + ". Restore them, or start a new run with another training.name (for the runs of a grid: another "
+            "--output-dir of ablate)"
         )
 
 
 def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Every setting by its dotted path; a list of sections counts each of them, an empty one itself."""
+    """Return every setting by its dotted path; each section in a list has its own, and an empty list is one value."""
     if isinstance(value, dict):
         items = [(str(key), below) for key, below in value.items()]
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a run was made with, so that its numbers can be traced."""
+"""``manifest.json``: the versions, commit, and machine of a run, so that its numbers can be traced."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def write_manifest(folder: Path, part: dict[str, Any]) -> None:
-    """Write the manifest of the part of a run that starts now; the manifests of earlier parts are kept in it.
+    """Write the manifest of the part of a run that starts now; it also contains those of earlier parts.
 
     Args:
         folder: the run folder.
@@ -62,7 +62,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with a mark if files differ; None outside of one."""
+    """Return the commit of the checkout, with a mark if tracked files differ from it; None outside of a checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

@@ -1,4 +1,4 @@
-"""What a run tells its listeners, and what it returns. L MoE layers, E experts."""
+"""The reports of a run to its listeners, and its result. L MoE layers, E experts."""
 
 from __future__ import annotations
 
@@ -14,46 +14,47 @@ from qsparse_moe.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class RunContext:
-    """What holds for the whole run; given to ``listener.begin``."""
+    """Facts that are constant over the run; passed to ``listener.begin``."""
 
     run_dir: Path
     config: RunConfig
     start_step: int
-    """Steps that were done before: 0, or where the checkpoint stands. What a listener has of later steps is void."""
+    """Steps done before this part of the run: 0, or those of the checkpoint. Anything that a listener recorded of later
+    steps is invalid."""
     start_tokens: int
     start_seconds: float
     world_size: int
     tokens_per_step: int
-    """Over all ranks."""
+    """Number of tokens per step over all ranks."""
     num_parameters: int
     engine: str
     """``torch``, or ``deepspeed`` with the ZeRO stage."""
     device: str
     """``cpu`` or ``cuda``."""
     device_name: str
-    """That CUDA gives to the device of rank 0; empty on a CPU."""
+    """Name of the CUDA device of rank 0; empty on a CPU."""
     backend: str
-    """The experts' backend that ``model.moe.backend`` came to; empty without experts."""
+    """The backend of the experts that ``model.moe.backend`` selected; empty without experts."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One logged step: every ``metrics.interval``-th, the last one, and those followed by an evaluation."""
+    """The report of a logged step: every ``metrics.interval``-th, the last, and those followed by an evaluation."""
 
     step: int
-    """Steps done, from 1."""
+    """Number of steps done, including this one."""
     tokens: int
-    """Over all ranks since the run began."""
+    """Number of tokens over all ranks since the run began."""
     seconds: float
-    """Spent in steps since the run began, resumed parts added up; evaluations and checkpoints are not in it."""
+    """Seconds spent in steps since the run began, over all its parts, without evaluations and checkpoints."""
     losses: dict[str, float]
-    """``loss``, ``lm_loss``, …: means over this step's global batch."""
+    """Means over the global batch of this step: ``loss``, ``lm_loss``, …"""
     stats: dict[str, Tensor]
     """The model's sums over this step's micro-batches and ranks, float64 on the CPU."""
     router_bias_LE: Tensor | None
     """The biases that balance the experts after this step, fp32 on the CPU; None without them."""
     grad_norm: float
-    """Before clipping; infinite where the step was skipped in fp16."""
+    """Gradient norm before clipping; infinite if the step was skipped in fp16."""
     layer_grad_norms: tuple[float, ...] | None
     """L2 norm, before clipping, of the gradient of each layer's matrices (attention, experts, shared and dense
     feed-forwards; no router, no norm); None unless ``metrics.layer_gradients``."""
@@ -61,23 +62,23 @@ class StepReport:
     sparsity: float
     """Mean S of the plan in this step."""
     step_seconds: float
-    """Mean over the steps since the last report."""
+    """Mean seconds per step since the last report."""
     tokens_per_second: float
-    """Over all ranks, in the steps since the last report."""
+    """Tokens per second over all ranks since the last report."""
     memory: dict[str, float]
     """Bytes of rank 0 by name: ``resident``, ``peak_resident``, and on CUDA ``allocated``, ``peak_allocated``."""
     validation: dict[str, float] | None
-    """``loss``, ``perplexity``, ``bits_per_byte`` where an evaluation followed this step."""
+    """``loss``, ``perplexity``, ``bits_per_byte`` if an evaluation followed this step, else None."""
     choice_agreement_L: Tensor | None = None
-    """Share of the experts that the tokens of the evaluation which followed this step chose in the one before too;
-    None without an evaluation, and in the first one of a run."""
+    """Fraction of the experts chosen in the evaluation after this step that the same tokens chose in the previous one;
+    None without an evaluation and for the first one of a run."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
-    """Of this step on rank 0, by part: ``data``, ``forward``, ``backward``, ``update``; and ``communication``,
-    which lies within these, but on CUDA."""
+    """Seconds of this step on rank 0 by part: ``data``, ``forward``, ``backward``, ``update``; and ``communication``,
+    which is contained in these except on CUDA."""
     loss_scale: float | None = None
-    """That this step's loss was multiplied by, in fp16."""
+    """Factor of the loss in this step, in fp16."""
     skipped_steps: int | None = None
-    """Steps skipped since the run began because the gradient overflowed, in fp16."""
+    """Number of steps skipped since the run began because the gradient overflowed, in fp16."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class LateEvaluation:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended."""
+    """The result of a run."""
 
     run_dir: Path
     step: int
@@ -110,34 +111,34 @@ class TrainingResult:
     tokens: int
     seconds: float
     validation: dict[str, float] | None
-    """Of the evaluation at the end; None for a run that a signal stopped."""
+    """Values of the evaluation at the end; None for a run that a signal stopped."""
     stopped_by: int | None
     """The signal that stopped the run before its last step, with a checkpoint: 2 Ctrl-C, 10 SIGUSR1, 15 SIGTERM."""
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of the process: 0, or 128 plus the signal."""
+        """Exit code by the convention of shells: 0, or 128 plus the number of the signal."""
         return 0 if self.stopped_by is None else 128 + self.stopped_by
 
 
 Listener = Callable[[StepReport], None]
 """Called on rank 0 with every report. Its methods ``begin(context)``, ``late_evaluation(evaluation)`` and
-``end(result)`` are called if it has them. One that remembers anything over reports is a ``StatefulListener``."""
+``end(result)`` are called if it has them. A listener with state across reports is a ``StatefulListener``."""
 
 
 @runtime_checkable
 class StatefulListener(Protocol):
-    """A listener with a state that checkpoints keep, so that a resumed run reports what an unbroken one would.
+    """A listener whose state is saved in checkpoints, so that a resumed run reports the same as an unbroken one.
 
     ``state_dict`` is called when a checkpoint is saved, after the report of its step; ``load_state_dict`` when the run
-    is resumed, after ``begin``, and not at all where the checkpoint holds no state of that name.
+    is resumed, after ``begin``, and only if the checkpoint contains a state of this name.
     """
 
     state_name: str
     """Name of the state in the checkpoint; unique among the listeners of a run."""
 
     def __call__(self, report: StepReport) -> None:
-        """Take in one logged step."""
+        """Process the report of one logged step."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; JSON-able."""
@@ -147,7 +148,7 @@ class StatefulListener(Protocol):
 
 
 def notify(listeners: Iterable[Listener], moment: str, news: RunContext | LateEvaluation | TrainingResult) -> None:
-    """Call ``begin``, ``late_evaluation`` or ``end`` of every listener that has it."""
+    """Call ``begin``, ``late_evaluation``, or ``end`` of every listener that has this method."""
     for listener in listeners:
         method = getattr(listener, moment, None)
         if method is not None:

@@ -1,1 +1,1 @@
-"""Q-Sparse as pure functions: which features a row keeps, what is done with them, and what that did."""
+"""The mathematics of Q-Sparse as pure functions: selection, quantisation, plans, schedules, and statistics."""

@@ -1,4 +1,4 @@
-"""How many values lie in each of some fixed bins of their logarithm: sums like all other statistics."""
+"""Histograms over fixed logarithmic bins. Their counts are sums like all other statistics, so they can be added."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LogBins(NamedTuple):
-    """H bins of equal width from ``low`` to ``high`` in log2; what lies beyond counts in the first or the last."""
+    """H bins of equal width from ``low`` to ``high`` in log2; values beyond count in the first or the last bin."""
 
     low: int
     high: int
@@ -17,12 +17,12 @@ class LogBins(NamedTuple):
 
     @property
     def number(self) -> int:
-        """H."""
+        """Number of bins H."""
         return (self.high - self.low) * self.per_octave
 
     @property
     def edges(self) -> list[float]:
-        """The H + 1 edges in log2."""
+        """The H + 1 edges of the bins in log2."""
         return [self.low + index / self.per_octave for index in range(self.number + 1)]
 
 
@@ -33,6 +33,10 @@ MAGNITUDES = LogBins(-24, 8, 8)
 
 
 def log_counts(values: Tensor, bins: LogBins) -> Tensor:
-    """``(H,)`` float64 counts of ``values`` (any shape, none negative; 0 counts in the first bin). Nothing waits."""
+    """Return ``(H,)`` float64 counts of ``values``, without waiting for the device.
+
+    Values may have any shape and must not be negative; a 0 counts in the first bin.
+    """
+    # Zero becomes -inf, which the clamp puts into the first bin.
     logs = values.detach().double().log2().clamp(bins.low, bins.high)
     return torch.histc(logs, bins=bins.number, min=bins.low, max=bins.high)

@@ -1,4 +1,4 @@
-"""S for every (layer, site, expert) of a model, and K from it. Imports no torch."""
+"""The sparsity plan: S for every (layer, site, expert) of a model, and K derived from it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ FORMAT = "qsparse_moe.sparsity_plan/2"
 
 
 def num_kept(sparsity: float, num_features: int) -> int:
-    """K = max(1, round((1 - S) * D)): the features that a row of ``num_features`` keeps (arXiv 2407.10969, section 2).
+    """Return K = max(1, round((1 - S) * D)), the selected features per row of D (arXiv 2407.10969, section 2).
 
-    Halves round to the even neighbour, as Python's ``round`` does.
+    Halves are rounded to the even neighbour, as by Python's ``round``.
     """
     return max(1, round((1.0 - sparsity) * num_features))
 
 
 def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) -> int:
-    """K of a site with ``num_features``: of the whole row, or under block selection the sum over its groups.
+    """Return K per row of a site with ``num_features`` features; under block selection the sum over its groups.
 
-    Under threshold and statistical selection it is what S asks for; how many a row keeps varies around it. Under relu
-    it bears on nothing.
+    Under threshold and statistical selection K is only the target: the number of selected features varies around it
+    from row to row. ReLU does not use K.
     """
-    # Groups need not divide a site that is left whole.
+    # At S = 0 nothing is selected, so the group size need not divide the width of the site.
     if settings.selection != "block" or sparsity == 0.0:
         return num_kept(sparsity, num_features)
     return num_kept(sparsity, settings.group_size) * (num_features // settings.group_size)
 
 
 def site_threshold(settings: SparsityConfig, sparsity: float, threshold: float) -> float:
-    """Return what ``selection.THRESHOLD_MASKS`` compares with: a threshold, a normal quantile at S, or ReLU's 0.
+    """Return the number that ``selection.THRESHOLD_MASKS`` compares with.
 
-    ``-inf`` where S is 0, which keeps everything.
+    It is the calibrated threshold, the quantile of the standard normal distribution at S, or 0 for ReLU. At S = 0 it is
+    ``-inf``, which selects every feature.
     """
     if sparsity == 0.0:
         return -math.inf
@@ -53,16 +54,17 @@ def site_threshold(settings: SparsityConfig, sparsity: float, threshold: float) 
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """S, the fraction zeroed, at every place of a model.
+    """S, the fraction of features set to zero, for every (layer, site, expert) of a model.
 
-    ``values[layer, site]`` holds one S, or one S an expert at ``expert_input`` and ``expert_hidden``.
-    ``thresholds``, empty unless the plan was calibrated, holds beside each S the magnitude below which that share lies.
+    ``values[layer, site]`` holds one S, or one S per expert at ``expert_input`` and ``expert_hidden``. ``thresholds``
+    holds, for each S, the magnitude below which that fraction lies; it is empty unless the plan was calibrated.
     """
 
     values: Mapping[tuple[int, Site], tuple[float, ...]]
     thresholds: Mapping[tuple[int, Site], tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # Copies, so that a caller who goes on changing its mappings does not change a frozen plan.
         object.__setattr__(self, "values", dict(self.values))
         object.__setattr__(self, "thresholds", dict(self.thresholds))
         self._check_thresholds()
@@ -75,24 +77,24 @@ class SparsityPlan:
 
     @classmethod
     def uniform(cls, config: ModelConfig, sparsity: float) -> SparsityPlan:
-        """The same S at every place of the model that ``config`` describes."""
+        """Return the plan with the same S at every site of the model that ``config`` describes."""
         return cls({place: (sparsity,) * width for place, width in _places(config)})
 
     @classmethod
     def preset(cls, config: ModelConfig, name: str) -> SparsityPlan:
-        """The S of a preset, ``paper``, ``a4.8`` or ``dense``, at every place of the model; formats are no part of it.
+        """Return the plan with the S of a preset: ``paper``, ``a4.8``, or ``dense``. Number formats are not included.
 
         Raises:
             ConfigError: there is no such preset.
         """
         if name not in PRESETS:
-            raise ConfigError(f"sparsity plan: {name!r} is no preset; choose from {', '.join(PRESETS)}")
+            raise ConfigError(f"sparsity plan: {name!r} is not a preset; choose from {', '.join(PRESETS)}")
         chosen = PRESETS[name].sparsity
         return cls({(layer, site): (chosen.get(site, 0.0),) * width for (layer, site), width in _places(config)})
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> SparsityPlan:
-        """The plan of ``config.sparsity``: its file, or its preset, default, sites and overrides, later ones winning.
+        """Return the plan of ``config.sparsity``: its file, or its preset, default, sites, and overrides in this order.
 
         Raises:
             ConfigError: an override names a layer, site or expert that the model lacks; the plan file cannot be read or
@@ -120,27 +122,27 @@ class SparsityPlan:
 
     @classmethod
     def from_json(cls, text: str) -> SparsityPlan:
-        """The plan that ``to_json`` wrote.
+        """Return the plan that ``to_json`` wrote.
 
         Raises:
-            ConfigError: the text is no plan of this version.
+            ConfigError: the text is not a plan in the format of this version.
         """
         try:
             content = json.loads(text)
             version, entries = content["format"], content["values"]
             values, thresholds = _numbers(entries, "sparsity"), _numbers(entries, "threshold")
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"sparsity plan: not readable ({error!r}); write one with SparsityPlan.to_json") from None
+            raise ConfigError(f"sparsity plan: not readable ({error!r}); write it with SparsityPlan.to_json") from None
         if version != FORMAT:
-            raise ConfigError(f"sparsity plan: format is {version!r}; this version reads {FORMAT!r}; write it anew")
+            raise ConfigError(f"sparsity plan: format is {version!r}; this version reads {FORMAT!r}; write it again")
         return cls(values, thresholds)
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityPlan:
-        """The plan in the file ``path``, which ``save`` wrote.
+        """Return the plan in the file ``path``, which ``save`` wrote.
 
         Raises:
-            ConfigError: the file cannot be read, or holds no plan of this version.
+            ConfigError: the file cannot be read, or does not contain a plan in the format of this version.
         """
         try:
             text = Path(path).read_text(encoding="utf-8")
@@ -157,7 +159,7 @@ class SparsityPlan:
             Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
 
     def to_json(self) -> str:
-        """The plan as JSON, with the name and version of its format."""
+        """Return the plan as JSON, with the name and version of its format."""
         entries = []
         for place, values in self.values.items():
             entry: dict[str, Any] = {"layer": place[0], "site": place[1], "sparsity": list(values)}
@@ -167,21 +169,22 @@ class SparsityPlan:
         return json.dumps({"format": FORMAT, "values": entries}, indent=1)
 
     def sites(self, layer: int) -> tuple[Site, ...]:
-        """The sites of ``layer``."""
+        """Return the sites of ``layer``."""
         return tuple(site for other, site in self.values if other == layer)
 
     def sparsity(self, layer: int, site: Site, expert: int | None = None) -> float:
-        """S of one place; the mean over the experts where ``expert`` is None."""
+        """Return S of one site and expert, or the mean over the experts if ``expert`` is None."""
         values = self.values[layer, site]
         return sum(values) / len(values) if expert is None else values[expert]
 
     def scaled(self, scale: float) -> SparsityPlan:
-        """The plan with every S multiplied by ``scale`` in [0, 1]; thresholds hold for one S only and go with it."""
+        """Return the plan with every S multiplied by ``scale`` in [0, 1], without thresholds unless ``scale`` is 1."""
+        # A threshold belongs to one value of S, so it is not valid for another.
         values = {place: tuple(scale * v for v in values) for place, values in self.values.items()}
         return SparsityPlan(values, self.thresholds if scale == 1.0 else {})
 
     def with_thresholds(self, thresholds: Mapping[tuple[int, Site], tuple[float, ...]]) -> SparsityPlan:
-        """The plan with these thresholds in place of its own."""
+        """Return the plan with these thresholds instead of its own."""
         return SparsityPlan(self.values, thresholds)
 
     def with_(
@@ -192,13 +195,13 @@ class SparsityPlan:
         site: Site | None = None,
         experts: Sequence[int] | None = None,
     ) -> SparsityPlan:
-        """Return a new plan with S = ``sparsity`` at the places that are named; the thresholds of these go.
+        """Return a new plan with S = ``sparsity`` at the named sites, whose thresholds are removed.
 
         Args:
             sparsity: in [0, 1).
-            layer: counted from 0; every layer where it is None.
-            site: every site of the layer where it is None.
-            experts: numbers of experts, counted from 0; only sites that have one S per expert are changed then.
+            layer: index, counted from 0; None is every layer.
+            site: name; None is every site of the layer.
+            experts: indices, counted from 0; only sites that have one S per expert are changed. None is all experts.
 
         Raises:
             ConfigError: the plan has no such layer, site or expert, or ``sparsity`` is out of range.
@@ -210,8 +213,9 @@ class SparsityPlan:
             layers = sorted({place[0] for place in self.values})
             sites = list(dict.fromkeys(place[1] for place in self.values))
             raise ConfigError(
-                f"sparsity plan: layer {layer}, site {site}, experts {experts} names no place; this plan has the "
-                f"layers {layers} with the sites {', '.join(sites)}, and experts at {' and '.join(EXPERT_SITES)} only"
+                f"sparsity plan: layer {layer}, site {site}, experts {experts} matches nothing; this plan has the "
+                f"layers {layers} with the sites {', '.join(sites)}, and S per expert only at "
+                f"{' and '.join(sorted(EXPERT_SITES))}"
             )
         values = dict(self.values)
         for place in places:
@@ -222,20 +226,21 @@ class SparsityPlan:
                     f"sparsity plan: experts {wrong} are not in layer {place[0]}, {place[1]}; choose from 0-{count - 1}"
                 )
             values[place] = tuple(sparsity if i in chosen else value for i, value in enumerate(values[place]))
-        return SparsityPlan(values, {place: kept for place, kept in self.thresholds.items() if place not in places})
+        return SparsityPlan(values, {place: own for place, own in self.thresholds.items() if place not in places})
 
     @property
     def mean(self) -> float:
-        """The mean of S over layers and sites, each site weighing the same whatever its number of experts."""
+        """Mean of S over layers and sites. Every site has the same weight, regardless of its number of experts."""
         if not self.values:
             return 0.0
         return sum(sum(values) / len(values) for values in self.values.values()) / len(self.values)
 
     def check_fits(self, config: ModelConfig) -> None:
-        """Raise ConfigError unless the plan has exactly the places of the model that ``config`` describes.
+        """Raise ConfigError unless the plan fits the model that ``config`` describes.
 
-        Under block selection the groups must divide every site that is sparse, under threshold selection each must have
-        its thresholds, and a router that sees the sparse tokens needs the same S for all experts at ``expert_input``.
+        The plan must have exactly the layers, sites, and experts of the model. Under block selection the group size
+        must divide the width of every sparse site; under threshold selection every sparse site needs thresholds. A
+        router that reads sparse tokens requires the same S for all experts at ``expert_input``.
         """
         want = dict(_places(config))
         have = {place: len(values) for place, values in self.values.items()}
@@ -243,17 +248,17 @@ class SparsityPlan:
             if want.get(place) != have.get(place):
                 layer, site = place
                 raise ConfigError(
-                    f"sparsity plan: layer {layer}, {site} has {have.get(place, 0)} values, the model needs "
-                    f"{want.get(place, 0)}; make the plan from this model's config"
+                    f"sparsity plan: layer {layer}, {site} has {have.get(place, 0)} values, but the model needs "
+                    f"{want.get(place, 0)}; make the plan from the configuration of this model"
                 )
         for place, values in self.values.items():
             if any(values):
                 self._check_selection(config, *place)
             if config.moe.router_input == "sparse" and place[1] == "expert_input" and len(set(values)) > 1:
                 raise ConfigError(
-                    f"sparsity plan: layer {place[0]}, expert_input has S = {list(values)}, and the router can see the "
-                    "sparse tokens (model.moe.router_input) only where all experts have the same; set router_input to "
-                    "dense, or use a plan that treats them alike"
+                    f"sparsity plan: layer {place[0]}, expert_input has S = {list(values)}, but the router can read "
+                    "sparse tokens (model.moe.router_input) only if all experts have the same S; set router_input to "
+                    "dense, or use a plan with one S for all of them"
                 )
 
     def _check_selection(self, config: ModelConfig, layer: int, site: Site) -> None:
@@ -281,7 +286,7 @@ class SparsityPlan:
 
 
 def _numbers(entries: list[dict[str, Any]], key: str) -> dict[tuple[int, Site], tuple[float, ...]]:
-    """What the entries of a file hold under ``key``, by place; every entry holds S."""
+    """Return the numbers under ``key`` by (layer, site), of the entries that have it; every entry must have S."""
     having = [entry for entry in entries if key == "sparsity" or key in entry]
     return {(int(entry["layer"]), entry["site"]): tuple(float(v) for v in entry[key]) for entry in having}
 
@@ -293,7 +298,7 @@ def _places(config: ModelConfig) -> Iterator[tuple[tuple[int, Site], int]]:
 
 
 def _apply(values: dict[tuple[int, Site], tuple[float, ...]], override: SparsityOverride, config: ModelConfig) -> bool:
-    """Write ``override`` into ``values``; whether it matched any place. ValueError names what is out of range."""
+    """Apply ``override`` to ``values`` and return whether it matched any site; ValueError if out of range."""
     layers = _select_named("layers", override.layers, config.num_layers)
     experts = _select_named("experts", override.experts, config.moe.num_experts)
     matched = False

@@ -1,4 +1,4 @@
-"""How far S, and the share of the straight-through gradient, have come at a step. Imports no torch."""
+"""Schedules of S and of the weight of the straight-through gradient over the steps. Imports no torch."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from qsparse_moe.config.schema import ScheduleConfig, SparsityConfig
 _SHAPES = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: progress,
-    # Zhu & Gupta 2017 (arXiv 1710.01878): fast at first, slow near the target.
+    # Zhu & Gupta 2017 (arXiv 1710.01878): S rises fast at first and slowly near the target.
     "cubic": lambda progress: 1.0 - (1.0 - progress) ** 3,
     "cosine": lambda progress: 0.5 * (1.0 - math.cos(math.pi * progress)),
 }
 
 
 def scheduled_scale(schedule: ScheduleConfig, step: int) -> float:
-    """The factor in [0, 1] of the target S that holds in ``step`` (counted from 0): a pure function, so it resumes.
+    """Return the factor in [0, 1] of the target S in ``step``, counted from 0.
 
-    0 during the dense warm-up, then along the shape, 1 from the end of the ramp on.
+    It is 0 during the dense warm-up, follows the shape during the ramp, and is 1 from then on. It is a pure function of
+    the step, so a resumed run continues the schedule.
     """
     since_warmup = step - schedule.warmup_steps
     if since_warmup < 0:
@@ -29,10 +30,10 @@ def scheduled_scale(schedule: ScheduleConfig, step: int) -> float:
 
 
 def ste_share(settings: SparsityConfig, step: int) -> float:
-    """The share of the straight-through gradient in ``step`` (counted from 0), the rest being the masked one.
+    """Return the weight of the straight-through gradient in ``step``, counted from 0; the masked one has the rest.
 
-    1 for ``ste``, 0 for ``masked``; for ``blend`` from its start along its shape to its end: a pure function of the
-    step, so it resumes.
+    It is 1 for ``ste`` and 0 for ``masked``. For ``blend`` it goes from its start to its end along its shape. It is a
+    pure function of the step, so a resumed run continues the schedule.
     """
     if settings.gradient != "blend":
         return 1.0 if settings.gradient == "ste" else 0.0

@@ -1,11 +1,11 @@
-"""Selections by a bound, which costs no ranking: a calibrated threshold, the row's own statistics, and ReLU's 0.
+"""Selection by comparison with a threshold, which needs no ranking: calibrated, statistical, and ReLU selection.
 
-All keep the features above their bound, so how many varies from row to row: for the first two around the S that was
-asked for, for ReLU as the signs fall. Exact top-K and its blocks stand in ``topk.py``. By magnitude a row always keeps
-at least its largest feature. NaN is above every bound, and a row whose statistics are not finite is kept whole: what is
-broken stays visible.
+All select the features above a threshold, so the number of selected features varies from row to row: around the target
+S for calibrated and statistical thresholds, and with the signs for ReLU. Exact top-K, over rows or groups, is in
+``topk.py``. The selections by magnitude always select at least the largest feature of a row. A NaN is above every
+threshold, and a row whose statistics are not finite is selected as a whole, so that errors stay visible.
 
-D features of a row.
+D features per row.
 """
 
 from __future__ import annotations
@@ -17,53 +17,56 @@ from torch import Tensor
 
 
 def threshold_mask(x: Tensor, threshold: Tensor) -> Tensor:
-    """Mark the features of every row whose magnitude is above ``threshold``, and the largest one.
+    """Mark the features of every row whose magnitude is above ``threshold``, and always the largest one.
 
     Args:
         x: ``(*, D)`` activations.
-        threshold: one value ``(1,)``, or one a row ``(*, 1)``; at least fp32. ``-inf`` keeps everything.
+        threshold: one value ``(1,)``, or one per row ``(*, 1)``; at least fp32. ``-inf`` selects everything.
 
     Returns:
-        ``(*, D)`` bool, at least one true a row.
+        ``(*, D)`` bool with at least one true per row.
     """
     magnitude = x.detach().abs()
+    # Not "magnitude > threshold", which is false for NaN.
     mask = ~(magnitude <= threshold)
-    # The largest is in every mask that is not empty, so marking it changes only the empty ones and no count is awaited.
+    # Every mask that is not empty contains the largest feature, so marking it changes the empty ones only. Looking for
+    # empty masks instead would wait for the device.
     return mask.scatter_(-1, magnitude.argmax(-1, keepdim=True), True)
 
 
 def statistical_mask(x: Tensor, quantile: Tensor) -> Tensor:
-    """Mark the features above ``mean + quantile * std`` of their row's magnitudes, and the largest one.
+    """Mark the features above ``mean + quantile * std`` of the magnitudes of their row, and always the largest one.
 
-    This is the statistical top-K of Gemma 3n and the Spark Transformer (arXiv 2506.06644) on magnitudes: the quantile
-    of the standard normal distribution at S stands for the rank. It keeps the share 1 - S where magnitudes are normal;
-    of normal activations, whose magnitudes are half-normal, it keeps 0.42 at S = 0.5 and 0.12 at S = 0.9.
+    This is the statistical top-K of Gemma 3n and the Spark Transformer (arXiv 2506.06644), applied to magnitudes: the
+    quantile of the standard normal distribution at S replaces the rank. It selects a fraction 1 - S of normally
+    distributed magnitudes. Of normal activations, whose magnitudes are half-normal, it selects 0.42 at S = 0.5 and 0.12
+    at S = 0.9.
 
     Args:
         x: ``(*, D)`` activations.
-        quantile: one value ``(1,)``, or one a row ``(*, 1)``; at least fp32. ``-inf`` keeps everything.
+        quantile: one value ``(1,)``, or one per row ``(*, 1)``; at least fp32. ``-inf`` selects everything.
 
     Returns:
-        ``(*, D)`` bool, at least one true a row.
+        ``(*, D)`` bool with at least one true per row.
     """
     magnitude = x.detach().abs().to(torch.promote_types(x.dtype, torch.float32))
     std, mean = torch.std_mean(magnitude, dim=-1, keepdim=True, correction=0)
     return threshold_mask(magnitude, mean + quantile * std)
 
 
-def relu_mask(x: Tensor, bound: Tensor) -> Tensor:
-    """Mark the features above ``bound``, sign and all: with a bound of 0 those that ReLU keeps.
+def relu_mask(x: Tensor, threshold: Tensor) -> Tensor:
+    """Mark the features above ``threshold``, signs included: with a threshold of 0 those that ReLU leaves nonzero.
 
-    ReLU in front of every projection is what the Q-Sparse paper compares top-K with (arXiv 2407.10969, section 4).
+    The Q-Sparse paper compares top-K with ReLU in front of every projection (arXiv 2407.10969, section 4).
 
     Args:
         x: ``(*, D)`` activations.
-        bound: one value ``(1,)``, or one a row ``(*, 1)``; at least fp32. ``-inf`` keeps everything.
+        threshold: one value ``(1,)``, or one per row ``(*, 1)``; at least fp32. ``-inf`` selects everything.
 
     Returns:
-        ``(*, D)`` bool; a row without a positive feature keeps none.
+        ``(*, D)`` bool; no feature is selected in a row without a positive feature.
     """
-    return ~(x.detach() <= bound)
+    return ~(x.detach() <= threshold)
 
 
 THRESHOLD_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -71,4 +74,4 @@ THRESHOLD_MASKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "statistical": statistical_mask,
     "relu": relu_mask,
 }
-"""The rule of a selection by its name in ``model.sparsity.selection``; the others rank (``topk.py``)."""
+"""The mask function of each selection by threshold, by its name in ``model.sparsity.selection``."""

@@ -1,9 +1,9 @@
-"""What a selection did to the rows of a site, as sums.
+"""Statistics of a sparse site: the effect of its selection on rows, as sums.
 
-Sums added over layers, micro-batches and ranks are exact in any order; ratios are formed last, in ``metrics``. What is
-no sum but a flag (a feature was used) is a bool tensor, and flags are added by "or".
+Sums can be added over layers, micro-batches, and ranks in any order; ratios are computed last, in ``metrics``. A
+statistic that is a flag, such as whether a feature was used, is a bool tensor, and flags are combined with "or".
 
-N rows, D features of a row, E experts (1 at a site that has none), R readings of a row by an expert's matrix.
+N rows, D features per row, E experts (1 at a site without experts), R readings of a row by the matrix of an expert.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ SITE_FIELDS = (
     "pairs_nonzero",
     "pairs_common",
 )
-"""Of every expert: rows; features chosen by the selection, zeros among them included; values that are not zero after
-it; sums of squares before and after; the sum over rows of the smallest magnitude kept; over the rows that the next row
-of the site continues, their values that are not zero, and those of them that are not zero in the next row either."""
+"""The sums per expert, in order: number of rows; number of selected features, zeros among them included; number of
+nonzero features after the selection; sum of squares before and after it; sum over rows of the smallest selected
+magnitude; and, over the rows that the next row of the site continues, the number of their nonzero features and of those
+that are nonzero in the next row as well."""
 
 Stats = dict[str, Tensor]
 
@@ -35,60 +36,64 @@ Stats = dict[str, Tensor]
 class RowSums(NamedTuple):
     """Sums over the features of every row, ``(N,)`` each, in at least fp32."""
 
-    nonzero_N: Tensor  # values that are not zero after the selection
-    energy_N: Tensor  # sum of squares before it
-    kept_energy_N: Tensor  # and after
+    nonzero_N: Tensor  # number of nonzero features after the selection
+    energy_N: Tensor  # sum of squares before the selection
+    kept_energy_N: Tensor  # sum of squares after the selection
 
 
 class RowPattern(NamedTuple):
-    """What the places of a row's values say, in at least fp32 but for the flags."""
+    """The pattern of nonzero features of rows, in at least fp32 except for the flags."""
 
-    smallest_N: Tensor  # the smallest magnitude that is not zero; 0 in a row of zeros
-    common_N: Tensor  # values that are not zero here nor in the next row; 0 in the last row
-    used_ED: Tensor  # bool: the feature was not zero in some row of the expert
+    smallest_N: Tensor  # smallest nonzero magnitude; 0 in a row of zeros
+    common_N: Tensor  # number of features that are nonzero in this row and the next; 0 in the last row
+    used_ED: Tensor  # bool: whether the feature is nonzero in any row of the expert
 
 
 class Readers(NamedTuple):
-    """Which expert's matrix reads which row of a site, R readings in the order of the experts."""
+    """The rows that the matrix of each expert reads at a site: R readings, sorted by expert."""
 
     row_R: Tensor | None = None
-    """The row; None: each row is read once, in order."""
+    """The row of each reading; None if each row is read once, in order."""
     expert_R: Tensor | None = None
-    """The expert; None: there is one matrix, and it counts as expert 0."""
+    """The expert of each reading; None if there is only one matrix, which counts as expert 0."""
     num_experts: int = 1
     continues_R: Tensor | None = None
-    """bool, whether the next reading is the same expert's of the next token of the same sequence, which stands in the
-    row below; None: of none it is known."""
+    """Bool: whether the next reading is by the same expert, of the next token of the same sequence, in the next row.
+    None if it is not known for any reading."""
 
 
 def row_sums(before_ND: Tensor, after_ND: Tensor) -> RowSums:
-    """The sums of rows before and after a selection, both ``(N, D)``."""
+    """Return the sums of rows ``(N, D)`` before and after a selection."""
     before, after = _wide(before_ND), _wide(after_ND)
     return RowSums((after != 0).sum(-1).to(after.dtype), before.square().sum(-1), after.square().sum(-1))
 
 
 def row_pattern(after_ND: Tensor, readers: Readers) -> RowPattern:
-    """Where the values of rows ``(N, D)`` are after a selection."""
+    """Return the pattern of nonzero features of rows ``(N, D)`` after a selection."""
     after = _wide(after_ND)
     nonzero_ND = after != 0
     smallest_N = after.abs().masked_fill(~nonzero_ND, torch.inf).amin(-1)
     common_N = torch.zeros_like(smallest_N)
+    # A row and the next one are compared here; readers.continues_R decides later which of these pairs count.
     common_N[:-1] = (nonzero_ND[:-1] & nonzero_ND[1:]).sum(-1).to(after.dtype)
     read_RD = nonzero_ND if readers.row_R is None else nonzero_ND[readers.row_R]
     counts_ED = torch.zeros(readers.num_experts, after.shape[-1], device=after.device)
     expert_R = torch.zeros_like(read_RD[:, 0], dtype=torch.long) if readers.expert_R is None else readers.expert_R
+    # index_add_ does not support bool.
     counts_ED.index_add_(0, expert_R, read_RD.float())
     return RowPattern(smallest_N.masked_fill(smallest_N == torch.inf, 0.0), common_N, counts_ED > 0)
 
 
 def site_stats(sums: RowSums, pattern: RowPattern, num_kept: int | Tensor, readers: Readers) -> Stats:
-    """The sums of a site by expert, float64 ``(E,)`` under the names of ``SITE_FIELDS`` with ``_E``, and ``used_ED``;
-    and ``smallest_counts_H``, the smallest magnitudes kept counted in the bins ``MAGNITUDES``.
+    """Return the statistics of a site: float64 sums per expert, flags, and a histogram.
+
+    The sums ``(E,)`` have the names of ``SITE_FIELDS`` with the suffix ``_E``. ``used_ED`` marks the features that are
+    nonzero in any row. ``smallest_counts_H`` counts the smallest selected magnitude of each row in ``MAGNITUDES``.
 
     Args:
-        sums: of the rows ``(N, D)``.
-        pattern: of the rows.
-        num_kept: K, an int or one a row ``(N,)``.
+        sums: the sums of the rows ``(N, D)``.
+        pattern: the pattern of the same rows.
+        num_kept: K, an int or one per row ``(N,)``.
         readers: which expert reads which row.
     """
     kept_N = torch.zeros_like(sums.nonzero_N) + num_kept
@@ -104,7 +109,7 @@ def site_stats(sums: RowSums, pattern: RowPattern, num_kept: int | Tensor, reade
 
 
 def _sum_by_expert(fields_FR: Tensor, readers: Readers) -> Tensor:
-    # Rows in fp32, their sums in fp64: the total does not depend on how many rows were added.
+    # The rows are in fp32 and their sums in fp64, so that the rounding of a total does not grow with its rows.
     if readers.expert_R is None:
         return fields_FR.sum(1, keepdim=True, dtype=torch.float64)
     totals = torch.zeros(len(fields_FR), readers.num_experts, dtype=torch.float64, device=fields_FR.device)
@@ -112,7 +117,7 @@ def _sum_by_expert(fields_FR: Tensor, readers: Readers) -> Tensor:
 
 
 def add_stats(total: Stats, other: Stats) -> Stats:
-    """The sums of both, flags by "or"; a name that only one of them has is taken over."""
+    """Return the sums of both, flags combined with "or"; a name that only one of them has is included unchanged."""
     sums = dict(total)
     for name, value in other.items():
         sums[name] = add(sums[name], value) if name in sums else value
@@ -120,12 +125,12 @@ def add_stats(total: Stats, other: Stats) -> Stats:
 
 
 def add(one: Tensor, other: Tensor) -> Tensor:
-    """The sum, or of flags the "or"."""
+    """Return the sum of two tensors, or the "or" of two flags."""
     return one | other if one.dtype == torch.bool else one + other
 
 
 def stack_layers(per_layer: list[Stats]) -> Stats:
-    """One tensor a name, stacked over the layers that have it: ``rows`` becomes ``rows_L``, ``rows_E`` ``rows_LE``."""
+    """Stack the statistics over the layers that have them: ``rows`` becomes ``rows_L``, and ``rows_E`` ``rows_LE``."""
     stacked: dict[str, list[Tensor]] = {}
     for stats in per_layer:
         for name, value in stats.items():

@@ -55,7 +55,7 @@ def test_every_variant_and_seed_is_a_complete_config_with_a_stable_id(write, tmp
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (GRID + "  half: {}\n", "the key half stands twice"),
+        (GRID + "  half: {}\n", "the key half occurs twice"),
         (GRID.replace("seeds: [0, 3]", "seeds: []"), r"seeds \(\[\]\).*at least 1 item.*a grid file holds base, seeds"),
         (GRID.replace("base:", "bases:"), r"bases.*Extra inputs"),
         (

@@ -194,9 +194,9 @@ def test_precisions_that_the_processor_has_no_products_for_are_measured_only_by_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--load", "even"], "--load 'even' holds 'even'; choose from balanced, skewed"),
-        (["--clock", "sun"], "--clock 'sun' holds 'sun'; choose from wall, processor"),
-        (["--precision", "fp32,int3"], "--precision 'fp32,int3' holds 'int3'; choose from fp32, bf16"),
+        (["--load", "even"], "--load 'even' contains 'even'; choose from balanced, skewed"),
+        (["--clock", "sun"], "--clock 'sun' contains 'sun'; choose from wall, processor"),
+        (["--precision", "fp32,int3"], "--precision 'fp32,int3' contains 'int3'; choose from fp32, bf16"),
         (["--experts", "4", "--experts-per-token", "5"], "--experts-per-token (5) must be at most --experts (4)"),
         (["--experts", "64", "--hidden-size", "32"], "at most --hidden-size (32), whose first features hold the"),
     ],

@@ -75,4 +75,4 @@ def test_the_verb_prints_a_table_and_writes_the_results(monkeypatch, tmp_path, c
 
 def test_an_unknown_precision_is_refused(capsys):
     assert run(["bench", "ops", "--precision", "bf16,int3"]) == 2
-    assert "--precision 'bf16,int3' holds 'int3'; choose from fp32, bf16" in capsys.readouterr().err
+    assert "--precision 'bf16,int3' contains 'int3'; choose from fp32, bf16" in capsys.readouterr().err

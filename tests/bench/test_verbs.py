@@ -51,7 +51,7 @@ def test_the_metrics_benchmark_runs_whole(tmp_path, capsys):
     output = tmp_path / "cost.json"
     assert run(["bench", "metrics", TINY, *small, "--steps", "2", "--rounds", "1", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
-    assert "a record every" in printed and "ms a step" in printed
+    assert "a record every" in printed and "ms per step" in printed
     assert json.loads(output.read_text())["steps"] == 2
 
 

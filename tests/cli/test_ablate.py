@@ -35,8 +35,8 @@ def test_list_tells_index_state_and_id(grid, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--task", "4"], "--task (4) must be the index of a run of mini, 0 to 3; --list shows them"),
-        (["--task", "1", "--list"], "--task, --list and --report-only exclude each other; name one of them"),
+        (["--task", "4"], "--task (4) must be the index of a run of mini, 0 to 3; --list"),
+        (["--task", "1", "--list"], "--task, --list, and --report-only exclude each other"),
         (["--devices", "0", "--jobs", "2"], "--devices (0) must name 2 devices for 2 runs at a time (--jobs)"),
     ],
 )
@@ -75,8 +75,8 @@ def test_without_a_terminal_every_run_has_a_line_with_the_best_so_far(capsys):
             tell(ended)
     assert capsys.readouterr().err.splitlines() == [
         "1/3  a  exit code 1",
-        "2/3  b  2.0000 bits a byte  best b 2.0000 bits a byte",
-        "3/3  c  2.5000 bits a byte  best b 2.0000 bits a byte",
+        "2/3  b  2.0000 bits per byte  best b 2.0000 bits per byte",
+        "3/3  c  2.5000 bits per byte  best b 2.0000 bits per byte",
     ]
 
 
@@ -88,4 +88,4 @@ def test_on_a_terminal_there_is_one_bar(capsys, monkeypatch):
         tell(outcome("a", 2.0))
         tell(outcome("b", 1.0))
     shown = capsys.readouterr().err
-    assert "2/2" in shown and "best b 1.0000 bits a byte" in shown and "a  2.0000 bits a byte" in shown
+    assert "2/2" in shown and "best b 1.0000 bits per byte" in shown and "a  2.0000 bits per byte" in shown

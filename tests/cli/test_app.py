@@ -108,7 +108,7 @@ def test_every_setting_that_a_help_gives_as_an_example_is_one():
         (["generate", "x", "--max-tokens", "0"], "error: Invalid value for '--max-tokens': "),
         (["train", "tiny.yml"], "error: tiny.yml does not exist; name a YAML file, such as configs/tiny.yaml\n"),
         (["train", TINY, "training.stps=1"], "error: training.stps is not a setting; did you mean training.steps?\n"),
-        (["describe", TINY, "x"], 'error: "x" is no override; write PATH=VALUE, such as training.steps=50\n'),
+        (["describe", TINY, "x"], 'error: "x" is not an override; write PATH=VALUE, such as training.steps=50\n'),
     ],
 )
 def test_wrong_input_is_one_message_and_code_2(arguments, message, capsys, monkeypatch):
@@ -180,8 +180,8 @@ def test_a_full_disk_is_one_message_that_names_the_file(number, capsys, monkeypa
     assert run(["describe", TINY]) == 2
     printed = capsys.readouterr().err
     assert printed == (
-        f"error: {tmp_path}/figure.png: cannot be written ({os.strerror(number)}); it needs free space. "
-        "Make room, or name a place with some\n"
+        f"error: {tmp_path}/figure.png: cannot be written ({os.strerror(number)}); free some "
+        "space, or write to another disk\n"
     )
 
 

@@ -75,14 +75,14 @@ def test_report_for_people_holds_the_same(trained, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert run([*arguments, "--force"]) == 0
     printed = capsys.readouterr().out
-    assert "Share of zeros after step 6, on 11 validation rows" in printed
+    assert "Fraction of zeros after step 6, on 11 validation sequences" in printed
     for site, measured in found["sites"].items():
         (line,) = (line for line in printed.splitlines() if site in line)
         shares = [f"{measured[name]:.4f}" for name in ("sparsity", "zeros_topk", "zeros_threshold", "largest_gap")]
         unseen = str(measured["experts_without_rows"])
         assert [cell.strip() for cell in line.strip("│").split("│")] == [site, "2", *shares, unseen]
     assert f"{found['loss_topk']:.4f} with exact top-K, {found['loss_threshold']:.4f} with thresholds" in printed
-    assert "calibrated on     6 training rows" in printed
+    assert "calibrated on     6 training sequences" in printed
     assert f"to use it         {' '.join(found['settings'])}\n" in printed
 
 
@@ -111,12 +111,12 @@ def test_s_of_a_run_is_that_of_its_last_step_and_an_s_asked_for_is_not_scheduled
 
 
 WRONG = {
-    "no such run": (["nothing"], "nothing does not exist; name a folder that qsparse-moe train made"),
-    "no checkpoint": (["unsaved"], "unsaved/checkpoints: has no complete checkpoint; a run must have saved one."),
+    "no such run": (["nothing"], "nothing does not exist; name a folder made by qsparse-moe train"),
+    "no checkpoint": (["unsaved"], "unsaved/checkpoints: contains no complete checkpoint, and one is needed."),
     "no output": ([], "Missing option '--output' (see qsparse-moe calibrate --help)"),
     "output is there": (
         ["ready", "--output", "there.json"],
-        "--output (there.json) exists, and is not overwritten; name another file, or add --force",
+        "--output (there.json) exists and is not overwritten; name another file, or add --force",
     ),
     "output is a folder": (
         ["ready", "--output", "ready"],
@@ -124,42 +124,42 @@ WRONG = {
     ),
     "output has no folder": (
         ["ready", "--output", "no/plan.json"],
-        "--output (no/plan.json) must stand in a folder that exists; make no, or name another",
+        "--output (no/plan.json) must be in a folder that exists; create no, or name another",
     ),
     "two ways": (
         ["ready", "--sparsity", "0.5", "--plan", "there.json"],
-        "--sparsity and --plan both say which S to calibrate for; keep one of them",
+        "--sparsity and --plan both give the S to calibrate for; keep one",
     ),
     "settings and a way": (
         ["ready", "model.sparsity.default=0.5", "--sparsity", "0.5"],
-        "--sparsity and settings both say which S to calibrate for; keep one of them",
+        "--sparsity and settings both give the S to calibrate for; keep one",
     ),
-    "no fraction": (["ready", "--sparsity", "1"], "--sparsity (1.0) must lie in [0, 1): it is the fraction zeroed"),
+    "no fraction": (["ready", "--sparsity", "1"], "--sparsity (1.0) must be in [0, 1)"),
     "nothing to do": (
         ["ready", "--sparsity", "0"],
-        "ready: S is 0 at every site, which has no threshold to calibrate;",
+        "ready: S is 0 at every site, so there is no threshold to calibrate;",
     ),
     "a dense run": (
         ["dense"],
-        "dense: S is 0 at every site, which has no threshold to calibrate; ask for another with",
+        "dense: S is 0 at every site, so there is no threshold to calibrate; give another S by",
     ),
     "still in its warm-up": (["early"], "early: S is 0 at every site"),
     "a router that sees sparse tokens": (
         ["sparse-router"],
-        "sparse-router: its router sees the sparse tokens (model.moe.router_input is sparse), and thresholds differ",
+        "sparse-router: its router reads the sparse tokens (model.moe.router_input is sparse), and thresholds differ",
     ),
     "another setting": (
         ["ready", "training.steps=5"],
-        "training.steps does not set S, and only S may differ from the run's; choose from model.sparsity.preset,",
+        "training.steps does not set S, and only S may differ from the run; choose from model.sparsity.preset,",
     ),
     "the selection": (["ready", "model.sparsity.selection=topk"], "model.sparsity.selection does not set S"),
-    "no override": (["ready", "0.5"], '"0.5" is no override; write PATH=VALUE'),
+    "no override": (["ready", "0.5"], '"0.5" is not an override; write PATH=VALUE'),
     "a wrong value": (["ready", "model.sparsity.default=2"], "model.sparsity.default (2) must be"),
     "no plan file": (["ready", "--plan", "no.json"], "no.json cannot be read as a sparsity plan"),
     "no plan": (["ready", "--plan", "there.json"], "there.json: sparsity plan: not readable"),
     "a plan of another model": (
         ["ready", "--plan", "other.json"],
-        "sparsity plan: layer 1, attention_input has 0 values, the model needs 1; make the plan from this model's con",
+        "sparsity plan: layer 1, attention_input has 0 values, but the model needs 1; make the plan from the configur",
     ),
     "no rows": (["ready", "--rows", "0"], "Invalid value for '--rows': "),
     "no device": (["ready", "--device", "tpu"], "Invalid value for '--device': "),
@@ -221,13 +221,13 @@ def test_output_that_this_user_may_not_write_is_refused(inputs, capsys, monkeypa
     )  # root may write anywhere
     assert run(command(["ready"])) == 2
     assert capsys.readouterr().err == (
-        "error: --output (plan.json) stands in a folder that this user may not write; name another\n"
+        "error: --output (plan.json) is in a folder without write permission; name another file\n"
     )
 
 
 def test_output_made_in_the_meantime_is_not_overwritten(inputs):
     plan = asked_plan(Path("ready"))
-    with pytest.raises(ConfigError, match=r"--output \(there\.json\) exists, and is not overwritten"):
+    with pytest.raises(ConfigError, match=r"--output \(there\.json\) exists and is not overwritten"):
         write_plan(plan, Path("there.json"), force=False)
     assert Path("there.json").read_text() == "mine"
     write_plan(plan, Path("there.json"), force=True)

@@ -96,13 +96,13 @@ def test_bytes_grow_with_the_batch_and_the_chart_shows_it(capsys):
     by_stage = content["memory"]["training_state_by_zero_stage"]
     assert by_stage["3"]["total"] == by_stage["0"]["total"] / 4
     assert run(["describe", TINY, *SHAPE]) == 0
-    bars = [line for line in capsys.readouterr().out.splitlines() if "█" in line and "kept by" not in line]
+    bars = [line for line in capsys.readouterr().out.splitlines() if "█" in line and "with Q-Sparse" not in line]
     filled = [line.count("█") for line in bars]
     assert len(bars) == 11
     assert filled == sorted(filled) and filled[-1] == 40
 
 
-MADE = "name a folder that qsparse-moe train made, such as"
+MADE = "name a folder made by qsparse-moe train, such as"
 
 
 @pytest.mark.parametrize(
@@ -110,9 +110,9 @@ MADE = "name a folder that qsparse-moe train made, such as"
     [
         ("evaluate", "mime", "does not exist"),
         ("generate", "mime", "does not exist"),
-        ("evaluate", "other", "is no run folder: it has no config.yaml"),
-        ("generate", "other", "is no run folder: it has no config.yaml"),
-        ("describe", "other", "is no run folder: it has no config.yaml"),
+        ("evaluate", "other", "is not a run folder: it contains no config.yaml"),
+        ("generate", "other", "is not a run folder: it contains no config.yaml"),
+        ("describe", "other", "is not a run folder: it contains no config.yaml"),
     ],
 )
 def test_folder_that_is_no_run_names_the_run_beside_it(verb, name, problem, capsys, tmp_path):

@@ -58,9 +58,9 @@ def test_tables_say_units_intervals_and_that_printed_constants_are_rounded(tmp_p
     settings = ("--form", "q-sparse", "--bootstrap", 20, "--unit", "bits-per-byte", "--points", "last")
     code, printed, _ = fit(capsys, file, *settings)
     assert code == 0
-    assert "48 points of 48 runs" in printed and "Loss in bits per byte" in printed
+    assert "48 evaluations of 48 runs" in printed and "Loss in bits per byte" in printed
     assert "no configuration has two seeds" in printed
-    assert "its paper prints (bits per token)" in printed
+    assert "in its paper (" in printed
     assert "the constants that the Q-Sparse paper prints are rounded: they give S* 50.2%" in printed
     assert "45.58%" in printed
 
@@ -151,7 +151,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatc
     asked = (file, "--form", "kept", "--bootstrap", 20, "--output", "/proc/law")
     assert "--output (/proc/law) cannot be written (No such file or directory); name another" in fit(capsys, *asked)[2]
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    assert "--output (/proc/law) stands in a folder that this user may not write" in fit(capsys, *asked)[2]
+    assert "--output (/proc/law) is in a folder without write permission; name another" in fit(capsys, *asked)[2]
 
 
 def test_choices_that_cannot_be_are_refused_before_anything_is_read(tmp_path, capsys):

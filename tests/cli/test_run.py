@@ -120,8 +120,8 @@ def test_evaluation_reports_the_newest_checkpoint(trained, capsys):
     assert figures["perplexity"] == pytest.approx(2.718281828 ** figures["loss"])
     assert run(["evaluate", str(run_dir), "--rows", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "on 3 validation rows" in printed
-    assert f"unigram model's   {figures['unigram_bits_per_byte']:.4f}" in printed
+    assert "on 3 validation sequences" in printed
+    assert f"unigram model     {figures['unigram_bits_per_byte']:.4f}" in printed
 
 
 def test_evaluation_takes_another_s_or_plan_and_files(trained, capsys, tmp_path):
@@ -139,20 +139,20 @@ def test_evaluation_takes_another_s_or_plan_and_files(trained, capsys, tmp_path)
     # 421 tokens are 6 rows of 64 labels and 36 more.
     assert losses[3]["rows"] == 7 and losses[3]["unigram_bits_per_byte"] is None
     assert run(["evaluate", str(run_dir), "--data", str(own)]) == 0
-    assert f"on all text of {own}, 7 rows" in capsys.readouterr().out
+    assert f"on all text of {own}, 7 sequences" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--sparsity", "1"], "--sparsity (1.0) must lie in [0, 1): it is the fraction zeroed"),
+        (["--sparsity", "1"], "--sparsity (1.0) must be in [0, 1)"),
         (
             ["--sparsity", "0.5", "--plan", "p.json"],
-            "--sparsity and --plan both say which S to evaluate under; keep one",
+            "--sparsity and --plan both give the S to evaluate with; keep one",
         ),
         (
             ["--rows", "3", "--data", "a.txt"],
-            "--rows (3) counts validation rows, and --data takes all text of its files",
+            "--rows (3) limits the validation data, but --data reads all text of its files",
         ),
     ],
 )
@@ -168,7 +168,7 @@ def test_evaluation_refuses_what_does_not_go_together(trained, capsys, arguments
         ("relu", r"--sparsity changes nothing on .*: model.sparsity.selection is relu"),
         (
             "threshold",
-            r"--sparsity \(0.5\) needs thresholds, .*qsparse-moe calibrate --sparsity, and give it as --plan",
+            r"--sparsity \(0.5\) needs thresholds, .*qsparse-moe calibrate --sparsity, and name it with --plan",
         ),
     ],
 )
@@ -252,7 +252,7 @@ def test_measuring_needs_a_run_without_settings(trained, capsys):
     config, run_dir, _ = trained
     for arguments in ([str(config)], [str(run_dir), "training.steps=99"]):
         assert run(["describe", *arguments, "--measure", "8"]) == 2
-        assert "--measure (8) needs a run folder as it is, with a checkpoint; got" in capsys.readouterr().err
+        assert "--measure (8) needs a run folder with a checkpoint" in capsys.readouterr().err
 
 
 def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
@@ -263,7 +263,7 @@ def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
     assert (made["folder"], made["format"], made["files"]) == (str(out), "state-dict", 1)
     assert made["bytes"] < (out / "model.safetensors").stat().st_size < made["bytes"] + 10_000
     assert run(["export", str(run_dir), str(out)]) == 2
-    assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export overwrites nothing")
+    assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export does not overwrite it")
     assert run(["export", str(run_dir), str(out), "--force"]) == 0
     assert f"{2 * made['bytes']:,} bytes in fp32" in capsys.readouterr().out
 

@@ -54,7 +54,10 @@ def test_sensitivity_without_evaluations_around_another_s_for_people(trained, tm
     arguments = ["--estimate-only", "--at", "0.25", "--values", "0,0.25", "--rows", "2", "--output", str(folder)]
     assert run(["sensitivity", str(trained), *arguments]) == 0
     printed = capsys.readouterr().out
-    assert "Cells that cost most, nats a token" in printed and f"written to        {folder}" in printed
+    assert (
+        "Cells with the largest change of the loss, nats per token" in printed
+        and f"written to        {folder}" in printed
+    )
     found = json.loads((folder / "sensitivity.json").read_text())
     assert found["mean_sparsity"] == 0.25 and found["exact_seconds"] is None and found["agreement"] == []
     assert {(point["sparsity"], point["exact"]) for point in found["points"]} == {(0.0, None)}
@@ -90,12 +93,12 @@ def _by(found):
 
 
 WRONG = {
-    "no such run": (["sensitivity", "nothing"], "nothing does not exist; name a folder that qsparse-moe train made"),
+    "no such run": (["sensitivity", "nothing"], "nothing does not exist; name a folder made by qsparse-moe train"),
     "no numbers": (
         ["sensitivity", "{run}", "--values", "a,0.5"],
-        "--values (a,0.5) must be numbers in [0, 1) with commas between, such as 0,0.5,0.75",
+        "--values (a,0.5) must be numbers in [0, 1) separated by commas, such as 0,0.5,0.75",
     ),
-    "no fraction": (["sensitivity", "{run}", "--at", "1"], "--at (1.0) must lie in [0, 1): it is the fraction zeroed"),
+    "no fraction": (["sensitivity", "{run}", "--at", "1"], "--at (1.0) must be in [0, 1)"),
     "no budget": (
         ["allocate", "{run}", "--output", "p.json"],
         "no budget: give exactly one of --sparsity, --parameters, --flops, --bytes",
@@ -106,11 +109,11 @@ WRONG = {
     ),
     "budget is no S": (
         ["allocate", "{run}", "--output", "p.json", "--sparsity", "1"],
-        "--sparsity (1.0) must lie in [0, 1): it is the fraction zeroed",
+        "--sparsity (1.0) must be in [0, 1)",
     ),
     "budget below 0": (
         ["allocate", "{run}", "--output", "p.json", "--flops", "-1"],
-        "--flops (-1.0) must not be below 0; qsparse-moe describe tells what the run has",
+        "--flops (-1.0) must be at least 0; qsparse-moe describe",
     ),
 }
 

@@ -74,9 +74,9 @@ def test_runs_of_the_same_name_are_told_apart_by_the_folders_above_them(make_run
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["none"], "none does not exist; name a run folder or the folder that holds them"),
-        (["empty"], "empty holds no metrics for TensorBoard; name a run folder or the folder that holds them, and run"),
-        (["grid", "grid/one"], "and its runs would be shown twice; leave one of them out"),
+        (["none"], "none does not exist; name a run folder"),
+        (["empty"], "empty contains no metrics for TensorBoard; name a run folder"),
+        (["grid", "grid/one"], "so its runs would be shown twice; leave one of them out"),
     ],
 )
 def test_what_cannot_be_shown_is_refused(tmp_path, make_run, started, capsys, arguments, message):

@@ -63,7 +63,7 @@ def test_file_may_begin_with_a_byte_order_mark(tmp_path):
 @pytest.mark.parametrize(("text", "value"), [("[1]", "[1]"), ("steps", '"steps"'), ("3", "3"), ("false", "false")])
 def test_file_without_names_is_refused(error_of, text, value):
     message = error_of(text)
-    assert f"run.yaml ({value}) must hold settings by name, such as training: {{steps: 50}}" in message
+    assert f"run.yaml ({value}) must contain settings by name, such as training: {{steps: 50}}" in message
 
 
 def test_missing_file_names_the_nearest(tmp_path):
@@ -105,7 +105,7 @@ def test_broken_yaml_names_file_and_line(error_of):
 
 def test_key_that_stands_twice_is_an_error_beside_the_others(error_of):
     message = error_of("training:\n  steps: 1\n  steps: 0\n")
-    assert "run.yaml, line 3: the key steps stands twice (first in line 2); keep one of them" in message
+    assert "run.yaml, line 3: the key steps occurs twice (first in line 2); keep one of them" in message
     assert "training.steps (0) must be a whole number of at least 1; the default is 300" in message
 
 
@@ -146,7 +146,7 @@ WRONG_VALUES = [
     ("training.precision", "double", '("double") must be one of fp32, bf16, fp16; the default is "fp32"'),
     ("training.name", "''", f'("") {NAME}the default is "run"'),
     ("training.name", "", f'(null) {NAME}the default is "run"'),
-    ("training.steps", "12e4567", f'("12e4567") {COUNT}it is beyond the largest number, about 1.8e308'),
+    ("training.steps", "12e4567", f'("12e4567") {COUNT}it is larger than the largest number, about 1.8e308'),
     ("model.num_layers", "1" + 30 * "0", f"(1{30 * '0'}) must be a whole number from 1 to 10000; the default is 4"),
     ("training.steps", "1" + 30 * "0", f"(1{30 * '0'}) must be a whole number from 1 to 10^12; the default is 300"),
     ("model.hidden_size", "16777217", "(16777217) must be a whole number from 1 to 2^24; the default is 128"),
@@ -181,7 +181,7 @@ WRONG_ITEMS = [
     ),
     (
         "model.sparsity.overrides=[{layers: 1}]",
-        "model.sparsity.overrides.0.sparsity is missing; give it a number of at least 0 and below 1",
+        "model.sparsity.overrides.0.sparsity is required; set it to a number of at least 0 and below 1",
     ),
     (
         "model.sparsity.overrides=[{sparsity: 0.5, layers: [1.5]}]",
@@ -197,7 +197,7 @@ def test_wrong_value_names_path_value_rule_and_way_out(error_of, path, value, me
 
 @pytest.mark.parametrize("value", ["7", "1e3", "0.50"])
 def test_text_that_a_file_writes_as_a_number_is_to_be_quoted_there(error_of, value):
-    way_out = "put it in quotes as it stands in the file, so that it is text"
+    way_out = "write it in quotes in the file, so that it is text"
     assert error_of(f"training: {{name: {value}}}").endswith(f"{NAME}{way_out}")
 
 
@@ -223,7 +223,7 @@ BELOW_A_WRONG_VALUE = {
         "model.sparsity.quantization ([1]) must be a section (settings by name)"
     ),
     ("data.sources.0.path=a.txt", "data.sources.0.path.0=b.txt"): (
-        'data.sources.0.path.0 cannot be set: data.sources.0.path ("a.txt") must be a list for that; write the whole '
+        'data.sources.0.path.0 cannot be set: data.sources.0.path ("a.txt") is not a list; write the whole '
         "list as data.sources.0.path=[...]"
     ),
     ("metrics.hyperparameters.0=training.steps",): (
@@ -306,8 +306,8 @@ UNKNOWN = {
     "write the whole list as data.sources=[...]",
     "model.sparsity.overrides.0.sparsity=0": "model.sparsity.overrides.0 does not exist: it is empty; "
     "write the whole list as model.sparsity.overrides=[...]",
-    "training.steps": '"training.steps" is no override; write PATH=VALUE, such as training.steps=50',
-    "=50": '"=50" is no override; write PATH=VALUE, such as training.steps=50',
+    "training.steps": '"training.steps" is not an override; write PATH=VALUE, such as training.steps=50',
+    "=50": '"=50" is not an override; write PATH=VALUE, such as training.steps=50',
 }
 
 
@@ -331,7 +331,7 @@ def test_unknown_name_in_the_file_names_the_nearest(error_of, text, message):
 
 def test_override_with_broken_yaml_names_the_setting(error_of):
     assert error_of("", "data.sources=[{").startswith("the value of data.sources, line 1, column 3, is not valid YAML")
-    assert "the value of data.sources, line 1: the key a stands twice" in error_of("", "data.sources={a: 1, a: 2}")
+    assert "the value of data.sources, line 1: the key a occurs twice" in error_of("", "data.sources={a: 1, a: 2}")
 
 
 def test_overrides_are_read_as_yaml_and_later_ones_win(load):

@@ -10,6 +10,7 @@ from qsparse_moe.config.load import load_config
 from qsparse_moe.config.rules import check_trainable
 from qsparse_moe.errors import ConfigError
 from tests.config.test_rules import build, messages
+from tests.support.messages import assert_one_message
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,64 +24,110 @@ def groups(experts, groups, chosen, **more):
     return {f"model.moe.{name}": value for name, value in sizes.items()}
 
 
-# Broken settings, the message, and a change that mends them.
+# Broken settings; the parts of the message in order (settings with values, the numbers of the rule, the way out); and a
+# change that repairs them.
 CASES = {
     "groups that do not divide": (
         groups(8, 3, 1),
-        "model.moe.num_expert_groups (3) must divide model.moe.num_experts (8); the nearest that do are 2 and 4",
+        (
+            "model.moe.num_expert_groups (3)",
+            "model.moe.num_experts (8)",
+            "2",
+            "4",
+        ),
         {"model.moe.num_expert_groups": 4},
     ),
     "more groups a token than there are": (
         groups(8, 4, 5),
-        "model.moe.groups_per_token (5) must be at most model.moe.num_expert_groups (4); lower the one or raise the "
-        "other",
+        (
+            "model.moe.groups_per_token (5)",
+            "model.moe.num_expert_groups (4)",
+        ),
         {"model.moe.groups_per_token": 4},
     ),
     "groups a token without groups": (
         {"model.moe.groups_per_token": 2},
-        "model.moe.groups_per_token (2) must be at most model.moe.num_expert_groups (1); lower the one or raise the "
-        "other",
+        (
+            "model.moe.groups_per_token (2)",
+            "model.moe.num_expert_groups (1)",
+        ),
         {"model.moe.num_expert_groups": 2},
     ),
     "groups that hold too few experts": (
         groups(16, 8, 2, experts_per_token=5),
-        "model.moe.groups_per_token (2) leaves a token 4 of model.moe.num_experts (16) experts in "
-        "model.moe.num_expert_groups (8), fewer than model.moe.experts_per_token (5); 3 groups hold enough",
+        (
+            "model.moe.groups_per_token (2)",
+            "4",
+            "model.moe.num_experts (16)",
+            "model.moe.num_expert_groups (8)",
+            "model.moe.experts_per_token (5)",
+            "3",
+        ),
         {"model.moe.groups_per_token": 3},
     ),
     "the two best of groups of one": (
         groups(4, 4, 2),
-        "model.moe.group_score (top2_sum) needs at least 2 experts a group, and model.moe.num_expert_groups (4) leaves "
-        "1 of model.moe.num_experts (4); choose max, or form fewer groups",
+        (
+            "model.moe.group_score (top2_sum)",
+            "2",
+            "model.moe.num_expert_groups (4)",
+            "1",
+            "model.moe.num_experts (4)",
+            "max",
+        ),
         {"model.moe.group_score": "max"},
     ),
     "a score of groups without groups": (
         {"model.moe.group_score": "max"},
-        "model.moe.group_score (max) has no meaning when model.moe.num_expert_groups is 1; remove it, or form groups",
+        (
+            "model.moe.group_score (max)",
+            "model.moe.num_expert_groups",
+            "1",
+            "remove",
+        ),
         {"model.moe.num_expert_groups": 2, "model.moe.groups_per_token": 2},
     ),
     "an end of what does not begin": (
         {"model.moe.bias_update_steps": 10},
-        "model.moe.bias_update_steps (10) has no meaning when model.moe.bias_update_rate is 0; remove it, or set the "
-        "rate",
+        (
+            "model.moe.bias_update_steps (10)",
+            "model.moe.bias_update_rate",
+            "0",
+            "remove",
+        ),
         {"model.moe.bias_update_rate": 0.001},
     ),
     "forced routing in groups": (
         FORCED | groups(8, 4, 2),
-        "model.moe.force_uniform_routing (true) leaves nothing to choose, so model.moe.num_expert_groups (4) must be "
-        "1; set the one to 1, or the other to false",
+        (
+            "model.moe.force_uniform_routing (true)",
+            "model.moe.num_expert_groups (4)",
+            "1",
+            "1",
+        ),
         {"model.moe.num_expert_groups": 1, "model.moe.groups_per_token": 1},
     ),
     "forced routing with biases": (
         FORCED | {"model.moe.bias_update_rate": 0.001},
-        "model.moe.force_uniform_routing (true) leaves nothing to choose, so model.moe.bias_update_rate (0.001) must "
-        "be 0; set the one to 0, or the other to false",
+        (
+            "model.moe.force_uniform_routing (true)",
+            "model.moe.bias_update_rate (0.001)",
+            "0",
+            "0",
+        ),
         {"model.moe.force_uniform_routing": False},
     ),
     "a router of sparse tokens and experts that differ": (
         SPARSE_INPUT | {"model.sparsity.overrides": [{"sparsity": 0.5, "layers": 2, "experts": "0-3"}]},
-        f"{ONE_SELECTION}model.sparsity.overrides give those of layer 2 different S ([0.0, 0.5]); set router_input to "
-        "dense, or override all experts alike",
+        (
+            "model.moe.router_input (sparse)",
+            "expert_input",
+            "model.sparsity.overrides",
+            "2",
+            "0.0",
+            "0.5",
+            "dense",
+        ),
         {"model.sparsity.overrides": [{"sparsity": 0.5, "layers": 2, "experts": "0-7"}]},
     ),
 }
@@ -88,8 +135,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_broken_rule_says_setting_value_rule_and_way_out(case):
-    settings, message, _ = CASES[case]
-    assert messages(settings) == [message]
+    settings, parts, _ = CASES[case]
+    assert_one_message(messages(settings), parts)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -102,10 +149,8 @@ def test_a_router_of_sparse_tokens_takes_no_thresholds(tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text("{}")
     settings = SPARSE_INPUT | {"model.sparsity.selection": "threshold", "model.sparsity.plan": str(plan)}
-    assert messages(settings) == [
-        f"{ONE_SELECTION}model.sparsity.selection (threshold) has a threshold for each; set router_input to dense, or "
-        "choose another selection"
-    ]
+    parts = ("model.moe.router_input (sparse)", "model.sparsity.selection (threshold)", "router_input to dense")
+    assert_one_message(messages(settings), parts)
     assert messages(settings | {"model.moe.router_input": "dense"}) == []
 
 

@@ -59,8 +59,8 @@ def test_every_key_that_stands_twice_is_named_with_both_lines():
     text = "training:\n  steps: 1\n  seed: 2\n  steps: 3\ndata: {mode: table, mode: streaming}\n"
     _, problems = parse_yaml(text, "x.yaml")
     assert [problem.message for problem in problems] == [
-        "x.yaml, line 4: the key steps stands twice (first in line 2); keep one of them",
-        "x.yaml, line 5: the key mode stands twice (first in line 5); keep one of them",
+        "x.yaml, line 4: the key steps occurs twice (first in line 2); keep one of them",
+        "x.yaml, line 5: the key mode occurs twice (first in line 5); keep one of them",
     ]
 
 

@@ -133,7 +133,7 @@ def test_nothing_is_overwritten_unless_it_is_an_earlier_export(run_dir, tmp_path
     out = tmp_path / "out"
     out.mkdir()
     export_run(run_dir, out)
-    with pytest.raises(CheckpointError, match="exists, and an export overwrites nothing; name another folder"):
+    with pytest.raises(CheckpointError, match="exists, and an export does not overwrite it; name another folder"):
         export_run(run_dir, out, dtype="bf16")
     assert load_file(out / "model.safetensors")["final_norm.weight"].dtype == torch.float32
     export_run(run_dir, out, dtype="bf16", force=True, part_bytes=20_000)
@@ -141,7 +141,7 @@ def test_nothing_is_overwritten_unless_it_is_an_earlier_export(run_dir, tmp_path
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.tex").write_text("x")
-    for force, message in ((False, "exists"), (True, "is no earlier export, so --force does not replace it")):
+    for force, message in ((False, "exists"), (True, "is not an earlier export, so --force does not replace it")):
         with pytest.raises(CheckpointError, match=message):
             export_run(run_dir, other, force=force)
     assert names(other) == ["thesis.tex"] and names(tmp_path) == ["other", "out"]
@@ -224,7 +224,7 @@ def test_a_run_without_a_checkpoint_and_a_missing_library_are_said(run_dir, tmp_
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.yaml").write_text((run_dir / "config.yaml").read_text())
-    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no complete checkpoint"):
         export_run(empty, tmp_path / "out")
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(BackendUnavailable, match=r'pip install "qsparse-moe\[hf\]"'):

@@ -1,4 +1,4 @@
-"""The interpreter of Triton, where it stands for a GPU, rounds fp32 to bf16 as one does: it cuts off by itself."""
+"""Make Triton's interpreter round fp32 to bf16 as a GPU does; by itself it truncates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weighting and adding rows beyond the registry's cases: one rounding for the sum, sums without weights."""
+"""The weighted sum of rows beyond the cases of the registry: rounded once, and sums without weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernels become machine code for NVIDIA GPUs, on any machine: what an interpreter cannot tell."""
+"""The Triton kernels compile for NVIDIA GPUs, on any machine, which the interpreter cannot show."""
 
 from __future__ import annotations
 

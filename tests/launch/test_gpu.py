@@ -52,7 +52,7 @@ def test_nothing_is_timed_after_a_red_test(tmp_path):
 def test_a_python_without_a_device_is_refused_with_the_way_out(tmp_path):
     done, calls = launch(tmp_path, device="exit 1")
     assert done.returncode == 2 and not calls
-    assert "sees no CUDA device; PYTHON=... names one whose torch does" in done.stderr
+    assert "finds no CUDA device; set PYTHON to an interpreter whose torch does" in done.stderr
 
 
 def test_a_python_without_megablocks_is_refused_with_the_way_out(tmp_path):

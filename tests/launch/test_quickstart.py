@@ -99,11 +99,11 @@ def test_summary_says_quality_parameters_and_speed(finished_run, capsys):
     console.print(summary.make_summary(finished_run))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert [row for row in rows if row] == [
-        ["validation", "2.500", "bits a byte, 0.500 of the unigram model's"],
-        ["unigram byte model", "5.000", "bits a byte on the same text"],
+        ["validation", "2.500", "bits per byte, 0.500 times the unigram model"],
+        ["unigram byte model", "5.000", "bits per byte on the same text"],
         ["parameters", "4,000,000", "stored"],
-        ["active with MoE", "1,000,000", "a token, 25% of them"],
-        ["active with MoE and Q-Sparse", "500,000", "a token, 12% of them"],
+        ["active with MoE", "1,000,000", "per token, 25% of them"],
+        ["active with MoE and Q-Sparse", "500,000", "per token, 12% of them"],
         ["speed", "3,000", "tokens/s in training on 2 processes, 10 s for 20 steps"],
     ]
 
@@ -111,5 +111,5 @@ def test_summary_says_quality_parameters_and_speed(finished_run, capsys):
 def test_summary_shows_both_samples_and_how_to_open_tensorboard(finished_run):
     command = [sys.executable, REPOSITORY / "launch" / "summary.py", finished_run]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert output.index("def greedy") < output.index("def drawn") < output.index("bits a byte")
+    assert output.index("def greedy") < output.index("def drawn") < output.index("bits per byte")
     assert output.rstrip().endswith(f".venv/bin/python -m qsparse_moe tensorboard {finished_run.parent}")

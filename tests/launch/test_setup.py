@@ -213,7 +213,7 @@ def test_python_without_headers_is_said_in_one_line_with_the_remedy(machine):
 def test_python_without_venv_is_said_in_one_line_with_the_remedy(machine):
     (machine.folder / "modules" / "ensurepip.py").write_text("raise ImportError")
     line = fails_with_one_line(machine)
-    assert "cannot make virtual environments" in line and "apt install python3-venv" in line
+    assert "cannot create virtual environments" in line and "apt install python3-venv" in line
 
 
 def test_space_everywhere_is_said_in_one_line_with_the_remedy(tmp_path):

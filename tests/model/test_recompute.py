@@ -1,4 +1,4 @@
-"""What recomputation chooses again, ties included, and the memory that it saves. Gradients: test_transformer.py."""
+"""Recomputation: the same selections, ties included, and the memory that it saves. Gradients: test_transformer.py."""
 
 from __future__ import annotations
 

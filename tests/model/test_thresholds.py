@@ -1,4 +1,4 @@
-"""Calibration of a model: thresholds of every place from its own activations, and a model that selects by them."""
+"""Calibration of a model: thresholds of every site from its own activations, and a model that selects by them."""
 
 import logging
 
@@ -47,7 +47,7 @@ def seen_by_sites(model, data):
 
 
 def test_each_threshold_leaves_the_share_of_the_rows_that_its_expert_saw():
-    # In one pass with the activation a selection shows its rows to nobody but an observer.
+    # backend=torch, because a fused pass does not call the modules whose inputs this test records.
     model = build_model(config(**SPARSE, backend="torch"), seed=1)
     plan = calibrate(model, batches())
     assert plan.values == model.sparsity_plan.values
@@ -176,7 +176,7 @@ def test_the_same_weights_select_by_thresholds_as_a_model_built_for_it(tmp_path)
 def test_a_plan_of_another_model_is_refused_and_the_model_left_as_it_was():
     model = build_model(config(**SPARSE), seed=1)
     other = ModelConfig(num_layers=2)
-    with pytest.raises(ConfigError, match="make the plan from this model's config"):
+    with pytest.raises(ConfigError, match="make the plan from the configuration of this model"):
         calibrate(model, batches(), SparsityPlan.uniform(other, 0.5))
     assert model.training and all(site.hook is None for site in model.layers[0].sites().values())
 

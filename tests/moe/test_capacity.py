@@ -1,4 +1,4 @@
-"""The capacity factor: which rows are dropped, that nothing of them is left, and that they are counted."""
+"""The capacity factor: dropped tokens, their absence from outputs and gradients, and their counts."""
 
 from __future__ import annotations
 

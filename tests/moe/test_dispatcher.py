@@ -1,4 +1,4 @@
-"""Rows that travel to other ranks' experts: what arrives, what returns and every gradient, on three processes."""
+"""Dispatch of routed tokens to other ranks and back: values, order, and every gradient, on three processes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ def make(activation="relu2glu", backend="auto", shared=0, routing=None, **sparsi
     initialize(layer, config, seed=1)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.mul_(20)  # away from zero, where every mistake looks alike
+            parameter.mul_(20)  # away from zero, where many mistakes give the same result
     return layer
 
 

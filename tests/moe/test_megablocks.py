@@ -21,7 +21,7 @@ from qsparse_moe.moe.permutation import RowCounts, combine_reference, permute_re
 from qsparse_moe.moe.runtime import resolve_runtime
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-E = 5  # no power of two: the sort looks at more values than there are experts
+E = 5  # not a power of two: the bits by which MegaBlocks sorts can hold more values than there are experts
 CASES = {
     "spread": [[0, 2], [3, 1], [4, 0], [1, 2], [0, 4]],
     "all on one expert": [[2], [2], [2]],
@@ -159,7 +159,7 @@ def layer(backend, device, sparsity_of_experts, **changed):
     initialize(made, config, seed=1)
     with torch.no_grad():
         for parameter in made.parameters():
-            parameter.mul_(20)  # away from zero, where every mistake looks alike
+            parameter.mul_(20)  # away from zero, where many mistakes give the same result
     made.input_site.set_sparsity(sparsity_of_experts)
     made.experts.hidden_site.set_sparsity(sparsity_of_experts)
     return made.to(device)

@@ -1,4 +1,4 @@
-"""How the installed MegaBlocks is imported: with its CUDA extension, with what stands in for it, or not at all."""
+"""The import of the installed MegaBlocks: with its CUDA extension, with its replacement, or not at all."""
 
 from __future__ import annotations
 

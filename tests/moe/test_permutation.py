@@ -1,4 +1,4 @@
-"""Permute and combine against their plain definitions. T tokens, A experts a token, E experts."""
+"""Permute and combine against their references. T tokens, A experts per token, E experts."""
 
 import pytest
 import torch

@@ -27,7 +27,7 @@ def make(dtype=torch.float64, *, scale=20.0, sparsity=None, **moe):
     initialize(layer, config, seed=1)
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.mul_(scale)  # away from zero, where every mistake looks alike
+            parameter.mul_(scale)  # away from zero, where many mistakes give the same result
     for site, module in {"shared_input": layer.shared.input_site, "shared_hidden": layer.shared.hidden_site}.items():
         module.set_sparsity([(sparsity or {}).get(site, 0.0)])
     return layer.to(dtype)

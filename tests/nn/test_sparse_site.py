@@ -1,4 +1,4 @@
-"""A sparse site under every selection: what is kept, its gradient, one number or one an expert."""
+"""A sparse site under every selection: selected features, gradients, and one S or one S per expert."""
 
 from statistics import NormalDist
 

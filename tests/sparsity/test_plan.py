@@ -48,8 +48,8 @@ def test_sites_override_the_default_and_overrides_the_sites_in_order():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ({"layers": 3, "sparsity": 0.5}, r"overrides.0 layers \(3\) names 3; what exists is 0-2"),
-        ({"experts": "2-4", "sparsity": 0.5}, r"overrides.0 experts \('2-4'\) names 4; what exists is 0-3"),
+        ({"layers": 3, "sparsity": 0.5}, r"overrides.0 layers \(3\) names 3; the valid indices are 0-2"),
+        ({"experts": "2-4", "sparsity": 0.5}, r"overrides.0 experts \('2-4'\) names 4; the valid indices are 0-3"),
         ({"layers": "a-b", "sparsity": 0.5}, "neither an index"),
         ({"layers": 0, "site": "expert_input", "sparsity": 0.5}, "matches nothing; this model has layers 0-2"),
     ],
@@ -72,7 +72,7 @@ def test_json_round_trip_and_its_errors():
 
 def test_a_plan_of_another_model_is_refused():
     plan = SparsityPlan.uniform(model({}), 0.5)
-    with pytest.raises(ConfigError, match="layer 1, expert_hidden has 4 values, the model needs 8"):
+    with pytest.raises(ConfigError, match="layer 1, expert_hidden has 4 values, .*the model needs 8"):
         plan.check_fits(model({}, num_experts=8))
 
 
@@ -117,7 +117,7 @@ def test_a_plan_file_is_the_whole_plan(tmp_path):
     plan = SparsityPlan.from_config(model({"default": 0.3, "overrides": [{"experts": 1, "sparsity": 0.9}]}))
     plan.save(tmp_path / "plan.json")
     assert SparsityPlan.from_config(model({"plan": str(tmp_path / "plan.json")})) == plan
-    with pytest.raises(ConfigError, match="layer 1, expert_hidden has 4 values, the model needs 8"):
+    with pytest.raises(ConfigError, match="layer 1, expert_hidden has 4 values, .*the model needs 8"):
         SparsityPlan.from_config(model({"plan": str(tmp_path / "plan.json")}, num_experts=8))
     with pytest.raises(ConfigError, match=r"none.json cannot be read as a sparsity plan .*name a file that exists"):
         SparsityPlan.load(tmp_path / "none.json")
@@ -186,7 +186,7 @@ def test_presets_place_s_and_formats_as_published():
     assert {site_format(paper.sparsity, site) for site in SITES} == {"none"}
     dense = model({"preset": "dense"})
     assert SparsityPlan.from_config(dense) == SparsityPlan.preset(dense, "dense") == SparsityPlan.uniform(dense, 0.0)
-    with pytest.raises(ConfigError, match="'papre' is no preset; choose from dense, paper, a4.8"):
+    with pytest.raises(ConfigError, match="'papre'.* preset; choose from dense, paper, a4.8"):
         SparsityPlan.preset(dense, "papre")
 
 

@@ -1,4 +1,4 @@
-"""A plan changed at named places: the new values by hand, and what is said of a place that is not there."""
+"""A plan changed at named sites: the new values, and the message for a site that does not exist."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def test_the_mean_weighs_places_not_experts():
 @pytest.mark.parametrize(
     ("places", "message"),
     [
-        ({"layer": 7}, r"layer 7, site None, experts None names no place; this plan has the layers \[0, 1\]"),
+        ({"layer": 7}, r"layer 7, site None, experts None.*this plan has the layers \[0, 1\]"),
         ({"site": "nowhere"}, "site nowhere, .* with the sites attention_input, expert_input, expert_hidden"),
-        ({"layer": 0, "experts": [0]}, "layer 0, .* and experts at "),
+        ({"layer": 0, "experts": [0]}, "layer 0, .* per expert only at expert_hidden and expert_input"),
         ({"experts": [2]}, r"experts \[2\] are not in layer 1, expert_input; choose from 0-1"),
         ({"experts": [-1]}, r"experts \[-1\] are not in layer 1"),
         ({"layer": 0, "sparsity": 1.0}, r"each must lie in \[0, 1\)"),

@@ -156,7 +156,7 @@ def test_stacked_experts_have_one_ternary_scale_each():
         (lambda: fake_quantize(torch.ones(2, 2), "int2"), "must be int8, int4 or ternary, got 'int2'"),
         (lambda: fake_quantize(torch.ones(2), "ternary"), r"at least two dims.*got shape \(2,\)"),
         (lambda: pack_ternary(torch.full((2, 2), math.nan)), "weight must be finite to be packed"),
-        (lambda: unpack_ternary(*pack_ternary(torch.ones(2, 9)), 8), r"num_columns \(8\) must need 3 bytes a row"),
+        (lambda: unpack_ternary(*pack_ternary(torch.ones(2, 9)), 8), r"num_columns \(8\) must need 3 bytes per row"),
     ],
 )
 def test_what_cannot_be_done_is_refused(call, message):

@@ -1,4 +1,4 @@
-"""Selections by a bound: threshold and statistical top-K. N rows, D features."""
+"""Selection by a threshold: calibrated, statistical, and ReLU. N rows, D features."""
 
 import math
 from statistics import NormalDist
@@ -14,7 +14,7 @@ torch.set_num_threads(1)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def bound(*values):
+def as_threshold(*values):
     return torch.tensor(values) if len(values) == 1 else torch.tensor(values)[:, None]
 
 
@@ -23,7 +23,7 @@ def rows(draw):
     num_rows, width = draw(st.integers(0, 6)), draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     x = torch.randn(num_rows, width, generator=generator)
-    steps = draw(st.sampled_from([0, 1, 3]))  # few distinct values make ties, some of them with the bound
+    steps = draw(st.sampled_from([0, 1, 3]))  # few distinct values make ties, some of them with the threshold
     x = (x * steps).round() / steps if steps else x
     bad = draw(st.sampled_from([None, math.nan, math.inf, -math.inf]))
     if bad is not None and num_rows:
@@ -47,18 +47,18 @@ def expected(x, limits):
 @given(rows(), st.sampled_from([-math.inf, 0.0, 1 / 3, 1.0, 100.0]))
 def test_threshold_keeps_what_is_above_it_and_at_least_the_first_largest(x, threshold):
     limit = torch.tensor(threshold).item()
-    assert torch.equal(threshold_mask(x, bound(threshold)), expected(x, [limit] * len(x)))
+    assert torch.equal(threshold_mask(x, as_threshold(threshold)), expected(x, [limit] * len(x)))
 
 
 def test_every_row_may_have_its_own_threshold():
     x = torch.tensor([[1.0, 2.0, 3.0]] * 4)
-    mask = threshold_mask(x, bound(-math.inf, 1.0, 2.5, 9.0))
+    mask = threshold_mask(x, as_threshold(-math.inf, 1.0, 2.5, 9.0))
     assert mask.tolist() == [[True] * 3, [False, True, True], [False, False, True], [False, False, True]]
 
 
 def test_a_bf16_row_is_compared_with_the_unrounded_threshold():
     x = torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16)  # neighbours in bf16
-    assert threshold_mask(x, bound(1.005)).tolist() == [[False, True]]  # 1.005 rounds to the upper one
+    assert threshold_mask(x, as_threshold(1.005)).tolist() == [[False, True]]  # 1.005 rounds to the upper one
 
 
 @pytest.mark.filterwarnings("ignore:std:UserWarning")  # of no rows at all
@@ -67,8 +67,8 @@ def test_statistical_bound_is_the_mean_and_quantile_times_the_deviation_of_the_m
     quantile = NormalDist().inv_cdf(sparsity)
     magnitude = x.double().abs()
     limit = magnitude.mean(-1) + torch.tensor(quantile).double() * magnitude.std(-1, correction=0)
-    got, want = statistical_mask(x, bound(quantile)), expected(x, limit.tolist())
-    # Rounding of the bound in fp32 may move a feature that lies on it.
+    got, want = statistical_mask(x, as_threshold(quantile)), expected(x, limit.tolist())
+    # Rounding of the threshold in fp32 may move a feature that lies on it.
     on_the_bound = (magnitude - limit[:, None]).abs() <= 1e-5 * (1 + magnitude.amax(-1, keepdim=True))
     assert ((got == want) | on_the_bound).all()
     assert got.any(-1).all()
@@ -76,17 +76,17 @@ def test_statistical_bound_is_the_mean_and_quantile_times_the_deviation_of_the_m
 
 def test_the_deviation_is_that_of_the_row_itself_not_of_a_population_behind_it():
     x = torch.tensor([[0.0, 0.0, 0.0, 0.0, 5.0, -6.0]])  # mean 1.83, deviation 2.61; with 5 for 6 it would be 2.86
-    assert statistical_mask(x, bound(1.2)).tolist() == [[False, False, False, False, True, True]]
-    assert statistical_mask(x, bound(1.3)).tolist() == [[False, False, False, False, False, True]]
+    assert statistical_mask(x, as_threshold(1.2)).tolist() == [[False, False, False, False, True, True]]
+    assert statistical_mask(x, as_threshold(1.3)).tolist() == [[False, False, False, False, False, True]]
 
 
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.1, 0.9797), (0.5, 0.4249), (0.9, 0.1162)])
 def test_statistical_selection_keeps_the_documented_share_of_normal_activations(sparsity, kept):
     x = torch.randn(400, 1000, generator=torch.Generator().manual_seed(0))
-    mask = statistical_mask(x, bound(NormalDist().inv_cdf(sparsity)))
+    mask = statistical_mask(x, as_threshold(NormalDist().inv_cdf(sparsity)))
     assert mask.double().mean().item() == pytest.approx(kept, abs=0.005)
     # Where the magnitudes themselves are normal it is the share that was asked for.
-    shifted = statistical_mask(x + 10, bound(NormalDist().inv_cdf(sparsity)))
+    shifted = statistical_mask(x + 10, as_threshold(NormalDist().inv_cdf(sparsity)))
     assert shifted.double().mean().item() == pytest.approx(1 - sparsity, abs=0.005)
 
 
@@ -94,17 +94,17 @@ def test_statistical_selection_keeps_the_documented_share_of_normal_activations(
 def test_nothing_is_dropped_without_a_bound_nor_from_a_row_that_is_broken(name):
     x = torch.randn(3, 8)
     x[0] = 0.5  # no deviation
-    assert THRESHOLD_MASKS[name](x, bound(-math.inf)).all()
+    assert THRESHOLD_MASKS[name](x, as_threshold(-math.inf)).all()
     x[1, 2] = math.nan
-    mask = THRESHOLD_MASKS[name](x, bound(1e9))
-    assert mask[1, 2]  # the NaN stays, whatever the bound
+    mask = THRESHOLD_MASKS[name](x, as_threshold(1e9))
+    assert mask[1, 2]  # a NaN is selected for every threshold
     assert mask.any(-1).all() or name == "relu"  # only by magnitude a row keeps one at least
 
 
 def test_an_infinite_value_makes_the_statistics_keep_its_row_whole():
     x = torch.randn(2, 8)
     x[0, 3] = -math.inf
-    mask = statistical_mask(x, bound(1.0))
+    mask = statistical_mask(x, as_threshold(1.0))
     assert mask[0].all()
     assert not mask[1].all()
 
@@ -113,5 +113,5 @@ def test_an_infinite_value_makes_the_statistics_keep_its_row_whole():
 def test_the_rows_are_not_changed(name):
     x = torch.randn(3, 8)
     before = x.clone()
-    THRESHOLD_MASKS[name](x, bound(0.5))
+    THRESHOLD_MASKS[name](x, as_threshold(0.5))
     assert torch.equal(x, before)

@@ -1,4 +1,4 @@
-"""Sums of a site: what they count, by which expert, and that they add up however the rows are cut."""
+"""Statistics of a site: their values, the expert to which they belong, and sums over any split of the rows."""
 
 import pytest
 import torch

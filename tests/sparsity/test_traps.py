@@ -1,4 +1,4 @@
-"""Traps seen in public Q-Sparse code: each wrong formulation stands here and fails where ours holds.
+"""Traps seen in public Q-Sparse code: each wrong formulation is tested here and fails where this package is right.
 
 N rows, D features, K kept features.
 """

@@ -20,7 +20,7 @@ from qsparse_moe.training.loop import train
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
 from tests.support.runs import tiny_config
-from tests.training.test_engine import random_batches
+from tests.training.engines.test_torch_engine import random_batches
 
 ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 E = 8

@@ -142,7 +142,7 @@ def test_a_loaded_model_has_the_weights_and_the_sparsity_of_its_last_step(make_c
 def test_a_run_without_a_checkpoint_says_how_to_get_one(make_config):
     config = make_config()
     write_config(run_folder(config), config)
-    with pytest.raises(CheckpointError, match=r"checkpoints: has no complete checkpoint.*training\.resume=true"):
+    with pytest.raises(CheckpointError, match=r"checkpoints: contains no complete checkpoint.*training\.resume=true"):
         load_run(run_folder(config))
 
 

@@ -53,7 +53,7 @@ def test_a_run_never_overwrites_another(make_config):
     with pytest.raises(CheckpointError) as caught:
         check_run_folder(config)
     assert str(caught.value) == (
-        f"{run_folder(config)}: exists, and a run never overwrites another (training.resume is false). Set "
+        f"{run_folder(config)}: exists, and a run never overwrites another one (training.resume is false). Set "
         "training.resume=true to continue it, or give this run another training.name"
     )
     assert check_run_folder(make_config(resume=True)) is True
@@ -108,7 +108,7 @@ def test_something_else_in_the_folder_is_not_continued(make_config):
     folder = run_folder(make_config())
     folder.mkdir(parents=True)
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(CheckpointError, match=r"is no run folder, it has no config\.yaml.*move it away, or choose"):
+    with pytest.raises(CheckpointError, match=r"is not a run folder .*no config\.yaml.*move it away, or choose"):
         check_run_folder(make_config(resume=True))
     folder = run_folder(make_config("file"))
     folder.write_text("a file")
@@ -129,10 +129,7 @@ def test_another_run_is_named_with_every_setting_and_both_values(make_config):
     assert "training.learning_rate was 0.005 and is 0.5" in message
     assert 'model.moe.activation was "relu2glu" and is "swiglu"' in message
     assert "data.sources.0.max_bytes was null and is 10" in message
-    assert message.endswith(
-        "Put them back, or start a new run under another training.name; runs of a grid go to another folder with "
-        "ablate's --output-dir"
-    )
+    assert message.endswith("another training.name (for the runs of a grid: another --output-dir of ablate)")
     assert message.count(" was ") == 4, "no other setting is named"
 
 

@@ -1,4 +1,4 @@
-"""Block top-K: K of every contiguous group of G features. It is row top-K over the groups, and shares its kernels."""
+"""Block top-K: selection in every contiguous group of G features, by the kernels of row top-K over the groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qsparse_moe.kernels.example_rows import LARGE, seeded
 from qsparse_moe.kernels.spec import Example, OpSpec
 from qsparse_moe.sparsity.topk import topk_sparsify
 
-# (N, D, G, K of a group); 16 of 32 is the paper's pattern (arXiv 2407.10969, section 2.4).
+# (N, D, G, K per group); 16 of 32 is the pattern of the paper (arXiv 2407.10969, section 2.4).
 CASES = {
     "paper": (5, 96, 32, 16),
     "odd_group": (4, 35, 7, 3),
@@ -25,7 +25,7 @@ CASES = {
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
-    """Rows of the case; where K is given as 0 it is drawn for every row."""
+    """Return the rows of the case; a K of 0 in ``CASES`` means a random K per row."""
     beyond = {"large": (*LARGE[torch.device(device).type], 32, 16), "many_rows": (700, 96, 32, 16)}
     num_rows, width, group_size, per_group = (beyond | CASES)[case]
     x = torch.randn(num_rows, width, generator=seeded(case))

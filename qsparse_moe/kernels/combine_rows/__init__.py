@@ -1,4 +1,4 @@
-"""Each token's rows weighted and added: the way back from the experts, one pass forward and one backward."""
+"""The weighted sum of the rows of each token, which combines expert outputs: one pass forward and one backward."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = (
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
-    """Rows in no order, two choices a token, or one; in ``dropped`` every third choice has no row and weighs 0."""
+    """Return shuffled rows with one or two choices per token; in ``dropped`` every third has no row."""
     generator = example_rows.seeded(case, "choices")
     shaped_like = {"one_choice": "plain", "dropped": "many_features"}.get(case, case)
     tokens_like = example_rows.values_of(shaped_like, device)

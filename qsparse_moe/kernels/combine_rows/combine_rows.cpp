@@ -1,5 +1,5 @@
-// Each token's rows weighted and added, in one pass over memory on a CPU, and one pass back. The definition is
-// combine_rows/reference.py; tests hold the two together. Arithmetic is fp32 (fp64 for fp64), rounded once.
+// The weighted sum of the rows of each token on a CPU: one pass over memory forward and one backward. The reference is
+// combine_rows/reference.py; tests compare the two. The arithmetic is fp32 (fp64 for fp64), rounded once.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>

@@ -1,4 +1,4 @@
-"""Weighting and adding each token's rows by any implementation. T tokens, A choices, N rows, D features."""
+"""The weighted sum of the rows of each token as an autograd operation. T tokens, A choices, N rows, D features."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from qsparse_moe.kernels import native
 class CombineRows:
     """A named implementation.
 
-    ``forward(rows_ND, row_TA, weights_TA or None) -> (T, D)`` is ``reference.combine_rows``.
-    ``backward(grad_TD, rows_ND, weights_TA, slot_N)`` returns the gradients by rows and by weights; a choice that has
-    no row gets 0.
+    ``forward(rows_ND, row_TA, weights_TA or None) -> (T, D)`` computes ``reference.combine_rows``; without weights it
+    is the plain sum. ``backward(grad_TD, rows_ND, weights_TA, slot_N)`` returns the gradients of the rows and of the
+    weights, which are 0 for a choice without a row.
     """
 
     name: str
@@ -27,29 +27,30 @@ class CombineRows:
 
 
 def combine_rows(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor, *, by: CombineRows) -> Tensor:
-    """``reference.combine_rows`` computed by ``by``."""
+    """Compute ``reference.combine_rows`` with ``by``."""
+    # The products and sums are formed in fp32 even for bf16 rows, so the weights are not rounded to bf16.
     wide_TA = weights_TA.to(torch.promote_types(rows_ND.dtype, torch.float32))
     return _CombineRows.apply(rows_ND, wide_TA, row_TA, slot_N, by)
 
 
 def combine_rows_torch(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor) -> Tensor:
-    """``combine_rows`` in stock PyTorch."""
+    """Compute ``combine_rows`` in stock PyTorch."""
     return combine_rows(rows_ND, weights_TA, row_TA, slot_N, by=TORCH)
 
 
 def combine_rows_native(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor) -> Tensor:
-    """``combine_rows`` by the C++ operators."""
+    """Compute ``combine_rows`` with the C++ operators."""
     native.load()
     return combine_rows(rows_ND, weights_TA, row_TA, slot_N, by=NATIVE)
 
 
 def combine_rows_triton(rows_ND: Tensor, weights_TA: Tensor, row_TA: Tensor, slot_N: Tensor) -> Tensor:
-    """``combine_rows`` by Triton."""
+    """Compute ``combine_rows`` with the Triton kernels."""
     return combine_rows(rows_ND, weights_TA, row_TA, slot_N, by=TRITON)
 
 
 def _forward_torch(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
-    """Choice by choice, so that the rows of all choices are never there at once in fp32."""
+    """Sum choice by choice, so that only the rows of one choice exist in fp32 at a time."""
     total_TD: Tensor | None = None
     for choice in range(row_TA.shape[1]):
         part_TD = rows_ND.index_select(0, row_TA[:, choice])

@@ -1,6 +1,6 @@
-"""Each token's rows weighted and added in one pass, and one pass back, in Triton. Arithmetic is fp32, rounded once.
+"""The weighted sum of the rows of each token in Triton: one pass forward and one backward, in fp32, rounded once.
 
-T tokens, A choices a token, N rows, D features; a tile is (R, C).
+T tokens, A choices per token, N rows, D features; a tile is (R, C).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of tokens and features; the choices are added one after the other."""
+    """Compute one tile of tokens and features; the choices are added one after the other."""
+    # int64, because row * num_features exceeds int32 for large batches.
     tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     token_is_real = tokens < num_tokens
@@ -57,7 +58,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of whole rows: its token's gradient times the weight, and the dot product of the two rows."""
+    """Compute one tile of whole rows: the gradient of the token times the weight, and its dot product with the row."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)[None, :]
     row_is_real = rows < num_rows
@@ -73,7 +74,7 @@ def backward_kernel(
 
 
 def forward_triton(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
-    """``CombineRows.forward`` of ``op.py``, on an NVIDIA GPU or under the interpreter; fp16, bf16 and fp32."""
+    """Compute ``CombineRows.forward`` on an NVIDIA GPU or under the interpreter; fp16, bf16, and fp32."""
     (num_tokens, choices), num_features = row_TA.shape, rows_ND.shape[1]
     out = torch.empty(num_tokens, num_features, dtype=rows_ND.dtype, device=rows_ND.device)
     if not out.numel():
@@ -97,7 +98,7 @@ def forward_triton(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -
 
 
 def backward_triton(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor]:
-    """``CombineRows.backward`` of ``op.py``."""
+    """Compute ``CombineRows.backward`` on an NVIDIA GPU or under the interpreter."""
     num_rows, num_features = rows_ND.shape
     grad_rows = torch.empty(num_rows, num_features, dtype=rows_ND.dtype, device=rows_ND.device)
     grad_weights = torch.zeros(weights_TA.shape, dtype=weights_TA.dtype, device=weights_TA.device)

@@ -1,4 +1,4 @@
-"""Gated activation, top-K selection and the sums of its rows in one pass forward and one backward."""
+"""Gated activation, top-K selection, and row sums, fused into one pass forward and one backward."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CASES = tuple(f"{activation} {case}" for activation in reference.ACTIVATIONS for
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
-    """``gate`` and ``up`` whose K-th and next activation are equal or at least a factor of 1.5 apart in every row.
+    """Return ``gate`` and ``up`` such that the K-th and the next activation of a row are equal or differ by 1.5 times.
 
-    So every precision selects the same features, and a difference of the results is one of arithmetic.
+    Every precision then selects the same features, so results can differ only by rounding.
     """
     activation, _, rows = case.rpartition(" ")
     activation = activation or "relu2glu"
@@ -30,13 +30,13 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     if rows not in ("ties", "large"):
         chosen = topk_mask(reference.ACTIVATIONS[activation](gate, up), num_kept)
         up = torch.where(chosen, 2 * up, up)
-    # Of rows that lie apart it is the gate's alone: each tensor has a stride of its own.
+    # In the case "gaps" only gate has gaps between its rows, so that the strides of gate and up differ.
     tensors = {"gate_NF": example_rows.laid_out(rows, gate.to(device, dtype)), "up_NF": up.to(device, dtype)}
     return Example(tensors, {"num_kept": num_kept, "activation": activation, "gradient": gradient})
 
 
 def _few_pairs(shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Four pairs of gate and up, whose activations lie far apart, dealt out to the features."""
+    """Return gate and up drawn from four pairs whose activations are far apart, so that ties are frequent."""
     dealt = torch.randint(0, 4, shape, generator=example_rows.seeded("ties", "pairs"))
     return torch.tensor([0.5, 1.0, -1.0, 2.0])[dealt], torch.tensor([1.0, -2.0, 1.0, 3.0])[dealt]
 

@@ -1,6 +1,6 @@
-// Gated activation, top-K selection and the sums of its rows in one pass over memory on a CPU, and one pass back.
-// The definition is fused_glu/reference.py; tests hold the two together. A row stays in the first-level cache between
-// its activation, its selection and its sums. Arithmetic is fp32 (fp64 for fp64); the selection sees what is stored.
+// Gated activation, top-K selection, and row sums on a CPU, fused into one pass over memory forward and one backward.
+// The reference is fused_glu/reference.py; tests compare the two. A row stays in the L1 cache between its activation,
+// selection, and sums. The arithmetic is fp32 (fp64 for fp64). The selection uses the activation as it is stored.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -24,10 +24,10 @@ using qsparse_moe::Float64;
 
 enum Activation : int64_t { kReLU2GLU = 0, kSwiGLU = 1 };
 
-// e^x as 2^n e^r with |r| <= ln(2)/2, the polynomial being that of Cephes' expf: vectors where libm has calls.
+// e^x as 2^n e^r with |r| <= ln(2)/2 and the polynomial of Cephes' expf: it vectorises, while libm is a call per value.
 inline float exponential(float x) {
   x = x < -87.3f ? -87.3f : (x > 88.3f ? 88.3f : x);
-  const float rounder = 12582912.0f;  // adding it leaves a whole number
+  const float rounder = 12582912.0f;  // adding it rounds to an integer
   const float n = (x * 1.44269504f + rounder) - rounder;
   const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
@@ -71,7 +71,7 @@ void sum_row(const typename Type::Bits* dense, const typename Type::Bits* kept, 
              typename Type::Wide* sums, int64_t stride) {
   using Wide = typename Type::Wide;
   double nonzeros = 0, energies = 0, kept_energies = 0;
-  // Blocks are added up in fp64: a long row's error stays that of a short one.
+  // Blocks are summed in fp64, so that the error does not grow with the length of the row.
   for (int64_t begin = 0; begin < length; begin += kSumBlock) {
     const int64_t end = begin + kSumBlock < length ? begin + kSumBlock : length;
     Wide nonzero = 0, energy = 0, kept_energy = 0;
@@ -91,7 +91,7 @@ void sum_row(const typename Type::Bits* dense, const typename Type::Bits* kept, 
   sums[3 * stride] = Wide(kept_energies);
 }
 
-// A row of gate, up or an upstream gradient begins `stride` values after the one before.
+// A row of gate, up, or an upstream gradient starts `stride` values after the previous one.
 template <typename Bits>
 struct Rows {
   const Bits* data;

@@ -1,4 +1,4 @@
-"""The C++ operators of ``fused_glu.cpp`` as an implementation of ``op.FusedGLU``. N rows, F hidden features."""
+"""The implementation of ``op.FusedGLU`` by the C++ operators of ``fused_glu.cpp``. N rows, F hidden features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 def forward_native(
     gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, activation: str, *, with_mask: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``FusedGLU.forward`` on a CPU, in fp16, bf16, fp32 or fp64 (whose sums are fp64)."""
+    """Compute ``FusedGLU.forward`` on a CPU, in fp16, bf16, fp32, or fp64 (with sums in fp64)."""
     native.load()
     per_row = num_kept.long().contiguous() if isinstance(num_kept, Tensor) else None
     one = 0 if isinstance(num_kept, Tensor) else num_kept
@@ -26,11 +26,12 @@ def forward_native(
 def backward_native(
     gate_NF: Tensor, up_NF: Tensor, grad_NF: Tensor, mask_NF: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """``FusedGLU.backward`` on a CPU."""
+    """Compute ``FusedGLU.backward`` on a CPU."""
     return torch.ops.qsparse_moe.fused_glu_backward(
         _dense_rows(gate_NF), _dense_rows(up_NF), _dense_rows(grad_NF), mask_NF, _CODES[activation]
     )
 
 
 def _dense_rows(x_NF: Tensor) -> Tensor:
+    # The operators accept any distance between rows, but the features of a row must be contiguous.
     return x_NF if x_NF.stride(1) == 1 else x_NF.contiguous()

@@ -1,4 +1,4 @@
-"""Gated activation, selection and sums as one autograd operation over any implementation. N rows, F hidden features."""
+"""Gated activation, selection, and row sums as one autograd operation. N rows, F hidden features."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ def fused_glu(
     gradient: str = "ste",
     with_sums: bool = True,
 ) -> tuple[Tensor, SelectionSums | None]:
-    """``reference.fused_glu`` computed by ``by``; without ``with_sums`` there are none."""
+    """Compute ``reference.fused_glu`` with ``by``; without ``with_sums`` the second result is None."""
     kept_NF, sums_4N = _FusedGLU.apply(gate_NF, up_NF, num_kept, by, activation, gradient == "masked", with_sums)
     return kept_NF, SelectionSums(*sums_4N) if with_sums else None
 
 
 def fused_glu_native(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:
-    """``fused_glu`` by the C++ operators."""
+    """Compute ``fused_glu`` with the C++ operators."""
     return fused_glu(gate_NF, up_NF, num_kept, by=NATIVE, **settings)
 
 
 def fused_glu_triton(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:
-    """``fused_glu`` by Triton."""
+    """Compute ``fused_glu`` with the Triton kernels."""
     return fused_glu(gate_NF, up_NF, num_kept, by=TRITON, **settings)
 
 
@@ -71,11 +71,11 @@ def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 NATIVE = FusedGLU("native", forward_native, backward_native, native.why_not)
 TRITON = FusedGLU("triton", _triton_forward, _triton_backward, tiles.why_not)
 FUSED_GLUS: tuple[FusedGLU, ...] = (NATIVE, TRITON)
-"""Fastest first."""
+"""All implementations, fastest first."""
 
 
 class _FusedGLU(torch.autograd.Function):
-    """Keeps gate and up for the backward, and with the masked gradient the mask."""
+    """Saves gate and up for the backward, which recomputes the activation, and the mask for a masked gradient."""
 
     @staticmethod
     def forward(
@@ -93,6 +93,7 @@ class _FusedGLU(torch.autograd.Function):
         )
         ctx.save_for_backward(gate_NF, up_NF, mask_NF if masked else None)
         ctx.by, ctx.activation = by, activation
+        # Otherwise autograd would allocate a gradient of zeros for the sums.
         ctx.mark_non_differentiable(sums_4N)
         return kept_NF, sums_4N
 

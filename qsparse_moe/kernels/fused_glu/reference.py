@@ -46,19 +46,19 @@ ACTIVATIONS: dict[str, Activation] = {"relu2glu": relu2glu, "swiglu": swiglu}
 def fused_glu(
     gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, *, activation: str = "relu2glu", gradient: Gradient = "ste"
 ) -> tuple[Tensor, SelectionSums]:
-    """``topk_sparsify(activation(gate, up), num_kept)`` and the sums of its rows.
+    """Return ``topk_sparsify(activation(gate, up), num_kept)`` and its row sums.
 
-    The selection sees the activation as it is stored, in the dtype of ``gate``.
+    The selection uses the activation rounded to the dtype of ``gate``.
 
     Args:
-        gate_NF: ``(N, F)``.
-        up_NF: ``(N, F)``.
-        num_kept: K with ``1 <= K <= F``, one for all rows or an int tensor ``(N)``.
+        gate_NF: the gate branch ``(N, F)``.
+        up_NF: the up branch ``(N, F)``.
+        num_kept: K with ``1 <= K <= F``: one for all rows, or an int tensor ``(N,)``.
         activation: ``relu2glu`` or ``swiglu``.
         gradient: ``ste`` or ``masked``, as in ``topk_sparsify``.
 
     Returns:
-        ``(N, F)`` with K values kept in every row, and the sums, which have no gradient.
+        The rows ``(N, F)`` with K selected features each, and the sums, which have no gradient.
     """
     dense_NF = ACTIVATIONS[activation](gate_NF, up_NF)
     kept_NF = topk_sparsify(dense_NF, num_kept, gradient=gradient)

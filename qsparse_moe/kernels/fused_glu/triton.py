@@ -1,6 +1,7 @@
-"""Gated activation, selection and sums in one pass over ``gate`` and ``up``, and one pass back, in Triton.
+"""Gated activation, selection, and row sums in Triton, fused into one pass forward and one backward.
 
-N rows, F hidden features; a tile is (R, C). The arithmetic is fp32; the selection sees the activation as it is stored.
+N rows, F hidden features; a tile is (R, C). The arithmetic is fp32. The selection uses the activation as it is stored,
+rounded to the dtype of the rows, so that it agrees with a selection by another implementation.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 @triton.jit
 def activate(gate, up, ACTIVATION: tl.constexpr):
-    """``relu(gate)^2 * up``, or ``silu(gate) * up``; a NaN stays one."""
+    """Return ``relu(gate)^2 * up`` or ``silu(gate) * up``; a NaN stays a NaN."""
     if ACTIVATION == _RELU2GLU:
         positive = tl.where(gate < 0, 0.0, gate)
         return positive * positive * up
@@ -31,7 +32,7 @@ def activate(gate, up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_gradients(gate, up, grad, ACTIVATION: tl.constexpr):
-    """Gradients by ``gate`` and by ``up``."""
+    """Return the gradients of ``gate`` and ``up``."""
     if ACTIVATION == _RELU2GLU:
         positive = tl.where(gate < 0, 0.0, gate)
         through = grad * positive
@@ -62,7 +63,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of whole rows. The sums are (4, N): kept, non-zero, energy before and after."""
+    """Compute one tile of whole rows. The sums (4, N) are in the order of ``SelectionSums``."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     row_is_real = rows < num_rows
@@ -104,7 +105,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The gradients of one tile; the activation is computed again. Without a mask every feature has its gradient."""
+    """Compute the gradients of one tile, recomputing the activation. Without a mask every feature gets a gradient."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (rows < num_rows) & (columns < num_features)
@@ -122,7 +123,7 @@ def backward_kernel(
 def forward_triton(
     gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, activation: str, *, with_mask: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``FusedGLU.forward`` of ``op.py``, on an NVIDIA GPU or under the interpreter; fp16, bf16 and fp32."""
+    """Compute ``FusedGLU.forward`` on an NVIDIA GPU or under the interpreter; fp16, bf16, and fp32."""
     num_rows, num_features = gate_NF.shape
     gate_NF, up_NF = _dense_rows(gate_NF), _dense_rows(up_NF)
     kept = torch.empty(num_rows, num_features, dtype=gate_NF.dtype, device=gate_NF.device)
@@ -161,7 +162,7 @@ def forward_triton(
 def backward_triton(
     gate_NF: Tensor, up_NF: Tensor, grad_NF: Tensor, mask_NF: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor]:
-    """``FusedGLU.backward`` of ``op.py``."""
+    """Compute ``FusedGLU.backward`` on an NVIDIA GPU or under the interpreter."""
     num_rows, num_features = gate_NF.shape
     gate_NF, up_NF, grad_NF = _dense_rows(gate_NF), _dense_rows(up_NF), _dense_rows(grad_NF)
     settings: dict[str, Any] = {"dtype": gate_NF.dtype, "device": gate_NF.device}
@@ -192,5 +193,5 @@ def backward_triton(
 
 
 def _dense_rows(x_NF: Tensor) -> Tensor:
-    """The same rows with neighbouring features side by side; rows may lie apart, as halves of a joint matrix do."""
+    """Return the rows with contiguous features; the rows may have gaps, as the halves of a joint matrix do."""
     return x_NF if x_NF.stride(1) == 1 else x_NF.contiguous()

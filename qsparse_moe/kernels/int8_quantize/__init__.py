@@ -1,4 +1,4 @@
-"""Rows rounded to int8 and back, with a straight-through gradient: what a site of that number format does."""
+"""Fake int8 quantisation of rows with a straight-through gradient, as in sites with the number format int8."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CASES = (
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
-    """Rows of the case, each of another size; in ``ties`` many values lie half-way between two codes."""
+    """Return rows of different magnitudes; in ``ties`` many values are halfway between two codes."""
     x = example_rows.values_of(case, device)
     if case == "ties":
         x = torch.randint(-254, 255, x.shape, generator=example_rows.seeded(case)).to(x) / 2

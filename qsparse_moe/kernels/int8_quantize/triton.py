@@ -1,4 +1,4 @@
-"""Rows rounded to int8 and back in Triton, in one pass. N rows, D features; a tile is (R, C).
+"""Fake int8 quantisation of rows in Triton, in one pass. N rows, D features; a tile is (R, C).
 
 A value halfway between two codes is rounded as ``quantize`` rounds it only if every operation is the same as there: the
 factor is ``1 / (g + e)`` times 127, as PyTorch computes ``127 / x``, and no product is fused with a sum.
@@ -17,7 +17,7 @@ from qsparse_moe.kernels.tiles import on_device_of, row_tile
 from qsparse_moe.sparsity.quantize import EPSILON
 
 _EPSILON = tl.constexpr(EPSILON)
-# 1.5 * 2^23: fp32 values of this size are whole numbers, so that adding it rounds, halves to the even neighbour.
+# 1.5 * 2^23: fp32 values of this magnitude are integers, so adding it rounds, halves to the even neighbour.
 _ROUNDER = tl.constexpr(12582912.0)
 
 
@@ -31,16 +31,16 @@ def fake_quantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of whole rows: codes times scale in the dtype of ``out``."""
+    """Compute one tile of whole rows: codes times scale, in the dtype of ``out``."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     inside = (rows < num_rows)[:, None] & (columns < num_features)[None, :]
     x = tl.load(x_ptr + rows[:, None] * row_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    # The largest of the magnitudes' bits: a maximum of floats would drop a NaN, whose bits lie above infinity's.
+    # The maximum of the bit patterns: a maximum of floats would drop a NaN, whose bits are above those of infinity.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
     factor = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), largest + _EPSILON) * 127.0
-    # At most 127 by construction: there is nothing to clip.
+    # At most 127 by construction, so nothing has to be clipped.
     codes = (x * factor[:, None] + _ROUNDER) - _ROUNDER
     scale = tl.div_rn(largest, tl.full((ROWS,), 127.0, tl.float32))
     at = rows[:, None] * num_features + columns[None, :]
@@ -48,7 +48,7 @@ def fake_quantize_kernel(
 
 
 def fake_quantize_triton(x: Tensor) -> Tensor:
-    """``fake_quantize(x, "int8")`` for ``(*, D)`` in fp16, bf16 or fp32; the gradient passes straight through.
+    """Compute ``fake_quantize(x, "int8")`` for rows ``(*, D)`` in fp16, bf16, or fp32.
 
     Raises:
         ValueError: rows have more than ``tiles.MAX_FEATURES`` features.

@@ -1,4 +1,4 @@
-"""Sums over a site's rows before and after its selection, and where their values are."""
+"""Sums of the rows of a site before and after its selection, and the pattern of their nonzero features."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def _kept(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
 
 
 def sums_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
-    """Rows of the case before and after their selection."""
+    """Return the rows of the case before and after a selection."""
     before, after = _kept(case, dtype, device)
     return Example({"before_ND": before, "after_ND": after})
 
 
 def pattern_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
-    """Rows of the case; in ``k_per_row`` two of three experts read some of them, one twice, else all are of one."""
+    """Return the rows of the case; in ``k_per_row`` two of three experts read some of them, one row twice."""
     _, after = _kept(case, dtype, device)
     readers = stats.Readers()
     if case == "k_per_row":
@@ -50,6 +50,6 @@ PATTERN_SPEC = OpSpec(
     fast={"native": Implementation(f"{_OP}:row_pattern_native", native.why_not)},
     example_inputs=pattern_inputs,
     cases=tuple(example_rows.SHAPES),
-    budget=0.0,  # counts, flags and magnitudes that are copied
+    budget=0.0,  # counts, flags, and copied magnitudes are exact
     dtypes=(torch.float64, torch.float32, torch.bfloat16, torch.float16),
 )

@@ -1,4 +1,4 @@
-"""The sums and the pattern of a site's rows by any implementation. N rows, D features."""
+"""The row sums and the pattern of a site, by stock PyTorch or by the C++ operators. N rows, D features."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ class SiteSums:
 
 
 def row_sums_native(before_ND: Tensor, after_ND: Tensor) -> RowSums:
-    """``row_sums`` in C++, on a CPU."""
+    """Compute ``row_sums`` with the C++ operators on a CPU."""
     native.load()
+    # The operators read whole rows one after the other and ignore strides.
     before_ND, after_ND = before_ND.detach().contiguous(), after_ND.detach().contiguous()
     return RowSums(*torch.ops.qsparse_moe.site_row_sums(before_ND, after_ND))
 
 
 def row_pattern_native(after_ND: Tensor, readers: Readers) -> RowPattern:
-    """``row_pattern`` in C++, on a CPU."""
+    """Compute ``row_pattern`` with the C++ operators on a CPU."""
     native.load()
     (smallest_N, common_N), used_ED = torch.ops.qsparse_moe.site_row_pattern(
         after_ND.detach().contiguous(), readers.row_R, readers.expert_R, readers.num_experts

@@ -1,5 +1,5 @@
-// The sums and the pattern of a site's rows, each in one pass over memory on a CPU. The definitions are row_sums and
-// row_pattern of sparsity/stats.py; tests hold them together. Sums are fp32, of fp64 rows fp64.
+// The sums and the pattern of the rows of a site, each in one pass over memory on a CPU. The references are row_sums
+// and row_pattern of sparsity/stats.py; tests compare them. Sums are fp32, or fp64 for fp64 rows.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
@@ -27,7 +27,7 @@ void check_rows(const at::Tensor& x) {
 
 int64_t grain(int64_t length) { return 1 + 16384 / std::max<int64_t>(length, 1); }
 
-// Blocks are added up in fp64: a long row's error stays that of a short one.
+// Blocks are summed in fp64, so that the error does not grow with the length of the row.
 constexpr int64_t kSumBlock = 128;
 
 template <typename Value>
@@ -97,7 +97,7 @@ void pattern_of_rows(const Value* data, int64_t num_rows, int64_t length, Wide<V
   });
 }
 
-// Every thread has columns of its own, so no two write the same flag.
+// Threads divide the columns between them, so no two write the same flag.
 template <typename Value>
 void flag_used(const Value* data, int64_t length, const int64_t* rows, const int64_t* experts, int64_t num_readings,
                bool* used) {

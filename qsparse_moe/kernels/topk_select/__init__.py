@@ -1,4 +1,4 @@
-"""Row top-K selection by magnitude: the kept values, and where asked the mask."""
+"""Top-K selection of the features of a row by magnitude, with the mask if requested."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ IMPLEMENTATIONS = {
     "triton": Implementation(f"{_OP}:sparsify_triton", tiles.why_not),
     "torch": Implementation(f"{_OP}:sparsify_torch", lambda device: None),
 }
-"""Of ``sparsify(x, num_kept, *, group_size=None, gradient="ste")``."""
+"""Implementations of ``sparsify(x, num_kept, *, group_size=None, gradient="ste")``."""
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
-    """Rows of the case; ``masked_gradient`` is ``k_per_row`` with the masked gradient."""
+    """Return the rows of the case; ``masked_gradient`` is ``k_per_row`` with the masked gradient."""
     case, gradient = ("k_per_row", "masked") if case == "masked_gradient" else (case, "ste")
     x = example_rows.laid_out(case, example_rows.values_of(case, device).to(dtype))
     num_kept = example_rows.num_kept_of(case, x.shape[0], x.shape[1], device)

@@ -1,4 +1,4 @@
-"""Top-K selection as an autograd operation over any implementation. N rows, D features, G features of a group."""
+"""Top-K selection as an autograd operation. N rows, D features, G features per group."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SelectRows = Callable[[Tensor, "int | Tensor", bool], tuple[Tensor, Tensor]]
 class TopKSelect:
     """A named implementation of ``select_rows(x, num_kept, with_mask) -> (kept, mask)``.
 
-    ``x`` is ``(*, D)``, ``num_kept`` an int or int64 ``(*)``; ``kept`` is ``x`` with all but the K largest magnitudes
-    of every row zeroed; ``mask`` is bool ``(*, D)``; it may be of no size where ``with_mask`` is False.
+    ``x`` is ``(*, D)``, and ``num_kept`` is an int or an int64 tensor ``(*)``. ``kept`` is ``x`` with all but the K
+    largest magnitudes of every row set to zero. ``mask`` is bool ``(*, D)``; it may be empty if ``with_mask`` is False.
     """
 
     name: str
@@ -29,20 +29,21 @@ class TopKSelect:
 
 
 def select_rows_torch(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
-    """The selection in stock PyTorch, on any device."""
+    """Select in stock PyTorch, on any device."""
     mask = topk_mask(x, num_kept)
     return x * mask, mask
 
 
 def select_rows_native(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
-    """The selection in C++, on a CPU."""
+    """Select with the C++ operators, on a CPU."""
     native.load()
     per_row = num_kept.contiguous() if isinstance(num_kept, Tensor) else None
     return torch.ops.qsparse_moe.topk_select(x.contiguous(), 0 if per_row is not None else num_kept, per_row, with_mask)
 
 
 def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
-    """The selection in Triton, on an NVIDIA GPU; Triton is imported on the first call."""
+    """Select with the Triton kernels, on an NVIDIA GPU; Triton is imported on the first call."""
+    # Imported here, because Triton is an optional dependency.
     from qsparse_moe.kernels.topk_select import triton
 
     return triton.select_rows_triton(x, num_kept, with_mask)
@@ -53,19 +54,19 @@ TOPK_SELECTS: tuple[TopKSelect, ...] = (
     TopKSelect("triton", select_rows_triton, tiles.why_not),
     TopKSelect("torch", select_rows_torch, lambda device: None),
 )
-"""Fastest first."""
+"""All implementations, fastest first."""
 
 
 def select(
     x: Tensor, num_kept: int | Tensor, *, rows: SelectRows, group_size: int | None = None, gradient: str = "ste"
 ) -> Tensor:
-    """``topk_sparsify`` without a rescale, computed by ``rows``.
+    """Compute ``topk_sparsify`` without a rescale, with ``rows``.
 
     Args:
-        x: ``(*, D)``.
-        num_kept: K of a row, an int or int64 ``(*)``; with ``group_size`` it is split evenly over the groups.
+        x: the rows ``(*, D)``.
+        num_kept: K per row, an int or an int64 tensor ``(*)``; with ``group_size`` it is split evenly over the groups.
         rows: the implementation.
-        group_size: G; every contiguous group of G features keeps its own.
+        group_size: G; the selection is made in every contiguous group of G features.
         gradient: ``ste`` or ``masked``.
     """
     masked = gradient == "masked"
@@ -82,21 +83,23 @@ def select_mask(x: Tensor, num_kept: int | Tensor, *, rows: SelectRows, group_si
 
 
 def sparsify_torch(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
-    """``select`` by ``select_rows_torch``; ``settings`` are its ``group_size`` and ``gradient``."""
+    """Call ``select`` with ``select_rows_torch``; ``settings`` are ``group_size`` and ``gradient``."""
     return select(x, num_kept, rows=select_rows_torch, **settings)
 
 
 def sparsify_native(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
-    """``select`` by ``select_rows_native``."""
+    """Call ``select`` with ``select_rows_native``."""
     return select(x, num_kept, rows=select_rows_native, **settings)
 
 
 def sparsify_triton(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
-    """``select`` by ``select_rows_triton``."""
+    """Call ``select`` with ``select_rows_triton``."""
     return select(x, num_kept, rows=select_rows_triton, **settings)
 
 
 class _Select(torch.autograd.Function):
+    """The selection, with the straight-through or the masked gradient; only the latter saves the mask."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_kept: int | Tensor, rows: SelectRows, masked: bool) -> Tensor:
         kept, mask = rows(x, num_kept, masked)

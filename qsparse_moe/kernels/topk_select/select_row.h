@@ -1,9 +1,9 @@
-// Row top-K by magnitude on a CPU. The definition is sparsity.topk.topk_mask; tests hold the two together.
+// Row top-K by magnitude on a CPU. The reference is sparsity.topk.topk_mask; tests compare the two.
 //
-// A magnitude is the row's bit pattern without its sign, read as an unsigned integer: the order of the integers is the
-// order of the magnitudes, and NaN lies above infinity, so a NaN is kept and seen, never dropped. The K-th largest is
-// found bit by bit from the top: a bit stays set while at least K magnitudes reach the value so far. The search ends
-// early where exactly K reach it.
+// A magnitude is the bit pattern of a value without its sign, read as an unsigned integer: integers have the same order
+// as the magnitudes, with NaN above infinity, so a NaN is always selected and stays visible. The K-th largest is
+// determined bit by bit from the top: a bit stays set if at least K magnitudes reach the value so far. The search ends
+// early when exactly K reach it.
 
 #pragma once
 
@@ -15,17 +15,17 @@ namespace qsparse_moe {
 template <typename Bits>
 struct Threshold {
   Bits value;
-  int64_t reached;  // how many magnitudes are >= value; at least K
+  int64_t reached;  // number of magnitudes >= value; at least K
 };
 
-// Magnitudes have no sign bit, so that they may be compared as signed integers, which AVX2 has an instruction for.
+// Magnitudes have no sign bit, so they can be compared as signed integers, for which AVX2 has an instruction.
 template <typename Bits>
 bool reaches(Bits magnitude, Bits bound) {
   using Signed = std::make_signed_t<Bits>;
   return Signed(magnitude) >= Signed(bound);
 }
 
-// The accumulator has the lanes of the data, so that the compiler keeps one vector of counts.
+// The accumulator has as many lanes as the data, so that the compiler uses one vector of counts.
 template <typename Bits, typename Length>
 int64_t count_at_least(const Bits* magnitude, Length length, Bits bound) {
   Bits count = 0;
@@ -38,7 +38,7 @@ Threshold<Bits> find_threshold(const Bits* magnitude, Length length, int64_t num
   Bits all_bits = 0;
   for (int64_t i = 0; i < length; ++i) all_bits |= magnitude[i];
   Threshold<Bits> found{0, length};
-  // A ReLU before the selection leaves many zeros: where no more than K values are not zero, all of those are kept.
+  // A ReLU before the selection leaves many zeros: if at most K values are nonzero, all of them are selected.
   const int64_t nonzero = count_at_least(magnitude, length, Bits(1));
   if (nonzero == num_kept) return {1, nonzero};
   if (nonzero < num_kept) return found;
@@ -52,8 +52,9 @@ Threshold<Bits> find_threshold(const Bits* magnitude, Length length, int64_t num
   return found;
 }
 
-// Write what is kept of `row` to `kept`, and to `mask`, unless it is null, which; `magnitude` is room for a row. No two
-// of them may overlap. `length` is an int64_t, or a std::integral_constant of one, which fixes the length of the loops.
+// Write the selected values of `row` to `kept`, and the mask to `mask` unless it is null. `magnitude` is a buffer for
+// one row. None of them may overlap. `length` is an int64_t, or a std::integral_constant of one, which fixes the length
+// of the loops.
 template <typename Bits, typename Length>
 void select_row(const Bits* __restrict row, Bits* __restrict kept, bool* __restrict mask, Bits* __restrict magnitude,
                 Length length, int64_t num_kept) {
@@ -66,14 +67,14 @@ void select_row(const Bits* __restrict row, Bits* __restrict kept, bool* __restr
     return;
   }
   int64_t surplus = threshold.reached - num_kept;
-  // Ties at the threshold go to the lower index: from the right end, drop as many as are too many.
+  // Ties at the threshold go to the lower index: the surplus is dropped from the right end.
   for (int64_t i = length - 1; bound > 0 && surplus > 0; --i) {
     if (magnitude[i] == bound) {
       magnitude[i] = 0;
       --surplus;
     }
   }
-  // A threshold of 0 keeps everything that is not zero, and the first zeros that there is room for.
+  // A threshold of 0 selects all nonzero values, and the first zeros until K are selected.
   if (bound == 0) {
     int64_t room = num_kept;
     for (int64_t i = 0; i < length; ++i) room -= magnitude[i] > 0;
@@ -81,7 +82,7 @@ void select_row(const Bits* __restrict row, Bits* __restrict kept, bool* __restr
     mask = nullptr;
   }
   for (int64_t i = 0; i < length; ++i) {
-    const Bits value = row[i];  // read in any case: no vectors of 16-bit values are read under a condition
+    const Bits value = row[i];  // read unconditionally: there are no conditional vector loads of 16-bit values
     kept[i] = reaches(magnitude[i], bound) ? value : Bits(0);
   }
   if (mask)

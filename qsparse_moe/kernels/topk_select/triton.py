@@ -1,8 +1,8 @@
-"""Row top-K by magnitude in Triton. N rows, D features; a tile is (R, C): R rows, C the power of two from D on.
+"""Row top-K by magnitude in Triton. N rows, D features; a tile (R, C) has R rows and C = D rounded to a power of two.
 
-As in ``cpu.cpp``: a magnitude is the bit pattern without its sign, read as an integer, so that the order of the
-integers is that of the magnitudes and NaN lies above infinity. The K-th largest is found bit by bit from the top, in
-registers, and the search ends when every row of the tile has a bound that exactly K magnitudes reach.
+As in ``cpu.cpp``, a magnitude is the bit pattern without its sign, read as an integer: integers have the same order as
+the magnitudes, with NaN above infinity. The K-th largest is determined bit by bit from the top, in registers, until
+every row of the tile has a threshold that exactly K magnitudes reach.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @triton.jit
 def load_num_kept(num_kept_ptr, num_kept, rows, row_is_real, num_features, rows_per_k, PER_ROW: tl.constexpr):
-    """``(R,)`` int32: K of every row; rows past the end keep all of their features, of which they have none."""
+    """Return ``(R,)`` int32: K of every row. Rows past the end get K = D, which ends their search at once."""
     if PER_ROW:
         wanted = tl.load(num_kept_ptr + rows // rows_per_k, mask=row_is_real, other=0).to(tl.int32)
     else:
@@ -29,18 +29,18 @@ def load_num_kept(num_kept_ptr, num_kept, rows, row_is_real, num_features, rows_
 
 @triton.jit
 def magnitude_of(bits, inside, NUM_BITS: tl.constexpr):
-    """``(R, C)`` magnitudes of the bit patterns as int32, int64 for fp64; -1, which is below all, outside the rows."""
+    """Return the magnitudes ``(R, C)`` as int32, or int64 for fp64; outside the rows -1, which is below all others."""
     wide = bits if NUM_BITS == 63 else bits.to(tl.int32)
     return tl.where(inside, wide & ((1 << NUM_BITS) - 1), -1)
 
 
 @triton.jit
 def keep_largest(magnitude, num_kept, num_features, NUM_BITS: tl.constexpr, ZEROS_MATTER: tl.constexpr):
-    """``(R, C)`` bool: the ``num_kept`` largest of every row, of equal ones those with the lower index.
+    """Return ``(R, C)`` bool: the ``num_kept`` largest of every row, among equal ones those with the lower index.
 
-    Without ``ZEROS_MATTER`` zeros may be marked beyond K: their values are the same whether they are kept or not.
+    Without ``ZEROS_MATTER``, more than K features may be marked if the rest are zeros, whose values do not change.
     """
-    # A ReLU before the selection leaves many zeros: where at most K values are not zero, there is nothing to search.
+    # A ReLU before the selection leaves many zeros. If at most K values are nonzero, there is nothing to search.
     nonzero = tl.sum((magnitude > 0).to(tl.int32), 1)
     found = (nonzero == num_kept).to(magnitude.dtype)
     reached = tl.where(nonzero == num_kept, num_kept, num_features)
@@ -56,11 +56,11 @@ def keep_largest(magnitude, num_kept, num_features, NUM_BITS: tl.constexpr, ZERO
     if not ZEROS_MATTER:
         surplus = tl.where(found > 0, surplus, 0)
     keep = magnitude >= found[:, None]
-    # Few rows have a tie at their bound, and counting along the row is the dearest step.
+    # Few rows have a tie at their threshold, and the cumulative sum along the row is the most expensive step.
     if tl.max(surplus, 0) > 0:
         tied = (magnitude == found[:, None]).to(tl.int32)
-        room = tl.sum(tied, 1) - surplus
-        keep = (magnitude > found[:, None]) | ((tied > 0) & (tl.cumsum(tied, 1) <= room[:, None]))
+        num_tied = tl.sum(tied, 1) - surplus
+        keep = (magnitude > found[:, None]) | ((tied > 0) & (tl.cumsum(tied, 1) <= num_tied[:, None]))
     return keep & (magnitude >= 0)
 
 
@@ -80,7 +80,7 @@ def select_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One tile of whole rows: read once, searched in registers, written once. ``x`` comes as integers."""
+    """Select in one tile of whole rows, read once and written once. ``x`` is passed as integers."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
     row_is_real = rows < num_rows
@@ -96,7 +96,7 @@ def select_kernel(
 
 
 def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
-    """``TopKSelect.select_rows`` on an NVIDIA GPU, or on a CPU under Triton's interpreter; fp16, bf16, fp32 and fp64.
+    """Compute ``TopKSelect.select_rows`` on an NVIDIA GPU or under the interpreter; fp16, bf16, fp32, and fp64.
 
     Raises:
         ValueError: rows have more than ``tiles.MAX_FEATURES`` features.
@@ -132,9 +132,10 @@ def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tu
 
 
 def k_arguments(num_kept: int | Tensor) -> tuple[Tensor | None, int, int]:
-    """K as a kernel takes it: one number a row (or None), one for all rows, and how many rows share an entry.
+    """Return K as kernel arguments: a tensor of K per row or None, one K for all rows, and the rows per entry.
 
-    A K that was expanded over the groups of a row is read from its one entry; nothing is written out.
+    A K that was expanded over the groups of a row is passed as its single entry, so the expansion is never written to
+    memory.
     """
     if not isinstance(num_kept, Tensor):
         return None, num_kept, 1

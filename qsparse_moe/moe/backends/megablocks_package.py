@@ -27,7 +27,7 @@ def missing() -> str | None:
 
 
 def has_extension() -> bool:
-    """Whether the CUDA extension of MegaBlocks is installed; the replacement in this package does not count."""
+    """Return whether MegaBlocks' CUDA extension is installed; the replacement in this package does not count."""
     loaded = sys.modules.get(_EXTENSION)
     if loaded is not None:
         return loaded.__name__ == _EXTENSION

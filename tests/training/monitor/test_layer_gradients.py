@@ -14,7 +14,7 @@ from qsparse_moe.training.monitor.layer_gradients import layer_matrices
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
 from tests.support.runs import MIXED_MODEL, tiny_config
-from tests.training.test_engine import ALONE, random_batches
+from tests.training.engines.test_torch_engine import ALONE, random_batches
 
 ROUTERS = (".router.weight", ".token_gate")
 """They read the dense token."""

@@ -21,7 +21,7 @@ from qsparse_moe.training.loop import train
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
 from tests.metrics.reports import make_report
-from tests.training.test_engine import ALONE, make_engine, random_batches
+from tests.training.engines.test_torch_engine import ALONE, make_engine, random_batches
 from tests.training.test_loop import Listener, stop_after
 
 

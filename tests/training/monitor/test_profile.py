@@ -43,7 +43,7 @@ def test_nothing_is_profiled_unless_asked_for(make_config):
 def test_steps_behind_the_end_are_refused(make_config):
     message = (
         "metrics.profile_from (4) and metrics.profile_steps (3) end with step 6, which must be at most training.steps "
-        "(5); begin earlier, profile fewer, or train for at least 6 steps"
+        "(5); begin earlier, profile fewer steps, or train for at least 6 steps"
     )
     with pytest.raises(ConfigError, match=re.escape(message)):
         check_config(profiled(make_config(steps=5), 4, 3))

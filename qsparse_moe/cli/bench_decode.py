@@ -16,7 +16,6 @@ from qsparse_moe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-Size = Annotated[int, typer.Option(min=1)]
 Value = TypeVar("Value")
 
 
@@ -28,13 +27,13 @@ def decode(
         "0,0.4,0.5,0.6,0.75,0.9"
     ),
     batch: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1,2,4,8,16",
-    layers: Size = 8,
-    hidden_size: Size = 1024,
-    heads: Size = 16,
-    experts: Size = 32,
-    experts_per_token: Size = 2,
-    expert_hidden_size: Size = 2048,
-    vocab_size: Size = 8192,
+    layers: Annotated[int, typer.Option(help="Layers.", min=1)] = 8,
+    hidden_size: Annotated[int, typer.Option(help="D, model width.", min=1)] = 1024,
+    heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 16,
+    experts: Annotated[int, typer.Option(help="E, experts.", min=1)] = 32,
+    experts_per_token: Annotated[int, typer.Option(help="A, experts per token.", min=1)] = 2,
+    expert_hidden_size: Annotated[int, typer.Option(help="F, hidden width of an expert.", min=1)] = 2048,
+    vocab_size: Annotated[int, typer.Option(help="V, ids of the vocabulary.", min=1)] = 8192,
     context: Annotated[int, typer.Option(help="Tokens in the cache before the first measured step.", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="Steps per measurement.", min=1)] = 32,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed; 0: none.", min=0)] = 512,

@@ -101,7 +101,7 @@ def test_another_plan_is_used_and_checked_before_weights_are_read(run_dir, tmp_p
     assert say(run_dir, plan=plan).log_probabilities != say(run_dir).log_probabilities
     monkeypatch.setattr("qsparse_moe.inference.load.load_run", None)
     other = SparsityPlan.uniform(config.model_copy(update={"num_layers": 3}), 0.5)
-    with pytest.raises(ConfigError, match="sparsity plan: layer 2, .* has .* values, the model needs 0"):
+    with pytest.raises(ConfigError, match="sparsity plan: layer 2, .* has .* values, .*model needs 0"):
         load_model(run_dir, plan=other)
 
 
@@ -114,9 +114,9 @@ def test_a_plan_without_effect_is_refused(folder):
 
 
 def test_a_folder_without_a_model_is_named(run_dir, tmp_path):
-    with pytest.raises(CheckpointError, match="nothing does not exist; name a folder that qsparse-moe train made"):
+    with pytest.raises(CheckpointError, match="nothing does not exist; name a folder made by qsparse-moe train"):
         Generator.load(run_dir.parent / "nothing")
-    with pytest.raises(CheckpointError, match="is no run folder: it has no config.yaml"):
+    with pytest.raises(CheckpointError, match="is not a run folder: it contains no config.yaml"):
         Generator.load(tmp_path)
     for name in ("config.yaml", "manifest.json"):
         shutil.copy(run_dir / name, tmp_path / name)

@@ -21,7 +21,7 @@ from qsparse_moe.training.engines.loss_scale import LossScaler
 logger = logging.getLogger(__name__)
 
 
-CANNOT_GO_ON = 1000
+CANNOT_CONTINUE = 1000
 """The ``stop`` of a rank that has no data for the next step, or cannot write; above every signal."""
 
 
@@ -29,7 +29,7 @@ class Wishes(NamedTuple):
     """What the ranks wish after a step."""
 
     stop: int
-    """A signal, ``CANNOT_GO_ON``, or 0."""
+    """A signal, ``CANNOT_CONTINUE``, or 0."""
     save: bool
     """A checkpoint."""
 
@@ -69,7 +69,7 @@ class NonFiniteGuard:
 
         Args:
             step: the step at work, counted from 1 as in the reports.
-            stop: the signal that this rank has received, ``CANNOT_GO_ON``, or 0.
+            stop: the signal that this rank has received, ``CANNOT_CONTINUE``, or 0.
             save: whether this rank wishes a checkpoint after the step.
 
         Returns:

@@ -80,8 +80,8 @@ def save_checkpoint(
         _remove(partial, distributed.rank)
         raise CheckpointError(
             f"{final}: cannot be written ({error.strerror or error}); it requires a folder that this user may write to "
-            "and free disk space. Free some space, or move the run and set training.output_dir; earlier checkpoints are "
-            "intact"
+            "and free disk space. Free some space, or move the run and set training.output_dir; earlier checkpoints "
+            "are intact"
         ) from error
     return final
 

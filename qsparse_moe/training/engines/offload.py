@@ -45,8 +45,8 @@ def check_offload(config: RunConfig) -> None:
     if not _has_libaio():
         raise BackendUnavailable(
             "training.deepspeed offloads to nvme, for which DeepSpeed compiles its asynchronous I/O against libaio, "
-            "but the compiler does not find libaio on this machine; install libaio-dev (Debian, Ubuntu) or libaio-devel "
-            "(Fedora, RHEL), or offload to cpu"
+            "but the compiler does not find libaio on this machine; install libaio-dev (Debian, Ubuntu) or "
+            "libaio-devel (Fedora, RHEL), or offload to cpu"
         )
 
 

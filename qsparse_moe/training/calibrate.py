@@ -142,7 +142,7 @@ def _share(data: TokenData, rows: Array, size: int, distributed: Distributed) ->
 
 def _merged(own: Samples, distributed: Distributed) -> Samples:
     """The samples of all ranks as one, on every rank."""
-    return {place: reduce(_merge, distributed.gather(samples)) for place, samples in own.items()}
+    return {place: reduce(_merge, distributed.all_gather(samples)) for place, samples in own.items()}
 
 
 def _merge(samples: list[RowSample], more: list[RowSample]) -> list[RowSample]:
@@ -161,7 +161,7 @@ def _measure(model: Transformer, data: TokenData, rows: Array, size: int, distri
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}
         total = add_stats(total, sums | {"loss": loss, "labels": num_labels})
-    return reduce(add_stats, distributed.gather(total))
+    return reduce(add_stats, distributed.all_gather(total))
 
 
 def _loss(sums: Stats) -> float:

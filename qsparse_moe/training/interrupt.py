@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGUSR1: the end of the process at once, or, once there are steps to save, a wish to the loop."""
+"""Handling of SIGINT (Ctrl-C), SIGTERM, and SIGUSR1: end the process at once, or ask the loop to stop after a step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Self
 
-from qsparse_moe.training.launcher_watch import LauncherWatch
+from qsparse_moe.training.launcher_monitor import LauncherMonitor
 
 logger = logging.getLogger(__name__)
 
-# SLURM warns of a job's end by SIGUSR1: sbatch --signal=USR1@300.
+# Slurm announces the end of a job by SIGUSR1: sbatch --signal=USR1@300.
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# For the finally clauses of whatever is at work; the longest looks for 3 s which ranks are gone. A process that
-# stands in a call of C or C++ runs none.
+# Time for finally clauses, the longest of which checks for 3 s which ranks are lost. A process that is blocked in a
+# call of C or C++ does not run them at all.
 _GRACE_SECONDS = 4.0
 
 
 class Stopped(BaseException):
-    """A signal asks the process to end. Like KeyboardInterrupt it is no ``Exception``, which much code catches."""
+    """Raised when a signal ends the process. Like KeyboardInterrupt it is no ``Exception``, which much code catches."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {'Ctrl-C' if number == signal.SIGINT else signal.Signals(number).name}")
@@ -33,20 +33,19 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """128 and the number of the signal, as shells count."""
+        """128 plus the number of the signal, as in shells."""
         return 128 + self.number
 
 
 def until_stopped(work: Callable[[], int]) -> int:
-    """Call ``work`` and return its exit code; where SIGINT, SIGTERM or SIGUSR1 ends it, say so and return the signal's.
+    """Call ``work`` and return its exit code; if a stop signal ends it, print a message and return the signal's code.
 
-    The end of the deepspeed launcher above this process counts as SIGTERM; see ``LauncherWatch``.
-    From its first line to its last the process ends within seconds, also where Python cannot run a handler because it
-    waits in C++ for another rank. ``work`` may handle the signals in another way for a part of its time, as
-    ``StopSignals`` does.
+    The end of the deepspeed launcher above this process counts as SIGTERM; see ``LauncherMonitor``. The process ends
+    within seconds of a signal, even if Python cannot run a handler because it waits in C++ for another rank. ``work``
+    may handle the signals differently for some time, as ``StopSignals`` does.
     """
     try:
-        with _EndAtOnce() as signals, LauncherWatch(is_stopping=lambda: signals.is_stopping):
+        with _EndAtOnce() as signals, LauncherMonitor(is_stopping=lambda: signals.is_stopping):
             return work()
     except Stopped as stopped:
         _print_stopped(stopped)
@@ -54,24 +53,23 @@ def until_stopped(work: Callable[[], int]) -> int:
 
 
 class CaughtSignals:
-    """While it is entered, SIGINT, SIGTERM and SIGUSR1 go to ``_caught``; afterwards to what handled them before.
+    """A context manager in which ``_caught`` handles SIGINT, SIGTERM, and SIGUSR1; on exit it restores the handlers.
 
-    In another thread than the main one, where Python allows no handlers, and in forked processes, signals keep the
-    effect that they had before.
+    It has no effect outside the main thread, where Python allows no handlers, and in forked processes.
     """
 
     def __init__(self) -> None:
         self._previous: dict[int, object] = {}
 
     def catch(self) -> None:
-        """Begin to catch the signals; nothing changes where they are caught already."""
+        """Install the handlers; calling it again has no effect."""
         if not self._previous and threading.current_thread() is threading.main_thread():
             for number in _STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._caught)
             _catching.append(self)
 
     def release(self) -> None:
-        """Let what handled the signals before do so again."""
+        """Restore the previous handlers."""
         if self._previous:
             _catching.remove(self)
         while self._previous:
@@ -92,38 +90,38 @@ class CaughtSignals:
 
 
 class StopSignals(CaughtSignals):
-    """While it is entered, the first stop signal is only noted; a second Ctrl-C ends the process at once.
+    """A context manager that records the first stop signal in ``received``; a second Ctrl-C ends the process at once.
 
     Under the deepspeed launcher a Ctrl-C reaches a rank twice, from the terminal and as the launcher's SIGTERM, so
-    SIGTERM never counts as the second. The launcher (0.19.8) kills a rank that is still there 30 s after its SIGTERM: a
-    checkpoint must be written by then. Its outer process, ``deepspeed`` itself, ends on SIGTERM and passes it on to
-    nobody: ``LauncherWatch`` notices that in every rank.
+    SIGTERM never counts as the second signal. The launcher (0.19.8) kills a rank 30 s after its SIGTERM; a checkpoint
+    must be written by then. Its outer process, ``deepspeed`` itself, ends on SIGTERM without forwarding it, which
+    ``LauncherMonitor`` detects in every rank.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.received = 0
-        """Number of the signal, 0 while there is none."""
+        """Number of the first signal, 0 before there is one."""
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received = number
             logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)
         if number == signal.SIGINT:
-            # Not a handler of ours: Python runs none while a collective waits for the other ranks.
+            # The default action and not a Python handler, which would not run while a collective waits for other ranks.
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def is_told_to_stop() -> bool:
+def is_stop_requested() -> bool:
     """Return whether a signal has asked this process to stop after its step."""
     return any(isinstance(signals, StopSignals) and signals.received for signals in list(_catching))
 
 
-class EndingAlready(CaughtSignals):
-    """While it is entered, SIGTERM has no effect and the second Ctrl-C ends the process at once.
+class SignalsWhileEnding(CaughtSignals):
+    """A context manager in which SIGTERM has no effect and a second Ctrl-C ends the process at once.
 
-    For a process that ends by itself and first says why: the launcher sends SIGTERM within a second to the ranks that
-    are left when one is gone.
+    It serves a process that is about to end by itself and first reports the reason: when a rank is lost, the launcher
+    sends SIGTERM to the others within a second.
     """
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
@@ -132,16 +130,16 @@ class EndingAlready(CaughtSignals):
 
 
 class _EndAtOnce(CaughtSignals):
-    """Raises ``Stopped`` in the main thread; where that does not end the process in time, a thread of ours does.
+    """Raises ``Stopped`` in the main thread; if that does not end the process in time, a background thread does.
 
-    The interpreter writes the number of every signal into a socket as it arrives, whatever the main thread does. The
-    thread reads it there, and does nothing while another object handles the signals.
+    The interpreter writes the number of every signal to a socket when it arrives, whatever the main thread is doing.
+    The background thread reads it there, and does nothing while another object handles the signals.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_stopping = False
-        """Whether a signal has asked the process to stop, whoever handles it."""
+        """Whether a stop signal has arrived, whichever object handles it."""
         self._is_left = threading.Event()
         self._wakeup: socket.socket | None = None
         self._previous_wakeup = -1
@@ -150,9 +148,10 @@ class _EndAtOnce(CaughtSignals):
         super().catch()
         if self._previous and self._wakeup is None:
             numbers, self._wakeup = socket.socketpair()
+            # set_wakeup_fd requires it: a signal handler must never block.
             self._wakeup.setblocking(False)
             self._previous_wakeup = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._watch, args=(numbers,), name="signals", daemon=True).start()
+            threading.Thread(target=self._read_signals, args=(numbers,), name="signals", daemon=True).start()
 
     def release(self) -> None:
         self._is_left.set()
@@ -165,7 +164,7 @@ class _EndAtOnce(CaughtSignals):
     def _caught(self, number: int, frame: FrameType | None) -> None:
         raise Stopped(number)
 
-    def _watch(self, numbers: socket.socket) -> None:
+    def _read_signals(self, numbers: socket.socket) -> None:
         with numbers:
             while received := numbers.recv(1):
                 number = received[0]
@@ -174,11 +173,12 @@ class _EndAtOnce(CaughtSignals):
                 if is_ours and not self._is_left.wait(_GRACE_SECONDS):
                     stopped = Stopped(number)
                     _print_stopped(stopped)
+                    # sys.exit would only end this thread.
                     os._exit(stopped.exit_code)
 
 
 def _print_stopped(stopped: Stopped) -> None:
-    """One line, from rank 0."""
+    """Print the error line; only rank 0 does, since the launcher stops every rank."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {stopped}", file=sys.stderr, flush=True)
 
@@ -187,8 +187,8 @@ _catching: list[CaughtSignals] = []
 
 
 def _release_after_fork() -> None:
-    """In a forked worker: its parent ends it by SIGTERM, which is no wish of the user's."""
-    with suppress(ValueError):  # forked by another thread
+    """Restore the handlers in a forked worker, which its parent ends by SIGTERM without a request of the user."""
+    with suppress(ValueError):  # Python allows no handlers if another thread than the main one forked.
         for signals in reversed(list(_catching)):
             signals.release()
 

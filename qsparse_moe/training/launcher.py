@@ -1,9 +1,9 @@
-"""``python -m qsparse_moe.training.launcher``: the deepspeed launcher, with the signals that should end a run handled.
+"""``python -m qsparse_moe.training.launcher``: the deepspeed launcher with handlers for the signals that end a run.
 
-It takes the arguments of ``deepspeed``. The launcher's own outer process (DeepSpeed 0.19.8) handles no signal on a
-single node: Ctrl-C ends it with a traceback while the ranks still save, SIGTERM ends it without a word to the ranks,
-and as the main process of a container, where a signal without a handler has no effect, it never ends. This process
-passes the signal on to the inner launcher, which sends SIGTERM to the ranks, and stays until they have saved.
+It takes the arguments of ``deepspeed``. The launcher's outer process (DeepSpeed 0.19.8) handles no signals on a single
+node: Ctrl-C ends it with a traceback while the ranks still save, SIGTERM ends it without notifying the ranks, and as
+the main process of a container, where a signal without a handler has no effect, it never ends. This process forwards
+the signal to the inner launcher, which sends SIGTERM to the ranks, and waits until they have saved.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import time
 from types import FrameType
 from typing import NoReturn
 
-from qsparse_moe.training.launcher_watch import LAUNCHED, children, command_of
+from qsparse_moe.training.launcher_monitor import LAUNCHED, children, command_of
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# The inner launcher kills after 30 s what is left; ranks that have lost it save by themselves.
+# Twice the 30 s after which the inner launcher kills the ranks; ranks that have lost it save by themselves.
 _WAIT_SECONDS = 60.0
 
 
 class Relay:
-    """Passes SIGINT, SIGTERM and SIGUSR1 on to the inner launcher, as the SIGTERM that it handles."""
+    """Forwards SIGINT, SIGTERM, and SIGUSR1 to the inner launcher as SIGTERM, the only one that it handles."""
 
     def __init__(self) -> None:
         self.received = 0
-        """Number of the first signal, 0 while there is none."""
+        """Number of the first signal, 0 before there is one."""
 
     def catch(self) -> None:
-        """Handle the signals from now on, except those that this process was started to ignore."""
+        """Install the handlers, except for signals that this process was started to ignore, as by ``nohup``."""
         for number in _SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._caught)
@@ -39,13 +39,14 @@ class Relay:
         self.received = self.received or number
         launched = [pid for pid in children() if LAUNCHED in command_of(pid)]
         if not launched:
+            # The inner launcher has not been started, or has ended: there is no rank to wait for.
             raise SystemExit(128 + number)
         for pid in launched:
             os.kill(pid, signal.SIGTERM)
 
 
 def main() -> NoReturn:
-    """Launch, and end with the launcher's exit code, or with 128 and the number of the signal that stopped the run."""
+    """Launch the ranks; exit with the launcher's code, or with 128 plus the signal that ended the run."""
     relay = Relay()
     relay.catch()
     code = _launch()
@@ -54,7 +55,7 @@ def main() -> NoReturn:
 
 
 def _launch() -> int | str | None:
-    # Signals are handled before the library is imported, which takes seconds.
+    # Imported only after the handlers are installed, because it takes seconds.
     from deepspeed.launcher.runner import main as launch
 
     try:
@@ -65,7 +66,7 @@ def _launch() -> int | str | None:
 
 
 def _wait_for_ranks() -> None:
-    """As the main process of a container, wait for ranks that have lost the inner launcher: they end with this one."""
+    """Wait for ranks without the inner launcher if this is a container's main process, which they end with."""
     end = time.monotonic() + _WAIT_SECONDS
     while os.getpid() == 1 and time.monotonic() < end and any(map(_is_rank, children())):
         time.sleep(0.1)

@@ -20,14 +20,14 @@ from qsparse_moe.runs.report import Listener, TrainingResult
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 from qsparse_moe.training.checkpoint.save import save_checkpoint
 from qsparse_moe.training.checkpoint.store import ReportState, RunProgress, list_checkpoints
-from qsparse_moe.training.distributed.heartbeat import RankWatch
+from qsparse_moe.training.distributed.heartbeat import RankMonitor
 from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.listeners import Listeners
 from qsparse_moe.training.monitor.choices import ChoiceMemory
-from qsparse_moe.training.monitor.dead_experts import DeadExpertWatch
-from qsparse_moe.training.monitor.non_finite import CANNOT_GO_ON, NonFiniteGuard
+from qsparse_moe.training.monitor.dead_experts import DeadExpertMonitor
+from qsparse_moe.training.monitor.non_finite import CANNOT_CONTINUE, NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.profile import StepProfiler
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
@@ -71,7 +71,7 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         if not resumes:
             check_trainable(config)
         data = load_data(config.data)
-        watch = RankWatch(distributed, timeout=timeout, way_out=lambda: _how_to_go_on(config))
+        watch = RankMonitor(distributed, timeout=timeout, way_out=lambda: _how_to_go_on(config))
         with watch:
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
@@ -88,7 +88,7 @@ def _lock_of(config: RunConfig) -> RunFolderLock:
 
 
 def _take_folder(config: RunConfig, lock: RunFolderLock) -> bool:
-    lock.take()
+    lock.acquire()
     resumes = check_run_folder(config)
     check_steps(config)
     return resumes
@@ -109,7 +109,7 @@ class _Loop:
         self._signals = StopSignals()
         self._reporter = Reporter(run, listeners, lock)
         self._guard = NonFiniteGuard(run.config.model.num_layers, run.distributed, run.engine.loss_scaler)
-        self._dead_experts = DeadExpertWatch(
+        self._dead_experts = DeadExpertMonitor(
             run.config.metrics.dead_expert_window,
             [block.layer for block in run.engine.model.blocks() if block.moe is not None],
             run.distributed,
@@ -195,7 +195,7 @@ class _Loop:
             batches = self._run.loader.batches(step)
             self._read_ahead(step)
         try:
-            with self._clock.collectives(self._run.engine.kept_collectives):
+            with self._clock.collectives(self._run.engine.collective_aliases):
                 outcome = train_step(
                     self._run.engine,
                     batches,
@@ -205,7 +205,7 @@ class _Loop:
                     report=self._is_reported(step + 1),
                     layer_gradients=self._run.config.metrics.layer_gradients,
                     earlier_rows_LE=self._dead_experts.rows_LE if self._is_reported(step + 1) else None,
-                    stop=CANNOT_GO_ON if self._trouble is not None else self._signals.received,
+                    stop=CANNOT_CONTINUE if self._trouble is not None else self._signals.received,
                     save=self._is_old(),
                     clock=self._clock,
                 )
@@ -260,7 +260,7 @@ class _Loop:
     def _save(self, *, evaluation_pending: bool) -> None:
         distributed = self._run.distributed
         distributed.on_rank_zero(self._lock.check)
-        states = distributed.gather(self._run.loader.state_dict())
+        states = distributed.all_gather(self._run.loader.state_dict())
         save_checkpoint(
             self._run.folder,
             self._run.engine,
@@ -289,7 +289,7 @@ class _Loop:
 
     def _end_troubled(self) -> None:
         """Raise on every rank what any of them could not go on with, and say which checkpoint holds the steps done."""
-        troubles = [error for error in self._run.distributed.gather(self._trouble) if error is not None]
+        troubles = [error for error in self._run.distributed.all_gather(self._trouble) if error is not None]
         if troubles:
             kept = list_checkpoints(self._run.folder)
             raise type(troubles[0])(
@@ -304,9 +304,9 @@ class _Loop:
             tokens=self._progress.tokens,
             seconds=self._progress.seconds,
             validation=None if self._evaluation is None else self._evaluation.validation,
-            stopped_by=stopped_by if 0 < stopped_by < CANNOT_GO_ON else None,
+            stopped_by=stopped_by if 0 < stopped_by < CANNOT_CONTINUE else None,
         )
-        if 0 < stopped_by < CANNOT_GO_ON and self._run.distributed.rank == 0:
+        if 0 < stopped_by < CANNOT_CONTINUE and self._run.distributed.rank == 0:
             logger.warning(
                 "%s: stopped after step %d of %d with a checkpoint; training.resume=true goes on from there",
                 Signals(stopped_by).name,

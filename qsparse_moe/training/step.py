@@ -81,7 +81,7 @@ class StepResult:
     loss_scale: float | None
     """That every micro-batch's mean loss was multiplied by, in fp16."""
     stop: int
-    """A signal that some rank had received when the step's gradients were ready, ``guard.CANNOT_GO_ON``, or 0."""
+    """A signal that some rank had received when the step's gradients were ready, ``guard.CANNOT_CONTINUE``, or 0."""
     save: bool = False
     """Whether a rank wishes a checkpoint after the step."""
 
@@ -112,7 +112,7 @@ def train_step(
         layer_gradients: where it reports, report the gradient norm of each layer's matrices too.
         earlier_rows_LE: where it reports, the ``rows_LE`` of the steps since the last report, added up: they are
             reduced together with those of this step.
-        stop: a signal that this rank has received, ``guard.CANNOT_GO_ON``, or 0.
+        stop: a signal that this rank has received, ``guard.CANNOT_CONTINUE``, or 0.
         save: whether this rank wishes a checkpoint after the step.
         clock: measures the parts of the step.
 

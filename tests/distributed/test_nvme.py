@@ -60,7 +60,9 @@ def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
     ]
     outcomes = {label: ranks[0] for label, ranks in run_plan(tmp_path / "launch", plan, ranks=2).items()}
     misaligned = outcomes.pop("misaligned")["error"]
-    assert misaligned.startswith("ConfigError: training.deepspeed.offload_optimizer (nvme): a rank's part of layers.0.")
+    assert misaligned.startswith(
+        "ConfigError: training.deepspeed.offload_optimizer (nvme): the rank's partition of layers.0."
+    )
     assert not (tmp_path / "runs" / "misaligned").exists()
     for label, outcome in outcomes.items():
         assert outcome["error"] is None, f"{label}: {outcome['traceback']}"

@@ -1,4 +1,4 @@
-"""A rank that dies or stops ends the others, with its name, and the run goes on from its checkpoint."""
+"""A rank that dies or hangs ends the others, which name it, and the run continues from its checkpoint."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def wait_for(condition, timeout):
 def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes(
     tmp_path, layout, ranks_by_node, victim
 ):
-    """Rank 0 holds the store in which the ranks see each other, and else speaks for all. No launcher tells another
-    node's that it has ended."""
+    """Rank 0 hosts the store of the heartbeats, and usually logs for all ranks. No launcher notifies those of other
+    nodes when it ends."""
     write_text(tmp_path / "text")
     ranks = sum(ranks_by_node)
     config = long_run(tmp_path, layout, ranks)
@@ -59,8 +59,8 @@ def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes
     for rank in set(range(ranks)) - {victim}:
         error = json.loads((tmp_path / "launch" / f"killed.rank{rank}.json").read_text())["error"]
         assert error.startswith(f"RankLost: rank {victim} (process {pid} on "), error
-        assert f", of {ranks} ranks, gave no sign of life for " in error and f"Rank {rank} ends too." in error
-        assert "training.resume=true goes on from" in error and error.endswith(f"step-{newest_step(run_dir):08d}")
+        assert f", of {ranks} ranks, sent no heartbeat for " in error and f"Rank {rank} ends too." in error
+        assert "training.resume=true continues from" in error and error.endswith(f"step-{newest_step(run_dir):08d}")
         assert error.removeprefix("RankLost: ") in log
     if victim == 0:
         return
@@ -72,7 +72,7 @@ def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes
 
 
 def test_a_rank_that_hangs_is_named_after_the_time_out(tmp_path):
-    """Stopped, its connections stay open: no collective fails, and nothing but the signs of life tells."""
+    """The connections of a stopped process stay open: no collective fails, and only the heartbeats show it."""
     write_text(tmp_path / "text")
     config = long_run(tmp_path, "torch", 2, collective_timeout=8.0)
     processes = start_on_nodes(tmp_path / "launch", config, [2])

@@ -27,7 +27,7 @@ def test_both_ranks_end_with_the_record_and_the_checkpoint_of_the_steps_done(run
     first, second = runs.outcomes["stream-broken", 2]
     assert first["error"] == second["error"]
     assert first["error"].startswith("DataError: ") and "part-1.jsonl, row 20" in first["error"]
-    assert f"The run ended after step {done} of {STREAM_STEPS}; training.resume=true goes on from" in first["error"]
+    assert f"The run ended after step {done} of {STREAM_STEPS}; training.resume=true continues from" in first["error"]
     assert first["error"].endswith(checkpoint.path.name)
     assert len(first["reports"]) == done
 

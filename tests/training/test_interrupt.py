@@ -177,9 +177,9 @@ sys.exit({catcher})
 def test_who_ends_already_says_why_first():
     """A lost rank is named though the launcher sends SIGTERM for it, and the handler from before comes back."""
     script = """
-from qsparse_moe.training.interrupt import EndingAlready
+from qsparse_moe.training.interrupt import SignalsWhileEnding
 def work():
-    with EndingAlready():
+    with SignalsWhileEnding():
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(3)

@@ -1,1 +1,1 @@
-"""Checkpoints that any engine, ZeRO stage, and number of ranks can read."""
+"""Checkpoints that any engine, ZeRO stage, and number of ranks can write and read."""

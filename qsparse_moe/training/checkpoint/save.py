@@ -1,4 +1,4 @@
-"""Writes checkpoints: under another name first, renamed when all of it is on the disk."""
+"""Writes checkpoints under a temporary name, renamed once all of the checkpoint is on the disk."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ def save_checkpoint(
     keep_last: int,
     report_state: ReportState = _NO_REPORTS,
 ) -> Path:
-    """Write the checkpoint of ``progress.step`` and remove the oldest beyond ``keep_last``. All ranks call it.
+    """Write the checkpoint of ``progress.step`` and remove all but the newest ``keep_last``. All ranks must call it.
 
-    When it returns, the folder is complete and on the disk; whenever it is cut off, the checkpoints before it are
-    untouched. One that is there already stays as it is.
+    When the function returns, the folder is complete and on the disk. If the process is killed at any point, the
+    earlier checkpoints are intact. An existing checkpoint of the same step is left unchanged.
 
     Args:
         run_dir: the run folder.
-        engine: between two steps.
-        progress: of the run.
-        data_state: the loader's, combined over the ranks; JSON-able.
-        keep_last: how many to keep, this one included.
-        report_state: of this rank.
+        engine: the engine, between two steps.
+        progress: the progress of the run.
+        data_state: the state of the data loader, combined over the ranks; JSON-able.
+        keep_last: number of checkpoints to keep, including this one.
+        report_state: the state of listeners and monitors on this rank.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -62,14 +62,14 @@ def save_checkpoint(
     partial = root / f"{UNFINISHED[0]}{final.name}"
     try:
         distributed.on_rank_zero(lambda: _make_empty(partial))
-        share = collect(engine)
         content = {
-            "tensors": share,
+            "tensors": collect(engine),
             "buffers": collect_buffers(engine) if distributed.rank == 0 else {},
             "random": random_states(),
             "monitor": report_state.monitor,
         }
         name = f"rank-{distributed.rank:05d}-of-{distributed.world_size:05d}.pt"
+        # Every rank learns of a full disk on any of them here, before the index declares the checkpoint complete.
         files = distributed.on_every_rank(lambda: _write_shard(partial / name, content))
         files.append(distributed.on_rank_zero(lambda: _write_json(partial / LISTENERS, report_state.listeners)))
         index = _index(engine, progress, data_state, files)
@@ -79,8 +79,9 @@ def save_checkpoint(
     except OSError as error:
         _remove(partial, distributed.rank)
         raise CheckpointError(
-            f"{final}: cannot be written ({error.strerror or error}); it needs a folder that this user may write and "
-            "free space. Make room, or move the run and set training.output_dir; the checkpoints before it are intact"
+            f"{final}: cannot be written ({error.strerror or error}); it requires a folder that this user may write to "
+            "and free disk space. Free some space, or move the run and set training.output_dir; earlier checkpoints "
+            "are intact"
         ) from error
     return final
 
@@ -88,6 +89,7 @@ def save_checkpoint(
 def _index(
     engine: Engine, progress: RunProgress, data_state: dict[str, Any], files: list[dict[str, Any]]
 ) -> dict[str, Any]:
+    """Return the index: everything that a reader needs before it opens the files of tensors."""
     owner = owners(engine.shapes(), engine.distributed.world_size)
     parameters = {
         name: {"shape": list(shape), "file": files[owner[name]]["name"]} for name, shape in engine.shapes().items()
@@ -109,7 +111,7 @@ def _index(
 
 
 class _Checksummed:
-    """A file to write to that adds up what goes into it."""
+    """A writer that computes the CRC-32 of its content and remembers the error of a failed write."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -134,11 +136,12 @@ def _write_shard(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         try:
             torch.save(content, cast(BinaryIO, writer))
         except RuntimeError:
-            # torch's writer says only that it ended at an unexpected place.
+            # torch's writer reports only an unexpected position, not the full disk that caused it.
             if writer.error is not None:
                 raise writer.error from None
             raise
         file.flush()
+        # The rename in _finish must not reach the disk before the content.
         os.fsync(file.fileno())
         return {"name": path.name, "bytes": file.tell(), "crc32": writer.crc32}
 
@@ -153,7 +156,7 @@ def _write_json(path: Path, value: Any) -> dict[str, Any]:
 
 
 def _remove(partial: Path, rank: int) -> None:
-    """Give the space of a checkpoint that could not be written back."""
+    """Free the disk space of a checkpoint that could not be completed."""
     if rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -168,6 +171,7 @@ def _finish(partial: Path, final: Path, index: dict[str, Any]) -> None:
         json.dump(index, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
+    # In this order: first the entries of the folder, then its final name, which declares it complete.
     flush(partial)
     partial.rename(final)
     flush(final.parent)
@@ -175,7 +179,7 @@ def _finish(partial: Path, final: Path, index: dict[str, Any]) -> None:
 
 def _prune(root: Path, keep_last: int) -> None:
     for path in list_checkpoints(root.parent)[:-keep_last]:
-        # Renamed first: half of a folder must never have a final name.
+        # Renamed first: a partly deleted folder must never have a final name.
         doomed = path.with_name(f"{UNFINISHED[1]}{path.name}")
         path.rename(doomed)
         shutil.rmtree(doomed)

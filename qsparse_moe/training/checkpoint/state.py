@@ -1,4 +1,4 @@
-"""Weights and optimizer state as whole fp32 tensors by name: the form in which they outlive engine and layout."""
+"""Weights and optimizer state as global fp32 tensors by name, which do not depend on the engine or the layout."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from qsparse_moe.moe.expert_group import global_shape, local_shard
 from qsparse_moe.training.engines.protocol import STATE_KINDS, Engine, StateKind
 
 Tensors = dict[str, dict[str, Tensor]]
-"""By kind (``STATE_KINDS``), then by parameter name."""
+"""Tensors by kind (``STATE_KINDS``), then by parameter name."""
 
 
 def owners(shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, int]:
-    """The rank that keeps and writes each parameter: the largest first, each to the rank with the least so far."""
+    """Return the rank that writes each parameter. The largest come first, each to the rank with the fewest elements."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     load = [0] * world_size
     owner = {}
@@ -31,27 +31,25 @@ def owners(shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, int]:
 
 
 def collect(engine: Engine) -> Tensors:
-    """This rank's share of the whole tensors, on the CPU.
-
-    All ranks gather tensor by tensor, so that beside its share a rank holds one at a time.
-    """
+    """Return the global tensors that this rank owns, on the CPU. All ranks must call it together."""
     owner = owners(engine.shapes(), engine.distributed.world_size)
-    share: Tensors = {kind: {} for kind in STATE_KINDS}
+    owned: Tensors = {kind: {} for kind in STATE_KINDS}
     for name in owner:
         for kind in STATE_KINDS:
+            # One tensor at a time, so that a rank never holds more than one global tensor that it does not own.
             tensor = engine.get_full(name, kind)
             if owner[name] == engine.distributed.rank:
-                share[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-    return share
+                owned[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return owned
 
 
 def collect_buffers(engine: Engine) -> dict[str, Tensor]:
-    """Copies of the buffers that are state, on the CPU."""
+    """Return copies of the buffers that belong to the model's state, on the CPU."""
     return {name: value.detach().to("cpu", copy=True) for name, value in state_buffers(engine.model).items()}
 
 
 def restore(engine: Engine, read: Callable[[StateKind, str], Tensor], adam_step: int) -> None:
-    """Put whole tensors and Adam's step counter into an engine that was built around the same weights."""
+    """Set the global tensors and Adam's step counter of an engine that was built with the same weights."""
     for name in engine.shapes():
         for kind in STATE_KINDS:
             engine.set_full(name, kind, read(kind, name))
@@ -59,23 +57,25 @@ def restore(engine: Engine, read: Callable[[StateKind, str], Tensor], adam_step:
 
 
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:
-    """What a model keeps beside its parameters, by name in the state dict, such as the biases that balance experts.
+    """Return the persistent buffers by name in the state dict, such as the routers' biases that balance experts.
 
-    It is the same on every rank, whatever the engine.
+    They are the same on every rank with every engine.
     """
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
 
 
 def stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every whole parameter, a tied one once, and of every buffer of ``state_buffers``."""
+    """Return the global shape of every parameter, a tied one once, and of every buffer of ``state_buffers``."""
     return global_shapes(model) | {name: value.shape for name, value in state_buffers(model).items()}
 
 
 @torch.no_grad()
 def load_model(model: nn.Module, read: Callable[[StateKind, str], Tensor], buffer: Callable[[str], Tensor]) -> None:
-    """Copy whole tensors into the model's parameters, or this rank's share of them, and buffers, rounding to their
-    dtype."""
+    """Copy global tensors into the model's parameters and buffers, rounding to their dtype.
+
+    A sharded parameter receives this rank's shard.
+    """
     for name, parameter in model.named_parameters():
         parameter.copy_(local_shard(parameter, read("weight", name)))
     for name, value in state_buffers(model).items():
@@ -83,41 +83,43 @@ def load_model(model: nn.Module, read: Callable[[StateKind, str], Tensor], buffe
 
 
 def global_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The shape of every whole parameter by its name in the state dict; a tied one occurs once."""
+    """Return the global shape of every parameter by its name in the state dict; a tied one occurs once."""
     return {name: global_shape(parameter) for name, parameter in model.named_parameters()}
 
 
 def check_shapes(want: Mapping[str, torch.Size], have: Mapping[str, list[int]], file: str) -> None:
-    """Raise CheckpointError unless the checkpoint described in ``file`` has exactly what the model has."""
+    """Raise CheckpointError unless the tensors that ``file`` describes have the names and shapes of the model's."""
     for name in sorted(want.keys() | have.keys()):
         ours, theirs = want.get(name), have.get(name)
         if ours is None or theirs is None or list(ours) != list(theirs):
             raise CheckpointError(
-                f"{file}: {name} has the shape {_shown(theirs)} there and {_shown(ours)} in the model; they must be "
-                "the same. Use the config.yaml of the run that wrote it, or start a new run"
+                f"{file}: {name} has the shape {_format_shape(theirs)} in the checkpoint and {_format_shape(ours)} in "
+                "the model; they must be equal. Use the config.yaml of the run that wrote it, or start a new run"
             )
 
 
-def _shown(shape: torch.Size | list[int] | None) -> str:
+def _format_shape(shape: torch.Size | list[int] | None) -> str:
     return "none (no such tensor)" if shape is None else str(tuple(shape))
 
 
 def random_states() -> dict[str, Any]:
-    """The generators of this process in a form that ``torch.load(weights_only=True)`` reads."""
+    """Return the states of this process's generators in a form that ``torch.load(weights_only=True)`` reads."""
     _, keys, position, has_gauss, gauss = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     version, internal, next_gauss = random.getstate()
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
+        # weights_only admits no numpy arrays, hence tensors and plain numbers.
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
         "python": [version, list(internal), next_gauss],
     }
+    # Only if this run uses CUDA: reading the state would otherwise initialize it.
     if torch.cuda.is_initialized():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """Put the generators of this process where ``random_states`` found them."""
+    """Restore the states of this process's generators from ``random_states``."""
     torch.set_rng_state(states["torch"])
     keys, *rest = states["numpy"]
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
@@ -128,7 +130,8 @@ def set_random_states(states: dict[str, Any]) -> None:
 
 
 def seed_random_states(seed: int, step: int, rank: int) -> None:
-    """Seed the generators of this process for a part of a run that begins at ``step``."""
+    """Seed this process's generators for a part of a run that begins at ``step``."""
+    # Mixed by a hash: sums of seed, step, and rank would repeat among neighbouring runs and ranks.
     mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
     torch.manual_seed(mixed)
     np.random.seed(mixed)

@@ -1,9 +1,9 @@
-"""Checkpoints that any engine, ZeRO stage and number of ranks writes and reads; ``save`` writes them.
+"""The layout of checkpoints and their reader; ``save`` writes them.
 
-``checkpoints/step-00000100/`` holds ``rank-00000-of-00002.pt`` and so on, each with its share of the whole fp32
-tensors, the rank's random states and monitors, and the first with the model's buffers; ``listeners.json`` with the
-states of the run's listeners; and ``state.json``, the index. It is written under another name and renamed when all of
-it is on the disk: a folder with the final name is complete, whatever happened on the way.
+A folder such as ``checkpoints/step-00000100/`` contains one file per rank (``rank-00000-of-00002.pt``), each with the
+global fp32 tensors that the rank owns, its random states, and its monitors; the first one also has the model's buffers.
+``listeners.json`` has the states of the run's listeners, and ``state.json`` is the index. The folder is written under a
+temporary name and renamed once all of it is on the disk, so a folder with a final name is always complete.
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ FORMAT = "qsparse_moe.checkpoint/1"
 INDEX = "state.json"
 LISTENERS = "listeners.json"
 UNFINISHED = (".saving-", ".deleting-")
-"""How the names of folders begin that are being written, or removed."""
+"""Prefixes of the names of folders that are being written or removed."""
 
 _FINAL = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class RunProgress:
-    """How far a run has come."""
+    """The progress of a run."""
 
     step: int
-    """Steps done."""
+    """Number of completed steps."""
     tokens: int
-    """Over all ranks."""
+    """Number of tokens over all ranks."""
     seconds: float
-    """Spent in steps."""
+    """Time spent in steps, without evaluations and checkpoints."""
 
 
 @dataclass(frozen=True)
 class ReportState:
-    """What reports and warnings of a run need to know of earlier steps; weights and data do not depend on it."""
+    """State of reports and warnings that covers several steps; weights and data do not depend on it."""
 
     listeners: dict[str, dict[str, Any]] = field(default_factory=dict)
     """States of the listeners of rank 0 by name; JSON-able. No other rank saves any."""
@@ -59,24 +59,24 @@ class ReportState:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, the oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     root = run_dir / CHECKPOINTS
     found = {int(match[1]): path for path in _entries(root) if (match := _FINAL.fullmatch(path.name))}
     return [found[step] for step in sorted(found)]
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Remove what a process that died while it saved or pruned left behind. Nobody else may be saving."""
+    """Remove the folders of a process that died while it saved or pruned; no other process may be saving."""
     for path in _entries(run_dir / CHECKPOINTS):
         if path.name.startswith(UNFINISHED):
             shutil.rmtree(path)
 
 
 class Checkpoint:
-    """A checkpoint to read from; files are mapped, not read, until a tensor is used.
+    """A reader of one checkpoint; its files are memory-mapped and read when a tensor is used.
 
     Raises:
-        CheckpointError: a file is missing, cut off, not readable or of another version; the message names it.
+        CheckpointError: a file is missing, truncated, not readable, or of another version; the message names it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -88,11 +88,13 @@ class Checkpoint:
             file = path / name
             size = file.stat().st_size if file.is_file() else None
             if size != facts["bytes"]:
-                raise _broken(file, f"has {'no file' if size is None else f'{size} bytes'}, not {facts['bytes']} bytes")
+                raise _broken(
+                    file, f"{'is missing' if size is None else f'has {size} bytes'} (expected: {facts['bytes']} bytes)"
+                )
 
     @property
     def progress(self) -> RunProgress:
-        """How far the run had come."""
+        """The progress of the run when it was saved."""
         return RunProgress(**self._index["progress"])
 
     @property
@@ -102,17 +104,17 @@ class Checkpoint:
 
     @property
     def loss_scale(self) -> dict[str, Any] | None:
-        """State of the loss scaler of a run in fp16."""
+        """State of the loss scaler of a run in fp16; None in other precisions."""
         return self._index.get("loss_scale")
 
     @property
     def world_size(self) -> int:
-        """Ranks that wrote it."""
+        """Number of ranks that wrote the checkpoint."""
         return int(self._index["world_size"])
 
     @property
     def data_state(self) -> dict[str, Any]:
-        """The loader's state, combined over the ranks."""
+        """State of the data loader, combined over the ranks."""
         return self._index["data"]
 
     @property
@@ -127,35 +129,36 @@ class Checkpoint:
 
     @property
     def _buffers(self) -> dict[str, Any]:
-        # Checkpoints from before models had any do not say so.
+        # Checkpoints from before models had buffers lack this entry.
         return self._index.get("buffers", {})
 
     def verify(self, *, part: int = 0, parts: int = 1) -> None:
-        """Read every ``parts``-th file from ``part`` on and compare its checksum.
+        """Verify the checksums of every ``parts``-th file, starting with file ``part``.
 
         Raises:
             CheckpointError: a file's content has changed since it was written.
         """
+        # Not in __init__, so that the ranks of a run can divide the files among them.
         for name in sorted(self._index["files"])[part::parts]:
             checksum = _checksum(self.path / name)
             if checksum != self._index["files"][name]["crc32"]:
                 raise _broken(self.path / name, "does not have the checksum that it was written with")
 
     def tensor(self, kind: StateKind, name: str) -> Tensor:
-        """The whole fp32 tensor of a parameter, on the CPU and backed by the file."""
+        """Return the global fp32 tensor of a parameter, on the CPU and backed by the file."""
         return self._content(self._index["parameters"][name]["file"])["tensors"][kind][name]
 
     def buffer(self, name: str) -> Tensor:
-        """A buffer that is state, on the CPU and backed by the file."""
+        """Return a persistent buffer, on the CPU and backed by the file."""
         return self._content(self._buffers[name]["file"])["buffers"][name]
 
     @property
     def has_report_state(self) -> bool:
-        """Whether it holds a ``ReportState``; checkpoints of earlier versions hold none."""
+        """Whether the checkpoint has a ``ReportState``; checkpoints of earlier versions have none."""
         return "listeners" in self._index
 
     def report_state(self, rank: int) -> ReportState:
-        """What ``rank`` among the ``world_size`` that wrote it handed to ``save_checkpoint``, with all listeners."""
+        """Return the report state of ``rank`` among the ``world_size`` ranks that wrote it, with all listeners."""
         file = self.path / self._index["listeners"]
         try:
             listeners = json.loads(file.read_text(encoding="utf-8"))
@@ -164,7 +167,7 @@ class Checkpoint:
         return ReportState(listeners, self._rank_content(rank)["monitor"], self._index["evaluation_pending"])
 
     def random_states(self, rank: int) -> dict[str, Any]:
-        """The random states of ``rank`` among the ``world_size`` that wrote it."""
+        """Return the random states of ``rank`` among the ``world_size`` ranks that wrote the checkpoint."""
         return self._rank_content(rank)["random"]
 
     def _rank_content(self, rank: int) -> dict[str, Any]:
@@ -174,16 +177,16 @@ class Checkpoint:
         if name not in self._contents:
             try:
                 self._contents[name] = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # of many types: whatever torch's reader stumbles over
+            except Exception as error:  # torch's reader raises many types for a damaged file.
                 raise _broken(self.path / name, f"cannot be read ({str(error).splitlines()[0]})") from error
         return self._contents[name]
 
 
 def newest_checkpoint(run_dir: Path, distributed: Distributed | None = None) -> Checkpoint | None:
-    """The newest complete checkpoint of a run, verified; None where there is none. All ranks call it together.
+    """Return the newest complete checkpoint of a run, verified, or None. All ranks must call it together.
 
     Raises:
-        CheckpointError: it is damaged. An older one is never taken instead by itself.
+        CheckpointError: the checkpoint is damaged. An earlier one is never used silently instead.
     """
     paths = list_checkpoints(run_dir)
     if not paths:
@@ -207,10 +210,10 @@ def verified_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights and buffers into a model, rounding to their dtype.
+    """Load a checkpoint's weights and buffers into a model, rounding to their dtype.
 
     Raises:
-        CheckpointError: it is of another model; the message names the first tensor that differs.
+        CheckpointError: it belongs to another model; the message names the first tensor that differs.
     """
     check_shapes(stored_shapes(model), checkpoint.shapes | checkpoint.buffer_shapes, str(checkpoint.index_file))
     load_model(model, checkpoint.tensor, checkpoint.buffer)
@@ -236,8 +239,8 @@ def _read_index(file: Path) -> dict[str, Any]:
         raise _broken(file, f"cannot be read ({error})") from error
     if version != FORMAT:
         raise CheckpointError(
-            f"{file}: has the format {version!r}, and this version of qsparse_moe reads {FORMAT!r}; "
-            "use the version that wrote it (manifest.json of the run names it)"
+            f"{file}: has the format {version!r}, but this version of qsparse_moe reads {FORMAT!r}; "
+            "use the version that wrote it, which manifest.json of the run names"
         )
     return index
 
@@ -247,10 +250,10 @@ def _broken(file: Path, what: str) -> CheckpointError:
     paths = list_checkpoints(folder.parent.parent)
     earlier = paths[: paths.index(folder)] if folder in paths else []
     if earlier:
-        way_out = f"Restore it from a copy, or delete the folder {folder} to go on from {earlier[-1]}"
+        way_out = f"Restore it from a copy, or delete the folder {folder} to continue from {earlier[-1]}"
     else:
         way_out = (
-            f"There is none before it: restore it from a copy, or delete the folder {folder}, and training.resume=true "
-            "begins again at step 0"
+            f"There is no earlier checkpoint: restore it from a copy, or delete the folder {folder}, and "
+            "training.resume=true starts again at step 0"
         )
-    return CheckpointError(f"{file} {what}; a checkpoint is used whole or not at all. {way_out}")
+    return CheckpointError(f"{file} {what}; a checkpoint is used only if all of its files are intact. {way_out}")

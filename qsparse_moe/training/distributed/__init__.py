@@ -1,1 +1,1 @@
-"""The ranks of a run: who this process is, its groups, its collectives, and the heartbeat of the others."""
+"""The ranks of a run: rendezvous, process groups, collectives, and heartbeats."""

@@ -1,4 +1,4 @@
-"""How long a rank is held up by collectives, whoever calls them: this package, PyTorch or DeepSpeed."""
+"""Measures the time that a rank spends in collectives, whether this package, PyTorch, or DeepSpeed calls them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ CALLS = (
     "reduce_scatter_tensor",
 )
 PatchTarget = tuple[object, str]
-"""An object and the name of its attribute."""
+"""An object and the name of the attribute to patch."""
 
 
 @contextlib.contextmanager
-def timed_collectives(add: Callable[[float], None], kept_elsewhere: Iterable[PatchTarget] = ()) -> Iterator[None]:
-    """Inside, call ``add`` with the seconds of every collective's call, and of every wait for one.
+def timed_collectives(add: Callable[[float], None], aliases: Iterable[PatchTarget] = ()) -> Iterator[None]:
+    """Call ``add`` with the seconds of every call of a collective, and of every wait for one, inside the block.
 
-    ``torch.distributed`` has no hook for it, so its functions are exchanged for the time being. Not for CUDA: there
-    a call only queues the work, and to wait for it would undo the overlap that is to be measured.
+    ``torch.distributed`` has no hook for this, so its functions are patched. Do not use it on CUDA: a call there only
+    queues the work, and waiting for the work would prevent the overlap that is to be measured.
 
     Args:
-        add: takes seconds.
-        kept_elsewhere: where a library keeps such a function under a name of its own.
+        add: called with seconds.
+        aliases: further attributes that refer to these functions, such as those of a library that stores them.
     """
-    places: list[PatchTarget] = [*((dist, name) for name in CALLS if hasattr(dist, name)), *kept_elsewhere]
+    targets: list[PatchTarget] = [*((dist, name) for name in CALLS if hasattr(dist, name)), *aliases]
     with contextlib.ExitStack() as stack:
-        for owner, name in places:
+        for owner, name in targets:
             function = getattr(owner, name)
-            if function is not None:
+            if function is not None:  # DeepSpeed stores None for a collective that torch lacks.
                 stack.enter_context(mock.patch.object(owner, name, _timed(function, add)))
         yield
 
@@ -57,7 +57,7 @@ def _timed(function: Callable[..., Any], add: Callable[[float], None]) -> Callab
 
 
 class _TimedWork:
-    """A collective under way, as its caller got it."""
+    """The handle of an asynchronous collective, whose ``wait`` is timed."""
 
     def __init__(self, work: Any, add: Callable[[float], None]) -> None:
         self._work, self._add = work, add

@@ -1,4 +1,4 @@
-"""The groups of ranks that expert parallelism makes, in the order in which DeepSpeed lays them out."""
+"""The process groups of expert parallelism, in the order that DeepSpeed uses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from qsparse_moe.training.distributed.ranks import Distributed
 
 
 def join_expert_group(size: int, distributed: Distributed) -> ExpertGroup:
-    """This rank's group of ``size`` consecutive ranks, which hold every expert once. All ranks call it.
+    """Create this rank's group of ``size`` consecutive ranks, which together hold every expert once.
 
-    Consecutive, so that the rows of a group travel inside a machine where it has enough ranks. Ranks of the same place
-    in their groups hold the same experts and are each other's replicas.
+    Ranks at the same index of their groups hold the same experts; they form an expert data-parallel group. All ranks
+    must call this function.
     """
     if size == 1:
         return ALONE
     ranks = range(distributed.world_size)
+    # Consecutive ranks are on one machine if it has enough of them, and the all-to-all then stays inside it.
     members, _ = dist.new_subgroups_by_enumeration([list(ranks[first : first + size]) for first in ranks[::size]])
-    data_parallel, _ = dist.new_subgroups_by_enumeration([list(ranks[place::size]) for place in range(size)])
+    data_parallel, _ = dist.new_subgroups_by_enumeration([list(ranks[index::size]) for index in range(size)])
     return ExpertGroup(distributed.rank % size, size, members, data_parallel)

@@ -1,8 +1,9 @@
-"""Notices that another rank has died, says which, and ends this one instead of waiting for it for ever.
+"""Heartbeats between ranks: a rank that has died is named, and the others end instead of waiting for it.
 
-Every rank gives a sign of life in the launcher's store and looks at that of the next one: a few small messages a beat,
-whatever the number of ranks. Gloo's collectives fail as soon as a peer's connection closes, without the peer's name;
-NCCL's, and those of a machine that is gone, only hang. In both cases the store tells whose signs have stopped.
+Every rank writes a heartbeat to the launcher's store and reads that of the next rank, which takes a few small messages
+per interval whatever the number of ranks. Gloo's collectives fail as soon as a peer's connection closes, but do not
+name the peer. NCCL's collectives hang, and so does any collective with a machine that is gone. In both cases the
+heartbeats in the store show which rank has stopped.
 """
 
 from __future__ import annotations
@@ -22,46 +23,46 @@ import torch.distributed as dist
 
 from qsparse_moe.errors import RankLost
 from qsparse_moe.training.distributed.ranks import Distributed, launcher_store
-from qsparse_moe.training.interrupt import EndingAlready, Stopped, is_told_to_stop
+from qsparse_moe.training.interrupt import SignalsWhileEnding, Stopped, is_stop_requested
 
 logger = logging.getLogger(__name__)
 
 _BEAT_SECONDS = 1.0
-# After a collective has failed: whoever gives no sign for so long is gone. The launcher gives a rank 30 s to end.
+# Threshold after a collective has failed. It must be well below the 30 s after which the launcher kills this rank.
 _PATIENCE_SECONDS = 8.0
-# After SIGTERM, which the launcher sends to the others when a rank has died; it kills them 30 s later.
+# Threshold after SIGTERM, which the launcher sends to the other ranks when one has died; it kills them 30 s later.
 _STOPPING_SECONDS = 15.0
-# Three beats, where SIGTERM ends this process at once: that it must do within 4 s.
-_LAST_LOOK_SECONDS = 3.0
-# What the main thread gets to end by itself once a rank is known to be gone, before the process is ended for it.
+# Three heartbeats. It applies where SIGTERM ends this process at once, which must take less than 4 s in total.
+_FINAL_CHECK_SECONDS = 3.0
+# Time for the main thread to end by itself once a rank is known to be lost, before this module ends the process.
 _GRACE_SECONDS = 5.0
 
 Silences = dict[int, float]
-"""Seconds since the last sign of life, by rank."""
+"""Seconds since the last heartbeat, by rank."""
 
 
-class RankWatch:
-    """Watches the other ranks while it is entered; a rank alone has nothing to watch.
+class RankMonitor:
+    """A context manager that monitors the heartbeats of the other ranks; with one rank it does nothing.
 
-    On the way out ``RankLost`` takes the place of the error that a collective raised because a rank is gone. Where the
-    collective hangs instead, the process is ended, with the same message, ``timeout`` seconds after the last sign.
+    On exit, ``RankLost`` replaces the error that a collective raised because a rank is gone. If the collective hangs
+    instead, the process is ended with the same message ``timeout`` seconds after the last heartbeat.
     """
 
     def __init__(self, distributed: Distributed, *, timeout: float, way_out: Callable[[], str]) -> None:
-        """``way_out()`` is what a message ends with."""
+        """Args: ``way_out()`` returns the last sentence of a message, which says how to continue."""
         self._distributed = distributed
         self._timeout = timeout
         self._way_out = way_out
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._heartbeats: Heartbeats | None = None
-        self._signals = EndingAlready()
+        self._signals = SignalsWhileEnding()
 
-    def __enter__(self) -> RankWatch:
+    def __enter__(self) -> RankMonitor:
         if self._distributed.world_size > 1:
             self._heartbeats = Heartbeats(self._distributed)
             self._thread = threading.Thread(
-                target=self._watch, args=(self._heartbeats,), name="rank-watch", daemon=True
+                target=self._monitor, args=(self._heartbeats,), name="rank-monitor", daemon=True
             )
             self._thread.start()
         return self
@@ -70,44 +71,45 @@ class RankWatch:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if isinstance(error, Stopped):
-            self._name_lost(error)
-            self._end_watch()
+            self._log_lost(error)
+            self._end_monitor()
             return
         failure = error or self._wait_for_all()
         try:
             message = self._explain(failure) if failure is not None else None
         finally:
+            # A signal that waited takes effect only now, when the message is complete.
             self._signals.release()
-        self._end_watch()
+        self._end_monitor()
         if message is not None:
-            # By every rank that is left: rank 0, which else speaks for all, may be the one that is gone.
+            # Logged by every remaining rank: rank 0, which usually logs for all, may be the lost one.
             logger.error("%s", message)
             raise RankLost(message) from failure
         if error is None and failure is not None:
             raise failure
 
     def expect_end(self, error: BaseException) -> None:
-        """Let signals wait until the lost rank is named, if a collective raised ``error``; the way out calls it too.
+        """Defer signals until the lost rank is named, if a collective raised ``error``. The exit calls it as well.
 
-        Whoever has something to do between the error and the way out calls it before.
+        Call it first if there is work to do between the error and the exit, such as closing an engine.
         """
         if self._heartbeats is not None and is_of_a_collective(error):
             self._signals.catch()
 
-    def _end_watch(self) -> None:
+    def _end_monitor(self) -> None:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(2 * _BEAT_SECONDS)
 
-    def _name_lost(self, stopped: Stopped) -> None:
-        """Say which ranks are gone, if any: the launcher sends SIGTERM to those that are left when one is."""
+    def _log_lost(self, stopped: Stopped) -> None:
+        """Log the lost ranks, if any: when a rank dies, the launcher sends SIGTERM to the others."""
         if self._heartbeats is not None and stopped.number == signal.SIGTERM:
-            lost = self._heartbeats.last_look(_LAST_LOOK_SECONDS)
+            lost = self._heartbeats.final_check(_FINAL_CHECK_SECONDS)
             if lost:
                 logger.error("%s", self._message(self._heartbeats, lost))
 
     def _wait_for_all(self) -> BaseException | None:
-        """Leave together: whoever gives no sign because its work is done must not be taken for lost."""
+        """Wait for all ranks at the end, so that a finished rank, which sends no heartbeats, is not taken for lost."""
         try:
             self._distributed.barrier()
         except RuntimeError as failure:
@@ -115,7 +117,7 @@ class RankWatch:
         return None
 
     def _explain(self, error: BaseException) -> str | None:
-        """What the user should know of an error that a collective raised; None for any other error."""
+        """Return the message for an error that a collective raised; None for any other error, or if no rank is lost."""
         if self._heartbeats is None or not is_of_a_collective(error):
             return None
         self.expect_end(error)
@@ -124,70 +126,75 @@ class RankWatch:
             return self._message(self._heartbeats, lost)
         if "timed out" in str(error).lower():
             return (
-                f"a collective did not end within training.collective_timeout ({self._timeout:g} s), though every rank "
-                f"gives signs of life: one is stuck, or needs longer. Raise the setting if it does. {self._way_out()}"
+                f"a collective did not end within training.collective_timeout ({self._timeout:g} s), although every "
+                "rank sends heartbeats: a rank is stuck or needs more time. If it needs more time, raise the setting. "
+                f"{self._way_out()}"
             )
         return None
 
-    def _watch(self, signs: Heartbeats) -> None:
-        """Until told to stop: give a sign, and look at the next rank; end the process when a rank is gone."""
+    def _monitor(self, heartbeats: Heartbeats) -> None:
+        """Exchange heartbeats until the exit, and end the process when a rank is lost."""
         while not self._stop.wait(_BEAT_SECONDS):
-            # A collective may hang though it will never end: the wish to stop is then noted, and nobody acts on it.
-            lost = signs.beat(min(self._timeout, _STOPPING_SECONDS) if is_told_to_stop() else self._timeout)
+            # After a stop signal the shorter threshold applies: a main thread that hangs in a collective cannot act on
+            # the signal, and the launcher kills this process 30 s after it.
+            lost = heartbeats.beat(min(self._timeout, _STOPPING_SECONDS) if is_stop_requested() else self._timeout)
             if lost and not self._stop.wait(_GRACE_SECONDS):
-                # The main thread hangs in a collective that nothing can end.
-                print(self._message(signs, lost), file=sys.stderr, flush=True)
+                # The main thread hangs in a collective, which no exception can interrupt; os._exit runs no cleanup.
+                print(self._message(heartbeats, lost), file=sys.stderr, flush=True)
                 os._exit(1)
 
-    def _message(self, signs: Heartbeats, lost: Silences) -> str:
-        names = ", ".join(f"rank {rank} ({signs.name_of(rank)})" for rank in sorted(lost))
+    def _message(self, heartbeats: Heartbeats, lost: Silences) -> str:
+        names = ", ".join(f"rank {rank} ({heartbeats.name_of(rank)})" for rank in sorted(lost))
         return (
-            f"{names}, of {self._distributed.world_size} ranks, gave no sign of life for {max(lost.values()):.0f} s: "
-            f"killed, or its machine is gone. Rank {self._distributed.rank} ends too. {self._way_out()}"
+            f"{names}, of {self._distributed.world_size} ranks, sent no heartbeat for {max(lost.values()):.0f} s: it "
+            f"was killed, or its machine is gone. Rank {self._distributed.rank} ends too. {self._way_out()}"
         )
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether a collective or the store raised it: NCCL's errors have a type, gloo's only their text."""
+    """Return whether a collective or the store raised ``error``. NCCL has error types; gloo has only their text."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
 
 
 class Heartbeats:
-    """Counters in the launcher's store, one a rank. The store lives in rank 0: when it is silent, so is rank 0."""
+    """Heartbeat counters in the launcher's store, one per rank. Rank 0 hosts the store: both are lost together."""
 
     def __init__(self, distributed: Distributed) -> None:
-        """Every rank calls it."""
+        """All ranks must call it together."""
         self._rank, self._world_size = distributed.rank, distributed.world_size
-        # A connection of its own: the other one may be waiting for something.
+        # A separate connection: the main thread may hold the other one in a blocking call.
         self._store = launcher_store().clone()  # type: ignore[attr-defined]
         self._store.set_timeout(timedelta(seconds=_PATIENCE_SECONDS))
         self._lock = threading.Lock()
-        self._names = distributed.gather(f"process {os.getpid()} on {socket.gethostname()}")
-        self._session = distributed.share((f"signs-{time.time_ns()}", None) if self._rank == 0 else None)
+        self._names = distributed.all_gather(f"process {os.getpid()} on {socket.gethostname()}")
+        # New keys for every run: the store outlives a run of this process, and its last counters would look alive.
+        self._session = distributed.on_rank_zero(lambda: f"heartbeats-{time.time_ns()}")
         self._count = 0
         self._seen: dict[int, tuple[bytes, float]] = {}
         self._store_answered = time.monotonic()
         self._stopped: set[int] = set()
         self._send_heartbeat()
+        # Every counter exists from here on: reading a missing key would block.
         distributed.barrier()
 
     def name_of(self, rank: int) -> str:
-        """Process and machine of a rank."""
+        """Return the process number and machine of a rank."""
         return self._names[rank]
 
     def beat(self, timeout: float) -> Silences:
-        """Give a sign and look at the next rank; the ranks that are gone, by ``timeout`` or by another's word."""
+        """Send a heartbeat; return the ranks reported as lost, or the next rank if it is silent for ``timeout``."""
         following = (self._rank + 1) % self._world_size
         with self._lock:
             try:
                 self._send_heartbeat()
                 self._read_stopped()
-                return self._read_lost() or self._publish_lost(_longer(self._silences([following]), timeout))
+                return self._read_lost() or self._publish_lost(_at_least(self._silences([following]), timeout))
             except RuntimeError:
-                return _longer(self._silence_of_store(), timeout)
+                return _at_least(self._silence_of_store(), timeout)
 
     def wait_for_lost(self, patience: float) -> Silences:
-        """The ranks that give no sign for ``patience`` seconds from now; empty if all do."""
+        """Return the ranks that send no heartbeat for ``patience`` seconds; empty if all send one."""
+        # One interval more: the last heartbeat of a lost rank may be that much older than this call.
         end = time.monotonic() + patience + _BEAT_SECONDS
         others = [rank for rank in range(self._world_size) if rank != self._rank]
         lost: Silences = {}
@@ -195,18 +202,18 @@ class Heartbeats:
             time.sleep(_BEAT_SECONDS / 4)
             with self._lock:
                 try:
-                    lost = self._read_lost() or self._publish_lost(_longer(self._silences(others), patience))
+                    lost = self._read_lost() or self._publish_lost(_at_least(self._silences(others), patience))
                 except RuntimeError:
-                    lost = _longer(self._silence_of_store(), patience)
+                    lost = _at_least(self._silence_of_store(), patience)
         if lost and self._rank == 0:
-            # The others read it in the store, which ends with this process.
+            # The other ranks read the result in the store, which ends with this process.
             time.sleep(2 * _BEAT_SECONDS)
         return lost
 
-    def last_look(self, seconds: float) -> Silences:
-        """Return the ranks that give no sign within ``seconds``, except those that a signal has stopped too.
+    def final_check(self, seconds: float) -> Silences:
+        """Return the ranks that send no heartbeat within ``seconds``, except those that a signal has stopped as well.
 
-        The launcher stops the ranks one after the other: rank 0, which holds the store, stays until all know of it.
+        The launcher stops the ranks one after the other. Rank 0, which hosts the store, waits until all have checked.
         """
         end = time.monotonic() + seconds
         with self._lock:
@@ -244,10 +251,11 @@ class Heartbeats:
         return {rank: now - self._seen[rank][1] for rank in ranks}
 
     def _silence_of_store(self) -> Silences:
+        # Rank 0 hosts the store, so an error there does not mean that another rank is lost.
         return {} if self._rank == 0 else {0: time.monotonic() - self._store_answered}
 
     def _publish_lost(self, lost: Silences) -> Silences:
-        """Let every rank know, so that all name the same."""
+        """Publish the lost ranks, so that all ranks name the same ones."""
         if lost:
             self._store.set(self._key("lost"), " ".join(f"{rank}:{seconds}" for rank, seconds in lost.items()))
         return lost
@@ -258,9 +266,9 @@ class Heartbeats:
         pairs = (part.split(":") for part in self._store.get(self._key("lost")).decode().split())
         return {int(rank): float(seconds) for rank, seconds in pairs}
 
-    def _key(self, what: int | str) -> str:
-        return f"{self._session}/{what}"
+    def _key(self, name: int | str) -> str:
+        return f"{self._session}/{name}"
 
 
-def _longer(silences: Silences, seconds: float) -> Silences:
+def _at_least(silences: Silences, seconds: float) -> Silences:
     return {rank: silence for rank, silence in silences.items() if silence >= seconds}

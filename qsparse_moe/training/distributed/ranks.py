@@ -1,4 +1,4 @@
-"""The ranks of a run: who this process is, its device, and the few collectives that training itself needs."""
+"""This process among the ranks of a run: its rank, its device, and the few collectives that training calls itself."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.training.distributed.launcher_environment import launcher_ranks, num_local_ranks
-from qsparse_moe.training.distributed.rendezvous import meet
+from qsparse_moe.training.distributed.rendezvous import open_store
 
 T = TypeVar("T")
 
@@ -26,7 +26,7 @@ _launcher_store: dist.Store | None = None
 
 @dataclass(frozen=True)
 class Distributed:
-    """This process among the ranks of a run. Every method is a collective: all ranks call it, in the same order."""
+    """This process among the ranks of a run. All ranks must call each method, in the same order."""
 
     rank: int
     world_size: int
@@ -40,13 +40,13 @@ class Distributed:
         *,
         group: dist.ProcessGroup | None = None,
     ) -> Tensor:
-        """Reduce ``tensor`` over the ranks, or over those of this rank's ``group``, in place, and return it."""
+        """Reduce ``tensor`` in place over all ranks, or over this rank's ``group``, and return it."""
         if self.world_size > 1:
             dist.all_reduce(tensor, op=op, group=group)
         return tensor
 
-    def gather(self, value: T) -> list[T]:
-        """Every rank's ``value`` (anything that pickles), by rank."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return every rank's ``value``, which can be any object that pickles, in the order of ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -54,19 +54,19 @@ class Distributed:
         return values
 
     def on_rank_zero(self, work: Callable[[], T]) -> T:
-        """What ``work()`` returned on rank 0, which alone calls it; what it raised there is raised on every rank."""
-        return self.share(self.attempt(work) if self.rank == 0 else None)
+        """Call ``work`` on rank 0 only and return its result on every rank; an exception is raised on every rank."""
+        return self._broadcast_outcome(self.attempt(work) if self.rank == 0 else None)
 
     def on_every_rank(self, work: Callable[[], T]) -> list[T]:
-        """Call ``work`` on every rank; its results by rank. What one rank raised is raised on all of them."""
-        outcomes = self.gather(self.attempt(work))
+        """Call ``work`` on every rank and return the results by rank; an exception is raised on every rank."""
+        outcomes = self.all_gather(self.attempt(work))
         for _, error in outcomes:
             if error is not None:
                 raise error
         return [value for value, _ in outcomes]
 
-    def share(self, outcome: tuple[T, Exception | None] | None) -> T:
-        """Rank 0's outcome of ``attempt``, on every rank: its value, or its error raised."""
+    def _broadcast_outcome(self, outcome: tuple[T, Exception | None] | None) -> T:
+        """Return the value of rank 0's ``outcome``, or raise its exception, on every rank."""
         box: list[Any] = [outcome]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
@@ -77,10 +77,10 @@ class Distributed:
 
     @staticmethod
     def attempt(work: Callable[[], T]) -> tuple[T, Exception | None]:
-        """The value of ``work()`` and None, or what it raised: to be raised where all ranks agree on it."""
+        """Return the value of ``work()`` and its exception, one of which is None; the caller raises on all ranks."""
         try:
             return work(), None
-        except Exception as error:  # whatever it is, the other ranks wait for it
+        except Exception as error:  # Of any type: the other ranks wait in a collective for this outcome.
             return None, error  # type: ignore[return-value]
 
     def barrier(self) -> None:
@@ -91,24 +91,25 @@ class Distributed:
 
 @contextlib.contextmanager
 def open_distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Distributed]:
-    """Join the other ranks of the launcher, or be the only rank where no launcher started this process.
+    """Initialize the process group with the launcher's other ranks, or with one rank if there is no launcher.
 
-    On the way out all ranks wait for each other and leave; after an error they leave without waiting.
+    On exit, all ranks wait for each other and destroy the group; after an error they destroy it without waiting.
 
     Args:
         device: ``training.device``.
-        timeout: ``training.collective_timeout``, seconds; for the other ranks to come as well.
+        timeout: ``training.collective_timeout``, in seconds; it also limits the wait for the other ranks to connect.
 
     Raises:
-        BackendUnavailable: ``cuda`` was asked for and is not there.
-        ConfigError: the launcher's environment is incomplete or wrong, or another process listens at its port.
-        RankLost: another rank did not come within ``timeout``.
+        BackendUnavailable: ``cuda`` was requested and is not available.
+        ConfigError: the launcher's environment is incomplete or wrong, or another process listens on its port.
+        RankLost: another rank did not connect within ``timeout``.
     """
     rank, world_size, local_rank = launcher_ranks()
     chosen = choose_device(device, local_rank)
-    # DeepSpeed looks for an accelerator by itself when it is imported; it has to find the one that is used.
+    # DeepSpeed selects an accelerator when it is imported; without this it takes CUDA in a run on the CPU.
     os.environ["DS_ACCELERATOR"] = chosen.type
     if chosen.type == "cuda":
+        # NCCL and DeepSpeed allocate on the current device, not on the one of their tensors.
         torch.cuda.set_device(chosen)
     _share_cores()
     backend = "nccl" if chosen.type == "cuda" else "gloo"
@@ -125,37 +126,37 @@ def open_distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterato
             device_id=chosen if world_size > 1 and chosen.type == "cuda" else None,
         )
         if world_size == 1:
-            # It writes the rank before every line of a traceback, once more for every session of the process.
+            # init_process_group installs a hook that prefixes tracebacks with the rank, once more in every session.
             sys.excepthook = excepthook
         try:
             yield Distributed(rank, world_size, local_rank, chosen)
-            # Without it, about one launch in seven ended with a rank that had lost its peer.
+            # Without this barrier, about one launch in seven ended with a rank that had lost its peer.
             dist.barrier()
         finally:
             _leave()
 
 
 def choose_device(requested: str, local_rank: int) -> torch.device:
-    """``training.device`` as a device of this machine; ``auto`` takes CUDA where there is one.
+    """Return the device that ``training.device`` selects on this machine; ``auto`` selects CUDA if it is available.
 
     Raises:
-        BackendUnavailable: CUDA was asked for by name and is not there, or there are more ranks than devices.
+        BackendUnavailable: CUDA was requested by name and is not available, or there are more ranks than devices.
     """
     if requested == "cpu" or (requested == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank >= found:
         raise BackendUnavailable(
-            f"training.device ({requested}): this machine shows {found} CUDA devices to torch {torch.__version__}, and "
-            f"local rank {local_rank} needs one of its own; start fewer ranks, or set training.device=cpu"
+            f"training.device ({requested}): torch {torch.__version__} finds {found} CUDA devices on this machine, but "
+            f"local rank {local_rank} needs a device of its own; start fewer ranks, or set training.device=cpu"
         )
     return torch.device("cuda", local_rank)
 
 
 def _share_cores() -> None:
-    """Divide this machine's cores among its ranks; without it every rank starts a thread on every core.
+    """Divide this machine's cores among its ranks; by default every rank starts one thread per core.
 
-    The launcher sets OMP_NUM_THREADS only with --bind_cores_to_rank; where it is set, it is kept.
+    An existing OMP_NUM_THREADS takes precedence; the launcher sets it only with --bind_cores_to_rank.
     """
     local_ranks = num_local_ranks()
     if "OMP_NUM_THREADS" not in os.environ and local_ranks > 1:
@@ -163,7 +164,7 @@ def _share_cores() -> None:
 
 
 def num_cores() -> int:
-    """Cores that this process may run on."""
+    """Return the number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -173,29 +174,29 @@ _sessions = itertools.count()
 
 
 def _session_store(rank: int, world_size: int, timeout: float) -> dist.Store:
-    """Where the ranks find each other. One rank alone needs no port, so nothing that another run could hold.
+    """Return the rendezvous store of a session; a single rank needs no port, which another run might use.
 
-    The launcher's port is opened once for the life of the process and every session has its own names in it: DeepSpeed
-    keeps the groups of an ended session alive, and the next one would meet their entries in the store and hang.
+    The launcher's port is opened once per process, and every session has its own key prefix: DeepSpeed keeps the groups
+    of an ended session alive, and the next session would find their keys in the store and hang.
     """
     global _launcher_store
     session = next(_sessions)
     if world_size == 1:
         return dist.HashStore()
     if _launcher_store is None:
-        _launcher_store = meet(rank, world_size, timeout=timeout)
+        _launcher_store = open_store(rank, world_size, timeout=timeout)
     return dist.PrefixStore(f"session-{session}", _launcher_store)
 
 
 def launcher_store() -> dist.Store:
-    """The store that the ranks of a launcher share; it lives in rank 0's process."""
-    assert _launcher_store is not None, "open_distributed comes first"
+    """Return the store that the ranks of a launcher share; rank 0's process hosts it."""
+    assert _launcher_store is not None, "open_distributed must be entered first"
     return _launcher_store
 
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Environment variables that are set for a while."""
+    """Set environment variables inside the block and restore them afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -209,7 +210,7 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def _leave() -> None:
-    """Leave the group; DeepSpeed, where it was used, forgets its groups too, so that the next run makes its own."""
+    """Destroy the process group, and DeepSpeed's groups if it was used, so that the next run creates new ones."""
     deepspeed = sys.modules.get("deepspeed")
     if deepspeed is not None and deepspeed.comm.comm.cdb is not None:
         deepspeed.comm.destroy_process_group()

@@ -1,7 +1,8 @@
-"""DeepSpeed's dictionary, derived from the typed config and from nothing else.
+"""The DeepSpeed configuration dictionary, derived from the typed config alone.
 
-DeepSpeed accepts a misspelt top-level key silently and then uses its default (gradient clipping: 1.0), so every key
-that bears on the result is written out here, its default included, and a test knows DeepSpeed's names.
+DeepSpeed silently ignores a misspelt top-level key and uses the default instead (for gradient clipping, 1.0). Every key
+that affects the result is therefore written out here, even at its default, and a test compares the names with
+DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from qsparse_moe.training.engines.offload import swap_folder
 
 
 def deepspeed_config(config: RunConfig, world_size: int, *, largest_parameter: int = 0) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize``.
+    """Return the dictionary for ``deepspeed.initialize``.
 
     Args:
-        config: of the run.
-        world_size: ranks.
-        largest_parameter: elements of the model's largest one, for the buffers of NVMe offload.
+        config: the config of the run.
+        world_size: number of ranks.
+        largest_parameter: number of elements of the model's largest parameter, for the buffers of NVMe offload.
     """
     training = config.training
     bf16 = training.precision == "bf16"
@@ -27,7 +28,7 @@ def deepspeed_config(config: RunConfig, world_size: int, *, largest_parameter: i
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": training.global_batch_size // (training.micro_batch_size * world_size),
-        # ZeRO-0 in fp32 clips without telling the norm, so the engine clips there itself.
+        # At ZeRO-0 in fp32 DeepSpeed clips without returning the norm, so the engine clips itself.
         "gradient_clipping": training.gradient_clipping if stage else 0.0,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,
@@ -35,24 +36,25 @@ def deepspeed_config(config: RunConfig, world_size: int, *, largest_parameter: i
         "fp16": {
             "enabled": training.precision == "fp16",
             "auto_cast": False,
-            # Static for DeepSpeed, and the engine changes it, because its optimizers have two rules. At ZeRO-0 version
-            # 0.19.8 divides the gradient by it without having multiplied the loss: the engine does both there.
+            # A static scale for DeepSpeed, which the engine updates: DeepSpeed's optimizers scale dynamically by two
+            # different rules. At ZeRO-0, version 0.19.8 divides the gradient by the scale without having multiplied
+            # the loss, so the engine does both there.
             "loss_scale": 2.0**training.loss_scale.initial_power if stage else 1.0,
             "fp16_master_weights_and_grads": False,
         },
         "bf16": {
             "enabled": bf16,
-            # The gradient norm says it, and a run with such a gradient stops instead of skipping the step.
+            # The gradient norm shows an overflow, and the run then stops instead of skipping the step.
             "check_grad_overflow": False,
             "immediate_grad_update": False,
             "bf16_master_weights_and_grads": False,
             "bf16_optimizer_states": False,
         },
-        # ZeRO-0 refuses any other accumulation dtype than the model's; the engine makes it fp32 there.
+        # ZeRO-0 accepts only the model's dtype here; the engine accumulates in fp32 there.
         "data_types": {"grad_accum_dtype": "fp32" if stage else None},
         "zero_optimization": _zero(config, -(-largest_parameter // world_size)),
         "zero_allow_untested_optimizer": False,
-        # torch's AdamW steps on the host too, so that offload changes no number: DeepSpeedCPUAdam rounds differently.
+        # torch's AdamW also runs on the host, so that offload changes no result: DeepSpeedCPUAdam rounds differently.
         "zero_force_ds_cpu_optimizer": False,
         "aio": {
             "block_size": 1_048_576,
@@ -69,12 +71,13 @@ def deepspeed_config(config: RunConfig, world_size: int, *, largest_parameter: i
     }
 
 
-def _zero(config: RunConfig, largest_part: int) -> dict[str, Any]:
+def _zero(config: RunConfig, largest_partition: int) -> dict[str, Any]:
+    """Return the section ``zero_optimization``; ``largest_partition`` is a rank's part of the largest parameter."""
     chosen = config.training.deepspeed
     folder = swap_folder(config)
     nvme_path = None if folder is None else str(folder)
-    # With weights in files every one is read for its layer and dropped after it: there are few buffers to read into,
-    # and what DeepSpeed 0.19.8 reads ahead for a layer that an evaluation then leaves out stays in one for ever.
+    # With weights in files, each weight is read for its layer and released after it, because there are few read
+    # buffers: DeepSpeed 0.19.8 never frees a buffer that it prefetched for a layer that an evaluation then skips.
     ahead = 0 if chosen.offload_parameters == "nvme" else 1
     return {
         "stage": chosen.zero_stage,
@@ -91,7 +94,7 @@ def _zero(config: RunConfig, largest_part: int) -> dict[str, Any]:
         "stage3_param_persistence_threshold": 100_000,
         "stage3_max_live_parameters": ahead * 1_000_000_000,
         "stage3_max_reuse_distance": ahead * 1_000_000_000,
-        # It would put DeepSpeed's own function in the place of torch.nn.functional.linear, for the whole process.
+        # True would replace torch.nn.functional.linear by DeepSpeed's function in the whole process.
         "memory_efficient_linear": False,
         "offload_optimizer": {
             "device": chosen.offload_optimizer,
@@ -107,7 +110,7 @@ def _zero(config: RunConfig, largest_part: int) -> dict[str, Any]:
             "device": chosen.offload_parameters,
             "nvme_path": nvme_path,
             "buffer_count": 5,
-            "buffer_size": largest_part,
+            "buffer_size": largest_partition,
             "max_in_cpu": 0,
             "pin_memory": True,
         },

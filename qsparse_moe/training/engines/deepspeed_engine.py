@@ -1,4 +1,4 @@
-"""DeepSpeed under the interface of ``Engine``. With ``ds_config.py`` and ``deepspeed_experts.py`` all that knows it."""
+"""DeepSpeed behind the interface of ``Engine``. Outside this package nothing depends on DeepSpeed's internals."""
 
 from __future__ import annotations
 
@@ -57,22 +57,29 @@ class DeepSpeedEngine:
         self._max_norm = config.training.gradient_clipping
         self.loss_scaler = build_loss_scaler(config, self.num_micro_batches)
         self._config = config
-        # ZeRO-3 empties the parameters that it partitions.
+        # Before deepspeed.initialize: ZeRO-3 empties the parameters that it partitions.
         self._shapes = global_shapes(model)
-        # A part of spread experts is that of the whole ones over all ranks: a share of them, cut over the replicas.
+        # A partition of sharded experts has the size of their global tensor divided by all ranks: the shard is 1/P of
+        # it and is partitioned over the expert data-parallel group, which has 1/P of the ranks.
         largest = max(shape.numel() for shape in self._shapes.values())
         self._settings = deepspeed_config(config, distributed.world_size, largest_parameter=largest)
         self._adam = build_adamw(model.parameters(), config.training)
-        with _tamed(), _fp16_on_any_cpu(), as_deepspeed_experts(model, self._adam, model.runtime.expert_group):
+        with (
+            _deepspeed_setup(),
+            _fp16_on_any_cpu(),
+            as_deepspeed_experts(model, self._adam, model.runtime.expert_group),
+        ):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
+        # DeepSpeed binds these two at start-up, so patching torch.distributed alone would miss their time.
         names = ("all_gather_function", "reduce_scatter_function")
-        self.kept_collectives: Sequence[PatchTarget] = [(comm.cdb, name) for name in names]
+        self.collective_aliases: Sequence[PatchTarget] = [(comm.cdb, name) for name in names]
         self._parameters = dict(model.named_parameters())
         if self.stage == 0:
             accumulate_in_fp32(self._parameters.values())
         try:
             self._check_swapping()
         except ConfigError:
+            # No caller has this engine yet, so nobody would call close().
             remove_swap_files(config, distributed.rank)
             raise
         self._start_optimizer_states()
@@ -82,11 +89,12 @@ class DeepSpeedEngine:
         return run_model(self._engine, batch, self.distributed.device, with_stats=with_stats, layer_hook=layer_hook)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """See ``Engine``. DeepSpeed divides by the number of micro-batches, and reduces as its stage does."""
+        """See ``Engine``. DeepSpeed divides by the number of micro-batches and reduces as its ZeRO stage requires."""
         if self.loss_scaler is not None:
             loss = self._scaled(loss, self.loss_scaler.factor)
         self._engine.backward(loss)
         if not is_last:
+            # It counts micro-batches in step(); only the call in update() reaches the boundary and steps.
             self._engine.step()
 
     def gradient_shard(self, name: str) -> Tensor:
@@ -114,7 +122,9 @@ class DeepSpeedEngine:
         return math.inf if overflow else float(norm)
 
     def _step(self) -> Tensor | float:
+        """Take DeepSpeed's optimizer step and return the norm of the gradient before clipping."""
         if self.stage == 0:
+            # Here and not in DeepSpeed: at ZeRO-0 in fp32 it clips but does not return the norm.
             factor = 1.0 if self.loss_scaler is None else self.loss_scaler.factor
             norm = clip_gradients(self._parameters.values(), self._max_norm, factor)
             self._engine.step()
@@ -123,13 +133,13 @@ class DeepSpeedEngine:
         return self._engine.get_global_grad_norm()
 
     def _drop_gradient(self) -> None:
-        """After a skipped step: under offload ZeRO-1 and 2 keep the sum that overflowed, and would skip for ever."""
+        """Clear the gradient of a skipped step: with offload, ZeRO-1 and 2 keep it and would skip all later steps."""
         sums = getattr(self._engine.optimizer, "averaged_gradients", {})
         for group in sums:
             sums[group] = None
 
     def _scaled(self, loss: Tensor, factor: float) -> Tensor:
-        """At ZeRO-0 the loss times the factor; above it DeepSpeed multiplies, and divides the gradient, when told."""
+        """Return the loss times the factor at ZeRO-0; above it set DeepSpeed's loss scale, which it applies itself."""
         if self.stage == 0:
             return loss * factor
         self._engine.optimizer.loss_scale = factor
@@ -139,21 +149,22 @@ class DeepSpeedEngine:
         """See ``Engine``."""
         parameter = self._parameters[name]
         if self.stage == 0:
-            share = self._replicated(parameter, kind)
+            shard = self._replicated(parameter, kind)
         elif kind == "weight":
-            share = safe_get_full_fp32_param(parameter)
+            shard = safe_get_full_fp32_param(parameter)
         else:
-            share = safe_get_full_optimizer_state(parameter, kind)
-        return all_gather_shards(parameter, share)
+            shard = safe_get_full_optimizer_state(parameter, kind)
+        # DeepSpeed's "full" is what the ranks of a data-parallel group share: for experts still one rank's shard.
+        return all_gather_shards(parameter, shard)
 
     def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
-        """See ``Engine``. Only the fp32 master is set: the weight that computes was given when the model was built."""
+        """See ``Engine``. It sets the fp32 master only: the model was built with the weight used in computation."""
         parameter = self._parameters[name]
         value = local_shard(parameter, value)
         if self.stage == 0:
             self._replicated(parameter, kind).copy_(value)
         elif self.stage == 3:
-            self._set_part(parameter, kind, value)
+            self._set_partition(parameter, kind, value)
         elif kind == "weight":
             safe_set_full_fp32_param(parameter, value)
         else:
@@ -184,21 +195,23 @@ class DeepSpeedEngine:
         remove_swap_files(self._config, self.distributed.rank)
 
     def _check_swapping(self) -> None:
+        """Raise ConfigError if NVMe offload would read a gradient back to a wrong offset; see ``check_alignment``."""
         zero = self._engine.optimizer
         swapper = getattr(zero, "optimizer_swapper", None)
         if swapper is None:
             return
-        places = {name: zero.grad_position[zero.get_param_id(p)] for name, p in self._parameters.items()}
-        swapped = {name: place[1:] for name, place in places.items() if zero._swappable_optimizer_subgroup(place[0])}
+        # Each entry is (sub-group, offset, number of elements); small sub-groups stay in memory.
+        partitions = {name: zero.grad_position[zero.get_param_id(p)] for name, p in self._parameters.items()}
+        swapped = {name: part[1:] for name, part in partitions.items() if zero._swappable_optimizer_subgroup(part[0])}
         smallest = swapper.min_aio_bytes // swapper.swap_element_size
         check_alignment(swapped, alignment=swapper.numel_alignment, smallest=smallest)
 
     def _start_optimizer_states(self) -> None:
-        """Give every flat parameter its AdamW state now and tie the model's parameters to their parts of it.
+        """Create the AdamW state of every flat parameter and link the model's parameters to their parts of it.
 
-        DeepSpeed does both in the first step, where ZeRO-1 and 2 tie all groups as soon as the first one has a state:
-        the moments of the second group (the norms) could then never be read. At ZeRO-0 in bf16 it has counted a step
-        that was none.
+        DeepSpeed does both in the first step. There ZeRO-1 and 2 link all groups as soon as the first one has a state,
+        so that the moments of the second group (the norms) could never be read. At ZeRO-0 in bf16 DeepSpeed also takes
+        a step when it is built, and Adam's counter would include it.
         """
         for index, flat in enumerate(self._flat_parameters()):
             with self._swapped_in(index):
@@ -208,7 +221,7 @@ class DeepSpeedEngine:
             link()
 
     def _flat_parameters(self) -> Iterator[Tensor]:
-        """What torch's AdamW steps on: DeepSpeed's flat parts, or at ZeRO-0 the parameters or their fp32 copies."""
+        """Yield the tensors that AdamW updates: flat partitions, or at ZeRO-0 the parameters or their fp32 copies."""
         if self.stage == 3:
             yield from self._engine.optimizer.fp32_partitioned_groups_flat
             return
@@ -217,7 +230,7 @@ class DeepSpeedEngine:
 
     @contextlib.contextmanager
     def _swapped_in(self, index: int) -> Iterator[None]:
-        """Under NVMe offload, with the ``index``-th flat parameter and its state in memory; written back after."""
+        """Hold the ``index``-th flat parameter and its state in memory under NVMe offload; write them back on exit."""
         zero = self._engine.optimizer
         is_swapped = self.stage == 3 and zero._swappable_optimizer_subgroup(index)
         if is_swapped:
@@ -227,71 +240,75 @@ class DeepSpeedEngine:
             zero._optimizer_states_and_gradient_swap_out(index)
 
     def _replicated(self, parameter: nn.Parameter, kind: StateKind) -> Tensor:
-        """The tensor as the model has it where no rank holds a part of it only (ZeRO-0)."""
+        """Return a tensor of ZeRO-0, where every rank of a data-parallel group holds all of it."""
         master = self._masters().get(parameter, parameter)
         return master.detach() if kind == "weight" else self._adam.state[master][kind]
 
     def _masters(self) -> dict[Tensor, Tensor]:
-        """At ZeRO-0 in bf16 the fp32 copy of every parameter; empty in fp32."""
+        """Return the fp32 copy of every parameter at ZeRO-0 in bf16 and fp16; empty in fp32."""
         wrapper = self._engine.optimizer
         if wrapper is self._adam:
             return {}
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
         return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
 
-    def _set_part(self, parameter: Any, kind: StateKind, value: Tensor) -> None:
-        """This rank's part under ZeRO-3, read from a file for it and written back where it is offloaded.
+    def _set_partition(self, parameter: Any, kind: StateKind, value: Tensor) -> None:
+        """Set this rank's partition under ZeRO-3, reading it from its file and writing it back if it is offloaded.
 
-        DeepSpeed's setter of whole tensors cannot cut one whose size is no multiple of the number of ranks, and the one
-        of parts asks the weights that compute for the size, which have none while they are swapped out.
+        Neither of DeepSpeed's setters works here: the one for full tensors cannot partition a size that is not a
+        multiple of the number of ranks, and the one for local tensors takes the size from the weights used in
+        computation, which are empty while they are swapped out.
         """
         zero, key = self._engine.optimizer, None if kind == "weight" else kind
         part, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
-        part.data.copy_(part_of(value, parameter.ds_zero_partition_rank, size=part.numel()))
+        part.data.copy_(zero3_partition(value, parameter.ds_zero_partition_rank, size=part.numel()))
         if zero._swappable_optimizer_subgroup(group):
             zero._optimizer_states_and_gradient_swap_out(group)
 
 
-def part_of(value: Tensor, index: int, *, size: int) -> Tensor:
-    """Part ``index`` of ``value`` as ZeRO-3 cuts it: parts of one ``size``, the last ones filled up with zeros."""
+def zero3_partition(value: Tensor, index: int, *, size: int) -> Tensor:
+    """Return partition ``index`` of ``value`` under ZeRO-3: all have the same ``size``, the last are zero-padded."""
     part = value.flatten()[index * size : (index + 1) * size].to(torch.float32)
     return nn.functional.pad(part, (0, size - part.numel()))
 
 
 def _local_gradient(parameter: Any) -> Tensor:
-    """This rank's part under ZeRO-1 and 2: what DeepSpeed's ``safe_get_full_grad`` would add up over the ranks.
+    """Return this rank's shard of a gradient under ZeRO-1 and 2, as ``safe_get_full_grad`` sums it over the ranks.
 
-    Its function for local gradients knows ZeRO-3 only, and the one for whole gradients sends as many elements as the
-    model has.
+    DeepSpeed's function for local gradients supports ZeRO-3 only, and the one for full gradients would communicate as
+    many elements as the model has.
     """
     mapping = parameter._hp_mapping
-    if mapping is None:
+    if mapping is None:  # The optimizer partition of this rank contains no element of the parameter.
         return torch.zeros(0)
     part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
     owned = mapping.lp_fragment_address
-    # ZeRO-1 in bf16 keeps the whole reduced gradient on every rank.
+    # ZeRO-1 in bf16 keeps the full reduced gradient on every rank.
     return part.narrow(0, owned.start, owned.numel) if part.numel() == parameter.numel() else part
 
 
 @contextlib.contextmanager
-def _tamed() -> Iterator[None]:
-    """While DeepSpeed sets itself up: no needless compiling, no lock of the dead, and nothing on standard output."""
-    # Its shared-memory operation serves tensor-parallel inference only, and compiling it takes half a minute and a
-    # compiler. The dictionary, left alone, is filled by starting compilers to see what could be built.
+def _deepspeed_setup() -> Iterator[None]:
+    """Keep DeepSpeed's initialization from compiling unused operators and from writing to standard output.
+
+    Operators that it does need are compiled under a lock that ends with its holder; see ``locked_builds``.
+    """
+    # The shared-memory operator serves tensor-parallel inference only, and compiling it takes a compiler and half a
+    # minute. Without this assignment DeepSpeed fills the dictionary by starting compilers to see what could be built.
     deepspeed.ops.__compatible_ops__ = {}
     for handler in deepspeed.utils.logger.handlers:
         if type(handler) is logging.StreamHandler:
             handler.stream = sys.stderr
-    # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names, at every step.
+    # torch 2.13 renamed collectives that DeepSpeed 0.19.8 calls by their old names in every step.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    # It imports its Muon optimizer, which imports torch's compiler: 1.0 s of CPU a rank for what is not used here.
+    # DeepSpeed imports its Muon optimizer, which imports torch's compiler: 1.0 s of CPU time per rank, unused here.
     with environment(TORCHDYNAMO_DISABLE="1"), locked_builds(), contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 @contextlib.contextmanager
 def _fp16_on_any_cpu() -> Iterator[None]:
-    """While DeepSpeed sets itself up: it asks oneDNN, which speaks of speed; torch computes fp16 on every CPU."""
+    """Let DeepSpeed accept fp16 on every CPU: its check asks oneDNN for fast fp16, but torch computes it anywhere."""
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         with mock.patch.object(accelerator, "is_fp16_supported", lambda: True):

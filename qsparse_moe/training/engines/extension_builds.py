@@ -1,7 +1,7 @@
-"""How the operators that DeepSpeed compiles at first use (asynchronous I/O, for NVMe offload) are locked.
+"""A lock for the operators that DeepSpeed compiles at first use, such as asynchronous I/O for NVMe offload.
 
-DeepSpeed leaves it to PyTorch, whose lock is a file that exists: a process killed while it compiles leaves it behind,
-and every later one waits for ever in silence.
+DeepSpeed relies on PyTorch's lock, which is held as long as a file exists. A process that is killed while it compiles
+leaves the file behind, and every later process waits for it without end and without a message.
 """
 
 from __future__ import annotations
@@ -22,30 +22,31 @@ from qsparse_moe.training.distributed.ranks import environment
 
 logger = logging.getLogger(__name__)
 
-# Its asynchronous I/O takes about four minutes of CPU time.
+# Fifteen times the four minutes of CPU time that asynchronous I/O takes: a build may share its cores.
 _TIMEOUT_SECONDS = 3600.0
 
 
 @contextmanager
 def locked_builds() -> Iterator[None]:
-    """Let what is compiled meanwhile take a lock that dies with its holder, in a folder that is this package's own."""
+    """Compile under a lock that ends with its holder, in a folder that only this package uses."""
     folder = extensions_folder() / "deepspeed"
+    # In PyTorch's default folder, processes that do not use this lock could compile at the same time.
     with environment(TORCH_EXTENSIONS_DIR=str(folder)), mock.patch.object(cpp_extension, "FileBaton", BuildLock):
         yield
 
 
 class BuildLock:
-    """What PyTorch calls a baton. It is waited for at once, so that whoever waited finds out whether it is built."""
+    """Replaces PyTorch's ``FileBaton``; it waits in ``try_acquire``, after which ninja skips what is built."""
 
     def __init__(self, lock_file_path: str, *others: Any, **more: Any) -> None:
         self._path = Path(lock_file_path)
         self._held: HeldLock | None = None
 
     def try_acquire(self) -> bool:
-        """Return True when this process has the lock; ninja then builds what is not there.
+        """Acquire the lock and return True; ninja then builds only what is missing.
 
         Raises:
-            BackendUnavailable: another process has it for longer than any build takes.
+            BackendUnavailable: another process has held the lock for longer than any build takes.
         """
         folder = self._path.parent
         try:
@@ -56,10 +57,10 @@ class BuildLock:
                 f"than {_TIMEOUT_SECONDS / 60:g} minutes; end that process if it hangs, or offload to cpu"
             ) from None
         if not any(folder.glob("*.so")):
-            logger.info("compiling DeepSpeed's %s for this machine, once: %s (minutes)", folder.name, folder)
+            logger.info("compiling DeepSpeed's %s once for this machine, which takes minutes: %s", folder.name, folder)
         return True
 
     def release(self) -> None:
-        """Give the lock back."""
-        assert self._held is not None, "PyTorch releases what it has acquired"
+        """Release the lock."""
+        assert self._held is not None, "PyTorch releases only a lock that it has acquired"
         self._held.release()

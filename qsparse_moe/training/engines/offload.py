@@ -1,4 +1,4 @@
-"""What NVMe offload needs of a machine, and where a run's swap files go. Knows DeepSpeed's asynchronous I/O."""
+"""Requirements of NVMe offload on a machine, and the folder of a run's swap files."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from qsparse_moe.runs.folder import run_folder
 
 
 def swap_folder(config: RunConfig) -> Path | None:
-    """Where the run's swap files go, a folder that no other run has; None without NVMe offload.
+    """Return the folder of the run's swap files, which no other run uses; None without NVMe offload.
 
-    DeepSpeed names them by rank and parameter only: two runs in one folder would read each other's weights.
+    DeepSpeed names swap files by rank and parameter only, so two runs in one folder would read each other's weights.
     """
     chosen = config.training.deepspeed
     if "nvme" not in (chosen.offload_optimizer, chosen.offload_parameters):
         return None
-    assert chosen.nvme_path is not None, "a rule sees to it"
+    assert chosen.nvme_path is not None, "a rule of the config requires it"
     run = run_folder(config).resolve()
     return Path(chosen.nvme_path).expanduser() / f"{run.name}-{zlib.crc32(str(run).encode()):08x}"
 
 
 def check_offload(config: RunConfig) -> None:
-    """Raise unless this machine can do the run's NVMe offload; nothing to check without it.
+    """Raise if the run uses NVMe offload and this machine does not support it.
 
     Raises:
-        ConfigError: ``training.deepspeed.nvme_path`` is no folder that can be written.
+        ConfigError: ``training.deepspeed.nvme_path`` is not a writable folder.
         BackendUnavailable: DeepSpeed's asynchronous I/O cannot be compiled here.
     """
     folder = swap_folder(config)
@@ -39,43 +39,44 @@ def check_offload(config: RunConfig) -> None:
     path = config.training.deepspeed.nvme_path
     if not (folder.parent.is_dir() and os.access(folder.parent, os.W_OK)):
         raise ConfigError(
-            f"training.deepspeed.nvme_path ({path}) must be a folder that exists and can be written on every machine "
-            "of the run; make it, or name another"
+            f"training.deepspeed.nvme_path ({path}) must be an existing, writable folder on every machine of the run; "
+            "create it, or choose another folder"
         )
     if not _has_libaio():
         raise BackendUnavailable(
-            "training.deepspeed offloads to nvme: DeepSpeed's asynchronous I/O is compiled against libaio, and the "
-            "compiler does not find it on this machine; install libaio-dev (Debian, Ubuntu) or libaio-devel (Fedora, "
-            "RHEL), or offload to cpu"
+            "training.deepspeed offloads to nvme, for which DeepSpeed compiles its asynchronous I/O against libaio, "
+            "but the compiler does not find libaio on this machine; install libaio-dev (Debian, Ubuntu) or "
+            "libaio-devel (Fedora, RHEL), or offload to cpu"
         )
 
 
-def check_alignment(places: Mapping[str, tuple[int, int]], *, alignment: int, smallest: int) -> None:
-    """Raise where DeepSpeed (0.19.8) would read a gradient back to the wrong place, as it does without a word.
+def check_alignment(partitions: Mapping[str, tuple[int, int]], *, alignment: int, smallest: int) -> None:
+    """Raise if DeepSpeed (0.19.8) would silently read a gradient back to a wrong offset.
 
-    It reads the gradient of each large parameter into the flat one of a rank, at an offset that must be aligned for
-    direct I/O; the parts of the parameters before it decide whether it is.
+    DeepSpeed reads the gradient of each large parameter into the rank's flat gradient at an offset that must be aligned
+    for direct I/O. The sizes of the partitions before it determine the offset.
 
     Args:
-        places: offset and elements of a rank's part of each parameter, by name.
-        alignment: elements.
-        smallest: parts of fewer elements are never in a file.
+        partitions: offset and number of elements of the rank's partition of each parameter, by name.
+        alignment: the required alignment in elements.
+        smallest: partitions with fewer elements are never swapped to a file.
 
     Raises:
-        ConfigError: with the first parameter that is not aligned.
+        ConfigError: a partition is not aligned; the message names the first parameter.
     """
-    for name, (offset, size) in places.items():
+    for name, (offset, size) in partitions.items():
         if size >= smallest and offset % alignment:
             raise ConfigError(
-                f"training.deepspeed.offload_optimizer (nvme): a rank's part of {name} begins at element {offset} of "
-                f"what it holds, which must be a multiple of {alignment} for direct I/O, or its gradient would be read "
-                "back to the wrong place. Choose a model.vocab_size and other sizes whose matrices divide by "
-                f"{alignment} times the ranks, another number of ranks, or offload to cpu"
+                f"training.deepspeed.offload_optimizer (nvme): the rank's partition of {name} begins at element "
+                f"{offset} of its flat gradient, but direct I/O requires a multiple of {alignment}, and otherwise "
+                "DeepSpeed reads the gradient back to a wrong offset. Choose model.vocab_size and other sizes so that "
+                f"the number of elements of every matrix is divisible by {alignment} times the number of ranks, use "
+                "another number of ranks, or offload to cpu"
             )
 
 
 def remove_swap_files(config: RunConfig, rank: int) -> None:
-    """Remove what ``rank`` has swapped out; the folder goes with its last file."""
+    """Remove the swap files of ``rank``, and the folder once it contains no more files."""
     folder = swap_folder(config)
     if folder is None or not folder.is_dir():
         return
@@ -84,11 +85,12 @@ def remove_swap_files(config: RunConfig, rank: int) -> None:
     for path, _, _ in os.walk(folder, topdown=False):
         try:
             os.rmdir(path)
-        except OSError:  # another rank's files are in it
+        except OSError:  # It still contains files of another rank.
             return
 
 
 def _has_libaio() -> bool:
+    # Imported here because only NVMe offload needs DeepSpeed before the engine is built.
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     return bool(AsyncIOBuilder().is_compatible(verbose=False))

@@ -1,4 +1,4 @@
-"""The interface of an engine: what a training step and a checkpoint need of it."""
+"""The interface of an engine, as training steps and checkpoints use it."""
 
 from __future__ import annotations
 
@@ -19,54 +19,57 @@ from qsparse_moe.training.engines.loss_scale import LossScaler
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
-"""What training keeps of every parameter: the fp32 weight and Adam's two moments."""
+"""The tensors that training keeps for every parameter: the fp32 weight and Adam's two moments."""
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""By ``training.precision``: of the weights that compute, and of activations."""
+"""Dtype of the weights used in computation and of activations, by ``training.precision``."""
 
 
 class Engine(Protocol):
-    """A model with its optimizer, spread over the ranks in some way. Every method is called by all ranks together."""
+    """A model with its optimizer, replicated or sharded over the ranks. All ranks must call every method together."""
 
     name: str
     model: Transformer
     distributed: Distributed
     num_micro_batches: int
-    """That a rank sends through in one step."""
-    kept_collectives: Sequence[PatchTarget]
-    """Where a library keeps functions of torch.distributed under other names, for whoever measures them."""
+    """Number of micro-batches per rank and step."""
+    collective_aliases: Sequence[PatchTarget]
+    """Attributes under which a library stores functions of torch.distributed; ``timed_collectives`` patches them."""
     loss_scaler: LossScaler | None
-    """Multiplies the loss in fp16; None in another precision."""
+    """The scaler of the loss in fp16; None in other precisions."""
 
     def forward(self, batch: Batch, *, with_stats: bool, layer_hook: LayerHook | None = None) -> ModelOutput:
-        """The model's output for a batch of the host; with gradients unless they are disabled around the call."""
+        """Return the model's output for a batch in host memory; gradients are recorded unless disabled."""
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
-        """Add this micro-batch's gradient, divided by ``num_micro_batches``.
+        """Accumulate this micro-batch's gradient, divided by ``num_micro_batches``.
 
-        After the step's last micro-batch the gradients are reduced over the ranks as far as the engine does it here.
+        After the last micro-batch of a step the gradients are reduced over the ranks, unless the engine does so in
+        ``update``.
         """
 
     def gradient_shard(self, name: str) -> Tensor:
-        """What this rank holds of the gradient of the parameter ``name``, before clipping: flat, on any device.
+        """Return this rank's shard of the gradient of the parameter ``name``, before clipping: flat, on any device.
 
-        To be read between the step's last backward and ``update``, and left as it is. The gradient is the mean over
-        the global batch; the ranks' parts hold every element of it once, and beside those nothing but zeros.
+        Call it between the last backward of a step and ``update``, and do not modify the result. The gradient is the
+        mean over the global batch. Over all ranks the shards contain each of its elements exactly once; any further
+        elements are zero padding.
         """
 
     def update(self, learning_rate: float) -> float:
-        """Clip the gradient, take the optimizer step and drop the gradient; in fp16 adapt the loss scale.
+        """Clip the gradient, take the optimizer step, and clear the gradient; in fp16 also adapt the loss scale.
 
         Returns:
-            The norm of the global batch's gradient before clipping. Where it is not finite the weights may be lost,
-            but not in fp16: there it is infinite when the scaled gradient overflowed and the step was skipped.
+            The norm of the global batch's gradient before clipping. In fp16 it is infinite if the scaled gradient
+            overflowed and the step was skipped. In other precisions a norm that is not finite means that the weights
+            may have been overwritten.
         """
 
     def get_full(self, name: str, kind: StateKind) -> Tensor:
-        """The whole fp32 tensor of the parameter ``name``; on the device, to be used up before the next step."""
+        """Return the global fp32 tensor of the parameter ``name``, on the device; it is valid until the next step."""
 
     def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
-        """Put the whole fp32 tensor in place. A weight must be the one that the model was built with."""
+        """Set the global fp32 tensor. A weight must equal the one that the model was built with."""
 
     @property
     def adam_step(self) -> int:
@@ -76,34 +79,37 @@ class Engine(Protocol):
     def adam_step(self, step: int) -> None: ...
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of every parameter by its name in the state dict; a tied one occurs once."""
+        """Return the global shape of every parameter by its name in the state dict; a tied one occurs once."""
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest should say of it."""
+        """Return the entries that the manifest records for this engine; JSON-able."""
 
     def close(self) -> None:
-        """Let go of hooks and buffers."""
+        """Release hooks, buffers, and swap files."""
 
 
 def num_micro_batches(config: RunConfig, world_size: int) -> int:
-    """Micro-batches that one rank sends through in a step."""
+    """Return the number of micro-batches per rank and step."""
     training = config.training
     return training.global_batch_size // (training.micro_batch_size * world_size)
 
 
 def equal_shard(value: Tensor, distributed: Distributed, group: ExpertGroup = ALONE) -> Tensor:
-    """This rank's share of a tensor that every rank holds whole, or every rank of its place in a ``group``: a flat
-    view; the shares differ by one at most."""
+    """Return this rank's flat shard, a view, of a replicated tensor; the sizes of the shards differ by at most one.
+
+    The replicas are all ranks, or the expert data-parallel group of this rank if the tensor is sharded over ``group``.
+    """
     return value.flatten().tensor_split(distributed.world_size // group.size)[distributed.rank // group.size]
 
 
 def run_model(
     module: Any, batch: Batch, device: torch.device, *, with_stats: bool, layer_hook: LayerHook | None
 ) -> ModelOutput:
-    """Call ``module`` (the model or what an engine wrapped around it) with a batch of the host."""
+    """Call ``module``, the model or the engine's wrapper around it, with a batch in host memory."""
     tokens, targets, positions, documents = (
         None if part is None else part.to(device, non_blocking=True) for part in batch
     )
+    # Through __call__ and not forward: DeepSpeed's wrapper and its ZeRO-3 hooks act on module calls only.
     return module(
         tokens,
         targets_BS=targets,

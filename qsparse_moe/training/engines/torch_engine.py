@@ -1,4 +1,4 @@
-"""The plain engine: what the other one must agree with."""
+"""The plain PyTorch engine, which is the reference for the DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES, StateKind, equ
 
 
 class TorchEngine:
-    """Every rank holds everything but the experts of other ranks; gradients are reduced one by one.
+    """An engine in which every rank holds all state except the experts of other ranks.
 
-    In bf16 and fp16 the model's weights have that dtype, its gradients accumulate in fp32, and AdamW works on fp32
-    copies.
+    Gradients are reduced one parameter at a time. In bf16 and fp16 the model's weights have that dtype, its gradients
+    accumulate in fp32, and AdamW updates fp32 master weights.
     """
 
     name = "torch"
-    kept_collectives: Sequence[PatchTarget] = ()
+    collective_aliases: Sequence[PatchTarget] = ()
 
     def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
         self.distributed = distributed
@@ -44,9 +44,11 @@ class TorchEngine:
         self._step_load = self.model.step_load = StepLoad(distributed.all_reduce)
         self._masters = self._parameters
         if dtype != torch.float32:
+            # Copied after the cast: the master weights must start from what the model computes with, as in DeepSpeed.
             self._masters = {name: nn.Parameter(p.detach().float()) for name, p in self._parameters.items()}
             accumulate_in_fp32(self._parameters.values())
         self._optimizer = build_adamw(self._masters.values(), config.training)
+        # A checkpoint sets the moments before the first step, which would otherwise create them.
         for master in self._masters.values():
             start_state(self._optimizer, master)
 
@@ -75,6 +77,7 @@ class TorchEngine:
             group["lr"] = learning_rate
         factor = 1.0 if self.loss_scaler is None else self.loss_scaler.factor
         norm = clip_gradients(self._parameters.values(), self._max_norm, factor)
+        # In other precisions the step is taken all the same: check_norm ends the run, and no checkpoint is written.
         overflow = self.loss_scaler is not None and not norm.isfinite()
         if not overflow:
             self._step()
@@ -95,11 +98,11 @@ class TorchEngine:
 
     def get_full(self, name: str, kind: StateKind) -> Tensor:
         """See ``Engine``."""
-        return all_gather_shards(self._parameters[name], self._own(name, kind))
+        return all_gather_shards(self._parameters[name], self._local_tensor(name, kind))
 
     def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
         """See ``Engine``."""
-        self._own(name, kind).copy_(local_shard(self._parameters[name], value))
+        self._local_tensor(name, kind).copy_(local_shard(self._parameters[name], value))
 
     @property
     def adam_step(self) -> int:
@@ -122,35 +125,36 @@ class TorchEngine:
         """See ``Engine``."""
         self.model.step_load = None
 
-    def _own(self, name: str, kind: StateKind) -> Tensor:
-        """What this rank holds of it."""
+    def _local_tensor(self, name: str, kind: StateKind) -> Tensor:
+        """Return this rank's shard of a weight or moment, not a copy."""
         master = self._masters[name]
         return master.detach() if kind == "weight" else self._optimizer.state[master][kind]
 
 
 def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:
-    """Make autograd keep the gradients of low-precision parameters in fp32, and add in it."""
+    """Make autograd store and accumulate the gradients of low-precision parameters in fp32."""
     for parameter in parameters:
         parameter.grad_dtype = torch.float32
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], distributed: Distributed) -> None:
-    """Give every rank the mean of the ranks' gradients; a parameter without one counts as zeros.
+    """Replace every gradient by its mean over the ranks; a parameter without a gradient counts as zeros.
 
-    A spread expert's rows came from its whole group, so its replicas' gradients add up to those of all ranks: they too
-    are divided by the number of all ranks.
+    Sharded experts are reduced over their expert data-parallel group only, but also divided by the number of all ranks:
+    the tokens of an expert came from its whole expert-parallel group, so that the sum covers the tokens of all ranks.
     """
     for parameter in parameters:
         if parameter.grad is None:
+            # All ranks must call the collective, even if this rank's micro-batches did not use the parameter.
             parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
         distributed.all_reduce(parameter.grad, group=expert_group(parameter).data_parallel).div_(distributed.world_size)
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, factor: float = 1.0) -> Tensor:
-    """Divide the gradients by ``factor`` and make their global L2 norm at most ``max_norm`` (0: any norm).
+    """Divide the gradients by ``factor``, then clip their global L2 norm to ``max_norm`` (0 disables clipping).
 
     Returns:
-        The norm before clipping, of the gradients without the factor.
+        The norm after the division and before clipping.
     """
     parameters = list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -163,14 +167,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, factor: 
 
 
 def _gradient_norm(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Of the whole model's gradient, where some parameters may be spread over a group of ranks."""
+    """Return the norm of the whole model's gradient, where some parameters may be sharded over a group of ranks."""
     grads: dict[ExpertGroup, list[Tensor]] = {ALONE: []}
     for parameter in parameters:
         if parameter.grad is not None:
             grads.setdefault(expert_group(parameter), []).append(parameter.grad)
     norm = nn.utils.get_total_norm(grads.pop(ALONE))
-    for group, shares in grads.items():
-        square = nn.utils.get_total_norm(shares).square()
+    for group, shards in grads.items():
+        # Over the expert-parallel group, which holds each expert exactly once.
+        square = nn.utils.get_total_norm(shards).square()
         dist.all_reduce(square, group=group.members)
         norm = (norm.square() + square).sqrt()
     return norm

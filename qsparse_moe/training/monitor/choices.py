@@ -69,7 +69,7 @@ class ChoiceMemory:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint of as many ranks, if all have the same validation rows. All ranks call it."""
-        if all(self._distributed.gather(state["sequences"] == self._sequences)):
+        if all(self._distributed.all_gather(state["sequences"] == self._sequences)):
             self._before = state["choices"]
         elif self._distributed.rank == 0:
             logger.info(

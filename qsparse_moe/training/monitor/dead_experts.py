@@ -14,7 +14,7 @@ from qsparse_moe.training.distributed.ranks import Distributed
 logger = logging.getLogger(__name__)
 
 
-class DeadExpertWatch:
+class DeadExpertMonitor:
     """Warns, on rank 0 and once a window, of every expert that got no row on any rank in a window of steps.
 
     The rows of steps that are not logged are added up where they are; the step's report reduces them over the ranks

@@ -21,15 +21,15 @@ from qsparse_moe.training.engines.loss_scale import LossScaler
 logger = logging.getLogger(__name__)
 
 
-CANNOT_GO_ON = 1000
+CANNOT_CONTINUE = 1000
 """The ``stop`` of a rank that has no data for the next step, or cannot write; above every signal."""
 
 
-class Wishes(NamedTuple):
+class Requests(NamedTuple):
     """What the ranks wish after a step."""
 
     stop: int
-    """A signal, ``CANNOT_GO_ON``, or 0."""
+    """A signal, ``CANNOT_CONTINUE``, or 0."""
     save: bool
     """A checkpoint."""
 
@@ -64,12 +64,12 @@ class NonFiniteGuard:
         """To be called with every micro-batch's loss."""
         self._loss += loss.detach().float()
 
-    def check(self, step: int, *, stop: int, save: bool = False) -> Wishes:
+    def check(self, step: int, *, stop: int, save: bool = False) -> Requests:
         """Raise on every rank if any saw a non-finite value since the last call; else what any rank wishes.
 
         Args:
             step: the step at work, counted from 1 as in the reports.
-            stop: the signal that this rank has received, ``CANNOT_GO_ON``, or 0.
+            stop: the signal that this rank has received, ``CANNOT_CONTINUE``, or 0.
             save: whether this rank wishes a checkpoint after the step.
 
         Returns:
@@ -91,7 +91,7 @@ class NonFiniteGuard:
             if self._loss_scaler is None or not self._is_backward_only(found):
                 raise TrainingDiverged(f"step {step}: {place}. {_WAY_OUT}")
             self._overflow_place = f" ({place})"
-        return Wishes(stop, bool(wanted))
+        return Requests(stop, bool(wanted))
 
     def check_norm(self, step: int, grad_norm: float) -> None:
         """Look at the gradient norm, the same on all ranks, after the engine's update; in fp16 say if it skipped.

@@ -1,4 +1,4 @@
-"""Signs of life in one process: three ranks that share a store. Processes that die are in tests/distributed."""
+"""Heartbeats of three ranks in one process that share a store. Processes that die are tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from qsparse_moe.cli import app
 from qsparse_moe.errors import RankLost, TrainingDiverged
-from qsparse_moe.training.distributed import heartbeat as rank_watch
-from qsparse_moe.training.distributed.heartbeat import Heartbeats, RankWatch, is_of_a_collective
+from qsparse_moe.training.distributed import heartbeat as heartbeat
+from qsparse_moe.training.distributed.heartbeat import Heartbeats, RankMonitor, is_of_a_collective
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.interrupt import Stopped, StopSignals
 
@@ -23,7 +23,7 @@ TIMED_OUT = RuntimeError("[.../gloo/transport/tcp/unbound_buffer.cc:78] Timed ou
 
 
 class BrokenStore:
-    """What is left of the store when the process that holds it has died."""
+    """The store after the process that hosts it has died."""
 
     def __getattr__(self, name):
         def fail(*arguments):
@@ -35,17 +35,17 @@ class BrokenStore:
 @pytest.fixture
 def ranks(monkeypatch):
     store = dist.HashStore()
-    monkeypatch.setattr(rank_watch, "launcher_store", lambda: SimpleNamespace(clone=lambda: store))
-    monkeypatch.setattr(rank_watch, "_BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat, "launcher_store", lambda: SimpleNamespace(clone=lambda: store))
+    monkeypatch.setattr(heartbeat, "_BEAT_SECONDS", 0.05)
     # Thirty missed beats: a busy machine may let a thread wait for some.
-    monkeypatch.setattr(rank_watch, "_PATIENCE_SECONDS", 1.5)
-    monkeypatch.setattr(rank_watch, "_GRACE_SECONDS", 600.0)
+    monkeypatch.setattr(heartbeat, "_PATIENCE_SECONDS", 1.5)
+    monkeypatch.setattr(heartbeat, "_GRACE_SECONDS", 600.0)
 
     class InOneProcess(Distributed):
-        def gather(self, value):
+        def all_gather(self, value):
             return [f"{value}, rank {rank}" for rank in range(3)]
 
-        def share(self, outcome):
+        def on_rank_zero(self, work):
             return "session"
 
         def barrier(self):
@@ -70,23 +70,23 @@ def test_the_next_rank_notices_silence_and_all_learn_of_it(ranks):
     assert signs[0].name_of(2).endswith(", rank 2")
 
 
-def test_after_a_failed_collective_whoever_is_silent_is_lost(ranks):
-    watches = [RankWatch(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
+def test_after_a_failed_collective_a_rank_without_heartbeats_is_lost(ranks):
+    watches = [RankMonitor(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
     Heartbeats(ranks[2])
     for watch in watches:
         watch.__enter__()
     with pytest.raises(RankLost) as caught:
         watches[0].__exit__(RuntimeError, CLOSED, None)
     message = str(caught.value)
-    assert message.startswith("rank 2 (process ") and ", rank 2), of 3 ranks, gave no sign of life for " in message
+    assert message.startswith("rank 2 (process ") and ", rank 2), of 3 ranks, sent no heartbeat for " in message
     assert message.endswith("Rank 0 ends too. Go on.") and caught.value.__cause__ is CLOSED
     with pytest.raises(RankLost, match=r"^rank 2 .* Rank 1 ends too"):
         watches[1].__exit__(RuntimeError, CLOSED, None)
 
 
 def test_a_rank_that_dies_when_all_others_are_done_is_named_too(ranks, monkeypatch):
-    watch = RankWatch(ranks[0], timeout=100.0, way_out=lambda: "Go on.")
-    other = RankWatch(ranks[1], timeout=100.0, way_out=str)
+    watch = RankMonitor(ranks[0], timeout=100.0, way_out=lambda: "Go on.")
+    other = RankMonitor(ranks[1], timeout=100.0, way_out=str)
     Heartbeats(ranks[2])
     for entered in (watch, other):
         entered.__enter__()
@@ -113,12 +113,12 @@ def test_a_store_that_is_gone_is_rank_0(ranks):
 
 
 def test_a_collective_that_timed_out_while_all_are_alive_names_the_setting(ranks, caplog):
-    watches = [RankWatch(rank, timeout=7.0, way_out=lambda: "Go on.") for rank in ranks]
+    watches = [RankMonitor(rank, timeout=7.0, way_out=lambda: "Go on.") for rank in ranks]
     for watch in watches:
         watch.__enter__()
-    with caplog.at_level(logging.ERROR), pytest.raises(RankLost, match=r"training\.collective_timeout \(7 s\), though"):
+    with caplog.at_level(logging.ERROR), pytest.raises(RankLost, match=r"training\.collective_timeout \(7 s\)"):
         watches[0].__exit__(RuntimeError, TIMED_OUT, None)
-    assert "one is stuck, or needs longer. Raise the setting if it does. Go on." in caplog.text
+    assert "every rank sends heartbeats" in caplog.text and "raise the setting. Go on." in caplog.text
     for watch in watches[1:]:
         watch.__exit__(None, None, None)
 
@@ -127,35 +127,33 @@ def test_a_collective_that_timed_out_while_all_are_alive_names_the_setting(ranks
 def test_other_errors_pass_at_once(ranks, error):
     assert not is_of_a_collective(error)
     begin = time.monotonic()
-    with pytest.raises(type(error)), RankWatch(ranks[0], timeout=9.0, way_out=str):
+    with pytest.raises(type(error)), RankMonitor(ranks[0], timeout=9.0, way_out=str):
         raise error
     assert time.monotonic() - begin < 1
 
 
-def test_errors_of_collectives_are_told_by_type_or_text():
+def test_errors_of_collectives_are_recognised_by_type_or_text():
     assert is_of_a_collective(CLOSED) and is_of_a_collective(dist.DistBackendError("NCCL"))
     assert not is_of_a_collective(RuntimeError("shape mismatch"))
 
 
-def test_a_rank_alone_watches_nobody():
+def test_a_single_rank_starts_no_monitor():
     alone = Distributed(0, 1, 0, torch.device("cpu"))
-    with pytest.raises(RuntimeError, match="gloo"), RankWatch(alone, timeout=1.0, way_out=str) as watch:
+    with pytest.raises(RuntimeError, match="gloo"), RankMonitor(alone, timeout=1.0, way_out=str) as watch:
         assert watch._thread is None
         raise CLOSED
 
 
 def end_by(watch, number):
-    """The way out of a rank that a signal ends at once."""
+    """Exit the monitor as a signal that ends the process does."""
     stopped = Stopped(number)
     watch.__exit__(Stopped, stopped, None)
 
 
-def test_a_rank_that_sigterm_ends_before_any_collective_has_failed_names_the_one_that_is_gone(
-    ranks, monkeypatch, caplog
-):
+def test_a_rank_that_sigterm_ends_before_any_collective_has_failed_names_the_lost_one(ranks, monkeypatch, caplog):
     """The launcher's SIGTERM comes within a second of a rank's death, to the others one after the other."""
-    monkeypatch.setattr(rank_watch, "_LAST_LOOK_SECONDS", 1.0)
-    watches = [RankWatch(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
+    monkeypatch.setattr(heartbeat, "_FINAL_CHECK_SECONDS", 1.0)
+    watches = [RankMonitor(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
     Heartbeats(ranks[2])
     for watch in watches:
         watch.__enter__()
@@ -164,14 +162,14 @@ def test_a_rank_that_sigterm_ends_before_any_collective_has_failed_names_the_one
         with caplog.at_level(logging.ERROR):
             end_by(watch, signal.SIGTERM)
         (said,) = caplog.messages
-        assert said.startswith("rank 2 (process ") and ", rank 2), of 3 ranks, gave no sign of life for 1 s" in said
+        assert said.startswith("rank 2 (process ") and ", rank 2), of 3 ranks, sent no heartbeat for 1 s" in said
         assert said.endswith(f"Rank {rank} ends too. Go on.")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_ranks_that_a_signal_ends_one_after_the_other_take_none_for_lost(ranks, monkeypatch, caplog, number):
-    monkeypatch.setattr(rank_watch, "_LAST_LOOK_SECONDS", 1.0)
-    watches = [RankWatch(rank, timeout=100.0, way_out=str) for rank in ranks]
+    monkeypatch.setattr(heartbeat, "_FINAL_CHECK_SECONDS", 1.0)
+    watches = [RankMonitor(rank, timeout=100.0, way_out=str) for rank in ranks]
     for watch in watches:
         watch.__enter__()
     with caplog.at_level(logging.ERROR):
@@ -183,29 +181,29 @@ def test_ranks_that_a_signal_ends_one_after_the_other_take_none_for_lost(ranks, 
 def test_a_store_that_ended_with_a_stopped_rank_0_is_no_lost_rank(ranks):
     first, second = Heartbeats(ranks[0]), Heartbeats(ranks[1])
     Heartbeats(ranks[2])
-    first.last_look(0.1)
+    first.final_check(0.1)
     second.beat(10.0)
     second._store = BrokenStore()
-    assert second.last_look(0.1) == {}
+    assert second.final_check(0.1) == {}
 
 
-def test_a_store_that_ended_without_a_word_is_rank_0(ranks):
+def test_a_store_that_ended_without_a_stop_message_is_rank_0(ranks):
     signs = Heartbeats(ranks[1])
     signs._store = BrokenStore()
-    assert signs.last_look(0.1).keys() == {0}
+    assert signs.final_check(0.1).keys() == {0}
 
 
-def test_once_it_is_told_to_stop_a_hanging_collective_is_waited_for_less_long(ranks, monkeypatch):
+def test_after_a_stop_signal_a_hanging_collective_has_a_shorter_timeout(ranks, monkeypatch):
     """The launcher kills 30 s after its SIGTERM, which a rank in a collective of NCCL only notes."""
-    assert rank_watch._STOPPING_SECONDS + 5 < 30
+    assert heartbeat._STOPPING_SECONDS + 5 < 30
     given = []
     monkeypatch.setattr(Heartbeats, "beat", lambda self, timeout: given.append(timeout) or {})
-    with RankWatch(ranks[0], timeout=600.0, way_out=str), StopSignals() as signals:
+    with RankMonitor(ranks[0], timeout=600.0, way_out=str), StopSignals() as signals:
         time.sleep(0.2)
         assert set(given) == {600.0}
         signals.received = signal.SIGTERM
         time.sleep(0.2)
-        assert given[-1] == rank_watch._STOPPING_SECONDS
+        assert given[-1] == heartbeat._STOPPING_SECONDS
 
 
 def test_the_command_line_ends_with_1_and_repeats_nothing(monkeypatch, capsys):

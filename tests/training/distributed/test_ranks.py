@@ -23,7 +23,7 @@ def test_without_a_launcher_there_is_one_rank_and_nothing_stays_behind():
         with open_distributed("cpu") as distributed:
             assert (distributed.rank, distributed.world_size, distributed.device.type) == (0, 1, "cpu")
             assert dist.is_initialized() and os.environ["WORLD_SIZE"] == "1"
-            assert distributed.gather("value") == ["value"]
+            assert distributed.all_gather("value") == ["value"]
             assert distributed.all_reduce(torch.ones(2)).tolist() == [1.0, 1.0]
         assert not dist.is_initialized() and "RANK" not in os.environ
         assert sys.excepthook is excepthook
@@ -51,13 +51,13 @@ def test_half_of_a_launchers_environment_is_refused(monkeypatch):
 def test_a_device_asked_for_by_name_never_becomes_another(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0) == torch.device("cpu")
-    with pytest.raises(BackendUnavailable, match=r"training.device \(cuda\): this machine shows 0 CUDA devices"):
+    with pytest.raises(BackendUnavailable, match=r"training.device \(cuda\): .*0 CUDA devices .*training.device=cpu"):
         choose_device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto", 1) == torch.device("cuda", 1)
     assert choose_device("cpu", 5) == torch.device("cpu")
-    with pytest.raises(BackendUnavailable, match=r"shows 2 CUDA devices .* local rank 2 needs one.*start fewer ranks"):
+    with pytest.raises(BackendUnavailable, match=r"2 CUDA devices .*local rank 2.*start fewer ranks"):
         choose_device("auto", 2)
 
 

@@ -1,4 +1,4 @@
-"""What of the DeepSpeed engine shows in one process; its layouts are in tests/distributed."""
+"""Tests of the DeepSpeed engine in one process; its layouts are tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_a_run_compiles_nothing_and_leaves_standard_output_alone(
 
 
 def test_zero3_cuts_a_tensor_that_does_not_divide():
-    from qsparse_moe.training.engines.deepspeed_engine import part_of
+    from qsparse_moe.training.engines.deepspeed_engine import zero3_partition
 
     value = torch.arange(14.0).view(7, 2)
-    parts = [part_of(value, rank, size=5) for rank in range(4)]
+    parts = [zero3_partition(value, rank, size=5) for rank in range(4)]
     assert [len(part) for part in parts] == [5, 5, 5, 5]
     assert torch.cat(parts).tolist() == [*range(14), 0, 0, 0, 0, 0, 0]

@@ -1,4 +1,4 @@
-"""DeepSpeed's operators, as DeepSpeed lets PyTorch compile them: a tiny source stands for theirs."""
+"""The lock of DeepSpeed's operators, with PyTorch's compilation of a tiny source instead of theirs."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_stale_lock_of_a_dead_process_is_taken_over(compile_tiny, tmp_path, capl
     (folder / "lock").touch()
     with caplog.at_level(logging.INFO):
         compile_tiny()
-    assert f"compiling DeepSpeed's async_io for this machine, once: {folder} (minutes)" in caplog.text
+    assert "compiling DeepSpeed's async_io once" in caplog.text and str(folder) in caplog.text
     assert (folder / "async_io.so").exists() and not (folder / "lock").exists()
 
 

@@ -1,4 +1,4 @@
-"""What NVMe offload asks of a machine; host memory's layouts are in tests/distributed."""
+"""Requirements of NVMe offload; layouts with offload to host memory are tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def nvme(make_config, folder, **training):
     return make_config(engine="deepspeed", deepspeed=chosen, **training)
 
 
-def test_a_machine_without_libaio_is_told_so_before_anything_is_written(make_config, tmp_path, monkeypatch):
+def test_a_machine_without_libaio_is_refused_before_anything_is_written(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "_has_libaio", lambda: False)
     config = nvme(make_config, tmp_path)
     with pytest.raises(BackendUnavailable, match=re.escape(WAY_OUT)):
@@ -31,7 +31,7 @@ def test_a_machine_without_libaio_is_told_so_before_anything_is_written(make_con
 
 def test_a_folder_that_is_not_there_is_named_before_anything_is_written(make_config, tmp_path):
     config = nvme(make_config, tmp_path / "missing")
-    with pytest.raises(ConfigError, match=rf"training\.deepspeed\.nvme_path \({tmp_path}/missing\) must be a folder"):
+    with pytest.raises(ConfigError, match=rf"training\.deepspeed\.nvme_path \({tmp_path}/missing\) must be .*folder"):
         train(config)
     assert not run_folder(config).exists()
 
@@ -45,14 +45,16 @@ def test_the_plain_engine_and_host_memory_ask_for_nothing(make_config, tmp_path,
     check_engine(files.model_copy(update={"training": files.training.model_copy(update={"engine": "torch"})}))
 
 
-def test_a_gradient_that_would_be_read_back_to_the_wrong_place_is_refused():
-    places = {"embedding": (0, 1000), "router": (1000, 24), "experts": (1024, 5000), "head": (6024, 999)}
-    check_alignment(places, alignment=256, smallest=1000)
+def test_a_gradient_that_would_be_read_back_to_a_wrong_offset_is_refused():
+    partitions = {"embedding": (0, 1000), "router": (1000, 24), "experts": (1024, 5000), "head": (6024, 999)}
+    check_alignment(partitions, alignment=256, smallest=1000)
     with pytest.raises(ConfigError) as caught:
-        check_alignment(places | {"experts": (1016, 5000)}, alignment=256, smallest=1000)
+        check_alignment(partitions | {"experts": (1016, 5000)}, alignment=256, smallest=1000)
     message = str(caught.value)
-    assert "a rank's part of experts begins at element 1016 of what it holds" in message
-    assert "a multiple of 256 for direct I/O" in message and message.endswith("or offload to cpu")
+    assert (
+        "training.deepspeed.offload_optimizer (nvme): the rank's partition of experts begins at element 1016" in message
+    )
+    assert "a multiple of 256" in message and message.endswith("or offload to cpu")
 
 
 def test_each_rank_removes_its_files_and_the_last_one_the_folder(make_config, tmp_path):

@@ -64,7 +64,7 @@ def test_choices_of_a_checkpoint_are_compared_only_on_the_same_sequences_of_all_
     chosen = [[torch.tensor([[0, 1], [2, 3]])]]
 
     class OtherRankDiffers(Distributed):
-        def gather(self, value):
+        def all_gather(self, value):
             return [value, False]
 
     two = OtherRankDiffers(0, 2, 0, torch.device("cpu"))

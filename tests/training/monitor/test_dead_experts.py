@@ -9,7 +9,7 @@ import torch
 
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.loop import train
-from qsparse_moe.training.monitor.dead_experts import DeadExpertWatch, in_ranges
+from qsparse_moe.training.monitor.dead_experts import DeadExpertMonitor, in_ranges
 
 ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 
@@ -35,7 +35,7 @@ def warnings_of(caplog, watch, steps):
 def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
     dead = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 0])
     late = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 1])
-    watch = DeadExpertWatch(4, [1, 3], ALONE)
+    watch = DeadExpertMonitor(4, [1, 3], ALONE)
     first, second, third, fourth, fifth = warnings_of(
         caplog, watch, [[dead, dead], [dead, late], [dead, dead], [dead], [dead] * 3]
     )
@@ -55,18 +55,18 @@ def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
 def test_one_row_in_the_window_is_enough(caplog):
     dead, alive = rows([1, 0]), rows([1, 1])
     steps = [[dead, dead, dead], [alive, dead], [dead, dead], [dead]]
-    assert warnings_of(caplog, DeadExpertWatch(4, [0], ALONE), steps) == [[], [], [], []]
+    assert warnings_of(caplog, DeadExpertMonitor(4, [0], ALONE), steps) == [[], [], [], []]
 
 
 def test_zero_says_nothing_and_so_does_a_model_without_experts(caplog):
     dead = rows([1, 0])
-    assert warnings_of(caplog, DeadExpertWatch(0, [0], ALONE), [[dead] * 9]) == [[]]
-    assert warnings_of(caplog, DeadExpertWatch(2, [], ALONE), [[None] * 9]) == [[]]
+    assert warnings_of(caplog, DeadExpertMonitor(0, [0], ALONE), [[dead] * 9]) == [[]]
+    assert warnings_of(caplog, DeadExpertMonitor(2, [], ALONE), [[None] * 9]) == [[]]
 
 
 def test_only_rank_zero_speaks(caplog):
     for rank, want in ((0, ["step 2: layer 0: experts 2"]), (1, [])):
-        watch = DeadExpertWatch(2, [0], Distributed(rank, 2, rank, torch.device("cpu")))
+        watch = DeadExpertMonitor(2, [0], Distributed(rank, 2, rank, torch.device("cpu")))
         found = warnings_of(caplog, watch, [[rows([1, 1, 0])] * 2])[0]
         assert [text.split(" got")[0] for text in found] == want
 
@@ -100,8 +100,8 @@ def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
     """Expert 1 gets no row; the state is taken after ``stop`` steps, within an interval of two between the looks."""
-    dead, watch = rows([3, 0]), DeadExpertWatch(4, [0], ALONE)
-    want = warnings_of(caplog, DeadExpertWatch(4, [0], ALONE), [[dead, dead], [dead, dead], [dead, dead]])
+    dead, watch = rows([3, 0]), DeadExpertMonitor(4, [0], ALONE)
+    want = warnings_of(caplog, DeadExpertMonitor(4, [0], ALONE), [[dead, dead], [dead, dead], [dead, dead]])
     assert [len(texts) for texts in want] == [0, 1, 0]
     found = []
     for step in range(1, 7):
@@ -112,7 +112,7 @@ def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
             watch.look(step, watch.rows_LE + dead)
             found.append([record.getMessage() for record in caplog.records])
         if step == stop:
-            resumed = DeadExpertWatch(4, [0], ALONE)
+            resumed = DeadExpertMonitor(4, [0], ALONE)
             resumed.load_state_dict(watch.state_dict())
             watch = resumed
     assert found == want

@@ -9,8 +9,8 @@ import time
 import psutil
 import pytest
 
-from qsparse_moe.training import launcher_watch
-from qsparse_moe.training.launcher_watch import LauncherWatch, launcher_processes
+from qsparse_moe.training import launcher_monitor
+from qsparse_moe.training.launcher_monitor import LauncherMonitor, launcher_processes
 
 # A process that stands for the launcher by the words of its command line, and starts what follows them.
 PARENT = "import subprocess, sys; subprocess.Popen(sys.argv[2:]).wait()"
@@ -86,33 +86,33 @@ def test_the_end_of_another_parent_is_no_wish_of_the_users(start):
 
 def test_a_signal_that_is_there_already_is_not_followed_by_another(monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    gone = launcher_watch._look(child.pid)
+    gone = launcher_monitor._read_process(child.pid)
     child.communicate(b"\n")
     sent = []
-    monkeypatch.setattr(launcher_watch, "_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(launcher_watch, "launcher_processes", lambda: [gone])
-    monkeypatch.setattr(launcher_watch.os, "kill", lambda *given: sent.append(given))
-    with LauncherWatch(is_stopping=lambda: True):
+    monkeypatch.setattr(launcher_monitor, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(launcher_monitor, "launcher_processes", lambda: [gone])
+    monkeypatch.setattr(launcher_monitor.os, "kill", lambda *given: sent.append(given))
+    with LauncherMonitor(is_stopping=lambda: True):
         time.sleep(0.2)
     assert sent == []
-    with LauncherWatch(is_stopping=lambda: False):
+    with LauncherMonitor(is_stopping=lambda: False):
         time.sleep(0.2)
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
 def test_a_number_that_another_process_has_now_is_not_taken_for_it():
-    me = launcher_watch._look(os.getpid())
+    me = launcher_monitor._read_process(os.getpid())
     assert me.parent == os.getppid()
-    assert launcher_watch._is_there(me)
-    assert not launcher_watch._is_there(me._replace(start=str(int(me.start) - 1)))
+    assert launcher_monitor._is_there(me)
+    assert not launcher_monitor._is_there(me._replace(start=str(int(me.start) - 1)))
 
 
 def test_without_proc_the_environment_tells_of_the_launcher(monkeypatch, tmp_path):
-    monkeypatch.setattr(launcher_watch, "_PROCESSES", tmp_path / "gone")
+    monkeypatch.setattr(launcher_monitor, "_PROCESSES", tmp_path / "gone")
     for name in ("CROSS_RANK", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert launcher_processes() == []
     monkeypatch.setenv("CROSS_RANK", "0")
     monkeypatch.setenv("LOCAL_SIZE", "2")
     (parent,) = launcher_processes()
-    assert parent.pid == os.getppid() and launcher_watch._is_there(parent)
+    assert parent.pid == os.getppid() and launcher_monitor._is_there(parent)

@@ -120,7 +120,7 @@ def test_a_folder_without_a_model_is_named(run_dir, tmp_path):
         Generator.load(tmp_path)
     for name in ("config.yaml", "manifest.json"):
         shutil.copy(run_dir / name, tmp_path / name)
-    with pytest.raises(CheckpointError, match="has no complete checkpoint"):
+    with pytest.raises(CheckpointError, match="contains no complete checkpoint"):
         Generator.load(tmp_path)
 
 

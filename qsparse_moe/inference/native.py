@@ -31,7 +31,6 @@ _SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
 _RESCALES = {"none": 0, "unit": 1, "preserve": 2}
 _ACTIVATIONS = {"swiglu": 0, "relu2glu": 1, "reglu": 2, "drelu": 3, "relu2": 4}
-_LARGEST_HEAD = 1024
 _NONE = torch.empty(0)
 
 
@@ -47,8 +46,6 @@ def why_not(model: Transformer) -> str | None:
         )
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
-    if head_size(model.config) > _LARGEST_HEAD:
-        return f"heads of {head_size(model.config)} channels are above its {_LARGEST_HEAD}; use the engine torch"
     return None
 
 

@@ -2,9 +2,9 @@
 // behind selected features are read. The definition is the training model's own forward with a key-value cache
 // (inference/cached_model.py); tests hold the two together.
 //
-// One parallel region spans the step. A product is cut by columns, so that a thread adds to its own part of a row and sums
-// need no exchange; what lies between products (norms, selections, attention, routing) is cut by tokens, heads or experts.
-// Between two of them stands a barrier. Nothing is allocated in a step once its number of tokens has been seen.
+// One parallel region spans the step. A product is cut by rows, so that a thread reads whole rows; the sums of all threads are
+// then added, cut by columns. What lies between products (norms, selections, attention, routing) is cut by tokens, heads or
+// experts. A barrier separates them. Nothing is allocated in a step once its number of tokens has been seen.
 //
 // B tokens, D width, E experts, A experts per token, F hidden features of an expert.
 
@@ -169,6 +169,8 @@ struct Job {
   const float* values = nullptr;  // (num_rows, tokens)
   int64_t num_rows = 0;
   bool reads_unneeded = false;
+  int used_tokens = 1;
+  bool accumulates = false;  // adds to `out`, which is set otherwise
   float* out[kMaxTokens] = {};
   std::vector<int32_t> row_room;
   std::vector<float> value_room;
@@ -274,15 +276,17 @@ class DecodeModel : public torch::CustomClassHolder {
   void route(const Layer& layer, const Thread& thread);
   void choose_experts(const RouterHolder& router, int64_t token, std::vector<float>& scores);
   void plan_experts(const Layer& layer);
-  void project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, const Thread& thread);
+  void project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, bool accumulates, const Thread& thread);
   void build_expert_jobs(const Layer& layer, const Thread& thread);
   void build_down_jobs(const Layer& layer, const Thread& thread);
+  float* partial_sums(int thread, int64_t job, int token) {
+    return partial_sums_[thread].data() + (job * sum_tokens_ + token) * sum_columns_;
+  }
   int64_t num_token_groups() const { return (batch_ + kMaxTokens - 1) / kMaxTokens; }
   void build_job(Job& job, const StoredMatrix& matrix, int64_t which, int tokens, const FeatureList* const* lists,
-                 const float* factors, float* const* out, const Thread& thread);
+                 const float* factors, float* const* out, bool accumulates, const Thread& thread);
   void run_jobs(const Thread& thread, int64_t num_jobs);
   void head(const Thread& thread, at::Tensor& logits);
-  void clear_columns(Rows& rows, int64_t num_rows, int64_t columns, const Thread& thread);
 
   const int64_t num_heads_, num_kv_heads_, head_size_, width_;
   const float epsilon_;
@@ -303,7 +307,11 @@ class DecodeModel : public torch::CustomClassHolder {
   std::vector<int64_t> chosen_;     // (B, A)
   std::vector<float> weights_;      // (B, A)
   std::vector<float> token_share_;  // (B)
+  std::vector<float> rotations_;    // (B, C): cosines, then sines
   std::vector<Job> jobs_;
+  // Sums of the rows of each thread: (job, token, column), so that no thread waits for another to add.
+  std::vector<std::vector<float>> partial_sums_;
+  int64_t sum_columns_ = 0, sum_tokens_ = 0;
   std::vector<std::vector<int32_t>> marks_;
   std::vector<std::unique_ptr<SiteScratch>> scratch_;
   std::vector<float> head_first_, head_second_;
@@ -337,19 +345,26 @@ void DecodeModel::reserve(int num_threads) {
   logits_.reserve(batch_, experts);
   for (Rows* rows : {&gate_, &up_}) rows->reserve(places, hidden);
   for (Rows* rows : {&dense_gate_, &dense_up_}) rows->reserve(batch_, dense_hidden);
-  spare_.reserve(1, std::max({widest, qkv_.stride(), head_->num_rows}));
+  spare_.reserve(1, head_->num_rows);
   lists_.reserve(places, widest);
   dense_lists_.reserve(batch_, width_);
   hidden_lists_.reserve(places, hidden);
   dense_hidden_lists_.reserve(batch_, dense_hidden);
   if (int64_t(chosen_.size()) < places) {
     chosen_.resize(places), weights_.resize(places), members_.resize(places), token_share_.resize(batch_);
+    rotations_.resize(batch_ * head_size_);
     expert_tokens_.reserve(places + experts);
     // Gate and up of every group of an expert's tokens, and of every group of tokens of the shared experts.
     jobs_.resize(2 * (places + num_token_groups()) + 2);
     head_first_.assign(num_token_groups() * kMaxTokens * units * kLanes, 0.0f);
     head_second_.assign(head_first_.size(), 0.0f);
   }
+  sum_tokens_ = padded_tokens(int(std::min<int64_t>(batch_, kMaxTokens)));
+  sum_columns_ = padded(std::max({widest, width_, (num_heads_ + 2 * num_kv_heads_) * head_size_}));
+  if (int(partial_sums_.size()) < num_threads) partial_sums_.resize(num_threads);
+  for (std::vector<float>& sums : partial_sums_)
+    if (int64_t(sums.size()) < int64_t(jobs_.size()) * sum_tokens_ * sum_columns_)
+      sums.resize(jobs_.size() * sum_tokens_ * sum_columns_);
   while (int(scratch_.size()) < num_threads) {
     scratch_.push_back(std::make_unique<SiteScratch>(widest));
     marks_.emplace_back(widest, 0);
@@ -385,6 +400,13 @@ at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positio
   const at::Tensor rows = embedding_.index_select(0, tokens).to(at::kFloat).contiguous();
   for (int64_t token = 0; token < batch_; ++token)
     std::copy_n(rows.const_data_ptr<float>() + token * width_, width_, stream_[token]);
+  // The angles are the same in every layer.
+  for (int64_t token = 0; token < batch_; ++token)
+    for (int64_t i = 0, half = head_size_ / 2; i < half; ++i) {
+      const float angle = float(positions_[token]) * floats(inverse_frequencies_)[i];
+      rotations_[token * head_size_ + i] = std::cos(angle);
+      rotations_[token * head_size_ + half + i] = std::sin(angle);
+    }
   at::Tensor logits = at::empty({batch_, head_->num_rows}, rows.options());
   Barrier barrier(num_threads);
 #pragma omp parallel num_threads(num_threads)
@@ -402,22 +424,16 @@ void DecodeModel::run_layer(const Layer& layer, int64_t number, const Thread& th
   feed_forward(layer, thread);
 }
 
-void DecodeModel::clear_columns(Rows& rows, int64_t num_rows, int64_t columns, const Thread& thread) {
-  int64_t begin, end;
-  column_slice(columns, kTernaryBlock, thread.index, thread.count, begin, end);
-  for (int64_t row = 0; row < num_rows; ++row) std::fill(rows[row] + begin, rows[row] + end, 0.0f);
-}
-
 // The rows that `tokens` tokens need of one matrix, and what each token multiplies them with: the values of its list, times
 // its factor, times the scales of the stored weights.
 void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which, int tokens,
                             const FeatureList* const* lists, const float* factors, float* const* out,
-                            const Thread& thread) {
+                            bool accumulates, const Thread& thread) {
   const float* row_scales = matrix.row_scales(which);
   const float scale = matrix.factor(which);
   job.matrix = matrix.matrix(which);
-  job.tokens = padded_tokens(tokens);
-  for (int t = 0; t < job.tokens; ++t) job.out[t] = t < tokens ? out[t] : spare_[0];
+  job.tokens = padded_tokens(tokens), job.used_tokens = tokens, job.accumulates = accumulates;
+  std::copy_n(out, tokens, job.out);
   const int64_t most = matrix.num_rows;
   const double all_from = all_rows_from_[tokens <= 1 ? 0 : tokens <= 2 ? 1 : tokens <= 4 ? 2 : 3] * double(most);
   job.reads_unneeded = false;
@@ -469,20 +485,36 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
   std::fill_n(marks, most, 0);
 }
 
+// Compute all jobs, each thread with a part of the rows of each; then add the parts, each thread a part of the columns.
 void DecodeModel::run_jobs(const Thread& thread, int64_t num_jobs) {
+  int64_t begin, end;
   for (int64_t number = 0; number < num_jobs; ++number) {
     const Job& job = jobs_[number];
-    int64_t begin, end;
-    column_slice(job.matrix.num_columns, job.matrix.grain(), thread.index, thread.count, begin, end);
-    add_product(job.matrix, job.tokens, job.rows, job.num_rows, job.values, job.out, begin, end);
+    slice(job.num_rows, 2, thread.index, thread.count, begin, end);
+    float* sums[kMaxTokens];
+    for (int t = 0; t < job.tokens; ++t) sums[t] = partial_sums(thread.index, number, t);
+    multiply(job.matrix, job.tokens, {job.rows + begin, job.values + begin * job.tokens, end - begin}, sums);
     if (thread.index > 0) continue;
     bytes_read_ += job.num_rows * job.matrix.row_bytes;
     ++passes_, whole_passes_ += job.reads_unneeded;
   }
+  thread.barrier.wait();
+  for (int64_t number = 0; number < num_jobs; ++number) {
+    const Job& job = jobs_[number];
+    slice(job.matrix.num_columns, kUnit, thread.index, thread.count, begin, end);
+    for (int t = 0; t < job.used_tokens; ++t)
+      for (int64_t column = begin; column < end; column += kLanes) {
+        float* to = job.out[t] + column;
+        Floats total = job.accumulates ? load<Floats>(to) : Floats{};
+        for (int part = 0; part < thread.count; ++part) total += load<Floats>(partial_sums(part, number, t) + column);
+        store(to, total);
+      }
+  }
 }
 
-// Add to `out[b]` the product of the list of every token with one matrix.
-void DecodeModel::project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, const Thread& thread) {
+// Set `out[b]` to, or add to it, the product of the list of every token with one matrix.
+void DecodeModel::project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, bool accumulates,
+                          const Thread& thread) {
   for (int64_t group = 0; group < num_token_groups(); ++group) {
     if (!thread.takes(group)) continue;
     const FeatureList* of_tokens[kMaxTokens];
@@ -490,7 +522,7 @@ void DecodeModel::project(const StoredMatrix& matrix, const ListRoom& lists, Row
     const int64_t first = group * kMaxTokens, count = std::min<int64_t>(kMaxTokens, batch_ - first);
     for (int64_t t = 0; t < count; ++t)
       of_tokens[t] = &lists.lists[first + t], factors[t] = 1, to[t] = out[first + t];
-    build_job(jobs_[group], matrix, 0, int(count), of_tokens, factors, to, thread);
+    build_job(jobs_[group], matrix, 0, int(count), of_tokens, factors, to, accumulates, thread);
   }
   thread.barrier.wait();
   run_jobs(thread, num_token_groups());
@@ -504,9 +536,8 @@ void DecodeModel::attend(const Layer& layer, int64_t number, const Thread& threa
     rms_norm(stream_[token], floats(layer.attention_norm), epsilon_, normed_[token], width_);
     select_features(layer.attention_input->settings, 0, normed_[token], thread.scratch, lists_.lists[token]);
   }
-  clear_columns(qkv_, batch_, layer.qkv->stored_columns, thread);
   if (batch_ > 1) thread.barrier.wait();
-  project(*layer.qkv, lists_, qkv_, thread);
+  project(*layer.qkv, lists_, qkv_, false, thread);
   for (int64_t item = 0; item < batch_ * num_kv_heads_; ++item)
     if (thread.takes(item)) attend_group(layer, number, item / num_kv_heads_, item % num_kv_heads_, thread.scores);
   thread.barrier.wait();
@@ -514,7 +545,7 @@ void DecodeModel::attend(const Layer& layer, int64_t number, const Thread& threa
     if (thread.takes(token))
       select_features(layer.attention_output->settings, 0, mixed_[token], thread.scratch, lists_.lists[token]);
   if (batch_ > 1) thread.barrier.wait();
-  project(*layer.output, lists_, stream_, thread);
+  project(*layer.output, lists_, stream_, true, thread);
 }
 
 // Turn the pair (channel i, channel i + C / 2) by the angle of the position.
@@ -533,11 +564,7 @@ void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token
   const int64_t size = head_size_, heads = num_heads_ / num_kv_heads_, position = positions_[token];
   float* key = qkv_[token] + (num_heads_ + group) * size;
   const float* value = qkv_[token] + (num_heads_ + num_kv_heads_ + group) * size;
-  float cosines[512], sines[512];
-  for (int64_t i = 0; i < size / 2; ++i) {
-    const float angle = float(position) * floats(inverse_frequencies_)[i];
-    cosines[i] = std::cos(angle), sines[i] = std::sin(angle);
-  }
+  const float *cosines = rotations_.data() + token * size, *sines = cosines + size / 2;
   if (layer.key_norm.numel()) rms_norm(key, floats(layer.key_norm), epsilon_, key, size);
   rotate(key, size, cosines, sines);
   const int64_t offset = number * cache_stride_layer_ + token * cache_stride_batch_ + group * cache_stride_head_;
@@ -601,11 +628,6 @@ void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
   const auto matrices = [](const FeedForwardHolder& part) { return part.gate ? 2 : 1; };
   const int64_t num_jobs = (routed ? matrices(*layer.routed) * expert_jobs : 0) +
                            (dense ? matrices(*layer.dense) * dense_jobs : 0);
-  if (routed)
-    for (Rows* rows : {&gate_, &up_})
-      clear_columns(*rows, batch_ * choices, layer.routed->up->stored_columns, thread);
-  if (dense)
-    for (Rows* rows : {&dense_gate_, &dense_up_}) clear_columns(*rows, batch_, layer.dense->up->stored_columns, thread);
   build_expert_jobs(layer, thread);
   thread.barrier.wait();
   run_jobs(thread, num_jobs);
@@ -714,9 +736,9 @@ void DecodeModel::build_expert_jobs(const Layer& layer, const Thread& thread) {
   int64_t number = 0;
   const auto add = [&](const FeedForwardHolder& part, int64_t expert, int64_t count) {
     if (part.gate && thread.takes(number))
-      build_job(jobs_[number], *part.gate, expert, int(count), lists, factors, gates, thread);
+      build_job(jobs_[number], *part.gate, expert, int(count), lists, factors, gates, false, thread);
     number += part.gate ? 1 : 0;
-    if (thread.takes(number)) build_job(jobs_[number], *part.up, expert, int(count), lists, factors, ups, thread);
+    if (thread.takes(number)) build_job(jobs_[number], *part.up, expert, int(count), lists, factors, ups, false, thread);
     ++number;
     if (thread.index == 0)
       bytes_dense_ += (part.gate ? 2 : 1) * part.up->num_rows * part.up->data.size(1);
@@ -749,7 +771,7 @@ void DecodeModel::build_down_jobs(const Layer& layer, const Thread& thread) {
   float factors[kMaxTokens], *out[kMaxTokens];
   int64_t number = 0;
   const auto add = [&](const FeedForwardHolder& part, int64_t expert, int64_t count) {
-    if (thread.takes(number)) build_job(jobs_[number], *part.down, expert, int(count), lists, factors, out, thread);
+    if (thread.takes(number)) build_job(jobs_[number], *part.down, expert, int(count), lists, factors, out, true, thread);
     ++number;
     if (thread.index == 0) bytes_dense_ += part.down->num_rows * part.down->data.size(1);
   };
@@ -798,7 +820,7 @@ void DecodeModel::head(const Thread& thread, at::Tensor& logits) {
   }
 }
 
-// One matrix and T tokens: for tests, and for the table of costs.
+// One matrix and T tokens: for tests, and to measure from when on reading all rows is faster.
 at::Tensor row_product(const intrusive_ptr<StoredMatrix>& stored, int64_t which, const at::Tensor& rows,
                        const at::Tensor& values) {
   TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == at::kInt && rows.is_contiguous(),
@@ -806,28 +828,29 @@ at::Tensor row_product(const intrusive_ptr<StoredMatrix>& stored, int64_t which,
   TORCH_CHECK(values.dim() == 2 && values.scalar_type() == at::kFloat && values.is_contiguous() &&
                   values.size(0) == rows.size(0) && values.size(1) >= 1 && values.size(1) <= kMaxTokens,
               "row_product: values must be contiguous fp32 (K, T), T at most ", kMaxTokens);
-  const int tokens = int(values.size(1)), all = padded_tokens(tokens);
+  const int tokens = int(values.size(1)), all = padded_tokens(tokens), num_threads = at::get_num_threads();
   const int64_t num_rows = rows.size(0), columns = padded(stored->num_columns);
   at::Tensor scaled = at::zeros({num_rows, all}, values.options());
-  at::Tensor out = at::zeros({all, columns}, values.options());
+  at::Tensor parts = at::empty({num_threads, all, columns}, values.options());
   const float *row_scales = stored->row_scales(which), factor = stored->factor(which);
   const int32_t* row = rows.const_data_ptr<int32_t>();
   for (int64_t k = 0; k < num_rows; ++k)
     for (int t = 0; t < tokens; ++t)
       scaled.data_ptr<float>()[k * all + t] =
           values.const_data_ptr<float>()[k * tokens + t] * factor * (row_scales ? row_scales[row[k]] : 1.0f);
-  float* to[kMaxTokens];
-  for (int t = 0; t < all; ++t) to[t] = out.data_ptr<float>() + t * columns;
   const Matrix matrix = stored->matrix(which);
   const float* factors = scaled.const_data_ptr<float>();
-  const int num_threads = at::get_num_threads();
+  float* sums = parts.data_ptr<float>();
 #pragma omp parallel num_threads(num_threads)
   {
+    const int thread = omp_get_thread_num();
     int64_t begin, end;
-    column_slice(matrix.num_columns, matrix.grain(), omp_get_thread_num(), num_threads, begin, end);
-    add_product(matrix, all, row, num_rows, factors, to, begin, end);
+    slice(num_rows, 2, thread, num_threads, begin, end);
+    float* to[kMaxTokens];
+    for (int t = 0; t < all; ++t) to[t] = sums + (int64_t(thread) * all + t) * columns;
+    multiply(matrix, all, {row + begin, factors + begin * all, end - begin}, to);
   }
-  return out.narrow(0, 0, tokens).narrow(1, 0, stored->num_columns).contiguous();
+  return parts.narrow(1, 0, tokens).narrow(2, 0, stored->num_columns).sum(0);
 }
 
 }  // namespace

@@ -13,6 +13,9 @@ struct DotTokens {
   const float* second;  // likewise
 };
 
+// Rows follow one another; how far ahead of a weight its successors are asked for, in bytes.
+constexpr int64_t kAhead = 16384;
+
 template <typename Format, int T, int R>
 inline void dot_rows(const char* weights, int64_t row_bytes, int64_t units, const DotTokens& tokens, float sums[R][T]) {
   Floats total[R][T][2] = {};
@@ -21,7 +24,7 @@ inline void dot_rows(const char* weights, int64_t row_bytes, int64_t units, cons
     for (int r = 0; r < R; ++r) {
       Floats first, second;
       const char* from = weights + r * row_bytes + u * Format::unit_bytes;
-      __builtin_prefetch(from + 4 * row_bytes);
+      prefetch(from + kAhead, Format::unit_bytes);
       Format::read(from, first, second);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) {

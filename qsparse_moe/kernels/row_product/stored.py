@@ -135,7 +135,8 @@ def _huge_pages(num_rows: int, row_bytes: int) -> Tensor:
     Chosen rows lie on as many pages: with pages of 4 kB every second one costs a walk through the page table.
     """
     size = max(num_rows * row_bytes, 1)
-    memory = mmap.mmap(-1, size)
+    # Private: memory that processes could share has small pages, whatever is advised.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel that was built without them
             memory.madvise(mmap.MADV_HUGEPAGE)

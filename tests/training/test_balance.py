@@ -115,17 +115,17 @@ def test_rows_are_reduced_once_and_those_of_steps_before_the_report_with_them(tm
             learning_rate=1e-3,
             guard=guard,
             report=report,
-            earlier_rows_LE=earlier_LE if report else None,
+            earlier_routed_LE=earlier_LE if report else None,
         )
-    own_LE = outcome.rows_LE.double()
+    own_LE = outcome.routed_LE.double()
     assert own_LE.sum() == 2 * 8 * 24 * 2
     assert engine.model.router_bias_LE.equal(0.02 * (8 * 24 * 2 / E - own_LE).sign().float())
     if report:
         assert len(reduced) == 2, "numbers, and flags"
         assert outcome.stats["router/rows_LE"].equal(2 * own_LE)
-        assert outcome.rows_since_report_LE.equal(2 * (own_LE + earlier_LE))
+        assert outcome.routed_since_report_LE.equal(2 * (own_LE + earlier_LE))
     else:
-        assert reduced == [2 * E] and outcome.rows_since_report_LE is None
+        assert reduced == [2 * E] and outcome.routed_since_report_LE is None
 
 
 def test_an_evaluation_moves_no_bias(tmp_path):

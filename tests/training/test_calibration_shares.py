@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from qsparse_moe.training.calibrate import _share
+from qsparse_moe.training.calibrate import _local_batches
 from qsparse_moe.training.distributed.ranks import Distributed
 
 
@@ -29,4 +29,4 @@ class Rows:
 def test_ranks_take_batches_in_turn_and_number_the_tokens_through_all_rows(rank, want):
     rows = np.arange(11)[:, None].repeat(6, axis=1)  # one token more than labels
     distributed = Distributed(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
-    assert list(_share(Rows(), rows, 2, distributed)) == want
+    assert list(_local_batches(Rows(), rows, 2, distributed)) == want

@@ -148,9 +148,7 @@ def test_sigterm_ends_with_a_checkpoint_and_an_exit_code(make_config, caplog):
     with caplog.at_level(logging.WARNING):
         result = train(make_config(), [listener])
     assert (result.step, result.stopped_by, result.exit_code, result.validation) == (3, 15, 143, None)
-    assert (
-        "SIGTERM: stopped after step 3 of 6 with a checkpoint; training.resume=true goes on from there" in caplog.text
-    )
+    assert "SIGTERM: stopped after step 3 of 6 with a checkpoint; training.resume=true continues from it" in caplog.text
     assert [path.name for path in list_checkpoints(result.run_dir)] == ["step-00000003"]
     assert listener.ended == [result]
 
@@ -225,7 +223,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(make_config, c
     shutil.rmtree(first.run_dir / "checkpoints")
     with caplog.at_level(logging.INFO):
         again = train(make_config(steps=3, resume=True))
-    assert "has no complete checkpoint: the run begins again at step 0" in caplog.text
+    assert "has no complete checkpoint: the run starts again at step 0" in caplog.text
     assert again.validation == whole.validation
 
 
@@ -282,7 +280,7 @@ def test_a_poisoned_weight_stops_the_run_with_its_layer_and_the_last_checkpoint(
     with pytest.raises(TrainingDiverged) as caught:
         train(config, [Listener(poison)])
     message = str(caught.value)
-    assert message.startswith("step 3: the output of layer 1 is not finite on rank 0. Nothing of this step was kept.")
+    assert message.startswith("step 3: the output of layer 1 is not finite on rank 0. Nothing of this step was saved.")
     assert message.endswith(f"resume from the last checkpoint: {run_folder(config)}/checkpoints/step-00000002")
 
 

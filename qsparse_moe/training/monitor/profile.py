@@ -1,4 +1,4 @@
-"""A profile of a few steps, on request: what the processor and the GPU did, as a trace that Perfetto opens."""
+"""An optional profile of a few steps: a trace of CPU and GPU activity that Perfetto opens."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from qsparse_moe.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 _ROWS = 40
-"""Operators in the table."""
+"""Number of operators in the table."""
 
 
 class StepProfiler:
-    """Profiles the steps that ``metrics.profile_from`` and ``metrics.profile_steps`` name, on one rank.
+    """Profiles the steps selected by ``metrics.profile_from`` and ``metrics.profile_steps``, on one rank.
 
-    Outside of them it does nothing at all.
+    It has no cost in other steps.
     """
 
     def __init__(
         self, config: MetricsConfig, folder: Path, *, start_step: int, device: torch.device, records: bool
     ) -> None:
-        """``start_step`` steps are done already; ``records`` says whether this rank is the one that is profiled.
+        """Args: ``start_step`` is the number of completed steps; ``records`` is whether to profile this rank.
 
         Raises:
-            ConfigError: a resumed run is past the steps, and none of its parts has profiled them.
+            ConfigError: a resumed run is past the steps to profile, and no earlier part of it has profiled them.
         """
         self._first = config.profile_from
         self._last = config.profile_from + config.profile_steps - 1
@@ -42,18 +42,18 @@ class StepProfiler:
         self._records = records and config.profile_steps > 0 and not done
         if config.profile_steps and not done and start_step >= self._first:
             raise ConfigError(
-                f"metrics.profile_from ({self._first}) must come after the step that the run goes on from "
+                f"metrics.profile_from ({self._first}) must be greater than the step from which the run continues "
                 f"({start_step}); profile from step {start_step + 1} or later, or set metrics.profile_steps to 0"
             )
 
     @property
     def is_on(self) -> bool:
-        """Whether the step at work is profiled."""
+        """Whether the current step is profiled."""
         return self._profile is not None
 
     @contextlib.contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around the step ``number``, counted from 1."""
+        """Profile step ``number``, counted from 1, if it is selected."""
         if not self._records or not self._first <= number <= self._last:
             yield
             return
@@ -66,9 +66,10 @@ class StepProfiler:
             self.close()
 
     def close(self) -> None:
-        """Write what was recorded, if anything: the trace, and beside it a table of the operators by their own time."""
+        """Write the trace and a table of operators by self time, if anything was recorded."""
         if self._profile is None:
             return
+        # Cleared first: if stopping or writing fails, the call at the end of the run must not repeat it.
         finished, self._profile = self._profile, None
         finished.stop()
         self._trace.parent.mkdir(parents=True, exist_ok=True)

@@ -72,7 +72,7 @@ def test_the_log_of_a_stream_says_how_often_it_was_read_to_its_end(make_config, 
         tokens += lengths[given % len(lengths)]
         given += 1
     assert (given - 1) // len(lengths) == 2
-    assert line == "data.sources.0 was read 2 times to its end, by rank 0"
+    assert line == "data.sources.0: rank 0 read it to its end 2 times"
 
 
 def test_a_full_disk_for_the_metrics_keeps_the_steps_done(make_config):

@@ -125,7 +125,10 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(tmp_path, caplog):
     assert (engine.adam_step, engine.loss_scaler.scale, engine.loss_scaler.skipped_steps) == (0, 2**29, 1)
     assert all(engine.get_full(*key).equal(value) for key, value in before.items())
     assert {p.grad for p in engine.model.parameters()} == {None}
-    assert "step 1: skipped, its gradient overflows fp16 (the gradient that enters layer 1 from above" in caplog.text
+    assert (
+        "step 1: skipped because its gradient overflows fp16 (the gradient that enters layer 1 from above"
+        in caplog.text
+    )
     assert "the loss scale of the next is 5.36871e+08" in caplog.text
 
 

@@ -27,7 +27,7 @@ def warnings_of(caplog, watch, steps):
             watch.add(one)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            watch.look(step, None if interval[-1] is None else sum(interval))
+            watch.check(step, None if interval[-1] is None else sum(interval))
         found.append([record.getMessage() for record in caplog.records])
     return found
 
@@ -40,12 +40,14 @@ def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
         caplog, watch, [[dead, dead], [dead, late], [dead, dead], [dead], [dead] * 3]
     )
     assert first == [] and third == [] and len(second) == 2
-    assert second[0] == (
-        "step 4: layer 1: experts 1, 3-4 got no row in the last 4 steps (metrics.dead_expert_window), and nothing "
-        "makes them anew: begin a run with a larger model.moe.load_balance_coefficient, or with "
-        "model.moe.bias_update_rate above 0"
-    )
-    assert second[1].startswith("step 4: layer 3: experts 2-3 got no row")
+    assert second[0].startswith("step 4: layer 1: experts 1, 3-4 received no token in the last 4 steps ")
+    for part in (
+        "metrics.dead_expert_window",
+        "model.moe.load_balance_coefficient",
+        "model.moe.bias_update_rate above 0",
+    ):
+        assert part in second[0]
+    assert second[1].startswith("step 4: layer 3: experts 2-3 received no token")
     # Expert 4 of layer 3 had a row in step 4's interval and none in those after it.
     assert fourth == []
     fronts = [text.split(" got")[0] for text in fifth]
@@ -93,7 +95,7 @@ def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
     model = config.model.model_copy(update={"moe": moe})
     with caplog.at_level(logging.WARNING):
         train(config.model_copy(update={"metrics": watch, "model": model}))
-    messages = [record.getMessage() for record in caplog.records if "got no row" in record.getMessage()]
+    messages = [record.getMessage() for record in caplog.records if "received no token" in record.getMessage()]
     assert [text.split(" got")[0] for text in messages] == ["step 4: layer 1: experts 2-3"]
 
 
@@ -109,7 +111,7 @@ def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
             watch.add(dead)
         else:
             caplog.clear()
-            watch.look(step, watch.rows_LE + dead)
+            watch.check(step, watch.routed_LE + dead)
             found.append([record.getMessage() for record in caplog.records])
         if step == stop:
             resumed = DeadExpertMonitor(4, [0], ALONE)

@@ -76,8 +76,8 @@ class DeadExpertMonitor:
     def _warn(self, step: int, layer: int, experts: list[int]) -> None:
         if experts:
             logger.warning(
-                "step %d: layer %d: experts %s received no token in the last %d steps (metrics.dead_expert_window), and "
-                "dead experts do not recover by themselves: start a run with a larger "
+                "step %d: layer %d: experts %s received no token in the last %d steps (metrics.dead_expert_window), "
+                "and dead experts do not recover by themselves: start a run with a larger "
                 "model.moe.load_balance_coefficient, or with model.moe.bias_update_rate above 0",
                 step,
                 layer,

@@ -48,9 +48,9 @@ def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
     ):
         assert part in second[0]
     assert second[1].startswith("step 4: layer 3: experts 2-3 received no token")
-    # Expert 4 of layer 3 had a row in step 4's interval and none in those after it.
+    # Expert 4 of layer 3 received a token in step 4's interval and none in those after it.
     assert fourth == []
-    fronts = [text.split(" got")[0] for text in fifth]
+    fronts = [text.split(" received")[0] for text in fifth]
     assert fronts == ["step 10: layer 1: experts 1, 3-4", "step 10: layer 3: experts 2-4"]
 
 
@@ -70,7 +70,7 @@ def test_only_rank_zero_speaks(caplog):
     for rank, want in ((0, ["step 2: layer 0: experts 2"]), (1, [])):
         watch = DeadExpertMonitor(2, [0], Distributed(rank, 2, rank, torch.device("cpu")))
         found = warnings_of(caplog, watch, [[rows([1, 1, 0])] * 2])[0]
-        assert [text.split(" got")[0] for text in found] == want
+        assert [text.split(" received")[0] for text in found] == want
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([], ""), ([4], "4"), ([0, 1], "0-1"), ([1, 3, 4, 5, 9], "1, 3-5, 9")])
@@ -96,7 +96,7 @@ def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
     with caplog.at_level(logging.WARNING):
         train(config.model_copy(update={"metrics": watch, "model": model}))
     messages = [record.getMessage() for record in caplog.records if "received no token" in record.getMessage()]
-    assert [text.split(" got")[0] for text in messages] == ["step 4: layer 1: experts 2-3"]
+    assert [text.split(" received")[0] for text in messages] == ["step 4: layer 1: experts 2-3"]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

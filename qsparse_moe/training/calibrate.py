@@ -107,6 +107,7 @@ def calibrate_run(
         logger.info(
             "calibrating on %d training sequences, measuring on %d validation sequences", len(train), len(held_out)
         )
+        # The inputs of a site depend on the sparsity of all sites before it.
         model.set_sparsity(plan)
         local = sample_sites(model, _local_batches(data, train, size, distributed), plan, max_values=max_values)
         samples = _all_gather_samples(local, distributed)
@@ -145,6 +146,7 @@ def _local_batches(data: TokenData, rows: Array, size: int, distributed: Distrib
 
 def _all_gather_samples(local: Samples, distributed: Distributed) -> Samples:
     """Return the merged samples of all ranks, on every rank."""
+    # Site by site, so that a rank never holds the other ranks' samples of all sites.
     return {key: reduce(_merge, distributed.all_gather(samples)) for key, samples in local.items()}
 
 
@@ -164,6 +166,7 @@ def _measure(model: Transformer, data: TokenData, rows: Array, size: int, distri
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}
         total = add_stats(total, sums | {"loss": loss, "labels": num_labels})
+    # Added in the order of ranks, so that all ranks get the same bits.
     return reduce(add_stats, distributed.all_gather(total))
 
 

@@ -90,6 +90,7 @@ def mean_losses(
         "loss": loss,
         # exp overflows if a run has diverged far, which the loss shows already.
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        # The loss is in nats. Bytes and not tokens, so that runs with different tokenizers can be compared.
         "bits_per_byte": loss_sum / math.log(2) / num_bytes,
     }
 
@@ -128,6 +129,7 @@ def load_run(
     step = checkpoint.progress.step
     # The schedule counts steps from 0, so the last one is step - 1.
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
+    # From the plan of the config: checkpoints do not contain the plan, which is a function of config and step.
     model.set_sparsity(model.sparsity_plan.scaled(scale))
     return config, model.eval(), step
 
@@ -172,6 +174,7 @@ def evaluate_run(
         make_forward = partial(forward_of or _own_forward, model)
         if files:
             tokenizer = load_tokenizer(config.data.tokenizer)
+            # As in training: ids without a token get no probability, so that padding of the vocabulary has no effect.
             model.hide_ids(meaningless_ids(config.model, tokenizer))
             text = OwnText(files, config.data, tokenizer)
             batches = text.batches(micro_batch_size, rank=distributed.rank, world_size=distributed.world_size)
@@ -205,9 +208,11 @@ def _own_forward(model: Transformer) -> Forward:
 @torch.no_grad()
 def _sums(forward: Forward, batches: Sequence[Batch], distributed: Distributed) -> Tensor:
     """Return the sum of the loss over this rank's labels that count and their number, ``(2,)`` in float64."""
+    # In float64, so that the result does not depend on the number of batches and ranks that are added.
     sums = torch.zeros(2, dtype=torch.float64, device=distributed.device)
     for batch in batches:
         labels = batch.targets_BS.to(distributed.device).flatten()
+        # In fp32: the softmax sums over the whole vocabulary, for which bf16 has too few digits.
         logits_TV = forward(batch).logits_BSV.flatten(0, 1).float()
         # A sum and not the mean: batches and ranks have different numbers of labels that count.
         loss = F.cross_entropy(logits_TV, labels, ignore_index=IGNORED_LABEL, reduction="sum")

@@ -31,7 +31,7 @@ class Listeners:
             names = sorted(listener.state_name for listener in stateful)
             raise ValueError(
                 f"listeners: their states have the names {names}, but names must be unique, because a checkpoint "
-                "stores states by name; give each listener a different state_name, or pass only one of them"
+                "stores states by name; give each listener another state_name, or pass only one of them"
             )
 
     def begin(self, context: RunContext, states: Mapping[str, dict[str, Any]]) -> None:

@@ -66,9 +66,11 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     timeout = config.training.collective_timeout
     # Rank 0 holds the lock until its engine is closed: no other run may start while this one can still write.
     with open_distributed(config.training.device, timeout=timeout) as distributed, _lock_of(config) as lock:
+        # Only here: the number of ranks is known once they have joined.
         check_world_size(config, distributed.world_size)
         config = distributed.on_every_rank(lambda: with_vocabulary(config))[distributed.rank]
         resumes = distributed.on_rank_zero(lambda: _acquire_folder(config, lock))
+        # An existing run may continue with settings that earlier versions accepted.
         if not resumes:
             check_trainable(config)
         data = load_data(config.data)
@@ -76,6 +78,7 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         with monitor:
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
+                # All ranks have the same totals, so one of them reports.
                 return _Loop(run, all_listeners if distributed.rank == 0 else Listeners(), lock).run()
             except RuntimeError as error:
                 # Before the engine is closed: signals must not end this process before the lost rank is named.
@@ -168,6 +171,7 @@ class _Loop:
                 self._dead_experts.add(outcome.routed_LE)
             else:
                 self._report(step, outcome)
+            # After the report: the listeners' states in the checkpoint must include this step.
             if stopped_by or outcome.save or self._is_due(self._training.checkpoint_interval, done):
                 self._save(evaluation_pending=is_due and bool(stopped_by))
             if stopped_by:
@@ -195,6 +199,7 @@ class _Loop:
         begin = time.perf_counter()
         self._set_sparsity(step)
         self._clock.begin(measures=self._is_reported(step + 1), traces=self._profiler.is_on)
+        # The next step's data is read here, too, so that a failure to read it can still save this step.
         with self._clock.part("data"):
             batches = self._run.loader.batches(step)
             self._read_ahead(step)
@@ -257,6 +262,7 @@ class _Loop:
                 validation = self._run.evaluator(forward)
             return EvaluationResult(validation, self._choices.compare(chosen, self._run.evaluator.counts_T))
         finally:
+            # eval() turned off the router's jitter and the capacity, which belong to training.
             engine.model.train()
 
     def _make_pending_evaluation(self) -> None:
@@ -266,6 +272,7 @@ class _Loop:
 
     def _save(self, *, evaluation_pending: bool) -> None:
         distributed = self._run.distributed
+        # A process that was suspended may have lost the folder to another run.
         distributed.on_rank_zero(self._lock.check)
         states = distributed.all_gather(self._run.loader.state_dict())
         save_checkpoint(

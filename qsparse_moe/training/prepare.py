@@ -71,12 +71,14 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
         BackendUnavailable: a backend requested by name, or NVMe offload, is not available on this machine.
         ConfigError: the folder for NVMe offload cannot be used.
     """
+    # On every rank, since the ranks may run on different machines, and before memory is allocated for a model.
     distributed.on_every_rank(lambda: check_engine(config))
     folder = run_folder(config)
     training = config.training
     loader = TrainLoader(config, data, distributed.rank, distributed.world_size)
     checkpoint = _find_checkpoint(folder, distributed) if resumes else None
     if checkpoint is not None:
+        # Before the model is built: it refuses a checkpoint that was made with other data.
         loader.load_state_dict(checkpoint.data_state)
     hidden_ids = meaningless_ids(config.model, data.tokenizer)
     engine = _start_engine(config, distributed, checkpoint, hidden_ids)
@@ -86,6 +88,7 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
         data, num_rows=training.evaluation_rows, micro_batch_size=training.micro_batch_size, distributed=distributed
     )
 
+    # After everything that can refuse the run, so that a refused run leaves its folder unchanged.
     def write() -> None:
         if start.step == 0 and (folder / MANIFEST_FILE).exists():
             logger.info("%s has no complete checkpoint: the run starts again at step 0", folder)
@@ -150,6 +153,7 @@ def _start_random_states(
     seed: int, distributed: Distributed, start: RunProgress, checkpoint: Checkpoint | None
 ) -> None:
     """Restore the ranks' random states, or seed each rank differently if the number of ranks has changed."""
+    # Seeded in any case: a checkpoint without CUDA states leaves that generator to the seed.
     seed_random_states(seed, start.step, distributed.rank)
     if checkpoint is not None and checkpoint.world_size == distributed.world_size:
         set_random_states(checkpoint.random_states(distributed.rank))
@@ -179,6 +183,7 @@ def _read_report_state(checkpoint: Checkpoint, distributed: Distributed) -> Repo
             checkpoint.world_size,
             distributed.world_size,
         )
+    # The listeners' states are those of rank 0, whatever the number of ranks.
     return replace(checkpoint.report_state(0), monitor=None)
 
 

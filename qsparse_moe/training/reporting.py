@@ -77,6 +77,7 @@ class Reporter:
             phase_seconds: the times of the step; see ``StepReport``.
         """
         assert outcome.losses is not None and outcome.stats is not None
+        # Times are means since the last report, so that steps that are not logged count as well.
         last, self._reported = self._reported, now
         engine = self._run.engine
         router_bias_LE, scaler = engine.model.router_bias_LE, engine.loss_scaler

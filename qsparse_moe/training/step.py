@@ -40,6 +40,7 @@ class StepTotals:
 
     def add(self, output: ModelOutput, *, num_micro_batches: int, report: bool) -> None:
         """Add one micro-batch; without a report its stats contain only the tokens routed to each expert."""
+        # Also without a report: the routers' biases and the monitor of dead experts need the routed tokens.
         self.stats = add_stats(self.stats, output.stats)
         if report:
             assert output.loss is not None
@@ -140,6 +141,7 @@ def train_step(
     loss_scale = None if engine.loss_scaler is None else engine.loss_scaler.scale
     with clock.part("update"):
         grad_norm = engine.update(learning_rate)
+    # Only after the update: DeepSpeed computes the norm within its step.
     guard.check_norm(step, grad_norm)
     routed_LE = totals.stats.get(_ROUTED)
     totals.earlier_routed_LE = earlier_routed_LE
@@ -147,6 +149,7 @@ def train_step(
     _update_router_bias(engine, routed_LE, None if reduced is None else reduced.stats.get(_ROUTED), step)
     if reduced is None:
         return StepResult(None, None, routed_LE, None, grad_norm, None, loss_scale, *requests)
+    # Each rank's loss is a mean over its micro-batches, so the sum over the ranks is divided by their number.
     return StepResult(
         {name: value.item() / engine.distributed.world_size for name, value in reduced.losses.items()},
         reduced.stats,
@@ -166,6 +169,7 @@ def _routed_since_report(reduced: StepTotals) -> Tensor | None:
 
 def _layer_norms(reduced: StepTotals, grad_norm: float) -> tuple[float, ...] | None:
     squares_L = reduced.layer_squares_L
+    # After an overflow in fp16 the gradients of layers are infinite or NaN and have no meaning.
     return tuple(squares_L.sqrt().tolist()) if squares_L is not None and math.isfinite(grad_norm) else None
 
 
@@ -175,6 +179,7 @@ def _update_router_bias(engine: Engine, routed_LE: Tensor | None, reduced_LE: Te
     This also happens in a step that fp16 skips, because its tokens were routed all the same. ``reduced_LE`` is the sum
     over all ranks if a report has reduced it already.
     """
+    # The schedule of the rate counts steps from 0.
     rate = bias_update_rate(engine.model.config.moe, step - 1)
     if rate and routed_LE is not None:
         # A copy: all_reduce works in place, and routed_LE is reported as this rank's own.
@@ -188,6 +193,7 @@ def reduce_tensors(tensors: Sequence[Tensor], distributed: Distributed) -> list[
     All numbers are reduced in one collective and all flags in another; a collective without tensors is skipped. All
     ranks must pass tensors of the same shapes and dtypes in the same order.
     """
+    # float64 keeps counts of tokens exact; the maximum of bytes is "or", which not every backend has for bool.
     flags = [x for x in tensors if x.dtype == torch.bool]
     numbers = [x.double() for x in tensors if x.dtype != torch.bool]
     added = iter(_reduce(numbers, distributed, dist.ReduceOp.SUM))

@@ -1,4 +1,4 @@
-"""What balances experts over a step: loads over the global batch, and biases that level a skewed router."""
+"""Balancing of experts: loads over the global batch, and biases that balance a skewed router."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_biases_move_once_a_step_by_all_rows_of_it(tmp_path, micro_batches, repo
 
 
 class TwoAlike(Distributed):
-    """One of two ranks that do the same; it counts what is reduced."""
+    """One of two ranks with equal tensors; it records the number of reduced elements."""
 
     def all_reduce(self, tensor, op=dist.ReduceOp.SUM, *, group=None):
         reduced.append(tensor.numel())

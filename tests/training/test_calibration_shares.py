@@ -1,4 +1,4 @@
-"""Which tokens of a calibration each rank is shown, written out by hand."""
+"""The batches of a calibration on each rank, against batches written out by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qsparse_moe.training.distributed.ranks import Distributed
 
 
 class Rows:
-    """Stands for the data: a batch is the rows themselves."""
+    """A replacement for the data whose batches are the sequences themselves."""
 
     def batch(self, rows):
         return rows[:, 0].tolist()

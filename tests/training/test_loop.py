@@ -1,4 +1,4 @@
-"""What a run does around its steps, on one rank of the plain engine."""
+"""Evaluations, reports, checkpoints, and stops of a run, on one rank of the plain engine."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_sigterm_ends_with_a_checkpoint_and_an_exit_code(make_config, caplog):
     assert listener.ended == [result]
 
 
-def test_a_wish_to_stop_in_the_last_step_changes_nothing(make_config):
+def test_a_request_to_stop_in_the_last_step_changes_nothing(make_config):
     result = train(make_config(steps=3), [stop_after(3)])
     assert result.stopped_by is None and result.validation is not None
 
@@ -305,7 +305,7 @@ def test_validation_in_the_middle_of_a_ramp_is_that_of_its_checkpoint(make_confi
 
 
 def test_an_evaluation_in_the_middle_changes_no_later_step(make_config):
-    """The router's jitter and the capacity belong to training alone: both are on again after an evaluation."""
+    """The router's jitter and the capacity apply in training only: both are active again after an evaluation."""
     moe = {"num_experts": 4, "expert_hidden_size": 24, "backend": "loop", "router_jitter": 0.3, "capacity_factor": 0.5}
     losses = {}
     for interval in (0, 2):
@@ -326,10 +326,10 @@ def test_the_log_says_how_often_each_source_is_read(make_config, text_folder, ca
 
     with caplog.at_level(logging.INFO):
         train(config.model_copy(update={"data": data_of(whole, small)}))
-    lines = [record.getMessage() for record in caplog.records if "is read" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if ": read " in record.getMessage()]
     assert len(lines) == 2
-    # Of the rows of four steps of eight, three quarters are of the small source.
+    # Three quarters of the sequences of four steps of eight come from the small source.
     for index, (source, share) in enumerate(((whole, 0.25), (small, 0.75))):
-        before, times, after = re.fullmatch(r"(.*) is read ([\d.e-]+) times (.*)", lines[index]).groups()
+        before, times, after = re.fullmatch(r"(.*): read ([\d.e-]+) times (.*)", lines[index]).groups()
         assert (before, after) == (f"data.sources.{index} ({source.path})", "in the 4 steps of the run")
         assert float(times) == pytest.approx(4 * 8 * share / len(load_data(data_of(source)).train), rel=0.02)

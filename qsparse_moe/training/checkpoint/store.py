@@ -31,6 +31,7 @@ LISTENERS = "listeners.json"
 UNFINISHED = (".saving-", ".deleting-")
 """Prefixes of the names of folders that are being written or removed."""
 
+# Eight digits sort by name; more are accepted for longer runs.
 _FINAL = re.compile(r"step-(\d{8,})")
 
 
@@ -87,6 +88,7 @@ class Checkpoint:
         for name, facts in self._index["files"].items():
             file = path / name
             size = file.stat().st_size if file.is_file() else None
+            # The size is checked at once because it needs no reading; verify compares the content.
             if size != facts["bytes"]:
                 raise _broken(
                     file, f"{'is missing' if size is None else f'has {size} bytes'} (expected: {facts['bytes']} bytes)"
@@ -176,6 +178,7 @@ class Checkpoint:
     def _content(self, name: str) -> dict[str, Any]:
         if name not in self._contents:
             try:
+                # weights_only: a checkpoint from elsewhere must not run code.
                 self._contents[name] = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # torch's reader raises many types for a damaged file.
                 raise _broken(self.path / name, f"cannot be read ({str(error).splitlines()[0]})") from error

@@ -115,6 +115,7 @@ class DeepSpeedEngine:
         norm = self._step()
         if self.loss_scaler is None:
             return float(norm)
+        # DeepSpeed has decided it, over all ranks, and has skipped the step.
         overflow = bool(self._engine.optimizer.overflow)
         self.loss_scaler.update(overflow)
         if overflow:

@@ -61,6 +61,7 @@ class ChoiceAgreement:
         if previous is None or not now:
             return None
         common = [num_common(one, other) for one, other in zip(previous, now, strict=True)]
+        # Counts and not fractions are reduced: the ranks may have different numbers of tokens.
         sums = torch.tensor([*common, now[0].numel()], dtype=torch.float64, device=self._distributed.device)
         *common_L, num_choices = self._distributed.all_reduce(sums).tolist()
         return torch.tensor(common_L, dtype=torch.float64) / num_choices

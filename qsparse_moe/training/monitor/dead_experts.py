@@ -23,6 +23,7 @@ class DeadExpertMonitor:
 
     def __init__(self, window: int, layers: Sequence[int], distributed: Distributed) -> None:
         """Args: ``window`` is in steps, and 0 disables warnings; ``layers`` are the indices of the MoE layers."""
+        # A model without experts needs no window.
         self._window = window if layers else 0
         self._layers = layers
         self._distributed = distributed
@@ -61,6 +62,7 @@ class DeadExpertMonitor:
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state for a checkpoint."""
         return {
+            # The names of earlier versions, which checkpoints contain.
             "rows_LE": None if self.routed_LE is None else self.routed_LE.cpu(),
             "steps": self._steps,
             "idle_LE": self._idle_LE,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qsparse_moe.training.engines.protocol import Engine
 
+# By the names in the state dict, which are public and do not change.
 _MATRIX = re.compile(
     r"layers\.(\d+)\.(?:attention\.(?:qkv|output)\.weight|(?:moe\.experts|moe\.shared|dense)\.w_(?:gate|up|down))"
 )

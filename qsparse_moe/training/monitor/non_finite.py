@@ -52,6 +52,7 @@ class NonFiniteGuard:
 
     def layer_hook(self, layer: int, hidden: Tensor) -> None:
         """Add a layer's output; called in the forward pass, where the output is part of the graph."""
+        # In fp32: sums of finite fp16 values would overflow.
         self._forward_L[layer] += hidden.detach().sum(dtype=torch.float32)
         if hidden.requires_grad:
 
@@ -86,6 +87,7 @@ class NonFiniteGuard:
         *found, stop, save_requested = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         for buffer in (self._forward_L, self._backward_L, self._loss):
             buffer.zero_()
+        # Set only by an overflow in this step; check_norm reports it after the update.
         self._overflow_place = ""
         if any(found):
             place = self._place(found)

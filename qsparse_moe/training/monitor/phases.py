@@ -39,6 +39,7 @@ class PhaseClock:
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Add the time inside the block to the phase ``name``."""
+        # record_function has a cost in every call, also when no profiler runs.
         with record_function(name) if self._traces else contextlib.nullcontext():
             yield from self._measured(name)
 
@@ -69,5 +70,6 @@ class PhaseClock:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
+            # Kernels run asynchronously, so the clock must wait for them.
             torch.cuda.synchronize(self._device)
         return time.perf_counter()

@@ -38,6 +38,7 @@ class StepProfiler:
         self._device = device
         self._trace = folder / "profile" / f"steps-{self._first}-{self._last}.json.gz"
         self._profile: profile | None = None
+        # Written by an earlier part of the run.
         done = self._trace.exists()
         self._records = records and config.profile_steps > 0 and not done
         if config.profile_steps and not done and start_step >= self._first:

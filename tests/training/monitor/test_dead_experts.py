@@ -1,4 +1,4 @@
-"""Warnings of experts without a row: once a window, by place, on rank 0."""
+"""Warnings of experts without a token: once per window, by layer and expert, on rank 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rows(*layers):
 
 
 def warnings_of(caplog, watch, steps):
-    """The warnings of each look: ``steps`` holds lists of the rows of the steps up to it, the last of them logged."""
+    """Return the warnings of each report; ``steps`` has one list per report with the counts of its steps."""
     found, step = [], 0
     for interval in steps:
         step += len(interval)
@@ -32,7 +32,7 @@ def warnings_of(caplog, watch, steps):
     return found
 
 
-def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
+def test_an_expert_without_a_token_for_a_window_is_named_once_per_window(caplog):
     dead = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 0])
     late = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 1])
     watch = DeadExpertMonitor(4, [1, 3], ALONE)
@@ -101,7 +101,7 @@ def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
-    """Expert 1 gets no row; the state is taken after ``stop`` steps, within an interval of two between the looks."""
+    """Expert 1 receives no token; the state is saved after ``stop`` steps, with a report every two steps."""
     dead, watch = rows([3, 0]), DeadExpertMonitor(4, [0], ALONE)
     want = warnings_of(caplog, DeadExpertMonitor(4, [0], ALONE), [[dead, dead], [dead, dead], [dead, dead]])
     assert [len(texts) for texts in want] == [0, 1, 0]

@@ -156,7 +156,7 @@ class Checkpoint:
 
     @property
     def has_report_state(self) -> bool:
-        """Whether the checkpoint has a ``ReportState``; checkpoints of earlier versions have none."""
+        """True if the checkpoint has a ``ReportState``; checkpoints of earlier versions have none."""
         return "listeners" in self._index
 
     def report_state(self, rank: int) -> ReportState:
@@ -205,7 +205,7 @@ def verified_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint in the folder ``path`` after all its files have been read and compared.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     checkpoint = Checkpoint(path)
     checkpoint.verify()
@@ -229,6 +229,7 @@ def _entries(root: Path) -> list[Path]:
 def _checksum(file: Path) -> int:
     crc32 = 0
     with file.open("rb") as stream:
+        # In blocks of 4 MiB: files may be larger than the free memory.
         while block := stream.read(1 << 22):
             crc32 = zlib.crc32(block, crc32)
     return crc32
@@ -250,6 +251,7 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 def _broken(file: Path, what: str) -> CheckpointError:
     folder = file.parent
+    # The way out depends on it: without an earlier checkpoint the run starts again at step 0.
     paths = list_checkpoints(folder.parent.parent)
     earlier = paths[: paths.index(folder)] if folder in paths else []
     if earlier:

@@ -49,7 +49,7 @@ class StepProfiler:
 
     @property
     def is_on(self) -> bool:
-        """Whether the current step is profiled."""
+        """True while a step is profiled."""
         return self._profile is not None
 
     @contextlib.contextmanager
@@ -75,6 +75,7 @@ class StepProfiler:
         finished.stop()
         self._trace.parent.mkdir(parents=True, exist_ok=True)
         finished.export_chrome_trace(str(self._trace))
+        # By the time of the device that does the work; on a GPU the CPU's time is mostly that of launching kernels.
         device = "cuda" if self._device.type == "cuda" else "cpu"
         table = finished.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=_ROWS)
         self._trace.with_name(self._trace.name.removesuffix(".json.gz") + ".txt").write_text(table, encoding="utf-8")

@@ -154,7 +154,7 @@ def test_biases_stop_moving_after_their_steps(tmp_path):
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
-def test_a_global_balance_loss_begins_anew_with_every_step(tmp_path, recomputation):
+def test_a_global_balance_loss_starts_again_in_every_step(tmp_path, recomputation):
     moe = {"load_balance_scope": "global_batch", "load_balance_coefficient": 0.0}
     config = config_of(tmp_path, moe, activation_checkpointing=recomputation)
     engine = engine_of(config, skew=1.0)

@@ -1,1 +1,1 @@
-"""The run: engines, steps, evaluation, checkpoints. It emits reports and knows none of its listeners."""
+"""Training: engines, steps, evaluations, and checkpoints. It emits reports and does not depend on its listeners."""

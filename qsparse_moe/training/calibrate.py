@@ -1,4 +1,4 @@
-"""Thresholds for a finished run: calibrated on training rows by all ranks together, and measured on validation rows.
+"""Thresholds for a finished run, calibrated on training sequences and measured on validation sequences.
 
 B batch, S sequence, L layers that have a site.
 """
@@ -32,46 +32,46 @@ from qsparse_moe.training.engines.protocol import run_model
 from qsparse_moe.training.evaluate import load_run, stored_timeout
 
 logger = logging.getLogger(__name__)
-# Under this setting thresholds are found, whatever the run selects by.
+# Calibration ranks magnitudes, even if the run itself selects by thresholds.
 _RANKED = "model.sparsity.selection=topk"
 _TOKENS_PER_EXPERT = 4096
 
 
 @dataclass(frozen=True)
 class SiteCalibration:
-    """What the thresholds of one site do, over its layers."""
+    """The effect of the thresholds of one site, over its layers."""
 
     layers: int
-    """That have the site."""
+    """Number of layers that have the site."""
     sparsity: float
-    """S that was asked for, mean over layers and experts."""
+    """The requested S, mean over layers and experts."""
     zeros_topk: float
-    """Share of zeros in front of the matrix under exact top-K, natural ones among them, on the held-out rows."""
+    """Fraction of zeros in front of the matrix under exact top-K, natural ones included, on held-out sequences."""
     zeros_threshold: float
-    """The same under the thresholds."""
+    """The same fraction under the thresholds."""
     largest_gap: float
-    """The largest difference between the two in one layer."""
+    """The largest difference between the two fractions in one layer."""
     experts_without_rows: int
-    """Experts, over all layers, that saw no row and took the threshold of all rows."""
+    """Number of experts, over all layers, that received no token and use the threshold of all tokens."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibrated plan and how good it is."""
+    """A calibrated plan and its measured quality."""
 
     plan: SparsityPlan
     step: int
-    """Steps that the run was trained."""
+    """Number of the run's training steps."""
     rows: int
-    """Training rows that it was calibrated on."""
+    """Number of training sequences used for the calibration."""
     held_out_rows: int
-    """Validation rows that it was measured on."""
+    """Number of validation sequences used for the measurement."""
     loss_topk: float
-    """On those, nats a token, with exact top-K at the plan's S."""
+    """Loss on the validation sequences, in nats per token, with exact top-K at the plan's S."""
     loss_threshold: float
-    """The same with the thresholds."""
+    """The same loss with the thresholds."""
     sites: dict[Site, SiteCalibration]
-    """By name, of every site that the model has."""
+    """The effect on each site of the model, by name."""
 
 
 def calibrate_run(
@@ -82,21 +82,21 @@ def calibrate_run(
     device: str = "auto",
     max_values: int = MAX_VALUES,
 ) -> Calibration:
-    """Calibrate ``plan`` with the newest checkpoint of a run; any number of ranks may call it together.
+    """Calibrate ``plan`` with the newest checkpoint of a run; any number of ranks can call it together.
 
-    All of them get the same, and the plan is the one that a single rank would make: the rows are cut into the batches
-    of one rank, which the ranks take in turn.
+    All ranks return the same plan, which equals that of a single rank: the batches of a single rank are distributed
+    over the ranks in turn.
 
     Args:
         run_dir: a run folder.
-        plan: the S to calibrate for; fits the run's model.
-        num_rows: training rows; None takes some 4,000 tokens an expert.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        max_values: the most magnitudes that are kept of one (layer, site, expert).
+        plan: the S to calibrate for; it must fit the run's model.
+        num_rows: number of training sequences; None gives about 4,000 tokens per expert.
+        device: ``auto``, ``cpu``, or ``cuda``.
+        max_values: the maximum number of magnitudes sampled per (layer, site, expert).
 
     Raises:
         CheckpointError, ConfigError, DataError: as ``load_run`` and ``load_data`` do.
-        TrainingDiverged: a site saw a value that is not finite.
+        TrainingDiverged: an input of a site is not finite.
     """
     with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
         config, model, step = load_run(run_dir, distributed.device, overrides=[_RANKED])
@@ -104,10 +104,13 @@ def calibrate_run(
         model.hide_ids(meaningless_ids(config.model, data.tokenizer))
         train = sample_train_rows(config, data, num_rows or default_num_rows(config))
         held_out = _held_out_rows(config, data)
-        logger.info("calibrating on %d training rows, measuring on %d validation rows", len(train), len(held_out))
+        logger.info(
+            "calibrating on %d training sequences, measuring on %d validation sequences", len(train), len(held_out)
+        )
+        # The inputs of a site depend on the sparsity of all sites before it.
         model.set_sparsity(plan)
-        own = sample_sites(model, _share(data, train, size, distributed), plan, max_values=max_values)
-        samples = _merged(own, distributed)
+        local = sample_sites(model, _local_batches(data, train, size, distributed), plan, max_values=max_values)
+        samples = _all_gather_samples(local, distributed)
         calibrated = with_calibrated_thresholds(plan, samples)
         by_rank = _measure(model, data, held_out, size, distributed)
         by_threshold = _measure(with_thresholds(model, calibrated), data, held_out, size, distributed)
@@ -123,7 +126,7 @@ def calibrate_run(
 
 
 def default_num_rows(config: RunConfig) -> int:
-    """Training rows that give every expert some 4,000 tokens if they are spread evenly."""
+    """Return the number of training sequences that give every expert about 4,000 tokens under an even load."""
     moe = config.model.moe
     return math.ceil(_TOKENS_PER_EXPERT * moe.num_experts / (moe.experts_per_token * config.data.sequence_length))
 
@@ -133,16 +136,18 @@ def _held_out_rows(config: RunConfig, data: TokenData) -> Array:
     return table.tokens(indices)
 
 
-def _share(data: TokenData, rows: Array, size: int, distributed: Distributed) -> Iterator[tuple[int, Batch]]:
-    """This rank's batches, every R-th of those of a single rank, each with the number of its first token."""
+def _local_batches(data: TokenData, rows: Array, size: int, distributed: Distributed) -> Iterator[tuple[int, Batch]]:
+    """Yield this rank's batches, every R-th of those of a single rank, each with the index of its first token."""
+    # A row has one token more than the model reads, as the last label.
     tokens_per_row = rows.shape[1] - 1
     for begin in range(distributed.rank * size, len(rows), distributed.world_size * size):
         yield begin * tokens_per_row, data.batch(rows[begin : begin + size])
 
 
-def _merged(own: Samples, distributed: Distributed) -> Samples:
-    """The samples of all ranks as one, on every rank."""
-    return {place: reduce(_merge, distributed.all_gather(samples)) for place, samples in own.items()}
+def _all_gather_samples(local: Samples, distributed: Distributed) -> Samples:
+    """Return the merged samples of all ranks, on every rank."""
+    # Site by site, so that a rank never holds the other ranks' samples of all sites.
+    return {key: reduce(_merge, distributed.all_gather(samples)) for key, samples in local.items()}
 
 
 def _merge(samples: list[RowSample], more: list[RowSample]) -> list[RowSample]:
@@ -153,14 +158,15 @@ def _merge(samples: list[RowSample], more: list[RowSample]) -> list[RowSample]:
 
 @torch.no_grad()
 def _measure(model: Transformer, data: TokenData, rows: Array, size: int, distributed: Distributed) -> Stats:
-    """The sums of the model over these rows of all ranks, with ``loss`` and ``labels`` among them; on the CPU."""
+    """Return the model's sums over ``rows``, on the CPU and over all ranks, with ``loss`` and ``labels`` added."""
     total: Stats = {}
-    for _, batch in _share(data, rows, size, distributed):
+    for _, batch in _local_batches(data, rows, size, distributed):
         output = run_model(model, batch, distributed.device, with_stats=True, layer_hook=None)
-        num_labels = torch.tensor(batch.targets_BS.numel(), dtype=torch.float64)  # all rows of a table are full
+        num_labels = torch.tensor(batch.targets_BS.numel(), dtype=torch.float64)  # rows of a table have no padding
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}
         total = add_stats(total, sums | {"loss": loss, "labels": num_labels})
+    # Added in the order of ranks, so that all ranks get the same bits.
     return reduce(add_stats, distributed.all_gather(total))
 
 
@@ -169,19 +175,19 @@ def _loss(sums: Stats) -> float:
 
 
 def _site(site: Site, plan: SparsityPlan, samples: Samples, by_rank: Stats, by_threshold: Stats) -> SiteCalibration:
-    places = [place for place in plan.values if place[1] == site]
+    cells = [cell for cell in plan.values if cell[1] == site]
     topk_L, threshold_L = (_zeros(sums, site) for sums in (by_rank, by_threshold))
     return SiteCalibration(
-        layers=len(places),
-        sparsity=sum(plan.sparsity(*place) for place in places) / len(places),
+        layers=len(cells),
+        sparsity=sum(plan.sparsity(*cell) for cell in cells) / len(cells),
         zeros_topk=float(topk_L.mean()),
         zeros_threshold=float(threshold_L.mean()),
         largest_gap=float((threshold_L - topk_L).abs().max()),
-        experts_without_rows=sum(not sample.num_seen for place in places for sample in samples[place]),
+        experts_without_rows=sum(not sample.num_seen for cell in cells for sample in samples[cell]),
     )
 
 
 def _zeros(sums: Stats, site: Site) -> Tensor:
-    """Share of zeros by layer, ``(L,)``; at expert sites of the rows that experts read."""
+    """Return the fraction of zeros per layer, ``(L,)``; at expert sites over the routed tokens."""
     rows_L, nonzero_L = (sums[f"sparsity/{site}/{name}_LE"].sum(-1) for name in ("rows", "nonzero"))
     return 1 - nonzero_L / (rows_L * sums[f"sparsity/{site}/used_LED"].shape[-1])

@@ -1,4 +1,4 @@
-"""Loss on a fixed set of validation rows, whatever the layout; and finished runs as models."""
+"""Loss on a fixed set of validation sequences, independent of the layout; and models of finished runs."""
 
 from __future__ import annotations
 
@@ -33,29 +33,29 @@ Forward = Callable[[Batch], ModelOutput]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run's newest checkpoint does on validation rows, or on files of one's own."""
+    """The evaluation of a run's newest checkpoint on validation sequences or on given files."""
 
     step: int
-    """Steps that were trained."""
+    """Number of completed training steps."""
     rows: int
-    """Rows used, of ``sequence_length`` labels each; the last one of files of one's own may have fewer."""
+    """Number of sequences of ``sequence_length`` labels; with given files the last one may be shorter."""
     loss: float
-    """Mean over the labels, nats a token."""
+    """Mean over the labels, in nats per token."""
     perplexity: float
     bits_per_byte: float
     unigram_bits_per_byte: float | None
-    """Of a byte unigram model fitted on train text: what knowing only frequencies gives. None of files of one's own,
-    for which the train text is not read."""
+    """Bits per byte of a byte unigram model fitted to the training text, as a baseline that knows only frequencies.
+    None with given files, for which the training text is not read."""
     sparsity: float
-    """Mean S of the plan that the model was evaluated under."""
+    """Mean S of the plan used in the evaluation."""
 
     def as_dict(self) -> dict[str, float | None]:
-        """By name."""
+        """Return the fields by name."""
         return asdict(self)
 
 
 class Evaluator:
-    """The fixed validation rows of one rank, kept for every evaluation of a run."""
+    """Evaluates on the fixed validation sequences of one rank, which stay in memory for all evaluations of a run."""
 
     def __init__(self, data: TokenData, *, num_rows: int, micro_batch_size: int, distributed: Distributed) -> None:
         self._distributed = distributed
@@ -68,12 +68,12 @@ class Evaluator:
         )
         self._num_bytes = evaluation_num_bytes(data, num_rows)
         self.counts_T = torch.cat([batch.targets_BS.flatten() for batch in self._batches]) != IGNORED_LABEL
-        """bool, of every token of this rank, in order: whether its label counts."""
+        """bool, whether the label of each of this rank's tokens counts, in order."""
         self.checksum = _checksum(self._batches, self.counts_T)
-        """Of the tokens that count and their labels, in order."""
+        """Checksum of the tokens that count and their labels, in order."""
 
     def __call__(self, forward: Forward) -> dict[str, float]:
-        """``loss`` (nats a label), ``perplexity`` and ``bits_per_byte`` over the rows of all ranks.
+        """Return ``loss`` (nats per label), ``perplexity``, and ``bits_per_byte`` over the sequences of all ranks.
 
         ``forward`` is called without gradients and must return logits.
         """
@@ -88,8 +88,9 @@ def mean_losses(
     loss = loss_sum / num_labels
     return {
         "loss": loss,
-        # exp overflows where a run has diverged far, and the loss says it already.
+        # exp overflows if a run has diverged far, which the loss shows already.
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        # The loss is in nats. Bytes and not tokens, so that runs with different tokenizers can be compared.
         "bits_per_byte": loss_sum / math.log(2) / num_bytes,
     }
 
@@ -102,19 +103,19 @@ def load_run(
     overrides: Sequence[str] = (),
     checkpoint_folder: Path | None = None,
 ) -> tuple[RunConfig, Transformer, int]:
-    """The config, the model of the newest checkpoint and the number of steps that it was trained.
+    """Return the config, the model of the newest checkpoint, and its number of training steps.
 
-    The sparsity is that of its last step.
+    The sparsity is that of the last step.
 
     Args:
         run_dir: a run folder.
-        device: where the model goes.
-        dtype: None takes the one that training computed in.
-        overrides: settings that leave the weights as they are, such as ``model.sparsity.backend=torch``.
-        checkpoint_folder: a checkpoint of the run to use in place of the newest.
+        device: the device of the model.
+        dtype: the dtype of the model; None is the one that training computed in.
+        overrides: settings that do not affect the weights, such as ``model.sparsity.backend=torch``.
+        checkpoint_folder: the checkpoint of the run to load; None is the newest.
 
     Raises:
-        CheckpointError: the folder has no complete checkpoint, or it is damaged.
+        CheckpointError: the folder has no complete checkpoint, or the checkpoint is damaged.
         ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
     config = load_run_config(run_dir, overrides)
@@ -126,13 +127,15 @@ def load_run(
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     load_checkpoint(model, checkpoint)
     step = checkpoint.progress.step
+    # The schedule counts steps from 0, so the last one is step - 1.
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
+    # From the plan of the config: checkpoints do not contain the plan, which is a function of config and step.
     model.set_sparsity(model.sparsity_plan.scaled(scale))
     return config, model.eval(), step
 
 
 def stored_timeout(run_dir: Path) -> float:
-    """Return ``training.collective_timeout`` of the run in ``run_dir``, seconds."""
+    """Return ``training.collective_timeout`` of the run in ``run_dir``, in seconds."""
     return load_run_config(run_dir).training.collective_timeout
 
 
@@ -145,19 +148,20 @@ def evaluate_run(
     files: Sequence[str] = (),
     forward_of: Callable[[Transformer], Forward] | None = None,
 ) -> Evaluation:
-    """Evaluate the newest checkpoint of a run on its validation rows; any number of ranks may call it together.
+    """Evaluate the newest checkpoint of a run on its validation sequences; any number of ranks can call it together.
 
     Args:
         run_dir: a run folder.
-        num_rows: validation rows, evenly spread; None takes ``training.evaluation_rows``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        plan: S to evaluate under; None takes that of the run's last step.
-        files: files or globs to evaluate on in place of the validation rows, with the run's tokenizer; all their text.
-        forward_of: makes the function that computes the logits of a batch from the model; None: its own forward pass.
+        num_rows: number of validation sequences, evenly spaced; None is ``training.evaluation_rows``.
+        device: ``auto``, ``cpu``, or ``cuda``.
+        plan: the S of the evaluation; None is that of the run's last step.
+        files: files or globs whose text, under the run's tokenizer, replaces the validation sequences.
+        forward_of: returns the function that computes the logits of a batch with the model; None is the model's own
+            forward pass.
 
     Raises:
-        ConfigError: the plan was made for another model, or lacks the thresholds that the run selects by.
-        DataError: a file cannot be read or holds no text.
+        ConfigError: the plan is for another model, or lacks the thresholds that the run's selection requires.
+        DataError: a file cannot be read or contains no text.
     """
     with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
         config, model, step = load_run(run_dir, distributed.device)
@@ -170,6 +174,7 @@ def evaluate_run(
         make_forward = partial(forward_of or _own_forward, model)
         if files:
             tokenizer = load_tokenizer(config.data.tokenizer)
+            # As in training: ids without a token get no probability, so that padding of the vocabulary has no effect.
             model.hide_ids(meaningless_ids(config.model, tokenizer))
             text = OwnText(files, config.data, tokenizer)
             batches = text.batches(micro_batch_size, rank=distributed.rank, world_size=distributed.world_size)
@@ -185,13 +190,14 @@ def evaluate_run(
 
 
 def _checksum(batches: Sequence[Batch], counts_T: Tensor) -> int:
+    # Without the padding of batches, which differs between layouts.
     tokens_T = torch.cat([batch.tokens_BS.flatten() for batch in batches])
     targets_T = torch.cat([batch.targets_BS.flatten() for batch in batches])
     return zlib.crc32(torch.stack((tokens_T[counts_T], targets_T[counts_T])).numpy().tobytes())
 
 
 def _own_forward(model: Transformer) -> Forward:
-    """The model's forward pass over whole rows, on the model's device."""
+    """Return the model's forward pass over whole sequences, on the model's device."""
 
     def forward(batch: Batch) -> ModelOutput:
         return run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
@@ -201,11 +207,14 @@ def _own_forward(model: Transformer) -> Forward:
 
 @torch.no_grad()
 def _sums(forward: Forward, batches: Sequence[Batch], distributed: Distributed) -> Tensor:
-    """``(2,)`` float64: the sum of the loss over this rank's labels that count, and their number."""
+    """Return the sum of the loss over this rank's labels that count and their number, ``(2,)`` in float64."""
+    # In float64, so that the result does not depend on the number of batches and ranks that are added.
     sums = torch.zeros(2, dtype=torch.float64, device=distributed.device)
     for batch in batches:
         labels = batch.targets_BS.to(distributed.device).flatten()
+        # In fp32: the softmax sums over the whole vocabulary, for which bf16 has too few digits.
         logits_TV = forward(batch).logits_BSV.flatten(0, 1).float()
+        # A sum and not the mean: batches and ranks have different numbers of labels that count.
         loss = F.cross_entropy(logits_TV, labels, ignore_index=IGNORED_LABEL, reduction="sum")
         sums += torch.stack((loss.double(), (labels != IGNORED_LABEL).sum().double()))
     return sums

@@ -66,6 +66,7 @@ class CaughtSignals:
         if not self._previous and threading.current_thread() is threading.main_thread():
             for number in _STOP_SIGNALS:
                 self._previous[number] = signal.signal(number, self._caught)
+            # A fork copies the handlers; _release_after_fork must find who installed them.
             _catching.append(self)
 
     def release(self) -> None:
@@ -104,6 +105,7 @@ class StopSignals(CaughtSignals):
         """Number of the first signal, 0 before there is one."""
 
     def _caught(self, number: int, frame: FrameType | None) -> None:
+        # The first signal determines the exit code.
         if not self.received:
             self.received = number
             logger.warning("%s: stopping after this step, with a checkpoint", signal.Signals(number).name)

@@ -50,6 +50,7 @@ def main() -> NoReturn:
     relay = Relay()
     relay.catch()
     code = _launch()
+    # The outer launcher returns when the inner one has ended, which may be before the ranks have.
     _wait_for_ranks()
     sys.exit(128 + relay.received if code and relay.received else code)
 

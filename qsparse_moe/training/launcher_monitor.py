@@ -59,6 +59,7 @@ class LauncherMonitor:
 
     def _monitor(self, processes: list[Process]) -> None:
         while not self._is_left.wait(_POLL_SECONDS):
+            # An orphan gets another parent, even if the number of its old one is reused.
             if os.getppid() == processes[0].pid and all(map(_is_there, processes)):
                 continue
             # The lock keeps the signal from being sent after the exit, when the default action would end the process.

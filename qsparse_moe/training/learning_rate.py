@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
+"""The learning rate as a pure function of the step, so that checkpoints need no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from qsparse_moe.config.schema import TrainingConfig
 
 
 def learning_rate(config: TrainingConfig, step: int) -> float:
-    """The rate of ``step``, counted from 0.
+    """Return the learning rate of ``step``, counted from 0.
 
-    It rises linearly to the peak, which the last warm-up step has, and after the schedule's decay the run's last step
-    has ``min_learning_rate_ratio`` of it. ``constant`` keeps the peak.
+    It rises linearly to its peak in the last warm-up step and then decays by the schedule. In the last step it is
+    ``min_learning_rate_ratio`` of the peak. ``constant`` does not decay.
     """
     done = step + 1
     if done <= config.warmup_steps:
@@ -20,11 +20,12 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
 
 
 def _ratio(config: TrainingConfig, done: int) -> float:
-    """The rate over its peak after the warm-up, when ``done`` steps end with this one."""
+    """Return the rate relative to its peak, after the warm-up, in the step that completes ``done`` steps."""
     floor = config.min_learning_rate_ratio
     if config.learning_rate_schedule == "constant":
         return 1.0
     if config.learning_rate_schedule == "warmup_stable_decay":
+        # Above 1 until the decay begins, which _fraction cuts to 1: the stable phase.
         remaining = _fraction(config.steps - done, config.decay_steps)
         return floor + (1.0 - floor) * remaining
     remaining = _fraction(config.steps - done, config.steps - config.warmup_steps)
@@ -34,4 +35,5 @@ def _ratio(config: TrainingConfig, done: int) -> float:
 
 
 def _fraction(part: int, whole: int) -> float:
+    # An empty phase is over at once, so that the rate is at its floor.
     return min(1.0, part / whole) if whole else 0.0

@@ -1,4 +1,4 @@
-"""The listeners of a run: who is called, and whose state a checkpoint keeps."""
+"""The listeners of a run and their states in checkpoints."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from qsparse_moe.runs.report import (
 
 
 class Listeners:
-    """Calls the listeners in their order, and collects and restores their states.
+    """Calls the listeners in order, and collects and restores their states.
 
     Raises:
-        ValueError: two of them have the same ``state_name``; a checkpoint could keep the state of one only.
+        ValueError: two listeners have the same ``state_name``, so that a checkpoint could contain only one state.
     """
 
     def __init__(self, listeners: Sequence[Listener] = ()) -> None:
@@ -30,30 +30,30 @@ class Listeners:
         if len(self._stateful) < len(stateful):
             names = sorted(listener.state_name for listener in stateful)
             raise ValueError(
-                f"listeners: their states have the names {names}, and each must be unique, because a checkpoint keeps "
-                "them by name; give each listener another state_name, or pass one of them only"
+                f"listeners: their states have the names {names}, but names must be unique, because a checkpoint "
+                "stores states by name; give each listener another state_name, or pass only one of them"
             )
 
     def begin(self, context: RunContext, states: Mapping[str, dict[str, Any]]) -> None:
-        """Tell them of the run, then hand each its state of the checkpoint, where ``states`` has one."""
+        """Call ``begin`` of every listener, then load each state that ``states`` contains."""
         notify(self._listeners, "begin", context)
         for name, listener in self._stateful.items():
             if name in states:
                 listener.load_state_dict(states[name])
 
     def report(self, report: StepReport) -> None:
-        """Call them with one logged step."""
+        """Call every listener with the report of a logged step."""
         for listener in self._listeners:
             listener(report)
 
     def late_evaluation(self, evaluation: LateEvaluation) -> None:
-        """Tell them of an evaluation whose step was reported without it."""
+        """Call ``late_evaluation`` of every listener."""
         notify(self._listeners, "late_evaluation", evaluation)
 
     def end(self, result: TrainingResult) -> None:
-        """Tell them how the run ended."""
+        """Call ``end`` of every listener."""
         notify(self._listeners, "end", result)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
-        """Return their states by name; JSON-able."""
+        """Return the states of the listeners by name; JSON-able."""
         return {name: listener.state_dict() for name, listener in self._stateful.items()}

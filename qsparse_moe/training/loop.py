@@ -1,4 +1,4 @@
-"""A run from its config to its last report: step, evaluate, report, save, until it is done or asked to stop."""
+"""The loop of a run: step, evaluate, report, and save, until the run is finished or asked to stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.listeners import Listeners
-from qsparse_moe.training.monitor.choices import ChoiceMemory
+from qsparse_moe.training.monitor.choices import ChoiceAgreement
 from qsparse_moe.training.monitor.dead_experts import DeadExpertMonitor
 from qsparse_moe.training.monitor.non_finite import CANNOT_CONTINUE, NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
@@ -41,9 +41,10 @@ logger = logging.getLogger(__name__)
 def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResult:
     """Train the run that ``config`` describes, in this process and the other ranks that its launcher started.
 
-    Every rank calls it with the same config. It writes ``config.yaml``, ``manifest.json`` and ``checkpoints/`` into the
-    run folder, and tells the listeners of rank 0 of every logged step. SIGTERM, SIGUSR1 or Ctrl-C ends it after the
-    step at work, with a checkpoint; before the first step is done they have the effect that they had before the call.
+    All ranks must call it with the same config. It writes ``config.yaml``, ``manifest.json``, and ``checkpoints/`` into
+    the run folder, and calls the listeners on rank 0 with every logged step. SIGTERM, SIGUSR1, or Ctrl-C ends the run
+    after the current step with a checkpoint; before the end of the first step, signals have the effect that they had
+    before the call.
 
     Args:
         config: a complete run; with ``training.resume`` an existing run folder is continued.
@@ -54,30 +55,34 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         ConfigError: a rule is broken, or the run to resume was made with other settings.
         CheckpointError: the run folder is in use or was taken over, a checkpoint is damaged, or a file cannot be
             written.
-        DataError: the data cannot be used, or is another than the checkpoint's. In the middle of a stream the steps
-            done are saved first.
-        BackendUnavailable: the device or a backend asked for by name is not there.
-        TrainingDiverged: a loss, an activation or a gradient is not finite; the checkpoints before it are kept.
-        RankLost: another rank is gone; it is named, and said by every rank that is left.
+        DataError: the data cannot be used, or differs from the checkpoint's. If a stream fails in the middle of a run,
+            the completed steps are saved first.
+        BackendUnavailable: the device, or a backend requested by name, is not available.
+        TrainingDiverged: a loss, an activation, or a gradient is not finite; earlier checkpoints remain.
+        RankLost: another rank is gone; every remaining rank logs its name and raises the error.
     """
-    told = Listeners(listeners)
+    all_listeners = Listeners(listeners)
     check_config(config)
     timeout = config.training.collective_timeout
-    # Rank 0 holds the folder until its engine is closed.
+    # Rank 0 holds the lock until its engine is closed: no other run may start while this one can still write.
     with open_distributed(config.training.device, timeout=timeout) as distributed, _lock_of(config) as lock:
+        # Only here: the number of ranks is known once they have joined.
         check_world_size(config, distributed.world_size)
         config = distributed.on_every_rank(lambda: with_vocabulary(config))[distributed.rank]
-        resumes = distributed.on_rank_zero(lambda: _take_folder(config, lock))
+        resumes = distributed.on_rank_zero(lambda: _acquire_folder(config, lock))
+        # An existing run may continue with settings that earlier versions accepted.
         if not resumes:
             check_trainable(config)
         data = load_data(config.data)
-        watch = RankMonitor(distributed, timeout=timeout, way_out=lambda: _how_to_go_on(config))
-        with watch:
+        monitor = RankMonitor(distributed, timeout=timeout, way_out=lambda: _how_to_continue(config))
+        with monitor:
             run = prepare_run(config, distributed, data, resumes=resumes)
             try:
-                return _Loop(run, told if distributed.rank == 0 else Listeners(), lock).run()
+                # All ranks have the same totals, so one of them reports.
+                return _Loop(run, all_listeners if distributed.rank == 0 else Listeners(), lock).run()
             except RuntimeError as error:
-                watch.expect_end(error)
+                # Before the engine is closed: signals must not end this process before the lost rank is named.
+                monitor.expect_end(error)
                 raise
             finally:
                 run.engine.close()
@@ -87,20 +92,20 @@ def _lock_of(config: RunConfig) -> RunFolderLock:
     return RunFolderLock(run_folder(config))
 
 
-def _take_folder(config: RunConfig, lock: RunFolderLock) -> bool:
+def _acquire_folder(config: RunConfig, lock: RunFolderLock) -> bool:
     lock.acquire()
     resumes = check_run_folder(config)
     check_steps(config)
     return resumes
 
 
-def _how_to_go_on(config: RunConfig) -> str:
+def _how_to_continue(config: RunConfig) -> str:
     kept = list_checkpoints(run_folder(config))
-    return f"training.resume=true goes on from {kept[-1]}" if kept else "The run has no checkpoint yet"
+    return f"training.resume=true continues from {kept[-1]}" if kept else "The run has no checkpoint yet"
 
 
 class _Loop:
-    """The steps of a prepared run, and what happens between them."""
+    """The steps of a prepared run, and the evaluations, reports, and checkpoints between them."""
 
     def __init__(self, run: PreparedRun, listeners: Listeners, lock: RunFolderLock) -> None:
         self._run = run
@@ -122,19 +127,19 @@ class _Loop:
             device=run.distributed.device,
             records=run.distributed.rank == 0,
         )
-        # The model was built under the whole plan.
+        # The model was built with the full plan.
         self._scale = 1.0
         self._progress = run.start
         self._evaluation: EvaluationResult | None = None
-        self._choices = ChoiceMemory(run.engine.model.routers(), run.distributed, sequences=run.evaluator.checksum)
-        self._trouble: QSparseMoEError | None = None
+        self._choices = ChoiceAgreement(run.engine.model.routers(), run.distributed, sequences=run.evaluator.checksum)
+        self._failure: QSparseMoEError | None = None
         self._saved_at = time.monotonic()
         if run.report_state.monitor is not None:
             self._choices.load_state_dict(run.report_state.monitor["choices"])
             self._dead_experts.load_state_dict(run.report_state.monitor["dead_experts"])
 
     def run(self) -> TrainingResult:
-        """Take the steps that are left."""
+        """Run the remaining steps."""
         try:
             return self._run_steps()
         finally:
@@ -144,26 +149,29 @@ class _Loop:
     def _run_steps(self) -> TrainingResult:
         self._run.distributed.on_rank_zero(self._reporter.begin)
         if self._run.report_state.evaluation_pending:
-            self._evaluate_late()
+            self._make_pending_evaluation()
         stopped_by = 0
         if self._run.start.step < self._training.steps:
-            # All ranks have their first batch, or none begins.
+            # Before any rank begins: a rank without a first batch would leave the others waiting in a collective.
             self._run.distributed.on_every_rank(self._read_first)
         for step in range(self._run.start.step, self._training.steps):
             with self._profiler.step(step + 1):
                 outcome = self._step(step)
-            # Before that nothing would be lost, and a first step may take minutes: a signal ends the process.
+            # Only now: during the first step, which may take minutes, a signal may end the process without loss.
             self._signals.catch()
             done = step + 1
+            # After the last step a request to stop has no effect: the run is finished anyway.
             stopped_by = outcome.stop if done < self._training.steps else 0
             self._evaluation = None
             is_due = self._is_due(self._training.evaluation_interval, done)
+            # Not when stopped: an evaluation may take longer than the 30 s after which the launcher kills the ranks.
             if is_due and not stopped_by:
                 self._evaluation = self._evaluate()
             if outcome.losses is None:
-                self._dead_experts.add(outcome.rows_LE)
+                self._dead_experts.add(outcome.routed_LE)
             else:
                 self._report(step, outcome)
+            # After the report: the listeners' states in the checkpoint must include this step.
             if stopped_by or outcome.save or self._is_due(self._training.checkpoint_interval, done):
                 self._save(evaluation_pending=is_due and bool(stopped_by))
             if stopped_by:
@@ -177,20 +185,21 @@ class _Loop:
             raise error
 
     def _read_ahead(self, step: int) -> None:
-        """Read the rows of the step after ``step``: where there are none, the run can still stop after this one."""
+        """Read the data of the next step, so that a run whose data fails can still save a checkpoint after ``step``."""
         if step + 1 < self._training.steps:
-            self._trouble = self._run.loader.read_ahead() or self._trouble
+            self._failure = self._run.loader.read_ahead() or self._failure
 
-    def _is_old(self) -> bool:
-        """Whether the last checkpoint is ``training.checkpoint_minutes`` old, by the clock of rank 0."""
+    def _is_checkpoint_overdue(self) -> bool:
+        """Return whether the last checkpoint is ``training.checkpoint_minutes`` old, by the clock of rank 0."""
         minutes = self._training.checkpoint_minutes
         return minutes > 0 and self._run.distributed.rank == 0 and time.monotonic() - self._saved_at >= 60 * minutes
 
     def _step(self, step: int) -> StepResult:
-        """Take the step numbered ``step`` from 0, and count its tokens and seconds."""
+        """Run step ``step``, counted from 0, and add its tokens and seconds to the progress."""
         begin = time.perf_counter()
         self._set_sparsity(step)
         self._clock.begin(measures=self._is_reported(step + 1), traces=self._profiler.is_on)
+        # The next step's data is read here, too, so that a failure to read it can still save this step.
         with self._clock.part("data"):
             batches = self._run.loader.batches(step)
             self._read_ahead(step)
@@ -204,13 +213,14 @@ class _Loop:
                     guard=self._guard,
                     report=self._is_reported(step + 1),
                     layer_gradients=self._run.config.metrics.layer_gradients,
-                    earlier_rows_LE=self._dead_experts.rows_LE if self._is_reported(step + 1) else None,
-                    stop=CANNOT_CONTINUE if self._trouble is not None else self._signals.received,
-                    save=self._is_old(),
+                    earlier_routed_LE=self._dead_experts.routed_LE if self._is_reported(step + 1) else None,
+                    stop=CANNOT_CONTINUE if self._failure is not None else self._signals.received,
+                    save=self._is_checkpoint_overdue(),
                     clock=self._clock,
                 )
         except TrainingDiverged as error:
             kept = list_checkpoints(self._run.folder)
+            # The message of the guard ends with the last checkpoint, which the guard does not know.
             raise TrainingDiverged(f"{error}: {kept[-1] if kept else 'there is none yet'}") from None
         before = self._progress
         self._progress = RunProgress(
@@ -224,12 +234,13 @@ class _Loop:
         settings = self._run.config.model.sparsity
         self._run.engine.model.set_ste_share(ste_share(settings, step))
         scale = scheduled_scale(settings.schedule, step)
+        # Only on a change: setting a plan copies its values to the device.
         if scale != self._scale:
             self._run.engine.model.set_sparsity(self._run.plan.scaled(scale))
             self._scale = scale
 
     def _is_due(self, interval: int, done: int) -> bool:
-        """At every ``interval``-th step, if there is an interval, and at the last."""
+        """Return whether ``done`` steps are a multiple of ``interval`` (0 disables it), or all steps of the run."""
         return done == self._training.steps or (interval > 0 and done % interval == 0)
 
     def _is_reported(self, done: int) -> bool:
@@ -243,22 +254,25 @@ class _Loop:
         def forward(batch: Batch) -> ModelOutput:
             return engine.forward(batch, with_stats=False)
 
+        # Under the sparsity of the last step, also directly after a resume.
         self._set_sparsity(max(0, self._progress.step - 1))
         engine.model.eval()
         try:
-            with self._choices.watch() as seen:
+            with self._choices.record() as chosen:
                 validation = self._run.evaluator(forward)
-            return EvaluationResult(validation, self._choices.compare(seen, self._run.evaluator.counts_T))
+            return EvaluationResult(validation, self._choices.compare(chosen, self._run.evaluator.counts_T))
         finally:
+            # eval() turned off the router's jitter and the capacity, which belong to training.
             engine.model.train()
 
-    def _evaluate_late(self) -> None:
-        """Make the evaluation that was due after the last step before the run was stopped, and add it to its report."""
+    def _make_pending_evaluation(self) -> None:
+        """Make the evaluation that was due after the last step before the run was stopped, and report it."""
         self._evaluation = found = self._evaluate()
         self._run.distributed.on_rank_zero(lambda: self._reporter.late_evaluation(self._progress, found))
 
     def _save(self, *, evaluation_pending: bool) -> None:
         distributed = self._run.distributed
+        # A process that was suspended may have lost the folder to another run.
         distributed.on_rank_zero(self._lock.check)
         states = distributed.all_gather(self._run.loader.state_dict())
         save_checkpoint(
@@ -276,7 +290,7 @@ class _Loop:
         self._saved_at = time.monotonic()
 
     def _report(self, step: int, outcome: StepResult) -> None:
-        self._dead_experts.look(self._progress.step, outcome.rows_since_report_LE)
+        self._dead_experts.check(self._progress.step, outcome.routed_since_report_LE)
         self._reporter.report(
             self._progress,
             outcome,
@@ -284,18 +298,18 @@ class _Loop:
             evaluation=self._evaluation,
             phase_seconds=dict(self._clock.seconds),
         )
-        # The other ranks are on their way: the next step carries the wish to stop to them, with a checkpoint.
-        self._trouble = self._reporter.trouble or self._trouble
+        # Other ranks are in the next step already, whose reduction carries the request to stop to them.
+        self._failure = self._reporter.failure or self._failure
 
-    def _end_troubled(self) -> None:
-        """Raise on every rank what any of them could not go on with, and say which checkpoint holds the steps done."""
-        troubles = [error for error in self._run.distributed.all_gather(self._trouble) if error is not None]
-        if troubles:
+    def _raise_failures(self) -> None:
+        """Raise the first failure of any rank on every rank, and name the checkpoint that has the completed steps."""
+        failures = [error for error in self._run.distributed.all_gather(self._failure) if error is not None]
+        if failures:
             kept = list_checkpoints(self._run.folder)
-            raise type(troubles[0])(
-                f"{troubles[0]}. The run ended after step {self._progress.step} of {self._training.steps}; "
-                f"training.resume=true goes on from {kept[-1]}"
-            ) from troubles[0]
+            raise type(failures[0])(
+                f"{failures[0]}. The run ended after step {self._progress.step} of {self._training.steps}; "
+                f"training.resume=true continues from {kept[-1]}"
+            ) from failures[0]
 
     def _finish(self, stopped_by: int) -> TrainingResult:
         result = TrainingResult(
@@ -308,15 +322,15 @@ class _Loop:
         )
         if 0 < stopped_by < CANNOT_CONTINUE and self._run.distributed.rank == 0:
             logger.warning(
-                "%s: stopped after step %d of %d with a checkpoint; training.resume=true goes on from there",
+                "%s: stopped after step %d of %d with a checkpoint; training.resume=true continues from it",
                 Signals(stopped_by).name,
                 result.step,
                 self._training.steps,
             )
         if self._run.distributed.rank == 0:
             for index, passes in enumerate(self._run.loader.passes()):
-                logger.info("data.sources.%d was read %d times to its end, by rank 0", index, passes)
+                logger.info("data.sources.%d: rank 0 read it to its end %d times", index, passes)
         self._reporter.end(result)
-        self._trouble = self._trouble or self._reporter.trouble
-        self._end_troubled()
+        self._failure = self._failure or self._reporter.failure
+        self._raise_failures()
         return result

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first step, new or from its newest checkpoint."""
+"""Preparation of a run, new or resumed from its newest checkpoint, before its first step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run that stands before its next step, on every rank."""
+    """A run that is ready for its next step, on one rank."""
 
     config: RunConfig
     folder: Path
@@ -50,33 +50,35 @@ class PreparedRun:
     loader: TrainLoader
     evaluator: Evaluator
     plan: SparsityPlan
-    """The sparsity that the schedule leads to."""
+    """The sparsity at the end of the schedule."""
     start: RunProgress
-    """Where it begins: nothing, or what the checkpoint had done."""
+    """The progress at the start: zero, or that of the checkpoint."""
     report_state: ReportState
-    """What the reports of earlier steps left for those to come; nothing where the run starts or cannot have it."""
+    """State of reports from the checkpoint; empty for a new run, or if the checkpoint's state cannot be used."""
 
     @property
     def tokens_per_step(self) -> int:
-        """Over all ranks."""
+        """Number of tokens per step over all ranks."""
         return self.config.training.global_batch_size * self.config.data.sequence_length
 
 
 def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *, resumes: bool) -> PreparedRun:
-    """Build model, engine and loader, from the newest checkpoint where the run ``resumes``, and write the run folder.
+    """Build the model, engine, and loader, from the newest checkpoint if the run ``resumes``; write the run folder.
 
     Raises:
-        CheckpointError: the checkpoint is damaged or of another model.
-        DataError: it was made with other data.
-        BackendUnavailable: a backend asked for by name, or NVMe offload, cannot run here.
+        CheckpointError: the checkpoint is damaged or belongs to another model.
+        DataError: the checkpoint was made with other data.
+        BackendUnavailable: a backend requested by name, or NVMe offload, is not available on this machine.
         ConfigError: the folder for NVMe offload cannot be used.
     """
+    # On every rank, since the ranks may run on different machines, and before memory is allocated for a model.
     distributed.on_every_rank(lambda: check_engine(config))
     folder = run_folder(config)
     training = config.training
     loader = TrainLoader(config, data, distributed.rank, distributed.world_size)
     checkpoint = _find_checkpoint(folder, distributed) if resumes else None
     if checkpoint is not None:
+        # Before the model is built: it refuses a checkpoint that was made with other data.
         loader.load_state_dict(checkpoint.data_state)
     hidden_ids = meaningless_ids(config.model, data.tokenizer)
     engine = _start_engine(config, distributed, checkpoint, hidden_ids)
@@ -86,18 +88,19 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
         data, num_rows=training.evaluation_rows, micro_batch_size=training.micro_batch_size, distributed=distributed
     )
 
+    # After everything that can refuse the run, so that a refused run leaves its folder unchanged.
     def write() -> None:
         if start.step == 0 and (folder / MANIFEST_FILE).exists():
-            logger.info("%s has no complete checkpoint: the run begins again at step 0", folder)
+            logger.info("%s has no complete checkpoint: the run starts again at step 0", folder)
         remove_leftovers(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # First: it marks the folder as a run's, should this process end before the config is there.
+            # First, because it marks the folder as a run's if this process ends before the config is written.
             write_manifest(folder, _describe_part(config, engine, start_step=start.step, fingerprint=data.fingerprint))
             write_config(folder, config)
             data.tokenizer.save(folder / TOKENIZER)
             if config.data.tokenizer == "bytes":
-                # Of a run that began here with another one and kept no step.
+                # A run without checkpoints may have started in this folder with another tokenizer.
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)
 
     distributed.on_rank_zero(write)
@@ -110,11 +113,11 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
 
 def _log_epochs(config: RunConfig, epochs: Sequence[float]) -> None:
     for index, (source, times) in enumerate(zip(config.data.sources, epochs, strict=True)):
-        place = source.path if isinstance(source.path, str) else ", ".join(source.path or ())
+        path = source.path if isinstance(source.path, str) else ", ".join(source.path or ())
         logger.info(
-            "data.sources.%d (%s) is read %.3g times in the %d steps of the run",
+            "data.sources.%d (%s): read %.3g times in the %d steps of the run",
             index,
-            place or source.kind,
+            path or source.kind,
             times,
             config.training.steps,
         )
@@ -130,13 +133,14 @@ def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | Non
 def _start_engine(
     config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None, hidden_ids: Sequence[int]
 ) -> Engine:
+    # Before the model, which builds only the experts of this rank.
     group = join_expert_group(config.training.expert_parallel_size, distributed)
     model = build_model(config.model, device=distributed.device, seed=config.training.seed, expert_group=group)
     model.activation_checkpointing = config.training.activation_checkpointing
     model.hide_ids(hidden_ids)
     if checkpoint is None:
         return build_engine(config, model, distributed)
-    # The engine makes its own copies of the weights, so they come first; what it adds to them is restored after.
+    # The weights come first, because the engine copies them; the state that it adds is restored afterwards.
     load_checkpoint(model, checkpoint)
     engine = build_engine(config, model, distributed)
     restore(engine, checkpoint.tensor, checkpoint.adam_step)
@@ -148,22 +152,24 @@ def _start_engine(
 def _start_random_states(
     seed: int, distributed: Distributed, start: RunProgress, checkpoint: Checkpoint | None
 ) -> None:
-    """Where the checkpoint's ranks left off; another number of ranks begins anew, each with a seed of its own."""
+    """Restore the ranks' random states, or seed each rank differently if the number of ranks has changed."""
+    # Seeded in any case: a checkpoint without CUDA states leaves that generator to the seed.
     seed_random_states(seed, start.step, distributed.rank)
     if checkpoint is not None and checkpoint.world_size == distributed.world_size:
         set_random_states(checkpoint.random_states(distributed.rank))
 
 
 def _read_report_state(checkpoint: Checkpoint, distributed: Distributed) -> ReportState:
-    """Read what the checkpoint holds of reports: all of it on the number of ranks that wrote it.
+    """Return the checkpoint's state of reports.
 
-    On another number the state of the monitors is left out, which is of the sequences and tokens of one rank each.
+    On another number of ranks than wrote it, the state of the monitors is left out, because it describes the sequences
+    and tokens of single ranks.
     """
     if not checkpoint.has_report_state:
         if distributed.rank == 0:
             logger.info(
-                "%s was written by an earlier version, which kept no state of metrics: those of several steps (dead "
-                "experts and features, drift of thresholds, agreement of choices) start with an empty window",
+                "%s was written by an earlier version, which saved no state of metrics: metrics over several steps "
+                "(dead experts and features, drift of thresholds, agreement of choices) start with an empty window",
                 checkpoint.path,
             )
         return ReportState()
@@ -171,17 +177,18 @@ def _read_report_state(checkpoint: Checkpoint, distributed: Distributed) -> Repo
         return checkpoint.report_state(distributed.rank)
     if distributed.rank == 0:
         logger.info(
-            "%s was written by %d ranks and this run has %d: router/choice_agreement starts with the second evaluation "
-            "from here, and the warnings of dead experts with an empty window",
+            "%s was written by %d ranks, and this run has %d: router/choice_agreement starts with the second "
+            "evaluation from here, and warnings of dead experts start with an empty window",
             checkpoint.path,
             checkpoint.world_size,
             distributed.world_size,
         )
+    # The listeners' states are those of rank 0, whatever the number of ranks.
     return replace(checkpoint.report_state(0), monitor=None)
 
 
 def _describe_part(config: RunConfig, engine: Engine, *, start_step: int, fingerprint: str) -> dict[str, Any]:
-    """Return what the manifest says of the part of the run that starts now."""
+    """Return the manifest's entry for the part of the run that starts now."""
     return describe_environment() | {
         "start_step": start_step,
         "world_size": engine.distributed.world_size,

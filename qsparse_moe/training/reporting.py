@@ -1,4 +1,4 @@
-"""What a run reports: its context, its logged steps and its late evaluation, to the listeners of rank 0."""
+"""Reports of a run to the listeners of rank 0: its context, its logged steps, and its late evaluation."""
 
 from __future__ import annotations
 
@@ -20,25 +20,26 @@ from qsparse_moe.training.step import StepResult
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """What an evaluation within a run found; the fields of ``StepReport`` say what they are."""
+    """The result of an evaluation within a run; the fields are those of ``StepReport``."""
 
     validation: dict[str, float]
     choice_agreement_L: Tensor | None
 
 
 class Reporter:
-    """Hands the listeners what a run reports, while this process owns the run folder that they write into."""
+    """Creates reports and passes them to the listeners, which write into the run folder while this process holds it."""
 
     def __init__(self, run: PreparedRun, listeners: Listeners, lock: RunFolderLock) -> None:
         self._run = run
         self._listeners = listeners
         self._lock = lock
         self._reported = run.start
-        self.trouble: QSparseMoEError | None = None
-        """Why a listener could not write; it is not raised, because the other ranks are not in a collective then."""
+        self.failure: QSparseMoEError | None = None
+        """The error of a listener that could not write. It is not raised here, where the other ranks would not learn of
+        it and would wait in their next collective."""
 
     def begin(self) -> None:
-        """Tell the listeners of the run, and hand them what they remembered of its earlier steps.
+        """Notify the listeners that the run begins and restore their states from the checkpoint.
 
         Raises:
             CheckpointError: a listener could not write.
@@ -47,7 +48,7 @@ class Reporter:
             self._listeners.begin(self._context(), self._run.report_state.listeners)
 
     def late_evaluation(self, now: RunProgress, found: EvaluationResult) -> None:
-        """Add an evaluation to the report of the step before this part of the run.
+        """Report an evaluation that was due after the step from which the run was resumed.
 
         Raises:
             CheckpointError: a listener could not write, or the run folder was taken over.
@@ -66,16 +67,17 @@ class Reporter:
         evaluation: EvaluationResult | None,
         phase_seconds: dict[str, float],
     ) -> None:
-        """Report a logged step; what goes wrong becomes ``trouble``.
+        """Report a logged step; an error is stored in ``failure``.
 
         Args:
-            now: how far the run has come with the step.
-            outcome: of the step, with its losses and stats.
-            learning_rate: of the step.
-            evaluation: that followed the step.
-            phase_seconds: of the step; see ``StepReport``.
+            now: the progress of the run, including the step.
+            outcome: the result of the step, with losses and stats.
+            learning_rate: the learning rate of the step.
+            evaluation: the evaluation after the step, if there was one.
+            phase_seconds: the times of the step; see ``StepReport``.
         """
         assert outcome.losses is not None and outcome.stats is not None
+        # Times are means since the last report, so that steps that are not logged count as well.
         last, self._reported = self._reported, now
         engine = self._run.engine
         router_bias_LE, scaler = engine.model.router_bias_LE, engine.loss_scaler
@@ -103,17 +105,17 @@ class Reporter:
             self._lock.check()
             self._listeners.report(report)
         except CheckpointError as error:
-            # Nor is there a checkpoint then: saving looks at the lock again.
-            self.trouble = error
+            # The lock is lost. Saving checks it again, so that no checkpoint is written either.
+            self.failure = error
         except OSError as error:
-            self.trouble = cannot_write(self._run.folder, error)
+            self.failure = cannot_write(self._run.folder, error)
 
     def end(self, result: TrainingResult) -> None:
-        """Tell the listeners how the run ended; what goes wrong becomes ``trouble``, unless there is some already."""
+        """Notify the listeners that the run has ended; an error is stored in ``failure`` unless it has one."""
         try:
             self._listeners.end(result)
         except OSError as error:
-            self.trouble = self.trouble or cannot_write(self._run.folder, error)
+            self.failure = self.failure or cannot_write(self._run.folder, error)
 
     def state_dict(self) -> dict[str, dict[str, Any]]:
         """Return the states of the listeners by name; JSON-able."""

@@ -54,6 +54,7 @@ class RunFolderLock:
         Raises:
             CheckpointError: another process holds the lock and is named, or the parent folder cannot be written.
         """
+        # flock first: it answers at once and covers all processes of this machine.
         with writing(self._folder.parent):
             self._folder.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -69,6 +70,7 @@ class RunFolderLock:
         Raises:
             CheckpointError: another process has taken the folder over and is named.
         """
+        # flock cannot be lost while this process lives, so only the record is checked.
         holder = self._record.other_holder() if self._record is not None else None
         if holder is not None:
             raise CheckpointError(

@@ -22,68 +22,70 @@ from qsparse_moe.training.monitor.phases import PhaseClock
 
 Sums = dict[str, Tensor]
 
-_ROWS = "router/rows_LE"
+_ROUTED = "router/rows_LE"
 
 
 @dataclass
 class StepTotals:
-    """Sums over the micro-batches of one step: of this rank, or after ``reduced`` of all ranks."""
+    """Sums over the micro-batches of one step on this rank; ``reduced`` returns those of all ranks."""
 
     losses: Sums = field(default_factory=dict)
-    """Means over a rank's micro-batches by name, float64; added over the ranks."""
+    """Means over a rank's micro-batches by name, float64; summed over the ranks in ``reduced``."""
     stats: Sums = field(default_factory=dict)
     """Sums of ``ModelOutput.stats`` by name."""
     layer_squares_L: Tensor | None = None
-    """Sums of squares of each layer's gradients."""
-    earlier_rows_LE: Tensor | None = None
-    """Rows of the experts in the steps since the last report, before this one."""
+    """Sum of squares of each layer's gradients."""
+    earlier_routed_LE: Tensor | None = None
+    """Number of tokens routed to each expert in the steps between the last report and this step."""
 
     def add(self, output: ModelOutput, *, num_micro_batches: int, report: bool) -> None:
-        """Add one micro-batch; without a report its stats are no more than the rows of the experts."""
+        """Add one micro-batch; without a report its stats contain only the tokens routed to each expert."""
+        # Also without a report: the routers' biases and the monitor of dead experts need the routed tokens.
         self.stats = add_stats(self.stats, output.stats)
         if report:
             assert output.loss is not None
+            # In float64, so that the split into micro-batches and ranks does not show in the reported mean.
             losses = {"loss": output.loss.detach()} | output.losses
             self.losses = add_stats(self.losses, {name: v.double() / num_micro_batches for name, v in losses.items()})
 
     def reduced(self, distributed: Distributed) -> StepTotals:
-        """Return the totals of all ranks, on the CPU; see ``reduce_tensors``. All ranks call it."""
-        # By name, because the ranks must agree on the order.
+        """Return the totals over all ranks, on the CPU; see ``reduce_tensors``. All ranks must call it together."""
+        # Sorted by name, because all ranks must reduce in the same order.
         losses, stats = sorted(self.losses), sorted(self.stats)
         tensors = [self.losses[name] for name in losses] + [self.stats[name] for name in stats]
-        tensors += [x for x in (self.layer_squares_L, self.earlier_rows_LE) if x is not None]
+        tensors += [x for x in (self.layer_squares_L, self.earlier_routed_LE) if x is not None]
         found = iter(reduce_tensors(tensors, distributed))
         return StepTotals(
             losses={name: next(found) for name in losses},
             stats={name: next(found) for name in stats},
             layer_squares_L=None if self.layer_squares_L is None else next(found),
-            earlier_rows_LE=None if self.earlier_rows_LE is None else next(found),
+            earlier_routed_LE=None if self.earlier_routed_LE is None else next(found),
         )
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did; all but ``rows_LE`` the same on every rank."""
+    """The result of one step; all fields but ``routed_LE`` are the same on every rank."""
 
     losses: dict[str, float] | None
-    """Means over the global batch by name; None unless asked for."""
+    """Means over the global batch by name; None without a report."""
     stats: Sums | None
-    """The model's sums over micro-batches and ranks, float64 on the CPU; None unless asked for."""
-    rows_LE: Tensor | None
-    """Rows of every MoE layer and expert on this rank alone, on the device; None in a model without experts."""
-    rows_since_report_LE: Tensor | None
-    """Rows of all ranks in this step and those since the last report, on the CPU; None where ``stats`` is, and in a
-    model without experts."""
+    """The model's sums over micro-batches and ranks, float64 on the CPU; None without a report."""
+    routed_LE: Tensor | None
+    """Number of this rank's tokens routed to each expert, on the device; None in a model without experts."""
+    routed_since_report_LE: Tensor | None
+    """Number of tokens of all ranks routed to each expert since the last report, including this step, on the CPU; None
+    without a report and in a model without experts."""
     grad_norm: float
-    """Before clipping; infinite in a step that was skipped in fp16."""
+    """Norm before clipping; infinite in a step that was skipped in fp16."""
     layer_grad_norms: tuple[float, ...] | None
-    """Of each layer's matrices, before clipping; None unless asked for, and in a step that was skipped."""
+    """Norm of each layer's matrices before clipping; None unless requested, and in a step that was skipped."""
     loss_scale: float | None
-    """That every micro-batch's mean loss was multiplied by, in fp16."""
+    """Scale of every micro-batch's mean loss in fp16; None in other precisions."""
     stop: int
-    """A signal that some rank had received when the step's gradients were ready, ``guard.CANNOT_CONTINUE``, or 0."""
+    """Highest ``stop`` of all ranks: a signal, ``non_finite.CANNOT_CONTINUE``, or 0."""
     save: bool = False
-    """Whether a rank wishes a checkpoint after the step."""
+    """Whether any rank requests a checkpoint after the step."""
 
 
 def train_step(
@@ -95,30 +97,30 @@ def train_step(
     guard: NonFiniteGuard,
     report: bool,
     layer_gradients: bool = False,
-    earlier_rows_LE: Tensor | None = None,
+    earlier_routed_LE: Tensor | None = None,
     stop: int = 0,
     save: bool = False,
     clock: PhaseClock | None = None,
 ) -> StepResult:
-    """Send the micro-batches through and update the weights, and the biases that balance the experts, once.
+    """Accumulate the gradients of the micro-batches, then update the weights and the biases that balance the experts.
 
     Args:
         engine: the model and its optimizer.
         batches: this rank's micro-batches of the step.
-        step: counted from 1 as in the reports, for messages.
-        learning_rate: of this step.
-        guard: looks at every layer.
-        report: reduce losses and stats over the ranks; it costs one collective and the model's statistics.
-        layer_gradients: where it reports, report the gradient norm of each layer's matrices too.
-        earlier_rows_LE: where it reports, the ``rows_LE`` of the steps since the last report, added up: they are
-            reduced together with those of this step.
-        stop: a signal that this rank has received, ``guard.CANNOT_CONTINUE``, or 0.
-        save: whether this rank wishes a checkpoint after the step.
-        clock: measures the parts of the step.
+        step: number of the step, counted from 1 as in the reports, for messages.
+        learning_rate: learning rate of this step.
+        guard: checks the output and the gradient of every layer.
+        report: reduce losses and stats over the ranks, which costs one collective and the model's statistics.
+        layer_gradients: report the gradient norm of each layer's matrices as well; without a report it has no effect.
+        earlier_routed_LE: sum of ``routed_LE`` over the steps since the last report, which a report reduces together
+            with those of this step.
+        stop: a signal that this rank has received, ``non_finite.CANNOT_CONTINUE``, or 0.
+        save: whether this rank requests a checkpoint after the step.
+        clock: measures the phases of the step.
 
     Raises:
-        TrainingDiverged: something is not finite. On all ranks, before the weights changed or without a checkpoint
-            of them.
+        TrainingDiverged: a value is not finite. It is raised on all ranks; the weights are unchanged, or changed but
+            not saved.
     """
     assert len(batches) == engine.num_micro_batches, (len(batches), engine.num_micro_batches)
     clock = clock or PhaseClock(engine.distributed.device)
@@ -131,58 +133,67 @@ def train_step(
         with clock.part("backward"):
             engine.backward(output.loss, is_last=index == len(batches) - 1)
         totals.add(output, num_micro_batches=len(batches), report=report)
-    wishes = guard.check(step, stop=stop, save=save)
+    # Before the update: a forward pass or gradient that is not finite must not reach the weights.
+    requests = guard.check(step, stop=stop, save=save)
     if report and layer_gradients:
         totals.layer_squares_L = layer_squares(engine)
+    # Read before the update, which may change it for the next step.
     loss_scale = None if engine.loss_scaler is None else engine.loss_scaler.scale
     with clock.part("update"):
         grad_norm = engine.update(learning_rate)
+    # Only after the update: DeepSpeed computes the norm within its step.
     guard.check_norm(step, grad_norm)
-    rows_LE = totals.stats.get(_ROWS)
-    totals.earlier_rows_LE = earlier_rows_LE
+    routed_LE = totals.stats.get(_ROUTED)
+    totals.earlier_routed_LE = earlier_routed_LE
     reduced = totals.reduced(engine.distributed) if report else None
-    _balance(engine, rows_LE, None if reduced is None else reduced.stats.get(_ROWS), step)
+    _update_router_bias(engine, routed_LE, None if reduced is None else reduced.stats.get(_ROUTED), step)
     if reduced is None:
-        return StepResult(None, None, rows_LE, None, grad_norm, None, loss_scale, *wishes)
+        return StepResult(None, None, routed_LE, None, grad_norm, None, loss_scale, *requests)
+    # Each rank's loss is a mean over its micro-batches, so the sum over the ranks is divided by their number.
     return StepResult(
         {name: value.item() / engine.distributed.world_size for name, value in reduced.losses.items()},
         reduced.stats,
-        rows_LE,
-        _rows_since_report(reduced),
+        routed_LE,
+        _routed_since_report(reduced),
         grad_norm,
         _layer_norms(reduced, grad_norm),
         loss_scale,
-        *wishes,
+        *requests,
     )
 
 
-def _rows_since_report(reduced: StepTotals) -> Tensor | None:
-    rows_LE, earlier_LE = reduced.stats.get(_ROWS), reduced.earlier_rows_LE
-    return rows_LE if rows_LE is None or earlier_LE is None else rows_LE + earlier_LE
+def _routed_since_report(reduced: StepTotals) -> Tensor | None:
+    routed_LE, earlier_LE = reduced.stats.get(_ROUTED), reduced.earlier_routed_LE
+    return routed_LE if routed_LE is None or earlier_LE is None else routed_LE + earlier_LE
 
 
 def _layer_norms(reduced: StepTotals, grad_norm: float) -> tuple[float, ...] | None:
     squares_L = reduced.layer_squares_L
+    # After an overflow in fp16 the gradients of layers are infinite or NaN and have no meaning.
     return tuple(squares_L.sqrt().tolist()) if squares_L is not None and math.isfinite(grad_norm) else None
 
 
-def _balance(engine: Engine, rows_LE: Tensor | None, reduced_LE: Tensor | None, step: int) -> None:
-    """Move the routers' biases, if they have any, by the rows of all ranks; nothing waits for the device.
+def _update_router_bias(engine: Engine, routed_LE: Tensor | None, reduced_LE: Tensor | None, step: int) -> None:
+    """Update the routers' biases, if they have any, from the routed tokens of all ranks, without a synchronization.
 
-    Also after a step whose gradients overflowed in fp16: its rows were routed all the same. ``reduced_LE`` are those of
-    all ranks where a report has added them already.
+    This also happens in a step that fp16 skips, because its tokens were routed all the same. ``reduced_LE`` is the sum
+    over all ranks if a report has reduced it already.
     """
+    # The schedule of the rate counts steps from 0.
     rate = bias_update_rate(engine.model.config.moe, step - 1)
-    if rate and rows_LE is not None:
-        all_LE = engine.distributed.all_reduce(rows_LE.clone()) if reduced_LE is None else reduced_LE.to(rows_LE)
+    if rate and routed_LE is not None:
+        # A copy: all_reduce works in place, and routed_LE is reported as this rank's own.
+        all_LE = engine.distributed.all_reduce(routed_LE.clone()) if reduced_LE is None else reduced_LE.to(routed_LE)
         engine.model.update_router_bias(all_LE, rate)
 
 
 def reduce_tensors(tensors: Sequence[Tensor], distributed: Distributed) -> list[Tensor]:
-    """Add the ranks' tensors of the same places, float64 on the CPU; flags, bool, by "or".
+    """Return the sums of the ranks' tensors, float64 on the CPU; bool tensors are combined by "or".
 
-    All numbers travel in one collective, and all flags in another; a rank that has none of a kind calls none.
+    All numbers are reduced in one collective and all flags in another; a collective without tensors is skipped. All
+    ranks must pass tensors of the same shapes and dtypes in the same order.
     """
+    # float64 keeps counts of tokens exact; the maximum of bytes is "or", which not every backend has for bool.
     flags = [x for x in tensors if x.dtype == torch.bool]
     numbers = [x.double() for x in tensors if x.dtype != torch.bool]
     added = iter(_reduce(numbers, distributed, dist.ReduceOp.SUM))
@@ -191,9 +202,10 @@ def reduce_tensors(tensors: Sequence[Tensor], distributed: Distributed) -> list[
 
 
 def _reduce(tensors: Sequence[Tensor], distributed: Distributed, op: dist.ReduceOp.RedOpType) -> list[Tensor]:
-    """Reduce all tensors, of one dtype, over the ranks in one collective; on the CPU."""
+    """Reduce tensors of one dtype over the ranks in one collective and return the results on the CPU."""
     if not tensors:
         return []
+    # One flat tensor: a collective per tensor would cost its latency each time, as would a copy to the CPU.
     flat = distributed.all_reduce(torch.cat([x.flatten() for x in tensors]), op).cpu()
     parts = flat.split([x.numel() for x in tensors])
     return [part.view(x.shape) for part, x in zip(parts, tensors, strict=True)]

@@ -1,4 +1,4 @@
-"""All runs of this folder, made by three launches: one rank, two ranks, and one rank for what two ranks left."""
+"""All runs of this folder in three launches: one rank, two ranks, and one rank that resumes runs of two ranks."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ MIXED = ["torch-fp32", "torch-bf16", "zero1-bf16", "zero2-fp32", "zero3-fp32"]
 """Layouts of the other model, in which half of the elements end inside a matrix: ZeRO-1 and 2 cut it there."""
 
 FULL = ["torch-fp32", "zero3-fp32"]
-"""Layouts of a third model, whose experts drop rows."""
+"""Layouts of a third model, whose experts drop tokens beyond their capacity."""
 BALANCED = ["torch-fp32", "zero1-fp32", "zero2-bf16", "zero3-fp32"]
-"""Layouts of the model that balances over ranks and micro-batches, in one micro-batch a rank and step."""
+"""Layouts of the model that balances over ranks and micro-batches, with one micro-batch per rank and step."""
 CUT = ["torch-fp32", "zero3-fp32"]
-"""Those of them that also cut a rank's rows into micro-batches."""
+"""Those of them that also split a rank's sequences into micro-batches."""
 RECOMPUTED_PARTS = ("full", "selective", "feed_forward")
-"""What ZeRO-3, which gathers weights layer by layer, recomputes."""
+"""Settings of recomputation under ZeRO-3, which gathers weights layer by layer."""
 RECOMPUTED = ("balanced-recomputed", "zero3-fp32")
 BALANCED_RESUMED = {1: ("torch-fp32", 2), 2: ("zero3-fp32", 1)}
 """By the number of ranks: the layout that resumes a stopped run, and the ranks of the ``torch-fp32`` that wrote it."""
@@ -69,7 +69,7 @@ TRANSFERS = [
     ("zero2_cpu-bf16", 2, "zero3-bf16", 1),
     ("zero3_cpu-fp32", 2, "zero2-fp32", 1),
 ]
-"""Written by a layout on so many ranks, resumed by another one on another number."""
+"""Runs that one layout wrote on one number of ranks and another layout resumes on another number."""
 
 FAULTS = {
     "output": ("zero1-fp32", {"place": "output", "layer": 1, "rank": 1}),
@@ -92,20 +92,20 @@ STREAM_STEPS = 20
 
 
 class Runs:
-    """The outcomes by label and number of ranks, and where the run folders are."""
+    """The results by label and number of ranks, and the folder of the runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.outcomes: dict[tuple[str, int], list[dict[str, Any]]] = {}
 
     def __call__(self, label: str, ranks: int) -> dict[str, Any]:
-        """Rank 0's outcome of a run that went well on every rank."""
+        """Return rank 0's result of a run that succeeded on every rank."""
         for outcome in self.outcomes[label, ranks]:
             assert outcome["error"] is None, outcome["traceback"]
         return self.outcomes[label, ranks][0]
 
     def folder_of(self, label: str, ranks: int) -> Path:
-        """Its run folder."""
+        """Return the run folder."""
         return self.folder / "runs" / name_of(label, ranks)
 
 
@@ -254,7 +254,7 @@ def _transfers(made: Runs, ranks: int) -> list[dict[str, Any]]:
 
 
 def _calibrations(made: Runs) -> list[dict[str, Any]]:
-    """Always of the run of one rank, so that two ranks see the same weights."""
+    """Use the run of one rank in every case, so that two ranks have the same weights."""
     run_dir = made.folder_of("torch-fp32", 1)
     return [
         calibration(label, run_dir, num_rows=num_rows, max_values=max_values)

@@ -1,4 +1,4 @@
-"""The runs with spread experts: references in this process, then one launch of two ranks and one of four."""
+"""The runs with sharded experts: references in this process, then one launch of two ranks and one of four."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.support.runs import BALANCED_MODEL, CAPACITY_MODEL, LAYOUTS, MIXED_MO
 
 STEPS, STOP_STEP = 3, 2
 SHORTEST = 2
-"""Tokens of the shortest row that the data can have."""
+"""Number of tokens of the shortest sequence that the data can have."""
 
 MODEL: dict[str, Any] = {
     "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "grouped", "num_shared_experts": 1},
@@ -26,7 +26,7 @@ MODEL: dict[str, Any] = {
         ],
     },
 }
-"""Shared experts, and experts that differ in how much they keep."""
+"""Shared experts, and experts with different sparsities."""
 
 ROUTINGS = {"starved": [1, 1, 2, 3], "one-expert": [2, 2, 2, 2]}
 """Where the rows of each expert go: expert 0 never gets a token; one expert gets all, so that half of the ranks or more
@@ -70,7 +70,7 @@ VARIANTS: dict[tuple[str, int], tuple[str, dict[str, Any]]] = {
     ("nothing-persists", 4): ("zero3-fp32-ep2-acc1", {"fault": NOTHING_PERSISTS}),
     ("nothing-persists-ep4", 4): ("zero3-bf16-ep4-acc1", {"fault": NOTHING_PERSISTS}),
 }
-"""Other ways to the same end, by label and number of ranks."""
+"""Other settings with the same results, by label and number of ranks."""
 
 OTHERS: dict[tuple[str, int], tuple[str, str]] = {
     ("starved-zero1", 2): ("starved", "zero1-fp32-ep2-acc2"),
@@ -101,7 +101,7 @@ TRANSFERS = [
     ("zero3-fp32-ep2-acc2", 2, "zero2-fp32-ep2-acc1", 4),
     ("zero2-fp32-ep4-acc1", 4, "torch-fp32-ep1", 1),
 ]
-"""Written by a layout on so many ranks, resumed by another one on another number."""
+"""Runs that one layout wrote on one number of ranks and another layout resumes on another number."""
 
 FAULTS = {
     "expert-torch": ("torch-fp32-ep2-acc2", {"place": "expert", "layer": 0, "rank": 1}),
@@ -116,7 +116,7 @@ FAULT_STEP = 2
 
 
 class ExpertRuns:
-    """The outcomes by label and number of ranks, and where the run folders are."""
+    """The results by label and number of ranks, and the folder of the runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -132,18 +132,18 @@ class ExpertRuns:
         self._alone(self._transfers(1))
 
     def __call__(self, label: str, ranks: int) -> dict[str, Any]:
-        """Rank 0's outcome of a run that went well on every rank."""
+        """Return rank 0's result of a run that succeeded on every rank."""
         for outcome in self.outcomes[label, ranks]:
             assert outcome["error"] is None, outcome["traceback"]
         return self.outcomes[label, ranks][0]
 
     def reference(self, kind: str, precision: str = "fp32") -> tuple[dict[str, Any], Path]:
-        """The outcome of the plain engine on one rank, and its run folder."""
+        """Return the result of the plain engine on one rank, and its run folder."""
         label = f"{kind}-{precision}"
         return self(label, 1), self.folder_of(label, 1)
 
     def folder_of(self, label: str, ranks: int) -> Path:
-        """Its run folder."""
+        """Return the run folder."""
         return self.folder / "runs" / f"{label}-{ranks}"
 
     def _alone(self, plan: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ RANK = os.environ.get("RANK", "0")
 
 
 def note(moment: str) -> None:
-    """Append a line that no other process can tear apart."""
+    """Append a line in one write, so that lines of several processes do not mix."""
     with open(os.environ["KILLED_RUN_MOMENTS"], "a") as file:
         file.write(f"{moment} {RANK} {os.getpid()}\n")
 
@@ -37,7 +37,7 @@ def noted(moment: str, work: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pause() -> None:
-    """So that a kill meets the moment, in a run that may be killed."""
+    """Pause, so that a kill hits this moment, in a run that may be killed."""
     if os.environ["KILLED_RUN_SLOW"]:
         time.sleep(0.02)
 

@@ -133,7 +133,7 @@ def _kill_once(
     draw: random.Random,
     environment: dict[str, str],
 ) -> str:
-    """Start the run and kill it; the last thing that it had begun."""
+    """Start the run and kill it; return the last operation that it had begun."""
     moments = folder / "moments"
     moments.unlink(missing_ok=True)
     process = _start(folder, config, ranks, environment, slow=True)
@@ -193,7 +193,7 @@ def _differences(killed: Path, whole: Path) -> list[str]:
 
 
 def _left_behind(folder: Path) -> list[str]:
-    """Locks, and files and folders that were to be renamed."""
+    """Return locks, and files and folders with temporary names."""
     return sorted(
         str(path.relative_to(folder))
         for path in folder.rglob("*")

@@ -1,4 +1,4 @@
-"""Two ranks calibrate together what one calibrates alone."""
+"""Two ranks together compute the same calibration as one rank."""
 
 from __future__ import annotations
 

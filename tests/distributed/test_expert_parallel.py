@@ -1,4 +1,4 @@
-"""Experts that are spread over ranks train as they do on one rank that holds all of them, in every layout."""
+"""Experts that are sharded over ranks train as they do on one rank that holds all of them, in every layout."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def state_of(run_dir):
 
 
 def assert_same_run(runs: ExpertRuns, label, ranks, kind="main", precision="fp32", *, since=0):
-    """Losses, norms, router statistics, and every weight and moment after consolidation."""
+    """Losses, norms, router statistics, and every weight and moment as a global tensor agree."""
     outcome, (reference, reference_dir) = runs(label, ranks), runs.reference(kind, precision)
     pairs = list(zip(outcome["reports"], reference["reports"][since:], strict=True))
     assert [mine["step"] for mine, _ in pairs] == [*range(since + 1, STEPS + 1)]
@@ -131,7 +131,7 @@ def test_a_run_resumes_exactly_in_its_own_layout(runs: ExpertRuns):
 
 
 def test_a_checkpoint_does_not_tell_how_experts_were_spread(runs: ExpertRuns):
-    """The same tensors under the same names; one process opens it; the manifest tells."""
+    """It has the same tensors under the same names, one process can open it, and the manifest records the layout."""
     run_dir = runs.folder_of("zero2-fp32-ep2-acc2", 2)
     mine, other = (Checkpoint(list_checkpoints(folder)[-1]) for folder in (run_dir, runs.reference("main")[1]))
     assert mine.shapes == other.shapes

@@ -24,7 +24,7 @@ STEPS = 12
 
 
 def wait_until(condition, process, timeout=120.0):
-    """Look every two milliseconds until the condition holds; the process must not end before."""
+    """Poll every two milliseconds until the condition holds; the process must not end before."""
     end = time.monotonic() + timeout
     while not condition():
         time.sleep(0.002)
@@ -93,7 +93,7 @@ def test_random_kills_leave_the_metrics_and_weights_of_an_unbroken_run_and_no_lo
 
 
 def test_ctrl_c_under_the_launcher_saves_and_the_run_goes_on(tmp_path):
-    """The terminal signals all processes, and the launcher sends SIGTERM to the ranks on top of it."""
+    """The terminal signals all processes, and the launcher sends SIGTERM to the ranks in addition."""
     write_text(tmp_path / "text")
     config = tiny_config(tmp_path, "killed", **(LAYOUTS["zero1"] | {"steps": 100_000, "checkpoint_interval": 3}))
     run_dir = tmp_path / "runs" / "killed"
@@ -118,6 +118,6 @@ def test_ctrl_c_under_the_launcher_saves_and_the_run_goes_on(tmp_path):
 
 
 def newest_step(run_dir: Path) -> int:
-    """Of the newest complete checkpoint; 0 without one."""
+    """Return the step of the newest complete checkpoint; 0 without one."""
     paths = list_checkpoints(run_dir)
     return int(paths[-1].name.removeprefix("step-")) if paths else 0

@@ -1,4 +1,4 @@
-"""A signal to the launcher's outer process alone, to both of the terminal's, and to the main one of a container."""
+"""A signal to the launcher's outer process only, to both of its processes, and to the main process of a container."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def can_make_containers() -> bool:
 
 
 class Launched:
-    """A run without an end on two ranks, from its first step on."""
+    """Start a run without an end on two ranks and wait for its first step."""
 
     def __init__(self, folder: Path, **how) -> None:
         self._log, self._run_dir = folder / "log.txt", folder / "runs" / "tiny"

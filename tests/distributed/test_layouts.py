@@ -1,4 +1,4 @@
-"""The same run in every layout has the same losses; a stopped run resumes to them, in its own layout exactly."""
+"""The same run has the same losses in every layout; a resumed run has them too, exactly if its layout is the same."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_a_run_stopped_by_sigterm_resumes_to_what_it_would_have_been_exactly(run
 
 
 def rows_of(run_dir):
-    """The logged steps, without what a clock measures and the gradient norms that not every part of a run reads."""
+    """Return the logged steps without times and without the gradient norms that not every part of a run has."""
     rows = [same_in_every_run(row) for row in read_metrics(run_dir / "metrics.jsonl")]
     return [{name: row[name] for name in row if not name.startswith("train/grad_norm/layer_")} for row in rows]
 

@@ -1,4 +1,4 @@
-"""Two launchers, as on two machines: node ranks, one address to meet at, no ssh."""
+"""Two launchers, as on two machines: node ranks, a common rendezvous address, and no ssh."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder with a tiny text, shared by the tests of this room."""
+"""A folder with a tiny text and a tiny config, shared by the tests of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_config(text_folder: Path, tmp_path: Path) -> Callable[..., RunConfig]:
-    """The tiny run on the plain engine, its run folder in this test's own folder."""
+    """Return a function that makes the config of a tiny run on the plain engine, in a temporary folder."""
 
     def make(name: str = "run", **training: Any) -> RunConfig:
         return tiny_config(text_folder, name, **({"engine": "torch", "output_dir": str(tmp_path / "runs")} | training))

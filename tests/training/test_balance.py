@@ -1,4 +1,4 @@
-"""What balances experts over a step: loads over the global batch, and biases that level a skewed router."""
+"""Balancing of experts: loads over the global batch, and biases that balance a skewed router."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_biases_move_once_a_step_by_all_rows_of_it(tmp_path, micro_batches, repo
 
 
 class TwoAlike(Distributed):
-    """One of two ranks that do the same; it counts what is reduced."""
+    """One of two ranks with equal tensors; it records the number of reduced elements."""
 
     def all_reduce(self, tensor, op=dist.ReduceOp.SUM, *, group=None):
         reduced.append(tensor.numel())
@@ -115,17 +115,17 @@ def test_rows_are_reduced_once_and_those_of_steps_before_the_report_with_them(tm
             learning_rate=1e-3,
             guard=guard,
             report=report,
-            earlier_rows_LE=earlier_LE if report else None,
+            earlier_routed_LE=earlier_LE if report else None,
         )
-    own_LE = outcome.rows_LE.double()
+    own_LE = outcome.routed_LE.double()
     assert own_LE.sum() == 2 * 8 * 24 * 2
     assert engine.model.router_bias_LE.equal(0.02 * (8 * 24 * 2 / E - own_LE).sign().float())
     if report:
         assert len(reduced) == 2, "numbers, and flags"
         assert outcome.stats["router/rows_LE"].equal(2 * own_LE)
-        assert outcome.rows_since_report_LE.equal(2 * (own_LE + earlier_LE))
+        assert outcome.routed_since_report_LE.equal(2 * (own_LE + earlier_LE))
     else:
-        assert reduced == [2 * E] and outcome.rows_since_report_LE is None
+        assert reduced == [2 * E] and outcome.routed_since_report_LE is None
 
 
 def test_an_evaluation_moves_no_bias(tmp_path):
@@ -154,7 +154,7 @@ def test_biases_stop_moving_after_their_steps(tmp_path):
 
 
 @pytest.mark.parametrize("recomputation", ["none", "full"])
-def test_a_global_balance_loss_begins_anew_with_every_step(tmp_path, recomputation):
+def test_a_global_balance_loss_starts_again_in_every_step(tmp_path, recomputation):
     moe = {"load_balance_scope": "global_batch", "load_balance_coefficient": 0.0}
     config = config_of(tmp_path, moe, activation_checkpointing=recomputation)
     engine = engine_of(config, skew=1.0)

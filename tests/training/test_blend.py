@@ -1,4 +1,4 @@
-"""A gradient that goes from straight-through to masked: set in every step, and the same after a resume."""
+"""A gradient that changes from straight-through to masked is set in every step, and the same after a resume."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLEND = {"gradient": "blend", "blend": {"start": 1.0, "end": 0.5, "hold_steps": 
 
 
 def run(config, sparsity, *, stop_at=None):
-    """The losses of its steps by number, and those of an end that was asked for by a signal."""
+    """Collects the losses by step, and stops the run by a signal after a given step."""
     merged = config.model.sparsity.model_validate(config.model.sparsity.model_dump() | sparsity)
     model = config.model.model_copy(update={"sparsity": merged})
     losses = {}

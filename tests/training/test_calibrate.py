@@ -1,4 +1,4 @@
-"""Calibration of a finished run: which rows and weights make the plan, and what is measured of it."""
+"""Calibration of a finished run: the sequences and weights that determine the plan, and its measured quality."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def summed(outputs, name):
 
 
 def zeros_by_layer(outputs, site):
-    """Share of zeros in front of the matrices behind ``site``, by the model's own sums."""
+    """Return the fraction of zeros in front of the matrices behind ``site``, from the model's sums."""
     rows_LE, nonzero_LE = (summed(outputs, f"sparsity/{site}/{name}_LE") for name in ("rows", "nonzero"))
     return 1 - nonzero_LE.sum(-1) / (rows_LE.sum(-1) * WIDTHS[site])
 

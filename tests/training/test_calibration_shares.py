@@ -1,4 +1,4 @@
-"""Which tokens of a calibration each rank is shown, written out by hand."""
+"""The batches of a calibration on each rank, against batches written out by hand."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from qsparse_moe.training.calibrate import _share
+from qsparse_moe.training.calibrate import _local_batches
 from qsparse_moe.training.distributed.ranks import Distributed
 
 
 class Rows:
-    """Stands for the data: a batch is the rows themselves."""
+    """A replacement for the data whose batches are the sequences themselves."""
 
     def batch(self, rows):
         return rows[:, 0].tolist()
@@ -29,4 +29,4 @@ class Rows:
 def test_ranks_take_batches_in_turn_and_number_the_tokens_through_all_rows(rank, want):
     rows = np.arange(11)[:, None].repeat(6, axis=1)  # one token more than labels
     distributed = Distributed(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
-    assert list(_share(Rows(), rows, 2, distributed)) == want
+    assert list(_local_batches(Rows(), rows, 2, distributed)) == want

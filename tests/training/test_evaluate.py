@@ -36,7 +36,7 @@ def test_a_finished_run_evaluates_to_what_training_said(make_config, precision):
 
 
 def test_files_of_one_s_own_evaluate_as_the_run_s_validation_rows_of_the_same_text(make_config, tmp_path):
-    """The validation documents as a file, with their last one cut where the last whole row ends, and without that."""
+    """Return the validation documents as a file, cut where the last whole sequence ends, and as an uncut file."""
     config = make_config(steps=2)
     run_dir = train(config).run_dir
     want = evaluate_run(run_dir, num_rows=10**6)
@@ -146,8 +146,8 @@ def test_a_run_without_a_checkpoint_says_how_to_get_one(make_config):
         load_run(run_folder(config))
 
 
-def test_rows_of_the_vocabulary_that_stand_for_nothing_change_no_evaluation(make_config):
-    """The model with padding evaluates as the one without, in the run and after it."""
+def test_padding_of_the_vocabulary_changes_no_evaluation(make_config):
+    """A model with padding has the same evaluation as one without, during the run and afterwards."""
     config = make_config(steps=2)
     padded = config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": 320})})
     result = train(padded)

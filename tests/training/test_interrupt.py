@@ -27,7 +27,7 @@ def test_the_first_signal_is_noted_and_handlers_come_back():
     assert {number: signal.getsignal(number) for number in before} == before
 
 
-def test_a_ctrl_c_and_the_launchers_sigterm_after_it_are_one_wish():
+def test_a_ctrl_c_and_the_launchers_sigterm_after_it_are_one_request():
     with StopSignals() as signals:
         send(signal.SIGINT)
         send(signal.SIGTERM)
@@ -175,7 +175,7 @@ sys.exit({catcher})
 
 
 def test_who_ends_already_says_why_first():
-    """A lost rank is named though the launcher sends SIGTERM for it, and the handler from before comes back."""
+    """A lost rank is named although the launcher sends SIGTERM because of it; the previous handler is restored."""
     script = """
 from qsparse_moe.training.interrupt import SignalsWhileEnding
 def work():

@@ -1,4 +1,4 @@
-"""Our outer process of the launcher, around a stand-in for DeepSpeed's. Real launches are in tests/distributed."""
+"""The launcher with signal handling around a fake of DeepSpeed's. Real launches are tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_where_nothing_is_started_yet_it_ends_at_once():
 
 
 def test_a_signal_that_it_was_started_to_ignore_stays_ignored():
-    """``launch/slurm.sbatch`` keeps Slurm's warning from the launcher: it is for the ranks."""
+    """``launch/slurm.sbatch`` hides Slurm's warning from the launcher, because it is meant for the ranks."""
     with start(ignored=signal.SIGUSR1) as process:
         assert process.stdout.readline() == "inner\n"
         process.send_signal(signal.SIGUSR1)

@@ -77,7 +77,7 @@ def test_it_just_ends_where_there_is_nothing_to_save(start):
     assert process.stdout.read() == "error: stopped by SIGTERM\n"
 
 
-def test_the_end_of_another_parent_is_no_wish_of_the_users(start):
+def test_the_end_of_another_parent_process_does_not_stop_the_run(start):
     for command in ([*NOBODY, *INNER], [*NOBODY]):
         process = start([*command, *rank(seconds=4)])
         process.terminate()

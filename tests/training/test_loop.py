@@ -1,4 +1,4 @@
-"""What a run does around its steps, on one rank of the plain engine."""
+"""Evaluations, reports, checkpoints, and stops of a run, on one rank of the plain engine."""
 
 from __future__ import annotations
 
@@ -148,14 +148,12 @@ def test_sigterm_ends_with_a_checkpoint_and_an_exit_code(make_config, caplog):
     with caplog.at_level(logging.WARNING):
         result = train(make_config(), [listener])
     assert (result.step, result.stopped_by, result.exit_code, result.validation) == (3, 15, 143, None)
-    assert (
-        "SIGTERM: stopped after step 3 of 6 with a checkpoint; training.resume=true goes on from there" in caplog.text
-    )
+    assert "SIGTERM: stopped after step 3 of 6 with a checkpoint; training.resume=true continues from it" in caplog.text
     assert [path.name for path in list_checkpoints(result.run_dir)] == ["step-00000003"]
     assert listener.ended == [result]
 
 
-def test_a_wish_to_stop_in_the_last_step_changes_nothing(make_config):
+def test_a_request_to_stop_in_the_last_step_changes_nothing(make_config):
     result = train(make_config(steps=3), [stop_after(3)])
     assert result.stopped_by is None and result.validation is not None
 
@@ -225,7 +223,7 @@ def test_a_run_that_died_before_its_first_checkpoint_begins_again(make_config, c
     shutil.rmtree(first.run_dir / "checkpoints")
     with caplog.at_level(logging.INFO):
         again = train(make_config(steps=3, resume=True))
-    assert "has no complete checkpoint: the run begins again at step 0" in caplog.text
+    assert "has no complete checkpoint: the run starts again at step 0" in caplog.text
     assert again.validation == whole.validation
 
 
@@ -282,7 +280,7 @@ def test_a_poisoned_weight_stops_the_run_with_its_layer_and_the_last_checkpoint(
     with pytest.raises(TrainingDiverged) as caught:
         train(config, [Listener(poison)])
     message = str(caught.value)
-    assert message.startswith("step 3: the output of layer 1 is not finite on rank 0. Nothing of this step was kept.")
+    assert message.startswith("step 3: the output of layer 1 is not finite on rank 0. Nothing of this step was saved.")
     assert message.endswith(f"resume from the last checkpoint: {run_folder(config)}/checkpoints/step-00000002")
 
 
@@ -307,7 +305,7 @@ def test_validation_in_the_middle_of_a_ramp_is_that_of_its_checkpoint(make_confi
 
 
 def test_an_evaluation_in_the_middle_changes_no_later_step(make_config):
-    """The router's jitter and the capacity belong to training alone: both are on again after an evaluation."""
+    """The router's jitter and the capacity apply in training only: both are active again after an evaluation."""
     moe = {"num_experts": 4, "expert_hidden_size": 24, "backend": "loop", "router_jitter": 0.3, "capacity_factor": 0.5}
     losses = {}
     for interval in (0, 2):
@@ -328,10 +326,10 @@ def test_the_log_says_how_often_each_source_is_read(make_config, text_folder, ca
 
     with caplog.at_level(logging.INFO):
         train(config.model_copy(update={"data": data_of(whole, small)}))
-    lines = [record.getMessage() for record in caplog.records if "is read" in record.getMessage()]
+    lines = [record.getMessage() for record in caplog.records if ": read " in record.getMessage()]
     assert len(lines) == 2
-    # Of the rows of four steps of eight, three quarters are of the small source.
+    # Three quarters of the sequences of four steps of eight come from the small source.
     for index, (source, share) in enumerate(((whole, 0.25), (small, 0.75))):
-        before, times, after = re.fullmatch(r"(.*) is read ([\d.e-]+) times (.*)", lines[index]).groups()
+        before, times, after = re.fullmatch(r"(.*): read ([\d.e-]+) times (.*)", lines[index]).groups()
         assert (before, after) == (f"data.sources.{index} ({source.path})", "in the 4 steps of the run")
         assert float(times) == pytest.approx(4 * 8 * share / len(load_data(data_of(source)).train), rel=0.02)

@@ -21,14 +21,14 @@ from tests.support.runs import tiny_config
 from tests.training.checkpoint.test_checkpoint import flip_a_byte
 
 STEPS, DEAD_WINDOW, FEATURE_WINDOW = 14, 5, 10
-"""Windows are as many logged steps, and every step is logged."""
+"""Number of logged steps per window; every step is logged."""
 EVALUATED = [3, 6, 9, 12, 14]
 DRIFT = "sparsity/expert_hidden/threshold_drift"
 AGREEMENT = "router/choice_agreement"
 
 
 class Killed(Exception):
-    """The end of a run that saves nothing."""
+    """Ends a run without a checkpoint."""
 
 
 def stop_in(step):
@@ -42,7 +42,7 @@ def stop_in(step):
 
 
 def die_after(step):
-    """A listener that ends the run when it is told of ``step``, after the run's own record."""
+    """A listener that ends the run at the report of ``step``, after the recorder has written it."""
 
     def listen(report):
         if report.step == step:
@@ -64,7 +64,7 @@ class Runs:
         return config.model_copy(update={"metrics": config.metrics.model_copy(update=changes)})
 
     def train(self, name, *listeners, **settings):
-        """Train or resume the run ``name`` with the listeners behind its recorder; its rows so far."""
+        """Train or resume the run ``name`` with a recorder and ``listeners``, and return its logged steps."""
         config = self.config(name, resume=True, **settings)
         with contextlib.suppress(Killed):
             train(config, [Recorder(config), *listeners])
@@ -174,7 +174,7 @@ def test_a_damaged_state_of_the_listeners_is_named(runs):
 
 
 class Counter:
-    """The smallest listener with a state."""
+    """A minimal listener with a state."""
 
     state_name = "counter"
 

@@ -30,7 +30,7 @@ def changed(config: RunConfig, path: str, value) -> RunConfig:
 
 
 def make_run(config: RunConfig, *, step: int = 4) -> None:
-    """Write what a run leaves that has saved a checkpoint."""
+    """Write the files of a run that has saved a checkpoint."""
     write_config(run_folder(config), config)
     (run_folder(config) / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 

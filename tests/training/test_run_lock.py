@@ -1,4 +1,4 @@
-"""One run folder belongs to one run at a time."""
+"""The lock of a run folder, which only one process at a time can hold."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_dead_run_of_another_machine_is_taken_over_after_half_a_minute(tmp_pat
 
 
 class OtherMachine(RunFolderLock):
-    """A process elsewhere, with which no lock of the file system is shared."""
+    """A process on another machine, with a file system that does not share ``flock``."""
 
     def acquire(self):
         self._record = run_lock._Record(self._folder)
@@ -146,7 +146,7 @@ def test_of_machines_that_come_at_the_same_instant_one_has_the_folder(tmp_path, 
 
 
 def test_without_locks_of_the_file_system_the_record_keeps_a_second_process_of_this_machine_out(tmp_path, monkeypatch):
-    """It is known at once that a process of this machine is dead."""
+    """A record of a process that has ended on this machine is replaced without waiting."""
     monkeypatch.setattr(run_lock, "acquire_lock", lambda path: contextlib.nullcontext())
     monkeypatch.setattr(run_lock, "_POLL_SECONDS", 0.02)
     folder = tmp_path / "mine"

@@ -57,6 +57,7 @@ def save_checkpoint(
     distributed = engine.distributed
     root = run_dir / CHECKPOINTS
     final = root / f"step-{progress.step:08d}"
+    # One rank decides for all: on a network file system the ranks may see the folder at different times.
     if distributed.on_rank_zero(final.exists):
         return final
     partial = root / f"{UNFINISHED[0]}{final.name}"
@@ -74,6 +75,7 @@ def save_checkpoint(
         files.append(distributed.on_rank_zero(lambda: _write_json(partial / LISTENERS, report_state.listeners)))
         index = _index(engine, progress, data_state, files)
         index |= {"listeners": LISTENERS, "evaluation_pending": report_state.evaluation_pending}
+        # The index is written last and the rename follows it; no reader opens the folder before that.
         distributed.on_rank_zero(lambda: _finish(partial, final, index))
         distributed.on_rank_zero(lambda: _prune(root, keep_last))
     except OSError as error:
@@ -119,6 +121,7 @@ class _Checksummed:
         self.error: OSError | None = None
 
     def write(self, data: Any) -> int:
+        # While writing, because reading a large file back would take as long again.
         self.crc32 = zlib.crc32(data, self.crc32)
         try:
             return self._file.write(data)
@@ -147,6 +150,7 @@ def _write_shard(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> dict[str, Any]:
+    # NaN is not JSON, and other readers would refuse the file.
     content = json.dumps(value, allow_nan=False).encode("utf-8")
     with path.open("wb") as file:
         file.write(content)

@@ -24,6 +24,7 @@ def owners(shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, int]:
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     load = [0] * world_size
     owner = {}
+    # The name breaks ties, so that all ranks compute the same owners.
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         owner[name] = load.index(min(load))
         load[owner[name]] += sizes[name]
@@ -39,6 +40,7 @@ def collect(engine: Engine) -> Tensors:
             # One tensor at a time, so that a rank never holds more than one global tensor that it does not own.
             tensor = engine.get_full(name, kind)
             if owner[name] == engine.distributed.rank:
+                # A copy, because the engine may return a view of its own state.
                 owned[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
     return owned
 
@@ -61,6 +63,7 @@ def state_buffers(model: nn.Module) -> dict[str, Tensor]:
 
     They are the same on every rank with every engine.
     """
+    # keep_vars leaves parameters as nn.Parameter, which distinguishes them from buffers.
     state = model.state_dict(keep_vars=True)
     return {name: value for name, value in state.items() if not isinstance(value, nn.Parameter)}
 
@@ -125,6 +128,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
     version, internal, next_gauss = states["python"]
     random.setstate((version, tuple(internal), next_gauss))
+    # A run may resume on a machine with another kind of device.
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
 

@@ -31,6 +31,7 @@ LISTENERS = "listeners.json"
 UNFINISHED = (".saving-", ".deleting-")
 """Prefixes of the names of folders that are being written or removed."""
 
+# Eight digits sort by name; more are accepted for longer runs.
 _FINAL = re.compile(r"step-(\d{8,})")
 
 
@@ -87,6 +88,7 @@ class Checkpoint:
         for name, facts in self._index["files"].items():
             file = path / name
             size = file.stat().st_size if file.is_file() else None
+            # The size is checked at once because it needs no reading; verify compares the content.
             if size != facts["bytes"]:
                 raise _broken(
                     file, f"{'is missing' if size is None else f'has {size} bytes'} (expected: {facts['bytes']} bytes)"
@@ -154,7 +156,7 @@ class Checkpoint:
 
     @property
     def has_report_state(self) -> bool:
-        """Whether the checkpoint has a ``ReportState``; checkpoints of earlier versions have none."""
+        """True if the checkpoint has a ``ReportState``; checkpoints of earlier versions have none."""
         return "listeners" in self._index
 
     def report_state(self, rank: int) -> ReportState:
@@ -176,6 +178,7 @@ class Checkpoint:
     def _content(self, name: str) -> dict[str, Any]:
         if name not in self._contents:
             try:
+                # weights_only: a checkpoint from elsewhere must not run code.
                 self._contents[name] = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
             except Exception as error:  # torch's reader raises many types for a damaged file.
                 raise _broken(self.path / name, f"cannot be read ({str(error).splitlines()[0]})") from error
@@ -202,7 +205,7 @@ def verified_checkpoint(path: Path) -> Checkpoint:
     """Return the checkpoint in the folder ``path`` after all its files have been read and compared.
 
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: the checkpoint is damaged.
     """
     checkpoint = Checkpoint(path)
     checkpoint.verify()
@@ -226,6 +229,7 @@ def _entries(root: Path) -> list[Path]:
 def _checksum(file: Path) -> int:
     crc32 = 0
     with file.open("rb") as stream:
+        # In blocks of 4 MiB: files may be larger than the free memory.
         while block := stream.read(1 << 22):
             crc32 = zlib.crc32(block, crc32)
     return crc32
@@ -247,6 +251,7 @@ def _read_index(file: Path) -> dict[str, Any]:
 
 def _broken(file: Path, what: str) -> CheckpointError:
     folder = file.parent
+    # The way out depends on it: without an earlier checkpoint the run starts again at step 0.
     paths = list_checkpoints(folder.parent.parent)
     earlier = paths[: paths.index(folder)] if folder in paths else []
     if earlier:

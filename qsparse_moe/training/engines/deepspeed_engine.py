@@ -79,7 +79,7 @@ class DeepSpeedEngine:
         try:
             self._check_swapping()
         except ConfigError:
-            # No caller has this engine yet, so nobody would call close().
+            # No caller has this engine yet, so close() will not be called.
             remove_swap_files(config, distributed.rank)
             raise
         self._start_optimizer_states()
@@ -109,12 +109,14 @@ class DeepSpeedEngine:
 
     def update(self, learning_rate: float) -> float:
         """See ``Engine``."""
+        # The balance loss of the next step must not include the loads of this one.
         self._step_load.reset()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._step()
         if self.loss_scaler is None:
             return float(norm)
+        # DeepSpeed has decided it, over all ranks, and has skipped the step.
         overflow = bool(self._engine.optimizer.overflow)
         self.loss_scaler.update(overflow)
         if overflow:
@@ -216,6 +218,7 @@ class DeepSpeedEngine:
         for index, flat in enumerate(self._flat_parameters()):
             with self._swapped_in(index):
                 start_state(self._adam, flat)
+        # The wrapper of ZeRO-3 and plain AdamW lack this method.
         link = getattr(self._engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
         if link is not None:
             link()

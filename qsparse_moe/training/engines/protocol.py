@@ -106,6 +106,7 @@ def run_model(
     module: Any, batch: Batch, device: torch.device, *, with_stats: bool, layer_hook: LayerHook | None
 ) -> ModelOutput:
     """Call ``module``, the model or the engine's wrapper around it, with a batch in host memory."""
+    # Tokens are copied while the previous micro-batch still computes, if the host memory is pinned.
     tokens, targets, positions, documents = (
         None if part is None else part.to(device, non_blocking=True) for part in batch
     )

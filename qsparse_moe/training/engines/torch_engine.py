@@ -81,6 +81,7 @@ class TorchEngine:
         overflow = self.loss_scaler is not None and not norm.isfinite()
         if not overflow:
             self._step()
+        # None and not zeros: frees the memory until the next backward pass.
         for parameter in self._parameters.values():
             parameter.grad = None
         if self.loss_scaler is not None:

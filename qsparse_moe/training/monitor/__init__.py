@@ -1,1 +1,1 @@
-"""What a run watches while it trains: non-finite values, dead experts, time, memory, and gradients."""
+"""Monitors of a run: non-finite values, dead experts, agreement of routing, time, memory, and gradients."""

@@ -1,4 +1,4 @@
-"""How many of the experts that tokens chose in one evaluation they choose in the next. T tokens, A experts a token."""
+"""Agreement of the experts that tokens choose in successive evaluations. T tokens, A experts per token."""
 
 from __future__ import annotations
 
@@ -16,68 +16,75 @@ from qsparse_moe.training.distributed.ranks import Distributed
 logger = logging.getLogger(__name__)
 
 
-class ChoiceMemory:
-    """The experts that every token of this rank's validation rows chose in the evaluation before.
+class ChoiceAgreement:
+    """Compares the experts that each token of this rank's validation sequences chose in successive evaluations.
 
-    It keeps 2 bytes for every token, layer and choice in the host's memory, and in every checkpoint.
+    The choices of one evaluation take 2 bytes per token, layer, and choice in host memory and in every checkpoint.
     """
 
     def __init__(self, routers: list[Router], distributed: Distributed, *, sequences: int = 0) -> None:
-        """``sequences`` is a checksum of this rank's validation rows: choices are compared token by token."""
+        """Args: ``sequences`` is a checksum of this rank's validation sequences; tokens are compared by position."""
         self._routers = routers
         self._distributed = distributed
         self._sequences = sequences
-        self._before: list[Tensor] | None = None
+        self._previous: list[Tensor] | None = None
 
     @contextlib.contextmanager
-    def watch(self) -> Iterator[list[list[Tensor]]]:
-        """Yield a list a layer to which every forward inside adds its choices ``(T, A)``, int16 on the CPU."""
-        seen: list[list[Tensor]] = [[] for _ in self._routers]
+    def record(self) -> Iterator[list[list[Tensor]]]:
+        """Yield one list per layer, to which every forward pass appends its choices ``(T, A)``, int16 on the CPU."""
+        chosen: list[list[Tensor]] = [[] for _ in self._routers]
 
-        def keep(found: list[Tensor], expert_ids_TA: Tensor) -> None:
-            found.append(expert_ids_TA.to(torch.int16).cpu())
+        def append(layer: list[Tensor], expert_ids_TA: Tensor) -> None:
+            layer.append(expert_ids_TA.to(torch.int16).cpu())
 
-        for router, found in zip(self._routers, seen, strict=True):
-            router.hook = lambda expert_ids_TA, found=found: keep(found, expert_ids_TA)
+        for router, layer in zip(self._routers, chosen, strict=True):
+            # The default argument binds this layer's list; a closure would see the last one.
+            router.hook = lambda expert_ids_TA, layer=layer: append(layer, expert_ids_TA)
         try:
-            yield seen
+            yield chosen
         finally:
             for router in self._routers:
                 router.hook = None
 
-    def compare(self, seen: list[list[Tensor]], counts_T: Tensor) -> Tensor | None:
-        """The share ``(L,)`` of the choices that were made in the evaluation before too, over all ranks' tokens.
+    def compare(self, chosen: list[list[Tensor]], counts_T: Tensor) -> Tensor | None:
+        """Return the fraction ``(L,)`` of choices that the previous evaluation has as well, over all ranks' tokens.
 
-        ``seen`` takes the place of what was kept. None in the first evaluation of a run. All ranks call it together.
+        ``chosen`` replaces the stored choices. The result is None in the first evaluation of a run. All ranks must call
+        it together.
 
         Args:
-            seen: what ``watch`` yielded.
-            counts_T: bool, whether a token counts; those that fill up a batch differ between layouts.
+            chosen: the lists from ``record``.
+            counts_T: bool, whether a token counts; the padding of batches differs between layouts.
         """
-        now = [torch.cat(found)[counts_T] for found in seen]
-        before, self._before = self._before, now
-        if before is None or not now:
+        now = [torch.cat(layer)[counts_T] for layer in chosen]
+        previous, self._previous = self._previous, now
+        if previous is None or not now:
             return None
-        common = [num_common(one, other) for one, other in zip(before, now, strict=True)]
+        common = [num_common(one, other) for one, other in zip(previous, now, strict=True)]
+        # Counts and not fractions are reduced: the ranks may have different numbers of tokens.
         sums = torch.tensor([*common, now[0].numel()], dtype=torch.float64, device=self._distributed.device)
         *common_L, num_choices = self._distributed.all_reduce(sums).tolist()
         return torch.tensor(common_L, dtype=torch.float64) / num_choices
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this rank."""
-        return {"sequences": self._sequences, "choices": self._before}
+        """Return this rank's state for a checkpoint."""
+        return {"sequences": self._sequences, "choices": self._previous}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of as many ranks, if all have the same validation rows. All ranks call it."""
+        """Continue from the state in a checkpoint of the same number of ranks. All ranks must call it together.
+
+        The state is dropped if the validation sequences of any rank have changed.
+        """
         if all(self._distributed.all_gather(state["sequences"] == self._sequences)):
-            self._before = state["choices"]
+            self._previous = state["choices"]
         elif self._distributed.rank == 0:
             logger.info(
-                "the validation rows are not those of the checkpoint (training.evaluation_rows or the size of the "
-                "micro-batches has changed): router/choice_agreement starts with the second evaluation from here"
+                "the validation sequences differ from those of the checkpoint, because training.evaluation_rows or "
+                "training.micro_batch_size has changed: router/choice_agreement starts with the second evaluation from "
+                "here"
             )
 
 
 def num_common(one_TA: Tensor, other_TA: Tensor) -> int:
-    """Over the tokens, how many of a token's choices are in both; no token chooses an expert twice."""
+    """Return the number of choices that are in both tensors for the same token; no token chooses an expert twice."""
     return int((one_TA[:, :, None] == other_TA[:, None, :]).sum())

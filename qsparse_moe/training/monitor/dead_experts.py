@@ -1,4 +1,4 @@
-"""Says which experts nobody uses. L MoE layers, E experts."""
+"""Warnings of dead experts, to which no token is routed. L MoE layers, E experts."""
 
 from __future__ import annotations
 
@@ -15,67 +15,72 @@ logger = logging.getLogger(__name__)
 
 
 class DeadExpertMonitor:
-    """Warns, on rank 0 and once a window, of every expert that got no row on any rank in a window of steps.
+    """Warns once per window, on rank 0, of every expert to which no token was routed on any rank in a window of steps.
 
-    The rows of steps that are not logged are added up where they are; the step's report reduces them over the ranks
-    together with its own, so that nothing here waits for the device.
+    The counts of steps that are not logged are accumulated on the device. The report of the next logged step reduces
+    them over the ranks together with its own counts, so that this class never synchronizes with the device.
     """
 
     def __init__(self, window: int, layers: Sequence[int], distributed: Distributed) -> None:
-        """``window`` in steps, 0: never; ``layers`` are the numbers of the MoE layers."""
+        """Args: ``window`` is in steps, and 0 disables warnings; ``layers`` are the indices of the MoE layers."""
+        # A model without experts needs no window.
         self._window = window if layers else 0
         self._layers = layers
         self._distributed = distributed
-        self.rows_LE: Tensor | None = None
-        """Rows of the steps since the last look, on this rank; None where there are none, or nothing is watched."""
+        self.routed_LE: Tensor | None = None
+        """Number of this rank's tokens routed to each expert since the last report, if any step was added."""
         self._steps = 0
         self._idle_LE: Tensor | None = None
+        """Number of steps since each expert last received a token, over all ranks."""
 
-    def add(self, rows_LE: Tensor | None) -> None:
-        """Count the rows of one step that is not logged, on this rank."""
-        if self._window and rows_LE is not None:
+    def add(self, routed_LE: Tensor | None) -> None:
+        """Accumulate this rank's counts of a step that is not logged."""
+        if self._window and routed_LE is not None:
             self._steps += 1
-            self.rows_LE = rows_LE if self.rows_LE is None else self.rows_LE + rows_LE
+            self.routed_LE = routed_LE if self.routed_LE is None else self.routed_LE + routed_LE
 
-    def look(self, step: int, rows_LE: Tensor | None) -> None:
-        """Warn of what has been without a row for one more window, in a logged step.
+    def check(self, step: int, routed_LE: Tensor | None) -> None:
+        """Warn in a logged step of the experts that have been without a token for one more window.
 
         Args:
-            step: the step at work, counted from 1 as in the reports.
-            rows_LE: of all ranks, in this step and those that were added since the last look; on the CPU.
+            step: number of the step, counted from 1 as in the reports.
+            routed_LE: number of tokens of all ranks routed to each expert since the last report, on the CPU.
         """
-        if not self._window or rows_LE is None:
+        if not self._window or routed_LE is None:
             return
-        got_none_LE, num_steps = rows_LE == 0, self._steps + 1
+        got_none_LE, num_steps = routed_LE == 0, self._steps + 1
+        # Counts within the interval are summed, so an expert with a token anywhere in it starts again at 0.
         before_LE = torch.zeros_like(got_none_LE, dtype=torch.int64) if self._idle_LE is None else self._idle_LE
         self._idle_LE = torch.where(got_none_LE, before_LE + num_steps, 0)
+        # A logging interval may skip the exact end of a window, so the number of completed windows is compared.
         due_LE = self._idle_LE // self._window > before_LE // self._window
-        self.rows_LE, self._steps = None, 0
+        self.routed_LE, self._steps = None, 0
         if self._distributed.rank == 0:
             for layer, due_E in zip(self._layers, due_LE, strict=True):
                 self._warn(step, layer, due_E.nonzero().flatten().tolist())
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of this rank."""
+        """Return this rank's state for a checkpoint."""
         return {
-            "rows_LE": None if self.rows_LE is None else self.rows_LE.cpu(),
+            # The names of earlier versions, which checkpoints contain.
+            "rows_LE": None if self.routed_LE is None else self.routed_LE.cpu(),
             "steps": self._steps,
             "idle_LE": self._idle_LE,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint of as many ranks."""
+        """Continue from the state in a checkpoint of the same number of ranks."""
         if self._window:
-            rows_LE = state["rows_LE"]
-            self.rows_LE = None if rows_LE is None else rows_LE.to(self._distributed.device)
+            routed_LE = state["rows_LE"]
+            self.routed_LE = None if routed_LE is None else routed_LE.to(self._distributed.device)
             self._steps, self._idle_LE = state["steps"], state["idle_LE"]
 
     def _warn(self, step: int, layer: int, experts: list[int]) -> None:
         if experts:
             logger.warning(
-                "step %d: layer %d: experts %s got no row in the last %d steps (metrics.dead_expert_window), and "
-                "nothing makes them anew: begin a run with a larger model.moe.load_balance_coefficient, or with "
-                "model.moe.bias_update_rate above 0",
+                "step %d: layer %d: experts %s received no token in the last %d steps (metrics.dead_expert_window), "
+                "and dead experts do not recover by themselves: start a run with a larger "
+                "model.moe.load_balance_coefficient, or with model.moe.bias_update_rate above 0",
                 step,
                 layer,
                 in_ranges(experts),
@@ -84,7 +89,7 @@ class DeadExpertMonitor:
 
 
 def in_ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers as text: ``[1, 2, 3, 7]`` is ``1-3, 7``."""
+    """Return ascending numbers as text: ``[1, 2, 3, 7]`` becomes ``1-3, 7``."""
     ranges: list[list[int]] = []
     for number in numbers:
         if ranges and number == ranges[-1][-1] + 1:

@@ -1,4 +1,4 @@
-"""How large the gradient of each layer's matrices is, from the part of it that every rank holds. L layers."""
+"""The gradient norm of each layer's matrices, computed from the ranks' gradient shards. L layers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch import Tensor
 
 from qsparse_moe.training.engines.protocol import Engine
 
+# By the names in the state dict, which are public and do not change.
 _MATRIX = re.compile(
     r"layers\.(\d+)\.(?:attention\.(?:qkv|output)\.weight|(?:moe\.experts|moe\.shared|dense)\.w_(?:gate|up|down))"
 )
 
 
 def layer_matrices(names: Iterable[str]) -> list[list[str]]:
-    """Of the parameters ``names``, those behind a sparse site, by layer: of attention and of every feed-forward.
+    """Return the names of the matrices behind a sparse site, in attention and feed-forwards, as one list per layer.
 
-    Norms, routers and the gate of shared experts, which Q-Sparse leaves alone, belong to no list.
+    Norms, routers, and the gate of shared experts, to which Q-Sparse does not apply, are in no list.
     """
     layers: dict[int, list[str]] = {}
     for name in names:
@@ -28,17 +29,19 @@ def layer_matrices(names: Iterable[str]) -> list[list[str]]:
 
 
 def layer_squares(engine: Engine) -> Tensor:
-    """``(L,)`` float64: this rank's share of the sum of squares of the gradient of each layer's matrices.
+    """Return this rank's part, ``(L,)`` in float64, of the sum of squares of the gradient of each layer's matrices.
 
-    To be called between the step's last backward and ``update``. Added over the ranks it is the square of the norm
-    before clipping; nothing waits for the device.
+    Call it between the last backward of a step and ``update``. The sum over all ranks is the square of the norm before
+    clipping. It does not synchronize with the device.
     """
     squares_L = torch.stack(
         [torch.stack([_square(engine, name) for name in names]).sum() for names in layer_matrices(engine.shapes())]
     )
+    # In fp16 the gradients still carry the loss scale here; squares carry its square.
     return squares_L if engine.loss_scaler is None else squares_L / engine.loss_scaler.factor**2
 
 
 def _square(engine: Engine, name: str) -> Tensor:
-    part = engine.gradient_shard(name)
-    return torch.linalg.vector_norm(part, dtype=torch.float64).square().to(engine.distributed.device)
+    shard = engine.gradient_shard(name)
+    # In float64: squares of fp16's scaled gradients overflow fp32, and the ranks' parts add up without rounding noise.
+    return torch.linalg.vector_norm(shard, dtype=torch.float64).square().to(engine.distributed.device)

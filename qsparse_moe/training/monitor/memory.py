@@ -1,4 +1,4 @@
-"""Memory that this process takes up, and the device that it runs on."""
+"""Memory in use by this process, and the name of its device."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 
 
 def device_name(device: torch.device) -> str:
-    """What CUDA calls the device; empty on a CPU."""
+    """Return the name of a CUDA device; empty on a CPU."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 def memory_in_use(device: torch.device) -> dict[str, float]:
-    """Bytes by name: ``peak_resident``, ``resident`` where the system tells it, CUDA's ``allocated`` and its peak."""
+    """Return bytes by name: ``peak_resident``; ``resident`` on Linux; ``allocated`` and ``peak_allocated`` on CUDA."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # Linux counts in KiB, macOS in bytes.
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
     memory = {"peak_resident": float(peak if sys.platform == "darwin" else peak * 1024)}
     pages = Path("/proc/self/statm")
     if pages.is_file():
         memory["resident"] = float(int(pages.read_text().split()[1]) * resource.getpagesize())
-        # The kernel brings its peak up to date now and then only.
+        # The kernel updates its peak only now and then, so the current value may be above it.
         memory["peak_resident"] = max(memory.values())
     if device.type == "cuda":
         memory["allocated"] = float(torch.cuda.memory_allocated(device))

@@ -1,7 +1,7 @@
-"""Notices a value that is not finite before it reaches the weights. L layers.
+"""Detects values that are not finite before they reach the weights. L layers.
 
-In fp16 a gradient may overflow because the loss is scaled: that step is skipped, and training goes on. What is not
-finite in the forward pass, or overflows at the smallest scale, is no matter of the scale and ends the run.
+In fp16 a gradient may overflow because the loss is scaled; such a step is skipped, and training continues. A value in
+the forward pass that is not finite, or an overflow at the smallest scale, ends the run: no other scale would help.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ logger = logging.getLogger(__name__)
 
 
 CANNOT_CONTINUE = 1000
-"""The ``stop`` of a rank that has no data for the next step, or cannot write; above every signal."""
+"""Value of ``stop`` on a rank that has no data for the next step or cannot write; greater than every signal."""
 
 
 class Requests(NamedTuple):
-    """What the ranks wish after a step."""
+    """The requests of the ranks after a step."""
 
     stop: int
-    """A signal, ``CANNOT_CONTINUE``, or 0."""
+    """The number of a signal, ``CANNOT_CONTINUE``, or 0."""
     save: bool
-    """A checkpoint."""
+    """Whether a checkpoint is requested."""
 
 
 class NonFiniteGuard:
-    """Sums of every layer's output and of the gradient that arrives there: a sum is finite only if all its terms are.
+    """Sums each layer's output and the gradient that enters it; a sum is finite only if all of its terms are.
 
-    The sums stay on the device. ``check`` looks at them once a step and carries the wishes to stop and to save to all
+    The sums stay on the device. ``check`` reads them once per step, and sends the requests to stop and to save to all
     ranks in the same small reduction.
     """
 
@@ -51,54 +51,57 @@ class NonFiniteGuard:
         self._loss = torch.zeros(1, device=distributed.device)
 
     def layer_hook(self, layer: int, hidden: Tensor) -> None:
-        """To be called with every layer's output, inside the graph."""
+        """Add a layer's output; called in the forward pass, where the output is part of the graph."""
+        # In fp32: sums of finite fp16 values would overflow.
         self._forward_L[layer] += hidden.detach().sum(dtype=torch.float32)
         if hidden.requires_grad:
 
-            def look(grad: Tensor) -> None:
+            def add_gradient(grad: Tensor) -> None:
                 self._backward_L[layer] += grad.sum(dtype=torch.float32)
 
-            hidden.register_hook(look)
+            hidden.register_hook(add_gradient)
 
     def add_loss(self, loss: Tensor) -> None:
-        """To be called with every micro-batch's loss."""
+        """Add a micro-batch's loss."""
         self._loss += loss.detach().float()
 
     def check(self, step: int, *, stop: int, save: bool = False) -> Requests:
-        """Raise on every rank if any saw a non-finite value since the last call; else what any rank wishes.
+        """Raise on every rank if any rank has seen a value that is not finite since the last call.
 
         Args:
-            step: the step at work, counted from 1 as in the reports.
+            step: number of the step, counted from 1 as in the reports.
             stop: the signal that this rank has received, ``CANNOT_CONTINUE``, or 0.
-            save: whether this rank wishes a checkpoint after the step.
+            save: whether this rank requests a checkpoint after the step.
 
         Returns:
-            The highest of the ranks' ``stop``, and whether any wishes a checkpoint: the same on every rank.
+            The highest ``stop`` of all ranks, and whether any rank requests a checkpoint; the same on every rank.
 
         Raises:
-            TrainingDiverged: with the step, the place and the lowest rank that saw it.
+            TrainingDiverged: the message has the step, the layer, and the lowest rank that has seen the value.
         """
         sums = torch.cat((self._forward_L, self._backward_L, self._loss))
-        # Reduced by maximum, the lowest rank wins.
+        # The maximum over the ranks then identifies the lowest rank.
         flags = torch.where(sums.isfinite(), 0, self._distributed.world_size - self._distributed.rank)
         flags = torch.cat((flags, flags.new_tensor((stop, int(save)))))
-        *found, stop, wanted = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
+        # The only wait for the device in a step that is not logged.
+        *found, stop, save_requested = self._distributed.all_reduce(flags, dist.ReduceOp.MAX).tolist()
         for buffer in (self._forward_L, self._backward_L, self._loss):
             buffer.zero_()
+        # Set only by an overflow in this step; check_norm reports it after the update.
         self._overflow_place = ""
         if any(found):
             place = self._place(found)
             if self._loss_scaler is None or not self._is_backward_only(found):
                 raise TrainingDiverged(f"step {step}: {place}. {_WAY_OUT}")
             self._overflow_place = f" ({place})"
-        return Requests(stop, bool(wanted))
+        return Requests(stop, bool(save_requested))
 
     def check_norm(self, step: int, grad_norm: float) -> None:
-        """Look at the gradient norm, the same on all ranks, after the engine's update; in fp16 say if it skipped.
+        """Check the gradient norm, the same on all ranks, after the engine's update; in fp16 log a skipped step.
 
         Raises:
-            TrainingDiverged: with the step. The norm is not finite, which no layer's sums showed; in fp16 only if the
-                loss scale cannot go lower.
+            TrainingDiverged: the norm is not finite although all sums of layers are; in fp16 only if the loss scale is
+                already at its minimum.
         """
         if math.isfinite(grad_norm):
             return
@@ -112,7 +115,7 @@ class NonFiniteGuard:
             )
         if self._distributed.rank == 0:
             logger.warning(
-                "step %d: skipped, its gradient overflows fp16%s; the loss scale of the next is %g",
+                "step %d: skipped because its gradient overflows fp16%s; the loss scale of the next step is %g",
                 step,
                 self._overflow_place,
                 scaler.scale,
@@ -124,12 +127,13 @@ class NonFiniteGuard:
     def _place(self, found: list[int]) -> str:
         forward, backward = found[: self._num_layers], found[self._num_layers : -1]
         if any(forward):
+            # The forward pass runs from the first layer up: the lowest one is where it began.
             place = next(layer for layer, flag in enumerate(forward) if flag)
             what, flag = f"the output of layer {place}", forward[place]
         elif found[-1]:
             what, flag = "the loss", found[-1]
         else:
-            # The backward runs from the last layer down: the highest one is where it began.
+            # The backward pass runs from the last layer down: the highest one is where it began.
             place = max(layer for layer, flag in enumerate(backward) if flag)
             what, flag = f"the gradient that enters layer {place} from above", backward[place]
         rank = self._distributed.world_size - flag
@@ -137,6 +141,6 @@ class NonFiniteGuard:
 
 
 _WAY_OUT = (
-    "Nothing of this step was kept. Lower training.learning_rate, lengthen training.warmup_steps or set "
+    "Nothing of this step was saved. Lower training.learning_rate, lengthen training.warmup_steps, or set "
     "training.gradient_clipping, or resume from the last checkpoint"
 )

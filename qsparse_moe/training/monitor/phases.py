@@ -1,4 +1,4 @@
-"""Where the time of a step goes: waiting for data, forward, backward, update, and within them the collectives."""
+"""The time of a step by phase: data, forward, backward, update, and the collectives within them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qsparse_moe.training.distributed.collectives import PatchTarget, timed_coll
 
 
 class PhaseClock:
-    """Seconds of the parts of one step on this rank.
+    """Measures the seconds of each phase of a step on this rank.
 
-    Work on a GPU is done when it is done, not when it is asked for: in a step that is reported the clock waits for it
-    around every part, in the others it neither waits nor measures.
+    Kernels on a GPU run asynchronously. In a reported step the clock therefore synchronizes around every phase; in
+    other steps it neither synchronizes nor measures.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -25,12 +25,12 @@ class PhaseClock:
         self._measures = False
         self._traces = False
         self.seconds: dict[str, float] = {}
-        """By part, of the step at work; empty where it is not reported."""
+        """Seconds by phase in the current step; empty in a step that is not reported."""
 
     def begin(self, *, measures: bool, traces: bool = False) -> None:
-        """Forget the step before; ``measures`` says whether this one is reported, ``traces`` whether it is profiled.
+        """Begin a step; ``measures`` is whether it is reported, and ``traces`` whether it is profiled.
 
-        In a profile the parts stand by their names.
+        A profile shows the phases by their names.
         """
         self._measures = measures
         self._traces = traces
@@ -38,7 +38,8 @@ class PhaseClock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Add the time inside to the part ``name``."""
+        """Add the time inside the block to the phase ``name``."""
+        # record_function has a cost in every call, also when no profiler runs.
         with record_function(name) if self._traces else contextlib.nullcontext():
             yield from self._measured(name)
 
@@ -51,16 +52,17 @@ class PhaseClock:
         self._add(name, self._now() - before)
 
     @contextlib.contextmanager
-    def collectives(self, kept_elsewhere: Iterable[PatchTarget] = ()) -> Iterator[None]:
-        """Add the time of the collectives inside to ``communication``, which lies within the other parts.
+    def collectives(self, aliases: Iterable[PatchTarget] = ()) -> Iterator[None]:
+        """Add the time of collectives inside the block to ``communication``, which is part of the other phases.
 
-        ``kept_elsewhere`` as in ``timed_collectives``. On CUDA nothing is measured.
+        ``aliases`` are passed to ``timed_collectives``. On CUDA nothing is measured.
         """
         if not self._measures or self._device.type == "cuda":
             yield
             return
+        # Reported even without a collective, so that the metric has a value in every logged step.
         self.seconds["communication"] = 0.0
-        with timed_collectives(functools.partial(self._add, "communication"), kept_elsewhere):
+        with timed_collectives(functools.partial(self._add, "communication"), aliases):
             yield
 
     def _add(self, name: str, seconds: float) -> None:
@@ -68,5 +70,6 @@ class PhaseClock:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
+            # Kernels run asynchronously, so the clock must wait for them.
             torch.cuda.synchronize(self._device)
         return time.perf_counter()

@@ -1,4 +1,4 @@
-"""Checkpoints on one rank of the plain engine; other layouts are in tests/distributed."""
+"""Checkpoints on one rank of the plain engine; other layouts are tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -134,11 +134,11 @@ def test_only_the_newest_are_kept_and_one_that_exists_is_left_alone(tmp_path, en
 
 
 class PowerCut(BaseException):
-    """No handler for errors catches it, as none runs when the machine goes off."""
+    """A crash that no ``except Exception`` catches, as when the machine loses power."""
 
 
 def crash_after(calls):
-    """Patches that let ``calls`` calls of what touches the disk happen, and end the process in the next one."""
+    """Let the first ``calls`` calls that write to the disk succeed, and crash in the next one."""
     done = 0
 
     def guarded(function):
@@ -186,7 +186,7 @@ def test_a_save_cut_off_anywhere_leaves_a_checkpoint_to_go_on_from(tmp_path, eng
         if not crashed:
             break
     assert outcomes[0] == 1 and outcomes[-1] == 2 and outcomes == sorted(outcomes)
-    assert len(outcomes) > 8, "every call that touches the disk was a place to crash in"
+    assert len(outcomes) > 8, "every call that writes to the disk must have crashed once"
 
 
 def test_a_folder_that_cannot_be_written_is_named_and_the_old_checkpoint_stays(tmp_path, engine):

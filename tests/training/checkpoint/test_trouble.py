@@ -1,4 +1,4 @@
-"""What a run saves when its data ends in an error or its disk is full, and when a checkpoint is old."""
+"""Checkpoints of a run whose data fails, whose disk is full, or whose last checkpoint is old."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def streamed(config, file, **data):
 
 @pytest.fixture
 def broken_file(tmp_path):
-    """Text for a few steps, then a line that is no JSON, then more."""
+    """Write text for a few steps, then a line that is not JSON, then more text."""
     lines = [json.dumps({"text": f"document {i} " * 12}) for i in range(90)]
     file = tmp_path / "docs.jsonl"
     file.write_text("\n".join([*lines[:40], "{oops", *lines[40:]]) + "\n")
@@ -72,7 +72,7 @@ def test_the_log_of_a_stream_says_how_often_it_was_read_to_its_end(make_config, 
         tokens += lengths[given % len(lengths)]
         given += 1
     assert (given - 1) // len(lengths) == 2
-    assert line == "data.sources.0 was read 2 times to its end, by rank 0"
+    assert line == "data.sources.0: rank 0 read it to its end 2 times"
 
 
 def test_a_full_disk_for_the_metrics_keeps_the_steps_done(make_config):

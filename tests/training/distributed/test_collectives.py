@@ -1,4 +1,4 @@
-"""Time in collectives: every call and every wait counts, and nothing is left exchanged afterwards."""
+"""The time in collectives includes every call and every wait, and no function stays patched afterwards."""
 
 import time
 from types import SimpleNamespace
@@ -25,7 +25,7 @@ def slow_call(tensor, async_op=False):
     return Work() if async_op else None
 
 
-def test_calls_and_waits_are_counted_wherever_the_function_is_kept(monkeypatch):
+def test_calls_and_waits_through_aliases_are_counted(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", slow_call)
     elsewhere = SimpleNamespace(gather=slow_call, nothing=None)
     seconds = []

@@ -151,7 +151,7 @@ def end_by(watch, number):
 
 
 def test_a_rank_that_sigterm_ends_before_any_collective_has_failed_names_the_lost_one(ranks, monkeypatch, caplog):
-    """The launcher's SIGTERM comes within a second of a rank's death, to the others one after the other."""
+    """The launcher sends SIGTERM to the others, one after the other, within a second of a rank's death."""
     monkeypatch.setattr(heartbeat, "_FINAL_CHECK_SECONDS", 1.0)
     watches = [RankMonitor(rank, timeout=100.0, way_out=lambda: "Go on.") for rank in ranks[:2]]
     Heartbeats(ranks[2])
@@ -194,7 +194,7 @@ def test_a_store_that_ended_without_a_stop_message_is_rank_0(ranks):
 
 
 def test_after_a_stop_signal_a_hanging_collective_has_a_shorter_timeout(ranks, monkeypatch):
-    """The launcher kills 30 s after its SIGTERM, which a rank in a collective of NCCL only notes."""
+    """The launcher kills a rank 30 s after SIGTERM, on which a rank that hangs in a collective cannot act."""
     assert heartbeat._STOPPING_SECONDS + 5 < 30
     given = []
     monkeypatch.setattr(Heartbeats, "beat", lambda self, timeout: given.append(timeout) or {})

@@ -61,7 +61,7 @@ def test_a_device_asked_for_by_name_never_becomes_another(monkeypatch):
         choose_device("auto", 2)
 
 
-def test_local_ranks_share_the_cores_unless_told_otherwise(monkeypatch):
+def test_local_ranks_divide_the_cores_unless_omp_num_threads_is_set(monkeypatch):
     before = torch.get_num_threads()
     try:
         monkeypatch.setenv("LOCAL_SIZE", str(max(2, num_cores())))

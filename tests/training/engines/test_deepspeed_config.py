@@ -1,4 +1,4 @@
-"""DeepSpeed takes a misspelt top-level key without a word, so its own names are looked up here."""
+"""The keys of DeepSpeed's dictionary against DeepSpeed's own names, since it ignores misspelt keys silently."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_offload_is_what_the_config_says(tmp_path):
 
 
 def test_two_runs_never_share_a_folder_for_their_swap_files(tmp_path):
-    """DeepSpeed names the files by rank and parameter alone."""
+    """DeepSpeed names swap files by rank and parameter only."""
     nvme = {"offload_parameters": "nvme", "nvme_path": str(tmp_path)}
     places = [{"name": "a"}, {"name": "b"}, {"name": "a", "output_dir": "elsewhere"}]
     made = [settings(3, offload=nvme, **place)["zero_optimization"]["offload_param"] for place in places]

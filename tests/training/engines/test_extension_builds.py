@@ -56,7 +56,7 @@ def test_everything_is_as_before_afterwards(monkeypatch):
 
 
 def test_deepspeed_sets_itself_up_under_these_locks(make_config, monkeypatch):
-    """``deepspeed.initialize`` is where its builders are called."""
+    """``deepspeed.initialize`` calls the builders of operators."""
     deepspeed = pytest.importorskip("deepspeed")
     from qsparse_moe.training.loop import train
 

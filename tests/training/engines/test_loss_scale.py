@@ -1,4 +1,4 @@
-"""The loss scale against DeepSpeed's, and what a step does with an overflow."""
+"""The loss scale against DeepSpeed's, and the effects of an overflow on a step."""
 
 from __future__ import annotations
 
@@ -125,8 +125,11 @@ def test_a_step_that_overflows_changes_nothing_but_the_scale(tmp_path, caplog):
     assert (engine.adam_step, engine.loss_scaler.scale, engine.loss_scaler.skipped_steps) == (0, 2**29, 1)
     assert all(engine.get_full(*key).equal(value) for key, value in before.items())
     assert {p.grad for p in engine.model.parameters()} == {None}
-    assert "step 1: skipped, its gradient overflows fp16 (the gradient that enters layer 1 from above" in caplog.text
-    assert "the loss scale of the next is 5.36871e+08" in caplog.text
+    assert (
+        "step 1: skipped because its gradient overflows fp16 (the gradient that enters layer 1 from above"
+        in caplog.text
+    )
+    assert "the loss scale of the next step is 5.36871e+08" in caplog.text
 
 
 def test_a_step_under_the_scale_is_that_of_fp32_to_rounding(tmp_path):
@@ -142,7 +145,7 @@ def test_a_step_under_the_scale_is_that_of_fp32_to_rounding(tmp_path):
 
 
 def test_the_scale_leaves_the_gradient_as_it_is(tmp_path):
-    """Where nothing over- or underflows; a power of two costs no bit."""
+    """Without overflow and underflow a scale that is a power of two changes no bit."""
     batches = random_batches()
     norms, weights = [], []
     for power in (8, 11):
@@ -187,7 +190,7 @@ def test_a_forward_pass_that_is_not_finite_is_no_matter_of_the_scale(tmp_path, p
 
 
 def test_a_run_in_fp16_reports_its_scale_and_resumes_it(make_config):
-    """It overflows in the first step, doubles its scale after three good ones, and overflows again after the resume."""
+    """The run overflows in its first step, doubles its scale after three steps, and overflows again after a resume."""
 
     def config(name, **changes):
         scale = {"initial_power": 18, "window": 2, "hysteresis": 1}

@@ -1,4 +1,4 @@
-"""The plain engine against PyTorch written out by hand, and what recomputation does to gradients."""
+"""The plain engine against PyTorch code written out by hand, and the effect of recomputation on gradients."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_bf16_computes_in_bf16_and_keeps_fp32_of_everything_else(tmp_path):
 
 
 def test_gradients_of_micro_batches_are_added_in_fp32_in_bf16(tmp_path):
-    """Sixteen equal micro-batches must give the gradient of one exactly; bf16 sums would lose bits on the way."""
+    """Sixteen equal micro-batches must give exactly the gradient of one; sums in bf16 would lose bits."""
     _, many = make_engine(tmp_path, precision="bf16", micro_batch_size=1, global_batch_size=16)
     _, one = make_engine(tmp_path, precision="bf16", micro_batch_size=1, global_batch_size=1)
     batch = random_batches(count=1, rows=1)

@@ -8,7 +8,7 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.training.distributed.ranks import Distributed
-from qsparse_moe.training.monitor.choices import ChoiceMemory, num_common
+from qsparse_moe.training.monitor.choices import ChoiceAgreement, num_common
 
 ALONE = Distributed(0, 1, 0, torch.device("cpu"))
 MODEL = ModelConfig(num_layers=3, hidden_size=16, num_heads=2, vocab_size=32, moe=MoEConfig(num_dense_layers=1))
@@ -21,7 +21,7 @@ def test_choices_count_whatever_their_order():
 
 
 def test_share_is_that_of_the_tokens_that_count():
-    memory = ChoiceMemory([], ALONE)
+    memory = ChoiceAgreement([], ALONE)
     counts_T = torch.tensor([True, True, False])
     first = [[torch.tensor([[0, 1]]), torch.tensor([[2, 3], [4, 5]])]]
     second = [[torch.tensor([[0, 1]]), torch.tensor([[3, 6], [7, 0]])]]
@@ -32,19 +32,19 @@ def test_share_is_that_of_the_tokens_that_count():
 
 def test_every_router_is_watched_and_left_alone_afterwards():
     model, tokens_BS = build_model(MODEL, seed=0).eval(), torch.randint(0, 32, (2, 8))
-    memory = ChoiceMemory(model.routers(), ALONE)
+    memory = ChoiceAgreement(model.routers(), ALONE)
     for expected in (None, [1.0, 1.0]):
-        with memory.watch() as seen:
+        with memory.record() as seen:
             model(tokens_BS[:1])
             model(tokens_BS[1:])
         found = memory.compare(seen, torch.ones(16, dtype=torch.bool))
         assert (found if found is None else found.tolist()) == expected
     assert [choices.shape for choices in seen[0]] == [(8, 2), (8, 2)]
-    with pytest.raises(RuntimeError), memory.watch():
+    with pytest.raises(RuntimeError), memory.record():
         raise RuntimeError
     assert all(router.hook is None for router in model.routers())
     torch.nn.init.normal_(model.routers()[0].weight)
-    with memory.watch() as seen:
+    with memory.record() as seen:
         model(tokens_BS)
     agreement_L = memory.compare(seen, torch.ones(16, dtype=torch.bool))
     assert 0 <= agreement_L[0] < 1
@@ -52,9 +52,9 @@ def test_every_router_is_watched_and_left_alone_afterwards():
 
 def test_model_without_experts_has_none():
     model = build_model(MODEL.model_copy(update={"moe": MoEConfig(num_dense_layers=3)}))
-    memory = ChoiceMemory(model.routers(), ALONE)
+    memory = ChoiceAgreement(model.routers(), ALONE)
     for _ in range(2):
-        with memory.watch() as seen:
+        with memory.record() as seen:
             model(torch.zeros(1, 4, dtype=torch.long))
         assert memory.compare(seen, torch.ones(4, dtype=torch.bool)) is None
 
@@ -68,10 +68,10 @@ def test_choices_of_a_checkpoint_are_compared_only_on_the_same_sequences_of_all_
             return [value, False]
 
     two = OtherRankDiffers(0, 2, 0, torch.device("cpu"))
-    first = ChoiceMemory([], ALONE, sequences=7)
+    first = ChoiceAgreement([], ALONE, sequences=7)
     first.compare(chosen, counts_T)
     for distributed, sequences, want in ((ALONE, 7, [1.0]), (ALONE, 8, None), (two, 7, None)):
-        resumed = ChoiceMemory([], distributed, sequences=sequences)
+        resumed = ChoiceAgreement([], distributed, sequences=sequences)
         with caplog.at_level(logging.INFO):
             resumed.load_state_dict(first.state_dict())
         assert ("training.evaluation_rows" in caplog.text) == (want is None)

@@ -1,4 +1,4 @@
-"""Warnings of experts without a row: once a window, by place, on rank 0."""
+"""Warnings of experts without a token: once per window, by layer and expert, on rank 0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rows(*layers):
 
 
 def warnings_of(caplog, watch, steps):
-    """The warnings of each look: ``steps`` holds lists of the rows of the steps up to it, the last of them logged."""
+    """Return the warnings of each report; ``steps`` has one list per report with the counts of its steps."""
     found, step = [], 0
     for interval in steps:
         step += len(interval)
@@ -27,12 +27,12 @@ def warnings_of(caplog, watch, steps):
             watch.add(one)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            watch.look(step, None if interval[-1] is None else sum(interval))
+            watch.check(step, None if interval[-1] is None else sum(interval))
         found.append([record.getMessage() for record in caplog.records])
     return found
 
 
-def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
+def test_an_expert_without_a_token_for_a_window_is_named_once_per_window(caplog):
     dead = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 0])
     late = rows([3, 0, 1, 0, 0], [2, 2, 0, 0, 1])
     watch = DeadExpertMonitor(4, [1, 3], ALONE)
@@ -40,15 +40,17 @@ def test_an_expert_without_a_row_for_a_window_is_named_once_a_window(caplog):
         caplog, watch, [[dead, dead], [dead, late], [dead, dead], [dead], [dead] * 3]
     )
     assert first == [] and third == [] and len(second) == 2
-    assert second[0] == (
-        "step 4: layer 1: experts 1, 3-4 got no row in the last 4 steps (metrics.dead_expert_window), and nothing "
-        "makes them anew: begin a run with a larger model.moe.load_balance_coefficient, or with "
-        "model.moe.bias_update_rate above 0"
-    )
-    assert second[1].startswith("step 4: layer 3: experts 2-3 got no row")
-    # Expert 4 of layer 3 had a row in step 4's interval and none in those after it.
+    assert second[0].startswith("step 4: layer 1: experts 1, 3-4 received no token in the last 4 steps ")
+    for part in (
+        "metrics.dead_expert_window",
+        "model.moe.load_balance_coefficient",
+        "model.moe.bias_update_rate above 0",
+    ):
+        assert part in second[0]
+    assert second[1].startswith("step 4: layer 3: experts 2-3 received no token")
+    # Expert 4 of layer 3 received a token in step 4's interval and none in those after it.
     assert fourth == []
-    fronts = [text.split(" got")[0] for text in fifth]
+    fronts = [text.split(" received")[0] for text in fifth]
     assert fronts == ["step 10: layer 1: experts 1, 3-4", "step 10: layer 3: experts 2-4"]
 
 
@@ -68,7 +70,7 @@ def test_only_rank_zero_speaks(caplog):
     for rank, want in ((0, ["step 2: layer 0: experts 2"]), (1, [])):
         watch = DeadExpertMonitor(2, [0], Distributed(rank, 2, rank, torch.device("cpu")))
         found = warnings_of(caplog, watch, [[rows([1, 1, 0])] * 2])[0]
-        assert [text.split(" got")[0] for text in found] == want
+        assert [text.split(" received")[0] for text in found] == want
 
 
 @pytest.mark.parametrize(("numbers", "text"), [([], ""), ([4], "4"), ([0, 1], "0-1"), ([1, 3, 4, 5, 9], "1, 3-5, 9")])
@@ -93,13 +95,13 @@ def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
     model = config.model.model_copy(update={"moe": moe})
     with caplog.at_level(logging.WARNING):
         train(config.model_copy(update={"metrics": watch, "model": model}))
-    messages = [record.getMessage() for record in caplog.records if "got no row" in record.getMessage()]
-    assert [text.split(" got")[0] for text in messages] == ["step 4: layer 1: experts 2-3"]
+    messages = [record.getMessage() for record in caplog.records if "received no token" in record.getMessage()]
+    assert [text.split(" received")[0] for text in messages] == ["step 4: layer 1: experts 2-3"]
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
-    """Expert 1 gets no row; the state is taken after ``stop`` steps, within an interval of two between the looks."""
+    """Expert 1 receives no token; the state is saved after ``stop`` steps, with a report every two steps."""
     dead, watch = rows([3, 0]), DeadExpertMonitor(4, [0], ALONE)
     want = warnings_of(caplog, DeadExpertMonitor(4, [0], ALONE), [[dead, dead], [dead, dead], [dead, dead]])
     assert [len(texts) for texts in want] == [0, 1, 0]
@@ -109,7 +111,7 @@ def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
             watch.add(dead)
         else:
             caplog.clear()
-            watch.look(step, watch.rows_LE + dead)
+            watch.check(step, watch.routed_LE + dead)
             found.append([record.getMessage() for record in caplog.records])
         if step == stop:
             resumed = DeadExpertMonitor(4, [0], ALONE)

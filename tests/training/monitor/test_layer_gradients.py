@@ -1,4 +1,4 @@
-"""The gradient norm of each layer's matrices against autograd written out; its layouts are in tests/distributed."""
+"""The gradient norm of each layer's matrices against autograd; layouts are tested in tests/distributed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the messages say on one rank; two ranks are in tests/distributed."""
+"""Messages for values that are not finite, on one rank; two ranks are tested in tests/distributed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu
 
 
 def pass_through(guard, *, forward=(), backward=(), loss=1.0, bad=torch.nan):
-    """Three layers; those named have one bad value in their output, or in the gradient that arrives there."""
+    """Run three layers; the given ones have one bad value in their output, or in the gradient that enters them."""
     hidden = torch.ones(2, 3, 4, requires_grad=True)
     outputs = []
     for layer in range(3):
@@ -27,7 +27,7 @@ def pass_through(guard, *, forward=(), backward=(), loss=1.0, bad=torch.nan):
     total.backward()
 
 
-def test_finite_values_pass_and_the_wish_to_stop_comes_through():
+def test_finite_values_pass_and_the_request_to_stop_is_returned():
     guard = NonFiniteGuard(3, ALONE)
     pass_through(guard)
     assert guard.check(1, stop=0) == (0, False)

@@ -1,4 +1,4 @@
-"""The guard names the lowest rank that saw a bad value; the reduction over the ranks is written out by hand."""
+"""The guard names the lowest rank that has seen a bad value; the reduction over ranks is written out by hand."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 
 
 class Ranks(Distributed):
-    """One of three ranks; the others hand in ``others`` to every reduction."""
+    """One of three ranks; the others contribute ``others`` to every reduction."""
 
     others: Tensor
 
@@ -22,7 +22,7 @@ class Ranks(Distributed):
 
 
 def one_of_three(rank: int, others: list[int]) -> NonFiniteGuard:
-    """A guard of two layers; ``others``: flags of layers 0, 1, of their gradients, of the loss, then stop and save."""
+    """Make a guard of two layers; ``others``: flags of layers 0, 1, of their gradients, of the loss, stop, and save."""
     distributed = Ranks(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
     object.__setattr__(distributed, "others", torch.tensor(others))
     return NonFiniteGuard(2, distributed)

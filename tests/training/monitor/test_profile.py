@@ -52,9 +52,6 @@ def test_steps_behind_the_end_are_refused(make_config):
 def test_resumed_run_refuses_steps_that_are_over_and_keeps_what_is_profiled(make_config):
     train(profiled(make_config(steps=2), 2, 1))
     train(profiled(make_config(steps=3, resume=True), 2, 1))
-    message = (
-        "metrics.profile_from (3) must come after the step that the run goes on from (3); profile from step 4 or "
-        "later, or set metrics.profile_steps to 0"
-    )
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    message = r"^metrics\.profile_from \(3\) .*\(3\); profile from step 4 or later, or set metrics\.profile_steps to 0$"
+    with pytest.raises(ConfigError, match=message):
         train(profiled(make_config(steps=4, resume=True), 3, 1))

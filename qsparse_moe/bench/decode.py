@@ -97,8 +97,8 @@ def read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
 
 @torch.no_grad()
 def random_model(config: ModelConfig, weight_format: WeightFormat) -> Transformer:
-    """Return a model with random weights, in bf16 for that format and in fp32 for the others."""
-    dtype = torch.bfloat16 if weight_format == "bf16" else torch.float32
+    """Return a model with random weights: in bf16 where its own dtype is in no product of decoding, or is that."""
+    dtype = torch.bfloat16 if weight_format in ("bf16", "ternary") else torch.float32
     with torch.device("meta"):
         model = Transformer(config, device="cpu").to(dtype)
     model.to_empty(device="cpu")

@@ -65,6 +65,11 @@ def assert_same_run(runs: ExpertRuns, label, ranks, kind="main", precision="fp32
         assert mine["stats"]["router/rows_LE"] == other["stats"]["router/rows_LE"]
         for name, value in other["stats"].items():
             have, want = torch.tensor(mine["stats"][name]).double(), torch.tensor(value).double()
+            if "_counts_" in name:
+                # A value at the edge of a bin is counted in one of its two bins, as the layout happens to round it.
+                assert torch.equal(have.sum(-1), want.sum(-1)), name
+                assert (have.cumsum(-1) - want.cumsum(-1)).abs().max() <= 1, name
+                continue
             torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
     assert outcome["result"]["validation"] == pytest.approx(reference["result"]["validation"], rel=OF_LOSS[precision])
     assert_same_state(runs, runs.folder_of(label, ranks), reference_dir, OF_STATE[precision])

@@ -125,6 +125,7 @@ def test_sources_of_weight_one_are_read_once_a_pass_in_turn(tmp_path: Path) -> N
     mixture = make_mixture(tmp_path, [1, 1])
     want = sorted(train_side(make_texts(60, words=40)) + train_side(make_texts(20, seed=1, words=5)))
     first = documents(mixture, len(want))
+    assert first[0] in make_texts(60, words=40), "of equals, the first source is read first"
     assert sorted(first) == want
     assert documents(mixture, len(want)) == first, "one file each: nothing to shuffle, and every pass takes turns"
     short = [i for i, text in enumerate(first) if " #1." in text]

@@ -280,3 +280,9 @@ def test_the_spread_of_a_variant_is_the_sample_deviation_of_its_seeds():
     # Squares of 1 and 1 around the mean of 2, over one degree of freedom.
     assert (found.loss, found.spread) == (2.0, pytest.approx(2**0.5))
     assert (alone.loss, alone.spread) == (5.0, 0.0)
+
+
+def test_a_change_of_nothing_is_noise_though_seeds_do_not_differ():
+    rows = [row | {"loss": 2.0} for row in one_by_one((0, 1))]
+    axis = expert_maps(variant_results(rows)).axes[0]
+    assert hatched(axis) == {(layer, expert) for layer in (0, 1) for expert in range(3)}

@@ -301,3 +301,12 @@ def test_the_spread_over_seeds_is_of_the_last_evaluation_of_each_run_and_unknown
     assert seed_spread(curves.where(curves.run > 0)) is None
     # A run counts as one: its observations share a weight of 1.
     assert curves.run_weights.tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
+
+
+def test_a_form_needs_one_run_more_than_it_has_constants():
+    points = runs_of(PRODUCT)
+    runs = np.unique(points.run)[::5]
+    eight, nine = (points.where(np.isin(points.run, runs[:number])) for number in (8, 9))
+    assert eight.num_runs == len(PRODUCT.constants) == 8
+    assert why_not(PRODUCT, eight) == "it has 8 constants and there are 8 runs; at least 9 are needed"
+    assert why_not(PRODUCT, nine) is None

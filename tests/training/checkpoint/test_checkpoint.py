@@ -313,6 +313,9 @@ def test_every_parameter_has_one_owner_and_the_bytes_are_spread():
     assert max(loads) <= sum(loads) / 3 * 1.15
     assert owners(dict(reversed(shapes.items())), 3) == owner
     assert set(owners({"only": torch.Size((4,))}, 3).values()) == {0}
+    # Of equal sizes, the name decides, whatever the order of the model.
+    for names in ("ab", "ba"):
+        assert owners({name: torch.Size((4,)) for name in names}, 2) == {"a": 0, "b": 1}
 
 
 def test_random_states_come_back_through_a_file(tmp_path):

@@ -239,7 +239,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_a_message_names_the_one
         folder.mkdir(parents=True)
     (tmp_path / "checkpoints" / ".saving-step-300000000").mkdir()
     assert list_checkpoints(tmp_path) == folders
-    with pytest.raises(CheckpointError, match=rf"delete the folder {folders[2]} to go on from {folders[1]}$"):
+    with pytest.raises(CheckpointError, match=rf"{folders[2]} .* {folders[1]}$"):
         Checkpoint(folders[2])
 
 

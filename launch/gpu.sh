@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Run the tests that need an NVIDIA GPU, then time the operations, the MoE layer, and a step; results go to results/gpu/.
+# Run the tests that need an NVIDIA GPU, then time the operations, the MoE layer, a step, and decoding; results go to
+# results/gpu/.
 # Nothing is installed: PYTHON (default: python) is an interpreter with qsparse_moe[dev], a CUDA build of torch, and
 # MegaBlocks (launch/megablocks.sh).
 set -euo pipefail
@@ -23,3 +24,6 @@ name="${accelerator//[^[:alnum:]]/-}"
 # One layer in the shape of OLMoE: the cost of Q-Sparse at every site in a training step.
 "$python" -m qsparse_moe bench step --device cuda --precision bf16 --layers 1 --hidden-size 2048 --heads 16 --experts 64 \
     --experts-per-token 8 --expert-hidden-size 1024 --rows 4 --sequence-length 4096 --output "results/gpu/step-$name.json"
+# Decoding by the Triton engine at several S, beside the modules of the training model.
+"$python" -m qsparse_moe bench decode --device cuda --weights bf16,int8 --sparsity 0.5,0.75 --batch 1,8 \
+    --output "results/gpu/decode-$name.json"

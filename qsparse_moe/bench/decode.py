@@ -83,7 +83,7 @@ def run_decode_benchmark(
         "benchmark": "decode",
         "machine": fingerprint(),
         "read_bandwidth": bandwidth,
-        "shape": _shape(benchmark),
+        "shape": shape_of(benchmark),
         "formats": results,
     }
 
@@ -96,12 +96,12 @@ def read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
 
 
 @torch.no_grad()
-def random_model(config: ModelConfig, weight_format: WeightFormat) -> Transformer:
-    """Return a model with random weights: in bf16 where its own dtype is in no product of decoding, or is that."""
+def random_model(config: ModelConfig, weight_format: WeightFormat, device: torch.device | str = "cpu") -> Transformer:
+    """Return a model with random weights: in bf16 for the formats bf16 and ternary, in fp32 for the others."""
     dtype = torch.bfloat16 if weight_format in ("bf16", "ternary") else torch.float32
     with torch.device("meta"):
-        model = Transformer(config, device="cpu").to(dtype)
-    model.to_empty(device="cpu")
+        model = Transformer(config, device=device).to(dtype)
+    model.to_empty(device=device)
     fill_random(model, config.init_std)
     model.set_sparsity(model.sparsity_plan)
     return model.eval().requires_grad_(False)
@@ -148,13 +148,18 @@ def seconds_in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
+def trained_in(config: ModelConfig, weight_format: WeightFormat) -> ModelConfig:
+    """Return ``config`` with the weights of training in ternary numbers if they are measured in them."""
+    if weight_format != "ternary":
+        return config
+    quantized = config.sparsity.quantization.model_copy(update={"weights": "ternary"})
+    return config.model_copy(update={"sparsity": config.sparsity.model_copy(update={"quantization": quantized})})
+
+
 def _run_format(
     benchmark: DecodeBenchmark, weight_format: WeightFormat, bandwidth: float, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    config = benchmark.model
-    if weight_format == "ternary":
-        quantized = config.sparsity.quantization.model_copy(update={"weights": "ternary"})
-        config = config.model_copy(update={"sparsity": config.sparsity.model_copy(update={"quantization": quantized})})
+    config = trained_in(benchmark.model, weight_format)
     model = random_model(config, weight_format)
     round_weights(model, weight_format)
     engines: dict[float, NativeDecode] = {}
@@ -271,7 +276,8 @@ def _prefill(benchmark: DecodeBenchmark, model: Transformer, peers: dict[str, Pe
     ]
 
 
-def _shape(benchmark: DecodeBenchmark) -> dict[str, Any]:
+def shape_of(benchmark: DecodeBenchmark) -> dict[str, Any]:
+    """Return the sizes that a result records."""
     model = benchmark.model
     return {
         "layers": model.num_layers,

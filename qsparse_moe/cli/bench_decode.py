@@ -38,6 +38,10 @@ def decode(
     tokens: Annotated[int, typer.Option(help="Steps per measurement.", min=1)] = 32,
     prompt: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed; 0: none.", min=0)] = 512,
     rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 5,
+    device: Annotated[
+        str,
+        typer.Option(help="cpu, or cuda: the Triton engine beside the modules of training, without peers and prefill."),
+    ] = "cpu",
     peers: Annotated[
         str, typer.Option(help="transformers, llama.cpp, with a comma; what is not installed is left out, and said.")
     ] = "transformers,llama.cpp",
@@ -48,7 +52,9 @@ def decode(
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Time generation on a CPU, with and without zeros, beside transformers and llama.cpp on the same shape."""
+    """Time generation, with and without zeros, beside transformers and llama.cpp on the same shape."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"--device {device!r} must be cpu or cuda; choose one of them")
     formats = _names("--weights", weights, ("fp32", "bf16", "int8", "ternary"))
     sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
     batches = _numbers("--batch", batch, int, lambda value: value >= 1, "whole numbers from 1")
@@ -56,6 +62,7 @@ def decode(
     import torch
 
     from qsparse_moe.bench.decode import DecodeBenchmark, run_decode_benchmark
+    from qsparse_moe.bench.decode_gpu import run_gpu_decode_benchmark
 
     if threads:
         torch.set_num_threads(threads)
@@ -76,7 +83,10 @@ def decode(
     benchmark = DecodeBenchmark(
         model, formats, sparsities, batches, context, tokens, rounds, prompt, chosen_peers, folder
     )
-    result = run_decode_benchmark(benchmark, logger.info)
+    if device == "cpu":
+        result = run_decode_benchmark(benchmark, logger.info)
+    else:
+        result = run_gpu_decode_benchmark(benchmark, torch.device(device), logger.info)
     if output:
         write_json(output, result)
     print_json(result) if json else _print_tables(result)

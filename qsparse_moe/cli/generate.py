@@ -58,7 +58,7 @@ def generate(
     ] = "auto",
     rows: Annotated[
         Literal["auto", "selected", "all"],
-        typer.Option(help="Rows of weights that the native engine reads: selected, all, or what is faster here."),
+        typer.Option(help="Rows of weights that an engine reads: selected, all, or what is faster (native only)."),
     ] = "auto",
     plan: Annotated[
         Path | None, typer.Option(help="Sparsity plan in place of the model's.", show_default=False)

@@ -1,6 +1,7 @@
 """The engines that decode: one token of each sequence per step, from the weights and a key-value cache.
 
-``ENGINES`` lists them, the fastest first; ``resolve_engine`` chooses one when a model is loaded, and logs the choice.
+``ENGINES`` lists them in the order in which ``auto`` tries them; ``resolve_engine`` chooses one when a model is loaded,
+and logs the choice.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.errors import BackendUnavailable
-from qsparse_moe.inference import native
+from qsparse_moe.inference import native, triton_engine
 from qsparse_moe.inference.cached_model import TorchDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.kernels.row_product.stored import WeightFormat
@@ -71,6 +72,12 @@ ENGINES: tuple[EngineSpec, ...] = (
         "native", native.why_not, lambda model, asked: native.NativeDecode(model, asked.weights, rows=asked.rows)
     ),
     EngineSpec("torch", lambda model: None, lambda model, asked: TorchDecode(model)),
+    # Behind torch, so that only a request by name chooses it: it has not been measured on a GPU.
+    EngineSpec(
+        "triton",
+        triton_engine.why_not,
+        lambda model, asked: triton_engine.TritonDecode(model, asked.weights, rows=asked.rows),
+    ),
 )
 
 

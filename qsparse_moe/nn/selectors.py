@@ -64,6 +64,8 @@ class RankingSelector(nn.Module):
         self.register_buffer("num_kept_E", torch.empty(num_experts, dtype=torch.int64), persistent=False)
         self.uniform_num_kept: int | None
         """K if all experts have the same; None if they differ."""
+        self.largest_num_kept: int
+        """The largest K of any expert."""
         self.keeps_all: bool
         self.set_sparsity([0.0] * num_experts)
 
@@ -72,6 +74,7 @@ class RankingSelector(nn.Module):
         kept = [site_num_kept(self.settings, value, self.num_features) for value in values]
         self.num_kept_E.copy_(torch.tensor(kept))
         self.uniform_num_kept = kept[0] if len(set(kept)) == 1 else None
+        self.largest_num_kept = max(kept)
         self.keeps_all = min(kept) == self.num_features
 
     @property

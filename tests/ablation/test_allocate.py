@@ -329,3 +329,12 @@ def test_the_greedy_plan_is_made_on_what_the_dense_model_hands_to_its_layers_wha
     greedy_plan(model, rows, uniform, costs, 0.2)
     assert model.sparsity_plan is before
     torch.testing.assert_close(seen[1], seen[0])
+
+
+def test_a_step_of_more_tokens_than_the_vocabulary_has_reads_the_embedding_once():
+    settings, plan = config(), SparsityPlan.uniform(config(), 0.0)
+    densities = {place: (1.0,) * len(values) for place, values in plan.values.items()}
+    everyone = dict.fromkeys(EVEN, (1.0,) * 4)
+    many = Costs(settings, everyone, "bytes", batch=1000)
+    traffic = total_traffic(weight_traffic(settings, 1000, densities, bytes_per_weight=4.0))
+    assert many.of(plan) == pytest.approx(traffic.stored)

@@ -108,6 +108,14 @@ def test_the_pareto_front_holds_what_no_other_point_beats():
     assert [(p.record["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
 
 
+def test_the_pareto_front_holds_the_cheaper_of_equal_losses_and_the_better_of_equal_costs_in_any_order():
+    points = [
+        VariantResult({"cost": cost}, loss, 0.0) for cost, loss in [(3, 2.0), (1, 3.0), (2, 2.5), (2, 2.0), (1, 4.0)]
+    ]
+    for order in (points, points[::-1]):
+        assert [(p.record["cost"], p.loss) for p in pareto_front(order, "cost")] == [(1, 3.0), (2, 2.0)]
+
+
 def place_row(variant, loss, cells, *, seed=0, settings=None, choices=()):
     """A row of a grid that changes S at expert_hidden of 2 layers of 3 experts; ``cells`` is by (layer, expert)."""
     entries = []
@@ -272,3 +280,9 @@ def test_the_spread_of_a_variant_is_the_sample_deviation_of_its_seeds():
     # Squares of 1 and 1 around the mean of 2, over one degree of freedom.
     assert (found.loss, found.spread) == (2.0, pytest.approx(2**0.5))
     assert (alone.loss, alone.spread) == (5.0, 0.0)
+
+
+def test_a_change_of_nothing_is_noise_though_seeds_do_not_differ():
+    rows = [row | {"loss": 2.0} for row in one_by_one((0, 1))]
+    axis = expert_maps(variant_results(rows)).axes[0]
+    assert hatched(axis) == {(layer, expert) for layer in (0, 1) for expert in range(3)}

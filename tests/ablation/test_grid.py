@@ -346,6 +346,8 @@ def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_byt
     assert one.curve == [(64, 3.0, 4.0), (128, 1.0, 1.5)]
     assert (one.steps, one.tokens, one.loss, one.bits_per_byte) == (2, 128, 1.0, 1.5)
     assert one.tokens_per_second == 20.0
+    finished_run(grid.runs[1], [*logged, {"step": 6, "tokens": 256, "throughput/tokens_per_second": 30.0}])
+    assert result_of(grid, grid.runs[1]).tokens_per_second == 25.0, "between the middle two of four"
     assert one.weight_bytes_1 == 2 * found["bf16"].weight_bytes_1 > 0
     assert one.weight_bytes_16 == 2 * found["bf16"].weight_bytes_16 > 0
 

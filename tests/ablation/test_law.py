@@ -14,7 +14,7 @@ from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, why_not
 from qsparse_moe.ablation.law.forms import Design
 from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, PRODUCT
 from qsparse_moe.ablation.law.observations import imagined, seed_spread
-from qsparse_moe.ablation.law.optimum import find_optimum
+from qsparse_moe.ablation.law.optimum import GRID, _band, _crossing, _vertex, find_optimum
 from qsparse_moe.ablation.law.published import (
     EXPERT_SPARSITY,
     FINE_GRAINED,
@@ -271,3 +271,42 @@ def test_the_spread_over_seeds_compares_runs_of_equal_tokens_alone():
     runs = replace(four, run=np.arange(4), tokens=np.array([1e9, 1e9, 2e9, 2e9]), loss=np.exp([1.2, 1.0, 0.3, 0.5]))
     # Each pair lies 0.1 around its mean: four squares of 0.01 over two degrees of freedom.
     assert seed_spread(runs) == pytest.approx((4 * 0.01 / 2) ** 0.5)
+
+
+def test_ends_of_a_band_and_a_crossing_are_the_last_s_inside_and_the_first_outside():
+    values = np.full(len(GRID), 9.0)
+    values[:7] = [3.0, 2.0, 1.0, 2.0, 3.0, 4.0, 2.0]
+    assert _band(values, 2, 2.0) == (GRID[1], GRID[3]), "a loss at the tolerance is within it"
+    assert _band(values, 2, 9.0) == (0.0, GRID[-1])
+    assert _band(values, 2, 1.5) == (GRID[2], GRID[2])
+    # As good as dense is not worse; what lies before the optimum does not count.
+    assert _crossing(values, 2) == GRID[5] and _crossing(np.minimum(values, 3.0), 2) is None
+    # The parabola through 3, 1, 2 at -1, 0, 1 is least at (3 - 2) / (2 (3 - 2 + 2)) of a step.
+    assert _vertex(np.array([3.0, 1.0, 2.0]), 1) == pytest.approx(GRID[1] + (GRID[2] - GRID[1]) / 6)
+    assert _vertex(np.array([1.0, 1.0, 1.0]), 1) == GRID[1]
+
+
+def test_the_spread_over_seeds_is_of_the_last_evaluation_of_each_run_and_unknown_of_single_runs():
+    five = imagined(kept=1e6, expert_share=0.5, sparsity=np.zeros(5))
+    curves = replace(
+        five,
+        run=np.array([0, 0, 1, 1, 2]),
+        configuration=np.array([0, 0, 0, 0, 1]),
+        tokens=np.array([1e9, 2e9, 2e9, 1e9, 2e9]),
+        loss=np.exp([5.0, 1.0, 1.2, 7.0, 3.0]),
+    )
+    assert curves.final().loss == pytest.approx(np.exp([1.0, 1.2, 3.0]))
+    # Two logs 0.1 around their mean over one degree of freedom; the third run is alone.
+    assert seed_spread(curves) == pytest.approx((2 * 0.01) ** 0.5)
+    assert seed_spread(curves.where(curves.run > 0)) is None
+    # A run counts as one: its observations share a weight of 1.
+    assert curves.run_weights.tolist() == [0.5, 0.5, 0.5, 0.5, 1.0]
+
+
+def test_a_form_needs_one_run_more_than_it_has_constants():
+    points = runs_of(PRODUCT)
+    runs = np.unique(points.run)[::5]
+    eight, nine = (points.where(np.isin(points.run, runs[:number])) for number in (8, 9))
+    assert eight.num_runs == len(PRODUCT.constants) == 8
+    assert why_not(PRODUCT, eight) == "it has 8 constants and there are 8 runs; at least 9 are needed"
+    assert why_not(PRODUCT, nine) is None

@@ -52,4 +52,11 @@ def test_a_run_gives_its_curve_its_end_or_what_comes_late_enough(file):
     assert points.configuration.tolist() == [0] * 4, "seeds are no configurations"
     assert read_runs([file], last_only=True).observations.loss.tolist() == [4.0, 4.0]
     assert read_runs([file.parent], min_tokens=501).observations.loss.tolist() == [4.0, 4.0]
+    assert read_runs([file.parent], min_tokens=500).observations.loss.tolist() == [5.0, 4.0] * 2
     assert read_runs([file], unit="bits-per-byte").observations.loss.tolist() == [7.2, 5.8] * 2
+
+
+def test_a_run_whose_tokens_use_every_expert_has_a_share_of_1(file):
+    (row, *_) = [json.loads(line) for line in file.read_text().splitlines()]
+    write_rows(file, [row | {"experts_per_token": 4}])
+    assert read_runs([file]).observations.expert_share.tolist() == [1.0, 1.0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from qsparse_moe.ablation.sensitivity.documents import (
 )
 from qsparse_moe.ablation.sensitivity.estimate import estimate, row_changes
 from qsparse_moe.ablation.sensitivity.figures import _figures
-from qsparse_moe.ablation.sensitivity.measure import agreements, check_ranks, measure
+from qsparse_moe.ablation.sensitivity.measure import CellChange, agreements, check_ranks, measure
+from qsparse_moe.ablation.sensitivity.report import costliest_rows
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.batch import make_batch
 from qsparse_moe.data.rows import RowTable, spread_rows
@@ -389,3 +391,17 @@ def test_a_map_of_estimates_marks_noise_by_their_own_interval():
     values = np.asarray(axis.images[0].get_array())
     for point in own:
         assert values[point.cell.layer, point.cell.expert] == pytest.approx(1000 * point.estimate)
+
+
+def test_an_interval_that_ends_at_0_decides_nothing_and_every_cell_is_listed_at_its_costliest_s():
+    cells = [Cell(layer, "expert_hidden", None) for layer in range(12)]
+
+    def change(cell, sparsity, exact, interval):
+        return CellChange(cell, sparsity, 2 * exact, interval, exact, exact, interval, None)
+
+    edges = [change(cells[0], 0.5, 0.1, ends) for ends in ((0.0, 0.2), (-0.2, 0.0), (0.01, 0.2), (-0.2, -0.01))]
+    assert [one.is_decided for one in edges] == [False, False, True, True]
+    changes = [change(cell, s, s * (1 + layer), (0.0, 1.0)) for layer, cell in enumerate(cells) for s in (0.75, 0.5)]
+    rows = costliest_rows(SimpleNamespace(changes=changes))
+    assert [(row[0], row[1]) for row in rows] == [(cell.name, "0.75") for cell in cells[:1:-1]]
+    assert rows[0][2:] == ("+18.0000 (+0.0000 to +1.0000)", "+9.0000 (+0.0000 to +1.0000)")

@@ -90,6 +90,7 @@ def test_the_decode_benchmark_runs_whole(shown, tmp_path, capsys):
         ("--sparsity", "0.5,1", "S from 0 up to below 1"),
         ("--batch", "0", "whole numbers from 1"),
         ("--peers", "vllm", "choose from transformers, llama.cpp"),
+        ("--device", "tpu", "must be cpu or cuda"),
     ],
 )
 def test_options_of_the_decode_benchmark_are_checked(option, value, rule, capsys):

@@ -70,13 +70,14 @@ def outcome(name, bits, error=None):
 
 
 def test_without_a_terminal_every_run_has_a_line_with_the_best_so_far(capsys):
-    with GridProgress(3) as tell:
-        for ended in (outcome("a", None, "exit code 1"), outcome("b", 2.0), outcome("c", 2.5)):
+    with GridProgress(4) as tell:
+        for ended in (outcome("a", None, "exit code 1"), outcome("b", 2.0), outcome("c", 2.5), outcome("d", 2.0)):
             tell(ended)
     assert capsys.readouterr().err.splitlines() == [
-        "1/3  a  exit code 1",
-        "2/3  b  2.0000 bits per byte  best b 2.0000 bits per byte",
-        "3/3  c  2.5000 bits per byte  best b 2.0000 bits per byte",
+        "1/4  a  exit code 1",
+        "2/4  b  2.0000 bits per byte  best b 2.0000 bits per byte",
+        "3/4  c  2.5000 bits per byte  best b 2.0000 bits per byte",
+        "4/4  d  2.0000 bits per byte  best b 2.0000 bits per byte",
     ]
 
 

@@ -49,7 +49,7 @@ def test_a_law_is_fitted_told_and_written_with_its_figures(tmp_path, capsys):
         assert (output / figure).read_bytes().startswith(b"\x89PNG")
 
     code, _, message = fit(capsys, *arguments)
-    assert code == 2 and f"--output ({output}) holds a law.json; name another folder, or add --force" in message
+    assert code == 2 and f"--output ({output}) contains a law.json; name another folder, or add --force" in message
     assert file.exists()
 
 

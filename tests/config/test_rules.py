@@ -770,6 +770,67 @@ def test_defaults_break_no_rule():
     assert broken_rules(RunConfig()) == []
 
 
+# Settings that lie exactly at the border of a rule, on the side that it allows.
+BORDERS = {
+    "warm-up and decay take the whole run": {
+        "training.steps": 100,
+        "training.warmup_steps": 60,
+        "training.learning_rate_schedule": "warmup_stable_decay",
+        "training.decay_steps": 40,
+    },
+    "S reaches its target with the last step": {
+        "training.steps": 100,
+        "model.sparsity.default": 0.5,
+        "model.sparsity.schedule.shape": "linear",
+        "model.sparsity.schedule.warmup_steps": 60,
+        "model.sparsity.schedule.ramp_steps": 40,
+    },
+    "the blend ends with the last step": {
+        "training.steps": 100,
+        "model.sparsity.gradient": "blend",
+        "model.sparsity.blend.hold_steps": 60,
+        "model.sparsity.blend.ramp_steps": 40,
+    },
+    "the profile ends with the last step": {
+        "training.steps": 100,
+        "metrics.profile_from": 91,
+        "metrics.profile_steps": 10,
+    },
+    "the loss scale begins at its minimum": {
+        "training.precision": "fp16",
+        "training.loss_scale.initial_power": 4,
+        "training.loss_scale.minimum": 16,
+    },
+    "a vocabulary of all bytes and the document token": {"model.vocab_size": 257},
+    "every expert for every token": {"model.moe.num_experts": 4, "model.moe.experts_per_token": 4},
+    "every layer is dense": {"model.num_layers": 3, "model.moe.num_dense_layers": 3},
+    "every group for every token": {
+        "model.moe.num_experts": 8,
+        "model.moe.num_expert_groups": 4,
+        "model.moe.groups_per_token": 4,
+    },
+    "the chosen groups hold the experts of a token and no more": {
+        "model.moe.num_experts": 8,
+        "model.moe.num_expert_groups": 4,
+        "model.moe.groups_per_token": 2,
+        "model.moe.experts_per_token": 4,
+    },
+    "groups of two experts, of which the two best count": {
+        "model.moe.num_experts": 8,
+        "model.moe.num_expert_groups": 4,
+        "model.moe.groups_per_token": 2,
+        "model.moe.group_score": "top2_sum",
+    },
+    "groups that keep one feature": BLOCK
+    | {"model.sparsity.default": 0.9, "model.sparsity.group_size": 8, "model.moe.expert_hidden_size": 64},
+}
+
+
+@pytest.mark.parametrize("case", BORDERS)
+def test_settings_at_the_border_of_a_rule_are_accepted(case):
+    assert messages(BORDERS[case]) == []
+
+
 def test_rules_do_not_stop_at_one_another():
     assert len(messages({"model.num_kv_heads": 3, "model.moe.experts_per_token": 9, "model.vocab_size": 1})) == 3
 

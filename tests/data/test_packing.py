@@ -60,3 +60,10 @@ def test_the_side_of_a_document_depends_on_its_text_only_and_the_fraction_holds(
     assert all(is_validation(digest, 0.1) for digest, was in zip(digests, held_out, strict=True) if was)
     # A fixed value: a change of the split would move validation text into train when a run is resumed.
     assert text_digest(b"document 0").hex() == "a827c9964a189edda5603f9b2f6690d1"
+
+
+def test_the_share_of_the_held_out_digests_is_exact_at_its_border() -> None:
+    below, half = bytes.fromhex("7f" + "ff" * 15), bytes.fromhex("80" + "00" * 15)
+    assert is_validation(below, 0.5) and not is_validation(half, 0.5)
+    # Only the first eight bytes count, the first one most.
+    assert not is_validation(bytes(8) + b"\xff" * 8, 0.0) and is_validation(bytes(8) + b"\xff" * 8, 2.0**-64)

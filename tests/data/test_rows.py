@@ -102,3 +102,11 @@ def test_without_shuffle_rows_come_in_order() -> None:
 def test_evaluation_rows_are_spread_over_the_table() -> None:
     assert spread_rows(4, 10).tolist() == [0, 2, 5, 7]
     assert spread_rows(20, 3).tolist() == [0, 1, 2]
+
+
+def test_epochs_are_shares_of_the_rows_taken_over_the_rows_that_a_source_has() -> None:
+    table = make_table([make_side([4], 10), make_side([3], 50), make_side([], 90)], [1, 2, 3])
+    # An epoch has 4 rows of the first source and 8 of the second, whose 3 rows are read 8/3 times.
+    assert table.epochs(12) == pytest.approx([1, 8 / 3, 0])
+    assert table.epochs(6) == pytest.approx([0.5, 4 / 3, 0])
+    assert spread_rows(4, 0).tolist() == spread_rows(0, 4).tolist() == []

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,8 @@ from qsparse_moe.config.schema import DataConfig, RunConfig, SourceConfig, Train
 from qsparse_moe.data.loader import TrainLoader, combine_states
 from qsparse_moe.data.packing import is_validation, text_digest
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.streaming import MixedStream, SourceStream
+from qsparse_moe.data.streaming import MixedStream, SourceStream, _gather
+from qsparse_moe.data.table import Packing
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import ByteTokenizer
 from qsparse_moe.errors import DataError
@@ -125,6 +127,7 @@ def test_sources_of_weight_one_are_read_once_a_pass_in_turn(tmp_path: Path) -> N
     mixture = make_mixture(tmp_path, [1, 1])
     want = sorted(train_side(make_texts(60, words=40)) + train_side(make_texts(20, seed=1, words=5)))
     first = documents(mixture, len(want))
+    assert first[0] in make_texts(60, words=40), "of equals, the first source is read first"
     assert sorted(first) == want
     assert documents(mixture, len(want)) == first, "one file each: nothing to shuffle, and every pass takes turns"
     short = [i for i, text in enumerate(first) if " #1." in text]
@@ -280,6 +283,14 @@ def test_only_as_much_of_a_stream_is_read_as_validation_needs(
     monkeypatch.setattr("qsparse_moe.data.token_data._FIRST_STREAM_ROWS", 4)
     assert len(load_data(config).validation) == 4
     assert len(list(islice(opened.texts(), 20))) == 20
+
+
+def test_a_stream_is_read_up_to_the_document_that_fills_the_last_validation_row() -> None:
+    texts = iter(["abc"] * 9)  # 4 tokens each, of which 5 fill the first row of 4 labels and 4 every other
+    packing = Packing(ByteTokenizer(), 4, validation_fraction=1.0)
+    found, train_counts = _gather(SimpleNamespace(texts=lambda: texts), packing, 2)
+    assert (len(found), len(list(texts))) == (2, 6)
+    assert found.byte_counts[ord("a")] == 3 and not train_counts.any()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4, 7, 8, 13])

@@ -18,7 +18,15 @@ from qsparse_moe.config.schema import DataConfig, SourceConfig
 from qsparse_moe.data import cache
 from qsparse_moe.data.packing import Packer, is_validation, text_digest
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.table import Packing, SourceTable, _LogProgress, _up_to, load_source_table
+from qsparse_moe.data.table import (
+    Packing,
+    SourceTable,
+    _LogProgress,
+    _SideWriter,
+    _smaller,
+    _up_to,
+    load_source_table,
+)
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import load_tokenizer
 from qsparse_moe.errors import DataError
@@ -307,3 +315,17 @@ def test_text_ends_with_the_byte_that_a_source_may_have_and_nothing_comes_after_
     assert list(_up_to(iter(["ab", "", "cd"]), 3)) == ["ab", "", "c"]
     assert list(_up_to(iter(["ab", "cé"]), 4)) == ["ab", "c"]
     assert list(_up_to(iter(["ab", "", "cd"]), None)) == ["ab", "", "cd"]
+
+
+def test_the_total_of_a_build_is_unknown_without_a_size_and_else_the_smaller_of_size_and_limit() -> None:
+    assert (_smaller(None, None), _smaller(None, 5), _smaller(7, None)) == (None, None, 7)
+    assert (_smaller(7, 5), _smaller(5, 7)) == (5, 5)
+
+
+@pytest.mark.parametrize(("vocab_size", "dtype"), [(65535, "uint16"), (65536, "uint16"), (65537, "uint32")])
+def test_ids_take_two_bytes_as_long_as_the_largest_fits(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+    tokenizer = load_tokenizer("bytes")
+    tokenizer.vocab_size = vocab_size
+    writer = _SideWriter(tmp_path, "train", Packing(tokenizer, 4, 0.5))
+    assert writer._dtype == np.dtype(dtype)
+    writer.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.inference.cached_model import TorchDecode, prefill
+from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.model.transformer import build_model
 
 
@@ -30,3 +32,27 @@ def random_tokens(*shape, seed=0):
 def all_at_once(built, tokens_BS, **arguments):
     """``(B, S, V)`` fp32."""
     return built(tokens_BS, with_stats=False, **arguments).logits_BSV.float()
+
+
+def difference_from_torch(built, engine, prompts, *, capacity, steps):
+    """The largest difference of the logits of an engine and of the defining one, relative to the largest logit.
+
+    Both see the same keys and values in each step. The tokens are the greedy ones of the defining engine; the cache
+    slides, and the sequences have different lengths.
+    """
+    settings = {"batch": len(prompts), "capacity": capacity, "dtype": torch.float32, "slides": True}
+    caches = [KeyValueCache.allocate(built.config, device=built.head.weight.device, **settings) for _ in range(2)]
+    tokens = [random_tokens(length, seed=place).tolist() for place, length in enumerate(prompts)]
+    logits, _ = (prefill(built, tokens, cache) for cache in caches)
+    defining, worst = TorchDecode(built), 0.0
+    for _ in range(steps):
+        chosen_B = logits.argmax(-1).cpu()
+        logits, other = defining.decode(chosen_B, caches[0]), engine.decode(chosen_B, caches[1])
+        assert torch.equal(caches[0].positions_B, caches[1].positions_B)
+        seen = logits.isfinite()
+        assert torch.equal(seen, other.isfinite())
+        worst = max(worst, ((logits - other)[seen].abs().max() / logits[seen].abs().max()).item())
+        # One near tie that flips would be carried on by the cache.
+        caches[1].key_LBHPC.copy_(caches[0].key_LBHPC)
+        caches[1].value_LBHPC.copy_(caches[0].value_LBHPC)
+    return worst

@@ -167,7 +167,8 @@ def test_an_export_goes_with_its_tokenizer(folder, tmp_path):
     assert (tmp_path / "out" / "tokenizer").stat().st_mode & 0o700 == 0o700
 
 
-@pytest.mark.parametrize("engine", [spec.name for spec in ENGINES])
+# Hundreds of steps are too many for Triton's interpreter.
+@pytest.mark.parametrize("engine", [spec.name for spec in ENGINES if spec.name != "triton"])
 @pytest.mark.parametrize("across", [False, True], ids=["inside documents", "across documents"])
 def test_the_loss_token_by_token_is_that_of_whole_rows(folder, across, engine):
     config = tiny_config(folder, f"evaluate-{across}-{engine}", engine="torch", steps=6, model={"num_layers": 2})

@@ -8,14 +8,13 @@ import torch
 from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.inference import native as native_engine
 from qsparse_moe.inference import row_costs
-from qsparse_moe.inference.cached_model import TorchDecode, prefill
 from qsparse_moe.inference.engine import resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode, why_not
 from qsparse_moe.inference.weights import check_weights, head_format, own_format, round_weights, site_matrices
 from qsparse_moe.kernels import native
 from qsparse_moe.sparsity.plan import SparsityPlan
-from tests.inference.models import model, random_tokens
+from tests.inference.models import difference_from_torch, model
 from tests.inference.test_cached_model import DENSE, SPARSE
 
 pytestmark = pytest.mark.skipif(
@@ -33,29 +32,7 @@ def threads(request):
 
 
 def largest_difference(built, weight_format=None, prompts=(4, 2, 7), capacity=9):
-    """Of the logits of some steps, relative to the largest; both engines see the same keys and values in each.
-
-    Greedy tokens of the defining engine; the cache slides, and the sequences have different lengths.
-    """
-    caches = [
-        KeyValueCache.allocate(built.config, batch=len(prompts), capacity=capacity, dtype=torch.float32, slides=True)
-        for _ in range(2)
-    ]
-    tokens = [random_tokens(length, seed=place).tolist() for place, length in enumerate(prompts)]
-    logits, _ = (prefill(built, tokens, cache) for cache in caches)
-    defining, found = TorchDecode(built), NativeDecode(built, weight_format)
-    worst = 0.0
-    for _ in range(STEPS):
-        chosen_B = logits.argmax(-1)
-        logits, other = defining.decode(chosen_B, caches[0]), found.decode(chosen_B, caches[1])
-        assert torch.equal(caches[0].positions_B, caches[1].positions_B)
-        seen = logits.isfinite()
-        assert torch.equal(seen, other.isfinite())
-        worst = max(worst, ((logits - other)[seen].abs().max() / logits[seen].abs().max()).item())
-        # One near tie that flips would be carried on by the cache.
-        caches[1].key_LBHPC.copy_(caches[0].key_LBHPC)
-        caches[1].value_LBHPC.copy_(caches[0].value_LBHPC)
-    return worst
+    return difference_from_torch(built, NativeDecode(built, weight_format), prompts, capacity=capacity, steps=STEPS)
 
 
 @pytest.mark.parametrize("settings", (DENSE | SPARSE).values(), ids=(DENSE | SPARSE).keys())

@@ -1,5 +1,7 @@
 """Compile every Triton kernel of the registry for NVIDIA GPUs, as its example inputs launch it, without such a GPU.
 
+Those of row products, which are no operation of training, are compiled as decoding launches them.
+
 Run as a program, with TRITON_INTERPRET unset, it prints the compiled kernels as one JSON object. Triton takes the
 target from its driver and brings its own assembler; a driver of our making names the target, and nothing is launched.
 """
@@ -18,6 +20,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from qsparse_moe.kernels.registry import OPS
+from qsparse_moe.kernels.row_product.op import list_features, listed_product
+from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, StoredWeights, store
 from qsparse_moe.kernels.spec import OpSpec
 
 AMPERE, HOPPER = 80, 90
@@ -71,6 +75,9 @@ def compile_all(capability: int) -> dict[str, dict[str, list[int]]]:
                 for dtype in (torch.float32, torch.bfloat16):
                     where = f"{spec.name} {case} {dtype}"
                     forward_and_backward(spec, case, dtype)
+        for weight_format in WEIGHT_FORMATS:
+            where = f"row_product {weight_format}"
+            project_and_run_experts(store(torch.ones(4, 1024, 2048), weight_format))
     return compiled
 
 
@@ -88,6 +95,15 @@ def forward_and_backward(spec: OpSpec, case: str, dtype: torch.dtype) -> None:
     first = output if isinstance(output, torch.Tensor) else output[0]
     if first.requires_grad:
         first.backward(torch.zeros_like(first))
+
+
+def project_and_run_experts(stored: StoredWeights) -> None:
+    """A projection, gate and up, and down, in one number format."""
+    lists = list_features(torch.zeros(2, 1024), 512)
+    listed_product(stored, lists)
+    expert_P, factors_P = torch.zeros(4, dtype=torch.int64), torch.ones(4)
+    listed_product(stored, lists, matrix_P=expert_P, products_per_list=2)
+    listed_product(stored, lists, matrix_P=expert_P, factors_P=factors_P, products_per_sum=2)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,8 @@ def test_tests_run_compiled_and_results_are_named_after_the_device(tmp_path):
         "interpret=0 -m qsparse_moe bench step --device cuda --precision bf16 --layers 1 --hidden-size 2048 --heads 16 "
         "--experts 64 --experts-per-token 8 --expert-hidden-size 1024 --rows 4 --sequence-length 4096 "
         "--output results/gpu/step-NVIDIA-H200.json",
+        "interpret=0 -m qsparse_moe bench decode --device cuda --weights bf16,int8 --sparsity 0.5,0.75 --batch 1,8 "
+        "--output results/gpu/decode-NVIDIA-H200.json",
     ]
 
 

@@ -60,3 +60,13 @@ def test_utilisation_needs_a_known_peak(tmp_path):
     assert Efficiency(make_context(tmp_path, given))(make_report(10), {})[name] == pytest.approx(
         training_flops(MODEL, LENGTH).routed * 2048 / 1e11
     )
+
+
+def test_a_run_that_resumes_without_a_logged_step_counts_from_its_checkpoint_on(tmp_path):
+    resumed = Efficiency(make_context(tmp_path, CONFIG, start_step=20))
+    found = resumed(make_report(30), zeros(0.25))
+    assert found["efficiency/total_kept_training_flops"] == pytest.approx(
+        5120 * found["efficiency/kept_training_flops_per_token"]
+    )
+    # The sum that every token of the run costs begins with the run.
+    assert found["efficiency/total_training_flops"] == found["efficiency/training_flops_per_token"] * 15360

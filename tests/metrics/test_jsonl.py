@@ -96,3 +96,17 @@ def test_values_that_json_does_not_have_are_null(path):
     file.close()
     (row,) = read_metrics(path)
     assert (row["train/grad_norm"], row["train/loss"], row["train/sparsity"]) == (None, None, 0.0)
+
+
+def test_a_step_is_amended_once_and_another_one_appended(path):
+    file = MetricsFile(path)
+    file.write(1, 100, 0.1, {"a": 1.0, "b": 2.0})
+    file.amend(1, 100, 0.1, {"b": 3.0, "c": math.inf})
+    file.amend(2, 200, 0.2, {"a": 4.0})
+    file.write(3, 300, 0.3, {})
+    file.close()
+    assert read_metrics(path) == [
+        {"step": 1, "tokens": 100, "seconds": 0.1, "a": 1.0, "b": 3.0, "c": None},
+        {"step": 2, "tokens": 200, "seconds": 0.2, "a": 4.0},
+        {"step": 3, "tokens": 300, "seconds": 0.3},
+    ]

@@ -52,3 +52,14 @@ def test_describe_warns_of_the_natural_zeros_of_a_run(tmp_path, capsys):
     assert run(["describe", str(tmp_path), "--json"]) == 0
     warnings = json.loads(capsys.readouterr().out)["warnings"]
     assert any("changes little there" in warning for warning in warnings)
+
+
+def test_a_site_is_named_from_a_margin_of_two_hundredths_on_with_the_means_of_the_layers_named():
+    names = ("sparsity/expert_hidden/zeros", "sparsity/expert_hidden/zeros_chosen")
+    assert natural_zeros(dict(zip(names, (0.52, 0.5), strict=True))) == []
+    assert natural_zeros(dict(zip(names, (0.5201, 0.5), strict=True))) == [
+        NaturalZeros("expert_hidden", (), 0.5201, 0.5)
+    ]
+    by_layer = {0: (0.75, 0.5), 1: (0.875, 0.875), 2: (0.5, 0.25)}
+    row = {f"{name}/layer_{layer}": pair[i] for layer, pair in by_layer.items() for i, name in enumerate(names)}
+    assert natural_zeros(row) == [NaturalZeros("expert_hidden", (0, 2), 0.625, 0.375)]

@@ -37,3 +37,16 @@ def test_drift_is_relative_to_the_previous_step():
     assert f"{SITE}/threshold_drift" not in window.update(step([4], used, [2.0]))
     assert window.update(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [pytest.approx(0.5)]
     assert window.update(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [0.0]
+
+
+def test_a_window_without_experts_counts_features_all_the_same():
+    window = Window(length=1, expert_length=0)
+    found = window.update(step([3, 1], [[True, False], [False, False]], [3, 1]))
+    assert "router/dead_experts_window" not in found and found[f"{SITE}/dead_features"].tolist() == [0.75]
+
+
+def test_the_threshold_of_a_layer_is_over_the_rows_of_all_its_experts():
+    window = Window()
+    window.update(step([3, 1], [[True], [True]], [3.0, 3.0]))  # 6 over 4 rows, not 1 and 3 over 2 experts
+    drift = window.update(step([1, 1], [[True], [True]], [1.0, 5.0]))[f"{SITE}/threshold_drift"]
+    assert drift.tolist() == [pytest.approx(1.0)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from qsparse_moe.data.token_data import load_data
 from qsparse_moe.model.thresholds import calibrate
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training import calibrate as calibrate_module
-from qsparse_moe.training.calibrate import calibrate_run, default_num_rows
+from qsparse_moe.training.calibrate import SiteCalibration, _site, calibrate_run, default_num_rows
 from qsparse_moe.training.evaluate import evaluate_run, load_run
 from qsparse_moe.training.loop import train
 from tests.support.runs import tiny_config
@@ -119,3 +121,23 @@ def test_without_a_number_every_expert_sees_some_thousand_tokens(text_config):
     # 4 experts, 2 a token, 24 tokens a row.
     assert default_num_rows(text_config) == 342
     assert 342 * 24 * 2 / 4 >= 4096 > 341 * 24 * 2 / 4
+
+
+def test_shares_of_zeros_are_means_over_the_layers_and_the_gap_is_the_largest_of_one():
+    plan = SparsityPlan(
+        {(0, "expert_hidden"): (0.5, 0.25), (2, "expert_hidden"): (0.75, 0.5), (0, "dense_hidden"): (0,)}
+    )
+
+    def sums(nonzero):
+        rows_LE = torch.tensor([[2.0, 2.0], [1.0, 9.0]], dtype=torch.float64)
+        used_LED = torch.ones(2, 2, 4, dtype=torch.bool)
+        name = "sparsity/expert_hidden"
+        nonzero_LE = torch.tensor(nonzero, dtype=torch.float64)
+        return {f"{name}/rows_LE": rows_LE, f"{name}/nonzero_LE": nonzero_LE, f"{name}/used_LED": used_LED}
+
+    seen = {place: [SimpleNamespace(num_seen=count) for count in (0, 3)] for place in plan.values}
+    # Of 16 features in layer 0 and 40 in layer 2, 8 and 10 are zero by rank, 4 and 20 by threshold.
+    found = _site("expert_hidden", plan, seen, sums([[4.0, 4.0], [3.0, 27.0]]), sums([[6.0, 6.0], [2.0, 18.0]]))
+    assert found == SiteCalibration(
+        layers=2, sparsity=0.5, zeros_topk=0.375, zeros_threshold=0.375, largest_gap=0.25, experts_without_rows=2
+    )

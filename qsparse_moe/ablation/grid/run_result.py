@@ -37,7 +37,7 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
     validated = [row for row in rows if row.get("validation/bits_per_byte") is not None]
     last: dict[str, Any] = validated[-1] if validated else {}
     # The median is robust against the first steps, which include compilation.
-    rates = sorted(row["throughput/tokens_per_second"] for row in rows if row.get("throughput/tokens_per_second"))
+    rates = [row["throughput/tokens_per_second"] for row in rows if row.get("throughput/tokens_per_second")]
     return RunResult(
         grid=grid.name,
         id=run.id,
@@ -53,7 +53,7 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
         curve=[(row["tokens"], row["validation/loss"], row["validation/bits_per_byte"]) for row in validated],
         **_shape(run.config.model),
         **_cost(run.config, _densities(run.config.model, last)),
-        tokens_per_second=rates[len(rates) // 2] if rates else None,
+        tokens_per_second=statistics.median(rates) if rates else None,
         choices=[(choice.label, list(choice.paths)) for choice in run.choices],
         varied_sparsity=_varied_sparsity(grid, run.config.model),
         natural_zeros=[(one.site, list(one.layers), one.zeros, one.chosen) for one in natural_zeros(last)],

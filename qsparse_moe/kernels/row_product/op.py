@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.kernels import native
+from qsparse_moe.kernels.row_product.lists import FeatureLists
 from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, StoredWeights, load_dense
 
 
@@ -27,6 +28,20 @@ def row_product_native(stored: StoredWeights, rows_K: Tensor, values_KT: Tensor,
     """``row_product_reference`` in C++, for at most 8 tokens; values and sums are fp32."""
     matrix = native_matrix(stored)  # first: it makes the operator exist
     return torch.ops.qsparse_moe.row_product(matrix, which, rows_K, values_KT)
+
+
+def list_features(rows_ND: Tensor, capacity: int, *, with_zeros: bool = False) -> FeatureLists:
+    """Return the nonzero features of every row; see ``triton.list_features_triton``, imported on the first call."""
+    from qsparse_moe.kernels.row_product import triton
+
+    return triton.list_features_triton(rows_ND, capacity, with_zeros=with_zeros)
+
+
+def listed_product(stored: StoredWeights, lists: FeatureLists, **settings: Any) -> Tensor:
+    """Return sums of products of lists with matrices of ``stored``; see ``triton.listed_product_triton``."""
+    from qsparse_moe.kernels.row_product import triton
+
+    return triton.listed_product_triton(stored, lists, **settings)
 
 
 def native_matrix(stored: StoredWeights) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import mmap
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -48,6 +48,10 @@ class StoredWeights:
     def num_bytes(self) -> int:
         """Bytes of all rows and scales."""
         return self.data.nbytes + self.scales.nbytes
+
+    def to(self, device: torch.device) -> StoredWeights:
+        """Return the same stored weights in the memory of ``device``."""
+        return replace(self, data=self.data.to(device), scales=self.scales.to(device))
 
 
 def store(weights: Tensor, weight_format: WeightFormat) -> StoredWeights:

@@ -233,6 +233,16 @@ def test_a_damaged_file_is_named_and_no_older_checkpoint_is_taken_silently(tmp_p
     assert message.endswith(f"delete the folder {folder} to continue from {earlier}")
 
 
+def test_checkpoints_are_in_the_order_of_their_steps_and_a_message_names_the_one_just_before(tmp_path):
+    folders = [tmp_path / "checkpoints" / f"step-{step}" for step in ("00000002", "99999999", "100000000", "200000000")]
+    for folder in reversed(folders):
+        folder.mkdir(parents=True)
+    (tmp_path / "checkpoints" / ".saving-step-300000000").mkdir()
+    assert list_checkpoints(tmp_path) == folders
+    with pytest.raises(CheckpointError, match=rf"{folders[2]} .* {folders[1]}$"):
+        Checkpoint(folders[2])
+
+
 def test_the_only_checkpoint_is_not_said_to_have_one_before_it(tmp_path, engine):
     save(tmp_path, engine, 1)
     save(tmp_path, engine, 2)
@@ -303,6 +313,9 @@ def test_every_parameter_has_one_owner_and_the_bytes_are_spread():
     assert max(loads) <= sum(loads) / 3 * 1.15
     assert owners(dict(reversed(shapes.items())), 3) == owner
     assert set(owners({"only": torch.Size((4,))}, 3).values()) == {0}
+    # Of equal sizes, the name decides, whatever the order of the model.
+    for names in ("ab", "ba"):
+        assert owners({name: torch.Size((4,)) for name in names}, 2) == {"a": 0, "b": 1}
 
 
 def test_random_states_come_back_through_a_file(tmp_path):

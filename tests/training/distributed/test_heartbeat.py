@@ -14,7 +14,7 @@ import torch.distributed as dist
 from qsparse_moe.cli import app
 from qsparse_moe.errors import RankLost, TrainingDiverged
 from qsparse_moe.training.distributed import heartbeat as heartbeat
-from qsparse_moe.training.distributed.heartbeat import Heartbeats, RankMonitor, is_of_a_collective
+from qsparse_moe.training.distributed.heartbeat import Heartbeats, RankMonitor, _at_least, is_of_a_collective
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.interrupt import Stopped, StopSignals
 
@@ -213,3 +213,7 @@ def test_the_command_line_ends_with_1_and_repeats_nothing(monkeypatch, capsys):
     monkeypatch.setattr(app, "build_app", build)
     assert app.run(["train"]) == 1
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_silence_as_long_as_the_timeout_is_too_long():
+    assert _at_least({0: 4.9, 1: 5.0, 2: 5.1}, 5.0) == {1: 5.0, 2: 5.1}

@@ -1,0 +1,152 @@
+"""The decode engine for NVIDIA GPUs: Triton kernels that read only the rows behind features that are not zero.
+
+It holds its own copy of the weights in a number format of its own; activations, keys and values are fp32. The
+definition of what it computes is ``cached_model.TorchDecode`` with the same weights. B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.native import Rows
+from qsparse_moe.inference.triton_model import StoredMatrices, TritonModel
+from qsparse_moe.inference.weights import own_format
+from qsparse_moe.kernels import tiles
+from qsparse_moe.kernels.row_product.stored import WeightFormat
+from qsparse_moe.model.transformer import Transformer
+
+
+def why_not(model: Transformer) -> str | None:
+    """Return the reason why the engine cannot run ``model`` where it is, with the way out; None if it can."""
+    reason = tiles.why_not(model.head.weight.device)
+    if reason is not None:
+        return f"{reason}; the engine torch runs on every device"
+    dtype = model.head.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"its weights come from fp32 or bf16, and the model is in {dtype}; use the engine torch"
+    widest = max(site.num_features for block in model.blocks() for site in block.sites().values())
+    if widest > tiles.MAX_FEATURES:
+        return f"its rows hold at most {tiles.MAX_FEATURES} features, and a site has {widest}; use the engine torch"
+    return None
+
+
+class TritonDecode:
+    """A model's weights as the kernels read them, and one CUDA graph per batch size where there is a CUDA device."""
+
+    name = "triton"
+    cache_dtype: torch.dtype | None = torch.float32
+
+    def __init__(
+        self,
+        model: Transformer,
+        weight_format: WeightFormat | None = None,
+        *,
+        rows: Rows = "auto",
+        capture_graphs: bool = True,
+    ) -> None:
+        """Store the weights of ``model``.
+
+        Args:
+            model: in evaluation mode; its weights and its plan stay as they are from now on.
+            weight_format: of all matrices behind sparse sites; None takes ``weights.own_format``.
+            rows: ``all`` reads every row of a matrix, zeros included; ``selected`` and ``auto`` those behind features
+                that are not zero.
+            capture_graphs: whether a step is captured as a CUDA graph and replayed. Without a CUDA device, with hooks,
+                and with ``model.sparsity.debug``, whose checks read values, it never is.
+        """
+        self.weight_format = weight_format or own_format(model)
+        self.rows: Rows = "all" if rows == "all" else "selected"
+        self._weights = StoredMatrices(model, self.weight_format)
+        self._model = TritonModel(model, self._weights, reads_all_rows=rows == "all")
+        self._device = model.head.weight.device
+        self.captures_graphs = capture_graphs and self._device.type == "cuda" and _can_capture(model)
+        self._graphs: dict[int, _CapturedStep] = {}
+
+    def with_plan_of(self, model: Transformer) -> TritonDecode:
+        """Return an engine for ``model`` over the same stored weights.
+
+        Args:
+            model: with the same parameters in modules of its own, such as a copy that shares them: an engine computes
+                with the sites of its model.
+        """
+        other = copy.copy(self)
+        other._model = TritonModel(model, self._weights, reads_all_rows=self.rows == "all")
+        other._graphs = {}
+        return other
+
+    @torch.inference_mode()
+    def decode(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
+        """See ``engine.DecodeEngine``; the logits are on the model's device."""
+        cache.check_space(torch.ones_like(cache.positions_B))
+        if self.captures_graphs:
+            logits_BV = self._replayed(tokens_B, cache)
+        else:
+            logits_BV = self._step(tokens_B.to(self._device), cache.positions_B.to(self._device), cache)
+        cache.advance()
+        return logits_BV
+
+    def figures(self) -> dict[str, Any]:
+        """Return the bytes of the stored weights, which rows are read, and the number of CUDA graphs.
+
+        The bytes that a step reads are known on the device alone; to ask for them would stop it.
+        """
+        return {
+            "weights": self.weight_format,
+            "weight_bytes": self._weights.num_bytes,
+            "rows": self.rows,
+            "cuda_graphs": len(self._graphs),
+        }
+
+    def _step(self, tokens_B: Tensor, positions_B: Tensor, cache: KeyValueCache) -> Tensor:
+        return self._model.step(tokens_B, positions_B, cache.key_LBHPC, cache.value_LBHPC)
+
+    def _replayed(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
+        captured, memory = self._graphs.get(cache.batch), _memory_of(cache)
+        if captured is None or captured.memory != memory:
+            captured = self._graphs[cache.batch] = self._capture(tokens_B, cache)
+        captured.tokens_B.copy_(tokens_B)
+        captured.positions_B.copy_(cache.positions_B)
+        captured.graph.replay()
+        # The next replay writes to the same memory.
+        return captured.logits_BV.clone()
+
+    def _capture(self, tokens_B: Tensor, cache: KeyValueCache) -> _CapturedStep:
+        with torch.cuda.device(self._device):
+            tokens_B, positions_B = tokens_B.to(self._device), cache.positions_B.to(self._device)
+            # A step outside of a graph first: it compiles the kernels, and it writes only what the replay writes again.
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                self._step(tokens_B, positions_B, cache)
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits_BV = self._step(tokens_B, positions_B, cache)
+        return _CapturedStep(graph, _memory_of(cache), tokens_B, positions_B, logits_BV)
+
+
+class _CapturedStep(NamedTuple):
+    """A step of one batch size over one cache, with the memory that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    memory: tuple[Any, ...]
+    tokens_B: Tensor
+    positions_B: Tensor
+    logits_BV: Tensor
+
+
+def _memory_of(cache: KeyValueCache) -> tuple[Any, ...]:
+    """Return what a graph takes for granted: a cache elsewhere, or with another capacity, needs a graph of its own."""
+    return tuple((part.data_ptr(), part.shape, part.stride()) for part in (cache.key_LBHPC, cache.value_LBHPC))
+
+
+def _can_capture(model: Transformer) -> bool:
+    """Whether a step runs no Python of a hook, which a replay would leave out, and no check that reads values."""
+    sites = [site for block in model.blocks() for site in block.sites().values()]
+    hooks = [site.hook for site in sites] + [router.hook for router in model.routers()]
+    return not model.config.sparsity.debug and all(hook is None for hook in hooks)

@@ -1,0 +1,259 @@
+"""One decode step in which every projection behind a sparse site reads only the rows of the features that are left.
+
+Norms, rotation, router, sites and activations are those of the training model; the products are Triton kernels. All
+shapes follow from the batch and the capacity of the cache alone, and no value is read by the host, so that a CUDA graph
+can hold the step. Activations are fp32.
+
+B sequences (one token each), D width, H heads, C channels per head, P slots of the cache, A choices, F hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from qsparse_moe.config.shapes import head_size
+from qsparse_moe.inference.weights import ModelMatrix, site_matrices
+from qsparse_moe.kernels.row_product.lists import FeatureLists
+from qsparse_moe.kernels.row_product.op import list_features, listed_product
+from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
+from qsparse_moe.model.attention import Attention
+from qsparse_moe.model.block import Block
+from qsparse_moe.model.rope import Rotation, rotate, rotation_at
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.moe.experts import Experts
+from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.nn.feed_forward import FeedForward
+from qsparse_moe.nn.sparse_site import SparseSite
+
+
+class TritonModel:
+    """The layers of a model with their matrices stored input-major on the model's device."""
+
+    def __init__(self, model: Transformer, weights: StoredMatrices, *, reads_all_rows: bool) -> None:
+        self._model = model
+        lister = _Lister(reads_all_rows)
+        blocks = enumerate(model.blocks())
+        self._layers = [_Layer(f"layers.{number}.", block, weights, lister) for number, block in blocks]
+        self._final_norm = _Norm(model.final_norm)
+        self._head = weights.head()
+        hidden_ids = model.hidden_ids
+        self._hidden_ids = None if hidden_ids is None else hidden_ids.to(model.head.weight.device)
+
+    def step(self, tokens_B: Tensor, positions_B: Tensor, key_LBHPC: Tensor, value_LBHPC: Tensor) -> Tensor:
+        """Return the logits ``(B, V)`` fp32 after one more token of each sequence, and store its keys and values.
+
+        Args:
+            tokens_B: int64 on the device of the model.
+            positions_B: int64 on the device of the model: the number of tokens of each sequence before.
+            key_LBHPC: fp32 keys; the token at position p lies in slot ``p % P``.
+            value_LBHPC: fp32 values.
+        """
+        config, capacity = self._model.config, key_LBHPC.shape[3]
+        hidden_BD = self._model.embedding(tokens_B).float()
+        rotation = rotation_at(positions_B[:, None], head_size(config), config.rope_theta, torch.float32)
+        slots_B = positions_B % capacity
+        # A cache that was filled once has a token in every slot. Slots without one hold zeros, not NaN.
+        is_seen_BP = torch.arange(capacity, device=positions_B.device) <= positions_B[:, None]
+        for layer, key_BHPC, value_BHPC in zip(self._layers, key_LBHPC, value_LBHPC, strict=True):
+            hidden_BD = hidden_BD + layer.attend(hidden_BD, rotation, slots_B, is_seen_BP, key_BHPC, value_BHPC)
+            hidden_BD = hidden_BD + layer.feed_forward(hidden_BD)
+        return self._logits(self._final_norm(hidden_BD))
+
+    def _logits(self, normed_BD: Tensor) -> Tensor:
+        if self._head is None:
+            logits_BV = F.linear(normed_BD, self._model.head.weight)
+        else:
+            logits_BV = listed_product(self._head, list_features(normed_BD, normed_BD.shape[1]))
+        return logits_BV if self._hidden_ids is None else logits_BV.index_fill(-1, self._hidden_ids, -torch.inf)
+
+
+class StoredMatrices:
+    """The matrices of a model as the kernels read them, in the memory of its device; each is stored once."""
+
+    def __init__(self, model: Transformer, weight_format: WeightFormat) -> None:
+        self._matrices: dict[str, ModelMatrix] = {matrix.name: matrix for matrix in site_matrices(model)}
+        self._head_weight = model.head.weight
+        self._format = weight_format
+        self._stored: dict[tuple[str, ...], StoredWeights] = {}
+
+    def of(self, *names: str) -> StoredWeights:
+        """Return the matrices of these names as one stack, in the order of the names."""
+        if names not in self._stored:
+            parts = [self._matrices[name].input_major(self._format) for name in names]
+            stack = torch.cat([part if part.dim() == 3 else part[None] for part in parts])
+            self._stored[names] = self._store(stack, self._format)
+        return self._stored[names]
+
+    def head(self) -> StoredWeights | None:
+        """Return the head input-major if it is in bf16, else None: cuBLAS would round the fp32 rows to bf16 first."""
+        if self._head_weight.dtype != torch.bfloat16:
+            return None
+        if ("head.weight",) not in self._stored:
+            self._stored["head.weight",] = self._store(self._head_weight.T, "bf16")
+        return self._stored["head.weight",]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the matrices behind sparse sites and of the head."""
+        head = 0 if ("head.weight",) in self._stored else self._head_weight.nbytes
+        return head + sum(stored.num_bytes for stored in self._stored.values())
+
+    def _store(self, weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
+        return store(weights.detach().cpu(), weight_format).to(self._head_weight.device)
+
+
+class _Lister:
+    """Turns the sparse rows of a site into lists of their features."""
+
+    def __init__(self, reads_all_rows: bool) -> None:
+        self._with_zeros = reads_all_rows
+
+    def selected(self, site: SparseSite, rows_ND: Tensor, expert_N: Tensor | None = None) -> FeatureLists:
+        """Return what the site selects of the rows."""
+        return self.listed(site, site.select(rows_ND, expert_N).sparse)
+
+    def listed(self, site: SparseSite, sparse_ND: Tensor) -> FeatureLists:
+        """Return the features of rows that the site has selected from."""
+        capacity = site.num_features if self._with_zeros else most_selected(site)
+        return list_features(sparse_ND, capacity, with_zeros=self._with_zeros)
+
+
+class _Norm:
+    """The norm of the training model with its weight in fp32, as its input is."""
+
+    def __init__(self, norm: nn.RMSNorm) -> None:
+        self._weight, self._epsilon = norm.weight.detach().float(), norm.eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
+
+
+class _Layer:
+    def __init__(self, prefix: str, block: Block, weights: StoredMatrices, lister: _Lister) -> None:
+        self._attention_norm, self._feed_forward_norm = _Norm(block.attention_norm), _Norm(block.feed_forward_norm)
+        self._attention = _Attention(f"{prefix}attention.", block.attention, weights, lister)
+        self.feed_forward_part: _MoE | _FeedForward
+        if block.moe is not None:
+            self.feed_forward_part = _MoE(f"{prefix}moe.", block.moe, weights, lister)
+        else:
+            assert block.dense is not None
+            self.feed_forward_part = _FeedForward(f"{prefix}dense.", block.dense, weights, lister)
+
+    def attend(self, hidden_BD: Tensor, *step: Tensor | Rotation) -> Tensor:
+        return self._attention(self._attention_norm(hidden_BD), *step)  # type: ignore[arg-type]
+
+    def feed_forward(self, hidden_BD: Tensor) -> Tensor:
+        return self.feed_forward_part(self._feed_forward_norm(hidden_BD))
+
+
+class _Attention:
+    def __init__(self, prefix: str, attention: Attention, weights: StoredMatrices, lister: _Lister) -> None:
+        self._part, self._lister = attention, lister
+        self._qkv, self._output = weights.of(f"{prefix}qkv.weight"), weights.of(f"{prefix}output.weight")
+        self._query_norm = None if attention.query_norm is None else _Norm(attention.query_norm)
+        self._key_norm = None if attention.key_norm is None else _Norm(attention.key_norm)
+
+    def __call__(
+        self,
+        x_BD: Tensor,
+        rotation: Rotation,
+        slots_B: Tensor,
+        is_seen_BP: Tensor,
+        key_BHPC: Tensor,
+        value_BHPC: Tensor,
+    ) -> Tensor:
+        part = self._part
+        qkv = listed_product(self._qkv, self._lister.selected(part.input_site, x_BD))
+        heads = qkv.view(len(x_BD), -1, 1, part.head_size)
+        query, key, value = heads.split([part.num_heads, part.num_kv_heads, part.num_kv_heads], dim=1)
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = self._query_norm(query), self._key_norm(key)
+        query, key = rotate(query, rotation), rotate(key, rotation)
+        sequences_B = torch.arange(len(x_BD), device=x_BD.device)
+        key_BHPC[sequences_B, :, slots_B] = key[:, :, 0]
+        value_BHPC[sequences_B, :, slots_B] = value[:, :, 0]
+        mixed = F.scaled_dot_product_attention(
+            query,
+            key_BHPC,
+            value_BHPC,
+            attn_mask=is_seen_BP[:, None, None],
+            enable_gqa=part.num_kv_heads != part.num_heads,
+        )
+        return listed_product(self._output, self._lister.selected(part.output_site, mixed.flatten(1)))
+
+
+class _GatedProducts:
+    """Gate and up as one stack, and down, of experts or of a dense network, with the activation between them."""
+
+    def __init__(self, prefix: str, part: Experts | FeedForward, weights: StoredMatrices, lister: _Lister) -> None:
+        self._part, self._lister = part, lister
+        inner = ("w_up",) if part.w_gate is None else ("w_gate", "w_up")
+        self._inner = weights.of(*(f"{prefix}{name}" for name in inner))
+        self.down = weights.of(f"{prefix}w_down")
+
+    def hidden_lists(
+        self, lists: FeatureLists, matrix_N: Tensor, expert_N: Tensor | None, *, products_per_list: int = 1
+    ) -> FeatureLists:
+        """Return the selected hidden features of N rows, each with its matrix of the stack ``down``."""
+        inner_N = matrix_N
+        if self._part.w_gate is not None:
+            inner_N = torch.cat((matrix_N, matrix_N + self.down.num_matrices))
+        products = listed_product(self._inner, lists, matrix_P=inner_N, products_per_list=products_per_list)
+        gate_NF = None if self._part.w_gate is None else products[: len(matrix_N)]
+        up_NF = products[-len(matrix_N) :]
+        hidden_NF, _ = self._part.activation(gate_NF, up_NF, expert_N, with_stats=False)
+        return self._lister.listed(self._part.hidden_site, hidden_NF)
+
+
+class _FeedForward:
+    """A dense layer's network, or the shared experts of a MoE layer with their gate per token."""
+
+    def __init__(self, prefix: str, part: FeedForward, weights: StoredMatrices, lister: _Lister) -> None:
+        self._part, self._lister = part, lister
+        self._products = _GatedProducts(prefix, part, weights, lister)
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        matrix_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
+        hidden = self._products.hidden_lists(self._lister.selected(self._part.input_site, x_BD), matrix_B, None)
+        y_BD = listed_product(self._products.down, hidden)
+        token_gate: Tensor | None = getattr(self._part, "token_gate", None)
+        return y_BD if token_gate is None else y_BD * (x_BD @ token_gate.float().T).sigmoid()
+
+
+class _MoE:
+    """The routed experts: one launch per matrix for all tokens and all of their experts."""
+
+    def __init__(self, prefix: str, layer: MoELayer, weights: StoredMatrices, lister: _Lister) -> None:
+        self._layer, self._lister = layer, lister
+        self._products = _GatedProducts(f"{prefix}experts.", layer.experts, weights, lister)
+        self._shared = None if layer.shared is None else _FeedForward(f"{prefix}shared.", layer.shared, weights, lister)
+
+    def __call__(self, x_BD: Tensor) -> Tensor:
+        layer = self._layer
+        site = layer.input_site
+        selected = site.select(x_BD).sparse if site.is_uniform else None
+        routing = layer.router(selected if layer.router_sees_sparse and selected is not None else x_BD)
+        choices, expert_N = routing.expert_ids_TA.shape[1], routing.expert_ids_TA.flatten()
+        if selected is not None:
+            lists, per_list = self._lister.listed(site, selected), choices
+        else:
+            lists, per_list = self._lister.selected(site, x_BD.repeat_interleave(choices, 0), expert_N), 1
+        hidden = self._products.hidden_lists(lists, expert_N, expert_N, products_per_list=per_list)
+        y_BD = listed_product(
+            self._products.down,
+            hidden,
+            matrix_P=expert_N,
+            factors_P=routing.weights_TA.flatten(),
+            products_per_sum=choices,
+        )
+        return y_BD if self._shared is None else y_BD + self._shared(x_BD)
+
+
+def most_selected(site: SparseSite) -> int:
+    """Return how many features of a row the site selects at most: K of a selection by rank, else all of them."""
+    # A hook may put other rows in place of the selected ones.
+    if site.hook is not None or site.comparison is not None:
+        return site.num_features
+    return site.ranking.largest_num_kept

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qsparse_moe.bench.harness import Timing, fingerprint, ratio, time_in_turns
-from qsparse_moe.bench.llama_cpp import LlamaCpp, find_llama_cpp
+from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp
 from qsparse_moe.bench.mixtral import DecodingMixtral
 from qsparse_moe.bench.random_weights import fill_random
 from qsparse_moe.config.schema import ModelConfig

@@ -10,7 +10,7 @@ from subprocess import CompletedProcess
 import pytest
 import torch
 
-from qsparse_moe.bench import llama_cpp
+from qsparse_moe.bench import llama_peer
 from qsparse_moe.cli.app import run
 from qsparse_moe.kernels import native
 from tests.support.runs import write_text
@@ -100,13 +100,13 @@ def test_options_of_the_decode_benchmark_are_checked(option, value, rule, capsys
 
 
 def test_llama_cpp_that_is_missing_is_said_with_the_way_out(monkeypatch):
-    monkeypatch.setattr(llama_cpp, "find_spec", lambda name: None)
-    monkeypatch.delenv(llama_cpp.PYTHON_VARIABLE, raising=False)
-    python, reason = llama_cpp.find_llama_cpp()
-    assert python is None and "pip install llama-cpp-python gguf" in reason and llama_cpp.PYTHON_VARIABLE in reason
-    monkeypatch.setenv(llama_cpp.PYTHON_VARIABLE, sys.executable)
+    monkeypatch.setattr(llama_peer, "find_spec", lambda name: None)
+    monkeypatch.delenv(llama_peer.PYTHON_VARIABLE, raising=False)
+    python, reason = llama_peer.find_llama_cpp()
+    assert python is None and "pip install llama-cpp-python gguf" in reason and llama_peer.PYTHON_VARIABLE in reason
+    monkeypatch.setenv(llama_peer.PYTHON_VARIABLE, sys.executable)
     monkeypatch.setattr(
-        llama_cpp.subprocess, "run", lambda *words, **options: CompletedProcess(words, 1, "", "No module")
+        llama_peer.subprocess, "run", lambda *words, **options: CompletedProcess(words, 1, "", "No module")
     )
-    python, reason = llama_cpp.find_llama_cpp()
+    python, reason = llama_peer.find_llama_cpp()
     assert python is None and sys.executable in reason and "No module" in reason

@@ -63,9 +63,9 @@ def main() -> None:
     Evaluator.__call__ = noted("evaluation", Evaluator.__call__)  # type: ignore[method-assign]
     compile_operators = native._compile
 
-    def compile_noted(folder: Path) -> Path:
+    def compile_noted(library: native.Library, folder: Path) -> Path:
         note("compile")
-        return compile_operators(folder)
+        return compile_operators(library, folder)
 
     native._compile = compile_noted
 

@@ -1,7 +1,7 @@
 """The peer of the decode benchmark: llama.cpp on a model of the same shape, in a process of its own.
 
 Its Python package may need other versions of what this package needs, so it may live in an environment of its own: the
-child (``llama_cpp_child.py``) imports nothing of this package.
+child (``llama_peer_child.py``) imports nothing of this package.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qsparse_moe.errors import BackendUnavailable
 
 PYTHON_VARIABLE = "QSPARSE_MOE_LLAMA_CPP_PYTHON"
 """Environment variable with the Python interpreter that has llama-cpp-python and gguf, if that is another one."""
-_CHILD = Path(__file__).with_name("llama_cpp_child.py")
+_CHILD = Path(__file__).with_name("llama_peer_child.py")
 
 
 def find_llama_cpp() -> tuple[str | None, str]:

@@ -25,7 +25,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference.cached_model import prefill
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode
-from qsparse_moe.inference.weights import round_weights
+from qsparse_moe.inference.weights import fold_rounding, round_weights
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -169,6 +169,7 @@ def _run_format(
             engines[sparsity] = NativeDecode(model, weight_format, rows="auto")
         else:
             engines[sparsity] = engines[0.0].with_plan_of(model)
+    fold_rounding(model)
     peers = _peers(benchmark, weight_format, config, report)
     rows = []
     try:

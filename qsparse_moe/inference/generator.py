@@ -26,6 +26,7 @@ from qsparse_moe.inference.native import Rows
 from qsparse_moe.inference.sampling import Sampler, Sampling
 from qsparse_moe.inference.sequences import Generation, GrowingSequence, NewToken
 from qsparse_moe.inference.stopping import check_stop_strings
+from qsparse_moe.inference.weights import fold_rounding
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.distributed.ranks import choose_device
@@ -132,11 +133,13 @@ class Generator:
             BackendUnavailable: the engine or the device cannot be used here.
         """
         loaded = load_model(folder, device=choose_device(device, 0), weights=weights, plan=plan)
+        decode = resolve_engine(engine, loaded.model, settings=EngineSettings(loaded.weight_format, rows))
+        fold_rounding(loaded.model)
         return cls(
             loaded.model,
             loaded.tokenizer,
             loaded.config,
-            engine=resolve_engine(engine, loaded.model, settings=EngineSettings(loaded.weight_format, rows)),
+            engine=decode,
             max_length=max_length,
             overlong=overlong,
             folder=folder,

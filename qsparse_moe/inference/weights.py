@@ -116,6 +116,20 @@ def round_weights(model: Transformer, weight_format: WeightFormat) -> None:
     _round_rows(model.head.weight, False)
 
 
+@torch.no_grad()
+def fold_rounding(model: Transformer) -> None:
+    """Replace weights that the training model rounds in every forward by their rounded values, in place.
+
+    Prefill then rounds nothing: on a model of 1.6 billion ternary weights rounding took ten times as long as the products
+    of 512 tokens. To be called once the engine has stored the weights, because rounding twice is not rounding once.
+    """
+    for matrix in site_matrices(model):
+        matrix.parameter.copy_(_as_trained(matrix))
+    for module in model.modules():
+        if isinstance(module, (Projection, Experts, FeedForward)):
+            module.weight_format = "none"
+
+
 def _round_rows(parameter: Tensor, is_output_major: bool) -> None:
     # Matrix by matrix: a stack of experts in fp32 may be most of the memory.
     for weights in parameter if parameter.dim() == 3 else [parameter]:

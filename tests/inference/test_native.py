@@ -11,10 +11,17 @@ from qsparse_moe.inference import row_costs
 from qsparse_moe.inference.engine import resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode, why_not
-from qsparse_moe.inference.weights import check_weights, head_format, own_format, round_weights, site_matrices
+from qsparse_moe.inference.weights import (
+    check_weights,
+    fold_rounding,
+    head_format,
+    own_format,
+    round_weights,
+    site_matrices,
+)
 from qsparse_moe.kernels import native
 from qsparse_moe.sparsity.plan import SparsityPlan
-from tests.inference.models import difference_from_torch, model
+from tests.inference.models import all_at_once, difference_from_torch, model, random_tokens
 from tests.inference.test_cached_model import DENSE, SPARSE
 
 pytestmark = pytest.mark.skipif(
@@ -154,6 +161,17 @@ def test_ternary_weights_take_two_bits_each():
     layer = (256 * 768 + 256 * 256 + 4 * 3 * 256 * 256) // 4  # bytes, without the scales
     scales = 4 * (2 + 4 * 3)
     assert NativeDecode(built).figures()["weight_bytes"] == 2 * (layer + scales) + built.head.weight.numel() * 4
+
+
+def test_folding_the_rounding_changes_no_logit_and_is_done_once():
+    built = model(sparsity={"default": 0.5, "quantization": {"weights": "ternary"}}, moe={"num_shared_experts": 1})
+    tokens_BS = random_tokens(2, 6)
+    before = all_at_once(built, tokens_BS)
+    fold_rounding(built)
+    assert torch.equal(all_at_once(built, tokens_BS), before)
+    assert len(built.layers[0].moe.experts.w_up[0].unique()) == 3
+    fold_rounding(built)
+    assert torch.equal(all_at_once(built, tokens_BS), before)
 
 
 def test_ids_that_the_model_hides_have_no_probability():

@@ -488,12 +488,17 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
 // Compute all jobs, each thread with a part of the rows of each; then add the parts, each thread a part of the columns.
 void DecodeModel::run_jobs(const Thread& thread, int64_t num_jobs) {
   int64_t begin, end;
+  const auto part_of = [&](const Job& job) -> ChosenRows {
+    slice(job.num_rows, 2, thread.index, thread.count, begin, end);
+    return {job.rows + begin, job.values + begin * job.tokens, end - begin};
+  };
+  request_first_rows(jobs_[0].matrix, part_of(jobs_[0]));
   for (int64_t number = 0; number < num_jobs; ++number) {
     const Job& job = jobs_[number];
-    slice(job.num_rows, 2, thread.index, thread.count, begin, end);
+    if (number + 1 < num_jobs) request_first_rows(jobs_[number + 1].matrix, part_of(jobs_[number + 1]));
     float* sums[kMaxTokens];
     for (int t = 0; t < job.tokens; ++t) sums[t] = partial_sums(thread.index, number, t);
-    multiply(job.matrix, job.tokens, {job.rows + begin, job.values + begin * job.tokens, end - begin}, sums);
+    multiply(job.matrix, job.tokens, part_of(job), sums);
     if (thread.index > 0) continue;
     bytes_read_ += job.num_rows * job.matrix.row_bytes;
     ++passes_, whole_passes_ += job.reads_unneeded;

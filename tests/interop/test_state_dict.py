@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 
 from qsparse_moe.errors import BackendUnavailable, CheckpointError
 from qsparse_moe.interop import state_dict
-from qsparse_moe.interop.state_dict import _Source, export_run, load_export
+from qsparse_moe.interop.state_dict import export_run, load_export
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.evaluate import load_run
@@ -252,12 +251,3 @@ def test_one_part_is_in_memory_at_a_time(run_dir, tmp_path, monkeypatch):
     export = export_run(run_dir, tmp_path / "out", dtype="bf16", part_bytes=20_000)
     largest = max(tensor.nbytes for tensor in load_export(tmp_path / "out")[1].state_dict().values())
     assert sum(held) == export.bytes and max(held) <= max(20_000, largest)
-
-
-def test_files_are_filled_to_their_last_byte_and_a_larger_tensor_has_its_own():
-    def parts(*sizes):
-        return _Source.parts(SimpleNamespace(sizes=dict(zip("abcdef", sizes, strict=False))), 10)
-
-    assert parts(4, 6, 3) == [["a", "b"], ["c"]]
-    assert parts(4, 7, 3) == [["a"], ["b", "c"]]
-    assert parts(2, 11, 1, 10) == [["a"], ["b"], ["c"], ["d"]]

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 from qsparse_moe.ablation.cell_maps import scale_over
 from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
 from qsparse_moe.ablation.grid.figures import draw_figures, loss_by_parameters, pareto_front
-from qsparse_moe.ablation.grid.scan_figures import loss_by_cell, loss_by_sparsity
+from qsparse_moe.ablation.grid.scan_figures import _change, loss_by_cell, loss_by_sparsity
 from qsparse_moe.ablation.grid.variants import VariantResult, variant_results
 from qsparse_moe.ablation.law.figures import iso_levels
 
@@ -286,3 +286,12 @@ def test_a_change_of_nothing_is_noise_though_seeds_do_not_differ():
     rows = [row | {"loss": 2.0} for row in one_by_one((0, 1))]
     axis = expert_maps(variant_results(rows)).axes[0]
     assert hatched(axis) == {(layer, expert) for layer in (0, 1) for expert in range(3)}
+
+
+def test_a_change_is_the_mean_over_the_seeds_of_both_with_their_sample_deviation():
+    base = VariantResult({}, 1.5, 0.0, {0: 1.0, 1: 2.0, 2: 9.0})
+    both = VariantResult({}, 2.1, 0.0, {0: 1.5, 1: 2.75, 7: 0.0})
+    # Changes of 0.5 and 0.75: squares of 0.125 twice over one degree of freedom.
+    assert _change(base, both) == (0.625, pytest.approx((2 * 0.125**2) ** 0.5))
+    assert _change(base, VariantResult({}, 4.0, 0.0, {2: 8.0})) == (-1.0, 0.0)
+    assert _change(base, VariantResult({}, 4.0, 0.0, {5: 8.0})) == (2.5, 0.0), "no seed in common: the means alone"

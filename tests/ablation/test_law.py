@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from qsparse_moe.ablation.law import certainty
+from qsparse_moe.ablation.law import study as study_module
 from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest_held_out_error, resampled
 from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, why_not
 from qsparse_moe.ablation.law.forms import Design
 from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, PRODUCT
 from qsparse_moe.ablation.law.observations import imagined, seed_spread
-from qsparse_moe.ablation.law.optimum import GRID, _band, _crossing, _vertex, find_optimum
+from qsparse_moe.ablation.law.optimum import GRID, Optimum, _band, _crossing, _vertex, find_optimum
 from qsparse_moe.ablation.law.published import (
     EXPERT_SPARSITY,
     FINE_GRAINED,
@@ -23,7 +24,7 @@ from qsparse_moe.ablation.law.published import (
     PUBLISHED_OPTIMUM,
     Q_SPARSE,
 )
-from qsparse_moe.ablation.law.study import printed_optimum
+from qsparse_moe.ablation.law.study import Choices, _best_s, printed_optimum, study
 from tests.ablation.law_runs import observations_of
 
 CONSTANTS = {
@@ -310,3 +311,25 @@ def test_a_form_needs_one_run_more_than_it_has_constants():
     assert eight.num_runs == len(PRODUCT.constants) == 8
     assert why_not(PRODUCT, eight) == "it has 8 constants and there are 8 runs; at least 9 are needed"
     assert why_not(PRODUCT, nine) is None
+
+
+def test_an_optimum_is_the_best_fits_and_its_intervals_and_edges_are_the_resamples(monkeypatch):
+    def found(form, theta, **settings):
+        return Optimum(theta, theta >= 0.9, (theta - 0.1, theta + 0.05), 0.0, None)
+
+    monkeypatch.setattr(study_module, "find_optimum", found)
+    fits = [SimpleNamespace(form=None, theta=theta) for theta in (0.95, 0.1, 0.3, 0.5, 0.9)]
+    best = _best_s(fits[0], fits[1:], Choices(level=0.5), 1e6, 0.25)
+    assert (best.expert_share, best.found.sparsity) == (0.25, 0.95)
+    # Quartiles of 0.1, 0.3, 0.5, and 0.9, by linear interpolation; one of the four is at an edge.
+    assert best.interval == pytest.approx((0.25, 0.6))
+    assert best.band_interval == pytest.approx((0.25 - 0.1, 0.6 + 0.05))
+    assert best.at_edge_share == 0.25
+
+
+def test_s_is_determined_at_the_geometric_mean_of_the_kept_parameters_unless_asked_for(monkeypatch):
+    monkeypatch.setattr(study_module, "_requested", lambda *_: ([], {}))
+    two = replace(imagined(kept=1.0, expert_share=0.5, sparsity=np.zeros(2)), kept=np.array([1e4, 1e6]))
+    runs = SimpleNamespace(observations=two)
+    assert study(runs, unit="nats", choices=Choices()).kept == pytest.approx(1e5)
+    assert study(runs, unit="nats", choices=Choices(kept=7.0)).kept == 7.0

@@ -44,6 +44,8 @@ def test_a_setting_in_words_and_as_a_part_of_a_name(path, value, label, name):
 def test_long_values_are_cut():
     text = setting_label("data.sources", [{"kind": "text", "path": "x" * 200}])
     assert len(text) < 64 and text.endswith("…")
+    assert setting_label("data.cache_dir", "x" * 48) == f"cache_dir {'x' * 48}"
+    assert setting_label("data.cache_dir", "x" * 49) == f"cache_dir {'x' * 47}…"
 
 
 def test_numbers_are_ranges_where_they_follow_each_other():

@@ -299,6 +299,29 @@ def test_a_separator_is_found_across_blocks(tmp_path: Path, monkeypatch: pytest.
         read(kind="text", path=str(tmp_path / "b.txt"), separator="--")
 
 
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 1 << 20])
+def test_the_separator_behind_a_document_that_is_too_long_is_found_across_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr("qsparse_moe.data.local_files._BLOCK_BYTES", block)
+    # Of seven lengths, so that what is kept of a skipped document ends at every place of the separator.
+    long = [f"{'x' * length}<->{length}<->" for length in range(6, 13)]
+    (tmp_path / "a.txt").write_text("one<->much too long-><-<->two<->" + "".join(long) + "y" * 9, "utf-8")
+    config = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), separator="<->")
+    assert list(open_source(config, 0, Limits(9, 5)).texts()) == ["one", "two", *map(str, range(6, 13))]
+
+
+@pytest.mark.parametrize("character", "xé漢😀")
+def test_the_limit_of_a_document_is_in_bytes_whatever_its_characters(tmp_path: Path, character: str) -> None:
+    (tmp_path / "a.txt").write_text(f"{character * 10}--end", "utf-8")
+    config = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), separator="--")
+    size = 10 * len(character.encode())
+    assert list(open_source(config, 0, Limits(0, size)).texts()) == [character * 10, "end"]
+    assert list(open_source(config, 0, Limits(1, size - 1)).texts()) == ["end"]
+    with pytest.raises(DataError, match=r"a\.txt: a document that ends before byte"):
+        list(open_source(config, 0, Limits(0, size - 1)).texts())
+
+
 def test_empty_files_among_others_are_passed_over_with_a_count(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

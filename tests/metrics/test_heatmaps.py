@@ -74,6 +74,12 @@ def test_ticks_are_layer_and_expert_numbers_and_each_value_is_drawn_in_its_cell(
         assert len(ys) > 400
 
 
+@pytest.mark.parametrize(("num_experts", "step"), [(32, 1), (33, 2), (64, 2), (65, 3)])
+def test_at_most_32_experts_have_a_number(num_experts, step):
+    axis = HeatMap(Scale(0.0, 1.0, "viridis", ""), [0], num_experts)._axes
+    assert [label.get_text() for label in axis.get_xticklabels()] == [str(e) for e in range(0, num_experts, step)]
+
+
 def test_numbers_are_written_into_the_cells_of_their_values():
     scale = Scale(0, 1000, "gray", "test")  # the two values have one colour
     heat_map = HeatMap(scale, [1, 3], 3)

@@ -17,7 +17,16 @@ def model(sparsity, **moe):
 
 @pytest.mark.parametrize(
     ("sparsity", "width", "kept"),
-    [(0.0, 10, 10), (0.5, 10, 5), (0.999, 10, 1), (0.4, 768, 461), (0.55, 1, 1), (0.68, 10, 3)],
+    [
+        (0.0, 10, 10),
+        (0.5, 10, 5),
+        (0.999, 10, 1),
+        (0.4, 768, 461),
+        (0.55, 1, 1),
+        (0.68, 10, 3),
+        (0.5, 5, 2),
+        (0.5, 7, 4),
+    ],
 )
 def test_k_is_the_rounded_share_and_at_least_one(sparsity, width, kept):
     assert num_kept(sparsity, width) == kept

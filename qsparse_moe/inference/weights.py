@@ -120,8 +120,9 @@ def round_weights(model: Transformer, weight_format: WeightFormat) -> None:
 def fold_rounding(model: Transformer) -> None:
     """Replace weights that the training model rounds in every forward by their rounded values, in place.
 
-    Prefill then rounds nothing: on a model of 1.6 billion ternary weights rounding took ten times as long as the products
-    of 512 tokens. To be called once the engine has stored the weights, because rounding twice is not rounding once.
+    Prefill then rounds nothing: on a model of 1.6 billion ternary weights, rounding took ten times as long as the
+    products of 512 tokens. To be called once the engine has stored the weights, because rounding twice is not rounding
+    once.
     """
     for matrix in site_matrices(model):
         matrix.parameter.copy_(_as_trained(matrix))

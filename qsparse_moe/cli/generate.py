@@ -136,11 +136,13 @@ def read_prompts(prompts: list[str], file: Path | None) -> list[str]:
     if prompts:
         raise ConfigError("--prompt and --prompts-file both give prompts; keep one of them")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"--prompts-file ({file}) cannot be read ({error}); it must be a UTF-8 text file with one prompt per line"
         ) from error
+    # Not splitlines(): a form feed or a Unicode separator is part of a prompt.
+    lines = text.removesuffix("\n").split("\n") if text else []
     if not lines:
         raise ConfigError(f"--prompts-file ({file}) is empty; it must have one prompt per line")
     return lines

@@ -79,10 +79,14 @@ def report_speed(stream: GenerationStream, settings: Settings) -> None:
         f"{found.prefill_tokens_per_second:.1f} tokens/s",
         "decode": f"{found.decode_tokens} tokens in {found.decode_seconds:.3f} s, "
         f"{found.decode_tokens_per_second:.1f} tokens/s",
-        **{name: str(value) for name, value in stream.engine.figures().items()},
+        **{name.replace("_", " "): _shown(value) for name, value in stream.engine.figures().items()},
     }
     for name, value in lines.items():
-        print(f"{name:<16}  {value}", file=sys.stderr, flush=True)
+        print(f"{name:<25}  {value}", file=sys.stderr, flush=True)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _batches(

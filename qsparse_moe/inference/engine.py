@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.inference import native, triton_engine
 from qsparse_moe.inference.cached_model import TorchDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
@@ -67,11 +67,20 @@ class EngineSpec:
     """The engine for a model in evaluation mode, whose weights and plan stay as they are from then on."""
 
 
+def _torch_engine(model: Transformer, asked: EngineSettings) -> DecodeEngine:
+    if asked.rows == "selected":
+        raise ConfigError(
+            "rows ('selected') must be all or auto with the engine torch, which reads every row of every matrix; leave it "
+            "out, or use the engine native"
+        )
+    return TorchDecode(model)
+
+
 ENGINES: tuple[EngineSpec, ...] = (
     EngineSpec(
         "native", native.why_not, lambda model, asked: native.NativeDecode(model, asked.weights, rows=asked.rows)
     ),
-    EngineSpec("torch", lambda model: None, lambda model, asked: TorchDecode(model)),
+    EngineSpec("torch", lambda model: None, _torch_engine),
     # Behind torch, so that only a request by name chooses it: it has not been measured on a GPU.
     EngineSpec(
         "triton",

@@ -114,4 +114,8 @@ def _write(file: Path, known: dict[str, list[float]]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(known, indent=1))
     except OSError as error:
-        logger.warning("%s cannot be written (%s): it is measured again by the next process", file, error.strerror)
+        logger.warning(
+            "%s cannot be written (%s): it is measured again by the next process; QSPARSE_MOE_CACHE names another folder",
+            file,
+            error.strerror,
+        )

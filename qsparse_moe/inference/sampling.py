@@ -63,7 +63,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, seeds: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """``tokens`` are those of each sequence so far, for the repetition penalty."""
         self.sampling = sampling
-        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._generators = [torch.Generator().manual_seed(_checked_seed(seed)) for seed in seeds]
         self._tokens = [list(sequence) for sequence in tokens]
 
     def __call__(self, logits_BV: Tensor) -> tuple[Tensor, Tensor]:
@@ -160,3 +160,11 @@ def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
 
 def _normalised(probs_BV: Tensor) -> Tensor:
     return probs_BV / probs_BV.sum(-1, keepdim=True)
+
+
+def _checked_seed(seed: int) -> int:
+    if not 0 <= seed < 2**63:
+        raise ConfigError(
+            f"seed ({seed}) must lie from 0 to 2^63 - 1, that of the last prompt too; choose a smaller one"
+        )
+    return seed

@@ -106,7 +106,8 @@ def _load(library: Library) -> None:
         ) from None
     except (RuntimeError, OSError) as error:
         raise BackendUnavailable(
-            f"{library.setting}: compiling {', '.join(library.sources)} failed: {str(error)[-800:]}; {library.way_out}"
+            f"{library.setting}: compiling {', '.join(library.sources)} into {file.parent} (TORCH_EXTENSIONS_DIR) "
+            f"failed: {str(error)[-800:]}; {library.way_out}"
         ) from error
     if compiled_here:
         # PyTorch loads a library when it compiles it, and refuses to register the same operators from a second file.

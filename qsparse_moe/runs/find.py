@@ -49,6 +49,8 @@ def find_run(path: Path) -> Path:
     if (path / CONFIG_FILE).is_file():
         return path
     problem = "does not exist" if not path.exists() else f"is not a run folder: it contains no {CONFIG_FILE}"
+    if path.is_file():
+        problem = "is a file, not a run folder"
     found = _runs_in(path.parent) or _runs_in(path)
     names = difflib.get_close_matches(path.name, [run.name for run in found], n=3, cutoff=0) if found else []
     nearest = ", such as " + ", ".join(str(found[0].parent / name) for name in names) if names else ""

@@ -188,3 +188,8 @@ def test_logits_that_are_not_finite_end_generation_with_one_message(temperature,
     sampler = Sampler(Sampling(temperature=temperature), [0, 1], [[], []])
     with pytest.raises(TrainingDiverged, match=r"the logits of the model are not finite.* use an earlier checkpoint"):
         sampler(torch.tensor([[1.0, 2.0, -INF], [1.0, broken, 0.0]]))
+
+
+def test_a_seed_beyond_the_generators_range_is_refused():
+    with pytest.raises(ConfigError, match=r"seed \(9223372036854775808\) must lie from 0 to 2\^63 - 1"):
+        Sampler(Sampling(temperature=1.0), [2**63 - 1, 2**63], [[1], [1]])

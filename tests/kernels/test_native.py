@@ -116,7 +116,8 @@ def test_who_compiles_without_an_end_is_named(source, monkeypatch, caplog):
 def test_source_that_does_not_compile_is_a_clear_error(source):
     source.write_text("this is not C++;")
     with pytest.raises(
-        BackendUnavailable, match=r"(?s)tiny.cpp failed: .*model.sparsity.backend=torch needs no compiler"
+        BackendUnavailable,
+        match=r"(?s)tiny.cpp into .* \(TORCH_EXTENSIONS_DIR\) failed: .*model.sparsity.backend=torch needs no compiler",
     ):
         native._load.__wrapped__(native.OPERATORS)
     assert cached() == []

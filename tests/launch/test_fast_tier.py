@@ -8,7 +8,18 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 TESTS = REPOSITORY / "tests"
 # They train models, serve pages, or start the command line.
-INTEGRATION = {"ablation", "browser", "cli", "distributed", "examples", "inference", "interop", "launch", "readme", "training"}
+INTEGRATION = {
+    "ablation",
+    "browser",
+    "cli",
+    "distributed",
+    "examples",
+    "inference",
+    "interop",
+    "launch",
+    "readme",
+    "training",
+}
 
 
 def fast_tier() -> set[str]:

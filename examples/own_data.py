@@ -24,7 +24,7 @@ def train_tokenizer(files: list[str], vocab_size: int, folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    # The data needs one special token: it stands between two documents.
+    # The data needs one special token, which separates documents.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<|endoftext|>"],

@@ -57,7 +57,7 @@ def main() -> None:
                 f"load imbalance {ratios['router/load_imbalance']:.2f}  "
                 f"zeros {ratios['sparsity/expert_hidden/zeros']:.3f}  "
                 f"kept energy {ratios['sparsity/expert_hidden/kept_energy']:.3f}, "
-                f"least of an expert {energy_LE[~energy_LE.isnan()].min():.3f}"
+                f"lowest of an expert {energy_LE[~energy_LE.isnan()].min():.3f}"
             )
 
 

@@ -113,9 +113,9 @@ else
     say "installed megablocks $(version_of megablocks)"
 fi
 if [[ "$(state_of megablocks_ops)" == works ]]; then
-    say "its CUDA extension is there"
+    say "its CUDA extension is installed"
 else
-    say "its CUDA extension is not there ($reason): PyTorch stands in for it"
+    say "its CUDA extension is not installed ($reason): PyTorch is used instead"
 fi
 
 if [[ "${GROUPED_GEMM:-0}" == 1 ]] && ! { is_installed grouped_gemm && [[ "$(state_of grouped_gemm)" == works ]]; }; then

@@ -7,7 +7,7 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 [[ -f "${HOSTFILE:-}" ]] ||
-    fail "HOSTFILE is '${HOSTFILE:-}', which is no file: name one with a line 'machine slots=GPUS' for each machine"
+    fail "HOSTFILE is '${HOSTFILE:-}', which is not a file: name one with a line 'machine slots=GPUS' for each machine"
 [[ "$repository" != *[[:space:]]* ]] ||
     fail "$repository has a space in its path, which pdsh splits on the other machines: move the repository"
 

@@ -25,6 +25,7 @@ from typing import Self
 
 logger = logging.getLogger(__name__)
 
+# Polled, because a blocking flock has no timeout and would not log who holds the lock.
 _POLL_SECONDS = 0.1
 _FIRST_NOTICE_SECONDS = 2.0
 _NOTICE_SECONDS = 60.0
@@ -127,6 +128,7 @@ def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, pur
         LockHeld: another process still builds after ``timeout``.
         OSError: ``path`` cannot be written.
     """
+    # Before the lock, so that a finished cache can be used from a folder that this user may not write.
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -135,6 +137,7 @@ def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, pur
             return
         with _folder_beside(path) as folder:
             built = build(folder)
+            # Before the rename: after a power cut a file system may have the new name without the contents.
             for part in (built, *built.rglob("*")):
                 flush(part)
             try:
@@ -153,6 +156,7 @@ def _folder_beside(path: Path) -> Iterator[Path]:
     for leftover in path.parent.glob(f"{prefix}*"):
         if _is_abandoned(leftover, leftover.name.removeprefix(prefix)):
             shutil.rmtree(leftover, ignore_errors=True)
+    # Host and process are part of the name, so that a later build can decide whether this one is still alive.
     folder = path.with_name(f"{prefix}{os.getpid()}-{socket.gethostname()}-{time.time_ns()}")
     folder.mkdir()
     try:
@@ -165,11 +169,12 @@ def _is_abandoned(folder: Path, maker: str) -> bool:
     """Return whether the process that created the folder is gone. The lock alone proves it only where locks work."""
     process, _, place = maker.partition("-")
     if process.isdecimal() and place.rpartition("-")[0] == socket.gethostname():
+        # Signal 0 is not delivered; it only tests whether the process exists.
         try:
             os.kill(int(process), 0)
         except ProcessLookupError:
             return True
-        except PermissionError:
+        except PermissionError:  # the process exists and belongs to another user
             return False
         return False
     with suppress(FileNotFoundError):

@@ -7,13 +7,14 @@ per head, H heads, G key-value heads, F hidden width, E experts, and A experts p
 - attention: its norm's output and what the projections read of it (2 D); query and key before and after their rotation,
   value, the attention's output and what the output projection reads (4 H C + 3 G C);
 - feed-forward: its norm's output and what the first matrices read of it (2 D); gate, up and what the last matrix reads
-  (3 F; without a gate 2 F). With experts in place of F: A times 2 D + 3 F for the rows, and for the router 2 E + 8 A in
+  (3 F; without a gate 2 F). With experts in place of F: A times 2 D + 3 F, and for the router 2 E + 8 A in
   fp32, in half precision D in fp32 more for its input. Shared experts add D and 3 F of their own.
 
 Beside the layers: embedding, last norm and head (3 D), and the log-probabilities (V, fp32).
 
-It holds for exact top-K and for sites that keep all. Masks of other selections, rounded copies of number formats and
-the norms of ``rescale: preserve`` come on top, and so does what a backend lays out anew for its own products.
+The count is exact for exact top-K and for sites that select every feature. Masks of other selections, rounded
+copies of number formats, the norms of ``rescale: preserve`` and the copies that a backend makes for its products are
+not counted.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class ActivationMemory:
     """Bytes on one rank, of one micro-batch."""
 
     kept: float
-    """From the forward until the backward."""
+    """Bytes held from the forward pass until the backward pass."""
     recomputed: float
-    """The most that the backward computes again at once, and keeps while it is in that layer."""
+    """The largest number of bytes that the backward pass recomputes at once, held while it is in that layer."""
 
     @property
     def total(self) -> float:
@@ -64,10 +65,11 @@ def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> 
         again = (0.0 if chosen in _KEEPS_ATTENTION else attention) + (
             0.0 if chosen in _KEEPS_FEED_FORWARD else feed_forward
         )
-        # Of a part that is computed again its input stays; where both are, they are one: the layer's.
+        # A part that is recomputed keeps its input; if both parts are, they need the layer's input only.
         inputs = {"none": 2, "attention": 2, "feed_forward": 2}.get(chosen, 1) * model.hidden_size * width
         kept.append(inputs + attention + feed_forward - again)
         recomputed.append(again)
+    # The loss takes the log-probabilities in fp32 whatever the precision of the run.
     beside = 3 * model.hidden_size * width + vocab_size(model) * _FP32
     return ActivationMemory(tokens * (sum(kept) + beside), tokens * max(recomputed))
 
@@ -86,6 +88,7 @@ def _feed_forward(model: ModelConfig, layer: int, width: int) -> float:
     moe = model.moe
     rows = moe.experts_per_token * (2 * model.hidden_size + hidden * moe.expert_hidden_size)
     router = _FP32 * (2 * moe.num_experts + 8 * moe.experts_per_token)
+    # The router computes in fp32, so its input is saved a second time as an fp32 copy.
     if width != _FP32:
         router += _FP32 * model.hidden_size
     shared = model.hidden_size + hidden * shared_hidden_size(model) if moe.num_shared_experts else 0

@@ -1,4 +1,4 @@
-"""Fraction of non-zero features at every site of a model: by a plan, or as measured in a run."""
+"""Fraction of nonzero features at every site of a model, as planned or as measured in a run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_width
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
 
 Densities = Mapping[tuple[int, Site], tuple[float, ...]]
-"""By (layer, site) the share of the features that are not zero: one number, or one an expert at the experts' sites."""
+"""The share of nonzero features by (layer, site): one number, or one per expert at the experts' sites."""
 
 _ZEROS = "sparsity/{site}/zeros/layer_{layer}"
 
 
 def no_zeros(config: ModelConfig) -> Densities:
-    """Every feature is left, at every expert alike."""
+    """Return densities of 1 everywhere: no feature is zero at any site."""
     return {(layer, site): (1.0,) for layer in range(config.num_layers) for site in layer_sites(config, layer)}
 
 
 def planned_densities(config: ModelConfig, plan: SparsityPlan | None = None) -> Densities:
-    """K over the width, from ``plan`` (None: that of the config); natural zeros among the kept are not known here."""
+    """Return K over the width, from ``plan`` (None: that of the config).
+
+    Natural zeros among the selected features are not known before a run; see ``measured_densities``.
+    """
     plan = plan or SparsityPlan.from_config(config)
     found: dict[tuple[int, Site], tuple[float, ...]] = {}
     for layer in range(config.num_layers):
@@ -32,14 +35,16 @@ def planned_densities(config: ModelConfig, plan: SparsityPlan | None = None) -> 
 
 
 def measured_densities(config: ModelConfig, row: Mapping[str, Any]) -> Densities | None:
-    """What one logged step measured, zeros by nature among them: every expert of a layer has the layer's share.
+    """Return the densities that one logged step measured, natural zeros included.
+
+    Every expert of a layer is given the mean of the layer, because the log has no figures per expert.
 
     Args:
         config: of the run that logged it.
         row: a line of ``metrics.jsonl`` as a mapping.
 
     Returns:
-        None where the row lacks the zeros of some place.
+        None if the row lacks the zeros of some site.
     """
     found: dict[tuple[int, Site], tuple[float, ...]] = {}
     for layer in range(config.num_layers):
@@ -52,8 +57,8 @@ def measured_densities(config: ModelConfig, row: Mapping[str, Any]) -> Densities
 
 
 def kept_features(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> list[int]:
-    """K at a place: one number, or one an expert at the experts' sites."""
+    """Return K at one site of one layer: one number, or one per expert at the experts' sites."""
     values, width = plan.values[layer, site], site_width(config, site)
-    # Hundreds of experts share few values.
+    # Computed once per distinct value: a layer may have hundreds of experts with a few values of S.
     kept = {sparsity: site_num_kept(config.sparsity, sparsity, width) for sparsity in set(values)}
     return [kept[sparsity] for sparsity in values]

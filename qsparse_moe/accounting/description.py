@@ -1,4 +1,4 @@
-"""The figures of a run's model, as one JSON-able dictionary: what ``qsparse-moe describe`` shows."""
+"""Collect the figures of a run's model in one JSON-able dictionary, which ``qsparse-moe describe`` prints."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from qsparse_moe.config.shapes import layer_sites, model_sites, site_width
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 BATCHES = tuple(2**power for power in range(11))
-"""Tokens of one step for which the bytes are told."""
+"""Numbers of tokens per step for which the bytes of weights read are listed."""
 
 
 def describe_run(config: RunConfig, row: Mapping[str, Any] | None = None, *, ranks: int = 1) -> dict[str, Any]:
-    """The figures of a run's model.
+    """Return the figures of a run's model.
 
-    Of parameters, ``stored`` counts all, ``active`` those that a token uses by routing, ``kept`` those whose input
-    Q-Sparse keeps too. Of the embedding a token uses the row that it looks up; ``parameters_with_embedding`` counts all
-    of it, as most published figures do. Operations are per token over a full row. Bytes are those of the weights in the
-    run's precision.
+    In the counts of parameters, ``stored`` counts all of them, ``active`` those that routing selects for a token, and
+    ``kept`` those of the active whose input Q-Sparse selects. A token uses one row of the embedding;
+    ``parameters_with_embedding`` counts all of it, as most published figures do. Operations are per token of a
+    full sequence. Bytes are those of the weights in the run's precision.
 
     Args:
         config: the run.
         row: the last logged step of the run; where it holds the measured zeros, ``measured`` repeats the figures that
             depend on sparsity with them.
-        ranks: over which the state of training is spread.
+        ranks: number of ranks over which the training state is sharded.
     """
     model, plan = config.model, SparsityPlan.from_config(config.model)
     planned, measured = planned_densities(model, plan), measured_densities(model, row) if row else None
@@ -58,7 +58,7 @@ def _parameters(model: ModelConfig, densities: Densities) -> dict[str, Any]:
 
 
 def _work(config: RunConfig, plan: SparsityPlan, densities: Densities) -> dict[str, Any]:
-    """Operations and bytes: what depends on the share of zeros."""
+    """Return the figures that depend on the share of zeros: operations, and bytes of weights read."""
     model, context = config.model, config.data.sequence_length
     forward = forward_flops(model, context, plan, densities=densities)
     training = training_flops(model, context, plan, densities=densities)
@@ -79,6 +79,7 @@ def _bytes_read(config: RunConfig, batch: int, densities: Densities) -> dict[str
 
 def _memory(config: RunConfig, ranks: int) -> dict[str, Any]:
     cache = kv_cache_bytes(config.model, 1, bytes_per_value=4 if config.training.precision == "fp32" else 2)
+    # All ZeRO stages, not the configured one alone: the table is there to choose a stage by.
     states = {stage: state_memory(config, ranks, stage) for stage in range(4)}
     by_stage = {str(stage): vars(memory) | {"total": memory.total} for stage, memory in states.items()}
     activations = activation_memory(config)

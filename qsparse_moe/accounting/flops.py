@@ -1,12 +1,13 @@
-"""Operations of one token, counted: a multiplication and an addition are two.
+"""Count the floating-point operations per token; a multiplication and an addition are two operations.
 
-H heads, C channels a head, S tokens of context, D features of a row, r the share of a site's features that are kept.
+H heads, C channels per head, S tokens of context, D features, r the share of a site's features that are selected.
 
-``kept`` is what would be left if every zero were skipped; a dense kernel still multiplies ``routed``. Norms, rotations,
-softmax and activations are left out; they are linear in the width.
+``kept`` counts the operations that remain if every zero is skipped; a dense kernel executes ``routed``. Norms,
+rotations, softmax and activations are not counted, because they grow with the width only linearly.
 
-Training: a linear map has three products, forward, by its weight and by its input. Under the straight-through
-estimator the gradient by the input is dense, so (2 r + 1) / 3 of the dense work is left; under the masked gradient r.
+In training a linear map has three products: the forward pass, the gradient of its weight and the gradient of its input.
+Under the straight-through estimator the gradient of the input is dense, so (2 r + 1) / 3 of the dense work remains;
+under the masked gradient, r.
 """
 
 from __future__ import annotations
@@ -26,27 +27,28 @@ class Flops:
     """Operations per token."""
 
     routed: float
-    """Matrices, with A of E experts and no zero skipped, and attention scores: what dense kernels execute, and what
-    model FLOPs utilisation counts."""
+    """Operations that dense kernels execute: the matrices, with A of E experts and no zero skipped, and the attention
+    scores. Model FLOPs utilisation counts these."""
     kept: float
-    """The same with only the rows that Q-Sparse keeps, and with the selection: effective, not executed."""
+    """Operations with the selected features only, plus the selection itself: a count of useful work, not of work that
+    dense kernels execute."""
     attention_scores: int
-    """Queries times keys and weights times values, within both of the above."""
+    """Operations of queries times keys and of attention weights times values; included in both of the above."""
     selection: int
-    """One magnitude and one comparison for every feature of every row that is selected from, within ``kept``: the
-    least that a selection can take, not what a sort takes."""
+    """Operations of the selection, included in ``kept``: one magnitude and one comparison per feature, the least that
+    any selection needs; a sort takes more."""
 
 
 def forward_flops(
     config: ModelConfig, context: int, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> Flops:
-    """Operations of one token that attends to ``context`` tokens.
+    """Return the operations of the forward pass for one token that attends to ``context`` tokens.
 
-    With ``context`` S this is the convention of MFU figures, which takes no discount for the causal mask.
+    With ``context`` S this is the convention of MFU figures, which do not subtract what the causal mask skips.
 
     Args:
         config: the model.
-        context: tokens that it attends to.
+        context: number of tokens that the token attends to.
         plan: None is that of the config.
         densities: measured shares of the features that are not zero, in place of the plan's K.
     """
@@ -65,13 +67,15 @@ def forward_flops(
 def training_flops(
     config: ModelConfig, context: int, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> Flops:
-    """Forward and backward of one token of a row of ``context``; recomputation is not counted.
+    """Return the operations of forward and backward for one token of a sequence of ``context`` tokens.
 
-    ``routed`` is 6 a weight and 6 H (C + C) S a layer for the scores. A blended gradient counts as straight-through.
+    Recomputation is not counted. ``routed`` is 6 per weight, plus 6 H (C + C) S per layer for the scores. A blended
+    gradient counts as straight-through.
     """
     plan = plan or SparsityPlan.from_config(config)
     forward = forward_flops(config, context, plan, densities=densities)
     masked = config.sparsity.gradient == "masked"
+    # The masked gradient is zero wherever the feature was, so its rows of the weight are skipped here too.
     by_input = sum(weight.kept if masked else weight.active for weight in _matrices(config, plan, densities))
     by_weight = forward.kept - forward.attention_scores - forward.selection
     return Flops(
@@ -85,7 +89,7 @@ def training_flops(
 def flops_by_site(
     config: ModelConfig, context: int, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> dict[str, Flops]:
-    """``forward_flops`` by what they go to: each site's matrices and selection, router, head, ``attention_scores``."""
+    """Return ``forward_flops`` by part: each site's matrices and selection, router, head, ``attention_scores``."""
     plan = plan or SparsityPlan.from_config(config)
     found: dict[str, Flops] = {}
     for weight in _matrices(config, plan, densities):
@@ -120,6 +124,7 @@ def _selection(config: ModelConfig, plan: SparsityPlan, layer: int) -> int:
 def _selection_by_site(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[tuple[str, int]]:
     for site in layer_sites(config, layer):
         kept, width = kept_features(config, plan, layer, site), site_width(config, site)
+        # A site that selects every feature compares nothing.
         if min(kept) == width:
             continue
         # One selection serves all experts of a token where their K is the same (moe/layer.py).

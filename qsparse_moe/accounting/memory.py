@@ -42,6 +42,7 @@ def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = No
     """
     training = config.training
     stage = training.deepspeed.zero_stage if zero_stage is None else zero_stage
+    # The torch engine replicates its state on every rank: it has no ZeRO stage.
     if training.engine == "torch":
         stage = 0
     parallel = training.expert_parallel_size
@@ -50,6 +51,7 @@ def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = No
     experts = parts.pop("experts", 0)
     others = sum(parts.values())
     half = training.precision != "fp32"
+    # In half precision the optimizer holds three fp32 values per weight (master and two moments), in fp32 two.
     weight, optimizer = (_HALF, 3 * _FP32) if half else (_FP32, 2 * _FP32)
 
     def held(bytes_each: int, first_sharded: int) -> float:
@@ -60,5 +62,5 @@ def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = No
 
 
 def kv_cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: int = _HALF) -> int:
-    """Keys and values of ``tokens`` tokens in all layers."""
+    """Return the bytes of the keys and values of ``tokens`` tokens in all layers."""
     return 2 * config.num_layers * num_kv_heads(config) * head_size(config) * tokens * bytes_per_value

@@ -1,11 +1,11 @@
-"""Parameters of a model: all, those that a token uses by routing, and those left by routing and Q-Sparse together.
+"""Count a model's parameters: all, those active by routing, and those active by routing and Q-Sparse together.
 
-D width, F expert width, H heads, C channels per head, E experts, A experts per token, K kept features, V vocabulary.
+D width, F expert width, H heads, C channels per head, E experts, A experts per token, K selected features, V ids.
 
-A weight matrix behind a site counts ``K / width`` of its rows there: the others meet a zero. The gate (if any), up and
-down matrices count A of E experts. Routers, norms and the head count whole. Of the embedding a token uses the one row
-that it looks up, and a tied head is a matrix that is used but not stored twice. The biases that balance the experts
-(``model.moe.bias_update_rate``) have no gradient and are no parameters: they are not counted.
+A weight matrix behind a site counts ``K / width`` of its rows, because the others are multiplied with zero. The gate
+(if any), up and down matrices count A of E experts. Routers, norms and the head count whole. A token uses one row of
+the embedding, and a tied head is not stored a second time. The biases that balance the experts
+(``model.moe.bias_update_rate``) have no gradient and are not counted.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ class Weight:
     name: str
     """Its key in the state dict."""
     part: str
-    """embedding, attention, router, experts, shared, dense, norms or head."""
+    """The part of the model: embedding, attention, router, experts, shared, dense, norms or head."""
     stored: int
-    """Elements in a checkpoint."""
+    """Number of elements in a checkpoint."""
     active: int
-    """Elements that a token uses by routing."""
+    """Number of elements that a token uses by routing."""
     kept: float
-    """Those of the active whose input Q-Sparse keeps; with K differing between experts, at equal load."""
+    """Number of active elements whose input Q-Sparse selects; if K differs between experts, at equal load."""
     is_matrix: bool
-    """Whether a token is multiplied with it: no norm and no embedding."""
+    """Whether a token is multiplied with it, which excludes norms and the embedding."""
     layer: int = -1
     """Layer of a weight behind a site, else -1."""
     site: Site | None = None
@@ -59,14 +59,14 @@ class ParameterCount:
 
     @classmethod
     def of(cls, weights: list[Weight]) -> ParameterCount:
-        """The sums over ``weights``."""
+        """Return the sums over ``weights``."""
         return cls(sum(w.stored for w in weights), sum(w.active for w in weights), sum(w.kept for w in weights))
 
 
 def count_parameters(
     config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> ParameterCount:
-    """The parameters of the whole model under ``plan`` (None: that of the config), or at measured ``densities``."""
+    """Return the parameters of the whole model under ``plan`` (None: that of the config), or at ``densities``."""
     return ParameterCount.of(list(model_weights(config, plan, densities=densities)))
 
 
@@ -83,11 +83,13 @@ def count_by_part(
 def count_with_embedding(
     config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> ParameterCount:
-    """``count_parameters`` with the whole embedding active, as most published figures count; a tied head is the same
-    table."""
+    """Return ``count_parameters`` with the whole embedding active, as most published figures count it.
+
+    A tied head is the same table and is counted once.
+    """
     counted = count_parameters(config, plan, densities=densities)
     table = vocab_size(config) * config.hidden_size
-    # Of the embedding one row was counted, and a tied head as a whole.
+    # The count above has one row of the embedding, and a tied head whole.
     unseen = -config.hidden_size if config.tie_embeddings else table - config.hidden_size
     return ParameterCount(counted.stored, counted.active + unseen, counted.kept + unseen)
 
@@ -95,7 +97,7 @@ def count_with_embedding(
 def model_weights(
     config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> Iterator[Weight]:
-    """Every parameter of the model; a tied head is listed with nothing stored."""
+    """Yield every parameter of the model; a tied head is listed with nothing stored."""
     densities = densities or planned_densities(config, plan)
     width, table = config.hidden_size, vocab_size(config) * config.hidden_size
     yield Weight("embedding.weight", "embedding", table, width, width, is_matrix=False)
@@ -118,7 +120,7 @@ def _norm(name: str, size: int) -> Weight:
 
 
 def _router(name: str, size: int) -> Weight:
-    """A router, or the gate of the shared experts, which is one too: both read dense tokens."""
+    """Return a router, or the gate of the shared experts: both read dense tokens, so no site reduces them."""
     return Weight(name, "router", size, size, size, is_matrix=True)
 
 
@@ -159,7 +161,7 @@ _SITES_OF: dict[str, tuple[str, Site, Site]] = {
 
 
 def _gated(config: ModelConfig, densities: Densities, layer: int, part: str, hidden: int) -> Iterator[Weight]:
-    """Gate (if any), up and down: of every expert stored, of A experts active; of the other parts once."""
+    """Yield gate (if any), up and down: stored for every expert and active for A of them; once for other parts."""
     prefix, input_site, hidden_site = _SITES_OF[part]
     moe, size = config.moe, config.hidden_size * hidden
     stored, active = (moe.num_experts, moe.experts_per_token) if part == "experts" else (1, 1)

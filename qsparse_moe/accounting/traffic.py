@@ -1,4 +1,4 @@
-"""Count the bytes of weights that one step of B tokens reads in generation, which is bound by memory.
+"""Count the bytes of weights that one step of B tokens reads in generation, whose speed memory limits.
 
 A weight is read once per step if any of the step's tokens needs it, so what counts is the union over the tokens. For
 tokens that choose independently, a weight that a token needs with probability p is read with 1 - (1 - p)^B. In front of
@@ -31,11 +31,11 @@ class Traffic:
     """Bytes of weights read in one step of B tokens."""
 
     stored: float
-    """All weights: what a dense model of that size reads."""
+    """Bytes of all weights, which a dense model of that size reads."""
     routed: float
-    """All weights of every expert that a token of the step selects, and the rest of the model."""
+    """Bytes of all weights of every expert that a token of the step selects, and of the rest of the model."""
     kept: float
-    """Only the rows of these (and with the gate first, the elements of up) that some token's features need."""
+    """Bytes of those rows (and with the gate first, elements of up) of ``routed`` that some token's features need."""
 
 
 def weight_traffic(
@@ -46,12 +46,12 @@ def weight_traffic(
     bytes_per_weight: float = 2.0,
     gate_density: float | None = None,
 ) -> dict[str, Traffic]:
-    """Bytes read in one step of ``batch`` independent tokens, by part of the model.
+    """Return the bytes read in one step of ``batch`` independent tokens, by part of the model.
 
     Args:
         config: the model.
         batch: B, tokens of one step, at least 1.
-        densities: share of the features that are not zero by place; None: the plan of the config.
+        densities: share of nonzero features by layer and site; None: the plan of the config.
         bytes_per_weight: 2 in bf16; a ternary matrix packed takes a quarter of a byte.
         gate_density: share of positive gate values, to count up with the gate first; None: up is read in whole rows.
     """
@@ -69,22 +69,28 @@ def weight_traffic(
 
 
 def total_traffic(parts: dict[str, Traffic]) -> Traffic:
-    """The sum over the parts."""
+    """Return the sum over the parts."""
     return Traffic(*(sum(getattr(part, name) for part in parts.values()) for name in ("stored", "routed", "kept")))
 
 
 def union(probability: float, batch: int) -> float:
-    """``1 - (1 - p)^B``: the chance that one of ``batch`` independent tokens needs what each needs with ``p``."""
+    """Return ``1 - (1 - p)^B``: the probability that at least one of ``batch`` independent tokens needs a weight.
+
+    Each token needs it with ``probability`` p.
+    """
+    # log1p of -1 is not finite.
     if probability >= 1.0:
         return 1.0
+    # In this form a small p keeps its digits, which 1 - (1 - p) ** B would round away.
     return -math.expm1(batch * math.log1p(-probability))
 
 
 def _union(
     config: ModelConfig, weight: Weight, batch: int, densities: Densities, gate_density: float | None
 ) -> tuple[float, float]:
-    """Elements read by routing alone, and with Q-Sparse."""
+    """Return the elements read with routing alone, and with Q-Sparse."""
     if weight.part == "embedding":
+        # At most one row per token. Real tokens repeat, so this is an upper limit.
         rows = min(batch, vocab_size(config)) * config.hidden_size
         return rows, rows
     size = weight.stored or weight.active  # a tied head is read and not stored
@@ -95,6 +101,6 @@ def _union(
     if config.moe.activation not in RELU_GATES:
         gated = 1.0
     shares = densities[weight.layer, weight.site]
-    # Hundreds of experts share few densities.
+    # Counted by value, because hundreds of experts have a few distinct densities.
     kept = sum(number * union(chosen * share * gated, batch) for share, number in Counter(shares).items()) / len(shares)
     return size * union(chosen, batch), size * kept

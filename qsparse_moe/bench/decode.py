@@ -44,7 +44,7 @@ LLAMA_FORMATS: dict[WeightFormat, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DecodeBenchmark:
-    """What is measured."""
+    """The settings of one decode benchmark."""
 
     model: ModelConfig
     formats: Sequence[WeightFormat]

@@ -1,4 +1,4 @@
-"""What runs beside the decode benchmark: llama.cpp with random weights, answering one JSON line per request.
+"""The child process of the decode benchmark: llama.cpp with random weights, answering one JSON line per request.
 
 It runs in an environment of its own and imports llama_cpp, gguf and numpy, nothing of this package. D width, F hidden
 width of an expert, E experts, V vocabulary.

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one verb and return its exit code. An unexpected error is raised, with its traceback."""
     try:
+        # Not standalone: click would print errors in its own form and end the process with its own exit codes.
         outcome = typer.main.get_command(build_app()).main(
             args=list(arguments), prog_name=PROGRAM, standalone_mode=False
         )
@@ -65,6 +66,7 @@ def run(arguments: Sequence[str]) -> int:
         complain(_usage_message(error))
         return 2
     except OSError as error:
+        # Any other OSError is a fault of this package, and its traceback is needed.
         if error.errno not in _FULL:
             raise
         complain(_full_message(error))

@@ -38,6 +38,7 @@ def complain(message: str) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     """Print the JSON object of a verb with ``--json``; infinite values and NaN become null."""
+    # JSON has no NaN or infinity; Python would write them as bare words that other parsers refuse.
     print(json.dumps(_finite(content), indent=2, ensure_ascii=False, allow_nan=False), flush=True)
 
 

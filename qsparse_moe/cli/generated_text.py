@@ -1,4 +1,4 @@
-"""What ``qsparse-moe generate`` prints: texts as they come, JSON objects, and the speed."""
+"""Print the output of ``qsparse-moe generate``: texts as they come, JSON objects, and the speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Settings(NamedTuple):
-    """How every sequence of a call is generated."""
+    """The settings with which every sequence of a call is generated."""
 
     sampling: Sampling
     max_tokens: int

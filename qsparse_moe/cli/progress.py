@@ -43,6 +43,7 @@ class TrainingProgress:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=report.step, figures=figures(report))
         else:
+            # Lines, because the updates of a bar would fill a log file with control characters.
             print(f"step {report.step}/{self._num_steps}  {figures(report)}", file=sys.stderr, flush=True)
 
 

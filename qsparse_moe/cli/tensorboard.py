@@ -48,6 +48,7 @@ def _logdir(folders: Sequence[Path]) -> Path:
     """
     for folder in folders:
         _check(folder)
+    # Resolved and unique, so that a folder that is named twice is shown once.
     unique = list(dict.fromkeys(folder.resolve() for folder in folders))
     _check_apart(unique)
     if len(unique) == 1 and not _is_run(unique[0]):

@@ -26,6 +26,7 @@ PATTERN_WORDS = {
 _BOOLEAN_WORDS = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
 
 
+# Cached, because pydantic takes milliseconds to build it and every message asks for it.
 @cache
 def run_schema() -> Node:
     """Return the JSON schema of a run file."""
@@ -179,6 +180,7 @@ def _way_out(node: Node, value: Any) -> str:
         return f"did you mean {near[0]}?"
     if "boolean" in types and str(value).lower() in _BOOLEAN_WORDS:
         return f"write {show(_BOOLEAN_WORDS[str(value).lower()])}"
+    # 1e3 is a float in YAML, and a count must be a whole number.
     if "integer" in types and isinstance(value, float) and value.is_integer():
         return f"write {int(value)}"
     if types & {"integer", "number"} and isinstance(value, str) and _is_number(value):
@@ -217,6 +219,7 @@ def unknown_setting(path: Path) -> Problem:
         return Problem(f"{start}: {dotted(known)} takes {takes(node)}; {way_out}", (dotted(named),))
     name = str(named[-1])
     near = difflib.get_close_matches(name, fields, n=1)
+    # The same name in another section is a likelier mistake than a misspelling, so it comes first.
     candidates = _elsewhere(name, 1.0) or [prefix + found for found in near] or _elsewhere(name, 0.8)
     if candidates:
         return Problem(f"{start}; did you mean {' or '.join(candidates)}?", (dotted(named), *candidates))

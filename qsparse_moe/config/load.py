@@ -61,6 +61,7 @@ def _read_text(path: Path) -> str:
     if path.is_dir():
         raise ConfigError(f"{path} is a folder; name a YAML file{_nearby(path, path.name)}")
     try:
+        # utf-8-sig, because editors on Windows begin a file with a byte-order mark.
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; name a YAML file{_nearby(path.parent, path.name)}") from None

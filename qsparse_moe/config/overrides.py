@@ -21,6 +21,7 @@ from qsparse_moe.config.fields import (
 from qsparse_moe.config.problems import Problem, dotted, show
 from qsparse_moe.config.yaml_text import parse_yaml, plain_scalar
 
+# Longer indices are cut in messages, and never reach int(), which refuses more than 4300 digits.
 _LONGEST_INDEX = 9
 
 
@@ -87,6 +88,7 @@ def _opened(holder: Any, key: Any, node: Node) -> Any:
     if isinstance(holder, list):
         return holder[key]
     if holder.get(key) is None:
+        # A copy, because the schema is cached and its default must not change with this file.
         holder[key] = {} if section_fields(node) is not None else copy.deepcopy(node.get("default"))
     return holder[key]
 

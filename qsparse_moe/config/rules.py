@@ -61,6 +61,7 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
 
 
 def _nearest_multiples(value: int, step: int) -> str:
+    # Both neighbours, because only the user knows whether memory or the schedule allows the larger one.
     below, above = value // step * step, -(-value // step) * step
     return f"the nearest multiples are {below} and {above}" if below else f"the smallest is {above}"
 

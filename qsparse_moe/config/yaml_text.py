@@ -16,6 +16,7 @@ import yaml
 from qsparse_moe.config.problems import Problem
 from qsparse_moe.errors import ConfigError
 
+# PyYAML requires a dot in the mantissa and a sign in the exponent, and so reads 1e-3 as text.
 _FLOAT = re.compile(
     r"""^(?:[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?
     |[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+
@@ -54,6 +55,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             line = key.start_mark.line + 1
+            # PyYAML itself keeps the last of two equal keys and reports nothing.
             if key.value in first_line:
                 self.duplicates.append((key.value, line, first_line[key.value]))
             first_line.setdefault(key.value, line)
@@ -87,6 +89,7 @@ def parse_yaml(text: str, where: str) -> tuple[Any, list[Problem]]:
         value = loader.get_single_data()
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}{_position(error)} is not valid YAML: {_reason(error)}; correct it there") from None
+    # Integers of more than 4300 digits, and values nested deeper than the stack allows.
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where} cannot be read as YAML: {error}; shorten or flatten that value") from None
     problems = [

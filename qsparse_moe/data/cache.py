@@ -8,8 +8,8 @@ from pathlib import Path
 from qsparse_moe import locks
 from qsparse_moe.errors import DataError
 
-# Tokenising a large corpus takes hours, and the lock of a process that dies is released at once: a process that waits
-# longer than this waits for one that hangs.
+# Tokenising a large corpus takes hours, and the lock of a process that dies is released at once, so a longer wait means
+# that the other process hangs.
 _TIMEOUT_SECONDS = 12 * 3600.0
 
 

@@ -1,4 +1,4 @@
-"""Data sets that ``datasets`` knows as a whole: of the hub, in a folder laid out as one, or saved by the library."""
+"""Data sets that ``datasets`` opens as a whole: from the hub, from a folder with its layout, or saved by it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from qsparse_moe.config.schema import SourceConfig
-from qsparse_moe.data.hub_wait import says_what_it_waits_for
+from qsparse_moe.data.hub_wait import log_slow_wait
 from qsparse_moe.data.local_files import missing_column, short
 from qsparse_moe.data.open_source import Limits, OpenSource, sizes_and_times
 from qsparse_moe.errors import DataError
 
-# A saved data set is one shard a part, however many ranks there are, so that its order is always the same.
+# A saved data set has this many shards for any number of ranks, so that its order is always the same.
 _NUM_PARTS = 64
 
 
@@ -28,8 +28,10 @@ def open_hub(source: SourceConfig, setting: str, limits: Limits) -> OpenSource:
     Raises:
         DataError: there is none of that name, subset and split, it cannot be reached, or it has no such column.
     """
+    # Imported here: the library takes about a second, which commands that read no data should not pay.
     import datasets
 
+    # In a log file, every update of a progress bar would be a line of its own.
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     path = source.path
@@ -37,27 +39,29 @@ def open_hub(source: SourceConfig, setting: str, limits: Limits) -> OpenSource:
     if _looks_like_a_folder(path) and not os.path.isdir(os.path.expanduser(path)):
         raise DataError(
             f"{setting}: path {path!r} looks like a folder, and there is none (looked in {os.getcwd()!r}), so the hub "
-            "is not asked; mend the path, or write a data set of the hub as owner/name"
+            "is not contacted; correct the path, or write a data set of the hub as owner/name"
         )
     try:
         # One builder for both, so that the stream is of the revision that the identity names.
-        with says_what_it_waits_for(f"the hub's answer about {path} ({setting})"):
+        with log_slow_wait(f"the hub's answer about {path} ({setting})"):
             builder = datasets.load_dataset_builder(path, source.subset)
             dataset = builder.as_streaming_dataset(split=source.split)
     except Exception as error:  # missing data set, subset or split, no network, no permission: many types
         raise DataError(
             f"{setting}: {path!r} (subset {source.subset}, split {source.split}) cannot be opened: "
             f"{short(error)}; it must be a data set of the hub that this machine reaches, with that subset and split. "
-            "Mend the name, log in with `hf auth login`, or use a local copy (kind jsonl or parquet)"
+            "Correct the name, log in with `hf auth login`, or use a local copy (kind jsonl or parquet)"
         ) from error
     columns = dataset.column_names
     if columns is not None:
         _require_column(columns, source.column, f"{setting}: {path!r}")
+        # The other columns may hold images or audio, whose decoding would cost more than reading the text.
         dataset = dataset.select_columns([source.column])
     identity = source.model_dump(include={"kind", "path", "subset", "split", "column"})
     # The hub's commit; of a data set in a local folder a digest of its files' times.
     identity["revision"] = [str(builder.hash), str(builder.config_id)]
     files = tuple(str(file) for file in (builder.config.data_files or {}).get(str(source.split), ()))
+    # Only local files can be hashed for the fingerprint; files on the hub are identified by the commit above.
     local = files if all(map(os.path.isfile, files)) else ()
     return OpenSource(setting, dataset, source.column, identity, None, local, limits)
 
@@ -74,14 +78,15 @@ def open_saved(source: SourceConfig, setting: str, limits: Limits) -> OpenSource
     folder = os.path.abspath(os.path.expanduser(source.path))
     if not is_saved(folder):
         raise DataError(
-            f"{setting}: path {source.path!r} is no folder that save_to_disk wrote (looked for state.json and "
-            f"dataset_dict.json in {folder}); mend the path, or set the kind that the files are"
+            f"{setting}: path {source.path!r} is not a folder that save_to_disk wrote (looked for state.json and "
+            f"dataset_dict.json in {folder}); correct the path, or set the kind that the files are"
         )
     try:
         found: Any = datasets.load_from_disk(folder)
     except Exception as error:  # the library's and pyarrow's, of many types
         raise DataError(
-            f"{setting}: {folder} cannot be read as a saved data set: {short(error)}; it must be whole. Save it again"
+            f"{setting}: {folder} cannot be read as a saved data set: {short(error)}; its files must be complete. "
+            "Save it again"
         ) from error
     if isinstance(found, datasets.DatasetDict):
         if source.split not in found:

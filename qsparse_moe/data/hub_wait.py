@@ -14,13 +14,15 @@ SILENT_SECONDS = 2.0
 
 
 @contextlib.contextmanager
-def says_what_it_waits_for(what: str) -> Iterator[None]:
-    """Log ``waiting for <what>`` where the work inside takes longer than two seconds."""
+def log_slow_wait(what: str) -> Iterator[None]:
+    """Log ``waiting for <what>`` if the work inside takes longer than ``SILENT_SECONDS``."""
+    # A timer thread, because the hub's client may retry for minutes without returning.
     timer = threading.Timer(
         SILENT_SECONDS,
         logger.warning,
-        ("waiting for %s; without a network, HF_HUB_OFFLINE=1 takes what the hub's cache holds, at once", what),
+        ("waiting for %s; without a network, set HF_HUB_OFFLINE=1 to use what the hub's cache holds at once", what),
     )
+    # A daemon, so that an interrupted process need not wait for it.
     timer.daemon = True
     timer.start()
     try:

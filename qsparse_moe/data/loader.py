@@ -12,7 +12,7 @@ from qsparse_moe.config.rules import check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.rows import RowTable, spread_rows, train_rows
+from qsparse_moe.data.rows import RowTable, evenly_spaced_rows, train_rows
 from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
 from qsparse_moe.errors import DataError
 
@@ -34,8 +34,9 @@ State = dict[str, Any]
 class TrainLoader:
     """The training batches of one rank.
 
-    Table mode: a step's rows are a pure function of (seed, step, rank), so any step can be asked for, and a state fits
-    any number of ranks. Streaming mode: steps come in order, and a state belongs to one rank of one number of ranks.
+    In table mode the rows of a step are a pure function of (seed, step, rank), so any step can be requested, and a
+    state fits any number of ranks. In streaming mode steps come in order, and a state belongs to one rank and one
+    number of ranks.
 
     Raises:
         ConfigError: the global batch does not divide over the ranks and their micro-batches.
@@ -77,9 +78,9 @@ class TrainLoader:
         return [self._data.batch(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
 
     def read_ahead(self) -> DataError | None:
-        """Read a stream's next step now, and return what went wrong; None in table mode, whose rows are all there.
+        """Read a stream's next step now, and return the error, if any; None in table mode, where nothing is read ahead.
 
-        The state stays that of the steps that ``batches`` has given, so a run can save it whatever came of the next.
+        The state stays that of the steps that ``batches`` has returned, so a run can save it if the next step fails.
         """
         if self._stream is None or self._ahead is not None:
             return None
@@ -87,6 +88,7 @@ class TrainLoader:
         try:
             self._ahead = before, (self._stream_rows(), None)
         except DataError as error:
+            # Stored, and raised by the next call of batches, after the run has had the chance to save.
             self._ahead = before, (None, error)
             return error
         return None
@@ -100,9 +102,9 @@ class TrainLoader:
         return self._data.train.epochs(step * self._global_batch_size)
 
     def passes(self) -> list[int]:
-        """Return how many passes over each source this rank has ended, and none in table mode.
+        """Return how many passes over each source this rank has finished; an empty list in table mode.
 
-        It reads ``data.shuffle_window`` rows ahead.
+        The stream reads ``data.shuffle_window`` rows ahead of training.
         """
         return [] if self._stream is None else self._stream.passes()
 
@@ -125,7 +127,7 @@ class TrainLoader:
     def state_dict(self) -> State:
         """Return the next step, the fingerprint of the data, and in streaming mode the position of this rank's stream.
 
-        JSON-able. ``combine_states`` makes the states of all ranks into the one that a checkpoint keeps.
+        It is JSON-able. ``combine_states`` joins the states of all ranks into the one that a checkpoint stores.
         """
         if self._ahead is not None:
             return self._ahead[0]
@@ -150,8 +152,8 @@ class TrainLoader:
         if state["world_size"] != self._world_size:
             raise DataError(
                 f"the checkpoint was made by {state['world_size']} ranks and this run has {self._world_size}, and "
-                "streams (data.mode=streaming) resume on the same number only, because each rank stands somewhere "
-                f"else in its own part of the text; start {state['world_size']} ranks, or train with data.mode=table"
+                "streams (data.mode=streaming) resume on the same number only, because each rank has a position of "
+                f"its own in its part of the text; start {state['world_size']} ranks, or train with data.mode=table"
             )
         found: list[State] = [stream["state"] for stream in state["streams"] if stream["rank"] == self._rank]
         assert len(found) == 1, "combine_states joins the states of all ranks before a checkpoint keeps them"
@@ -159,9 +161,9 @@ class TrainLoader:
 
 
 def combine_states(states: Sequence[State]) -> State:
-    """The state that a checkpoint keeps, from the ``state_dict`` of every rank; JSON-able.
+    """Return the state that a checkpoint stores, from the ``state_dict`` of every rank; JSON-able.
 
-    In table mode they are all the same, and the first is enough.
+    In table mode all of them are the same, and the first is enough.
     """
     combined = dict(states[0])
     if "streams" in combined:
@@ -170,7 +172,7 @@ def combine_states(states: Sequence[State]) -> State:
 
 
 def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dict[str, str]) -> None:
-    """Compare what the rows depend on; ``earlier`` is how checkpoints of earlier versions name some of it."""
+    """Raise unless the rows depend on the same parts; ``earlier`` holds them as earlier versions' checkpoints do."""
     names = sorted(
         name
         for name in saved.keys() | now.keys()
@@ -181,22 +183,22 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dic
     if names:
         changes = "; ".join(f"{name}: was {saved.get(name, 'absent')}, is {now.get(name, 'absent')}" for name in names)
         raise DataError(
-            f"the data of this run is not the checkpoint's ({changes}), and a run resumes only on the same rows in the "
-            "same order; restore what changed, or start a new run under another training.name; runs of a grid go "
-            "to another folder with ablate's --output-dir"
+            f"the data of this run differs from the checkpoint's ({changes}), and a run resumes only on the same "
+            "sequences in the same order; restore what changed, or start a new run under another training.name; runs "
+            "of a grid go to another folder with ablate's --output-dir"
         )
 
 
 def sample_train_rows(config: RunConfig, data: TokenData, num_rows: int) -> Array:
     """Return ``(num_rows, S + 1)`` token ids of training text, the same on every rank for any number of ranks.
 
-    Table mode: rows spread evenly over the whole table, fewer where there are fewer. Streaming mode: the first rows
-    that a single rank trains on.
+    In table mode they are rows at even distances over the whole table, fewer where there are fewer; in streaming mode
+    the first rows that a single rank trains on.
     """
     stream = data.open_stream(rank=0, world_size=1, seed=config.training.seed if config.data.shuffle else None)
     if stream is not None:
         return stream.take(num_rows)
-    return data.train.tokens(spread_rows(num_rows, len(data.train)))
+    return data.train.tokens(evenly_spaced_rows(num_rows, len(data.train)))
 
 
 def evaluation_batches(
@@ -204,21 +206,21 @@ def evaluation_batches(
 ) -> list[Batch]:
     """Return one rank's part of ``num_rows`` validation rows, evenly spaced over all of them; fewer if there are fewer.
 
-    The rows are the same in every layout: over all ranks each occurs once. Every rank gets the same number of full
-    batches; missing rows are filled up with rows whose labels are all -100, so a whole batch may have no label that
-    counts.
+    The rows are the same for any number of ranks, and over all ranks each occurs once. Every rank gets the same number
+    of full batches, padded with rows whose labels are all -100, so a whole batch may have no label that counts.
     """
     table, indices = data.evaluation_rows(num_rows)
+    # Equally many batches on every rank: a forward pass may contain collectives, in which the others would wait.
     share = math.ceil(len(indices) / (micro_batch_size * world_size)) * micro_batch_size
     mine = indices[rank * share : (rank + 1) * share]
-    rows = _filled_up(table, mine, share)
+    rows = _padded_rows(table, mine, share)
     batches = [table.batch(rows[begin : begin + micro_batch_size]) for begin in range(0, share, micro_batch_size)]
     for begin, batch in zip(range(0, share, micro_batch_size), batches, strict=True):
         batch.targets_BS[max(0, len(mine) - begin) :] = IGNORED_LABEL
     return batches
 
 
-def _filled_up(table: RowTable, indices: Array, num_rows: int) -> Array:
+def _padded_rows(table: RowTable, indices: Array, num_rows: int) -> Array:
     rows = np.full((num_rows, table.sequence_length + 1), table.document_token, np.int64)
     if len(indices):
         rows[: len(indices)] = table.tokens(indices)

@@ -1,8 +1,8 @@
-"""The records of local files: text, JSON lines and Parquet, with what is wrong with each that cannot be used.
+"""The records of local files: text, JSON lines and Parquet, with the problem of each that cannot be used.
 
-A record is ``{"text": ..., "problem": ...}``: one of the two is empty. A record with a problem takes its place in the
-stream, so that skipping it changes no other record's place, and a resumed stream counts as the first one did. What
-makes a whole file unreadable is raised.
+A record is ``{"text": ..., "problem": ...}``: one of the two is empty. A record with a problem keeps its position in
+the stream, so that skipping it does not move any other record, and a resumed stream counts as the first one did. An
+error that makes a whole file unreadable is raised.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Record = dict[str, str]
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
-# Read at once where a file is cut into documents.
+# Bytes read at once where a file is cut into documents: large enough that decoding, not reading, takes the time.
 _BLOCK_BYTES = 1 << 20
 
 
 def read_files(
     files: list[str], kind: str, column: str, separator: str | None, setting: str, max_bytes: int
 ) -> Iterator[Record]:
-    """Yield the records of all files; a file without any is passed over, and the log names it.
+    """Yield the records of all files; a file without any is skipped, and the log names it.
 
     Raises:
         DataError: a file cannot be opened, is cut off or is not of its kind.
@@ -44,7 +44,7 @@ def read_files(
             found = True
             yield record
         if not found:
-            logger.warning("%s is empty and is passed over", place)
+            logger.warning("%s is empty and is skipped", place)
 
 
 def too_long(place: str, max_bytes: int) -> str:
@@ -56,7 +56,7 @@ def too_long(place: str, max_bytes: int) -> str:
 
 
 def text_problem(text: object, column: str, place: str) -> str:
-    """Return what is wrong with a row's value as text; an empty string where nothing is."""
+    """Return the problem of a row's value as text; an empty string if there is none."""
     if not isinstance(text, str):
         return not_text(type(text).__name__, str(text), column, place)
     try:
@@ -67,7 +67,7 @@ def text_problem(text: object, column: str, place: str) -> str:
 
 
 def not_text(kind: str, shown: str, column: str, place: str) -> str:
-    """Return the problem of a row whose value is no text."""
+    """Return the problem of a row whose value is not text."""
     return (
         f"{place}: column {column!r} holds {kind} ({shown[:40]}), and every row must hold text; "
         "remove such rows, or name another column"
@@ -110,13 +110,13 @@ def _records(file: str, kind: str, column: str, separator: str | None, place: st
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
         raise DataError(
-            f"{place} cannot be read as {kind}: {short(error)}; every file must be whole and readable. "
-            "Mend it, leave it out of path, or set the kind that it is"
+            f"{place} cannot be read as {kind}: {short(error)}; every file must be complete and readable. "
+            "Repair it, leave it out of path, or set the kind that it is"
         ) from error
 
 
 def _opened(file: str) -> IO[bytes]:
-    """The bytes of a file, decompressed where it is gzip's, behind the byte-order mark that it may begin with."""
+    """Open a file for reading, decompressed if it is gzip, after the byte-order mark that it may begin with."""
     stream = cast(IO[bytes], gzip.GzipFile(file) if is_compressed(file) else io.BufferedReader(io.FileIO(file)))
     try:
         if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
@@ -128,6 +128,7 @@ def _opened(file: str) -> IO[bytes]:
 
 
 def _whole(stream: IO[bytes], place: str, max_bytes: int) -> Iterator[Record]:
+    # One byte more than is allowed shows that the file is too long without reading the rest of it.
     content = stream.read(max_bytes + 1)
     if len(content) > max_bytes:
         yield _bad(too_long(place, max_bytes))
@@ -142,7 +143,11 @@ def _whole(stream: IO[bytes], place: str, max_bytes: int) -> Iterator[Record]:
 
 
 def _separated(stream: IO[bytes], separator: str, place: str, max_bytes: int) -> Iterator[Record]:
-    """Documents between separators, block by block: a long file takes no more memory than its longest document."""
+    """Yield the documents between separators, block by block.
+
+    A long file takes no more memory than its longest document.
+    """
+    # An incremental decoder, because a block may end inside a character.
     decoder = codecs.getincrementaldecoder("utf-8")()
     rest, offset, skips = "", 0, False
     while True:
@@ -172,11 +177,13 @@ def _separated(stream: IO[bytes], separator: str, place: str, max_bytes: int) ->
 
 
 def _is_longer(text: str, max_bytes: int) -> bool:
+    # A character of UTF-8 has 1 to 4 bytes, so that the number of characters decides for most texts without encoding.
     return len(text) > max_bytes or (4 * len(text) > max_bytes and len(text.encode("utf-8")) > max_bytes)
 
 
 def _json_lines(stream: IO[bytes], column: str, place: str, max_bytes: int) -> Iterator[Record]:
     row = -1
+    # readline with a limit: iterating over the stream would hold a line of any length in memory.
     for line in iter(lambda: stream.readline(max_bytes + 1), b""):
         is_cut = len(line) > max_bytes and not line.endswith(b"\n")
         if is_cut:
@@ -195,17 +202,17 @@ def _pass_line(stream: IO[bytes]) -> None:
 def _json_record(line: bytes, column: str, place: str, row: int) -> Record:
     place = f"{place}, row {row}"
     try:
-        # Numbers of other columns may have any number of digits.
+        # Digits stay text: Python refuses to convert integers of more than 4300 digits, and other columns may do so.
         values = json.loads(line, parse_int=partial(_Number, "int"), parse_float=partial(_Number, "float"))
     except (ValueError, RecursionError) as error:
         return _bad(
             f"{place} cannot be read as jsonl: {short(error)}; every line must be one JSON object in UTF-8. "
-            "Mend it, or set the kind that the file is"
+            "Correct the line, or set the kind that the file is"
         )
     if not isinstance(values, dict):
         return _bad(
-            f"{place} cannot be read as jsonl: it is no JSON object; every line must be one, such as "
-            f'{{"{column}": "..."}}. Mend it, or set the kind that the file is'
+            f"{place} cannot be read as jsonl: it is not a JSON object; every line must be one, such as "
+            f'{{"{column}": "..."}}. Correct the line, or set the kind that the file is'
         )
     if column not in values:
         return _bad(missing_column(list(values), column, place))
@@ -217,7 +224,7 @@ def _json_record(line: bytes, column: str, place: str, row: int) -> Record:
 
 
 class _Number(NamedTuple):
-    """A number that is not made from its digits."""
+    """A JSON number that is left unconverted."""
 
     kind: str
     digits: str
@@ -234,6 +241,7 @@ def _parquet_rows(file: str, column: str, place: str) -> Iterator[Record]:
                 raise DataError(missing_column(names, column, f"{place}, row 0"))
             return
         row = 0
+        # Small batches: a batch is held in memory whole, and a document may have many megabytes.
         for batch in table.iter_batches(batch_size=256, columns=[column]):
             for text in batch.column(0).to_pylist():
                 problem = text_problem(text, column, f"{place}, row {row}")

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# A file is read whole for its digest up to this size; of a longer one so many blocks, evenly spaced.
+# The digest covers a file whole up to this size, and evenly spaced blocks of a longer one: hashing a corpus of hundreds
+# of GB in full would delay every start by minutes.
 _SAMPLED_ABOVE = 8 << 20
 _BLOCK_BYTES = 64 << 10
 _NUM_BLOCKS = 64
@@ -94,20 +95,21 @@ class OpenSource:
             return missing_column(list(example), self.column, place)
         text, max_bytes = example[self.column], self.limits.max_document_bytes
         problem = text_problem(text, self.column, place)
+        # A character has at most 4 bytes, so that short texts need not be encoded to be measured.
         if not problem and 4 * len(text) > max_bytes and len(text.encode("utf-8")) > max_bytes:
             return too_long(place, max_bytes)
         return problem
 
 
 class BadRecords:
-    """Counts the records of one pass over a source that cannot be used."""
+    """Counts the unusable records of one pass over a source."""
 
     def __init__(self, setting: str, limits: Limits) -> None:
         self._setting, self._limit = setting, limits.max_bad_records
         self.count = 0
 
     def add(self, problem: str) -> None:
-        """Count one more; the log names the first.
+        """Count one more unusable record; the log names the first.
 
         Raises:
             DataError: there are more than may be skipped.
@@ -116,6 +118,7 @@ class BadRecords:
         if self.count > self._limit:
             counted = f" ({self.count} bad records in this pass)" if self._limit else ""
             raise DataError(f"{problem}, or let data.max_bad_records ({self._limit}) skip such records{counted}")
+        # One line for the first record, and the total at the end: a damaged file may hold millions of bad records.
         if self.count == 1:
             logger.warning("skipped a bad record (data.max_bad_records is %d): %s", self._limit, problem)
 
@@ -134,11 +137,12 @@ def sizes_and_times(files: Sequence[str]) -> list[list[Any]]:
 def content_digest(files: Sequence[str]) -> str:
     """Return a digest of the files' contents in order, the same wherever they lie and whenever they were written.
 
-    Of a file above 8 MiB its size and 64 evenly spaced blocks of 64 KiB count.
+    A file above 8 MiB contributes its size and 64 evenly spaced blocks of 64 KiB.
     """
     digest = hashlib.blake2b(digest_size=16)
     for file in files:
         size = os.path.getsize(file)
+        # Without the size, bytes moved from the end of one file to the start of the next would not change the digest.
         digest.update(size.to_bytes(8, "big"))
         with open(file, "rb") as stream:
             if size <= _SAMPLED_ABOVE:

@@ -1,4 +1,4 @@
-"""Files of one's own as rows, all of their text: what a trained model is evaluated on beside its validation rows."""
+"""All text of the user's own files as packed sequences, to evaluate a trained model on other than its own data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet":
 
 
 class OwnText:
-    """The rows of all documents of some files, packed as the rows of a run are; nothing is held out or cached.
+    """The documents of some files, packed into sequences as those of a run are; nothing is held out or cached.
 
     Args:
         files: files or globs, read in order: JSON lines and Parquet by their suffix, the others as text.
@@ -40,6 +40,7 @@ class OwnText:
             documents = tokenizer.tokenize([text])
             self.num_bytes += int(documents[0].num_bytes.sum())
             full.append(packer.add(documents).tokens)
+        # The end of the text is evaluated too: the last sequence is padded, and the labels of the padding are ignored.
         waiting = packer.state_dict()["tokens"]
         self._last_labels = max(0, len(waiting) - 1)
         if self._last_labels:
@@ -48,13 +49,13 @@ class OwnText:
             full.append(last)
         self._rows_RS: Array = np.concatenate(full) if full else np.zeros((0, config.sequence_length + 1), np.int32)
         if not len(self._rows_RS):
-            raise DataError(f"{', '.join(files)}: holds no text, and a loss needs some; name another file")
+            raise DataError(f"{', '.join(files)}: no file holds text, and a loss needs some; name another file")
 
     def __len__(self) -> int:
         return len(self._rows_RS)
 
     def batches(self, micro_batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
-        """Return one rank's part of the rows; labels behind the end of the text do not count."""
+        """Return one rank's part of the sequences; labels after the end of the text are ignored by the loss."""
         begins = range(rank * micro_batch_size, len(self), world_size * micro_batch_size)
         return [self._batch(begin, begin + micro_batch_size) for begin in begins]
 

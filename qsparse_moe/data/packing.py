@@ -1,4 +1,4 @@
-"""Documents to rows of S + 1 tokens with one token of overlap, and the side of the split that a document is on."""
+"""Pack documents into sequences of S + 1 tokens with one token of overlap, and split training from validation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Document(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Packed rows."""
+    """Packed sequences, one per row."""
 
     tokens: Array
     """``(R, S + 1)`` int32; a row's last token is the next row's first."""
@@ -51,6 +51,7 @@ class Packer:
         length = self.sequence_length
         num_rows = max(0, len(tokens) - 1) // length
         used = num_rows * length
+        # A copy: a view would keep the whole concatenation in memory.
         self._tokens, self._num_bytes = tokens[used:].copy(), num_bytes[used:].copy()
         if not num_rows:
             return Rows(np.zeros((0, length + 1), np.int32), np.zeros(0, np.int64))
@@ -68,10 +69,15 @@ class Packer:
 
 
 def text_digest(text: bytes) -> bytes:
-    """Return a 16-byte digest of the text, which determines its side of the split and the fingerprint of the data."""
+    """Return a 16-byte digest of the text, which decides its side of the split and enters the data's fingerprint."""
     return hashlib.blake2b(text, digest_size=16).digest()
 
 
 def is_validation(digest: bytes, validation_fraction: float) -> bool:
-    """Return whether the document with this digest is held out: the same for the same text in every source and run."""
+    """Return whether the document with this digest is held out for validation.
+
+    The answer is the same for the same text in every source and run.
+    """
+    # Decided by the content, not by a random draw or the position: a document that occurs twice is on one side only,
+    # and adding files leaves every other document on its side.
     return int.from_bytes(digest[:8], "big") < validation_fraction * 2.0**64

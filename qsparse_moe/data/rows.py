@@ -1,4 +1,4 @@
-"""Access to rows by index: the tables of all sources as one, mixed by weight, and the rows of each step."""
+"""Packed sequences by index: the tables of all sources as one, mixed by weight, and the sequences of each step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qsparse_moe.data.table import SideTable
 
 
 class RowTable:
-    """The rows of one side of all sources, source after source, each as often as its weight asks for.
+    """The rows of one side of all sources, source after source, each repeated according to its weight.
 
     Args:
         tables: one per source; at least one of them has rows.
@@ -45,7 +45,7 @@ class RowTable:
         """``(256,)`` float, how often each byte value occurs in the text, repeated as its rows are."""
 
     def epochs(self, num_rows: int) -> list[float]:
-        """Return how often each source has been read when so many rows have been taken; 0 of one without rows."""
+        """Return how often each source has been read after ``num_rows`` rows; 0 for a source without rows."""
         shares = (self._ends - self._begins) / len(self)
         return [float(num_rows * share / max(1, size)) for share, size in zip(shares, self._sizes, strict=True)]
 
@@ -62,13 +62,13 @@ class RowTable:
         return self.batch(self.tokens(indices))
 
     def batch(self, rows: Array) -> Batch:
-        """A batch of ``(B, S + 1)`` rows as this table would make it."""
+        """Return ``(B, S + 1)`` token ids as a batch with this table's document settings."""
         return make_batch(
             rows, document_token=self.document_token, attend_across_documents=self.attend_across_documents
         )
 
     def tokens(self, indices: Sequence[int] | Array) -> Array:
-        """``(len(indices), S + 1)`` token ids in the table's own integer type."""
+        """Return the ``(len(indices), S + 1)`` token ids of these rows, in the table's own integer type."""
         stored = self._stored(indices)
         chunk_ids = np.searchsorted(self._chunk_offsets, stored, side="right") - 1
         within = stored - self._chunk_offsets[chunk_ids]
@@ -98,6 +98,7 @@ def mixture_counts(num_rows: Sequence[int], weights: Sequence[float]) -> list[in
     row occurs: the source that is largest for its weight is read once, the others are repeated. A source without rows
     gets none.
     """
+    # Weights of 1 are the default and mean "as they are": sources of different sizes must not be repeated unasked.
     if all(weight == 1 for weight in weights):
         return list(num_rows)
     scale = max(rows / weight for rows, weight in zip(num_rows, weights, strict=True))
@@ -105,7 +106,7 @@ def mixture_counts(num_rows: Sequence[int], weights: Sequence[float]) -> list[in
 
 
 def train_rows(step: int, *, num_rows: int, global_batch_size: int, seed: int, shuffle: bool) -> Array:
-    """The rows of the global batch of ``step``, counted from 0: a pure function.
+    """Return the row indices of the global batch of ``step``, counted from 0: a pure function.
 
     The run reads row after row of one endless sequence: epoch after epoch, each in its own random order when
     ``shuffle``. A batch may begin in one epoch and end in the next.
@@ -127,10 +128,11 @@ def train_rows(step: int, *, num_rows: int, global_batch_size: int, seed: int, s
 # Two, because a batch may contain the end of one epoch and the beginning of the next. Each takes 8 bytes per row.
 @lru_cache(maxsize=2)
 def _epoch_order(num_rows: int, seed: int, epoch: int) -> Array:
+    # Seeded by the pair: with seed + epoch, epoch 1 of one seed would repeat epoch 0 of the next.
     return np.random.default_rng((seed, epoch)).permutation(num_rows)
 
 
-def spread_rows(num_rows: int, available: int) -> Array:
-    """``num_rows`` of ``available`` row indices, evenly spread over all of them; all where there are fewer."""
+def evenly_spaced_rows(num_rows: int, available: int) -> Array:
+    """Return ``num_rows`` of ``available`` row indices at even distances, or all of them where there are fewer."""
     count = min(num_rows, available)
     return np.arange(count, dtype=np.int64) * available // max(1, count)

@@ -35,7 +35,7 @@ _STDLIB_SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize")
 
 
 def open_source(source: SourceConfig, index: int, limits: Limits = LIMITS) -> OpenSource:
-    """Find the files or the hub data set of ``data.sources[index]``; reads no document.
+    """Find the files or the hub data set of ``data.sources[index]`` without reading a document.
 
     Raises:
         DataError: nothing is there, or all files are empty.
@@ -83,7 +83,7 @@ def _generated(arguments: dict[str, Any], setting: str) -> IterableDataset:
         features = Features({"text": Value("large_string"), "problem": Value("string")})
         return IterableDataset.from_generator(read_files, features=features, gen_kwargs=arguments)
     except OSError as error:
-        # It reads nothing yet, but leaves a lock file.
+        # from_generator reads no data here, but it creates a lock file in the cache folder.
         raise DataError(
             f"{setting}: the cache folder of the library datasets ({config.HF_DATASETS_CACHE}) cannot be written "
             f"({error}), and it must be; set the environment variable HF_HOME to a folder that can"
@@ -94,6 +94,7 @@ def _stdlib_files(setting: str) -> list[str]:
     root = sysconfig.get_paths()["stdlib"]
     files = []
     for folder, folders, names in os.walk(root):
+        # Assigned in place, so that os.walk does not descend into the others.
         folders[:] = [name for name in folders if _is_plain_library(name)]
         files += [os.path.join(folder, name) for name in names if name.endswith(".py") and _is_plain_library(name)]
     files = sorted(file for file in files if os.path.getsize(file))
@@ -110,9 +111,10 @@ def _is_plain_library(name: str) -> bool:
 
 
 def _local_files(source: SourceConfig, setting: str) -> list[str]:
-    """Every file that the paths and globs match, once, in order of their paths."""
+    """Return every file that the paths and globs match, once, in the order of their paths."""
     patterns = (source.path,) if isinstance(source.path, str) else source.path
     assert patterns, f"config.rules lets no {source.kind} source pass without a path"
+    # Sorted, because glob returns the order of the file system, which differs between machines.
     files = sorted({os.path.abspath(file) for pattern in patterns for file in _matches(pattern, setting)})
     empty = [file for file in files if not os.path.getsize(file)]
     if len(empty) == len(files):
@@ -122,7 +124,7 @@ def _local_files(source: SourceConfig, setting: str) -> list[str]:
         )
     if empty:
         logger.warning(
-            "%s: %d of %d files are empty and passed over; the first: %s", setting, len(empty), len(files), empty[0]
+            "%s: %d of %d files are empty and skipped; the first: %s", setting, len(empty), len(files), empty[0]
         )
     return [file for file in files if file not in set(empty)]
 
@@ -145,6 +147,6 @@ def _matches(pattern: str, setting: str) -> list[str]:
     if not files:
         raise DataError(
             f"{setting}: path {pattern!r} matches no file (looked in {os.getcwd()!r}); it must be a file or a glob "
-            "that matches one; mend the path, or give it from the root"
+            "that matches one; correct the path, or make it absolute"
         )
     return files

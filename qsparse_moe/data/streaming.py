@@ -1,8 +1,8 @@
 """Tokenise while training: every rank reads its own part of each source, endlessly, and resumes exactly.
 
 Three parts, each with a JSON-able state: the stream of one source, the mixture of sources, and the rows packed from it.
-Files (shards) are shuffled, and rows within windows that are read again when a stream resumes: rows inside a shuffle
-buffer would be lost or doubled.
+Files (shards) are shuffled, and so are the rows within fixed windows, which are read again when a stream resumes. A
+shuffle buffer would lose or repeat the rows inside it.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class SourceStream:
         from datasets.distributed import split_dataset_by_node
 
         self._epoch, self._given, self._resumed = state["epoch"], state["given"], state["stream"]
-        # A new one for every pass: an iterable data set remembers the state that it was last given.
+        # A new object for every pass: an iterable data set remembers the state that it was last given.
         self._dataset = split_dataset_by_node(self._source.dataset, rank=self._rank, world_size=self._world_size)
         self._dataset.set_epoch(self._order())
         if self._resumed is not None:
@@ -84,10 +84,10 @@ class SourceStream:
         self._texts: Iterator[str] = self._source.texts(self._dataset)
 
     def _order(self) -> int:
-        """datasets takes files in their own order in epoch 0, and in a random one seeded by the epoch in all others."""
+        """Return the epoch for ``datasets``, which keeps the files' order in epoch 0 and shuffles by any other."""
         if self._seed is None:
             return 0
-        # The same on every rank, or the ranks would not agree on whose files are whose.
+        # The same on every rank: with different orders two ranks would read the same file.
         word = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64)[0]
         return 1 + (int(word) >> 2)
 
@@ -97,7 +97,7 @@ class MixedStream:
 
     The next document comes from the source that has given the fewest tokens for its weight (the first of those that
     are equal), so that shares of tokens follow the weights. When all weights are 1, a source that has ended waits
-    until all have, and everything is read once a pass; otherwise it starts over at once.
+    until all have, and every document is read once per pass; otherwise it starts over at once.
     """
 
     def __init__(self, streams: Sequence[SourceStream], weights: Sequence[float], tokenizer: TextTokenizer) -> None:
@@ -127,6 +127,7 @@ class MixedStream:
         self._ended[index] = True
         if all(self._ended):
             self._ended = [False] * len(self._streams)
+            # Otherwise the shorter sources would be read first in every later pass, not in turn with the others.
             self._tokens = [0] * len(self._streams)
 
     def passes(self) -> list[int]:
@@ -175,7 +176,7 @@ class RowStream:
         return self._mixture.passes()
 
     def take(self, num_rows: int) -> Array:
-        """The next ``(num_rows, S + 1)`` rows."""
+        """Return the token ids ``(num_rows, S + 1)`` of the next rows."""
         return np.stack([self._next_row() for _ in range(num_rows)])
 
     def _next_row(self) -> Array:
@@ -204,6 +205,7 @@ class RowStream:
         return row
 
     def _pull(self) -> None:
+        # The state before the document, because a document may give many rows and its text is not part of the state.
         self._before = {"mixture": self._mixture.state_dict(), "packer": self._packer.state_dict()}
         self._rows = self._packer.add([self._mixture.next_document()]).tokens
         self._taken = 0
@@ -212,14 +214,15 @@ class RowStream:
         """Return the position after the last row returned."""
         if self._size == 1:
             return self._packed_state()
+        # No window has been read yet, so the position of the packer is where the first one will begin.
         if self._window is None:
             return {**self._packed_state(), "window": {"number": self._number, "place": 0}}
         return {**self._window_begin, "window": {"number": self._number, "place": self._place}}
 
     def load_state_dict(self, state: State) -> None:
-        """Go on after the row that was the last one when ``state`` was taken.
+        """Continue after the row that was the last one when ``state`` was saved.
 
-        A state without a window is one of rows in their own order, and they stay in it.
+        A state without a window was saved by a stream that does not shuffle rows, and this stream then does not either.
         """
         self._load_packed(state)
         window = state.get("window")
@@ -253,13 +256,12 @@ class Streams:
     packing: Packing
     attend_across_documents: bool
     shuffle_window: int
-    """Rows that are shuffled together."""
+    """Number of rows that are shuffled together."""
 
     def train(self, *, rank: int, world_size: int, seed: int | None) -> RowStream:
-        """One rank's train rows from the beginning.
+        """Return the stream of one rank's training rows from the beginning.
 
-        ``seed`` puts the files into a new order in every pass, and the rows of every window; None leaves them in their
-        own.
+        ``seed`` shuffles the files in every pass and the rows of every window; None leaves both in their own order.
         """
         fraction = self.packing.validation_fraction
         streams = [
@@ -274,9 +276,9 @@ class Streams:
         )
 
     def validation(self, num_rows: int) -> Validation:
-        """At least ``num_rows`` validation rows, as many from each source; fewer where a source ends before.
+        """Gather at least ``num_rows`` validation rows, equally many per source; fewer where a source ends before.
 
-        Always the same ones: the first of each source, whatever the ranks and the seed.
+        They are always the first rows of each source, for any number of ranks and any seed.
 
         Raises:
             DataError: the held-out documents do not fill one row.
@@ -300,7 +302,7 @@ class Validation(NamedTuple):
     table: RowTable
     """The validation rows."""
     train_byte_counts: Array
-    """``(256,)`` how often each byte value occurs in the train text that was passed on the way."""
+    """``(256,)`` how often each byte value occurs in the training text that was read before enough was held out."""
 
 
 def _gather(source: OpenSource, packing: Packing, num_rows: int) -> tuple[SideTable, Array]:

@@ -22,19 +22,19 @@ from qsparse_moe.errors import DataError
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int | None], None]
-"""Called while tables are built: the source, bytes of text done, bytes in all where known."""
+"""Called while tables are built with the source, the bytes of text done, and the total bytes if known."""
 
 Side = Literal["train", "validation"]
 SIDES: tuple[Side, ...] = ("train", "validation")
 
 Checks = Callable[[dict[Side, int]], None]
-"""Called with the number of rows of each side before a table is kept."""
+"""Called with the number of rows of each side before a table enters the cache."""
 
 TABLES = "tables"
 """Folder of tables in the cache."""
 _SUMMARY = "table.json"
 
-# Text tokenised at once: enough for the threads of a tokenizer and for long record batches, small for a process.
+# Text tokenised at once: enough to occupy all threads of a tokenizer, and little compared with a process's memory.
 _CHUNK_BYTES = 4 << 20
 
 
@@ -49,7 +49,7 @@ class Packing:
     """Fraction of the documents held out."""
 
     def describe(self) -> dict[str, Any]:
-        """JSON-able and equal when the same text gives the same rows."""
+        """Return a JSON-able description that is equal exactly where the same text gives the same rows."""
         return {
             "version": PACKING_VERSION,
             "tokenizer": self.tokenizer.fingerprint,
@@ -65,7 +65,7 @@ class SideTable:
     chunks: tuple[Array, ...]
     """``(n, S + 1)`` token ids each, views of the mapped file."""
     num_bytes: Array
-    """``(R,)`` bytes of text that each row's labels stand for."""
+    """``(R,)`` bytes of text that each row's labels encode."""
     byte_counts: Array
     """``(256,)`` how often each byte value occurs in the side's text."""
 
@@ -92,20 +92,22 @@ def load_source_table(
     progress: Progress | None = None,
     checks: Checks | None = None,
 ) -> SourceTable:
-    """The table of a source, built first where there is none for exactly this text and packing.
+    """Return the table of a source; build it first if the cache has none for exactly this text and packing.
 
-    ``checks(rows)`` may raise for the number of rows of each side: a table that no run can use is never kept.
+    ``checks(rows)`` may raise for the number of rows of each side, so that a table that no run can use is not cached.
 
     Raises:
         DataError: the source cannot be read, the cache cannot be written, or a table in it is damaged.
     """
     key = {"packing": packing.describe(), "source": source.identity, "max_bytes": max_bytes}
+    # Only where it differs from the default: caches of versions without the setting stay valid.
     if source.limits.max_document_bytes != LIMITS.max_document_bytes:
         key["max_document_bytes"] = source.limits.max_document_bytes
     folder = cache_dir / TABLES / _key(key)
     build_once(folder, lambda partial: _build(source, packing, partial, max_bytes, progress, checks=checks))
     try:
         summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
+        # The cached table may have been built under a higher limit than this run's.
         _check_bad_records(source, summary)
         return _open(folder, summary, packing.sequence_length)
     except (OSError, ValueError, KeyError) as error:
@@ -125,7 +127,7 @@ def _check_bad_records(source: OpenSource, summary: dict[str, Any]) -> None:
     if skipped > limit:
         raise DataError(
             f"{source.setting}: {skipped} bad records were skipped when its table was made, and "
-            f"data.max_bad_records is {limit}; mend them, or set data.max_bad_records={skipped} or more"
+            f"data.max_bad_records is {limit}; correct these records, or set data.max_bad_records={skipped} or more"
         )
 
 
@@ -165,7 +167,7 @@ def _build(
 
 
 class _LogProgress:
-    """A log line every few seconds; a short build logs none but its end."""
+    """Logs a line every few seconds; a short build logs its end only."""
 
     def __init__(self, every_seconds: float = 5.0) -> None:
         self._every = every_seconds
@@ -192,6 +194,7 @@ def _up_to(texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
             yield text
             continue
         encoded = text.encode("utf-8")
+        # errors="ignore" drops the bytes of a character that the limit cuts through.
         if len(encoded) >= left:
             if cut := encoded[:left].decode("utf-8", errors="ignore"):
                 yield cut
@@ -279,20 +282,20 @@ def _open_side(path: Path, summary: dict[str, Any], sequence_length: int) -> Sid
 
 
 def too_little_train(source: OpenSource, packing: Packing) -> DataError:
-    """The error for a source whose training documents do not fill one row."""
+    """Return the error for a source whose training documents do not fill one sequence."""
     return DataError(
-        f"{source.setting} has too little text for one row of train: the documents that are not held out fill no row "
-        f"of data.sequence_length + 1 = {packing.sequence_length + 1} tokens, and every source must fill one; add "
-        "documents, raise max_bytes where it is set, or shorten data.sequence_length"
+        f"{source.setting} has too little text for one training sequence: the documents that are not held out have "
+        f"fewer than data.sequence_length + 1 = {packing.sequence_length + 1} tokens, and every source must have "
+        "them; add documents, raise max_bytes where it is set, or shorten data.sequence_length"
     )
 
 
 def too_little_validation(sources: Sequence[OpenSource], packing: Packing) -> DataError:
-    """The error for sources whose held-out documents together do not fill one row."""
+    """Return the error for sources whose held-out documents together do not fill one sequence."""
     return DataError(
-        f"{', '.join(source.setting for source in sources)}: too little text for one row of validation: the documents "
-        f"held out with data.validation_fraction {packing.validation_fraction} fill no row of data.sequence_length + "
-        f"1 = {packing.sequence_length + 1} tokens. A document (a text file, or a row of the others) is never split "
-        "between the sides; add documents, name the separator of one large text file's documents, raise "
-        "data.validation_fraction, or shorten data.sequence_length"
+        f"{', '.join(source.setting for source in sources)}: too little text for one validation sequence: the "
+        f"documents held out with data.validation_fraction {packing.validation_fraction} have fewer than "
+        f"data.sequence_length + 1 = {packing.sequence_length + 1} tokens. A document (a text file, or a row of the "
+        "others) is never split between the sides; add documents, name the separator of the documents in a file, "
+        "raise data.validation_fraction, or shorten data.sequence_length"
     )

@@ -1,4 +1,4 @@
-"""All text of a run as rows: read from tables, or from streams."""
+"""All text of a run as packed sequences, read from tables or from streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.open_source import Limits, OpenSource, content_digest
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.rows import RowTable, spread_rows
+from qsparse_moe.data.rows import RowTable, evenly_spaced_rows
 from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.streaming import RowStream, Streams
 from qsparse_moe.data.table import (
@@ -33,7 +33,7 @@ _FIRST_STREAM_ROWS = 64
 
 
 class TokenData:
-    """The rows of a run and what they were made of; ``load_data`` makes it."""
+    """The packed sequences of a run and a description of their origin; made by ``load_data``."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class TokenData:
         self.parts = parts
         """Everything on which the rows depend, by setting, with a digest of the content of each source."""
         self.earlier_parts = parts if earlier_parts is None else earlier_parts
-        """The same as a checkpoint of an earlier version holds it: a stream by its files' names, sizes and times."""
+        """``parts`` in the form of earlier versions' checkpoints: a stream by its files' names, sizes and times."""
         self.validation = validation
         """Validation rows; in streaming mode a first few of them."""
         self._train = train
@@ -75,35 +75,36 @@ class TokenData:
         A model that does not reach a lower value has learnt no more than frequencies. In streaming mode
         the text is the part that was read while the first validation rows were gathered.
         """
+        # Every count is raised by one, so that a byte that occurs in the validation text only has a finite code length.
         frequencies = (self._train_byte_counts + 1) / (self._train_byte_counts + 1).sum()
         counts = self.validation.byte_counts
         return float(-(counts * np.log2(frequencies)).sum() / counts.sum())
 
     def evaluation_rows(self, num_rows: int) -> tuple[RowTable, Array]:
-        """A table, and the indices in it of ``num_rows`` validation rows spread evenly over it.
+        """Return a table and the indices of ``num_rows`` of its validation rows at even distances.
 
-        Fewer where there are fewer; always the same for the same number.
+        There are fewer indices where there are fewer rows; they are the same for the same ``num_rows``.
         """
         table = self.validation
         if self._streams is not None:
             if num_rows not in self._gathered:
                 self._gathered[num_rows] = self._streams.validation(num_rows).table
             table = self._gathered[num_rows]
-        return table, spread_rows(num_rows, len(table))
+        return table, evenly_spaced_rows(num_rows, len(table))
 
     def batch(self, rows: Array) -> Batch:
-        """A batch of ``(B, S + 1)`` rows, of a table or of a stream."""
+        """Return the token ids ``(B, S + 1)`` of a table or a stream as a batch."""
         return self.validation.batch(rows)
 
     def open_stream(self, *, rank: int, world_size: int, seed: int | None) -> RowStream | None:
-        """One rank's train rows from the beginning in streaming mode; None in table mode."""
+        """Return the stream of one rank's training rows in streaming mode, from the beginning; None in table mode."""
         if self._streams is None:
             return None
         return self._streams.train(rank=rank, world_size=world_size, seed=seed)
 
 
 def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenData:
-    """Open the data of a run; in table mode, tokenise and pack what the cache does not hold yet.
+    """Open the data of a run; in table mode, tokenise and pack the sources that the cache does not hold yet.
 
     Every rank may call it: one process builds, the others wait.
 
@@ -113,7 +114,7 @@ def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenD
 
     Raises:
         DataError: a source, the tokenizer or the cache cannot be used, or there is too little text for one row.
-        ConfigError: a setting does not go with the mode.
+        ConfigError: a setting is not allowed in ``data.mode``.
     """
     _check_mode(config)
     packing = Packing(load_tokenizer(config.tokenizer), config.sequence_length, config.validation_fraction)
@@ -125,7 +126,7 @@ def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenD
 
 
 def fingerprint_of(parts: dict[str, str]) -> str:
-    """One digest of everything that rows depend on."""
+    """Return one digest of everything on which the rows depend."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode("utf-8"), digest_size=16).hexdigest()
 
 
@@ -154,7 +155,7 @@ def _load_tables(
         table = load_source_table(
             source, packing, cache_dir, max_bytes=settings.max_bytes, progress=progress, checks=checks
         )
-        # A table of an earlier version may have been kept without them.
+        # Checked again, because earlier versions cached tables without these checks.
         checks({"train": len(table.train), "validation": len(table.validation)})
         tables.append(table)
     if not any(len(table.validation) for table in tables):

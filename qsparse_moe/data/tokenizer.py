@@ -15,7 +15,7 @@ import numpy as np
 
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.shapes import padded_vocabulary, vocab_size
-from qsparse_moe.data.hub_wait import says_what_it_waits_for
+from qsparse_moe.data.hub_wait import log_slow_wait
 from qsparse_moe.data.local_files import short
 from qsparse_moe.data.packing import Array, Document
 from qsparse_moe.errors import ConfigError, DataError
@@ -35,26 +35,26 @@ class TextTokenizer(Protocol):
     absent_ids: tuple[int, ...]
     """Ids below ``vocab_size`` without a meaning."""
     document_token: int
-    """Begins every document, and so ends the one before; never the result of encoding text."""
+    """The token that begins every document and so ends the one before; encoding text never gives it."""
     fingerprint: str
-    """Changes whenever some text would be encoded differently."""
+    """A digest that changes whenever some text would be encoded differently."""
     files: tuple[Path, ...]
     """The files that it was read from, all in one folder; none for bytes."""
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone, without the document token."""
+        """Return the ids of the text, without the document token."""
 
     def special_id(self, spelling: str) -> int | None:
-        """Return the id of the special token that is spelled so; None if there is none."""
+        """Return the id of the special token with this spelling; None if there is none."""
 
     def save(self, folder: Path) -> None:
-        """Copy the files that it was read from into a new folder; nothing where there are none."""
+        """Copy the files that it was read from into a new folder; do nothing where there are none."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; the document token and ids that stand for no text are left out."""
+        """Return the text of the ids, without the document token and ids that encode no text."""
 
     def tokenize(self, texts: Sequence[str]) -> list[Document]:
-        """The documents of the texts, each with its document token and the bytes that its tokens stand for."""
+        """Return one document per text, with its document token and the number of bytes that each token encodes."""
 
 
 class ByteTokenizer:
@@ -74,11 +74,11 @@ class ByteTokenizer:
         """Do nothing: there are no files."""
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of the text."""
+        """Return the bytes of the text."""
         return list(text.encode("utf-8"))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the bytes; what is no UTF-8 becomes U+FFFD, and ids from 256 on are left out."""
+        """Return the text of the bytes; invalid UTF-8 becomes U+FFFD, and ids from 256 on are left out."""
         return bytes(i for i in ids if 0 <= i < _NUM_BYTE_VALUES).decode("utf-8", errors="replace")
 
     def tokenize(self, texts: Sequence[str]) -> list[Document]:
@@ -106,7 +106,7 @@ class HuggingFaceTokenizer:
         if document_token is None:
             raise DataError(
                 f"data.tokenizer ({name}): its document token {document_spelling!r} is not in its vocabulary, and it "
-                "must have an id; mend eos_token in tokenizer_config.json, or choose another tokenizer"
+                "must have an id; correct eos_token in tokenizer_config.json, or choose another tokenizer"
             )
         self.document_token: int = document_token
         self.fingerprint = _digest(f"{tokenizer.to_str()}\n{document_token}")
@@ -127,6 +127,7 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path) -> None:
         """Copy the files that it was read from into ``folder``, which is complete or absent."""
+        # Copied beside the folder and renamed, so that a killed process leaves no half-written tokenizer.
         partial = folder.with_name(f".{folder.name}.new")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -136,20 +137,20 @@ class HuggingFaceTokenizer:
         partial.rename(folder)
 
     def special_id(self, spelling: str) -> int | None:
-        """Return the id of the special token that is spelled so; None if there is none."""
+        """Return the id of the special token with this spelling; None if there is none."""
         return self._special_ids.get(spelling)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text alone."""
+        """Return the ids of the text, without the document token."""
         ids: list[int] = self.tokenize([text])[0].tokens[1:].tolist()
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids without special tokens; ids that the tokenizer does not have are left out."""
+        """Return the text of the ids without special tokens; ids that the tokenizer does not have are left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def tokenize(self, texts: Sequence[str]) -> list[Document]:
-        """Encoded together, on all cores that the ``tokenizers`` library is allowed.
+        """Encode the texts together, on all cores that the ``tokenizers`` library may use.
 
         Raises:
             DataError: ordinary text gives the document token.
@@ -174,9 +175,9 @@ class HuggingFaceTokenizer:
         return Document(tokens, np.concatenate([[0], *(num_bytes for _, num_bytes in parts)]).astype(np.int32))
 
     def _cut_spellings(self, text: str) -> list[str]:
-        """The text in pieces cut inside every spelling of the document token.
+        """Return the text in pieces, cut inside every spelling of the document token.
 
-        Needed where the vocabulary holds the spelling as an ordinary word and so finds it in text.
+        This is needed where the vocabulary holds the spelling as an ordinary word, which the tokenizer finds in text.
         """
         first, rest = self._spelling[:1], self._spelling[1:]
         pieces = text.split(self._spelling)
@@ -185,7 +186,7 @@ class HuggingFaceTokenizer:
 
 
 def load_tokenizer(name: str) -> TextTokenizer:
-    """The tokenizer of ``data.tokenizer``: ``bytes``, a folder with a ``tokenizer.json``, or a name on the hub.
+    """Return the tokenizer of ``data.tokenizer``: ``bytes``, a folder with a ``tokenizer.json``, or a name on the hub.
 
     Raises:
         DataError: it cannot be found or read, or has neither an end- nor a begin-of-sequence token.
@@ -208,7 +209,7 @@ def load_tokenizer(name: str) -> TextTokenizer:
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
-    """Return ``config`` with ``model.vocab_size``: as it was set, or what its tokenizer needs, a multiple of 8.
+    """Return ``config`` with ``model.vocab_size`` as set, or else the multiple of 8 that its tokenizer needs.
 
     Raises:
         ConfigError: it was set and has no row for some token.
@@ -237,7 +238,7 @@ def meaningless_ids(config: ModelConfig, tokenizer: TextTokenizer) -> tuple[int,
 
 
 def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
-    """Token ids and the bytes of text that each one newly covers; together they cover the whole text."""
+    """Return token ids and the bytes of text that each one newly covers; together they cover the whole text."""
     ids = np.array(encoding.ids, np.int32)
     if not len(ids):
         return ids, ids
@@ -250,7 +251,7 @@ def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
 
 
 def _byte_offsets(text: str) -> Array:
-    """``(n + 1,)`` UTF-8 bytes before each character and at the end."""
+    """Return ``(n + 1,)``: the number of UTF-8 bytes before each character, and before the end."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate([[0], np.cumsum(lengths)])
@@ -276,15 +277,16 @@ def _folder_files(name: str) -> list[Path]:
         raise DataError(
             f"data.tokenizer ({name}): {folder / 'tokenizer.json'} does not exist; it must be a folder with that file"
             f"{''.join(f' (did you mean {near}?)' for near in _near_folders(name))}. The hub is not asked for a path. "
-            "Mend the path, or make the file with transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)"
+            "Correct the path, or make the file with transformers: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
-    # The template is used by generation alone.
+    # Only generation needs the chat template, so a folder without it is complete.
     candidates = [folder / name for name in (*_SETTINGS_FILES, "chat_template.jinja")]
     return [folder / "tokenizer.json", *(path for path in candidates if path.is_file())]
 
 
 def _near_folders(name: str) -> list[str]:
-    """Folders beside the place that ``name`` would be, whose names differ by a letter or two: it is mistyped."""
+    """Return folders beside ``name`` whose names differ by a letter or two, for a name that is mistyped."""
     parent, last = os.path.split(os.path.expanduser(name))
     if not os.path.isdir(parent or "."):
         return []
@@ -296,12 +298,12 @@ def _hub_files(name: str) -> list[Path]:
     from huggingface_hub import hf_hub_download
 
     try:
-        with says_what_it_waits_for(f"the hub's answer about the tokenizer {name} (data.tokenizer)"):
+        with log_slow_wait(f"the hub's answer about the tokenizer {name} (data.tokenizer)"):
             return [Path(hf_hub_download(name, file)) for file in ("tokenizer.json", "tokenizer_config.json")]
     except Exception as error:  # no such name, no such file, no network, no permission: many types
         raise DataError(
             f"data.tokenizer ({name}): cannot be fetched from the hub: {short(error)}; it must be bytes, a folder or "
-            "a name on the hub that has a tokenizer.json. Mend the name, or use a local folder"
+            "a name on the hub that has a tokenizer.json. Correct the name, or use a local folder"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""The training model's own parts with a key-value cache: prefill, and the decode engine that is the definition.
+"""Run the modules of the training model with a key-value cache: prefill, and the reference decode engine.
 
 B sequences, S tokens of a sequence (padded to the longest), V vocabulary.
 """
@@ -19,14 +19,14 @@ from qsparse_moe.model.transformer import Transformer
 
 @torch.inference_mode()
 def prefill(model: Transformer, tokens: Sequence[Sequence[int]], cache: KeyValueCache) -> Tensor:
-    """Compute all tokens of each sequence at once, store their keys and values, return the logits after the last.
+    """Compute all tokens of each sequence at once, store their keys and values, and return the logits after the last.
 
-    A cache that holds tokens already goes on from them.
+    If the cache already holds tokens, the new ones continue from them.
 
     Args:
         model: in evaluation mode, on the device of the cache.
-        tokens: of each sequence, at least one; the sequences may differ in length.
-        cache: of these sequences.
+        tokens: at least one token per sequence; the sequences may differ in length.
+        cache: the cache of these sequences.
 
     Returns:
         ``(B, V)`` fp32 on the model's device; ids that the model hides at -inf.
@@ -43,7 +43,7 @@ def prefill(model: Transformer, tokens: Sequence[Sequence[int]], cache: KeyValue
 
 
 class TorchDecode:
-    """Decodes with the training model's own parts: on any device, in any dtype, for any model."""
+    """Decodes with the modules of the training model, on any device, in any dtype, for any model."""
 
     name = "torch"
     cache_dtype: torch.dtype | None = None
@@ -57,18 +57,19 @@ class TorchDecode:
         return _forward(self.model, tokens_B[:, None], torch.ones_like(tokens_B), cache)
 
     def figures(self) -> dict[str, Any]:
-        """There are none: every weight of an expert in use is read."""
+        """Return an empty dictionary: this engine reads every weight of the experts in use."""
         return {}
 
 
 def _forward(model: Transformer, tokens_BS: Tensor, lengths_B: Tensor, cache: KeyValueCache) -> Tensor:
-    """``(B, V)``: the logits after the last token of each sequence. Padding behind it changes nothing before it."""
-    assert not model.training, "a cache goes with evaluation mode"
+    """Return ``(B, V)``: the logits after the last token of each sequence, which padding does not affect."""
+    assert not model.training, "a cache requires evaluation mode"
     step, device = cache.step(lengths_B), model.embedding.weight.device
     hidden_BSD = model.embedding(tokens_BS.to(device))
     rotation = rotation_at(step.positions_BS, head_size(model.config), model.config.rope_theta, hidden_BSD.dtype)
     for block, layer_cache in zip(model.blocks(), step.layers(), strict=True):
         hidden_BSD = block(hidden_BSD, rotation, None, False, cache=layer_cache).hidden_BSD
+    # Only after the last layer: every layer computes its slots from the same number of earlier tokens.
     cache.advance(lengths_B)
     last_BD = hidden_BSD[torch.arange(len(lengths_B)), lengths_B - 1]
     return model.logits(last_BD).float()

@@ -1,4 +1,4 @@
-"""The engines that decode: one token of each sequence per step, from the weights and a key-value cache.
+"""The decode engines, which compute one token per sequence and step from the weights and a key-value cache.
 
 ``ENGINES`` lists them in the order in which ``auto`` tries them; ``resolve_engine`` chooses one when a model is loaded,
 and logs the choice.
@@ -28,32 +28,32 @@ class DecodeEngine(Protocol):
     name: str
     """The value of the setting that requests it."""
     cache_dtype: torch.dtype | None
-    """What it needs the key-value cache in; None: the model's dtype."""
+    """The dtype of the key-value cache that it needs; None: the model's dtype."""
 
     def decode(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
         """Return the logits ``(B, V)`` after one more token of each sequence: fp32, ids that the model hides at -inf.
 
         Args:
             tokens_B: ``(B,)`` int64 on the CPU, the newest token of each sequence. Its keys and values are stored at
-                ``cache.positions_B``, which then count it.
-            cache: of these sequences, in the same order.
+                ``cache.positions_B``, which then include it.
+            cache: the cache of these sequences, in the same order.
 
         Raises:
             ConfigError: a sequence has no slot left, and the cache does not slide.
         """
 
     def figures(self) -> dict[str, Any]:
-        """Return figures of the steps so far for ``generate --stats``; JSON-able, may be empty."""
+        """Return figures about the steps so far for ``generate --stats``; JSON-able, may be empty."""
 
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """What an engine is asked for, beside its name."""
+    """The settings of an engine other than its name."""
 
     weights: WeightFormat | None = None
-    """Number format of the matrices behind sparse sites, to which the model is rounded already; None: their own."""
+    """Number format of the matrices behind sparse sites, to which the model has been rounded; None: their own."""
     rows: native.Rows = "auto"
-    """Which rows of a matrix a step reads, where the engine can leave some out; see ``NativeDecode``."""
+    """The rows of a matrix that a step reads, for engines that can skip some; see ``NativeDecode``."""
 
 
 @dataclass(frozen=True)
@@ -62,16 +62,16 @@ class EngineSpec:
 
     name: str
     why_not: Callable[[Transformer], str | None]
-    """The reason why it cannot run this model where it is, with the way out; None if it can."""
+    """Returns the reason why it cannot run this model on its device, with the way out; None if it can."""
     build: Callable[[Transformer, EngineSettings], DecodeEngine]
-    """The engine for a model in evaluation mode, whose weights and plan stay as they are from then on."""
+    """Builds the engine for a model in evaluation mode, whose weights and plan must not change afterwards."""
 
 
 def _torch_engine(model: Transformer, asked: EngineSettings) -> DecodeEngine:
     if asked.rows == "selected":
         raise ConfigError(
-            "rows ('selected') must be all or auto with the engine torch, which reads every row of every matrix; leave it "
-            "out, or use the engine native"
+            "rows ('selected') must be all or auto with the engine torch, which reads every row of every matrix; leave "
+            "it out, or use the engine native"
         )
     return TorchDecode(model)
 
@@ -81,7 +81,7 @@ ENGINES: tuple[EngineSpec, ...] = (
         "native", native.why_not, lambda model, asked: native.NativeDecode(model, asked.weights, rows=asked.rows)
     ),
     EngineSpec("torch", lambda model: None, _torch_engine),
-    # Behind torch, so that only a request by name chooses it: it has not been measured on a GPU.
+    # After torch, which runs everywhere, so that auto never chooses it: it has not been measured on a GPU.
     EngineSpec(
         "triton",
         triton_engine.why_not,
@@ -97,13 +97,13 @@ def resolve_engine(
     settings: EngineSettings = EngineSettings(),
     engines: Sequence[EngineSpec] = ENGINES,
 ) -> DecodeEngine:
-    """Return the engine of that name for ``model``, or for ``auto`` the first that can run it; logs the choice.
+    """Return the engine of that name for ``model``, or for ``auto`` the first that can run it, and log the choice.
 
     Args:
         requested: ``auto`` or the name of an engine.
         model: in evaluation mode.
-        settings: what the engine is asked for.
-        engines: to choose from.
+        settings: the other settings of the engine.
+        engines: the engines to choose from.
 
     Raises:
         BackendUnavailable: the name is unknown, or the engine cannot run this model here; with the reason.

@@ -1,6 +1,6 @@
-"""Logits of evaluation rows as generation computes them: the first token by prefill, the others one by one.
+"""Compute the logits of evaluation batches as generation does: the first token by prefill, the others one by one.
 
-B rows, S tokens per row, V vocabulary.
+B sequences, S tokens per sequence, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "a
     """Return a function that computes the logits of a batch with prefill and decode.
 
     Args:
-        model: in evaluation mode; it is brought to ``weights``.
+        model: in evaluation mode; it is converted to ``weights`` in place.
         engine: see ``resolve_engine``.
         weights: number format of the weights; see ``weights.use_weights``.
 
@@ -57,10 +57,11 @@ def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "a
 def decoded_logits(model: Transformer, engine: DecodeEngine, batch: Batch) -> Tensor:
     """Return ``(B, S, V)`` fp32 on the model's device: the logits after each token, computed token by token.
 
-    Every document of a row is a sequence of its own where attention stays inside a document.
+    If attention stays inside a document, every document of a row is decoded as a sequence of its own.
     """
     device = model.embedding.weight.device
     logits_BSV = torch.zeros(*batch.tokens_BS.shape, model.head.out_features, device=device)
+    # Together at most as many cache slots as the batch has tokens, so that short documents do not multiply the memory.
     for segments in _groups(_segments(batch), batch.tokens_BS.numel()):
         _decode_group(model, engine, batch.tokens_BS, segments, logits_BSV)
     return logits_BSV
@@ -86,6 +87,7 @@ def _decode_group(
         if offset == 0:
             logits = prefill(model, [[token] for token in tokens.tolist()], cache)
         else:
+            # The longest come first, so the segments that have ended are always the last ones.
             cache.keep(range(going))
             logits = engine.decode(tokens, cache)
         logits_BSV[rows, begins + offset] = logits.to(logits_BSV.device)
@@ -104,7 +106,7 @@ def _segments(batch: Batch) -> list[_Segment]:
 
 
 def _groups(segments: list[_Segment], most_slots: int) -> Iterator[list[_Segment]]:
-    """Segments that are decoded together, the longest first, with at most ``most_slots`` slots of a cache in all."""
+    """Yield segments to decode together, the longest first, with at most ``most_slots`` cache slots per group."""
     group: list[_Segment] = []
     for segment in sorted(segments, key=lambda one: -one.length):
         if group and (len(group) + 1) * group[0].length > most_slots:

@@ -1,4 +1,4 @@
-"""Text from a trained model: prompts in, tokens out as they come.
+"""Generate text with a trained model from prompts, token by token.
 
 B sequences, V vocabulary.
 """
@@ -32,7 +32,7 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.distributed.ranks import choose_device
 
 Prompt = str | Sequence[int]
-"""A text, which begins a document, or token ids, which are taken as they are."""
+"""A text, which begins a document, or token ids, which are used unchanged."""
 Overlong = Literal["refuse", "slide", "truncate"]
 GREEDY = Sampling()
 
@@ -46,12 +46,12 @@ class Statistics:
     """Over all prompts."""
     cache_bytes: int
     prefill_seconds: float = 0.0
-    """Until the first token of every sequence was chosen."""
+    """Seconds until the first token of every sequence was chosen."""
     decode_steps: int = 0
     decode_tokens: int = 0
-    """Over all sequences; the first token of each comes of the prefill and is not counted."""
+    """Over all sequences, without the first token of each, which comes from the prefill."""
     decode_seconds: float = 0.0
-    """Of the steps and the choice of their tokens; not of what the caller does between two steps."""
+    """Seconds of the steps and the choice of their tokens, without what the caller does between two steps."""
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -114,18 +114,20 @@ class Generator:
 
         Args:
             folder: a run (its newest checkpoint is used), one checkpoint of a run, or an export.
-            engine: what decodes: ``auto`` for the fastest that can, or a name of ``inference.engine.ENGINES``.
-            weights: number format of the weights: ``auto`` (what training computed in, or that of the export),
-                ``fp32``, ``bf16``, ``int8`` (with a scale per row), or ``ternary`` for a model that was trained so.
-            rows: rows of a matrix that a step reads, by engines that can leave some out: ``selected`` by some token,
-                ``all``, or ``auto``, whichever is faster on this machine.
-            plan: S in place of the model's own, or a JSON file with it.
+            engine: ``auto`` for the first engine that can run the model, or a name of ``inference.engine.ENGINES``.
+            weights: number format of the weights: ``auto`` (the format of training, or that of the export),
+                ``fp32``, ``bf16``, ``int8`` (with one scale per row), or ``ternary`` for a model trained with ternary
+                weights.
+            rows: the rows of a matrix that a step reads, for engines that can skip some: those ``selected`` by at
+                least one token, ``all``, or ``auto``, whichever is faster on this machine.
+            plan: a sparsity plan that replaces the model's own, or a JSON file with one.
             device: where the model runs.
             max_length: number of tokens that the key-value cache holds per sequence: each token attends to the last
                 ``max_length`` tokens, itself included. None: ``data.sequence_length``, the length of training.
-            overlong: what happens to a prompt of more than ``max_length`` tokens. ``refuse``: an error; ``truncate``:
-                its last ``max_length`` tokens are used; ``slide``: all of it is used, each token attending to the last
-                ``max_length``. Generation itself may always go on beyond ``max_length``: the oldest tokens make way.
+            overlong: treatment of a prompt of more than ``max_length`` tokens. ``refuse``: an error; ``truncate``: its
+                last ``max_length`` tokens are used; ``slide``: all of it is used, each token attending to the last
+                ``max_length``. Generation itself may continue beyond ``max_length`` in every case: new tokens replace
+                the oldest ones in the cache.
 
         Raises:
             CheckpointError: the folder holds no trained model, or is damaged.
@@ -156,17 +158,17 @@ class Generator:
         stop: Sequence[str] = (),
         stop_tokens: Sequence[int] = (),
     ) -> GenerationStream:
-        """Check the arguments and return the steps to iterate over: prefill and decode run as they are asked for.
+        """Check the arguments and return the steps to iterate over; prefill and decode run during the iteration.
 
         Args:
-            prompts: one batch: one prompt or several. An empty text begins a document.
-            max_tokens: tokens per sequence at most.
-            sampling: how a token is chosen.
-            seed: of the draws: one per sequence, or that of the first sequence, the next ones having the numbers after
-                it. A sequence's draws depend on its own seed alone.
-            stop: strings that end a sequence and are no part of its text; the spelling of a special token ends it at
-                that token.
-            stop_tokens: ids that end a sequence, beside the document token.
+            prompts: one prompt or several, which are generated as one batch. An empty text begins a document.
+            max_tokens: largest number of new tokens per sequence.
+            sampling: the method that chooses a token.
+            seed: one seed per sequence, or that of the first sequence; the following ones then use the next numbers.
+                The random draws of a sequence depend on its own seed alone.
+            stop: strings that end a sequence and are not included in its text; the spelling of a special token ends the
+                sequence at that token.
+            stop_tokens: ids that end a sequence, in addition to the document token.
 
         Raises:
             ConfigError: an argument is wrong, a prompt is longer than ``max_length`` (see ``load``), or the batch is
@@ -213,13 +215,13 @@ class Generator:
         return stream.results
 
     def encode(self, prompt: Prompt) -> list[int]:
-        """Return the token ids of a prompt: of a text with the document token that begins it."""
+        """Return the token ids of a prompt; those of a text begin with the document token."""
         if isinstance(prompt, str):
             return [self.tokenizer.document_token, *self.tokenizer.encode(prompt)]
         return list(prompt)
 
     def _starts(self, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
-        """The token ids of every prompt, checked, and cut where that is asked for."""
+        """Return the token ids of every prompt, checked, and truncated if ``overlong`` says so."""
         starts = [self.encode(prompt) for prompt in _as_batch(prompts)]
         if not starts:
             raise ConfigError('prompts (none) must hold at least one; give "" to begin a document')
@@ -272,7 +274,7 @@ class GenerationStream:
 
     @property
     def results(self) -> list[Generation]:
-        """The sequences as far as they have come, in the order of the prompts."""
+        """The sequences generated so far, in the order of the prompts."""
         return [sequence.generation() for sequence in self.sequences]
 
     def __iter__(self) -> Iterator[list[NewToken]]:
@@ -294,7 +296,7 @@ class GenerationStream:
         )
         statistics.cache_bytes = cache.num_bytes
         running = list(self.sequences)
-        # What is chosen comes to the CPU, so the device has done its work when the clock is read.
+        # The chosen tokens are copied to the CPU, so the device has finished its work when the clock is read.
         tokens_B, log_probs_B = self.sampler(prefill(self.model, [one.prompt for one in running], cache))
         statistics.prefill_seconds = time.perf_counter() - start
         while True:

@@ -1,4 +1,4 @@
-"""The keys and values of the tokens that a model has seen, kept so that each token is computed once.
+"""The keys and values of earlier tokens, stored so that each token is computed only once.
 
 L layers, B sequences, H key and value heads, S new tokens of a sequence (padded to the longest), P slots per sequence,
 C channels per head. The token at position p lies in slot p % P: the cache holds the last P tokens of each sequence.
@@ -32,7 +32,7 @@ class KeyValueCache:
         self.positions_B = torch.zeros(key_LBHPC.shape[1], dtype=torch.int64)
         """Number of tokens of each sequence so far, which is the position of its next token; on the CPU."""
         self.slides = slides
-        """Whether the oldest token makes way for a new one when all slots are taken."""
+        """Whether a new token replaces the oldest one when all slots are taken."""
 
     @classmethod
     def allocate(
@@ -76,7 +76,7 @@ class KeyValueCache:
             )
 
     def step(self, lengths_B: Tensor) -> CacheStep:
-        """Return what the layers need to store the next ``lengths_B`` tokens of each sequence (at least 1 each).
+        """Return the step that stores the next ``lengths_B`` tokens of each sequence (at least 1 each) in every layer.
 
         Raises:
             ConfigError: a sequence has no slot left, and the cache does not slide.
@@ -91,6 +91,7 @@ class KeyValueCache:
     def keep(self, sequences: Sequence[int]) -> None:
         """Drop all sequences but these, given by their place in the batch in ascending order."""
         assert list(sequences) == sorted(set(sequences)), sequences
+        # In ascending order a sequence moves only to a place that has already been read.
         for place, source in enumerate(sequences):
             if place != source:
                 self.key_LBHPC[:, place] = self.key_LBHPC[:, source]
@@ -101,23 +102,23 @@ class KeyValueCache:
 
 
 def cache_bytes(config: ModelConfig, *, batch: int, capacity: int, dtype: torch.dtype) -> int:
-    """Return the bytes that ``KeyValueCache.allocate`` takes."""
+    """Return the number of bytes that ``KeyValueCache.allocate`` allocates."""
     return 2 * config.num_layers * batch * num_kv_heads(config) * capacity * head_size(config) * dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CacheStep:
-    """The new tokens of one forward pass: where they are stored, and what each of them attends to."""
+    """The new tokens of one forward pass, with the slots that store them and the tokens that each attends to."""
 
     cache: KeyValueCache
     positions_BS: Tensor
-    """Of the new tokens, on the device; also counted on over the padding."""
+    """Positions of the new tokens, on the device; they continue over the padding."""
     num_read: int
-    """Slots that hold a token of some sequence before (prefill) or after (decode) this step."""
+    """Number of slots that hold a token of some sequence before (prefill) or after (decode) this step."""
     mask_B1SK: Tensor | None
-    """True where a query sees a key; None: the new tokens alone, causally."""
+    """True where a query attends to a key; None: to the new tokens only, causally."""
     source_BP: Tensor | None
-    """The new token that each slot takes, -1 for one that stays; None where each sequence has one new token."""
+    """The new token that each slot receives, -1 for an unchanged slot; None if each sequence has one new token."""
 
     @classmethod
     def of(cls, cache: KeyValueCache, lengths_B: Tensor) -> CacheStep:
@@ -126,6 +127,7 @@ class CacheStep:
         before_B1 = cache.positions_B[:, None]
         positions_BS = before_B1 + torch.arange(longest)
         filled = min(int(cache.positions_B.max()), cache.capacity)
+        # Decode is the frequent case: one slot per sequence is written in place, and no key is copied.
         if longest == 1:
             filled = min(int(cache.positions_B.max()) + 1, cache.capacity)
             mask = (torch.arange(filled) <= before_B1)[:, None, None]
@@ -140,7 +142,7 @@ class CacheStep:
         return cls(cache, positions_BS.to(device), filled, mask_B1SK, source_BP.to(device))
 
     def layers(self) -> list[LayerCache]:
-        """The view of this step for every layer, in order."""
+        """Return the view of this step for every layer, in order."""
         return [LayerCache(self, layer) for layer in range(len(self.cache.key_LBHPC))]
 
 
@@ -152,7 +154,7 @@ class LayerCache:
     layer: int
 
     def update(self, key_BHSC: Tensor, value_BHSC: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Store the keys and values of the new tokens; return those that the queries see, and the mask."""
+        """Store the keys and values of the new tokens; return those that the queries attend to, and the mask."""
         cache, step = self.step.cache, self.step
         stored = (cache.key_LBHPC[self.layer], cache.value_LBHPC[self.layer])
         new = (key_BHSC, value_BHSC)
@@ -165,7 +167,7 @@ class LayerCache:
             return key, value, step.mask_B1SK
         seen = new
         if step.num_read:
-            # A copy of the older tokens: the first new ones still see those whose slots the last new ones take.
+            # Older tokens are copied, because the first new ones attend to tokens that the last new ones overwrite.
             key, value = (
                 torch.cat((held[:, :, : step.num_read].to(part.dtype), part), dim=2)
                 for held, part in zip(stored, new, strict=True)
@@ -177,13 +179,13 @@ class LayerCache:
 
 
 def _positions_in_slots(num_tokens_B1: Tensor, capacity: int) -> Tensor:
-    """``(B, P)``: the position of the token in each slot once a sequence has ``num_tokens``; negative: no token."""
+    """Return ``(B, P)``: the position of each slot's token after ``num_tokens`` tokens; negative for an empty slot."""
     last_B1 = num_tokens_B1 - 1
     return last_B1 - (last_B1 - torch.arange(capacity)) % capacity
 
 
 def _visible(queries_BS: Tensor, keys_BK: Tensor, capacity: int) -> Tensor:
-    """``(B, 1, S, K)`` bool, from positions: a query sees itself and the ``capacity - 1`` tokens before it."""
+    """Return ``(B, 1, S, K)`` bool: a query attends to itself and the ``capacity - 1`` tokens before it."""
     keys_B1K = keys_BK[:, None]
     distance_BSK = queries_BS[:, :, None] - keys_B1K
     return ((keys_B1K >= 0) & (distance_BSK >= 0) & (distance_BSK < capacity))[:, None]

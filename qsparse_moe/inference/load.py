@@ -1,4 +1,4 @@
-"""A trained model for generation, from the folder of a run, of one checkpoint, or of an export."""
+"""Load a trained model for generation from the folder of a run, of one checkpoint, or of an export."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LoadedModel(NamedTuple):
     step: int
     """Steps that the model was trained."""
     weight_format: WeightFormat | None
-    """The number format that was asked for; None: its own."""
+    """The requested number format; None: the model's own."""
 
 
 def load_model(
@@ -42,11 +42,11 @@ def load_model(
     """Load the newest checkpoint of a run, one checkpoint, or an export.
 
     Args:
-        folder: of a run, of a checkpoint in it, or of an export.
-        device: where the model goes.
-        weights: number format of the weights; see ``weights.use_weights``. ``auto``: the one that training computed
-            in, or that of the export.
-        plan: S in place of the model's own, or a file with it.
+        folder: the folder of a run, of a checkpoint in it, or of an export.
+        device: the device of the model.
+        weights: number format of the weights; see ``weights.use_weights``. ``auto``: the format of training, or that
+            of the export.
+        plan: a sparsity plan that replaces the model's own, or a file with one.
 
     Raises:
         CheckpointError: the folder is none of the three, or is damaged.
@@ -64,6 +64,7 @@ def load_model(
         checkpoint = found.path if found.kind == "checkpoint" else None
         config, model, step = load_run(found.config_folder, device, dtype=dtype, checkpoint_folder=checkpoint)
     weight_format = use_weights(model, weights)
+    # After the weights: loading sets the plan of the checkpoint's step.
     if plan is not None:
         model.set_sparsity(plan)
     model.hide_ids(meaningless_ids(config.model, tokenizer))
@@ -75,7 +76,7 @@ def _checked_plan(plan: SparsityPlan | Path | str | None, config: ModelConfig) -
         return None
     if config.sparsity.selection == "relu":
         raise ConfigError(
-            "plan: a plan changes nothing on this model, because its model.sparsity.selection is relu, which keeps "
+            "plan: a plan has no effect on this model, because its model.sparsity.selection is relu, which keeps "
             "every positive feature whatever S is; leave it out"
         )
     if not isinstance(plan, SparsityPlan):

@@ -1,4 +1,4 @@
-"""How much memory generation needs, and how much the machine has free: compared before any of it is taken."""
+"""Compare the memory that generation needs with the memory that is free, before any of it is allocated."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def check_memory(
 def prefill_bytes(config: ModelConfig, *, num_tokens: int, dtype: torch.dtype) -> int:
     """Return a rough estimate of the bytes of activations that one layer needs for ``num_tokens`` tokens at once."""
     moe = config.moe
+    # A rough count of the tensors alive at once: eight of the width, and per expert its input, output and three hidden.
     per_token = 8 * config.hidden_size + moe.experts_per_token * (2 * config.hidden_size + 3 * moe.expert_hidden_size)
     return num_tokens * per_token * dtype.itemsize
 
@@ -46,6 +47,7 @@ def prefill_bytes(config: ModelConfig, *, num_tokens: int, dtype: torch.dtype) -
 def free_bytes(device: torch.device) -> int | None:
     """Return the bytes that can still be allocated on ``device``; None where the system does not report them."""
     if device.type == "cuda":
+        # Memory that the caching allocator has reserved counts as used for CUDA, yet can be allocated again.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     known = [free for free in (_available_memory(Path("/proc/meminfo")), _cgroup_free()) if free is not None]
@@ -60,7 +62,7 @@ def _available_memory(file: Path) -> int | None:
 
 
 def _cgroup_free() -> int | None:
-    """What the limit of this process's control group leaves; the file cache that counts as used makes it less."""
+    """Return the bytes left below the limit of this process's control group; its file cache counts as used."""
     for limit_file, used_file in _CGROUP_FILES:
         if limit_file.is_file() and used_file.is_file():
             limit = limit_file.read_text().strip()

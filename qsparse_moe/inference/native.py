@@ -1,7 +1,7 @@
-"""The native decode engine: one C++ call per token, which reads only the weights behind features that are not zero.
+"""The native decode engine: one C++ call per step, which reads only the weights behind nonzero features.
 
-It holds its own copy of the weights in a number format of its own; activations are fp32. The definition of what it
-computes is ``cached_model.TorchDecode`` with the same weights.
+It holds a copy of the weights in a number format of its own; activations are fp32. Its reference is
+``cached_model.TorchDecode`` with the same weights.
 """
 
 from __future__ import annotations
@@ -61,12 +61,12 @@ class NativeDecode:
         """Store the weights of ``model``.
 
         Args:
-            model: in evaluation mode; its weights and its plan as they are now.
-            weight_format: of all matrices behind sparse sites; None takes ``weights.own_format``. Weights that it
-                cannot hold are rounded; see ``weights.round_weights``.
-            rows: which rows of a matrix a pass reads: those ``selected`` by some token of the pass, ``all``, or
-                ``auto``: all of them where the selected ones are so many that one sweep is faster on this machine
-                (``row_costs``).
+            model: in evaluation mode; later changes of its weights or plan have no effect.
+            weight_format: number format of all matrices behind sparse sites; None: ``weights.own_format``. Weights
+                that it cannot represent are rounded; see ``weights.round_weights``.
+            rows: the rows of a matrix that a pass reads: those ``selected`` by at least one token of the pass, ``all``,
+                or ``auto``: all of them where so many are selected that reading the whole matrix is faster on this
+                machine (``row_costs``).
 
         Raises:
             BackendUnavailable: the C++ library cannot be compiled.
@@ -77,7 +77,7 @@ class NativeDecode:
             matrix.name: store(matrix.input_major(self.weight_format), self.weight_format)
             for matrix in site_matrices(model)
         }
-        # A row per id of the vocabulary: no site stands before the head, so every weight of it is read.
+        # Output-major, one row per id: there is no site before the head, so every weight of it is read.
         self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format))
         self._hidden_ids = model.hidden_ids
         self._rows = rows
@@ -97,6 +97,7 @@ class NativeDecode:
 
     def with_plan_of(self, model: Transformer) -> NativeDecode:
         """Return an engine with the plan that ``model`` has now, over the same stored weights."""
+        # A shallow copy shares the stored weights, which are most of the memory.
         other = copy.copy(self)
         other._engine = other._build(model)
         return other
@@ -107,7 +108,7 @@ class NativeDecode:
         return int(self._engine.last_step()[0])
 
     def figures(self) -> dict[str, Any]:
-        """Return what the last step read: bytes of weights, and how many passes over a matrix took all of its rows."""
+        """Return the bytes of weights that the last step read, and its passes over a matrix, partial and whole."""
         read, dense, passes, whole = self._engine.last_step()
         return {
             "weights": self.weight_format,
@@ -177,12 +178,13 @@ def _norm(norm: nn.RMSNorm | None) -> Tensor:
 
 
 def _site(site: SparseSite) -> Any:
-    """Return the engine's form of a site with its numbers of this moment."""
+    """Return the engine's form of a site with its current K and thresholds."""
     selector = site.selector
     num_selected = site.ranking.num_kept_E.tolist()
     thresholds = [0.0] * len(num_selected)
     if isinstance(selector, ThresholdSelector):
         thresholds = selector.threshold_bits_E.view(torch.float32).tolist()
+    # One entry where all experts agree, so that the engine selects once per token and not once per expert.
     if selector.is_uniform:
         num_selected, thresholds = num_selected[:1], thresholds[:1]
     return torch.classes.qsparse_moe.Site(

@@ -1,8 +1,8 @@
-"""From which share of needed rows on reading all rows of a matrix is cheaper than choosing: measured once per machine.
+"""Measure, once per machine, the share of needed rows from which reading a whole matrix is faster than choosing rows.
 
-A matrix whose rows are chosen is read with jumps. Where the tokens of a step need nearly all rows, one sweep over all
-of them, zeros included, can be faster. Where that begins depends on the machine, the number format, and the number of
-tokens that share the pass, so it is measured, and kept in a file.
+Chosen rows are read with jumps in memory. If the tokens of a step need nearly all rows, reading all of them in order,
+zeros included, can be faster. The share from which it is depends on the machine, the number format, and the number of
+tokens that share the pass, so it is measured and stored in a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qsparse_moe.runs.folder import write_atomically
 logger = logging.getLogger(__name__)
 
 TOKENS = (1, 2, 4, 8)
-"""Tokens of one pass for which the engine has code of its own."""
+"""The numbers of tokens per pass for which the engine is compiled."""
 NEVER = 2.0
 """A share that no selection reaches."""
 _SHARES = (0.6, 0.7, 0.8, 0.9, 0.95)
@@ -39,11 +39,10 @@ Measure = Callable[[StoredWeights, Tensor, int], float]
 
 
 def shares_to_read_all(weight_format: WeightFormat) -> list[float]:
-    """Return for 1, 2, 4 and 8 tokens the share of needed rows from which all rows are read.
+    """Return, for 1, 2, 4 and 8 tokens, the share of needed rows from which all rows are read.
 
-    ``NEVER`` where choosing wins at every share.
-
-    From the file of this machine, which is made first where it is missing (some seconds, said in a log line).
+    It is ``NEVER`` where choosing rows is faster at every share. The shares come from the file of this machine; if it
+    does not exist they are measured first, which takes some seconds and is logged.
     """
     file = costs_file()
     known = _read(file)
@@ -55,11 +54,12 @@ def shares_to_read_all(weight_format: WeightFormat) -> list[float]:
 
 
 def measure_shares(weight_format: WeightFormat, measure: Measure | None = None) -> list[float]:
-    """Measure what ``shares_to_read_all`` returns.
+    """Measure the shares that ``shares_to_read_all`` returns.
 
     Args:
-        weight_format: of the weights.
-        measure: seconds of a product of some matrices with chosen rows for a number of tokens; None: on the clock.
+        weight_format: number format of the weights.
+        measure: returns the seconds of a product of some matrices with chosen rows for a number of tokens; None: they
+            are timed.
     """
     stored = store(torch.randn(_NUM_MATRICES, *_SHAPE, generator=torch.Generator().manual_seed(0)), weight_format)
     measure = measure or _seconds
@@ -67,7 +67,7 @@ def measure_shares(weight_format: WeightFormat, measure: Measure | None = None) 
     for num_tokens in TOKENS:
         whole = measure(stored, torch.arange(_SHAPE[0], dtype=torch.int32), num_tokens)
         share_from = NEVER
-        # From the top down: one noisy value below decides nothing.
+        # From the largest share down, so that one noisy measurement at a smaller share has no effect.
         for share in reversed(_SHARES):
             if measure(stored, _chosen(share), num_tokens) <= whole:
                 break
@@ -77,7 +77,7 @@ def measure_shares(weight_format: WeightFormat, measure: Measure | None = None) 
 
 
 def costs_file() -> Path:
-    """Return the file of this machine: another one for other operators, another processor or number of threads."""
+    """Return the file of this machine; it differs by compiled operators, machine, and number of threads."""
     root = Path(os.environ.get("QSPARSE_MOE_CACHE", "~/.cache/qsparse_moe")).expanduser()
     library = native.library_path(native.DECODE).stem
     return root / "decode" / f"{library}-{platform.node()}-{torch.get_num_threads()}.json"
@@ -91,6 +91,7 @@ def _chosen(share: float) -> Tensor:
 def _seconds(stored: StoredWeights, rows_K: Tensor, num_tokens: int) -> float:
     """Return the least seconds over some rounds, each over all matrices."""
     values_KT = torch.ones(len(rows_K), num_tokens)
+    # The minimum, because other processes can only make a round slower.
     best = float("inf")
     for _ in range(_ROUNDS):
         start = time.perf_counter()
@@ -109,13 +110,13 @@ def _read(file: Path) -> dict[str, list[float]]:
 
 
 def _write(file: Path, known: dict[str, list[float]]) -> None:
-    """Keep the table for the next process; one that cannot be written is measured again."""
+    """Store the table for the next process, which measures again if the file cannot be written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(known, indent=1))
     except OSError as error:
         logger.warning(
-            "%s cannot be written (%s): it is measured again by the next process; QSPARSE_MOE_CACHE names another folder",
+            "%s cannot be written (%s): the next process measures again; QSPARSE_MOE_CACHE names another folder",
             file,
             error.strerror,
         )

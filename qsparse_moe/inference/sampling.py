@@ -1,7 +1,7 @@
-"""From logits to a token. Pure functions; B sequences, V vocabulary.
+"""Choose the next token from logits, with pure functions. B sequences, V vocabulary.
 
-The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. An id whose logit is -inf has
-no probability at the start and gains none on the way.
+The order is that of transformers: repetition penalty, temperature, top-k, top-p, min-p. An id whose logit is -inf is
+never chosen.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from qsparse_moe.errors import ConfigError, TrainingDiverged
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen; the default is greedy.
+    """The method that chooses the next token; the default is greedy.
 
     Raises:
         ConfigError: a value lies outside of its range, or would have no effect because the temperature is 0.
     """
 
     temperature: float = 0.0
-    """The logits are divided by it; 0 takes the likeliest token (greedy)."""
+    """Divisor of the logits; 0 takes the likeliest token (greedy)."""
     top_k: int = 0
     """Draw from this many of the likeliest tokens; 0: from all."""
     top_p: float = 1.0
@@ -58,7 +58,7 @@ class Sampling:
 
 
 class Sampler:
-    """Chooses the next token of every sequence; each sequence has draws of its own seed."""
+    """Chooses the next token of every sequence; each sequence has random numbers from its own seed."""
 
     def __init__(self, sampling: Sampling, seeds: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """``tokens`` are those of each sequence so far, for the repetition penalty."""
@@ -81,7 +81,7 @@ class Sampler:
             chosen_B = penalised_BV.argmax(-1)
         else:
             probs_BV = probabilities(penalised_BV, self.sampling)
-            # One number per sequence and step, whatever the other sequences of the batch do.
+            # One number per sequence and step, so that a text does not depend on the other sequences of its batch.
             uniform_B = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in self._generators])
             chosen_B = draw(probs_BV, uniform_B.to(probs_BV.device))
         log_probs_B = logits_BV.log_softmax(-1).gather(-1, chosen_B[:, None])[:, 0].cpu()

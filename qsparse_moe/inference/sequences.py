@@ -1,4 +1,4 @@
-"""One sequence while it is generated, and what is returned of it."""
+"""A sequence during its generation, and the values returned for it."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from qsparse_moe.inference.stopping import StopReason, StopStrings, TextStream
 
 @dataclass(frozen=True)
 class NewToken:
-    """What one step adds to one sequence."""
+    """The token and text that one step adds to one sequence."""
 
     index: int
     """Number of the prompt, from 0."""
     token_id: int | None
-    """None where the sequence ended at a stop token, which is no part of it."""
+    """None if the sequence ended at a stop token, which is not part of it."""
     log_probability: float | None
     """Natural logarithm of the model's own probability, before penalty, temperature and cuts; None as above."""
     text: str
-    """The text that is certain now: it ends with a whole character and holds no part of a stop string."""
+    """The text that is now final: it ends with a whole character and contains no part of a stop string."""
     stop_reason: StopReason | None
-    """None while the sequence goes on."""
+    """None while the sequence continues."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Generation:
     """A generated sequence."""
 
     text: str
-    """Without the prompt, a stop token and a stop string."""
+    """The text without the prompt, a stop token and a stop string."""
     token_ids: tuple[int, ...]
-    """Those of a stop string among them."""
+    """The generated ids, including those of a stop string."""
     log_probabilities: tuple[float, ...]
     """One per token; see ``NewToken``."""
     stop_reason: StopReason | None
@@ -77,7 +77,7 @@ class GrowingSequence:
         return self._added(token, log_probability, piece)
 
     def generation(self) -> Generation:
-        """Return the sequence as far as it has come."""
+        """Return the sequence generated so far."""
         return Generation(
             "".join(self._pieces), tuple(self._token_ids), tuple(self._log_probabilities), self.stop_reason
         )

@@ -1,4 +1,4 @@
-"""Where a sequence ends, and its text in pieces that can be shown as they come."""
+"""Detect the end of a sequence, and turn its tokens into pieces of text that can be printed at once."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import ConfigError
 
 StopReason = Literal["stop_token", "stop_string", "max_tokens"]
-"""Why a sequence ended: a stop token, which is no part of it; a stop string, which is no part of its text; or the
-number of tokens that were asked for."""
+"""The reason why a sequence ended: a stop token, which is not part of it; a stop string, which is not part of its text;
+or the requested number of tokens."""
 
-# What decoding gives for bytes that are no whole character yet.
+# Decoding returns this character for bytes that do not yet form a whole character.
 _INCOMPLETE = "\ufffd"
-# Tokens of the prompt that are decoded together with the first new ones: some tokenizers write a word in another way
-# at the beginning of a text.
+# Tokens of the prompt that are decoded together with the first new ones, because some tokenizers decode a word
+# differently at the beginning of a text.
 _CONTEXT_TOKENS = 8
 # A character of UTF-8 has at most four bytes, so at most three tokens wait for its last one.
 _MOST_INCOMPLETE = 3
@@ -41,7 +41,7 @@ class TextStream:
         return "" if text.endswith(_INCOMPLETE) else self._take(text)
 
     def flush(self) -> str:
-        """Return the text of the tokens that are left, with U+FFFD for what is no whole character."""
+        """Return the text of the tokens that are left, with U+FFFD for incomplete characters."""
         return self._take(self._tokenizer.decode(self._ids))
 
     def _take(self, text: str) -> str:
@@ -51,7 +51,7 @@ class TextStream:
         return piece
 
     def _num_whole(self) -> int:
-        """Tokens of the prompt up to its last whole character; all of them if it ends with what is no text."""
+        """Return the number of prompt tokens up to its last whole character; all if its end is not valid text."""
         for missing in range(min(_MOST_INCOMPLETE, len(self._ids)) + 1):
             num = len(self._ids) - missing
             if not self._tokenizer.decode(self._ids[:num]).endswith(_INCOMPLETE):
@@ -60,13 +60,13 @@ class TextStream:
 
 
 class StopStrings:
-    """Cuts a stream of text where the first of some strings begins, whatever the pieces in which it comes.
+    """Cuts a stream of text where the first of some strings begins, even if the string is split over several pieces.
 
-    Text that may still become a stop string is held back.
+    Text that may be the beginning of a stop string is held back.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        """``strings`` as ``check_stop_strings`` lets them pass."""
+        """Search for ``strings``, which ``check_stop_strings`` has accepted."""
         self._strings = tuple(strings)
         self._held = ""
         self.found = False
@@ -99,6 +99,6 @@ def check_stop_strings(strings: Sequence[str]) -> None:
 
 
 def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of ``text`` that ``string`` begins with, the whole string excepted."""
+    """Return the length of the longest suffix of ``text`` that is a proper prefix of ``string``."""
     lengths = range(min(len(text), len(string) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(string[:length])), 0)

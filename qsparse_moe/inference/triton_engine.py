@@ -1,7 +1,7 @@
-"""The decode engine for NVIDIA GPUs: Triton kernels that read only the rows behind features that are not zero.
+"""The decode engine for NVIDIA GPUs: Triton kernels that read only the rows behind nonzero features.
 
-It holds its own copy of the weights in a number format of its own; activations, keys and values are fp32. The
-definition of what it computes is ``cached_model.TorchDecode`` with the same weights. B sequences, V vocabulary.
+It holds a copy of the weights in a number format of its own; activations, keys and values are fp32. Its reference is
+``cached_model.TorchDecode`` with the same weights. B sequences, V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class TritonDecode:
         """Store the weights of ``model``.
 
         Args:
-            model: in evaluation mode; its weights and its plan stay as they are from now on.
-            weight_format: of all matrices behind sparse sites; None takes ``weights.own_format``.
-            rows: ``all`` reads every row of a matrix, zeros included; ``selected`` and ``auto`` those behind features
-                that are not zero.
-            capture_graphs: whether a step is captured as a CUDA graph and replayed. Without a CUDA device, with hooks,
-                and with ``model.sparsity.debug``, whose checks read values, it never is.
+            model: in evaluation mode; its weights and its plan must not change afterwards.
+            weight_format: number format of all matrices behind sparse sites; None: ``weights.own_format``.
+            rows: ``all`` reads every row of a matrix, zeros included; ``selected`` and ``auto`` read the rows behind
+                nonzero features.
+            capture_graphs: whether a step is captured as a CUDA graph and replayed. It is not captured without a CUDA
+                device, with hooks, or with ``model.sparsity.debug``, whose checks read values on the host.
         """
         self.weight_format = weight_format or own_format(model)
         self.rows: Rows = "all" if rows == "all" else "selected"
@@ -71,8 +71,8 @@ class TritonDecode:
         """Return an engine for ``model`` over the same stored weights.
 
         Args:
-            model: with the same parameters in modules of its own, such as a copy that shares them: an engine computes
-                with the sites of its model.
+            model: a model with the same parameters, such as a copy that shares them. It needs modules of its own,
+                because an engine computes with the sites of its model.
         """
         other = copy.copy(self)
         other._model = TritonModel(model, self._weights, reads_all_rows=self.rows == "all")
@@ -93,7 +93,7 @@ class TritonDecode:
     def figures(self) -> dict[str, Any]:
         """Return the bytes of the stored weights, which rows are read, and the number of CUDA graphs.
 
-        The bytes that a step reads are known on the device alone; to ask for them would stop it.
+        The bytes that a step reads are known on the device only, and copying them to the host would stall it.
         """
         return {
             "weights": self.weight_format,
@@ -141,12 +141,12 @@ class _CapturedStep(NamedTuple):
 
 
 def _memory_of(cache: KeyValueCache) -> tuple[Any, ...]:
-    """Return what a graph takes for granted: a cache elsewhere, or with another capacity, needs a graph of its own."""
+    """Return the addresses and shapes that a graph fixes: another cache or another capacity needs its own graph."""
     return tuple((part.data_ptr(), part.shape, part.stride()) for part in (cache.key_LBHPC, cache.value_LBHPC))
 
 
 def _can_capture(model: Transformer) -> bool:
-    """Whether a step runs no Python of a hook, which a replay would leave out, and no check that reads values."""
+    """Return whether a step runs no hook, which a replay would skip, and no check that reads values on the host."""
     sites = [site for block in model.blocks() for site in block.sites().values()]
     hooks = [site.hook for site in sites] + [router.hook for router in model.routers()]
     return not model.config.sparsity.debug and all(hook is None for hook in hooks)

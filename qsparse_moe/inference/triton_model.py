@@ -1,8 +1,8 @@
-"""One decode step in which every projection behind a sparse site reads only the rows of the features that are left.
+"""One decode step in which every projection behind a sparse site reads only the rows of nonzero features.
 
 Norms, rotation, router, sites and activations are those of the training model; the products are Triton kernels. All
-shapes follow from the batch and the capacity of the cache alone, and no value is read by the host, so that a CUDA graph
-can hold the step. Activations are fp32.
+shapes follow from the batch and the capacity of the cache, and the host reads no value, so that the step can be
+captured as a CUDA graph. Activations are fp32.
 
 B sequences (one token each), D width, H heads, C channels per head, P slots of the cache, A choices, F hidden width.
 """
@@ -54,7 +54,7 @@ class TritonModel:
         hidden_BD = self._model.embedding(tokens_B).float()
         rotation = rotation_at(positions_B[:, None], head_size(config), config.rope_theta, torch.float32)
         slots_B = positions_B % capacity
-        # A cache that was filled once has a token in every slot. Slots without one hold zeros, not NaN.
+        # From position P on every slot holds a token. Empty slots hold zeros, so 0 * NaN cannot occur.
         is_seen_BP = torch.arange(capacity, device=positions_B.device) <= positions_B[:, None]
         for layer, key_BHPC, value_BHPC in zip(self._layers, key_LBHPC, value_LBHPC, strict=True):
             hidden_BD = hidden_BD + layer.attend(hidden_BD, rotation, slots_B, is_seen_BP, key_BHPC, value_BHPC)
@@ -111,11 +111,11 @@ class _Lister:
         self._with_zeros = reads_all_rows
 
     def selected(self, site: SparseSite, rows_ND: Tensor, expert_N: Tensor | None = None) -> FeatureLists:
-        """Return what the site selects of the rows."""
+        """Return the features that the site selects in the rows."""
         return self.listed(site, site.select(rows_ND, expert_N).sparse)
 
     def listed(self, site: SparseSite, sparse_ND: Tensor) -> FeatureLists:
-        """Return the features of rows that the site has selected from."""
+        """Return the nonzero features of rows to which the site's selection has been applied."""
         capacity = site.num_features if self._with_zeros else most_selected(site)
         return list_features(sparse_ND, capacity, with_zeros=self._with_zeros)
 
@@ -252,8 +252,8 @@ class _MoE:
 
 
 def most_selected(site: SparseSite) -> int:
-    """Return how many features of a row the site selects at most: K of a selection by rank, else all of them."""
-    # A hook may put other rows in place of the selected ones.
+    """Return the largest number of features that the site selects in a row: K for a selection by rank, else all."""
+    # A hook may replace the selected rows by others.
     if site.hook is not None or site.comparison is not None:
         return site.num_features
     return site.ranking.largest_num_kept

@@ -1,4 +1,4 @@
-"""Which matrices of a model decoding may keep in a number format of their own, and how the model is rounded to it.
+"""List the matrices that decoding may store in a number format of its own, and round a model to that format.
 
 Rounding changes the model itself, so that prefill, every decode engine and an evaluation compute with the same weights.
 """
@@ -28,18 +28,19 @@ class ModelMatrix(NamedTuple):
     """A matrix behind a sparse site, or a stack of them with one per expert."""
 
     name: str
-    """Of the parameter in the model's state dict."""
+    """Name of the parameter in the model's state dict."""
     parameter: Tensor
     is_output_major: bool
-    """Whether a row belongs to an output, as in ``torch.nn.Linear``, and not to an input feature."""
+    """Whether a row belongs to an output, as in ``torch.nn.Linear``, or else to an input feature."""
     trained_format: str
-    """What the training model rounds it to in every forward: ``none`` or ``ternary``."""
+    """The format to which the training model rounds it in every forward pass: ``none`` or ``ternary``."""
 
     def input_major(self, weight_format: WeightFormat) -> Tensor:
-        """Return the values to store in ``weight_format``, with a row per input feature.
+        """Return the values to store in ``weight_format``, with one row per input feature.
 
-        They are those that the training model multiplies with, unless storing rounds to that format itself: rounding to
-        ternary twice is not rounding once, because the scale is a mean, which the zeros of the first time lower.
+        They are the values that the training model multiplies with, unless storing itself rounds to that format.
+        Rounding to ternary twice differs from rounding once: the scale is a mean, which the zeros of the first rounding
+        lower.
         """
         values = self.parameter if weight_format == self.trained_format else _as_trained(self)
         return values.T if self.is_output_major else values
@@ -65,7 +66,7 @@ def own_format(model: Transformer) -> WeightFormat:
 
 
 def head_format(model: Transformer, weight_format: WeightFormat) -> WeightFormat:
-    """Return the number format of the output head: int8 beside int8 matrices, else the dtype that it has."""
+    """Return the number format of the output head: int8 if the matrices are int8, else the dtype that it has."""
     if weight_format == "int8":
         return "int8"
     return "bf16" if model.head.weight.dtype == torch.bfloat16 else "fp32"
@@ -88,10 +89,10 @@ def check_weights(weights: str, trained_format: str) -> None:
 
 
 def use_weights(model: Transformer, weights: str) -> WeightFormat | None:
-    """Bring ``model`` in place to the number format that ``weights`` names; return it, None for ``auto``.
+    """Convert ``model`` in place to the number format ``weights``, and return that format; None for ``auto``.
 
     Raises:
-        ConfigError: ``weights`` is unknown, or does not fit what the model was trained in.
+        ConfigError: ``weights`` is unknown, or does not fit the format in which the model was trained.
     """
     check_weights(weights, model.config.sparsity.quantization.weights)
     if weights == "auto":
@@ -105,9 +106,10 @@ def use_weights(model: Transformer, weights: str) -> WeightFormat | None:
 
 @torch.no_grad()
 def round_weights(model: Transformer, weight_format: WeightFormat) -> None:
-    """Round the matrices of ``model`` in place to the values that ``weight_format`` can hold, int8 being the only one
-    that its dtype does not hold already. Embedding, norms and routers keep theirs; a head that is the embedding is
-    rounded with it.
+    """Round the matrices of ``model`` in place to the values that ``weight_format`` can represent.
+
+    Only int8 needs it; the dtype of the model represents the other formats already. Embedding, norms and routers are
+    not rounded, except an embedding that is also the head.
     """
     if weight_format != "int8":
         return
@@ -132,7 +134,7 @@ def fold_rounding(model: Transformer) -> None:
 
 
 def _round_rows(parameter: Tensor, is_output_major: bool) -> None:
-    # Matrix by matrix: a stack of experts in fp32 may be most of the memory.
+    # Matrix by matrix, because an fp32 copy of a whole stack of experts may not fit into memory.
     for weights in parameter if parameter.dim() == 3 else [parameter]:
         dense = load_dense(store(weights.T if is_output_major else weights, "int8"))
         weights.copy_(dense.T if is_output_major else dense)

@@ -43,10 +43,10 @@ class ChatTemplate:
                     list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
                 )
             )
-        except Exception as error:  # jinja2's, of many types, and what the template raises itself
+        except Exception as error:  # jinja2's errors of many types, and those that the template raises itself
             raise DataError(
                 f"{self._folder}: its chat template cannot write this conversation ({error}); the template must take "
-                "messages with role and content. Mend it, or generate with --prompt"
+                "messages with role and content. Correct it, or generate with --prompt"
             ) from error
 
 
@@ -61,6 +61,7 @@ def load_chat_template(tokenizer: TextTokenizer) -> ChatTemplate | None:
     folder = tokenizer.files[0].parent
     settings = folder / _SETTINGS_FILE
     in_settings = settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+    # transformers reads a template from either file, and newer versions write the separate one.
     if not in_settings and not (folder / _TEMPLATE_FILE).is_file():
         return None
     return ChatTemplate(folder)

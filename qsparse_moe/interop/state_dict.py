@@ -67,6 +67,7 @@ def export_run(
         CheckpointError: there is no checkpoint, it is damaged, or ``output`` is in use or cannot be written.
         BackendUnavailable: safetensors is not installed.
     """
+    # Both checks come first, because reading a checkpoint of many ranks may take minutes.
     _safetensors()
     _check_output(output, force)
     config = load_run_config(run_dir)
@@ -110,11 +111,13 @@ def load_export(
     folder = Path(folder)
     files = _Files(folder)
     plan = folder / PLAN_FILE
+    # The config names the plan by its path on the machine of the training; the export contains a copy of it.
     config = load_run_config(folder, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
     dtype = dtype or files.tensor("embedding.weight").dtype
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     check_shapes(stored_shapes(model), files.shapes, str(folder))
     load_model(model, lambda kind, name: files.tensor(name), files.tensor)
+    # The plan of the last trained step: a run may have ended during the ramp of its sparsity schedule.
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, files.step - 1))
     model.set_sparsity(model.sparsity_plan.scaled(scale))
     return config, model.eval(), files.step
@@ -128,6 +131,7 @@ def _check_output(output: Path, force: bool) -> None:
             f"{output}: exists, and an export does not overwrite it; name another folder, or replace an earlier "
             "export with --force"
         )
+    # --force must never delete a folder that merely has the same name.
     if not (output / CONFIG_FILE).is_file() or not any(output.glob("model*.safetensors")):
         raise CheckpointError(
             f"{output}: is not an earlier export, so --force does not replace it; name another folder"
@@ -138,6 +142,7 @@ def _put_in_place(partial: Path, output: Path) -> None:
     """Rename the export; an empty folder or an earlier export in its place is removed once the new one is complete."""
     before = output.with_name(f".{output.name}.replaced")
     shutil.rmtree(before, ignore_errors=True)
+    # Renamed, not deleted: a process killed here leaves either the old export or the new one complete.
     if output.exists():
         output.rename(before)
     partial.rename(output)

@@ -52,6 +52,7 @@ def find_run(path: Path) -> Path:
     if path.is_file():
         problem = "is a file, not a run folder"
     found = _runs_in(path.parent) or _runs_in(path)
+    # A cutoff of 0 names the nearest runs however different they are, because any hint is better than none here.
     names = difflib.get_close_matches(path.name, [run.name for run in found], n=3, cutoff=0) if found else []
     nearest = ", such as " + ", ".join(str(found[0].parent / name) for name in names) if names else ""
     raise CheckpointError(f"{path} {problem}; name a folder made by qsparse-moe train{nearest}")

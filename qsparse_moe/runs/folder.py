@@ -64,6 +64,7 @@ def holds_no_step(folder: Path) -> bool:
         return False
     if not rows.is_file():
         return True
+    # A line without its end was being written when the process died: it is not a logged step.
     with rows.open("rb") as lines:
         return not next(lines, b"").endswith(b"\n")
 
@@ -165,6 +166,7 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
     update = {
         "sources": sources,
         "cache_dir": _absolute(cache),
+        # Only if it exists as a path; otherwise it is a name on the hub, or bytes.
         "tokenizer": _absolute(tokenizer) if os.path.exists(os.path.expanduser(tokenizer)) else tokenizer,
     }
     return config.model_copy(update={"data": config.data.model_copy(update=update)})
@@ -172,6 +174,7 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
 
 def _absolute_path(source: SourceConfig) -> str | tuple[str, ...] | None:
     path = source.path
+    # A hub source keeps its name, unless it is a local folder with the layout of one.
     if path is None or (
         source.kind == "hub" and not (isinstance(path, str) and os.path.isdir(os.path.expanduser(path)))
     ):
@@ -185,10 +188,12 @@ def _absolute(path: str) -> str:
 
 def write_atomically(file: Path, text: str) -> None:
     """Replace ``file`` so that a reader sees either the old text or the new one, never a part."""
+    # In the same folder, because a rename is atomic only within one file system.
     beside = _beside(file)
     with naming(file):
         with beside.open("w", encoding="utf-8") as stream:
             stream.write(text)
+            # Without fsync a power cut may leave the renamed file empty.
             stream.flush()
             os.fsync(stream.fileno())
         beside.replace(file)

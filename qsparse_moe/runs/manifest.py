@@ -12,6 +12,7 @@ from typing import Any
 from qsparse_moe.runs.folder import MANIFEST_FILE, write_atomically
 from qsparse_moe.version import __version__
 
+# The packages whose version can change the numbers of a run.
 _PACKAGES = (
     "torch",
     "deepspeed",
@@ -36,6 +37,7 @@ def write_manifest(folder: Path, part: dict[str, Any]) -> None:
     earlier: list[dict[str, Any]] = []
     if file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
+        # Flat rather than nested: a run may be resumed hundreds of times.
         earlier = [*before.pop("earlier_parts", []), before]
     write_atomically(file, json.dumps(part | {"earlier_parts": earlier}, indent=1) + "\n")
 
@@ -63,6 +65,7 @@ def _versions() -> dict[str, str]:
 
 def _git_commit() -> str | None:
     """Return the commit of the checkout, with a mark if tracked files differ from it; None outside of a checkout."""
+    # The commit of the code, not of the working directory, which may be a repository of the user.
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str:

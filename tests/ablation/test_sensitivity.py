@@ -24,7 +24,7 @@ from qsparse_moe.ablation.sensitivity.measure import CellChange, agreements, che
 from qsparse_moe.ablation.sensitivity.report import costliest_rows
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.batch import make_batch
-from qsparse_moe.data.rows import RowTable, spread_rows
+from qsparse_moe.data.rows import RowTable, evenly_spaced_rows
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
@@ -265,7 +265,7 @@ def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_th
     assert torch.cat([batch.tokens_BS for batch in rows.batches]).tolist() == tokens[::2, :-1].tolist()
     trained = training_documents(RunConfig(), data, num_sequences=6, batch_size=4)
     read = torch.cat([batch.tokens_BS for batch in trained.batches])
-    assert read.tolist() == tokens[spread_rows(6, 12), :-1].tolist()
+    assert read.tolist() == tokens[evenly_spaced_rows(6, 12), :-1].tolist()
     ids = torch.cat(trained.documents)
     assert trained.num_documents == int(ids.max()) + 1 == 6 + int((read[:, 1:] == 0).sum())
     for one, other in itertools.pairwise(ids):

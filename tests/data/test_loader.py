@@ -117,7 +117,7 @@ def test_resuming_on_other_data_is_refused_with_what_changed(run_config: MakeRun
     other = run_config(data={"mode": mode, "sequence_length": 24}, seed=4)
     loader = TrainLoader(other, load_data(other.data), 0, 1)
     message = (
-        r"not the checkpoint's \(data\.sequence_length: was 16, is 24; data\.sources\.0: was \w+, is \w+; "
+        r"differs from the checkpoint's \(data\.sequence_length: was 16, is 24; data\.sources\.0: was \w+, is \w+; "
         r"training\.seed: was 3, is 4\).*restore what changed"
     )
     with pytest.raises(DataError, match=message):

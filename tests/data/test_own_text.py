@@ -63,5 +63,5 @@ def test_a_document_without_text_has_no_token_and_its_neighbours_are_separate(
     found = own_text(data_config, tmp_path, "ab", "", "c")
     assert found.batches(1)[0].targets_BS.tolist() == [[ord("a"), ord("b"), 256, ord("c")]]
     assert (len(found), found.num_bytes) == (1, 3)
-    with pytest.raises(DataError, match="holds no text"):
+    with pytest.raises(DataError, match="no file holds text"):
         own_text(data_config, tmp_path, "")

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.data.rows import RowTable, mixture_counts, spread_rows, train_rows
+from qsparse_moe.data.rows import RowTable, evenly_spaced_rows, mixture_counts, train_rows
 from qsparse_moe.data.table import SideTable
 
 
@@ -100,8 +100,8 @@ def test_without_shuffle_rows_come_in_order() -> None:
 
 
 def test_evaluation_rows_are_spread_over_the_table() -> None:
-    assert spread_rows(4, 10).tolist() == [0, 2, 5, 7]
-    assert spread_rows(20, 3).tolist() == [0, 1, 2]
+    assert evenly_spaced_rows(4, 10).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced_rows(20, 3).tolist() == [0, 1, 2]
 
 
 def test_epochs_are_shares_of_the_rows_taken_over_the_rows_that_a_source_has() -> None:
@@ -109,4 +109,4 @@ def test_epochs_are_shares_of_the_rows_taken_over_the_rows_that_a_source_has() -
     # An epoch has 4 rows of the first source and 8 of the second, whose 3 rows are read 8/3 times.
     assert table.epochs(12) == pytest.approx([1, 8 / 3, 0])
     assert table.epochs(6) == pytest.approx([0.5, 4 / 3, 0])
-    assert spread_rows(4, 0).tolist() == spread_rows(0, 4).tolist() == []
+    assert evenly_spaced_rows(4, 0).tolist() == evenly_spaced_rows(0, 4).tolist() == []

@@ -106,7 +106,7 @@ BAD_FILES = {
     "array.jsonl": (
         b'["a"]\n',
         "jsonl",
-        r"array\.jsonl, row 0 cannot be read as jsonl: it is no JSON object; .*Mend it",
+        r"array\.jsonl, row 0 cannot be read as jsonl: it is not a JSON object; .*Correct",
     ),
     "half.jsonl": (
         b'{"text": "\\ud83d"}\n',
@@ -116,7 +116,7 @@ BAD_FILES = {
     "cut.jsonl": (
         gzip.compress(b'{"text": "a"}\n')[:-9],
         "jsonl",
-        r"cut\.jsonl cannot be read as jsonl: EOFError: .*Mend",
+        r"cut\.jsonl cannot be read as jsonl: EOFError: .*Repair",
     ),
     "other.jsonl": (b'{"body": "ok"}\n', "jsonl", r"other\.jsonl, row 0 has no column 'text'; its columns are body\."),
     "null.jsonl": (b'{"text": "a"}\n{"text": null}\n', "jsonl", r"null\.jsonl, row 1: column 'text' holds NoneType.*"),
@@ -148,7 +148,7 @@ def test_a_parquet_file_without_rows_or_column_is_named(tmp_path: Path) -> None:
 
 
 def test_a_path_that_matches_nothing_or_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"\(text\): path '.*/\*\.txt' matches no file \(looked in .*mend the path"):
+    with pytest.raises(DataError, match=r"\(text\): path '.*/\*\.txt' matches no file \(looked in .*correct the path"):
         read(kind="text", path=str(tmp_path / "*.txt"))
     with pytest.raises(DataError, match=r"path '.*' is a folder.*write '.*/\*' for the files in it"):
         read(kind="text", path=str(tmp_path))
@@ -222,7 +222,7 @@ def test_a_hub_name_is_passed_on_with_its_subset(data_folder: Path, monkeypatch:
 def test_a_hub_data_set_that_cannot_be_opened_is_refused(data_folder: Path) -> None:
     with pytest.raises(DataError, match=r"\(hub\): 'owner/none' \(subset None, split train\) cannot be opened: .*copy"):
         read(kind="hub", path="owner/none")
-    with pytest.raises(DataError, match=r"split nowhere\) cannot be opened: .*nowhere.*Mend the name"):
+    with pytest.raises(DataError, match=r"split nowhere\) cannot be opened: .*nowhere.*Correct the name"):
         read(kind="hub", path=str(data_folder), split="nowhere")
     with pytest.raises(DataError, match=r"\(hub\): '.*' has no column 'text'; its columns are body, n\..*column"):
         read(kind="hub", path=str(data_folder))
@@ -328,7 +328,7 @@ def test_empty_files_among_others_are_passed_over_with_a_count(
     folder = write_files(tmp_path / "t", ["one", "", "two", ""])
     with caplog.at_level(logging.WARNING):
         assert read(kind="text", path=f"{folder}/*") == ["one", "two"]
-    assert "2 of 4 files are empty and passed over; the first: " in caplog.text and "0001.txt" in caplog.text
+    assert "2 of 4 files are empty and skipped; the first: " in caplog.text and "0001.txt" in caplog.text
     (folder / "0000.txt").write_text("")
     (folder / "0002.txt").write_text("")
     with pytest.raises(DataError, match=r"0000\.txt is empty, and so are all others, and a file must hold text; name"):
@@ -342,7 +342,7 @@ def test_files_without_a_row_are_passed_over_by_name(tmp_path: Path, caplog: pyt
     write_jsonl(tmp_path / "b.jsonl", ["one"])
     with caplog.at_level(logging.WARNING):
         assert read(kind="jsonl", path=str(tmp_path / "*")) == ["one"]
-    assert "a.jsonl is empty and is passed over" in caplog.text
+    assert "a.jsonl is empty and is skipped" in caplog.text
 
 
 MIXED = '{"text": "a"}\n{"text": oops}\n{"text": "b"}\n{"text": 7.5}\n{"n": 1}\n{"text": "c"}\n'
@@ -419,7 +419,9 @@ def test_a_saved_data_set_is_read_by_its_own_kind(tmp_path: Path) -> None:
         read(kind="saved", path=str(tmp_path / "splits"), column="body", split="dev")
     with pytest.raises(DataError, match=r"\(saved\): .* has no column 'text'; its columns are body, n\."):
         read(kind="saved", path=str(tmp_path / "plain"))
-    with pytest.raises(DataError, match=r"\(saved\): path '.*' is no folder that save_to_disk wrote .*mend the path"):
+    with pytest.raises(
+        DataError, match=r"\(saved\): path '.*' is not a folder that save_to_disk wrote .*correct the path"
+    ):
         read(kind="saved", path=str(tmp_path))
     with pytest.raises(
         DataError, match=r"\(text\): path '.*plain' is a data set that save_to_disk wrote.* kind to saved"

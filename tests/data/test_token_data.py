@@ -76,7 +76,7 @@ def test_attention_across_documents_leaves_them_unmarked(data_config: MakeConfig
 def test_too_little_text_for_validation_is_refused(data_config: MakeConfig, tmp_path: Path, mode: str) -> None:
     write_files(tmp_path / "files", split(make_texts(60))[0])
     config = data_config(SourceConfig(kind="text", path=f"{tmp_path}/files/*.txt"), mode=mode)
-    message = r"data\.sources\.0 \(text\): too little text for one row of validation: .*fraction 0\.2.* = 17 tok.*add"
+    message = r"data\.sources\.0 \(text\): too little text for one validation sequence: .*fraction 0\.2.* = 17 tok.*add"
     with pytest.raises(DataError, match=message):
         load_data(config)
 
@@ -84,7 +84,9 @@ def test_too_little_text_for_validation_is_refused(data_config: MakeConfig, tmp_
 def test_too_little_text_for_train_is_refused_with_its_source(data_config: MakeConfig, tmp_path: Path) -> None:
     good = SourceConfig(kind="jsonl", path=str(write_jsonl(tmp_path / "a.jsonl", make_texts(300))))
     short = SourceConfig(kind="jsonl", path=str(write_jsonl(tmp_path / "b.jsonl", ["short"])))
-    with pytest.raises(DataError, match=r"data\.sources\.1 \(jsonl\) has too little text for one row of train.* 17 "):
+    with pytest.raises(
+        DataError, match=r"data\.sources\.1 \(jsonl\) has too little text for one training sequence.* 17 "
+    ):
         load_data(data_config(good, short))
 
 

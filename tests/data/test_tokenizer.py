@@ -139,7 +139,7 @@ def test_a_tokenizer_without_either_token_is_refused(bpe_folder: Path, tmp_path:
 def test_an_end_token_outside_the_vocabulary_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|stop|>"}))
-    with pytest.raises(DataError, match=r"'<\|stop\|>' is not in its vocabulary.*mend eos_token"):
+    with pytest.raises(DataError, match=r"'<\|stop\|>' is not in its vocabulary.*correct eos_token"):
         load_tokenizer(str(folder))
 
 
@@ -222,7 +222,7 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(
     shutil.copytree(bpe_folder, "tok_hf")
     shutil.copytree(bpe_folder, "sub/tok_hf")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked"))
-    with pytest.raises(DataError, match=r"tokenizer\.json does not exist; .*The hub is not asked for a path\. Mend"):
+    with pytest.raises(DataError, match=r"tokenizer\.json does not exist; .*The hub is not asked for a path\. Correct"):
         load_tokenizer(name)
     if "tok_h" in name:
         with pytest.raises(DataError, match=r"\(did you mean (sub/)?tok_hf\?\)"):

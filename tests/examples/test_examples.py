@@ -70,7 +70,7 @@ def test_training_loop_prints_a_falling_loss_and_a_rising_sparsity(folder):
     settings = [*SMALL, "data.sources.0.max_bytes=1000000", f"data.cache_dir={folder / 'cache'}"]
     output = run_python(folder, str(EXAMPLES / "training_loop.py"), "--steps", "31", *settings)
     found = re.findall(
-        r"loss (\S+)  S (\S+)  load imbalance (\S+)  zeros (\S+)  kept energy (\S+), least of an expert (\S+)", output
+        r"loss (\S+)  S (\S+)  load imbalance (\S+)  zeros (\S+)  kept energy (\S+), lowest of an expert (\S+)", output
     )
     loss, sparsity, _, zeros, energy, least = (list(map(float, column)) for column in zip(*found, strict=True))
     assert loss[-1] < loss[0] - 0.5

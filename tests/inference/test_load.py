@@ -109,7 +109,7 @@ def test_a_plan_without_effect_is_refused(folder):
     settings = {"sparsity": {"default": 0.5, "selection": "relu", "gradient": "masked", "backend": "torch"}}
     made = train(tiny_config(folder, "relu", engine="torch", steps=1, model=settings)).run_dir
     plan = SparsityPlan.uniform(load_run(made)[0].model, 0.5)
-    with pytest.raises(ConfigError, match="plan: a plan changes nothing on this model, .*selection is relu"):
+    with pytest.raises(ConfigError, match="plan: a plan has no effect on this model, .*selection is relu"):
         load_model(made, plan=plan)
 
 

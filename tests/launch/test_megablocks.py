@@ -97,7 +97,7 @@ def test_on_a_cpu_it_is_installed_once_without_the_extension(tmp_path):
     printed, calls = machine.run()
     assert calls == [f"{part} [8.0;9.0]" for part in (STK, WITHOUT, "FOLDER")]
     assert "installed megablocks 0.10.0" in printed
-    assert "its CUDA extension is not there (torch is a CPU build): PyTorch stands in for it" in printed
+    assert "its CUDA extension is not installed (torch is a CPU build): PyTorch is used instead" in printed
     assert "torch's grouped product multiplies" in printed
     assert not list(tmp_path.glob("tmp.*")), "what was downloaded is left behind"
     printed, calls = machine.run()
@@ -108,7 +108,7 @@ def test_before_cuda_13_the_extension_is_compiled_for_the_gpu_that_is_there(tmp_
     machine = Machine(tmp_path, cuda="12.8", nvcc=True, has_gpu=True)
     printed, calls = machine.run()
     assert calls == [f"{part} [None]" for part in (STK, COMPILED)]
-    assert "its CUDA extension is there" in printed
+    assert "its CUDA extension is installed" in printed
     assert machine.run()[1] == []
     assert machine.run(EXTENSION="no")[1] == [], "an extension that is there stays"
 
@@ -137,7 +137,7 @@ def test_architectures_named_by_the_user_are_taken(tmp_path):
 def test_where_the_extension_cannot_be_compiled_it_is_said_why(machine, environment, reason, tmp_path):
     printed, calls = Machine(tmp_path, has_gpu=True, **machine).run(**environment)
     assert calls == [f"{part} [None]" for part in (STK, WITHOUT, "FOLDER")]
-    assert reason in printed and "PyTorch stands in for it" in printed
+    assert reason in printed and "PyTorch is used instead" in printed
 
 
 def test_an_extension_is_added_to_what_was_installed_without(tmp_path):

@@ -131,4 +131,4 @@ def test_multi_node_needs_a_file_of_hosts(tmp_path):
     command = ["bash", str(script), "configs/base.yaml"]
     result = subprocess.run(command, env=os.environ | {"HOSTFILE": "gone"}, capture_output=True, text=True)
     assert result.returncode == 2
-    assert "HOSTFILE is 'gone', which is no file: name one with a line" in result.stderr
+    assert "HOSTFILE is 'gone', which is not a file: name one with a line" in result.stderr

@@ -245,7 +245,7 @@ def test_data_that_changed_is_noticed(make_config, text_folder, tmp_path):
     train(config, [stop_after(2)])
     (moved / "text-00.txt").write_text("something else " * 200)
     resumed = config.model_copy(update={"training": config.training.model_copy(update={"resume": True})})
-    with pytest.raises(DataError, match="the data of this run is not the checkpoint's"):
+    with pytest.raises(DataError, match="the data of this run differs from the checkpoint's"):
         train(resumed)
 
 

@@ -43,9 +43,9 @@ class RunResult:
     loss: float | None
     """Validation loss in nats per token at the last evaluation."""
     bits_per_byte: float | None
-    """The same in bits a byte."""
+    """The same in bits per byte."""
     curve: list[tuple[int, float, float]]
-    """Tokens, loss and bits a byte of every evaluation."""
+    """Tokens, loss and bits per byte of every evaluation."""
     total_parameters: int
     """Stored, without embedding and head."""
     embedding_parameters: int

@@ -1,10 +1,11 @@
-// One decode step of a whole model on a CPU: the next token of each of B sequences, from weights of which only the rows
-// behind selected features are read. The definition is the training model's own forward with a key-value cache
-// (inference/cached_model.py); tests hold the two together.
+// One decode step of a whole model on a CPU: the logits after the next token of each of B sequences. Only the weight rows
+// behind selected features are read. The reference is the training model's own forward pass with a key-value cache
+// (inference/cached_model.py); tests compare the two.
 //
-// One parallel region spans the step. A product is cut by rows, so that a thread reads whole rows; the sums of all threads are
-// then added, cut by columns. What lies between products (norms, selections, attention, routing) is cut by tokens, heads or
-// experts. A barrier separates them. Nothing is allocated in a step once its number of tokens has been seen.
+// One parallel region spans the step. A product is divided among the threads by rows, so that a thread reads whole rows; the
+// sums of all threads are then added, divided by columns. The work between products (norms, selections, attention, routing)
+// is divided by tokens, heads or experts. A barrier separates the phases. Buffers are allocated at the first step with a
+// number of tokens and reused by later ones.
 //
 // B tokens, D width, E experts, A experts per token, F hidden features of an expert.
 
@@ -136,8 +137,8 @@ struct Layer {
   at::Tensor token_gate;
 };
 
-// Threads of one region meet here; they spin, because a step has a hundred meetings a few microseconds apart, and yield
-// after a while, because a thread that is waited for may have no processor.
+// A barrier for the threads of one region. They spin, because a step has about a hundred barriers a few microseconds apart,
+// and yield after a while, because the thread that they wait for may not be running.
 class Barrier {
  public:
   explicit Barrier(int num_threads) : num_threads_(num_threads) {}
@@ -176,7 +177,7 @@ struct Job {
   std::vector<float> value_room;
 };
 
-// Room for lists of features of as many rows as asked for.
+// Memory for the feature lists of a given number of rows.
 class ListRoom {
  public:
   void reserve(int64_t num_rows, int64_t num_features) {
@@ -245,15 +246,15 @@ class DecodeModel : public torch::CustomClassHolder {
     layers_.push_back(std::move(layer));
   }
 
-  // From the next step on all rows of a matrix are read, zeros included, where the tokens of a pass need at least this
-  // share of them: entries are for 1, 2, 4 and 8 tokens. 0 always reads all, above 1 never.
+  // From the next step on, read all rows of a matrix, zeros included, if the tokens of a pass need at least this share of
+  // them; the entries are for 1, 2, 4 and 8 tokens. With 0 all rows are always read, with more than 1 never.
   void read_all_rows_from(std::vector<double> shares) {
     TORCH_CHECK(shares.size() == 4, "decode: there must be one share for 1, 2, 4 and 8 tokens");
     all_rows_from_.assign(shares.begin(), shares.end());
   }
 
-  // Bytes of stored weights that the last step read, and that it would have read without any zero; passes over a matrix,
-  // and those that read all of its rows though some were not needed.
+  // Bytes of stored weights that the last step read, and that it would have read if no feature were zero; number of passes
+  // over a matrix, and number of passes that read all rows although some were not needed.
   std::vector<int64_t> last_step() const { return {bytes_read_, bytes_dense_, passes_, whole_passes_}; }
 
   at::Tensor step(const at::Tensor& tokens, const at::Tensor& positions, at::Tensor keys, at::Tensor values);
@@ -297,7 +298,7 @@ class DecodeModel : public torch::CustomClassHolder {
   std::vector<double> all_rows_from_ = {2, 2, 2, 2};
   int64_t bytes_read_ = 0, bytes_dense_ = 0, passes_ = 0, whole_passes_ = 0;
 
-  // Of one step.
+  // Buffers of one step.
   int64_t batch_ = 0;
   const int64_t* positions_ = nullptr;
   float *keys_ = nullptr, *values_ = nullptr;
@@ -325,7 +326,7 @@ class DecodeModel : public torch::CustomClassHolder {
   std::vector<int32_t> every_row_;
 };
 
-// Room for the tokens of this step and the threads that compute it; the steps after the first of a size find it there.
+// Allocate the buffers for the tokens and threads of this step; later steps of the same size reuse them.
 void DecodeModel::reserve(int num_threads) {
   int64_t widest = width_, choices = 1, experts = 1, hidden = 1, dense_hidden = 1;
   for (const Layer& layer : layers_) {
@@ -424,8 +425,8 @@ void DecodeModel::run_layer(const Layer& layer, int64_t number, const Thread& th
   feed_forward(layer, thread);
 }
 
-// The rows that `tokens` tokens need of one matrix, and what each token multiplies them with: the values of its list, times
-// its factor, times the scales of the stored weights.
+// The rows of one matrix that `tokens` tokens need, and the value that each token multiplies them with: that of its list,
+// times its factor, times the scales of the stored weights.
 void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which, int tokens,
                             const FeatureList* const* lists, const float* factors, float* const* out,
                             bool accumulates, const Thread& thread) {
@@ -485,7 +486,7 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
   std::fill_n(marks, most, 0);
 }
 
-// Compute all jobs, each thread with a part of the rows of each; then add the parts, each thread a part of the columns.
+// Compute all jobs, each thread a part of the rows of every job; then add the partial sums, each thread for some columns.
 void DecodeModel::run_jobs(const Thread& thread, int64_t num_jobs) {
   int64_t begin, end;
   const auto part_of = [&](const Job& job) -> ChosenRows {
@@ -553,7 +554,7 @@ void DecodeModel::attend(const Layer& layer, int64_t number, const Thread& threa
   project(*layer.output, lists_, stream_, true, thread);
 }
 
-// Turn the pair (channel i, channel i + C / 2) by the angle of the position.
+// Rotate the pair (channel i, channel i + C / 2) by the angle of the position.
 void rotate(float* head, int64_t head_size, const float* cosines, const float* sines) {
   const int64_t half = head_size / 2;
   for (int64_t i = 0; i < half; ++i) {
@@ -669,7 +670,7 @@ void DecodeModel::route(const Layer& layer, const Thread& thread) {
   thread.barrier.wait();
 }
 
-// The place of the largest value, the first of equal ones; it is then taken out.
+// Return the index of the largest value (the first of equal ones) and remove it from the candidates.
 int64_t take_largest(float* values, int64_t length) {
   const int64_t place = std::max_element(values, values + length) - values;
   values[place] = -std::numeric_limits<float>::infinity();
@@ -825,7 +826,7 @@ void DecodeModel::head(const Thread& thread, at::Tensor& logits) {
   }
 }
 
-// One matrix and T tokens: for tests, and to measure from when on reading all rows is faster.
+// The product of one matrix with T tokens, for tests and to measure from which share on reading all rows is faster.
 at::Tensor row_product(const intrusive_ptr<StoredMatrix>& stored, int64_t which, const at::Tensor& rows,
                        const at::Tensor& values) {
   TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == at::kInt && rows.is_contiguous(),

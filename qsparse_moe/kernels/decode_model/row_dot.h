@@ -1,5 +1,5 @@
-// The product of dense tokens with a matrix that is stored output-major (O, D): a weight row per output, all of it read.
-// The output head and the router are such: no site stands before them.
+// The product of dense tokens with a matrix that is stored output-major (O, D): one weight row per output, read whole.
+// It is used for the output head and the router, which have no sparse site before them.
 
 #pragma once
 
@@ -7,13 +7,13 @@
 
 namespace qsparse_moe {
 
-// Tokens as a format reads them: the two halves of every unit apart, so that they meet the lanes that the weights come in.
+// Tokens in the layout of a format: the two halves of every unit are separate, so that they match the lanes of the weights.
 struct DotTokens {
   const float* first;   // (T, units, 16)
   const float* second;  // likewise
 };
 
-// Rows follow one another; how far ahead of a weight its successors are asked for, in bytes.
+// Rows are read in order; this is the distance, in bytes, at which weights are prefetched.
 constexpr int64_t kAhead = 16384;
 
 template <typename Format, int T, int R>
@@ -57,7 +57,7 @@ void dot_range(const char* weights, int64_t row_bytes, int64_t units, const DotT
   }
 }
 
-// Lay `token` (padded with zeros to whole units) out for DotTokens of a format.
+// Arrange `token` (padded with zeros to whole units) as DotTokens of a format.
 inline void split_units(NumberFormat format, const float* token, int64_t units, float* first, float* second) {
   for (int64_t u = 0; u < units; ++u)
     for (int64_t lane = 0; lane < kLanes; ++lane) {

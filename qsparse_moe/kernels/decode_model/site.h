@@ -1,5 +1,5 @@
-// What a sparse site does to one row, as a list of the features that are left: the rows of the matrix behind it that have
-// to be read. The definitions are sparsity.topk, sparsity.selection and sparsity.quantize; tests hold the two together.
+// Apply a sparse site to one row and return a list of the remaining features: these are the rows of the next matrix that
+// must be read. The references are sparsity.topk, sparsity.selection and sparsity.quantize; tests compare the two.
 //
 // A selected feature whose value is 0 is left out of the list: it changes no sum.
 
@@ -33,14 +33,14 @@ struct SiteSettings {
   bool uniform() const { return num_selected.size() == 1; }
 };
 
-// The features that are left of a row, in ascending order.
+// The features of a row that remain after the selection, in ascending order.
 struct FeatureList {
   int32_t* features = nullptr;
   float* values = nullptr;
   int64_t length = 0;
 };
 
-// Room for one row at a time.
+// Scratch memory for one row at a time.
 struct SiteScratch {
   std::vector<int32_t> magnitudes;
   std::vector<float> rounded;
@@ -49,7 +49,7 @@ struct SiteScratch {
 
 constexpr float kScaleEpsilon = 1e-30f;  // sparsity.quantize.EPSILON
 
-// `to` = the values that x has in the format of the site; x itself where it has none.
+// Return x rounded to the format of the site, written to `to`; x itself if the site has no format.
 inline const float* rounded_row(const float* x, int64_t length, RowFormat format, float* to) {
   if (format == RowFormat::none) return x;
   float scale, step;
@@ -68,7 +68,7 @@ inline const float* rounded_row(const float* x, int64_t length, RowFormat format
   return to;
 }
 
-// Append the features i of [begin, end) with magnitudes[i] >= bound and a value that is not 0.
+// Append the features i of [begin, end) with magnitudes[i] >= bound and a nonzero value.
 inline void append_reached(const int32_t* magnitudes, int32_t bound, const float* values, int64_t begin, int64_t end,
                            FeatureList& list) {
   int64_t i = begin, length = list.length;
@@ -136,7 +136,8 @@ inline void rescale_list(const float* x, int64_t num_features, Rescale rescale, 
   for (int64_t k = 0; k < list.length; ++k) list.values[k] *= factor;
 }
 
-// Fill `list` with what the site leaves of row `x` for one expert. `list` has room for a row and a vector more.
+// Fill `list` with the features of row `x` that the site selects for one expert. `list` must have space for one row and
+// one vector more, because vectors are stored whole.
 inline void select_features(const SiteSettings& site, int64_t expert, const float* x, SiteScratch& scratch,
                             FeatureList& list) {
   const int64_t length = site.num_features;

@@ -1,4 +1,4 @@
-// Sums and functions over rows of fp32, in vectors of 16. The tail of a row that is no multiple of 16 is done one by one.
+// Sums and functions over rows of fp32, in vectors of 16. The remaining values of a row are processed one by one.
 
 #pragma once
 

@@ -211,7 +211,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_glu_forward(const at::Tenso
   if (num_kept_per_row) {
     TORCH_CHECK(num_kept_per_row->is_contiguous() && num_kept_per_row->scalar_type() == at::kLong &&
                     num_kept_per_row->numel() == num_rows,
-                "fused_glu: num_kept_per_row must be contiguous int64, one a row");
+                "fused_glu: num_kept_per_row must be contiguous int64, one per row");
     per_row = num_kept_per_row->const_data_ptr<int64_t>();
   } else {
     TORCH_CHECK(1 <= num_kept && num_kept <= length, "fused_glu: num_kept must lie in [1, ", length, "], got ",

@@ -1,1 +1,1 @@
-"""The product of sparse rows with a matrix of which only the rows behind their nonzero features are read."""
+"""The product of sparse rows with a matrix, which reads only the matrix rows behind nonzero features."""

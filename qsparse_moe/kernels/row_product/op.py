@@ -26,7 +26,7 @@ def row_product_reference(stored: StoredWeights, rows_K: Tensor, values_KT: Tens
 
 def row_product_native(stored: StoredWeights, rows_K: Tensor, values_KT: Tensor, *, which: int = 0) -> Tensor:
     """``row_product_reference`` in C++, for at most 8 tokens; values and sums are fp32."""
-    matrix = native_matrix(stored)  # first: it makes the operator exist
+    matrix = native_matrix(stored)  # first, because it loads the library that registers the operator
     return torch.ops.qsparse_moe.row_product(matrix, which, rows_K, values_KT)
 
 

@@ -1,7 +1,7 @@
-"""Matrices as the decode engine reads them: input-major, padded, in one of four number formats.
+"""Store matrices for the decode engines: input-major, padded, in one of four number formats.
 
-Every matrix behind a sparse site is stored with a row per input feature, so that a feature that is zero is a row that
-is never read. Letters: E matrices of a stack, D input features (rows), O outputs (columns).
+Every matrix behind a sparse site is stored with one row per input feature, so that the row of a zero feature is never
+read. Letters: E matrices of a stack, D input features (rows), O outputs (columns).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _INT8_LARGEST = 127
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """A matrix ``(D, O)``, or a stack of E, in rows of bytes."""
+    """A matrix ``(D, O)``, or a stack of E of them, as rows of bytes."""
 
     data: Tensor
     """``(E * D, bytes per row)`` uint8; columns beyond O are zeros."""
@@ -55,7 +55,7 @@ class StoredWeights:
 
 
 def store(weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
-    """Return ``weights`` in a number format.
+    """Return ``weights`` stored in a number format.
 
     * fp32, bf16: the values, rounded to it.
     * int8: codes in [-127, 127] and one scale per row, ``max|row| / 127``.
@@ -118,7 +118,7 @@ def _pack_ternary(codes_NO: Tensor, data: Tensor) -> None:
     """Write codes of 2 bits into ``data``: in a block of 256 columns, word w holds column 16 s + w at bit 2 s."""
     grain = _COLUMN_GRAIN["ternary"]
     padding = -codes_NO.shape[1] % grain
-    # Code 1 is a weight of 0.
+    # Padded with code 1, which encodes a weight of 0.
     codes_NO = torch.nn.functional.pad(codes_NO, (0, padding), value=1)
     fields = codes_NO.unflatten(1, (-1, _LANES, _LANES)).to(torch.int32)
     shifts = torch.arange(0, 2 * _LANES, 2, dtype=torch.int32)[:, None]
@@ -134,12 +134,12 @@ def _unpack_ternary(rows: Tensor) -> Tensor:
 
 
 def _huge_pages(num_rows: int, row_bytes: int) -> Tensor:
-    """Return uninitialised rows in memory of large pages, where the system has them.
+    """Return uninitialised rows in memory with huge pages, where the system supports them.
 
-    Chosen rows lie on as many pages: with pages of 4 kB every second one costs a walk through the page table.
+    Chosen rows lie on many different pages: with pages of 4 kB every second row costs a walk through the page table.
     """
     size = max(num_rows * row_bytes, 1)
-    # Private: memory that processes could share has small pages, whatever is advised.
+    # Private, because Linux gives shared mappings small pages even with MADV_HUGEPAGE.
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel that was built without them

@@ -4,7 +4,8 @@ L lists of M entries at most, P products, D rows of a matrix, O columns, N spars
 C columns.
 
 No shape and no launch depends on a value: a list has a fixed number of places and its length in device memory, and the
-matrix of a product is read from device memory too. So nothing waits for the device, and a CUDA graph can hold a step.
+matrix of a product is read from device memory too. So the host never waits for the device, and a step can be captured
+as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _COLUMNS = 256
 _NUM_WARPS = 4
 # Four programs for each of the 132 multiprocessors of an H100. The same on every device, so that sums are split alike.
 _PROGRAMS = 512
-# A split shorter than two tiles of rows writes as many bytes of sums as it is worth.
+# For a split shorter than two tiles of rows, writing its partial sums costs more than it saves.
 _SMALLEST_SPLIT = 2 * _ROWS
 
 
@@ -113,7 +114,7 @@ def listed_product_triton(
         lists: of sparse rows, with features below D.
         matrix_P: ``(P,)`` int64, the matrix of each product; None: matrix 0, for ``L * products_per_list`` products.
         products_per_list: number of neighbouring products with the same list.
-        factors_P: ``(P,)`` fp32, what each product is multiplied with, such as routing weights; None: 1.
+        factors_P: ``(P,)`` fp32 factors of the products, such as routing weights; None: 1.
         products_per_sum: number of neighbouring products that are added.
     """
     num_lists, capacity = lists.features_LM.shape
@@ -154,7 +155,7 @@ def listed_product_triton(
 
 
 def _num_splits(num_programs: int, capacity: int) -> int:
-    """Return into how many parts a list is cut: enough to fill a GPU, as long as the parts are worth a program."""
+    """Return the number of parts of a list: enough to fill a GPU, unless the parts become too short for a program."""
     return max(1, min(triton.cdiv(_PROGRAMS, max(num_programs, 1)), triton.cdiv(capacity, _SMALLEST_SPLIT)))
 
 

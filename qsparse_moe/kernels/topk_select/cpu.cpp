@@ -51,7 +51,7 @@ std::tuple<at::Tensor, at::Tensor> topk_select(const at::Tensor& x, int64_t num_
   if (num_kept_per_row) {
     TORCH_CHECK(num_kept_per_row->is_contiguous() && num_kept_per_row->scalar_type() == at::kLong &&
                     num_kept_per_row->numel() * length == x.numel(),
-                "topk_select: num_kept_per_row must be contiguous int64, one a row");
+                "topk_select: num_kept_per_row must be contiguous int64, one per row");
     per_row = num_kept_per_row->const_data_ptr<int64_t>();
   } else {
     TORCH_CHECK(1 <= num_kept && num_kept <= length, "topk_select: num_kept must lie in [1, ", length, "], got ",

@@ -8,7 +8,7 @@ import torch
 from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.inference import native as native_engine
 from qsparse_moe.inference import row_costs
-from qsparse_moe.inference.engine import resolve_engine
+from qsparse_moe.inference.engine import EngineSettings, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode, why_not
 from qsparse_moe.inference.weights import (
@@ -215,3 +215,8 @@ def test_a_number_format_that_does_not_fit_is_refused(weights, trained, message)
         check_weights(weights, trained)
     for fits in ("auto", "fp32", "bf16", "ternary" if trained == "ternary" else "int8"):
         check_weights(fits, trained)
+
+
+def test_rows_cannot_be_selected_with_an_engine_that_reads_them_all():
+    with pytest.raises(ConfigError, match=r"rows \('selected'\) must be all or auto with the engine torch"):
+        resolve_engine("torch", model(), settings=EngineSettings(rows="selected"))

@@ -195,6 +195,7 @@ class Generator:
             for index, start in enumerate(starts)
         ]
         longest = max(len(start) for start in starts)
+        # Not always max_length: a short text needs no cache of the full length.
         capacity = min(self.max_length, longest + max_tokens)
         weight = self.model.embedding.weight
         check_memory(
@@ -306,6 +307,7 @@ class GenerationStream:
             going = [place for place, sequence in enumerate(running) if sequence.stop_reason is None]
             if not going:
                 return
+            # Finished sequences leave the batch, so that a long one does not pay for the others.
             if len(going) < len(running):
                 running, tokens_B = [running[place] for place in going], tokens_B[going]
                 cache.keep(going)

@@ -132,6 +132,7 @@ class CacheStep:
             filled = min(int(cache.positions_B.max()) + 1, cache.capacity)
             mask = (torch.arange(filled) <= before_B1)[:, None, None]
             return cls(cache, positions_BS.to(device), filled, mask.to(device), None)
+        # A prompt may be longer than the cache: each slot takes the last of the new tokens that map to it.
         after_BP = _positions_in_slots(before_B1 + lengths_B[:, None], cache.capacity)
         source_BP = torch.where(after_BP >= before_B1, after_BP - before_B1, -1)
         if filled or longest > cache.capacity:
@@ -194,4 +195,5 @@ def _visible(queries_BS: Tensor, keys_BK: Tensor, capacity: int) -> Tensor:
 def _put(held_BHPC: Tensor, new_BHSC: Tensor, source_BP: Tensor) -> None:
     index_BHPC = source_BP.clamp(min=0)[:, None, :, None].expand(held_BHPC.shape)
     taken = new_BHSC.to(held_BHPC.dtype).gather(2, index_BHPC)
+    # Written in place, because the layers share one allocation. Clamped indices above only keep gather within range.
     torch.where((source_BP >= 0)[:, None, :, None], taken, held_BHPC, out=held_BHPC)

@@ -66,6 +66,7 @@ def _cgroup_free() -> int | None:
     for limit_file, used_file in _CGROUP_FILES:
         if limit_file.is_file() and used_file.is_file():
             limit = limit_file.read_text().strip()
+            # Version 1 has no "max": without a limit its file holds a huge number, which never is the smaller one.
             return None if limit == "max" else max(0, int(limit) - int(used_file.read_text()))
     return None
 

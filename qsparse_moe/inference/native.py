@@ -27,6 +27,7 @@ from qsparse_moe.nn.sparse_site import SparseSite
 
 Rows = Literal["auto", "selected", "all"]
 
+# The numbers of the C++ enumerations in kernels/decode_model/site.h and vector_math.h.
 _SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 4}
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
 _RESCALES = {"none": 0, "unit": 1, "preserve": 2}

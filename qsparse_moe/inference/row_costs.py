@@ -84,6 +84,7 @@ def costs_file() -> Path:
 
 
 def _chosen(share: float) -> Tensor:
+    # Sorted, as the engine's lists of features are: the order of the jumps is a part of their cost.
     order = torch.randperm(_SHAPE[0], generator=torch.Generator().manual_seed(1))
     return order[: round(share * _SHAPE[0])].sort().values.int()
 
@@ -104,7 +105,7 @@ def _seconds(stored: StoredWeights, rows_K: Tensor, num_tokens: int) -> float:
 def _read(file: Path) -> dict[str, list[float]]:
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError):  # absent or damaged: the shares are measured again
         return {}
     return {name: [float(share) for share in shares] for name, shares in known.items()}
 

@@ -47,6 +47,7 @@ class Sampling:
             problems.append(f"min_p ({self.min_p}) must lie in [0, 1]; 0 draws from all tokens")
         if not 0.0 < self.repetition_penalty < float("inf"):
             problems.append(f"repetition_penalty ({self.repetition_penalty}) must be positive; 1 is no penalty")
+        # Refused, not ignored: a user who sets top_k expects draws.
         idle = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
         if self.temperature == 0 and idle:
             problems.append(
@@ -84,6 +85,7 @@ class Sampler:
             # One number per sequence and step, so that a text does not depend on the other sequences of its batch.
             uniform_B = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in self._generators])
             chosen_B = draw(probs_BV, uniform_B.to(probs_BV.device))
+        # From the unchanged logits, so that texts with different settings can be compared by them.
         log_probs_B = logits_BV.log_softmax(-1).gather(-1, chosen_B[:, None])[:, 0].cpu()
         if log_probs_B.isnan().any():
             raise TrainingDiverged(
@@ -103,6 +105,7 @@ class Sampler:
 
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Return the distribution ``(B, V)`` that tokens are drawn from, in float64; the temperature is above 0."""
+    # float64, because the cumulative sums over a large vocabulary decide which token is drawn.
     logits_BV = cut_top_k(logits_BV / sampling.temperature, sampling.top_k)
     probs_BV = logits_BV.softmax(-1, dtype=torch.float64)
     return cut_min_p(cut_top_p(probs_BV, sampling.top_p), sampling.min_p)
@@ -110,6 +113,7 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 
 def penalise_repetition(logits_BV: Tensor, tokens: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Return the logits with those of the ids that occur in ``tokens`` made less likely; see ``Sampling``."""
+    # Once per id, however often it occurs, as in transformers.
     seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool)
     for row_V, sequence in zip(seen_BV, tokens, strict=True):
         row_V[torch.as_tensor(sequence, dtype=torch.int64)] = True

@@ -79,6 +79,7 @@ class StopStrings:
         if places:
             self.found, self._held = True, ""
             return text[: min(places)]
+        # The longest possible beginning of any stop string is held back until the next piece decides.
         sure = len(text) - max((_overlap(text, string) for string in self._strings), default=0)
         self._held = text[sure:]
         return text[:sure]

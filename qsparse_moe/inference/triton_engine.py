@@ -106,6 +106,7 @@ class TritonDecode:
         return self._model.step(tokens_B, positions_B, cache.key_LBHPC, cache.value_LBHPC)
 
     def _replayed(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
+        # A graph per batch size: its addresses and shapes are fixed, and a batch shrinks as its sequences end.
         captured, memory = self._graphs.get(cache.batch), _memory_of(cache)
         if captured is None or captured.memory != memory:
             captured = self._graphs[cache.batch] = self._capture(tokens_B, cache)

@@ -20,6 +20,7 @@ from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.sparsity.quantize import as_format
 
 WEIGHT_CHOICES = ("auto", *WEIGHT_FORMATS)
+# ternary is missing: such a model keeps the dtype in which it was trained.
 LOADED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 """The dtype of the model itself; codes times their scale are fp32, which bf16 would round a second time."""
 

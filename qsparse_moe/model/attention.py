@@ -99,7 +99,7 @@ class Attention(nn.Module):
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
         if cache is not None:
-            assert not self.training and mask_B1SS is None, "a cache goes with evaluation mode and has its own mask"
+            assert not self.training and mask_B1SS is None, "a cache requires evaluation mode and has its own mask"
             key, value, mask_B1SS = cache.update(key, value)
         mixed = F.scaled_dot_product_attention(
             query,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import torch
 
@@ -20,7 +21,12 @@ def compile_permutation(capability: int) -> dict[str, int]:
     kernels = megablocks_package.load().backend.kernels
     tuned = (kernels._padded_copy, kernels._padded_copy_wgrad)
     configurations = [kernel.configs for kernel in tuned]
-    with only_compiling(capability, lambda name, size: least.update({name: min(size, least.get(name, size))})):
+
+    def note(name: str, code: dict[str, Any]) -> None:
+        size = len(code["cubin"])
+        least[name] = min(size, least.get(name, size))
+
+    with only_compiling(capability, note):
         for chosen in zip(*configurations, strict=True):
             for kernel, configuration in zip(tuned, chosen, strict=True):
                 # With one there is nothing to time.

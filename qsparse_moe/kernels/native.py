@@ -6,6 +6,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -144,6 +145,21 @@ def _compile(library: Library, folder: Path) -> Path:
     _put_ninja_on_path()
     logger.info("compiling the C++ operators for this machine, once: %s (about 20 s)", library_path(library))
     start = time.monotonic()
+    # PyTorch writes this folder into the link command without quotes, which breaks where its path contains a space.
+    folder_of_torch = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(folder_of_torch)
+    try:
+        _compile_sources(library, folder)
+    finally:
+        cpp_extension.TORCH_LIB_PATH = folder_of_torch
+    logger.info("compiled the C++ operators in %.0f s", time.monotonic() - start)
+    (built,) = folder.glob("*.so")
+    return built
+
+
+def _compile_sources(library: Library, folder: Path) -> None:
+    from torch.utils import cpp_extension
+
     cpp_extension.load(
         name=f"qsparse_moe_{library.name}",
         sources=[str(path) for path in _source_paths(library)],
@@ -152,9 +168,6 @@ def _compile(library: Library, folder: Path) -> Path:
         build_directory=str(folder),
         is_python_module=False,
     )
-    logger.info("compiled the C++ operators in %.0f s", time.monotonic() - start)
-    (built,) = folder.glob("*.so")
-    return built
 
 
 def _source_paths(library: Library) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -121,6 +122,21 @@ def test_source_that_does_not_compile_is_a_clear_error(source):
     ):
         native._load.__wrapped__(native.OPERATORS)
     assert cached() == []
+
+
+def test_the_folder_of_pytorch_may_contain_a_space(source, monkeypatch, tmp_path):
+    from torch.utils import cpp_extension
+
+    seen = []
+
+    def link(**settings):
+        seen.append(shlex.split(f"-L{cpp_extension.TORCH_LIB_PATH} -lc10"))  # as PyTorch puts it into a command
+        Path(settings["build_directory"], "built.so").touch()
+
+    monkeypatch.setattr(cpp_extension, "load", link)
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", "/a folder/lib")
+    native._compile(native.OPERATORS, tmp_path)
+    assert seen == [["-L/a folder/lib", "-lc10"]] and cpp_extension.TORCH_LIB_PATH == "/a folder/lib"
 
 
 def test_library_that_is_damaged_is_named(source):

@@ -47,6 +47,20 @@ def test_native_logits_are_those_of_the_training_model(settings):
     assert largest_difference(model(**settings)) < 1e-5
 
 
+@pytest.mark.parametrize("router", ["softmax_topk", "sigmoid_topk_renormalized"])
+def test_biases_groups_and_the_scaling_of_a_router_count(router):
+    moe = {"num_experts": 8, "num_expert_groups": 4, "groups_per_token": 2, "group_score": "top2_sum"}
+    built = model(moe={**moe, "router": router, "router_scaling_factor": 2.5, "bias_update_rate": 0.1})
+    for block in built.blocks():
+        block.moe.router.expert_bias.copy_(torch.linspace(-0.3, 0.3, 8).roll(3))
+    assert largest_difference(built) < 1e-5
+
+
+def test_rows_in_four_bits_are_those_of_the_training_model():
+    built = model(sparsity={"default": 0.5, "quantization": {"activations": "int4"}})
+    assert largest_difference(built) < 1e-5
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 17])
 def test_every_batch_shares_the_rows_that_some_token_needs(batch):
     built = model(sparsity={"default": 0.5}, moe={"num_shared_experts": 1})

@@ -8,6 +8,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.inference.cached_model import TorchDecode, prefill
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.sparsity.plan import SparsityPlan
 
 
 def config(**settings):
@@ -56,3 +57,16 @@ def difference_from_torch(built, engine, prompts, *, capacity, steps):
         caches[1].key_LBHPC.copy_(caches[0].key_LBHPC)
         caches[1].value_LBHPC.copy_(caches[0].value_LBHPC)
     return worst
+
+
+def plan_per_expert(built, selection):
+    """Return a plan with an S of its own for every expert and place, with thresholds where the selection needs them."""
+    draw = torch.Generator().manual_seed(0)
+    places = SparsityPlan.from_config(built.config).values
+    values = {
+        place: tuple((torch.randint(0, 7, (len(old),), generator=draw) / 8).tolist()) for place, old in places.items()
+    }
+    plan = SparsityPlan(values)
+    if selection == "threshold":
+        plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
+    return plan

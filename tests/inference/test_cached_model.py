@@ -11,7 +11,7 @@ from qsparse_moe.inference.engine import ENGINES, EngineSpec, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache, cache_bytes
 from qsparse_moe.moe.backends.registry import BACKENDS
 from qsparse_moe.sparsity.plan import SparsityPlan
-from tests.inference.models import all_at_once, config, model, random_tokens
+from tests.inference.models import all_at_once, config, model, plan_per_expert, random_tokens
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -98,15 +98,7 @@ def test_sparse_sites_select_the_same_token_by_token(settings):
 @pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
 def test_plans_with_an_s_for_every_expert_hold_token_by_token(selection):
     built = model(torch.float64, sparsity={"selection": selection, "group_size": 8})
-    draw = torch.Generator().manual_seed(0)
-    places = SparsityPlan.from_config(built.config).values
-    values = {
-        place: tuple((torch.randint(0, 7, (len(old),), generator=draw) / 8).tolist()) for place, old in places.items()
-    }
-    plan = SparsityPlan(values)
-    if selection == "threshold":
-        plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
-    built.set_sparsity(plan)
+    built.set_sparsity(plan_per_expert(built, selection))
     tokens = random_tokens(3, LENGTH)
     expected = all_at_once(built, tokens)
     assert largest_difference(built, tokens, expected) < 1e-5

@@ -20,8 +20,7 @@ from qsparse_moe.inference.weights import (
     site_matrices,
 )
 from qsparse_moe.kernels import native
-from qsparse_moe.sparsity.plan import SparsityPlan
-from tests.inference.models import all_at_once, difference_from_torch, model, random_tokens
+from tests.inference.models import all_at_once, difference_from_torch, model, plan_per_expert, random_tokens
 from tests.inference.test_cached_model import DENSE, SPARSE
 
 pytestmark = pytest.mark.skipif(
@@ -70,15 +69,7 @@ def test_every_batch_shares_the_rows_that_some_token_needs(batch):
 @pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
 def test_experts_with_an_s_of_their_own_select_for_themselves(selection):
     built = model(sparsity={"selection": selection, "group_size": 8})
-    draw = torch.Generator().manual_seed(0)
-    places = SparsityPlan.from_config(built.config).values
-    values = {
-        place: tuple((torch.randint(0, 7, (len(old),), generator=draw) / 8).tolist()) for place, old in places.items()
-    }
-    plan = SparsityPlan(values)
-    if selection == "threshold":
-        plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
-    built.set_sparsity(plan)
+    built.set_sparsity(plan_per_expert(built, selection))
     assert largest_difference(built) < 1e-5
 
 

@@ -18,8 +18,7 @@ from qsparse_moe.inference.triton_model import most_selected
 from qsparse_moe.inference.weights import round_weights
 from qsparse_moe.kernels import tiles
 from qsparse_moe.nn.hooks import site_hooks
-from qsparse_moe.sparsity.plan import SparsityPlan
-from tests.inference.models import difference_from_torch, model
+from tests.inference.models import difference_from_torch, model, plan_per_expert
 from tests.inference.test_cached_model import DENSE, SPARSE
 
 interpreted = pytest.mark.skipif(
@@ -61,15 +60,7 @@ def test_triton_logits_are_those_of_the_training_model(device, settings):
 @pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
 def test_experts_with_an_s_of_their_own_select_for_themselves(device, selection):
     built = model(sparsity={"selection": selection, "group_size": 8})
-    draw = torch.Generator().manual_seed(0)
-    places = SparsityPlan.from_config(built.config).values
-    values = {
-        place: tuple((torch.randint(0, 7, (len(old),), generator=draw) / 8).tolist()) for place, old in places.items()
-    }
-    plan = SparsityPlan(values)
-    if selection == "threshold":
-        plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
-    built.set_sparsity(plan)
+    built.set_sparsity(plan_per_expert(built, selection))
     assert largest_difference(built, device) < 1e-5
 
 

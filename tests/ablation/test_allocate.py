@@ -36,7 +36,7 @@ from qsparse_moe.errors import ConfigError
 from qsparse_moe.moe.router import Routing
 from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.sparsity.plan import SparsityPlan
-from tests.ablation.test_sensitivity import config, model_of, rows_of
+from tests.ablation.small_models import config, model_of, rows_of
 
 EVEN = {0: (0.5,) * 4, 1: (0.5,) * 4}
 SKEWED = {0: (0.9, 0.5, 0.4, 0.2), 1: (0.0, 1.0, 0.6, 0.4)}

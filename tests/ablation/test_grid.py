@@ -1,45 +1,13 @@
-"""Grid files, their runs and their table."""
+"""Grid files: the runs that they describe, the names of the runs, and what is refused."""
 
-import json
-from pathlib import Path
+from __future__ import annotations
 
 import pytest
 
 from qsparse_moe.ablation.grid.load import load_grid
-from qsparse_moe.ablation.grid.run import run_grid
 from qsparse_moe.ablation.grid.run_result import result_of
-from qsparse_moe.accounting.parameters import count_by_part
-from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.model.transformer import build_model
-from qsparse_moe.runs.folder import run_folder
-
-BASE = """
-model:
-  {hidden_size: 16, num_layers: 1, num_heads: 2, moe: {num_experts: 2, experts_per_token: 2, expert_hidden_size: 16}}
-data: {sequence_length: 32, sources: [{max_bytes: 200000}]}
-training: {steps: 2, global_batch_size: 2, micro_batch_size: 2, engine: torch, device: cpu, evaluation_rows: 4}
-metrics: {interval: 1, tensorboard: false, layer_gradients: true}
-"""
-GRID = """
-base: base.yaml
-seeds: [0, 3]
-settings: {training.learning_rate: 2.0e-3}
-variants:
-  dense:
-  half: {model.sparsity.default: 0.5}
-"""
-
-
-@pytest.fixture
-def write(tmp_path):
-    def files(grid=GRID, base=BASE):
-        (tmp_path / "base.yaml").write_text(base)
-        path = tmp_path / "mini.yaml"
-        path.write_text(grid)
-        return path
-
-    return files
+from tests.ablation.grid_files import AXES, BASE, GRID
 
 
 def test_every_variant_and_seed_is_a_complete_config_with_a_stable_id(write, tmp_path):
@@ -81,20 +49,6 @@ def test_what_a_grid_varies_has_a_column_of_the_hparams_page_in_every_run(write,
     base = BASE.replace("tensorboard: false", "hyperparameters: [training.steps]")
     found = {tuple(run.config.metrics.hyperparameters) for run in load_grid(write(grid, base)).runs}
     assert found == {("training.steps", "model.init_std", "model.sparsity.default")}
-
-
-AXES = """
-base: base.yaml
-seeds: [0]
-axes:
-  size:
-    small: {model.hidden_size: 16, model.num_layers: 1}
-    large: {model.hidden_size: 32, model.num_layers: 2}
-  model.moe.num_experts: [2, 4]
-  model.sparsity.rescale: [none, unit]
-extra_seeds:
-  - {seeds: [1], points: [small-E4-*]}
-"""
 
 
 def test_axes_are_crossed_linked_settings_change_together_and_a_part_has_more_seeds(write, tmp_path):
@@ -179,199 +133,6 @@ def test_two_points_of_one_name_are_refused(write):
     grid = "base: base.yaml\nseeds: [0]\nvariants: {a: , a-b: {model.num_heads: 1}}\n" + axes
     with pytest.raises(ConfigError, match="two points of the grid are named a-b-c; rename a variant or a setting"):
         load_grid(write(grid))
-
-
-@pytest.mark.slow
-def test_runs_end_are_kept_and_a_broken_one_does_not_stop_the_others(write, tmp_path):
-    broken = GRID.replace("half: {", "half: {data.cache_dir: /proc/none, ").replace("[0, 3]", "[0]")
-    grid = load_grid(write(broken), output_dir=str(tmp_path / "out"))
-    told = []
-    outcomes, stopped_by = run_grid(grid, notify=told.append)
-    assert stopped_by == 0
-    assert [outcome.finished for outcome in outcomes] == [True, False]
-    assert outcomes[0].bits_per_byte > 0
-    assert (outcomes[0].steps, outcomes[0].tokens) == (2, 2 * 2 * 32)
-    assert outcomes[0].curve == [(2 * 2 * 32, outcomes[0].loss, outcomes[0].bits_per_byte)]
-    last = json.loads((grid.folder / "dense-seed0" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert outcomes[0].layer_grad_norms == [last["train/grad_norm/layer_0"]]
-    assert "exit code 2" in outcomes[1].error
-    assert told == outcomes
-    before = (grid.folder / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns
-    again, _ = run_grid(load_grid(write(GRID.replace("[0, 3]", "[0]")), output_dir=str(tmp_path / "out")))
-    assert [outcome.finished for outcome in again] == [True, True]
-    assert (grid.folder / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns == before
-
-
-def nameless(config):
-    training = config.training.model_copy(update={"name": "", "seed": 0})
-    return config.model_copy(update={"training": training})
-
-
-GRIDS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
-def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
-    grid = load_grid(path)
-    assert len({run.seed for run in grid.runs}) >= 3
-    assert len({nameless(run.config).model_dump_json() for run in grid.runs}) == len(grid.variants)
-    assert not any(run.config.metrics.tensorboard and run.config.metrics.interval < 10 for run in grid.runs)
-
-
-def test_the_page_about_ablations_holds_a_grid_and_the_numbers_of_runs(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text("utf-8")
-    example = page.split("```yaml\n")[1].split("```")[0]
-    (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
-    ids = [run.id for run in load_grid(tmp_path / "mine.yaml").runs]
-    assert "masked-S0.6-large-seed1" in ids and len(ids) == 8 * 2 + 2 * 2
-    for example, num_runs in zip(page.split("```yaml\n")[2:], (12, 9), strict=True):
-        (tmp_path / "mine.yaml").write_text(
-            example.split("```")[0].replace("../recipes", str(GRIDS[0].parents[1] / "recipes"))
-        )
-        assert len(load_grid(tmp_path / "mine.yaml").runs) == num_runs
-    for path in GRIDS:
-        assert f"| `{path.stem}` | {len(load_grid(path).runs)} |" in page
-
-
-def shipped(name):
-    return load_grid(next(path for path in GRIDS if path.stem == name))
-
-
-def test_the_promised_grids_are_shipped():
-    promised = {"sparsity", "experts", "joint", "sites", "estimator", "rescale", "router", "law"}
-    assert promised <= {path.stem for path in GRIDS}
-    assert len(shipped("sparsity").runs) == 12
-
-
-@pytest.mark.parametrize(
-    ("name", "part"),
-    [("experts", lambda parts: parts["experts"].active), ("joint", lambda parts: parts["experts"].kept)],
-)
-def test_a_grid_at_equal_cost_has_equal_cost(name, part):
-    runs = shipped(name).runs
-    costs = {part(count_by_part(run.config.model)) for run in runs}
-    assert len(costs) == 1
-    assert len({(run.config.model.moe.num_experts, run.config.model.moe.experts_per_token) for run in runs}) >= 6
-
-
-def test_the_laws_data_set_varies_everything_that_the_law_is_of():
-    grid = shipped("law")
-    assert (len(grid.runs), len(grid.variants)) == (208, 144)
-    models = [run.config.model for run in grid.runs]
-    assert len({model.hidden_size for model in models}) == 4
-    assert len({model.moe.experts_per_token / model.moe.num_experts for model in models}) == 3
-    assert len({model.sparsity.default for model in models}) == 4
-    assert sum(run.seed > 0 for run in grid.runs) == 64
-    # Every length decays to its own end; evaluations on the way would be of no length.
-    assert {run.config.training.learning_rate_schedule for run in grid.runs} == {"cosine"}
-    assert {run.config.training.steps for run in grid.runs} == {80, 160, 320}
-
-
-def finished_run(run, rows):
-    """The folder of ``run`` as training leaves it, with these lines of metrics."""
-    folder = run_folder(run.config)
-    (folder / "checkpoints" / f"step-{run.config.training.steps:08d}").mkdir(parents=True)
-    (folder / "config.yaml").write_text(config_to_yaml(run.config))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.mark.parametrize(("steps", "mean"), [(4, [3.5, 35.0]), (5, [4.0, 40.0])])
-def test_a_runs_gradient_norms_are_the_means_over_its_second_half(write, tmp_path, steps, mean):
-    path = write(base=BASE.replace("num_layers: 1", "num_layers: 2"))
-    grid = load_grid(path, [f"training.steps={steps}"], output_dir=str(tmp_path / "out"))
-    run = grid.runs[0]
-    names = ("train/grad_norm", "train/grad_norm/layer_0", "train/grad_norm/layer_1")
-    finished_run(run, [{"step": s} | dict(zip(names, (100 * s, s, 10 * s), strict=True)) for s in range(1, steps + 1)])
-    assert result_of(grid, run).layer_grad_norms == mean
-
-
-def test_a_run_that_stopped_logging_gradient_norms_before_its_second_half_has_none(write, tmp_path):
-    grid = load_grid(write(), output_dir=str(tmp_path / "out"))
-    run = grid.runs[0]
-    finished_run(run, [{"step": 1, "train/grad_norm/layer_0": 1.0}, {"step": 2, "train/grad_norm": 1.0}])
-    assert result_of(grid, run).layer_grad_norms is None
-
-
-def test_a_folder_made_with_other_settings_is_one_broken_run_among_finished_ones(write, tmp_path):
-    path, out = write(GRID.replace("[0, 3]", "[0]")), str(tmp_path / "out")
-    dense, half = load_grid(path, output_dir=out).runs
-    finished_run(dense, [{"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}])
-    finished_run(load_grid(path, ["training.beta1=0.5"], output_dir=out).runs[1], [])
-    outcomes, _ = run_grid(load_grid(path, output_dir=out))
-    assert [outcome.finished for outcome in outcomes] == [True, False]
-    assert (outcomes[0].loss, outcomes[0].curve) == (1.0, [(128, 1.0, 1.4)])
-    assert "was made with other settings" in outcomes[1].error and "training.beta1 was 0.5" in outcomes[1].error
-
-
-def test_costs_of_relu_follow_the_zeros_that_the_run_measured(write, tmp_path):
-    text = GRID.replace("0.5}", "0.5, model.sparsity.selection: relu, model.sparsity.gradient: masked}")
-    grid = load_grid(write(text), output_dir=str(tmp_path / "out"))
-    dense, relu = grid.runs[0], grid.runs[2]
-    sites = ("attention_input", "attention_output", "expert_input", "expert_hidden")
-    measured = {f"sparsity/{site}/zeros/layer_0": 0.0 for site in sites}
-    validated = {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}
-    finished_run(relu, [validated | measured])
-    assert result_of(grid, relu).kept_parameters == result_of(grid, dense).kept_parameters
-    assert result_of(grid, relu).sparsity == 0.5
-
-
-def test_a_row_of_results_says_where_s_lies_below_the_zeros_of_the_activation(write, tmp_path):
-    path = write(GRID.replace("[0, 3]", "[0]"))
-    dense, half = load_grid(path, output_dir=str(tmp_path / "out")).runs
-    validated = {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}
-    level = {"sparsity/expert_hidden/zeros": 0.675, "sparsity/expert_hidden/zeros_chosen": 0.5}
-    above = {"sparsity/expert_hidden/zeros": 0.51, "sparsity/expert_hidden/zeros_chosen": 0.5}
-    finished_run(dense, [validated | {"step": 1} | level, validated | above])
-    finished_run(half, [validated | {"step": 1} | above, validated | level])
-    grid = load_grid(path, output_dir=str(tmp_path / "out"))
-    assert result_of(grid, dense).natural_zeros == []
-    assert result_of(grid, half).natural_zeros == [("expert_hidden", [], 0.675, 0.5)]
-
-
-def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_bytes_of_the_precision(write, tmp_path):
-    path = write(GRID.replace("[0, 3]", "[0]"))
-    logged = [
-        {"step": 1, "tokens": 64, "validation/loss": 3.0, "validation/bits_per_byte": 4.0},
-        {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.5},
-    ]
-    rates = (90.0, 10.0, 20.0)
-    logged += [{"step": 3 + i, "tokens": 192, "throughput/tokens_per_second": rate} for i, rate in enumerate(rates)]
-    found = {}
-    for precision in ("fp32", "bf16"):
-        changed = [f"training.precision={precision}"]
-        grid = load_grid(path, changed, output_dir=str(tmp_path / precision))
-        finished_run(grid.runs[0], logged)
-        found[precision] = result_of(grid, grid.runs[0])
-    one = found["fp32"]
-    assert one.curve == [(64, 3.0, 4.0), (128, 1.0, 1.5)]
-    assert (one.steps, one.tokens, one.loss, one.bits_per_byte) == (2, 128, 1.0, 1.5)
-    assert one.tokens_per_second == 20.0
-    finished_run(grid.runs[1], [*logged, {"step": 6, "tokens": 256, "throughput/tokens_per_second": 30.0}])
-    assert result_of(grid, grid.runs[1]).tokens_per_second == 25.0, "between the middle two of four"
-    assert one.weight_bytes_1 == 2 * found["bf16"].weight_bytes_1 > 0
-    assert one.weight_bytes_16 == 2 * found["bf16"].weight_bytes_16 > 0
-
-
-def test_a_row_of_results_counts_the_parameters_of_the_built_model_and_those_that_a_token_uses(write, tmp_path):
-    base = BASE.replace(
-        "num_experts: 2, experts_per_token: 2", "num_experts: 5, experts_per_token: 2, num_shared_experts: 1"
-    )
-    grid = load_grid(write(base=base), output_dir=str(tmp_path / "out"))
-    dense, half = (result_of(grid, grid.runs[index]) for index in (0, 2))
-    sizes = {name: p.numel() for name, p in build_model(grid.runs[0].config.model).named_parameters()}
-    tables = sizes.pop("embedding.weight") + sizes.pop("head.weight")
-    assert tables == 2 * 264 * 16
-    total, experts = sum(sizes.values()), sum(size for name, size in sizes.items() if ".moe.experts." in name)
-    assert experts == 5 * 3 * 16 * 16
-    assert (dense.total_parameters, dense.embedding_parameters) == (half.total_parameters, tables) == (total, tables)
-    # 2 of 5 experts; of the tables the head and one row of the embedding.
-    assert dense.active_parameters == half.active_parameters == total - experts * 3 // 5 + tables // 2 + 16
-    by_part = {"attention": 4 * 16 * 16, "router": 5 * 16, "experts_active": 2 * 3 * 16 * 16, "shared": 3 * 16 * 16}
-    assert dense.active_weights_by_part == half.active_weights_by_part == by_part
-    # Every matrix but the router's and the head stands behind a site: half of its rows meet a zero.
-    assert dense.kept_parameters == dense.active_parameters
-    behind_sites = by_part["attention"] + by_part["experts_active"] + by_part["shared"]
-    assert half.kept_parameters == half.active_parameters - behind_sites / 2
 
 
 ONES = """

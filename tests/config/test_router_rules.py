@@ -9,7 +9,7 @@ import pytest
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.rules import check_trainable
 from qsparse_moe.errors import ConfigError
-from tests.config.test_rules import build, messages
+from tests.config.settings_by_path import build, messages
 from tests.support.messages import assert_one_message
 
 REPOSITORY = Path(__file__).parents[2]

@@ -4,21 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qsparse_moe.config.rules import broken_rules
-from qsparse_moe.config.schema import RunConfig
+from tests.config.settings_by_path import messages
 from tests.support.messages import assert_one_message
-
-
-def messages(settings: dict[str, object]) -> list[str]:
-    tree: dict = {}
-    for path, value in settings.items():
-        *sections, name = path.split(".")
-        holder = tree
-        for section in sections:
-            holder = holder.setdefault(section, {})
-        holder[name] = value
-    return [problem.message for problem in broken_rules(RunConfig.model_validate(tree))]
-
 
 # Broken settings; the parts of the message in order (settings with values, the numbers of the rule, the way out); and a
 # change that repairs them.

@@ -12,7 +12,7 @@ import urllib.request
 import pytest
 
 from qsparse_moe.metrics.names import METRICS
-from tests.metrics.test_recorder import record
+from tests.metrics.recorded import record
 
 pytestmark = pytest.mark.distributed
 

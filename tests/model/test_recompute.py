@@ -1,4 +1,4 @@
-"""Recomputation: the same selections, ties included, and the memory that it saves. Gradients: test_transformer.py."""
+"""Recomputation: the same selections, ties included, and the memory that it saves."""
 
 from __future__ import annotations
 

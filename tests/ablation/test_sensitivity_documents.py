@@ -1,0 +1,89 @@
+"""The documents over which sensitivities are summed, and the bootstrap over them."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from qsparse_moe.ablation.sensitivity.documents import bootstrap_intervals, training_documents, validation_documents
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.rows import RowTable, evenly_spaced_rows
+
+
+def data_of(tokens, evaluated=range(0, 12, 2)):
+    """What the two kinds of rows are taken from; validation rows are ``evaluated``, in general every other of 12."""
+
+    class Side:
+        chunks, num_bytes, byte_counts = [tokens], np.full(len(tokens), 4), np.zeros(256)
+
+        def __len__(self):
+            return len(tokens)
+
+    table = RowTable([Side()], [1], document_token=0, attend_across_documents=False)
+
+    class Data:
+        train = validation = table
+
+        def evaluation_rows(self, num_rows):
+            return table, np.array(evaluated)[:num_rows]
+
+        def batch(self, rows):
+            return table.batch(rows)
+
+        def open_stream(self, **_):
+            return None
+
+    return Data()
+
+
+def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_those_of_training_rows_by_row():
+    tokens = np.arange(1, 61).reshape(12, 5)
+    for row, column in ((0, 0), (1, 2), (4, 0), (6, 3), (8, 1)):
+        tokens[row, column] = 0
+    data = data_of(tokens)
+    rows = validation_documents(data, num_sequences=6, batch_size=4)
+    # Row 2 belongs to the document that row 1 began, and row 10 to the one of row 8.
+    assert torch.cat(rows.documents).tolist() == [[0] * 4, [1] * 4, [2] * 4, [2, 2, 2, 3], [3, 4, 4, 4], [4] * 4]
+    assert rows.labels_C.tolist() == [4, 4, 7, 2, 7] and [len(ids) for ids in rows.documents] == [4, 2]
+    assert torch.cat([batch.tokens_BS for batch in rows.batches]).tolist() == tokens[::2, :-1].tolist()
+    trained = training_documents(RunConfig(), data, num_sequences=6, batch_size=4)
+    read = torch.cat([batch.tokens_BS for batch in trained.batches])
+    assert read.tolist() == tokens[evenly_spaced_rows(6, 12), :-1].tolist()
+    ids = torch.cat(trained.documents)
+    assert trained.num_documents == int(ids.max()) + 1 == 6 + int((read[:, 1:] == 0).sum())
+    for one, other in itertools.pairwise(ids):
+        assert other[0] == one[-1] + 1, "every row begins another document"
+    assert ((ids[:, 1:] != ids[:, :-1]) == (read[:, 1:] == 0)).all()
+
+
+def test_documents_are_counted_through_tables_of_more_rows_than_are_read_at_once():
+    tokens = np.random.default_rng(0).integers(0, 9, (2600, 5))
+    tokens[1024, 0] = tokens[2047, 3] = 0
+    tokens[1023], tokens[2048] = 5, 5  # the rows at the borders, where a document goes on from one part to the next
+    wanted = [1, 1022, 1023, 1024, 1025, 2047, 2048, 2049, 2599]
+    rows = validation_documents(data_of(tokens, wanted), num_sequences=9, batch_size=4)
+    number, of_label = 0, []
+    for row in tokens[:, :-1].tolist():
+        of_label.append([])
+        for token in row:
+            number += token == 0
+            of_label[-1].append(number)
+    met = sorted({number for row in wanted for number in of_label[row]})
+    expected = [[met.index(number) for number in of_label[row]] for row in wanted]
+    assert torch.cat(rows.documents).tolist() == expected and rows.num_documents == len(met)
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says_and_knows_a_constant():
+    generator = np.random.default_rng(1)
+    hits = 0
+    for trial in range(200):
+        labels_C = generator.integers(5, 50, 40).astype(float)
+        sums_XC = (labels_C * generator.normal(0.3, 1.0, 40))[None]
+        low, high = bootstrap_intervals(sums_XC, labels_C, draws=300, seed=trial)
+        hits += low[0] <= 0.3 <= high[0]
+    assert 0.86 <= hits / 200 <= 0.99
+    low, high = bootstrap_intervals(0.5 * labels_C[None], labels_C, draws=50)
+    assert low[0] == pytest.approx(0.5) and high[0] == pytest.approx(0.5)

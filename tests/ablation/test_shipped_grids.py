@@ -1,0 +1,75 @@
+"""The grids in configs/ablations: what they vary, and what they hold equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qsparse_moe.ablation.grid.load import load_grid
+from qsparse_moe.accounting.parameters import count_by_part
+
+
+def nameless(config):
+    training = config.training.model_copy(update={"name": "", "seed": 0})
+    return config.model_copy(update={"training": training})
+
+
+GRIDS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
+def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
+    grid = load_grid(path)
+    assert len({run.seed for run in grid.runs}) >= 3
+    assert len({nameless(run.config).model_dump_json() for run in grid.runs}) == len(grid.variants)
+    assert not any(run.config.metrics.tensorboard and run.config.metrics.interval < 10 for run in grid.runs)
+
+
+def test_the_page_about_ablations_holds_a_grid_and_the_numbers_of_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text("utf-8")
+    example = page.split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
+    ids = [run.id for run in load_grid(tmp_path / "mine.yaml").runs]
+    assert "masked-S0.6-large-seed1" in ids and len(ids) == 8 * 2 + 2 * 2
+    for example, num_runs in zip(page.split("```yaml\n")[2:], (12, 9), strict=True):
+        (tmp_path / "mine.yaml").write_text(
+            example.split("```")[0].replace("../recipes", str(GRIDS[0].parents[1] / "recipes"))
+        )
+        assert len(load_grid(tmp_path / "mine.yaml").runs) == num_runs
+    for path in GRIDS:
+        assert f"| `{path.stem}` | {len(load_grid(path).runs)} |" in page
+
+
+def shipped(name):
+    return load_grid(next(path for path in GRIDS if path.stem == name))
+
+
+def test_the_promised_grids_are_shipped():
+    promised = {"sparsity", "experts", "joint", "sites", "estimator", "rescale", "router", "law"}
+    assert promised <= {path.stem for path in GRIDS}
+    assert len(shipped("sparsity").runs) == 12
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("experts", lambda parts: parts["experts"].active), ("joint", lambda parts: parts["experts"].kept)],
+)
+def test_a_grid_at_equal_cost_has_equal_cost(name, part):
+    runs = shipped(name).runs
+    costs = {part(count_by_part(run.config.model)) for run in runs}
+    assert len(costs) == 1
+    assert len({(run.config.model.moe.num_experts, run.config.model.moe.experts_per_token) for run in runs}) >= 6
+
+
+def test_the_laws_data_set_varies_everything_that_the_law_is_of():
+    grid = shipped("law")
+    assert (len(grid.runs), len(grid.variants)) == (208, 144)
+    models = [run.config.model for run in grid.runs]
+    assert len({model.hidden_size for model in models}) == 4
+    assert len({model.moe.experts_per_token / model.moe.num_experts for model in models}) == 3
+    assert len({model.sparsity.default for model in models}) == 4
+    assert sum(run.seed > 0 for run in grid.runs) == 64
+    # Every length decays to its own end; evaluations on the way would be of no length.
+    assert {run.config.training.learning_rate_schedule for run in grid.runs} == {"cosine"}
+    assert {run.config.training.steps for run in grid.runs} == {80, 160, 320}

@@ -1,0 +1,220 @@
+"""Rules about S at single sites, layers and experts: every message is produced here, and its way out is tried."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsparse_moe.config.model_rules import sparse_sites
+from tests.config.settings_by_path import build, messages
+from tests.support.messages import assert_one_message
+
+
+def override(**settings):
+    return {"model.sparsity.overrides": [{"sparsity": 0.5} | settings]}
+
+
+# Broken settings; the parts of the message in order (settings with values, the numbers of the rule, the way out); and a
+# change that repairs them.
+CASES = {
+    "site of shared experts without any": (
+        {"model.sparsity.sites.shared_input": 0.5},
+        (
+            "model.sparsity.sites.shared_input (0.5)",
+            "model.moe.num_shared_experts",
+            "0",
+            "remove",
+            "attention_input",
+            "attention_output",
+            "expert_input",
+            "expert_hidden",
+        ),
+        {"model.moe.num_shared_experts": 1},
+    ),
+    "site of dense layers without any": (
+        {"model.sparsity.sites.dense_hidden": 0.5},
+        (
+            "model.sparsity.sites.dense_hidden (0.5)",
+            "model.moe.num_dense_layers",
+            "0",
+            "model.moe.moe_layer_interval",
+            "1",
+            "remove",
+            "attention_input",
+            "attention_output",
+            "expert_input",
+            "expert_hidden",
+        ),
+        {"model.moe.moe_layer_interval": 2},
+    ),
+    "site of experts without any": (
+        {"model.sparsity.sites.expert_input": 0.5, "model.moe.num_dense_layers": 4},
+        (
+            "model.sparsity.sites.expert_input (0.5)",
+            "dense",
+            "model.moe.num_dense_layers",
+            "4",
+            "model.moe.moe_layer_interval",
+            "1",
+            "remove",
+            "attention_input",
+            "attention_output",
+            "dense_input",
+            "dense_hidden",
+        ),
+        {"model.moe.num_dense_layers": 3},
+    ),
+    "override of a layer that is not there": (
+        override(layers=4),
+        (
+            "model.sparsity.overrides.0.layers (4)",
+            "4",
+            "0-3",
+        ),
+        override(layers=3),
+    ),
+    "override of a range that leaves the model": (
+        override(layers="2-99999999999"),
+        (
+            'model.sparsity.overrides.0.layers ("2-99999999999")',
+            "99999999999",
+            "0-3",
+        ),
+        override(layers="2-3"),
+    ),
+    "override of a negative layer": (
+        override(layers=[-1, 2]),
+        (
+            "model.sparsity.overrides.0.layers ([-1, 2])",
+            "-1",
+            "0-3",
+        ),
+        override(layers=[1, 2]),
+    ),
+    "override of no layer": (
+        override(layers=[]),
+        (
+            "model.sparsity.overrides.0.layers ([])",
+            "0-3",
+        ),
+        override(layers=[0]),
+    ),
+    "override of an empty range": (
+        override(layers="3-1"),
+        (
+            'model.sparsity.overrides.0.layers ("3-1")',
+            "0-3",
+        ),
+        override(layers="1-3"),
+    ),
+    "override with a selector that is none": (
+        override(layers="all"),
+        (
+            'model.sparsity.overrides.0.layers ("all")',
+            "2",
+            "0-3",
+        ),
+        override(layers="2"),
+    ),
+    "override of an expert that is not there": (
+        override(experts="4-8"),
+        (
+            'model.sparsity.overrides.0.experts ("4-8")',
+            "8",
+            "0-7",
+        ),
+        override(experts="4-7"),
+    ),
+    "override of experts at a site that has none": (
+        override(experts=0, site="attention_input"),
+        (
+            "model.sparsity.overrides.0.experts (0)",
+            "model.sparsity.overrides.0.site (attention_input)",
+            "remove",
+            "expert_hidden",
+            "expert_input",
+        ),
+        override(experts=0, site="expert_hidden"),
+    ),
+    "override of a site that the layers lack": (
+        override(layers=0, site="expert_input") | {"model.moe.num_dense_layers": 1},
+        (
+            'model.sparsity.overrides.0 ({"sparsity": 0.5, "layers": 0, "site": "expert_input"})',
+            "0",
+            "attention_input",
+            "attention_output",
+            "dense_input",
+            "dense_hidden",
+            "1",
+            "attention_input",
+            "attention_output",
+            "expert_input",
+            "expert_hidden",
+        ),
+        override(layers=1, site="expert_input"),
+    ),
+    "override of the layers between those with experts": (
+        override(layers="0-2", site="expert_hidden") | {"model.moe.moe_layer_interval": 4},
+        (
+            'model.sparsity.overrides.0 ({"sparsity": 0.5, "layers": "0-2", "site": "expert_hidden"})',
+            "0",
+            "attention_input",
+            "attention_output",
+            "dense_input",
+            "dense_hidden",
+            "3",
+            "attention_input",
+            "attention_output",
+            "expert_input",
+            "expert_hidden",
+        ),
+        {"model.moe.moe_layer_interval": 2},
+    ),
+    "override of experts in dense layers": (
+        override(layers=0, experts=[0]) | {"model.moe.num_dense_layers": 1},
+        (
+            'model.sparsity.overrides.0 ({"sparsity": 0.5, "layers": 0, "experts": [0]})',
+            "0",
+            "attention_input",
+            "attention_output",
+            "dense_input",
+            "dense_hidden",
+            "1",
+            "attention_input",
+            "attention_output",
+            "expert_input",
+            "expert_hidden",
+        ),
+        override(layers=1, experts=[0]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_broken_rule_says_setting_value_rule_and_way_out(case):
+    settings, parts, _ = CASES[case]
+    assert_one_message(messages(settings), parts)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_way_out_leads_out(case):
+    settings, _, mended = CASES[case]
+    assert messages(settings | mended) == []
+
+
+def test_zero_at_a_site_that_is_not_there_is_no_problem():
+    assert messages({"model.sparsity.sites.shared_input": 0.0}) == []
+
+
+def test_sparse_sites_follow_default_sites_and_overrides():
+    config = build(
+        {
+            "model.sparsity.sites.expert_input": 0.0,
+            "model.sparsity.default": 0.5,
+            "model.sparsity.overrides": [
+                {"sparsity": 0.0, "site": "attention_input"},
+                {"sparsity": 0.0, "site": "attention_output", "layers": 0},
+                {"sparsity": 0.3, "site": "expert_input", "experts": 1},
+            ],
+        }
+    ).model
+    assert sparse_sites(config) == ("attention_output", "expert_input", "expert_hidden")

@@ -7,7 +7,7 @@ from typing import Any
 
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_width
-from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
+from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
 
 Densities = Mapping[tuple[int, Site], tuple[float, ...]]
 """The share of nonzero features by (layer, site): one number, or one per expert at the experts' sites."""
@@ -60,5 +60,5 @@ def kept_features(config: ModelConfig, plan: SparsityPlan, layer: int, site: Sit
     """Return K at one site of one layer: one number, or one per expert at the experts' sites."""
     values, width = plan.values[layer, site], site_width(config, site)
     # Computed once per distinct value: a layer may have hundreds of experts with a few values of S.
-    kept = {sparsity: site_num_kept(config.sparsity, sparsity, width) for sparsity in set(values)}
+    kept = {sparsity: site_num_selected(config.sparsity, sparsity, width) for sparsity in set(values)}
     return [kept[sparsity] for sparsity in values]

@@ -54,33 +54,33 @@ def time_operation(spec: OpSpec, case: str, dtype: torch.dtype, device: str, rou
     return {"name": spec.name, "shape": shape, "seconds": seconds, "left_out": left_out}
 
 
-def threshold_by_topk(magnitude: Tensor, num_kept: int) -> Tensor:
+def threshold_by_topk(magnitude: Tensor, num_selected: int) -> Tensor:
     """Return the K-th largest, ``(N, 1)``, with ``torch.topk`` without sorting."""
-    return magnitude.topk(num_kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return magnitude.topk(num_selected, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
 
-def threshold_by_sorted_topk(magnitude: Tensor, num_kept: int) -> Tensor:
+def threshold_by_sorted_topk(magnitude: Tensor, num_selected: int) -> Tensor:
     """Return the K-th largest with ``torch.topk`` and its default, which sorts."""
-    return magnitude.topk(num_kept, dim=-1).values[..., -1:]
+    return magnitude.topk(num_selected, dim=-1).values[..., -1:]
 
 
-def threshold_by_kthvalue(magnitude: Tensor, num_kept: int) -> Tensor:
+def threshold_by_kthvalue(magnitude: Tensor, num_selected: int) -> Tensor:
     """Return the K-th largest with ``torch.kthvalue``, which counts from the smallest."""
-    return magnitude.kthvalue(magnitude.shape[-1] + 1 - num_kept, dim=-1, keepdim=True).values
+    return magnitude.kthvalue(magnitude.shape[-1] + 1 - num_selected, dim=-1, keepdim=True).values
 
 
-def threshold_by_sort(magnitude: Tensor, num_kept: int) -> Tensor:
+def threshold_by_sort(magnitude: Tensor, num_selected: int) -> Tensor:
     """Return the K-th largest by sorting the rows."""
-    return magnitude.sort(dim=-1, descending=True).values[..., num_kept - 1 : num_kept]
+    return magnitude.sort(dim=-1, descending=True).values[..., num_selected - 1 : num_selected]
 
 
-def threshold_by_bisection(magnitude: Tensor, num_kept: int) -> Tensor:
+def threshold_by_bisection(magnitude: Tensor, num_selected: int) -> Tensor:
     """Return the K-th largest bit by bit from the top, like the C++ and Triton operators but in tensor operations."""
     found = torch.zeros_like(magnitude[..., :1])
     # The sign bit is skipped: magnitudes are not negative.
     for bit in reversed(range(8 * magnitude.element_size() - 1)):
         candidate = found | (1 << bit)
-        enough = (magnitude >= candidate).sum(-1, keepdim=True) >= num_kept
+        enough = (magnitude >= candidate).sum(-1, keepdim=True) >= num_selected
         found = torch.where(enough, candidate, found)
     return found
 
@@ -98,14 +98,14 @@ THRESHOLDS: dict[str, Callable[[Tensor, int], Tensor]] = {
 def _thresholds(case: str, dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
     spec = next(spec for spec in OPS if spec.name == "topk_select")
     example = spec.example_inputs(case, dtype, device)
-    x, num_kept = example.tensors["x"], example.settings["num_kept"]
-    calls = {name: _of_magnitudes(find, x, num_kept) for name, find in THRESHOLDS.items()}
+    x, num_selected = example.tensors["x"], example.settings["num_selected"]
+    calls = {name: _of_magnitudes(find, x, num_selected) for name, find in THRESHOLDS.items()}
     seconds = {"forward": _seconds(calls, device, rounds)}
     return {"name": "K-th largest magnitude, plain PyTorch", "shape": list(x.shape), "seconds": seconds, "left_out": {}}
 
 
-def _of_magnitudes(find: Callable[[Tensor, int], Tensor], x: Tensor, num_kept: int) -> Callable[[], object]:
-    return lambda: find(magnitude_bits(x), num_kept)
+def _of_magnitudes(find: Callable[[Tensor, int], Tensor], x: Tensor, num_selected: int) -> Callable[[], object]:
+    return lambda: find(magnitude_bits(x), num_selected)
 
 
 def _why_left_out(spec: OpSpec, name: str, device: str) -> str | None:

@@ -181,7 +181,7 @@ def _norm(norm: nn.RMSNorm | None) -> Tensor:
 def _site(site: SparseSite) -> Any:
     """Return the engine's form of a site with its current K and thresholds."""
     selector = site.selector
-    num_selected = site.ranking.num_kept_E.tolist()
+    num_selected = site.ranking.num_selected_E.tolist()
     thresholds = [0.0] * len(num_selected)
     if isinstance(selector, ThresholdSelector):
         thresholds = selector.threshold_bits_E.view(torch.float32).tolist()
@@ -196,7 +196,7 @@ def _site(site: SparseSite) -> Any:
         site.settings.group_size or 0,
         num_selected,
         thresholds,
-        selector.keeps_all,
+        selector.selects_all,
     )
 
 

@@ -256,4 +256,4 @@ def most_selected(site: SparseSite) -> int:
     # A hook may replace the selected rows by others.
     if site.hook is not None or site.comparison is not None:
         return site.num_features
-    return site.ranking.largest_num_kept
+    return site.ranking.largest_num_selected

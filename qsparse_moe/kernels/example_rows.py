@@ -12,8 +12,8 @@ SHAPES = {
     "odd_sizes": (3, 37),
     "one_value": (1, 1),
     "no_rows": (0, 16),
-    "one_kept": (4, 33),
-    "all_kept": (4, 33),
+    "one_selected": (4, 33),
+    "all_selected": (4, 33),
     "k_per_row": (7, 41),
     "ties": (6, 40),
     "zeros": (3, 24),
@@ -63,8 +63,8 @@ def laid_out(case: str, rows_ND: Tensor) -> Tensor:
     return torch.cat((rows_ND, between), dim=1)[:, : rows_ND.shape[1]]
 
 
-def num_kept_of(case: str, num_rows: int, width: int, device: str) -> int | Tensor:
+def num_selected_of(case: str, num_rows: int, width: int, device: str) -> int | Tensor:
     """Return K of the case: half of the features, one, all of them, or a random number per row."""
     if case in ("k_per_row", "ties"):
         return torch.randint(1, width + 1, (num_rows,), generator=seeded(case, "k")).to(device)
-    return {"one_kept": 1, "all_kept": width}.get(case, (width + 1) // 2)
+    return {"one_selected": 1, "all_selected": width}.get(case, (width + 1) // 2)

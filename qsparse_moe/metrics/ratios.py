@@ -66,7 +66,7 @@ def _site_ratios(stats: Stats, site: str) -> dict[str, Tensor]:
     sums_L = {name: stats[f"{site}/{name}_LE"].sum(-1) for name in SITE_FIELDS}
     features_L = sums_L["rows"] * stats[f"{site}/used_LED"].shape[-1]
     return {
-        f"{site}/zeros_chosen": 1 - sums_L["kept"] / features_L,
+        f"{site}/zeros_chosen": 1 - sums_L["selected"] / features_L,
         f"{site}/zeros": 1 - sums_L["nonzero"] / features_L,
         f"{site}/kept_energy": sums_L["kept_energy"] / sums_L["energy"],
         f"{site}/overlap": sums_L["pairs_common"] / sums_L["pairs_nonzero"],

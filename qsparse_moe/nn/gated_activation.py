@@ -15,7 +15,7 @@ from qsparse_moe.kernels.fused_glu.reference import ACTIVATIONS as FUSED_ACTIVAT
 from qsparse_moe.nn.activations import ACTIVATIONS, UNGATED_ACTIVATIONS
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.stats import Readers, RowSums, Stats
-from qsparse_moe.sparsity.topk import rescale_kept
+from qsparse_moe.sparsity.topk import rescale_selected
 
 
 class SparseActivation:
@@ -58,11 +58,11 @@ class SparseActivation:
         if gate_NF is None:
             dense_NF = UNGATED_ACTIVATIONS[self._activation](up_NF)
         elif self._fused is not None and self._site.can_fuse:
-            wanted = self._site.ranking.num_kept_of_rows(expert_ids_N)
-            kept_NF, sums = self._in_one_pass(self._fused, gate_NF, up_NF, wanted, with_stats)
-            stats = {} if sums is None else self._site.stats_of(sums, kept_NF, wanted, readers)
+            wanted = self._site.ranking.num_selected_of_rows(expert_ids_N)
+            selected_NF, sums = self._in_one_pass(self._fused, gate_NF, up_NF, wanted, with_stats)
+            stats = {} if sums is None else self._site.stats_of(sums, selected_NF, wanted, readers)
             # Only "preserve" uses the norm before the selection, and with it a site cannot be fused.
-            return rescale_kept(kept_NF, kept_NF, self._site.settings.rescale), stats
+            return rescale_selected(selected_NF, selected_NF, self._site.settings.rescale), stats
         elif self._fused is not None and up_NF.dtype != torch.float64:
             # fp64 is left out because the Triton kernel computes in fp32.
             dense_NF = _BackwardInOnePass.apply(gate_NF, up_NF, self._activation, self._fused)
@@ -71,20 +71,20 @@ class SparseActivation:
         return self._site(dense_NF, expert_ids_N, with_stats=with_stats, readers=readers)
 
     def _in_one_pass(
-        self, by: FusedGLU, gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, with_sums: bool
+        self, by: FusedGLU, gate_NF: Tensor, up_NF: Tensor, num_selected: int | Tensor, with_sums: bool
     ) -> tuple[Tensor, RowSums | None]:
         # can_fuse admits no blended gradient, so the weight of the straight-through gradient is 0 or 1.
-        kept_NF, sums = fused_glu(
+        selected_NF, sums = fused_glu(
             gate_NF.flatten(0, -2),
             up_NF.flatten(0, -2),
-            num_kept,
+            num_selected,
             by=by,
             activation=self._activation,
             gradient="ste" if self._site.ste_share else "masked",
             with_sums=with_sums,
         )
         # The first field is K, which the site already knows.
-        return kept_NF.view_as(up_NF), None if sums is None else RowSums(*sums[1:])
+        return selected_NF.view_as(up_NF), None if sums is None else RowSums(*sums[1:])
 
 
 class _BackwardInOnePass(torch.autograd.Function):

@@ -17,7 +17,7 @@ from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.config.shapes import site_format
 from qsparse_moe.kernels.int8_quantize.op import FormatRows
 from qsparse_moe.kernels.topk_select.op import SelectRows, select, select_mask
-from qsparse_moe.sparsity.plan import site_num_kept, site_threshold
+from qsparse_moe.sparsity.plan import site_num_selected, site_threshold
 from qsparse_moe.sparsity.selection import THRESHOLD_MASKS
 from qsparse_moe.sparsity.topk import apply_mask
 
@@ -41,7 +41,7 @@ class Selection(NamedTuple):
 class RankingSelector(nn.Module):
     """Selects the K largest magnitudes of every row, or of each contiguous group of it: ``topk`` and ``block``."""
 
-    num_kept_E: Tensor
+    num_selected_E: Tensor
 
     def __init__(
         self,
@@ -61,33 +61,33 @@ class RankingSelector(nn.Module):
         self.select_rows = select_rows
         self.format_rows = format_rows
         # Not persistent: K follows from the plan, which is not part of a checkpoint.
-        self.register_buffer("num_kept_E", torch.empty(num_experts, dtype=torch.int64), persistent=False)
-        self.uniform_num_kept: int | None
+        self.register_buffer("num_selected_E", torch.empty(num_experts, dtype=torch.int64), persistent=False)
+        self.uniform_num_selected: int | None
         """K if all experts have the same; None if they differ."""
-        self.largest_num_kept: int
+        self.largest_num_selected: int
         """The largest K of any expert."""
-        self.keeps_all: bool
+        self.selects_all: bool
         self.set_sparsity([0.0] * num_experts)
 
     def set_sparsity(self, values: Sequence[float]) -> None:
         """Use S from now on, one value per expert."""
-        kept = [site_num_kept(self.settings, value, self.num_features) for value in values]
-        self.num_kept_E.copy_(torch.tensor(kept))
-        self.uniform_num_kept = kept[0] if len(set(kept)) == 1 else None
-        self.largest_num_kept = max(kept)
-        self.keeps_all = min(kept) == self.num_features
+        counts = [site_num_selected(self.settings, value, self.num_features) for value in values]
+        self.num_selected_E.copy_(torch.tensor(counts))
+        self.uniform_num_selected = counts[0] if len(set(counts)) == 1 else None
+        self.largest_num_selected = max(counts)
+        self.selects_all = min(counts) == self.num_features
 
     @property
     def is_uniform(self) -> bool:
         """True if all experts have the same K, so that the expert of a row is not needed."""
-        return self.uniform_num_kept is not None
+        return self.uniform_num_selected is not None
 
-    def num_kept_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
+    def num_selected_of_rows(self, expert_ids_N: Tensor | None) -> int | Tensor:
         """Return K of every row ``(N,)``, or one int if all experts have the same K."""
-        if self.uniform_num_kept is not None:
-            return self.uniform_num_kept
+        if self.uniform_num_selected is not None:
+            return self.uniform_num_selected
         assert expert_ids_N is not None, "K differs between experts, so the expert of every row is required"
-        return self.num_kept_E[expert_ids_N]
+        return self.num_selected_E[expert_ids_N]
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
         """Select features of the rows.
@@ -97,14 +97,14 @@ class RankingSelector(nn.Module):
             expert_ids_N: the expert of every row; required if K differs between experts.
             ste_share: weight of the straight-through gradient, from 0 (masked gradient only) to 1.
         """
-        num_kept = self.num_kept_of_rows(expert_ids_N)
+        num_selected = self.num_selected_of_rows(expert_ids_N)
         if self.number_format == "none" and ste_share in (0.0, 1.0):
             gradient = "ste" if ste_share else "masked"
-            rows = select(x, num_kept, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
-            return Selection(rows, num_kept)
+            rows = select(x, num_selected, rows=self.select_rows, group_size=self.group_size, gradient=gradient)
+            return Selection(rows, num_selected)
         # A format or a blended gradient needs the mask itself, and the mask comes from the unrounded magnitudes.
-        mask = select_mask(x.detach(), num_kept, rows=self.select_rows, group_size=self.group_size)
-        return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), num_kept)
+        mask = select_mask(x.detach(), num_selected, rows=self.select_rows, group_size=self.group_size)
+        return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), num_selected)
 
 
 class ThresholdSelector(nn.Module):
@@ -122,7 +122,7 @@ class ThresholdSelector(nn.Module):
         self.register_buffer("threshold_bits_E", torch.zeros(num_experts, dtype=torch.int32), persistent=False)
         self.is_uniform: bool
         """Whether all experts have the same threshold."""
-        self.keeps_all: bool
+        self.selects_all: bool
         self.set_sparsity([0.0] * num_experts, None)
 
     def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None) -> None:
@@ -133,7 +133,7 @@ class ThresholdSelector(nn.Module):
             "selection by threshold needs thresholds; SparsityPlan.check_fits reports a plan without them"
         )
         self.threshold_bits_E.copy_(torch.tensor(found, dtype=torch.float32).view(torch.int32))
-        self.is_uniform, self.keeps_all = len(set(found)) == 1, max(found) == -math.inf
+        self.is_uniform, self.selects_all = len(set(found)) == 1, max(found) == -math.inf
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
         """Select features of the rows ``(*, D)``; the arguments are those of ``RankingSelector.select``."""

@@ -19,7 +19,7 @@ from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.schedule import ste_share
 from qsparse_moe.sparsity.selection import THRESHOLD_MASKS
 from qsparse_moe.sparsity.stats import Readers, RowSums, Stats, site_stats
-from qsparse_moe.sparsity.topk import rescale_kept
+from qsparse_moe.sparsity.topk import rescale_selected
 
 
 class SiteOutput(NamedTuple):
@@ -111,7 +111,7 @@ class SparseSite(nn.Module):
             and self.number_format == "none"
             and self.settings.rescale != "preserve"
             and self.ste_share in (0.0, 1.0)
-            and not (self.ranking.keeps_all or self.settings.debug or self.hook is not None)
+            and not (self.ranking.selects_all or self.settings.debug or self.hook is not None)
         )
 
     def forward(
@@ -146,11 +146,11 @@ class SparseSite(nn.Module):
 
     def _select(self, x: Tensor, expert_ids_N: Tensor | None) -> SiteOutput:
         # S = 0 leaves the row as it is except for its number format: it is not rescaled either.
-        if self.selector.keeps_all:
+        if self.selector.selects_all:
             rounded = self.format_rows(x, self.number_format)
             return SiteOutput(rounded, x, Selection(rounded, self.num_features))
         selection = self.selector.select(x, expert_ids_N, ste_share=self.ste_share)
-        return SiteOutput(rescale_kept(selection.rows, x, self.settings.rescale), x, selection)
+        return SiteOutput(rescale_selected(selection.rows, x, self.settings.rescale), x, selection)
 
     def sums(self, output: SiteOutput, readers: Readers | None) -> Stats:
         """Return the statistics: the second half of ``forward``, for callers that know ``readers`` only afterwards."""

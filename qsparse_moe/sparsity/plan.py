@@ -19,7 +19,7 @@ from qsparse_moe.errors import ConfigError, naming
 FORMAT = "qsparse_moe.sparsity_plan/2"
 
 
-def num_kept(sparsity: float, num_features: int) -> int:
+def num_selected(sparsity: float, num_features: int) -> int:
     """Return K = max(1, round((1 - S) * D)), the selected features per row of D (arXiv 2407.10969, section 2).
 
     Halves are rounded to the even neighbour, as by Python's ``round``.
@@ -27,7 +27,7 @@ def num_kept(sparsity: float, num_features: int) -> int:
     return max(1, round((1.0 - sparsity) * num_features))
 
 
-def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) -> int:
+def site_num_selected(settings: SparsityConfig, sparsity: float, num_features: int) -> int:
     """Return K per row of a site with ``num_features`` features; under block selection the sum over its groups.
 
     Under threshold and statistical selection K is only the target: the number of selected features varies around it
@@ -35,8 +35,8 @@ def site_num_kept(settings: SparsityConfig, sparsity: float, num_features: int) 
     """
     # At S = 0 nothing is selected, so the group size need not divide the width of the site.
     if settings.selection != "block" or sparsity == 0.0:
-        return num_kept(sparsity, num_features)
-    return num_kept(sparsity, settings.group_size) * (num_features // settings.group_size)
+        return num_selected(sparsity, num_features)
+    return num_selected(sparsity, settings.group_size) * (num_features // settings.group_size)
 
 
 def site_threshold(settings: SparsityConfig, sparsity: float, threshold: float) -> float:

@@ -17,7 +17,7 @@ from qsparse_moe.sparsity.log_counts import MAGNITUDES, log_counts
 
 SITE_FIELDS = (
     "rows",
-    "kept",
+    "selected",
     "nonzero",
     "energy",
     "kept_energy",
@@ -84,7 +84,7 @@ def row_pattern(after_ND: Tensor, readers: Readers) -> RowPattern:
     return RowPattern(smallest_N.masked_fill(smallest_N == torch.inf, 0.0), common_N, counts_ED > 0)
 
 
-def site_stats(sums: RowSums, pattern: RowPattern, num_kept: int | Tensor, readers: Readers) -> Stats:
+def site_stats(sums: RowSums, pattern: RowPattern, num_selected: int | Tensor, readers: Readers) -> Stats:
     """Return the statistics of a site: float64 sums per expert, flags, and a histogram.
 
     The sums ``(E,)`` have the names of ``SITE_FIELDS`` with the suffix ``_E``. ``used_ED`` marks the features that are
@@ -93,11 +93,13 @@ def site_stats(sums: RowSums, pattern: RowPattern, num_kept: int | Tensor, reade
     Args:
         sums: the sums of the rows ``(N, D)``.
         pattern: the pattern of the same rows.
-        num_kept: K, an int or one per row ``(N,)``.
+        num_selected: K, an int or one per row ``(N,)``.
         readers: which expert reads which row.
     """
-    kept_N = torch.zeros_like(sums.nonzero_N) + num_kept
-    by_row_FN = torch.stack((torch.ones_like(kept_N), kept_N, *sums, pattern.smallest_N, pattern.common_N))
+    num_selected_N = torch.zeros_like(sums.nonzero_N) + num_selected
+    by_row_FN = torch.stack(
+        (torch.ones_like(num_selected_N), num_selected_N, *sums, pattern.smallest_N, pattern.common_N)
+    )
     fields_FR = by_row_FN if readers.row_R is None else by_row_FN[:, readers.row_R]
     continues_R = torch.zeros_like(fields_FR[0]) if readers.continues_R is None else readers.continues_R
     nonzero, common = SITE_FIELDS.index("nonzero"), len(fields_FR) - 1

@@ -15,14 +15,14 @@ Gradient = Literal["ste", "masked"] | float
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def topk_mask(x: Tensor, num_kept: int | Tensor, *, group_size: int | None = None) -> Tensor:
-    """Mark the ``num_kept`` largest-magnitude features of every row.
+def topk_mask(x: Tensor, num_selected: int | Tensor, *, group_size: int | None = None) -> Tensor:
+    """Mark the ``num_selected`` largest-magnitude features of every row.
 
     Ties go to the lower index, so exactly K features of each row are marked. NaN counts as the largest magnitude.
 
     Args:
         x: ``(*, D)`` activations in a floating-point dtype.
-        num_kept: K with ``1 <= K <= D``: one for all rows, or an int tensor ``(*)`` with one per row.
+        num_selected: K with ``1 <= K <= D``: one for all rows, or an int tensor ``(*)`` with one per row.
         group_size: G, a divisor of D: ``K * G / D`` features are marked in every contiguous group of G.
 
     Returns:
@@ -32,18 +32,18 @@ def topk_mask(x: Tensor, num_kept: int | Tensor, *, group_size: int | None = Non
         ValueError: K is outside ``[1, D]``, G does not divide D, or K per group is not a whole number of at least 1.
     """
     if group_size is not None:
-        return _group_mask(x, num_kept, group_size)
-    _check_num_kept(num_kept, x)
+        return _group_mask(x, num_selected, group_size)
+    _check_num_selected(num_selected, x)
     magnitude = magnitude_bits(x)
-    threshold = _kth_largest(magnitude, num_kept)
-    return _resolve_ties(magnitude, threshold, num_kept)
+    threshold = _kth_largest(magnitude, num_selected)
+    return _resolve_ties(magnitude, threshold, num_selected)
 
 
-def topk_mask_reference(x: Tensor, num_kept: int | Tensor) -> Tensor:
+def topk_mask_reference(x: Tensor, num_selected: int | Tensor) -> Tensor:
     """Compute ``topk_mask`` by its definition: the first K positions of a stable descending sort of the magnitudes."""
     order = magnitude_bits(x).argsort(dim=-1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(-1, order, torch.arange(x.shape[-1], device=x.device).expand_as(order))
-    return rank < (num_kept[..., None] if isinstance(num_kept, Tensor) else num_kept)
+    return rank < (num_selected[..., None] if isinstance(num_selected, Tensor) else num_selected)
 
 
 def magnitude_bits(x: Tensor) -> Tensor:
@@ -56,17 +56,17 @@ def magnitude_bits(x: Tensor) -> Tensor:
 
 def topk_sparsify(
     x: Tensor,
-    num_kept: int | Tensor,
+    num_selected: int | Tensor,
     *,
     group_size: int | None = None,
     rescale: Rescale = "none",
     gradient: Gradient = "ste",
 ) -> Tensor:
-    """Set all but the ``num_kept`` largest-magnitude features of every row to zero. ``x`` is never changed in place.
+    """Set all but the ``num_selected`` largest-magnitude features of every row to zero. ``x`` itself is not changed.
 
     Args:
         x: ``(*, D)`` activations.
-        num_kept: K, as in ``topk_mask``.
+        num_selected: K, as in ``topk_mask``.
         group_size: G, as in ``topk_mask``.
         rescale: ``none``; ``unit`` divides by the L2 norm of the selected features; ``preserve`` restores the L2 norm
             of the row. A row of zeros stays a row of zeros.
@@ -77,7 +77,7 @@ def topk_sparsify(
     Returns:
         ``(*, D)``, in the dtype of ``x``.
     """
-    return apply_mask(x, topk_mask(x, num_kept, group_size=group_size), rescale=rescale, gradient=gradient)
+    return apply_mask(x, topk_mask(x, num_selected, group_size=group_size), rescale=rescale, gradient=gradient)
 
 
 def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: Gradient = "ste") -> Tensor:
@@ -86,7 +86,7 @@ def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: 
     Raises:
         ValueError: ``gradient`` is not one of its values.
     """
-    return rescale_kept(_masked(x, mask, gradient), x, rescale)
+    return rescale_selected(_masked(x, mask, gradient), x, rescale)
 
 
 def _masked(x: Tensor, mask: Tensor, gradient: Gradient) -> Tensor:
@@ -99,15 +99,15 @@ def _masked(x: Tensor, mask: Tensor, gradient: Gradient) -> Tensor:
     return _BlendedMask.apply(x, mask, gradient)
 
 
-def rescale_kept(kept: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
+def rescale_selected(selected: Tensor, x: Tensor, rescale: Rescale) -> Tensor:
     """Rescale the selected features: not at all, to unit L2 norm, or to the L2 norm of ``x``.
 
     Norms are computed in at least fp32, and the result has the dtype of ``x``. A row of zeros stays a row of zeros and
     gets a gradient of zero.
     """
     if rescale == "none":
-        return kept
-    return _Unit.apply(kept) if rescale == "unit" else _Preserve.apply(kept, x)
+        return selected
+    return _Unit.apply(selected) if rescale == "unit" else _Preserve.apply(selected, x)
 
 
 class _StraightThroughMask(torch.autograd.Function):
@@ -138,39 +138,39 @@ class _BlendedMask(torch.autograd.Function):
 
 
 class _Unit(torch.autograd.Function):
-    """``kept / |kept|``: the gradient is ``(g - (g . y) y) / |kept|`` with ``y`` the result."""
+    """``selected / |selected|``: the gradient is ``(g - (g . y) y) / |selected|`` with ``y`` the result."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor) -> Tensor:
-        inverse = _inverse(_norm(kept))
-        ctx.save_for_backward(kept, inverse)
-        return (kept * inverse).to(kept.dtype)
+    def forward(ctx: Any, selected: Tensor) -> Tensor:
+        inverse = _inverse(_norm(selected))
+        ctx.save_for_backward(selected, inverse)
+        return (selected * inverse).to(selected.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        kept, inverse = ctx.saved_tensors
+        selected, inverse = ctx.saved_tensors
         # Multiplied in this order, every factor stays in the range of fp32; the cube of the inverse would not for rows
         # of magnitude 1e-13, which ReLU^2 produces.
-        along = torch.linalg.vecdot(grad, kept)[..., None] * inverse * inverse
-        return (grad * inverse).addcmul_(kept, along * -inverse).to(kept.dtype)
+        along = torch.linalg.vecdot(grad, selected)[..., None] * inverse * inverse
+        return (grad * inverse).addcmul_(selected, along * -inverse).to(selected.dtype)
 
 
 class _Preserve(torch.autograd.Function):
-    """``kept * |x| / |kept|``, with the gradients of both arguments."""
+    """``selected * |x| / |selected|``, with the gradients of both arguments."""
 
     @staticmethod
-    def forward(ctx: Any, kept: Tensor, x: Tensor) -> Tensor:
-        inverse, norm = _inverse(_norm(kept)), _norm(x)
-        ctx.save_for_backward(kept, x, inverse, norm)
-        return (kept * (norm * inverse)).to(kept.dtype)
+    def forward(ctx: Any, selected: Tensor, x: Tensor) -> Tensor:
+        inverse, norm = _inverse(_norm(selected)), _norm(x)
+        ctx.save_for_backward(selected, x, inverse, norm)
+        return (selected * (norm * inverse)).to(selected.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        kept, x, inverse, norm = ctx.saved_tensors
-        scale, along = norm * inverse, torch.linalg.vecdot(grad, kept)[..., None] * inverse
-        grad_kept = (grad * scale).addcmul_(kept, along * scale * -inverse)
+        selected, x, inverse, norm = ctx.saved_tensors
+        scale, along = norm * inverse, torch.linalg.vecdot(grad, selected)[..., None] * inverse
+        grad_selected = (grad * scale).addcmul_(selected, along * scale * -inverse)
         grad_x = x * (along * _inverse(norm))
-        return grad_kept.to(kept.dtype), grad_x.to(x.dtype)
+        return grad_selected.to(selected.dtype), grad_x.to(x.dtype)
 
 
 def _norm(rows: Tensor) -> Tensor:
@@ -184,64 +184,64 @@ def _inverse(norm: Tensor) -> Tensor:
     return norm.reciprocal().masked_fill_(norm == 0, 0.0)
 
 
-def _check_num_kept(num_kept: int | Tensor, x: Tensor) -> None:
+def _check_num_selected(num_selected: int | Tensor, x: Tensor) -> None:
     num_features = x.shape[-1]
-    if isinstance(num_kept, Tensor):
-        if num_kept.shape != x.shape[:-1] or num_kept.is_floating_point():
+    if isinstance(num_selected, Tensor):
+        if num_selected.shape != x.shape[:-1] or num_selected.is_floating_point():
             raise ValueError(
-                f"num_kept must be an int or an integer tensor of shape {tuple(x.shape[:-1])} (one K per row of x), "
-                f"got {num_kept.dtype} of shape {tuple(num_kept.shape)}"
+                f"num_selected must be an int or an integer tensor of shape {tuple(x.shape[:-1])} (one K per row of "
+                f"x), got {num_selected.dtype} of shape {tuple(num_selected.shape)}"
             )
         # The values are not checked, because reading them would wait for the GPU. SparsityPlan yields values in range.
         return
-    if not 1 <= num_kept <= num_features:
-        raise ValueError(f"num_kept must lie in [1, {num_features}] (the last dim of x), got {num_kept}")
+    if not 1 <= num_selected <= num_features:
+        raise ValueError(f"num_selected must lie in [1, {num_features}] (the last dim of x), got {num_selected}")
 
 
-def _group_mask(x: Tensor, num_kept: int | Tensor, group_size: int) -> Tensor:
+def _group_mask(x: Tensor, num_selected: int | Tensor, group_size: int) -> Tensor:
     num_features = x.shape[-1]
     if group_size < 1 or num_features % group_size:
         raise ValueError(f"group_size must divide {num_features} (the last dim of x), got {group_size}")
-    if isinstance(num_kept, int) and num_kept * group_size % num_features:
+    if isinstance(num_selected, int) and num_selected * group_size % num_features:
         raise ValueError(
-            f"num_kept * group_size / {num_features} must be whole, got {num_kept} * {group_size} / {num_features}; "
-            f"choose num_kept as a multiple of {num_features // group_size}"
+            f"num_selected * group_size / {num_features} must be whole, got {num_selected} * {group_size} / "
+            f"{num_features}; choose num_selected as a multiple of {num_features // group_size}"
         )
-    if isinstance(num_kept, Tensor):
-        _check_num_kept(num_kept, x)
-    return topk_mask(*split_into_groups(x, num_kept, group_size)).flatten(-2)
+    if isinstance(num_selected, Tensor):
+        _check_num_selected(num_selected, x)
+    return topk_mask(*split_into_groups(x, num_selected, group_size)).flatten(-2)
 
 
-def split_into_groups(x: Tensor, num_kept: int | Tensor, group_size: int) -> tuple[Tensor, int | Tensor]:
+def split_into_groups(x: Tensor, num_selected: int | Tensor, group_size: int) -> tuple[Tensor, int | Tensor]:
     """Return the groups of rows ``(*, D)`` as rows of their own, ``(*, D / G, G)``, and K per group.
 
     Args:
         x: the rows; G divides D.
-        num_kept: K per row, which is split evenly over the groups: an int, or an integer tensor ``(*)``.
+        num_selected: K per row, which is split evenly over the groups: an int, or an integer tensor ``(*)``.
         group_size: G.
     """
     num_groups = x.shape[-1] // group_size
     groups = x.unflatten(-1, (num_groups, group_size))
-    per_group = num_kept // num_groups
+    per_group = num_selected // num_groups
     if isinstance(per_group, Tensor):
         per_group = per_group[..., None].expand(groups.shape[:-1])
     return groups, per_group
 
 
-def _kth_largest(magnitude: Tensor, num_kept: int | Tensor) -> Tensor:
+def _kth_largest(magnitude: Tensor, num_selected: int | Tensor) -> Tensor:
     """Return ``(*, 1)``: the K-th largest value of every row."""
-    if isinstance(num_kept, Tensor):
+    if isinstance(num_selected, Tensor):
         ordered = magnitude.sort(dim=-1, descending=True).values
-        return ordered.gather(-1, num_kept[..., None].long() - 1)
+        return ordered.gather(-1, num_selected[..., None].long() - 1)
     # topk without sorting is the fastest exact selection in stock PyTorch on a CPU: 8.4 ms for 2048 rows of 768 and
     # K = 384 with 2 threads, against 10.5 ms for kthvalue and 35 ms for sort.
-    return magnitude.topk(num_kept, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    return magnitude.topk(num_selected, dim=-1, sorted=False).values.amin(-1, keepdim=True)
 
 
-def _resolve_ties(magnitude: Tensor, threshold: Tensor, num_kept: int | Tensor) -> Tensor:
+def _resolve_ties(magnitude: Tensor, threshold: Tensor, num_selected: int | Tensor) -> Tensor:
     """Mark everything above the threshold, and among the features equal to it the lowest indices until K are marked."""
     mask = magnitude >= threshold
-    wanted = num_kept[..., None] if isinstance(num_kept, Tensor) else num_kept
+    wanted = num_selected[..., None] if isinstance(num_selected, Tensor) else num_selected
     if magnitude.device.type != "cpu":
         return _break_ties(magnitude, threshold, wanted)
     surplus = mask.sum(-1, keepdim=True) != wanted

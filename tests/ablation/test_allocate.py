@@ -166,7 +166,7 @@ def test_the_measured_load_is_the_share_of_tokens_of_every_expert_and_plans_meet
         (batch,) = rows.batches
         stats = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS).stats
         sizes = {"attention_input": 3 * 16, "attention_output": 16, "expert_input": 32, "expert_hidden": 16}
-        kept = sum(size * float(stats[f"sparsity/{site}/kept_LE"].sum()) for site, size in sizes.items())
+        kept = sum(size * float(stats[f"sparsity/{site}/selected_LE"].sum()) for site, size in sizes.items())
         whole = sum(size * 16 * float(stats[f"sparsity/{site}/rows_LE"].sum()) for site, size in sizes.items())
         assert by_name[name].cost == pytest.approx(1 - kept / whole), name
     assert by_name["dense"].cost == 0.0 and by_name["uniform"].against_uniform == 0.0

@@ -13,7 +13,7 @@ from qsparse_moe.data.batch import make_batch
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.nn.sparse_site import SparseSite
-from qsparse_moe.sparsity.plan import site_num_kept
+from qsparse_moe.sparsity.plan import site_num_selected
 from tests.ablation.small_models import config, model_of, rows_of
 
 RESCALES = ["none", "unit", "preserve"]
@@ -29,7 +29,7 @@ def test_changes_of_rows_are_gradient_times_what_the_site_itself_would_make(sele
     x_ND[0, :5] = x_ND[0, 5]  # ties
     values = (0.0, 0.25, 0.5, 0.75)
     now_ND = site.select(x_ND).sparse
-    found_NX = row_changes(site, x_ND, now_ND, grad_ND, [site_num_kept(settings, value, 16) for value in values])
+    found_NX = row_changes(site, x_ND, now_ND, grad_ND, [site_num_selected(settings, value, 16) for value in values])
     for place, value in enumerate(values):
         site.set_sparsity([value])
         wanted_N = (grad_ND * (site.select(x_ND).sparse - now_ND)).sum(-1)

@@ -41,7 +41,7 @@ def test_contenders_keep_their_own_s(monkeypatch):
     )
     run_gpu_decode_benchmark(benchmark(), torch.device("cpu"))
     _, dense, sparse = seen.values()
-    kept = [engine._model._model.layers[0].moe.input_site.ranking.largest_num_kept for engine in (dense, sparse)]
+    kept = [engine._model._model.layers[0].moe.input_site.ranking.largest_num_selected for engine in (dense, sparse)]
     assert kept == [64, 32]
     assert dense._weights is sparse._weights
     weights = [engine._model._model.layers[0].moe.experts.w_up for engine in (dense, sparse)]

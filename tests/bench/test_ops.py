@@ -17,9 +17,9 @@ from qsparse_moe.sparsity.topk import magnitude_bits
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thresholds_are_the_kth_largest_magnitude(name, dtype):
     magnitude = magnitude_bits(torch.randn(5, 33).to(dtype))
-    for num_kept in (1, 17, 33):
-        want = magnitude.sort(dim=-1, descending=True).values[:, num_kept - 1]
-        assert torch.equal(ops.THRESHOLDS[name](magnitude, num_kept).squeeze(-1), want)
+    for num_selected in (1, 17, 33):
+        want = magnitude.sort(dim=-1, descending=True).values[:, num_selected - 1]
+        assert torch.equal(ops.THRESHOLDS[name](magnitude, num_selected).squeeze(-1), want)
 
 
 def test_every_operation_and_version_is_timed_or_told_why_not(monkeypatch):

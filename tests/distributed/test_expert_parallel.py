@@ -92,8 +92,8 @@ def test_the_reference_clips_and_its_experts_differ(runs: ExpertRuns):
     reference, _ = runs.reference("main")
     assert min(report["grad_norm"] for report in reference["reports"]) > 0.5
     stats = reference["reports"][0]["stats"]
-    kept, rows = (torch.tensor(stats[f"sparsity/expert_hidden/{name}_LE"]) for name in ("kept", "rows"))
-    assert (kept / rows)[0].round().tolist() == [12, 18, 18, 12]
+    selected, rows = (torch.tensor(stats[f"sparsity/expert_hidden/{name}_LE"]) for name in ("selected", "rows"))
+    assert (selected / rows)[0].round().tolist() == [12, 18, 18, 12]
     assert len(set(stats["router/rows_LE"][0])) == 4, "an even load would hide a mixed-up expert"
 
 

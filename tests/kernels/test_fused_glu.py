@@ -26,13 +26,13 @@ def test_every_activation_has_one_reference():
     assert reference.ACTIVATIONS.items() <= REFERENCES.items()
 
 
-@pytest.mark.parametrize("num_kept", [5, torch.tensor([1, 9, 4, 7])])
-def test_sums_of_the_reference_are_those_of_a_site(num_kept):
+@pytest.mark.parametrize("num_selected", [5, torch.tensor([1, 9, 4, 7])])
+def test_sums_of_the_reference_are_those_of_a_site(num_selected):
     gate, up = torch.randn(2, 4, 9)
-    kept, sums = reference.fused_glu(gate, up, num_kept)
+    selected, sums = reference.fused_glu(gate, up, num_selected)
     all_rows = Readers()
-    of_the_site = row_sums(reference.relu2glu(gate, up), kept)
-    want = site_stats(of_the_site, row_pattern(kept, all_rows), num_kept, all_rows)
+    of_the_site = row_sums(reference.relu2glu(gate, up), selected)
+    want = site_stats(of_the_site, row_pattern(selected, all_rows), num_selected, all_rows)
     for name, of_rows in sums._asdict().items():
         total = want[f"{name.removesuffix('_N')}_E"].squeeze()
         torch.testing.assert_close(of_rows.double().sum(), total, rtol=1e-6, atol=0.0)
@@ -44,10 +44,10 @@ def test_selection_is_exact_for_the_activation_as_it_is_stored(by, activation, d
     # Values so close together that a selection in fp32 would choose others.
     gate, up = (1 + 0.05 * torch.randn(2, 6, 64)).to(dtype)
     dense = fused_glu(gate, up, 64, by=by, activation=activation)[0]
-    for num_kept in (1, 20, torch.tensor([3, 64, 1, 63, 32, 9])):
-        kept, sums = fused_glu(gate, up, num_kept, by=by, activation=activation)
-        assert torch.equal(kept, topk_sparsify(dense, num_kept))
-        torch.testing.assert_close(sums, reference.selection_sums(dense, kept, num_kept))
+    for num_selected in (1, 20, torch.tensor([3, 64, 1, 63, 32, 9])):
+        selected, sums = fused_glu(gate, up, num_selected, by=by, activation=activation)
+        assert torch.equal(selected, topk_sparsify(dense, num_selected))
+        torch.testing.assert_close(sums, reference.selection_sums(dense, selected, num_selected))
 
 
 def test_halves_of_one_matrix_are_read_where_they_lie(by):
@@ -55,8 +55,8 @@ def test_halves_of_one_matrix_are_read_where_they_lie(by):
     upstream = torch.randn(5, 12)
     results = []
     for run in (reference.fused_glu, lambda *args: fused_glu(*args, by=by)):
-        kept, _ = run(*joint.chunk(2, dim=-1), 4)
-        results.append((kept, torch.autograd.grad(kept, joint, upstream)[0]))
+        selected, _ = run(*joint.chunk(2, dim=-1), 4)
+        results.append((selected, torch.autograd.grad(selected, joint, upstream)[0]))
     torch.testing.assert_close(*results)
 
 
@@ -67,18 +67,18 @@ def test_every_matrix_is_read_by_its_own_stride(by, gradient):
     strides = [x.stride() for x in (gate, up, upstream)]
     assert strides == [(60, 1), (13, 1), (17, 1)]
     leaves = [gate.requires_grad_(), up.requires_grad_()]
-    kept, _ = fused_glu(gate, up, 4, by=by, gradient=gradient)
+    selected, _ = fused_glu(gate, up, 4, by=by, gradient=gradient)
     want, _ = reference.fused_glu(gate, up, 4, gradient=gradient)
-    torch.testing.assert_close(kept, want)
-    mine, theirs = (torch.autograd.grad(out, leaves, upstream) for out in (kept, want))
+    torch.testing.assert_close(selected, want)
+    mine, theirs = (torch.autograd.grad(out, leaves, upstream) for out in (selected, want))
     torch.testing.assert_close(mine, theirs)
 
 
 def test_a_gradient_that_was_expanded_is_taken(by):
     gate, up = torch.randn(2, 5, 12, requires_grad=True)
-    kept, _ = fused_glu(gate, up, 4, by=by)
+    selected, _ = fused_glu(gate, up, 4, by=by)
     want, _ = reference.fused_glu(gate, up, 4)
-    for mine, theirs in zip(*(torch.autograd.grad(out.sum(), (gate, up)) for out in (kept, want)), strict=True):
+    for mine, theirs in zip(*(torch.autograd.grad(out.sum(), (gate, up)) for out in (selected, want)), strict=True):
         torch.testing.assert_close(mine, theirs)
 
 
@@ -88,11 +88,11 @@ def test_a_nan_is_kept_and_spreads_to_its_gradients(by, activation, broken):
     inputs = {"gate": torch.rand(2, 8), "up": torch.rand(2, 8)}
     inputs[broken][1, 5] = float("nan")
     leaves = [x.requires_grad_() for x in inputs.values()]
-    kept, sums = fused_glu(*leaves, 2, by=by, activation=activation)
-    assert kept.isnan().nonzero().tolist() == [[1, 5]]
+    selected, sums = fused_glu(*leaves, 2, by=by, activation=activation)
+    assert selected.isnan().nonzero().tolist() == [[1, 5]]
     assert sums.energy_N.isnan().tolist() == [False, True]
     want = torch.autograd.grad(reference.fused_glu(*leaves, 2, activation=activation)[0], leaves, torch.ones(2, 8))
-    for mine, theirs in zip(torch.autograd.grad(kept, leaves, torch.ones(2, 8)), want, strict=True):
+    for mine, theirs in zip(torch.autograd.grad(selected, leaves, torch.ones(2, 8)), want, strict=True):
         torch.testing.assert_close(mine, theirs, equal_nan=True)
 
 
@@ -100,16 +100,16 @@ def test_a_nan_is_kept_and_spreads_to_its_gradients(by, activation, broken):
 def test_large_and_infinite_gates_give_what_torch_gives(by, activation):
     gate = torch.tensor([[200.0, -200.0, 89.0, -89.0, 1e4, -1e4, 0.0, float("inf")]], requires_grad=True)
     up = torch.tensor([[1.0, 2.0, -1.0, 3.0, 1.0, -1.0, 5.0, 1.0]], requires_grad=True)
-    kept, _ = fused_glu(gate, up, 8, by=by, activation=activation)
+    selected, _ = fused_glu(gate, up, 8, by=by, activation=activation)
     want, _ = reference.fused_glu(gate, up, 8, activation=activation)
-    torch.testing.assert_close(kept, want, atol=1e-30, rtol=1e-5)
+    torch.testing.assert_close(selected, want, atol=1e-30, rtol=1e-5)
     finite = torch.tensor([[1.0] * 7 + [0.0]])
-    for mine, theirs in zip(*(torch.autograd.grad(o, (gate, up), finite) for o in (kept, want)), strict=True):
+    for mine, theirs in zip(*(torch.autograd.grad(o, (gate, up), finite) for o in (selected, want)), strict=True):
         torch.testing.assert_close(mine[:, :7], theirs[:, :7], atol=1e-30, rtol=1e-5)
 
 
 def test_sums_are_left_out_where_none_are_asked_for(by):
     gate, up = torch.randn(2, 5, 12)
-    kept, sums = fused_glu(gate, up, 4, by=by, with_sums=False)
+    selected, sums = fused_glu(gate, up, 4, by=by, with_sums=False)
     assert sums is None
-    torch.testing.assert_close(kept, reference.fused_glu(gate, up, 4)[0])
+    torch.testing.assert_close(selected, reference.fused_glu(gate, up, 4)[0])

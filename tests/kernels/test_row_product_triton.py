@@ -24,12 +24,12 @@ pytestmark = pytest.mark.parametrize("device", DEVICES)
 SHAPES = [(1, 1, 1), (7, 31, 7), (40, 97, 1), (40, 256, 17), (129, 300, 129), (96, 600, 70)]
 
 
-def sparse_rows(num_rows, num_features, num_kept, seed=0):
-    """Rows of which each has another ``num_kept`` features that are not zero."""
+def sparse_rows(num_rows, num_features, num_selected, seed=0):
+    """Rows of which each has another ``num_selected`` features that are not zero."""
     draw = torch.Generator().manual_seed(seed + num_features)
-    kept = torch.rand(num_rows, num_features, generator=draw).argsort(-1)[:, :num_kept]
+    selected = torch.rand(num_rows, num_features, generator=draw).argsort(-1)[:, :num_selected]
     rows = torch.randn(num_rows, num_features, generator=draw)
-    return torch.zeros_like(rows).scatter(1, kept, rows.gather(1, kept))
+    return torch.zeros_like(rows).scatter(1, selected, rows.gather(1, selected))
 
 
 def weights_of(*shape):
@@ -54,11 +54,11 @@ def check(found, exact):
 @pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_projection_is_the_product_with_the_stored_values(device, weight_format, shape):
-    num_features, num_columns, num_kept = shape
+    num_features, num_columns, num_selected = shape
     stored = store(weights_of(num_features, num_columns), weight_format)
     for num_tokens in (1, 3, 5) if num_features == 40 else (2,):
-        rows = sparse_rows(num_tokens, num_features, num_kept)
-        found = product(stored, rows, device, num_kept)
+        rows = sparse_rows(num_tokens, num_features, num_selected)
+        found = product(stored, rows, device, num_selected)
         check(found, rows.double() @ load_dense(stored).double())
 
 

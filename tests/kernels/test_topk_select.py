@@ -49,31 +49,31 @@ def check_definition(select_rows, num_rows, width, steps, dtype, seed):
     x = torch.randn(num_rows, width, generator=generator)
     x = ((x * steps).round() / steps if steps else x).to(dtype)
     per_row = torch.randint(1, width + 1, (num_rows,), generator=generator)
-    for num_kept in (1, width, (width + 1) // 2, per_row):
-        want = topk_mask_reference(x, num_kept)
-        kept, mask = select_rows(x, num_kept, True)
+    for num_selected in (1, width, (width + 1) // 2, per_row):
+        want = topk_mask_reference(x, num_selected)
+        selected, mask = select_rows(x, num_selected, True)
         assert torch.equal(mask, want)
-        assert torch.equal(kept, torch.where(want, x, 0))
-        assert torch.equal(select_rows(x, num_kept, False)[0], kept)
+        assert torch.equal(selected, torch.where(want, x, 0))
+        assert torch.equal(select_rows(x, num_selected, False)[0], selected)
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 def test_nan_and_infinity_are_kept(name):
     x = torch.tensor([[1.0, float("nan"), 5.0, float("-inf"), 0.0]])
-    kept, mask = runnable(name)(x, 2, True)
+    selected, mask = runnable(name)(x, 2, True)
     assert mask.tolist() == [[False, True, False, True, False]]
-    assert kept.isnan().tolist() == [[False, True, False, False, False]]
+    assert selected.isnan().tolist() == [[False, True, False, False, False]]
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("gradient", ["ste", "masked"])
 @pytest.mark.parametrize("group_size", [None, 8])
-@pytest.mark.parametrize("num_kept", [16, torch.tensor([4, 8, 32])])
-def test_gradient_is_that_of_topk_sparsify(name, gradient, group_size, num_kept):
+@pytest.mark.parametrize("num_selected", [16, torch.tensor([4, 8, 32])])
+def test_gradient_is_that_of_topk_sparsify(name, gradient, group_size, num_selected):
     x = torch.randn(3, 32, requires_grad=True)
     upstream = torch.randn(3, 32)
-    want = topk_sparsify(x, num_kept, group_size=group_size, gradient=gradient)
-    got = select(x, num_kept, rows=runnable(name), group_size=group_size, gradient=gradient)
+    want = topk_sparsify(x, num_selected, group_size=group_size, gradient=gradient)
+    got = select(x, num_selected, rows=runnable(name), group_size=group_size, gradient=gradient)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
 
@@ -131,8 +131,8 @@ def test_a_k_expanded_over_groups_is_read_from_its_own_entry():
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_rows_with_many_zeros_keep_what_is_not_zero_first(name, more):
     x = torch.randn(8, 40).relu()
-    num_kept = ((x > 0).sum(-1) + more).clamp(1, 40)
-    kept, mask = runnable(name)(x, num_kept, True)
-    assert torch.equal(mask, topk_mask_reference(x, num_kept))
-    assert torch.equal(kept, x * mask)
-    assert torch.equal(runnable(name)(x, num_kept, False)[0], kept)
+    num_selected = ((x > 0).sum(-1) + more).clamp(1, 40)
+    selected, mask = runnable(name)(x, num_selected, True)
+    assert torch.equal(mask, topk_mask_reference(x, num_selected))
+    assert torch.equal(selected, x * mask)
+    assert torch.equal(runnable(name)(x, num_selected, False)[0], selected)

@@ -141,7 +141,7 @@ def test_with_experts_in_every_second_layer_metrics_have_the_numbers_of_these_la
 
 
 def test_sparsity_ratios_by_hand():
-    fields = dict.fromkeys(SITE_FIELDS, 0) | {"rows": 2, "kept": 40, "nonzero": 25, "energy": 8, "kept_energy": 6}
+    fields = dict.fromkeys(SITE_FIELDS, 0) | {"rows": 2, "selected": 40, "nonzero": 25, "energy": 8, "kept_energy": 6}
     stats = {f"sparsity/dense_hidden/{name}_LE": sums(value)[None] for name, value in fields.items()}
     stats["sparsity/dense_hidden/used_LED"] = torch.ones(1, 1, 50, dtype=torch.bool)
     metrics = derive_metrics(make_report(stats=stats), MODEL)
@@ -168,7 +168,7 @@ def test_ratios_of_added_sums_do_not_depend_on_the_split():
     whole = add_stats(*halves)
     metrics = derive_metrics(make_report(stats=whole), MODEL)
     features = 16 * sum(half["sparsity/attention_input/rows_LE"][2] for half in halves)
-    kept = sum(half["sparsity/attention_input/kept_LE"][2] for half in halves)
+    kept = sum(half["sparsity/attention_input/selected_LE"][2] for half in halves)
     assert metrics["sparsity/attention_input/zeros_chosen/layer_2"] == pytest.approx(float(1 - kept / features))
 
 

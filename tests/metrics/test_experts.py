@@ -19,7 +19,7 @@ def sums():
     """Return the sums of one layer of three experts, the last without a token, and two features."""
     table = {"rows": [2, 1, 0], "nonzero": [3, 1, 0], "energy": [10, 4, 0], "kept_energy": [9, 1, 0]}
     stats = {f"sparsity/expert_hidden/{name}_LE": torch.tensor([values]).double() for name, values in table.items()}
-    for name in ("kept", "smallest", "pairs_nonzero", "pairs_common"):
+    for name in ("selected", "smallest", "pairs_nonzero", "pairs_common"):
         stats[f"sparsity/expert_hidden/{name}_LE"] = torch.zeros(1, 3).double()
     stats["sparsity/expert_hidden/used_LED"] = torch.tensor([[[True, True], [True, False], [False, False]]])
     return stats | {"router/rows_LE": torch.tensor([[2, 1, 0]]).double()}

@@ -48,7 +48,7 @@ def test_experts_that_differ_in_sparsity_are_counted_by_their_own_k():
     stats = model(tokens()).stats
     rows_LE = stats["router/rows_LE"]
     want_L = 16 * rows_LE.sum(1) - 12 * rows_LE[:, 1]
-    assert torch.equal(stats["sparsity/expert_hidden/kept_LE"].sum(-1), want_L)
+    assert torch.equal(stats["sparsity/expert_hidden/selected_LE"].sum(-1), want_L)
 
 
 def test_every_site_of_every_layer_blends_its_gradient():
@@ -80,9 +80,11 @@ def test_the_sums_of_every_site_are_its_own():
     output = build_model(config)(torch.randint(0, 32, (2, 6)))
     widths, found = {}, {}
     for site in kept:
-        sums = {name: output.stats[f"sparsity/{site}/{name}_LE"].sum().item() for name in ("rows", "kept", "nonzero")}
-        found[site] = sums["kept"] / sums["rows"]
-        assert sums["nonzero"] == sums["kept"], "SwiGLU leaves no zeros"
+        sums = {
+            name: output.stats[f"sparsity/{site}/{name}_LE"].sum().item() for name in ("rows", "selected", "nonzero")
+        }
+        found[site] = sums["selected"] / sums["rows"]
+        assert sums["nonzero"] == sums["selected"], "SwiGLU leaves no zeros"
         widths[site] = output.stats[f"sparsity/{site}/used_LED"].shape[-1]
     assert found == kept
     assert widths == dict.fromkeys(kept, 16) | {"dense_hidden": 48, "expert_hidden": 24, "shared_hidden": 24}

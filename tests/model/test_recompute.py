@@ -65,8 +65,8 @@ def recorded_choices(model):
 
 
 def recorder(log, place, select_rows):
-    def select(x, num_kept, with_mask):
-        kept, mask = select_rows(x, num_kept, with_mask)
+    def select(x, num_selected, with_mask):
+        kept, mask = select_rows(x, num_selected, with_mask)
         log.append((place, kept.detach().clone()))
         return kept, mask
 

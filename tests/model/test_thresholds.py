@@ -79,14 +79,14 @@ def test_a_model_that_selects_by_the_calibrated_file_keeps_the_share_at_every_si
     assert model.sparsity_plan == plan
     batch = batches(1)[0]
     stats, want = (made(batch.tokens_BS, positions_BS=batch.positions_BS).stats for made in (model, exact))
-    sites = [name.removesuffix("kept_LE") for name in want if name.endswith("/kept_LE")]
+    sites = [name.removesuffix("selected_LE") for name in want if name.endswith("/selected_LE")]
     assert len(sites) == 8
     for site in sites:
-        share, asked = (sums[f"{site}kept_LE"].sum(-1) / sums[f"{site}rows_LE"].sum(-1) for sums in (stats, want))
+        share, asked = (sums[f"{site}selected_LE"].sum(-1) / sums[f"{site}rows_LE"].sum(-1) for sums in (stats, want))
         torch.testing.assert_close(share, asked, rtol=0.08, atol=0)
     rows = stats["sparsity/expert_hidden/rows_LE"]
-    assert not torch.equal(stats["sparsity/expert_hidden/kept_LE"], want["sparsity/expert_hidden/kept_LE"])
-    assert (stats["sparsity/expert_hidden/kept_LE"] >= rows).all()  # at least one a row
+    assert not torch.equal(stats["sparsity/expert_hidden/selected_LE"], want["sparsity/expert_hidden/selected_LE"])
+    assert (stats["sparsity/expert_hidden/selected_LE"] >= rows).all()  # at least one a row
 
 
 def test_the_model_is_left_as_it_was_and_nothing_is_random():
@@ -99,7 +99,7 @@ def test_the_model_is_left_as_it_was_and_nothing_is_random():
     assert model.training
     sites = [site for block in model.blocks() for site in block.sites().values()]
     assert all(
-        site.hook is None and site.is_uniform == (len(set(site.ranking.num_kept_E.tolist())) == 1) for site in sites
+        site.hook is None and site.is_uniform == (len(set(site.ranking.num_selected_E.tolist())) == 1) for site in sites
     )
     assert torch.equal(model(tokens).logits_BSV, logits)
 

@@ -17,7 +17,7 @@ from qsparse_moe.moe.capacity import expert_capacity, within_capacity, within_ca
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.permutation import GATHERS, combine, combine_reference, permute, permute_reference, sort_by_expert
 from qsparse_moe.nn.activations import REFERENCES
-from qsparse_moe.sparsity.plan import num_kept
+from qsparse_moe.sparsity.plan import num_selected
 from qsparse_moe.sparsity.topk import topk_sparsify
 
 B, S, D, F, E, A = 2, 8, 16, 24, 4, 2
@@ -148,9 +148,9 @@ def token_by_token(layer, x, activation, factor, input_values, hidden_values):
         num_dropped[expert] = max(0, len(takers) - capacity)
         for _, token, weight in takers[:capacity]:
             w = layer.experts
-            sparse = topk_sparsify(x_TD[token], num_kept(input_values[expert], D))
+            sparse = topk_sparsify(x_TD[token], num_selected(input_values[expert], D))
             hidden = REFERENCES[activation](sparse @ w.w_gate[expert], sparse @ w.w_up[expert])
-            hidden = topk_sparsify(hidden, num_kept(hidden_values[expert], F))
+            hidden = topk_sparsify(hidden, num_selected(hidden_values[expert], F))
             totals[token] = totals[token] + weight * (hidden @ w.w_down[expert])
     return torch.stack(totals).view_as(x), num_dropped
 

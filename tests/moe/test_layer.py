@@ -7,7 +7,7 @@ from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.model.init import initialize
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.nn.activations import ACTIVATIONS, REFERENCES
-from qsparse_moe.sparsity.plan import num_kept
+from qsparse_moe.sparsity.plan import num_selected
 from qsparse_moe.sparsity.topk import topk_sparsify
 
 B, S, D, F, E, A = 2, 5, 16, 24, 4, 2
@@ -37,15 +37,15 @@ def token_by_token(layer, x, activation, input_values, hidden_values, rescale="n
     rows = []
     seen = x.flatten(0, 1)
     if layer.router.config.router_input == "sparse":
-        seen = topk_sparsify(seen, num_kept(input_values[0], D), rescale=rescale)
+        seen = topk_sparsify(seen, num_selected(input_values[0], D), rescale=rescale)
     routing = layer.router(seen)
     for token, row in enumerate(x.flatten(0, 1)):
         total = torch.zeros_like(row)
         for weight, expert in zip(routing.weights_TA[token], routing.expert_ids_TA[token].tolist(), strict=True):
-            sparse = topk_sparsify(row, num_kept(input_values[expert], D), rescale=rescale)
+            sparse = topk_sparsify(row, num_selected(input_values[expert], D), rescale=rescale)
             w = layer.experts
             hidden = REFERENCES[activation](sparse @ w.w_gate[expert], sparse @ w.w_up[expert])
-            hidden = topk_sparsify(hidden, num_kept(hidden_values[expert], F), rescale=rescale)
+            hidden = topk_sparsify(hidden, num_selected(hidden_values[expert], F), rescale=rescale)
             total = total + weight * (hidden @ w.w_down[expert])
         if layer.shared is not None:
             s = layer.shared
@@ -127,8 +127,8 @@ def test_a_router_of_sparse_tokens_chooses_by_what_is_kept_and_shared_experts_se
     for one in (layer, dense):
         set_sparsity(one, [0.9] * E, [0.0] * E)
     x = torch.randn(B, S, D, dtype=torch.float64)
-    kept = topk_sparsify(x.flatten(0, 1), num_kept(0.9, D))
-    rows = torch.bincount(layer.router(kept).expert_ids_TA.flatten(), minlength=E).double()
+    selected = topk_sparsify(x.flatten(0, 1), num_selected(0.9, D))
+    rows = torch.bincount(layer.router(selected).expert_ids_TA.flatten(), minlength=E).double()
     assert torch.equal(layer(x).stats["router/rows_E"], rows)
     assert not torch.equal(dense(x).stats["router/rows_E"], rows)
     assert layer(x).stats["sparsity/expert_input/rows_E"].sum() == B * S * A
@@ -155,11 +155,11 @@ def test_sums_of_the_sites_and_of_the_router():
     stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
     assert stats["router/tokens"] == B * S
     assert stats["sparsity/expert_input/rows_E"].sum() == B * S * A  # one selection, read by all experts of a token
-    assert stats["sparsity/expert_input/kept_E"].sum() == B * S * A * 8
+    assert stats["sparsity/expert_input/selected_E"].sum() == B * S * A * 8
     assert stats["sparsity/expert_hidden/rows_E"].sum() == B * S * A
-    assert stats["sparsity/expert_hidden/kept_E"].sum() == B * S * A * num_kept(0.25, F)
-    # ReLU's zeros are among the kept.
-    assert stats["sparsity/expert_hidden/nonzero_E"].sum() < stats["sparsity/expert_hidden/kept_E"].sum()
+    assert stats["sparsity/expert_hidden/selected_E"].sum() == B * S * A * num_selected(0.25, F)
+    # ReLU's zeros are among the selected features.
+    assert stats["sparsity/expert_hidden/nonzero_E"].sum() < stats["sparsity/expert_hidden/selected_E"].sum()
     set_sparsity(layer, *PER_EXPERT)
     stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
     assert stats["sparsity/expert_input/rows_E"].sum() == B * S * A  # now each routed row has its own K
@@ -184,13 +184,15 @@ def test_sums_by_expert_are_those_of_the_rows_that_each_expert_reads(values):
     chosen = layer.router(x.flatten(0, 1)).expert_ids_TA
     for expert in range(E):
         tokens = (chosen == expert).any(-1).nonzero().flatten().tolist()
-        kept = topk_sparsify(x.flatten(0, 1)[tokens], num_kept(values[0][expert], D))
+        selected = topk_sparsify(x.flatten(0, 1)[tokens], num_selected(values[0][expert], D))
         site = {name: value[expert] for name, value in stats.items() if name.startswith("sparsity/expert_input/")}
         assert site["sparsity/expert_input/rows_E"] == len(tokens)
-        assert site["sparsity/expert_input/kept_energy_E"].item() == pytest.approx(kept.square().sum().item())
-        assert torch.equal(site["sparsity/expert_input/used_ED"], (kept != 0).any(0))
+        assert site["sparsity/expert_input/kept_energy_E"].item() == pytest.approx(selected.square().sum().item())
+        assert torch.equal(site["sparsity/expert_input/used_ED"], (selected != 0).any(0))
         neighbours = [(i, j) for i, j in enumerate(tokens[1:]) if tokens[i] + 1 == j and j % S]
-        common = sum(((kept[i] != 0) & (kept[i + 1] != 0)).sum().item() for i, _ in neighbours)
+        common = sum(((selected[i] != 0) & (selected[i + 1] != 0)).sum().item() for i, _ in neighbours)
         assert site["sparsity/expert_input/pairs_common_E"] == common
-        assert site["sparsity/expert_input/pairs_nonzero_E"] == sum((kept[i] != 0).sum().item() for i, _ in neighbours)
+        assert site["sparsity/expert_input/pairs_nonzero_E"] == sum(
+            (selected[i] != 0).sum().item() for i, _ in neighbours
+        )
     assert stats["sparsity/shared_input/pairs_nonzero_E"] == B * (S - 1) * D

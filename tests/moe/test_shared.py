@@ -10,7 +10,7 @@ from qsparse_moe.config.shapes import shared_hidden_size
 from qsparse_moe.model.init import initialize
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.nn.activations import REFERENCES
-from qsparse_moe.sparsity.plan import num_kept
+from qsparse_moe.sparsity.plan import num_selected
 from qsparse_moe.sparsity.topk import topk_sparsify
 
 B, S, D, F, E, A = 2, 5, 16, 24, 4, 2
@@ -36,9 +36,9 @@ def make(dtype=torch.float64, *, scale=20.0, sparsity=None, **moe):
 def shared_token_by_token(shared, x_TD, input_sparsity, hidden_sparsity):
     rows = []
     for row in x_TD:
-        sparse = topk_sparsify(row, num_kept(input_sparsity, D))
+        sparse = topk_sparsify(row, num_selected(input_sparsity, D))
         hidden = REFERENCES["swiglu"](sparse @ shared.w_gate, sparse @ shared.w_up)
-        y = topk_sparsify(hidden, num_kept(hidden_sparsity, len(hidden))) @ shared.w_down
+        y = topk_sparsify(hidden, num_selected(hidden_sparsity, len(hidden))) @ shared.w_down
         # Of the dense row: the gate is a router.
         rows.append(y if shared.token_gate is None else y / (1 + torch.exp(-(row * shared.token_gate[0]).sum())))
     return torch.stack(rows)

@@ -101,7 +101,7 @@ def test_natural_zeros_are_counted_with_the_chosen_ones(activation, sparsity):
     assert low <= natural <= high
     assert stats[f"{site}/nonzero_E"].sum() == torch.count_nonzero(after)
     kept = F - round(F * sparsity)
-    assert stats[f"{site}/kept_E"].sum() == len(before) * kept
+    assert stats[f"{site}/selected_E"].sum() == len(before) * kept
     assert stats[f"{site}/nonzero_E"].sum() == (before != 0).sum(-1).clamp(max=kept).sum()
 
 

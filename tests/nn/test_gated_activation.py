@@ -113,9 +113,9 @@ def test_a_dense_site_takes_the_activations_backward_in_one_pass(fused, activati
 def test_rows_of_several_sequences_stay_apart():
     _, layer = layers(FUSED_GLUS[0])
     gate, up = torch.randn(2, 3, 5, F)
-    kept, _ = layer.shared.activation(gate, up, with_stats=True)
+    selected, _ = layer.shared.activation(gate, up, with_stats=True)
     want, _ = layer.shared.activation(gate.flatten(0, 1), up.flatten(0, 1), with_stats=True)
-    assert torch.equal(kept.flatten(0, 1), want)
+    assert torch.equal(selected.flatten(0, 1), want)
 
 
 @pytest.mark.parametrize(

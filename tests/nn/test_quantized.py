@@ -8,7 +8,7 @@ from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import fake_quantize
-from qsparse_moe.sparsity.topk import rescale_kept, topk_mask
+from qsparse_moe.sparsity.topk import rescale_selected, topk_mask
 
 torch.set_num_threads(1)
 E, D = 3, 24
@@ -37,11 +37,11 @@ def test_site_masks_by_the_unrounded_row_then_rounds_then_rescales(number_format
     mask = topk_mask(x, D // 2, group_size=group_size)
     rounded = fake_quantize(x.detach(), number_format)
     through = x if gradient == "ste" else x * mask
-    kept = through + (rounded * mask - through).detach()  # value Q(x) * M, gradient of `through`
-    want = rescale_kept(kept, x, rescale)
+    selected = through + (rounded * mask - through).detach()  # value Q(x) * M, gradient of `through`
+    want = rescale_selected(selected, x, rescale)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
-    assert stats["kept_E"] == mask.sum()
+    assert stats["selected_E"] == mask.sum()
     assert stats["nonzero_E"] == torch.count_nonzero(rounded * mask)
 
 
@@ -50,7 +50,7 @@ def test_a_site_without_selection_still_rounds_and_counts_what_rounding_zeroed()
     x = torch.randn(50, D)
     got, stats = made(x, with_stats=True)
     assert torch.equal(got, fake_quantize(x, "int4"))
-    assert stats["kept_E"] == x.numel()
+    assert stats["selected_E"] == x.numel()
     assert stats["nonzero_E"] == torch.count_nonzero(got) < x.numel()
 
 
@@ -58,9 +58,9 @@ def test_experts_with_their_own_k_are_rounded_alike():
     made = site(0.0, 0.5, 0.75, quantization={"activations": "int8"})
     x, experts = torch.randn(6, D), torch.tensor([0, 0, 1, 1, 2, 2])
     got, stats = made(x, experts, with_stats=True)
-    num_kept = torch.tensor([24, 24, 12, 12, 6, 6])
-    assert torch.equal(got, fake_quantize(x, "int8") * topk_mask(x, num_kept))
-    assert stats["kept_E"] == num_kept.sum()
+    num_selected = torch.tensor([24, 24, 12, 12, 6, 6])
+    assert torch.equal(got, fake_quantize(x, "int8") * topk_mask(x, num_selected))
+    assert stats["selected_E"] == num_selected.sum()
 
 
 def test_a_site_of_its_own_format_leaves_the_others_to_the_common_one():

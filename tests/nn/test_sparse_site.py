@@ -66,7 +66,7 @@ def test_every_selection_is_its_mask_with_the_site_s_gradient_and_rescale(
         want = want * (x.norm(dim=-1, keepdim=True) / want.norm(dim=-1, keepdim=True))
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
-    assert stats["kept_E"] == mask.sum()
+    assert stats["selected_E"] == mask.sum()
     assert stats["rows_E"] == 12
 
 
@@ -74,7 +74,7 @@ def test_every_selection_is_its_mask_with_the_site_s_gradient_and_rescale(
 def test_at_s_0_the_very_tensor_passes(selection):
     site, x = make((0.0, 0.0), selection=selection), torch.randn(5, D)
     assert site(x, with_stats=False)[0] is x
-    assert site(x, with_stats=True)[1]["kept_E"] == x.numel()
+    assert site(x, with_stats=True)[1]["selected_E"] == x.numel()
 
 
 def test_a_cast_of_the_model_does_not_round_the_threshold():
@@ -91,7 +91,7 @@ def test_relu_is_relu_wherever_s_is_above_0_and_its_gradient_too():
     want = torch.where((experts == 1)[:, None], x.relu(), x)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
-    assert stats["nonzero_E"] == stats["kept_E"] == want.count_nonzero()
+    assert stats["nonzero_E"] == stats["selected_E"] == want.count_nonzero()
 
 
 def test_relu_keeps_nan_and_drops_what_is_not_positive():

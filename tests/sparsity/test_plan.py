@@ -5,7 +5,7 @@ import pytest
 from qsparse_moe.config.schema import SITES, ModelConfig, ScheduleConfig, SparsityConfig
 from qsparse_moe.config.shapes import site_format
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_kept, site_num_kept, site_threshold
+from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_selected, site_num_selected, site_threshold
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 
 
@@ -29,7 +29,7 @@ def model(sparsity, **moe):
     ],
 )
 def test_k_is_the_rounded_share_and_at_least_one(sparsity, width, kept):
-    assert num_kept(sparsity, width) == kept
+    assert num_selected(sparsity, width) == kept
 
 
 def test_sites_override_the_default_and_overrides_the_sites_in_order():
@@ -138,13 +138,13 @@ def test_a_plan_file_is_the_whole_plan(tmp_path):
 def test_every_group_keeps_the_same_whole_number_of_its_features():
     settings = model({"selection": "block", "group_size": 8}).sparsity
     # 2.4 of 8 in each of three groups are 2; of all 24 features together 7.2 would be 7.
-    assert site_num_kept(settings, 0.7, 24) == 6
-    assert num_kept(0.7, 24) == 7
+    assert site_num_selected(settings, 0.7, 24) == 6
+    assert num_selected(0.7, 24) == 7
 
 
 def test_groups_that_do_not_divide_a_sparse_site_are_refused_and_a_whole_site_has_all_its_features():
     config = model({"selection": "block", "group_size": 32}, expert_hidden_size=40)
-    assert site_num_kept(config.sparsity, 0.0, 40) == 40
+    assert site_num_selected(config.sparsity, 0.0, 40) == 40
     plan = SparsityPlan.uniform(config, 0.0)
     plan.check_fits(config)
     sparse = SparsityPlan(plan.values | {(1, "expert_hidden"): (0.0, 0.5, 0.0, 0.0)})

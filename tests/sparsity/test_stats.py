@@ -11,9 +11,9 @@ from qsparse_moe.sparsity.topk import topk_sparsify
 ALL_ROWS_ONCE = Readers()
 
 
-def stats_of(before, num_kept, readers=ALL_ROWS_ONCE, by=TORCH):
-    after = topk_sparsify(before, num_kept)
-    return site_stats(by.row_sums(before, after), by.row_pattern(after, readers), num_kept, readers)
+def stats_of(before, num_selected, readers=ALL_ROWS_ONCE, by=TORCH):
+    after = topk_sparsify(before, num_selected)
+    return site_stats(by.row_sums(before, after), by.row_pattern(after, readers), num_selected, readers)
 
 
 def numbers(stats):
@@ -25,12 +25,12 @@ def test_sums_count_chosen_natural_zeros_energy_and_pattern(by):
     before = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 1.0], [5.0, 0.0, -2.0]])
     stats = stats_of(before, 2, Readers(continues_R=torch.tensor([True, True, False])), by)
     assert numbers(stats) == {
-        "rows": [3], "kept": [6], "nonzero": [5], "energy": [55], "kept_energy": [55], "smallest": [3 + 1 + 2],
+        "rows": [3], "selected": [6], "nonzero": [5], "energy": [55], "kept_energy": [55], "smallest": [3 + 1 + 2],
         "pairs_nonzero": [3], "pairs_common": [2],
     }  # fmt: skip
     assert stats["used_ED"].tolist() == [[True, False, True]]
     per_row = stats_of(before, torch.tensor([1, 2, 1]), by=by)
-    assert per_row["kept_E"] == 4
+    assert per_row["selected_E"] == 4
     assert per_row["kept_energy_E"] == 16 + 1 + 25
     assert per_row["pairs_nonzero_E"] == 0  # it is not known which row continues another
 
@@ -49,17 +49,17 @@ def test_each_expert_has_the_sums_of_the_rows_that_it_reads():
     stats = stats_of(before, 3, Readers(row, expert, 3, continues))
     for number, rows in enumerate(([0, 2], [], [2, 4])):
         alone = stats_of(before[rows], 3) if rows else None
-        for name in ("rows", "kept", "nonzero", "energy", "kept_energy", "smallest"):
+        for name in ("rows", "selected", "nonzero", "energy", "kept_energy", "smallest"):
             want = alone[f"{name}_E"].item() if alone else 0.0
             assert stats[f"{name}_E"][number].item() == pytest.approx(want)
         assert torch.equal(stats["used_ED"][number], alone["used_ED"][0] if alone else torch.zeros(8, dtype=torch.bool))
-    kept = topk_sparsify(before, 3) != 0
+    selected = topk_sparsify(before, 3) != 0
     assert stats["pairs_nonzero_E"].tolist() == [0, 0, 3]
-    assert stats["pairs_common_E"].tolist() == [0, 0, (kept[2] & kept[3]).sum()]
+    assert stats["pairs_common_E"].tolist() == [0, 0, (selected[2] & selected[3]).sum()]
 
 
 def test_the_smallest_magnitude_of_a_row_counts_once_for_every_expert_that_reads_it():
-    before = torch.tensor([[4.0, 1.0], [0.25, 8.0], [0.0, 0.0]])  # kept is 4, 8 and nothing
+    before = torch.tensor([[4.0, 1.0], [0.25, 8.0], [0.0, 0.0]])  # 4, 8 and nothing are selected
     row, expert = torch.tensor([0, 1, 2, 0, 0]), torch.tensor([0, 0, 0, 1, 2])
     counts_H = stats_of(before, 1, Readers(row, expert, 3))["smallest_counts_H"]
     at_4, at_8 = (MAGNITUDES.edges.index(exponent) for exponent in (2.0, 3.0))  # the bins that begin there

@@ -11,7 +11,7 @@ DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
 @st.composite
-def rows_and_num_kept(draw):
+def rows_and_num_selected(draw):
     num_rows, width = draw(st.integers(0, 7)), draw(st.integers(1, 40))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     x = torch.randn(num_rows, width, generator=generator)
@@ -22,10 +22,10 @@ def rows_and_num_kept(draw):
 
 
 @settings(max_examples=150, deadline=None)
-@given(rows_and_num_kept())
+@given(rows_and_num_selected())
 def test_mask_is_the_first_k_of_a_stable_sort_with_one_k_and_with_one_k_a_row(case):
-    x, num_kept, per_row = case
-    assert torch.equal(topk_mask(x, num_kept), topk_mask_reference(x, num_kept))
+    x, num_selected, per_row = case
+    assert torch.equal(topk_mask(x, num_selected), topk_mask_reference(x, num_selected))
     mask = topk_mask(x, per_row)
     assert torch.equal(mask, topk_mask_reference(x, per_row))
     assert torch.equal(mask.sum(-1), per_row)
@@ -54,10 +54,10 @@ def test_nan_and_infinity_are_kept_never_dropped():
     assert topk_sparsify(x, 1).isnan().any()
 
 
-@pytest.mark.parametrize("num_kept", [8, torch.tensor([8, 8, 8])])
-def test_groups_keep_their_own_share(num_kept):
+@pytest.mark.parametrize("num_selected", [8, torch.tensor([8, 8, 8])])
+def test_groups_keep_their_own_share(num_selected):
     x = torch.randn(3, 32)
-    mask = topk_mask(x, num_kept, group_size=8)
+    mask = topk_mask(x, num_selected, group_size=8)
     assert torch.equal(mask, topk_mask(x.view(3, 4, 8), 2).view(3, 32))
     assert (mask.view(3, 4, 8).sum(-1) == 2).all()
 
@@ -108,19 +108,19 @@ def test_rescaling_a_row_of_zeros_leaves_zeros_and_a_finite_gradient():
 
 
 @pytest.mark.parametrize(
-    ("num_kept", "group_size", "message"),
+    ("num_selected", "group_size", "message"),
     [
-        (0, None, r"num_kept must lie in \[1, 12\].*got 0"),
-        (13, None, r"num_kept must lie in \[1, 12\].*got 13"),
+        (0, None, r"num_selected must lie in \[1, 12\].*got 0"),
+        (13, None, r"num_selected must lie in \[1, 12\].*got 13"),
         (torch.tensor([1]), None, r"integer tensor of shape \(3,\)"),
         (torch.ones(3), None, "integer tensor"),
         (6, 5, "group_size must divide 12"),
-        (5, 4, r"must be whole, got 5 \* 4 / 12; choose num_kept as a multiple of 3"),
+        (5, 4, r"must be whole, got 5 \* 4 / 12; choose num_selected as a multiple of 3"),
     ],
 )
-def test_impossible_k_is_refused(num_kept, group_size, message):
+def test_impossible_k_is_refused(num_selected, group_size, message):
     with pytest.raises(ValueError, match=message):
-        topk_mask(torch.randn(3, 12), num_kept, group_size=group_size)
+        topk_mask(torch.randn(3, 12), num_selected, group_size=group_size)
 
 
 @pytest.mark.parametrize("rescale", ["unit", "preserve"])

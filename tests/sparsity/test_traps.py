@@ -1,12 +1,12 @@
 """Traps seen in public Q-Sparse code: each wrong formulation is tested here and fails where this package is right.
 
-N rows, D features, K kept features.
+N rows, D features, K selected features.
 """
 
 import pytest
 import torch
 
-from qsparse_moe.sparsity.plan import num_kept
+from qsparse_moe.sparsity.plan import num_selected
 from qsparse_moe.sparsity.quantize import fake_quantize, quantize
 from qsparse_moe.sparsity.topk import apply_mask, topk_mask, topk_sparsify
 
@@ -96,11 +96,11 @@ def kept_rounded_down(sparsity, num_features):
 def test_k_is_at_least_one():
     with pytest.raises(RuntimeError):  # there is no K-th value
         at_least_kth_mask(rows(), kept_rounded_down(0.99, D))
-    k = num_kept(0.99, D)
+    k = num_selected(0.99, D)
     assert k == 1
     assert (topk_mask(rows(), k).sum(-1) == 1).all()
     # Rounding down also loses a feature where the share is whole: (1 - 0.9) * 10 is below 1 in floating point.
-    assert (kept_rounded_down(0.9, 10), num_kept(0.9, 10)) == (0, 1)
+    assert (kept_rounded_down(0.9, 10), num_selected(0.9, 10)) == (0, 1)
 
 
 # an in-place mask that aliases its input
@@ -150,5 +150,5 @@ def test_the_mask_is_taken_before_rounding_where_rounding_makes_ties():
     x = rows()
     mask = topk_mask(x, K)
     assert not torch.equal(mask_after_rounding(x, K), mask)
-    kept = apply_mask(fake_quantize(x, "int4"), mask)
-    assert torch.equal(kept != 0, mask & (quantize(x, "int4").codes != 0))
+    selected = apply_mask(fake_quantize(x, "int4"), mask)
+    assert torch.equal(selected != 0, mask & (quantize(x, "int4").codes != 0))

@@ -28,7 +28,7 @@ from qsparse_moe.moe.router import Routing
 from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.quantize import as_format
-from qsparse_moe.sparsity.topk import rescale_kept, topk_mask
+from qsparse_moe.sparsity.topk import rescale_selected, topk_mask
 from qsparse_moe.training.engines.protocol import run_model
 
 logger = logging.getLogger(__name__)
@@ -197,9 +197,9 @@ def pooled_selection(model: Transformer) -> Iterator[None]:
         assert block.moe is not None
         site = block.moe.experts.hidden_site
         # One K per token is the budget that its experts share.
-        assert site.ranking.uniform_num_kept is not None, "pooled selection needs the same K for all experts"
-        mask_NF = pooled_mask(x_NF, routings[block], site.ranking.uniform_num_kept)
-        return rescale_kept(as_format(x_NF, site.number_format) * mask_NF, x_NF, site.settings.rescale)
+        assert site.ranking.uniform_num_selected is not None, "pooled selection needs the same K for all experts"
+        mask_NF = pooled_mask(x_NF, routings[block], site.ranking.uniform_num_selected)
+        return rescale_selected(as_format(x_NF, site.number_format) * mask_NF, x_NF, site.settings.rescale)
 
     try:
         with _hidden_hooks(blocks, pool):
@@ -209,18 +209,18 @@ def pooled_selection(model: Transformer) -> Iterator[None]:
             handle.remove()
 
 
-def pooled_mask(x_NF: Tensor, routing: Routing, num_kept: int) -> Tensor:
+def pooled_mask(x_NF: Tensor, routing: Routing, num_selected: int) -> Tensor:
     """Return the mask of the selected features, ``(N, F)`` bool, true A K times per token.
 
     Args:
         x_NF: rows sorted by expert and within an expert by token; every token has A rows.
         routing: the routing of the T tokens.
-        num_kept: K, the mean over the rows of a token.
+        num_selected: K, the mean over the rows of a token.
     """
     per_token = routing.expert_ids_TA.shape[1]
     # The slot of a row is token * A + choice. A stable sort of the slots by expert gives the order of the rows.
     slot_N = routing.expert_ids_TA.flatten().argsort(stable=True)
     weighted_NF = x_NF * routing.weights_TA.flatten()[slot_N, None].to(x_NF.dtype)
     by_token = torch.empty_like(weighted_NF).index_copy_(0, slot_N, weighted_NF).view(-1, per_token * x_NF.shape[1])
-    mask = topk_mask(by_token, per_token * num_kept)
+    mask = topk_mask(by_token, per_token * num_selected)
     return mask.view(len(x_NF), -1)[slot_N]

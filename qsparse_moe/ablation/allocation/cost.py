@@ -20,7 +20,7 @@ from qsparse_moe.accounting.traffic import union
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import EXPERT_SITES, site_width, vocab_size
 from qsparse_moe.model.transformer import Transformer
-from qsparse_moe.sparsity.plan import SparsityPlan, site_num_kept
+from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
 from qsparse_moe.training.engines.protocol import run_model
 
 Quantity = Literal["sparsity", "parameters", "flops", "bytes"]
@@ -63,7 +63,7 @@ class Costs:
     def of_cell(self, cell: Cell, sparsity: float) -> float:
         """Return the cost of one cell at S: parameters (also for ``sparsity``), operations, or bytes."""
         width = site_width(self.config, cell.site)
-        kept = site_num_kept(self.config.sparsity, sparsity, width)
+        kept = site_num_selected(self.config.sparsity, sparsity, width)
         used, size = self.used(cell), self._size(cell.layer, cell.site)
         if self.quantity == "bytes":
             # Tokens of a step share the rows that they read: each counts once.

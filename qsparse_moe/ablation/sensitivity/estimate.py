@@ -35,7 +35,7 @@ from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
 from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.sparse_site import SparseSite
-from qsparse_moe.sparsity.plan import site_num_kept
+from qsparse_moe.sparsity.plan import site_num_selected
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.training.engines.protocol import run_model
 
@@ -203,7 +203,7 @@ class _Listener:
     ) -> None:
         self._layer, self._site, self._tokens = block.layer, site, tokens
         # K and not S enters the estimate: several S may round to one K.
-        self._kept = [site_num_kept(site.settings, value, site.num_features) for value in values]
+        self._kept = [site_num_selected(site.settings, value, site.num_features) for value in values]
         self._num_documents = num_documents
         # float64: the sums run over every token, and the second order squares them.
         self._sums_2ECX = torch.zeros(2, site.num_experts, num_documents, len(values), dtype=torch.float64)
@@ -262,7 +262,7 @@ def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tens
         x_ND: the input of the site.
         sparse_ND: the current y.
         grad_ND: g, the gradient with respect to ``sparse_ND``.
-        kept: values of K, as returned by ``site_num_kept``.
+        kept: values of K, as returned by ``site_num_selected``.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     # The selection ranks x itself, but the matrix reads x in the number format of the site.

@@ -30,12 +30,12 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     num_rows, width, group_size, per_group = (beyond | CASES)[case]
     x = torch.randn(num_rows, width, generator=seeded(case))
     x = x.round() if case == "ties" else x
-    num_kept: int | torch.Tensor = per_group * width // group_size
+    num_selected: int | torch.Tensor = per_group * width // group_size
     if not per_group:
         drawn = torch.randint(1, group_size + 1, (num_rows,), generator=seeded(case, "k"))
-        num_kept = drawn.to(device) * (width // group_size)
+        num_selected = drawn.to(device) * (width // group_size)
     gradient = "masked" if case == "masked_gradient" else "ste"
-    settings = {"num_kept": num_kept, "group_size": group_size, "gradient": gradient}
+    settings = {"num_selected": num_selected, "group_size": group_size, "gradient": gradient}
     return Example({"x": x.to(device, dtype)}, settings)
 
 

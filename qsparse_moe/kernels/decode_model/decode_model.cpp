@@ -173,12 +173,12 @@ struct Job {
   int used_tokens = 1;
   bool accumulates = false;  // adds to `out`, which is set otherwise
   float* out[kMaxTokens] = {};
-  std::vector<int32_t> row_room;
-  std::vector<float> value_room;
+  std::vector<int32_t> row_buffer;
+  std::vector<float> value_buffer;
 };
 
 // Memory for the feature lists of a given number of rows.
-class ListRoom {
+class ListBuffer {
  public:
   void reserve(int64_t num_rows, int64_t num_features) {
     const int64_t width = num_features + 2 * kLanes;
@@ -277,7 +277,7 @@ class DecodeModel : public torch::CustomClassHolder {
   void route(const Layer& layer, const Thread& thread);
   void choose_experts(const RouterHolder& router, int64_t token, std::vector<float>& scores);
   void plan_experts(const Layer& layer);
-  void project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, bool accumulates, const Thread& thread);
+  void project(const StoredMatrix& matrix, const ListBuffer& lists, Rows& out, bool accumulates, const Thread& thread);
   void build_expert_jobs(const Layer& layer, const Thread& thread);
   void build_down_jobs(const Layer& layer, const Thread& thread);
   float* partial_sums(int thread, int64_t job, int token) {
@@ -304,7 +304,7 @@ class DecodeModel : public torch::CustomClassHolder {
   float *keys_ = nullptr, *values_ = nullptr;
   int64_t capacity_ = 0, cache_stride_layer_ = 0, cache_stride_batch_ = 0, cache_stride_head_ = 0;
   Rows stream_, normed_, qkv_, mixed_, logits_, gate_, up_, dense_gate_, dense_up_, spare_, router_rows_;
-  ListRoom lists_, dense_lists_, hidden_lists_, dense_hidden_lists_;
+  ListBuffer lists_, dense_lists_, hidden_lists_, dense_hidden_lists_;
   std::vector<int64_t> chosen_;     // (B, A)
   std::vector<float> weights_;      // (B, A)
   std::vector<float> token_share_;  // (B)
@@ -444,9 +444,9 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
     job.rows = lists[0]->features, job.values = lists[0]->values, job.num_rows = lists[0]->length;
     return;
   }
-  if (int64_t(job.value_room.size()) < most * job.tokens) job.value_room.resize(most * job.tokens);
-  if (int64_t(job.row_room.size()) < most) job.row_room.resize(most);
-  float* values = job.value_room.data();
+  if (int64_t(job.value_buffer.size()) < most * job.tokens) job.value_buffer.resize(most * job.tokens);
+  if (int64_t(job.row_buffer.size()) < most) job.row_buffer.resize(most);
+  float* values = job.value_buffer.data();
   const auto place = [&](int t, int64_t k, int64_t row, int64_t feature) {
     const float scaled = lists[t]->values[k] * factors[t] * scale;
     values[row * job.tokens + t] = row_scales ? scaled * row_scales[feature] : scaled;
@@ -469,7 +469,7 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
     for (int64_t k = 0; k < lists[t]->length; ++k) marks[lists[t]->features[k]] = 1;
   job.num_rows = 0;
   for (int64_t feature = 0; feature < most; ++feature) {
-    job.row_room[job.num_rows] = int32_t(feature);
+    job.row_buffer[job.num_rows] = int32_t(feature);
     const int32_t needed = marks[feature];
     marks[feature] = int32_t(job.num_rows);
     job.num_rows += needed;
@@ -478,7 +478,7 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
     std::fill_n(marks, most, 0);
     return read_all();
   }
-  job.rows = job.row_room.data();
+  job.rows = job.row_buffer.data();
   std::fill_n(values, job.num_rows * job.tokens, 0.0f);
   for (int t = 0; t < tokens; ++t)
     for (int64_t k = 0; k < lists[t]->length; ++k)
@@ -519,7 +519,7 @@ void DecodeModel::run_jobs(const Thread& thread, int64_t num_jobs) {
 }
 
 // Set `out[b]` to, or add to it, the product of the list of every token with one matrix.
-void DecodeModel::project(const StoredMatrix& matrix, const ListRoom& lists, Rows& out, bool accumulates,
+void DecodeModel::project(const StoredMatrix& matrix, const ListBuffer& lists, Rows& out, bool accumulates,
                           const Thread& thread) {
   for (int64_t group = 0; group < num_token_groups(); ++group) {
     if (!thread.takes(group)) continue;
@@ -638,15 +638,17 @@ void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
   thread.barrier.wait();
   run_jobs(thread, num_jobs);
   thread.barrier.wait();
-  const auto hide = [&](const FeedForwardHolder& part, Rows& gate, Rows& up, int64_t row, int64_t expert,
-                        FeatureList& list) {
+  const auto select_hidden = [&](const FeedForwardHolder& part, Rows& gate, Rows& up, int64_t row, int64_t expert,
+                                 FeatureList& list) {
     activate_row(activation_, part.gate ? gate[row] : nullptr, up[row], gate[row], part.up->stored_columns);
     select_features(part.hidden->settings, expert, gate[row], thread.scratch, list);
   };
   for (int64_t place = 0; place < batch_ * choices; ++place)
-    if (thread.takes(place)) hide(*layer.routed, gate_, up_, place, chosen_[place], hidden_lists_.lists[place]);
+    if (thread.takes(place))
+      select_hidden(*layer.routed, gate_, up_, place, chosen_[place], hidden_lists_.lists[place]);
   for (int64_t token = 0; dense && token < batch_; ++token)
-    if (thread.takes(token)) hide(*layer.dense, dense_gate_, dense_up_, token, 0, dense_hidden_lists_.lists[token]);
+    if (thread.takes(token))
+      select_hidden(*layer.dense, dense_gate_, dense_up_, token, 0, dense_hidden_lists_.lists[token]);
   thread.barrier.wait();
   build_down_jobs(layer, thread);
   thread.barrier.wait();
@@ -657,11 +659,11 @@ void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
 void DecodeModel::route(const Layer& layer, const Thread& thread) {
   const RouterHolder& router = *layer.router;
   const int64_t experts = router.num_experts();
-  Rows& seen = router.reads_sparse ? router_rows_ : normed_;
+  Rows& router_input = router.reads_sparse ? router_rows_ : normed_;
   const int64_t begin = experts * thread.index / thread.count, end = experts * (thread.index + 1) / thread.count;
   for (int64_t expert = begin; expert < end; ++expert)
     for (int64_t token = 0; token < batch_; ++token)
-      logits_[token][expert] = dot(seen[token], floats(router.weight) + expert * width_, width_);
+      logits_[token][expert] = dot(router_input[token], floats(router.weight) + expert * width_, width_);
   thread.barrier.wait();
   for (int64_t token = 0; token < batch_; ++token)
     if (thread.takes(token)) choose_experts(router, token, thread.scores);

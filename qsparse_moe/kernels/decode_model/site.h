@@ -68,17 +68,17 @@ inline const float* rounded_row(const float* x, int64_t length, RowFormat format
   return to;
 }
 
-// Append the features i of [begin, end) with magnitudes[i] >= bound and a nonzero value.
-inline void append_reached(const int32_t* magnitudes, int32_t bound, const float* values, int64_t begin, int64_t end,
-                           FeatureList& list) {
+// Append the features i of [begin, end) with magnitudes[i] >= threshold and a nonzero value.
+inline void append_reached(const int32_t* magnitudes, int32_t threshold, const float* values, int64_t begin,
+                           int64_t end, FeatureList& list) {
   int64_t i = begin, length = list.length;
 #ifdef __AVX512F__
-  const __m512i bounds = _mm512_set1_epi32(std::max(bound, int32_t(1)));
+  const __m512i thresholds = _mm512_set1_epi32(std::max(threshold, int32_t(1)));
   __m512i index = _mm512_add_epi32(_mm512_set1_epi32(int32_t(begin)),
                                    _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   for (; i + kLanes <= end; i += kLanes) {
     const __m512 value = _mm512_loadu_ps(values + i);
-    __mmask16 reached = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(magnitudes + i), bounds);
+    __mmask16 reached = _mm512_cmpge_epi32_mask(_mm512_loadu_si512(magnitudes + i), thresholds);
     reached = _mm512_mask_cmp_ps_mask(reached, value, _mm512_setzero_ps(), _CMP_NEQ_UQ);
     // Compressed in a register and stored whole: compressing into memory is microcode on Zen 4.
     _mm512_storeu_si512(list.features + length, _mm512_maskz_compress_epi32(reached, index));
@@ -90,7 +90,7 @@ inline void append_reached(const int32_t* magnitudes, int32_t bound, const float
   for (; i < end; ++i) {
     list.features[length] = int32_t(i);
     list.values[length] = values[i];
-    length += magnitudes[i] >= bound && values[i] != 0;
+    length += magnitudes[i] >= threshold && values[i] != 0;
   }
   list.length = length;
 }
@@ -100,12 +100,12 @@ inline void append_topk(const SiteScratch& scratch, const float* values, int64_t
   int32_t* magnitudes = const_cast<int32_t*>(scratch.magnitudes.data());
   const Threshold<uint32_t> found =
       find_threshold(reinterpret_cast<const uint32_t*>(magnitudes + begin), end - begin, num_selected);
-  const int32_t bound = int32_t(found.value);
+  const int32_t threshold = int32_t(found.value);
   // Ties at the threshold go to the lower index. A threshold of 0 selects all that is not 0, and zeros change nothing.
-  int64_t surplus = bound > 0 ? found.reached - num_selected : 0;
+  int64_t surplus = threshold > 0 ? found.reached - num_selected : 0;
   for (int64_t i = end - 1; surplus > 0; --i)
-    if (magnitudes[i] == bound) magnitudes[i] = 0, --surplus;
-  append_reached(magnitudes, bound, values, begin, end, list);
+    if (magnitudes[i] == threshold) magnitudes[i] = 0, --surplus;
+  append_reached(magnitudes, threshold, values, begin, end, list);
 }
 
 inline void append_above_threshold(const float* x, float threshold, bool by_magnitude, const float* values,

@@ -26,13 +26,13 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     gate, up = (example_rows.values_of(rows, device, salt) for salt in ("gate", "up"))
     if rows == "ties":
         gate, up = _few_pairs(gate.shape)
-    num_kept = example_rows.num_kept_of(rows, gate.shape[0], gate.shape[1], device)
+    num_selected = example_rows.num_selected_of(rows, gate.shape[0], gate.shape[1], device)
     if rows not in ("ties", "large"):
-        chosen = topk_mask(reference.ACTIVATIONS[activation](gate, up), num_kept)
+        chosen = topk_mask(reference.ACTIVATIONS[activation](gate, up), num_selected)
         up = torch.where(chosen, 2 * up, up)
     # In the case "gaps" only gate has gaps between its rows, so that the strides of gate and up differ.
     tensors = {"gate_NF": example_rows.laid_out(rows, gate.to(device, dtype)), "up_NF": up.to(device, dtype)}
-    return Example(tensors, {"num_kept": num_kept, "activation": activation, "gradient": gradient})
+    return Example(tensors, {"num_selected": num_selected, "activation": activation, "gradient": gradient})
 
 
 def _few_pairs(shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -67,7 +67,7 @@ void gradients(Wide gate, Wide up, Wide grad, Wide& grad_gate, Wide& grad_up) {
 constexpr int64_t kSumBlock = 128;
 
 template <typename Type>
-void sum_row(const typename Type::Bits* dense, const typename Type::Bits* kept, int64_t length,
+void sum_row(const typename Type::Bits* dense, const typename Type::Bits* selected, int64_t length,
              typename Type::Wide* sums, int64_t stride) {
   using Wide = typename Type::Wide;
   double nonzeros = 0, energies = 0, kept_energies = 0;
@@ -77,7 +77,7 @@ void sum_row(const typename Type::Bits* dense, const typename Type::Bits* kept, 
     Wide nonzero = 0, energy = 0, kept_energy = 0;
 #pragma omp simd reduction(+ : nonzero, energy, kept_energy)
     for (int64_t i = begin; i < end; ++i) {
-      const Wide before = Type::widen(dense[i]), after = Type::widen(kept[i]);
+      const Wide before = Type::widen(dense[i]), after = Type::widen(selected[i]);
       nonzero += after != 0 ? Wide(1) : Wide(0);
       energy += before * before;
       kept_energy += after * after;
@@ -101,12 +101,12 @@ struct Rows {
 };
 
 template <typename Type, Activation activation>
-void forward_rows(const at::Tensor& gate, const at::Tensor& up, const at::Tensor& kept, const at::Tensor& mask,
-                  const at::Tensor& sums, int64_t num_kept, const int64_t* num_kept_per_row) {
+void forward_rows(const at::Tensor& gate, const at::Tensor& up, const at::Tensor& selected, const at::Tensor& mask,
+                  const at::Tensor& sums, int64_t num_selected, const int64_t* num_selected_per_row) {
   using Bits = typename Type::Bits;
   using Wide = typename Type::Wide;
   const Rows<Bits> gates(gate), ups(up);
-  auto* out = static_cast<Bits*>(kept.mutable_data_ptr());
+  auto* out = static_cast<Bits*>(selected.mutable_data_ptr());
   bool* flags = mask.numel() ? mask.mutable_data_ptr<bool>() : nullptr;
   auto* totals = sums.numel() ? static_cast<Wide*>(sums.mutable_data_ptr()) : nullptr;
   const int64_t num_rows = gate.size(0), length = gate.size(1);
@@ -116,13 +116,13 @@ void forward_rows(const at::Tensor& gate, const at::Tensor& up, const at::Tensor
       const Bits *gate_row = gates[row], *up_row = ups[row];
       for (int64_t i = 0; i < length; ++i)
         dense[i] = Type::narrow(activate<activation>(Type::widen(gate_row[i]), Type::widen(up_row[i])));
-      const int64_t row_kept = num_kept_per_row ? num_kept_per_row[row] : num_kept;
-      Bits* kept_row = out + row * length;
-      qsparse_moe::select_row(dense.data(), kept_row, flags ? flags + row * length : nullptr, magnitude.data(), length,
-                              row_kept);
+      const int64_t row_num_selected = num_selected_per_row ? num_selected_per_row[row] : num_selected;
+      Bits* selected_row = out + row * length;
+      qsparse_moe::select_row(dense.data(), selected_row, flags ? flags + row * length : nullptr, magnitude.data(),
+                              length, row_num_selected);
       if (!totals) continue;
-      totals[row] = Wide(row_kept);
-      sum_row<Type>(dense.data(), kept_row, length, totals + row, num_rows);
+      totals[row] = Wide(row_num_selected);
+      sum_row<Type>(dense.data(), selected_row, length, totals + row, num_rows);
     }
   });
 }
@@ -200,29 +200,30 @@ void check_rows(const at::Tensor& x, const at::Tensor& like) {
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> fused_glu_forward(const at::Tensor& gate, const at::Tensor& up,
-                                                                 int64_t num_kept,
-                                                                 const std::optional<at::Tensor>& num_kept_per_row,
+                                                                 int64_t num_selected,
+                                                                 const std::optional<at::Tensor>& num_selected_per_row,
                                                                  int64_t activation, bool with_mask, bool with_sums) {
   check_rows(gate, gate);
   check_rows(up, gate);
   const int64_t num_rows = gate.size(0), length = gate.size(1);
   TORCH_CHECK(length < 65536, "fused_glu: rows must be shorter than 65536, got ", length);
   const int64_t* per_row = nullptr;
-  if (num_kept_per_row) {
-    TORCH_CHECK(num_kept_per_row->is_contiguous() && num_kept_per_row->scalar_type() == at::kLong &&
-                    num_kept_per_row->numel() == num_rows,
-                "fused_glu: num_kept_per_row must be contiguous int64, one per row");
-    per_row = num_kept_per_row->const_data_ptr<int64_t>();
+  if (num_selected_per_row) {
+    TORCH_CHECK(num_selected_per_row->is_contiguous() && num_selected_per_row->scalar_type() == at::kLong &&
+                    num_selected_per_row->numel() == num_rows,
+                "fused_glu: num_selected_per_row must be contiguous int64, one per row");
+    per_row = num_selected_per_row->const_data_ptr<int64_t>();
   } else {
-    TORCH_CHECK(1 <= num_kept && num_kept <= length, "fused_glu: num_kept must lie in [1, ", length, "], got ",
-                num_kept);
+    TORCH_CHECK(1 <= num_selected && num_selected <= length, "fused_glu: num_selected must lie in [1, ", length,
+                "], got ", num_selected);
   }
-  at::Tensor kept = at::empty({num_rows, length}, gate.options());
+  at::Tensor selected = at::empty({num_rows, length}, gate.options());
   at::Tensor mask = at::empty({with_mask ? num_rows : 0, length}, gate.options().dtype(at::kBool));
   const auto wide = gate.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   at::Tensor sums = at::empty({4, with_sums ? num_rows : 0}, gate.options().dtype(wide));
-  if (kept.numel()) dispatch<Forward>(activation, gate.scalar_type(), gate, up, kept, mask, sums, num_kept, per_row);
-  return {kept, mask, sums};
+  if (selected.numel())
+    dispatch<Forward>(activation, gate.scalar_type(), gate, up, selected, mask, sums, num_selected, per_row);
+  return {selected, mask, sums};
 }
 
 std::tuple<at::Tensor, at::Tensor> fused_glu_backward(const at::Tensor& gate, const at::Tensor& up,
@@ -244,7 +245,7 @@ std::tuple<at::Tensor, at::Tensor> fused_glu_backward(const at::Tensor& gate, co
 
 TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
   library.def(
-      "fused_glu_forward(Tensor gate, Tensor up, int num_kept, Tensor? num_kept_per_row, int activation, "
+      "fused_glu_forward(Tensor gate, Tensor up, int num_selected, Tensor? num_selected_per_row, int activation, "
       "bool with_mask, bool with_sums) -> (Tensor, Tensor, Tensor)");
   library.def(
       "fused_glu_backward(Tensor gate, Tensor up, Tensor grad, Tensor? mask, int activation) -> (Tensor, Tensor)");

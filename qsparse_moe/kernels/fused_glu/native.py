@@ -12,12 +12,12 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 
 
 def forward_native(
-    gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, activation: str, *, with_mask: bool, with_sums: bool
+    gate_NF: Tensor, up_NF: Tensor, num_selected: int | Tensor, activation: str, *, with_mask: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``FusedGLU.forward`` on a CPU, in fp16, bf16, fp32, or fp64 (with sums in fp64)."""
     native.load()
-    per_row = num_kept.long().contiguous() if isinstance(num_kept, Tensor) else None
-    one = 0 if isinstance(num_kept, Tensor) else num_kept
+    per_row = num_selected.long().contiguous() if isinstance(num_selected, Tensor) else None
+    one = 0 if isinstance(num_selected, Tensor) else num_selected
     return torch.ops.qsparse_moe.fused_glu_forward(
         _dense_rows(gate_NF), _dense_rows(up_NF), one, per_row, _CODES[activation], with_mask, with_sums
     )

@@ -19,9 +19,9 @@ from qsparse_moe.kernels.spec import WhyNot
 class FusedGLU:
     """A named implementation.
 
-    ``forward(gate_NF, up_NF, num_kept, activation, *, with_mask, with_sums)`` returns the selected rows ``(N, F)``, the
-    bool mask ``(N, F)``, and the sums ``(4, N)`` in fp32, in the order of ``SelectionSums``. The mask and the sums are
-    empty tensors if they were not requested.
+    ``forward(gate_NF, up_NF, num_selected, activation, *, with_mask, with_sums)`` returns the selected rows ``(N, F)``,
+    the bool mask ``(N, F)``, and the sums ``(4, N)`` in fp32, in the order of ``SelectionSums``. The mask and the sums
+    are empty tensors if they were not requested.
     ``backward(gate_NF, up_NF, grad_NF, mask_NF or None, activation)`` returns the gradients of gate and up.
     """
 
@@ -34,7 +34,7 @@ class FusedGLU:
 def fused_glu(
     gate_NF: Tensor,
     up_NF: Tensor,
-    num_kept: int | Tensor,
+    num_selected: int | Tensor,
     *,
     by: FusedGLU,
     activation: str = "relu2glu",
@@ -42,18 +42,20 @@ def fused_glu(
     with_sums: bool = True,
 ) -> tuple[Tensor, SelectionSums | None]:
     """Compute ``reference.fused_glu`` with ``by``; without ``with_sums`` the second result is None."""
-    kept_NF, sums_4N = _FusedGLU.apply(gate_NF, up_NF, num_kept, by, activation, gradient == "masked", with_sums)
-    return kept_NF, SelectionSums(*sums_4N) if with_sums else None
+    selected_NF, sums_4N = _FusedGLU.apply(
+        gate_NF, up_NF, num_selected, by, activation, gradient == "masked", with_sums
+    )
+    return selected_NF, SelectionSums(*sums_4N) if with_sums else None
 
 
-def fused_glu_native(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:
+def fused_glu_native(gate_NF: Tensor, up_NF: Tensor, num_selected: int | Tensor, **settings: Any) -> Any:
     """Compute ``fused_glu`` with the C++ operators."""
-    return fused_glu(gate_NF, up_NF, num_kept, by=NATIVE, **settings)
+    return fused_glu(gate_NF, up_NF, num_selected, by=NATIVE, **settings)
 
 
-def fused_glu_triton(gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, **settings: Any) -> Any:
+def fused_glu_triton(gate_NF: Tensor, up_NF: Tensor, num_selected: int | Tensor, **settings: Any) -> Any:
     """Compute ``fused_glu`` with the Triton kernels."""
-    return fused_glu(gate_NF, up_NF, num_kept, by=TRITON, **settings)
+    return fused_glu(gate_NF, up_NF, num_selected, by=TRITON, **settings)
 
 
 def _triton_forward(*arguments: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -82,20 +84,20 @@ class _FusedGLU(torch.autograd.Function):
         ctx: Any,
         gate_NF: Tensor,
         up_NF: Tensor,
-        num_kept: int | Tensor,
+        num_selected: int | Tensor,
         by: FusedGLU,
         activation: str,
         masked: bool,
         with_sums: bool,
     ) -> tuple[Tensor, Tensor]:
-        kept_NF, mask_NF, sums_4N = by.forward(
-            gate_NF, up_NF, num_kept, activation, with_mask=masked, with_sums=with_sums
+        selected_NF, mask_NF, sums_4N = by.forward(
+            gate_NF, up_NF, num_selected, activation, with_mask=masked, with_sums=with_sums
         )
         ctx.save_for_backward(gate_NF, up_NF, mask_NF if masked else None)
         ctx.by, ctx.activation = by, activation
         # Otherwise autograd would allocate a gradient of zeros for the sums.
         ctx.mark_non_differentiable(sums_4N)
-        return kept_NF, sums_4N
+        return selected_NF, sums_4N
 
     @staticmethod
     def backward(ctx: Any, grad_NF: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:

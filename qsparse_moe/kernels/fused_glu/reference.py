@@ -24,7 +24,7 @@ class SelectionSums(NamedTuple):
     Summed over the rows, they are the fields of ``site_stats``.
     """
 
-    kept_N: Tensor  # number of selected features, including those that are zero
+    selected_N: Tensor  # number of selected features, including those that are zero
     nonzero_N: Tensor  # number of nonzero features after the selection
     energy_N: Tensor  # sum of squares before the selection
     kept_energy_N: Tensor  # sum of squares after it
@@ -44,16 +44,21 @@ ACTIVATIONS: dict[str, Activation] = {"relu2glu": relu2glu, "swiglu": swiglu}
 
 
 def fused_glu(
-    gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, *, activation: str = "relu2glu", gradient: Gradient = "ste"
+    gate_NF: Tensor,
+    up_NF: Tensor,
+    num_selected: int | Tensor,
+    *,
+    activation: str = "relu2glu",
+    gradient: Gradient = "ste",
 ) -> tuple[Tensor, SelectionSums]:
-    """Return ``topk_sparsify(activation(gate, up), num_kept)`` and its row sums.
+    """Return ``topk_sparsify(activation(gate, up), num_selected)`` and its row sums.
 
     The selection uses the activation rounded to the dtype of ``gate``.
 
     Args:
         gate_NF: the gate branch ``(N, F)``.
         up_NF: the up branch ``(N, F)``.
-        num_kept: K with ``1 <= K <= F``: one for all rows, or an int tensor ``(N,)``.
+        num_selected: K with ``1 <= K <= F``: one for all rows, or an int tensor ``(N,)``.
         activation: ``relu2glu`` or ``swiglu``.
         gradient: ``ste`` or ``masked``, as in ``topk_sparsify``.
 
@@ -61,11 +66,11 @@ def fused_glu(
         The rows ``(N, F)`` with K selected features each, and the sums, which have no gradient.
     """
     dense_NF = ACTIVATIONS[activation](gate_NF, up_NF)
-    kept_NF = topk_sparsify(dense_NF, num_kept, gradient=gradient)
-    return kept_NF, selection_sums(dense_NF.detach(), kept_NF.detach(), num_kept)
+    selected_NF = topk_sparsify(dense_NF, num_selected, gradient=gradient)
+    return selected_NF, selection_sums(dense_NF.detach(), selected_NF.detach(), num_selected)
 
 
-def selection_sums(dense_NF: Tensor, kept_NF: Tensor, num_kept: int | Tensor) -> SelectionSums:
-    """Return the sums of rows before and after a selection of ``num_kept`` features."""
-    sums = row_sums(dense_NF, kept_NF)
-    return SelectionSums(torch.zeros_like(sums.nonzero_N) + num_kept, *sums)
+def selection_sums(dense_NF: Tensor, selected_NF: Tensor, num_selected: int | Tensor) -> SelectionSums:
+    """Return the sums of rows before and after a selection of ``num_selected`` features."""
+    sums = row_sums(dense_NF, selected_NF)
+    return SelectionSums(torch.zeros_like(sums.nonzero_N) + num_selected, *sums)

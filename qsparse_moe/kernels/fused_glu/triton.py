@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qsparse_moe.kernels.fused_glu.reference import ACTIVATIONS
 from qsparse_moe.kernels.tiles import flat_tile, on_device_of, row_tile
-from qsparse_moe.kernels.topk_select.triton import k_arguments, keep_largest, load_num_kept, magnitude_of
+from qsparse_moe.kernels.topk_select.triton import k_arguments, load_num_selected, magnitude_of, mark_largest
 
 _RELU2GLU = tl.constexpr(0)
 _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -41,15 +41,15 @@ def activation_gradients(gate, up, grad, ACTIVATION: tl.constexpr):
     return grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), grad * gate * sigmoid
 
 
-@triton.jit(do_not_specialize=["num_kept", "num_rows", "rows_per_k"])
+@triton.jit(do_not_specialize=["num_selected", "num_rows", "rows_per_k"])
 def forward_kernel(
     gate_ptr,
     up_ptr,
-    kept_ptr,
+    selected_ptr,
     mask_ptr,
     sums_ptr,
-    num_kept_ptr,
-    num_kept,
+    num_selected_ptr,
+    num_selected,
     num_rows,
     rows_per_k,
     num_features,
@@ -70,17 +70,17 @@ def forward_kernel(
     inside = row_is_real[:, None] & (columns < num_features)[None, :]
     gate = tl.load(gate_ptr + rows[:, None] * gate_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows[:, None] * up_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    dense = activate(gate, up, ACTIVATION).to(kept_ptr.dtype.element_ty)
+    dense = activate(gate, up, ACTIVATION).to(selected_ptr.dtype.element_ty)
     bits = dense.to(tl.int32 if NUM_BITS == 31 else tl.int16, bitcast=True)
-    wanted = load_num_kept(num_kept_ptr, num_kept, rows, row_is_real, num_features, rows_per_k, PER_ROW)
-    keep = keep_largest(magnitude_of(bits, inside, NUM_BITS), wanted, num_features, NUM_BITS, WITH_MASK)
-    kept = tl.where(keep, dense, 0.0)
+    wanted = load_num_selected(num_selected_ptr, num_selected, rows, row_is_real, num_features, rows_per_k, PER_ROW)
+    keep = mark_largest(magnitude_of(bits, inside, NUM_BITS), wanted, num_features, NUM_BITS, WITH_MASK)
+    selected = tl.where(keep, dense, 0.0)
     at = rows[:, None] * num_features + columns[None, :]
-    tl.store(kept_ptr + at, kept, mask=inside)
+    tl.store(selected_ptr + at, selected, mask=inside)
     if WITH_MASK:
         tl.store(mask_ptr + at, keep.to(tl.int8), mask=inside)
     if WITH_SUMS:
-        before, after = dense.to(tl.float32), kept.to(tl.float32)
+        before, after = dense.to(tl.float32), selected.to(tl.float32)
         tl.store(sums_ptr + rows, wanted.to(tl.float32), mask=row_is_real)
         tl.store(sums_ptr + num_rows + rows, tl.sum((after != 0.0).to(tl.float32), 1), mask=row_is_real)
         tl.store(sums_ptr + 2 * num_rows + rows, tl.sum(before * before, 1), mask=row_is_real)
@@ -121,23 +121,23 @@ def backward_kernel(
 
 
 def forward_triton(
-    gate_NF: Tensor, up_NF: Tensor, num_kept: int | Tensor, activation: str, *, with_mask: bool, with_sums: bool
+    gate_NF: Tensor, up_NF: Tensor, num_selected: int | Tensor, activation: str, *, with_mask: bool, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``FusedGLU.forward`` on an NVIDIA GPU or under the interpreter; fp16, bf16, and fp32."""
     num_rows, num_features = gate_NF.shape
     gate_NF, up_NF = _dense_rows(gate_NF), _dense_rows(up_NF)
-    kept = torch.empty(num_rows, num_features, dtype=gate_NF.dtype, device=gate_NF.device)
-    mask = torch.empty_like(kept if with_mask else kept[:0], dtype=torch.bool)
+    selected = torch.empty(num_rows, num_features, dtype=gate_NF.dtype, device=gate_NF.device)
+    mask = torch.empty_like(selected if with_mask else selected[:0], dtype=torch.bool)
     sums = torch.empty(4, num_rows if with_sums else 0, device=gate_NF.device)
-    if not kept.numel():
-        return kept, mask, sums
-    per_row, one, rows_per_k = k_arguments(num_kept)
+    if not selected.numel():
+        return selected, mask, sums
+    per_row, one, rows_per_k = k_arguments(num_selected)
     tile = row_tile(num_rows, num_features)
     with on_device_of(gate_NF):
         forward_kernel[(triton.cdiv(num_rows, tile.rows),)](
             gate_NF,
             up_NF,
-            kept,
+            selected,
             mask.view(torch.int8) if with_mask else None,
             sums if with_sums else None,
             per_row,
@@ -156,7 +156,7 @@ def forward_triton(
             COLUMNS=tile.columns,
             num_warps=tile.num_warps,
         )
-    return kept, mask, sums
+    return selected, mask, sums
 
 
 def backward_triton(

@@ -13,22 +13,22 @@ from qsparse_moe.sparsity.topk import topk_sparsify
 _OP = "qsparse_moe.kernels.site_sums.op"
 
 
-def _kept(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+def _selected(case: str, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
     before = example_rows.values_of(case, device).to(dtype)
-    num_kept = example_rows.num_kept_of(case, before.shape[0], before.shape[1], device)
-    after = topk_sparsify(before, num_kept)
+    num_selected = example_rows.num_selected_of(case, before.shape[0], before.shape[1], device)
+    after = topk_sparsify(before, num_selected)
     return example_rows.laid_out(case, before), example_rows.laid_out(case, after)
 
 
 def sums_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     """Return the rows of the case before and after a selection."""
-    before, after = _kept(case, dtype, device)
+    before, after = _selected(case, dtype, device)
     return Example({"before_ND": before, "after_ND": after})
 
 
 def pattern_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     """Return the rows of the case; in ``k_per_row`` two of three experts read some of them, one row twice."""
-    _, after = _kept(case, dtype, device)
+    _, after = _selected(case, dtype, device)
     readers = stats.Readers()
     if case == "k_per_row":
         row, expert = torch.tensor([4, 0, 6, 6, 1]), torch.tensor([0, 0, 0, 2, 2])

@@ -121,7 +121,7 @@ std::tuple<at::Tensor, at::Tensor> site_row_pattern(const at::Tensor& after, con
   check_rows(after);
   const int64_t num_rows = after.size(0), length = after.size(1);
   const int64_t num_readings = row ? row->numel() : num_rows;
-  TORCH_CHECK(!expert || expert->numel() == num_readings, "site_sums: there must be one expert a reading");
+  TORCH_CHECK(!expert || expert->numel() == num_readings, "site_sums: there must be one expert per reading");
   at::Tensor sums = new_sums(after, 2, num_rows);
   at::Tensor used = at::zeros({num_experts, length}, after.options().dtype(at::kBool));
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, after.scalar_type(), "site_row_pattern", [&] {

@@ -14,15 +14,15 @@ IMPLEMENTATIONS = {
     "triton": Implementation(f"{_OP}:sparsify_triton", tiles.why_not),
     "torch": Implementation(f"{_OP}:sparsify_torch", lambda device: None),
 }
-"""Implementations of ``sparsify(x, num_kept, *, group_size=None, gradient="ste")``."""
+"""Implementations of ``sparsify(x, num_selected, *, group_size=None, gradient="ste")``."""
 
 
 def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     """Return the rows of the case; ``masked_gradient`` is ``k_per_row`` with the masked gradient."""
     case, gradient = ("k_per_row", "masked") if case == "masked_gradient" else (case, "ste")
     x = example_rows.laid_out(case, example_rows.values_of(case, device).to(dtype))
-    num_kept = example_rows.num_kept_of(case, x.shape[0], x.shape[1], device)
-    return Example({"x": x}, {"num_kept": num_kept, "gradient": gradient})
+    num_selected = example_rows.num_selected_of(case, x.shape[0], x.shape[1], device)
+    return Example({"x": x}, {"num_selected": num_selected, "gradient": gradient})
 
 
 SPEC = OpSpec(

@@ -17,10 +17,10 @@ namespace {
 using qsparse_moe::select_row;
 
 template <typename Bits>
-void select_rows(const at::Tensor& x, const at::Tensor& kept, const at::Tensor& mask, int64_t num_kept,
-                 const int64_t* num_kept_per_row, int64_t length) {
+void select_rows(const at::Tensor& x, const at::Tensor& selected, const at::Tensor& mask, int64_t num_selected,
+                 const int64_t* num_selected_per_row, int64_t length) {
   const auto* rows = static_cast<const Bits*>(x.const_data_ptr());
-  auto* out = static_cast<Bits*>(kept.mutable_data_ptr());
+  auto* out = static_cast<Bits*>(selected.mutable_data_ptr());
   bool* flags = mask.numel() ? mask.mutable_data_ptr<bool>() : nullptr;
   const int64_t num_rows = x.numel() / length;
   at::parallel_for(0, num_rows, 1 + 16384 / length, [&](int64_t begin, int64_t end) {
@@ -28,9 +28,9 @@ void select_rows(const at::Tensor& x, const at::Tensor& kept, const at::Tensor& 
     const auto select_all = [&](auto width) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t offset = row * width;
-        const int64_t row_kept = num_kept_per_row ? num_kept_per_row[row] : num_kept;
+        const int64_t row_num_selected = num_selected_per_row ? num_selected_per_row[row] : num_selected;
         bool* row_flags = flags ? flags + offset : nullptr;
-        select_row(rows + offset, out + offset, row_flags, magnitude.data(), width, row_kept);
+        select_row(rows + offset, out + offset, row_flags, magnitude.data(), width, row_num_selected);
       }
     };
     // The groups of block top-K are a few vectors long. With loops of a constant length, 2048 rows of 768 in groups of
@@ -42,44 +42,45 @@ void select_rows(const at::Tensor& x, const at::Tensor& kept, const at::Tensor& 
   });
 }
 
-std::tuple<at::Tensor, at::Tensor> topk_select(const at::Tensor& x, int64_t num_kept,
-                                               const std::optional<at::Tensor>& num_kept_per_row, bool with_mask) {
+std::tuple<at::Tensor, at::Tensor> topk_select(const at::Tensor& x, int64_t num_selected,
+                                               const std::optional<at::Tensor>& num_selected_per_row, bool with_mask) {
   const int64_t length = x.size(-1);
   TORCH_CHECK(x.is_contiguous(), "topk_select: x must be contiguous");
   TORCH_CHECK(length < 65536, "topk_select: rows must be shorter than 65536, got ", length);
   const int64_t* per_row = nullptr;
-  if (num_kept_per_row) {
-    TORCH_CHECK(num_kept_per_row->is_contiguous() && num_kept_per_row->scalar_type() == at::kLong &&
-                    num_kept_per_row->numel() * length == x.numel(),
-                "topk_select: num_kept_per_row must be contiguous int64, one per row");
-    per_row = num_kept_per_row->const_data_ptr<int64_t>();
+  if (num_selected_per_row) {
+    TORCH_CHECK(num_selected_per_row->is_contiguous() && num_selected_per_row->scalar_type() == at::kLong &&
+                    num_selected_per_row->numel() * length == x.numel(),
+                "topk_select: num_selected_per_row must be contiguous int64, one per row");
+    per_row = num_selected_per_row->const_data_ptr<int64_t>();
   } else {
-    TORCH_CHECK(1 <= num_kept && num_kept <= length, "topk_select: num_kept must lie in [1, ", length, "], got ",
-                num_kept);
+    TORCH_CHECK(1 <= num_selected && num_selected <= length, "topk_select: num_selected must lie in [1, ", length,
+                "], got ", num_selected);
   }
-  at::Tensor kept = at::empty_like(x);
+  at::Tensor selected = at::empty_like(x);
   at::Tensor mask = with_mask ? at::empty(x.sizes(), x.options().dtype(at::kBool)) : at::empty({0}, at::kBool);
-  if (x.numel() == 0) return {kept, mask};
+  if (x.numel() == 0) return {selected, mask};
   switch (x.element_size()) {
     case 2:
-      select_rows<uint16_t>(x, kept, mask, num_kept, per_row, length);
+      select_rows<uint16_t>(x, selected, mask, num_selected, per_row, length);
       break;
     case 4:
-      select_rows<uint32_t>(x, kept, mask, num_kept, per_row, length);
+      select_rows<uint32_t>(x, selected, mask, num_selected, per_row, length);
       break;
     case 8:
-      select_rows<uint64_t>(x, kept, mask, num_kept, per_row, length);
+      select_rows<uint64_t>(x, selected, mask, num_selected, per_row, length);
       break;
     default:
       TORCH_CHECK(false, "topk_select: x must be a 16-, 32- or 64-bit float, got ", x.scalar_type());
   }
-  return {kept, mask};
+  return {selected, mask};
 }
 
 }  // namespace
 
 TORCH_LIBRARY(qsparse_moe, library) {
-  library.def("topk_select(Tensor x, int num_kept, Tensor? num_kept_per_row, bool with_mask) -> (Tensor, Tensor)");
+  library.def(
+      "topk_select(Tensor x, int num_selected, Tensor? num_selected_per_row, bool with_mask) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(qsparse_moe, CPU, library) { library.impl("topk_select", &topk_select); }

@@ -17,10 +17,11 @@ SelectRows = Callable[[Tensor, "int | Tensor", bool], tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class TopKSelect:
-    """A named implementation of ``select_rows(x, num_kept, with_mask) -> (kept, mask)``.
+    """A named implementation of ``select_rows(x, num_selected, with_mask) -> (selected, mask)``.
 
-    ``x`` is ``(*, D)``, and ``num_kept`` is an int or an int64 tensor ``(*)``. ``kept`` is ``x`` with all but the K
-    largest magnitudes of every row set to zero. ``mask`` is bool ``(*, D)``; it may be empty if ``with_mask`` is False.
+    ``x`` is ``(*, D)``, and ``num_selected`` is an int or an int64 tensor ``(*)``. ``selected`` is ``x`` with all but
+    the K largest magnitudes of every row set to zero. ``mask`` is bool ``(*, D)``; it may be empty if ``with_mask`` is
+    False.
     """
 
     name: str
@@ -28,25 +29,27 @@ class TopKSelect:
     why_not: Callable[[torch.device], str | None]
 
 
-def select_rows_torch(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
+def select_rows_torch(x: Tensor, num_selected: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
     """Select in stock PyTorch, on any device."""
-    mask = topk_mask(x, num_kept)
+    mask = topk_mask(x, num_selected)
     return x * mask, mask
 
 
-def select_rows_native(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
+def select_rows_native(x: Tensor, num_selected: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
     """Select with the C++ operators, on a CPU."""
     native.load()
-    per_row = num_kept.contiguous() if isinstance(num_kept, Tensor) else None
-    return torch.ops.qsparse_moe.topk_select(x.contiguous(), 0 if per_row is not None else num_kept, per_row, with_mask)
+    per_row = num_selected.contiguous() if isinstance(num_selected, Tensor) else None
+    return torch.ops.qsparse_moe.topk_select(
+        x.contiguous(), 0 if per_row is not None else num_selected, per_row, with_mask
+    )
 
 
-def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
+def select_rows_triton(x: Tensor, num_selected: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
     """Select with the Triton kernels, on an NVIDIA GPU; Triton is imported on the first call."""
     # Imported here, because Triton is an optional dependency.
     from qsparse_moe.kernels.topk_select import triton
 
-    return triton.select_rows_triton(x, num_kept, with_mask)
+    return triton.select_rows_triton(x, num_selected, with_mask)
 
 
 TOPK_SELECTS: tuple[TopKSelect, ...] = (
@@ -58,55 +61,56 @@ TOPK_SELECTS: tuple[TopKSelect, ...] = (
 
 
 def select(
-    x: Tensor, num_kept: int | Tensor, *, rows: SelectRows, group_size: int | None = None, gradient: str = "ste"
+    x: Tensor, num_selected: int | Tensor, *, rows: SelectRows, group_size: int | None = None, gradient: str = "ste"
 ) -> Tensor:
     """Compute ``topk_sparsify`` without a rescale, with ``rows``.
 
     Args:
         x: the rows ``(*, D)``.
-        num_kept: K per row, an int or an int64 tensor ``(*)``; with ``group_size`` it is split evenly over the groups.
+        num_selected: K per row, an int or an int64 tensor ``(*)``; with ``group_size`` it is split evenly over
+            the groups.
         rows: the implementation.
         group_size: G; the selection is made in every contiguous group of G features.
         gradient: ``ste`` or ``masked``.
     """
     masked = gradient == "masked"
     if group_size is None:
-        return _Select.apply(x, num_kept, rows, masked)
-    return _Select.apply(*split_into_groups(x, num_kept, group_size), rows, masked).flatten(-2)
+        return _Select.apply(x, num_selected, rows, masked)
+    return _Select.apply(*split_into_groups(x, num_selected, group_size), rows, masked).flatten(-2)
 
 
-def select_mask(x: Tensor, num_kept: int | Tensor, *, rows: SelectRows, group_size: int | None = None) -> Tensor:
-    """Compute ``topk_mask(x, num_kept, group_size=group_size)`` with ``rows``."""
+def select_mask(x: Tensor, num_selected: int | Tensor, *, rows: SelectRows, group_size: int | None = None) -> Tensor:
+    """Compute ``topk_mask(x, num_selected, group_size=group_size)`` with ``rows``."""
     if group_size is None:
-        return rows(x, num_kept, True)[1]
-    return rows(*split_into_groups(x, num_kept, group_size), True)[1].flatten(-2)
+        return rows(x, num_selected, True)[1]
+    return rows(*split_into_groups(x, num_selected, group_size), True)[1].flatten(-2)
 
 
-def sparsify_torch(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
+def sparsify_torch(x: Tensor, num_selected: int | Tensor, **settings: Any) -> Tensor:
     """Call ``select`` with ``select_rows_torch``; ``settings`` are ``group_size`` and ``gradient``."""
-    return select(x, num_kept, rows=select_rows_torch, **settings)
+    return select(x, num_selected, rows=select_rows_torch, **settings)
 
 
-def sparsify_native(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
+def sparsify_native(x: Tensor, num_selected: int | Tensor, **settings: Any) -> Tensor:
     """Call ``select`` with ``select_rows_native``."""
-    return select(x, num_kept, rows=select_rows_native, **settings)
+    return select(x, num_selected, rows=select_rows_native, **settings)
 
 
-def sparsify_triton(x: Tensor, num_kept: int | Tensor, **settings: Any) -> Tensor:
+def sparsify_triton(x: Tensor, num_selected: int | Tensor, **settings: Any) -> Tensor:
     """Call ``select`` with ``select_rows_triton``."""
-    return select(x, num_kept, rows=select_rows_triton, **settings)
+    return select(x, num_selected, rows=select_rows_triton, **settings)
 
 
 class _Select(torch.autograd.Function):
     """The selection, with the straight-through or the masked gradient; only the latter saves the mask."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, num_kept: int | Tensor, rows: SelectRows, masked: bool) -> Tensor:
-        kept, mask = rows(x, num_kept, masked)
+    def forward(ctx: Any, x: Tensor, num_selected: int | Tensor, rows: SelectRows, masked: bool) -> Tensor:
+        selected, mask = rows(x, num_selected, masked)
         if masked:
             ctx.save_for_backward(mask)
         ctx.masked = masked
-        return kept
+        return selected
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:

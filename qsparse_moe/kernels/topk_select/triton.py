@@ -18,12 +18,14 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
-def load_num_kept(num_kept_ptr, num_kept, rows, row_is_real, num_features, rows_per_k, PER_ROW: tl.constexpr):
+def load_num_selected(
+    num_selected_ptr, num_selected, rows, row_is_real, num_features, rows_per_k, PER_ROW: tl.constexpr
+):
     """Return ``(R,)`` int32: K of every row. Rows past the end get K = D, which ends their search at once."""
     if PER_ROW:
-        wanted = tl.load(num_kept_ptr + rows // rows_per_k, mask=row_is_real, other=0).to(tl.int32)
+        wanted = tl.load(num_selected_ptr + rows // rows_per_k, mask=row_is_real, other=0).to(tl.int32)
     else:
-        wanted = tl.zeros_like(rows).to(tl.int32) + num_kept
+        wanted = tl.zeros_like(rows).to(tl.int32) + num_selected
     return tl.where(row_is_real, wanted, num_features)
 
 
@@ -35,24 +37,24 @@ def magnitude_of(bits, inside, NUM_BITS: tl.constexpr):
 
 
 @triton.jit
-def keep_largest(magnitude, num_kept, num_features, NUM_BITS: tl.constexpr, ZEROS_MATTER: tl.constexpr):
-    """Return ``(R, C)`` bool: the ``num_kept`` largest of every row, among equal ones those with the lower index.
+def mark_largest(magnitude, num_selected, num_features, NUM_BITS: tl.constexpr, ZEROS_MATTER: tl.constexpr):
+    """Return ``(R, C)`` bool: the ``num_selected`` largest of every row, among equal ones those with the lower index.
 
     Without ``ZEROS_MATTER``, more than K features may be marked if the rest are zeros, whose values do not change.
     """
     # A ReLU before the selection leaves many zeros. If at most K values are nonzero, there is nothing to search.
     nonzero = tl.sum((magnitude > 0).to(tl.int32), 1)
-    found = (nonzero == num_kept).to(magnitude.dtype)
-    reached = tl.where(nonzero == num_kept, num_kept, num_features)
+    found = (nonzero == num_selected).to(magnitude.dtype)
+    reached = tl.where(nonzero == num_selected, num_selected, num_features)
     bit = NUM_BITS - 1
-    while (bit >= 0) & (tl.max(((reached != num_kept) & (nonzero > num_kept)).to(tl.int32), 0) > 0):
+    while (bit >= 0) & (tl.max(((reached != num_selected) & (nonzero > num_selected)).to(tl.int32), 0) > 0):
         candidate = found | (tl.full((), 1, magnitude.dtype) << bit)
         count = tl.sum((magnitude >= candidate[:, None]).to(tl.int32), 1)
-        enough = count >= num_kept
+        enough = count >= num_selected
         found = tl.where(enough, candidate, found)
         reached = tl.where(enough, count, reached)
         bit -= 1
-    surplus = reached - num_kept
+    surplus = reached - num_selected
     if not ZEROS_MATTER:
         surplus = tl.where(found > 0, surplus, 0)
     keep = magnitude >= found[:, None]
@@ -64,13 +66,13 @@ def keep_largest(magnitude, num_kept, num_features, NUM_BITS: tl.constexpr, ZERO
     return keep & (magnitude >= 0)
 
 
-@triton.jit(do_not_specialize=["num_kept", "num_rows", "rows_per_k"])
+@triton.jit(do_not_specialize=["num_selected", "num_rows", "rows_per_k"])
 def select_kernel(
     x_ptr,
-    kept_ptr,
+    selected_ptr,
     mask_ptr,
-    num_kept_ptr,
-    num_kept,
+    num_selected_ptr,
+    num_selected,
     num_rows,
     rows_per_k,
     num_features,
@@ -87,15 +89,15 @@ def select_kernel(
     inside = row_is_real[:, None] & (columns < num_features)[None, :]
     at = rows[:, None] * num_features + columns[None, :]
     bits = tl.load(x_ptr + at, mask=inside, other=0)
-    wanted = load_num_kept(num_kept_ptr, num_kept, rows, row_is_real, num_features, rows_per_k, PER_ROW)
+    wanted = load_num_selected(num_selected_ptr, num_selected, rows, row_is_real, num_features, rows_per_k, PER_ROW)
     magnitude = magnitude_of(bits, inside, NUM_BITS)
-    keep = keep_largest(magnitude, wanted, num_features, NUM_BITS, WITH_MASK)
-    tl.store(kept_ptr + at, tl.where(keep, bits, 0), mask=inside)
+    keep = mark_largest(magnitude, wanted, num_features, NUM_BITS, WITH_MASK)
+    tl.store(selected_ptr + at, tl.where(keep, bits, 0), mask=inside)
     if WITH_MASK:
         tl.store(mask_ptr + at, keep.to(tl.int8), mask=inside)
 
 
-def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
+def select_rows_triton(x: Tensor, num_selected: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
     """Compute ``TopKSelect.select_rows`` on an NVIDIA GPU or under the interpreter; fp16, bf16, fp32, and fp64.
 
     Raises:
@@ -103,18 +105,18 @@ def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tu
     """
     x = x.contiguous()
     num_features = x.shape[-1]
-    kept = torch.empty_like(x)
+    selected = torch.empty_like(x)
     mask = torch.empty(x.shape if with_mask else (0,), dtype=torch.bool, device=x.device)
     if x.numel() == 0:
-        return kept, mask
+        return selected, mask
     num_rows = x.numel() // num_features
-    per_row, one, rows_per_k = k_arguments(num_kept)
+    per_row, one, rows_per_k = k_arguments(num_selected)
     tile = row_tile(num_rows, num_features)
     integers = _INTEGERS[x.element_size()]
     with on_device_of(x):
         select_kernel[(triton.cdiv(num_rows, tile.rows),)](
             x.view(integers),
-            kept.view(integers),
+            selected.view(integers),
             mask.view(torch.int8) if with_mask else None,
             per_row,
             one,
@@ -128,17 +130,17 @@ def select_rows_triton(x: Tensor, num_kept: int | Tensor, with_mask: bool) -> tu
             COLUMNS=tile.columns,
             num_warps=tile.num_warps,
         )
-    return kept, mask
+    return selected, mask
 
 
-def k_arguments(num_kept: int | Tensor) -> tuple[Tensor | None, int, int]:
+def k_arguments(num_selected: int | Tensor) -> tuple[Tensor | None, int, int]:
     """Return K as kernel arguments: a tensor of K per row or None, one K for all rows, and the rows per entry.
 
     A K that was expanded over the groups of a row is passed as its single entry, so the expansion is never written to
     memory.
     """
-    if not isinstance(num_kept, Tensor):
-        return None, num_kept, 1
-    if num_kept.dim() > 1 and num_kept.stride(-1) == 0:
-        return num_kept[..., 0].contiguous(), 0, num_kept.shape[-1]
-    return num_kept.contiguous(), 0, 1
+    if not isinstance(num_selected, Tensor):
+        return None, num_selected, 1
+    if num_selected.dim() > 1 and num_selected.stride(-1) == 0:
+        return num_selected[..., 0].contiguous(), 0, num_selected.shape[-1]
+    return num_selected.contiguous(), 0, 1

@@ -51,6 +51,13 @@ def evaluate(
             "ternary."
         ),
     ] = "auto",
+    head: Annotated[
+        str,
+        typer.Option(
+            help="With --engine inference: number format of the output head: auto (int8 with int8 weights, else that "
+            "of training), fp32, bf16, or int8."
+        ),
+    ] = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -61,15 +68,16 @@ def evaluate(
         raise ConfigError(
             f"--rows ({rows}) limits the validation data, but --data reads all text of its files; keep one of them"
         )
-    if weights != "auto" and engine != "inference":
-        raise ConfigError(f"--weights ({weights}) applies to generation only; add --engine inference")
+    for option, value in (("--weights", weights), ("--head", head)):
+        if value != "auto" and engine != "inference":
+            raise ConfigError(f"{option} ({value}) applies to generation only; add --engine inference")
     plan = asked_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
     from qsparse_moe.training.evaluate import evaluate_run
 
     if engine == "inference":
         from qsparse_moe.inference.evaluate import decoding_forward
 
-        forward_of = partial(decoding_forward, weights=weights)
+        forward_of = partial(decoding_forward, weights=weights, head=head)
     else:
         forward_of = None
     evaluation = evaluate_run(run_dir, num_rows=rows, device=device, plan=plan, files=files, forward_of=forward_of)

@@ -56,6 +56,13 @@ def generate(
             help="Number format of the weights: auto (that of training or of the export), fp32, bf16, int8, ternary."
         ),
     ] = "auto",
+    head: Annotated[
+        str,
+        typer.Option(
+            help="Number format of the output head: auto (int8 with int8 weights, else that of training), fp32, bf16, "
+            "int8."
+        ),
+    ] = "auto",
     rows: Annotated[
         Literal["auto", "selected", "all"],
         typer.Option(help="Rows of weights that an engine reads: selected, all, or what is faster (native only)."),
@@ -104,6 +111,7 @@ def generate(
         run,
         engine=engine,
         weights=weights,
+        head=head,
         rows=rows,
         plan=plan,
         device=device,

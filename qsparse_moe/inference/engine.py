@@ -52,6 +52,8 @@ class EngineSettings:
 
     weights: WeightFormat | None = None
     """Number format of the matrices behind sparse sites, to which the model has been rounded; None: their own."""
+    head: WeightFormat | None = None
+    """Number format of the output head, to which it has been rounded; None: see ``weights.head_format``."""
     rows: native.Rows = "auto"
     """The rows of a matrix that a step reads, for engines that can skip some; see ``NativeDecode``."""
 
@@ -78,14 +80,16 @@ def _torch_engine(model: Transformer, asked: EngineSettings) -> DecodeEngine:
 
 ENGINES: tuple[EngineSpec, ...] = (
     EngineSpec(
-        "native", native.why_not, lambda model, asked: native.NativeDecode(model, asked.weights, rows=asked.rows)
+        "native",
+        native.why_not,
+        lambda model, asked: native.NativeDecode(model, asked.weights, head=asked.head, rows=asked.rows),
     ),
     EngineSpec("torch", lambda model: None, _torch_engine),
     # After torch, which runs everywhere, so that auto never chooses it: it has not been measured on a GPU.
     EngineSpec(
         "triton",
         triton_engine.why_not,
-        lambda model, asked: triton_engine.TritonDecode(model, asked.weights, rows=asked.rows),
+        lambda model, asked: triton_engine.TritonDecode(model, asked.weights, head=asked.head, rows=asked.rows),
     ),
 )
 

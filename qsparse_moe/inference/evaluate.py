@@ -33,19 +33,20 @@ class _Segment(NamedTuple):
         return self.end - self.begin
 
 
-def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "auto") -> Forward:
+def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "auto", head: str = "auto") -> Forward:
     """Return a function that computes the logits of a batch with prefill and decode.
 
     Args:
-        model: in evaluation mode; it is converted to ``weights`` in place.
+        model: in evaluation mode; it is converted to ``weights`` and ``head`` in place.
         engine: see ``resolve_engine``.
         weights: number format of the weights; see ``weights.use_weights``.
+        head: number format of the output head.
 
     Raises:
-        ConfigError: ``weights`` does not fit the model.
+        ConfigError: ``weights`` or ``head`` does not fit the model.
         BackendUnavailable: the engine cannot run here.
     """
-    decode = resolve_engine(engine, model, settings=EngineSettings(use_weights(model, weights)))
+    decode = resolve_engine(engine, model, settings=EngineSettings(*use_weights(model, weights, head)))
 
     def forward(batch: Batch) -> ModelOutput:
         return ModelOutput(decoded_logits(model, decode, batch), None, {}, {})

@@ -104,6 +104,7 @@ class Generator:
         *,
         engine: str = "auto",
         weights: str = "auto",
+        head: str = "auto",
         rows: Rows = "auto",
         plan: SparsityPlan | Path | str | None = None,
         device: Literal["auto", "cpu", "cuda"] = "auto",
@@ -118,6 +119,8 @@ class Generator:
             weights: number format of the weights: ``auto`` (the format of training, or that of the export),
                 ``fp32``, ``bf16``, ``int8`` (with one scale per row), or ``ternary`` for a model trained with ternary
                 weights.
+            head: number format of the output head: ``auto`` (int8 with int8 weights, else the dtype of the model),
+                ``fp32``, ``bf16``, or ``int8``.
             rows: the rows of a matrix that a step reads, for engines that can skip some: those ``selected`` by at
                 least one token, ``all``, or ``auto``, whichever is faster on this machine.
             plan: a sparsity plan that replaces the model's own, or a JSON file with one.
@@ -134,8 +137,8 @@ class Generator:
             ConfigError: an argument is wrong, or the plan was made for another model.
             BackendUnavailable: the engine or the device cannot be used here.
         """
-        loaded = load_model(folder, device=choose_device(device, 0), weights=weights, plan=plan)
-        decode = resolve_engine(engine, loaded.model, settings=EngineSettings(loaded.weight_format, rows))
+        loaded = load_model(folder, device=choose_device(device, 0), weights=weights, head=head, plan=plan)
+        decode = resolve_engine(engine, loaded.model, settings=EngineSettings(*loaded.formats, rows=rows))
         fold_rounding(loaded.model)
         return cls(
             loaded.model,

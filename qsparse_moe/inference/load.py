@@ -10,9 +10,8 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer, meaningless_ids
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.inference.weights import LOADED_DTYPES, check_weights, use_weights
+from qsparse_moe.inference.weights import LOADED_DTYPES, StoredFormats, check_head, check_weights, use_weights
 from qsparse_moe.interop.state_dict import load_export
-from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
@@ -28,8 +27,8 @@ class LoadedModel(NamedTuple):
     tokenizer: TextTokenizer
     step: int
     """Steps that the model was trained."""
-    weight_format: WeightFormat | None
-    """The requested number format; None: the model's own."""
+    formats: StoredFormats
+    """The requested number formats."""
 
 
 def load_model(
@@ -37,6 +36,7 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     weights: str = "auto",
+    head: str = "auto",
     plan: SparsityPlan | Path | str | None = None,
 ) -> LoadedModel:
     """Load the newest checkpoint of a run, one checkpoint, or an export.
@@ -46,16 +46,18 @@ def load_model(
         device: the device of the model.
         weights: number format of the weights; see ``weights.use_weights``. ``auto``: the format of training, or that
             of the export.
+        head: number format of the output head.
         plan: a sparsity plan that replaces the model's own, or a file with one.
 
     Raises:
         CheckpointError: the folder is none of the three, or is damaged.
-        ConfigError: the plan was made for another model or would change nothing, or ``weights`` is unknown.
+        ConfigError: the plan was made for another model or would change nothing, or ``weights`` or ``head`` is unknown.
     """
     found = find_model(Path(folder))
     config = load_run_config(found.config_folder)
     check_weights(weights, config.model.sparsity.quantization.weights)
     dtype = LOADED_DTYPES.get(weights)
+    check_head(head, dtype)
     plan = _checked_plan(plan, config.model)  # before the weights are read
     tokenizer = load_tokenizer(config.data.tokenizer)
     if found.kind == "export":
@@ -63,12 +65,12 @@ def load_model(
     else:
         checkpoint = found.path if found.kind == "checkpoint" else None
         config, model, step = load_run(found.config_folder, device, dtype=dtype, checkpoint_folder=checkpoint)
-    weight_format = use_weights(model, weights)
+    formats = use_weights(model, weights, head)
     # After the weights: loading sets the plan of the checkpoint's step.
     if plan is not None:
         model.set_sparsity(plan)
     model.hide_ids(meaningless_ids(config.model, tokenizer))
-    return LoadedModel(config, model.requires_grad_(False), tokenizer, step, weight_format)
+    return LoadedModel(config, model.requires_grad_(False), tokenizer, step, formats)
 
 
 def _checked_plan(plan: SparsityPlan | Path | str | None, config: ModelConfig) -> SparsityPlan | None:

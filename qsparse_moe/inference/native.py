@@ -57,7 +57,12 @@ class NativeDecode:
     cache_dtype: torch.dtype | None = torch.float32
 
     def __init__(
-        self, model: Transformer, weight_format: WeightFormat | None = None, *, rows: Rows = "selected"
+        self,
+        model: Transformer,
+        weight_format: WeightFormat | None = None,
+        *,
+        head: WeightFormat | None = None,
+        rows: Rows = "selected",
     ) -> None:
         """Store the weights of ``model``.
 
@@ -65,6 +70,7 @@ class NativeDecode:
             model: in evaluation mode; later changes of its weights or plan have no effect.
             weight_format: number format of all matrices behind sparse sites; None: ``weights.own_format``. Weights
                 that it cannot represent are rounded; see ``weights.round_weights``.
+            head: number format of the output head; None: see ``weights.head_format``.
             rows: the rows of a matrix that a pass reads: those ``selected`` by at least one token of the pass, ``all``,
                 or ``auto``: all of them where so many are selected that reading the whole matrix is faster on this
                 machine (``row_costs``).
@@ -79,7 +85,7 @@ class NativeDecode:
             for matrix in site_matrices(model)
         }
         # Output-major, one row per id: there is no site before the head, so every weight of it is read.
-        self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format))
+        self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format, head))
         self._hidden_ids = model.hidden_ids
         self._rows = rows
         self._read_all_from = {"selected": [NEVER] * len(TOKENS), "all": [0.0] * len(TOKENS)}.get(rows)
@@ -113,6 +119,7 @@ class NativeDecode:
         read, dense, passes, whole = self._engine.last_step()
         return {
             "weights": self.weight_format,
+            "head": self._stored["head.weight"].weight_format,
             "weight_bytes": sum(stored.num_bytes for stored in self._stored.values()),
             "bytes_read": read,
             "bytes_read_without_zeros": dense,

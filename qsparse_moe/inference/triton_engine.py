@@ -15,7 +15,7 @@ from torch import Tensor
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import Rows
 from qsparse_moe.inference.triton_model import StoredMatrices, TritonModel
-from qsparse_moe.inference.weights import own_format
+from qsparse_moe.inference.weights import head_format, own_format
 from qsparse_moe.kernels import tiles
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
@@ -46,6 +46,7 @@ class TritonDecode:
         model: Transformer,
         weight_format: WeightFormat | None = None,
         *,
+        head: WeightFormat | None = None,
         rows: Rows = "auto",
         capture_graphs: bool = True,
     ) -> None:
@@ -54,6 +55,7 @@ class TritonDecode:
         Args:
             model: in evaluation mode; its weights and its plan must not change afterwards.
             weight_format: number format of all matrices behind sparse sites; None: ``weights.own_format``.
+            head: number format of the output head; None: see ``weights.head_format``.
             rows: ``all`` reads every row of a matrix, zeros included; ``selected`` and ``auto`` read the rows behind
                 nonzero features.
             capture_graphs: whether a step is captured as a CUDA graph and replayed. It is not captured without a CUDA
@@ -61,7 +63,7 @@ class TritonDecode:
         """
         self.weight_format = weight_format or own_format(model)
         self.rows: Rows = "all" if rows == "all" else "selected"
-        self._weights = StoredMatrices(model, self.weight_format)
+        self._weights = StoredMatrices(model, self.weight_format, head_format(model, self.weight_format, head))
         self._model = TritonModel(model, self._weights, reads_all_rows=rows == "all")
         self._device = model.head.weight.device
         self.captures_graphs = capture_graphs and self._device.type == "cuda" and _can_capture(model)
@@ -97,6 +99,7 @@ class TritonDecode:
         """
         return {
             "weights": self.weight_format,
+            "head": self._weights.head_format,
             "weight_bytes": self._weights.num_bytes,
             "rows": self.rows,
             "cuda_graphs": len(self._graphs),

@@ -9,6 +9,8 @@ B sequences (one token each), D width, H heads, C channels per head, P slots of 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from qsparse_moe.config.shapes import head_size
 from qsparse_moe.inference.weights import ModelMatrix, site_matrices
 from qsparse_moe.kernels.row_product.lists import FeatureLists
 from qsparse_moe.kernels.row_product.op import list_features, listed_product
-from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
+from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store, with_scales_per_output
 from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.rope import Rotation, rotate, rotation_at
@@ -65,17 +67,22 @@ class TritonModel:
         if self._head is None:
             logits_BV = F.linear(normed_BD, self._model.head.weight)
         else:
-            logits_BV = listed_product(self._head, list_features(normed_BD, normed_BD.shape[1]))
+            logits_BV = listed_product(self._head.codes, list_features(normed_BD, normed_BD.shape[1]))
+            if self._head.scales_V is not None:
+                logits_BV = logits_BV * self._head.scales_V
         return logits_BV if self._hidden_ids is None else logits_BV.index_fill(-1, self._hidden_ids, -torch.inf)
 
 
 class StoredMatrices:
     """The matrices of a model as the kernels read them, in the memory of its device; each is stored once."""
 
-    def __init__(self, model: Transformer, weight_format: WeightFormat) -> None:
+    def __init__(self, model: Transformer, weight_format: WeightFormat, head: WeightFormat) -> None:
         self._matrices: dict[str, ModelMatrix] = {matrix.name: matrix for matrix in site_matrices(model)}
         self._head_weight = model.head.weight
+        self._head: StoredHead | None = None
         self._format = weight_format
+        self.head_format = head
+        """Number format of the output head."""
         self._stored: dict[tuple[str, ...], StoredWeights] = {}
 
     def of(self, *names: str) -> StoredWeights:
@@ -86,22 +93,41 @@ class StoredMatrices:
             self._stored[names] = self._store(stack, self._format)
         return self._stored[names]
 
-    def head(self) -> StoredWeights | None:
-        """Return the head input-major if it is in bf16, else None: cuBLAS would round the fp32 rows to bf16 first."""
-        if self._head_weight.dtype != torch.bfloat16:
+    def head(self) -> StoredHead | None:
+        """Return the head input-major; None if it is in fp32, which cuBLAS multiplies from the model's own weight."""
+        if self.head_format == "fp32":
             return None
-        if ("head.weight",) not in self._stored:
-            self._stored["head.weight",] = self._store(self._head_weight.T, "bf16")
-        return self._stored["head.weight",]
+        if self._head is None:
+            self._head = self._stored_head()
+        return self._head
+
+    def _stored_head(self) -> StoredHead:
+        if self.head_format == "bf16":
+            return StoredHead(self._store(self._head_weight.T, "bf16"), None)
+        codes, scales_V = with_scales_per_output(self._head_weight.detach().cpu())
+        return StoredHead(codes.to(self._head_weight.device), scales_V.to(self._head_weight.device))
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the matrices behind sparse sites and of the head."""
-        head = 0 if ("head.weight",) in self._stored else self._head_weight.nbytes
+        head = self._head_weight.nbytes if self._head is None else self._head.num_bytes
         return head + sum(stored.num_bytes for stored in self._stored.values())
 
     def _store(self, weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
         return store(weights.detach().cpu(), weight_format).to(self._head_weight.device)
+
+
+class StoredHead(NamedTuple):
+    """The output head with one row per input feature."""
+
+    codes: StoredWeights
+    scales_V: Tensor | None
+    """One per id, for int8: the format of its rows has one per input feature, which here are all 1."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows and scales."""
+        return self.codes.num_bytes + (0 if self.scales_V is None else self.scales_V.nbytes)
 
 
 class _Lister:

@@ -20,6 +20,7 @@ from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.sparsity.quantize import as_format
 
 WEIGHT_CHOICES = ("auto", *WEIGHT_FORMATS)
+HEAD_CHOICES = ("auto", "fp32", "bf16", "int8")
 # ternary is missing: such a model keeps the dtype in which it was trained.
 LOADED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
 """The dtype of the model itself; codes times their scale are fp32, which bf16 would round a second time."""
@@ -66,8 +67,16 @@ def own_format(model: Transformer) -> WeightFormat:
     return "bf16" if model.head.weight.dtype == torch.bfloat16 else "fp32"
 
 
-def head_format(model: Transformer, weight_format: WeightFormat) -> WeightFormat:
-    """Return the number format of the output head: int8 if the matrices are int8, else the dtype that it has."""
+def head_format(model: Transformer, weight_format: WeightFormat, head: WeightFormat | None = None) -> WeightFormat:
+    """Return the number format of the output head.
+
+    Args:
+        model: its head has the dtype that ``auto`` keeps.
+        weight_format: of the matrices behind sparse sites.
+        head: the requested format; None: int8 if the matrices are int8, else the dtype that the head has.
+    """
+    if head is not None:
+        return head
     if weight_format == "int8":
         return "int8"
     return "bf16" if model.head.weight.dtype == torch.bfloat16 else "fp32"
@@ -89,34 +98,64 @@ def check_weights(weights: str, trained_format: str) -> None:
         )
 
 
-def use_weights(model: Transformer, weights: str) -> WeightFormat | None:
-    """Convert ``model`` in place to the number format ``weights``, and return that format; None for ``auto``.
+class StoredFormats(NamedTuple):
+    """The number formats in which decode engines store a model."""
+
+    weights: WeightFormat | None = None
+    """Of the matrices behind sparse sites; None: ``own_format``."""
+    head: WeightFormat | None = None
+    """Of the output head; None: see ``head_format``."""
+
+
+def check_head(head: str, dtype: torch.dtype | None = None) -> None:
+    """Raise ConfigError unless ``head`` is a number format that the output head of a model in ``dtype`` can have."""
+    if head not in HEAD_CHOICES:
+        raise ConfigError(f"head ({head!r}) must be one of {', '.join(HEAD_CHOICES)}; choose one of them")
+    if head == "fp32" and dtype == torch.bfloat16:
+        raise ConfigError(
+            "head (fp32) must be auto, bf16, or int8 where the model itself is in bf16, because fp32 would hold the "
+            "same values in twice the bytes; leave it out, or add weights fp32"
+        )
+
+
+def use_weights(model: Transformer, weights: str, head: str = "auto") -> StoredFormats:
+    """Convert ``model`` in place to the number formats ``weights`` and ``head``, and return them; None for ``auto``.
 
     Raises:
-        ConfigError: ``weights`` is unknown, or does not fit the format in which the model was trained.
+        ConfigError: a format is unknown, or does not fit the format in which the model was trained.
     """
     check_weights(weights, model.config.sparsity.quantization.weights)
-    if weights == "auto":
-        return None
+    check_head(head)
     if weights in LOADED_DTYPES:
         model.to(LOADED_DTYPES[weights])
-    chosen = cast(WeightFormat, weights)
-    round_weights(model, chosen)
-    return chosen
+    check_head(head, model.head.weight.dtype)
+    formats = StoredFormats(
+        None if weights == "auto" else cast(WeightFormat, weights), None if head == "auto" else cast(WeightFormat, head)
+    )
+    round_weights(model, formats.weights or own_format(model), formats.head)
+    return formats
 
 
 @torch.no_grad()
-def round_weights(model: Transformer, weight_format: WeightFormat) -> None:
-    """Round the matrices of ``model`` in place to the values that ``weight_format`` can represent.
+def round_weights(model: Transformer, weight_format: WeightFormat, head: WeightFormat | None = None) -> None:
+    """Round the matrices of ``model`` in place to the values that their number formats can represent.
 
-    Only int8 needs it; the dtype of the model represents the other formats already. Embedding, norms and routers are
-    not rounded, except an embedding that is also the head.
+    The dtype of the model represents the formats other than int8 already, except bf16 for the head of a model in fp32.
+    Embedding, norms and routers are not rounded, except an embedding that is also the head.
+
+    Args:
+        model: the model to round.
+        weight_format: of the matrices behind sparse sites.
+        head: of the output head; None: see ``head_format``.
     """
-    if weight_format != "int8":
-        return
-    for matrix in site_matrices(model):
-        _round_rows(matrix.parameter, matrix.is_output_major)
-    _round_rows(model.head.weight, False)
+    if weight_format == "int8":
+        for matrix in site_matrices(model):
+            _round_rows(matrix.parameter, matrix.is_output_major)
+    head = head_format(model, weight_format, head)
+    if head == "int8":
+        _round_rows(model.head.weight, False)
+    elif head == "bf16":
+        model.head.weight.copy_(model.head.weight.bfloat16())
 
 
 @torch.no_grad()

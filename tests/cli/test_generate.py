@@ -138,6 +138,7 @@ def test_the_speed_is_reported_beside_the_text(run_dir, capsys):
          "be at most max_length (24) tokens long"),
         (["--engine", "fast"], "engine ('fast') must be one of auto, "),
         (["--weights", "int3"], "weights ('int3') must be one of auto, fp32, bf16"),
+        (["--head", "int3"], "head ('int3') must be one of auto, fp32, bf16, int8"),
         (["--top-k", "5"], "top_k must be left out at temperature 0"),
         (["--top-p", "0", "--temperature", "1"], "top_p (0.0) must lie in (0, 1]"),
         (["--stop", ""], "stop ([''])"),

@@ -83,6 +83,20 @@ def store(weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
     return StoredWeights(data, scales, weight_format, num_rows, num_columns)
 
 
+def with_scales_per_output(weights_OD: Tensor) -> tuple[StoredWeights, Tensor]:
+    """Return int8 codes of an output-major matrix as ``(D, O)`` rows whose scales are 1, and the scales ``(O,)``.
+
+    The codes are those of ``store(weights_OD, "int8")``, whose scale belongs to an output: it multiplies the product.
+    """
+    by_output = store(weights_OD, "int8")
+    num_outputs, num_features = weights_OD.shape
+    grain = _COLUMN_GRAIN["int8"]
+    data = torch.zeros(num_features, -(-num_outputs // grain) * grain, dtype=torch.int8)
+    data[:, :num_outputs] = by_output.data.view(torch.int8)[:, :num_features].T
+    codes = StoredWeights(data.view(torch.uint8), torch.ones(num_features), "int8", num_features, num_outputs)
+    return codes, by_output.scales
+
+
 def load_dense(stored: StoredWeights, which: int = 0) -> Tensor:
     """Return matrix ``which`` of the stack as ``(D, O)`` fp32: the values that the engine multiplies with."""
     rows = stored.data[which * stored.num_rows : (which + 1) * stored.num_rows]

@@ -92,7 +92,7 @@ set_up() {
         "$python" -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
         printf '%s\n' "$stamp" >"$environment/made-for.txt"
     fi
-    # Extensions are kept with the environment: two checkouts that share a folder would rebuild them in turns.
+    # Extensions are stored with the environment: two checkouts that share a folder would rebuild them in turns.
     export CXX PATH="$environment/bin:$PATH" TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-$environment/extensions}"
 }
 

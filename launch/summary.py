@@ -36,11 +36,11 @@ def quality_rows(run: Path) -> list[tuple[str, str, str]]:
 
 def parameter_rows(run: Path) -> list[tuple[str, str, str]]:
     counted = json.loads((run / "description.json").read_text())["parameters"]
-    stored, active, kept = (round(counted[kind]) for kind in ("stored", "active", "kept"))
+    stored, active, needed = (round(counted[kind]) for kind in ("stored", "active", "kept"))
     return [
         ("parameters", f"{stored:,}", "stored"),
         ("active with MoE", f"{active:,}", f"per token, {active / stored:.0%} of them"),
-        ("active with MoE and Q-Sparse", f"{kept:,}", f"per token, {kept / stored:.0%} of them"),
+        ("active with MoE and Q-Sparse", f"{needed:,}", f"per token, {needed / stored:.0%} of them"),
     ]
 
 

@@ -5,7 +5,7 @@
 set -euo pipefail
 # shellcheck source=launch/setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
-# The tests use the real MegaBlocks, under Triton's interpreter or on the GPU; an installed extension is kept.
+# The tests use the real MegaBlocks, under Triton's interpreter or on the GPU; an installed extension is not replaced.
 PYTHON="$python" EXTENSION=no bash launch/megablocks.sh
 
 # Folders without training runs. The others take minutes: they train models, serve pages, or start the command line.

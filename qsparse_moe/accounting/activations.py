@@ -42,7 +42,7 @@ _KEEPS_FEED_FORWARD: tuple[Recompute, ...] = ("none", "attention")
 class ActivationMemory:
     """Bytes on one rank, of one micro-batch."""
 
-    kept: float
+    saved: float
     """Bytes held from the forward pass until the backward pass."""
     recomputed: float
     """The largest number of bytes that the backward pass recomputes at once, held while it is in that layer."""
@@ -50,7 +50,7 @@ class ActivationMemory:
     @property
     def total(self) -> float:
         """Sum of both, as in the first layer of the backward pass."""
-        return self.kept + self.recomputed
+        return self.saved + self.recomputed
 
 
 def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> ActivationMemory:
@@ -59,7 +59,7 @@ def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> 
     chosen = training.activation_checkpointing if recompute is None else recompute
     width = _FP32 if training.precision == "fp32" else _HALF
     tokens = training.micro_batch_size * config.data.sequence_length
-    kept, recomputed = [], []
+    saved, recomputed = [], []
     for layer in range(model.num_layers):
         attention, feed_forward = _attention(model) * width, _feed_forward(model, layer, width)
         again = (0.0 if chosen in _KEEPS_ATTENTION else attention) + (
@@ -67,11 +67,11 @@ def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> 
         )
         # A part that is recomputed keeps its input; if both parts are, they need the layer's input only.
         inputs = {"none": 2, "attention": 2, "feed_forward": 2}.get(chosen, 1) * model.hidden_size * width
-        kept.append(inputs + attention + feed_forward - again)
+        saved.append(inputs + attention + feed_forward - again)
         recomputed.append(again)
     # The loss takes the log-probabilities in fp32 whatever the precision of the run.
     beside = 3 * model.hidden_size * width + vocab_size(model) * _FP32
-    return ActivationMemory(tokens * (sum(kept) + beside), tokens * max(recomputed))
+    return ActivationMemory(tokens * (sum(saved) + beside), tokens * max(recomputed))
 
 
 def _attention(model: ModelConfig) -> float:

@@ -30,7 +30,7 @@ def planned_densities(config: ModelConfig, plan: SparsityPlan | None = None) -> 
     for layer in range(config.num_layers):
         for site in layer_sites(config, layer):
             width = site_width(config, site)
-            found[layer, site] = tuple(kept / width for kept in kept_features(config, plan, layer, site))
+            found[layer, site] = tuple(count / width for count in selected_features(config, plan, layer, site))
     return found
 
 
@@ -56,9 +56,9 @@ def measured_densities(config: ModelConfig, row: Mapping[str, Any]) -> Densities
     return found
 
 
-def kept_features(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> list[int]:
+def selected_features(config: ModelConfig, plan: SparsityPlan, layer: int, site: Site) -> list[int]:
     """Return K at one site of one layer: one number, or one per expert at the experts' sites."""
     values, width = plan.values[layer, site], site_width(config, site)
     # Computed once per distinct value: a layer may have hundreds of experts with a few values of S.
-    kept = {sparsity: site_num_selected(config.sparsity, sparsity, width) for sparsity in set(values)}
-    return [kept[sparsity] for sparsity in values]
+    counts = {sparsity: site_num_selected(config.sparsity, sparsity, width) for sparsity in set(values)}
+    return [counts[sparsity] for sparsity in values]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qsparse_moe.accounting.activations import activation_memory
-from qsparse_moe.accounting.densities import Densities, kept_features, measured_densities, planned_densities
+from qsparse_moe.accounting.densities import Densities, measured_densities, planned_densities, selected_features
 from qsparse_moe.accounting.flops import flops_by_site, forward_flops, training_flops
 from qsparse_moe.accounting.memory import kv_cache_bytes, state_memory
 from qsparse_moe.accounting.parameters import count_by_part, count_parameters, count_with_embedding
@@ -15,6 +15,8 @@ from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.config.shapes import layer_sites, model_sites, site_width
 from qsparse_moe.sparsity.plan import SparsityPlan
 
+# The names under which the dictionary has these figures since its first version: scripts read them.
+_REPORT_NAMES = {"needed": "kept", "saved": "kept"}
 BATCHES = tuple(2**power for power in range(11))
 """Numbers of tokens per step for which the bytes of weights read are listed."""
 
@@ -23,7 +25,7 @@ def describe_run(config: RunConfig, row: Mapping[str, Any] | None = None, *, ran
     """Return the figures of a run's model.
 
     In the counts of parameters, ``stored`` counts all of them, ``active`` those that routing selects for a token, and
-    ``kept`` those of the active whose input Q-Sparse selects. A token uses one row of the embedding;
+    ``kept`` those needed, which are the active ones whose input is not zero. A token uses one row of the embedding;
     ``parameters_with_embedding`` counts all of it, as most published figures do. Operations are per token of a
     full sequence. Bytes are those of the weights in the run's precision.
 
@@ -38,7 +40,7 @@ def describe_run(config: RunConfig, row: Mapping[str, Any] | None = None, *, ran
     return {
         "name": config.training.name,
         **_parameters(model, planned),
-        "parameters_with_embedding": vars(count_with_embedding(model, densities=planned)),
+        "parameters_with_embedding": _report_fields(count_with_embedding(model, densities=planned)),
         **_work(config, plan, planned),
         "memory": _memory(config, ranks),
         "mean_sparsity": plan.mean,
@@ -49,11 +51,16 @@ def describe_run(config: RunConfig, row: Mapping[str, Any] | None = None, *, ran
     }
 
 
+def _report_fields(figures: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass of figures under their names in the report."""
+    return {_REPORT_NAMES.get(name, name): value for name, value in vars(figures).items()}
+
+
 def _parameters(model: ModelConfig, densities: Densities) -> dict[str, Any]:
     by_part = count_by_part(model, densities=densities)
     return {
-        "parameters": vars(count_parameters(model, densities=densities)),
-        "parameters_by_part": {part: vars(counted) for part, counted in by_part.items()},
+        "parameters": _report_fields(count_parameters(model, densities=densities)),
+        "parameters_by_part": {part: _report_fields(counted) for part, counted in by_part.items()},
     }
 
 
@@ -64,9 +71,9 @@ def _work(config: RunConfig, plan: SparsityPlan, densities: Densities) -> dict[s
     training = training_flops(model, context, plan, densities=densities)
     by_site = flops_by_site(model, context, plan, densities=densities)
     return {
-        "forward_flops_per_token": {"context": context, **vars(forward)},
-        "training_flops_per_token": {"context": context, **vars(training)},
-        "forward_flops_by_site": {name: vars(flops) for name, flops in by_site.items()},
+        "forward_flops_per_token": {"context": context, **_report_fields(forward)},
+        "training_flops_per_token": {"context": context, **_report_fields(training)},
+        "forward_flops_by_site": {name: _report_fields(flops) for name, flops in by_site.items()},
         "bytes_read": [_bytes_read(config, batch, densities) for batch in BATCHES],
     }
 
@@ -74,7 +81,7 @@ def _work(config: RunConfig, plan: SparsityPlan, densities: Densities) -> dict[s
 def _bytes_read(config: RunConfig, batch: int, densities: Densities) -> dict[str, float]:
     bytes_per_weight = 4.0 if config.training.precision == "fp32" else 2.0
     parts = weight_traffic(config.model, batch, densities, bytes_per_weight=bytes_per_weight)
-    return {"batch": batch, **vars(total_traffic(parts))}
+    return {"batch": batch, **_report_fields(total_traffic(parts))}
 
 
 def _memory(config: RunConfig, ranks: int) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def _memory(config: RunConfig, ranks: int) -> dict[str, Any]:
     return {
         "ranks": ranks,
         "training_state_by_zero_stage": by_stage,
-        "activations": vars(activations) | {"total": activations.total},
+        "activations": _report_fields(activations) | {"total": activations.total},
         "kv_cache_bytes_per_token": cache,
     }
 
@@ -97,5 +104,6 @@ def _measured(config: RunConfig, row: Mapping[str, Any], plan: SparsityPlan, den
 
 def _site(model: ModelConfig, plan: SparsityPlan, site: Site) -> dict[str, int]:
     layers = [layer for layer in range(model.num_layers) if site in layer_sites(model, layer)]
-    kept = [k for layer in layers for k in kept_features(model, plan, layer, site)]
-    return {"layers": len(layers), "width": site_width(model, site), "least_kept": min(kept), "most_kept": max(kept)}
+    counts = [count for layer in layers for count in selected_features(model, plan, layer, site)]
+    width = site_width(model, site)
+    return {"layers": len(layers), "width": width, "least_kept": min(counts), "most_kept": max(counts)}

@@ -2,7 +2,7 @@
 
 H heads, C channels per head, S tokens of context, D features, r the share of a site's features that are selected.
 
-``kept`` counts the operations that remain if every zero is skipped; a dense kernel executes ``routed``. Norms,
+``needed`` counts the operations that remain if every zero is skipped; a dense kernel executes ``routed``. Norms,
 rotations, softmax and activations are not counted, because they grow with the width only linearly.
 
 In training a linear map has three products: the forward pass, the gradient of its weight and the gradient of its input.
@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qsparse_moe.accounting.densities import Densities, kept_features
+from qsparse_moe.accounting.densities import Densities, selected_features
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import head_size, layer_sites, site_width
@@ -29,13 +29,13 @@ class Flops:
     routed: float
     """Operations that dense kernels execute: the matrices, with A of E experts and no zero skipped, and the attention
     scores. Model FLOPs utilisation counts these."""
-    kept: float
-    """Operations with the selected features only, plus the selection itself: a count of useful work, not of work that
-    dense kernels execute."""
+    needed: float
+    """Operations behind nonzero features, plus the selection itself: a count of useful work, not of work that dense
+    kernels execute."""
     attention_scores: int
     """Operations of queries times keys and of attention weights times values; included in both of the above."""
     selection: int
-    """Operations of the selection, included in ``kept``: one magnitude and one comparison per feature, the least that
+    """Operations of the selection, included in ``needed``: one magnitude and one comparison per feature, the least that
     any selection needs; a sort takes more."""
 
 
@@ -58,7 +58,7 @@ def forward_flops(
     selection = sum(_selection(config, plan, layer) for layer in range(config.num_layers))
     return Flops(
         routed=2 * sum(weight.active for weight in matrices) + scores,
-        kept=2 * sum(weight.kept for weight in matrices) + scores + selection,
+        needed=2 * sum(weight.needed for weight in matrices) + scores + selection,
         attention_scores=scores,
         selection=selection,
     )
@@ -76,11 +76,11 @@ def training_flops(
     forward = forward_flops(config, context, plan, densities=densities)
     masked = config.sparsity.gradient == "masked"
     # The masked gradient is zero wherever the feature was, so its rows of the weight are skipped here too.
-    by_input = sum(weight.kept if masked else weight.active for weight in _matrices(config, plan, densities))
-    by_weight = forward.kept - forward.attention_scores - forward.selection
+    by_input = sum(weight.needed if masked else weight.active for weight in _matrices(config, plan, densities))
+    by_weight = forward.needed - forward.attention_scores - forward.selection
     return Flops(
         routed=3 * forward.routed,
-        kept=forward.kept + by_weight + 2 * by_input + 2 * forward.attention_scores,
+        needed=forward.needed + by_weight + 2 * by_input + 2 * forward.attention_scores,
         attention_scores=3 * forward.attention_scores,
         selection=forward.selection,
     )
@@ -94,7 +94,7 @@ def flops_by_site(
     found: dict[str, Flops] = {}
     for weight in _matrices(config, plan, densities):
         name = weight.site or weight.part
-        _add(found, name, Flops(2 * weight.active, 2 * weight.kept, 0, 0))
+        _add(found, name, Flops(2 * weight.active, 2 * weight.needed, 0, 0))
     for layer in range(config.num_layers):
         for site, selection in _selection_by_site(config, plan, layer):
             _add(found, site, Flops(0, selection, 0, selection))
@@ -105,7 +105,7 @@ def flops_by_site(
 def _add(found: dict[str, Flops], name: str, more: Flops) -> None:
     one = found.get(name, Flops(0, 0, 0, 0))
     found[name] = Flops(
-        one.routed + more.routed, one.kept + more.kept, one.attention_scores, one.selection + more.selection
+        one.routed + more.routed, one.needed + more.needed, one.attention_scores, one.selection + more.selection
     )
 
 
@@ -123,10 +123,10 @@ def _selection(config: ModelConfig, plan: SparsityPlan, layer: int) -> int:
 
 def _selection_by_site(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[tuple[str, int]]:
     for site in layer_sites(config, layer):
-        kept, width = kept_features(config, plan, layer, site), site_width(config, site)
+        counts, width = selected_features(config, plan, layer, site), site_width(config, site)
         # A site that selects every feature compares nothing.
-        if min(kept) == width:
+        if min(counts) == width:
             continue
         # One selection serves all experts of a token where their K is the same (moe/layer.py).
-        per_expert = site == "expert_hidden" or len(set(kept)) > 1
+        per_expert = site == "expert_hidden" or len(set(counts)) > 1
         yield site, 2 * width * (config.moe.experts_per_token if per_expert else 1)

@@ -1,4 +1,4 @@
-"""Count a model's parameters: all, those active by routing, and those active by routing and Q-Sparse together.
+"""Count a model's parameters: all, those active by routing, and those needed after routing and Q-Sparse together.
 
 D width, F expert width, H heads, C channels per head, E experts, A experts per token, K selected features, V ids.
 
@@ -39,8 +39,8 @@ class Weight:
     """Number of elements in a checkpoint."""
     active: int
     """Number of elements that a token uses by routing."""
-    kept: float
-    """Number of active elements whose input Q-Sparse selects; if K differs between experts, at equal load."""
+    needed: float
+    """Number of active elements whose input is not zero; if K differs between experts, at equal load."""
     is_matrix: bool
     """Whether a token is multiplied with it, which excludes norms and the embedding."""
     layer: int = -1
@@ -55,12 +55,12 @@ class ParameterCount:
 
     stored: int
     active: int
-    kept: float
+    needed: float
 
     @classmethod
     def of(cls, weights: list[Weight]) -> ParameterCount:
         """Return the sums over ``weights``."""
-        return cls(sum(w.stored for w in weights), sum(w.active for w in weights), sum(w.kept for w in weights))
+        return cls(sum(w.stored for w in weights), sum(w.active for w in weights), sum(w.needed for w in weights))
 
 
 def count_parameters(
@@ -73,7 +73,7 @@ def count_parameters(
 def count_by_part(
     config: ModelConfig, plan: SparsityPlan | None = None, *, densities: Densities | None = None
 ) -> dict[str, ParameterCount]:
-    """The same, part by part, in the order in which a token meets them; a part that the model lacks is left out."""
+    """Return the same by part, in the order in which a token passes them; a part that the model lacks is left out."""
     parts: dict[str, list[Weight]] = {}
     for weight in model_weights(config, plan, densities=densities):
         parts.setdefault(weight.part, []).append(weight)
@@ -90,8 +90,8 @@ def count_with_embedding(
     counted = count_parameters(config, plan, densities=densities)
     table = vocab_size(config) * config.hidden_size
     # The count above has one row of the embedding, and a tied head whole.
-    unseen = -config.hidden_size if config.tie_embeddings else table - config.hidden_size
-    return ParameterCount(counted.stored, counted.active + unseen, counted.kept + unseen)
+    not_counted = -config.hidden_size if config.tie_embeddings else table - config.hidden_size
+    return ParameterCount(counted.stored, counted.active + not_counted, counted.needed + not_counted)
 
 
 def model_weights(
@@ -133,8 +133,8 @@ def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterato
         "output": ("attention_output", mixed * width),
     }
     for name, (site, size) in sites.items():
-        kept = size * _mean(densities[layer, site])
-        yield Weight(f"{prefix}{name}.weight", "attention", size, size, kept, is_matrix=True, layer=layer, site=site)
+        needed = size * _mean(densities[layer, site])
+        yield Weight(f"{prefix}{name}.weight", "attention", size, size, needed, is_matrix=True, layer=layer, site=site)
     if config.qk_norm:
         yield _norm(f"{prefix}query_norm.weight", channels)
         yield _norm(f"{prefix}key_norm.weight", channels)
@@ -167,6 +167,6 @@ def _gated(config: ModelConfig, densities: Densities, layer: int, part: str, hid
     stored, active = (moe.num_experts, moe.experts_per_token) if part == "experts" else (1, 1)
     gate = [("w_gate", input_site)] if has_gate(config) else []
     for name, site in (*gate, ("w_up", input_site), ("w_down", hidden_site)):
-        kept = active * size * _mean(densities[layer, site])
+        needed = active * size * _mean(densities[layer, site])
         key = f"layers.{layer}.{prefix}.{name}"
-        yield Weight(key, part, stored * size, active * size, kept, is_matrix=True, layer=layer, site=site)
+        yield Weight(key, part, stored * size, active * size, needed, is_matrix=True, layer=layer, site=site)

@@ -34,7 +34,7 @@ class Traffic:
     """Bytes of all weights, which a dense model of that size reads."""
     routed: float
     """Bytes of all weights of every expert that a token of the step selects, and of the rest of the model."""
-    kept: float
+    needed: float
     """Bytes of those rows (and with the gate first, elements of up) of ``routed`` that some token's features need."""
 
 
@@ -59,18 +59,18 @@ def weight_traffic(
     parts: dict[str, Traffic] = {}
     for weight in model_weights(config, densities=densities):
         before = parts.get(weight.part, Traffic(0.0, 0.0, 0.0))
-        routed, kept = _union(config, weight, batch, densities, gate_density)
+        routed, needed = _union(config, weight, batch, densities, gate_density)
         parts[weight.part] = Traffic(
             before.stored + bytes_per_weight * weight.stored,
             before.routed + bytes_per_weight * routed,
-            before.kept + bytes_per_weight * kept,
+            before.needed + bytes_per_weight * needed,
         )
     return parts
 
 
 def total_traffic(parts: dict[str, Traffic]) -> Traffic:
     """Return the sum over the parts."""
-    return Traffic(*(sum(getattr(part, name) for part in parts.values()) for name in ("stored", "routed", "kept")))
+    return Traffic(*(sum(getattr(part, name) for part in parts.values()) for name in ("stored", "routed", "needed")))
 
 
 def union(probability: float, batch: int) -> float:
@@ -102,5 +102,7 @@ def _union(
         gated = 1.0
     shares = densities[weight.layer, weight.site]
     # Counted by value, because hundreds of experts have a few distinct densities.
-    kept = sum(number * union(chosen * share * gated, batch) for share, number in Counter(shares).items()) / len(shares)
-    return size * union(chosen, batch), size * kept
+    needed = sum(number * union(chosen * share * gated, batch) for share, number in Counter(shares).items()) / len(
+        shares
+    )
+    return size * union(chosen, batch), size * needed

@@ -29,7 +29,7 @@ def allocate(
     sparsity: Annotated[
         float | None, typer.Option(help="Budget: mean S, with each matrix weighted by how many tokens use it.")
     ] = None,
-    parameters: Annotated[float | None, typer.Option(help="Budget: active parameters per token.")] = None,
+    parameters: Annotated[float | None, typer.Option(help="Budget: needed parameters per token.")] = None,
     flops: Annotated[float | None, typer.Option(help="Budget: FLOPs per token in the forward pass.")] = None,
     bytes_: Annotated[float | None, typer.Option("--bytes", help="Budget: bytes of weights read per step.")] = None,
     batch: Annotated[int, typer.Option(help="Number of tokens per step, for --bytes.", min=1)] = 1,

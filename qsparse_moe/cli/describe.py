@@ -188,8 +188,8 @@ def _traffic_table(description: dict[str, Any]) -> Table:
     table.add_column("routed", justify="right")
     table.add_column("with Q-Sparse", justify="right")
     for point in chosen["bytes_read"]:
-        routed, kept = (point[name] / point["stored"] for name in ("routed", "kept"))
-        filled, outlined = round(_BAR * kept), round(_BAR * routed)
+        routed, needed = (point[name] / point["stored"] for name in ("routed", "kept"))
+        filled, outlined = round(_BAR * needed), round(_BAR * routed)
         bar = "█" * filled + "░" * (outlined - filled)
         table.add_row(str(point["batch"]), bar, _size(point["routed"]), _size(point["kept"]))
     return table

@@ -61,7 +61,9 @@ def fit_law(
     kept_parameters: Annotated[
         float | None,
         typer.Option(
-            help="Active parameters per token at which to find the best S; default: the mean of the runs.", min=1.0
+            help="Needed parameters per token (active ones whose input is not zero) at which to find the best S; "
+            "default: the geometric mean of the runs.",
+            min=1.0,
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap samples.", min=0)] = 0,
@@ -127,9 +129,9 @@ def print_summary(summary: dict[str, Any], output: Path | None) -> None:
     console.print(
         f"{summary['points']} evaluations of {summary['runs']} runs ({summary['configurations']} configurations); "
         f"{summary['left_out']} unfinished runs left out. Loss in {summary['unit']}.\n"
-        f"N {_range(ranges['total'], ',.0f')}, active {_range(ranges['kept'], ',.0f')}, A/E "
+        f"N {_range(ranges['total'], ',.0f')}, needed {_range(ranges['kept'], ',.0f')}, A/E "
         f"{_range(ranges['expert_share'], '.3g')}, S {_range(ranges['sparsity'], '.2f')}, D "
-        f"{_range(ranges['tokens'], ',.0f')} tokens. N and active without embedding and head."
+        f"{_range(ranges['tokens'], ',.0f')} tokens. N and needed without embedding and head."
     )
     spread = summary["seed_spread"]
     noise = "no configuration has two seeds" if spread is None else f"seeds of one configuration differ by {spread:.2%}"
@@ -139,7 +141,7 @@ def print_summary(summary: dict[str, Any], output: Path | None) -> None:
         console.print(f"\n{name}: {found['formula']}\n{found['source']}", soft_wrap=True)
         console.print(_constants_table(found, summary))
     if any(found["optima"] for found in summary["forms"].values()):
-        console.print(f"\nS* at {summary['kept_parameters']:,.0f} active parameters per token")
+        console.print(f"\nS* at {summary['kept_parameters']:,.0f} needed parameters per token")
         console.print(_optimum_table(summary))
         console.print(
             "S* is the S with the smallest reducible loss (searched from 0 to 0.95); within: the S whose reducible "

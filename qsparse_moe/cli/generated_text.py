@@ -137,7 +137,7 @@ class _Printer:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        # Interrupted: the texts behind the one whose turn it is are kept too.
+        # Interrupted: the texts behind the one whose turn it is are printed too.
         while kind is not None and self._turn < len(self._waiting):
             self._finish_turn()
 

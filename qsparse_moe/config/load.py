@@ -141,13 +141,13 @@ def _overlap(one: str, other: str) -> bool:
 
 def _without(settings: dict[str, Any], broken: set[str]) -> dict[str, Any]:
     """Return ``settings`` without the invalid ones; a list with an invalid item is removed as a whole."""
-    kept: dict[str, Any] = {}
+    remaining: dict[str, Any] = {}
     for name, value in settings.items():
         if name in broken:
             continue
         below = {path.partition(".")[2] for path in broken if path.startswith(f"{name}.")}
         if not below:
-            kept[name] = value
+            remaining[name] = value
         elif isinstance(value, dict):
-            kept[name] = _without(value, below)
-    return kept
+            remaining[name] = _without(value, below)
+    return remaining

@@ -135,7 +135,7 @@ class DeepSpeedConfig(Section):
     overlap_communication: bool = False
     """Reduce gradients while the backward pass runs."""
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    """Where the fp32 weights and Adam's moments are kept, and where AdamW runs. none: on the device; cpu: in host
+    """Where the fp32 weights and Adam's moments are stored, and where AdamW runs. none: on the device; cpu: in host
     memory (ZeRO 1 to 3); nvme: in files below nvme_path, which are read and written in every step (ZeRO-3)."""
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     """Where a rank keeps its shard of the parameters until a layer needs them (ZeRO-3). none: on the device; cpu: in

@@ -126,8 +126,8 @@ def cut_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
     if top_k == 0 or top_k >= logits_BV.shape[-1]:
         return logits_BV
     order_BK = logits_BV.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    kept_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(-1, order_BK, True)
-    return logits_BV.masked_fill(~kept_BV, -torch.inf)
+    likely_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(-1, order_BK, True)
+    return logits_BV.masked_fill(~likely_BV, -torch.inf)
 
 
 def cut_top_p(probs_BV: Tensor, top_p: float) -> Tensor:
@@ -139,8 +139,8 @@ def cut_top_p(probs_BV: Tensor, top_p: float) -> Tensor:
         return probs_BV
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
-    kept_BV = torch.zeros_like(probs_BV, dtype=torch.bool).scatter_(-1, order_BV, before_BV < top_p)
-    return _normalised(probs_BV * kept_BV)
+    likely_BV = torch.zeros_like(probs_BV, dtype=torch.bool).scatter_(-1, order_BV, before_BV < top_p)
+    return _normalised(probs_BV * likely_BV)
 
 
 def cut_min_p(probs_BV: Tensor, min_p: float) -> Tensor:

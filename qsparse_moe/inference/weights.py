@@ -83,7 +83,7 @@ def head_format(model: Transformer, weight_format: WeightFormat, head: WeightFor
 
 
 def check_weights(weights: str, trained_format: str) -> None:
-    """Raise ConfigError unless a model that was trained with ``trained_format`` can be kept in ``weights``."""
+    """Raise ConfigError unless a model that was trained with ``trained_format`` can be stored in ``weights``."""
     if weights not in WEIGHT_CHOICES:
         raise ConfigError(f"weights ({weights!r}) must be one of {', '.join(WEIGHT_CHOICES)}; choose one of them")
     if weights == "ternary" and trained_format != "ternary":

@@ -15,7 +15,7 @@ from qsparse_moe.runs.report import RunContext, StepReport
 
 BATCHES = (1, 16)
 """Batch sizes of a generation step for which the bytes of weights are recorded."""
-_KEPT_SO_FAR = "efficiency/total_kept_training_flops"
+_NEEDED_SO_FAR = "efficiency/total_kept_training_flops"
 
 
 class Efficiency:
@@ -31,7 +31,7 @@ class Efficiency:
         self._active = count_parameters(model).active
         # The steps between the last logged one and a checkpoint are added with the next logged step.
         self._tokens = int((last_row or {}).get("tokens", context.start_tokens))
-        self._kept_so_far = float((last_row or {}).get(_KEPT_SO_FAR) or 0.0)
+        self._needed_so_far = float((last_row or {}).get(_NEEDED_SO_FAR) or 0.0)
         self._peak = self._find_peak()
 
     def __call__(self, report: StepReport, metrics: Mapping[str, float]) -> dict[str, float]:
@@ -55,31 +55,31 @@ class Efficiency:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the sum, and how many tokens are in it; JSON-able."""
-        return {"total_kept_training_flops": self._kept_so_far, "tokens": self._tokens}
+        return {"total_kept_training_flops": self._needed_so_far, "tokens": self._tokens}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
-        self._kept_so_far, self._tokens = state["total_kept_training_flops"], state["tokens"]
+        self._needed_so_far, self._tokens = state["total_kept_training_flops"], state["tokens"]
 
     def _without_zeros(self, report: StepReport, densities: Densities) -> dict[str, float]:
         """Return what would be left of the cost if every zero were skipped."""
         model, length = self._config.model, self._config.data.sequence_length
-        kept = training_flops(model, length, densities=densities).kept
+        needed = training_flops(model, length, densities=densities).needed
         # The zeros of a logged step are taken for the steps since the previous one, which measure none.
-        self._kept_so_far += kept * (report.tokens - self._tokens)
+        self._needed_so_far += needed * (report.tokens - self._tokens)
         self._tokens = report.tokens
         # fp16 and bf16 both take two bytes.
         bytes_per_weight = 4.0 if self._config.training.precision == "fp32" else 2.0
         read = {
             f"efficiency/weight_bytes_{batch}": total_traffic(
                 weight_traffic(model, batch, densities, bytes_per_weight=bytes_per_weight)
-            ).kept
+            ).needed
             for batch in BATCHES
         }
         return read | {
-            "efficiency/kept_parameters": count_parameters(model, densities=densities).kept,
-            "efficiency/kept_training_flops_per_token": kept,
-            _KEPT_SO_FAR: self._kept_so_far,
+            "efficiency/kept_parameters": count_parameters(model, densities=densities).needed,
+            "efficiency/kept_training_flops_per_token": needed,
+            _NEEDED_SO_FAR: self._needed_so_far,
         }
 
     def _find_peak(self) -> float | None:

@@ -152,10 +152,10 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
-    kept = folder.absolute() / TOKENIZER
-    if kept.is_dir() and not any(override.startswith("data.tokenizer=") for override in overrides):
+    saved = folder.absolute() / TOKENIZER
+    if saved.is_dir() and not any(override.startswith("data.tokenizer=") for override in overrides):
         config = load_config(folder / CONFIG_FILE, overrides)
-        return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(kept)})})
+        return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(saved)})})
     return load_config(folder / CONFIG_FILE, overrides)
 
 

@@ -100,8 +100,8 @@ def _acquire_folder(config: RunConfig, lock: RunFolderLock) -> bool:
 
 
 def _how_to_continue(config: RunConfig) -> str:
-    kept = list_checkpoints(run_folder(config))
-    return f"training.resume=true continues from {kept[-1]}" if kept else "The run has no checkpoint yet"
+    saved = list_checkpoints(run_folder(config))
+    return f"training.resume=true continues from {saved[-1]}" if saved else "The run has no checkpoint yet"
 
 
 class _Loop:
@@ -219,9 +219,9 @@ class _Loop:
                     clock=self._clock,
                 )
         except TrainingDiverged as error:
-            kept = list_checkpoints(self._run.folder)
+            saved = list_checkpoints(self._run.folder)
             # The message of the guard ends with the last checkpoint, which the guard does not know.
-            raise TrainingDiverged(f"{error}: {kept[-1] if kept else 'there is none yet'}") from None
+            raise TrainingDiverged(f"{error}: {saved[-1] if saved else 'there is none yet'}") from None
         before = self._progress
         self._progress = RunProgress(
             step=step + 1,
@@ -305,10 +305,10 @@ class _Loop:
         """Raise the first failure of any rank on every rank, and name the checkpoint that has the completed steps."""
         failures = [error for error in self._run.distributed.all_gather(self._failure) if error is not None]
         if failures:
-            kept = list_checkpoints(self._run.folder)
+            saved = list_checkpoints(self._run.folder)
             raise type(failures[0])(
                 f"{failures[0]}. The run ended after step {self._progress.step} of {self._training.steps}; "
-                f"training.resume=true continues from {kept[-1]}"
+                f"training.resume=true continues from {saved[-1]}"
             ) from failures[0]
 
     def _finish(self, stopped_by: int) -> TrainingResult:

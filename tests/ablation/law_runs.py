@@ -50,7 +50,7 @@ def observations_of(
                 {
                     "total": scale * (attention + num_experts * expert),
                     "active": scale * active,
-                    "kept": scale * active * (1 - sparsity),
+                    "needed": scale * active * (1 - sparsity),
                     "experts": num_experts,
                     "experts_per_token": per_token,
                     "granularity": 2.0 * finer,
@@ -95,7 +95,7 @@ def rows_of(points: Observations, **changes) -> list[dict]:
                 "embedding_parameters": 2 * 257 * width,
                 # 258 rows of embedding and head that a token uses, of which Q-Sparse keeps all.
                 "active_parameters": own.active[0] + 258 * width,
-                "kept_parameters": own.kept[0] + 258 * width,
+                "kept_parameters": own.needed[0] + 258 * width,
                 "hidden_size": width,
                 "num_layers": 4,
                 "num_experts": int(own.experts[0]),

@@ -50,15 +50,15 @@ def costs_of(quantity, load=EVEN, **changed) -> Costs:
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.75])
 def test_costs_at_equal_load_are_those_of_the_accounting(sparsity):
     settings, plan = config(), SparsityPlan.uniform(config(), sparsity)
-    assert costs_of("parameters").of(plan) == pytest.approx(count_parameters(settings, plan).kept)
+    assert costs_of("parameters").of(plan) == pytest.approx(count_parameters(settings, plan).needed)
     assert costs_of("sparsity").of(plan) == pytest.approx(sparsity)
     densities = {place: tuple(1 - s for s in values) for place, values in plan.values.items()}
     traffic = total_traffic(weight_traffic(settings, 3, densities, bytes_per_weight=4.0))
-    assert costs_of("bytes").of(plan) == pytest.approx(traffic.kept)
+    assert costs_of("bytes").of(plan) == pytest.approx(traffic.needed)
     flops = forward_flops(settings, 10, plan)
     # One selection at expert_input serves both experts of a token there; an allocation pays for each.
     shared = 2 * 2 * 16 if sparsity else 0
-    assert costs_of("flops").of(plan) == pytest.approx(flops.kept + shared)
+    assert costs_of("flops").of(plan) == pytest.approx(flops.needed + shared)
 
 
 def test_the_hull_is_below_all_points_and_convex():

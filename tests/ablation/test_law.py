@@ -47,7 +47,7 @@ def runs_of(form, **settings):
 def plainly(form, p):
     """The formulas of the papers and of docs/law.md, written out."""
     c = CONSTANTS[form.name]
-    n, d, k, share, s, g = p.total, p.tokens, p.kept, p.expert_share, p.sparsity, p.granularity
+    n, d, k, share, s, g = p.total, p.tokens, p.needed, p.expert_share, p.sparsity, p.granularity
     if form is Q_SPARSE:
         return c["E"] + (c["B"] + c["C"] * np.exp(c["beta"] / (1 - s))) / (n / 1e8) ** c["alpha"]
     if form is FINE_GRAINED:
@@ -125,7 +125,7 @@ def test_huber_loss_is_not_moved_by_one_run_gone_wrong():
 
 
 def optimum(form, constants, **settings):
-    settings = {"kept": 1e8, "expert_share": 1.0, "tolerance": 0.02} | settings
+    settings = {"needed": 1e8, "expert_share": 1.0, "tolerance": 0.02} | settings
     return find_optimum(form, form.theta(constants), **settings)
 
 
@@ -155,7 +155,7 @@ def test_optimum_is_the_least_of_the_loss_at_equal_kept_parameters():
     # N/K is 4/(1−S): the loss is least where delta ln(1−S) + beta S/(1−S) is, at 1−S = beta/delta.
     found = optimum(KEPT, constants, expert_share=0.25)
     assert found.sparsity == pytest.approx(1 - 0.1 / 0.2, abs=1e-4)
-    models = imagined(kept=1e8, expert_share=0.25, sparsity=np.array([0.0, found.sparsity, *found.band]))
+    models = imagined(needed=1e8, expert_share=0.25, sparsity=np.array([0.0, found.sparsity, *found.band]))
     reducible = KEPT.loss(constants | {"E": 1e-30, "b": 1e-30}, models)
     assert found.dense_excess == pytest.approx(reducible[0] / reducible[1] - 1)
     assert reducible[2:] == pytest.approx(1.02 * reducible[1], rel=1e-3)
@@ -169,7 +169,7 @@ def test_optimum_at_an_edge_says_so():
 
 def test_optimum_of_the_additive_form_changes_with_the_experts():
     constants = CONSTANTS["additive"] | {"eta": 0.6}
-    few, many = (optimum(ADDITIVE, constants, kept=1e6, expert_share=share).sparsity for share in (0.5, 0.1))
+    few, many = (optimum(ADDITIVE, constants, needed=1e6, expert_share=share).sparsity for share in (0.5, 0.1))
     assert many < few - 0.05
 
 
@@ -259,7 +259,7 @@ def test_a_drawn_run_counts_as_one_however_many_observations_it_has(monkeypatch)
     seen = []
     monkeypatch.setattr(certainty, "fit", lambda *_arguments, weights, near: seen.append(weights))
     runs = np.array([0, 0, 0, 0, 1, 1, 2])
-    seven = imagined(kept=1e6, expert_share=0.5, sparsity=np.zeros(7))
+    seven = imagined(needed=1e6, expert_share=0.5, sparsity=np.zeros(7))
     resampled(SimpleNamespace(form=None, theta=None), replace(seven, run=runs), number=20)
     by_run = np.array([[weights[runs == run].sum() for run in range(3)] for weights in seen])
     # Drawn three times with replacement: whole numbers that add up to 3, not always the same.
@@ -268,7 +268,7 @@ def test_a_drawn_run_counts_as_one_however_many_observations_it_has(monkeypatch)
 
 
 def test_the_spread_over_seeds_compares_runs_of_equal_tokens_alone():
-    four = imagined(kept=1e6, expert_share=0.5, sparsity=np.zeros(4))
+    four = imagined(needed=1e6, expert_share=0.5, sparsity=np.zeros(4))
     runs = replace(four, run=np.arange(4), tokens=np.array([1e9, 1e9, 2e9, 2e9]), loss=np.exp([1.2, 1.0, 0.3, 0.5]))
     # Each pair lies 0.1 around its mean: four squares of 0.01 over two degrees of freedom.
     assert seed_spread(runs) == pytest.approx((4 * 0.01 / 2) ** 0.5)
@@ -288,7 +288,7 @@ def test_ends_of_a_band_and_a_crossing_are_the_last_s_inside_and_the_first_outsi
 
 
 def test_the_spread_over_seeds_is_of_the_last_evaluation_of_each_run_and_unknown_of_single_runs():
-    five = imagined(kept=1e6, expert_share=0.5, sparsity=np.zeros(5))
+    five = imagined(needed=1e6, expert_share=0.5, sparsity=np.zeros(5))
     curves = replace(
         five,
         run=np.array([0, 0, 1, 1, 2]),
@@ -329,7 +329,7 @@ def test_an_optimum_is_the_best_fits_and_its_intervals_and_edges_are_the_resampl
 
 def test_s_is_determined_at_the_geometric_mean_of_the_kept_parameters_unless_asked_for(monkeypatch):
     monkeypatch.setattr(study_module, "_requested", lambda *_: ([], {}))
-    two = replace(imagined(kept=1.0, expert_share=0.5, sparsity=np.zeros(2)), kept=np.array([1e4, 1e6]))
+    two = replace(imagined(needed=1.0, expert_share=0.5, sparsity=np.zeros(2)), needed=np.array([1e4, 1e6]))
     runs = SimpleNamespace(observations=two)
-    assert study(runs, unit="nats", choices=Choices()).kept == pytest.approx(1e5)
-    assert study(runs, unit="nats", choices=Choices(kept=7.0)).kept == 7.0
+    assert study(runs, unit="nats", choices=Choices()).needed == pytest.approx(1e5)
+    assert study(runs, unit="nats", choices=Choices(needed=7.0)).needed == 7.0

@@ -40,7 +40,7 @@ def test_parameters_are_the_weight_matrices_without_embedding_head_and_norms(fil
     norms = 2 * 2 * 16 + 16
     assert points.active.tolist() == [attention + router + expert] * 4
     # The router sees dense tokens.
-    assert points.kept.tolist() == [0.5 * (attention + expert) + router] * 4
+    assert points.needed.tolist() == [0.5 * (attention + expert) + router] * 4
     assert points.total[0] == pytest.approx(attention + router + 4 * expert + norms)
     assert points.expert_share[0] == 0.25 and points.granularity[0] == 2.0 and points.backbone[0] == 2 * 16**2
 

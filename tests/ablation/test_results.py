@@ -75,11 +75,11 @@ def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(tmp_path):
         "| half | 2.5000 | – | 2.5000 | +0.5000 |",
     ]
     assert common == (
-        "The same for all variants: mean S 0.5, parameters stored 200, active 100, MFLOP executed 6.000, MFLOP kept "
+        "The same for all variants: mean S 0.5, parameters stored 200, active 100, MFLOP executed 6.000, MFLOP needed "
         "3.000, MB at 1 1.000, MB at 16 2.000."
     )
     assert cost.splitlines() == [
-        "| variant | kept | tokens/s |",
+        "| variant | needed | tokens/s |",
         "| --- | --- | --- |",
         "| dense | 50 | 10 |",
         "| half | 40 | 12 |",

@@ -53,7 +53,7 @@ def test_the_promised_grids_are_shipped():
 
 @pytest.mark.parametrize(
     ("name", "part"),
-    [("experts", lambda parts: parts["experts"].active), ("joint", lambda parts: parts["experts"].kept)],
+    [("experts", lambda parts: parts["experts"].active), ("joint", lambda parts: parts["experts"].needed)],
 )
 def test_a_grid_at_equal_cost_has_equal_cost(name, part):
     runs = shipped(name).runs

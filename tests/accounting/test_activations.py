@@ -28,7 +28,7 @@ def run(changes, sparsity=0.5):
     return RunConfig.model_validate({"model": model, "training": training, "data": {"sequence_length": LENGTH}})
 
 
-def bytes_kept(config, mode):
+def bytes_saved(config, mode):
     """Of every storage that autograd packs and no parameter owns, once."""
     model = build_model(config.model)
     model.activation_checkpointing = mode
@@ -52,20 +52,20 @@ def bytes_kept(config, mode):
 @pytest.mark.parametrize("changes", [{"moe": {}} | changes for changes in MODELS.values()], ids=MODELS)
 def test_bytes_are_those_that_autograd_keeps(changes, mode):
     config = run(changes)
-    assert activation_memory(config, mode).kept == pytest.approx(bytes_kept(config, mode), rel=0.02)
+    assert activation_memory(config, mode).saved == pytest.approx(bytes_saved(config, mode), rel=0.02)
 
 
 def test_sites_that_keep_all_keep_as_much():
     config = run(MODELS["gated"], sparsity=0.0)
-    assert activation_memory(config).kept == pytest.approx(bytes_kept(config, "none"), rel=0.02)
+    assert activation_memory(config).saved == pytest.approx(bytes_saved(config, "none"), rel=0.02)
 
 
 def test_recomputing_moves_bytes_from_all_layers_to_one():
     config = run(MODELS["gated"])
     by_mode = {mode: activation_memory(config, mode) for mode in MODES}
     assert by_mode["none"].recomputed == 0
-    assert by_mode["full"].kept == by_mode["selective"].kept < by_mode["attention"].kept < by_mode["none"].kept
-    saved = by_mode["none"].kept - by_mode["full"].kept
+    assert by_mode["full"].saved == by_mode["selective"].saved < by_mode["attention"].saved < by_mode["none"].saved
+    saved = by_mode["none"].saved - by_mode["full"].saved
     inputs = ROWS * LENGTH * 4 * 64
     assert 3 * (by_mode["full"].recomputed + inputs) == pytest.approx(saved)
     assert by_mode["full"].total < by_mode["none"].total
@@ -77,4 +77,4 @@ def test_half_precision_takes_half_but_for_router_and_loss():
     half = activation_memory(config.model_copy(update={"training": training}))
     fp32_values = ROWS * LENGTH * (3 * (2 * 8 + 8 * 2) + 128)
     router_inputs = ROWS * LENGTH * 3 * 64
-    assert half.kept == pytest.approx(activation_memory(config).kept / 2 + 2 * fp32_values + 4 * router_inputs)
+    assert half.saved == pytest.approx(activation_memory(config).saved / 2 + 2 * fp32_values + 4 * router_inputs)

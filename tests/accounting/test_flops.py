@@ -13,13 +13,13 @@ from tests.accounting.test_parameters import SHAPES, model_config
 def test_training_takes_three_products_of_which_the_straight_through_input_gradient_stays_dense():
     dense = model_config()
     forward, training = forward_flops(dense, 16), training_flops(dense, 16)
-    assert training.routed == training.kept == 3 * forward.routed
+    assert training.routed == training.needed == 3 * forward.routed
     behind_sites = forward.routed - forward.attention_scores - 2 * (2 * 4 * 32 + 264 * 32)
     for gradient, left in (("ste", (2 * 0.5 + 1) / 3), ("masked", 0.5)):
         half = model_config(sparsity={"default": 0.5, "gradient": gradient})
         trained, selected = training_flops(half, 16), forward_flops(half, 16).selection
         assert trained.routed == training.routed  # what dense kernels execute does not change
-        saved = training.routed - (trained.kept - selected)
+        saved = training.routed - (trained.needed - selected)
         assert saved == pytest.approx(3 * behind_sites * (1 - left))
 
 
@@ -34,7 +34,7 @@ def test_training_counts_6_a_weight_and_6_h_2c_s_a_layer():
 def test_sites_add_up_to_the_whole(shape, sparsity):
     config = model_config(**SHAPES[shape], sparsity={"default": sparsity})
     whole, parts = forward_flops(config, 16), flops_by_site(config, 16)
-    for name in ("routed", "kept", "attention_scores", "selection"):
+    for name in ("routed", "needed", "attention_scores", "selection"):
         assert sum(getattr(part, name) for part in parts.values()) == pytest.approx(getattr(whole, name)), name
     assert {"router", "head", "attention_scores", "expert_input", "expert_hidden"} <= parts.keys()
 
@@ -44,8 +44,8 @@ def test_measured_densities_take_the_place_of_the_plan():
     densities = {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in (
         "attention_input", "attention_output", "expert_input", "expert_hidden")}  # fmt: skip
     planned, measured = (flops_by_site(config, 16, densities=d)["expert_hidden"] for d in (None, densities))
-    assert planned.kept - planned.selection == pytest.approx(0.5 * planned.routed)
-    assert measured.kept - measured.selection == pytest.approx(0.25 * measured.routed)
+    assert planned.needed - planned.selection == pytest.approx(0.5 * planned.routed)
+    assert measured.needed - measured.selection == pytest.approx(0.25 * measured.routed)
 
 
 def test_a_selection_is_two_operations_per_feature_of_every_row_that_is_selected_from():
@@ -72,7 +72,7 @@ def test_a_blended_gradient_counts_as_straight_through():
         for gradient in ("ste", "blend", "masked")
     }
     assert counts["blend"] == counts["ste"]
-    assert counts["masked"].kept < counts["ste"].kept
+    assert counts["masked"].needed < counts["ste"].needed
 
 
 def test_a_selection_that_serves_all_experts_of_a_token_is_counted_once_per_token_and_others_once_per_routed_token():

@@ -82,7 +82,7 @@ def used_by_one_token(config: ModelConfig) -> dict[str, int]:
 )  # fmt: skip
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
 @pytest.mark.parametrize("selection", ["topk", "block"])
-def test_kept_weights_are_those_that_one_token_s_gradient_reaches(shape, sparsity, selection):
+def test_needed_weights_are_those_that_one_token_s_gradient_reaches(shape, sparsity, selection):
     group = {"topk": 32, "block": 8}[selection]
     # A group of 8 keeps at least one feature.
     sparsity = min(sparsity, 0.875) if selection == "block" else sparsity
@@ -92,13 +92,13 @@ def test_kept_weights_are_those_that_one_token_s_gradient_reaches(shape, sparsit
     compared = [w for w in model_weights(config) if w.is_matrix and w.part not in ("router", "head")]
     assert len(compared) >= 10
     for weight in compared:
-        assert weight.kept == pytest.approx(used[weight.name]), weight.name
+        assert weight.needed == pytest.approx(used[weight.name]), weight.name
 
 
-def test_without_q_sparse_everything_active_is_kept():
+def test_without_q_sparse_everything_active_is_needed():
     config = model_config()
     counted = count_parameters(config)
-    assert counted.kept == counted.active < counted.stored
+    assert counted.needed == counted.active < counted.stored
     experts = count_by_part(config)["experts"]
     assert experts.active == experts.stored * 2 // 4
 
@@ -115,13 +115,13 @@ def test_one_embedding_row_is_active_and_a_tied_head_is_stored_once():
 def test_experts_with_different_k_count_at_equal_load():
     config = model_config(sparsity={"overrides": [{"sparsity": 0.5, "site": "expert_hidden", "experts": "0-1"}]})
     down = next(weight for weight in model_weights(config) if weight.name == "layers.0.moe.experts.w_down")
-    assert (down.active, down.kept) == (2 * 24 * 32, 2 * (12 + 12 + 24 + 24) / 4 * 32)
+    assert (down.active, down.needed) == (2 * 24 * 32, 2 * (12 + 12 + 24 + 24) / 4 * 32)
 
 
 def test_plan_replaces_that_of_the_config():
     config = model_config(sparsity={"default": 0.5})
     dense = SparsityPlan.uniform(config, 0.0)
-    assert count_parameters(config, dense).kept == count_parameters(config).active
+    assert count_parameters(config, dense).needed == count_parameters(config).active
 
 
 def test_parts_add_up_to_the_whole():
@@ -129,7 +129,7 @@ def test_parts_add_up_to_the_whole():
     whole, parts = count_parameters(config), count_by_part(config).values()
     assert whole.stored == sum(part.stored for part in parts)
     assert whole.active == sum(part.active for part in parts)
-    assert whole.kept == pytest.approx(sum(part.kept for part in parts))
+    assert whole.needed == pytest.approx(sum(part.needed for part in parts))
 
 
 def test_finer_experts_have_the_same_size_and_a_larger_router():
@@ -148,7 +148,7 @@ def test_whole_embedding_is_active_once(tied):
     tables = 264 * 32 * (1 if tied else 2)
     assert whole.stored == counted.stored
     assert whole.active == sum(part.active for part in others) + tables
-    assert whole.kept == sum(part.kept for part in others) + tables
+    assert whole.needed == sum(part.needed for part in others) + tables
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -176,7 +176,7 @@ def test_training_flops_are_those_that_torch_counts_forward_and_backward(shape):
 
 def test_flops_fall_with_sparsity_and_hold_scores_and_selection():
     dense = forward_flops(model_config(), 16)
-    assert (dense.kept, dense.selection) == (dense.routed, 0)
+    assert (dense.needed, dense.selection) == (dense.routed, 0)
     assert dense.attention_scores == 2 * 4 * 32 * 16
     half = forward_flops(model_config(sparsity={"default": 0.5}), 16)
     assert half.routed == dense.routed
@@ -184,7 +184,7 @@ def test_flops_fall_with_sparsity_and_hold_scores_and_selection():
     assert half.selection == 2 * 2 * (3 * 32 + 2 * 24)
     parts = count_by_part(model_config())
     halved = parts["attention"].active + parts["experts"].active
-    assert half.kept == dense.routed - halved + half.selection
+    assert half.needed == dense.routed - halved + half.selection
 
 
 def test_selection_is_made_per_expert_where_k_differs():

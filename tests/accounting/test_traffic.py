@@ -24,29 +24,29 @@ def test_union_of_independent_tokens():
     assert union(1e-12, 10) == pytest.approx(1e-11, rel=1e-9)  # no cancellation
 
 
-def test_one_token_reads_what_is_counted_as_kept():
+def test_one_token_reads_what_is_counted_as_needed():
     from qsparse_moe.accounting.parameters import count_by_part
 
     config = model_config(**SHAPES["everything"], sparsity={"default": 0.5})
     parts, counted = weight_traffic(config, 1, bytes_per_weight=2.0), count_by_part(config)
     for part in counted:
         assert parts[part].routed == pytest.approx(2 * counted[part].active), part
-        assert parts[part].kept == pytest.approx(2 * counted[part].kept), part
+        assert parts[part].needed == pytest.approx(2 * counted[part].needed), part
 
 
 def test_many_tokens_read_everything_but_what_no_token_needs():
     config = model_config(sparsity={"default": 0.5})
     total = total_traffic(weight_traffic(config, 100_000))
     assert total.routed == pytest.approx(total.stored)
-    assert total.kept == pytest.approx(total.stored)
+    assert total.needed == pytest.approx(total.stored)
 
 
 def test_a_dense_model_at_half_reads_94_percent_by_four_tokens_and_an_expert_less():
     config = model_config(sparsity={"default": 0.5}, moe=MOE | {"num_experts": 64, "experts_per_token": 1})
     parts = weight_traffic(config, 4, bytes_per_weight=1.0)
     attention = parts["attention"]
-    assert attention.kept / attention.routed == pytest.approx(0.9375)
-    assert parts["experts"].kept / parts["experts"].routed == pytest.approx(0.506, abs=0.002)
+    assert attention.needed / attention.routed == pytest.approx(0.9375)
+    assert parts["experts"].needed / parts["experts"].routed == pytest.approx(0.506, abs=0.002)
 
 
 def simulated(num_experts, per_token, density, gate, batch, rounds=2000):
@@ -76,8 +76,8 @@ def test_formula_is_the_mean_over_tokens_that_choose_independently():
     with_gate = experts(config, 3, gate_density=0.4)
     rows, elements = simulated(4, 2, 0.25, 0.4, 3)
     down = union(0.5, 3)
-    assert without.kept == pytest.approx(4 * EXPERT * (2 * rows + down), rel=0.02)
-    assert with_gate.kept == pytest.approx(4 * EXPERT * (rows + elements + down), rel=0.02)
+    assert without.needed == pytest.approx(4 * EXPERT * (2 * rows + down), rel=0.02)
+    assert with_gate.needed == pytest.approx(4 * EXPERT * (rows + elements + down), rel=0.02)
 
 
 def test_gate_first_saves_nothing_where_the_gate_has_no_relu():
@@ -90,7 +90,7 @@ def test_experts_with_their_own_s_are_read_by_their_own_s():
     config = model_config(sparsity={"overrides": overrides}, num_layers=1)
     routed = union(0.5, 2)
     down = (2 * union(0.25, 2) + 2 * routed) / 4
-    assert experts(config, 2).kept == pytest.approx(4 * EXPERT * (2 * routed + down))
+    assert experts(config, 2).needed == pytest.approx(4 * EXPERT * (2 * routed + down))
 
 
 def test_totals_are_sums_over_the_parts():

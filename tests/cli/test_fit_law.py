@@ -60,9 +60,9 @@ def test_tables_say_units_intervals_and_that_printed_constants_are_rounded(tmp_p
     assert code == 0
     assert "48 evaluations of 48 runs" in printed and "Loss in bits per byte" in printed
     points = observations_of(PRODUCT, CONSTANTS)
-    sizes = (points.total, points.kept)
-    total, kept = (f"{values.min():,.0f} to {values.max():,.0f}" for values in sizes)
-    assert f"N {total}, active {kept}, A/E " in printed
+    sizes = (points.total, points.needed)
+    total, needed = (f"{values.min():,.0f} to {values.max():,.0f}" for values in sizes)
+    assert f"N {total}, needed {needed}, A/E " in printed
     assert "no configuration has two seeds" in printed
     assert "in its paper (" in printed
     assert "the constants that the Q-Sparse paper prints are rounded: they give S* 50.2%" in printed

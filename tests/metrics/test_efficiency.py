@@ -25,11 +25,11 @@ def zeros(share):
 def test_costs_of_a_step_follow_the_zeros_that_it_measured(tmp_path):
     found = Efficiency(make_context(tmp_path, CONFIG))(make_report(10), zeros(0.5))
     planned = training_flops(MODEL, LENGTH)
-    assert found["efficiency/kept_parameters"] == count_parameters(MODEL).kept
+    assert found["efficiency/kept_parameters"] == count_parameters(MODEL).needed
     assert found["efficiency/training_flops_per_token"] == planned.routed
-    assert found["efficiency/kept_training_flops_per_token"] == pytest.approx(planned.kept)
+    assert found["efficiency/kept_training_flops_per_token"] == pytest.approx(planned.needed)
     assert found["efficiency/total_training_flops"] == planned.routed * 5120
-    assert found["efficiency/weight_bytes_1"] == pytest.approx(2 * count_parameters(MODEL).kept)
+    assert found["efficiency/weight_bytes_1"] == pytest.approx(2 * count_parameters(MODEL).needed)
     assert found["efficiency/weight_bytes_1"] < found["efficiency/weight_bytes_16"]
     assert all(map(is_listed, found))
 

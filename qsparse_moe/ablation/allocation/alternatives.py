@@ -92,13 +92,13 @@ def _smaller_experts(
 ) -> dict[str, tuple[Array, float]]:
     budget, full = _absolute(costs, target), model.config.moe.expert_hidden_size
     # Descending, so that the first that meets the budget keeps the most features.
-    for kept in range(full, 0, -1):
-        own = replace(costs, config=_moe_changed(model.config, expert_hidden_size=kept), quantity=budget[0])
+    for remaining in range(full, 0, -1):
+        own = replace(costs, config=_moe_changed(model.config, expert_hidden_size=remaining), quantity=budget[0])
         cost = own.of(SparsityPlan.uniform(own.config, 0.0))
         if cost <= budget[1]:
-            with features_dropped(model, sequences, kept):
+            with features_dropped(model, sequences, remaining):
                 losses_C = loss_by_document(model, held_out)
-            return {f"experts of {kept} of {full} features, S = 0": (losses_C, costs.shown_at(cost - own.fixed))}
+            return {f"experts of {remaining} of {full} features, S = 0": (losses_C, costs.shown_at(cost - own.fixed))}
     logger.info("smaller experts: the dense model exceeds the budget even with one feature per expert")
     return {}
 
@@ -126,8 +126,8 @@ def with_experts_per_token(model: Transformer, num_experts: int) -> Transformer:
 
 
 @contextmanager
-def features_dropped(model: Transformer, sequences: DocumentSequences, kept: int) -> Iterator[None]:
-    """Reduce every expert to its ``kept`` most important features inside the context.
+def features_dropped(model: Transformer, sequences: DocumentSequences, remaining: int) -> Iterator[None]:
+    """Reduce every expert to its ``remaining`` most important features inside the context.
 
     The importance of a feature is the mean of its magnitude over the rows of the expert under the current plan, times
     the L2 norm of its row of ``w_down``: its mean contribution to the output. Rows of dropped features are set to 0.
@@ -142,7 +142,7 @@ def features_dropped(model: Transformer, sequences: DocumentSequences, kept: int
                 weight = block.moe.experts.w_down
                 saved[block] = weight.detach().clone()
                 importance_EF = mean_EF * weight.norm(dim=-1)
-                weight.mul_(topk_mask(importance_EF, kept)[..., None])
+                weight.mul_(topk_mask(importance_EF, remaining)[..., None])
         yield
     finally:
         with torch.no_grad():

@@ -63,16 +63,16 @@ class Costs:
     def of_cell(self, cell: Cell, sparsity: float) -> float:
         """Return the cost of one cell at S: parameters (also for ``sparsity``), operations, or bytes."""
         width = site_width(self.config, cell.site)
-        kept = site_num_selected(self.config.sparsity, sparsity, width)
+        num_selected = site_num_selected(self.config.sparsity, sparsity, width)
         used, size = self.used(cell), self._size(cell.layer, cell.site)
         if self.quantity == "bytes":
             # Tokens of a step share the rows that they read: each counts once.
-            return self.bytes_per_weight * size * union(used * kept / width, self.batch)
-        parameters = used * size * kept / width
+            return self.bytes_per_weight * size * union(used * num_selected / width, self.batch)
+        parameters = used * size * num_selected / width
         if self.quantity != "flops":
             return parameters
         # A dense row needs no selection, which takes about two operations per feature.
-        return 2 * parameters + (2 * width * used if kept < width else 0.0)
+        return 2 * parameters + (2 * width * used if num_selected < width else 0.0)
 
     def used(self, cell: Cell) -> float:
         """Return the share of tokens that use the cell."""

@@ -55,7 +55,7 @@ def loss_by_parameters(variants: Sequence[VariantResult]) -> Figure | None:
     """
     names = {
         "active_parameters": "thousand parameters active by routing",
-        "kept_parameters": "thousand parameters active with Q-Sparse",
+        "kept_parameters": "thousand needed parameters",
     }
     shown = [name for name in names if len({variant.record[name] for variant in variants}) > 1]
     if not shown:

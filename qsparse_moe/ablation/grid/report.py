@@ -38,9 +38,9 @@ def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
         f"Validation bits per byte after the last step; {spread}; the difference from the first variant is taken "
         "seed by seed.",
         _quality(grid, results),
-        "Cost, counted for the routed experts (active) and for the selected features alone (kept). Stored parameters "
+        "Cost, counted for the routed experts (active) and for their nonzero features (needed). Stored parameters "
         "exclude embedding and head. MFLOP per token in training: executed by dense kernels, and remaining if every "
-        "zero were skipped (kept). MB at N: weights that one step of generation with N tokens reads. Tokens/s: "
+        "zero were skipped (needed). MB at N: weights that one step of generation with N tokens reads. Tokens/s: "
         "measured in training, median. Values that are the same for all variants are listed once, above the table.",
         *_cost(grid, results),
         *_natural_zeros(grid, results),
@@ -88,21 +88,21 @@ def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
     for variant in grid.variants:
         found = by_variant[variant]
         rates = [result.tokens_per_second for result in found if result.tokens_per_second]
-        kept, left = _mean(found, "kept_parameters"), _mean(found, "kept_training_flops_per_token")
+        needed, left = _mean(found, "kept_parameters"), _mean(found, "kept_training_flops_per_token")
         rows.append(
             [
                 variant,
                 f"{found[0].sparsity:.3g}",
                 f"{found[0].total_parameters:,}",
                 f"{found[0].active_parameters:,}",
-                f"{kept:,.0f}",
+                f"{needed:,.0f}",
                 f"{found[0].training_flops_per_token / 1e6:.3f}",
                 f"{left / 1e6:.3f}",
                 *(f"{_mean(found, name) / 1e6:.3f}" for name in ("weight_bytes_1", "weight_bytes_16")),
                 f"{statistics.median(rates):,.0f}" if rates else "–",
             ]
         )
-    head = ["variant", "mean S", "parameters stored", "active", "kept", "MFLOP executed", "MFLOP kept"]
+    head = ["variant", "mean S", "parameters stored", "active", "needed", "MFLOP executed", "MFLOP needed"]
     head += ["MB at 1", "MB at 16", "tokens/s"]
     columns = list(zip(*rows, strict=True))
     differs = [i for i, values in enumerate(columns) if i == 0 or len(set(values)) > 1 or len(rows) == 1]

@@ -1,4 +1,4 @@
-"""Train the runs of a grid, each in its own process. Finished runs are kept, interrupted runs are resumed."""
+"""Train the runs of a grid, each in its own process. Finished runs are not repeated, interrupted runs resume."""
 
 from __future__ import annotations
 

@@ -110,10 +110,10 @@ def _cost(config: RunConfig, densities: Densities) -> dict[str, Any]:
         "total_parameters": counted.stored - tables,
         "embedding_parameters": tables,
         "active_parameters": counted.active,
-        "kept_parameters": counted.kept,
+        "kept_parameters": counted.needed,
         "active_weights_by_part": {name: parts[part].active for part, name in _PARTS.items() if part in parts},
         "training_flops_per_token": training.routed,
-        "kept_training_flops_per_token": training.kept,
+        "kept_training_flops_per_token": training.needed,
         "weight_bytes_1": _bytes(config, 1, densities),
         "weight_bytes_16": _bytes(config, 16, densities),
     }
@@ -121,7 +121,7 @@ def _cost(config: RunConfig, densities: Densities) -> dict[str, Any]:
 
 def _bytes(config: RunConfig, batch: int, densities: Densities) -> float:
     bytes_per_weight = 4.0 if config.training.precision == "fp32" else 2.0
-    return total_traffic(weight_traffic(config.model, batch, densities, bytes_per_weight=bytes_per_weight)).kept
+    return total_traffic(weight_traffic(config.model, batch, densities, bytes_per_weight=bytes_per_weight)).needed
 
 
 def _late_grad_norms(rows: Sequence[Mapping[str, Any]], steps: int, num_layers: int) -> list[float] | None:

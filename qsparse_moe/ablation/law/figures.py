@@ -80,7 +80,7 @@ def _residuals(done: Study, best: FittedForm) -> Figure:
 
 
 def _sparsity(done: Study) -> Figure:
-    """Draw the reducible loss against S at equal kept parameters, per form with S, at the median A/E of the runs."""
+    """Draw the reducible loss against S at equal needed parameters, per form with S, at the median A/E of the runs."""
     figure, (axes, below) = plt.subplots(
         2, 1, figsize=(7, 6), layout="constrained", sharex=True, height_ratios=(5, 1), squeeze=True
     )
@@ -91,7 +91,7 @@ def _sparsity(done: Study) -> Figure:
     # A margin beyond the runs and beyond every optimum, so that each minimum is visible.
     end = max(observations.sparsity.max() + 0.15, *optima)
     grid = GRID[: np.searchsorted(GRID, end, side="right")]
-    models = imagined(kept=done.kept, expert_share=share, sparsity=grid)
+    models = imagined(needed=done.needed, expert_share=share, sparsity=grid)
     lowest = 0.0
     for position, (name, found) in enumerate(with_sparsity.items()):
         design = Design.of(found.best.form, models)
@@ -116,7 +116,7 @@ def _sparsity(done: Study) -> Figure:
         # Cut at 30 %, because the steep rise at high S would flatten the region around the optimum.
         ylim=(2 * lowest - 2, 30),
         ylabel="change of the reducible loss against the dense model, %",
-        title=f"{done.kept:,.0f} kept parameters, A/E = {share:g}",
+        title=f"{done.needed:,.0f} needed parameters, A/E = {share:g}",
     )
     axes.legend(loc="upper left")
     below.set(ylim=(len(with_sparsity) - 0.4, -0.6), xlabel="activation sparsity S")
@@ -144,7 +144,7 @@ def _percent(reducible: Array) -> Array:
 
 
 def _iso_loss(done: Study, best: FittedForm) -> Figure:
-    """Draw the loss of the best form over E/A and S, at equal kept parameters and the most tokens of the runs."""
+    """Draw the loss of the best form over E/A and S, at equal needed parameters and the most tokens of the runs."""
     figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
     observations = done.runs.observations
     ratios = np.geomspace((1 / observations.expert_share).min(), (1 / observations.expert_share).max(), 60)
@@ -152,7 +152,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     grid = np.linspace(0, observations.sparsity.max(), 80)
     tokens = float(observations.tokens.max())
     losses = np.array(
-        [best.best.loss(imagined(kept=done.kept, expert_share=1 / r, sparsity=grid, tokens=tokens)) for r in ratios]
+        [best.best.loss(imagined(needed=done.needed, expert_share=1 / r, sparsity=grid, tokens=tokens)) for r in ratios]
     ).T
     levels = iso_levels(losses)
     filled = axes.contourf(ratios, grid, losses, levels=levels, norm=BoundaryNorm(levels, 256), cmap="viridis")
@@ -164,7 +164,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     axes.set(
         xlabel="experts / experts per token, E/A",
         ylabel="activation sparsity S",
-        title=f"{best.best.form.name}: {done.kept:,.0f} kept parameters, {tokens:,.0f} tokens; dots: runs",
+        title=f"{best.best.form.name}: {done.needed:,.0f} needed parameters, {tokens:,.0f} tokens; dots: runs",
     )
     figure.colorbar(filled, label=f"loss ({UNITS[done.unit]})", format="%.3f")
     return figure

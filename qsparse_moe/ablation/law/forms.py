@@ -175,9 +175,9 @@ def tokens(unit: float = 1.0) -> Variable:
     return lambda observations: -np.log(observations.tokens / unit)
 
 
-def kept(unit: float = 1.0) -> Variable:
-    """Return ``−ln K`` of the kept parameters, in ``unit``."""
-    return lambda observations: -np.log(observations.kept / unit)
+def needed(unit: float = 1.0) -> Variable:
+    """Return ``−ln K`` of the needed parameters, in ``unit``."""
+    return lambda observations: -np.log(observations.needed / unit)
 
 
 def expert_share(observations: Observations) -> Array:
@@ -185,9 +185,9 @@ def expert_share(observations: Observations) -> Array:
     return -np.log(observations.expert_share)
 
 
-def stored_for_kept(observations: Observations) -> Array:
-    """Return ``−ln(N/K)``, of the stored parameters per kept parameter."""
-    return -np.log(observations.total / observations.kept)
+def stored_per_needed(observations: Observations) -> Array:
+    """Return ``−ln(N/K)``, of the stored parameters per needed parameter."""
+    return -np.log(observations.total / observations.needed)
 
 
 def granularity(observations: Observations) -> Array:
@@ -200,7 +200,7 @@ def density(observations: Observations) -> Array:
     return 1.0 / (1.0 - observations.sparsity)
 
 
-def dropped_for_kept(observations: Observations) -> Array:
+def zeros_per_nonzero(observations: Observations) -> Array:
     """Return ``S/(1−S)``: the same variable minus 1, which is 0 for a dense model."""
     return observations.sparsity / (1.0 - observations.sparsity)
 
@@ -208,11 +208,11 @@ def dropped_for_kept(observations: Observations) -> Array:
 QUANTITIES: dict[str, Variable] = {
     "N": total(),
     "N_active": lambda observations: np.log(observations.active),
-    "K": kept(),
-    "N/K": stored_for_kept,
+    "K": needed(),
+    "N/K": stored_per_needed,
     "E/A": expert_share,
     "G": granularity,
-    "S": dropped_for_kept,
+    "S": zeros_per_nonzero,
     "D": tokens(),
 }
 """The quantities that a form can need, by the letter that messages use."""

@@ -1,6 +1,6 @@
 """Candidate forms of the joint law of model size, expert sparsity, activation sparsity and tokens.
 
-N parameters stored and K kept per token, both in 1e6 and without embedding and head; 1−s = A/E; S the fraction of
+N parameters stored and K needed per token, both in 1e6 and without embedding and head; 1−s = A/E; S the fraction of
 activations zeroed; D tokens in 1e6. The units keep the constants of small runs near 1, which conditions the fit well.
 No paper has such a law; each candidate states another way in which the two sparsities could interact.
 """
@@ -11,7 +11,7 @@ from qsparse_moe.ablation.law import forms
 from qsparse_moe.ablation.law.forms import Form, Term
 
 _MILLION = 1e6
-_N, _K, _D = forms.total(_MILLION), forms.kept(_MILLION), forms.tokens(_MILLION)
+_N, _K, _D = forms.total(_MILLION), forms.needed(_MILLION), forms.tokens(_MILLION)
 # Starting values around the exponents of published laws, spaced by about a factor of two.
 _ALPHA = (0.1, 0.3, 0.6, 1.0)
 _NU = (0.15, 0.3, 0.6, 1.0)
@@ -36,10 +36,10 @@ PRODUCT = Form(
 KEPT = Form(
     name="kept",
     formula="L = E + a exp(beta S/(1-S)) / (K^alpha (N/K)^delta) + b/D^nu,  K and D in 1e6",
-    source="a law in kept parameters: parameters that are stored but not used help equally under either sparsity",
+    source="a law in needed parameters: parameters that are stored but not used help equally under either sparsity",
     terms=(
         Term("E"),
-        Term("a", {"alpha": _K, "delta": forms.stored_for_kept, "beta": forms.dropped_for_kept}),
+        Term("a", {"alpha": _K, "delta": forms.stored_per_needed, "beta": forms.zeros_per_nonzero}),
         Term("b", {"nu": _D}),
     ),
     starts={"alpha": _ALPHA, "delta": (0.0, 0.1, 0.3), "beta": _BETA, "nu": _NU},
@@ -60,7 +60,7 @@ ADDITIVE = Form(
     terms=(
         Term("E"),
         Term("a", {"alpha": _N, "delta": forms.expert_share}),
-        Term("h", _PENALTY | {"beta": forms.dropped_for_kept}),
+        Term("h", _PENALTY | {"beta": forms.zeros_per_nonzero}),
         Term("h", _PENALTY, sign=-1),
         Term("b", {"nu": _D}),
     ),

@@ -22,8 +22,8 @@ class Observations:
     """Number of parameters stored."""
     active: Array
     """Number of parameters that a token uses by routing."""
-    kept: Array
-    """Number of active parameters whose input Q-Sparse selects."""
+    needed: Array
+    """Number of active parameters whose input is not zero."""
     experts: Array
     """E."""
     experts_per_token: Array
@@ -72,20 +72,20 @@ class Observations:
         return self.where(np.isin(np.arange(len(self)), last))
 
 
-def imagined(*, kept: float, expert_share: float, sparsity: Array, tokens: float = 1e9) -> Observations:
-    """Return hypothetical models with ``kept`` parameters per token at each S of ``sparsity``.
+def imagined(*, needed: float, expert_share: float, sparsity: Array, tokens: float = 1e9) -> Observations:
+    """Return hypothetical models with ``needed`` parameters per token at each S of ``sparsity``.
 
-    All parameters count as sparse expert weights: a share A/E of them is active, and 1 − S of those is kept, so that
+    All parameters count as sparse expert weights: a share A/E of them is active, and 1 − S of those is needed, so that
     more is stored as S rises. This extends the constraint of the Q-Sparse paper, ``N_a = N (1 − S)``, to experts.
     """
     ones = np.ones(len(sparsity))
     # No embedding, router, or norms: a law of N cannot distinguish them from expert weights.
-    active = kept / (1.0 - sparsity)
+    active = needed / (1.0 - sparsity)
     no_index = np.zeros(len(sparsity), dtype=np.int64)
     return Observations(
         total=active / expert_share,
         active=active,
-        kept=kept * ones,
+        needed=needed * ones,
         experts=ones / expert_share,
         experts_per_token=ones,
         granularity=np.nan * ones,

@@ -1,4 +1,4 @@
-"""Find the S of the least loss at a fixed number of kept parameters, and the width of the minimum.
+"""Find the S of the least loss at a fixed number of needed parameters, and the width of the minimum.
 
 As in the Q-Sparse paper, ``N_a = N (1 − S)`` is fixed, so that a sparser model stores more parameters. Terms that
 depend on neither N nor S have no influence.
@@ -28,22 +28,22 @@ class Optimum:
     band: tuple[float, float]
     """Range of S around S* in which the reducible loss is within the tolerance of its minimum."""
     dense_excess: float
-    """Excess of the dense model with the same number of kept parameters, as a share of the least reducible loss."""
+    """Excess of the dense model with the same number of needed parameters, as a share of the least reducible loss."""
     worse_than_dense_beyond: float | None
     """The S beyond which the sparse model is worse than the dense one; None if it never is."""
 
 
-def find_optimum(form: Form, theta: Array, *, kept: float, expert_share: float, tolerance: float) -> Optimum:
+def find_optimum(form: Form, theta: Array, *, needed: float, expert_share: float, tolerance: float) -> Optimum:
     """Return the optimum of a law that depends on S.
 
     Args:
         form: a form that depends on S.
         theta: its constants.
-        kept: number of parameters per token after routing and Q-Sparse, which is fixed.
+        needed: number of parameters per token after routing and Q-Sparse, which is fixed.
         expert_share: A/E.
         tolerance: width of the band, as a share of the reducible loss.
     """
-    reducible = Design.of(form, imagined(kept=kept, expert_share=expert_share, sparsity=GRID)).reducible(theta)
+    reducible = Design.of(form, imagined(needed=needed, expert_share=expert_share, sparsity=GRID)).reducible(theta)
     least = int(reducible.argmin())
     return Optimum(
         sparsity=_vertex(reducible, least),

@@ -115,8 +115,8 @@ def _sizes(record: Mapping[str, Any], where: str) -> dict[str, float]:
             f"({record['num_experts']}); make the file again"
         )
     active = _active_weights(record, where)
-    kept = values["kept_parameters"] - (values["active_parameters"] - active)
-    if kept <= 0:
+    needed = values["kept_parameters"] - (values["active_parameters"] - active)
+    if needed <= 0:
         raise ConfigError(
             f"{where}: kept_parameters ({record['kept_parameters']}) is less than what Q-Sparse does not change, "
             f"active_parameters minus active_weights_by_part ({values['active_parameters'] - active:.0f}); "
@@ -126,7 +126,7 @@ def _sizes(record: Mapping[str, Any], where: str) -> dict[str, float]:
         "total": values["total_parameters"],
         "active": active,
         # Both counts of the record contain embedding, head, and norms in full, which the law excludes.
-        "kept": kept,
+        "needed": needed,
         "experts": values["num_experts"],
         "experts_per_token": values["experts_per_token"],
         "granularity": 4 * values["hidden_size"] / values["expert_hidden_size"],

@@ -34,8 +34,8 @@ class Choices:
     """Share of the resamples that an interval contains."""
     tolerance: float = 0.01
     """Width of the band around S*, as a share of the least reducible loss."""
-    kept: float | None = None
-    """Number of kept parameters per token at which S* is determined; None means the geometric mean of the runs."""
+    needed: float | None = None
+    """Number of needed parameters per token at which S* is determined; None means the geometric mean of the runs."""
     seed: int = 0
     """Seed of the resamples and folds."""
 
@@ -76,7 +76,7 @@ class Study:
     runs: Runs
     unit: Unit
     choices: Choices
-    kept: float
+    needed: float
     fitted: dict[str, FittedForm]
     not_fitted: dict[str, str]
     """The reason why a form that was not requested by name could not be fitted, by its name."""
@@ -105,9 +105,9 @@ def study(
     """
     observations = runs.observations
     requested, not_fitted = _requested(observations, choices)
-    kept = choices.kept or float(np.exp(np.log(observations.kept).mean()))
-    fitted = {form.name: _fitted(form, observations, choices, kept, notify) for form in requested}
-    return Study(runs, unit, choices, kept, fitted, not_fitted, seed_spread(observations))
+    needed = choices.needed or float(np.exp(np.log(observations.needed).mean()))
+    fitted = {form.name: _fitted(form, observations, choices, needed, notify) for form in requested}
+    return Study(runs, unit, choices, needed, fitted, not_fitted, seed_spread(observations))
 
 
 def _requested(observations: Observations, choices: Choices) -> tuple[list[Form], dict[str, str]]:
@@ -132,7 +132,7 @@ def _requested(observations: Observations, choices: Choices) -> tuple[list[Form]
 
 
 def _fitted(
-    form: Form, observations: Observations, choices: Choices, kept: float, notify: Callable[[str, int], None]
+    form: Form, observations: Observations, choices: Choices, needed: float, notify: Callable[[str, int], None]
 ) -> FittedForm:
     notify(form.name, 0)
     best = fit(form, observations)
@@ -147,25 +147,25 @@ def _fitted(
         fit_error=rms(best.log_residuals(observations), observations),
         held_out_error=held_out_error(best, observations, seed=choices.seed),
         largest_held_out_error=largest_held_out_error(best, observations),
-        optima=_optima(best, again, observations, choices, kept) if form.has_sparsity else (),
+        optima=_optima(best, again, observations, choices, needed) if form.has_sparsity else (),
     )
 
 
 def _optima(
-    best: Fit, again: Sequence[Fit], observations: Observations, choices: Choices, kept: float
+    best: Fit, again: Sequence[Fit], observations: Observations, choices: Choices, needed: float
 ) -> tuple[BestS, ...]:
     """Return one S* per A/E of the runs, or a single one if they agree."""
     # Descending A/E, which is ascending expert sparsity.
     shares = np.unique(observations.expert_share)[::-1]
-    found = [_best_s(best, again, choices, kept, float(share)) for share in shares]
+    found = [_best_s(best, again, choices, needed, float(share)) for share in shares]
     if all(abs(other.found.sparsity - found[0].found.sparsity) < 1e-6 for other in found):
         return (BestS(None, *list(vars(found[0]).values())[1:]),)
     return tuple(found)
 
 
-def _best_s(best: Fit, again: Sequence[Fit], choices: Choices, kept: float, share: float) -> BestS:
+def _best_s(best: Fit, again: Sequence[Fit], choices: Choices, needed: float, share: float) -> BestS:
     def at(theta: Any) -> Optimum:
-        return find_optimum(best.form, theta, kept=kept, expert_share=share, tolerance=choices.tolerance)
+        return find_optimum(best.form, theta, needed=needed, expert_share=share, tolerance=choices.tolerance)
 
     # Each resample has its own optimum, so the interval of S* needs no linearisation.
     others = [at(other.theta) for other in again]
@@ -185,7 +185,7 @@ def printed_optimum(tolerance: float) -> dict[str, Any]:
 
     def at(constants: dict[str, float]) -> Optimum:
         theta = Q_SPARSE.theta(constants)
-        return find_optimum(Q_SPARSE, theta, kept=1e8, expert_share=1.0, tolerance=tolerance)
+        return find_optimum(Q_SPARSE, theta, needed=1e8, expert_share=1.0, tolerance=tolerance)
 
     corners = [at(constants).sparsity for constants in rounding_corners()]
     found, stated = at(dict(Q_SPARSE.printed)), PUBLISHED_OPTIMUM["full precision"]
@@ -212,16 +212,22 @@ def as_dict(done: Study) -> dict[str, Any]:
         "points": len(observations),
         "configurations": len(np.unique(observations.configuration)),
         "ranges": {
-            name: [float(values.min()), float(values.max())]
-            for name, values in vars(observations).items()
-            if name in ("total", "active", "kept", "expert_share", "sparsity", "tokens", "loss")
-        }
-        | {"expert_share": [float(observations.expert_share.min()), float(observations.expert_share.max())]},
+            key: [float(values.min()), float(values.max())]
+            for key, values in {
+                "total": observations.total,
+                "active": observations.active,
+                "kept": observations.needed,
+                "sparsity": observations.sparsity,
+                "tokens": observations.tokens,
+                "loss": observations.loss,
+                "expert_share": observations.expert_share,
+            }.items()
+        },
         "bootstrap": done.choices.bootstrap,
         "level": done.choices.level,
         "tolerance": done.choices.tolerance,
         "seed": done.choices.seed,
-        "kept_parameters": done.kept,
+        "kept_parameters": done.needed,
         "seed_spread": done.seed_spread,
         "best": done.best,
         "forms": {name: _form_dict(found) for name, found in done.fitted.items()},

@@ -203,7 +203,7 @@ class _Listener:
     ) -> None:
         self._layer, self._site, self._tokens = block.layer, site, tokens
         # K and not S enters the estimate: several S may round to one K.
-        self._kept = [site_num_selected(site.settings, value, site.num_features) for value in values]
+        self._counts = [site_num_selected(site.settings, value, site.num_features) for value in values]
         self._num_documents = num_documents
         # float64: the sums run over every token, and the second order squares them.
         self._sums_2ECX = torch.zeros(2, site.num_experts, num_documents, len(values), dtype=torch.float64)
@@ -214,7 +214,7 @@ class _Listener:
         """Prepare for one backward pass over a batch."""
         self._pieces = pieces
         self._sums_FX = torch.zeros(
-            self._site.num_experts * len(pieces.document_P), len(self._kept), dtype=torch.float64
+            self._site.num_experts * len(pieces.document_P), len(self._counts), dtype=torch.float64
         )
 
     def end(self, *, weight: float | None) -> None:
@@ -243,7 +243,7 @@ class _Listener:
             assert token_N is not None
             # Experts and pieces share one flat index, so that a single index_add_ serves both.
             index_N = expert_ids_N.long() * len(self._pieces.document_P) + index_N[token_N.long()]
-        change_NX = row_changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._kept).double().cpu()
+        change_NX = row_changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._counts).double().cpu()
         self._sums_FX.index_add_(0, index_N.cpu(), change_NX)
 
     def by_cell(self) -> Iterator[tuple[Cell, Array]]:
@@ -254,15 +254,15 @@ class _Listener:
             yield cell, np.ascontiguousarray(self._sums_2ECX[:, expert].transpose(-1, -2).numpy())
 
 
-def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, kept: Sequence[int]) -> Tensor:
-    """Return ``g.(y(K) - y)`` of every row for each K of ``kept``, ``(N, X)``, in at least fp32.
+def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return ``g.(y(K) - y)`` of every row for each K of ``counts``, ``(N, X)``, in at least fp32.
 
     Args:
         site: the site whose selection, number format, and rescaling turn x into y.
         x_ND: the input of the site.
         sparse_ND: the current y.
         grad_ND: g, the gradient with respect to ``sparse_ND``.
-        kept: values of K, as returned by ``site_num_selected``.
+        counts: values of K, as returned by ``site_num_selected``.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     # The selection ranks x itself, but the matrix reads x in the number format of the site.
@@ -271,23 +271,23 @@ def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tens
     group = site.ranking.group_size or site.num_features
     # Stable, so that ties go to the lower index as in the selection itself.
     order_NGF = x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
-    along_NX = _read(grad_ND * rounded_ND, order_NGF, kept)
+    along_NX = _read(grad_ND * rounded_ND, order_NGF, counts)
     # Without rescaling the change is linear in the sums, and no energies are needed.
     if site.settings.rescale == "none":
         return along_NX - now_N1
-    energy_NX = _read(rounded_ND.square(), order_NGF, kept)
+    energy_NX = _read(rounded_ND.square(), order_NGF, counts)
     # unit scales a row to norm 1, preserve to the norm of its input.
     target_N1 = x_ND.to(wide).square().sum(-1, keepdim=True) if site.settings.rescale == "preserve" else 1.0
     # SparseSite does not rescale a row of which it selects every feature, so S = 0 must not be rescaled here either.
-    is_whole_X = torch.tensor([count == site.num_features for count in kept], device=x_ND.device)
+    is_whole_X = torch.tensor([count == site.num_features for count in counts], device=x_ND.device)
     # A row of zeros has no energy to scale to: 0 / 0 becomes 0.
     scale_NX = (target_N1 / energy_NX).sqrt().nan_to_num(0.0, 0.0, 0.0)
     return torch.where(is_whole_X, along_NX, along_NX * scale_NX) - now_N1
 
 
-def _read(terms_ND: Tensor, order_NGF: Tensor, kept: Sequence[int]) -> Tensor:
+def _read(terms_ND: Tensor, order_NGF: Tensor, counts: Sequence[int]) -> Tensor:
     """Return the sums of ``terms`` over the features that each K selects, ``(N, X)``, an equal part from each group."""
     num_groups, group = order_NGF.shape[-2:]
     running_NGF = terms_ND.unflatten(-1, (num_groups, group)).gather(-1, order_NGF).cumsum(-1)
-    last_X = torch.tensor([count // num_groups - 1 for count in kept], device=terms_ND.device)
+    last_X = torch.tensor([count // num_groups - 1 for count in counts], device=terms_ND.device)
     return running_NGF.index_select(-1, last_X).sum(-2)

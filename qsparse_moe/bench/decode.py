@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qsparse_moe.bench.harness import Timing, fingerprint, ratio, time_in_turns
-from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp
+from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp, formats_beside
 from qsparse_moe.bench.mixtral import DecodingMixtral
 from qsparse_moe.bench.random_weights import fill_random
 from qsparse_moe.config.schema import ModelConfig
@@ -25,7 +25,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference.cached_model import prefill
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode
-from qsparse_moe.inference.weights import fold_rounding, round_weights
+from qsparse_moe.inference.weights import check_head, fold_rounding, head_format, round_weights
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -33,13 +33,6 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 OURS = "ours"
 TRANSFORMERS = "transformers"
 LLAMA_CPP = "llama.cpp"
-LLAMA_FORMATS: dict[WeightFormat, tuple[str, ...]] = {
-    "fp32": (),
-    "bf16": ("BF16",),
-    "int8": ("Q8_0", "Q4_0"),
-    "ternary": ("TQ2_0",),
-}
-"""What llama.cpp keeps weights in beside ours: the same bits, and for int8 half of them too."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +52,8 @@ class DecodeBenchmark:
     prompt: int
     """Tokens of the prefill that is timed; 0 leaves it out."""
     peers: Sequence[str] = (TRANSFORMERS, LLAMA_CPP)
+    head: WeightFormat | None = None
+    """Number format of our output head; None: that of ``generate``."""
     folder: Path = Path("llama.cpp-models")
     """Where the weights for llama.cpp are written, one file at a time, and removed again."""
 
@@ -71,7 +66,11 @@ def run_decode_benchmark(
     Args:
         benchmark: what to measure.
         report: called with a line before each part, for whoever waits.
+
+    Raises:
+        ConfigError: a model in this number format cannot have this head.
     """
+    check_formats(benchmark)
     bandwidth = read_bandwidth()
     report(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
     results = {}
@@ -95,12 +94,21 @@ def read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
     return num_bytes / min(timing.seconds_by_round)
 
 
+def check_formats(benchmark: DecodeBenchmark) -> None:
+    """Raise ConfigError unless the models in all number formats can have the head that is asked for."""
+    for weight_format in benchmark.formats:
+        check_head(benchmark.head or "auto", _model_dtype(weight_format))
+
+
+def _model_dtype(weight_format: WeightFormat) -> torch.dtype:
+    return torch.bfloat16 if weight_format in ("bf16", "ternary") else torch.float32
+
+
 @torch.no_grad()
 def random_model(config: ModelConfig, weight_format: WeightFormat, device: torch.device | str = "cpu") -> Transformer:
     """Return a model with random weights: in bf16 for the formats bf16 and ternary, in fp32 for the others."""
-    dtype = torch.bfloat16 if weight_format in ("bf16", "ternary") else torch.float32
     with torch.device("meta"):
-        model = Transformer(config, device=device).to(dtype)
+        model = Transformer(config, device=device).to(_model_dtype(weight_format))
     model.to_empty(device=device)
     fill_random(model, config.init_std)
     model.set_sparsity(model.sparsity_plan)
@@ -161,16 +169,17 @@ def _run_format(
 ) -> dict[str, Any]:
     config = trained_in(benchmark.model, weight_format)
     model = random_model(config, weight_format)
-    round_weights(model, weight_format)
+    round_weights(model, weight_format, benchmark.head)
+    head = head_format(model, weight_format, benchmark.head)
     engines: dict[float, NativeDecode] = {}
     for sparsity in dict.fromkeys((0.0, *benchmark.sparsities)):
         model.set_sparsity(SparsityPlan.uniform(config, sparsity))
         if not engines:
-            engines[sparsity] = NativeDecode(model, weight_format, rows="auto")
+            engines[sparsity] = NativeDecode(model, weight_format, head=head, rows="auto")
         else:
             engines[sparsity] = engines[0.0].with_plan_of(model)
     fold_rounding(model)
-    peers = _peers(benchmark, weight_format, config, report)
+    peers = _peers(benchmark, (weight_format, head), config, report)
     rows = []
     try:
         for batch in benchmark.batches:
@@ -184,7 +193,7 @@ def _run_format(
         for peer in peers.values():
             if isinstance(peer, LlamaCpp):
                 peer.close()
-    return {"decode": rows, "prefill": prefills}
+    return {"head": head, "decode": rows, "prefill": prefills}
 
 
 def _row(
@@ -215,24 +224,28 @@ Peer = DecodingMixtral | LlamaCpp
 
 
 def _peers(
-    benchmark: DecodeBenchmark, weight_format: WeightFormat, config: ModelConfig, report: Callable[[str], None]
+    benchmark: DecodeBenchmark,
+    formats: tuple[WeightFormat, WeightFormat],
+    config: ModelConfig,
+    report: Callable[[str], None],
 ) -> dict[str, Peer]:
-    """Return the peers by name; one that is not installed is reported and left out."""
+    """Return the peers by name for the formats of our matrices and head; one that is not installed is left out, and said."""
     peers: dict[str, Peer] = {}
+    weight_format = formats[0]
     if TRANSFORMERS in benchmark.peers and weight_format in ("fp32", "bf16"):
         try:
             peers[TRANSFORMERS] = DecodingMixtral(config, torch.float32 if weight_format == "fp32" else torch.bfloat16)
         except BackendUnavailable as error:
             report(f"left out: {error}")
-    if LLAMA_CPP in benchmark.peers and LLAMA_FORMATS[weight_format]:
+    if LLAMA_CPP in benchmark.peers and formats_beside(*formats):
         python, reason = find_llama_cpp()
         if python is None:
             report(f"left out: {LLAMA_CPP}: {reason}")
             return peers
         capacity = max(benchmark.context + benchmark.tokens, benchmark.prompt)
-        for name in LLAMA_FORMATS[weight_format]:
-            report(f"{LLAMA_CPP}: writing the weights in {name}")
-            peers[f"{LLAMA_CPP} {name}"] = LlamaCpp(python, config, name, folder=benchmark.folder, capacity=capacity)
+        for beside in formats_beside(*formats):
+            report(f"{beside.label}: writing the weights")
+            peers[beside.label] = LlamaCpp(python, config, beside, folder=benchmark.folder, capacity=capacity)
     return peers
 
 

@@ -16,6 +16,7 @@ import torch
 from qsparse_moe.bench.decode import (
     OURS,
     DecodeBenchmark,
+    check_formats,
     random_model,
     seconds_in_turns,
     shape_of,
@@ -48,17 +49,18 @@ def run_gpu_decode_benchmark(
 
     Raises:
         BackendUnavailable: the device or Triton is missing.
+        ConfigError: a model in this number format cannot have this head.
     """
     if device.type == "cuda" and not torch.cuda.is_available():
         raise BackendUnavailable("--device (cuda) needs a CUDA device, and torch sees none; use --device cpu")
+    check_formats(benchmark)
     return {
         "benchmark": "decode",
         "machine": fingerprint(),
         "device": str(device),
         "shape": shape_of(benchmark),
         "formats": {
-            weight_format: {"decode": _run_format(benchmark, weight_format, device, report), "prefill": []}
-            for weight_format in benchmark.formats
+            weight_format: _run_format(benchmark, weight_format, device, report) for weight_format in benchmark.formats
         },
     }
 
@@ -91,15 +93,15 @@ class _Steps:
 
 def _run_format(
     benchmark: DecodeBenchmark, weight_format: WeightFormat, device: torch.device, report: Callable[[str], None]
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
     config = trained_in(benchmark.model, weight_format)
     model = random_model(config, weight_format, device)
     reason = triton_engine.why_not(model)
     if reason is not None:
         raise BackendUnavailable(f"engine (triton) cannot run on {device}: {reason}")
-    round_weights(model, weight_format)
+    round_weights(model, weight_format, benchmark.head)
     engines: dict[str, DecodeEngine] = {MODULES: TorchDecode(model)}
-    dense = TritonDecode(model, weight_format)
+    dense = TritonDecode(model, weight_format, head=benchmark.head)
     for sparsity in dict.fromkeys((0.0, *benchmark.sparsities)):
         # Sites of its own, and the parameters of all.
         planned = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
@@ -122,4 +124,4 @@ def _run_format(
             for name, timing in timings.items()
         ]
     gc.collect()
-    return rows
+    return {"head": dense.figures()["head"], "decode": rows, "prefill": []}

@@ -12,13 +12,14 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import head_size, num_kv_heads, vocab_size
 from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.kernels.row_product.stored import WeightFormat
 
 PYTHON_VARIABLE = "QSPARSE_MOE_LLAMA_CPP_PYTHON"
 """Environment variable with the Python interpreter that has llama-cpp-python and gguf, if that is another one."""
@@ -43,16 +44,52 @@ def find_llama_cpp() -> tuple[str | None, str]:
     return python, ""
 
 
+class LlamaFormats(NamedTuple):
+    """The number formats of a model, in llama.cpp's words."""
+
+    matrices: str
+    """Of the matrices of the layers and of the embedding: BF16, Q8_0, Q4_0, TQ2_0."""
+    output: str
+    """Of the output matrix: one of these, or F32."""
+
+    @property
+    def label(self) -> str:
+        """The name of the contender in results."""
+        return f"llama.cpp {self.matrices}, output {self.output}"
+
+
+_OF_THE_SAME_BITS: dict[WeightFormat, tuple[str, ...]] = {
+    "fp32": (),
+    "bf16": ("BF16",),
+    # Half of the bits too.
+    "int8": ("Q8_0", "Q4_0"),
+    "ternary": ("TQ2_0",),
+}
+_OUTPUTS: dict[WeightFormat, str] = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
+
+
+def formats_beside(weight_format: WeightFormat, head: WeightFormat) -> list[LlamaFormats]:
+    """Return what llama.cpp is measured with beside our number formats: one format all over, and with an output as ours.
+
+    Args:
+        weight_format: of our matrices.
+        head: of our output head.
+    """
+    names = _OF_THE_SAME_BITS[weight_format]
+    found = [LlamaFormats(name, name) for name in names]
+    return found + [LlamaFormats(name, _OUTPUTS[head]) for name in names[:1] if name != _OUTPUTS[head]]
+
+
 class LlamaCpp:
     """llama.cpp with one file of weights: measures itself when asked, and is otherwise idle."""
 
-    def __init__(self, python: str, config: ModelConfig, number_format: str, *, folder: Path, capacity: int) -> None:
+    def __init__(self, python: str, config: ModelConfig, formats: LlamaFormats, *, folder: Path, capacity: int) -> None:
         """Write random weights of the shape of ``config`` into ``folder`` and load them.
 
         Args:
             python: interpreter; see ``find_llama_cpp``.
             config: SwiGLU experts in every layer.
-            number_format: of the weights, in llama.cpp's words: BF16, Q8_0, Q4_0, TQ2_0.
+            formats: the number formats of the weights.
             folder: for the file, which ``close`` removes.
             capacity: tokens that its cache holds.
 
@@ -60,7 +97,7 @@ class LlamaCpp:
             BackendUnavailable: the child ends with an error.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / f"{number_format}.gguf"
+        self._file = folder / f"{formats.matrices}-{formats.output}.gguf"
         shape = {
             "layers": config.num_layers,
             "hidden_size": config.hidden_size,
@@ -72,7 +109,8 @@ class LlamaCpp:
             "expert_hidden_size": config.moe.expert_hidden_size,
             "vocabulary": vocab_size(config),
             "std": config.init_std,
-            "format": number_format,
+            "format": formats.matrices,
+            "output_format": formats.output,
             "file": str(self._file),
             "capacity": capacity,
             "threads": torch.get_num_threads(),

@@ -20,7 +20,10 @@ _FILE_TYPES = {"BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_
 
 
 def write_weights(shape: dict[str, Any]) -> None:
-    """Write a model of architecture ``llama`` with experts: matrices in one number format, norms and router in fp32."""
+    """Write a model of architecture ``llama`` with experts: matrices in one number format, norms and router in fp32.
+
+    The output matrix may have another one, ``output_format``.
+    """
     writer = gguf.GGUFWriter(shape["file"], "llama")
     writer.add_block_count(shape["layers"])
     writer.add_context_length(shape["capacity"])
@@ -51,13 +54,16 @@ def tensors(shape: dict[str, Any]) -> Any:
     kv_heads = shape["kv_heads"] * shape["head_size"]
     random = np.random.default_rng(0)
     kind = getattr(gguf.GGMLQuantizationType, shape["format"])
+    output_kind = getattr(gguf.GGMLQuantizationType, shape["output_format"])
     quantized: dict[tuple[int, ...], np.ndarray] = {}
+
+    def random_matrix(dims: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
+        return gguf.quants.quantize((shape["std"] * random.standard_normal(dims)).astype(np.float32), kind)
 
     def matrix(*dims: int) -> np.ndarray:
         # One matrix per shape, of which a stack holds as many copies: quantising takes most of the time.
         if dims not in quantized:
-            values = (shape["std"] * random.standard_normal(dims)).astype(np.float32)
-            quantized[dims] = gguf.quants.quantize(values, kind)
+            quantized[dims] = random_matrix(dims, kind)
         return quantized[dims]
 
     def stack(*dims: int) -> np.ndarray:
@@ -65,7 +71,7 @@ def tensors(shape: dict[str, Any]) -> Any:
 
     norm = np.ones(width, dtype=np.float32)
     yield "token_embd.weight", matrix(shape["vocabulary"], width), kind
-    yield "output.weight", matrix(shape["vocabulary"], width), kind
+    yield "output.weight", random_matrix((shape["vocabulary"], width), output_kind), output_kind
     yield "output_norm.weight", norm, gguf.GGMLQuantizationType.F32
     for layer in range(shape["layers"]):
         prefix = f"blk.{layer}."

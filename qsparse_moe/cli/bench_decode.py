@@ -23,6 +23,9 @@ def decode(
     weights: Annotated[
         str, typer.Option(help="Number formats of the weights: fp32, bf16, int8, ternary, with commas.")
     ] = "bf16,int8,ternary",
+    head: Annotated[
+        str, typer.Option(help="Number format of our output head: auto, as generate chooses it, fp32, bf16, or int8.")
+    ] = "auto",
     sparsity: Annotated[str, typer.Option(help="S at every site, with commas; 0 is always measured.")] = (
         "0,0.4,0.5,0.6,0.75,0.9"
     ),
@@ -59,6 +62,7 @@ def decode(
     sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
     batches = _numbers("--batch", batch, int, lambda value: value >= 1, "whole numbers from 1")
     chosen_peers = _names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
+    _names("--head", head, ("auto", "fp32", "bf16", "int8"))
     import torch
 
     from qsparse_moe.bench.decode import DecodeBenchmark, run_decode_benchmark
@@ -81,7 +85,17 @@ def decode(
         }
     )
     benchmark = DecodeBenchmark(
-        model, formats, sparsities, batches, context, tokens, rounds, prompt, chosen_peers, folder
+        model,
+        formats,
+        sparsities,
+        batches,
+        context,
+        tokens,
+        rounds,
+        prompt,
+        chosen_peers,
+        head=None if head == "auto" else head,  # type: ignore[arg-type]
+        folder=folder,
     )
     if device == "cpu":
         result = run_decode_benchmark(benchmark, logger.info)
@@ -115,7 +129,7 @@ def _numbers(
 def _print_tables(result: dict[str, Any]) -> None:
     console = result_console()
     for weight_format, measured in result["formats"].items():
-        table = Table(title=f"Decoding with weights in {weight_format}")
+        table = Table(title=f"Decoding with weights in {weight_format}, head in {measured['head']}")
         for column in (
             "batch",
             "engine",

@@ -80,7 +80,7 @@ def test_the_decode_benchmark_runs_whole(shown, tmp_path, capsys):
     if shown == "json":
         assert json.loads(printed) == written
     else:
-        assert "Decoding with weights in ternary" in printed and "Prefill of 8 tokens" in printed
+        assert "Decoding with weights in ternary, head in bf16" in printed and "Prefill of 8 tokens" in printed
 
 
 @pytest.mark.parametrize(
@@ -89,6 +89,7 @@ def test_the_decode_benchmark_runs_whole(shown, tmp_path, capsys):
         ("--weights", "int3", "choose from fp32, bf16, int8, ternary"),
         ("--sparsity", "0.5,1", "S from 0 up to below 1"),
         ("--batch", "0", "whole numbers from 1"),
+        ("--head", "ternary", "choose from auto, fp32, bf16, int8"),
         ("--peers", "vllm", "choose from transformers, llama.cpp"),
         ("--device", "tpu", "must be cpu or cuda"),
     ],
@@ -97,6 +98,31 @@ def test_options_of_the_decode_benchmark_are_checked(option, value, rule, capsys
     assert run(["bench", "decode", option, value]) == 2
     said = capsys.readouterr().err
     assert option in said and repr(value) in said and rule in said
+
+
+@pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja")
+def test_the_decode_benchmark_reads_a_head_in_the_format_that_is_asked_for(tmp_path, capsys):
+    words = ["--layers", "1", "--hidden-size", "64", "--heads", "2", "--experts", "2", "--expert-hidden-size", "64"]
+    words += ["--vocab-size", "256", "--weights", "ternary", "--sparsity", "0", "--batch", "1", "--rounds", "1"]
+    words += ["--context", "1", "--tokens", "1", "--prompt", "0", "--peers", "", "--json", "--head"]
+    bytes_read = {}
+    for head in ("auto", "int8"):
+        assert run(["bench", "decode", *words, head]) == 0
+        measured = json.loads(capsys.readouterr().out)["formats"]["ternary"]
+        bytes_read[measured["head"]] = measured["decode"][0]["bytes_per_step"]
+    assert bytes_read["bf16"] - bytes_read["int8"] == 256 * 64
+    assert run(["bench", "decode", *words, "fp32"]) == 2
+    assert "head (fp32) must be auto, bf16, or int8 where the model itself is in bf16" in capsys.readouterr().err
+
+
+def test_llama_cpp_is_measured_with_an_output_as_ours_too():
+    labels = lambda *formats: [one.label for one in llama_peer.formats_beside(*formats)]  # noqa: E731
+    assert labels("bf16", "bf16") == ["llama.cpp BF16, output BF16"]
+    assert labels("int8", "int8") == ["llama.cpp Q8_0, output Q8_0", "llama.cpp Q4_0, output Q4_0"]
+    assert labels("ternary", "bf16") == ["llama.cpp TQ2_0, output TQ2_0", "llama.cpp TQ2_0, output BF16"]
+    assert labels("ternary", "int8")[1:] == ["llama.cpp TQ2_0, output Q8_0"]
+    assert labels("int8", "fp32")[2:] == ["llama.cpp Q8_0, output F32"]
+    assert labels("fp32", "fp32") == []
 
 
 def test_llama_cpp_that_is_missing_is_said_with_the_way_out(monkeypatch):

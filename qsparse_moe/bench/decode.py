@@ -229,7 +229,7 @@ def _peers(
     config: ModelConfig,
     report: Callable[[str], None],
 ) -> dict[str, Peer]:
-    """Return the peers by name for the formats of our matrices and head; one that is not installed is left out, and said."""
+    """Return the peers by name for the formats of our matrices and head; those not installed are reported."""
     peers: dict[str, Peer] = {}
     weight_format = formats[0]
     if TRANSFORMERS in benchmark.peers and weight_format in ("fp32", "bf16"):

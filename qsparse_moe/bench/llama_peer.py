@@ -69,7 +69,7 @@ _OUTPUTS: dict[WeightFormat, str] = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_
 
 
 def formats_beside(weight_format: WeightFormat, head: WeightFormat) -> list[LlamaFormats]:
-    """Return what llama.cpp is measured with beside our number formats: one format all over, and with an output as ours.
+    """Return what llama.cpp is measured with beside our number formats: in one format, and with an output as ours.
 
     Args:
         weight_format: of our matrices.

@@ -60,7 +60,7 @@ def calibrate(
 
     if is_rank_zero():
         warn_of_natural_zeros(run_dir)
-    calibration = calibrate_run(run_dir, asked, num_rows=rows, device=device)
+    calibration = calibrate_run(run_dir, asked, num_sequences=rows, device=device)
     if is_rank_zero():
         write_plan(calibration.plan, output, force=force)
         summary = summarize(calibration, run_dir, output)

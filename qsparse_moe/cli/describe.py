@@ -86,7 +86,7 @@ def _measure(folder: Path, num_rows: int) -> list[dict[str, Any]]:
 
     config, model, _ = load_run(folder)
     data = load_data(config.data)
-    table, indices = data.evaluation_rows(num_rows)
+    table, indices = data.evaluation_sequences(num_rows)
     tokens_RS = table.batch(table.tokens(indices)).tokens_BS
     found = measured_unions(model, tokens_RS, [batch for batch in BATCHES if batch <= len(tokens_RS)])
     alone = {name: getattr(found[0], name) for name in _UNION_COLUMNS}

@@ -80,7 +80,7 @@ def evaluate(
         forward_of = partial(decoding_forward, weights=weights, head=head)
     else:
         forward_of = None
-    evaluation = evaluate_run(run_dir, num_rows=rows, device=device, plan=plan, files=files, forward_of=forward_of)
+    evaluation = evaluate_run(run_dir, num_sequences=rows, device=device, plan=plan, files=files, forward_of=forward_of)
     if is_rank_zero():
         print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)
 

@@ -1,1 +1,1 @@
-"""Text to token rows: sources, tokenizers, packing, tables, streams and the loader that feeds a rank."""
+"""Text to token sequences: sources, tokenizers, packing, tables, streams and the loader that feeds a rank."""

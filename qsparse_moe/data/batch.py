@@ -1,7 +1,7 @@
-"""The batch of the model, made from packed rows.
+"""The batch of the model, made from packed sequences.
 
-Letters: B sequences, S tokens per sequence. A packed row has S + 1 tokens: inputs and labels are this
-row, shifted by one.
+Letters: B sequences, S tokens per sequence. A packed sequence has S + 1 tokens: the inputs are all but
+the last of them, and the labels all but the first.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class Batch(NamedTuple):
     """Positions, from 0 in every sequence and every document; from 0 in every sequence only if attention crosses
     documents."""
     documents_BS: Tensor | None
-    """Running index of the document inside the row, from 0; None: attention may cross documents."""
+    """Running index of the document inside the sequence, from 0; None: attention may cross documents."""
 
 
-def make_batch(rows: np.ndarray[Any, Any], *, document_token: int, attend_across_documents: bool) -> Batch:
-    """Split packed rows into inputs and labels and find the documents in them.
+def make_batch(sequences: np.ndarray[Any, Any], *, document_token: int, attend_across_documents: bool) -> Batch:
+    """Split packed sequences into inputs and labels and find the documents in them.
 
-    A row that begins in the middle of a document counts its positions from 0 there.
+    A sequence that begins in the middle of a document counts its positions from 0 there.
 
     Args:
-        rows: ``(B, S + 1)`` token ids of any integer type.
+        sequences: ``(B, S + 1)`` token ids of any integer type.
         document_token: the token that begins every document.
         attend_across_documents: leave the documents unmarked.
     """
-    tokens = rows[:, :-1].astype(np.int64)
-    labels = rows[:, 1:].astype(np.int64)
+    tokens = sequences[:, :-1].astype(np.int64)
+    labels = sequences[:, 1:].astype(np.int64)
     columns = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     if attend_across_documents:
         return Batch(_tensor(tokens), _tensor(labels), _tensor(columns), None)

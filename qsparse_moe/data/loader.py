@@ -12,7 +12,7 @@ from qsparse_moe.config.rules import check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.rows import RowTable, evenly_spaced_rows, train_rows
+from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices, train_indices
 from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
 from qsparse_moe.errors import DataError
 
@@ -24,8 +24,8 @@ __all__ = [
     "evaluation_batches",
     "evaluation_num_bytes",
     "load_data",
-    "sample_train_rows",
-    "train_rows",
+    "sample_train_sequences",
+    "train_indices",
 ]
 
 State = dict[str, Any]
@@ -34,8 +34,8 @@ State = dict[str, Any]
 class TrainLoader:
     """The training batches of one rank.
 
-    In table mode the rows of a step are a pure function of (seed, step, rank), so any step can be requested, and a
-    state fits any number of ranks. In streaming mode steps come in order, and a state belongs to one rank and one
+    In table mode the sequences of a step are a pure function of (seed, step, rank), so any step can be requested, and
+    a state fits any number of ranks. In streaming mode steps come in order, and a state belongs to one rank and one
     number of ranks.
 
     Raises:
@@ -62,20 +62,20 @@ class TrainLoader:
             self._parts["data.shuffle_window"] = str(config.data.shuffle_window)
 
     def batches(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of ``step``, from 0: rows r·G/R up to (r + 1)·G/R of the global batch."""
+        """Return this rank's micro-batches of ``step``, from 0: parts r·G/R up to (r + 1)·G/R of the global batch."""
         if self._ahead is not None:
-            _, (rows, error) = self._ahead
+            _, (tokens, error) = self._ahead
             self._ahead = None
             if error is not None:
                 raise error
         else:
-            rows = None
+            tokens = None
         assert step == self._step or self._stream is None, f"a stream gives step {self._step} next, not {step}"
-        if rows is None:
-            rows = self._table_rows(step) if self._stream is None else self._stream_rows()
+        if tokens is None:
+            tokens = self._table_tokens(step) if self._stream is None else self._stream_tokens()
         self._step = step + 1
         size = self._micro_batch_size
-        return [self._data.batch(rows[begin : begin + size]) for begin in range(0, len(rows), size)]
+        return [self._data.batch(tokens[begin : begin + size]) for begin in range(0, len(tokens), size)]
 
     def read_ahead(self) -> DataError | None:
         """Read a stream's next step now, and return the error, if any; None in table mode, where nothing is read ahead.
@@ -86,7 +86,7 @@ class TrainLoader:
             return None
         before = self.state_dict()
         try:
-            self._ahead = before, (self._stream_rows(), None)
+            self._ahead = before, (self._stream_tokens(), None)
         except DataError as error:
             # Stored, and raised by the next call of batches, after the run has had the chance to save.
             self._ahead = before, (None, error)
@@ -104,23 +104,23 @@ class TrainLoader:
     def passes(self) -> list[int]:
         """Return how many passes over each source this rank has finished; an empty list in table mode.
 
-        The stream reads ``data.shuffle_window`` rows ahead of training.
+        The stream reads ``data.shuffle_window`` sequences ahead of training.
         """
         return [] if self._stream is None else self._stream.passes()
 
-    def _table_rows(self, step: int) -> Array:
+    def _table_tokens(self, step: int) -> Array:
         table = self._data.train
-        rows = train_rows(
+        indices = train_indices(
             step,
-            num_rows=len(table),
+            num_sequences=len(table),
             global_batch_size=self._global_batch_size,
             seed=self._seed,
             shuffle=self._shuffle,
         )
-        share = len(rows) // self._world_size
-        return table.tokens(rows[self._rank * share : (self._rank + 1) * share])
+        share = len(indices) // self._world_size
+        return table.tokens(indices[self._rank * share : (self._rank + 1) * share])
 
-    def _stream_rows(self) -> Array:
+    def _stream_tokens(self) -> Array:
         assert self._stream is not None
         return self._stream.take(self._global_batch_size // self._world_size)
 
@@ -172,7 +172,7 @@ def combine_states(states: Sequence[State]) -> State:
 
 
 def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dict[str, str]) -> None:
-    """Raise unless the rows depend on the same parts; ``earlier`` holds them as earlier versions' checkpoints do."""
+    """Raise unless the sequences depend on the same parts; ``earlier`` has them as earlier versions' checkpoints do."""
     names = sorted(
         name
         for name in saved.keys() | now.keys()
@@ -189,45 +189,46 @@ def _check_same_data(saved: dict[str, str], now: dict[str, str], *, earlier: dic
         )
 
 
-def sample_train_rows(config: RunConfig, data: TokenData, num_rows: int) -> Array:
-    """Return ``(num_rows, S + 1)`` token ids of training text, the same on every rank for any number of ranks.
+def sample_train_sequences(config: RunConfig, data: TokenData, num_sequences: int) -> Array:
+    """Return ``(num_sequences, S + 1)`` token ids of training text, the same on every rank for any number of ranks.
 
-    In table mode they are rows at even distances over the whole table, fewer where there are fewer; in streaming mode
-    the first rows that a single rank trains on.
+    In table mode they are at even distances over the whole table, fewer where there are fewer; in streaming mode they
+    are the first sequences that a single rank trains on.
     """
     stream = data.open_stream(rank=0, world_size=1, seed=config.training.seed if config.data.shuffle else None)
     if stream is not None:
-        return stream.take(num_rows)
-    return data.train.tokens(evenly_spaced_rows(num_rows, len(data.train)))
+        return stream.take(num_sequences)
+    return data.train.tokens(evenly_spaced_indices(num_sequences, len(data.train)))
 
 
 def evaluation_batches(
-    data: TokenData, *, num_rows: int, micro_batch_size: int, rank: int, world_size: int
+    data: TokenData, *, num_sequences: int, micro_batch_size: int, rank: int, world_size: int
 ) -> list[Batch]:
-    """Return one rank's part of ``num_rows`` validation rows, evenly spaced over all of them; fewer if there are fewer.
+    """Return one rank's part of ``num_sequences`` for validation, evenly spaced over all; fewer if there are fewer.
 
-    The rows are the same for any number of ranks, and over all ranks each occurs once. Every rank gets the same number
-    of full batches, padded with rows whose labels are all -100, so a whole batch may have no label that counts.
+    The sequences are the same for any number of ranks, and over all ranks each occurs once. Every rank gets the same
+    number of full batches, padded with sequences whose labels are all -100, so a whole batch may have no label that
+    counts.
     """
-    table, indices = data.evaluation_rows(num_rows)
+    table, indices = data.evaluation_sequences(num_sequences)
     # Equally many batches on every rank: a forward pass may contain collectives, in which the others would wait.
     share = math.ceil(len(indices) / (micro_batch_size * world_size)) * micro_batch_size
     mine = indices[rank * share : (rank + 1) * share]
-    rows = _padded_rows(table, mine, share)
-    batches = [table.batch(rows[begin : begin + micro_batch_size]) for begin in range(0, share, micro_batch_size)]
+    tokens = _padded_tokens(table, mine, share)
+    batches = [table.batch(tokens[begin : begin + micro_batch_size]) for begin in range(0, share, micro_batch_size)]
     for begin, batch in zip(range(0, share, micro_batch_size), batches, strict=True):
         batch.targets_BS[max(0, len(mine) - begin) :] = IGNORED_LABEL
     return batches
 
 
-def _padded_rows(table: RowTable, indices: Array, num_rows: int) -> Array:
-    rows = np.full((num_rows, table.sequence_length + 1), table.document_token, np.int64)
+def _padded_tokens(table: SequenceTable, indices: Array, num_sequences: int) -> Array:
+    tokens = np.full((num_sequences, table.sequence_length + 1), table.document_token, np.int64)
     if len(indices):
-        rows[: len(indices)] = table.tokens(indices)
-    return rows
+        tokens[: len(indices)] = table.tokens(indices)
+    return tokens
 
 
-def evaluation_num_bytes(data: TokenData, num_rows: int) -> int:
-    """Return the bytes of text that the labels of these validation rows encode, over all ranks, for bits per byte."""
-    table, indices = data.evaluation_rows(num_rows)
+def evaluation_num_bytes(data: TokenData, num_sequences: int) -> int:
+    """Return the bytes of text that the labels of these sequences encode, over all ranks, for bits per byte."""
+    table, indices = data.evaluation_sequences(num_sequences)
     return table.num_bytes(indices)

@@ -47,12 +47,12 @@ class OwnText:
             last = np.full((1, config.sequence_length + 1), tokenizer.document_token, np.int32)
             last[0, : len(waiting)] = waiting
             full.append(last)
-        self._rows_RS: Array = np.concatenate(full) if full else np.zeros((0, config.sequence_length + 1), np.int32)
-        if not len(self._rows_RS):
+        self._tokens_RS: Array = np.concatenate(full) if full else np.zeros((0, config.sequence_length + 1), np.int32)
+        if not len(self._tokens_RS):
             raise DataError(f"{', '.join(files)}: no file holds text, and a loss needs some; name another file")
 
     def __len__(self) -> int:
-        return len(self._rows_RS)
+        return len(self._tokens_RS)
 
     def batches(self, micro_batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """Return one rank's part of the sequences; labels after the end of the text are ignored by the loss."""
@@ -61,7 +61,7 @@ class OwnText:
 
     def _batch(self, begin: int, end: int) -> Batch:
         batch = make_batch(
-            self._rows_RS[begin:end],
+            self._tokens_RS[begin:end],
             document_token=self._document_token,
             attend_across_documents=self._config.attend_across_documents,
         )

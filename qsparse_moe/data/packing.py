@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 Array = np.ndarray[Any, Any]
 
 PACKING_VERSION = 1
-"""Part of every cache key; increased when rows, split, or digest are computed differently."""
+"""Part of every cache key; increased when the sequences, the split, or the digest are computed differently."""
 
 
 class Document(NamedTuple):
@@ -24,17 +24,17 @@ class Document(NamedTuple):
     """``(n,)`` int32, bytes of text that each token encodes; 0 for the document token."""
 
 
-class Rows(NamedTuple):
-    """Packed sequences, one per row."""
+class PackedSequences(NamedTuple):
+    """R packed sequences."""
 
     tokens: Array
-    """``(R, S + 1)`` int32; a row's last token is the next row's first."""
+    """``(R, S + 1)`` int32; a sequence's last token is the next sequence's first."""
     num_bytes: Array
-    """``(R,)`` int64, bytes of text that the S labels of the row encode."""
+    """``(R,)`` int64, bytes of text that the S labels of the sequence encode."""
 
 
 class Packer:
-    """Concatenates documents and cuts rows from them; tokens that do not fill a row wait for the next documents.
+    """Concatenates documents and cuts sequences from them; the tokens left over wait for the next documents.
 
     Every token but the very first is the label of exactly one input.
     """
@@ -44,19 +44,21 @@ class Packer:
         self._tokens = np.zeros(0, np.int32)
         self._num_bytes = np.zeros(0, np.int32)
 
-    def add(self, documents: Sequence[Document]) -> Rows:
-        """Append ``documents`` and return every full row."""
+    def add(self, documents: Sequence[Document]) -> PackedSequences:
+        """Append ``documents`` and return every full sequence."""
         tokens = np.concatenate([self._tokens, *(document.tokens for document in documents)])
         num_bytes = np.concatenate([self._num_bytes, *(document.num_bytes for document in documents)])
         length = self.sequence_length
-        num_rows = max(0, len(tokens) - 1) // length
-        used = num_rows * length
+        num_sequences = max(0, len(tokens) - 1) // length
+        used = num_sequences * length
         # A copy: a view would keep the whole concatenation in memory.
         self._tokens, self._num_bytes = tokens[used:].copy(), num_bytes[used:].copy()
-        if not num_rows:
-            return Rows(np.zeros((0, length + 1), np.int32), np.zeros(0, np.int64))
-        rows = sliding_window_view(tokens[: used + 1], length + 1)[::length]
-        return Rows(rows, num_bytes[1 : used + 1].reshape(num_rows, length).sum(axis=1, dtype=np.int64))
+        if not num_sequences:
+            return PackedSequences(np.zeros((0, length + 1), np.int32), np.zeros(0, np.int64))
+        sequences = sliding_window_view(tokens[: used + 1], length + 1)[::length]
+        return PackedSequences(
+            sequences, num_bytes[1 : used + 1].reshape(num_sequences, length).sum(axis=1, dtype=np.int64)
+        )
 
     def state_dict(self) -> dict[str, list[int]]:
         """Return the waiting tokens, at most S; JSON-able."""

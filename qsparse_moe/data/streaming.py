@@ -1,8 +1,8 @@
 """Tokenise while training: every rank reads its own part of each source, endlessly, and resumes exactly.
 
-Three parts, each with a JSON-able state: the stream of one source, the mixture of sources, and the rows packed from it.
-Files (shards) are shuffled, and so are the rows within fixed windows, which are read again when a stream resumes. A
-shuffle buffer would lose or repeat the rows inside it.
+Three parts, each with a JSON-able state: the stream of one source, the mixture of sources, and the sequences packed
+from it. Files (shards) are shuffled, and so are the sequences within fixed windows, which are read again when a stream
+resumes. A shuffle buffer would lose or repeat the sequences inside it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qsparse_moe.data.open_source import OpenSource
-from qsparse_moe.data.packing import Array, Document, Packer, Rows, is_validation, text_digest
-from qsparse_moe.data.rows import RowTable
+from qsparse_moe.data.packing import Array, Document, PackedSequences, Packer, is_validation, text_digest
+from qsparse_moe.data.sequences import SequenceTable
 from qsparse_moe.data.table import Packing, SideTable, count_bytes, too_little_validation
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
@@ -149,13 +149,14 @@ class MixedStream:
             stream.load_state_dict(stream_state)
 
 
-class RowStream:
-    """Rows packed from a mixture, in random order within windows of a fixed number of rows, or in order.
+class SequenceStream:
+    """Sequences packed from a mixture, in random order within windows of a fixed number of sequences, or in order.
 
-    The state does not hold the document that is being cut into rows, which may be long, nor the rows of a window: it
-    holds where the mixture stood before the document that the window begins in, the tokens that waited then (at most
-    S), how many rows of it are older than the window, the window's number and the place in it. The order within a
-    window is a function of the seed, the rank and that number, so a stream that resumes reads the window again.
+    The state does not hold the document that is being cut into sequences, which may be long, nor the sequences of a
+    window: it holds the position of the mixture before the document that the window begins in, the tokens that waited
+    then (at most S), how many sequences of it are older than the window, the window's number and the place in it.
+    The order within a window is a function of the seed, the rank and that number, so a stream that resumes reads the
+    window again.
     """
 
     def __init__(
@@ -168,50 +169,50 @@ class RowStream:
         self._window_begin: State = {}
         self._packer = Packer(sequence_length)
         self._before: State = {"mixture": mixture.state_dict(), "packer": self._packer.state_dict()}
-        self._rows: Array = np.zeros((0, sequence_length + 1), np.int32)
+        self._sequences: Array = np.zeros((0, sequence_length + 1), np.int32)
         self._taken = 0
 
     def passes(self) -> list[int]:
         """Return how many passes over each source this rank has ended, as far as it has read."""
         return self._mixture.passes()
 
-    def take(self, num_rows: int) -> Array:
-        """Return the token ids ``(num_rows, S + 1)`` of the next rows."""
-        return np.stack([self._next_row() for _ in range(num_rows)])
+    def take(self, num_sequences: int) -> Array:
+        """Return the token ids ``(num_sequences, S + 1)`` of the next sequences."""
+        return np.stack([self._next_sequence() for _ in range(num_sequences)])
 
-    def _next_row(self) -> Array:
+    def _next_sequence(self) -> Array:
         if self._size == 1:
-            return self._packed_row()
+            return self._packed_sequence()
         if self._window is None or self._place == len(self._window):
             if self._window is not None:
                 self._number += 1
             self._read_window()
         assert self._window is not None
         self._place += 1
-        row: Array = self._window[self._place - 1]
-        return row
+        sequence: Array = self._window[self._place - 1]
+        return sequence
 
     def _read_window(self) -> None:
         self._window_begin = self._packed_state()
-        rows = np.stack([self._packed_row() for _ in range(self._size)])
-        self._window = rows[np.random.default_rng((*self._key, self._number)).permutation(self._size)]
+        sequences = np.stack([self._packed_sequence() for _ in range(self._size)])
+        self._window = sequences[np.random.default_rng((*self._key, self._number)).permutation(self._size)]
         self._place = 0
 
-    def _packed_row(self) -> Array:
-        while self._taken == len(self._rows):
+    def _packed_sequence(self) -> Array:
+        while self._taken == len(self._sequences):
             self._pull()
         self._taken += 1
-        row: Array = self._rows[self._taken - 1]
-        return row
+        sequence: Array = self._sequences[self._taken - 1]
+        return sequence
 
     def _pull(self) -> None:
-        # The state before the document, because a document may give many rows and its text is not part of the state.
+        # The state before the document, because a document may give many sequences and its text is not in the state.
         self._before = {"mixture": self._mixture.state_dict(), "packer": self._packer.state_dict()}
-        self._rows = self._packer.add([self._mixture.next_document()]).tokens
+        self._sequences = self._packer.add([self._mixture.next_document()]).tokens
         self._taken = 0
 
     def state_dict(self) -> State:
-        """Return the position after the last row returned."""
+        """Return the position after the last sequence returned."""
         if self._size == 1:
             return self._packed_state()
         # No window has been read yet, so the position of the packer is where the first one will begin.
@@ -220,9 +221,10 @@ class RowStream:
         return {**self._window_begin, "window": {"number": self._number, "place": self._place}}
 
     def load_state_dict(self, state: State) -> None:
-        """Continue after the row that was the last one when ``state`` was saved.
+        """Continue after the sequence that was the last one when ``state`` was saved.
 
-        A state without a window was saved by a stream that does not shuffle rows, and this stream then does not either.
+        A state without a window was saved by a stream that does not shuffle sequences, and this stream then does not
+        either.
         """
         self._load_packed(state)
         window = state.get("window")
@@ -241,7 +243,7 @@ class RowStream:
     def _load_packed(self, state: State) -> None:
         self._mixture.load_state_dict(state["mixture"])
         self._packer.load_state_dict(state["packer"])
-        self._rows, self._taken = self._rows[:0], 0
+        self._sequences, self._taken = self._sequences[:0], 0
         if state["taken"]:
             self._pull()
             self._taken = state["taken"]
@@ -256,38 +258,38 @@ class Streams:
     packing: Packing
     attend_across_documents: bool
     shuffle_window: int
-    """Number of rows that are shuffled together."""
+    """Number of sequences that are shuffled together."""
 
-    def train(self, *, rank: int, world_size: int, seed: int | None) -> RowStream:
-        """Return the stream of one rank's training rows from the beginning.
+    def train(self, *, rank: int, world_size: int, seed: int | None) -> SequenceStream:
+        """Return the stream of one rank's training sequences from the beginning.
 
-        ``seed`` shuffles the files in every pass and the rows of every window; None leaves both in their own order.
+        ``seed`` shuffles the files in every pass and the sequences of every window; None leaves both in their order.
         """
         fraction = self.packing.validation_fraction
         streams = [
             SourceStream(source, validation_fraction=fraction, rank=rank, world_size=world_size, seed=seed)
             for source in self.sources
         ]
-        return RowStream(
+        return SequenceStream(
             MixedStream(streams, self.weights, self.packing.tokenizer),
             self.packing.sequence_length,
             window=1 if seed is None else self.shuffle_window,
             key=(seed or 0, rank),
         )
 
-    def validation(self, num_rows: int) -> Validation:
-        """Gather at least ``num_rows`` validation rows, equally many per source; fewer where a source ends before.
+    def validation(self, num_sequences: int) -> Validation:
+        """Gather at least ``num_sequences`` for validation, equally many per source; fewer where a source ends before.
 
-        They are always the first rows of each source, for any number of ranks and any seed.
+        They are always the first sequences of each source, for any number of ranks and any seed.
 
         Raises:
-            DataError: the held-out documents do not fill one row.
+            DataError: the held-out documents do not fill one sequence.
         """
-        share = -(-num_rows // len(self.sources))
+        share = -(-num_sequences // len(self.sources))
         gathered = [_gather(source, self.packing, share) for source in self.sources]
         if not any(len(found) for found, _ in gathered):
             raise too_little_validation(self.sources, self.packing)
-        table = RowTable(
+        table = SequenceTable(
             [found for found, _ in gathered],
             [1.0] * len(gathered),
             document_token=self.packing.tokenizer.document_token,
@@ -297,18 +299,18 @@ class Streams:
 
 
 class Validation(NamedTuple):
-    """The validation rows, and the byte counts of the training text read on the way."""
+    """The validation sequences, and the byte counts of the training text read on the way."""
 
-    table: RowTable
-    """The validation rows."""
+    table: SequenceTable
+    """The validation sequences."""
     train_byte_counts: Array
     """``(256,)`` how often each byte value occurs in the training text that was read before enough was held out."""
 
 
-def _gather(source: OpenSource, packing: Packing, num_rows: int) -> tuple[SideTable, Array]:
-    """Read a source from its beginning until its held-out documents fill ``num_rows`` rows, or to its end."""
+def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[SideTable, Array]:
+    """Read a source from its beginning until its held-out documents fill ``num_sequences``, or to its end."""
     packer = Packer(packing.sequence_length)
-    found: list[Rows] = [packer.add([])]
+    found: list[PackedSequences] = [packer.add([])]
     num_found = 0
     counts = {False: np.zeros(256, np.int64), True: np.zeros(256, np.int64)}
     for text in source.texts():
@@ -318,8 +320,8 @@ def _gather(source: OpenSource, packing: Packing, num_rows: int) -> tuple[SideTa
         if held_out:
             found.append(packer.add(packing.tokenizer.tokenize([text])))
             num_found += len(found[-1].tokens)
-            if num_found >= num_rows:
+            if num_found >= num_sequences:
                 break
-    tokens = np.concatenate([rows.tokens for rows in found])[:num_rows]
-    num_bytes = np.concatenate([rows.num_bytes for rows in found])[:num_rows]
+    tokens = np.concatenate([packed.tokens for packed in found])[:num_sequences]
+    num_bytes = np.concatenate([packed.num_bytes for packed in found])[:num_sequences]
     return SideTable((tokens,), num_bytes, counts[True]), counts[False]

@@ -1,4 +1,4 @@
-"""One source, tokenised and packed once into memory-mapped Arrow tables: one of train rows, one of validation rows."""
+"""One source, tokenised and packed once into memory-mapped Arrow tables: one for training, one for validation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from qsparse_moe.data.cache import build_once
 from qsparse_moe.data.open_source import LIMITS, BadRecords, OpenSource
-from qsparse_moe.data.packing import PACKING_VERSION, Array, Packer, Rows, is_validation, text_digest
+from qsparse_moe.data.packing import PACKING_VERSION, Array, PackedSequences, Packer, is_validation, text_digest
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
 
@@ -28,7 +28,7 @@ Side = Literal["train", "validation"]
 SIDES: tuple[Side, ...] = ("train", "validation")
 
 Checks = Callable[[dict[Side, int]], None]
-"""Called with the number of rows of each side before a table enters the cache."""
+"""Called with the number of sequences of each side before a table enters the cache."""
 
 TABLES = "tables"
 """Folder of tables in the cache."""
@@ -40,16 +40,16 @@ _CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Packing:
-    """Everything other than the text on which the rows depend."""
+    """Everything other than the text on which the sequences depend."""
 
     tokenizer: TextTokenizer
     sequence_length: int
-    """S, the number of tokens per row."""
+    """S, the number of tokens per sequence."""
     validation_fraction: float
     """Fraction of the documents held out."""
 
     def describe(self) -> dict[str, Any]:
-        """Return a JSON-able description that is equal exactly where the same text gives the same rows."""
+        """Return a JSON-able description that is equal exactly where the same text gives the same sequences."""
         return {
             "version": PACKING_VERSION,
             "tokenizer": self.tokenizer.fingerprint,
@@ -60,12 +60,12 @@ class Packing:
 
 @dataclass(frozen=True)
 class SideTable:
-    """The rows of one side of one source."""
+    """The sequences of one side of one source."""
 
     chunks: tuple[Array, ...]
     """``(n, S + 1)`` token ids each, views of the mapped file."""
     num_bytes: Array
-    """``(R,)`` bytes of text that each row's labels encode."""
+    """``(R,)`` bytes of text that each sequence's labels encode."""
     byte_counts: Array
     """``(256,)`` how often each byte value occurs in the side's text."""
 
@@ -94,7 +94,8 @@ def load_source_table(
 ) -> SourceTable:
     """Return the table of a source; build it first if the cache has none for exactly this text and packing.
 
-    ``checks(rows)`` may raise for the number of rows of each side, so that a table that no run can use is not cached.
+    ``checks`` is called with the number of sequences of each side and may raise, so that no table is cached that no run
+    can use.
 
     Raises:
         DataError: the source cannot be read, the cache cannot be written, or a table in it is damaged.
@@ -159,11 +160,13 @@ def _build(
         progress(source.setting, done, total)
     summary: dict[str, Any] = {side: writer.close() for side, writer in writers.items()}
     if checks is not None:
-        checks({side: writer.num_rows for side, writer in writers.items()})
+        checks({side: writer.num_sequences for side, writer in writers.items()})
     summary |= {"digest": digest.hexdigest(), "bad_records": bad.count}
     (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
-    rows = ", ".join(f"{writer.num_rows} {side}" for side, writer in writers.items())
-    logger.info("%s: %d bytes packed into %s rows in %.1f s", source.setting, done, rows, time.monotonic() - began)
+    sequences = ", ".join(f"{writer.num_sequences} {side}" for side, writer in writers.items())
+    logger.info(
+        "%s: %d bytes packed into %s sequences in %.1f s", source.setting, done, sequences, time.monotonic() - began
+    )
 
 
 class _LogProgress:
@@ -217,7 +220,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 class _SideWriter:
-    """Writes the rows of one side to an Arrow file, which ``datasets`` maps."""
+    """Writes the sequences of one side to an Arrow file, which ``datasets`` maps."""
 
     def __init__(self, folder: Path, side: Side, packing: Packing) -> None:
         from datasets import Features, List, Value
@@ -232,28 +235,29 @@ class _SideWriter:
         self._schema = features.arrow_schema
         self._writer = ArrowWriter(path=str(folder / f"{side}.arrow"), features=features)
         self._byte_counts = np.zeros(256, np.int64)
-        self.num_rows = 0
+        self.num_sequences = 0
 
     def add(self, texts: Sequence[str], encoded: Sequence[bytes]) -> None:
-        """Write every row that is full after these documents."""
-        rows = self._packer.add(self._packing.tokenizer.tokenize(texts) if texts else [])
+        """Write every sequence that is full after these documents."""
+        sequences = self._packer.add(self._packing.tokenizer.tokenize(texts) if texts else [])
         self._byte_counts += count_bytes(encoded)
-        if len(rows.tokens):
-            self._write(rows)
+        if len(sequences.tokens):
+            self._write(sequences)
 
-    def _write(self, rows: Rows) -> None:
+    def _write(self, sequences: PackedSequences) -> None:
         import pyarrow as pa
 
-        flat = pa.array(np.ascontiguousarray(rows.tokens, self._dtype).reshape(-1))
+        flat = pa.array(np.ascontiguousarray(sequences.tokens, self._dtype).reshape(-1))
         tokens = pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("tokens").type)
-        table = pa.Table.from_arrays([tokens, pa.array(rows.num_bytes)], schema=self._schema)
-        self._writer.write_table(table, writer_batch_size=len(rows.tokens))
-        self.num_rows += len(rows.tokens)
+        table = pa.Table.from_arrays([tokens, pa.array(sequences.num_bytes)], schema=self._schema)
+        self._writer.write_table(table, writer_batch_size=len(sequences.tokens))
+        self.num_sequences += len(sequences.tokens)
 
     def close(self) -> dict[str, Any]:
         """Finish the file and return this side's part of the summary."""
         self._writer.finalize()
-        return {"num_rows": self.num_rows, "byte_counts": self._byte_counts.tolist()}
+        # The key is that of every table in a cache.
+        return {"num_rows": self.num_sequences, "byte_counts": self._byte_counts.tolist()}
 
 
 def count_bytes(texts: Sequence[bytes]) -> Array:
@@ -270,14 +274,14 @@ def _open_side(path: Path, summary: dict[str, Any], sequence_length: int) -> Sid
     from datasets import Dataset
 
     data = Dataset.from_file(str(path)).data
-    # Zero-copy views: they keep the mapping alive, and pages are read when rows are.
+    # Zero-copy views: they keep the mapping alive, and pages are read when sequences are.
     chunks = tuple(
         chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length + 1)
         for chunk in data.column("tokens").chunks
     )
     num_bytes = data.column("num_bytes").to_numpy()
     if len(num_bytes) != summary["num_rows"] or sum(map(len, chunks)) != summary["num_rows"]:
-        raise ValueError(f"{path.name} holds {len(num_bytes)} rows, not {summary['num_rows']}")
+        raise ValueError(f"{path.name} holds {len(num_bytes)} sequences, not {summary['num_rows']}")
     return SideTable(chunks, num_bytes, np.array(summary["byte_counts"], np.int64))
 
 

@@ -13,9 +13,9 @@ from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.open_source import Limits, OpenSource, content_digest
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.rows import RowTable, evenly_spaced_rows
+from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.streaming import RowStream, Streams
+from qsparse_moe.data.streaming import SequenceStream, Streams
 from qsparse_moe.data.table import (
     Packing,
     Progress,
@@ -28,8 +28,8 @@ from qsparse_moe.data.table import (
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer
 from qsparse_moe.errors import ConfigError
 
-# Validation rows that a stream gathers at the start, when the number needed is not known yet.
-_FIRST_STREAM_ROWS = 64
+# Validation sequences that a stream gathers at the start, when the number needed is not known yet.
+_FIRST_STREAM_SEQUENCES = 64
 
 
 class TokenData:
@@ -40,64 +40,64 @@ class TokenData:
         *,
         tokenizer: TextTokenizer,
         parts: dict[str, str],
-        train: RowTable | None,
-        validation: RowTable,
+        train: SequenceTable | None,
+        validation: SequenceTable,
         train_byte_counts: Array,
         streams: Streams | None = None,
         earlier_parts: dict[str, str] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.parts = parts
-        """Everything on which the rows depend, by setting, with a digest of the content of each source."""
+        """Everything on which the sequences depend, by setting, with a digest of the content of each source."""
         self.earlier_parts = parts if earlier_parts is None else earlier_parts
         """``parts`` in the form of earlier versions' checkpoints: a stream by its files' names, sizes and times."""
         self.validation = validation
-        """Validation rows; in streaming mode a first few of them."""
+        """Validation sequences; in streaming mode a first few of them."""
         self._train = train
         self._train_byte_counts = train_byte_counts
         self._streams = streams
-        self._gathered = {_FIRST_STREAM_ROWS: validation}
+        self._gathered = {_FIRST_STREAM_SEQUENCES: validation}
 
     @property
-    def train(self) -> RowTable:
-        """Train rows, in table mode."""
-        assert self._train is not None, "in streaming mode train rows come from TrainLoader only"
+    def train(self) -> SequenceTable:
+        """Training sequences, in table mode."""
+        assert self._train is not None, "in streaming mode training sequences come from TrainLoader only"
         return self._train
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever the rows do."""
+        """Changes whenever the sequences do."""
         return fingerprint_of(self.parts)
 
     def unigram_bits_per_byte(self) -> float:
         """Bits per byte of validation text under the byte frequencies of train text, each counted once more.
 
         A model that does not reach a lower value has learnt no more than frequencies. In streaming mode
-        the text is the part that was read while the first validation rows were gathered.
+        the text is the part that was read while the first validation sequences were gathered.
         """
         # Every count is raised by one, so that a byte that occurs in the validation text only has a finite code length.
         frequencies = (self._train_byte_counts + 1) / (self._train_byte_counts + 1).sum()
         counts = self.validation.byte_counts
         return float(-(counts * np.log2(frequencies)).sum() / counts.sum())
 
-    def evaluation_rows(self, num_rows: int) -> tuple[RowTable, Array]:
-        """Return a table and the indices of ``num_rows`` of its validation rows at even distances.
+    def evaluation_sequences(self, num_sequences: int) -> tuple[SequenceTable, Array]:
+        """Return a table and the indices of ``num_sequences`` of its validation sequences at even distances.
 
-        There are fewer indices where there are fewer rows; they are the same for the same ``num_rows``.
+        There are fewer indices where there are fewer sequences; they are the same for the same ``num_sequences``.
         """
         table = self.validation
         if self._streams is not None:
-            if num_rows not in self._gathered:
-                self._gathered[num_rows] = self._streams.validation(num_rows).table
-            table = self._gathered[num_rows]
-        return table, evenly_spaced_rows(num_rows, len(table))
+            if num_sequences not in self._gathered:
+                self._gathered[num_sequences] = self._streams.validation(num_sequences).table
+            table = self._gathered[num_sequences]
+        return table, evenly_spaced_indices(num_sequences, len(table))
 
-    def batch(self, rows: Array) -> Batch:
+    def batch(self, tokens: Array) -> Batch:
         """Return the token ids ``(B, S + 1)`` of a table or a stream as a batch."""
-        return self.validation.batch(rows)
+        return self.validation.batch(tokens)
 
-    def open_stream(self, *, rank: int, world_size: int, seed: int | None) -> RowStream | None:
-        """Return the stream of one rank's training rows in streaming mode, from the beginning; None in table mode."""
+    def open_stream(self, *, rank: int, world_size: int, seed: int | None) -> SequenceStream | None:
+        """Return the stream of one rank's training sequences from the beginning; None in table mode."""
         if self._streams is None:
             return None
         return self._streams.train(rank=rank, world_size=world_size, seed=seed)
@@ -113,7 +113,7 @@ def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenD
         progress: called while a table is built, in the process that builds it.
 
     Raises:
-        DataError: a source, the tokenizer or the cache cannot be used, or there is too little text for one row.
+        DataError: a source, the tokenizer or the cache cannot be used, or there is too little text for one sequence.
         ConfigError: a setting is not allowed in ``data.mode``.
     """
     _check_mode(config)
@@ -126,7 +126,7 @@ def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenD
 
 
 def fingerprint_of(parts: dict[str, str]) -> str:
-    """Return one digest of everything on which the rows depend."""
+    """Return one digest of everything on which the sequences depend."""
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode("utf-8"), digest_size=16).hexdigest()
 
 
@@ -146,10 +146,10 @@ def _load_tables(
     tables = []
     for source, settings in zip(sources, config.sources, strict=True):
 
-        def checks(rows: dict[Side, int], source: OpenSource = source) -> None:
-            if not rows["train"]:
+        def checks(num_sequences: dict[Side, int], source: OpenSource = source) -> None:
+            if not num_sequences["train"]:
                 raise too_little_train(source, packing)
-            if not rows["validation"] and len(sources) == 1:
+            if not num_sequences["validation"] and len(sources) == 1:
                 raise too_little_validation(sources, packing)
 
         table = load_source_table(
@@ -170,8 +170,8 @@ def _load_tables(
     )
 
 
-def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) -> RowTable:
-    return RowTable(
+def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) -> SequenceTable:
+    return SequenceTable(
         tables,
         [source.weight for source in config.sources],
         document_token=packing.tokenizer.document_token,
@@ -182,7 +182,7 @@ def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) ->
 def _load_streams(config: DataConfig, sources: tuple[OpenSource, ...], packing: Packing) -> TokenData:
     weights = tuple(source.weight for source in config.sources)
     streams = Streams(sources, weights, packing, config.attend_across_documents, config.shuffle_window)
-    first = streams.validation(_FIRST_STREAM_ROWS)
+    first = streams.validation(_FIRST_STREAM_SEQUENCES)
     return TokenData(
         tokenizer=packing.tokenizer,
         parts=_parts(config, packing, [_stream_digest(source) for source in sources]),

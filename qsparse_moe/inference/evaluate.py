@@ -22,9 +22,9 @@ from qsparse_moe.training.evaluate import Forward
 
 
 class _Segment(NamedTuple):
-    """Tokens that attend to each other: a row, or one document in it."""
+    """Tokens that attend to each other: a sequence, or one document in it."""
 
-    row: int
+    sequence: int
     begin: int
     end: int
 
@@ -58,7 +58,7 @@ def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "a
 def decoded_logits(model: Transformer, engine: DecodeEngine, batch: Batch) -> Tensor:
     """Return ``(B, S, V)`` fp32 on the model's device: the logits after each token, computed token by token.
 
-    If attention stays inside a document, every document of a row is decoded as a sequence of its own.
+    If attention stays inside a document, every document of a sequence is decoded as a sequence of its own.
     """
     device = model.embedding.weight.device
     logits_BSV = torch.zeros(*batch.tokens_BS.shape, model.head.out_features, device=device)
@@ -80,29 +80,29 @@ def _decode_group(
         dtype=engine.cache_dtype or weight.dtype,
         device=weight.device,
     )
-    rows, begins = (torch.tensor([getattr(one, name) for one in segments]) for name in ("row", "begin"))
+    sequences, begins = (torch.tensor([getattr(one, name) for one in segments]) for name in ("sequence", "begin"))
     for offset in range(segments[0].length):
         going = sum(one.length > offset for one in segments)
-        rows, begins = rows[:going], begins[:going]
-        tokens = tokens_BS[rows, begins + offset]
+        sequences, begins = sequences[:going], begins[:going]
+        tokens = tokens_BS[sequences, begins + offset]
         if offset == 0:
             logits = prefill(model, [[token] for token in tokens.tolist()], cache)
         else:
             # The longest come first, so the segments that have ended are always the last ones.
             cache.keep(range(going))
             logits = engine.decode(tokens, cache)
-        logits_BSV[rows, begins + offset] = logits.to(logits_BSV.device)
+        logits_BSV[sequences, begins + offset] = logits.to(logits_BSV.device)
 
 
 def _segments(batch: Batch) -> list[_Segment]:
-    num_rows, length = batch.tokens_BS.shape
+    num_sequences, length = batch.tokens_BS.shape
     if batch.documents_BS is None:
-        return [_Segment(row, 0, length) for row in range(num_rows)]
+        return [_Segment(sequence, 0, length) for sequence in range(num_sequences)]
     found = []
-    for row, documents_S in enumerate(batch.documents_BS):
+    for sequence, documents_S in enumerate(batch.documents_BS):
         changes = (documents_S[1:] != documents_S[:-1]).nonzero()[:, 0] + 1
         edges = [0, *changes.tolist(), length]
-        found += [_Segment(row, begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
+        found += [_Segment(sequence, begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True)]
     return found
 
 

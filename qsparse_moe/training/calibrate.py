@@ -18,7 +18,7 @@ from torch import Tensor
 from qsparse_moe.config.schema import RunConfig, Site
 from qsparse_moe.config.shapes import model_sites
 from qsparse_moe.data.batch import Batch
-from qsparse_moe.data.loader import sample_train_rows
+from qsparse_moe.data.loader import sample_train_sequences
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import meaningless_ids
@@ -78,7 +78,7 @@ def calibrate_run(
     run_dir: Path,
     plan: SparsityPlan,
     *,
-    num_rows: int | None = None,
+    num_sequences: int | None = None,
     device: str = "auto",
     max_values: int = MAX_VALUES,
 ) -> Calibration:
@@ -90,7 +90,7 @@ def calibrate_run(
     Args:
         run_dir: a run folder.
         plan: the S to calibrate for; it must fit the run's model.
-        num_rows: number of training sequences; None gives about 4,000 tokens per expert.
+        num_sequences: number of training sequences; None gives about 4,000 tokens per expert.
         device: ``auto``, ``cpu``, or ``cuda``.
         max_values: the maximum number of magnitudes sampled per (layer, site, expert).
 
@@ -102,8 +102,8 @@ def calibrate_run(
         config, model, step = load_run(run_dir, distributed.device, overrides=[_RANKED])
         data, size = load_data(config.data), config.training.micro_batch_size
         model.hide_ids(meaningless_ids(config.model, data.tokenizer))
-        train = sample_train_rows(config, data, num_rows or default_num_rows(config))
-        held_out = _held_out_rows(config, data)
+        train = sample_train_sequences(config, data, num_sequences or default_num_sequences(config))
+        held_out = _held_out_tokens(config, data)
         logger.info(
             "calibrating on %d training sequences, measuring on %d validation sequences", len(train), len(held_out)
         )
@@ -125,23 +125,23 @@ def calibrate_run(
     )
 
 
-def default_num_rows(config: RunConfig) -> int:
+def default_num_sequences(config: RunConfig) -> int:
     """Return the number of training sequences that give every expert about 4,000 tokens under an even load."""
     moe = config.model.moe
     return math.ceil(_TOKENS_PER_EXPERT * moe.num_experts / (moe.experts_per_token * config.data.sequence_length))
 
 
-def _held_out_rows(config: RunConfig, data: TokenData) -> Array:
-    table, indices = data.evaluation_rows(config.training.evaluation_rows)
+def _held_out_tokens(config: RunConfig, data: TokenData) -> Array:
+    table, indices = data.evaluation_sequences(config.training.evaluation_rows)
     return table.tokens(indices)
 
 
-def _local_batches(data: TokenData, rows: Array, size: int, distributed: Distributed) -> Iterator[tuple[int, Batch]]:
+def _local_batches(data: TokenData, tokens: Array, size: int, distributed: Distributed) -> Iterator[tuple[int, Batch]]:
     """Yield this rank's batches, every R-th of those of a single rank, each with the index of its first token."""
-    # A row has one token more than the model reads, as the last label.
-    tokens_per_row = rows.shape[1] - 1
-    for begin in range(distributed.rank * size, len(rows), distributed.world_size * size):
-        yield begin * tokens_per_row, data.batch(rows[begin : begin + size])
+    # A packed sequence has one token more than the model reads, as the last label.
+    tokens_per_sequence = tokens.shape[1] - 1
+    for begin in range(distributed.rank * size, len(tokens), distributed.world_size * size):
+        yield begin * tokens_per_sequence, data.batch(tokens[begin : begin + size])
 
 
 def _all_gather_samples(local: Samples, distributed: Distributed) -> Samples:
@@ -157,12 +157,12 @@ def _merge(samples: list[RowSample], more: list[RowSample]) -> list[RowSample]:
 
 
 @torch.no_grad()
-def _measure(model: Transformer, data: TokenData, rows: Array, size: int, distributed: Distributed) -> Stats:
-    """Return the model's sums over ``rows``, on the CPU and over all ranks, with ``loss`` and ``labels`` added."""
+def _measure(model: Transformer, data: TokenData, tokens: Array, size: int, distributed: Distributed) -> Stats:
+    """Return the model's sums over ``tokens``, on the CPU and over all ranks, with ``loss`` and ``labels`` added."""
     total: Stats = {}
-    for _, batch in _local_batches(data, rows, size, distributed):
+    for _, batch in _local_batches(data, tokens, size, distributed):
         output = run_model(model, batch, distributed.device, with_stats=True, layer_hook=None)
-        num_labels = torch.tensor(batch.targets_BS.numel(), dtype=torch.float64)  # rows of a table have no padding
+        num_labels = torch.tensor(batch.targets_BS.numel(), dtype=torch.float64)  # sequences of a table have no padding
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}
         total = add_stats(total, sums | {"loss": loss, "labels": num_labels})

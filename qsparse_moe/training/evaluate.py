@@ -57,16 +57,16 @@ class Evaluation:
 class Evaluator:
     """Evaluates on the fixed validation sequences of one rank, which stay in memory for all evaluations of a run."""
 
-    def __init__(self, data: TokenData, *, num_rows: int, micro_batch_size: int, distributed: Distributed) -> None:
+    def __init__(self, data: TokenData, *, num_sequences: int, micro_batch_size: int, distributed: Distributed) -> None:
         self._distributed = distributed
         self._batches = evaluation_batches(
             data,
-            num_rows=num_rows,
+            num_sequences=num_sequences,
             micro_batch_size=micro_batch_size,
             rank=distributed.rank,
             world_size=distributed.world_size,
         )
-        self._num_bytes = evaluation_num_bytes(data, num_rows)
+        self._num_bytes = evaluation_num_bytes(data, num_sequences)
         self.counts_T = torch.cat([batch.targets_BS.flatten() for batch in self._batches]) != IGNORED_LABEL
         """bool, whether the label of each of this rank's tokens counts, in order."""
         self.checksum = _checksum(self._batches, self.counts_T)
@@ -142,7 +142,7 @@ def stored_timeout(run_dir: Path) -> float:
 def evaluate_run(
     run_dir: Path,
     *,
-    num_rows: int | None = None,
+    num_sequences: int | None = None,
     device: str = "auto",
     plan: SparsityPlan | None = None,
     files: Sequence[str] = (),
@@ -152,7 +152,7 @@ def evaluate_run(
 
     Args:
         run_dir: a run folder.
-        num_rows: number of validation sequences, evenly spaced; None is ``training.evaluation_rows``.
+        num_sequences: number of validation sequences, evenly spaced; None is ``training.evaluation_rows``.
         device: ``auto``, ``cpu``, or ``cuda``.
         plan: the S of the evaluation; None is that of the run's last step.
         files: files or globs whose text, under the run's tokenizer, replaces the validation sequences.
@@ -180,12 +180,14 @@ def evaluate_run(
             batches = text.batches(micro_batch_size, rank=distributed.rank, world_size=distributed.world_size)
             losses = mean_losses(make_forward(), batches, text.num_bytes, distributed)
             return Evaluation(step=step, rows=len(text), **losses, unigram_bits_per_byte=None, sparsity=sparsity)
-        num_rows = num_rows or config.training.evaluation_rows
+        num_sequences = num_sequences or config.training.evaluation_rows
         data = load_data(config.data)
         model.hide_ids(meaningless_ids(config.model, data.tokenizer))
-        evaluator = Evaluator(data, num_rows=num_rows, micro_batch_size=micro_batch_size, distributed=distributed)
+        evaluator = Evaluator(
+            data, num_sequences=num_sequences, micro_batch_size=micro_batch_size, distributed=distributed
+        )
         losses = evaluator(make_forward())
-        rows, unigram = len(data.evaluation_rows(num_rows)[1]), data.unigram_bits_per_byte()
+        rows, unigram = len(data.evaluation_sequences(num_sequences)[1]), data.unigram_bits_per_byte()
         return Evaluation(step=step, rows=rows, **losses, unigram_bits_per_byte=unigram, sparsity=sparsity)
 
 

@@ -85,7 +85,10 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
     start = checkpoint.progress if checkpoint is not None else RunProgress(step=0, tokens=0, seconds=0.0)
     _start_random_states(training.seed, distributed, start, checkpoint)
     evaluator = Evaluator(
-        data, num_rows=training.evaluation_rows, micro_batch_size=training.micro_batch_size, distributed=distributed
+        data,
+        num_sequences=training.evaluation_rows,
+        micro_batch_size=training.micro_batch_size,
+        distributed=distributed,
     )
 
     # After everything that can refuse the run, so that a refused run leaves its folder unchanged.

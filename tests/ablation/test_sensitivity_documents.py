@@ -10,7 +10,7 @@ import torch
 
 from qsparse_moe.ablation.sensitivity.documents import bootstrap_intervals, training_documents, validation_documents
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.data.rows import RowTable, evenly_spaced_rows
+from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
 
 
 def data_of(tokens, evaluated=range(0, 12, 2)):
@@ -22,13 +22,13 @@ def data_of(tokens, evaluated=range(0, 12, 2)):
         def __len__(self):
             return len(tokens)
 
-    table = RowTable([Side()], [1], document_token=0, attend_across_documents=False)
+    table = SequenceTable([Side()], [1], document_token=0, attend_across_documents=False)
 
     class Data:
         train = validation = table
 
-        def evaluation_rows(self, num_rows):
-            return table, np.array(evaluated)[:num_rows]
+        def evaluation_sequences(self, num_sequences):
+            return table, np.array(evaluated)[:num_sequences]
 
         def batch(self, rows):
             return table.batch(rows)
@@ -51,7 +51,7 @@ def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_th
     assert torch.cat([batch.tokens_BS for batch in rows.batches]).tolist() == tokens[::2, :-1].tolist()
     trained = training_documents(RunConfig(), data, num_sequences=6, batch_size=4)
     read = torch.cat([batch.tokens_BS for batch in trained.batches])
-    assert read.tolist() == tokens[evenly_spaced_rows(6, 12), :-1].tolist()
+    assert read.tolist() == tokens[evenly_spaced_indices(6, 12), :-1].tolist()
     ids = torch.cat(trained.documents)
     assert trained.num_documents == int(ids.max()) + 1 == 6 + int((read[:, 1:] == 0).sum())
     for one, other in itertools.pairwise(ids):

@@ -15,9 +15,9 @@ from qsparse_moe.data.loader import (
     combine_states,
     evaluation_batches,
     evaluation_num_bytes,
-    sample_train_rows,
+    sample_train_sequences,
 )
-from qsparse_moe.data.rows import train_rows
+from qsparse_moe.data.sequences import train_indices
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.errors import ConfigError, DataError
 from tests.data.corpus import make_texts, write_jsonl
@@ -48,8 +48,8 @@ def global_batch(config: RunConfig, data: TokenData, step: int, world_size: int)
 def test_every_layout_reads_the_same_global_batch(run_config: MakeRun) -> None:
     config = run_config()
     data = load_data(config.data)
-    rows = train_rows(7, num_rows=len(data.train), global_batch_size=12, seed=3, shuffle=True)
-    want = data.train.rows(rows).tokens_BS.tolist()
+    rows = train_indices(7, num_sequences=len(data.train), global_batch_size=12, seed=3, shuffle=True)
+    want = data.train.sequences(rows).tokens_BS.tolist()
     for world_size, micro_batch_size in ((1, 12), (1, 3), (2, 2), (3, 4), (6, 1)):
         layout = run_config(micro_batch_size=micro_batch_size)
         assert global_batch(layout, data, 7, world_size) == want
@@ -84,8 +84,8 @@ def test_a_table_resumes_on_another_number_of_ranks(run_config: MakeRun) -> None
     resumed = TrainLoader(config, load_data(config.data), 1, 3)
     resumed.load_state_dict(state)
     assert resumed.state_dict() == state
-    rows = train_rows(5, num_rows=len(data.train), global_batch_size=12, seed=3, shuffle=True)[4:8]
-    want = data.train.rows(rows).tokens_BS.tolist()
+    rows = train_indices(5, num_sequences=len(data.train), global_batch_size=12, seed=3, shuffle=True)[4:8]
+    want = data.train.sequences(rows).tokens_BS.tolist()
     assert [row for batch in resumed.batches(5) for row in batch.tokens_BS.tolist()] == want
 
 
@@ -93,16 +93,16 @@ def test_sampled_rows_are_training_rows_spread_over_the_table(run_config: MakeRu
     config = run_config()
     data = load_data(config.data)
     assert len(data.train) > 100
-    rows = sample_train_rows(config, data, 10)
+    rows = sample_train_sequences(config, data, 10)
     indices = [index * len(data.train) // 10 for index in range(10)]
     assert rows.tolist() == data.train.tokens(indices).tolist()
-    assert sample_train_rows(config, data, 10**6).tolist() == data.train.tokens(range(len(data.train))).tolist()
+    assert sample_train_sequences(config, data, 10**6).tolist() == data.train.tokens(range(len(data.train))).tolist()
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_sampled_rows_of_a_stream_are_the_first_that_one_rank_trains_on(run_config: MakeRun, shuffle: bool) -> None:
     config = run_config(data={"mode": "streaming", "shuffle": shuffle})
-    rows = sample_train_rows(config, load_data(config.data), 12)
+    rows = sample_train_sequences(config, load_data(config.data), 12)
     (first, second, *_) = TrainLoader(config, load_data(config.data), 0, 1).batches(0)
     assert rows[:4, :-1].tolist() == [*first.tokens_BS.tolist(), *second.tokens_BS.tolist()]
     assert rows.shape == (12, 17)
@@ -144,16 +144,16 @@ def evaluated_rows(batches: list[Batch]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("mode", ["table", "streaming"])
-@pytest.mark.parametrize("num_rows", [1, 7, 24, 100_000])
-def test_evaluation_sees_the_same_rows_in_every_layout(run_config: MakeRun, num_rows: int, mode: str) -> None:
+@pytest.mark.parametrize("num_sequences", [1, 7, 24, 100_000])
+def test_evaluation_sees_the_same_rows_in_every_layout(run_config: MakeRun, num_sequences: int, mode: str) -> None:
     data = load_data(run_config(data={"mode": mode}).data)
-    table, indices = data.evaluation_rows(num_rows)
-    assert len(indices) == min(num_rows, len(table))
+    table, indices = data.evaluation_sequences(num_sequences)
+    assert len(indices) == min(num_sequences, len(table))
     want = table.tokens(indices).tolist()
     for world_size, micro_batch_size in ((1, 1), (1, 8), (2, 4), (3, 5)):
         ranks = [
             evaluation_batches(
-                data, num_rows=num_rows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size
+                data, num_sequences=num_sequences, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size
             )
             for rank in range(world_size)
         ]
@@ -165,7 +165,7 @@ def test_evaluation_sees_the_same_rows_in_every_layout(run_config: MakeRun, num_
 @pytest.mark.parametrize("mode", ["table", "streaming"])
 def test_evaluation_bytes_are_those_that_the_labels_stand_for(run_config: MakeRun, mode: str) -> None:
     data = load_data(run_config(data={"mode": mode}).data)
-    (batch,) = evaluation_batches(data, num_rows=60, micro_batch_size=64, rank=0, world_size=1)
+    (batch,) = evaluation_batches(data, num_sequences=60, micro_batch_size=64, rank=0, world_size=1)
     labels = batch.targets_BS[batch.targets_BS != -100]
     assert len(labels) == 60 * 16
     assert evaluation_num_bytes(data, 60) == int((labels < 256).sum()) < len(labels)
@@ -173,7 +173,7 @@ def test_evaluation_bytes_are_those_that_the_labels_stand_for(run_config: MakeRu
 
 def test_evaluation_bytes_of_a_subword_tokenizer(run_config: MakeRun, bpe_folder: Path) -> None:
     data = load_data(run_config(data={"tokenizer": str(bpe_folder)}).data)
-    (batch,) = evaluation_batches(data, num_rows=40, micro_batch_size=40, rank=0, world_size=1)
+    (batch,) = evaluation_batches(data, num_sequences=40, micro_batch_size=40, rank=0, world_size=1)
     labels = batch.targets_BS.flatten()
     # A row may begin or end inside a character, and a replacement character is longer than the byte it stands for.
     text = data.tokenizer.decode(labels[labels != data.tokenizer.document_token].tolist())
@@ -182,6 +182,6 @@ def test_evaluation_bytes_of_a_subword_tokenizer(run_config: MakeRun, bpe_folder
 
 def test_a_padded_batch_is_fit_for_the_model(run_config: MakeRun) -> None:
     data = load_data(run_config().data)
-    (batch,) = evaluation_batches(data, num_rows=1, micro_batch_size=4, rank=1, world_size=2)
+    (batch,) = evaluation_batches(data, num_sequences=1, micro_batch_size=4, rank=1, world_size=2)
     assert (batch.targets_BS == -100).all() and (batch.tokens_BS == data.tokenizer.document_token).all()
     assert batch.documents_BS is not None and torch.equal(batch.documents_BS[0], torch.arange(16))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.config.schema import DataConfig, RunConfig, SourceConfig, TrainingConfig
-from qsparse_moe.data.loader import TrainLoader, sample_train_rows
+from qsparse_moe.data.loader import TrainLoader, sample_train_sequences
 from qsparse_moe.data.token_data import load_data
 from tests.data.corpus import make_texts, write_jsonl
 
@@ -27,7 +27,7 @@ def rows_of(data_config: Callable[..., DataConfig], tmp_path: Path) -> Callable[
             training=TrainingConfig(global_batch_size=1, micro_batch_size=1, seed=seed),
         )
         (batch,) = TrainLoader(config, load_data(config.data), 0, 1).batches(0)
-        sampled = sample_train_rows(config, load_data(config.data), 1)
+        sampled = sample_train_sequences(config, load_data(config.data), 1)
         return batch.tokens_BS[0].tolist(), sampled[0, :-1].tolist()
 
     return make

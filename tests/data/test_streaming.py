@@ -223,9 +223,9 @@ def test_the_state_of_one_rank_alone_is_our_own_mistake(run_config: RunConfig) -
 
 def test_validation_rows_of_a_stream_are_read_once(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_data(run_config.data)
-    table, _ = data.evaluation_rows(3)
+    table, _ = data.evaluation_sequences(3)
     monkeypatch.setattr("qsparse_moe.data.streaming._gather", None)
-    assert data.evaluation_rows(3)[0] is table and data.evaluation_rows(64)[0] is data.validation
+    assert data.evaluation_sequences(3)[0] is table and data.evaluation_sequences(64)[0] is data.validation
 
 
 def test_steps_of_a_stream_come_in_order(run_config: RunConfig) -> None:
@@ -253,24 +253,24 @@ def test_validation_rows_of_a_stream_are_the_first_held_out_ones(data_config: Ma
     held_out = [text for text in make_texts(40) if text not in train_side(make_texts(40))]
     documents_ = ByteTokenizer().tokenize(held_out)
     joined = [token for document in documents_ for token in document.tokens.tolist()]
-    table, indices = data.evaluation_rows(5)
+    table, indices = data.evaluation_sequences(5)
     assert table.tokens(indices).tolist() == [joined[16 * row : 16 * row + 17] for row in range(5)]
     assert len(data.validation) == min(64, (len(joined) - 1) // 16)
 
 
-@pytest.mark.parametrize(("num_rows", "of_each"), [(1, 1), (4, 2), (5, 3)])
+@pytest.mark.parametrize(("num_sequences", "of_each"), [(1, 1), (4, 2), (5, 3)])
 def test_every_source_of_a_stream_gives_as_many_validation_rows_and_together_no_fewer_than_asked_for(
-    data_config: MakeConfig, tmp_path: Path, num_rows: int, of_each: int
+    data_config: MakeConfig, tmp_path: Path, num_sequences: int, of_each: int
 ) -> None:
     sources = (make_source(tmp_path, "text"), make_source(tmp_path, "jsonl"))
     rows = []
     for source in sources:
         alone = load_data(data_config(source, mode="streaming"))
-        table, indices = alone.evaluation_rows(of_each)
+        table, indices = alone.evaluation_sequences(of_each)
         rows += table.tokens(indices).tolist()
-    table, indices = load_data(data_config(*sources, mode="streaming")).evaluation_rows(num_rows)
+    table, indices = load_data(data_config(*sources, mode="streaming")).evaluation_sequences(num_sequences)
     assert table.tokens(range(len(table))).tolist() == rows
-    assert len(indices) == num_rows
+    assert len(indices) == num_sequences
 
 
 def test_only_as_much_of_a_stream_is_read_as_validation_needs(
@@ -280,7 +280,7 @@ def test_only_as_much_of_a_stream_is_read_as_validation_needs(
     config = data_config(SourceConfig(kind="text", path=f"{tmp_path}/text/*.txt"), mode="streaming")
     for path in sorted((tmp_path / "text").iterdir())[20:]:
         path.write_bytes(b"\xff")  # reading as far as here would fail
-    monkeypatch.setattr("qsparse_moe.data.token_data._FIRST_STREAM_ROWS", 4)
+    monkeypatch.setattr("qsparse_moe.data.token_data._FIRST_STREAM_SEQUENCES", 4)
     assert len(load_data(config).validation) == 4
     assert len(list(islice(opened.texts(), 20))) == 20
 

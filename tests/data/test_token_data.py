@@ -25,7 +25,7 @@ def split(texts: list[str], fraction: float = 0.2) -> tuple[list[str], list[str]
 def test_unigram_bits_per_byte_is_the_definition(
     data_config: MakeConfig, jsonl_source: SourceConfig, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qsparse_moe.data.token_data._FIRST_STREAM_ROWS", 10_000)  # to the end of the stream
+    monkeypatch.setattr("qsparse_moe.data.token_data._FIRST_STREAM_SEQUENCES", 10_000)  # to the end of the stream
     data = load_data(data_config(jsonl_source, mode=mode))
     train, held_out = ("".join(texts).encode() for texts in split(make_texts(400)))
     counts, total = Counter(train), len(train) + 256
@@ -66,9 +66,9 @@ def test_every_document_is_on_one_side_only(data_config: MakeConfig, tmp_path: P
 
 
 def test_attention_across_documents_leaves_them_unmarked(data_config: MakeConfig, jsonl_source: SourceConfig) -> None:
-    batch = load_data(data_config(jsonl_source, attend_across_documents=True)).train.rows([0, 1])
+    batch = load_data(data_config(jsonl_source, attend_across_documents=True)).train.sequences([0, 1])
     assert batch.documents_BS is None and batch.positions_BS[1].tolist() == list(range(16))
-    marked = load_data(data_config(jsonl_source, sequence_length=200)).train.rows([0])
+    marked = load_data(data_config(jsonl_source, sequence_length=200)).train.sequences([0])
     assert marked.documents_BS is not None and marked.documents_BS.max() > 0
 
 

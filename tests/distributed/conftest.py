@@ -257,8 +257,8 @@ def _calibrations(made: Runs) -> list[dict[str, Any]]:
     """Use the run of one rank in every case, so that two ranks have the same weights."""
     run_dir = made.folder_of("torch-fp32", 1)
     return [
-        calibration(label, run_dir, num_rows=num_rows, max_values=max_values)
-        for label, (num_rows, max_values) in CALIBRATIONS.items()
+        calibration(label, run_dir, num_sequences=num_sequences, max_values=max_values)
+        for label, (num_sequences, max_values) in CALIBRATIONS.items()
     ]
 
 

@@ -83,7 +83,7 @@ def test_int8_loads_the_rounded_model_for_every_engine(run_dir):
 def test_loss_in_another_number_format_is_near_and_not_the_same(run_dir):
     def loss(weights):
         forward_of = partial(decoding_forward, weights=weights)
-        return evaluate_run(run_dir, num_rows=2, device="cpu", forward_of=forward_of).bits_per_byte
+        return evaluate_run(run_dir, num_sequences=2, device="cpu", forward_of=forward_of).bits_per_byte
 
     exact = loss("auto")
     for weights in ("bf16", "int8"):
@@ -176,7 +176,7 @@ def test_the_loss_token_by_token_is_that_of_whole_rows(folder, across, engine):
     made = train(config.model_copy(update={"data": data})).run_dir
     own = folder / "short.jsonl"
     own.write_text("".join(json.dumps({"text": "abc de" * n}) + "\n" for n in (1, 2, 5, 1, 3, 1)))
-    for arguments in ({"num_rows": 11}, {"files": [str(own)]}):
+    for arguments in ({"num_sequences": 11}, {"files": [str(own)]}):
         whole = evaluate_run(made, device="cpu", **arguments)
         forward_of = partial(decoding_forward, engine=engine)
         found = evaluate_run(made, device="cpu", forward_of=forward_of, **arguments)
@@ -193,7 +193,7 @@ def test_the_decoded_loss_is_computed_by_decoding(run_dir, monkeypatch):
     monkeypatch.setattr(
         cached_model, "_forward", lambda *arguments: (lengths.append(arguments[1].shape[1]), forward(*arguments))[1]
     )
-    evaluate_run(run_dir, num_rows=4, device="cpu", forward_of=partial(decoding_forward, engine="torch"))
+    evaluate_run(run_dir, num_sequences=4, device="cpu", forward_of=partial(decoding_forward, engine="torch"))
     assert set(lengths) == {1} and len(lengths) >= 24
     assert load_config(run_dir / "config.yaml").data.sequence_length == 24
 

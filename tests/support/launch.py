@@ -41,9 +41,12 @@ def entry(
     return {"label": label, "config": settings, "copy_of": copied, "stop_after": stop_after, "fault": fault}
 
 
-def calibration(label: str, run_dir: Path, *, num_rows: int, max_values: int) -> dict[str, Any]:
+def calibration(label: str, run_dir: Path, *, num_sequences: int, max_values: int) -> dict[str, Any]:
     """A calibration of a run that stands before it in the plan, or in an earlier one; see ``calibrate_run``."""
-    return {"label": label, "calibrate": {"run_dir": str(run_dir), "num_rows": num_rows, "max_values": max_values}}
+    return {
+        "label": label,
+        "calibrate": {"run_dir": str(run_dir), "num_sequences": num_sequences, "max_values": max_values},
+    }
 
 
 def run_plan(

@@ -163,12 +163,12 @@ def _recorder(config: RunConfig) -> Recorder:
     return Recorder(config.model_copy(update={"metrics": metrics}))
 
 
-def calibrated(label: str, *, run_dir: str, num_rows: int, max_values: int) -> dict[str, Any]:
+def calibrated(label: str, *, run_dir: str, num_sequences: int, max_values: int) -> dict[str, Any]:
     """Calibrate one run for its target S; the plan and the figures that this rank got."""
     outcome: dict[str, Any] = {"label": label, "error": None}
     try:
         plan = SparsityPlan.from_config(load_config(Path(run_dir) / CONFIG_FILE).model)
-        found = calibrate_run(Path(run_dir), plan, num_rows=num_rows, max_values=max_values)
+        found = calibrate_run(Path(run_dir), plan, num_sequences=num_sequences, max_values=max_values)
         return outcome | {"found": asdict(found) | {"plan": found.plan.to_json()}}
     except Exception as error:  # as in run
         return outcome | {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}

@@ -7,12 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from qsparse_moe.data.loader import sample_train_rows
+from qsparse_moe.data.loader import sample_train_sequences
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.model.thresholds import calibrate
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training import calibrate as calibrate_module
-from qsparse_moe.training.calibrate import SiteCalibration, _site, calibrate_run, default_num_rows
+from qsparse_moe.training.calibrate import SiteCalibration, _site, calibrate_run, default_num_sequences
 from qsparse_moe.training.evaluate import evaluate_run, load_run
 from qsparse_moe.training.loop import train
 from tests.support.runs import tiny_config
@@ -59,13 +59,13 @@ def zeros_by_layer(outputs, site):
 
 def test_the_plan_is_made_of_training_rows_and_measured_on_validation_rows(run_dir, tmp_path):
     config, model, step = load_run(run_dir)
-    found = calibrate_run(run_dir, model.sparsity_plan, num_rows=15)
+    found = calibrate_run(run_dir, model.sparsity_plan, num_sequences=15)
     data = load_data(config.data)
-    shown = batches_of(data, sample_train_rows(config, data, 15))
+    shown = batches_of(data, sample_train_sequences(config, data, 15))
     assert found.plan == calibrate(model, shown)
     assert (found.step, found.rows, found.held_out_rows) == (step, 15, 11) == (6, 15, 11)
     unseen = int((summed(outputs(model, shown), "router/rows_LE") == 0).sum())
-    table, indices = data.evaluation_rows(11)
+    table, indices = data.evaluation_sequences(11)
     held_out = batches_of(data, table.tokens(indices))
     found.plan.save(tmp_path / "plan.json")
     _, other, _ = load_run(run_dir, overrides=[*BY_THRESHOLD, f"model.sparsity.plan={tmp_path / 'plan.json'}"])
@@ -93,10 +93,10 @@ def test_rows_are_ranked_as_a_whole_whatever_the_run_selects_by(make_config, run
     config = config.model_copy(update={"model": config.model.model_copy(update={"sparsity": sparsity})})
     blocks = train(config).run_dir
     plan = SparsityPlan.uniform(config.model, 0.3)
-    found = calibrate_run(blocks, plan, num_rows=4)
+    found = calibrate_run(blocks, plan, num_sequences=4)
     _, ranked, _ = load_run(blocks, overrides=["model.sparsity.selection=topk"])
     data = load_data(config.data)
-    assert found.plan == calibrate(ranked, batches_of(data, sample_train_rows(config, data, 4)), plan)
+    assert found.plan == calibrate(ranked, batches_of(data, sample_train_sequences(config, data, 4)), plan)
     # 28 of 40 are kept, 14 of 20, 17 of 24: a group of four would keep three.
     assert [found.sites[site].zeros_topk for site in ("attention_input", "attention_output")] == pytest.approx(
         [0.3] * 2
@@ -112,14 +112,14 @@ def test_experts_that_saw_no_row_are_counted(run_dir, monkeypatch):
         return config, model, step
 
     monkeypatch.setattr(calibrate_module, "load_run", load_unbalanced)
-    found = calibrate_run(run_dir, SparsityPlan.uniform(load_run(run_dir)[0].model, 0.5), num_rows=3)
+    found = calibrate_run(run_dir, SparsityPlan.uniform(load_run(run_dir)[0].model, 0.5), num_sequences=3)
     unseen = {site: measured.experts_without_rows for site, measured in found.sites.items()}
     assert unseen == {"attention_input": 0, "attention_output": 0, "expert_input": 4, "expert_hidden": 4}
 
 
 def test_without_a_number_every_expert_sees_some_thousand_tokens(text_config):
     # 4 experts, 2 a token, 24 tokens a row.
-    assert default_num_rows(text_config) == 342
+    assert default_num_sequences(text_config) == 342
     assert 342 * 24 * 2 / 4 >= 4096 > 341 * 24 * 2 / 4
 
 

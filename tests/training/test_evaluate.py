@@ -31,7 +31,7 @@ def test_a_finished_run_evaluates_to_what_training_said(make_config, precision):
     assert (evaluation.step, evaluation.rows) == (3, 11)
     assert evaluation.unigram_bits_per_byte == load_data(config.data).unigram_bits_per_byte()
     assert evaluation.as_dict()["bits_per_byte"] == evaluation.bits_per_byte
-    more = evaluate_run(result.run_dir, num_rows=20)
+    more = evaluate_run(result.run_dir, num_sequences=20)
     assert more.rows == 20 and more.loss != evaluation.loss
 
 
@@ -39,7 +39,7 @@ def test_files_of_one_s_own_evaluate_as_the_run_s_validation_rows_of_the_same_te
     """Return the validation documents as a file, cut where the last whole sequence ends, and as an uncut file."""
     config = make_config(steps=2)
     run_dir = train(config).run_dir
-    want = evaluate_run(run_dir, num_rows=10**6)
+    want = evaluate_run(run_dir, num_sequences=10**6)
     texts = [
         text
         for text in open_source(config.data.sources[0], 0).texts()
@@ -88,8 +88,8 @@ def test_the_loss_is_the_mean_over_all_labels_and_the_bits_are_over_all_bytes(ma
     config = make_config(steps=2)
     _, model, _ = load_run(train(config).run_dir)
     data = load_data(config.data)
-    table, rows = data.evaluation_rows(11)
-    batch = table.rows(rows)
+    table, rows = data.evaluation_sequences(11)
+    batch = table.sequences(rows)
     losses = []
     with torch.no_grad():
         for row in range(len(rows)):
@@ -102,7 +102,7 @@ def test_the_loss_is_the_mean_over_all_labels_and_the_bits_are_over_all_bytes(ma
             losses += [-log_probs[position, label].item() for position, label in enumerate(batch.targets_BS[row])]
     assert len(losses) == 11 * 24
     with open_distributed("cpu") as distributed:
-        evaluator = Evaluator(data, num_rows=11, micro_batch_size=3, distributed=distributed)
+        evaluator = Evaluator(data, num_sequences=11, micro_batch_size=3, distributed=distributed)
         found = evaluator(lambda b: model(b.tokens_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS))
     assert found["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
@@ -116,12 +116,12 @@ def test_bits_are_over_the_bytes_of_the_labels_and_a_document_token_has_none(mak
     source = config.data.sources[0].model_copy(update={"kind": "jsonl", "path": str(file)})
     data = load_data(config.data.model_copy(update={"sources": (source,)}))
     model = build_model(config.model).eval()
-    table, rows = data.evaluation_rows(4)
-    labels = table.rows(rows).targets_BS
+    table, rows = data.evaluation_sequences(4)
+    labels = table.sequences(rows).targets_BS
     num_bytes = (labels < 256).sum().item()
     assert 0 < num_bytes < 0.95 * labels.numel()
     with open_distributed("cpu") as distributed:
-        evaluator = Evaluator(data, num_rows=4, micro_batch_size=2, distributed=distributed)
+        evaluator = Evaluator(data, num_sequences=4, micro_batch_size=2, distributed=distributed)
         found = evaluator(lambda b: model(b.tokens_BS, positions_BS=b.positions_BS, documents_BS=b.documents_BS))
     assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2) * labels.numel() / num_bytes, rel=1e-9)
 
@@ -154,8 +154,8 @@ def test_padding_of_the_vocabulary_changes_no_evaluation(make_config):
     assert evaluate_run(result.run_dir).loss == result.validation["loss"]
     _, model, _ = load_run(result.run_dir)
     data = load_data(config.data)
-    table, rows = data.evaluation_rows(11)
-    batch = table.rows(rows)
+    table, rows = data.evaluation_sequences(11)
+    batch = table.sequences(rows)
     with torch.no_grad():
         logits = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS).logits_BSV
         want = torch.nn.functional.cross_entropy(logits[..., :257].flatten(0, 1), batch.targets_BS.flatten())

@@ -16,7 +16,7 @@ from qsparse_moe.ablation.sensitivity.measure import load_ranked
 from qsparse_moe.data.loader import load_data
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training.calibrate import default_num_rows
+from qsparse_moe.training.calibrate import default_num_sequences
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def allocate_run(
     data, size = load_data(config.data), config.training.micro_batch_size
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     sequences = training_documents(
-        config, data, num_sequences=num_sequences or default_num_rows(config), batch_size=size
+        config, data, num_sequences=num_sequences or default_num_sequences(config), batch_size=size
     )
     held_out = validation_documents(data, num_sequences=config.training.evaluation_rows, batch_size=size)
     costs = Costs(

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
-from qsparse_moe.data.loader import sample_train_rows
+from qsparse_moe.data.loader import sample_train_sequences
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.rows import RowTable
+from qsparse_moe.data.sequences import SequenceTable
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.training.engines.protocol import run_model
@@ -54,7 +54,7 @@ class DocumentSequences:
 
 def validation_documents(data: TokenData, *, num_sequences: int, batch_size: int) -> DocumentSequences:
     """Return ``num_sequences`` validation sequences spread evenly over the validation text, or all if it has fewer."""
-    table, indices = data.evaluation_rows(num_sequences)
+    table, indices = data.evaluation_sequences(num_sequences)
     # Documents between the chosen sequences leave gaps in the numbering.
     _, dense = np.unique(_documents(table, indices), return_inverse=True)
     return _batched(table.tokens(indices), dense.reshape(len(indices), -1), data, batch_size)
@@ -66,7 +66,7 @@ def training_documents(config: RunConfig, data: TokenData, *, num_sequences: int
     The part of a document inside one sequence counts as a document of its own: finding the sequences that share a
     document would mean reading the whole training text.
     """
-    tokens_RS = sample_train_rows(config, data, num_sequences)
+    tokens_RS = sample_train_sequences(config, data, num_sequences)
     starts_RS = tokens_RS[:, :-1] == data.validation.document_token
     starts_RS[:, 0] = True  # a sequence may begin in the middle of a document
     return _batched(tokens_RS, starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1, data, batch_size)
@@ -82,7 +82,7 @@ def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size:
     )
 
 
-def _documents(table: RowTable, indices: Array) -> Array:
+def _documents(table: SequenceTable, indices: Array) -> Array:
     """Return the documents of these sequences, ``(R, S)``, counted from the start of the table.
 
     Counting starts there because a document may continue over several sequences.

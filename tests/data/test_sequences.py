@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.data.rows import RowTable, evenly_spaced_rows, mixture_counts, train_rows
+from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices, mixture_counts, train_indices
 from qsparse_moe.data.table import SideTable
 
 
@@ -17,8 +17,8 @@ def make_side(chunk_lengths: list[int], first: int) -> SideTable:
     return SideTable(chunks, values.astype(np.int64), np.eye(256, dtype=np.int64)[first % 256] * len(values))
 
 
-def make_table(sides: list[SideTable], weights: list[float]) -> RowTable:
-    return RowTable(sides, weights, document_token=65535, attend_across_documents=False)
+def make_table(sides: list[SideTable], weights: list[float]) -> SequenceTable:
+    return SequenceTable(sides, weights, document_token=65535, attend_across_documents=False)
 
 
 def test_rows_of_all_sources_are_numbered_one_after_another() -> None:
@@ -26,7 +26,7 @@ def test_rows_of_all_sources_are_numbered_one_after_another() -> None:
     firsts = [10, 11, 12, 13, 14, 50, 100, 101, 102, 103]
     assert len(table) == 10 and table.sequence_length == 2
     assert table.tokens(range(10))[:, 0].tolist() == firsts
-    batch = table.rows([9, 0, 5, 0])
+    batch = table.sequences([9, 0, 5, 0])
     assert batch.tokens_BS.tolist() == [[103, 104], [10, 11], [50, 51], [10, 11]]
     assert batch.targets_BS.tolist() == [[104, 105], [11, 12], [51, 52], [11, 12]]
     assert table.num_bytes([9, 0, 0]) == 103 + 10 + 10
@@ -69,26 +69,26 @@ def test_equal_weights_of_one_read_everything_once_and_others_do_not() -> None:
     assert mixture_counts([100, 0], [1, 3]) == [100, 0]
 
 
-def slow_rows(num_places: int, num_rows: int, seed: int) -> list[int]:
+def slow_rows(num_places: int, num_sequences: int, seed: int) -> list[int]:
     rows: list[int] = []
-    for epoch in range(num_places // num_rows + 1):
-        rows += np.random.default_rng((seed, epoch)).permutation(num_rows).tolist()
+    for epoch in range(num_places // num_sequences + 1):
+        rows += np.random.default_rng((seed, epoch)).permutation(num_sequences).tolist()
     return rows[:num_places]
 
 
 @given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 3))
-def test_steps_read_one_endless_sequence_of_shuffled_epochs(num_rows: int, batch: int, seed: int) -> None:
+def test_steps_read_one_endless_sequence_of_shuffled_epochs(num_sequences: int, batch: int, seed: int) -> None:
     steps = [
-        train_rows(step, num_rows=num_rows, global_batch_size=batch, seed=seed, shuffle=True).tolist()
+        train_indices(step, num_sequences=num_sequences, global_batch_size=batch, seed=seed, shuffle=True).tolist()
         for step in (3, 1, 0, 2, 4)
     ]
     in_order = [steps[2], steps[1], steps[3], steps[0], steps[4]]
-    assert [row for rows in in_order for row in rows] == slow_rows(5 * batch, num_rows, seed)
+    assert [row for rows in in_order for row in rows] == slow_rows(5 * batch, num_sequences, seed)
 
 
 def test_epochs_and_seeds_have_different_orders_and_every_row_once() -> None:
     def order(epoch: int, seed: int) -> list[int]:
-        return train_rows(epoch, num_rows=50, global_batch_size=50, seed=seed, shuffle=True).tolist()
+        return train_indices(epoch, num_sequences=50, global_batch_size=50, seed=seed, shuffle=True).tolist()
 
     orders = [order(0, 0), order(1, 0), order(0, 1)]
     assert all(sorted(rows) == list(range(50)) for rows in orders)
@@ -96,12 +96,12 @@ def test_epochs_and_seeds_have_different_orders_and_every_row_once() -> None:
 
 
 def test_without_shuffle_rows_come_in_order() -> None:
-    assert train_rows(1, num_rows=5, global_batch_size=3, seed=0, shuffle=False).tolist() == [3, 4, 0]
+    assert train_indices(1, num_sequences=5, global_batch_size=3, seed=0, shuffle=False).tolist() == [3, 4, 0]
 
 
 def test_evaluation_rows_are_spread_over_the_table() -> None:
-    assert evenly_spaced_rows(4, 10).tolist() == [0, 2, 5, 7]
-    assert evenly_spaced_rows(20, 3).tolist() == [0, 1, 2]
+    assert evenly_spaced_indices(4, 10).tolist() == [0, 2, 5, 7]
+    assert evenly_spaced_indices(20, 3).tolist() == [0, 1, 2]
 
 
 def test_epochs_are_shares_of_the_rows_taken_over_the_rows_that_a_source_has() -> None:
@@ -109,4 +109,4 @@ def test_epochs_are_shares_of_the_rows_taken_over_the_rows_that_a_source_has() -
     # An epoch has 4 rows of the first source and 8 of the second, whose 3 rows are read 8/3 times.
     assert table.epochs(12) == pytest.approx([1, 8 / 3, 0])
     assert table.epochs(6) == pytest.approx([0.5, 4 / 3, 0])
-    assert evenly_spaced_rows(4, 0).tolist() == evenly_spaced_rows(0, 4).tolist() == []
+    assert evenly_spaced_indices(4, 0).tolist() == evenly_spaced_indices(0, 4).tolist() == []

@@ -1,0 +1,139 @@
+"""Packed sequences by index: the tables of all sources as one, mixed by weight, and the sequences of each step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from qsparse_moe.data.batch import Batch, make_batch
+from qsparse_moe.data.packing import Array
+from qsparse_moe.data.table import SideTable
+
+
+class SequenceTable:
+    """The sequences of one side of all sources, source after source, each repeated according to its weight.
+
+    Args:
+        tables: one per source; at least one of them has sequences.
+        weights: one per source, see ``mixture_counts``.
+        document_token: begins every document.
+        attend_across_documents: as in the config.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[SideTable],
+        weights: Sequence[float],
+        *,
+        document_token: int,
+        attend_across_documents: bool,
+    ) -> None:
+        self.document_token = document_token
+        self.attend_across_documents = attend_across_documents
+        sizes = [len(table) for table in tables]
+        counts = mixture_counts(sizes, weights)
+        # Among the sequences of this table: where each source begins and ends. Among the stored ones: where each source
+        # and each chunk begins.
+        self._begins, self._ends = _begins(counts), np.cumsum(counts)
+        self._sizes, self._offsets = np.array(sizes), _begins(sizes)
+        self._chunks = [chunk for table in tables for chunk in table.chunks]
+        self._chunk_offsets = _begins([len(chunk) for chunk in self._chunks])
+        self._num_bytes = np.concatenate([table.num_bytes for table in tables])
+        repeats = [count / max(1, size) for count, size in zip(counts, sizes, strict=True)]
+        self.byte_counts: Array = np.sum([r * t.byte_counts for r, t in zip(repeats, tables, strict=True)], axis=0)
+        """``(256,)`` float, how often each byte value occurs in the text, repeated as its sequences are."""
+
+    def epochs(self, num_sequences: int) -> list[float]:
+        """Return how often each source has been read after ``num_sequences``; 0 for a source that is empty."""
+        shares = (self._ends - self._begins) / len(self)
+        return [float(num_sequences * share / max(1, size)) for share, size in zip(shares, self._sizes, strict=True)]
+
+    @property
+    def sequence_length(self) -> int:
+        """S, the number of tokens per sequence."""
+        return int(self._chunks[0].shape[1]) - 1
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def sequences(self, indices: Sequence[int] | Array) -> Batch:
+        """Return these sequences as a batch."""
+        return self.batch(self.tokens(indices))
+
+    def batch(self, tokens: Array) -> Batch:
+        """Return ``(B, S + 1)`` token ids as a batch with this table's document settings."""
+        return make_batch(
+            tokens, document_token=self.document_token, attend_across_documents=self.attend_across_documents
+        )
+
+    def tokens(self, indices: Sequence[int] | Array) -> Array:
+        """Return the ``(len(indices), S + 1)`` token ids of these sequences, in the table's own integer type."""
+        stored = self._stored(indices)
+        chunk_ids = np.searchsorted(self._chunk_offsets, stored, side="right") - 1
+        within = stored - self._chunk_offsets[chunk_ids]
+        return np.stack([self._chunks[chunk][index] for chunk, index in zip(chunk_ids, within, strict=True)])
+
+    def num_bytes(self, indices: Sequence[int] | Array) -> int:
+        """Return the bytes of text that the labels of these sequences encode."""
+        return int(self._num_bytes[self._stored(indices)].sum())
+
+    def _stored(self, indices: Sequence[int] | Array) -> Array:
+        """Return the indices of these sequences among the stored sequences."""
+        wanted = np.asarray(indices, np.int64)
+        assert len(wanted) and wanted.min() >= 0 and wanted.max() < len(self), "sequence indices outside the table"
+        source = np.searchsorted(self._ends, wanted, side="right")
+        return self._offsets[source] + (wanted - self._begins[source]) % self._sizes[source]
+
+
+def _begins(lengths: Sequence[int]) -> Array:
+    return np.cumsum([0, *lengths], dtype=np.int64)[:-1]
+
+
+def mixture_counts(num_sequences: Sequence[int], weights: Sequence[float]) -> list[int]:
+    """Return the number of sequences of each source in one epoch.
+
+    All sequences have S tokens, so shares of sequences are shares of tokens. When all weights are 1, every sequence
+    counts once. Otherwise the weights are shares, and the epoch is the shortest one in which every source gets its
+    share and every sequence occurs: the source that is largest for its weight is read once, the others are repeated. A
+    source without sequences gets none.
+    """
+    # Weights of 1 are the default and mean "as they are": sources of different sizes must not be repeated unasked.
+    if all(weight == 1 for weight in weights):
+        return list(num_sequences)
+    scale = max(size / weight for size, weight in zip(num_sequences, weights, strict=True))
+    return [round(scale * weight) if size else 0 for size, weight in zip(num_sequences, weights, strict=True)]
+
+
+def train_indices(step: int, *, num_sequences: int, global_batch_size: int, seed: int, shuffle: bool) -> Array:
+    """Return the indices of the sequences of the global batch of ``step``, counted from 0: a pure function.
+
+    The run reads epoch after epoch without end, each in its own random order when ``shuffle``. A batch may begin in one
+    epoch and end in the next.
+
+    Returns:
+        ``(global_batch_size,)`` int64.
+    """
+    places = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
+    epochs, within = np.divmod(places, num_sequences)
+    if not shuffle:
+        return within
+    indices = np.empty_like(within)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = _epoch_order(num_sequences, seed, int(epoch))[within[chosen]]
+    return indices
+
+
+# Two, because a batch may contain the end of one epoch and the beginning of the next. Each takes 8 bytes per sequence.
+@lru_cache(maxsize=2)
+def _epoch_order(num_sequences: int, seed: int, epoch: int) -> Array:
+    # Seeded by the pair: with seed + epoch, epoch 1 of one seed would repeat epoch 0 of the next.
+    return np.random.default_rng((seed, epoch)).permutation(num_sequences)
+
+
+def evenly_spaced_indices(num_sequences: int, available: int) -> Array:
+    """Return ``num_sequences`` of ``available`` indices at even distances, or all of them where there are fewer."""
+    count = min(num_sequences, available)
+    return np.arange(count, dtype=np.int64) * available // max(1, count)

@@ -90,7 +90,7 @@ def test_forked_child_does_not_keep_the_lock_of_its_dead_parent(tmp_path):
         os.kill(int(child), signal.SIGKILL)
 
 
-def test_waiting_says_for_whom_and_ends_with_the_holder(tmp_path, monkeypatch, caplog):
+def test_waiting_names_the_holder_and_ends_with_it(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(locks, "_FIRST_NOTICE_SECONDS", 0.1)
     path = tmp_path / "lock"
     holder, _ = start_holder(path)
@@ -104,7 +104,7 @@ def test_waiting_says_for_whom_and_ends_with_the_holder(tmp_path, monkeypatch, c
     assert notice.endswith(" UTC (at most 0:01:00 more)")
 
 
-def test_wait_is_bounded(tmp_path):
+def test_waiting_has_a_time_limit(tmp_path):
     path = tmp_path / "lock"
     with acquire_lock(path):
         start = time.monotonic()
@@ -178,7 +178,7 @@ def test_file_system_without_locks_is_named(tmp_path, monkeypatch, caplog):
     assert not (tmp_path / "lock").exists()
 
 
-def test_other_trouble_with_the_file_is_passed_on(tmp_path, monkeypatch):
+def test_other_errors_of_the_file_are_raised(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         acquire_lock(tmp_path / "no-folder" / "lock")
 
@@ -190,7 +190,7 @@ def test_other_trouble_with_the_file_is_passed_on(tmp_path, monkeypatch):
         acquire_lock(tmp_path / "lock")
 
 
-def test_what_is_built_once_is_whole_or_absent_and_leaves_nothing_beside_it(tmp_path):
+def test_a_folder_built_once_is_complete_or_absent_and_leaves_no_other_files(tmp_path):
     place = tmp_path / "deep" / "thing"
 
     def fail(folder):
@@ -213,7 +213,7 @@ def test_what_is_built_once_is_whole_or_absent_and_leaves_nothing_beside_it(tmp_
     build_once(place, fail, timeout=0, purpose="it")
 
 
-def test_folders_of_dead_processes_go_and_those_of_others_stay(tmp_path):
+def test_folders_of_dead_processes_are_removed_and_those_of_others_stay(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     host, alive = socket.gethostname(), os.getppid()

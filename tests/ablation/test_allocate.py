@@ -66,7 +66,7 @@ def test_the_hull_is_below_all_points_and_convex():
     assert lower_hull(points) == [(0.0, 3.0), (2.0, 0.5), (4.0, 0.0)]
 
 
-def test_no_choice_of_the_curves_points_within_the_budget_has_less_loss():
+def test_no_combination_of_points_of_the_curves_within_the_budget_has_a_lower_loss():
     settings, costs = config(), costs_of("parameters", SKEWED)
     plan = SparsityPlan.uniform(settings, 0.5)
     cells = [cell for cell in cells_of(plan) if cell.layer == 0][:6]
@@ -102,7 +102,7 @@ def _chord(curve, costs, cell, sparsity):
 
 @pytest.mark.parametrize("quantity", QUANTITIES)
 @pytest.mark.parametrize("load", [EVEN, SKEWED], ids=["even", "skewed"])
-def test_plans_keep_to_the_budget_and_use_it_up(quantity, load):
+def test_plans_stay_within_the_budget_and_use_it_up(quantity, load):
     costs = costs_of(quantity, load)
     plan, dense = SparsityPlan.uniform(config(), 0.5), SparsityPlan.uniform(config(), 0.0)
     target = costs.of(SparsityPlan.uniform(config(), 0.6))
@@ -149,7 +149,7 @@ def test_a_budget_that_cannot_be_met_names_the_nearest_that_can(quantity, target
         allocate(plan, {cell: [(0.0, 0.0), (0.95, 1.0)] for cell in cells_of(plan)}, costs, target)
 
 
-def test_the_measured_load_is_the_share_of_tokens_of_every_expert_and_plans_meet_the_budget_measured():
+def test_the_measured_load_is_the_fraction_of_tokens_per_expert_and_plans_meet_the_budget_under_it():
     model, rows = model_of(config(default=0.25)), rows_of()
     load = measured_load(model, rows)
     assert set(load) == {0, 1} and all(sum(shares) == pytest.approx(2.0) for shares in load.values())
@@ -174,7 +174,7 @@ def test_the_measured_load_is_the_share_of_tokens_of_every_expert_and_plans_meet
     assert by_name["random 1"].loss == pytest.approx(losses_C.sum() / rows.labels_C.sum())
 
 
-def test_allocation_on_its_own_rows_is_no_worse_than_uniform():
+def test_an_allocated_plan_is_no_worse_than_uniform_on_the_sequences_it_was_made_from():
     model, rows = model_of(config()), rows_of(num_sequences=6, length=16)
     costs = Costs(model.config, measured_load(model, rows), "sparsity")
     uniform = uniform_at(model.sparsity_plan, costs, 0.5)
@@ -221,7 +221,7 @@ def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
     torch.testing.assert_close(loss_by_document(with_experts_per_token(model, 2), rows), same)
 
 
-def test_alternatives_that_cannot_come_down_are_left_out_with_a_word(caplog):
+def test_alternatives_that_cannot_meet_the_budget_are_left_out_and_logged(caplog):
     model, rows = model_of(config()), rows_of()
     costs = replace(Costs(model.config, measured_load(model, rows), "sparsity"))
     plans = {"uniform": uniform_at(model.sparsity_plan, costs, 0.9)}
@@ -231,7 +231,7 @@ def test_alternatives_that_cannot_come_down_are_left_out_with_a_word(caplog):
     assert "smaller experts: the dense model exceeds the budget even with one feature per expert" in caplog.text
 
 
-def test_every_round_goes_half_of_the_way_to_what_the_curves_around_the_round_before_ask_for():
+def test_every_round_moves_halfway_to_the_optimum_of_the_curves_around_the_previous_plan():
     model, rows = model_of(config()), rows_of(num_sequences=4)
     before = model.sparsity_plan
     costs = Costs(model.config, measured_load(model, rows), "sparsity")
@@ -247,7 +247,7 @@ def test_every_round_goes_half_of_the_way_to_what_the_curves_around_the_round_be
     assert furthest > 0.3, "the curves ask for another plan than the one that they were made at"
 
 
-def test_smaller_experts_keep_the_features_that_add_most_on_average_whatever_the_experts_load():
+def test_smaller_experts_retain_the_features_with_the_largest_mean_contribution_whatever_the_load():
     model, rows = model_of(config({"bias_update_rate": 0.001})), rows_of()
     for block in model.blocks():
         block.moe.router.expert_bias[0] += 0.3  # one expert has far more rows than the others
@@ -297,7 +297,7 @@ class KnownLayer:
         return type("Output", (), {"hidden_BSD": moved})()
 
 
-def test_the_greedy_plan_of_a_layer_takes_the_cheapest_step_for_what_it_saves_until_the_layer_costs_what_uniform_does():
+def test_the_greedy_plan_takes_the_step_with_the_least_error_per_saving_until_the_layer_costs_as_much_as_uniform():
     wide = config(default=0.25)
     wide = wide.model_copy(update={"hidden_size": 20, "moe": wide.moe.model_copy(update={"expert_hidden_size": 20})})
     costs = Costs(wide, EVEN, "parameters")
@@ -317,7 +317,7 @@ def test_the_greedy_plan_of_a_layer_takes_the_cheapest_step_for_what_it_saves_un
     assert len(set(steps.values())) > 2
 
 
-def test_the_greedy_plan_is_made_on_what_the_dense_model_hands_to_its_layers_whatever_plan_the_model_has():
+def test_the_greedy_plan_is_made_on_activations_of_the_dense_model_whatever_plan_the_model_has():
     model, rows = model_of(config()), rows_of()
     costs, seen = Costs(model.config, EVEN, "sparsity"), []
     uniform = uniform_at(model.sparsity_plan, costs, 0.2)

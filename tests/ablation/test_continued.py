@@ -20,7 +20,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @pytest.mark.parametrize(("mode", "steps"), [("table", 1), ("table", 2), ("streaming", 1)])
-def test_a_step_of_continued_training_is_adams_next_at_a_tenth_of_the_peak_rate_on_the_next_rows(tmp_path, mode, steps):
+def test_continued_training_takes_the_next_step_of_adam_at_a_tenth_of_the_peak_rate_on_the_next_sequences(
+    tmp_path, mode, steps
+):
     write_text(tmp_path / "text")
     run = tiny_config(tmp_path, "run", engine="torch", steps=3, gradient_clipping=0.0, weight_decay=0.2)
     ended = train(run.model_copy(update={"data": run.data.model_copy(update={"mode": mode})}))

@@ -61,7 +61,7 @@ def test_a_figure_is_drawn_only_where_the_grid_has_its_axes(tmp_path, rows, expe
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
 
 
-def test_lines_are_told_apart_by_what_varies_in_their_panel_and_named_once_beside_panels_that_have_the_same():
+def test_lines_are_distinguished_by_what_varies_in_their_panel_and_panels_with_the_same_lines_share_a_legend():
     rows = [
         row(
             {"training.steps": steps, "model.init_std": 1 / width, "model.sparsity.default": s},
@@ -84,13 +84,13 @@ def test_lines_are_told_apart_by_what_varies_in_their_panel_and_named_once_besid
 
 
 @pytest.mark.parametrize(("largest", "scale"), [(4_000, "linear"), (40_000, "log")])
-def test_costs_far_apart_stand_on_a_logarithmic_axis(largest, scale):
+def test_costs_far_apart_are_drawn_on_a_logarithmic_axis(largest, scale):
     rows = [row({"model.hidden_size": n}, 2.0, active_parameters=n, kept_parameters=n) for n in (1_000, largest)]
     assert {axis.get_xscale() for axis in loss_by_parameters(variant_results(rows)).axes[:2]} == {scale}
 
 
 @pytest.mark.parametrize("kind", ["flat", "nearly flat", "steep at one end"])
-def test_levels_of_a_map_rise_and_can_be_drawn_whatever_the_law(kind):
+def test_levels_of_a_map_increase_and_can_be_drawn_whatever_the_law(kind):
     column = {"flat": np.full(80, 3.0), "nearly flat": 3.0 + 1e-12 * np.arange(80), "steep at one end": None}[kind]
     losses = np.tile((3.0 + np.linspace(0, 1, 80) ** 30 if column is None else column)[:, None], 60)
     levels = iso_levels(losses)
@@ -101,14 +101,14 @@ def test_levels_of_a_map_rise_and_can_be_drawn_whatever_the_law(kind):
         assert (levels < 3.01).sum() > 6, "most lines are where most of the map is"
 
 
-def test_the_pareto_front_holds_what_no_other_point_beats():
+def test_the_pareto_front_contains_the_points_that_no_other_point_beats():
     points = [
         VariantResult({"cost": cost}, loss, 0.0) for cost, loss in [(1, 3.0), (2, 2.0), (2, 2.5), (3, 2.2), (4, 1.0)]
     ]
     assert [(p.record["cost"], p.loss) for p in pareto_front(points, "cost")] == [(1, 3.0), (2, 2.0), (4, 1.0)]
 
 
-def test_the_pareto_front_holds_the_cheaper_of_equal_losses_and_the_better_of_equal_costs_in_any_order():
+def test_the_pareto_front_contains_the_cheaper_of_equal_losses_and_the_better_of_equal_costs_in_any_order():
     points = [
         VariantResult({"cost": cost}, loss, 0.0) for cost, loss in [(3, 2.0), (1, 3.0), (2, 2.5), (2, 2.0), (1, 4.0)]
     ]
@@ -155,7 +155,7 @@ def hatched(axis):
     return {(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in axis.patches if p.get_hatch()}
 
 
-def test_a_map_of_single_experts_has_the_change_against_the_first_point_and_hatches_what_seeds_explain():
+def test_a_map_of_single_experts_shows_changes_from_the_first_point_and_hatches_those_within_seed_noise():
     figure = expert_maps(variant_results(one_by_one((0, 1, 2))))
     axis, bar = figure.axes
     assert axis.get_title() == "expert_hidden, S=0.9" and "nats per token" in bar.get_ylabel()
@@ -169,14 +169,14 @@ def test_a_map_of_single_experts_has_the_change_against_the_first_point_and_hatc
     assert "noise" in legend.get_texts()[0].get_text()
 
 
-def test_a_map_of_one_seed_says_that_no_spread_is_known_and_marks_nothing():
+def test_a_map_of_one_seed_says_that_the_deviation_over_seeds_is_unknown_and_marks_nothing():
     figure = expert_maps(variant_results(one_by_one((1,))))
     assert "one seed: no spread known" in figure.get_suptitle() and not hatched(figure.axes[0])
     assert np.asarray(figure.axes[0].images[0].get_array())[0, 1] == pytest.approx(100, abs=2)
     assert figure.legends == []
 
 
-def test_the_interval_of_a_difference_is_that_of_seeds_as_blocks():
+def test_the_interval_of_a_difference_treats_seeds_as_blocks():
     losses = np.array([[2.0, 2.5, 3.1], [2.1, 2.7, 3.0], [1.9, 2.6, 3.3]])
     points = [VariantResult({}, float(own.mean()), 0.0, dict(enumerate(own.tolist()))) for own in losses]
     change, half = differences(points)
@@ -213,7 +213,7 @@ def scan(seeds=(0,)):
     ]
 
 
-def test_a_scan_of_the_s_of_one_place_is_one_line_over_that_s_and_names_the_place():
+def test_a_scan_of_the_s_of_one_site_is_one_line_over_that_s_and_names_the_site():
     figure = loss_by_sparsity(variant_results(scan()))
     (axis,) = figure.axes
     (line,) = [one for one in axis.lines if len(one.get_xdata()) > 1]
@@ -232,7 +232,7 @@ def places():
     return variant_results(rows)
 
 
-def test_places_that_are_scanned_beside_each_other_have_a_line_each_from_the_first_point():
+def test_sites_that_are_scanned_together_have_one_line_each_from_the_first_point():
     assert loss_by_sparsity(places()) is None, "their mean S is no axis"
     figure = loss_by_cell(places())
     (axis,) = figure.axes
@@ -245,7 +245,7 @@ def test_places_that_are_scanned_beside_each_other_have_a_line_each_from_the_fir
 
 
 @pytest.mark.parametrize("make", [lambda: loss_by_cell(places()), lambda: loss_by_sparsity(variant_results(scan()))])
-def test_no_legend_covers_what_is_drawn_or_holds_python(make):
+def test_no_legend_covers_the_data_or_contains_python_syntax(make):
     figure = make()
     FigureCanvasAgg(figure).draw()
     (legend,) = figure.legends
@@ -255,7 +255,7 @@ def test_no_legend_covers_what_is_drawn_or_holds_python(make):
     assert not any(set("{}[]'") & set(text.get_text()) for text in legend.get_texts())
 
 
-def test_lines_of_named_variants_have_their_names_and_none_is_a_dictionary():
+def test_lines_of_named_variants_are_labelled_with_their_names_and_never_with_a_dictionary():
     paths = ["model.sparsity.schedule.shape", "data.sources"]
     rows = [
         row({"model.sparsity.default": s} | own, 3.0 - s, sparsity=s)
@@ -267,7 +267,7 @@ def test_lines_of_named_variants_have_their_names_and_none_is_a_dictionary():
     assert [text.get_text() for text in legend.get_texts()] == ["E=4, A=2, plain", "E=4, A=2, mine"]
 
 
-def test_changes_orders_apart_have_a_scale_that_is_logarithmic_away_from_0():
+def test_changes_of_different_magnitudes_have_a_scale_that_is_logarithmic_away_from_0():
     assert type(scale_over([0.001, -0.002, 0.004])) is Normalize
     far = scale_over([1e-5, 2e-5, -3e-5, 0.1, float("nan")])
     assert isinstance(far, SymLogNorm) and (far.vmin, far.vmax) == (-100.0, 100.0)
@@ -275,20 +275,20 @@ def test_changes_orders_apart_have_a_scale_that_is_logarithmic_away_from_0():
     assert scale_over([0.0]).vmax > 0
 
 
-def test_the_spread_of_a_variant_is_the_sample_deviation_of_its_seeds():
+def test_the_deviation_of_a_variant_is_the_sample_standard_deviation_over_its_seeds():
     (found, alone) = variant_results([row({}, 1.0), row({"a": 1}, 5.0), row({}, 3.0), row({}, None)])
     # Squares of 1 and 1 around the mean of 2, over one degree of freedom.
     assert (found.loss, found.spread) == (2.0, pytest.approx(2**0.5))
     assert (alone.loss, alone.spread) == (5.0, 0.0)
 
 
-def test_a_change_of_nothing_is_noise_though_seeds_do_not_differ():
+def test_a_change_of_zero_is_noise_even_if_seeds_do_not_differ():
     rows = [row | {"loss": 2.0} for row in one_by_one((0, 1))]
     axis = expert_maps(variant_results(rows)).axes[0]
     assert hatched(axis) == {(layer, expert) for layer in (0, 1) for expert in range(3)}
 
 
-def test_a_change_is_the_mean_over_the_seeds_of_both_with_their_sample_deviation():
+def test_a_change_is_the_mean_over_common_seeds_with_their_sample_standard_deviation():
     base = VariantResult({}, 1.5, 0.0, {0: 1.0, 1: 2.0, 2: 9.0})
     both = VariantResult({}, 2.1, 0.0, {0: 1.5, 1: 2.75, 7: 0.0})
     # Changes of 0.5 and 0.75: squares of 0.125 twice over one degree of freedom.

@@ -43,7 +43,7 @@ def test_a_broken_grid_file_is_refused_before_anything_runs(write, tmp_path, gri
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.yaml", "mini.yaml"]
 
 
-def test_what_a_grid_varies_has_a_column_of_the_hparams_page_in_every_run(write, tmp_path):
+def test_settings_that_a_grid_varies_have_a_column_on_the_hparams_page_in_every_run(write, tmp_path):
     grid = GRID + "axes: {model.init_std: [0.02, 0.1]}\n"
     assert {tuple(run.config.metrics.hyperparameters) for run in load_grid(write(grid)).runs} == {()}
     base = BASE.replace("tensorboard: false", "hyperparameters: [training.steps]")
@@ -51,7 +51,7 @@ def test_what_a_grid_varies_has_a_column_of_the_hparams_page_in_every_run(write,
     assert found == {("training.steps", "model.init_std", "model.sparsity.default")}
 
 
-def test_axes_are_crossed_linked_settings_change_together_and_a_part_has_more_seeds(write, tmp_path):
+def test_axes_are_crossed_linked_settings_change_together_and_some_points_have_extra_seeds(write, tmp_path):
     grid = load_grid(write(AXES), output_dir=str(tmp_path))
     assert len(grid.runs) == 8 + 2
     assert grid.variants[0] == "small-E2-rescale-none"
@@ -74,7 +74,7 @@ def test_axes_are_crossed_linked_settings_change_together_and_a_part_has_more_se
     ]
 
 
-def test_ids_stay_when_entries_are_added(write, tmp_path):
+def test_ids_stay_the_same_when_entries_are_added(write, tmp_path):
     before = {run.id: run.config for run in load_grid(write(AXES)).runs}
     more = (
         AXES.replace("[2, 4]", "[8, 2, 4]").replace("seeds: [0]", "seeds: [5, 0]").replace("[none,", "[preserve, none,")
@@ -121,14 +121,14 @@ def test_variants_are_crossed_with_axes(write):
         ),
     ],
 )
-def test_an_axis_that_says_nothing_or_a_thing_twice_is_refused_and_nothing_written(write, tmp_path, grid, message):
+def test_an_axis_that_is_empty_or_repeats_a_value_is_refused_and_nothing_is_written(write, tmp_path, grid, message):
     with pytest.raises(ConfigError, match=message) as error:
         load_grid(write(grid), output_dir=str(tmp_path / "out"))
     assert str(tmp_path / "mini.yaml") in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base.yaml", "mini.yaml"]
 
 
-def test_two_points_of_one_name_are_refused(write):
+def test_two_points_with_the_same_name_are_refused(write):
     axes = "axes: {one: {b-c: {model.num_layers: 2}, c: {model.num_layers: 1}}}"
     grid = "base: base.yaml\nseeds: [0]\nvariants: {a: , a-b: {model.num_heads: 1}}\n" + axes
     with pytest.raises(ConfigError, match="two points of the grid are named a-b-c; rename a variant or a setting"):
@@ -147,7 +147,7 @@ variants:
 """
 
 
-def test_a_list_of_variants_is_named_by_itself_or_by_what_it_sets(write, tmp_path):
+def test_variants_in_a_list_are_named_explicitly_or_by_the_settings_that_they_change(write, tmp_path):
     grid = load_grid(write(ONES), output_dir=str(tmp_path / "out"))
     assert grid.variants == ("dense", "layer-0-experts-0-1-expert_hidden-S0.9", "layer-0-expert-2-S0.5", "last")
     labels = [run.choices[0].label for run in grid.runs]
@@ -164,7 +164,7 @@ def test_a_list_of_variants_is_named_by_itself_or_by_what_it_sets(write, tmp_pat
     assert (0, "expert_input", [2], 0.5) in found[2] and (0, "expert_hidden", [3], 0.5) in found[3]
 
 
-def test_what_all_variants_share_is_not_in_their_names_and_an_axis_of_overrides_is_named_too(write):
+def test_names_leave_out_what_all_variants_share_and_an_axis_of_overrides_is_named_too(write):
     shared = "{layers: 0, site: attention_input, sparsity: 0.5}"
     variants = "".join(
         f"  - {{training.beta1: 0.8, model.sparsity.overrides: [{shared}, {{experts: {e}, sparsity: 0.9}}]}}\n"
@@ -198,7 +198,7 @@ def test_a_list_of_variants_that_cannot_be_named_is_refused(write, entries, mess
         load_grid(write(f"base: base.yaml\nseeds: [0]\nvariants: {entries}\n"))
 
 
-def test_models_of_different_places_have_no_places_that_the_grid_varies(write):
+def test_models_with_different_sites_have_no_sites_that_the_grid_varies(write):
     assert load_grid(write(AXES)).varied_sites == ()
     assert len(load_grid(write(GRID)).varied_sites) == 4
 

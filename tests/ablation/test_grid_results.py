@@ -14,7 +14,7 @@ from tests.ablation.grid_files import BASE, GRID, finished_run
 
 
 @pytest.mark.slow
-def test_runs_end_are_kept_and_a_broken_one_does_not_stop_the_others(write, tmp_path):
+def test_finished_runs_are_reused_and_a_broken_run_does_not_stop_the_others(write, tmp_path):
     broken = GRID.replace("half: {", "half: {data.cache_dir: /proc/none, ").replace("[0, 3]", "[0]")
     grid = load_grid(write(broken), output_dir=str(tmp_path / "out"))
     told = []
@@ -51,7 +51,7 @@ def test_a_run_that_stopped_logging_gradient_norms_before_its_second_half_has_no
     assert result_of(grid, run).layer_grad_norms is None
 
 
-def test_a_folder_made_with_other_settings_is_one_broken_run_among_finished_ones(write, tmp_path):
+def test_a_folder_made_with_other_settings_is_one_failed_run_among_finished_ones(write, tmp_path):
     path, out = write(GRID.replace("[0, 3]", "[0]")), str(tmp_path / "out")
     dense, half = load_grid(path, output_dir=out).runs
     finished_run(dense, [{"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}])
@@ -74,7 +74,7 @@ def test_costs_of_relu_follow_the_zeros_that_the_run_measured(write, tmp_path):
     assert result_of(grid, relu).sparsity == 0.5
 
 
-def test_a_row_of_results_says_where_s_lies_below_the_zeros_of_the_activation(write, tmp_path):
+def test_a_result_names_the_sites_whose_s_is_below_the_zeros_of_the_activation(write, tmp_path):
     path = write(GRID.replace("[0, 3]", "[0]"))
     dense, half = load_grid(path, output_dir=str(tmp_path / "out")).runs
     validated = {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}
@@ -87,7 +87,7 @@ def test_a_row_of_results_says_where_s_lies_below_the_zeros_of_the_activation(wr
     assert result_of(grid, half).natural_zeros == [("expert_hidden", [], 0.675, 0.5)]
 
 
-def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_bytes_of_the_precision(write, tmp_path):
+def test_a_result_contains_the_last_evaluation_the_median_speed_and_the_bytes_of_the_precision(write, tmp_path):
     path = write(GRID.replace("[0, 3]", "[0]"))
     logged = [
         {"step": 1, "tokens": 64, "validation/loss": 3.0, "validation/bits_per_byte": 4.0},
@@ -111,7 +111,7 @@ def test_a_row_of_results_holds_the_last_evaluation_the_median_speed_and_the_byt
     assert one.weight_bytes_16 == 2 * found["bf16"].weight_bytes_16 > 0
 
 
-def test_a_row_of_results_counts_the_parameters_of_the_built_model_and_those_that_a_token_uses(write, tmp_path):
+def test_a_result_counts_the_parameters_of_the_built_model_and_those_that_a_token_uses(write, tmp_path):
     base = BASE.replace(
         "num_experts: 2, experts_per_token: 2", "num_experts: 5, experts_per_token: 2, num_shared_experts: 1"
     )

@@ -90,7 +90,7 @@ def test_the_gradient_is_that_of_the_loss(form):
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
-def test_without_noise_a_form_gives_its_constants_back(form):
+def test_without_noise_the_fit_recovers_the_constants_of_a_form(form):
     found = fit(form, runs_of(form))
     assert found.constants == pytest.approx(CONSTANTS[form.name], rel=1e-6)
 
@@ -116,7 +116,7 @@ def test_with_noise_the_constants_and_the_form_are_found(form, wrong):
     assert held_out_error(fit(wrong, points), points) > 1.02 * error
 
 
-def test_huber_loss_is_not_moved_by_one_run_gone_wrong():
+def test_one_outlying_run_does_not_change_the_huber_fit():
     points = runs_of(KEPT, noise=0.002)
     wrong = replace(points, loss=np.where(points.run == 7, 1.5 * points.loss, points.loss))
     found, moved = fit(KEPT, points).constants, fit(KEPT, wrong).constants
@@ -162,7 +162,7 @@ def test_optimum_is_the_least_of_the_loss_at_equal_kept_parameters():
     np.testing.assert_allclose(models.active * 0.25, models.total * 0.25**2)
 
 
-def test_optimum_at_an_edge_says_so():
+def test_an_optimum_at_an_edge_is_marked_as_such():
     found = optimum(KEPT, CONSTANTS["kept"] | {"beta": 0.3})
     assert (found.sparsity, found.at_edge, found.dense_excess) == (0.0, True, 0.0)
 
@@ -173,7 +173,7 @@ def test_optimum_of_the_additive_form_changes_with_the_experts():
     assert many < few - 0.05
 
 
-def test_intervals_cover_the_truth_and_are_no_wider_than_they_need():
+def test_intervals_cover_the_true_constants_and_are_no_wider_than_needed():
     names, covered, widths, values = ("alpha", "delta", "beta"), [], [], []
     for seed in range(10):
         points = runs_of(KEPT, run_noise=0.004, seed=seed)
@@ -208,7 +208,7 @@ def test_every_run_counts_as_one():
     assert len(fewer.final()) == points.num_runs
 
 
-def test_held_out_errors_see_what_the_fit_does_not():
+def test_held_out_errors_reveal_what_the_fit_does_not():
     points = runs_of(PRODUCT)
     largest = points.backbone == points.backbone.max()
     shifted = replace(points, loss=np.where(largest, 1.1 * points.loss, points.loss))
@@ -219,7 +219,7 @@ def test_held_out_errors_see_what_the_fit_does_not():
     assert largest_held_out_error(best, alone) is None
 
 
-def test_seeds_of_a_configuration_are_held_out_together_and_tell_the_noise():
+def test_seeds_of_a_configuration_are_held_out_together_and_give_the_noise():
     points = runs_of(KEPT, run_noise=0.01, seeds=3)
     assert points.num_runs == 3 * len(np.unique(points.configuration))
     assert seed_spread(points) == pytest.approx(0.01, rel=0.2)
@@ -243,11 +243,11 @@ def test_seeds_of_a_configuration_are_held_out_together_and_tell_the_noise():
         (FINE_GRAINED, {"experts": ((8, 2), (4, 2))}, "G takes 2 values"),
     ],
 )
-def test_points_that_cannot_tell_the_constants_are_known(form, settings, reason):
+def test_points_that_do_not_determine_the_constants_are_detected(form, settings, reason):
     assert why_not(form, runs_of(form, **settings)).startswith(reason)
 
 
-def test_quantities_that_move_together_are_known():
+def test_quantities_that_vary_together_are_detected():
     points = runs_of(Q_SPARSE)
     linked = points.where(np.isin(points.total, np.unique(points.total)[:4]))
     sparsity = 1 - 1 / (1 + 0.1 * np.log(linked.total / linked.total.min()))
@@ -255,7 +255,7 @@ def test_quantities_that_move_together_are_known():
     assert "N, S vary together" in why_not(Q_SPARSE, replace(linked, sparsity=sparsity))
 
 
-def test_a_drawn_run_counts_as_one_however_many_observations_it_has(monkeypatch):
+def test_a_resampled_run_counts_as_one_however_many_observations_it_has(monkeypatch):
     seen = []
     monkeypatch.setattr(certainty, "fit", lambda *_arguments, weights, near: seen.append(weights))
     runs = np.array([0, 0, 0, 0, 1, 1, 2])
@@ -267,7 +267,7 @@ def test_a_drawn_run_counts_as_one_however_many_observations_it_has(monkeypatch)
     assert len({tuple(drawn) for drawn in by_run.round().tolist()}) > 3
 
 
-def test_the_spread_over_seeds_compares_runs_of_equal_tokens_alone():
+def test_the_deviation_over_seeds_compares_only_runs_of_equal_tokens():
     four = imagined(needed=1e6, expert_share=0.5, sparsity=np.zeros(4))
     runs = replace(four, run=np.arange(4), tokens=np.array([1e9, 1e9, 2e9, 2e9]), loss=np.exp([1.2, 1.0, 0.3, 0.5]))
     # Each pair lies 0.1 around its mean: four squares of 0.01 over two degrees of freedom.
@@ -287,7 +287,7 @@ def test_ends_of_a_band_and_a_crossing_are_the_last_s_inside_and_the_first_outsi
     assert _vertex(np.array([1.0, 1.0, 1.0]), 1) == GRID[1]
 
 
-def test_the_spread_over_seeds_is_of_the_last_evaluation_of_each_run_and_unknown_of_single_runs():
+def test_the_deviation_over_seeds_uses_the_last_evaluation_of_each_run_and_is_unknown_for_single_runs():
     five = imagined(needed=1e6, expert_share=0.5, sparsity=np.zeros(5))
     curves = replace(
         five,
@@ -313,7 +313,7 @@ def test_a_form_needs_one_run_more_than_it_has_constants():
     assert why_not(PRODUCT, nine) is None
 
 
-def test_an_optimum_is_the_best_fits_and_its_intervals_and_edges_are_the_resamples(monkeypatch):
+def test_an_optimum_comes_from_the_best_fit_and_its_intervals_and_edges_from_the_resamples(monkeypatch):
     def found(form, theta, **settings):
         return Optimum(theta, theta >= 0.9, (theta - 0.1, theta + 0.05), 0.0, None)
 
@@ -327,7 +327,7 @@ def test_an_optimum_is_the_best_fits_and_its_intervals_and_edges_are_the_resampl
     assert best.at_edge_share == 0.25
 
 
-def test_s_is_determined_at_the_geometric_mean_of_the_kept_parameters_unless_asked_for(monkeypatch):
+def test_s_is_determined_at_the_geometric_mean_of_the_kept_parameters_unless_given(monkeypatch):
     monkeypatch.setattr(study_module, "_requested", lambda *_: ([], {}))
     two = replace(imagined(needed=1.0, expert_share=0.5, sparsity=np.zeros(2)), needed=np.array([1e4, 1e6]))
     runs = SimpleNamespace(observations=two)

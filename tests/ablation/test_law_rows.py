@@ -45,7 +45,7 @@ def test_parameters_are_the_weight_matrices_without_embedding_head_and_norms(fil
     assert points.expert_share[0] == 0.25 and points.granularity[0] == 2.0 and points.backbone[0] == 2 * 16**2
 
 
-def test_a_run_gives_its_curve_its_end_or_what_comes_late_enough(file):
+def test_a_run_gives_its_whole_curve_its_last_evaluation_or_its_late_evaluations(file):
     points = read_runs([file]).observations
     assert points.tokens.tolist() == [500, 1000] * 2 and points.loss.tolist() == [5.0, 4.0] * 2
     assert points.run.tolist() == [0, 0, 1, 1]
@@ -56,7 +56,7 @@ def test_a_run_gives_its_curve_its_end_or_what_comes_late_enough(file):
     assert read_runs([file], unit="bits-per-byte").observations.loss.tolist() == [7.2, 5.8] * 2
 
 
-def test_a_run_whose_tokens_use_every_expert_has_a_share_of_1(file):
+def test_a_run_whose_tokens_use_every_expert_has_an_active_fraction_of_1(file):
     (row, *_) = [json.loads(line) for line in file.read_text().splitlines()]
     write_rows(file, [row | {"experts_per_token": 4}])
     assert read_runs([file]).observations.expert_share.tolist() == [1.0, 1.0]

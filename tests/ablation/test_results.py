@@ -65,7 +65,7 @@ def outcome(variant, seed, bits, layers=None):
     )
 
 
-def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(tmp_path):
+def test_the_table_has_the_mean_the_deviation_and_the_difference_seed_by_seed(tmp_path):
     grid = two_variants(tmp_path)
     outcomes = [outcome("dense", 0, 2.0), outcome("dense", 3, 3.0), outcome("half", 0, 2.5), outcome("half", 3, None)]
     outcomes[2:] = [replace(one, kept_parameters=40.0, tokens_per_second=12.0) for one in outcomes[2:]]
@@ -91,7 +91,7 @@ def test_the_table_has_mean_spread_and_the_distance_seed_by_seed(tmp_path):
     assert [json.loads(line)["id"] for line in lines] == [o.id for o in outcomes]
 
 
-def test_a_table_of_one_seed_says_that_no_spread_is_known(tmp_path):
+def test_a_table_of_one_seed_says_that_the_deviation_over_seeds_is_unknown(tmp_path):
     grid = two_variants(tmp_path)
     begin, quality, *_ = markdown(grid, [outcome("dense", 0, 2.0), outcome("half", 0, 2.5)]).split("\n\n")
     assert "one seed: no spread known" in begin and "±" not in begin + quality
@@ -99,7 +99,7 @@ def test_a_table_of_one_seed_says_that_no_spread_is_known(tmp_path):
     assert quality.splitlines()[3] == "| half | 2.5000 | +0.5000 |"
 
 
-def test_rows_written_before_choices_and_places_were_added_are_read(tmp_path):
+def test_results_written_before_choices_and_varied_sites_were_added_are_read(tmp_path):
     row = outcome("dense", 0, 2.0).as_dict()
     del row["choices"], row["varied_sparsity"], row["natural_zeros"]
     (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
@@ -149,7 +149,7 @@ def test_gradient_norms_by_layer_are_a_table_of_their_own(tmp_path):
     assert said in (tmp_path / "report.md").read_text()
 
 
-def test_rows_are_read_back_from_files_and_folders(tmp_path):
+def test_results_are_read_back_from_files_and_folders(tmp_path):
     outcomes = [outcome("dense", 0, 2.0), outcome("half", 0, None)]
     (tmp_path / "results.jsonl").write_text(results_text(outcomes))
     rows = read_results([tmp_path, tmp_path / "results.jsonl"])
@@ -180,13 +180,13 @@ ROW = results_text(
         ("", "results.jsonl is empty; run qsparse-moe ablate"),
     ],
 )
-def test_a_results_file_that_is_not_whole_or_of_another_version_is_refused(tmp_path, text, message):
+def test_a_truncated_results_file_or_one_of_another_version_is_refused(tmp_path, text, message):
     (tmp_path / "results.jsonl").write_text(text)
     with pytest.raises(ConfigError, match=message):
         read_results([tmp_path / "results.jsonl"])
 
 
-def test_a_results_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_results_file_is_named(tmp_path):
     with pytest.raises(
         ConfigError, match=re.escape(str(tmp_path / "results.jsonl")) + " cannot be read.*name a results.jsonl"
     ):

@@ -18,7 +18,7 @@ def test_threads_share_the_cores_among_all_processes_of_all_runs():
     assert Placement(ranks=4, jobs=3).environment((), 8) == {"OMP_NUM_THREADS": "1"}
 
 
-def test_the_gap_closed_is_a_share_of_the_way_from_uniform_to_dense():
+def test_the_gap_closed_is_a_fraction_of_the_distance_from_uniform_to_dense():
     labels_C = np.array([10.0, 30.0])
     found = {
         UNIFORM: (np.array([30.0, 90.0]), 7.0),
@@ -31,7 +31,7 @@ def test_the_gap_closed_is_a_share_of_the_way_from_uniform_to_dense():
     assert by_name["other"].loss == pytest.approx(115 / 40)
 
 
-def test_no_share_of_a_gap_is_given_where_the_gap_may_be_0():
+def test_no_fraction_of_a_gap_is_given_where_the_gap_may_be_0():
     labels_C = np.full(4, 10.0)
     found = {
         UNIFORM: (np.full(4, 30.0), 7.0),

@@ -26,7 +26,7 @@ def test_cells_name_every_s_of_a_plan_once():
 
 
 @pytest.mark.parametrize("moe", [{}, {"num_shared_experts": 1, "num_dense_layers": 1}], ids=["experts", "all sites"])
-def test_exact_is_the_difference_of_two_evaluations_and_the_model_keeps_its_plan(moe):
+def test_the_exact_change_is_the_difference_of_two_evaluations_and_the_model_keeps_its_plan(moe):
     model, rows = model_of(config(moe, default=0.25)), rows_of()
     plan = model.sparsity_plan
     found = measure(model, rows, (0.25, 0.75), draws=20)
@@ -47,7 +47,7 @@ def test_exact_is_the_difference_of_two_evaluations_and_the_model_keeps_its_plan
         assert low <= high
 
 
-def test_an_expert_without_rows_changes_nothing():
+def test_an_expert_without_routed_tokens_changes_nothing():
     model, rows = model_of(config({"bias_update_rate": 0.001}, default=0.25)), rows_of()
     for block in model.blocks():
         block.moe.router.expert_bias[3] = -10.0
@@ -57,7 +57,7 @@ def test_an_expert_without_rows_changes_nothing():
     assert any(p.exact != 0.0 for p in found.changes)
 
 
-def test_agreement_is_of_all_points_and_of_each_s():
+def test_agreement_is_computed_over_all_points_and_per_s():
     model, rows = model_of(config(default=0.25)), rows_of()
     found = measure(model, rows, (0.5, 0.75), draws=5)
     assert [one.sparsity for one in found.agreement] == [None, 0.5, 0.75]
@@ -75,7 +75,7 @@ def test_agreement_is_of_all_points_and_of_each_s():
     assert only.agreement == () and only.times_cheaper is None and {p.exact for p in only.changes} == {None}
 
 
-def test_halves_are_of_every_other_document_and_none_of_a_single_one():
+def test_halves_take_every_other_document_and_a_single_document_has_none():
     model, rows = model_of(config(default=0.25)), rows_of()
     found = measure(model, rows, (0.75,), draws=5)
     labels_C = rows.labels_C
@@ -94,6 +94,6 @@ def test_halves_are_of_every_other_document_and_none_of_a_single_one():
         ({"router_input": "sparse"}, {"default": 0.5}, r"model\.moe\.router_input \(sparse\) must be dense"),
     ],
 )
-def test_what_has_no_k_of_its_own_is_refused(moe, sparsity, message):
+def test_selections_without_a_k_per_expert_are_refused(moe, sparsity, message):
     with pytest.raises(ConfigError, match=message):
         check_ranks(config(moe, **sparsity))

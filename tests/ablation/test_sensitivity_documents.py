@@ -39,7 +39,7 @@ def data_of(tokens, evaluated=range(0, 12, 2)):
     return Data()
 
 
-def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_those_of_training_rows_by_row():
+def test_documents_of_validation_sequences_are_numbered_through_the_table_and_of_training_sequences_one_by_one():
     tokens = np.arange(1, 61).reshape(12, 5)
     for row, column in ((0, 0), (1, 2), (4, 0), (6, 3), (8, 1)):
         tokens[row, column] = 0
@@ -59,7 +59,7 @@ def test_documents_of_validation_rows_are_counted_through_the_whole_table_and_th
     assert ((ids[:, 1:] != ids[:, :-1]) == (read[:, 1:] == 0)).all()
 
 
-def test_documents_are_counted_through_tables_of_more_rows_than_are_read_at_once():
+def test_documents_are_numbered_through_tables_that_are_larger_than_one_read():
     tokens = np.random.default_rng(0).integers(0, 9, (2600, 5))
     tokens[1024, 0] = tokens[2047, 3] = 0
     tokens[1023], tokens[2048] = 5, 5  # the rows at the borders, where a document goes on from one part to the next
@@ -76,7 +76,7 @@ def test_documents_are_counted_through_tables_of_more_rows_than_are_read_at_once
     assert torch.cat(rows.documents).tolist() == expected and rows.num_documents == len(met)
 
 
-def test_bootstrap_covers_the_mean_as_often_as_it_says_and_knows_a_constant():
+def test_bootstrap_intervals_have_their_nominal_coverage_and_are_exact_for_a_constant():
     generator = np.random.default_rng(1)
     hits = 0
     for trial in range(200):

@@ -21,7 +21,7 @@ RESCALES = ["none", "unit", "preserve"]
 
 @pytest.mark.parametrize("rescale", RESCALES)
 @pytest.mark.parametrize("selection", ["topk", "block"])
-def test_changes_of_rows_are_gradient_times_what_the_site_itself_would_make(selection, rescale):
+def test_changes_of_tokens_are_the_gradient_times_the_change_of_the_output_of_the_site(selection, rescale):
     settings = config(selection=selection, group_size=4, rescale=rescale, quantization={"activations": "int8"}).sparsity
     site = SparseSite("attention_input", 16, settings, select_rows_torch)
     site.set_sparsity([0.25])
@@ -94,7 +94,7 @@ def test_second_order_is_half_of_the_fisher_information_along_the_change_for_eve
     assert compared > 5
 
 
-def test_a_documents_part_of_an_estimate_is_that_of_its_row_alone():
+def test_the_estimate_of_a_document_is_that_of_its_sequence_alone():
     model, rows = model_of(config({"num_shared_experts": 1}, default=0.25)), rows_of()
     (batch, documents_BS) = next(iter(rows))
     whole = estimate(model, rows, (0.5, 0.75))
@@ -108,7 +108,7 @@ def test_a_documents_part_of_an_estimate_is_that_of_its_row_alone():
             assert not found.second[cell].any()
 
 
-def test_draws_of_labels_are_those_of_their_seed_and_change_no_first_order():
+def test_draws_of_labels_depend_on_the_seed_and_do_not_change_the_first_order():
     model, rows = model_of(config(default=0.25)), rows_of()
     one, same, other = (estimate(model, rows, (0.75,), seed=seed) for seed in (0, 0, 1))
     cells = cells_of(model.sparsity_plan)
@@ -128,14 +128,14 @@ def _towards(site: SparseSite, sparsity: float, expert: int, step: float):
     return observe
 
 
-def test_the_s_of_the_moment_is_estimated_to_change_nothing():
+def test_the_current_s_is_estimated_to_change_nothing():
     model, rows = model_of(config(default=0.5)), rows_of()
     found = estimate(model, rows, (0.5,))
     for cell in cells_of(model.sparsity_plan):
         assert np.abs(found.total(cell)).max() < 1e-9, cell.name
 
 
-def test_rows_of_one_document_are_squared_apart_and_added():
+def test_sequences_of_one_document_are_squared_separately_and_added():
     model, rows = model_of(config(default=0.25)), rows_of(num_sequences=2)
     apart = DocumentSequences(rows.batches, (torch.arange(2)[:, None].expand_as(rows.documents[0]),), 2)
     together = DocumentSequences(rows.batches, (torch.zeros_like(rows.documents[0]),), 1)

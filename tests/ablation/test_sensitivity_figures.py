@@ -14,7 +14,7 @@ from qsparse_moe.ablation.sensitivity.report import costliest_rows
 from tests.ablation.small_models import config, model_of, rows_of
 
 
-def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_cells_whose_interval_holds_0():
+def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_cells_whose_interval_contains_0():
     model, rows = model_of(config(default=0.25)), rows_of(num_sequences=6)
     found = measure(model, rows, (0.25, 0.5, 0.75), draws=50)
     figures = {name: figure for name, figure in _figures(found).items() if name.startswith("map-")}
@@ -40,7 +40,7 @@ def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_ce
     assert hatched == noise and 0 < sum(map(len, noise.values())) < len(found.changes)
 
 
-def test_a_map_of_estimates_marks_noise_by_their_own_interval():
+def test_a_map_of_estimates_marks_noise_by_the_intervals_of_the_estimates():
     model, rows = model_of(config(default=0.25)), rows_of(num_sequences=6)
     found = measure(model, rows, (0.75,), exact=False, draws=50)
     axis = _figures(found)["map-expert_hidden"].axes[0]

@@ -26,7 +26,7 @@ def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
     assert not any(run.config.metrics.tensorboard and run.config.metrics.interval < 10 for run in grid.runs)
 
 
-def test_the_page_about_ablations_holds_a_grid_and_the_numbers_of_runs(tmp_path):
+def test_the_ablation_page_contains_valid_grids_and_the_numbers_of_runs(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text("utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
@@ -55,14 +55,14 @@ def test_the_promised_grids_are_shipped():
     ("name", "part"),
     [("experts", lambda parts: parts["experts"].active), ("joint", lambda parts: parts["experts"].needed)],
 )
-def test_a_grid_at_equal_cost_has_equal_cost(name, part):
+def test_runs_of_a_grid_at_equal_cost_have_equal_cost(name, part):
     runs = shipped(name).runs
     costs = {part(count_by_part(run.config.model)) for run in runs}
     assert len(costs) == 1
     assert len({(run.config.model.moe.num_experts, run.config.model.moe.experts_per_token) for run in runs}) >= 6
 
 
-def test_the_laws_data_set_varies_everything_that_the_law_is_of():
+def test_the_law_grid_varies_every_quantity_of_the_law():
     grid = shipped("law")
     assert (len(grid.runs), len(grid.variants)) == (208, 144)
     models = [run.config.model for run in grid.runs]

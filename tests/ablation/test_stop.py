@@ -41,14 +41,14 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-def test_one_process_needs_no_launcher_and_several_or_a_wish_have_it():
+def test_one_process_needs_no_launcher_and_several_processes_or_an_explicit_request_use_it():
     assert "qsparse_moe.training.launcher" not in Placement().command(CONFIG, ())
     several = Placement(ranks=2).command(CONFIG, ())
     assert several[several.index("--num_gpus") + 1] == "2" and several[-3:] == ["qsparse_moe", "train", "x.yaml"]
     assert "qsparse_moe.training.launcher" in Placement(launcher="deepspeed").command(CONFIG, ())
 
 
-def test_runs_share_out_the_devices():
+def test_runs_divide_the_devices():
     placement = Placement(ranks=2, jobs=2, devices=("0", "1", "4", "5"))
     first, second = placement.slots()
     assert placement.environment(second, 8, given={}) == {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "4,5"}
@@ -57,7 +57,7 @@ def test_runs_share_out_the_devices():
     assert Placement(jobs=3).environment((), 2, given={}) == {"OMP_NUM_THREADS": "1"}
 
 
-def test_threads_that_the_user_has_set_are_kept():
+def test_a_number_of_threads_that_the_user_has_set_is_respected():
     given = {"OMP_NUM_THREADS": "3", "HOME": "/home"}
     assert Placement(jobs=2).environment((), 8, given=given) == given
     devices = Placement(devices=("1",)).environment(("1",), 8, given=given | {"CUDA_VISIBLE_DEVICES": "0,1"})
@@ -76,12 +76,12 @@ def test_threads_that_the_user_has_set_are_kept():
         ({"launcher": "none", "ranks": 2}, "--launcher none starts one process per run, but --ranks is 2; leave"),
     ],
 )
-def test_a_placement_that_cannot_be_is_refused(settings, message):
+def test_an_impossible_placement_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Placement(**settings)
 
 
-def test_a_signal_lets_children_save_and_starts_no_more(tmp_path):
+def test_a_signal_lets_children_save_and_starts_no_further_run(tmp_path):
     log, codes = tmp_path / "log", []
 
     def work():
@@ -116,7 +116,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_grid_saves_its_run_and_goes_on_from_there(tmp_path):
+def test_a_stopped_grid_saves_its_run_and_resumes_from_it(tmp_path):
     (tmp_path / "base.yaml").write_text(BASE)
     (tmp_path / "mini.yaml").write_text("base: base.yaml\nseeds: [0]\naxes: {model.sparsity.default: [0, 0.5]}\n")
     command = [sys.executable, "-m", "qsparse_moe", "ablate", "mini.yaml", "--output-dir", "out"]

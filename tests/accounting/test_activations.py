@@ -50,12 +50,12 @@ def bytes_saved(config, mode):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("changes", [{"moe": {}} | changes for changes in MODELS.values()], ids=MODELS)
-def test_bytes_are_those_that_autograd_keeps(changes, mode):
+def test_bytes_are_those_that_autograd_stores(changes, mode):
     config = run(changes)
     assert activation_memory(config, mode).saved == pytest.approx(bytes_saved(config, mode), rel=0.02)
 
 
-def test_sites_that_keep_all_keep_as_much():
+def test_sites_with_all_features_selected_store_as_much_as_counted():
     config = run(MODELS["gated"], sparsity=0.0)
     assert activation_memory(config).saved == pytest.approx(bytes_saved(config, "none"), rel=0.02)
 
@@ -71,7 +71,7 @@ def test_recomputing_moves_bytes_from_all_layers_to_one():
     assert by_mode["full"].total < by_mode["none"].total
 
 
-def test_half_precision_takes_half_but_for_router_and_loss():
+def test_half_precision_takes_half_except_for_router_and_loss():
     config = run(MODELS["gated"])
     training = config.training.model_copy(update={"precision": "bf16"})
     half = activation_memory(config.model_copy(update={"training": training}))

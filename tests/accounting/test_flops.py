@@ -23,7 +23,7 @@ def test_training_takes_three_products_of_which_the_straight_through_input_gradi
         assert saved == pytest.approx(3 * behind_sites * (1 - left))
 
 
-def test_training_counts_6_a_weight_and_6_h_2c_s_a_layer():
+def test_training_counts_6_per_weight_and_6_h_2c_s_per_layer():
     config = model_config(head_size=6, num_kv_heads=2)
     forward = forward_flops(config, 0).routed  # 2 a weight
     assert training_flops(config, 100).routed == 3 * forward + 2 * 6 * 4 * (6 + 6) * 100
@@ -39,7 +39,7 @@ def test_sites_add_up_to_the_whole(shape, sparsity):
     assert {"router", "head", "attention_scores", "expert_input", "expert_hidden"} <= parts.keys()
 
 
-def test_measured_densities_take_the_place_of_the_plan():
+def test_measured_densities_replace_those_of_the_plan():
     config = model_config(sparsity={"default": 0.5})
     densities = {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in (
         "attention_input", "attention_output", "expert_input", "expert_hidden")}  # fmt: skip
@@ -48,7 +48,7 @@ def test_measured_densities_take_the_place_of_the_plan():
     assert measured.needed - measured.selection == pytest.approx(0.25 * measured.routed)
 
 
-def test_a_selection_is_two_operations_per_feature_of_every_row_that_is_selected_from():
+def test_a_selection_costs_two_operations_per_feature_of_every_token_that_it_reads():
     """By hand: A 2 of E 4; a K that differs between the experts makes one selection per expert at their input."""
     config = model_config()
     input_width, hidden_width = (site_width(config, site) for site in ("expert_input", "expert_hidden"))

@@ -15,7 +15,7 @@ def run(**training):
     return RunConfig.model_validate({"model": model_config(), "training": training})
 
 
-def test_bf16_takes_18_bytes_a_parameter_and_each_stage_shards_more():
+def test_bf16_takes_18_bytes_per_parameter_and_each_stage_shards_more():
     config = run(precision="bf16")
     count = count_parameters(config.model).stored
     by_stage = [state_memory(config, 4, stage) for stage in range(4)]
@@ -31,7 +31,7 @@ def test_fp32_weights_are_their_own_masters_and_the_plain_engine_shards_nothing(
     assert state_memory(run(engine="torch"), 4).total == 16 * count
 
 
-def test_experts_that_are_spread_over_ranks_are_sharded_over_those_that_share_them():
+def test_expert_parallel_weights_are_sharded_over_the_expert_data_parallel_group():
     config = run(precision="bf16")
     spread = config.model_copy(update={"training": config.training.model_copy(update={"expert_parallel_size": 2})})
     experts = 2 * 3 * 4 * 32 * 24
@@ -41,7 +41,7 @@ def test_experts_that_are_spread_over_ranks_are_sharded_over_those_that_share_th
     assert whole.optimizer == pytest.approx(half.optimizer)
 
 
-def test_the_cache_holds_keys_and_values_of_the_kv_heads():
+def test_the_cache_stores_keys_and_values_of_the_kv_heads():
     assert kv_cache_bytes(model_config(num_kv_heads=2), tokens=10) == 2 * 2 * 2 * 8 * 10 * 2
 
 

@@ -174,7 +174,7 @@ def test_training_flops_are_those_that_torch_counts_forward_and_backward(shape):
     assert counter.get_total_flops() == length * training_flops(config, length).routed
 
 
-def test_flops_fall_with_sparsity_and_hold_scores_and_selection():
+def test_flops_fall_with_sparsity_and_include_scores_and_selection():
     dense = forward_flops(model_config(), 16)
     assert (dense.needed, dense.selection) == (dense.routed, 0)
     assert dense.attention_scores == 2 * 4 * 32 * 16

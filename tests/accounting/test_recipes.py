@@ -35,7 +35,7 @@ def percent_off(count: int, published: str) -> float:
     return 100 * abs(count / nearest - 1)
 
 
-def test_percent_off_counts_from_the_edge_of_what_is_rounded():
+def test_the_error_in_percent_is_counted_from_the_edge_of_the_rounding_interval():
     assert percent_off(46_650_000_001, "46.7") == percent_off(46_749_999_999, "46.7") == 0.0
     assert percent_off(36_135_000_000, "37") == pytest.approx(1.0)
     assert percent_off(3_383_500_000, "3.3") == pytest.approx(1.0)

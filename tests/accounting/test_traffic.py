@@ -16,7 +16,7 @@ def experts(config, batch, **settings):
     return weight_traffic(config, batch, bytes_per_weight=1.0, **settings)["experts"]
 
 
-def test_union_of_independent_tokens():
+def test_the_union_of_independent_tokens_is_one_minus_a_power():
     assert union(0.5, 1) == pytest.approx(0.5)
     assert union(0.5, 4) == pytest.approx(1 - 0.5**4)
     assert union(1.0, 3) == 1.0
@@ -34,14 +34,14 @@ def test_one_token_reads_what_is_counted_as_needed():
         assert parts[part].needed == pytest.approx(2 * counted[part].needed), part
 
 
-def test_many_tokens_read_everything_but_what_no_token_needs():
+def test_many_tokens_read_everything_except_what_no_token_needs():
     config = model_config(sparsity={"default": 0.5})
     total = total_traffic(weight_traffic(config, 100_000))
     assert total.routed == pytest.approx(total.stored)
     assert total.needed == pytest.approx(total.stored)
 
 
-def test_a_dense_model_at_half_reads_94_percent_by_four_tokens_and_an_expert_less():
+def test_at_half_sparsity_four_tokens_read_94_percent_of_a_dense_model_and_less_of_an_expert():
     config = model_config(sparsity={"default": 0.5}, moe=MOE | {"num_experts": 64, "experts_per_token": 1})
     parts = weight_traffic(config, 4, bytes_per_weight=1.0)
     attention = parts["attention"]

@@ -31,7 +31,7 @@ def test_every_contender_is_measured_for_every_format_and_batch(device):
         assert found["decode"][1]["times_ours_dense"]["median"] == 1.0
 
 
-def test_contenders_keep_their_own_s(monkeypatch):
+def test_every_contender_has_its_own_s(monkeypatch):
     from qsparse_moe.bench import decode_gpu
 
     seen = {}
@@ -48,7 +48,7 @@ def test_contenders_keep_their_own_s(monkeypatch):
     assert weights[0] is weights[1]
 
 
-def test_a_missing_device_is_said_with_the_way_out(monkeypatch):
+def test_a_missing_device_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(BackendUnavailable, match="--device \\(cuda\\) needs a CUDA device.* use --device cpu"):
         run_gpu_decode_benchmark(benchmark(), torch.device("cuda"))

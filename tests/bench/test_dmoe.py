@@ -104,7 +104,7 @@ def test_same_weights_give_the_same_outputs_and_gradients_on_a_gpu():
 
 
 @pytest.mark.usefixtures("grouped_gemm_stood_in")
-def test_it_keeps_no_balance_loss_behind():
+def test_the_layer_leaves_no_balance_loss_in_the_library():
     theirs = build_dmoe(config(), torch.float32, torch.device("cpu"))
     theirs(torch.randn(B, S, D))
     assert theirs.training
@@ -128,18 +128,18 @@ def test_it_keeps_no_balance_loss_behind():
         ({"expert_hidden_size": 8}, r"at least 128 features.*num_experts \(8\) times .*hidden_size \(8\) is 64"),
     ],
 )
-def test_what_it_cannot_do_is_refused(changed, message):
+def test_unsupported_settings_are_refused(changed, message):
     with pytest.raises(ConfigError, match=message):
         build_dmoe(config(**changed), torch.float32, torch.device("cpu"))
 
 
-def test_without_its_packages_it_says_what_to_install(monkeypatch):
+def test_missing_packages_are_named_with_the_command_that_installs_them(monkeypatch):
     monkeypatch.setattr(megablocks_package, "missing", lambda: "megablocks is not installed; do this")
     with pytest.raises(BackendUnavailable, match="bench: the peer dMoE: megablocks is not installed; do this"):
         build_dmoe(config(), torch.bfloat16, torch.device("cuda"))
 
 
-def test_without_grouped_gemm_it_says_how_to_build_it(monkeypatch):
+def test_a_missing_grouped_gemm_is_named_with_the_command_that_builds_it(monkeypatch):
     monkeypatch.setattr(megablocks_package.load().grouped_gemm_util, "_grouped_gemm_is_available", False)
     with pytest.raises(BackendUnavailable, match="needs grouped_gemm.*GROUPED_GEMM=1 bash launch/megablocks.sh"):
         build_dmoe(config(), torch.bfloat16, torch.device("cuda"))

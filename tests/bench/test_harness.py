@@ -48,7 +48,7 @@ def test_the_fingerprint_names_processor_and_software():
     assert found["cores"] >= 1
 
 
-def test_step_benchmark_measures_all_three_and_says_where_time_goes():
+def test_the_step_benchmark_measures_all_three_and_reports_the_time_of_each_part():
     moe = MoEConfig(num_experts=4, expert_hidden_size=32, activation="swiglu")
     model = ModelConfig(hidden_size=32, num_layers=1, num_heads=2, moe=moe)
     result = run_step_benchmark(StepBenchmark(model, "fp32", 0.5, 2, 16, 2, torch.device("cpu")))

@@ -49,7 +49,7 @@ def test_every_layer_computes_the_same_from_the_same_weights(load):
         assert len(grads) == 1 + len(contender.parameters)
 
 
-def test_both_dense_chains_are_one_expert_over_all_rows():
+def test_both_dense_chains_compute_one_expert_over_all_tokens():
     _, others, _ = contenders("balanced", {"dense": PEERS["dense"]}, torch.float32)
     upstream = torch.randn(SHAPE.rows, SHAPE.hidden_size)
     (y, grads), (ours, our_grads) = (grads_by_name(others[name], upstream) for name in ("dense", OUR_CHAIN))
@@ -59,7 +59,7 @@ def test_both_dense_chains_are_one_expert_over_all_rows():
         torch.testing.assert_close(mine.view_as(theirs), theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_q_sparse_is_in_ours_at_both_sites():
+def test_our_layer_applies_q_sparse_at_both_sites():
     ours, _, _ = contenders("balanced", {}, torch.float32)
     dense, sparse = (ours[our_name("loop", s)] for s in (0.0, 0.5))
     assert not torch.allclose(dense.forward(dense.x)[0], sparse.forward(sparse.x)[0], atol=1e-3)
@@ -90,7 +90,7 @@ def result(small_peak):
     return moe_layer.run_moe_benchmark(benchmark(clock=time.process_time), peers)
 
 
-def test_the_result_tells_of_every_contender_or_why_it_is_left_out(result):
+def test_the_result_contains_every_contender_or_the_reason_for_leaving_it_out(result):
     (layer,) = result["layers"]
     assert layer["left_out"]["other"] == "it is not here"
     for backend in BACKENDS:
@@ -119,7 +119,7 @@ def test_the_result_names_machine_shape_loads_and_memory(result):
     assert layer["peak_bytes"]["dense"] > 4 * (3 * 16 * 8 + SHAPE.rows * 16)
 
 
-def test_the_profile_is_of_what_auto_takes_with_and_without_q_sparse(result):
+def test_the_profile_covers_the_backend_that_auto_chooses_with_and_without_q_sparse(result):
     (layer,) = result["layers"]
     first = moe_layer.fastest_first()[0].name
     assert list(layer["profile"]) == [our_name(first), our_name(first, 0.5), OUR_CHAIN]
@@ -130,7 +130,7 @@ def test_the_profile_is_of_what_auto_takes_with_and_without_q_sparse(result):
     assert [wait["operator"] for wait in layer["profile"][our_name(first)]["waits"]] == ["tolist"]
 
 
-def test_the_markdown_section_holds_the_figures_and_replaces_the_one_before(result, tmp_path, capsys):
+def test_the_markdown_section_contains_the_figures_and_replaces_the_previous_one(result, tmp_path, capsys):
     page, file = tmp_path / "results.md", tmp_path / "moe.json"
     page.write_text(f"before\n{moe_text.BEGIN}\nold\n{moe_text.END}\nafter\n")
     file.write_text(json.dumps(result))
@@ -201,6 +201,6 @@ def test_precisions_that_the_processor_has_no_products_for_are_measured_only_by_
         (["--experts", "64", "--hidden-size", "32"], "at most --hidden-size (32), whose first features hold the"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options, message, capsys):
+def test_impossible_options_are_refused(options, message, capsys):
     assert run(["bench", "moe", *options]) == 2
     assert message in capsys.readouterr().err

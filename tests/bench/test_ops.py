@@ -22,7 +22,7 @@ def test_thresholds_are_the_kth_largest_magnitude(name, dtype):
         assert torch.equal(ops.THRESHOLDS[name](magnitude, num_selected).squeeze(-1), want)
 
 
-def test_every_operation_and_version_is_timed_or_told_why_not(monkeypatch):
+def test_every_operation_and_version_is_timed_or_its_absence_is_explained(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     result = ops.run_op_benchmarks({"bf16": torch.bfloat16}, device="cpu", rounds=1, case="no_rows")
     timed = {operation["name"]: operation for operation in result["operations"]}

@@ -8,7 +8,7 @@ import torch
 from qsparse_moe.bench.routing import LOADS, choose_experts, routed_input, router_weight
 
 
-def test_balanced_loads_are_even_and_skewed_ones_fall_from_expert_to_expert():
+def test_balanced_loads_are_even_and_skewed_ones_decrease_from_expert_to_expert():
     balanced, skewed = (choose_experts(load, 1024, 16, 2).flatten().bincount(minlength=16) for load in LOADS)
     assert balanced.tolist() == [128] * 16
     assert skewed.sum() == 2048

@@ -14,7 +14,7 @@ from qsparse_moe.moe.permutation import RowCounts
 CPU = torch.device("cpu")
 
 
-def test_operators_are_told_by_their_own_time():
+def test_operators_are_listed_with_their_own_time():
     a = torch.randn(300, 300)
 
     def step():
@@ -32,7 +32,7 @@ def test_operators_are_told_by_their_own_time():
     assert found[0]["seconds"] > 0
 
 
-def test_peak_counts_what_is_held_at_once_and_nothing_from_before():
+def test_the_peak_counts_memory_in_use_at_the_same_time_and_nothing_allocated_before():
     before = torch.zeros(1000)
 
     def step():
@@ -47,7 +47,7 @@ def test_peak_counts_what_is_held_at_once_and_nothing_from_before():
 
 
 @pytest.mark.parametrize("waits", [False, True])
-def test_copies_and_waits_name_their_place_forward_and_backward(waits):
+def test_copies_and_waits_name_their_source_line_in_forward_and_backward(waits):
     rows = torch.randn(6, 4, requires_grad=True)
     weights = torch.randn(2, 4, 8, requires_grad=True)
 
@@ -69,7 +69,7 @@ def test_copies_and_waits_name_their_place_forward_and_backward(waits):
     assert any(wait["operator"] == "_local_scalar_dense" for wait in found["waits"]) == waits
 
 
-def test_a_step_of_ours_in_a_backward_function_is_seen_too():
+def test_operations_inside_a_custom_backward_function_are_traced_too():
     class Waits(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
@@ -86,6 +86,6 @@ def test_a_step_of_ours_in_a_backward_function_is_seen_too():
     assert sum(copy["calls"] for copy in found["copies"] if copy["operator"] == "clone") == 2
 
 
-def test_a_settings_object_has_the_shape_that_was_asked_for():
+def test_a_settings_object_has_the_requested_shape():
     moe = layer_config(LayerShape(64, 32, 48, 4, 2), "loop").moe
     assert (moe.num_experts, moe.experts_per_token, moe.expert_hidden_size, moe.backend) == (4, 2, 48, "loop")

@@ -125,7 +125,7 @@ def test_llama_cpp_is_measured_with_an_output_as_ours_too():
     assert labels("fp32", "fp32") == []
 
 
-def test_llama_cpp_that_is_missing_is_said_with_the_way_out(monkeypatch):
+def test_a_missing_llama_cpp_is_reported_with_the_way_out(monkeypatch):
     monkeypatch.setattr(llama_peer, "find_spec", lambda name: None)
     monkeypatch.delenv(llama_peer.PYTHON_VARIABLE, raising=False)
     python, reason = llama_peer.find_llama_cpp()

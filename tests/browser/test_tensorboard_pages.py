@@ -74,7 +74,7 @@ def iter_until(lines, word):
 
 
 @pytest.mark.parametrize("name", ["timeseries", "scalars"])
-def test_curves_of_both_runs_under_their_own_names(page, name):
+def test_curves_of_both_runs_have_the_names_of_the_runs(page, name):
     page.open(name)
     page.shows("half", "most", "train", "validation", "router")
     # The validation curves are runs of their own: TensorBoard has one colour per run.
@@ -101,7 +101,7 @@ def test_images_are_heat_maps_of_layers_and_experts(page):
     page.keep("images")
 
 
-def test_histograms_of_the_router(page):
+def test_the_router_has_histograms(page):
     page.open("histograms")
     page.shows("router/log2_probability/layer_0", "half", "most")
     page.keep("histograms")

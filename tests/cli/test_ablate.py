@@ -22,7 +22,7 @@ def grid(tmp_path):
     return [str(tmp_path / "mini.yaml"), "--output-dir", str(tmp_path / "out")]
 
 
-def test_list_tells_index_state_and_id(grid, capsys, tmp_path):
+def test_list_prints_index_state_and_id(grid, capsys, tmp_path):
     assert run(["ablate", *grid, "--list"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == ["1", "to", "do", "S0-seed1"] and len(lines) == 4
@@ -40,7 +40,7 @@ def test_list_tells_index_state_and_id(grid, capsys, tmp_path):
         (["--devices", "0", "--jobs", "2"], "--devices (0) must name 2 devices for 2 runs at a time (--jobs)"),
     ],
 )
-def test_what_cannot_be_is_refused_and_nothing_written(grid, capsys, tmp_path, options, message):
+def test_impossible_options_are_refused_and_nothing_is_written(grid, capsys, tmp_path, options, message):
     assert run(["ablate", *grid, *options]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

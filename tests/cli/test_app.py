@@ -138,7 +138,7 @@ def test_all_broken_rules_are_printed(capsys):
     ],
 )
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_known_situation_is_said_once_over_all_ranks(error, code, rank, capsys, monkeypatch):
+def test_a_known_error_is_printed_once_over_all_ranks(error, code, rank, capsys, monkeypatch):
     def fail(*_arguments):
         raise error
 
@@ -148,20 +148,20 @@ def test_known_situation_is_said_once_over_all_ranks(error, code, rank, capsys, 
     assert capsys.readouterr().err == ("error: what\n" if rank == "0" else "")
 
 
-def test_usage_error_is_said_once_over_all_ranks(capsys, monkeypatch):
+def test_a_usage_error_is_printed_once_over_all_ranks(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "3")
     assert run(["trian"]) == 2
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_other_ranks_let_rank_zero_speak_before_they_end(rank, one_process, monkeypatch):
+def test_other_ranks_wait_for_the_message_of_rank_zero_before_they_end(rank, one_process, monkeypatch):
     monkeypatch.setenv("RANK", rank)
     assert run(["trian"]) == 2
     assert [seconds > 1 for seconds in one_process] == ([] if rank == "0" else [True])
 
 
-def test_our_own_mistake_keeps_its_traceback(monkeypatch):
+def test_an_internal_error_prints_its_traceback(monkeypatch):
     def fail(*_arguments):
         raise ZeroDivisionError("ours")
 
@@ -185,7 +185,7 @@ def test_a_full_disk_is_one_message_that_names_the_file(number, capsys, monkeypa
     )
 
 
-def test_another_error_of_the_system_keeps_its_traceback(monkeypatch):
+def test_another_operating_system_error_prints_its_traceback(monkeypatch):
     def fail(*_arguments):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -199,7 +199,7 @@ on_full_disk = pytest.mark.skipif(not FULL.exists(), reason="a device that is al
 
 
 @on_full_disk
-def test_plans_whole_files_and_results_name_the_file_that_a_full_disk_refuses(tmp_path):
+def test_plans_atomic_files_and_results_name_the_file_when_the_disk_is_full(tmp_path):
     plan = SparsityPlan.uniform(load_config(Path(TINY)).model, 0.5)
     writers = (plan.save, lambda file: write_json(file, {"a": 1}), lambda file: _save(Figure(), file))
     for write in writers:
@@ -292,6 +292,6 @@ def test_existing_run_folder_is_refused_before_torch_is_imported(tmp_path):
     assert "training.resume" in done.stderr
 
 
-def test_verbs_are_modules_of_the_room():
+def test_verbs_are_modules_of_the_command_line_package():
     room = Path(app_module.__file__).parent
     assert all((room / f"{verb.replace('-', '_')}.py").is_file() for verb in VERBS)

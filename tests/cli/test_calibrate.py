@@ -69,7 +69,7 @@ def test_plan_of_a_run_is_written_used_for_training_and_evaluated(trained, tmp_p
     assert SparsityPlan.load(again).values == SparsityPlan.load(plan_file).values
 
 
-def test_report_for_people_holds_the_same(trained, tmp_path, capsys):
+def test_the_readable_report_contains_the_same(trained, tmp_path, capsys):
     arguments = ["calibrate", str(trained), "--output", str(tmp_path / "plan.json"), "--rows", "6"]
     assert run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -86,7 +86,7 @@ def test_report_for_people_holds_the_same(trained, tmp_path, capsys):
     assert f"to use it         {' '.join(found['settings'])}\n" in printed
 
 
-def test_s_is_the_run_s_or_what_is_asked_for(trained, tmp_path):
+def test_s_is_that_of_the_run_or_the_requested_one(trained, tmp_path):
     def values(*arguments):
         output = tmp_path / "plan.json"
         assert run(["calibrate", str(trained), "--output", str(output), "--rows", "2", "--force", *arguments]) == 0
@@ -103,7 +103,7 @@ def test_s_is_the_run_s_or_what_is_asked_for(trained, tmp_path):
     assert not any(asked.values[1, "expert_hidden"]) and not any(asked.thresholds[1, "expert_hidden"])
 
 
-def test_s_of_a_run_is_that_of_its_last_step_and_an_s_asked_for_is_not_scheduled(tmp_path):
+def test_s_of_a_run_is_that_of_its_last_step_and_a_requested_s_is_not_scheduled(tmp_path):
     ramping = untrained(tmp_path, "ramping", step=3)  # one dense step, then an eighth more in each
     assert asked_plan(ramping).mean == pytest.approx(0.125)
     assert asked_plan(ramping, sparsity=0.5).mean == 0.5
@@ -234,7 +234,7 @@ def test_output_made_in_the_meantime_is_not_overwritten(inputs):
     assert SparsityPlan.load("there.json") == plan
 
 
-def test_a_disk_that_fails_is_said(inputs, monkeypatch):
+def test_a_failing_disk_is_one_message(inputs, monkeypatch):
     def fail(*_arguments):
         raise OSError(28, "No space left on device")
 
@@ -251,7 +251,7 @@ def test_a_disk_that_fails_is_said(inputs, monkeypatch):
         {"sites": {"expert_hidden": 0.7}, "overrides": [{"layers": 0, "sparsity": 0.1}], "selection": "statistical"},
     ],
 )
-def test_settings_that_it_names_make_a_run_select_by_the_plan(sparsity, tmp_path):
+def test_the_settings_that_it_prints_make_a_run_select_by_the_plan(sparsity, tmp_path):
     run_dir = untrained(tmp_path, "run", **sparsity)
     plan = asked_plan(run_dir)
     plan = plan.with_thresholds({place: (0.1,) * len(values) for place, values in plan.values.items()})

@@ -44,7 +44,7 @@ def test_json_holds_the_counts(capsys):
     assert (content["tokens_per_step"], content["tokens"]) == (2048, 61440)
 
 
-def test_json_tells_where_k_differs(capsys):
+def test_json_shows_where_k_differs(capsys):
     override = "model.sparsity.overrides=[{sparsity: 0.75, site: expert_hidden, experts: 0, layers: 1}]"
     place = described(capsys, TINY, *SHAPE, override)["sites"]["expert_hidden"]
     assert (place["least_kept"], place["most_kept"]) == (8, 16)
@@ -70,7 +70,7 @@ def test_run_folder_is_described_by_its_config(capsys, tmp_path):
     assert described(capsys, str(folder)) == described(capsys, TINY, *SHAPE)
 
 
-def test_the_last_logged_step_brings_the_measured_zeros(capsys, tmp_path):
+def test_measured_zeros_are_those_of_the_last_logged_step(capsys, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "config.yaml").write_text(config_to_yaml(load_config(TINY, SHAPE)), encoding="utf-8")
@@ -140,7 +140,7 @@ ONE_EXPERT = "model.moe.experts_per_token=1"
         (["model.moe.router=sigmoid_topk_renormalized"], "model.moe.router=sigmoid_topk,"),
     ],
 )
-def test_a_router_that_the_loss_does_not_train_is_warned_of_with_the_way_out(capsys, settings, way_out):
+def test_a_router_that_the_loss_does_not_train_causes_a_warning_with_the_way_out(capsys, settings, way_out):
     arguments = [TINY, *SHAPE, ONE_EXPERT, *settings]
     (warning,) = described(capsys, *arguments)["warnings"]
     assert "the loss gives the router no gradient" in warning and way_out in warning
@@ -149,5 +149,5 @@ def test_a_router_that_the_loss_does_not_train_is_warned_of_with_the_way_out(cap
 
 
 @pytest.mark.parametrize("trained", ["model.moe.experts_per_token=2", "model.moe.router=softmax_topk"])
-def test_a_router_that_the_loss_trains_is_not_warned_of(capsys, trained):
+def test_a_router_that_the_loss_trains_causes_no_warning(capsys, trained):
     assert described(capsys, TINY, *SHAPE, ONE_EXPERT, trained)["warnings"] == []

@@ -32,7 +32,7 @@ def test_this_machine_is_ready(capsys):
     assert all(finding["runs"] or finding["detail"] for finding in found.values()), "a no without its reason"
 
 
-def test_table_says_the_same(capsys):
+def test_the_table_contains_the_same(capsys):
     assert run(["doctor"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"torch +yes +\d", printed)
@@ -50,13 +50,13 @@ def test_missing_extra_is_no_failure(capsys, monkeypatch):
     )
 
 
-def test_extra_s_name_reaches_the_table(capsys, monkeypatch):
+def test_the_name_of_an_extra_is_in_the_table(capsys, monkeypatch):
     hide(monkeypatch, "scipy")
     assert run(["doctor"]) == 0
     assert re.search(r'scipy +no +not installed; pip install "qsparse-moe\[ablation\]"', capsys.readouterr().out)
 
 
-def test_missing_need_ends_with_1_and_its_remedy(capsys, monkeypatch):
+def test_a_missing_requirement_ends_with_code_1_and_its_remedy(capsys, monkeypatch):
     hide(monkeypatch, "deepspeed")
     ready, found = findings(capsys, code=1)
     assert not ready
@@ -65,13 +65,13 @@ def test_missing_need_ends_with_1_and_its_remedy(capsys, monkeypatch):
     assert "Not ready: deepspeed missing" in capsys.readouterr().out
 
 
-def test_old_need_ends_with_1(capsys, monkeypatch):
+def test_an_outdated_requirement_ends_with_code_1(capsys, monkeypatch):
     monkeypatch.setattr(checks, "installed_version", lambda package: "0.19.7" if package == "deepspeed" else "99")
     _, found = findings(capsys, code=1)
     assert found["deepspeed"]["detail"] == '0.19.7 is older than 0.19.8; pip install "deepspeed>=0.19.8"'
 
 
-def test_missing_torch_leaves_the_rest_to_look_at(capsys, monkeypatch):
+def test_the_other_checks_run_without_torch(capsys, monkeypatch):
     hide(monkeypatch, "torch")
     _, found = findings(capsys, code=1)
     assert not found["torch"]["runs"]
@@ -96,7 +96,7 @@ def test_versions_are_compared_as_numbers(version, numbers):
     assert checks._numbers(version) == numbers
 
 
-def test_bounds_are_those_of_the_project():
+def test_version_limits_are_those_of_the_project():
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = dict(requirement.split(">=") for requirement in project["dependencies"] if ">=" in requirement)
     assert {package: declared[package] for package in checks.NEEDED_PACKAGES} == checks.NEEDED_PACKAGES
@@ -106,7 +106,7 @@ def test_bounds_are_those_of_the_project():
     assert project["requires-python"] == ">=" + ".".join(map(str, checks._PYTHON))
 
 
-def test_each_missing_part_of_megablocks_is_told_with_its_remedy(capsys, monkeypatch):
+def test_each_missing_part_of_megablocks_is_reported_with_its_remedy(capsys, monkeypatch):
     find = checks.importlib.util.find_spec
     parts = ("megablocks", "stk", "grouped_gemm")
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None if name in parts else find(name))
@@ -125,7 +125,7 @@ def test_each_missing_part_of_megablocks_is_told_with_its_remedy(capsys, monkeyp
     )
 
 
-def test_parts_of_megablocks_that_are_there_are_told(capsys, monkeypatch):
+def test_installed_parts_of_megablocks_are_reported(capsys, monkeypatch):
     monkeypatch.setattr(checks, "has_extension", lambda: True)
     _, found = findings(capsys, code=0)
     assert (found["megablocks"]["runs"], found["megablocks"]["detail"]) == (True, "0.10.0")

@@ -26,7 +26,7 @@ def fit(capsys, *arguments):
 
 
 @pytest.mark.slow
-def test_a_law_is_fitted_told_and_written_with_its_figures(tmp_path, capsys):
+def test_a_law_is_fitted_printed_and_written_with_its_figures(tmp_path, capsys):
     broken = rows()[0] | {"id": "broken", "finished": False, "loss": None, "curve": []}
     file, output = write_rows(tmp_path / "results.jsonl", [*rows(), broken]), tmp_path / "law"
     arguments = (tmp_path, "--form", "product", "--form", "kept", "--bootstrap", 20, "--output", output)
@@ -53,7 +53,7 @@ def test_a_law_is_fitted_told_and_written_with_its_figures(tmp_path, capsys):
     assert file.exists()
 
 
-def test_tables_say_units_intervals_and_that_printed_constants_are_rounded(tmp_path, capsys):
+def test_tables_show_units_and_intervals_and_say_that_printed_constants_are_rounded(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows())
     settings = ("--form", "q-sparse", "--bootstrap", 20, "--unit", "bits-per-byte", "--points", "last")
     code, printed, _ = fit(capsys, file, *settings)
@@ -79,7 +79,7 @@ def test_units_scale_the_losses(tmp_path, capsys):
     assert largest["bits-per-byte"] == pytest.approx(largest["bits"])
 
 
-def test_published_forms_that_the_runs_cannot_tell_are_named_with_the_reason(tmp_path, capsys):
+def test_published_forms_that_the_runs_do_not_determine_are_named_with_the_reason(tmp_path, capsys):
     few = rows(widths=(64, 96, 144), experts=((4, 2), (8, 2)), sparsities=(0.0, 0.4, 0.7))
     code, printed, _ = fit(capsys, write_rows(tmp_path / "runs.jsonl", few), "--bootstrap", 20, "--points", "all")
     assert code == 0
@@ -119,7 +119,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_rows_that_make_no_law_are_refused_and_nothing_is_written(case, tmp_path, capsys):
+def test_results_that_determine_no_law_are_refused_and_nothing_is_written(case, tmp_path, capsys):
     change, message = BAD_ROWS[case]
     file, output = write_rows(tmp_path / "runs.jsonl", change(rows())), tmp_path / "law"
     code, printed, told = fit(capsys, file, "--output", output)
@@ -130,7 +130,7 @@ def test_rows_that_make_no_law_are_refused_and_nothing_is_written(case, tmp_path
         assert str(file) in told
 
 
-def test_a_file_cut_in_the_middle_or_missing_is_refused(tmp_path, capsys):
+def test_a_truncated_or_missing_file_is_refused(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows())
     file.write_text(file.read_text()[:-200])
     assert f"{file}, line 48" in fit(capsys, file)[2]
@@ -138,7 +138,7 @@ def test_a_file_cut_in_the_middle_or_missing_is_refused(tmp_path, capsys):
     assert code == 2 and "none.jsonl cannot be read" in told
 
 
-def test_a_reason_names_the_forms_that_the_runs_can_tell(tmp_path, capsys):
+def test_a_reason_names_the_forms_that_the_runs_determine(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows(sparsities=(0.5,), widths=(32, 48, 64, 96, 128)))
     told = fit(capsys, file)[2]
     assert "the form product cannot be fitted: S takes 1 value in the runs, and its constants need at least 3" in told
@@ -158,7 +158,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatc
     assert "--output (/proc/law) is in a folder without write permission; name another" in fit(capsys, *asked)[2]
 
 
-def test_choices_that_cannot_be_are_refused_before_anything_is_read(tmp_path, capsys):
+def test_impossible_choices_are_refused_before_anything_is_read(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows())
     assert (
         "--form (chinchilla) is not a form; choose from product, kept, additive, q-sparse"
@@ -171,7 +171,7 @@ def test_choices_that_cannot_be_are_refused_before_anything_is_read(tmp_path, ca
     )
 
 
-def test_a_mark_stands_at_an_optimum_that_is_beyond_every_s_of_the_runs_and_at_no_other():
+def test_only_an_optimum_beyond_every_s_of_the_runs_is_marked():
     def optimum(sparsity, share):
         ends = {"interval": [0.1, 0.9], "band": [0.2, 0.8], "band_interval": [0.15, 0.85]}
         others = {"dense_excess": 0.031, "worse_than_dense_beyond": None, "at_edge_share": 0.25}

@@ -110,7 +110,7 @@ def test_a_stop_string_ends_the_text_before_it(run_dir, capsys):
     assert (content["text"], content["stop_reason"]) == (whole[: whole.index(stop)], "stop_string")
 
 
-def test_an_export_generates_and_weights_and_plan_change_what_comes(run_dir, tmp_path, capsys):
+def test_an_export_generates_and_weights_and_plan_change_its_text(run_dir, tmp_path, capsys):
     export_run(run_dir, tmp_path / "out")
     options = ["--prompt", "ab", "--max-tokens", "6", "--json"]
     read = lambda *more: json.loads(said(capsys, *more, *options))["log_probabilities"]  # noqa: E731
@@ -150,7 +150,7 @@ def test_the_speed_is_reported_beside_the_text(run_dir, capsys):
         (["--truncate-prompt", "--overlong", "slide"], "--truncate-prompt and --overlong slide both treat prompts"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_generated_is_refused_with_one_message(run_dir, capsys, arguments, message):
+def test_impossible_requests_are_refused_with_one_message(run_dir, capsys, arguments, message):
     assert message in refusal(capsys, run_dir, *arguments)
 
 
@@ -167,7 +167,7 @@ def test_a_plan_of_another_model_is_refused(run_dir, tmp_path, capsys):
     assert "sparsity plan: layer 1, " in refusal(capsys, run_dir, "--plan", tmp_path / "plan.json")
 
 
-def test_overlong_prompts_are_cut_or_slide_where_that_is_asked_for(run_dir, capsys):
+def test_overlong_prompts_are_cut_or_slide_on_request(run_dir, capsys):
     prompt = ["--prompt", "abcdefgh" * 4, "--max-tokens", "3"]
     cut = said(capsys, run_dir, *prompt, "--truncate-prompt")
     assert cut.startswith("abcdefgh" * 3) and cut == said(capsys, run_dir, *prompt, "--overlong", "truncate")
@@ -175,7 +175,7 @@ def test_overlong_prompts_are_cut_or_slide_where_that_is_asked_for(run_dir, caps
     assert said(capsys, run_dir, *prompt, "--max-length", "40").startswith("abcdefgh" * 4)
 
 
-def test_a_prompt_that_is_not_utf_8_is_named_with_the_byte_that_is_not():
+def test_a_prompt_that_is_not_utf_8_is_named_with_the_offending_byte():
     check_prompt("né €")
     prompt = "né".encode() + b"caf\xe9!"
     with pytest.raises(ConfigError, match=r"--prompt \('n\\xe9caf\\udce9!'\) must be UTF-8, and its byte 6 is not"):
@@ -194,7 +194,7 @@ def test_a_file_of_prompts_must_be_text_and_have_a_line(tmp_path):
     assert read_prompts([], file) == ["one", "", " two"]
 
 
-def test_texts_of_a_batch_are_written_in_turn_and_the_first_as_it_comes():
+def test_texts_of_a_batch_are_written_in_turn_and_the_first_is_streamed():
     written = []
     with _Printer(["A", "B", "C"], is_last=True, write=written.append) as printer:
         printer.add(1, "x", is_end=True)
@@ -208,7 +208,7 @@ def test_texts_of_a_batch_are_written_in_turn_and_the_first_as_it_comes():
     assert "".join(written) == "Ay\n\nBx\n\nCz\n"
 
 
-def test_a_stop_signal_keeps_what_was_written_and_ends_with_its_code(run_dir, capsys, monkeypatch):
+def test_a_stop_signal_leaves_the_written_text_and_ends_with_its_code(run_dir, capsys, monkeypatch):
     decode, calls = TorchDecode.decode, []
 
     def interrupted(self, tokens_B, cache):

@@ -35,7 +35,7 @@ def test_every_configuration_that_is_listed_can_be_written_and_loaded(folder, na
 
 
 @pytest.mark.parametrize("name", [file.name for file in shipped_files().values() if file.kind == "grid"])
-def test_a_grid_brings_the_configuration_that_it_is_based_on(folder, name, capsys):
+def test_a_grid_is_written_with_the_configuration_that_it_is_based_on(folder, name, capsys):
     assert run(["init", name, "--output", "sub/grid.yaml", "--json"]) == 0
     files = [Path(file) for file in json.loads(capsys.readouterr().out)["files"]]
     assert len(files) == 2 and all(file.parent == Path("sub") for file in files)
@@ -55,7 +55,7 @@ def test_list_names_every_file_in_one_sentence(capsys):
     assert "recipes/mixtral-8x7b" in capsys.readouterr().out
 
 
-def test_files_that_exist_are_kept_unless_force_is_given(folder, capsys):
+def test_existing_files_are_not_overwritten_unless_force_is_given(folder, capsys):
     (folder / "paper-miniature.yaml").write_text("mine")
     assert run(["init", "ablations/sparsity"]) == 2
     message = capsys.readouterr().err
@@ -70,6 +70,6 @@ def test_an_unknown_name_is_refused_with_the_nearest(capsys):
     assert "recipes/mixtral-8x7b" in capsys.readouterr().err
 
 
-def test_a_folder_is_no_file_to_write(folder, capsys):
+def test_a_folder_is_refused_as_the_output(folder, capsys):
     assert run(["init", "--output", str(folder)]) == 2
     assert "is a folder" in capsys.readouterr().err

@@ -54,7 +54,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_lines_where_there_is_no_terminal(capsys):
+def test_progress_is_lines_where_there_is_no_terminal(capsys):
     with TrainingProgress(20) as progress:
         progress.begin(context())
         progress(report(10))
@@ -75,7 +75,7 @@ def use_terminal(monkeypatch):
     return screen
 
 
-def test_one_bar_on_a_terminal(monkeypatch):
+def test_progress_is_one_bar_on_a_terminal(monkeypatch):
     terminal = use_terminal(monkeypatch)
     with TrainingProgress(20) as progress:
         progress.begin(context(start_step=5))
@@ -102,7 +102,7 @@ def test_error_leaves_no_bar_behind(monkeypatch):
     assert terminal.getvalue().rstrip().endswith("\x1b[?25h")
 
 
-def test_error_before_the_first_step_is_no_trouble_for_the_bar(monkeypatch):
+def test_an_error_before_the_first_step_does_not_disturb_the_bar(monkeypatch):
     use_terminal(monkeypatch)
     with pytest.raises(RuntimeError, match="early"), TrainingProgress(20):
         raise RuntimeError("early")

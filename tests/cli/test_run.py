@@ -78,7 +78,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_training_prints_one_json_object_and_its_progress_elsewhere(trained):
+def test_training_prints_one_json_object_and_its_progress_on_standard_error(trained):
     _, run_dir, done = trained
     summary = json.loads(done.stdout)
     assert (summary["run_dir"], summary["step"], summary["tokens"]) == (str(run_dir), 6, 6 * 4 * 64)
@@ -100,7 +100,7 @@ def test_run_is_never_overwritten(trained):
 
 
 @pytest.mark.slow
-def test_resumed_run_ends_with_a_summary_for_people(trained):
+def test_resumed_run_ends_with_a_readable_summary(trained):
     config, run_dir, _ = trained
     done = train(config, "training.resume=true", "training.steps=8")
     assert done.returncode == 0, done.stderr
@@ -124,7 +124,7 @@ def test_evaluation_reports_the_newest_checkpoint(trained, capsys):
     assert f"unigram model     {figures['unigram_bits_per_byte']:.4f}" in printed
 
 
-def test_evaluation_takes_another_s_or_plan_and_files(trained, capsys, tmp_path):
+def test_evaluation_accepts_another_s_or_plan_and_files(trained, capsys, tmp_path):
     _, run_dir, _ = trained
     arguments = ["evaluate", str(run_dir), "--json"]
     losses = []
@@ -156,7 +156,7 @@ def test_evaluation_takes_another_s_or_plan_and_files(trained, capsys, tmp_path)
         ),
     ],
 )
-def test_evaluation_refuses_what_does_not_go_together(trained, capsys, arguments, message):
+def test_evaluation_refuses_contradictory_options(trained, capsys, arguments, message):
     _, run_dir, _ = trained
     assert run(["evaluate", str(run_dir), *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
@@ -172,7 +172,7 @@ def test_evaluation_refuses_what_does_not_go_together(trained, capsys, arguments
         ),
     ],
 )
-def test_an_s_without_meaning_for_the_run_s_selection_is_refused(trained, tmp_path, monkeypatch, selection, message):
+def test_an_s_without_effect_on_the_selection_of_the_run_is_refused(trained, tmp_path, monkeypatch, selection, message):
     _, run_dir, _ = trained
     config = load_config(run_dir / "config.yaml")
     settings = config.model.sparsity.model_copy(update={"selection": selection})
@@ -235,7 +235,7 @@ def test_stopped_rank_s_code_is_passed_on(trained, monkeypatch, capsys):
     assert (summary["step"], summary["loss"], summary["stopped_by"]) == (4, None, 15)
 
 
-def test_run_folder_shows_what_its_tokens_need(trained, capsys):
+def test_describe_measures_the_weights_that_the_tokens_of_a_run_read(trained, capsys):
     _, run_dir, _ = trained
     assert run(["describe", str(run_dir), "--measure", "8", "--json"]) == 0
     points = json.loads(capsys.readouterr().out)["measured_unions"]
@@ -248,14 +248,14 @@ def test_run_folder_shows_what_its_tokens_need(trained, capsys):
     assert "elements of up, gate first" in capsys.readouterr().out
 
 
-def test_measuring_needs_a_run_without_settings(trained, capsys):
+def test_measuring_is_refused_without_a_run_folder_and_with_settings(trained, capsys):
     config, run_dir, _ = trained
     for arguments in ([str(config)], [str(run_dir), "training.steps=99"]):
         assert run(["describe", *arguments, "--measure", "8"]) == 2
         assert "--measure (8) needs a run folder with a checkpoint" in capsys.readouterr().err
 
 
-def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
+def test_an_export_is_made_once_and_reports_its_contents(trained, tmp_path, capsys):
     _, run_dir, _ = trained
     out = tmp_path / "out"
     assert run(["export", str(run_dir), str(out), "--dtype", "bf16", "--json"]) == 0
@@ -268,7 +268,7 @@ def test_export_is_made_once_and_says_what_it_holds(trained, tmp_path, capsys):
     assert f"{2 * made['bytes']:,} bytes in fp32" in capsys.readouterr().out
 
 
-def test_a_finished_run_with_a_tokenizer_of_ones_own_works_from_another_folder(tmp_path, capsys, monkeypatch):
+def test_a_finished_run_with_a_custom_tokenizer_works_from_another_folder(tmp_path, capsys, monkeypatch):
     """Paths were relative to where it was trained; the tokenizer that was there has gone, and the run keeps its own."""
     there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     there.mkdir()

@@ -24,7 +24,7 @@ def trained(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_sensitivity_writes_json_csv_report_and_pictures(trained, tmp_path, capsys):
+def test_sensitivity_writes_json_csv_report_and_figures(trained, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder = tmp_path / "report"
@@ -49,7 +49,7 @@ def test_sensitivity_writes_json_csv_report_and_pictures(trained, tmp_path, caps
     assert {f"sensitivity/{name}" for name in names} <= set(events.Tags()["images"])
 
 
-def test_sensitivity_without_evaluations_around_another_s_for_people(trained, tmp_path, capsys):
+def test_sensitivity_prints_a_readable_report_of_estimates_around_another_s(trained, tmp_path, capsys):
     folder = tmp_path / "report"
     arguments = ["--estimate-only", "--at", "0.25", "--values", "0,0.25", "--rows", "2", "--output", str(folder)]
     assert run(["sensitivity", str(trained), *arguments]) == 0
@@ -64,7 +64,7 @@ def test_sensitivity_without_evaluations_around_another_s_for_people(trained, tm
 
 
 @pytest.mark.slow
-def test_allocate_writes_a_plan_that_keeps_to_the_budget_and_compares_it(trained, tmp_path, capsys):
+def test_allocate_writes_a_plan_within_the_budget_and_compares_it(trained, tmp_path, capsys):
     output, report = tmp_path / "plan.json", tmp_path / "report.md"
     arguments = ["allocate", str(trained), "--output", str(output), "--sparsity", "0.6", "--rows", "3", "--rounds", "1"]
     arguments += ["--random", "1", "--train", "1", "--report", str(report)]

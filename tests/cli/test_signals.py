@@ -116,7 +116,7 @@ def assert_one_line(said, number):
         ("after the loop", signal.SIGTERM),
     ],
 )
-def test_it_ends_at_once_where_there_is_nothing_to_save(tmp_path, moment, number):
+def test_a_run_ends_at_once_when_there_is_nothing_to_save(tmp_path, moment, number):
     config = write_inputs(tmp_path)
     with Running("-c", PROGRAM, moment, "train", str(config)) as process:
         process.wait_for("it stands there")
@@ -125,7 +125,7 @@ def test_it_ends_at_once_where_there_is_nothing_to_save(tmp_path, moment, number
 
 
 @pytest.mark.parametrize(("wait", "number"), [("operators", signal.SIGTERM), ("data", signal.SIGINT)])
-def test_it_ends_at_once_while_it_waits_for_a_lock(tmp_path, monkeypatch, wait, number):
+def test_a_run_ends_at_once_while_it_waits_for_a_lock(tmp_path, monkeypatch, wait, number):
     config = write_inputs(tmp_path)
     arguments = ["-m", "qsparse_moe", "train", str(config)]
     if wait == "operators":
@@ -146,7 +146,7 @@ def test_it_ends_at_once_while_it_waits_for_a_lock(tmp_path, monkeypatch, wait, 
 
 
 @pytest.mark.skipif(native.why_not(native.torch.device("cpu")) is not None, reason="needs a C++ compiler")
-def test_it_ends_at_once_while_it_compiles(tmp_path):
+def test_a_run_ends_at_once_while_it_compiles(tmp_path):
     config = write_inputs(tmp_path)
     extensions = tmp_path / "extensions"
     arguments = ["-m", "qsparse_moe", "train", str(config), "model.sparsity.backend=native"]
@@ -157,7 +157,7 @@ def test_it_ends_at_once_while_it_compiles(tmp_path):
     assert list((extensions / "qsparse_moe").iterdir()) == []
 
 
-def test_it_ends_soon_where_it_waits_in_cpp_for_another_rank(tmp_path):
+def test_a_run_ends_soon_while_it_waits_in_cpp_for_another_rank(tmp_path):
     """Python runs no handler there."""
     config = write_inputs(tmp_path)
     launcher = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "RANK": "0"}
@@ -168,7 +168,7 @@ def test_it_ends_soon_where_it_waits_in_cpp_for_another_rank(tmp_path):
         assert_one_line(process.said, signal.SIGTERM)
 
 
-def test_from_the_second_step_on_it_saves_first(tmp_path):
+def test_from_the_second_step_on_a_run_saves_first(tmp_path):
     number = signal.SIGINT
     config = write_inputs(tmp_path)
     with Running("-m", "qsparse_moe", "train", str(config), "training.steps=100000", "metrics.interval=1") as process:

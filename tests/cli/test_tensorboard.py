@@ -65,7 +65,7 @@ def test_a_single_run_keeps_its_name(make_run, started):
     assert links(started) == {"first": first / "tensorboard"}
 
 
-def test_runs_of_the_same_name_are_told_apart_by_the_folders_above_them(make_run, started):
+def test_runs_of_the_same_name_are_distinguished_by_their_parent_folders(make_run, started):
     runs = {name: make_run(name) for name in ("a/tiny", "b/tiny", "b/small")}
     assert run(["tensorboard", *map(str, runs.values())]) == 0
     assert links(started) == {name: folder / "tensorboard" for name, folder in runs.items()}
@@ -79,7 +79,7 @@ def test_runs_of_the_same_name_are_told_apart_by_the_folders_above_them(make_run
         (["grid", "grid/one"], "so its runs would be shown twice; leave one of them out"),
     ],
 )
-def test_what_cannot_be_shown_is_refused(tmp_path, make_run, started, capsys, arguments, message):
+def test_folders_that_cannot_be_shown_are_refused(tmp_path, make_run, started, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
     for name in ("first", "grid/one"):
         make_run(name)

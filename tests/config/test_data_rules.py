@@ -99,12 +99,12 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_broken_rule_says_setting_value_rule_and_way_out(case):
+def test_message_names_setting_value_rule_and_way_out(case):
     settings, parts, _ = CASES[case]
     assert_one_message(messages(settings), parts)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_way_out_leads_out(case):
+def test_way_out_repairs_the_settings(case):
     settings, _, mended = CASES[case]
     assert messages(settings | mended) == []

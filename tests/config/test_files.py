@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted(p for p in (REPOSITORY / "configs").rglob("*.yaml") if p.parent.name != "ablations")
 
 
-def test_the_three_sizes_are_there():
+def test_the_three_sizes_are_shipped():
     assert {"tiny.yaml", "small.yaml", "base.yaml"} <= {path.name for path in CONFIGS}
 
 
@@ -60,7 +60,7 @@ def test_command_writes_the_file(module, text, tmp_path):
     assert refused.stderr.startswith(f"usage: python -m qsparse_moe.config.{module} FILE")
 
 
-def test_schema_admits_what_the_loader_does():
+def test_the_schema_accepts_what_the_loader_accepts():
     schema = json.loads(schema_text())
     assert schema["$defs"]["TrainingConfig"]["type"] == ["object", "null"]
     assert schema["$defs"]["SparsityOverride"]["type"] == "object"

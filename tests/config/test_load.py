@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "text", ["", "# nothing\n", "---\n", "{}", "training:\n", "model: {sparsity: , moe: }\ndata: ~\n"]
 )
-def test_empty_file_or_section_is_one_of_defaults(load, text):
+def test_an_empty_file_or_section_has_the_default_settings(load, text):
     assert load(text) == RunConfig()
 
 
@@ -34,7 +34,7 @@ def test_file_may_begin_with_a_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "value"), [("[1]", "[1]"), ("steps", '"steps"'), ("3", "3"), ("false", "false")])
-def test_file_without_names_is_refused(error_of, text, value):
+def test_a_file_that_is_not_a_mapping_is_refused(error_of, text, value):
     message = error_of(text)
     assert f"run.yaml ({value}) must contain settings by name, such as training: {{steps: 50}}" in message
 
@@ -76,7 +76,7 @@ def test_broken_yaml_names_file_and_line(error_of):
     assert message.endswith("(while parsing a flow sequence that begins in line 2); correct it there")
 
 
-def test_key_that_stands_twice_is_an_error_beside_the_others(error_of):
+def test_a_repeated_key_is_reported_beside_the_other_errors(error_of):
     message = error_of("training:\n  steps: 1\n  steps: 0\n")
     assert "run.yaml, line 3: the key steps occurs twice (first in line 2); keep one of them" in message
     assert "training.steps (0) must be a whole number of at least 1; the default is 300" in message
@@ -124,7 +124,7 @@ def test_removed_setting_on_the_command_line_is_refused_with_what_replaces_it(er
     assert re.search(r"^data\.shuffle_buffer was removed.*delete it.*data\.shuffle=true", message)
 
 
-def test_rule_that_joins_a_broken_setting_is_not_judged_by_its_default(error_of):
+def test_a_rule_about_a_broken_setting_is_not_checked_with_its_default(error_of):
     # warmup_steps 400 is above the default of steps (300), but the steps that were meant are not known.
     message = error_of("training: {steps: many, warmup_steps: 400}")
     assert message.startswith('training.steps ("many")')

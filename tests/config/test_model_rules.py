@@ -151,13 +151,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_broken_rule_says_setting_value_rule_and_way_out(case):
+def test_message_names_setting_value_rule_and_way_out(case):
     settings, parts, _ = CASES[case]
     assert_one_message(messages(settings), parts)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_way_out_leads_out(case):
+def test_way_out_repairs_the_settings(case):
     settings, _, mended = CASES[case]
     assert messages(settings | mended) == []
 
@@ -195,5 +195,5 @@ def test_every_nth_layer_beyond_the_first_dense_ones_has_experts(interval, num_d
 
 
 @given(st.integers(1, 5000))
-def test_divisors_are_all_and_rising(number):
+def test_all_divisors_are_returned_in_increasing_order(number):
     assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]

@@ -133,6 +133,6 @@ def test_mapping_replaces_a_wrong_value(load):
     assert load("training: {deepspeed: 3}\n", "training.deepspeed={zero_stage: 0}").training.deepspeed.zero_stage == 0
 
 
-def test_override_below_a_wrong_value_leaves_it_to_the_file_s_own_message(error_of):
+def test_an_override_below_a_wrong_value_leaves_the_message_to_the_file(error_of):
     message = error_of("training: fast\n", "training.steps=3")
     assert message == 'training ("fast") must be a section (settings by name)'

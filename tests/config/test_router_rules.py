@@ -134,18 +134,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_broken_rule_says_setting_value_rule_and_way_out(case):
+def test_message_names_setting_value_rule_and_way_out(case):
     settings, parts, _ = CASES[case]
     assert_one_message(messages(settings), parts)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_way_out_leads_out(case):
+def test_way_out_repairs_the_settings(case):
     settings, _, mended = CASES[case]
     assert messages(settings | mended) == []
 
 
-def test_a_router_of_sparse_tokens_takes_no_thresholds(tmp_path):
+def test_a_router_of_sparse_tokens_refuses_thresholds(tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text("{}")
     settings = SPARSE_INPUT | {"model.sparsity.selection": "threshold", "model.sparsity.plan": str(plan)}
@@ -154,14 +154,14 @@ def test_a_router_of_sparse_tokens_takes_no_thresholds(tmp_path):
     assert messages(settings | {"model.moe.router_input": "dense"}) == []
 
 
-def test_a_router_of_sparse_tokens_asks_nothing_of_other_sites_and_of_dense_layers():
+def test_a_router_of_sparse_tokens_requires_nothing_of_other_sites_and_of_dense_layers():
     hidden = {"sparsity": 0.5, "site": "expert_hidden", "experts": 0}
     assert messages(SPARSE_INPUT | {"model.sparsity.overrides": [hidden]}) == []
     undone = [{"sparsity": 0.5, "experts": 0}, {"sparsity": 0.25, "site": "expert_input"}]
     assert messages(SPARSE_INPUT | {"model.sparsity.overrides": undone}) == []
 
 
-def test_another_rules_problem_is_left_to_it():
+def test_a_problem_of_another_rule_is_reported_by_that_rule_alone():
     assert len(messages(SPARSE_INPUT | {"model.sparsity.overrides": [{"sparsity": 0.5, "experts": 99}]})) == 1
     assert len(messages(groups(8, 4, 1, experts_per_token=9))) == 1
 

@@ -71,11 +71,11 @@ BORDERS = {
 
 
 @pytest.mark.parametrize("case", BORDERS)
-def test_settings_at_the_border_of_a_rule_are_accepted(case):
+def test_settings_at_the_limit_of_a_rule_are_accepted(case):
     assert messages(BORDERS[case]) == []
 
 
-def test_rules_do_not_stop_at_one_another():
+def test_a_broken_rule_does_not_hide_another():
     assert len(messages({"model.num_kv_heads": 3, "model.moe.experts_per_token": 9, "model.vocab_size": 1})) == 3
 
 

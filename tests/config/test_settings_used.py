@@ -53,5 +53,5 @@ def test_setting_is_set_by_a_shipped_config_or_a_test_of_behaviour(path):
     assert is_used(path), f"nothing sets {path}: remove it, or test what it changes"
 
 
-def test_a_setting_that_nothing_uses_is_noticed():
+def test_a_setting_that_nothing_uses_is_reported():
     assert not is_used("data.shuffle_barrel")

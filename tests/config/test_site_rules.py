@@ -190,18 +190,18 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_broken_rule_says_setting_value_rule_and_way_out(case):
+def test_message_names_setting_value_rule_and_way_out(case):
     settings, parts, _ = CASES[case]
     assert_one_message(messages(settings), parts)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_way_out_leads_out(case):
+def test_way_out_repairs_the_settings(case):
     settings, _, mended = CASES[case]
     assert messages(settings | mended) == []
 
 
-def test_zero_at_a_site_that_is_not_there_is_no_problem():
+def test_zero_at_an_absent_site_is_accepted():
     assert messages({"model.sparsity.sites.shared_input": 0.0}) == []
 
 

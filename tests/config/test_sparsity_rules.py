@@ -154,10 +154,10 @@ CASES: dict[str, tuple[dict, tuple[str, ...], dict]] = {
 
 
 @pytest.mark.parametrize(("broken", "parts", "change"), CASES.values(), ids=CASES.keys())
-def test_broken_rule_is_told_and_its_way_out_works(broken, parts, change):
+def test_broken_rule_is_reported_and_its_way_out_works(broken, parts, change):
     assert_one_message(messages(broken), parts)
     assert messages(broken | change) == []
 
 
-def test_no_format_at_a_site_that_is_not_there_is_fine():
+def test_no_format_at_an_absent_site_is_accepted():
     assert messages({"model.sparsity.quantization.sites.shared_input": "none"}) == []

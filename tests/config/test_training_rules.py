@@ -191,13 +191,13 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_broken_rule_says_setting_value_rule_and_way_out(case):
+def test_message_names_setting_value_rule_and_way_out(case):
     settings, parts, _ = CASES[case]
     assert_one_message(messages(settings), parts)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_way_out_leads_out(case):
+def test_way_out_repairs_the_settings(case):
     settings, _, mended = CASES[case]
     assert messages(settings | mended) == []
 
@@ -210,7 +210,7 @@ def test_world_size_that_divides_the_batch_is_accepted(world_size):
 @pytest.mark.parametrize(
     ("world_size", "way_out"), [(3, "the nearest multiples are 12 and 24"), (8, "the smallest is 32")]
 )
-def test_world_size_that_does_not_is_refused(world_size, way_out):
+def test_world_size_that_does_not_divide_the_batch_is_refused(world_size, way_out):
     config = build({"training.global_batch_size": 16, "training.micro_batch_size": 4})
     expected = (
         "training.global_batch_size (16) must be a multiple of training.micro_batch_size (4) times the ranks "
@@ -231,7 +231,7 @@ def test_ranks_that_share_the_experts_evenly_are_accepted(world_size, size):
     ("world_size", "size", "others"),
     [(1, 2, "only one that does is 1"), (12, 8, "nearest that do are 2 and 4"), (2, 8, "nearest that do are 1 and 2")],
 )
-def test_ranks_that_do_not_are_refused(world_size, size, others):
+def test_ranks_that_cannot_share_the_experts_evenly_are_refused(world_size, size, others):
     config = build({"training.expert_parallel_size": size})
     expected = (
         f"training.expert_parallel_size ({size}) must divide the number of ranks ({world_size}); start a multiple of "

@@ -12,7 +12,7 @@ from qsparse_moe.config.fields import PATTERN_WORDS, all_settings, run_schema, t
 from qsparse_moe.config.load import config_to_yaml
 
 
-def test_numbers_may_be_written_as_people_do(load):
+def test_numbers_may_be_written_in_common_notations(load):
     config = load(
         "training: {learning_rate: 1e-3, gradient_clipping: 2, epsilon: 1E-8}\ndata: {sources: [{max_bytes: 4_000}]}"
     )
@@ -111,7 +111,7 @@ def test_wrong_value_names_path_value_rule_and_way_out(error_of, path, value, me
 
 
 @pytest.mark.parametrize("value", ["7", "1e3", "0.50"])
-def test_text_that_a_file_writes_as_a_number_is_to_be_quoted_there(error_of, value):
+def test_text_written_as_a_number_must_be_quoted_in_a_file(error_of, value):
     way_out = "write it in quotes in the file, so that it is text"
     assert error_of(f"training: {{name: {value}}}").endswith(f"{NAME}{way_out}")
 
@@ -132,7 +132,7 @@ def test_a_name_too_large_for_a_number_is_text_in_a_file_too(load):
     assert config.training.name == "12e4567" and "name: '12e4567'" in config_to_yaml(config)
 
 
-def test_numbers_of_any_size_are_answered_at_once(error_of):
+def test_numbers_of_any_size_are_checked_at_once(error_of):
     """Rules must not look for divisors of, or count up to, what no bound has been held against."""
     integers = [
         name
@@ -164,12 +164,12 @@ def test_wrong_item_of_a_list_is_named_by_its_index(error_of, override, message)
     assert error_of("", override).startswith(message)
 
 
-def test_pattern_of_every_setting_has_words():
+def test_every_pattern_has_a_description_in_words():
     patterns = set(re.findall(r'"pattern": "([^"]+)"', json.dumps(run_schema())))
     assert patterns == PATTERN_WORDS.keys()
 
 
-def test_every_setting_says_what_it_takes_and_what_it_means():
+def test_every_setting_documents_its_values_and_its_meaning():
     for path, node in all_settings():
         assert takes(node), path
         assert node["description"], path

@@ -55,7 +55,7 @@ def test_scalar_stays_text(text):
     assert parse(text) == text
 
 
-def test_every_key_that_stands_twice_is_named_with_both_lines():
+def test_every_repeated_key_is_named_with_both_lines():
     text = "training:\n  steps: 1\n  seed: 2\n  steps: 3\ndata: {mode: table, mode: streaming}\n"
     _, problems = parse_yaml(text, "x.yaml")
     assert [problem.message for problem in problems] == [
@@ -122,7 +122,7 @@ trees = st.recursive(
 
 
 @given(trees)
-def test_what_is_dumped_is_read_back_equal(value):
+def test_a_dumped_tree_is_read_back_equal(value):
     assert parse(dump_yaml(value)) == value
 
 

@@ -35,7 +35,7 @@ def test_positions_and_documents_restart_at_every_document_token(rows: list[list
         assert batch.documents_BS[i].tolist() == documents
 
 
-def test_positions_run_on_when_attention_crosses_documents() -> None:
+def test_positions_continue_when_attention_crosses_documents() -> None:
     rows = np.array([[DOCUMENT, 1, DOCUMENT, 2], [1, DOCUMENT, 2, 3]])
     batch = make_batch(rows, document_token=DOCUMENT, attend_across_documents=True)
     assert batch.documents_BS is None

@@ -105,7 +105,7 @@ def test_a_saved_data_set_is_read_by_its_own_kind(tmp_path: Path) -> None:
         read(kind="saved", path=str(tmp_path / "plain"), column="body")
 
 
-def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_folder_is_not_requested_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset_builder", lambda *_: pytest.fail("asked"))
     for path in (str(tmp_path / "no"), "./no", "a/b/c"):
         with pytest.raises(DataError, match=r"\(hub\): path '.*' looks like a folder, and there is none .*owner/name"):

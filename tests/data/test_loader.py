@@ -89,7 +89,7 @@ def test_a_table_resumes_on_another_number_of_ranks(run_config: MakeRun) -> None
     assert [row for batch in resumed.batches(5) for row in batch.tokens_BS.tolist()] == want
 
 
-def test_sampled_rows_are_training_rows_spread_over_the_table(run_config: MakeRun) -> None:
+def test_sampled_sequences_are_training_sequences_at_even_distances_in_the_table(run_config: MakeRun) -> None:
     config = run_config()
     data = load_data(config.data)
     assert len(data.train) > 100
@@ -100,7 +100,9 @@ def test_sampled_rows_are_training_rows_spread_over_the_table(run_config: MakeRu
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_sampled_rows_of_a_stream_are_the_first_that_one_rank_trains_on(run_config: MakeRun, shuffle: bool) -> None:
+def test_sampled_sequences_of_a_stream_are_the_first_that_one_rank_trains_on(
+    run_config: MakeRun, shuffle: bool
+) -> None:
     config = run_config(data={"mode": "streaming", "shuffle": shuffle})
     rows = sample_train_sequences(config, load_data(config.data), 12)
     (first, second, *_) = TrainLoader(config, load_data(config.data), 0, 1).batches(0)
@@ -124,7 +126,7 @@ def test_resuming_on_other_data_is_refused_with_what_changed(run_config: MakeRun
         loader.load_state_dict(state)
 
 
-def test_a_table_state_does_not_fit_a_stream(run_config: MakeRun) -> None:
+def test_a_stream_refuses_the_state_of_a_table(run_config: MakeRun) -> None:
     table, stream = run_config(), run_config(data={"mode": "streaming"})
     state = TrainLoader(table, load_data(table.data), 0, 1).state_dict()
     with pytest.raises(DataError, match=r"data\.mode: was table, is streaming"):
@@ -145,7 +147,7 @@ def evaluated_rows(batches: list[Batch]) -> list[list[int]]:
 
 @pytest.mark.parametrize("mode", ["table", "streaming"])
 @pytest.mark.parametrize("num_sequences", [1, 7, 24, 100_000])
-def test_evaluation_sees_the_same_rows_in_every_layout(run_config: MakeRun, num_sequences: int, mode: str) -> None:
+def test_evaluation_uses_the_same_sequences_in_every_layout(run_config: MakeRun, num_sequences: int, mode: str) -> None:
     data = load_data(run_config(data={"mode": mode}).data)
     table, indices = data.evaluation_sequences(num_sequences)
     assert len(indices) == min(num_sequences, len(table))
@@ -163,7 +165,7 @@ def test_evaluation_sees_the_same_rows_in_every_layout(run_config: MakeRun, num_
 
 
 @pytest.mark.parametrize("mode", ["table", "streaming"])
-def test_evaluation_bytes_are_those_that_the_labels_stand_for(run_config: MakeRun, mode: str) -> None:
+def test_evaluation_bytes_are_those_of_the_labels(run_config: MakeRun, mode: str) -> None:
     data = load_data(run_config(data={"mode": mode}).data)
     (batch,) = evaluation_batches(data, num_sequences=60, micro_batch_size=64, rank=0, world_size=1)
     labels = batch.targets_BS[batch.targets_BS != -100]
@@ -180,7 +182,7 @@ def test_evaluation_bytes_of_a_subword_tokenizer(run_config: MakeRun, bpe_folder
     assert evaluation_num_bytes(data, 40) == pytest.approx(len(text.encode()), rel=0.02)
 
 
-def test_a_padded_batch_is_fit_for_the_model(run_config: MakeRun) -> None:
+def test_the_model_accepts_a_padded_batch(run_config: MakeRun) -> None:
     data = load_data(run_config().data)
     (batch,) = evaluation_batches(data, num_sequences=1, micro_batch_size=4, rank=1, world_size=2)
     assert (batch.targets_BS == -100).all() and (batch.tokens_BS == data.tokenizer.document_token).all()

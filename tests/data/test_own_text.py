@@ -33,7 +33,7 @@ def own_text(data_config: MakeConfig, tmp_path: Path, *texts: str) -> OwnText:
         ("abcdefgh", [["a", "b", "c", "d"], ["e", "f", "g", "h"]]),
     ],
 )
-def test_every_byte_is_a_label_once_and_the_end_of_the_last_row_none(
+def test_every_byte_is_a_label_once_and_the_last_sequence_is_padded_with_ignored_labels(
     data_config: MakeConfig, tmp_path: Path, text: str, labels: list[list[str | None]]
 ) -> None:
     found = own_text(data_config, tmp_path, text)
@@ -43,7 +43,9 @@ def test_every_byte_is_a_label_once_and_the_end_of_the_last_row_none(
     assert (len(found), found.num_bytes) == (len(labels), len(text))
 
 
-def test_ranks_take_micro_batches_in_turn_and_only_the_last_row_is_cut(data_config: MakeConfig, tmp_path: Path) -> None:
+def test_ranks_take_micro_batches_in_turn_and_only_the_last_sequence_is_shorter(
+    data_config: MakeConfig, tmp_path: Path
+) -> None:
     found = own_text(data_config, tmp_path, "abcdefghijklmnopqr")  # 4 rows of 4 labels and one of 2
     firsts = [[batch.targets_BS[:, 0].tolist() for batch in found.batches(2, rank=r, world_size=2)] for r in (0, 1)]
     assert firsts == [[[ord("a"), ord("e")], [ord("q")]], [[ord("i"), ord("m")]]]

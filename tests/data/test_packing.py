@@ -19,7 +19,7 @@ def make_document(text: bytes) -> Document:
 
 
 @given(TEXTS, st.integers(2, 7))
-def test_rows_are_the_joined_documents_cut_with_one_token_of_overlap(texts: list[bytes], length: int) -> None:
+def test_sequences_are_the_joined_documents_cut_with_one_token_of_overlap(texts: list[bytes], length: int) -> None:
     packer = Packer(length)
     parts = [packer.add([make_document(text)]) for text in texts]
     joined = [token for text in texts for token in make_document(text).tokens.tolist()]
@@ -33,7 +33,7 @@ def test_rows_are_the_joined_documents_cut_with_one_token_of_overlap(texts: list
 
 
 @given(TEXTS, st.integers(2, 7))
-def test_packing_together_or_one_by_one_gives_the_same_rows(texts: list[bytes], length: int) -> None:
+def test_packing_together_or_one_by_one_gives_the_same_sequences(texts: list[bytes], length: int) -> None:
     documents = [make_document(text) for text in texts]
     together, single = Packer(length), Packer(length)
     rows = together.add(documents)
@@ -42,7 +42,7 @@ def test_packing_together_or_one_by_one_gives_the_same_rows(texts: list[bytes], 
     assert rows.num_bytes.tolist() == np.concatenate([part.num_bytes for part in parts]).tolist()
 
 
-def test_a_packer_goes_on_from_its_state() -> None:
+def test_a_packer_continues_from_its_state() -> None:
     first, second = make_document(b"abcdefg"), make_document(b"hijklmnop")
     unbroken, resumed = Packer(5), Packer(5)
     unbroken.add([first])
@@ -52,7 +52,7 @@ def test_a_packer_goes_on_from_its_state() -> None:
     assert want.num_bytes.tolist() == got.num_bytes.tolist()
 
 
-def test_the_side_of_a_document_depends_on_its_text_only_and_the_fraction_holds() -> None:
+def test_the_split_of_a_document_depends_only_on_its_text_and_has_the_requested_fraction() -> None:
     digests = [text_digest(f"document {i}".encode()) for i in range(4000)]
     held_out = [is_validation(digest, 0.05) for digest in digests]
     assert sum(held_out) == pytest.approx(200, abs=3 * 14)  # three standard deviations of a binomial
@@ -62,7 +62,7 @@ def test_the_side_of_a_document_depends_on_its_text_only_and_the_fraction_holds(
     assert text_digest(b"document 0").hex() == "a827c9964a189edda5603f9b2f6690d1"
 
 
-def test_the_share_of_the_held_out_digests_is_exact_at_its_border() -> None:
+def test_the_fraction_of_held_out_digests_is_exact_at_its_limit() -> None:
     below, half = bytes.fromhex("7f" + "ff" * 15), bytes.fromhex("80" + "00" * 15)
     assert is_validation(below, 0.5) and not is_validation(half, 0.5)
     # Only the first eight bytes count, the first one most.

@@ -39,7 +39,7 @@ def test_a_weighted_source_is_repeated_in_order() -> None:
     assert (table.byte_counts[10], table.byte_counts[50]) == (4, pytest.approx(3 * 8 / 3))
 
 
-def test_a_row_outside_the_table_is_our_own_mistake() -> None:
+def test_a_row_outside_the_table_is_an_internal_error() -> None:
     table = make_table([make_side([4], 10)], [1])
     for index in (-1, 4):
         with pytest.raises(AssertionError, match="outside"):
@@ -50,7 +50,7 @@ SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=5)
 
 
 @given(SIZES, st.data())
-def test_weights_are_shares_and_no_row_is_lost(sizes: list[int], data: st.DataObject) -> None:
+def test_weights_are_fractions_and_no_row_is_lost(sizes: list[int], data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
     counts = mixture_counts(sizes, weights)
     assert all(count >= size for count, size in zip(counts, sizes, strict=True))
@@ -99,12 +99,12 @@ def test_without_shuffle_rows_come_in_order() -> None:
     assert train_indices(1, num_sequences=5, global_batch_size=3, seed=0, shuffle=False).tolist() == [3, 4, 0]
 
 
-def test_evaluation_rows_are_spread_over_the_table() -> None:
+def test_evaluation_rows_are_evenly_spaced_over_the_table() -> None:
     assert evenly_spaced_indices(4, 10).tolist() == [0, 2, 5, 7]
     assert evenly_spaced_indices(20, 3).tolist() == [0, 1, 2]
 
 
-def test_epochs_are_shares_of_the_rows_taken_over_the_rows_that_a_source_has() -> None:
+def test_epochs_are_the_rows_taken_divided_by_the_rows_of_the_source() -> None:
     table = make_table([make_side([4], 10), make_side([3], 50), make_side([], 90)], [1, 2, 3])
     # An epoch has 4 rows of the first source and 8 of the second, whose 3 rows are read 8/3 times.
     assert table.epochs(12) == pytest.approx([1, 8 / 3, 0])

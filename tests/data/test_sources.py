@@ -43,12 +43,12 @@ def test_globs_and_paths_give_every_file_once_in_order(tmp_path: Path) -> None:
     assert read(kind="text", path=patterns) == ["one", "two", "three"]
 
 
-def test_a_file_name_may_hold_the_signs_of_a_glob(tmp_path: Path) -> None:
+def test_a_file_name_may_contain_the_characters_of_a_glob(tmp_path: Path) -> None:
     odd = write_jsonl(tmp_path / "a[1]*.jsonl", ["one"])
     assert read(kind="jsonl", path=str(odd)) == ["one"]
 
 
-def test_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tilde_stands_for_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.txt").write_text("one")
     assert read(kind="text", path="~/a.txt") == ["one"]
@@ -96,13 +96,13 @@ def test_a_changed_file_changes_the_identity(tmp_path: Path) -> None:
     assert open_source(config, 0).identity != before
 
 
-def test_importing_the_room_does_not_import_datasets() -> None:
+def test_importing_the_data_package_does_not_import_datasets() -> None:
     code = "import qsparse_moe.data.loader, sys; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
-def test_a_path_may_hold_the_signs_of_a_chained_url(tmp_path: Path, kind: str) -> None:
+def test_a_path_may_contain_the_characters_of_a_chained_url(tmp_path: Path, kind: str) -> None:
     folder = tmp_path / "simplecache::file:" / "x"
     folder.mkdir(parents=True)
     write = {"text": lambda f: f.write_text("one"), "jsonl": lambda f: write_jsonl(f, ["one"])}
@@ -111,7 +111,7 @@ def test_a_path_may_hold_the_signs_of_a_chained_url(tmp_path: Path, kind: str) -
     assert read(kind=kind, path=f"{folder}/*") == ["one"]
 
 
-def test_a_content_digest_is_of_content_alone(tmp_path: Path) -> None:
+def test_a_content_digest_depends_on_the_content_alone(tmp_path: Path) -> None:
     big = bytes(range(256)) * 40_000
     for name, content in (("a", b"one"), ("b", b"one"), ("c", b"onf"), ("d", big), ("e", big), ("f", big[:-1] + b"x")):
         (tmp_path / name).write_bytes(content)

@@ -71,7 +71,7 @@ def test_a_pass_gives_every_train_document_to_one_rank(tmp_path: Path, kind: str
     assert sorted(text for texts in second for text in texts) == sorted(train_side(make_texts(40)))
 
 
-def test_files_are_shuffled_anew_in_every_pass_and_by_seed(tmp_path: Path) -> None:
+def test_files_are_shuffled_differently_in_every_pass_and_by_seed(tmp_path: Path) -> None:
     source = make_source(tmp_path, "text")
     stream = make_stream(source)
     orders = [one_pass(stream), one_pass(stream), one_pass(make_stream(source, seed=1))]
@@ -123,7 +123,7 @@ def documents(mixture: MixedStream, count: int) -> list[str]:
     return [ByteTokenizer().decode(mixture.next_document().tokens.tolist()) for _ in range(count)]
 
 
-def test_sources_of_weight_one_are_read_once_a_pass_in_turn(tmp_path: Path) -> None:
+def test_sources_of_weight_one_are_read_once_per_pass_in_turn(tmp_path: Path) -> None:
     mixture = make_mixture(tmp_path, [1, 1])
     want = sorted(train_side(make_texts(60, words=40)) + train_side(make_texts(20, seed=1, words=5)))
     first = documents(mixture, len(want))
@@ -134,7 +134,7 @@ def test_sources_of_weight_one_are_read_once_a_pass_in_turn(tmp_path: Path) -> N
     assert short != list(range(short[0], short[-1] + 1)), "the sources take turns"
 
 
-def test_other_weights_are_shares_of_tokens_and_sources_start_over(tmp_path: Path) -> None:
+def test_other_weights_are_fractions_of_tokens_and_sources_start_over(tmp_path: Path) -> None:
     mixture = make_mixture(tmp_path, [1, 3])
     given = documents(mixture, 900)
     short = sum(len(text.encode()) + 1 for text in given if " #1." in text)
@@ -192,7 +192,7 @@ def test_a_run_resumes_exactly_on_the_same_ranks(run_config: RunConfig, world_si
         assert all(first != second for first, second in rows), "ranks read different rows"
 
 
-def test_a_state_holds_less_than_a_row_however_long_the_document(data_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_state_is_smaller_than_a_sequence_however_long_the_document(data_config: MakeConfig, tmp_path: Path) -> None:
     texts = [text * 400 for text in make_texts(20)]
     source = SourceConfig(kind="jsonl", path=str(write_jsonl(tmp_path / "a.jsonl", texts)))
     config = RunConfig(
@@ -215,13 +215,13 @@ def test_another_number_of_ranks_is_refused_with_the_reason(run_config: RunConfi
         TrainLoader(run_config, data, 0, 1).load_state_dict(state)
 
 
-def test_the_state_of_one_rank_alone_is_our_own_mistake(run_config: RunConfig) -> None:
+def test_the_state_of_one_rank_alone_is_an_internal_error(run_config: RunConfig) -> None:
     loaders = [TrainLoader(run_config, load_data(run_config.data), rank, 2) for rank in range(2)]
     with pytest.raises(AssertionError, match="combine_states"):
         loaders[1].load_state_dict(loaders[0].state_dict())
 
 
-def test_validation_rows_of_a_stream_are_read_once(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validation_sequences_of_a_stream_are_read_once(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_data(run_config.data)
     table, _ = data.evaluation_sequences(3)
     monkeypatch.setattr("qsparse_moe.data.streaming._gather", None)
@@ -235,7 +235,7 @@ def test_steps_of_a_stream_come_in_order(run_config: RunConfig) -> None:
         loader.batches(0)
 
 
-def test_train_rows_of_a_stream_hold_no_validation_text(run_config: RunConfig) -> None:
+def test_training_sequences_of_a_stream_contain_no_validation_text(run_config: RunConfig) -> None:
     # In their own order, so that a document's mark is whole where it crosses from one row to the next.
     run_config = run_config.model_copy(update={"data": run_config.data.model_copy(update={"shuffle_window": 1})})
     data = load_data(run_config.data)
@@ -247,7 +247,7 @@ def test_train_rows_of_a_stream_hold_no_validation_text(run_config: RunConfig) -
     assert {mark for mark in marks if mark in text} == {mark for mark, trained in marks.items() if trained}
 
 
-def test_validation_rows_of_a_stream_are_the_first_held_out_ones(data_config: MakeConfig, tmp_path: Path) -> None:
+def test_validation_sequences_of_a_stream_are_the_first_held_out_ones(data_config: MakeConfig, tmp_path: Path) -> None:
     source = make_source(tmp_path, "text")
     data = load_data(data_config(source, mode="streaming"))
     held_out = [text for text in make_texts(40) if text not in train_side(make_texts(40))]
@@ -259,7 +259,7 @@ def test_validation_rows_of_a_stream_are_the_first_held_out_ones(data_config: Ma
 
 
 @pytest.mark.parametrize(("num_sequences", "of_each"), [(1, 1), (4, 2), (5, 3)])
-def test_every_source_of_a_stream_gives_as_many_validation_rows_and_together_no_fewer_than_asked_for(
+def test_every_source_of_a_stream_gives_equally_many_validation_sequences_and_together_at_least_the_requested_number(
     data_config: MakeConfig, tmp_path: Path, num_sequences: int, of_each: int
 ) -> None:
     sources = (make_source(tmp_path, "text"), make_source(tmp_path, "jsonl"))
@@ -285,7 +285,7 @@ def test_only_as_much_of_a_stream_is_read_as_validation_needs(
     assert len(list(islice(opened.texts(), 20))) == 20
 
 
-def test_a_stream_is_read_up_to_the_document_that_fills_the_last_validation_row() -> None:
+def test_a_stream_is_read_up_to_the_document_that_fills_the_last_validation_sequence() -> None:
     texts = iter(["abc"] * 9)  # 4 tokens each, of which 5 fill the first row of 4 labels and 4 every other
     packing = Packing(ByteTokenizer(), 4, validation_fraction=1.0)
     found, train_counts = _gather(SimpleNamespace(texts=lambda: texts), packing, 2)

@@ -64,7 +64,7 @@ def table_folders(config: DataConfig) -> list[Path]:
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-def test_a_table_holds_each_sides_documents_packed(
+def test_a_table_contains_the_packed_documents_of_each_split(
     data_config: MakeConfig, jsonl_source: SourceConfig, bpe_folder: Path, tokenizer: str
 ) -> None:
     config = data_config(jsonl_source, tokenizer="bytes" if tokenizer == "bytes" else str(bpe_folder))
@@ -159,7 +159,7 @@ def test_changed_text_is_noticed_and_touched_files_are_the_same_data(data_config
     [{"sequence_length": 17}, {"validation_fraction": 0.3}, {"tokenizer": "bpe"}, {"sources": 7_000}],
     ids=lambda change: next(iter(change)),
 )
-def test_every_setting_that_rows_depend_on_has_its_own_table(
+def test_every_change_of_a_setting_of_the_data_gives_another_table(
     data_config: MakeConfig, jsonl_source: SourceConfig, bpe_folder: Path, change: dict[str, object]
 ) -> None:
     before = load_data(data_config(jsonl_source))
@@ -223,7 +223,7 @@ def test_of_two_processes_one_builds_and_the_other_waits(
     assert len(table_folders(config)) == 1
 
 
-def test_a_builder_without_an_end_is_named(
+def test_a_builder_that_never_finishes_is_named(
     data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = data_config(jsonl_source)
@@ -296,7 +296,7 @@ def test_building_the_standard_library_takes_seconds(data_config: MakeConfig) ->
     assert 4.2 < data.unigram_bits_per_byte() < 4.9
 
 
-def test_a_long_build_logs_how_far_it_is_and_a_short_one_does_not(caplog, monkeypatch):
+def test_a_long_build_logs_its_progress_and_a_short_one_does_not(caplog, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("qsparse_moe.data.table.time.monotonic", lambda: now[0])
     with caplog.at_level("INFO", logger="qsparse_moe.data.table"):
@@ -309,7 +309,7 @@ def test_a_long_build_logs_how_far_it_is_and_a_short_one_does_not(caplog, monkey
     assert caplog.messages == ["data.sources.0 (text): 20 of 40 (50 %) million bytes tokenised"]
 
 
-def test_text_ends_with_the_byte_that_a_source_may_have_and_nothing_comes_after_it() -> None:
+def test_text_ends_at_the_byte_limit_of_its_source() -> None:
     # An empty document has no bytes, but a token.
     assert list(_up_to(iter(["ab", "cd", "", "e"]), 4)) == ["ab", "cd"]
     assert list(_up_to(iter(["ab", "", "cd"]), 3)) == ["ab", "", "c"]
@@ -317,7 +317,7 @@ def test_text_ends_with_the_byte_that_a_source_may_have_and_nothing_comes_after_
     assert list(_up_to(iter(["ab", "", "cd"]), None)) == ["ab", "", "cd"]
 
 
-def test_the_total_of_a_build_is_unknown_without_a_size_and_else_the_smaller_of_size_and_limit() -> None:
+def test_the_total_of_a_build_is_unknown_without_a_size_and_otherwise_the_smaller_of_size_and_limit() -> None:
     assert (_smaller(None, None), _smaller(None, 5), _smaller(7, None)) == (None, None, 7)
     assert (_smaller(7, 5), _smaller(5, 7)) == (5, 5)
 

@@ -50,7 +50,7 @@ def test_sources_are_joined_and_weighted(data_config: MakeConfig, tmp_path: Path
     assert changed == {"data.sources.1.weight"} and once.fingerprint != weighted.fingerprint
 
 
-def test_every_document_is_on_one_side_only(data_config: MakeConfig, tmp_path: Path) -> None:
+def test_every_document_is_in_one_split_only(data_config: MakeConfig, tmp_path: Path) -> None:
     texts = make_texts(200)
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "b.jsonl", texts[::-1])  # the same documents again, in another source
@@ -96,6 +96,8 @@ def test_max_bytes_of_a_stream_is_refused_with_the_reason(data_config: MakeConfi
         load_data(data_config(source, mode="streaming"))
 
 
-def test_the_train_rows_of_a_stream_are_in_no_table(data_config: MakeConfig, jsonl_source: SourceConfig) -> None:
+def test_the_training_sequences_of_a_stream_are_in_no_table(
+    data_config: MakeConfig, jsonl_source: SourceConfig
+) -> None:
     with pytest.raises(AssertionError, match="TrainLoader"):
         _ = load_data(data_config(jsonl_source, mode="streaming")).train

@@ -105,7 +105,7 @@ def test_a_word_that_is_the_document_token_is_cut_in_two(tmp_path: Path) -> None
     assert document.num_bytes.sum() == len("one </s> two </s>")
 
 
-def test_the_last_token_stands_for_what_the_tokenizer_drops_behind_it(tmp_path: Path) -> None:
+def test_the_last_token_accounts_for_the_text_that_the_tokenizer_drops_after_it(tmp_path: Path) -> None:
     folder = save_tokenizer(
         tmp_path / "words", vocabulary=["<unk>", "</s>", "one"], unknown="<unk>", settings={"eos_token": "</s>"}
     )
@@ -185,7 +185,7 @@ def test_a_hub_name_that_cannot_be_reached_is_refused(monkeypatch: pytest.Monkey
         load_tokenizer("owner/name")
 
 
-def test_the_fingerprint_tells_tokenizers_apart(bpe_folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_distinguishes_tokenizers(bpe_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
     same = load_tokenizer(str(folder)).fingerprint
     assert same == load_tokenizer(str(bpe_folder)).fingerprint != ByteTokenizer().fingerprint
@@ -203,7 +203,7 @@ def test_a_vocabulary_with_gaps_counts_to_its_largest_id(tmp_path: Path) -> None
     assert load_tokenizer(str(folder)).vocab_size == 71
 
 
-def test_a_model_with_too_few_rows_is_refused() -> None:
+def test_a_model_with_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
     check_vocabulary(ModelConfig(vocab_size=257), ByteTokenizer())
     with pytest.raises(ConfigError, match=r"model\.vocab_size \(256\) must be at least the tokenizer's \(257\).*264"):
         check_vocabulary(ModelConfig(vocab_size=256), ByteTokenizer())
@@ -215,7 +215,7 @@ def test_byte_tokens_need_no_tokenizers_library(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["tok_hff", "./tok", "x/y/z", "other.json", "sub/tok_h", "~/none"])
-def test_what_looks_like_a_path_is_not_asked_of_the_hub(
+def test_a_name_like_a_path_is_not_requested_from_the_hub(
     bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -230,7 +230,7 @@ def test_what_looks_like_a_path_is_not_asked_of_the_hub(
     assert load_tokenizer("tok_hf/tokenizer.json").fingerprint == load_tokenizer("tok_hf").fingerprint
 
 
-def test_a_slow_hub_is_said(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_slow_hub_is_reported(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("qsparse_moe.data.hub_wait.SILENT_SECONDS", 0.05)
 
     def fetch(name: str, file: str) -> str:
@@ -252,7 +252,7 @@ def test_a_copy_of_a_tokenizer_is_the_same_one(bpe_folder: Path, tmp_path: Path)
     assert not (tmp_path / "bytes").exists()
 
 
-def test_bytes_before_every_character_are_counted_at_the_borders_of_utf_8():
+def test_bytes_before_every_character_are_counted_at_the_limits_of_utf_8():
     # The last character of one byte and the first of two, and so on: U+7F, U+80, U+7FF, U+800, U+FFFF, U+10000.
     text = "\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffff"
     assert _byte_offsets(text).tolist() == [len(text[:place].encode()) for place in range(len(text) + 1)]

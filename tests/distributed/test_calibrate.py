@@ -22,7 +22,7 @@ def test_the_plan_is_the_same_on_any_number_of_ranks_exactly(runs: Runs, label):
         assert together[loss] == pytest.approx(alone[loss], rel=1e-12)
 
 
-def test_the_bound_and_the_rows_make_a_difference(runs: Runs):
+def test_the_limit_of_the_sample_and_the_sequences_change_the_plan(runs: Runs):
     plans = [runs(label, 2)["found"]["plan"] for label in CALIBRATIONS]
     assert len(set(plans)) == len(plans)
     thresholds = [value for entry in json.loads(plans[0])["values"] for value in entry["threshold"]]

@@ -98,17 +98,17 @@ def test_the_reference_clips_and_its_experts_differ(runs: ExpertRuns):
 
 
 @pytest.mark.parametrize(("layout", "ranks"), EVERYWHERE)
-def test_every_layout_is_the_run_of_one_rank(runs: ExpertRuns, layout, ranks):
+def test_every_layout_trains_as_one_rank_does(runs: ExpertRuns, layout, ranks):
     assert_same_run(runs, layout, ranks, precision=layout.split("-")[1])
 
 
 @pytest.mark.parametrize(("label", "ranks"), VARIANTS)
-def test_backends_recomputation_and_cut_parameters_change_nothing(runs: ExpertRuns, label, ranks):
+def test_backends_recomputation_and_sharded_parameters_change_nothing(runs: ExpertRuns, label, ranks):
     assert_same_run(runs, label, ranks, precision=VARIANTS[label, ranks][0].split("-")[1])
 
 
 @pytest.mark.parametrize(("label", "ranks"), OTHERS)
-def test_ranks_without_tokens_and_other_models(runs: ExpertRuns, label, ranks):
+def test_ranks_without_tokens_and_other_models_train_as_one_rank_does(runs: ExpertRuns, label, ranks):
     kind, layout = OTHERS[label, ranks]
     assert_same_run(runs, label, ranks, kind, precision=layout.split("-")[1])
     rows_LE = runs(label, ranks)["reports"][0]["stats"]["router/rows_LE"]
@@ -135,7 +135,7 @@ def test_a_run_resumes_exactly_in_its_own_layout(runs: ExpertRuns):
         assert [name for name in want[kind] if not have[kind][name].equal(want[kind][name])] == []
 
 
-def test_a_checkpoint_does_not_tell_how_experts_were_spread(runs: ExpertRuns):
+def test_a_checkpoint_does_not_depend_on_how_experts_were_sharded(runs: ExpertRuns):
     """It has the same tensors under the same names, one process can open it, and the manifest records the layout."""
     run_dir = runs.folder_of("zero2-fp32-ep2-acc2", 2)
     mine, other = (Checkpoint(list_checkpoints(folder)[-1]) for folder in (run_dir, runs.reference("main")[1]))

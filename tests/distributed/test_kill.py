@@ -84,7 +84,7 @@ def test_sigkill_at_any_moment_costs_only_the_steps_since_the_last_checkpoint(tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 4)])
-def test_random_kills_leave_the_metrics_and_weights_of_an_unbroken_run_and_no_lock(tmp_path, ranks, kills):
+def test_random_kills_leave_the_metrics_and_weights_of_an_uninterrupted_run_and_no_lock(tmp_path, ranks, kills):
     """One kill while it loads, and one each in a step, a save and an evaluation. 100 kills:
     ``python -m tests.distributed.random_kills FOLDER``."""
     found = run_with_kills(tmp_path, kills=kills, ranks=ranks, compiles=False)
@@ -92,7 +92,7 @@ def test_random_kills_leave_the_metrics_and_weights_of_an_unbroken_run_and_no_lo
     assert (found["differences"], found["left_behind"]) == ([], [])
 
 
-def test_ctrl_c_under_the_launcher_saves_and_the_run_goes_on(tmp_path):
+def test_ctrl_c_under_the_launcher_saves_and_the_run_can_be_resumed(tmp_path):
     """The terminal signals all processes, and the launcher sends SIGTERM to the ranks in addition."""
     write_text(tmp_path / "text")
     config = tiny_config(tmp_path, "killed", **(LAYOUTS["zero1"] | {"steps": 100_000, "checkpoint_interval": 3}))

@@ -114,7 +114,7 @@ def test_a_tied_head_dense_layers_and_shared_experts_have_their_losses_in_every_
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in FULL])
-def test_full_experts_drop_the_same_rows_in_every_layout(runs: Runs, layout, ranks):
+def test_full_experts_drop_the_same_tokens_in_every_layout(runs: Runs, layout, ranks):
     reference, outcome = runs("capacity-torch-fp32", 1), runs(f"capacity-{layout}", ranks)
     assert_same_run(outcome, reference, "fp32")
     dropped, expected = (run["reports"][0]["stats"]["router/dropped_LE"] for run in (outcome, reference))
@@ -131,7 +131,7 @@ def saved_biases(run_dir):
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in BALANCED])
-def test_the_balance_of_a_global_batch_is_that_of_one_rank_in_every_layout(runs: Runs, layout, ranks):
+def test_the_balance_loss_of_a_global_batch_is_that_of_one_rank_in_every_layout(runs: Runs, layout, ranks):
     precision = layout.split("-")[1]
     # One rank has no bf16 of the plain engine here; its first layout of that precision stands for it.
     reference = runs(f"balanced-{'torch-fp32' if precision == 'fp32' else layout}", 1)
@@ -143,7 +143,7 @@ def test_the_balance_of_a_global_batch_is_that_of_one_rank_in_every_layout(runs:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_biases_move_once_a_step_however_the_batch_is_cut_and_a_global_loss_sees_the_cut(runs: Runs, ranks):
+def test_biases_move_once_per_step_however_the_batch_is_split_and_a_global_loss_depends_on_the_split(runs: Runs, ranks):
     whole, cut = runs("balanced-torch-fp32", ranks), runs("balanced-torch-fp32-cut", ranks)
     assert torch.equal(biases(whole)[0], biases(cut)[0]), "the same rows: the weights are those of the seed"
     for outcome in (whole, cut):
@@ -221,7 +221,7 @@ def test_sums_are_those_of_the_whole_batch_in_every_layout(runs: Runs):
                 torch.testing.assert_close(torch.tensor(have[name]), torch.tensor(want[name]), rtol=1e-5, atol=0)
 
 
-def test_choices_agree_between_evaluations_as_much_in_every_layout(runs: Runs):
+def test_the_agreement_of_choices_between_evaluations_is_the_same_in_every_layout(runs: Runs):
     for layout, ranks in EVERYWHERE:
         precision = layout.split("-")[1]
         have, want = (
@@ -240,7 +240,7 @@ def test_the_parts_of_a_step_are_timed_in_every_layout(runs: Runs):
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in RESUMED[ranks]])
-def test_a_run_stopped_by_sigterm_resumes_to_what_it_would_have_been_exactly(runs: Runs, layout, ranks):
+def test_a_run_stopped_by_sigterm_resumes_to_the_exact_result_of_an_uninterrupted_one(runs: Runs, layout, ranks):
     whole, stopped = runs(layout, ranks), runs(f"{layout}-stopped", ranks)
     resumed = runs(f"{layout}-resumed", ranks)
     assert stopped["result"]["step"] == STOP_STEP and stopped["result"]["stopped_by"] == 15
@@ -283,7 +283,7 @@ def test_any_layout_resumes_what_any_other_wrote(runs: Runs, source, written_by,
 
 
 @pytest.mark.parametrize("label", FAULTS)
-def test_a_value_that_is_not_finite_stops_all_ranks_before_it_is_kept(runs: Runs, label):
+def test_a_value_that_is_not_finite_stops_all_ranks_before_it_is_saved(runs: Runs, label):
     fault = FAULTS[label][1]
     outcomes = runs.outcomes[f"fault-{label}", 2]
     messages = {outcome["error"] for outcome in outcomes}

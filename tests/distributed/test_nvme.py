@@ -31,7 +31,7 @@ LARGE = {
 PLAIN = {"zero_stage": 3}
 
 
-def test_runs_in_files_are_those_in_memory_and_resume_each_other(tmp_path):
+def test_runs_with_files_have_the_losses_of_runs_in_memory_and_resume_each_other(tmp_path):
     folder = Path(tempfile.mkdtemp(dir=FOLDER))
     states = PLAIN | {"offload_optimizer": "nvme", "nvme_path": str(folder)}
     everything = states | {"offload_parameters": "nvme"}

@@ -36,7 +36,7 @@ def wait_for(condition, timeout):
 
 
 @pytest.mark.parametrize(("layout", "ranks_by_node", "victim"), [("zero2", [2], 1), ("torch", [1, 2], 0)])
-def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes(
+def test_a_rank_that_is_killed_is_named_by_all_remaining_ranks_and_the_run_resumes(
     tmp_path, layout, ranks_by_node, victim
 ):
     """Rank 0 hosts the store of the heartbeats, and usually logs for all ranks. No launcher notifies those of other
@@ -71,7 +71,7 @@ def test_a_rank_that_is_killed_is_named_by_all_that_are_left_and_the_run_resumes
     assert outcome["result"]["step"] == done + 3
 
 
-def test_a_rank_that_hangs_is_named_after_the_time_out(tmp_path):
+def test_a_rank_that_hangs_is_named_after_the_timeout(tmp_path):
     """The connections of a stopped process stay open: no collective fails, and only the heartbeats show it."""
     write_text(tmp_path / "text")
     config = long_run(tmp_path, "torch", 2, collective_timeout=8.0)

@@ -21,7 +21,7 @@ def step_of(checkpoint: Checkpoint) -> int:
     return int(checkpoint.path.name.removeprefix("step-"))
 
 
-def test_both_ranks_end_with_the_record_and_the_checkpoint_of_the_steps_done(runs: Runs, checkpoint):
+def test_both_ranks_name_the_record_and_save_the_finished_steps(runs: Runs, checkpoint):
     done = step_of(checkpoint)
     assert 1 <= done < STREAM_STEPS and checkpoint.verify() is None and checkpoint.world_size == 2
     first, second = runs.outcomes["stream-broken", 2]
@@ -32,7 +32,7 @@ def test_both_ranks_end_with_the_record_and_the_checkpoint_of_the_steps_done(run
     assert len(first["reports"]) == done
 
 
-def test_where_the_record_may_be_skipped_the_run_goes_on_as_if_it_had_not_ended(runs: Runs, checkpoint):
+def test_if_the_record_may_be_skipped_the_run_continues_as_if_it_had_not_ended(runs: Runs, checkpoint):
     whole, resumed = runs("stream-whole", 2), runs("stream-resumed", 2)
     done = step_of(checkpoint)
     assert resumed["context"]["start_step"] == done

@@ -96,7 +96,7 @@ def test_sparse_sites_select_the_same_token_by_token(settings):
 
 
 @pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
-def test_plans_with_an_s_for_every_expert_hold_token_by_token(selection):
+def test_plans_with_an_s_per_expert_apply_token_by_token(selection):
     built = model(torch.float64, sparsity={"selection": selection, "group_size": 8})
     built.set_sparsity(plan_per_expert(built, selection))
     tokens = random_tokens(3, LENGTH)
@@ -124,7 +124,7 @@ def test_bf16_differs_by_rounding_alone():
     assert largest_difference(built, tokens, expected) < 2 * rounding
 
 
-def test_hidden_ids_stay_without_probability():
+def test_hidden_ids_have_no_probability():
     built = model()
     built.hide_ids((257, 258))
     found, _, _ = token_by_token(built, random_tokens(3, LENGTH))
@@ -155,14 +155,14 @@ def test_a_full_ring_slides(capacity, prompts):
     assert (expected - all_at_once(built, tokens))[:, capacity:].abs().max() > 0.1
 
 
-def test_a_cache_that_is_not_full_is_no_window():
+def test_a_cache_that_is_not_full_drops_no_token():
     built = model()
     tokens = random_tokens(3, LENGTH)
     assert largest_difference(built, tokens, all_at_once(built, tokens), capacity=40, slides=True) < 1e-5
 
 
 @pytest.mark.parametrize("capacity", [LENGTH, 6])
-def test_a_prefill_goes_on_from_the_tokens_that_the_cache_holds(capacity):
+def test_a_prefill_continues_from_the_tokens_in_the_cache(capacity):
     built = model()
     tokens = random_tokens(2, LENGTH)
     expected = sliding_window(built, tokens, capacity)
@@ -177,7 +177,7 @@ def test_a_prefill_goes_on_from_the_tokens_that_the_cache_holds(capacity):
             assert (logits[row] - expected[row, place - 1]).abs().max() < 1e-5
 
 
-def test_sequences_that_ended_are_dropped_and_the_others_go_on():
+def test_sequences_that_ended_are_dropped_and_the_others_continue():
     built = model()
     tokens = random_tokens(4, LENGTH)
     expected = all_at_once(built, tokens)
@@ -204,7 +204,7 @@ def test_a_full_cache_refuses_the_next_token_and_changes_nothing():
     assert cache.positions_B.tolist() == [4, 1] and torch.equal(cache.key_LBHPC, before)
 
 
-def test_the_cache_is_as_large_as_counted():
+def test_the_cache_is_as_large_as_the_accounting_says():
     settings = config(num_kv_heads=2)
     cache = KeyValueCache.allocate(settings, batch=3, capacity=5, dtype=torch.bfloat16)
     assert cache.num_bytes == cache_bytes(settings, batch=3, capacity=5, dtype=torch.bfloat16) == 2 * 2 * 3 * 2 * 5 * 32
@@ -218,7 +218,7 @@ def test_a_cache_is_refused_in_training():
         prefill(built, [[1, 2]], cache)
 
 
-def test_an_engine_is_chosen_once_and_out_loud(caplog):
+def test_an_engine_is_chosen_once_and_logged(caplog):
     built = model()
     broken = EngineSpec("broken", lambda model: "it has no compiler; install one", lambda model, asked: None)
     with caplog.at_level("INFO"):

@@ -76,7 +76,7 @@ def greedy(built, prompt, num):
 
 
 @pytest.mark.parametrize("sparsity", [0.0, 0.5])
-def test_a_batch_says_what_each_prompt_says_all_at_once(sparsity):
+def test_a_batch_generates_for_each_prompt_what_full_forward_passes_give(sparsity):
     built = model(sparsity={"default": sparsity})
     made = generator(built=built)
     found = made.generate(PROMPTS, max_tokens=12)
@@ -90,7 +90,7 @@ def test_a_batch_says_what_each_prompt_says_all_at_once(sparsity):
         assert generation.stop_reason == ("max_tokens" if len(tokens) == 12 else "stop_token")
 
 
-def test_what_is_streamed_joins_to_what_is_returned():
+def test_streamed_pieces_join_to_the_returned_text():
     made, settings = generator(), {"max_tokens": 20, "sampling": Sampling(temperature=1.0), "seed": 3}
     texts, ids = [""] * 3, [[], [], []]
     stream = made.stream(PROMPTS, **settings)
@@ -122,7 +122,7 @@ def test_sequences_end_one_by_one_and_leave_the_batch(monkeypatch):
     assert made.engine.batches == [3, 3, 2, 2]
 
 
-def test_text_that_could_become_a_stop_string_comes_later(monkeypatch):
+def test_text_that_could_become_a_stop_string_is_held_back(monkeypatch):
     made = scripted(monkeypatch, "aEN€END".encode())
     steps = [step[0].text for step in made.stream("x", max_tokens=20, stop=["END"])]
     assert steps == ["a", "", "", "", "", "EN€", "", "", ""]
@@ -131,7 +131,7 @@ def test_text_that_could_become_a_stop_string_comes_later(monkeypatch):
     assert steps == ["a", "", "", "", "EN\ufffd"], "the end shows what was held back"
 
 
-def test_an_interrupted_stream_keeps_what_there_is(monkeypatch):
+def test_an_interrupted_stream_has_the_text_so_far(monkeypatch):
     made = scripted(monkeypatch, b"abcdef")
     stream = made.stream("x", max_tokens=6)
     for number, _ in enumerate(stream):
@@ -167,7 +167,7 @@ def test_a_prompt_longer_than_the_cache_is_refused_cut_or_slides():
     assert len({one.log_probabilities for one in (cut[0], slid, whole)}) == 3
 
 
-def test_generation_goes_on_beyond_the_cache():
+def test_generation_continues_beyond_the_cache():
     made = generator(max_length=6)
     made.engine.model.hide_ids([256])
     stream = made.stream([[1, 2, 3]], max_tokens=20)
@@ -187,7 +187,7 @@ def test_generation_goes_on_beyond_the_cache():
         ("a", {"stop": [""]}, r"stop \(\[''\]\) must hold strings of at least one character"),
     ],
 )
-def test_what_cannot_be_generated_is_refused_before_anything_is_computed(monkeypatch, prompts, settings, message):
+def test_impossible_requests_are_refused_before_anything_is_computed(monkeypatch, prompts, settings, message):
     made = generator()
     monkeypatch.setattr(made.model, "forward", None)
     with pytest.raises(ConfigError, match=message):
@@ -201,12 +201,12 @@ def test_what_cannot_be_generated_is_refused_before_anything_is_computed(monkeyp
         ({"overlong": "cut"}, r"overlong \('cut'\) must be one of refuse, slide, truncate"),
     ],
 )
-def test_a_generator_is_not_made_of_wrong_settings(settings, message):
+def test_wrong_settings_of_a_generator_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         generator(**settings)
 
 
-def test_a_batch_too_large_for_the_memory_is_refused_before_it_is_taken(monkeypatch):
+def test_a_batch_too_large_for_the_memory_is_refused_before_allocation(monkeypatch):
     made = generator(max_length=2**40)
     monkeypatch.setattr("qsparse_moe.inference.kv_cache.torch.zeros", None)
     message = (
@@ -216,7 +216,7 @@ def test_a_batch_too_large_for_the_memory_is_refused_before_it_is_taken(monkeypa
         made.stream(["a", "b"], max_tokens=10**9)
 
 
-def test_memory_is_compared_with_what_the_machine_and_its_group_leave(monkeypatch, tmp_path):
+def test_memory_is_compared_with_the_free_memory_of_the_machine_and_its_control_group(monkeypatch, tmp_path):
     cpu = torch.device("cpu")
     limit, used = tmp_path / "max", tmp_path / "current"
     monkeypatch.setattr(memory, "_CGROUP_FILES", ((limit, used),))

@@ -42,7 +42,7 @@ def say(path, **settings):
     return Generator.load(path, device="cpu", **settings).generate("abc", max_tokens=8)[0]
 
 
-def test_a_run_its_checkpoint_and_its_export_say_the_same(run_dir, tmp_path):
+def test_a_run_its_checkpoint_and_its_export_generate_the_same(run_dir, tmp_path):
     export_run(run_dir, tmp_path / "out")
     _, newest = list_checkpoints(run_dir)
     found = say(run_dir)
@@ -59,7 +59,7 @@ def test_an_earlier_checkpoint_has_its_own_weights_and_sparsity(run_dir):
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
-def test_weights_are_kept_in_the_format_that_is_asked_for(run_dir, tmp_path):
+def test_weights_are_stored_in_the_requested_format(run_dir, tmp_path):
     dtype = lambda **settings: load_model(run_dir, **settings).model.head.weight.dtype  # noqa: E731
     assert (dtype(), dtype(weights="bf16"), dtype(weights="fp32")) == (torch.float32, torch.bfloat16, torch.float32)
     export_run(run_dir, tmp_path / "out", dtype="bf16")
@@ -170,7 +170,7 @@ def test_an_export_goes_with_its_tokenizer(folder, tmp_path):
 # Hundreds of steps are too many for Triton's interpreter.
 @pytest.mark.parametrize("engine", [spec.name for spec in ENGINES if spec.name != "triton"])
 @pytest.mark.parametrize("across", [False, True], ids=["inside documents", "across documents"])
-def test_the_loss_token_by_token_is_that_of_whole_rows(folder, across, engine):
+def test_the_loss_token_by_token_is_that_of_whole_sequences(folder, across, engine):
     config = tiny_config(folder, f"evaluate-{across}-{engine}", engine="torch", steps=6, model={"num_layers": 2})
     data = config.data.model_copy(update={"attend_across_documents": across})
     made = train(config.model_copy(update={"data": data})).run_dir
@@ -199,7 +199,7 @@ def test_the_decoded_loss_is_computed_by_decoding(run_dir, monkeypatch):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
-def test_ids_of_the_vocabulary_s_padding_are_never_taken_however_likely(folder, temperature):
+def test_ids_of_the_padding_of_the_vocabulary_are_never_generated(folder, temperature):
     config = tiny_config(folder, f"padded-{temperature}", engine="torch", steps=1, model={"vocab_size": 320})
     generator = Generator.load(train(config).run_dir, engine="torch", device="cpu")
     padding = torch.zeros(320)

@@ -47,7 +47,7 @@ def test_native_logits_are_those_of_the_training_model(settings):
 
 
 @pytest.mark.parametrize("router", ["softmax_topk", "sigmoid_topk_renormalized"])
-def test_biases_groups_and_the_scaling_of_a_router_count(router):
+def test_biases_groups_and_the_scaling_factor_of_a_router_are_applied(router):
     moe = {"num_experts": 8, "num_expert_groups": 4, "groups_per_token": 2, "group_score": "top2_sum"}
     built = model(moe={**moe, "router": router, "router_scaling_factor": 2.5, "bias_update_rate": 0.1})
     for block in built.blocks():
@@ -55,19 +55,19 @@ def test_biases_groups_and_the_scaling_of_a_router_count(router):
     assert largest_difference(built) < 1e-5
 
 
-def test_rows_in_four_bits_are_those_of_the_training_model():
+def test_activations_in_four_bits_are_those_of_the_training_model():
     built = model(sparsity={"default": 0.5, "quantization": {"activations": "int4"}})
     assert largest_difference(built) < 1e-5
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 17])
-def test_every_batch_shares_the_rows_that_some_token_needs(batch):
+def test_a_batch_reads_every_row_that_some_token_needs_once(batch):
     built = model(sparsity={"default": 0.5}, moe={"num_shared_experts": 1})
     assert largest_difference(built, prompts=tuple(range(1, batch + 1))[::-1], capacity=20) < 1e-5
 
 
 @pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
-def test_experts_with_an_s_of_their_own_select_for_themselves(selection):
+def test_experts_with_their_own_s_select_separately(selection):
     built = model(sparsity={"selection": selection, "group_size": 8})
     built.set_sparsity(plan_per_expert(built, selection))
     assert largest_difference(built) < 1e-5
@@ -116,7 +116,7 @@ def test_bytes_that_a_step_reads_are_counted_by_hand():
 
 @pytest.mark.parametrize("weight_format", ["fp32", "int8"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_which_rows_are_read_changes_no_logit(batch, weight_format, monkeypatch):
+def test_the_choice_of_rows_to_read_changes_no_logit(batch, weight_format, monkeypatch):
     built = model(sparsity={"default": 0.5})
     cache = KeyValueCache.allocate(built.config, batch=batch, capacity=4, dtype=torch.float32)
     tokens_B = torch.tensor([3, 1, 200])[:batch]
@@ -133,7 +133,7 @@ def test_which_rows_are_read_changes_no_logit(batch, weight_format, monkeypatch)
     assert passes["selected"] == 0 < passes["auto"] <= passes["all"]
 
 
-def test_whole_matrices_are_read_from_where_choosing_is_slower():
+def test_whole_matrices_are_read_where_reading_selected_rows_is_slower():
     def seconds(stored, rows_K, num_tokens):
         share = len(rows_K) / 1024
         # One token: choosing costs nothing. Two: a little more. Four: slower at 0.7 by accident, and never above.
@@ -144,7 +144,7 @@ def test_whole_matrices_are_read_from_where_choosing_is_slower():
     assert row_costs.measure_shares("ternary", seconds) == [row_costs.NEVER, 0.95, row_costs.NEVER, 0.6]
 
 
-def test_the_table_of_costs_is_measured_once_and_kept(tmp_path, monkeypatch, caplog):
+def test_the_table_of_costs_is_measured_once_and_cached(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("QSPARSE_MOE_CACHE", str(tmp_path))
     measured = []
     monkeypatch.setattr(row_costs, "measure_shares", lambda name: measured.append(name) or [0.9, 0.8, 2.0, 0.7])
@@ -196,7 +196,7 @@ def test_a_full_cache_is_refused_before_a_step():
         engine.decode(torch.tensor([7]), cache)
 
 
-def test_what_it_cannot_run_is_said_with_the_way_out():
+def test_unsupported_models_are_refused_with_the_way_out():
     for built, reason in (
         (model(torch.float64), "the model is in torch.float64; use the engine torch"),
         (model(moe={"force_uniform_routing": True}), "force_uniform_routing is a setting for measurements"),

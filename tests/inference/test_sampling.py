@@ -64,7 +64,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
             assert found == pytest.approx([x / mass if i in kept else 0.0 for i, x in enumerate(row)])
 
 
-def test_min_p_keeps_what_has_a_fraction_of_the_largest_probability():
+def test_min_p_keeps_tokens_with_a_fraction_of_the_largest_probability():
     probs = torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64)
     assert cut_min_p(probs, 0.5)[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
     assert cut_min_p(probs, 1.0).tolist() == [[1.0, 0.0, 0.0, 0.0]]

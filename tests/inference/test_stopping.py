@@ -22,7 +22,7 @@ def test_pieces_end_with_whole_characters_and_join_to_the_text():
     assert pieces([256], BYTES.encode("né €!")) == ["n", "", "é", " ", "", "", "€", "!", ""]
 
 
-def test_what_stays_incomplete_is_shown_at_the_end():
+def test_an_incomplete_character_is_shown_at_the_end():
     assert pieces([256], BYTES.encode("a€")[:-1]) == ["a", "", "", "\ufffd"]
 
 
@@ -35,7 +35,7 @@ def test_a_character_that_begins_in_the_prompt_is_shown_whole():
     assert pieces([ord("x"), first], [*rest, ord("!")]) == ["", "€", "!", ""]
 
 
-def test_a_prompt_of_what_is_no_text_is_not_shown_again():
+def test_a_prompt_of_bytes_that_are_no_text_is_not_shown_again():
     assert pieces([0xFF] * 9, BYTES.encode("ab")) == ["a", "b", ""]
 
 
@@ -83,7 +83,7 @@ def test_a_stop_string_may_come_in_pieces_and_is_held_back_until_it_is_certain()
     assert stopped(["END"], ["aEN"]) == (["a"], False, "EN"), "nothing is lost where the text ends first"
 
 
-def test_a_beginning_inside_a_beginning_is_not_missed():
+def test_a_stop_string_that_begins_inside_another_one_is_not_missed():
     assert stopped(["aab"], ["aa", "ab"]) == (["", "a"], True, "")
     out, found, _ = stopped(["aab"], ["aa", "a", "b"])
     assert ("".join(out), found) == ("a", True)
@@ -93,7 +93,7 @@ def test_the_first_of_several_stop_strings_counts():
     assert stopped(["three", "two"], ["one two three"]) == (["one "], True, "")
 
 
-def test_any_cut_of_a_text_stops_at_the_same_place():
+def test_any_division_of_a_text_stops_at_the_same_position():
     draw = random.Random(0)
     for _ in range(300):
         text = "".join(draw.choice("ab") for _ in range(30))

@@ -58,7 +58,7 @@ def test_triton_logits_are_those_of_the_training_model(device, settings):
 
 @on_devices
 @pytest.mark.parametrize("selection", ["topk", "block", "threshold"])
-def test_experts_with_an_s_of_their_own_select_for_themselves(device, selection):
+def test_experts_with_their_own_s_select_separately(device, selection):
     built = model(sparsity={"selection": selection, "group_size": 8})
     built.set_sparsity(plan_per_expert(built, selection))
     assert largest_difference(built, device) < 1e-5
@@ -66,7 +66,7 @@ def test_experts_with_an_s_of_their_own_select_for_themselves(device, selection)
 
 @on_devices
 @pytest.mark.parametrize("batch", [1, 5])
-def test_every_batch_and_odd_sizes(device, batch):
+def test_odd_sizes_and_every_batch_size_match_the_training_model(device, batch):
     built = model(hidden_size=72, num_heads=2, sparsity={"default": 0.6}, moe={"expert_hidden_size": 37})
     assert largest_difference(built, device, prompts=tuple(range(1, batch + 1)), capacity=20) < 1e-5
 
@@ -174,7 +174,7 @@ class StandInGraph:
 
 
 @interpreted
-def test_a_graph_is_replayed_for_its_batch_and_its_cache_alone(monkeypatch):
+def test_a_graph_is_replayed_only_for_its_batch_and_its_cache(monkeypatch):
     built, captured = model(num_layers=1), []
 
     def capture(engine, tokens_B, cache):
@@ -221,7 +221,7 @@ def test_bytes_of_ternary_weights_are_counted_by_hand():
     assert figures["weights"] == "ternary" and figures["cuda_graphs"] == 0
 
 
-def test_lists_have_as_many_places_as_the_site_selects_at_most():
+def test_lists_have_as_many_entries_as_the_site_selects_at_most():
     site = model(sparsity={"default": 0.75}).layers[0].moe.input_site
     assert most_selected(site) == 16
     site.set_sparsity([0.75, 0.5, 0.75, 0.75])
@@ -229,7 +229,7 @@ def test_lists_have_as_many_places_as_the_site_selects_at_most():
     assert most_selected(model(sparsity={"default": 0.75, "selection": "statistical"}).layers[0].moe.input_site) == 64
 
 
-def test_what_it_cannot_run_is_said_with_the_way_out(monkeypatch):
+def test_unsupported_models_are_refused_with_the_way_out(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert "run on CUDA devices, the device is cpu" in why_not(model())
     assert why_not(model()).endswith("the engine torch runs on every device")
@@ -242,7 +242,7 @@ def test_what_it_cannot_run_is_said_with_the_way_out(monkeypatch):
     assert why_not(model()).endswith("hold at most 63 features, and a site has 64; use the engine torch")
 
 
-def test_only_a_request_by_name_chooses_it(monkeypatch):
+def test_the_triton_engine_is_chosen_only_by_name(monkeypatch):
     monkeypatch.setattr(triton_engine.tiles, "why_not", lambda device: None)
     assert resolve_engine("auto", model(torch.float64)).name == "torch"
     assert resolve_engine("auto", model(moe={"force_uniform_routing": True})).name == "torch"
@@ -250,7 +250,7 @@ def test_only_a_request_by_name_chooses_it(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_a_replayed_graph_gives_the_logits_of_a_step_of_its_own():
+def test_a_replayed_graph_gives_the_logits_of_a_separate_step():
     built = model(sparsity={"default": 0.5}, moe={"num_shared_experts": 1}).cuda()
     captured, plain = TritonDecode(built), TritonDecode(built, capture_graphs=False)
     assert captured.captures_graphs and not plain.captures_graphs

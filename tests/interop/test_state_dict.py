@@ -77,7 +77,7 @@ def test_the_model_comes_back_exactly_with_its_sparsity(run_dir, tmp_path, part_
     assert export.files == export.tensors or part_bytes > 1
 
 
-def test_the_parts_are_those_that_other_tools_look_for(run_dir, tmp_path):
+def test_the_parts_are_those_that_other_tools_expect(run_dir, tmp_path):
     export = export_run(run_dir, tmp_path / "out", part_bytes=20_000)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == export.bytes
@@ -147,7 +147,7 @@ def test_nothing_is_overwritten_unless_it_is_an_earlier_export(run_dir, tmp_path
     assert names(other) == ["thesis.tex"] and names(tmp_path) == ["other", "out"]
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(run_dir, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_behind(run_dir, tmp_path, monkeypatch):
     def full(*arguments, **settings):
         raise OSError(28, "No space left on device")
 
@@ -164,7 +164,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(run_dir, tmp_path, monkeyp
         'Error while serializing: IoError(Os { code: 28, kind: StorageFull, message: "No space left on device" })',
     ],
 )
-def test_what_the_library_cannot_write_is_the_same_message(run_dir, tmp_path, monkeypatch, text):
+def test_an_error_of_the_library_has_the_same_message(run_dir, tmp_path, monkeypatch, text):
     def full(*arguments, **settings):
         raise SafetensorError(text)
 
@@ -174,7 +174,7 @@ def test_what_the_library_cannot_write_is_the_same_message(run_dir, tmp_path, mo
     assert names(tmp_path) == []
 
 
-def test_a_limit_of_the_system_on_files_is_one_message_of_an_export(run_dir, tmp_path):
+def test_a_file_size_limit_of_the_system_is_one_message_of_an_export(run_dir, tmp_path):
     """The library's own words, of this version."""
     code = (
         "import resource, signal, sys\n"
@@ -212,7 +212,7 @@ def test_a_damaged_or_foreign_file_is_named(run_dir, tmp_path):
         load_export(out)
 
 
-def test_a_model_that_the_config_does_not_build_is_told_the_tensor(run_dir, tmp_path):
+def test_a_tensor_that_does_not_fit_the_config_is_named(run_dir, tmp_path):
     export_run(run_dir, tmp_path / "out")
     config = tmp_path / "out" / "config.yaml"
     config.write_text(config.read_text().replace("expert_hidden_size: 24", "expert_hidden_size: 32"))
@@ -220,7 +220,7 @@ def test_a_model_that_the_config_does_not_build_is_told_the_tensor(run_dir, tmp_
         load_export(tmp_path / "out")
 
 
-def test_a_run_without_a_checkpoint_and_a_missing_library_are_said(run_dir, tmp_path, monkeypatch):
+def test_a_run_without_a_checkpoint_and_a_missing_library_are_reported(run_dir, tmp_path, monkeypatch):
     empty = tmp_path / "empty"
     empty.mkdir()
     (empty / "config.yaml").write_text((run_dir / "config.yaml").read_text())

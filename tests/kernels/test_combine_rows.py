@@ -46,7 +46,7 @@ def test_without_weights_the_rows_are_added_as_they_are(by):
     torch.testing.assert_close(by.forward(rows, row_TA, None), rows[row_TA].sum(1))
 
 
-def test_gradients_that_lie_apart_are_read_by_their_stride(by):
+def test_strided_gradients_are_read_by_their_stride(by):
     row_TA, slot_N = choices()
     rows, weights = torch.randn(T * A, D), torch.rand(T, A)
     upstream = torch.randn(T, D + 6)[:, 3 : D + 3]

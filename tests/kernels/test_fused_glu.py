@@ -50,7 +50,7 @@ def test_selection_is_exact_for_the_activation_as_it_is_stored(by, activation, d
         torch.testing.assert_close(sums, reference.selection_sums(dense, selected, num_selected))
 
 
-def test_halves_of_one_matrix_are_read_where_they_lie(by):
+def test_halves_of_one_matrix_are_read_in_place(by):
     joint = torch.randn(5, 2 * 12, requires_grad=True)
     upstream = torch.randn(5, 12)
     results = []
@@ -74,7 +74,7 @@ def test_every_matrix_is_read_by_its_own_stride(by, gradient):
     torch.testing.assert_close(mine, theirs)
 
 
-def test_a_gradient_that_was_expanded_is_taken(by):
+def test_an_expanded_gradient_is_accepted(by):
     gate, up = torch.randn(2, 5, 12, requires_grad=True)
     selected, _ = fused_glu(gate, up, 4, by=by)
     want, _ = reference.fused_glu(gate, up, 4)
@@ -84,7 +84,7 @@ def test_a_gradient_that_was_expanded_is_taken(by):
 
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 @pytest.mark.parametrize("broken", ["gate", "up"])
-def test_a_nan_is_kept_and_spreads_to_its_gradients(by, activation, broken):
+def test_a_nan_is_selected_and_propagates_to_its_gradients(by, activation, broken):
     inputs = {"gate": torch.rand(2, 8), "up": torch.rand(2, 8)}
     inputs[broken][1, 5] = float("nan")
     leaves = [x.requires_grad_() for x in inputs.values()]
@@ -108,7 +108,7 @@ def test_large_and_infinite_gates_give_what_torch_gives(by, activation):
         torch.testing.assert_close(mine[:, :7], theirs[:, :7], atol=1e-30, rtol=1e-5)
 
 
-def test_sums_are_left_out_where_none_are_asked_for(by):
+def test_sums_are_left_out_unless_requested(by):
     gate, up = torch.randn(2, 5, 12)
     selected, sums = fused_glu(gate, up, 4, by=by, with_sums=False)
     assert sums is None

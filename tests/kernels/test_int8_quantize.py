@@ -58,7 +58,7 @@ def test_leading_dims_are_rows_and_the_gradient_passes_through():
 
 
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), float("-inf")])
-def test_a_broken_row_has_no_finite_value_left_and_its_neighbour_all(broken):
+def test_a_row_with_nan_or_infinity_becomes_non_finite_and_its_neighbour_stays_finite(broken):
     x = torch.randn(2, 10)
     x[1, 4] = broken
     finite = fake_quantize_triton(x).isfinite()

@@ -66,7 +66,7 @@ def wait_until(condition, seconds=60.0):
 
 
 @needs_compiler
-def test_process_killed_while_it_compiles_holds_up_nobody(source, tmp_path):
+def test_process_killed_while_it_compiles_does_not_block_others(source, tmp_path):
     compiler = tmp_path / "slow-compiler"
     real = os.environ.get("CXX", "c++")
     # It answers who it is, and never ends with a source.
@@ -89,14 +89,14 @@ def test_process_killed_while_it_compiles_holds_up_nobody(source, tmp_path):
 
 
 @needs_compiler
-def test_library_that_is_there_is_loaded_though_its_lock_is_held(source):
+def test_existing_library_is_loaded_although_its_lock_is_held(source):
     assert load_in_new_process(source).communicate(timeout=120)[0].endswith("loaded\n")
     library = native.library_path()
     with locks.acquire_lock(library.with_name(f"{library.name}.lock")):
         native._load.__wrapped__(native.OPERATORS)
 
 
-def test_who_compiles_without_an_end_is_named(source, monkeypatch, caplog):
+def test_process_that_never_finishes_compiling_is_named(source, monkeypatch, caplog):
     monkeypatch.setattr(native, "_TIMEOUT_SECONDS", 0.3)
     monkeypatch.setattr(locks, "_FIRST_NOTICE_SECONDS", 0.1)
     library = native.library_path()

@@ -44,7 +44,7 @@ def test_matches_the_reference_on_a_gpu(spec, name, case, dtype):
 
 
 @pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
-def test_the_check_sees_a_lost_upstream_factor_and_a_lost_feature(spec):
+def test_the_check_detects_a_lost_upstream_factor_and_a_lost_feature(spec):
     example = spec.example_inputs(spec.cases[0], torch.float32, "cpu")
     exact = outputs_and_grads(spec.reference, example, torch.float64)
     for part, right in exact.items():
@@ -59,7 +59,7 @@ def test_the_check_sees_a_lost_upstream_factor_and_a_lost_feature(spec):
             assert told and told.startswith("error")
 
 
-def test_the_check_sees_memory_that_was_never_written():
+def test_the_check_detects_memory_that_was_never_written():
     with new_memory_holds_nan():
         unwritten = torch.empty(3)
     told = too_far_off(unwritten, torch.zeros(3), torch.zeros(3), budget=1e9, eps=1.0)

@@ -117,13 +117,13 @@ def test_a_list_with_zeros_holds_every_feature(device):
     assert torch.equal(lists.values_LM.cpu(), rows)
 
 
-def test_a_list_never_writes_beyond_its_places(device):
+def test_a_list_never_writes_beyond_its_length(device):
     rows = sparse_rows(3, 20, 8)
     lists = list_features(rows.to(device), 5)
     assert lists.lengths_L.tolist() == [5, 5, 5]
     assert torch.equal(lists.features_LM.cpu().long(), torch.stack([row.nonzero()[:5, 0] for row in rows]))
 
 
-def test_no_row_is_no_launch(device):
+def test_an_empty_input_launches_no_kernel(device):
     stored = store(weights_of(20, 9), "bf16")
     assert product(stored, torch.zeros(0, 20), device).shape == (0, 9)

@@ -34,13 +34,13 @@ ROWS_AND_K = (
 @pytest.mark.parametrize("name", ["native", "torch"])
 @settings(max_examples=120, deadline=None)
 @given(*ROWS_AND_K)
-def test_kept_values_and_mask_are_those_of_the_definition(name, num_rows, width, steps, dtype, seed):
+def test_selected_values_and_mask_are_those_of_the_definition(name, num_rows, width, steps, dtype, seed):
     check_definition(IMPLEMENTATIONS[name], num_rows, width, steps, dtype, seed)
 
 
 @settings(max_examples=8, deadline=None)  # Triton's interpreter takes its time
 @given(*ROWS_AND_K)
-def test_kept_values_and_mask_of_triton_are_those_of_the_definition(num_rows, width, steps, dtype, seed):
+def test_selected_values_and_mask_of_triton_are_those_of_the_definition(num_rows, width, steps, dtype, seed):
     check_definition(runnable("triton"), num_rows, width, steps, dtype, seed)
 
 
@@ -58,7 +58,7 @@ def check_definition(select_rows, num_rows, width, steps, dtype, seed):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def test_nan_and_infinity_are_kept(name):
+def test_nan_and_infinity_are_selected(name):
     x = torch.tensor([[1.0, float("nan"), 5.0, float("-inf"), 0.0]])
     selected, mask = runnable(name)(x, 2, True)
     assert mask.tolist() == [[False, True, False, True, False]]
@@ -129,7 +129,7 @@ def test_a_k_expanded_over_groups_is_read_from_its_own_entry():
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("more", [-1, 0, 1])
-def test_rows_with_many_zeros_keep_what_is_not_zero_first(name, more):
+def test_rows_with_many_zeros_select_non_zero_values_first(name, more):
     x = torch.randn(8, 40).relu()
     num_selected = ((x > 0).sum(-1) + more).clamp(1, 40)
     selected, mask = runnable(name)(x, num_selected, True)

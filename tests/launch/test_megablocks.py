@@ -104,7 +104,7 @@ def test_on_a_cpu_it_is_installed_once_without_the_extension(tmp_path):
     assert not calls and "was installed already" in printed
 
 
-def test_before_cuda_13_the_extension_is_compiled_for_the_gpu_that_is_there(tmp_path):
+def test_before_cuda_13_the_extension_is_compiled_for_the_installed_gpu(tmp_path):
     machine = Machine(tmp_path, cuda="12.8", nvcc=True, has_gpu=True)
     printed, calls = machine.run()
     assert calls == [f"{part} [None]" for part in (STK, COMPILED)]
@@ -117,7 +117,7 @@ def test_without_a_gpu_the_extension_is_compiled_for_named_ones(tmp_path):
     assert Machine(tmp_path, cuda="12.8", nvcc=True).run()[1][-1] == f"{COMPILED} [8.0;9.0]"
 
 
-def test_architectures_named_by_the_user_are_taken(tmp_path):
+def test_architectures_named_by_the_user_are_used(tmp_path):
     machine = Machine(tmp_path, cuda="12.8", nvcc=True)
     assert machine.run(TORCH_CUDA_ARCH_LIST="10.0")[1][-1] == f"{COMPILED} [10.0]"
 
@@ -134,7 +134,7 @@ def test_architectures_named_by_the_user_are_taken(tmp_path):
         ({"cuda": "12.8", "nvcc": True}, {"EXTENSION": "no"}, "(EXTENSION=no)"),
     ],
 )
-def test_where_the_extension_cannot_be_compiled_it_is_said_why(machine, environment, reason, tmp_path):
+def test_the_reason_is_printed_if_the_extension_cannot_be_compiled(machine, environment, reason, tmp_path):
     printed, calls = Machine(tmp_path, has_gpu=True, **machine).run(**environment)
     assert calls == [f"{part} [None]" for part in (STK, WITHOUT, "FOLDER")]
     assert reason in printed and "PyTorch is used instead" in printed
@@ -164,7 +164,7 @@ def test_another_setup_py_is_an_error(tmp_path):
     assert calls[-1].startswith(WITHOUT)
 
 
-def test_grouped_gemm_is_compiled_when_asked_for(tmp_path):
+def test_grouped_gemm_is_compiled_on_request(tmp_path):
     machine = Machine(tmp_path, cuda="13.0", nvcc=True, has_gpu=True)
     machine.run()
     printed, calls = machine.run(GROUPED_GEMM="1")

@@ -65,14 +65,14 @@ def test_more_steps_make_a_finished_run_unfinished(tmp_path, capsys):
     assert state(capsys, settings(tmp_path, "training.steps=301"))[1] == f"unfinished {folder}\n"
 
 
-def test_other_run_under_the_same_name_is_said_with_the_remedy(tmp_path, capsys):
+def test_other_run_under_the_same_name_is_reported_with_the_remedy(tmp_path, capsys):
     make_run(tmp_path, checkpoints=["step-00000300"])
     code, output, message = state(capsys, settings(tmp_path, "model.num_layers=3"))
     assert (code, output) == (2, "")
     assert "model.num_layers was 4 and is 3" in message and "training.name" in message
 
 
-def test_wrong_setting_is_said_before_anything_is_made(tmp_path, capsys):
+def test_wrong_setting_is_reported_before_anything_is_written(tmp_path, capsys):
     code, output, message = state(capsys, settings(tmp_path, "training.step=5"))
     assert (code, output) == (2, "")
     assert message.startswith("error: ") and "training.steps" in message
@@ -94,7 +94,7 @@ def finished_run(tmp_path):
     return run
 
 
-def test_summary_says_quality_parameters_and_speed(finished_run, capsys):
+def test_summary_shows_quality_parameters_and_speed(finished_run, capsys):
     console = Console(width=200)
     console.print(summary.make_summary(finished_run))
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in capsys.readouterr().out.splitlines()]

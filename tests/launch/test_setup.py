@@ -114,7 +114,7 @@ def test_moved_repository_gets_a_new_environment(machine):
     assert machine.calls() == [f"venv ['--clear'] {machine.repository / '.venv'}", *PIP_CALLS]
 
 
-def test_environment_whose_python_is_gone_is_made_again(machine):
+def test_environment_whose_python_is_gone_is_recreated(machine):
     machine.run()
     machine.calls()
     python = machine.repository / ".venv" / "bin" / "python"
@@ -124,7 +124,7 @@ def test_environment_whose_python_is_gone_is_made_again(machine):
     assert machine.calls()[0].startswith("venv ['--clear']")
 
 
-def test_set_up_that_failed_is_done_again(machine):
+def test_failed_set_up_is_repeated(machine):
     pip = machine.folder / "modules" / "pip" / "__main__.py"
     pip.write_text("raise SystemExit(1)")
     assert machine.run().returncode == 1
@@ -165,18 +165,18 @@ def fails_with_one_line(machine: Machine, **environment: str) -> str:
     return line
 
 
-def test_old_python_is_said_in_one_line_with_the_remedy(machine):
+def test_old_python_is_reported_in_one_line_with_the_remedy(machine):
     machine.add("python3", '[ "$1" = --version ] && echo Python 3.9.2 && exit; exit 1')
     line = fails_with_one_line(machine)
     assert line.startswith("Python 3.11 or newer is needed; python3 is Python 3.9.2: install one, or name it: PYTHON=")
 
 
-def test_missing_python_is_said_in_one_line_with_the_remedy(machine):
+def test_missing_python_is_reported_in_one_line_with_the_remedy(machine):
     (machine.bin / "python3").unlink()
     assert "python3 is not in PATH: install one" in fails_with_one_line(machine)
 
 
-def test_python_named_by_the_user_is_taken(machine):
+def test_python_named_by_the_user_is_used(machine):
     (machine.bin / "python3").unlink()
     assert machine.run(PYTHON=sys.executable).returncode == 0
 
@@ -187,18 +187,18 @@ def test_newer_python_beside_an_old_one_is_found(machine):
     assert machine.run().returncode == 0
 
 
-def test_missing_compiler_is_said_in_one_line_with_the_remedy(machine):
+def test_missing_compiler_is_reported_in_one_line_with_the_remedy(machine):
     (machine.bin / "c++").unlink()
     line = fails_with_one_line(machine)
     assert line.startswith("A C++ compiler is needed") and "apt install g++" in line and "CXX=" in line
 
 
-def test_compiler_named_by_the_user_is_taken(machine):
+def test_compiler_named_by_the_user_is_used(machine):
     machine.add("my-compiler", "exit 0")
     assert machine.run(CXX="my-compiler").stdout.splitlines()[1] == str(machine.bin / "my-compiler")
 
 
-def test_python_without_headers_is_said_in_one_line_with_the_remedy(machine):
+def test_python_without_headers_is_reported_in_one_line_with_the_remedy(machine):
     python = machine.bin / "bare"
     machine.add(
         "bare", f'case "$2" in *sysconfig*) echo /nowhere;; *_base*) echo {python};; *) {sys.executable} "$@";; esac'
@@ -210,13 +210,13 @@ def test_python_without_headers_is_said_in_one_line_with_the_remedy(machine):
     )
 
 
-def test_python_without_venv_is_said_in_one_line_with_the_remedy(machine):
+def test_python_without_venv_is_reported_in_one_line_with_the_remedy(machine):
     (machine.folder / "modules" / "ensurepip.py").write_text("raise ImportError")
     line = fails_with_one_line(machine)
     assert "cannot create virtual environments" in line and "apt install python3-venv" in line
 
 
-def test_space_everywhere_is_said_in_one_line_with_the_remedy(tmp_path):
+def test_spaces_in_every_path_are_reported_in_one_line_with_the_remedy(tmp_path):
     machine = Machine(tmp_path, tmp_path / "my own" / "clone")
     machine.add("mkdir", "exit 1")
     line = fails_with_one_line(machine)

@@ -74,7 +74,7 @@ def test_job_trains_one_run_over_its_nodes(job, tmp_path):
     assert not list(tmp_path.glob("hosts-*"))
 
 
-def test_the_warning_before_the_time_limit_is_for_the_ranks_and_does_not_end_the_launcher(job, tmp_path):
+def test_the_warning_before_the_time_limit_reaches_the_ranks_and_does_not_end_the_launcher(job, tmp_path):
     """Slurm sends it to every process of a step."""
     add_program(tmp_path / "bin", "launcher", '#!/bin/sh\nkill -USR1 $$\necho "node $SLURM_NODEID goes on"\n')
     with (tmp_path / "launch" / "setup.sh").open("a") as setup:
@@ -106,7 +106,7 @@ def test_job_of_an_array_trains_its_run_of_a_grid_through_the_launcher(job, tmp_
     assert "deepspeed" in (folder / "S0.5-seed0.log").read_text()
 
 
-def test_a_grid_outside_of_an_array_is_told_how_to_be_one(job):
+def test_a_grid_outside_of_an_array_is_refused_with_the_way_out(job):
     script = str(REPOSITORY / "launch" / "slurm.sbatch")
     result = subprocess.run(["bash", script, "ablate", "x.yaml"], env=job, capture_output=True, text=True)
     assert result.returncode != 0
@@ -114,7 +114,7 @@ def test_a_grid_outside_of_an_array_is_told_how_to_be_one(job):
 
 
 @pytest.mark.parametrize("name", ["SLURM_SUBMIT_DIR", "SLURM_GPUS_ON_NODE"])
-def test_outside_of_a_job_with_gpus_the_way_in_is_said(job, name):
+def test_outside_of_a_job_with_gpus_the_way_out_is_printed(job, name):
     del job[name]
     result = subprocess.run(["bash", REPOSITORY / "launch" / "slurm.sbatch"], env=job, capture_output=True, text=True)
     assert result.returncode != 0

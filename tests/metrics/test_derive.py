@@ -115,7 +115,7 @@ def test_router_ratios_by_hand_under_the_numbers_of_their_layers():
     assert "router/choice_entropy/layer_0" not in metrics
 
 
-def test_dropped_share_is_a_fraction_of_the_routed_tokens():
+def test_the_dropped_fraction_is_relative_to_the_routed_tokens():
     rows_LE = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]], dtype=torch.float64)
     dropped_LE = torch.tensor([[4, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
     metrics = derive_metrics(make_report(stats={"router/rows_LE": rows_LE, "router/dropped_LE": dropped_LE}), MODEL)

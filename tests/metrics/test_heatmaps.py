@@ -95,7 +95,7 @@ def test_many_experts_are_drawn_without_numbers_in_the_cells():
     assert picture.shape[1] > 2000
 
 
-def test_numbers_are_black_on_what_looks_bright_and_white_on_what_looks_dark():
+def test_numbers_are_black_on_bright_colours_and_white_on_dark_ones():
     # Luminance 0.299 R + 0.587 G + 0.114 B: an orange of 0.534 is bright, the blue with as much green, 0.349, is dark.
     assert _readable((1.0, 0.4, 0.0, 1.0)) == "black"
     assert _readable((0.0, 0.4, 1.0, 1.0)) == "white"

@@ -145,6 +145,6 @@ def test_without_tensorboard_only_metrics_jsonl_is_written(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_report_before_begin_is_an_assertion():
+def test_a_report_before_begin_is_an_internal_error():
     with pytest.raises(AssertionError, match="begin comes before"):
         Recorder(CONFIG)(report(1))

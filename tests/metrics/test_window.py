@@ -19,7 +19,7 @@ def step(rows, used, smallest):
     }
 
 
-def test_dead_means_unused_in_every_step_of_a_full_window():
+def test_dead_experts_and_features_are_unused_in_every_step_of_a_full_window():
     window = Window(length=2)
     first = window.update(step([4, 0, 0], [[True, False], [False, False], [False, False]], [2, 0, 0]))
     assert "router/dead_experts_window" not in first and f"{SITE}/dead_features" not in first
@@ -45,7 +45,7 @@ def test_a_window_without_experts_counts_features_all_the_same():
     assert "router/dead_experts_window" not in found and found[f"{SITE}/dead_features"].tolist() == [0.75]
 
 
-def test_the_threshold_of_a_layer_is_over_the_rows_of_all_its_experts():
+def test_the_threshold_of_a_layer_is_over_the_routed_tokens_of_all_its_experts():
     window = Window()
     window.update(step([3, 1], [[True], [True]], [3.0, 3.0]))  # 6 over 4 rows, not 1 and 3 over 2 experts
     drift = window.update(step([1, 1], [[True], [True]], [1.0, 5.0]))[f"{SITE}/threshold_drift"]

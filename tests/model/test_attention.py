@@ -22,7 +22,7 @@ def test_rotation_depends_on_the_distance_only():
     assert not torch.allclose(score(3, 1), score(3, 2))
 
 
-def test_queries_and_keys_are_normed_before_they_are_turned():
+def test_queries_and_keys_are_normalised_before_their_rotation():
     """By hand; weights of the norms that differ between the two channels of a pair do not commute with its rotation."""
     attention = make(qk_norm=True, num_layers=1).layers[0].attention
     generator = torch.Generator().manual_seed(3)
@@ -48,7 +48,7 @@ def test_queries_and_keys_are_normed_before_they_are_turned():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_angles_of_far_positions_are_right_in_every_dtype(dtype):
+def test_angles_of_far_positions_are_accurate_in_every_dtype(dtype):
     """bf16 has no 1,001, nor the frequencies: angles are formed in fp32, and only their cosines are rounded."""
     rotation = rotation_at(torch.tensor([[1001, 4093]]), 8, 10000.0, dtype)
     angles = [[position * 10000.0 ** (-2 * i / 8) for i in range(4)] for position in (1001, 4093)]

@@ -60,7 +60,7 @@ def test_every_site_of_every_layer_blends_its_gradient():
     assert {name: site.ste_share for name, site in sites.items()} == dict.fromkeys(sites, 0.25)
 
 
-def test_the_sums_of_every_site_are_its_own():
+def test_every_site_reports_its_own_sums():
     """Every site keeps another K, so that the sums of two sites that were swapped would differ."""
     kept = {
         "attention_input": 15, "attention_output": 14, "dense_input": 13, "dense_hidden": 12, "expert_input": 11,

@@ -22,7 +22,7 @@ SMALL = [
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_parameter_of_a_small_one_has_a_gradient(path):
+def test_every_parameter_of_a_small_recipe_has_a_gradient(path):
     small = [*SMALL, "model.moe.dense_hidden_size=32"] if path.stem.startswith("deepseek") else SMALL
     config = load_config(path, [*small, "model.moe.backend=loop"])
     tokens_BS = torch.randint(0, 264, (2, 24), generator=torch.Generator().manual_seed(1))

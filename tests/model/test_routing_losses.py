@@ -10,7 +10,7 @@ from tests.model.small_model import RECOMPUTED, make, tokens
 
 
 @pytest.mark.parametrize("mode", ["none", *RECOMPUTED])
-def test_a_global_balance_loss_holds_all_rows_of_the_step_against_the_micro_batchs_probabilities(mode):
+def test_a_global_balance_loss_combines_the_load_of_the_step_with_the_probabilities_of_the_micro_batch(mode):
     model = make(moe={"load_balance_scope": "global_batch", "load_balance_coefficient": 1.0, "num_dense_layers": 1})
     model.activation_checkpointing = mode
     with torch.no_grad():

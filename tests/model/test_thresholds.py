@@ -46,7 +46,7 @@ def seen_by_sites(model, data):
     return seen
 
 
-def test_each_threshold_leaves_the_share_of_the_rows_that_its_expert_saw():
+def test_each_threshold_selects_the_requested_fraction_on_the_tokens_of_its_expert():
     # backend=torch, because a fused pass does not call the modules whose inputs this test records.
     model = build_model(config(**SPARSE, backend="torch"), seed=1)
     plan = calibrate(model, batches())
@@ -69,7 +69,7 @@ def test_each_threshold_leaves_the_share_of_the_rows_that_its_expert_saw():
     assert checked == 3 * 2 + 2 + 2 * (3 + 2)
 
 
-def test_a_model_that_selects_by_the_calibrated_file_keeps_the_share_at_every_site(tmp_path):
+def test_a_model_that_uses_the_calibrated_file_selects_the_requested_fraction_at_every_site(tmp_path):
     plan = calibrate(build_model(config(**SPARSE), seed=1), batches())
     path = tmp_path / "plan.json"
     plan.save(path)
@@ -89,7 +89,7 @@ def test_a_model_that_selects_by_the_calibrated_file_keeps_the_share_at_every_si
     assert (stats["sparsity/expert_hidden/selected_LE"] >= rows).all()  # at least one a row
 
 
-def test_the_model_is_left_as_it_was_and_nothing_is_random():
+def test_calibration_leaves_the_model_unchanged_and_is_deterministic():
     model = build_model(config(**SPARSE), seed=1)
     before, tokens = model.sparsity_plan, batches()[0].tokens_BS
     logits = model(tokens).logits_BSV
@@ -127,7 +127,7 @@ def test_a_small_sample_is_close_to_the_whole():
 
 
 @pytest.mark.parametrize("max_values", [2**18, 640])
-def test_samples_of_two_processes_merge_to_what_one_of_all_batches_is(max_values):
+def test_samples_of_two_processes_merge_to_the_sample_of_all_batches(max_values):
     model, plan = build_model(config(**SPARSE), seed=1), SparsityPlan.from_config(config(**SPARSE))
     numbered = [(index * 4 * 32, batch) for index, batch in enumerate(batches(5))]
     whole = calibrate(model, batches(5), max_values=max_values)
@@ -142,7 +142,7 @@ def test_samples_of_two_processes_merge_to_what_one_of_all_batches_is(max_values
     assert sum(sample.num_seen for sample in merged[1, "attention_input"]) == 5 * 4 * 32
 
 
-def test_a_process_without_a_batch_has_an_empty_share():
+def test_a_process_without_a_batch_has_an_empty_sample():
     model = build_model(config(**SPARSE), seed=1)
     samples = sample_sites(model, [], model.sparsity_plan)
     assert samples.keys() == model.sparsity_plan.values.keys()
@@ -181,7 +181,7 @@ def test_a_plan_of_another_model_is_refused_and_the_model_left_as_it_was():
     assert model.training and all(site.hook is None for site in model.layers[0].sites().values())
 
 
-def test_an_expert_without_a_row_takes_the_threshold_of_all_and_is_named(caplog):
+def test_an_expert_without_a_token_takes_the_threshold_of_all_experts_and_is_named(caplog):
     model = build_model(config(**SPARSE), seed=1)
     with torch.no_grad():
         for block in model.blocks():
@@ -194,7 +194,7 @@ def test_an_expert_without_a_row_takes_the_threshold_of_all_and_is_named(caplog)
     assert low <= plan.thresholds[2, "expert_input"][2] <= high
 
 
-def test_a_broken_model_is_not_calibrated():
+def test_a_model_with_nan_cannot_be_calibrated():
     model = build_model(config(**SPARSE), seed=1)
     with torch.no_grad():
         model.layers[1].attention.qkv.weight[0, 0] = float("nan")
@@ -202,7 +202,7 @@ def test_a_broken_model_is_not_calibrated():
         calibrate(model, batches())
 
 
-def test_a_router_that_sees_sparse_tokens_is_not_calibrated():
+def test_a_router_of_sparse_tokens_cannot_be_calibrated():
     even = config(default=0.5)
     moe = even.moe.model_copy(update={"router_input": "sparse"})
     model = build_model(even.model_copy(update={"moe": moe}), seed=1)

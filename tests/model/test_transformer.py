@@ -34,7 +34,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
-def test_every_parameter_has_a_gradient_and_the_loss_is_its_terms(changes):
+def test_every_parameter_has_a_gradient_and_the_loss_is_the_sum_of_its_terms(changes):
     model = make(sparsity=SparsityConfig(default=0.5), **changes)
     out = model(tokens(), tokens())
     out.loss.backward()
@@ -47,7 +47,7 @@ def test_every_parameter_has_a_gradient_and_the_loss_is_its_terms(changes):
     torch.testing.assert_close(out.loss.detach(), want)
 
 
-def test_logits_do_not_see_the_future():
+def test_logits_do_not_depend_on_later_tokens():
     model, ids = make(), tokens()
     changed = ids.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % VOCAB
@@ -55,7 +55,7 @@ def test_logits_do_not_see_the_future():
     assert not torch.equal(model(ids).logits_BSV[:, 7:], model(changed).logits_BSV[:, 7:])
 
 
-def test_a_packed_document_is_computed_as_if_it_stood_alone():
+def test_a_packed_document_is_computed_as_if_it_were_alone():
     model, ids = make(), tokens(1, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7])
     positions = torch.tensor([[*range(5), *range(7)]])
@@ -77,7 +77,7 @@ def test_initial_values_depend_on_the_seed_and_the_name_only():
     assert (one.final_norm.weight == 1).all()
 
 
-def test_the_probe_sees_every_layer_inside_the_graph():
+def test_the_layer_hook_receives_the_output_of_every_layer_inside_the_graph():
     model, seen, grads = make(), [], []
 
     def layer_hook(layer, hidden):
@@ -98,7 +98,7 @@ def test_bf16_keeps_losses_in_fp32_and_stays_near_fp32():
     assert got.loss.item() == pytest.approx(want.loss.item(), rel=0.01)
 
 
-def test_a_model_section_without_a_vocabulary_is_one_of_bytes_and_a_runs_has_its_tokenizers(tmp_path):
+def test_a_model_section_without_a_vocabulary_size_is_built_for_bytes_and_that_of_a_run_for_its_tokenizer(tmp_path):
     section = {"hidden_size": 16, "num_layers": 1, "num_heads": 2}
     model = build_model(ModelConfig(**section))
     assert model.embedding.weight.shape[0] == model.head.weight.shape[0] == 264
@@ -109,7 +109,7 @@ def test_a_model_section_without_a_vocabulary_is_one_of_bytes_and_a_runs_has_its
     assert build_model(with_vocabulary(config).model).embedding.weight.shape[0] == 304
 
 
-def test_an_id_without_a_row_is_named_with_the_way_out():
+def test_an_id_outside_the_embedding_is_named_with_the_way_out():
     with pytest.raises(ValueError) as caught:
         build_model(ModelConfig(hidden_size=16, num_layers=1, num_heads=2))(torch.tensor([[3, 264]]))
     assert str(caught.value) == (

@@ -27,7 +27,7 @@ def tokens():
 
 
 @pytest.mark.parametrize("overrides", [(), ({"site": "expert_input", "experts": 1, "sparsity": 0.75},)])
-def test_needs_of_a_row_are_those_of_its_last_token_alone(tokens, overrides):
+def test_needs_of_a_sequence_are_those_of_its_last_token_alone(tokens, overrides):
     model = make(overrides=overrides)
     needs = layer_needs(model, tokens)
     assert len(needs) == 2  # the first layer has no experts
@@ -49,7 +49,7 @@ def test_needs_of_a_row_are_those_of_its_last_token_alone(tokens, overrides):
             assert needs[0].hidden_RAF[row, choice].sum() == min(12, (hidden != 0).sum())
 
 
-def test_one_token_reads_its_share_and_all_tokens_read_the_union(tokens):
+def test_one_token_reads_its_own_fraction_and_all_tokens_read_the_union(tokens):
     model = make()
     one, everything = measured_unions(model, tokens, [1, 24], draws=24)
     assert one.routed == pytest.approx(A / E)
@@ -83,7 +83,7 @@ def test_independent_tokens_follow_the_formula(tokens):
     assert up == pytest.approx(union(A / E / 4, 4), rel=0.03)
 
 
-def test_shares_of_a_step_by_hand_where_the_masks_in_front_of_the_three_matrices_differ():
+def test_fractions_read_per_step_by_hand_where_the_masks_in_front_of_the_three_matrices_differ():
     from qsparse_moe.model.unions import LayerNeeds, _shares
 
     # Both tokens use expert 2 of 5; D = 4, F = 5. Input, gate and hidden masks have different densities.
@@ -98,7 +98,7 @@ def test_shares_of_a_step_by_hand_where_the_masks_in_front_of_the_three_matrices
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
-def test_a_fused_pass_gives_way_to_the_hooks_and_is_used_again(tokens, backend):
+def test_the_fused_pass_is_suspended_while_hooks_are_set(tokens, backend):
     model = make(backend=backend)
     plain = layer_needs(make(), tokens)
     before = model(tokens).logits_BSV

@@ -29,7 +29,7 @@ X, Y = 16, 24
 @pytest.mark.parametrize("name", FAST)
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_matches_the_loop_in_output_and_every_gradient(name, load, dtype):
+def test_every_backend_matches_the_loop_in_output_and_every_gradient(name, load, dtype):
     counts = RowCounts(torch.tensor(load))
     inputs = [torch.randn(sum(load), X), torch.randn(len(load), X, Y)]
     upstream = torch.randn(sum(load), Y)

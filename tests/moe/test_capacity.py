@@ -32,7 +32,7 @@ def test_capacity_is_the_exact_ceiling(factor, num_choices, capacity):
     assert expert_capacity(factor, num_choices, E) == capacity
 
 
-def test_a_float_product_would_give_one_row_more():
+def test_a_float_product_would_give_one_token_more():
     assert math.ceil(1.1 * 400 / E) == 111  # what the exact ceiling is for
 
 
@@ -49,7 +49,7 @@ def test_a_float_product_would_give_one_row_more():
     ),
     st.integers(1, 13),
 )
-def test_sorting_finds_what_the_definition_names_ties_included(tokens, capacity):
+def test_sorting_finds_the_tokens_of_the_definition_including_ties(tokens, capacity):
     ids_TA = torch.tensor([ids for ids, _ in tokens])
     weights_TA = torch.tensor([weights for _, weights in tokens])
     within_TA = within_capacity(weights_TA, ids_TA, capacity)
@@ -58,7 +58,7 @@ def test_sorting_finds_what_the_definition_names_ties_included(tokens, capacity)
     assert torch.equal(torch.bincount(ids_TA[within_TA], minlength=6), loads.clamp(max=capacity))
 
 
-def test_largest_weights_stay_and_of_equal_ones_the_first():
+def test_tokens_with_the_largest_weights_are_within_capacity_and_of_equal_ones_the_first():
     weights_TA = torch.tensor([[0.4, 0.1], [0.5, 0.2], [0.5, 0.2], [0.5, 0.3]])
     ids_TA = torch.tensor([[0, 1], [0, 1], [0, 1], [0, 1]])
     want = [[False, False], [True, True], [True, False], [False, True]]
@@ -66,7 +66,7 @@ def test_largest_weights_stay_and_of_equal_ones_the_first():
         assert kept(weights_TA, ids_TA, 2).tolist() == want
 
 
-def test_permute_and_combine_leave_out_what_is_dropped_in_value_and_every_gradient():
+def test_permute_and_combine_leave_out_dropped_tokens_in_value_and_every_gradient():
     ids_TA = torch.tensor([[0, 2], [3, 0], [2, 0], [0, 2]])
     within_TA = torch.tensor([[True, False], [True, False], [False, True], [False, False]])
     dispatch = sort_by_expert(ids_TA, 4, within_TA)
@@ -164,7 +164,7 @@ PER_EXPERT = ([0.0, 0.5, 0.25, 0.75], [0.9, 0.0, 0.5, 0.25])
     "values", [([0.0] * E, [0.0] * E), UNIFORM, PER_EXPERT], ids=["dense", "uniform", "per expert"]
 )
 @pytest.mark.parametrize("factor", [0.1, 0.5, 1.0])
-def test_layer_is_the_sum_over_the_kept_in_value_and_every_gradient(backend, values, factor):
+def test_the_layer_is_the_sum_over_tokens_within_capacity_in_value_and_every_gradient(backend, values, factor):
     torch.manual_seed(0)  # with inputs of which factor 1 drops some: even loads would leave nothing to test
     layer = make(factor, backend)
     set_sparsity(layer, *values)
@@ -204,7 +204,7 @@ def all_on_one_expert(layer):
         layer.router.weight[2, 0], layer.router.weight[0, 0] = 2.0, 1.0
 
 
-def test_all_tokens_on_one_expert_keep_its_capacity_and_the_rest_pass_by():
+def test_if_all_tokens_choose_one_expert_it_computes_its_capacity_and_drops_the_rest():
     layer = make(1.0)
     all_on_one_expert(layer)
     x = torch.randn(B, S, D, dtype=torch.float64)
@@ -225,7 +225,7 @@ def test_all_tokens_on_one_expert_keep_its_capacity_and_the_rest_pass_by():
     assert (y_TD[0] != 0).any() and (y_TD[-1] != 0).any()
 
 
-def test_a_dropped_token_keeps_its_shared_experts():
+def test_a_dropped_token_still_has_its_shared_experts():
     layer = make(0.1, shared=1)
     all_on_one_expert(layer)
     x = torch.randn(B, S, D, dtype=torch.float64)
@@ -234,7 +234,7 @@ def test_a_dropped_token_keeps_its_shared_experts():
     torch.testing.assert_close(layer(x).y_BSD.flatten(0, 1)[1:-1], shared_TD[1:-1])
 
 
-def test_room_for_all_changes_nothing():
+def test_a_capacity_for_all_tokens_changes_nothing():
     roomy, dropless = make(E / A), make(None)
     x = torch.randn(B, S, D, dtype=torch.float64)
     out = roomy(x)

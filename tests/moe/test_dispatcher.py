@@ -35,7 +35,7 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("case", COUNTS)
-def test_dispatch_and_combine_deliver_every_row_and_every_gradient(ranks, case):
+def test_dispatch_and_combine_deliver_every_routed_token_and_every_gradient(ranks, case):
     inputs = [rows_of(case, rank) for rank in range(P)]
     rows = [part[0].requires_grad_() for part in inputs]
     want = dispatch_reference(rows, COUNTS[case])
@@ -56,7 +56,7 @@ def test_dispatch_and_combine_deliver_every_row_and_every_gradient(ranks, case):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_layer_spread_over_ranks_is_the_layer_in_value_sums_and_every_gradient(ranks, name):
+def test_a_layer_sharded_over_ranks_equals_the_whole_layer_in_value_sums_and_every_gradient(ranks, name):
     backend, dtype = LAYERS[name]["backend"], LAYERS[name]["dtype"]
     layer = make_layer(backend, dtype)
     wants = [through(layer, rank, dtype) for rank in range(P)]
@@ -83,14 +83,14 @@ def test_a_layer_spread_over_ranks_is_the_layer_in_value_sums_and_every_gradient
     assert sum(found["stats"]["sparsity/expert_hidden/rows_E"].sum() for found in founds) == A * (2 * 5 + 1 + 3 * 4)
 
 
-def test_the_cases_are_what_they_say():
+def test_the_cases_have_the_loads_that_their_names_say():
     assert {len(counts) for case in COUNTS.values() for counts in case} == {E}
     per_expert = {case: [sum(column) for column in zip(*counts, strict=True)] for case, counts in COUNTS.items()}
     assert per_expert["one expert has all"].count(0) == E - 1 and per_expert["one expert has none"].count(0) == 1
     assert sum(per_expert["one row in all"]) == 1 and sum(per_expert["no rows at all"]) == 0
 
 
-def test_initial_weights_of_a_rank_are_its_part_of_the_whole_draw():
+def test_initial_weights_of_a_rank_are_its_shard_of_the_full_initialisation():
     whole = make_layer("loop", torch.float64)
     for rank in range(P):
         share = make_layer("loop", torch.float64, ExpertGroup(rank, P))

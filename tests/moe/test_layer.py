@@ -84,7 +84,7 @@ def test_rescale_reaches_the_sites():
     torch.testing.assert_close(layer(x).y_BSD, token_by_token(layer, x, "relu2glu", *UNIFORM, rescale="preserve"))
 
 
-def test_the_router_sees_the_dense_tokens():
+def test_the_router_reads_the_dense_tokens():
     layer = make()
     x = torch.randn(B, S, D, dtype=torch.float64)
     dense = layer.router(x.flatten(0, 1)).expert_ids_TA
@@ -122,7 +122,7 @@ def test_every_routing_is_the_sum_over_a_tokens_experts_in_value_and_every_gradi
         torch.testing.assert_close(mine, theirs)
 
 
-def test_a_router_of_sparse_tokens_chooses_by_what_is_kept_and_shared_experts_see_all():
+def test_a_router_of_sparse_tokens_chooses_by_the_selected_features_and_shared_experts_read_all():
     layer, dense = make(shared=1, routing={"router_input": "sparse"}), make(shared=1)
     for one in (layer, dense):
         set_sparsity(one, [0.9] * E, [0.0] * E)
@@ -139,7 +139,7 @@ def test_forced_routing_is_even_in_the_layers_sums():
     assert layer(torch.randn(B, 6, D, dtype=torch.float64)).stats["router/rows_E"].tolist() == [B * 6 * A / E] * E
 
 
-def test_one_token_and_all_tokens_on_one_expert():
+def test_the_layer_handles_one_token_and_all_tokens_on_one_expert():
     layer = make()
     with torch.no_grad():
         layer.router.weight.zero_()
@@ -149,7 +149,7 @@ def test_one_token_and_all_tokens_on_one_expert():
     assert sorted(layer(x).stats["router/rows_E"].tolist()) == [0, 0, B * S, B * S]
 
 
-def test_sums_of_the_sites_and_of_the_router():
+def test_the_layer_returns_the_sums_of_its_sites_and_its_router():
     layer = make(shared=1)
     set_sparsity(layer, [0.5] * E, [0.25] * E)
     stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
@@ -167,7 +167,7 @@ def test_sums_of_the_sites_and_of_the_router():
     assert list(quiet) == ["router/rows_E"]
 
 
-def test_the_balance_loss_is_the_same_however_whole_sequences_are_cut():
+def test_the_balance_loss_is_the_same_however_whole_sequences_are_divided_into_batches():
     layer = make()
     x = torch.randn(4, S, D, dtype=torch.float64)
     whole = layer(x).load_balance_loss
@@ -176,7 +176,7 @@ def test_the_balance_loss_is_the_same_however_whole_sequences_are_cut():
 
 
 @pytest.mark.parametrize("values", [UNIFORM, PER_EXPERT], ids=["uniform", "per expert"])
-def test_sums_by_expert_are_those_of_the_rows_that_each_expert_reads(values):
+def test_sums_by_expert_are_those_of_the_tokens_that_each_expert_reads(values):
     layer = make(shared=1)
     set_sparsity(layer, *values)
     x = torch.randn(B, S, D, dtype=torch.float64)

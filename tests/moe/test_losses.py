@@ -54,7 +54,7 @@ def test_z_loss_is_the_mean_squared_logsumexp():
     torch.testing.assert_close(router_z_loss(logits), logits.exp().sum(-1).log().square().mean())
 
 
-def test_a_steps_load_adds_ranks_and_micro_batches_and_forgets_them_with_the_step():
+def test_the_load_of_a_step_adds_ranks_and_micro_batches_and_is_reset_after_the_step():
     calls = []
 
     def of_two_ranks(rows):

@@ -51,7 +51,7 @@ def test_rows_are_those_of_the_dispatch(case, device):
     assert mine.ends_E.tolist() == want.rows_per_expert_E.cumsum(0).tolist()
 
 
-def test_a_single_expert_has_all_rows():
+def test_a_single_expert_receives_all_tokens():
     ready("cpu")
     rows = megablocks.sort(torch.zeros(3, 1, dtype=torch.int64), 1)
     assert (rows.rows_per_expert_E.tolist(), rows.ends_E.tolist()) == ([3], [3])
@@ -107,7 +107,7 @@ def test_tensors_that_are_not_contiguous_are_read_as_they_are(device):
 
 
 @pytest.mark.gpu
-def test_nothing_waits_for_the_device():
+def test_no_operation_synchronises_with_the_device():
     expert_ids_TA = torch.tensor(CASES["spread"], device="cuda")
     leaves = [torch.randn(5, 64, device="cuda"), torch.rand(5, 2, device="cuda")]
     upstream = [torch.randn(10, 64, device="cuda"), torch.randn(5, 64, device="cuda")]
@@ -204,7 +204,7 @@ def test_layer_agrees_with_the_loop_in_value_every_gradient_and_every_sum(
         torch.testing.assert_close(mine[name], exact, **close, msg=f"{name} differs")
 
 
-def test_all_tokens_on_the_same_experts():
+def test_all_tokens_may_choose_the_same_experts():
     ready("cpu")
     made = layer("megablocks", "cpu", UNIFORM)
     with torch.no_grad():
@@ -216,7 +216,7 @@ def test_all_tokens_on_the_same_experts():
     assert [bool(g.any()) for g in made.experts.w_down.grad] == [bool(n) for n in rows_E]
 
 
-def test_choice_by_name_and_its_absence_from_auto():
+def test_the_backend_is_chosen_by_name_and_never_by_auto():
     ready("cpu")
     assert resolve_runtime(settings("megablocks"), "cpu").names["model.moe.backend"] == "megablocks"
     # Where grouped runs auto takes it or one before it; where it does not, megablocks does not either.

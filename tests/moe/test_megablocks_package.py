@@ -20,7 +20,7 @@ from qsparse_moe.moe.backends import megablocks_package, megablocks_stand_in
 REPOSITORY = Path(qsparse_moe.__file__).parent.parent
 
 
-def test_stand_in_sorts_stably_counts_and_sums():
+def test_replacement_sorts_stably_counts_and_sums():
     x = torch.tensor([3, 0, 3, 1, 0, 7], dtype=torch.int32)
     values, order, sums = (torch.empty_like(x) for _ in range(3))
     megablocks_stand_in.sort(x, 3, values, order)
@@ -38,7 +38,7 @@ def test_stand_in_sorts_stably_counts_and_sums():
 
 
 @pytest.mark.gpu
-def test_stand_in_gives_what_the_extension_gives():
+def test_replacement_gives_what_the_extension_gives():
     if not megablocks_package.has_extension():
         pytest.skip("megablocks_ops is not installed")
     torch.manual_seed(0)

@@ -72,7 +72,7 @@ def skip_unless_it_runs(by):
 
 
 @pytest.mark.parametrize("by", ["torch", "native", "triton"])
-def test_the_selection_s_implementation_brings_the_way_back_from_the_rows(by):
+def test_combine_uses_the_kernel_of_the_implementation_of_the_selection(by):
     skip_unless_it_runs(by)
     config = ModelConfig(moe=MoEConfig(backend="loop"), sparsity=SparsityConfig(backend=by))
     assert resolve_runtime(config, "cpu").permutation is ONE_PASS_GATHERS.get(by, GATHERS)
@@ -86,7 +86,7 @@ def test_combine_adds_bf16_rows_in_fp32():
     assert y.item() == torch.tensor(257.0).bfloat16().item()
 
 
-def test_row_counts_in_every_form():
+def test_row_counts_are_accepted_in_every_form():
     counts = RowCounts(torch.tensor([2, 0, 3], dtype=torch.int32))
     assert (counts.ends_E.tolist(), counts.ends_E.dtype) == ([2, 2, 5], torch.int32)
     assert (counts.on_host.tolist(), counts.on_host.dtype) == ([2, 0, 3], torch.int64)

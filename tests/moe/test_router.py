@@ -56,7 +56,7 @@ def route_one_token(x, weight, kind, bias, groups, scaling):
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("groups", GROUPS.values(), ids=GROUPS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_its_equations_in_value_and_every_gradient(kind, groups, biased):
+def test_every_kind_matches_its_equations_in_value_and_every_gradient(kind, groups, biased):
     router = make(kind, bias_update_rate=0.1 if biased else 0.0, router_scaling_factor=2.5, **groups)
     bias = torch.linspace(-0.4, 0.4, E)[torch.randperm(E)] if biased else torch.zeros(E)
     if biased:
@@ -107,7 +107,7 @@ def test_logits_scores_and_weights_are_fp32_under_a_bf16_model(kind):
     torch.testing.assert_close(router(x).logits_TE, x.float() @ router.weight.float().T)
 
 
-def test_scores_that_round_to_one_or_to_zero_are_still_told_apart():
+def test_scores_that_round_to_one_or_to_zero_are_still_distinguished():
     router = make("sigmoid_topk_renormalized", torch.float32)
     with torch.no_grad():
         router.weight.copy_(torch.eye(E))
@@ -132,7 +132,7 @@ def test_jitter_multiplies_the_routers_input_in_training_only():
     torch.testing.assert_close(router.eval()(x).logits_TE, x @ router.weight.T)
 
 
-def test_noise_is_added_to_the_logits_in_training_only_and_all_follows_from_it():
+def test_noise_is_added_to_the_logits_in_training_only_and_determines_scores_choices_and_losses():
     router = make(router_noise=0.5, training=True)
     x = torch.randn(5000, D, dtype=torch.float64)
     routing = router(x)
@@ -193,7 +193,7 @@ def test_biases_are_fp32_state_through_every_cast_and_no_parameter(dtype):
     assert "expert_bias" not in make().state_dict()
 
 
-def test_biases_stand_still_after_the_steps_that_move_them():
+def test_biases_stay_constant_after_the_steps_that_move_them():
     config = MoEConfig(bias_update_rate=0.001, bias_update_steps=3)
     assert [bias_update_rate(config, step) for step in range(5)] == [0.001] * 3 + [0.0] * 2
     assert bias_update_rate(MoEConfig(bias_update_rate=0.001), 10**9) == 0.001

@@ -77,7 +77,7 @@ PEERS = {
 
 
 @pytest.mark.parametrize("name", PEERS)
-def test_ids_weights_and_gradients_are_those_of(name):
+def test_ids_weights_and_gradients_are_those_of_transformers(name):
     build, settings = PEERS[name]
     peer, router = build(), Router(D, MoEConfig(num_experts=E, experts_per_token=A, **settings))
     with torch.no_grad():

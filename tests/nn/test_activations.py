@@ -52,7 +52,7 @@ def test_low_precision_stays_within_twice_the_definition_s_own_rounding(name, dt
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_the_backward_keeps_the_inputs_and_nothing_else_and_changes_none(name):
+def test_the_backward_stores_the_inputs_and_nothing_else_and_changes_none(name):
     inputs, saved = branches(name), []
     before = [x.detach().clone() for x in inputs]
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
@@ -89,7 +89,7 @@ def make(activation, shared=1, seed=1, selection="auto"):
 
 @pytest.mark.parametrize("activation", ALL)
 @pytest.mark.parametrize("sparsity", [0.0, 0.25])
-def test_natural_zeros_are_counted_with_the_chosen_ones(activation, sparsity):
+def test_natural_zeros_are_counted_together_with_those_of_the_selection(activation, sparsity):
     layer = make(activation, selection="torch")  # in one pass nothing could be seen between activation and selection
     layer.experts.hidden_site.set_sparsity([sparsity] * E)
     seen = []
@@ -127,7 +127,7 @@ def test_experts_without_a_gate_compute_down_of_squared_relu_of_up():
 
 
 @pytest.mark.parametrize("activation", ALL)
-def test_a_model_with_it_trains_every_parameter(activation):
+def test_a_model_with_the_activation_trains_every_parameter(activation):
     moe = MoEConfig(num_experts=E, expert_hidden_size=F, activation=activation, num_dense_layers=1)
     config = ModelConfig(vocab_size=40, hidden_size=32, num_layers=2, moe=moe)
     model = build_model(config)

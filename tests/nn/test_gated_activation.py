@@ -68,7 +68,7 @@ def calls(monkeypatch):
     ("activation", "rescale", "gradient"),
     list(itertools.product(["relu2glu", "swiglu"], ["none", "unit"], ["ste", "masked"])),
 )
-def test_one_pass_gives_the_rows_sums_and_gradients_of_two(fused, activation, rescale, gradient, calls):
+def test_one_pass_gives_the_values_sums_and_gradients_of_two(fused, activation, rescale, gradient, calls):
     changed = {"activation": activation, "sparsity": {"rescale": rescale, "gradient": gradient}}
     x = torch.randn(2, 7, D)
     upstream, results = torch.randn(2, 7, D), []
@@ -110,7 +110,7 @@ def test_a_dense_site_takes_the_activations_backward_in_one_pass(fused, activati
         torch.testing.assert_close(mine.double(), theirs, rtol=4 * eps, atol=8 * eps)
 
 
-def test_rows_of_several_sequences_stay_apart():
+def test_leading_dimensions_are_computed_as_if_flattened():
     _, layer = layers(FUSED_GLUS[0])
     gate, up = torch.randn(2, 3, 5, F)
     selected, _ = layer.shared.activation(gate, up, with_stats=True)
@@ -132,13 +132,13 @@ def test_rows_of_several_sequences_stay_apart():
     ],
     ids=str,
 )
-def test_settings_that_it_cannot_follow_go_the_long_way(changed, calls):
+def test_unsupported_settings_use_two_passes(changed, calls):
     _, layer = layers(FUSED_GLUS[0], **changed)
     layer(torch.randn(1, 3, D))
     assert not calls
 
 
-def test_an_observed_or_dense_site_goes_the_long_way(calls):
+def test_a_site_with_a_hook_or_without_selection_uses_two_passes(calls):
     _, layer = layers(FUSED_GLUS[0])
     layer.shared.hidden_site.set_sparsity([0.0])
     layer.experts.hidden_site.hook = SiteHook(lambda rows, experts, sparse: sparse)
@@ -146,7 +146,7 @@ def test_an_observed_or_dense_site_goes_the_long_way(calls):
     assert not calls
 
 
-def test_the_selection_s_implementation_brings_its_pass():
+def test_the_fused_pass_is_that_of_the_implementation_of_the_selection():
     assert resolve_runtime(config(), "cpu").sites.fused_glu is None
     if native.why_not(CPU) is None:
         assert resolve_runtime(config(sparsity={"backend": "native"}), "cpu").sites.fused_glu.name == "native"

@@ -63,7 +63,7 @@ def test_experts_with_their_own_k_are_rounded_alike():
     assert stats["selected_E"] == num_selected.sum()
 
 
-def test_a_site_of_its_own_format_leaves_the_others_to_the_common_one():
+def test_a_site_with_its_own_format_leaves_the_common_format_to_the_others():
     settings = {"activations": "int8", "sites": {"expert_hidden": "none", "attention_input": "int4"}}
     config = sparsity_config(quantization=settings)
     formats = {name: SparseSite(name, D, config, select_rows_torch).number_format for name in SITES}
@@ -99,7 +99,7 @@ def test_ternary_weights_are_read_in_every_projection_and_nowhere_else():
         assert torch.equal(mine.grad, theirs.grad), name
 
 
-def test_without_a_format_nothing_is_computed_otherwise():
+def test_without_a_format_nothing_is_computed_differently():
     tokens = torch.randint(0, 40, (2, 9))
     made = model()
     weight = made.layers[1].moe.experts.w_up

@@ -71,7 +71,7 @@ def test_every_selection_is_its_mask_with_the_site_s_gradient_and_rescale(
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_at_s_0_the_very_tensor_passes(selection):
+def test_at_s_0_the_input_tensor_itself_is_returned(selection):
     site, x = make((0.0, 0.0), selection=selection), torch.randn(5, D)
     assert site(x, with_stats=False)[0] is x
     assert site(x, with_stats=True)[1]["selected_E"] == x.numel()
@@ -101,13 +101,13 @@ def test_relu_keeps_nan_and_drops_what_is_not_positive():
     ]  # fmt: skip
 
 
-def test_thresholds_that_are_missing_are_our_own_mistake():
+def test_missing_thresholds_are_an_internal_error():
     with pytest.raises(AssertionError, match="needs thresholds"):
         make((0.5,), selection="threshold")
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)
-def test_nan_and_infinity_come_through_every_selection(selection):
+def test_nan_and_infinity_pass_through_every_selection(selection):
     for bad in (float("nan"), float("inf"), -float("inf")):
         x = torch.randn(4, D)
         x[2, 5] = bad
@@ -132,7 +132,7 @@ def broken_model(debug, **sparsity):
 TOKENS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0))
 
 
-def test_debug_names_the_first_site_that_is_given_a_nan():
+def test_debug_names_the_first_site_that_receives_a_nan():
     model = broken_model(True)
     with pytest.raises(TrainingDiverged) as told:
         model(TOKENS)
@@ -141,7 +141,7 @@ def test_debug_names_the_first_site_that_is_given_a_nan():
     assert "resume from the last checkpoint" in str(told.value)
 
 
-def test_debug_counts_the_rows_and_is_silent_about_healthy_and_infinite_ones():
+def test_debug_counts_rows_with_nan_and_ignores_finite_and_infinite_ones():
     site = make((0.5,), debug=True)
     x = torch.randn(3, 4, D)
     x[2, 1, 7] = float("inf")
@@ -164,7 +164,7 @@ def test_without_debug_a_nan_reaches_the_loss(selection, formats):
 
 @pytest.mark.parametrize("number_format", ["none", "int8"])
 @pytest.mark.parametrize("selection", ["topk", "relu"])
-def test_the_sums_hold_the_energy_of_the_rows_as_they_came(selection, number_format):
+def test_the_sums_contain_the_energy_before_the_selection(selection, number_format):
     x = torch.randn(6, D)
     quantization = {"sites": {"expert_hidden": number_format}} if number_format != "none" else {}
     _, stats = make((0.5,), selection=selection, quantization=quantization)(x, with_stats=True)
@@ -172,7 +172,7 @@ def test_the_sums_hold_the_energy_of_the_rows_as_they_came(selection, number_for
     assert stats["kept_energy_E"].item() < 0.99 * stats["energy_E"].item()
 
 
-def test_a_hook_sees_what_the_threshold_selects_unless_it_asks_for_exact_top_k():
+def test_a_hook_receives_the_selection_of_the_threshold_unless_it_requests_exact_top_k():
     site = make((0.5,), (1.2,), selection="threshold")
     x = torch.randn(7, D)
     experts = torch.zeros(7, dtype=torch.long)

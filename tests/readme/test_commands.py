@@ -58,7 +58,7 @@ def run_session(lines: list[str], folder: Path, **environment: str) -> str:
     return result.stdout
 
 
-def test_commands_of_a_session_are_all_there():
+def test_the_commands_of_the_session_are_found_in_the_readme():
     assert len(session_commands()) >= 8
     assert set(OWN_CI_STEP) <= set(commands())
 
@@ -72,7 +72,7 @@ def test_session_runs_from_its_first_command_to_its_last(checkout):
     assert steps == [1, 2]
 
 
-def test_scripts_that_need_their_own_step_have_one():
+def test_every_script_that_needs_its_own_ci_step_has_one():
     steps = (REPOSITORY / ".ci" / "run").read_text().splitlines()
     for command in OWN_CI_STEP:
         assert any(step == command or step.startswith(f"{command} ") for step in steps), command

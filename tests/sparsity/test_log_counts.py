@@ -7,13 +7,13 @@ from qsparse_moe.sparsity.log_counts import MAGNITUDES, LogBins, log_counts
 BINS = LogBins(-2, 1, 2)
 
 
-def test_values_are_counted_between_the_edges_that_are_told():
+def test_values_are_counted_between_the_published_edges():
     assert BINS.edges == [-2, -1.5, -1, -0.5, 0, 0.5, 1]
     values = torch.tensor([[0.26, 0.3], [0.5, 1.0], [1.5, 1.9]])
     assert log_counts(values, BINS).tolist() == [2, 0, 1, 0, 1, 2]
 
 
-def test_what_lies_beyond_counts_at_the_end_and_zero_at_the_beginning():
+def test_values_beyond_the_range_count_in_the_last_bin_and_zeros_in_the_first():
     assert log_counts(torch.tensor([0.0, 1e-30, 2.0, 1e30]), BINS).tolist() == [2, 0, 0, 0, 0, 2]
     assert log_counts(torch.empty(0), BINS).tolist() == [0] * BINS.number
 

@@ -28,7 +28,7 @@ def model(sparsity, **moe):
         (0.5, 7, 4),
     ],
 )
-def test_k_is_the_rounded_share_and_at_least_one(sparsity, width, kept):
+def test_k_is_the_rounded_fraction_and_at_least_one(sparsity, width, kept):
     assert num_selected(sparsity, width) == kept
 
 
@@ -85,7 +85,7 @@ def test_a_plan_of_another_model_is_refused():
         plan.check_fits(model({}, num_experts=8))
 
 
-def test_scaling_and_the_mean():
+def test_a_plan_can_be_scaled_and_has_a_mean():
     plan = SparsityPlan.uniform(model({}), 0.5)
     assert plan.mean == pytest.approx(0.5)
     assert plan.scaled(0.5).mean == pytest.approx(0.25)
@@ -135,7 +135,7 @@ def test_a_plan_file_is_the_whole_plan(tmp_path):
         SparsityPlan.load(tmp_path / "plan.json")
 
 
-def test_every_group_keeps_the_same_whole_number_of_its_features():
+def test_every_group_selects_the_same_whole_number_of_features():
     settings = model({"selection": "block", "group_size": 8}).sparsity
     # 2.4 of 8 in each of three groups are 2; of all 24 features together 7.2 would be 7.
     assert site_num_selected(settings, 0.7, 24) == 6
@@ -152,7 +152,7 @@ def test_groups_that_do_not_divide_a_sparse_site_are_refused_and_a_whole_site_ha
         sparse.check_fits(config)
 
 
-def test_bounds_are_the_threshold_or_the_normal_quantile_and_none_where_s_is_0():
+def test_thresholds_are_calibrated_or_normal_quantiles_and_none_where_s_is_0():
     threshold, statistical = (SparsityConfig(selection=name) for name in ("threshold", "statistical"))
     assert site_threshold(threshold, 0.5, 0.3) == 0.3
     assert site_threshold(statistical, 0.5, 0.3) == pytest.approx(0.0)
@@ -161,7 +161,7 @@ def test_bounds_are_the_threshold_or_the_normal_quantile_and_none_where_s_is_0()
 
 
 @pytest.mark.parametrize(("shape", "halfway"), [("linear", 0.5), ("cosine", 0.5)])
-def test_the_gradient_s_share_goes_from_start_to_end_along_its_shape(shape, halfway):
+def test_the_straight_through_share_goes_from_start_to_end_along_its_shape(shape, halfway):
     blend = {"start": 0.9, "end": 0.1, "shape": shape, "hold_steps": 4, "ramp_steps": 10}
     settings = SparsityConfig(gradient="blend", blend=blend)
     shares = [ste_share(settings, step) for step in range(30)]
@@ -177,7 +177,7 @@ def test_the_plain_gradients_are_the_ends_of_the_blend():
     assert ste_share(SparsityConfig(gradient="masked"), 7) == 0.0
 
 
-def test_presets_place_s_and_formats_as_published():
+def test_presets_set_s_and_formats_as_published():
     config = model({"preset": "a4.8"}, num_shared_experts=1)
     plan = SparsityPlan.from_config(config)
     assert plan == SparsityPlan.preset(config, "a4.8")

@@ -13,14 +13,14 @@ PLAN = SparsityPlan(
 )
 
 
-def test_only_the_named_places_change_and_lose_their_thresholds():
+def test_only_the_named_sites_change_and_lose_their_thresholds():
     changed = PLAN.with_(layer=1, site="expert_input", experts=[1], sparsity=0.75)
     assert changed.values == PLAN.values | {(1, "expert_input"): (0.2, 0.75)}
     assert changed.thresholds == {(0, "attention_input"): (1.0,)}
     assert PLAN.values[1, "expert_input"] == (0.2, 0.3)
 
 
-def test_what_is_not_named_is_meant_as_a_whole():
+def test_a_change_without_layers_or_experts_applies_to_all_of_them():
     assert set(PLAN.with_(sparsity=0.0).values.values()) == {(0.0,), (0.0, 0.0)}
     assert PLAN.with_(experts=[0], sparsity=0.9).values == {
         (0, "attention_input"): (0.1,),
@@ -29,7 +29,7 @@ def test_what_is_not_named_is_meant_as_a_whole():
     }
 
 
-def test_the_mean_weighs_places_not_experts():
+def test_the_mean_weighs_sites_not_experts():
     assert SparsityPlan({(0, "attention_input"): (0.0,), (0, "expert_input"): (0.8,) * 8}).mean == pytest.approx(0.4)
 
 
@@ -44,6 +44,6 @@ def test_the_mean_weighs_places_not_experts():
         ({"layer": 0, "sparsity": 1.0}, r"each must lie in \[0, 1\)"),
     ],
 )
-def test_a_place_that_is_not_there_is_named(places, message):
+def test_an_absent_site_is_named(places, message):
     with pytest.raises(ConfigError, match=message):
         PLAN.with_(**({"sparsity": 0.5} | places))

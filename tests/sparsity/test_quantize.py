@@ -66,7 +66,7 @@ def test_gradient_passes_straight_through_whatever_is_upstream(number_format):
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_rows_or_matrices_do_not_see_one_another_and_the_input_is_left_alone(number_format):
+def test_rows_or_matrices_are_independent_and_the_input_is_unchanged(number_format):
     x = torch.randn(4, 6, 10) * torch.tensor([1e-3, 1.0, 30.0, 1e4])[:, None, None]
     before = x.clone()
     whole = fake_quantize(x, number_format)
@@ -84,7 +84,7 @@ def test_the_largest_magnitude_of_an_int8_row_is_exact_also_in_a_row_of_tiny_val
 
 
 @pytest.mark.parametrize("number_format", FORMATS)
-def test_rows_as_small_as_relu2_makes_them_are_rounded_like_others(number_format):
+def test_rows_of_tiny_values_from_relu2_are_rounded_like_others(number_format):
     x = torch.randn(4, 32)
     small = quantize(x * 2.0**-60, number_format)
     assert torch.equal(small.codes, quantize(x, number_format).codes)
@@ -134,7 +134,7 @@ def test_gradients_of_the_quantised_sparse_linear_are_those_of_the_formula_in_fl
 
 
 @given(matrices())
-def test_unpacking_returns_the_ternary_weight_bit_for_bit_at_two_bits_a_weight(w):
+def test_unpacking_returns_the_ternary_weight_bit_for_bit_at_two_bits_per_weight(w):
     packed, scale = pack_ternary(w)
     assert packed.dtype == torch.uint8
     assert packed.shape == (*w.shape[:-1], -(-w.shape[-1] // 4))
@@ -159,7 +159,7 @@ def test_stacked_experts_have_one_ternary_scale_each():
         (lambda: unpack_ternary(*pack_ternary(torch.ones(2, 9)), 8), r"num_columns \(8\) must need 3 bytes per row"),
     ],
 )
-def test_what_cannot_be_done_is_refused(call, message):
+def test_impossible_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

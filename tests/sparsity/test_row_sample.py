@@ -12,7 +12,7 @@ torch.set_num_threads(1)
 
 
 @given(st.integers(1, 200), st.floats(0, 0.99), st.integers(0, 2**31))
-def test_exactly_the_rounded_share_lies_above_the_threshold(count, sparsity, seed):
+def test_exactly_the_rounded_fraction_lies_above_the_threshold(count, sparsity, seed):
     magnitudes = torch.randn(count, generator=torch.Generator().manual_seed(seed)).abs()
     threshold = calibrated_threshold(magnitudes, sparsity)
     assert (magnitudes > threshold).sum() == count - round(sparsity * count)
@@ -22,7 +22,7 @@ def test_natural_zeros_beyond_s_give_a_threshold_that_drops_only_them():
     assert calibrated_threshold(torch.tensor([0.0, 0.0, 0.0, 1.0]), 0.5) == 0.0
 
 
-def test_the_mask_of_the_calibrated_rows_keeps_the_share():
+def test_the_mask_of_the_calibrated_rows_selects_the_requested_fraction():
     x = torch.randn(64, 48)
     threshold = calibrated_threshold(x.abs().flatten(), 0.75)
     assert threshold_mask(x, torch.tensor([threshold])).double().mean() == pytest.approx(0.25, abs=1e-3)
@@ -57,7 +57,7 @@ def test_the_sample_is_bounded_and_evenly_spaced(num_rows, max_rows):
     st.integers(1, 9),
     st.randoms(use_true_random=False),
 )
-def test_the_sample_is_the_same_in_any_order_however_cut_and_whoever_is_shown_it(numbers, owners, size, max_rows, draw):
+def test_the_sample_is_the_same_in_any_order_batches_and_processes(numbers, owners, size, max_rows, draw):
     whole = RowSample(3 * max_rows)
     whole.add(*numbered(numbers))
     ranks = [RowSample(3 * max_rows) for _ in range(3)]
@@ -73,7 +73,7 @@ def test_the_sample_is_the_same_in_any_order_however_cut_and_whoever_is_shown_it
     assert merged.num_seen == whole.num_seen == len(numbers)
 
 
-def test_the_sample_sees_positions_all_over_rows_whose_length_is_a_power_of_two():
+def test_the_sample_covers_all_positions_of_rows_whose_length_is_a_power_of_two():
     sample = RowSample(3 * 64)
     sample.add(*numbered(range(64 * 256)))
     positions = kept_numbers(sample) % 256
@@ -81,7 +81,7 @@ def test_the_sample_sees_positions_all_over_rows_whose_length_is_a_power_of_two(
     assert all(((positions >= low) & (positions < low + 64)).sum() in range(12, 21) for low in range(0, 256, 64))
 
 
-def test_the_sample_keeps_a_row_that_is_longer_than_its_bound_and_none_of_nothing():
+def test_the_sample_contains_a_row_longer_than_its_limit_and_none_of_an_empty_batch():
     sample = RowSample(2)
     sample.add(*numbered([5, 6]))
     assert len(sample.magnitudes()) == 3
@@ -92,7 +92,7 @@ def test_the_sample_keeps_a_row_that_is_longer_than_its_bound_and_none_of_nothin
     assert torch.equal(empty.magnitudes(), sample.magnitudes()) and empty.num_seen == sample.num_seen == 2
 
 
-def test_the_sample_holds_magnitudes_and_no_memory_of_what_they_were_cut_from():
+def test_the_sample_stores_magnitudes_and_does_not_keep_their_source_in_memory():
     sample = RowSample(6)
     rows = -torch.ones(100, 3, dtype=torch.bfloat16)
     sample.add(rows, torch.arange(100))
@@ -105,6 +105,6 @@ def test_the_sample_holds_magnitudes_and_no_memory_of_what_they_were_cut_from():
     ("magnitudes", "message"),
     [(torch.empty(0), "at least one value"), (torch.tensor([1.0, float("nan")]), "must be finite")],
 )
-def test_what_cannot_be_calibrated_is_refused(magnitudes, message):
+def test_values_that_cannot_be_calibrated_are_refused(magnitudes, message):
     with pytest.raises(ValueError, match=message):
         calibrated_threshold(magnitudes, 0.5)

@@ -45,7 +45,7 @@ def expected(x, limits):
 
 
 @given(rows(), st.sampled_from([-math.inf, 0.0, 1 / 3, 1.0, 100.0]))
-def test_threshold_keeps_what_is_above_it_and_at_least_the_first_largest(x, threshold):
+def test_threshold_selects_values_above_it_and_at_least_the_first_largest(x, threshold):
     limit = torch.tensor(threshold).item()
     assert torch.equal(threshold_mask(x, as_threshold(threshold)), expected(x, [limit] * len(x)))
 
@@ -63,7 +63,7 @@ def test_a_bf16_row_is_compared_with_the_unrounded_threshold():
 
 @pytest.mark.filterwarnings("ignore:std:UserWarning")  # of no rows at all
 @given(rows(), st.floats(0.01, 0.99))
-def test_statistical_bound_is_the_mean_and_quantile_times_the_deviation_of_the_magnitudes(x, sparsity):
+def test_statistical_threshold_is_the_mean_plus_the_quantile_times_the_deviation_of_the_magnitudes(x, sparsity):
     quantile = NormalDist().inv_cdf(sparsity)
     magnitude = x.double().abs()
     limit = magnitude.mean(-1) + torch.tensor(quantile).double() * magnitude.std(-1, correction=0)
@@ -81,7 +81,7 @@ def test_the_deviation_is_that_of_the_row_itself_not_of_a_population_behind_it()
 
 
 @pytest.mark.parametrize(("sparsity", "kept"), [(0.1, 0.9797), (0.5, 0.4249), (0.9, 0.1162)])
-def test_statistical_selection_keeps_the_documented_share_of_normal_activations(sparsity, kept):
+def test_statistical_selection_selects_the_documented_fraction_of_normal_activations(sparsity, kept):
     x = torch.randn(400, 1000, generator=torch.Generator().manual_seed(0))
     mask = statistical_mask(x, as_threshold(NormalDist().inv_cdf(sparsity)))
     assert mask.double().mean().item() == pytest.approx(kept, abs=0.005)
@@ -91,7 +91,7 @@ def test_statistical_selection_keeps_the_documented_share_of_normal_activations(
 
 
 @pytest.mark.parametrize("name", THRESHOLD_MASKS)
-def test_nothing_is_dropped_without_a_bound_nor_from_a_row_that_is_broken(name):
+def test_nothing_is_dropped_without_a_threshold_or_from_a_row_with_nan(name):
     x = torch.randn(3, 8)
     x[0] = 0.5  # no deviation
     assert THRESHOLD_MASKS[name](x, as_threshold(-math.inf)).all()
@@ -101,7 +101,7 @@ def test_nothing_is_dropped_without_a_bound_nor_from_a_row_that_is_broken(name):
     assert mask.any(-1).all() or name == "relu"  # only by magnitude a row keeps one at least
 
 
-def test_an_infinite_value_makes_the_statistics_keep_its_row_whole():
+def test_an_infinite_value_makes_the_statistics_select_the_whole_row():
     x = torch.randn(2, 8)
     x[0, 3] = -math.inf
     mask = statistical_mask(x, as_threshold(1.0))
@@ -110,7 +110,7 @@ def test_an_infinite_value_makes_the_statistics_keep_its_row_whole():
 
 
 @pytest.mark.parametrize("name", THRESHOLD_MASKS)
-def test_the_rows_are_not_changed(name):
+def test_the_input_is_not_changed(name):
     x = torch.randn(3, 8)
     before = x.clone()
     THRESHOLD_MASKS[name](x, as_threshold(0.5))

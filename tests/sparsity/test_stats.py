@@ -21,7 +21,7 @@ def numbers(stats):
 
 
 @pytest.mark.parametrize("by", [TORCH, NATIVE], ids=lambda by: by.name)
-def test_sums_count_chosen_natural_zeros_energy_and_pattern(by):
+def test_sums_count_selected_features_natural_zeros_energy_and_pattern(by):
     before = torch.tensor([[3.0, 0.0, 4.0], [0.0, 0.0, 1.0], [5.0, 0.0, -2.0]])
     stats = stats_of(before, 2, Readers(continues_R=torch.tensor([True, True, False])), by)
     assert numbers(stats) == {
@@ -87,7 +87,7 @@ def test_energy_of_many_rows_is_summed_in_fp64():
     assert stats["energy_E"].item() == pytest.approx(4e8 + 8e-4, rel=1e-14, abs=1e-9)
 
 
-def test_layers_stack_under_a_name_that_says_so():
+def test_stacked_layers_have_a_suffix_in_their_name():
     one = {"rows": torch.tensor(1.0), "load_E": torch.tensor([1.0, 2.0])}
     stacked = stack_layers([one, {"rows": torch.tensor(2.0)}, one])
     assert {name: tuple(value.shape) for name, value in stacked.items()} == {"rows_L": (3,), "load_LE": (2, 2)}

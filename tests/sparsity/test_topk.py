@@ -23,7 +23,7 @@ def rows_and_num_selected(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(rows_and_num_selected())
-def test_mask_is_the_first_k_of_a_stable_sort_with_one_k_and_with_one_k_a_row(case):
+def test_mask_is_the_first_k_of_a_stable_sort_with_one_k_and_with_one_k_per_row(case):
     x, num_selected, per_row = case
     assert torch.equal(topk_mask(x, num_selected), topk_mask_reference(x, num_selected))
     mask = topk_mask(x, per_row)
@@ -38,7 +38,7 @@ def test_ties_go_to_the_lower_index():
     assert (x.abs() >= x.abs().topk(2).values[..., -1:]).sum() == 3
 
 
-def test_a_row_of_zeros_keeps_its_first_k():
+def test_a_row_of_zeros_selects_its_first_k():
     assert topk_mask(torch.zeros(1, 4), 3).tolist() == [[True, True, True, False]]
 
 
@@ -47,7 +47,7 @@ def test_every_row_has_its_own_mask():
     assert topk_mask(x, 1).tolist() == [[True, False, False], [False, True, False]]
 
 
-def test_nan_and_infinity_are_kept_never_dropped():
+def test_nan_and_infinity_are_selected_and_never_dropped():
     x = torch.tensor([[1.0, float("nan"), 5.0, float("-inf")]])
     assert topk_mask(x, 2).tolist() == [[False, True, False, True]]
     assert topk_mask(x, torch.tensor([1])).tolist() == [[False, True, False, False]]
@@ -55,7 +55,7 @@ def test_nan_and_infinity_are_kept_never_dropped():
 
 
 @pytest.mark.parametrize("num_selected", [8, torch.tensor([8, 8, 8])])
-def test_groups_keep_their_own_share(num_selected):
+def test_every_group_selects_its_own_fraction(num_selected):
     x = torch.randn(3, 32)
     mask = topk_mask(x, num_selected, group_size=8)
     assert torch.equal(mask, topk_mask(x.view(3, 4, 8), 2).view(3, 32))

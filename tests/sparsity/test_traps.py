@@ -30,7 +30,7 @@ def num_levels(x, quantized):
     return max(len(row.unique()) for row in quantized(x))
 
 
-def test_int8_has_more_than_three_values_a_row():
+def test_int8_has_more_than_three_values_per_row():
     x = rows()
     assert num_levels(x, int8_without_127) <= 3
     assert num_levels(x, lambda x: fake_quantize(x, "int8")) > 25
@@ -75,12 +75,12 @@ def at_least_kth_mask(x, k):
 
 
 @pytest.mark.parametrize("ties", [torch.ones(2, 8), torch.zeros(2, 8), torch.tensor([[3.0, -1.0, 1.0, 1.0]])])
-def test_ties_do_not_make_a_row_keep_more_than_k(ties):
+def test_ties_do_not_make_a_row_select_more_than_k(ties):
     assert (at_least_kth_mask(ties, 2).sum(-1) > 2).all()
     assert (topk_mask(ties, 2).sum(-1) == 2).all()
 
 
-def test_ties_are_frequent_in_bf16_so_the_trap_is_no_rare_one():
+def test_ties_are_frequent_in_bf16_so_the_trap_is_common():
     x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert (at_least_kth_mask(x, 200).sum(-1) > 200).double().mean() > 0.25
     assert (topk_mask(x, 200).sum(-1) == 200).all()
@@ -133,7 +133,7 @@ def test_an_aliased_mask_loses_the_straight_through_gradient_in_fp32_and_only_th
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_ours_passes_straight_through_in_every_dtype_and_leaves_its_input_alone(dtype):
+def test_our_gradient_passes_straight_through_in_every_dtype_and_the_input_is_unchanged(dtype):
     grad, upstream, is_untouched = gradient(topk_sparsify, dtype)
     assert torch.equal(grad, upstream)
     assert is_untouched

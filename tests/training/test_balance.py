@@ -52,7 +52,7 @@ def steps_of(engine, batches, count, report=False):
 BIASED = {"router": "sigmoid_topk_renormalized", "bias_update_rate": 0.02, "load_balance_coefficient": 0.0}
 
 
-def test_biases_level_a_skewed_router_and_without_them_it_stays_skewed(tmp_path):
+def test_biases_balance_a_skewed_router_and_without_them_it_stays_skewed(tmp_path):
     violation = {}
     for rate in (0.01, 0.0):
         config = config_of(tmp_path, BIASED | {"bias_update_rate": rate}, micro_batch_size=8)
@@ -68,7 +68,7 @@ def test_biases_level_a_skewed_router_and_without_them_it_stays_skewed(tmp_path)
 @pytest.mark.parametrize("recomputation", ["none", "full"])
 @pytest.mark.parametrize("report", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_biases_move_once_a_step_by_all_rows_of_it(tmp_path, micro_batches, report, recomputation):
+def test_biases_move_once_per_step_by_the_load_of_the_whole_step(tmp_path, micro_batches, report, recomputation):
     rows = 8 // micro_batches
     config = config_of(tmp_path, BIASED, micro_batch_size=rows, activation_checkpointing=recomputation)
     engine = engine_of(config, skew=1.0)
@@ -99,7 +99,7 @@ reduced: list[int] = []
 
 
 @pytest.mark.parametrize("report", [False, True])
-def test_rows_are_reduced_once_and_those_of_steps_before_the_report_with_them(tmp_path, report):
+def test_loads_are_reduced_once_including_those_of_steps_before_the_report(tmp_path, report):
     config = config_of(tmp_path, BIASED, micro_batch_size=8)
     engine = engine_of(config, skew=1.0)
     engine.distributed = TwoAlike(0, 2, 0, torch.device("cpu"))
@@ -173,7 +173,7 @@ def test_a_global_balance_loss_starts_again_in_every_step(tmp_path, recomputatio
     assert outcome.losses["load_balance_loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
 
 
-def test_an_engine_that_is_closed_leaves_the_model_to_itself(tmp_path):
+def test_a_closed_engine_removes_its_load_from_the_model(tmp_path):
     engine = engine_of(config_of(tmp_path, {"load_balance_scope": "global_batch"}))
     assert engine.model.step_load is not None
     engine.close()
@@ -191,7 +191,7 @@ def biased_config(make_config):
     return make
 
 
-def test_biases_are_saved_resumed_reported_and_loaded_and_noise_goes_on_where_it_stopped(biased_config):
+def test_biases_are_saved_resumed_reported_and_loaded_and_noise_continues_where_it_stopped(biased_config):
     whole, parts = {}, {}
 
     def listen(reports):

@@ -28,7 +28,7 @@ def run(config, sparsity, *, stop_at=None):
     return losses
 
 
-def test_share_is_that_of_the_step_and_a_resumed_run_goes_on_with_it(make_config, monkeypatch):
+def test_the_straight_through_share_follows_the_step_and_continues_in_a_resumed_run(make_config, monkeypatch):
     shares, real = [], Transformer.set_ste_share
     monkeypatch.setattr(
         Transformer, "set_ste_share", lambda model, share: (shares.append(share), real(model, share))[1]

@@ -57,7 +57,7 @@ def zeros_by_layer(outputs, site):
     return 1 - nonzero_LE.sum(-1) / (rows_LE.sum(-1) * WIDTHS[site])
 
 
-def test_the_plan_is_made_of_training_rows_and_measured_on_validation_rows(run_dir, tmp_path):
+def test_the_plan_is_made_from_training_sequences_and_measured_on_validation_sequences(run_dir, tmp_path):
     config, model, step = load_run(run_dir)
     found = calibrate_run(run_dir, model.sparsity_plan, num_sequences=15)
     data = load_data(config.data)
@@ -87,7 +87,7 @@ def test_the_plan_is_made_of_training_rows_and_measured_on_validation_rows(run_d
     assert found.loss_threshold != found.loss_topk
 
 
-def test_rows_are_ranked_as_a_whole_whatever_the_run_selects_by(make_config, run_dir):
+def test_features_are_ranked_over_the_whole_row_whatever_the_selection_of_the_run(make_config, run_dir):
     config = make_config("blocks", steps=2)
     sparsity = config.model.sparsity.model_copy(update={"selection": "block", "group_size": 4})
     config = config.model_copy(update={"model": config.model.model_copy(update={"sparsity": sparsity})})
@@ -103,7 +103,7 @@ def test_rows_are_ranked_as_a_whole_whatever_the_run_selects_by(make_config, run
     )
 
 
-def test_experts_that_saw_no_row_are_counted(run_dir, monkeypatch):
+def test_experts_that_received_no_token_are_counted(run_dir, monkeypatch):
     def load_unbalanced(*arguments, **keywords):
         config, model, step = load_run(*arguments, **keywords)
         with torch.no_grad():
@@ -117,13 +117,13 @@ def test_experts_that_saw_no_row_are_counted(run_dir, monkeypatch):
     assert unseen == {"attention_input": 0, "attention_output": 0, "expert_input": 4, "expert_hidden": 4}
 
 
-def test_without_a_number_every_expert_sees_some_thousand_tokens(text_config):
+def test_by_default_every_expert_receives_some_thousand_tokens(text_config):
     # 4 experts, 2 a token, 24 tokens a row.
     assert default_num_sequences(text_config) == 342
     assert 342 * 24 * 2 / 4 >= 4096 > 341 * 24 * 2 / 4
 
 
-def test_shares_of_zeros_are_means_over_the_layers_and_the_gap_is_the_largest_of_one():
+def test_fractions_of_zeros_are_means_over_the_layers_and_the_gap_is_the_largest_of_one():
     plan = SparsityPlan(
         {(0, "expert_hidden"): (0.5, 0.25), (2, "expert_hidden"): (0.75, 0.5), (0, "dense_hidden"): (0,)}
     )

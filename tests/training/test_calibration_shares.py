@@ -26,7 +26,7 @@ class Rows:
         (2, [(20, [4, 5]), (50, [10])]),
     ],
 )
-def test_ranks_take_batches_in_turn_and_number_the_tokens_through_all_rows(rank, want):
+def test_ranks_take_batches_in_turn_and_number_the_tokens_through_all_sequences(rank, want):
     rows = np.arange(11)[:, None].repeat(6, axis=1)  # one token more than labels
     distributed = Distributed(rank=rank, world_size=3, local_rank=rank, device=torch.device("cpu"))
     assert list(_local_batches(Rows(), rows, 2, distributed)) == want

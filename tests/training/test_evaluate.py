@@ -23,7 +23,7 @@ from tests.data.test_tokenizer import save_tokenizer
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_finished_run_evaluates_to_what_training_said(make_config, precision):
+def test_a_finished_run_evaluates_to_the_loss_that_training_reported(make_config, precision):
     config = make_config(precision=precision, steps=3)
     result = train(config)
     evaluation = evaluate_run(result.run_dir)
@@ -35,7 +35,7 @@ def test_a_finished_run_evaluates_to_what_training_said(make_config, precision):
     assert more.rows == 20 and more.loss != evaluation.loss
 
 
-def test_files_of_one_s_own_evaluate_as_the_run_s_validation_rows_of_the_same_text(make_config, tmp_path):
+def test_user_files_evaluate_as_the_validation_sequences_of_the_same_text(make_config, tmp_path):
     """Return the validation documents as a file, cut where the last whole sequence ends, and as an uncut file."""
     config = make_config(steps=2)
     run_dir = train(config).run_dir
@@ -68,7 +68,7 @@ def write_jsonl(path, texts):
     return str(path)
 
 
-def test_another_plan_evaluates_as_the_run_does_where_it_is_the_run_s(make_config):
+def test_the_plan_of_the_run_given_as_another_plan_evaluates_the_same(make_config):
     run_dir = train(make_config(steps=2)).run_dir
     want = evaluate_run(run_dir)
     config, model, _ = load_run(run_dir)

@@ -16,7 +16,7 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-def test_the_first_signal_is_noted_and_handlers_come_back():
+def test_the_first_signal_is_recorded_and_handlers_are_restored():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with StopSignals() as signals:
         assert signals.received == 0
@@ -34,7 +34,7 @@ def test_a_ctrl_c_and_the_launchers_sigterm_after_it_are_one_request():
         assert signals.received == signal.SIGINT
 
 
-def test_the_warning_of_slurm_is_noted_as_sigterm_is():
+def test_the_warning_of_slurm_is_recorded_as_sigterm_is():
     before = signal.getsignal(signal.SIGUSR1)
     with StopSignals() as signals:
         send(signal.SIGUSR1)
@@ -123,7 +123,7 @@ sys.exit(until_stopped(work))
     assert (ended.returncode, ended.stdout, ended.stderr) == (143, "", "error: stopped by SIGTERM\n")
 
 
-def test_work_ends_as_it_likes_without_a_signal_and_the_handlers_come_back():
+def test_work_ends_normally_without_a_signal_and_the_handlers_are_restored():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     wakeup = signal.set_wakeup_fd(-1)
     signal.set_wakeup_fd(wakeup)
@@ -136,7 +136,7 @@ def test_work_ends_as_it_likes_without_a_signal_and_the_handlers_come_back():
         time.sleep(0.01)
 
 
-def test_signals_that_are_noted_meanwhile_do_not_end_it():
+def test_signals_that_are_recorded_meanwhile_do_not_end_it():
     script = """
 def work():
     with StopSignals() as signals:
@@ -174,7 +174,7 @@ sys.exit({catcher})
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "-15\n", "")
 
 
-def test_who_ends_already_says_why_first():
+def test_a_process_that_is_already_ending_prints_its_reason_first():
     """A lost rank is named although the launcher sends SIGTERM because of it; the previous handler is restored."""
     script = """
 from qsparse_moe.training.interrupt import SignalsWhileEnding

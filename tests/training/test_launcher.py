@@ -50,7 +50,7 @@ def test_a_signal_is_passed_on_as_sigterm_and_it_ends_after_what_it_started(numb
     assert (process.returncode, said, complaints) == (128 + number, "told\n", "")
 
 
-def test_where_nothing_is_started_yet_it_ends_at_once():
+def test_before_any_process_is_started_it_ends_at_once():
     with start("imports") as process:
         assert process.stdout.readline() == "inner\n"
         process.send_signal(signal.SIGTERM)

@@ -71,7 +71,7 @@ def test_a_rank_stops_when_a_process_of_its_launcher_has_ended(start, number, vi
     assert said == "SIGTERM: stopping after this step, with a checkpoint\n15\nsaved\n"
 
 
-def test_it_just_ends_where_there_is_nothing_to_save(start):
+def test_a_rank_ends_at_once_when_there_is_nothing_to_save(start):
     process = start([*OUTER, *INNER, *rank(at_once=True)])
     process.terminate()
     assert process.stdout.read() == "error: stopped by SIGTERM\n"
@@ -84,7 +84,7 @@ def test_the_end_of_another_parent_process_does_not_stop_the_run(start):
         assert process.stdout.read() == "0\nsaved\n"
 
 
-def test_a_signal_that_is_there_already_is_not_followed_by_another(monkeypatch):
+def test_a_pending_signal_is_not_followed_by_another(monkeypatch):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     gone = launcher_monitor._read_process(child.pid)
     child.communicate(b"\n")
@@ -100,14 +100,14 @@ def test_a_signal_that_is_there_already_is_not_followed_by_another(monkeypatch):
     assert sent == [(os.getpid(), signal.SIGTERM)]
 
 
-def test_a_number_that_another_process_has_now_is_not_taken_for_it():
+def test_a_reused_process_id_is_not_mistaken_for_the_launcher():
     me = launcher_monitor._read_process(os.getpid())
     assert me.parent == os.getppid()
     assert launcher_monitor._is_there(me)
     assert not launcher_monitor._is_there(me._replace(start=str(int(me.start) - 1)))
 
 
-def test_without_proc_the_environment_tells_of_the_launcher(monkeypatch, tmp_path):
+def test_without_proc_the_environment_identifies_the_launcher(monkeypatch, tmp_path):
     monkeypatch.setattr(launcher_monitor, "_PROCESSES", tmp_path / "gone")
     for name in ("CROSS_RANK", "LOCAL_SIZE"):
         monkeypatch.delenv(name, raising=False)

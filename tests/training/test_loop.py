@@ -87,7 +87,7 @@ def test_layer_gradients_are_reported_when_asked_for_and_change_nothing(make_con
         assert 0 < sum(norm**2 for norm in report.layer_grad_norms) < report.grad_norm**2
 
 
-def test_the_run_folder_tells_what_was_run(make_config):
+def test_the_run_folder_records_what_was_run(make_config):
     config = make_config(steps=2)
     result = train(config)
     assert load_config(result.run_dir / "config.yaml") == config
@@ -171,7 +171,7 @@ def test_a_resumed_run_counts_its_seconds_and_steps_on(make_config):
 
 
 @pytest.mark.parametrize("mode", ["table", "streaming"])
-def test_a_stopped_run_goes_on_with_the_rows_that_were_next(make_config, mode):
+def test_a_stopped_run_continues_with_the_next_sequences(make_config, mode):
     def config(name, **training):
         made = make_config(name, **training)
         return made.model_copy(update={"data": made.data.model_copy(update={"mode": mode})})
@@ -200,7 +200,7 @@ def test_fewer_steps_than_were_done_are_refused_and_the_config_stays(make_config
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_run_that_failed_before_its_first_step_starts_again_mended(make_config, monkeypatch, resume):
+def test_a_run_that_failed_before_its_first_step_starts_again_with_corrected_settings(make_config, monkeypatch, resume):
     def fail(*arguments, **settings):
         raise TrainingDiverged("step 1")
 
@@ -250,7 +250,7 @@ def test_data_that_changed_is_noticed(make_config, text_folder, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["cuda"])
-def test_a_device_that_is_not_there_is_said_before_anything_is_written(make_config, device, monkeypatch):
+def test_a_missing_device_is_reported_before_anything_is_written(make_config, device, monkeypatch):
     import torch
 
     from qsparse_moe.errors import BackendUnavailable
@@ -262,7 +262,7 @@ def test_a_device_that_is_not_there_is_said_before_anything_is_written(make_conf
     assert not run_folder(config).exists()
 
 
-def test_a_poisoned_weight_stops_the_run_with_its_layer_and_the_last_checkpoint(make_config, monkeypatch):
+def test_a_weight_that_is_nan_stops_the_run_with_its_layer_and_the_last_checkpoint(make_config, monkeypatch):
     poisoned = []
 
     def poison(report):

@@ -89,7 +89,7 @@ def steps_with(name, rows):
     return [row["step"] for row in rows if name in row]
 
 
-def test_every_metric_of_a_run_stopped_within_its_windows_is_that_of_an_unbroken_one(runs):
+def test_every_metric_of_a_run_stopped_within_its_windows_is_that_of_an_uninterrupted_one(runs):
     runs.train("stopped", stop_in(4))
     runs.train("stopped", stop_in(8))
     rows = runs.train("stopped")
@@ -108,7 +108,7 @@ def test_a_killed_run_continues_the_windows_of_its_last_checkpoint(runs):
     assert runs.train("killed") == runs.rows("whole")
 
 
-def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_part_that_follows(runs):
+def test_a_stop_where_an_evaluation_is_due_leaves_it_to_the_resumed_run(runs):
     stopped = runs.train("late", stop_in(3))
     assert stopped[-1]["step"] == 3 and steps_with("validation/loss", stopped) == []
     assert runs.newest("late").report_state(0).evaluation_pending
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_an_earlier_version_is_resumed_with_empty_windows_and_sa
     assert [row[total] for row in rows] == [row[total] for row in runs.rows("whole")][:10]
 
 
-def test_other_settings_of_what_is_measured_start_with_empty_windows_and_say_so(runs, caplog):
+def test_changed_settings_of_the_metrics_start_with_empty_windows_and_say_so(runs, caplog):
     runs.train("changed", stop_in(4))
     with caplog.at_level(logging.INFO):
         rows = runs.train("changed", die_after(12), metrics={"interval": 2}, evaluation_rows=7)

@@ -62,7 +62,7 @@ def test_a_run_never_overwrites_another(make_config):
 @pytest.mark.parametrize("left", [(), (".saving-step-00000001",)])
 @pytest.mark.parametrize("rows", [None, "", '{"step": 1, "tok'])
 @pytest.mark.parametrize("resume", [False, True])
-def test_a_run_that_kept_no_step_may_start_again_with_other_settings(make_config, left, rows, resume):
+def test_a_run_that_saved_no_step_may_start_again_with_other_settings(make_config, left, rows, resume):
     config = make_config()
     write_config(run_folder(config), config)
     (run_folder(config) / "manifest.json").touch()
@@ -146,7 +146,7 @@ def test_another_run_is_named_with_every_setting_and_both_values(make_config):
         ("data.cache_dir", "elsewhere"),
     ],
 )
-def test_what_does_not_make_another_run_may_change(make_config, path, value):
+def test_settings_that_do_not_make_another_run_may_change(make_config, path, value):
     config = make_config()
     make_run(config)
     assert check_run_folder(changed(make_config(resume=True), path, value)) is True

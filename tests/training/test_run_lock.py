@@ -40,7 +40,7 @@ def write_record(folder, *, host, beat=0):
     record_of(folder).write_text(json.dumps(record))
 
 
-def test_the_second_is_refused_with_the_holder_and_nothing_stays(tmp_path):
+def test_a_second_process_is_refused_with_the_holder_and_leaves_nothing_behind(tmp_path):
     folder = tmp_path / "runs" / "mine"
     with locked_run_folder(folder):
         with pytest.raises(CheckpointError) as caught, locked_run_folder(folder):
@@ -103,7 +103,7 @@ class OtherMachine(RunFolderLock):
 
 
 @pytest.mark.parametrize("found", ["nothing", "a dead record", "a torn record"])
-def test_of_machines_that_come_at_the_same_instant_one_has_the_folder(tmp_path, monkeypatch, found):
+def test_of_machines_that_start_at_the_same_instant_exactly_one_gets_the_folder(tmp_path, monkeypatch, found):
     monkeypatch.setattr(run_lock, "_BEAT_SECONDS", 0.05)
     monkeypatch.setattr(run_lock, "_POLL_SECONDS", 0.02)
     monkeypatch.setattr(run_lock, "_STALE_SECONDS", 0.5)
@@ -193,7 +193,7 @@ def test_a_holder_that_was_suspended_learns_who_has_the_folder_and_takes_nothing
 
 
 @pytest.mark.parametrize("at", ["a report", "a save"])
-def test_a_run_whose_folder_was_taken_over_ends_before_it_writes(make_config, at):
+def test_a_run_whose_folder_was_taken_over_ends_before_it_writes_anything(make_config, at):
     config = make_config(steps=6, checkpoint_interval=2)
     if at == "a save":
         config = config.model_copy(update={"metrics": config.metrics.model_copy(update={"interval": 6})})
@@ -215,7 +215,7 @@ def test_a_run_whose_folder_was_taken_over_ends_before_it_writes(make_config, at
 
 
 @pytest.mark.distributed
-def test_a_second_process_is_refused_and_the_death_of_the_first_lets_it_go_on(tmp_path):
+def test_a_second_process_is_refused_and_may_continue_after_the_first_has_died(tmp_path):
     config = write_inputs(tmp_path)
     folder = tmp_path / "runs" / "mine"
     with locked_run_folder(folder):

@@ -68,7 +68,7 @@ def names(run_dir):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_saved_is_read_back_exactly(tmp_path, precision):
+def test_a_saved_state_is_read_back_exactly(tmp_path, precision):
     engine, other = (make_engine(tmp_path, seed, precision=precision) for seed in (0, 1))
     engine.get_full("head.weight", "weight").add_(1e-5)
     path = save(tmp_path, engine, 7)
@@ -89,7 +89,7 @@ def make_biased(tmp_path, rate=0.1):
     return TorchEngine(config, build_model(config.model), ALONE)
 
 
-def test_buffers_are_read_back_into_a_model_and_their_lack_is_said(tmp_path, engine):
+def test_buffers_are_read_back_into_a_model_and_missing_ones_are_named(tmp_path, engine):
     biased = make_biased(tmp_path)
     for layer, block in enumerate(biased.model.blocks()):
         block.moe.router.expert_bias.copy_(torch.tensor([0.1, -0.2, 0.3, 1e-9]) + layer)
@@ -162,7 +162,7 @@ def crash_after(calls):
     return [mock.patch.object(owner, name, guarded(getattr(owner, name))) for owner, name in targets]
 
 
-def test_a_save_cut_off_anywhere_leaves_a_checkpoint_to_go_on_from(tmp_path, engine):
+def test_an_interrupted_save_leaves_a_checkpoint_to_resume_from(tmp_path, engine):
     outcomes = []
     for calls in range(100):
         run_dir = tmp_path / f"cut{calls}"
@@ -220,7 +220,7 @@ def flip_a_byte(file):
         (flip_a_byte, "does not have the checksum that it was written with"),
     ],
 )
-def test_a_damaged_file_is_named_and_no_older_checkpoint_is_taken_silently(tmp_path, engine, damage, what):
+def test_a_damaged_file_is_named_and_no_older_checkpoint_is_used_silently(tmp_path, engine, damage, what):
     save(tmp_path, engine, 0)
     save(tmp_path, engine, 1)
     damage(the_file(tmp_path))
@@ -243,7 +243,7 @@ def test_checkpoints_are_in_the_order_of_their_steps_and_a_message_names_the_one
         Checkpoint(folders[2])
 
 
-def test_the_only_checkpoint_is_not_said_to_have_one_before_it(tmp_path, engine):
+def test_the_message_about_the_only_checkpoint_names_no_earlier_one(tmp_path, engine):
     save(tmp_path, engine, 1)
     save(tmp_path, engine, 2)
     flip_a_byte(the_file(tmp_path))
@@ -304,7 +304,7 @@ def test_files_are_mapped_and_not_read(tmp_path, engine):
     assert tensor.shape == (257, 40)
 
 
-def test_every_parameter_has_one_owner_and_the_bytes_are_spread():
+def test_every_parameter_has_one_owner_and_the_bytes_are_balanced_over_ranks():
     sizes = [7, 1000, 30, 400, 400, 8, 200, 1, 600]
     shapes = {f"p{index}": torch.Size((size, 2)) for index, size in enumerate(sizes)}
     owner = owners(shapes, 3)
@@ -318,7 +318,7 @@ def test_every_parameter_has_one_owner_and_the_bytes_are_spread():
         assert owners({name: torch.Size((4,)) for name in names}, 2) == {"a": 0, "b": 1}
 
 
-def test_random_states_come_back_through_a_file(tmp_path):
+def test_random_states_are_restored_from_a_file(tmp_path):
     def draw():
         return (
             torch.rand(3).tolist(),

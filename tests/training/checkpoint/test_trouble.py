@@ -44,7 +44,7 @@ def broken_file(tmp_path):
     return file
 
 
-def test_a_data_error_in_the_middle_of_a_stream_keeps_the_steps_done(make_config, broken_file):
+def test_a_data_error_in_the_middle_of_a_stream_saves_the_finished_steps(make_config, broken_file):
     whole, parts = Losses(), Losses()
     train(streamed(make_config("whole", steps=20), broken_file, max_bad_records=9), [whole])
     with pytest.raises(
@@ -75,7 +75,7 @@ def test_the_log_of_a_stream_says_how_often_it_was_read_to_its_end(make_config, 
     assert line == "data.sources.0: rank 0 read it to its end 2 times"
 
 
-def test_a_full_disk_for_the_metrics_keeps_the_steps_done(make_config):
+def test_a_full_disk_for_the_metrics_saves_the_finished_steps(make_config):
     with pytest.raises(
         CheckpointError, match=r"metrics\.jsonl: cannot be written \(No space left.* ended after step 4 of 6"
     ):
@@ -83,7 +83,7 @@ def test_a_full_disk_for_the_metrics_keeps_the_steps_done(make_config):
     assert [path.name for path in list_checkpoints(run_folder(make_config()))] == ["step-00000004"]
 
 
-def test_a_full_disk_in_the_last_report_is_said_too(make_config):
+def test_a_full_disk_in_the_last_report_is_reported_too(make_config):
     with pytest.raises(CheckpointError, match=r"cannot be written .* after step 6 of 6; .*step-00000006"):
         train(make_config(), [Losses(fails_at=6)])
 

@@ -38,7 +38,7 @@ def test_calls_and_waits_through_aliases_are_counted(monkeypatch):
     assert dist.all_reduce is slow_call and elsewhere.gather is slow_call
 
 
-def test_functions_are_back_after_an_error_too():
+def test_functions_are_restored_after_an_error_too():
     before = {name: getattr(dist, name) for name in CALLS if hasattr(dist, name)}
     with pytest.raises(RuntimeError), timed_collectives(lambda seconds: None):
         assert dist.all_reduce is not before["all_reduce"]

@@ -54,7 +54,7 @@ def ranks(monkeypatch):
     return [InOneProcess(rank, 3, rank, torch.device("cpu")) for rank in range(3)]
 
 
-def test_the_next_rank_notices_silence_and_all_learn_of_it(ranks):
+def test_the_next_rank_notices_missing_heartbeats_and_all_ranks_learn_of_it(ranks):
     signs = [Heartbeats(rank) for rank in ranks]
     for _ in range(3):
         assert [sign.beat(10.0) for sign in signs] == [{}] * 3
@@ -101,7 +101,7 @@ def test_a_rank_that_dies_when_all_others_are_done_is_named_too(ranks, monkeypat
         other.__exit__(None, None, None)
 
 
-def test_a_store_that_is_gone_is_rank_0(ranks):
+def test_a_lost_store_means_that_rank_0_is_lost(ranks):
     signs = Heartbeats(ranks[1])
     signs._store = BrokenStore()
     assert signs.beat(10.0) == {}, "one failure is no death"
@@ -187,7 +187,7 @@ def test_a_store_that_ended_with_a_stopped_rank_0_is_no_lost_rank(ranks):
     assert second.final_check(0.1) == {}
 
 
-def test_a_store_that_ended_without_a_stop_message_is_rank_0(ranks):
+def test_a_store_that_ended_without_a_stop_message_means_that_rank_0_is_lost(ranks):
     signs = Heartbeats(ranks[1])
     signs._store = BrokenStore()
     assert signs.final_check(0.1).keys() == {0}

@@ -20,7 +20,7 @@ def set_all(monkeypatch, **values):
         monkeypatch.setenv(name, value)
 
 
-def test_a_launcher_says_which_rank_a_process_is(monkeypatch):
+def test_the_environment_of_a_launcher_gives_the_rank_of_a_process(monkeypatch):
     assert launcher_ranks() == (0, 1, 0)
     set_all(monkeypatch, **WHOLE)
     assert launcher_ranks() == (1, 2, 1)
@@ -45,7 +45,7 @@ def test_one_rank_needs_no_address(monkeypatch):
         ("MASTER_PORT", "70000", "must be a whole number from 1 to 65535"),
     ],
 )
-def test_what_is_no_rank_is_refused_with_the_variable(monkeypatch, name, value, rule):
+def test_an_invalid_rank_is_refused_with_the_name_of_the_variable(monkeypatch, name, value, rule):
     set_all(monkeypatch, **WHOLE | {name: value})
     with pytest.raises(ConfigError) as caught:
         launcher_ranks()
@@ -63,7 +63,7 @@ def test_local_ranks_that_are_no_number_are_refused(monkeypatch, name):
 
 
 @pytest.mark.parametrize("values", [{"WORLD_SIZE": "abc"}, WHOLE | {"RANK": "first"}])
-def test_the_command_line_says_it_in_one_message(monkeypatch, capsys, values, tmp_path):
+def test_the_command_line_prints_it_in_one_message(monkeypatch, capsys, values, tmp_path):
     set_all(monkeypatch, **values)
     config = tmp_path / "run.yaml"
     config.write_text("training: {engine: torch, device: cpu, global_batch_size: 16}\n")

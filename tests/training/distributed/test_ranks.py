@@ -29,7 +29,7 @@ def test_without_a_launcher_there_is_one_rank_and_nothing_stays_behind():
         assert sys.excepthook is excepthook
 
 
-def test_an_error_inside_leaves_the_group_too():
+def test_an_error_inside_destroys_the_process_group_too():
     with pytest.raises(ZeroDivisionError), open_distributed("cpu") as distributed:
         distributed.on_rank_zero(lambda: 1 / 0)
     assert not dist.is_initialized()
@@ -48,7 +48,7 @@ def test_half_of_a_launchers_environment_is_refused(monkeypatch):
     assert "Start ranks with the deepspeed launcher, or unset them all" in message
 
 
-def test_a_device_asked_for_by_name_never_becomes_another(monkeypatch):
+def test_a_device_requested_by_name_never_becomes_another(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto", 0) == torch.device("cpu")
     with pytest.raises(BackendUnavailable, match=r"training.device \(cuda\): .*0 CUDA devices .*training.device=cpu"):
@@ -76,7 +76,7 @@ def test_local_ranks_divide_the_cores_unless_omp_num_threads_is_set(monkeypatch)
         torch.set_num_threads(before)
 
 
-def test_environment_puts_back_what_was_there(monkeypatch):
+def test_the_environment_is_restored(monkeypatch):
     monkeypatch.setenv("KEPT", "before")
     with environment(KEPT="during", NEW="during"):
         assert os.environ["KEPT"] == os.environ["NEW"] == "during"

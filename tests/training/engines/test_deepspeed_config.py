@@ -94,7 +94,7 @@ def test_two_runs_never_share_a_folder_for_their_swap_files(tmp_path):
 
 
 @pytest.mark.parametrize(("device", "ahead"), [("none", 1), ("cpu", 1), ("nvme", 0)])
-def test_nothing_is_read_ahead_of_its_layer_from_files(device, ahead, tmp_path):
+def test_nothing_is_prefetched_from_files(device, ahead, tmp_path):
     nvme = {"offload_optimizer": "nvme", "nvme_path": str(tmp_path)} if device == "nvme" else {}
     zero = settings(3, offload={"offload_parameters": device} | nvme)["zero_optimization"]
     names = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")

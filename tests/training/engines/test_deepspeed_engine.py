@@ -25,7 +25,7 @@ def test_a_run_compiles_nothing_and_leaves_standard_output_alone(
     assert [str(warning.message) for warning in recwarn if "torch.distributed." in str(warning.message)] == []
 
 
-def test_zero3_cuts_a_tensor_that_does_not_divide():
+def test_zero3_shards_a_tensor_whose_size_does_not_divide():
     from qsparse_moe.training.engines.deepspeed_engine import zero3_partition
 
     value = torch.arange(14.0).view(7, 2)

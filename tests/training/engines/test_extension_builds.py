@@ -37,7 +37,7 @@ def test_stale_lock_of_a_dead_process_is_taken_over(compile_tiny, tmp_path, capl
     assert (folder / "async_io.so").exists() and not (folder / "lock").exists()
 
 
-def test_process_that_compiles_without_an_end_is_named(compile_tiny, tmp_path, monkeypatch):
+def test_process_that_never_finishes_its_compilation_is_named(compile_tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(extension_builds, "_TIMEOUT_SECONDS", 0.2)
     folder = tmp_path / "extensions" / "qsparse_moe" / "deepspeed" / "async_io"
     folder.mkdir(parents=True)
@@ -46,7 +46,7 @@ def test_process_that_compiles_without_an_end_is_named(compile_tiny, tmp_path, m
         compile_tiny()
 
 
-def test_everything_is_as_before_afterwards(monkeypatch):
+def test_patched_functions_are_restored_afterwards(monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     baton = cpp_extension.FileBaton
     with locked_builds():

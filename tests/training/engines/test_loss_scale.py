@@ -55,7 +55,7 @@ def test_the_scale_falls_after_overflows_and_rises_after_a_window_without():
 
 @pytest.mark.parametrize("hysteresis", [1, 2, 3])
 @pytest.mark.parametrize("window", [1, 2, 5])
-def test_it_is_the_rule_of_deepspeed(hysteresis, window):
+def test_the_scale_follows_the_rule_of_deepspeed(hysteresis, window):
     loss_scaler = pytest.importorskip("deepspeed.runtime.fp16.loss_scaler")
     chance = random.Random(window + 10 * hysteresis)
     ours = LossScaler(settings(window=window, hysteresis=hysteresis, minimum=1))
@@ -80,7 +80,7 @@ def test_it_is_the_rule_of_deepspeed(hysteresis, window):
     assert len(set(scales)) > 3
 
 
-def test_it_is_exhausted_when_it_overflows_at_its_minimum_and_only_then():
+def test_the_scale_is_exhausted_when_it_overflows_at_its_minimum_and_only_then():
     scaler = LossScaler(settings(initial_power=2, hysteresis=1))
     seen = []
     for overflow in (True, False, True, False):
@@ -90,7 +90,7 @@ def test_it_is_exhausted_when_it_overflows_at_its_minimum_and_only_then():
     assert scaler.skipped_steps == 2
 
 
-def test_its_state_goes_on_where_it_was():
+def test_the_state_of_the_scale_is_resumed():
     chance = random.Random(3)
     overflows = [chance.random() < 0.3 for _ in range(60)]
     whole = LossScaler(settings())
@@ -179,7 +179,7 @@ def test_an_overflow_at_the_smallest_scale_ends_the_run(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["weight", "head"])
-def test_a_forward_pass_that_is_not_finite_is_no_matter_of_the_scale(tmp_path, place):
+def test_a_forward_pass_that_is_not_finite_is_not_treated_as_an_overflow(tmp_path, place):
     engine = fp16_engine(tmp_path, initial_power=8)
     name = {"weight": "layers.0.attention.output.weight", "head": "head.weight"}[place]
     dict(engine.model.named_parameters())[name].data.fill_(torch.inf)
@@ -210,7 +210,7 @@ def test_a_run_in_fp16_reports_its_scale_and_resumes_it(make_config):
     assert rows[0]["train/grad_norm"] is None
 
 
-def test_other_precisions_have_no_such_metric(make_config):
+def test_other_precisions_have_no_metric_of_the_scale(make_config):
     model = make_config().model
     assert not {"train/loss_scale", "train/skipped_steps"} & derive_metrics(make_report(), model).keys()
     metrics = derive_metrics(make_report(loss_scale=8.0, skipped_steps=3), model)

@@ -29,14 +29,14 @@ def test_a_machine_without_libaio_is_refused_before_anything_is_written(make_con
     assert not run_folder(config).exists()
 
 
-def test_a_folder_that_is_not_there_is_named_before_anything_is_written(make_config, tmp_path):
+def test_a_missing_folder_is_named_before_anything_is_written(make_config, tmp_path):
     config = nvme(make_config, tmp_path / "missing")
     with pytest.raises(ConfigError, match=rf"training\.deepspeed\.nvme_path \({tmp_path}/missing\) must be .*folder"):
         train(config)
     assert not run_folder(config).exists()
 
 
-def test_the_plain_engine_and_host_memory_ask_for_nothing(make_config, tmp_path, monkeypatch):
+def test_the_plain_engine_and_host_memory_require_nothing(make_config, tmp_path, monkeypatch):
     monkeypatch.setattr(offload, "_has_libaio", lambda: False)
     check_engine(make_config(engine="deepspeed", deepspeed={"zero_stage": 2, "offload_optimizer": "cpu"}))
     files = nvme(make_config, tmp_path)

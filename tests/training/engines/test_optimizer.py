@@ -21,7 +21,7 @@ def test_matrices_decay_and_norms_do_not(tmp_path):
     assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-6 for group in groups)
 
 
-def test_a_started_state_gives_the_first_step_of_adamw():
+def test_an_initialised_state_gives_the_first_step_of_adamw():
     weights = [torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).clone()) for _ in range(2)]
     started, plain = (build_adamw([weight], CONFIG) for weight in weights)
     start_state(started, weights[0])

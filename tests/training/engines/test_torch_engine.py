@@ -125,7 +125,7 @@ def test_a_tied_head_is_one_parameter(tmp_path):
     assert engine.model.head.weight is engine.model.embedding.weight
 
 
-def test_reduced_tensors_keep_their_places_and_shapes_in_float64():
+def test_reduced_tensors_keep_their_order_and_shapes_in_float64():
     tensors = [torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor(5), torch.tensor([1e-17 + 1.0, 1e17])]
     reduced = reduce_tensors(tensors, ALONE)
     assert [x.tolist() for x in reduced] == [[[1.0, 2.0], [3.0, 4.0]], 5.0, tensors[2].double().tolist()]
@@ -133,7 +133,7 @@ def test_reduced_tensors_keep_their_places_and_shapes_in_float64():
     assert reduce_tensors([], ALONE) == []
 
 
-def test_flags_stay_flags_between_numbers():
+def test_flags_stay_boolean_between_numbers():
     flags = torch.tensor([[True, False], [False, False]])
     before, used, after = reduce_tensors([torch.tensor(2), flags, torch.tensor([3])], ALONE)
     assert used.equal(flags)

@@ -20,7 +20,7 @@ def test_choices_count_whatever_their_order():
     assert num_common(one, other) == 3
 
 
-def test_share_is_that_of_the_tokens_that_count():
+def test_the_agreement_is_a_fraction_of_the_counted_tokens():
     memory = ChoiceAgreement([], ALONE)
     counts_T = torch.tensor([True, True, False])
     first = [[torch.tensor([[0, 1]]), torch.tensor([[2, 3], [4, 5]])]]
@@ -30,7 +30,7 @@ def test_share_is_that_of_the_tokens_that_count():
     assert memory.compare(second, counts_T).tolist() == [1.0]
 
 
-def test_every_router_is_watched_and_left_alone_afterwards():
+def test_every_router_has_a_hook_during_the_evaluation_only():
     model, tokens_BS = build_model(MODEL, seed=0).eval(), torch.randint(0, 32, (2, 8))
     memory = ChoiceAgreement(model.routers(), ALONE)
     for expected in (None, [1.0, 1.0]):

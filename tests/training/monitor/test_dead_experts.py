@@ -54,19 +54,19 @@ def test_an_expert_without_a_token_for_a_window_is_named_once_per_window(caplog)
     assert fronts == ["step 10: layer 1: experts 1, 3-4", "step 10: layer 3: experts 2-4"]
 
 
-def test_one_row_in_the_window_is_enough(caplog):
+def test_one_token_in_the_window_is_enough(caplog):
     dead, alive = rows([1, 0]), rows([1, 1])
     steps = [[dead, dead, dead], [alive, dead], [dead, dead], [dead]]
     assert warnings_of(caplog, DeadExpertMonitor(4, [0], ALONE), steps) == [[], [], [], []]
 
 
-def test_zero_says_nothing_and_so_does_a_model_without_experts(caplog):
+def test_a_window_of_zero_and_a_model_without_experts_give_no_warning(caplog):
     dead = rows([1, 0])
     assert warnings_of(caplog, DeadExpertMonitor(0, [0], ALONE), [[dead] * 9]) == [[]]
     assert warnings_of(caplog, DeadExpertMonitor(2, [], ALONE), [[None] * 9]) == [[]]
 
 
-def test_only_rank_zero_speaks(caplog):
+def test_only_rank_zero_warns(caplog):
     for rank, want in ((0, ["step 2: layer 0: experts 2"]), (1, [])):
         watch = DeadExpertMonitor(2, [0], Distributed(rank, 2, rank, torch.device("cpu")))
         found = warnings_of(caplog, watch, [[rows([1, 1, 0])] * 2])[0]
@@ -100,7 +100,7 @@ def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_resumed_watch_warns_as_an_unbroken_one(caplog, stop):
+def test_a_resumed_run_warns_as_an_uninterrupted_one(caplog, stop):
     """Expert 1 receives no token; the state is saved after ``stop`` steps, with a report every two steps."""
     dead, watch = rows([3, 0]), DeadExpertMonitor(4, [0], ALONE)
     want = warnings_of(caplog, DeadExpertMonitor(4, [0], ALONE), [[dead, dead], [dead, dead], [dead, dead]])

@@ -63,7 +63,7 @@ def test_norms_are_those_of_the_mean_gradient_before_clipping(tmp_path, model, p
 
 
 @pytest.mark.parametrize(("report", "layer_gradients"), [(True, False), (False, True)])
-def test_a_step_that_is_not_asked_reads_no_gradient(tmp_path, monkeypatch, report, layer_gradients):
+def test_a_step_without_a_report_reads_no_gradient(tmp_path, monkeypatch, report, layer_gradients):
     config = tiny_config(tmp_path, "run", engine="torch")
     engine = build_engine(config, build_model(config.model), ALONE)
     monkeypatch.setattr(engine, "gradient_shard", None)
@@ -79,7 +79,7 @@ def test_a_step_that_is_not_asked_reads_no_gradient(tmp_path, monkeypatch, repor
     assert outcome.layer_grad_norms is None
 
 
-def test_a_gradient_read_before_the_backward_is_our_mistake(tmp_path):
+def test_a_gradient_read_before_the_backward_is_an_internal_error(tmp_path):
     config = tiny_config(tmp_path, "run", engine="torch")
     engine = build_engine(config, build_model(config.model), ALONE)
     with pytest.raises(AssertionError, match="head.weight has no gradient"):
@@ -87,7 +87,7 @@ def test_a_gradient_read_before_the_backward_is_our_mistake(tmp_path):
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 20])
-def test_the_parts_of_a_replicated_tensor_make_it_up(world_size):
+def test_the_shards_of_a_replicated_tensor_make_it_up(world_size):
     value = torch.arange(14.0).view(7, 2)
     ranks = [Distributed(rank, world_size, rank, torch.device("cpu")) for rank in range(world_size)]
     parts = [equal_shard(value, rank) for rank in ranks]
@@ -95,7 +95,7 @@ def test_the_parts_of_a_replicated_tensor_make_it_up(world_size):
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 
 
-def test_the_parts_of_spread_experts_make_up_each_ranks_experts():
+def test_the_shards_of_expert_parallel_weights_make_up_the_experts_of_each_rank():
     shares = [torch.arange(14.0).view(7, 2) + 100 * place for place in range(2)]
     parts = []
     for rank in range(6):

@@ -43,7 +43,7 @@ def test_the_lowest_layer_with_a_bad_output_is_named(bad):
         guard.check(7, stop=0)
 
 
-def test_a_bad_value_in_an_earlier_micro_batch_is_not_forgotten_and_one_of_an_earlier_step_is():
+def test_a_bad_value_is_remembered_over_micro_batches_and_forgotten_after_the_step():
     guard = NonFiniteGuard(3, ALONE)
     pass_through(guard, forward=(2,))
     pass_through(guard)
@@ -53,7 +53,7 @@ def test_a_bad_value_in_an_earlier_micro_batch_is_not_forgotten_and_one_of_an_ea
     assert guard.check(4, stop=0) == (0, False)
 
 
-def test_a_bad_loss_alone_is_the_loss():
+def test_a_bad_loss_alone_is_reported_as_the_loss():
     guard = NonFiniteGuard(3, ALONE)
     pass_through(guard, loss=float("inf"))
     with pytest.raises(TrainingDiverged, match="step 3: the loss is not finite on rank 0"):
@@ -68,7 +68,7 @@ def test_the_highest_layer_with_a_bad_gradient_is_named():
 
 
 @pytest.mark.parametrize("norm", [float("nan"), float("inf")])
-def test_a_bad_norm_is_what_is_left(norm):
+def test_a_bad_norm_is_reported_if_nothing_else_is_bad(norm):
     guard = NonFiniteGuard(3, ALONE)
     guard.check_norm(5, 1e30)
     with pytest.raises(TrainingDiverged, match=rf"step 5: the gradient norm is {norm}\. .*training\.learning_rate"):

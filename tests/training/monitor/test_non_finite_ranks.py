@@ -29,7 +29,7 @@ def one_of_three(rank: int, others: list[int]) -> NonFiniteGuard:
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_a_rank_that_alone_sees_a_bad_value_is_named(rank):
+def test_a_rank_that_alone_finds_a_bad_value_is_named(rank):
     guard = one_of_three(rank, [0, 0, 0, 0, 0, 0, 0])
     guard.layer_hook(1, torch.tensor([float("nan")]))
     with pytest.raises(TrainingDiverged, match=f"step 4: the output of layer 1 is not finite on rank {rank}\\."):
@@ -44,7 +44,7 @@ def test_of_several_ranks_the_lowest_is_named():
         guard.check(1, stop=0)
 
 
-def test_the_highest_signal_of_all_ranks_comes_back():
+def test_the_highest_signal_of_all_ranks_is_returned():
     assert one_of_three(1, [0, 0, 0, 0, 0, 15, 0]).check(1, stop=2).stop == 15
     assert one_of_three(1, [0, 0, 0, 0, 0, 2, 0]).check(1, stop=15).stop == 15
 

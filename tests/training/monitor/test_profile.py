@@ -19,7 +19,7 @@ def profiled(config, first, steps):
 
 
 @pytest.mark.slow
-def test_trace_holds_the_phases_and_the_operators_of_the_asked_for_steps_only(make_config):
+def test_the_trace_contains_the_phases_and_the_operators_of_the_requested_steps_only(make_config):
     result = train(profiled(make_config(steps=5), 3, 2))
     folder = result.run_dir / "profile"
     with gzip.open(folder / "steps-3-4.json.gz", "rt", encoding="utf-8") as file:
@@ -36,11 +36,11 @@ def test_trace_holds_the_phases_and_the_operators_of_the_asked_for_steps_only(ma
     assert "Self CPU" in table and "forward" in table
 
 
-def test_nothing_is_profiled_unless_asked_for(make_config):
+def test_nothing_is_profiled_unless_requested(make_config):
     assert not (train(make_config(steps=2)).run_dir / "profile").exists()
 
 
-def test_steps_behind_the_end_are_refused(make_config):
+def test_steps_beyond_the_end_are_refused(make_config):
     message = (
         "metrics.profile_from (4) and metrics.profile_steps (3) end with step 6, which must be at most training.steps "
         "(5); begin earlier, profile fewer steps, or train for at least 6 steps"

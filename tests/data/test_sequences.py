@@ -21,7 +21,7 @@ def make_table(sides: list[SideTable], weights: list[float]) -> SequenceTable:
     return SequenceTable(sides, weights, document_token=65535, attend_across_documents=False)
 
 
-def test_rows_of_all_sources_are_numbered_one_after_another() -> None:
+def test_sequences_of_all_sources_are_numbered_one_after_another() -> None:
     table = make_table([make_side([2, 3], 10), make_side([1], 50), make_side([4], 100)], [1, 1, 1])
     firsts = [10, 11, 12, 13, 14, 50, 100, 101, 102, 103]
     assert len(table) == 10 and table.sequence_length == 2
@@ -39,7 +39,7 @@ def test_a_weighted_source_is_repeated_in_order() -> None:
     assert (table.byte_counts[10], table.byte_counts[50]) == (4, pytest.approx(3 * 8 / 3))
 
 
-def test_a_row_outside_the_table_is_an_internal_error() -> None:
+def test_a_sequence_outside_the_table_is_an_internal_error() -> None:
     table = make_table([make_side([4], 10)], [1])
     for index in (-1, 4):
         with pytest.raises(AssertionError, match="outside"):
@@ -50,7 +50,7 @@ SIZES = st.lists(st.integers(1, 5000), min_size=1, max_size=5)
 
 
 @given(SIZES, st.data())
-def test_weights_are_fractions_and_no_row_is_lost(sizes: list[int], data: st.DataObject) -> None:
+def test_weights_are_fractions_and_no_sequence_is_lost(sizes: list[int], data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.floats(0.1, 10), min_size=len(sizes), max_size=len(sizes)))
     counts = mixture_counts(sizes, weights)
     assert all(count >= size for count, size in zip(counts, sizes, strict=True))
@@ -86,7 +86,7 @@ def test_steps_read_one_endless_sequence_of_shuffled_epochs(num_sequences: int, 
     assert [row for rows in in_order for row in rows] == slow_rows(5 * batch, num_sequences, seed)
 
 
-def test_epochs_and_seeds_have_different_orders_and_every_row_once() -> None:
+def test_epochs_and_seeds_have_different_orders_and_every_sequence_once() -> None:
     def order(epoch: int, seed: int) -> list[int]:
         return train_indices(epoch, num_sequences=50, global_batch_size=50, seed=seed, shuffle=True).tolist()
 
@@ -95,16 +95,16 @@ def test_epochs_and_seeds_have_different_orders_and_every_row_once() -> None:
     assert len({tuple(rows) for rows in orders}) == 3
 
 
-def test_without_shuffle_rows_come_in_order() -> None:
+def test_without_shuffle_sequences_come_in_order() -> None:
     assert train_indices(1, num_sequences=5, global_batch_size=3, seed=0, shuffle=False).tolist() == [3, 4, 0]
 
 
-def test_evaluation_rows_are_evenly_spaced_over_the_table() -> None:
+def test_evaluation_sequences_are_evenly_spaced_over_the_table() -> None:
     assert evenly_spaced_indices(4, 10).tolist() == [0, 2, 5, 7]
     assert evenly_spaced_indices(20, 3).tolist() == [0, 1, 2]
 
 
-def test_epochs_are_the_rows_taken_divided_by_the_rows_of_the_source() -> None:
+def test_epochs_are_the_sequences_taken_divided_by_the_sequences_of_the_source() -> None:
     table = make_table([make_side([4], 10), make_side([3], 50), make_side([], 90)], [1, 2, 3])
     # An epoch has 4 rows of the first source and 8 of the second, whose 3 rows are read 8/3 times.
     assert table.epochs(12) == pytest.approx([1, 8 / 3, 0])

@@ -80,7 +80,7 @@ def test_a_table_contains_the_packed_documents_of_each_split(
         assert side.byte_counts.tolist() == [joined.count(value) for value in range(256)]
 
 
-def test_many_chunks_make_the_same_rows_as_one(
+def test_many_chunks_make_the_same_sequences_as_one(
     data_config: MakeConfig, jsonl_source: SourceConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = load_data(data_config(jsonl_source))

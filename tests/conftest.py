@@ -1,4 +1,4 @@
-"""What every test runs under: one thread a process, no network, and a skip for what this machine lacks."""
+"""The environment of every test: one thread per process, no network, and a skip for what this machine lacks."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _package_log_as_it_was() -> Iterator[None]:
-    """Undo what a verb does to the package's loggers: as another rank it would hide what later tests look for."""
+    """Undo what a verb does to the package's loggers: as another rank it would hide messages of later tests."""
     names = [name for name in logging.root.manager.loggerDict if name.startswith("qsparse_moe")]
     levels = {name: logging.getLogger(name).level for name in {*names, "qsparse_moe"}}
     yield

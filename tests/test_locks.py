@@ -1,4 +1,4 @@
-"""Locks that die with their holder, and say who that is."""
+"""Locks that end with the process that holds them, and name it."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_waiting_process_ends_on_a_signal(tmp_path, number):
 
 
 def test_lock_file_removed_between_open_and_flock_is_not_taken(tmp_path, monkeypatch):
-    """A holder removes the file as it releases; who has opened it before would hold a lock that nobody sees."""
+    """A holder removes the file as it releases; one that opened it before would hold a lock unknown to others."""
     path = tmp_path / "lock"
     flock, calls = fcntl.flock, []
 

@@ -1,4 +1,4 @@
-"""Runs that nobody trained: rows of a results file whose losses follow a known law, with noise."""
+"""Synthetic results: runs whose losses follow a known law, with noise."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def rows_of(points: Observations, **changes) -> list[dict]:
                 "curve": curve,
                 "total_parameters": own.total[0],
                 "embedding_parameters": 2 * 257 * width,
-                # 258 rows of embedding and head that a token uses, of which Q-Sparse keeps all.
+                # 258 rows of embedding and head that a token uses; Q-Sparse does not apply to them.
                 "active_parameters": own.active[0] + 258 * width,
                 "kept_parameters": own.needed[0] + 258 * width,
                 "hidden_size": width,

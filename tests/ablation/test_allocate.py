@@ -1,4 +1,4 @@
-"""Plans for a budget: the best there is, within it, whatever it counts; rivals and alternatives at the same cost."""
+"""Plans for a budget: optimal and within it for every quantity; rivals and alternatives of equal cost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which figures the rows of a grid have the axes for, and what they show."""
+"""The figures for which a grid has the axes, and their contents."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Laws: what the forms say, that known constants are found again, and how sure the fit says it is."""
+"""Scaling laws: the forms, the recovery of known constants, and the reported uncertainty."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_without_noise_the_fit_recovers_the_constants_of_a_form(form):
     assert found.constants == pytest.approx(CONSTANTS[form.name], rel=1e-6)
 
 
-# Absolute: what 48 runs with 0.3 % of noise leave of a constant, about three times its spread over seeds.
+# Absolute: the error of a constant from 48 runs with 0.3 % of noise, about three times its deviation over seeds.
 WITHIN = {
     "product": {"alpha": 0.06, "delta": 0.03, "nu": 0.08, "E": 0.15},
     "kept": {"alpha": 0.06, "delta": 0.04, "beta": 0.02, "nu": 0.08, "E": 0.15},
@@ -141,7 +141,7 @@ def test_printed_constants_give_their_own_optimum_with_a_warning():
 
 
 def test_constants_that_round_to_the_printed_ones_reproduce_the_published_optimum():
-    """Of those there are many; with B and C as printed and this beta the optimum is the stated one."""
+    """Many constants round to the printed ones; with B and C as printed and this beta the optimum is the stated one."""
     unrounded = dict(Q_SPARSE.printed) | {"beta": 0.0547}
     assert {name: round(value, 2) for name, value in unrounded.items()} == Q_SPARSE.printed
     points = observations_of(Q_SPARSE, unrounded, **SIZE["q-sparse"], noise=0.0005)
@@ -190,7 +190,7 @@ def test_intervals_cover_the_true_constants_and_are_no_wider_than_needed():
 
 
 def test_points_of_one_run_are_resampled_together():
-    """A run that is off is off at each of its points, so five points tell no more than one."""
+    """An outlying run is off at each of its points, so five points carry no more information than one."""
     points = runs_of(KEPT, run_noise=0.004)
     best = fit(KEPT, points)
     widths = []

@@ -1,4 +1,4 @@
-"""From the row that ablate writes of a run to the sizes that a law is fitted to."""
+"""The sizes to which a law is fitted, from the results that ablate writes per run."""
 
 from __future__ import annotations
 

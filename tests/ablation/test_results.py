@@ -1,4 +1,4 @@
-"""Rows of results, the file of them and the report."""
+"""Results of runs, the results file and the report."""
 
 import json
 import re

@@ -36,7 +36,7 @@ def test_no_fraction_of_a_gap_is_given_where_the_gap_may_be_0():
     found = {
         UNIFORM: (np.full(4, 30.0), 7.0),
         "other": (np.full(4, 28.0), 8.0),
-        DENSE: (np.array([20.0, 39.0, 20.0, 39.0]), 9.0),  # better by 2 nats together, between -9 and +10 a document
+        DENSE: (np.array([20.0, 39.0, 20.0, 39.0]), 9.0),  # better by 2 nats together, between -9 and +10 per document
     }
     compared = comparisons(found, labels_C)
     assert compared[2].against_uniform < 0.0 < compared[2].interval[1]

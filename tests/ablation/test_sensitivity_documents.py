@@ -14,7 +14,7 @@ from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
 
 
 def data_of(tokens, evaluated=range(0, 12, 2)):
-    """What the two kinds of rows are taken from; validation rows are ``evaluated``, in general every other of 12."""
+    """Return data for both kinds of sequences; ``evaluated`` are those of validation, by default every other of 12."""
 
     class Side:
         chunks, num_bytes, byte_counts = [tokens], np.full(len(tokens), 4), np.zeros(256)
@@ -62,7 +62,7 @@ def test_documents_of_validation_sequences_are_numbered_through_the_table_and_of
 def test_documents_are_numbered_through_tables_that_are_larger_than_one_read():
     tokens = np.random.default_rng(0).integers(0, 9, (2600, 5))
     tokens[1024, 0] = tokens[2047, 3] = 0
-    tokens[1023], tokens[2048] = 5, 5  # the rows at the borders, where a document goes on from one part to the next
+    tokens[1023], tokens[2048] = 5, 5  # the rows at the borders, where a document continues from one part into the next
     wanted = [1, 1022, 1023, 1024, 1025, 2047, 2048, 2049, 2599]
     rows = validation_documents(data_of(tokens, wanted), num_sequences=9, batch_size=4)
     number, of_label = 0, []

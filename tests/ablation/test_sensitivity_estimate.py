@@ -65,7 +65,7 @@ def test_first_order_is_the_derivative_along_the_change_for_every_cell():
 
 
 def test_second_order_is_half_of_the_fisher_information_along_the_change_for_every_cell():
-    # Of logits z that move by dz along the change, a label tells Var(dz) under the model's prediction.
+    # If the logits z change by dz, the Fisher information per label is Var(dz) under the model's prediction.
     model, rows = model_of(config({"num_shared_experts": 1}, default=0.25)), rows_of()
     (batch, _) = next(iter(rows))
     found = estimate(model, rows, (0.75,), ste_share=0.0, draws=200)

@@ -1,4 +1,4 @@
-"""Where the runs of a grid are put, and how they end when they are told to."""
+"""The devices that the runs of a grid are given, and the end of a grid after a signal."""
 
 import json
 import os

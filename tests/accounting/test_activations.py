@@ -1,4 +1,4 @@
-"""Bytes of activations against what autograd really keeps of a model's forward."""
+"""Bytes of activations, compared with the tensors that autograd really stores in a forward pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(changes, sparsity=0.5):
 
 
 def bytes_saved(config, mode):
-    """Of every storage that autograd packs and no parameter owns, once."""
+    """Count every storage that autograd packs and no parameter owns once."""
     model = build_model(config.model)
     model.activation_checkpointing = mode
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

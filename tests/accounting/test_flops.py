@@ -25,7 +25,7 @@ def test_training_takes_three_products_of_which_the_straight_through_input_gradi
 
 def test_training_counts_6_per_weight_and_6_h_2c_s_per_layer():
     config = model_config(head_size=6, num_kv_heads=2)
-    forward = forward_flops(config, 0).routed  # 2 a weight
+    forward = forward_flops(config, 0).routed  # 2 per weight
     assert training_flops(config, 100).routed == 3 * forward + 2 * 6 * 4 * (6 + 6) * 100
 
 

@@ -84,7 +84,7 @@ def used_by_one_token(config: ModelConfig) -> dict[str, int]:
 @pytest.mark.parametrize("selection", ["topk", "block"])
 def test_needed_weights_are_those_that_one_token_s_gradient_reaches(shape, sparsity, selection):
     group = {"topk": 32, "block": 8}[selection]
-    # A group of 8 keeps at least one feature.
+    # At least one feature is selected in a group of 8.
     sparsity = min(sparsity, 0.875) if selection == "block" else sparsity
     sparse = {"default": sparsity, "selection": selection, "group_size": group, "gradient": "masked"}
     config = model_config(**SHAPES[shape], sparsity=sparse)

@@ -28,7 +28,7 @@ PUBLISHED = {
 
 
 def percent_off(count: int, published: str) -> float:
-    """How far ``count`` is from the nearest number that ``published`` may have been rounded from."""
+    """Return the distance of ``count`` from the nearest number that rounds to ``published``."""
     value, unit = Decimal(published), Decimal(1).scaleb(Decimal(published).as_tuple().exponent)
     least, most = (float(value + sign * unit / 2) * 1e9 for sign in (-1, 1))
     nearest = min(max(count, least), most)
@@ -67,7 +67,7 @@ print(time.process_time() - started, "torch" in sys.modules)
     assert float(seconds) < 1.0
 
 
-# The originals' published configurations, as far as they bear on sizes.
+# The originals' published configurations, limited to what determines their sizes.
 TRANSFORMERS = {
     "mixtral-8x7b": (
         "Mixtral",

@@ -50,7 +50,7 @@ def test_at_half_sparsity_four_tokens_read_94_percent_of_a_dense_model_and_less_
 
 
 def simulated(num_experts, per_token, density, gate, batch, rounds=2000):
-    """Shares of gate's rows and of up's elements that some token of the batch needs, by drawing tokens."""
+    """Return the fractions of gate's rows and of up's elements that a token of the batch needs, by drawing tokens."""
     generator = torch.Generator().manual_seed(0)
     rows = elements = 0.0
     for _ in range(rounds):

@@ -106,7 +106,7 @@ def _targets(node: ast.AST, package: tuple[str, ...]) -> list[str]:
         if node.level:
             above = package[: len(package) - node.level + 1]
             base = ".".join([PACKAGE, *above, *([node.module] if node.module else [])])
-        # `from a import b` may name the module a.b: both are looked at.
+        # `from a import b` may name the module a.b: both are checked.
         return [base, *(f"{base}.{alias.name}" for alias in node.names)]
     if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
         first = node.args[0] if node.args else None
@@ -123,7 +123,7 @@ def _inside(target: str, modules: dict[str, Module]) -> str | None:
 
 
 def violations(root: Path) -> list[str]:
-    """One sentence for every broken rule; empty where the tree keeps them all."""
+    """Return one sentence for every broken rule; an empty list if the tree follows them all."""
     modules = read_modules(root)
     found = []
     for module in modules.values():

@@ -42,7 +42,7 @@ class Definition:
 
     @property
     def is_reference(self) -> bool:
-        """Whether it defines what a faster version must compute: the tests use it."""
+        """Return whether the module defines what a faster version must compute, which only the tests use."""
         return self.short_name.lower().endswith(("reference", "references"))
 
 

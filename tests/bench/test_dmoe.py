@@ -29,7 +29,7 @@ def config(**changed):
 
 
 def gmm_in_torch(rows, weights, batch_sizes, trans_b=False):
-    """What ``grouped_gemm.ops.gmm`` computes: each group of rows times its own matrix."""
+    """Compute what ``grouped_gemm.ops.gmm`` computes: each group of rows times its own matrix."""
     parts = zip(rows.split(batch_sizes.tolist()), weights, strict=True)
     return torch.cat([part @ (weight.T if trans_b else weight) for part, weight in parts])
 

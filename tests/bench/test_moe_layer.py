@@ -1,4 +1,4 @@
-"""The MoE layer's benchmark: contenders that compute the same layer, and a result that tells all of it."""
+"""The MoE layer's benchmark: contenders that compute the same layer, and a result that reports all of them."""
 
 from __future__ import annotations
 

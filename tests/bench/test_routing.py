@@ -1,4 +1,4 @@
-"""Inputs that route as they are told, in every precision and through every contender's router."""
+"""Inputs with a prescribed routing, in every precision and through every contender's router."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is seen of a step: its operators, copies, waits and memory, of a step whose own are known."""
+"""The trace of a step: operators, copies, waits and memory, for a step in which all of them are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The root of the command line: verbs, exit codes, one message on standard error, ranks, no torch before its time."""
+"""The root of the command line: verbs, exit codes, one message on standard error, ranks, no early torch."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_broken_run_is_refused_fast_before_torch_is_imported(arguments, world_si
     exit_code, heavy, seconds = done.stdout.strip().split("|")
     assert (exit_code, heavy) == ("2", "set()"), done.stderr
     assert done.stderr.startswith("error: ")
-    # Of CPU time, since a busy machine says nothing about us. Measured 0.35 s.
+    # CPU time, because wall-clock time depends on the load of the machine. Measured 0.35 s.
     assert float(seconds) < 2
 
 

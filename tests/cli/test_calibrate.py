@@ -1,4 +1,4 @@
-"""The verb: from a run to a plan that a run selects by, every message, and nothing heavy before them."""
+"""``calibrate``: from a run to a plan by which a run selects; every message comes before heavy imports."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def changed(config: RunConfig, **sparsity) -> RunConfig:
 
 
 def untrained(folder: Path, name: str, *, step: int | None = 6, **sparsity) -> Path:
-    """A run folder as far as the command line looks into it before anything is loaded."""
+    """Make the part of a run folder that the command line reads before anything is loaded."""
     write_config(folder / name, changed(tiny_config(folder, name), **sparsity))
     if step is not None:
         (folder / name / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What describe prints, written out by hand: units of bytes, and bars as shares of all weights."""
+"""The output of describe, written out by hand: units of bytes, and bars as fractions of all weights."""
 
 from __future__ import annotations
 

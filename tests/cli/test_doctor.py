@@ -1,4 +1,4 @@
-"""What doctor finds, and that it finds what is missing instead of failing."""
+"""``doctor`` reports what is installed and what is missing, instead of failing."""
 
 from __future__ import annotations
 

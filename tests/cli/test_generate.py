@@ -1,4 +1,4 @@
-"""``generate``: prompts in, texts as they come, JSON, conversations, and an end at any moment."""
+"""``generate``: prompts, streamed texts, JSON, conversations, and an end at any moment."""
 
 from __future__ import annotations
 

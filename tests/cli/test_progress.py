@@ -1,4 +1,4 @@
-"""What is shown of a run: lines where the output is no terminal, one bar where it is."""
+"""The progress of a run: lines where the output is no terminal, one bar where it is."""
 
 from __future__ import annotations
 

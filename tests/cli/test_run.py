@@ -69,7 +69,7 @@ def train(config, *arguments, **environment):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The config's path, the run folder and what training said."""
+    """Return the path of the config, the run folder and the output of training."""
     folder = tmp_path_factory.mktemp("run with a space")
     config = write_inputs(folder)
     done = train(config, "--json")
@@ -269,7 +269,7 @@ def test_an_export_is_made_once_and_reports_its_contents(trained, tmp_path, caps
 
 
 def test_a_finished_run_with_a_custom_tokenizer_works_from_another_folder(tmp_path, capsys, monkeypatch):
-    """Paths were relative to where it was trained; the tokenizer that was there has gone, and the run keeps its own."""
+    """Paths were relative to the folder of the training; the tokenizer there is deleted, and the run has a copy."""
     there, elsewhere = tmp_path / "there", tmp_path / "elsewhere"
     there.mkdir()
     elsewhere.mkdir()

@@ -1,4 +1,4 @@
-"""The verbs that look inside one run: what they write and print, and every message."""
+"""The verbs ``sensitivity`` and ``allocate``: the files that they write, their output, and every message."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_allocate_writes_a_plan_within_the_budget_and_compares_it(trained, tmp_p
 
 
 def _by(found):
-    """Return what the command says: nothing else is needed for a run by the plan."""
+    """Return the output of the command: a run by the plan needs nothing else."""
     return ["training.engine=torch", *found["settings"]]
 
 

@@ -1,4 +1,4 @@
-"""A run that is told to end by Ctrl-C or SIGTERM, at moments from its start to its end."""
+"""A run that receives Ctrl-C or SIGTERM, at moments from its start to its end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.launch import free_port
 
 pytestmark = pytest.mark.distributed
 
-# The program itself, which stops and says so where a test wants to find it.
+# The program itself, which pauses at the moment that a test names and reports it.
 PROGRAM = """
 import sys, time
 from qsparse_moe import __main__ as program

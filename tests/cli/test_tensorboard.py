@@ -13,7 +13,7 @@ from qsparse_moe.cli.app import run
 
 @pytest.fixture
 def make_run(tmp_path):
-    """A run folder, of which TensorBoard's files are all that counts here."""
+    """Make a run folder with TensorBoard's files alone, since nothing else matters here."""
 
     def make(name):
         events = tmp_path / name / "tensorboard"

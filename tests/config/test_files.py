@@ -1,4 +1,4 @@
-"""What is shipped: the configs load, and the schema and the table of settings are current."""
+"""Shipped files: the configs load, and the schema and the table of settings are current."""
 
 from __future__ import annotations
 

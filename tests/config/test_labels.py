@@ -1,4 +1,4 @@
-"""Settings in words, and words as names of runs."""
+"""Settings as labels of figures, and as names of runs."""
 
 from __future__ import annotations
 

@@ -211,5 +211,5 @@ def test_broken_config_is_reported_fast_and_without_torch(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     message, seconds = done.stdout.splitlines()
     assert message == "model.sparsity.shedule is not a setting; did you mean model.sparsity.schedule?"
-    # Measured 0.3 s on a quiet machine; the bound leaves room for a busy one.
+    # Measured 0.3 s on a quiet machine; the limit allows for a busy one.
     assert float(seconds) < 2

@@ -35,7 +35,7 @@ def set_in_configs() -> str:
 
 @cache
 def text_of_behaviour_tests() -> str:
-    """The tests beside those of this folder, which only ask whether a value is accepted."""
+    """Return the tests outside of this folder, whose tests only check whether a value is accepted."""
     tests = REPOSITORY / "tests"
     files = [file for file in tests.rglob("*.py") if file.relative_to(tests).parts[0] != "config"]
     return "\n".join(file.read_text(encoding="utf-8") for file in files)

@@ -133,7 +133,7 @@ def test_a_name_too_large_for_a_number_is_text_in_a_file_too(load):
 
 
 def test_numbers_of_any_size_are_checked_at_once(error_of):
-    """Rules must not look for divisors of, or count up to, what no bound has been held against."""
+    """Rules must not search for divisors of a number, or count up to it, before its limit has been checked."""
     integers = [
         name
         for name, node in all_settings()

@@ -1,4 +1,4 @@
-"""YAML in and out: the traps of YAML 1.1, keys that stand twice, and the round trip."""
+"""YAML in and out: the traps of YAML 1.1, repeated keys, and the round trip."""
 
 from __future__ import annotations
 

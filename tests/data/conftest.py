@@ -15,7 +15,7 @@ from tests.data.corpus import make_texts, write_jsonl
 
 @pytest.fixture
 def data_config(tmp_path: Path) -> Callable[..., DataConfig]:
-    """A ``DataConfig`` of the given sources with a cache of its own and short rows."""
+    """A ``DataConfig`` of the given sources with a cache of its own and short sequences."""
 
     def make(*sources: SourceConfig, **settings: Any) -> DataConfig:
         defaults = {"cache_dir": str(tmp_path / "cache"), "sequence_length": 16, "validation_fraction": 0.2}

@@ -23,7 +23,7 @@ def write_jsonl(path: Path, texts: Sequence[Any], column: str = "text") -> Path:
 
 
 def write_files(folder: Path, texts: Sequence[str]) -> Path:
-    """One ``.txt`` a document, named in order; returns the glob's folder."""
+    """Write one ``.txt`` per document, named in order, and return their folder."""
     folder.mkdir(exist_ok=True)
     for i, text in enumerate(texts):
         (folder / f"{i:04}.txt").write_text(text, "utf-8")

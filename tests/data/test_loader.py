@@ -27,7 +27,7 @@ MakeConfig = Callable[..., DataConfig]
 
 @pytest.fixture
 def run_config(data_config: MakeConfig, jsonl_source: SourceConfig) -> Callable[..., RunConfig]:
-    """A run over 400 documents: 12 rows a step in micro-batches of 2 unless said otherwise."""
+    """A run over 400 documents: 12 sequences per step in micro-batches of 2 unless given otherwise."""
 
     def make(*, data: dict[str, Any] | None = None, **training: Any) -> RunConfig:
         settings = {"global_batch_size": 12, "micro_batch_size": 2, "seed": 3} | training
@@ -177,7 +177,7 @@ def test_evaluation_bytes_of_a_subword_tokenizer(run_config: MakeRun, bpe_folder
     data = load_data(run_config(data={"tokenizer": str(bpe_folder)}).data)
     (batch,) = evaluation_batches(data, num_sequences=40, micro_batch_size=40, rank=0, world_size=1)
     labels = batch.targets_BS.flatten()
-    # A row may begin or end inside a character, and a replacement character is longer than the byte it stands for.
+    # A sequence may begin or end inside a character, and a replacement character is longer than its byte.
     text = data.tokenizer.decode(labels[labels != data.tokenizer.document_token].tolist())
     assert evaluation_num_bytes(data, 40) == pytest.approx(len(text.encode()), rel=0.02)
 

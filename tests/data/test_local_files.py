@@ -84,7 +84,7 @@ def test_the_separator_behind_a_document_that_is_too_long_is_found_across_blocks
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
     monkeypatch.setattr("qsparse_moe.data.local_files._BLOCK_BYTES", block)
-    # Of seven lengths, so that what is kept of a skipped document ends at every place of the separator.
+    # Seven lengths, so that the part of a skipped document in memory ends at every position of the separator.
     long = [f"{'x' * length}<->{length}<->" for length in range(6, 13)]
     (tmp_path / "a.txt").write_text("one<->much too long-><-<->two<->" + "".join(long) + "y" * 9, "utf-8")
     config = SourceConfig(kind="text", path=str(tmp_path / "a.txt"), separator="<->")

@@ -1,4 +1,4 @@
-"""Files of one's own as rows: what the last row holds, and which rank has which row."""
+"""Files of the user as sequences: the contents of the last one, and the sequences of each rank."""
 
 from __future__ import annotations
 

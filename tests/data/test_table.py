@@ -200,7 +200,7 @@ BUILDER = textwrap.dedent(
 
 
 def start_builder(source: SourceConfig, config: DataConfig, go: Path) -> subprocess.Popen[str]:
-    """A process that begins to build the table and goes on when the file ``go`` exists."""
+    """Start a process that begins to build the table and continues when the file ``go`` exists."""
     command = [sys.executable, "-c", BUILDER, str(source.path), config.cache_dir, str(go)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 

@@ -226,7 +226,7 @@ def _stopped_and_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:
                 layout,
                 ranks,
                 training={"resume": True},
-                # What follows must be the same where nobody reads the gradient.
+                # Later steps must be the same where the gradient is not read.
                 layer_gradients=False,
                 copy_of=made.folder_of(stopped, ranks),
             ),

@@ -40,7 +40,7 @@ REFERENCES = {
     ("one-expert", "fp32"): "torch-fp32-ep1",
     ("short", "fp32"): "torch-fp32-ep1",
     ("balanced", "fp32"): "torch-fp32-ep1",
-    ("capacity", "fp32"): "torch-fp32-ep1-acc4",  # an expert's room is counted by micro-batch
+    ("capacity", "fp32"): "torch-fp32-ep1-acc4",  # the capacity of an expert is counted per micro-batch
     ("mixed", "fp32"): "torch-fp32-ep1",
     ("overflow", "fp16"): "torch-fp16-ep1-acc1",
 }

@@ -1,4 +1,4 @@
-"""The command line, for ``random_kills``: it writes down what it begins, and takes its time where it may be killed."""
+"""The command line for ``random_kills``: it records what it begins, and pauses where it may be killed."""
 
 from __future__ import annotations
 

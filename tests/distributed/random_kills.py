@@ -1,4 +1,4 @@
-"""Kills a run by SIGKILL at random moments, lets it go on each time, and compares its end with that of an unbroken run.
+"""Kill a run by SIGKILL at random moments, resume it each time, and compare its end with that of an uninterrupted run.
 
     python -m tests.distributed.random_kills FOLDER --kills 100
     python -m tests.distributed.random_kills FOLDER --kills 30 --ranks 2

@@ -133,7 +133,7 @@ def saved_biases(run_dir):
 @pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in BALANCED])
 def test_the_balance_loss_of_a_global_batch_is_that_of_one_rank_in_every_layout(runs: Runs, layout, ranks):
     precision = layout.split("-")[1]
-    # One rank has no bf16 of the plain engine here; its first layout of that precision stands for it.
+    # The plain engine has no bf16 run on one rank here; the first layout of that precision is the reference.
     reference = runs(f"balanced-{'torch-fp32' if precision == 'fp32' else layout}", 1)
     outcome = runs(f"balanced-{layout}", ranks)
     assert_same_run(outcome, reference, precision)

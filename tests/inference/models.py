@@ -1,4 +1,4 @@
-"""Small models whose attention and selections matter, and the logits that all tokens at once give."""
+"""Small models whose attention and selections matter, and the logits of whole sequences at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token by token equals all at once: every kind of model, lengths that differ, caches that slide."""
+"""Decoding token by token equals whole sequences at once: every kind of model, different lengths, sliding caches."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def generator(*, built=None, length=64, **settings):
 
 
 class Scripted:
-    """A decode engine that says what each sequence is to say, whatever its tokens are."""
+    """A decode engine that generates a prescribed text for each sequence, whatever its tokens are."""
 
     name = "scripted"
     cache_dtype = None

@@ -36,7 +36,7 @@ def engine_of(name, built, weights, head):
 def test_logits_are_those_of_the_model_with_the_rounded_head(name, settings, weights, head):
     built, exact = model(**settings), model(**settings)
     engine = engine_of(name, built, weights, head)
-    # Rounded as asked, and the matrices not with it.
+    # Rounded as requested, without the matrices.
     moved = (built.head.weight - exact.head.weight).abs().amax(-1)
     step = exact.head.weight.abs().amax(-1)
     bounds = {"int8": step / 127 * 0.501, "bf16": step / 256, "fp32": 0 * step}

@@ -1,4 +1,4 @@
-"""Generation from what training leaves: runs, checkpoints and exports; and the loss of a run token by token."""
+"""Generation from runs, checkpoints and exports; and the loss of a run computed token by token."""
 
 from __future__ import annotations
 

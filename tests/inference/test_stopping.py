@@ -1,4 +1,4 @@
-"""Text in whole characters, and where it ends."""
+"""Streamed text in whole characters, and stop strings."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ AMPERE, HOPPER = 80, 90
 
 
 class NamedTarget:
-    """What Triton asks of a driver before it compiles."""
+    """The methods that Triton calls on a driver before it compiles."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -82,7 +82,7 @@ def compile_all(capability: int) -> dict[str, dict[str, list[int]]]:
 
 
 def cases(spec: OpSpec) -> tuple[str, ...]:
-    """The cases that differ in what is compiled: one K or one a row, a mask or none, and the shape of benchmarks."""
+    """Return the cases that differ in what is compiled: one K or one per row, a mask or none, benchmark shapes."""
     wanted = ("k_per_row", "masked_gradient", "odd_group")
     return ("large", *(case for case in spec.cases if case.split()[-1] in wanted))
 

@@ -50,7 +50,7 @@ def new_memory_holds_nan() -> Iterator[None]:
 
 
 def too_far_off(fast: Tensor, plain: Tensor, exact: Tensor, *, budget: float, eps: float) -> str | None:
-    """What is wrong with ``fast``, or None: ``plain`` is the reference in the dtype of ``fast``, ``exact`` in fp64."""
+    """Return the fault of ``fast``, or None; ``plain`` is the reference in the dtype of ``fast``, ``exact`` in fp64."""
     if fast.shape != exact.shape:
         return f"shape {tuple(fast.shape)} is not {tuple(exact.shape)}"
     if not exact.numel():

@@ -19,7 +19,7 @@ from qsparse_moe.kernels.int8_quantize.triton import fake_quantize_triton
 
 
 def halves(num_rows: int, num_features: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of which every value but the first, the largest, lies as near to the middle of two codes as it can."""
+    """Return rows whose values, except the first and largest, are as near to the middle of two codes as possible."""
     generator = torch.Generator().manual_seed(num_features)
     largest = torch.rand(num_rows, 1, generator=generator) * 3 + 0.1
     x = (torch.randint(-127, 127, (num_rows, num_features), generator=generator) + 0.5) * largest / 127

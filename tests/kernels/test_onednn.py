@@ -1,4 +1,4 @@
-"""Matrix products through oneDNN against torch's own, forward and every gradient."""
+"""Matrix products through oneDNN compared with torch's, forward and every gradient."""
 
 import pytest
 import torch

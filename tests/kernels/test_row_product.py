@@ -1,4 +1,4 @@
-"""The product of chosen rows with stored weights: every number format, odd sizes, and more threads than one."""
+"""The product of selected rows with stored weights: every number format, odd sizes, and more threads than one."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ SHAPES = [(1, 1, 1), (7, 31, 7), (40, 97, 1), (40, 256, 17), (129, 300, 129), (9
 
 
 def sparse_rows(num_rows, num_features, num_selected, seed=0):
-    """Rows of which each has another ``num_selected`` features that are not zero."""
+    """Return rows that each have their own ``num_selected`` features that are not zero."""
     draw = torch.Generator().manual_seed(seed + num_features)
     selected = torch.rand(num_rows, num_features, generator=draw).argsort(-1)[:, :num_selected]
     rows = torch.randn(num_rows, num_features, generator=draw)
@@ -78,7 +78,7 @@ def test_gate_and_up_of_the_experts_of_a_token_share_its_list(device, weight_for
 def test_down_adds_the_experts_of_a_token_with_their_weights(device, weight_format):
     num_tokens, choices = 2, 3
     rows = sparse_rows(num_tokens * choices, 100, 50)
-    rows[1] = 0  # an expert of which no feature is left
+    rows[1] = 0  # an expert without a selected feature
     stored = store(weights_of(5, 100, 33), weight_format)
     expert_P = torch.tensor([4, 0, 2, 2, 4, 1])
     weight_P = torch.rand(6, generator=torch.Generator().manual_seed(1))

@@ -79,7 +79,7 @@ class Machine:
         (self.site / "torch" / "__init__.py").write_text(FAKE_TORCH.format(cuda=cuda, has_gpu=has_gpu))
 
     def run(self, *, code: int = 0, **environment: str) -> tuple[str, list[str]]:
-        """What the script prints, and pip's calls."""
+        """Return the output of the script, and pip's calls."""
         calls = self.folder / "calls"
         calls.write_text("")
         fixed = {"PATH": str(self.bin), "PYTHONPATH": str(self.site), "SITE": str(self.site)}

@@ -1,4 +1,4 @@
-"""What the quickstart asks before it trains and prints at its end; the whole of it is run by .ci/run."""
+"""The checks of the quickstart before training, and its summary at the end; .ci/run runs the whole of it."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Machine:
         )
 
     def calls(self) -> list[str]:
-        """What was called since this was last asked."""
+        """Return the calls since the previous call of this method."""
         log = self.folder / "calls"
         lines = log.read_text().splitlines() if log.exists() else []
         log.unlink(missing_ok=True)

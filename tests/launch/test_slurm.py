@@ -1,4 +1,4 @@
-"""The Slurm job on two nodes of our making, both this machine; ssh and Slurm themselves are not there."""
+"""The Slurm job on two simulated nodes, both on this machine, without ssh and Slurm."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def add_program(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def job(tmp_path):
-    """What Slurm sets for a job of two nodes with one slot each, set-up left out."""
+    """Return the variables that Slurm sets for a job of two nodes with one slot each, without the set-up."""
     programs = tmp_path / "bin"
     programs.mkdir()
     add_program(programs, "srun", SRUN)

@@ -1,4 +1,4 @@
-"""Heat maps: their values by hand, a scale that stays, pictures that differ where the values do."""
+"""Heat maps: their values by hand, a fixed scale, pictures that differ where the values do."""
 
 from __future__ import annotations
 

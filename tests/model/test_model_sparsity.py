@@ -61,7 +61,7 @@ def test_every_site_of_every_layer_blends_its_gradient():
 
 
 def test_every_site_reports_its_own_sums():
-    """Every site keeps another K, so that the sums of two sites that were swapped would differ."""
+    """Every site has another K, so that the sums of two sites that were swapped would differ."""
     kept = {
         "attention_input": 15, "attention_output": 14, "dense_input": 13, "dense_hidden": 12, "expert_input": 11,
         "expert_hidden": 10, "shared_input": 9, "shared_hidden": 8,

@@ -102,7 +102,7 @@ def test_the_inputs_contain_ties():
 
 
 def live_bytes(model, ids):
-    """What the forward pass of a training step leaves allocated, and its loss."""
+    """Return the bytes that the forward pass of a training step leaves allocated, and its loss."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = model(ids, ids).loss
     return sum(event.self_cpu_memory_usage for event in profiler.events()), loss

@@ -1,4 +1,4 @@
-"""Calibration of a model: thresholds of every site from its own activations, and a model that selects by them."""
+"""Calibration of a model: thresholds of every site from its activations, and a model that selects by them."""
 
 import logging
 
@@ -86,7 +86,7 @@ def test_a_model_that_uses_the_calibrated_file_selects_the_requested_fraction_at
         torch.testing.assert_close(share, asked, rtol=0.08, atol=0)
     rows = stats["sparsity/expert_hidden/rows_LE"]
     assert not torch.equal(stats["sparsity/expert_hidden/selected_LE"], want["sparsity/expert_hidden/selected_LE"])
-    assert (stats["sparsity/expert_hidden/selected_LE"] >= rows).all()  # at least one a row
+    assert (stats["sparsity/expert_hidden/selected_LE"] >= rows).all()  # at least one per row
 
 
 def test_calibration_leaves_the_model_unchanged_and_is_deterministic():

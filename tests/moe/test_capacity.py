@@ -165,7 +165,9 @@ PER_EXPERT = ([0.0, 0.5, 0.25, 0.75], [0.9, 0.0, 0.5, 0.25])
 )
 @pytest.mark.parametrize("factor", [0.1, 0.5, 1.0])
 def test_the_layer_is_the_sum_over_tokens_within_capacity_in_value_and_every_gradient(backend, values, factor):
-    torch.manual_seed(0)  # with inputs of which factor 1 drops some: even loads would leave nothing to test
+    torch.manual_seed(
+        0
+    )  # with inputs for which a factor of 1 drops some tokens: even loads would leave nothing to test
     layer = make(factor, backend)
     set_sparsity(layer, *values)
     x = torch.randn(B, S, D, dtype=torch.float64, requires_grad=True)
@@ -210,11 +212,11 @@ def test_if_all_tokens_choose_one_expert_it_computes_its_capacity_and_drops_the_
     x = torch.randn(B, S, D, dtype=torch.float64)
     x[..., 0] = torch.linspace(1.0, 2.0, T, dtype=torch.float64).view(B, S)  # the later, the surer
     out = layer(x)
-    assert out.stats["router/rows_E"].tolist() == [T, 0, T, 0]  # what was asked for
+    assert out.stats["router/rows_E"].tolist() == [T, 0, T, 0]  # the requested capacity
     assert out.stats["router/dropped_E"].tolist() == [T / 2, 0, T / 2, 0]
     for site in ("expert_input", "expert_hidden"):  # what was computed
         assert out.stats[f"sparsity/{site}/rows_E"].tolist() == [T / 2, 0, T / 2, 0]
-    # Expert 2 keeps the surest half, the last tokens. Expert 0's weight falls as that one's rises: it keeps the first.
+    # Expert 2 takes the half with the largest weights, the last tokens; expert 0, whose weights fall, the first.
     routing = layer.router(x.flatten(0, 1))
     within_TA = within_capacity(routing.weights_TA, routing.expert_ids_TA, T // 2)
     assert within_TA[:, 0].tolist() == [False] * (T // 2) + [True] * (T // 2)

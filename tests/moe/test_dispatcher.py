@@ -21,7 +21,7 @@ ROUNDING = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 4e-2}
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """What every rank found."""
+    """Return what every rank computed."""
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, expert_ranks.__file__, str(folder)]
     processes = [subprocess.Popen([*command, str(rank)], cwd=REPOSITORY) for rank in range(P)]

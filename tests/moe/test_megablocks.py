@@ -1,6 +1,6 @@
-"""The backend of the real MegaBlocks: on a CPU under Triton's interpreter, on a GPU as it is.
+"""The backend of the real MegaBlocks: on a CPU under Triton's interpreter, on a GPU compiled.
 
-T tokens, A experts a token, N = T * A rows, D width, F expert width, E experts. Rows are few: the interpreter takes
+T tokens, A experts per token, N = T * A rows, D width, F expert width, E experts. Rows are few: the interpreter takes
 milliseconds for each.
 """
 
@@ -58,7 +58,7 @@ def test_a_single_expert_receives_all_tokens():
 
 
 def there_and_back(permute, combine, rows, leaves, upstream, dtype):
-    """Rows, tokens and the gradients of tokens and weights; the weights keep their own dtype, as a router's do."""
+    """Return rows, tokens and the gradients of both and of the weights, which have their own dtype."""
     x, weights = (leaf.clone().requires_grad_() for leaf in (leaves[0].to(dtype), leaves[1]))
     rows_ND = permute(x, rows)
     y_TD = combine(rows_ND.sin(), weights, rows)

@@ -90,7 +90,9 @@ def make(activation, shared=1, seed=1, selection="auto"):
 @pytest.mark.parametrize("activation", ALL)
 @pytest.mark.parametrize("sparsity", [0.0, 0.25])
 def test_natural_zeros_are_counted_together_with_those_of_the_selection(activation, sparsity):
-    layer = make(activation, selection="torch")  # in one pass nothing could be seen between activation and selection
+    layer = make(
+        activation, selection="torch"
+    )  # in one pass a hook could not read what is between activation and selection
     layer.experts.hidden_site.set_sparsity([sparsity] * E)
     seen = []
     layer.experts.hidden_site.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output[0])))

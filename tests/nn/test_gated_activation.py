@@ -49,7 +49,7 @@ def layers(fused, dtype=torch.float32, **changed):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the fused pass ran."""
+    """Count how often the fused pass runs."""
     seen = []
     from qsparse_moe.nn import gated_activation as hidden
 

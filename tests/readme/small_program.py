@@ -1,6 +1,6 @@
-"""Stands in for ``qsparse-moe`` and ``deepspeed`` in the README's commands: the same, with a small run behind it.
+"""Replace ``qsparse-moe`` and ``deepspeed`` in the README's commands by the same program with a small run.
 
-What makes it small is put behind what the README says, so that its own words are parsed too.
+The settings that make it small follow the README's own arguments, so that those are parsed too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def smaller(arguments: list[str]) -> list[str]:
 
 
 def serves(command: list[str]) -> bool:
-    """Whether TensorBoard gets as far as naming its address; it is ended then."""
+    """Return whether TensorBoard prints its address; it is ended then."""
     # A group of its own: the page is served by processes below the one that is started here.
     process = subprocess.Popen(
         [*command, "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True

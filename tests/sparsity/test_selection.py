@@ -85,7 +85,7 @@ def test_statistical_selection_selects_the_documented_fraction_of_normal_activat
     x = torch.randn(400, 1000, generator=torch.Generator().manual_seed(0))
     mask = statistical_mask(x, as_threshold(NormalDist().inv_cdf(sparsity)))
     assert mask.double().mean().item() == pytest.approx(kept, abs=0.005)
-    # Where the magnitudes themselves are normal it is the share that was asked for.
+    # Where the magnitudes themselves are normal, the fraction is the requested one.
     shifted = statistical_mask(x + 10, as_threshold(NormalDist().inv_cdf(sparsity)))
     assert shifted.double().mean().item() == pytest.approx(1 - sparsity, abs=0.005)
 
@@ -98,7 +98,7 @@ def test_nothing_is_dropped_without_a_threshold_or_from_a_row_with_nan(name):
     x[1, 2] = math.nan
     mask = THRESHOLD_MASKS[name](x, as_threshold(1e9))
     assert mask[1, 2]  # a NaN is selected for every threshold
-    assert mask.any(-1).all() or name == "relu"  # only by magnitude a row keeps one at least
+    assert mask.any(-1).all() or name == "relu"  # only a selection by magnitude selects at least one feature of a row
 
 
 def test_an_infinite_value_makes_the_statistics_select_the_whole_row():

@@ -34,7 +34,7 @@ def test_mask_is_the_first_k_of_a_stable_sort_with_one_k_and_with_one_k_per_row(
 def test_ties_go_to_the_lower_index():
     x = torch.tensor([[1.0, -2.0, 2.0, 2.0, 0.0]])
     assert topk_mask(x, 2).tolist() == [[False, True, True, False, False]]
-    # What others wrote, ">= K-th value", keeps three.
+    # The usual formulation, ">= K-th value", selects three.
     assert (x.abs() >= x.abs().topk(2).values[..., -1:]).sum() == 3
 
 

@@ -1,4 +1,4 @@
-"""Traps seen in public Q-Sparse code: each wrong formulation is tested here and fails where this package is right.
+"""Traps found in public Q-Sparse code: each wrong formulation is tested here and fails where this package is right.
 
 N rows, D features, K selected features.
 """
@@ -99,7 +99,7 @@ def test_k_is_at_least_one():
     k = num_selected(0.99, D)
     assert k == 1
     assert (topk_mask(rows(), k).sum(-1) == 1).all()
-    # Rounding down also loses a feature where the share is whole: (1 - 0.9) * 10 is below 1 in floating point.
+    # Rounding down also loses a feature where the number is whole: (1 - 0.9) * 10 is below 1 in floating point.
     assert (kept_rounded_down(0.9, 10), num_selected(0.9, 10)) == (0, 1)
 
 

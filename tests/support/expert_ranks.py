@@ -64,7 +64,7 @@ def expert_of(case: str, rank: int) -> Tensor:
 
 
 def same_next(expert_N: Tensor) -> Tensor:
-    """A flag a row, True where the next row is the same expert's."""
+    """Return a flag per row, True where the next row belongs to the same expert."""
     return torch.cat((expert_N[1:] == expert_N[:-1], torch.zeros(min(1, len(expert_N)), dtype=torch.bool)))
 
 

@@ -42,7 +42,7 @@ def entry(
 
 
 def calibration(label: str, run_dir: Path, *, num_sequences: int, max_values: int) -> dict[str, Any]:
-    """A calibration of a run that stands before it in the plan, or in an earlier one; see ``calibrate_run``."""
+    """A calibration of a run that precedes it in the plan, or is in an earlier plan; see ``calibrate_run``."""
     return {
         "label": label,
         "calibrate": {"run_dir": str(run_dir), "num_sequences": num_sequences, "max_values": max_values},
@@ -52,7 +52,7 @@ def calibration(label: str, run_dir: Path, *, num_sequences: int, max_values: in
 def run_plan(
     folder: Path, plan: Sequence[dict[str, Any]], *, ranks: int, nodes: int = 1, timeout: float = 900
 ) -> dict[str, list[Any]]:
-    """What every rank wrote, by label: a list over the ranks. With several ``nodes`` each has its own launcher."""
+    """Return the outcomes by label: a list over the ranks. With several ``nodes`` each has its own launcher."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "plan.json"
     file.write_text(json.dumps(list(plan)))
@@ -125,7 +125,7 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""What tests ask of an error message: its facts in order, not its wording."""
+"""Assertions about an error message: its facts in order, not its wording."""
 
 from __future__ import annotations
 

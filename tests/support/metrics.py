@@ -1,4 +1,4 @@
-"""Which of a run's metrics are the same in every run of the same config: all but those that a clock measures."""
+"""The metrics that are the same in every run of the same config: all except those that are measured by a clock."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MEASURED = ("seconds", "throughput/", "memory/")
-"""How the names of metrics begin that a clock or the process's memory decides."""
+"""Prefixes of the metrics that depend on the clock or on the memory of the process."""
 
 
 def same_in_every_run(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Takes one plan of runs and trains them one after the other, as one rank of the launcher or alone.
+"""Train the runs of a plan one after the other, as one rank of the launcher or alone.
 
     python tests/support/ranks.py PLAN.json
     deepspeed --num_gpus 2 tests/support/ranks.py PLAN.json
@@ -45,7 +45,7 @@ NOTHING_PERSISTS = {"place": "zero3"}
 
 
 class Listener:
-    """Keeps the numbers of every report; sends SIGTERM to its own process after a step, if asked to."""
+    """Record the numbers of every report; send SIGTERM to the own process after a step, if the plan says so."""
 
     def __init__(self, stop_after: int | None) -> None:
         self.reports: list[dict[str, Any]] = []
@@ -158,7 +158,7 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
 
 
 def _recorder(config: RunConfig) -> Recorder:
-    """Of ``metrics.jsonl`` alone: the files of TensorBoard take seconds."""
+    """Write ``metrics.jsonl`` alone, because the files of TensorBoard take seconds."""
     metrics = config.metrics.model_copy(update={"tensorboard": False})
     return Recorder(config.model_copy(update={"metrics": metrics}))
 

@@ -97,7 +97,7 @@ def test_features_are_ranked_over_the_whole_row_whatever_the_selection_of_the_ru
     _, ranked, _ = load_run(blocks, overrides=["model.sparsity.selection=topk"])
     data = load_data(config.data)
     assert found.plan == calibrate(ranked, batches_of(data, sample_train_sequences(config, data, 4)), plan)
-    # 28 of 40 are kept, 14 of 20, 17 of 24: a group of four would keep three.
+    # 28 of 40 are selected, 14 of 20, 17 of 24: of a group of four, three would be.
     assert [found.sites[site].zeros_topk for site in ("attention_input", "attention_output")] == pytest.approx(
         [0.3] * 2
     )
@@ -118,7 +118,7 @@ def test_experts_that_received_no_token_are_counted(run_dir, monkeypatch):
 
 
 def test_by_default_every_expert_receives_some_thousand_tokens(text_config):
-    # 4 experts, 2 a token, 24 tokens a row.
+    # 4 experts, 2 per token, 24 tokens per sequence.
     assert default_num_sequences(text_config) == 342
     assert 342 * 24 * 2 / 4 >= 4096 > 341 * 24 * 2 / 4
 

@@ -162,7 +162,7 @@ def test_padding_of_the_vocabulary_changes_no_evaluation(make_config):
         model.hide_ids(range(257, 320))
         hidden = model(batch.tokens_BS, targets_BS=batch.targets_BS, documents_BS=batch.documents_BS).logits_BSV
         assert (hidden[..., 257:] == -torch.inf).all() and hidden[..., :257].isfinite().all()
-        model.train()  # training sees every row, as it always did
+        model.train()  # training reads every sequence, as before
         assert model(batch.tokens_BS).logits_BSV.isfinite().all()
     assert result.validation["loss"] == pytest.approx(want.item(), rel=1e-6)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-# A library whose launcher starts what stands for the inner one, or nothing; both say where they are.
+# A library whose launcher starts a substitute of the inner one, or nothing; both print how far they are.
 PROGRAM = """
 import signal, subprocess, sys, time, types
 INNER = '''

@@ -12,7 +12,7 @@ import pytest
 from qsparse_moe.training import launcher_monitor
 from qsparse_moe.training.launcher_monitor import LauncherMonitor, launcher_processes
 
-# A process that stands for the launcher by the words of its command line, and starts what follows them.
+# A process that is taken for the launcher by its command line, and starts the rest of that command line.
 PARENT = "import subprocess, sys; subprocess.Popen(sys.argv[2:]).wait()"
 OUTER = [sys.executable, "-c", PARENT, "deepspeed.launcher.runner"]
 INNER = [sys.executable, "-c", PARENT, "deepspeed.launcher.launch"]

@@ -1,4 +1,4 @@
-"""The metrics of a run that was stopped and resumed are those of an unbroken one."""
+"""The metrics of a run that was stopped and resumed are those of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Killed(Exception):
 
 
 def stop_in(step):
-    """A listener that asks the process to stop during ``step``, after which the run ends with a checkpoint."""
+    """A listener that requests a stop during ``step``, after which the run ends with a checkpoint."""
 
     def listen(report):
         if report.step == step - 1:

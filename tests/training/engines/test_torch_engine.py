@@ -66,7 +66,7 @@ def test_three_steps_are_those_of_clipped_adamw_by_hand(tmp_path, max_norm):
                 p.grad = None
     assert engine.adam_step == 3
     for name, p in model.named_parameters():
-        # A gradient near epsilon leaves the size of its step to rounding; the rate bounds it.
+        # A gradient near epsilon leaves the size of its step to rounding; the rate limits it.
         error = (engine.get_full(name, "weight") - p).abs()
         assert error.mean() < 1e-3 * rate and error.max() < rate, name
 

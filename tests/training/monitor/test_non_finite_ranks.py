@@ -1,4 +1,4 @@
-"""The guard names the lowest rank that has seen a bad value; the reduction over ranks is written out by hand."""
+"""The guard names the lowest rank that has found a bad value; the reduction over ranks is written out by hand."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_rank_that_alone_finds_a_bad_value_is_named(rank):
 
 
 def test_of_several_ranks_the_lowest_is_named():
-    # Rank 2 sees a bad output of layer 1 itself; rank 0 hands in 3 for the same place, rank 1 would hand in 2.
+    # Rank 2 finds a bad output of layer 1 itself; rank 0 reports 3 for the same layer, rank 1 would report 2.
     guard = one_of_three(2, [0, 3, 0, 0, 0, 0, 0])
     guard.layer_hook(1, torch.tensor([float("nan")]))
     with pytest.raises(TrainingDiverged, match=r"the output of layer 1 is not finite on rank 0\."):

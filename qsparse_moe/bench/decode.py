@@ -23,9 +23,10 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference.cached_model import prefill
+from qsparse_moe.inference.engine import prepare_prefill
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode
-from qsparse_moe.inference.weights import check_head, fold_rounding, head_format, round_weights
+from qsparse_moe.inference.weights import check_head, head_format, round_weights
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -178,7 +179,7 @@ def _run_format(
             engines[sparsity] = NativeDecode(model, weight_format, head=head, rows="auto")
         else:
             engines[sparsity] = engines[0.0].with_plan_of(model)
-    fold_rounding(model)
+    prepare_prefill(model, engines[0.0], weight_format)
     peers = _peers(benchmark, (weight_format, head), config, report)
     rows = []
     try:

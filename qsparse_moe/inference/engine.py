@@ -17,6 +17,8 @@ from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.inference import native, triton_engine
 from qsparse_moe.inference.cached_model import TorchDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.weights import fold_rounding, use_bf16_products
+from qsparse_moe.kernels.onednn import has_bf16_instructions
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.nn.runtime import choose
@@ -67,6 +69,8 @@ class EngineSpec:
     """Returns the reason why it cannot run this model on its device, with the way out; None if it can."""
     build: Callable[[Transformer, EngineSettings], DecodeEngine]
     """Builds the engine for a model in evaluation mode, whose weights and plan must not change afterwards."""
+    has_own_matrices: bool = False
+    """Whether it stores a copy of the matrices behind sparse sites, so that those of the model serve prefill alone."""
 
 
 def _torch_engine(model: Transformer, asked: EngineSettings) -> DecodeEngine:
@@ -83,6 +87,7 @@ ENGINES: tuple[EngineSpec, ...] = (
         "native",
         native.why_not,
         lambda model, asked: native.NativeDecode(model, asked.weights, head=asked.head, rows=asked.rows),
+        has_own_matrices=True,
     ),
     EngineSpec("torch", lambda model: None, _torch_engine),
     # After torch, which runs everywhere, so that auto never chooses it: it has not been measured on a GPU.
@@ -90,6 +95,7 @@ ENGINES: tuple[EngineSpec, ...] = (
         "triton",
         triton_engine.why_not,
         lambda model, asked: triton_engine.TritonDecode(model, asked.weights, head=asked.head, rows=asked.rows),
+        has_own_matrices=True,
     ),
 )
 
@@ -116,3 +122,20 @@ def resolve_engine(
     if requested not in ("auto", *names):
         raise BackendUnavailable(f"engine ({requested!r}) must be one of auto, {', '.join(names)}; choose one of them")
     return choose("engine", requested, engines, lambda spec: spec.why_not(model)).build(model, settings)
+
+
+def prepare_prefill(model: Transformer, engine: DecodeEngine, weight_format: WeightFormat | None) -> None:
+    """Change the weights of ``model`` in place to those that prefill is fastest with, once the engine has been built.
+
+    Weights that training rounds in every forward are rounded once. int8 weights are kept in bf16, half of their size in
+    fp32, where the engine has its own copy of them and the processor has instructions for bf16.
+
+    Args:
+        model: in evaluation mode; ``engine`` was built for it.
+        engine: the engine that decodes.
+        weight_format: of the matrices behind sparse sites, to which the model has been rounded.
+    """
+    fold_rounding(model)
+    has_own = any(spec.has_own_matrices for spec in ENGINES if spec.name == engine.name)
+    if weight_format == "int8" and has_own and has_bf16_instructions(model.head.weight.device):
+        use_bf16_products(model)

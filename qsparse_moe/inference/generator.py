@@ -18,15 +18,15 @@ from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.data.tokenizer import TextTokenizer, meaningless_ids
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.inference.cached_model import prefill
-from qsparse_moe.inference.engine import DecodeEngine, EngineSettings, resolve_engine
+from qsparse_moe.inference.engine import DecodeEngine, EngineSettings, prepare_prefill, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.load import load_model
-from qsparse_moe.inference.memory import check_memory
+from qsparse_moe.inference.memory import MemoryDtypes, check_memory
 from qsparse_moe.inference.native import Rows
 from qsparse_moe.inference.sampling import Sampler, Sampling
 from qsparse_moe.inference.sequences import Generation, GrowingSequence, NewToken
 from qsparse_moe.inference.stopping import check_stop_strings
-from qsparse_moe.inference.weights import fold_rounding
+from qsparse_moe.inference.weights import products_dtype
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.distributed.ranks import choose_device
@@ -139,7 +139,7 @@ class Generator:
         """
         loaded = load_model(folder, device=choose_device(device, 0), weights=weights, head=head, plan=plan)
         decode = resolve_engine(engine, loaded.model, settings=EngineSettings(*loaded.formats, rows=rows))
-        fold_rounding(loaded.model)
+        prepare_prefill(loaded.model, decode, loaded.formats.weights)
         return cls(
             loaded.model,
             loaded.tokenizer,
@@ -206,7 +206,11 @@ class Generator:
             batch=len(starts),
             capacity=capacity,
             longest_prompt=longest,
-            dtype=self.engine.cache_dtype or weight.dtype,
+            dtypes=MemoryDtypes(
+                cache=self.engine.cache_dtype or weight.dtype,
+                activations=weight.dtype,
+                products=products_dtype(self.model),
+            ),
             device=weight.device,
         )
         return GenerationStream(self.model, self.engine, sequences, Sampler(sampling, seeds, starts), capacity)

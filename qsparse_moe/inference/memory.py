@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -17,16 +18,27 @@ _CGROUP_FILES = (
 )
 
 
+class MemoryDtypes(NamedTuple):
+    """The dtypes of what generation holds in memory beside the weights."""
+
+    cache: torch.dtype
+    """Of keys and values."""
+    activations: torch.dtype
+    """Of the activations of the prefill."""
+    products: torch.dtype
+    """Of the products of the prefill, for which activations of another dtype are copied."""
+
+
 def check_memory(
-    config: ModelConfig, *, batch: int, capacity: int, longest_prompt: int, dtype: torch.dtype, device: torch.device
+    config: ModelConfig, *, batch: int, capacity: int, longest_prompt: int, dtypes: MemoryDtypes, device: torch.device
 ) -> None:
     """Raise ConfigError if the cache and the prefill of a batch need more memory than ``device`` has free.
 
     Nothing is checked where the system does not report its free memory.
     """
     free = free_bytes(device)
-    cache = cache_bytes(config, batch=batch, capacity=capacity, dtype=dtype)
-    prefill = prefill_bytes(config, num_tokens=batch * longest_prompt, dtype=dtype)
+    cache = cache_bytes(config, batch=batch, capacity=capacity, dtype=dtypes.cache)
+    prefill = prefill_bytes(config, num_tokens=batch * longest_prompt, dtypes=dtypes)
     if free is None or cache + prefill <= free:
         return
     raise ConfigError(
@@ -36,12 +48,15 @@ def check_memory(
     )
 
 
-def prefill_bytes(config: ModelConfig, *, num_tokens: int, dtype: torch.dtype) -> int:
+def prefill_bytes(config: ModelConfig, *, num_tokens: int, dtypes: MemoryDtypes) -> int:
     """Return a rough estimate of the bytes of activations that one layer needs for ``num_tokens`` tokens at once."""
-    moe = config.moe
+    width, hidden, choices = config.hidden_size, config.moe.expert_hidden_size, config.moe.experts_per_token
     # A rough count of the tensors alive at once: eight of the width, and per expert its input, output and three hidden.
-    per_token = 8 * config.hidden_size + moe.experts_per_token * (2 * config.hidden_size + 3 * moe.expert_hidden_size)
-    return num_tokens * per_token * dtype.itemsize
+    per_token = (8 * width + choices * (2 * width + 3 * hidden)) * dtypes.activations.itemsize
+    if dtypes.products != dtypes.activations:
+        # The input and the output of one product of the experts.
+        per_token += choices * (width + hidden) * dtypes.products.itemsize
+    return num_tokens * per_token
 
 
 def free_bytes(device: torch.device) -> int | None:

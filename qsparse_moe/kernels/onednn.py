@@ -30,6 +30,17 @@ def needs_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.bfloat16 and device.type == "cpu" and not _HAS_AVX512
 
 
+def has_bf16_instructions(device: torch.device) -> bool:
+    """Return whether products in bf16 are faster than in fp32 on ``device``; False where it is not known.
+
+    AVX-512 alone is not enough: without instructions for bf16, oneDNN converts every operand.
+    """
+    if device.type != "cpu" or needs_fp32(torch.bfloat16, device) or not hasattr(torch.cpu, "get_capabilities"):
+        return False
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
 def why_not(device: torch.device) -> str | None:
     """Return the reason why ``gemm`` cannot run on ``device``, or None if it can."""
     if device.type != "cpu":

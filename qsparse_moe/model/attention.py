@@ -27,8 +27,10 @@ class Projection(Linear):
         self.weight_format = weight_format
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map ``(*, in)`` to ``(*, out)``."""
-        return linear(x, as_format(self.weight, self.weight_format))
+        """Map ``(*, in)`` to ``(*, out)``; the product is in the dtype of the weight."""
+        weight = as_format(self.weight, self.weight_format)
+        rounded = x.to(weight.dtype)
+        return linear(rounded, weight).to(x.dtype)
 
 
 class AttentionCache(Protocol):

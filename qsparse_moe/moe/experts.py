@@ -78,4 +78,7 @@ class Experts(nn.Module):
 
     def _project(self, rows_NX: Tensor, weights_LXY: Tensor, counts: RowCounts) -> Tensor:
         # Rounded in every call: the optimizer updates the stored weights in full precision.
-        return self.matmul(rows_NX, as_format(weights_LXY, self.weight_format), counts)
+        weights_LXY = as_format(weights_LXY, self.weight_format)
+        # The product is in the dtype of the weights, which generation may keep in bf16 beside activations in fp32.
+        rounded_NX = rows_NX.to(weights_LXY.dtype)
+        return self.matmul(rounded_NX, weights_LXY, counts).to(rows_NX.dtype)

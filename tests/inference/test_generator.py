@@ -12,7 +12,7 @@ from qsparse_moe.errors import ConfigError
 from qsparse_moe.inference import memory
 from qsparse_moe.inference.engine import resolve_engine
 from qsparse_moe.inference.generator import Generator
-from qsparse_moe.inference.memory import check_memory, free_bytes
+from qsparse_moe.inference.memory import MemoryDtypes, check_memory, free_bytes
 from qsparse_moe.inference.sampling import Sampling
 from tests.inference.models import all_at_once, model, random_tokens
 
@@ -231,5 +231,6 @@ def test_memory_is_compared_with_the_free_memory_of_the_machine_and_its_control_
     assert memory._available_memory(meminfo) == 2_048_000
     assert memory._available_memory(tmp_path / "none") is None
     monkeypatch.setattr(memory, "free_bytes", lambda device: None)
-    arguments = {"batch": 10**9, "capacity": 10**6, "longest_prompt": 1, "dtype": torch.float32, "device": cpu}
+    dtypes = MemoryDtypes(torch.float32, torch.float32, torch.float32)
+    arguments = {"batch": 10**9, "capacity": 10**6, "longest_prompt": 1, "dtypes": dtypes, "device": cpu}
     check_memory(model().config, **arguments)

@@ -21,7 +21,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
 from qsparse_moe.moe.layer import MoELayer
-from qsparse_moe.moe.permutation import RowCounts
+from qsparse_moe.moe.permutation import TokenCounts
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.nn.activations import ACTIVATIONS
 
@@ -162,7 +162,7 @@ def _layer(
     return {
         "precision": precision,
         "load": load,
-        "rows_per_expert": expert_ids_TA.flatten().bincount(minlength=shape.num_experts).tolist(),
+        "tokens_per_expert": expert_ids_TA.flatten().bincount(minlength=shape.num_experts).tolist(),
         "left_out": left_out,
     } | _measure(benchmark, ours, others, peak)
 
@@ -221,7 +221,7 @@ def _our_layer(
 
 def _our_chain(shape: LayerShape, weights: LayerWeights, x_TD: Tensor, matmul: Matmul) -> Contender:
     w_gate_1DF, w_up_1DF, w_down_1FD = (leaf(stack[:1]) for stack in weights[1:])
-    counts = RowCounts(torch.tensor([shape.rows], device=x_TD.device))
+    counts = TokenCounts(torch.tensor([shape.rows], device=x_TD.device))
 
     def forward(x_ND: Tensor) -> tuple[Tensor]:
         gate_NF, up_NF = matmul(x_ND, w_gate_1DF, counts), matmul(x_ND, w_up_1DF, counts)

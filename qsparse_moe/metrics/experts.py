@@ -28,10 +28,10 @@ def expert_ratios(stats: Stats) -> dict[str, Tensor]:
         that were zero for every token. NaN for an expert that received no token.
     """
     ratios: dict[str, Tensor] = {}
-    if "router/rows_LE" in stats:
+    if "router/routed_LE" in stats:
         # In double as everywhere: counts of tokens over a long sum exceed the integers that fp32 holds.
-        rows_LE = stats["router/rows_LE"].double()
-        ratios["load"] = rows_LE / rows_LE.mean(-1, keepdim=True)
+        routed_LE = stats["router/routed_LE"].double()
+        ratios["load"] = routed_LE / routed_LE.mean(-1, keepdim=True)
     for site in EXPERT_SITES:
         if f"sparsity/{site}/rows_LE" in stats:
             ratios |= _site_ratios(stats, site)

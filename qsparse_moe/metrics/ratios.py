@@ -34,11 +34,11 @@ def layer_ratios(stats: Stats) -> dict[str, Tensor]:
         stats: the float64 sums of ``ModelOutput.stats``; ratios whose sums are missing are left out.
     """
     ratios: dict[str, Tensor] = {}
-    if "router/rows_LE" in stats:
-        ratios |= load_ratios(stats["router/rows_LE"])
+    if "router/routed_LE" in stats:
+        ratios |= load_ratios(stats["router/routed_LE"])
     if "router/dropped_LE" in stats:
         # Routed tokens are counted before the capacity cuts them, so they include the dropped ones.
-        ratios["router/dropped_share"] = stats["router/dropped_LE"].sum(-1) / stats["router/rows_LE"].sum(-1)
+        ratios["router/dropped_share"] = stats["router/dropped_LE"].sum(-1) / stats["router/routed_LE"].sum(-1)
     if "router/tokens_L" in stats:
         tokens_L = stats["router/tokens_L"]
         ratios["router/choice_entropy"] = stats["router/choice_entropy_L"] / tokens_L
@@ -48,16 +48,16 @@ def layer_ratios(stats: Stats) -> dict[str, Tensor]:
     return ratios
 
 
-def load_ratios(rows_LE: Tensor) -> dict[str, Tensor]:
+def load_ratios(routed_LE: Tensor) -> dict[str, Tensor]:
     """Return how evenly the experts of each layer are loaded ``(L,)``, from their routed tokens ``(L, E)``."""
-    shares_LE = rows_LE / rows_LE.sum(-1, keepdim=True)
+    shares_LE = routed_LE / routed_LE.sum(-1, keepdim=True)
     busiest_L = shares_LE.amax(-1)
     return {
-        "router/load_imbalance": busiest_L * rows_LE.shape[-1],
+        "router/load_imbalance": busiest_L * routed_LE.shape[-1],
         # entr(0) is 0; with -p * log(p), an expert without a token would make the entropy NaN.
         "router/load_entropy": torch.special.entr(shares_LE).sum(-1),
         "router/busiest_share": busiest_L,
-        "router/dead_experts": (rows_LE == 0).sum(-1).double(),
+        "router/dead_experts": (routed_LE == 0).sum(-1).double(),
     }
 
 

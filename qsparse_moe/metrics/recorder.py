@@ -115,9 +115,9 @@ class Recorder:
         return is_first or step == self._config.training.steps
 
     def _experts(self, report: StepReport) -> dict[str, Any]:
-        if "router/rows_LE" not in report.stats:
+        if "router/routed_LE" not in report.stats:
             return {}
-        return expert_values(report.stats, layers_with("router/rows", self._config.model))
+        return expert_values(report.stats, layers_with("router/routed", self._config.model))
 
     def end(self, result: TrainingResult) -> None:
         """Close the files."""

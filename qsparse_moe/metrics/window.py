@@ -37,8 +37,8 @@ class Window:
         steps is not dead.
         """
         ratios: dict[str, Tensor] = {}
-        if "router/rows_LE" in stats and self._experts.length:
-            dead_LE = self._experts.update(stats["router/rows_LE"] > 0)
+        if "router/routed_LE" in stats and self._experts.length:
+            dead_LE = self._experts.update(stats["router/routed_LE"] > 0)
             if dead_LE is not None:
                 ratios["router/dead_experts_window"] = dead_LE.sum(-1).double()
         for key in [key for key in stats if key.endswith("/used_LED")]:

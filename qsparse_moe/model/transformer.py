@@ -110,15 +110,15 @@ class Transformer(nn.Module):
         biases = [router.expert_bias for router in self.routers() if router.expert_bias is not None]
         return torch.stack(biases) if biases else None
 
-    def update_router_bias(self, rows_LE: Tensor, rate: float) -> None:
+    def update_router_bias(self, routed_LE: Tensor, rate: float) -> None:
         """Update the biases of all routers with ``Router.update_bias``. Call it once per step.
 
         Args:
-            rows_LE: number of routed tokens per MoE layer and expert in the step, summed over all ranks.
+            routed_LE: number of routed tokens per MoE layer and expert in the step, summed over all ranks.
             rate: change of each bias.
         """
-        for router, rows_E in zip(self.routers(), rows_LE, strict=True):
-            router.update_bias(rows_E, rate)
+        for router, routed_E in zip(self.routers(), routed_LE, strict=True):
+            router.update_bias(routed_E, rate)
 
     def hide_ids(self, ids: Sequence[int]) -> None:
         """Set the logits of these token ids to -inf in evaluation mode, so that they are never generated.
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
             positions_BS: ``(B, S)`` positions for the rotary embedding; None counts from 0.
             documents_BS: ``(B, S)`` document ids. Attention does not cross documents; None is one document per
                 sequence.
-            with_stats: if False, ``router/rows_LE`` is the only statistic.
+            with_stats: if False, ``router/routed_LE`` is the only statistic.
             layer_hook: called with the number and the output of every layer. The output is part of the graph, so the
                 hook may register gradient hooks on it.
 

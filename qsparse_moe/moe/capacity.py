@@ -2,8 +2,8 @@
 
 T tokens, A experts per token, N = T * A routed tokens, E experts.
 
-An expert keeps the tokens with the largest router weights: the policy ``probs``, the default of Megatron-Core and
-DeepSpeed. The other common policy keeps the first ones in the batch, and so drops mostly the ends of the last
+An expert processes the tokens with the largest router weights: the policy ``probs``, the default of Megatron-Core and
+DeepSpeed. The other common policy processes the first ones in the batch, and so drops mostly the ends of the last
 sequences.
 """
 
@@ -39,9 +39,11 @@ def within_capacity_reference(weights_TA: Tensor, expert_ids_TA: Tensor, capacit
 def within_capacity(weights_TA: Tensor, expert_ids_TA: Tensor, capacity: int) -> Tensor:
     """Compute ``within_capacity_reference`` by sorting; nothing is copied to the host."""
     expert_N = expert_ids_TA.flatten()
+    # Detached, because which tokens are dropped has no gradient.
     by_weight_N = weights_TA.detach().flatten().argsort(descending=True, stable=True)
     # The second sort is stable, so within an expert the order by weight remains.
     sorted_N, order_N = expert_N[by_weight_N].sort(stable=True)
+    # searchsorted returns where each expert begins, so the difference is the rank of a token within its expert.
     rank_N = torch.arange(len(expert_N), device=expert_N.device) - torch.searchsorted(sorted_N, sorted_N)
     within_N = torch.empty_like(expert_N, dtype=torch.bool)
     within_N[by_weight_N[order_N]] = rank_N < capacity

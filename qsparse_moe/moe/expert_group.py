@@ -49,6 +49,7 @@ def global_shape(parameter: Tensor, shape: torch.Size | None = None) -> torch.Si
         shape: the shape of the local shard if the parameter itself is empty, as under ZeRO-3; None is its own shape.
     """
     shape = parameter.shape if shape is None else shape
+    # The experts are the first dim of every stacked matrix, and only that dim is sharded.
     size = expert_group(parameter).size
     return shape if size == 1 else torch.Size((shape[0] * size, *shape[1:]))
 
@@ -65,5 +66,6 @@ def all_gather_shards(parameter: Tensor, shard: Tensor) -> Tensor:
     if group.size == 1:
         return shard
     whole = shard.new_empty(group.size * len(shard), *shard.shape[1:])
+    # The chunks are views, so that the collective writes into the result itself.
     dist.all_gather(list(whole.chunk(group.size)), shard.contiguous(), group=group.members)
     return whole

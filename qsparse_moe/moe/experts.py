@@ -1,4 +1,4 @@
-"""The weights of the routed experts and their forward pass. N rows, D width, F hidden width, E experts.
+"""The weights of the routed experts and their forward pass. N routed tokens, D width, F hidden width, E experts.
 
 Each of the P ranks that share the experts holds L = E / P of them; without expert parallelism L = E.
 """
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.moe.expert_group import shard_over
-from qsparse_moe.moe.permutation import RowCounts
+from qsparse_moe.moe.permutation import TokenCounts
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.nn.gated_activation import SparseActivation
 from qsparse_moe.nn.sparse_site import SparseSite
@@ -35,7 +35,7 @@ class Experts(nn.Module):
         self.w_down = nn.Parameter(torch.empty(num_local, hidden, width))
         for parameter in self.parameters():
             shard_over(parameter, runtime.expert_group)
-        # The site knows S of all E experts, because rows carry the global number of their expert.
+        # The site knows S of all E experts, because routed tokens carry the global number of their expert.
         self.hidden_site = SparseSite(
             "expert_hidden",
             hidden,
@@ -51,34 +51,35 @@ class Experts(nn.Module):
 
     def forward(
         self,
-        rows_ND: Tensor,
-        rows_per_expert_L: Tensor,
+        x_ND: Tensor,
+        tokens_per_expert_L: Tensor,
         expert_N: Tensor,
         *,
         with_stats: bool,
         readers: Readers | None = None,
     ) -> tuple[Tensor, Stats]:
-        """Run the experts on rows that are sorted by expert.
+        """Run the experts on routed tokens that are sorted by expert.
 
         Args:
-            rows_ND: the rows of this rank's experts.
-            rows_per_expert_L: number of rows per expert of this rank.
-            expert_N: the expert of each row, numbered among all E.
+            x_ND: the routed tokens of this rank's experts.
+            tokens_per_expert_L: number of routed tokens per expert of this rank.
+            expert_N: the expert of each routed token, numbered among all E.
             with_stats: if False, the statistics are empty.
             readers: for the statistics, as in ``SparseSite.forward``.
 
         Returns:
             The outputs ``(N, D)`` and the statistics of the site ``expert_hidden``.
         """
-        counts = RowCounts(rows_per_expert_L)
-        gate_NF = None if self.w_gate is None else self._project(rows_ND, self.w_gate, counts)
-        up_NF = self._project(rows_ND, self.w_up, counts)
+        # One object for the three products, so that a backend copies the counts to the host at most once.
+        counts = TokenCounts(tokens_per_expert_L)
+        gate_NF = None if self.w_gate is None else self._project(x_ND, self.w_gate, counts)
+        up_NF = self._project(x_ND, self.w_up, counts)
         hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats, readers=readers)
         return self._project(hidden_NF, self.w_down, counts), stats
 
-    def _project(self, rows_NX: Tensor, weights_LXY: Tensor, counts: RowCounts) -> Tensor:
+    def _project(self, x_NX: Tensor, weights_LXY: Tensor, counts: TokenCounts) -> Tensor:
         # Rounded in every call: the optimizer updates the stored weights in full precision.
         weights_LXY = as_format(weights_LXY, self.weight_format)
-        # The product is in the dtype of the weights, which generation may keep in bf16 beside activations in fp32.
-        rounded_NX = rows_NX.to(weights_LXY.dtype)
-        return self.matmul(rounded_NX, weights_LXY, counts).to(rows_NX.dtype)
+        # The product is in the dtype of the weights, which generation may store in bf16 beside activations in fp32.
+        rounded_NX = x_NX.to(weights_LXY.dtype)
+        return self.matmul(rounded_NX, weights_LXY, counts).to(x_NX.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.moe.capacity import expert_capacity, within_capacity
-from qsparse_moe.moe.dispatcher import ExpertRows, start_dispatch
+from qsparse_moe.moe.dispatcher import ExpertTokens, start_dispatch
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.losses import BalanceTerms, balance_terms, load_balance_loss, router_z_loss
 from qsparse_moe.moe.permutation import RoutedTokens
@@ -74,23 +74,25 @@ class MoELayer(nn.Module):
     def forward(self, x_BSD: Tensor, *, with_stats: bool = True) -> MoEOutput:
         """Return the output for ``x_BSD``, with the losses and statistics of the router.
 
-        ``router/rows_E`` is always among the statistics, because it balances the load; the others need ``with_stats``.
+        ``router/routed_E`` is always among the statistics, because it balances the load; all others need
+        ``with_stats``.
         """
         x_TD = x_BSD.flatten(0, 1)
+        # Made before routing, because a router with ``router_input: sparse`` reads its result.
         selected = self.input_site.select(x_TD) if self.input_site.is_uniform else None
         routing = self._route(x_TD, selected)
         within_TA = self._within_capacity(routing)
         routed = self.permutation.sort(routing.expert_ids_TA, self.num_experts, within_TA)
         continues_N = _continues(routed, x_BSD.shape[1]) if with_stats else None
-        rows_ND, input_stats = self._gather(x_TD, selected, routed, continues_N)
+        x_ND, input_stats = self._gather(x_TD, selected, routed, continues_N)
         dispatcher = start_dispatch(
-            ExpertRows(rows_ND, routed.rows_per_expert_E, routed.expert_N, continues_N), self.expert_group
+            ExpertTokens(x_ND, routed.tokens_per_expert_E, routed.expert_N, continues_N), self.expert_group
         )
         # The loss terms and the shared experts are computed here, because they overlap with the transfer that has been
         # started.
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
         balance = balance_terms(routing.probs_TE, routing.expert_ids_TA, num_groups)
-        stats = {"router/rows_E": balance.rows_GE.sum(0)}
+        stats = {"router/routed_E": balance.routed_GE.sum(0)}
         if self.shared is not None:
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
@@ -102,7 +104,8 @@ class MoELayer(nn.Module):
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
             stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
             if within_TA is not None:
-                stats["router/dropped_E"] = stats["router/rows_E"] - routed.rows_per_expert_E
+                # The balance terms count the choices of the router, which a capacity does not change.
+                stats["router/dropped_E"] = stats["router/routed_E"] - routed.tokens_per_expert_E
         return MoEOutput(y_TD.view_as(x_BSD), balance, router_z_loss(routing.logits_TE), stats)
 
     def _route(self, x_TD: Tensor, selected: SiteOutput | None) -> Routing:
@@ -114,6 +117,7 @@ class MoELayer(nn.Module):
         return self.router(selected.sparse)
 
     def _within_capacity(self, routing: Routing) -> Tensor | None:
+        # In evaluation nothing is dropped: the output for a token must not depend on the rest of its batch.
         if self.capacity_factor is None or not self.training:
             return None
         capacity = expert_capacity(self.capacity_factor, routing.expert_ids_TA.numel(), self.num_experts)
@@ -122,25 +126,26 @@ class MoELayer(nn.Module):
     def _gather(
         self, x_TD: Tensor, selected: SiteOutput | None, routed: RoutedTokens, continues_N: Tensor | None
     ) -> tuple[Tensor, Stats]:
-        """Return the sparse rows of the routed tokens and, unless ``continues_N`` is None, the statistics of the site.
+        """Return the sparse routed tokens and, unless ``continues_N`` is None, the statistics of the site.
 
         ``selected`` is the one selection that serves all experts of a token; None if each routed token has its own.
         """
         with_stats = continues_N is not None
         if selected is None:
-            rows_ND, readers = self.permutation.permute(x_TD, routed), self._readers(routed.expert_N, continues_N)
-            return self.input_site(rows_ND, routed.expert_N, with_stats=with_stats, readers=readers)
+            x_ND, readers = self.permutation.permute(x_TD, routed), self._readers(routed.expert_N, continues_N)
+            return self.input_site(x_ND, routed.expert_N, with_stats=with_stats, readers=readers)
+        # Counted once per reading and not once per token, so that the statistics are those of a selection per expert.
         readers = self._readers(routed.expert_N, continues_N, routed.token_N)
         stats = self.input_site.sums(selected, readers) if with_stats else {}
         return self.permutation.permute(selected.sparse, routed), stats
 
-    def _run_experts(self, received: ExpertRows, with_stats: bool) -> tuple[Tensor, Stats]:
-        rows_MD, rows_per_expert_L, expert_M, continues_M = received
+    def _run_experts(self, received: ExpertTokens, with_stats: bool) -> tuple[Tensor, Stats]:
+        x_MD, tokens_per_expert_L, expert_M, continues_M = received
         readers = self._readers(expert_M, continues_M)
-        return self.experts(rows_MD, rows_per_expert_L, expert_M, with_stats=with_stats, readers=readers)
+        return self.experts(x_MD, tokens_per_expert_L, expert_M, with_stats=with_stats, readers=readers)
 
     def _readers(self, expert_N: Tensor, continues_N: Tensor | None, token_N: Tensor | None = None) -> Readers | None:
-        """Return which expert reads which row, or which token; None if no statistics are recorded."""
+        """Return which expert reads which routed token, or which token; None if no statistics are recorded."""
         if continues_N is None:
             return None
         # MegaBlocks' permutation returns int32, and the statistics index with int64.
@@ -149,9 +154,10 @@ class MoELayer(nn.Module):
 
 
 def _continues(routed: RoutedTokens, sequence_length: int) -> Tensor:
-    """Return ``(N,)`` bool: whether the next row has the same expert and is the next token of the same sequence."""
+    """Return ``(N,)`` bool: whether the next routed token has the same expert and is the next token of its sequence."""
     token_N, expert_N = routed.token_N, routed.expert_N
     continues_N = torch.zeros_like(token_N, dtype=torch.bool)
+    # A token whose position is 0 begins a sequence, so it continues none.
     continues_N[:-1] = (
         (token_N[1:] == token_N[:-1] + 1) & (expert_N[1:] == expert_N[:-1]) & (token_N[1:] % sequence_length != 0)
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 class BalanceTerms(NamedTuple):
     """The two terms of a layer's load balance loss, which the model computes from the terms of all layers."""
 
-    rows_GE: Tensor
+    routed_GE: Tensor
     """Number of routed tokens per expert: float64, without gradient."""
     probs_GE: Tensor
     """Mean router probability per expert, at least fp32."""
@@ -25,9 +25,9 @@ def balance_terms(probs_TE: Tensor, expert_ids_TA: Tensor, num_groups: int) -> B
     """Return the two terms for each of ``num_groups`` equal, contiguous parts of the tokens."""
     ids_GN = expert_ids_TA.unflatten(0, (num_groups, -1)).flatten(1)
     # float64, so that counts stay exact when they are summed over ranks and micro-batches.
-    rows_GE = torch.zeros(num_groups, probs_TE.shape[-1], dtype=torch.float64, device=probs_TE.device)
-    rows_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN, dtype=torch.float64))
-    return BalanceTerms(rows_GE, probs_TE.unflatten(0, (num_groups, -1)).mean(1))
+    routed_GE = torch.zeros(num_groups, probs_TE.shape[-1], dtype=torch.float64, device=probs_TE.device)
+    routed_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN, dtype=torch.float64))
+    return BalanceTerms(routed_GE, probs_TE.unflatten(0, (num_groups, -1)).mean(1))
 
 
 def load_balance_loss(balance: BalanceTerms) -> Tensor:
@@ -36,8 +36,8 @@ def load_balance_loss(balance: BalanceTerms) -> Tensor:
     f_e is the fraction of the routed tokens that went to expert e, and P_e its mean probability. The mean is taken over
     the leading dims, such as layers and groups.
     """
-    rows_GE, probs_GE = balance
-    share_GE = (rows_GE / rows_GE.sum(-1, keepdim=True)).to(probs_GE.dtype)
+    routed_GE, probs_GE = balance
+    share_GE = (routed_GE / routed_GE.sum(-1, keepdim=True)).to(probs_GE.dtype)
     return probs_GE.shape[-1] * (share_GE * probs_GE).sum(-1).mean()
 
 
@@ -55,15 +55,15 @@ class StepLoad:
     def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Create an empty load; ``reduce`` sums a tensor over the ranks, all of which must call it."""
         self._reduce = reduce
-        self._rows: Tensor | None = None
+        self._routed: Tensor | None = None
 
-    def add(self, rows: Tensor) -> Tensor:
+    def add(self, routed: Tensor) -> Tensor:
         """Add the counts of one more micro-batch, in one reduction, and return those of the step so far."""
         # A copy, because the reduction over ranks works in place.
-        rows = self._reduce(rows.clone())
-        self._rows = rows if self._rows is None else self._rows + rows
-        return self._rows
+        routed = self._reduce(routed.clone())
+        self._routed = routed if self._routed is None else self._routed + routed
+        return self._routed
 
     def reset(self) -> None:
         """Start a new step."""
-        self._rows = None
+        self._routed = None

@@ -1,7 +1,7 @@
 """Sorting of routed tokens by expert, and the weighted sum of the experts' outputs per token.
 
 T tokens, A experts per token, N = T * A routed tokens, D width, E experts. N is smaller if some routed tokens exceed
-the capacity of their expert: a dropped token is not among the rows and contributes nothing in either direction.
+the capacity of their expert: a dropped token is not among them and contributes nothing in either direction.
 
 Both directions are gathers, forward and backward. There is no scatter-add, so no result depends on the order of
 additions.
@@ -21,7 +21,7 @@ from qsparse_moe.kernels.combine_rows.op import NATIVE, TORCH, TRITON, CombineRo
 
 
 class SortedTokens(NamedTuple):
-    """The routed tokens, one row each, sorted by expert and within an expert by token."""
+    """The N routed tokens, sorted by expert and within an expert by token: the rows of the matrices ``(N, ...)``."""
 
     token_N: Tensor
     """The token of each row."""
@@ -31,8 +31,8 @@ class SortedTokens(NamedTuple):
     """The row of each (token, choice) pair: the inverse of ``slot_N``. It is 0 for a dropped pair, which has no row."""
     expert_N: Tensor
     """The expert of each row, ascending."""
-    rows_per_expert_E: Tensor
-    """int64; an expert without rows has 0."""
+    tokens_per_expert_E: Tensor
+    """int64; an expert without tokens has 0."""
     within_TA: Tensor | None
     """Bool: whether each (token, choice) pair is within the capacity of its expert; None without a capacity."""
 
@@ -43,17 +43,18 @@ def sort_by_expert(expert_ids_TA: Tensor, num_experts: int, within_TA: Tensor | 
     Nothing is copied to the host except, with ``within_TA``, the number of remaining pairs.
     """
     flat_ids = expert_ids_TA.flatten()
+    # Stable: within an expert the tokens keep their order, which is the order in which gradients are added.
     expert_N, slot_N = flat_ids.sort(stable=True)
     if within_TA is not None:
-        remaining = rows_within_capacity(slot_N, within_TA)
+        remaining = positions_within_capacity(slot_N, within_TA)
         expert_N, slot_N = expert_N[remaining], slot_N[remaining]
     positions = torch.arange(len(slot_N), device=flat_ids.device)
     row_TA = torch.zeros_like(flat_ids).scatter_(0, slot_N, positions).view_as(expert_ids_TA)
     token_N = slot_N.div(expert_ids_TA.shape[1], rounding_mode="floor")
-    return SortedTokens(token_N, slot_N, row_TA, expert_N, count_rows(expert_N, num_experts), within_TA)
+    return SortedTokens(token_N, slot_N, row_TA, expert_N, count_tokens(expert_N, num_experts), within_TA)
 
 
-def rows_within_capacity(slot_N: Tensor, within_TA: Tensor) -> Tensor:
+def positions_within_capacity(slot_N: Tensor, within_TA: Tensor) -> Tensor:
     """Return the positions among the rows ``slot_N`` whose (token, choice) pair is within capacity, ascending.
 
     Their number is copied to the host.
@@ -61,8 +62,9 @@ def rows_within_capacity(slot_N: Tensor, within_TA: Tensor) -> Tensor:
     return within_TA.flatten()[slot_N].nonzero().squeeze(1)
 
 
-def count_rows(expert_N: Tensor, num_experts: int) -> Tensor:
-    """Return the number of rows per expert, ``(E,)`` int64."""
+def count_tokens(expert_N: Tensor, num_experts: int) -> Tensor:
+    """Return the number of routed tokens per expert, ``(E,)`` int64."""
+    # Not bincount, which reads the largest id on the host.
     counts_E = torch.zeros(num_experts, dtype=torch.int64, device=expert_N.device)
     return counts_E.index_add_(0, expert_N, torch.ones_like(expert_N, dtype=torch.int64))
 
@@ -105,8 +107,8 @@ class RoutedTokens(Protocol):
         """The expert of each row, ascending."""
 
     @property
-    def rows_per_expert_E(self) -> Tensor:
-        """An expert without rows has 0."""
+    def tokens_per_expert_E(self) -> Tensor:
+        """An expert without tokens has 0."""
 
 
 @dataclass(frozen=True)
@@ -133,21 +135,21 @@ ONE_PASS_GATHERS = {
 """The same with a combine that passes over memory once, by the name of its implementation."""
 
 
-class RowCounts:
-    """Number of rows per expert in the forms that grouped matrix products need, each made at most once per layer."""
+class TokenCounts:
+    """Number of routed tokens per expert in the forms that matrix products need, each made at most once per layer."""
 
-    def __init__(self, rows_per_expert_E: Tensor) -> None:
-        self.rows_per_expert_E = rows_per_expert_E
+    def __init__(self, tokens_per_expert_E: Tensor) -> None:
+        self.tokens_per_expert_E = tokens_per_expert_E
 
     @cached_property
     def ends_E(self) -> Tensor:
-        """Exclusive end of each expert's rows: int32, on the device of the rows."""
-        return self.rows_per_expert_E.cumsum(0, dtype=torch.int32)
+        """Exclusive end of each expert's rows: int32, as grouped_mm takes them, on the device of the counts."""
+        return self.tokens_per_expert_E.cumsum(0, dtype=torch.int32)
 
     @cached_property
     def on_host(self) -> Tensor:
         """The counts as int64 in host memory. The first use waits for the device."""
-        return self.rows_per_expert_E.to("cpu", torch.int64)
+        return self.tokens_per_expert_E.to("cpu", torch.int64)
 
     @cached_property
     def as_list(self) -> list[int]:
@@ -168,6 +170,7 @@ class _Permute(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None, None]:
         row_TA, within_TA = ctx.saved_tensors
+        # A dropped pair has no gradient, and the others are added in fp32, as in combine.
         wide = torch.promote_types(grad_ND.dtype, torch.float32)
         weights_TA = None if within_TA is None else within_TA.to(wide)
         return ctx.by.forward(grad_ND, row_TA, weights_TA), None, None, None, None

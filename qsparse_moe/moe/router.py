@@ -49,6 +49,7 @@ class Router(nn.Module):
     def forward(self, x_TD: Tensor) -> Routing:
         """Route the tokens ``(T, D)``. Jitter and noise apply in training only."""
         config = self.config
+        # In bf16, logits of different experts would round to one value, and the choice between them would be arbitrary.
         wide = torch.promote_types(x_TD.dtype, torch.float32)
         x_TD = x_TD.to(wide)
         weight_ED = self.weight.to(wide)
@@ -76,6 +77,7 @@ class Router(nn.Module):
     def _choose(self, logits_TE: Tensor, scores_TE: Tensor) -> Tensor:
         """Return ``(T, A)``: the experts of every token."""
         config = self.config
+        # For measurements of speed: the load is even and independent of the weights.
         if config.force_uniform_routing:
             return round_robin(len(logits_TE), config.experts_per_token, config.num_experts, device=logits_TE.device)
         if self.expert_bias is None and config.num_expert_groups == 1:
@@ -102,16 +104,16 @@ class Router(nn.Module):
         return weights_TA * config.router_scaling_factor if config.router_scaling_factor != 1.0 else weights_TA
 
     @torch.no_grad()
-    def update_bias(self, rows_E: Tensor, rate: float) -> None:
+    def update_bias(self, routed_E: Tensor, rate: float) -> None:
         """Change every bias by ``rate`` towards an even load (arXiv 2408.15664, algorithm 1).
 
         Args:
-            rows_E: number of routed tokens per expert in the global batch of one step.
+            routed_E: number of routed tokens per expert in the global batch of one step.
             rate: ``bias_update_rate``.
         """
         assert self.expert_bias is not None, "this router has no biases: bias_update_rate is 0"
         # Only the sign of the deviation counts, as in the paper, so the rate is the size of every update.
-        self.expert_bias += rate * (rows_E.mean() - rows_E).sign().to(self.expert_bias)
+        self.expert_bias += rate * (routed_E.mean() - routed_E).sign().to(self.expert_bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Self:
         """Cast or move the module, but keep the biases in fp32: in bf16 their small updates would round to nothing."""
@@ -152,6 +154,7 @@ def router_stats(routing: Routing) -> Stats:
 
     ``probability_counts_H`` is the histogram of all probabilities over the bins ``PROBABILITIES``.
     """
+    # Detached: statistics must not prolong the life of the graph.
     probs_TE = routing.probs_TE.detach()
     entropy_TE = torch.special.entr(probs_TE)
     return {

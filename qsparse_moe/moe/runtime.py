@@ -49,5 +49,6 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_g
 
 
 def _permutation(experts: BackendSpec, site_implementation: str) -> Permutation:
+    # A permutation of the backend's own has the layout that its kernels read; gathers fit every other backend.
     own = experts.permutation
     return ONE_PASS_GATHERS.get(site_implementation, GATHERS) if own is GATHERS else own

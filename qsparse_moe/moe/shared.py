@@ -30,5 +30,6 @@ class SharedExperts(FeedForward):
         if self.token_gate is not None:
             wide = torch.promote_types(x_BSD.dtype, torch.float32)
             gate_BS1 = (x_BSD.to(wide) @ self.token_gate.to(wide).T).sigmoid()
+            # The gate is rounded last, so that the product has the dtype of the model.
             y_BSD = y_BSD * gate_BS1.to(y_BSD.dtype)
         return y_BSD, input_stats, hidden_stats

@@ -22,7 +22,7 @@ from qsparse_moe.training.monitor.phases import PhaseClock
 
 Sums = dict[str, Tensor]
 
-_ROUTED = "router/rows_LE"
+_ROUTED = "router/routed_LE"
 
 
 @dataclass

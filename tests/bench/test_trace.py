@@ -9,7 +9,7 @@ from qsparse_moe.bench import trace
 from qsparse_moe.bench.moe_layer import layer_config
 from qsparse_moe.bench.moe_peers import LayerShape
 from qsparse_moe.moe.backends import loop
-from qsparse_moe.moe.permutation import RowCounts
+from qsparse_moe.moe.permutation import TokenCounts
 
 CPU = torch.device("cpu")
 
@@ -52,7 +52,7 @@ def test_copies_and_waits_name_their_source_line_in_forward_and_backward(waits):
     weights = torch.randn(2, 4, 8, requires_grad=True)
 
     def step():
-        y = loop.matmul(rows, weights, RowCounts(torch.tensor([2, 4])))
+        y = loop.matmul(rows, weights, TokenCounts(torch.tensor([2, 4])))
         if waits:
             y.sum().item()
         torch.autograd.grad(y, (rows, weights), torch.ones_like(y))

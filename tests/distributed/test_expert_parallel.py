@@ -62,7 +62,7 @@ def assert_same_run(runs: ExpertRuns, label, ranks, kind="main", precision="fp32
     mine, other = pairs[0]
     assert mine["stats"].keys() == other["stats"].keys()
     if precision == "fp32":
-        assert mine["stats"]["router/rows_LE"] == other["stats"]["router/rows_LE"]
+        assert mine["stats"]["router/routed_LE"] == other["stats"]["router/routed_LE"]
         for name, value in other["stats"].items():
             have, want = torch.tensor(mine["stats"][name]).double(), torch.tensor(value).double()
             if "_counts_" in name:
@@ -94,7 +94,7 @@ def test_the_reference_clips_and_its_experts_differ(runs: ExpertRuns):
     stats = reference["reports"][0]["stats"]
     selected, rows = (torch.tensor(stats[f"sparsity/expert_hidden/{name}_LE"]) for name in ("selected", "rows"))
     assert (selected / rows)[0].round().tolist() == [12, 18, 18, 12]
-    assert len(set(stats["router/rows_LE"][0])) == 4, "an even load would hide a mixed-up expert"
+    assert len(set(stats["router/routed_LE"][0])) == 4, "an even load would hide a mixed-up expert"
 
 
 @pytest.mark.parametrize(("layout", "ranks"), EVERYWHERE)
@@ -111,7 +111,7 @@ def test_backends_recomputation_and_sharded_parameters_change_nothing(runs: Expe
 def test_ranks_without_tokens_and_other_models_train_as_one_rank_does(runs: ExpertRuns, label, ranks):
     kind, layout = OTHERS[label, ranks]
     assert_same_run(runs, label, ranks, kind, precision=layout.split("-")[1])
-    rows_LE = runs(label, ranks)["reports"][0]["stats"]["router/rows_LE"]
+    rows_LE = runs(label, ranks)["reports"][0]["stats"]["router/routed_LE"]
     if kind in ROUTINGS:
         assert {expert for expert, rows in enumerate(rows_LE[0]) if rows} == set(ROUTINGS[kind])
     else:

@@ -210,13 +210,13 @@ def test_gradient_norms_by_layer_are_the_plain_engines_in_every_layout(runs: Run
 
 def test_sums_are_those_of_the_whole_batch_in_every_layout(runs: Runs):
     want = runs("torch-fp32", 1)["reports"][0]["stats"]
-    assert sum(map(sum, want["router/rows_LE"])) == 2 * 2 * 8 * 24, "layers x choices x rows x tokens"
+    assert sum(map(sum, want["router/routed_LE"])) == 2 * 2 * 8 * 24, "layers x choices x rows x tokens"
     for layout, ranks in EVERYWHERE:
         if layout.endswith("fp32"):
             have = runs(layout, ranks)["reports"][0]["stats"]
             assert have.keys() == want.keys()
             # The first step's weights are the same everywhere, so its choices are too.
-            assert have["router/rows_LE"] == want["router/rows_LE"]
+            assert have["router/routed_LE"] == want["router/routed_LE"]
             for name in want:
                 torch.testing.assert_close(torch.tensor(have[name]), torch.tensor(want[name]), rtol=1e-5, atol=0)
 

@@ -64,7 +64,7 @@ def random_stats(model: ModelConfig, *, seed: int = 0) -> dict[str, Tensor]:
 
     num_moe = len(moe_layers(model))
     stats = {
-        "router/rows_LE": counts(num_moe, model.moe.num_experts),
+        "router/routed_LE": counts(num_moe, model.moe.num_experts),
         "router/probability_LE": counts(num_moe, model.moe.num_experts),
         "router/tokens_L": counts(num_moe),
         "router/choice_entropy_L": counts(num_moe),

@@ -118,11 +118,11 @@ def test_router_ratios_by_hand_under_the_numbers_of_their_layers():
 def test_the_dropped_fraction_is_relative_to_the_routed_tokens():
     rows_LE = torch.tensor([[6, 2, 0, 0], [2, 2, 2, 2]], dtype=torch.float64)
     dropped_LE = torch.tensor([[4, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.float64)
-    metrics = derive_metrics(make_report(stats={"router/rows_LE": rows_LE, "router/dropped_LE": dropped_LE}), MODEL)
+    metrics = derive_metrics(make_report(stats={"router/routed_LE": rows_LE, "router/dropped_LE": dropped_LE}), MODEL)
     assert metrics["router/dropped_share/layer_1"] == 0.5
     assert metrics["router/dropped_share/layer_2"] == 0.0
     assert metrics["router/dropped_share"] == 0.25
-    dropless = derive_metrics(make_report(stats={"router/rows_LE": rows_LE}), MODEL)
+    dropless = derive_metrics(make_report(stats={"router/routed_LE": rows_LE}), MODEL)
     assert "router/dropped_share" not in dropless and "router/load_imbalance" in dropless
 
 
@@ -203,7 +203,7 @@ def test_scalar_ratios_by_hand_leave_out_a_layer_without_a_value_and_a_ratio_wit
     stats = {f"{site}/{name}_LE": torch.zeros(2, 1, dtype=torch.float64) for name in SITE_FIELDS}
     stats |= {f"{site}/rows_LE": sums(4, 0)[:, None], f"{site}/nonzero_LE": sums(6, 0)[:, None]}
     stats[f"{site}/used_LED"] = torch.ones(2, 1, 2, dtype=torch.bool)
-    ratios = scalar_ratios(stats | {"router/rows_LE": torch.stack((sums(6, 2), sums(4, 4)))})
+    ratios = scalar_ratios(stats | {"router/routed_LE": torch.stack((sums(6, 2), sums(4, 4)))})
     assert ratios[f"{site}/zeros"] == 1 - 6 / 8
     assert f"{site}/kept_energy" not in ratios
     assert ratios["router/load_imbalance"] == (1.5 + 1.0) / 2

@@ -22,7 +22,7 @@ def sums():
     for name in ("selected", "smallest", "pairs_nonzero", "pairs_common"):
         stats[f"sparsity/expert_hidden/{name}_LE"] = torch.zeros(1, 3).double()
     stats["sparsity/expert_hidden/used_LED"] = torch.tensor([[[True, True], [True, False], [False, False]]])
-    return stats | {"router/rows_LE": torch.tensor([[2, 1, 0]]).double()}
+    return stats | {"router/routed_LE": torch.tensor([[2, 1, 0]]).double()}
 
 
 def test_ratios_of_every_expert_by_hand():

@@ -11,9 +11,9 @@ from qsparse_moe.sparsity.stats import SITE_FIELDS
 
 
 def stats():
-    made = {"router/rows_LE": torch.tensor([[6.0, 2.0], [4.0, 0.0]], dtype=torch.float64)}
+    made = {"router/routed_LE": torch.tensor([[6.0, 2.0], [4.0, 0.0]], dtype=torch.float64)}
     fields = dict.fromkeys(SITE_FIELDS, torch.zeros(2, 2, dtype=torch.float64))
-    fields |= {"rows": made["router/rows_LE"], "nonzero": torch.tensor([[6.0, 4.0], [8.0, 0.0]], dtype=torch.float64)}
+    fields |= {"rows": made["router/routed_LE"], "nonzero": torch.tensor([[6.0, 4.0], [8.0, 0.0]], dtype=torch.float64)}
     fields |= {"energy": torch.tensor([[2.0, 4.0], [1.0, 0.0]]), "kept_energy": torch.tensor([[1.0, 3.0], [1.0, 0.0]])}
     made |= {f"sparsity/expert_hidden/{name}_LE": value for name, value in fields.items()}
     used = torch.tensor([[[True, False], [True, True]], [[True, True], [False, False]]])

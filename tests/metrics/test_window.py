@@ -12,7 +12,7 @@ SITE = "sparsity/expert_hidden"
 
 def step(rows, used, smallest):
     return {
-        "router/rows_LE": torch.tensor([rows], dtype=torch.float64),
+        "router/routed_LE": torch.tensor([rows], dtype=torch.float64),
         f"{SITE}/rows_LE": torch.tensor([rows], dtype=torch.float64),
         f"{SITE}/smallest_LE": torch.tensor([smallest], dtype=torch.float64),
         f"{SITE}/used_LED": torch.tensor([used]),

@@ -46,7 +46,7 @@ def test_experts_that_differ_in_sparsity_are_counted_by_their_own_k():
         )
     )
     stats = model(tokens()).stats
-    rows_LE = stats["router/rows_LE"]
+    rows_LE = stats["router/routed_LE"]
     want_L = 16 * rows_LE.sum(1) - 12 * rows_LE[:, 1]
     assert torch.equal(stats["sparsity/expert_hidden/selected_LE"].sum(-1), want_L)
 

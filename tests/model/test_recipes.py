@@ -31,4 +31,4 @@ def test_every_parameter_of_a_small_recipe_has_a_gradient(path):
     output.loss.backward()
     without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert without == []
-    assert output.stats["router/rows_LE"].sum(-1).eq(48 * config.model.moe.experts_per_token).all()
+    assert output.stats["router/routed_LE"].sum(-1).eq(48 * config.model.moe.experts_per_token).all()

@@ -10,7 +10,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends import loop
 from qsparse_moe.moe.backends.registry import BACKENDS
-from qsparse_moe.moe.permutation import RowCounts
+from qsparse_moe.moe.permutation import TokenCounts
 from qsparse_moe.moe.runtime import resolve_runtime
 
 FAST = {spec.name: spec.matmul for spec in BACKENDS if spec.name != "loop"}
@@ -30,7 +30,7 @@ X, Y = 16, 24
 @pytest.mark.parametrize("load", LOADS.values(), ids=LOADS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_backend_matches_the_loop_in_output_and_every_gradient(name, load, dtype):
-    counts = RowCounts(torch.tensor(load))
+    counts = TokenCounts(torch.tensor(load))
     inputs = [torch.randn(sum(load), X), torch.randn(len(load), X, Y)]
     upstream = torch.randn(sum(load), Y)
 
@@ -69,7 +69,7 @@ def test_auto_says_what_it_chose_for_the_processor(has_avx512, name, caplog, mon
 def test_bf16_products_are_rounded_once_with_and_without_instructions_for_them(name, has_avx512, monkeypatch):
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
     rows, weights = torch.randn(21, X).bfloat16(), torch.randn(2, X, Y).bfloat16()
-    counts = RowCounts(torch.tensor([13, 8]))
+    counts = TokenCounts(torch.tensor([13, 8]))
     out = FAST[name](rows, weights, counts)
     exact = loop.matmul(rows.double(), weights.double(), counts)
     assert out.dtype == torch.bfloat16

@@ -72,7 +72,7 @@ def test_permute_and_combine_leave_out_dropped_tokens_in_value_and_every_gradien
     dispatch = sort_by_expert(ids_TA, 4, within_TA)
     assert dispatch.expert_N.tolist() == [0, 0, 3]
     assert dispatch.token_N.tolist() == [0, 2, 1]
-    assert dispatch.rows_per_expert_E.tolist() == [2, 0, 0, 1]
+    assert dispatch.tokens_per_expert_E.tolist() == [2, 0, 0, 1]
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     weights = torch.rand(4, 2, dtype=torch.float64, requires_grad=True)
     up_rows, up_tokens = (torch.randn(n, 6, dtype=torch.float64) for n in (3, 4))
@@ -105,7 +105,7 @@ def test_every_permutation_drops_the_same_tokens():
         rows = permutation.permute(x, routed)
         y = permutation.combine(rows.sin(), weights, routed)
         grads = torch.autograd.grad((rows, y), (x, weights), (up_rows, up_tokens))
-        results.append((routed.token_N, routed.expert_N, routed.rows_per_expert_E, rows, y, *grads))
+        results.append((routed.token_N, routed.expert_N, routed.tokens_per_expert_E, rows, y, *grads))
     for mine, theirs in zip(*results, strict=True):
         torch.testing.assert_close(mine, theirs, check_dtype=False)
     assert torch.equal(results[0][-1] != 0, within_TA)
@@ -212,7 +212,7 @@ def test_if_all_tokens_choose_one_expert_it_computes_its_capacity_and_drops_the_
     x = torch.randn(B, S, D, dtype=torch.float64)
     x[..., 0] = torch.linspace(1.0, 2.0, T, dtype=torch.float64).view(B, S)  # the later, the surer
     out = layer(x)
-    assert out.stats["router/rows_E"].tolist() == [T, 0, T, 0]  # the requested capacity
+    assert out.stats["router/routed_E"].tolist() == [T, 0, T, 0]  # the requested capacity
     assert out.stats["router/dropped_E"].tolist() == [T / 2, 0, T / 2, 0]
     for site in ("expert_input", "expert_hidden"):  # what was computed
         assert out.stats[f"sparsity/{site}/rows_E"].tolist() == [T / 2, 0, T / 2, 0]
@@ -259,4 +259,4 @@ def test_both_losses_are_those_of_the_choices_before_the_drop():
     dropping, dropless = make(0.1)(x), make(None)(x)
     assert torch.equal(dropping.load_balance_loss, dropless.load_balance_loss)
     assert torch.equal(dropping.router_z_loss, dropless.router_z_loss)
-    assert torch.equal(dropping.stats["router/rows_E"], dropless.stats["router/rows_E"])
+    assert torch.equal(dropping.stats["router/routed_E"], dropless.stats["router/routed_E"])

@@ -45,8 +45,8 @@ def test_dispatch_and_combine_deliver_every_routed_token_and_every_gradient(rank
     torch.autograd.backward((*want, *home), (*(part[1] for part in inputs), *(part[2] for part in inputs)))
     for rank in range(P):
         found = ranks[rank]["sent"][case]
-        assert found["rows_MD"].equal(want[rank]) and found["expert_M"].equal(experts[rank])
-        assert found["rows_per_expert_L"].tolist() == [
+        assert found["x_MD"].equal(want[rank]) and found["expert_M"].equal(experts[rank])
+        assert found["tokens_per_expert_L"].tolist() == [
             sum(c[e] for c in COUNTS[case]) for e in (2 * rank, 2 * rank + 1)
         ]
         assert found["continues_M"].equal(flags[rank])
@@ -78,7 +78,7 @@ def test_a_layer_sharded_over_ranks_equals_the_whole_layer_in_value_sums_and_eve
         mine, theirs = (torch.stack([one["stats"][key].double() for one in some]).sum(0) for some in (founds, wants))
         if key.endswith("used_ED"):
             mine, theirs = mine > 0, theirs > 0
-        if dtype != torch.bfloat16 or key == "router/rows_E":
+        if dtype != torch.bfloat16 or key == "router/routed_E":
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
     assert sum(found["stats"]["sparsity/expert_hidden/rows_E"].sum() for found in founds) == A * (2 * 5 + 1 + 3 * 4)
 

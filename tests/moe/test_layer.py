@@ -89,7 +89,7 @@ def test_the_router_reads_the_dense_tokens():
     x = torch.randn(B, S, D, dtype=torch.float64)
     dense = layer.router(x.flatten(0, 1)).expert_ids_TA
     set_sparsity(layer, [0.9] * E, [0.9] * E)
-    rows_E = layer(x).stats["router/rows_E"]
+    rows_E = layer(x).stats["router/routed_E"]
     assert torch.equal(rows_E, torch.bincount(dense.flatten(), minlength=E).double())
 
 
@@ -129,14 +129,14 @@ def test_a_router_of_sparse_tokens_chooses_by_the_selected_features_and_shared_e
     x = torch.randn(B, S, D, dtype=torch.float64)
     selected = topk_sparsify(x.flatten(0, 1), num_selected(0.9, D))
     rows = torch.bincount(layer.router(selected).expert_ids_TA.flatten(), minlength=E).double()
-    assert torch.equal(layer(x).stats["router/rows_E"], rows)
-    assert not torch.equal(dense(x).stats["router/rows_E"], rows)
+    assert torch.equal(layer(x).stats["router/routed_E"], rows)
+    assert not torch.equal(dense(x).stats["router/routed_E"], rows)
     assert layer(x).stats["sparsity/expert_input/rows_E"].sum() == B * S * A
 
 
 def test_forced_routing_is_even_in_the_layers_sums():
     layer = make(routing={"force_uniform_routing": True})
-    assert layer(torch.randn(B, 6, D, dtype=torch.float64)).stats["router/rows_E"].tolist() == [B * 6 * A / E] * E
+    assert layer(torch.randn(B, 6, D, dtype=torch.float64)).stats["router/routed_E"].tolist() == [B * 6 * A / E] * E
 
 
 def test_the_layer_handles_one_token_and_all_tokens_on_one_expert():
@@ -144,9 +144,9 @@ def test_the_layer_handles_one_token_and_all_tokens_on_one_expert():
     with torch.no_grad():
         layer.router.weight.zero_()
     x = torch.randn(1, 1, D, dtype=torch.float64)
-    assert layer(x).stats["router/rows_E"].sum() == A
+    assert layer(x).stats["router/routed_E"].sum() == A
     x = torch.randn(B, S, D, dtype=torch.float64)
-    assert sorted(layer(x).stats["router/rows_E"].tolist()) == [0, 0, B * S, B * S]
+    assert sorted(layer(x).stats["router/routed_E"].tolist()) == [0, 0, B * S, B * S]
 
 
 def test_the_layer_returns_the_sums_of_its_sites_and_its_router():
@@ -164,7 +164,7 @@ def test_the_layer_returns_the_sums_of_its_sites_and_its_router():
     stats = layer(torch.randn(B, S, D, dtype=torch.float64)).stats
     assert stats["sparsity/expert_input/rows_E"].sum() == B * S * A  # now each routed row has its own K
     quiet = layer(torch.randn(B, S, D, dtype=torch.float64), with_stats=False).stats
-    assert list(quiet) == ["router/rows_E"]
+    assert list(quiet) == ["router/routed_E"]
 
 
 def test_the_balance_loss_is_the_same_however_whole_sequences_are_divided_into_batches():

@@ -17,7 +17,7 @@ from qsparse_moe.moe.backends import grouped, megablocks, megablocks_package
 from qsparse_moe.moe.backends import loop as loop_backend
 from qsparse_moe.moe.backends.registry import BACKENDS
 from qsparse_moe.moe.layer import MoELayer
-from qsparse_moe.moe.permutation import RowCounts, combine_reference, permute_reference, sort_by_expert
+from qsparse_moe.moe.permutation import TokenCounts, combine_reference, permute_reference, sort_by_expert
 from qsparse_moe.moe.runtime import resolve_runtime
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -45,16 +45,16 @@ def test_rows_are_those_of_the_dispatch(case, device):
     ready(device)
     expert_ids_TA = torch.tensor(CASES[case], device=device)
     mine, want = megablocks.sort(expert_ids_TA, E), sort_by_expert(expert_ids_TA, E)
-    for name in ("expert_N", "slot_N", "token_N", "rows_per_expert_E"):
+    for name in ("expert_N", "slot_N", "token_N", "tokens_per_expert_E"):
         assert getattr(mine, name).tolist() == getattr(want, name).tolist(), name
         assert getattr(mine, name).dtype == torch.int32
-    assert mine.ends_E.tolist() == want.rows_per_expert_E.cumsum(0).tolist()
+    assert mine.ends_E.tolist() == want.tokens_per_expert_E.cumsum(0).tolist()
 
 
 def test_a_single_expert_receives_all_tokens():
     ready("cpu")
     rows = megablocks.sort(torch.zeros(3, 1, dtype=torch.int64), 1)
-    assert (rows.rows_per_expert_E.tolist(), rows.ends_E.tolist()) == ([3], [3])
+    assert (rows.tokens_per_expert_E.tolist(), rows.ends_E.tolist()) == ([3], [3])
 
 
 def there_and_back(permute, combine, rows, leaves, upstream, dtype):
@@ -128,7 +128,7 @@ def test_no_operation_synchronises_with_the_device():
 @pytest.mark.parametrize("load", [[5, 0, 7], [0, 0, 17], [1, 30, 2]], ids=str)
 def test_products_on_a_gpu_match_the_loop(load):
     torch.manual_seed(0)
-    counts = RowCounts(torch.tensor(load, device="cuda", dtype=torch.int32))
+    counts = TokenCounts(torch.tensor(load, device="cuda", dtype=torch.int32))
     inputs = [torch.randn(sum(load), 64, device="cuda"), torch.randn(len(load), 64, 32, device="cuda")]
     upstream = torch.randn(sum(load), 32, device="cuda")
 
@@ -211,8 +211,8 @@ def test_all_tokens_may_choose_the_same_experts():
         made.router.weight.zero_()
     output = made(torch.randn(1, 3, 16))
     output.y_BSD.sum().backward()
-    assert sorted(output.stats["router/rows_E"].tolist()) == [0, 0, 3, 3]
-    rows_E = output.stats["router/rows_E"]
+    assert sorted(output.stats["router/routed_E"].tolist()) == [0, 0, 3, 3]
+    rows_E = output.stats["router/routed_E"]
     assert [bool(g.any()) for g in made.experts.w_down.grad] == [bool(n) for n in rows_E]
 
 
@@ -247,7 +247,7 @@ def test_a_missing_package_is_named_with_the_way_out(module, package, monkeypatc
 
 
 def test_tensors_that_the_kernels_cannot_take_are_refused():
-    many = megablocks.SortedRows(*[torch.empty(2**20, device="meta")] * 4, 1)
+    many = megablocks.MegaBlocksTokens(*[torch.empty(2**20, device="meta")] * 4, 1)
     with pytest.raises(
         BackendUnavailable, match="1048576 routed tokens of model.hidden_size 2048 .*lower training.micro_batch_size"
     ):

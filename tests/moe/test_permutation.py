@@ -9,7 +9,7 @@ from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS
 from qsparse_moe.moe.permutation import (
     GATHERS,
     ONE_PASS_GATHERS,
-    RowCounts,
+    TokenCounts,
     combine,
     combine_reference,
     permute_reference,
@@ -32,7 +32,7 @@ def test_rows_are_sorted_by_expert_then_token_and_the_inverse_undoes_it(expert_i
     assert torch.equal(dispatch.expert_N, flat.sort().values)
     assert torch.equal(flat[dispatch.slot_N], dispatch.expert_N)
     assert torch.equal(dispatch.slot_N[dispatch.row_TA.flatten()], torch.arange(len(flat)))
-    assert dispatch.rows_per_expert_E.tolist() == [(flat == e).sum().item() for e in range(4)]
+    assert dispatch.tokens_per_expert_E.tolist() == [(flat == e).sum().item() for e in range(4)]
     for expert in range(4):
         tokens = dispatch.token_N[dispatch.expert_N == expert]
         assert torch.equal(tokens, tokens.sort().values)
@@ -87,7 +87,7 @@ def test_combine_adds_bf16_rows_in_fp32():
 
 
 def test_row_counts_are_accepted_in_every_form():
-    counts = RowCounts(torch.tensor([2, 0, 3], dtype=torch.int32))
+    counts = TokenCounts(torch.tensor([2, 0, 3], dtype=torch.int32))
     assert (counts.ends_E.tolist(), counts.ends_E.dtype) == ([2, 2, 5], torch.int32)
     assert (counts.on_host.tolist(), counts.on_host.dtype) == ([2, 0, 3], torch.int64)
     assert counts.as_list == [2, 0, 3]

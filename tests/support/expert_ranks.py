@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.model.init import initialize
-from qsparse_moe.moe.dispatcher import ExpertRows, start_dispatch
+from qsparse_moe.moe.dispatcher import ExpertTokens, start_dispatch
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.runtime import resolve_runtime
@@ -73,10 +73,10 @@ def send(case: str, group: ExpertGroup) -> dict[str, Tensor]:
     rows.requires_grad_()
     expert_N = expert_of(case, group.rank)
     counts = torch.tensor(COUNTS[case][group.rank])
-    dispatcher = start_dispatch(ExpertRows(rows, counts, expert_N, same_next(expert_N)), group)
+    dispatcher = start_dispatch(ExpertTokens(rows, counts, expert_N, same_next(expert_N)), group)
     received = dispatcher.receive()
-    returned = dispatcher.combine(received.rows_MD * (received.expert_M + 1)[:, None])
-    torch.autograd.backward((received.rows_MD, returned), (at_experts, at_home))
+    returned = dispatcher.combine(received.x_MD * (received.expert_M + 1)[:, None])
+    torch.autograd.backward((received.x_MD, returned), (at_experts, at_home))
     return received._asdict() | {"returned": returned.detach(), "grad": rows.grad}
 
 

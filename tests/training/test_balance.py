@@ -57,7 +57,7 @@ def test_biases_balance_a_skewed_router_and_without_them_it_stays_skewed(tmp_pat
     for rate in (0.01, 0.0):
         config = config_of(tmp_path, BIASED | {"bias_update_rate": rate}, micro_batch_size=8)
         outcomes = list(steps_of(engine_of(config, skew=0.5), random_batches(1, 8), 40, report=True))
-        imbalance = [load_ratios(outcome.stats["router/rows_LE"])["router/load_imbalance"] for outcome in outcomes]
+        imbalance = [load_ratios(outcome.stats["router/routed_LE"])["router/load_imbalance"] for outcome in outcomes]
         violation[rate] = [value.mean().item() - 1 for value in imbalance]  # MaxVio
     # Measured: 1.24 at first, 0.20 with biases over the last ten steps, 1.21 without.
     assert violation[0.01][0] == violation[0.0][0] > 1.1
@@ -80,7 +80,7 @@ def test_biases_move_once_per_step_by_the_load_of_the_whole_step(tmp_path, micro
         before = engine.model.router_bias_LE
         with torch.no_grad():
             model = copy.deepcopy(engine.model)
-            rows_LE = model(whole.tokens_BS, positions_BS=whole.positions_BS).stats["router/rows_LE"]
+            rows_LE = model(whole.tokens_BS, positions_BS=whole.positions_BS).stats["router/routed_LE"]
         next(iter(steps_of(engine, batches, 1, report)))
         want = before + 0.02 * (8 * 24 * 2 / E - rows_LE).sign().float()
         assert engine.model.router_bias_LE.equal(want), step
@@ -122,7 +122,7 @@ def test_loads_are_reduced_once_including_those_of_steps_before_the_report(tmp_p
     assert engine.model.router_bias_LE.equal(0.02 * (8 * 24 * 2 / E - own_LE).sign().float())
     if report:
         assert len(reduced) == 2, "numbers, and flags"
-        assert outcome.stats["router/rows_LE"].equal(2 * own_LE)
+        assert outcome.stats["router/routed_LE"].equal(2 * own_LE)
         assert outcome.routed_since_report_LE.equal(2 * (own_LE + earlier_LE))
     else:
         assert reduced == [2 * E] and outcome.routed_since_report_LE is None
@@ -165,7 +165,7 @@ def test_a_global_balance_loss_starts_again_in_every_step(tmp_path, recomputatio
     seen, losses = 0.0, []
     for batch in batches:
         output = model.eval()(batch.tokens_BS, positions_BS=batch.positions_BS)
-        rows_LE, probs_LE = output.stats["router/rows_LE"], output.stats["router/probability_LE"]
+        rows_LE, probs_LE = output.stats["router/routed_LE"], output.stats["router/probability_LE"]
         seen = seen + rows_LE
         share_LE = seen / seen.sum(-1, keepdim=True)
         losses.append(E * (share_LE * probs_LE / output.stats["router/tokens_L"][:, None]).sum(-1).mean())

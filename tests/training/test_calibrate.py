@@ -64,7 +64,7 @@ def test_the_plan_is_made_from_training_sequences_and_measured_on_validation_seq
     shown = batches_of(data, sample_train_sequences(config, data, 15))
     assert found.plan == calibrate(model, shown)
     assert (found.step, found.rows, found.held_out_rows) == (step, 15, 11) == (6, 15, 11)
-    unseen = int((summed(outputs(model, shown), "router/rows_LE") == 0).sum())
+    unseen = int((summed(outputs(model, shown), "router/routed_LE") == 0).sum())
     table, indices = data.evaluation_sequences(11)
     held_out = batches_of(data, table.tokens(indices))
     found.plan.save(tmp_path / "plan.json")

@@ -122,9 +122,9 @@ def measured_load(model: Transformer, sequences: DocumentSequences) -> Load:
     total = None
     for batch in sequences.batches:
         output = run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
-        rows_LE = output.stats.get("router/rows_LE")
-        if rows_LE is not None:
-            total = rows_LE if total is None else total + rows_LE
+        routed_LE = output.stats.get("router/routed_LE")
+        if routed_LE is not None:
+            total = routed_LE if total is None else total + routed_LE
     layers = [block.layer for block in model.blocks() if block.moe is not None]
     if total is None:
         return {}

@@ -8,12 +8,12 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels import onednn
 from qsparse_moe.moe.backends import stacked
-from qsparse_moe.moe.permutation import RowCounts
+from qsparse_moe.moe.permutation import TokenCounts
 
 _PRODUCTS = stacked.Products(onednn.torch_gemm)
 
 
-def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: TokenCounts) -> Tensor:
     """Return ``(N, Y)``: the rows of each expert times its matrix."""
     return stacked.matmul(rows_NX, weights_EXY, counts.as_list, by=_PRODUCTS)
 

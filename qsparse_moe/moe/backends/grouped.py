@@ -7,14 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.permutation import RowCounts
+from qsparse_moe.moe.permutation import TokenCounts
 
 # grouped_mm requires rows whose size is a multiple of 16 bytes: 8 features in bf16, 4 in fp32. The dtype of the model
 # is not known when the backend is chosen, so the stricter rule applies.
 _MULTIPLE = 8
 
 
-def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: TokenCounts) -> Tensor:
     """Return ``(N, Y)``: the rows of each expert times its matrix. The row counts stay on the device.
 
     If PyTorch has no grouped kernel for the dtype on the device, its fallback copies the counts to the host.

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.permutation import RowCounts
+from qsparse_moe.moe.permutation import TokenCounts
 
 
-def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: TokenCounts) -> Tensor:
     """Return ``(N, Y)``: the rows of each expert times its matrix. Waits for the row counts on the host."""
     parts = rows_NX.split(counts.as_list)
     return torch.cat([part @ weight for part, weight in zip(parts, weights_EXY.unbind(), strict=True)])

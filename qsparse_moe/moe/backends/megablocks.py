@@ -18,14 +18,14 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import tiles
 from qsparse_moe.moe.backends import grouped
 from qsparse_moe.moe.backends.megablocks_package import has_extension, load, missing
-from qsparse_moe.moe.permutation import Permutation, RoutedTokens, RowCounts, count_rows, rows_within_capacity
+from qsparse_moe.moe.permutation import Permutation, RoutedTokens, TokenCounts, count_tokens, positions_within_capacity
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The kernels compute offsets of values in int32.
 _MAX_VALUES = 2**31 - 1
 
 
-class SortedRows(NamedTuple):
+class MegaBlocksTokens(NamedTuple):
     """All routed tokens as MegaBlocks describes them, in int32, sorted by expert and within an expert by token."""
 
     expert_N: Tensor
@@ -34,8 +34,8 @@ class SortedRows(NamedTuple):
     """The (token, choice) pair of each row, as ``token * A + choice`` (its ``indices``)."""
     ends_E: Tensor
     """Exclusive end of each expert's rows (its ``bins``)."""
-    rows_per_expert_E: Tensor
-    """An expert without rows has 0."""
+    tokens_per_expert_E: Tensor
+    """An expert without tokens has 0."""
     experts_per_token: int
 
     @property
@@ -44,18 +44,18 @@ class SortedRows(NamedTuple):
         return self.slot_N.div(self.experts_per_token, rounding_mode="floor")
 
 
-class RowsWithinCapacity(NamedTuple):
-    """The rows that are within the capacity of their expert, and all rows, which MegaBlocks' kernels need."""
+class TokensWithinCapacity(NamedTuple):
+    """The tokens that are within the capacity of their expert, and all, which MegaBlocks' kernels need."""
 
     token_N: Tensor
     """The token of each row."""
     expert_N: Tensor
     """The expert of each row, ascending."""
-    rows_per_expert_E: Tensor
-    """int64; an expert without rows has 0."""
+    tokens_per_expert_E: Tensor
+    """int64; an expert without tokens has 0."""
     row_N: Tensor
-    """The position of each row among all rows."""
-    all_rows: SortedRows
+    """The position of each among all routed tokens."""
+    all_tokens: MegaBlocksTokens
 
 
 def sort(expert_ids_TA: Tensor, num_experts: int, within_TA: Tensor | None = None) -> RoutedTokens:
@@ -63,40 +63,43 @@ def sort(expert_ids_TA: Tensor, num_experts: int, within_TA: Tensor | None = Non
 
     Nothing is copied to the host except, with ``within_TA``, the number of remaining pairs.
     """
-    rows = _sort_all(expert_ids_TA, num_experts)
+    routed = _sort_all(expert_ids_TA, num_experts)
     if within_TA is None:
-        return rows
-    row_N = rows_within_capacity(rows.slot_N, within_TA)
-    expert_N = rows.expert_N[row_N]
-    return RowsWithinCapacity(rows.token_N[row_N], expert_N, count_rows(expert_N, num_experts), row_N, rows)
+        return routed
+    row_N = positions_within_capacity(routed.slot_N, within_TA)
+    expert_N = routed.expert_N[row_N]
+    return TokensWithinCapacity(routed.token_N[row_N], expert_N, count_tokens(expert_N, num_experts), row_N, routed)
 
 
-def _sort_all(expert_ids_TA: Tensor, num_experts: int) -> SortedRows:
+def _sort_all(expert_ids_TA: Tensor, num_experts: int) -> MegaBlocksTokens:
     ops = load().ops
     ids_N = expert_ids_TA.flatten().int()
     with tiles.on_device_of(ids_N):
+        # The sort reads only the low bits that ids can have, and at least one.
         expert_N, slot_N = ops.sort(ids_N, max(1, (num_experts - 1).bit_length()))
-        rows_per_expert_E = ops.histogram(ids_N, num_experts)
+        tokens_per_expert_E = ops.histogram(ids_N, num_experts)
         # For a single expert the result has no dim.
-        ends_E = ops.inclusive_cumsum(rows_per_expert_E, 0).view(num_experts)
-    return SortedRows(expert_N, slot_N, ends_E, rows_per_expert_E, expert_ids_TA.shape[1])
+        ends_E = ops.inclusive_cumsum(tokens_per_expert_E, 0).view(num_experts)
+    return MegaBlocksTokens(expert_N, slot_N, ends_E, tokens_per_expert_E, expert_ids_TA.shape[1])
 
 
-def permute(x_TD: Tensor, rows: SortedRows | RowsWithinCapacity) -> Tensor:
+def permute(x_TD: Tensor, routed: MegaBlocksTokens | TokensWithinCapacity) -> Tensor:
     """Compute ``permute_reference`` with MegaBlocks' ``gather``, whose backward is its ``scatter``.
 
     Raises:
         BackendUnavailable: its kernels do not support a tensor of this dtype or size.
     """
-    if isinstance(rows, RowsWithinCapacity):
-        return permute(x_TD, rows.all_rows).index_select(0, rows.row_N)
-    _check(x_TD, len(rows.slot_N))
+    if isinstance(routed, TokensWithinCapacity):
+        return permute(x_TD, routed.all_tokens).index_select(0, routed.row_N)
+    _check(x_TD, len(routed.slot_N))
     with tiles.on_device_of(x_TD):
         # The kernel ignores strides.
-        return load().ops.gather(x_TD.contiguous(), rows.slot_N, rows.expert_N, rows.ends_E, rows.experts_per_token)
+        return load().ops.gather(
+            x_TD.contiguous(), routed.slot_N, routed.expert_N, routed.ends_E, routed.experts_per_token
+        )
 
 
-def combine(y_ND: Tensor, weights_TA: Tensor, rows: SortedRows | RowsWithinCapacity) -> Tensor:
+def combine(y_ND: Tensor, weights_TA: Tensor, routed: MegaBlocksTokens | TokensWithinCapacity) -> Tensor:
     """Compute ``combine_reference`` with MegaBlocks' ``scatter``.
 
     Its backward is MegaBlocks' ``gather`` and a kernel of dot products.
@@ -104,19 +107,19 @@ def combine(y_ND: Tensor, weights_TA: Tensor, rows: SortedRows | RowsWithinCapac
     Raises:
         BackendUnavailable: its kernels do not support a tensor of this dtype or size.
     """
-    if isinstance(rows, RowsWithinCapacity):
+    if isinstance(routed, TokensWithinCapacity):
         # A dropped row is zero here: it adds nothing to its token, and its router weight gets no gradient.
-        all_ND = y_ND.new_zeros(weights_TA.numel(), y_ND.shape[1]).index_copy(0, rows.row_N, y_ND)
-        return combine(all_ND, weights_TA, rows.all_rows)
-    _check(y_ND, len(rows.slot_N))
+        all_ND = y_ND.new_zeros(weights_TA.numel(), y_ND.shape[1]).index_copy(0, routed.row_N, y_ND)
+        return combine(all_ND, weights_TA, routed.all_tokens)
+    _check(y_ND, len(routed.slot_N))
     weight_N = weights_TA.flatten().contiguous()
     with tiles.on_device_of(y_ND):
         return load().ops.scatter(
-            y_ND.contiguous(), rows.slot_N, rows.expert_N, weight_N, rows.ends_E, rows.experts_per_token
+            y_ND.contiguous(), routed.slot_N, routed.expert_N, weight_N, routed.ends_E, routed.experts_per_token
         )
 
 
-def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: RowCounts) -> Tensor:
+def matmul(rows_NX: Tensor, weights_EXY: Tensor, counts: TokenCounts) -> Tensor:
     """Return ``(N, Y)``: the rows of each expert times its matrix.
 
     The package grouped_gemm multiplies if it is installed, for bf16 on CUDA, the only case it supports. It needs the

@@ -30,6 +30,7 @@ def has_extension() -> bool:
     """Return whether MegaBlocks' CUDA extension is installed; the replacement in this package does not count."""
     loaded = sys.modules.get(_EXTENSION)
     if loaded is not None:
+        # The replacement is registered under this name as well, but has a name of its own.
         return loaded.__name__ == _EXTENSION
     return importlib.util.find_spec(_EXTENSION) is not None
 
@@ -46,6 +47,7 @@ def load() -> ModuleType:
     # Imported here, because missing() must work without torch: doctor reports a missing torch as well.
     from qsparse_moe.kernels import tiles
 
+    # Before the import below, because MegaBlocks imports its extension when it is imported.
     if not has_extension():
         sys.modules[_EXTENSION] = import_module(_STAND_IN)
         logger.warning(

@@ -11,9 +11,9 @@ from torch import Tensor
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels.onednn import is_faster_in_fp32
 from qsparse_moe.moe.backends import blas, grouped, loop, megablocks, megablocks_package, onednn
-from qsparse_moe.moe.permutation import GATHERS, Permutation, RowCounts
+from qsparse_moe.moe.permutation import GATHERS, Permutation, TokenCounts
 
-Matmul = Callable[[Tensor, Tensor, RowCounts], Tensor]
+Matmul = Callable[[Tensor, Tensor, TokenCounts], Tensor]
 
 
 @dataclass(frozen=True)

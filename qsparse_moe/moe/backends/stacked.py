@@ -36,6 +36,7 @@ class _StackedMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_NY: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         rows_NX, weights_EXY = ctx.saved_tensors
+        # Frozen weights, and the input of the first layer, need no product.
         grad_rows = grad_weights = None
         if ctx.needs_input_grad[0]:
             grad_rows = _rows_times(grad_NY, weights_EXY.transpose(1, 2), ctx.counts, ctx.by)
@@ -71,6 +72,7 @@ def _outer(rows_NX: Tensor, grad_NY: Tensor, like_EXY: Tensor, counts: list[int]
             rows, grad = (_zero_padded(part[start : start + count], by.round_to) for part in (rows_NX, grad_NY))
             by.gemm(rows.T, grad, out_XY)
         else:
+            # empty_like leaves the memory of an expert without tokens as it was.
             out_XY.zero_()
         start += count
     return out_EXY

@@ -17,8 +17,8 @@ from tests.ablation.grid_files import BASE, GRID, finished_run
 def test_finished_runs_are_reused_and_a_broken_run_does_not_stop_the_others(write, tmp_path):
     broken = GRID.replace("half: {", "half: {data.cache_dir: /proc/none, ").replace("[0, 3]", "[0]")
     grid = load_grid(write(broken), output_dir=str(tmp_path / "out"))
-    told = []
-    outcomes, stopped_by = run_grid(grid, notify=told.append)
+    notified = []
+    outcomes, stopped_by = run_grid(grid, notify=notified.append)
     assert stopped_by == 0
     assert [outcome.finished for outcome in outcomes] == [True, False]
     assert outcomes[0].bits_per_byte > 0
@@ -27,7 +27,7 @@ def test_finished_runs_are_reused_and_a_broken_run_does_not_stop_the_others(writ
     last = json.loads((grid.folder / "dense-seed0" / "metrics.jsonl").read_text().splitlines()[-1])
     assert outcomes[0].layer_grad_norms == [last["train/grad_norm/layer_0"]]
     assert "exit code 2" in outcomes[1].error
-    assert told == outcomes
+    assert notified == outcomes
     before = (grid.folder / "dense-seed0" / "metrics.jsonl").stat().st_mtime_ns
     again, _ = run_grid(load_grid(write(GRID.replace("[0, 3]", "[0]")), output_dir=str(tmp_path / "out")))
     assert [outcome.finished for outcome in again] == [True, True]

@@ -33,9 +33,9 @@ def test_fp32_weights_are_their_own_masters_and_the_plain_engine_shards_nothing(
 
 def test_expert_parallel_weights_are_sharded_over_the_expert_data_parallel_group():
     config = run(precision="bf16")
-    spread = config.model_copy(update={"training": config.training.model_copy(update={"expert_parallel_size": 2})})
+    sharded = config.model_copy(update={"training": config.training.model_copy(update={"expert_parallel_size": 2})})
     experts = 2 * 3 * 4 * 32 * 24
-    whole, half = (state_memory(c, 4, 1) for c in (config, spread))
+    whole, half = (state_memory(c, 4, 1) for c in (config, sharded))
     assert whole.weights - half.weights == pytest.approx(2 * experts / 2)
     # Two ranks hold the same experts: a quarter of the whole each, as without.
     assert whole.optimizer == pytest.approx(half.optimizer)

@@ -55,8 +55,8 @@ def test_the_step_benchmark_measures_all_three_and_reports_the_time_of_each_part
     assert set(result["seconds"]) == {PEER, DENSE, SPARSE}
     assert all(seconds > 0 for seconds in result["seconds"].values())
     for name in (DENSE, SPARSE):
-        told = result["times_faster_than_peer"][name]
-        assert told["min"] <= told["median"] <= told["max"]
+        ratio = result["times_faster_than_peer"][name]
+        assert ratio["min"] <= ratio["median"] <= ratio["max"]
     shares = list(result["profile"][SPARSE].values())
     assert shares == sorted(shares, reverse=True)
     assert 0 < shares[0] <= sum(shares) <= 1

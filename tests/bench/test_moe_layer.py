@@ -164,7 +164,7 @@ OPTIONS = {
 def test_the_verb_prints_a_table_and_writes_the_results(small_peak, monkeypatch, tmp_path, capsys):
     seen = []
     real = moe_layer.run_moe_benchmark
-    monkeypatch.setattr(moe_layer, "run_moe_benchmark", lambda asked: seen.append(asked) or real(asked, {}))
+    monkeypatch.setattr(moe_layer, "run_moe_benchmark", lambda requested: seen.append(requested) or real(requested, {}))
     options = [word for pair in OPTIONS.items() for word in pair]
     assert run(["bench", "moe", *options, "--output", str(tmp_path / "new" / "moe.json")]) == 0
     assert seen[0].shape == SHAPE
@@ -181,14 +181,14 @@ def test_precisions_that_the_processor_has_no_products_for_are_measured_only_by_
 ):
     from qsparse_moe.kernels import onednn
 
-    asked = []
+    requested = []
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
-    monkeypatch.setattr(moe_layer, "run_moe_benchmark", lambda benchmark: asked.append(benchmark) or {"layers": []})
+    monkeypatch.setattr(moe_layer, "run_moe_benchmark", lambda benchmark: requested.append(benchmark) or {"layers": []})
     assert run(["bench", "moe"]) == 0
-    assert asked[0].precisions == precisions
+    assert requested[0].precisions == precisions
     assert run(["bench", "moe", "--precision", "bf16"]) == 0
-    assert asked[1].precisions == ("bf16",)
-    assert asked[0].shape == moe_layer.SHAPES["cpu"]
+    assert requested[1].precisions == ("bf16",)
+    assert requested[0].shape == moe_layer.SHAPES["cpu"]
 
 
 @pytest.mark.parametrize(

@@ -293,5 +293,5 @@ def test_existing_run_folder_is_refused_before_torch_is_imported(tmp_path):
 
 
 def test_verbs_are_modules_of_the_command_line_package():
-    room = Path(app_module.__file__).parent
-    assert all((room / f"{verb.replace('-', '_')}.py").is_file() for verb in VERBS)
+    folder = Path(app_module.__file__).parent
+    assert all((folder / f"{verb.replace('-', '_')}.py").is_file() for verb in VERBS)

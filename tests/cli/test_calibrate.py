@@ -98,9 +98,11 @@ def test_s_is_that_of_the_run_or_the_requested_one(trained, tmp_path):
     other.save(tmp_path / "other.json")
     calibrated = values("--plan", str(tmp_path / "other.json"))
     assert calibrated.values == other.values and calibrated.thresholds.keys() == other.values.keys()
-    asked = values("model.sparsity.sites.expert_hidden=0.75", "model.sparsity.overrides=[{layers: 1, sparsity: 0.0}]")
-    assert asked.sparsity(0, "expert_hidden") == 0.75 and asked.sparsity(0, "expert_input") == 0.5
-    assert not any(asked.values[1, "expert_hidden"]) and not any(asked.thresholds[1, "expert_hidden"])
+    requested = values(
+        "model.sparsity.sites.expert_hidden=0.75", "model.sparsity.overrides=[{layers: 1, sparsity: 0.0}]"
+    )
+    assert requested.sparsity(0, "expert_hidden") == 0.75 and requested.sparsity(0, "expert_input") == 0.5
+    assert not any(requested.values[1, "expert_hidden"]) and not any(requested.thresholds[1, "expert_hidden"])
 
 
 def test_s_of_a_run_is_that_of_its_last_step_and_a_requested_s_is_not_scheduled(tmp_path):

@@ -113,12 +113,12 @@ def test_each_missing_part_of_megablocks_is_reported_with_its_remedy(capsys, mon
     monkeypatch.setattr(checks, "has_extension", lambda: False)
     ready, found = findings(capsys, code=0)
     assert ready
-    told = {name: found[name]["detail"] for name in ("megablocks", "stanford-stk", "megablocks_ops", "grouped_gemm")}
-    assert not any(found[name]["runs"] for name in told)
-    assert told["megablocks"] == "not installed; bash launch/megablocks.sh installs it for the installed torch"
-    assert told["stanford-stk"] == "not installed; megablocks imports it: bash launch/megablocks.sh"
-    assert "PyTorch is used instead. bash launch/megablocks.sh compiles it" in told["megablocks_ops"]
-    assert "torch's grouped_mm is used instead. GROUPED_GEMM=1 bash launch/m" in told["grouped_gemm"]
+    details = {name: found[name]["detail"] for name in ("megablocks", "stanford-stk", "megablocks_ops", "grouped_gemm")}
+    assert not any(found[name]["runs"] for name in details)
+    assert details["megablocks"] == "not installed; bash launch/megablocks.sh installs it for the installed torch"
+    assert details["stanford-stk"] == "not installed; megablocks imports it: bash launch/megablocks.sh"
+    assert "PyTorch is used instead. bash launch/megablocks.sh compiles it" in details["megablocks_ops"]
+    assert "torch's grouped_mm is used instead. GROUPED_GEMM=1 bash launch/m" in details["grouped_gemm"]
     backend = found["model.moe.backend=megablocks"]
     assert not backend["runs"] and backend["detail"].startswith(
         "megablocks is not installed; bash launch/megablocks.sh"

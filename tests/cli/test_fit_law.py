@@ -30,8 +30,8 @@ def test_a_law_is_fitted_printed_and_written_with_its_figures(tmp_path, capsys):
     broken = rows()[0] | {"id": "broken", "finished": False, "loss": None, "curve": []}
     file, output = write_rows(tmp_path / "results.jsonl", [*rows(), broken]), tmp_path / "law"
     arguments = (tmp_path, "--form", "product", "--form", "kept", "--bootstrap", 20, "--output", output)
-    code, printed, told = fit(capsys, *arguments, "--json")
-    assert (code, told) == (0, "fitting product\nfitting kept\n")
+    code, printed, errors = fit(capsys, *arguments, "--json")
+    assert (code, errors) == (0, "fitting product\nfitting kept\n")
     found = json.loads(printed)
     assert json.loads((output / "law.json").read_text()) == found
     assert (found["runs"], found["points"], found["left_out"], found["unit"]) == (48, 240, 1, "nats per token")
@@ -122,32 +122,32 @@ BAD_ROWS = {
 def test_results_that_determine_no_law_are_refused_and_nothing_is_written(case, tmp_path, capsys):
     change, message = BAD_ROWS[case]
     file, output = write_rows(tmp_path / "runs.jsonl", change(rows())), tmp_path / "law"
-    code, printed, told = fit(capsys, file, "--output", output)
+    code, printed, errors = fit(capsys, file, "--output", output)
     assert (code, printed) == (2, "")
-    assert message in told and "Traceback" not in told
+    assert message in errors and "Traceback" not in errors
     assert not output.exists()
     if "line" in message or "run run" in message or "nothing" in case:
-        assert str(file) in told
+        assert str(file) in errors
 
 
 def test_a_truncated_or_missing_file_is_refused(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows())
     file.write_text(file.read_text()[:-200])
     assert f"{file}, line 48" in fit(capsys, file)[2]
-    code, _, told = fit(capsys, tmp_path / "none.jsonl")
-    assert code == 2 and "none.jsonl cannot be read" in told
+    code, _, errors = fit(capsys, tmp_path / "none.jsonl")
+    assert code == 2 and "none.jsonl cannot be read" in errors
 
 
 def test_a_reason_names_the_forms_that_the_runs_determine(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows(sparsities=(0.5,), widths=(32, 48, 64, 96, 128)))
-    told = fit(capsys, file)[2]
-    assert "the form product cannot be fitted: S takes 1 value in the runs, and its constants need at least 3" in told
+    errors = fit(capsys, file)[2]
+    assert "the form product cannot be fitted: S takes 1 value in the runs, and its constants need at least 3" in errors
     assert (
         "add such runs, or name another --form (forms that these runs can determine: fine-grained-moe, joint-moe,"
-        in told
+        in errors
     )
-    told = fit(capsys, write_rows(tmp_path / "few.jsonl", rows()[:3]), "--form", "kept")[2]
-    assert "(forms that these runs can determine: none)" in told
+    errors = fit(capsys, write_rows(tmp_path / "few.jsonl", rows()[:3]), "--form", "kept")[2]
+    assert "(forms that these runs can determine: none)" in errors
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatch):

@@ -65,7 +65,7 @@ CASES = {
         ),
         {"data.sources": [{"kind": "jsonl", "path": "a", "column": "body"}]},
     ),
-    "separator of rows": (
+    "separator of JSONL": (
         {"data.sources": [{"kind": "jsonl", "path": "a", "separator": "--"}]},
         (
             'data.sources.0.separator ("--")',
@@ -106,5 +106,5 @@ def test_message_names_setting_value_rule_and_way_out(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_way_out_repairs_the_settings(case):
-    settings, _, mended = CASES[case]
-    assert messages(settings | mended) == []
+    settings, _, repaired = CASES[case]
+    assert messages(settings | repaired) == []

@@ -123,7 +123,7 @@ CASES = {
         ),
         {"model.moe.dense_hidden_size": 96},
     ),
-    "groups of which nothing stays": (
+    "groups without a selected feature": (
         BLOCK | {"model.sparsity.default": 0.99},
         (
             "model.sparsity.default (0.99)",
@@ -135,7 +135,7 @@ CASES = {
         ),
         {"model.sparsity.default": 0.96875},
     ),
-    "groups of which nothing stays at a site": (
+    "groups without a selected feature at a site": (
         BLOCK | {"model.sparsity.group_size": 4, "model.sparsity.sites.expert_hidden": 0.9},
         (
             "model.sparsity.sites.expert_hidden (0.9)",
@@ -147,7 +147,7 @@ CASES = {
         ),
         {"model.sparsity.group_size": 8},
     ),
-    "groups of which nothing stays in an override": (
+    "groups without a selected feature in an override": (
         BLOCK | {"model.sparsity.overrides": [{"sparsity": 0.99}]},
         (
             "model.sparsity.overrides.0.sparsity (0.99)",
@@ -170,8 +170,8 @@ def test_message_names_setting_value_rule_and_way_out(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_way_out_repairs_the_settings(case):
-    settings, _, mended = CASES[case]
-    assert messages(settings | mended) == []
+    settings, _, repaired = CASES[case]
+    assert messages(settings | repaired) == []
 
 
 def test_groups_matter_only_where_something_is_selected():

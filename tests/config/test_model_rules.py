@@ -81,7 +81,7 @@ CASES = {
         ),
         {"model.num_kv_heads": 1},
     ),
-    "experts a token": (
+    "more experts per token than there are": (
         {"model.moe.experts_per_token": 9},
         (
             "model.moe.experts_per_token (9)",
@@ -127,7 +127,7 @@ CASES = {
         ),
         {"model.moe.num_dense_layers": 4},
     ),
-    "width of no shared experts": (
+    "width of shared experts without any": (
         {"model.moe.shared_expert_hidden_size": 512},
         (
             "model.moe.shared_expert_hidden_size (512)",
@@ -137,7 +137,7 @@ CASES = {
         ),
         {"model.moe.num_shared_experts": 1},
     ),
-    "gate of no shared experts": (
+    "gate of shared experts without any": (
         {"model.moe.shared_expert_gate": True},
         (
             "model.moe.shared_expert_gate (true)",
@@ -158,8 +158,8 @@ def test_message_names_setting_value_rule_and_way_out(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_way_out_repairs_the_settings(case):
-    settings, _, mended = CASES[case]
-    assert messages(settings | mended) == []
+    settings, _, repaired = CASES[case]
+    assert messages(settings | repaired) == []
 
 
 def test_model_made_in_python_can_be_checked():

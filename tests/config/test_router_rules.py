@@ -37,7 +37,7 @@ CASES = {
         ),
         {"model.moe.num_expert_groups": 4},
     ),
-    "more groups a token than there are": (
+    "more groups per token than there are": (
         groups(8, 4, 5),
         (
             "model.moe.groups_per_token (5)",
@@ -45,7 +45,7 @@ CASES = {
         ),
         {"model.moe.groups_per_token": 4},
     ),
-    "groups a token without groups": (
+    "groups per token without groups": (
         {"model.moe.groups_per_token": 2},
         (
             "model.moe.groups_per_token (2)",
@@ -65,7 +65,7 @@ CASES = {
         ),
         {"model.moe.groups_per_token": 3},
     ),
-    "the two best of groups of one": (
+    "the two best experts of groups of one": (
         groups(4, 4, 2),
         (
             "model.moe.group_score (top2_sum)",
@@ -87,7 +87,7 @@ CASES = {
         ),
         {"model.moe.num_expert_groups": 2, "model.moe.groups_per_token": 2},
     ),
-    "an end of what does not begin": (
+    "an end of bias updates without a rate": (
         {"model.moe.bias_update_steps": 10},
         (
             "model.moe.bias_update_steps (10)",
@@ -141,8 +141,8 @@ def test_message_names_setting_value_rule_and_way_out(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_way_out_repairs_the_settings(case):
-    settings, _, mended = CASES[case]
-    assert messages(settings | mended) == []
+    settings, _, repaired = CASES[case]
+    assert messages(settings | repaired) == []
 
 
 def test_a_router_of_sparse_tokens_refuses_thresholds(tmp_path):

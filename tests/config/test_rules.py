@@ -59,13 +59,13 @@ BORDERS = {
         "model.moe.groups_per_token": 2,
         "model.moe.experts_per_token": 4,
     },
-    "groups of two experts, of which the two best count": {
+    "groups of two experts that are scored by the two best": {
         "model.moe.num_experts": 8,
         "model.moe.num_expert_groups": 4,
         "model.moe.groups_per_token": 2,
         "model.moe.group_score": "top2_sum",
     },
-    "groups that keep one feature": BLOCK
+    "groups with one selected feature": BLOCK
     | {"model.sparsity.default": 0.9, "model.sparsity.group_size": 8, "model.moe.expert_hidden_size": 64},
 }
 

@@ -63,7 +63,7 @@ CASES = {
         ),
         {"model.moe.num_dense_layers": 3},
     ),
-    "override of a layer that is not there": (
+    "override of an absent layer": (
         override(layers=4),
         (
             "model.sparsity.overrides.0.layers (4)",
@@ -106,7 +106,7 @@ CASES = {
         ),
         override(layers="1-3"),
     ),
-    "override with a selector that is none": (
+    "override with an invalid selector": (
         override(layers="all"),
         (
             'model.sparsity.overrides.0.layers ("all")',
@@ -115,7 +115,7 @@ CASES = {
         ),
         override(layers="2"),
     ),
-    "override of an expert that is not there": (
+    "override of an absent expert": (
         override(experts="4-8"),
         (
             'model.sparsity.overrides.0.experts ("4-8")',
@@ -124,7 +124,7 @@ CASES = {
         ),
         override(experts="4-7"),
     ),
-    "override of experts at a site that has none": (
+    "override of experts at a site without experts": (
         override(experts=0, site="attention_input"),
         (
             "model.sparsity.overrides.0.experts (0)",
@@ -197,8 +197,8 @@ def test_message_names_setting_value_rule_and_way_out(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_way_out_repairs_the_settings(case):
-    settings, _, mended = CASES[case]
-    assert messages(settings | mended) == []
+    settings, _, repaired = CASES[case]
+    assert messages(settings | repaired) == []
 
 
 def test_zero_at_an_absent_site_is_accepted():

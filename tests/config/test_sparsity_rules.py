@@ -10,7 +10,7 @@ from tests.support.messages import assert_one_message
 # Broken settings; the parts of the message in order (settings with values, the numbers of the rule, the way out); and a
 # change that repairs them.
 CASES: dict[str, tuple[dict, tuple[str, ...], dict]] = {
-    "a format for a site that is not there": (
+    "a format for an absent site": (
         {"model.sparsity.quantization.sites.shared_input": "int4"},
         (
             "model.sparsity.quantization.sites.shared_input (int4)",
@@ -111,7 +111,7 @@ CASES: dict[str, tuple[dict, tuple[str, ...], dict]] = {
         ),
         {"training.steps": 110},
     ),
-    "a plan that is not there": (
+    "a missing plan": (
         {"model.sparsity.plan": "no/plan.json"},
         (
             "model.sparsity.plan (no/plan.json)",
@@ -129,7 +129,7 @@ CASES: dict[str, tuple[dict, tuple[str, ...], dict]] = {
         ),
         {"model.sparsity.preset": None},
     ),
-    "a preset that keeps less than one of a group": (
+    "a preset that selects less than one feature of a group": (
         {"model.sparsity.preset": "a4.8", "model.sparsity.selection": "block", "model.sparsity.group_size": 1},
         (
             "model.sparsity.preset (0.5)",

@@ -88,7 +88,7 @@ CASES = {
         ),
         {"training.loss_scale.minimum": 16},
     ),
-    "a column for what is no setting": (
+    "a column for an unknown setting": (
         {"metrics.hyperparameters": ["training.stps"]},
         (
             "metrics.hyperparameters",
@@ -174,7 +174,7 @@ CASES = {
         ),
         {"training.expert_parallel_size": 5},
     ),
-    "no experts to spread": (
+    "no experts to shard": (
         {"model.num_layers": 2, "model.moe.num_dense_layers": 2, "training.expert_parallel_size": 2},
         (
             "training.expert_parallel_size (2)",
@@ -198,8 +198,8 @@ def test_message_names_setting_value_rule_and_way_out(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_way_out_repairs_the_settings(case):
-    settings, _, mended = CASES[case]
-    assert messages(settings | mended) == []
+    settings, _, repaired = CASES[case]
+    assert messages(settings | repaired) == []
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -47,15 +47,15 @@ def test_the_identity_of_a_hub_data_set_follows_its_revision(data_folder: Path) 
 def test_a_hub_name_is_passed_on_with_its_subset(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    real, asked = datasets.load_dataset_builder, []
+    real, requested = datasets.load_dataset_builder, []
 
     def load(name: str, subset: str | None) -> Any:
-        asked.append((name, subset))
+        requested.append((name, subset))
         return real(str(data_folder))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", load)
     assert len(read(kind="hub", path="owner/name", subset="small", column="body")) == 10
-    assert asked == [("owner/name", "small")]
+    assert requested == [("owner/name", "small")]
 
 
 def test_a_hub_data_set_that_cannot_be_opened_is_refused(data_folder: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_saved_data_set_is_read_by_its_own_kind(tmp_path: Path) -> None:
 
 
 def test_a_missing_folder_is_not_requested_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("datasets.load_dataset_builder", lambda *_: pytest.fail("requested"))
     for path in (str(tmp_path / "no"), "./no", "a/b/c"):
         with pytest.raises(DataError, match=r"\(hub\): path '.*' looks like a folder, and there is none .*owner/name"):
             read(kind="hub", path=path)

@@ -44,10 +44,10 @@ def test_packing_together_or_one_by_one_gives_the_same_sequences(texts: list[byt
 
 def test_a_packer_continues_from_its_state() -> None:
     first, second = make_document(b"abcdefg"), make_document(b"hijklmnop")
-    unbroken, resumed = Packer(5), Packer(5)
-    unbroken.add([first])
-    resumed.load_state_dict(json.loads(json.dumps(unbroken.state_dict())))
-    want, got = unbroken.add([second]), resumed.add([second])
+    uninterrupted, resumed = Packer(5), Packer(5)
+    uninterrupted.add([first])
+    resumed.load_state_dict(json.loads(json.dumps(uninterrupted.state_dict())))
+    want, got = uninterrupted.add([second]), resumed.add([second])
     assert want.tokens.tolist() == got.tokens.tolist() and len(got.tokens) == 2
     assert want.num_bytes.tolist() == got.num_bytes.tolist()
 

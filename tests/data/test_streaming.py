@@ -91,11 +91,11 @@ def test_a_stream_resumes_at_every_document(tmp_path: Path, kind: str, world_siz
     def make() -> SourceStream:
         return SourceStream(opened, validation_fraction=FRACTION, rank=world_size - 1, world_size=world_size, seed=seed)
 
-    unbroken = make()
-    states, texts = [unbroken.state_dict()], []
+    uninterrupted = make()
+    states, texts = [uninterrupted.state_dict()], []
     for _ in range(90 // world_size):  # over the border of two passes
-        texts.append(unbroken.next_text())
-        states.append(unbroken.state_dict())
+        texts.append(uninterrupted.next_text())
+        states.append(uninterrupted.state_dict())
     assert texts.count(None) >= 2
     for place in range(0, len(texts) - 8, 3):
         resumed = make()
@@ -145,11 +145,11 @@ def test_other_weights_are_fractions_of_tokens_and_sources_start_over(tmp_path: 
 
 def test_a_mixture_resumes_at_every_document(tmp_path: Path) -> None:
     for weights in ([1.0, 1.0], [2.0, 1.0]):
-        unbroken = make_mixture(tmp_path, weights)
+        uninterrupted = make_mixture(tmp_path, weights)
         states, texts = [], []
         for _ in range(150):
-            states.append(json.dumps(unbroken.state_dict()))
-            texts += documents(unbroken, 1)
+            states.append(json.dumps(uninterrupted.state_dict()))
+            texts += documents(uninterrupted, 1)
         for place in range(0, 140, 7):
             resumed = make_mixture(tmp_path, weights)
             resumed.load_state_dict(json.loads(states[place]))

@@ -164,15 +164,15 @@ def test_a_broken_settings_file_is_refused(bpe_folder: Path, tmp_path: Path) -> 
 
 
 def test_a_hub_name_is_fetched_file_by_file(bpe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
+    requested = []
 
     def fetch(name: str, file: str) -> str:
-        asked.append((name, file))
+        requested.append((name, file))
         return str(bpe_folder / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     tokenizer = load_tokenizer("owner/name")
-    assert asked == [("owner/name", "tokenizer.json"), ("owner/name", "tokenizer_config.json")]
+    assert requested == [("owner/name", "tokenizer.json"), ("owner/name", "tokenizer_config.json")]
     assert tokenizer.fingerprint == load_tokenizer(str(bpe_folder)).fingerprint
 
 
@@ -221,8 +221,10 @@ def test_a_name_like_a_path_is_not_requested_from_the_hub(
     monkeypatch.chdir(tmp_path)
     shutil.copytree(bpe_folder, "tok_hf")
     shutil.copytree(bpe_folder, "sub/tok_hf")
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("asked"))
-    with pytest.raises(DataError, match=r"tokenizer\.json does not exist; .*The hub is not asked for a path\. Correct"):
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("requested"))
+    with pytest.raises(
+        DataError, match=r"tokenizer\.json does not exist; .*The hub is not asked for a path\. Correct"
+    ):
         load_tokenizer(name)
     if "tok_h" in name:
         with pytest.raises(DataError, match=r"\(did you mean (sub/)?tok_hf\?\)"):

@@ -53,9 +53,9 @@ def test_runs_with_files_have_the_losses_of_runs_in_memory_and_resume_each_other
         make("plain-to-all", everything, "plain-stopped"),
         make("all-to-plain", PLAIN, "all-stopped"),
         make("all-to-all", everything, "all-stopped"),
-        make("states-spread", states, experts_over=2),
-        make("all-spread", everything, experts_over=2),
-        make("plain-to-all-spread", everything, "plain-stopped", experts_over=2),
+        make("states-sharded", states, experts_over=2),
+        make("all-sharded", everything, experts_over=2),
+        make("plain-to-all-sharded", everything, "plain-stopped", experts_over=2),
         make("misaligned", states, vocab_size=257),
     ]
     outcomes = {label: ranks[0] for label, ranks in run_plan(tmp_path / "launch", plan, ranks=2).items()}
@@ -66,9 +66,9 @@ def test_runs_with_files_have_the_losses_of_runs_in_memory_and_resume_each_other
     assert not (tmp_path / "runs" / "misaligned").exists()
     for label, outcome in outcomes.items():
         assert outcome["error"] is None, f"{label}: {outcome['traceback']}"
-    for label in ("states", "all", "states-spread", "all-spread"):
+    for label in ("states", "all", "states-sharded", "all-sharded"):
         assert_same_run(outcomes[label], outcomes["plain"], "fp32")
-    for label in ("plain-to-all", "all-to-plain", "all-to-all", "plain-to-all-spread"):
+    for label in ("plain-to-all", "all-to-plain", "all-to-all", "plain-to-all-sharded"):
         assert_same_run(outcomes[label], outcomes["plain"], "fp32", since=STOP_STEP)
     want, have = (state_of(tmp_path / "runs" / label)[1] for label in ("all", "all-to-all"))
     assert [key for key in want if not have[key].equal(want[key])] == []

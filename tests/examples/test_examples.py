@@ -76,7 +76,7 @@ def test_training_loop_prints_a_falling_loss_and_a_rising_sparsity(folder):
     assert loss[-1] < loss[0] - 0.5
     assert sparsity == [0.0, 0.25, 0.5, 0.75]
     assert energy[0] == 1.0 and energy[0] > energy[-1] > 0.25
-    assert all(zero >= asked for zero, asked in zip(zeros, sparsity, strict=True))
+    assert all(zero >= requested for zero, requested in zip(zeros, sparsity, strict=True))
     assert all(low <= mean for low, mean in zip(least, energy, strict=True))
 
 

@@ -220,7 +220,7 @@ def test_a_cache_is_refused_in_training():
 
 def test_an_engine_is_chosen_once_and_logged(caplog):
     built = model()
-    broken = EngineSpec("broken", lambda model: "it has no compiler; install one", lambda model, asked: None)
+    broken = EngineSpec("broken", lambda model: "it has no compiler; install one", lambda model, requested: None)
     with caplog.at_level("INFO"):
         assert resolve_engine("auto", built, engines=(broken, *ENGINES)).name == ENGINES[0].name
     assert "engine=auto: using" in caplog.text and "not broken: it has no compiler" in caplog.text

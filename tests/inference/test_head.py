@@ -93,7 +93,7 @@ def test_the_format_follows_from_the_matrices_unless_it_is_asked_for():
     built = model()
     assert [head_format(built, name) for name in ("fp32", "ternary", "int8")] == ["fp32", "fp32", "int8"]
     assert head_format(built.bfloat16(), "ternary") == "bf16"
-    assert [head_format(built, "int8", asked) for asked in ("bf16", "fp32")] == ["bf16", "fp32"]
+    assert [head_format(built, "int8", requested) for requested in ("bf16", "fp32")] == ["bf16", "fp32"]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def check(spec, name, case, dtype, device):
     assert fast.keys() == exact.keys()
     eps = torch.finfo(dtype).eps if spec.budget else 0.0
     wrong = {part: too_far_off(fast[part], plain[part], exact[part], budget=spec.budget, eps=eps) for part in exact}
-    assert not {part: told for part, told in wrong.items() if told}
+    assert not {part: fault for part, fault in wrong.items() if fault}
 
 
 @pytest.mark.parametrize(("spec", "name", "case", "dtype"), COMBINATIONS)
@@ -55,15 +55,15 @@ def test_the_check_detects_a_lost_upstream_factor_and_a_lost_feature(spec):
             right * 1.001,
             right.clone().flatten().index_fill_(0, right.abs().argmax(), 0),
         ):
-            told = too_far_off(wrong.view_as(right), right, right, budget=spec.budget, eps=1e-6)
-            assert told and told.startswith("error")
+            fault = too_far_off(wrong.view_as(right), right, right, budget=spec.budget, eps=1e-6)
+            assert fault and fault.startswith("error")
 
 
 def test_the_check_detects_memory_that_was_never_written():
     with new_memory_holds_nan():
         unwritten = torch.empty(3)
-    told = too_far_off(unwritten, torch.zeros(3), torch.zeros(3), budget=1e9, eps=1.0)
-    assert told == "error nan, allowed 0.000e+00"
+    fault = too_far_off(unwritten, torch.zeros(3), torch.zeros(3), budget=1e9, eps=1.0)
+    assert fault == "error nan, allowed 0.000e+00"
 
 
 def test_operations_have_names_of_their_own_and_a_case_for_benchmarks():

@@ -46,7 +46,7 @@ def test_every_row_is_that_of_the_reference_on_any_number_of_threads(spec, case,
     eps = torch.finfo(dtype).eps if spec.budget else 0.0
     wrong = {part: too_far_off(fast[part], plain[part], exact[part], budget=spec.budget, eps=eps) for part in exact}
     assert fast.keys() == exact.keys()
-    assert not {part: told for part, told in wrong.items() if told}
+    assert not {part: fault for part, fault in wrong.items() if fault}
 
 
 @pytest.mark.parametrize("spec", [spec for spec in OPS if "native" in spec.fast], ids=lambda spec: spec.name)

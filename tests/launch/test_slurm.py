@@ -76,14 +76,14 @@ def test_job_trains_one_run_over_its_nodes(job, tmp_path):
 
 def test_the_warning_before_the_time_limit_reaches_the_ranks_and_does_not_end_the_launcher(job, tmp_path):
     """Slurm sends it to every process of a step."""
-    add_program(tmp_path / "bin", "launcher", '#!/bin/sh\nkill -USR1 $$\necho "node $SLURM_NODEID goes on"\n')
+    add_program(tmp_path / "bin", "launcher", '#!/bin/sh\nkill -USR1 $$\necho "node $SLURM_NODEID continues"\n')
     with (tmp_path / "launch" / "setup.sh").open("a") as setup:
         setup.write("python=launcher\n")
     script = REPOSITORY / "launch" / "slurm.sbatch"
     assert "#SBATCH --signal=USR1@300\n" in script.read_text()
     result = subprocess.run(["bash", str(script), "x.yaml"], env=job, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert sorted(result.stdout.splitlines()) == ["node 0 goes on", "node 1 goes on"]
+    assert sorted(result.stdout.splitlines()) == ["node 0 continues", "node 1 continues"]
 
 
 @pytest.mark.distributed

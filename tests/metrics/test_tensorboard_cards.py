@@ -78,9 +78,11 @@ def test_hparams_have_the_settings_once_from_the_start_and_name_every_final_metr
 
 
 def test_hparams_have_a_column_per_requested_setting_named_by_the_end_of_its_path():
-    asked = ["model.init_std", "training.learning_rate", "model.sparsity.schedule.shape", "training.steps"]
-    asked += ["model.sparsity.plan", "model.moe.num_dense_layers"]
-    config = CONFIG.model_copy(update={"metrics": CONFIG.metrics.model_copy(update={"hyperparameters": tuple(asked)})})
+    requested = ["model.init_std", "training.learning_rate", "model.sparsity.schedule.shape", "training.steps"]
+    requested += ["model.sparsity.plan", "model.moe.num_dense_layers"]
+    config = CONFIG.model_copy(
+        update={"metrics": CONFIG.metrics.model_copy(update={"hyperparameters": tuple(requested)})}
+    )
     plain, more = hyperparameters(CONFIG), hyperparameters(config)
     assert plain.items() <= more.items() and "quantization.weights" in plain
     assert {name: more[name] for name in more.keys() - plain.keys()} == {
@@ -94,10 +96,10 @@ def test_hparams_have_a_column_per_requested_setting_named_by_the_end_of_its_pat
 
 def test_a_run_of_a_grid_has_columns_only_for_its_variant_and_the_settings_that_the_grid_varies():
     override = SparsityOverride(layers=2, experts="0-1", site="expert_hidden", sparsity=0.9)
-    asked = {"variant": "first", "hyperparameters": ("model.sparsity.overrides", "model.hidden_size")}
+    requested = {"variant": "first", "hyperparameters": ("model.sparsity.overrides", "model.hidden_size")}
     config = CONFIG.model_copy(
         update={
-            "metrics": CONFIG.metrics.model_copy(update=asked),
+            "metrics": CONFIG.metrics.model_copy(update=requested),
             "model": CONFIG.model.model_copy(
                 update={"sparsity": CONFIG.model.sparsity.model_copy(update={"overrides": (override,)})}
             ),

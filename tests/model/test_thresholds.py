@@ -82,8 +82,10 @@ def test_a_model_that_uses_the_calibrated_file_selects_the_requested_fraction_at
     sites = [name.removesuffix("selected_LE") for name in want if name.endswith("/selected_LE")]
     assert len(sites) == 8
     for site in sites:
-        share, asked = (sums[f"{site}selected_LE"].sum(-1) / sums[f"{site}rows_LE"].sum(-1) for sums in (stats, want))
-        torch.testing.assert_close(share, asked, rtol=0.08, atol=0)
+        share, requested = (
+            sums[f"{site}selected_LE"].sum(-1) / sums[f"{site}rows_LE"].sum(-1) for sums in (stats, want)
+        )
+        torch.testing.assert_close(share, requested, rtol=0.08, atol=0)
     rows = stats["sparsity/expert_hidden/rows_LE"]
     assert not torch.equal(stats["sparsity/expert_hidden/selected_LE"], want["sparsity/expert_hidden/selected_LE"])
     assert (stats["sparsity/expert_hidden/selected_LE"] >= rows).all()  # at least one per row

@@ -23,11 +23,11 @@ from qsparse_moe.moe.runtime import resolve_runtime
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 E = 5  # not a power of two: the bits by which MegaBlocks sorts can hold more values than there are experts
 CASES = {
-    "spread": [[0, 2], [3, 1], [4, 0], [1, 2], [0, 4]],
+    "scattered": [[0, 2], [3, 1], [4, 0], [1, 2], [0, 4]],
     "all on one expert": [[2], [2], [2]],
     "first and last without rows": [[1, 3], [3, 2]],
     "one token": [[3, 1]],
-    "three experts a token": [[0, 3, 1], [4, 1, 0]],
+    "three experts per token": [[0, 3, 1], [4, 1, 0]],
 }
 PARAMETERS = pytest.mark.parametrize("case", CASES)
 
@@ -108,7 +108,7 @@ def test_tensors_that_are_not_contiguous_are_read_as_they_are(device):
 
 @pytest.mark.gpu
 def test_no_operation_synchronises_with_the_device():
-    expert_ids_TA = torch.tensor(CASES["spread"], device="cuda")
+    expert_ids_TA = torch.tensor(CASES["scattered"], device="cuda")
     leaves = [torch.randn(5, 64, device="cuda"), torch.rand(5, 2, device="cuda")]
     upstream = [torch.randn(10, 64, device="cuda"), torch.randn(5, 64, device="cuda")]
 

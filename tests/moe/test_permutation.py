@@ -18,7 +18,7 @@ from qsparse_moe.moe.permutation import (
 from qsparse_moe.moe.runtime import resolve_runtime
 
 CASES = {
-    "spread": torch.tensor([[0, 2], [3, 1], [2, 0], [1, 2]]),
+    "scattered": torch.tensor([[0, 2], [3, 1], [2, 0], [1, 2]]),
     "all on one expert": torch.tensor([[2], [2], [2]]),
     "an expert without rows": torch.tensor([[0, 3], [3, 0]]),
     "one token": torch.tensor([[3, 1]]),

@@ -134,11 +134,11 @@ TOKENS = torch.randint(0, 40, (2, 6), generator=torch.Generator().manual_seed(0)
 
 def test_debug_names_the_first_site_that_receives_a_nan():
     model = broken_model(True)
-    with pytest.raises(TrainingDiverged) as told:
+    with pytest.raises(TrainingDiverged) as caught:
         model(TOKENS)
-    assert "layer 1, expert_hidden: NaN in" in str(told.value)
-    assert "model.sparsity.debug is true" in str(told.value)
-    assert "resume from the last checkpoint" in str(told.value)
+    assert "layer 1, expert_hidden: NaN in" in str(caught.value)
+    assert "model.sparsity.debug is true" in str(caught.value)
+    assert "resume from the last checkpoint" in str(caught.value)
 
 
 def test_debug_counts_rows_with_nan_and_ignores_finite_and_infinite_ones():

@@ -76,7 +76,7 @@ CAPACITY_MODEL: dict[str, Any] = {
         "capacity_factor": 0.75,
     },
 }
-"""One layer with experts, the last of four, in which a quarter of the rows and more finds no room."""
+"""One layer with experts, the last of four, in which at least a quarter of the routed tokens exceeds the capacity."""
 
 BALANCED_MODEL: dict[str, Any] = {
     "moe": {

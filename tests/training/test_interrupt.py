@@ -115,7 +115,7 @@ def work():
     libc.pthread_mutex_lock(mutex)
     threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGTERM]).start()
     libc.pthread_mutex_lock(mutex)  # its own: it waits without an end, as a collective does
-    print("it went on")
+    print("it continued")
     return 0
 sys.exit(until_stopped(work))
 """

@@ -14,7 +14,7 @@ import signal, subprocess, sys, time, types
 INNER = '''
 import signal, sys, time
 def end(*_):
-    print("told", flush=True); sys.exit(1)
+    print("stopped", flush=True); sys.exit(1)
 signal.signal(signal.SIGTERM, end)
 print("inner", flush=True)
 time.sleep(60)
@@ -47,7 +47,7 @@ def test_a_signal_is_passed_on_as_sigterm_and_it_ends_after_what_it_started(numb
         assert process.stdout.readline() == "inner\n"
         process.send_signal(number)
         said, complaints = process.communicate(timeout=30)
-    assert (process.returncode, said, complaints) == (128 + number, "told\n", "")
+    assert (process.returncode, said, complaints) == (128 + number, "stopped\n", "")
 
 
 def test_before_any_process_is_started_it_ends_at_once():

@@ -210,10 +210,10 @@ def test_a_run_that_failed_before_its_first_step_starts_again_with_corrected_set
             train(make_config(steps=3, learning_rate=0.004))
     left = run_folder(make_config()) / "tokenizer"
     left.mkdir()
-    mended = make_config(steps=3, resume=resume)
-    result = train(mended)
-    assert load_config(result.run_dir / "config.yaml") == mended
-    assert not left.exists(), "the copy of a tokenizer that the mended run does not use"
+    corrected = make_config(steps=3, resume=resume)
+    result = train(corrected)
+    assert load_config(result.run_dir / "config.yaml") == corrected
+    assert not left.exists(), "the copy of a tokenizer that the corrected run does not use"
     assert result.validation == train(make_config("whole", steps=3)).validation
 
 

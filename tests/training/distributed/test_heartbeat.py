@@ -59,7 +59,7 @@ def test_the_next_rank_notices_missing_heartbeats_and_all_ranks_learn_of_it(rank
     for _ in range(3):
         assert [sign.beat(10.0) for sign in signs] == [{}] * 3
     time.sleep(0.2)
-    assert signs[0].beat(0.1) == {}, "rank 0 looks at rank 1 only from now on, and it has not been silent since"
+    assert signs[0].beat(0.1) == {}, "rank 0 watches rank 1 only from now on, and its heartbeat is recent"
     for sign in signs[:2]:
         sign.beat(10.0)
     time.sleep(0.15)

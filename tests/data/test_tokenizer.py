@@ -222,9 +222,7 @@ def test_a_name_like_a_path_is_not_requested_from_the_hub(
     shutil.copytree(bpe_folder, "tok_hf")
     shutil.copytree(bpe_folder, "sub/tok_hf")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: pytest.fail("requested"))
-    with pytest.raises(
-        DataError, match=r"tokenizer\.json does not exist; .*The hub is not asked for a path\. Correct"
-    ):
+    with pytest.raises(DataError, match=r"tokenizer\.json does not exist; .*The hub is not asked for a path\. Correct"):
         load_tokenizer(name)
     if "tok_h" in name:
         with pytest.raises(DataError, match=r"\(did you mean (sub/)?tok_hf\?\)"):

@@ -107,7 +107,7 @@ TRANSFORMERS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
-def test_every_parameter_of_transformers_model_is_there(name):
+def test_every_parameter_of_the_transformers_model_is_counted(name):
     transformers = pytest.importorskip("transformers")
     architecture, settings, left_out = TRANSFORMERS[name]
     config = getattr(transformers, f"{architecture}Config")(**settings, tie_word_embeddings=False)

@@ -16,7 +16,7 @@ ROOT = Path(qsparse_moe.__file__).parent
 REPOSITORY = ROOT.parent
 
 
-def test_package_keeps_every_rule():
+def test_the_package_follows_every_rule():
     assert violations(ROOT) == []
 
 

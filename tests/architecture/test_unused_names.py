@@ -24,7 +24,7 @@ def test_everything_that_the_package_defines_is_used_or_documented():
     assert unused(ROOT, documented=api(), tests=tests) == []
 
 
-def test_every_documented_name_is_there_and_so_is_what_is_called_from_outside():
+def test_every_documented_name_and_every_name_called_from_outside_exists():
     for name in {*api(), *CALLED_FROM_OUTSIDE}:
         assert pkgutil.resolve_name(f"qsparse_moe.{name}") is not None
     documented = {name.rpartition(".")[2] for name in api()}

@@ -101,7 +101,7 @@ def test_options_of_the_decode_benchmark_are_checked(option, value, rule, capsys
 
 
 @pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja")
-def test_the_decode_benchmark_reads_a_head_in_the_format_that_is_asked_for(tmp_path, capsys):
+def test_the_decode_benchmark_reads_a_head_in_the_requested_format(tmp_path, capsys):
     words = ["--layers", "1", "--hidden-size", "64", "--heads", "2", "--experts", "2", "--expert-hidden-size", "64"]
     words += ["--vocab-size", "256", "--weights", "ternary", "--sparsity", "0", "--batch", "1", "--rounds", "1"]
     words += ["--context", "1", "--tokens", "1", "--prompt", "0", "--peers", "", "--json", "--head"]

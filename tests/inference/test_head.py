@@ -89,7 +89,7 @@ def test_scales_per_output_multiply_the_product(num_outputs):
     assert codes.data.is_contiguous() and codes.num_bytes == 48 * (-(-num_outputs // 32) * 32) + 48 * 4
 
 
-def test_the_format_follows_from_the_matrices_unless_it_is_asked_for():
+def test_the_format_follows_from_the_matrices_unless_it_is_given():
     built = model()
     assert [head_format(built, name) for name in ("fp32", "ternary", "int8")] == ["fp32", "fp32", "int8"]
     assert head_format(built.bfloat16(), "ternary") == "bf16"

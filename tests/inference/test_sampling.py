@@ -36,7 +36,7 @@ def test_greedy_takes_the_largest_logit_and_reports_its_log_probability():
     assert log_probs.tolist() == pytest.approx([math.log(0.75), 0.0], abs=1e-6)
 
 
-def test_top_k_keeps_the_k_largest_and_the_lower_id_of_equal_ones():
+def test_top_k_leaves_the_k_largest_and_the_lower_id_of_equal_ones():
     assert cut_top_k(torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0]]), 2).tolist() == [[-INF, 3.0, 3.0, -INF, -INF]]
     logits = random_logits()
     for k in (1, 3, 39, 40, 100):
@@ -46,7 +46,7 @@ def test_top_k_keeps_the_k_largest_and_the_lower_id_of_equal_ones():
     assert cut_top_k(logits, 0) is logits
 
 
-def test_top_p_keeps_the_smallest_set_that_reaches_p():
+def test_top_p_leaves_the_smallest_set_that_reaches_p():
     probs = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     assert cut_top_p(probs, 0.5).tolist() == [[1.0, 0.0, 0.0]]
     assert cut_top_p(probs, 0.6)[0].tolist() == pytest.approx([0.625, 0.375, 0.0])
@@ -64,7 +64,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p():
             assert found == pytest.approx([x / mass if i in kept else 0.0 for i, x in enumerate(row)])
 
 
-def test_min_p_keeps_tokens_with_a_fraction_of_the_largest_probability():
+def test_min_p_leaves_tokens_with_a_fraction_of_the_largest_probability():
     probs = torch.tensor([[0.5, 0.25, 0.15, 0.1]], dtype=torch.float64)
     assert cut_min_p(probs, 0.5)[0].tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
     assert cut_min_p(probs, 1.0).tolist() == [[1.0, 0.0, 0.0, 0.0]]

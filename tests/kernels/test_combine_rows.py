@@ -40,7 +40,7 @@ def test_the_sum_of_eight_rows_is_rounded_once(by, dtype):
     assert torch.equal(combine_rows(rows, weights, row_TA, slot_N, by=by), exact.to(dtype))
 
 
-def test_without_weights_the_rows_are_added_as_they_are(by):
+def test_without_weights_the_rows_are_added_unchanged(by):
     row_TA, _ = choices()
     rows = torch.randn(T * A, D)
     torch.testing.assert_close(by.forward(rows, row_TA, None), rows[row_TA].sum(1))

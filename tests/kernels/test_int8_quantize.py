@@ -65,7 +65,7 @@ def test_a_row_with_nan_or_infinity_becomes_non_finite_and_its_neighbour_stays_f
     assert finite[0].all() and not finite[1].any()
 
 
-def test_a_model_whose_sites_run_on_triton_rounds_its_rows_there_and_computes_the_same(monkeypatch):
+def test_a_model_whose_sites_run_on_triton_rounds_its_activations_there_and_computes_the_same(monkeypatch):
     quantization = {"activations": "int8", "sites": {"attention_output": "int4"}}
     moe = MoEConfig(num_experts=2, experts_per_token=1, expert_hidden_size=24, router="softmax_topk", backend="loop")
 

@@ -28,7 +28,7 @@ def sums(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def test_load_of_one_layer_by_hand():
+def test_the_load_metrics_of_one_layer_agree_with_values_by_hand():
     ratios = load_ratios(sums(6, 2, 0, 0)[None])
     entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
     expected = {"load_imbalance": 3.0, "load_entropy": entropy, "busiest_share": 0.75, "dead_experts": 2.0}

@@ -33,7 +33,7 @@ def batches(count=2, seed=0):
     return [Batch(part, part, torch.arange(32).expand(4, -1), None) for part in tokens]
 
 
-def seen_by_sites(model, data):
+def activations_of_sites(model, data):
     """The rows and experts that reach every site, by hooks of the test's own."""
     seen = {}
     for block in model.blocks():
@@ -51,7 +51,7 @@ def test_each_threshold_selects_the_requested_fraction_on_the_tokens_of_its_expe
     model = build_model(config(**SPARSE, backend="torch"), seed=1)
     plan = calibrate(model, batches())
     assert plan.values == model.sparsity_plan.values
-    seen = seen_by_sites(model, batches())
+    seen = activations_of_sites(model, batches())
     assert plan.thresholds.keys() == seen.keys() == plan.values.keys()
     checked = 0
     for place, calls in seen.items():

@@ -90,7 +90,7 @@ def test_the_layer_hook_receives_the_output_of_every_layer_inside_the_graph():
     assert min(grads) > 0
 
 
-def test_bf16_keeps_losses_in_fp32_and_stays_near_fp32():
+def test_losses_of_a_bf16_model_are_fp32_and_near_those_of_fp32():
     wide = make(sparsity=SparsityConfig(default=0.3))
     narrow = copy.deepcopy(wide).bfloat16()
     got, want = narrow(tokens(), tokens()), wide(tokens(), tokens())

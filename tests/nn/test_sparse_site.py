@@ -94,7 +94,7 @@ def test_relu_is_relu_wherever_s_is_above_0_and_its_gradient_too():
     assert stats["nonzero_E"] == stats["selected_E"] == want.count_nonzero()
 
 
-def test_relu_keeps_nan_and_drops_what_is_not_positive():
+def test_relu_passes_nan_and_drops_values_that_are_not_positive():
     nan, inf = float("nan"), float("inf")
     assert relu_mask(torch.tensor([nan, inf, -inf, 0.0, -0.0, -1.0, 1e-30]), torch.zeros(1)).tolist() == [
         True, True, False, False, False, False, True,

@@ -42,7 +42,7 @@ def test_energy_is_that_before_the_selection_and_a_row_of_zeros_has_no_smallest(
     assert (found["energy"], found["kept_energy"], found["smallest"], found["nonzero"]) == ([14], [9], [3], [1])
 
 
-def test_each_expert_has_the_sums_of_the_rows_that_it_reads():
+def test_each_expert_has_the_sums_of_the_tokens_that_it_reads():
     before = torch.randn(5, 8)
     row, expert = torch.tensor([0, 2, 2, 4]), torch.tensor([0, 0, 2, 2])
     continues = torch.tensor([False, False, True, False])

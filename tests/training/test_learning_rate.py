@@ -38,7 +38,7 @@ def test_the_last_step_has_the_final_ratio_and_nothing_lies_outside(schedule):
     assert after == sorted(after, reverse=True)
 
 
-def test_cosine_and_linear_at_a_quarter_of_the_decay():
+def test_cosine_and_linear_schedules_have_their_values_at_a_quarter_of_the_decay():
     # 90 steps decay after the 10 of warm-up; a third of them ends with the 40th step.
     assert rates("linear")[39] == pytest.approx(PEAK * (0.1 + 0.9 * 2 / 3))
     assert rates("cosine")[39] == pytest.approx(PEAK * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 3))))

@@ -75,7 +75,7 @@ def test_reports_come_at_the_interval_at_evaluations_and_at_the_end(make_config)
     assert result.seconds == listener.reports[-1].seconds
 
 
-def test_layer_gradients_are_reported_when_asked_for_and_change_nothing(make_config):
+def test_layer_gradients_are_reported_on_request_and_change_nothing(make_config):
     plain, read = Listener(), Listener()
     train(make_config("plain", steps=3), [plain])
     train(with_layer_gradients(make_config("read", steps=3)), [read])

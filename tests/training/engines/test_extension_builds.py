@@ -63,11 +63,11 @@ def test_deepspeed_sets_itself_up_under_these_locks(make_config, monkeypatch):
     seen = []
     initialize = deepspeed.initialize
 
-    def look(**given):
+    def record_the_lock(**given):
         seen.append(cpp_extension.FileBaton)
         return initialize(**given)
 
-    monkeypatch.setattr(deepspeed, "initialize", look)
+    monkeypatch.setattr(deepspeed, "initialize", record_the_lock)
     train(make_config(engine="deepspeed", steps=1, warmup_steps=0))
     assert seen == [extension_builds.BuildLock]
     assert torch.distributed.is_initialized() is False

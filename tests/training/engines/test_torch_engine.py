@@ -71,7 +71,7 @@ def test_three_steps_are_those_of_clipped_adamw_by_hand(tmp_path, max_norm):
         assert error.mean() < 1e-3 * rate and error.max() < rate, name
 
 
-def test_bf16_computes_in_bf16_and_keeps_fp32_of_everything_else(tmp_path):
+def test_bf16_computes_in_bf16_and_stores_everything_else_in_fp32(tmp_path):
     _, engine = make_engine(tmp_path, precision="bf16")
     send_through(engine, random_batches())
     parameters = dict(engine.model.named_parameters())

@@ -20,7 +20,7 @@ from qsparse_moe.training import loop, prepare
 from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.evaluate import evaluate_run
 from qsparse_moe.training.loop import train
-from tests.training.checkpoint.test_checkpoint import flip_a_byte
+from tests.training.checkpoint.small_checkpoints import flip_a_byte
 
 
 class Listener:

@@ -18,7 +18,7 @@ from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
 from qsparse_moe.training.loop import train
 from tests.support.metrics import same_in_every_run
 from tests.support.runs import tiny_config
-from tests.training.checkpoint.test_checkpoint import flip_a_byte
+from tests.training.checkpoint.small_checkpoints import flip_a_byte
 
 STEPS, DEAD_WINDOW, FEATURE_WINDOW = 14, 5, 10
 """Number of logged steps per window; every step is logged."""

@@ -40,7 +40,7 @@ def parameter_rows(run: Path) -> list[tuple[str, str, str]]:
     return [
         ("parameters", f"{stored:,}", "stored"),
         ("active with MoE", f"{active:,}", f"per token, {active / stored:.0%} of them"),
-        ("active with MoE and Q-Sparse", f"{needed:,}", f"per token, {needed / stored:.0%} of them"),
+        ("needed with MoE and Q-Sparse", f"{needed:,}", f"per token, {needed / stored:.0%} of them"),
     ]
 
 

@@ -56,6 +56,7 @@ def ablate(
         _print_list(loaded, json)
         return
     chosen = loaded if task is None else _only(loaded, task)
+    # Imported after --list, which needs no torch.
     from qsparse_moe.ablation.grid.run import run_grid
     from qsparse_moe.ablation.grid.run_result import result_of
 
@@ -67,6 +68,7 @@ def ablate(
             results, stopped_by = run_grid(chosen, placement, notify=progress)
     # Tasks of an array run at the same time: the report is written once, when they are done.
     _print_report(chosen, results, None if task is not None else output or loaded.folder, json)
+    # The code with which a shell reports a process that a signal ended.
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
     if not report_only and not all(result.finished for result in results):
@@ -106,5 +108,6 @@ def _print_list(grid: Grid, json: bool) -> None:
 def _state(run: GridRun) -> str:
     try:
         return "finished" if is_finished(run.config) else "to do"
+    # Listed and not raised, because the other runs of the grid can still be trained.
     except (ConfigError, CheckpointError):
         return "refused"

@@ -10,6 +10,7 @@ import typer
 
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.option_values import check_sparsity
 from qsparse_moe.cli.sensitivity import rich_table
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_run
@@ -51,7 +52,8 @@ def allocate(
 ) -> None:
     """Distribute a budget of sparsity so that the loss rises least, and compare with other plans of the same cost."""
     run_dir = find_run(run)
-    quantity, target = asked_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
+    quantity, target = requested_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
+    # Before the plans are made, which takes minutes.
     check_output(output, force=force)
     from qsparse_moe.ablation.allocation.report import as_dict, markdown
     from qsparse_moe.ablation.allocation.run import allocate_run
@@ -79,7 +81,7 @@ def allocate(
         _print_summary(summary)
 
 
-def asked_budget(
+def requested_budget(
     *, sparsity: float | None, parameters: float | None, flops: float | None, bytes_: float | None
 ) -> tuple[Quantity, float]:
     """Return the quantity that the budget limits, and the limit.
@@ -93,13 +95,12 @@ def asked_budget(
         "flops": flops,
         "bytes": bytes_,
     }
-    asked = [(quantity, value) for quantity, value in given.items() if value is not None]
-    if len(asked) != 1:
-        told = " and ".join(f"--{quantity}" for quantity, _ in asked) or "no budget"
-        raise ConfigError(f"{told}: give exactly one of --sparsity, --parameters, --flops, --bytes")
-    quantity, target = asked[0]
-    if quantity == "sparsity" and not 0.0 <= target < 1.0:
-        raise ConfigError(f"--sparsity ({target}) must be in [0, 1): it is the fraction of features set to zero")
+    budgets = [(quantity, value) for quantity, value in given.items() if value is not None]
+    if len(budgets) != 1:
+        options = " and ".join(f"--{quantity}" for quantity, _ in budgets) or "no budget"
+        raise ConfigError(f"{options}: give exactly one of --sparsity, --parameters, --flops, --bytes")
+    quantity, target = budgets[0]
+    check_sparsity("--sparsity", sparsity)
     if target < 0.0:
         raise ConfigError(
             f"--{quantity} ({target}) must be at least 0; qsparse-moe describe prints the value of the run"

@@ -72,6 +72,7 @@ def run(arguments: Sequence[str]) -> int:
         complain(_full_message(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
+        # 128 plus the number of SIGINT.
         complain("stopped by Ctrl-C")
         return 130
     return outcome if isinstance(outcome, int) else 0
@@ -82,7 +83,9 @@ def build_app() -> typer.Typer:
     app = typer.Typer(
         help="Train, measure, and ablate mixture-of-experts language models with Q-Sparse inside the experts.",
         add_completion=False,
+        # Square brackets in a help text are no markup.
         rich_markup_mode=None,
+        # Typer's own tracebacks print local variables, which may be whole tensors.
         pretty_exceptions_enable=False,
     )
     app.callback(invoke_without_command=True)(_root)

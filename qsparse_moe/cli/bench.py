@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,8 +11,8 @@ from rich.table import Table
 from qsparse_moe.cli.bench_decode import decode
 from qsparse_moe.cli.bench_moe import moe
 from qsparse_moe.cli.console import print_json, result_console, write_json
+from qsparse_moe.cli.option_values import listed_names
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
-from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
     from qsparse_moe.bench.step import StepBenchmark
@@ -60,7 +59,7 @@ def step(
 
     from qsparse_moe.bench.step import DTYPES, StepBenchmark, run_step_benchmark
 
-    _check_precision(precision, DTYPES)
+    precisions = listed_names("--precision", precision, DTYPES)
     if threads:
         torch.set_num_threads(threads)
     moe = MoEConfig.model_validate(
@@ -73,8 +72,7 @@ def step(
     )
     model = ModelConfig(hidden_size=hidden_size, num_layers=layers, num_heads=heads, moe=moe)
     benchmarks = [
-        StepBenchmark(model, name, sparsity, rows, sequence_length, rounds, torch.device(device))
-        for name in precision.split(",")
+        StepBenchmark(model, name, sparsity, rows, sequence_length, rounds, torch.device(device)) for name in precisions
     ]
     results = {benchmark.precision: run_step_benchmark(benchmark) for benchmark in benchmarks}
     if output:
@@ -96,20 +94,13 @@ def ops(
     from qsparse_moe.bench.ops import run_op_benchmarks
     from qsparse_moe.bench.step import DTYPES
 
-    _check_precision(precision, DTYPES)
+    dtypes = {name: DTYPES[name] for name in listed_names("--precision", precision, DTYPES)}
     if threads:
         torch.set_num_threads(threads)
-    dtypes = {name: DTYPES[name] for name in precision.split(",")}
     result = run_op_benchmarks(dtypes, device=device, rounds=rounds)
     if output:
         write_json(output, result)
     print_json(result) if json else _print_operations(result)
-
-
-def _check_precision(precision: str, known: Collection[str]) -> None:
-    unknown = [name for name in precision.split(",") if name not in known]
-    if unknown:
-        raise ConfigError(f"--precision {precision!r} contains {unknown[0]!r}; choose from {', '.join(known)}")
 
 
 def _print_operations(result: dict[str, Any]) -> None:
@@ -120,8 +111,7 @@ def _print_operations(result: dict[str, Any]) -> None:
         shape = " x ".join(str(size) for size in operation["shape"])
         for passed in ("forward", "forward and backward"):
             for name, seconds in operation["seconds"].get(passed, {}).items():
-                told = (operation["name"], shape, operation["precision"], passed, name, f"{1e3 * seconds:.3f}")
-                table.add_row(*told)
+                table.add_row(operation["name"], shape, operation["precision"], passed, name, f"{1e3 * seconds:.3f}")
     result_console().print(table)
 
 
@@ -132,9 +122,9 @@ def _print_tables(results: dict[str, Any], benchmark: StepBenchmark) -> None:
     for precision, result in results.items():
         for name, seconds in result["seconds"].items():
             faster = result["times_faster_than_peer"].get(name)
-            told = f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})" if faster else ""
+            ratio = f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})" if faster else ""
             rate = f"{result['tokens_per_second'][name]:,.0f}"
-            table.add_row(precision, name, f"{1e3 * seconds:.0f}", rate, told)
+            table.add_row(precision, name, f"{1e3 * seconds:.0f}", rate, ratio)
     result_console().print(table)
 
 
@@ -151,6 +141,7 @@ def metrics(
     """Time what recording metrics adds to a step, on one rank of the torch engine."""
     from qsparse_moe.config.load import load_config
 
+    # A wrong setting is reported before torch is imported.
     loaded = load_config(config, overrides or ())
     from qsparse_moe.bench.metrics_cost import run_metrics_benchmark
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
+from qsparse_moe.cli.option_values import listed_names
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import ConfigError
 
@@ -58,11 +59,12 @@ def decode(
     """Time generation, with and without zeros, beside transformers and llama.cpp on the same shape."""
     if device not in ("cpu", "cuda"):
         raise ConfigError(f"--device {device!r} must be cpu or cuda; choose one of them")
-    formats = _names("--weights", weights, ("fp32", "bf16", "int8", "ternary"))
+    formats = listed_names("--weights", weights, ("fp32", "bf16", "int8", "ternary"))
     sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
     batches = _numbers("--batch", batch, int, lambda value: value >= 1, "whole numbers from 1")
-    chosen_peers = _names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
-    _names("--head", head, ("auto", "fp32", "bf16", "int8"))
+    chosen_peers = listed_names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
+    listed_names("--head", head, ("auto", "fp32", "bf16", "int8"))
+    # Only now, when all options have been checked: torch takes seconds to import.
     import torch
 
     from qsparse_moe.bench.decode import DecodeBenchmark, run_decode_benchmark
@@ -106,19 +108,12 @@ def decode(
     print_json(result) if json else _print_tables(result)
 
 
-def _names(option: str, text: str, known: Collection[str]) -> list[Any]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"{option} {text!r} holds {unknown[0]!r}; choose from {', '.join(known)}")
-    return names
-
-
 def _numbers(
     option: str, text: str, number: Callable[[str], Value], allowed: Callable[[Value], bool], rule: str
 ) -> list[Value]:
     try:
         values = [number(part) for part in text.split(",")]
+    # No values are as wrong as a text that is no number: both get the message below.
     except ValueError:
         values = []
     if not values or not all(allowed(value) for value in values):

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
+from qsparse_moe.cli.option_values import listed_names
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,8 +53,10 @@ def moe(
     from qsparse_moe.kernels.onednn import needs_fp32
 
     where = torch.device(device)
+    # A CPU without instructions for bf16 computes it in fp32, so its time would be that of fp32 and two casts.
     fast = [name for name, dtype in DTYPES.items() if not needs_fp32(dtype, where)]
-    precisions = _chosen("--precision", precision or ("bf16" if where.type == "cuda" else ",".join(fast)), DTYPES)
+    default = "bf16" if where.type == "cuda" else ",".join(fast)
+    precisions = listed_names("--precision", precision or default, DTYPES)
     sizes = {
         "tokens": tokens,
         "hidden_size": hidden_size,
@@ -61,14 +64,14 @@ def moe(
         "num_experts": experts,
         "experts_per_token": experts_per_token,
     }
-    (clocked,) = _chosen("--clock", clock, ("wall", "processor"))
+    (clocked,) = listed_names("--clock", clock, ("wall", "processor"))
     if threads:
         torch.set_num_threads(threads)
     result = run_moe_benchmark(
         MoEBenchmark(
             shape=_shape(SHAPES[where.type], sizes),
-            precisions=precisions,
-            loads=_chosen("--load", load, LOADS),
+            precisions=tuple(precisions),
+            loads=tuple(listed_names("--load", load, LOADS)),
             sparsity=sparsity,
             rounds=rounds,
             calls=calls,
@@ -89,14 +92,6 @@ def _shape(default: LayerShape, sizes: dict[str, int | None]) -> LayerShape:
             f"that at most --hidden-size ({shape.hidden_size}), whose first features hold the router's logits"
         )
     return shape
-
-
-def _chosen(option: str, text: str, known: Any) -> tuple[str, ...]:
-    names = tuple(text.split(","))
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise ConfigError(f"{option} {text!r} contains {unknown[0]!r}; choose from {', '.join(known)}")
-    return names
 
 
 def _print_layers(result: dict[str, Any]) -> None:

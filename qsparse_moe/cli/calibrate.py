@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
+from qsparse_moe.cli.option_values import check_sparsity
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format
@@ -53,21 +54,21 @@ def calibrate(
 ) -> None:
     """Find the thresholds that give a run its S. Runs on one process or under the deepspeed launcher."""
     run_dir = find_run(run)
-    asked = asked_plan(run_dir, overrides=overrides or (), sparsity=sparsity, plan_file=plan)
+    requested = requested_plan(run_dir, overrides=overrides or (), sparsity=sparsity, plan_file=plan)
     if is_rank_zero():  # on one rank only: another might check after this one has written the file
         check_output(output, force=force)
     from qsparse_moe.training.calibrate import calibrate_run
 
     if is_rank_zero():
         warn_of_natural_zeros(run_dir)
-    calibration = calibrate_run(run_dir, asked, num_sequences=rows, device=device)
+    calibration = calibrate_run(run_dir, requested, num_sequences=rows, device=device)
     if is_rank_zero():
         write_plan(calibration.plan, output, force=force)
         summary = summarize(calibration, run_dir, output)
         print_json(summary) if json else _print_summary(summary)
 
 
-def asked_plan(
+def requested_plan(
     run_dir: Path, *, overrides: Sequence[str] = (), sparsity: float | None = None, plan_file: Path | None = None
 ) -> SparsityPlan:
     """Return the S to calibrate for: that of the run's last step, or the one given in its place. Needs no torch.
@@ -107,6 +108,7 @@ def _plan(
         plan.check_fits(config.model)
         return plan
     plan = SparsityPlan.from_config(config.model)
+    # The run's own S may still have been rising at its last step; a setting in its place means the value itself.
     return plan if overrides else plan.scaled(scheduled_scale(config.model.sparsity.schedule, max(0, step - 1)))
 
 
@@ -115,8 +117,7 @@ def _check_one_way(overrides: Sequence[str], sparsity: float | None, plan_file: 
     given = [name for name, is_given in ways.items() if is_given]
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} both give the S to calibrate for; keep one of them")
-    if sparsity is not None and not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"--sparsity ({sparsity}) must be in [0, 1): it is the fraction of features set to zero")
+    check_sparsity("--sparsity", sparsity)
     for override in overrides:
         path, equals, _ = override.partition("=")
         if equals and not any(f"{path.strip()}.".startswith(f"{_SECTION}.{name}.") for name in _SETTINGS_OF_S):
@@ -142,6 +143,7 @@ def check_output(output: Path, *, force: bool) -> None:
 
 def write_plan(plan: SparsityPlan, output: Path, *, force: bool) -> None:
     """Write the plan atomically; raise ConfigError as ``check_output`` does, or if the disk fails."""
+    # Checked again, because another process may have written the file during the calibration.
     check_output(output, force=force)
     try:
         write_atomically(output, plan.to_json() + "\n")
@@ -167,6 +169,7 @@ def settings_for(config: RunConfig, output: Path, *, selection: str = "threshold
     if selection == "threshold" or settings.selection == "threshold":
         yield f"{_SECTION}.selection={selection}"
     yield f"{_SECTION}.plan={output}"
+    # A plan excludes every other way to set S.
     for name in ("preset", "default"):
         if getattr(settings, name) is not None:
             yield f"{_SECTION}.{name}=null"
@@ -175,9 +178,11 @@ def settings_for(config: RunConfig, output: Path, *, selection: str = "threshold
             yield f"{_SECTION}.sites.{site}=null"
     if settings.overrides:
         yield f"{_SECTION}.overrides=[]"
+    # A threshold belongs to one S, so S must not rise during the run.
     if selection == "threshold" and settings.schedule.ramp_steps:
         yield f"{_SECTION}.schedule.ramp_steps=0"
         yield f"{_SECTION}.schedule.shape=constant"
+    # The preset that is unset above may also have set number formats, which are to stay.
     if settings.preset is not None and PRESETS[settings.preset].formats:
         for site in model_sites(config.model):
             yield f"{_SECTION}.quantization.sites.{site}={site_format(settings, site)}"

@@ -18,7 +18,7 @@ from qsparse_moe.moe.backends.megablocks_package import INSTALL, has_extension
 if TYPE_CHECKING:
     import torch
 
-# The lower bounds of pyproject.toml (a test compares them) of the packages that every run imports.
+# The lowest versions of pyproject.toml (a test compares them) of the packages that every run imports.
 NEEDED_PACKAGES = {
     "torch": "2.10",
     "deepspeed": "0.19.8",
@@ -49,6 +49,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Return all findings, group by group."""
     findings = [_python(), *_needed_packages(), _compiler()]
+    # The checks of machine and backends import these packages, and a missing one is a finding, not an error.
     if all(finding.runs for finding in findings if finding.name in {"torch", "einops", "numpy"}):
         findings += [*_machine(), *_backends()]
     return [*findings, *_gpu_libraries(), *_extras()]
@@ -61,12 +62,12 @@ def _python() -> Finding:
 
 
 def _needed_packages() -> Iterator[Finding]:
-    for package, bound in NEEDED_PACKAGES.items():
+    for package, minimum in NEEDED_PACKAGES.items():
         version = installed_version(package)
         if version is None:
-            yield Finding("needed", package, False, True, f'not installed; pip install "{package}>={bound}"')
-        elif _numbers(version) < _numbers(bound):
-            detail = f'{version} is older than {bound}; pip install "{package}>={bound}"'
+            yield Finding("needed", package, False, True, f'not installed; pip install "{package}>={minimum}"')
+        elif _numbers(version) < _numbers(minimum):
+            detail = f'{version} is older than {minimum}; pip install "{package}>={minimum}"'
             yield Finding("needed", package, False, True, detail)
         else:
             yield Finding("needed", package, True, True, version)
@@ -128,6 +129,7 @@ def _gpu_libraries() -> Iterator[Finding]:
     stand_in = f"not installed; PyTorch is used instead. {INSTALL} compiles it for CUDA older than 13"
     detail = "MegaBlocks' CUDA extension" if has_extension() else f"MegaBlocks' CUDA extension is {stand_in}"
     yield Finding("GPU libraries", "megablocks_ops", has_extension(), False, detail)
+    # It compiles for minutes and needs a GPU to be of use, so the script builds it only on request.
     in_its_place = "not installed; torch's grouped_mm is used instead"
     yield _module(
         "grouped_gemm", f"{in_its_place}. GROUPED_GEMM=1 {INSTALL} compiles it on a machine with an NVIDIA GPU"

@@ -24,6 +24,7 @@ def converse(generator: Generator, template: ChatTemplate | None, settings: Sett
         try:
             for step in stream:
                 typer.echo(step[0].text, nl=False)
+        # Also after Ctrl-C, so that the shell's prompt begins on a line of its own.
         finally:
             typer.echo()
         conversation.take(stream.results[0])
@@ -50,6 +51,7 @@ class _Chat:
         self._messages.append({"role": "user", "content": line})
         ids = self._template.encode(self._messages)
         while len(ids) > self._generator.max_length and len(self._messages) > 2:
+            # A question with its answer, because templates require that the roles alternate.
             del self._messages[:2]
             ids = self._template.encode(self._messages)
         return ids
@@ -75,12 +77,13 @@ class _Text:
 
     def take(self, answer: Generation) -> None:
         self._ids = [*self._ids, *answer.token_ids]
+        # The model has ended its document, so the next line begins another.
         if answer.stop_reason == "stop_token":
             self._ids.append(self._generator.tokenizer.document_token)
 
 
 def _read_line() -> str | None:
-    """The user's next line; None at the end of standard input. Only a terminal is shown where to write."""
+    """Return the user's next line; None at the end of standard input. Only on a terminal a prompt is printed."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

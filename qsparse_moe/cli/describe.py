@@ -54,6 +54,7 @@ def describe(
     folder = find_run(path) if path.is_dir() else None
     config = load_config(path if folder is None else folder / CONFIG_FILE, overrides or ())
     config = _with_vocabulary(config)
+    # With other settings, the zeros that the run has measured do not apply.
     rows = read_metrics(folder / "metrics.jsonl") if folder is not None and not overrides else []
     if measure and (folder is None or overrides):
         raise ConfigError(
@@ -73,12 +74,13 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
     """Return ``config`` with its vocabulary size, read from the tokenizer unless it is set or known."""
     if config.model.vocab_size is not None or config.data.tokenizer == "bytes":
         return config
+    # Imported here, because most calls need no tokenizer, which may have to be read from a file.
     from qsparse_moe.data.tokenizer import with_vocabulary
 
     return with_vocabulary(config)
 
 
-def _measure(folder: Path, num_rows: int) -> list[dict[str, Any]]:
+def _measure(folder: Path, num_sequences: int) -> list[dict[str, Any]]:
     """Return the fractions of the experts' weights read by B real tokens and by B independent tokens."""
     from qsparse_moe.data.token_data import load_data
     from qsparse_moe.model.unions import measured_unions
@@ -86,8 +88,9 @@ def _measure(folder: Path, num_rows: int) -> list[dict[str, Any]]:
 
     config, model, _ = load_run(folder)
     data = load_data(config.data)
-    table, indices = data.evaluation_sequences(num_rows)
+    table, indices = data.evaluation_sequences(num_sequences)
     tokens_RS = table.batch(table.tokens(indices)).tokens_BS
+    # A step has one token per sequence, so a batch of B needs B sequences.
     found = measured_unions(model, tokens_RS, [batch for batch in BATCHES if batch <= len(tokens_RS)])
     alone = {name: getattr(found[0], name) for name in _UNION_COLUMNS}
     return [
@@ -133,7 +136,7 @@ def _measured_column(description: dict[str, Any]) -> list[str]:
 
 def _parameter_table(description: dict[str, Any]) -> Table:
     table = _table(
-        "Parameters", "part", "stored", "active by routing", "active with Q-Sparse", *_measured_column(description)
+        "Parameters", "part", "stored", "active by routing", "needed with Q-Sparse", *_measured_column(description)
     )
     measured = description["measured"]
     for part, counted in description["parameters_by_part"].items():
@@ -203,8 +206,8 @@ def _union_table(description: dict[str, Any]) -> Table:
     )
     for point in description["measured_unions"]:
         shares = (point[name] for name in _UNION_COLUMNS)
-        told = (f"{100 * share['measured']:.1f} % ({100 * share['independent']:.1f} %)" for share in shares)
-        table.add_row(str(point["batch"]), *told)
+        cells = (f"{100 * share['measured']:.1f} % ({100 * share['independent']:.1f} %)" for share in shares)
+        table.add_row(str(point["batch"]), *cells)
     return table
 
 

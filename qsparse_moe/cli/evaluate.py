@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
+from qsparse_moe.cli.option_values import check_sparsity
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_run
 from qsparse_moe.runs.folder import load_run_config
@@ -41,7 +42,7 @@ def evaluate(
     engine: Annotated[
         Literal["training", "inference"],
         typer.Option(
-            help="training: all tokens of a row at once. inference: token by token, as generation decodes; slower."
+            help="training: all tokens of a sequence at once. inference: token by token, as generation decodes; slower."
         ),
     ] = "training",
     weights: Annotated[
@@ -71,7 +72,8 @@ def evaluate(
     for option, value in (("--weights", weights), ("--head", head)):
         if value != "auto" and engine != "inference":
             raise ConfigError(f"{option} ({value}) applies to generation only; add --engine inference")
-    plan = asked_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
+    # Before torch is imported, as all checks of options are.
+    plan = requested_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
     from qsparse_moe.training.evaluate import evaluate_run
 
     if engine == "inference":
@@ -85,7 +87,7 @@ def evaluate(
         print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)
 
 
-def asked_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None) -> SparsityPlan | None:
+def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None) -> SparsityPlan | None:
     """Return the plan given in place of the run's, or None to use the run's. Needs no torch.
 
     Raises:
@@ -93,8 +95,7 @@ def asked_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None)
     """
     if sparsity is not None and plan_file is not None:
         raise ConfigError("--sparsity and --plan both give the S to evaluate with; keep one of them")
-    if sparsity is not None and not 0.0 <= sparsity < 1.0:
-        raise ConfigError(f"--sparsity ({sparsity}) must be in [0, 1): it is the fraction of features set to zero")
+    check_sparsity("--sparsity", sparsity)
     if sparsity is None and plan_file is None:
         return None
     config = load_run_config(run_dir).model

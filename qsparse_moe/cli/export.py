@@ -28,6 +28,7 @@ def export(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Write the weights of the newest checkpoint, for any number of ranks and ZeRO stage, and the configuration."""
+    # Imported once the folder is found, so that a wrong path is reported at once.
     run_dir = find_run(run)
     from qsparse_moe.interop.state_dict import export_run
 

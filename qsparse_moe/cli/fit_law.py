@@ -74,6 +74,7 @@ def fit_law(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Fit laws of the loss in model size, experts, sparsity, and tokens to the results of runs."""
+    # Before the fits, which take minutes.
     if output is not None:
         check_folder(output, force=force)
     from qsparse_moe.ablation.law.read import read_runs
@@ -94,6 +95,7 @@ def check_folder(output: Path, *, force: bool) -> None:
         raise ConfigError(f"--output ({output}) is a file; name a folder")
     if (output / _FILE).exists() and not force:
         raise ConfigError(f"--output ({output}) contains a {_FILE}; name another folder, or add --force")
+    # The folder is created with the first file, so the nearest one that exists decides whether that will work.
     above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
     if not os.access(above, os.W_OK):
         raise ConfigError(f"--output ({output}) is in a folder without write permission; name another folder")
@@ -106,6 +108,7 @@ def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:
 
     try:
         output.mkdir(parents=True, exist_ok=True)
+        # law.json comes last: a folder that has it is complete and is not replaced without --force.
         figures = draw(done, output)
         write_atomically(output / _FILE, json_text.dumps(summary | {"figures": figures}, indent=2) + "\n")
     except OSError as error:

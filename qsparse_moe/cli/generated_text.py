@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     max_tokens: int
     stop: tuple[str, ...]
     seed: int
-    """Of the first sequence."""
+    """Seed of the first sequence."""
     with_stats: bool
 
 
@@ -68,7 +68,7 @@ def print_objects(generator: Generator, prompts: Sequence[str], settings: Settin
 
 
 def report_speed(stream: GenerationStream, settings: Settings) -> None:
-    """Print the statistics of a batch on standard error where they are asked for."""
+    """Print the statistics of a batch on standard error if they are requested."""
     if not settings.with_stats:
         return
     found = stream.statistics
@@ -92,7 +92,8 @@ def _shown(value: Any) -> str:
 def _batches(
     generator: Generator, prompts: Sequence[str], settings: Settings, batch_size: int
 ) -> Iterator[tuple[int, Sequence[str], GenerationStream]]:
-    """The number of the first prompt, the prompts and the steps of every batch. All prompts are checked first."""
+    """Yield the number of the first prompt, the prompts, and the steps of every batch. All are checked first."""
+    # open_stream checks its prompts and computes nothing before its first step.
     if len(prompts) > batch_size:
         for first in range(0, len(prompts), batch_size):
             open_stream(generator, prompts[first : first + batch_size], settings, first)
@@ -102,7 +103,7 @@ def _batches(
 
 
 def _shown_starts(generator: Generator, prompts: Sequence[str]) -> list[str]:
-    """The text of every prompt as the model reads it."""
+    """Return the text of every prompt as the model reads it."""
     starts = [generator.encode(prompt) for prompt in prompts]
     if generator.overlong == "truncate":
         starts = [start[-generator.max_length :] for start in starts]

@@ -41,6 +41,7 @@ class GridProgress:
             self._best = _better(self._best, result)
             line = f"{result.id}  {_ending(result)}"
             best = f"best {self._best.id} {_bits(self._best)}" if self._best else ""
+            # Through the console of the bar, which redraws itself below the line.
             if self._bar is not None:
                 self._bar.console.print(line, markup=False, highlight=False)
                 self._bar.update(self._bar.task_ids[0], completed=self._done, best=best)
@@ -50,6 +51,7 @@ class GridProgress:
 
 
 def _better(best: RunResult | None, result: RunResult) -> RunResult | None:
+    # A run that failed or was not evaluated has no loss to compare.
     if result.bits_per_byte is None:
         return best
     return result if best is None or result.bits_per_byte < (best.bits_per_byte or 0.0) else best

@@ -39,6 +39,7 @@ def init(
     chosen = shipped(name)
     target = output or Path(chosen.path.name)
     files = _texts(chosen, target)
+    # All of them before the first is written, so that an error leaves nothing behind.
     for path in files:
         _check_free(path, force)
     for path, text in files.items():
@@ -50,12 +51,14 @@ def init(
     console = result_console()
     for path in files:
         console.print(f"wrote {path}", soft_wrap=True)
+    # A notebook is opened in an editor and not run as a command.
     if target.suffix != ".ipynb":
         console.print(f"next: {_NEXT[chosen.kind]} {target}", soft_wrap=True)
 
 
 def _texts(chosen: Shipped, target: Path) -> dict[Path, str]:
     """Return what to write by file: the chosen file, and for a grid the configuration that it is based on."""
+    # The schema is beside the shipped file and not beside the copy, so the copy refers to it by an absolute path.
     text = _SCHEMA_LINE.sub(f"# yaml-language-server: $schema={SCHEMA}", chosen.path.read_text(encoding="utf-8"))
     base = _BASE_LINE.search(text) if chosen.kind == "grid" else None
     if base is None:

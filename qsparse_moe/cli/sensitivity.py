@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.option_values import check_sparsity
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
 from qsparse_moe.runs.find import find_run
@@ -49,7 +50,7 @@ def sensitivity(
 ) -> None:
     """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, a report, and heat maps."""
     run_dir = find_run(run)
-    asked = parse_values(values)
+    tried = parse_values(values)
     check_sparsity("--at", at)
     from qsparse_moe.ablation.sensitivity.documents import validation_documents
     from qsparse_moe.ablation.sensitivity.measure import load_ranked, measure
@@ -66,7 +67,7 @@ def sensitivity(
         num_sequences=rows or config.training.evaluation_rows,
         batch_size=config.training.micro_batch_size,
     )
-    found = measure(model, measured_on, asked, exact=not estimate_only, notify=_print_report)
+    found = measure(model, measured_on, tried, exact=not estimate_only, notify=_print_report)
     folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)
     write_report(found, summary, folder, tensorboard=run_dir / "tensorboard")
@@ -85,16 +86,11 @@ def parse_values(text: str) -> tuple[float, ...]:
     try:
         values = sorted({float(part) for part in text.split(",")})
     except ValueError:
+        # Outside the range, so that the rule below reports it.
         values = [-1.0]
     if not all(0.0 <= value < 1.0 for value in values):
         raise ConfigError(f"--values ({text}) must be numbers in [0, 1) separated by commas, such as 0,0.5,0.75")
     return tuple(values)
-
-
-def check_sparsity(option: str, value: float | None) -> None:
-    """Raise ConfigError unless ``value`` is None or in [0, 1)."""
-    if value is not None and not 0.0 <= value < 1.0:
-        raise ConfigError(f"{option} ({value}) must be in [0, 1): it is the fraction of features set to zero")
 
 
 def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, tensorboard: Path) -> None:
@@ -115,6 +111,7 @@ def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, t
 
 
 def _print_report(done: int, of: int) -> None:
+    # A line per evaluation would be hundreds of lines, and the last one always appears.
     if done == of or done % _REPORTED_EVERY == 0:
         print(f"evaluated {done}/{of}", file=sys.stderr, flush=True)
 

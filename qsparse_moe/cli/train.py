@@ -34,9 +34,11 @@ def train(
     run = load_config(config, overrides or ())
     check_world_size(run, launcher_world_size())
     if is_rank_zero():  # on one rank only: another might check after this one has created the folder
+        # A run that resumes was allowed to start, perhaps by a version without this rule.
         if not check_run_folder(run):
             check_trainable(run)
         check_steps(run)
+    # Imported after all checks: a wrong setting is reported within a second.
     from qsparse_moe.data.tokenizer import with_vocabulary
 
     run = with_vocabulary(run)

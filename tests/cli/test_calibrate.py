@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.cli.app import run
-from qsparse_moe.cli.calibrate import asked_plan, settings_for, write_plan
+from qsparse_moe.cli.calibrate import requested_plan, settings_for, write_plan
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
@@ -107,9 +107,9 @@ def test_s_is_that_of_the_run_or_the_requested_one(trained, tmp_path):
 
 def test_s_of_a_run_is_that_of_its_last_step_and_a_requested_s_is_not_scheduled(tmp_path):
     ramping = untrained(tmp_path, "ramping", step=3)  # one dense step, then an eighth more in each
-    assert asked_plan(ramping).mean == pytest.approx(0.125)
-    assert asked_plan(ramping, sparsity=0.5).mean == 0.5
-    assert asked_plan(ramping, overrides=["model.sparsity.default=0.5"]).mean == 0.5
+    assert requested_plan(ramping).mean == pytest.approx(0.125)
+    assert requested_plan(ramping, sparsity=0.5).mean == 0.5
+    assert requested_plan(ramping, overrides=["model.sparsity.default=0.5"]).mean == 0.5
 
 
 WRONG = {
@@ -228,7 +228,7 @@ def test_output_that_this_user_may_not_write_is_refused(inputs, capsys, monkeypa
 
 
 def test_output_made_in_the_meantime_is_not_overwritten(inputs):
-    plan = asked_plan(Path("ready"))
+    plan = requested_plan(Path("ready"))
     with pytest.raises(ConfigError, match=r"--output \(there\.json\) exists and is not overwritten"):
         write_plan(plan, Path("there.json"), force=False)
     assert Path("there.json").read_text() == "mine"
@@ -242,7 +242,7 @@ def test_a_failing_disk_is_one_message(inputs, monkeypatch):
 
     monkeypatch.setattr("qsparse_moe.cli.calibrate.write_atomically", fail)
     with pytest.raises(ConfigError, match=r"--output \(new\.json\) cannot be written \(No space left on device\)"):
-        write_plan(asked_plan(Path("ready")), Path("new.json"), force=False)
+        write_plan(requested_plan(Path("ready")), Path("new.json"), force=False)
 
 
 @pytest.mark.parametrize(
@@ -255,7 +255,7 @@ def test_a_failing_disk_is_one_message(inputs, monkeypatch):
 )
 def test_the_settings_that_it_prints_make_a_run_select_by_the_plan(sparsity, tmp_path):
     run_dir = untrained(tmp_path, "run", **sparsity)
-    plan = asked_plan(run_dir)
+    plan = requested_plan(run_dir)
     plan = plan.with_thresholds({place: (0.1,) * len(values) for place, values in plan.values.items()})
     plan.save(tmp_path / "plan.json")
     config = load_config(run_dir / "config.yaml")

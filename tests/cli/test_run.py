@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.cli.app import run
-from qsparse_moe.cli.evaluate import asked_plan
+from qsparse_moe.cli.evaluate import requested_plan
 from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -179,7 +179,7 @@ def test_an_s_without_effect_on_the_selection_of_the_run_is_refused(trained, tmp
     other = config.model_copy(update={"model": config.model.model_copy(update={"sparsity": settings})})
     monkeypatch.setattr("qsparse_moe.cli.evaluate.load_run_config", lambda run_dir: other)
     with pytest.raises(ConfigError, match=message):
-        asked_plan(run_dir, sparsity=0.5, plan_file=None)
+        requested_plan(run_dir, sparsity=0.5, plan_file=None)
 
 
 def test_generated_text_is_the_same_streamed_and_as_json(trained, capsys):

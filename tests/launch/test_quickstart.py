@@ -103,7 +103,7 @@ def test_summary_shows_quality_parameters_and_speed(finished_run, capsys):
         ["unigram byte model", "5.000", "bits per byte on the same text"],
         ["parameters", "4,000,000", "stored"],
         ["active with MoE", "1,000,000", "per token, 25% of them"],
-        ["active with MoE and Q-Sparse", "500,000", "per token, 12% of them"],
+        ["needed with MoE and Q-Sparse", "500,000", "per token, 12% of them"],
         ["speed", "3,000", "tokens/s in training on 2 processes, 10 s for 20 steps"],
     ]
 

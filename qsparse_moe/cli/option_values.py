@@ -1,0 +1,28 @@
+"""Checks of option values that several verbs share. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from qsparse_moe.errors import ConfigError
+
+
+def listed_names(option: str, text: str, known: Collection[str]) -> list[Any]:
+    """Return the names in ``text``, which are separated by commas.
+
+    Raises:
+        ConfigError: one of them is not in ``known``.
+    """
+    # Any, because callers pass the names on as the literals that they have just been checked to be.
+    names = text.split(",")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ConfigError(f"{option} {text!r} contains {unknown[0]!r}; choose from {', '.join(known)}")
+    return names
+
+
+def check_sparsity(option: str, value: float | None) -> None:
+    """Raise ConfigError unless ``value`` is None or in [0, 1)."""
+    if value is not None and not 0.0 <= value < 1.0:
+        raise ConfigError(f"{option} ({value}) must be in [0, 1): it is the fraction of features set to zero")

@@ -15,7 +15,6 @@ from tests.support.messages import assert_one_message
 REPOSITORY = Path(__file__).parents[2]
 
 SPARSE_INPUT = {"model.moe.router_input": "sparse"}
-ONE_SELECTION = "model.moe.router_input (sparse) needs one selection at expert_input for all experts of a layer, and "
 FORCED = {"model.moe.force_uniform_routing": True}
 
 

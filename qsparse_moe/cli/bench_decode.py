@@ -156,6 +156,6 @@ def _print_tables(result: dict[str, Any]) -> None:
                 times = row["ours_times_faster"]["median"]
                 table.add_row(row["contender"], f"{row['tokens_per_second']:.0f}", f"{times:.2f}")
             console.print(table)
-    console.print(
-        f"Read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s; medians of {result['shape']['rounds']} rounds"
-    )
+    # Only a result of a CPU has the bandwidth.
+    bandwidth = f"Read bandwidth {result['read_bandwidth'] / 1e9:.1f} GB/s; " if "read_bandwidth" in result else ""
+    console.print(f"{bandwidth}medians of {result['shape']['rounds']} rounds")

@@ -70,3 +70,23 @@ def test_a_run_that_resumes_without_a_logged_step_counts_from_its_checkpoint_on(
     )
     # The sum that every token of the run costs begins with the run.
     assert found["efficiency/total_training_flops"] == found["efficiency/training_flops_per_token"] * 15360
+
+
+@pytest.mark.parametrize(("precision", "num_bytes"), [("fp32", 4), ("fp16", 2), ("bf16", 2)])
+def test_bytes_of_weights_are_those_of_the_precision(tmp_path, precision, num_bytes):
+    training = CONFIG.training.model_copy(update={"precision": precision})
+    config = CONFIG.model_copy(update={"training": training})
+    found = Efficiency(make_context(tmp_path, config))(make_report(10), zeros(0.5))
+    assert found["efficiency/weight_bytes_1"] == pytest.approx(num_bytes * count_parameters(MODEL).needed)
+
+
+def test_a_checkpoint_continues_the_sum_from_its_own_tokens(tmp_path):
+    whole = Efficiency(make_context(tmp_path, CONFIG))
+    whole(make_report(10), zeros(0.5))
+    state = whole.state_dict()
+    assert state["tokens"] == make_report(10).tokens
+    last = whole(make_report(30), zeros(0.25))
+    # Another logged step lies between the checkpoint and the resume: the state decides, not the row.
+    resumed = Efficiency(make_context(tmp_path, CONFIG, start_step=10), {"tokens": 1, "step": 10})
+    resumed.load_state_dict(state)
+    assert resumed(make_report(30), zeros(0.25)) == last

@@ -1,4 +1,4 @@
-"""Figures of the benchmarks, computed by hand from given times: rates, directions of ratios, and units of the tables."""
+"""Figures of the benchmarks by hand, from given times: rates, directions of ratios, and units of the tables."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qsparse_moe.bench.harness import Timing, fingerprint, ratio, time_in_turns
+from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio, time_in_turns
 from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp, formats_beside
 from qsparse_moe.bench.mixtral import DecodingMixtral
 from qsparse_moe.bench.random_weights import fill_random
@@ -78,6 +78,7 @@ def run_decode_benchmark(
     for weight_format in benchmark.formats:
         report(f"{weight_format}: building the contenders")
         results[weight_format] = _run_format(benchmark, weight_format, bandwidth, report)
+        # The models of a format take several GB and must be gone before those of the next are built.
         gc.collect()
     return {
         "benchmark": "decode",
@@ -96,7 +97,7 @@ def read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
 
 
 def check_formats(benchmark: DecodeBenchmark) -> None:
-    """Raise ConfigError unless the models in all number formats can have the head that is asked for."""
+    """Raise ConfigError unless the models in all number formats can have the requested head."""
     for weight_format in benchmark.formats:
         check_head(benchmark.head or "auto", _model_dtype(weight_format))
 
@@ -108,6 +109,7 @@ def _model_dtype(weight_format: WeightFormat) -> torch.dtype:
 @torch.no_grad()
 def random_model(config: ModelConfig, weight_format: WeightFormat, device: torch.device | str = "cpu") -> Transformer:
     """Return a model with random weights: in bf16 for the formats bf16 and ternary, in fp32 for the others."""
+    # On the meta device first, so that the weights are not initialised twice.
     with torch.device("meta"):
         model = Transformer(config, device=device).to(_model_dtype(weight_format))
     model.to_empty(device=device)
@@ -117,7 +119,7 @@ def random_model(config: ModelConfig, weight_format: WeightFormat, device: torch
 
 
 class _Ours:
-    """Our engine at one S and batch: as many steps as asked for from the same context."""
+    """Our engine at one S and batch: the requested number of steps from the same context."""
 
     def __init__(self, engine: NativeDecode, model: Transformer, batch: int, benchmark: DecodeBenchmark) -> None:
         self.engine = engine
@@ -178,6 +180,7 @@ def _run_format(
         if not engines:
             engines[sparsity] = NativeDecode(model, weight_format, head=head, rows="auto")
         else:
+            # The stored weights are shared: engines for every S would not fit into memory together.
             engines[sparsity] = engines[0.0].with_plan_of(model)
     prepare_prefill(model, engines[0.0], weight_format)
     peers = _peers(benchmark, (weight_format, head), config, report)
@@ -190,6 +193,7 @@ def _run_format(
             timings = seconds_in_turns({**ours, **others}, benchmark.rounds)
             rows += [_row(name, batch, timings, ours, benchmark, bandwidth) for name in timings]
         prefills = _prefill(benchmark, model, peers)
+    # Also after an error: a peer is a process with a file of several GB.
     finally:
         for peer in peers.values():
             if isinstance(peer, LlamaCpp):
@@ -293,16 +297,9 @@ def _prefill(benchmark: DecodeBenchmark, model: Transformer, peers: dict[str, Pe
 
 def shape_of(benchmark: DecodeBenchmark) -> dict[str, Any]:
     """Return the sizes that a result records."""
-    model = benchmark.model
     return {
-        "layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "heads": model.num_heads,
-        "experts": model.moe.num_experts,
-        "experts_per_token": model.moe.experts_per_token,
-        "expert_hidden_size": model.moe.expert_hidden_size,
-        "vocabulary": vocab_size(model),
-        "activation": model.moe.activation,
+        **model_sizes(benchmark.model),
+        "vocabulary": vocab_size(benchmark.model),
         "context": benchmark.context,
         "tokens": benchmark.tokens,
         "prompt": benchmark.prompt,

@@ -66,7 +66,7 @@ def run_gpu_decode_benchmark(
 
 
 class _Steps:
-    """As many greedy steps of an engine as asked for, from the same context."""
+    """The requested number of greedy steps of an engine, from the same context."""
 
     def __init__(
         self, engine: DecodeEngine, model: Transformer, batch: int, device: torch.device, benchmark: DecodeBenchmark

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from qsparse_moe.config.schema import ModelConfig
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -60,6 +62,7 @@ def _turn(
         call()
     taken = []
     for _ in range(calls):
+        # Before the clock starts, so that work which an earlier call has queued is not charged to this one.
         synchronize()
         start = clock()
         call()
@@ -73,6 +76,25 @@ def ratio(slower: Timing, faster: Timing) -> dict[str, float]:
     # Ratios within a round, whose noise is common to both contenders.
     ratios = [a / b for a, b in zip(slower.seconds_by_round, faster.seconds_by_round, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def synchronizer(device: torch.device) -> Callable[[], None]:
+    """Return a function that waits until ``device`` has completed all queued work."""
+    # A CUDA call returns before its kernels have run, so without waiting only the launch would be timed.
+    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+
+def model_sizes(model: ModelConfig) -> dict[str, Any]:
+    """Return the sizes of a model that a result records."""
+    return {
+        "layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "heads": model.num_heads,
+        "experts": model.moe.num_experts,
+        "experts_per_token": model.moe.experts_per_token,
+        "expert_hidden_size": model.moe.expert_hidden_size,
+        "activation": model.moe.activation,
+    }
 
 
 def fingerprint() -> dict[str, Any]:
@@ -90,6 +112,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def _cores() -> set[int]:
+    # The cores of this process, which a container or taskset may restrict; macOS cannot tell.
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 

@@ -61,7 +61,7 @@ class LlamaFormats(NamedTuple):
 _OF_THE_SAME_BITS: dict[WeightFormat, tuple[str, ...]] = {
     "fp32": (),
     "bf16": ("BF16",),
-    # Half of the bits too.
+    # Also with half of the bits, because that is what many people run.
     "int8": ("Q8_0", "Q4_0"),
     "ternary": ("TQ2_0",),
 }
@@ -81,7 +81,7 @@ def formats_beside(weight_format: WeightFormat, head: WeightFormat) -> list[Llam
 
 
 class LlamaCpp:
-    """llama.cpp with one file of weights: measures itself when asked, and is otherwise idle."""
+    """llama.cpp with one file of weights: measures itself on request, and is otherwise idle."""
 
     def __init__(self, python: str, config: ModelConfig, formats: LlamaFormats, *, folder: Path, capacity: int) -> None:
         """Write random weights of the shape of ``config`` into ``folder`` and load them.

@@ -1,6 +1,6 @@
 """``bench moe``: one MoE feed-forward layer, forward and backward, compared with peers and with dense products.
 
-T tokens, D width, E experts, A experts per token, F expert width, N = T * A routed rows.
+T tokens, D width, E experts, A experts per token, F expert width, N = T * A routed tokens.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.bench import routing, trace
-from qsparse_moe.bench.harness import fingerprint, ratio, time_in_turns
+from qsparse_moe.bench.harness import fingerprint, ratio, synchronizer, time_in_turns
 from qsparse_moe.bench.moe_peers import PEERS, Build, Contender, LayerShape, LayerWeights, layer_config, leaf
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import BackendUnavailable
@@ -54,7 +54,7 @@ def run_moe_benchmark(benchmark: MoEBenchmark, peers: Mapping[str, Build] = PEER
 
     Returns:
         The machine, the shape, ``peak`` (FLOP/s of a large square product by precision), and ``layers`` with one entry
-        per precision and load: rows per expert, seconds and FLOP/s by contender, the speed-up of our layers over the
+        per precision and load: tokens per expert, seconds and FLOP/s by contender, the speed-up of our layers over the
         others, bytes per step, the reason why a contender is left out, and the profiles of our layers.
     """
     peak = {name: matrix_peak(name, benchmark.device, clock=benchmark.clock) for name in benchmark.precisions}
@@ -146,16 +146,12 @@ def training_step(contender: Contender) -> Callable[[], object]:
     return step
 
 
-def synchronizer(device: torch.device) -> Callable[[], None]:
-    """Return a function that waits until ``device`` has completed all queued work."""
-    return torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-
 def _layer(
     benchmark: MoEBenchmark, precision: str, load: str, peers: Mapping[str, Build], peak: float
 ) -> dict[str, Any]:
     shape, device, dtype = benchmark.shape, benchmark.device, DTYPES[precision]
     expert_ids_TA = routing.choose_experts(load, shape.tokens, shape.num_experts, shape.experts_per_token)
+    # The choices come first and the input is made for them, so that every library routes alike.
     x_TD = routing.routed_input(expert_ids_TA, shape.num_experts, shape.hidden_size).to(device, dtype)
     weights = make_weights(shape, dtype, device)
     ours, others, left_out = build_contenders(shape, weights, x_TD, benchmark.sparsity, peers)
@@ -202,6 +198,7 @@ def _resolve(config: ModelConfig, device: torch.device) -> Runtime:
 def _our_layer(
     config: ModelConfig, runtime: Runtime, weights: LayerWeights, x_TD: Tensor, sparsity: float
 ) -> Contender:
+    # MoELayer moves to the dtype and device of the input; all layers get the same weights below.
     layer = MoELayer(config, runtime).to(x_TD)
     for site in (layer.input_site, layer.experts.hidden_site):
         site.set_sparsity([sparsity] * config.moe.num_experts)

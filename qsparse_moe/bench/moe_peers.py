@@ -1,6 +1,6 @@
 """MoE feed-forward layers of other libraries, and a dense chain with the same products, with given weights.
 
-T tokens, D width, E experts, A experts per token, F expert width, N = T * A routed rows.
+T tokens, D width, E experts, A experts per token, F expert width, N = T * A routed tokens.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class LayerShape:
 
     @property
     def rows(self) -> int:
-        """Number of routed rows, N."""
+        """Number of routed tokens, N."""
         return self.tokens * self.experts_per_token
 
     @property
@@ -110,6 +110,7 @@ def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> C
             _Expert(shape),
             num_experts=shape.num_experts,
             k=shape.experts_per_token,
+            # Nothing is dropped or drawn at random, as in the other layers.
             drop_tokens=False,
             use_rts=False,
             top2_2nd_expert_sampling=False,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparse_moe.bench.harness import fingerprint, time_in_turns
+from qsparse_moe.bench.harness import fingerprint, synchronizer, time_in_turns
 from qsparse_moe.kernels import tiles
 from qsparse_moe.kernels.registry import OPS
 from qsparse_moe.kernels.spec import Example, Operation, OpSpec
@@ -99,6 +99,7 @@ def _thresholds(case: str, dtype: torch.dtype, device: str, rounds: int) -> dict
     spec = next(spec for spec in OPS if spec.name == "topk_select")
     example = spec.example_inputs(case, dtype, device)
     x, num_selected = example.tensors["x"], example.settings["num_selected"]
+    # The magnitudes are computed inside the call, because every selection has to compute them.
     calls = {name: _of_magnitudes(find, x, num_selected) for name, find in THRESHOLDS.items()}
     seconds = {"forward": _seconds(calls, device, rounds)}
     return {"name": "K-th largest magnitude, plain PyTorch", "shape": list(x.shape), "seconds": seconds, "left_out": {}}
@@ -115,8 +116,7 @@ def _why_left_out(spec: OpSpec, name: str, device: str) -> str | None:
 
 
 def _seconds(calls: Mapping[str, Callable[[], object]], device: str, rounds: int) -> dict[str, float]:
-    synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
-    timings = time_in_turns(calls, rounds=rounds, synchronize=synchronize)
+    timings = time_in_turns(calls, rounds=rounds, synchronize=synchronizer(torch.device(device)))
     return {name: timing.median for name, timing in timings.items()}
 
 

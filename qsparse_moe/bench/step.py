@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparse_moe.bench.harness import fingerprint, ratio, time_in_turns
+from qsparse_moe.bench.harness import fingerprint, model_sizes, ratio, synchronizer, time_in_turns
 from qsparse_moe.bench.mixtral import EXPERTS, build_mixtral
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import vocab_size
@@ -45,12 +45,12 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
 
     All three have the same shape, tokens, threads, and optimizer (fused AdamW), and include the balance loss.
     """
+    # Ids that every vocabulary has: the time of a step does not depend on the text.
     tokens_BS = torch.randint(
         0, min(256, vocab_size(benchmark.model)), (benchmark.rows, benchmark.sequence_length), device=benchmark.device
     )
     steps = _contenders(benchmark, tokens_BS)
-    synchronize = torch.cuda.synchronize if benchmark.device.type == "cuda" else lambda: None
-    timings = time_in_turns(steps, rounds=benchmark.rounds, synchronize=synchronize)
+    timings = time_in_turns(steps, rounds=benchmark.rounds, synchronize=synchronizer(benchmark.device))
     return {
         "benchmark": "step",
         "machine": fingerprint(),
@@ -83,6 +83,7 @@ def _ours(benchmark: StepBenchmark, sparsity: float) -> Transformer:
 
 
 def _training_step(model: torch.nn.Module, loss: Callable[[], Tensor | None]) -> Callable[[], object]:
+    # Fused for all three: the optimizer is no subject of the comparison and must not dominate it.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
@@ -96,16 +97,9 @@ def _training_step(model: torch.nn.Module, loss: Callable[[], Tensor | None]) ->
 
 
 def _shape(benchmark: StepBenchmark) -> dict[str, Any]:
-    model = benchmark.model
     return {
-        "layers": model.num_layers,
-        "hidden_size": model.hidden_size,
-        "heads": model.num_heads,
-        "experts": model.moe.num_experts,
-        "experts_per_token": model.moe.experts_per_token,
-        "expert_hidden_size": model.moe.expert_hidden_size,
-        "activation": model.moe.activation,
-        "vocab_size": vocab_size(model),
+        **model_sizes(benchmark.model),
+        "vocab_size": vocab_size(benchmark.model),
         "rows": benchmark.rows,
         "sequence_length": benchmark.sequence_length,
         "precision": benchmark.precision,

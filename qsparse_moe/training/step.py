@@ -124,15 +124,7 @@ def train_step(
     """
     assert len(batches) == engine.num_micro_batches, (len(batches), engine.num_micro_batches)
     clock = clock or PhaseClock(engine.distributed.device)
-    totals = StepTotals()
-    for index, batch in enumerate(batches):
-        with clock.part("forward"):
-            output = engine.forward(batch, with_stats=report, layer_hook=guard.layer_hook)
-        assert output.loss is not None
-        guard.add_loss(output.loss)
-        with clock.part("backward"):
-            engine.backward(output.loss, is_last=index == len(batches) - 1)
-        totals.add(output, num_micro_batches=len(batches), report=report)
+    totals = _accumulate(engine, batches, guard=guard, report=report, clock=clock)
     # Before the update: a forward pass or gradient that is not finite must not reach the weights.
     requests = guard.check(step, stop=stop, save=save)
     if report and layer_gradients:
@@ -160,6 +152,23 @@ def train_step(
         loss_scale,
         *requests,
     )
+
+
+def _accumulate(
+    engine: Engine, batches: Sequence[Batch], *, guard: NonFiniteGuard, report: bool, clock: PhaseClock
+) -> StepTotals:
+    """Run forward and backward of every micro-batch and return the sums over them."""
+    totals = StepTotals()
+    for index, batch in enumerate(batches):
+        with clock.part("forward"):
+            output = engine.forward(batch, with_stats=report, layer_hook=guard.layer_hook)
+        assert output.loss is not None
+        guard.add_loss(output.loss)
+        with clock.part("backward"):
+            # In the last one the torch engine averages over the ranks; DeepSpeed counts the micro-batches itself.
+            engine.backward(output.loss, is_last=index == len(batches) - 1)
+        totals.add(output, num_micro_batches=len(batches), report=report)
+    return totals
 
 
 def _routed_since_report(reduced: StepTotals) -> Tensor | None:

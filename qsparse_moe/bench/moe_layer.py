@@ -158,7 +158,8 @@ def _layer(
     return {
         "precision": precision,
         "load": load,
-        "tokens_per_expert": expert_ids_TA.flatten().bincount(minlength=shape.num_experts).tolist(),
+        # The key of earlier results.
+        "rows_per_expert": expert_ids_TA.flatten().bincount(minlength=shape.num_experts).tolist(),
         "left_out": left_out,
     } | _measure(benchmark, ours, others, peak)
 

@@ -53,7 +53,7 @@ def _head(result: dict[str, Any]) -> str:
 
 def _times(layer: dict[str, Any]) -> str:
     peers = list(next(iter(layer["times_as_fast_as"].values())))
-    counts = layer["tokens_per_expert"]
+    counts = layer["rows_per_expert"]
     # 1 for an even load.
     busiest = max(counts) * len(counts) / sum(counts)
     lines = [

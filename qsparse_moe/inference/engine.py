@@ -6,6 +6,7 @@ and logs the choice.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.errors import BackendUnavailable, ConfigError
-from qsparse_moe.inference import native, triton_engine
+from qsparse_moe.inference import gather_engine, native, triton_engine
 from qsparse_moe.inference.cached_model import TorchDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.weights import fold_rounding, use_bf16_products
@@ -22,6 +23,8 @@ from qsparse_moe.kernels.onednn import has_bf16_instructions
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.nn.runtime import choose
+
+logger = logging.getLogger(__name__)
 
 
 class DecodeEngine(Protocol):
@@ -69,6 +72,8 @@ class EngineSpec:
     """Returns the reason why it cannot run this model on its device, with the way out; None if it can."""
     build: Callable[[Transformer, EngineSettings], DecodeEngine]
     """Builds the engine for a model in evaluation mode, whose weights and plan must not change afterwards."""
+    why_not_auto: Callable[[Transformer], str | None] = lambda model: None
+    """Returns the reason why ``auto`` leaves out an engine that can run this model; None if it takes it."""
     has_own_matrices: bool = False
     """Whether it stores a copy of the matrices behind sparse sites, so that those of the model serve prefill alone."""
 
@@ -77,7 +82,7 @@ def _torch_engine(model: Transformer, asked: EngineSettings) -> DecodeEngine:
     if asked.rows == "selected":
         raise ConfigError(
             "rows ('selected') must be all or auto with the engine torch, which reads every row of every matrix; leave "
-            "it out, or use the engine native"
+            "it out, or use the engine native or gather"
         )
     return TorchDecode(model)
 
@@ -88,6 +93,12 @@ ENGINES: tuple[EngineSpec, ...] = (
         native.why_not,
         lambda model, asked: native.NativeDecode(model, asked.weights, head=asked.head, rows=asked.rows),
         has_own_matrices=True,
+    ),
+    EngineSpec(
+        "gather",
+        gather_engine.why_not,
+        lambda model, asked: gather_engine.GatherDecode(model, rows=asked.rows),
+        why_not_auto=gather_engine.why_not_auto,
     ),
     EngineSpec("torch", lambda model: None, _torch_engine),
     # After torch, which runs everywhere, so that auto never chooses it: it has not been measured on a GPU.
@@ -116,12 +127,28 @@ def resolve_engine(
         engines: the engines to choose from.
 
     Raises:
-        BackendUnavailable: the name is unknown, or the engine cannot run this model here; with the reason.
+        BackendUnavailable: the name is unknown, or the engine cannot run this model here; with the reason. ``auto``
+            raises it only if no engine can run the model.
     """
     names = [spec.name for spec in engines]
     if requested not in ("auto", *names):
         raise BackendUnavailable(f"engine ({requested!r}) must be one of auto, {', '.join(names)}; choose one of them")
-    return choose("engine", requested, engines, lambda spec: spec.why_not(model)).build(model, settings)
+    failed: dict[str, str] = {}
+
+    def why_not(spec: EngineSpec) -> str | None:
+        reason = failed.get(spec.name) or spec.why_not(model)
+        return spec.why_not_auto(model) if reason is None and requested == "auto" else reason
+
+    while True:
+        spec = choose("engine", requested, engines, why_not)
+        try:
+            return spec.build(model, settings)
+        except BackendUnavailable as error:
+            if requested != "auto":
+                raise
+            # Known only now: a compiler that fails, or a folder for its results that cannot be written.
+            failed[spec.name] = str(error)
+            logger.warning("engine=auto: %s cannot be built (%s); trying the next engine", spec.name, error)
 
 
 def prepare_prefill(model: Transformer, engine: DecodeEngine, weight_format: WeightFormat | None) -> None:

@@ -10,14 +10,17 @@ import copy
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.listed_model import ListedModel
 from qsparse_moe.inference.native import Rows
-from qsparse_moe.inference.triton_model import StoredMatrices, TritonModel
-from qsparse_moe.inference.weights import head_format, own_format
+from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices
 from qsparse_moe.kernels import tiles
-from qsparse_moe.kernels.row_product.stored import WeightFormat
+from qsparse_moe.kernels.row_product.lists import FeatureLists
+from qsparse_moe.kernels.row_product.op import list_features, listed_product
+from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store, with_scales_per_output
 from qsparse_moe.model.transformer import Transformer
 
 
@@ -63,8 +66,8 @@ class TritonDecode:
         """
         self.weight_format = weight_format or own_format(model)
         self.rows: Rows = "all" if rows == "all" else "selected"
-        self._weights = StoredMatrices(model, self.weight_format, head_format(model, self.weight_format, head))
-        self._model = TritonModel(model, self._weights, reads_all_rows=rows == "all")
+        self._weights = TritonWeights(model, self.weight_format, head_format(model, self.weight_format, head))
+        self._model = ListedModel(model, self._weights, reads_all_rows=rows == "all")
         self._device = model.head.weight.device
         self.captures_graphs = capture_graphs and self._device.type == "cuda" and _can_capture(model)
         self._graphs: dict[int, _CapturedStep] = {}
@@ -77,7 +80,7 @@ class TritonDecode:
                 because an engine computes with the sites of its model.
         """
         other = copy.copy(self)
-        other._model = TritonModel(model, self._weights, reads_all_rows=self.rows == "all")
+        other._model = ListedModel(model, self._weights, reads_all_rows=self.rows == "all")
         other._graphs = {}
         return other
 
@@ -132,6 +135,75 @@ class TritonDecode:
             with torch.cuda.graph(graph):
                 logits_BV = self._step(tokens_B, positions_B, cache)
         return _CapturedStep(graph, _memory_of(cache), tokens_B, positions_B, logits_BV)
+
+
+class TritonWeights:
+    """The matrices of a model as the kernels read them, in the memory of its device; each is stored once."""
+
+    def __init__(self, model: Transformer, weight_format: WeightFormat, head: WeightFormat) -> None:
+        self._matrices: dict[str, ModelMatrix] = {matrix.name: matrix for matrix in site_matrices(model)}
+        self._head_weight = model.head.weight
+        self._format = weight_format
+        self.head_format = head
+        """Number format of the output head."""
+        self._head = None if head == "fp32" else self._stored_head()
+        self._stored: dict[tuple[str, ...], StoredWeights] = {}
+
+    def of(self, *names: str) -> StoredWeights:
+        """Return the matrices of these names as one stack, in the order of the names."""
+        if names not in self._stored:
+            parts = [self._matrices[name].input_major(self._format) for name in names]
+            stack = torch.cat([part if part.dim() == 3 else part[None] for part in parts])
+            self._stored[names] = self._store(stack, self._format)
+        return self._stored[names]
+
+    def num_matrices(self, stack: StoredWeights) -> int:
+        """Return the number of matrices of a stack."""
+        return stack.num_matrices
+
+    def list_features(self, rows_ND: Tensor, capacity: int, *, with_zeros: bool) -> FeatureLists:
+        """Return the nonzero features of every row."""
+        return list_features(rows_ND, capacity, with_zeros=with_zeros)
+
+    def product(self, stack: StoredWeights, lists: FeatureLists, **settings: Any) -> Tensor:
+        """Return sums of products of lists with matrices."""
+        return listed_product(stack, lists, **settings)
+
+    def logits(self, normed_BD: Tensor) -> Tensor:
+        """Return the logits ``(B, V)``."""
+        if self._head is None:
+            # By cuBLAS, which would round the fp32 rows to bf16 for a head in bf16.
+            return F.linear(normed_BD, self._head_weight)
+        logits_BV = listed_product(self._head.codes, list_features(normed_BD, normed_BD.shape[1]))
+        return logits_BV if self._head.scales_V is None else logits_BV * self._head.scales_V
+
+    def _stored_head(self) -> StoredHead:
+        if self.head_format == "bf16":
+            return StoredHead(self._store(self._head_weight.T, "bf16"), None)
+        codes, scales_V = with_scales_per_output(self._head_weight.detach().cpu())
+        return StoredHead(codes.to(self._head_weight.device), scales_V.to(self._head_weight.device))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the matrices behind sparse sites and of the head."""
+        head = self._head_weight.nbytes if self._head is None else self._head.num_bytes
+        return head + sum(stored.num_bytes for stored in self._stored.values())
+
+    def _store(self, weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
+        return store(weights.detach().cpu(), weight_format).to(self._head_weight.device)
+
+
+class StoredHead(NamedTuple):
+    """The output head with one row per input feature."""
+
+    codes: StoredWeights
+    scales_V: Tensor | None
+    """One per id, for int8: the format of its rows has one per input feature, which here are all 1."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all rows and scales."""
+        return self.codes.num_bytes + (0 if self.scales_V is None else self.scales_V.nbytes)
 
 
 class _CapturedStep(NamedTuple):

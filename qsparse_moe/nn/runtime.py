@@ -15,7 +15,7 @@ from qsparse_moe.kernels import native
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
 from qsparse_moe.kernels.int8_quantize.op import FormatRows, as_format_triton
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
-from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS, SelectRows
+from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS, SelectRows, TopKSelect
 from qsparse_moe.sparsity.quantize import as_format
 
 logger = logging.getLogger(__name__)
@@ -54,10 +54,9 @@ def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> Site
         BackendUnavailable: the implementation was requested by name and cannot run here; with the reason.
     """
     selection = choose("model.sparsity.backend", settings.backend, TOPK_SELECTS, lambda spec: spec.why_not(device))
+    if selection.name == "native":
+        selection = _compiled_or_next(selection, settings, device)
     is_native = selection.name == "native"
-    # Compiled now, so that a failing compiler is reported before anything is trained.
-    if is_native:
-        native.load()
     return SiteRuntime(
         selection.name,
         selection.select_rows,
@@ -65,6 +64,20 @@ def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> Site
         NATIVE if is_native else TORCH,
         as_format_triton if selection.name == "triton" else as_format,
     )
+
+
+def _compiled_or_next(selection: TopKSelect, settings: SparsityConfig, device: torch.device) -> TopKSelect:
+    """Return ``selection`` after compiling its operators, or for ``auto`` the next one if they cannot be compiled."""
+    # Compiled now, so that a failing compiler is reported before anything is trained.
+    try:
+        native.load()
+    except BackendUnavailable as error:
+        if settings.backend != "auto":
+            raise
+        logger.warning("model.sparsity.backend=auto: native cannot be built (%s); trying the next one", error)
+        others = [spec for spec in TOPK_SELECTS if spec is not selection]
+        return choose("model.sparsity.backend", "auto", others, lambda spec: spec.why_not(device))
+    return selection
 
 
 def choose(

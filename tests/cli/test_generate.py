@@ -244,6 +244,19 @@ def test_ctrl_c_ends_the_program_cleanly(run_dir):
     assert said_on_error.decode().splitlines()[-1] == "error: stopped by Ctrl-C" and b"Traceback" not in said_on_error
 
 
+@pytest.mark.distributed
+def test_text_is_generated_where_nothing_can_be_compiled(run_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    process = subprocess.run(
+        [sys.executable, "-m", "qsparse_moe", "generate", str(run_dir), "--prompt", "ab", "--max-tokens", "3"],
+        env=os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path / "file")},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert process.stdout.startswith("ab") and process.stdout.endswith("\n")
+    said_on_error = " ".join(process.stderr.split())
+    assert "engine=auto: native cannot be built" in said_on_error and "(TORCH_EXTENSIONS_DIR) failed" in said_on_error
+
+
 def conversation(monkeypatch, capsys, lines, *arguments):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     return said(capsys, "--interactive", *arguments)

@@ -18,6 +18,7 @@ CPU = torch.device("cpu")
 TERNARY = {"sparsity": {"default": 0.5, "quantization": {"weights": "ternary"}}}
 ENGINES = [
     "torch",
+    "gather",
     pytest.param("native", marks=pytest.mark.skipif(native.why_not(CPU) is not None, reason="needs a C++ compiler")),
     pytest.param("triton", marks=pytest.mark.skipif(tiles.why_not(CPU) is not None, reason="needs Triton")),
 ]
@@ -45,7 +46,8 @@ def test_logits_are_those_of_the_model_with_the_rounded_head(name, settings, wei
         weights != "int8"
     )
     assert difference_from_torch(built, engine, (4, 2), capacity=5, steps=3) < 1e-5
-    assert name == "torch" or engine.figures()["head"] == head
+    # The portable engines multiply with the values of the rounded head.
+    assert name in ("torch", "gather") or engine.figures()["head"] == head
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -66,7 +68,7 @@ def test_greedy_tokens_of_ternary_weights_are_those_of_all_tokens_at_once(name, 
     torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ENGINES[1:])
+@pytest.mark.parametrize("name", ENGINES[2:])
 def test_an_int8_head_of_a_model_in_bf16_has_the_codes_of_the_rounded_head(name):
     # The model keeps the rounded head in bf16, whose rounding moves no code: within a step of bf16 they are equal.
     built, wide = model(torch.bfloat16), model(torch.bfloat16).float()

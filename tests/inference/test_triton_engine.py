@@ -13,8 +13,8 @@ from qsparse_moe.inference import triton_engine
 from qsparse_moe.inference.cached_model import TorchDecode
 from qsparse_moe.inference.engine import resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.listed_model import most_selected
 from qsparse_moe.inference.triton_engine import TritonDecode, why_not
-from qsparse_moe.inference.triton_model import most_selected
 from qsparse_moe.inference.weights import round_weights
 from qsparse_moe.kernels import tiles
 from qsparse_moe.nn.hooks import site_hooks

@@ -1,25 +1,22 @@
 """One decode step in which every projection behind a sparse site reads only the rows of nonzero features.
 
-Norms, rotation, router, sites and activations are those of the training model; the products are Triton kernels. All
-shapes follow from the batch and the capacity of the cache, and the host reads no value, so that the step can be
-captured as a CUDA graph. Activations are fp32.
+Norms, rotation, router, sites and activations are those of the training model; lists and products are those of an
+engine (``ListedWeights``). All shapes here follow from the batch and the capacity of the cache, and the host reads no
+value, so that the step can be captured as a CUDA graph. Activations are fp32.
 
 B sequences (one token each), D width, H heads, C channels per head, P slots of the cache, A choices, F hidden width.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsparse_moe.config.shapes import head_size
-from qsparse_moe.inference.weights import ModelMatrix, site_matrices
 from qsparse_moe.kernels.row_product.lists import FeatureLists
-from qsparse_moe.kernels.row_product.op import list_features, listed_product
-from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store, with_scales_per_output
 from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.rope import Rotation, rotate, rotation_at
@@ -30,16 +27,16 @@ from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.nn.sparse_site import SparseSite
 
 
-class TritonModel:
-    """The layers of a model with their matrices stored input-major on the model's device."""
+class ListedModel:
+    """The layers of a model with their matrices stored input-major on the device of the model."""
 
-    def __init__(self, model: Transformer, weights: StoredMatrices, *, reads_all_rows: bool) -> None:
+    def __init__(self, model: Transformer, weights: ListedWeights, *, reads_all_rows: bool) -> None:
         self._model = model
-        lister = _Lister(reads_all_rows)
+        lister = _Lister(weights, reads_all_rows)
         blocks = enumerate(model.blocks())
         self._layers = [_Layer(f"layers.{number}.", block, weights, lister) for number, block in blocks]
         self._final_norm = _Norm(model.final_norm)
-        self._head = weights.head()
+        self._weights = weights
         hidden_ids = model.hidden_ids
         self._hidden_ids = None if hidden_ids is None else hidden_ids.to(model.head.weight.device)
 
@@ -64,76 +61,34 @@ class TritonModel:
         return self._logits(self._final_norm(hidden_BD))
 
     def _logits(self, normed_BD: Tensor) -> Tensor:
-        if self._head is None:
-            logits_BV = F.linear(normed_BD, self._model.head.weight)
-        else:
-            logits_BV = listed_product(self._head.codes, list_features(normed_BD, normed_BD.shape[1]))
-            if self._head.scales_V is not None:
-                logits_BV = logits_BV * self._head.scales_V
+        logits_BV = self._weights.logits(normed_BD)
         return logits_BV if self._hidden_ids is None else logits_BV.index_fill(-1, self._hidden_ids, -torch.inf)
 
 
-class StoredMatrices:
-    """The matrices of a model as the kernels read them, in the memory of its device; each is stored once."""
+class ListedWeights(Protocol):
+    """The matrices of a model as an engine stores them, and its products of listed features with their rows."""
 
-    def __init__(self, model: Transformer, weight_format: WeightFormat, head: WeightFormat) -> None:
-        self._matrices: dict[str, ModelMatrix] = {matrix.name: matrix for matrix in site_matrices(model)}
-        self._head_weight = model.head.weight
-        self._head: StoredHead | None = None
-        self._format = weight_format
-        self.head_format = head
-        """Number format of the output head."""
-        self._stored: dict[tuple[str, ...], StoredWeights] = {}
-
-    def of(self, *names: str) -> StoredWeights:
+    def of(self, *names: str) -> Any:
         """Return the matrices of these names as one stack, in the order of the names."""
-        if names not in self._stored:
-            parts = [self._matrices[name].input_major(self._format) for name in names]
-            stack = torch.cat([part if part.dim() == 3 else part[None] for part in parts])
-            self._stored[names] = self._store(stack, self._format)
-        return self._stored[names]
 
-    def head(self) -> StoredHead | None:
-        """Return the head input-major; None if it is in fp32, which cuBLAS multiplies from the model's own weight."""
-        if self.head_format == "fp32":
-            return None
-        if self._head is None:
-            self._head = self._stored_head()
-        return self._head
+    def num_matrices(self, stack: Any) -> int:
+        """Return the number of matrices of a stack."""
 
-    def _stored_head(self) -> StoredHead:
-        if self.head_format == "bf16":
-            return StoredHead(self._store(self._head_weight.T, "bf16"), None)
-        codes, scales_V = with_scales_per_output(self._head_weight.detach().cpu())
-        return StoredHead(codes.to(self._head_weight.device), scales_V.to(self._head_weight.device))
+    def list_features(self, rows_ND: Tensor, capacity: int, *, with_zeros: bool) -> FeatureLists:
+        """Return the nonzero features of every row, at most ``capacity``; all features with ``with_zeros``."""
 
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the matrices behind sparse sites and of the head."""
-        head = self._head_weight.nbytes if self._head is None else self._head.num_bytes
-        return head + sum(stored.num_bytes for stored in self._stored.values())
+    def product(self, stack: Any, lists: FeatureLists, **settings: Any) -> Tensor:
+        """Return sums of products of lists with matrices, fp32; see ``row_product.triton.listed_product_triton``."""
 
-    def _store(self, weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
-        return store(weights.detach().cpu(), weight_format).to(self._head_weight.device)
-
-
-class StoredHead(NamedTuple):
-    """The output head with one row per input feature."""
-
-    codes: StoredWeights
-    scales_V: Tensor | None
-    """One per id, for int8: the format of its rows has one per input feature, which here are all 1."""
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all rows and scales."""
-        return self.codes.num_bytes + (0 if self.scales_V is None else self.scales_V.nbytes)
+    def logits(self, normed_BD: Tensor) -> Tensor:
+        """Return the logits ``(B, V)`` fp32."""
 
 
 class _Lister:
     """Turns the sparse rows of a site into lists of their features."""
 
-    def __init__(self, reads_all_rows: bool) -> None:
+    def __init__(self, weights: ListedWeights, reads_all_rows: bool) -> None:
+        self._weights = weights
         self._with_zeros = reads_all_rows
 
     def selected(self, site: SparseSite, rows_ND: Tensor, expert_N: Tensor | None = None) -> FeatureLists:
@@ -143,7 +98,7 @@ class _Lister:
     def listed(self, site: SparseSite, sparse_ND: Tensor) -> FeatureLists:
         """Return the nonzero features of rows to which the site's selection has been applied."""
         capacity = site.num_features if self._with_zeros else most_selected(site)
-        return list_features(sparse_ND, capacity, with_zeros=self._with_zeros)
+        return self._weights.list_features(sparse_ND, capacity, with_zeros=self._with_zeros)
 
 
 class _Norm:
@@ -157,7 +112,7 @@ class _Norm:
 
 
 class _Layer:
-    def __init__(self, prefix: str, block: Block, weights: StoredMatrices, lister: _Lister) -> None:
+    def __init__(self, prefix: str, block: Block, weights: ListedWeights, lister: _Lister) -> None:
         self._attention_norm, self._feed_forward_norm = _Norm(block.attention_norm), _Norm(block.feed_forward_norm)
         self._attention = _Attention(f"{prefix}attention.", block.attention, weights, lister)
         self.feed_forward_part: _MoE | _FeedForward
@@ -175,8 +130,8 @@ class _Layer:
 
 
 class _Attention:
-    def __init__(self, prefix: str, attention: Attention, weights: StoredMatrices, lister: _Lister) -> None:
-        self._part, self._lister = attention, lister
+    def __init__(self, prefix: str, attention: Attention, weights: ListedWeights, lister: _Lister) -> None:
+        self._part, self._lister, self._weights = attention, lister, weights
         self._qkv, self._output = weights.of(f"{prefix}qkv.weight"), weights.of(f"{prefix}output.weight")
         self._query_norm = None if attention.query_norm is None else _Norm(attention.query_norm)
         self._key_norm = None if attention.key_norm is None else _Norm(attention.key_norm)
@@ -191,7 +146,7 @@ class _Attention:
         value_BHPC: Tensor,
     ) -> Tensor:
         part = self._part
-        qkv = listed_product(self._qkv, self._lister.selected(part.input_site, x_BD))
+        qkv = self._weights.product(self._qkv, self._lister.selected(part.input_site, x_BD))
         heads = qkv.view(len(x_BD), -1, 1, part.head_size)
         query, key, value = heads.split([part.num_heads, part.num_kv_heads, part.num_kv_heads], dim=1)
         if self._query_norm is not None and self._key_norm is not None:
@@ -207,17 +162,17 @@ class _Attention:
             attn_mask=is_seen_BP[:, None, None],
             enable_gqa=part.num_kv_heads != part.num_heads,
         )
-        return listed_product(self._output, self._lister.selected(part.output_site, mixed.flatten(1)))
+        return self._weights.product(self._output, self._lister.selected(part.output_site, mixed.flatten(1)))
 
 
 class _GatedProducts:
     """Gate and up as one stack, and down, of experts or of a dense network, with the activation between them."""
 
-    def __init__(self, prefix: str, part: Experts | FeedForward, weights: StoredMatrices, lister: _Lister) -> None:
-        self._part, self._lister = part, lister
+    def __init__(self, prefix: str, part: Experts | FeedForward, weights: ListedWeights, lister: _Lister) -> None:
+        self._part, self._lister, self._weights = part, lister, weights
         inner = ("w_up",) if part.w_gate is None else ("w_gate", "w_up")
         self._inner = weights.of(*(f"{prefix}{name}" for name in inner))
-        self.down = weights.of(f"{prefix}w_down")
+        self._down = weights.of(f"{prefix}w_down")
 
     def hidden_lists(
         self, lists: FeatureLists, matrix_N: Tensor, expert_N: Tensor | None, *, products_per_list: int = 1
@@ -225,33 +180,37 @@ class _GatedProducts:
         """Return the selected hidden features of N rows, each with its matrix of the stack ``down``."""
         inner_N = matrix_N
         if self._part.w_gate is not None:
-            inner_N = torch.cat((matrix_N, matrix_N + self.down.num_matrices))
-        products = listed_product(self._inner, lists, matrix_P=inner_N, products_per_list=products_per_list)
+            inner_N = torch.cat((matrix_N, matrix_N + self._weights.num_matrices(self._down)))
+        products = self._weights.product(self._inner, lists, matrix_P=inner_N, products_per_list=products_per_list)
         gate_NF = None if self._part.w_gate is None else products[: len(matrix_N)]
         up_NF = products[-len(matrix_N) :]
         hidden_NF, _ = self._part.activation(gate_NF, up_NF, expert_N, with_stats=False)
         return self._lister.listed(self._part.hidden_site, hidden_NF)
 
+    def down(self, lists: FeatureLists, **settings: Any) -> Tensor:
+        """Return the products of hidden features with the matrices ``down``."""
+        return self._weights.product(self._down, lists, **settings)
+
 
 class _FeedForward:
     """A dense layer's network, or the shared experts of a MoE layer with their gate per token."""
 
-    def __init__(self, prefix: str, part: FeedForward, weights: StoredMatrices, lister: _Lister) -> None:
+    def __init__(self, prefix: str, part: FeedForward, weights: ListedWeights, lister: _Lister) -> None:
         self._part, self._lister = part, lister
         self._products = _GatedProducts(prefix, part, weights, lister)
 
     def __call__(self, x_BD: Tensor) -> Tensor:
         matrix_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
         hidden = self._products.hidden_lists(self._lister.selected(self._part.input_site, x_BD), matrix_B, None)
-        y_BD = listed_product(self._products.down, hidden)
+        y_BD = self._products.down(hidden)
         token_gate: Tensor | None = getattr(self._part, "token_gate", None)
         return y_BD if token_gate is None else y_BD * (x_BD @ token_gate.float().T).sigmoid()
 
 
 class _MoE:
-    """The routed experts: one launch per matrix for all tokens and all of their experts."""
+    """The routed experts: one product per stack of matrices for all tokens and all of their experts."""
 
-    def __init__(self, prefix: str, layer: MoELayer, weights: StoredMatrices, lister: _Lister) -> None:
+    def __init__(self, prefix: str, layer: MoELayer, weights: ListedWeights, lister: _Lister) -> None:
         self._layer, self._lister = layer, lister
         self._products = _GatedProducts(f"{prefix}experts.", layer.experts, weights, lister)
         self._shared = None if layer.shared is None else _FeedForward(f"{prefix}shared.", layer.shared, weights, lister)
@@ -267,8 +226,7 @@ class _MoE:
         else:
             lists, per_list = self._lister.selected(site, x_BD.repeat_interleave(choices, 0), expert_N), 1
         hidden = self._products.hidden_lists(lists, expert_N, expert_N, products_per_list=per_list)
-        y_BD = listed_product(
-            self._products.down,
+        y_BD = self._products.down(
             hidden,
             matrix_P=expert_N,
             factors_P=routing.weights_TA.flatten(),

@@ -18,6 +18,7 @@ from qsparse_moe.inference.weights import site_matrices
 from qsparse_moe.kernels.onednn import linear
 from qsparse_moe.kernels.row_product.gather import GatheredMatrices, list_features_gather, listed_product_gather
 from qsparse_moe.kernels.row_product.lists import FeatureLists
+from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
 
 _LEAST_SPARSITY = 0.2
@@ -80,7 +81,7 @@ class GatherDecode:
         """Return the dtype and the bytes of the weights, and which rows are read."""
         return {
             "weights": self._weights.weight_format,
-            "head": self._weights.head_format,
+            "head": self._weights.weight_format,
             "weight_bytes": self._weights.num_bytes,
             "rows": self.rows,
         }
@@ -91,8 +92,8 @@ class GatheredWeights:
 
     def __init__(self, model: Transformer) -> None:
         dtype = model.head.weight.dtype
-        self.weight_format = self.head_format = "bf16" if dtype == torch.bfloat16 else "fp32"
-        """Number formats of the values in memory."""
+        self.weight_format: WeightFormat = "bf16" if dtype == torch.bfloat16 else "fp32"
+        """Number format of the values in memory, those of the head as well."""
         self._head_weight = model.head.weight.detach()
         # Those that training rounds in every forward are rounded once; attention's are copied to be input-major. All
         # others are the model's own memory.

@@ -112,7 +112,7 @@ def test_the_result_names_machine_shape_loads_and_memory(result):
     assert result["shape"]["flops"] == SHAPE.flops
     assert (result["clock"], result["rounds"], result["sparsity"]) == ("processor", 2, 0.5)
     assert sum(layer["rows_per_expert"]) == SHAPE.rows
-    assert layer["rows_per_expert"][0] > layer["tokens_per_expert"][3]
+    assert layer["rows_per_expert"][0] > layer["rows_per_expert"][3]
     rate = layer["flops_per_second"]["dense"]
     assert layer["share_of_peak"]["dense"] == pytest.approx(rate / result["peak"]["fp32"])
     # The gradients of three (D, F) and of x are held at least.

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -111,6 +112,25 @@ def test_waiting_has_a_time_limit(tmp_path):
         with pytest.raises(LockHeld):
             acquire_lock(path, timeout=0.5)
         assert 0.5 <= time.monotonic() - start < 5
+
+
+def test_the_clock_of_a_wait_decides_when_it_ends_and_when_it_is_logged(tmp_path, monkeypatch, caplog):
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + 0.5))
+    monkeypatch.setattr(locks, "time", clock)
+    with (
+        acquire_lock(tmp_path / "lock"),
+        caplog.at_level(logging.INFO, "qsparse_moe.locks"),
+        pytest.raises(LockHeld),
+    ):
+        acquire_lock(tmp_path / "lock", timeout=130.0)
+    assert now == [130.0]
+    # After two seconds, and a minute and two minutes later.
+    left = [record.message.partition("at most ")[2] for record in caplog.records]
+    assert left == ["0:02:08 more)", "0:01:08 more)", "0:00:08 more)"]
+    with acquire_lock(tmp_path / "lock"), pytest.raises(LockHeld):
+        acquire_lock(tmp_path / "lock")
+    assert now == [130.0], "without a timeout nothing waits"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

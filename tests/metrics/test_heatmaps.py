@@ -95,6 +95,14 @@ def test_many_experts_are_drawn_without_numbers_in_the_cells():
     assert picture.shape[1] > 2000
 
 
+@pytest.mark.parametrize(("layers", "labelled"), [(4, True), (5, False)])
+def test_up_to_160_cells_have_numbers(layers, labelled):
+    num_experts = 40 if labelled else 33  # 160 and 165 cells
+    heat_map = HeatMap(Scale(0, 1000, "gray", "test"), list(range(layers)), num_experts)
+    one, other = (heat_map.draw(np.full((layers, num_experts), value)) for value in (0.11, 0.77))
+    assert (one != other).any() == labelled, "the two values have one colour"
+
+
 def test_numbers_are_black_on_bright_colours_and_white_on_dark_ones():
     # Luminance 0.299 R + 0.587 G + 0.114 B: an orange of 0.534 is bright, the blue with as much green, 0.349, is dark.
     assert _readable((1.0, 0.4, 0.0, 1.0)) == "black"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -50,3 +52,25 @@ def test_the_threshold_of_a_layer_is_over_the_routed_tokens_of_all_its_experts()
     window.update(step([3, 1], [[True], [True]], [3.0, 3.0]))  # 6 over 4 rows, not 1 and 3 over 2 experts
     drift = window.update(step([1, 1], [[True], [True]], [1.0, 5.0]))[f"{SITE}/threshold_drift"]
     assert drift.tolist() == [pytest.approx(1.0)]
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_window_continues_from_its_state_in_a_checkpoint_also_where_a_layer_had_no_token(stop):
+    used = [[True, False], [False, False]]
+    steps = [
+        step([4, 2], used, [3.0, 1.0]),
+        step([0, 0], [[False] * 2] * 2, [0.0, 0.0]),  # no token: the threshold is 0 / 0
+        step([2, 0], used, [5.0, 0.0]),
+        step([0, 3], [[False, False], [False, True]], [0.0, 2.0]),
+    ]
+    whole = Window(length=3, expert_length=2)
+    expected = [whole.update(stats) for stats in steps]
+    before, after = Window(length=3, expert_length=2), Window(length=3, expert_length=2)
+    for stats in steps[:stop]:
+        before.update(stats)
+    after.load_state_dict(json.loads(json.dumps(before.state_dict(), allow_nan=False)))
+    for stats, want in zip(steps[stop:], expected[stop:], strict=True):
+        found = after.update(stats)
+        assert found.keys() == want.keys()
+        for name in want:
+            torch.testing.assert_close(found[name], want[name], rtol=0, atol=0, equal_nan=True)

@@ -71,6 +71,7 @@ def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> 
         recomputed.append(again)
     # The loss takes the log-probabilities in fp32 whatever the precision of the run.
     beside = 3 * model.hidden_size * width + vocab_size(model) * _FP32
+    # Layers are recomputed one after the other, so only the largest is there at any time.
     return ActivationMemory(tokens * (sum(saved) + beside), tokens * max(recomputed))
 
 

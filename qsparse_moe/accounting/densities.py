@@ -50,6 +50,7 @@ def measured_densities(config: ModelConfig, row: Mapping[str, Any]) -> Densities
     for layer in range(config.num_layers):
         for site in layer_sites(config, layer):
             zeros = row.get(_ZEROS.format(site=site, layer=layer))
+            # Figures of some sites only would mix measured zeros with planned ones.
             if zeros is None:
                 return None
             found[layer, site] = (1.0 - zeros,) * (config.moe.num_experts if site in EXPERT_SITES else 1)

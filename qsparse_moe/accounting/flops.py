@@ -77,6 +77,7 @@ def training_flops(
     masked = config.sparsity.gradient == "masked"
     # The masked gradient is zero wherever the feature was, so its rows of the weight are skipped here too.
     by_input = sum(weight.needed if masked else weight.active for weight in _matrices(config, plan, densities))
+    # The gradient of a weight has rows for the nonzero input features only, as the forward product has.
     by_weight = forward.needed - forward.attention_scores - forward.selection
     return Flops(
         routed=3 * forward.routed,

@@ -56,6 +56,7 @@ def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = No
 
     def held(bytes_each: int, first_sharded: int) -> float:
         shards = world_size if stage >= first_sharded else 1
+        # Experts are divided over the P ranks already, and ZeRO shards them over the ranks that hold the same ones.
         return bytes_each * (others / shards + experts / parallel / max(1, shards // parallel))
 
     return StateMemory(weights=held(weight, 3), gradients=held(_FP32, 2), optimizer=held(optimizer, 1))

@@ -108,10 +108,12 @@ def model_weights(
         yield _norm(f"{prefix}feed_forward_norm.weight", width)
         yield from _feed_forward(config, densities, layer)
     yield _norm("final_norm.weight", width)
+    # A tied head is the table of the embedding, which is stored above, but a token is multiplied with it.
     yield Weight("head.weight", "head", 0 if config.tie_embeddings else table, table, table, is_matrix=True)
 
 
 def _mean(shares: tuple[float, ...]) -> float:
+    # Over experts with different K this is the mean at even load, since the experts of a token are not known before.
     return sum(shares) / len(shares)
 
 

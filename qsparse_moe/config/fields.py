@@ -26,7 +26,7 @@ PATTERN_WORDS = {
 _BOOLEAN_WORDS = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
 
 
-# Cached, because pydantic takes milliseconds to build it and every message asks for it.
+# Cached, because pydantic takes milliseconds to build it and every message needs it.
 @cache
 def run_schema() -> Node:
     """Return the JSON schema of a run file."""
@@ -128,10 +128,10 @@ def takes(node: Node, *, guards: bool = False) -> str:
     if node["type"] == "string":
         return "text" + (f" of {PATTERN_WORDS[node['pattern']]}" if "pattern" in node else "")
     words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
-    return words[node["type"]] + _bounds(node, guards)
+    return words[node["type"]] + _limits(node, guards)
 
 
-def _bounds(node: Node, guards: bool) -> str:
+def _limits(node: Node, guards: bool) -> str:
     if not guards and node.get("maximum", 0) >= SMALLEST_GUARD:
         node = {key: value for key, value in node.items() if key != "maximum"}
     if "minimum" in node and "maximum" in node:

@@ -39,6 +39,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     """
     where = os.fspath(path)
     settings, problems = parse_yaml(_read_text(Path(path)), where)
+    # An empty file is a run with every default.
     if settings is None:
         settings = {}
     if not isinstance(settings, dict):
@@ -102,6 +103,7 @@ def _build(settings: dict[str, Any]) -> tuple[RunConfig | None, list[Problem]]:
         problems = _translate(error.errors(include_url=False), settings)
     broken = {path for problem in problems for path in problem.paths}
     try:
+        # Without the invalid settings, so that the rules about the others are reported together with them.
         rest = RunConfig.model_validate(_without(settings, broken))
     except ValidationError:
         return None, problems

@@ -62,6 +62,7 @@ def _sites_exist(config: ModelConfig) -> Iterator[Problem]:
     for section, values in (("sites", sparsity.sites), ("quantization.sites", sparsity.quantization.sites)):
         for site in SITES:
             value, path = getattr(values, site), f"model.sparsity.{section}.{site}"
+            # 0 and none have no effect, so a file may give them for sites that another model has.
             if value not in (None, 0, "none") and site not in existing:
                 yield Problem(
                     f"{path} ({value}) selects nothing: {_why_absent(config, site)}; remove it, or choose from "
@@ -113,6 +114,7 @@ def _override_messages(config: ModelConfig, override: SparsityOverride, path: st
 def _no_match(config: ModelConfig, override: SparsityOverride, path: str) -> Iterator[str]:
     layers = select(override.layers, config.num_layers)
     existing = {site for layer in layers for site in layer_sites(config, layer)}
+    # Without a site, an override of experts applies to the sites that experts have.
     wanted = {override.site} if override.site else EXPERT_SITES if override.experts is not None else existing
     if existing & wanted:
         return
@@ -170,6 +172,7 @@ def _plan_file(config: ModelConfig) -> Iterator[Problem]:
     plan, path = config.sparsity.plan, "model.sparsity.plan"
     if plan is None:
         return
+    # Only its existence: the content is checked when a plan is loaded, which this package cannot import.
     if not Path(plan).is_file():
         yield Problem(
             f"{path} ({plan}) must name a file that exists, written by SparsityPlan.save; correct the path, which is "
@@ -219,6 +222,7 @@ def _groups_divide(config: ModelConfig) -> Iterator[Problem]:
     group = config.sparsity.group_size
     sites_of: dict[tuple[str, int], list[Site]] = {}
     for site in sparse_sites(config):
+        # One message per setting, because several sites usually have the width of one setting.
         sites_of.setdefault((site_width_setting(config, site), site_width(config, site)), []).append(site)
     for (setting, width), sites in sites_of.items():
         if width % group:
@@ -264,6 +268,7 @@ def _site_sparsities(config: ModelConfig, site: Site) -> set[float]:
     for override in config.sparsity.overrides:
         if override.site not in (None, site) or (override.experts is not None and site not in EXPERT_SITES):
             continue
+        # An override of all layers and experts replaces every earlier value; any other adds one.
         everywhere = override.layers is None and override.experts is None
         values = {override.sparsity} if everywhere else values | {override.sparsity}
     return values
@@ -271,6 +276,7 @@ def _site_sparsities(config: ModelConfig, site: Site) -> set[float]:
 
 def divisors(number: int) -> list[int]:
     """Return every divisor of ``number`` in ascending order."""
+    # Up to the root: every larger divisor is the partner of a smaller one.
     small = [d for d in range(1, int(number**0.5) + 1) if number % d == 0]
     return sorted({*small, *(number // d for d in small)})
 

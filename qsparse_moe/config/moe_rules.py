@@ -1,4 +1,4 @@
-"""Rules inside ``model.moe``: how many experts there are, and in which layers and beside which parts they stand."""
+"""Rules inside ``model.moe``: the number of experts, the layers that have them, and the shared experts."""
 
 from __future__ import annotations
 

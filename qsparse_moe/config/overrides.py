@@ -33,6 +33,7 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[
     """
     problems: list[Problem] = []
     for override in overrides:
+        # At the first sign only, because the value may contain others.
         path, equals, text = override.partition("=")
         if not equals or not path.strip():
             problems.append(

@@ -24,12 +24,14 @@ def _expert_groups(config: ModelConfig) -> Iterator[Problem]:
             f"{_GROUPS} ({groups}) must divide model.moe.num_experts ({experts}); {nearest(groups, divisors(experts))}",
             (_GROUPS, "model.moe.num_experts"),
         )
+        # The rules below assume groups of equal size.
         return
     if chosen > groups:
         yield Problem(
             f"{_CHOSEN} ({chosen}) must be at most {_GROUPS} ({groups}); lower the one or raise the other",
             (_CHOSEN, _GROUPS),
         )
+    # More experts per token than experts is reported by another rule.
     elif moe.experts_per_token > chosen * (experts // groups) and moe.experts_per_token <= experts:
         needed = -(-moe.experts_per_token // (experts // groups))
         yield Problem(
@@ -99,6 +101,7 @@ def _sparse_router_input(config: ModelConfig) -> Iterator[Problem]:
                 f"({show(sorted(values))}); set router_input to dense, or override all experts alike",
                 ("model.moe.router_input", "model.sparsity.overrides"),
             )
+            # One message is enough: the layers differ by the same override.
             return
 
 

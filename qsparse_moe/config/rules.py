@@ -17,6 +17,7 @@ _FILE_KINDS = frozenset({"text", "jsonl", "parquet"})
 
 def broken_rules(config: RunConfig) -> list[Problem]:
     """Return the problems of ``config``; every rule is checked, whatever the others found."""
+    # All of them, so that a file is corrected once and not once per message.
     return _broken_model_rules(config.model) + [problem for rule in _RUN_RULES for problem in rule(config)]
 
 
@@ -44,6 +45,7 @@ def _broken_model_rules(config: ModelConfig) -> list[Problem]:
 def check_world_size(config: RunConfig, world_size: int) -> None:
     """Raise ConfigError unless ``world_size`` ranks can share the experts and the global batch evenly."""
     training = config.training
+    # Not among the rules: the number of ranks is no setting and is known only when a run starts.
     experts_over = training.expert_parallel_size
     if world_size % experts_over:
         fitting = [size for size in divisors(world_size) if config.model.moe.num_experts % size == 0]
@@ -150,6 +152,7 @@ def _hyperparameters(config: RunConfig) -> Iterator[Problem]:
         known, node = walk(parts)
         if len(known) < len(parts):
             yield Problem(f"metrics.hyperparameters: {unknown_setting(parts).message}", ("metrics.hyperparameters",))
+        # These have no single value that a table of runs could show.
         elif section_fields(node) is not None or any(part.isdecimal() for part in parts):
             yield Problem(
                 f"metrics.hyperparameters ({path}) must name settings, not a section or an item of a list; "
@@ -219,6 +222,7 @@ def _nvme_path(config: RunConfig) -> Iterator[Problem]:
 def _loss_scale(config: RunConfig) -> Iterator[Problem]:
     scale, path, precision = config.training.loss_scale, "training.loss_scale", config.training.precision
     if precision != "fp16":
+        # Refused rather than ignored: a changed value shows that fp16 was intended.
         for name, default in LossScaleConfig():
             if getattr(scale, name) != default:
                 yield Problem(

@@ -54,6 +54,7 @@ def has_gate(config: ModelConfig) -> bool:
 
 def has_experts(config: ModelConfig, layer: int) -> bool:
     """Return whether ``layer``, counted from 0, has experts instead of a dense feed-forward network."""
+    # Counted so that the last layer of every interval has the experts and the first one is dense.
     return layer >= config.moe.num_dense_layers and (layer + 1) % config.moe.moe_layer_interval == 0
 
 

@@ -84,6 +84,7 @@ class TrainLoader:
         """
         if self._stream is None or self._ahead is not None:
             return None
+        # The state that a run saves if the next step cannot be read.
         before = self.state_dict()
         try:
             self._ahead = before, (self._stream_tokens(), None)
@@ -143,6 +144,7 @@ class TrainLoader:
         Raises:
             DataError: the data, its order or (streaming) the number of ranks is another.
         """
+        # Before anything changes, so that a refused state leaves the loader as it was.
         _check_same_data(state["parts"], self._parts, earlier=self._data.earlier_parts)
         if self._stream is not None:
             self._stream.load_state_dict(self._stream_state(state))

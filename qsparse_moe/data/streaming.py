@@ -310,6 +310,7 @@ class Validation(NamedTuple):
 def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[SideTable, Array]:
     """Read a source from its beginning until its held-out documents fill ``num_sequences``, or to its end."""
     packer = Packer(packing.sequence_length)
+    # An empty part first, so that the arrays below have their shapes even if nothing is held out.
     found: list[PackedSequences] = [packer.add([])]
     num_found = 0
     counts = {False: np.zeros(256, np.int64), True: np.zeros(256, np.int64)}

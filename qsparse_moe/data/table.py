@@ -155,10 +155,12 @@ def _build(
             held_out = side == "validation"
             chosen = [i for i, d in enumerate(digests) if is_validation(d, packing.validation_fraction) == held_out]
             writers[side].add([texts[i] for i in chosen], [encoded[i] for i in chosen])
+        # The digests are hashed in place of the texts, so that no text is hashed twice.
         digest.update(b"".join(digests))
         done += sum(map(len, encoded))
         progress(source.setting, done, total)
     summary: dict[str, Any] = {side: writer.close() for side, writer in writers.items()}
+    # May raise, and then nothing of this table enters the cache.
     if checks is not None:
         checks({side: writer.num_sequences for side, writer in writers.items()})
     summary |= {"digest": digest.hexdigest(), "bad_records": bad.count}

@@ -87,6 +87,7 @@ class TokenData:
         """
         table = self.validation
         if self._streams is not None:
+            # Once per number, because a stream is read from its beginning for it.
             if num_sequences not in self._gathered:
                 self._gathered[num_sequences] = self._streams.validation(num_sequences).table
             table = self._gathered[num_sequences]

@@ -56,6 +56,7 @@ class _ReLU2GLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor) -> Tensor:
         ctx.save_for_backward(gate_NF, up_NF)
+        # In place on the new tensor of relu, so that no other of this size is allocated.
         return gate_NF.relu().square_().mul_(up_NF)
 
     @staticmethod

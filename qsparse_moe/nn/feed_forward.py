@@ -66,9 +66,9 @@ class FeedForward(nn.Module):
         hidden_BSF, hidden_stats = self.activation(gate_BSF, self._project(x_BSD, self.w_up), with_stats=with_stats)
         return self._project(hidden_BSF, self.w_down), input_stats, hidden_stats
 
-    def _project(self, rows_BSX: Tensor, weight_XY: Tensor) -> Tensor:
+    def _project(self, x_BSX: Tensor, weight_XY: Tensor) -> Tensor:
         # Stored as (in, out), like the stacked matrices of experts; linear expects (out, in). The product is in the
-        # dtype of the weights, which generation may keep in bf16 beside activations in fp32.
+        # dtype of the weights, which generation may store in bf16 beside activations in fp32.
         weight_YX = as_format(weight_XY, self.weight_format).T
-        rounded_BSX = rows_BSX.to(weight_YX.dtype)
-        return linear(rounded_BSX, weight_YX).to(rows_BSX.dtype)
+        rounded_BSX = x_BSX.to(weight_YX.dtype)
+        return linear(rounded_BSX, weight_YX).to(x_BSX.dtype)

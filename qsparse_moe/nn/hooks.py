@@ -44,11 +44,13 @@ def site_hooks(callbacks: Mapping[Site, SiteCallback], *, ranks: bool = False) -
         callbacks: the callback of each site. A site can have one hook at a time.
         ranks: as in ``SiteHook``.
     """
+    # The second of two hooks would receive the replacement of the first instead of the selection.
     assert all(site.hook is None for site in callbacks), "a site has a hook already"
     try:
         for site, callback in callbacks.items():
             site.hook = SiteHook(callback, ranks)
         yield
     finally:
+        # Also after an error: a hook that stays would change every later forward pass.
         for site in callbacks:
             site.hook = None

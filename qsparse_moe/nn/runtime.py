@@ -97,6 +97,7 @@ def choose(
             continue
         reason = why_not(spec)
         if reason is None:
+            # The reasons of the faster ones, so that the log shows what would have to change to use them.
             skipped = "".join(f"; not {name}: {why}" for name, why in reasons.items())
             logger.info("%s=%s: using %s%s", setting, requested, spec.name, skipped)
             return spec

@@ -133,6 +133,7 @@ class ThresholdSelector(nn.Module):
             "selection by threshold needs thresholds; SparsityPlan.check_fits reports a plan without them"
         )
         self.threshold_bits_E.copy_(torch.tensor(found, dtype=torch.float32).view(torch.int32))
+        # A threshold of minus infinity selects every feature.
         self.is_uniform, self.selects_all = len(set(found)) == 1, max(found) == -math.inf
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:

@@ -106,6 +106,7 @@ class SparseSite(nn.Module):
 
         It can if the site does exact top-K and, at most, divides by the norm of the selected features.
         """
+        # The fused pass knows neither the norm before the selection, which preserve needs, nor a hook that reads rows.
         return (
             self.settings.selection == "topk"
             and self.number_format == "none"
@@ -154,6 +155,7 @@ class SparseSite(nn.Module):
 
     def sums(self, output: SiteOutput, readers: Readers | None) -> Stats:
         """Return the statistics: the second half of ``forward``, for callers that know ``readers`` only afterwards."""
+        # Before the rescale, which would change the energy that the selection leaves.
         rows = output.selection.rows
         sums = self.site_sums.row_sums(output.before.flatten(0, -2), rows.flatten(0, -2))
         return self.stats_of(sums, rows, output.selection.num_selected, readers)

@@ -145,7 +145,13 @@ def _put_in_place(partial: Path, output: Path) -> None:
     # Renamed, not deleted: a process killed here leaves either the old export or the new one complete.
     if output.exists():
         output.rename(before)
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except OSError:
+        # The earlier export would otherwise be hidden under another name, which the next export removes.
+        if before.exists():
+            before.rename(output)
+        raise
     shutil.rmtree(before, ignore_errors=True)
 
 

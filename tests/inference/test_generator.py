@@ -122,6 +122,14 @@ def test_sequences_end_one_by_one_and_leave_the_batch(monkeypatch):
     assert made.engine.batches == [3, 3, 2, 2]
 
 
+def test_the_token_that_begins_a_document_ends_a_sequence_with_and_without_other_stop_tokens(monkeypatch):
+    for settings in ({}, {"stop_tokens": [9]}):
+        made = scripted(monkeypatch, [*b"ab", 256], [*b"abcd"])
+        found = made.generate(["x", "y"], max_tokens=4, **settings)
+        assert [(one.text, one.stop_reason) for one in found] == [("ab", "stop_token"), ("abcd", "max_tokens")]
+        assert [bytes(one.token_ids) for one in found] == [b"ab", b"abcd"]
+
+
 def test_text_that_could_become_a_stop_string_is_held_back(monkeypatch):
     made = scripted(monkeypatch, "aEN€END".encode())
     steps = [step[0].text for step in made.stream("x", max_tokens=20, stop=["END"])]

@@ -111,6 +111,9 @@ def test_the_cuts_come_in_the_documented_order():
     sampling = Sampling(temperature=1.0, top_k=3, top_p=0.7, min_p=0.74)
     assert probabilities(logits, sampling)[0].tolist() == pytest.approx([4 / 7, 3 / 7, 0, 0])
     assert probabilities(logits, Sampling(temperature=1.0, top_k=3, top_p=0.7, min_p=0.76)).tolist() == [[1, 0, 0, 0]]
+    # Three reach 0.75 and have 0.3 of the first; of 0.4, 0.3 and 0.2 alone, as min-p before top-p would leave, two do.
+    found = probabilities(logits, Sampling(temperature=1.0, top_p=0.75, min_p=0.3))[0]
+    assert found.tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
 
 
 def test_a_draw_is_where_the_sum_of_probabilities_passes_the_number():
@@ -145,9 +148,10 @@ def test_draws_follow_the_probabilities_and_never_take_a_hidden_id(sampling):
     assert found[logits[0] == -INF].sum() == 0 and found[probs == 0].sum() == 0
 
 
-def test_a_sequence_draws_the_same_alone_and_in_any_batch():
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+def test_a_sequence_draws_the_same_alone_and_in_any_batch(penalty):
     logits = [random_logits(rows=3, seed=step) for step in range(8)]
-    sampling = Sampling(temperature=1.5, top_p=0.9)
+    sampling = Sampling(temperature=1.5, top_p=0.9, repetition_penalty=penalty)
     alone = []
     for row, seed in enumerate((7, 8, 9)):
         sampler = Sampler(sampling, [seed], [[]])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,6 +156,24 @@ def test_a_failed_export_leaves_nothing_behind(run_dir, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"out: cannot be written \(No space left on device\)"):
         export_run(run_dir, tmp_path / "out")
     assert names(tmp_path) == []
+
+
+def test_an_export_that_cannot_take_its_place_leaves_the_earlier_one_there(run_dir, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    export_run(run_dir, out)
+    before = (out / "model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def fails(path, target):
+        if path.name == ".out.partial":
+            assert not out.exists() and (tmp_path / ".out.replaced" / "model.safetensors").read_bytes() == before
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(CheckpointError, match=r"out: cannot be written \(Input/output error\)"):
+        export_run(run_dir, out, dtype="bf16", force=True)
+    assert names(tmp_path) == ["out"] and (out / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

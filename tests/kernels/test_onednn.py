@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from qsparse_moe.kernels import onednn
-from qsparse_moe.kernels.onednn import gemm, linear, torch_gemm, why_not
+from qsparse_moe.kernels.onednn import gemm, linear, needs_fp32, torch_gemm, why_not
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -53,3 +53,20 @@ def test_linear_in_bf16_without_instructions_for_it_is_rounded_once(monkeypatch)
 def test_other_devices_are_refused_with_the_reason():
     assert why_not(torch.device("cpu")) is None
     assert why_not(torch.device("cuda")) == "oneDNN runs on CPUs, the device is cuda"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "has_avx512", "needed"),
+    [
+        (torch.bfloat16, "cpu", False, True),
+        (torch.bfloat16, "cpu", True, False),
+        (torch.bfloat16, "cuda", False, False),
+        (torch.float16, "cpu", False, False),
+        (torch.float32, "cpu", False, False),
+    ],
+)
+def test_only_bf16_on_a_cpu_without_instructions_for_it_is_computed_in_fp32(
+    dtype, device, has_avx512, needed, monkeypatch
+):
+    monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
+    assert needs_fp32(dtype, torch.device(device)) is needed

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsparse_moe.kernels import native, tiles
-from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS, select
-from qsparse_moe.sparsity.topk import topk_mask_reference, topk_sparsify
+from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS, select, select_mask
+from qsparse_moe.sparsity.topk import topk_mask, topk_mask_reference, topk_sparsify
 
 IMPLEMENTATIONS = {spec.name: spec.select_rows for spec in TOPK_SELECTS}
 
@@ -76,6 +76,15 @@ def test_gradient_is_that_of_topk_sparsify(name, gradient, group_size, num_selec
     got = select(x, num_selected, rows=runnable(name), group_size=group_size, gradient=gradient)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("group_size", [None, 8])
+@pytest.mark.parametrize("num_selected", [16, torch.tensor([4, 8, 32])])
+def test_the_mask_alone_is_that_of_topk_mask(name, group_size, num_selected):
+    x = torch.randn(3, 32)
+    found = select_mask(x, num_selected, rows=runnable(name), group_size=group_size)
+    assert torch.equal(found, topk_mask(x, num_selected, group_size=group_size))
 
 
 def test_the_native_operator_says_why_it_cannot_run(monkeypatch):

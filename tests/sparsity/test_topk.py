@@ -138,6 +138,15 @@ def test_rescaling_in_bf16_stays_within_its_rounding_of_the_exact_value_and_grad
 
 
 @pytest.mark.parametrize("rescale", ["unit", "preserve"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rescaled_values_are_rounded_once_because_norms_are_wider(rescale, dtype):
+    x = torch.randn(200, 96).to(dtype)
+    found, exact = (topk_sparsify(x.to(wide), 40, rescale=rescale).double() for wide in (dtype, torch.float64))
+    unit = torch.finfo(dtype).eps / 2
+    assert ((found - exact).abs() <= 1.01 * unit * exact.abs()).all()
+
+
+@pytest.mark.parametrize("rescale", ["unit", "preserve"])
 @pytest.mark.parametrize("scale", [1e-15, 1e15])
 def test_rescaling_rows_of_extreme_size_keeps_the_gradient_finite_and_right(rescale, scale):
     # Met in training: after ReLU² a row can hold values near 1e-15, whose norm cubed is no fp32 number.

@@ -29,6 +29,8 @@ def test_fp32_weights_are_their_own_masters_and_the_plain_engine_shards_nothing(
     count = count_parameters(run().model).stored
     assert state_memory(run(), 1).total == 16 * count
     assert state_memory(run(engine="torch"), 4).total == 16 * count
+    # Also in the table of all stages: the plain engine has none.
+    assert [state_memory(run(engine="torch"), 4, stage).total for stage in range(4)] == [16 * count] * 4
 
 
 def test_expert_parallel_weights_are_sharded_over_the_expert_data_parallel_group():

@@ -41,6 +41,17 @@ def test_many_tokens_read_everything_except_what_no_token_needs():
     assert total.needed == pytest.approx(total.stored)
 
 
+def test_a_step_reads_one_row_of_the_embedding_per_token_and_at_most_all():
+    config = model_config()
+    rows = {
+        batch: weight_traffic(config, batch, bytes_per_weight=1.0)["embedding"].routed / 32 for batch in (1, 7, 263)
+    }
+    assert rows == {1: 1, 7: 7, 263: 263}
+    for batch in (264, 265, 4096):
+        embedding = weight_traffic(config, batch, bytes_per_weight=1.0)["embedding"]
+        assert embedding.routed == embedding.needed == embedding.stored == 264 * 32
+
+
 def test_at_half_sparsity_four_tokens_read_94_percent_of_a_dense_model_and_less_of_an_expert():
     config = model_config(sparsity={"default": 0.5}, moe=MOE | {"num_experts": 64, "experts_per_token": 1})
     parts = weight_traffic(config, 4, bytes_per_weight=1.0)

@@ -12,17 +12,28 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 
 
 def config(**settings):
-    """Two layers of 64 features; what is not given is small."""
+    """Two layers of 64 features; what is not given is small.
+
+    Epsilon and the base of the rotation are not the defaults, so that an engine with constants of its own fails.
+    """
     moe = {"num_experts": 4, "expert_hidden_size": 32, "backend": "loop"} | settings.pop("moe", {})
     sparsity = {"backend": "torch"} | settings.pop("sparsity", {})
     return ModelConfig.model_validate(
-        {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "init_std": 0.2, "moe": moe, "sparsity": sparsity}
+        {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "init_std": 0.2, "norm_epsilon": 0.02, "rope_theta": 100.0}
+        | {"moe": moe, "sparsity": sparsity}
         | settings
     )
 
 
 def model(dtype=torch.float32, seed=3, **settings):
-    return build_model(config(**settings), dtype=dtype, seed=seed).eval()
+    """Return a model whose norms have weights of their own: with the initial ones, any two could be exchanged."""
+    built = build_model(config(**settings), dtype=dtype, seed=seed).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "norm" in name:
+                parameter.copy_(0.6 + 0.8 * torch.rand(parameter.shape, generator=generator))
+    return built
 
 
 def random_tokens(*shape, seed=0):

@@ -84,13 +84,21 @@ def test_the_parts_are_those_that_other_tools_expect(run_dir, tmp_path):
     assert index["metadata"]["total_size"] == export.bytes
     numbered = {f"model-{number:05d}-of-{export.files:05d}.safetensors" for number in range(1, export.files + 1)}
     assert set(index["weight_map"].values()) == numbered
-    found = {}
+    found, num_bytes = {}, 0
     for file in set(index["weight_map"].values()):
         part = load_file(tmp_path / "out" / file)
+        num_bytes += sum(tensor.nbytes for tensor in part.values())
         assert sum(tensor.nbytes for tensor in part.values()) <= 20_000 or len(part) == 1
         found |= dict.fromkeys(part, file)
     assert found == index["weight_map"]
+    assert (export.bytes, export.tensors) == (num_bytes, len(found))
     assert "head.weight" not in found, "a tied weight is written once"
+
+
+def test_a_part_is_filled_to_its_last_byte_and_a_larger_tensor_is_alone():
+    source = object.__new__(state_dict._Source)
+    source.sizes = {"a": 3, "b": 2, "c": 5, "d": 6, "e": 1, "f": 3, "g": 2}
+    assert source.parts(5) == [["a", "b"], ["c"], ["d"], ["e", "f"], ["g"]]
 
 
 def test_bf16_rounds_the_weights_and_nothing_else(run_dir, tmp_path):

@@ -30,7 +30,7 @@ def test_norms_are_one(parameters):
 
 
 def test_matrices_have_their_standard_deviation_and_those_into_the_residual_one_for_the_depth(parameters):
-    into_residual = [name for name in parameters if name.endswith("w_down") or name.endswith("attention.output.weight")]
+    into_residual = [name for name in parameters if name.endswith(("w_down", "attention.output.weight"))]
     assert len(into_residual) == LAYERS + 1 + 2 * 2, "attention, one dense layer, two with experts and shared experts"
     # A normal distribution that is cut at three standard deviations has this share of its own deviation.
     cut = 0.98658

@@ -1,0 +1,54 @@
+"""How evaluation by decoding cuts batches into sequences and groups, and what generation is counted to need."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.data.batch import Batch
+from qsparse_moe.inference import generator as generation
+from qsparse_moe.inference.evaluate import _groups, _Segment, _segments
+from qsparse_moe.inference.memory import prefill_bytes
+from qsparse_moe.inference.sampling import Sampling
+from tests.inference.models import config
+from tests.inference.test_generator import scripted
+
+
+def test_a_row_without_documents_is_one_sequence_and_documents_are_one_each():
+    tokens = torch.zeros(2, 6, dtype=torch.int64)
+    assert _segments(Batch(tokens, tokens, tokens, None)) == [_Segment(0, 0, 6), _Segment(1, 0, 6)]
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 0]])
+    want = [_Segment(0, 0, 2), _Segment(0, 2, 5), _Segment(0, 5, 6), _Segment(1, 0, 6)]
+    assert _segments(Batch(tokens, tokens, tokens, documents)) == want
+
+
+def test_groups_begin_with_the_longest_and_take_no_more_slots_than_allowed():
+    segments = [_Segment(0, 0, length) for length in (2, 5, 1, 4, 4, 3)]
+    groups = list(_groups(segments, 12))
+    assert [[one.length for one in group] for group in groups] == [[5, 4], [4, 3, 2], [1]]
+    # Twelve slots hold three of four: the limit itself is allowed.
+    assert all(len(group) * group[0].length <= 12 for group in groups)
+    assert [[one.length for one in group] for group in _groups([_Segment(0, 0, 20)], 12)] == [[20]]
+
+
+@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
+def test_prefill_is_counted_per_token_by_the_width_and_the_experts_of_a_token(dtype, width):
+    settings = config(hidden_size=40, num_heads=2, moe={"expert_hidden_size": 24, "experts_per_token": 3})
+    assert prefill_bytes(settings, num_tokens=7, dtype=dtype) == 7 * (8 * 40 + 3 * (2 * 40 + 3 * 24)) * width
+
+
+def test_seconds_of_decoding_leave_out_what_the_caller_does_between_two_steps(monkeypatch):
+    now = [0.0]
+
+    def clock():
+        now[0] += 1.0
+        return now[0]
+
+    made = scripted(monkeypatch, b"abcd", b"efgh")
+    monkeypatch.setattr(generation.time, "perf_counter", clock)
+    stream = made.stream(["x", "y"], max_tokens=4, sampling=Sampling())
+    for _ in stream:
+        now[0] += 1000.0
+    found = stream.statistics
+    assert (found.prefill_seconds, found.decode_seconds, found.decode_steps, found.decode_tokens) == (1.0, 3.0, 3, 6)
+    assert found.decode_tokens_per_second == 2.0 and found.prefill_tokens_per_second == found.prompt_tokens == 4

@@ -1,16 +1,13 @@
-"""How evaluation by decoding cuts batches into sequences and groups, and what generation is counted to need."""
+"""How evaluation by decoding cuts batches into sequences and groups, and which seconds are decoding."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.inference import generator as generation
 from qsparse_moe.inference.evaluate import _groups, _Segment, _segments
-from qsparse_moe.inference.memory import prefill_bytes
 from qsparse_moe.inference.sampling import Sampling
-from tests.inference.models import config
 from tests.inference.test_generator import scripted
 
 
@@ -29,12 +26,6 @@ def test_groups_begin_with_the_longest_and_take_no_more_slots_than_allowed():
     # Twelve slots hold three of four: the limit itself is allowed.
     assert all(len(group) * group[0].length <= 12 for group in groups)
     assert [[one.length for one in group] for group in _groups([_Segment(0, 0, 20)], 12)] == [[20]]
-
-
-@pytest.mark.parametrize(("dtype", "width"), [(torch.float32, 4), (torch.bfloat16, 2)])
-def test_prefill_is_counted_per_token_by_the_width_and_the_experts_of_a_token(dtype, width):
-    settings = config(hidden_size=40, num_heads=2, moe={"expert_hidden_size": 24, "experts_per_token": 3})
-    assert prefill_bytes(settings, num_tokens=7, dtype=dtype) == 7 * (8 * 40 + 3 * (2 * 40 + 3 * 24)) * width
 
 
 def test_seconds_of_decoding_leave_out_what_the_caller_does_between_two_steps(monkeypatch):

@@ -7,7 +7,7 @@ and exits with code 2. Mistakes of this package itself are ``assert``s, never on
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
@@ -28,6 +28,39 @@ class QSparseMoEError(Exception):
 
 class ConfigError(QSparseMoEError):
     """A setting is unknown, has the wrong type, or breaks a rule."""
+
+
+class ArgumentError(ConfigError):
+    """An argument of a function breaks a rule. The command line names it by the option that was typed.
+
+    Args:
+        template: the message with a field per argument, such as ``"{top_p} (0) must lie in (0, 1]"``; ``{prompts[2]}``
+            is an element. Values in it need ``without_fields`` if they can contain braces. ``str`` shows the names of
+            the arguments.
+    """
+
+    def __init__(self, template: str) -> None:
+        super().__init__(template.format_map(_ArgumentNames({})))
+        self.template = template
+
+    def naming(self, names: Mapping[str, object]) -> ConfigError:
+        """Return the error with other names for the arguments in ``names``."""
+        return ConfigError(self.template.format_map(_ArgumentNames(names)))
+
+
+def without_fields(value: object) -> str:
+    """Return the text of a value for the template of an ``ArgumentError``, with its braces escaped."""
+    return str(value).replace("{", "{{").replace("}", "}}")
+
+
+class _ArgumentNames(dict[str, object]):
+    def __missing__(self, name: str) -> object:
+        return _ArgumentName(name)
+
+
+class _ArgumentName(str):
+    def __getitem__(self, index: object) -> str:
+        return f"{self}[{index}]"
 
 
 class DataError(QSparseMoEError):

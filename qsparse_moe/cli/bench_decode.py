@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
+from qsparse_moe.cli.option_names import naming_options
 from qsparse_moe.cli.option_values import listed_names
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import ConfigError
@@ -99,10 +100,11 @@ def decode(
         head=None if head == "auto" else head,  # type: ignore[arg-type]
         folder=folder,
     )
-    if device == "cpu":
-        result = run_decode_benchmark(benchmark, logger.info)
-    else:
-        result = run_gpu_decode_benchmark(benchmark, torch.device(device), logger.info)
+    with naming_options():
+        if device == "cpu":
+            result = run_decode_benchmark(benchmark, logger.info)
+        else:
+            result = run_gpu_decode_benchmark(benchmark, torch.device(device), logger.info)
     if output:
         write_json(output, result)
     print_json(result) if json else _print_tables(result)

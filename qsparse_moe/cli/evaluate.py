@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
+from qsparse_moe.cli.option_names import naming_options
 from qsparse_moe.cli.option_values import check_sparsity
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_run
@@ -82,7 +83,10 @@ def evaluate(
         forward_of = partial(decoding_forward, weights=weights, head=head)
     else:
         forward_of = None
-    evaluation = evaluate_run(run_dir, num_sequences=rows, device=device, plan=plan, files=files, forward_of=forward_of)
+    with naming_options():
+        evaluation = evaluate_run(
+            run_dir, num_sequences=rows, device=device, plan=plan, files=files, forward_of=forward_of
+        )
     if is_rank_zero():
         print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)
 

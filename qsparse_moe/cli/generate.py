@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from qsparse_moe.cli.option_names import PromptNames, naming_options
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_model
 
@@ -104,20 +105,21 @@ def generate(
     from qsparse_moe.inference.generator import Generator
     from qsparse_moe.inference.sampling import Sampling
 
-    settings = Settings(
-        Sampling(temperature, top_k, top_p, min_p, repetition_penalty), max_tokens, tuple(stop or ()), seed, stats
-    )
-    generator = Generator.load(
-        run,
-        engine=engine,
-        weights=weights,
-        head=head,
-        rows=rows,
-        plan=plan,
-        device=device,
-        max_length=max_length,
-        overlong="truncate" if truncate_prompt else overlong,
-    )
+    names = _prompt_names(prompts, prompts_file, interactive)
+    with naming_options(names):
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        generator = Generator.load(
+            run,
+            engine=engine,
+            weights=weights,
+            head=head,
+            rows=rows,
+            plan=plan,
+            device=device,
+            max_length=max_length,
+            overlong="truncate" if truncate_prompt else overlong,
+        )
+    settings = Settings(sampling, max_tokens, tuple(stop or ()), seed, stats, names)
     if interactive:
         _converse(generator, settings)
     else:
@@ -129,6 +131,14 @@ def _converse(generator: Generator, settings: Settings) -> None:
     from qsparse_moe.interop.chat import load_chat_template
 
     converse(generator, load_chat_template(generator.tokenizer), settings)
+
+
+def _prompt_names(prompts: list[str], file: Path | None, interactive: bool) -> PromptNames:
+    if interactive:
+        return PromptNames("the line", "the line")
+    if file is not None:
+        return PromptNames(f"--prompts-file ({file})", f"line {{number}} of --prompts-file {file}")
+    return PromptNames() if len(prompts) > 1 else PromptNames("--prompt", "--prompt")
 
 
 def read_prompts(prompts: list[str], file: Path | None) -> list[str]:

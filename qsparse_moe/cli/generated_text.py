@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import typer
 
 from qsparse_moe.cli.console import print_json
+from qsparse_moe.cli.option_names import PromptNames, naming_options
 
 if TYPE_CHECKING:
     from qsparse_moe.inference.generator import GenerationStream, Generator, Prompt
@@ -26,19 +27,22 @@ class Settings(NamedTuple):
     seed: int
     """Seed of the first sequence."""
     with_stats: bool
+    prompts: PromptNames = PromptNames()
+    """The names of the prompts in messages."""
 
 
 def open_stream(
     generator: Generator, prompts: Sequence[Prompt], settings: Settings, first: int = 0
 ) -> GenerationStream:
     """Return the steps of a batch, whose first prompt is number ``first`` of the call."""
-    return generator.stream(
-        prompts,
-        max_tokens=settings.max_tokens,
-        sampling=settings.sampling,
-        seed=settings.seed + first,
-        stop=settings.stop,
-    )
+    with naming_options(settings.prompts, first=first):
+        return generator.stream(
+            prompts,
+            max_tokens=settings.max_tokens,
+            sampling=settings.sampling,
+            seed=settings.seed + first,
+            stop=settings.stop,
+        )
 
 
 def print_texts(generator: Generator, prompts: Sequence[str], settings: Settings, batch_size: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qsparse_moe.errors import BackendUnavailable, ConfigError
+from qsparse_moe.errors import ArgumentError, BackendUnavailable
 from qsparse_moe.inference import gather_engine, native, triton_engine
 from qsparse_moe.inference.cached_model import TorchDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
@@ -80,9 +80,9 @@ class EngineSpec:
 
 def _torch_engine(model: Transformer, asked: EngineSettings) -> DecodeEngine:
     if asked.rows == "selected":
-        raise ConfigError(
-            "rows ('selected') must be all or auto with the engine torch, which reads every row of every matrix; leave "
-            "it out, or use the engine native or gather"
+        raise ArgumentError(
+            "{rows} ('selected') must be all or auto with the engine torch, which reads every row of every matrix; "
+            "leave it out, or use the engine native or gather"
         )
     return TorchDecode(model)
 

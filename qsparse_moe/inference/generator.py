@@ -16,7 +16,7 @@ import torch
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.data.tokenizer import TextTokenizer, meaningless_ids
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ArgumentError, without_fields
 from qsparse_moe.inference.cached_model import prefill
 from qsparse_moe.inference.engine import DecodeEngine, EngineSettings, prepare_prefill, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache
@@ -91,10 +91,13 @@ class Generator:
         self.step = step
         """Steps that the model was trained."""
         if self.max_length < 1:
-            raise ConfigError(f"max_length ({self.max_length}) must be at least 1 token; leave it out for the model's")
+            raise ArgumentError(
+                f"{{max_length}} ({self.max_length}) must be at least 1 token; leave it out for the model's"
+            )
         if overlong not in get_args(Overlong):
-            raise ConfigError(
-                f"overlong ({overlong!r}) must be one of {', '.join(get_args(Overlong))}; choose one of them"
+            raise ArgumentError(
+                f"{{overlong}} ({without_fields(repr(overlong))}) must be one of {', '.join(get_args(Overlong))}; "
+                "choose one of them"
             )
 
     @classmethod
@@ -180,9 +183,11 @@ class Generator:
         starts = self._starts(prompts)
         seeds = [seed + index for index in range(len(starts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(starts):
-            raise ConfigError(f"seed ({len(seeds)} numbers) must have one per prompt ({len(starts)}), or be one number")
+            raise ArgumentError(
+                f"{{seed}} ({len(seeds)} numbers) must have one per prompt ({len(starts)}), or be one number"
+            )
         if max_tokens < 1:
-            raise ConfigError(f"max_tokens ({max_tokens}) must be at least 1")
+            raise ArgumentError(f"{{max_tokens}} ({max_tokens}) must be at least 1")
         check_stop_strings(stop)
         special_ids = {string: self.tokenizer.special_id(string) for string in stop}
         ending = {self.tokenizer.document_token, *stop_tokens, *(i for i in special_ids.values() if i is not None)}
@@ -232,7 +237,7 @@ class Generator:
         """Return the token ids of every prompt, checked, and truncated if ``overlong`` says so."""
         starts = [self.encode(prompt) for prompt in _as_batch(prompts)]
         if not starts:
-            raise ConfigError('prompts (none) must hold at least one; give "" to begin a document')
+            raise ArgumentError('{prompts} (none) must hold at least one; give "" to begin a document')
         unusable = set(meaningless_ids(self.config.model, self.tokenizer))
         for index, start in enumerate(starts):
             self._check_start(index, start, unusable)
@@ -240,21 +245,21 @@ class Generator:
 
     def _check_start(self, index: int, start: list[int], unusable: set[int]) -> None:
         if not start:
-            raise ConfigError(
-                f"prompts[{index}] (no token) must have at least one token; begin with the document token, "
+            raise ArgumentError(
+                f"{{prompts[{index}]}} (no token) must have at least one token; begin with the document token, "
                 f"{self.tokenizer.document_token}"
             )
         wrong = [i for i in start if not 0 <= i < vocab_size(self.config.model) or i in unusable]
         if wrong:
-            raise ConfigError(
-                f"prompts[{index}] has the token id {wrong[0]}, which this model's tokenizer does not have; encode the "
-                "text with the tokenizer of the model"
+            raise ArgumentError(
+                f"{{prompts[{index}]}} has the token id {wrong[0]}, which this model's tokenizer does not have; encode "
+                "the text with the tokenizer of the model"
             )
         if len(start) > self.max_length and self.overlong == "refuse":
-            raise ConfigError(
-                f"prompts[{index}] ({len(start)} tokens, with the one that begins a document where it is a text) must "
-                f"be at most max_length ({self.max_length}) tokens long; shorten it, raise max_length, or set overlong "
-                "to truncate (keep the last tokens) or slide"
+            raise ArgumentError(
+                f"{{prompts[{index}]}} ({len(start)} tokens, with the one that begins a document where it is a text) "
+                f"must be at most {{max_length}} ({self.max_length}) tokens long; shorten it, raise {{max_length}}, or "
+                "set {overlong} to truncate (keep the last tokens) or slide"
             )
 
 

@@ -9,7 +9,7 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer, meaningless_ids
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ArgumentError
 from qsparse_moe.inference.weights import LOADED_DTYPES, StoredFormats, check_head, check_weights, use_weights
 from qsparse_moe.interop.state_dict import load_export
 from qsparse_moe.model.transformer import Transformer
@@ -77,8 +77,8 @@ def _checked_plan(plan: SparsityPlan | Path | str | None, config: ModelConfig) -
     if plan is None:
         return None
     if config.sparsity.selection == "relu":
-        raise ConfigError(
-            "plan: a plan has no effect on this model, because its model.sparsity.selection is relu, which keeps "
+        raise ArgumentError(
+            "{plan}: a plan has no effect on this model, because its model.sparsity.selection is relu, which keeps "
             "every positive feature whatever S is; leave it out"
         )
     if not isinstance(plan, SparsityPlan):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ArgumentError
 from qsparse_moe.inference.kv_cache import cache_bytes
 
 _CGROUP_FILES = (
@@ -41,10 +41,10 @@ def check_memory(
     prefill = prefill_bytes(config, num_tokens=batch * longest_prompt, dtypes=dtypes)
     if free is None or cache + prefill <= free:
         return
-    raise ConfigError(
-        f"prompts ({batch} in one batch, with up to {capacity} tokens each) need about {_gib(cache + prefill)} of "
+    raise ArgumentError(
+        f"{{prompts}} ({batch} in one batch, with up to {capacity} tokens each) need about {_gib(cache + prefill)} of "
         f"memory, {_gib(cache)} of it for keys and values, and {device} has {_gib(free)} free; give fewer prompts at "
-        "a time, or lower max_length or max_tokens"
+        "a time, or lower {max_length} or {max_tokens}"
     )
 
 

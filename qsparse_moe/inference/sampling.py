@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qsparse_moe.errors import ConfigError, TrainingDiverged
+from qsparse_moe.errors import ArgumentError, TrainingDiverged
 
 
 @dataclass(frozen=True)
@@ -38,24 +38,26 @@ class Sampling:
     def __post_init__(self) -> None:
         problems = []
         if not 0.0 <= self.temperature < float("inf"):
-            problems.append(f"temperature ({self.temperature}) must be 0 (greedy) or a positive number")
+            problems.append(f"{{temperature}} ({self.temperature}) must be 0 (greedy) or a positive number")
         if self.top_k < 0:
-            problems.append(f"top_k ({self.top_k}) must be at least 0; 0 draws from all tokens")
+            problems.append(f"{{top_k}} ({self.top_k}) must be at least 0; 0 draws from all tokens")
         if not 0.0 < self.top_p <= 1.0:
-            problems.append(f"top_p ({self.top_p}) must lie in (0, 1]; 1 draws from all tokens")
+            problems.append(f"{{top_p}} ({self.top_p}) must lie in (0, 1]; 1 draws from all tokens")
         if not 0.0 <= self.min_p <= 1.0:
-            problems.append(f"min_p ({self.min_p}) must lie in [0, 1]; 0 draws from all tokens")
+            problems.append(f"{{min_p}} ({self.min_p}) must lie in [0, 1]; 0 draws from all tokens")
         if not 0.0 < self.repetition_penalty < float("inf"):
-            problems.append(f"repetition_penalty ({self.repetition_penalty}) must be positive; 1 is no penalty")
+            problems.append(f"{{repetition_penalty}} ({self.repetition_penalty}) must be positive; 1 is no penalty")
         # Refused, not ignored: a user who sets top_k expects draws.
-        idle = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
+        idle = [
+            f"{{{name}}}" for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off
+        ]
         if self.temperature == 0 and idle:
             problems.append(
-                f"{' and '.join(idle)} must be left out at temperature 0, which takes the likeliest token; set a "
-                "temperature above 0 to draw"
+                f"{' and '.join(idle)} must be left out at {{temperature}} 0, which takes the likeliest token; set a "
+                "{temperature} above 0 to draw"
             )
         if problems:
-            raise ConfigError("; ".join(problems))
+            raise ArgumentError("; ".join(problems))
 
 
 class Sampler:
@@ -168,7 +170,7 @@ def _normalised(probs_BV: Tensor) -> Tensor:
 
 def _checked_seed(seed: int) -> int:
     if not 0 <= seed < 2**63:
-        raise ConfigError(
-            f"seed ({seed}) must lie from 0 to 2^63 - 1, that of the last prompt too; choose a smaller one"
+        raise ArgumentError(
+            f"{{seed}} ({seed}) must lie from 0 to 2^63 - 1, that of the last prompt too; choose a smaller one"
         )
     return seed

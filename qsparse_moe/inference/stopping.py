@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from qsparse_moe.data.tokenizer import TextTokenizer
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ArgumentError, without_fields
 
 StopReason = Literal["stop_token", "stop_string", "max_tokens"]
 """The reason why a sequence ended: a stop token, which is not part of it; a stop string, which is not part of its text;
@@ -93,9 +93,9 @@ class StopStrings:
 def check_stop_strings(strings: Sequence[str]) -> None:
     """Raise ConfigError if a stop string is empty: it would end every text before its first character."""
     if any(not string for string in strings):
-        raise ConfigError(
-            f"stop ({list(strings)}) must hold strings of at least one character, because an empty one ends every text "
-            "at once; remove it"
+        raise ArgumentError(
+            f"{{stop}} ({without_fields(list(strings))}) must hold strings of at least one character, "
+            "because an empty one ends every text at once; remove it"
         )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import ArgumentError, without_fields
 from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, WeightFormat, load_dense, store
 from qsparse_moe.model.attention import Projection
 from qsparse_moe.model.transformer import Transformer
@@ -85,15 +85,18 @@ def head_format(model: Transformer, weight_format: WeightFormat, head: WeightFor
 def check_weights(weights: str, trained_format: str) -> None:
     """Raise ConfigError unless a model that was trained with ``trained_format`` can be stored in ``weights``."""
     if weights not in WEIGHT_CHOICES:
-        raise ConfigError(f"weights ({weights!r}) must be one of {', '.join(WEIGHT_CHOICES)}; choose one of them")
+        raise ArgumentError(
+            f"{{weights}} ({without_fields(repr(weights))}) must be one of {', '.join(WEIGHT_CHOICES)}; choose one of "
+            "them"
+        )
     if weights == "ternary" and trained_format != "ternary":
-        raise ConfigError(
-            "weights (ternary) must be those of a model that was trained with model.sparsity.quantization.weights="
+        raise ArgumentError(
+            "{weights} (ternary) must be those of a model that was trained with model.sparsity.quantization.weights="
             f"ternary, and this one was trained with {trained_format}: rounding would leave little of it. Use int8"
         )
     if weights == "int8" and trained_format == "ternary":
-        raise ConfigError(
-            "weights (int8) must be those of a model that was not trained in ternary numbers, and this one was: its "
+        raise ArgumentError(
+            "{weights} (int8) must be those of a model that was not trained in ternary numbers, and this one was: its "
             "matrices have three values each. Use ternary, which holds them exactly in a quarter of the bytes"
         )
 
@@ -110,11 +113,13 @@ class StoredFormats(NamedTuple):
 def check_head(head: str, dtype: torch.dtype | None = None) -> None:
     """Raise ConfigError unless ``head`` is a number format that the output head of a model in ``dtype`` can have."""
     if head not in HEAD_CHOICES:
-        raise ConfigError(f"head ({head!r}) must be one of {', '.join(HEAD_CHOICES)}; choose one of them")
+        raise ArgumentError(
+            f"{{head}} ({without_fields(repr(head))}) must be one of {', '.join(HEAD_CHOICES)}; choose one of them"
+        )
     if head == "fp32" and dtype == torch.bfloat16:
-        raise ConfigError(
-            "head (fp32) must be auto, bf16, or int8 where the model itself is in bf16, because fp32 would hold the "
-            "same values in twice the bytes; leave it out, or add weights fp32"
+        raise ArgumentError(
+            "{head} (fp32) must be auto, bf16, or int8 where the model itself is in bf16, because fp32 would hold the "
+            "same values in twice the bytes; leave it out, or add {weights} fp32"
         )
 
 

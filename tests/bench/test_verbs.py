@@ -112,7 +112,7 @@ def test_the_decode_benchmark_reads_a_head_in_the_requested_format(tmp_path, cap
         bytes_read[measured["head"]] = measured["decode"][0]["bytes_per_step"]
     assert bytes_read["bf16"] - bytes_read["int8"] == 256 * 64
     assert run(["bench", "decode", *words, "fp32"]) == 2
-    assert "head (fp32) must be auto, bf16, or int8 where the model itself is in bf16" in capsys.readouterr().err
+    assert "--head (fp32) must be auto, bf16, or int8 where the model itself is in bf16" in capsys.readouterr().err
 
 
 def test_llama_cpp_is_measured_with_an_output_as_ours_too():

@@ -134,14 +134,24 @@ def test_the_speed_is_reported_beside_the_text(run_dir, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompt", "ab" * 20], "prompts[0] (41 tokens, with the one that begins a document where it is a text) must "
-         "be at most max_length (24) tokens long"),
-        (["--engine", "fast"], "engine ('fast') must be one of auto, "),
-        (["--weights", "int3"], "weights ('int3') must be one of auto, fp32, bf16"),
-        (["--head", "int3"], "head ('int3') must be one of auto, fp32, bf16, int8"),
-        (["--top-k", "5"], "top_k must be left out at temperature 0"),
-        (["--top-p", "0", "--temperature", "1"], "top_p (0.0) must lie in (0, 1]"),
-        (["--stop", ""], "stop ([''])"),
+        (["--prompt", "ab" * 20], "--prompt (41 tokens, with the one that begins a document where it is a text) must "
+         "be at most --max-length (24) tokens long; shorten it, raise --max-length, or set --overlong to truncate"),
+        (["--prompt", "a", "--prompt", "ab" * 20], "--prompt number 2 (41 tokens"),
+        (["--engine", "fast"], "--engine ('fast') must be one of auto, "),
+        (["--device", "cpu", "--weights", "int3"], "--weights ('int3') must be one of auto, fp32"),
+        (["--head", "int{3}"], "--head ('int{3}') must be one of auto, fp32, bf16, int8"),
+        (["--engine", "torch", "--rows", "selected"], "--rows ('selected') must be all or auto with the engine torch"),
+        (["--weights", "ternary"], "--weights (ternary) must be those of a model that was trained"),
+        (["--head", "fp32", "--weights", "bf16"], "--head (fp32) must be auto, bf16, or int8 where the model itself is "
+         "in bf16, because fp32 would hold the same values in twice the bytes; leave it out, or add --weights fp32"),
+        (["--top-k", "5", "--min-p", "0.1"], "--top-k and --min-p must be left out at --temperature 0, which takes the "
+         "likeliest token; set a --temperature above 0 to draw"),
+        (["--top-p", "0", "--temperature", "1"], "--top-p (0.0) must lie in (0, 1]"),
+        (["--repetition-penalty", "0"], "--repetition-penalty (0.0) must be positive"),
+        (["--seed", str(2**63)], f"--seed ({2**63}) must lie from 0 to 2^63 - 1"),
+        (["--max-tokens", str(10**12), "--max-length", str(10**12)], "--prompt (1 in one batch, with up to "
+         "1000000000000 tokens each) need about "),
+        (["--stop", "{", "--stop", ""], "--stop (['{', '']) must hold strings"),
         (["--prompt", "a", "--prompts-file", "b"], "--prompt and --prompts-file both give prompts; keep one"),
         (["--prompts-file", "missing.txt"], "--prompts-file (missing.txt) cannot be read"),
         (["--interactive", "--json"], "--interactive reads its prompts from the terminal"),
@@ -159,6 +169,19 @@ def test_every_prompt_of_every_batch_is_checked_before_the_first_is_generated(ru
     assert run(["generate", str(run_dir), *prompts, "--batch-size", "1"]) == 2
     printed = capsys.readouterr()
     assert printed.out == "" and "(25 tokens" in printed.err
+
+
+def test_a_prompt_of_a_file_is_named_by_its_line_in_every_batch(run_dir, capsys, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a\nb\n" + "c" * 24 + "\n")
+    for size in ("1", "2", "8"):
+        message = refusal(capsys, run_dir, "--prompts-file", file, "--batch-size", size)
+        assert f"line 3 of --prompts-file {file} (25 tokens" in message
+
+
+def test_python_callers_read_the_names_of_arguments(run_dir):
+    with pytest.raises(ConfigError, match=r"^prompts\[1\] \(41 tokens.* at most max_length \(24\).* set overlong to"):
+        Generator.load(run_dir).stream(["a", "ab" * 20])
 
 
 def test_a_plan_of_another_model_is_refused(run_dir, tmp_path, capsys):
@@ -274,7 +297,7 @@ def test_without_a_template_the_user_and_the_model_continue_one_text(run_dir, ca
 def test_a_long_conversation_keeps_its_last_tokens_and_a_long_line_is_refused(run_dir, capsys, monkeypatch):
     assert len(conversation(monkeypatch, capsys, ["abcdefgh"] * 5, run_dir, "--max-tokens", "5").splitlines()) == 5
     monkeypatch.setattr(sys, "stdin", io.StringIO("a" * 25 + "\n"))
-    assert "prompts[0] (25 tokens" in refusal(capsys, run_dir, "--interactive")
+    assert "the line (25 tokens" in refusal(capsys, run_dir, "--interactive")
 
 
 @pytest.fixture(scope="module")

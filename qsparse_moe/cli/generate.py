@@ -16,6 +16,51 @@ if TYPE_CHECKING:
     from qsparse_moe.inference.generator import Generator
 
 
+# Options with a long help, as types of their own, so that the signature below fits on a screen.
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option(help="Text to continue; without it a document begins. May be repeated.", show_default=False),
+]
+PromptsFile = Annotated[Path | None, typer.Option(help="File with one prompt per line.", show_default=False)]
+Interactive = Annotated[
+    bool,
+    typer.Option("--interactive", help="Read a line, answer it, and so on, with the tokenizer's chat template."),
+]
+Stops = Annotated[list[str] | None, typer.Option(help="End before this text. May be repeated.", show_default=False)]
+MinP = Annotated[float, typer.Option(help="Draw from the tokens with this fraction of the largest probability.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: make tokens that have occurred less likely.")]
+Seed = Annotated[int, typer.Option(help="Seed of the draws; the next prompts take the numbers after it.", min=0)]
+Weights = Annotated[
+    str,
+    typer.Option(
+        help="Number format of the weights: auto (that of training or of the export), fp32, bf16, int8, ternary."
+    ),
+]
+Head = Annotated[
+    str,
+    typer.Option(
+        help="Number format of the output head: auto (int8 with int8 weights, else that of training), fp32, bf16, int8."
+    ),
+]
+Rows = Annotated[
+    Literal["auto", "selected", "all"],
+    typer.Option(help="Rows of weights that an engine reads: selected, all, or what is faster (native only)."),
+]
+PlanFile = Annotated[Path | None, typer.Option(help="Sparsity plan in place of the model's.", show_default=False)]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens that each token attends to, itself included; without it those of training.", min=1),
+]
+Overlong = Annotated[
+    Literal["refuse", "slide", "truncate"],
+    typer.Option(help="What happens to a prompt of more than --max-length tokens."),
+]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print a JSON object at the end, or one line per prompt of several.")
+]
+TruncatePrompt = Annotated[bool, typer.Option("--truncate-prompt", help="The same as --overlong truncate.")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command("generate")(generate)
@@ -23,71 +68,29 @@ def register(app: typer.Typer) -> None:
 
 def generate(
     run: Annotated[Path, typer.Argument(help="Run folder, checkpoint in it, or export.", show_default=False)],
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(help="Text to continue; without it a document begins. May be repeated.", show_default=False),
-    ] = None,
-    prompts_file: Annotated[
-        Path | None, typer.Option(help="File with one prompt per line.", show_default=False)
-    ] = None,
-    interactive: Annotated[
-        bool,
-        typer.Option("--interactive", help="Read a line, answer it, and so on, with the tokenizer's chat template."),
-    ] = False,
+    prompt: Prompts = None,
+    prompts_file: PromptsFile = None,
+    interactive: Interactive = False,
     max_tokens: Annotated[int, typer.Option(help="Tokens at most; a document may end earlier.", min=1)] = 200,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text. May be repeated.", show_default=False)
-    ] = None,
+    stop: Stops = None,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Draw from this many of the likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
-    min_p: Annotated[
-        float, typer.Option(help="Draw from the tokens with this fraction of the largest probability.")
-    ] = 0.0,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: make tokens that have occurred less likely.")
-    ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(help="Seed of the draws; the next prompts take the numbers after it.", min=0)
-    ] = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = 0,
     engine: Annotated[str, typer.Option(help="What decodes; auto: the fastest that can.")] = "auto",
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="Number format of the weights: auto (that of training or of the export), fp32, bf16, int8, ternary."
-        ),
-    ] = "auto",
-    head: Annotated[
-        str,
-        typer.Option(
-            help="Number format of the output head: auto (int8 with int8 weights, else that of training), fp32, bf16, "
-            "int8."
-        ),
-    ] = "auto",
-    rows: Annotated[
-        Literal["auto", "selected", "all"],
-        typer.Option(help="Rows of weights that an engine reads: selected, all, or what is faster (native only)."),
-    ] = "auto",
-    plan: Annotated[
-        Path | None, typer.Option(help="Sparsity plan in place of the model's.", show_default=False)
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(help="Tokens that each token attends to, itself included; without it those of training.", min=1),
-    ] = None,
-    overlong: Annotated[
-        Literal["refuse", "slide", "truncate"],
-        typer.Option(help="What happens to a prompt of more than --max-length tokens."),
-    ] = "refuse",
-    truncate_prompt: Annotated[bool, typer.Option("--truncate-prompt", help="The same as --overlong truncate.")] = (
-        False
-    ),
+    weights: Weights = "auto",
+    head: Head = "auto",
+    rows: Rows = "auto",
+    plan: PlanFile = None,
+    max_length: MaxLength = None,
+    overlong: Overlong = "refuse",
+    truncate_prompt: TruncatePrompt = False,
     batch_size: Annotated[int, typer.Option(help="Prompts that are generated together.", min=1)] = 8,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Report the speed on standard error.")] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print a JSON object at the end, or one line per prompt of several.")
-    ] = False,
+    json: Json = False,
 ) -> None:
     """Continue prompts with a trained model. Text is printed as it comes."""
     find_model(run)

@@ -14,7 +14,6 @@ from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.kernels.onednn import Linear, linear
 from qsparse_moe.model.rope import Rotation, rotate
 from qsparse_moe.nn.runtime import SiteRuntime
-from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
 
@@ -60,22 +59,8 @@ class Attention(nn.Module):
         self.output = Projection(width, config.hidden_size, weight_format)
         self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
         self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
-        self.input_site = SparseSite(
-            "attention_input",
-            config.hidden_size,
-            config.sparsity,
-            runtime.select_rows,
-            site_sums=runtime.site_sums,
-            format_rows=runtime.format_rows,
-        )
-        self.output_site = SparseSite(
-            "attention_output",
-            width,
-            config.sparsity,
-            runtime.select_rows,
-            site_sums=runtime.site_sums,
-            format_rows=runtime.format_rows,
-        )
+        self.input_site = runtime.make_site("attention_input", config.hidden_size, config.sparsity)
+        self.output_site = runtime.make_site("attention_output", width, config.sparsity)
 
     def forward(
         self,

@@ -14,7 +14,6 @@ from qsparse_moe.moe.expert_group import shard_over
 from qsparse_moe.moe.permutation import TokenCounts
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.nn.gated_activation import SparseActivation
-from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Readers, Stats
 
@@ -36,14 +35,8 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             shard_over(parameter, runtime.expert_group)
         # The site knows S of all E experts, because routed tokens carry the global number of their expert.
-        self.hidden_site = SparseSite(
-            "expert_hidden",
-            hidden,
-            config.sparsity,
-            runtime.sites.select_rows,
-            num_experts=moe.num_experts,
-            site_sums=runtime.sites.site_sums,
-            format_rows=runtime.sites.format_rows,
+        self.hidden_site = runtime.sites.make_site(
+            "expert_hidden", hidden, config.sparsity, num_experts=moe.num_experts
         )
         self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.sites.fused_glu)
         self.weight_format = config.sparsity.quantization.weights

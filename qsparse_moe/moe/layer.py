@@ -20,7 +20,7 @@ from qsparse_moe.moe.permutation import RoutedTokens
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.moe.shared import SharedExperts
-from qsparse_moe.nn.sparse_site import SiteOutput, SparseSite
+from qsparse_moe.nn.sparse_site import SiteOutput
 from qsparse_moe.sparsity.stats import Readers, Stats
 
 
@@ -59,14 +59,8 @@ class MoELayer(nn.Module):
         self.router_sees_sparse = moe.router_input == "sparse"
         self.permutation = runtime.permutation
         self.router = Router(config.hidden_size, moe)
-        self.input_site = SparseSite(
-            "expert_input",
-            config.hidden_size,
-            config.sparsity,
-            runtime.sites.select_rows,
-            num_experts=moe.num_experts,
-            site_sums=runtime.sites.site_sums,
-            format_rows=runtime.sites.format_rows,
+        self.input_site = runtime.sites.make_site(
+            "expert_input", config.hidden_size, config.sparsity, num_experts=moe.num_experts
         )
         self.experts = Experts(config, runtime)
         self.shared = SharedExperts(config, runtime.sites) if moe.num_shared_experts else None

@@ -15,7 +15,6 @@ from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.kernels.onednn import linear
 from qsparse_moe.nn.gated_activation import SparseActivation
 from qsparse_moe.nn.runtime import SiteRuntime
-from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
 
@@ -40,22 +39,8 @@ class FeedForward(nn.Module):
         self.w_up = nn.Parameter(torch.empty(width, hidden_size))
         self.w_down = nn.Parameter(torch.empty(hidden_size, width))
         input_site, hidden_site = _SITES[part]
-        self.input_site = SparseSite(
-            input_site,
-            width,
-            config.sparsity,
-            runtime.select_rows,
-            site_sums=runtime.site_sums,
-            format_rows=runtime.format_rows,
-        )
-        self.hidden_site = SparseSite(
-            hidden_site,
-            hidden_size,
-            config.sparsity,
-            runtime.select_rows,
-            site_sums=runtime.site_sums,
-            format_rows=runtime.format_rows,
-        )
+        self.input_site = runtime.make_site(input_site, width, config.sparsity)
+        self.hidden_site = runtime.make_site(hidden_site, hidden_size, config.sparsity)
         self.activation = SparseActivation(config.moe.activation, self.hidden_site, runtime.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
 

@@ -9,13 +9,14 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from qsparse_moe.config.schema import SparsityConfig
+from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.fused_glu.op import FUSED_GLUS, FusedGLU
 from qsparse_moe.kernels.int8_quantize.op import FormatRows, as_format_triton
 from qsparse_moe.kernels.site_sums.op import NATIVE, TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS, SelectRows, TopKSelect
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,18 @@ class SiteRuntime:
     """The statistics of a site, from the same implementation or, if it has none, from stock PyTorch."""
     format_rows: FormatRows
     """Rounds rows to a number format, by the same implementation or, if it has none, by stock PyTorch."""
+
+    def make_site(self, site: Site, num_features: int, settings: SparsityConfig, *, num_experts: int = 1) -> SparseSite:
+        """Return a sparse site that calls these functions."""
+        return SparseSite(
+            site,
+            num_features,
+            settings,
+            self.select_rows,
+            num_experts=num_experts,
+            site_sums=self.site_sums,
+            format_rows=self.format_rows,
+        )
 
 
 def resolve_site_runtime(settings: SparsityConfig, device: torch.device) -> SiteRuntime:

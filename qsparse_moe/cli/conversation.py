@@ -16,11 +16,17 @@ if TYPE_CHECKING:
 
 
 def converse(generator: Generator, template: ChatTemplate | None, settings: Settings) -> None:
-    """Answer the lines of standard input until it ends. Each answer is printed as it comes and ends with a line."""
+    """Answer the lines of standard input until it ends. Each answer is printed as it comes and ends with a line.
+
+    A turn computes only the tokens that follow those of the turns before, unless these were cut or written anew.
+    """
+    from qsparse_moe.inference.prompt_cache import PromptCache
+
     conversation: _Conversation = _Chat(generator, template) if template is not None else _Text(generator)
+    kept = PromptCache()
     turn = 0
     while (line := _read_line()) is not None:
-        stream = open_stream(generator, [conversation.prompt(line)], settings, turn)
+        stream = open_stream(generator, [conversation.prompt(line)], settings, turn, reuse=kept)
         try:
             for step in stream:
                 typer.echo(step[0].text, nl=False)

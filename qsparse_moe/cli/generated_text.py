@@ -14,6 +14,7 @@ from qsparse_moe.cli.option_names import PromptNames, naming_options
 
 if TYPE_CHECKING:
     from qsparse_moe.inference.generator import GenerationStream, Generator, Prompt
+    from qsparse_moe.inference.prompt_cache import PromptCache
     from qsparse_moe.inference.sampling import Sampling
     from qsparse_moe.inference.sequences import Generation
 
@@ -32,7 +33,12 @@ class Settings(NamedTuple):
 
 
 def open_stream(
-    generator: Generator, prompts: Sequence[Prompt], settings: Settings, first: int = 0
+    generator: Generator,
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    first: int = 0,
+    *,
+    reuse: PromptCache | None = None,
 ) -> GenerationStream:
     """Return the steps of a batch, whose first prompt is number ``first`` of the call."""
     with naming_options(settings.prompts, first=first):
@@ -42,6 +48,7 @@ def open_stream(
             sampling=settings.sampling,
             seed=settings.seed + first,
             stop=settings.stop,
+            reuse=reuse,
         )
 
 
@@ -79,7 +86,7 @@ def report_speed(stream: GenerationStream, settings: Settings) -> None:
     lines = {
         "engine": found.engine,
         "key-value cache": f"{found.cache_bytes:,} bytes",
-        "prefill": f"{found.prompt_tokens} tokens in {found.prefill_seconds:.3f} s, "
+        "prefill": f"{found.prompt_tokens - found.reused_tokens} tokens in {found.prefill_seconds:.3f} s, "
         f"{found.prefill_tokens_per_second:.1f} tokens/s",
         "decode": f"{found.decode_tokens} tokens in {found.decode_seconds:.3f} s, "
         f"{found.decode_tokens_per_second:.1f} tokens/s",

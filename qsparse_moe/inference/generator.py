@@ -23,6 +23,7 @@ from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.load import load_model
 from qsparse_moe.inference.memory import MemoryDtypes, check_memory
 from qsparse_moe.inference.native import Rows
+from qsparse_moe.inference.prompt_cache import PromptCache
 from qsparse_moe.inference.sampling import Sampler, Sampling
 from qsparse_moe.inference.sequences import Generation, GrowingSequence, NewToken
 from qsparse_moe.inference.stopping import check_stop_strings
@@ -45,6 +46,8 @@ class Statistics:
     prompt_tokens: int
     """Over all prompts."""
     cache_bytes: int
+    reused_tokens: int = 0
+    """Prompt tokens whose keys and values were kept from an earlier prompt; see ``PromptCache``."""
     prefill_seconds: float = 0.0
     """Seconds until the first token of every sequence was chosen."""
     decode_steps: int = 0
@@ -55,8 +58,9 @@ class Statistics:
 
     @property
     def prefill_tokens_per_second(self) -> float:
-        """Prompt tokens per second."""
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        """Computed prompt tokens per second."""
+        computed = self.prompt_tokens - self.reused_tokens
+        return computed / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -163,6 +167,7 @@ class Generator:
         seed: int | Sequence[int] = 0,
         stop: Sequence[str] = (),
         stop_tokens: Sequence[int] = (),
+        reuse: PromptCache | None = None,
     ) -> GenerationStream:
         """Check the arguments and return the steps to iterate over; prefill and decode run during the iteration.
 
@@ -175,12 +180,18 @@ class Generator:
             stop: strings that end a sequence and are not included in its text; the spelling of a special token ends the
                 sequence at that token.
             stop_tokens: ids that end a sequence, in addition to the document token.
+            reuse: keys and values of an earlier prompt and its continuation, for one prompt at a time, such as the next
+                turn of a conversation: only the tokens that it does not hold are computed. It then holds this sequence.
 
         Raises:
             ConfigError: an argument is wrong, a prompt is longer than ``max_length`` (see ``load``), or the batch is
                 too large for the memory that is free.
         """
         starts = self._starts(prompts)
+        if reuse is not None and len(starts) > 1:
+            raise ArgumentError(
+                f"{{prompts}} ({len(starts)}) must be one where keys and values are reused; leave out reuse"
+            )
         seeds = [seed + index for index in range(len(starts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(starts):
             raise ArgumentError(
@@ -204,7 +215,7 @@ class Generator:
         ]
         longest = max(len(start) for start in starts)
         # Not always max_length: a short text needs no cache of the full length.
-        capacity = min(self.max_length, longest + max_tokens)
+        capacity = min(self.max_length, longest + max_tokens) if reuse is None else self.max_length
         weight = self.model.embedding.weight
         check_memory(
             self.config.model,
@@ -217,8 +228,9 @@ class Generator:
                 products=products_dtype(self.model),
             ),
             device=weight.device,
+            has_cache=reuse is not None and reuse.is_allocated,
         )
-        return GenerationStream(self.model, self.engine, sequences, Sampler(sampling, seeds, starts), capacity)
+        return GenerationStream(self.model, self.engine, sequences, Sampler(sampling, seeds, starts), capacity, reuse)
 
     def generate(self, prompts: Prompt | Sequence[Prompt], **settings: Any) -> list[Generation]:
         """Return the whole generated sequences, in the order of the prompts; the settings are those of ``stream``."""
@@ -278,6 +290,7 @@ class GenerationStream:
     sequences: list[GrowingSequence]
     sampler: Sampler
     capacity: int
+    reuse: PromptCache | None = None
     statistics: Statistics = field(init=False)
     _is_started: bool = field(init=False, default=False)
 
@@ -297,20 +310,15 @@ class GenerationStream:
         return self._steps()
 
     def _steps(self) -> Iterator[list[NewToken]]:
-        statistics, weight = self.statistics, self.model.embedding.weight
+        statistics = self.statistics
         start = time.perf_counter()
-        cache = KeyValueCache.allocate(
-            self.model.config,
-            batch=len(self.sequences),
-            capacity=self.capacity,
-            dtype=self.engine.cache_dtype or weight.dtype,
-            device=weight.device,
-            slides=True,
-        )
-        statistics.cache_bytes = cache.num_bytes
         running = list(self.sequences)
+        cache, new_tokens = self._cache()
+        statistics.cache_bytes = cache.num_bytes
         # The chosen tokens are copied to the CPU, so the device has finished its work when the clock is read.
-        tokens_B, log_probs_B = self.sampler(prefill(self.model, [one.prompt for one in running], cache))
+        tokens_B, log_probs_B = self.sampler(prefill(self.model, new_tokens, cache))
+        if self.reuse is not None:
+            self.reuse.extend(new_tokens[0])
         statistics.prefill_seconds = time.perf_counter() - start
         while True:
             pairs = zip(running, tokens_B.tolist(), log_probs_B.tolist(), strict=True)
@@ -324,10 +332,33 @@ class GenerationStream:
                 running, tokens_B = [running[place] for place in going], tokens_B[going]
                 cache.keep(going)
                 self.sampler.keep(going)
-            tokens_B, log_probs_B = self.sampler(self._decode(tokens_B, cache))
+            logits_BV = self._decode(tokens_B, cache)
+            if self.reuse is not None:
+                self.reuse.extend(tokens_B.tolist())
+            tokens_B, log_probs_B = self.sampler(logits_BV)
             statistics.decode_seconds += time.perf_counter() - start
             statistics.decode_steps += 1
             statistics.decode_tokens += len(running)
+
+    def _cache(self) -> tuple[KeyValueCache, list[Sequence[int]]]:
+        """Return the cache, and the tokens of each prompt that it does not hold yet."""
+        prompts = [one.prompt for one in self.sequences]
+        if self.reuse is None:
+            return self._allocate(), list(prompts)
+        cache, reused = self.reuse.begin(prompts[0], self._allocate)
+        self.statistics.reused_tokens = reused
+        return cache, [prompts[0][reused:]]
+
+    def _allocate(self) -> KeyValueCache:
+        weight = self.model.embedding.weight
+        return KeyValueCache.allocate(
+            self.model.config,
+            batch=len(self.sequences),
+            capacity=self.capacity,
+            dtype=self.engine.cache_dtype or weight.dtype,
+            device=weight.device,
+            slides=True,
+        )
 
     @torch.inference_mode()
     def _decode(self, tokens_B: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:

@@ -30,14 +30,22 @@ class MemoryDtypes(NamedTuple):
 
 
 def check_memory(
-    config: ModelConfig, *, batch: int, capacity: int, longest_prompt: int, dtypes: MemoryDtypes, device: torch.device
+    config: ModelConfig,
+    *,
+    batch: int,
+    capacity: int,
+    longest_prompt: int,
+    dtypes: MemoryDtypes,
+    device: torch.device,
+    has_cache: bool = False,
 ) -> None:
     """Raise ConfigError if the cache and the prefill of a batch need more memory than ``device`` has free.
 
-    Nothing is checked where the system does not report its free memory.
+    Nothing is checked where the system does not report its free memory. With ``has_cache``, the memory of the cache has
+    been taken before.
     """
     free = free_bytes(device)
-    cache = cache_bytes(config, batch=batch, capacity=capacity, dtype=dtypes.cache)
+    cache = 0 if has_cache else cache_bytes(config, batch=batch, capacity=capacity, dtype=dtypes.cache)
     prefill = prefill_bytes(config, num_tokens=batch * longest_prompt, dtypes=dtypes)
     if free is None or cache + prefill <= free:
         return

@@ -100,6 +100,7 @@ def test_options_reach_the_generator(run_dir, capsys, monkeypatch):
         "sampling": Sampling(temperature=2.0, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2),
         "seed": 4,
         "stop": ("x", "yz"),
+        "reuse": None,
     }
 
 
@@ -292,6 +293,14 @@ def test_without_a_template_the_user_and_the_model_continue_one_text(run_dir, ca
     first = made.generate(start, max_tokens=5)[0]
     second = made.generate([*start, *first.token_ids, *b"cd"], max_tokens=5)[0]
     assert printed == f"{first.text}\n{second.text}\n"
+
+
+def test_a_turn_of_a_conversation_computes_only_what_follows_the_turns_before(run_dir, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("ab\ncd\n"))
+    assert run(["generate", "--interactive", str(run_dir), "--max-tokens", "5", "--stats"]) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prefill")]
+    # The document token and two bytes; then the last token of the answer and two bytes.
+    assert [" ".join(line.split()[:3]) for line in lines] == ["prefill 3 tokens", "prefill 3 tokens"]
 
 
 def test_a_long_conversation_keeps_its_last_tokens_and_a_long_line_is_refused(run_dir, capsys, monkeypatch):

@@ -112,7 +112,7 @@ def fingerprint() -> dict[str, Any]:
 
 
 def _cores() -> set[int]:
-    # The cores of this process, which a container or taskset may restrict; macOS cannot tell.
+    # The cores of this process, which a container or taskset may restrict; macOS does not report them.
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 

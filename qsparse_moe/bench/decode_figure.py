@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qsparse_moe.ablation.grid.panels import panels_of
-from qsparse_moe.bench.decode import OURS
+from qsparse_moe.bench.decode import OURS, TRANSFORMERS
 
 _USAGE = "usage: python -m qsparse_moe.bench.decode_figure RESULT.json IMAGE..."
 
@@ -60,12 +60,14 @@ def speeds_by_format(result: dict[str, Any], batch: int = 1) -> list[FormatSpeed
 
 
 def draw(formats: Sequence[FormatSpeeds]) -> Any:
-    """Return a figure with one panel per number format; bands and bars are the range of the rounds."""
+    """Return a figure with one panel per number format; bands are the range of the rounds."""
     figure, axes = panels_of([one.title for one in formats])
     for axis, one in zip(axes, formats, strict=True):
         _draw_ours(axis, one.ours)
-        for number, (name, speed) in enumerate(one.peers.items()):
-            axis.axhline(speed.median, color=f"C{number + 1}", linestyle=":", label=name)
+        colours = {TRANSFORMERS: "0.5"}
+        for name, speed in one.peers.items():
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            axis.axhline(speed.median, color=colour, linestyle=":", label=name)
         axis.set_xlabel("S at every site")
         axis.set_ylim(bottom=0)
         axis.legend(loc="upper left", fontsize=7)

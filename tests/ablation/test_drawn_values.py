@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,11 +13,13 @@ from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.rivals import random_plan
 from qsparse_moe.ablation.cells import cells_of, sparsity_of
 from qsparse_moe.ablation.grid.figures import _complete_map, _levels, iso_loss, loss_by_parameters
+from qsparse_moe.ablation.grid.report import _cost
 from qsparse_moe.ablation.grid.variants import variant_results
 from qsparse_moe.ablation.law.figures import _middle_share, _percent
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config
 from tests.ablation.test_figures import row
+from tests.ablation.test_results import outcome, two_variants
 
 LOSS = {(2, 0.0): 3.0, (2, 0.5): 3.5, (2, 0.75): 3.75, (4, 0.0): 2.0, (4, 0.5): 2.25, (4, 0.75): 2.875}
 
@@ -86,3 +89,14 @@ def test_changes_of_the_reducible_loss_are_percentages_of_the_dense_model():
 def test_the_curve_over_s_is_drawn_at_the_median_of_the_different_shares_of_experts():
     runs = SimpleNamespace(expert_share=np.array([0.5, 0.5, 0.5, 0.25, 0.0625]))
     assert _middle_share(runs) == 0.25
+
+
+def test_the_cost_table_has_means_over_the_runs_of_a_variant_and_their_median_speed(tmp_path):
+    grid = two_variants(tmp_path)
+    measured = [(40.0, 1.0), (50.0, None), (90.0, 6.0), (60.0, 2.0)]
+    results = [
+        replace(outcome("dense", seed, 2.0), kept_parameters=needed, tokens_per_second=speed)
+        for seed, (needed, speed) in enumerate(measured)
+    ]
+    *_, cost = _cost(grid, [*results, outcome("half", 0, 2.0)])
+    assert cost.splitlines()[2:] == ["| dense | 60 | 2 |", "| half | 50 | 10 |"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
 from qsparse_moe.cli import evaluate, fit_law
-from qsparse_moe.cli.generated_text import Settings, report_speed
+from qsparse_moe.cli.generated_text import Settings, _shown_starts, report_speed
 from qsparse_moe.cli.grid_progress import GridProgress
 from qsparse_moe.inference.generator import Statistics
 from qsparse_moe.training.evaluate import Evaluation
@@ -97,3 +98,11 @@ def test_tables_of_laws_have_percentages_and_mark_what_lies_beyond_the_runs(caps
     ]  # fmt: skip
     assert rows["kept", "any"][0] == "0.750" and rows["kept", "any"][5] == "–"
     assert rows["q-sparse, printed", "any"][:3] == ["0.500", "0.400–0.600", "0.300–0.700"]
+
+
+@pytest.mark.parametrize(("overlong", "shown"), [("truncate", ["cdef", "xy", ""]), ("slide", ["abcdef", "xy", ""])])
+def test_the_text_before_an_answer_is_the_end_of_the_prompt_that_the_model_reads(overlong, shown):
+    tokenizer = SimpleNamespace(decode=lambda ids: "".join(chr(i) for i in ids if i))
+    encode = lambda text: [0, *map(ord, text)]  # noqa: E731
+    generator = SimpleNamespace(encode=encode, tokenizer=tokenizer, overlong=overlong, max_length=4)
+    assert _shown_starts(generator, ["abcdef", "xy", ""]) == shown

@@ -31,6 +31,18 @@ def chosen_rows(num_rows, share, num_tokens):
     return rows_K, torch.randn(count, num_tokens, generator=generator)
 
 
+def rounding_of_codes(stored, rows_K, values_KT, which):
+    """Return the largest difference that values in 15 bits can make, where codes are multiplied as integers."""
+    if stored.weight_format not in ("int8", "ternary"):
+        return 0.0
+    weights_KO = load_dense(stored, which)[rows_K.long()]
+    scales_K = weights_KO.abs().amax(-1, keepdim=True) / (127 if stored.weight_format == "int8" else 1)
+    # Half a step of the largest value, in every term of a sum; a row's scale is a factor of its value.
+    codes_KO = weights_KO / scales_K.clamp(min=torch.finfo(torch.float32).tiny)
+    largest = (values_KT * scales_K).abs().max() if len(rows_K) else 0.0
+    return 0.5 / 16256 * largest * (codes_KO.abs().sum(0).max() if len(rows_K) else 0.0)
+
+
 @pytest.fixture(params=[1, 2])
 def threads(request):
     before = torch.get_num_threads()
@@ -53,6 +65,7 @@ def test_native_product_is_that_of_the_stored_values(weight_format, shape, threa
                 found = row_product_native(stored, rows_K, values_KT, which=which)
                 assert found.shape == (num_tokens, shape[1])
                 allowed = 4 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
+                allowed += rounding_of_codes(stored, rows_K, values_KT, which)
                 assert (found - exact).abs().max() <= allowed, (num_tokens, share, which)
 
 

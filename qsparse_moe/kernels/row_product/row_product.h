@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -267,6 +268,12 @@ void multiply_ternary(const char* weights, int64_t row_bytes, int64_t num_column
   }
 }
 
+}  // namespace qsparse_moe
+
+#include "integer_product.h"
+
+namespace qsparse_moe {
+
 enum class NumberFormat : int64_t { fp32 = 0, bf16 = 1, int8 = 2, ternary = 3 };
 
 // A matrix (or a stack of them, one after another) as it is stored. `row_scales` and `scale` are folded into the values
@@ -293,10 +300,17 @@ void multiply(const Matrix& matrix, const ChosenRows& chosen, float* const* out)
       return multiply<Fp32, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
     case NumberFormat::bf16:
       return multiply<Bf16, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
+#ifdef QSPARSE_MOE_INTEGER_PRODUCT
+    case NumberFormat::int8:
+      return integer::multiply<integer::Int8Line, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
+    case NumberFormat::ternary:
+      return integer::multiply<integer::TernaryLine, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
+#else
     case NumberFormat::int8:
       return multiply<Int8, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
     case NumberFormat::ternary:
       return multiply_ternary<T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
+#endif
   }
 }
 

@@ -19,7 +19,7 @@ from qsparse_moe.sparsity.quantize import quantize
 WeightFormat = Literal["fp32", "bf16", "int8", "ternary"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 
-_COLUMN_GRAIN = {"fp32": 32, "bf16": 32, "int8": 32, "ternary": 256}
+_COLUMN_GRAIN = {"fp32": 32, "bf16": 32, "int8": 64, "ternary": 256}
 _BITS = {"fp32": 32, "bf16": 16, "int8": 8, "ternary": 2}
 _LANES = 16
 _INT8_LARGEST = 127

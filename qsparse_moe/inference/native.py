@@ -63,6 +63,7 @@ class NativeDecode:
         *,
         head: WeightFormat | None = None,
         rows: Rows = "selected",
+        by_integers: bool = True,
     ) -> None:
         """Store the weights of ``model``.
 
@@ -74,6 +75,8 @@ class NativeDecode:
             rows: the rows of a matrix that a pass reads: those ``selected`` by at least one token of the pass, ``all``,
                 or ``auto``: all of them where so many are selected that reading the whole matrix is faster on this
                 machine (``row_costs``).
+            by_integers: whether codes of int8 and ternary weights are multiplied as integers where the processor can;
+                features are then rounded to 15 bits. False multiplies in fp32, which is slower.
 
         Raises:
             BackendUnavailable: the C++ library cannot be compiled.
@@ -88,6 +91,7 @@ class NativeDecode:
         self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format, head))
         self._hidden_ids = model.hidden_ids
         self._rows = rows
+        self._by_integers = by_integers
         self._read_all_from = {"selected": [NEVER] * len(TOKENS), "all": [0.0] * len(TOKENS)}.get(rows)
         if self._read_all_from is None:
             self._read_all_from = shares_to_read_all(self.weight_format)
@@ -146,6 +150,7 @@ class NativeDecode:
         for number, block in enumerate(model.blocks()):
             engine.add_layer(*self._layer(f"layers.{number}.", block))
         engine.read_all_rows_from(self._read_all_from)
+        engine.multiply_by_integers(self._by_integers)
         return engine
 
     def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:

@@ -37,8 +37,9 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-def largest_difference(built, weight_format=None, prompts=(4, 2, 7), capacity=9):
-    return difference_from_torch(built, NativeDecode(built, weight_format), prompts, capacity=capacity, steps=STEPS)
+def largest_difference(built, weight_format=None, prompts=(4, 2, 7), capacity=9, by_integers=True):
+    engine = NativeDecode(built, weight_format, by_integers=by_integers)
+    return difference_from_torch(built, engine, prompts, capacity=capacity, steps=STEPS)
 
 
 @pytest.mark.parametrize("settings", (DENSE | SPARSE).values(), ids=(DENSE | SPARSE).keys())
@@ -82,7 +83,27 @@ def test_weights_in_a_number_format_are_those_of_the_rounded_model(settings, wei
     before = built.layers[0].attention.qkv.weight.clone()
     round_weights(built, weight_format)
     assert torch.equal(before, built.layers[0].attention.qkv.weight) == (weight_format != "int8")
-    assert largest_difference(built, weight_format) < 1e-5
+    assert largest_difference(built, weight_format, by_integers=False) < 1e-5
+
+
+@pytest.mark.parametrize("prompts", [(5,), (4, 2, 7), (1, 2, 3, 4, 5, 6, 7, 8)], ids=["1", "3", "8"])
+def test_products_by_integers_move_logits_far_less_than_int8_weights_do(prompts):
+    built, rounded = model(hidden_size=128), model(hidden_size=128)
+    round_weights(rounded, "int8")
+    settings = {"prompts": prompts, "capacity": 9, "steps": 1}
+    moved = difference_from_torch(built, NativeDecode(rounded, "int8", by_integers=False), **settings)
+    assert difference_from_torch(rounded, NativeDecode(rounded, "int8"), **settings) < moved / 30
+
+
+@pytest.mark.parametrize("activations", ["none", "int8", "int4"])
+@pytest.mark.parametrize("prompts", [(5,), (4, 2, 7), (1, 2, 3, 4, 5, 6, 7, 8)], ids=["1", "3", "8"])
+def test_ternary_products_by_integers_are_exact_where_activations_have_codes(prompts, activations):
+    quantization = {"weights": "ternary", "activations": activations}
+    # Without codes features are rounded to 15 bits, and a near tie of a selection could flip.
+    sparsity = {"default": 0.0 if activations == "none" else 0.5, "quantization": quantization}
+    built = model(sparsity=sparsity, moe={"num_shared_experts": 1})
+    assert largest_difference(built, prompts=prompts, by_integers=False) < 1e-5
+    assert largest_difference(built, prompts=prompts) < (2e-3 if activations == "none" else 1e-5)
 
 
 def test_int8_moves_no_weight_by_more_than_half_a_step():

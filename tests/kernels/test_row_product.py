@@ -33,8 +33,6 @@ def chosen_rows(num_rows, share, num_tokens):
 
 def rounding_of_codes(stored, rows_K, values_KT, which):
     """Return the largest difference that values in 15 bits can make, where codes are multiplied as integers."""
-    if stored.weight_format not in ("int8", "ternary"):
-        return 0.0
     weights_KO = load_dense(stored, which)[rows_K.long()]
     scales_K = weights_KO.abs().amax(-1, keepdim=True) / (127 if stored.weight_format == "int8" else 1)
     # Half a step of the largest value, in every term of a sum; a row's scale is a factor of its value.
@@ -52,9 +50,11 @@ def threads(request):
 
 
 @needs_compiler
-@pytest.mark.parametrize("weight_format", WEIGHT_FORMATS)
+@pytest.mark.parametrize(
+    ("weight_format", "by_integers"), [*((name, False) for name in WEIGHT_FORMATS), ("int8", True), ("ternary", True)]
+)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_native_product_is_that_of_the_stored_values(weight_format, shape, threads):
+def test_native_product_is_that_of_the_stored_values(weight_format, by_integers, shape, threads):
     stored = store(weights_of(3, *shape), weight_format)
     for num_tokens in range(1, 9):
         for share in (0.0, 0.4, 1.0):
@@ -62,11 +62,41 @@ def test_native_product_is_that_of_the_stored_values(weight_format, shape, threa
             for which in (0, 2):
                 exact = row_product_reference(stored, rows_K, values_KT.double(), which=which)
                 plain = row_product_reference(stored, rows_K, values_KT, which=which)
-                found = row_product_native(stored, rows_K, values_KT, which=which)
+                found = row_product_native(stored, rows_K, values_KT, which=which, by_integers=by_integers)
                 assert found.shape == (num_tokens, shape[1])
                 allowed = 4 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
-                allowed += rounding_of_codes(stored, rows_K, values_KT, which)
+                if by_integers:
+                    allowed += rounding_of_codes(stored, rows_K, values_KT, which)
                 assert (found - exact).abs().max() <= allowed, (num_tokens, share, which)
+
+
+@needs_compiler
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8])
+def test_ternary_products_of_whole_steps_are_exact(num_tokens, threads):
+    stored = store(weights_of(129, 300), "ternary")
+    rows_K, values_KT = chosen_rows(129, 0.7, num_tokens)
+    codes_KT = (values_KT * 40).round().clamp(-128, 127)
+    exact = row_product_reference(stored, rows_K, codes_KT.double() * 0.013)
+    found = row_product_native(stored, rows_K, codes_KT * 0.013, step=0.013)
+    assert (found - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+@needs_compiler
+@pytest.mark.parametrize("weight_format", ["int8", "ternary"])
+@pytest.mark.parametrize("step", [0.0, 1.0])
+def test_products_by_integers_of_extreme_values(weight_format, step):
+    """The largest sums of a group do not overflow; a group of zeros is 0; what is not finite stays visible."""
+    stored = store(torch.ones(256, 64) * torch.tensor([1.0, -1.0])[:, None].repeat(128, 1), weight_format)
+    rows_K = torch.arange(0, 256, 2, dtype=torch.int32)
+    values_KT = torch.full((128, 1), 127.0)
+    found = row_product_native(stored, rows_K, values_KT, step=step)
+    torch.testing.assert_close(found, row_product_reference(stored, rows_K, values_KT), rtol=1e-5, atol=0)
+    assert not row_product_native(stored, rows_K, 0 * values_KT, step=step).any()
+    tiny = row_product_native(stored, rows_K, values_KT * 1e-40)
+    assert tiny.isfinite().all() and tiny.abs().max() < 1e-30
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        values_KT[77] = bad
+        assert not row_product_native(stored, rows_K, values_KT).isfinite().any()
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -168,6 +168,8 @@ struct Job {
   int tokens = 1;
   const int32_t* rows = nullptr;
   const float* values = nullptr;  // (num_rows, tokens)
+  bool has_steps = false;         // whether `steps` are those of the values, as in ChosenRows
+  float steps[kMaxTokens] = {};
   int64_t num_rows = 0;
   bool reads_unneeded = false;
   int used_tokens = 1;
@@ -188,7 +190,7 @@ class ListBuffer {
     features_.resize(count * width_);
     values_.resize(count * width_);
     lists.resize(count);
-    for (int64_t i = 0; i < count; ++i) lists[i] = {features_.data() + i * width_, values_.data() + i * width_, 0};
+    for (int64_t i = 0; i < count; ++i) lists[i] = {features_.data() + i * width_, values_.data() + i * width_, 0, 0};
   }
   std::vector<FeatureList> lists;
 
@@ -253,6 +255,9 @@ class DecodeModel : public torch::CustomClassHolder {
     all_rows_from_.assign(shares.begin(), shares.end());
   }
 
+  // From the next step on, multiply codes as integers (the default), or in fp32: slower, and without rounding of features.
+  void multiply_by_integers(bool by_integers) { by_integers_ = by_integers; }
+
   // Bytes of stored weights that the last step read, and that it would have read if no feature were zero; number of passes
   // over a matrix, and number of passes that read all rows although some were not needed.
   std::vector<int64_t> last_step() const { return {bytes_read_, bytes_dense_, passes_, whole_passes_}; }
@@ -295,6 +300,7 @@ class DecodeModel : public torch::CustomClassHolder {
   const at::Tensor inverse_frequencies_, final_norm_, embedding_;
   const intrusive_ptr<StoredMatrix> head_;
   std::vector<Layer> layers_;
+  bool by_integers_ = true;
   std::vector<double> all_rows_from_ = {2, 2, 2, 2};
   int64_t bytes_read_ = 0, bytes_dense_ = 0, passes_ = 0, whole_passes_ = 0;
 
@@ -433,11 +439,19 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
   const float* row_scales = matrix.row_scales(which);
   const float scale = matrix.factor(which);
   job.matrix = matrix.matrix(which);
+  job.matrix.by_integers = by_integers_;
   job.tokens = padded_tokens(tokens), job.used_tokens = tokens, job.accumulates = accumulates;
   std::copy_n(out, tokens, job.out);
   const int64_t most = matrix.num_rows;
   const double all_from = all_rows_from_[tokens <= 1 ? 0 : tokens <= 2 ? 1 : tokens <= 4 ? 2 : 3] * double(most);
   job.reads_unneeded = false;
+  // The scale of a ternary matrix and a factor of the token change the step of its values; scales per row would leave none.
+  job.has_steps = !row_scales;
+  for (int t = 0; t < job.tokens; ++t) {
+    const float step = t < tokens ? std::fabs(lists[t]->step * factors[t] * scale) : 1.0f;
+    job.has_steps = job.has_steps && step > 0;
+    job.steps[t] = step;
+  }
   // One token needs every feature of its list.
   const bool one_needs_all = tokens == 1 && double(lists[0]->length) >= all_from && lists[0]->length < most;
   if (tokens == 1 && !row_scales && scale * factors[0] == 1.0f && !one_needs_all) {
@@ -490,8 +504,8 @@ void DecodeModel::build_job(Job& job, const StoredMatrix& matrix, int64_t which,
 void DecodeModel::run_jobs(const Thread& thread, int64_t num_jobs) {
   int64_t begin, end;
   const auto part_of = [&](const Job& job) -> ChosenRows {
-    slice(job.num_rows, 2, thread.index, thread.count, begin, end);
-    return {job.rows + begin, job.values + begin * job.tokens, end - begin};
+    slice(job.num_rows, 4, thread.index, thread.count, begin, end);
+    return {job.rows + begin, job.values + begin * job.tokens, end - begin, job.has_steps ? job.steps : nullptr};
   };
   request_first_rows(jobs_[0].matrix, part_of(jobs_[0]));
   for (int64_t number = 0; number < num_jobs; ++number) {
@@ -589,13 +603,16 @@ void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token
       largest = std::max(largest, scores[i]);
     }
     std::fill_n(scores.data() + count, kLanes, -std::numeric_limits<float>::infinity());
-    for (int64_t i = 0; i < count; i += kLanes)
-      store(scores.data() + i, exponential(load<Floats>(scores.data() + i) - largest));
-    float total = 0;
-    for (int64_t i = 0; i < count; ++i) total += scores[i];
+    Floats totals = {};
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Floats weights = exponential(load<Floats>(scores.data() + i) - largest);
+      store(scores.data() + i, weights);
+      totals += weights;
+    }
     float* mixed = mixed_[token] + head * size;
-    std::fill_n(mixed, size, 0.0f);
-    for (int64_t i = 0; i < count; ++i) add_scaled(mixed, values + i * size, scores[i] / total, size);
+    weighted_sum(values, scores.data(), count, size, mixed);
+    const float inverse = 1.0f / sum(totals);
+    for (int64_t i = 0; i < size; ++i) mixed[i] *= inverse;
   }
 }
 
@@ -828,9 +845,10 @@ void DecodeModel::head(const Thread& thread, at::Tensor& logits) {
   }
 }
 
-// The product of one matrix with T tokens, for tests and to measure from which share on reading all rows is faster.
+// The product of one matrix with T tokens, for tests and to measure from which share on reading all rows is faster. With a
+// `step`, the values are whole multiples of it, from -128 to 127.
 at::Tensor row_product(const intrusive_ptr<StoredMatrix>& stored, int64_t which, const at::Tensor& rows,
-                       const at::Tensor& values) {
+                       const at::Tensor& values, double step, bool by_integers) {
   TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == at::kInt && rows.is_contiguous(),
               "row_product: rows must be contiguous int32 (K)");
   TORCH_CHECK(values.dim() == 2 && values.scalar_type() == at::kFloat && values.is_contiguous() &&
@@ -846,17 +864,20 @@ at::Tensor row_product(const intrusive_ptr<StoredMatrix>& stored, int64_t which,
     for (int t = 0; t < tokens; ++t)
       scaled.data_ptr<float>()[k * all + t] =
           values.const_data_ptr<float>()[k * tokens + t] * factor * (row_scales ? row_scales[row[k]] : 1.0f);
-  const Matrix matrix = stored->matrix(which);
+  Matrix matrix = stored->matrix(which);
+  matrix.by_integers = by_integers;
+  float steps[kMaxTokens];
+  std::fill_n(steps, kMaxTokens, float(step) * factor);
   const float* factors = scaled.const_data_ptr<float>();
   float* sums = parts.data_ptr<float>();
 #pragma omp parallel num_threads(num_threads)
   {
     const int thread = omp_get_thread_num();
     int64_t begin, end;
-    slice(num_rows, 2, thread, num_threads, begin, end);
+    slice(num_rows, 4, thread, num_threads, begin, end);
     float* to[kMaxTokens];
     for (int t = 0; t < all; ++t) to[t] = sums + (int64_t(thread) * all + t) * columns;
-    multiply(matrix, all, {row + begin, factors + begin * all, end - begin}, to);
+    multiply(matrix, all, {row + begin, factors + begin * all, end - begin, step > 0 ? steps : nullptr}, to);
   }
   return parts.narrow(1, 0, tokens).narrow(2, 0, stored->num_columns).sum(0);
 }
@@ -878,11 +899,12 @@ TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
                 intrusive_ptr<StoredMatrix>>())
       .def("add_layer", &DecodeModel::add_layer)
       .def("read_all_rows_from", &DecodeModel::read_all_rows_from)
+      .def("multiply_by_integers", &DecodeModel::multiply_by_integers)
       .def("last_step", &DecodeModel::last_step)
       .def("step", &DecodeModel::step);
   library.def(
-      "row_product(__torch__.torch.classes.qsparse_moe.StoredMatrix stored, int which, Tensor rows, Tensor values) -> "
-      "Tensor");
+      "row_product(__torch__.torch.classes.qsparse_moe.StoredMatrix stored, int which, Tensor rows, Tensor values, "
+      "float step=0.0, bool by_integers=True) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(qsparse_moe, CPU, library) { library.impl("row_product", &row_product); }

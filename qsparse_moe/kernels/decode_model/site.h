@@ -38,6 +38,7 @@ struct FeatureList {
   int32_t* features = nullptr;
   float* values = nullptr;
   int64_t length = 0;
+  float step = 0;  // the values are whole multiples of it, from -128 to 127; 0: they are any numbers
 };
 
 // Scratch memory for one row at a time.
@@ -49,10 +50,11 @@ struct SiteScratch {
 
 constexpr float kScaleEpsilon = 1e-30f;  // sparsity.quantize.EPSILON
 
-// Return x rounded to the format of the site, written to `to`; x itself if the site has no format.
-inline const float* rounded_row(const float* x, int64_t length, RowFormat format, float* to) {
+// Return x rounded to the format of the site, written to `to`; x itself if the site has no format. `step`: as in FeatureList.
+inline const float* rounded_row(const float* x, int64_t length, RowFormat format, float* to, float& step) {
+  step = 0;
   if (format == RowFormat::none) return x;
-  float scale, step;
+  float scale;
   float low, high;
   if (format == RowFormat::int8) {
     float largest = 0;
@@ -134,6 +136,7 @@ inline void rescale_list(const float* x, int64_t num_features, Rescale rescale, 
   float factor = norm == 0 ? 0 : 1 / norm;
   if (rescale == Rescale::preserve) factor *= std::sqrt(dot(x, x, num_features));
   for (int64_t k = 0; k < list.length; ++k) list.values[k] *= factor;
+  list.step *= factor;
 }
 
 // Fill `list` with the features of row `x` that the site selects for one expert. `list` must have space for one row and
@@ -141,7 +144,7 @@ inline void rescale_list(const float* x, int64_t num_features, Rescale rescale, 
 inline void select_features(const SiteSettings& site, int64_t expert, const float* x, SiteScratch& scratch,
                             FeatureList& list) {
   const int64_t length = site.num_features;
-  const float* values = rounded_row(x, length, site.format, scratch.rounded.data());
+  const float* values = rounded_row(x, length, site.format, scratch.rounded.data(), list.step);
   list.length = 0;
   for (int64_t i = 0; i < length; ++i) {
     uint32_t bits;

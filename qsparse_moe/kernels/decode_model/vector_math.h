@@ -39,11 +39,26 @@ inline float dot(const float* a, const float* b, int64_t length) {
   return total + sum(sums[0] + sums[1]);
 }
 
-// to += factor * from
-inline void add_scaled(float* to, const float* from, float factor, int64_t length) {
-  int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) store(to + i, load<Floats>(to + i) + load<Floats>(from + i) * factor);
-  for (; i < length; ++i) to[i] += from[i] * factor;
+// `to` = the sum over `count` rows of weights[i] * row i. Up to 64 columns at a time are summed in registers.
+inline void weighted_sum(const float* rows, const float* weights, int64_t count, int64_t length, float* to) {
+  int64_t begin = 0;
+  for (; begin + 4 * kLanes <= length; begin += 4 * kLanes) {
+    Floats sums[4] = {};
+    for (int64_t i = 0; i < count; ++i)
+      for (int part = 0; part < 4; ++part)
+        sums[part] += load<Floats>(rows + i * length + begin + part * kLanes) * weights[i];
+    for (int part = 0; part < 4; ++part) store(to + begin + part * kLanes, sums[part]);
+  }
+  for (; begin + kLanes <= length; begin += kLanes) {
+    Floats total = {};
+    for (int64_t i = 0; i < count; ++i) total += load<Floats>(rows + i * length + begin) * weights[i];
+    store(to + begin, total);
+  }
+  for (; begin < length; ++begin) {
+    float total = 0;
+    for (int64_t i = 0; i < count; ++i) total += rows[i * length + begin] * weights[i];
+    to[begin] = total;
+  }
 }
 
 // `to` = x / sqrt(mean(x^2) + epsilon) * weight

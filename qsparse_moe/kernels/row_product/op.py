@@ -24,10 +24,29 @@ def row_product_reference(stored: StoredWeights, rows_K: Tensor, values_KT: Tens
     return values_KT.T @ load_dense(stored, which)[rows_K.long()].to(values_KT.dtype)
 
 
-def row_product_native(stored: StoredWeights, rows_K: Tensor, values_KT: Tensor, *, which: int = 0) -> Tensor:
-    """``row_product_reference`` in C++, for at most 8 tokens; values and sums are fp32."""
+def row_product_native(
+    stored: StoredWeights,
+    rows_K: Tensor,
+    values_KT: Tensor,
+    *,
+    which: int = 0,
+    step: float = 0.0,
+    by_integers: bool = True,
+) -> Tensor:
+    """``row_product_reference`` in C++, for at most 8 tokens; values and sums are fp32.
+
+    Args:
+        stored: the matrix, or a stack of them.
+        rows_K: ``(K,)`` int32, the chosen rows of one matrix.
+        values_KT: ``(K, T)`` fp32.
+        which: the matrix of the stack.
+        step: unless 0, every value is a whole multiple of it between -128 and 127.
+        by_integers: whether codes of int8 and ternary weights are multiplied as integers, on a processor with AVX-512
+            VNNI. Values are then rounded to 15 bits, relative to the largest of 8 to 32 rows; with a ``step``, ternary
+            products are exact.
+    """
     matrix = native_matrix(stored)  # first, because it loads the library that registers the operator
-    return torch.ops.qsparse_moe.row_product(matrix, which, rows_K, values_KT)
+    return torch.ops.qsparse_moe.row_product(matrix, which, rows_K, values_KT, step, by_integers)
 
 
 def list_features(rows_ND: Tensor, capacity: int, *, with_zeros: bool = False) -> FeatureLists:

@@ -13,7 +13,6 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -46,10 +45,17 @@ inline void store(void* to, Vector vector) {
 // Subtracting zero, not adding it: x - 0 is x for every x, so the compiler drops it; -0 + 0 is 0, so it keeps an addition.
 inline Floats broadcast(float value) { return value - Floats{}; }
 
+// In halves: a sum of one lane after the other would wait sixteen times for an addition.
 inline float sum(Floats vector) {
-  float total = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += vector[lane];
-  return total;
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)vector);
+#else
+  float lanes[kLanes];
+  store(lanes, vector);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+#endif
 }
 
 // Each number format turns one unit of 32 stored weights into two vectors. Every format has its own assignment of columns
@@ -116,11 +122,13 @@ inline void prefetch(const char* from, int64_t num_bytes) {
   for (int64_t byte = 0; byte < num_bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
 }
 
-// The rows of a pass: `num_rows` chosen ones, with values[row][t] for T tokens.
+// The rows of a pass: `num_rows` chosen ones, with values[row][t] for T tokens. `steps`, unless null: the values of token t
+// are whole multiples, from -128 to 127, of steps[t].
 struct ChosenRows {
   const int32_t* rows;
   const float* values;
   int64_t num_rows;
+  const float* steps = nullptr;
 };
 
 // Add to `sums[t]`, for U units of columns in the lanes of the format, the products with the rows [begin, end).
@@ -283,6 +291,7 @@ struct Matrix {
   NumberFormat format = NumberFormat::fp32;
   int64_t num_columns = 0;  // padded
   int64_t row_bytes = 0;
+  bool by_integers = true;  // codes are multiplied as integers, where the processor can; else in fp32
 };
 
 constexpr int kMaxTokens = 8;  // largest number of tokens per pass over the rows
@@ -295,22 +304,22 @@ inline void request_first_rows(const Matrix& matrix, const ChosenRows& chosen) {
 
 template <int T>
 void multiply(const Matrix& matrix, const ChosenRows& chosen, float* const* out) {
+#ifdef QSPARSE_MOE_INTEGER_PRODUCT
+  const bool is_int8 = matrix.format == NumberFormat::int8, is_ternary = matrix.format == NumberFormat::ternary;
+  if (matrix.by_integers && is_int8)
+    return integer::multiply<integer::Int8Line, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
+  if (matrix.by_integers && is_ternary)
+    return integer::multiply<integer::TernaryLine, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
+#endif
   switch (matrix.format) {
     case NumberFormat::fp32:
       return multiply<Fp32, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
     case NumberFormat::bf16:
       return multiply<Bf16, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
-#ifdef QSPARSE_MOE_INTEGER_PRODUCT
-    case NumberFormat::int8:
-      return integer::multiply<integer::Int8Line, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
-    case NumberFormat::ternary:
-      return integer::multiply<integer::TernaryLine, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
-#else
     case NumberFormat::int8:
       return multiply<Int8, T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
     case NumberFormat::ternary:
       return multiply_ternary<T>(matrix.data, matrix.row_bytes, matrix.num_columns, chosen, out);
-#endif
   }
 }
 

@@ -45,7 +45,10 @@ def test_logits_are_those_of_the_model_with_the_rounded_head(name, settings, wei
     assert torch.equal(built.layers[0].attention.qkv.weight, exact.layers[0].attention.qkv.weight) == (
         weights != "int8"
     )
-    assert difference_from_torch(built, engine, (4, 2), capacity=5, steps=3) < 1e-5
+    # The native engine rounds features to 15 bits where it multiplies codes of weights (test_native).
+    has_codes = weights == "int8" or settings == TERNARY
+    allowed = 1e-3 if name == "native" and has_codes else 1e-5
+    assert difference_from_torch(built, engine, (4, 2), capacity=5, steps=3) < allowed
     # The portable engines multiply with the values of the rounded head.
     assert name in ("torch", "gather") or engine.figures()["head"] == head
 
@@ -65,7 +68,8 @@ def test_greedy_tokens_of_ternary_weights_are_those_of_all_tokens_at_once(name, 
         logits.append(engine.decode(torch.tensor(tokens[-1:]), cache))
     expected = all_at_once(built, torch.tensor([tokens]))[0, 2:]
     assert expected.argmax(-1).tolist()[:-1] == tokens[3:]
-    torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    allowed = 1e-3 if name == "native" else 1e-4  # features in 15 bits (test_native)
+    torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=allowed * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ENGINES[2:])
@@ -88,7 +92,7 @@ def test_scales_per_output_multiply_the_product(num_outputs):
     codes, scales_O = with_scales_per_output(weights_OD)
     rounded_OD = load_dense(store(weights_OD, "int8"))
     torch.testing.assert_close(load_dense(codes) * scales_O, rounded_OD.T, rtol=1e-6, atol=0)
-    assert codes.data.is_contiguous() and codes.num_bytes == 48 * (-(-num_outputs // 32) * 32) + 48 * 4
+    assert codes.data.is_contiguous() and codes.num_bytes == 48 * (-(-num_outputs // 64) * 64) + 48 * 4
 
 
 def test_the_format_follows_from_the_matrices_unless_it_is_given():

@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ import pytest
 from qsparse_moe.config.schema import SourceConfig
 from qsparse_moe.data.open_source import Limits
 from qsparse_moe.data.sources import open_source
+from qsparse_moe.data.table import _check_bad_records
 from qsparse_moe.errors import DataError
 from tests.data.corpus import write_files, write_jsonl
 from tests.data.read_source import read
@@ -172,3 +174,11 @@ def test_a_document_beyond_the_limit_is_a_bad_record_and_not_read_whole(tmp_path
     pq.write_table(pa.table({"text": ["é" * 30, "fits"]}), tmp_path / "a.parquet")
     config = SourceConfig(kind="parquet", path=str(tmp_path / "a.parquet"))
     assert list(open_source(config, 0, Limits(1, 50)).texts()) == ["fits"]
+
+
+def test_a_cached_table_is_used_up_to_as_many_bad_records_as_are_allowed_now() -> None:
+    source = SimpleNamespace(setting="data.sources.0 (jsonl)", limits=Limits(max_bad_records=3))
+    _check_bad_records(source, {"bad_records": 3})
+    _check_bad_records(source, {})  # a table of an earlier version
+    with pytest.raises(DataError, match=r"sources\.0 \(jsonl\): 4 bad records .*max_bad_records is 3; .*=4 or more"):
+        _check_bad_records(source, {"bad_records": 4})

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from qsparse_moe.config.shapes import head_size
 from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.weights import head_format, own_format
+from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.rope import rotation_at
 from qsparse_moe.model.transformer import Transformer
 
@@ -48,8 +50,15 @@ class TorchDecode:
     name = "torch"
     cache_dtype: torch.dtype | None = None
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(
+        self, model: Transformer, weight_format: WeightFormat | None = None, head: WeightFormat | None = None
+    ) -> None:
+        """``model`` has been rounded to ``weight_format`` and its head to ``head``; None: its own formats."""
         self.model = model
+        self._formats = (
+            weight_format or own_format(model),
+            head_format(model, weight_format or own_format(model), head),
+        )
 
     @torch.inference_mode()
     def decode(self, tokens_B: Tensor, cache: KeyValueCache) -> Tensor:
@@ -57,8 +66,9 @@ class TorchDecode:
         return _forward(self.model, tokens_B[:, None], torch.ones_like(tokens_B), cache)
 
     def figures(self) -> dict[str, Any]:
-        """Return an empty dictionary: this engine reads every weight of the experts in use."""
-        return {}
+        """Return the number formats to which the weights have been rounded; all those of experts in use are read."""
+        weights, head = self._formats
+        return {"weights": weights, "head": head}
 
 
 def _forward(model: Transformer, tokens_BS: Tensor, lengths_B: Tensor, cache: KeyValueCache) -> Tensor:

@@ -84,7 +84,7 @@ def _torch_engine(model: Transformer, asked: EngineSettings) -> DecodeEngine:
             "{rows} ('selected') must be all or auto with the engine torch, which reads every row of every matrix; "
             "leave it out, or use the engine native or gather"
         )
-    return TorchDecode(model)
+    return TorchDecode(model, asked.weights, asked.head)
 
 
 ENGINES: tuple[EngineSpec, ...] = (
@@ -97,7 +97,7 @@ ENGINES: tuple[EngineSpec, ...] = (
     EngineSpec(
         "gather",
         gather_engine.why_not,
-        lambda model, asked: gather_engine.GatherDecode(model, rows=asked.rows),
+        lambda model, asked: gather_engine.GatherDecode(model, asked.weights, head=asked.head, rows=asked.rows),
         why_not_auto=gather_engine.why_not_auto,
     ),
     EngineSpec("torch", lambda model: None, _torch_engine),

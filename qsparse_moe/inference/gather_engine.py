@@ -14,7 +14,7 @@ from torch import Tensor
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.listed_model import ListedModel
 from qsparse_moe.inference.native import Rows
-from qsparse_moe.inference.weights import site_matrices
+from qsparse_moe.inference.weights import head_format, own_format, site_matrices
 from qsparse_moe.kernels.onednn import linear
 from qsparse_moe.kernels.row_product.gather import GatheredMatrices, list_features_gather, listed_product_gather
 from qsparse_moe.kernels.row_product.lists import FeatureLists
@@ -54,15 +54,26 @@ class GatherDecode:
     name = "gather"
     cache_dtype: torch.dtype | None = torch.float32
 
-    def __init__(self, model: Transformer, *, rows: Rows = "auto") -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        weight_format: WeightFormat | None = None,
+        *,
+        head: WeightFormat | None = None,
+        rows: Rows = "auto",
+    ) -> None:
         """Arrange the weights of ``model``, which must not change afterwards; neither must its plan.
 
         Args:
             model: in evaluation mode.
+            weight_format: number format to which its matrices have been rounded; None: ``weights.own_format``.
+            head: number format to which its head has been rounded; None: see ``weights.head_format``.
             rows: ``all`` reads every row of a matrix, zeros included; ``selected`` and ``auto`` read the rows behind
                 nonzero features.
         """
         self.rows: Rows = "all" if rows == "all" else "selected"
+        self.weight_format = weight_format or own_format(model)
+        self.head_format = head_format(model, self.weight_format, head)
         self._weights = GatheredWeights(model)
         self._model = ListedModel(model, self._weights, reads_all_rows=rows == "all")
 
@@ -78,10 +89,10 @@ class GatherDecode:
         return logits_BV
 
     def figures(self) -> dict[str, Any]:
-        """Return the dtype and the bytes of the weights, and which rows are read."""
+        """Return the number formats to which the weights have been rounded, their bytes, and which rows are read."""
         return {
-            "weights": self._weights.weight_format,
-            "head": self._weights.weight_format,
+            "weights": self.weight_format,
+            "head": self.head_format,
             "weight_bytes": self._weights.num_bytes,
             "rows": self.rows,
         }
@@ -92,13 +103,12 @@ class GatheredWeights:
 
     def __init__(self, model: Transformer) -> None:
         dtype = model.head.weight.dtype
-        self.weight_format: WeightFormat = "bf16" if dtype == torch.bfloat16 else "fp32"
-        """Number format of the values in memory, those of the head as well."""
+        in_memory: WeightFormat = "bf16" if dtype == torch.bfloat16 else "fp32"
         self._head_weight = model.head.weight.detach()
         # Those that training rounds in every forward are rounded once; attention's are copied to be input-major. All
         # others are the model's own memory.
         self._stacks = {
-            matrix.name: _stack(matrix.input_major(self.weight_format)).contiguous() for matrix in site_matrices(model)
+            matrix.name: _stack(matrix.input_major(in_memory)).contiguous() for matrix in site_matrices(model)
         }
 
     def of(self, *names: str) -> GatheredMatrices:

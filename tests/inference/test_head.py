@@ -57,7 +57,9 @@ def test_logits_are_those_of_the_model_with_the_rounded_head(name, settings, wei
 @pytest.mark.parametrize("head", ["int8", "bf16"])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_greedy_tokens_of_ternary_weights_are_those_of_all_tokens_at_once(name, head, seed):
-    built = model(seed=seed, **TERNARY)
+    # Features in 15 bits (test_native) let a near tie of a selection fall otherwise within 32 tokens: none is selected.
+    settings = {"sparsity": {"quantization": {"weights": "ternary"}}} if name == "native" else TERNARY
+    built = model(seed=seed, **settings)
     engine = engine_of(name, built, "auto", head)
     num_tokens = 6 if name == "triton" else 32
     cache = KeyValueCache.allocate(built.config, batch=1, capacity=num_tokens + 4, dtype=torch.float32)
@@ -68,7 +70,7 @@ def test_greedy_tokens_of_ternary_weights_are_those_of_all_tokens_at_once(name, 
         logits.append(engine.decode(torch.tensor(tokens[-1:]), cache))
     expected = all_at_once(built, torch.tensor([tokens]))[0, 2:]
     assert expected.argmax(-1).tolist()[:-1] == tokens[3:]
-    allowed = 1e-3 if name == "native" else 1e-4  # features in 15 bits (test_native)
+    allowed = 1e-3 if name == "native" else 1e-4
     torch.testing.assert_close(torch.cat(logits), expected, rtol=1e-4, atol=allowed * expected.abs().max().item())
 
 

@@ -43,3 +43,12 @@ def test_seconds_of_decoding_leave_out_what_the_caller_does_between_two_steps(mo
     found = stream.statistics
     assert (found.prefill_seconds, found.decode_seconds, found.decode_steps, found.decode_tokens) == (1.0, 3.0, 3, 6)
     assert found.decode_tokens_per_second == 2.0 and found.prefill_tokens_per_second == found.prompt_tokens == 4
+
+
+def test_a_sequence_that_has_ended_is_not_counted_among_the_decoded_tokens(monkeypatch):
+    made = scripted(monkeypatch, [*b"a", 256], b"efgh", [*b"ij", 256])
+    stream = made.stream(["x", "y", "z"], max_tokens=4)
+    counted = [stream.statistics.decode_tokens for _ in stream]
+    # The first tokens come from the prefill; then three sequences decode, two, and one.
+    assert counted == [0, 3, 5, 6] and stream.statistics.decode_steps == 3
+    assert [len(one.token_ids) for one in stream.results] == [1, 4, 2]

@@ -50,7 +50,7 @@ DECODE = Library(
     "decode",
     ("decode_model/decode_model.cpp",),
     setting="the decode engine ('native')",
-    way_out="the engine torch needs no compiler",
+    way_out="the engines gather and torch need no compiler",
 )
 """The decode engine. It takes as long to compile as all the others, and training never needs it."""
 

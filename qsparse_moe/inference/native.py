@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.row_costs import NEVER, TOKENS, shares_to_read_all
-from qsparse_moe.inference.weights import head_format, own_format, site_matrices
+from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
-from qsparse_moe.kernels.row_product.stored import WeightFormat, store
+from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Router
@@ -32,6 +32,10 @@ _SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
 _RESCALES = {"none": 0, "unit": 1, "preserve": 2}
 _ACTIVATIONS = {"swiglu": 0, "relu2glu": 1, "reglu": 2, "drelu": 3, "relu2": 4}
+_GATED_BY_RELU = {"relu2glu", "reglu", "drelu"}
+# At most half of the gates are positive at the start of training and fewer after it (0.33 in the tiny recipe), so that a
+# site that needs more than half of its features leaves more of up to skip behind the gate than before it.
+_GATE_FIRST_ABOVE = 0.5
 _NONE = torch.empty(0)
 
 
@@ -64,6 +68,7 @@ class NativeDecode:
         head: WeightFormat | None = None,
         rows: Rows = "selected",
         by_integers: bool = True,
+        gate_first: bool | None = None,
     ) -> None:
         """Store the weights of ``model``.
 
@@ -77,16 +82,17 @@ class NativeDecode:
                 machine (``row_costs``).
             by_integers: whether codes of int8 and ternary weights are multiplied as integers where the processor can;
                 features are then rounded to 15 bits. False multiplies in fp32, which is slower.
+            gate_first: whether gate is computed before up, and up only for the hidden features whose gate is positive;
+                possible for activations with a ReLU on the gate, in fp32 and bf16. None: where S at the input of gate
+                and up is below 0.5, because up cannot skip the rows of dropped input features then.
 
         Raises:
             BackendUnavailable: the C++ library cannot be compiled.
         """
         native.load(native.DECODE)
         self.weight_format = weight_format or own_format(model)
-        self._stored = {
-            matrix.name: store(matrix.input_major(self.weight_format), self.weight_format)
-            for matrix in site_matrices(model)
-        }
+        self._gate_first = _names_of_gate_first(model, self.weight_format, gate_first)
+        self._stored = {matrix.name: self._store(matrix) for matrix in site_matrices(model)}
         # Output-major, one row per id: there is no site before the head, so every weight of it is read.
         self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format, head))
         self._hidden_ids = model.hidden_ids
@@ -132,6 +138,10 @@ class NativeDecode:
             "passes_over_all_rows": whole,
         }
 
+    def _store(self, matrix: ModelMatrix) -> StoredWeights:
+        values = matrix.input_major(self.weight_format)
+        return store(values.transpose(-1, -2) if matrix.name in self._gate_first else values, self.weight_format)
+
     def _build(self, model: Transformer) -> Any:
         config, classes = model.config, torch.classes.qsparse_moe
         size = head_size(config)
@@ -176,10 +186,39 @@ class NativeDecode:
     def _feed_forward(self, prefix: str, part: Any, input_site: SparseSite) -> Any:
         gate = None if part.w_gate is None else self._matrix(f"{prefix}w_gate")
         up, down = self._matrix(f"{prefix}w_up"), self._matrix(f"{prefix}w_down")
-        return torch.classes.qsparse_moe.FeedForward(gate, up, down, _site(input_site), _site(part.hidden_site))
+        return torch.classes.qsparse_moe.FeedForward(
+            gate, up, down, _site(input_site), _site(part.hidden_site), f"{prefix}w_up" in self._gate_first
+        )
 
     def _matrix(self, name: str) -> Any:
         return native_matrix(self._stored[name])
+
+
+def _names_of_gate_first(model: Transformer, weight_format: WeightFormat, requested: bool | None) -> set[str]:
+    """Return the names of the up matrices that are computed after their gate, and stored output-major for it."""
+    # The codes of int8 have a scale per stored row and would be rounded otherwise than those of the other layout;
+    # ternary has no product with chosen outputs.
+    possible = model.config.moe.activation in _GATED_BY_RELU and weight_format in ("fp32", "bf16")
+    if requested and not possible:
+        raise ValueError(
+            f"gate_first needs an activation of {', '.join(sorted(_GATED_BY_RELU))} and weights in fp32 or bf16, and "
+            f"the model has {model.config.moe.activation} and {weight_format}"
+        )
+    if not possible or requested is False:
+        return set()
+    names = set()
+    for number, block in enumerate(model.blocks()):
+        parts = {"dense": block.dense} if block.moe is None else {"moe.shared": block.moe.shared}
+        sites = {name: part.input_site for name, part in parts.items() if part is not None}
+        if block.moe is not None:
+            sites["moe.experts"] = block.moe.input_site
+        for name, site in sites.items():
+            needed = (
+                1.0 if site.selector.selects_all else site.ranking.num_selected_E.float().mean() / site.num_features
+            )
+            if requested or needed > _GATE_FIRST_ABOVE:
+                names.add(f"layers.{number}.{name}.w_up")
+    return names
 
 
 def _fp32(parameter: Tensor) -> Tensor:

@@ -112,6 +112,66 @@ def test_ternary_products_by_integers_round_other_activations_to_15_bits():
     assert largest_difference(built) < 2e-3
 
 
+@pytest.mark.parametrize("activation", ["relu2glu", "reglu", "drelu"])
+@pytest.mark.parametrize("weight_format", ["fp32", "bf16"])
+@pytest.mark.parametrize("part", ["experts", "shared experts", "dense layer"])
+def test_up_only_where_the_gate_is_positive_changes_no_logit(part, weight_format, activation):
+    moe = {"shared experts": {"num_shared_experts": 1}, "dense layer": {"num_dense_layers": 1}}.get(part, {})
+    built = model(moe={"activation": activation, **moe}, sparsity={"default": 0.4}).bfloat16().float()
+    for batch in (1, 3, 17):
+        difference = [
+            difference_from_torch(
+                built,
+                NativeDecode(built, weight_format, gate_first=gate_first),
+                range(1, batch + 1),
+                capacity=20,
+                steps=3,
+            )
+            for gate_first in (True, False)
+        ]
+        assert max(difference) < 1e-5, (batch, difference)
+
+
+def test_bytes_of_up_are_those_of_the_positive_gates():
+    built = model(num_layers=1, moe={"activation": "relu2glu", "num_experts": 2, "experts_per_token": 1})
+    cache = KeyValueCache.allocate(built.config, batch=1, capacity=4, dtype=torch.float32)
+    gates, activation = [], built.layers[0].moe.experts.activation
+
+    def observed(gate_NF, *arguments, **settings):
+        gates.append(gate_NF)
+        return activation(gate_NF, *arguments, **settings)
+
+    built.layers[0].moe.experts.activation = observed
+    all_at_once(built, torch.tensor([[7]]))
+    built.layers[0].moe.experts.activation = activation
+    positive = int((gates[0] > 0).sum())
+    assert 0 < positive < 32 == gates[0].numel()
+    read, hidden = {}, 0
+    for gate_first in (True, False):
+        cache.positions_B.zero_()
+        engine = NativeDecode(built, "fp32", gate_first=gate_first)
+        engine.decode(torch.tensor([7]), cache)
+        read[gate_first] = engine.bytes_read
+        hidden = engine.figures()["bytes_read_without_zeros"]
+    # Up is (32, 64) output-major, and (64, 32) input-major, where no input feature is 0; down skips the zeros in both.
+    assert read[False] - read[True] == 4 * 64 * (32 - positive)
+    assert hidden - read[False] == 4 * 64 * (32 - positive)
+
+
+def test_the_gate_comes_first_where_the_input_site_leaves_more_than_half():
+    def names(sparsity=0.0, weight_format="fp32", **moe):
+        built = model(moe=moe, sparsity={"default": sparsity})
+        return NativeDecode(built, weight_format)._gate_first
+
+    everywhere = {f"layers.{layer}.moe.{part}.w_up" for layer in (0, 1) for part in ("experts", "shared")}
+    assert names(activation="relu2glu", num_shared_experts=1) == everywhere
+    assert names(0.4, activation="reglu", num_dense_layers=1) == {"layers.0.dense.w_up", "layers.1.moe.experts.w_up"}
+    assert names(0.6, activation="relu2glu") == names(activation="swiglu") == names(activation="relu2") == set()
+    assert names(weight_format="int8", activation="relu2glu") == set()
+    with pytest.raises(ValueError, match="gate_first needs an activation of drelu, reglu, relu2glu .* swiglu and fp32"):
+        NativeDecode(model(moe={"activation": "swiglu"}), gate_first=True)
+
+
 def test_int8_moves_no_weight_by_more_than_half_a_step():
     built, exact = model(), model()
     round_weights(built, "int8")

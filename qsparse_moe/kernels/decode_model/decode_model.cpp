@@ -98,10 +98,21 @@ struct SiteHolder : torch::CustomClassHolder {
 
 struct FeedForwardHolder : torch::CustomClassHolder {
   FeedForwardHolder(std::optional<intrusive_ptr<StoredMatrix>> gate_, intrusive_ptr<StoredMatrix> up_,
-                    intrusive_ptr<StoredMatrix> down_, intrusive_ptr<SiteHolder> input_, intrusive_ptr<SiteHolder> hidden_)
-      : gate(gate_ ? *gate_ : nullptr), up(up_), down(down_), input(input_), hidden(hidden_) {}
+                    intrusive_ptr<StoredMatrix> down_, intrusive_ptr<SiteHolder> input_, intrusive_ptr<SiteHolder> hidden_,
+                    bool gate_first_)
+      : gate(gate_ ? *gate_ : nullptr), up(up_), down(down_), input(input_), hidden(hidden_), gate_first(gate_first_) {
+    TORCH_CHECK(!gate_first || (gate && up->format == gate->format && up->num_columns == gate->num_rows &&
+                                up->num_rows == gate->num_columns &&
+                                (up->format == NumberFormat::fp32 || up->format == NumberFormat::bf16)),
+                "a feed-forward part with the gate first must have a gate, and an up matrix in fp32 or bf16 that is stored "
+                "output-major");
+  }
+  // Hidden features, padded.
+  int64_t hidden_columns() const { return gate_first ? gate->stored_columns : up->stored_columns; }
   intrusive_ptr<StoredMatrix> gate, up, down;
   intrusive_ptr<SiteHolder> input, hidden;
+  // Gate is computed before up, and up only for the hidden features whose gate is positive: `up` is stored output-major.
+  bool gate_first;
 };
 
 struct RouterHolder : torch::CustomClassHolder {
@@ -177,6 +188,17 @@ struct Job {
   float* out[kMaxTokens] = {};
   std::vector<int32_t> row_buffer;
   std::vector<float> value_buffer;
+};
+
+// The up projection of up to 8 tokens of one expert, for the hidden features whose gate is positive in one of them.
+struct UpJob {
+  Matrix matrix;
+  int64_t units = 0;
+  int tokens = 1;
+  int64_t num_rows = 0;
+  std::vector<int32_t> rows;
+  std::vector<float> first, second, dense;  // the tokens as DotTokens, and one of them before that
+  float* out[kMaxTokens] = {};
 };
 
 // Memory for the feature lists of a given number of rows.
@@ -284,7 +306,12 @@ class DecodeModel : public torch::CustomClassHolder {
   void plan_experts(const Layer& layer);
   void project(const StoredMatrix& matrix, const ListBuffer& lists, Rows& out, bool accumulates, const Thread& thread);
   void build_expert_jobs(const Layer& layer, const Thread& thread);
+  void build_up_job(UpJob& job, const FeedForwardHolder& part, int64_t expert, int tokens,
+                    const FeatureList* const* lists, float* const* gates, float* const* ups);
+  void run_up_jobs(const Layer& layer, const Thread& thread);
   void build_down_jobs(const Layer& layer, const Thread& thread);
+  template <typename Visit>
+  void for_expert_groups(const Layer& layer, const Visit& visit);
   float* partial_sums(int thread, int64_t job, int token) {
     return partial_sums_[thread].data() + (job * sum_tokens_ + token) * sum_columns_;
   }
@@ -316,6 +343,7 @@ class DecodeModel : public torch::CustomClassHolder {
   std::vector<float> token_share_;  // (B)
   std::vector<float> rotations_;    // (B, C): cosines, then sines
   std::vector<Job> jobs_;
+  std::vector<UpJob> up_jobs_;
   // Sums of the rows of each thread: (job, token, column), so that no thread waits for another to add.
   std::vector<std::vector<float>> partial_sums_;
   int64_t sum_columns_ = 0, sum_tokens_ = 0;
@@ -352,7 +380,7 @@ void DecodeModel::reserve(int num_threads) {
   logits_.reserve(batch_, experts);
   for (Rows* rows : {&gate_, &up_}) rows->reserve(places, hidden);
   for (Rows* rows : {&dense_gate_, &dense_up_}) rows->reserve(batch_, dense_hidden);
-  spare_.reserve(1, head_->num_rows);
+  spare_.reserve(1, std::max({head_->num_rows, hidden, dense_hidden}));
   lists_.reserve(places, widest);
   dense_lists_.reserve(batch_, width_);
   hidden_lists_.reserve(places, hidden);
@@ -363,6 +391,7 @@ void DecodeModel::reserve(int num_threads) {
     expert_tokens_.reserve(places + experts);
     // Gate and up of every group of an expert's tokens, and of every group of tokens of the shared experts.
     jobs_.resize(2 * (places + num_token_groups()) + 2);
+    up_jobs_.resize(places + num_token_groups());
     head_first_.assign(num_token_groups() * kMaxTokens * units * kLanes, 0.0f);
     head_second_.assign(head_first_.size(), 0.0f);
   }
@@ -648,16 +677,17 @@ void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
     }
   }
   const int64_t expert_jobs = routed ? int64_t(expert_tokens_.size()) : 0, dense_jobs = dense ? num_token_groups() : 0;
-  const auto matrices = [](const FeedForwardHolder& part) { return part.gate ? 2 : 1; };
+  const auto matrices = [](const FeedForwardHolder& part) { return part.gate && !part.gate_first ? 2 : 1; };
   const int64_t num_jobs = (routed ? matrices(*layer.routed) * expert_jobs : 0) +
                            (dense ? matrices(*layer.dense) * dense_jobs : 0);
   build_expert_jobs(layer, thread);
   thread.barrier.wait();
   run_jobs(thread, num_jobs);
   thread.barrier.wait();
+  run_up_jobs(layer, thread);
   const auto select_hidden = [&](const FeedForwardHolder& part, Rows& gate, Rows& up, int64_t row, int64_t expert,
                                  FeatureList& list) {
-    activate_row(activation_, part.gate ? gate[row] : nullptr, up[row], gate[row], part.up->stored_columns);
+    activate_row(activation_, part.gate ? gate[row] : nullptr, up[row], gate[row], part.hidden_columns());
     select_features(part.hidden->settings, expert, gate[row], thread.scratch, list);
   };
   for (int64_t place = 0; place < batch_ * choices; ++place)
@@ -755,19 +785,12 @@ void DecodeModel::plan_experts(const Layer& layer) {
   }
 }
 
-void DecodeModel::build_expert_jobs(const Layer& layer, const Thread& thread) {
+// Call `visit(part, expert, tokens, lists, gates, ups)` for every group of at most 8 tokens that share a pass over the rows of
+// an expert, and then for the groups of the dense part.
+template <typename Visit>
+void DecodeModel::for_expert_groups(const Layer& layer, const Visit& visit) {
   const FeatureList* lists[kMaxTokens];
-  float factors[kMaxTokens], *gates[kMaxTokens], *ups[kMaxTokens];
-  int64_t number = 0;
-  const auto add = [&](const FeedForwardHolder& part, int64_t expert, int64_t count) {
-    if (part.gate && thread.takes(number))
-      build_job(jobs_[number], *part.gate, expert, int(count), lists, factors, gates, false, thread);
-    number += part.gate ? 1 : 0;
-    if (thread.takes(number)) build_job(jobs_[number], *part.up, expert, int(count), lists, factors, ups, false, thread);
-    ++number;
-    if (thread.index == 0)
-      bytes_dense_ += (part.gate ? 2 : 1) * part.up->num_rows * part.up->data.size(1);
-  };
+  float *gates[kMaxTokens], *ups[kMaxTokens];
   if (layer.routed) {
     const int64_t choices = layer.router->experts_per_token;
     const bool shares_selection = layer.routed->input->settings.uniform();
@@ -775,19 +798,90 @@ void DecodeModel::build_expert_jobs(const Layer& layer, const Thread& thread) {
       for (int64_t t = 0; t < group.count; ++t) {
         const int64_t place = members_[group.begin + t];
         lists[t] = &lists_.lists[shares_selection ? place / choices * choices : place];
-        factors[t] = 1, gates[t] = gate_[place], ups[t] = up_[place];
+        gates[t] = gate_[place], ups[t] = up_[place];
       }
-      add(*layer.routed, group.expert, group.count);
+      visit(*layer.routed, group.expert, int(group.count), lists, gates, ups);
     }
   }
   for (int64_t first = 0; layer.dense && first < batch_; first += kMaxTokens) {
     const int64_t count = std::min<int64_t>(kMaxTokens, batch_ - first);
     for (int64_t t = 0; t < count; ++t) {
       lists[t] = &dense_lists_.lists[first + t];
-      factors[t] = 1, gates[t] = dense_gate_[first + t], ups[t] = dense_up_[first + t];
+      gates[t] = dense_gate_[first + t], ups[t] = dense_up_[first + t];
     }
-    add(*layer.dense, 0, count);
+    visit(*layer.dense, 0, int(count), lists, gates, ups);
   }
+}
+
+// Gate and up of every group of tokens; only gate, where up follows it.
+void DecodeModel::build_expert_jobs(const Layer& layer, const Thread& thread) {
+  float factors[kMaxTokens];
+  std::fill_n(factors, kMaxTokens, 1.0f);
+  int64_t number = 0;
+  for_expert_groups(layer, [&](const FeedForwardHolder& part, int64_t expert, int tokens, const FeatureList* const* lists,
+                               float* const* gates, float* const* ups) {
+    if (part.gate) {
+      if (thread.takes(number)) build_job(jobs_[number], *part.gate, expert, tokens, lists, factors, gates, false, thread);
+      ++number;
+    }
+    if (!part.gate_first) {
+      if (thread.takes(number)) build_job(jobs_[number], *part.up, expert, tokens, lists, factors, ups, false, thread);
+      ++number;
+    }
+    if (thread.index == 0) {
+      bytes_dense_ += part.up->num_rows * part.up->data.size(1);
+      if (part.gate) bytes_dense_ += part.gate->num_rows * part.gate->data.size(1);
+    }
+  });
+}
+
+// The rows of up that at least one of the tokens needs, and the tokens without the features that the site dropped.
+void DecodeModel::build_up_job(UpJob& job, const FeedForwardHolder& part, int64_t expert, int tokens,
+                               const FeatureList* const* lists, float* const* gates, float* const* ups) {
+  job.matrix = part.up->matrix(expert);
+  job.units = part.up->stored_columns / kUnit, job.tokens = padded_tokens(tokens);
+  const int64_t features = part.up->num_rows, stride = job.units * kLanes;
+  if (int64_t(job.rows.size()) < features) job.rows.resize(features);
+  if (int64_t(job.dense.size()) < 2 * stride) job.dense.resize(2 * stride);
+  if (int64_t(job.first.size()) < kMaxTokens * stride) job.first.resize(kMaxTokens * stride), job.second.resize(kMaxTokens * stride);
+  job.num_rows = 0;
+  for (int64_t feature = 0; feature < features; ++feature) {
+    bool needed = false;
+    // Not `gate > 0`, so that the row behind a NaN is computed and the NaN stays visible.
+    for (int t = 0; t < tokens; ++t) needed |= !(gates[t][feature] <= 0);
+    job.rows[job.num_rows] = int32_t(feature);
+    job.num_rows += needed;
+  }
+  for (int t = 0; t < job.tokens; ++t) {
+    std::fill_n(job.dense.data(), 2 * stride, 0.0f);
+    for (int64_t k = 0; t < tokens && k < lists[t]->length; ++k) job.dense[lists[t]->features[k]] = lists[t]->values[k];
+    split_units(job.matrix.format, job.dense.data(), job.units, job.first.data() + t * stride, job.second.data() + t * stride);
+    job.out[t] = t < tokens ? ups[t] : spare_[0];
+    // The activation multiplies what is not computed with a gate of 0, and an old value may be infinite.
+    if (t < tokens) std::fill_n(ups[t], part.hidden_columns(), 0.0f);
+  }
+}
+
+// The up projections that wait for their gates. Outputs are divided among the threads, so that nothing is added at the end.
+void DecodeModel::run_up_jobs(const Layer& layer, const Thread& thread) {
+  int64_t number = 0;
+  for_expert_groups(layer, [&](const FeedForwardHolder& part, int64_t expert, int tokens, const FeatureList* const* lists,
+                               float* const* gates, float* const* ups) {
+    if (!part.gate_first) return;
+    if (thread.takes(number)) build_up_job(up_jobs_[number], part, expert, tokens, lists, gates, ups);
+    ++number;
+  });
+  if (number == 0) return;
+  thread.barrier.wait();
+  for (int64_t job_number = 0; job_number < number; ++job_number) {
+    const UpJob& job = up_jobs_[job_number];
+    int64_t begin, end;
+    slice(job.num_rows, 4, thread.index, thread.count, begin, end);
+    dot_chosen(job.tokens, job.matrix.format, job.matrix.data, job.matrix.row_bytes, job.units,
+               {job.first.data(), job.second.data()}, job.rows.data() + begin, end - begin, job.out);
+    if (thread.index == 0) bytes_read_ += job.num_rows * job.matrix.row_bytes, ++passes_;
+  }
+  thread.barrier.wait();
 }
 
 // Down: the routing weight of an expert, or the share of the shared experts, is a factor of the hidden features.
@@ -891,7 +985,7 @@ TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
       init<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>, std::vector<double>, bool>());
   library.class_<FeedForwardHolder>("FeedForward")
       .def(init<std::optional<intrusive_ptr<StoredMatrix>>, intrusive_ptr<StoredMatrix>, intrusive_ptr<StoredMatrix>,
-                intrusive_ptr<SiteHolder>, intrusive_ptr<SiteHolder>>());
+                intrusive_ptr<SiteHolder>, intrusive_ptr<SiteHolder>, bool>());
   library.class_<RouterHolder>("Router").def(
       init<at::Tensor, at::Tensor, int64_t, bool, bool, bool, double, int64_t, int64_t, bool, bool>());
   library.class_<DecodeModel>("DecodeModel")

@@ -1,7 +1,9 @@
 // The product of dense tokens with a matrix that is stored output-major (O, D): one weight row per output, read whole.
-// It is used for the output head and the router, which have no sparse site before them.
+// It is used for the output head, which has no sparse site before it, and for the rows of up whose gate is positive.
 
 #pragma once
+
+#include <type_traits>
 
 #include "vector_math.h"
 
@@ -54,6 +56,51 @@ void dot_range(const char* weights, int64_t row_bytes, int64_t units, const DotT
   for (; row < end; ++row) {
     dot_rows<Format, T, 1>(weights + row * row_bytes, row_bytes, units, tokens, sums);
     write(row, 1);
+  }
+}
+
+// out[t][row] = weights[row] . tokens[t] for the `count` outputs in `rows`; the other outputs are not written.
+template <typename Format, int T>
+void dot_chosen(const char* weights, int64_t row_bytes, int64_t units, const DotTokens& tokens, const int32_t* rows,
+                int64_t count, float* const* out) {
+  constexpr int together = T == 1 ? 4 : 2;
+  for (int64_t k = 0; k < count; k += together) {
+    // Rows beyond the last one repeat it; those two groups ahead are requested while this group is computed.
+    const char *from[together], *ahead[together];
+    for (int r = 0; r < together; ++r) {
+      from[r] = weights + rows[std::min(k + r, count - 1)] * row_bytes;
+      ahead[r] = weights + rows[std::min(k + r + 2 * together, count - 1)] * row_bytes;
+    }
+    Floats total[together][T][2] = {};
+    for (int64_t u = 0; u < units; ++u)
+#pragma GCC unroll 4
+      for (int r = 0; r < together; ++r) {
+        Floats first, second;
+        prefetch(ahead[r] + u * Format::unit_bytes, Format::unit_bytes);
+        Format::read(from[r] + u * Format::unit_bytes, first, second);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+          total[r][t][0] += load<Floats>(tokens.first + (t * units + u) * kLanes) * first;
+          total[r][t][1] += load<Floats>(tokens.second + (t * units + u) * kLanes) * second;
+        }
+      }
+    for (int r = 0; r < together && k + r < count; ++r)
+      for (int t = 0; t < T; ++t) out[t][rows[k + r]] = sum(total[r][t][0] + total[r][t][1]);
+  }
+}
+
+inline void dot_chosen(int tokens_padded, NumberFormat format, const char* weights, int64_t row_bytes, int64_t units,
+                       const DotTokens& tokens, const int32_t* rows, int64_t count, float* const* out) {
+  const auto run = [&](auto padded) {
+    constexpr int T = decltype(padded)::value;
+    if (format == NumberFormat::bf16) dot_chosen<Bf16, T>(weights, row_bytes, units, tokens, rows, count, out);
+    else dot_chosen<Fp32, T>(weights, row_bytes, units, tokens, rows, count, out);
+  };
+  switch (tokens_padded) {
+    case 1: return run(std::integral_constant<int, 1>{});
+    case 2: return run(std::integral_constant<int, 2>{});
+    case 4: return run(std::integral_constant<int, 4>{});
+    default: return run(std::integral_constant<int, 8>{});
   }
 }
 

@@ -33,8 +33,8 @@ _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
 _RESCALES = {"none": 0, "unit": 1, "preserve": 2}
 _ACTIVATIONS = {"swiglu": 0, "relu2glu": 1, "reglu": 2, "drelu": 3, "relu2": 4}
 _GATED_BY_RELU = {"relu2glu", "reglu", "drelu"}
-# At most half of the gates are positive at the start of training and fewer after it (0.33 in the tiny recipe), so that a
-# site that needs more than half of its features leaves more of up to skip behind the gate than before it.
+# About half of the gates are positive at the start of training and fewer after it (0.33 in the tiny recipe), so that a
+# site which leaves more than half of its features skips less of up than the gate does.
 _GATE_FIRST_ABOVE = 0.5
 _NONE = torch.empty(0)
 

@@ -15,8 +15,9 @@ from qsparse_moe.errors import CheckpointError, ConfigError, DataError
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.folder import run_folder, write_config
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training import evaluate
 from qsparse_moe.training.checkpoint.store import list_checkpoints
-from qsparse_moe.training.distributed.ranks import open_distributed
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.evaluate import Evaluator, evaluate_run, load_run
 from qsparse_moe.training.loop import train
 from tests.data.test_tokenizer import save_tokenizer
@@ -197,3 +198,15 @@ def test_a_router_without_a_gradient_is_refused_before_anything_is_written(make_
     with pytest.raises(ConfigError, match=r"model\.moe\.router \(softmax_topk_renormalized\).*choose"):
         train(config)
     assert not run_folder(config).exists()
+
+
+@pytest.mark.parametrize(("loss", "perplexity"), [(8.0, 2980.957987), (699.0, 3.73e303), (701.0, float("inf"))])
+def test_the_perplexity_of_a_diverged_run_is_finite_as_long_as_a_float_holds_it(monkeypatch, loss, perplexity):
+    monkeypatch.setattr(evaluate, "_sums", lambda *_: torch.tensor([4 * loss, 4.0], dtype=torch.float64))
+    alone = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    found = evaluate.mean_losses(None, (), 8, alone)
+    assert found == {
+        "loss": loss,
+        "perplexity": pytest.approx(perplexity, rel=0.01),
+        "bits_per_byte": pytest.approx(4 * loss / 8 / 0.6931471805599453),
+    }

@@ -46,6 +46,7 @@ __all__ = [
     "train",
 ]
 
+# The same names as in the imports above, which only type checkers read.
 _MODULE_OF = {
     "Generator": "inference.generator",
     "ModelOutput": "model.output",
@@ -71,6 +72,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+    # Stored in the module, so that Python calls this function once per name.
     globals()[name] = value
     return value
 

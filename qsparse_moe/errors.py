@@ -58,6 +58,8 @@ class _ArgumentNames(dict[str, object]):
         return _ArgumentName(name)
 
 
+# str.format_map looks up "prompts" for the field {prompts[2]} and indexes the result, so a name must be able to be
+# indexed.
 class _ArgumentName(str):
     def __getitem__(self, index: object) -> str:
         return f"{self}[{index}]"

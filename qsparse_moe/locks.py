@@ -208,6 +208,7 @@ def _try_to_acquire(path: Path) -> HeldLock | None:
         try:
             taken = _flock(path, descriptor)
             if taken and _is_at(path, descriptor):
+                # A file that an earlier holder left behind still names that holder.
                 os.truncate(descriptor, 0)
                 os.write(descriptor, f"{_this_process()}\n".encode())
                 return HeldLock(path, descriptor)
@@ -227,6 +228,8 @@ def _flock(path: Path, descriptor: int) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
+        # Not an error: a build is renamed into place as a whole, and a run folder has a record beside its lock for
+        # this.
         logger.warning("%s: this file system has no locks (%s); a second process is not prevented", path, error)
     return True
 

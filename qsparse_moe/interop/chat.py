@@ -40,7 +40,11 @@ class ChatTemplate:
         try:
             return list(
                 self._tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+                    # Versions from 5 on return a dictionary with an attention mask by default.
+                    list(messages),
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=False,
                 )
             )
         except Exception as error:  # jinja2's errors of many types, and those that the template raises itself
@@ -60,6 +64,7 @@ def load_chat_template(tokenizer: TextTokenizer) -> ChatTemplate | None:
         return None
     folder = tokenizer.files[0].parent
     settings = folder / _SETTINGS_FILE
+    # Looked up without transformers, which only a tokenizer with a template needs.
     in_settings = settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
     # transformers reads a template from either file, and newer versions write the separate one.
     if not in_settings and not (folder / _TEMPLATE_FILE).is_file():

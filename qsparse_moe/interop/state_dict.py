@@ -79,6 +79,7 @@ def export_run(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         source = _Source(checkpoint, COMPUTE_DTYPES[dtype])
+        # As transformers writes it: several of its versions refuse a file that does not name its framework.
         metadata = {"format": "pt", "qsparse_moe": FORMAT, "step": str(checkpoint.progress.step)}
         files = _write_weights(partial, source, metadata, part_bytes)
         _write_config(partial, config, run_dir)
@@ -173,6 +174,7 @@ class _Source:
 
     def tensor(self, name: str) -> Tensor:
         if name in self._checkpoint.shapes:
+            # safetensors refuses tensors that are not contiguous.
             return self._checkpoint.tensor("weight", name).to(self._dtype).contiguous()
         return self._checkpoint.buffer(name).contiguous()
 

@@ -77,5 +77,6 @@ def layers_with(name: str, model: ModelConfig) -> list[int]:
 def _over_layers(name: str, values_L: Tensor, layers: list[int]) -> dict[str, float]:
     """Return the mean over the layers that have a value, then the value of each; nothing if no layer has one."""
     by_layer = zip(layers, values_L.tolist(), strict=True)
+    # Only NaN differs from itself: it marks a layer without a denominator.
     present = {layer_name(name, layer): value for layer, value in by_layer if value == value}
     return {name: mean_over_layers(values_L)} | present if present else {}

@@ -96,6 +96,7 @@ class HeatMap:
         self._axes.draw_artist(self._image)
         for spine in self._axes.spines.values():
             self._axes.draw_artist(spine)
+        # A copy, because the next step draws into the same buffer.
         picture = Image.fromarray(np.asarray(self._canvas.buffer_rgba())[..., :3].copy())
         if self._font is not None:
             self._write(picture, values_LE.flatten())

@@ -42,6 +42,7 @@ class MetricsFile:
             row["experts"] = dict(experts)
         # NaN is not JSON: fail here rather than write a line that other parsers refuse.
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        # Handed to the operating system at once, so that a killed run loses no logged step.
         self._file.flush()
 
     def amend(self, step: int, tokens: int, seconds: float, metrics: Mapping[str, float]) -> None:

@@ -53,6 +53,7 @@ def load_ratios(routed_LE: Tensor) -> dict[str, Tensor]:
     shares_LE = routed_LE / routed_LE.sum(-1, keepdim=True)
     busiest_L = shares_LE.amax(-1)
     return {
+        # Largest load over the mean load: MaxVio plus 1 (arXiv 2408.15664).
         "router/load_imbalance": busiest_L * routed_LE.shape[-1],
         # entr(0) is 0; with -p * log(p), an expert without a token would make the entropy NaN.
         "router/load_entropy": torch.special.entr(shares_LE).sum(-1),

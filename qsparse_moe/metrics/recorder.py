@@ -63,6 +63,7 @@ class Recorder:
         metrics = derive_metrics(report, self._config.model, self._window)
         # Here and not in derive_metrics: a report does not know the length of the sequences.
         metrics["throughput/rows_per_second"] = report.tokens_per_second / self._config.data.sequence_length
+        # After the ratios, which hold the measured zeros that its costs follow from.
         metrics |= self._efficiency(report, metrics)
         self._step = report.step
         images = self._is_image_step(report.step)

@@ -39,8 +39,8 @@ _DATA_CLASSES = {
 _COST_RUN = "cost"
 """Folder of those curves within the run's TensorBoard folder; TensorBoard lists it as a run of its own."""
 VALIDATION_RUN = "validation"
-"""Folder of the metrics ``validation/...``. TensorBoard has one colour per run, so a run of their own is what tells
-train and validation loss apart in one chart."""
+"""Folder of the metrics ``validation/...``. TensorBoard has one colour per run, so they are a run of their own:
+train and validation loss then have two colours in one chart."""
 _VALIDATION = "validation/"
 SUMMARY_METRICS = (
     "validation/bits_per_byte",
@@ -89,6 +89,7 @@ class TensorBoardFiles:
         # Runs of earlier versions have these curves in the run itself. After a resume they are complete here as well.
         is_new = not any(folder.glob("events.out.tfevents.*"))
         self._validation_writer = _open(folder, start_step)
+        # Only into a new folder, because an event file that exists already has these points.
         for row in before if is_new else ():
             for name, value in row.items():
                 if name.startswith(_VALIDATION):
@@ -241,7 +242,7 @@ def _wait_for_a_later_name(folder: Path) -> None:
 
 def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> None:
     """Add pictures ``(height, width, 3)`` by name, in an event file of their own in the folder of the run."""
-    # The suffix tells the file from the run's own, and no purge_step: the curves of the run stay as they are.
+    # The suffix distinguishes the file from the run's own. Without a purge_step the curves of the run stay as they are.
     with SummaryWriter(str(folder), filename_suffix=".pictures") as writer:
         for name, picture in pictures.items():
             writer.add_image(name, picture, step, dataformats="HWC")

@@ -75,6 +75,7 @@ class Block(nn.Module):
         with_stats: bool,
         cache: AttentionCache | None,
     ) -> tuple[Tensor, Stats, Stats]:
+        # Each half begins with its norm, so that a recomputed half stores nothing but the residual stream.
         normed_BSD = self.attention_norm(hidden_BSD)
         return self.attention(normed_BSD, rotation, mask_B1SS, with_stats=with_stats, cache=cache)
 

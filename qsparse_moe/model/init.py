@@ -32,5 +32,6 @@ def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
         generator = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         # The global tensor is drawn on every rank, so that an expert's values do not depend on which rank holds it.
         whole = torch.empty(global_shape(parameter), dtype=parameter.dtype, device=parameter.device)
+        # The limits of trunc_normal_ are absolute values, not multiples of std.
         nn.init.trunc_normal_(whole, std=std, a=-_CUTOFF * std, b=_CUTOFF * std, generator=generator)
         parameter.copy_(local_shard(parameter, whole))

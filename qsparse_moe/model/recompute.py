@@ -42,6 +42,7 @@ def run_part(chosen: Recompute, part: Recompute, function: Callable[..., T], *ar
     assert chosen in RECOMPUTE, chosen
     # "selective" wraps whole layers and lets the policy below decide operator by operator.
     keeps_products = chosen == "selective" and part == "full"
+    # Without gradients there is no backward that could recompute.
     if not torch.is_grad_enabled() or not (chosen == part or keeps_products):
         return function(*args)
     if not keeps_products:

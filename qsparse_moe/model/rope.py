@@ -28,6 +28,8 @@ def rotation_at(positions_BS: Tensor, head_size: int, theta: float, dtype: torch
 
 def rotate(x_BHSC: Tensor, rotation: Rotation) -> Tensor:
     """Rotate the pair (channel i, channel i + C/2) of every head by the angle of its position."""
+    # Halves and not neighbouring pairs: with the other order, the weights of published checkpoints would need a
+    # permutation.
     first, second = x_BHSC.chunk(2, dim=-1)
     cos, sin = rotation
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -108,6 +108,7 @@ def with_thresholds(model: Transformer, plan: SparsityPlan) -> Transformer:
     sparsity = model.config.sparsity.model_copy(update={"selection": "threshold"} | nothing)
     device = model.embedding.weight.device
     other = Transformer(model.config.model_copy(update={"sparsity": sparsity}), device=device)
+    # Assigned and not copied: both models have the same weights in memory.
     other.load_state_dict(model.state_dict(), assign=True)
     other.to(device)  # buffers that the state dict does not hold
     other.set_sparsity(plan)
@@ -175,6 +176,7 @@ def _thresholds(place: LayerSite, samples: list[RowSample], plan: SparsityPlan) 
             site,
             unseen,
         )
+    # Only where an expert needs it, because it is a second copy of all samples of the site.
     everything = torch.cat(magnitudes) if unseen else torch.empty(0)
     try:
         return tuple(

@@ -78,6 +78,7 @@ class Transformer(nn.Module):
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.head = Linear(config.hidden_size, vocab_size(config))
         if config.tie_embeddings:
+            # One parameter object: the optimizer and the initialisation meet it once, under the name of the embedding.
             self.head.weight = self.embedding.weight
         self.sparsity_plan = SparsityPlan.from_config(config)
         self.set_sparsity(self.sparsity_plan)
@@ -201,6 +202,7 @@ class Transformer(nn.Module):
 
     def _embed(self, tokens_BS: Tensor) -> Tensor:
         try:
+            # No check beforehand: reading the ids would make every forward pass wait for a GPU.
             return self.embedding(tokens_BS)
         except IndexError:
             rows = self.embedding.weight.shape[0]
@@ -259,6 +261,7 @@ def shifted_labels(labels_BS: Tensor, documents_BS: Tensor | None = None) -> Ten
 
 def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Return the mean loss over the targets that are not ignored, in nats and at least fp32; 0 if all are ignored."""
+    # The softmax sums over the whole vocabulary, for which the 8 bits of bf16 are too few.
     wide_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
     total = F.cross_entropy(wide_TV, targets_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
     # PyTorch's own mean would be 0 / 0 for a micro-batch in which every target is ignored.

@@ -86,6 +86,7 @@ def layer_needs(model: Transformer, tokens_RS: Tensor) -> list[LayerNeeds]:
         for recorder in recorders:
             recorder.moe.router.hook = recorder.record_choice
         with site_hooks(hooks):
+            # In evaluation mode, as in generation: a capacity drops no token there, and routers have no noise.
             model.eval()(tokens_RS, with_stats=False)
     finally:
         model.train(was_training)
@@ -134,6 +135,7 @@ def _shares(needs: LayerNeeds, chosen_B: Tensor, num_experts: int) -> Tensor:
         part[chosen_B].flatten(0, 1).float() for part in (needs.input_RAD, needs.gate_RAF, needs.hidden_RAF)
     )
     routed = input_rows = up_elements = hidden_rows = 0.0
+    # An expert that no token chose needs none of its weights, so it adds nothing to the sums.
     for expert in experts_N.unique():
         mine = experts_N == expert
         routed += 1.0

@@ -113,6 +113,7 @@ class _ReLU2(torch.autograd.Function):
 
 def _where_positive(grad_NF: Tensor, x_NF: Tensor) -> Tensor:
     """Return the gradient where ``x`` is above 0 or NaN, else 0: the backward of PyTorch's ReLU."""
+    # Not a product with (x > 0), which would take one pass more and stop the gradient at a NaN.
     return torch.ops.aten.threshold_backward(grad_NF, x_NF, 0.0)
 
 

@@ -35,6 +35,7 @@ class FeedForward(nn.Module):
     ) -> None:
         super().__init__()
         width = config.hidden_size
+        # Not initialised here: model.init fills every parameter, so that all initial values are in one place.
         self.w_gate = nn.Parameter(torch.empty(width, hidden_size)) if has_gate(config) else None
         self.w_up = nn.Parameter(torch.empty(width, hidden_size))
         self.w_down = nn.Parameter(torch.empty(hidden_size, width))
@@ -48,12 +49,14 @@ class FeedForward(nn.Module):
         """Return the output ``(B, S, D)`` and the statistics of the input site and of the hidden site."""
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         gate_BSF = None if self.w_gate is None else self._project(x_BSD, self.w_gate)
+        # No readers, as at every site without experts: each row is read once, and the site itself finds the sequences.
         hidden_BSF, hidden_stats = self.activation(gate_BSF, self._project(x_BSD, self.w_up), with_stats=with_stats)
         return self._project(hidden_BSF, self.w_down), input_stats, hidden_stats
 
     def _project(self, x_BSX: Tensor, weight_XY: Tensor) -> Tensor:
-        # Stored as (in, out), like the stacked matrices of experts; linear expects (out, in). The product is in the
-        # dtype of the weights, which generation may store in bf16 beside activations in fp32.
+        # Stored as (in, out), like the stacked matrices of experts; linear expects (out, in). Rounded in every call,
+        # because the optimizer updates the stored weights in full precision. The product is in the dtype of the
+        # weights, which generation may store in bf16 beside activations in fp32.
         weight_YX = as_format(weight_XY, self.weight_format).T
         rounded_BSX = x_BSX.to(weight_YX.dtype)
         return linear(rounded_BSX, weight_YX).to(x_BSX.dtype)

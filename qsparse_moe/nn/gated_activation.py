@@ -92,6 +92,9 @@ class _BackwardInOnePass(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, gate_NF: Tensor, up_NF: Tensor, activation: str, by: FusedGLU) -> Tensor:
+        # Only the backward comes from ``by``. Forward, silu and a product in place take 10 ms for 8192 rows of 768 in
+        # fp32 and C++ about 15; backward, stock PyTorch takes 23 and C++ 9 (one thread of a Zen 3, lab log of 24
+        # November 2026).
         ctx.save_for_backward(gate_NF, up_NF)
         ctx.activation, ctx.by = activation, by
         return ACTIVATIONS[activation](gate_NF, up_NF)

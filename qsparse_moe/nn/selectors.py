@@ -72,6 +72,7 @@ class RankingSelector(nn.Module):
     def set_sparsity(self, values: Sequence[float]) -> None:
         """Use S from now on, one value per expert."""
         counts = [site_num_selected(self.settings, value, self.num_features) for value in values]
+        # Copied into the buffer and not assigned, so that it stays on the device of the model.
         self.num_selected_E.copy_(torch.tensor(counts))
         self.uniform_num_selected = counts[0] if len(set(counts)) == 1 else None
         self.largest_num_selected = max(counts)
@@ -132,12 +133,14 @@ class ThresholdSelector(nn.Module):
         assert not any(math.isnan(value) for value in found), (
             "selection by threshold needs thresholds; SparsityPlan.check_fits reports a plan without them"
         )
+        # Copied for the same reason as K in RankingSelector.
         self.threshold_bits_E.copy_(torch.tensor(found, dtype=torch.float32).view(torch.int32))
         # A threshold of minus infinity selects every feature.
         self.is_uniform, self.selects_all = len(set(found)) == 1, max(found) == -math.inf
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None, *, ste_share: float) -> Selection:
         """Select features of the rows ``(*, D)``; the arguments are those of ``RankingSelector.select``."""
+        # By the unrounded row, as in the paper (arXiv 2407.10969, section 2.4): features that round to one code differ.
         mask = self._mask_of(x, self._threshold_of_rows(expert_ids_N))
         return Selection(apply_mask(self.format_rows(x, self.number_format), mask, gradient=ste_share), mask)
 

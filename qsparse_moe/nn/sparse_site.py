@@ -107,6 +107,7 @@ class SparseSite(nn.Module):
         It can if the site does exact top-K and, at most, divides by the norm of the selected features.
         """
         # The fused pass knows neither the norm before the selection, which preserve needs, nor a hook that reads rows.
+        # It has no number format, whose mask comes from the unrounded row, and no blend of the two gradients.
         return (
             self.settings.selection == "topk"
             and self.number_format == "none"
@@ -150,6 +151,8 @@ class SparseSite(nn.Module):
         if self.selector.selects_all:
             rounded = self.format_rows(x, self.number_format)
             return SiteOutput(rounded, x, Selection(rounded, self.num_features))
+        # A method and not a call of the module, which DeepSpeed hooks: with ZeRO-3 and selective recomputation, its
+        # prefetching gathered parameters at another point of the recomputed layer than in the forward pass and failed.
         selection = self.selector.select(x, expert_ids_N, ste_share=self.ste_share)
         return SiteOutput(rescale_selected(selection.rows, x, self.settings.rescale), x, selection)
 

@@ -226,6 +226,7 @@ class SparsityPlan:
                     f"sparsity plan: experts {wrong} are not in layer {place[0]}, {place[1]}; choose from 0-{count - 1}"
                 )
             values[place] = tuple(sparsity if i in chosen else value for i, value in enumerate(values[place]))
+        # A threshold belongs to one value of S, as in scaled.
         return SparsityPlan(values, {place: own for place, own in self.thresholds.items() if place not in places})
 
     @property
@@ -252,6 +253,7 @@ class SparsityPlan:
                     f"{want.get(place, 0)}; make the plan from the configuration of this model"
                 )
         for place, values in self.values.items():
+            # A site whose experts all have S = 0 selects nothing: groups and thresholds need not fit it.
             if any(values):
                 self._check_selection(config, *place)
             if config.moe.router_input == "sparse" and place[1] == "expert_input" and len(set(values)) > 1:
@@ -304,6 +306,7 @@ def _apply(values: dict[tuple[int, Site], tuple[float, ...]], override: Sparsity
     matched = False
     for place in values:
         layer, site = place
+        # An override that names experts leaves out sites without experts, whose one S belongs to no expert.
         per_expert = site in EXPERT_SITES
         if (
             layer not in layers

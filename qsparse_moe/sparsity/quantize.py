@@ -55,7 +55,8 @@ def quantize(x: Tensor, number_format: Format) -> Quantized:
     # In bf16 the quotient itself would be rounded to 8 bits, before it is rounded to a code.
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if number_format == "int8":
-        # Without the factor 127, the quotient would round to -1, 0, and 1 only.
+        # Without the factor 127, the quotient would round to -1, 0, and 1 only. The clip is part of the paper's
+        # formula; with this factor no finite value reaches beyond it.
         largest = wide.abs().amax(-1, keepdim=True)
         return Quantized((127.0 / (largest + EPSILON) * wide).round_().clamp_(-128, 127), largest / 127.0)
     if number_format == "int4":
@@ -126,6 +127,7 @@ def unpack_ternary(packed: Tensor, scale: Tensor, num_columns: int, *, dtype: to
         )
     fields = (packed[..., None] >> _shifts(packed.device)) & 3
     codes = fields.flatten(-2)[..., :num_columns].to(scale.dtype) - 1
+    # One product in the dtype of the scale, rounded once, as in fake_quantize: the bits must be equal.
     return (codes * scale).to(dtype)
 
 

@@ -44,6 +44,8 @@ class RowSample:
         self.num_seen += len(rows_ND)
         order_N, indices_N = (numbers_N * _GOLDEN).sort()  # the overflow is intended: the product modulo 2^64
         num_wanted = min(len(rows_ND), self._max_rows(rows_ND))
+        # Once the sample is full, most rows come too late in the order, and copying them to the CPU would cost the
+        # most.
         if len(self._order) == self._max_rows(rows_ND):  # full: copy only rows that displace others
             num_wanted = min(num_wanted, int((order_N < self._order[-1]).sum()))
         if num_wanted:
@@ -92,4 +94,5 @@ def calibrated_threshold(magnitudes: Tensor, sparsity: float) -> float:
     if not magnitudes.isfinite().all():
         raise ValueError("magnitudes must be finite, got NaN or infinity")
     num_dropped = round(sparsity * len(magnitudes))
+    # A magnitude of the sample and no interpolated quantile, so that the fraction below it is exact, ties aside.
     return magnitudes.kthvalue(num_dropped).values.item() if num_dropped else 0.0

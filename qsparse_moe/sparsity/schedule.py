@@ -24,6 +24,7 @@ def scheduled_scale(schedule: ScheduleConfig, step: int) -> float:
     since_warmup = step - schedule.warmup_steps
     if since_warmup < 0:
         return 0.0
+    # Before the quotient below, because a ramp may have 0 steps.
     if since_warmup >= schedule.ramp_steps:
         return 1.0
     return _SHAPES[schedule.shape](since_warmup / schedule.ramp_steps)

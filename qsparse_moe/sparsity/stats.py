@@ -96,6 +96,7 @@ def site_stats(sums: RowSums, pattern: RowPattern, num_selected: int | Tensor, r
         num_selected: K, an int or one per row ``(N,)``.
         readers: which expert reads which row.
     """
+    # A sum, because K is an int or a tensor, and fp32 either way: counts up to 2^24 are exact in it.
     num_selected_N = torch.zeros_like(sums.nonzero_N) + num_selected
     by_row_FN = torch.stack(
         (torch.ones_like(num_selected_N), num_selected_N, *sums, pattern.smallest_N, pattern.common_N)
@@ -106,6 +107,7 @@ def site_stats(sums: RowSums, pattern: RowPattern, num_selected: int | Tensor, r
     pairs_FR = torch.stack((fields_FR[nonzero], fields_FR[common])) * continues_R
     by_expert_FE = _sum_by_expert(torch.cat((fields_FR[:common], pairs_FR)), readers)
     by_name = {f"{name}_E": by_expert_FE[field] for field, name in enumerate(SITE_FIELDS)}
+    # Over the readings, so that a row counts once for every expert that reads it.
     smallest_R = fields_FR[SITE_FIELDS.index("smallest")]
     return by_name | {"used_ED": pattern.used_ED, "smallest_counts_H": log_counts(smallest_R, MAGNITUDES)}
 
@@ -142,4 +144,6 @@ def stack_layers(per_layer: list[Stats]) -> Stats:
 
 
 def _wide(x: Tensor) -> Tensor:
+    # Detached, so that statistics do not prolong the life of the graph. At least fp32, because bf16 cannot count beyond
+    # 256.
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))

@@ -91,6 +91,8 @@ def apply_mask(x: Tensor, mask: Tensor, *, rescale: Rescale = "none", gradient: 
 
 def _masked(x: Tensor, mask: Tensor, gradient: Gradient) -> Tensor:
     if gradient in ("ste", 1.0):
+        # Functions of their own and no assignment into x: a mask in place would change the input, and the estimator
+        # with it.
         return _StraightThroughMask.apply(x, mask)
     if gradient in ("masked", 0.0):
         return x * mask
@@ -119,6 +121,8 @@ class _StraightThroughMask(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The paper's estimator, dL/dX = dL/d(X * M), ignores the mask, and so no mask is saved (arXiv 2407.10969,
+        # section 2).
         return grad, None
 
 
@@ -167,6 +171,8 @@ class _Preserve(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         selected, x, inverse, norm = ctx.saved_tensors
+        # In this order for the reason given in _Unit. The order of autograd, with rsqrt of the sum of squares, leaves
+        # the range of fp32 as the cube does (lab log of 23 November 2026).
         scale, along = norm * inverse, torch.linalg.vecdot(grad, selected)[..., None] * inverse
         grad_selected = (grad * scale).addcmul_(selected, along * scale * -inverse)
         grad_x = x * (along * _inverse(norm))
@@ -231,6 +237,7 @@ def split_into_groups(x: Tensor, num_selected: int | Tensor, group_size: int) ->
 def _kth_largest(magnitude: Tensor, num_selected: int | Tensor) -> Tensor:
     """Return ``(*, 1)``: the K-th largest value of every row."""
     if isinstance(num_selected, Tensor):
+        # torch.topk takes one K for all rows, so a K per row needs the whole order.
         ordered = magnitude.sort(dim=-1, descending=True).values
         return ordered.gather(-1, num_selected[..., None].long() - 1)
     # topk without sorting is the fastest exact selection in stock PyTorch on a CPU: 8.4 ms for 2048 rows of 768 and
@@ -242,6 +249,7 @@ def _resolve_ties(magnitude: Tensor, threshold: Tensor, num_selected: int | Tens
     """Mark everything above the threshold, and among the features equal to it the lowest indices until K are marked."""
     mask = magnitude >= threshold
     wanted = num_selected[..., None] if isinstance(num_selected, Tensor) else num_selected
+    # To find out whether any row has a tie, the host would wait for the device, so ties are resolved in all rows there.
     if magnitude.device.type != "cpu":
         return _break_ties(magnitude, threshold, wanted)
     surplus = mask.sum(-1, keepdim=True) != wanted

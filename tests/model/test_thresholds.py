@@ -210,3 +210,15 @@ def test_a_router_of_sparse_tokens_cannot_be_calibrated():
     model = build_model(even.model_copy(update={"moe": moe}), seed=1)
     with pytest.raises(ConfigError, match=r"calibrate: model\.moe\.router_input \(sparse\) must be dense.*set it to"):
         calibrate(model, batches())
+
+
+def test_number_formats_and_the_rescale_of_a_run_stay_where_its_thresholds_select():
+    model = build_model(config(preset="a4.8", rescale="preserve"))
+    other = with_thresholds(model, calibrate(model, batches()))
+    found = [
+        {(block.layer, name): (site.number_format, site.settings.rescale) for name, site in block.sites().items()}
+        for built in (model, other)
+        for block in built.blocks()
+    ]
+    assert found[:3] == found[3:]
+    assert {number_format for sites in found for number_format, _ in sites.values()} >= {"int4", "int8"}

@@ -93,6 +93,7 @@ def read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
     """Return the bytes per second at which all threads together read a block that no cache holds."""
     block = torch.ones(num_bytes // 4)
     timing = time_in_turns({"read": lambda: block.sum()}, rounds=repeats, calls=1)["read"]
+    # Other work on the machine can only slow a read down, so the fastest one is nearest to the limit.
     return num_bytes / min(timing.seconds_by_round)
 
 
@@ -114,6 +115,7 @@ def random_model(config: ModelConfig, weight_format: WeightFormat, device: torch
         model = Transformer(config, device=device).to(_model_dtype(weight_format))
     model.to_empty(device=device)
     fill_random(model, config.init_std)
+    # to_empty has discarded the buffers with K of every site, and the plan fills them again.
     model.set_sparsity(model.sparsity_plan)
     return model.eval().requires_grad_(False)
 
@@ -123,6 +125,7 @@ class _Ours:
 
     def __init__(self, engine: NativeDecode, model: Transformer, batch: int, benchmark: DecodeBenchmark) -> None:
         self.engine = engine
+        # The sequences differ, because equal tokens would need the same weights and so read fewer than a real batch.
         self.tokens_B = torch.arange(batch) + 1
         self.cache = KeyValueCache.allocate(
             model.config, batch=batch, capacity=benchmark.context + benchmark.tokens, dtype=torch.float32
@@ -134,6 +137,7 @@ class _Ours:
         self.bytes_per_step = 0.0
 
     def __call__(self) -> float:
+        # Every measurement begins behind the same context, whatever the one before has appended.
         self.cache.positions_B.fill_(self.context)
         tokens_B, read = self.tokens_B, 0
         start = time.perf_counter()
@@ -175,6 +179,7 @@ def _run_format(
     round_weights(model, weight_format, benchmark.head)
     head = head_format(model, weight_format, benchmark.head)
     engines: dict[float, NativeDecode] = {}
+    # S = 0 comes first: it is the dense path that all rows are compared with, and its engine stores the weights.
     for sparsity in dict.fromkeys((0.0, *benchmark.sparsities)):
         model.set_sparsity(SparsityPlan.uniform(config, sparsity))
         if not engines:
@@ -237,6 +242,7 @@ def _peers(
     """Return the peers by name for the formats of our matrices and head; those not installed are reported."""
     peers: dict[str, Peer] = {}
     weight_format = formats[0]
+    # This peer multiplies in PyTorch's own dtypes, so it has no counterpart of int8 and ternary weights.
     if TRANSFORMERS in benchmark.peers and weight_format in ("fp32", "bf16"):
         try:
             peers[TRANSFORMERS] = DecodingMixtral(config, torch.float32 if weight_format == "fp32" else torch.bfloat16)
@@ -270,6 +276,7 @@ def _prefill(benchmark: DecodeBenchmark, model: Transformer, peers: dict[str, Pe
     """Measure a prompt in turns: ours, and llama.cpp in each of its formats."""
     if not benchmark.prompt:
         return []
+    # The child of llama.cpp gets the same tokens.
     tokens = (torch.arange(benchmark.prompt) % vocab_size(model.config)).tolist()
     cache = KeyValueCache.allocate(model.config, batch=1, capacity=benchmark.prompt, dtype=torch.float32)
 

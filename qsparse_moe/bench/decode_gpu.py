@@ -123,5 +123,6 @@ def _run_format(
             }
             for name, timing in timings.items()
         ]
+    # The engines of a format take several GB and must be gone before those of the next are built.
     gc.collect()
     return {"head": dense.figures()["head"], "decode": rows, "prefill": []}

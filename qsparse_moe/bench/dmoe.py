@@ -18,7 +18,9 @@ from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.moe.backends import megablocks_package
 
+# The value is the order of the norm by which MegaBlocks divides the A weights: the norm of order 1 is their sum.
 _ROUTERS = {"softmax_topk": None, "softmax_topk_renormalized": 1}
+# drelu is missing, because MegaBlocks applies its function to the gate only and drelu has a ReLU on up as well.
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "swiglu": F.silu,
     "relu2glu": lambda x: x.relu().square(),
@@ -69,6 +71,7 @@ def build_dmoe(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
         moe_normalize_expert_weights=_ROUTERS[config.moe.router],
         activation_fn=_ACTIVATIONS[config.moe.activation],
         mlp_type="glu" if has_gate(config) else "mlp",
+        # The default, block-sparse products, refuses Triton 3.2 and newer (MegaBlocks' issue 168).
         mlp_impl="grouped",
         bias=False,
         return_bias=False,

@@ -23,6 +23,8 @@ from qsparse_moe.kernels.row_product.stored import WeightFormat
 
 PYTHON_VARIABLE = "QSPARSE_MOE_LLAMA_CPP_PYTHON"
 """Environment variable with the Python interpreter that has llama-cpp-python and gguf, if that is another one."""
+# Python searches the folder of a script first, so no module beside this one may have the name of a package that the
+# child imports (docs/lab-log.md, 28 November).
 _CHILD = Path(__file__).with_name("llama_peer_child.py")
 
 
@@ -77,6 +79,8 @@ def formats_beside(weight_format: WeightFormat, head: WeightFormat) -> list[Llam
     """
     names = _OF_THE_SAME_BITS[weight_format]
     found = [LlamaFormats(name, name) for name in names]
+    # The head is a large part of the bytes of a step, so the closest peer also has an output matrix in the format of
+    # ours.
     return found + [LlamaFormats(name, _OUTPUTS[head]) for name in names[:1] if name != _OUTPUTS[head]]
 
 
@@ -119,6 +123,7 @@ class LlamaCpp:
             [python, str(_CHILD), json.dumps(shape)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            # llama.cpp logs every tensor on standard error while it loads a file.
             stderr=subprocess.DEVNULL,
             text=True,
         )
@@ -148,6 +153,7 @@ class LlamaCpp:
     def _answer(self) -> dict[str, Any]:
         assert self._child.stdout is not None
         line = self._child.stdout.readline()
+        # The line of a child that died is empty.
         answer = json.loads(line) if line.startswith("{") else {"error": "it ended without an answer"}
         if "error" in answer:
             self._child.kill()

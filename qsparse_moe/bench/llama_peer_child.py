@@ -32,6 +32,7 @@ def write_weights(shape: dict[str, Any]) -> None:
     writer.add_head_count(shape["heads"])
     writer.add_head_count_kv(shape["kv_heads"])
     writer.add_rope_dimension_count(shape["head_size"])
+    # Both are the defaults of our model, norm_epsilon and rope_theta.
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(shape["vocabulary"])
@@ -98,6 +99,7 @@ class Model:
         if not self._model:
             raise RuntimeError("the weights cannot be loaded")
         settings = llama_cpp.llama_context_default_params()
+        # By default llama.cpp would compute a prompt in parts of 512 tokens, and ours computes it at once.
         settings.n_ctx = settings.n_batch = settings.n_ubatch = shape["capacity"]
         settings.n_threads = settings.n_threads_batch = shape["threads"]
         self._context = llama_cpp.llama_init_from_model(self._model, settings)
@@ -111,6 +113,7 @@ class Model:
         self._run(np.arange(context) % self._vocabulary)
         start = time.perf_counter()
         for _ in range(tokens):
+            # The choice of the token is timed, as it is for our engine.
             self._run(np.array([self._likeliest()]))
         return time.perf_counter() - start
 

@@ -60,6 +60,7 @@ def run_metrics_benchmark(config: RunConfig, *, steps: int, rounds: int) -> dict
     shares, records, plain, once = [], [], [], []
     for number in range(rounds + 1):
         recorded, first = _run(config, steps, {"interval": 1, "image_interval": images}, records=True)
+        # The last step is always reported, so an interval of all steps is as quiet as a run can be.
         silent, _ = _run(config, steps, {"interval": steps, "tensorboard": False}, records=False)
         # The first round pays for imports and caches that later rounds share.
         if number == 0:
@@ -95,6 +96,7 @@ def _run(config: RunConfig, steps: int, metrics: dict[str, Any], *, records: boo
             "warmup_steps": 0,
             "engine": "torch",
             "evaluation_interval": 0,
+            # A run always ends with an evaluation, which is kept as short as possible.
             "evaluation_rows": config.training.micro_batch_size,
             "checkpoint_interval": 0,
             "resume": False,

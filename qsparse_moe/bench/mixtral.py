@@ -43,6 +43,7 @@ class DecodingMixtral:
             BackendUnavailable: transformers is not installed.
         """
         settings, model_class = _mixtral(config)
+        # Generation has no balance loss, for which build_mixtral asks for the logits of the router.
         settings.output_router_logits, settings.use_cache = False, True
         with torch.device("meta"):
             model = model_class._from_config(settings, dtype=dtype)
@@ -56,6 +57,7 @@ class DecodingMixtral:
         """Return the seconds of ``tokens`` greedy steps of ``batch`` sequences behind ``context`` tokens."""
         from transformers import StaticCache
 
+        # This cache is allocated once, as ours is; the default one is copied in every step to grow.
         cache = StaticCache(config=self._model.config, max_cache_len=context + tokens)
         prompt_BS = torch.arange(batch * context).view(batch, context) % self._model.config.vocab_size
         tokens_B1 = self._step(prompt_BS, cache)
@@ -65,6 +67,7 @@ class DecodingMixtral:
         return time.perf_counter() - start
 
     def _step(self, tokens_BS: Tensor, cache: Any) -> Tensor:
+        # Without logits_to_keep the prompt would be multiplied with the head at every position.
         logits = self._model(input_ids=tokens_BS, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
@@ -90,6 +93,7 @@ def _mixtral(config: ModelConfig) -> tuple[Any, Any]:
         num_experts_per_tok=config.moe.experts_per_token,
         output_router_logits=True,  # otherwise transformers omits the balance loss
         use_cache=False,
+        # The attention of our model is computed by the same function of PyTorch.
         attn_implementation="sdpa",
         experts_implementation=EXPERTS,
     )

@@ -26,6 +26,7 @@ from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.nn.activations import ACTIVATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# On a GPU the layer is that of OLMoE-1B-7B (arXiv 2409.02060).
 SHAPES = {"cpu": LayerShape(4096, 512, 768, 16, 2), "cuda": LayerShape(16384, 2048, 1024, 64, 8)}
 OUR_CHAIN = "dense, our products"
 LOSS_WEIGHTS = (0.01, 0.001)
@@ -85,6 +86,8 @@ def matrix_peak(
     if onednn.why_not(device) is None:
         products["oneDNN"] = lambda: onednn.gemm(a, b, out)
     timings = time_in_turns(products, rounds=rounds, calls=1, synchronize=synchronizer(device), clock=clock)
+    # The faster library counts: on some AMD processors PyTorch's MKL reaches half the speed of oneDNN
+    # (docs/lab-log.md).
     return 2 * size**3 / min(min(timing.seconds_by_round) for timing in timings.values())
 
 
@@ -211,6 +214,7 @@ def _our_layer(
             parameter.copy_(weight)
 
     def forward(x_1TD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # The other libraries compute no statistics.
         output = layer(x_1TD, with_stats=False)
         return output.y_BSD, output.load_balance_loss, output.router_z_loss
 

@@ -72,6 +72,7 @@ def layer_config(shape: LayerShape, backend: str = "auto") -> ModelConfig:
         "activation": "swiglu",
         "backend": backend,
     }
+    # The layer has no attention, but its config must be valid, and one head divides every even width.
     return ModelConfig(hidden_size=shape.hidden_size, num_heads=1, moe=MoEConfig.model_validate(moe))
 
 
@@ -121,6 +122,7 @@ def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> C
         for number, expert in enumerate(inner.experts.deepspeed_experts):
             for linear, stack in zip((expert.gate, expert.up, expert.down), weights[1:], strict=True):
                 linear.weight.copy_(stack[number].T)
+    # The third value, the number of tokens per expert, has no gradient.
     return Contender(x_TD[None], lambda x_1TD: layer(x_1TD)[:2], tuple(layer.parameters()))
 
 

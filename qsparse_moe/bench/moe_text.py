@@ -52,6 +52,7 @@ def _head(result: dict[str, Any]) -> str:
 
 
 def _times(layer: dict[str, Any]) -> str:
+    # Every one of our layers is compared with the same peers.
     peers = list(next(iter(layer["times_as_fast_as"].values())))
     counts = layer["rows_per_expert"]
     # 1 for an even load.

@@ -14,6 +14,7 @@ def fill_random(model: nn.Module, std: float) -> None:
 
     The tile has no power of two times the width of a matrix, so the rows of a matrix differ.
     """
+    # Drawing a billion values takes half a minute on one thread.
     tile = std * torch.randn(_TILE - 3, generator=torch.Generator().manual_seed(0))
     for parameter in model.parameters():
         flat = parameter.view(-1)

@@ -19,6 +19,7 @@ import qsparse_moe
 
 Step = Callable[[], object]
 _PACKAGE = Path(qsparse_moe.__file__).parent
+# These operators write elements of their input to another place, without computing anything.
 _COPIES = ("copy_", "clone", "_to_copy", "cat", "constant_pad_nd", "index", "index_select", "gather")
 # These operators return values of a tensor, or a size that depends on them, to the host.
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal")
@@ -55,9 +56,11 @@ def peak_bytes(step: Step, *, device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step()
+        # What was allocated before the step are weights and inputs, which every contender holds.
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
+    # The profiler's public tables hold sums per operator, and a peak needs every allocation in the order of time.
     results: Any = profiler.profiler.kineto_results
     changes = sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]")
     current = peak = 0
@@ -115,6 +118,7 @@ def _python_calls(recorder: _Recorder) -> Iterator[None]:
         if event == "c_call" and called.__name__ == "tolist" and isinstance(called.__self__, Tensor):
             recorder.waits["tolist", _place(frame)] += 1
 
+    # A profiler of the caller is put back afterwards.
     before = sys.getprofile()
     sys.setprofile(watch)
     try:

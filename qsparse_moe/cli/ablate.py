@@ -50,7 +50,9 @@ def ablate(
     """Train every run of a grid file. Finished runs are not repeated. The exit code is 1 if a run failed."""
     if (task is not None) + list_runs + report_only > 1:
         raise ConfigError("--task, --list, and --report-only exclude each other; give only one of them")
+    # The whole grid is loaded even for one task, so that a mistake in any run is reported before the first one trains.
     loaded = load_grid(grid, overrides or (), output_dir=output_dir)
+    # An empty text splits into one empty name, which the filter removes.
     placement = Placement(ranks, jobs, tuple(filter(None, devices.split(","))), launcher)
     if list_runs:
         _print_list(loaded, json)
@@ -71,6 +73,7 @@ def ablate(
     # The code with which a shell reports a process that a signal ended.
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
+    # Unfinished runs are no failure of --report-only, which exists to report on a grid that is still being trained.
     if not report_only and not all(result.finished for result in results):
         raise typer.Exit(1)
 

@@ -72,6 +72,7 @@ def allocate(
     )
     write_plan(found.plan, output, force=force)
     summary = as_dict(found, run_dir=run_dir, output=output)
+    # An allocated plan contains no thresholds, so a run that selects by thresholds has to rank its features to use it.
     summary["settings"] = list(settings_for(load_run_config(run_dir), output, selection="topk"))
     if report is not None:
         write_atomically(report, markdown(found, title=f"Plans for {run_dir}"))
@@ -100,6 +101,7 @@ def requested_budget(
         options = " and ".join(f"--{quantity}" for quantity, _ in budgets) or "no budget"
         raise ConfigError(f"{options}: give exactly one of --sparsity, --parameters, --flops, --bytes")
     quantity, target = budgets[0]
+    # S has a check of its own, because it also has an upper limit: at S = 1 no feature would be left.
     check_sparsity("--sparsity", sparsity)
     if target < 0.0:
         raise ConfigError(
@@ -119,5 +121,6 @@ def _print_summary(summary: dict[str, Any]) -> None:
     console.print(
         f"budget            {summary['quantity']} {summary['target']:,.6g}, planned {summary['planned']:,.6g}"
     )
+    # With soft_wrap, rich breaks no line that a user copies as a path or a command.
     console.print(f"plan              {summary['output']}", soft_wrap=True)
     console.print(f"to use it         {shlex.join(summary['settings'])}", soft_wrap=True)

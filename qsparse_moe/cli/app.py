@@ -47,6 +47,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one verb and end the process with its exit code."""
+    # Signals are handled from here on, because a run may compile or wait for other ranks long before its first step.
     sys.exit(until_stopped(lambda: run(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -69,12 +70,14 @@ def run(arguments: Sequence[str]) -> int:
         # Any other OSError is a fault of this package, and its traceback is needed.
         if error.errno not in _FULL:
             raise
+        # A full disk is the user's situation, whichever file it was; errors.naming has given the error its name.
         complain(_full_message(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         # 128 plus the number of SIGINT.
         complain("stopped by Ctrl-C")
         return 130
+    # In this mode click returns the code of a typer.Exit, and otherwise whatever the verb returned.
     return outcome if isinstance(outcome, int) else 0
 
 
@@ -88,8 +91,11 @@ def build_app() -> typer.Typer:
         # Typer's own tracebacks print local variables, which may be whole tensors.
         pretty_exceptions_enable=False,
     )
+    # Without this, click would refuse --version and an empty command line, because they name no verb.
     app.callback(invoke_without_command=True)(_root)
     for verb in VERBS:
+        # Every verb is registered on every call, since the help lists all of them; this is cheap because no module
+        # imports torch.
         import_module(f"qsparse_moe.cli.{verb.replace('-', '_')}").register(app)
     return app
 

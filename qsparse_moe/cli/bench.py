@@ -109,6 +109,7 @@ def _print_operations(result: dict[str, Any]) -> None:
         table.add_column(column)
     for operation in result["operations"]:
         shape = " x ".join(str(size) for size in operation["shape"])
+        # Finding a threshold has no gradient, and therefore no second pass.
         for passed in ("forward", "forward and backward"):
             for name, seconds in operation["seconds"].get(passed, {}).items():
                 table.add_row(operation["name"], shape, operation["precision"], passed, name, f"{1e3 * seconds:.3f}")
@@ -133,6 +134,7 @@ def metrics(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Settings by path, such as metrics.interval=20.", show_default=False)
     ] = None,
+    # There must be 2: the first record is timed apart, and the cost of a record is the mean over the others.
     steps: Annotated[int, typer.Option(help="Number of steps of each run.", min=2)] = 40,
     rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each of them once.", min=1)] = 5,
     output: Annotated[Path | None, typer.Option(help="Also write the result to this JSON file.")] = None,

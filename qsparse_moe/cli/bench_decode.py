@@ -32,6 +32,7 @@ def decode(
         "0,0.4,0.5,0.6,0.75,0.9"
     ),
     batch: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1,2,4,8,16",
+    # The default shape is that of the table in docs/results.md, for which the speeds of llama.cpp are known.
     layers: Annotated[int, typer.Option(help="Layers.", min=1)] = 8,
     hidden_size: Annotated[int, typer.Option(help="D, model width.", min=1)] = 1024,
     heads: Annotated[int, typer.Option(help="Attention heads.", min=1)] = 16,
@@ -83,6 +84,7 @@ def decode(
                 "num_experts": experts,
                 "experts_per_token": experts_per_token,
                 "expert_hidden_size": expert_hidden_size,
+                # This is the activation of Mixtral, whose shape both peers compute.
                 "activation": "swiglu",
             },
         }
@@ -143,6 +145,7 @@ def _print_tables(result: dict[str, Any]) -> None:
                 str(row["batch"]),
                 row["contender"],
                 f"{row['tokens_per_second']:.1f}",
+                # The peers do not report which weights they read.
                 "" if read is None else f"{read / 1e6:.1f}",
                 "" if read is None else f"{row['share_of_limit']:.2f}",
                 f"{row['times_ours_dense']['median']:.2f}",

@@ -31,6 +31,7 @@ def moe(
     expert_hidden_size: Size = None,
     experts: Size = None,
     experts_per_token: Size = None,
+    # The limit of an option is inclusive in typer, and S = 1 would leave no feature.
     sparsity: Annotated[float, typer.Option(help="S at both sites of our layers with Q-Sparse.", max=0.99)] = 0.5,
     rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each layer once.", min=1)] = 7,
     calls: Annotated[int, typer.Option(help="Number of timed calls per round and layer.", min=1)] = 1,
@@ -97,6 +98,7 @@ def _shape(default: LayerShape, sizes: dict[str, int | None]) -> LayerShape:
 def _print_layers(result: dict[str, Any]) -> None:
     console = result_console()
     for layer in result["layers"]:
+        # Every one of our layers is compared with the same peers, so the first one names the columns.
         peers = list(next(iter(layer["times_as_fast_as"].values())))
         table = Table(title=f"MoE layer, {layer['precision']}, {layer['load']} load")
         table.add_column("layer", no_wrap=True)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from qsparse_moe.training.calibrate import Calibration
 
 _SECTION = "model.sparsity"
+# Thresholds are found for the run's own model, so no other setting may differ from it.
 _SETTINGS_OF_S = ("preset", "plan", "default", "sites", "overrides")
 
 
@@ -120,6 +121,7 @@ def _check_one_way(overrides: Sequence[str], sparsity: float | None, plan_file: 
     check_sparsity("--sparsity", sparsity)
     for override in overrides:
         path, equals, _ = override.partition("=")
+        # A text without "=" is reported by load_config. The final dot keeps a longer name with the same beginning out.
         if equals and not any(f"{path.strip()}.".startswith(f"{_SECTION}.{name}.") for name in _SETTINGS_OF_S):
             raise ConfigError(
                 f"{path} does not set S, and only S may differ from the run; choose from "
@@ -153,6 +155,7 @@ def write_plan(plan: SparsityPlan, output: Path, *, force: bool) -> None:
 
 def summarize(calibration: Calibration, run_dir: Path, output: Path) -> dict[str, Any]:
     """Return the result in the form of ``--json``."""
+    # The plan is in the output file; in the summary it would be thousands of numbers.
     figures = {name: value for name, value in vars(calibration).items() if name not in {"plan", "sites"}}
     return {
         "run_dir": str(run_dir),

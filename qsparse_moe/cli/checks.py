@@ -32,6 +32,7 @@ NEEDED_PACKAGES = {
 }
 EXTRA_PACKAGES = {"transformers": "hf", "safetensors": "hf", "scipy": "ablation"}
 _PYTHON = (3, 11)
+# PyTorch's builder of extensions calls c++ unless the variable CXX names another compiler, so it comes first.
 _COMPILERS = ("c++", "g++", "clang++")
 
 
@@ -137,6 +138,7 @@ def _gpu_libraries() -> Iterator[Finding]:
 
 
 def _module(name: str, missing: str, *, package: str | None = None) -> Finding:
+    # The package is not imported, because importing megablocks without its compiled extension fails.
     found = importlib.util.find_spec(name) is not None
     version = installed_version(package or name) or "installed"
     return Finding("GPU libraries", package or name, found, False, version if found else missing)

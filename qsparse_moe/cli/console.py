@@ -23,6 +23,7 @@ _PATIENCE_SECONDS = 3.0
 
 def is_rank_zero() -> bool:
     """Return whether this process prints for all ranks of its launcher."""
+    # The launcher's environment is read, because no process group exists yet when the options are checked.
     text = os.environ.get("RANK", "0")
     # With a RANK that is not a number, every process reports it: none can print for all.
     return not text.isdecimal() or int(text) == 0
@@ -59,6 +60,7 @@ def _finite(value: Any) -> Any:
 
 def result_console() -> Console:
     """Return the console for results: standard output."""
+    # Markup is off, because brackets in the name of a folder are part of it.
     return Console(width=None if sys.stdout.isatty() else _WIDTH_WITHOUT_TERMINAL, highlight=False, markup=False)
 
 

@@ -56,6 +56,7 @@ class _Chat:
     def prompt(self, line: str) -> list[int]:
         self._messages.append({"role": "user", "content": line})
         ids = self._template.encode(self._messages)
+        # The newest question stays even if it is too long alone: what happens to it is up to --overlong.
         while len(ids) > self._generator.max_length and len(self._messages) > 2:
             # A question with its answer, because templates require that the roles alternate.
             del self._messages[:2]
@@ -74,6 +75,7 @@ class _Text:
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
+        # The model has learned texts that begin with this token, and prompts of generate begin with it too.
         self._ids = [generator.tokenizer.document_token]
 
     def prompt(self, line: str) -> list[int]:

@@ -53,6 +53,7 @@ def describe(
     """
     folder = find_run(path) if path.is_dir() else None
     config = load_config(path if folder is None else folder / CONFIG_FILE, overrides or ())
+    # The sizes of the embedding and the head depend on the tokenizer.
     config = _with_vocabulary(config)
     # With other settings, the zeros that the run has measured do not apply.
     rows = read_metrics(folder / "metrics.jsonl") if folder is not None and not overrides else []
@@ -63,6 +64,7 @@ def describe(
         )
     description = describe_run(config, rows[-1] if rows else None, ranks=ranks)
     problem = untrained_router(config.model)
+    # This is an error in train and a warning here, because a run that was trained this way can still be described.
     description["warnings"] = [problem] if problem else []
     description["warnings"] += [natural_zeros_warning(found) for found in natural_zeros(rows[-1] if rows else {})]
     if folder is not None and measure:
@@ -92,6 +94,7 @@ def _measure(folder: Path, num_sequences: int) -> list[dict[str, Any]]:
     tokens_RS = table.batch(table.tokens(indices)).tokens_BS
     # A step has one token per sequence, so a batch of B needs B sequences.
     found = measured_unions(model, tokens_RS, [batch for batch in BATCHES if batch <= len(tokens_RS)])
+    # The first batch has one token, whose frequencies the formula for independent tokens starts from.
     alone = {name: getattr(found[0], name) for name in _UNION_COLUMNS}
     return [
         {"batch": point.batch}

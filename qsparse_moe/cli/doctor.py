@@ -35,6 +35,7 @@ def _print_tables(findings: Sequence[Finding], missing: Sequence[Finding]) -> No
     console = result_console()
     table = Table(box=None, padding=(0, 2, 0, 0))
     for column in ("", "runs", ""):
+        # Unless it may fold, rich cuts the command that installs a missing package.
         table.add_column(column, overflow="fold")
     group = ""
     for finding in findings:

@@ -103,6 +103,7 @@ def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | N
     if sparsity is None and plan_file is None:
         return None
     config = load_run_config(run_dir).model
+    # If the option were ignored, the result would look as if it had been measured at the requested S.
     if config.sparsity.selection == "relu":
         way = "--plan" if sparsity is None else "--sparsity"
         raise ConfigError(
@@ -114,6 +115,7 @@ def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | N
         plan.check_fits(config)
         return plan
     assert sparsity is not None
+    # A uniform plan has S and no thresholds, and only calibration can find these.
     if config.sparsity.selection == "threshold":
         raise ConfigError(
             f"--sparsity ({sparsity}) needs thresholds, because model.sparsity.selection is threshold in {run_dir}; "

@@ -117,6 +117,7 @@ def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:
 
 
 def _print_report(form: str, resamples: int) -> None:
+    # The escape code clears the rest of the line, because the text before may have been longer.
     if sys.stderr.isatty():
         print(
             f"\r{form}: {resamples} bootstrap samples\x1b[K", end="" if resamples else "\n", file=sys.stderr, flush=True

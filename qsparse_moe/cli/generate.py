@@ -93,6 +93,7 @@ def generate(
     json: Json = False,
 ) -> None:
     """Continue prompts with a trained model. Text is printed as it comes."""
+    # The folder is checked before torch is imported, so that a mistyped name is reported at once.
     find_model(run)
     prompts = read_prompts(prompt or [], prompts_file)
     if interactive and (prompts or json):
@@ -126,6 +127,7 @@ def generate(
     if interactive:
         _converse(generator, settings)
     else:
+        # Without a prompt the model begins a document, which is what it does after the empty text.
         (print_objects if json else print_texts)(generator, prompts or [""], settings, batch_size)
 
 
@@ -174,6 +176,7 @@ def check_prompt(prompt: str) -> None:
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
+        # The position is counted in bytes, because bytes are what the user's terminal has sent.
         place = len(prompt[: error.start].encode("utf-8"))
         raise ConfigError(
             f"--prompt ({ascii(prompt)}) must be UTF-8, and its byte {place} is not; convert it, for example with "

@@ -46,6 +46,7 @@ def open_stream(
             prompts,
             max_tokens=settings.max_tokens,
             sampling=settings.sampling,
+            # The seed follows the number of the prompt in the call, so that --batch-size does not change the text.
             seed=settings.seed + first,
             stop=settings.stop,
             reuse=reuse,
@@ -58,6 +59,7 @@ def print_texts(generator: Generator, prompts: Sequence[str], settings: Settings
     What was printed when the process is interrupted ends with a whole line.
     """
     for first, batch, stream in _batches(generator, prompts, settings, batch_size):
+        # Only the last text of the call, not of every batch, ends without an empty line.
         with _Printer(_shown_starts(generator, batch), is_last=first + len(batch) == len(prompts)) as printer:
             for step in stream:
                 for new in step:
@@ -70,6 +72,7 @@ def print_objects(generator: Generator, prompts: Sequence[str], settings: Settin
     for first, batch, stream in _batches(generator, prompts, settings, batch_size):
         for step in stream:
             for new in step:
+                # One object per line, unlike a list, can be read before the last batch is done.
                 if new.stop_reason is not None and len(prompts) > 1:
                     content = _content(generator, batch[new.index], stream.results[new.index])
                     print(json.dumps({"index": first + new.index} | content, ensure_ascii=False), flush=True)
@@ -117,6 +120,7 @@ def _shown_starts(generator: Generator, prompts: Sequence[str]) -> list[str]:
     """Return the text of every prompt as the model reads it."""
     starts = [generator.encode(prompt) for prompt in prompts]
     if generator.overlong == "truncate":
+        # The model continues what remained of the prompt, so only that is shown as its beginning.
         starts = [start[-generator.max_length :] for start in starts]
     return [generator.tokenizer.decode(start) for start in starts]
 

@@ -54,6 +54,7 @@ def _better(best: RunResult | None, result: RunResult) -> RunResult | None:
     # A run that failed or was not evaluated has no loss to compare.
     if result.bits_per_byte is None:
         return best
+    # The 0.0 is for the type checker only: a best run always has a loss.
     return result if best is None or result.bits_per_byte < (best.bits_per_byte or 0.0) else best
 
 
@@ -74,6 +75,7 @@ def _make_bar(num_runs: int) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    # Standard output belongs to the report, which may be JSON for another program.
     bar = Progress(*columns, console=Console(stderr=True))
     bar.add_task("runs", total=num_runs, best="")
     return bar

@@ -13,6 +13,7 @@ from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.config.shipped import SCHEMA, Shipped, shipped, shipped_files
 from qsparse_moe.errors import ConfigError
 
+# Lines are replaced in the text, because a YAML writer would drop the comments that explain the settings.
 _SCHEMA_LINE = re.compile(r"^# yaml-language-server: \$schema=.*$", re.MULTILINE)
 _BASE_LINE = re.compile(r"^base: *(\S+)", re.MULTILINE)
 _NEXT = {"config": "qsparse-moe train", "grid": "qsparse-moe ablate", "example": "python"}

@@ -40,6 +40,7 @@ class PromptNames:
         return self.all
 
     def __getitem__(self, index: int) -> str:
+        # str.format would fail on the path of a file that contains braces.
         return self.one.replace("{number}", str(self.first + index + 1))
 
 

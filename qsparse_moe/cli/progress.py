@@ -34,6 +34,7 @@ class TrainingProgress:
     def begin(self, context: RunContext) -> None:
         """Start the bar at the first step of this part of the run."""
         if self._bar is not None:
+            # The bar cannot start earlier, because only the loop knows at which step a resumed run begins.
             self._bar.add_task("training", total=self._num_steps, completed=context.start_step, figures="")
             self._bar.start()
 
@@ -63,4 +64,5 @@ def _make_bar() -> Progress:
         TextColumn("{task.fields[figures]}"),
         TimeRemainingColumn(),
     )
+    # Standard output belongs to the summary, which may be JSON for another program.
     return Progress(*columns, console=Console(stderr=True))

@@ -61,6 +61,7 @@ def sensitivity(
     warn_of_natural_zeros(run_dir)
     config, model, step = load_ranked(run_dir, device, at)
     data = load_data(config.data)
+    # The logits of ids that no text contains must not enter the loss; evaluate hides them too.
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     measured_on = validation_documents(
         data,
@@ -84,6 +85,7 @@ def parse_values(text: str) -> tuple[float, ...]:
         ConfigError: one is not a number in [0, 1).
     """
     try:
+        # A value that is given twice would be evaluated twice in every cell, hence the set.
         values = sorted({float(part) for part in text.split(",")})
     except ValueError:
         # Outside the range, so that the rule below reports it.

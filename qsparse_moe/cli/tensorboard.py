@@ -80,6 +80,7 @@ def _check_apart(folders: Sequence[Path]) -> None:
 def short_names(folders: Sequence[Path]) -> list[str]:
     """Return a unique name for each folder: the smallest number of its last parts that distinguishes all of them."""
     for length in range(1, max(len(folder.parts) for folder in folders) + 1):
+        # The first part of an absolute path is "/", which would make the name of the link absolute.
         names = ["/".join(folder.parts[-length:]).lstrip("/") for folder in folders]
         if len(set(names)) == len(names):
             break

@@ -50,6 +50,7 @@ def train(
     if is_rank_zero():
         summary = summarize(result, progress.last)
         print_json(summary) if json else _print_summary(summary)
+    # The code is 128 + N after a signal, so that a scheduler does not take a stopped run for a finished one.
     raise typer.Exit(result.exit_code)
 
 

@@ -23,6 +23,7 @@ Path = tuple[str | int, ...]
 PATTERN_WORDS = {
     "^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, '.', '_' and '-', beginning with a letter or digit",
 }
+# YAML 1.1 reads these words as booleans, and the reader of run files as text (yaml_text.py).
 _BOOLEAN_WORDS = {"yes": True, "on": True, "y": True, "no": False, "off": False, "n": False}
 
 
@@ -35,6 +36,7 @@ def run_schema() -> Node:
 
 def resolve(node: Node) -> Node:
     """Return ``node``, or the section that it refers to."""
+    # pydantic describes a nested section once, below $defs, and refers to it where it is used.
     reference = node.get("$ref")
     sections: dict[str, Node] = run_schema()["$defs"]
     return sections[reference.rsplit("/", 1)[1]] if reference else node
@@ -48,6 +50,7 @@ def section_fields(node: Node) -> dict[str, Node] | None:
 
 def item_node(node: Node) -> Node | None:
     """Return the schema of the items of a list; None if ``node`` is not a list."""
+    # A list that may be null, or text as well, is a union in the schema.
     for option in node.get("anyOf", [node]):
         if option.get("type") == "array":
             items: Node = option["items"]
@@ -60,12 +63,14 @@ def child(node: Node, part: str | int) -> Node | None:
     fields = section_fields(node)
     if fields is not None:
         return fields.get(str(part))
+    # An index is compared as text, because the parts of a path from the command line are text.
     return item_node(node) if str(part).isdecimal() else None
 
 
 def takes_text(node: Node) -> bool:
     """Return whether a setting takes any text, but no numbers and no booleans, so that 4711 can only be a name."""
     options = node.get("anyOf", [node])
+    # A choice among given words is no free text, although its type is string.
     types = {option.get("type") for option in options if "enum" not in option}
     return "string" in types and not types & {"integer", "number", "boolean"}
 
@@ -132,6 +137,7 @@ def takes(node: Node, *, guards: bool = False) -> str:
 
 
 def _limits(node: Node, guards: bool) -> str:
+    # A limit that no sensible value comes near would only distract from the lower one.
     if not guards and node.get("maximum", 0) >= SMALLEST_GUARD:
         node = {key: value for key, value in node.items() if key != "maximum"}
     if "minimum" in node and "maximum" in node:
@@ -190,6 +196,7 @@ def _way_out(node: Node, value: Any) -> str:
     if "string" in types and not choices and isinstance(value, (bool, int, float)):
         return "write it in quotes in the file, so that it is text"
     default = node.get("default", {})
+    # The default of a section or of a filled list is too long for the end of a sentence.
     return (
         ""
         if isinstance(default, dict) or (isinstance(default, list) and default)

@@ -27,6 +27,7 @@ def _for_files(node: Any) -> Any:
     if not isinstance(node, dict):
         return " ".join(node.split()) if isinstance(node, str) else node
     node = {key: _for_files(value) for key, value in node.items() if not (key == "title" and isinstance(value, str))}
+    # A section with nothing below its name is null in YAML, and load_config accepts it.
     if node.get("type") == "object" and not node.get("required"):
         node["type"] = ["object", "null"]
     return node

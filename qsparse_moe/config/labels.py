@@ -28,6 +28,7 @@ def setting_label(path: str, value: Any) -> str:
     if path == OVERRIDES and isinstance(value, Sequence):
         return "; ".join(override_label(override) for override in value) or "no overrides"
     if path.startswith(f"{OVERRIDES}."):
+        # A grid may vary a whole override (the fourth part is its index), or one value inside of it.
         return override_label(value if len(parts) == 4 else {parts[-1]: value})
     if path.startswith("model.sparsity.sites."):
         return f"{parts[-1]} S={_text(value)}"
@@ -61,6 +62,7 @@ def ranges_text(numbers: Sequence[int]) -> str:
 
 def name_of(label: str) -> str:
     """Return ``label`` as part of a run's name: letters, digits, and ``._-`` only."""
+    # Only characters that training.name allows are left.
     text = label.replace("; ", "_").replace("=", "").replace(",", ".").replace(" ", "-")
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
 
@@ -77,5 +79,6 @@ def _selected(noun: str, selector: Any) -> str | None:
 def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
+    # JSON writes true and null as a run file does, and Python does not.
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _MOST_CHARACTERS else f"{text[: _MOST_CHARACTERS - 1]}…"

@@ -49,6 +49,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     problems += apply_overrides(settings, overrides)
     config, more = _build(_tidy(settings, run_schema()))
     raise_if_any([*problems, *more], where)
+    # Without a configuration there is at least one problem, which has been raised.
     assert config is not None
     return config
 
@@ -77,6 +78,7 @@ def _nearby(folder: Path, name: str) -> str:
     found = [path for pattern in ("[!.]*.yaml", "configs/*.yaml") for path in sorted(folder.glob(pattern))]
     if not found:
         return ""
+    # Names are compared without folders, because the folder configs/ is easily left out.
     names = [path.name for path in found]
     nearest = difflib.get_close_matches(name, names, n=3) or names[:3]
     return f", such as {', '.join(str(found[names.index(near)]) for near in nearest)}"
@@ -91,6 +93,7 @@ def _tidy(value: Any, node: Node) -> Any:
         return {}
     if not isinstance(value, dict):
         return value
+    # YAML reads a key such as 1 as a number, and the message about an unknown setting has to name it.
     return {str(key): _tidy(below, fields.get(str(key), {})) for key, below in value.items()}
 
 
@@ -147,6 +150,7 @@ def _without(settings: dict[str, Any], broken: set[str]) -> dict[str, Any]:
     for name, value in settings.items():
         if name in broken:
             continue
+        # A list is dropped as a whole, because without one item the others would be reported under other indices.
         below = {path.partition(".")[2] for path in broken if path.startswith(f"{name}.")}
         if not below:
             remaining[name] = value

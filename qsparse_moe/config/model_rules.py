@@ -38,6 +38,7 @@ def _heads(config: ModelConfig) -> Iterator[Problem]:
             )
     elif width % heads or width // heads % 2:
         fitting = [number for number in divisors(width) if width // number % 2 == 0]
+        # A width that is odd has no division into heads of an even size.
         found = f"{nearest(heads, fitting)}, " if fitting else ""
         yield Problem(
             f"model.num_heads ({heads}) must divide model.hidden_size ({width}) into heads of an even size when "
@@ -71,6 +72,7 @@ def _sites_exist(config: ModelConfig) -> Iterator[Problem]:
                 )
 
 
+# The settings that decide which sites a model has: where one of them is invalid, a rule about sites is not reported.
 _EXISTENCE = tuple(f"model.moe.{name}" for name in ("num_shared_experts", "num_dense_layers", "moe_layer_interval"))
 
 
@@ -192,6 +194,7 @@ def _thresholds(config: ModelConfig) -> Iterator[Problem]:
     settings, path = config.sparsity, "model.sparsity.selection"
     if settings.selection != "threshold":
         return
+    # Without a sparse site there is nothing to select, so a dense model needs no thresholds.
     if settings.plan is None and sparse_sites(config):
         yield Problem(
             f"{path} (threshold) needs calibrated thresholds, and model.sparsity.plan is null; name a plan made by "
@@ -237,6 +240,7 @@ def _groups_keep_one(config: ModelConfig) -> Iterator[Problem]:
     if config.sparsity.selection != "block":
         return
     group = config.sparsity.group_size
+    # Values of the preset are checked as well: groups may be smaller than those for which it was published.
     preset = PRESETS[config.sparsity.preset].sparsity.values() if config.sparsity.preset else ()
     for path, sparsity in (*(("model.sparsity.preset", value) for value in set(preset)), *_given_sparsities(config)):
         if round((1 - sparsity) * group) < 1:

@@ -82,6 +82,7 @@ class MoEConfig(Section):
     force_uniform_routing: bool = False
     """For benchmarks: send token t of a micro-batch to the experts t * A to t * A + A - 1 (modulo E), whatever the
     scores are. The scores still give the weights, so every gradient exists."""
+    # This coefficient and that of the z-loss below are those of OLMoE (arXiv 2409.02060).
     load_balance_coefficient: NonNegativeFloat = 0.01
     """Coefficient of the load-balance loss, which is 1 at even load and is averaged over the MoE layers."""
     load_balance_scope: Literal["sequence", "micro_batch", "global_batch"] = "sequence"
@@ -238,6 +239,7 @@ class SparsityConfig(Section):
     plan contains; statistical: all magnitudes above mean + z * standard deviation of the token's features, where z is
     the normal quantile at S. The last two select 1 - S on average only. relu: all positive features at sites where S is
     above 0, the baseline of the paper, used with gradient masked."""
+    # These are the groups of Block Q-Sparse (arXiv 2407.10969), which selects 16 features of 32.
     group_size: Width = 32
     """G, the number of features per group if selection is block."""
     rescale: Literal["none", "unit", "preserve"] = "none"
@@ -246,6 +248,8 @@ class SparsityConfig(Section):
     backend: Literal["auto", "torch", "native", "triton"] = "auto"
     """Implementation of the selection. torch: stock PyTorch; native: C++ compiled at first use, CPU only; triton: GPU
     kernels; auto: the fastest that is available."""
+    # ste is the paper's choice. Short runs of small models neither show nor refute that it is better than masked
+    # (docs/results.md).
     gradient: Literal["ste", "masked", "blend"] = "ste"
     """Gradient of the selection. ste: the backward pass ignores the mask (straight-through estimator); masked: only
     selected features receive a gradient; blend: a weighted mean of both, see blend."""
@@ -275,6 +279,7 @@ class ModelConfig(Section):
     """Number of key and value heads, a divisor of num_heads; null: num_heads."""
     head_size: Width | None = None
     """C, the number of channels per head; even. null: hidden_size / num_heads."""
+    # This is the base of the original rotary embedding (arXiv 2104.09864).
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     norm_epsilon: PositiveFloat = 1e-5
@@ -283,6 +288,8 @@ class ModelConfig(Section):
     """Apply RMSNorm to the queries and keys of every head before the rotation."""
     tie_embeddings: bool = False
     """Use the weight of the embedding for the output head."""
+    # This suits widths of about a thousand. Narrow models need about 0.5 / sqrt(hidden_size): at 0.02 their experts
+    # begin with an output near zero (docs/lab-log.md, 27 November).
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights, which are cut at three standard deviations."""
     moe: MoEConfig = MoEConfig()

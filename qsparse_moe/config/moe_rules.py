@@ -31,6 +31,7 @@ def _shared_experts(config: ModelConfig) -> Iterator[Problem]:
         return
     for name in ("shared_expert_hidden_size", "shared_expert_gate"):
         value = getattr(config.moe, name)
+        # Both are off when they are null or false, and then a file may still contain them.
         if value:
             yield Problem(
                 f"model.moe.{name} ({show(value)}) has no meaning when model.moe.num_shared_experts is 0; remove it, "

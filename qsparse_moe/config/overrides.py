@@ -40,6 +40,7 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[
                 Problem(f"{show(override)} is not an override; write PATH=VALUE, such as training.steps=50")
             )
             continue
+        # The reader of the files reads it, so that a value means the same in both places.
         value, duplicates = parse_yaml(text, f"the value of {path.strip()}")
         problems += duplicates
         parts = path.strip().split(".")
@@ -88,6 +89,7 @@ def _opened(holder: Any, key: Any, node: Node) -> Any:
     """Return the section or list at ``key``, created from its default if the file does not contain it."""
     if isinstance(holder, list):
         return holder[key]
+    # Null counts as absent: it is what YAML makes of a section with nothing below its name.
     if holder.get(key) is None:
         # A copy, because the schema is cached and its default must not change with this file.
         holder[key] = {} if section_fields(node) is not None else copy.deepcopy(node.get("default"))

@@ -27,6 +27,7 @@ def dotted(parts: Sequence[str | int]) -> str:
 def show(value: Any) -> str:
     """Return ``value`` as YAML text on one line, cut to a readable length."""
     if isinstance(value, float) and not math.isfinite(value):
+        # YAML writes them as .inf, -.inf and .nan; JSON has no words for them.
         return f".{value}".replace(".-", "-.")
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
@@ -34,6 +35,7 @@ def show(value: Any) -> str:
 
 def raise_if_any(problems: Sequence[Problem], where: str) -> None:
     """Raise one ConfigError that lists every problem on a line of its own; do nothing if there is none."""
+    # Two overrides of one unknown setting have the same message, which is listed once.
     messages = list(dict.fromkeys(problem.message for problem in problems))
     if not messages:
         return

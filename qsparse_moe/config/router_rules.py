@@ -73,6 +73,8 @@ def _forced(config: ModelConfig) -> Iterator[Problem]:
     moe, path = config.moe, "model.moe.force_uniform_routing"
     if not moe.force_uniform_routing:
         return
+    # Both act on the choice of experts, which is fixed. The router's losses may stay, because the scores still give
+    # the weights.
     for name, off in (("num_expert_groups", 1), ("bias_update_rate", 0)):
         value = getattr(moe, name)
         if value != off:
@@ -109,6 +111,7 @@ def _expert_input_sparsities(config: ModelConfig, layer: int) -> set[float]:
     """Return the values of S at ``expert_input`` of ``layer``; another rule checks that the overrides are valid."""
     if "expert_input" not in layer_sites(config, layer):
         return set()
+    # SparsityPlan cannot be used here, because it belongs to a package above this one.
     values = [site_sparsity(config.sparsity, "expert_input")] * config.moe.num_experts
     for override in config.sparsity.overrides:
         if override.site not in (None, "expert_input"):

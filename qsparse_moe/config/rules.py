@@ -98,6 +98,7 @@ def _learning_rate_steps(config: RunConfig) -> Iterator[Problem]:
     # A run without a decay may end during its warm-up: it can be the beginning of a longer run.
     together = training.warmup_steps + training.decay_steps
     if training.decay_steps and together > training.steps:
+        # The proposal keeps the proportion of the two; a decay of 0 steps would break the rule above.
         warmup = training.steps * training.warmup_steps // together
         decay = max(1, training.steps * training.decay_steps // together)
         yield Problem(
@@ -124,6 +125,7 @@ def _sparsity_steps(config: RunConfig) -> Iterator[Problem]:
 def _blend_steps(config: RunConfig) -> Iterator[Problem]:
     blend, steps = config.model.sparsity.blend, config.training.steps
     needed = blend.hold_steps + blend.ramp_steps
+    # With another gradient, a rule of the model reports the settings of the blend.
     if config.model.sparsity.gradient == "blend" and needed > steps:
         path = "model.sparsity.blend"
         yield Problem(

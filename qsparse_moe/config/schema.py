@@ -186,6 +186,7 @@ class TrainingConfig(Section):
     """Weight decay of AdamW, for matrices only."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """Decay rate of AdamW's first moment."""
+    # This rate, that of the first moment and the weight decay are those of the Q-Sparse paper (arXiv 2407.10969).
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
     """Decay rate of AdamW's second moment."""
     epsilon: PositiveFloat = 1e-8
@@ -218,6 +219,7 @@ class TrainingConfig(Section):
     """Continue the run of this name if its folder exists."""
     checkpoint_interval: NonNegativeInt = 0
     """Number of steps between checkpoints; 0: only those by checkpoint_minutes and at the end."""
+    # Steps take milliseconds or minutes. With a limit in time, a crash loses about this much work whatever the model.
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Save a checkpoint after a step if the last one is this number of minutes old, by rank 0's clock; 0: never."""
     keep_last: PositiveInt = 2

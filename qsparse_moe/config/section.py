@@ -28,4 +28,6 @@ list; the items stay strict."""
 class Section(BaseModel):
     """A group of settings: frozen, and strict about names and types."""
 
+    # Unless strict, "50" and 1 would pass as 50 and true. The docstrings become the descriptions in the JSON
+    # schema and in docs/settings.md.
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)

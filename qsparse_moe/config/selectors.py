@@ -27,6 +27,7 @@ def select(selector: int | str | Sequence[int] | None, count: int) -> tuple[int,
 def _parse(text: str) -> Sequence[int]:
     first, dash, last = text.partition("-")
     try:
+        # The ends have not been checked yet and may be billions apart, which costs a range nothing.
         return range(int(first), int(last) + 1) if dash else [int(first)]
     except ValueError:
         raise ValueError('is neither an index such as 2 nor a range such as "0-3"') from None

@@ -49,6 +49,7 @@ def _meaning(node: Node) -> str:
 
 
 def _cell(text: str) -> str:
+    # A bar would end the cell.
     return text.replace("|", "\\|")
 
 

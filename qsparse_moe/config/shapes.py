@@ -36,6 +36,7 @@ def num_kv_heads(config: ModelConfig) -> int:
 
 def dense_hidden_size(config: ModelConfig) -> int:
     """Return the hidden width of the dense feed-forward networks."""
+    # A dense layer is as wide as the experts of a token together, so that a token takes the same work in both.
     return config.moe.dense_hidden_size or config.moe.experts_per_token * config.moe.expert_hidden_size
 
 
@@ -124,4 +125,5 @@ def site_format(settings: SparsityConfig, site: Site) -> ActivationFormat:
 
 def _first(*values: Any) -> Any:
     """Return the first value that is not None."""
+    # The operator `or` would pass over an S of 0.
     return next(value for value in values if value is not None)

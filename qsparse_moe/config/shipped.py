@@ -32,8 +32,10 @@ class Shipped:
         if self.path.suffix == ".ipynb":
             return "Read the metrics of a run in a notebook."
         lines = self.path.read_text(encoding="utf-8").splitlines()
+        # This line is for editors and says nothing about the content.
         comments = [line for line in lines if not line.startswith("# yaml-language-server")]
         text = " ".join(line.strip('#" ') for line in comments[:6] if line.startswith(("#", '"""')))
+        # A grid gives its command behind its question, in the same sentence.
         return text.split(". ")[0].split(": qsparse-moe")[0].split("? qsparse-moe")[0].rstrip(".") + "."
 
 
@@ -63,6 +65,7 @@ def shipped(name: str) -> Shipped:
     wanted = name.removesuffix(".yaml").removesuffix(".py").removesuffix(".ipynb").removeprefix("configs/")
     if wanted in files:
         return files[wanted]
+    # A recipe is known by its model, so mixtral-8x7b is enough for recipes/mixtral-8x7b where it is unique.
     by_stem = [file for file in files if file.rsplit("/", 1)[-1] == wanted]
     if len(by_stem) == 1:
         return files[by_stem[0]]

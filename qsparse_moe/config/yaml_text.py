@@ -25,9 +25,11 @@ _FLOAT = re.compile(
     re.VERBOSE,
 )
 _UNICODE_BREAKS = set("\x85\u2028\u2029")
+# PyYAML chooses among the patterns by the first character of a scalar, so each is listed with its possible first ones.
 _RESOLVERS = (
     ("null", re.compile(r"^(?:~|null|Null|NULL|)$"), ["~", "n", "N", ""]),
     ("bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")),
+    # A leading zero makes text, because YAML 1.1 reads 010 as the octal number 8.
     ("int", re.compile(r"^[-+]?(?:0|[1-9][0-9_]*)$"), list("-+0123456789")),
     ("float", _FLOAT, list("-+.0123456789")),
     ("merge", re.compile(r"^<<$"), ["<"]),
@@ -37,6 +39,7 @@ _RESOLVERS = (
 class _Loader(yaml.SafeLoader):
     """SafeLoader with the scalars above, which records duplicate keys."""
 
+    # It is empty, because the resolvers of SafeLoader would otherwise be inherited, and with them yes, on and 010.
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
 
     def __init__(self, text: str) -> None:
@@ -107,6 +110,7 @@ def plain_scalar(text: str) -> str:
 
 def dump_yaml(value: Any) -> str:
     """Return ``value`` (mappings, lists, text, numbers) as YAML text that ``parse_yaml`` reads as an equal value."""
+    # The settings stay in the order of the schema, in which docs/settings.md lists them.
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -103,3 +103,18 @@ def test_the_routers_losses_are_the_means_over_the_layers():
     torch.testing.assert_close(out.losses["router_z_loss"], sum(z_by_layer).detach() / 2)
     rest = out.losses["lm_loss"] + 0.25 * out.losses["load_balance_loss"]
     torch.testing.assert_close(out.loss.detach(), rest + 0.5 * sum(z_by_layer).detach() / 2)
+
+
+def test_a_pass_without_gradients_or_in_evaluation_does_not_count_towards_the_step():
+    model = make(moe={"load_balance_scope": "global_batch"})
+    first, second = tokens(), tokens().flip(0, 1)
+    alone = model(second, second).losses["load_balance_loss"]
+    calls = []
+    model.step_load = StepLoad(lambda rows: calls.append(1) or rows)
+    model(first, first)
+    assert len(calls) == 1
+    with torch.no_grad():
+        assert torch.equal(model(second, second).losses["load_balance_loss"], alone)
+    assert torch.equal(model.eval()(second, second).losses["load_balance_loss"], alone)
+    assert len(calls) == 1, "neither pass is part of the step"
+    assert not torch.equal(model.train()(second, second).losses["load_balance_loss"], alone) and len(calls) == 2

@@ -38,6 +38,8 @@ def prefill(model: Transformer, tokens: Sequence[Sequence[int]], cache: KeyValue
     """
     assert len(tokens) == cache.batch and all(tokens), "every sequence of the cache needs a token"
     lengths_B = torch.tensor([len(sequence) for sequence in tokens])
+    # Any id will do as padding: it comes after the tokens of its sequence, which attend backwards only, and the cache
+    # does not store its keys and values.
     tokens_BS = torch.zeros(len(tokens), int(lengths_B.max()), dtype=torch.int64)
     for row_S, sequence in zip(tokens_BS, tokens, strict=True):
         row_S[: len(sequence)] = torch.as_tensor(sequence)
@@ -81,5 +83,6 @@ def _forward(model: Transformer, tokens_BS: Tensor, lengths_B: Tensor, cache: Ke
         hidden_BSD = block(hidden_BSD, rotation, None, False, cache=layer_cache).hidden_BSD
     # Only after the last layer: every layer computes its slots from the same number of earlier tokens.
     cache.advance(lengths_B)
+    # The head reads the last tokens alone: logits of a whole prompt would take V values per token.
     last_BD = hidden_BSD[torch.arange(len(lengths_B)), lengths_B - 1]
     return model.logits(last_BD).float()

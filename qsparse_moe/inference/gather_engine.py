@@ -41,6 +41,7 @@ def why_not_auto(model: Transformer) -> str | None:
     # Measured with D 1024, F 2048, 32 experts, A 2 on two cores of an AMD EPYC (family 25), batch 1 to 16: 0.93 to 1.29
     # times the tokens per second of the engine torch at S 0, 1.38 to 1.63 times at S 0.4.
     mean = model.sparsity_plan.mean
+    # S does not say how many zeros a ReLU leaves.
     if mean < _LEAST_SPARSITY and model.config.sparsity.selection != "relu":
         return (
             f"it is faster than the engine torch from a mean S of {_LEAST_SPARSITY:g} on, and this model has {mean:.2f}"

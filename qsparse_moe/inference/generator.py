@@ -200,6 +200,7 @@ class Generator:
         if max_tokens < 1:
             raise ArgumentError(f"{{max_tokens}} ({max_tokens}) must be at least 1")
         check_stop_strings(stop)
+        # Decoding leaves out special tokens, so the spelling of one never occurs in the text and is found by its id.
         special_ids = {string: self.tokenizer.special_id(string) for string in stop}
         ending = {self.tokenizer.document_token, *stop_tokens, *(i for i in special_ids.values() if i is not None)}
         sequences = [
@@ -214,8 +215,10 @@ class Generator:
             for index, start in enumerate(starts)
         ]
         longest = max(len(start) for start in starts)
-        # Not always max_length: a short text needs no cache of the full length.
+        # Not always max_length: a short text needs no cache of the full length. That of a conversation is allocated
+        # once and every turn adds to it, so it has the full length from the start.
         capacity = min(self.max_length, longest + max_tokens) if reuse is None else self.max_length
+        # The embedding's dtype is that of the activations; the matrices behind sparse sites may be in bf16 beside it.
         weight = self.model.embedding.weight
         check_memory(
             self.config.model,
@@ -323,6 +326,7 @@ class GenerationStream:
         while True:
             pairs = zip(running, tokens_B.tolist(), log_probs_B.tolist(), strict=True)
             yield [sequence.append(token, log_prob) for sequence, token, log_prob in pairs]
+            # After the yield, so that the time of the caller between two steps is not counted.
             start = time.perf_counter()
             going = [place for place, sequence in enumerate(running) if sequence.stop_reason is None]
             if not going:
@@ -357,9 +361,11 @@ class GenerationStream:
             capacity=self.capacity,
             dtype=self.engine.cache_dtype or weight.dtype,
             device=weight.device,
+            # Overlong prompts have been refused or cut before, and generation itself may go on beyond the capacity.
             slides=True,
         )
 
+    # Here and not around the loop above, whose caller would then be in inference mode between two steps.
     @torch.inference_mode()
     def _decode(self, tokens_B: torch.Tensor, cache: KeyValueCache) -> torch.Tensor:
         return self.engine.decode(tokens_B, cache)

@@ -20,8 +20,8 @@ from qsparse_moe.errors import ConfigError
 class KeyValueCache:
     """Keys and values of every layer for a batch of sequences, allocated once.
 
-    Attention sees the last P tokens of a sequence, itself included. A cache that slides drops older tokens; one that
-    does not slide refuses a token that has no slot left.
+    A token attends to the last P tokens of its sequence, itself included. A cache that slides drops older tokens; one
+    that does not slide refuses a token that has no slot left.
     """
 
     def __init__(self, key_LBHPC: Tensor, value_LBHPC: Tensor, *, slides: bool) -> None:
@@ -126,6 +126,7 @@ class CacheStep:
         device, longest = cache.key_LBHPC.device, int(lengths_B.max())
         before_B1 = cache.positions_B[:, None]
         positions_BS = before_B1 + torch.arange(longest)
+        # Only slots that hold a token are read. The positions lie on the CPU, so no device is waited for.
         filled = min(int(cache.positions_B.max()), cache.capacity)
         # Decode is the frequent case: one slot per sequence is written in place, and no key is copied.
         if longest == 1:
@@ -164,24 +165,28 @@ class LayerCache:
             sequences_B = torch.arange(cache.batch, device=slots_B.device)
             for held, part in zip(stored, new, strict=True):
                 held[sequences_B, :, slots_B] = part[:, :, 0].to(held.dtype)
+            # The cache has the dtype of its engine, often fp32, and the model may compute in bf16.
             key, value = (held[:, :, : step.num_read].to(key_BHSC.dtype) for held in stored)
             return key, value, step.mask_B1SK
-        seen = new
+        attended = new
         if step.num_read:
             # Older tokens are copied, because the first new ones attend to tokens that the last new ones overwrite.
             key, value = (
                 torch.cat((held[:, :, : step.num_read].to(part.dtype), part), dim=2)
                 for held, part in zip(stored, new, strict=True)
             )
-            seen = (key, value)
+            attended = (key, value)
+        # After the concatenation above, which has to read the tokens that these overwrite.
         for held, part in zip(stored, new, strict=True):
             _put(held, part, step.source_BP)
-        return *seen, step.mask_B1SK
+        return *attended, step.mask_B1SK
 
 
 def _positions_in_slots(num_tokens_B1: Tensor, capacity: int) -> Tensor:
     """Return ``(B, P)``: the position of each slot's token after ``num_tokens`` tokens; negative for an empty slot."""
     last_B1 = num_tokens_B1 - 1
+    # The remainder of torch is never negative here, so a slot behind the last token gets the position of the round
+    # before.
     return last_B1 - (last_B1 - torch.arange(capacity)) % capacity
 
 

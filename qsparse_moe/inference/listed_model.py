@@ -54,9 +54,9 @@ class ListedModel:
         rotation = rotation_at(positions_B[:, None], head_size(config), config.rope_theta, torch.float32)
         slots_B = positions_B % capacity
         # From position P on every slot holds a token. Empty slots hold zeros, so 0 * NaN cannot occur.
-        is_seen_BP = torch.arange(capacity, device=positions_B.device) <= positions_B[:, None]
+        is_visible_BP = torch.arange(capacity, device=positions_B.device) <= positions_B[:, None]
         for layer, key_BHPC, value_BHPC in zip(self._layers, key_LBHPC, value_LBHPC, strict=True):
-            hidden_BD = hidden_BD + layer.attend(hidden_BD, rotation, slots_B, is_seen_BP, key_BHPC, value_BHPC)
+            hidden_BD = hidden_BD + layer.attend(hidden_BD, rotation, slots_B, is_visible_BP, key_BHPC, value_BHPC)
             hidden_BD = hidden_BD + layer.feed_forward(hidden_BD)
         return self._logits(self._final_norm(hidden_BD))
 
@@ -141,12 +141,13 @@ class _Attention:
         x_BD: Tensor,
         rotation: Rotation,
         slots_B: Tensor,
-        is_seen_BP: Tensor,
+        is_visible_BP: Tensor,
         key_BHPC: Tensor,
         value_BHPC: Tensor,
     ) -> Tensor:
         part = self._part
         qkv = self._weights.product(self._qkv, self._lister.selected(part.input_site, x_BD))
+        # One token per sequence: the dim of the tokens, S in training, is 1.
         heads = qkv.view(len(x_BD), -1, 1, part.head_size)
         query, key, value = heads.split([part.num_heads, part.num_kv_heads, part.num_kv_heads], dim=1)
         if self._query_norm is not None and self._key_norm is not None:
@@ -159,7 +160,7 @@ class _Attention:
             query,
             key_BHPC,
             value_BHPC,
-            attn_mask=is_seen_BP[:, None, None],
+            attn_mask=is_visible_BP[:, None, None],
             enable_gqa=part.num_kv_heads != part.num_heads,
         )
         return self._weights.product(self._output, self._lister.selected(part.output_site, mixed.flatten(1)))
@@ -180,9 +181,12 @@ class _GatedProducts:
         """Return the selected hidden features of N rows, each with its matrix of the stack ``down``."""
         inner_N = matrix_N
         if self._part.w_gate is not None:
+            # Gate and up are one stack, so that one launch serves both. It has the matrices of up after those of gate,
+            # which are as many as those of down.
             inner_N = torch.cat((matrix_N, matrix_N + self._weights.num_matrices(self._down)))
         products = self._weights.product(self._inner, lists, matrix_P=inner_N, products_per_list=products_per_list)
         gate_NF = None if self._part.w_gate is None else products[: len(matrix_N)]
+        # From the end, where they are with and without a gate.
         up_NF = products[-len(matrix_N) :]
         hidden_NF, _ = self._part.activation(gate_NF, up_NF, expert_N, with_stats=False)
         return self._lister.listed(self._part.hidden_site, hidden_NF)
@@ -203,6 +207,7 @@ class _FeedForward:
         matrix_B = torch.zeros(len(x_BD), dtype=torch.int64, device=x_BD.device)
         hidden = self._products.hidden_lists(self._lister.selected(self._part.input_site, x_BD), matrix_B, None)
         y_BD = self._products.down(hidden)
+        # Only shared experts have this parameter; a dense network is of the class that they extend.
         token_gate: Tensor | None = getattr(self._part, "token_gate", None)
         return y_BD if token_gate is None else y_BD * (x_BD @ token_gate.float().T).sigmoid()
 
@@ -224,8 +229,12 @@ class _MoE:
         if selected is not None:
             lists, per_list = self._lister.listed(site, selected), choices
         else:
+            # With an S per expert a token has one selection for each of them. The number of repeats is an int: a tensor
+            # would have to be read on the host.
             lists, per_list = self._lister.selected(site, x_BD.repeat_interleave(choices, 0), expert_N), 1
         hidden = self._products.hidden_lists(lists, expert_N, expert_N, products_per_list=per_list)
+        # Routing weights and the sum over the experts of a token are part of the product: no result per expert is read
+        # again.
         y_BD = self._products.down(
             hidden,
             matrix_P=expert_N,

@@ -63,6 +63,7 @@ def load_model(
     if found.kind == "export":
         config, model, step = load_export(found.path, device, dtype=dtype)
     else:
+        # None is the newest checkpoint of a run.
         checkpoint = found.path if found.kind == "checkpoint" else None
         config, model, step = load_run(found.config_folder, device, dtype=dtype, checkpoint_folder=checkpoint)
     formats = use_weights(model, weights, head)

@@ -46,6 +46,7 @@ def check_memory(
     """
     free = free_bytes(device)
     cache = 0 if has_cache else cache_bytes(config, batch=batch, capacity=capacity, dtype=dtypes.cache)
+    # Prompts of different lengths are padded to the longest.
     prefill = prefill_bytes(config, num_tokens=batch * longest_prompt, dtypes=dtypes)
     if free is None or cache + prefill <= free:
         return
@@ -64,6 +65,7 @@ def prefill_bytes(config: ModelConfig, *, num_tokens: int, dtypes: MemoryDtypes)
     if dtypes.products != dtypes.activations:
         # The input and the output of one product of the experts.
         per_token += choices * (width + hidden) * dtypes.products.itemsize
+    # Of one layer, because without gradients the activations of a layer are freed before the next one.
     return num_tokens * per_token
 
 
@@ -73,6 +75,7 @@ def free_bytes(device: torch.device) -> int | None:
         # Memory that the caching allocator has reserved counts as used for CUDA, yet can be allocated again.
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
+    # In a container /proc/meminfo describes the whole machine, and the control group is what limits the process.
     known = [free for free in (_available_memory(Path("/proc/meminfo")), _cgroup_free()) if free is not None]
     return min(known, default=None)
 

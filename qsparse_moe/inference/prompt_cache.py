@@ -10,7 +10,7 @@ from qsparse_moe.inference.kv_cache import KeyValueCache
 class PromptCache:
     """The keys and values of one sequence, reused by the next prompt as far as it begins with the same tokens.
 
-    They are computed anew where they cannot be reused: after an earlier token has changed, from that token on; once
+    They are computed again where they cannot be reused: after an earlier token has changed, from that token on; once
     older tokens have made way for newer ones, all of them.
     """
 
@@ -38,6 +38,7 @@ class PromptCache:
         # Slot p holds position p only until the first token has been replaced.
         has_slid = len(self._tokens) > cache.capacity
         reused = 0 if has_slid or len(prompt) > cache.capacity else _common_prefix(self._tokens, prompt[:-1])
+        # The slots behind this position keep their old values, which the mask hides until they are overwritten.
         cache.positions_B.fill_(reused)
         self._tokens = list(prompt[:reused])
         return cache, reused

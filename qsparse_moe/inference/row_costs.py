@@ -79,12 +79,15 @@ def measure_shares(weight_format: WeightFormat, measure: Measure | None = None) 
 def costs_file() -> Path:
     """Return the file of this machine; it differs by compiled operators, machine, and number of threads."""
     root = Path(os.environ.get("QSPARSE_MOE_CACHE", "~/.cache/qsparse_moe")).expanduser()
+    # The name of the library has a digest of processor, flags and sources, so that changed operators are measured
+    # again.
     library = native.library_path(native.DECODE).stem
     return root / "decode" / f"{library}-{platform.node()}-{torch.get_num_threads()}.json"
 
 
 def _chosen(share: float) -> Tensor:
     # Sorted, as the engine's lists of features are: the order of the jumps is a part of their cost.
+    # Seeded, so that every process of a machine measures the same jumps.
     order = torch.randperm(_SHAPE[0], generator=torch.Generator().manual_seed(1))
     return order[: round(share * _SHAPE[0])].sort().values.int()
 

@@ -66,6 +66,7 @@ class Sampler:
     def __init__(self, sampling: Sampling, seeds: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
         """``tokens`` are those of each sequence so far, for the repetition penalty."""
         self.sampling = sampling
+        # On the CPU, so that a seed gives the same numbers for a model on any device.
         self._generators = [torch.Generator().manual_seed(_checked_seed(seed)) for seed in seeds]
         self._tokens = [list(sequence) for sequence in tokens]
 
@@ -86,6 +87,7 @@ class Sampler:
             probs_BV = probabilities(penalised_BV, self.sampling)
             # One number per sequence and step, so that a text does not depend on the other sequences of its batch.
             uniform_B = torch.cat([torch.rand(1, generator=one, dtype=torch.float64) for one in self._generators])
+            # Not torch.multinomial, which draws all rows from one generator.
             chosen_B = draw(probs_BV, uniform_B.to(probs_BV.device))
         # From the unchanged logits, so that texts with different settings can be compared by them.
         log_probs_B = logits_BV.log_softmax(-1).gather(-1, chosen_B[:, None])[:, 0].cpu()
@@ -119,6 +121,7 @@ def penalise_repetition(logits_BV: Tensor, tokens: Sequence[Sequence[int]], pena
     seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool)
     for row_V, sequence in zip(seen_BV, tokens, strict=True):
         row_V[torch.as_tensor(sequence, dtype=torch.int64)] = True
+    # A negative logit would become more likely by a division.
     less_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return torch.where(seen_BV.to(logits_BV.device), less_BV, logits_BV)
 
@@ -127,6 +130,7 @@ def cut_top_k(logits_BV: Tensor, top_k: int) -> Tensor:
     """Return the logits with all but the ``top_k`` largest of each row at -inf; equal ones go to the lower id."""
     if top_k == 0 or top_k >= logits_BV.shape[-1]:
         return logits_BV
+    # A stable sort, because torch.topk does not promise which of equal logits it takes.
     order_BK = logits_BV.sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
     likely_BV = torch.zeros_like(logits_BV, dtype=torch.bool).scatter_(-1, order_BK, True)
     return logits_BV.masked_fill(~likely_BV, -torch.inf)
@@ -140,6 +144,7 @@ def cut_top_p(probs_BV: Tensor, top_p: float) -> Tensor:
     if top_p == 1.0:
         return probs_BV
     sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    # Without the token itself: the one that crosses the sum still belongs to the set.
     before_BV = sorted_BV.cumsum(-1) - sorted_BV
     likely_BV = torch.zeros_like(probs_BV, dtype=torch.bool).scatter_(-1, order_BV, before_BV < top_p)
     return _normalised(probs_BV * likely_BV)
@@ -161,6 +166,9 @@ def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     total_B1 = sums_BV[:, -1:]
     # The product may round up to the total, which no sum exceeds.
     wanted_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
+    # From the right, so that an id whose probability is 0 and whose sum equals that of the id before it is passed over.
+    # With sums of NaN the place may lie behind the last id; the clamp keeps the lookup of its log-probability, which
+    # reports them, within range.
     return torch.searchsorted(sums_BV, wanted_B1, right=True)[:, 0].clamp(max=probs_BV.shape[-1] - 1)
 
 

@@ -84,6 +84,7 @@ class GrowingSequence:
 
     def _rest(self, reason: StopReason) -> str:
         """End the sequence and return the text that was held back."""
+        # The text of an incomplete character may complete a stop string, which then cuts it.
         rest = self._stop_strings.push(self._text_stream.flush())
         self.stop_reason = "stop_string" if self._stop_strings.found else reason
         return rest + self._stop_strings.flush()

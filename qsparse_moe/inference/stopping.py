@@ -38,6 +38,7 @@ class TextStream:
         """Return the text that ``token`` completes; empty while a character is incomplete."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
+        # A text that really has U+FFFD at its end is held back as well, until the next token or the end.
         return "" if text.endswith(_INCOMPLETE) else self._take(text)
 
     def flush(self) -> str:
@@ -45,6 +46,7 @@ class TextStream:
         return self._take(self._tokenizer.decode(self._ids))
 
     def _take(self, text: str) -> str:
+        # The difference of two decoded texts: decoded alone, a token may lose the space before it.
         piece = text[len(self._tokenizer.decode(self._ids[: self._shown])) :]
         del self._ids[:-_CONTEXT_TOKENS]
         self._shown = len(self._ids)

@@ -79,8 +79,10 @@ class TritonDecode:
             model: a model with the same parameters, such as a copy that shares them. It needs modules of its own,
                 because an engine computes with the sites of its model.
         """
+        # A shallow copy shares the stored weights, which are most of the memory.
         other = copy.copy(self)
         other._model = ListedModel(model, self._weights, reads_all_rows=self.rows == "all")
+        # A captured step reads K and thresholds from the buffers of the other model.
         other._graphs = {}
         return other
 
@@ -180,6 +182,7 @@ class TritonWeights:
     def _stored_head(self) -> StoredHead:
         if self.head_format == "bf16":
             return StoredHead(self._store(self._head_weight.T, "bf16"), None)
+        # int8 with one scale per id, as all engines have it, though the rows here are those of the input features.
         codes, scales_V = with_scales_per_output(self._head_weight.detach().cpu())
         return StoredHead(codes.to(self._head_weight.device), scales_V.to(self._head_weight.device))
 
@@ -190,6 +193,7 @@ class TritonWeights:
         return head + sum(stored.num_bytes for stored in self._stored.values())
 
     def _store(self, weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
+        # Rounded and packed on the CPU, whose memory ``store`` writes to, and then copied once.
         return store(weights.detach().cpu(), weight_format).to(self._head_weight.device)
 
 

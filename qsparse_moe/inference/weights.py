@@ -20,6 +20,7 @@ from qsparse_moe.nn.feed_forward import FeedForward
 from qsparse_moe.sparsity.quantize import as_format
 
 WEIGHT_CHOICES = ("auto", *WEIGHT_FORMATS)
+# ternary is missing, because training never rounds the head.
 HEAD_CHOICES = ("auto", "fp32", "bf16", "int8")
 # ternary is missing: such a model keeps the dtype in which it was trained.
 LOADED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
@@ -133,6 +134,7 @@ def use_weights(model: Transformer, weights: str, head: str = "auto") -> StoredF
     check_head(head)
     if weights in LOADED_DTYPES:
         model.to(LOADED_DTYPES[weights])
+    # A second time, because only now the dtype of an ``auto`` is known.
     check_head(head, model.head.weight.dtype)
     formats = StoredFormats(
         None if weights == "auto" else cast(WeightFormat, weights), None if head == "auto" else cast(WeightFormat, head)
@@ -158,6 +160,8 @@ def round_weights(model: Transformer, weight_format: WeightFormat, head: WeightF
             _round_rows(matrix.parameter, matrix.is_output_major)
     head = head_format(model, weight_format, head)
     if head == "int8":
+        # False although its rows are outputs: the head has one scale per id in every engine, because no site before it
+        # drops inputs.
         _round_rows(model.head.weight, False)
     elif head == "bf16":
         model.head.weight.copy_(model.head.weight.bfloat16())

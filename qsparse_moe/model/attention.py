@@ -39,8 +39,8 @@ class AttentionCache(Protocol):
         """Store the keys and values of the new tokens, and return what their queries attend to.
 
         Returns:
-            Keys and values of K tokens, and the mask: true where a query sees a key, broadcast to ``(B, H, S, K)``;
-            None if the K tokens are the S new ones, seen causally.
+            Keys and values of K tokens, and the mask: true where a query attends to a key, broadcast to
+            ``(B, H, S, K)``; None if the K tokens are the S new ones, with the plain causal mask.
         """
 
 

@@ -47,7 +47,7 @@ struct StoredMatrix : torch::CustomClassHolder {
                 "a stored matrix must be contiguous rows of bytes");
     TORCH_CHECK(format_ >= 0 && format_ <= 3 && num_rows > 0 && data.size(0) % num_rows == 0,
                 "a stored matrix must have a known format and whole matrices");
-    const int64_t grain = format == NumberFormat::ternary ? kTernaryBlock : format == NumberFormat::int8 ? 2 * kUnit : kUnit;
+    const int64_t grain = format == NumberFormat::ternary ? kTernaryBlock : format == NumberFormat::int8 ? 2 * kStoredUnit : kStoredUnit;
     stored_columns = (num_columns + grain - 1) / grain * grain;
     const int64_t bits = format == NumberFormat::fp32 ? 32 : format == NumberFormat::bf16 ? 16
                          : format == NumberFormat::int8 ? 8 : 2;

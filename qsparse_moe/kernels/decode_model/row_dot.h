@@ -11,7 +11,7 @@ namespace qsparse_moe {
 
 // Tokens in the layout of a format: the two halves of every unit are separate, so that they match the lanes of the weights.
 struct DotTokens {
-  const float* first;   // (T, units, 16)
+  const float* first;   // (T, units, lanes)
   const float* second;  // likewise
 };
 

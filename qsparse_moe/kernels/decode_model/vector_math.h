@@ -1,4 +1,4 @@
-// Sums and functions over rows of fp32, in vectors of 16. The remaining values of a row are processed one by one.
+// Sums and functions over rows of fp32, in vectors. The remaining values of a row are processed one by one.
 
 #pragma once
 
@@ -39,7 +39,7 @@ inline float dot(const float* a, const float* b, int64_t length) {
   return total + sum(sums[0] + sums[1]);
 }
 
-// `to` = the sum over `count` rows of weights[i] * row i. Up to 64 columns at a time are summed in registers.
+// `to` = the sum over `count` rows of weights[i] * row i. Four vectors of columns at a time are summed in registers.
 inline void weighted_sum(const float* rows, const float* weights, int64_t count, int64_t length, float* to) {
   int64_t begin = 0;
   for (; begin + 4 * kLanes <= length; begin += 4 * kLanes) {

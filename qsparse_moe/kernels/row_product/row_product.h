@@ -6,7 +6,8 @@
 //
 // Sums are formed in fp32 registers, one segment of columns at a time. The rows of a product are divided among the threads,
 // each with sums of its own, which are added at the end. Dividing the columns instead would multiply the jumps in memory
-// for the same bytes. Vectors are GCC's vector extension, 16 floats wide: one AVX-512 register, or two of AVX2.
+// for the same bytes. Vectors are GCC's vector extension, as wide as a register: 16 floats with AVX-512 and 8 without. (GCC
+// keeps wider vectors than registers in memory: 16 floats with AVX2 ran at a fifth of the speed.)
 
 #pragma once
 
@@ -14,20 +15,28 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace qsparse_moe {
 
-typedef float Floats __attribute__((vector_size(64)));
-typedef int32_t Ints __attribute__((vector_size(64)));
-typedef uint32_t Words __attribute__((vector_size(64)));
-typedef int8_t Bytes __attribute__((vector_size(16)));
+#ifdef __AVX512F__
+#define QSPARSE_MOE_LANES 16
+#else
+#define QSPARSE_MOE_LANES 8
+#endif
+constexpr int64_t kLanes = QSPARSE_MOE_LANES;
+typedef float Floats __attribute__((vector_size(4 * QSPARSE_MOE_LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * QSPARSE_MOE_LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * QSPARSE_MOE_LANES)));
+typedef int8_t Bytes __attribute__((vector_size(QSPARSE_MOE_LANES)));
 
-constexpr int64_t kLanes = 16;
-// Number of columns per step of the innermost loop; a stored row is padded with zeros to a multiple of it.
-constexpr int64_t kUnit = 32;
+// Number of columns per step of the innermost loop.
+constexpr int64_t kUnit = 2 * kLanes;
+// A stored row is padded with zeros to a multiple of this number of columns, on every processor.
+constexpr int64_t kStoredUnit = 32;
+static_assert(kStoredUnit % kUnit == 0);
 constexpr int64_t kTernaryBlock = 256;
 
 template <typename Vector>
@@ -58,20 +67,20 @@ inline float sum(Floats vector) {
 #endif
 }
 
-// Each number format turns one unit of 32 stored weights into two vectors. Every format has its own assignment of columns
+// Each number format turns one unit of stored weights into two vectors. Every format has its own assignment of columns
 // to lanes; `order` puts a pair of sums back into the order of the columns.
 
 struct Fp32 {
-  static constexpr int64_t unit_bytes = 128;
+  static constexpr int64_t unit_bytes = 4 * kUnit;
   static void read(const char* from, Floats& first, Floats& second) {
     first = load<Floats>(from);
-    second = load<Floats>(from + 64);
+    second = load<Floats>(from + 4 * kLanes);
   }
   static void order(Floats&, Floats&) {}
 };
 
 struct Bf16 {
-  static constexpr int64_t unit_bytes = 64;
+  static constexpr int64_t unit_bytes = 2 * kUnit;
   // The upper half of a word is one weight in place, the lower half is one after a shift: no unpacking is needed.
   static void read(const char* from, Floats& even, Floats& odd) {
     const Words words = load<Words>(from);
@@ -79,8 +88,13 @@ struct Bf16 {
     odd = (Floats)(words & 0xffff0000u);
   }
   static void order(Floats& even, Floats& odd) {
+#ifdef __AVX512F__
     const Ints low = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
     const Ints high = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+#else
+    const Ints low = {0, 8, 1, 9, 2, 10, 3, 11};
+    const Ints high = {4, 12, 5, 13, 6, 14, 7, 15};
+#endif
     const Floats first = __builtin_shuffle(even, odd, low);
     odd = __builtin_shuffle(even, odd, high);
     even = first;
@@ -88,15 +102,17 @@ struct Bf16 {
 };
 
 struct Int8 {
-  static constexpr int64_t unit_bytes = 32;
+  static constexpr int64_t unit_bytes = kUnit;
   static void read(const char* from, Floats& first, Floats& second) {
     first = widen(from);
-    second = widen(from + 16);
+    second = widen(from + kLanes);
   }
   // In two steps of one instruction each: GCC 12 compiles a direct conversion to sixteen scalar ones.
   static Floats widen(const char* from) {
 #ifdef __AVX512F__
     return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
 #else
     return __builtin_convertvector(__builtin_convertvector(load<Bytes>(from), Ints), Floats);
 #endif
@@ -114,6 +130,13 @@ inline int64_t rows_per_block(int64_t row_bytes) {
   const int64_t rows = kBlockBytes / row_bytes;
   return rows < 4 ? 4 : rows > 32 ? 32 : rows;
 }
+
+// Number of vectors of sums that a loop over rows holds: half of the registers of AVX-512, or of those of AVX2.
+#ifdef __AVX512F__
+constexpr int kSumsAtOnce = 16;
+#else
+constexpr int kSumsAtOnce = 8;
+#endif
 
 // Number of columns whose sums are held at a time; they fit into the L1 cache.
 constexpr int64_t kColumnsAtOnce = 2048;
@@ -164,7 +187,7 @@ inline void add_segment(const char* segment, int64_t row_bytes, const ChosenRows
 template <typename Format, int T>
 void multiply(const char* weights, int64_t row_bytes, int64_t num_columns, const ChosenRows& chosen,
               float* const* out) {
-  constexpr int wide = T >= 8 ? 1 : 8 / T;
+  constexpr int wide = std::max(1, kSumsAtOnce / 2 / T);
   constexpr int64_t stride = kColumnsAtOnce / kLanes;
   const int64_t block = rows_per_block(row_bytes), ahead = 2 * block;
   Floats sums[T * stride];
@@ -198,6 +221,7 @@ void multiply(const char* weights, int64_t row_bytes, int64_t num_columns, const
 struct Ternary {
   static constexpr int64_t block_bytes = 64;
   static constexpr int64_t steps = 16;
+  static constexpr int64_t words = 16;
 };
 
 // Two rows at a time: their codes are combined into fields of 4 bits, whose 16 values index a table of the amounts that the
@@ -220,6 +244,19 @@ struct PairTable {
   }
   Floats of(Words fields) const { return (Floats)_mm512_permutexvar_ps((__m512i)fields, (__m512)entries); }
 };
+#elif defined(__AVX2__)
+// vpermps of AVX2 looks up the lowest 3 bits: one row at a time, with the entries repeated for the bit of the next field.
+struct PairTable {
+  Floats first, second;
+  PairTable(float first_, float second_) {
+    const Floats weights = {-1, 0, 1, 0, -1, 0, 1, 0};
+    first = weights * first_, second = weights * second_;
+  }
+  static Floats look_up(Floats table, Words fields) {
+    return (Floats)_mm256_permutevar8x32_ps((__m256)table, (__m256i)fields);
+  }
+  Floats of(Words fields) const { return look_up(first, fields) + look_up(second, fields >> 2); }
+};
 #else
 struct PairTable {
   float first, second;
@@ -231,6 +268,7 @@ struct PairTable {
 
 // S of the 16 steps of one block of columns, from step S0 on; both even. All rows go through one block before the next
 // one: a line of memory holds a block of a row, so that blocks of rows save nothing here (17 GB/s so at S 0.5, 11 in blocks).
+// The block's sixteen words are one vector, or two that are processed one after the other: `block` and `out` begin at one of them.
 template <int T, int S, int S0>
 inline void multiply_ternary_steps(const char* block, int64_t row_bytes, const ChosenRows& chosen, float* const* out) {
   constexpr int64_t ahead = 32;
@@ -257,7 +295,7 @@ inline void multiply_ternary_steps(const char* block, int64_t row_bytes, const C
     }
   }
   for (int t = 0; t < T; ++t)
-    for (int s = 0; s < S; ++s) store(out[t] + (S0 + s) * kLanes, sums[t][s]);
+    for (int s = 0; s < S; ++s) store(out[t] + (S0 + s) * Ternary::words, sums[t][s]);
 }
 
 template <int T, int S, int S0 = 0>
@@ -270,10 +308,12 @@ template <int T>
 void multiply_ternary(const char* weights, int64_t row_bytes, int64_t num_columns, const ChosenRows& chosen,
                       float* const* out) {
   float* to[T];
-  for (int64_t begin = 0; begin < num_columns; begin += kTernaryBlock) {
-    for (int t = 0; t < T; ++t) to[t] = out[t] + begin;
-    multiply_ternary_block<T, 16 / T>(weights + begin / kTernaryBlock * Ternary::block_bytes, row_bytes, chosen, to);
-  }
+  for (int64_t begin = 0; begin < num_columns; begin += kTernaryBlock)
+    for (int64_t word = 0; word < Ternary::words; word += kLanes) {
+      for (int t = 0; t < T; ++t) to[t] = out[t] + begin + word;
+      const char* block = weights + begin / kTernaryBlock * Ternary::block_bytes + 4 * word;
+      multiply_ternary_block<T, std::max(2, kSumsAtOnce / T)>(block, row_bytes, chosen, to);
+    }
 }
 
 }  // namespace qsparse_moe

@@ -49,8 +49,10 @@ def values_of(case: str, device: str, salt: str = "") -> Tensor:
     num_rows, width = shape_of(case, device)
     if case == "strided":
         return torch.randn(width, num_rows, generator=seeded(case, salt)).T.to(device)
+    # Drawn on the CPU, so that every device gets the same values.
     rows = torch.randn(num_rows, width, generator=seeded(case, salt))
     if case == "ties":
+        # Halves are exact in every dtype, so that all of them have the same ties.
         rows = (2 * rows).round() / 2
     return (torch.zeros_like(rows) if case == "zeros" else rows).to(device)
 
@@ -59,6 +61,7 @@ def laid_out(case: str, rows_ND: Tensor) -> Tensor:
     """Return the rows as they are, or for ``gaps`` with NaN in memory between one row and the next."""
     if case != "gaps":
         return rows_ND
+    # NaN, so that a kernel that ignores the stride of the rows cannot pass.
     between = torch.full_like(rows_ND[:, :5], torch.nan)
     return torch.cat((rows_ND, between), dim=1)[:, : rows_ND.shape[1]]
 

@@ -34,6 +34,7 @@ class Implementation:
 
     def load(self) -> Operation:
         """Import the module and return the function."""
+        # By name, so that listing the operations imports neither Triton nor a compiler.
         module, _, function = self.target.partition(":")
         return getattr(import_module(module), function)
 

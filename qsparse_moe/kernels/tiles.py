@@ -48,7 +48,9 @@ def row_tile(num_rows: int, num_features: int) -> Tile:
     """
     if num_features > MAX_FEATURES:
         raise ValueError(f"rows of the Triton kernels hold at most {MAX_FEATURES} features, got {num_features}")
+    # tl.arange takes powers of two only; the kernels mask what lies beyond the row.
     columns = power_of_two(num_features)
+    # No more rows than there are, since a masked row costs as much as a real one.
     rows = min(max(1, _TILE_SIZE // columns), power_of_two(num_rows))
     return Tile(rows, columns, _warps(rows * columns))
 

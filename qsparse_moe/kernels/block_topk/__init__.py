@@ -33,6 +33,7 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     num_selected: int | torch.Tensor = per_group * width // group_size
     if not per_group:
         drawn = torch.randint(1, group_size + 1, (num_rows,), generator=seeded(case, "k"))
+        # A multiple of the number of groups, as block selection requires of K.
         num_selected = drawn.to(device) * (width // group_size)
     gradient = "masked" if case == "masked_gradient" else "ste"
     settings = {"num_selected": num_selected, "group_size": group_size, "gradient": gradient}

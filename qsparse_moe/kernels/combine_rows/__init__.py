@@ -35,10 +35,12 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     weights = torch.rand(len(tokens_like), choices, generator=generator)
     if has_row_S is not None:
         slot_N = slot_N[has_row_S[slot_N]]
+        # The contract of the operation: a choice without a row has the weight 0.
         weights = weights * has_row_S.view_as(weights)
     row_S = torch.zeros(weights.numel(), dtype=torch.int64).scatter_(0, slot_N, torch.arange(len(slot_N)))
     rows = example_rows.values_of(shaped_like, device, "rows").repeat(choices, 1)[: len(slot_N)]
     if case == "strided":
+        # ``repeat`` has made the rows contiguous, and this case is about rows that are not.
         rows = rows.T.contiguous().T
     rows = example_rows.laid_out(case, rows.to(device, dtype))
     tensors = {"rows_ND": rows, "weights_TA": weights.to(device, dtype)}

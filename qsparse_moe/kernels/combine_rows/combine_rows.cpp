@@ -19,6 +19,7 @@ using qsparse_moe::Float16;
 using qsparse_moe::Float32;
 using qsparse_moe::Float64;
 
+// The width may be 0.
 int64_t rows_at_least(int64_t width) { return 1 + 16384 / (width + 1); }
 
 template <typename Type>
@@ -45,8 +46,8 @@ void sum_tokens(const at::Tensor& rows, const int64_t* row_of_choice, const at::
 }
 
 template <typename Type>
-void spread_rows(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& weights, const int64_t* slot_of_row,
-                 const at::Tensor& grad_rows, const at::Tensor& grad_weights) {
+void row_grads(const at::Tensor& grad, const at::Tensor& rows, const at::Tensor& weights, const int64_t* slot_of_row,
+               const at::Tensor& grad_rows, const at::Tensor& grad_weights) {
   using Bits = typename Type::Bits;
   using Wide = typename Type::Wide;
   const auto* upstream = static_cast<const Bits*>(grad.const_data_ptr());
@@ -119,9 +120,10 @@ std::tuple<at::Tensor, at::Tensor> combine_rows_backward(const at::Tensor& grad,
                   grad.size(1) == rows.size(1),
               "combine_rows: the gradient must be contiguous (T, D), the slots (N), the weights (T, A)");
   at::Tensor grad_rows = at::empty(rows.sizes(), rows.options());
+  // Zeros, because no row writes the gradient of a choice without a row.
   at::Tensor grad_weights = at::zeros(weights.sizes(), weights.options());
   by_type(rows.scalar_type(), [&](auto type) {
-    spread_rows<decltype(type)>(grad, rows, weights, slot_of_row.const_data_ptr<int64_t>(), grad_rows, grad_weights);
+    row_grads<decltype(type)>(grad, rows, weights, slot_of_row.const_data_ptr<int64_t>(), grad_rows, grad_weights);
   });
   return {grad_rows, grad_weights};
 }

@@ -65,10 +65,13 @@ def _forward_torch(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -
 def _backward_torch(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_N: Tensor) -> tuple[Tensor, Tensor]:
     token_N = slot_N.div(weights_TA.shape[1], rounding_mode="floor")
     grad_ND = grad_TD.index_select(0, token_N)
+    # Rounded to the dtype of the rows, where the compiled implementations sum in fp32.
     dot_N = torch.linalg.vecdot(grad_ND, rows_ND).to(weights_TA.dtype)
     weight_N = weights_TA.flatten()[slot_N].to(grad_ND.dtype)
     grad_weights_TA = torch.zeros_like(weights_TA)
+    # slot_N leaves out the choices without a row, whose gradient stays 0.
     grad_weights_TA.view(-1)[slot_N] = dot_N
+    # In place, because index_select has made a new tensor.
     return grad_ND.mul_(weight_N[:, None]), grad_weights_TA
 
 
@@ -84,6 +87,7 @@ def _backward_native(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_
 
 
 def _forward_triton(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:
+    # Imported here, because Triton is an optional dependency.
     from qsparse_moe.kernels.combine_rows import triton
 
     return triton.forward_triton(rows_ND, row_TA, weights_TA)

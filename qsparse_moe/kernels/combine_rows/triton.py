@@ -13,6 +13,7 @@ from torch import Tensor
 from qsparse_moe.kernels.tiles import flat_tile, on_device_of, row_tile
 
 
+# Differs from step to step; Triton would compile variants for values that are 1 or multiples of 16.
 @triton.jit(do_not_specialize=["num_tokens"])
 def forward_kernel(
     rows_ptr,
@@ -101,9 +102,11 @@ def backward_triton(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_N
     """Compute ``CombineRows.backward`` on an NVIDIA GPU or under the interpreter."""
     num_rows, num_features = rows_ND.shape
     grad_rows = torch.empty(num_rows, num_features, dtype=rows_ND.dtype, device=rows_ND.device)
+    # Zeros, because no program writes the gradient of a choice without a row.
     grad_weights = torch.zeros(weights_TA.shape, dtype=weights_TA.dtype, device=weights_TA.device)
     if not grad_rows.numel():
         return grad_rows, grad_weights
+    # Whole rows, because the gradient of a weight is the dot product over its row.
     tile = row_tile(num_rows, num_features)
     with on_device_of(rows_ND):
         backward_kernel[(triton.cdiv(num_rows, tile.rows),)](

@@ -29,6 +29,7 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     num_selected = example_rows.num_selected_of(rows, gate.shape[0], gate.shape[1], device)
     if rows not in ("ties", "large"):
         chosen = topk_mask(reference.ACTIVATIONS[activation](gate, up), num_selected)
+        # Doubled in up, because every activation is linear in it: the selected values are then clear of the others.
         up = torch.where(chosen, 2 * up, up)
     # In the case "gaps" only gate has gaps between its rows, so that the strides of gate and up differ.
     tensors = {"gate_NF": example_rows.laid_out(rows, gate.to(device, dtype)), "up_NF": up.to(device, dtype)}

@@ -16,6 +16,7 @@ def forward_native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute ``FusedGLU.forward`` on a CPU, in fp16, bf16, fp32, or fp64 (with sums in fp64)."""
     native.load()
+    # The operator reads K as contiguous int64, and callers may have any integer dtype.
     per_row = num_selected.long().contiguous() if isinstance(num_selected, Tensor) else None
     one = 0 if isinstance(num_selected, Tensor) else num_selected
     return torch.ops.qsparse_moe.fused_glu_forward(

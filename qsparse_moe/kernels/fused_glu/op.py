@@ -59,6 +59,7 @@ def fused_glu_triton(gate_NF: Tensor, up_NF: Tensor, num_selected: int | Tensor,
 
 
 def _triton_forward(*arguments: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    # Imported here, because Triton is an optional dependency.
     from qsparse_moe.kernels.fused_glu import triton
 
     return triton.forward_triton(*arguments, **settings)
@@ -72,6 +73,7 @@ def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 NATIVE = FusedGLU("native", forward_native, backward_native, native.why_not)
 TRITON = FusedGLU("triton", _triton_forward, _triton_backward, tiles.why_not)
+# No implementation in stock PyTorch: without one of these, the activation and the site run one after the other.
 FUSED_GLUS: tuple[FusedGLU, ...] = (NATIVE, TRITON)
 """All implementations, fastest first."""
 

@@ -25,6 +25,7 @@ _CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
 def activate(gate, up, ACTIVATION: tl.constexpr):
     """Return ``relu(gate)^2 * up`` or ``silu(gate) * up``; a NaN stays a NaN."""
     if ACTIVATION == _RELU2GLU:
+        # Not tl.maximum, which returns the other operand of a NaN.
         positive = tl.where(gate < 0, 0.0, gate)
         return positive * positive * up
     return gate / (1.0 + tl.exp(-gate)) * up
@@ -38,9 +39,12 @@ def activation_gradients(gate, up, grad, ACTIVATION: tl.constexpr):
         through = grad * positive
         return 2.0 * through * up, through * positive
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    # silu(x) = x s(x) has the derivative s (1 + x (1 - s)), with s the sigmoid.
     return grad * up * sigmoid * (1.0 + gate * (1.0 - sigmoid)), grad * gate * sigmoid
 
 
+# K and the number of routed tokens change from step to step; Triton would compile variants for values that are 1 or
+# multiples of 16.
 @triton.jit(do_not_specialize=["num_selected", "num_rows", "rows_per_k"])
 def forward_kernel(
     gate_ptr,
@@ -70,6 +74,7 @@ def forward_kernel(
     inside = row_is_real[:, None] & (columns < num_features)[None, :]
     gate = tl.load(gate_ptr + rows[:, None] * gate_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + rows[:, None] * up_stride + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    # Rounded before the selection: other implementations select among the stored values, of which more are tied.
     dense = activate(gate, up, ACTIVATION).to(selected_ptr.dtype.element_ty)
     bits = dense.to(tl.int32 if NUM_BITS == 31 else tl.int16, bitcast=True)
     wanted = load_num_selected(num_selected_ptr, num_selected, rows, row_is_real, num_features, rows_per_k, PER_ROW)
@@ -169,6 +174,7 @@ def backward_triton(
     grad_gate, grad_up = (torch.empty(num_rows, num_features, **settings) for _ in range(2))
     if not grad_gate.numel():
         return grad_gate, grad_up
+    # The backward is element by element, so a program need not have a whole row.
     tile = flat_tile(num_rows, num_features)
     with on_device_of(gate_NF):
         backward_kernel[(triton.cdiv(num_rows, tile.rows), triton.cdiv(num_features, tile.columns))](

@@ -29,6 +29,7 @@ def example_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     x = example_rows.values_of(case, device)
     if case == "ties":
         x = torch.randint(-254, 255, x.shape, generator=example_rows.seeded(case)).to(x) / 2
+        # The largest value of every row, which makes its scale 1: the halves are then halfway between two codes.
         x[:, 0] = 127.0
     else:
         x = x * torch.logspace(-3, 3, x.shape[0], device=device)[:, None]

@@ -39,6 +39,7 @@ def fake_quantize_kernel(
     # The maximum of the bit patterns: a maximum of floats would drop a NaN, whose bits are above those of infinity.
     magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(magnitude, 1).to(tl.float32, bitcast=True)
+    # div_rn, because the operator / of Triton is not rounded correctly in fp32.
     factor = tl.div_rn(tl.full((ROWS,), 1.0, tl.float32), largest + _EPSILON) * 127.0
     # At most 127 by construction, so nothing has to be clipped.
     codes = (x * factor[:, None] + _ROUNDER) - _ROUNDER
@@ -74,6 +75,8 @@ def _rounded(x: Tensor) -> Tensor:
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             num_warps=tile.num_warps,
+            # Fused, x * factor + rounder would leave out the rounding of the product: halves would get other codes than
+            # in quantize.
             enable_fp_fusion=False,
         )
     return out

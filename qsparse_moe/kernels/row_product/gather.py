@@ -1,7 +1,7 @@
 """Sparse rows as lists of their nonzero features, and their products with chosen rows of matrices, in stock PyTorch.
 
 L lists of M places, P products, E matrices of D rows and O columns. ``torch.nn.functional.embedding_bag`` reads only
-the rows that it is told to and adds them with weights, on a CPU without a compiler.
+the rows whose numbers it is given and adds them with weights, on a CPU without a compiler.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def _bags(rows: Tensor, row_PM: Tensor, values_PM: Tensor) -> Tensor:
     """Return ``(P, O)`` fp32: for each product the sum over its places of the value times the row."""
     # Fewer bags per product where the products are many: adding the bags of a product costs time.
     bags = max(1, _BAGS // len(row_PM))
+    # A power of two divides the places of a list, which are a multiple of _BAGS.
     bags = 1 << (bags.bit_length() - 1)
+    # embedding_bag takes weights in the dtype of its rows only.
     values_PM = values_PM.to(rows.dtype)
     parts = F.embedding_bag(
         row_PM.view(len(row_PM) * bags, -1),

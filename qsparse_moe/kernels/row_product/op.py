@@ -51,6 +51,7 @@ def row_product_native(
 
 def list_features(rows_ND: Tensor, capacity: int, *, with_zeros: bool = False) -> FeatureLists:
     """Return the nonzero features of every row; see ``triton.list_features_triton``, imported on the first call."""
+    # Imported here, because Triton is an optional dependency.
     from qsparse_moe.kernels.row_product import triton
 
     return triton.list_features_triton(rows_ND, capacity, with_zeros=with_zeros)

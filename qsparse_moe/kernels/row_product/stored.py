@@ -19,9 +19,13 @@ from qsparse_moe.sparsity.quantize import quantize
 WeightFormat = Literal["fp32", "bf16", "int8", "ternary"]
 WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 
+# Columns to whose multiple a row is padded, so that the loops of row_product.h have no remainder: 32 are their step, 64
+# a line of int8 codes in integer_product.h, and 256 a block of ternary codes.
 _COLUMN_GRAIN = {"fp32": 32, "bf16": 32, "int8": 64, "ternary": 256}
 _BITS = {"fp32": 32, "bf16": 16, "int8": 8, "ternary": 2}
+# 32-bit values in a vector of AVX-512, and codes of 2 bits in a 32-bit word.
 _LANES = 16
+# Without -128, so that the codes are symmetric around 0 as the scale max|row| / 127 assumes.
 _INT8_LARGEST = 127
 
 
@@ -91,6 +95,7 @@ def with_scales_per_output(weights_OD: Tensor) -> tuple[StoredWeights, Tensor]:
     by_output = store(weights_OD, "int8")
     num_outputs, num_features = weights_OD.shape
     grain = _COLUMN_GRAIN["int8"]
+    # Zeros, because the kernels read the padding as well.
     data = torch.zeros(num_features, -(-num_outputs // grain) * grain, dtype=torch.int8)
     data[:, :num_outputs] = by_output.data.view(torch.int8)[:, :num_features].T
     codes = StoredWeights(data.view(torch.uint8), torch.ones(num_features), "int8", num_features, num_outputs)
@@ -122,6 +127,7 @@ def _encode(stack_EDO: Tensor, weight_format: WeightFormat) -> tuple[Tensor, Ten
     if weight_format == "int8":
         rows_NO = stack_EDO.flatten(0, 1).float()
         scales_N = rows_NO.abs().amax(-1) / _INT8_LARGEST
+        # Clamped, because a row of zeros has a scale of 0.
         codes_NO = (rows_NO / scales_N.clamp(min=torch.finfo(torch.float32).tiny)[:, None]).round_()
         return codes_NO.clamp_(-_INT8_LARGEST, _INT8_LARGEST).to(torch.int8), scales_N
     codes, scale = quantize(stack_EDO, "ternary")

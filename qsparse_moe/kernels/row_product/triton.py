@@ -79,7 +79,9 @@ def list_kernel(
     COLUMNS: tl.constexpr,
 ):
     """One row: the place of a feature is the number of listed ones before it."""
+    # int64, because row * num_features exceeds int32 for large batches.
     row = tl.program_id(0).to(tl.int64)
+    # One program has the whole row, because a place needs the number of all features before it.
     features = tl.arange(0, COLUMNS)
     inside = features < num_features
     values = tl.load(rows_ptr + row * num_features + features, mask=inside, other=0.0).to(tl.float32)
@@ -125,6 +127,7 @@ def listed_product_triton(
     columns = min(_COLUMNS, power_of_two(num_columns))
     num_tiles = triton.cdiv(num_columns, columns)
     splits = _num_splits(num_products * num_tiles, capacity)
+    # Not zeroed: every part is written, also that of a list which is too short for it.
     parts_PXO = torch.empty(num_products, splits, num_columns, dtype=torch.float32, device=device)
     if num_products:
         with on_device_of(lists.values_LM):
@@ -174,6 +177,8 @@ def load_weights(weights_ptr, first_row, features, is_real, columns, row_pitch, 
     return tl.load(weights_ptr + rows + columns[None, :], mask=inside, other=0).to(tl.float32)
 
 
+# These differ from step to step. Without the list, Triton would compile variants for values that are 1 or multiples of
+# 16, in the middle of decoding.
 @triton.jit(do_not_specialize=["num_lists", "products_per_list", "capacity", "splits"])
 def product_kernel(
     weights_ptr,
@@ -215,11 +220,13 @@ def product_kernel(
         features = tl.load(features_ptr + place * capacity + at, mask=is_real, other=0)
         values = tl.load(values_ptr + place * capacity + at, mask=is_real, other=0.0)
         if FORMAT == _INT8:
+            # The scale of a row goes into its one value, not into each of its columns.
             values *= tl.load(scales_ptr + matrix * num_rows + features, mask=is_real, other=0.0)
         weights = load_weights(weights_ptr, matrix * num_rows, features, is_real, columns, row_pitch, FORMAT)
         sums += values[:, None] * weights
     total = tl.sum(sums, 0)
     if FORMAT == _TERNARY:
+        # One scale per matrix, which therefore multiplies the sum.
         total *= tl.load(scales_ptr + matrix)
     if factors_ptr is not None:
         total *= tl.load(factors_ptr + product)

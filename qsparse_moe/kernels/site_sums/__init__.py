@@ -31,6 +31,7 @@ def pattern_inputs(case: str, dtype: torch.dtype, device: str) -> Example:
     _, after = _selected(case, dtype, device)
     readers = stats.Readers()
     if case == "k_per_row":
+        # Row 6 is read by two experts, and expert 1 reads nothing.
         row, expert = torch.tensor([4, 0, 6, 6, 1]), torch.tensor([0, 0, 0, 2, 2])
         readers = stats.Readers(row.to(device), expert.to(device), num_experts=3)
     return Example({"after_ND": after}, {"readers": readers})

@@ -84,6 +84,7 @@ void pattern_of_rows(const Value* data, int64_t num_rows, int64_t length, Wide<V
 #pragma omp simd reduction(min : least)
       for (int64_t i = 0; i < length; ++i) {
         const W magnitude = std::abs(W(x[i]));
+        // Only nonzero features count as selected ones: a ReLU leaves rows with fewer than K of them.
         const W candidate = magnitude == 0 ? none : magnitude;
         least = candidate < least ? candidate : least;
       }

@@ -46,6 +46,7 @@ std::tuple<at::Tensor, at::Tensor> topk_select(const at::Tensor& x, int64_t num_
                                                const std::optional<at::Tensor>& num_selected_per_row, bool with_mask) {
   const int64_t length = x.size(-1);
   TORCH_CHECK(x.is_contiguous(), "topk_select: x must be contiguous");
+  // select_row counts 16-bit values in 16-bit lanes.
   TORCH_CHECK(length < 65536, "topk_select: rows must be shorter than 65536, got ", length);
   const int64_t* per_row = nullptr;
   if (num_selected_per_row) {
@@ -60,6 +61,7 @@ std::tuple<at::Tensor, at::Tensor> topk_select(const at::Tensor& x, int64_t num_
   at::Tensor selected = at::empty_like(x);
   at::Tensor mask = with_mask ? at::empty(x.sizes(), x.options().dtype(at::kBool)) : at::empty({0}, at::kBool);
   if (x.numel() == 0) return {selected, mask};
+  // By size and not by dtype: magnitudes are compared as bits, so fp16 and bf16 are one case.
   switch (x.element_size()) {
     case 2:
       select_rows<uint16_t>(x, selected, mask, num_selected, per_row, length);

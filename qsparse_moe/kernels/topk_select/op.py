@@ -32,6 +32,7 @@ class TopKSelect:
 def select_rows_torch(x: Tensor, num_selected: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:
     """Select in stock PyTorch, on any device."""
     mask = topk_mask(x, num_selected)
+    # A new tensor: a mask applied in place would change the input of the site.
     return x * mask, mask
 
 
@@ -106,6 +107,7 @@ class _Select(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, num_selected: int | Tensor, rows: SelectRows, masked: bool) -> Tensor:
+        # The straight-through gradient ignores the mask, so it is neither requested nor saved for it.
         selected, mask = rows(x, num_selected, masked)
         if masked:
             ctx.save_for_backward(mask)

@@ -44,6 +44,7 @@ Threshold<Bits> find_threshold(const Bits* magnitude, Length length, int64_t num
   if (nonzero < num_selected) return found;
   for (int bit = 8 * sizeof(Bits) - 2; bit >= 0 && found.reached != num_selected; --bit) {
     const Bits step = Bits(1) << bit;
+    // A bit that no magnitude has cannot be a bit of the threshold, and skipping it saves a pass over the row.
     if (!(all_bits & step)) continue;
     const Bits candidate = found.value | step;
     const int64_t reached = count_at_least(magnitude, length, candidate);
@@ -62,6 +63,7 @@ void select_row(const Bits* __restrict row, Bits* __restrict selected, bool* __r
   for (int64_t i = 0; i < length; ++i) magnitude[i] = row[i] & no_sign;
   const Threshold<Bits> found = find_threshold(magnitude, length, num_selected);
   const Bits threshold = found.value;
+  // Every value that is not zero is selected, and without a mask it does not matter which zeros are.
   if (threshold == 0 && !mask) {
     for (int64_t i = 0; i < length; ++i) selected[i] = row[i];
     return;

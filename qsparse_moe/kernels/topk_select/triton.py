@@ -44,6 +44,7 @@ def mark_largest(magnitude, num_selected, num_features, NUM_BITS: tl.constexpr, 
     """
     # A ReLU before the selection leaves many zeros. If at most K values are nonzero, there is nothing to search.
     nonzero = tl.sum((magnitude > 0).to(tl.int32), 1)
+    # 1 is the smallest magnitude above 0, so as a threshold it selects exactly the nonzero values.
     found = (nonzero == num_selected).to(magnitude.dtype)
     reached = tl.where(nonzero == num_selected, num_selected, num_features)
     bit = NUM_BITS - 1
@@ -66,6 +67,8 @@ def mark_largest(magnitude, num_selected, num_features, NUM_BITS: tl.constexpr, 
     return keep & (magnitude >= 0)
 
 
+# K and the number of rows change from step to step; Triton would compile variants for values that are 1 or multiples of
+# 16.
 @triton.jit(do_not_specialize=["num_selected", "num_rows", "rows_per_k"])
 def select_kernel(
     x_ptr,
@@ -103,6 +106,7 @@ def select_rows_triton(x: Tensor, num_selected: int | Tensor, with_mask: bool) -
     Raises:
         ValueError: rows have more than ``tiles.MAX_FEATURES`` features.
     """
+    # The kernel takes no strides.
     x = x.contiguous()
     num_features = x.shape[-1]
     selected = torch.empty_like(x)
@@ -112,6 +116,7 @@ def select_rows_triton(x: Tensor, num_selected: int | Tensor, with_mask: bool) -
     num_rows = x.numel() // num_features
     per_row, one, rows_per_k = k_arguments(num_selected)
     tile = row_tile(num_rows, num_features)
+    # As integers: the kernel needs the bits alone, so one variant serves fp16 and bf16.
     integers = _INTEGERS[x.element_size()]
     with on_device_of(x):
         select_kernel[(triton.cdiv(num_rows, tile.rows),)](

@@ -45,6 +45,7 @@ def scale_over(changes: Iterable[float]) -> Normalize:
     The scale is symmetric around 0. It is logarithmic away from 0 if the changes differ by orders of magnitude.
     """
     sizes = np.abs(1000 * np.asarray([change for change in changes if np.isfinite(change)]))
+    # A scale from 0 to 0 has no colours, so changes that are all 0 get a tiny range.
     largest = max(float(sizes.max(initial=0.0)), 1e-9)
     others = sizes[sizes > 1e-6 * largest]
     # The median leaves out exact zeros, such as experts without tokens, which would hide the typical size.
@@ -79,6 +80,7 @@ def draw_maps(
     axes = [figure.add_subplot(num_rows, num_columns, index + 1) for index in range(len(panels))]
     for axis, panel in zip(axes, panels, strict=True):
         image = axis.imshow(1000 * panel.change_LE, cmap="RdBu_r", norm=scale, aspect="auto")
+        # The background shows where there is no cell; it is grey, because white means no change.
         axis.set_facecolor(_MISSING)
         axis.set_title(panel.title, fontsize=8)
         axis.set_ylabel("layer", fontsize=8)
@@ -121,6 +123,7 @@ def _write_values(axis: Axes, panel: CellMap, scale: Normalize) -> None:
     """Write each value into its cell. Noise is grey on a white box, so that the hatching does not cross the digits."""
     for row, column in np.argwhere(~np.isnan(panel.change_LE)):
         value, is_noise = 1000 * panel.change_LE[row, column], bool(panel.noise_LE[row, column])
+        # Black digits are hard to read on both ends of the colour map.
         dark = abs(float(scale(value)) - 0.5) > 0.3 and not is_noise
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9} if is_noise else None
         weight, colour = ("normal", "0.35") if is_noise else ("bold", "white" if dark else "black")
@@ -132,4 +135,5 @@ def _write_values(axis: Axes, panel: CellMap, scale: Normalize) -> None:
 def _short(value: float) -> str:
     if value and abs(value) < 0.005:
         return "≈0"
+    # From 99.5 on, two significant digits would be written with an exponent, such as +1e+02.
     return f"{value:+.0f}" if abs(value) >= 99.5 else f"{value:+.2g}" if value else "0"

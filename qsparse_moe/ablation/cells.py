@@ -36,6 +36,7 @@ def cells_of(plan: SparsityPlan) -> list[Cell]:
 
 def sparsity_of(plan: SparsityPlan, cell: Cell) -> float:
     """Return S of one cell."""
+    # A site without experts has a single value, at index 0.
     return plan.values[cell.layer, cell.site][cell.expert or 0]
 
 

@@ -83,6 +83,7 @@ def training_flops(
         routed=3 * forward.routed,
         needed=forward.needed + by_weight + 2 * by_input + 2 * forward.attention_scores,
         attention_scores=3 * forward.attention_scores,
+        # The backward pass uses the masks of the forward pass and selects nothing itself.
         selection=forward.selection,
     )
 
@@ -105,6 +106,7 @@ def flops_by_site(
 
 def _add(found: dict[str, Flops], name: str, more: Flops) -> None:
     one = found.get(name, Flops(0, 0, 0, 0))
+    # The attention scores have an entry of their own, which the caller adds, so they are 0 in all of these.
     found[name] = Flops(
         one.routed + more.routed, one.needed + more.needed, one.attention_scores, one.selection + more.selection
     )
@@ -115,6 +117,8 @@ def _matrices(config: ModelConfig, plan: SparsityPlan, densities: Densities | No
 
 
 def _scores(config: ModelConfig, context: int) -> int:
+    # Two products per head, of queries with keys and of attention weights with values, take two operations per element
+    # each.
     return config.num_layers * 4 * config.num_heads * head_size(config) * context
 
 

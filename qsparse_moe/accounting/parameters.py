@@ -128,6 +128,7 @@ def _router(name: str, size: int) -> Weight:
 
 def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
     prefix, width, channels = f"layers.{layer}.attention.", config.hidden_size, head_size(config)
+    # With a head size of its own, attention may be wider or narrower than the model.
     mixed = config.num_heads * channels
     qkv = width * (mixed + 2 * num_kv_heads(config) * channels)
     sites: dict[str, tuple[Site, int]] = {

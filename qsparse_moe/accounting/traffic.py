@@ -98,6 +98,7 @@ def _union(
         return size, size
     chosen = weight.active / size
     gated = gate_density if gate_density is not None and weight.name.endswith("w_up") else 1.0
+    # Only a gate with a ReLU has values that are exactly zero.
     if config.moe.activation not in RELU_GATES:
         gated = 1.0
     shares = densities[weight.layer, weight.site]

@@ -73,6 +73,7 @@ def build_dmoe(config: ModelConfig, dtype: torch.dtype, device: torch.device) ->
         mlp_type="glu" if has_gate(config) else "mlp",
         # The default, block-sparse products, refuses Triton 3.2 and newer (MegaBlocks' issue 168).
         mlp_impl="grouped",
+        # The experts of our layer have no biases.
         bias=False,
         return_bias=False,
         # With a weight above 0, every training step appends to a module-level list, which would keep its tensors alive.

@@ -127,6 +127,7 @@ def _processor() -> str:
 
 def _commit() -> str | None:
     folder = Path(__file__).parent
+    # The mark of --dirty shows that a result does not belong to the commit alone.
     result = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True, check=False
     )

@@ -121,6 +121,7 @@ def build_deepspeed(shape: LayerShape, weights: LayerWeights, x_TD: Tensor) -> C
         inner.gate.wg.weight.copy_(weights.router_ED)
         for number, expert in enumerate(inner.experts.deepspeed_experts):
             for linear, stack in zip((expert.gate, expert.up, expert.down), weights[1:], strict=True):
+                # nn.Linear stores its matrix as outputs by inputs.
                 linear.weight.copy_(stack[number].T)
     # The third value, the number of tokens per expert, has no gradient.
     return Contender(x_TD[None], lambda x_1TD: layer(x_1TD)[:2], tuple(layer.parameters()))

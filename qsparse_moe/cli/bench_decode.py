@@ -64,6 +64,7 @@ def decode(
     formats = listed_names("--weights", weights, ("fp32", "bf16", "int8", "ternary"))
     sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
     batches = _numbers("--batch", batch, int, lambda value: value >= 1, "whole numbers from 1")
+    # An empty text leaves all peers out; split, it would be a peer without a name.
     chosen_peers = listed_names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
     listed_names("--head", head, ("auto", "fp32", "bf16", "int8"))
     # Only now, when all options have been checked: torch takes seconds to import.

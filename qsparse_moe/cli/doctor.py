@@ -23,6 +23,7 @@ def register(app: typer.Typer) -> None:
 def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
     """Report what runs on this machine. The exit code is 1 if something is missing that every run needs."""
     findings = examine()
+    # A missing GPU or extra package is reported, but most runs do without it.
     missing = [finding for finding in findings if finding.needed and not finding.runs]
     if json:
         print_json({"ready": not missing, "findings": [asdict(finding) for finding in findings]})

@@ -61,6 +61,7 @@ def _texts(chosen: Shipped, target: Path) -> dict[Path, str]:
     """Return what to write by file: the chosen file, and for a grid the configuration that it is based on."""
     # The schema is beside the shipped file and not beside the copy, so the copy refers to it by an absolute path.
     text = _SCHEMA_LINE.sub(f"# yaml-language-server: $schema={SCHEMA}", chosen.path.read_text(encoding="utf-8"))
+    # Only a grid has a base, which must be copied with it and be named as it lies beside the copy.
     base = _BASE_LINE.search(text) if chosen.kind == "grid" else None
     if base is None:
         return {target: text}

@@ -63,6 +63,7 @@ def _logdir(folders: Sequence[Path]) -> Path:
 def _check(folder: Path) -> None:
     if not folder.is_dir():
         raise DataError(f"{folder} does not exist; name a run folder or a folder that contains run folders")
+    # The search ends at the first file, because a folder of runs may hold thousands.
     if next(folder.rglob("*.tfevents.*"), None) is None:
         raise DataError(
             f"{folder} contains no metrics for TensorBoard; name a run folder or a folder of run folders, and train "

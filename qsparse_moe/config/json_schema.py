@@ -26,6 +26,7 @@ def _for_files(node: Any) -> Any:
         return [_for_files(item) for item in node]
     if not isinstance(node, dict):
         return " ".join(node.split()) if isinstance(node, str) else node
+    # pydantic makes titles of the names of classes and fields, which say nothing new in an editor.
     node = {key: _for_files(value) for key, value in node.items() if not (key == "title" and isinstance(value, str))}
     # A section with nothing below its name is null in YAML, and load_config accepts it.
     if node.get("type") == "object" and not node.get("required"):

@@ -120,6 +120,7 @@ def _no_match(config: ModelConfig, override: SparsityOverride, path: str) -> Ite
     wanted = {override.site} if override.site else EXPERT_SITES if override.experts is not None else existing
     if existing & wanted:
         return
+    # Parts that are not set mean all of them, and the user has not written them.
     what = override.model_dump(exclude_none=True, mode="json")
     offered = "; ".join(f"layer {layer}: {', '.join(layer_sites(config, layer))}" for layer in _representatives(config))
     yield f"{path} ({show(what)}) selects nothing; the sites of this model are, {offered}"

@@ -270,6 +270,7 @@ def _source_problems(source: SourceConfig) -> Iterator[tuple[str, str]]:
         yield "path", "must be the name of one data set when kind is hub, such as owner/name"
     if kind == "saved" and (not isinstance(source.path, str) or not source.path):
         yield "path", "must be one folder when kind is saved, written by save_to_disk of datasets"
+    # What belongs to another kind is refused rather than ignored, because it shows that another kind was meant.
     if kind != "text" and source.separator is not None:
         yield "separator", f"has no meaning when kind is {kind}; remove it"
     if kind in {"stdlib", "text"} and source.column != "text":

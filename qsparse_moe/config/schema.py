@@ -212,6 +212,7 @@ class TrainingConfig(Section):
     """P, the number of ranks that share the experts of every layer: each holds E / P of them, and tokens are exchanged
     by all-to-all. It must divide the number of ranks and num_experts. 1: every rank holds all experts (under ZeRO-3, a
     shard of each)."""
+    # Python's own timers fail above 9e9 seconds.
     collective_timeout: Annotated[float, Field(gt=0, le=1e8)] = 600.0
     """Seconds without a heartbeat of some rank, or without the end of a collective operation, after which the run ends.
     It must be longer than anything that one rank does while the others wait. A killed rank is noticed sooner."""
@@ -222,6 +223,7 @@ class TrainingConfig(Section):
     # Steps take milliseconds or minutes. With a limit in time, a crash loses about this much work whatever the model.
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Save a checkpoint after a step if the last one is this number of minutes old, by rank 0's clock; 0: never."""
+    # If the newest one turns out to be damaged, the run can continue from the one before.
     keep_last: PositiveInt = 2
     """Number of checkpoints to keep."""
     evaluation_interval: NonNegativeInt = 0

@@ -17,6 +17,7 @@ SMALLEST_GUARD = 10**6
 PositiveInt = Annotated[int, Field(ge=1, le=LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=LARGEST)]
 Width = Annotated[int, Field(ge=1, le=LARGEST_WIDTH)]
+# Infinity would pass a lower limit. The types with two limits exclude it by themselves.
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]

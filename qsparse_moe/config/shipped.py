@@ -69,6 +69,7 @@ def shipped(name: str) -> Shipped:
     by_stem = [file for file in files if file.rsplit("/", 1)[-1] == wanted]
     if len(by_stem) == 1:
         return files[by_stem[0]]
+    # The default cutoff of 0.6 is too strict for a model's name without folder and size, such as mixtral.
     nearest = difflib.get_close_matches(wanted, files, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(nearest)}?" if nearest else f"choose from {', '.join(files)}"
     raise ConfigError(f"{name!r} is not a configuration, grid, or example of this package; {hint}")

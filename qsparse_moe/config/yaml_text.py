@@ -121,5 +121,6 @@ def _position(error: yaml.YAMLError) -> str:
 
 def _reason(error: yaml.YAMLError) -> str:
     reason = str(getattr(error, "problem", None) or getattr(error, "reason", None) or error).strip()
+    # The parser notices an open bracket or quote only far behind it, so the message also names where it begins.
     opening = getattr(error, "context_mark", None)
     return f"{reason} ({error.context} that begins in line {opening.line + 1})" if opening else reason  # type: ignore

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# This is the value that PyTorch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
 """The label that every loss ignores."""
 
@@ -47,6 +48,7 @@ def make_batch(sequences: np.ndarray[Any, Any], *, document_token: int, attend_a
         return Batch(_tensor(tokens), _tensor(labels), _tensor(columns), None)
     begins = tokens == document_token
     positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    # The index is 0 for the first document, whether the sequence begins with its document token or inside of it.
     documents = np.cumsum(begins, axis=1) - begins[:, :1]
     return Batch(_tensor(tokens), _tensor(labels), _tensor(positions), _tensor(documents))
 

@@ -97,12 +97,14 @@ def open_saved(source: SourceConfig, setting: str, limits: Limits) -> OpenSource
         found = found[source.split]
     _require_column(found.column_names, source.column, f"{setting}: {source.path!r}")
     files = tuple(str(Path(file["filename"])) for file in found.cache_files)
+    # datasets refuses more shards than there are rows.
     stream = found.select_columns([source.column]).to_iterable_dataset(num_shards=max(1, min(_NUM_PARTS, len(found))))
     identity = source.model_dump(include={"kind", "split", "column"}) | {"files": sizes_and_times(files)}
     return OpenSource(setting, stream, source.column, identity, None, files, limits)
 
 
 def _looks_like_a_folder(path: str) -> bool:
+    # The name of a data set on the hub has at most one slash.
     return path.startswith((".", "~", os.sep)) or path.count("/") > 1
 
 

@@ -224,6 +224,7 @@ def evaluation_batches(
 
 
 def _padded_tokens(table: SequenceTable, indices: Array, num_sequences: int) -> Array:
+    # Any valid token serves as padding, because its labels are ignored.
     tokens = np.full((num_sequences, table.sequence_length + 1), table.document_token, np.int64)
     if len(indices):
         tokens[: len(indices)] = table.tokens(indices)

@@ -106,6 +106,7 @@ def _records(file: str, kind: str, column: str, separator: str | None, place: st
                 yield from _separated(stream, separator, place, max_bytes)
             else:
                 yield from _whole(stream, place, max_bytes)
+    # Errors of our own name the place and the way out already.
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:  # pyarrow's errors are ValueErrors and OSErrors
@@ -237,6 +238,7 @@ def _parquet_rows(file: str, column: str, place: str) -> Iterator[Record]:
     with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
         names = table.schema_arrow.names
         if column not in names:
+            # A file without rows is skipped like other empty files, whatever its columns are.
             if table.metadata.num_rows:
                 raise DataError(missing_column(names, column, f"{place}, row 0"))
             return

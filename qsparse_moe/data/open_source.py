@@ -149,6 +149,7 @@ def content_digest(files: Sequence[str]) -> str:
                 digest.update(stream.read())
                 continue
             for block in range(_NUM_BLOCKS):
+                # The first and the last block are the ends of the file.
                 stream.seek((size - _BLOCK_BYTES) * block // (_NUM_BLOCKS - 1))
                 digest.update(stream.read(_BLOCK_BYTES))
     return digest.hexdigest()

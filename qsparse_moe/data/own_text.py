@@ -73,6 +73,7 @@ class OwnText:
 def _texts(files: Sequence[str], config: DataConfig) -> Iterator[str]:
     limits = Limits(config.max_bad_records, config.max_document_bytes)
     for index, file in enumerate(files):
+        # Every file is a source of its own, because files of several kinds may be named together.
         suffix = Path(file.removesuffix(".gz")).suffix
         source = SourceConfig(kind=_KINDS.get(suffix, "text"), path=file)
         yield from open_source(source, index, limits).texts()

@@ -55,7 +55,9 @@ class Packer:
         self._tokens, self._num_bytes = tokens[used:].copy(), num_bytes[used:].copy()
         if not num_sequences:
             return PackedSequences(np.zeros((0, length + 1), np.int32), np.zeros(0, np.int64))
+        # Neighbours share a token, so these overlap; a view of them needs no copy.
         sequences = sliding_window_view(tokens[: used + 1], length + 1)[::length]
+        # Bytes are counted from the second token on: the labels of a sequence are its tokens but the first.
         return PackedSequences(
             sequences, num_bytes[1 : used + 1].reshape(num_sequences, length).sum(axis=1, dtype=np.int64)
         )

@@ -84,6 +84,7 @@ class SequenceTable:
         wanted = np.asarray(indices, np.int64)
         assert len(wanted) and wanted.min() >= 0 and wanted.max() < len(self), "sequence indices outside the table"
         source = np.searchsorted(self._ends, wanted, side="right")
+        # A source whose share is larger than itself is read again from its beginning.
         return self._offsets[source] + (wanted - self._begins[source]) % self._sizes[source]
 
 

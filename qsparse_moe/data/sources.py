@@ -80,6 +80,7 @@ def _generated(arguments: dict[str, Any], setting: str) -> IterableDataset:
     from datasets import Features, IterableDataset, Value, config
 
     try:
+        # The offsets of Arrow's plain strings have 32 bits, which limits the texts of a batch to 2 GB together.
         features = Features({"text": Value("large_string"), "problem": Value("string")})
         return IterableDataset.from_generator(read_files, features=features, gen_kwargs=arguments)
     except OSError as error:

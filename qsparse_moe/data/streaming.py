@@ -64,6 +64,7 @@ class SourceStream:
 
     def state_dict(self) -> State:
         """Return the position after the last document returned."""
+        # datasets applies a state when the iteration begins, and until then would return that of the beginning.
         stream = self._dataset.state_dict() if self._started else self._resumed
         return {"epoch": self._epoch, "given": self._given, "stream": stream}
 
@@ -89,6 +90,7 @@ class SourceStream:
             return 0
         # The same on every rank: with different orders two ranks would read the same file.
         word = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64)[0]
+        # datasets keeps the epoch as a signed integer of 64 bits.
         return 1 + (int(word) >> 2)
 
 

@@ -188,6 +188,7 @@ class _LogProgress:
 
 def _smaller(size: int | None, limit: int | None) -> int | None:
     known = [value for value in (size, limit) if value is not None]
+    # A source of unknown size may end before the limit, so the limit alone is no total.
     return min(known) if size is not None else None
 
 
@@ -213,6 +214,7 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     size = 0
     for text in texts:
         chunk.append(text)
+        # Characters are close enough to bytes here, and cost no encoding.
         size += len(text)
         if size >= _CHUNK_BYTES:
             yield chunk
@@ -252,6 +254,7 @@ class _SideWriter:
         flat = pa.array(np.ascontiguousarray(sequences.tokens, self._dtype).reshape(-1))
         tokens = pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("tokens").type)
         table = pa.Table.from_arrays([tokens, pa.array(sequences.num_bytes)], schema=self._schema)
+        # One record batch per call, because opening the table reads the header of every record batch.
         self._writer.write_table(table, writer_batch_size=len(sequences.tokens))
         self.num_sequences += len(sequences.tokens)
 
@@ -276,7 +279,8 @@ def _open_side(path: Path, summary: dict[str, Any], sequence_length: int) -> Sid
     from datasets import Dataset
 
     data = Dataset.from_file(str(path)).data
-    # Zero-copy views: they keep the mapping alive, and pages are read when sequences are.
+    # Zero-copy views: they keep the mapping alive, and pages are read when sequences are. Anything else would copy the
+    # table into memory, so it is an error.
     chunks = tuple(
         chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length + 1)
         for chunk in data.column("tokens").chunks

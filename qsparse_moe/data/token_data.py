@@ -28,7 +28,8 @@ from qsparse_moe.data.table import (
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer
 from qsparse_moe.errors import ConfigError
 
-# Validation sequences that a stream gathers at the start, when the number needed is not known yet.
+# Validation sequences that a stream gathers at the start, when the number needed is not known yet. By default this will
+# be enough (training.evaluation_rows).
 _FIRST_STREAM_SEQUENCES = 64
 
 
@@ -146,10 +147,11 @@ def _load_tables(
     cache_dir = Path(config.cache_dir).expanduser()
     tables = []
     for source, settings in zip(sources, config.sources, strict=True):
-
+        # The default argument keeps the source of this turn of the loop.
         def checks(num_sequences: dict[Side, int], source: OpenSource = source) -> None:
             if not num_sequences["train"]:
                 raise too_little_train(source, packing)
+            # Of several sources, one may hold out nothing if another does; that is checked below.
             if not num_sequences["validation"] and len(sources) == 1:
                 raise too_little_validation(sources, packing)
 

@@ -246,6 +246,7 @@ def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
     ends = np.maximum.accumulate(np.array(encoding.offsets, np.int64)[:, 1])
     if not text.isascii():
         ends = _byte_offsets(text)[ends]
+    # What a tokenizer strips at the end counts for its last token, or bits per byte would miss these bytes.
     ends[-1] = len(text.encode("utf-8"))
     return ids, np.diff(ends, prepend=0)
 
@@ -253,6 +254,7 @@ def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
 def _byte_offsets(text: str) -> Array:
     """Return ``(n + 1,)``: the number of UTF-8 bytes before each character, and before the end."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    # From these code points on, UTF-8 takes 2, 3, and 4 bytes.
     lengths = 1 + (points >= 0x80).astype(np.int64) + (points >= 0x800) + (points >= 0x10000)
     return np.concatenate([[0], np.cumsum(lengths)])
 

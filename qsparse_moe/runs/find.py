@@ -10,6 +10,7 @@ from typing import Literal
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE
 
+# The name is repeated here, because the package of checkpoints imports torch.
 _CHECKPOINT_INDEX = "state.json"
 
 
@@ -51,6 +52,7 @@ def find_run(path: Path) -> Path:
     problem = "does not exist" if not path.exists() else f"is not a run folder: it contains no {CONFIG_FILE}"
     if path.is_file():
         problem = "is a file, not a run folder"
+    # A mistyped run has its neighbours beside it, and a folder of runs has them inside.
     found = _runs_in(path.parent) or _runs_in(path)
     # A cutoff of 0 names the nearest runs however different they are, because any hint is better than none here.
     names = difflib.get_close_matches(path.name, [run.name for run in found], n=3, cutoff=0) if found else []
@@ -62,4 +64,5 @@ def _runs_in(folder: Path) -> list[Path]:
     try:
         return sorted(entry for entry in folder.iterdir() if (entry / CONFIG_FILE).is_file())
     except OSError:
+        # These names are only a hint in an error message, so an unreadable folder is no second error.
         return []

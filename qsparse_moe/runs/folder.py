@@ -25,11 +25,13 @@ MAY_CHANGE = (
     # They decide which records are skipped; the loader compares the resulting texts.
     "data.max_bad_records",
     "data.max_document_bytes",
+    # The folder of the tokenizer may change; the loader compares the tokenizer's own digest.
     "data.tokenizer",
     "metrics",
     # Every backend computes the same function of the same weights.
     "model.moe.backend",
     "model.sparsity.backend",
+    # With these a run moves to another machine or layout, or is extended; none of them changes a sequence.
     "training.activation_checkpointing",
     "training.checkpoint_interval",
     "training.checkpoint_minutes",
@@ -84,6 +86,7 @@ def is_finished(config: RunConfig) -> bool:
 def newest_step(folder: Path) -> int | None:
     """Return the step of the newest checkpoint by its name, or None without one. Needs no torch."""
     steps = (path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*"))
+    # The folder is renamed to this name once it is complete, so the name alone is enough.
     return max((int(step) for step in steps if step.isdecimal()), default=None)
 
 
@@ -153,6 +156,7 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
     saved = folder.absolute() / TOKENIZER
+    # The copy is used even if the original still exists, because that one may have been changed since.
     if saved.is_dir() and not any(override.startswith("data.tokenizer=") for override in overrides):
         config = load_config(folder / CONFIG_FILE, overrides)
         return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(saved)})})

@@ -49,6 +49,7 @@ def describe_environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": _versions(),
         "git_commit": _git_commit(),
+        # On many Linux systems platform.processor() is empty.
         "machine": {"system": platform.platform(), "processor": platform.processor() or platform.machine()},
     }
 
@@ -73,6 +74,7 @@ def _git_commit() -> str | None:
 
     try:
         commit = git("rev-parse", "HEAD").strip()
+        # Untracked files are mostly runs and results, which do not change the code.
         changed = git("status", "--porcelain", "--untracked-files=no").strip()
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -24,6 +24,7 @@ Curve = Sequence[tuple[float, float]]
 """The curve of one cell: pairs of S, ascending, and the change of the loss."""
 MOST_SPARSE = 0.95
 """The largest S that a plan may have."""
+# Without rounding, 3 * 0.05 would be 0.15000000000000002.
 FINE_VALUES = tuple(round(0.05 * step, 2) for step in range(20))
 _HALVINGS = 40  # bisection to 1e-12 of the interval, far below the S that one feature makes
 
@@ -42,6 +43,7 @@ def lower_hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float
     """
     hull: list[tuple[float, float]] = []
     for x, y in sorted(points):
+        # Points of one x are sorted by y, so the first of them was the lowest.
         if hull and hull[-1][0] == x:
             continue
         while len(hull) > 1 and _turns_down(hull[-2], hull[-1], (x, y)):
@@ -78,6 +80,7 @@ def allocate(plan: SparsityPlan, curves: Mapping[Cell, Curve], costs: Costs, tar
     heapq.heapify(heap)
     changed: dict[Cell, float] = {}
     while total > budget:
+        # There is always a step left, because check_budget has shown that all of them together meet the budget.
         step = heapq.heappop(heap)
         after = costs.of_cell(step.cell, step.after)
         saved = costs.of_cell(step.cell, step.before) - after

@@ -59,10 +59,12 @@ def compare_alternatives(
         # A itself is the uniform plan; 0 experts would be no MoE layer.
         for num_experts in range(1, model.config.moe.experts_per_token):
             found |= _fewer_experts(model, num_experts, sequences, held_out, costs, target)
+        # In this alternative the budget is met by smaller experts alone.
         model.set_sparsity(dense)
         found |= _smaller_experts(model, sequences, held_out, costs, target)
     finally:
         model.set_sparsity(before)
+    # The differences need these two, which compare() already lists.
     return tuple(one for one in comparisons(found, held_out.labels_C) if one.name not in (UNIFORM, DENSE))
 
 
@@ -76,6 +78,7 @@ def _fewer_experts(
 ) -> dict[str, tuple[Array, float]]:
     other = with_experts_per_token(model, num_experts)
     budget = _absolute(costs, target)
+    # The load is measured again, because the shares of the experts of a token add up to its number of experts.
     own = replace(costs, config=other.config, quantity=budget[0], load=measured_load(other, sequences))
     try:
         plan = uniform_at(other.sparsity_plan, own, budget[1])
@@ -119,6 +122,7 @@ def with_experts_per_token(model: Transformer, num_experts: int) -> Transformer:
     """Return a model for evaluation that shares the weights and uses ``num_experts`` experts per token."""
     device = model.embedding.weight.device
     other = Transformer(_moe_changed(model.config, experts_per_token=num_experts), device=device)
+    # assign shares the tensors; a copy would need the memory of a second model.
     other.load_state_dict(model.state_dict(), assign=True)
     other.to(device)  # buffers, which load_state_dict does not assign
     other.set_sparsity(model.sparsity_plan)

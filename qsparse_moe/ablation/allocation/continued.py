@@ -44,6 +44,7 @@ def compare_after_training(
     Raises:
         CheckpointError, TrainingDiverged: under the same conditions as in training.
     """
+    # Every plan costs a training of its own, so one random plan represents the others.
     chosen = {name: plans[name] for name in (ALLOCATED, UNIFORM, GREEDY, "random 0") if name in plans}
     chosen[DENSE] = SparsityPlan.uniform(costs.config, 0.0)
     found: dict[str, tuple[Array, float]] = {}
@@ -65,12 +66,14 @@ def _trained(run_dir: Path, plan: SparsityPlan, steps: int, data: TokenData, dis
     load_checkpoint(model, checkpoint)
     model.set_sparsity(plan)
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))
+    # Checkpoints fit every engine, and a single process has nothing to shard.
     engine = TorchEngine(config, model, distributed)
     restore(engine, checkpoint.tensor, checkpoint.adam_step)
     first = checkpoint.progress.step
     # The same random numbers for every plan, so that only the plan differs.
     seed_random_states(config.training.seed, first, distributed.rank)
     loader, guard = (
+        # This process reads the whole global batch, whatever the number of ranks of the run was.
         TrainLoader(config, data, 0, 1),
         NonFiniteGuard(config.model.num_layers, distributed, engine.loss_scaler),
     )

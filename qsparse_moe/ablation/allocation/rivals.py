@@ -76,9 +76,11 @@ def _greedy_layer(
     def cost_at(site: Site, level: float) -> float:
         return sum(costs.of_cell(cell, level) for cell in own if cell.site == site)
 
+    # The loop ends: no S of `uniform` is above MOST_SPARSE, so the levels reach its cost.
     while sum(cost_at(site, level) for site, level in levels.items()) > budget:
         prices = {}
         for site, level in levels.items():
+            # 0.05 added up nineteen times is not exactly 0.95.
             if level + _STEP <= MOST_SPARSE + 1e-9:
                 saved = cost_at(site, level) - cost_at(site, level + _STEP)
                 tried = _with_levels(plan, own, levels | {site: level + _STEP})
@@ -95,6 +97,7 @@ def _with_levels(plan: SparsityPlan, own: Sequence[Cell], levels: dict[Site, flo
 def _distance(block: Block, plan: SparsityPlan, inputs: Sequence[tuple[Any, ...]], dense: Sequence[Tensor]) -> float:
     block.set_sparsity(plan)
     distances = [
+        # The sum runs over all tokens, and the steps that it ranks may differ little, hence float64.
         (block(*arguments).hidden_BSD - dense_BSD).double().square().sum()
         for arguments, dense_BSD in zip(inputs, dense, strict=True)
     ]

@@ -65,6 +65,7 @@ def differences(variants: Sequence[VariantResult]) -> tuple[Array, float | None]
     The half-width is ``t sqrt(2 s^2 / R)`` with (V - 1) (R - 1) degrees of freedom. It is None if the variants share
     only one seed; the changes are then those of that seed.
     """
+    # Seeds are the blocks of the analysis, and each block needs the loss of every variant.
     seeds = sorted(set.intersection(*(set(variant.by_seed) for variant in variants)))
     # With one seed there are no residuals, so the noise cannot be estimated.
     if len(seeds) < 2:

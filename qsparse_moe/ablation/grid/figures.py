@@ -89,6 +89,7 @@ def iso_loss(variants: Sequence[VariantResult]) -> Figure | None:
         return None
     by_panel = split_by(variants, (*_SHAPE, "experts_per_token"))
     if len(by_panel) > _MOST_PANELS:
+        # Panels may share several values of A, because the axis E / A still distinguishes the variants.
         by_panel = split_by(variants, _SHAPE)
     maps = {name: found for name, panel in by_panel.items() if (found := _complete_map(panel)) is not None}
     if not maps or len(maps) > _MOST_PANELS:
@@ -100,6 +101,7 @@ def iso_loss(variants: Sequence[VariantResult]) -> Figure | None:
         axis.contour(sparsities, ratios, losses, levels=levels, colors="black", linewidths=0.5)
         # Dots mark the measured variants; everything between them is interpolation.
         x, y = [s for s in sparsities for _ in ratios], [r for _ in sparsities for r in ratios]
+        # The outermost dots lie on the border of the panel, which would cut them in half.
         axis.plot(x, y, "k.", markersize=4, clip_on=False)
         axis.set_yscale("log", base=2)
         axis.set_yticks(ratios, [f"{ratio:g}" for ratio in ratios])
@@ -118,6 +120,7 @@ def _name(variant: VariantResult) -> str:
 def _scatter(axis: Axes, variants: Sequence[VariantResult], cost: str) -> PathCollection:
     front = pareto_front(variants, cost)
     x, y = [variant.record[cost] / 1e3 for variant in front], [variant.loss for variant in front]
+    # Between two costs, the best loss that can be had is that of the cheaper variant.
     axis.step(x, y, "k--", where="post", linewidth=1, label="Pareto front", zorder=1)
     middle = (
         min(variant.record[cost] for variant in variants) + max(variant.record[cost] for variant in variants)

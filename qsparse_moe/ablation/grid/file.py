@@ -21,6 +21,7 @@ from qsparse_moe.errors import ConfigError
 
 GIVEN = ("training.name", "training.output_dir", "training.seed", "training.resume")
 """Settings that the grid itself gives to every run, so that a grid file must not set them."""
+# Names become parts of training.name, which has the same pattern.
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 Name = Annotated[str, Field(pattern=_NAME)]
@@ -114,6 +115,7 @@ def read_grid_file(path: Path) -> GridFile:
             for e in error.errors()
         ]
         raise_if_any(problems, str(path))
+        # This line is for the type checker: the error above has at least one problem, which has been raised.
         raise
     raise_if_any([Problem(f"{path}: {message}") for message in _broken_rules(file)], str(path))
     return file
@@ -132,6 +134,7 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
     found: dict[str, tuple[dict[str, Any], tuple[Choice, ...]]] = {}
     # The order of product is that of nested loops: the last axis varies fastest.
     for chosen in itertools.product(*groups):
+        # A grid that varies only its seeds has a single point, without labels.
         name = "-".join(label for label, _, _ in chosen) or "base"
         # Two entries of different axes can share a name, so that two combinations read alike.
         if name in found:

@@ -97,6 +97,7 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
         for seed in point.seeds:
             # resume=true makes the same command continue interrupted runs.
             given = (f"{point.name}-seed{seed}", f"{output_dir}/{path.stem}", str(seed), "true")
+            # These come last of all, because two runs with one name would share a folder.
             fixed = [f"{name}={value}" for name, value in zip(GIVEN, given, strict=True)]
             config = _with_columns(
                 _checked(path, point, path.parent / file.base, [*changed, *fixed]), point.name, varied
@@ -116,6 +117,7 @@ def _checked(path: Path, point: GridPoint, base: Path, overrides: Sequence[str])
 def _with_columns(config: RunConfig, variant: str, varied: Sequence[str]) -> RunConfig:
     """Return the config with HPARAMS columns for the variant and for every setting that the grid varies."""
     metrics = config.metrics
+    # HPARAMS is a page of TensorBoard.
     if not metrics.tensorboard:
         return config
     columns = tuple(dict.fromkeys((*metrics.hyperparameters, *varied)))

@@ -15,6 +15,7 @@ from qsparse_moe.errors import ConfigError
 
 Launcher = Literal["auto", "deepspeed", "none"]
 
+# As the default of an argument, a plain dict could be changed by a caller.
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 
 

@@ -92,6 +92,7 @@ def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         rows.append(
             [
                 variant,
+                # The seeds of a variant share its sizes and its plan.
                 f"{found[0].sparsity:.3g}",
                 f"{found[0].total_parameters:,}",
                 f"{found[0].active_parameters:,}",

@@ -108,6 +108,7 @@ def read_results(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
+        # splitlines() is safe here, because json.dumps escapes every other line separator.
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(

@@ -58,6 +58,7 @@ def run_grid(
     for slot in placement.slots():
         slots.put(slot)
 
+    # Threads suffice, because each of them only waits for the processes of a run.
     with Children() as children, ThreadPoolExecutor(placement.jobs) as pool:
 
         def train_to_end(run: GridRun) -> RunResult:
@@ -99,5 +100,6 @@ def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...]
     if children.stopped_by:
         name = signal.Signals(children.stopped_by).name
         return f"{'not started' if code is None else 'stopped'}, {name}; the same command resumes it"
+    # A process that was killed may have stopped inside a character.
     text = log.read_text("utf-8", errors="replace").strip()
     return f"exit code {code}, see {log}: ...{text[-LOG_TAIL:]}"

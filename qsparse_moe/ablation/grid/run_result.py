@@ -33,6 +33,7 @@ _PARTS = {
 def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
     """Return the result that the folder of ``run`` holds now; ``error`` is the reason why the run did not finish."""
     finished, error = _state(run.config, error)
+    # The losses of an unfinished run belong to another point of the learning rate schedule than those of the others.
     rows = read_metrics(run_folder(run.config) / "metrics.jsonl") if finished else []
     validated = [row for row in rows if row.get("validation/bits_per_byte") is not None]
     last: dict[str, Any] = validated[-1] if validated else {}

@@ -41,6 +41,7 @@ def loss_by_sparsity(variants: Sequence[VariantResult]) -> Figure | None:
     # A single S is no curve.
     if len(set(sparsities)) < 2:
         return None
+    # A variant contains dicts, so it cannot be a key itself.
     x_of = dict(zip(map(id, variants), sparsities, strict=True))
     panels = split_by(variants, _SHAPE)
     if len(panels) > _MOST_PANELS:

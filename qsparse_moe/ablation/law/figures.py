@@ -29,6 +29,7 @@ def draw(done: Study, folder: Path) -> list[str]:
         figures |= {"sparsity.png": _sparsity(done), "iso_loss.png": _iso_loss(done, best)}
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=_DPI)
+        # pyplot keeps every figure in memory until it is closed.
         plt.close(figure)
     return list(figures)
 
@@ -147,6 +148,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
     """Draw the loss of the best form over E/A and S, at equal needed parameters and the most tokens of the runs."""
     figure, axes = plt.subplots(figsize=(6.5, 5), layout="constrained")
     observations = done.runs.observations
+    # E/A grows by factors in a grid, as the logarithmic axis shows it.
     ratios = np.geomspace((1 / observations.expert_share).min(), (1 / observations.expert_share).max(), 60)
     # Up to the largest S of the runs only: contours beyond it would be extrapolation.
     grid = np.linspace(0, observations.sparsity.max(), 80)
@@ -155,6 +157,7 @@ def _iso_loss(done: Study, best: FittedForm) -> Figure:
         [best.best.loss(imagined(needed=done.needed, expert_share=1 / r, sparsity=grid, tokens=tokens)) for r in ratios]
     ).T
     levels = iso_levels(losses)
+    # The levels are unevenly spaced, so a linear scale would give most of them nearly the same colour.
     filled = axes.contourf(ratios, grid, losses, levels=levels, norm=BoundaryNorm(levels, 256), cmap="viridis")
     lines = axes.contour(ratios, grid, losses, levels=levels, colors="white", linewidths=0.6)
     axes.clabel(lines, fontsize=7, fmt="%.3f")
@@ -178,4 +181,5 @@ def _ticks(axes: Axes, values: Array) -> None:
 
 def _middle_share(observations: Observations) -> float:
     shares = np.unique(observations.expert_share)
+    # This is a value of the runs; np.median may return a mean of two, at which no run exists.
     return float(shares[len(shares) // 2])

@@ -167,6 +167,7 @@ def _descend(design: Design, observations: Observations, weights: Array, theta: 
         theta, value = base + step @ result.x, float(result.fun)
         if gained <= effort.gain * value:
             break
+    # The design evaluated the clipped constants, so these are the ones with this objective.
     return Fit(design.form, np.clip(theta, *design.bounds), value)
 
 
@@ -189,6 +190,7 @@ def _grid(design: Design, observations: Observations, weights: Array) -> Iterato
     """Yield every combination of starting exponents with its coefficients from non-negative least squares."""
     form = design.form
     root = np.sqrt(weights)
+    # At fixed exponents the loss is linear in the coefficients, which need no grid of their own.
     for exponents in itertools.product(*form.starts.values()):
         basis_Cn = design.basis(np.array(exponents))
         # Scaled columns: the powers of N and D differ by many orders of magnitude.

@@ -72,6 +72,7 @@ class Observations:
         return self.where(np.isin(np.arange(len(self)), last))
 
 
+# The default of tokens serves S*, which no term in D affects.
 def imagined(*, needed: float, expert_share: float, sparsity: Array, tokens: float = 1e9) -> Observations:
     """Return hypothetical models with ``needed`` parameters per token at each S of ``sparsity``.
 
@@ -88,6 +89,7 @@ def imagined(*, needed: float, expert_share: float, sparsity: Array, tokens: flo
         needed=needed * ones,
         experts=ones / expert_share,
         experts_per_token=ones,
+        # No form with S depends on G, and the loss is what a law is asked for.
         granularity=np.nan * ones,
         sparsity=sparsity,
         tokens=tokens * ones,

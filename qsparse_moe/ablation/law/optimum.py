@@ -14,6 +14,7 @@ from qsparse_moe.ablation.law.forms import Design, Form
 from qsparse_moe.ablation.law.observations import Array, imagined
 
 _STEP = 5e-4
+# np.arange leaves out its end, and half a step beyond 0.95 includes it.
 GRID = np.arange(0.0, 0.95 + _STEP / 2, _STEP)
 """Candidates for the optimum. The range ends at 0.95 because no law here was fitted to sparser runs."""
 

@@ -23,6 +23,7 @@ Q_SPARSE = Form(
         Term("C", {"alpha": forms.total(1e8), "beta": forms.density}),
     ),
     starts={"alpha": (0.05, 0.1, 0.2, 0.4, 0.8), "beta": (0.01, 0.05, 0.2, 0.5)},
+    # Three values are the fewest that determine an exponent, its coefficient, and a constant beside them.
     needs={"N": 3, "S": 3},
     by_size=frozenset({"B", "C"}),
     printed={"E": 1.86, "B": 0.01, "C": 1.89, "alpha": 0.10, "beta": 0.05},

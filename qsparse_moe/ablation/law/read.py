@@ -129,6 +129,7 @@ def _sizes(record: Mapping[str, Any], where: str) -> dict[str, float]:
         "needed": needed,
         "experts": values["num_experts"],
         "experts_per_token": values["experts_per_token"],
+        # G of arXiv 2402.07871, in which a dense feed-forward network is 4 times as wide as the model.
         "granularity": 4 * values["hidden_size"] / values["expert_hidden_size"],
         "sparsity": float(sparsity),
         "backbone": values["num_layers"] * values["hidden_size"] ** 2,

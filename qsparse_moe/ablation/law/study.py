@@ -105,6 +105,7 @@ def study(
     """
     observations = runs.observations
     requested, not_fitted = _requested(observations, choices)
+    # Sizes of a grid grow by factors, and the geometric mean lies in their middle.
     needed = choices.needed or float(np.exp(np.log(observations.needed).mean()))
     fitted = {form.name: _fitted(form, observations, choices, needed, notify) for form in requested}
     return Study(runs, unit, choices, needed, fitted, not_fitted, seed_spread(observations))
@@ -185,6 +186,7 @@ def printed_optimum(tolerance: float) -> dict[str, Any]:
 
     def at(constants: dict[str, float]) -> Optimum:
         theta = Q_SPARSE.theta(constants)
+        # S* of this law is the same for every size, because the size is a factor of all terms with S.
         return find_optimum(Q_SPARSE, theta, needed=1e8, expert_share=1.0, tolerance=tolerance)
 
     corners = [at(constants).sparsity for constants in rounding_corners()]

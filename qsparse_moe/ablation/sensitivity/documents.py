@@ -90,6 +90,8 @@ def _documents(table: SequenceTable, indices: Array) -> Array:
     found, begun, wanted = [], 0, set(indices.tolist())
     for begin in range(0, int(indices.max()) + 1, _SEQUENCES_PER_READ):
         rows = range(begin, min(begin + _SEQUENCES_PER_READ, len(table)))
+        # A label belongs to the document of its input, so the token that begins the next document is a label of this
+        # one.
         starts = table.tokens(rows)[:, :-1] == table.document_token
         counted = begun + np.cumsum(starts.reshape(-1)).reshape(starts.shape)
         begun = int(counted[-1, -1])

@@ -54,6 +54,8 @@ class Estimate:
         return self.first[cell] + self.second[cell]
 
 
+# The whole straight-through gradient ranks better than half of it: 0.966 against 0.952 over the decided points
+# (docs/lab-log.md, 27 November).
 STE_SHARE = 1.0
 DRAWS = 1
 """Number of label draws for the second-order term. Two draws changed the Spearman correlation by 0.004 (results.md)."""
@@ -94,6 +96,7 @@ def estimate(
                 _backward(logits_BSV, labels_BS, pieces, listeners, weight=None, keep=draws > 0)
                 for draw in range(draws):
                     drawn_BS = _draw(logits_BSV, labels_BS, generator)
+                    # The half is that of the second-order term, and the rest is the mean over the draws.
                     _backward(logits_BSV, drawn_BS, pieces, listeners, weight=1 / (2 * draws), keep=draw < draws - 1)
             # The only gradient that the backward passes accumulate.
             model.embedding.weight.grad = None
@@ -159,6 +162,7 @@ def _listening(
     routers = model.routers()
     was_training = model.training
     try:
+        # In evaluation the router has no noise and no capacity, so the same tokens always reach the same experts.
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)

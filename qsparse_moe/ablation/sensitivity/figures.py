@@ -86,6 +86,7 @@ def _scatter(found: Sensitivity) -> Figure:
         axes.plot(
             [p.exact or 0.0 for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S={value:.3g}"
         )
+    # The 0.0 is for the type checker: this figure is drawn only if every change was evaluated.
     ends = [min(p.exact or 0.0 for p in found.changes), max(p.exact or 0.0 for p in found.changes)]
     axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
     median = max(float(np.median([abs(p.exact or 0.0) for p in found.changes])), 1e-6)

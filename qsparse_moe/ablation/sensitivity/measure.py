@@ -152,6 +152,7 @@ def measure(
         notify: called after each evaluation.
     """
     plan, labels_C = model.sparsity_plan, sequences.labels_C
+    # A site at S = 0 needs no groups that divide its width, and the values to try may be the first ones above 0.
     SparsityPlan.uniform(model.config, max(values)).check_fits(model.config)
     # This pass comes first, so that neither timing below includes one-time costs such as allocation and compilation.
     began = time.perf_counter()
@@ -199,6 +200,7 @@ def _evaluate(
     try:
         for cell, _, value in pairs:
             model.set_sparsity(with_cells(plan, {cell: value}))
+            # The intervals are those of differences within a document, whose variance is far below that of the losses.
             found.append(loss_by_document(model, sequences) - base_C)
             if notify is not None:
                 notify(len(found), len(pairs))
@@ -250,6 +252,7 @@ def agreements(changes: Sequence[CellChange]) -> tuple[Agreement, ...]:
     values = sorted({change.sparsity for change in changes})
     groups: list[tuple[float | None, list[CellChange]]] = [(None, list(changes))]
     groups += [(value, [change for change in changes if change.sparsity == value]) for value in values]
+    # Two changes are always perfectly correlated.
     return tuple(_agreement(value, group) for value, group in groups if len(group) > 2)
 
 

@@ -72,6 +72,7 @@ def _row(change: CellChange) -> dict[str, Any]:
 
 def write_csv(changes: Sequence[CellChange], file: Path) -> None:
     """Write one line per change; ``expert`` is empty at a site without experts, ``exact`` if nothing was evaluated."""
+    # The whole text is built first, because the file is replaced at once.
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, lineterminator="\n")
     writer.writeheader()

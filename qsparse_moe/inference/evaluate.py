@@ -76,6 +76,7 @@ def _decode_group(
     cache = KeyValueCache.allocate(
         model.config,
         batch=len(segments),
+        # The first segment is the longest.
         capacity=segments[0].length,
         dtype=engine.cache_dtype or weight.dtype,
         device=weight.device,

@@ -202,6 +202,7 @@ class Generator:
         check_stop_strings(stop)
         # Decoding leaves out special tokens, so the spelling of one never occurs in the text and is found by its id.
         special_ids = {string: self.tokenizer.special_id(string) for string in stop}
+        # In training, what follows this token is another document.
         ending = {self.tokenizer.document_token, *stop_tokens, *(i for i in special_ids.values() if i is not None)}
         sequences = [
             GrowingSequence(

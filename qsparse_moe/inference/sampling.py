@@ -118,12 +118,12 @@ def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
 def penalise_repetition(logits_BV: Tensor, tokens: Sequence[Sequence[int]], penalty: float) -> Tensor:
     """Return the logits with those of the ids that occur in ``tokens`` made less likely; see ``Sampling``."""
     # Once per id, however often it occurs, as in transformers.
-    seen_BV = torch.zeros(logits_BV.shape, dtype=torch.bool)
-    for row_V, sequence in zip(seen_BV, tokens, strict=True):
+    occurs_BV = torch.zeros(logits_BV.shape, dtype=torch.bool)
+    for row_V, sequence in zip(occurs_BV, tokens, strict=True):
         row_V[torch.as_tensor(sequence, dtype=torch.int64)] = True
     # A negative logit would become more likely by a division.
     less_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-    return torch.where(seen_BV.to(logits_BV.device), less_BV, logits_BV)
+    return torch.where(occurs_BV.to(logits_BV.device), less_BV, logits_BV)
 
 
 def cut_top_k(logits_BV: Tensor, top_k: int) -> Tensor:

@@ -166,18 +166,18 @@ class _Recorder:
 
 def _thresholds(place: LayerSite, samples: list[RowSample], plan: SparsityPlan) -> tuple[float, ...]:
     magnitudes = [sample.magnitudes() for sample in samples]
-    unseen = [expert for expert, sample in enumerate(samples) if not sample.num_seen]
-    assert len(unseen) < len(samples), "calibration received no batch"
-    if unseen:
+    empty = [expert for expert, sample in enumerate(samples) if not sample.num_seen]
+    assert len(empty) < len(samples), "calibration received no batch"
+    if empty:
         layer, site = place
         logger.warning(
             "layer %d, %s: experts %s received no token; they get the threshold of all rows of the site",
             layer,
             site,
-            unseen,
+            empty,
         )
     # Only where an expert needs it, because it is a second copy of all samples of the site.
-    everything = torch.cat(magnitudes) if unseen else torch.empty(0)
+    everything = torch.cat(magnitudes) if empty else torch.empty(0)
     try:
         return tuple(
             calibrated_threshold(values if len(values) else everything, sparsity)

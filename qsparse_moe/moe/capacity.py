@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 def expert_capacity(factor: float, num_choices: int, num_experts: int) -> int:
-    """Return ``ceil(factor * N / E)``, at least 1.
+    """Return ``ceil(factor * N / E)``, at least 1 (arXiv 2101.03961, eq. 3, for A choices per token).
 
     The factor is taken as the decimal number that was written: 1.1 times 100 is exactly 110.
     """

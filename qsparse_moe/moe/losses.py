@@ -38,6 +38,7 @@ def load_balance_loss(balance: BalanceTerms) -> Tensor:
     """
     routed_GE, probs_GE = balance
     share_GE = (routed_GE / routed_GE.sum(-1, keepdim=True)).to(probs_GE.dtype)
+    # Only the probabilities have a gradient: counts cannot be differentiated, and act as constant weights.
     return probs_GE.shape[-1] * (share_GE * probs_GE).sum(-1).mean()
 
 
@@ -61,6 +62,7 @@ class StepLoad:
         """Add the counts of one more micro-batch, in one reduction, and return those of the step so far."""
         # A copy, because the reduction over ranks works in place.
         routed = self._reduce(routed.clone())
+        # Every micro-batch is weighted with the counts so far, because those of later ones are not known yet.
         self._routed = routed if self._routed is None else self._routed + routed
         return self._routed
 

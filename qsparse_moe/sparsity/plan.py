@@ -16,6 +16,7 @@ from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_sparsity, site_width
 from qsparse_moe.errors import ConfigError, naming
 
+# Version 2 added the thresholds.
 FORMAT = "qsparse_moe.sparsity_plan/2"
 
 

@@ -71,6 +71,8 @@ def _triton_backward(*arguments: Any) -> tuple[Tensor, Tensor]:
     return triton.backward_triton(*arguments)
 
 
+# 2048 rows of 768 in bf16 with SwiGLU take 1.58 ms in one pass and 1.87 in two, with sums 1.79 and 12.1 (one thread of
+# a Zen 5, lab log of 23 November 2026).
 NATIVE = FusedGLU("native", forward_native, backward_native, native.why_not)
 TRITON = FusedGLU("triton", _triton_forward, _triton_backward, tiles.why_not)
 # No implementation in stock PyTorch: without one of these, the activation and the site run one after the other.

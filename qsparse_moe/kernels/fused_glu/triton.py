@@ -78,12 +78,12 @@ def forward_kernel(
     dense = activate(gate, up, ACTIVATION).to(selected_ptr.dtype.element_ty)
     bits = dense.to(tl.int32 if NUM_BITS == 31 else tl.int16, bitcast=True)
     wanted = load_num_selected(num_selected_ptr, num_selected, rows, row_is_real, num_features, rows_per_k, PER_ROW)
-    keep = mark_largest(magnitude_of(bits, inside, NUM_BITS), wanted, num_features, NUM_BITS, WITH_MASK)
-    selected = tl.where(keep, dense, 0.0)
+    chosen = mark_largest(magnitude_of(bits, inside, NUM_BITS), wanted, num_features, NUM_BITS, WITH_MASK)
+    selected = tl.where(chosen, dense, 0.0)
     at = rows[:, None] * num_features + columns[None, :]
     tl.store(selected_ptr + at, selected, mask=inside)
     if WITH_MASK:
-        tl.store(mask_ptr + at, keep.to(tl.int8), mask=inside)
+        tl.store(mask_ptr + at, chosen.to(tl.int8), mask=inside)
     if WITH_SUMS:
         before, after = dense.to(tl.float32), selected.to(tl.float32)
         tl.store(sums_ptr + rows, wanted.to(tl.float32), mask=row_is_real)

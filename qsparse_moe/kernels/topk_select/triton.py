@@ -58,13 +58,13 @@ def mark_largest(magnitude, num_selected, num_features, NUM_BITS: tl.constexpr, 
     surplus = reached - num_selected
     if not ZEROS_MATTER:
         surplus = tl.where(found > 0, surplus, 0)
-    keep = magnitude >= found[:, None]
+    chosen = magnitude >= found[:, None]
     # Few rows have a tie at their threshold, and the cumulative sum along the row is the most expensive step.
     if tl.max(surplus, 0) > 0:
         tied = (magnitude == found[:, None]).to(tl.int32)
         num_tied = tl.sum(tied, 1) - surplus
-        keep = (magnitude > found[:, None]) | ((tied > 0) & (tl.cumsum(tied, 1) <= num_tied[:, None]))
-    return keep & (magnitude >= 0)
+        chosen = (magnitude > found[:, None]) | ((tied > 0) & (tl.cumsum(tied, 1) <= num_tied[:, None]))
+    return chosen & (magnitude >= 0)
 
 
 # K and the number of rows change from step to step; Triton would compile variants for values that are 1 or multiples of
@@ -94,10 +94,10 @@ def select_kernel(
     bits = tl.load(x_ptr + at, mask=inside, other=0)
     wanted = load_num_selected(num_selected_ptr, num_selected, rows, row_is_real, num_features, rows_per_k, PER_ROW)
     magnitude = magnitude_of(bits, inside, NUM_BITS)
-    keep = mark_largest(magnitude, wanted, num_features, NUM_BITS, WITH_MASK)
-    tl.store(selected_ptr + at, tl.where(keep, bits, 0), mask=inside)
+    chosen = mark_largest(magnitude, wanted, num_features, NUM_BITS, WITH_MASK)
+    tl.store(selected_ptr + at, tl.where(chosen, bits, 0), mask=inside)
     if WITH_MASK:
-        tl.store(mask_ptr + at, keep.to(tl.int8), mask=inside)
+        tl.store(mask_ptr + at, chosen.to(tl.int8), mask=inside)
 
 
 def select_rows_triton(x: Tensor, num_selected: int | Tensor, with_mask: bool) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ A weight is read once per step if any of the step's tokens needs it, so what cou
 tokens that choose independently, a weight that a token needs with probability p is read with 1 - (1 - p)^B. In front of
 an expert p is the product of the router's A / E and the density d of the site, (A / E) d: a dense model with d = 0.5 is
 at 0.94 by B = 4, an expert that sees few of the tokens stays low until B comes near E / A. Real tokens are not
-independent: what a model really reads is measured (``measure.py`` of the model).
+independent: what a model really reads is measured (``model/unions.py``).
 
 Under a gate with a ReLU (relu2glu, reglu, drelu) the up product is needed only where the gate is positive, if the gate
 is computed first: p of an element of ``w_up`` is then d times the gate's share of positive values.

@@ -88,7 +88,7 @@ def build_app() -> typer.Typer:
         add_completion=False,
         # Square brackets in a help text are no markup.
         rich_markup_mode=None,
-        # Typer's own tracebacks print local variables, which may be whole tensors.
+        # The tracebacks of older versions of typer print local variables, which may be whole tensors.
         pretty_exceptions_enable=False,
     )
     # Without this, click would refuse --version and an empty command line, because they name no verb.

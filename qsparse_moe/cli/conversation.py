@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def converse(generator: Generator, template: ChatTemplate | None, settings: Settings) -> None:
     """Answer the lines of standard input until it ends. Each answer is printed as it comes and ends with a line.
 
-    A turn computes only the tokens that follow those of the turns before, unless these were cut or written anew.
+    A turn computes only the tokens that follow those of the turns before, unless these were cut or changed.
     """
     from qsparse_moe.inference.prompt_cache import PromptCache
 

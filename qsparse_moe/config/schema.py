@@ -237,6 +237,7 @@ class TrainingConfig(Section):
 class MetricsConfig(Section):
     """Metrics and logging."""
 
+    # At this interval metrics cost 2.5 % of the time of a step of configs/tiny.yaml (docs/results.md).
     interval: PositiveInt = 10
     """Number of steps between logged steps."""
     dead_expert_window: NonNegativeInt = 100

@@ -56,6 +56,8 @@ class OwnText:
 
     def batches(self, micro_batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
         """Return one rank's part of the sequences; labels after the end of the text are ignored by the loss."""
+        # Ranks may get different numbers of batches: every rank evaluates a whole model, so no forward pass waits for
+        # the others.
         begins = range(rank * micro_batch_size, len(self), world_size * micro_batch_size)
         return [self._batch(begin, begin + micro_batch_size) for begin in begins]
 

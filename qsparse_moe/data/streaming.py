@@ -49,6 +49,7 @@ class SourceStream:
             if not is_validation(text_digest(text.encode("utf-8")), self._validation_fraction):
                 self._given += 1
                 return text
+        # Without this error, the stream would read pass after pass and never return.
         if not self._given:
             raise DataError(
                 f"{self._source.setting} holds no training document for rank {self._rank} of {self._world_size}, and "
@@ -293,6 +294,7 @@ class Streams:
             raise too_little_validation(self.sources, self.packing)
         table = SequenceTable(
             [found for found, _ in gathered],
+            # Every source gives as many sequences already; the weights of training would only repeat some of them.
             [1.0] * len(gathered),
             document_token=self.packing.tokenizer.document_token,
             attend_across_documents=self.attend_across_documents,

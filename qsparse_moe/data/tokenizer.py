@@ -109,6 +109,7 @@ class HuggingFaceTokenizer:
                 "must have an id; correct eos_token in tokenizer_config.json, or choose another tokenizer"
             )
         self.document_token: int = document_token
+        # The document token is part of it, because tokenizer.json does not say which one it is.
         self.fingerprint = _digest(f"{tokenizer.to_str()}\n{document_token}")
         # Ids may have gaps, so the number of entries is not enough.
         ids = set(tokenizer.get_vocab(with_added_tokens=True).values())
@@ -159,6 +160,7 @@ class HuggingFaceTokenizer:
         return [self._document(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
+        # The document token is added by this class. A tokenizer.json may add others, at both ends of a text.
         return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
     def _document(self, text: str, encoding: Encoding) -> Document:

@@ -25,7 +25,8 @@ from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
 
 RATE = 0.1
-"""Share of the peak learning rate of the run, close to the rate at which published continued training begins."""
+"""Share of the peak learning rate of the run: the one at which a run ends by default
+(``training.min_learning_rate_ratio``)."""
 
 
 def compare_after_training(

@@ -51,9 +51,9 @@ class RunResult:
     embedding_parameters: int
     """Stored by embedding and head."""
     active_parameters: int
-    """That a token uses by routing; of the embedding one record."""
+    """Used by a token through routing, with one row of the embedding."""
     kept_parameters: float
-    """Those of them whose input Q-Sparse keeps."""
+    """Active parameters whose input is not zero."""
     hidden_size: int
     num_layers: int
     num_experts: int

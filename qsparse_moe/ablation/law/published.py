@@ -84,12 +84,15 @@ JOINT_MOE = Form(
     starts={
         "delta": (-0.2, 0.0),
         "alpha": (-0.1, -0.2, -0.4, -0.8),
+        # The two interactions start at 0: their printed constants are small beside those of the exponents that they
+        # change.
         "gamma": (0.0,),
         "omega": (0.0, 0.5),
         "beta": (-0.1, -0.2, -0.4, -0.8),
         "zeta": (0.0,),
     },
     needs={"N_active": 3, "E/A": 3, "D": 3},
+    # The paper writes N^alpha where the other laws divide, so that the exponents of a falling loss are negative.
     signed=frozenset({"delta", "alpha", "gamma", "omega", "beta", "zeta"}),
     by_size=frozenset({"a"}),
     printed={

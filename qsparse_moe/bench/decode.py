@@ -164,10 +164,13 @@ def seconds_in_turns(contenders: Mapping[str, Callable[[], float]], rounds: int)
 
 
 def trained_in(config: ModelConfig, weight_format: WeightFormat) -> ModelConfig:
-    """Return ``config`` with the weights of training in ternary numbers if they are measured in them."""
+    """Return ``config`` as it was trained: for ternary weights as BitNet b1.58, with activations in int8 beside them.
+
+    llama.cpp rounds activations to int8 beside ternary weights as well.
+    """
     if weight_format != "ternary":
         return config
-    quantized = config.sparsity.quantization.model_copy(update={"weights": "ternary"})
+    quantized = config.sparsity.quantization.model_copy(update={"weights": "ternary", "activations": "int8"})
     return config.model_copy(update={"sparsity": config.sparsity.model_copy(update={"quantization": quantized})})
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio, time_in_turns
+from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio
 from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp, formats_beside
 from qsparse_moe.bench.mixtral import DecodingMixtral
 from qsparse_moe.bench.random_weights import fill_random
@@ -26,6 +26,7 @@ from qsparse_moe.inference.cached_model import prefill
 from qsparse_moe.inference.engine import prepare_prefill
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode
+from qsparse_moe.inference.row_costs import measure_read_bandwidth
 from qsparse_moe.inference.weights import check_head, head_format, round_weights
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
@@ -72,7 +73,7 @@ def run_decode_benchmark(
         ConfigError: a model in this number format cannot have this head.
     """
     check_formats(benchmark)
-    bandwidth = read_bandwidth()
+    bandwidth = measure_read_bandwidth()
     report(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
     results = {}
     for weight_format in benchmark.formats:
@@ -87,14 +88,6 @@ def run_decode_benchmark(
         "shape": shape_of(benchmark),
         "formats": results,
     }
-
-
-def read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
-    """Return the bytes per second at which all threads together read a block that no cache holds."""
-    block = torch.ones(num_bytes // 4)
-    timing = time_in_turns({"read": lambda: block.sum()}, rounds=repeats, calls=1)["read"]
-    # Other work on the machine can only slow a read down, so the fastest one is nearest to the limit.
-    return num_bytes / min(timing.seconds_by_round)
 
 
 def check_formats(benchmark: DecodeBenchmark) -> None:

@@ -1,4 +1,4 @@
-"""Draw a result of ``bench decode``: ``python -m qsparse_moe.bench.decode_figure RESULT.json IMAGE...``.
+"""Draw results of ``bench decode``: ``python -m qsparse_moe.bench.decode_figure RESULT.json... IMAGE...``.
 
 One panel per number format of the weights: tokens per second of one sequence against S, ours and the peers.
 """
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from qsparse_moe.ablation.grid.panels import panels_of
 from qsparse_moe.bench.decode import OURS, TRANSFORMERS
 
-_USAGE = "usage: python -m qsparse_moe.bench.decode_figure RESULT.json IMAGE..."
+_USAGE = "usage: python -m qsparse_moe.bench.decode_figure RESULT.json... IMAGE..."
 
 
 class Speed(NamedTuple):
@@ -91,11 +91,14 @@ def _speed(row: dict[str, Any], tokens: int) -> Speed:
 
 
 def main(arguments: list[str]) -> None:
-    """Draw the result into every image of ``arguments``, the command line; the ending of a name is its format."""
-    if len(arguments) < 2:
+    """Draw all results side by side into every image of ``arguments``; the ending of a name is its format."""
+    results = [path for path in arguments if path.endswith(".json")]
+    images = [path for path in arguments if path not in results]
+    if not results or not images:
         sys.exit(_USAGE)
-    figure = draw(speeds_by_format(json.loads(Path(arguments[0]).read_text(encoding="utf-8"))))
-    for path in arguments[1:]:
+    read = (json.loads(Path(path).read_text(encoding="utf-8")) for path in results)
+    figure = draw([one for result in read for one in speeds_by_format(result)])
+    for path in images:
         figure.savefig(path)
 
 

@@ -60,7 +60,7 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
         "times_faster_than_peer": {name: ratio(timings[PEER], timings[name]) for name in (DENSE, SPARSE)},
         "cost_of_q_sparse": ratio(timings[SPARSE], timings[DENSE]),
         "seconds_by_round": {name: timing.seconds_by_round for name, timing in timings.items()},
-        "profile": {name: _profile(steps[name]) for name in steps},
+        "profile": {name: _profile(steps[name], benchmark.device) for name in steps},
     }
 
 
@@ -110,14 +110,13 @@ def _shape(benchmark: StepBenchmark) -> dict[str, Any]:
     }
 
 
-def _profile(step: Callable[[], object], top: int = 8) -> dict[str, float]:
-    """Return the share of the time of one step that each of the ``top`` operators spends in itself."""
-    cuda = torch.cuda.is_available()
+def _profile(step: Callable[[], object], device: torch.device, top: int = 8) -> dict[str, float]:
+    """Return the share of the time of one step that each of the ``top`` operators spends in itself on ``device``."""
     step()  # warms up, so that the profile has no compilation in it
     with torch.profiler.profile() as profiler:
         step()
     own = {
-        event.key: event.self_device_time_total if cuda else event.self_cpu_time_total
+        event.key: event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         for event in profiler.key_averages()
     }
     total = sum(own.values())

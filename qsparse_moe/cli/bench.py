@@ -11,7 +11,7 @@ from rich.table import Table
 from qsparse_moe.cli.bench_decode import decode
 from qsparse_moe.cli.bench_moe import moe
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import listed_names
+from qsparse_moe.cli.option_values import check_sparsity, listed_names
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def step(
 
     from qsparse_moe.bench.step import DTYPES, StepBenchmark, run_step_benchmark
 
+    check_sparsity("--sparsity", sparsity)
     precisions = listed_names("--precision", precision, DTYPES)
     if threads:
         torch.set_num_threads(threads)

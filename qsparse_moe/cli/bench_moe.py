@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import listed_names
+from qsparse_moe.cli.option_values import check_sparsity, listed_names
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def moe(
     experts: Size = None,
     experts_per_token: Size = None,
     # The limit of an option is inclusive in typer, and S = 1 would leave no feature.
-    sparsity: Annotated[float, typer.Option(help="S at both sites of our layers with Q-Sparse.", max=0.99)] = 0.5,
+    sparsity: Annotated[float, typer.Option(help="S at both sites of our layers with Q-Sparse.")] = 0.5,
     rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each layer once.", min=1)] = 7,
     calls: Annotated[int, typer.Option(help="Number of timed calls per round and layer.", min=1)] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -53,6 +53,7 @@ def moe(
     from qsparse_moe.bench.routing import LOADS
     from qsparse_moe.kernels.onednn import needs_fp32
 
+    check_sparsity("--sparsity", sparsity)
     where = torch.device(device)
     # A CPU without instructions for bf16 computes it in fp32, so its time would be that of fp32 and two casts.
     fast = [name for name, dtype in DTYPES.items() if not needs_fp32(dtype, where)]

@@ -94,9 +94,24 @@ def report_speed(stream: GenerationStream, settings: Settings) -> None:
         "decode": f"{found.decode_tokens} tokens in {found.decode_seconds:.3f} s, "
         f"{found.decode_tokens_per_second:.1f} tokens/s",
         **{name.replace("_", " "): _shown(value) for name, value in stream.engine.figures().items()},
+        **_share_of_limit(stream),
     }
     for name, value in lines.items():
         print(f"{name:<25}  {value}", file=sys.stderr, flush=True)
+
+
+def _share_of_limit(stream: GenerationStream) -> dict[str, str]:
+    """Return the share of the read bandwidth that the weights read by a step used, where the engine counts them."""
+    from qsparse_moe.inference.row_costs import known_read_bandwidth
+
+    read = stream.engine.figures().get("bytes_read")
+    found = stream.statistics
+    # The bandwidth is measured for a CPU's memory.
+    if not read or not found.decode_steps or stream.engine.name != "native":
+        return {}
+    limit = known_read_bandwidth()
+    share = read / limit * found.decode_steps / found.decode_seconds
+    return {"share of the limit": f"{share:.2f} of a read bandwidth of {limit / 1e9:.1f} GB/s"}
 
 
 def _shown(value: Any) -> str:

@@ -34,6 +34,7 @@ _SHAPE = (1024, 2048)
 # Together larger than the caches of the processor, as a model's weights are.
 _NUM_MATRICES = 24
 _ROUNDS = 5
+_BANDWIDTH = "read bandwidth"  # its key beside the number formats
 
 Measure = Callable[[StoredWeights, Tensor, int], float]
 
@@ -51,6 +52,29 @@ def shares_to_read_all(weight_format: WeightFormat) -> list[float]:
         known[weight_format] = measure_shares(weight_format)
         _write(file, known)
     return known[weight_format]
+
+
+def known_read_bandwidth() -> float:
+    """Return ``measure_read_bandwidth`` of this machine and number of threads; measured once, like the shares."""
+    file = costs_file()
+    known = _read(file)
+    if _BANDWIDTH not in known:
+        logger.info("measuring the read bandwidth of this machine, once: %s", file)
+        known[_BANDWIDTH] = [measure_read_bandwidth()]
+        _write(file, known)
+    return known[_BANDWIDTH][0]
+
+
+def measure_read_bandwidth(num_bytes: int = 400 << 20, repeats: int = 7) -> float:
+    """Return the bytes per second at which all threads together read a block that no cache holds."""
+    block = torch.ones(num_bytes // 4)
+    seconds = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        block.sum()
+        seconds.append(time.perf_counter() - start)
+    # The first round warms up. Other work on the machine can only slow a read down, so the fastest is the limit.
+    return num_bytes / min(seconds[1:])
 
 
 def measure_shares(weight_format: WeightFormat, measure: Measure | None = None) -> list[float]:

@@ -210,3 +210,12 @@ def test_runs_of_a_grid_name_their_variant_and_whole_lists_for_the_hparams_page(
     runs = load_grid(write(grid, base)).runs
     assert [run.config.metrics.variant for run in runs] == ["sparsity-0.0", "sparsity-0.9"]
     assert {run.config.metrics.hyperparameters for run in runs} == {("model.sparsity.overrides",)}
+
+
+@pytest.mark.parametrize(
+    "override", ["training.seed=5", "training.name=mine", "training.output_dir=elsewhere", "training.resume=false"]
+)
+def test_a_setting_that_the_grid_sets_for_every_run_is_refused_on_the_command_line(write, override):
+    name, _, value = override.partition("=")
+    with pytest.raises(ConfigError, match=rf"{name} \({value}\) is set by the grid for every run of .*; remove it"):
+        load_grid(write(), ["training.steps=7", override])

@@ -67,20 +67,29 @@ def test_each_line_has_its_values_and_its_name():
     assert axes[0].get_ylim()[0] == 0
 
 
-def test_one_command_draws_a_result_that_is_kept(tmp_path):
-    (file,) = (ROOT / "results" / "bench").glob("decode-*.json")
+def test_one_command_draws_the_stored_results_side_by_side(tmp_path):
+    files = [
+        ROOT / "results" / "bench" / name for name in ("decode-cpu-family25.json", "decode-ternary-cpu-family25.json")
+    ]
     images = [tmp_path / "decode.png", tmp_path / "decode.svg"]
-    decode_figure.main([str(file), *map(str, images)])
+    decode_figure.main([*map(str, files), *map(str, images)])
     assert images[0].read_bytes().startswith(b"\x89PNG") and "<svg" in images[1].read_text()
-    written = json.loads(file.read_text())
-    kept = speeds_by_format(written)
-    by_hand = {
-        (name, row["contender"]): row["tokens_per_second"]
-        for name, measured in written["formats"].items()
-        for row in measured["decode"]
-        if row["batch"] == 1
-    }
-    assert [len(one.ours) for one in kept] == [6, 6, 6]
-    assert kept[0].ours[0.5].median == by_hand["bf16", "ours S 0.5"]
+    assert all(title in images[1].read_text() for title in ("weights in bf16", "weights in int8", "weights in ternary"))
+    for file in files:
+        written = json.loads(file.read_text())
+        stored = speeds_by_format(written)
+        by_hand = {
+            (name, row["contender"]): row["tokens_per_second"]
+            for name, measured in written["formats"].items()
+            for row in measured["decode"]
+            if row["batch"] == 1
+        }
+        assert [len(one.ours) for one in stored] == [6] * len(written["formats"])
+        first = next(iter(written["formats"]))
+        assert stored[0].ours[0.5].median == by_hand[first, "ours S 0.5"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["one.json"], ["one.png", "two.svg"]])
+def test_the_figure_needs_a_result_and_an_image(arguments):
     with pytest.raises(SystemExit, match="usage: python -m qsparse_moe.bench.decode_figure"):
-        decode_figure.main([str(file)])
+        decode_figure.main(arguments)

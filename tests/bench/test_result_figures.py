@@ -31,7 +31,7 @@ def test_rates_and_ratios_of_the_step_benchmark(monkeypatch):
     times = {PEER: Timing((6.0, 8.0, 14.0)), DENSE: Timing((3.0, 2.0, 7.0)), SPARSE: Timing((6.0, 8.0, 7.0))}
     monkeypatch.setattr(step, "_contenders", lambda benchmark, tokens_BS: dict.fromkeys(times))
     monkeypatch.setattr(step, "time_in_turns", lambda steps, **settings: times)
-    monkeypatch.setattr(step, "_profile", lambda step: {})
+    monkeypatch.setattr(step, "_profile", lambda step, device: {})
     result = run_step_benchmark(StepBenchmark(config(), "fp32", 0.5, 2, 16, 3, CPU))
     assert result["seconds"] == {PEER: 8.0, DENSE: 3.0, SPARSE: 7.0}
     assert result["tokens_per_second"] == {PEER: 4.0, DENSE: 32 / 3, SPARSE: 32 / 7}
@@ -95,11 +95,6 @@ def test_every_measurement_of_decoding_starts_behind_the_context_and_averages_th
     ours()
     assert engine.positions == [[5, 5], [6, 6]] * 2 and engine.tokens == [[1, 2], [3, 4]] * 2
     assert ours.bytes_per_step == 350.0
-
-
-def test_the_read_bandwidth_is_that_of_the_fastest_round(monkeypatch):
-    monkeypatch.setattr(decode, "time_in_turns", lambda contenders, **settings: {"read": Timing((4.0, 2.0, 8.0))})
-    assert decode.read_bandwidth(4096) == 2048.0
 
 
 def test_prefill_is_compared_with_ours(monkeypatch):

@@ -136,3 +136,11 @@ def test_a_missing_llama_cpp_is_reported_with_the_way_out(monkeypatch):
     )
     python, reason = llama_peer.find_llama_cpp()
     assert python is None and sys.executable in reason and "No module" in reason
+
+
+@pytest.mark.parametrize("verb", ["step", "moe"])
+@pytest.mark.parametrize("value", ["-1", "1", "nan"])
+def test_an_s_of_a_benchmark_is_a_fraction_below_one(verb, value, capsys):
+    assert run(["bench", verb, f"--sparsity={value}"]) == 2
+    said = capsys.readouterr().err
+    assert "--sparsity" in said and str(float(value)) in said and "[0, 1)" in said

@@ -10,6 +10,7 @@ from rich.console import Console
 from qsparse_moe.cli import evaluate, fit_law
 from qsparse_moe.cli.generated_text import Settings, _shown_starts, report_speed
 from qsparse_moe.cli.grid_progress import GridProgress
+from qsparse_moe.inference import row_costs
 from qsparse_moe.inference.generator import Statistics
 from qsparse_moe.training.evaluate import Evaluation
 
@@ -33,11 +34,14 @@ def test_an_evaluation_is_compared_with_the_unigram_model(capsys):
     ]
 
 
-def test_the_statistics_of_a_generation_are_rates_of_each_part(capsys):
+def test_the_statistics_of_a_generation_are_rates_of_each_part(capsys, monkeypatch):
     statistics = Statistics("native", prompt_tokens=12, cache_bytes=4096)
     statistics.prefill_seconds, statistics.decode_seconds = 0.5, 4.0
     statistics.decode_tokens, statistics.decode_steps = 30, 10
-    stream = SimpleNamespace(statistics=statistics, engine=SimpleNamespace(figures=lambda: {"bytes_read": 12345}))
+    stream = SimpleNamespace(
+        statistics=statistics, engine=SimpleNamespace(name="native", figures=lambda: {"bytes_read": 12345})
+    )
+    monkeypatch.setattr(row_costs, "known_read_bandwidth", lambda: 1e5)
     report_speed(stream, SimpleNamespace(with_stats=True))
     assert [" ".join(line.split()) for line in capsys.readouterr().err.splitlines()] == [
         "engine native",
@@ -45,7 +49,12 @@ def test_the_statistics_of_a_generation_are_rates_of_each_part(capsys):
         "prefill 12 tokens in 0.500 s, 24.0 tokens/s",
         "decode 30 tokens in 4.000 s, 7.5 tokens/s",
         "bytes read 12,345",
+        # 12,345 bytes at 1e5 per second, in steps of 0.4 s.
+        "share of the limit 0.31 of a read bandwidth of 0.0 GB/s",
     ]
+    stream.engine.name = "triton"
+    report_speed(stream, SimpleNamespace(with_stats=True))
+    assert "limit" not in capsys.readouterr().err
     report_speed(stream, SimpleNamespace(with_stats=False))
     assert capsys.readouterr().err == "" and "with_stats" in Settings.__annotations__
 

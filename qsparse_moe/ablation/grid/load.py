@@ -85,6 +85,7 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
     """
     file = read_grid_file(path)
     points = grid_points(path, file)
+    _refuse_given(path, overrides)
     common = [_override(name, value) for name, value in file.settings.items()]
     known = {name for name, _ in all_settings()}
     # HPARAMS has no column for an item of a list, only for the whole list.
@@ -105,6 +106,16 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
             runs.append(GridRun(point.name, seed, config, point.settings, point.choices))
     _refuse_twins(path, runs)
     return Grid(path.stem, tuple(runs))
+
+
+def _refuse_given(path: Path, overrides: Sequence[str]) -> None:
+    for override in overrides:
+        name, _, value = override.partition("=")
+        if name.strip() in GIVEN:
+            raise ConfigError(
+                f"{name.strip()} ({value}) is set by the grid for every run of {path}, so that no two share a folder; "
+                f"remove it. --output-dir names the parent folder, and seeds: in the grid file the seeds"
+            )
 
 
 def _checked(path: Path, point: GridPoint, base: Path, overrides: Sequence[str]) -> RunConfig:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qsparse_moe.config.schema import RunConfig
     from qsparse_moe.inference.generator import Generator
     from qsparse_moe.inference.sampling import Sampling
+    from qsparse_moe.interop.training import train
     from qsparse_moe.metrics.experts import expert_ratios
     from qsparse_moe.metrics.ratios import scalar_ratios
     from qsparse_moe.model.output import ModelOutput
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from qsparse_moe.sparsity.plan import SparsityPlan
     from qsparse_moe.sparsity.quantize import fake_quantize
     from qsparse_moe.sparsity.topk import topk_mask, topk_sparsify
-    from qsparse_moe.training.loop import train
 
 __all__ = [
     "Generator",
@@ -63,7 +63,7 @@ _MODULE_OF = {
     "scalar_ratios": "metrics.ratios",
     "topk_mask": "sparsity.topk",
     "topk_sparsify": "sparsity.topk",
-    "train": "training.loop",
+    "train": "interop.training",
 }
 
 

@@ -11,7 +11,8 @@ from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.progress import TrainingProgress
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.rules import check_trainable, check_world_size
-from qsparse_moe.runs.folder import check_run_folder, check_steps
+from qsparse_moe.runs.find import find_initial_weights
+from qsparse_moe.runs.folder import check_run_folder, check_steps, init_from
 from qsparse_moe.training.distributed.launcher_environment import launcher_world_size
 
 if TYPE_CHECKING:
@@ -35,15 +36,18 @@ def train(
     check_world_size(run, launcher_world_size())
     if is_rank_zero():  # on one rank only: another might check after this one has created the folder
         # A run that resumes was allowed to start, perhaps by a version without this rule.
-        if not check_run_folder(run):
+        resumes = check_run_folder(run)
+        if not resumes:
             check_trainable(run)
         check_steps(run)
+        if (weights := init_from(run, resumes=resumes)) is not None:
+            find_initial_weights(weights)
     # Imported after all checks: a wrong setting is reported within a second.
     from qsparse_moe.data.tokenizer import with_vocabulary
 
     run = with_vocabulary(run)
+    from qsparse_moe.interop.training import train as train_run
     from qsparse_moe.metrics.recorder import Recorder
-    from qsparse_moe.training.loop import train as train_run
 
     with TrainingProgress(run.training.steps) as progress:
         result = train_run(run, listeners=(Recorder(run), progress))

@@ -13,13 +13,14 @@ import shutil
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.errors import BackendUnavailable, CheckpointError
+from qsparse_moe.errors import CheckpointError
+from qsparse_moe.interop.weight_files import FORMAT, INDEX, WEIGHTS, WeightFiles, safetensors_torch
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.runs.folder import CONFIG_FILE, TOKENIZER, load_run_config, no_checkpoint, write_config
 from qsparse_moe.sparsity.schedule import scheduled_scale
@@ -29,9 +30,7 @@ from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
 
 Dtype = Literal["fp32", "bf16"]
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PLAN_FILE = "plan.json"
-FORMAT = "qsparse_moe.state-dict/1"
 PART_BYTES = 4 * 2**30
 """Maximum size of one file, and of the memory that an export needs in addition to its largest tensor."""
 
@@ -68,7 +67,7 @@ def export_run(
         BackendUnavailable: safetensors is not installed.
     """
     # Both checks come first, because reading a checkpoint of many ranks may take minutes.
-    _safetensors()
+    safetensors_torch()
     _check_output(output, force)
     config = load_run_config(run_dir)
     checkpoint = newest_checkpoint(run_dir)
@@ -110,7 +109,7 @@ def load_export(
         ConfigError: its config.yaml cannot be read.
     """
     folder = Path(folder)
-    files = _Files(folder)
+    files = WeightFiles(folder)
     plan = folder / PLAN_FILE
     # The config names the plan by its path on the machine of the training; the export contains a copy of it.
     config = load_run_config(folder, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
@@ -208,7 +207,7 @@ def _write_weights(folder: Path, source: _Source, metadata: dict[str, str], part
 
 def _save_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
     """Write one file. The library wraps an OSError in its own error with the number in the text: raise the original."""
-    library = _safetensors()
+    library = safetensors_torch()
     try:
         library.save_file(tensors, file, metadata=metadata)
     except import_module("safetensors").SafetensorError as error:
@@ -226,71 +225,3 @@ def _write_config(folder: Path, config: RunConfig, run_dir: Path) -> None:
         shutil.copytree(run_dir / TOKENIZER, folder / TOKENIZER)
     if config.model.sparsity.plan is not None:
         shutil.copyfile(config.model.sparsity.plan, folder / PLAN_FILE)
-
-
-class _Files:
-    """The state dict of an export; files are mapped, and tensors are read on access."""
-
-    def __init__(self, folder: Path) -> None:
-        self._where: dict[str, Any] = {}
-        self._metadata: dict[str, str] = {}
-        for name in self._names(folder):
-            file = self._open(folder / name)
-            self._metadata = file.metadata() or {}
-            self._where |= dict.fromkeys(file.keys(), file)
-        if self._metadata.get("qsparse_moe") != FORMAT:
-            raise CheckpointError(
-                f"{folder}: was not written by qsparse-moe export of this version (format "
-                f"{self._metadata.get('qsparse_moe')!r}, not {FORMAT!r}); export the run again"
-            )
-
-    @staticmethod
-    def _names(folder: Path) -> list[str]:
-        index = folder / INDEX
-        if not index.is_file():
-            return [WEIGHTS]
-        try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _broken(index, error) from error
-
-    @staticmethod
-    def _open(file: Path) -> Any:
-        _safetensors()
-        library = import_module("safetensors")
-        try:
-            return library.safe_open(file, framework="pt")
-        except (OSError, library.SafetensorError) as error:
-            raise _broken(file, error) from error
-
-    @property
-    def step(self) -> int:
-        return int(self._metadata["step"])
-
-    @property
-    def shapes(self) -> dict[str, list[int]]:
-        return {name: file.get_slice(name).get_shape() for name, file in self._where.items()}
-
-    def tensor(self, name: str) -> Tensor:
-        return self._where[name].get_tensor(name)
-
-
-def _broken(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: cannot be read ({error}), and every file of an export is needed. Export the run again, or restore "
-        "the file from a copy"
-    )
-
-
-def _safetensors() -> Any:
-    """Return the module ``safetensors.torch``.
-
-    Raises:
-        BackendUnavailable: it is not installed.
-    """
-    try:
-        return import_module("safetensors.torch")
-    except ImportError:
-        raise BackendUnavailable(
-            'exports need safetensors, which is not installed; pip install "qsparse-moe[hf]"'
-        ) from None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -94,6 +95,17 @@ def _compiled_or_next(selection: TopKSelect, settings: SparsityConfig, device: t
         others = [spec for spec in TOPK_SELECTS if spec is not selection]
         return choose("model.sparsity.backend", "auto", others, lambda spec: spec.why_not(device))
     return selection
+
+
+@contextlib.contextmanager
+def choices_unlogged() -> Iterator[None]:
+    """Do not log the choices that are made inside, for a model that is built to know its shapes only."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def choose(

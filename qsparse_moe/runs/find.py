@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,6 +14,7 @@ from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE
 
 # The name is repeated here, because the package of checkpoints imports torch.
 _CHECKPOINT_INDEX = "state.json"
+_OTHER_PROGRAMS_CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,31 @@ def find_model(path: Path) -> ModelFolder:
         return folder
     find_run(path)
     return ModelFolder(path, "export" if any(path.glob("model*.safetensors")) else "run")
+
+
+def find_initial_weights(init_from: str) -> ModelFolder:
+    """Return what kind of model folder ``training.init_from`` names. Needs no torch.
+
+    Raises:
+        CheckpointError: it is none that can be read; the message names the setting.
+    """
+    path = Path(init_from).expanduser()
+    with naming_init_from(init_from):
+        if (path / _OTHER_PROGRAMS_CONFIG).is_file() and not (path / CONFIG_FILE).is_file():
+            raise CheckpointError(
+                f"contains {_OTHER_PROGRAMS_CONFIG} and no {CONFIG_FILE}, so it is the model of another program, and "
+                "only runs, their checkpoints, and exports of this package can be read; name one of those"
+            )
+        return find_model(path)
+
+
+@contextlib.contextmanager
+def naming_init_from(init_from: str) -> Iterator[None]:
+    """Name ``training.init_from`` and its value in every CheckpointError raised inside."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"training.init_from ({init_from}): {error}") from error
 
 
 def find_run(path: Path) -> Path:

@@ -50,6 +50,7 @@ MAY_CHANGE = (
     "training.steps",
 )
 """Settings and sections that may change when a run is resumed; any other change would make it a different run."""
+_INIT_FROM = "training.init_from"
 # Files may have been moved: the loader compares their content.
 _SOURCE_PATH = re.compile(r"data\.sources\.\d+\.path")
 
@@ -88,6 +89,16 @@ def newest_step(folder: Path) -> int | None:
     steps = (path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*"))
     # The folder is renamed to this name once it is complete, so the name alone is enough.
     return max((int(step) for step in steps if step.isdecimal()), default=None)
+
+
+def init_from(config: RunConfig, *, resumes: bool) -> str | None:
+    """Return ``training.init_from``, or None if the run continues from a checkpoint of its own. Needs no torch.
+
+    Args:
+        config: the run.
+        resumes: the result of ``check_run_folder``.
+    """
+    return None if resumes and newest_step(run_folder(config)) is not None else config.training.init_from
 
 
 def no_checkpoint(folder: Path) -> CheckpointError:
@@ -164,7 +175,7 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
-    """Return the config with absolute paths of its data, so that the run can be read from any folder."""
+    """Return the config with absolute paths of its data and weights, so that the run can be read from any folder."""
     sources = tuple(source.model_copy(update={"path": _absolute_path(source)}) for source in config.data.sources)
     cache, tokenizer = config.data.cache_dir, config.data.tokenizer
     update = {
@@ -173,7 +184,14 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
         # Only if it exists as a path; otherwise it is a name on the hub, or bytes.
         "tokenizer": _absolute(tokenizer) if os.path.exists(os.path.expanduser(tokenizer)) else tokenizer,
     }
-    return config.model_copy(update={"data": config.data.model_copy(update=update)})
+    initial = config.training.init_from
+    training = {"init_from": None if initial is None else _absolute(initial)}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=update),
+            "training": config.training.model_copy(update=training),
+        }
+    )
 
 
 def _absolute_path(source: SourceConfig) -> str | tuple[str, ...] | None:
@@ -213,12 +231,16 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 def _check_same_run(stored: Path, config: RunConfig) -> None:
-    before = _leaves(load_config(stored).model_dump(mode="json"))
-    now = _leaves(config.model_dump(mode="json"))
+    before = settings_by_path(load_config(stored).model_dump(mode="json"))
+    now = settings_by_path(config.model_dump(mode="json"))
+    for settings in (before, now):
+        # A folder, which is stored as an absolute path and may be given as a relative one.
+        if settings[_INIT_FROM] is not None:
+            settings[_INIT_FROM] = _absolute(settings[_INIT_FROM])
     if config.model.vocab_size is None:  # derived later from the tokenizer, which is compared as well
         now["model.vocab_size"] = before["model.vocab_size"]
     changed = [
-        f"{path} was {show(before.get(path))} and is {show(now.get(path))}"
+        _changed(path, before.get(path), now.get(path))
         for path in sorted(before.keys() | now.keys())
         if before.get(path) != now.get(path) and not _may_change(path)
     ]
@@ -231,8 +253,21 @@ def _check_same_run(stored: Path, config: RunConfig) -> None:
         )
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    """Return every setting by its dotted path; each section in a list has its own, and an empty list is one value."""
+def _changed(path: str, before: Any, now: Any) -> str:
+    was, is_now = show(before), show(now)
+    # Two long paths may differ only in the part that is cut.
+    if was == is_now:
+        was, is_now = repr(before), repr(now)
+    return f"{path} was {was} and is {is_now}"
+
+
+def settings_by_path(value: Any, path: str = "") -> dict[str, Any]:
+    """Return every setting by its dotted path; each section in a list has its own, and an empty list is one value.
+
+    Args:
+        value: a section as ``model_dump(mode="json")`` returns it, or a part of one.
+        path: the dotted path of ``value``.
+    """
     if isinstance(value, dict):
         items = [(str(key), below) for key, below in value.items()]
     elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
@@ -240,7 +275,9 @@ def _leaves(value: Any, path: str = "") -> dict[str, Any]:
     else:
         return {path: value}
     return {
-        leaf: found for key, below in items for leaf, found in _leaves(below, f"{path}.{key}" if path else key).items()
+        leaf: found
+        for key, below in items
+        for leaf, found in settings_by_path(below, f"{path}.{key}" if path else key).items()
     }
 
 

@@ -42,6 +42,12 @@ def write_manifest(folder: Path, part: dict[str, Any]) -> None:
     write_atomically(file, json.dumps(part | {"earlier_parts": earlier}, indent=1) + "\n")
 
 
+def earlier_entry(folder: Path, name: str) -> Any:
+    """Return an entry of the manifest that an earlier part of the run wrote; None without it."""
+    file = folder / MANIFEST_FILE
+    return json.loads(file.read_text(encoding="utf-8")).get(name) if file.is_file() else None
+
+
 def describe_environment() -> dict[str, Any]:
     """Return the versions, the git commit, and the machine of this process; JSON-able."""
     return {

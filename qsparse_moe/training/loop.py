@@ -15,13 +15,14 @@ from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import with_vocabulary
 from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
-from qsparse_moe.runs.folder import check_run_folder, check_steps, run_folder
+from qsparse_moe.runs.folder import check_run_folder, check_steps, init_from, run_folder
 from qsparse_moe.runs.report import Listener, TrainingResult
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 from qsparse_moe.training.checkpoint.save import save_checkpoint
 from qsparse_moe.training.checkpoint.store import ReportState, RunProgress, list_checkpoints
 from qsparse_moe.training.distributed.heartbeat import RankMonitor
-from qsparse_moe.training.distributed.ranks import open_distributed
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
+from qsparse_moe.training.initial_weights import InitialWeights, read_initial_weights
 from qsparse_moe.training.interrupt import StopSignals
 from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.listeners import Listeners
@@ -30,6 +31,7 @@ from qsparse_moe.training.monitor.dead_experts import DeadExpertMonitor
 from qsparse_moe.training.monitor.non_finite import CANNOT_CONTINUE, NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.profile import StepProfiler
+from qsparse_moe.training.named_tensors import OpenWeights, open_checkpoint
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
 from qsparse_moe.training.reporting import EvaluationResult, Reporter
 from qsparse_moe.training.run_lock import RunFolderLock
@@ -38,8 +40,12 @@ from qsparse_moe.training.step import StepResult, train_step
 logger = logging.getLogger(__name__)
 
 
-def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResult:
+def train(
+    config: RunConfig, listeners: Sequence[Listener] = (), *, open_weights: OpenWeights = open_checkpoint
+) -> TrainingResult:
     """Train the run that ``config`` describes, in this process and the other ranks that its launcher started.
+
+    ``interop.training.train``, the public ``qsparse_moe.train``, calls it with the readers of all formats.
 
     All ranks must call it with the same config. It writes ``config.yaml``, ``manifest.json``, and ``checkpoints/`` into
     the run folder, and calls the listeners on rank 0 with every logged step. SIGTERM, SIGUSR1, or Ctrl-C ends the run
@@ -49,10 +55,12 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
     Args:
         config: a complete run; with ``training.resume`` an existing run folder is continued.
         listeners: called with every ``StepReport``; see ``runs.report``.
+        open_weights: opens what ``training.init_from`` names; the default reads runs and checkpoints.
 
     Raises:
         ValueError: two listeners have the same ``state_name``.
-        ConfigError: a rule is broken, or the run to resume was made with other settings.
+        ConfigError: a rule is broken, the run to resume was made with other settings, or the initial weights do not fit
+            the run.
         CheckpointError: the run folder is in use or was taken over, a checkpoint is damaged, or a file cannot be
             written.
         DataError: the data cannot be used, or differs from the checkpoint's. If a stream fails in the middle of a run,
@@ -73,10 +81,11 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         # An existing run may continue with settings that earlier versions accepted.
         if not resumes:
             check_trainable(config)
+        initial = _read_initial(config, distributed, open_weights, resumes=resumes)
         data = load_data(config.data)
         monitor = RankMonitor(distributed, timeout=timeout, way_out=lambda: _how_to_continue(config))
         with monitor:
-            run = prepare_run(config, distributed, data, resumes=resumes)
+            run = prepare_run(config, distributed, data, resumes=resumes, initial=initial)
             try:
                 # All ranks have the same totals, so one of them reports.
                 return _Loop(run, all_listeners if distributed.rank == 0 else Listeners(), lock).run()
@@ -97,6 +106,14 @@ def _acquire_folder(config: RunConfig, lock: RunFolderLock) -> bool:
     resumes = check_run_folder(config)
     check_steps(config)
     return resumes
+
+
+def _read_initial(
+    config: RunConfig, distributed: Distributed, open_weights: OpenWeights, *, resumes: bool
+) -> InitialWeights | None:
+    # Before the data, whose preparation may take hours.
+    weights = distributed.on_rank_zero(lambda: init_from(config, resumes=resumes))
+    return None if weights is None else read_initial_weights(config, weights, distributed, open_weights)
 
 
 def _how_to_continue(config: RunConfig) -> str:

@@ -17,7 +17,7 @@ from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.folder import MANIFEST_FILE, TOKENIZER, run_folder, write_config
-from qsparse_moe.runs.manifest import describe_environment, write_manifest
+from qsparse_moe.runs.manifest import describe_environment, earlier_entry, write_manifest
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.full_disk import writing
 from qsparse_moe.training.checkpoint.state import restore, seed_random_states, set_random_states
@@ -34,6 +34,7 @@ from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.build import build_engine, check_engine
 from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.training.evaluate import Evaluator
+from qsparse_moe.training.initial_weights import InitialWeights
 from qsparse_moe.training.monitor.memory import device_name
 
 logger = logging.getLogger(__name__)
@@ -62,11 +63,25 @@ class PreparedRun:
         return self.config.training.global_batch_size * self.config.data.sequence_length
 
 
-def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *, resumes: bool) -> PreparedRun:
+def prepare_run(
+    config: RunConfig,
+    distributed: Distributed,
+    data: TokenData,
+    *,
+    resumes: bool,
+    initial: InitialWeights | None = None,
+) -> PreparedRun:
     """Build the model, engine, and loader, from the newest checkpoint if the run ``resumes``; write the run folder.
 
+    Args:
+        config: the run.
+        distributed: the ranks, which call it together.
+        data: its data.
+        resumes: whether the run folder holds a run to continue.
+        initial: the weights to start from; None: a checkpoint's, or random ones.
+
     Raises:
-        CheckpointError: the checkpoint is damaged or belongs to another model.
+        CheckpointError: the checkpoint is damaged or belongs to another model, or an initial weight is not finite.
         DataError: the checkpoint was made with other data.
         BackendUnavailable: a backend requested by name, or NVMe offload, is not available on this machine.
         ConfigError: the folder for NVMe offload cannot be used.
@@ -81,7 +96,7 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
         # Before the model is built: it refuses a checkpoint that was made with other data.
         loader.load_state_dict(checkpoint.data_state)
     hidden_ids = meaningless_ids(config.model, data.tokenizer)
-    engine = _start_engine(config, distributed, checkpoint, hidden_ids)
+    engine = _start_engine(config, distributed, checkpoint, hidden_ids, initial)
     start = checkpoint.progress if checkpoint is not None else RunProgress(step=0, tokens=0, seconds=0.0)
     _start_random_states(training.seed, distributed, start, checkpoint)
     evaluator = Evaluator(
@@ -99,7 +114,8 @@ def prepare_run(config: RunConfig, distributed: Distributed, data: TokenData, *,
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             # First, because it marks the folder as a run's if this process ends before the config is written.
-            write_manifest(folder, _describe_part(config, engine, start_step=start.step, fingerprint=data.fingerprint))
+            part = _describe_part(config, engine, start_step=start.step, fingerprint=data.fingerprint)
+            write_manifest(folder, part | {"initial_weights": _describe_initial(folder, initial, start)})
             write_config(folder, config)
             data.tokenizer.save(folder / TOKENIZER)
             if config.data.tokenizer == "bytes":
@@ -134,15 +150,25 @@ def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | Non
 
 
 def _start_engine(
-    config: RunConfig, distributed: Distributed, checkpoint: Checkpoint | None, hidden_ids: Sequence[int]
+    config: RunConfig,
+    distributed: Distributed,
+    checkpoint: Checkpoint | None,
+    hidden_ids: Sequence[int],
+    initial: InitialWeights | None,
 ) -> Engine:
     # Before the model, which builds only the experts of this rank.
     group = join_expert_group(config.training.expert_parallel_size, distributed)
     model = build_model(config.model, device=distributed.device, seed=config.training.seed, expert_group=group)
     model.activation_checkpointing = config.training.activation_checkpointing
     model.hide_ids(hidden_ids)
+    if initial is not None:
+        # On every rank together: one of them may meet a damaged tensor among its experts.
+        distributed.on_every_rank(lambda: initial.load(model))
     if checkpoint is None:
-        return build_engine(config, model, distributed)
+        engine = build_engine(config, model, distributed)
+        if initial is not None and config.training.precision != "fp32":
+            initial.restore_masters(engine)
+        return engine
     # The weights come first, because the engine copies them; the state that it adds is restored afterwards.
     load_checkpoint(model, checkpoint)
     engine = build_engine(config, model, distributed)
@@ -188,6 +214,13 @@ def _read_report_state(checkpoint: Checkpoint, distributed: Distributed) -> Repo
         )
     # The listeners' states are those of rank 0, whatever the number of ranks.
     return replace(checkpoint.report_state(0), monitor=None)
+
+
+def _describe_initial(folder: Path, initial: InitialWeights | None, start: RunProgress) -> dict[str, Any] | None:
+    if initial is not None:
+        return initial.describe()
+    # A resumed run has read no initial weights, but it goes back to those of its first part.
+    return earlier_entry(folder, "initial_weights") if start.step else None
 
 
 def _describe_part(config: RunConfig, engine: Engine, *, start_step: int, fingerprint: str) -> dict[str, Any]:

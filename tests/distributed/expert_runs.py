@@ -31,7 +31,12 @@ MODEL: dict[str, Any] = {
 ROUTINGS = {"starved": [1, 1, 2, 3], "one-expert": [2, 2, 2, 2]}
 """Where the rows of each expert go: expert 0 never gets a token; one expert gets all, so that half of the ranks or more
 have no row."""
-MODELS = {"balanced": BALANCED_MODEL, "capacity": CAPACITY_MODEL, "mixed": MIXED_MODEL}
+MODELS = {
+    "balanced": BALANCED_MODEL,
+    "capacity": CAPACITY_MODEL,
+    "mixed": MIXED_MODEL,
+    "initial": BALANCED_MODEL,
+}
 """Other models, by kind of run."""
 REFERENCES = {
     ("main", "fp32"): "torch-fp32-ep1",
@@ -42,10 +47,12 @@ REFERENCES = {
     ("balanced", "fp32"): "torch-fp32-ep1",
     ("capacity", "fp32"): "torch-fp32-ep1-acc4",  # the capacity of an expert is counted per micro-batch
     ("mixed", "fp32"): "torch-fp32-ep1",
+    ("initial", "fp32"): "torch-fp32-ep1",
     ("overflow", "fp16"): "torch-fp16-ep1-acc1",
 }
-"""Every kind of run on one rank. ``short``: four rows of two tokens each. ``overflow``: in the second step the gradient
-of one rank's experts is not finite, so all ranks skip it."""
+"""Every kind of run on one rank. ``short``: four rows of two tokens each. ``initial``: starts from the weights of the
+``balanced`` one; on four ranks, from those that two ranks with sharded experts wrote. ``overflow``: in the second step
+the gradient of one rank's experts is not finite, so all ranks skip it."""
 
 TABLE = {
     2: ["torch-fp32-ep2-acc1", "torch-fp32-ep2-acc2", "zero0-fp32-ep2-acc1", "zero1-fp32-ep2-acc2"]
@@ -84,6 +91,10 @@ OTHERS: dict[tuple[str, int], tuple[str, str]] = {
     ("capacity-zero1", 2): ("capacity", "zero1-fp32-ep2-acc2"),
     ("mixed-zero3", 2): ("mixed", "zero3-fp32-ep2-acc2"),
     ("mixed-zero0", 4): ("mixed", "zero0-fp32-ep2-acc1"),
+    **{(f"initial-zero{stage}", 2): ("initial", f"zero{stage}-fp32-ep2-acc1") for stage in (0, 2, 3)},
+    ("initial-torch", 2): ("initial", "torch-fp32-ep2-acc1"),
+    ("initial-zero1", 4): ("initial", "zero1-fp32-ep4-acc1"),
+    ("initial-zero3", 4): ("initial", "zero3-fp32-ep2-acc1"),
     **{(f"overflow-zero{stage}", 2): ("overflow", f"zero{stage}-fp16-ep2-acc2") for stage in range(4)},
     ("overflow-zero2", 4): ("overflow", "zero2-fp16-ep4-acc1"),
 }
@@ -195,6 +206,9 @@ class ExpertRuns:
             second = int(accumulation[0][3:]) + 1
             of_entry["fault"] = {"place": "expert", "layer": 1, "rank": min(1, ranks - 1), "forward": second}
             more["loss_scale"] = {"initial_power": 12, "hysteresis": 1}
+        if kind == "initial":
+            source = ("balanced-zero2", 2) if ranks == 4 else ("balanced-fp32", 1)
+            more["init_from"] = str(self.folder_of(*source))
         training = (LAYOUTS | OFFLOADED)[engine] | {
             "steps": STEPS,
             "precision": precision,

@@ -120,6 +120,22 @@ def test_ranks_without_tokens_and_other_models_train_as_one_rank_does(runs: Expe
         assert [report["skipped_steps"] for report in runs(label, ranks)["reports"]] == [0, 1, 1]
 
 
+def test_initial_weights_and_biases_of_another_layout_are_those_of_the_source(runs: ExpertRuns):
+    """What is trained from them agrees with one rank by the test above; here, that they are not random ones."""
+    source, fresh = runs.reference("balanced")[0]["reports"], runs("initial-fp32", 1)["reports"][0]
+    fall = source[0]["losses"]["lm_loss"] - source[-1]["losses"]["lm_loss"]
+    assert fresh["losses"]["lm_loss"] < source[0]["losses"]["lm_loss"] - 0.8 * fall
+    before_LE, after_LE = (torch.tensor(report["router_bias_LE"]) for report in (source[-1], fresh))
+    moved_LE = (after_LE - before_LE).abs()
+    assert ((moved_LE < 1e-6) | ((moved_LE - 0.01).abs() < 1e-6)).all()
+    assert after_LE.abs().max() > 0.015, "one update of 0.01 cannot have moved a bias so far from 0"
+    for (label, ranks), (kind, _) in OTHERS.items():
+        if kind == "initial":
+            found = json.loads((runs.folder_of(label, ranks) / "manifest.json").read_text())["initial_weights"]
+            source_dir = runs.folder_of(*(("balanced-zero2", 2) if ranks == 4 else ("balanced-fp32", 1)))
+            assert (found["path"], found["kind"], found["step"]) == (str(source_dir), "run", STEPS)
+
+
 @pytest.mark.parametrize(("source", "written_by", "target", "resumed_by"), TRANSFERS)
 def test_any_layout_resumes_what_any_other_wrote(runs: ExpertRuns, source, written_by, target, resumed_by):
     label = transfer_label(source, written_by, target)

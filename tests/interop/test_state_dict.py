@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from qsparse_moe.errors import BackendUnavailable, CheckpointError
 from qsparse_moe.interop import state_dict
 from qsparse_moe.interop.state_dict import export_run, load_export
+from qsparse_moe.interop.weight_files import safetensors_torch
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.store import list_checkpoints
 from qsparse_moe.training.evaluate import load_run
@@ -268,7 +269,7 @@ def test_a_part_is_filled_to_its_last_byte(run_dir, tmp_path):
 def test_one_part_is_in_memory_at_a_time(run_dir, tmp_path, monkeypatch):
     """In fp32 not even that: the files of the checkpoint are mapped, and written from there."""
     held = []
-    save = state_dict._safetensors().save_file
+    save = safetensors_torch().save_file
 
     def measured(tensors, file, **more):
         held.append(sum(tensor.nbytes for tensor in tensors.values()))

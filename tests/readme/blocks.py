@@ -19,8 +19,8 @@ def blocks(language: str) -> list[str]:
 
 
 def commands() -> list[str]:
-    """Every line of every bash block."""
-    return [line for block in blocks("bash") for line in block.splitlines()]
+    """Every command of every bash block, on one line."""
+    return [line for block in blocks("bash") for line in block.replace("\\\n", "").splitlines()]
 
 
 def launch_commands() -> list[str]:

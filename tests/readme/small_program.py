@@ -36,6 +36,8 @@ def smaller(arguments: list[str]) -> list[str]:
         return [*arguments, *SMALL.get(verb, [])]
     given = re.search(r"training\.steps=(\d+)", " ".join(arguments))
     steps = int(given[1]) // 100 if given else 2
+    if any("ramp_steps" in argument for argument in arguments):
+        arguments = [*arguments, "model.sparsity.schedule.ramp_steps=1"]
     return [*arguments, *SMALL_RUN, f"training.steps={steps}", f"data.cache_dir={os.environ['README_CACHE']}"]
 
 

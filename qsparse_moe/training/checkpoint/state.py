@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -58,6 +58,12 @@ def restore(engine: Engine, read: Callable[[StateKind, str], Tensor], adam_step:
     engine.adam_step = adam_step
 
 
+def restore_weights(engine: Engine, read: Callable[[str], Tensor]) -> None:
+    """Set the global fp32 weights of an engine that was built with the same weights, perhaps rounded."""
+    for name in engine.shapes():
+        engine.set_full(name, "weight", read(name))
+
+
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return the persistent buffers by name in the state dict, such as the routers' biases that balance experts.
 
@@ -92,16 +98,26 @@ def global_shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def check_shapes(want: Mapping[str, torch.Size], have: Mapping[str, list[int]], file: str) -> None:
     """Raise CheckpointError unless the tensors that ``file`` describes have the names and shapes of the model's."""
-    for name in sorted(want.keys() | have.keys()):
-        ours, theirs = want.get(name), have.get(name)
-        if ours is None or theirs is None or list(ours) != list(theirs):
-            raise CheckpointError(
-                f"{file}: {name} has the shape {_format_shape(theirs)} in the checkpoint and {_format_shape(ours)} in "
-                "the model; they must be equal. Use the config.yaml of the run that wrote it, or start a new run"
-            )
+    for name, ours, theirs in differing_shapes(want, have):
+        raise CheckpointError(
+            f"{file}: {name} has the shape {theirs} in the checkpoint and {ours} in the model; they must be equal. Use "
+            "the config.yaml of the run that wrote it, or start a new run"
+        )
 
 
-def _format_shape(shape: torch.Size | list[int] | None) -> str:
+def differing_shapes(
+    want: Mapping[str, Sequence[int]], have: Mapping[str, Sequence[int]]
+) -> list[tuple[str, str, str]]:
+    """Return the name and both shapes, as text, of every tensor whose shapes differ or that only one side has."""
+    pairs = [(name, want.get(name), have.get(name)) for name in sorted(want.keys() | have.keys())]
+    return [
+        (name, _format_shape(ours), _format_shape(theirs))
+        for name, ours, theirs in pairs
+        if ours is None or theirs is None or list(ours) != list(theirs)
+    ]
+
+
+def _format_shape(shape: Sequence[int] | None) -> str:
     return "none (no such tensor)" if shape is None else str(tuple(shape))
 
 

@@ -115,6 +115,11 @@ class Checkpoint:
         return int(self._index["world_size"])
 
     @property
+    def checksums(self) -> dict[str, int]:
+        """The CRC-32 that every file was written with, by name; ``verify`` compares them."""
+        return {name: facts["crc32"] for name, facts in self._index["files"].items()}
+
+    @property
     def data_state(self) -> dict[str, Any]:
         """State of the data loader, combined over the ranks."""
         return self._index["data"]
@@ -142,7 +147,7 @@ class Checkpoint:
         """
         # Not in __init__, so that the ranks of a run can divide the files among them.
         for name in sorted(self._index["files"])[part::parts]:
-            checksum = _checksum(self.path / name)
+            checksum = file_checksum(self.path / name)
             if checksum != self._index["files"][name]["crc32"]:
                 raise _broken(self.path / name, "does not have the checksum that it was written with")
 
@@ -226,7 +231,8 @@ def _entries(root: Path) -> list[Path]:
     return list(root.iterdir()) if root.is_dir() else []
 
 
-def _checksum(file: Path) -> int:
+def file_checksum(file: Path) -> int:
+    """Return the CRC-32 of a file's content."""
     crc32 = 0
     with file.open("rb") as stream:
         # In blocks of 4 MiB: files may be larger than the free memory.

@@ -1,0 +1,52 @@
+"""Readers of the weights that a run can start from; see ``training.named_tensors``.
+
+A reader of another format is a class with the interface of ``NamedTensors`` and a branch in ``open_weights``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from qsparse_moe.interop.weight_files import WeightFiles
+from qsparse_moe.runs.find import find_initial_weights, naming_init_from
+from qsparse_moe.runs.folder import CONFIG_FILE, load_run_config
+from qsparse_moe.training.named_tensors import NamedTensors, open_checkpoint
+
+
+class ExportWeights:
+    """The weights of an export in one or several files; see ``NamedTensors``."""
+
+    kind = "export"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._files = WeightFiles(path)
+        config = load_run_config(path)
+        self.model, self.tokenizer = config.model, config.data.tokenizer
+        self.model_file = path / CONFIG_FILE
+        self.step = self._files.step
+        self.shapes = self._files.shapes
+
+    def tensor(self, name: str) -> Tensor:
+        """See ``NamedTensors``."""
+        return self._files.tensor(name)
+
+    def checksums(self, *, part: int, parts: int) -> dict[str, int]:
+        """See ``NamedTensors``. An export has no stored checksums, so only the manifest of the run records these."""
+        return self._files.checksums(part=part, parts=parts)
+
+
+def open_weights(init_from: str) -> NamedTensors:
+    """Open the folder that ``training.init_from`` names: a run, one checkpoint, or an export.
+
+    Raises:
+        CheckpointError: it is none of the three, or a file of it is missing or damaged.
+        BackendUnavailable: it is an export, and safetensors is not installed.
+    """
+    found = find_initial_weights(init_from)
+    if found.kind != "export":
+        return open_checkpoint(init_from)
+    with naming_init_from(init_from):
+        return ExportWeights(found.path)

@@ -57,7 +57,9 @@ def quantize(x: Tensor, number_format: Format) -> Quantized:
     if number_format == "int8":
         # Without the factor 127, the quotient would round to -1, 0, and 1 only. The clip is part of the paper's
         # formula; with this factor no finite value reaches beyond it.
-        largest = wide.abs().amax(-1, keepdim=True)
+        # max|x| without the copy of all rows that abs() writes: half of its time on a CPU. NaN passes through both.
+        low, high = wide.aminmax(dim=-1, keepdim=True)
+        largest = torch.maximum(low.neg(), high).abs_()
         return Quantized((127.0 / (largest + EPSILON) * wide).round_().clamp_(-128, 127), largest / 127.0)
     if number_format == "int4":
         mean = wide.abs().mean(-1, keepdim=True)

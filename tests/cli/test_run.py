@@ -199,7 +199,7 @@ def test_a_prompt_is_checked_against_the_window_and_the_encoding(trained, capsys
     arguments = ["generate", str(run_dir), "--max-tokens", "1", "--prompt"]
     assert run([*arguments, "ab" * 40]) == 2
     printed = " ".join(capsys.readouterr().err.split())
-    assert "prompts[0] (81 tokens, with the one that begins a document where it is a text) must be at most" in printed
+    assert "--prompt (81 tokens, with the one that begins a document where it is a text) must be at most" in printed
     assert run([*arguments, "ab" * 40, "--truncate-prompt"]) == 0
     assert capsys.readouterr().out.startswith("ab" * 32)
     assert run([*arguments, b"caf\xe9".decode("utf-8", errors="surrogateescape")]) == 2

@@ -1,4 +1,4 @@
-"""A conversation computes each token once, and says what it would say if every turn began anew."""
+"""A conversation computes each token once, and says what it would say if every turn began with an empty cache."""
 
 from __future__ import annotations
 

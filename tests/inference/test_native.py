@@ -280,6 +280,14 @@ def test_folding_the_rounding_changes_no_logit_and_is_done_once():
     assert torch.equal(all_at_once(built, tokens_BS), before)
 
 
+@pytest.mark.parametrize("token", [-1, 264])
+def test_an_id_outside_the_vocabulary_is_refused(token):
+    built = model()
+    cache = KeyValueCache.allocate(built.config, batch=1, capacity=4, dtype=torch.float32)
+    with pytest.raises(RuntimeError, match=f"the id {token} must be from 0 to 263"):
+        NativeDecode(built).decode(torch.tensor([token]), cache)
+
+
 def test_ids_that_the_model_hides_have_no_probability():
     built = model()
     built.hide_ids([260, 261])

@@ -251,7 +251,12 @@ class DecodeModel : public torch::CustomClassHolder {
         inverse_frequencies_(std::move(inverse_frequencies)),
         final_norm_(std::move(final_norm)),
         embedding_(std::move(embedding)),
-        head_(std::move(head)) {}
+        head_(std::move(head)) {
+    const at::ScalarType type = embedding_.scalar_type();
+    TORCH_CHECK(embedding_.dim() == 2 && embedding_.is_contiguous() && embedding_.size(1) == width_ &&
+                    (type == at::kFloat || type == at::kBFloat16),
+                "an embedding must be contiguous (V, D) in fp32 or bf16");
+  }
 
   void add_layer(at::Tensor attention_norm, at::Tensor feed_forward_norm, at::Tensor query_norm, at::Tensor key_norm,
                  intrusive_ptr<StoredMatrix> qkv, intrusive_ptr<StoredMatrix> output, intrusive_ptr<SiteHolder> input_site,
@@ -297,6 +302,7 @@ class DecodeModel : public torch::CustomClassHolder {
   };
 
   void reserve(int num_threads);
+  void embed(int64_t id, float* to) const;
   void run_layer(const Layer& layer, int64_t number, const Thread& thread);
   void attend(const Layer& layer, int64_t number, const Thread& thread);
   void attend_group(const Layer& layer, int64_t number, int64_t token, int64_t group, std::vector<float>& scores);
@@ -407,8 +413,9 @@ void DecodeModel::reserve(int num_threads) {
     scores_.emplace_back();
   }
   for (std::vector<float>& scores : scores_)
-    if (int64_t(scores.size()) < std::max(capacity_, experts) + kLanes)
-      scores.resize(std::max(capacity_, experts) + kLanes);
+    // Two per expert: the scores of its groups, of which there are not more than experts, follow them.
+    if (int64_t(scores.size()) < std::max(capacity_, 2 * experts) + kLanes)
+      scores.resize(std::max(capacity_, 2 * experts) + kLanes);
   if (int64_t(every_row_.size()) < widest) {
     every_row_.resize(widest);
     for (int64_t i = 0; i < widest; ++i) every_row_[i] = int32_t(i);
@@ -433,9 +440,7 @@ at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positio
   const int num_threads = at::get_num_threads();
   reserve(num_threads);
   bytes_read_ = bytes_dense_ = passes_ = whole_passes_ = 0;
-  const at::Tensor rows = embedding_.index_select(0, tokens).to(at::kFloat).contiguous();
-  for (int64_t token = 0; token < batch_; ++token)
-    std::copy_n(rows.const_data_ptr<float>() + token * width_, width_, stream_[token]);
+  for (int64_t token = 0; token < batch_; ++token) embed(tokens.const_data_ptr<int64_t>()[token], stream_[token]);
   // The angles are the same in every layer.
   for (int64_t token = 0; token < batch_; ++token)
     for (int64_t i = 0, half = head_size_ / 2; i < half; ++i) {
@@ -443,7 +448,7 @@ at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positio
       rotations_[token * head_size_ + i] = std::cos(angle);
       rotations_[token * head_size_ + half + i] = std::sin(angle);
     }
-  at::Tensor logits = at::empty({batch_, head_->num_rows}, rows.options());
+  at::Tensor logits = at::empty({batch_, head_->num_rows}, keys.options());
   Barrier barrier(num_threads);
 #pragma omp parallel num_threads(num_threads)
   {
@@ -453,6 +458,17 @@ at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positio
     head(thread, logits);
   }
   return logits;
+}
+
+// Write the row of the embedding for one id as fp32.
+void DecodeModel::embed(int64_t id, float* to) const {
+  TORCH_CHECK(id >= 0 && id < embedding_.size(0), "decode: the id ", id, " must be from 0 to ", embedding_.size(0) - 1);
+  if (embedding_.scalar_type() == at::kFloat) {
+    std::copy_n(embedding_.const_data_ptr<float>() + id * width_, width_, to);
+    return;
+  }
+  const at::BFloat16* row = embedding_.const_data_ptr<at::BFloat16>() + id * width_;
+  for (int64_t i = 0; i < width_; ++i) to[i] = float(row[i]);
 }
 
 void DecodeModel::run_layer(const Layer& layer, int64_t number, const Thread& thread) {
@@ -745,16 +761,22 @@ void DecodeModel::choose_experts(const RouterHolder& router, int64_t token, std:
   }
   if (router.num_groups > 1) {
     const int64_t size = experts / router.num_groups;
-    std::vector<float> of_group(router.num_groups);
+    // Behind the scores of the experts there is space for those of the groups (see reserve).
+    float* of_group = scores.data() + experts;
     for (int64_t group = 0; group < router.num_groups; ++group) {
-      std::vector<float> values(scores.begin() + group * size, scores.begin() + (group + 1) * size);
-      std::sort(values.begin(), values.end(), std::greater<float>());
-      of_group[group] = router.group_by_two ? values[0] + values[1] : values[0];
+      const float* values = scores.data() + group * size;
+      float first = -std::numeric_limits<float>::infinity(), second = first;
+      for (int64_t i = 0; i < size; ++i) {
+        second = std::max(second, std::min(first, values[i]));
+        first = std::max(first, values[i]);
+      }
+      of_group[group] = router.group_by_two ? first + second : first;
     }
-    std::vector<bool> allowed(router.num_groups, false);
-    for (int64_t i = 0; i < router.groups_per_token; ++i) allowed[take_largest(of_group.data(), router.num_groups)] = true;
+    // The chosen groups are taken out of the candidates, so that those that remain are the ones not allowed.
+    for (int64_t i = 0; i < router.groups_per_token; ++i) take_largest(of_group, router.num_groups);
     for (int64_t expert = 0; expert < experts; ++expert)
-      if (!allowed[expert / size]) scores[expert] = -std::numeric_limits<float>::infinity();
+      if (of_group[expert / size] != -std::numeric_limits<float>::infinity())
+        scores[expert] = -std::numeric_limits<float>::infinity();
   }
   for (int64_t a = 0; a < choices; ++a) chosen[a] = take_largest(scores.data(), experts);
   float sum_of_chosen = 0;

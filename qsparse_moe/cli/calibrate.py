@@ -14,6 +14,7 @@ from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.option_values import check_sparsity
+from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format
@@ -171,7 +172,7 @@ def settings_for(config: RunConfig, output: Path, *, selection: str = "threshold
     settings = config.model.sparsity
     if selection == "threshold" or settings.selection == "threshold":
         yield f"{_SECTION}.selection={selection}"
-    yield f"{_SECTION}.plan={output}"
+    yield override_of(f"{_SECTION}.plan", str(output))
     # A plan excludes every other way to set S.
     for name in ("preset", "default"):
         if getattr(settings, name) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Sequence
 from types import NoneType
 from typing import Any
@@ -20,6 +21,7 @@ from qsparse_moe.config.fields import (
 )
 from qsparse_moe.config.problems import Problem, dotted, show
 from qsparse_moe.config.yaml_text import parse_yaml, plain_scalar
+from qsparse_moe.errors import ConfigError
 
 # Longer indices are cut in messages, and never reach int(), which refuses more than 4300 digits.
 _LONGEST_INDEX = 9
@@ -47,6 +49,21 @@ def apply_overrides(settings: dict[str, Any], overrides: Sequence[str]) -> list[
         problem = _write(settings, parts, _as_text(parts, value, text))
         problems += [problem] if problem else []
     return problems
+
+
+def override_of(path: str, value: Any) -> str:
+    """Return the override that sets ``path`` to ``value``; a text is in quotes only if YAML would read it as another.
+
+    Paths of files need it: in ``/data/a #1`` YAML sees a comment, in ``/data/a: 1`` a key.
+    """
+    quoted = json.dumps(value, ensure_ascii=False)  # JSON is YAML on one line
+    if not isinstance(value, str):
+        return f"{path}={quoted}"
+    try:
+        read, _ = parse_yaml(value, path)
+    except ConfigError:
+        read = None
+    return f"{path}={value if read == value else quoted}"
 
 
 def _as_text(path: list[str], value: Any, text: str) -> Any:

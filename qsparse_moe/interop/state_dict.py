@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.interop.weight_files import FORMAT, INDEX, WEIGHTS, WeightFiles, safetensors_torch
@@ -112,7 +113,7 @@ def load_export(
     files = WeightFiles(folder)
     plan = folder / PLAN_FILE
     # The config names the plan by its path on the machine of the training; the export contains a copy of it.
-    config = load_run_config(folder, [f"model.sparsity.plan={plan}"] if plan.is_file() else [])
+    config = load_run_config(folder, [override_of("model.sparsity.plan", str(plan))] if plan.is_file() else [])
     dtype = dtype or files.tensor("embedding.weight").dtype
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     check_shapes(stored_shapes(model), files.shapes, str(folder))

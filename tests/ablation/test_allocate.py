@@ -209,6 +209,10 @@ def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
         "experts of 2 of 16 features",
     ]
     assert all(one.cost >= 0.5 - 1e-9 for one in found)
+    # Of the 4 + 2 * 3 matrices of 16 x 16 that a token uses per layer, one expert leaves 4 + 3: 11 of 16 features in
+    # front of each are the most within half of the former.
+    assert found[1].name == "1 of 2 experts per token, S = 0.28"
+    assert found[1].cost == pytest.approx(1 - 11 / 16 * 7 / 10)
     assert model.sparsity_plan is before and all(value.equal(weights[n]) for n, value in model.state_dict().items())
     assert all(site.hook is None for block in model.blocks() for site in block.sites().values())
     # With nothing to pool, drop or leave out each is the model itself.

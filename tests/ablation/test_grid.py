@@ -11,13 +11,14 @@ from tests.ablation.grid_files import AXES, BASE, GRID
 
 
 def test_every_variant_and_seed_is_a_complete_config_with_a_stable_id(write, tmp_path):
-    grid = load_grid(write(), ["training.steps=7"], output_dir=str(tmp_path / "out"))
+    # The name of the folder is not to be read as YAML, in which it would end with a comment.
+    grid = load_grid(write(), ["training.steps=7"], output_dir=str(tmp_path / "out: #1"))
     assert [run.id for run in grid.runs] == ["dense-seed0", "dense-seed3", "half-seed0", "half-seed3"]
     last = grid.runs[-1].config
     assert (last.model.sparsity.default, last.training.seed, last.training.steps) == (0.5, 3, 7)
     assert last.training.learning_rate == 2e-3
     assert last.training.resume
-    assert grid.folder == tmp_path / "out" / "mini"
+    assert grid.folder == tmp_path / "out: #1" / "mini"
 
 
 @pytest.mark.parametrize(

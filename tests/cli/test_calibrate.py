@@ -110,6 +110,9 @@ def test_s_of_a_run_is_that_of_its_last_step_and_a_requested_s_is_not_scheduled(
     assert requested_plan(ramping).mean == pytest.approx(0.125)
     assert requested_plan(ramping, sparsity=0.5).mean == 0.5
     assert requested_plan(ramping, overrides=["model.sparsity.default=0.5"]).mean == 0.5
+    SparsityPlan.uniform(load_config(ramping / "config.yaml").model, 0.25).save(tmp_path / "s=1.json")
+    by_file = [f"model.sparsity.plan={tmp_path / 's=1.json'}", "model.sparsity.default=null"]
+    assert requested_plan(ramping, overrides=by_file).mean == 0.25
 
 
 WRONG = {
@@ -257,9 +260,11 @@ def test_the_settings_that_it_prints_make_a_run_select_by_the_plan(sparsity, tmp
     run_dir = untrained(tmp_path, "run", **sparsity)
     plan = requested_plan(run_dir)
     plan = plan.with_thresholds({place: (0.1,) * len(values) for place, values in plan.values.items()})
-    plan.save(tmp_path / "plan.json")
+    # The name of the file is not to be read as YAML: this one ends with what would be a comment.
+    output = tmp_path / "plan=1: a #2.json"
+    plan.save(output)
     config = load_config(run_dir / "config.yaml")
-    by_threshold = load_config(run_dir / "config.yaml", list(settings_for(config, tmp_path / "plan.json")))
+    by_threshold = load_config(run_dir / "config.yaml", list(settings_for(config, output)))
     assert by_threshold.model.sparsity.selection == "threshold"
     assert SparsityPlan.from_config(by_threshold.model) == plan
     from qsparse_moe.config.shapes import model_sites, site_format

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from qsparse_moe.config.overrides import override_of
+from qsparse_moe.config.yaml_text import parse_yaml
+
 BELOW_A_WRONG_VALUE = {
     ("training=[0,99]", "training.gradient_clipping=1"): "training ([0, 99]) must be a section (settings by name)",
     ("model.sparsity.quantization=[1]", "model.sparsity.quantization.sites=1"): (
@@ -114,6 +117,40 @@ def test_override_reaches_items_of_lists(load):
     assert config.data.sources[1].max_bytes == 10
     assert config.data.sources[1].path == ("d.txt", "c.txt")
     assert (config.data.sources[0].path, config.data.sources[0].weight) == ("a.txt", 2.0)
+
+
+def test_a_value_may_contain_further_equals_signs(load):
+    text = "data: {sources: [{kind: text, path: a.txt}]}\n"
+    config = load(text, "data.sources.0.path=day=2/hour=10/*.txt", "data.sources.0.separator='=='", "training.seed=3")
+    assert (config.data.sources[0].path, config.data.sources[0].separator) == ("day=2/hour=10/*.txt", "==")
+    assert config.training.seed == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("/data/plan.json", "/data/plan.json"),
+        ("/data/day=1/plan.json", "/data/day=1/plan.json"),
+        # A comment, a key, an alias, a tag, a list, and a number in YAML.
+        ("/data/run #1", '"/data/run #1"'),
+        ("/data/run: 1", '"/data/run: 1"'),
+        ("*.txt", '"*.txt"'),
+        ("!data", '"!data"'),
+        ("[data]", '"[data]"'),
+        ("4711", '"4711"'),
+        (" é\U0001f600 ", '" é\U0001f600 "'),
+        ("", '""'),
+    ],
+)
+def test_a_text_becomes_an_override_that_is_read_as_the_same_text(load, value, text):
+    assert override_of("training.output_dir", value) == f"training.output_dir={text}"
+    if value:
+        assert load("", override_of("training.output_dir", value)).training.output_dir == value
+
+
+@pytest.mark.parametrize("value", [3, 0.5, True, None, [{"layers": 1, "sparsity": 0.5}], {"zero_stage": 2}])
+def test_other_values_become_overrides_in_json(value):
+    assert parse_yaml(override_of("a", value).removeprefix("a="), "a") == (value, [])
 
 
 def test_override_reaches_items_of_the_default_list(load):

@@ -214,6 +214,8 @@ def test_sparse_sites_follow_default_sites_and_overrides():
                 {"sparsity": 0.0, "site": "attention_input"},
                 {"sparsity": 0.0, "site": "attention_output", "layers": 0},
                 {"sparsity": 0.3, "site": "expert_input", "experts": 1},
+                # The other experts of the site keep their S.
+                {"sparsity": 0.0, "site": "expert_hidden", "experts": "1-2"},
             ],
         }
     ).model

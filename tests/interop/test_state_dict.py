@@ -118,14 +118,15 @@ def test_bf16_rounds_the_weights_and_nothing_else(run_dir, tmp_path):
 
 def test_a_plan_file_goes_with_the_export(folder, tmp_path):
     config = tiny_config(folder, "with-plan", engine="torch", steps=2)
+    # A space and a number sign begin a comment in YAML, a colon and a space follow a key.
     plan = SparsityPlan.uniform(config.model, 0.25)
     plan.save(tmp_path / "plan.json")
     sparsity = config.model.sparsity.model_copy(update={"default": None, "plan": str(tmp_path / "plan.json")})
     model = config.model.model_copy(update={"sparsity": sparsity})
     run_dir = train(config.model_copy(update={"model": model})).run_dir
-    export_run(run_dir, tmp_path / "out")
+    export_run(run_dir, tmp_path / "out: #1")
     (tmp_path / "plan.json").unlink()
-    _, model, _ = load_export(tmp_path / "out")
+    _, model, _ = load_export(tmp_path / "out: #1")
     assert model.sparsity_plan == plan
 
 

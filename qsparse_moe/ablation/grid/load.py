@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 from qsparse_moe.ablation.grid.file import GIVEN, Choice, GridPoint, grid_points, read_grid_file
 from qsparse_moe.config.fields import all_settings
 from qsparse_moe.config.load import load_config
+from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -86,7 +86,7 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
     file = read_grid_file(path)
     points = grid_points(path, file)
     _refuse_given(path, overrides)
-    common = [_override(name, value) for name, value in file.settings.items()]
+    common = [override_of(name, value) for name, value in file.settings.items()]
     known = {name for name, _ in all_settings()}
     # HPARAMS has no column for an item of a list, only for the whole list.
     paths = {_ITEM.sub("", name) for point in points for name in point.settings}
@@ -94,12 +94,12 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
     runs = []
     for point in points:
         # Later entries take precedence: the command line over the point, and the point over the grid.
-        changed = [*common, *(_override(name, value) for name, value in point.settings.items()), *overrides]
+        changed = [*common, *(override_of(name, value) for name, value in point.settings.items()), *overrides]
         for seed in point.seeds:
             # resume=true makes the same command continue interrupted runs.
-            given = (f"{point.name}-seed{seed}", f"{output_dir}/{path.stem}", str(seed), "true")
+            given = (f"{point.name}-seed{seed}", f"{output_dir}/{path.stem}", seed, True)
             # These come last of all, because two runs with one name would share a folder.
-            fixed = [f"{name}={value}" for name, value in zip(GIVEN, given, strict=True)]
+            fixed = [override_of(name, value) for name, value in zip(GIVEN, given, strict=True)]
             config = _with_columns(
                 _checked(path, point, path.parent / file.base, [*changed, *fixed]), point.name, varied
             )
@@ -149,7 +149,3 @@ def _refuse_twins(path: Path, runs: Iterable[GridRun]) -> None:
                 "setting"
             )
         names[settings] = run.id
-
-
-def _override(name: str, value: Any) -> str:
-    return f"{name}={json.dumps(value)}"  # JSON is YAML on one line

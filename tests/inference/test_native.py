@@ -61,9 +61,16 @@ def test_activations_in_four_bits_are_those_of_the_training_model():
     assert largest_difference(built) < 1e-5
 
 
+def test_a_statistical_threshold_far_from_the_mean_is_that_of_the_training_model():
+    # At an S of 0.5 the threshold is near the mean magnitude, whatever the standard deviation is.
+    built = model(sparsity={"default": 0.9, "selection": "statistical"})
+    assert largest_difference(built, prompts=range(1, 9), capacity=20) < 1e-5
+
+
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 17])
 def test_a_batch_reads_every_row_that_some_token_needs_once(batch):
-    built = model(sparsity={"default": 0.5}, moe={"num_shared_experts": 1})
+    # With a gate, so that every token has another share of the shared experts.
+    built = model(sparsity={"default": 0.5}, moe={"num_shared_experts": 1, "shared_expert_gate": True})
     assert largest_difference(built, prompts=tuple(range(1, batch + 1))[::-1], capacity=20) < 1e-5
 
 
@@ -95,11 +102,19 @@ def test_products_by_integers_move_logits_far_less_than_int8_weights_do(prompts)
     assert difference_from_torch(rounded, NativeDecode(rounded, "int8"), **settings) < moved / 30
 
 
-@pytest.mark.parametrize("activations", ["int8", "int4"])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_ternary_products_by_integers_are_exact_where_activations_have_codes(batch, activations):
+@pytest.mark.parametrize(
+    ("batch", "activations", "rescale"),
+    [
+        *((batch, activations, "none") for batch in (1, 3, 8) for activations in ("int8", "int4")),
+        # A rescale moves the step of the codes along with the values.
+        (1, "int8", "unit"),
+        (3, "int4", "preserve"),
+    ],
+)
+def test_ternary_products_by_integers_are_exact_where_activations_have_codes(batch, activations, rescale):
     quantization = {"weights": "ternary", "activations": activations}
-    settings = {"sparsity": {"default": 0.5, "quantization": quantization}, "moe": {"num_shared_experts": 1}}
+    sparsity = {"default": 0.5, "quantization": quantization, "rescale": rescale}
+    settings = {"sparsity": sparsity, "moe": {"num_shared_experts": 1}}
     found = [largest_difference(model(**settings, seed=seed), prompts=range(1, batch + 1)) for seed in (3, 4, 5)]
     # The median of three models: an activation halfway between two codes is rounded to the other one in some of them,
     # by products in fp32 as well.

@@ -137,6 +137,14 @@ def test_a_k_expanded_over_groups_is_read_from_its_own_entry():
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+def test_every_row_of_every_leading_dimension_has_its_own_k(name):
+    x, num_selected = torch.randn(3, 4, 10), torch.arange(2, 14).clamp(max=10).view(3, 4)
+    selected, mask = runnable(name)(x, num_selected, True)
+    assert torch.equal(mask, topk_mask_reference(x, num_selected))
+    assert torch.equal(selected, x * mask)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_rows_with_many_zeros_select_non_zero_values_first(name, more):
     x = torch.randn(8, 40).relu()

@@ -121,3 +121,10 @@ def test_several_prompts_cannot_share_it_and_its_memory_is_counted_once():
     with pytest.raises(ConfigError, match="of memory"):
         check_memory(model().config, **sizes)
     check_memory(model().config, **sizes, has_cache=True)
+
+
+def test_the_memory_of_a_batch_is_that_of_its_longest_prompt(monkeypatch):
+    asked = []
+    monkeypatch.setattr(generation, "check_memory", lambda config, **sizes: asked.append(sizes))
+    made().stream([[1, 2], [1, 2, 3, 4, 5], [1]], max_tokens=3)
+    assert [(sizes["batch"], sizes["longest_prompt"], sizes["capacity"]) for sizes in asked] == [(3, 5, 8)]

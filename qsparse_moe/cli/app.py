@@ -25,6 +25,7 @@ VERBS = (
     "evaluate",
     "generate",
     "export",
+    "import",
     "describe",
     "calibrate",
     "sensitivity",

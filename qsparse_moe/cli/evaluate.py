@@ -13,7 +13,7 @@ from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.option_names import naming_options
 from qsparse_moe.cli.option_values import check_sparsity
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.runs.find import find_run
+from qsparse_moe.runs.find import find_model, find_run
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="Run folder, or an export.", show_default=False)],
     rows: Annotated[
         int | None, typer.Option(help="Number of validation sequences; default: training.evaluation_rows.", min=1)
     ] = None,
@@ -63,8 +63,9 @@ def evaluate(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint. Runs on one process or under the deepspeed launcher."""
+    """Evaluate a run's newest checkpoint, or an export. Runs on one process or under the deepspeed launcher."""
     run_dir = find_run(run)
+    is_export = find_model(run_dir).kind == "export"
     files = tuple(data or ())
     if files and rows is not None:
         raise ConfigError(
@@ -75,7 +76,8 @@ def evaluate(
             raise ConfigError(f"{option} ({value}) applies to generation only; add --engine inference")
     # Before torch is imported, as all checks of options are.
     plan = requested_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
-    from qsparse_moe.training.evaluate import evaluate_run
+    from qsparse_moe.interop.state_dict import load_export
+    from qsparse_moe.training.evaluate import evaluate_run, load_run
 
     if engine == "inference":
         from qsparse_moe.inference.evaluate import decoding_forward
@@ -85,7 +87,13 @@ def evaluate(
         forward_of = None
     with naming_options():
         evaluation = evaluate_run(
-            run_dir, num_sequences=rows, device=device, plan=plan, files=files, forward_of=forward_of
+            run_dir,
+            num_sequences=rows,
+            device=device,
+            plan=plan,
+            files=files,
+            forward_of=forward_of,
+            load=load_export if is_export else load_run,
         )
     if is_rank_zero():
         print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)

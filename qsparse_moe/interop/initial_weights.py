@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.weight_files import WeightFiles
 from qsparse_moe.runs.find import find_initial_weights, naming_init_from
 from qsparse_moe.runs.folder import CONFIG_FILE, load_run_config
@@ -39,14 +40,14 @@ class ExportWeights:
 
 
 def open_weights(init_from: str) -> NamedTensors:
-    """Open the folder that ``training.init_from`` names: a run, one checkpoint, or an export.
+    """Open the folder that ``training.init_from`` names: a run, one checkpoint, an export, or a Hugging Face model.
 
     Raises:
-        CheckpointError: it is none of the three, or a file of it is missing or damaged.
-        BackendUnavailable: it is an export, and safetensors is not installed.
+        CheckpointError: it is none of them, a file of it is missing or damaged, or the model is not supported.
+        BackendUnavailable: safetensors is needed and not installed.
     """
     found = find_initial_weights(init_from)
-    if found.kind != "export":
+    if found.kind in ("run", "checkpoint"):
         return open_checkpoint(init_from)
     with naming_init_from(init_from):
-        return ExportWeights(found.path)
+        return ExportWeights(found.path) if found.kind == "export" else HuggingFaceWeights(found.path)

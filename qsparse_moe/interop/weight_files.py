@@ -14,6 +14,7 @@ from qsparse_moe.training.checkpoint.store import file_checksum
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 FORMAT = "qsparse_moe.state-dict/1"
+_NEEDED = "every file of an export is needed. Export the run again, or restore the file from a copy"
 
 
 class WeightFiles:
@@ -29,7 +30,7 @@ class WeightFiles:
         self._where: dict[str, Any] = {}
         self._metadata: dict[str, str] = {}
         for name in self._names(folder):
-            file = self._open(folder / name)
+            file = open_safetensors(folder / name, _NEEDED)
             self._metadata = file.metadata() or {}
             self._where |= dict.fromkeys(file.keys(), file)
         if self._metadata.get("qsparse_moe") != FORMAT:
@@ -46,16 +47,7 @@ class WeightFiles:
         try:
             return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _broken(index, error) from error
-
-    @staticmethod
-    def _open(file: Path) -> Any:
-        safetensors_torch()
-        library = import_module("safetensors")
-        try:
-            return library.safe_open(file, framework="pt")
-        except (OSError, library.SafetensorError) as error:
-            raise _broken(file, error) from error
+            raise unreadable(index, error, _NEEDED) from error
 
     @property
     def step(self) -> int:
@@ -76,11 +68,28 @@ class WeightFiles:
         return {name: file_checksum(self._folder / name) for name in self._names(self._folder)[part::parts]}
 
 
-def _broken(file: Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{file}: cannot be read ({error}), and every file of an export is needed. Export the run again, or restore "
-        "the file from a copy"
-    )
+def open_safetensors(file: Path, needed: str) -> Any:
+    """Open one file, whose content is read on access.
+
+    Args:
+        file: a safetensors file.
+        needed: the rule and the way out, for the message.
+
+    Raises:
+        CheckpointError: it is missing, truncated, or damaged.
+        BackendUnavailable: safetensors is not installed.
+    """
+    safetensors_torch()
+    library = import_module("safetensors")
+    try:
+        return library.safe_open(file, framework="pt")
+    except (OSError, library.SafetensorError) as error:
+        raise unreadable(file, error, needed) from error
+
+
+def unreadable(file: Path, error: Exception, needed: str) -> CheckpointError:
+    """Return the error of a file that cannot be read, with the rule and the way out in ``needed``."""
+    return CheckpointError(f"{file}: cannot be read ({error}), and {needed}")
 
 
 def safetensors_torch() -> Any:
@@ -93,5 +102,5 @@ def safetensors_torch() -> Any:
         return import_module("safetensors.torch")
     except ImportError:
         raise BackendUnavailable(
-            'exports need safetensors, which is not installed; pip install "qsparse-moe[hf]"'
+            'exports and Hugging Face models need safetensors, which is not installed; pip install "qsparse-moe[hf]"'
         ) from None

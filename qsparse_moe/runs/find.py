@@ -1,9 +1,13 @@
-"""Folders that a user names: a run, one checkpoint of a run, an export. Checked before anything heavy is imported."""
+"""Folders that a user names: a run, one of its checkpoints, an export, a Hugging Face model.
+
+They are checked before anything heavy is imported.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +19,7 @@ from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE
 # The name is repeated here, because the package of checkpoints imports torch.
 _CHECKPOINT_INDEX = "state.json"
 _OTHER_PROGRAMS_CONFIG = "config.json"
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -22,7 +27,7 @@ class ModelFolder:
     """A folder that holds a trained model."""
 
     path: Path
-    kind: Literal["run", "checkpoint", "export"]
+    kind: Literal["run", "checkpoint", "export", "hugging_face"]
 
     @property
     def config_folder(self) -> Path:
@@ -53,9 +58,12 @@ def find_initial_weights(init_from: str) -> ModelFolder:
     path = Path(init_from).expanduser()
     with naming_init_from(init_from):
         if (path / _OTHER_PROGRAMS_CONFIG).is_file() and not (path / CONFIG_FILE).is_file():
+            return ModelFolder(path, "hugging_face")
+        # Where its parent exists, it is rather a mistyped run.
+        if not path.parent.exists() and _HUB_NAME.fullmatch(init_from):
             raise CheckpointError(
-                f"contains {_OTHER_PROGRAMS_CONFIG} and no {CONFIG_FILE}, so it is the model of another program, and "
-                "only runs, their checkpoints, and exports of this package can be read; name one of those"
+                f"{path} does not exist, and models are not downloaded; if it is a name on the Hugging Face hub, "
+                f"download it (hf download {init_from} --local-dir FOLDER) and name the folder"
             )
         return find_model(path)
 
@@ -80,6 +88,11 @@ def find_run(path: Path) -> Path:
     problem = "does not exist" if not path.exists() else f"is not a run folder: it contains no {CONFIG_FILE}"
     if path.is_file():
         problem = "is a file, not a run folder"
+    elif (path / _OTHER_PROGRAMS_CONFIG).is_file():
+        raise CheckpointError(
+            f"{path} contains {_OTHER_PROGRAMS_CONFIG} and no {CONFIG_FILE}, so it is the model of another program, "
+            f"which must be imported first: qsparse-moe import {path} --output FOLDER"
+        )
     # A mistyped run has its neighbours beside it, and a folder of runs has them inside.
     found = _runs_in(path.parent) or _runs_in(path)
     # A cutoff of 0 names the nearest runs however different they are, because any hint is better than none here.

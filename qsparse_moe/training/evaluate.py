@@ -139,6 +139,10 @@ def stored_timeout(run_dir: Path) -> float:
     return load_run_config(run_dir).training.collective_timeout
 
 
+Load = Callable[[Path, torch.device], tuple[RunConfig, Transformer, int]]
+"""Loads the model of a folder, as ``load_run`` does."""
+
+
 def evaluate_run(
     run_dir: Path,
     *,
@@ -147,24 +151,26 @@ def evaluate_run(
     plan: SparsityPlan | None = None,
     files: Sequence[str] = (),
     forward_of: Callable[[Transformer], Forward] | None = None,
+    load: Load = load_run,
 ) -> Evaluation:
     """Evaluate the newest checkpoint of a run on its validation sequences; any number of ranks can call it together.
 
     Args:
-        run_dir: a run folder.
+        run_dir: a run folder, or another folder that ``load`` reads.
         num_sequences: number of validation sequences, evenly spaced; None is ``training.evaluation_rows``.
         device: ``auto``, ``cpu``, or ``cuda``.
         plan: the S of the evaluation; None is that of the run's last step.
         files: files or globs whose text, under the run's tokenizer, replaces the validation sequences.
         forward_of: returns the function that computes the logits of a batch with the model; None is the model's own
             forward pass.
+        load: loads the model; ``interop.state_dict.load_export`` does so from an export.
 
     Raises:
         ConfigError: the plan is for another model, or lacks the thresholds that the run's selection requires.
         DataError: a file cannot be read or contains no text.
     """
     with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
-        config, model, step = load_run(run_dir, distributed.device)
+        config, model, step = load(run_dir, distributed.device)
         if plan is not None:
             plan.check_fits(config.model)
             model.set_sparsity(plan)

@@ -23,7 +23,7 @@ from qsparse_moe.runs.folder import settings_by_path
 from qsparse_moe.training.checkpoint.state import differing_shapes, load_model, restore_weights, stored_shapes
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import Engine
-from qsparse_moe.training.named_tensors import NamedTensors, OpenWeights
+from qsparse_moe.training.named_tensors import NamedTensors, OpenWeights, num_not_finite
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class InitialWeights:
                     f"{self._source.path}: {name} has the dtype {value.dtype}, which must be fp32, bf16, or fp16; name "
                     "weights that were not quantized"
                 )
-            num_bad = int((~value.isfinite()).sum())
+            num_bad = num_not_finite(value)
             if num_bad:
                 raise CheckpointError(
                     f"{self._source.path}: {num_bad} of {value.numel()} values of {name} are not finite, and all must "

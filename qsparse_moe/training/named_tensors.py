@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
@@ -61,6 +62,15 @@ class NamedTensors(Protocol):
         """
 
 
+def num_not_finite(value: Tensor) -> int:
+    """Return the number of values that are NaN or infinite."""
+    # A value that is not finite makes the sum not finite. The sum reads at 9 GB/s on one core, where counting reads at
+    # 0.9 (bf16), so the values are counted only where the sum says so; that of very large values may overflow too.
+    if value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
+        return 0
+    return int((~value.isfinite()).sum())
+
+
 OpenWeights = Callable[[str], NamedTensors]
 """Open the folder that ``training.init_from`` names. It raises CheckpointError if the folder cannot be read."""
 
@@ -98,9 +108,10 @@ def open_checkpoint(init_from: str) -> NamedTensors:
         CheckpointError: the folder is neither, is damaged, or is of a format that this package's training cannot read.
     """
     found = find_initial_weights(init_from)
-    if found.kind == "export":
+    if found.kind not in ("run", "checkpoint"):
+        what = "an export" if found.kind == "export" else "a Hugging Face model"
         raise CheckpointError(
-            f"training.init_from ({init_from}): is an export, and training.loop.train alone reads runs and "
+            f"training.init_from ({init_from}): is {what}, and training.loop.train alone reads runs and "
             "checkpoints; call qsparse_moe.train, or pass open_weights=interop.initial_weights.open_weights"
         )
     with naming_init_from(init_from):

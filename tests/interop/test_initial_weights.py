@@ -18,6 +18,7 @@ from qsparse_moe.interop.initial_weights import open_weights
 from qsparse_moe.interop.state_dict import export_run
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.recorder import Recorder
+from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import init_from, load_run_config, run_folder
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training import loop
@@ -297,11 +298,19 @@ def test_a_folder_that_holds_no_weights_is_refused(folder, sources, tmp_path):
     )
     (tmp_path / "thesis").mkdir()
     assert "thesis is not a run folder: it contains no config.yaml" in message(tmp_path / "thesis")
+    assert message("no-such-owner/model").endswith(
+        "no-such-owner/model does not exist, and models are not downloaded; if it is a name on the Hugging Face hub, "
+        "download it (hf download no-such-owner/model --local-dir FOLDER) and name the folder"
+    )
     (tmp_path / "thesis" / "config.json").write_text("{}")
     assert message(tmp_path / "thesis") == (
-        f"training.init_from ({tmp_path}/thesis): contains config.json and no config.yaml, so it is the model of "
-        "another program, and only runs, their checkpoints, and exports of this package can be read; name one of those"
+        f'training.init_from ({tmp_path}/thesis): {tmp_path}/thesis/config.json: model_type ("") is not a family that '
+        "can be read; name a model of one of these: mixtral, qwen3_moe"
     )
+    with pytest.raises(CheckpointError, match=r"is a Hugging Face model, and training\.loop\.train alone reads runs"):
+        loop.train(make(folder, tmp_path / "runs", tmp_path / "thesis"))
+    with pytest.raises(CheckpointError, match=r"thesis contains config\.json .* qsparse-moe import .*thesis --output"):
+        find_model(tmp_path / "thesis")
     (tmp_path / "empty").mkdir()
     shutil.copy(sources["run"] / "config.yaml", tmp_path / "empty")
     assert "checkpoints: contains no complete checkpoint" in message(tmp_path / "empty")

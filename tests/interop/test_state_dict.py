@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from qsparse_moe.errors import BackendUnavailable, CheckpointError
-from qsparse_moe.interop import state_dict
+from qsparse_moe.interop.export_folder import group_by_size
 from qsparse_moe.interop.state_dict import export_run, load_export
 from qsparse_moe.interop.weight_files import safetensors_torch
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -97,9 +97,8 @@ def test_the_parts_are_those_that_other_tools_expect(run_dir, tmp_path):
 
 
 def test_a_part_is_filled_to_its_last_byte_and_a_larger_tensor_is_alone():
-    source = object.__new__(state_dict._Source)
-    source.sizes = {"a": 3, "b": 2, "c": 5, "d": 6, "e": 1, "f": 3, "g": 2}
-    assert source.parts(5) == [["a", "b"], ["c"], ["d"], ["e", "f"], ["g"]]
+    sizes = {"a": 3, "b": 2, "c": 5, "d": 6, "e": 1, "f": 3, "g": 2}
+    assert group_by_size(sizes, 5) == [["a", "b"], ["c"], ["d"], ["e", "f"], ["g"]]
 
 
 def test_bf16_rounds_the_weights_and_nothing_else(run_dir, tmp_path):

@@ -1,0 +1,177 @@
+"""Write the folder of an export: weights in safetensors files, the configuration, and whatever belongs to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from qsparse_moe.errors import CheckpointError
+from qsparse_moe.interop.weight_files import FORMAT, INDEX, WEIGHTS, safetensors_torch
+from qsparse_moe.runs.folder import CONFIG_FILE
+
+PART_BYTES = 4 * 2**30
+"""Maximum size of one file, and of the memory that an export needs in addition to its largest tensor."""
+
+
+class Tensors(Protocol):
+    """What is written."""
+
+    @property
+    def sizes(self) -> Mapping[str, int]:
+        """The number of bytes of each tensor by its name in the state dict, in the order of the files."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, contiguous and in the dtype of the export."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Summary of an export."""
+
+    folder: Path
+    step: int
+    """Number of steps that the weights were trained."""
+    tensors: int
+    bytes: int
+    """Size of all tensors."""
+    files: int
+
+
+def write_export(
+    output: Path,
+    tensors: Tensors,
+    *,
+    step: int,
+    write_rest: Callable[[Path], None],
+    part_bytes: int = PART_BYTES,
+) -> Export:
+    """Write an export; tensors are read one by one and written file by file, under another name until all are complete.
+
+    Args:
+        output: folder to create, which ``check_output`` has accepted.
+        tensors: the state dict.
+        step: number of steps that the weights were trained.
+        write_rest: writes the configuration and everything else into the folder that it receives.
+        part_bytes: maximum size of a file, unless a single tensor is larger.
+
+    Raises:
+        CheckpointError: ``output`` cannot be written.
+    """
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        # As transformers writes it: several of its versions refuse a file that does not name its framework.
+        metadata = {"format": "pt", "qsparse_moe": FORMAT, "step": str(step)}
+        files = _write_weights(partial, tensors, metadata, part_bytes)
+        write_rest(partial)
+        _open_to_readers(partial)
+        _put_in_place(partial, output)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise CheckpointError(
+            f"{output}: cannot be written ({error.strerror or error}); it needs write permission and free space; "
+            "free some space, or name another folder"
+        ) from error
+    except CheckpointError:
+        # A tensor of the source is damaged.
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return Export(output, step, len(tensors.sizes), sum(tensors.sizes.values()), files)
+
+
+def check_output(output: Path, force: bool) -> None:
+    """Check, before anything is read, that an export can be written to the folder ``output``.
+
+    Raises:
+        CheckpointError: it is in use, or ``force`` is set and it is not an earlier export.
+        BackendUnavailable: safetensors is not installed.
+    """
+    safetensors_torch()
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    if not force:
+        raise CheckpointError(
+            f"{output}: exists, and an export does not overwrite it; name another folder, or replace an earlier "
+            "export with --force"
+        )
+    # --force must never delete a folder that merely has the same name.
+    if not (output / CONFIG_FILE).is_file() or not any(output.glob("model*.safetensors")):
+        raise CheckpointError(
+            f"{output}: is not an earlier export, so --force does not replace it; name another folder"
+        )
+
+
+def _put_in_place(partial: Path, output: Path) -> None:
+    """Rename the export; an empty folder or an earlier export in its place is removed once the new one is complete."""
+    before = output.with_name(f".{output.name}.replaced")
+    shutil.rmtree(before, ignore_errors=True)
+    # Renamed, not deleted: a process killed here leaves either the old export or the new one complete.
+    if output.exists():
+        output.rename(before)
+    try:
+        partial.rename(output)
+    except OSError:
+        # The earlier export would otherwise be hidden under another name, which the next export removes.
+        if before.exists():
+            before.rename(output)
+        raise
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give the files the default mode: safetensors creates files that only their owner can read."""
+    mode = folder.stat().st_mode & 0o666  # what the umask left of a new folder's 0777
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
+
+
+def group_by_size(sizes: Mapping[str, int], part_bytes: int) -> list[list[str]]:
+    """Return the names in order, in groups of at most ``part_bytes``; a larger tensor is a group by itself."""
+    parts: list[list[str]] = []
+    space_left = 0
+    for name, size in sizes.items():
+        if not parts or size > space_left:
+            parts.append([])
+            space_left = part_bytes
+        parts[-1].append(name)
+        space_left -= size
+    return parts
+
+
+def _write_weights(folder: Path, tensors: Tensors, metadata: dict[str, str], part_bytes: int) -> int:
+    """Write the files of the state dict and return their number."""
+    parts = group_by_size(tensors.sizes, part_bytes)
+    files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+    if len(parts) == 1:
+        files = [WEIGHTS]
+    for file, names in zip(files, parts, strict=True):
+        _save_file({name: tensors.tensor(name) for name in names}, folder / file, metadata)
+    if len(parts) > 1:
+        where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(tensors.sizes.values())}, "weight_map": where}
+        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return len(files)
+
+
+def _save_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """Write one file. The library wraps an OSError in its own error with the number in the text: raise the original."""
+    library = safetensors_torch()
+    try:
+        library.save_file(tensors, file, metadata=metadata)
+    except import_module("safetensors").SafetensorError as error:
+        # Its versions write "(os error 28)" or "Os { code: 28, ...".
+        number = re.search(r"(?:os error|code:) (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error

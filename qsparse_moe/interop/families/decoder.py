@@ -1,0 +1,113 @@
+"""The tensors and settings that decoders of the Llama lineage share: embedding, attention, norms, and head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import dense_hidden_size, has_experts, head_size, num_kv_heads, vocab_size
+from qsparse_moe.interop.families.recipe import Recipe, copied, fused_experts, joined, stacked, transposed
+from qsparse_moe.interop.families.settings import FamilySettings
+
+
+@dataclass(frozen=True)
+class ExpertNames:
+    """Names of the stored tensors of a layer with experts, behind ``model.layers.N.``."""
+
+    block: str
+    """The module with the router and the experts, where each expert has tensors of its own."""
+    fused_block: str
+    """The same module where one tensor holds all experts."""
+    gate: str
+    up: str
+    down: str
+
+
+def model_settings(settings: FamilySettings, *, rope_theta: float, norm_epsilon: float) -> dict[str, Any]:
+    """Return the settings of ``ModelConfig`` outside of its sections.
+
+    Args:
+        settings: those of the ``config.json``.
+        rope_theta: the default of the family.
+        norm_epsilon: the default of the family.
+    """
+    settings.require("hidden_act", "silu", "swish")
+    settings.require("attention_bias", False)
+    settings.require("attention_dropout", 0.0)
+    width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
+    return {
+        "vocab_size": settings.size("vocab_size"),
+        "hidden_size": width,
+        "num_layers": settings.size("num_hidden_layers"),
+        "num_heads": heads,
+        "num_kv_heads": settings.size("num_key_value_heads"),
+        "head_size": settings.size("head_dim", default=width // heads),
+        "rope_theta": settings.rope_theta(default=rope_theta),
+        "norm_epsilon": settings.number("rms_norm_eps", default=norm_epsilon),
+        "tie_embeddings": settings.flag("tie_word_embeddings", default=False),
+    }
+
+
+def decoder_recipes(config: ModelConfig, names: ExpertNames, stored: Collection[str]) -> dict[str, Recipe]:
+    """Return the recipe of every tensor; experts are read fused where ``stored`` has such tensors."""
+    width = config.hidden_size
+    recipes = {
+        "embedding.weight": copied("model.embed_tokens.weight", vocab_size(config), width),
+        "final_norm.weight": copied("model.norm.weight", width),
+    }
+    if not config.tie_embeddings:
+        recipes["head.weight"] = copied("lm_head.weight", vocab_size(config), width)
+    for layer in range(config.num_layers):
+        theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
+        parts = _attention(config, theirs)
+        parts |= _experts(config, names, theirs, stored) if has_experts(config, layer) else _dense(config, theirs)
+        recipes |= {f"{ours}.{name}": recipe for name, recipe in parts.items()}
+    return recipes
+
+
+def _attention(config: ModelConfig, layer: str) -> dict[str, Recipe]:
+    width, channels = config.hidden_size, head_size(config)
+    queries, keys = config.num_heads * channels, num_kv_heads(config) * channels
+    prefix = f"{layer}.self_attn"
+    rows = {f"{prefix}.q_proj.weight": queries, f"{prefix}.k_proj.weight": keys, f"{prefix}.v_proj.weight": keys}
+    recipes = {
+        "attention_norm.weight": copied(f"{layer}.input_layernorm.weight", width),
+        "feed_forward_norm.weight": copied(f"{layer}.post_attention_layernorm.weight", width),
+        "attention.qkv.weight": joined(width, rows),
+        "attention.output.weight": copied(f"{prefix}.o_proj.weight", width, queries),
+    }
+    if config.qk_norm:
+        recipes["attention.query_norm.weight"] = copied(f"{prefix}.q_norm.weight", channels)
+        recipes["attention.key_norm.weight"] = copied(f"{prefix}.k_norm.weight", channels)
+    return recipes
+
+
+def _experts(config: ModelConfig, names: ExpertNames, layer: str, stored: Collection[str]) -> dict[str, Recipe]:
+    experts, width, hidden = config.moe.num_experts, config.hidden_size, config.moe.expert_hidden_size
+    is_fused = f"{layer}.{names.fused_block}.experts.gate_up_proj" in stored
+    block = f"{layer}.{names.fused_block if is_fused else names.block}"
+    if is_fused:
+        recipes = fused_experts(f"{block}.experts", experts, width, hidden)
+    else:
+        recipes = {
+            "w_gate": stacked(_expert_name(block, names.gate), experts, width, hidden),
+            "w_up": stacked(_expert_name(block, names.up), experts, width, hidden),
+            "w_down": stacked(_expert_name(block, names.down), experts, hidden, width),
+        }
+    found = {f"moe.experts.{name}": recipe for name, recipe in recipes.items()}
+    return found | {"moe.router.weight": copied(f"{block}.gate.weight", experts, width)}
+
+
+def _expert_name(block: str, matrix: str) -> Callable[[int], str]:
+    return lambda expert: f"{block}.experts.{expert}.{matrix}.weight"
+
+
+def _dense(config: ModelConfig, layer: str) -> dict[str, Recipe]:
+    width, hidden = config.hidden_size, dense_hidden_size(config)
+    return {
+        "dense.w_gate": transposed(f"{layer}.mlp.gate_proj.weight", width, hidden),
+        "dense.w_up": transposed(f"{layer}.mlp.up_proj.weight", width, hidden),
+        "dense.w_down": transposed(f"{layer}.mlp.down_proj.weight", hidden, width),
+    }

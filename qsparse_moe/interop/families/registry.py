@@ -1,0 +1,64 @@
+"""The families by the ``model_type`` of their ``config.json``. A new family is a module here with two functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from qsparse_moe.config.problems import show
+from qsparse_moe.config.rules import check_model
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.interop.families import mixtral, qwen3_moe
+from qsparse_moe.interop.families.recipe import Recipes
+from qsparse_moe.interop.families.settings import FamilySettings
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture."""
+
+    settings: Callable[[FamilySettings], dict[str, Any]]
+    """Returns the settings of ``ModelConfig``, or raises CheckpointError for a setting that is not supported."""
+    recipes: Callable[[ModelConfig, Collection[str]], Recipes]
+    """Returns the recipe of every tensor of the model, from the names of the stored tensors."""
+
+
+FAMILIES = {
+    "mixtral": Family(mixtral.settings, mixtral.recipes),
+    "qwen3_moe": Family(qwen3_moe.settings, qwen3_moe.recipes),
+}
+
+
+def find_family(settings: FamilySettings) -> Family:
+    """Return the family of a ``config.json``.
+
+    Raises:
+        CheckpointError: it is not supported.
+    """
+    family = FAMILIES.get(settings.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{settings.file}: model_type ({show(settings.model_type)}) is not a family that can be read; name a model "
+            f"of one of these: {', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def model_config(family: Family, settings: FamilySettings) -> ModelConfig:
+    """Return the dense model, with S = 0, that a ``config.json`` describes.
+
+    Raises:
+        CheckpointError: a setting is invalid, unknown, or not supported.
+    """
+    values = family.settings(settings)
+    settings.check_all_read()
+    try:
+        config = ModelConfig.model_validate(values)
+        check_model(config)
+    except (ValueError, ConfigError) as error:
+        raise CheckpointError(
+            f"{settings.file}: describes a model that this package cannot build ({error}); name another model"
+        ) from error
+    return config

@@ -1,0 +1,169 @@
+"""The settings of a ``config.json``, each read once and checked; those that nobody has read are refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from qsparse_moe.config.problems import show
+from qsparse_moe.errors import CheckpointError
+
+CONFIG_JSON = "config.json"
+
+# They name programs, types of the file, and special tokens, or belong to training with transformers.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "initializer_range",
+        "max_position_embeddings",
+        "model_type",
+        "output_router_logits",
+        "pad_token_id",
+        "router_aux_loss_coef",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+_MISSING = object()
+
+
+class FamilySettings:
+    """The settings of one ``config.json``.
+
+    Every method reads one setting and raises CheckpointError with its name, its value, and the rule if it is invalid.
+    """
+
+    def __init__(self, file: Path, values: Mapping[str, Any]) -> None:
+        self.file = file
+        self._values = values
+        self._read: set[str] = set()
+
+    @classmethod
+    def load(cls, folder: Path) -> FamilySettings:
+        """Read the ``config.json`` of ``folder``.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not an object of JSON.
+        """
+        file = folder / CONFIG_JSON
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{file}: cannot be read ({error}), and it must describe the model; download it again"
+            ) from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{file}: is {show(values)}, and must be an object of JSON; download it again")
+        return cls(file, values)
+
+    @property
+    def model_type(self) -> str:
+        """The name of the architecture; empty if there is none."""
+        return str(self._values.get("model_type") or "")
+
+    @property
+    def max_length(self) -> int | None:
+        """The largest number of positions that the model was made for; None if the file does not say."""
+        length = self._values.get("max_position_embeddings")
+        return length if isinstance(length, int) and length > 1 else None
+
+    def size(self, *names: str, default: int | None = None) -> int:
+        """Return a positive integer under the first of ``names`` that is present; a null is as good as absent."""
+        name = next((name for name in names if self._values.get(name) is not None), names[0])
+        self._read.update(names)
+        value = self._values.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise self.refusal(name, "must be a positive integer", "correct it, or download the file again")
+        return value
+
+    def number(self, name: str, *, default: float) -> float:
+        """Return a positive number."""
+        return self._positive(name, self._take(name, default))
+
+    def flag(self, name: str, *, default: bool) -> bool:
+        """Return a boolean."""
+        value = self._take(name, default)
+        if not isinstance(value, bool):
+            raise self.refusal(name, "must be true or false", "correct it, or download the file again")
+        return value
+
+    def layers(self, name: str) -> frozenset[int]:
+        """Return a list of layers, which may be null."""
+        value = self._take(name, None) or []
+        if not isinstance(value, list) or not all(type(layer) is int for layer in value):
+            raise self.refusal(name, "must be a list of layers", "correct it, or download the file again")
+        return frozenset(value)
+
+    def require(self, name: str, *supported: Any) -> None:
+        """Refuse a setting whose value is none of ``supported``; the first of them is also its default."""
+        value = self._take(name, supported[0])
+        # 0.0 and false are equal in Python, and either means off here.
+        if value not in supported:
+            allowed = " or ".join(map(show, supported))
+            raise self.refusal(name, f"must be {allowed} here", "another value changes the result and is not supported")
+
+    def rope_theta(self, *, default: float) -> float:
+        """Return the base of the rotary frequencies, which older files name directly and newer ones in a section.
+
+        Scaled frequencies are refused.
+        """
+        top = self._take("rope_theta", None)
+        self.require("rope_scaling", None)
+        section = self._take("rope_parameters", None)
+        if section is None:
+            return self._positive("rope_theta", default if top is None else top)
+        # Other keys belong to scaled frequencies, apart from this one, which 1 turns off.
+        known = {"rope_theta": 0, "rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
+        plain = isinstance(section, dict) and all(
+            name in known and (name == "rope_theta" or value == known[name]) for name, value in section.items()
+        )
+        if not plain:
+            raise self.refusal(
+                "rope_parameters",
+                "must have the rope_type default without other parameters",
+                "scaled rotary frequencies change the result and are not supported",
+            )
+        base = section.get("rope_theta", default if top is None else top)
+        if top is not None and top != base:
+            raise self.refusal("rope_theta", f"differs from rope_parameters.rope_theta ({show(base)})", "remove one")
+        return self._positive("rope_parameters", base)
+
+    def check_all_read(self) -> None:
+        """Refuse the settings that no method has read, unless they are known to have no effect on the result."""
+        for name in sorted(self._values.keys() - self._read - _WITHOUT_EFFECT):
+            raise self.refusal(
+                name,
+                f"is not a setting that is known for {self.model_type} models",
+                "it may change the result, so it is not ignored; remove it if it does not",
+            )
+
+    def ignore(self, names: Collection[str]) -> None:
+        """Mark settings as read that have no effect in this family."""
+        self._read.update(names)
+
+    def refusal(self, name: str, rule: str, way_out: str) -> CheckpointError:
+        """Return the error of a setting."""
+        value = self._values.get(name, _MISSING)
+        return CheckpointError(
+            f"{self.file}: {name} ({'absent' if value is _MISSING else show(value)}) {rule}; {way_out}"
+        )
+
+    def _take(self, name: str, default: Any) -> Any:
+        # A null is as good as absent, as in transformers.
+        self._read.add(name)
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def _positive(self, name: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.refusal(name, "must be a positive number", "correct it, or download the file again")
+        return float(value)

@@ -1,0 +1,101 @@
+"""The reader of Hugging Face folders, for the families in ``interop.families``."""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.errors import CheckpointError, DataError
+from qsparse_moe.interop.families.recipe import Piece, Recipes
+from qsparse_moe.interop.families.registry import find_family, model_config
+from qsparse_moe.interop.families.settings import CONFIG_JSON, FamilySettings
+from qsparse_moe.interop.stored_tensors import StoredTensors
+
+TOKENIZER_JSON = "tokenizer.json"
+
+
+class HuggingFaceWeights:
+    """The weights of a folder with ``config.json`` and safetensors files; see ``NamedTensors``.
+
+    Raises:
+        CheckpointError: the family or a setting is not supported, a file is missing or damaged, or a tensor is missing,
+            unknown, of another shape, or not of a floating-point dtype.
+        BackendUnavailable: safetensors is not installed.
+    """
+
+    kind = "hugging_face"
+    step = 0
+    """Such a folder does not say how many steps its model was trained."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.model_file = path / CONFIG_JSON
+        settings = FamilySettings.load(path)
+        family = find_family(settings)
+        self.model: ModelConfig = model_config(family, settings)
+        self.max_length = settings.max_length
+        self._stored = StoredTensors(path)
+        self._recipes = family.recipes(self.model, self._stored.shapes.keys())
+        _check_tensors(path, self._recipes, self._stored)
+        self.shapes: dict[str, tuple[int, ...]] = {name: recipe.shape for name, recipe in self._recipes.items()}
+
+    @property
+    def tokenizer(self) -> str:
+        """The folder itself.
+
+        Raises:
+            DataError: it has no ``tokenizer.json``.
+        """
+        if not (self.path / TOKENIZER_JSON).is_file():
+            raise DataError(
+                f"{self.path} contains no {TOKENIZER_JSON}, and the tokenizer of the weights must be known; copy the "
+                "file into it, make it with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)), or "
+                "import the folder with qsparse-moe import --tokenizer"
+            )
+        return str(self.path)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype of one tensor: the widest of those that it is made of."""
+        dtypes = {self._stored.dtypes[piece.name] for piece in self._recipes[name].pieces}
+        return reduce(torch.promote_types, dtypes)
+
+    def tensor(self, name: str) -> Tensor:
+        """See ``NamedTensors``. In addition, raises CheckpointError if a value is not finite."""
+        return self._recipes[name].build(self._read, self.dtype(name))
+
+    def checksums(self, *, part: int, parts: int) -> dict[str, int]:
+        """See ``NamedTensors``. The folder has no stored checksums, so only the manifest of the run records these."""
+        return self._stored.checksums(part=part, parts=parts)
+
+    def _read(self, piece: Piece) -> Tensor:
+        return self._stored.read(piece.name, piece.rows if piece.half else None)
+
+
+def _check_tensors(folder: Path, recipes: Recipes, stored: StoredTensors) -> None:
+    """Raise CheckpointError unless the folder has exactly the tensors of the model, each with its shape."""
+    want = {piece.name: piece.shape for recipe in recipes.values() for piece in recipe.pieces}
+    missing, extra = sorted(want.keys() - stored.shapes), sorted(stored.shapes.keys() - want.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: lacks the tensor {_first_of(missing)}, which the model of its {CONFIG_JSON} has; download the "
+            "model again"
+        )
+    if extra:
+        raise CheckpointError(
+            f"{stored.file(extra[0])}: contains the tensor {_first_of(extra)}, which the model of {CONFIG_JSON} does "
+            "not have and which may change the result; name another model, or remove the tensor if it has no effect"
+        )
+    for name, shape in want.items():
+        if stored.shapes[name] != shape:
+            raise CheckpointError(
+                f"{stored.file(name)}: {name} has the shape {stored.shapes[name]} in the file and {shape} by "
+                f"{folder / CONFIG_JSON}; they must be equal. Download both again"
+            )
+
+
+def _first_of(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"

@@ -1,0 +1,118 @@
+"""Import a Hugging Face folder: write its weights under our names, as an export that every verb reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import DataConfig, RunConfig, TrainingConfig
+from qsparse_moe.data.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
+from qsparse_moe.errors import CheckpointError, ConfigError, DataError
+from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
+from qsparse_moe.interop.families.settings import CONFIG_JSON
+from qsparse_moe.interop.hugging_face import HuggingFaceWeights
+from qsparse_moe.runs.folder import CONFIG_FILE, TOKENIZER, write_config
+from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
+
+ImportDtype = Literal["auto", "fp32", "bf16"]
+
+# data.sequence_length limits generation too, and evaluation holds the logits of a whole sequence.
+_LONGEST = 2048
+
+
+def import_model(
+    folder: Path | str,
+    output: Path | str,
+    *,
+    tokenizer: str | None = None,
+    dtype: ImportDtype = "auto",
+    force: bool = False,
+    part_bytes: int = PART_BYTES,
+) -> Export:
+    """Write the model of a Hugging Face folder as an export, which ``load_export`` reads.
+
+    Tensors are read one by one; the model is dense, with S = 0. Its tokenizer is copied.
+
+    Args:
+        folder: the folder, with ``config.json`` and safetensors files.
+        output: folder to create; with ``force``, an earlier export is replaced.
+        tokenizer: the tokenizer as in ``data.tokenizer``; None: that of the folder.
+        dtype: type of the weights; ``auto``: as they are stored.
+        force: see ``output``.
+        part_bytes: maximum size of a file, unless a single tensor is larger.
+
+    Raises:
+        CheckpointError: the folder cannot be read as a model, or ``output`` is in use or cannot be written.
+        BackendUnavailable: safetensors is not installed.
+    """
+    folder, output = Path(folder), Path(output)
+    check_output(output, force)
+    _check_folder(folder)
+    weights = HuggingFaceWeights(folder)
+    name, loaded = _tokenizer(weights, tokenizer)
+    sequence_length = min(weights.max_length or _LONGEST, _LONGEST)
+    config = RunConfig(
+        model=weights.model,
+        data=DataConfig(tokenizer=name, sequence_length=sequence_length),
+        training=TrainingConfig(micro_batch_size=1),
+    )
+
+    def write_rest(partial: Path) -> None:
+        write_config(partial, config)
+        if loaded.files:
+            loaded.save(partial / TOKENIZER)
+
+    tensors = _Tensors(weights, None if dtype == "auto" else COMPUTE_DTYPES[dtype])
+    return write_export(output, tensors, step=weights.step, write_rest=write_rest, part_bytes=part_bytes)
+
+
+class _Tensors:
+    """The weights in the dtype of the export; see ``export_folder.Tensors``."""
+
+    def __init__(self, weights: HuggingFaceWeights, dtype: torch.dtype | None) -> None:
+        self._weights, self._dtype = weights, dtype
+        self.sizes: Mapping[str, int] = {
+            name: torch.Size(shape).numel() * (dtype or weights.dtype(name)).itemsize
+            for name, shape in weights.shapes.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        # safetensors refuses tensors that are not contiguous.
+        return self._weights.tensor(name).to(self._dtype or self._weights.dtype(name)).contiguous()
+
+
+def _check_folder(folder: Path) -> None:
+    if (folder / CONFIG_JSON).is_file():
+        return
+    if (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder}: contains {CONFIG_FILE} and no {CONFIG_JSON}, so it is a run or an export of this package and "
+            "needs no import; use it as it is"
+        )
+    problem = f"contains no {CONFIG_JSON}" if folder.is_dir() else "is no folder"
+    raise CheckpointError(
+        f"{folder}: {problem}, and the folder of a Hugging Face model is needed; models are not downloaded: hf "
+        "download OWNER/NAME --local-dir FOLDER does that"
+    )
+
+
+def _tokenizer(weights: HuggingFaceWeights, name: str | None) -> tuple[str, TextTokenizer]:
+    """Return the tokenizer and its name, checked against the vocabulary of the model.
+
+    Raises:
+        CheckpointError: there is none, it cannot be read, or it has ids without a row in the embedding.
+    """
+    try:
+        name = name or weights.tokenizer
+        tokenizer = load_tokenizer(name)
+        check_vocabulary(weights.model, tokenizer)
+    except (DataError, ConfigError) as error:
+        raise CheckpointError(
+            f"{weights.path}: its tokenizer cannot be used: {error}. Name another one with --tokenizer (tokenizer=... "
+            "in Python)"
+        ) from error
+    return name, tokenizer

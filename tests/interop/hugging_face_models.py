@@ -1,0 +1,88 @@
+"""Small random models of transformers at odd shapes, saved to folders as the hub has them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.data.test_tokenizer import save_tokenizer
+
+VOCABULARY = 83
+NUM_WORDS = 80
+"""Size of the tokenizer, which leaves rows of the embedding unused."""
+SHAPES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 44,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 3,
+    "head_dim": 10,
+    "initializer_range": 0.2,
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+}
+QWEN = {"num_experts": 5, "moe_intermediate_size": 14, "intermediate_size": 36}
+MODELS = {
+    "mixtral": ("Mixtral", {"num_local_experts": 5, "intermediate_size": 14}),
+    "mixtral-tied": (
+        "Mixtral",
+        {"num_local_experts": 7, "intermediate_size": 9, "num_experts_per_tok": 2, "tie_word_embeddings": True},
+    ),
+    "mixtral-heads-that-fill-the-width": (
+        "Mixtral",
+        {"num_local_experts": 4, "intermediate_size": 14, "hidden_size": 40, "num_attention_heads": 5}
+        | {"num_key_value_heads": 1, "head_dim": None, "rms_norm_eps": 1e-3},
+    ),
+    "qwen3_moe": ("Qwen3Moe", QWEN),
+    "qwen3_moe-renormalized": (
+        "Qwen3Moe",
+        QWEN | {"norm_topk_prob": True, "rope_parameters": {"rope_theta": 300.0, "rope_type": "default"}},
+    ),
+    "qwen3_moe-one-expert": ("Qwen3Moe", QWEN | {"num_experts_per_tok": 1}),
+    "qwen3_moe-dense-first": ("Qwen3Moe", QWEN | {"mlp_only_layers": [0]}),
+    "qwen3_moe-every-second": ("Qwen3Moe", QWEN | {"decoder_sparse_step": 2}),
+    "qwen3_moe-only-the-last": ("Qwen3Moe", QWEN | {"mlp_only_layers": [0, 1]}),
+    "qwen3_moe-tied": ("Qwen3Moe", QWEN | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+}
+
+
+def build(name):
+    """The model of transformers, in fp32, with random norms."""
+    import transformers
+
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**SHAPES | settings)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            # Norms are ones at first, and the routers of Qwen3-MoE zeros.
+            if parameter_name.endswith("norm.weight") or "gate.weight" in parameter_name:
+                parameter.normal_(0.7, 0.3)
+    return model
+
+
+def save(model, folder: Path, *, tokenizer=True, **options) -> Path:
+    """The folder of a model, with a tokenizer of words unless there shall be none."""
+    if tokenizer:
+        words = ["<unk>", "</s>", *(f"word{number}" for number in range(NUM_WORDS - 2))]
+        save_tokenizer(folder, vocabulary=words, unknown="<unk>", settings={"eos_token": "</s>"})
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def change_settings(folder, **settings):
+    file = folder / "config.json"
+    values = json.loads(file.read_text()) | settings
+    file.write_text(json.dumps({name: value for name, value in values.items() if value is not ...}))
+
+
+def change_tensors(folder, change):
+    """``change`` receives the tensors of ``model.safetensors`` by name and changes them."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

@@ -143,6 +143,30 @@ def test_the_settings_of_published_files_are_all_known(tmp_path):
     assert (model.rope_theta, model.qk_norm, model.head_size) == (777.0, True, 10)
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-renormalized"])
+def test_absent_settings_have_the_defaults_of_transformers(tmp_path, name):
+    from transformers import AutoConfig
+
+    folder = save(build(name), tmp_path / "model")
+    absent = [
+        "rope_parameters",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "hidden_act",
+        "attention_bias",
+        "sliding_window",
+    ]
+    absent += ["decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "use_sliding_window", "attention_dropout"]
+    change_settings(folder, **dict.fromkeys(absent, ...))
+    theirs, ours = AutoConfig.from_pretrained(folder), HuggingFaceWeights(folder).model
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.norm_epsilon, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert (theirs.hidden_act, theirs.attention_dropout, theirs.sliding_window) == ("silu", 0, None)
+    renormalizes = getattr(theirs, "norm_topk_prob", True)
+    assert ours.moe.router == ("softmax_topk_renormalized" if renormalizes else "softmax_topk")
+    assert all(has_experts(ours, layer) for layer in range(ours.num_layers))
+
+
 def test_an_import_is_an_export_with_the_same_logits_and_tokenizer(pair, tmp_path):
     theirs, folder = pair
     done = import_model(folder, tmp_path / "out", part_bytes=40_000)

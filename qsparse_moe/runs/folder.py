@@ -226,8 +226,9 @@ def _beside(file: Path) -> Path:
 
 
 def _holds_nothing(folder: Path) -> bool:
-    """Return whether the folder is empty, apart from the partial file of a process that died writing the config."""
-    return all(path == _beside(folder / CONFIG_FILE) for path in folder.iterdir())
+    """Return whether the folder is empty, apart from partial files of a process that died writing the first ones."""
+    partial = {_beside(folder / MANIFEST_FILE), _beside(folder / CONFIG_FILE)}
+    return partial.issuperset(folder.iterdir())
 
 
 def _check_same_run(stored: Path, config: RunConfig) -> None:

@@ -35,16 +35,20 @@ def make_run(config: RunConfig, *, step: int = 4) -> None:
     (run_folder(config) / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
 
 
-def test_a_free_folder_is_a_new_run_whatever_resume_says(make_config):
+@pytest.mark.parametrize("partial", [(), ("manifest.json",), ("config.yaml",), ("manifest.json", "config.yaml")])
+def test_a_free_folder_is_a_new_run_whatever_resume_says(partial, make_config):
+    folder = run_folder(make_config())
     for resume in (False, True):
         assert check_run_folder(make_config(resume=resume)) is False
-    folder = run_folder(make_config())
     folder.mkdir(parents=True)
-    assert check_run_folder(make_config()) is False
-    (folder / ".config.yaml.new").write_text("half of a conf")
-    assert check_run_folder(make_config()) is False
+    # A process that is killed while it writes its first files leaves these behind.
+    for name in partial:
+        (folder / f".{name}.new").write_text("half of a fi")
+    for resume in (False, True):
+        assert check_run_folder(make_config(resume=resume)) is False
+    write_manifest(folder, {})
     write_config(folder, make_config())
-    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "manifest.json"]
 
 
 def test_a_run_never_overwrites_another(make_config):

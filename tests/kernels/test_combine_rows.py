@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsparse_moe.kernels import native, tiles
+from qsparse_moe.kernels.combine_rows import reference
 from qsparse_moe.kernels.combine_rows.op import NATIVE, TORCH, TRITON, combine_rows
 
 T, A, D = 6, 8, 11
@@ -54,3 +55,33 @@ def test_strided_gradients_are_read_by_their_stride(by):
     torch.testing.assert_close(by.backward(upstream, rows, weights, slot_N), want)
     token_N = slot_N // A
     torch.testing.assert_close(want[0], upstream[token_N] * weights.flatten()[slot_N, None])
+
+
+@pytest.mark.parametrize(("num_tokens", "num_features"), [(37, 70), (3, 2100)])
+def test_dropped_choices_of_many_tokens_in_several_tiles(by, num_tokens, num_features):
+    """Three choices per token, some without a row, rows with gaps, and more than one tile of tokens or of features."""
+    draw = torch.Generator().manual_seed(3)
+    slot_N = torch.randperm(3 * num_tokens, generator=draw)[: 2 * num_tokens]
+    row_TA = torch.zeros(3 * num_tokens, dtype=torch.int64).scatter_(0, slot_N, torch.arange(len(slot_N)))
+    has_row_TA = torch.zeros(3 * num_tokens).index_fill_(0, slot_N, 1.0).view(-1, 3)
+    weights = (torch.randn(num_tokens, 3, generator=draw) * has_row_TA).requires_grad_()
+    rows = torch.randn(len(slot_N), num_features + 9, generator=draw)[:, 4:-5].requires_grad_()
+    upstream = torch.randn(num_tokens, num_features, generator=draw)
+    found = combine_rows(rows, weights, row_TA.view(-1, 3), slot_N, by=by)
+    want = reference.combine_rows(rows, weights, row_TA.view(-1, 3), slot_N)
+    torch.testing.assert_close(found, want)
+    mine, theirs = (torch.autograd.grad(out, (rows, weights), upstream) for out in (found, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_the_native_sum_of_rows_in_fp64_is_computed_in_fp64():
+    if reason := native.why_not(torch.device("cpu")):
+        pytest.skip(reason)
+    row_TA, slot_N = choices()
+    rows, weights = (torch.randn(T * A, D).double() + 1e-9).requires_grad_(), torch.rand(T, A).double().requires_grad_()
+    upstream = torch.randn(T, D).double()
+    found = combine_rows(rows, weights, row_TA, slot_N, by=NATIVE)
+    want = reference.combine_rows(rows, weights, row_TA, slot_N)
+    torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-13)
+    for mine, theirs in zip(*(torch.autograd.grad(o, (rows, weights), upstream) for o in (found, want)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)

@@ -113,3 +113,38 @@ def test_sums_are_left_out_unless_requested(by):
     selected, sums = fused_glu(gate, up, 4, by=by, with_sums=False)
     assert sums is None
     torch.testing.assert_close(selected, reference.fused_glu(gate, up, 4)[0])
+
+
+@pytest.mark.parametrize("gradient", ["ste", "masked"])
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+@pytest.mark.parametrize(("num_rows", "width"), [(70, 41), (3, 2100)])
+def test_k_per_row_with_gaps_in_several_tiles(by, num_rows, width, activation, gradient):
+    """More than one tile of rows or of features, and a stride of its own for every matrix."""
+    draw = torch.Generator().manual_seed(width)
+    gate = torch.randn(num_rows, width + 3, generator=draw)[:, 1:-2].requires_grad_()
+    up = torch.randn(num_rows, width + 8, generator=draw)[:, 5:-3].requires_grad_()
+    upstream = torch.randn(num_rows, width + 13, generator=draw)[:, :width]
+    num_selected = torch.randint(1, width + 1, (num_rows,), generator=draw)
+    found, sums = fused_glu(gate, up, num_selected, by=by, activation=activation, gradient=gradient)
+    want, wanted = reference.fused_glu(gate, up, num_selected, activation=activation, gradient=gradient)
+    # The K-th and the next magnitude of a row may lie within rounding of each other.
+    assert ((found != 0) == (want != 0)).float().mean() > 0.999
+    torch.testing.assert_close(sums, wanted, rtol=1e-4, atol=1e-3)
+    mine, theirs = (torch.autograd.grad(out, (gate, up), upstream) for out in (found, want))
+    for ours, defined in zip((found, *mine), (want, *theirs), strict=True):
+        close = torch.isclose(ours, defined, rtol=1e-4, atol=1e-5)
+        assert close.float().mean() > 0.999 and ours.isfinite().all()
+
+
+def test_the_native_operator_computes_fp64_in_fp64():
+    by = next(by for by in FUSED_GLUS if by.name == "native")
+    if reason := by.why_not(torch.device("cpu")):
+        pytest.skip(reason)
+    for activation in reference.ACTIVATIONS:
+        gate, up = (torch.randn(2, 7, 300).double() + 1e-9).requires_grad_()
+        found, sums = fused_glu(gate, up, 120, by=by, activation=activation)
+        want, wanted = reference.fused_glu(gate, up, 120, activation=activation)
+        torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-13)
+        torch.testing.assert_close(sums, wanted, rtol=1e-12, atol=0.0)
+        for mine, theirs in zip(*(torch.autograd.grad(o.sum(), (gate, up)) for o in (found, want)), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)

@@ -16,8 +16,9 @@ from qsparse_moe.sparsity.quantize import fake_quantize
 needs_compiler = pytest.mark.skipif(
     native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja"
 )
-# Below, at and above whole units of 32 and blocks of 256 columns, and more than are summed at a time.
-SHAPES = [(1, 1), (7, 31), (64, 32), (33, 97), (40, 256), (96, 300), (129, 2080)]
+# Below, at and above whole units of 32 and blocks of 256 columns, and more than are summed at a time: 2,048, and 8,192
+# of ternary codes.
+SHAPES = [(1, 1), (7, 31), (64, 32), (33, 97), (40, 256), (96, 300), (129, 2080), (35, 8500)]
 
 
 def weights_of(*shape):

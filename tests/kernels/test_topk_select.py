@@ -153,3 +153,51 @@ def test_rows_with_many_zeros_select_non_zero_values_first(name, more):
     assert torch.equal(mask, topk_mask_reference(x, num_selected))
     assert torch.equal(selected, x * mask)
     assert torch.equal(runnable(name)(x, num_selected, False)[0], selected)
+
+
+@pytest.fixture(params=[1, 2], ids=lambda count: f"{count} threads")
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [8, 16, 31, 32, 64, 65, 4099])
+def test_rows_of_every_length_with_their_own_k_on_two_threads(width, dtype, threads):
+    """Ties, and more rows than one thread's chunk holds; lengths of 16, 32 and 64 have loops of their own."""
+    generator = torch.Generator().manual_seed(width)
+    num_rows = 2 * (1 + 16384 // width) + 3
+    x = ((4 * torch.randn(num_rows, width, generator=generator)).round() / 4).to(dtype)
+    num_selected = torch.randint(1, width + 1, (num_rows,), generator=generator)
+    for wanted in (num_selected, max(1, width // 3)):
+        want = topk_mask_reference(x, wanted)
+        selected, mask = runnable("native")(x, wanted, True)
+        assert torch.equal(mask, want)
+        assert torch.equal(selected, torch.where(want, x, 0))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_selected", [1, 40000, 65535])
+def test_the_longest_row_is_counted_without_overflow_and_a_longer_one_is_refused(dtype, num_selected):
+    x = torch.randn(2, 65535, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1] = 1
+    selected, mask = runnable("native")(x, num_selected, True)
+    assert torch.equal(mask, topk_mask_reference(x, num_selected))
+    assert torch.equal(selected, x * mask)
+    with pytest.raises(RuntimeError, match="rows must be shorter than 65536, got 65536"):
+        runnable("native")(torch.ones(1, 65536, dtype=dtype), 1, True)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("group_size", "gradient"), [(None, "masked"), (8, "ste"), (8, "masked")])
+def test_k_per_row_in_several_tiles_of_rows(name, group_size, gradient):
+    generator = torch.Generator().manual_seed(5)
+    x = ((2 * torch.randn(70, 40, generator=generator)).round() / 2).requires_grad_()
+    upstream = torch.randn(70, 40, generator=generator)
+    num_selected = 5 * torch.randint(1, 9, (70,), generator=generator)
+    want = topk_sparsify(x, num_selected, group_size=group_size, gradient=gradient)
+    got = select(x, num_selected, rows=runnable(name), group_size=group_size, gradient=gradient)
+    assert torch.equal(got, want)
+    assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))

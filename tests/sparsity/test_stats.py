@@ -91,3 +91,26 @@ def test_stacked_layers_have_a_suffix_in_their_name():
     one = {"rows": torch.tensor(1.0), "load_E": torch.tensor([1.0, 2.0])}
     stacked = stack_layers([one, {"rows": torch.tensor(2.0)}, one])
     assert {name: tuple(value.shape) for name, value in stacked.items()} == {"rows_L": (3,), "load_LE": (2, 2)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_native_sums_of_wide_rows_that_several_experts_read(dtype, num_threads):
+    """More features than one thread's part, rows that nobody or two experts read, zeros, and negative values."""
+    draw = torch.Generator().manual_seed(1)
+    before = torch.randn(60, 700, generator=draw).to(dtype)
+    before[17], before[41, :699] = 0, 0
+    num_selected = torch.randint(1, 60, (60,), generator=draw)
+    row = torch.randint(0, 50, (90,), generator=draw)
+    readers = Readers(
+        row, torch.randint(0, 5, (90,), generator=draw).sort().values, 6, torch.rand(90, generator=draw) < 0.5
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        found, want = (stats_of(before, num_selected, readers, by) for by in (NATIVE, TORCH))
+    finally:
+        torch.set_num_threads(threads)
+    assert want["used_ED"][:5].any(1).all() and not want["used_ED"].all(1).any() and not want["used_ED"][5].any()
+    for name, value in want.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-6, atol=0, msg=lambda text, name=name: f"{name}: {text}")

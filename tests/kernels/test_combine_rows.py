@@ -78,7 +78,8 @@ def test_the_native_sum_of_rows_in_fp64_is_computed_in_fp64():
     if reason := native.why_not(torch.device("cpu")):
         pytest.skip(reason)
     row_TA, slot_N = choices()
-    rows, weights = (torch.randn(T * A, D).double() + 1e-9).requires_grad_(), torch.rand(T, A).double().requires_grad_()
+    rows, weights = torch.randn(T * A, D, dtype=torch.float64), torch.rand(T, A, dtype=torch.float64)
+    rows.requires_grad_(), weights.requires_grad_()
     upstream = torch.randn(T, D).double()
     found = combine_rows(rows, weights, row_TA, slot_N, by=NATIVE)
     want = reference.combine_rows(rows, weights, row_TA, slot_N)

@@ -148,3 +148,19 @@ def test_the_native_operator_computes_fp64_in_fp64():
         torch.testing.assert_close(sums, wanted, rtol=1e-12, atol=0.0)
         for mine, theirs in zip(*(torch.autograd.grad(o.sum(), (gate, up)) for o in (found, want)), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-13)
+
+
+def test_every_row_of_the_native_operator_has_its_own_k_on_two_threads():
+    by = next(by for by in FUSED_GLUS if by.name == "native")
+    if reason := by.why_not(torch.device("cpu")):
+        pytest.skip(reason)
+    gate, up = torch.rand(2, 1500, 41)
+    num_selected = torch.randint(1, 42, (1500,))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found, sums = fused_glu(gate, up, num_selected, by=by)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal((found != 0).sum(-1), num_selected)
+    assert torch.equal(sums.selected_N.long(), num_selected)

@@ -186,3 +186,16 @@ def test_bytes_of_a_large_batch_are_those_of_its_groups_of_eight(batch):
     figures = engine.figures()
     assert figures["bytes_read"] == figures["bytes_read_without_zeros"] == expected
     assert figures["passes"] == groups * 8
+
+
+@pytest.mark.parametrize("selection", ["topk", "block"])
+def test_among_equal_magnitudes_the_lower_index_is_selected(selection):
+    built = model(
+        num_layers=1,
+        sparsity={"sites": {"attention_input": 0.5}, "default": 0.0, "selection": selection, "group_size": 8},
+    )
+    with torch.no_grad():
+        # Every feature has one of two magnitudes, before the norm and after it.
+        built.embedding.weight.copy_(built.embedding.weight.sign() * (1 + torch.arange(64) % 5 // 4))
+        built.layers[0].attention_norm.weight.fill_(1.0)
+    assert differences(built, NativeDecode(built, "fp32"), 4).max() < 1e-5

@@ -199,3 +199,12 @@ def test_among_equal_magnitudes_the_lower_index_is_selected(selection):
         built.embedding.weight.copy_(built.embedding.weight.sign() * (1 + torch.arange(64) % 5 // 4))
         built.layers[0].attention_norm.weight.fill_(1.0)
     assert differences(built, NativeDecode(built, "fp32"), 4).max() < 1e-5
+
+
+def test_swiglu_of_large_negative_and_positive_gates_is_that_of_the_training_model():
+    built = model(moe={"activation": "swiglu"})
+    with torch.no_grad():
+        for block in built.blocks():
+            # Far beyond the gates of a trained model: e^x is 0 at one end and reaches the limit of fp32 at the other.
+            block.moe.experts.w_gate.mul_(40.0)
+    assert differences(built, NativeDecode(built, "fp32"), 4).max() < 1e-5

@@ -20,7 +20,7 @@ class PromptCache:
 
     @property
     def is_allocated(self) -> bool:
-        """Whether its memory has been taken."""
+        """True once its memory has been taken."""
         return self._cache is not None
 
     def begin(self, prompt: Sequence[int], allocate: Callable[[], KeyValueCache]) -> tuple[KeyValueCache, int]:

@@ -23,7 +23,7 @@ PART_BYTES = 4 * 2**30
 
 
 class Tensors(Protocol):
-    """What is written."""
+    """The tensors that an export writes."""
 
     @property
     def sizes(self) -> Mapping[str, int]:

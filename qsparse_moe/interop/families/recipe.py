@@ -1,4 +1,4 @@
-"""How a tensor of our state dict is made of the tensors of a Hugging Face checkpoint.
+"""Recipes, which make a tensor of our state dict out of tensors of a Hugging Face checkpoint.
 
 D width, F hidden width, E experts.
 """

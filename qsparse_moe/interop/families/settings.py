@@ -1,4 +1,4 @@
-"""The settings of a ``config.json``, each read once and checked; those that nobody has read are refused by name."""
+"""The settings of a ``config.json``, each read once and checked; those that are left unread are refused by name."""
 
 from __future__ import annotations
 

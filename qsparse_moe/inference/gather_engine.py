@@ -14,7 +14,7 @@ from torch import Tensor
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.listed_model import ListedModel
 from qsparse_moe.inference.native import Rows
-from qsparse_moe.inference.weights import head_format, own_format, site_matrices
+from qsparse_moe.inference.weights import head_format, own_format, site_matrices, why_not_stored
 from qsparse_moe.kernels.onednn import linear
 from qsparse_moe.kernels.row_product.gather import GatheredMatrices, list_features_gather, listed_product_gather
 from qsparse_moe.kernels.row_product.lists import FeatureLists
@@ -26,11 +26,11 @@ _LEAST_SPARSITY = 0.2
 
 def why_not(model: Transformer) -> str | None:
     """Return the reason why the engine cannot run ``model`` where it is, with the way out; None if it can."""
-    device, dtype = model.head.weight.device, model.head.weight.dtype
+    device = model.head.weight.device
     if device.type != "cpu":
         return f"it reads the lengths of its lists on the host, and the device is {device.type}; use the engine torch"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"its weights come from fp32 or bf16, and the model is in {dtype}; use the engine torch"
+    if (reason := why_not_stored(model)) is not None:
+        return reason
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
     return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.row_costs import NEVER, TOKENS, shares_to_read_all
-from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices
+from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices, why_not_stored
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
 from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
@@ -45,10 +45,8 @@ def why_not(model: Transformer) -> str | None:
     reason = native.why_not(device)
     if reason is not None:
         return f"{reason}; the engine torch needs no compiler and runs on every device"
-    if model.head.weight.dtype not in (torch.float32, torch.bfloat16):
-        return (
-            f"its weights come from fp32 or bf16, and the model is in {model.head.weight.dtype}; use the engine torch"
-        )
+    if (reason := why_not_stored(model)) is not None:
+        return reason
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
     return None

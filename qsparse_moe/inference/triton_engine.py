@@ -16,7 +16,7 @@ from torch import Tensor
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.listed_model import ListedModel
 from qsparse_moe.inference.native import Rows
-from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices
+from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices, why_not_stored
 from qsparse_moe.kernels import tiles
 from qsparse_moe.kernels.row_product.lists import FeatureLists
 from qsparse_moe.kernels.row_product.op import list_features, listed_product
@@ -29,9 +29,8 @@ def why_not(model: Transformer) -> str | None:
     reason = tiles.why_not(model.head.weight.device)
     if reason is not None:
         return f"{reason}; the engine torch runs on every device"
-    dtype = model.head.weight.dtype
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"its weights come from fp32 or bf16, and the model is in {dtype}; use the engine torch"
+    if (reason := why_not_stored(model)) is not None:
+        return reason
     widest = max(site.num_features for block in model.blocks() for site in block.sites().values())
     if widest > tiles.MAX_FEATURES:
         return f"its rows hold at most {tiles.MAX_FEATURES} features, and a site has {widest}; use the engine torch"

@@ -61,6 +61,14 @@ def site_matrices(model: Transformer) -> Iterator[ModelMatrix]:
                     yield ModelMatrix(f"{path}.{name}", parameter, False, module.weight_format)
 
 
+def why_not_stored(model: Transformer) -> str | None:
+    """Return the reason why no engine with matrices of its own can hold the weights of ``model``; None if it can."""
+    dtype = model.head.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"its weights come from fp32 or bf16, and the model is in {dtype}; use the engine torch"
+    return None
+
+
 def own_format(model: Transformer) -> WeightFormat:
     """Return the number format that holds the weights of ``model`` as they are: ternary, bf16 or fp32."""
     if model.config.sparsity.quantization.weights == "ternary":

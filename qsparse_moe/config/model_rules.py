@@ -14,6 +14,7 @@ from pathlib import Path
 from qsparse_moe.config.moe_rules import MOE_RULES
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.problems import Problem, show
+from qsparse_moe.config.rotary_rules import ROTARY_RULES
 from qsparse_moe.config.schema import SITES, BlendConfig, ModelConfig, Site, SparsityOverride
 from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import (
@@ -297,6 +298,7 @@ def nearest(value: int, fitting: Iterable[int]) -> str:
 MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     _heads,
     _kv_heads,
+    *ROTARY_RULES,
     *MOE_RULES,
     _sites_exist,
     _overrides,

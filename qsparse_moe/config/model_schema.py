@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qsparse_moe.config.rotary_schema import RopeScalingConfig
 from qsparse_moe.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -282,6 +283,8 @@ class ModelConfig(Section):
     # This is the base of the original rotary embedding (arXiv 2104.09864).
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
+    """Scaled rotary frequencies."""
     norm_epsilon: PositiveFloat = 1e-5
     """Value added to the mean square in RMSNorm."""
     qk_norm: bool = False

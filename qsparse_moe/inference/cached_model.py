@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparse_moe.config.shapes import head_size
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.weights import head_format, own_format
 from qsparse_moe.kernels.row_product.stored import WeightFormat
@@ -78,7 +77,7 @@ def _forward(model: Transformer, tokens_BS: Tensor, lengths_B: Tensor, cache: Ke
     assert not model.training, "a cache requires evaluation mode"
     step, device = cache.step(lengths_B), model.embedding.weight.device
     hidden_BSD = model.embedding(tokens_BS.to(device))
-    rotation = rotation_at(step.positions_BS, head_size(model.config), model.config.rope_theta, hidden_BSD.dtype)
+    rotation = rotation_at(step.positions_BS, model.config, hidden_BSD.dtype)
     for block, layer_cache in zip(model.blocks(), step.layers(), strict=True):
         hidden_BSD = block(hidden_BSD, rotation, None, False, cache=layer_cache).hidden_BSD
     # Only after the last layer: every layer computes its slots from the same number of earlier tokens.

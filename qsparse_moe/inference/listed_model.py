@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qsparse_moe.config.shapes import head_size
 from qsparse_moe.kernels.row_product.lists import FeatureLists
 from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.block import Block
@@ -51,7 +50,7 @@ class ListedModel:
         """
         config, capacity = self._model.config, key_LBHPC.shape[3]
         hidden_BD = self._model.embedding(tokens_B).float()
-        rotation = rotation_at(positions_B[:, None], head_size(config), config.rope_theta, torch.float32)
+        rotation = rotation_at(positions_B[:, None], config, torch.float32)
         slots_B = positions_B % capacity
         # From position P on every slot holds a token. Empty slots hold zeros, so 0 * NaN cannot occur.
         is_visible_BP = torch.arange(capacity, device=positions_B.device) <= positions_B[:, None]

@@ -20,6 +20,7 @@ from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
 from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
 from qsparse_moe.model.block import Block
+from qsparse_moe.model.rope import rotary_frequencies
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Router
 from qsparse_moe.nn.selectors import ThresholdSelector
@@ -142,15 +143,13 @@ class NativeDecode:
 
     def _build(self, model: Transformer) -> Any:
         config, classes = model.config, torch.classes.qsparse_moe
-        size = head_size(config)
-        exponents = torch.arange(0, size, 2, dtype=torch.float32) / size
         engine = classes.DecodeModel(
             config.num_heads,
             num_kv_heads(config),
-            size,
+            head_size(config),
             config.norm_epsilon,
             _ACTIVATIONS[config.moe.activation],
-            config.rope_theta**-exponents,
+            rotary_frequencies(config),
             _fp32(model.final_norm.weight),
             model.embedding.weight.detach(),
             self._matrix("head.weight"),

@@ -5,10 +5,15 @@ B batch, H heads, S sequence, C channels per head.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from qsparse_moe.config.rotary_schema import RopeScalingConfig
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import head_size
 
 
 class Rotation(NamedTuple):
@@ -18,11 +23,34 @@ class Rotation(NamedTuple):
     sin: Tensor
 
 
-def rotation_at(positions_BS: Tensor, head_size: int, theta: float, dtype: torch.dtype) -> Rotation:
-    """Return the rotation by the angles ``position / theta^(2i / C)``, computed in fp32 and then rounded."""
+def rotary_frequencies(config: ModelConfig, *, device: torch.device | None = None) -> Tensor:
+    """Return ``(C / 2,)`` fp32: the angle between two positions, ``theta^(-2i / C)``, scaled by ``rope_scaling``."""
+    size = head_size(config)
+    exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
+    frequencies: Tensor = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    match scaling.type:
+        case "none":
+            return frequencies
+        case "linear":
+            return frequencies / scaling.factor
+        case "llama3":
+            return _llama3(frequencies, scaling)
+
+
+def _llama3(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """Divide the frequencies with few turns within the original length by the factor, and keep those with many."""
+    assert scaling.original_length is not None, "checked by the rules of the configuration"
+    turns = scaling.original_length * frequencies / (2 * math.pi)
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def rotation_at(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotation:
+    """Return the rotation by the angles ``position * frequency``, computed in fp32 and then rounded."""
     # In bf16 positions above 256 would not be exact, and neither would their angles.
-    exponents = torch.arange(0, head_size, 2, device=positions_BS.device, dtype=torch.float32) / head_size
-    angles_BSC = positions_BS[..., None].float() * theta**-exponents
+    angles_BSC = positions_BS[..., None].float() * rotary_frequencies(config, device=positions_BS.device)
     return Rotation(angles_BSC.cos().to(dtype)[:, None], angles_BSC.sin().to(dtype)[:, None])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig, Recompute
-from qsparse_moe.config.shapes import head_size, vocab_size
+from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.attention import document_mask
 from qsparse_moe.model.block import Block, BlockOutput
@@ -184,7 +184,7 @@ class Transformer(nn.Module):
         if positions_BS is None:
             positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
         hidden_BSD = self._embed(tokens_BS)
-        rotation = rotation_at(positions_BS, head_size(self.config), self.config.rope_theta, hidden_BSD.dtype)
+        rotation = rotation_at(positions_BS, self.config, hidden_BSD.dtype)
         mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
         chosen = self.activation_checkpointing
         outputs: list[BlockOutput] = []

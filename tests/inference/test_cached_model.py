@@ -23,6 +23,9 @@ DENSE = {
     "plain": {},
     "grouped-query attention": {"num_kv_heads": 2},
     "norms of queries and keys": {"qk_norm": True, "head_size": 8},
+    "scaled frequencies": {
+        "rope_scaling": {"type": "llama3", "factor": 8.0, "original_length": 50, "high_frequency_factor": 2.0}
+    },
     "tied embeddings": {"tie_embeddings": True},
     "shared experts": {"moe": {"num_shared_experts": 1, "shared_expert_gate": True}},
     "a dense layer": {"moe": {"num_dense_layers": 1}},
@@ -141,7 +144,7 @@ def sliding_window(built, tokens_BS, window):
     distance = torch.arange(length)[:, None] - torch.arange(length)
     mask = ((distance >= 0) & (distance < window))[None, None]
     hidden = built.embedding(tokens_BS)
-    rotation = rotation_at(torch.arange(length)[None], hidden.shape[-1] // 4, built.config.rope_theta, hidden.dtype)
+    rotation = rotation_at(torch.arange(length)[None], built.config, hidden.dtype)
     for block in built.blocks():
         hidden = block(hidden, rotation, mask, False).hidden_BSD
     return built.logits(hidden).detach()

@@ -25,6 +25,9 @@ SHAPES = {
     "attn_implementation": "eager",
     "experts_implementation": "eager",
 }
+# Small lengths, so that the frequencies of a short test are scaled in all the ways there are.
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 3.0}
 QWEN = {"num_experts": 5, "moe_intermediate_size": 14, "intermediate_size": 36}
 MODELS = {
     "mixtral": ("Mixtral", {"num_local_experts": 5, "intermediate_size": 14}),
@@ -37,7 +40,15 @@ MODELS = {
         {"num_local_experts": 4, "intermediate_size": 14, "hidden_size": 40, "num_attention_heads": 5}
         | {"num_key_value_heads": 1, "head_dim": None, "rms_norm_eps": 1e-3},
     ),
+    "mixtral-llama3": (
+        "Mixtral",
+        {"num_local_experts": 5, "intermediate_size": 14, "rope_parameters": LLAMA3},
+    ),
     "qwen3_moe": ("Qwen3Moe", QWEN),
+    "qwen3_moe-linear": (
+        "Qwen3Moe",
+        QWEN | {"rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.5}},
+    ),
     "qwen3_moe-renormalized": (
         "Qwen3Moe",
         QWEN | {"norm_topk_prob": True, "rope_parameters": {"rope_theta": 300.0, "rope_type": "default"}},

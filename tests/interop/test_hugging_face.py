@@ -17,7 +17,7 @@ from qsparse_moe.interop.state_dict import load_export
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.training.checkpoint.state import load_model, stored_shapes
-from tests.interop.hugging_face_models import MODELS, VOCABULARY, build, change_settings, change_tensors, save
+from tests.interop.hugging_face_models import LLAMA3, MODELS, VOCABULARY, build, change_settings, change_tensors, save
 from tests.support.runs import tiny_config, write_text
 
 pytest.importorskip("transformers")
@@ -141,6 +141,17 @@ def test_the_settings_of_published_files_are_all_known(tmp_path):
     change_settings(qwen, **published | older | {"head_dim": 10, "num_experts": 5, "num_local_experts": ...})
     model = HuggingFaceWeights(qwen).model
     assert (model.rope_theta, model.qk_norm, model.head_size) == (777.0, True, 10)
+
+
+def test_scaled_frequencies_in_the_older_form_are_read_alike(tmp_path):
+    folder = save(build("mixtral-llama3"), tmp_path / "model")
+    new = HuggingFaceWeights(folder).model
+    older = {name: value for name, value in LLAMA3.items() if name not in ("rope_theta", "rope_type")}
+    change_settings(folder, rope_parameters=..., rope_theta=50.0, rope_scaling=older | {"type": "llama3"})
+    assert HuggingFaceWeights(folder).model == new
+    del older["original_max_position_embeddings"]
+    change_settings(folder, rope_scaling=older | {"type": "llama3"}, max_position_embeddings=32)
+    assert HuggingFaceWeights(folder).model == new
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-renormalized"])

@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.model.rope import rotate, rotation_at
 from tests.model.small_model import make
+
+ROTARY = ModelConfig(head_size=8, rope_theta=100.0)
 
 
 def test_rotation_depends_on_the_distance_only():
@@ -14,7 +17,7 @@ def test_rotation_depends_on_the_distance_only():
 
     def score(at_q, at_k):
         turned = [
-            rotate(x, rotation_at(torch.tensor([[at]]), 8, 100.0, torch.float32)) for x, at in ((q, at_q), (k, at_k))
+            rotate(x, rotation_at(torch.tensor([[at]]), ROTARY, torch.float32)) for x, at in ((q, at_q), (k, at_k))
         ]
         return (turned[0] * turned[1]).sum()
 
@@ -24,14 +27,15 @@ def test_rotation_depends_on_the_distance_only():
 
 def test_queries_and_keys_are_normalised_before_their_rotation():
     """By hand; weights of the norms that differ between the two channels of a pair do not commute with its rotation."""
-    attention = make(qk_norm=True, num_layers=1).layers[0].attention
+    model = make(qk_norm=True, num_layers=1)
+    attention = model.layers[0].attention
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for norm in (attention.query_norm, attention.key_norm):
             norm.weight.copy_(torch.rand(norm.weight.shape, generator=generator) * 2 + 0.1)
         attention.qkv.weight.copy_(torch.randn(attention.qkv.weight.shape, generator=generator))
     x = torch.randn(1, 6, 32, generator=generator)
-    rotation = rotation_at(torch.arange(6)[None], 8, 10000.0, torch.float32)
+    rotation = rotation_at(torch.arange(6)[None], model.config, torch.float32)
     query, key, value = (attention.qkv(x).view(1, 6, 3, 4, 8).permute(2, 0, 3, 1, 4)).unbind(0)
 
     def normed_and_turned(heads, norm):
@@ -50,7 +54,7 @@ def test_queries_and_keys_are_normalised_before_their_rotation():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_angles_of_far_positions_are_accurate_in_every_dtype(dtype):
     """bf16 has no 1,001, nor the frequencies: angles are formed in fp32, and only their cosines are rounded."""
-    rotation = rotation_at(torch.tensor([[1001, 4093]]), 8, 10000.0, dtype)
+    rotation = rotation_at(torch.tensor([[1001, 4093]]), ModelConfig(head_size=8), dtype)
     angles = [[position * 10000.0 ** (-2 * i / 8) for i in range(4)] for position in (1001, 4093)]
     wide = torch.tensor(angles, dtype=torch.float64)[None, None]
     for got, want in zip(rotation, (wide.cos(), wide.sin()), strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import dense_hidden_size, has_experts, head_size, num_kv_heads, vocab_size
 from qsparse_moe.interop.families.recipe import Recipe, copied, fused_experts, joined, stacked, transposed
+from qsparse_moe.interop.families.rotary import rotary_settings
 from qsparse_moe.interop.families.settings import FamilySettings
 
 
@@ -44,10 +45,9 @@ def model_settings(settings: FamilySettings, *, rope_theta: float, norm_epsilon:
         "num_heads": heads,
         "num_kv_heads": settings.size("num_key_value_heads"),
         "head_size": settings.size("head_dim", default=width // heads),
-        "rope_theta": settings.rope_theta(default=rope_theta),
         "norm_epsilon": settings.number("rms_norm_eps", default=norm_epsilon),
         "tie_embeddings": settings.flag("tie_word_embeddings", default=False),
-    }
+    } | rotary_settings(settings, rope_theta=rope_theta)
 
 
 def decoder_recipes(config: ModelConfig, names: ExpertNames, stored: Collection[str]) -> dict[str, Recipe]:

@@ -87,7 +87,7 @@ class FamilySettings:
 
     def number(self, name: str, *, default: float) -> float:
         """Return a positive number."""
-        return self._positive(name, self._take(name, default))
+        return self.positive(name, self._take(name, default))
 
     def flag(self, name: str, *, default: bool) -> bool:
         """Return a boolean."""
@@ -111,31 +111,15 @@ class FamilySettings:
             allowed = " or ".join(map(show, supported))
             raise self.refusal(name, f"must be {allowed} here", "another value changes the result and is not supported")
 
-    def rope_theta(self, *, default: float) -> float:
-        """Return the base of the rotary frequencies, which older files name directly and newer ones in a section.
+    def optional(self, name: str) -> Any:
+        """Return a setting as it is; None if it is absent."""
+        return self._take(name, None)
 
-        Scaled frequencies are refused.
-        """
-        top = self._take("rope_theta", None)
-        self.require("rope_scaling", None)
-        section = self._take("rope_parameters", None)
-        if section is None:
-            return self._positive("rope_theta", default if top is None else top)
-        # Other keys belong to scaled frequencies, apart from this one, which 1 turns off.
-        known = {"rope_theta": 0, "rope_type": "default", "type": "default", "partial_rotary_factor": 1.0}
-        plain = isinstance(section, dict) and all(
-            name in known and (name == "rope_theta" or value == known[name]) for name, value in section.items()
-        )
-        if not plain:
-            raise self.refusal(
-                "rope_parameters",
-                "must have the rope_type default without other parameters",
-                "scaled rotary frequencies change the result and are not supported",
-            )
-        base = section.get("rope_theta", default if top is None else top)
-        if top is not None and top != base:
-            raise self.refusal("rope_theta", f"differs from rope_parameters.rope_theta ({show(base)})", "remove one")
-        return self._positive("rope_parameters", base)
+    def positive(self, name: str, value: Any) -> float:
+        """Return ``value``, which the setting ``name`` gives or contains, as a positive number."""
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise self.refusal(name, "must be a positive number", "correct it, or download the file again")
+        return float(value)
 
     def check_all_read(self) -> None:
         """Refuse the settings that no method has read, unless they are known to have no effect on the result."""
@@ -162,8 +146,3 @@ class FamilySettings:
         self._read.add(name)
         value = self._values.get(name)
         return default if value is None else value
-
-    def _positive(self, name: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-            raise self.refusal(name, "must be a positive number", "correct it, or download the file again")
-        return float(value)

@@ -1,0 +1,82 @@
+"""The rotary frequencies of a ``config.json``, which older files describe in ``rope_theta`` and ``rope_scaling``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qsparse_moe.config.problems import show
+from qsparse_moe.interop.families.settings import FamilySettings
+
+# Our name and that of the file for every setting of a type that can be read.
+_TYPES: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_length": "original_max_position_embeddings",
+        "low_frequency_factor": "low_freq_factor",
+        "high_frequency_factor": "high_freq_factor",
+    },
+}
+# Settings of the section that do not belong to a type. The last one is off at 1.
+_COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
+
+
+def rotary_settings(source: FamilySettings, *, rope_theta: float) -> dict[str, Any]:
+    """Return our settings ``rope_theta`` and ``rope_scaling``.
+
+    Args:
+        source: the settings of the file.
+        rope_theta: the default of the family.
+
+    Raises:
+        CheckpointError: the frequencies are of another type, or a setting of them is unknown or invalid.
+    """
+    top = source.optional("rope_theta")
+    name, section = _section(source)
+    base = section.get("rope_theta", rope_theta if top is None else top)
+    if top is not None and top != base:
+        raise source.refusal("rope_theta", f"differs from {name}.rope_theta ({show(base)})", "remove one")
+    theta = source.positive(name if "rope_theta" in section else "rope_theta", base)
+    return {"rope_theta": theta, "rope_scaling": _scaling(source, name, section)}
+
+
+def _section(source: FamilySettings) -> tuple[str, dict[str, Any]]:
+    """Return the name of the section and its values, empty if there is none."""
+    given = {name: source.optional(name) for name in ("rope_parameters", "rope_scaling")}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len(found) > 1:
+        raise source.refusal("rope_scaling", "stands beside rope_parameters, and one must describe both", "remove one")
+    name, section = next(iter(found.items()), ("rope_theta", {}))
+    if not isinstance(section, dict):
+        raise source.refusal(name, "must be an object of JSON", "correct it, or download the file again")
+    return name, section
+
+
+def _scaling(source: FamilySettings, name: str, section: dict[str, Any]) -> dict[str, Any]:
+    kind = section.get("rope_type", section.get("type", "default"))
+    names = _TYPES.get(kind) if isinstance(kind, str) else None
+    if names is None:
+        raise source.refusal(
+            name,
+            f"must have one of these types: {', '.join(_TYPES)}",
+            "other rotary frequencies change the result and are not supported",
+        )
+    unknown = sorted(section.keys() - {*_COMMON, *names.values()})
+    if unknown or section.get("partial_rotary_factor", 1) != 1:
+        raise source.refusal(
+            name,
+            f"has a setting that is not known for the type {kind}: {(unknown or ['partial_rotary_factor'])[0]}",
+            "it may change the result, so it is not ignored",
+        )
+    values = dict(section)
+    if "original_length" in names:
+        # The default of transformers.
+        values.setdefault(names["original_length"], source.max_length)
+    missing = [theirs for theirs in names.values() if values.get(theirs) is None]
+    if missing:
+        raise source.refusal(name, f"lacks {missing[0]}, which {kind} needs", "download the file again")
+    scaling: dict[str, Any] = {ours: source.positive(name, values[theirs]) for ours, theirs in names.items()}
+    if "original_length" in scaling:
+        scaling["original_length"] = values[names["original_length"]]
+    return {"type": "none" if kind == "default" else kind} | scaling

@@ -6,6 +6,10 @@ per head, H heads, G key-value heads, F hidden width, E experts, and A experts p
 - the inputs of attention and feed-forward: D each;
 - attention: its norm's output and what the projections read of it (2 D); query and key before and after their rotation,
   value, the attention's output and what the output projection reads (4 H C + 3 G C);
+- latent attention with ranks L and Q of keys and queries, N and R channels without and with a rotation, V of a value
+  and P = max(N + R, V): 2 D likewise; the first product (Q + L + R, or H (N + R) + L + R without a rank of queries), its
+  normed parts before and after their scale, and the rotated key (2 Q + 2 L + R); query, key, value and result (4 H P,
+  where the value takes H (N + V) if V = P) and what the output projection reads (H V);
 - feed-forward: its norm's output and what the first matrices read of it (2 D); gate, up and what the last matrix reads
   (3 F; without a gate 2 F). With experts in place of F: A times 2 D + 3 F, and for the router 2 E + 8 A in
   fp32, in half precision D in fp32 more for its input. Shared experts add D and 3 F of their own.
@@ -23,10 +27,12 @@ from dataclasses import dataclass
 
 from qsparse_moe.config.schema import ModelConfig, Recompute, RunConfig
 from qsparse_moe.config.shapes import (
+    LatentSizes,
     dense_hidden_size,
     has_experts,
     has_gate,
     head_size,
+    latent_sizes,
     num_kv_heads,
     shared_hidden_size,
     vocab_size,
@@ -77,8 +83,22 @@ def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> 
 
 def _attention(model: ModelConfig) -> float:
     """Return the number of values per token, without the layer's input."""
+    latent = latent_sizes(model)
+    if latent:
+        return 2 * model.hidden_size + _latent_attention(model.num_heads, latent)
     channels = head_size(model)
     return 2 * model.hidden_size + 4 * model.num_heads * channels + 3 * num_kv_heads(model) * channels
+
+
+def _latent_attention(heads: int, sizes: LatentSizes) -> float:
+    padded = max(sizes.query_head_size, sizes.value_head_size)
+    down = (sizes.query_rank or heads * sizes.query_head_size) + sizes.cached_size
+    # A value as wide as the padded heads is not copied, and the product that it is a part of stays whole.
+    is_part = sizes.value_head_size == padded
+    value = sizes.nope_head_size + sizes.value_head_size if is_part else padded
+    per_head = 3 * padded + value + sizes.value_head_size
+    normed = 2 * (sizes.query_rank or 0) + sizes.key_value_rank + sizes.cached_size
+    return down + normed + heads * per_head
 
 
 def _feed_forward(model: ModelConfig, layer: int, width: int) -> float:

@@ -8,6 +8,9 @@ rotations, softmax and activations are not counted, because they grow with the w
 In training a linear map has three products: the forward pass, the gradient of its weight and the gradient of its input.
 Under the straight-through estimator the gradient of the input is dense, so (2 r + 1) / 3 of the dense work remains;
 under the masked gradient, r.
+
+Latent attention is counted as training and prefill compute it, with the keys and values of every head. A decode step
+multiplies queries and results instead of earlier keys and values (``model/latent_attention.py``).
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 from qsparse_moe.accounting.densities import Densities, selected_features
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import head_size, layer_sites, site_width
+from qsparse_moe.config.shapes import head_size, latent_sizes, layer_sites, site_width
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 
@@ -119,7 +122,9 @@ def _matrices(config: ModelConfig, plan: SparsityPlan, densities: Densities | No
 def _scores(config: ModelConfig, context: int) -> int:
     # Two products per head, of queries with keys and of attention weights with values, take two operations per element
     # each.
-    return config.num_layers * 4 * config.num_heads * head_size(config) * context
+    latent = latent_sizes(config)
+    channels = latent.query_head_size + latent.value_head_size if latent else 2 * head_size(config)
+    return config.num_layers * 2 * config.num_heads * channels * context
 
 
 def _selection(config: ModelConfig, plan: SparsityPlan, layer: int) -> int:

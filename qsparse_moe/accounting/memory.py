@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from qsparse_moe.accounting.densities import no_zeros
 from qsparse_moe.accounting.parameters import count_by_part
 from qsparse_moe.config.schema import ModelConfig, RunConfig
-from qsparse_moe.config.shapes import head_size, num_kv_heads
+from qsparse_moe.config.shapes import cached_values
 
 _FP32 = 4
 _HALF = 2
@@ -63,5 +63,8 @@ def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = No
 
 
 def kv_cache_bytes(config: ModelConfig, tokens: int, bytes_per_value: int = _HALF) -> int:
-    """Return the bytes of the keys and values of ``tokens`` tokens in all layers."""
-    return 2 * config.num_layers * num_kv_heads(config) * head_size(config) * tokens * bytes_per_value
+    """Return the bytes that generation stores for the attention to ``tokens`` tokens, in all layers.
+
+    These are keys and values; with latent attention, the vector that both are computed from and the rotated key.
+    """
+    return config.num_layers * cached_values(config) * tokens * bytes_per_value

@@ -20,6 +20,8 @@ from qsparse_moe.config.shapes import (
     has_experts,
     has_gate,
     head_size,
+    latent_sizes,
+    mixed_size,
     num_kv_heads,
     shared_hidden_size,
     vocab_size,
@@ -127,6 +129,9 @@ def _router(name: str, size: int) -> Weight:
 
 
 def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
+    if latent_sizes(config):
+        yield from _latent_attention(config, densities, layer)
+        return
     prefix, width, channels = f"layers.{layer}.attention.", config.hidden_size, head_size(config)
     # With a head size of its own, attention may be wider or narrower than the model.
     mixed = config.num_heads * channels
@@ -141,6 +146,25 @@ def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterato
     if config.qk_norm:
         yield _norm(f"{prefix}query_norm.weight", channels)
         yield _norm(f"{prefix}key_norm.weight", channels)
+
+
+def _latent_attention(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:
+    prefix, width, sizes = f"layers.{layer}.attention.", config.hidden_size, latent_sizes(config)
+    assert sizes is not None
+    queries = config.num_heads * sizes.query_head_size
+    keys_and_values = config.num_heads * (sizes.nope_head_size + sizes.value_head_size)
+    down = (sizes.query_rank or queries) + sizes.cached_size
+    found: dict[str, tuple[Site | None, int]] = {"down": ("attention_input", width * down)}
+    if sizes.query_rank:
+        found["query_up"] = (None, sizes.query_rank * queries)
+        yield _norm(f"{prefix}query_latent_norm.weight", sizes.query_rank)
+    found["latent_up"] = (None, sizes.key_value_rank * keys_and_values)
+    yield _norm(f"{prefix}latent_norm.weight", sizes.key_value_rank)
+    found["output"] = ("attention_output", mixed_size(config) * width)
+    for name, (site, size) in found.items():
+        needed = size * (_mean(densities[layer, site]) if site else 1.0)
+        key, behind = f"{prefix}{name}.weight", layer if site else -1
+        yield Weight(key, "attention", size, size, needed, is_matrix=True, layer=behind, site=site)
 
 
 def _feed_forward(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from qsparse_moe.config.attention_rules import LATENT_RULES
 from qsparse_moe.config.moe_rules import MOE_RULES
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.problems import Problem, show
@@ -19,6 +20,7 @@ from qsparse_moe.config.schema import SITES, BlendConfig, ModelConfig, Site, Spa
 from qsparse_moe.config.selectors import select
 from qsparse_moe.config.shapes import (
     EXPERT_SITES,
+    latent_sizes,
     layer_sites,
     model_sites,
     moe_layers,
@@ -30,6 +32,9 @@ from qsparse_moe.config.shapes import (
 
 def _heads(config: ModelConfig) -> Iterator[Problem]:
     width, heads = config.hidden_size, config.num_heads
+    # Latent attention has head sizes of its own, and a rule that refuses this one.
+    if latent_sizes(config):
+        return
     if config.head_size is not None:
         if config.head_size % 2:
             yield Problem(
@@ -299,6 +304,7 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     _heads,
     _kv_heads,
     *ROTARY_RULES,
+    *LATENT_RULES,
     *MOE_RULES,
     _sites_exist,
     _overrides,

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from qsparse_moe.config.rotary_schema import RopeScalingConfig
+from qsparse_moe.config.attention_schema import LatentAttentionConfig
 from qsparse_moe.config.section import (
     Fraction,
     NonNegativeFloat,
@@ -289,6 +290,8 @@ class ModelConfig(Section):
     """Value added to the mean square in RMSNorm."""
     qk_norm: bool = False
     """Apply RMSNorm to the queries and keys of every head before the rotation."""
+    latent_attention: LatentAttentionConfig = LatentAttentionConfig()
+    """Multi-head latent attention."""
     tie_embeddings: bool = False
     """Use the weight of the embedding for the output head."""
     # This suits widths of about a thousand. Narrow models need about 0.5 / sqrt(hidden_size): at 0.02 their experts

@@ -1,6 +1,6 @@
 """Every setting of a run: its type, unit, range and default. Imports no torch.
 
-The settings of the model are defined in ``model_schema.py`` and can be imported from here too. ``docs/settings.md`` and
+The settings of the model are defined in ``model_schema.py`` and ``attention_schema.py`` and can be imported from here too. ``docs/settings.md`` and
 ``configs/schema.json`` are generated from these classes. Rules that involve several settings are in ``rules.py``.
 """
 
@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qsparse_moe.config.attention_schema import LatentAttentionConfig
 from qsparse_moe.config.model_schema import (
     SITES,
     ActivationFormat,
@@ -41,6 +42,7 @@ __all__ = [
     "BlendConfig",
     "DataConfig",
     "DeepSpeedConfig",
+    "LatentAttentionConfig",
     "LossScaleConfig",
     "MetricsConfig",
     "MoEConfig",

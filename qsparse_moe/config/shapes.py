@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import SITES, ActivationFormat, ModelConfig, Site, SparsityConfig
@@ -32,6 +32,61 @@ def head_size(config: ModelConfig) -> int:
 def num_kv_heads(config: ModelConfig) -> int:
     """Return the number of key and value heads."""
     return config.num_kv_heads or config.num_heads
+
+
+class LatentSizes(NamedTuple):
+    """The sizes of multi-head latent attention; see ``LatentAttentionConfig``."""
+
+    key_value_rank: int
+    query_rank: int | None
+    nope_head_size: int
+    rope_head_size: int
+    value_head_size: int
+
+    @property
+    def query_head_size(self) -> int:
+        """Number of channels per query and key head."""
+        return self.nope_head_size + self.rope_head_size
+
+    @property
+    def cached_size(self) -> int:
+        """Number of values per token and layer that generation stores: the vector of rank and the rotated key."""
+        return self.key_value_rank + self.rope_head_size
+
+
+def latent_sizes(config: ModelConfig) -> LatentSizes | None:
+    """Return the sizes of latent attention; None if the model has ordinary attention."""
+    latent = config.latent_attention
+    if latent.key_value_rank is None:
+        return None
+    return LatentSizes(
+        latent.key_value_rank,
+        latent.query_rank,
+        # A rule requires these three; 0 only keeps the other rules from failing where one of them is missing.
+        latent.nope_head_size or 0,
+        latent.rope_head_size or 0,
+        latent.value_head_size or 0,
+    )
+
+
+def rotary_size(config: ModelConfig) -> int:
+    """Return the number of rotated channels per head."""
+    latent = latent_sizes(config)
+    return latent.rope_head_size if latent else head_size(config)
+
+
+def mixed_size(config: ModelConfig) -> int:
+    """Return the width of the attention's result before its output projection: the value channels of all heads."""
+    latent = latent_sizes(config)
+    if latent:
+        return config.num_heads * latent.value_head_size
+    return config.num_heads * config.head_size if config.head_size else config.hidden_size
+
+
+def cached_values(config: ModelConfig) -> int:
+    """Return the number of values per token and layer that generation stores for attention."""
+    latent = latent_sizes(config)
+    return latent.cached_size if latent else 2 * num_kv_heads(config) * head_size(config)
 
 
 def dense_hidden_size(config: ModelConfig) -> int:
@@ -87,7 +142,7 @@ def model_sites(config: ModelConfig) -> tuple[Site, ...]:
 def site_width(config: ModelConfig, site: Site) -> int:
     """Return the number of features at ``site``: the input width of the weight matrix behind it."""
     widths: dict[Site, int] = {
-        "attention_output": config.num_heads * config.head_size if config.head_size else config.hidden_size,
+        "attention_output": mixed_size(config),
         "expert_hidden": config.moe.expert_hidden_size,
         "shared_hidden": shared_hidden_size(config),
         "dense_hidden": dense_hidden_size(config),
@@ -98,8 +153,11 @@ def site_width(config: ModelConfig, site: Site) -> int:
 def site_width_setting(config: ModelConfig, site: Site) -> str:
     """Return the setting, or the product of settings, that determines ``site_width``, for messages."""
     moe = config.moe
+    attention = "model.num_heads * model.head_size" if config.head_size else "model.hidden_size"
+    if latent_sizes(config):
+        attention = "model.num_heads * model.latent_attention.value_head_size"
     names: dict[Site, str] = {
-        "attention_output": "model.num_heads * model.head_size" if config.head_size else "model.hidden_size",
+        "attention_output": attention,
         "expert_hidden": "model.moe.expert_hidden_size",
         "shared_hidden": "model.moe.shared_expert_hidden_size"
         if moe.shared_expert_hidden_size

@@ -2,6 +2,9 @@
 
 L layers, B sequences, H key and value heads, S new tokens of a sequence (padded to the longest), P slots per sequence,
 C channels per head. The token at position p lies in slot p % P: the cache holds the last P tokens of each sequence.
+
+With latent attention there is one head, whose key is the vector from which the keys and values of all heads are
+computed, followed by the rotated key that they share. Its values have no channels.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import head_size, num_kv_heads
+from qsparse_moe.config.shapes import cached_values, head_size, latent_sizes, num_kv_heads
 from qsparse_moe.errors import ConfigError
 
 
@@ -25,7 +28,7 @@ class KeyValueCache:
     """
 
     def __init__(self, key_LBHPC: Tensor, value_LBHPC: Tensor, *, slides: bool) -> None:
-        assert key_LBHPC.shape == value_LBHPC.shape, (key_LBHPC.shape, value_LBHPC.shape)
+        assert key_LBHPC.shape[:-1] == value_LBHPC.shape[:-1], (key_LBHPC.shape, value_LBHPC.shape)
         self.key_LBHPC = key_LBHPC
         """Keys after the rotation. The slice of a layer is contiguous."""
         self.value_LBHPC = value_LBHPC
@@ -46,9 +49,12 @@ class KeyValueCache:
         slides: bool = False,
     ) -> KeyValueCache:
         """Return an empty cache for ``batch`` sequences of at most ``capacity`` tokens."""
-        shape = (config.num_layers, batch, num_kv_heads(config), capacity, head_size(config))
+        latent = latent_sizes(config)
+        heads = 1 if latent else num_kv_heads(config)
+        channels = (latent.cached_size, 0) if latent else (head_size(config), head_size(config))
+        shape = (config.num_layers, batch, heads, capacity)
         # Zeros, not torch.empty: a masked slot still enters the product of attention, and 0 * NaN is NaN.
-        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
+        key, value = (torch.zeros(*shape, size, dtype=dtype, device=device) for size in channels)
         return cls(key, value, slides=slides)
 
     @property
@@ -103,7 +109,7 @@ class KeyValueCache:
 
 def cache_bytes(config: ModelConfig, *, batch: int, capacity: int, dtype: torch.dtype) -> int:
     """Return the number of bytes that ``KeyValueCache.allocate`` allocates."""
-    return 2 * config.num_layers * batch * num_kv_heads(config) * capacity * head_size(config) * dtype.itemsize
+    return config.num_layers * batch * capacity * cached_values(config) * dtype.itemsize
 
 
 @dataclass(frozen=True)

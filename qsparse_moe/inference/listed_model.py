@@ -113,6 +113,7 @@ class _Norm:
 class _Layer:
     def __init__(self, prefix: str, block: Block, weights: ListedWeights, lister: _Lister) -> None:
         self._attention_norm, self._feed_forward_norm = _Norm(block.attention_norm), _Norm(block.feed_forward_norm)
+        assert isinstance(block.attention, Attention), "why_not of the engines refuses other models"
         self._attention = _Attention(f"{prefix}attention.", block.attention, weights, lister)
         self.feed_forward_part: _MoE | _FeedForward
         if block.moe is not None:

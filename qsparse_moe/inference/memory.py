@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import latent_sizes
 from qsparse_moe.errors import ArgumentError
 from qsparse_moe.inference.kv_cache import cache_bytes
 
@@ -61,12 +62,20 @@ def prefill_bytes(config: ModelConfig, *, num_tokens: int, dtypes: MemoryDtypes)
     """Return a rough estimate of the bytes of activations that one layer needs for ``num_tokens`` tokens at once."""
     width, hidden, choices = config.hidden_size, config.moe.expert_hidden_size, config.moe.experts_per_token
     # A rough count of the tensors alive at once: eight of the width, and per expert its input, output and three hidden.
-    per_token = (8 * width + choices * (2 * width + 3 * hidden)) * dtypes.activations.itemsize
+    per_token = (8 * width + _latent_values(config) + choices * (2 * width + 3 * hidden)) * dtypes.activations.itemsize
     if dtypes.products != dtypes.activations:
         # The input and the output of one product of the experts.
         per_token += choices * (width + hidden) * dtypes.products.itemsize
     # Of one layer, because without gradients the activations of a layer are freed before the next one.
     return num_tokens * per_token
+
+
+def _latent_values(config: ModelConfig) -> int:
+    """Return the number of values per token of latent attention, whose heads may be wider than the model together."""
+    latent = latent_sizes(config)
+    # Query, key, value and result of all heads, padded to one size, and the product that keys and values come from.
+    padded = max(latent.query_head_size, latent.value_head_size) if latent else 0
+    return config.num_heads * (4 * padded + latent.nope_head_size + latent.value_head_size) if latent else 0
 
 
 def free_bytes(device: torch.device) -> int | None:

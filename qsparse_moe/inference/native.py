@@ -19,6 +19,7 @@ from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, 
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
 from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
+from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.rope import rotary_frequencies
 from qsparse_moe.model.transformer import Transformer
@@ -162,6 +163,7 @@ class NativeDecode:
 
     def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:
         attention, moe = block.attention, block.moe
+        assert isinstance(attention, Attention), "why_not refuses other models"
         part = block.dense if moe is None else moe.shared
         part_name = "dense" if moe is None else "moe.shared"
         token_gate = getattr(part, "token_gate", None)

@@ -11,6 +11,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from qsparse_moe.config.shapes import latent_sizes
 from qsparse_moe.errors import ArgumentError, without_fields
 from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, WeightFormat, load_dense, store
 from qsparse_moe.model.attention import Projection
@@ -28,7 +29,7 @@ LOADED_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.fl
 
 
 class ModelMatrix(NamedTuple):
-    """A matrix behind a sparse site, or a stack of them with one per expert."""
+    """A matrix behind a sparse site or inside of latent attention, or a stack of them with one per expert."""
 
     name: str
     """Name of the parameter in the model's state dict."""
@@ -50,7 +51,7 @@ class ModelMatrix(NamedTuple):
 
 
 def site_matrices(model: Transformer) -> Iterator[ModelMatrix]:
-    """Yield every matrix behind a sparse site, in the order of the layers."""
+    """Yield every matrix behind a sparse site, and the inner ones of latent attention, in the order of the layers."""
     for path, module in model.named_modules():
         if isinstance(module, Projection):
             yield ModelMatrix(f"{path}.weight", module.weight, True, module.weight_format)
@@ -63,6 +64,11 @@ def site_matrices(model: Transformer) -> Iterator[ModelMatrix]:
 
 def why_not_stored(model: Transformer) -> str | None:
     """Return the reason why no engine with matrices of its own can hold the weights of ``model``; None if it can."""
+    if latent_sizes(model.config):
+        return (
+            "it has no latent attention, which the model has (model.latent_attention.key_value_rank is "
+            f"{model.config.latent_attention.key_value_rank}); use the engine torch"
+        )
     dtype = model.head.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         return f"its weights come from fp32 or bf16, and the model is in {dtype}; use the engine torch"

@@ -7,8 +7,9 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Recompute, Site
-from qsparse_moe.config.shapes import dense_hidden_size, has_experts
+from qsparse_moe.config.shapes import dense_hidden_size, has_experts, latent_sizes
 from qsparse_moe.model.attention import Attention, AttentionCache
+from qsparse_moe.model.latent_attention import LatentAttention
 from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import Rotation
 from qsparse_moe.moe.layer import MoELayer, site_names
@@ -36,7 +37,8 @@ class Block(nn.Module):
         super().__init__()
         self.layer = layer
         self.attention_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.attention = Attention(config, runtime.sites)
+        attention = LatentAttention if latent_sizes(config) else Attention
+        self.attention = attention(config, runtime.sites)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         routed = has_experts(config, layer)
         self.dense = None if routed else FeedForward(config, "dense", dense_hidden_size(config), runtime.sites)

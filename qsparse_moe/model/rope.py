@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qsparse_moe.config.rotary_schema import RopeScalingConfig
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import head_size
+from qsparse_moe.config.shapes import rotary_size
 
 
 class Rotation(NamedTuple):
@@ -25,7 +25,7 @@ class Rotation(NamedTuple):
 
 def rotary_frequencies(config: ModelConfig, *, device: torch.device | None = None) -> Tensor:
     """Return ``(C / 2,)`` fp32: the angle between two positions, ``theta^(-2i / C)``, scaled by ``rope_scaling``."""
-    size = head_size(config)
+    size = rotary_size(config)
     exponents = torch.arange(0, size, 2, device=device, dtype=torch.float32) / size
     frequencies: Tensor = config.rope_theta**-exponents
     scaling = config.rope_scaling

@@ -11,12 +11,18 @@ from qsparse_moe.model.transformer import build_model
 
 ROWS, LENGTH = 2, 64
 MODES = ["none", "attention", "feed_forward", "selective", "full"]
+LATENT = {
+    "key_value_rank": 40, "query_rank": 56, "nope_head_size": 24, "rope_head_size": 12, "value_head_size": 20,
+}  # fmt: skip
 MODELS = {
     "gated": {"moe": {"activation": "swiglu"}},
     "non-gated": {"moe": {"activation": "relu2"}},
     "dense layer": {"moe": {"num_dense_layers": 1, "dense_hidden_size": 320}},
     "shared": {"moe": {"num_shared_experts": 2}},
     "few key-value heads": {"num_kv_heads": 1, "head_size": 48},
+    "latent attention": {"latent_attention": LATENT},
+    "latent attention with wide values": {"latent_attention": LATENT | {"query_rank": None, "value_head_size": 48}},
+    "latent attention of one size": {"latent_attention": LATENT | {"value_head_size": 36}},
 }
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from qsparse_moe.accounting.memory import kv_cache_bytes, state_memory
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.peaks import peak_flops
 from qsparse_moe.config.schema import RunConfig
-from tests.accounting.test_parameters import model_config
+from qsparse_moe.inference.kv_cache import KeyValueCache, cache_bytes
+from tests.accounting.test_parameters import LATENT, model_config
 
 
 def run(**training):
@@ -45,6 +47,13 @@ def test_expert_parallel_weights_are_sharded_over_the_expert_data_parallel_group
 
 def test_the_cache_stores_keys_and_values_of_the_kv_heads():
     assert kv_cache_bytes(model_config(num_kv_heads=2), tokens=10) == 2 * 2 * 2 * 8 * 10 * 2
+
+
+def test_the_cache_of_latent_attention_stores_one_vector_and_one_rotated_key():
+    config = model_config(latent_attention=LATENT)
+    assert kv_cache_bytes(config, tokens=10) == 2 * (12 + 4) * 10 * 2
+    whole = KeyValueCache.allocate(config, batch=3, capacity=10, dtype=torch.bfloat16)
+    assert whole.num_bytes == cache_bytes(config, batch=3, capacity=10, dtype=torch.bfloat16) == 3 * 640
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,16 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 torch.set_num_threads(1)
 
 MOE = {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 24, "activation": "swiglu", "backend": "loop"}
+# Values as wide as queries and keys, because the attention pads the narrower ones, which the counts leave out.
+LATENT = {"key_value_rank": 12, "nope_head_size": 6, "rope_head_size": 4, "value_head_size": 10}
 SHAPES = {
     "plain": {},
     "tied": {"tie_embeddings": True},
     "grouped queries": {"num_kv_heads": 2},
     "head size of its own": {"head_size": 6},
     "QK-norm": {"qk_norm": True},
+    "latent attention": {"latent_attention": LATENT},
+    "latent attention with a rank of queries": {"latent_attention": LATENT | {"query_rank": 9}},
     "shared experts": {"moe": MOE | {"num_shared_experts": 2}},
     "dense layers": {"moe": MOE | {"num_dense_layers": 1}},
     "dense layers of their own width": {"moe": MOE | {"num_dense_layers": 1, "dense_hidden_size": 40}},
@@ -78,7 +82,7 @@ def used_by_one_token(config: ModelConfig) -> dict[str, int]:
 @pytest.mark.parametrize(
     "shape",
     ["plain", "shared experts", "gated shared experts", "dense layers", "every second layer", "grouped queries",
-     "head size of its own"],
+     "head size of its own", "latent attention"],
 )  # fmt: skip
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
 @pytest.mark.parametrize("selection", ["topk", "block"])
@@ -162,7 +166,20 @@ def test_flops_are_those_of_the_matrix_products_that_torch_counts(shape):
     assert counter.get_total_flops() == length * forward_flops(config, length).routed
 
 
-@pytest.mark.parametrize("shape", ["plain", "everything", "gated shared experts", "dense layers"])
+@pytest.mark.parametrize("narrow", ["value_head_size", "nope_head_size"])
+def test_flops_of_latent_attention_leave_out_the_zeros_that_widen_heads_to_one_size(narrow):
+    config = model_config(latent_attention=LATENT | {narrow: LATENT[narrow] - 3})
+    model, length = build_model(config, dtype=torch.float64), 16
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(torch.randint(0, 257, (1, length)), with_stats=False)
+    added = 2 * 2 * 4 * 3 * length
+    assert counter.get_total_flops() == length * (forward_flops(config, length).routed + added)
+
+
+@pytest.mark.parametrize(
+    "shape", ["plain", "everything", "latent attention with a rank of queries", "gated shared experts", "dense layers"]
+)
 def test_training_flops_are_those_that_torch_counts_forward_and_backward(shape):
     config = model_config(**SHAPES[shape])
     model, length = build_model(config, dtype=torch.float64), 16

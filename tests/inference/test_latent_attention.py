@@ -1,0 +1,149 @@
+"""Generation with latent attention: one vector per token in the cache, and every engine that cannot run it says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.inference import native, triton_engine
+from qsparse_moe.inference.cached_model import prefill
+from qsparse_moe.inference.engine import ENGINES, prepare_prefill, resolve_engine
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.memory import MemoryDtypes, prefill_bytes
+from qsparse_moe.inference.prompt_cache import PromptCache
+from qsparse_moe.inference.weights import use_weights
+from qsparse_moe.model.rope import rotation_at
+from tests.inference.models import all_at_once, config, model, random_tokens
+from tests.inference.test_cached_model import LENGTH, largest_difference
+from tests.inference.test_prompt_cache import TURNS, made, talk
+
+torch.set_num_threads(1)
+LATENT = {"key_value_rank": 24, "nope_head_size": 10, "rope_head_size": 6, "value_head_size": 12}
+RANKED = LATENT | {"query_rank": 20}
+CASES = {
+    "queries from the input": {"latent_attention": LATENT},
+    "queries from a vector": {"latent_attention": RANKED},
+    "wide values and shared experts": {
+        "latent_attention": LATENT | {"value_head_size": 20},
+        "moe": {"num_shared_experts": 1},
+    },
+}
+SPARSE = {
+    "top-k": {"sparsity": {"default": 0.5}},
+    "statistical": {"sparsity": {"default": 0.5, "selection": "statistical"}},
+    "int8 and ternary": {"sparsity": {"default": 0.5, "quantization": {"activations": "int8", "weights": "ternary"}}},
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
+def test_token_by_token_equals_all_at_once(settings):
+    built = model(**settings)
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(built, tokens)
+    assert expected.std() > 0.5, "logits that hardly differ prove nothing"
+    assert largest_difference(built, tokens, expected) < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("settings", SPARSE.values(), ids=SPARSE.keys())
+def test_sparse_sites_select_the_same_token_by_token(settings):
+    # In float64 no near tie is decided by rounding.
+    built = model(torch.float64, latent_attention=RANKED, **settings)
+    tokens = random_tokens(3, LENGTH)
+    assert largest_difference(built, tokens, all_at_once(built, tokens)) < 1e-5
+
+
+def test_bf16_differs_by_rounding_alone():
+    built = model(torch.bfloat16, latent_attention=RANKED)
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(model(latent_attention=RANKED), tokens)
+    rounding = (all_at_once(built, tokens) - expected).abs().max().item()
+    assert largest_difference(built, tokens, expected) < 2 * rounding
+
+
+@torch.no_grad()
+def sliding_window(built, tokens_BS, window):
+    """All at once, each token attending to the last ``window``."""
+    length = tokens_BS.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    mask = ((distance >= 0) & (distance < window))[None, None]
+    hidden = built.embedding(tokens_BS)
+    rotation = rotation_at(torch.arange(length)[None], built.config, hidden.dtype)
+    for block in built.blocks():
+        hidden = block(hidden, rotation, mask, False).hidden_BSD
+    return built.logits(hidden)
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 7])
+def test_a_full_ring_slides_and_a_prefill_continues_in_it(capacity):
+    built = model(latent_attention=RANKED)
+    tokens = random_tokens(3, LENGTH)
+    expected = sliding_window(built, tokens, capacity)
+    assert (expected - all_at_once(built, tokens))[:, capacity:].abs().max() > 0.1
+    found = largest_difference(built, tokens, expected, capacity=capacity, slides=True)
+    assert found < 1e-5 * expected.abs().max()
+    cache = KeyValueCache.allocate(built.config, batch=2, capacity=capacity, dtype=torch.float32, slides=True)
+    places = [0, 0]
+    for lengths in [(3, 1), (1, 1), (5, 9), (4, 2)]:
+        parts = [tokens[row, places[row] : places[row] + n].tolist() for row, n in enumerate(lengths)]
+        logits = prefill(built, parts, cache)
+        places = [place + n for place, n in zip(places, lengths, strict=True)]
+        for row, place in enumerate(places):
+            assert (logits[row] - expected[row, place - 1]).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_the_cache_holds_one_vector_and_one_rotated_key_per_token_also_when_sequences_end():
+    built = model(latent_attention=RANKED)
+    cache = KeyValueCache.allocate(built.config, batch=3, capacity=LENGTH, dtype=torch.float32)
+    assert (cache.key_LBHPC.shape, cache.value_LBHPC.shape) == ((2, 3, 1, LENGTH, 30), (2, 3, 1, LENGTH, 0))
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(built, tokens)
+    prefill(built, [row[:n].tolist() for row, n in zip(tokens, (2, 3, 4), strict=True)], cache)
+    # The vector is stored after its norm and the key after its rotation: the first position turns nothing.
+    with torch.no_grad():
+        layer = built.layers[0]
+        down = layer.attention.down(layer.attention_norm(built.embedding(tokens[0, :1])))
+        want = torch.cat((layer.attention.latent_norm(down[:, 20:44]), down[:, 44:]), -1)
+    torch.testing.assert_close(cache.key_LBHPC[0, 0, 0, :1], want)
+    cache.keep([0, 2])
+    logits = resolve_engine("torch", built).decode(tokens[[0, 2], [2, 4]], cache)
+    assert (logits - expected[[0, 2], [2, 4]]).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_a_conversation_keeps_its_vectors():
+    generator = made("torch", latent_attention=RANKED)
+    assert talk(generator, TURNS, PromptCache()) == talk(generator, TURNS, None)
+
+
+@pytest.mark.parametrize("engine", [spec.name for spec in ENGINES if spec.name != "torch"])
+def test_an_engine_without_it_refuses_by_name_and_auto_takes_torch_aloud(engine, monkeypatch, caplog):
+    monkeypatch.setattr(native.native, "why_not", lambda device: None)
+    monkeypatch.setattr(triton_engine.tiles, "why_not", lambda device: None)
+    built = model(latent_attention=RANKED)
+    reason = rf"{engine}: it has no latent attention, .*key_value_rank is 24\); use the engine torch"
+    with pytest.raises(BackendUnavailable, match=reason):
+        resolve_engine(engine, built)
+    with caplog.at_level("INFO"):
+        assert resolve_engine("auto", built).name == "torch"
+    assert "engine=auto: using torch" in caplog.text and "not native: it has no latent attention" in caplog.text
+
+
+@pytest.mark.parametrize(("weights", "sparsity"), [("int8", {}), ("bf16", {}), ("ternary", SPARSE["int8 and ternary"])])
+def test_number_formats_of_weights_are_those_of_prefill_and_decode(weights, sparsity):
+    built = model(latent_attention=RANKED, **sparsity)
+    before = built.layers[0].attention.latent_up.weight.clone()
+    formats = use_weights(built, weights)
+    prepare_prefill(built, resolve_engine("torch", built), formats.weights)
+    assert not before.equal(built.layers[0].attention.latent_up.weight.float())
+    tokens = random_tokens(3, LENGTH)
+    expected = all_at_once(built, tokens)
+    bound = 0.05 if weights == "bf16" else 1e-5
+    assert largest_difference(built, tokens, expected) < bound * expected.abs().max()
+
+
+def test_the_memory_estimate_counts_heads_that_are_wider_than_the_model():
+    fp32 = MemoryDtypes(torch.float32, torch.float32, torch.float32)
+    ordinary, latent = (
+        prefill_bytes(config(**more), num_tokens=7, dtypes=fp32) for more in ({}, CASES["queries from a vector"])
+    )
+    assert latent - ordinary == 7 * 4 * 4 * (4 * 16 + 10 + 12)

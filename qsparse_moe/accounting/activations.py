@@ -7,9 +7,9 @@ per head, H heads, G key-value heads, F hidden width, E experts, and A experts p
 - attention: its norm's output and what the projections read of it (2 D); query and key before and after their rotation,
   value, the attention's output and what the output projection reads (4 H C + 3 G C);
 - latent attention with ranks L and Q of keys and queries, N and R channels without and with a rotation, V of a value
-  and P = max(N + R, V): 2 D likewise; the first product (Q + L + R, or H (N + R) + L + R without a rank of queries), its
-  normed parts before and after their scale, and the rotated key (2 Q + 2 L + R); query, key, value and result (4 H P,
-  where the value takes H (N + V) if V = P) and what the output projection reads (H V);
+  and P = max(N + R, V): 2 D likewise; the first product (Q + L + R; H (N + R) in place of Q without a rank of queries),
+  its normed parts before and after their scale, and the rotated key (2 Q + 2 L + R); query, key, value and result
+  (4 H P, where the value takes H (N + V) if V = P) and what the output projection reads (H V);
 - feed-forward: its norm's output and what the first matrices read of it (2 D); gate, up and what the last matrix reads
   (3 F; without a gate 2 F). With experts in place of F: A times 2 D + 3 F, and for the router 2 E + 8 A in
   fp32, in half precision D in fp32 more for its input. Shared experts add D and 3 F of their own.

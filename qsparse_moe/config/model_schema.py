@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qsparse_moe.config.rotary_schema import RopeScalingConfig
 from qsparse_moe.config.attention_schema import LatentAttentionConfig
+from qsparse_moe.config.rotary_schema import RopeScalingConfig
 from qsparse_moe.config.section import (
     Fraction,
     NonNegativeFloat,

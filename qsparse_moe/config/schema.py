@@ -1,7 +1,8 @@
 """Every setting of a run: its type, unit, range and default. Imports no torch.
 
-The settings of the model are defined in ``model_schema.py`` and ``attention_schema.py`` and can be imported from here too. ``docs/settings.md`` and
-``configs/schema.json`` are generated from these classes. Rules that involve several settings are in ``rules.py``.
+The settings of the model are defined in ``model_schema.py`` and the files that it imports, and can be imported from
+here too. ``docs/settings.md`` and ``configs/schema.json`` are generated from these classes. Rules that involve several
+settings are in ``rules.py``.
 """
 
 from __future__ import annotations

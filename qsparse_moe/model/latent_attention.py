@@ -87,7 +87,7 @@ class LatentAttention(nn.Module):
         return torch.cat((plain_BHSN, rotate(rotated_BHSR, rotation)), dim=-1)
 
     def _attend_to_heads(self, query_BHSX: Tensor, stored_B1KX: Tensor, mask_B1SK: Tensor | None) -> Tensor:
-        """Return ``(B, H, S, V)`` from the keys and values of every head: one computation per token, for many queries."""
+        """Return ``(B, H, S, V)`` from the keys and values of every head: computed once per token, for many queries."""
         sizes = self.sizes
         latent_B1KL, rotated_B1KR = stored_B1KX.split([sizes.key_value_rank, sizes.rope_head_size], dim=-1)
         up_BHKX = rearrange(self.latent_up(latent_B1KL[:, 0]), "b k (h x) -> b h k x", h=self.num_heads)
@@ -96,14 +96,14 @@ class LatentAttention(nn.Module):
         # The fused kernels take keys and values of one size only, and without them a sequence needs S x S scores per
         # head: at 192 and 128 channels and 1024 tokens that took 1.6 times as long on a CPU.
         size = max(sizes.query_head_size, sizes.value_head_size)
-        heads = (_padded(x, size) for x in (query_BHSX, key_BHKX, value_BHKV))
-        return self._attend(*heads, mask_B1SK)[..., : sizes.value_head_size]
+        query_BHSX, key_BHKX, value_BHKX = (_padded(x, size) for x in (query_BHSX, key_BHKX, value_BHKV))
+        return self._attend(query_BHSX, key_BHKX, value_BHKX, mask_B1SK)[..., : sizes.value_head_size]
 
     def _attend_to_latents(self, query_BH1X: Tensor, stored_B1KX: Tensor, mask_B11K: Tensor | None) -> Tensor:
         """Return the same for one query, with the halves of ``latent_up`` applied to the query and to the result.
 
-        q · (Wk c) = (Wk^T q) · c, and the sum of a Wv c over the tokens is Wv times the sum of a c (section 2.1.2). So no
-        key or value of an earlier token is computed again, which takes about (N + V) / 2 times as many operations.
+        q · (Wk c) = (Wk^T q) · c, and the sum of a Wv c over the tokens is Wv times the sum of a c (section 2.1.2). So
+        no key or value of an earlier token is computed again, which takes about (N + V) / 2 times as many operations.
         """
         sizes = self.sizes
         weight = as_format(self.latent_up.weight, self.latent_up.weight_format).to(query_BH1X.dtype)

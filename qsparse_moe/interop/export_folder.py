@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.interop.weight_files import FORMAT, INDEX, WEIGHTS, safetensors_torch
+from qsparse_moe.interop.safetensors_writer import TensorSpec, write_safetensors
+from qsparse_moe.interop.weight_files import INDEX, WEIGHTS, safetensors_torch
 from qsparse_moe.runs.folder import CONFIG_FILE
 
 PART_BYTES = 4 * 2**30
-"""Maximum size of one file, and of the memory that an export needs in addition to its largest tensor."""
-
-
-class Tensors(Protocol):
-    """The tensors that an export writes."""
-
-    @property
-    def sizes(self) -> Mapping[str, int]:
-        """The number of bytes of each tensor by its name in the state dict, in the order of the files."""
-
-    def tensor(self, name: str) -> Tensor:
-        """Read one tensor, contiguous and in the dtype of the export."""
+"""Maximum size of one file, unless a single tensor is larger."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +32,18 @@ class Export:
 
 def write_export(
     output: Path,
-    tensors: Tensors,
+    tensors: Mapping[str, TensorSpec],
     *,
-    step: int,
+    metadata: Mapping[str, str],
     write_rest: Callable[[Path], None],
     part_bytes: int = PART_BYTES,
 ) -> Export:
-    """Write an export; tensors are read one by one and written file by file, under another name until all are complete.
+    """Write an export, under another name until it is complete. At most its largest tensor is held in memory.
 
     Args:
         output: folder to create, which ``check_output`` has accepted.
-        tensors: the state dict.
-        step: number of steps that the weights were trained.
+        tensors: the tensors by name, in the order of the files.
+        metadata: of each file; with the number of steps that the weights were trained, as ``step``.
         write_rest: writes the configuration and everything else into the folder that it receives.
         part_bytes: maximum size of a file, unless a single tensor is larger.
 
@@ -71,8 +55,7 @@ def write_export(
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         # As transformers writes it: several of its versions refuse a file that does not name its framework.
-        metadata = {"format": "pt", "qsparse_moe": FORMAT, "step": str(step)}
-        files = _write_weights(partial, tensors, metadata, part_bytes)
+        files = _write_weights(partial, tensors, {"format": "pt"} | dict(metadata), part_bytes)
         write_rest(partial)
         _open_to_readers(partial)
         _put_in_place(partial, output)
@@ -82,11 +65,11 @@ def write_export(
             f"{output}: cannot be written ({error.strerror or error}); it needs write permission and free space; "
             "free some space, or name another folder"
         ) from error
-    except CheckpointError:
-        # A tensor of the source is damaged.
+    except BaseException:
+        # A tensor of the source is damaged, or the user interrupts.
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Export(output, step, len(tensors.sizes), sum(tensors.sizes.values()), files)
+    return Export(output, int(metadata["step"]), len(tensors), sum(_sizes(tensors).values()), files)
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -129,7 +112,7 @@ def _put_in_place(partial: Path, output: Path) -> None:
 
 
 def _open_to_readers(folder: Path) -> None:
-    """Give the files the default mode: safetensors creates files that only their owner can read."""
+    """Give the files the default mode, also those that were copied with their own."""
     mode = folder.stat().st_mode & 0o666  # what the umask left of a new folder's 0777
     for file in folder.rglob("*"):
         if file.is_file():
@@ -149,29 +132,23 @@ def group_by_size(sizes: Mapping[str, int], part_bytes: int) -> list[list[str]]:
     return parts
 
 
-def _write_weights(folder: Path, tensors: Tensors, metadata: dict[str, str], part_bytes: int) -> int:
-    """Write the files of the state dict and return their number."""
-    parts = group_by_size(tensors.sizes, part_bytes)
+def _write_weights(
+    folder: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str], part_bytes: int
+) -> int:
+    """Write the files of the tensors and return their number."""
+    sizes = _sizes(tensors)
+    parts = group_by_size(sizes, part_bytes)
     files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     if len(parts) == 1:
         files = [WEIGHTS]
     for file, names in zip(files, parts, strict=True):
-        _save_file({name: tensors.tensor(name) for name in names}, folder / file, metadata)
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, metadata)
     if len(parts) > 1:
         where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(tensors.sizes.values())}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
     return len(files)
 
 
-def _save_file(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """Write one file. The library wraps an OSError in its own error with the number in the text: raise the original."""
-    library = safetensors_torch()
-    try:
-        library.save_file(tensors, file, metadata=metadata)
-    except import_module("safetensors").SafetensorError as error:
-        # Its versions write "(os error 28)" or "Os { code: 28, ...".
-        number = re.search(r"(?:os error|code:) (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+def _sizes(tensors: Mapping[str, TensorSpec]) -> dict[str, int]:
+    return {name: spec.nbytes for name, spec in tensors.items()}

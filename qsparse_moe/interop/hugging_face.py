@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import CheckpointError, DataError
-from qsparse_moe.interop.families.recipe import Piece, Recipes
+from qsparse_moe.interop.families.recipe import Piece, Place, Recipe, Recipes
 from qsparse_moe.interop.families.registry import find_family, model_config
 from qsparse_moe.interop.families.settings import CONFIG_JSON, FamilySettings
+from qsparse_moe.interop.safetensors_writer import Part, TensorSpec
 from qsparse_moe.interop.stored_tensors import StoredTensors
 
 TOKENIZER_JSON = "tokenizer.json"
@@ -71,8 +73,22 @@ class HuggingFaceWeights:
         """See ``NamedTensors``. The folder has no stored checksums, so only the manifest of the run records these."""
         return self._stored.checksums(part=part, parts=parts)
 
+    def spec(self, name: str, dtype: torch.dtype | None = None) -> TensorSpec:
+        """Return one tensor as the parts that its pieces are, of ``dtype``; None: as it is stored."""
+        recipe = self._recipes[name]
+        parts = (Part(_part_shape(recipe, place), self._reader(recipe, piece)) for place, piece in recipe.places())
+        return TensorSpec(dtype or self.dtype(name), recipe.shape, tuple(parts))
+
+    def _reader(self, recipe: Recipe, piece: Piece) -> Callable[[], Tensor]:
+        return lambda: recipe.part(self._read(piece))
+
     def _read(self, piece: Piece) -> Tensor:
-        return self._stored.read(piece.name, piece.rows if piece.half else None)
+        return self._stored.read(piece.name, piece.index)
+
+
+def _part_shape(recipe: Recipe, place: Place) -> tuple[int, ...]:
+    rows = 1 if isinstance(place, int) else place.stop - place.start
+    return rows, *recipe.shape[1:]
 
 
 def _check_tensors(folder: Path, recipes: Recipes, stored: StoredTensors) -> None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
-
-import torch
-from torch import Tensor
 
 from qsparse_moe.config.schema import DataConfig, RunConfig, TrainingConfig
 from qsparse_moe.data.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
@@ -15,6 +11,7 @@ from qsparse_moe.errors import CheckpointError, ConfigError, DataError
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
 from qsparse_moe.interop.families.settings import CONFIG_JSON
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
+from qsparse_moe.interop.weight_files import export_metadata
 from qsparse_moe.runs.folder import CONFIG_FILE, TOKENIZER, write_config
 from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
 
@@ -35,7 +32,7 @@ def import_model(
 ) -> Export:
     """Write the model of a Hugging Face folder as an export, which ``load_export`` reads.
 
-    Tensors are read one by one; the model is dense, with S = 0. Its tokenizer is copied.
+    At most its largest tensor is held in memory; the model is dense, with S = 0. Its tokenizer is copied.
 
     Args:
         folder: the folder, with ``config.json`` and safetensors files.
@@ -66,23 +63,10 @@ def import_model(
         if loaded.files:
             loaded.save(partial / TOKENIZER)
 
-    tensors = _Tensors(weights, None if dtype == "auto" else COMPUTE_DTYPES[dtype])
-    return write_export(output, tensors, step=weights.step, write_rest=write_rest, part_bytes=part_bytes)
-
-
-class _Tensors:
-    """The weights in the dtype of the export; see ``export_folder.Tensors``."""
-
-    def __init__(self, weights: HuggingFaceWeights, dtype: torch.dtype | None) -> None:
-        self._weights, self._dtype = weights, dtype
-        self.sizes: Mapping[str, int] = {
-            name: torch.Size(shape).numel() * (dtype or weights.dtype(name)).itemsize
-            for name, shape in weights.shapes.items()
-        }
-
-    def tensor(self, name: str) -> Tensor:
-        # safetensors refuses tensors that are not contiguous.
-        return self._weights.tensor(name).to(self._dtype or self._weights.dtype(name)).contiguous()
+    stored = None if dtype == "auto" else COMPUTE_DTYPES[dtype]
+    tensors = {name: weights.spec(name, stored) for name in weights.shapes}
+    metadata = export_metadata(step=weights.step)
+    return write_export(output, tensors, metadata=metadata, write_rest=write_rest, part_bytes=part_bytes)
 
 
 def _check_folder(folder: Path) -> None:

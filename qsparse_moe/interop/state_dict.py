@@ -7,16 +7,17 @@ The folder is laid out as the ecosystem's tools read it: ``model.safetensors``, 
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
-from qsparse_moe.interop.weight_files import WeightFiles
+from qsparse_moe.interop.safetensors_writer import TensorSpec
+from qsparse_moe.interop.weight_files import WeightFiles, export_metadata
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.runs.folder import TOKENIZER, load_run_config, no_checkpoint, write_config
 from qsparse_moe.sparsity.schedule import scheduled_scale
@@ -34,7 +35,7 @@ def export_run(
 ) -> Export:
     """Write the weights of a run's newest checkpoint, of any number of ranks and ZeRO stage, to the folder ``output``.
 
-    Tensors are read from the checkpoint one by one and written file by file, under another name until all are complete.
+    It has another name until it is complete. At most its largest tensor is held in memory.
 
     Args:
         run_dir: a run folder.
@@ -53,11 +54,10 @@ def export_run(
     checkpoint = newest_checkpoint(run_dir)
     if checkpoint is None:
         raise no_checkpoint(run_dir)
-    source = _Source(checkpoint, COMPUTE_DTYPES[dtype])
     return write_export(
         output,
-        source,
-        step=checkpoint.progress.step,
+        _specs(checkpoint, COMPUTE_DTYPES[dtype]),
+        metadata=export_metadata(step=checkpoint.progress.step),
         write_rest=lambda folder: _write_config(folder, config, run_dir),
         part_bytes=part_bytes,
     )
@@ -93,19 +93,16 @@ def load_export(
     return config, model.eval(), files.step
 
 
-class _Source:
-    """The weights and buffers of a checkpoint by name, in the types of the export; read on access."""
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        self._checkpoint, self._dtype = checkpoint, dtype
-        self.sizes = {name: torch.Size(shape).numel() * dtype.itemsize for name, shape in checkpoint.shapes.items()}
-        self.sizes |= {name: checkpoint.buffer(name).nbytes for name in checkpoint.buffer_shapes}
-
-    def tensor(self, name: str) -> Tensor:
-        if name in self._checkpoint.shapes:
-            # safetensors refuses tensors that are not contiguous.
-            return self._checkpoint.tensor("weight", name).to(self._dtype).contiguous()
-        return self._checkpoint.buffer(name).contiguous()
+def _specs(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Return the weights, of ``dtype``, and the buffers, of their own dtypes; they are read when they are written."""
+    specs = {
+        name: TensorSpec.whole(dtype, shape, partial(checkpoint.tensor, "weight", name))
+        for name, shape in checkpoint.shapes.items()
+    }
+    return specs | {
+        name: TensorSpec.whole(checkpoint.buffer(name).dtype, shape, partial(checkpoint.buffer, name))
+        for name, shape in checkpoint.buffer_shapes.items()
+    }
 
 
 def _write_config(folder: Path, config: RunConfig, run_dir: Path) -> None:

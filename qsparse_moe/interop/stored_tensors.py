@@ -57,14 +57,14 @@ class StoredTensors:
         """Return the file that contains a tensor."""
         return self._where[name][0]
 
-    def read(self, name: str, rows: slice | None = None) -> Tensor:
-        """Read one tensor, or only some rows of its second dimension.
+    def read(self, name: str, index: tuple[int, slice] | None = None) -> Tensor:
+        """Return one tensor, or the rows of one matrix in it, backed by the file.
 
         Raises:
             CheckpointError: a value is not finite.
         """
         path, file = self._where[name]
-        value: Tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[:, rows]
+        value: Tensor = file.get_tensor(name) if index is None else file.get_slice(name)[index]
         num_bad = num_not_finite(value)
         if num_bad:
             raise CheckpointError(

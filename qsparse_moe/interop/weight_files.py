@@ -17,6 +17,11 @@ FORMAT = "qsparse_moe.state-dict/1"
 _NEEDED = "every file of an export is needed. Export the run again, or restore the file from a copy"
 
 
+def export_metadata(*, step: int) -> dict[str, str]:
+    """Return the metadata of the files of an export with the names of our state dict."""
+    return {"qsparse_moe": FORMAT, "step": str(step)}
+
+
 class WeightFiles:
     """The state dict of an export; files are mapped, and tensors are read on access.
 

@@ -64,9 +64,10 @@ class NamedTensors(Protocol):
 
 def num_not_finite(value: Tensor) -> int:
     """Return the number of values that are NaN or infinite."""
-    # A value that is not finite makes the sum not finite. The sum reads at 9 GB/s on one core, where counting reads at
-    # 0.9 (bf16), so the values are counted only where the sum says so; that of very large values may overflow too.
-    if value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
+    # A value that is not finite makes the sum not finite. The sum reads at 40 GB/s from the cache, where counting reads
+    # at 0.3 (bf16), so the values are counted only where the sum says so; that of very large values may overflow too.
+    # In bf16 it is accumulated in fp32 and has its range; asking for an fp32 result makes it six times as slow.
+    if value.sum(dtype=torch.float32 if value.dtype == torch.float16 else None).isfinite():
         return 0
     return int((~value.isfinite()).sum())
 

@@ -1,0 +1,166 @@
+"""Write a safetensors file whose tensors are made part by part, so that neither a file nor a tensor is held in memory.
+
+The header holds the offset of every tensor, so it is laid out first. The parts are then read, converted, and written to
+their places by several threads; torch and the system calls release the interpreter's lock.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# As the format names them.
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+# Converted bytes stay in the second-level cache until they are written.
+_BLOCK_BYTES = 2**20
+# More threads compete for the memory, which one thread uses to more than half.
+_NUM_THREADS = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of a tensor's first dimension, or all of it."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+    """Returns the values, in any floating-point dtype and any memory layout. Called in any thread."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor of a file: its dtype and shape, and the parts that follow each other along its first dimension."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    parts: Sequence[Part]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @classmethod
+    def whole(cls, dtype: torch.dtype, shape: Sequence[int], read: Callable[[], Tensor]) -> TensorSpec:
+        """Return the tensor that ``read`` returns in one part."""
+        return cls(dtype, tuple(shape), (Part(tuple(shape), read),))
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+    """Write the file. At most the bytes of its largest tensor are held in memory, in all threads together.
+
+    Raises:
+        OSError: it cannot be written; the file is then incomplete.
+    """
+    header, starts = _layout(tensors, metadata)
+    limit = max((spec.nbytes for spec in tensors.values()), default=0)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        _write_all(descriptor, memoryview(header), 0)
+        _write_parts(descriptor, _jobs(tensors, starts), limit)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class _Job:
+    part: Part
+    dtype: torch.dtype
+    start: int
+    """Offset of the part in the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.part.shape) * self.dtype.itemsize
+
+
+def _layout(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+    """Return the header with its length in front, and the offset of each tensor in the file."""
+    # Wider types first, so that every tensor is aligned to its own size.
+    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    offsets, end = {}, 0
+    for name in names:
+        spec, offsets[name] = tensors[name], end
+        end += spec.nbytes
+        shape = list(spec.shape)
+        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": shape, "data_offsets": [offsets[name], end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    return header, {name: len(header) + offset for name, offset in offsets.items()}
+
+
+def _jobs(tensors: Mapping[str, TensorSpec], starts: Mapping[str, int]) -> Iterator[_Job]:
+    # In the order of the file, which the disk prefers.
+    for name, start in starts.items():
+        for part in tensors[name].parts:
+            job = _Job(part, tensors[name].dtype, start)
+            yield job
+            start += job.nbytes
+
+
+def _write_parts(descriptor: int, jobs: Iterator[_Job], limit: int) -> None:
+    """Write the parts in several threads, of which those that are unfinished have at most ``limit`` bytes together."""
+    running: deque[tuple[int, Future[None]]] = deque()
+    with ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="write") as pool:
+        try:
+            for job in jobs:
+                while running and (
+                    len(running) >= 2 * _NUM_THREADS or sum(size for size, _ in running) + job.nbytes > limit
+                ):
+                    running.popleft()[1].result()
+                running.append((job.nbytes, pool.submit(_write_part, descriptor, job)))
+            for _, future in running:
+                future.result()
+        except BaseException:
+            # Otherwise leaving the pool would write what is waiting.
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@torch.no_grad()
+def _write_part(descriptor: int, job: _Job) -> None:
+    value = job.part.read()
+    assert tuple(value.shape) == job.part.shape, (tuple(value.shape), job.part.shape)
+    if not value.is_contiguous():
+        # At once and in the same dtype: only so does torch transpose in tiles, five times as fast as in strips.
+        value = torch.empty(value.shape, dtype=value.dtype).copy_(value)
+    flat, offset = value.view(-1), job.start
+    if value.dtype == job.dtype:
+        _write_all(descriptor, _bytes(flat), offset)
+        return
+    for block in flat.split(_BLOCK_BYTES // job.dtype.itemsize):
+        converted = _bytes(block.to(job.dtype))
+        _write_all(descriptor, converted, offset)
+        offset += len(converted)
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    return flat.view(torch.uint8).numpy().data
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    # The system may write a part only, at most 2 GiB.
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written

@@ -21,7 +21,7 @@ from qsparse_moe.kernels.row_product.op import native_matrix
 from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
 from qsparse_moe.model.attention import Attention
 from qsparse_moe.model.block import Block
-from qsparse_moe.model.rope import rotary_frequencies
+from qsparse_moe.model.rope import rotary_frequencies, rotation_factor
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Router
 from qsparse_moe.nn.selectors import ThresholdSelector
@@ -151,6 +151,7 @@ class NativeDecode:
             config.norm_epsilon,
             _ACTIVATIONS[config.moe.activation],
             rotary_frequencies(config),
+            rotation_factor(config),
             _fp32(model.final_norm.weight),
             model.embedding.weight.detach(),
             self._matrix("head.weight"),

@@ -36,6 +36,8 @@ class LatentAttention(nn.Module):
         assert sizes is not None, "this model has ordinary attention"
         self.sizes: LatentSizes = sizes
         self.num_heads = config.num_heads
+        # Not the scale of SDPA, which would follow from the channels of its keys: latent or padded ones.
+        self.scale = sizes.query_head_size**-0.5 * config.rope_scaling.score_factor
         queries = self.num_heads * sizes.query_head_size
         weight_format = config.sparsity.quantization.weights
         # One matrix for the queries (or their vector), the latent vector, and the rotated key, so that one product and
@@ -117,9 +119,7 @@ class LatentAttention(nn.Module):
         return mixed_B1HL.transpose(1, 2) @ value_HVL.mT
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        # The scale is not that of SDPA, which would follow from the channels of these keys: latent or padded ones.
-        scale = self.sizes.query_head_size**-0.5
-        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=self.scale)
 
 
 def _padded(x: Tensor, channels: int) -> Tensor:

@@ -36,6 +36,8 @@ def rotary_frequencies(config: ModelConfig, *, device: torch.device | None = Non
             return frequencies / scaling.factor
         case "llama3":
             return _llama3(frequencies, scaling)
+        case "yarn":
+            return _yarn(frequencies, scaling, theta=config.rope_theta)
 
 
 def _llama3(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
@@ -47,11 +49,44 @@ def _llama3(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
+def _yarn(frequencies: Tensor, scaling: RopeScalingConfig, *, theta: float) -> Tensor:
+    """Blend divided and unchanged frequencies linearly between two channels (arXiv 2309.00071, section 3.2)."""
+    assert scaling.original_length is not None, "checked by the rules of the configuration"
+    size = 2 * len(frequencies)
+
+    def channel(turns: float) -> float:
+        """Return the index i at which ``theta^(-2i / C)`` makes ``turns`` turns within the original length."""
+        assert scaling.original_length is not None
+        return size * math.log(scaling.original_length / (2 * math.pi * turns)) / (2 * math.log(theta))
+
+    # Whole channels, and these limits, as in the authors' code and in transformers.
+    first = max(0, math.floor(channel(scaling.beta_fast)))
+    last = min(size - 1, math.ceil(channel(scaling.beta_slow)))
+    channels = torch.arange(len(frequencies), device=frequencies.device, dtype=torch.float32)
+    divided = ((channels - first) / (last - first or 0.001)).clamp(0, 1)
+    return divided * frequencies / scaling.factor + (1 - divided) * frequencies
+
+
+def rotation_factor(config: ModelConfig) -> float:
+    """Return the factor by which a rotation multiplies queries and keys in addition; 1 except for yarn."""
+    scaling = config.rope_scaling
+    if scaling.type != "yarn":
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    # Equation 22 of the paper: the scores of longer sequences are made larger.
+    return max(1.0, 0.1 * math.log(scaling.factor) + 1)
+
+
 def rotation_at(positions_BS: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rotation:
-    """Return the rotation by the angles ``position * frequency``, computed in fp32 and then rounded."""
+    """Return the rotation by the angles ``position * frequency``, computed in fp32 and then rounded.
+
+    Cosines and sines contain the ``rotation_factor``.
+    """
     # In bf16 positions above 256 would not be exact, and neither would their angles.
     angles_BSC = positions_BS[..., None].float() * rotary_frequencies(config, device=positions_BS.device)
-    return Rotation(angles_BSC.cos().to(dtype)[:, None], angles_BSC.sin().to(dtype)[:, None])
+    factor = rotation_factor(config)
+    return Rotation(*((part * factor).to(dtype)[:, None] for part in (angles_BSC.cos(), angles_BSC.sin())))
 
 
 def rotate(x_BHSC: Tensor, rotation: Rotation) -> Tensor:

@@ -8,6 +8,7 @@ from tests.config.settings_by_path import messages
 from tests.support.messages import assert_one_message
 
 LLAMA3 = {"model.rope_scaling.type": "llama3", "model.rope_scaling.original_length": 8192}
+YARN = LLAMA3 | {"model.rope_scaling.type": "yarn"}
 CASES = {
     "a factor without a type": (
         {"model.rope_scaling.factor": 8.0},
@@ -28,6 +29,26 @@ CASES = {
         LLAMA3 | {"model.rope_scaling.low_frequency_factor": 4.0},
         ("model.rope_scaling.low_frequency_factor (4.0)", "model.rope_scaling.high_frequency_factor (4.0)", "lower"),
         {"model.rope_scaling.low_frequency_factor": 3.9},
+    ),
+    "numbers of turns in the wrong order": (
+        YARN | {"model.rope_scaling.beta_slow": 40.0},
+        ("model.rope_scaling.beta_slow (40.0)", "model.rope_scaling.beta_fast (32.0)", "lower"),
+        {"model.rope_scaling.beta_slow": 31.0},
+    ),
+    "a base without a logarithm": (
+        YARN | {"model.rope_theta": 1.0},
+        ("model.rope_theta (1.0)", "above 1", "model.rope_scaling.type", "yarn", "raise it"),
+        {"model.rope_theta": 100.0},
+    ),
+    "scores of ordinary attention": (
+        YARN | {"model.rope_scaling.score_factor": 1.5},
+        ("model.rope_scaling.score_factor (1.5)", "key_value_rank is null", "model.rope_scaling.attention_factor"),
+        {"model.rope_scaling.score_factor": 1.0, "model.rope_scaling.attention_factor": 1.2},
+    ),
+    "an attention factor of llama3": (
+        LLAMA3 | {"model.rope_scaling.attention_factor": 1.5},
+        ("model.rope_scaling.attention_factor (1.5)", "model.rope_scaling.type", "llama3", "remove", "yarn"),
+        {"model.rope_scaling.attention_factor": None},
     ),
 }
 

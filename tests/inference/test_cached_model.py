@@ -23,6 +23,9 @@ DENSE = {
     "plain": {},
     "grouped-query attention": {"num_kv_heads": 2},
     "norms of queries and keys": {"qk_norm": True, "head_size": 8},
+    "frequencies and queries scaled by yarn": {
+        "rope_scaling": {"type": "yarn", "factor": 6.0, "original_length": 20, "beta_fast": 2.0, "beta_slow": 0.5}
+    },
     "scaled frequencies": {
         "rope_scaling": {"type": "llama3", "factor": 8.0, "original_length": 50, "high_frequency_factor": 2.0}
     },

@@ -24,6 +24,10 @@ RANKED = LATENT | {"query_rank": 20}
 CASES = {
     "queries from the input": {"latent_attention": LATENT},
     "queries from a vector": {"latent_attention": RANKED},
+    "yarn": {
+        "latent_attention": RANKED | {"rope_head_size": 8},
+        "rope_scaling": {"type": "yarn", "factor": 6.0, "original_length": 20, "beta_fast": 2.0, "score_factor": 1.4},
+    },
     "wide values and shared experts": {
         "latent_attention": LATENT | {"value_head_size": 20},
         "moe": {"num_shared_experts": 1},

@@ -28,6 +28,8 @@ SHAPES = {
 # Small lengths, so that the frequencies of a short test are scaled in all the ways there are.
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 50.0, "factor": 8.0, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 3.0}
+YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 6.0, "original_max_position_embeddings": 24}
+YARN |= {"beta_fast": 2.0, "beta_slow": 0.4}
 QWEN = {"num_experts": 5, "moe_intermediate_size": 14, "intermediate_size": 36}
 MODELS = {
     "mixtral": ("Mixtral", {"num_local_experts": 5, "intermediate_size": 14}),
@@ -43,6 +45,14 @@ MODELS = {
     "mixtral-llama3": (
         "Mixtral",
         {"num_local_experts": 5, "intermediate_size": 14, "rope_parameters": LLAMA3},
+    ),
+    "mixtral-yarn": (
+        "Mixtral",
+        {"num_local_experts": 5, "intermediate_size": 14, "rope_parameters": YARN},
+    ),
+    "qwen3_moe-yarn": (
+        "Qwen3Moe",
+        QWEN | {"rope_parameters": YARN | {"beta_fast": None, "mscale": 0.8, "mscale_all_dim": 0.5}},
     ),
     "qwen3_moe": ("Qwen3Moe", QWEN),
     "qwen3_moe-linear": (

@@ -95,6 +95,21 @@ def refused(folder):
             {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
             'rope_parameters ({"rope_type": "linear", "factor": "two"}) must be a positive number',
         ),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4, "truncate": False}},
+            "must have truncate true or absent; channels that are not whole change the frequencies",
+        ),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4, "beta_fast": "many"}},
+            'beta_fast": "many"}) must be a positive number',
+        ),
+        (
+            "mixtral",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4, "low_freq_factor": 2}},
+            "has a setting that is not known for the type yarn: low_freq_factor",
+        ),
         ("mixtral", {"rope_theta": 5.0}, "rope_theta (5.0) differs from rope_parameters.rope_theta (1000000.0)"),
         ("mixtral", {"rope_parameters": {"rope_theta": -1}}, 'rope_parameters ({"rope_theta": -1}) must be a positive'),
         ("mixtral", {"rms_norm_eps": "small"}, 'rms_norm_eps ("small") must be a positive number; correct it'),

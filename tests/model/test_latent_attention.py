@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+from qsparse_moe.config.rotary_schema import RopeScalingConfig
 from qsparse_moe.config.schema import LatentAttentionConfig, SparsityConfig
 from qsparse_moe.model.attention import document_mask
 from qsparse_moe.model.rope import rotation_at
@@ -80,6 +81,20 @@ def test_the_output_is_that_of_the_paper_and_both_sites_select(shape, sparsity):
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
     causal, *_ = part(x_BSD[1:], rotation, None, with_stats=False)
     torch.testing.assert_close(causal, want[1:], rtol=1e-5, atol=1e-5)
+
+
+def test_the_score_factor_of_yarn_multiplies_the_scores():
+    shape = SHAPES["queries from a vector"]
+    yarn = {"type": "yarn", "factor": 4.0, "original_length": 30, "attention_factor": 1.0, "score_factor": 1.7}
+    plain, scaled = (
+        latent(shape, rope_scaling=RopeScalingConfig(**yarn | {"score_factor": factor})) for factor in (1.0, 1.7)
+    )
+    x_BSD = torch.randn(2, 8, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    rotation = rotation_at(torch.arange(8)[None], plain.config, torch.float64)
+    with torch.no_grad():
+        plain.layers[0].attention.query_up.weight.mul_(1.7)
+    found, want = (built.layers[0].attention(x_BSD, rotation, None, with_stats=False)[0] for built in (scaled, plain))
+    torch.testing.assert_close(found, want)
 
 
 def test_the_norms_have_the_epsilon_of_published_models_whatever_that_of_the_model_is():

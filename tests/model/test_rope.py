@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.model.rope import rotary_frequencies, rotation_at
+from qsparse_moe.model.rope import rotary_frequencies, rotation_at, rotation_factor
 
 THETA, SIZE = 500.0, 16
 
@@ -48,6 +48,55 @@ def test_llama3_keeps_high_frequencies_divides_low_ones_and_blends_those_between
     # All three cases occur.
     assert ratios[0] == 1 and ratios[-1] == pytest.approx(1 / 8)
     assert sum(1 / 8 + 1e-3 < ratio < 1 - 1e-3 for ratio in ratios) >= 2
+
+
+def yarn(index, *, factor, length, slow, fast):
+    """Section 3.2 and appendix A.2 of arXiv 2309.00071, with the whole channels of the authors' code."""
+
+    def channel(turns):
+        return SIZE * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(THETA))
+
+    first, last = max(math.floor(channel(fast)), 0), min(math.ceil(channel(slow)), SIZE - 1)
+    divided = min(1.0, max(0.0, (index - first) / (last - first)))
+    return PLAIN[index] * (divided / factor + 1 - divided)
+
+
+@pytest.mark.parametrize("length", [300, 7, 10**6])
+def test_yarn_keeps_the_first_channels_divides_the_last_and_blends_those_between(length):
+    settings = {"factor": 8.0, "beta_slow": 0.5, "beta_fast": 20.0, "original_length": length}
+    found = rotary_frequencies(config(type="yarn", **settings))
+    want = [yarn(index, factor=8.0, length=length, slow=0.5, fast=20.0) for index in range(SIZE // 2)]
+    torch.testing.assert_close(found, torch.tensor(want))
+    if length == 300:
+        ratios = (found / torch.tensor(PLAIN)).tolist()
+        assert ratios[0] == 1 and ratios[-1] == pytest.approx(1 / 8)
+        assert sum(1 / 8 + 1e-3 < ratio < 1 - 1e-3 for ratio in ratios) >= 2
+
+
+def test_yarn_of_one_channel_divides_all_after_it():
+    # Both ends of the blend are channel 2.
+    length = 2 * math.pi * THETA ** (2 * 2 / SIZE)
+    settings = {"factor": 4.0, "beta_slow": 0.999999, "beta_fast": 1.0000001, "original_length": round(length)}
+    found = rotary_frequencies(config(type="yarn", **settings)) / torch.tensor(PLAIN)
+    assert found.tolist() == pytest.approx([1, 1, 1] + [1 / 4] * 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({"factor": 8.0}, 0.1 * math.log(8) + 1),
+        ({"factor": 0.5}, 1.0),
+        ({"factor": 8.0, "attention_factor": 0.7}, 0.7),
+    ],
+)
+def test_yarn_multiplies_cosines_and_sines(settings, want):
+    scaled = config(type="yarn", original_length=64, **settings)
+    assert rotation_factor(scaled) == pytest.approx(want)
+    cos, sin = rotation_at(torch.tensor([[0, 5]]), scaled, torch.float64)
+    angles = 5 * rotary_frequencies(scaled)
+    torch.testing.assert_close(cos[0, 0, 0], torch.full((SIZE // 2,), want, dtype=torch.float64), rtol=1e-6, atol=0)
+    torch.testing.assert_close(cos[0, 0, 1], want * angles.cos().double())
+    torch.testing.assert_close(sin[0, 0, 1], want * angles.sin().double())
 
 
 def test_the_angles_are_those_of_the_scaled_frequencies():

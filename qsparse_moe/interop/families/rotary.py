@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from qsparse_moe.config.problems import show
@@ -17,17 +18,21 @@ _TYPES: dict[str, dict[str, str]] = {
         "low_frequency_factor": "low_freq_factor",
         "high_frequency_factor": "high_freq_factor",
     },
+    "yarn": {"factor": "factor", "original_length": "original_max_position_embeddings"},
 }
+_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")}
 # Settings of the section that do not belong to a type. The last one is off at 1.
 _COMMON = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
 
-def rotary_settings(source: FamilySettings, *, rope_theta: float) -> dict[str, Any]:
+def rotary_settings(source: FamilySettings, *, rope_theta: float, scales_scores: bool = False) -> dict[str, Any]:
     """Return our settings ``rope_theta`` and ``rope_scaling``.
 
     Args:
         source: the settings of the file.
         rope_theta: the default of the family.
+        scales_scores: whether the family multiplies its attention scores by the square of what YaRN's
+            ``mscale_all_dim`` gives, as DeepSeek's models do.
 
     Raises:
         CheckpointError: the frequencies are of another type, or a setting of them is unknown or invalid.
@@ -38,7 +43,7 @@ def rotary_settings(source: FamilySettings, *, rope_theta: float) -> dict[str, A
     if top is not None and top != base:
         raise source.refusal("rope_theta", f"differs from {name}.rope_theta ({show(base)})", "remove one")
     theta = source.positive(name if "rope_theta" in section else "rope_theta", base)
-    return {"rope_theta": theta, "rope_scaling": _scaling(source, name, section)}
+    return {"rope_theta": theta, "rope_scaling": _scaling(source, name, section, scales_scores)}
 
 
 def _section(source: FamilySettings) -> tuple[str, dict[str, Any]]:
@@ -53,7 +58,7 @@ def _section(source: FamilySettings) -> tuple[str, dict[str, Any]]:
     return name, section
 
 
-def _scaling(source: FamilySettings, name: str, section: dict[str, Any]) -> dict[str, Any]:
+def _scaling(source: FamilySettings, name: str, section: dict[str, Any], scales_scores: bool) -> dict[str, Any]:
     kind = section.get("rope_type", section.get("type", "default"))
     names = _TYPES.get(kind) if isinstance(kind, str) else None
     if names is None:
@@ -62,7 +67,7 @@ def _scaling(source: FamilySettings, name: str, section: dict[str, Any]) -> dict
             f"must have one of these types: {', '.join(_TYPES)}",
             "other rotary frequencies change the result and are not supported",
         )
-    unknown = sorted(section.keys() - {*_COMMON, *names.values()})
+    unknown = sorted(section.keys() - {*_COMMON, *names.values(), *_OPTIONAL.get(str(kind), ())})
     if unknown or section.get("partial_rotary_factor", 1) != 1:
         raise source.refusal(
             name,
@@ -79,4 +84,30 @@ def _scaling(source: FamilySettings, name: str, section: dict[str, Any]) -> dict
     scaling: dict[str, Any] = {ours: source.positive(name, values[theirs]) for ours, theirs in names.items()}
     if "original_length" in scaling:
         scaling["original_length"] = values[names["original_length"]]
+    if kind == "yarn":
+        scaling |= _yarn(source, name, section, scales_scores)
     return {"type": "none" if kind == "default" else kind} | scaling
+
+
+def _yarn(source: FamilySettings, name: str, section: dict[str, Any], scales_scores: bool) -> dict[str, Any]:
+    """Return the optional settings of YaRN; a null, and a 0 of mscale and mscale_all_dim, is as good as absent."""
+    given = {key: value for key, value in section.items() if key in _OPTIONAL["yarn"] and value is not None}
+    if given.pop("truncate", True) is not True:
+        raise source.refusal(
+            name,
+            "must have truncate true or absent",
+            "channels that are not whole change the frequencies and are not supported",
+        )
+    values = {key: source.positive(name, value) for key, value in given.items() if value != 0 or "mscale" not in key}
+    mscale, all_dim = (values.pop(key, None) for key in ("mscale", "mscale_all_dim"))
+    factor = source.positive(name, section["factor"])
+    if mscale and all_dim:
+        values.setdefault("attention_factor", _magnitude(factor, mscale) / _magnitude(factor, all_dim))
+    if all_dim and scales_scores:
+        values["score_factor"] = _magnitude(factor, all_dim) ** 2
+    return values
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    """Return ``yarn_get_mscale`` of DeepSeek's code, with which queries and keys grow."""
+    return 0.1 * mscale * math.log(factor) + 1 if factor > 1 else 1.0

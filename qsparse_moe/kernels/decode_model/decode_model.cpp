@@ -240,7 +240,7 @@ class Rows {
 class DecodeModel : public torch::CustomClassHolder {
  public:
   DecodeModel(int64_t num_heads, int64_t num_kv_heads, int64_t head_size, double epsilon, int64_t activation,
-              at::Tensor inverse_frequencies, at::Tensor final_norm, at::Tensor embedding,
+              at::Tensor inverse_frequencies, double rotation_factor, at::Tensor final_norm, at::Tensor embedding,
               intrusive_ptr<StoredMatrix> head)
       : num_heads_(num_heads),
         num_kv_heads_(num_kv_heads),
@@ -248,6 +248,7 @@ class DecodeModel : public torch::CustomClassHolder {
         width_(final_norm.size(0)),
         epsilon_(float(epsilon)),
         activation_(Activation(activation)),
+        rotation_factor_(float(rotation_factor)),
         inverse_frequencies_(std::move(inverse_frequencies)),
         final_norm_(std::move(final_norm)),
         embedding_(std::move(embedding)),
@@ -330,6 +331,7 @@ class DecodeModel : public torch::CustomClassHolder {
   const int64_t num_heads_, num_kv_heads_, head_size_, width_;
   const float epsilon_;
   const Activation activation_;
+  const float rotation_factor_;
   const at::Tensor inverse_frequencies_, final_norm_, embedding_;
   const intrusive_ptr<StoredMatrix> head_;
   std::vector<Layer> layers_;
@@ -445,8 +447,8 @@ at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positio
   for (int64_t token = 0; token < batch_; ++token)
     for (int64_t i = 0, half = head_size_ / 2; i < half; ++i) {
       const float angle = float(positions_[token]) * floats(inverse_frequencies_)[i];
-      rotations_[token * head_size_ + i] = std::cos(angle);
-      rotations_[token * head_size_ + half + i] = std::sin(angle);
+      rotations_[token * head_size_ + i] = std::cos(angle) * rotation_factor_;
+      rotations_[token * head_size_ + half + i] = std::sin(angle) * rotation_factor_;
     }
   at::Tensor logits = at::empty({batch_, head_->num_rows}, keys.options());
   Barrier barrier(num_threads);
@@ -1011,7 +1013,7 @@ TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
   library.class_<RouterHolder>("Router").def(
       init<at::Tensor, at::Tensor, int64_t, bool, bool, bool, double, int64_t, int64_t, bool, bool>());
   library.class_<DecodeModel>("DecodeModel")
-      .def(init<int64_t, int64_t, int64_t, double, int64_t, at::Tensor, at::Tensor, at::Tensor,
+      .def(init<int64_t, int64_t, int64_t, double, int64_t, at::Tensor, double, at::Tensor, at::Tensor,
                 intrusive_ptr<StoredMatrix>>())
       .def("add_layer", &DecodeModel::add_layer)
       .def("read_all_rows_from", &DecodeModel::read_all_rows_from)

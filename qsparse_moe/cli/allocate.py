@@ -10,10 +10,11 @@ import typer
 
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.cli.option_values import check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_sparsity
 from qsparse_moe.cli.sensitivity import rich_table
+from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.runs.find import find_run
+from qsparse_moe.runs.find import find_model
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.allocation.cost import Quantity
@@ -25,7 +26,7 @@ def register(app: typer.Typer) -> None:
 
 
 def allocate(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help=MODEL_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
     sparsity: Annotated[
         float | None, typer.Option(help="Budget: mean S, with each matrix weighted by how many tokens use it.")
@@ -45,13 +46,15 @@ def allocate(
     train: Annotated[
         int, typer.Option(help="Number of steps to train the model further under each plan before comparing.", min=0)
     ] = 0,
+    data: DataOption = None,
     report: Annotated[Path | None, typer.Option(help="Markdown file to write the comparison to.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Distribute a budget of sparsity so that the loss rises least, and compare with other plans of the same cost."""
-    run_dir = find_run(run)
+    found_model = find_model(run)
+    run_dir = found_model.path
     quantity, target = requested_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
     # Before the plans are made, which takes minutes.
     check_output(output, force=force)
@@ -69,11 +72,12 @@ def allocate(
         num_random=random,
         train_steps=train,
         device=device,
+        overrides=sources_overrides(data or ()),
     )
     write_plan(found.plan, output, force=force)
     summary = as_dict(found, run_dir=run_dir, output=output)
     # An allocated plan contains no thresholds, so a run that selects by thresholds has to rank its features to use it.
-    summary["settings"] = list(settings_for(load_run_config(run_dir), output, selection="topk"))
+    summary["settings"] = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
     if report is not None:
         write_atomically(report, markdown(found, title=f"Plans for {run_dir}"))
     if json:

@@ -13,16 +13,17 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
-from qsparse_moe.cli.option_values import check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_sparsity
+from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.presets import PRESETS
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import model_sites, site_format
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
-from qsparse_moe.runs.find import find_run
-from qsparse_moe.runs.folder import load_run_config, newest_step, no_checkpoint, write_atomically
-from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.runs.find import find_model
+from qsparse_moe.runs.folder import load_run_config, no_checkpoint, write_atomically
+from qsparse_moe.sparsity.plan import SparsityPlan, check_not_dense
 from qsparse_moe.sparsity.schedule import scheduled_scale
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def register(app: typer.Typer) -> None:
 
 
 def calibrate(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help=MODEL_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
     overrides: Annotated[
         list[str] | None,
@@ -50,20 +51,29 @@ def calibrate(
     rows: Annotated[
         int | None, typer.Option(help="Number of training sequences; default: about 4,000 tokens per expert.", min=1)
     ] = None,
+    data: DataOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the thresholds that give a run its S. Runs on one process or under the deepspeed launcher."""
-    run_dir = find_run(run)
+    run_dir = find_model(run).path
     requested = requested_plan(run_dir, overrides=overrides or (), sparsity=sparsity, plan_file=plan)
     if is_rank_zero():  # on one rank only: another might check after this one has written the file
         check_output(output, force=force)
+    from qsparse_moe.interop.trained_model import load_trained
     from qsparse_moe.training.calibrate import calibrate_run
 
     if is_rank_zero():
         warn_of_natural_zeros(run_dir)
-    calibration = calibrate_run(run_dir, requested, num_sequences=rows, device=device)
+    calibration = calibrate_run(
+        run_dir,
+        requested,
+        num_sequences=rows,
+        device=device,
+        overrides=sources_overrides(data or ()),
+        load=load_trained,
+    )
     if is_rank_zero():
         write_plan(calibration.plan, output, force=force)
         summary = summarize(calibration, run_dir, output)
@@ -71,9 +81,11 @@ def calibrate(
 
 
 def requested_plan(
-    run_dir: Path, *, overrides: Sequence[str] = (), sparsity: float | None = None, plan_file: Path | None = None
-) -> SparsityPlan:
+    folder: Path, *, overrides: Sequence[str] = (), sparsity: float | None = None, plan_file: Path | None = None
+) -> SparsityPlan | None:
     """Return the S to calibrate for: that of the run's last step, or the one given in its place. Needs no torch.
+
+    None is the S of an export's last step, which depends on a number that only its weight files contain.
 
     Raises:
         CheckpointError: the run has no checkpoint.
@@ -82,36 +94,29 @@ def requested_plan(
     """
     _check_one_way(overrides, sparsity, plan_file)
     # Calibration ranks the features exactly, whatever the selection of the run is.
-    config = load_run_config(run_dir, [f"{_SECTION}.selection=topk", *overrides])
+    found = find_model(folder)
+    config = load_run_config(found.config_folder, [f"{_SECTION}.selection=topk", *overrides])
     if config.model.moe.router_input == "sparse":
         raise ConfigError(
-            f"{run_dir}: its router reads the sparse tokens (model.moe.router_input is sparse), and thresholds differ "
+            f"{folder}: its router reads the sparse tokens (model.moe.router_input is sparse), and thresholds differ "
             "between experts; only a run that was trained with router_input=dense can select by them"
         )
-    step = newest_step(run_dir)
-    if step is None:
-        raise no_checkpoint(run_dir)
-    plan = _plan(config, step, overrides=overrides, sparsity=sparsity, plan_file=plan_file)
-    if not plan.mean:
-        raise ConfigError(
-            f"{run_dir}: S is 0 at every site, so there is no threshold to calibrate; give another S by --sparsity, "
-            f"--plan or {_SECTION}.default"
-        )
-    return plan
-
-
-def _plan(
-    config: RunConfig, step: int, *, overrides: Sequence[str], sparsity: float | None, plan_file: Path | None
-) -> SparsityPlan:
+    step = found.step
+    if step is None and found.kind != "export":
+        raise no_checkpoint(folder)
     if sparsity is not None:
-        return SparsityPlan.uniform(config.model, sparsity)
-    if plan_file is not None:
+        plan = SparsityPlan.uniform(config.model, sparsity)
+    elif plan_file is not None:
         plan = SparsityPlan.load(plan_file)
         plan.check_fits(config.model)
-        return plan
-    plan = SparsityPlan.from_config(config.model)
-    # The run's own S may still have been rising at its last step; a setting in its place means the value itself.
-    return plan if overrides else plan.scaled(scheduled_scale(config.model.sparsity.schedule, max(0, step - 1)))
+    else:
+        plan = SparsityPlan.from_config(config.model)
+        # The run's own S may still have been rising at its last step; a setting in its place means the value itself.
+        if not overrides and step is not None:
+            plan = plan.scaled(scheduled_scale(config.model.sparsity.schedule, max(0, step - 1)))
+    check_not_dense(plan, folder)
+    is_own = sparsity is None and plan_file is None and not overrides
+    return None if is_own and step is None else plan
 
 
 def _check_one_way(overrides: Sequence[str], sparsity: float | None, plan_file: Path | None) -> None:
@@ -163,7 +168,7 @@ def summarize(calibration: Calibration, run_dir: Path, output: Path) -> dict[str
         "output": str(output),
         **figures,
         "sites": {site: asdict(found) for site, found in calibration.sites.items()},
-        "settings": list(settings_for(load_run_config(run_dir), output)),
+        "settings": list(settings_for(load_run_config(find_model(run_dir).config_folder), output)),
     }
 
 

@@ -85,10 +85,10 @@ def _with_vocabulary(config: RunConfig) -> RunConfig:
 def _measure(folder: Path, num_sequences: int) -> list[dict[str, Any]]:
     """Return the fractions of the experts' weights read by B real tokens and by B independent tokens."""
     from qsparse_moe.data.token_data import load_data
+    from qsparse_moe.interop.trained_model import load_trained
     from qsparse_moe.model.unions import measured_unions
-    from qsparse_moe.training.evaluate import load_run
 
-    config, model, _ = load_run(folder)
+    config, model, _ = load_trained(folder)
     data = load_data(config.data)
     table, indices = data.evaluation_sequences(num_sequences)
     tokens_RS = table.batch(table.tokens(indices)).tokens_BS

@@ -11,9 +11,9 @@ import typer
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.option_names import naming_options
-from qsparse_moe.cli.option_values import check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, check_sparsity
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.runs.find import find_model, find_run
+from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -27,7 +27,7 @@ def register(app: typer.Typer) -> None:
 
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="Run folder, or an export.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help=MODEL_HELP, show_default=False)],
     rows: Annotated[
         int | None, typer.Option(help="Number of validation sequences; default: training.evaluation_rows.", min=1)
     ] = None,
@@ -63,9 +63,8 @@ def evaluate(
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate a run's newest checkpoint, or an export. Runs on one process or under the deepspeed launcher."""
-    run_dir = find_run(run)
-    is_export = find_model(run_dir).kind == "export"
+    """Evaluate a trained model. Runs on one process or under the deepspeed launcher."""
+    run_dir = find_model(run).path
     files = tuple(data or ())
     if files and rows is not None:
         raise ConfigError(
@@ -76,8 +75,8 @@ def evaluate(
             raise ConfigError(f"{option} ({value}) applies to generation only; add --engine inference")
     # Before torch is imported, as all checks of options are.
     plan = requested_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
-    from qsparse_moe.interop.state_dict import load_export
-    from qsparse_moe.training.evaluate import evaluate_run, load_run
+    from qsparse_moe.interop.trained_model import load_trained
+    from qsparse_moe.training.evaluate import evaluate_run
 
     if engine == "inference":
         from qsparse_moe.inference.evaluate import decoding_forward
@@ -93,7 +92,7 @@ def evaluate(
             plan=plan,
             files=files,
             forward_of=forward_of,
-            load=load_export if is_export else load_run,
+            load=load_trained,
         )
     if is_rank_zero():
         print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)
@@ -110,7 +109,7 @@ def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | N
     check_sparsity("--sparsity", sparsity)
     if sparsity is None and plan_file is None:
         return None
-    config = load_run_config(run_dir).model
+    config = load_run_config(find_model(run_dir).config_folder).model
     # If the option were ignored, the result would look as if it had been measured at the requested S.
     if config.sparsity.selection == "relu":
         way = "--plan" if sparsity is None else "--sparsity"

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from qsparse_moe.errors import ConfigError
+
+MODEL_HELP = "Run folder, checkpoint in it, or export (an imported model is one)."
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="File or glob (.jsonl, .parquet, else text) in place of the run's data; can be repeated.",
+        show_default=False,
+    ),
+]
+"""The text to measure on; its documents are divided into training and validation as those of a run are."""
 
 
 def listed_names(option: str, text: str, known: Collection[str]) -> list[Any]:

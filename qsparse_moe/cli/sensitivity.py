@@ -11,10 +11,11 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.cli.option_values import check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_sparsity
+from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
-from qsparse_moe.runs.find import find_run
+from qsparse_moe.runs.find import find_model
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.sensitivity.measure import Sensitivity
@@ -29,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def sensitivity(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help=MODEL_HELP, show_default=False)],
     values: Annotated[
         str, typer.Option(help="Values of S to try in each cell, separated by commas.")
     ] = "0,0.25,0.5,0.6,0.7,0.8,0.9",
@@ -44,12 +45,13 @@ def sensitivity(
     rows: Annotated[
         int | None, typer.Option(help="Number of validation sequences; default: training.evaluation_rows.", min=1)
     ] = None,
+    data: DataOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the report; default: RUN/sensitivity.")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, a report, and heat maps."""
-    run_dir = find_run(run)
+    run_dir = find_model(run).path
     tried = parse_values(values)
     check_sparsity("--at", at)
     from qsparse_moe.ablation.sensitivity.documents import validation_documents
@@ -59,12 +61,12 @@ def sensitivity(
     from qsparse_moe.data.tokenizer import meaningless_ids
 
     warn_of_natural_zeros(run_dir)
-    config, model, step = load_ranked(run_dir, device, at)
-    data = load_data(config.data)
+    config, model, step = load_ranked(run_dir, device, at, sources_overrides(data or ()))
+    text = load_data(config.data)
     # The logits of ids that no text contains must not enter the loss; evaluate hides them too.
-    model.hide_ids(meaningless_ids(config.model, data.tokenizer))
+    model.hide_ids(meaningless_ids(config.model, text.tokenizer))
     measured_on = validation_documents(
-        data,
+        text,
         num_sequences=rows or config.training.evaluation_rows,
         batch_size=config.training.micro_batch_size,
     )

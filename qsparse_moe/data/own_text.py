@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
-from qsparse_moe.config.schema import DataConfig, SourceConfig
+from qsparse_moe.config.file_sources import file_source
+from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch, make_batch
 from qsparse_moe.data.open_source import Limits
 from qsparse_moe.data.packing import Array, Packer
 from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
-
-_KINDS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".parquet": "parquet"}
 
 
 class OwnText:
@@ -75,7 +72,4 @@ class OwnText:
 def _texts(files: Sequence[str], config: DataConfig) -> Iterator[str]:
     limits = Limits(config.max_bad_records, config.max_document_bytes)
     for index, file in enumerate(files):
-        # Every file is a source of its own, because files of several kinds may be named together.
-        suffix = Path(file.removesuffix(".gz")).suffix
-        source = SourceConfig(kind=_KINDS.get(suffix, "text"), path=file)
-        yield from open_source(source, index, limits).texts()
+        yield from open_source(file_source(file), index, limits).texts()

@@ -11,12 +11,11 @@ from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer, meaningless_ids
 from qsparse_moe.errors import ArgumentError
 from qsparse_moe.inference.weights import LOADED_DTYPES, StoredFormats, check_head, check_weights, use_weights
-from qsparse_moe.interop.state_dict import load_export
+from qsparse_moe.interop.trained_model import load_trained
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training.evaluate import load_run
 
 
 class LoadedModel(NamedTuple):
@@ -60,12 +59,7 @@ def load_model(
     check_head(head, dtype)
     plan = _checked_plan(plan, config.model)  # before the weights are read
     tokenizer = load_tokenizer(config.data.tokenizer)
-    if found.kind == "export":
-        config, model, step = load_export(found.path, device, dtype=dtype)
-    else:
-        # None is the newest checkpoint of a run.
-        checkpoint = found.path if found.kind == "checkpoint" else None
-        config, model, step = load_run(found.config_folder, device, dtype=dtype, checkpoint_folder=checkpoint)
+    config, model, step = load_trained(found.path, device, dtype=dtype)
     formats = use_weights(model, weights, head)
     # After the weights: loading sets the plan of the checkpoint's step.
     if plan is not None:

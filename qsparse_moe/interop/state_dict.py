@@ -7,6 +7,7 @@ The folder is laid out as the ecosystem's tools read it: ``model.safetensors``, 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -64,7 +65,11 @@ def export_run(
 
 
 def load_export(
-    folder: Path | str, device: torch.device | str = "cpu", *, dtype: torch.dtype | None = None
+    folder: Path | str,
+    device: torch.device | str = "cpu",
+    *,
+    dtype: torch.dtype | None = None,
+    overrides: Sequence[str] = (),
 ) -> tuple[RunConfig, Transformer, int]:
     """Return the config, the model, and its number of trained steps, as ``training.evaluate.load_run`` does for a run.
 
@@ -72,6 +77,7 @@ def load_export(
         folder: the folder of an export.
         device: device of the model.
         dtype: type of the model; None: that of the file.
+        overrides: settings that do not affect the weights, as in ``load_run``.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another model.
@@ -82,7 +88,8 @@ def load_export(
     files = WeightFiles(folder)
     plan = folder / PLAN_FILE
     # The config names the plan by its path on the machine of the training; the export contains a copy of it.
-    config = load_run_config(folder, [override_of("model.sparsity.plan", str(plan))] if plan.is_file() else [])
+    own_plan = [override_of("model.sparsity.plan", str(plan))] if plan.is_file() else []
+    config = load_run_config(folder, [*own_plan, *overrides])
     dtype = dtype or files.tensor("embedding.weight").dtype
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     check_shapes(stored_shapes(model), files.shapes, str(folder))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE
+from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE, checkpoint_step, newest_step
 
 # The name is repeated here, because the package of checkpoints imports torch.
 _CHECKPOINT_INDEX = "state.json"
@@ -33,6 +33,16 @@ class ModelFolder:
     def config_folder(self) -> Path:
         """The folder whose config.yaml describes the model: that of the run where this is a checkpoint."""
         return self.path.absolute().parent.parent if self.kind == "checkpoint" else self.path
+
+    @property
+    def step(self) -> int | None:
+        """Number of trained steps of the checkpoint, or of the newest one of a run.
+
+        None for a run without a checkpoint, and for the other kinds, whose names do not contain the number.
+        """
+        if self.kind == "run":
+            return newest_step(self.path)
+        return checkpoint_step(self.path) if self.kind == "checkpoint" else None
 
 
 def find_model(path: Path) -> ModelFolder:

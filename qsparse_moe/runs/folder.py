@@ -86,9 +86,15 @@ def is_finished(config: RunConfig) -> bool:
 
 def newest_step(folder: Path) -> int | None:
     """Return the step of the newest checkpoint by its name, or None without one. Needs no torch."""
-    steps = (path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*"))
+    steps = (checkpoint_step(path) for path in (folder / CHECKPOINTS).glob("step-*"))
+    return max((step for step in steps if step is not None), default=None)
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step of a checkpoint by the name of its folder; None if it is not that of a complete one."""
     # The folder is renamed to this name once it is complete, so the name alone is enough.
-    return max((int(step) for step in steps if step.isdecimal()), default=None)
+    number = folder.name.removeprefix("step-")
+    return int(number) if number != folder.name and number.isdecimal() else None
 
 
 def init_from(config: RunConfig, *, resumes: bool) -> str | None:

@@ -288,6 +288,15 @@ class SparsityPlan:
                 )
 
 
+def check_not_dense(plan: SparsityPlan, model: Path) -> None:
+    """Raise ConfigError if S is 0 at every site of ``plan``, which is to be calibrated for the model of a folder."""
+    if not plan.mean:
+        raise ConfigError(
+            f"{model}: S is 0 at every site, so there is no threshold to calibrate; give another S by --sparsity, "
+            "--plan or model.sparsity.default"
+        )
+
+
 def _numbers(entries: list[dict[str, Any]], key: str) -> dict[tuple[int, Site], tuple[float, ...]]:
     """Return the numbers under ``key`` by (layer, site), of the entries that have it; every entry must have S."""
     having = [entry for entry in entries if key == "sparsity" or key in entry]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -24,12 +24,12 @@ from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.model.thresholds import Samples, sample_sites, with_calibrated_thresholds, with_thresholds
 from qsparse_moe.model.transformer import Transformer
-from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.sparsity.plan import SparsityPlan, check_not_dense
 from qsparse_moe.sparsity.row_sample import MAX_VALUES, RowSample
 from qsparse_moe.sparsity.stats import Stats, add_stats
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.engines.protocol import run_model
-from qsparse_moe.training.evaluate import load_run, stored_timeout
+from qsparse_moe.training.evaluate import LoadWith, load_run, stored_timeout
 
 logger = logging.getLogger(__name__)
 # Calibration ranks magnitudes, even if the run itself selects by thresholds.
@@ -76,11 +76,13 @@ class Calibration:
 
 def calibrate_run(
     run_dir: Path,
-    plan: SparsityPlan,
+    plan: SparsityPlan | None,
     *,
     num_sequences: int | None = None,
     device: str = "auto",
     max_values: int = MAX_VALUES,
+    overrides: Sequence[str] = (),
+    load: LoadWith = load_run,
 ) -> Calibration:
     """Calibrate ``plan`` with the newest checkpoint of a run; any number of ranks can call it together.
 
@@ -88,18 +90,23 @@ def calibrate_run(
     over the ranks in turn.
 
     Args:
-        run_dir: a run folder.
-        plan: the S to calibrate for; it must fit the run's model.
+        run_dir: a run folder, or another folder that ``load`` reads.
+        plan: the S to calibrate for; it must fit the run's model. None is that of the run's last step.
         num_sequences: number of training sequences; None gives about 4,000 tokens per expert.
         device: ``auto``, ``cpu``, or ``cuda``.
         max_values: the maximum number of magnitudes sampled per (layer, site, expert).
+        overrides: settings of the data in place of the run's.
+        load: loads the model; ``interop.trained_model.load_trained`` does so from an export, too.
 
     Raises:
         CheckpointError, ConfigError, DataError: as ``load_run`` and ``load_data`` do.
+        ConfigError: S is 0 at every site.
         TrainingDiverged: an input of a site is not finite.
     """
     with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
-        config, model, step = load_run(run_dir, distributed.device, overrides=[_RANKED])
+        config, model, step = load(run_dir, distributed.device, overrides=[_RANKED, *overrides])
+        plan = model.sparsity_plan if plan is None else plan
+        check_not_dense(plan, run_dir)
         data, size = load_data(config.data), config.training.micro_batch_size
         model.hide_ids(meaningless_ids(config.model, data.tokenizer))
         train = sample_train_sequences(config, data, num_sequences or default_num_sequences(config))

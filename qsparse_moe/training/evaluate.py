@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config, no_checkpoint
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
@@ -135,12 +137,21 @@ def load_run(
 
 
 def stored_timeout(run_dir: Path) -> float:
-    """Return ``training.collective_timeout`` of the run in ``run_dir``, in seconds."""
-    return load_run_config(run_dir).training.collective_timeout
+    """Return ``training.collective_timeout`` of the run, checkpoint, or export in ``run_dir``, in seconds."""
+    return load_run_config(find_model(run_dir).config_folder).training.collective_timeout
 
 
 Load = Callable[[Path, torch.device], tuple[RunConfig, Transformer, int]]
 """Loads the model of a folder, as ``load_run`` does."""
+
+
+class LoadWith(Protocol):
+    """Loads the model of a folder with overrides of its settings, as ``load_run`` does."""
+
+    def __call__(
+        self, folder: Path, device: torch.device | str, /, *, overrides: Sequence[str]
+    ) -> tuple[RunConfig, Transformer, int]:
+        """Return the config, the model, and its number of training steps."""
 
 
 def evaluate_run(

@@ -9,6 +9,7 @@ from qsparse_moe.ablation.allocation.continued import _trained
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
@@ -29,7 +30,7 @@ def test_continued_training_takes_the_next_step_of_adam_at_a_tenth_of_the_peak_r
     config, checkpoint = load_run_config(ended.run_dir), newest_checkpoint(ended.run_dir)
     data, plan = load_data(config.data), SparsityPlan.uniform(config.model, 0.25)
     with open_distributed("cpu") as distributed:
-        trained = _trained(ended.run_dir, plan, steps, data, distributed)
+        trained = _trained(find_model(ended.run_dir), plan, steps, data, distributed)
     assert trained.sparsity_plan is plan and not trained.training
 
     model = build_model(config.model)

@@ -99,7 +99,7 @@ def test_another_plan_is_used_and_checked_before_weights_are_read(run_dir, tmp_p
     assert load_model(run_dir, plan=plan).model.sparsity_plan == plan
     assert say(run_dir, plan=tmp_path / "plan.json") == say(run_dir, plan=plan)
     assert say(run_dir, plan=plan).log_probabilities != say(run_dir).log_probabilities
-    monkeypatch.setattr("qsparse_moe.inference.load.load_run", None)
+    monkeypatch.setattr("qsparse_moe.inference.load.load_trained", None)
     other = SparsityPlan.uniform(config.model_copy(update={"num_layers": 3}), 0.5)
     with pytest.raises(ConfigError, match="sparsity plan: layer 2, .* has .* values, .*model needs 0"):
         load_model(run_dir, plan=other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class Allocation:
 
 
 def allocate_run(
-    run_dir: Path,
+    folder: Path,
     quantity: Quantity,
     target: float,
     *,
@@ -54,11 +55,12 @@ def allocate_run(
     num_random: int = 5,
     train_steps: int = 0,
     device: str = "cpu",
+    overrides: Sequence[str] = (),
 ) -> Allocation:
-    """Allocate a plan for the newest checkpoint of a run, and compare it on validation sequences.
+    """Allocate a plan for a trained model, and compare it on validation sequences.
 
     Args:
-        run_dir: the run folder.
+        folder: a run, whose newest checkpoint is used, one checkpoint, or an export.
         quantity: the quantity that the budget limits.
         target: the budget.
         batch: number of tokens per step, for a budget of bytes.
@@ -67,12 +69,13 @@ def allocate_run(
         num_random: number of random plans to compare with.
         train_steps: number of steps of continued training per plan; 0 means none.
         device: ``cpu`` or ``cuda``.
+        overrides: settings of the data in place of the run's.
 
     Raises:
         ConfigError: the budget cannot be met, or the run does not select by rank.
-        CheckpointError: under the same conditions as in ``load_run``.
+        CheckpointError: under the same conditions as in ``load_trained``.
     """
-    config, model, step = load_ranked(run_dir, torch.device(device), None)
+    config, model, step = load_ranked(folder, torch.device(device), None, overrides)
     data, size = load_data(config.data), config.training.micro_batch_size
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     # A plan fits the documents that it was made from: made from 64 validation sequences, it closed 0.6 of the gap to
@@ -104,7 +107,9 @@ def allocate_run(
         comparisons=comparisons,
         alternatives=compare_alternatives(model, sequences, held_out, plans, costs, target),
         train_steps=train_steps,
-        after_training=compare_after_training(run_dir, plans, held_out, costs, train_steps, device)
+        after_training=compare_after_training(
+            folder, plans, held_out, costs, steps=train_steps, device=device, overrides=overrides
+        )
         if train_steps
         else (),
     )

@@ -21,9 +21,9 @@ from qsparse_moe.ablation.sensitivity.estimate import Estimate, estimate
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.packing import Array
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.interop.trained_model import load_trained
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training.evaluate import load_run
 
 logger = logging.getLogger(__name__)
 DEFAULT_VALUES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -100,15 +100,15 @@ class Sensitivity:
 
 
 def load_ranked(
-    run_dir: Path, device: torch.device | str, sparsity: float | None
+    folder: Path, device: torch.device | str, sparsity: float | None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, Transformer, int]:
-    """Load the model of a run, with its own plan or with one S in every cell.
+    """Load the model of a run, a checkpoint, or an export, with its own plan or with one S in every cell.
 
     Raises:
-        ConfigError: the run selects by a threshold, or its router reads sparse tokens.
-        CheckpointError: as ``load_run``.
+        ConfigError: the model selects by a threshold, or its router reads sparse tokens.
+        CheckpointError: as ``load_trained``.
     """
-    config, model, step = load_run(run_dir, device)
+    config, model, step = load_trained(folder, device, overrides=overrides)
     check_ranks(config.model)
     if sparsity is not None:
         model.set_sparsity(SparsityPlan.uniform(config.model, sparsity))

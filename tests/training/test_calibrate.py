@@ -11,7 +11,6 @@ from qsparse_moe.data.loader import sample_train_sequences
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.model.thresholds import calibrate
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training import calibrate as calibrate_module
 from qsparse_moe.training.calibrate import SiteCalibration, _site, calibrate_run, default_num_sequences
 from qsparse_moe.training.evaluate import evaluate_run, load_run
 from qsparse_moe.training.loop import train
@@ -103,7 +102,7 @@ def test_features_are_ranked_over_the_whole_row_whatever_the_selection_of_the_ru
     )
 
 
-def test_experts_that_received_no_token_are_counted(run_dir, monkeypatch):
+def test_experts_that_received_no_token_are_counted(run_dir):
     def load_unbalanced(*arguments, **keywords):
         config, model, step = load_run(*arguments, **keywords)
         with torch.no_grad():
@@ -111,8 +110,8 @@ def test_experts_that_received_no_token_are_counted(run_dir, monkeypatch):
                 block.moe.router.weight.zero_()  # ties: the first two experts take every token
         return config, model, step
 
-    monkeypatch.setattr(calibrate_module, "load_run", load_unbalanced)
-    found = calibrate_run(run_dir, SparsityPlan.uniform(load_run(run_dir)[0].model, 0.5), num_sequences=3)
+    plan = SparsityPlan.uniform(load_run(run_dir)[0].model, 0.5)
+    found = calibrate_run(run_dir, plan, num_sequences=3, load=load_unbalanced)
     unseen = {site: measured.experts_without_rows for site, measured in found.sites.items()}
     assert unseen == {"attention_input": 0, "attention_output": 0, "expert_input": 4, "expert_hidden": 4}
 

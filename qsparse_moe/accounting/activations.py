@@ -5,7 +5,8 @@ per head, H heads, G key-value heads, F hidden width, E experts, and A experts p
 
 - the inputs of attention and feed-forward: D each;
 - attention: its norm's output and what the projections read of it (2 D); query and key before and after their rotation,
-  value, the attention's output and what the output projection reads (4 H C + 3 G C);
+  value, the attention's output and what the output projection reads (4 H C + 3 G C); with norms of queries and keys
+  what they read (H C + G C) and a scale per norm;
 - latent attention with ranks L and Q of keys and queries, N and R channels without and with a rotation, V of a value
   and P = max(N + R, V): 2 D likewise; the first product (Q + L + R; H (N + R) in place of Q without a rank of queries),
   its normed parts before and after their scale, and the rotated key (2 Q + 2 L + R); query, key, value and result
@@ -87,7 +88,13 @@ def _attention(model: ModelConfig) -> float:
     if latent:
         return 2 * model.hidden_size + _latent_attention(model.num_heads, latent)
     channels = head_size(model)
-    return 2 * model.hidden_size + 4 * model.num_heads * channels + 3 * num_kv_heads(model) * channels
+    heads, kv_heads = model.num_heads, num_kv_heads(model)
+    normed = {
+        "none": 0,
+        "per_head": (heads + kv_heads) * (channels + 1),
+        "all_heads": (heads + kv_heads) * channels + 2,
+    }
+    return 2 * model.hidden_size + (4 * heads + 3 * kv_heads) * channels + normed[model.qk_norm]
 
 
 def _latent_attention(heads: int, sizes: LatentSizes) -> float:

@@ -3,8 +3,8 @@
 D width, F expert width, H heads, C channels per head, E experts, A experts per token, K selected features, V ids.
 
 A weight matrix behind a site counts ``K / width`` of its rows, because the others are multiplied with zero. The gate
-(if any), up and down matrices count A of E experts. Routers, norms and the head count whole. A token uses one row of
-the embedding, and a tied head is not stored a second time. The biases that balance the experts
+(if any), up and down matrices count A of E experts. Routers, norms, the biases of attention and the head count whole.
+A token uses one row of the embedding, and a tied head is not stored a second time. The biases that balance the experts
 (``model.moe.bias_update_rate``) have no gradient and are not counted.
 """
 
@@ -44,7 +44,7 @@ class Weight:
     needed: float
     """Number of active elements whose input is not zero; if K differs between experts, at equal load."""
     is_matrix: bool
-    """Whether a token is multiplied with it, which excludes norms and the embedding."""
+    """Whether a token is multiplied with it, which excludes norms, biases, and the embedding."""
     layer: int = -1
     """Layer of a weight behind a site, else -1."""
     site: Site | None = None
@@ -143,9 +143,14 @@ def _attention(config: ModelConfig, densities: Densities, layer: int) -> Iterato
     for name, (site, size) in sites.items():
         needed = size * _mean(densities[layer, site])
         yield Weight(f"{prefix}{name}.weight", "attention", size, size, needed, is_matrix=True, layer=layer, site=site)
-    if config.qk_norm:
-        yield _norm(f"{prefix}query_norm.weight", channels)
-        yield _norm(f"{prefix}key_norm.weight", channels)
+        if config.attention_bias == "all" or (config.attention_bias == "qkv" and name == "qkv"):
+            # Added to the product, so no selection leaves it out.
+            outputs = size // (width if name == "qkv" else mixed)
+            yield Weight(f"{prefix}{name}.bias", "attention", outputs, outputs, outputs, is_matrix=False)
+    if config.qk_norm != "none":
+        together = config.qk_norm == "all_heads"
+        yield _norm(f"{prefix}query_norm.weight", mixed if together else channels)
+        yield _norm(f"{prefix}key_norm.weight", num_kv_heads(config) * channels if together else channels)
 
 
 def _latent_attention(config: ModelConfig, densities: Densities, layer: int) -> Iterator[Weight]:

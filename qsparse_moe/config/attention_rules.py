@@ -48,6 +48,7 @@ _REPLACED = {
     "num_kv_heads": "every head has keys and values of its own, computed from one vector per token",
     "head_size": "its head sizes are nope_head_size + rope_head_size for queries and keys, and value_head_size",
     "qk_norm": "it has norms of its own, of the vectors from which queries, keys, and values are computed",
+    "attention_bias": "it has no biases",
 }
 """Settings of ordinary attention, and the reason why they have no meaning beside latent attention."""
 
@@ -58,8 +59,8 @@ def _ordinary_settings(config: ModelConfig) -> Iterator[Problem]:
         return
     for name, reason in _REPLACED.items():
         value = getattr(config, name)
-        # Both are off when they are null or false, and then a file may still contain them.
-        if value:
+        # Where they are off, a file may still contain them.
+        if value not in (None, "none"):
             yield Problem(
                 f"model.{name} ({show(value)}) has no meaning with latent attention ({_RANK} is {rank}): {reason}; "
                 f"remove it, or set {_RANK} to null",

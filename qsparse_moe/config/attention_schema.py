@@ -1,8 +1,22 @@
-"""Settings of the attention that have a section of their own. Imports no torch."""
+"""Settings of the attention that have a section or a type of their own. Imports no torch."""
 
 from __future__ import annotations
 
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
 from qsparse_moe.config.section import Section, Width
+
+_QKNormName = Literal["none", "per_head", "all_heads"]
+
+
+def _qk_norm_of_flag(value: Any) -> Any:
+    return {True: "per_head", False: "none"}[value] if isinstance(value, bool) else value
+
+
+# A boolean in the files of earlier versions, which knew per_head only.
+QKNorm = Annotated[_QKNormName, BeforeValidator(_qk_norm_of_flag, json_schema_input_type=_QKNormName | bool)]
 
 
 class LatentAttentionConfig(Section):

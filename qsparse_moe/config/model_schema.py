@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qsparse_moe.config.attention_schema import LatentAttentionConfig
+from qsparse_moe.config.attention_schema import LatentAttentionConfig, QKNorm
 from qsparse_moe.config.rotary_schema import RopeScalingConfig
 from qsparse_moe.config.section import (
     Fraction,
@@ -288,8 +288,12 @@ class ModelConfig(Section):
     """Scaled rotary frequencies."""
     norm_epsilon: PositiveFloat = 1e-5
     """Value added to the mean square in RMSNorm."""
-    qk_norm: bool = False
-    """Apply RMSNorm to the queries and keys of every head before the rotation."""
+    qk_norm: QKNorm = "none"
+    """RMSNorm of the queries and of the keys before the rotation. per_head: the channels of every head (Qwen3);
+    all_heads: the channels of all heads together (OLMoE). true is per_head and false none."""
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    """Learned biases in attention. qkv: of the query, key, and value projections (Qwen2); all: of the output projection
+    too."""
     latent_attention: LatentAttentionConfig = LatentAttentionConfig()
     """Multi-head latent attention."""
     tie_embeddings: bool = False

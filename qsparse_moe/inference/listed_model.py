@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsparse_moe.kernels.row_product.lists import FeatureLists
-from qsparse_moe.model.attention import Attention
+from qsparse_moe.model.attention import Attention, norm_heads
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.rope import Rotation, rotate, rotation_at
 from qsparse_moe.model.transformer import Transformer
@@ -110,6 +110,17 @@ class _Norm:
         return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
 
 
+class _HeadNorm(_Norm):
+    """The norm of queries or keys, of every head or of all heads together."""
+
+    def __call__(self, x_BHSC: Tensor) -> Tensor:
+        return norm_heads(x_BHSC, self._weight, self._epsilon)
+
+
+def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
+    return y if bias is None else y + bias.detach().float()
+
+
 class _Layer:
     def __init__(self, prefix: str, block: Block, weights: ListedWeights, lister: _Lister) -> None:
         self._attention_norm, self._feed_forward_norm = _Norm(block.attention_norm), _Norm(block.feed_forward_norm)
@@ -133,8 +144,9 @@ class _Attention:
     def __init__(self, prefix: str, attention: Attention, weights: ListedWeights, lister: _Lister) -> None:
         self._part, self._lister, self._weights = attention, lister, weights
         self._qkv, self._output = weights.of(f"{prefix}qkv.weight"), weights.of(f"{prefix}output.weight")
-        self._query_norm = None if attention.query_norm is None else _Norm(attention.query_norm)
-        self._key_norm = None if attention.key_norm is None else _Norm(attention.key_norm)
+        self._qkv_bias, self._output_bias = attention.qkv.bias, attention.output.bias
+        self._query_norm = None if attention.query_norm is None else _HeadNorm(attention.query_norm)
+        self._key_norm = None if attention.key_norm is None else _HeadNorm(attention.key_norm)
 
     def __call__(
         self,
@@ -147,6 +159,7 @@ class _Attention:
     ) -> Tensor:
         part = self._part
         qkv = self._weights.product(self._qkv, self._lister.selected(part.input_site, x_BD))
+        qkv = _with_bias(qkv, self._qkv_bias)
         # One token per sequence: the dim of the tokens, S in training, is 1.
         heads = qkv.view(len(x_BD), -1, 1, part.head_size)
         query, key, value = heads.split([part.num_heads, part.num_kv_heads, part.num_kv_heads], dim=1)
@@ -163,7 +176,8 @@ class _Attention:
             attn_mask=is_visible_BP[:, None, None],
             enable_gqa=part.num_kv_heads != part.num_heads,
         )
-        return self._weights.product(self._output, self._lister.selected(part.output_site, mixed.flatten(1)))
+        y_BD = self._weights.product(self._output, self._lister.selected(part.output_site, mixed.flatten(1)))
+        return _with_bias(y_BD, self._output_bias)
 
 
 class _GatedProducts:

@@ -10,7 +10,7 @@ import copy
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qsparse_moe.config.shapes import head_size, num_kv_heads
 from qsparse_moe.inference.kv_cache import KeyValueCache
@@ -171,16 +171,18 @@ class NativeDecode:
         return (
             _fp32(block.attention_norm.weight),
             _fp32(block.feed_forward_norm.weight),
-            _norm(attention.query_norm),
-            _norm(attention.key_norm),
+            _optional(None if attention.query_norm is None else attention.query_norm.weight),
+            _optional(None if attention.key_norm is None else attention.key_norm.weight),
             self._matrix(f"{prefix}attention.qkv.weight"),
             self._matrix(f"{prefix}attention.output.weight"),
+            _optional(attention.qkv.bias),
+            _optional(attention.output.bias),
             _site(attention.input_site),
             _site(attention.output_site),
             None if moe is None else _router(moe.router, reads_sparse=moe.router_sees_sparse),
             None if moe is None else self._feed_forward(f"{prefix}moe.experts.", moe.experts, moe.input_site),
             None if part is None else self._feed_forward(f"{prefix}{part_name}.", part, part.input_site),
-            _NONE if token_gate is None else _fp32(token_gate).flatten(),
+            _optional(token_gate).flatten(),
         )
 
     def _feed_forward(self, prefix: str, part: Any, input_site: SparseSite) -> Any:
@@ -225,8 +227,8 @@ def _fp32(parameter: Tensor) -> Tensor:
     return parameter.detach().float().contiguous()
 
 
-def _norm(norm: nn.RMSNorm | None) -> Tensor:
-    return _NONE if norm is None else _fp32(norm.weight)
+def _optional(parameter: Tensor | None) -> Tensor:
+    return _NONE if parameter is None else _fp32(parameter)
 
 
 def _site(site: SparseSite) -> Any:

@@ -19,17 +19,50 @@ from qsparse_moe.sparsity.stats import Stats
 
 
 class Projection(Linear):
-    """A linear map that rounds its weight to a number format when it is used; the stored weight is not rounded."""
+    """A linear map that rounds its weight to a number format when it is used; the stored weight is not rounded.
 
-    def __init__(self, in_features: int, out_features: int, weight_format: Literal["none", "ternary"]) -> None:
+    A bias is not rounded, and is added to the result in the dtype of the input.
+    """
+
+    bias: nn.Parameter | None  # type: ignore[assignment]
+
+    def __init__(
+        self, in_features: int, out_features: int, weight_format: Literal["none", "ternary"], *, has_bias: bool = False
+    ) -> None:
         super().__init__(in_features, out_features)
         self.weight_format = weight_format
+        self.bias = nn.Parameter(torch.empty(out_features)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``(*, in)`` to ``(*, out)``; the product is in the dtype of the weight."""
         weight = as_format(self.weight, self.weight_format)
         rounded = x.to(weight.dtype)
-        return linear(rounded, weight).to(x.dtype)
+        y = linear(rounded, weight).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+class HeadNorm(nn.RMSNorm):
+    """RMSNorm of the queries or of the keys: over the channels of every head, or over those of all heads together."""
+
+    def forward(self, x_BHSC: Tensor) -> Tensor:
+        """Return the normed heads; their statistics and products are those of ``torch.nn.RMSNorm``."""
+        return norm_heads(x_BHSC, self.weight, self.eps)
+
+
+def norm_heads(x_BHSC: Tensor, weight: Tensor, epsilon: float | None) -> Tensor:
+    """Norm every head by itself, or the heads of a token together where ``weight`` has H * C elements."""
+    if weight.numel() == x_BHSC.shape[-1]:
+        return F.rms_norm(x_BHSC, weight.shape, weight, epsilon)
+    together_BSX = F.rms_norm(rearrange(x_BHSC, "b h s c -> b s (h c)"), weight.shape, weight, epsilon)
+    return rearrange(together_BSX, "b s (h c) -> b h s c", c=x_BHSC.shape[-1])
+
+
+def _head_norm(config: ModelConfig, num_heads: int) -> HeadNorm | None:
+    """Return the norm of ``num_heads`` heads; None if the model has none."""
+    if config.qk_norm == "none":
+        return None
+    together = num_heads if config.qk_norm == "all_heads" else 1
+    return HeadNorm(together * head_size(config), eps=config.norm_epsilon)
 
 
 class AttentionCache(Protocol):
@@ -55,11 +88,12 @@ class Attention(nn.Module):
         width = self.num_heads * self.head_size
         weight_format = config.sparsity.quantization.weights
         # One matrix for queries, keys, and values, so that one product and one sparse input serve all three.
-        self.qkv = Projection(config.hidden_size, width + 2 * self.num_kv_heads * self.head_size, weight_format)
-        self.output = Projection(width, config.hidden_size, weight_format)
-        # Over the channels of each head, as in Qwen3. OLMoE norms all heads together, which is another model.
-        self.query_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
-        self.key_norm = nn.RMSNorm(self.head_size, eps=config.norm_epsilon) if config.qk_norm else None
+        bias = config.attention_bias
+        joint_width = width + 2 * self.num_kv_heads * self.head_size
+        self.qkv = Projection(config.hidden_size, joint_width, weight_format, has_bias=bias != "none")
+        self.output = Projection(width, config.hidden_size, weight_format, has_bias=bias == "all")
+        self.query_norm = _head_norm(config, self.num_heads)
+        self.key_norm = _head_norm(config, self.num_kv_heads)
         self.input_site = runtime.make_site("attention_input", config.hidden_size, config.sparsity)
         self.output_site = runtime.make_site("attention_output", width, config.sparsity)
 

@@ -19,13 +19,16 @@ _CUTOFF = 3.0
 def initialize(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Fill every parameter from ``seed`` and its own name, so that a value depends on nothing else in the model.
 
-    Norm weights are 1. Matrices are normal with ``init_std``. The two that write into the residual stream are scaled by
-    ``1 / sqrt(2 * num_layers)``, so that the variance of the stream does not grow with depth (GPT-2).
+    Norm weights are 1 and biases 0. Matrices are normal with ``init_std``. The two that write into the residual stream
+    are scaled by ``1 / sqrt(2 * num_layers)``, so that the variance of the stream does not grow with depth (GPT-2).
     """
     residual_std = config.init_std / math.sqrt(2 * config.num_layers)
     for name, parameter in model.named_parameters():
         if "norm" in name:
             parameter.fill_(1.0)
+            continue
+        if name.endswith(".bias"):
+            parameter.zero_()
             continue
         std = residual_std if name.endswith(("w_down", "attention.output.weight")) else config.init_std
         # The CPU generator uses only 32 bits of its seed, so seed and name are hashed to 32 bits.

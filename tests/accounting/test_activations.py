@@ -19,6 +19,8 @@ MODELS = {
     "non-gated": {"moe": {"activation": "relu2"}},
     "dense layer": {"moe": {"num_dense_layers": 1, "dense_hidden_size": 320}},
     "shared": {"moe": {"num_shared_experts": 2}},
+    "norms of every head": {"qk_norm": "per_head"},
+    "norms over all heads and biases": {"qk_norm": "all_heads", "attention_bias": "all", "num_kv_heads": 2},
     "few key-value heads": {"num_kv_heads": 1, "head_size": 48},
     "latent attention": {"latent_attention": LATENT},
     "latent attention with wide values": {"latent_attention": LATENT | {"query_rank": None, "value_head_size": 48}},

@@ -44,8 +44,13 @@ CASES = {
     ),
     "norms of queries and keys": (
         LATENT | {"model.qk_norm": True},
-        ("model.qk_norm (true)", f"{PATH}.key_value_rank is 12", "norms of its own", "remove it"),
+        ('model.qk_norm ("per_head")', f"{PATH}.key_value_rank is 12", "norms of its own", "remove it"),
         {"model.qk_norm": False},
+    ),
+    "biases": (
+        LATENT | {"model.attention_bias": "qkv"},
+        ('model.attention_bias ("qkv")', f"{PATH}.key_value_rank is 12", "no biases", "remove it"),
+        {"model.attention_bias": "none"},
     ),
     "groups that do not divide the values": (
         LATENT | {"model.sparsity.selection": "block", "model.sparsity.default": 0.5, "model.sparsity.group_size": 16},

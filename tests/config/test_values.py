@@ -22,6 +22,15 @@ def test_numbers_may_be_written_in_common_notations(load):
     assert config.data.sources[0].max_bytes == 4000
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"), [("true", "per_head"), ("false", "none"), ("all_heads", "all_heads"), ("none", "none")]
+)
+def test_norms_of_queries_and_keys_may_be_a_boolean_as_in_earlier_versions(load, written, meant):
+    config = load(f"model: {{qk_norm: {written}}}")
+    assert config.model.qk_norm == load("", f"model.qk_norm={written}").model.qk_norm == meant
+    assert f"qk_norm: {meant}\n" in config_to_yaml(config)
+
+
 COUNT = "must be a whole number of at least 1; "
 
 
@@ -37,7 +46,13 @@ INDICES = "must be a whole number or text or a list (each item a whole number) o
 SECTION = "must be a section (settings by name)"
 
 
+# The first message below names both forms of a choice that was a boolean in earlier versions.
+QK_NORM = "must be one of none, per_head, all_heads or true or false; "
+
+
 WRONG_VALUES = [
+    ("model.qk_norm", "all_head", f'("all_head") {QK_NORM}did you mean all_heads?'),
+    ("model.qk_norm", "1", f'(1) {QK_NORM}the default is "none"'),
     ("training.steps", "0", f"(0) {COUNT}the default is 300"),
     ("training.steps", "1e3", f"(1000.0) {COUNT}write 1000"),
     ("training.steps", "1.5", f"(1.5) {COUNT}the default is 300"),

@@ -26,13 +26,15 @@ def config(**settings):
 
 
 def model(dtype=torch.float32, seed=3, **settings):
-    """Return a model whose norms have weights of their own: with the initial ones, any two could be exchanged."""
+    """Return a model whose norms and biases differ from each other: the initial ones could be exchanged."""
     built = build_model(config(**settings), dtype=dtype, seed=seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
             if "norm" in name:
                 parameter.copy_(0.6 + 0.8 * torch.rand(parameter.shape, generator=generator))
+            elif name.endswith("bias"):
+                parameter.copy_(torch.rand(parameter.shape, generator=generator) - 0.5)
     return built
 
 

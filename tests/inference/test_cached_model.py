@@ -26,6 +26,9 @@ DENSE = {
     "frequencies and queries scaled by yarn": {
         "rope_scaling": {"type": "yarn", "factor": 6.0, "original_length": 20, "beta_fast": 2.0, "beta_slow": 0.5}
     },
+    "norms over all heads": {"qk_norm": "all_heads", "num_kv_heads": 2, "head_size": 10},
+    "biases of queries, keys and values": {"attention_bias": "qkv", "num_kv_heads": 2},
+    "all biases": {"attention_bias": "all", "qk_norm": "all_heads", "num_kv_heads": 1},
     "scaled frequencies": {
         "rope_scaling": {"type": "llama3", "factor": 8.0, "original_length": 50, "high_frequency_factor": 2.0}
     },

@@ -25,6 +25,7 @@ GROUPS = {"num_expert_groups": 3, "groups_per_token": 2, "bias_update_rate": 0.1
 HEADS = {"num_heads": 6, "num_kv_heads": 2, "head_size": 10, "qk_norm": True, "vocab_size": 263}
 # The three loops of a weighted sum of values: whole groups of vectors, whole vectors, and the rest.
 LARGE_HEADS = {"num_heads": 2, "num_kv_heads": 1, "head_size": 84, "vocab_size": 267}
+LARGE_HEADS |= {"qk_norm": "all_heads", "attention_bias": "all"}
 
 COMBINATIONS = {
     "S per expert, codes, unit": {

@@ -59,7 +59,7 @@ def gradients_by_our_names(model, config):
         found[a + "feed_forward_norm.weight"] = theirs[b + "post_attention_layernorm.weight"]
         found[a + "attention.qkv.weight"] = torch.cat([theirs[f"{b}self_attn.{x}_proj.weight"] for x in "qkv"])
         found[a + "attention.output.weight"] = theirs[b + "self_attn.o_proj.weight"]
-        if config.qk_norm:
+        if config.qk_norm != "none":
             found[a + "attention.query_norm.weight"] = theirs[b + "self_attn.q_norm.weight"]
             found[a + "attention.key_norm.weight"] = theirs[b + "self_attn.k_norm.weight"]
         if has_experts(config, layer):
@@ -140,7 +140,7 @@ def test_the_settings_of_published_files_are_all_known(tmp_path):
     published = {"max_window_layers": 48, "rope_scaling": None, "sliding_window": 4096, "use_sliding_window": False}
     change_settings(qwen, **published | older | {"head_dim": 10, "num_experts": 5, "num_local_experts": ...})
     model = HuggingFaceWeights(qwen).model
-    assert (model.rope_theta, model.qk_norm, model.head_size) == (777.0, True, 10)
+    assert (model.rope_theta, model.qk_norm, model.head_size) == (777.0, "per_head", 10)
 
 
 def test_scaled_frequencies_in_the_older_form_are_read_alike(tmp_path):

@@ -17,6 +17,7 @@ from tests.model.small_model import VOCAB, make, tokens
 VARIANTS = {
     "plain": {},
     "grouped queries, qk-norm, tied": {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": True},
+    "norms over all heads and biases": {"num_kv_heads": 2, "qk_norm": "all_heads", "attention_bias": "all"},
     "wide heads": {"head_size": 16},
     "dense first layer and shared experts": {"moe": {"num_dense_layers": 1, "num_shared_experts": 1}},
     "dense only": {"moe": {"num_dense_layers": 3}},

@@ -50,6 +50,8 @@ def write_text(folder: Path) -> Path:
 MIXED_MODEL: dict[str, Any] = {
     "tie_embeddings": True,
     "num_kv_heads": 1,
+    "qk_norm": "all_heads",
+    "attention_bias": "all",
     "moe": {
         "num_experts": 4,
         "expert_hidden_size": 24,
@@ -62,8 +64,8 @@ MIXED_MODEL: dict[str, Any] = {
         "activation": "swiglu",
     },
 }
-"""What the tiny model lacks: a tied head, grouped queries, a dense layer, a gated shared expert, the loop over
-experts."""
+"""What the tiny model lacks: a tied head, grouped queries, biases, norms over all heads, a dense layer, a gated shared
+expert, the loop over experts."""
 
 CAPACITY_MODEL: dict[str, Any] = {
     "num_layers": 4,

@@ -78,9 +78,10 @@ def _attention(config: ModelConfig, layer: str) -> dict[str, Recipe]:
         "attention.qkv.weight": joined(width, rows),
         "attention.output.weight": copied(f"{prefix}.o_proj.weight", width, queries),
     }
-    if config.qk_norm:
-        recipes["attention.query_norm.weight"] = copied(f"{prefix}.q_norm.weight", channels)
-        recipes["attention.key_norm.weight"] = copied(f"{prefix}.k_norm.weight", channels)
+    if config.qk_norm != "none":
+        together = config.qk_norm == "all_heads"
+        recipes["attention.query_norm.weight"] = copied(f"{prefix}.q_norm.weight", queries if together else channels)
+        recipes["attention.key_norm.weight"] = copied(f"{prefix}.k_norm.weight", keys if together else channels)
     return recipes
 
 

@@ -140,7 +140,9 @@ struct RouterHolder : torch::CustomClassHolder {
 };
 
 struct Layer {
-  at::Tensor attention_norm, feed_forward_norm, query_norm, key_norm;
+  at::Tensor attention_norm, feed_forward_norm;
+  at::Tensor query_norm, key_norm;  // (C), or (H * C) for all heads together; empty without norms
+  at::Tensor qkv_bias, output_bias;
   intrusive_ptr<StoredMatrix> qkv, output;
   intrusive_ptr<SiteHolder> attention_input, attention_output;
   intrusive_ptr<RouterHolder> router;
@@ -260,13 +262,15 @@ class DecodeModel : public torch::CustomClassHolder {
   }
 
   void add_layer(at::Tensor attention_norm, at::Tensor feed_forward_norm, at::Tensor query_norm, at::Tensor key_norm,
-                 intrusive_ptr<StoredMatrix> qkv, intrusive_ptr<StoredMatrix> output, intrusive_ptr<SiteHolder> input_site,
-                 intrusive_ptr<SiteHolder> output_site, std::optional<intrusive_ptr<RouterHolder>> router,
+                 intrusive_ptr<StoredMatrix> qkv, intrusive_ptr<StoredMatrix> output, at::Tensor qkv_bias,
+                 at::Tensor output_bias, intrusive_ptr<SiteHolder> input_site, intrusive_ptr<SiteHolder> output_site,
+                 std::optional<intrusive_ptr<RouterHolder>> router,
                  std::optional<intrusive_ptr<FeedForwardHolder>> routed,
                  std::optional<intrusive_ptr<FeedForwardHolder>> dense, at::Tensor token_gate) {
     Layer layer;
     layer.attention_norm = attention_norm, layer.feed_forward_norm = feed_forward_norm;
     layer.query_norm = query_norm, layer.key_norm = key_norm;
+    layer.qkv_bias = qkv_bias, layer.output_bias = output_bias;
     layer.qkv = qkv, layer.output = output;
     layer.attention_input = input_site, layer.attention_output = output_site;
     if (router) layer.router = *router;
@@ -306,6 +310,7 @@ class DecodeModel : public torch::CustomClassHolder {
   void embed(int64_t id, float* to) const;
   void run_layer(const Layer& layer, int64_t number, const Thread& thread);
   void attend(const Layer& layer, int64_t number, const Thread& thread);
+  void finish_qkv(const Layer& layer, const Thread& thread);
   void attend_group(const Layer& layer, int64_t number, int64_t token, int64_t group, std::vector<float>& scores);
   void feed_forward(const Layer& layer, const Thread& thread);
   void route(const Layer& layer, const Thread& thread);
@@ -597,6 +602,10 @@ void DecodeModel::project(const StoredMatrix& matrix, const ListBuffer& lists, R
   thread.barrier.wait();
 }
 
+void add_bias(const at::Tensor& bias, float* to) {
+  for (int64_t i = 0; i < bias.numel(); ++i) to[i] += floats(bias)[i];
+}
+
 void DecodeModel::attend(const Layer& layer, int64_t number, const Thread& thread) {
   for (int64_t token = 0; token < batch_; ++token) {
     if (!thread.takes(token)) continue;
@@ -605,12 +614,16 @@ void DecodeModel::attend(const Layer& layer, int64_t number, const Thread& threa
   }
   if (batch_ > 1) thread.barrier.wait();
   project(*layer.qkv, lists_, qkv_, false, thread);
+  finish_qkv(layer, thread);
   for (int64_t item = 0; item < batch_ * num_kv_heads_; ++item)
     if (thread.takes(item)) attend_group(layer, number, item / num_kv_heads_, item % num_kv_heads_, thread.scores);
   thread.barrier.wait();
   for (int64_t token = 0; token < batch_; ++token)
-    if (thread.takes(token))
+    if (thread.takes(token)) {
       select_features(layer.attention_output->settings, 0, mixed_[token], thread.scratch, lists_.lists[token]);
+      // To the residual stream, to which the product is added.
+      add_bias(layer.output_bias, stream_[token]);
+    }
   if (batch_ > 1) thread.barrier.wait();
   project(*layer.output, lists_, stream_, true, thread);
 }
@@ -625,6 +638,23 @@ void rotate(float* head, int64_t head_size, const float* cosines, const float* s
   }
 }
 
+// The bias, and the norms over all heads of a token, which no thread can compute that has some of the heads only.
+void DecodeModel::finish_qkv(const Layer& layer, const Thread& thread) {
+  const bool norms_together = std::max(layer.query_norm.numel(), layer.key_norm.numel()) > head_size_;
+  if (!layer.qkv_bias.numel() && !norms_together) return;
+  for (int64_t token = 0; token < batch_; ++token) {
+    if (!thread.takes(token)) continue;
+    add_bias(layer.qkv_bias, qkv_[token]);
+    float* key = qkv_[token] + num_heads_ * head_size_;
+    // A norm with the weights of one head is that of attend_group.
+    if (const int64_t count = layer.query_norm.numel(); count > head_size_)
+      rms_norm(qkv_[token], floats(layer.query_norm), epsilon_, qkv_[token], count);
+    if (const int64_t count = layer.key_norm.numel(); count > head_size_)
+      rms_norm(key, floats(layer.key_norm), epsilon_, key, count);
+  }
+  thread.barrier.wait();
+}
+
 // One token's query heads that share key and value head `group`: its key and value are stored before they are read.
 void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token, int64_t group,
                                std::vector<float>& scores) {
@@ -632,7 +662,7 @@ void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token
   float* key = qkv_[token] + (num_heads_ + group) * size;
   const float* value = qkv_[token] + (num_heads_ + num_kv_heads_ + group) * size;
   const float *cosines = rotations_.data() + token * size, *sines = cosines + size / 2;
-  if (layer.key_norm.numel()) rms_norm(key, floats(layer.key_norm), epsilon_, key, size);
+  if (layer.key_norm.numel() == size) rms_norm(key, floats(layer.key_norm), epsilon_, key, size);
   rotate(key, size, cosines, sines);
   const int64_t offset = number * cache_stride_layer_ + token * cache_stride_batch_ + group * cache_stride_head_;
   float *keys = keys_ + offset, *values = values_ + offset;
@@ -641,7 +671,7 @@ void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token
   std::copy_n(value, size, values + slot * size);
   for (int64_t head = group * heads; head < (group + 1) * heads; ++head) {
     float* query = qkv_[token] + head * size;
-    if (layer.query_norm.numel()) rms_norm(query, floats(layer.query_norm), epsilon_, query, size);
+    if (layer.query_norm.numel() == size) rms_norm(query, floats(layer.query_norm), epsilon_, query, size);
     rotate(query, size, cosines, sines);
     const float scale = 1.0f / std::sqrt(float(size));
     float largest = -std::numeric_limits<float>::infinity();

@@ -19,7 +19,7 @@ _MATRIX = re.compile(
 def layer_matrices(names: Iterable[str]) -> list[list[str]]:
     """Return the names of the matrices behind a sparse site, in attention and feed-forwards, as one list per layer.
 
-    Norms, routers, and the gate of shared experts, to which Q-Sparse does not apply, are in no list.
+    Norms, biases, routers, and the gate of shared experts, to which Q-Sparse does not apply, are in no list.
     """
     layers: dict[int, list[str]] = {}
     for name in names:

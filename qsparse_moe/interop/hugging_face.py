@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from functools import reduce
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from qsparse_moe.interop.families.registry import find_family, model_config
 from qsparse_moe.interop.families.settings import CONFIG_JSON, FamilySettings
 from qsparse_moe.interop.safetensors_writer import Part, TensorSpec
 from qsparse_moe.interop.stored_tensors import StoredTensors
+
+logger = logging.getLogger(__name__)
 
 TOKENIZER_JSON = "tokenizer.json"
 
@@ -42,7 +45,9 @@ class HuggingFaceWeights:
         self.max_length = settings.max_length
         self._stored = StoredTensors(path)
         self._recipes = family.recipes(self.model, self._stored.shapes.keys())
-        _check_tensors(path, self._recipes, self._stored)
+        left_out = family.left_out(self.model, self._stored.shapes.keys())
+        _check_tensors(path, self._recipes, self._stored, left_out)
+        _log_left_out(path, left_out)
         self.shapes: dict[str, tuple[int, ...]] = {name: recipe.shape for name, recipe in self._recipes.items()}
 
     @property
@@ -74,8 +79,10 @@ class HuggingFaceWeights:
         return self._stored.checksums(part=part, parts=parts)
 
     def spec(self, name: str, dtype: torch.dtype | None = None) -> TensorSpec:
-        """Return one tensor as the parts that its pieces are, of ``dtype``; None: as it is stored."""
+        """Return one tensor as the parts that its pieces are, of ``dtype``; None, and buffers: as it is stored."""
         recipe = self._recipes[name]
+        if recipe.keeps_dtype:
+            dtype = None
         parts = (Part(_part_shape(recipe, place), self._reader(recipe, piece)) for place, piece in recipe.places())
         return TensorSpec(dtype or self.dtype(name), recipe.shape, tuple(parts))
 
@@ -83,7 +90,7 @@ class HuggingFaceWeights:
         return lambda: recipe.part(self._read(piece))
 
     def _read(self, piece: Piece) -> Tensor:
-        return self._stored.read(piece.name, piece.index)
+        return piece.in_our_order(self._stored.read(piece.name, piece.index))
 
 
 def _part_shape(recipe: Recipe, place: Place) -> tuple[int, ...]:
@@ -91,10 +98,10 @@ def _part_shape(recipe: Recipe, place: Place) -> tuple[int, ...]:
     return rows, *recipe.shape[1:]
 
 
-def _check_tensors(folder: Path, recipes: Recipes, stored: StoredTensors) -> None:
-    """Raise CheckpointError unless the folder has exactly the tensors of the model, each with its shape."""
+def _check_tensors(folder: Path, recipes: Recipes, stored: StoredTensors, left_out: Mapping[str, str]) -> None:
+    """Raise CheckpointError unless the folder has the tensors of the model, each with its shape, and no others."""
     want = {piece.name: piece.shape for recipe in recipes.values() for piece in recipe.pieces}
-    missing, extra = sorted(want.keys() - stored.shapes), sorted(stored.shapes.keys() - want.keys())
+    missing, extra = sorted(want.keys() - stored.shapes), sorted(stored.shapes.keys() - want.keys() - left_out.keys())
     if missing:
         raise CheckpointError(
             f"{folder}: lacks the tensor {_first_of(missing)}, which the model of its {CONFIG_JSON} has; download the "
@@ -111,6 +118,18 @@ def _check_tensors(folder: Path, recipes: Recipes, stored: StoredTensors) -> Non
                 f"{stored.file(name)}: {name} has the shape {stored.shapes[name]} in the file and {shape} by "
                 f"{folder / CONFIG_JSON}; they must be equal. Download both again"
             )
+
+
+def _log_left_out(folder: Path, left_out: Mapping[str, str]) -> None:
+    for purpose in sorted(set(left_out.values())):
+        names = sorted(name for name, of in left_out.items() if of == purpose)
+        logger.warning(
+            "%s: the tensor %s is left out, because it belongs to the %s, which this package does not have; the model "
+            "without it is complete",
+            folder,
+            _first_of(names),
+            purpose,
+        )
 
 
 def _first_of(names: list[str]) -> str:

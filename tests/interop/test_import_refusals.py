@@ -116,7 +116,7 @@ def refused(folder):
         ("mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings (1) must be true or false"),
         ("mixtral", {"num_hidden_layers": 2.5}, "num_hidden_layers (2.5) must be a positive integer"),
         ("mixtral", {"num_local_experts": ...}, "num_local_experts (absent) must be a positive integer"),
-        ("mixtral", {"quantization_config": {"bits": 4}}, 'quantization_config ({"bits": 4}) is not a setting that is'),
+        ("mixtral", {"quantization_config": {"bits": 4}}, 'quantization_config ({"bits": 4}) must be null here; quantized'),
         ("mixtral", {"num_key_value_heads": 4}, "(model.num_kv_heads (4) must divide model.num_heads (6)"),
         ("mixtral", {"head_dim": 10, "num_experts_per_tok": 9}, "(model.moe.experts_per_token (9) must be at most"),
         ("qwen3_moe", {"mlp_only_layers": "0"}, 'mlp_only_layers ("0") must be a list of layers'),
@@ -124,6 +124,12 @@ def refused(folder):
             "qwen3_moe",
             {"mlp_only_layers": [1]},
             "mlp_only_layers ([1]) with decoder_sparse_step (1) leaves experts in the layers [0, 2], and this package",
+        ),
+        (
+            "mixtral",
+            {"model_type": "gpt_oss"},
+            'model_type ("gpt_oss") has attention sinks, biases in attention, router, and experts, and a clamped '
+            "activation function in the experts, which this package's model does not have; name a model of one of ",
         ),
         ("mixtral", {"model_type": "llama"}, 'model_type ("llama") is not a family that can be read; name a model of'),
     ],

@@ -50,8 +50,19 @@ def model_settings(settings: FamilySettings, *, rope_theta: float, norm_epsilon:
     } | rotary_settings(settings, rope_theta=rope_theta)
 
 
-def decoder_recipes(config: ModelConfig, names: ExpertNames, stored: Collection[str]) -> dict[str, Recipe]:
-    """Return the recipe of every tensor; experts are read fused where ``stored`` has such tensors."""
+def decoder_recipes(
+    config: ModelConfig,
+    names: ExpertNames,
+    stored: Collection[str],
+    *,
+    attention: Callable[[ModelConfig, str], dict[str, Recipe]] | None = None,
+) -> dict[str, Recipe]:
+    """Return the recipe of every tensor; experts are read fused where ``stored`` has such tensors.
+
+    ``attention`` returns the recipes of the attention and the norms of a layer from the prefix of its names; None:
+    those of grouped-query attention.
+    """
+    attention = attention or _attention
     width = config.hidden_size
     recipes = {
         "embedding.weight": copied("model.embed_tokens.weight", vocab_size(config), width),
@@ -61,7 +72,7 @@ def decoder_recipes(config: ModelConfig, names: ExpertNames, stored: Collection[
         recipes["head.weight"] = copied("lm_head.weight", vocab_size(config), width)
     for layer in range(config.num_layers):
         theirs, ours = f"model.layers.{layer}", f"layers.{layer}"
-        parts = _attention(config, theirs)
+        parts = attention(config, theirs)
         parts |= _experts(config, names, theirs, stored) if has_experts(config, layer) else _dense(config, theirs)
         recipes |= {f"{ours}.{name}": recipe for name, recipe in parts.items()}
     return recipes

@@ -26,6 +26,8 @@ class Piece:
     expert: int | None = None
     half: Literal["first", "second"] | None = None
     """The half of the expert's rows that is the piece; None: all of them."""
+    order: tuple[int, ...] | None = None
+    """The rows of the stored tensor in the order in which ours has them; None: the same order."""
 
     @property
     def index(self) -> tuple[int, slice] | None:
@@ -35,6 +37,14 @@ class Piece:
         middle = self.shape[1] // 2
         rows = {None: slice(None), "first": slice(0, middle), "second": slice(middle, self.shape[1])}
         return self.expert, rows[self.half]
+
+    def in_our_order(self, value: Tensor) -> Tensor:
+        """Return the rows of the stored tensor in the order of ours."""
+        return value if self.order is None else value[torch.tensor(self.order)]
+
+    def in_stored_order(self, value: Tensor) -> Tensor:
+        """Return the rows of ours in the order in which they are stored: the inverse of ``in_our_order``."""
+        return value if self.order is None else value[torch.tensor(self.order).argsort()]
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class Recipe:
     form: Literal["joined", "transposed", "stacked"]
     """joined: one after the other along the first dimension; transposed: one matrix, transposed; stacked: each piece is
     one expert's matrix, transposed."""
+    keeps_dtype: bool = False
+    """Whether it is a buffer, which has its stored dtype whatever that of the weights is."""
 
     def build(self, read: Callable[[Piece], Tensor], dtype: torch.dtype) -> Tensor:
         """Return the tensor, of ``dtype`` if it has several pieces. One piece at a time is in memory beside it."""
@@ -85,9 +97,17 @@ def copied(name: str, *shape: int) -> Recipe:
     return Recipe(shape, (Piece(name, shape),), "joined")
 
 
-def joined(width: int, rows: Mapping[str, int]) -> Recipe:
-    """Return the recipe of matrices ``(rows, width)``, by name, one below the other."""
-    pieces = tuple(Piece(name, (number, width)) for name, number in rows.items())
+def buffer(name: str, *shape: int) -> Recipe:
+    """Return the recipe of a buffer that is stored as it is."""
+    return Recipe(shape, (Piece(name, shape),), "joined", keeps_dtype=True)
+
+
+def joined(width: int, rows: Mapping[str, int], orders: Mapping[str, tuple[int, ...]] | None = None) -> Recipe:
+    """Return the recipe of matrices ``(rows, width)``, by name, one below the other.
+
+    ``orders`` has the ``Piece.order`` of those whose rows ours has in another order.
+    """
+    pieces = tuple(Piece(name, (number, width), order=(orders or {}).get(name)) for name, number in rows.items())
     return Recipe((sum(rows.values()), width), pieces, "joined")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from qsparse_moe.config.problems import show
 from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
-from qsparse_moe.interop.families import mixtral, qwen3_moe
+from qsparse_moe.interop.families import deepseek, mixtral, qwen3_moe
 from qsparse_moe.interop.families.recipe import Recipes
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -23,12 +23,23 @@ class Family:
     """Returns the settings of ``ModelConfig``, or raises CheckpointError for a setting that is not supported."""
     recipes: Callable[[ModelConfig, Collection[str]], Recipes]
     """Returns the recipe of every tensor of the model, from the names of the stored tensors."""
+    left_out: Callable[[ModelConfig, Collection[str]], Mapping[str, str]] = lambda config, stored: {}
+    """Returns the stored tensors that the model does not need, each with its purpose, which is logged."""
 
 
 FAMILIES = {
+    "deepseek_v2": Family(deepseek.v2_settings, deepseek.recipes),
+    "deepseek_v3": Family(deepseek.v3_settings, deepseek.recipes, deepseek.left_out),
     "mixtral": Family(mixtral.settings, mixtral.recipes),
     "qwen3_moe": Family(qwen3_moe.settings, qwen3_moe.recipes),
 }
+
+
+NOT_EXPRESSIBLE = {
+    "gpt_oss": "attention sinks, biases in attention, router, and experts, and a clamped activation function in the "
+    "experts, which this package's model does not have",
+}
+"""Known families that cannot be read, with what they would need."""
 
 
 def find_family(settings: FamilySettings) -> Family:
@@ -38,6 +49,11 @@ def find_family(settings: FamilySettings) -> Family:
         CheckpointError: it is not supported.
     """
     family = FAMILIES.get(settings.model_type)
+    if settings.model_type in NOT_EXPRESSIBLE:
+        raise CheckpointError(
+            f"{settings.file}: model_type ({show(settings.model_type)}) has {NOT_EXPRESSIBLE[settings.model_type]}; "
+            f"name a model of one of these: {', '.join(FAMILIES)}"
+        )
     if family is None:
         raise CheckpointError(
             f"{settings.file}: model_type ({show(settings.model_type)}) is not a family that can be read; name a model "
@@ -46,12 +62,18 @@ def find_family(settings: FamilySettings) -> Family:
     return family
 
 
+_QUANTIZED = (
+    "quantized weights (fp8, 4 bits) are not read; name weights in bf16 or fp32, or convert them with their tools"
+)
+
+
 def model_config(family: Family, settings: FamilySettings) -> ModelConfig:
     """Return the dense model, with S = 0, that a ``config.json`` describes.
 
     Raises:
         CheckpointError: a setting is invalid, unknown, or not supported.
     """
+    settings.require("quantization_config", None, reason=_QUANTIZED)
     values = family.settings(settings)
     settings.check_all_read()
     try:

@@ -85,6 +85,20 @@ class FamilySettings:
             raise self.refusal(name, "must be a positive integer", "correct it, or download the file again")
         return value
 
+    def count(self, name: str, *, default: int) -> int:
+        """Return an integer of at least 0."""
+        value = self._take(name, default)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.refusal(name, "must be an integer of at least 0", "correct it, or download the file again")
+        return value
+
+    def size_or_null(self, name: str, *, default: int) -> int | None:
+        """Return a positive integer, or None where the file says null, which here is not as good as absent."""
+        if name in self._values and self._values[name] is None:
+            self._read.add(name)
+            return None
+        return self.size(name, default=default)
+
     def number(self, name: str, *, default: float) -> float:
         """Return a positive number."""
         return self.positive(name, self._take(name, default))
@@ -103,13 +117,16 @@ class FamilySettings:
             raise self.refusal(name, "must be a list of layers", "correct it, or download the file again")
         return frozenset(value)
 
-    def require(self, name: str, *supported: Any) -> None:
-        """Refuse a setting whose value is none of ``supported``; the first of them is also its default."""
+    def require(
+        self, name: str, *supported: Any, reason: str = "another value changes the result and is not supported"
+    ) -> Any:
+        """Return a setting, and refuse it if its value is none of ``supported``; the first of them is its default."""
         value = self._take(name, supported[0])
         # 0.0 and false are equal in Python, and either means off here.
         if value not in supported:
             allowed = " or ".join(map(show, supported))
-            raise self.refusal(name, f"must be {allowed} here", "another value changes the result and is not supported")
+            raise self.refusal(name, f"must be {allowed} here", reason)
+        return value
 
     def optional(self, name: str) -> Any:
         """Return a setting as it is; None if it is absent."""

@@ -116,7 +116,11 @@ def refused(folder):
         ("mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings (1) must be true or false"),
         ("mixtral", {"num_hidden_layers": 2.5}, "num_hidden_layers (2.5) must be a positive integer"),
         ("mixtral", {"num_local_experts": ...}, "num_local_experts (absent) must be a positive integer"),
-        ("mixtral", {"quantization_config": {"bits": 4}}, 'quantization_config ({"bits": 4}) must be null here; quantized'),
+        (
+            "mixtral",
+            {"quantization_config": {"bits": 4}},
+            'quantization_config ({"bits": 4}) must be null here; quantized',
+        ),
         ("mixtral", {"num_key_value_heads": 4}, "(model.num_kv_heads (4) must divide model.num_heads (6)"),
         ("mixtral", {"head_dim": 10, "num_experts_per_tok": 9}, "(model.moe.experts_per_token (9) must be at most"),
         ("qwen3_moe", {"mlp_only_layers": "0"}, 'mlp_only_layers ("0") must be a list of layers'),

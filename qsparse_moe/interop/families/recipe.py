@@ -42,10 +42,6 @@ class Piece:
         """Return the rows of the stored tensor in the order of ours."""
         return value if self.order is None else value[torch.tensor(self.order)]
 
-    def in_stored_order(self, value: Tensor) -> Tensor:
-        """Return the rows of ours in the order in which they are stored: the inverse of ``in_our_order``."""
-        return value if self.order is None else value[torch.tensor(self.order).argsort()]
-
 
 @dataclass(frozen=True)
 class Recipe:

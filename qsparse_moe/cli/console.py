@@ -44,10 +44,10 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
-    """Write a verb's result to ``file``, and create its folder."""
+    """Write a verb's result to ``file``, and create its folder; infinite values and NaN become null."""
     with naming(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(content, indent=1) + "\n")
+        file.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n")
 
 
 def _finite(value: Any) -> Any:

@@ -10,6 +10,22 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
+from qsparse_moe.cli.evaluation_options import (
+    BatchSize,
+    Data,
+    Engine,
+    Head,
+    Limit,
+    ModelOptions,
+    Output,
+    Shots,
+    TaskFolder,
+    Tasks,
+    Weights,
+    check_combinations,
+    check_formats,
+    plan_label,
+)
 from qsparse_moe.cli.option_names import naming_options
 from qsparse_moe.cli.option_values import MODEL_HELP, check_sparsity
 from qsparse_moe.errors import ConfigError
@@ -19,6 +35,8 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 
 if TYPE_CHECKING:
     from qsparse_moe.training.evaluate import Evaluation
+
+_BATCH_SIZE = 8
 
 
 def register(app: typer.Typer) -> None:
@@ -33,69 +51,72 @@ def evaluate(
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="S at every site, in place of the run's.")] = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Plan file, in place of the run's S.")] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="File or glob (.jsonl, .parquet, else text) in place of the validation data; can be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    engine: Annotated[
-        Literal["training", "inference"],
-        typer.Option(
-            help="training: all tokens of a sequence at once. inference: token by token, as generation decodes; slower."
-        ),
-    ] = "training",
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="With --engine inference: number format of the weights: auto (that of training), fp32, bf16, int8, or "
-            "ternary."
-        ),
-    ] = "auto",
-    head: Annotated[
-        str,
-        typer.Option(
-            help="With --engine inference: number format of the output head: auto (int8 with int8 weights, else that "
-            "of training), fp32, bf16, or int8."
-        ),
-    ] = "auto",
+    data: Data = None,
+    tasks: Tasks = None,
+    task_folder: TaskFolder = None,
+    limit: Limit = None,
+    shots: Shots = None,
+    batch_size: BatchSize = None,
+    output: Output = None,
+    engine: Engine = "training",
+    weights: Weights = "auto",
+    head: Head = "auto",
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Evaluate a trained model. Runs on one process or under the deepspeed launcher."""
-    run_dir = find_model(run).path
-    files = tuple(data or ())
-    if files and rows is not None:
-        raise ConfigError(
-            f"--rows ({rows}) limits the validation data, but --data reads all text of its files; keep one of them"
-        )
-    for option, value in (("--weights", weights), ("--head", head)):
-        if value != "auto" and engine != "inference":
-            raise ConfigError(f"{option} ({value}) applies to generation only; add --engine inference")
+    """Evaluate a trained model. The loss can be computed by several processes under the deepspeed launcher."""
+    found = find_model(run)
+    mode = "--tasks" if tasks is not None else ""
+    check_combinations(
+        {
+            "--rows": rows,
+            "--data": data,
+            "--task-folder": task_folder,
+            "--limit": limit,
+            "--shots": shots,
+            "--batch-size": batch_size,
+            "--output": output,
+        },
+        mode=mode,
+    )
+    check_formats(weights, head, engine)
     # Before torch is imported, as all checks of options are.
-    plan = requested_plan(run_dir, sparsity=sparsity, plan_file=plan_file)
+    plan = requested_plan(run, sparsity=sparsity, plan_file=plan_file)
+    model = ModelOptions(found, plan, plan_label(sparsity, plan_file), engine, weights, head, device)
+    if tasks is not None:
+        from qsparse_moe.cli.task_scores import TaskOptions, evaluate_and_print
+
+        names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+        options = TaskOptions(names, task_folder, limit, shots, batch_size or _BATCH_SIZE)
+        evaluate_and_print(model, options, output=output, as_json=json)
+    else:
+        _evaluate_loss(model, rows=rows, files=tuple(data or ()), as_json=json)
+
+
+def _evaluate_loss(model: ModelOptions, *, rows: int | None, files: Sequence[str], as_json: bool) -> None:
     from qsparse_moe.interop.trained_model import load_trained
     from qsparse_moe.training.evaluate import evaluate_run
 
-    if engine == "inference":
+    if model.engine == "inference":
         from qsparse_moe.inference.evaluate import decoding_forward
 
-        forward_of = partial(decoding_forward, weights=weights, head=head)
+        forward_of = partial(decoding_forward, weights=model.weights, head=model.head)
     else:
         forward_of = None
+    run_dir = model.found.path
     with naming_options():
         evaluation = evaluate_run(
             run_dir,
             num_sequences=rows,
-            device=device,
-            plan=plan,
+            device=model.device,
+            plan=model.plan,
             files=files,
             forward_of=forward_of,
             load=load_trained,
         )
     if is_rank_zero():
-        print_json({"run_dir": str(run_dir), **evaluation.as_dict()}) if json else _print_figures(evaluation, files)
+        summary = {"run_dir": str(run_dir), **evaluation.as_dict()}
+        print_json(summary) if as_json else _print_figures(evaluation, files)
 
 
 def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | None) -> SparsityPlan | None:

@@ -23,6 +23,10 @@ _OPTIONS = (
     "head",
     "rows",
     "plan",
+    "tasks",
+    "task_folder",
+    "limit",
+    "batch_size",
 )
 
 

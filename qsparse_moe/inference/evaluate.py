@@ -46,10 +46,16 @@ def decoding_forward(model: Transformer, engine: str = "auto", weights: str = "a
         ConfigError: ``weights`` or ``head`` does not fit the model.
         BackendUnavailable: the engine cannot run here.
     """
-    decode = resolve_engine(engine, model, settings=EngineSettings(*use_weights(model, weights, head)))
+    return engine_forward(
+        model, resolve_engine(engine, model, settings=EngineSettings(*use_weights(model, weights, head)))
+    )
+
+
+def engine_forward(model: Transformer, engine: DecodeEngine) -> Forward:
+    """Return a function that computes the logits of a batch token by token with ``engine``, built for ``model``."""
 
     def forward(batch: Batch) -> ModelOutput:
-        return ModelOutput(decoded_logits(model, decode, batch), None, {}, {})
+        return ModelOutput(decoded_logits(model, engine, batch), None, {}, {})
 
     return forward
 

@@ -24,8 +24,9 @@ class Metric:
     layers: Literal["none", "file", "chart"] = "none"
     """Destination of its values by layer: none, metrics.jsonl, or TensorBoard as well."""
     # Few are "chart": TensorBoard becomes slow with thousands of tags, and a deep model should stay below one thousand.
-    kind: Literal["scalar", "curve", "histogram", "image"] = "scalar"
-    """Scalars are in both files. Curves over a cost, histograms by layer, and images are in TensorBoard only."""
+    kind: Literal["scalar", "curve", "histogram", "image", "evaluated"] = "scalar"
+    """Scalars are in both files. Curves over a cost, histograms by layer, and images are in TensorBoard only.
+    ``evaluate`` writes what is evaluated, after training, to TensorBoard and to a JSON file."""
 
 
 METRICS = (
@@ -301,13 +302,20 @@ METRICS = (
         "Heat map of layers by experts: fraction of the features that were zero for every token of the step.",
         kind="image",
     ),
+    Metric(
+        "tasks/TASK/METRIC",
+        "of the task",
+        "Score of a task of lm-evaluation-harness (evaluate --tasks).",
+        kind="evaluated",
+    ),
 )
 
-# Curves, histograms, and pictures are never in a logged step, so only scalars are valid recorded names.
+# The other kinds are never in a logged step, so only scalars are valid recorded names.
 _BY_NAME = {metric.name: metric for metric in METRICS if metric.kind == "scalar"}
 _BY_TAG = {metric.name: metric for metric in METRICS}
 _LAYER = re.compile(r"/layer_[0-9]+$")
 _SITE = re.compile(rf"^(sparsity|sparsity_by_expert)/(?:{'|'.join(SITES)})/")
+_TASK = re.compile(r"^tasks/.+")
 
 
 def layer_name(name: str, layer: int) -> str:
@@ -341,4 +349,4 @@ def describe_tag(name: str) -> str:
 
 
 def _listed_name(name: str) -> str:
-    return _SITE.sub(r"\1/SITE/", _LAYER.sub("", name))
+    return _TASK.sub("tasks/TASK/METRIC", _SITE.sub(r"\1/SITE/", _LAYER.sub("", name)))

@@ -25,6 +25,8 @@ def metrics_markdown() -> str:
 
 
 def _by_layer_in(metric: Metric) -> str:
+    if metric.kind == "evaluated":
+        return "TensorBoard, by `evaluate`" if metric.layers == "chart" else ""
     return _ELSEWHERE.get(metric.kind, _LAYERS[metric.layers])
 
 

@@ -71,7 +71,7 @@ class TensorBoardFiles:
         self._last: tuple[int, Stats] | None = None
         self._drawn = start_step
         self._summaries = _hparams_summaries(config)
-        self._writer = _open(folder, start_step)
+        self._writer = open_events(folder, start_step)
         self._writer.add_custom_scalars(chart_layout(config))
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
         self._writer.add_text("sparsity plan", plan_table(SparsityPlan.from_config(config.model)), start_step)
@@ -88,7 +88,7 @@ class TensorBoardFiles:
     def _open_validation(self, folder: Path, start_step: int, before: Sequence[Mapping[str, Any]]) -> None:
         # Runs of earlier versions have these curves in the run itself. After a resume they are complete here as well.
         is_new = not any(folder.glob("events.out.tfevents.*"))
-        self._validation_writer = _open(folder, start_step)
+        self._validation_writer = open_events(folder, start_step)
         # Only into a new folder, because an event file that exists already has these points.
         for row in before if is_new else ():
             for name, value in row.items():
@@ -129,22 +129,7 @@ class TensorBoardFiles:
         self._add_described(writer, "scalars", summary, step)
 
     def _add_described(self, writer: SummaryWriter, plugin: str, summary: Any, step: int) -> None:
-        """Add the value of one tag, with the unit and the definition for its card.
-
-        ``SummaryWriter`` writes no descriptions. TensorBoard takes them from the first value of a tag in a file.
-        """
-        (value,) = summary.value
-        if value.tag not in self._described:
-            self._described.add(value.tag)
-            # Without the class of the data, TensorBoard's fast reader replaces the metadata, description included.
-            value.metadata.CopyFrom(
-                SummaryMetadata(
-                    summary_description=describe_tag(value.tag),
-                    plugin_data=SummaryMetadata.PluginData(plugin_name=plugin),
-                    data_class=_DATA_CLASSES[plugin],
-                )
-            )
-        _add_summary(writer, summary, step)
+        add_described(writer, plugin, summary, step, self._described)
 
     def _write_images(self, step: int, stats: Stats) -> None:
         self._drawn = step
@@ -192,11 +177,30 @@ class TensorBoardFiles:
             writer.close()
 
 
-def _open(folder: Path, start_step: int) -> SummaryWriter:
+def open_events(folder: Path, start_step: int) -> SummaryWriter:
     """Open a new event file that voids what earlier files of ``folder`` hold of the steps after ``start_step``."""
     _wait_for_a_later_name(folder)
     # Readers drop the steps from purge_step on, so the step of the checkpoint itself stays.
     return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+def add_described(writer: SummaryWriter, plugin: str, summary: Any, step: int, described: set[str]) -> None:
+    """Add the value of one tag, with the unit and the definition for its card unless the tag is in ``described``.
+
+    ``SummaryWriter`` writes no descriptions. TensorBoard takes them from the first value of a tag in a file.
+    """
+    (value,) = summary.value
+    if value.tag not in described:
+        described.add(value.tag)
+        # Without the class of the data, TensorBoard's fast reader replaces the metadata, description included.
+        value.metadata.CopyFrom(
+            SummaryMetadata(
+                summary_description=describe_tag(value.tag),
+                plugin_data=SummaryMetadata.PluginData(plugin_name=plugin),
+                data_class=_DATA_CLASSES[plugin],
+            )
+        )
+    _add_summary(writer, summary, step)
 
 
 def _add_summary(writer: SummaryWriter, summary: Any, step: int) -> None:

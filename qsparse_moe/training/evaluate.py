@@ -188,7 +188,7 @@ def evaluate_run(
         micro_batch_size, sparsity = config.training.micro_batch_size, model.sparsity_plan.mean
 
         # Called when the model is as it will be evaluated: what decodes copies its weights and its hidden ids.
-        make_forward = partial(forward_of or _own_forward, model)
+        make_forward = partial(forward_of or model_forward, model)
         if files:
             tokenizer = load_tokenizer(config.data.tokenizer)
             # As in training: ids without a token get no probability, so that padding of the vocabulary has no effect.
@@ -215,7 +215,7 @@ def _checksum(batches: Sequence[Batch], counts_T: Tensor) -> int:
     return zlib.crc32(torch.stack((tokens_T[counts_T], targets_T[counts_T])).numpy().tobytes())
 
 
-def _own_forward(model: Transformer) -> Forward:
+def model_forward(model: Transformer) -> Forward:
     """Return the model's forward pass over whole sequences, on the model's device."""
 
     def forward(batch: Batch) -> ModelOutput:

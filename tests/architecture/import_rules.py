@@ -48,6 +48,8 @@ OWNERS = {
     "transformers": {"interop", "bench"},
     "safetensors": {"interop"},
     "einops": {"model"},
+    # Its tasks ask for log-likelihoods and for generated text, so they stand where generation does.
+    "lm_eval": {"inference"},
 }
 # What must work before torch is imported: modules, or packages as a whole.
 WITHOUT_TORCH = ("", "errors", "locks", "config", "accounting", "cli", "sparsity.plan", "sparsity.schedule")

@@ -1,0 +1,43 @@
+"""Where ``qsparse-moe evaluate`` writes the results of tasks and of comparisons. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.find import ModelFolder
+
+FOLDER = "evaluation"
+
+
+@dataclass(frozen=True)
+class EvaluationFiles:
+    """The files of one evaluation of the model in a folder."""
+
+    json: Path
+    tensorboard: Path | None
+    """The folder within the run's TensorBoard folder; None for an export, which has none."""
+
+    @classmethod
+    def of(cls, found: ModelFolder, name: str, output: Path | None) -> EvaluationFiles:
+        """Return the files of the evaluation ``name``, and create the folder of the first, before anything is computed.
+
+        Args:
+            found: the folder of the model.
+            name: its first part, up to a slash, is the kind of the evaluation.
+            output: folder for the JSON file; None is ``evaluation`` in the folder of the run or export.
+        """
+        folder = found.config_folder / FOLDER if output is None else output
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            problem = "" if os.access(folder, os.W_OK) else "permission denied"
+        except OSError as error:
+            problem = error.strerror or str(error)
+        if problem:
+            raise ConfigError(
+                f"{folder} must be a folder to which the results can be written ({problem}); name one with --output"
+            )
+        board = None if found.kind == "export" else found.config_folder / "tensorboard" / name
+        return cls(folder / f"{name.replace('/', '-')}.json", board)

@@ -22,8 +22,8 @@ transformers = pytest.importorskip("transformers")
 # 6 heads of 6 + 4 channels do not fill a width of 42. transformers' V2 fails on an odd number of channels.
 SIZES = {name: value for name, value in SHAPES.items() if name != "head_dim"} | {
     "hidden_size": 42, "num_key_value_heads": 6, "n_routed_experts": 8, "moe_intermediate_size": 14,
-    "intermediate_size": 36, "q_lora_rank": 13, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5,
-    "first_k_dense_replace": 1, "max_position_embeddings": 144,
+    "intermediate_size": 36, "q_lora_rank": 13, "kv_lora_rank": 12, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 5, "first_k_dense_replace": 1, "max_position_embeddings": 144,
 }  # fmt: skip
 GROUPS = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 MODELS = {

@@ -24,8 +24,8 @@ from qsparse_moe.config.fields import Path as SettingPath
 from qsparse_moe.config.overrides import apply_overrides
 from qsparse_moe.config.problems import Problem, raise_if_any, show
 from qsparse_moe.config.removed import drop_removed
-from qsparse_moe.config.rules import broken_rules
-from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.rules import broken_rules, check_model
+from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.yaml_text import dump_yaml, parse_yaml
 from qsparse_moe.errors import ConfigError
 
@@ -52,6 +52,30 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     # Without a configuration there is at least one problem, which has been raised.
     assert config is not None
     return config
+
+
+def model_from_settings(settings: dict[str, Any], where: str) -> ModelConfig:
+    """Return the model section that plain settings describe, such as those of a JSON file.
+
+    Args:
+        settings: by name, without the ``model.`` in front of it.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: a setting is unknown, has the wrong type, or breaks a rule.
+    """
+    tree = _tidy({"model": settings}, run_schema())
+    raise_if_any(drop_removed(tree), where)
+    try:
+        model = ModelConfig.model_validate(tree["model"])
+    except ValidationError as error:
+        errors = error.errors(include_url=False)
+        for found in errors:
+            found["loc"] = ("model", *found["loc"])
+        raise_if_any(_translate(errors, tree), where)
+        raise
+    check_model(model)
+    return model
 
 
 def config_to_yaml(config: RunConfig) -> str:

@@ -77,6 +77,13 @@ class AttentionCache(Protocol):
         """
 
 
+class Attend(Protocol):
+    """The product of queries with keys and values, in place of this module's own; it has its own mask and cache."""
+
+    def __call__(self, query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor) -> Tensor:
+        """Return ``(B, S, H * C)`` for the new tokens; keys and values have fewer heads with grouped queries."""
+
+
 class Attention(nn.Module):
     """Attention with two sparse sites: one before the joint query, key, and value projection, one before the output."""
 
@@ -105,11 +112,12 @@ class Attention(nn.Module):
         *,
         with_stats: bool,
         cache: AttentionCache | None = None,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, Stats, Stats]:
         """Return the attention output ``(B, S, D)`` and the statistics of the input site and of the output site.
 
         ``mask_B1SS`` is true where a query (third dim) attends to a key (last dim); None is the plain causal mask. With
-        a ``cache`` the mask is the one that the cache returns.
+        a ``cache`` the mask is the one that the cache returns. ``attend`` replaces mask, cache, and product.
         """
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -120,23 +128,38 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
+        if attend is None:
+            mixed_BSD = self._attend(query, key, value, mask_B1SS, cache)
+        else:
+            mixed_BSD = attend(query, key, value)
+        mixed_BSD, output_stats = self.output_site(mixed_BSD, with_stats=with_stats)
+        return self.output(mixed_BSD), input_stats, output_stats
+
+    def _attend(
+        self,
+        query_BHSC: Tensor,
+        key_BHSC: Tensor,
+        value_BHSC: Tensor,
+        mask_B1SS: Tensor | None,
+        cache: AttentionCache | None,
+    ) -> Tensor:
+        """Return ``(B, S, H * C)``."""
         if cache is not None:
             assert not self.training and mask_B1SS is None, "a cache requires evaluation mode and has its own mask"
             # After the rotation: a cached key keeps its angle, so later steps need not rotate it again.
-            key, value, mask_B1SS = cache.update(key, value)
+            key_BHSC, value_BHSC, mask_B1SS = cache.update(key_BHSC, value_BHSC)
         # PyTorch's own kernels. Written out with batched products, attention was faster in bf16 at length 256 on a CPU,
         # as fast at 1024, and slower in fp32 (lab log of 23 November 2026).
         mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
+            query_BHSC,
+            key_BHSC,
+            value_BHSC,
             attn_mask=mask_B1SS,
             # SDPA accepts one of the two. Without a mask tensor it can choose its fused causal kernels.
             is_causal=mask_B1SS is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
-        mixed_BSD, output_stats = self.output_site(rearrange(mixed, "b h s c -> b s (h c)"), with_stats=with_stats)
-        return self.output(mixed_BSD), input_stats, output_stats
+        return rearrange(mixed, "b h s c -> b s (h c)")
 
 
 def document_mask(documents_BS: Tensor) -> Tensor:

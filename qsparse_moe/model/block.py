@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig, Recompute, Site
 from qsparse_moe.config.shapes import dense_hidden_size, has_experts, latent_sizes
-from qsparse_moe.model.attention import Attention, AttentionCache
+from qsparse_moe.model.attention import Attend, Attention, AttentionCache
 from qsparse_moe.model.latent_attention import LatentAttention
 from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import Rotation
@@ -55,14 +55,16 @@ class Block(nn.Module):
         with_stats: bool,
         recompute: Recompute = "none",
         cache: AttentionCache | None = None,
+        attend: Attend | None = None,
     ) -> BlockOutput:
         """Return the hidden states ``(B, S, D)`` after this layer and its statistics.
 
         ``recompute`` names the half that the backward recomputes, or a setting that names neither half. A ``cache``
-        gives attention the keys and values of earlier tokens; only in evaluation mode.
+        gives attention the keys and values of earlier tokens; only in evaluation mode. ``attend`` replaces the product
+        of queries with keys and values, with its mask and its cache.
         """
         mixed_BSD, *attention_stats = run_part(
-            recompute, "attention", self._attend, hidden_BSD, rotation, mask_B1SS, with_stats, cache
+            recompute, "attention", self._attend, hidden_BSD, rotation, mask_B1SS, with_stats, cache, attend
         )
         hidden_BSD = hidden_BSD + mixed_BSD
         y_BSD, balance, z_loss, stats = run_part(recompute, "feed_forward", self._feed_forward, hidden_BSD, with_stats)
@@ -76,10 +78,11 @@ class Block(nn.Module):
         mask_B1SS: Tensor | None,
         with_stats: bool,
         cache: AttentionCache | None,
+        attend: Attend | None,
     ) -> tuple[Tensor, Stats, Stats]:
         # Each half begins with its norm, so that a recomputed half stores nothing but the residual stream.
         normed_BSD = self.attention_norm(hidden_BSD)
-        return self.attention(normed_BSD, rotation, mask_B1SS, with_stats=with_stats, cache=cache)
+        return self.attention(normed_BSD, rotation, mask_B1SS, with_stats=with_stats, cache=cache, attend=attend)
 
     def _feed_forward(
         self, hidden_BSD: Tensor, with_stats: bool

@@ -12,7 +12,7 @@ from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig, Recompute
 from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.kernels.onednn import Linear
-from qsparse_moe.model.attention import document_mask
+from qsparse_moe.model.attention import Attend, document_mask
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput
@@ -181,26 +181,55 @@ class Transformer(nn.Module):
                     "labels_BS, and targets_BS are already shifted; leave one of them out"
                 )
             targets_BS = shifted_labels(labels_BS, documents_BS)
-        if positions_BS is None:
-            positions_BS = torch.arange(tokens_BS.shape[1], device=tokens_BS.device)[None]
-        hidden_BSD = self._embed(tokens_BS)
-        rotation = rotation_at(positions_BS, self.config, hidden_BSD.dtype)
+        hidden_BSD = self.embed(tokens_BS)
         mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
-        chosen = self.activation_checkpointing
-        outputs: list[BlockOutput] = []
-        for layer, block in enumerate(self.layers):
-            outputs.append(run_part(chosen, "full", block, hidden_BSD, rotation, mask_B1SS, with_stats, chosen))
-            hidden_BSD = outputs[-1].hidden_BSD
-            if layer_hook is not None:
-                layer_hook(layer, hidden_BSD)
+        hidden_BSD, outputs = self.run_layers(
+            hidden_BSD, positions_BS, mask_B1SS, with_stats=with_stats, layer_hook=layer_hook
+        )
         logits_BSV = self.logits(hidden_BSD)
         stats = stack_layers([output.stats for output in outputs])
         if targets_BS is None:
             return ModelOutput(logits_BSV, None, {}, stats)
-        loss, losses = self._losses(logits_BSV, targets_BS, outputs)
+        loss, losses = self.losses(logits_BSV, targets_BS, outputs)
         return ModelOutput(logits_BSV, loss, losses, stats)
 
-    def _embed(self, tokens_BS: Tensor) -> Tensor:
+    def run_layers(
+        self,
+        hidden_BSD: Tensor,
+        positions_BS: Tensor | None,
+        mask_B1SS: Tensor | None,
+        *,
+        with_stats: bool,
+        layer_hook: LayerHook | None = None,
+        attends: Sequence[Attend] | None = None,
+    ) -> tuple[Tensor, list[BlockOutput]]:
+        """Return the output of the last layer, and the output of every layer.
+
+        Args:
+            hidden_BSD: the embedded tokens.
+            positions_BS: as in ``forward``.
+            mask_B1SS: as in ``Attention.forward``.
+            with_stats: as in ``forward``.
+            layer_hook: as in ``forward``.
+            attends: the product of queries with keys and values of every layer, in place of the model's own.
+        """
+        if positions_BS is None:
+            positions_BS = torch.arange(hidden_BSD.shape[1], device=hidden_BSD.device)[None]
+        rotation = rotation_at(positions_BS, self.config, hidden_BSD.dtype)
+        chosen = self.activation_checkpointing
+        outputs: list[BlockOutput] = []
+        for layer, block in enumerate(self.layers):
+            attend = None if attends is None else attends[layer]
+            outputs.append(
+                run_part(chosen, "full", block, hidden_BSD, rotation, mask_B1SS, with_stats, chosen, None, attend)
+            )
+            hidden_BSD = outputs[-1].hidden_BSD
+            if layer_hook is not None:
+                layer_hook(layer, hidden_BSD)
+        return hidden_BSD, outputs
+
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        """Return ``(B, S, D)``; ValueError for an id that the model has no row for."""
         try:
             # No check beforehand: reading the ids would make every forward pass wait for a GPU.
             return self.embedding(tokens_BS)
@@ -220,9 +249,10 @@ class Transformer(nn.Module):
             return logits
         return logits.index_fill(-1, self._hidden_ids.to(logits.device), -torch.inf)
 
-    def _losses(
-        self, logits_BSV: Tensor, targets_BS: Tensor, outputs: list[BlockOutput]
+    def losses(
+        self, logits_BSV: Tensor, targets_BS: Tensor, outputs: Sequence[BlockOutput]
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of shifted targets and its terms, as in ``ModelOutput``, from the outputs of all layers."""
         lm_loss = cross_entropy(logits_BSV, targets_BS)
         # Only the total keeps the graph. The terms are for reports and must not keep activations alive.
         losses = {"lm_loss": lm_loss.detach()}

@@ -21,13 +21,27 @@ class BalanceTerms(NamedTuple):
     """Mean router probability per expert, at least fp32."""
 
 
-def balance_terms(probs_TE: Tensor, expert_ids_TA: Tensor, num_groups: int) -> BalanceTerms:
-    """Return the two terms for each of ``num_groups`` equal, contiguous parts of the tokens."""
+def balance_terms(
+    probs_TE: Tensor, expert_ids_TA: Tensor, num_groups: int, counted_T: Tensor | None = None
+) -> BalanceTerms:
+    """Return the two terms for each of ``num_groups`` equal, contiguous parts of the tokens.
+
+    With ``counted_T`` only the tokens count for which it is true, and groups without such a token are left out.
+    """
     ids_GN = expert_ids_TA.unflatten(0, (num_groups, -1)).flatten(1)
     # float64, so that counts stay exact when they are summed over ranks and micro-batches.
+    ones_GN = torch.ones_like(ids_GN, dtype=torch.float64)
     routed_GE = torch.zeros(num_groups, probs_TE.shape[-1], dtype=torch.float64, device=probs_TE.device)
-    routed_GE.scatter_add_(1, ids_GN, torch.ones_like(ids_GN, dtype=torch.float64))
-    return BalanceTerms(routed_GE, probs_TE.unflatten(0, (num_groups, -1)).mean(1))
+    probs_GXE = probs_TE.unflatten(0, (num_groups, -1))
+    if counted_T is None:
+        return BalanceTerms(routed_GE.scatter_add_(1, ids_GN, ones_GN), probs_GXE.mean(1))
+    counted_GX = counted_T.unflatten(0, (num_groups, -1))
+    counted_GN = counted_GX.repeat_interleave(expert_ids_TA.shape[1], dim=1)
+    routed_GE.scatter_add_(1, ids_GN, ones_GN * counted_GN)
+    number_G = counted_GX.sum(1)
+    probs_GE = (probs_GXE * counted_GX[..., None]).sum(1) / number_G[:, None].clamp(min=1)
+    # Without a token, the fractions of an empty group would be 0 / 0.
+    return BalanceTerms(routed_GE[number_G > 0], probs_GE[number_G > 0])
 
 
 def load_balance_loss(balance: BalanceTerms) -> Tensor:
@@ -42,9 +56,15 @@ def load_balance_loss(balance: BalanceTerms) -> Tensor:
     return probs_GE.shape[-1] * (share_GE * probs_GE).sum(-1).mean()
 
 
-def router_z_loss(logits_TE: Tensor) -> Tensor:
-    """Return the mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (arXiv 2202.08906, eq. 5)."""
-    return logits_TE.logsumexp(-1).square().mean()
+def router_z_loss(logits_TE: Tensor, counted_T: Tensor | None = None) -> Tensor:
+    """Return the mean over tokens of ``logsumexp(logits)^2``, which keeps logits small (arXiv 2202.08906, eq. 5).
+
+    With ``counted_T`` the mean is over the tokens for which it is true.
+    """
+    squares_T = logits_TE.logsumexp(-1).square()
+    if counted_T is None:
+        return squares_T.mean()
+    return (squares_T * counted_T).sum() / counted_T.sum().clamp(min=1)
 
 
 class StepLoad:

@@ -35,7 +35,11 @@ class SparseActivation:
         """
         self._activation = activation
         self._site = site
-        self._fused = fused if activation in FUSED_ACTIVATIONS else None
+        self.use_fused(fused)
+
+    def use_fused(self, fused: FusedGLU | None) -> None:
+        """Use another fused implementation from now on, or none; see ``__init__``."""
+        self._fused = fused if self._activation in FUSED_ACTIVATIONS else None
 
     def __call__(
         self,

@@ -128,10 +128,7 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
-        if attend is None:
-            mixed_BSD = self._attend(query, key, value, mask_B1SS, cache)
-        else:
-            mixed_BSD = attend(query, key, value)
+        mixed_BSD = self._attend(query, key, value, mask_B1SS, cache) if attend is None else attend(query, key, value)
         mixed_BSD, output_stats = self.output_site(mixed_BSD, with_stats=with_stats)
         return self.output(mixed_BSD), input_stats, output_stats
 

@@ -64,9 +64,10 @@ def attends(layers: Iterable[nn.Module], call: AttentionCall) -> list[Attend]:
 
     def of(layer: nn.Module) -> Attend:
         def attend(query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor) -> Tensor:
-            mixed, weights = layer(query_BHSC, key_BHSC, value_BHSC, call)
+            mixed_BSX: Tensor
+            mixed_BSX, weights = layer(query_BHSC, key_BHSC, value_BHSC, call)
             call.weights.append(weights)
-            return mixed  # type: ignore[no-any-return]
+            return mixed_BSX
 
         return attend
 

@@ -21,7 +21,7 @@ from qsparse_moe.interop.auto_model.training_loss import recorded_routings, with
 from qsparse_moe.model.block import BlockOutput
 from qsparse_moe.model.device import use_device
 from qsparse_moe.model.init import initialize_parameter
-from qsparse_moe.model.transformer import Transformer, cross_entropy, shifted_labels
+from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer, cross_entropy, shifted_labels
 from qsparse_moe.moe.router import Routing
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -38,7 +38,7 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
     """The one name in front of the names of our state dict. Files without it, such as an export's, are read too."""
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
-    """The loss is the mean of each micro-batch, as in our training, so Trainer averages it over gradient accumulation."""
+    """False: the loss is the mean of each micro-batch, as in our training, and Trainer averages it over several."""
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
@@ -79,26 +79,26 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         wrapper.model = model
         # Chosen when it was built.
         wrapper._runtime_device = model.embedding.weight.device.type
-        return wrapper
+        return wrapper.train(model.training)
 
     @property
     def base_model(self) -> nn.Module:
         """The model itself: ``model`` is no model of transformers."""
         return self
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self) -> Any:
         """Return the embedding."""
         return self.model.embedding
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace the embedding."""
         self.model.embedding = value
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> Any:
         """Return the output head."""
         return self.model.head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
         """Take the weight of a new linear head, or another module in its place."""
         if type(new_embeddings) is not nn.Linear:
             self.model.head = new_embeddings
@@ -132,7 +132,8 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         """
         seed = int(torch.randint(2**31, ()))
         for name, parameter in self.model.named_parameters():
-            if not getattr(parameter, "_is_hf_initialized", False):
+            # A parameter on the meta device is read from the disk when its layer runs.
+            if not (getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta):
                 initialize_parameter(name, parameter, self.model.config, seed)
         # Buffers outside of the state dict hold K and thresholds, and loading leaves them undefined.
         self.model.set_sparsity(self.model.sparsity_plan)
@@ -145,7 +146,7 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         self.gradient_checkpointing = enable
         self.model.activation_checkpointing = "full" if enable else "none"
 
-    @can_return_tuple  # type: ignore[untyped-decorator]
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -184,7 +185,8 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
             ConfigError: an argument is not supported, or two contradict each other.
         """
         check_options(input_ids, inputs_embeds, labels, logits_to_keep, options)
-        hidden_BSD = self.model.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden_BSD = inputs_embeds if input_ids is None else self.model.embed(input_ids)
+        assert hidden_BSD is not None
         self._follow_device(hidden_BSD.device)
         cache = self._cache(past_key_values, use_cache)
         if position_ids is None:
@@ -248,12 +250,13 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         routings: list[Routing],
     ) -> tuple[Tensor, Tensor | None]:
         """Return the loss, and the load balance loss without its coefficient (None in a model without experts)."""
-        # A mask of four dimensions says who attends to whom, and not which tokens are padding.
-        is_padding_mask = attention_mask is not None and attention_mask.dim() == 2
-        if is_padding_mask and not attention_mask.all():
-            scope = self.model.config.moe.load_balance_scope
-            outputs = without_padding(outputs, routings, attention_mask.bool(), scope)
         targets_BS = shifted_labels(labels_BS.to(logits_BSV.device))
+        # A mask of four dimensions says who attends to whom, and not which tokens are padding.
+        if attention_mask is not None and attention_mask.dim() == 2 and not attention_mask.all():
+            counted_BS = attention_mask.bool()
+            # Padding in front of a sequence predicts nothing, not even its first token.
+            targets_BS = targets_BS.masked_fill(~counted_BS, IGNORED_LABEL)
+            outputs = without_padding(outputs, routings, counted_BS, self.model.config.moe.load_balance_scope)
         loss, terms = self.model.losses(logits_BSV, targets_BS, outputs)
         if not self.training:
             loss = cross_entropy(logits_BSV, targets_BS)

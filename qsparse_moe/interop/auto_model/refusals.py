@@ -39,7 +39,9 @@ def check_options(
             f"{{input_ids}} and {{inputs_embeds}}: {count} is given, and exactly one of them must be; leave one out"
         )
     if labels is not None and not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
-        raise ArgumentError("{logits_to_keep}: must be 0 with {labels}, because the loss reads all logits; leave it out")
+        raise ArgumentError(
+            "{logits_to_keep}: must be 0 with {labels}, because the loss reads all logits; leave it out"
+        )
     for name in _LOSS_OPTIONS:
         if options.get(name) is not None:
             raise ArgumentError(

@@ -71,25 +71,28 @@ def read_settings(settings: Mapping[str, Any], where: str) -> tuple[ModelConfig,
         raise ConfigError(
             f"{where}: {SECTION} ({show(section)}) must be an object with the settings of the model; export it again"
         )
+    _check_no_plan_file(section or {}, where)
     try:
         model = model_from_settings(dict(section or {}), f"{where}: {SECTION}")
     except ConfigError as error:
         raise ConfigError(f"{where}: the section {SECTION}, which is the model section of a run: {error}") from error
     _check_standard_names(settings, model, where)
-    if model.sparsity.plan is not None:
-        raise ConfigError(
-            f"{where}: {SECTION}.sparsity.plan ({show(model.sparsity.plan)}) must be null here, because the file would "
-            f"not travel along; put its content under {PLAN}"
-        )
     return model, _read_plan(settings.get(PLAN), model, where)
+
+
+def _check_no_plan_file(section: Mapping[str, Any], where: str) -> None:
+    sparsity = section.get("sparsity")
+    file = sparsity.get("plan") if isinstance(sparsity, Mapping) else None
+    if file is not None:
+        raise ConfigError(
+            f"{where}: {SECTION}.sparsity.plan ({show(file)}) must be null here, because the file would not travel "
+            f"along; put its content under {PLAN}"
+        )
 
 
 def _read_plan(content: Any, model: ModelConfig, where: str) -> SparsityPlan:
     try:
-        if content is None:
-            plan = SparsityPlan.from_config(model)
-        else:
-            plan = SparsityPlan.from_json(json.dumps(content))
+        plan = SparsityPlan.from_config(model) if content is None else SparsityPlan.from_json(json.dumps(content))
         plan.check_fits(model)
     except ConfigError as error:
         raise ConfigError(f"{where}: {PLAN}: {error}") from error

@@ -92,6 +92,8 @@ class Attention(nn.Module):
         self.num_heads = config.num_heads
         self.num_kv_heads = num_kv_heads(config)
         self.head_size = head_size(config)
+        self.scale = self.head_size**-0.5
+        """Factor of the scores."""
         width = self.num_heads * self.head_size
         weight_format = config.sparsity.quantization.weights
         # One matrix for queries, keys, and values, so that one product and one sparse input serve all three.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import LatentSizes, latent_sizes, mixed_size
-from qsparse_moe.model.attention import AttentionCache, Projection
+from qsparse_moe.model.attention import Attend, AttentionCache, Projection
 from qsparse_moe.model.rope import Rotation, rotate
 from qsparse_moe.nn.runtime import SiteRuntime
 from qsparse_moe.sparsity.quantize import as_format
@@ -61,24 +61,43 @@ class LatentAttention(nn.Module):
         *,
         with_stats: bool,
         cache: AttentionCache | None = None,
+        attend: Attend | None = None,
     ) -> tuple[Tensor, Stats, Stats]:
-        """Return the attention output ``(B, S, D)`` and the statistics of both sites; see ``Attention``."""
+        """Return the attention output ``(B, S, D)`` and the statistics of both sites; see ``Attention``.
+
+        ``attend`` receives the keys and values of every head, of one size.
+        """
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         query_BSX, latent_BSL, key_BSR = self.down(x_BSD).split(self.split, dim=-1)
         query_BHSX = self._queries(query_BSX, rotation)
         # One key and one vector for all heads, as if there were one.
         rotated_B1SR = rotate(key_BSR[:, None], rotation)
         stored_B1SX = torch.cat((self.latent_norm(latent_BSL)[:, None], rotated_B1SR), dim=-1)
+        if attend is None:
+            mixed_BHSV = self._attend_to_stored(query_BHSX, stored_B1SX, mask_B1SS, cache)
+            mixed_BSX = rearrange(mixed_BHSV, "b h s v -> b s (h v)")
+        else:
+            mixed_BSX = attend(*self._heads(query_BHSX, stored_B1SX))
+            mixed_BSHX = rearrange(mixed_BSX, "b s (h x) -> b s h x", h=self.num_heads)
+            mixed_BSX = mixed_BSHX[..., : self.sizes.value_head_size].flatten(2)
+        mixed_BSX, output_stats = self.output_site(mixed_BSX, with_stats=with_stats)
+        return self.output(mixed_BSX), input_stats, output_stats
+
+    def _attend_to_stored(
+        self,
+        query_BHSX: Tensor,
+        stored_B1SX: Tensor,
+        mask_B1SS: Tensor | None,
+        cache: AttentionCache | None,
+    ) -> Tensor:
+        """Return ``(B, H, S, V)``."""
         if cache is not None:
             assert not self.training and mask_B1SS is None, "a cache requires evaluation mode and has its own mask"
             # Values without channels: the keys hold everything that keys and values are computed from.
             stored_B1SX, _, mask_B1SS = cache.update(stored_B1SX, stored_B1SX[..., :0])
         is_one_step = cache is not None and query_BHSX.shape[2] == 1
         attend = self._attend_to_latents if is_one_step else self._attend_to_heads
-        mixed_BHSV = attend(query_BHSX, stored_B1SX, mask_B1SS)
-        mixed_BSX = rearrange(mixed_BHSV, "b h s v -> b s (h v)")
-        mixed_BSX, output_stats = self.output_site(mixed_BSX, with_stats=with_stats)
-        return self.output(mixed_BSX), input_stats, output_stats
+        return attend(query_BHSX, stored_B1SX, mask_B1SS)
 
     def _queries(self, query_BSX: Tensor, rotation: Rotation) -> Tensor:
         """Return ``(B, H, S, N + R)``, the last R channels rotated."""
@@ -90,6 +109,11 @@ class LatentAttention(nn.Module):
 
     def _attend_to_heads(self, query_BHSX: Tensor, stored_B1KX: Tensor, mask_B1SK: Tensor | None) -> Tensor:
         """Return ``(B, H, S, V)`` from the keys and values of every head: computed once per token, for many queries."""
+        query_BHSX, key_BHKX, value_BHKX = self._heads(query_BHSX, stored_B1KX)
+        return self._attend(query_BHSX, key_BHKX, value_BHKX, mask_B1SK)[..., : self.sizes.value_head_size]
+
+    def _heads(self, query_BHSX: Tensor, stored_B1KX: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys, and values of every head, padded to one size."""
         sizes = self.sizes
         latent_B1KL, rotated_B1KR = stored_B1KX.split([sizes.key_value_rank, sizes.rope_head_size], dim=-1)
         up_BHKX = rearrange(self.latent_up(latent_B1KL[:, 0]), "b k (h x) -> b h k x", h=self.num_heads)
@@ -98,8 +122,7 @@ class LatentAttention(nn.Module):
         # The fused kernels take keys and values of one size only, and without them a sequence needs S x S scores per
         # head: at 192 and 128 channels and 1024 tokens that took 1.6 times as long on a CPU.
         size = max(sizes.query_head_size, sizes.value_head_size)
-        query_BHSX, key_BHKX, value_BHKX = (_padded(x, size) for x in (query_BHSX, key_BHKX, value_BHKV))
-        return self._attend(query_BHSX, key_BHKX, value_BHKX, mask_B1SK)[..., : sizes.value_head_size]
+        return _padded(query_BHSX, size), _padded(key_BHKX, size), _padded(value_BHKV, size)
 
     def _attend_to_latents(self, query_BH1X: Tensor, stored_B1KX: Tensor, mask_B11K: Tensor | None) -> Tensor:
         """Return the same for one query, with the halves of ``latent_up`` applied to the query and to the result.

@@ -20,7 +20,7 @@ MOE = {
 }
 SPARSE = {"default": 0.5, "backend": "torch"}
 MODELS = {
-    "sparse": {"qk_norm": True, "moe": {"bias_update_rate": 0.01}},
+    "sparse": {"qk_norm": "per_head", "moe": {"bias_update_rate": 0.01}},
     "tied": {"tie_embeddings": True, "num_heads": 4, "num_kv_heads": None, "moe": {"shared_expert_gate": False}},
     "int8": {"sparsity": {"quantization": {"activations": "int8"}, "rescale": "unit"}},
     "ternary": {"sparsity": {"quantization": {"weights": "ternary"}}},
@@ -29,6 +29,20 @@ MODELS = {
     "relu2": {
         "moe": {"activation": "relu2", "router": "sigmoid_topk", "num_shared_experts": 2, "shared_expert_gate": False}
     },
+    "latent": {
+        "num_kv_heads": None,
+        "head_size": None,
+        "qk_norm": "none",
+        "latent_attention": {
+            "key_value_rank": 12,
+            "query_rank": 20,
+            "nope_head_size": 8,
+            "rope_head_size": 6,
+            "value_head_size": 10,
+        },
+        "rope_scaling": {"type": "yarn", "factor": 4.0, "original_length": 16},
+    },
+    "biased": {"attention_bias": "qkv", "qk_norm": "all_heads"},
     "sparse-router": {"moe": {"router_input": "sparse", "load_balance_scope": "micro_batch"}},
 }
 
@@ -56,6 +70,8 @@ def build(name="sparse", **changes):
         for parameter_name, parameter in model.named_parameters():
             if "norm" in parameter_name:
                 parameter.copy_(0.6 + 0.8 * torch.rand(parameter.shape, generator=draw))
+            if parameter_name.endswith(".bias"):
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=draw))
         for router in model.routers():
             if router.expert_bias is not None:
                 router.expert_bias.copy_(0.2 * torch.randn(router.expert_bias.shape, generator=draw))

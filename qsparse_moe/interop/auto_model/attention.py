@@ -36,13 +36,14 @@ class InterfaceAttention(nn.Module):
     Implementations receive this module and read its attributes, as they read those of transformers' own models.
     """
 
-    def __init__(self, config: Any, layer: int) -> None:
+    def __init__(self, config: Any, layer: int, scale: float) -> None:
+        """``scale`` is the factor of the scores."""
         super().__init__()
         self.config = config
         self.layer_idx = layer
         self.head_dim = config.head_dim
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.scaling = config.head_dim**-0.5
+        self.scaling = scale
         self.is_causal = True
 
     def forward(

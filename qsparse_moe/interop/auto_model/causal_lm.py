@@ -54,7 +54,9 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         model, plan = config.read()
         self.model = Transformer(model)
         self.model.set_sparsity(plan)
-        self.attentions = nn.ModuleList(InterfaceAttention(config, layer) for layer in range(model.num_layers))
+        self.attentions = nn.ModuleList(
+            InterfaceAttention(config, block.layer, block.attention.scale) for block in self.model.blocks()
+        )
         self.gradient_checkpointing = False
         self._runtime_device = "cpu"
         self.post_init()

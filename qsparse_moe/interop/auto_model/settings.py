@@ -13,7 +13,7 @@ from typing import Any
 from qsparse_moe.config.load import model_from_settings
 from qsparse_moe.config.problems import show
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import dense_hidden_size, head_size, num_kv_heads, vocab_size
+from qsparse_moe.config.shapes import dense_hidden_size, head_size, latent_sizes, num_kv_heads, vocab_size
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -24,13 +24,16 @@ SECTION, PLAN = "qsparse_moe", "sparsity_plan"
 
 def standard_settings(model: ModelConfig) -> dict[str, Any]:
     """Return what tools read of a model, under the names of transformers."""
+    latent = latent_sizes(model)
+    # Through transformers' caches, latent attention has keys and values of every head, padded to one size.
+    channels = max(latent.query_head_size, latent.value_head_size) if latent else head_size(model)
     return {
         "vocab_size": vocab_size(model),
         "hidden_size": model.hidden_size,
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_heads,
-        "num_key_value_heads": num_kv_heads(model),
-        "head_dim": head_size(model),
+        "num_key_value_heads": model.num_heads if latent else num_kv_heads(model),
+        "head_dim": channels,
         "intermediate_size": dense_hidden_size(model),
         "moe_intermediate_size": model.moe.expert_hidden_size,
         "num_experts": model.moe.num_experts,

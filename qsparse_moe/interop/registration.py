@@ -31,6 +31,7 @@ def register_when_imported() -> None:
 def register_config() -> None:
     """Register the configuration, whose first use registers the model."""
     config = import_module("qsparse_moe.interop.auto_model.config").QSparseMoEConfig
+    config.when_made = staticmethod(register_model)
     import_module(_REGISTRY).AutoConfig.register(MODEL_TYPE, config, exist_ok=True)
 
 

@@ -71,6 +71,16 @@ print(type(AutoModelForCausalLM.from_config(config)).__name__)
     assert output.split() == ["unknown", "QSparseMoEForCausalLM"]
 
 
+def test_a_configuration_of_ours_alone_registers_the_model(folder):
+    output = run(f"""
+from qsparse_moe.interop.auto_model.config import QSparseMoEConfig
+config = QSparseMoEConfig.from_pretrained({str(folder)!r})
+from transformers import AutoModelForCausalLM
+print(type(AutoModelForCausalLM.from_config(config)).__name__)
+""")
+    assert output.split() == ["QSparseMoEForCausalLM"]
+
+
 def without(name, monkeypatch):
     monkeypatch.setitem(sys.modules, name, None)
 

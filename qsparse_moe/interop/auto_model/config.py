@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -30,6 +31,8 @@ class QSparseMoEConfig(PreTrainedConfig):
     # No plan for tensor parallelism: a sparse site selects among all features of a token, and each rank would select
     # among its shard only, which is another model.
     base_model_tp_plan = None
+    when_made = staticmethod(lambda: None)
+    """Called for every configuration; ``interop.registration`` registers the model class by it."""
 
     qsparse_moe: dict[str, Any] | None = None
     """The model section of a run, as plain values."""
@@ -58,14 +61,14 @@ class QSparseMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the section, and take the standard names from it."""
-        from qsparse_moe.interop.registration import register_model
-
         model, _ = read_settings(vars(self), f"config.json ({MODEL_TYPE})")
         self.qsparse_moe = model.model_dump(mode="json")
         for name, value in standard_settings(model).items():
             setattr(self, name, value)
         super().__post_init__(**kwargs)
-        register_model()
+        # Its import sets ``when_made``, if nothing has imported it before.
+        import_module("transformers.models.auto.configuration_auto")
+        type(self).when_made()
 
     @classmethod
     def of(cls, model: ModelConfig, plan: SparsityPlan | None = None, **settings: Any) -> QSparseMoEConfig:

@@ -19,9 +19,7 @@ def register(app: typer.Typer) -> None:
 def import_folder(
     folder: Annotated[
         Path,
-        typer.Argument(
-            help="Folder of a Hugging Face model: DeepSeek-V2 or V3, Mixtral, or Qwen3-MoE.", show_default=False
-        ),
+        typer.Argument(help="Folder of a Hugging Face model; docs/interop.md lists the families.", show_default=False),
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder to create.", show_default=False)],
     tokenizer: Annotated[

@@ -31,6 +31,11 @@ LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 3.0}
 YARN = {"rope_type": "yarn", "rope_theta": 50.0, "factor": 6.0, "original_max_position_embeddings": 24}
 YARN |= {"beta_fast": 2.0, "beta_slow": 0.4}
 QWEN = {"num_experts": 5, "moe_intermediate_size": 14, "intermediate_size": 36}
+# Its norms are as wide as the model, so the heads must fill it.
+OLMOE = {"num_experts": 7, "intermediate_size": 14, "hidden_size": 54, "num_attention_heads": 9}
+# A padding id, which the family has by default, would have an embedding of zeros and no gradient.
+OLMOE |= {"num_key_value_heads": 3, "head_dim": 6, "pad_token_id": None, "eos_token_id": None}
+QWEN2 = QWEN | {"shared_expert_intermediate_size": 22}
 MODELS = {
     "mixtral": ("Mixtral", {"num_local_experts": 5, "intermediate_size": 14}),
     "mixtral-tied": (
@@ -67,16 +72,31 @@ MODELS = {
     "qwen3_moe-dense-first": ("Qwen3Moe", QWEN | {"mlp_only_layers": [0]}),
     "qwen3_moe-every-second": ("Qwen3Moe", QWEN | {"decoder_sparse_step": 2}),
     "qwen3_moe-only-the-last": ("Qwen3Moe", QWEN | {"mlp_only_layers": [0, 1]}),
+    "qwen3_moe-biases": ("Qwen3Moe", QWEN | {"attention_bias": True}),
     "qwen3_moe-tied": ("Qwen3Moe", QWEN | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "olmoe": ("Olmoe", OLMOE),
+    "olmoe-renormalized": (
+        "Olmoe",
+        OLMOE | {"norm_topk_prob": True, "attention_bias": True, "num_key_value_heads": None, "rms_norm_eps": 1e-3},
+    ),
+    "olmoe-tied": ("Olmoe", OLMOE | {"tie_word_embeddings": True, "num_key_value_heads": 1, "num_experts": 4}),
+    "qwen2_moe": ("Qwen2Moe", QWEN2),
+    "qwen2_moe-renormalized": (
+        "Qwen2Moe",
+        QWEN2 | {"norm_topk_prob": True, "qkv_bias": False, "hidden_size": 48, "head_dim": ...},
+    ),
+    "qwen2_moe-dense-first": ("Qwen2Moe", QWEN2 | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 9}),
+    "qwen2_moe-every-second": ("Qwen2Moe", QWEN2 | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
 }
 
 
-def build(name):
-    """The model of transformers, in fp32, with random norms."""
+def build(name, **changes):
+    """The model of transformers, in fp32, with random norms and biases."""
     import transformers
 
     family, settings = MODELS[name]
-    config = getattr(transformers, f"{family}Config")(**SHAPES | settings)
+    values = {key: value for key, value in (SHAPES | settings | changes).items() if value is not ...}
+    config = getattr(transformers, f"{family}Config")(**values)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
@@ -84,6 +104,9 @@ def build(name):
             # Norms are ones at first, and the routers of Qwen3-MoE zeros.
             if parameter_name.endswith("norm.weight") or "gate.weight" in parameter_name:
                 parameter.normal_(0.7, 0.3)
+            # Biases too.
+            if parameter_name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
     return model
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qsparse_moe import build_model, train
-from qsparse_moe.config.shapes import has_experts
+from qsparse_moe.config.shapes import has_experts, num_kv_heads
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.import_model import import_model
 from qsparse_moe.interop.initial_weights import open_weights
@@ -30,9 +30,9 @@ def pair(request, tmp_path_factory):
     return model, save(model, tmp_path_factory.mktemp("models") / request.param)
 
 
-def read(folder):
+def read(folder, **experts):
     weights = HuggingFaceWeights(folder)
-    moe = weights.model.moe.model_copy(update={"backend": "loop"})
+    moe = weights.model.moe.model_copy(update={"backend": "loop"} | experts)
     model = build_model(weights.model.model_copy(update={"moe": moe}))
     assert stored_shapes(model) == weights.shapes
     load_model(model, lambda kind, name: weights.tensor(name), weights.tensor)
@@ -59,6 +59,10 @@ def gradients_by_our_names(model, config):
         found[a + "feed_forward_norm.weight"] = theirs[b + "post_attention_layernorm.weight"]
         found[a + "attention.qkv.weight"] = torch.cat([theirs[f"{b}self_attn.{x}_proj.weight"] for x in "qkv"])
         found[a + "attention.output.weight"] = theirs[b + "self_attn.o_proj.weight"]
+        if config.attention_bias != "none":
+            found[a + "attention.qkv.bias"] = torch.cat([theirs[f"{b}self_attn.{x}_proj.bias"] for x in "qkv"])
+        if config.attention_bias == "all":
+            found[a + "attention.output.bias"] = theirs[b + "self_attn.o_proj.bias"]
         if config.qk_norm != "none":
             found[a + "attention.query_norm.weight"] = theirs[b + "self_attn.q_norm.weight"]
             found[a + "attention.key_norm.weight"] = theirs[b + "self_attn.k_norm.weight"]
@@ -67,6 +71,10 @@ def gradients_by_our_names(model, config):
             found[a + "moe.experts.w_gate"], found[a + "moe.experts.w_up"] = gate.mT, up.mT
             found[a + "moe.experts.w_down"] = theirs[b + "mlp.experts.down_proj"].mT
             found[a + "moe.router.weight"] = theirs[b + "mlp.gate.weight"]
+            if config.moe.num_shared_experts:
+                for part in ("gate", "up", "down"):
+                    found[f"{a}moe.shared.w_{part}"] = theirs[f"{b}mlp.shared_expert.{part}_proj.weight"].T
+                found[a + "moe.shared.token_gate"] = theirs[b + "mlp.shared_expert_gate.weight"]
         else:
             for part in ("gate", "up", "down"):
                 found[f"{a}dense.w_{part}"] = theirs[f"{b}mlp.{part}_proj.weight"].T
@@ -92,7 +100,7 @@ def test_logits_and_every_gradient_are_those_of_transformers(pair):
 
 
 @pytest.mark.parametrize("layout", ["sharded", "fused", "sharded-and-fused"])
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-dense-first"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-dense-first", "olmoe", "qwen2_moe-dense-first"])
 def test_every_layout_of_the_files_gives_the_same_weights(tmp_path, name, layout):
     model = build(name)
     one = HuggingFaceWeights(save(model, tmp_path / "one"))
@@ -154,7 +162,7 @@ def test_scaled_frequencies_in_the_older_form_are_read_alike(tmp_path):
     assert HuggingFaceWeights(folder).model == new
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-renormalized"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe-renormalized", "olmoe", "qwen2_moe"])
 def test_absent_settings_have_the_defaults_of_transformers(tmp_path, name):
     from transformers import AutoConfig
 
@@ -167,15 +175,25 @@ def test_absent_settings_have_the_defaults_of_transformers(tmp_path, name):
         "attention_bias",
         "sliding_window",
     ]
+    absent += ["clip_qkv", "qkv_bias", "layer_types", "max_window_layers"]
     absent += ["decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "use_sliding_window", "attention_dropout"]
     change_settings(folder, **dict.fromkeys(absent, ...))
     theirs, ours = AutoConfig.from_pretrained(folder), HuggingFaceWeights(folder).model
     assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
     assert (ours.norm_epsilon, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
-    assert (theirs.hidden_act, theirs.attention_dropout, theirs.sliding_window) == ("silu", 0, None)
+    assert (theirs.hidden_act, theirs.attention_dropout) == ("silu", 0)
+    assert not getattr(theirs, "sliding_window", None) and getattr(theirs, "clip_qkv", None) is None
+    biases = "qkv" if getattr(theirs, "qkv_bias", False) else "all" if getattr(theirs, "attention_bias", 0) else "none"
+    assert ours.attention_bias == biases == ("qkv" if name.startswith("qwen2_moe") else "none")
     renormalizes = getattr(theirs, "norm_topk_prob", True)
     assert ours.moe.router == ("softmax_topk_renormalized" if renormalizes else "softmax_topk")
     assert all(has_experts(ours, layer) for layer in range(ours.num_layers))
+
+
+def test_heads_of_keys_are_those_of_queries_in_an_olmoe_that_does_not_say_otherwise(tmp_path):
+    folder = save(build("olmoe", num_key_value_heads=9), tmp_path / "model")
+    change_settings(folder, num_key_value_heads=...)
+    assert num_kv_heads(HuggingFaceWeights(folder).model) == 9
 
 
 def test_an_import_is_an_export_with_the_same_logits_and_tokenizer(pair, tmp_path):

@@ -33,7 +33,8 @@ def saved(tmp_path_factory):
     model = build("mixtral")
     save(model, root / "mixtral")
     save(model, root / "sharded", max_shard_size="20KB")
-    save(build("qwen3_moe"), root / "qwen3_moe")
+    for name in ("qwen3_moe", "olmoe", "qwen2_moe"):
+        save(build(name), root / name)
     return root
 
 
@@ -135,6 +136,14 @@ def refused(folder):
             'model_type ("gpt_oss") has attention sinks, biases in attention, router, and experts, and a clamped '
             "activation function in the experts, which this package's model does not have; name a model of one of ",
         ),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv (8.0) must be null here; another value changes the result"),
+        ("qwen2_moe", {"use_sliding_window": True}, "use_sliding_window (true) must be false here"),
+        (
+            "qwen2_moe",
+            {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+            'layer_types (["full_attention", "sliding_attention", "full_attention"]) must be null or ["full_attention"',
+        ),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "(0) must be a positive integer; correct it"),
         ("mixtral", {"model_type": "llama"}, 'model_type ("llama") is not a family that can be read; name a model of'),
     ],
 )

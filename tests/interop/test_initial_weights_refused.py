@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from qsparse_moe import train
 from qsparse_moe.config.load import load_config
 from qsparse_moe.errors import CheckpointError, ConfigError
+from qsparse_moe.interop.families.registry import FAMILIES
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import run_folder
 from qsparse_moe.training import loop
@@ -124,7 +125,7 @@ def test_a_folder_that_holds_no_weights_is_refused(folder, sources, tmp_path):
     (tmp_path / "thesis" / "config.json").write_text("{}")
     assert message(tmp_path / "thesis") == (
         f'training.init_from ({tmp_path}/thesis): {tmp_path}/thesis/config.json: model_type ("") is not a family that '
-        "can be read; name a model of one of these: mixtral, qwen3_moe"
+        f"can be read; name a model of one of these: {', '.join(FAMILIES)}"
     )
     with pytest.raises(CheckpointError, match=r"is a Hugging Face model, and training\.loop\.train alone reads runs"):
         loop.train(make(folder, tmp_path / "runs", tmp_path / "thesis"))

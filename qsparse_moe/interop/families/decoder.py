@@ -7,8 +7,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import dense_hidden_size, has_experts, head_size, num_kv_heads, vocab_size
-from qsparse_moe.interop.families.recipe import Recipe, copied, fused_experts, joined, stacked, transposed
+from qsparse_moe.config.shapes import (
+    dense_hidden_size,
+    has_experts,
+    head_size,
+    num_kv_heads,
+    shared_hidden_size,
+    vocab_size,
+)
+from qsparse_moe.interop.families.recipe import (
+    Recipe,
+    copied,
+    fused_experts,
+    joined,
+    joined_vectors,
+    stacked,
+    transposed,
+)
 from qsparse_moe.interop.families.rotary import rotary_settings
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -24,30 +39,53 @@ class ExpertNames:
     gate: str
     up: str
     down: str
+    shared: str | None = None
+    """The shared expert within ``block``, which has a gate for its output."""
 
 
-def model_settings(settings: FamilySettings, *, rope_theta: float, norm_epsilon: float) -> dict[str, Any]:
+def model_settings(
+    settings: FamilySettings, *, rope_theta: float, norm_epsilon: float, has_all_heads: bool = False
+) -> dict[str, Any]:
     """Return the settings of ``ModelConfig`` outside of its sections.
 
     Args:
         settings: those of the ``config.json``.
         rope_theta: the default of the family.
         norm_epsilon: the default of the family.
+        has_all_heads: whether a model of the family that does not say otherwise has keys and values for every head.
     """
     settings.require("hidden_act", "silu", "swish")
-    settings.require("attention_bias", False)
     settings.require("attention_dropout", 0.0)
     width, heads = settings.size("hidden_size"), settings.size("num_attention_heads")
+    num_layers = settings.size("num_hidden_layers")
+    settings.require("layer_types", None, ["full_attention"] * num_layers)
     return {
         "vocab_size": settings.size("vocab_size"),
         "hidden_size": width,
-        "num_layers": settings.size("num_hidden_layers"),
+        "num_layers": num_layers,
         "num_heads": heads,
-        "num_kv_heads": settings.size("num_key_value_heads"),
+        "num_kv_heads": settings.size("num_key_value_heads", default=heads if has_all_heads else None),
         "head_size": settings.size("head_dim", default=width // heads),
         "norm_epsilon": settings.number("rms_norm_eps", default=norm_epsilon),
         "tie_embeddings": settings.flag("tie_word_embeddings", default=False),
     } | rotary_settings(settings, rope_theta=rope_theta)
+
+
+def attention_bias(settings: FamilySettings) -> dict[str, Any]:
+    """Return our setting for a family in which one flag gives biases to all four projections."""
+    return {"attention_bias": "all" if settings.flag("attention_bias", default=False) else "none"}
+
+
+def expert_settings(settings: FamilySettings, hidden_size: str) -> dict[str, Any]:
+    """Return the settings of the routed experts, whose hidden width is the setting ``hidden_size`` of the file."""
+    renormalized = settings.flag("norm_topk_prob", default=False)
+    return {
+        "num_experts": settings.size("num_experts", "num_local_experts"),
+        "experts_per_token": settings.size("num_experts_per_tok"),
+        "expert_hidden_size": settings.size(hidden_size),
+        "router": "softmax_topk_renormalized" if renormalized else "softmax_topk",
+        "activation": "swiglu",
+    }
 
 
 def decoder_recipes(
@@ -82,13 +120,17 @@ def _attention(config: ModelConfig, layer: str) -> dict[str, Recipe]:
     width, channels = config.hidden_size, head_size(config)
     queries, keys = config.num_heads * channels, num_kv_heads(config) * channels
     prefix = f"{layer}.self_attn"
-    rows = {f"{prefix}.q_proj.weight": queries, f"{prefix}.k_proj.weight": keys, f"{prefix}.v_proj.weight": keys}
+    rows = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
     recipes = {
         "attention_norm.weight": copied(f"{layer}.input_layernorm.weight", width),
         "feed_forward_norm.weight": copied(f"{layer}.post_attention_layernorm.weight", width),
-        "attention.qkv.weight": joined(width, rows),
+        "attention.qkv.weight": joined(width, {f"{prefix}.{name}.weight": size for name, size in rows.items()}),
         "attention.output.weight": copied(f"{prefix}.o_proj.weight", width, queries),
     }
+    if config.attention_bias != "none":
+        recipes["attention.qkv.bias"] = joined_vectors({f"{prefix}.{name}.bias": size for name, size in rows.items()})
+    if config.attention_bias == "all":
+        recipes["attention.output.bias"] = copied(f"{prefix}.o_proj.bias", width)
     if config.qk_norm != "none":
         together = config.qk_norm == "all_heads"
         recipes["attention.query_norm.weight"] = copied(f"{prefix}.q_norm.weight", queries if together else channels)
@@ -109,7 +151,14 @@ def _experts(config: ModelConfig, names: ExpertNames, layer: str, stored: Collec
             "w_down": stacked(_expert_name(block, names.down), experts, hidden, width),
         }
     found = {f"moe.experts.{name}": recipe for name, recipe in recipes.items()}
-    return found | {"moe.router.weight": copied(f"{block}.gate.weight", experts, width)}
+    found["moe.router.weight"] = copied(f"{block}.gate.weight", experts, width)
+    return found | _shared(config, f"{block}.{names.shared}") if names.shared else found
+
+
+def _shared(config: ModelConfig, expert: str) -> dict[str, Recipe]:
+    recipes = _gated(expert, config.hidden_size, shared_hidden_size(config))
+    recipes["token_gate"] = copied(f"{expert}_gate.weight", 1, config.hidden_size)
+    return {f"moe.shared.{name}": recipe for name, recipe in recipes.items()}
 
 
 def _expert_name(block: str, matrix: str) -> Callable[[int], str]:
@@ -117,9 +166,13 @@ def _expert_name(block: str, matrix: str) -> Callable[[int], str]:
 
 
 def _dense(config: ModelConfig, layer: str) -> dict[str, Recipe]:
-    width, hidden = config.hidden_size, dense_hidden_size(config)
+    recipes = _gated(f"{layer}.mlp", config.hidden_size, dense_hidden_size(config))
+    return {f"dense.{name}": recipe for name, recipe in recipes.items()}
+
+
+def _gated(block: str, width: int, hidden: int) -> dict[str, Recipe]:
     return {
-        "dense.w_gate": transposed(f"{layer}.mlp.gate_proj.weight", width, hidden),
-        "dense.w_up": transposed(f"{layer}.mlp.up_proj.weight", width, hidden),
-        "dense.w_down": transposed(f"{layer}.mlp.down_proj.weight", hidden, width),
+        "w_gate": transposed(f"{block}.gate_proj.weight", width, hidden),
+        "w_up": transposed(f"{block}.up_proj.weight", width, hidden),
+        "w_down": transposed(f"{block}.down_proj.weight", hidden, width),
     }

@@ -15,6 +15,7 @@ _EXPERTS = ExpertNames(block="block_sparse_moe", fused_block="mlp", gate="w1", u
 
 def settings(source: FamilySettings) -> dict[str, Any]:
     """Return the settings of ``ModelConfig``."""
+    source.require("attention_bias", False)
     source.require("sliding_window", None)
     # Only training has the jitter, which multiplies the experts' input too; ours is at the router alone.
     source.require("router_jitter_noise", 0.0)

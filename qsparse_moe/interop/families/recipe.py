@@ -107,6 +107,12 @@ def joined(width: int, rows: Mapping[str, int], orders: Mapping[str, tuple[int, 
     return Recipe((sum(rows.values()), width), pieces, "joined")
 
 
+def joined_vectors(sizes: Mapping[str, int]) -> Recipe:
+    """Return the recipe of vectors of these sizes, by name, one after the other."""
+    pieces = tuple(Piece(name, (size,)) for name, size in sizes.items())
+    return Recipe((sum(sizes.values()),), pieces, "joined")
+
+
 def transposed(name: str, inputs: int, outputs: int) -> Recipe:
     """Return the recipe of ``(inputs, outputs)`` from a stored ``(outputs, inputs)``."""
     return Recipe((inputs, outputs), (Piece(name, (outputs, inputs)),), "transposed")

@@ -10,7 +10,7 @@ from qsparse_moe.config.problems import show
 from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
-from qsparse_moe.interop.families import deepseek, mixtral, qwen3_moe
+from qsparse_moe.interop.families import deepseek, mixtral, olmoe, qwen2_moe, qwen3_moe
 from qsparse_moe.interop.families.recipe import Recipes
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -31,6 +31,8 @@ FAMILIES = {
     "deepseek_v2": Family(deepseek.v2_settings, deepseek.recipes),
     "deepseek_v3": Family(deepseek.v3_settings, deepseek.recipes, deepseek.left_out),
     "mixtral": Family(mixtral.settings, mixtral.recipes),
+    "olmoe": Family(olmoe.settings, olmoe.recipes),
+    "qwen2_moe": Family(qwen2_moe.settings, qwen2_moe.recipes),
     "qwen3_moe": Family(qwen3_moe.settings, qwen3_moe.recipes),
 }
 

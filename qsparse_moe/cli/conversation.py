@@ -10,9 +10,10 @@ import typer
 from qsparse_moe.cli.generated_text import Settings, open_stream, report_speed
 
 if TYPE_CHECKING:
+    from qsparse_moe.data.chat_template import ChatTemplate
+    from qsparse_moe.data.conversations import Message
     from qsparse_moe.inference.generator import Generator
     from qsparse_moe.inference.sequences import Generation
-    from qsparse_moe.interop.chat import ChatTemplate, Message
 
 
 def converse(generator: Generator, template: ChatTemplate | None, settings: Settings) -> None:
@@ -23,10 +24,13 @@ def converse(generator: Generator, template: ChatTemplate | None, settings: Sett
     from qsparse_moe.inference.prompt_cache import PromptCache
 
     conversation: _Conversation = _Chat(generator, template) if template is not None else _Text(generator)
+    # The model has learned to end an answer as the template does, which need not be with the document token.
+    end = None if template is None else template.end_of_answer()
+    ends = () if end is None else (end,)
     kept = PromptCache()
     turn = 0
     while (line := _read_line()) is not None:
-        stream = open_stream(generator, [conversation.prompt(line)], settings, turn, reuse=kept)
+        stream = open_stream(generator, [conversation.prompt(line)], settings, turn, reuse=kept, stop_tokens=ends)
         try:
             for step in stream:
                 typer.echo(step[0].text, nl=False)

@@ -133,7 +133,7 @@ def generate(
 
 def _converse(generator: Generator, settings: Settings) -> None:
     from qsparse_moe.cli.conversation import converse
-    from qsparse_moe.interop.chat import load_chat_template
+    from qsparse_moe.data.chat_template import load_chat_template
 
     converse(generator, load_chat_template(generator.tokenizer), settings)
 

@@ -39,6 +39,7 @@ def open_stream(
     first: int = 0,
     *,
     reuse: PromptCache | None = None,
+    stop_tokens: Sequence[int] = (),
 ) -> GenerationStream:
     """Return the steps of a batch, whose first prompt is number ``first`` of the call."""
     with naming_options(settings.prompts, first=first):
@@ -49,6 +50,7 @@ def open_stream(
             # The seed follows the number of the prompt in the call, so that --batch-size does not change the text.
             seed=settings.seed + first,
             stop=settings.stop,
+            stop_tokens=stop_tokens,
             reuse=reuse,
         )
 

@@ -8,11 +8,12 @@ from qsparse_moe.config.fields import section_fields, unknown_setting, walk
 from qsparse_moe.config.model_rules import MODEL_RULES, divisors, nearest
 from qsparse_moe.config.problems import Problem, raise_if_any, show
 from qsparse_moe.config.router_rules import ROUTER_RULES, untrained_router
-from qsparse_moe.config.schema import LossScaleConfig, ModelConfig, RunConfig, SourceConfig
+from qsparse_moe.config.schema import ChatConfig, LossScaleConfig, ModelConfig, RunConfig, SourceConfig
 from qsparse_moe.config.shapes import BYTE_VOCABULARY, moe_layers
 from qsparse_moe.errors import ConfigError
 
 _FILE_KINDS = frozenset({"text", "jsonl", "parquet"})
+_LARGEST_CHAT_VOCABULARY = 2**28
 
 
 def broken_rules(config: RunConfig) -> list[Problem]:
@@ -259,6 +260,37 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
             )
 
 
+def _chat(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if all(source.format == "text" for source in data.sources):
+        for name, default in ChatConfig().model_dump().items():
+            if (value := getattr(data.chat, name)) != default:
+                yield Problem(
+                    f"data.chat.{name} ({show(value)}) has no meaning without a source of format chat; remove it, or "
+                    "set data.sources.N.format=chat",
+                    (f"data.chat.{name}",),
+                )
+        return
+    if data.tokenizer == "bytes":
+        yield Problem(
+            'data.tokenizer ("bytes") must have special tokens for the turns of a conversation when a source has the '
+            "format chat; name a Hugging Face tokenizer",
+            ("data.tokenizer",),
+        )
+    if data.attend_across_documents:
+        yield Problem(
+            "data.attend_across_documents (true) must be false when a source has the format chat: conversations that "
+            "share a sequence would be mixed",
+            ("data.attend_across_documents",),
+        )
+    if (config.model.vocab_size or 0) > _LARGEST_CHAT_VOCABULARY:
+        yield Problem(
+            f"model.vocab_size ({config.model.vocab_size}) must be at most {_LARGEST_CHAT_VOCABULARY} when a source "
+            "has the format chat, whose tokens are stored with marks in their high bits",
+            ("model.vocab_size",),
+        )
+
+
 def _source_problems(source: SourceConfig) -> Iterator[tuple[str, str]]:
     """Yield each wrong setting of one source, with the message."""
     kind = source.kind
@@ -275,6 +307,8 @@ def _source_problems(source: SourceConfig) -> Iterator[tuple[str, str]]:
         yield "separator", f"has no meaning when kind is {kind}; remove it"
     if kind in {"stdlib", "text"} and source.column != "text":
         yield "column", f"has no meaning when kind is {kind}, whose documents are whole files; remove it"
+    if kind in {"stdlib", "text"} and source.format == "chat":
+        yield "format", f"must be text when kind is {kind}, whose documents are whole files; use jsonl or parquet"
     if kind != "hub" and source.subset is not None:
         yield "subset", f"has no meaning when kind is {kind}; remove it, or set kind to hub"
     if kind not in {"hub", "saved"} and source.split != "train":
@@ -288,6 +322,7 @@ def _suffix(kind: str) -> str:
 _RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _vocabulary,
     _sources,
+    _chat,
     _batch_sizes,
     _learning_rate_steps,
     _sparsity_steps,

@@ -41,6 +41,7 @@ __all__ = [
     "SITES",
     "ActivationFormat",
     "BlendConfig",
+    "ChatConfig",
     "DataConfig",
     "DeepSpeedConfig",
     "LatentAttentionConfig",
@@ -78,8 +79,12 @@ class SourceConfig(Section):
     """Name of the configuration of a hub data set."""
     split: str = "train"
     """Split of a hub data set, or of a saved one that has splits."""
+    format: Literal["text", "chat"] = "text"
+    """text: a record holds a text; chat: a record holds a conversation, a list of messages with role and content
+    (OpenAI) or with from and value (ShareGPT), which the chat template writes (jsonl, parquet, saved, hub)."""
     column: str = "text"
-    """Column with the text of the document (jsonl, parquet, saved, hub); other columns are not read."""
+    """Column with the text of the document, or with the messages of the conversation, for which text stands for
+    messages (jsonl, parquet, saved, hub); other columns are not read."""
     separator: Annotated[str, Field(min_length=1)] | None = None
     """text: the string between two documents of a file; null: each file is one document."""
     weight: PositiveFloat = 1.0
@@ -87,6 +92,24 @@ class SourceConfig(Section):
     1, every document is used once per epoch."""
     max_bytes: Annotated[int, Field(ge=1, le=2**63 - 1)] | None = None
     """Maximum number of bytes of text to read from this source; null: no limit."""
+
+    @property
+    def record_column(self) -> str:
+        """The column that is read: ``column``, or by default ``messages`` if the format is chat."""
+        return "messages" if self.format == "chat" and self.column == "text" else self.column
+
+
+class ChatConfig(Section):
+    """Conversations, from sources whose format is chat."""
+
+    template: str | None = None
+    """Jinja file with the chat template; null: that of the tokenizer."""
+    loss: Literal["answers", "all"] = "answers"
+    """Tokens that are targets of the loss. answers: those of the assistant's messages with the token that ends each;
+    all: every token."""
+    too_long: Literal["cut", "drop"] = "cut"
+    """What happens to a conversation of more than sequence_length + 1 tokens. cut: its first part is kept, and it is
+    left out if no answer begins there; drop: it is left out. Both are counted in the log and in the manifest."""
 
 
 class DataConfig(Section):
@@ -112,6 +135,8 @@ class DataConfig(Section):
     """streaming with shuffle: each rank reads this number of sequences, uses them in random order, and then reads the
     next ones; this is resumed exactly. Sequences further apart mix only through the order of the files. 1: sequences
     are used in the order in which they are read."""
+    chat: ChatConfig = ChatConfig()
+    """Conversations, from sources whose format is chat."""
     max_bad_records: NonNegativeInt = 0
     """Maximum number of records of one source that may be skipped per pass: lines that are not JSON, records without
     text in the column, files that are not UTF-8, and documents that are too long. The log contains their number. 0: the

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from qsparse_moe.data.marks import begins_document, is_target, token_ids
+
 # This is the value that PyTorch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
 """The label that every loss ignores."""
@@ -29,24 +31,29 @@ class Batch(NamedTuple):
     documents."""
     documents_BS: Tensor | None
     """Running index of the document inside the sequence, from 0; None: attention may cross documents."""
+    loss_weight: Tensor | None = None
+    """``()`` float32, factor of the mean loss over the targets; None is 1. It makes up for different numbers of targets
+    in the micro-batches of a step."""
 
 
 def make_batch(sequences: np.ndarray[Any, Any], *, document_token: int, attend_across_documents: bool) -> Batch:
     """Split packed sequences into inputs and labels and find the documents in them.
 
-    A sequence that begins in the middle of a document counts its positions from 0 there.
+    Tokens with marks (``data.marks``) lose them: the label of one that is no target is -100. A sequence that begins in
+    the middle of a document counts its positions from 0 there.
 
     Args:
         sequences: ``(B, S + 1)`` token ids of any integer type.
         document_token: the token that begins every document.
         attend_across_documents: leave the documents unmarked.
     """
-    tokens = sequences[:, :-1].astype(np.int64)
-    labels = sequences[:, 1:].astype(np.int64)
+    ids = token_ids(sequences)
+    tokens = ids[:, :-1]
+    labels = np.where(is_target(sequences[:, 1:]), ids[:, 1:], IGNORED_LABEL)
     columns = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     if attend_across_documents:
         return Batch(_tensor(tokens), _tensor(labels), _tensor(columns), None)
-    begins = tokens == document_token
+    begins = begins_document(sequences[:, :-1], document_token)
     positions = columns - np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
     # The index is 0 for the first document, whether the sequence begins with its document token or inside of it.
     documents = np.cumsum(begins, axis=1) - begins[:, :1]

@@ -54,16 +54,16 @@ def open_hub(source: SourceConfig, setting: str, limits: Limits) -> OpenSource:
         ) from error
     columns = dataset.column_names
     if columns is not None:
-        _require_column(columns, source.column, f"{setting}: {path!r}")
+        _require_column(columns, source.record_column, f"{setting}: {path!r}")
         # The other columns may hold images or audio, whose decoding would cost more than reading the text.
-        dataset = dataset.select_columns([source.column])
+        dataset = dataset.select_columns([source.record_column])
     identity = source.model_dump(include={"kind", "path", "subset", "split", "column"})
     # The hub's commit; of a data set in a local folder a digest of its files' times.
     identity["revision"] = [str(builder.hash), str(builder.config_id)]
     files = tuple(str(file) for file in (builder.config.data_files or {}).get(str(source.split), ()))
     # Only local files can be hashed for the fingerprint; files on the hub are identified by the commit above.
     local = files if all(map(os.path.isfile, files)) else ()
-    return OpenSource(setting, dataset, source.column, identity, None, local, limits)
+    return OpenSource(setting, dataset, source.record_column, identity, None, local, limits)
 
 
 def open_saved(source: SourceConfig, setting: str, limits: Limits) -> OpenSource:
@@ -95,12 +95,14 @@ def open_saved(source: SourceConfig, setting: str, limits: Limits) -> OpenSource
                 "split must name one"
             )
         found = found[source.split]
-    _require_column(found.column_names, source.column, f"{setting}: {source.path!r}")
+    _require_column(found.column_names, source.record_column, f"{setting}: {source.path!r}")
     files = tuple(str(Path(file["filename"])) for file in found.cache_files)
     # datasets refuses more shards than there are rows.
-    stream = found.select_columns([source.column]).to_iterable_dataset(num_shards=max(1, min(_NUM_PARTS, len(found))))
+    stream = found.select_columns([source.record_column]).to_iterable_dataset(
+        num_shards=max(1, min(_NUM_PARTS, len(found)))
+    )
     identity = source.model_dump(include={"kind", "split", "column"}) | {"files": sizes_and_times(files)}
-    return OpenSource(setting, stream, source.column, identity, None, files, limits)
+    return OpenSource(setting, stream, source.record_column, identity, None, files, limits)
 
 
 def _looks_like_a_folder(path: str) -> bool:

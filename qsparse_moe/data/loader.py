@@ -94,6 +94,11 @@ class TrainLoader:
             return error
         return None
 
+    @property
+    def has_ignored_targets(self) -> bool:
+        """Whether micro-batches have different numbers of targets; the same on every rank."""
+        return self._data.chat_template is not None
+
     def epochs(self, step: int) -> list[float]:
         """Return how often each source is read in ``step`` steps, by all ranks.
 

@@ -13,10 +13,11 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, NamedTuple, cast
 
+from qsparse_moe.data.conversations import messages_json
 from qsparse_moe.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,22 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 # Bytes read at once where a file is cut into documents: large enough that decoding, not reading, takes the time.
 _BLOCK_BYTES = 1 << 20
+# Python converts integers of up to 4300 digits.
+_LONGEST_NUMBER = 4300
 
 
 def read_files(
-    files: list[str], kind: str, column: str, separator: str | None, setting: str, max_bytes: int
+    files: list[str],
+    kind: str,
+    column: str,
+    separator: str | None,
+    setting: str,
+    max_bytes: int,
+    is_chat: bool = False,
 ) -> Iterator[Record]:
     """Yield the records of all files; a file without any is skipped, and the log names it.
+
+    With ``is_chat`` the text of a record is a conversation's messages as JSON, and ``place`` names the record.
 
     Raises:
         DataError: a file cannot be opened, is cut off or is not of its kind.
@@ -40,9 +51,10 @@ def read_files(
     for file in files:
         place = f"{setting}: {file}"
         found = False
-        for record in _records(file, kind, column, separator, place, max_bytes):
+        value = _messages if is_chat else _text
+        for record in _records(file, kind, column, separator, place, max_bytes, value):
             found = True
-            yield record
+            yield {"place": place} | record if is_chat else record
         if not found:
             logger.warning("%s is empty and is skipped", place)
 
@@ -94,14 +106,16 @@ def is_compressed(file: str) -> bool:
         return stream.read(2) == _GZIP_MAGIC
 
 
-def _records(file: str, kind: str, column: str, separator: str | None, place: str, max_bytes: int) -> Iterator[Record]:
+def _records(
+    file: str, kind: str, column: str, separator: str | None, place: str, max_bytes: int, value: ReadValue
+) -> Iterator[Record]:
     try:
         if kind == "parquet":
-            yield from _parquet_rows(file, column, place)
+            yield from _parquet_rows(file, column, place, value)
             return
         with _opened(file) as stream:
             if kind == "jsonl":
-                yield from _json_lines(stream, column, place, max_bytes)
+                yield from _json_lines(stream, column, place, max_bytes, value)
             elif separator:
                 yield from _separated(stream, separator, place, max_bytes)
             else:
@@ -182,7 +196,7 @@ def _is_longer(text: str, max_bytes: int) -> bool:
     return len(text) > max_bytes or (4 * len(text) > max_bytes and len(text.encode("utf-8")) > max_bytes)
 
 
-def _json_lines(stream: IO[bytes], column: str, place: str, max_bytes: int) -> Iterator[Record]:
+def _json_lines(stream: IO[bytes], column: str, place: str, max_bytes: int, value: ReadValue) -> Iterator[Record]:
     row = -1
     # readline with a limit: iterating over the stream would hold a line of any length in memory.
     for line in iter(lambda: stream.readline(max_bytes + 1), b""):
@@ -192,7 +206,8 @@ def _json_lines(stream: IO[bytes], column: str, place: str, max_bytes: int) -> I
         elif not line.strip():
             continue
         row += 1
-        yield _bad(too_long(f"{place}, row {row},", max_bytes)) if is_cut else _json_record(line, column, place, row)
+        at = f"{place}, row {row}"
+        yield _bad(too_long(f"{at},", max_bytes)) if is_cut else _json_record(line, column, at, value)
 
 
 def _pass_line(stream: IO[bytes]) -> None:
@@ -200,8 +215,7 @@ def _pass_line(stream: IO[bytes]) -> None:
         continue
 
 
-def _json_record(line: bytes, column: str, place: str, row: int) -> Record:
-    place = f"{place}, row {row}"
+def _json_record(line: bytes, column: str, place: str, value: ReadValue) -> Record:
     try:
         # Digits stay text: Python refuses to convert integers of more than 4300 digits, and other columns may do so.
         values = json.loads(line, parse_int=partial(_Number, "int"), parse_float=partial(_Number, "float"))
@@ -217,11 +231,7 @@ def _json_record(line: bytes, column: str, place: str, row: int) -> Record:
         )
     if column not in values:
         return _bad(missing_column(list(values), column, place))
-    text = values[column]
-    if isinstance(text, _Number):
-        return _bad(not_text(text.kind, text.digits, column, place))
-    problem = text_problem(text, column, place)
-    return _bad(problem) if problem else _good(text)
+    return value(values[column], column, place)
 
 
 class _Number(NamedTuple):
@@ -231,7 +241,7 @@ class _Number(NamedTuple):
     digits: str
 
 
-def _parquet_rows(file: str, column: str, place: str) -> Iterator[Record]:
+def _parquet_rows(file: str, column: str, place: str, value: ReadValue) -> Iterator[Record]:
     import pyarrow.parquet
 
     # Opened by us: a path given to pyarrow may be taken for a URL.
@@ -245,9 +255,8 @@ def _parquet_rows(file: str, column: str, place: str) -> Iterator[Record]:
         row = 0
         # Small batches: a batch is held in memory whole, and a document may have many megabytes.
         for batch in table.iter_batches(batch_size=256, columns=[column]):
-            for text in batch.column(0).to_pylist():
-                problem = text_problem(text, column, f"{place}, row {row}")
-                yield _bad(problem) if problem else _good(text)
+            for found in batch.column(0).to_pylist():
+                yield value(found, column, f"{place}, row {row}")
                 row += 1
 
 
@@ -256,6 +265,32 @@ def _not_utf8(place: str, byte: int, offset: int) -> str:
         f"{place} is not UTF-8 (byte 0x{byte:02x} at offset {offset}), and text must be; convert it (iconv -t utf-8) "
         "or leave it out of path"
     )
+
+
+ReadValue = Callable[[object, str, str], Record]
+"""Returns the record of a value of a column, at a place that messages name."""
+
+
+def _text(value: object, column: str, place: str) -> Record:
+    if isinstance(value, _Number):
+        return _bad(not_text(value.kind, value.digits, column, place))
+    problem = text_problem(value, column, place)
+    return _bad(problem) if problem else _good(cast(str, value))
+
+
+def _messages(value: object, column: str, place: str) -> Record:
+    text, problem = messages_json(_converted(value), column, place)
+    return {"text": text, "problem": problem, "place": place}
+
+
+def _converted(value: object) -> object:
+    """Return a JSON value with its numbers, such as the arguments of a tool; those that Python refuses stay text."""
+    if isinstance(value, _Number):
+        convert = int if value.kind == "int" else float
+        return convert(value.digits) if len(value.digits) < _LONGEST_NUMBER else value.digits
+    if isinstance(value, dict):
+        return {key: _converted(item) for key, item in value.items()}
+    return [_converted(item) for item in value] if isinstance(value, list) else value
 
 
 def _good(text: str) -> Record:

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qsparse_moe.config.schema import DataConfig
+from qsparse_moe.data.chat import ChatSource, Encode
+from qsparse_moe.data.conversations import messages_json
 from qsparse_moe.data.local_files import missing_column, short, text_problem, too_long
+from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
 
 if TYPE_CHECKING:
@@ -55,9 +58,17 @@ class OpenSource:
     """The local files to read, in order; empty for a source on the hub."""
     limits: Limits = LIMITS
     """Its limits for bad records and long documents."""
+    chat: ChatSource | None = None
+    """How its records are read if they are conversations."""
+
+    def encoder(self, tokenizer: TextTokenizer) -> Encode:
+        """Return the function that tokenises its texts."""
+        return tokenizer.tokenize if self.chat is None else self.chat.documents
 
     def texts(self, dataset: IterableDataset | None = None, bad: BadRecords | None = None) -> Iterator[str]:
         """Yield the documents in order, without empty ones; ``dataset`` may be a part of the stream.
+
+        Those of a source of format chat are ``Conversation`` objects.
 
         Records that cannot be used are counted in ``bad``.
 
@@ -68,10 +79,10 @@ class OpenSource:
         row = -1
         try:
             for row, example in enumerate(self.dataset if dataset is None else dataset):
-                problem = self._problem(example, row)
+                text, problem = self._read(example, row)
                 if problem:
                     bad.add(problem)
-                elif text := example[self.column]:
+                elif text:
                     yield text
         except DataError:
             raise
@@ -86,14 +97,25 @@ class OpenSource:
             )
         bad.end_pass()
 
-    def _problem(self, example: dict[str, Any], row: int) -> str:
-        """Return the problem of a record; the readers of local files have already determined it."""
+    def _read(self, example: dict[str, Any], row: int) -> tuple[str, str]:
+        """Return the text of a record and its problem; the readers of local files have already looked for it."""
         if example.get("problem"):
-            return str(example["problem"])
-        place = f"{self.setting}, row {row} of the stream"
+            return "", str(example["problem"])
+        place = example.get("place") or f"{self.setting}, row {row} of the stream"
         if self.column not in example:
-            return missing_column(list(example), self.column, place)
-        text, max_bytes = example[self.column], self.limits.max_document_bytes
+            return "", missing_column(list(example), self.column, place)
+        value = example[self.column]
+        if self.chat is None:
+            return value, self._text_problem(value, place)
+        if "place" not in example:
+            value, problem = messages_json(value, self.column, place)
+            if problem:
+                return "", problem
+        problem = self._text_problem(value, place)
+        return ("", problem) if problem else self.chat.chat.read(value, place)
+
+    def _text_problem(self, text: Any, place: str) -> str:
+        max_bytes = self.limits.max_document_bytes
         problem = text_problem(text, self.column, place)
         # A character has at most 4 bytes, so that short texts need not be encoded to be measured.
         if not problem and 4 * len(text) > max_bytes and len(text.encode("utf-8")) > max_bytes:

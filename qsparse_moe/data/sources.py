@@ -11,9 +11,11 @@ import logging
 import os
 import sys
 import sysconfig
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qsparse_moe.config.schema import SourceConfig
+from qsparse_moe.data.chat import Chat, ChatCounts, ChatSource
 from qsparse_moe.data.data_sets import is_saved, open_hub, open_saved
 from qsparse_moe.data.local_files import is_compressed, read_files
 from qsparse_moe.data.open_source import LIMITS, Limits, OpenSource, sizes_and_times
@@ -34,13 +36,22 @@ _STDLIB_SKIPPED = frozenset(
 _STDLIB_SKIPPED_PREFIXES = ("config-", "_sysconfigdata", "sitecustomize")
 
 
-def open_source(source: SourceConfig, index: int, limits: Limits = LIMITS) -> OpenSource:
+def open_source(source: SourceConfig, index: int, limits: Limits = LIMITS, *, chat: Chat | None = None) -> OpenSource:
     """Find the files or the hub data set of ``data.sources[index]`` without reading a document.
+
+    ``chat`` reads the records of a source of format chat.
 
     Raises:
         DataError: nothing is there, or all files are empty.
     """
-    setting = f"data.sources.{index} ({source.kind})"
+    opened = _opened(source, f"data.sources.{index} ({source.kind})", limits)
+    if source.format == "text":
+        return opened
+    assert chat is not None, "load_data opens the chat settings for every source of format chat"
+    return replace(opened, identity=opened.identity | {"format": "chat"}, chat=ChatSource(chat, ChatCounts()))
+
+
+def _opened(source: SourceConfig, setting: str, limits: Limits) -> OpenSource:
     if source.kind == "hub":
         return open_hub(source, setting, limits)
     if source.kind == "saved":
@@ -54,10 +65,11 @@ def _open_files(source: SourceConfig, setting: str, files: list[str], limits: Li
     arguments = {
         "files": files,
         "kind": source.kind,
-        "column": source.column,
+        "column": source.record_column,
         "separator": source.separator,
         "setting": setting,
         "max_bytes": limits.max_document_bytes,
+        "is_chat": source.format == "chat",
     }
     whole_files = source.kind in ("stdlib", "text")
     return OpenSource(
@@ -66,7 +78,7 @@ def _open_files(source: SourceConfig, setting: str, files: list[str], limits: Li
         column="text",
         identity={
             "kind": source.kind,
-            "column": source.column,
+            "column": source.record_column,
             "separator": source.separator,
             "files": sizes_and_times(files),
         },
@@ -82,6 +94,8 @@ def _generated(arguments: dict[str, Any], setting: str) -> IterableDataset:
     try:
         # The offsets of Arrow's plain strings have 32 bits, which limits the texts of a batch to 2 GB together.
         features = Features({"text": Value("large_string"), "problem": Value("string")})
+        if arguments["is_chat"]:
+            features["place"] = Value("string")
         return IterableDataset.from_generator(read_files, features=features, gen_kwargs=arguments)
     except OSError as error:
         # from_generator reads no data here, but it creates a lock file in the cache folder.

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qsparse_moe.data.chat import Encode
 from qsparse_moe.data.open_source import OpenSource
 from qsparse_moe.data.packing import Array, Document, PackedSequences, Packer, is_validation, text_digest
 from qsparse_moe.data.sequences import SequenceTable
@@ -55,8 +56,18 @@ class SourceStream:
                 f"{self._source.setting} holds no training document for rank {self._rank} of {self._world_size}, and "
                 "every rank needs one when data.mode is streaming; use fewer ranks, more documents or data.mode=table"
             )
+        if self._source.chat is not None:
+            self._source.chat.log_pass(self._source.setting)
         self._begin({"epoch": self._epoch + 1, "given": 0, "stream": None})
         return None
+
+    def leave_out(self) -> None:
+        """Do not count the last document returned as one: it was too long."""
+        self._given -= 1
+
+    def encoder(self, tokenizer: TextTokenizer) -> Encode:
+        """Return the function that tokenises the documents."""
+        return self._source.encoder(tokenizer)
 
     @property
     def passes(self) -> int:
@@ -104,7 +115,8 @@ class MixedStream:
     """
 
     def __init__(self, streams: Sequence[SourceStream], weights: Sequence[float], tokenizer: TextTokenizer) -> None:
-        self._streams, self._weights, self._tokenizer = streams, weights, tokenizer
+        self._streams, self._weights = streams, weights
+        self._encoders = [stream.encoder(tokenizer) for stream in streams]
         self._once = all(weight == 1 for weight in weights)
         self._tokens = [0] * len(streams)
         self._ended = [False] * len(streams)
@@ -114,11 +126,13 @@ class MixedStream:
         while True:
             index = self._choose()
             text = self._streams[index].next_text()
-            if text is not None:
-                document = self._tokenizer.tokenize([text])[0]
+            if text is None:
+                self._end(index)
+                continue
+            for document in self._encoders[index]([text]):
                 self._tokens[index] += len(document.tokens)
                 return document
-            self._end(index)
+            self._streams[index].leave_out()
 
     def _choose(self) -> int:
         waiting = [i for i, ended in enumerate(self._ended) if not ended]
@@ -318,15 +332,17 @@ def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[S
     found: list[PackedSequences] = [packer.add([])]
     num_found = 0
     counts = {False: np.zeros(256, np.int64), True: np.zeros(256, np.int64)}
+    encode = source.encoder(packing.tokenizer)
     for text in source.texts():
-        encoded = text.encode("utf-8")
-        held_out = is_validation(text_digest(encoded), packing.validation_fraction)
-        counts[held_out] += count_bytes([encoded])
+        held_out = is_validation(text_digest(text.encode("utf-8")), packing.validation_fraction)
+        counts[held_out] += count_bytes([text])
         if held_out:
-            found.append(packer.add(packing.tokenizer.tokenize([text])))
+            found.append(packer.add(encode([text])))
             num_found += len(found[-1].tokens)
             if num_found >= num_sequences:
                 break
+    else:
+        found.append(packer.finish())
     tokens = np.concatenate([packed.tokens for packed in found])[:num_sequences]
     num_bytes = np.concatenate([packed.num_bytes for packed in found])[:num_sequences]
     return SideTable((tokens,), num_bytes, counts[True]), counts[False]

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qsparse_moe.data.cache import build_once
+from qsparse_moe.data.conversations import Conversation
 from qsparse_moe.data.open_source import LIMITS, BadRecords, OpenSource
 from qsparse_moe.data.packing import PACKING_VERSION, Array, PackedSequences, Packer, is_validation, text_digest
 from qsparse_moe.data.tokenizer import TextTokenizer
@@ -81,6 +82,8 @@ class SourceTable:
     validation: SideTable
     digest: str
     """Digest of all texts in order, independent of the place and times of the files."""
+    conversations: dict[str, int] | None
+    """Numbers of conversations, and of those that were cut and left out; None for text."""
 
 
 def load_source_table(
@@ -101,6 +104,8 @@ def load_source_table(
         DataError: the source cannot be read, the cache cannot be written, or a table in it is damaged.
     """
     key = {"packing": packing.describe(), "source": source.identity, "max_bytes": max_bytes}
+    if source.chat is not None:
+        key["chat"] = source.chat.chat.describe()
     # Only where it differs from the default: caches of versions without the setting stay valid.
     if source.limits.max_document_bytes != LIMITS.max_document_bytes:
         key["max_document_bytes"] = source.limits.max_document_bytes
@@ -144,7 +149,7 @@ def _build(
     began = time.monotonic()
     bad = BadRecords(source.setting, source.limits)
     progress = progress or _LogProgress()
-    writers = {side: _SideWriter(folder, side, packing) for side in SIDES}
+    writers = {side: _SideWriter(folder, side, packing, source) for side in SIDES}
     digest = hashlib.blake2b(digest_size=16)
     total = _smaller(source.num_bytes, max_bytes)
     done = 0
@@ -154,7 +159,7 @@ def _build(
         for side in SIDES:
             held_out = side == "validation"
             chosen = [i for i, d in enumerate(digests) if is_validation(d, packing.validation_fraction) == held_out]
-            writers[side].add([texts[i] for i in chosen], [encoded[i] for i in chosen])
+            writers[side].add([texts[i] for i in chosen])
         # The digests are hashed in place of the texts, so that no text is hashed twice.
         digest.update(b"".join(digests))
         done += sum(map(len, encoded))
@@ -164,6 +169,9 @@ def _build(
     if checks is not None:
         checks({side: writer.num_sequences for side, writer in writers.items()})
     summary |= {"digest": digest.hexdigest(), "bad_records": bad.count}
+    if source.chat is not None:
+        summary["conversations"] = source.chat.counts.as_dict()
+        source.chat.log_pass(source.setting)
     (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
     sequences = ", ".join(f"{writer.num_sequences} {side}" for side, writer in writers.items())
     logger.info(
@@ -200,8 +208,11 @@ def _up_to(texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
             yield text
             continue
         encoded = text.encode("utf-8")
+        # A part of a conversation is none.
+        if isinstance(text, Conversation) and len(encoded) > left:
+            return
         # errors="ignore" drops the bytes of a character that the limit cuts through.
-        if len(encoded) >= left:
+        if len(encoded) >= left and not isinstance(text, Conversation):
             if cut := encoded[:left].decode("utf-8", errors="ignore"):
                 yield cut
             return
@@ -226,14 +237,16 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 class _SideWriter:
     """Writes the sequences of one side to an Arrow file, which ``datasets`` maps."""
 
-    def __init__(self, folder: Path, side: Side, packing: Packing) -> None:
+    def __init__(self, folder: Path, side: Side, packing: Packing, source: OpenSource) -> None:
         from datasets import Features, List, Value
         from datasets.arrow_writer import ArrowWriter
 
-        self._packing = packing
+        self._encode = source.encoder(packing.tokenizer)
         self._packer = Packer(packing.sequence_length)
-        # 16 bits halve the disk space and page cache of every vocabulary of up to 65536 tokens.
-        self._dtype = np.dtype(np.uint16 if packing.tokenizer.vocab_size <= 1 << 16 else np.uint32)
+        # 16 bits halve the disk space and page cache of every vocabulary of up to 65536 tokens. The marks in the tokens
+        # of conversations take more.
+        fits = packing.tokenizer.vocab_size <= 1 << 16 and source.chat is None
+        self._dtype = np.dtype(np.uint16 if fits else np.uint32)
         tokens = List(Value(self._dtype.name), length=packing.sequence_length + 1)
         features = Features({"tokens": tokens, "num_bytes": Value("int64")})
         self._schema = features.arrow_schema
@@ -241,16 +254,16 @@ class _SideWriter:
         self._byte_counts = np.zeros(256, np.int64)
         self.num_sequences = 0
 
-    def add(self, texts: Sequence[str], encoded: Sequence[bytes]) -> None:
+    def add(self, texts: Sequence[str]) -> None:
         """Write every sequence that is full after these documents."""
-        sequences = self._packer.add(self._packing.tokenizer.tokenize(texts) if texts else [])
-        self._byte_counts += count_bytes(encoded)
-        if len(sequences.tokens):
-            self._write(sequences)
+        self._write(self._packer.add(self._encode(texts) if texts else []))
+        self._byte_counts += count_bytes(texts)
 
     def _write(self, sequences: PackedSequences) -> None:
         import pyarrow as pa
 
+        if not len(sequences.tokens):
+            return
         flat = pa.array(np.ascontiguousarray(sequences.tokens, self._dtype).reshape(-1))
         tokens = pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("tokens").type)
         table = pa.Table.from_arrays([tokens, pa.array(sequences.num_bytes)], schema=self._schema)
@@ -259,20 +272,22 @@ class _SideWriter:
         self.num_sequences += len(sequences.tokens)
 
     def close(self) -> dict[str, Any]:
-        """Finish the file and return this side's part of the summary."""
+        """Write the sequences that are not full, finish the file, and return this side's part of the summary."""
+        self._write(self._packer.finish())
         self._writer.finalize()
         # The key is that of every table in a cache.
         return {"num_rows": self.num_sequences, "byte_counts": self._byte_counts.tolist()}
 
 
-def count_bytes(texts: Sequence[bytes]) -> Array:
-    """``(256,)`` how often each byte value occurs."""
-    return np.bincount(np.frombuffer(b"".join(texts), np.uint8), minlength=256)
+def count_bytes(texts: Sequence[str]) -> Array:
+    """``(256,)`` how often each byte value occurs in the texts, and in those of conversations that are targets."""
+    counted = "".join(text.counted if isinstance(text, Conversation) else text for text in texts)
+    return np.bincount(np.frombuffer(counted.encode("utf-8"), np.uint8), minlength=256)
 
 
 def _open(folder: Path, summary: dict[str, Any], sequence_length: int) -> SourceTable:
     train, validation = (_open_side(folder / f"{side}.arrow", summary[side], sequence_length) for side in SIDES)
-    return SourceTable(train, validation, summary["digest"])
+    return SourceTable(train, validation, summary["digest"], summary.get("conversations"))
 
 
 def _open_side(path: Path, summary: dict[str, Any], sequence_length: int) -> SideTable:

@@ -11,6 +11,7 @@ import numpy as np
 
 from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.data.chat import Chat, open_chat
 from qsparse_moe.data.open_source import Limits, OpenSource, content_digest
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
@@ -46,8 +47,14 @@ class TokenData:
         train_byte_counts: Array,
         streams: Streams | None = None,
         earlier_parts: dict[str, str] | None = None,
+        chat: Chat | None = None,
+        conversations: dict[str, dict[str, int]] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.chat_template = None if chat is None else chat.template
+        """The template that wrote the conversations; None if no source holds any."""
+        self.conversations = conversations
+        """Numbers of conversations by source, and of those that were cut and left out, in table mode; else None."""
         self.parts = parts
         """Everything on which the sequences depend, by setting, with a digest of the content of each source."""
         self.earlier_parts = parts if earlier_parts is None else earlier_parts
@@ -121,10 +128,11 @@ def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenD
     _check_mode(config)
     packing = Packing(load_tokenizer(config.tokenizer), config.sequence_length, config.validation_fraction)
     limits = Limits(config.max_bad_records, config.max_document_bytes)
-    sources = tuple(open_source(source, index, limits) for index, source in enumerate(config.sources))
+    chat = open_chat(config, packing.tokenizer)
+    sources = tuple(open_source(source, index, limits, chat=chat) for index, source in enumerate(config.sources))
     if config.mode == "streaming":
-        return _load_streams(config, sources, packing)
-    return _load_tables(config, sources, packing, progress)
+        return _load_streams(config, sources, packing, chat)
+    return _load_tables(config, sources, packing, chat, progress)
 
 
 def fingerprint_of(parts: dict[str, str]) -> str:
@@ -142,7 +150,11 @@ def _check_mode(config: DataConfig) -> None:
 
 
 def _load_tables(
-    config: DataConfig, sources: Sequence[OpenSource], packing: Packing, progress: Progress | None
+    config: DataConfig,
+    sources: Sequence[OpenSource],
+    packing: Packing,
+    chat: Chat | None,
+    progress: Progress | None,
 ) -> TokenData:
     cache_dir = Path(config.cache_dir).expanduser()
     tables = []
@@ -166,10 +178,18 @@ def _load_tables(
     train = _mixed(config, packing, [table.train for table in tables])
     return TokenData(
         tokenizer=packing.tokenizer,
-        parts=_parts(config, packing, [table.digest for table in tables]),
+        parts=_parts(config, packing, chat, [table.digest for table in tables]),
         train=train,
         validation=_mixed(config, packing, [table.validation for table in tables]),
         train_byte_counts=train.byte_counts,
+        chat=chat,
+        conversations=None
+        if chat is None
+        else {
+            f"data.sources.{index}": table.conversations
+            for index, table in enumerate(tables)
+            if table.conversations is not None
+        },
     )
 
 
@@ -182,14 +202,17 @@ def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) ->
     )
 
 
-def _load_streams(config: DataConfig, sources: tuple[OpenSource, ...], packing: Packing) -> TokenData:
+def _load_streams(
+    config: DataConfig, sources: tuple[OpenSource, ...], packing: Packing, chat: Chat | None
+) -> TokenData:
     weights = tuple(source.weight for source in config.sources)
     streams = Streams(sources, weights, packing, config.attend_across_documents, config.shuffle_window)
     first = streams.validation(_FIRST_STREAM_SEQUENCES)
     return TokenData(
         tokenizer=packing.tokenizer,
-        parts=_parts(config, packing, [_stream_digest(source) for source in sources]),
-        earlier_parts=_parts(config, packing, [_identity_digest(source) for source in sources]),
+        parts=_parts(config, packing, chat, [_stream_digest(source) for source in sources]),
+        earlier_parts=_parts(config, packing, chat, [_identity_digest(source) for source in sources]),
+        chat=chat,
         train=None,
         validation=first.table,
         train_byte_counts=first.train_byte_counts,
@@ -197,7 +220,7 @@ def _load_streams(config: DataConfig, sources: tuple[OpenSource, ...], packing: 
     )
 
 
-def _parts(config: DataConfig, packing: Packing, digests: Sequence[str]) -> dict[str, str]:
+def _parts(config: DataConfig, packing: Packing, chat: Chat | None, digests: Sequence[str]) -> dict[str, str]:
     parts = {
         "data.mode": config.mode,
         "data.sequence_length": str(config.sequence_length),
@@ -206,6 +229,8 @@ def _parts(config: DataConfig, packing: Packing, digests: Sequence[str]) -> dict
     }
     for index, (source, digest) in enumerate(zip(config.sources, digests, strict=True)):
         parts |= {f"data.sources.{index}": digest, f"data.sources.{index}.weight": str(source.weight)}
+    if chat is not None:
+        parts |= {f"data.chat.{name}": str(value) for name, value in chat.describe().items()}
     return parts
 
 
@@ -213,7 +238,11 @@ def _stream_digest(source: OpenSource) -> str:
     """Return a digest of the contents of the files, or of the revision on the hub: the text has not been read yet."""
     if not source.files:
         return _identity_digest(source)
-    how = {name: value for name, value in source.identity.items() if name in ("kind", "column", "separator", "split")}
+    how = {
+        name: value
+        for name, value in source.identity.items()
+        if name in ("kind", "column", "separator", "split", "format")
+    }
     text = json.dumps(how | {"content": content_digest(source.files)}, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 

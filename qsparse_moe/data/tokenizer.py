@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 _NUM_BYTE_VALUES = 256
 _SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+TEMPLATE_FILE = "chat_template.jinja"
+"""File with the chat template in the folder of a tokenizer."""
 
 
 class TextTokenizer(Protocol):
@@ -47,8 +50,11 @@ class TextTokenizer(Protocol):
     def special_id(self, spelling: str) -> int | None:
         """Return the id of the special token with this spelling; None if there is none."""
 
-    def save(self, folder: Path) -> None:
-        """Copy the files that it was read from into a new folder; do nothing where there are none."""
+    def save(self, folder: Path, chat_template: str | None = None) -> None:
+        """Copy the files that it was read from into a new folder; do nothing where there are none.
+
+        ``chat_template`` takes the place of its own.
+        """
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of the ids, without the document token and ids that encode no text."""
@@ -70,7 +76,7 @@ class ByteTokenizer:
         """Return None: the document token has no spelling."""
         return None
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, chat_template: str | None = None) -> None:
         """Do nothing: there are no files."""
 
     def encode(self, text: str) -> list[int]:
@@ -126,7 +132,7 @@ class HuggingFaceTokenizer:
         self._spelling = document_spelling
         self._name = name
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, chat_template: str | None = None) -> None:
         """Copy the files that it was read from into ``folder``, which is complete or absent."""
         # Copied beside the folder and renamed, so that a killed process leaves no half-written tokenizer.
         partial = folder.with_name(f".{folder.name}.new")
@@ -134,6 +140,9 @@ class HuggingFaceTokenizer:
         partial.mkdir(parents=True)
         for file in self.files:
             shutil.copyfile(file, partial / file.name)
+        if chat_template is not None:
+            # It is read before the template in tokenizer_config.json.
+            (partial / TEMPLATE_FILE).write_text(chat_template, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
@@ -247,13 +256,13 @@ def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
     # Characters up to each token's end. Tokens that are bytes of one character all end behind it: the first counts it.
     ends = np.maximum.accumulate(np.array(encoding.offsets, np.int64)[:, 1])
     if not text.isascii():
-        ends = _byte_offsets(text)[ends]
+        ends = byte_offsets(text)[ends]
     # What a tokenizer strips at the end counts for its last token, or bits per byte would miss these bytes.
     ends[-1] = len(text.encode("utf-8"))
     return ids, np.diff(ends, prepend=0)
 
 
-def _byte_offsets(text: str) -> Array:
+def byte_offsets(text: str) -> Array:
     """Return ``(n + 1,)``: the number of UTF-8 bytes before each character, and before the end."""
     points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
     # From these code points on, UTF-8 takes 2, 3, and 4 bytes.
@@ -285,7 +294,7 @@ def _folder_files(name: str) -> list[Path]:
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)"
         )
     # Only generation needs the chat template, so a folder without it is complete.
-    candidates = [folder / name for name in (*_SETTINGS_FILES, "chat_template.jinja")]
+    candidates = [folder / name for name in (*_SETTINGS_FILES, TEMPLATE_FILE)]
     return [folder / "tokenizer.json", *(path for path in candidates if path.is_file())]
 
 
@@ -300,10 +309,15 @@ def _near_folders(name: str) -> list[str]:
 
 def _hub_files(name: str) -> list[Path]:
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         with log_slow_wait(f"the hub's answer about the tokenizer {name} (data.tokenizer)"):
-            return [Path(hf_hub_download(name, file)) for file in ("tokenizer.json", "tokenizer_config.json")]
+            files = [Path(hf_hub_download(name, file)) for file in ("tokenizer.json", "tokenizer_config.json")]
+            # Not every tokenizer has a template in a file of its own.
+            with contextlib.suppress(EntryNotFoundError):
+                files.append(Path(hf_hub_download(name, TEMPLATE_FILE)))
+            return files
     except Exception as error:  # no such name, no such file, no network, no permission: many types
         raise DataError(
             f"data.tokenizer ({name}): cannot be fetched from the hub: {short(error)}; it must be bytes, a folder or "

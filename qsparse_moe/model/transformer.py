@@ -152,6 +152,7 @@ class Transformer(nn.Module):
         targets_BS: Tensor | None = None,
         positions_BS: Tensor | None = None,
         documents_BS: Tensor | None = None,
+        loss_weight: Tensor | None = None,
         with_stats: bool = True,
         layer_hook: LayerHook | None = None,
     ) -> ModelOutput:
@@ -167,6 +168,7 @@ class Transformer(nn.Module):
             positions_BS: ``(B, S)`` positions for the rotary embedding; None counts from 0.
             documents_BS: ``(B, S)`` document ids. Attention does not cross documents; None is one document per
                 sequence.
+            loss_weight: factor of the mean loss over the targets, without the routers' losses; None is 1.
             with_stats: if False, ``router/routed_LE`` is the only statistic.
             layer_hook: called with the number and the output of every layer. The output is part of the graph, so the
                 hook may register gradient hooks on it.
@@ -190,7 +192,7 @@ class Transformer(nn.Module):
         stats = stack_layers([output.stats for output in outputs])
         if targets_BS is None:
             return ModelOutput(logits_BSV, None, {}, stats)
-        loss, losses = self.losses(logits_BSV, targets_BS, outputs)
+        loss, losses = self.losses(logits_BSV, targets_BS, outputs, loss_weight)
         return ModelOutput(logits_BSV, loss, losses, stats)
 
     def run_layers(
@@ -250,10 +252,19 @@ class Transformer(nn.Module):
         return logits.index_fill(-1, self._hidden_ids.to(logits.device), -torch.inf)
 
     def losses(
-        self, logits_BSV: Tensor, targets_BS: Tensor, outputs: Sequence[BlockOutput]
+        self,
+        logits_BSV: Tensor,
+        targets_BS: Tensor,
+        outputs: Sequence[BlockOutput],
+        weight: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of shifted targets and its terms, as in ``ModelOutput``, from the outputs of all layers."""
+        """Return the loss of shifted targets and its terms, as in ``ModelOutput``, from the outputs of all layers.
+
+        ``weight`` is ``loss_weight`` of ``forward``.
+        """
         lm_loss = cross_entropy(logits_BSV, targets_BS)
+        if weight is not None:
+            lm_loss = lm_loss * weight
         # Only the total keeps the graph. The terms are for reports and must not keep activations alive.
         losses = {"lm_loss": lm_loss.detach()}
         balances = [output.balance for output in outputs if output.balance is not None]

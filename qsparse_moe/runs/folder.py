@@ -25,8 +25,9 @@ MAY_CHANGE = (
     # They decide which records are skipped; the loader compares the resulting texts.
     "data.max_bad_records",
     "data.max_document_bytes",
-    # The folder of the tokenizer may change; the loader compares the tokenizer's own digest.
+    # The folder of the tokenizer and the template's file may change; the loader compares digests of their own.
     "data.tokenizer",
+    "data.chat.template",
     "metrics",
     # Every backend computes the same function of the same weights.
     "model.moe.backend",
@@ -176,19 +177,23 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
     # The copy is used even if the original still exists, because that one may have been changed since.
     if saved.is_dir() and not any(override.startswith("data.tokenizer=") for override in overrides):
         config = load_config(folder / CONFIG_FILE, overrides)
-        return config.model_copy(update={"data": config.data.model_copy(update={"tokenizer": str(saved)})})
+        # The copy holds the chat template of the run, whichever file it was read from.
+        chat = config.data.chat.model_copy(update={"template": None})
+        data = config.data.model_copy(update={"tokenizer": str(saved), "chat": chat})
+        return config.model_copy(update={"data": data})
     return load_config(folder / CONFIG_FILE, overrides)
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:
     """Return the config with absolute paths of its data and weights, so that the run can be read from any folder."""
     sources = tuple(source.model_copy(update={"path": _absolute_path(source)}) for source in config.data.sources)
-    cache, tokenizer = config.data.cache_dir, config.data.tokenizer
+    cache, tokenizer, chat = config.data.cache_dir, config.data.tokenizer, config.data.chat
     update = {
         "sources": sources,
         "cache_dir": _absolute(cache),
         # Only if it exists as a path; otherwise it is a name on the hub, or bytes.
         "tokenizer": _absolute(tokenizer) if os.path.exists(os.path.expanduser(tokenizer)) else tokenizer,
+        "chat": chat.model_copy(update={"template": None if chat.template is None else _absolute(chat.template)}),
     }
     initial = config.training.init_from
     training = {"init_from": None if initial is None else _absolute(initial)}

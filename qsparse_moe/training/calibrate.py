@@ -17,7 +17,7 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import RunConfig, Site
 from qsparse_moe.config.shapes import model_sites
-from qsparse_moe.data.batch import Batch
+from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.loader import sample_train_sequences
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData, load_data
@@ -169,7 +169,7 @@ def _measure(model: Transformer, data: TokenData, tokens: Array, size: int, dist
     total: Stats = {}
     for _, batch in _local_batches(data, tokens, size, distributed):
         output = run_model(model, batch, distributed.device, with_stats=True, layer_hook=None)
-        num_labels = torch.tensor(batch.targets_BS.numel(), dtype=torch.float64)  # sequences of a table have no padding
+        num_labels = (batch.targets_BS != IGNORED_LABEL).sum().double()
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}
         total = add_stats(total, sums | {"loss": loss, "labels": num_labels})

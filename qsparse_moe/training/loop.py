@@ -231,6 +231,7 @@ class _Loop:
                     report=self._is_reported(step + 1),
                     layer_gradients=self._run.config.metrics.layer_gradients,
                     earlier_routed_LE=self._dead_experts.routed_LE if self._is_reported(step + 1) else None,
+                    weighs_targets=self._run.loader.has_ignored_targets,
                     stop=CANNOT_CONTINUE if self._failure is not None else self._signals.received,
                     save=self._is_checkpoint_overdue(),
                     clock=self._clock,

@@ -115,9 +115,11 @@ def prepare_run(
             folder.mkdir(parents=True, exist_ok=True)
             # First, because it marks the folder as a run's if this process ends before the config is written.
             part = _describe_part(config, engine, start_step=start.step, fingerprint=data.fingerprint)
+            if data.conversations is not None:
+                part["conversations"] = data.conversations
             write_manifest(folder, part | {"initial_weights": _describe_initial(folder, initial, start)})
             write_config(folder, config)
-            data.tokenizer.save(folder / TOKENIZER)
+            data.tokenizer.save(folder / TOKENIZER, data.chat_template)
             if config.data.tokenizer == "bytes":
                 # A run without checkpoints may have started in this folder with another tokenizer.
                 shutil.rmtree(folder / TOKENIZER, ignore_errors=True)

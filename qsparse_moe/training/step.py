@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from qsparse_moe.data.batch import Batch
+from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.moe.router import bias_update_rate
 from qsparse_moe.sparsity.stats import add_stats
@@ -98,6 +98,7 @@ def train_step(
     report: bool,
     layer_gradients: bool = False,
     earlier_routed_LE: Tensor | None = None,
+    weighs_targets: bool = False,
     stop: int = 0,
     save: bool = False,
     clock: PhaseClock | None = None,
@@ -114,6 +115,8 @@ def train_step(
         layer_gradients: report the gradient norm of each layer's matrices as well; without a report it has no effect.
         earlier_routed_LE: sum of ``routed_LE`` over the steps since the last report, which a report reduces together
             with those of this step.
+        weighs_targets: make the loss the mean over the targets of all micro-batches and ranks, which may have different
+            numbers of them; the same on every rank.
         stop: a signal that this rank has received, ``non_finite.CANNOT_CONTINUE``, or 0.
         save: whether this rank requests a checkpoint after the step.
         clock: measures the phases of the step.
@@ -124,6 +127,8 @@ def train_step(
     """
     assert len(batches) == engine.num_micro_batches, (len(batches), engine.num_micro_batches)
     clock = clock or PhaseClock(engine.distributed.device)
+    if weighs_targets:
+        batches = weighted(batches, engine.distributed)
     totals = _accumulate(engine, batches, guard=guard, report=report, clock=clock)
     # Before the update: a forward pass or gradient that is not finite must not reach the weights.
     requests = guard.check(step, stop=stop, save=save)
@@ -152,6 +157,20 @@ def train_step(
         loss_scale,
         *requests,
     )
+
+
+def weighted(batches: Sequence[Batch], distributed: Distributed) -> list[Batch]:
+    """Return the micro-batches with weights by which the mean of their losses is the mean over all targets.
+
+    The mean is over the micro-batches of all ranks, which must call this together. Without this, the targets of a
+    micro-batch that has few of them would count more than others.
+    """
+    counts = torch.stack([(batch.targets_BS != IGNORED_LABEL).sum() for batch in batches])
+    total = distributed.all_reduce(counts.sum().to(distributed.device)).cpu()
+    num_batches = len(batches) * distributed.world_size
+    # A step without any target has no loss to divide.
+    weights = (counts.double() * num_batches / total.clamp(min=1)).float()
+    return [batch._replace(loss_weight=weight) for batch, weight in zip(batches, weights, strict=True)]
 
 
 def _accumulate(

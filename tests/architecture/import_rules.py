@@ -44,8 +44,9 @@ OWNERS = {
     # Figures of grids, and the heat maps that TensorBoard shows.
     "matplotlib": {"ablation", "metrics"},
     "scipy": {"ablation"},
-    # The benchmark measures transformers' Mixtral as a peer; it reads and writes none of its checkpoints.
-    "transformers": {"interop", "bench"},
+    # The benchmark measures transformers' Mixtral as a peer; it reads and writes none of its checkpoints. Data renders
+    # chat templates, programs from the hub, in transformers' sandbox: the same text and the same protection.
+    "transformers": {"interop", "bench", "data"},
     "safetensors": {"interop"},
     "einops": {"model"},
     # Its tasks ask for log-likelihoods and for generated text, so they stand where generation does.

@@ -340,9 +340,9 @@ def test_the_oldest_turns_are_left_out_of_a_long_chat(chat_run, capsys, monkeypa
 
 def test_a_template_that_fails_and_a_missing_library_are_named(chat_run, capsys, monkeypatch, tmp_path):
     run_dir, words = chat_run
+    from qsparse_moe.data.chat_template import load_chat_template
     from qsparse_moe.data.tokenizer import load_tokenizer
     from qsparse_moe.errors import BackendUnavailable, DataError
-    from qsparse_moe.interop.chat import load_chat_template
 
     settings = {"eos_token": "</s>", "chat_template": "{{ raise_exception('no user') }}"}
     broken = save_tokenizer(tmp_path / "broken", vocabulary=words, unknown="<unk>", settings=settings)

@@ -65,6 +65,60 @@ CASES = {
         ),
         {"data.sources": [{"kind": "jsonl", "path": "a", "column": "body"}]},
     ),
+    "conversations in plain text": (
+        {"data.sources": [{"kind": "text", "path": "a", "format": "chat"}], "data.tokenizer": "some/model"},
+        (
+            'data.sources.0.format ("chat")',
+            "text",
+            "jsonl",
+        ),
+        {"data.sources": [{"kind": "jsonl", "path": "a", "format": "chat"}]},
+    ),
+    "conversations as bytes": (
+        {"data.sources": [{"kind": "jsonl", "path": "a", "format": "chat"}]},
+        (
+            'data.tokenizer ("bytes")',
+            "special tokens",
+            "Hugging Face tokenizer",
+        ),
+        {"data.tokenizer": "some/model"},
+    ),
+    "conversations that attend to each other": (
+        {
+            "data.sources": [{"kind": "jsonl", "path": "a", "format": "chat"}],
+            "data.tokenizer": "some/model",
+            "data.attend_across_documents": True,
+        },
+        (
+            "data.attend_across_documents (true)",
+            "false",
+            "chat",
+        ),
+        {"data.attend_across_documents": False},
+    ),
+    "conversations with a vocabulary that leaves no room for marks": (
+        {
+            "data.sources": [{"kind": "jsonl", "path": "a", "format": "chat"}],
+            "data.tokenizer": "some/model",
+            "model.vocab_size": 2**28 + 1,
+        },
+        (
+            "model.vocab_size (268435457)",
+            "268435456",
+            "chat",
+        ),
+        {"model.vocab_size": 2**28},
+    ),
+    "chat settings without conversations": (
+        {"data.chat.too_long": "drop"},
+        (
+            'data.chat.too_long ("drop")',
+            "no meaning",
+            "remove",
+            "data.sources.N.format=chat",
+        ),
+        {"data.chat.too_long": "cut"},
+    ),
     "separator of JSONL": (
         {"data.sources": [{"kind": "jsonl", "path": "a", "separator": "--"}]},
         (

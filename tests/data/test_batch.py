@@ -46,7 +46,8 @@ def test_batch_is_int64_and_shares_no_memory_with_the_rows() -> None:
     rows = np.array([[DOCUMENT, 1, 2, DOCUMENT]], np.int64)
     rows.setflags(write=False)  # as a mapped table's are
     batch = make_batch(rows, document_token=DOCUMENT, attend_across_documents=False)
-    for part in batch:
+    assert batch.loss_weight is None
+    for part in batch[:4]:
         assert part is not None and part.dtype == torch.int64 and part.is_contiguous()
         part.fill_(-5)
     assert rows.tolist() == [[DOCUMENT, 1, 2, DOCUMENT]]

@@ -288,7 +288,9 @@ def test_only_as_much_of_a_stream_is_read_as_validation_needs(
 def test_a_stream_is_read_up_to_the_document_that_fills_the_last_validation_sequence() -> None:
     texts = iter(["abc"] * 9)  # 4 tokens each, of which 5 fill the first row of 4 labels and 4 every other
     packing = Packing(ByteTokenizer(), 4, validation_fraction=1.0)
-    found, train_counts = _gather(SimpleNamespace(texts=lambda: texts), packing, 2)
+    found, train_counts = _gather(
+        SimpleNamespace(texts=lambda: texts, encoder=lambda tokenizer: tokenizer.tokenize), packing, 2
+    )
     assert (len(found), len(list(texts))) == (2, 6)
     assert found.byte_counts[ord("a")] == 3 and not train_counts.any()
 

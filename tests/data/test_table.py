@@ -326,6 +326,6 @@ def test_the_total_of_a_build_is_unknown_without_a_size_and_otherwise_the_smalle
 def test_ids_take_two_bytes_as_long_as_the_largest_fits(tmp_path: Path, vocab_size: int, dtype: str) -> None:
     tokenizer = load_tokenizer("bytes")
     tokenizer.vocab_size = vocab_size
-    writer = _SideWriter(tmp_path, "train", Packing(tokenizer, 4, 0.5))
+    writer = _SideWriter(tmp_path, "train", Packing(tokenizer, 4, 0.5), open_source(SourceConfig(kind="stdlib"), 0))
     assert writer._dtype == np.dtype(dtype)
     writer.close()

@@ -15,7 +15,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
-    _byte_offsets,
+    byte_offsets,
     check_vocabulary,
     load_tokenizer,
 )
@@ -163,16 +163,25 @@ def test_a_broken_settings_file_is_refused(bpe_folder: Path, tmp_path: Path) -> 
         load_tokenizer(str(folder))
 
 
-def test_a_hub_name_is_fetched_file_by_file(bpe_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_template", [True, False])
+def test_a_hub_name_is_fetched_file_by_file(
+    bpe_folder: Path, monkeypatch: pytest.MonkeyPatch, has_template: bool
+) -> None:
+    from huggingface_hub.errors import EntryNotFoundError
+
     requested = []
 
     def fetch(name: str, file: str) -> str:
         requested.append((name, file))
+        if file == "chat_template.jinja" and not has_template:
+            raise EntryNotFoundError("404")
         return str(bpe_folder / file)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fetch)
     tokenizer = load_tokenizer("owner/name")
-    assert requested == [("owner/name", "tokenizer.json"), ("owner/name", "tokenizer_config.json")]
+    files = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+    assert requested == [("owner/name", file) for file in files]
+    assert [file.name for file in tokenizer.files] == files[: 2 + has_template]
     assert tokenizer.fingerprint == load_tokenizer(str(bpe_folder)).fingerprint
 
 
@@ -255,5 +264,5 @@ def test_a_copy_of_a_tokenizer_is_the_same_one(bpe_folder: Path, tmp_path: Path)
 def test_bytes_before_every_character_are_counted_at_the_limits_of_utf_8():
     # The last character of one byte and the first of two, and so on: U+7F, U+80, U+7FF, U+800, U+FFFF, U+10000.
     text = "\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffff"
-    assert _byte_offsets(text).tolist() == [len(text[:place].encode()) for place in range(len(text) + 1)]
-    assert _byte_offsets(text).tolist() == [0, 1, 3, 5, 8, 11, 15, 19]
+    assert byte_offsets(text).tolist() == [len(text[:place].encode()) for place in range(len(text) + 1)]
+    assert byte_offsets(text).tolist() == [0, 1, 3, 5, 8, 11, 15, 19]

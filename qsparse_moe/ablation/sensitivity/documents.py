@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.data.batch import Batch
+from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.loader import sample_train_sequences
+from qsparse_moe.data.marks import begins_document
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.sequences import SequenceTable
 from qsparse_moe.data.token_data import TokenData
@@ -45,7 +46,7 @@ class DocumentSequences:
     @property
     def labels_C(self) -> Array:
         """Number of labels per document, ``(C,)``."""
-        every = torch.cat([ids.flatten() for ids in self.documents])
+        every = torch.cat([ids[batch.targets_BS != IGNORED_LABEL] for batch, ids in self])
         return torch.bincount(every, minlength=self.num_documents).double().numpy()
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
@@ -67,7 +68,7 @@ def training_documents(config: RunConfig, data: TokenData, *, num_sequences: int
     document would mean reading the whole training text.
     """
     tokens_RS = sample_train_sequences(config, data, num_sequences)
-    starts_RS = tokens_RS[:, :-1] == data.validation.document_token
+    starts_RS = begins_document(tokens_RS[:, :-1], data.validation.document_token)
     starts_RS[:, 0] = True  # a sequence may begin in the middle of a document
     return _batched(tokens_RS, starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1, data, batch_size)
 
@@ -92,7 +93,7 @@ def _documents(table: SequenceTable, indices: Array) -> Array:
         rows = range(begin, min(begin + _SEQUENCES_PER_READ, len(table)))
         # A label belongs to the document of its input, so the token that begins the next document is a label of this
         # one.
-        starts = table.tokens(rows)[:, :-1] == table.document_token
+        starts = begins_document(table.tokens(rows)[:, :-1], table.document_token)
         counted = begun + np.cumsum(starts.reshape(-1)).reshape(starts.shape)
         begun = int(counted[-1, -1])
         found.append(counted[[row - begin for row in rows if row in wanted]])

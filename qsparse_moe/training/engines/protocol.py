@@ -107,7 +107,7 @@ def run_model(
 ) -> ModelOutput:
     """Call ``module``, the model or the engine's wrapper around it, with a batch in host memory."""
     # Tokens are copied while the previous micro-batch still computes, if the host memory is pinned.
-    tokens, targets, positions, documents = (
+    tokens, targets, positions, documents, loss_weight = (
         None if part is None else part.to(device, non_blocking=True) for part in batch
     )
     # Through __call__ and not forward: DeepSpeed's wrapper and its ZeRO-3 hooks act on module calls only.
@@ -116,6 +116,7 @@ def run_model(
         targets_BS=targets,
         positions_BS=positions,
         documents_BS=documents,
+        loss_weight=loss_weight,
         with_stats=with_stats,
         layer_hook=layer_hook,
     )

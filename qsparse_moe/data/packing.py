@@ -117,7 +117,7 @@ class WholePacker:
         fitting = [index for index, left in enumerate(room) if left >= 0]
         if fitting:
             best = self._open.pop(min(fitting, key=room.__getitem__))
-            document = Document(*(np.concatenate(pair) for pair in zip(best[:2], document[:2], strict=True)), True)
+            document = _joined(best, document)
         elif len(self._open) == _MAX_OPEN:
             yield self._open.pop(min(range(_MAX_OPEN), key=room.__getitem__))
         # Nothing fits behind one token that is left: a document has at least two.
@@ -150,7 +150,15 @@ class WholePacker:
 
     def load_state_dict(self, state: list[list[list[int]]]) -> None:
         """Restore the open sequences of ``state``."""
-        self._open = [Document(*(np.array(part, np.int32) for part in parts), True) for parts in state]
+        self._open = [
+            Document(np.array(tokens, np.int32), np.array(num_bytes, np.int32), True) for tokens, num_bytes in state
+        ]
+
+
+def _joined(first: Document, second: Document) -> Document:
+    return Document(
+        np.concatenate([first.tokens, second.tokens]), np.concatenate([first.num_bytes, second.num_bytes]), True
+    )
 
 
 def _concatenated(parts: Sequence[PackedSequences]) -> PackedSequences:

@@ -8,7 +8,7 @@ from qsparse_moe.config.fields import section_fields, unknown_setting, walk
 from qsparse_moe.config.model_rules import MODEL_RULES, divisors, nearest
 from qsparse_moe.config.problems import Problem, raise_if_any, show
 from qsparse_moe.config.router_rules import ROUTER_RULES, untrained_router
-from qsparse_moe.config.schema import ChatConfig, LossScaleConfig, ModelConfig, RunConfig, SourceConfig
+from qsparse_moe.config.schema import LossScaleConfig, ModelConfig, RunConfig, SourceConfig
 from qsparse_moe.config.shapes import BYTE_VOCABULARY, moe_layers
 from qsparse_moe.errors import ConfigError
 
@@ -263,13 +263,6 @@ def _sources(config: RunConfig) -> Iterator[Problem]:
 def _chat(config: RunConfig) -> Iterator[Problem]:
     data = config.data
     if all(source.format == "text" for source in data.sources):
-        for name, default in ChatConfig().model_dump().items():
-            if (value := getattr(data.chat, name)) != default:
-                yield Problem(
-                    f"data.chat.{name} ({show(value)}) has no meaning without a source of format chat; remove it, or "
-                    "set data.sources.N.format=chat",
-                    (f"data.chat.{name}",),
-                )
         return
     if data.tokenizer == "bytes":
         yield Problem(

@@ -9,7 +9,8 @@ import numpy as np
 from qsparse_moe.config.file_sources import file_source
 from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch, make_batch
-from qsparse_moe.data.open_source import Limits
+from qsparse_moe.data.chat import open_chat
+from qsparse_moe.data.open_source import Limits, OpenSource
 from qsparse_moe.data.packing import Array, Packer
 from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.tokenizer import TextTokenizer
@@ -20,7 +21,8 @@ class OwnText:
     """The documents of some files, packed into sequences as those of a run are; nothing is held out or cached.
 
     Args:
-        files: files or globs, read in order: JSON lines and Parquet by their suffix, the others as text.
+        files: files or globs, read in order: JSON lines and Parquet by their suffix, the others as text. The records of
+            JSON lines and Parquet are conversations if all sources of the run are.
         config: the ``data`` section of the run.
         tokenizer: the run's.
 
@@ -33,10 +35,13 @@ class OwnText:
         packer, full = Packer(config.sequence_length), []
         self.num_bytes = 0
         """Bytes of text."""
-        for text in _texts(files, config):
-            documents = tokenizer.tokenize([text])
-            self.num_bytes += int(documents[0].num_bytes.sum())
-            full.append(packer.add(documents).tokens)
+        for source in _sources(files, config, tokenizer):
+            encode = source.encoder(tokenizer)
+            for text in source.texts():
+                documents = encode([text])
+                self.num_bytes += sum(int(document.num_bytes.sum()) for document in documents)
+                full.append(packer.add(documents).tokens)
+        full.append(packer.finish().tokens)
         # The end of the text is evaluated too: the last sequence is padded, and the labels of the padding are ignored.
         waiting = packer.state_dict()["tokens"]
         self._last_labels = max(0, len(waiting) - 1)
@@ -44,7 +49,7 @@ class OwnText:
             last = np.full((1, config.sequence_length + 1), tokenizer.document_token, np.int32)
             last[0, : len(waiting)] = waiting
             full.append(last)
-        self._tokens_RS: Array = np.concatenate(full) if full else np.zeros((0, config.sequence_length + 1), np.int32)
+        self._tokens_RS: Array = np.concatenate(full)
         if not len(self._tokens_RS):
             raise DataError(f"{', '.join(files)}: no file holds text, and a loss needs some; name another file")
 
@@ -69,7 +74,14 @@ class OwnText:
         return batch
 
 
-def _texts(files: Sequence[str], config: DataConfig) -> Iterator[str]:
+def _sources(files: Sequence[str], config: DataConfig, tokenizer: TextTokenizer) -> Iterator[OpenSource]:
     limits = Limits(config.max_bad_records, config.max_document_bytes)
+    # What a run has learned from conversations is measured on conversations.
+    is_chat = all(source.format == "chat" for source in config.sources)
+    chat = open_chat(config, tokenizer) if is_chat else None
     for index, file in enumerate(files):
-        yield from open_source(file_source(file), index, limits).texts()
+        # Every file is a source of its own, because files of several kinds may be named together.
+        source = file_source(file)
+        if is_chat and source.kind != "text":
+            source = source.model_copy(update={"format": "chat", "column": config.sources[0].column})
+        yield open_source(source, index, limits, chat=chat)

@@ -96,8 +96,10 @@ def test_a_run_on_conversations_is_evaluated_without_its_files_of_tokenizer_and_
     (run_dir.parents[1] / "chat.jinja").unlink()
     shutil.rmtree(run_dir.parents[1] / "tokenizer")
     monkeypatch.chdir(tmp_path)
-    assert run(["evaluate", str(run_dir), "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    # Three tokens of an answer, with the one that ends it, encode three bytes: two letters and a space.
-    assert 0 < found["loss"] < 0.3 < 1 < found["unigram_bits_per_byte"]
-    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2), rel=0.01)
+    for files in ([], ["--data", str(run_dir.parents[1] / "chats.jsonl")]):
+        assert run(["evaluate", str(run_dir), *files, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert 0 < found["loss"] < 0.3
+        # Three tokens of an answer, with the one that ends it, encode three bytes: two letters and a space.
+        assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2), rel=0.01)
+        assert files or found["unigram_bits_per_byte"] > 1

@@ -109,16 +109,6 @@ CASES = {
         ),
         {"model.vocab_size": 2**28},
     ),
-    "chat settings without conversations": (
-        {"data.chat.too_long": "drop"},
-        (
-            'data.chat.too_long ("drop")',
-            "no meaning",
-            "remove",
-            "data.sources.N.format=chat",
-        ),
-        {"data.chat.too_long": "cut"},
-    ),
     "separator of JSONL": (
         {"data.sources": [{"kind": "jsonl", "path": "a", "separator": "--"}]},
         (

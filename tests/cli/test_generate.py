@@ -101,6 +101,7 @@ def test_options_reach_the_generator(run_dir, capsys, monkeypatch):
         "seed": 4,
         "stop": ("x", "yz"),
         "reuse": None,
+        "stop_tokens": (),
     }
 
 

@@ -12,12 +12,16 @@ import typer
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.evaluation_options import (
     BatchSize,
+    Compare,
     Data,
     Engine,
     Head,
     Limit,
     ModelOptions,
+    NewTokens,
+    NumPrompts,
     Output,
+    PromptTokens,
     Shots,
     TaskFolder,
     Tasks,
@@ -37,6 +41,7 @@ if TYPE_CHECKING:
     from qsparse_moe.training.evaluate import Evaluation
 
 _BATCH_SIZE = 8
+_NUM_PROMPTS = 16
 
 
 def register(app: typer.Typer) -> None:
@@ -56,6 +61,10 @@ def evaluate(
     task_folder: TaskFolder = None,
     limit: Limit = None,
     shots: Shots = None,
+    compare: Compare = None,
+    prompts: NumPrompts = None,
+    prompt_tokens: PromptTokens = None,
+    new_tokens: NewTokens = None,
     batch_size: BatchSize = None,
     output: Output = None,
     engine: Engine = "training",
@@ -66,7 +75,9 @@ def evaluate(
 ) -> None:
     """Evaluate a trained model. The loss can be computed by several processes under the deepspeed launcher."""
     found = find_model(run)
-    mode = "--tasks" if tasks is not None else ""
+    if tasks is not None and compare is not None:
+        raise ConfigError("--tasks and --compare are two evaluations; give one of them per call")
+    mode = "--tasks" if tasks is not None else "--compare" if compare is not None else ""
     check_combinations(
         {
             "--rows": rows,
@@ -76,6 +87,9 @@ def evaluate(
             "--shots": shots,
             "--batch-size": batch_size,
             "--output": output,
+            "--prompts": prompts,
+            "--prompt-tokens": prompt_tokens,
+            "--new-tokens": new_tokens,
         },
         mode=mode,
     )
@@ -89,6 +103,13 @@ def evaluate(
         names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
         options = TaskOptions(names, task_folder, limit, shots, batch_size or _BATCH_SIZE)
         evaluate_and_print(model, options, output=output, as_json=json)
+    elif compare is not None:
+        from qsparse_moe.cli.comparison import CompareOptions, compare_and_print
+
+        num_prompts = _NUM_PROMPTS if prompts is None else prompts
+        files, size = tuple(data or ()), batch_size or _BATCH_SIZE
+        comparison = CompareOptions(compare, rows, files, num_prompts, prompt_tokens, new_tokens, size)
+        compare_and_print(model, comparison, output=output, as_json=json)
     else:
         _evaluate_loss(model, rows=rows, files=tuple(data or ()), as_json=json)
 

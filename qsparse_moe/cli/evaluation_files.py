@@ -22,22 +22,24 @@ class EvaluationFiles:
 
     @classmethod
     def of(cls, found: ModelFolder, name: str, output: Path | None) -> EvaluationFiles:
-        """Return the files of the evaluation ``name``, and create the folder of the first, before anything is computed.
+        """Return the files of the evaluation ``name``, before anything is computed.
 
         Args:
             found: the folder of the model.
             name: its first part, up to a slash, is the kind of the evaluation.
             output: folder for the JSON file; None is ``evaluation`` in the folder of the run or export.
+
+        Raises:
+            ConfigError: the folder of the JSON file cannot be written.
         """
         folder = found.config_folder / FOLDER if output is None else output
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            problem = "" if os.access(folder, os.W_OK) else "permission denied"
-        except OSError as error:
-            problem = error.strerror or str(error)
+        # Without creating it: an evaluation that is refused later leaves nothing behind.
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        problem = "not a folder" if not existing.is_dir() else "" if os.access(existing, os.W_OK) else "not writable"
         if problem:
             raise ConfigError(
-                f"{folder} must be a folder to which the results can be written ({problem}); name one with --output"
+                f"{folder} must be a folder to which the results can be written, and {existing} is {problem}; name one "
+                "with --output"
             )
         board = None if found.kind == "export" else found.config_folder / "tensorboard" / name
         return cls(folder / f"{name.replace('/', '-')}.json", board)

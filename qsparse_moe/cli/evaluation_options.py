@@ -62,21 +62,49 @@ Shots = Annotated[
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option(help="With --tasks: sequences that are computed together; default: 8.", min=1),
+    typer.Option(help="With --tasks or --compare: sequences that are computed together; default: 8.", min=1),
 ]
 Output = Annotated[
     Path | None,
-    typer.Option(help="With --tasks: folder for the JSON file; default: RUN/evaluation.", show_default=False),
+    typer.Option(
+        help="With --tasks or --compare: folder for the JSON file; default: RUN/evaluation.", show_default=False
+    ),
+]
+
+Compare = Annotated[
+    str | None,
+    typer.Option(
+        help="Reference to compare with in place of the loss: dense (the same weights with S = 0), a plan file, or the "
+        "folder of another model.",
+        show_default=False,
+    ),
+]
+NumPrompts = Annotated[
+    int | None,
+    typer.Option(
+        "--prompts", help="With --compare: number of prompts that both models continue; 0: none; default: 16.", min=0
+    ),
+]
+PromptTokens = Annotated[
+    int | None,
+    typer.Option(help="With --compare: tokens per prompt; default: half of data.sequence_length.", min=1),
+]
+NewTokens = Annotated[
+    int | None,
+    typer.Option(help="With --compare: new tokens per prompt; default: half of data.sequence_length.", min=1),
 ]
 
 _MODES: Mapping[str, tuple[str, ...]] = {
-    "--rows": ("",),
-    "--data": ("",),
+    "--rows": ("", "--compare"),
+    "--data": ("", "--compare"),
     "--task-folder": ("--tasks",),
     "--limit": ("--tasks",),
     "--shots": ("--tasks",),
-    "--batch-size": ("--tasks",),
-    "--output": ("--tasks",),
+    "--batch-size": ("--tasks", "--compare"),
+    "--output": ("--tasks", "--compare"),
+    "--prompts": ("--compare",),
+    "--prompt-tokens": ("--compare",),
+    "--new-tokens": ("--compare",),
 }
 """By option, the options that ask for an evaluation which it applies to; empty: the plain evaluation of the loss."""
 _REPORTED_EVERY = 20
@@ -108,7 +136,7 @@ def check_combinations(given: Mapping[str, Any], *, mode: str) -> None:
 
     Args:
         given: the values of options by name; None and empty values were not given.
-        mode: ``--tasks``, or empty.
+        mode: ``--tasks``, ``--compare``, or empty.
     """
     for option, value in given.items():
         if value is None or value == [] or mode in _MODES[option]:

@@ -27,6 +27,9 @@ _OPTIONS = (
     "task_folder",
     "limit",
     "batch_size",
+    "compare",
+    "prompt_tokens",
+    "new_tokens",
 )
 
 

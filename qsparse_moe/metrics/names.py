@@ -308,6 +308,96 @@ METRICS = (
         "Score of a task of lm-evaluation-harness (evaluate --tasks).",
         kind="evaluated",
     ),
+    Metric(
+        "comparison/kl_divergence",
+        "nats per token",
+        "Kullback-Leibler divergence of the model's next-token distribution from that of the reference "
+        "(evaluate --compare), mean over the held-out tokens; 0 if they are the same.",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/top1_agreement",
+        "1",
+        "Fraction of the held-out tokens after which model and reference have the same likeliest token.",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/choices_changed",
+        "1",
+        "Fraction of the reference's routing choices (A per token) that the model does not make.",
+        layers="chart",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/first_choice_changed",
+        "1",
+        "Fraction of the tokens whose first expert is another than in the reference.",
+        layers="chart",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/choices_changed_locally",
+        "1",
+        "The same as comparison/choices_changed if every layer of the model reads the hidden states of the reference: "
+        "changes that the layer itself causes.",
+        layers="chart",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/hidden_error",
+        "1",
+        "Norm of the difference of the hidden states after a layer over the norm of those of the reference, mean over "
+        "the tokens.",
+        layers="chart",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/hidden_cosine",
+        "1",
+        "Cosine of the hidden states after a layer and those of the reference, mean over the tokens.",
+        layers="chart",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/greedy_agreement",
+        "1",
+        "Fraction of the tokens of greedy continuations that are the same as in those of the reference, over the "
+        "positions that both have; also by position, which then replaces the step.",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/never_parts",
+        "1",
+        "Fraction of the prompts whose greedy continuation is that of the reference to the end.",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/drift_agreement",
+        "1",
+        "Fraction of the tokens of the model's own greedy continuations that the reference would choose after the same "
+        "tokens; also by position, which then replaces the step.",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/drift_log_probability",
+        "nats per token",
+        "Log-probability of the tokens of the model's own greedy continuations under the reference, mean over the "
+        "tokens; also by position, which then replaces the step.",
+        kind="evaluated",
+    ),
+    Metric(
+        "comparison/choices_lost",
+        "1",
+        "Heat map of layers by experts: fraction of the reference's choices of an expert that the model does not make.",
+        kind="image",
+    ),
+    Metric(
+        "comparison/choices_gained",
+        "1",
+        "Heat map of layers by experts: choices of an expert that only the model makes, over the reference's choices "
+        "of it.",
+        kind="image",
+    ),
 )
 
 # The other kinds are never in a logged step, so only scalars are valid recorded names.

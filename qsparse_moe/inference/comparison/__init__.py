@@ -1,0 +1,1 @@
+"""Differences between a sparse model and a reference that the loss does not show."""

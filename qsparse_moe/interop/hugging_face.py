@@ -12,11 +12,14 @@ from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import CheckpointError, DataError
+from qsparse_moe.interop.auto_model.reader import own_recipes, read_own
+from qsparse_moe.interop.auto_model.settings import MODEL_TYPE
 from qsparse_moe.interop.families.recipe import Piece, Place, Recipe, Recipes
 from qsparse_moe.interop.families.registry import find_family, model_config
 from qsparse_moe.interop.families.settings import CONFIG_JSON, FamilySettings
 from qsparse_moe.interop.safetensors_writer import Part, TensorSpec
 from qsparse_moe.interop.stored_tensors import StoredTensors
+from qsparse_moe.sparsity.plan import SparsityPlan
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +43,19 @@ class HuggingFaceWeights:
         self.path = path
         self.model_file = path / CONFIG_JSON
         settings = FamilySettings.load(path)
-        family = find_family(settings)
-        self.model: ModelConfig = model_config(family, settings)
         self.max_length = settings.max_length
+        family = None if settings.model_type == MODEL_TYPE else find_family(settings)
+        self.model: ModelConfig
+        self.plan: SparsityPlan | None = None
+        """The plan in use of a model of this package; None: S is 0."""
+        if family is None:
+            self.model, self.plan = read_own(settings)
+        else:
+            self.model = model_config(family, settings)
         self._stored = StoredTensors(path)
-        self._recipes = family.recipes(self.model, self._stored.shapes.keys())
-        left_out = family.left_out(self.model, self._stored.shapes.keys())
+        names = self._stored.shapes.keys()
+        self._recipes = family.recipes(self.model, names) if family else own_recipes(self.model, names)
+        left_out = family.left_out(self.model, names) if family else {}
         _check_tensors(path, self._recipes, self._stored, left_out)
         _log_left_out(path, left_out)
         self.shapes: dict[str, tuple[int, ...]] = {name: recipe.shape for name, recipe in self._recipes.items()}

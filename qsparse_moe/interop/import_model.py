@@ -8,11 +8,12 @@ from typing import Literal
 from qsparse_moe.config.schema import DataConfig, RunConfig, TrainingConfig
 from qsparse_moe.data.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError
+from qsparse_moe.interop.auto_model.reader import started
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
 from qsparse_moe.interop.families.settings import CONFIG_JSON
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.weight_files import export_metadata
-from qsparse_moe.runs.folder import CONFIG_FILE, TOKENIZER, write_config
+from qsparse_moe.runs.folder import CONFIG_FILE, PLAN_FILE, TOKENIZER, write_config
 from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
 
 ImportDtype = Literal["auto", "fp32", "bf16"]
@@ -32,7 +33,8 @@ def import_model(
 ) -> Export:
     """Write the model of a Hugging Face folder as an export, which ``load_export`` reads.
 
-    At most its largest tensor is held in memory; the model is dense, with S = 0. Its tokenizer is copied.
+    At most its largest tensor is held in memory. The model is dense, with S = 0, unless it is a model of this package
+    that transformers has saved. Its tokenizer is copied.
 
     Args:
         folder: the folder, with ``config.json`` and safetensors files.
@@ -52,14 +54,20 @@ def import_model(
     weights = HuggingFaceWeights(folder)
     name, loaded = _tokenizer(weights, tokenizer)
     sequence_length = min(weights.max_length or _LONGEST, _LONGEST)
+    # Named by its place in the finished export.
+    plan_file = output.absolute() / PLAN_FILE
+    model = weights.model if weights.plan is None else started(weights.model, weights.plan, str(plan_file))
     config = RunConfig(
-        model=weights.model,
+        model=model,
         data=DataConfig(tokenizer=name, sequence_length=sequence_length),
         training=TrainingConfig(micro_batch_size=1),
     )
 
     def write_rest(partial: Path) -> None:
         write_config(partial, config)
+        if config.model.sparsity.plan is not None:
+            assert weights.plan is not None
+            weights.plan.save(partial / PLAN_FILE)
         if loaded.files:
             loaded.save(partial / TOKENIZER)
 

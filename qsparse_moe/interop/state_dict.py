@@ -14,21 +14,18 @@ from typing import Literal
 
 import torch
 
-from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
 from qsparse_moe.interop.safetensors_writer import TensorSpec
 from qsparse_moe.interop.weight_files import WeightFiles, export_metadata
 from qsparse_moe.model.transformer import Transformer, build_model
-from qsparse_moe.runs.folder import TOKENIZER, load_run_config, no_checkpoint, write_config
+from qsparse_moe.runs.folder import PLAN_FILE, TOKENIZER, load_run_config, no_checkpoint, write_config
 from qsparse_moe.sparsity.schedule import scheduled_scale
 from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
 from qsparse_moe.training.checkpoint.store import Checkpoint, newest_checkpoint
 from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
 
 Dtype = Literal["fp32", "bf16"]
-
-PLAN_FILE = "plan.json"
 
 
 def export_run(
@@ -86,10 +83,7 @@ def load_export(
     """
     folder = Path(folder)
     files = WeightFiles(folder)
-    plan = folder / PLAN_FILE
-    # The config names the plan by its path on the machine of the training; the export contains a copy of it.
-    own_plan = [override_of("model.sparsity.plan", str(plan))] if plan.is_file() else []
-    config = load_run_config(folder, [*own_plan, *overrides])
+    config = load_run_config(folder, overrides)
     dtype = dtype or files.tensor("embedding.weight").dtype
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     check_shapes(stored_shapes(model), files.shapes, str(folder))

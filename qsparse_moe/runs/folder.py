@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qsparse_moe.config.load import config_to_yaml, load_config
+from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.problems import show
 from qsparse_moe.config.schema import RunConfig, SourceConfig
 from qsparse_moe.errors import CheckpointError, ConfigError, naming
@@ -18,6 +19,8 @@ MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 """Folder with a copy of the run's tokenizer, if it has files."""
+PLAN_FILE = "plan.json"
+"""Copy of the sparsity plan in an export, whose config.yaml names the file of the training."""
 METRICS_FILE = "metrics.jsonl"
 
 MAY_CHANGE = (
@@ -168,11 +171,14 @@ def write_config(folder: Path, config: RunConfig) -> None:
 
 
 def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the config of a run; its tokenizer is the copy in the run folder, unless an override names another one.
+    """Read the config of a run or of an export.
+
+    Its tokenizer is the copy in the folder, and so is the plan of an export, unless an override names others.
 
     Raises:
         ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
+    overrides = [*_own_plan(folder, overrides), *overrides]
     saved = folder.absolute() / TOKENIZER
     # The copy is used even if the original still exists, because that one may have been changed since.
     if saved.is_dir() and not any(override.startswith("data.tokenizer=") for override in overrides):
@@ -182,6 +188,16 @@ def load_run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
         data = config.data.model_copy(update={"tokenizer": str(saved), "chat": chat})
         return config.model_copy(update={"data": data})
     return load_config(folder / CONFIG_FILE, overrides)
+
+
+def _own_plan(folder: Path, overrides: Sequence[str]) -> list[str]:
+    """Return the override that names the plan of an export."""
+    file = folder.absolute() / PLAN_FILE
+    # A user may have saved another plan under this name in the folder of a run.
+    is_own = file.is_file() and any(folder.glob("model*.safetensors"))
+    if not is_own or any(override.startswith("model.sparsity.plan=") for override in overrides):
+        return []
+    return [override_of("model.sparsity.plan", str(file))]
 
 
 def _from_anywhere(config: RunConfig) -> RunConfig:

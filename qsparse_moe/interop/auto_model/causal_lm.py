@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from qsparse_moe.interop.auto_model.attention import AttentionCall, InterfaceAttention, attends
 from qsparse_moe.interop.auto_model.config import QSparseMoEConfig
 from qsparse_moe.interop.auto_model.refusals import check_checkpointing, check_loading, check_options
+from qsparse_moe.interop.auto_model.settings import PREFIX
 from qsparse_moe.interop.auto_model.training_loss import recorded_routings, without_padding
 from qsparse_moe.model.block import BlockOutput
 from qsparse_moe.model.device import use_device
@@ -34,7 +35,7 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
     """
 
     config_class = QSparseMoEConfig
-    base_model_prefix = "model"
+    base_model_prefix = PREFIX.removesuffix(".")
     """The one name in front of the names of our state dict. Files without it, such as an export's, are read too."""
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False

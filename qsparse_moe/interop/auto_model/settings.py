@@ -20,6 +20,8 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 MODEL_TYPE = "qsparse_moe"
 ARCHITECTURE = "QSparseMoEForCausalLM"
 SECTION, PLAN = "qsparse_moe", "sparsity_plan"
+PREFIX = "model."
+"""The name in front of the names of our state dict in files that transformers saves."""
 
 
 def standard_settings(model: ModelConfig) -> dict[str, Any]:

@@ -65,6 +65,11 @@ class FamilySettings:
         return cls(file, values)
 
     @property
+    def values(self) -> Mapping[str, Any]:
+        """All settings, as they are."""
+        return self._values
+
+    @property
     def model_type(self) -> str:
         """The name of the architecture; empty if there is none."""
         return str(self._values.get("model_type") or "")

@@ -1,0 +1,114 @@
+"""A folder that transformers saved comes back: as an export, and as the initial weights of a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from qsparse_moe.errors import CheckpointError
+from qsparse_moe.inference.load import load_model
+from qsparse_moe.interop.auto_model.causal_lm import QSparseMoEForCausalLM
+from qsparse_moe.interop.hugging_face import HuggingFaceWeights
+from qsparse_moe.interop.import_model import import_model
+from qsparse_moe.interop.initial_weights import open_weights
+from qsparse_moe.interop.state_dict import load_export
+from tests.interop.auto_models import MODELS, build, random_ids, threshold_plan
+
+
+def saved(model, folder, **options):
+    QSparseMoEForCausalLM.of(model, max_position_embeddings=64).save_pretrained(folder, **options)
+    return folder
+
+
+@torch.no_grad()
+def logits(model):
+    return model(random_ids(), with_stats=False).logits_BSV
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_imported_folder_computes_the_same(name, tmp_path):
+    model = build(name, vocab_size=264)
+    folder = saved(model, tmp_path / "saved", max_shard_size="20KB")
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    import_model(folder, tmp_path / "imported", tokenizer="bytes")
+    config, imported, step = load_export(tmp_path / "imported")
+    assert torch.equal(logits(imported), logits(model))
+    assert (step, config.data.sequence_length) == (0, 64)
+    assert imported.sparsity_plan == model.sparsity_plan
+
+
+def test_a_plan_set_in_transformers_travels_with_number_formats_and_without_a_schedule(tmp_path):
+    schedule = {"shape": "linear", "warmup_steps": 4, "ramp_steps": 4}
+    model = build("sparse", vocab_size=264, sparsity={"default": None, "preset": "a4.8", "schedule": schedule})
+    wrapped = QSparseMoEForCausalLM.of(model)
+    plan = model.sparsity_plan.with_(sparsity=0.25, site="expert_hidden", experts=[0])
+    wrapped.set_sparsity(plan)
+    wrapped.save_pretrained(tmp_path / "saved")
+    import_model(tmp_path / "saved", tmp_path / "imported", tokenizer="bytes")
+    # Wherever the export is moved to.
+    shutil.move(tmp_path / "imported", tmp_path / "moved")
+    loaded = load_model(tmp_path / "moved")
+    assert loaded.model.sparsity_plan == plan
+    wanted = logits(wrapped.model)
+    assert torch.equal(logits(loaded.model)[..., :257], wanted[..., :257])
+    assert open_weights(str(tmp_path / "moved")).model.sparsity.plan == str(tmp_path / "moved" / "plan.json")
+
+
+def test_a_run_can_start_from_it(tmp_path):
+    model = build("sparse")
+    weights = open_weights(str(saved(model, tmp_path / "saved")))
+    assert type(weights) is HuggingFaceWeights
+    assert weights.model == model.config
+    state = model.state_dict()
+    assert set(weights.shapes) == set(state)
+    assert all(torch.equal(weights.tensor(name), value) for name, value in state.items())
+
+
+def test_bf16_weights_keep_the_router_biases(tmp_path):
+    model = build("sparse", vocab_size=264)
+    import_model(saved(model, tmp_path / "saved"), tmp_path / "imported", tokenizer="bytes", dtype="bf16")
+    imported = load_export(tmp_path / "imported")[1]
+    assert imported.head.weight.dtype == torch.bfloat16
+    assert torch.equal(imported.routers()[0].expert_bias, model.routers()[0].expert_bias)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"config.json: num_hidden_layers \(2\) must be 3, which follows"),
+        ({"sparsity_plan": {"format": "x", "values": []}}, "config.json: sparsity_plan: sparsity plan: format is 'x'"),
+        ({"model_type": "qsparse_mo"}, r'model_type \("qsparse_mo"\) is not a family that can be read'),
+    ],
+)
+def test_an_edited_file_is_refused_before_anything_is_written(change, message, tmp_path):
+    folder = saved(build("sparse"), tmp_path / "saved")
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(CheckpointError, match=message):
+        import_model(folder, tmp_path / "imported", tokenizer="bytes")
+    assert not (tmp_path / "imported").exists()
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    folder = saved(build("sparse"), tmp_path / "saved")
+    file = folder / "config.json"
+    settings = json.loads(file.read_text())
+    settings["qsparse_moe"]["qk_norm"] = "none"
+    file.write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=r"contains the tensor model.layers.0.attention.key_norm.weight \(and 5"):
+        open_weights(str(folder))
+
+
+def test_transformers_refuses_the_same_edited_file(tmp_path):
+    folder = saved(build("threshold"), tmp_path / "saved")
+    plan = threshold_plan(build("threshold")).with_thresholds({})
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"sparsity_plan": json.loads(plan.to_json())}))
+    with pytest.raises(
+        Exception, match=r"S above 0 and no threshold, which model.sparsity.selection \(threshold\) needs"
+    ):
+        AutoModelForCausalLM.from_pretrained(folder)

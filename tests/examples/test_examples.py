@@ -83,3 +83,25 @@ def test_training_loop_prints_a_falling_loss_and_a_rising_sparsity(folder):
 def test_the_sweep_names_every_run_it_would_train(folder):
     listed = run_python(folder, "-m", "qsparse_moe", "ablate", str(EXAMPLES / "per_expert_sweep.yaml"), "--list")
     assert "layer0-expert1-seed0" in listed and len(re.findall("seed[01]", listed)) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_model_is_trained_in_transformers_and_comes_back(folder):
+    for name in ("transformers", "accelerate"):
+        pytest.importorskip(name)
+    corpus = ["data.sources.0.kind=text", "data.sources.0.path=corpus/*.txt", f"data.cache_dir={folder / 'cache'}"]
+    run = ["training.steps=2", "training.engine=torch", "training.name=small", "data.validation_fraction=0.2"]
+    tiny = str(REPOSITORY / "configs" / "tiny.yaml")
+    run_python(folder, "-m", "qsparse_moe", "train", tiny, *SMALL, *corpus, *run)
+    run_python(folder, "-m", "qsparse_moe", "export", "runs/small", "exported", "--format", "native")
+    options = ["exported", "--text", "corpus/*.txt", "--output", "tuned", "--steps", "20", "--length", "32"]
+    output = run_python(folder, str(EXAMPLES / "in_transformers.py"), *options)
+    losses = [float(loss) for loss in re.findall(r"step \d+: loss (\S+)", output)]
+    assert losses[-1] < losses[0] - 0.5
+    assert "Document 0. " in output
+    run_python(folder, "-m", "qsparse_moe", "import", "tuned", "--output", "imported")
+    said = run_python(
+        folder, "-m", "qsparse_moe", "generate", "imported", "--prompt", "Document", "--max-new-tokens", "4"
+    )
+    assert said.strip()

@@ -6,10 +6,12 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.interop.auto_model.causal_lm import QSparseMoEForCausalLM
+from qsparse_moe.interop.auto_model.schedule import ScheduleCallback
+from qsparse_moe.sparsity.schedule import scheduled_scale
 from tests.interop.auto_models import build, left_padded, random_ids
 
 
@@ -191,3 +193,41 @@ def test_token_embeddings_are_resized_and_saved(name, tmp_path):
     wrapped.save_pretrained(tmp_path)
     again = QSparseMoEForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(ids + 6).logits, wrapped(ids + 6).logits)
+
+
+def test_the_callback_follows_the_schedules_of_our_training(tmp_path):
+    schedule = {"shape": "linear", "warmup_steps": 1, "ramp_steps": 2}
+    blend = {"start": 1.0, "end": 0.0, "ramp_steps": 2}
+    settings = {"default": 0.5, "schedule": schedule, "gradient": "blend", "blend": blend}
+    model = training_model("sparse", sparsity=settings, moe={"bias_update_rate": 0.125})
+    reference, target, rows = copy.deepcopy(model), model.sparsity_plan, random_ids(2, 10)
+    wrapped, seen = QSparseMoEForCausalLM.of(model), []
+    site = model.layers[1].moe.experts.hidden_site
+
+    class Watch(TrainerCallback):
+        def on_substep_end(self, args, state, control, **others):
+            seen.append((model.sparsity_plan.mean, site.ste_share))
+
+        on_step_end = on_substep_end
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=4,
+        learning_rate=0.0,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+    )
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    Trainer(wrapped, arguments, train_dataset=data, callbacks=[ScheduleCallback(), Watch()]).train()
+    assert [mean / target.mean for mean, _ in seen] == pytest.approx([0.0, 0.0, 0.5, 1.0])
+    assert [share for _, share in seen] == [1.0, 0.5, 0.0, 0.0]
+    for step in range(4):
+        reference.set_sparsity(target.scaled(scheduled_scale(model.config.sparsity.schedule, step)))
+        routed_LE = reference(rows, labels_BS=rows).stats["router/routed_LE"]
+        reference.update_router_bias(routed_LE, 0.125)
+    assert torch.equal(model.router_bias_LE, reference.router_bias_LE)
+    assert not torch.equal(model.router_bias_LE, training_model("sparse").router_bias_LE)
+    assert all(router.hook is None for router in model.routers())
+    assert wrapped.config.read()[1] == target

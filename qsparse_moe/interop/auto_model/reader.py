@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 
@@ -46,7 +47,7 @@ def started(model: ModelConfig, plan: SparsityPlan, file: str) -> ModelConfig:
     sparsity = model.sparsity.model_copy(update={"schedule": ScheduleConfig()})
     if plan != SparsityPlan.from_config(model):
         # A preset gives number formats too.
-        formats = {site: site_format(sparsity, site) for site in model_sites(model)}
+        formats: dict[str, Any] = {site: site_format(sparsity, site) for site in model_sites(model)}
         sites = sparsity.quantization.sites.model_copy(update=formats)
         quantization = sparsity.quantization.model_copy(update={"sites": sites})
         nothing = {"preset": None, "default": None, "sites": SitesConfig(), "overrides": ()}

@@ -30,6 +30,12 @@ _OPTIONS = (
     "compare",
     "prompt_tokens",
     "new_tokens",
+    "experts",
+    "experts_per_token",
+    "upcycle",
+    "slices",
+    "noise",
+    "noise_share",
 )
 
 

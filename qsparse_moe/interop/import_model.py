@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from qsparse_moe.config.schema import DataConfig, RunConfig, TrainingConfig
+from qsparse_moe.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
+from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.data.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
-from qsparse_moe.errors import CheckpointError, ConfigError, DataError
+from qsparse_moe.errors import ArgumentError, CheckpointError, ConfigError, DataError, without_fields
 from qsparse_moe.interop.auto_model.reader import started
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
 from qsparse_moe.interop.families.settings import CONFIG_JSON
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
+from qsparse_moe.interop.upcycling import UpcycledWeights, upcycled
+from qsparse_moe.interop.upcycling_rules import Upcycling
 from qsparse_moe.interop.weight_files import export_metadata
 from qsparse_moe.runs.folder import CONFIG_FILE, PLAN_FILE, TOKENIZER, write_config
 from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
@@ -29,6 +32,7 @@ def import_model(
     tokenizer: str | None = None,
     dtype: ImportDtype = "auto",
     force: bool = False,
+    upcycling: Upcycling | None = None,
     part_bytes: int = PART_BYTES,
 ) -> Export:
     """Write the model of a Hugging Face folder as an export, which ``load_export`` reads.
@@ -42,21 +46,26 @@ def import_model(
         tokenizer: the tokenizer as in ``data.tokenizer``; None: that of the folder.
         dtype: type of the weights; ``auto``: as they are stored.
         force: see ``output``.
+        upcycling: the experts to make of every dense layer; None: the model as it is.
         part_bytes: maximum size of a file, unless a single tensor is larger.
 
     Raises:
+        ConfigError: ``upcycling`` does not fit the model.
         CheckpointError: the folder cannot be read as a model, or ``output`` is in use or cannot be written.
         BackendUnavailable: safetensors is not installed.
     """
     folder, output = Path(folder), Path(output)
     check_output(output, force)
     _check_folder(folder)
-    weights = HuggingFaceWeights(folder)
-    name, loaded = _tokenizer(weights, tokenizer)
-    sequence_length = min(weights.max_length or _LONGEST, _LONGEST)
+    source = HuggingFaceWeights(folder)
+    name, loaded = _tokenizer(source, tokenizer)
+    sequence_length = min(source.max_length or _LONGEST, _LONGEST)
     # Named by its place in the finished export.
     plan_file = output.absolute() / PLAN_FILE
-    model = weights.model if weights.plan is None else started(weights.model, weights.plan, str(plan_file))
+    model = source.model if source.plan is None else started(source.model, source.plan, str(plan_file))
+    weights: HuggingFaceWeights | UpcycledWeights = source
+    if upcycling is not None:
+        model, weights = _upcycled(source, upcycling)
     config = RunConfig(
         model=model,
         data=DataConfig(tokenizer=name, sequence_length=sequence_length),
@@ -66,8 +75,8 @@ def import_model(
     def write_rest(partial: Path) -> None:
         write_config(partial, config)
         if config.model.sparsity.plan is not None:
-            assert weights.plan is not None
-            weights.plan.save(partial / PLAN_FILE)
+            assert source.plan is not None
+            source.plan.save(partial / PLAN_FILE)
         if loaded.files:
             loaded.save(partial / TOKENIZER)
 
@@ -75,6 +84,21 @@ def import_model(
     tensors = {name: weights.spec(name, stored) for name in weights.shapes}
     metadata = export_metadata(step=weights.step)
     return write_export(output, tensors, metadata=metadata, write_rest=write_rest, part_bytes=part_bytes)
+
+
+def _upcycled(source: HuggingFaceWeights, upcycling: Upcycling) -> tuple[ModelConfig, UpcycledWeights]:
+    if moe_layers(source.model):
+        raise ArgumentError(
+            f"{{experts}} ({upcycling.experts}) makes experts of the layers of a dense model, and "
+            f"{without_fields(source.path)} has {source.model.moe.num_experts} experts already; leave it out"
+        )
+    if source.plan is not None:
+        raise ArgumentError(
+            f"{{experts}} ({upcycling.experts}) makes experts of a model of another family, and "
+            f"{without_fields(source.path)} has a sparsity plan for the sites of its dense layers; leave it out, and "
+            "name the folder in training.init_from of a run with experts"
+        )
+    return upcycled(source, upcycling)
 
 
 def _check_folder(folder: Path) -> None:

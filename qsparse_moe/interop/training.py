@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.interop.initial_weights import open_weights
+from qsparse_moe.interop.upcycling import upcycled_for_run
 from qsparse_moe.runs.report import Listener, TrainingResult
 from qsparse_moe.training import loop
 
@@ -15,7 +16,8 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
 
     All ranks must call it with the same config. It writes ``config.yaml``, ``manifest.json``, and ``checkpoints/`` into
     the run folder, and calls the listeners on rank 0 with every logged step. With ``training.init_from`` it starts from
-    the weights of a run, of one checkpoint, or of an export. SIGTERM, SIGUSR1, or Ctrl-C ends the run after the current
+    the weights of a run, of one checkpoint, of an export, or of a Hugging Face model; where only the run has experts,
+    they are made of the dense layers. SIGTERM, SIGUSR1, or Ctrl-C ends the run after the current
     step with a checkpoint; before the end of the first step, signals have the effect that they had before the call.
 
     Args:
@@ -34,4 +36,4 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
         TrainingDiverged: a loss, an activation, or a gradient is not finite; earlier checkpoints remain.
         RankLost: another rank is gone; every remaining rank logs its name and raises the error.
     """
-    return loop.train(config, listeners, open_weights=open_weights)
+    return loop.train(config, listeners, open_weights=lambda name: upcycled_for_run(open_weights(name), config))

@@ -35,6 +35,8 @@ QWEN = {"num_experts": 5, "moe_intermediate_size": 14, "intermediate_size": 36}
 OLMOE = {"num_experts": 7, "intermediate_size": 14, "hidden_size": 54, "num_attention_heads": 9}
 # A padding id, which the family has by default, would have an embedding of zeros and no gradient.
 OLMOE |= {"num_key_value_heads": 3, "head_dim": 6, "pad_token_id": None, "eos_token_id": None}
+# Of families without experts. Llama wants heads that could fill the width, although its own may be larger.
+DENSE = {"num_experts_per_tok": ..., "experts_implementation": ..., "intermediate_size": 36, "hidden_size": 48}
 QWEN2 = QWEN | {"shared_expert_intermediate_size": 22}
 MODELS = {
     "mixtral": ("Mixtral", {"num_local_experts": 5, "intermediate_size": 14}),
@@ -87,6 +89,14 @@ MODELS = {
     ),
     "qwen2_moe-dense-first": ("Qwen2Moe", QWEN2 | {"mlp_only_layers": [0], "shared_expert_intermediate_size": 9}),
     "qwen2_moe-every-second": ("Qwen2Moe", QWEN2 | {"decoder_sparse_step": 2, "tie_word_embeddings": True}),
+    "llama": ("Llama", DENSE | {"rope_parameters": LLAMA3}),
+    "llama-biases": ("Llama", DENSE | {"attention_bias": True, "num_key_value_heads": None, "head_dim": ...}),
+    "llama-tied": ("Llama", DENSE | {"tie_word_embeddings": True, "rms_norm_eps": 1e-3}),
+    "mistral": ("Mistral", DENSE | {"sliding_window": None}),
+    "mistral-short": ("Mistral", DENSE | {"sliding_window": 64, "max_position_embeddings": 64}),
+    "qwen2": ("Qwen2", DENSE),
+    "qwen3": ("Qwen3", DENSE | {"hidden_size": 44}),
+    "qwen3-biases": ("Qwen3", DENSE | {"hidden_size": 44, "attention_bias": True, "tie_word_embeddings": True}),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qsparse_moe import build_model, train
-from qsparse_moe.config.shapes import has_experts, num_kv_heads
+from qsparse_moe.config.shapes import has_experts, head_size, num_kv_heads
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.import_model import import_model
 from qsparse_moe.interop.initial_weights import open_weights
@@ -190,6 +190,21 @@ def test_absent_settings_have_the_defaults_of_transformers(tmp_path, name):
     assert all(has_experts(ours, layer) for layer in range(ours.num_layers))
 
 
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_absent_settings_of_dense_families_have_the_defaults_of_transformers(tmp_path, name):
+    from transformers import AutoConfig
+
+    folder = save(build(name, head_dim=128 if name == "qwen3" else 8, rope_parameters=None), tmp_path / "model")
+    absent = ["rope_parameters", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "attention_bias", "mlp_bias"]
+    absent += ["head_dim", "pretraining_tp", "use_sliding_window", "sliding_window", "layer_types", "attention_dropout"]
+    change_settings(folder, **dict.fromkeys(absent, ...))
+    theirs, ours = AutoConfig.from_pretrained(folder), HuggingFaceWeights(folder).model
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert (ours.norm_epsilon, ours.tie_embeddings) == (theirs.rms_norm_eps, theirs.tie_word_embeddings)
+    assert head_size(ours) == getattr(theirs, "head_dim", 48 // 6)
+    assert not any(has_experts(ours, layer) for layer in range(ours.num_layers))
+
+
 def test_heads_of_keys_are_those_of_queries_in_an_olmoe_that_does_not_say_otherwise(tmp_path):
     folder = save(build("olmoe", num_key_value_heads=9), tmp_path / "model")
     change_settings(folder, num_key_value_heads=...)
@@ -203,7 +218,7 @@ def test_an_import_is_an_export_with_the_same_logits_and_tokenizer(pair, tmp_pat
     config, model, step = load_export(tmp_path / "out")
     assert step == 0 and model.sparsity_plan.mean == 0
     assert config.data.tokenizer == str(tmp_path / "out" / "tokenizer")
-    assert config.data.sequence_length == 2048
+    assert config.data.sequence_length == min(2048, theirs.config.max_position_embeddings)
     with torch.no_grad():
         assert relative(model(tokens()).logits_BSV, theirs(tokens()).logits) <= 2e-6
     again, weights = open_weights(str(tmp_path / "out")), HuggingFaceWeights(folder)

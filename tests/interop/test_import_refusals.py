@@ -33,7 +33,7 @@ def saved(tmp_path_factory):
     model = build("mixtral")
     save(model, root / "mixtral")
     save(model, root / "sharded", max_shard_size="20KB")
-    for name in ("qwen3_moe", "olmoe", "qwen2_moe"):
+    for name in ("qwen3_moe", "olmoe", "qwen2_moe", "llama", "mistral", "qwen2", "qwen3"):
         save(build(name), root / name)
     return root
 
@@ -144,7 +144,23 @@ def refused(folder):
             'layer_types (["full_attention", "sliding_attention", "full_attention"]) must be null or ["full_attention"',
         ),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "(0) must be a positive integer; correct it"),
-        ("mixtral", {"model_type": "llama"}, 'model_type ("llama") is not a family that can be read; name a model of'),
+        ("llama", {"mlp_bias": True}, "mlp_bias (true) must be false here"),
+        ("llama", {"pretraining_tp": 2}, "pretraining_tp (2) must be 1 here"),
+        (
+            "mistral",
+            {"sliding_window": 4096},
+            "sliding_window (4096) must be null or at least max_position_embeddings (131072): attention has no window "
+            "here; up to 4096 tokens the window changes nothing, so set max_position_embeddings to 4096 for",
+        ),
+        (
+            "mistral",
+            {"sliding_window": ...},
+            "sliding_window (absent) must be null or at least max_position_embeddings",
+        ),
+        ("mistral", {"attention_bias": True}, "attention_bias (true) must be false here"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window (true) must be false here"),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 3}, "must be null or"),
+        ("mixtral", {"model_type": "gpt2"}, 'model_type ("gpt2") is not a family that can be read; name a model of'),
     ],
 )
 def test_a_setting_that_is_not_supported_is_named_with_its_value(copy, family, settings, message):

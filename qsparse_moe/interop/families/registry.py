@@ -10,7 +10,7 @@ from qsparse_moe.config.problems import show
 from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import CheckpointError, ConfigError
-from qsparse_moe.interop.families import deepseek, mixtral, olmoe, qwen2_moe, qwen3_moe
+from qsparse_moe.interop.families import deepseek, dense, mixtral, olmoe, qwen2_moe, qwen3_moe
 from qsparse_moe.interop.families.recipe import Recipes
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -30,9 +30,13 @@ class Family:
 FAMILIES = {
     "deepseek_v2": Family(deepseek.v2_settings, deepseek.recipes),
     "deepseek_v3": Family(deepseek.v3_settings, deepseek.recipes, deepseek.left_out),
+    "llama": Family(dense.llama_settings, dense.recipes),
+    "mistral": Family(dense.mistral_settings, dense.recipes),
     "mixtral": Family(mixtral.settings, mixtral.recipes),
     "olmoe": Family(olmoe.settings, olmoe.recipes),
+    "qwen2": Family(dense.qwen2_settings, dense.recipes),
     "qwen2_moe": Family(qwen2_moe.settings, qwen2_moe.recipes),
+    "qwen3": Family(dense.qwen3_settings, dense.recipes),
     "qwen3_moe": Family(qwen3_moe.settings, qwen3_moe.recipes),
 }
 

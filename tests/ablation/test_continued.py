@@ -12,6 +12,7 @@ from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.checkpoint.state import seed_random_states
 from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed.ranks import open_distributed
 from qsparse_moe.training.loop import train
@@ -20,12 +21,21 @@ from tests.support.runs import tiny_config, write_text
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("table", 1), ("table", 2), ("streaming", 1)])
+# The gradient has reached its last share of the straight-through one, and the router draws random numbers.
+CHANGED = {
+    "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "loop", "router_jitter": 0.3},
+    "sparsity": {"default": 0.5, "backend": "torch", "gradient": "blend", "blend": {"end": 0.4, "ramp_steps": 2}},
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "changed"), [("table", 1, {}), ("table", 2, {}), ("streaming", 1, {}), ("table", 1, CHANGED)]
+)
 def test_continued_training_takes_the_next_step_of_adam_at_a_tenth_of_the_peak_rate_on_the_next_sequences(
-    tmp_path, mode, steps
+    tmp_path, mode, steps, changed
 ):
     write_text(tmp_path / "text")
-    run = tiny_config(tmp_path, "run", engine="torch", steps=3, gradient_clipping=0.0, weight_decay=0.2)
+    run = tiny_config(tmp_path, "run", engine="torch", steps=3, gradient_clipping=0.0, weight_decay=0.2, model=changed)
     ended = train(run.model_copy(update={"data": run.data.model_copy(update={"mode": mode})}))
     config, checkpoint = load_run_config(ended.run_dir), newest_checkpoint(ended.run_dir)
     data, plan = load_data(config.data), SparsityPlan.uniform(config.model, 0.25)
@@ -40,6 +50,8 @@ def test_continued_training_takes_the_next_step_of_adam_at_a_tenth_of_the_peak_r
     loader.load_state_dict(checkpoint.data_state)
     moments = {kind: {n: checkpoint.tensor(kind, n).double() for n, _ in model.named_parameters()} for kind in MOMENTS}
     assert all(moments["exp_avg"][name].any() for name in moments["exp_avg"])
+    seed_random_states(config.training.seed, 3, 0)
+    model.set_ste_share(0.4 if changed else 1.0)
     for number in range(4, 4 + steps):
         model.zero_grad()
         batches = loader.batches(number - 1)

@@ -87,3 +87,10 @@ def test_bootstrap_intervals_have_their_nominal_coverage_and_are_exact_for_a_con
     assert 0.86 <= hits / 200 <= 0.99
     low, high = bootstrap_intervals(0.5 * labels_C[None], labels_C, draws=50)
     assert low[0] == pytest.approx(0.5) and high[0] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("level", "ends"), [(0.4, (1.5, 1.5)), (0.6, (0.0, 3.0)), (0.9, (0.0, 3.0))])
+def test_each_end_of_an_interval_leaves_out_half_of_the_rest(level, ends):
+    """Of two documents, a quarter of the resamples is twice the first one, half is both, and a quarter the second."""
+    low, high = bootstrap_intervals(np.array([[0.0, 12.0]]), np.array([4.0, 4.0]), draws=4000, level=level)
+    assert (low[0], high[0]) == ends

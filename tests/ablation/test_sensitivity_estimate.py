@@ -11,6 +11,7 @@ from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, token_
 from qsparse_moe.ablation.sensitivity.estimate import estimate, row_changes
 from qsparse_moe.data.batch import make_batch
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
+from qsparse_moe.model.transformer import IGNORED_LABEL
 from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import site_num_selected
@@ -106,6 +107,19 @@ def test_the_estimate_of_a_document_is_that_of_its_sequence_alone():
         for cell in cells_of(model.sparsity_plan):
             np.testing.assert_allclose(found.first[cell], whole.first[cell][:, own], atol=1e-10, err_msg=cell.name)
             assert not found.second[cell].any()
+
+
+def test_positions_without_a_label_have_no_part_in_either_order():
+    model, rows = model_of(config(default=0.25)), rows_of()
+    (batch, documents_BS) = next(iter(rows))
+    ignored = batch._replace(targets_BS=batch.targets_BS.clone())
+    ignored.targets_BS[1:] = IGNORED_LABEL
+    found = estimate(model, DocumentSequences((ignored,), (documents_BS,), rows.num_documents), (0.75,))
+    first_row = documents_BS[0].unique()
+    others = torch.ones(rows.num_documents, dtype=torch.bool).index_fill(0, first_row, False).numpy()
+    assert others.any() and any(found.second[cell][:, first_row].any() for cell in found.second)
+    for cell in cells_of(model.sparsity_plan):
+        assert not found.first[cell][:, others].any() and not found.second[cell][:, others].any(), cell.name
 
 
 def test_draws_of_labels_depend_on_the_seed_and_do_not_change_the_first_order():

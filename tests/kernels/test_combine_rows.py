@@ -57,6 +57,23 @@ def test_strided_gradients_are_read_by_their_stride(by):
     torch.testing.assert_close(want[0], upstream[token_N] * weights.flatten()[slot_N, None])
 
 
+def test_every_argument_may_have_strides(by):
+    row_TA, slot_N = choices()
+    draw = torch.Generator().manual_seed(4)
+    # Transposed, so that no dimension of any argument is contiguous.
+    rows = torch.randn(D, T * A, generator=draw).T.requires_grad_()
+    weights = torch.randn(A, T, generator=draw).T.requires_grad_()
+    upstream = torch.randn(D, T, generator=draw).T
+    arguments = (row_TA.T.contiguous().T, slot_N)
+    assert not any(x.is_contiguous() for x in (rows, weights, upstream, arguments[0]))
+    found, want = combine_rows(rows, weights, *arguments, by=by), reference.combine_rows(rows, weights, *arguments)
+    torch.testing.assert_close(found, want)
+    mine, theirs = (torch.autograd.grad(out, (rows, weights), upstream) for out in (found, want))
+    torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+    plain = by.forward(rows.detach(), arguments[0], None)
+    torch.testing.assert_close(plain, rows.detach()[row_TA].sum(1))
+
+
 @pytest.mark.parametrize(("num_tokens", "num_features"), [(37, 70), (3, 2100)])
 def test_dropped_choices_of_many_tokens_in_several_tiles(by, num_tokens, num_features):
     """Three choices per token, some without a row, rows with gaps, and more than one tile of tokens or of features."""

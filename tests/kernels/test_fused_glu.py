@@ -74,6 +74,19 @@ def test_every_matrix_is_read_by_its_own_stride(by, gradient):
     torch.testing.assert_close(mine, theirs)
 
 
+def test_features_and_k_may_have_strides(by):
+    draw = torch.Generator().manual_seed(6)
+    gate, up, upstream = torch.randn(3, 13, 5, generator=draw).mT
+    num_selected = torch.tensor([[1, 12], [13, 2], [4, 3], [7, 9], [2, 6]], dtype=torch.int32)[:, 0]
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    found, sums = fused_glu(*leaves, num_selected, by=by, gradient="masked")
+    want, wanted = reference.fused_glu(*leaves, num_selected, gradient="masked")
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(sums, wanted)
+    mine, theirs = (torch.autograd.grad(out, leaves, upstream) for out in (found, want))
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_an_expanded_gradient_is_accepted(by):
     gate, up = torch.randn(2, 5, 12, requires_grad=True)
     selected, _ = fused_glu(gate, up, 4, by=by)

@@ -88,6 +88,38 @@ def test_down_adds_the_experts_of_a_token_with_their_weights(device, weight_form
     check(found, each.view(num_tokens, choices, -1).sum(1))
 
 
+def strided(x):
+    """Return the same values with other values between them in memory."""
+    wide = torch.stack((x, torch.full_like(x, 3)), -1)
+    return wide[..., 0]
+
+
+# Lists so short that they are one part each, and so long that they are several.
+@pytest.mark.parametrize(
+    ("weight_format", "dtype", "num_features", "num_selected"),
+    [("int8", torch.float32, 30, 11), ("ternary", torch.bfloat16, 130, 129)],
+)
+def test_shared_lists_factors_and_sums_together_of_strided_inputs(
+    device, weight_format, dtype, num_features, num_selected
+):
+    stored = store(weights_of(5, num_features, 270), weight_format)
+    rows = sparse_rows(2, num_features, num_selected).to(dtype)
+    matrix_P = torch.tensor([4, 1, 3, 3, 0, 2, 1, 4])
+    factor_P = torch.linspace(-1.0, 2.0, 8)
+    settings = {"matrix_P": strided(matrix_P), "factors_P": strided(factor_P)}
+    found = product(stored, strided(rows), device, num_selected, products_per_list=2, products_per_sum=2, **settings)
+    assert (found.shape, found.dtype) == ((4, 270), torch.float32)
+    dense = torch.stack([load_dense(stored, int(matrix)) for matrix in matrix_P]).double()
+    each = torch.einsum("pd,pdo->po", rows.double()[[0, 0, 1, 1, 0, 0, 1, 1]], dense) * factor_P[:, None].double()
+    check(found, each.view(4, 2, -1).sum(1))
+
+
+def test_a_product_takes_the_first_features_of_a_list_that_is_full(device):
+    stored, rows = store(weights_of(40, 70), "fp32"), sparse_rows(3, 40, 20)
+    first = rows * ((rows != 0).cumsum(-1) <= 9)
+    check(product(stored, rows, device, 9), first.double() @ load_dense(stored).double())
+
+
 def test_equal_inputs_give_equal_bits(device):
     stored, rows = store(weights_of(200, 40), "fp32"), sparse_rows(2, 200, 150)
     assert torch.equal(product(stored, rows, device), product(stored, rows, device))

@@ -145,6 +145,17 @@ def test_every_row_of_every_leading_dimension_has_its_own_k(name):
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+@pytest.mark.parametrize("group_size", [None, 5])
+def test_rows_and_k_may_have_strides(name, group_size):
+    x = torch.randn(10, 7, 4).transpose(0, 2)
+    num_selected = (2 * torch.arange(1, 57).remainder(5) + 2).view(7, 8).T[::2]
+    assert x.shape == (4, 7, 10) and num_selected.shape == (4, 7) and not num_selected.is_contiguous()
+    want = topk_mask(x, num_selected, group_size=group_size)
+    assert torch.equal(select_mask(x, num_selected, rows=runnable(name), group_size=group_size), want)
+    assert torch.equal(select(x, num_selected, rows=runnable(name), group_size=group_size), x * want)
+
+
+@pytest.mark.parametrize("name", IMPLEMENTATIONS)
 @pytest.mark.parametrize("more", [-1, 0, 1])
 def test_rows_with_many_zeros_select_non_zero_values_first(name, more):
     x = torch.randn(8, 40).relu()

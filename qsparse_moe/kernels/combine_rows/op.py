@@ -68,11 +68,12 @@ def _backward_torch(grad_TD: Tensor, rows_ND: Tensor, weights_TA: Tensor, slot_N
     # Rounded to the dtype of the rows, where the compiled implementations sum in fp32.
     dot_N = torch.linalg.vecdot(grad_ND, rows_ND).to(weights_TA.dtype)
     weight_N = weights_TA.flatten()[slot_N].to(grad_ND.dtype)
-    grad_weights_TA = torch.zeros_like(weights_TA)
+    # Not zeros_like, which has the strides of the weights, and slots count in order.
+    grad_weights_S = weights_TA.new_zeros(weights_TA.numel())
     # slot_N leaves out the choices without a row, whose gradient stays 0.
-    grad_weights_TA.view(-1)[slot_N] = dot_N
+    grad_weights_S[slot_N] = dot_N
     # In place, because index_select has made a new tensor.
-    return grad_ND.mul_(weight_N[:, None]), grad_weights_TA
+    return grad_ND.mul_(weight_N[:, None]), grad_weights_S.view(weights_TA.shape)
 
 
 def _forward_native(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -> Tensor:

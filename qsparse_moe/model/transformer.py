@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig, Recompute
 from qsparse_moe.config.shapes import vocab_size
-from qsparse_moe.kernels.onednn import Linear
 from qsparse_moe.model.attention import Attend, document_mask
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.output_head import IGNORED_LABEL, OutputHead, mean_loss, summed_loss
 from qsparse_moe.model.recompute import run_part
 from qsparse_moe.model.rope import rotation_at
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
@@ -27,8 +26,6 @@ from qsparse_moe.sparsity.stats import stack_layers
 
 LayerHook = Callable[[int, Tensor], None]
 """Called with the number of a layer and its output ``(B, S, D)``."""
-# The convention of torch.nn.functional.cross_entropy and of transformers.
-IGNORED_LABEL = -100
 
 
 def build_model(
@@ -76,7 +73,7 @@ class Transformer(nn.Module):
         self.embedding = nn.Embedding(vocab_size(config), config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
-        self.head = Linear(config.hidden_size, vocab_size(config))
+        self.head = OutputHead(config.hidden_size, vocab_size(config))
         if config.tie_embeddings:
             # One parameter object: the optimizer and the initialisation meet it once, under the name of the embedding.
             self.head.weight = self.embedding.weight
@@ -154,6 +151,7 @@ class Transformer(nn.Module):
         documents_BS: Tensor | None = None,
         loss_weight: Tensor | None = None,
         with_stats: bool = True,
+        with_logits: bool = True,
         layer_hook: LayerHook | None = None,
     ) -> ModelOutput:
         """Return the logits and, if labels or targets are given, the loss.
@@ -170,6 +168,8 @@ class Transformer(nn.Module):
                 sequence.
             loss_weight: factor of the mean loss over the targets, without the routers' losses; None is 1.
             with_stats: if False, ``router/routed_LE`` is the only statistic.
+            with_logits: if False, the output has no logits. With targets their loss then needs less memory, and hidden
+                ids (``hide_ids``) have a probability, as in training.
             layer_hook: called with the number and the output of every layer. The output is part of the graph, so the
                 hook may register gradient hooks on it.
 
@@ -188,11 +188,12 @@ class Transformer(nn.Module):
         hidden_BSD, outputs = self.run_layers(
             hidden_BSD, positions_BS, mask_B1SS, with_stats=with_stats, layer_hook=layer_hook
         )
-        logits_BSV = self.logits(hidden_BSD)
+        logits_BSV = self.logits(hidden_BSD) if with_logits else None
         stats = stack_layers([output.stats for output in outputs])
         if targets_BS is None:
             return ModelOutput(logits_BSV, None, {}, stats)
-        loss, losses = self.losses(logits_BSV, targets_BS, outputs, loss_weight)
+        lm_loss = self._lm_loss(hidden_BSD, targets_BS) if logits_BSV is None else cross_entropy(logits_BSV, targets_BS)
+        loss, losses = self.losses(lm_loss if loss_weight is None else lm_loss * loss_weight, outputs)
         return ModelOutput(logits_BSV, loss, losses, stats)
 
     def run_layers(
@@ -251,20 +252,13 @@ class Transformer(nn.Module):
             return logits
         return logits.index_fill(-1, self._hidden_ids.to(logits.device), -torch.inf)
 
-    def losses(
-        self,
-        logits_BSV: Tensor,
-        targets_BS: Tensor,
-        outputs: Sequence[BlockOutput],
-        weight: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the loss of shifted targets and its terms, as in ``ModelOutput``, from the outputs of all layers.
+    def _lm_loss(self, hidden_BSD: Tensor, targets_BS: Tensor) -> Tensor:
+        """Return ``cross_entropy`` of the logits, without a tensor of all of them where they are many."""
+        total = self.head(self.final_norm(hidden_BSD).flatten(0, 1), targets_BS.flatten())
+        return mean_loss(total, targets_BS)
 
-        ``weight`` is ``loss_weight`` of ``forward``.
-        """
-        lm_loss = cross_entropy(logits_BSV, targets_BS)
-        if weight is not None:
-            lm_loss = lm_loss * weight
+    def losses(self, lm_loss: Tensor, outputs: Sequence[BlockOutput]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and its terms, as in ``ModelOutput``; ``lm_loss`` is that of the shifted targets."""
         # Only the total keeps the graph. The terms are for reports and must not keep activations alive.
         losses = {"lm_loss": lm_loss.detach()}
         balances = [output.balance for output in outputs if output.balance is not None]
@@ -302,8 +296,4 @@ def shifted_labels(labels_BS: Tensor, documents_BS: Tensor | None = None) -> Ten
 
 def cross_entropy(logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
     """Return the mean loss over the targets that are not ignored, in nats and at least fp32; 0 if all are ignored."""
-    # The softmax sums over the whole vocabulary, for which the 8 bits of bf16 are too few.
-    wide_TV = logits_BSV.flatten(0, 1).to(torch.promote_types(logits_BSV.dtype, torch.float32))
-    total = F.cross_entropy(wide_TV, targets_BS.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-    # PyTorch's own mean would be 0 / 0 for a micro-batch in which every target is ignored.
-    return total / (targets_BS != IGNORED_LABEL).sum().clamp(min=1)
+    return mean_loss(summed_loss(logits_BSV.flatten(0, 1), targets_BS.flatten()), targets_BS)

@@ -260,10 +260,9 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
             # Padding in front of a sequence predicts nothing, not even its first token.
             targets_BS = targets_BS.masked_fill(~counted_BS, IGNORED_LABEL)
             outputs = without_padding(outputs, routings, counted_BS, self.model.config.moe.load_balance_scope)
-        loss, terms = self.model.losses(logits_BSV, targets_BS, outputs)
-        if not self.training:
-            loss = cross_entropy(logits_BSV, targets_BS)
-        return loss, terms.get("load_balance_loss")
+        lm_loss = cross_entropy(logits_BSV, targets_BS)
+        loss, terms = self.model.losses(lm_loss, outputs)
+        return loss if self.training else lm_loss, terms.get("load_balance_loss")
 
     def _hidden_states(self, hidden_states: list[Tensor]) -> tuple[Tensor, ...]:
         return (*hidden_states[:-1], self.model.final_norm(hidden_states[-1]))

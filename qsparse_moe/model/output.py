@@ -10,8 +10,8 @@ from torch import Tensor
 class ModelOutput(NamedTuple):
     """Logits, losses, and statistics, in tuples and dicts only: DeepSpeed's ZeRO-3 finds tensors in nothing else."""
 
-    logits_BSV: Tensor | None
-    """None if the forward pass was asked for none."""
+    logits_BSV: Tensor
+    """An empty tensor if the forward pass was asked for none."""
     loss: Tensor | None
     """The language-model loss plus the weighted router losses; None without labels or targets."""
     losses: dict[str, Tensor]

@@ -12,9 +12,9 @@ from qsparse_moe.kernels.onednn import Linear, linear
 
 # The convention of torch.nn.functional.cross_entropy and of transformers.
 IGNORED_LABEL = -100
-# Fewer logits than these are computed at once, because smaller products are slower: 4096 tokens and 1056 ids (width 128)
-# took 1.25 times as long in parts on two CPU threads; 1024 and 8192 (512) took 1.00 in fp32 and 0.91 in bf16, and 2048
-# and 32000 (256) 0.93.
+# Fewer logits than these are computed at once, because smaller products are slower: on two CPU threads 4096 tokens and
+# 1056 ids (width 128) took 1.25 times as long in parts, 1024 and 8192 (512) 1.00 in fp32 and 0.91 in bf16, and 2048 and
+# 32000 (256) 0.93.
 _FEW_LOGITS = 2**23
 # A part holds its logits in fp32 and one temporary of their size, and those in bf16: 2 to 3 bytes per logit of all.
 _PARTS = 4

@@ -168,8 +168,8 @@ class Transformer(nn.Module):
                 sequence.
             loss_weight: factor of the mean loss over the targets, without the routers' losses; None is 1.
             with_stats: if False, ``router/routed_LE`` is the only statistic.
-            with_logits: if False, the output has no logits. With targets their loss then needs less memory, and hidden
-                ids (``hide_ids``) have a probability, as in training.
+            with_logits: if False, the logits of the output are an empty tensor. With targets their loss then needs less
+                memory, and hidden ids (``hide_ids``) have a probability, as in training.
             layer_hook: called with the number and the output of every layer. The output is part of the graph, so the
                 hook may register gradient hooks on it.
 
@@ -188,11 +188,11 @@ class Transformer(nn.Module):
         hidden_BSD, outputs = self.run_layers(
             hidden_BSD, positions_BS, mask_B1SS, with_stats=with_stats, layer_hook=layer_hook
         )
-        logits_BSV = self.logits(hidden_BSD) if with_logits else None
+        logits_BSV = self.logits(hidden_BSD) if with_logits else hidden_BSD.new_empty(0)
         stats = stack_layers([output.stats for output in outputs])
         if targets_BS is None:
             return ModelOutput(logits_BSV, None, {}, stats)
-        lm_loss = self._lm_loss(hidden_BSD, targets_BS) if logits_BSV is None else cross_entropy(logits_BSV, targets_BS)
+        lm_loss = cross_entropy(logits_BSV, targets_BS) if with_logits else self._lm_loss(hidden_BSD, targets_BS)
         loss, losses = self.losses(lm_loss if loss_weight is None else lm_loss * loss_weight, outputs)
         return ModelOutput(logits_BSV, loss, losses, stats)
 

@@ -180,7 +180,8 @@ def _accumulate(
     totals = StepTotals()
     for index, batch in enumerate(batches):
         with clock.part("forward"):
-            output = engine.forward(batch, with_stats=report, layer_hook=guard.layer_hook)
+            # Nobody reads the logits of a step, and those of a large vocabulary need more memory than all layers.
+            output = engine.forward(batch, with_stats=report, with_logits=False, layer_hook=guard.layer_hook)
         assert output.loss is not None
         guard.add_loss(output.loss)
         with clock.part("backward"):

@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qsparse_moe import build_model, train
 from qsparse_moe.model import output_head
 from qsparse_moe.model.output_head import IGNORED_LABEL, OutputHead, part_size, summed_loss
+from tests.support.runs import MIXED_MODEL, tiny_config, write_text
 
 
 class Peak(TorchDispatchMode):
@@ -117,3 +119,37 @@ def test_the_peak_is_at_most_four_bytes_per_logit(parts, dtype):
     assert whole.peak / logits >= (8 if dtype == torch.float32 else 10)
     assert in_parts.peak / logits <= 4, in_parts.peak / logits
     assert in_parts.now < logits / 8
+
+
+@pytest.mark.parametrize("model", [{}, MIXED_MODEL])
+def test_a_model_without_logits_has_the_same_loss_and_gradients(parts, model, tmp_path):
+    config = tiny_config(tmp_path, "model", model=model).model
+    built = build_model(config, seed=3).train()
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(257, (3, 24), generator=generator)
+    targets = tokens.roll(-1, 1).masked_fill(torch.rand(3, 24, generator=generator) < 0.2, IGNORED_LABEL)
+    with_logits = built(tokens, targets_BS=targets)
+    without = built(tokens, targets_BS=targets, with_logits=False)
+    assert without.logits_BSV.numel() == 0
+    assert without.losses.keys() == with_logits.losses.keys()
+    torch.testing.assert_close(without.loss, with_logits.loss, rtol=1e-6, atol=0)
+    parameters = list(built.parameters())
+    want = torch.autograd.grad(with_logits.loss, parameters)
+    for ours, theirs in zip(torch.autograd.grad(without.loss, parameters), want, strict=True):
+        assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_deepspeed_trains_in_parts_as_the_plain_engine_does_at_once(tmp_path, monkeypatch, zero_stage):
+    """In ZeRO-3 the weight of the head is there only while its module runs."""
+    write_text(tmp_path / "text")
+    losses = {}
+    for name, settings in {
+        "at-once": {"engine": "torch"},
+        "in-parts": {"engine": "deepspeed", "deepspeed": {"zero_stage": zero_stage}},
+    }.items():
+        monkeypatch.setattr(output_head, "_FEW_LOGITS", 2**23 if name == "at-once" else 0)
+        config = tiny_config(tmp_path, name, steps=3, **settings)
+        losses[name] = []
+        train(config, [lambda report, to=losses[name]: to.append(report.losses["lm_loss"])])
+    assert losses["in-parts"] == pytest.approx(losses["at-once"], rel=2e-6)

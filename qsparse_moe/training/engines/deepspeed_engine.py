@@ -84,9 +84,18 @@ class DeepSpeedEngine:
             raise
         self._start_optimizer_states()
 
-    def forward(self, batch: Batch, *, with_stats: bool, layer_hook: LayerHook | None = None) -> ModelOutput:
+    def forward(
+        self, batch: Batch, *, with_stats: bool, with_logits: bool = True, layer_hook: LayerHook | None = None
+    ) -> ModelOutput:
         """See ``Engine``."""
-        return run_model(self._engine, batch, self.distributed.device, with_stats=with_stats, layer_hook=layer_hook)
+        return run_model(
+            self._engine,
+            batch,
+            self.distributed.device,
+            with_stats=with_stats,
+            with_logits=with_logits,
+            layer_hook=layer_hook,
+        )
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """See ``Engine``. DeepSpeed divides by the number of micro-batches and reduces as its ZeRO stage requires."""

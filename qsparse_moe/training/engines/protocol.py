@@ -38,8 +38,13 @@ class Engine(Protocol):
     loss_scaler: LossScaler | None
     """The scaler of the loss in fp16; None in other precisions."""
 
-    def forward(self, batch: Batch, *, with_stats: bool, layer_hook: LayerHook | None = None) -> ModelOutput:
-        """Return the model's output for a batch in host memory; gradients are recorded unless disabled."""
+    def forward(
+        self, batch: Batch, *, with_stats: bool, with_logits: bool = True, layer_hook: LayerHook | None = None
+    ) -> ModelOutput:
+        """Return the model's output for a batch in host memory; gradients are recorded unless disabled.
+
+        See ``Transformer.forward``.
+        """
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Accumulate this micro-batch's gradient, divided by ``num_micro_batches``.
@@ -103,7 +108,13 @@ def equal_shard(value: Tensor, distributed: Distributed, group: ExpertGroup = AL
 
 
 def run_model(
-    module: Any, batch: Batch, device: torch.device, *, with_stats: bool, layer_hook: LayerHook | None
+    module: Any,
+    batch: Batch,
+    device: torch.device,
+    *,
+    with_stats: bool,
+    layer_hook: LayerHook | None,
+    with_logits: bool = True,
 ) -> ModelOutput:
     """Call ``module``, the model or the engine's wrapper around it, with a batch in host memory."""
     # Tokens are copied while the previous micro-batch still computes, if the host memory is pinned.
@@ -118,5 +129,6 @@ def run_model(
         documents_BS=documents,
         loss_weight=loss_weight,
         with_stats=with_stats,
+        with_logits=with_logits,
         layer_hook=layer_hook,
     )

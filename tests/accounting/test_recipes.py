@@ -14,6 +14,8 @@ import torch
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.load import load_config
+from qsparse_moe.config.rules import check_world_size
+from qsparse_moe.config.shapes import moe_layers
 
 RECIPES = Path(__file__).parents[2] / "configs" / "recipes"
 
@@ -25,6 +27,48 @@ PUBLISHED = {
     "qwen3-30b-a3b": ("30.5", "3.3"),
     "qwen1.5-moe-a2.7b": ("14.3", "2.7"),
 }
+
+
+# Of the Q-Sparse paper: width, layers, heads, width of the GLU, learning rate.
+PAPER = {
+    "300m": (1024, 24, 16, 2730, 6e-4),
+    "700m": (1536, 24, 24, 4096, 2.5e-4),
+    "1.3b": (2048, 24, 32, 5460, 2e-4),
+    "7b": (4096, 32, 32, 11008, 1.5e-4),
+}
+
+
+@pytest.mark.parametrize("size", PAPER)
+def test_a_mixture_of_the_paper_has_the_active_parameters_of_its_dense_model(size):
+    dense, mixture = (load_config(RECIPES / f"q-sparse{kind}-{size}.yaml") for kind in ("", "-moe"))
+    width, layers, heads, hidden, rate = PAPER[size]
+    for config in (dense, mixture):
+        assert (config.model.hidden_size, config.model.num_layers, config.model.num_heads) == (width, layers, heads)
+        assert config.training.learning_rate == rate
+        tokens = config.training.steps * config.training.global_batch_size * config.data.sequence_length
+        assert tokens == pytest.approx(50e9, rel=0.01)
+    assert dense.model.moe.dense_hidden_size == hidden and moe_layers(dense.model) == ()
+    assert moe_layers(mixture.model) == tuple(range(layers))
+    # The header says 1 %.
+    counted = [count_parameters(config.model) for config in (dense, mixture)]
+    assert counted[1].active / counted[0].active == pytest.approx(1, abs=0.01)
+    assert counted[1].needed / counted[0].needed == pytest.approx(1, abs=0.03)
+    assert counted[1].stored > 4 * counted[0].stored
+
+
+MACHINES = {"one node": 8, "two nodes": 16, "eight nodes": 64}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_batch_divides_over_the_machine_of_the_header_and_the_command_names_the_file(path):
+    lines = [line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
+    named = [line for line in lines if line.startswith("Machine")]
+    for line in named:
+        (ranks,) = (ranks for words, ranks in MACHINES.items() if f"{words} of 8 GPUs" in line)
+        check_world_size(load_config(path), ranks)
+        assert any(line.startswith("deepspeed") and line.endswith(f"configs/recipes/{path.name}") for line in lines)
+    # The older recipes name no machine.
+    assert named or not path.stem.startswith(("q-sparse", "bitnet", "continue", "fine-tune"))
 
 
 def percent_off(count: int, published: str) -> float:
@@ -56,6 +100,8 @@ def test_describing_671_billion_parameters_takes_less_than_a_second_and_no_torch
 import sys, time
 from qsparse_moe.accounting.description import describe_run
 from qsparse_moe.config.load import load_config
+from qsparse_moe.config.rules import check_world_size
+from qsparse_moe.config.shapes import moe_layers
 started = time.process_time()
 counted = describe_run(load_config({str(RECIPES / "deepseek-v3-style.yaml")!r}))["parameters"]
 assert counted["stored"] > 670e9

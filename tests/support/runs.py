@@ -67,8 +67,16 @@ MIXED_MODEL: dict[str, Any] = {
 """What the tiny model lacks: a tied head, grouped queries, biases, norms over all heads, a dense layer, a gated shared
 expert, the loop over experts."""
 
+LATENT_MODEL: dict[str, Any] = {
+    "head_size": None,
+    "qk_norm": "none",
+    "latent_attention": {"key_value_rank": 14, "nope_head_size": 6, "rope_head_size": 4, "value_head_size": 7},
+}
+"""Latent attention in place of the tiny model's own."""
+
 CAPACITY_MODEL: dict[str, Any] = {
     "num_layers": 4,
+    **LATENT_MODEL,
     "moe": {
         "num_experts": 4,
         "expert_hidden_size": 24,
@@ -78,7 +86,8 @@ CAPACITY_MODEL: dict[str, Any] = {
         "capacity_factor": 0.75,
     },
 }
-"""One layer with experts, the last of four, in which at least a quarter of the routed tokens exceeds the capacity."""
+"""One layer with experts, the last of four, in which at least a quarter of the routed tokens exceeds the capacity; with
+latent attention, which makes queries from the input."""
 
 BALANCED_MODEL: dict[str, Any] = {
     "moe": {

@@ -12,14 +12,16 @@ from qsparse_moe.training.engines.protocol import Engine
 
 # By the names in the state dict, which are public and do not change.
 _MATRIX = re.compile(
-    r"layers\.(\d+)\.(?:attention\.(?:qkv|output)\.weight|(?:moe\.experts|moe\.shared|dense)\.w_(?:gate|up|down))"
+    r"layers\.(\d+)\.(?:attention\.(?:qkv|down|query_up|latent_up|output)\.weight|"
+    r"(?:moe\.experts|moe\.shared|dense)\.w_(?:gate|up|down))"
 )
 
 
 def layer_matrices(names: Iterable[str]) -> list[list[str]]:
-    """Return the names of the matrices behind a sparse site, in attention and feed-forwards, as one list per layer.
+    """Return the names of the matrices of attention and feed-forwards, as one list per layer.
 
-    Norms, biases, routers, and the gate of shared experts, to which Q-Sparse does not apply, are in no list.
+    All are behind a sparse site, except the inner ones of latent attention. Norms, biases, routers, and the gate of
+    shared experts are in no list.
     """
     layers: dict[int, list[str]] = {}
     for name in names:

@@ -13,12 +13,13 @@ from qsparse_moe.training.engines.protocol import equal_shard
 from qsparse_moe.training.monitor.layer_gradients import layer_matrices
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.step import train_step
-from tests.support.runs import MIXED_MODEL, tiny_config
+from tests.support.runs import LATENT_MODEL, MIXED_MODEL, tiny_config
 from tests.training.engines.test_torch_engine import ALONE, random_batches
 
 ROUTERS = (".router.weight", ".token_gate")
 """They read the dense token."""
-MODELS = pytest.mark.parametrize("model", [None, MIXED_MODEL], ids=["experts", "mixed"])
+RANKED = LATENT_MODEL | {"latent_attention": LATENT_MODEL["latent_attention"] | {"query_rank": 10}}
+MODELS = pytest.mark.parametrize("model", [None, MIXED_MODEL, RANKED], ids=["experts", "mixed", "latent"])
 
 
 @MODELS

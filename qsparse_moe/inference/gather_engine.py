@@ -109,7 +109,9 @@ class GatheredWeights:
         # Those that training rounds in every forward are rounded once; attention's are copied to be input-major. All
         # others are the model's own memory.
         self._stacks = {
-            matrix.name: _stack(matrix.input_major(in_memory)).contiguous() for matrix in site_matrices(model)
+            matrix.name: _stack(matrix.input_major(in_memory)).contiguous()
+            for matrix in site_matrices(model)
+            if matrix.has_site
         }
 
     def of(self, *names: str) -> GatheredMatrices:

@@ -13,11 +13,13 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from qsparse_moe.inference.listed_latent_attention import Fp32Norm, ListedLatentAttention, Product
 from qsparse_moe.kernels.row_product.lists import FeatureLists
 from qsparse_moe.model.attention import Attention, norm_heads
 from qsparse_moe.model.block import Block
+from qsparse_moe.model.latent_attention import LatentAttention
 from qsparse_moe.model.rope import Rotation, rotate, rotation_at
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.experts import Experts
@@ -34,7 +36,7 @@ class ListedModel:
         lister = _Lister(weights, reads_all_rows)
         blocks = enumerate(model.blocks())
         self._layers = [_Layer(f"layers.{number}.", block, weights, lister) for number, block in blocks]
-        self._final_norm = _Norm(model.final_norm)
+        self._final_norm = Fp32Norm(model.final_norm)
         self._weights = weights
         hidden_ids = model.hidden_ids
         self._hidden_ids = None if hidden_ids is None else hidden_ids.to(model.head.weight.device)
@@ -100,17 +102,7 @@ class _Lister:
         return self._weights.list_features(sparse_ND, capacity, with_zeros=self._with_zeros)
 
 
-class _Norm:
-    """The norm of the training model with its weight in fp32, as its input is."""
-
-    def __init__(self, norm: nn.RMSNorm) -> None:
-        self._weight, self._epsilon = norm.weight.detach().float(), norm.eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._weight.shape, self._weight, self._epsilon)
-
-
-class _HeadNorm(_Norm):
+class _HeadNorm(Fp32Norm):
     """The norm of queries or keys, of every head or of all heads together."""
 
     def __call__(self, x_BHSC: Tensor) -> Tensor:
@@ -123,9 +115,11 @@ def _with_bias(y: Tensor, bias: Tensor | None) -> Tensor:
 
 class _Layer:
     def __init__(self, prefix: str, block: Block, weights: ListedWeights, lister: _Lister) -> None:
-        self._attention_norm, self._feed_forward_norm = _Norm(block.attention_norm), _Norm(block.feed_forward_norm)
-        assert isinstance(block.attention, Attention), "why_not of the engines refuses other models"
-        self._attention = _Attention(f"{prefix}attention.", block.attention, weights, lister)
+        self._attention_norm, self._feed_forward_norm = (
+            Fp32Norm(block.attention_norm),
+            Fp32Norm(block.feed_forward_norm),
+        )
+        self._attention = _attention(f"{prefix}attention.", block.attention, weights, lister)
         self.feed_forward_part: _MoE | _FeedForward
         if block.moe is not None:
             self.feed_forward_part = _MoE(f"{prefix}moe.", block.moe, weights, lister)
@@ -178,6 +172,20 @@ class _Attention:
         )
         y_BD = self._weights.product(self._output, self._lister.selected(part.output_site, mixed.flatten(1)))
         return _with_bias(y_BD, self._output_bias)
+
+
+def _attention(
+    prefix: str, attention: Attention | LatentAttention, weights: ListedWeights, lister: _Lister
+) -> _Attention | ListedLatentAttention:
+    if isinstance(attention, Attention):
+        return _Attention(prefix, attention, weights, lister)
+
+    def behind(site: SparseSite, name: str) -> Product:
+        stack = weights.of(f"{prefix}{name}.weight")
+        return lambda rows_ND: weights.product(stack, lister.selected(site, rows_ND))
+
+    down, output = behind(attention.input_site, "down"), behind(attention.output_site, "output")
+    return ListedLatentAttention(attention, down=down, output=output)
 
 
 class _GatedProducts:

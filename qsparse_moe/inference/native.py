@@ -49,6 +49,12 @@ def why_not(model: Transformer) -> str | None:
         return f"{reason}; the engine torch needs no compiler and runs on every device"
     if (reason := why_not_stored(model)) is not None:
         return reason
+    rank = model.config.latent_attention.key_value_rank
+    if rank is not None:
+        return (
+            f"it has no latent attention, which the model has (model.latent_attention.key_value_rank is {rank}); use "
+            "the engine torch or gather"
+        )
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
     return None

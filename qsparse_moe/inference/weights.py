@@ -11,10 +11,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from qsparse_moe.config.shapes import latent_sizes
 from qsparse_moe.errors import ArgumentError, without_fields
 from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, WeightFormat, load_dense, store
 from qsparse_moe.model.attention import Projection
+from qsparse_moe.model.latent_attention import LatentAttention
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.nn.feed_forward import FeedForward
@@ -38,6 +38,8 @@ class ModelMatrix(NamedTuple):
     """Whether a row belongs to an output, as in ``torch.nn.Linear``, or else to an input feature."""
     trained_format: str
     """The format to which the training model rounds it in every forward pass: ``none`` or ``ternary``."""
+    has_site: bool = True
+    """False for the inner matrices of latent attention, which every engine reads whole, from the model itself."""
 
     def input_major(self, weight_format: WeightFormat) -> Tensor:
         """Return the values to store in ``weight_format``, with one row per input feature.
@@ -54,7 +56,8 @@ def site_matrices(model: Transformer) -> Iterator[ModelMatrix]:
     """Yield every matrix behind a sparse site, and the inner ones of latent attention, in the order of the layers."""
     for path, module in model.named_modules():
         if isinstance(module, Projection):
-            yield ModelMatrix(f"{path}.weight", module.weight, True, module.weight_format)
+            has_site = path.rsplit(".", 1)[-1] not in LatentAttention.INNER
+            yield ModelMatrix(f"{path}.weight", module.weight, True, module.weight_format, has_site)
         if isinstance(module, (Experts, FeedForward)):
             for name in ("w_gate", "w_up", "w_down"):
                 parameter = getattr(module, name)
@@ -64,11 +67,6 @@ def site_matrices(model: Transformer) -> Iterator[ModelMatrix]:
 
 def why_not_stored(model: Transformer) -> str | None:
     """Return the reason why no engine with matrices of its own can hold the weights of ``model``; None if it can."""
-    if latent_sizes(model.config):
-        return (
-            "it has no latent attention, which the model has (model.latent_attention.key_value_rank is "
-            f"{model.config.latent_attention.key_value_rank}); use the engine torch"
-        )
     dtype = model.head.weight.dtype
     if dtype not in (torch.float32, torch.bfloat16):
         return f"its weights come from fp32 or bf16, and the model is in {dtype}; use the engine torch"
@@ -204,7 +202,9 @@ def use_bf16_products(model: Transformer) -> None:
     weight of its row. To be called once the engine has stored the codes.
     """
     for matrix in site_matrices(model):
-        matrix.parameter.data = matrix.parameter.data.bfloat16()
+        # The inner matrices of latent attention decode too.
+        if matrix.has_site:
+            matrix.parameter.data = matrix.parameter.data.bfloat16()
 
 
 def products_dtype(model: Transformer) -> torch.dtype:

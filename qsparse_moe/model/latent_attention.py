@@ -30,6 +30,9 @@ class LatentAttention(nn.Module):
     the model has compressed the token already.
     """
 
+    INNER = ("query_up", "latent_up")
+    """Names of the projections without a site."""
+
     def __init__(self, config: ModelConfig, runtime: SiteRuntime) -> None:
         super().__init__()
         sizes = latent_sizes(config)
@@ -96,13 +99,17 @@ class LatentAttention(nn.Module):
             # Values without channels: the keys hold everything that keys and values are computed from.
             stored_B1SX, _, mask_B1SS = cache.update(stored_B1SX, stored_B1SX[..., :0])
         is_one_step = cache is not None and query_BHSX.shape[2] == 1
-        attend = self._attend_to_latents if is_one_step else self._attend_to_heads
+        attend = self.attend_to_latents if is_one_step else self._attend_to_heads
         return attend(query_BHSX, stored_B1SX, mask_B1SS)
 
     def _queries(self, query_BSX: Tensor, rotation: Rotation) -> Tensor:
         """Return ``(B, H, S, N + R)``, the last R channels rotated."""
         if self.query_up is not None and self.query_latent_norm is not None:
             query_BSX = self.query_up(self.query_latent_norm(query_BSX))
+        return self.heads_of_queries(query_BSX, rotation)
+
+    def heads_of_queries(self, query_BSX: Tensor, rotation: Rotation) -> Tensor:
+        """Return the queries ``(B, S, H (N + R))`` by head, ``(B, H, S, N + R)``, the last R channels rotated."""
         query_BHSX = rearrange(query_BSX, "b s (h x) -> b h s x", h=self.num_heads)
         plain_BHSN, rotated_BHSR = query_BHSX.split([self.sizes.nope_head_size, self.sizes.rope_head_size], dim=-1)
         return torch.cat((plain_BHSN, rotate(rotated_BHSR, rotation)), dim=-1)
@@ -124,22 +131,25 @@ class LatentAttention(nn.Module):
         size = max(sizes.query_head_size, sizes.value_head_size)
         return _padded(query_BHSX, size), _padded(key_BHKX, size), _padded(value_BHKV, size)
 
-    def _attend_to_latents(self, query_BH1X: Tensor, stored_B1KX: Tensor, mask_B11K: Tensor | None) -> Tensor:
+    def attend_to_latents(self, query_BH1X: Tensor, stored_B1KX: Tensor, mask_B11K: Tensor | None) -> Tensor:
         """Return the same for one query, with the halves of ``latent_up`` applied to the query and to the result.
 
         q · (Wk c) = (Wk^T q) · c, and the sum of a Wv c over the tokens is Wv times the sum of a c (section 2.1.2). So
         no key or value of an earlier token is computed again, which takes about (N + V) / 2 times as many operations.
         """
         sizes = self.sizes
-        weight = as_format(self.latent_up.weight, self.latent_up.weight_format).to(query_BH1X.dtype)
+        # The products are in the dtype of the weight, as those of a Projection are.
+        weight = as_format(self.latent_up.weight, self.latent_up.weight_format)
         up_HXL = rearrange(weight, "(h x) l -> h x l", h=self.num_heads)
         key_HNL, value_HVL = up_HXL.split([sizes.nope_head_size, sizes.value_head_size], dim=1)
         plain_BH1N, rotated_BH1R = query_BH1X.split([sizes.nope_head_size, sizes.rope_head_size], dim=-1)
-        query_BH1X = torch.cat((plain_BH1N @ key_HNL, rotated_BH1R), dim=-1)
+        absorbed_BH1L = (plain_BH1N.to(weight.dtype) @ key_HNL).to(query_BH1X.dtype)
+        query_BH1X = torch.cat((absorbed_BH1L, rotated_BH1R), dim=-1)
         # The heads are the queries of one attention, because all have the same keys: nothing is repeated per head.
         latent_B1KL = stored_B1KX[..., : sizes.key_value_rank]
         mixed_B1HL = self._attend(query_BH1X.transpose(1, 2), stored_B1KX, latent_B1KL, mask_B11K)
-        return mixed_B1HL.transpose(1, 2) @ value_HVL.mT
+        mixed_BH1L = mixed_B1HL.transpose(1, 2).to(weight.dtype)
+        return (mixed_BH1L @ value_HVL.mT).to(query_BH1X.dtype)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, scale=self.scale)

@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from qsparse_moe.errors import BackendUnavailable
-from qsparse_moe.inference import native, triton_engine
+from qsparse_moe.inference import native
 from qsparse_moe.inference.cached_model import prefill
-from qsparse_moe.inference.engine import ENGINES, prepare_prefill, resolve_engine
+from qsparse_moe.inference.engine import prepare_prefill, resolve_engine
+from qsparse_moe.inference.gather_engine import GatherDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.memory import MemoryDtypes, prefill_bytes
 from qsparse_moe.inference.prompt_cache import PromptCache
+from qsparse_moe.inference.triton_engine import TritonDecode
 from qsparse_moe.inference.weights import use_weights
+from qsparse_moe.kernels import tiles
 from qsparse_moe.model.rope import rotation_at
-from tests.inference.models import all_at_once, config, model, random_tokens
+from tests.inference.models import all_at_once, config, difference_from_torch, model, random_tokens
 from tests.inference.test_cached_model import LENGTH, largest_difference
 from tests.inference.test_prompt_cache import TURNS, made, talk
 
@@ -114,22 +117,58 @@ def test_the_cache_holds_one_vector_and_one_rotated_key_per_token_also_when_sequ
     assert (logits - expected[[0, 2], [2, 4]]).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_a_conversation_keeps_its_vectors():
-    generator = made("torch", latent_attention=RANKED)
+@pytest.mark.parametrize("engine", ["torch", "gather"])
+def test_a_conversation_keeps_its_vectors(engine):
+    generator = made(engine, latent_attention=RANKED)
     assert talk(generator, TURNS, PromptCache()) == talk(generator, TURNS, None)
 
 
-@pytest.mark.parametrize("engine", [spec.name for spec in ENGINES if spec.name != "torch"])
-def test_an_engine_without_it_refuses_by_name_and_auto_takes_torch_aloud(engine, monkeypatch, caplog):
+def test_the_native_engine_refuses_by_name_and_auto_takes_another_aloud(monkeypatch, caplog):
     monkeypatch.setattr(native.native, "why_not", lambda device: None)
-    monkeypatch.setattr(triton_engine.tiles, "why_not", lambda device: None)
-    built = model(latent_attention=RANKED)
-    reason = rf"{engine}: it has no latent attention, .*key_value_rank is 24\); use the engine torch"
+    dense, sparse = (model(latent_attention=RANKED, sparsity={"default": s}) for s in (0.0, 0.5))
+    reason = r"native: it has no latent attention, .*key_value_rank is 24\); use the engine torch or gather"
     with pytest.raises(BackendUnavailable, match=reason):
-        resolve_engine(engine, built)
+        resolve_engine("native", dense)
     with caplog.at_level("INFO"):
-        assert resolve_engine("auto", built).name == "torch"
-    assert "engine=auto: using torch" in caplog.text and "not native: it has no latent attention" in caplog.text
+        assert (resolve_engine("auto", dense).name, resolve_engine("auto", sparse).name) == ("torch", "gather")
+    for name in ("torch", "gather"):
+        assert f"engine=auto: using {name}; not native: it has no latent attention" in caplog.text
+
+
+SITES = {
+    "dense": {},
+    "top-k": {"sparsity": {"default": 0.5}, "moe": {"num_shared_experts": 1, "num_dense_layers": 1}},
+    "block, rescaled": {"sparsity": {"default": 0.5, "selection": "block", "group_size": 8, "rescale": "preserve"}},
+    "ternary": SPARSE["int8 and ternary"],
+}
+
+
+@pytest.mark.parametrize("settings", SITES.values(), ids=SITES.keys())
+@pytest.mark.parametrize("latent", [LATENT, RANKED], ids=["queries from the input", "queries from a vector"])
+def test_gathered_rows_give_the_logits_of_the_training_model(settings, latent):
+    built = model(latent_attention=latent, **settings)
+    assert difference_from_torch(built, GatherDecode(built), (4, 2, 7), capacity=9, steps=10) < 1e-5
+
+
+def test_gathered_rows_of_int8_weights_and_a_bf16_model():
+    rounded = model(latent_attention=RANKED, sparsity={"default": 0.5})
+    use_weights(rounded, "int8")
+    assert difference_from_torch(rounded, GatherDecode(rounded, "int8"), (4, 2), capacity=9, steps=5) < 1e-5
+    half = model(torch.bfloat16, latent_attention=RANKED)
+    # The reference rounds its activations as well.
+    assert difference_from_torch(half, GatherDecode(half), (4, 2), capacity=9, steps=5) < 0.05
+
+
+def test_inner_matrices_are_not_copied():
+    built = model(latent_attention=RANKED)
+    names = GatherDecode(built)._weights._stacks
+    assert "layers.0.attention.down.weight" in names and not any("_up.weight" in name for name in names)
+
+
+@pytest.mark.skipif(tiles.why_not(torch.device("cpu")) is not None, reason="needs Triton and its interpreter")
+def test_triton_kernels_give_the_logits_of_the_training_model():
+    built = model(latent_attention=RANKED, sparsity={"default": 0.5}, num_layers=1)
+    assert difference_from_torch(built, TritonDecode(built), (3, 2), capacity=6, steps=2) < 1e-5
 
 
 @pytest.mark.parametrize(("weights", "sparsity"), [("int8", {}), ("bf16", {}), ("ternary", SPARSE["int8 and ternary"])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -83,7 +84,7 @@ def _only(grid: Grid, task: int) -> Grid:
         raise ConfigError(
             f"--task ({task}) must be the index of a run of {grid.name}, 0 to {len(grid.runs) - 1}; --list prints them"
         )
-    return Grid(grid.name, (grid.runs[task],))
+    return replace(grid, runs=(grid.runs[task],))
 
 
 def _print_report(grid: Grid, results: list[RunResult], folder: Path | None, json: bool) -> None:

@@ -61,6 +61,8 @@ class GridFile(_Strict):
     """A list of values by dotted path, or, under any name, named groups of settings that change together."""
     extra_seeds: list[ExtraSeeds] = []
     """Additional seeds for a part of the grid."""
+    compare_dense: Annotated[int, Field(ge=1)] | None = None
+    """Number of validation sequences on which every finished run is compared with itself at S = 0; None: no run is."""
 
     @field_validator("variants", mode="before")
     @classmethod

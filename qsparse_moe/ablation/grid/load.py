@@ -46,6 +46,8 @@ class Grid:
 
     name: str
     runs: tuple[GridRun, ...]
+    compare_dense: int | None = None
+    """Number of validation sequences on which every finished run is compared with itself at S = 0."""
 
     @property
     def folder(self) -> Path:
@@ -105,7 +107,7 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
             )
             runs.append(GridRun(point.name, seed, config, point.settings, point.choices))
     _refuse_twins(path, runs)
-    return Grid(path.stem, tuple(runs))
+    return Grid(path.stem, tuple(runs), file.compare_dense)
 
 
 def _refuse_given(path: Path, overrides: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from qsparse_moe.ablation.grid.dense_comparison import FIGURES
 from qsparse_moe.ablation.grid.figures import draw_figures
 from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
@@ -44,6 +45,7 @@ def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
         "measured in training, median. Values that are the same for all variants are listed once, above the table.",
         *_cost(grid, results),
         *_natural_zeros(grid, results),
+        *_against_dense(grid, results),
     ]
     if any(result.layer_grad_norms for result in results):
         parts.append(
@@ -132,6 +134,24 @@ def _natural_zeros(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         "measured zeros (mean over the seeds, last evaluation)."
     )
     return [note, _table(["variant", "site", "requested S", "measured zeros"], rows)]
+
+
+def _against_dense(grid: Grid, results: Sequence[RunResult]) -> list[str]:
+    """Return a note and a table of the differences from S = 0 if the grid asks for them, else nothing."""
+    if grid.compare_dense is None:
+        return []
+    rows = []
+    for variant in grid.variants:
+        found = [result.against_dense for result in results if result.variant == variant and result.against_dense]
+        values = [[value for one in found if (value := one[name]) is not None] for name in FIGURES]
+        rows.append([variant, *(_spread(own) for own in values)])
+    note = (
+        f"Against the same model at S = 0, on {grid.compare_dense} validation sequences: fractions of its routing "
+        "choices, and of the first choices, that change; KL divergence of the next-token distributions in nats per "
+        "token; fraction of the tokens with the same likeliest next token. A dash: not compared, because the selection "
+        "is ReLU, the model has no experts, the run did not finish, or its comparison failed (see its log)."
+    )
+    return [note, _table(["variant", "choices changed", "first changed", "KL divergence", "top-1 agreement"], rows)]
 
 
 def _mean(results: Sequence[RunResult], name: str) -> float:

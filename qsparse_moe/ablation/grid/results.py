@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,13 @@ from qsparse_moe.errors import ConfigError
 RESULTS_VERSION = 2
 """Version of the records; the reader refuses every other version."""
 RESULTS = "results.jsonl"
-_ADDED = ("choices", "varied_sparsity", "natural_zeros")
-"""Lists that the first records of this version lack; the reader fills in empty ones."""
+_ADDED: dict[str, Callable[[], Any]] = {
+    "choices": list,
+    "varied_sparsity": list,
+    "natural_zeros": list,
+    "against_dense": lambda: None,
+}
+"""Fields that earlier records of this version lack, with what returns the value that the reader fills in."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,10 @@ class RunResult:
     natural_zeros: list[tuple[Site, list[int], float, float]] = field(default_factory=list)
     """Sites at which S lies below the zeros that the activation function produces: the site, the layers (empty: all),
     the measured fraction of zeros, and the fraction that the selection chose."""
+    against_dense: dict[str, float | None] | None = None
+    """Differences from the same model at S = 0: the fractions of its routing choices and of its first choices that
+    change, the KL divergence in nats per token, and the agreement of the likeliest token. None if the grid file does
+    not ask for it (``compare_dense``), or the selection is ReLU."""
     version: int = field(default=RESULTS_VERSION, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,4 +143,4 @@ def _record(line: str, where: str) -> dict[str, Any]:
     missing = [one.name for one in fields(RunResult) if one.name not in record and one.name not in _ADDED]
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}; {again}")
-    return {**{name: [] for name in _ADDED}, **record}
+    return {**{name: default() for name, default in _ADDED.items()}, **record}

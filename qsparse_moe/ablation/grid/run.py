@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 from qsparse_moe.ablation.grid.children import Children
+from qsparse_moe.ablation.grid.dense_comparison import comparison_command, dense_figures, is_compared
 from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.placement import Placement
 from qsparse_moe.ablation.grid.results import RunResult
@@ -19,6 +21,8 @@ from qsparse_moe.config.rules import check_trainable
 from qsparse_moe.errors import CheckpointError, ConfigError, naming
 from qsparse_moe.runs.folder import is_finished, run_folder
 from qsparse_moe.training.distributed.ranks import num_cores
+
+logger = logging.getLogger(__name__)
 
 LOG_TAIL = 400
 """Number of characters of the output of a failed run that its error quotes."""
@@ -65,6 +69,8 @@ def run_grid(
             slot = slots.get()
             try:
                 error = None if is_finished(run.config) else _start(grid, run, placement, slot, children)
+                if error is None and is_compared(grid, run) and dense_figures(grid, run) is None:
+                    _compare(grid, run, placement, slot, children)
             except (ConfigError, CheckpointError) as refused:  # the folder belongs to a run with other settings
                 error = str(refused)
             # Also after an error, or the remaining runs would wait for this slot forever.
@@ -103,3 +109,13 @@ def _start(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...]
     # A process that was killed may have stopped inside a character.
     text = log.read_text("utf-8", errors="replace").strip()
     return f"exit code {code}, see {log}: ...{text[-LOG_TAIL:]}"
+
+
+def _compare(grid: Grid, run: GridRun, placement: Placement, slot: tuple[str, ...], children: Children) -> None:
+    """Compare a finished run with itself at S = 0, in a process of its own; a failure is logged and reported."""
+    log = grid.folder / f"{run.id}.comparison.log"
+    environment = placement.environment(slot, num_cores(), given=os.environ)
+    code = children.run(comparison_command(grid, run), log, environment)
+    # A stop is no failure: the next call of the verb compares the run.
+    if code and not children.stopped_by:
+        logger.warning("%s: the comparison with S = 0 failed (exit code %d); see %s", run.id, code, log)

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qsparse_moe.ablation.grid.dense_comparison import dense_figures
 from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.accounting.densities import Densities, measured_densities, planned_densities
@@ -58,6 +59,7 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
         choices=[(choice.label, list(choice.paths)) for choice in run.choices],
         varied_sparsity=_varied_sparsity(grid, run.config.model),
         natural_zeros=[(one.site, list(one.layers), one.zeros, one.chosen) for one in natural_zeros(last)],
+        against_dense=dense_figures(grid, run) if finished else None,
         layer_grad_norms=_late_grad_norms(rows, run.config.training.steps, run.config.model.num_layers),
     )
 

@@ -1,7 +1,8 @@
-"""``qsparse-moe export``: write a run's weights as one state dict that other programs can read."""
+"""``qsparse-moe export``: write a trained model in a format that other programs read."""
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,7 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.runs.find import find_run
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.find import find_model
 
 
 def register(app: typer.Typer) -> None:
@@ -18,24 +20,47 @@ def register(app: typer.Typer) -> None:
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="Run folder.", show_default=False)],
-    output: Annotated[Path, typer.Argument(help="Folder to create.", show_default=False)],
+    source: Annotated[Path, typer.Argument(help="Folder of a run, a checkpoint, or an export.", show_default=False)],
+    folder: Annotated[Path | None, typer.Argument(help="The same as --output.", show_default=False)] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Folder to create.", show_default=False)] = None,
     format: Annotated[
-        Literal["state-dict"], typer.Option(help="state-dict: safetensors under this package's own names.")
-    ] = "state-dict",
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")] = "fp32",
+        Literal["auto", "hugging-face", "native", "state-dict"],
+        typer.Option(
+            help="hugging-face: that of a family that import reads, such as Mixtral, where S is 0; native: this "
+            "package's own, with any S; auto: hugging-face if a family can express the model, or else native. "
+            "state-dict is an older name of native."
+        ),
+    ] = "auto",
+    dtype: Annotated[
+        Literal["auto", "fp32", "bf16"], typer.Option(help="Type of the weights; auto: as they are stored.")
+    ] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write the weights of the newest checkpoint, for any number of ranks and ZeRO stage, and the configuration."""
+    """Write the weights of the newest checkpoint, for any number of ranks and ZeRO stage, and what belongs to them."""
+    if (folder is None) == (output is None):
+        raise ConfigError("the folder to create must be given once; name it with --output FOLDER")
+    target = output or folder
+    assert target is not None
     # Imported once the folder is found, so that a wrong path is reported at once.
-    run_dir = find_run(run)
-    from qsparse_moe.interop.state_dict import export_run
+    found = find_model(source).path
+    from qsparse_moe.interop.export_model import export_model
 
-    done = export_run(run_dir, output, dtype=dtype, force=force)
+    command = ["qsparse-moe", "export", str(source), "--output", str(target), "--format", format, "--dtype", dtype]
+    done = export_model(
+        found,
+        target,
+        format="native" if format == "state-dict" else format,
+        dtype=dtype,
+        force=force,
+        command=shlex.join(command),
+    )
+    is_native = done.model_type == "qsparse_moe"
     if json:
-        print_json({"run_dir": str(run_dir), "format": format, "dtype": dtype} | asdict(done) | {"folder": str(output)})
+        report = {"run_dir": str(found), "format": "native" if is_native else "hugging-face", "dtype": dtype}
+        print_json(report | asdict(done) | {"folder": str(target)})
         return
     console = result_console()
-    console.print(f"after step {done.step}: {done.tensors} tensors, {done.bytes:,} bytes in {dtype}")
-    console.print(f"in {done.folder}, {done.files} file(s) of weights and config.yaml", soft_wrap=True)
+    console.print(f"after step {done.step}: {done.tensors} tensors, {done.bytes:,} bytes, model type {done.model_type}")
+    config = "config.yaml" if is_native else "config.json"
+    console.print(f"in {done.folder}, {done.files} file(s) of weights and {config}", soft_wrap=True)

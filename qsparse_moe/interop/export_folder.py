@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.interop.safetensors_writer import TensorSpec, write_safetensors
-from qsparse_moe.interop.weight_files import INDEX, WEIGHTS, safetensors_torch
+from qsparse_moe.interop.weight_files import INDEX, WEIGHTS, open_safetensors, safetensors_torch
 from qsparse_moe.runs.folder import CONFIG_FILE
 
 PART_BYTES = 4 * 2**30
@@ -28,6 +28,8 @@ class Export:
     bytes: int
     """Size of all tensors."""
     files: int
+    model_type: str = "qsparse_moe"
+    """Family of the format, or ``qsparse_moe`` for this package's own."""
 
 
 def write_export(
@@ -37,6 +39,7 @@ def write_export(
     metadata: Mapping[str, str],
     write_rest: Callable[[Path], None],
     part_bytes: int = PART_BYTES,
+    model_type: str = "qsparse_moe",
 ) -> Export:
     """Write an export, under another name until it is complete. At most its largest tensor is held in memory.
 
@@ -46,6 +49,7 @@ def write_export(
         metadata: of each file; with the number of steps that the weights were trained, as ``step``.
         write_rest: writes the configuration and everything else into the folder that it receives.
         part_bytes: maximum size of a file, unless a single tensor is larger.
+        model_type: see ``Export``.
 
     Raises:
         CheckpointError: ``output`` cannot be written.
@@ -69,7 +73,7 @@ def write_export(
         # A tensor of the source is damaged, or the user interrupts.
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    return Export(output, int(metadata["step"]), len(tensors), sum(_sizes(tensors).values()), files)
+    return Export(output, int(metadata["step"]), len(tensors), sum(_sizes(tensors).values()), files, model_type)
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -88,10 +92,23 @@ def check_output(output: Path, force: bool) -> None:
             "export with --force"
         )
     # --force must never delete a folder that merely has the same name.
-    if not (output / CONFIG_FILE).is_file() or not any(output.glob("model*.safetensors")):
+    if not _is_export(output):
         raise CheckpointError(
             f"{output}: is not an earlier export, so --force does not replace it; name another folder"
         )
+
+
+def _is_export(folder: Path) -> bool:
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        return False
+    if (folder / CONFIG_FILE).is_file():
+        return True
+    # A downloaded model has the same files as an export in its family's format, apart from this entry.
+    try:
+        return "qsparse_moe" in (open_safetensors(files[0], "").metadata() or {})
+    except CheckpointError:
+        return False
 
 
 def _put_in_place(partial: Path, output: Path) -> None:

@@ -36,14 +36,12 @@ class HuggingFaceWeights:
     """
 
     kind = "hugging_face"
-    step = 0
-    """Such a folder does not say how many steps its model was trained."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.model_file = path / CONFIG_JSON
         settings = FamilySettings.load(path)
-        self.max_length = settings.max_length
+        self.model_type, self.max_length = settings.model_type, settings.max_length
         family = None if settings.model_type == MODEL_TYPE else find_family(settings)
         self.model: ModelConfig
         self.plan: SparsityPlan | None = None
@@ -53,6 +51,8 @@ class HuggingFaceWeights:
         else:
             self.model = model_config(family, settings)
         self._stored = StoredTensors(path)
+        self.step = self._stored.step
+        """Number of steps that the model was trained, if ``qsparse-moe export`` wrote the folder, and else 0."""
         names = self._stored.shapes.keys()
         self._recipes = family.recipes(self.model, names) if family else own_recipes(self.model, names)
         left_out = family.left_out(self.model, names) if family else {}

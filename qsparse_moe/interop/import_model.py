@@ -10,6 +10,7 @@ from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.data.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
 from qsparse_moe.errors import ArgumentError, CheckpointError, ConfigError, DataError, without_fields
 from qsparse_moe.interop.auto_model.reader import started
+from qsparse_moe.interop.companion_files import copy_generation_config
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
 from qsparse_moe.interop.families.settings import CONFIG_JSON
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
@@ -77,12 +78,15 @@ def import_model(
         if config.model.sparsity.plan is not None:
             assert source.plan is not None
             source.plan.save(partial / PLAN_FILE)
+        copy_generation_config(folder, partial)
         if loaded.files:
             loaded.save(partial / TOKENIZER)
 
     stored = None if dtype == "auto" else COMPUTE_DTYPES[dtype]
     tensors = {name: weights.spec(name, stored) for name in weights.shapes}
-    metadata = export_metadata(step=weights.step)
+    metadata = export_metadata(
+        step=source.step, max_length=source.max_length or sequence_length, family=source.model_type
+    )
     return write_export(output, tensors, metadata=metadata, write_rest=write_rest, part_bytes=part_bytes)
 
 

@@ -27,7 +27,7 @@ class ExportWeights:
         config = load_run_config(path)
         self.model, self.tokenizer = config.model, config.data.tokenizer
         self.model_file = path / CONFIG_FILE
-        self.step = self._files.step
+        self.step, self.max_length, self.family = self._files.step, self._files.max_length, self._files.family
         self.shapes = self._files.shapes
 
     def tensor(self, name: str) -> Tensor:

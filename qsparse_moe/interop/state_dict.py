@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.interop.companion_files import write_companions
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
-from qsparse_moe.interop.safetensors_writer import TensorSpec
+from qsparse_moe.interop.export_source import ExportDtype, ExportSource, open_source, plan_in_use
 from qsparse_moe.interop.weight_files import WeightFiles, export_metadata
 from qsparse_moe.model.transformer import Transformer, build_model
-from qsparse_moe.runs.folder import PLAN_FILE, TOKENIZER, load_run_config, no_checkpoint, write_config
-from qsparse_moe.sparsity.schedule import scheduled_scale
+from qsparse_moe.runs.folder import PLAN_FILE, TOKENIZER, load_run_config, write_config
 from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
-from qsparse_moe.training.checkpoint.store import Checkpoint, newest_checkpoint
-from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
-
-Dtype = Literal["fp32", "bf16"]
 
 
 def export_run(
-    run_dir: Path, output: Path, *, dtype: Dtype = "fp32", force: bool = False, part_bytes: int = PART_BYTES
+    run_dir: Path, output: Path, *, dtype: ExportDtype = "fp32", force: bool = False, part_bytes: int = PART_BYTES
 ) -> Export:
     """Write the weights of a run's newest checkpoint, of any number of ranks and ZeRO stage, to the folder ``output``.
 
@@ -48,15 +42,18 @@ def export_run(
     """
     # Before the checkpoint is read, which may take minutes if many ranks wrote it.
     check_output(output, force)
-    config = load_run_config(run_dir)
-    checkpoint = newest_checkpoint(run_dir)
-    if checkpoint is None:
-        raise no_checkpoint(run_dir)
+    return export_native(open_source(run_dir), output, dtype=dtype, part_bytes=part_bytes)
+
+
+def export_native(
+    source: ExportSource, output: Path, *, dtype: ExportDtype, part_bytes: int = PART_BYTES, command: str | None = None
+) -> Export:
+    """Write the export that ``load_export`` reads; see ``export_model.export_model``."""
     return write_export(
         output,
-        _specs(checkpoint, COMPUTE_DTYPES[dtype]),
-        metadata=export_metadata(step=checkpoint.progress.step),
-        write_rest=lambda folder: _write_config(folder, config, run_dir),
+        source.specs(dtype),
+        metadata=export_metadata(step=source.step, max_length=source.max_length, family=source.family),
+        write_rest=lambda folder: _write_rest(folder, source, dtype, command),
         part_bytes=part_bytes,
     )
 
@@ -88,28 +85,15 @@ def load_export(
     model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
     check_shapes(stored_shapes(model), files.shapes, str(folder))
     load_model(model, lambda kind, name: files.tensor(name), files.tensor)
-    # The plan of the last trained step: a run may have ended during the ramp of its sparsity schedule.
-    scale = scheduled_scale(config.model.sparsity.schedule, max(0, files.step - 1))
-    model.set_sparsity(model.sparsity_plan.scaled(scale))
+    model.set_sparsity(plan_in_use(config, files.step))
     return config, model.eval(), files.step
 
 
-def _specs(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Return the weights, of ``dtype``, and the buffers, of their own dtypes; they are read when they are written."""
-    specs = {
-        name: TensorSpec.whole(dtype, shape, partial(checkpoint.tensor, "weight", name))
-        for name, shape in checkpoint.shapes.items()
-    }
-    return specs | {
-        name: TensorSpec.whole(checkpoint.buffer(name).dtype, shape, partial(checkpoint.buffer, name))
-        for name, shape in checkpoint.buffer_shapes.items()
-    }
-
-
-def _write_config(folder: Path, config: RunConfig, run_dir: Path) -> None:
-    write_config(folder, config)
-    # The export is used on its own, also where the run folder is gone.
-    if (run_dir / TOKENIZER).is_dir():
-        shutil.copytree(run_dir / TOKENIZER, folder / TOKENIZER)
-    if config.model.sparsity.plan is not None:
-        shutil.copyfile(config.model.sparsity.plan, folder / PLAN_FILE)
+def _write_rest(folder: Path, source: ExportSource, dtype: ExportDtype, command: str | None) -> None:
+    write_config(folder, source.config)
+    # The export is used on its own, also where the source is gone.
+    if (source.folder / TOKENIZER).is_dir():
+        shutil.copytree(source.folder / TOKENIZER, folder / TOKENIZER)
+    if source.config.model.sparsity.plan is not None:
+        shutil.copyfile(source.config.model.sparsity.plan, folder / PLAN_FILE)
+    write_companions(folder, source, dtype, command=command)

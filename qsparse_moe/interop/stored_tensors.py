@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.interop.weight_files import INDEX, WEIGHTS, open_safetensors, unreadable
+from qsparse_moe.interop.weight_files import FAMILY_FORMAT, INDEX, WEIGHTS, open_safetensors, unreadable
 from qsparse_moe.training.checkpoint.store import file_checksum
 from qsparse_moe.training.named_tensors import num_not_finite
 
@@ -33,8 +33,14 @@ class StoredTensors:
         self._folder = folder
         self._files = _file_names(folder)
         self._where: dict[str, tuple[Path, Any]] = {}
+        self._metadata: list[dict[str, str]] = []
         for name in self._files:
             self._add(folder / name)
+        self.step = 0
+        """Number of trained steps, which only ``qsparse-moe export`` writes into the files."""
+        for metadata in self._metadata:
+            if metadata.get("qsparse_moe") == FAMILY_FORMAT:
+                self.step = int(metadata["step"])
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, torch.dtype] = {}
         for name, (path, file) in self._where.items():
@@ -45,6 +51,7 @@ class StoredTensors:
     def _add(self, path: Path) -> None:
         file = open_safetensors(path, _NEEDED)
         names: list[str] = file.keys()
+        self._metadata.append(file.metadata() or {})
         for name in names:
             if name in self._where:
                 raise CheckpointError(

@@ -13,13 +13,22 @@ from qsparse_moe.errors import BackendUnavailable, CheckpointError
 from qsparse_moe.training.checkpoint.store import file_checksum
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-FORMAT = "qsparse_moe.state-dict/1"
+FORMAT, FAMILY_FORMAT = "qsparse_moe.state-dict/1", "qsparse_moe.family/1"
 _NEEDED = "every file of an export is needed. Export the run again, or restore the file from a copy"
 
 
-def export_metadata(*, step: int) -> dict[str, str]:
-    """Return the metadata of the files of an export with the names of our state dict."""
-    return {"qsparse_moe": FORMAT, "step": str(step)}
+def export_metadata(*, step: int, max_length: int, family: str | None = None) -> dict[str, str]:
+    """Return the metadata of the files of an export with the names of our state dict.
+
+    ``family`` is the ``model_type`` of the folder that was imported.
+    """
+    origin = {"family": family} if family else {}
+    return {"qsparse_moe": FORMAT, "step": str(step), "max_length": str(max_length)} | origin
+
+
+def family_metadata(*, step: int) -> dict[str, str]:
+    """Return the metadata of the files of an export in the format of a family."""
+    return {"qsparse_moe": FAMILY_FORMAT, "step": str(step)}
 
 
 class WeightFiles:
@@ -58,6 +67,17 @@ class WeightFiles:
     def step(self) -> int:
         """Number of steps that the weights were trained."""
         return int(self._metadata["step"])
+
+    @property
+    def max_length(self) -> int | None:
+        """Number of positions that the model was made for; None in exports of earlier versions."""
+        length = self._metadata.get("max_length")
+        return None if length is None else int(length)
+
+    @property
+    def family(self) -> str | None:
+        """The ``model_type`` of the folder that was imported; None in exports of runs."""
+        return self._metadata.get("family")
 
     @property
     def shapes(self) -> dict[str, list[int]]:

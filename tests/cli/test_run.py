@@ -260,12 +260,12 @@ def test_an_export_is_made_once_and_reports_its_contents(trained, tmp_path, caps
     out = tmp_path / "out"
     assert run(["export", str(run_dir), str(out), "--dtype", "bf16", "--json"]) == 0
     made = json.loads(capsys.readouterr().out)
-    assert (made["folder"], made["format"], made["files"]) == (str(out), "state-dict", 1)
+    assert (made["folder"], made["format"], made["files"]) == (str(out), "native", 1)
     assert made["bytes"] < (out / "model.safetensors").stat().st_size < made["bytes"] + 10_000
     assert run(["export", str(run_dir), str(out)]) == 2
     assert capsys.readouterr().err.startswith(f"error: {out}: exists, and an export does not overwrite it")
     assert run(["export", str(run_dir), str(out), "--force"]) == 0
-    assert f"{2 * made['bytes']:,} bytes in fp32" in capsys.readouterr().out
+    assert f"{2 * made['bytes']:,} bytes, model type qsparse_moe" in capsys.readouterr().out
 
 
 def test_a_finished_run_with_a_custom_tokenizer_works_from_another_folder(tmp_path, capsys, monkeypatch):

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-import torch
-
 from qsparse_moe.config.schema import ModelConfig, ScheduleConfig, SitesConfig
 from qsparse_moe.config.shapes import model_sites, site_format
 from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.interop.auto_model.settings import PREFIX, read_settings
+from qsparse_moe.interop.empty_model import empty_model
 from qsparse_moe.interop.families.recipe import Recipes, buffer, copied
 from qsparse_moe.interop.families.settings import FamilySettings
-from qsparse_moe.model.transformer import Transformer
-from qsparse_moe.nn.runtime import choices_unlogged
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.state import global_shapes, state_buffers
 
@@ -34,7 +31,7 @@ def read_own(settings: FamilySettings) -> tuple[ModelConfig, SparsityPlan]:
 def own_recipes(model: ModelConfig, stored: Collection[str]) -> Recipes:
     """Return the recipe of every tensor, stored under our names, with or without the one in front of them."""
     prefix = PREFIX if any(name.startswith(PREFIX) for name in stored) else ""
-    empty = _empty_model(model)
+    empty = empty_model(model)
     recipes = {name: copied(prefix + name, *shape) for name, shape in global_shapes(empty).items()}
     return recipes | {name: buffer(prefix + name, *value.shape) for name, value in state_buffers(empty).items()}
 
@@ -53,11 +50,3 @@ def started(model: ModelConfig, plan: SparsityPlan, file: str) -> ModelConfig:
         nothing = {"preset": None, "default": None, "sites": SitesConfig(), "overrides": ()}
         sparsity = sparsity.model_copy(update={"plan": file, "quantization": quantization} | nothing)
     return model.model_copy(update={"sparsity": sparsity})
-
-
-def _empty_model(config: ModelConfig) -> Transformer:
-    """Return the model on the meta device, with implementations that every machine has."""
-    moe = config.moe.model_copy(update={"backend": "loop"})
-    sparsity = config.sparsity.model_copy(update={"backend": "torch"})
-    with torch.device("meta"), choices_unlogged():
-        return Transformer(config.model_copy(update={"moe": moe, "sparsity": sparsity}))

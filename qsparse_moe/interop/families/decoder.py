@@ -24,7 +24,7 @@ from qsparse_moe.interop.families.recipe import (
     stacked,
     transposed,
 )
-from qsparse_moe.interop.families.rotary import rotary_settings
+from qsparse_moe.interop.families.rotary import rotary_json, rotary_settings
 from qsparse_moe.interop.families.settings import FamilySettings
 
 
@@ -85,6 +85,38 @@ def expert_settings(settings: FamilySettings, hidden_size: str) -> dict[str, Any
         "expert_hidden_size": settings.size(hidden_size),
         "router": "softmax_topk_renormalized" if renormalized else "softmax_topk",
         "activation": "swiglu",
+    }
+
+
+def decoder_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a ``config.json`` that ``model_settings`` reads."""
+    return {
+        "vocab_size": vocab_size(config),
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": num_kv_heads(config),
+        "head_dim": head_size(config),
+        "hidden_act": "silu",
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_dropout": 0.0,
+    } | rotary_json(config)
+
+
+def attention_bias_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the setting of a ``config.json`` that ``attention_bias`` reads."""
+    return {"attention_bias": config.attention_bias == "all"}
+
+
+def expert_json(config: ModelConfig, hidden_size: str) -> dict[str, Any]:
+    """Return the settings of a ``config.json`` that ``expert_settings`` reads."""
+    return {
+        "num_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        hidden_size: config.moe.expert_hidden_size,
+        # A softmax over the chosen logits is the same function in another order.
+        "norm_topk_prob": config.moe.router in ("softmax_topk_renormalized", "topk_softmax"),
     }
 
 

@@ -6,8 +6,15 @@ from collections.abc import Collection
 from typing import Any
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import LatentSizes, latent_sizes, mixed_size, moe_layers, shared_hidden_size
-from qsparse_moe.interop.families.decoder import ExpertNames, decoder_recipes
+from qsparse_moe.config.shapes import (
+    LatentSizes,
+    dense_hidden_size,
+    latent_sizes,
+    mixed_size,
+    moe_layers,
+    shared_hidden_size,
+)
+from qsparse_moe.interop.families.decoder import ExpertNames, decoder_json, decoder_recipes
 from qsparse_moe.interop.families.recipe import Recipe, Recipes, buffer, copied, joined, transposed
 from qsparse_moe.interop.families.rotary import rotary_settings
 from qsparse_moe.interop.families.settings import FamilySettings
@@ -64,6 +71,30 @@ def v3_settings(source: FamilySettings) -> dict[str, Any]:
         "bias_update_rate": 0.001,
     }
     return _model_settings(source, moe, first_dense=3, dense_hidden_size=18432)
+
+
+def v2_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json`` of DeepSeek-V2."""
+    moe = config.moe
+    return _model_json(config) | {
+        "topk_method": "greedy" if moe.num_expert_groups == 1 else "group_limited_greedy",
+        "n_group": moe.num_expert_groups,
+        "topk_group": moe.groups_per_token,
+        "scoring_func": "softmax",
+        "norm_topk_prob": False,
+    }
+
+
+def v3_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json`` of DeepSeek-V3."""
+    moe = config.moe
+    return _model_json(config) | {
+        "topk_method": "noaux_tc",
+        "n_group": moe.num_expert_groups,
+        "topk_group": moe.groups_per_token,
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": moe.router == "sigmoid_topk_renormalized",
+    }
 
 
 def recipes(config: ModelConfig, stored: Collection[str]) -> Recipes:
@@ -127,6 +158,30 @@ def _model_settings(
         },
         "moe": moe,
     } | rotary_settings(source, rope_theta=1e4, scales_scores=True)
+
+
+def _model_json(config: ModelConfig) -> dict[str, Any]:
+    moe, latent = config.moe, config.latent_attention
+    settings = decoder_json(config)
+    # Programs derive it from the sizes below, and in other ways than other families.
+    del settings["head_dim"]
+    return settings | {
+        "num_key_value_heads": config.num_heads,
+        "attention_bias": False,
+        "intermediate_size": dense_hidden_size(config),
+        "first_k_dense_replace": moe.num_dense_layers,
+        "moe_layer_freq": 1,
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.experts_per_token,
+        "moe_intermediate_size": moe.expert_hidden_size,
+        "n_shared_experts": shared_hidden_size(config) // moe.expert_hidden_size,
+        "routed_scaling_factor": moe.router_scaling_factor,
+        "kv_lora_rank": latent.key_value_rank,
+        "q_lora_rank": latent.query_rank,
+        "qk_nope_head_dim": latent.nope_head_size,
+        "qk_rope_head_dim": latent.rope_head_size,
+        "v_head_dim": latent.value_head_size,
+    }
 
 
 def _attention(config: ModelConfig, layer: str) -> dict[str, Recipe]:

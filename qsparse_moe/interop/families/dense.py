@@ -6,7 +6,15 @@ from collections.abc import Collection
 from typing import Any
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.interop.families.decoder import ExpertNames, attention_bias, decoder_recipes, model_settings
+from qsparse_moe.config.shapes import dense_hidden_size
+from qsparse_moe.interop.families.decoder import (
+    ExpertNames,
+    attention_bias,
+    attention_bias_json,
+    decoder_json,
+    decoder_recipes,
+    model_settings,
+)
 from qsparse_moe.interop.families.recipe import Recipes
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -56,6 +64,26 @@ def qwen3_settings(source: FamilySettings) -> dict[str, Any]:
     return model | {"qk_norm": "per_head", "head_size": size} | _all_dense(source, model)
 
 
+def llama_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json`` of Llama."""
+    return _dense_json(config) | attention_bias_json(config) | {"mlp_bias": False}
+
+
+def mistral_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json`` of Mistral."""
+    return _dense_json(config) | {"sliding_window": None}
+
+
+def qwen2_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json`` of Qwen2."""
+    return _dense_json(config) | {"use_sliding_window": False, "sliding_window": None}
+
+
+def qwen3_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json`` of Qwen3."""
+    return qwen2_json(config) | attention_bias_json(config)
+
+
 def recipes(config: ModelConfig, stored: Collection[str]) -> Recipes:
     """Return the recipe of every tensor of the model from the tensors named ``stored``."""
     return decoder_recipes(config, _NO_EXPERTS, stored)
@@ -65,6 +93,10 @@ def _without_window(source: FamilySettings) -> None:
     source.require("use_sliding_window", False)
     # Without use_sliding_window, transformers reads neither of them.
     source.ignore(("sliding_window", "max_window_layers"))
+
+
+def _dense_json(config: ModelConfig) -> dict[str, Any]:
+    return decoder_json(config) | {"intermediate_size": dense_hidden_size(config)}
 
 
 def _all_dense(source: FamilySettings, model: dict[str, Any]) -> dict[str, Any]:

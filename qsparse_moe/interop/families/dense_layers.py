@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qsparse_moe.config.problems import show
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import dense_hidden_size, has_experts
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -30,3 +32,12 @@ def dense_layers(source: FamilySettings, num_layers: int) -> dict[str, Any]:
         f"the layers {routed}, and this package's model has them, after the first model.moe.num_dense_layers, in every "
         "model.moe.moe_layer_interval-th layer; name a model with such layers"
     )
+
+
+def dense_layers_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a ``config.json`` that ``dense_layers`` reads."""
+    return {
+        "intermediate_size": dense_hidden_size(config),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer in range(config.num_layers) if not has_experts(config, layer)],
+    }

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.interop.families.decoder import ExpertNames, decoder_recipes, model_settings
+from qsparse_moe.interop.families.decoder import ExpertNames, decoder_json, decoder_recipes, model_settings
 from qsparse_moe.interop.families.recipe import Recipes
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -27,6 +27,16 @@ def settings(source: FamilySettings) -> dict[str, Any]:
         "activation": "swiglu",
     }
     return model_settings(source, rope_theta=1e6, norm_epsilon=1e-5) | {"moe": moe}
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json``."""
+    return decoder_json(config) | {
+        "num_local_experts": config.moe.num_experts,
+        "num_experts_per_tok": config.moe.experts_per_token,
+        "intermediate_size": config.moe.expert_hidden_size,
+        "sliding_window": None,
+    }
 
 
 def recipes(config: ModelConfig, stored: Collection[str]) -> Recipes:

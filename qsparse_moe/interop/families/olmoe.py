@@ -9,7 +9,10 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.interop.families.decoder import (
     ExpertNames,
     attention_bias,
+    attention_bias_json,
+    decoder_json,
     decoder_recipes,
+    expert_json,
     expert_settings,
     model_settings,
 )
@@ -24,6 +27,12 @@ def settings(source: FamilySettings) -> dict[str, Any]:
     source.require("clip_qkv", None)
     model = model_settings(source, rope_theta=1e4, norm_epsilon=1e-5, has_all_heads=True) | attention_bias(source)
     return model | {"qk_norm": "all_heads", "moe": expert_settings(source, "intermediate_size")}
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json``."""
+    settings = decoder_json(config) | attention_bias_json(config) | expert_json(config, "intermediate_size")
+    return settings | {"clip_qkv": None}
 
 
 def recipes(config: ModelConfig, stored: Collection[str]) -> Recipes:

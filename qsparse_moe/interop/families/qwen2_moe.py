@@ -6,8 +6,16 @@ from collections.abc import Collection
 from typing import Any
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.interop.families.decoder import ExpertNames, decoder_recipes, expert_settings, model_settings
-from qsparse_moe.interop.families.dense_layers import dense_layers
+from qsparse_moe.config.shapes import shared_hidden_size
+from qsparse_moe.interop.families.decoder import (
+    ExpertNames,
+    decoder_json,
+    decoder_recipes,
+    expert_json,
+    expert_settings,
+    model_settings,
+)
+from qsparse_moe.interop.families.dense_layers import dense_layers, dense_layers_json
 from qsparse_moe.interop.families.recipe import Recipes
 from qsparse_moe.interop.families.settings import FamilySettings
 
@@ -30,6 +38,17 @@ def settings(source: FamilySettings) -> dict[str, Any]:
     }
     bias = "qkv" if source.flag("qkv_bias", default=True) else "none"
     return model | {"attention_bias": bias, "moe": moe | shared}
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of the ``config.json``."""
+    settings = decoder_json(config) | expert_json(config, "moe_intermediate_size") | dense_layers_json(config)
+    return settings | {
+        "shared_expert_intermediate_size": shared_hidden_size(config),
+        "qkv_bias": config.attention_bias == "qkv",
+        "use_sliding_window": False,
+        "sliding_window": None,
+    }
 
 
 def recipes(config: ModelConfig, stored: Collection[str]) -> Recipes:

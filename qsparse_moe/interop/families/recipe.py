@@ -42,6 +42,10 @@ class Piece:
         """Return the rows of the stored tensor in the order of ours."""
         return value if self.order is None else value[torch.tensor(self.order)]
 
+    def in_stored_order(self, value: Tensor) -> Tensor:
+        """Return rows in our order in that of the stored tensor."""
+        return value if self.order is None else value[torch.tensor(self.order).argsort()]
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -79,6 +83,10 @@ class Recipe:
     def part(self, piece: Tensor) -> Tensor:
         """Return a piece as the part of our tensor that it is, without a copy."""
         return self._oriented(piece)[None] if self.form == "stacked" else self._oriented(piece)
+
+    def stored(self, whole: Tensor, place: Place, piece: Piece) -> Tensor:
+        """Return the piece at ``place`` of our tensor as it is stored: the inverse of ``build``."""
+        return piece.in_stored_order(self._oriented(whole[place]))
 
     def _oriented(self, value: Tensor) -> Tensor:
         return value if self.form == "joined" else value.T

@@ -1,4 +1,4 @@
-"""The families by the ``model_type`` of their ``config.json``. A new family is a module here with two functions."""
+"""The families by the ``model_type`` of their ``config.json``. A new family is a module here with three functions."""
 
 from __future__ import annotations
 
@@ -23,21 +23,27 @@ class Family:
     """Returns the settings of ``ModelConfig``, or raises CheckpointError for a setting that is not supported."""
     recipes: Callable[[ModelConfig, Collection[str]], Recipes]
     """Returns the recipe of every tensor of the model, from the names of the stored tensors."""
+    config_json: Callable[[ModelConfig], dict[str, Any]]
+    """Returns the settings of the ``config.json`` that is nearest to a model; ``expressible`` compares the two."""
+    architecture: str
+    """The class of transformers, as ``config.json`` names it."""
     left_out: Callable[[ModelConfig, Collection[str]], Mapping[str, str]] = lambda config, stored: {}
     """Returns the stored tensors that the model does not need, each with its purpose, which is logged."""
 
 
 FAMILIES = {
-    "deepseek_v2": Family(deepseek.v2_settings, deepseek.recipes),
-    "deepseek_v3": Family(deepseek.v3_settings, deepseek.recipes, deepseek.left_out),
-    "llama": Family(dense.llama_settings, dense.recipes),
-    "mistral": Family(dense.mistral_settings, dense.recipes),
-    "mixtral": Family(mixtral.settings, mixtral.recipes),
-    "olmoe": Family(olmoe.settings, olmoe.recipes),
-    "qwen2": Family(dense.qwen2_settings, dense.recipes),
-    "qwen2_moe": Family(qwen2_moe.settings, qwen2_moe.recipes),
-    "qwen3": Family(dense.qwen3_settings, dense.recipes),
-    "qwen3_moe": Family(qwen3_moe.settings, qwen3_moe.recipes),
+    "deepseek_v2": Family(deepseek.v2_settings, deepseek.recipes, deepseek.v2_json, "DeepseekV2ForCausalLM"),
+    "deepseek_v3": Family(
+        deepseek.v3_settings, deepseek.recipes, deepseek.v3_json, "DeepseekV3ForCausalLM", deepseek.left_out
+    ),
+    "llama": Family(dense.llama_settings, dense.recipes, dense.llama_json, "LlamaForCausalLM"),
+    "mistral": Family(dense.mistral_settings, dense.recipes, dense.mistral_json, "MistralForCausalLM"),
+    "mixtral": Family(mixtral.settings, mixtral.recipes, mixtral.config_json, "MixtralForCausalLM"),
+    "olmoe": Family(olmoe.settings, olmoe.recipes, olmoe.config_json, "OlmoeForCausalLM"),
+    "qwen2": Family(dense.qwen2_settings, dense.recipes, dense.qwen2_json, "Qwen2ForCausalLM"),
+    "qwen2_moe": Family(qwen2_moe.settings, qwen2_moe.recipes, qwen2_moe.config_json, "Qwen2MoeForCausalLM"),
+    "qwen3": Family(dense.qwen3_settings, dense.recipes, dense.qwen3_json, "Qwen3ForCausalLM"),
+    "qwen3_moe": Family(qwen3_moe.settings, qwen3_moe.recipes, qwen3_moe.config_json, "Qwen3MoeForCausalLM"),
 }
 
 

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 from qsparse_moe.config.problems import show
+from qsparse_moe.config.rotary_schema import RopeScalingConfig
+from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.interop.families.settings import FamilySettings
 
 # Our name and that of the file for every setting of a type that can be read.
@@ -44,6 +46,17 @@ def rotary_settings(source: FamilySettings, *, rope_theta: float, scales_scores:
         raise source.refusal("rope_theta", f"differs from {name}.rope_theta ({show(base)})", "remove one")
     theta = source.positive(name if "rope_theta" in section else "rope_theta", base)
     return {"rope_theta": theta, "rope_scaling": _scaling(source, name, section, scales_scores)}
+
+
+def rotary_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the settings of a ``config.json``, in the form that programs of any age read; see ``rotary_settings``."""
+    scaling = config.rope_scaling
+    if scaling.type == "none":
+        return {"rope_theta": config.rope_theta, "rope_scaling": None}
+    values = {theirs: getattr(scaling, ours) for ours, theirs in _TYPES[scaling.type].items()}
+    if scaling.type == "yarn":
+        values |= _yarn_json(scaling)
+    return {"rope_theta": config.rope_theta, "rope_scaling": {"rope_type": scaling.type} | values}
 
 
 def _section(source: FamilySettings) -> tuple[str, dict[str, Any]]:
@@ -106,6 +119,26 @@ def _yarn(source: FamilySettings, name: str, section: dict[str, Any], scales_sco
     if all_dim and scales_scores:
         values["score_factor"] = _magnitude(factor, all_dim) ** 2
     return values
+
+
+def _yarn_json(scaling: RopeScalingConfig) -> dict[str, Any]:
+    """Return the optional settings that ``_yarn`` reads."""
+    values: dict[str, Any] = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
+    if scaling.score_factor != 1:
+        values["mscale_all_dim"] = _mscale(scaling.factor, scaling.score_factor)
+    if scaling.attention_factor == 1 and "mscale_all_dim" in values:
+        # As DeepSeek's files have it, whose readers do not know an attention_factor.
+        values["mscale"] = values["mscale_all_dim"]
+    elif scaling.attention_factor is not None:
+        values["attention_factor"] = scaling.attention_factor
+    return values
+
+
+def _mscale(factor: float, score_factor: float) -> float:
+    """Return the ``mscale_all_dim`` that gives ``score_factor``, as short as its author wrote it if that is exact."""
+    exact = (math.sqrt(score_factor) - 1) / (0.1 * math.log(factor)) if factor > 1 else 1.0
+    short = float(f"{exact:.6g}")
+    return short if _magnitude(factor, short) ** 2 == score_factor else exact
 
 
 def _magnitude(factor: float, mscale: float) -> float:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
+from qsparse_moe import train
+from qsparse_moe.cli.app import run
 from qsparse_moe.config.shapes import has_experts
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.inference.cached_model import prefill
@@ -14,8 +18,10 @@ from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.import_model import import_model
 from qsparse_moe.interop.initial_weights import open_weights
 from qsparse_moe.interop.state_dict import load_export
+from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
 from tests.interop.hugging_face_models import SHAPES, VOCABULARY, YARN, change_settings, change_tensors, save
 from tests.interop.test_hugging_face import read, relative, tokens
+from tests.support.runs import tiny_config, write_text
 
 transformers = pytest.importorskip("transformers")
 
@@ -183,6 +189,40 @@ def test_the_layers_of_the_multi_token_prediction_are_left_out_aloud_and_no_othe
     assert HuggingFaceWeights(folder).shapes == want
     assert f"{folder}: the tensor model.layers.3.eh_proj.weight (and 1 more) is left out" in caplog.text
     assert "belongs to the multi-token prediction" in caplog.text
+
+
+def test_the_verbs_say_what_is_left_out_and_describe_and_generate_what_is_imported(tmp_path, capsys):
+    folder, out = save(build("v3"), tmp_path / "model"), tmp_path / "out"
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(42, 84)}))
+    assert run(["import", str(folder), "--output", str(out), "--json"]) == 0
+    assert "model.layers.3.eh_proj.weight is left out" in capsys.readouterr().err
+    assert run(["describe", str(out / "config.yaml"), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    # 3 layers with a vector of 12 channels and a rotated key of 4, in fp32.
+    assert described["memory"]["kv_cache_bytes_per_token"] == 3 * 16 * 4
+    assert described["parameters"]["stored"] == sum(p.numel() for p in build("v3").parameters())
+    assert described["forward_flops_by_site"]["attention"]["kept"] > 0
+    assert run(["generate", str(out), "--prompt", "word1 word2", "--max-tokens", "3", "--temperature", "0"]) == 0
+    printed = capsys.readouterr()
+    assert "engine=auto: using torch; not native: it has no latent attention" in printed.err and "word" in printed.out
+
+
+def test_a_sparse_run_starts_from_the_folder_with_its_biases(tmp_path):
+    theirs = build("v3")
+    folder = save(theirs, tmp_path / "model")
+    write_text(tmp_path / "text")
+    source = HuggingFaceWeights(folder).model
+    sparsity = source.sparsity.model_copy(update={"default": 0.5, "backend": "torch"})
+    moe = source.moe.model_copy(update={"backend": "loop", "bias_update_steps": 0})
+    config = tiny_config(tmp_path, "started", steps=1, engine="torch", init_from=str(folder), learning_rate=1e-3)
+    data = config.data.model_copy(update={"tokenizer": str(folder)})
+    model = source.model_copy(update={"sparsity": sparsity, "moe": moe})
+    run_dir = train(config.model_copy(update={"model": model, "data": data})).run_dir
+    stored = Checkpoint(list_checkpoints(run_dir)[-1])
+    want = theirs.model.layers[2].mlp.gate.e_score_correction_bias
+    # Without an update the biases are still those of the file; the router has learned.
+    assert stored.buffer("layers.2.moe.router.expert_bias").equal(want)
+    assert not stored.tensor("weight", "layers.2.moe.router.weight").equal(theirs.model.layers[2].mlp.gate.weight)
 
 
 @pytest.mark.parametrize(

@@ -62,5 +62,5 @@ def export(
         return
     console = result_console()
     console.print(f"after step {done.step}: {done.tensors} tensors, {done.bytes:,} bytes, model type {done.model_type}")
-    config = "config.yaml" if is_native else "config.json"
+    config = "config.yaml, config.json" if is_native else "config.json"
     console.print(f"in {done.folder}, {done.files} file(s) of weights and {config}", soft_wrap=True)

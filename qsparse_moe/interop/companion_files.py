@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer
+from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer, meaningless_ids
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.interop.byte_tokenizer import write_byte_tokenizer
 from qsparse_moe.interop.export_source import GENERATION_CONFIG, ExportDtype, ExportSource
@@ -32,19 +32,25 @@ def write_companions(
     """
     tokenizer = load_tokenizer(source.config.data.tokenizer)
     _write_tokenizer(folder, tokenizer)
-    _write_json(folder / GENERATION_CONFIG, generation_settings(source, tokenizer))
+    write_json(folder / GENERATION_CONFIG, generation_settings(source, tokenizer))
     name = folder.name.removeprefix(".").removesuffix(".partial")
     card = model_card(source, dtype, model_type=model_type, name=name, command=command)
     (folder / MODEL_CARD).write_text(card, encoding="utf-8")
 
 
 def generation_settings(source: ExportSource, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:
-    """Return the generation config that the model came with, or else the document token as begin and end."""
+    """Return the generation config that the model came with.
+
+    Without one, it is the document token as begin and end, and no ids that decode to nothing.
+    """
     file = source.folder / GENERATION_CONFIG
     if file.is_file():
         return dict(_read_object(file))
-    document = (tokenizer or load_tokenizer(source.config.data.tokenizer)).document_token
-    return {"bos_token_id": document, "eos_token_id": document}
+    tokenizer = tokenizer or load_tokenizer(source.config.data.tokenizer)
+    document, meaningless = tokenizer.document_token, meaningless_ids(source.config.model, tokenizer)
+    # Our generator never chooses them either.
+    suppressed = {"suppress_tokens": list(meaningless)} if meaningless else {}
+    return {"bos_token_id": document, "eos_token_id": document} | suppressed
 
 
 def token_ids(settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +72,7 @@ def copy_generation_config(folder: Path, output: Path) -> None:
     settings = _read_object(folder / CONFIG_JSON)
     ids = {name: settings[name] for name in _TOKEN_IDS if settings.get(name) is not None}
     if ids:
-        _write_json(output / GENERATION_CONFIG, ids)
+        write_json(output / GENERATION_CONFIG, ids)
 
 
 def _write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
@@ -79,7 +85,7 @@ def _write_tokenizer(folder: Path, tokenizer: TextTokenizer) -> None:
     settings = _read_object(config) if config.is_file() else {}
     if "tokenizer_class" not in settings:
         # Otherwise transformers takes the class of the model's family, which may split text in another way.
-        _write_json(config, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
+        write_json(config, settings | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def _read_object(file: Path) -> dict[str, Any]:
@@ -92,5 +98,6 @@ def _read_object(file: Path) -> dict[str, Any]:
     return found
 
 
-def _write_json(file: Path, settings: dict[str, Any]) -> None:
+def write_json(file: Path, settings: dict[str, Any]) -> None:
+    """Write a file of settings."""
     file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -48,7 +48,10 @@ def _front_matter(model_type: str) -> str:
 
 def _summary(source: ExportSource, model_type: str) -> str:
     if model_type == "qsparse_moe":
-        return f"A sparse mixture of experts in the format of qsparse_moe {__version__}: `qsparse-moe generate FOLDER`."
+        return (
+            f"A sparse mixture of experts of qsparse_moe {__version__}: `qsparse-moe generate FOLDER`, or, after "
+            "`import qsparse_moe.interop`, `transformers.AutoModelForCausalLM.from_pretrained`."
+        )
     return (
         f"A mixture of experts of the model type `{model_type}`, exported by qsparse_moe {__version__}. "
         "`transformers.AutoModelForCausalLM.from_pretrained` opens it, and so do programs that read its published "

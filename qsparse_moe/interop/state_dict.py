@@ -13,9 +13,11 @@ from pathlib import Path
 import torch
 
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.interop.companion_files import write_companions
+from qsparse_moe.interop.auto_model.settings import config_json
+from qsparse_moe.interop.companion_files import generation_settings, token_ids, write_companions, write_json
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
 from qsparse_moe.interop.export_source import ExportDtype, ExportSource, open_source, plan_in_use
+from qsparse_moe.interop.families.settings import CONFIG_JSON
 from qsparse_moe.interop.weight_files import WeightFiles, export_metadata
 from qsparse_moe.model.transformer import Transformer, build_model
 from qsparse_moe.runs.folder import PLAN_FILE, TOKENIZER, load_run_config, write_config
@@ -48,7 +50,10 @@ def export_run(
 def export_native(
     source: ExportSource, output: Path, *, dtype: ExportDtype, part_bytes: int = PART_BYTES, command: str | None = None
 ) -> Export:
-    """Write the export that ``load_export`` reads; see ``export_model.export_model``."""
+    """Write the export that ``load_export`` reads, and transformers as model type ``qsparse_moe``.
+
+    See ``export_model.export_model`` for the arguments.
+    """
     return write_export(
         output,
         source.specs(dtype),
@@ -97,3 +102,6 @@ def _write_rest(folder: Path, source: ExportSource, dtype: ExportDtype, command:
     if source.config.model.sparsity.plan is not None:
         shutil.copyfile(source.config.model.sparsity.plan, folder / PLAN_FILE)
     write_companions(folder, source, dtype, command=command)
+    stored = str(source.dtype("embedding.weight", dtype)).removeprefix("torch.")
+    settings = config_json(source.config.model, source.plan, dtype=stored, max_length=source.max_length)
+    write_json(folder / CONFIG_JSON, settings | token_ids(generation_settings(source)))

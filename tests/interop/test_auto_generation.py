@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoTokenizer, pipeline
+from transformers import AutoTokenizer, ContinuousBatchingConfig, GenerationConfig, pipeline
 
 from qsparse_moe.inference.cached_model import TorchDecode, prefill
 from qsparse_moe.inference.kv_cache import KeyValueCache
@@ -72,6 +72,19 @@ def log_likelihood(model, prompt, continuation):
     ids = torch.tensor([prompt + continuation])
     scores = model(ids).logits_BSV[0, len(prompt) - 1 : -1].log_softmax(-1)
     return scores.gather(1, torch.tensor(continuation)[:, None]).sum().item()
+
+
+def test_continuous_batching_with_a_paged_cache_gives_the_same_tokens():
+    """As the server does with ``--continuous-batching``."""
+    wrapped = QSparseMoEForCausalLM.of(build("sparse"), eos_token_id=82, pad_token_id=0)
+    found = wrapped.generate_batch(
+        ROWS,
+        generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=82, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=16, page_size=32, max_batch_tokens=64),
+        progress_bar=False,
+    )
+    wanted = generated(wrapped, ROWS, do_sample=False)
+    assert [row.generated_tokens for row in found.values()] == wanted
 
 
 def test_generation_in_training_mode_has_a_cache(sparse):

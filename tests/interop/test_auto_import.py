@@ -7,16 +7,21 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
+from qsparse_moe import Generator, train
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.inference.load import load_model
 from qsparse_moe.interop.auto_model.causal_lm import QSparseMoEForCausalLM
+from qsparse_moe.interop.auto_model.config import QSparseMoEConfig
+from qsparse_moe.interop.export_model import export_model
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.import_model import import_model
 from qsparse_moe.interop.initial_weights import open_weights
 from qsparse_moe.interop.state_dict import load_export
+from qsparse_moe.training.checkpoint.store import list_checkpoints
 from tests.interop.auto_models import MODELS, build, random_ids, threshold_plan
+from tests.support.runs import tiny_config, write_text
 
 
 def saved(model, folder, **options):
@@ -112,3 +117,44 @@ def test_transformers_refuses_the_same_edited_file(tmp_path):
         Exception, match=r"S above 0 and no threshold, which model.sparsity.selection \(threshold\) needs"
     ):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory):
+    """The export of a checkpoint from the middle of a ramp, of a run with experts of different S."""
+    folder = write_text(tmp_path_factory.mktemp("run") / "text").parent
+    sparsity = {"default": 0.5, "overrides": [{"sparsity": 0.75, "site": "expert_hidden", "experts": [1]}]}
+    schedule = {"shape": "linear", "warmup_steps": 1, "ramp_steps": 5}
+    # Seven more rows than tokens: ids that are never generated.
+    model = {"vocab_size": 264, "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "loop"}}
+    model |= {"sparsity": sparsity | {"schedule": schedule, "backend": "torch"}}
+    config = tiny_config(folder, "sparse", engine="torch", model=model, steps=6, checkpoint_interval=3)
+    export_model(list_checkpoints(train(config).run_dir)[0], folder / "exported")
+    return folder / "exported"
+
+
+def test_an_export_is_opened_by_transformers_with_the_plan_in_use(export):
+    _, own, step = load_export(export)
+    found = AutoModelForCausalLM.from_pretrained(export)
+    assert type(found) is QSparseMoEForCausalLM
+    assert found.model.sparsity_plan == own.sparsity_plan
+    assert 0 < own.sparsity_plan.mean < 0.5, step
+    assert torch.equal(logits(found.model), logits(own))
+    assert (found.config.eos_token_id, found.config.dtype) == (256, torch.float32)
+    wanted = QSparseMoEConfig.of(own.config, own.sparsity_plan, max_position_embeddings=24).to_dict()
+    same = wanted.keys() - {"architectures", "dtype", "_name_or_path", "bos_token_id", "eos_token_id"}
+    found_settings = found.config.to_dict()
+    assert {name: found_settings[name] for name in same} == {name: wanted[name] for name in same}
+
+
+def test_its_text_is_that_of_our_generator(export):
+    generator = Generator.load(export, engine="torch")
+    (wanted,) = generator.generate(["The "], max_tokens=12)
+    generate = pipeline("text-generation", model=str(export))
+    ids = generate.tokenizer("The ")["input_ids"]
+    assert ids == [256, *b"The "]
+    found = generate.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :]
+    assert tuple(found.tolist()) == wanted.token_ids
+    (result,) = generate("The ", max_new_tokens=12, do_sample=False, return_full_text=False)
+    assert result["generated_text"] == wanted.text
+    assert generate.model.generation_config.suppress_tokens == list(range(257, 264))

@@ -61,6 +61,19 @@ def section_settings(model: ModelConfig, plan: SparsityPlan) -> dict[str, Any]:
     }
 
 
+def config_json(model: ModelConfig, plan: SparsityPlan, *, dtype: str, max_length: int) -> dict[str, Any]:
+    """Return the content of a ``config.json``, as ``QSparseMoEConfig`` saves it.
+
+    Args:
+        model: the model section of a run.
+        plan: the plan in use.
+        dtype: of the weights, such as ``float32``.
+        max_length: number of tokens per sequence in training.
+    """
+    names = {"architectures": [ARCHITECTURE], "dtype": dtype, "max_position_embeddings": max_length}
+    return {"model_type": MODEL_TYPE} | names | section_settings(model, plan)
+
+
 def read_settings(settings: Mapping[str, Any], where: str) -> tuple[ModelConfig, SparsityPlan]:
     """Return the model and the plan of a ``config.json``; without a section, the default model.
 

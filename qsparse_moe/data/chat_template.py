@@ -133,12 +133,17 @@ class ChatTemplate:
         return any(word.split()[:1] == ["generation"] for word in words)
 
     @cached_property
+    def _special_tokens(self) -> dict[str, str]:
+        return dict(self._tokenizer.special_tokens_map)
+
+    @cached_property
     def _spellings(self) -> tuple[str, ...]:
         return tuple(self._tokenizer.convert_ids_to_tokens(sorted(self.special_ids)))
 
     def _span(self, messages: Sequence[Message], index: int, text: str) -> Span:
         before, _ = self._rendered(messages[:index], prompts=True)
-        after, _ = self._rendered(messages[: index + 1])
+        # Rendering takes most of the time of reading conversations, and the last answer usually ends them.
+        after = text if index == len(messages) - 1 else self._rendered(messages[: index + 1])[0]
         if not (text.startswith(after) and after.startswith(before) and len(before) < len(after)):
             raise UnknownAnswers(
                 f"the chat template of {self._folder} does not show where answer {index} (a message of role assistant) "
@@ -162,7 +167,7 @@ class ChatTemplate:
                 chat_template=self.source,
                 return_assistant_tokens_mask=tracks,
                 add_generation_prompt=prompts,
-                **self._tokenizer.special_tokens_map,
+                **self._special_tokens,
             )
         except Exception as error:  # jinja2's errors of many types, and those that the template raises itself
             raise DataError(f"the chat template of {self._folder} cannot write this conversation ({error})") from error

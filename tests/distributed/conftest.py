@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from qsparse_moe.config.schema import DataConfig
+from tests.data.conversations import make_chats, save_chat_tokenizer, write_chats
 from tests.support.launch import calibration, entry, run_plan
 from tests.support.runs import (
     BALANCED_MODEL,
@@ -38,6 +40,10 @@ RESUMED = {
 LATE = {1: "torch-fp32", 2: "zero3-fp32"}
 """The layout that is also stopped in a step after which an evaluation is due, by the number of ranks."""
 EVALUATED_STEP = 3
+
+UNEVEN = {1: ["torch-fp32"], 2: ["torch-fp32", "zero2-fp32", "zero3-fp32"]}
+"""Layouts that train on conversations, whose micro-batches differ in their numbers of targets, by the number of
+ranks."""
 
 MIXED = ["torch-fp32", "torch-bf16", "zero1-bf16", "zero2-fp32", "zero3-fp32"]
 """Layouts of the other model, in which half of the elements end inside a matrix: ZeRO-1 and 2 cut it there."""
@@ -117,12 +123,15 @@ def name_of(label: str, ranks: int) -> str:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     made = Runs(tmp_path_factory.mktemp("runs"))
     write_text(made.folder / "text")
+    save_chat_tokenizer(made.folder / "words")
+    write_chats(made.folder / "chats.jsonl", make_chats(300))
     plans = [
         (
             1,
             _layouts(made, 1)
             + _variants(made, 1)
             + _balanced(made, 1)
+            + _uneven(made, 1)
             + _stopped_and_resumed(made, 1)
             + _calibrations(made),
         ),
@@ -131,6 +140,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             _layouts(made, 2)
             + _variants(made, 2)
             + _balanced(made, 2)
+            + _uneven(made, 2)
             + _balanced_resumed(made, 2)
             + _stopped_and_resumed(made, 2)
             + _faults(made)
@@ -154,6 +164,7 @@ def _entry(
     *,
     training: dict[str, Any],
     model: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
     layer_gradients: bool = True,
     **more: Any,
 ) -> dict[str, Any]:
@@ -167,7 +178,8 @@ def _entry(
     # A window that is full in the step after the stop.
     changes = {"layer_gradients": layer_gradients, "dead_expert_window": STOP_STEP + 1}
     metrics = config.metrics.model_copy(update=changes)
-    return entry(label, config.model_copy(update={"metrics": metrics}), **more)
+    settings_of_data = DataConfig.model_validate(config.data.model_dump() | (data or {}))
+    return entry(label, config.model_copy(update={"metrics": metrics, "data": settings_of_data}), **more)
 
 
 def _layouts(made: Runs, ranks: int) -> list[dict[str, Any]]:
@@ -204,6 +216,16 @@ def _balanced(made: Runs, ranks: int) -> list[dict[str, Any]]:
         make(label, layout, whole | {"activation_checkpointing": "full"}),
         make("balanced-stopped", "torch-fp32", whole, stop_after=STOP_STEP),
     ]
+
+
+def _uneven(made: Runs, ranks: int) -> list[dict[str, Any]]:
+    """Conversations, in micro-batches of two sequences, and of all sequences of a rank where there is one."""
+    source = {"kind": "jsonl", "path": str(made.folder / "chats.jsonl"), "format": "chat"}
+    data = {"sources": [source], "tokenizer": str(made.folder / "words")}
+    made_of = {"data": data, "ranks": ranks}
+    whole = [_entry(made, "uneven-whole", "torch-fp32", training={"micro_batch_size": 8}, **made_of)]
+    entries = [_entry(made, f"uneven-{layout}", layout, training={}, **made_of) for layout in UNEVEN[ranks]]
+    return entries + (whole if ranks == 1 else [])
 
 
 def _balanced_resumed(made: Runs, ranks: int) -> list[dict[str, Any]]:

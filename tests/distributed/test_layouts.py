@@ -24,6 +24,7 @@ from tests.distributed.conftest import (
     RESUMED,
     TRAINED,
     TRANSFERS,
+    UNEVEN,
     Runs,
     transfer_label,
 )
@@ -111,6 +112,11 @@ def test_a_tied_head_dense_layers_and_shared_experts_have_their_losses_in_every_
     reference = runs(f"mixed-torch-{precision}", 1)
     assert_same_run(runs(f"mixed-{layout}", ranks), reference, precision)
     assert series(reference, "loss") != series(runs(f"torch-{precision}", 1), "loss")
+
+
+@pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in UNEVEN[ranks]])
+def test_the_loss_is_the_mean_over_the_answers_of_all_micro_batches_and_ranks(runs: Runs, layout, ranks):
+    assert_same_run(runs(f"uneven-{layout}", ranks), runs("uneven-whole", 1), "fp32")
 
 
 @pytest.mark.parametrize(("layout", "ranks"), [(layout, ranks) for ranks in (1, 2) for layout in FULL])

@@ -10,6 +10,7 @@ import torch
 
 from qsparse_moe.ablation.sensitivity.documents import bootstrap_intervals, training_documents, validation_documents
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.marks import mark
 from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
 
 
@@ -57,6 +58,21 @@ def test_documents_of_validation_sequences_are_numbered_through_the_table_and_of
     for one, other in itertools.pairwise(ids):
         assert other[0] == one[-1] + 1, "every row begins another document"
     assert ((ids[:, 1:] != ids[:, :-1]) == (read[:, 1:] == 0)).all()
+
+
+def test_a_conversation_is_a_document_with_its_answers_as_labels():
+    # Of three and two tokens, with one and two targets, though the id of the document token is within the first.
+    one, two = (
+        mark(np.array([7, 0, 8]), targets=np.array([0, 1, 0])),
+        mark(np.array([3, 4, 5]), targets=np.array([0, 1, 1])),
+    )
+    tokens = np.stack([np.concatenate(pair) for pair in ((one, two), (two, one))])
+    for rows in (
+        validation_documents(data_of(tokens, [0, 1]), num_sequences=2, batch_size=2),
+        training_documents(RunConfig(), data_of(tokens), num_sequences=2, batch_size=1),
+    ):
+        assert torch.cat(rows.documents).tolist() == [[0, 0, 0, 1, 1], [2, 2, 2, 3, 3]]
+        assert rows.labels_C.tolist() == [1, 2, 2, 1]
 
 
 def test_documents_are_numbered_through_tables_that_are_larger_than_one_read():

@@ -89,6 +89,15 @@ def test_a_conversation_is_answered_in_the_trained_form(fine_tuned, capsys, monk
     assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [ANSWERS[word] for word in "agc"]
 
 
+def test_calibration_measures_the_loss_of_the_answers(fine_tuned, capsys, tmp_path):
+    run_dir, _ = fine_tuned
+    assert run(["evaluate", str(run_dir), "--json"]) == 0
+    evaluated = json.loads(capsys.readouterr().out)
+    assert run(["calibrate", str(run_dir), "--output", str(tmp_path / "plan.json"), "--rows", "8", "--json"]) == 0
+    calibrated = json.loads(capsys.readouterr().out)
+    assert calibrated["loss_topk"] == pytest.approx(evaluated["loss"], rel=1e-4)
+
+
 def test_a_run_on_conversations_is_evaluated_without_its_files_of_tokenizer_and_template(
     fine_tuned, capsys, monkeypatch, tmp_path
 ):

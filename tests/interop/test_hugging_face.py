@@ -190,6 +190,39 @@ def test_absent_settings_have_the_defaults_of_transformers(tmp_path, name):
     assert all(has_experts(ours, layer) for layer in range(ours.num_layers))
 
 
+PUBLISHED = {
+    # meta-llama/Llama-3.1-8B, HuggingFaceTB/SmolLM2-135M, huggyllama/llama-7b
+    "llama": {
+        "pretraining_tp": 1,
+        "rope_scaling": {name: value for name, value in LLAMA3.items() if name != "rope_theta"},
+        "mlp_bias": False,
+        "is_llama_config": True,
+        "rope_interleaved": False,
+        "transformers.js_config": {"dtype": "q4"},
+        "max_sequence_length": 2048,
+    },
+    # mistralai/Mistral-7B-v0.3
+    "mistral": {"sliding_window": None},
+    # Qwen/Qwen2.5-7B
+    "qwen2": {"use_mrope": False, "use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28},
+    # Qwen/Qwen3-8B
+    "qwen3": {"attention_bias": False, "rope_scaling": None, "sliding_window": None, "max_window_layers": 36},
+    # allenai/OLMoE-1B-7B-0924
+    "olmoe": {"clip_qkv": None, "rope_scaling": None, "norm_topk_prob": False, "router_aux_loss_coef": 0.01},
+    # Qwen/Qwen1.5-MoE-A2.7B
+    "qwen2_moe": {"max_window_layers": 21, "sliding_window": 32768, "use_sliding_window": False, "qkv_bias": True},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_settings_of_published_files_of_other_families_are_all_known(tmp_path, name):
+    folder = save(build(name), tmp_path / "model")
+    older = {"rope_parameters": ..., "rope_theta": 50.0, "torch_dtype": "bfloat16", "dtype": ..., "layer_types": ...}
+    change_settings(folder, **older | PUBLISHED[name])
+    model = HuggingFaceWeights(folder).model
+    assert (model.rope_theta, model.rope_scaling.type) == (50.0, "llama3" if name == "llama" else "none")
+
+
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_absent_settings_of_dense_families_have_the_defaults_of_transformers(tmp_path, name):
     from transformers import AutoConfig

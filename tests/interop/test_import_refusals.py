@@ -146,6 +146,8 @@ def refused(folder):
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "(0) must be a positive integer; correct it"),
         ("llama", {"mlp_bias": True}, "mlp_bias (true) must be false here"),
         ("llama", {"pretraining_tp": 2}, "pretraining_tp (2) must be 1 here"),
+        ("llama", {"rope_interleaved": True}, "rope_interleaved (true) must be false here"),
+        ("qwen2", {"use_mrope": True}, "use_mrope (true) must be false here"),
         (
             "mistral",
             {"sliding_window": 4096},

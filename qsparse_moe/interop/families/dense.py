@@ -27,6 +27,9 @@ def llama_settings(source: FamilySettings) -> dict[str, Any]:
     source.require("mlp_bias", False)
     # Another value splits the products, in another order of the sums.
     source.require("pretraining_tp", 1)
+    source.require("rope_interleaved", False)
+    # Of other programs; transformers reads none of them.
+    source.ignore(("is_llama_config", "max_sequence_length", "transformers.js_config"))
     model = model_settings(source, rope_theta=1e4, norm_epsilon=1e-6, has_all_heads=True)
     return model | attention_bias(source) | _all_dense(source, model)
 
@@ -51,6 +54,7 @@ def mistral_settings(source: FamilySettings) -> dict[str, Any]:
 def qwen2_settings(source: FamilySettings) -> dict[str, Any]:
     """Return the settings of ``ModelConfig`` for Qwen1.5, Qwen2, and Qwen2.5."""
     _without_window(source)
+    source.require("use_mrope", False)
     model = model_settings(source, rope_theta=1e4, norm_epsilon=1e-6)
     return model | {"attention_bias": "qkv"} | _all_dense(source, model)
 

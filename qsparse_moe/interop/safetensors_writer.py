@@ -143,8 +143,10 @@ def _write_part(descriptor: int, job: _Job) -> None:
     value = job.part.read()
     assert tuple(value.shape) == job.part.shape, (tuple(value.shape), job.part.shape)
     if not value.is_contiguous():
-        # At once and in the same dtype: only so does torch transpose in tiles, five times as fast as in strips.
-        value = torch.empty(value.shape, dtype=value.dtype).copy_(value)
+        # At once, in the same dtype, and as a matrix: only so does torch transpose in tiles, eight times as fast as the
+        # same matrix in a stack of one (2.6 against 0.3 GB/s in bf16).
+        matrix = value[0] if value.dim() == 3 and len(value) == 1 else value
+        value = torch.empty(matrix.shape, dtype=matrix.dtype).copy_(matrix)
     flat, offset = value.view(-1), job.start
     if value.dtype == job.dtype:
         _write_all(descriptor, _bytes(flat), offset)

@@ -12,6 +12,7 @@ import typer
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.evaluation_options import (
     BatchSize,
+    Chat,
     Compare,
     Data,
     Engine,
@@ -61,6 +62,7 @@ def evaluate(
     task_folder: TaskFolder = None,
     limit: Limit = None,
     shots: Shots = None,
+    chat: Chat = False,
     compare: Compare = None,
     prompts: NumPrompts = None,
     prompt_tokens: PromptTokens = None,
@@ -85,6 +87,7 @@ def evaluate(
             "--task-folder": task_folder,
             "--limit": limit,
             "--shots": shots,
+            "--chat": chat,
             "--batch-size": batch_size,
             "--output": output,
             "--prompts": prompts,
@@ -101,7 +104,7 @@ def evaluate(
         from qsparse_moe.cli.task_scores import TaskOptions, evaluate_and_print
 
         names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
-        options = TaskOptions(names, task_folder, limit, shots, batch_size or _BATCH_SIZE)
+        options = TaskOptions(names, task_folder, limit, shots, batch_size or _BATCH_SIZE, chat)
         evaluate_and_print(model, options, output=output, as_json=json)
     elif compare is not None:
         from qsparse_moe.cli.comparison import CompareOptions, compare_and_print

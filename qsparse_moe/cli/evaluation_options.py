@@ -60,6 +60,9 @@ Shots = Annotated[
     int | None,
     typer.Option(help="With --tasks: solved examples in front of each question; default: as each task sets.", min=0),
 ]
+Chat = Annotated[
+    bool, typer.Option("--chat", help="With --tasks: write questions and examples with the model's chat template.")
+]
 BatchSize = Annotated[
     int | None,
     typer.Option(help="With --tasks or --compare: sequences that are computed together; default: 8.", min=1),
@@ -100,6 +103,7 @@ _MODES: Mapping[str, tuple[str, ...]] = {
     "--task-folder": ("--tasks",),
     "--limit": ("--tasks",),
     "--shots": ("--tasks",),
+    "--chat": ("--tasks",),
     "--batch-size": ("--tasks", "--compare"),
     "--output": ("--tasks", "--compare"),
     "--prompts": ("--compare",),
@@ -135,11 +139,11 @@ def check_combinations(given: Mapping[str, Any], *, mode: str) -> None:
     """Raise ConfigError if an option was given that does not apply to the evaluation that was asked for.
 
     Args:
-        given: the values of options by name; None and empty values were not given.
+        given: the values of options by name; None, False, and empty values were not given.
         mode: ``--tasks``, ``--compare``, or empty.
     """
     for option, value in given.items():
-        if value is None or value == [] or mode in _MODES[option]:
+        if value is None or value is False or value == [] or mode in _MODES[option]:
             continue
         if mode:
             raise ConfigError(f"{option} ({value}) has no effect with {mode}; leave out one of them")

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from qsparse_moe.inference.tasks.scores import TaskScore
 
 
+_SAME = ("step", "sparsity", "engine", "chat", "limit", "lm_eval_version")
+"""What must be the same so that the results of two calls are joined in one file."""
+
+
 @dataclass(frozen=True)
 class TaskOptions:
     """The options of ``evaluate`` that concern tasks."""
@@ -29,6 +33,7 @@ class TaskOptions:
     limit: int | None
     shots: int | None
     batch_size: int
+    chat: bool
 
 
 def evaluate_and_print(model: ModelOptions, options: TaskOptions, *, output: Path | None, as_json: bool) -> None:
@@ -48,6 +53,7 @@ def evaluate_and_print(model: ModelOptions, options: TaskOptions, *, output: Pat
             limit=options.limit,
             batch_size=options.batch_size,
             token_by_token=model.engine == "inference",
+            chat=options.chat,
             notify=report_progress,
         )
     summary: dict[str, Any] = {
@@ -55,6 +61,7 @@ def evaluate_and_print(model: ModelOptions, options: TaskOptions, *, output: Pat
         "step": generator.step,
         "sparsity": generator.model.sparsity_plan.mean,
         "engine": model.engine,
+        "chat": options.chat,
         "limit": options.limit,
         "truncated_requests": found.num_truncated,
         "lm_eval_version": found.harness_version,
@@ -101,7 +108,7 @@ def _with_other_tasks(summary: dict[str, Any], file: Path) -> list[dict[str, Any
     names = {one["task"] for one in new}
     try:
         earlier = json.loads(file.read_text("utf-8"))
-        same = all(earlier[key] == summary[key] for key in ("step", "sparsity", "engine", "limit", "lm_eval_version"))
+        same = all(earlier[key] == summary[key] for key in _SAME)
         return [*(one for one in earlier["results"] if same and one["task"] not in names), *new]
     except FileNotFoundError:
         return new

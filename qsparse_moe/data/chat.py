@@ -79,7 +79,7 @@ class Chat:
     def __init__(self, config: DataConfig, tokenizer: TextTokenizer) -> None:
         self._loss, self._too_long = config.chat.loss, config.chat.too_long
         self.sequence_length = config.sequence_length
-        self._template = _open_template(config, tokenizer)
+        self._template = open_template(config, tokenizer)
         self._special_ids = np.array(sorted(self._template.special_ids))
 
     @property
@@ -178,7 +178,13 @@ def open_chat(config: DataConfig, tokenizer: TextTokenizer) -> Chat | None:
     return Chat(config, tokenizer) if any(source.format == "chat" for source in config.sources) else None
 
 
-def _open_template(config: DataConfig, tokenizer: TextTokenizer) -> ChatTemplate:
+def open_template(config: DataConfig, tokenizer: TextTokenizer) -> ChatTemplate:
+    """Return the chat template of a run: the file that its settings name, or that of its tokenizer.
+
+    Raises:
+        DataError: the file cannot be read, or there is no template.
+        BackendUnavailable: transformers is not installed.
+    """
     file = config.chat.template
     try:
         text = None if file is None else Path(file).expanduser().read_text(encoding="utf-8")

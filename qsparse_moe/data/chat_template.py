@@ -102,6 +102,14 @@ class ChatTemplate:
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         return Rendering(text, tuple(self._span(messages, index, text) for index in answers))
 
+    def prompt(self, messages: Sequence[Message]) -> str:
+        """Return the text of the messages and of the beginning of the assistant's answer.
+
+        Raises:
+            DataError: the template cannot write these messages; with its own reason.
+        """
+        return self._rendered(messages, prompts=True)[0]
+
     def tokenize(self, texts: Sequence[str]) -> list[TemplateTokens]:
         """Return the tokens of rendered conversations; special tokens are found where the template spells them."""
         found = self._tokenizer(

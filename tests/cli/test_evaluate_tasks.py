@@ -94,6 +94,7 @@ def test_a_checkpoint_and_an_export_have_the_scores_of_their_run(folders, capsys
     ("arguments", "message"),
     [
         (["--tasks", "x", "--rows", "3"], "--rows (3) has no effect with --tasks; leave out one of them"),
+        (["--chat"], "--chat (True) applies to --tasks only; add it"),
         (["--limit", "3"], "--limit (3) applies to --tasks only; add it"),
         (["--tasks", "x", "--limit", "0"], "Invalid value for '--limit': Input should be greater than or equal to 1"),
         (["--tasks", "x", "--weights", "int8"], "--weights (int8) applies to generation only; add --engine inference"),
@@ -105,6 +106,12 @@ def test_options_without_effect_are_refused(folders, capsys, arguments, message)
     run_dir, _ = folders
     assert run(["evaluate", str(run_dir), *arguments]) == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+
+
+def test_a_model_of_bytes_has_no_chat_template(folders, capsys):
+    run_dir, tasks = folders
+    assert run(["evaluate", str(run_dir), "--tasks", "local_choice", "--task-folder", str(tasks), "--chat"]) == 2
+    assert "data.tokenizer (bytes) has no chat template" in " ".join(capsys.readouterr().err.split())
 
 
 def test_several_processes_and_a_folder_that_cannot_be_written_are_refused(folders, capsys, monkeypatch, tmp_path):

@@ -259,6 +259,7 @@ def test_continuations_are_greedy_and_judged_by_the_reference(built):
     reference, own = side(built, 0.0), side(built, 0.6)
     batch = batch_of()
     found = compare(reference, own, [batch], Prompts(2, 8, 6, batch_size=1)).continuations
+    assert built.sparsity_plan == own.plan
     prompts = choose_prompts(own, [batch], Prompts(2, 8, 6))
     # Of three sequences the first and the second, whose eighth token begins a document.
     assert prompts == [batch.tokens_BS[0, :8].tolist(), [DOCUMENT]]

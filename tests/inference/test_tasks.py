@@ -107,6 +107,11 @@ def test_a_long_context_loses_its_first_tokens(built):
     rows_SV = all_at_once(built, kept)[0, -3:].log_softmax(-1)
     assert log_prob == pytest.approx(sum(row[t].item() for row, t in zip(rows_SV, b"abc", strict=True)), abs=1e-5)
     assert wrapped.num_truncated == 1
+    # The document token, 13 of the context, and all but the last of 3 are the 16 tokens that fit.
+    wrapped.loglikelihood([request(context[:13], "abc")])
+    assert wrapped.num_truncated == 1
+    wrapped.loglikelihood([request(context[:14], "abc")])
+    assert wrapped.num_truncated == 2
     with pytest.raises(DataError, match="of 17 tokens after a context, and the model reads 16 tokens at once"):
         wrapped.loglikelihood([request("a", "b" * 17)])
 

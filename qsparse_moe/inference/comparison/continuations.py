@@ -9,7 +9,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any
 
 from qsparse_moe.inference.generator import Generator
@@ -140,7 +139,8 @@ def _tokens(one: Generation, end: int) -> tuple[int, ...]:
 
 
 def _first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
-    return next((place for place, (a, b) in enumerate(zip_longest(one, other)) if a != b), None)
+    # Only an end of the document makes one of them shorter, and that token differs from what the other has there.
+    return next((place for place, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), None)
 
 
 def _bins(own: Sequence[Generation], scores: Sequence[Score], new_tokens: int) -> tuple[Bin, ...]:

@@ -11,7 +11,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from qsparse_moe.errors import DataError
+from qsparse_moe.data.chat_template import ChatTemplate
+from qsparse_moe.errors import ConfigError, DataError
 from qsparse_moe.inference.evaluate import engine_forward
 from qsparse_moe.inference.generator import Generator
 from qsparse_moe.inference.scoring import Score, ScoredTokens, score
@@ -22,8 +23,8 @@ from qsparse_moe.training.evaluate import model_forward
 class HarnessModel(LM):
     """Answers the requests of lm-evaluation-harness with a trained model.
 
-    Texts are encoded as the training data is: every request begins with the document token. A context that is too long
-    loses its first tokens.
+    Texts are encoded as the training data is: a request begins with the document token, or as the chat template begins
+    a conversation. A context that is too long loses its first tokens.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class HarnessModel(LM):
         *,
         batch_size: int = 8,
         token_by_token: bool = False,
+        chat_template: ChatTemplate | None = None,
         notify: Callable[[int, int], None] = lambda done, of: None,
     ) -> None:
         """Wrap a loaded model.
@@ -41,9 +43,14 @@ class HarnessModel(LM):
             batch_size: number of sequences that are computed together.
             token_by_token: compute log-likelihoods with the engine of the generator, token by token, in place of one
                 forward pass of the model over whole sequences.
+            chat_template: encodes what ``apply_chat_template`` has written, which the harness calls where it is told
+                to; None if the tasks are plain text.
             notify: called with the number of finished requests and of all.
         """
         super().__init__()
+        self._template = chat_template
+        end = None if chat_template is None else chat_template.end_of_answer()
+        self._stop_tokens = () if end is None else (end,)
         self.generator = generator
         self.batch_size = batch_size
         self.num_truncated = 0
@@ -57,6 +64,22 @@ class HarnessModel(LM):
     def max_length(self) -> int:
         """Largest number of tokens that the model reads at once."""
         return self.generator.max_length
+
+    @property
+    def tokenizer_name(self) -> str:
+        """Name of the tokenizer, by which the harness caches prompts."""
+        return self.generator.tokenizer.fingerprint
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Return the messages, written by the chat template, and the beginning of the assistant's answer."""
+        if self._template is None:
+            raise ConfigError("HarnessModel has no chat template; give it one (chat_template)")
+        if not add_generation_prompt:
+            raise ConfigError(
+                "a task begins the assistant's answer itself (gen_prefix), which chat templates here do not continue; "
+                "leave out the task, or --chat"
+            )
+        return self._template.prompt(chat_history)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return the log-probability of each continuation after its context, and whether it is the greedy one."""
@@ -105,7 +128,12 @@ class HarnessModel(LM):
         prompts = [self._prompt(request.args[0], self.max_length - num_new) for request in requests]
         # One seed per request, so that the draws of a request do not depend on the batch that it is in.
         made = self.generator.generate(
-            prompts, max_tokens=num_new, sampling=settings.sampling, seed=seeds, stop=settings.stop
+            prompts,
+            max_tokens=num_new,
+            sampling=settings.sampling,
+            seed=seeds,
+            stop=settings.stop,
+            stop_tokens=self._stop_tokens,
         )
         return [one.text for one in made]
 
@@ -116,11 +144,17 @@ class HarnessModel(LM):
         # Tokenizers put a space at the beginning of a word, so one at the end of the context belongs to what follows.
         spaces = context[len(context.rstrip()) :] if continuation else ""
         context, continuation = context[: len(context) - len(spaces)], spaces + continuation
-        tokenizer = self.generator.tokenizer
-        whole = tokenizer.encode(context + continuation)
         # Encoded as one text, as in training. Where the two share a token, it belongs to the continuation.
-        num_context = min(len(tokenizer.encode(context)), len(whole) - 1) if continuation else len(whole)
-        return self._window([tokenizer.document_token, *whole], len(whole) - num_context)
+        tokens, before = self._encode(context + continuation), self._encode(context)
+        num_targets = len(tokens) - min(len(before), len(tokens) - 1) if continuation else 0
+        # A text of a template may begin with anything; the first token needs one before it that it follows.
+        return self._window(tokens if before else [self.generator.tokenizer.document_token, *tokens], num_targets)
+
+    def _encode(self, text: str) -> list[int]:
+        """Return the tokens of a text, beginning as in training: with the document token, or as the template does."""
+        if self._template is None:
+            return self.generator.encode(text)
+        return self._template.tokenize([text])[0].ids
 
     def _window(self, tokens: list[int], num_targets: int) -> ScoredTokens:
         """Return the last tokens that the model can read at once."""
@@ -145,6 +179,6 @@ class HarnessModel(LM):
 
     def _prompt(self, context: str, most: int) -> list[int]:
         """Return the last ``most`` tokens of a context, beside which the new tokens have a place."""
-        prompt = self.generator.encode(context)
+        prompt = self._encode(context)
         self.num_truncated += len(prompt) > most
         return prompt[-most:]

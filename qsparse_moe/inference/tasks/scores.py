@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from qsparse_moe.data.chat import open_template
 from qsparse_moe.errors import ArgumentError
 from qsparse_moe.inference.generator import Generator
 from qsparse_moe.inference.tasks.load import LoadedTasks
@@ -57,6 +58,7 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     token_by_token: bool = False,
+    chat: bool = False,
     notify: Callable[[int, int], None] = lambda done, of: None,
 ) -> TaskScores:
     """Return the scores of ``generator``'s model on ``tasks``.
@@ -67,7 +69,12 @@ def evaluate_tasks(
         limit: number of documents per task, the first ones; None is all.
         batch_size: number of sequences that are computed together.
         token_by_token: see ``HarnessModel``.
+        chat: write every question, and each solved example as a turn of its own, with the model's chat template.
         notify: called with the number of finished requests and of all, per type of request.
+
+    Raises:
+        ConfigError: an argument is wrong.
+        DataError: the model has no chat template, or it cannot write a question.
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
@@ -77,12 +84,17 @@ def evaluate_tasks(
 
     from qsparse_moe.inference.tasks.model import HarnessModel
 
-    model = HarnessModel(generator, batch_size=batch_size, token_by_token=token_by_token, notify=notify)
+    template = open_template(generator.config.data, generator.tokenizer) if chat else None
+    model = HarnessModel(
+        generator, batch_size=batch_size, token_by_token=token_by_token, chat_template=template, notify=notify
+    )
     found = evaluate(
         model,
         {"tasks": tasks.tasks, "groups": tasks.groups, "group_map": tasks.group_map},
         limit=limit,
         log_samples=False,
+        apply_chat_template=chat,
+        fewshot_as_multiturn=chat,
     )
     rows = {**found["results"], **found.get("groups", {})}
     scores = tuple(score for task, row in rows.items() for score in _scores(task, row, found))

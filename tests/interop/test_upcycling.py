@@ -11,6 +11,7 @@ from qsparse_moe.cli.app import run
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.interop.auto_model.causal_lm import QSparseMoEForCausalLM
+from qsparse_moe.interop.export_model import export_model
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.import_model import import_model
 from qsparse_moe.interop.state_dict import load_export
@@ -18,7 +19,7 @@ from qsparse_moe.interop.upcycling_rules import Upcycling
 from tests.interop.auto_models import build as build_own
 from tests.interop.hugging_face_models import VOCABULARY, build, save
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 F = 36
 WITHOUT_NOISE = {
@@ -103,6 +104,18 @@ def test_noise_reaches_its_share_of_the_experts_weights_and_nothing_else(llama, 
         rms = value[0].square().mean().sqrt()
         assert change[change != 0].std().item() == pytest.approx(0.5 * rms.item(), rel=0.06)
         assert all(not change[0].equal(change[expert]) for expert in range(1, 4)), "the experts differ"
+
+
+@pytest.mark.parametrize(("name", "family"), [("llama", "mixtral"), ("mistral", "mixtral"), ("qwen3", "qwen3_moe")])
+def test_transformers_opens_the_export_and_computes_the_dense_logits(tmp_path, name, family):
+    theirs = build(name)
+    import_model(save(theirs, tmp_path / "dense"), tmp_path / "experts", upcycling=Upcycling(4, 2))
+    export_model(tmp_path / "experts", tmp_path / "out", format="hugging-face")
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    opened = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", **eager)
+    assert opened.config.model_type == family
+    with torch.no_grad():
+        assert relative(opened(tokens()).logits, theirs(tokens()).logits) <= 2e-6
 
 
 def test_half_precision_files_stay_as_they_are(tmp_path):

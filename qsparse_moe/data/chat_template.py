@@ -155,9 +155,10 @@ class ChatTemplate:
         if not (text.startswith(after) and after.startswith(before) and len(before) < len(after)):
             raise UnknownAnswers(
                 f"the chat template of {self._folder} does not show where answer {index} (a message of role assistant) "
-                "is: it writes the first messages of a conversation otherwise when others follow, and the loss on "
-                "answers must know them. Put {% generation %} and {% endgeneration %} around the answer in a copy of "
-                "the template and name it in data.chat.template, or set data.chat.loss=all"
+                "is: it writes the first messages of a conversation otherwise when others follow, or begins an answer "
+                "otherwise than it prompts for one, and the loss on answers must know them. Put {% generation %} and "
+                "{% endgeneration %} around the answer in a copy of the template and name it in data.chat.template, or "
+                "set data.chat.loss=all"
             )
         # White space after the token that ends the turn belongs to the template, not to the answer.
         shown = after.rstrip()

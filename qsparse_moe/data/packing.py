@@ -140,8 +140,7 @@ class WholePacker:
             # Rolled, so that the mark of its beginning stands where the padding begins.
             tokens[index] = np.roll(tokens[index], count)
             tokens[index, :count] = document.tokens
-            # The first token of a sequence is no label.
-            num_bytes[index] = document.num_bytes[1:].sum()
+            num_bytes[index] = document.num_bytes.sum()
         return PackedSequences(tokens, num_bytes)
 
     def state_dict(self) -> list[list[list[int]]]:

@@ -120,6 +120,12 @@ def test_every_token_but_the_first_is_a_target_with_loss_all(folder):
     assert targets == tokens[1:]
     # With the "j" that this template writes before its first answer, and a space.
     assert num_bytes == 6
+    made = make_chat(folder(STRICT), length=9, loss="all")
+    text, _ = messages_json(chat("u:a", "a:b"), "messages", "here")
+    packed = Packer(9).add(made.documents([made.read(text, "x")[0]] * 2, ChatCounts()))
+    batch = make_batch(packed.tokens, document_token=EOS, attend_across_documents=False)
+    # Nor is the first token of the second one, which does not follow from the first.
+    assert batch.targets_BS.tolist() == [[A, BOT, B, EOS, I, A, BOT, B, EOS]]
 
 
 def test_white_space_behind_the_end_of_a_turn_is_no_part_of_an_answer_unless_it_is_the_end(folder):
@@ -129,6 +135,41 @@ def test_white_space_behind_the_end_of_a_turn_is_no_part_of_an_answer_unless_it_
     lines = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
     text, answers = load_chat_template(load_tokenizer(str(folder(PLAIN))), lines).render(chat("u:a", "a:b"))
     assert [text[slice(*span)] for span in answers] == ["assistant: b\n"]
+
+
+# Forms that templates of models have: a system message of their own, contents without white space around them, the
+# first token of a text, a system message inside the first question, and a header before every turn.
+FORMS = {
+    "own system message": (
+        "{% if messages[0].role != 'system' %}{{ '<sys>e<end>\n' }}{% endif %}"
+        "{% for m in messages %}{{ m.role + '\n' + m.content | trim + '<end>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}",
+        "<end>",
+    ),
+    "instructions": (
+        "{{ '</s>' }}{% for m in messages %}"
+        "{% if m.role == 'user' %}{{ '[ ' + m.content + ' ]' }}"
+        "{% else %}{{ ' ' + m.content | trim + '<end>' }}{% endif %}{% endfor %}",
+        "<end>",
+    ),
+    "headers": (
+        "{% for m in messages %}{{ '<user>' + m.role + '<bot>\n\n' + m.content | trim + '<end>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<user>assistant<bot>\n\n' }}{% endif %}",
+        "<end>",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_answers_are_found_in_the_forms_that_templates_have(folder, form):
+    source, end = FORMS[form]
+    template = load_chat_template(load_tokenizer(str(folder(None))), source)
+    text, answers = template.render(chat("u:a", "a: b c ", "u:d", "a:e"))
+    assert [text[slice(*span)].strip() for span in answers] == [f"b c{end}", f"e{end}"]
+    # What generation is prompted with ends where the answer begins; without a prompt of its own, a space is the
+    # answer's.
+    prompt = template.encode(chat("u:a", "a: b c ", "u:d"))
+    assert prompt == template.tokenize([text[: answers[1][0]]])[0].ids
 
 
 @pytest.mark.parametrize("template", [PLAIN, MARKED, STRICT])
@@ -204,10 +245,18 @@ def test_a_record_that_is_no_conversation_is_named_or_skipped(folder, tmp_path, 
     assert "1 bad records skipped in this pass" in caplog.text
 
 
-def test_a_template_that_hides_its_answers_is_refused_with_the_way_out(folder, tmp_path):
-    file = write_chats(tmp_path / "c.jsonl", [chat("u:a", "a:b"), chat("u:a", "a:b", "u:c", "a:d")])
-    config, made = SourceConfig(kind="jsonl", path=str(file), format="chat"), make_chat(folder(REWRITING))
-    message = r"c\.jsonl, row 1: the chat template of .* does not show where answer 1 .*% generation %.*loss=all"
+# The prompt for an answer is not how an answer begins.
+PROMPTING = PLAIN.replace("{{ '<bot>' }}{% endif %}", "{{ '<bot> j' }}{% endif %}")
+
+
+@pytest.mark.parametrize("template", [REWRITING, PROMPTING])
+def test_a_template_that_hides_its_answers_is_refused_with_the_way_out(folder, tmp_path, template):
+    good = [] if template is PROMPTING else [chat("u:a", "a:b")]
+    file = write_chats(tmp_path / "c.jsonl", [*good, chat("u:a", "a:b", "u:c", "a:d")])
+    config, made = SourceConfig(kind="jsonl", path=str(file), format="chat"), make_chat(folder(template))
+    message = (
+        rf"c\.jsonl, row {len(good)}: the chat template of .* does not show where answer 1 .*% generation %.*loss=all"
+    )
     with pytest.raises(DataError, match=message):
         # Not a bad record: other conversations would be written wrongly too.
         list(open_source(config, 0, Limits(max_bad_records=9), chat=made).texts())

@@ -168,6 +168,16 @@ def test_a_conversation_that_is_too_long_is_cut_or_left_out_and_counted(
     assert all(len(one) <= LENGTH for one in found) and len(found) > 20
 
 
+def test_a_conversation_of_as_many_tokens_as_a_sequence_and_one_more_is_kept_whole(tmp_path, tokenizer):
+    # A word has one token, and the turns have four more and the answer.
+    chats = [chat("u:" + " ".join("a" * words), "a:b") for words in (11, 12)]
+    short = [chat(f"u:{a}", f"a:{b}") for a in "cdefg" for b in "cdefg"]
+    file = write_chats(tmp_path / "c.jsonl", [*chats, *short])
+    source = SourceConfig(kind="jsonl", path=str(file), format="chat")
+    data = load_data(make_data(tmp_path, tokenizer, sources=(source,)))
+    assert data.conversations["data.sources.0"] == {"conversations": 27, "cut": 1, "dropped": 0}
+
+
 def test_a_source_whose_conversations_are_all_left_out_is_refused(tmp_path, tokenizer):
     file = write_chats(tmp_path / "c.jsonl", [chat("u:" + "a " * 20, f"a:{word}") for word in "abcdefghij"])
     source = SourceConfig(kind="jsonl", path=str(file), format="chat")

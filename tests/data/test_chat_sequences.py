@@ -13,9 +13,10 @@ import pytest
 
 from qsparse_moe.config.schema import ChatConfig, DataConfig, RunConfig, SourceConfig, TrainingConfig
 from qsparse_moe.data.batch import IGNORED_LABEL
+from qsparse_moe.data.conversations import messages_json
 from qsparse_moe.data.loader import TrainLoader, evaluation_batches, evaluation_num_bytes
 from qsparse_moe.data.marks import begins_document, mark, token_ids
-from qsparse_moe.data.packing import Document, Packer
+from qsparse_moe.data.packing import Document, Packer, is_validation, text_digest
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import DataError
 from tests.data.conversations import BOT, END, IDS, MARKED, USER, chat, make_chats, save_chat_tokenizer, write_chats
@@ -187,6 +188,20 @@ def test_a_source_whose_conversations_are_all_left_out_is_refused(tmp_path, toke
     ):
         with pytest.raises(DataError, match=message):
             load_data(make_data(tmp_path, tokenizer, sources=(source,), mode=mode))
+
+
+def test_a_stream_that_leaves_out_all_its_training_conversations_ends_with_a_message(tmp_path, tokenizer):
+    def is_held_out(messages: list[dict[str, Any]]) -> bool:
+        return is_validation(text_digest(messages_json(messages, "", "")[0].encode()), 0.2)
+
+    short = [chat(f"u:{a} {b}", f"a:{c}") for a in "abcdefghij" for b in "abcdefghij" for c in "ab"]
+    long = [chat("u:" + f"{a} " * 20, f"a:{b}") for a in "abcde" for b in "abcdefgh"]
+    chats = [one for one in short if is_held_out(one)] + [one for one in long if not is_held_out(one)]
+    source = SourceConfig(kind="jsonl", path=str(write_chats(tmp_path / "c.jsonl", chats)), format="chat")
+    data = load_data(make_data(tmp_path, tokenizer, sources=(source,), mode="streaming"))
+    stream = data.open_stream(rank=0, world_size=1, seed=None)
+    with pytest.raises(DataError, match=r"\(jsonl\) holds no training document for rank 0 of 1"):
+        stream.take(1)
 
 
 def mixed(tmp_path: Path, tokenizer: str, **settings: Any) -> DataConfig:

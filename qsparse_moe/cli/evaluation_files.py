@@ -42,4 +42,6 @@ class EvaluationFiles:
                 "with --output"
             )
         board = None if found.kind == "export" else found.config_folder / "tensorboard" / name
-        return cls(folder / f"{name.replace('/', '-')}.json", board)
+        # A checkpoint has a file of its own, beside that of the newest one.
+        parts = [*name.split("/"), *([found.path.name] if found.kind == "checkpoint" else [])]
+        return cls(folder / f"{'-'.join(parts)}.json", board)

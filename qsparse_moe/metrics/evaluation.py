@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
+from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import image
 
 from qsparse_moe.metrics.heatmaps import HeatMap, Scale
-from qsparse_moe.metrics.tensorboard import add_described, open_events
+from qsparse_moe.metrics.tensorboard import add_described
 
 _POSITIONS = "positions"
 """Folder of the curves over a position; TensorBoard lists it as a run of its own."""
@@ -34,9 +35,14 @@ class EvaluationFigures:
 def write_evaluation(folder: Path, figures: EvaluationFigures, step: int) -> None:
     """Write ``figures`` of the model after ``step`` steps into ``folder``, as a run of its own.
 
-    They replace what the folder holds of this step and later ones, so that a repeated evaluation appears once.
+    They replace what the folder holds of this step, so that a repeated evaluation appears once. Those of other steps
+    stay, also later ones: a checkpoint may be evaluated after a newer one.
     """
-    with open_events(folder, step - 1) as writer:
+    # A file per step, because an event file can be voided from a step on only.
+    suffix = f".step-{step:08d}"
+    for earlier in folder.glob(f"events.out.tfevents.*{suffix}"):
+        earlier.unlink()
+    with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
         described: set[str] = set()
         for name, value in figures.scalars.items():
             add_described(writer, "scalars", _scalar(name, value), step, described)
@@ -47,7 +53,7 @@ def write_evaluation(folder: Path, figures: EvaluationFigures, step: int) -> Non
         return
     # Positions are not steps, so a reader could not know which of an earlier file are void.
     shutil.rmtree(folder / _POSITIONS, ignore_errors=True)
-    with open_events(folder / _POSITIONS, -1) as writer:
+    with SummaryWriter(str(folder / _POSITIONS)) as writer:
         described = set()
         for name, points in figures.curves.items():
             for position, value in points:

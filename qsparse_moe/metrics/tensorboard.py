@@ -71,7 +71,7 @@ class TensorBoardFiles:
         self._last: tuple[int, Stats] | None = None
         self._drawn = start_step
         self._summaries = _hparams_summaries(config)
-        self._writer = open_events(folder, start_step)
+        self._writer = _open(folder, start_step)
         self._writer.add_custom_scalars(chart_layout(config))
         self._writer.add_text("config", f"```yaml\n{config_to_yaml(config)}```", start_step)
         self._writer.add_text("sparsity plan", plan_table(SparsityPlan.from_config(config.model)), start_step)
@@ -88,7 +88,7 @@ class TensorBoardFiles:
     def _open_validation(self, folder: Path, start_step: int, before: Sequence[Mapping[str, Any]]) -> None:
         # Runs of earlier versions have these curves in the run itself. After a resume they are complete here as well.
         is_new = not any(folder.glob("events.out.tfevents.*"))
-        self._validation_writer = open_events(folder, start_step)
+        self._validation_writer = _open(folder, start_step)
         # Only into a new folder, because an event file that exists already has these points.
         for row in before if is_new else ():
             for name, value in row.items():
@@ -177,7 +177,7 @@ class TensorBoardFiles:
             writer.close()
 
 
-def open_events(folder: Path, start_step: int) -> SummaryWriter:
+def _open(folder: Path, start_step: int) -> SummaryWriter:
     """Open a new event file that voids what earlier files of ``folder`` hold of the steps after ``start_step``."""
     _wait_for_a_later_name(folder)
     # Readers drop the steps from purge_step on, so the step of the checkpoint itself stays.

@@ -88,6 +88,7 @@ def test_a_checkpoint_and_an_export_have_the_scores_of_their_run(folders, capsys
     assert not (tmp_path / "export" / "tensorboard").exists()
     checkpoint = next((run_dir / "checkpoints").glob("step-*6"))
     assert evaluated(capsys, checkpoint, *arguments)["results"] == own["results"]
+    assert json.loads((run_dir / "evaluation" / f"tasks-{checkpoint.name}.json").read_text())["results"]
 
 
 @pytest.mark.parametrize(

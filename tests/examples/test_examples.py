@@ -101,7 +101,5 @@ def test_a_model_is_trained_in_transformers_and_comes_back(folder):
     assert losses[-1] < losses[0] - 0.5
     assert "Document 0. " in output
     run_python(folder, "-m", "qsparse_moe", "import", "tuned", "--output", "imported")
-    said = run_python(
-        folder, "-m", "qsparse_moe", "generate", "imported", "--prompt", "Document", "--max-new-tokens", "4"
-    )
+    said = run_python(folder, "-m", "qsparse_moe", "generate", "imported", "--prompt", "Document", "--max-tokens", "4")
     assert said.strip()

@@ -147,6 +147,13 @@ def test_an_export_is_opened_by_transformers_with_the_plan_in_use(export):
     assert {name: found_settings[name] for name in same} == {name: wanted[name] for name in same}
 
 
+def test_an_export_in_bf16_is_opened_in_bf16(export, tmp_path):
+    export_model(export, tmp_path / "small", dtype="bf16")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert (found.dtype, found.config.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert torch.equal(logits(found.model), logits(load_export(tmp_path / "small")[1]))
+
+
 def test_its_text_is_that_of_our_generator(export):
     generator = Generator.load(export, engine="torch")
     (wanted,) = generator.generate(["The "], max_tokens=12)

@@ -83,6 +83,13 @@ def test_eager_attention_computes_the_same(name):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
 
 
+def test_flex_attention_computes_the_same(sparse):
+    ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 5, seed=1)[0]])
+    sdpa, flex = (QSparseMoEForCausalLM.of(sparse, attn_implementation=kind) for kind in ("sdpa", "flex_attention"))
+    found, wanted = (logits(part, ids, attention_mask=mask)[mask.bool()] for part in (flex, sdpa))
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=5e-6)
+
+
 def test_padding_in_front_does_not_change_a_sequence(model):
     rows = [random_ids(1, length, seed=length)[0] for length in (9, 5, 1)]
     ids, mask = left_padded(rows)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.interop import serve
 from qsparse_moe.interop.auto_model.causal_lm import QSparseMoEForCausalLM
 from tests.data.test_tokenizer import save_tokenizer
@@ -79,6 +79,35 @@ from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_config(config)).__name__)
 """)
     assert output.split() == ["QSparseMoEForCausalLM"]
+
+
+def test_without_transformers_the_package_is_imported_and_its_classes_name_the_extra():
+    output = run("""
+import sys
+sys.modules["transformers"] = None
+import qsparse_moe.interop
+from qsparse_moe.errors import BackendUnavailable
+for name in ("config", "causal_lm", "schedule"):
+    try:
+        __import__(f"qsparse_moe.interop.auto_model.{name}")
+    except BackendUnavailable as error:
+        print(error)
+""")
+    assert output.splitlines() == 3 * [
+        "model type qsparse_moe is one of transformers, which is not installed in version 5 or later; pip install "
+        '"qsparse-moe[hf]"'
+    ]
+
+
+@pytest.mark.parametrize("options", [{"tp_plan": "auto"}, {"tp_size": 2}])
+def test_tensor_parallelism_is_refused_with_the_reason(folder, options):
+    with pytest.raises(ConfigError, match=r"tp_\w+: must be left out.*selects among all features.*use device_map"):
+        QSparseMoEForCausalLM.from_pretrained(folder, **options)
+
+
+def test_an_unknown_attention_is_refused_with_the_known_ones(folder):
+    with pytest.raises(ValueError, match=r'attn_implementation="nonsense"` is not supported.*sdpa'):
+        QSparseMoEForCausalLM.from_pretrained(folder, attn_implementation="nonsense")
 
 
 def without(name, monkeypatch):

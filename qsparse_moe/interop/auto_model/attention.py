@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qsparse_moe.interop.auto_model.library import ALL_ATTENTION_FUNCTIONS
 from qsparse_moe.model.attention import Attend
 
 

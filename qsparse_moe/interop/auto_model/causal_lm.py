@@ -9,13 +9,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_causal_mask
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.utils.generic import can_return_tuple
 
 from qsparse_moe.interop.auto_model.attention import AttentionCall, InterfaceAttention, attends
 from qsparse_moe.interop.auto_model.config import QSparseMoEConfig
+from qsparse_moe.interop.auto_model.library import (
+    DynamicCache,
+    GenerationMixin,
+    MoeCausalLMOutputWithPast,
+    PreTrainedModel,
+    can_return_tuple,
+    create_causal_mask,
+)
 from qsparse_moe.interop.auto_model.refusals import check_checkpointing, check_loading, check_options
 from qsparse_moe.interop.auto_model.settings import PREFIX
 from qsparse_moe.interop.auto_model.training_loss import recorded_routings, without_padding
@@ -203,8 +207,12 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
         )
         call = AttentionCall(mask, cache, options | {"position_ids": position_ids})
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
+        # A loss needs them where there is padding.
+        needs_routings = output_router_logits or (labels is not None and attention_mask is not None)
         hidden_states = [hidden_BSD]
-        with recorded_routings(self.model) as routings:
+        with recorded_routings(self.model, needs_routings) as routings:
             hidden_BSD, outputs = self.model.run_layers(
                 hidden_BSD,
                 position_ids,
@@ -218,8 +226,6 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         loss, balance = None, None
         if labels is not None:
             loss, balance = self._loss(logits_BSV, labels, attention_mask, outputs, routings)
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=balance,

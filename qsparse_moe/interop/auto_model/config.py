@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-from transformers import PreTrainedConfig
-
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.interop.auto_model.refusals import no_transformers
 from qsparse_moe.interop.auto_model.settings import (
     MODEL_TYPE,
     read_settings,
@@ -15,6 +14,11 @@ from qsparse_moe.interop.auto_model.settings import (
     standard_settings,
 )
 from qsparse_moe.sparsity.plan import SparsityPlan
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError as error:
+    raise no_transformers() from error
 
 
 class QSparseMoEConfig(PreTrainedConfig):

@@ -7,11 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from qsparse_moe.errors import ArgumentError
+from qsparse_moe.errors import ArgumentError, BackendUnavailable
 
 # transformers' losses of other models read them; ours would ignore them.
 _LOSS_OPTIONS = ("num_items_in_batch", "shift_labels")
 _PARALLEL = ("tp_plan", "tp_size", "distributed_config")
+
+
+def no_transformers() -> BackendUnavailable:
+    """Return the error of an installation without a fitting version of transformers."""
+    return BackendUnavailable(
+        "model type qsparse_moe is one of transformers, which is not installed in version 5 or later; pip install "
+        '"qsparse-moe[hf]"'
+    )
 
 
 def check_loading(options: Mapping[str, Any]) -> None:

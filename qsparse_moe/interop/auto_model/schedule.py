@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.distributed
 from torch import Tensor
-from transformers import TrainerCallback
 
+from qsparse_moe.interop.auto_model.library import TrainerCallback
 from qsparse_moe.moe.router import Router, bias_update_rate
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share

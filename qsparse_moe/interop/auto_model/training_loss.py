@@ -17,10 +17,11 @@ from qsparse_moe.moe.router import Routing
 
 
 @contextmanager
-def recorded_routings(model: Transformer) -> Iterator[list[Routing]]:
-    """Record the routing of every MoE layer, in order, in forward passes inside the context."""
+def recorded_routings(model: Transformer, wanted: bool) -> Iterator[list[Routing]]:
+    """Record the routing of every MoE layer, in order, in forward passes inside the context; nothing unless wanted."""
     routings: list[Routing] = []
-    handles = [router.register_forward_hook(lambda _, __, out: routings.append(out)) for router in model.routers()]
+    routers = model.routers() if wanted else []
+    handles = [router.register_forward_hook(lambda _, __, out: routings.append(out)) for router in routers]
     try:
         yield routings
     finally:

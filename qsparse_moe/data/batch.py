@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsparse_moe.data.marks import begins_document, is_target, token_ids
+from qsparse_moe.data.marks import begins_document, has_marks, is_target, token_ids
 
 # This is the value that PyTorch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
@@ -49,7 +49,9 @@ def make_batch(sequences: np.ndarray[Any, Any], *, document_token: int, attend_a
     """
     ids = token_ids(sequences)
     tokens = ids[:, :-1]
-    labels = np.where(is_target(sequences[:, 1:]), ids[:, 1:], IGNORED_LABEL)
+    labels = ids[:, 1:]
+    if has_marks(sequences):
+        labels = np.where(is_target(sequences[:, 1:]), labels, IGNORED_LABEL)
     columns = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
     if attend_across_documents:
         return Batch(_tensor(tokens), _tensor(labels), _tensor(columns), None)

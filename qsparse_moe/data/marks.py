@@ -33,19 +33,30 @@ def mark(ids: Array, *, targets: Array) -> Array:
     return marked
 
 
+def has_marks(tokens: Array) -> bool:
+    """Return whether any token carries marks."""
+    # Ids of 16 bits have no room for any, and most tables hold them.
+    return tokens.dtype.itemsize > 2 and bool(tokens.max(initial=0) >= _MARKED)
+
+
 def token_ids(tokens: Array) -> Array:
     """Return the ids without marks, int64."""
     wide = tokens.astype(np.int64)
-    return np.where(wide & _MARKED, wide & MAX_MARKED_ID, wide)
+    return np.where(wide & _MARKED, wide & MAX_MARKED_ID, wide) if has_marks(tokens) else wide
 
 
 def begins_document(tokens: Array, document_token: int) -> Array:
     """Return bool: by its mark where a token has marks, else whether it is the document token."""
+    is_document_token: Array = tokens == document_token
+    if not has_marks(tokens):
+        return is_document_token
     wide = tokens.astype(np.int64)
-    return np.where(wide & _MARKED, wide & _BEGINS, wide == document_token).astype(bool)
+    return np.where(wide & _MARKED, wide & _BEGINS, is_document_token).astype(bool)
 
 
 def is_target(tokens: Array) -> Array:
     """Return bool: by its mark where a token has marks, else true."""
+    if not has_marks(tokens):
+        return np.ones(tokens.shape, bool)
     wide = tokens.astype(np.int64)
     return np.where(wide & _MARKED, wide & _TARGET, 1).astype(bool)

@@ -20,7 +20,10 @@ def register(app: typer.Typer) -> None:
 def import_folder(
     folder: Annotated[
         Path,
-        typer.Argument(help="Folder of a Hugging Face model; docs/interop.md lists the families.", show_default=False),
+        typer.Argument(
+            help="Folder of a Hugging Face model, or its name on the hub; docs/interop.md lists the families.",
+            show_default=False,
+        ),
     ],
     output: Annotated[Path, typer.Option("--output", help="Folder to create.", show_default=False)],
     tokenizer: Annotated[

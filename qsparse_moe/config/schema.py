@@ -248,9 +248,9 @@ class TrainingConfig(Section):
     """Continue the run of this name if its folder exists."""
     init_from: Annotated[str, Field(min_length=1)] | None = None
     """Start from trained weights: the folder of a run (its newest checkpoint), of one checkpoint, of an export, or of a
-    Hugging Face model (see docs/interop.md); experts can be made of dense layers. The routers' biases come with them;
-    the optimizer, the schedules, and the data start from scratch. A resumed run continues from its own checkpoint and
-    does not read them again. null: start from random weights."""
+    Hugging Face model or its name on the hub (see docs/interop.md); experts can be made of dense layers. The routers'
+    biases come with them; the optimizer, the schedules, and the data start from scratch. A resumed run continues from
+    its own checkpoint and does not read them again. null: start from random weights."""
     checkpoint_interval: NonNegativeInt = 0
     """Number of steps between checkpoints; 0: only those by checkpoint_minutes and at the end."""
     # Steps take milliseconds or minutes. With a limit in time, a crash loses about this much work whatever the model.

@@ -13,6 +13,7 @@ from qsparse_moe.interop.auto_model.reader import started
 from qsparse_moe.interop.companion_files import copy_generation_config
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, write_export
 from qsparse_moe.interop.families.settings import CONFIG_JSON
+from qsparse_moe.interop.hub import local_folder
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.upcycling import UpcycledWeights, upcycled
 from qsparse_moe.interop.upcycling_rules import Upcycling
@@ -42,7 +43,7 @@ def import_model(
     that transformers has saved. Its tokenizer is copied.
 
     Args:
-        folder: the folder, with ``config.json`` and safetensors files.
+        folder: the folder, with ``config.json`` and safetensors files, or the name of a model on the hub.
         output: folder to create; with ``force``, an earlier export is replaced.
         tokenizer: the tokenizer as in ``data.tokenizer``; None: that of the folder.
         dtype: type of the weights; ``auto``: as they are stored.
@@ -55,8 +56,9 @@ def import_model(
         CheckpointError: the folder cannot be read as a model, or ``output`` is in use or cannot be written.
         BackendUnavailable: safetensors is not installed.
     """
-    folder, output = Path(folder), Path(output)
+    output = Path(output)
     check_output(output, force)
+    folder = local_folder(str(folder))
     _check_folder(folder)
     source = HuggingFaceWeights(folder)
     name, loaded = _tokenizer(source, tokenizer)
@@ -115,8 +117,8 @@ def _check_folder(folder: Path) -> None:
         )
     problem = f"contains no {CONFIG_JSON}" if folder.is_dir() else "is no folder"
     raise CheckpointError(
-        f"{folder}: {problem}, and the folder of a Hugging Face model is needed; models are not downloaded: hf "
-        "download OWNER/NAME --local-dir FOLDER does that"
+        f"{folder}: {problem}, and the folder of a Hugging Face model, or its name on the hub (OWNER/NAME), is "
+        "needed; correct the name, or download the model again"
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from qsparse_moe.interop.hub import local_folder
 from qsparse_moe.interop.hugging_face import HuggingFaceWeights
 from qsparse_moe.interop.weight_files import WeightFiles
 from qsparse_moe.runs.find import find_initial_weights, naming_init_from
@@ -50,4 +51,4 @@ def open_weights(init_from: str) -> NamedTensors:
     if found.kind in ("run", "checkpoint"):
         return open_checkpoint(init_from)
     with naming_init_from(init_from):
-        return ExportWeights(found.path) if found.kind == "export" else HuggingFaceWeights(found.path)
+        return ExportWeights(found.path) if found.kind == "export" else HuggingFaceWeights(local_folder(init_from))

@@ -27,7 +27,8 @@ class ModelFolder:
     """A folder that holds a trained model."""
 
     path: Path
-    kind: Literal["run", "checkpoint", "export", "hugging_face"]
+    kind: Literal["run", "checkpoint", "export", "hugging_face", "hub"]
+    """``hub``: the name of a model on the Hugging Face hub instead of a folder."""
 
     @property
     def config_folder(self) -> Path:
@@ -69,13 +70,16 @@ def find_initial_weights(init_from: str) -> ModelFolder:
     with naming_init_from(init_from):
         if (path / _OTHER_PROGRAMS_CONFIG).is_file() and not (path / CONFIG_FILE).is_file():
             return ModelFolder(path, "hugging_face")
-        # Where its parent exists, it is rather a mistyped run.
-        if not path.parent.exists() and _HUB_NAME.fullmatch(init_from):
-            raise CheckpointError(
-                f"{path} does not exist, and models are not downloaded; if it is a name on the Hugging Face hub, "
-                f"download it (hf download {init_from} --local-dir FOLDER) and name the folder"
-            )
-        return find_model(path)
+        return ModelFolder(path, "hub") if is_hub_name(init_from) else find_model(path)
+
+
+def is_hub_name(name: str) -> bool:
+    """Return whether ``name`` has the form of a name on the Hugging Face hub and is rather not a mistyped folder."""
+    path = Path(name).expanduser()
+    if path.exists() or path.parent.exists() or not _HUB_NAME.fullmatch(name):
+        return False
+    folders = [entry.name for entry in Path.cwd().iterdir() if entry.is_dir()]
+    return not difflib.get_close_matches(path.parent.name, folders, n=1, cutoff=0.7)
 
 
 @contextlib.contextmanager

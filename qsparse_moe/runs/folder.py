@@ -212,7 +212,9 @@ def _from_anywhere(config: RunConfig) -> RunConfig:
         "chat": chat.model_copy(update={"template": None if chat.template is None else _absolute(chat.template)}),
     }
     initial = config.training.init_from
-    training = {"init_from": None if initial is None else _absolute(initial)}
+    # Where not even the folder above exists, it is a name on the hub.
+    is_path = initial is not None and os.path.exists(os.path.dirname(_absolute(initial)))
+    training = {"init_from": _absolute(initial) if initial is not None and is_path else initial}
     return config.model_copy(
         update={
             "data": config.data.model_copy(update=update),

@@ -187,11 +187,12 @@ def test_a_folder_that_is_no_hugging_face_model_is_refused(copy, tmp_path):
     import_model(done, tmp_path / "done")
     assert "so it is a run or an export of this package and needs no import" in refused(tmp_path / "done")
     (tmp_path / "thesis").mkdir()
-    assert "thesis: contains no config.json, and the folder of a Hugging Face model is needed" in refused(
+    assert "thesis: contains no config.json, and the folder of a Hugging Face model, or its name" in refused(
         tmp_path / "thesis"
     )
-    assert "name: is no folder, and the folder of a Hugging Face model is needed; models are not downloaded" in refused(
-        tmp_path / "name"
+    assert (
+        "name: is no folder, and the folder of a Hugging Face model, or its name on the hub (OWNER/NAME), is"
+        in refused(tmp_path / "name")
     )
 
 

@@ -119,8 +119,9 @@ def test_a_folder_that_holds_no_weights_is_refused(folder, sources, tmp_path):
     (tmp_path / "thesis").mkdir()
     assert "thesis is not a run folder: it contains no config.yaml" in message(tmp_path / "thesis")
     assert message("no-such-owner/model").endswith(
-        "no-such-owner/model does not exist, and models are not downloaded; if it is a name on the Hugging Face hub, "
-        "download it (hf download no-such-owner/model --local-dir FOLDER) and name the folder"
+        "no-such-owner/model: is neither a folder nor a model in the local cache of the Hugging Face hub, and the hub "
+        "cannot be reached (no network, or HF_HUB_OFFLINE is set); correct the name, or use hf download "
+        "no-such-owner/model --local-dir FOLDER on a machine with a network, and name the folder"
     )
     (tmp_path / "thesis" / "config.json").write_text("{}")
     assert message(tmp_path / "thesis") == (

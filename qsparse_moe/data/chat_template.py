@@ -194,13 +194,15 @@ def load_chat_template(tokenizer: TextTokenizer, template: str | None = None) ->
     if not tokenizer.files:
         return None
     folder = tokenizer.files[0].parent
+    return ChatTemplate(folder, template) if template is not None or has_chat_template(folder) else None
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Return whether the folder of a tokenizer has a chat template. Needs no transformers."""
     settings = folder / _SETTINGS_FILE
-    # Looked up without transformers, which only a tokenizer with a template needs.
     in_settings = settings.is_file() and json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
     # transformers reads a template from either file, and newer versions write the separate one.
-    if template is None and not in_settings and not (folder / TEMPLATE_FILE).is_file():
-        return None
-    return ChatTemplate(folder, template)
+    return bool(in_settings) or (folder / TEMPLATE_FILE).is_file()
 
 
 def _transformers() -> Any:

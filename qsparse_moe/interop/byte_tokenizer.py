@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from qsparse_moe.data.chat_template import has_chat_template
 from qsparse_moe.data.tokenizer import ByteTokenizer
 
 DOCUMENT_SPELLING = "<|endoftext|>"
@@ -21,6 +22,16 @@ def write_byte_tokenizer(folder: Path) -> None:
     }
     for name, content in (("tokenizer.json", _tokenizer_json()), ("tokenizer_config.json", settings)):
         (folder / name).write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+
+
+def is_byte_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the ``tokenizer.json`` of ``write_byte_tokenizer`` and no chat template."""
+    try:
+        found = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    # The tokenizer ``bytes`` has no files, so a template would be lost.
+    return bool(found == _tokenizer_json()) and not has_chat_template(folder)
 
 
 def _tokenizer_json() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import CheckpointError, DataError
 from qsparse_moe.interop.auto_model.reader import own_recipes, read_own
 from qsparse_moe.interop.auto_model.settings import MODEL_TYPE
+from qsparse_moe.interop.byte_tokenizer import is_byte_tokenizer
 from qsparse_moe.interop.families.recipe import Piece, Place, Recipe, Recipes
 from qsparse_moe.interop.families.registry import find_family, model_config
 from qsparse_moe.interop.families.settings import CONFIG_JSON, FamilySettings
@@ -62,7 +63,7 @@ class HuggingFaceWeights:
 
     @property
     def tokenizer(self) -> str:
-        """The folder itself.
+        """The folder itself, or ``bytes`` for the files by which an export gives this tokenizer to other programs.
 
         Raises:
             DataError: it has no ``tokenizer.json``.
@@ -73,7 +74,7 @@ class HuggingFaceWeights:
                 "file into it, make it with transformers (AutoTokenizer.from_pretrained(...).save_pretrained(...)), or "
                 "import the folder with qsparse-moe import --tokenizer"
             )
-        return str(self.path)
+        return "bytes" if is_byte_tokenizer(self.path) else str(self.path)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype of one tensor: the widest of those that it is made of."""

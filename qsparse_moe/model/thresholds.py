@@ -9,7 +9,7 @@ N rows, D features.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.nn.hooks import site_hooks
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.row_sample import MAX_VALUES, RowSample, calibrated_threshold
 
@@ -123,36 +124,48 @@ def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
 
 
 @contextmanager
-def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterator[dict[LayerSite, _Recorder]]:
+def _observed(model: Transformer, plan: SparsityPlan, max_values: int) -> Iterator[Recorders]:
     """Attach a recorder to every site; forward passes inside the context run with exact top-K."""
     before, was_training = model.sparsity_plan, model.training
-    recorders = {place: _Recorder([RowSample(max_values) for _ in values]) for place, values in plan.values.items()}
     sites = {(block.layer, name): site for block in model.blocks() for name, site in block.sites().items()}
     try:
-        # A model that selects by threshold refuses a plan without thresholds. These are not used: the hooks make every
-        # site rank.
-        model.set_sparsity(plan.with_thresholds({place: (0.0,) * len(v) for place, v in plan.values.items()}))
+        model.set_sparsity(without_comparison(plan))
         model.eval()
-        with site_hooks({site: recorders[place] for place, site in sites.items()}, ranks=True):
+        with record_rows(sites, max_values=max_values) as recorders:
             yield recorders
     finally:
         model.set_sparsity(before)
         model.train(was_training)
 
 
-class _Recorder:
+def without_comparison(plan: SparsityPlan) -> SparsityPlan:
+    """Return ``plan`` with thresholds of 0, for a model whose sites ``record_rows`` lets rank instead of compare."""
+    # A model that selects by threshold refuses a plan without thresholds. These are not used.
+    return plan.with_thresholds({place: (0.0,) * len(values) for place, values in plan.values.items()})
+
+
+@contextmanager
+def record_rows(sites: Mapping[LayerSite, SparseSite], *, max_values: int = MAX_VALUES) -> Iterator[Recorders]:
+    """Attach a recorder to every site for the duration of the context, in which the sites select by exact top-K."""
+    recorders = {place: RowRecorder(site.num_experts, max_values) for place, site in sites.items()}
+    with site_hooks({site: recorders[place] for place, site in sites.items()}, ranks=True):
+        yield recorders
+
+
+class RowRecorder:
     """A site hook that adds every row to the sample of its expert.
 
     A row is numbered by the index of its batch's first token plus its position among the rows of the same expert. An
     expert has at most as many rows as the batch has tokens, so no number occurs twice.
     """
 
-    def __init__(self, samples: list[RowSample]) -> None:
-        self.samples = samples
+    def __init__(self, num_experts: int, max_values: int) -> None:
+        self.samples = [RowSample(max_values) for _ in range(num_experts)]
         self.first_number = 0
         """Index of the first token of the next batch."""
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
+        """Add the rows, and return the sparse ones unchanged."""
         if expert_ids_N is None:
             self._add(self.samples[0], x.flatten(0, -2))
             return sparse
@@ -162,6 +175,9 @@ class _Recorder:
 
     def _add(self, sample: RowSample, rows_ND: Tensor) -> None:
         sample.add(rows_ND, self.first_number + torch.arange(len(rows_ND), device=rows_ND.device))
+
+
+Recorders = dict[LayerSite, RowRecorder]
 
 
 def _thresholds(place: LayerSite, samples: list[RowSample], plan: SparsityPlan) -> tuple[float, ...]:

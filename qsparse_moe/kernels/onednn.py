@@ -52,12 +52,15 @@ def why_not(device: torch.device) -> str | None:
 
 def gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:
     """Write ``a @ b`` into ``out``, with any strides: fp32 by oneDNN, other dtypes by ``torch_gemm``."""
-    if a_MK.dtype == torch.float32:
+    if a_MK.dtype != torch.float32:
+        torch_gemm(a_MK, b_KN, out_MN)
+    elif out_MN.stride(0) == 1 < out_MN.stride(1):
+        # A transposed result is the product of the transposed operands, without a copy across the rows.
+        gemm(b_KN.T, a_MK.T, out_MN.T)
+    else:
         # The operator allocates its result. The copy costs less than a tenth of what oneDNN gains (lab log of 23
         # November 2026).
         out_MN.copy_(_product(a_MK, b_KN.T))
-    else:
-        torch_gemm(a_MK, b_KN, out_MN)
 
 
 def torch_gemm(a_MK: Tensor, b_KN: Tensor, out_MN: Tensor) -> None:

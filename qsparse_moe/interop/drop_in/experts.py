@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qsparse_moe.interop.drop_in import runtime
+from qsparse_moe.kernels.onednn import torch_gemm
 from qsparse_moe.moe.permutation import RoutedTokens, TokenCounts
 from qsparse_moe.nn.gated_activation import SparseActivation
 from qsparse_moe.nn.sparse_site import SparseSite
@@ -41,6 +43,8 @@ class SparseExperts(nn.Module):
         if self._selects_all:
             name, own = self.model_config._experts_implementation, type(experts).forward.__wrapped__
             return ALL_EXPERTS_FUNCTIONS.get_interface(name, own)(experts, x_TD, expert_ids_TA, weights_TA)
+        if runtime.is_decoding(x_TD):
+            return self._run_one_token(experts, x_TD, expert_ids_TA[0], weights_TA)
         permutation = runtime.permutation(x_TD.device.type)
         routed = permutation.sort(expert_ids_TA, experts.num_experts, None)
         # One selection serves all experts of a token if they select alike.
@@ -51,9 +55,24 @@ class SparseExperts(nn.Module):
         y_ND = self._between_the_matrices(experts, x_ND, routed)
         return permutation.combine(y_ND, weights_TA, routed).to(x_TD.dtype)
 
+    def _run_one_token(self, experts: Any, x_1D: Tensor, expert_A: Tensor, weights_1A: Tensor) -> Tensor:
+        """Compute ``run`` for one token on a CPU without gradients: nothing has to be sorted or counted."""
+        ids = expert_A.tolist()
+        gate_up_A2F = _products(self._select_inputs(x_1D, expert_A), experts.gate_up_proj, ids)
+        y_AD = _products(self._activate(experts, gate_up_A2F, expert_A), experts.down_proj, ids)
+        # Added in at least fp32, as combine does.
+        wide = torch.promote_types(y_AD.dtype, torch.float32)
+        return (weights_1A.to(wide) @ y_AD.to(wide)).to(x_1D.dtype)
+
+    def _select_inputs(self, x_1D: Tensor, expert_A: Tensor) -> Tensor:
+        if self.input_site.is_uniform:
+            return self.input_site.select(x_1D).sparse.expand(len(expert_A), -1)
+        return self.input_site.select(x_1D.repeat_interleave(len(expert_A), 0), expert_A).sparse
+
     def _between_the_matrices(self, experts: Any, x_ND: Tensor, routed: RoutedTokens) -> Tensor:
         fused, down = experts.gate_up_proj, experts.down_proj
-        matmul = runtime.expert_backend(x_ND.device.type, experts.hidden_dim, experts.intermediate_dim).matmul
+        sizes = experts.hidden_dim, experts.intermediate_dim
+        matmul = runtime.expert_backend(x_ND.device.type, fused.dtype, *sizes).matmul
         counts = TokenCounts(routed.tokens_per_expert_E)
         # In the dtype of the weights, as transformers' own functions do: under autocast the two may differ.
         gate_up_N2F = matmul(x_ND.to(fused.dtype), fused.mT, counts)
@@ -93,6 +112,15 @@ def detach(experts: Any) -> None:
 
 def _forward(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     return getattr(experts, _ATTRIBUTE).run(experts, hidden_states, top_k_index, top_k_weights)
+
+
+def _products(rows_NX: Tensor, weights_EYX: Tensor, ids: list[int]) -> Tensor:
+    """Return ``(N, Y)``: each row times the matrix of its expert."""
+    rows_NX = rows_NX.to(weights_EYX.dtype)
+    out_NY = rows_NX.new_empty(len(ids), weights_EYX.shape[1])
+    for row_1X, out_1Y, expert in zip(rows_NX.split(1), out_NY.split(1), ids, strict=True):
+        torch_gemm(row_1X, weights_EYX[expert].T, out_1Y)
+    return out_NY
 
 
 # Registered when this module is imported, which unpickling a model with these sites does too.

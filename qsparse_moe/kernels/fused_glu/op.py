@@ -42,9 +42,15 @@ def fused_glu(
     with_sums: bool = True,
 ) -> tuple[Tensor, SelectionSums | None]:
     """Compute ``reference.fused_glu`` with ``by``; without ``with_sums`` the second result is None."""
-    selected_NF, sums_4N = _FusedGLU.apply(
-        gate_NF, up_NF, num_selected, by, activation, gradient == "masked", with_sums
-    )
+    if torch.is_grad_enabled():
+        selected_NF, sums_4N = _FusedGLU.apply(
+            gate_NF, up_NF, num_selected, by, activation, gradient == "masked", with_sums
+        )
+    else:
+        # Without the cost of an autograd function, which counts in a step of generation.
+        selected_NF, _, sums_4N = by.forward(
+            gate_NF, up_NF, num_selected, activation, with_mask=False, with_sums=with_sums
+        )
     return selected_NF, SelectionSums(*sums_4N) if with_sums else None
 
 

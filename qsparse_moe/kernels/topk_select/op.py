@@ -76,10 +76,19 @@ def select(
         group_size: G; the selection is made in every contiguous group of G features.
         gradient: ``ste`` or ``masked``.
     """
+    if not torch.is_grad_enabled():
+        # An autograd function costs more than the selection of a few rows, as in a step of generation.
+        return _without_gradient(x, num_selected, rows, group_size)
     masked = gradient == "masked"
     if group_size is None:
         return _Select.apply(x, num_selected, rows, masked)
     return _Select.apply(*split_into_groups(x, num_selected, group_size), rows, masked).flatten(-2)
+
+
+def _without_gradient(x: Tensor, num_selected: int | Tensor, rows: SelectRows, group_size: int | None) -> Tensor:
+    if group_size is None:
+        return rows(x, num_selected, False)[0]
+    return rows(*split_into_groups(x, num_selected, group_size), False)[0].flatten(-2)
 
 
 def select_mask(x: Tensor, num_selected: int | Tensor, *, rows: SelectRows, group_size: int | None = None) -> Tensor:

@@ -65,7 +65,8 @@ def _rows_times(rows_NX: Tensor, weights_EXY: Tensor, counts: list[int], by: Pro
 
 def _outer(rows_NX: Tensor, grad_NY: Tensor, like_EXY: Tensor, counts: list[int], by: Products) -> Tensor:
     """Return ``(E, X, Y)``: the transposed rows of each expert times the gradient of its results; zero without rows."""
-    out_EXY = torch.empty_like(like_EXY, memory_format=torch.contiguous_format)
+    # In the layout of the weights, which may be a transposed view: autograd would copy a gradient in another one.
+    out_EXY = torch.empty_like(like_EXY)
     start = 0
     for count, out_XY in zip(counts, out_EXY.unbind(), strict=True):
         if count:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qsparse_moe.config.schema import RunConfig
     from qsparse_moe.inference.generator import Generator
     from qsparse_moe.inference.sampling import Sampling
+    from qsparse_moe.interop.drop_in.model import densify, sparsify
     from qsparse_moe.interop.training import train
     from qsparse_moe.metrics.experts import expert_ratios
     from qsparse_moe.metrics.ratios import scalar_ratios
@@ -37,10 +38,12 @@ __all__ = [
     "Transformer",
     "__version__",
     "build_model",
+    "densify",
     "expert_ratios",
     "fake_quantize",
     "load_config",
     "scalar_ratios",
+    "sparsify",
     "topk_mask",
     "topk_sparsify",
     "train",
@@ -57,10 +60,12 @@ _MODULE_OF = {
     "SparsityPlan": "sparsity.plan",
     "Transformer": "model.transformer",
     "build_model": "model.transformer",
+    "densify": "interop.drop_in.model",
     "expert_ratios": "metrics.experts",
     "fake_quantize": "sparsity.quantize",
     "load_config": "config.load",
     "scalar_ratios": "metrics.ratios",
+    "sparsify": "interop.drop_in.model",
     "topk_mask": "sparsity.topk",
     "topk_sparsify": "sparsity.topk",
     "train": "interop.training",

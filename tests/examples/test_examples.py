@@ -103,3 +103,29 @@ def test_a_model_is_trained_in_transformers_and_comes_back(folder):
     run_python(folder, "-m", "qsparse_moe", "import", "tuned", "--output", "imported")
     said = run_python(folder, "-m", "qsparse_moe", "generate", "imported", "--prompt", "Document", "--max-tokens", "4")
     assert said.strip()
+
+
+@pytest.mark.slow
+def test_finetune_trainer_lowers_the_loss_while_s_rises_and_its_files_restore_the_plan(folder):
+    pytest.importorskip("transformers")
+    output = run_python(folder, str(EXAMPLES / "finetune_trainer.py"), "--steps", "30", "--text", "corpus/7.txt")
+    (found,) = re.findall(r"loss (\S+) -> (\S+), S (\S+), loaded again (\S+)", output)
+    first, last, sparsity, again = map(float, found)
+    assert last < first - 1 and abs(again - last) < 1 and sparsity == 0.5
+    zeros = dict(re.findall(r"(\w+) +zeros (\S+)", output))
+    assert zeros == dict.fromkeys(["attention_input", "attention_output", "expert_input", "expert_hidden"], "0.500")
+    assert "qsparse_moe" in json.loads((folder / "finetuned" / "config.json").read_text())
+
+
+@pytest.mark.slow
+def test_finetune_lora_lowers_the_loss_with_sparse_adapters_on_attention_and_experts(folder):
+    pytest.importorskip("peft")
+    output = run_python(folder, str(EXAMPLES / "finetune_lora.py"), "--steps", "30", "--text", "corpus/7.txt")
+    (found,) = re.findall(r"loss (\S+) -> (\S+) at S (\S+), dense (\S+), ([\d,]+) in adapters", output)
+    first, last, sparsity, dense = map(float, found[:4])
+    assert last < first - 1 and sparsity == 0.5 and abs(dense - last) > 0.001
+    # By hand: rank 8 for q, k, v, o in two layers, and for the fused and the down matrices of four experts.
+    attention = 8 * (2 * (64 + 64) + 2 * (64 + 32))
+    experts = 4 * 8 * ((64 + 128) + (64 + 64))
+    assert int(found[4].replace(",", "")) == 2 * (attention + experts)
+    assert (folder / "adapters" / "sparsity_plan.json").is_file()

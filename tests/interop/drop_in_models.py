@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 
 import torch
-import torch.nn.functional as F
 
 from qsparse_moe.sparsity.plan import SparsityPlan, num_selected
 from qsparse_moe.sparsity.topk import topk_mask_reference
@@ -63,7 +62,8 @@ def layer_sites(model, layer):
     found = [("attention_input", config.hidden_size, 1), ("attention_output", width, 1)]
     if not hasattr(block, "experts"):
         return [*found, ("dense_input", config.hidden_size, 1), ("dense_hidden", config.intermediate_size, 1)]
-    found += [("expert_input", config.hidden_size, 4), ("expert_hidden", 24, 4)]
+    hidden = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    found += [("expert_input", config.hidden_size, 4), ("expert_hidden", hidden, 4)]
     if hasattr(block, "shared_expert"):
         found += [("shared_input", config.hidden_size, 1), ("shared_hidden", 40, 1)]
     return found
@@ -130,7 +130,7 @@ def _experts(module, input_sparsity, hidden_sparsity, gradient):
             for expert, share in zip(ids, shares, strict=True):
                 sparse = top_k(x[token], input_sparsity[expert], gradient)
                 gate, up = (module.gate_up_proj[expert] @ sparse).chunk(2)
-                hidden = top_k(F.silu(gate) * up, hidden_sparsity[expert], gradient)
+                hidden = top_k(module.act_fn(gate) * up, hidden_sparsity[expert], gradient)
                 outputs.append(share * (module.down_proj[expert] @ hidden))
             rows.append(sum(outputs))
         return torch.stack(rows)

@@ -64,6 +64,17 @@ def test_every_family_computes_the_definition(model, plan, gradient):
         densify(model)
 
 
+def test_other_widths_activations_and_dtypes_compute_the_definition():
+    # Widths that are no multiples of 8 and fp64 have no grouped product; of the activations, only SwiGLU is fused.
+    odd = {"hidden_size": 44, "num_attention_heads": 2, "intermediate_size": 14, "hidden_act": "gelu"}
+    for model in (build("mixtral", **odd), build("mixtral").double()):
+        plan = varied_plan(model)
+        with reference(model, plan, "masked"):
+            want = run(model)
+        sparsify(model, plan, gradient="masked")
+        assert_same(run(model), want)
+
+
 def test_without_sparsity_and_after_densify_every_bit_is_that_of_the_model(model):
     has_experts = hasattr(model.config, "num_experts_per_tok")
     for experts in ("eager", "grouped_mm", "batched_mm") if has_experts else ("eager",):

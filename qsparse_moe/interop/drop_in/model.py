@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from torch import nn
 
+from qsparse_moe.config.problems import show
 from qsparse_moe.config.schema import SparsityConfig
 from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.interop.drop_in import hooks
 from qsparse_moe.interop.drop_in.hosts import Host, LayerSite, Place, find_decoder, find_hosts, places_of
-from qsparse_moe.interop.drop_in.plans import CONFIG_KEY, Requested, check_fits, from_config, requested_plan, to_config
+from qsparse_moe.interop.drop_in.plans import (
+    CONFIG_KEY,
+    Requested,
+    check_fits,
+    from_config,
+    invalid_setting,
+    requested_plan,
+    to_config,
+)
 from qsparse_moe.interop.drop_in.runtime import select_rows
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -32,10 +42,10 @@ def sparsify(
 ) -> SparsityPlan:
     """Put Q-Sparse into ``model``, in place: before the matrices of its attention, experts, and feed-forward networks.
 
-    The weights, their names, and the forward method of the model stay the same, so any trainer can train it. Experts
-    run through a function of this package, whatever implementation of transformers the model names. The plan and the
-    settings are kept in ``model.config``; ``save_pretrained`` writes them into ``config.json``, and ``sparsify`` without
-    a plan puts them back after ``from_pretrained``.
+    The weights and their names stay the same, so any trainer can train the model. Experts run through a function of
+    this package, whatever implementation of transformers the model names. The plan and the settings are kept in
+    ``model.config``; ``save_pretrained`` writes them into ``config.json``, and ``sparsify`` without a plan puts them
+    back after ``from_pretrained``.
 
     Args:
         model: a model of transformers of one of the families in ``drop_in.hosts.FAMILIES``, also wrapped by peft.
@@ -143,18 +153,21 @@ def _require_sites(model: nn.Module, caller: str) -> dict[LayerSite, SparseSite]
 
 
 def _settings(**values: Any) -> SparsityConfig:
+    # blend has a schedule of its own, which only our training loop follows.
+    if values["gradient"] not in ("ste", "masked"):
+        raise ConfigError(f"sparsify: gradient ({show(values['gradient'])}) must be ste or masked; choose one of them")
     try:
         return SparsityConfig.model_validate(values)
-    except ValueError as error:
-        raise ConfigError(f"sparsify: {error}; the settings are those of model.sparsity") from None
+    except ValidationError as error:
+        raise invalid_setting("sparsify", error) from None
 
 
 def _kept(model: nn.Module, places: dict[LayerSite, Place]) -> tuple[SparsityPlan, SparsityConfig]:
     entry = getattr(find_decoder(model).config, CONFIG_KEY, None)
     if entry is None:
         raise ConfigError(
-            f"sparsify: the configuration of {type(model).__name__} contains no plan ({CONFIG_KEY}), because it was not "
-            "saved while it was sparse; give a plan, such as 0.5"
+            f"sparsify: the configuration of {type(model).__name__} contains no plan ({CONFIG_KEY}), because it was "
+            "not saved while it was sparse; give a plan, such as 0.5"
         )
     return from_config(entry, places)
 

@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from qsparse_moe.config.problems import show
 from qsparse_moe.config.schema import Site, SparsityConfig
 from qsparse_moe.errors import ConfigError
@@ -70,9 +72,7 @@ def to_config(plan: SparsityPlan, settings: SparsityConfig) -> dict[str, Any]:
     return {name: getattr(settings, name) for name in _SETTINGS} | {"plan": content}
 
 
-def from_config(
-    entry: Mapping[str, Any], places: Mapping[LayerSite, Place]
-) -> tuple[SparsityPlan, SparsityConfig]:
+def from_config(entry: Mapping[str, Any], places: Mapping[LayerSite, Place]) -> tuple[SparsityPlan, SparsityConfig]:
     """Return the plan and the settings that ``to_config`` wrote.
 
     Raises:
@@ -87,6 +87,13 @@ def from_config(
             "give sparsify a plan"
         ) from None
     return SparsityPlan.from_json(json.dumps(content)), settings
+
+
+def invalid_setting(where: str, error: ValidationError) -> ConfigError:
+    """Return the error of the first setting that a section of our configuration refused."""
+    first = error.errors()[0]
+    name = ".".join(map(str, first["loc"]))
+    return ConfigError(f"{where}: {name} ({show(first['input'])}) is not valid: {first['msg']}; correct it")
 
 
 def _expanded(value: Mapping[str, Any], places: Mapping[LayerSite, Place]) -> dict[str, Any]:
@@ -104,9 +111,7 @@ def _check_names(names: Collection[str], places: Mapping[LayerSite, Place]) -> N
     existing: list[Site] = list(dict.fromkeys(site for _, site in places))
     for name in names:
         if name not in existing:
-            raise ConfigError(
-                f"sparsify: {show(name)} is not a site of this model; choose from {', '.join(existing)}"
-            )
+            raise ConfigError(f"sparsify: {show(name)} is not a site of this model; choose from {', '.join(existing)}")
 
 
 def _check_selection(plan: SparsityPlan, place: LayerSite, size: Place, settings: SparsityConfig) -> None:

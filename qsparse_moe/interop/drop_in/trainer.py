@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from pydantic import ValidationError
 from transformers import TrainerCallback
 
 from qsparse_moe.config.schema import ScheduleConfig
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.interop.drop_in.model import current_plan, set_sparsity
+from qsparse_moe.interop.drop_in.plans import invalid_setting
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
 
@@ -38,8 +39,8 @@ class SparsitySchedule(TrainerCallback):
         """
         try:
             self.schedule = ScheduleConfig(shape=shape, ramp_steps=ramp_steps, warmup_steps=warmup_steps)
-        except ValueError as error:
-            raise ConfigError(f"SparsitySchedule: {error}; see model.sparsity.schedule") from None
+        except ValidationError as error:
+            raise invalid_setting("SparsitySchedule", error) from None
         self.plan = plan
         self._scale: float | None = None
 

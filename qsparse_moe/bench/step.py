@@ -70,10 +70,10 @@ def _contenders(benchmark: StepBenchmark, tokens_BS: Tensor) -> dict[str, Callab
     peer = build_mixtral(benchmark.model, dtype, benchmark.device)
     dense, sparse = (_ours(benchmark, sparsity) for sparsity in (0.0, benchmark.sparsity))
     return {
-        PEER: _training_step(peer, lambda: peer(input_ids=tokens_BS, labels=tokens_BS).loss),
+        PEER: training_step(peer, lambda: peer(input_ids=tokens_BS, labels=tokens_BS).loss),
         # These labels are not shifted and would train an identity; the time of a step does not depend on them.
-        DENSE: _training_step(dense, lambda: dense(tokens_BS, tokens_BS, with_stats=False).loss),
-        SPARSE: _training_step(sparse, lambda: sparse(tokens_BS, tokens_BS, with_stats=False).loss),
+        DENSE: training_step(dense, lambda: dense(tokens_BS, tokens_BS, with_stats=False).loss),
+        SPARSE: training_step(sparse, lambda: sparse(tokens_BS, tokens_BS, with_stats=False).loss),
     }
 
 
@@ -83,8 +83,9 @@ def _ours(benchmark: StepBenchmark, sparsity: float) -> Transformer:
     return model
 
 
-def _training_step(model: torch.nn.Module, loss: Callable[[], Tensor | None]) -> Callable[[], object]:
-    # Fused for all three: the optimizer is no subject of the comparison and must not dominate it.
+def training_step(model: torch.nn.Module, loss: Callable[[], Tensor | None]) -> Callable[[], object]:
+    """Return a function that makes one step: forward, backward, and the optimizer."""
+    # Fused for all contenders: the optimizer is no subject of the comparison and must not dominate it.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:

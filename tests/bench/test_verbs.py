@@ -34,6 +34,27 @@ def test_the_step_benchmark_runs_whole(shown, tmp_path, capsys):
         assert "One training step of 16 tokens" in printed and "fp32" in printed
 
 
+@pytest.mark.parametrize("shown", ["table", "json"])
+def test_the_drop_in_benchmark_runs_whole(shown, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    sizes = {"layers": 1, "hidden-size": 32, "heads": 2, "experts": 4, "expert-hidden-size": 16, "rows": 2}
+    sizes |= {"sequence-length": 8, "prompt": 3, "new-tokens": 2, "rounds": 2}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    output = tmp_path / "drop-in.json"
+    options = ["--clock", "processor", "--output", str(output), *(["--json"] if shown == "json" else [])]
+    assert run(["bench", "drop-in", *words, *options]) == 0
+    written, printed = json.loads(output.read_text())["fp32"], capsys.readouterr().out
+    for work in ("step", "generate"):
+        unchanged, sparse = written["seconds_by_round"][work].values()
+        ratios = sorted(b / a for a, b in zip(unchanged, sparse, strict=True))
+        assert [written["cost"][work][name] for name in ("min", "max")] == pytest.approx(ratios)
+    assert written["shape"]["clock"] == "processor"
+    if shown == "json":
+        assert json.loads(printed)["fp32"] == written
+    else:
+        assert "Q-Sparse inside transformers' Mixtral" in printed and "generate" in printed
+
+
 @pytest.mark.slow
 def test_the_metrics_benchmark_runs_whole(tmp_path, capsys):
     write_text(tmp_path / "text")

@@ -70,7 +70,8 @@ def places_of(hosts: list[Host]) -> dict[LayerSite, Place]:
 
 def find_decoder(model: nn.Module) -> Any:
     """Return the module that holds the decoder layers; the errors are those of ``find_hosts``."""
-    found = [part for part in model.modules() if isinstance(part, _pretrained_model()) and hasattr(part, "layers")]
+    kind = _pretrained_model()
+    found: list[Any] = [part for part in model.modules() if isinstance(part, kind) and hasattr(part, "layers")]
     if len(found) != 1:
         raise ConfigError(
             f"sparsify: {type(model).__name__} contains {len(found)} decoders of transformers, and exactly one is "

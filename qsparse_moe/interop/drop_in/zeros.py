@@ -12,7 +12,7 @@ from qsparse_moe.config.schema import Site
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.interop.drop_in.hosts import LayerSite
 from qsparse_moe.interop.drop_in.model import sites_of
-from qsparse_moe.nn.hooks import site_hooks
+from qsparse_moe.nn.hooks import SiteCallback, site_hooks
 
 
 class Zeros:
@@ -62,7 +62,7 @@ def measure_zeros(model: nn.Module) -> Iterator[Zeros]:
         raise ConfigError(f"measure_zeros: {type(model).__name__} is not sparse; call sparsify first")
     zeros = Zeros({place: site.num_experts for place, site in sites.items()})
 
-    def counter(place: LayerSite):  # type: ignore[no-untyped-def]
+    def counter(place: LayerSite) -> SiteCallback:
         def count(x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
             zeros.add(place, sparse, expert_ids_N)
             return sparse

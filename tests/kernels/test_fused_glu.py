@@ -121,6 +121,18 @@ def test_large_and_infinite_gates_give_what_torch_gives(by, activation):
         torch.testing.assert_close(mine[:, :7], theirs[:, :7], atol=1e-30, rtol=1e-5)
 
 
+@pytest.mark.parametrize("with_sums", [True, False])
+def test_without_gradients_every_bit_is_the_same(by, with_sums):
+    gate, up = torch.randn(2, 5, 24).requires_grad_()
+    want = fused_glu(gate, up, 7, by=by, activation="swiglu", with_sums=with_sums)
+    with torch.no_grad():
+        found = fused_glu(gate, up, 7, by=by, activation="swiglu", with_sums=with_sums)
+    assert want[0].requires_grad and not found[0].requires_grad
+    assert torch.equal(found[0], want[0]) and (found[1] is None) == (not with_sums)
+    if with_sums:
+        assert all(map(torch.equal, found[1], want[1]))
+
+
 def test_sums_are_left_out_unless_requested(by):
     gate, up = torch.randn(2, 5, 12)
     selected, sums = fused_glu(gate, up, 4, by=by, with_sums=False)

@@ -21,6 +21,10 @@ def test_gemm_writes_the_product_of_views_with_any_strides(multiply, dtype, tran
     multiply(a, b, out[:5])
     assert (out[:5].double() - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
     assert out[5].isnan().all()
+    transposed = torch.full((3, 6), float("nan"), dtype=dtype).T
+    multiply(a, b, transposed[:5])
+    assert (transposed[:5].double() - exact).abs().max() <= 16 * torch.finfo(dtype).eps * exact.abs().max()
+    assert transposed[5].isnan().all()
 
 
 @pytest.mark.parametrize("has_avx512", [True, False])

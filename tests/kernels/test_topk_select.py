@@ -76,6 +76,9 @@ def test_gradient_is_that_of_topk_sparsify(name, gradient, group_size, num_selec
     got = select(x, num_selected, rows=runnable(name), group_size=group_size, gradient=gradient)
     assert torch.equal(got, want)
     assert torch.equal(*(torch.autograd.grad(out, x, upstream)[0] for out in (got, want)))
+    with torch.no_grad():
+        without = select(x, num_selected, rows=runnable(name), group_size=group_size, gradient=gradient)
+    assert torch.equal(without, want) and not without.requires_grad
 
 
 @pytest.mark.parametrize("name", IMPLEMENTATIONS)

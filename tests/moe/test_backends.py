@@ -50,6 +50,21 @@ def test_every_backend_matches_the_loop_in_output_and_every_gradient(name, load,
         assert error <= allowed, f"{name} {part}: error {error:.2e} > allowed {allowed:.2e}"
 
 
+@pytest.mark.parametrize("name", ["onednn", "blas"])
+def test_a_transposed_weight_gets_the_same_gradient_in_its_own_layout(name):
+    # Layers of transformers store (E, Y, X). A gradient in another layout would be copied by autograd in every step.
+    matmul, counts = {spec.name: spec.matmul for spec in BACKENDS}[name], TokenCounts(torch.tensor([5, 0, 7]))
+    rows, weights, upstream = torch.randn(12, X), torch.randn(3, X, Y), torch.randn(12, Y)
+    found = []
+    for stored in (weights.clone().requires_grad_(), weights.mT.contiguous().requires_grad_()):
+        used = stored if stored.shape == weights.shape else stored.mT
+        out = matmul(rows, used, counts)
+        found.append((out.detach(), torch.autograd.grad(out, stored, upstream)[0]))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    torch.testing.assert_close(found[1][1].mT, found[0][1])
+    assert found[1][1].is_contiguous()
+
+
 def config(backend="auto", *, hidden=16, selection_backend="auto"):
     moe = MoEConfig(expert_hidden_size=hidden, backend=backend)
     return ModelConfig(hidden_size=16, num_heads=2, moe=moe, sparsity=SparsityConfig(backend=selection_backend))

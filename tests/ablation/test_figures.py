@@ -10,6 +10,7 @@ from matplotlib.image import imread
 from qsparse_moe.ablation.cell_maps import scale_over
 from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
 from qsparse_moe.ablation.grid.figures import draw_figures, loss_by_parameters, pareto_front
+from qsparse_moe.ablation.grid.panels import split_by
 from qsparse_moe.ablation.grid.scan_figures import _change, loss_by_cell, loss_by_sparsity
 from qsparse_moe.ablation.grid.variants import VariantResult, variant_results
 from qsparse_moe.ablation.law.figures import iso_levels
@@ -295,3 +296,14 @@ def test_a_change_is_the_mean_over_common_seeds_with_their_sample_standard_devia
     assert _change(base, both) == (0.625, pytest.approx((2 * 0.125**2) ** 0.5))
     assert _change(base, VariantResult({}, 4.0, 0.0, {2: 8.0})) == (-1.0, 0.0)
     assert _change(base, VariantResult({}, 4.0, 0.0, {5: 8.0})) == (2.5, 0.0), "no seed in common: the means alone"
+
+
+def test_panels_are_named_by_the_sizes_that_vary():
+    def variants(*sizes):
+        return [VariantResult({"hidden_size": d, "num_layers": n, "experts_per_token": 2}, 1.0, 0.0) for d, n in sizes]
+
+    names = ("hidden_size", "num_layers", "experts_per_token")
+    assert list(split_by(variants((64, 2), (64, 2)), names)) == [""]
+    assert list(split_by(variants((64, 2), (32, 2), (64, 2)), names)) == ["D=64", "D=32"]
+    several = split_by(variants((64, 2), (32, 2), (32, 4)), names)
+    assert {title: len(own) for title, own in several.items()} == {"D=64, L=2": 1, "D=32, L=2": 1, "D=32, L=4": 1}

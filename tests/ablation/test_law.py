@@ -11,7 +11,7 @@ import pytest
 from qsparse_moe.ablation.law import certainty
 from qsparse_moe.ablation.law import study as study_module
 from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest_held_out_error, resampled
-from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, why_not
+from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, rms, why_not
 from qsparse_moe.ablation.law.forms import Design
 from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, PRODUCT
 from qsparse_moe.ablation.law.observations import imagined, seed_spread
@@ -333,3 +333,10 @@ def test_s_is_determined_at_the_geometric_mean_of_the_kept_parameters_unless_giv
     runs = SimpleNamespace(observations=two)
     assert study(runs, unit="nats", choices=Choices()).needed == pytest.approx(1e5)
     assert study(runs, unit="nats", choices=Choices(needed=7.0)).needed == 7.0
+
+
+def test_the_residual_of_a_law_has_the_same_weight_for_every_run():
+    models = imagined(needed=1e6, expert_share=0.5, sparsity=np.zeros(4))
+    observations = replace(models, run=np.array([0, 0, 0, 1]))
+    # Run 0 has three evaluations with a residual of 0.3, run 1 has one with 0.1.
+    assert rms(np.array([0.3, -0.3, 0.3, 0.1]), observations) == pytest.approx(0.05**0.5)

@@ -50,3 +50,4 @@ def test_long_values_are_cut():
 
 def test_numbers_are_ranges_where_they_follow_each_other():
     assert ranges_text([5, 0, 1, 2, 7, 8]) == "0-2,5,7-8"
+    assert ranges_text([3, 1, 2, 1, 3]) == "1-3"

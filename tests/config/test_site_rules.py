@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qsparse_moe.config.model_rules import sparse_sites
+from qsparse_moe.config.selectors import select
 from tests.config.settings_by_path import build, messages
 from tests.support.messages import assert_one_message
 
@@ -220,3 +221,14 @@ def test_sparse_sites_follow_default_sites_and_overrides():
         }
     ).model
     assert sparse_sites(config) == ("attention_output", "expert_input", "expert_hidden")
+
+
+@pytest.mark.parametrize(("selector", "chosen"), [([2, 0, 1], (2, 0, 1)), ([3], (3,)), ("1-3", (1, 2, 3)), (0, (0,))])
+def test_a_selector_gives_its_indices_in_its_own_order(selector, chosen):
+    assert select(selector, 4) == chosen
+
+
+@pytest.mark.parametrize(("selector", "wrong"), [([0, 4, 1], 4), ([1, -1, 2], -1), ([4, 0], 4), ("3-4", 4), (4, 4)])
+def test_an_index_outside_is_found_wherever_it_stands_in_a_list(selector, wrong):
+    with pytest.raises(ValueError, match=f"^names {wrong}; the valid indices are 0-3$"):
+        select(selector, 4)

@@ -227,6 +227,13 @@ def test_ranks_that_share_the_experts_evenly_are_accepted(world_size, size):
     check_world_size(build(settings), world_size)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_that_share_the_experts_still_have_batches_of_their_own(size):
+    settings = {"training.global_batch_size": 8, "training.micro_batch_size": 4, "training.expert_parallel_size": size}
+    with pytest.raises(ConfigError, match=r"times the ranks \(4\), 16; the smallest is 16$"):
+        check_world_size(build(settings), 4)
+
+
 @pytest.mark.parametrize(
     ("world_size", "size", "others"),
     [(1, 2, "only one that does is 1"), (12, 8, "nearest that do are 2 and 4"), (2, 8, "nearest that do are 1 and 2")],

@@ -10,6 +10,7 @@ from qsparse_moe.errors import ConfigError
 from qsparse_moe.inference import generator as generation
 from qsparse_moe.inference.engine import ENGINES, resolve_engine
 from qsparse_moe.inference.generator import Generator
+from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.memory import MemoryDtypes, check_memory
 from qsparse_moe.inference.prompt_cache import PromptCache
 from tests.inference.models import model, random_tokens
@@ -128,3 +129,16 @@ def test_the_memory_of_a_batch_is_that_of_its_longest_prompt(monkeypatch):
     monkeypatch.setattr(generation, "check_memory", lambda config, **sizes: asked.append(sizes))
     made().stream([[1, 2], [1, 2, 3, 4, 5], [1]], max_tokens=3)
     assert [(sizes["batch"], sizes["longest_prompt"], sizes["capacity"]) for sizes in asked] == [(3, 5, 8)]
+
+
+@pytest.mark.parametrize(
+    ("held", "prompt", "reused"),
+    [(7, 7, 6), (8, 8, 7), (8, 5, 4), (9, 5, 0), (9, 8, 0), (5, 8, 5), (5, 9, 0), (0, 8, 0)],
+)
+def test_tokens_are_reused_until_the_first_has_been_replaced_or_the_prompt_would_replace_it(held, prompt, reused):
+    cache = KeyValueCache.allocate(model().config, batch=1, capacity=8, dtype=torch.float32)
+    kept = PromptCache()
+    kept.begin([0], lambda: cache)
+    kept.extend(range(held))
+    assert kept.begin(range(prompt), lambda: cache) == (cache, reused)
+    assert cache.positions_B.tolist() == [reused]

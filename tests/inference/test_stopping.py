@@ -35,6 +35,14 @@ def test_a_character_that_begins_in_the_prompt_is_shown_whole():
     assert pieces([ord("x"), first], [*rest, ord("!")]) == ["", "€", "!", ""]
 
 
+@pytest.mark.parametrize("text", ["é", "€", "😀"])
+def test_a_character_of_any_length_may_begin_anywhere_in_the_prompt(text):
+    ids = BYTES.encode(text)
+    for begun in range(1, len(ids)):
+        waiting = [""] * (len(ids) - begun - 1)
+        assert pieces([ord("x"), *ids[:begun]], [*ids[begun:], ord("!")]) == [*waiting, text, "!", ""]
+
+
 def test_a_prompt_of_bytes_that_are_no_text_is_not_shown_again():
     assert pieces([0xFF] * 9, BYTES.encode("ab")) == ["a", "b", ""]
 

@@ -87,6 +87,20 @@ def test_features_and_k_may_have_strides(by):
     torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("activation", reference.ACTIVATIONS)
+def test_a_masked_gradient_reaches_k_features_also_where_more_are_zero(by, activation):
+    gate, up = torch.rand(5, 9) + 0.5, torch.rand(5, 9) + 0.5
+    up[:, [0, 1, 3, 4, 6, 8]] = 0.0
+    leaves = [gate.requires_grad_(), up.requires_grad_()]
+    settings = {"activation": activation, "gradient": "masked"}
+    found, _ = fused_glu(*leaves, 5, by=by, **settings)
+    want, _ = reference.fused_glu(*leaves, 5, **settings)
+    mine, theirs = (torch.autograd.grad(out, leaves, torch.ones(5, 9)) for out in (found, want))
+    # Features 2, 5 and 7, and of the zeros those with the lowest indices.
+    assert (mine[1] != 0).nonzero()[:, 1].tolist() == [0, 1, 2, 5, 7] * 5
+    torch.testing.assert_close(mine, theirs)
+
+
 def test_an_expanded_gradient_is_accepted(by):
     gate, up = torch.randn(2, 5, 12, requires_grad=True)
     selected, _ = fused_glu(gate, up, 4, by=by)

@@ -42,6 +42,18 @@ def test_linear_and_both_gradients_agree_with_torch(shape, transposed, has_avx51
         torch.testing.assert_close(mine, theirs)
 
 
+@pytest.mark.parametrize("wanted", ["x", "weight"])
+def test_linear_gives_a_weight_or_an_input_that_is_not_trained_no_gradient_and_the_other_its_own(wanted, monkeypatch):
+    monkeypatch.setattr(onednn, "_HAS_AVX512", True)
+    leaves = {"x": torch.randn(3, 4), "weight": torch.randn(6, 4)}
+    upstream = torch.randn(3, 6)
+    leaves[wanted].requires_grad_()
+    want = {"x": upstream @ leaves["weight"], "weight": upstream.T @ leaves["x"]}[wanted]
+    linear(**dict(zip(("x", "weight_NK"), leaves.values(), strict=True))).backward(upstream)
+    torch.testing.assert_close(leaves[wanted].grad, want.detach())
+    assert all(leaf.grad is None for name, leaf in leaves.items() if name != wanted)
+
+
 def test_linear_in_bf16_without_instructions_for_it_is_rounded_once(monkeypatch):
     monkeypatch.setattr(onednn, "_HAS_AVX512", False)
     x, weight = (torch.randn(shape).bfloat16().requires_grad_() for shape in ((3, 64), (5, 64)))

@@ -37,6 +37,11 @@ def test_ratios_of_every_expert_by_hand():
     assert "expert_input/zeros" not in ratios
 
 
+def test_the_load_of_an_expert_is_relative_to_its_own_layer():
+    routed_LE = torch.tensor([[3.0, 1.0], [0.0, 40.0]])
+    assert expert_ratios({"router/routed_LE": routed_LE})["load"].tolist() == [[1.5, 0.5], [0.0, 2.0]]
+
+
 def test_values_for_json_have_layer_numbers_and_null_for_an_expert_without_a_token():
     values = expert_values(sums(), [5])
     assert values["layers"] == [5]

@@ -52,6 +52,9 @@ def test_a_site_without_selection_still_rounds_and_counts_what_rounding_zeroed()
     assert torch.equal(got, fake_quantize(x, "int4"))
     assert stats["selected_E"] == x.numel()
     assert stats["nonzero_E"] == torch.count_nonzero(got) < x.numel()
+    assert stats["energy_E"].item() == pytest.approx(x.square().sum().item(), rel=1e-5)
+    assert stats["kept_energy_E"].item() == pytest.approx(got.square().sum().item(), rel=1e-5)
+    assert abs(stats["kept_energy_E"] / stats["energy_E"] - 1).item() > 1e-3
 
 
 def test_experts_with_their_own_k_are_rounded_alike():

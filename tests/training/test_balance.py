@@ -128,6 +128,24 @@ def test_loads_are_reduced_once_including_those_of_steps_before_the_report(tmp_p
         assert reduced == [2 * E] and outcome.routed_since_report_LE is None
 
 
+def test_a_forward_pass_without_gradients_adds_nothing_to_the_load_of_the_step(tmp_path):
+    """As in a measurement between two micro-batches, and in the first pass of a part that is recomputed."""
+    engine = engine_of(config_of(tmp_path, {"load_balance_scope": "global_batch"}, micro_batch_size=4))
+    first, second = random_batches(count=2, rows=4)
+
+    def loads(*, looks):
+        engine.model.train()
+        engine.update(0.0)  # ends a step, so that the next one begins
+        engine.forward(first, with_stats=False)
+        if looks:
+            with torch.no_grad():
+                engine.forward(first, with_stats=False)
+        return engine.forward(second, with_stats=False).losses["load_balance_loss"]
+
+    engine.backward(engine.forward(first, with_stats=False).loss, is_last=True)
+    assert torch.equal(loads(looks=True), loads(looks=False))
+
+
 def test_an_evaluation_moves_no_bias(tmp_path):
     engine = engine_of(config_of(tmp_path, BIASED), skew=1.0)
     batch = random_batches()[0]

@@ -71,6 +71,9 @@ def test_reports_come_at_the_interval_at_evaluations_and_at_the_end(make_config)
     for before, report, steps in zip(seconds, listener.reports, (3, 2, 1, 1), strict=False):
         assert report.step_seconds == pytest.approx((report.seconds - before) / steps)
         assert report.tokens_per_second == pytest.approx(tokens / report.step_seconds)
+        # The seconds go on from step to step: those since the report before hold at least the parts of this step.
+        own = sum(report.phase_seconds[part] for part in ("data", "forward", "backward", "update"))
+        assert 0 < own < report.seconds - before
         assert report.memory["peak_resident"] >= report.memory["resident"] > 1e7
     assert result.seconds == listener.reports[-1].seconds
 

@@ -1,4 +1,4 @@
-"""Measurements of our decode engine: each begins behind the same context, and what it reads is a mean over its steps."""
+"""Measurements of our decode engine: each begins behind the same context, and its reads are a mean over its steps."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.interop.byte_tokenizer import write_byte_tokenizer
+from tests.interop.stored_models import VOCABULARY, save_qwen3_moe
 from tests.support.launch import entry, run_plan
 from tests.support.ranks import NOTHING_PERSISTS, run
 from tests.support.runs import BALANCED_MODEL, CAPACITY_MODEL, LAYOUTS, MIXED_MODEL, OFFLOADED, tiny_config, write_text
@@ -31,7 +33,18 @@ MODEL: dict[str, Any] = {
 ROUTINGS = {"starved": [1, 1, 2, 3], "one-expert": [2, 2, 2, 2]}
 """Where the rows of each expert go: expert 0 never gets a token; one expert gets all, so that half of the ranks or more
 have no row."""
+IMPORTED: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "head_size": 16,
+    "norm_epsilon": 1e-6,
+    "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "grouped", "activation": "swiglu"}
+    | {"router": "softmax_topk"},
+}
+"""The model of a Hugging Face folder, which becomes sparse."""
 MODELS = {
+    "imported": IMPORTED,
     "balanced": BALANCED_MODEL,
     "capacity": CAPACITY_MODEL,
     "mixed": MIXED_MODEL,
@@ -48,10 +61,12 @@ REFERENCES = {
     ("capacity", "fp32"): "torch-fp32-ep1-acc4",  # the capacity of an expert is counted per micro-batch
     ("mixed", "fp32"): "torch-fp32-ep1",
     ("initial", "fp32"): "torch-fp32-ep1",
+    ("imported", "fp32"): "torch-fp32-ep1",
     ("overflow", "fp16"): "torch-fp16-ep1-acc1",
 }
 """Every kind of run on one rank. ``short``: four rows of two tokens each. ``initial``: starts from the weights of the
-``balanced`` one; on four ranks, from those that two ranks with sharded experts wrote. ``overflow``: in the second step
+``balanced`` one; on four ranks, from those that two ranks with sharded experts wrote. ``imported``: from a Hugging Face
+folder. ``overflow``: in the second step
 the gradient of one rank's experts is not finite, so all ranks skip it."""
 
 TABLE = {
@@ -93,6 +108,9 @@ OTHERS: dict[tuple[str, int], tuple[str, str]] = {
     ("mixed-zero0", 4): ("mixed", "zero0-fp32-ep2-acc1"),
     **{(f"initial-zero{stage}", 2): ("initial", f"zero{stage}-fp32-ep2-acc1") for stage in (0, 2, 3)},
     ("initial-torch", 2): ("initial", "torch-fp32-ep2-acc1"),
+    ("imported-zero2", 2): ("imported", "zero2-fp32-ep2-acc1"),
+    ("imported-zero3", 2): ("imported", "zero3-fp32-ep2-acc1"),
+    ("imported-zero3-all-experts", 2): ("imported", "zero3-fp32-ep1-acc2"),
     ("initial-zero1", 4): ("initial", "zero1-fp32-ep4-acc1"),
     ("initial-zero3", 4): ("initial", "zero3-fp32-ep2-acc1"),
     **{(f"overflow-zero{stage}", 2): ("overflow", f"zero{stage}-fp16-ep2-acc2") for stage in range(4)},
@@ -133,6 +151,7 @@ class ExpertRuns:
         self.folder = folder
         self.outcomes: dict[tuple[str, int], list[dict[str, Any]]] = {}
         write_text(folder / "text")
+        self.hugging_face = save_hugging_face(folder / "hugging-face")
         self._alone([self._entry(f"{kind}-{p}", layout, 1, kind) for (kind, p), layout in REFERENCES.items()])
         self._alone(self._stopped(1))
         for ranks in (2, 4):
@@ -209,6 +228,8 @@ class ExpertRuns:
         if kind == "initial":
             source = ("balanced-zero2", 2) if ranks == 4 else ("balanced-fp32", 1)
             more["init_from"] = str(self.folder_of(*source))
+        if kind == "imported":
+            more["init_from"] = str(self.hugging_face)
         training = (LAYOUTS | OFFLOADED)[engine] | {
             "steps": STEPS,
             "precision": precision,
@@ -223,7 +244,16 @@ class ExpertRuns:
         settings["metrics"]["layer_gradients"] = True
         if kind == "short":
             settings["data"]["sequence_length"] = SHORTEST
+        if kind == "imported":
+            settings["data"]["tokenizer"] = str(self.hugging_face)
         return entry(label, RunConfig.model_validate(settings), **of_entry)
+
+
+def save_hugging_face(folder: Path) -> Path:
+    """Return the folder of a Hugging Face model, with bytes as its tokens."""
+    save_qwen3_moe(folder, num_layers=2, num_experts=4, hidden=24, width=40)
+    write_byte_tokenizer(folder)
+    return folder
 
 
 def transfer_label(source: str, written_by: int, target: str) -> str:

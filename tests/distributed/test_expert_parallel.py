@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from qsparse_moe.interop.initial_weights import open_weights
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
 from qsparse_moe.training.engines.protocol import STATE_KINDS
@@ -134,6 +135,21 @@ def test_initial_weights_and_biases_of_another_layout_are_those_of_the_source(ru
             found = json.loads((runs.folder_of(label, ranks) / "manifest.json").read_text())["initial_weights"]
             source_dir = runs.folder_of(*(("balanced-zero2", 2) if ranks == 4 else ("balanced-fp32", 1)))
             assert (found["path"], found["kind"], found["step"]) == (str(source_dir), "run", STEPS)
+
+
+def test_runs_from_a_hugging_face_folder_begin_with_its_weights(runs: ExpertRuns):
+    config, folder = load_run(runs.folder_of("imported-fp32", 1))[0], runs.hugging_face
+    source = open_weights(str(folder))
+    weights = {name: source.tensor(name).float() for name in source.shapes}
+    fresh = build_model(config.model, seed=config.training.seed).state_dict()
+    trained = load_run(runs.folder_of("imported-zero3", 2))[1].state_dict()
+    moved, away = (sum((state[name] - weights[name]).norm() for name in weights) for state in (trained, fresh))
+    # Three steps of training move a matrix much less than random weights are away.
+    assert moved < 0.5 * away
+    for (label, ranks), (kind, _) in OTHERS.items():
+        if kind == "imported":
+            found = json.loads((runs.folder_of(label, ranks) / "manifest.json").read_text())["initial_weights"]
+            assert (found["path"], found["kind"]) == (str(folder), "hugging_face")
 
 
 @pytest.mark.parametrize(("source", "written_by", "target", "resumed_by"), TRANSFERS)

@@ -7,10 +7,12 @@ import json
 import torch
 from safetensors.torch import save_file
 
+VOCABULARY = 300
+
 
 def save_qwen3_moe(folder, *, num_layers, num_experts, hidden, width=1024, dtype=torch.bfloat16):
     """Return the bytes of all tensors, and those of the experts' matrices of one kind in one layer."""
-    heads, channels, vocabulary = 4, 16, 300
+    heads, channels, vocabulary = 4, 16, VOCABULARY
     settings = {
         "model_type": "qwen3_moe",
         "vocab_size": vocabulary,

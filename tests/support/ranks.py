@@ -30,6 +30,7 @@ import torch
 
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.interop.initial_weights import open_weights
 from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.runs.folder import CONFIG_FILE, run_folder
 from qsparse_moe.runs.report import StepReport
@@ -146,7 +147,7 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
     try:
         with broken(fault):
             settings = RunConfig.model_validate(config)
-            result = loop.train(settings, [_recorder(settings), listener])
+            result = loop.train(settings, [_recorder(settings), listener], open_weights=open_weights)
         outcome["result"] = {"step": result.step, "stopped_by": result.stopped_by, "validation": result.validation}
     except Exception as error:  # handed to the test, which knows what it expects
         outcome |= {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}

@@ -244,8 +244,6 @@ class ExpertRuns:
         settings["metrics"]["layer_gradients"] = True
         if kind == "short":
             settings["data"]["sequence_length"] = SHORTEST
-        if kind == "imported":
-            settings["data"]["tokenizer"] = str(self.hugging_face)
         return entry(label, RunConfig.model_validate(settings), **of_entry)
 
 

@@ -79,8 +79,7 @@ def test_a_run_starts_from_a_name_and_keeps_it(asked, cached, tmp_path):
     model = weights.model.model_copy(update={"sparsity": sparsity, "moe": moe})
     config = config.model_copy(update={"model": model})
     write_byte_tokenizer(cached)
-    data = config.data.model_copy(update={"tokenizer": str(cached)})
-    run_dir = train(config.model_copy(update={"data": data})).run_dir
+    run_dir = train(config).run_dir
     assert load_run_config(run_dir).training.init_from == NAME
 
 

@@ -12,20 +12,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from qsparse_moe.config.shapes import head_size, num_kv_heads
+from qsparse_moe.config.shapes import latent_sizes, num_kv_heads, rotary_size
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.row_costs import NEVER, TOKENS, shares_to_read_all
 from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices, why_not_stored
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
 from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
-from qsparse_moe.model.attention import Attention
+from qsparse_moe.model.attention import Attention, Projection
 from qsparse_moe.model.block import Block
+from qsparse_moe.model.latent_attention import LatentAttention
 from qsparse_moe.model.rope import rotary_frequencies, rotation_factor
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Router
 from qsparse_moe.nn.selectors import ThresholdSelector
 from qsparse_moe.nn.sparse_site import SparseSite
+from qsparse_moe.sparsity.quantize import as_format
 
 Rows = Literal["auto", "selected", "all"]
 
@@ -49,12 +51,6 @@ def why_not(model: Transformer) -> str | None:
         return f"{reason}; the engine torch needs no compiler and runs on every device"
     if (reason := why_not_stored(model)) is not None:
         return reason
-    rank = model.config.latent_attention.key_value_rank
-    if rank is not None:
-        return (
-            f"it has no latent attention, which the model has (model.latent_attention.key_value_rank is {rank}); use "
-            "the engine torch or gather"
-        )
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
     return None
@@ -98,9 +94,11 @@ class NativeDecode:
         native.load(native.DECODE)
         self.weight_format = weight_format or own_format(model)
         self._gate_first = _names_of_gate_first(model, self.weight_format, gate_first)
-        self._stored = {matrix.name: self._store(matrix) for matrix in site_matrices(model)}
+        self._stored = {matrix.name: self._store(matrix) for matrix in site_matrices(model) if matrix.has_site}
         # Output-major, one row per id: there is no site before the head, so every weight of it is read.
         self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format, head))
+        # Those of latent attention, which are read whole, in fp32 whatever the format of the others is.
+        self._inner_bytes = sum(4 * matrix.parameter.numel() for matrix in site_matrices(model) if not matrix.has_site)
         self._hidden_ids = model.hidden_ids
         self._rows = rows
         self._by_integers = by_integers
@@ -136,7 +134,7 @@ class NativeDecode:
         return {
             "weights": self.weight_format,
             "head": self._stored["head.weight"].weight_format,
-            "weight_bytes": sum(stored.num_bytes for stored in self._stored.values()),
+            "weight_bytes": self._inner_bytes + sum(stored.num_bytes for stored in self._stored.values()),
             "bytes_read": read,
             "bytes_read_without_zeros": dense,
             "rows": self._rows,
@@ -152,8 +150,8 @@ class NativeDecode:
         config, classes = model.config, torch.classes.qsparse_moe
         engine = classes.DecodeModel(
             config.num_heads,
-            num_kv_heads(config),
-            head_size(config),
+            1 if latent_sizes(config) else num_kv_heads(config),
+            rotary_size(config),
             config.norm_epsilon,
             _ACTIVATIONS[config.moe.activation],
             rotary_frequencies(config),
@@ -163,32 +161,50 @@ class NativeDecode:
             self._matrix("head.weight"),
         )
         for number, block in enumerate(model.blocks()):
+            if number == 0 and isinstance(block.attention, LatentAttention):
+                engine.use_latent_attention(*_latent_sizes(block.attention))
             engine.add_layer(*self._layer(f"layers.{number}.", block))
+            if isinstance(block.attention, LatentAttention):
+                engine.add_latent_maps(*_latent_maps(block.attention))
         engine.read_all_rows_from(self._read_all_from)
         engine.multiply_by_integers(self._by_integers)
         return engine
 
     def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:
         attention, moe = block.attention, block.moe
-        assert isinstance(attention, Attention), "why_not refuses other models"
         part = block.dense if moe is None else moe.shared
         part_name = "dense" if moe is None else "moe.shared"
         token_gate = getattr(part, "token_gate", None)
         return (
             _fp32(block.attention_norm.weight),
             _fp32(block.feed_forward_norm.weight),
-            _optional(None if attention.query_norm is None else attention.query_norm.weight),
-            _optional(None if attention.key_norm is None else attention.key_norm.weight),
-            self._matrix(f"{prefix}attention.qkv.weight"),
-            self._matrix(f"{prefix}attention.output.weight"),
-            _optional(attention.qkv.bias),
-            _optional(attention.output.bias),
+            *self._projections(f"{prefix}attention.", attention),
             _site(attention.input_site),
             _site(attention.output_site),
             None if moe is None else _router(moe.router, reads_sparse=moe.router_sees_sparse),
             None if moe is None else self._feed_forward(f"{prefix}moe.experts.", moe.experts, moe.input_site),
             None if part is None else self._feed_forward(f"{prefix}{part_name}.", part, part.input_site),
             _optional(token_gate).flatten(),
+        )
+
+    def _projections(self, prefix: str, attention: Attention | LatentAttention) -> tuple[Any, ...]:
+        """Return the norms of queries and keys, the matrices behind both sites, and the biases."""
+        if isinstance(attention, LatentAttention):
+            return (
+                _NONE,
+                _NONE,
+                self._matrix(f"{prefix}down.weight"),
+                self._matrix(f"{prefix}output.weight"),
+                _NONE,
+                _NONE,
+            )
+        return (
+            _optional(None if attention.query_norm is None else attention.query_norm.weight),
+            _optional(None if attention.key_norm is None else attention.key_norm.weight),
+            self._matrix(f"{prefix}qkv.weight"),
+            self._matrix(f"{prefix}output.weight"),
+            _optional(attention.qkv.bias),
+            _optional(attention.output.bias),
         )
 
     def _feed_forward(self, prefix: str, part: Any, input_site: SparseSite) -> Any:
@@ -227,6 +243,28 @@ def _names_of_gate_first(model: Transformer, weight_format: WeightFormat, reques
             if requested or needed > _GATE_FIRST_ABOVE:
                 names.add(f"layers.{number}.{name}.w_up")
     return names
+
+
+def _latent_sizes(attention: LatentAttention) -> tuple[float, ...]:
+    sizes, epsilon = attention.sizes, attention.latent_norm.eps
+    ranks = sizes.query_rank or 0, sizes.key_value_rank
+    return *ranks, sizes.nope_head_size, sizes.value_head_size, attention.scale, epsilon
+
+
+def _latent_maps(attention: LatentAttention) -> tuple[Tensor, ...]:
+    """Return the inner norms and matrices in fp32: those of the model itself where it is in fp32."""
+
+    def as_trained(projection: Projection | None) -> Tensor:
+        return _NONE if projection is None else _fp32(as_format(projection.weight, projection.weight_format))
+
+    norm = attention.query_latent_norm
+    query_norm = _optional(None if norm is None else norm.weight)
+    return (
+        query_norm,
+        as_trained(attention.query_up),
+        _fp32(attention.latent_norm.weight),
+        as_trained(attention.latent_up),
+    )
 
 
 def _fp32(parameter: Tensor) -> Tensor:

@@ -1,27 +1,29 @@
-"""Generation with latent attention: one vector per token in the cache, and every engine that cannot run it says so."""
+"""Generation with latent attention: one vector per token in the cache, and the same logits from every engine."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from qsparse_moe.errors import BackendUnavailable
-from qsparse_moe.inference import native
 from qsparse_moe.inference.cached_model import prefill
 from qsparse_moe.inference.engine import prepare_prefill, resolve_engine
 from qsparse_moe.inference.gather_engine import GatherDecode
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.memory import MemoryDtypes, prefill_bytes
+from qsparse_moe.inference.native import NativeDecode
 from qsparse_moe.inference.prompt_cache import PromptCache
 from qsparse_moe.inference.triton_engine import TritonDecode
 from qsparse_moe.inference.weights import use_weights
-from qsparse_moe.kernels import tiles
+from qsparse_moe.kernels import native, tiles
 from qsparse_moe.model.rope import rotation_at
 from tests.inference.models import all_at_once, config, difference_from_torch, model, random_tokens
 from tests.inference.test_cached_model import LENGTH, largest_difference
 from tests.inference.test_prompt_cache import TURNS, made, talk
 
 torch.set_num_threads(1)
+NEEDS_COMPILER = pytest.mark.skipif(
+    native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja"
+)
 LATENT = {"key_value_rank": 24, "nope_head_size": 10, "rope_head_size": 6, "value_head_size": 12}
 RANKED = LATENT | {"query_rank": 20}
 CASES = {
@@ -117,22 +119,10 @@ def test_the_cache_holds_one_vector_and_one_rotated_key_per_token_also_when_sequ
     assert (logits - expected[[0, 2], [2, 4]]).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("engine", ["torch", "gather"])
+@pytest.mark.parametrize("engine", ["torch", "gather", pytest.param("native", marks=NEEDS_COMPILER)])
 def test_a_conversation_keeps_its_vectors(engine):
     generator = made(engine, latent_attention=RANKED)
     assert talk(generator, TURNS, PromptCache()) == talk(generator, TURNS, None)
-
-
-def test_the_native_engine_refuses_by_name_and_auto_takes_another_aloud(monkeypatch, caplog):
-    monkeypatch.setattr(native.native, "why_not", lambda device: None)
-    dense, sparse = (model(latent_attention=RANKED, sparsity={"default": s}) for s in (0.0, 0.5))
-    reason = r"native: it has no latent attention, .*key_value_rank is 24\); use the engine torch or gather"
-    with pytest.raises(BackendUnavailable, match=reason):
-        resolve_engine("native", dense)
-    with caplog.at_level("INFO"):
-        assert (resolve_engine("auto", dense).name, resolve_engine("auto", sparse).name) == ("torch", "gather")
-    for name in ("torch", "gather"):
-        assert f"engine=auto: using {name}; not native: it has no latent attention" in caplog.text
 
 
 SITES = {
@@ -143,11 +133,51 @@ SITES = {
 }
 
 
-@pytest.mark.parametrize("settings", SITES.values(), ids=SITES.keys())
+ENGINES_WITH_ROWS = [
+    pytest.param(NativeDecode, marks=NEEDS_COMPILER),
+    GatherDecode,
+]
+
+
+@pytest.mark.parametrize("settings", (SITES | CASES).values(), ids=(SITES | CASES).keys())
 @pytest.mark.parametrize("latent", [LATENT, RANKED], ids=["queries from the input", "queries from a vector"])
-def test_gathered_rows_give_the_logits_of_the_training_model(settings, latent):
-    built = model(latent_attention=latent, **settings)
-    assert difference_from_torch(built, GatherDecode(built), (4, 2, 7), capacity=9, steps=10) < 1e-5
+@pytest.mark.parametrize("engine", ENGINES_WITH_ROWS)
+def test_rows_of_nonzero_features_give_the_logits_of_the_training_model(settings, latent, engine):
+    built = model(**{"latent_attention": latent} | settings)
+    assert difference_from_torch(built, engine(built), (4, 2, 7), capacity=9, steps=10) < 1e-5
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_the_native_engine_shares_the_heads_among_its_threads(threads):
+    built = model(latent_attention=RANKED, num_heads=5, sparsity={"default": 0.5})
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert difference_from_torch(built, NativeDecode(built), (4, 2), capacity=9, steps=6) < 1e-5
+    finally:
+        torch.set_num_threads(before)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("weights", ["int8", "bf16"])
+def test_the_native_engine_reads_the_inner_matrices_whole_and_counts_them(weights):
+    # Dense, because the reference rounds to bf16, which a near tie of a selection would show.
+    built = model(latent_attention=RANKED)
+    use_weights(built, weights)
+    engine = NativeDecode(built, weights, by_integers=False)
+    bound = 1e-5 if weights == "int8" else 0.05
+    assert difference_from_torch(built, engine, (4, 2), capacity=9, steps=5) < bound
+    # Per layer 4 heads of 16 channels from 20 and of 22 from 24, in fp32 whatever the format of the others is.
+    inner = 2 * 4 * 4 * (16 * 20 + 22 * 24)
+    attention_alone = NativeDecode(model(latent_attention=RANKED), "fp32").figures()
+    assert engine.figures()["bytes_read"] > inner and engine._inner_bytes == inner
+    assert attention_alone["weight_bytes"] > engine.figures()["weight_bytes"] > inner
+
+
+@NEEDS_COMPILER
+def test_auto_takes_the_native_engine():
+    assert resolve_engine("auto", model(latent_attention=RANKED)).name == "native"
 
 
 def test_gathered_rows_of_int8_weights_and_a_bf16_model():

@@ -143,11 +143,22 @@ struct Layer {
   at::Tensor attention_norm, feed_forward_norm;
   at::Tensor query_norm, key_norm;  // (C), or (H * C) for all heads together; empty without norms
   at::Tensor qkv_bias, output_bias;
-  intrusive_ptr<StoredMatrix> qkv, output;
+  intrusive_ptr<StoredMatrix> qkv, output;  // qkv: with latent attention, the projection to the ranks
+  // With latent attention, fp32, one row per output; the first two are empty without a rank of queries.
+  at::Tensor query_latent_norm, query_up, latent_norm, latent_up;
   intrusive_ptr<SiteHolder> attention_input, attention_output;
   intrusive_ptr<RouterHolder> router;
   intrusive_ptr<FeedForwardHolder> routed, dense;  // dense: the shared experts beside `routed`, or the whole layer
   at::Tensor token_gate;
+};
+
+// The sizes of multi-head latent attention; with ordinary attention all are 0. Its rotated channels are those of a head of
+// the model, and its cache has one key per token: the latent vector and the rotated key.
+struct LatentSizes {
+  int64_t queries = 0, rank = 0, plain = 0, rotated = 0, value = 0;  // queries: their rank, or 0
+  float scale = 0, epsilon = 0;
+  int64_t query_size() const { return plain + rotated; }
+  int64_t cached() const { return rank + rotated; }
 };
 
 // A barrier for the threads of one region. They spin, because a step has about a hundred barriers a few microseconds apart,
@@ -280,6 +291,25 @@ class DecodeModel : public torch::CustomClassHolder {
     layers_.push_back(std::move(layer));
   }
 
+  // Called once, before the layers are added. The number of key-value heads is then 1 and the size of a head that of its
+  // rotated channels.
+  void use_latent_attention(int64_t query_rank, int64_t rank, int64_t plain, int64_t value, double scale,
+                            double epsilon) {
+    latent_ = {query_rank, rank, plain, head_size_, value, float(scale), float(epsilon)};
+  }
+
+  // The inner norms and matrices of the layer that was added last.
+  void add_latent_maps(at::Tensor query_latent_norm, at::Tensor query_up, at::Tensor latent_norm, at::Tensor latent_up) {
+    Layer& layer = layers_.back();
+    const int64_t queries = latent_.queries ? num_heads_ * latent_.query_size() * latent_.queries : 0;
+    TORCH_CHECK(query_latent_norm.numel() == latent_.queries && query_up.numel() == queries &&
+                    latent_norm.numel() == latent_.rank &&
+                    latent_up.numel() == num_heads_ * (latent_.plain + latent_.value) * latent_.rank,
+                "decode: the inner norms and matrices must have the sizes of latent attention");
+    layer.query_latent_norm = query_latent_norm, layer.query_up = query_up;
+    layer.latent_norm = latent_norm, layer.latent_up = latent_up;
+  }
+
   // From the next step on, read all rows of a matrix, zeros included, if the tokens of a pass need at least this share of
   // them; the entries are for 1, 2, 4 and 8 tokens. With 0 all rows are always read, with more than 1 never.
   void read_all_rows_from(std::vector<double> shares) {
@@ -312,6 +342,12 @@ class DecodeModel : public torch::CustomClassHolder {
   void attend(const Layer& layer, int64_t number, const Thread& thread);
   void finish_qkv(const Layer& layer, const Thread& thread);
   void attend_group(const Layer& layer, int64_t number, int64_t token, int64_t group, std::vector<float>& scores);
+  void store_latents(const Layer& layer, int64_t number, const Thread& thread);
+  void attend_latent_head(const Layer& layer, int64_t number, int64_t token, int64_t head, const Thread& thread);
+  int64_t qkv_columns() const {
+    if (!latent_.rank) return (num_heads_ + 2 * num_kv_heads_) * head_size_;
+    return (latent_.queries ? latent_.queries : num_heads_ * latent_.query_size()) + latent_.cached();
+  }
   void feed_forward(const Layer& layer, const Thread& thread);
   void route(const Layer& layer, const Thread& thread);
   void choose_experts(const RouterHolder& router, int64_t token, std::vector<float>& scores);
@@ -340,6 +376,7 @@ class DecodeModel : public torch::CustomClassHolder {
   const at::Tensor inverse_frequencies_, final_norm_, embedding_;
   const intrusive_ptr<StoredMatrix> head_;
   std::vector<Layer> layers_;
+  LatentSizes latent_;
   bool by_integers_ = true;
   std::vector<double> all_rows_from_ = {2, 2, 2, 2};
   int64_t bytes_read_ = 0, bytes_dense_ = 0, passes_ = 0, whole_passes_ = 0;
@@ -364,6 +401,7 @@ class DecodeModel : public torch::CustomClassHolder {
   std::vector<std::unique_ptr<SiteScratch>> scratch_;
   std::vector<float> head_first_, head_second_;
   std::vector<std::vector<float>> scores_;
+  std::vector<std::vector<float>> latent_rows_;  // by thread: a query, the same as a latent one, and a mixed latent vector
   // The tokens of every expert in use, at most 8 at a time: (expert, first place, number) into `members_`.
   struct ExpertTokens {
     int64_t expert, begin, count;
@@ -388,8 +426,8 @@ void DecodeModel::reserve(int num_threads) {
   widest = std::max({widest, hidden, dense_hidden});
   const int64_t places = batch_ * choices, units = padded(width_) / kUnit;
   for (Rows* rows : {&stream_, &normed_, &router_rows_}) rows->reserve(batch_, width_);
-  qkv_.reserve(batch_, (num_heads_ + 2 * num_kv_heads_) * head_size_);
-  mixed_.reserve(batch_, num_heads_ * head_size_);
+  qkv_.reserve(batch_, qkv_columns());
+  mixed_.reserve(batch_, num_heads_ * (latent_.rank ? latent_.value : head_size_));
   logits_.reserve(batch_, experts);
   for (Rows* rows : {&gate_, &up_}) rows->reserve(places, hidden);
   for (Rows* rows : {&dense_gate_, &dense_up_}) rows->reserve(batch_, dense_hidden);
@@ -409,7 +447,7 @@ void DecodeModel::reserve(int num_threads) {
     head_second_.assign(head_first_.size(), 0.0f);
   }
   sum_tokens_ = padded_tokens(int(std::min<int64_t>(batch_, kMaxTokens)));
-  sum_columns_ = padded(std::max({widest, width_, (num_heads_ + 2 * num_kv_heads_) * head_size_}));
+  sum_columns_ = padded(std::max({widest, width_, qkv_columns()}));
   if (int(partial_sums_.size()) < num_threads) partial_sums_.resize(num_threads);
   for (std::vector<float>& sums : partial_sums_)
     if (int64_t(sums.size()) < int64_t(jobs_.size()) * sum_tokens_ * sum_columns_)
@@ -418,6 +456,7 @@ void DecodeModel::reserve(int num_threads) {
     scratch_.push_back(std::make_unique<SiteScratch>(widest));
     marks_.emplace_back(widest, 0);
     scores_.emplace_back();
+    latent_rows_.emplace_back(latent_.query_size() + 2 * latent_.cached());
   }
   for (std::vector<float>& scores : scores_)
     // Two per expert: the scores of its groups, of which there are not more than experts, follow them.
@@ -434,10 +473,12 @@ at::Tensor DecodeModel::step(const at::Tensor& tokens, const at::Tensor& positio
                   positions.sizes() == tokens.sizes() && positions.scalar_type() == at::kLong &&
                   positions.is_contiguous(),
               "decode: tokens and positions must be contiguous int64 (B)");
+  const int64_t channels = latent_.rank ? latent_.cached() : head_size_;
   TORCH_CHECK(keys.dim() == 5 && keys.scalar_type() == at::kFloat && values.scalar_type() == at::kFloat &&
-                  keys.sizes() == values.sizes() && keys.strides() == values.strides() && keys.stride(4) == 1 &&
-                  keys.stride(3) == head_size_ && keys.size(0) == int64_t(layers_.size()) &&
-                  keys.size(1) == tokens.size(0) && keys.size(2) == num_kv_heads_ && keys.size(4) == head_size_,
+                  (latent_.rank ? values.size(4) == 0
+                                : keys.sizes() == values.sizes() && keys.strides() == values.strides()) &&
+                  keys.stride(4) == 1 && keys.stride(3) == channels && keys.size(0) == int64_t(layers_.size()) &&
+                  keys.size(1) == tokens.size(0) && keys.size(2) == num_kv_heads_ && keys.size(4) == channels,
               "decode: keys and values must be fp32 (L, B, H, P, C) of this model, the last two dims contiguous");
   batch_ = tokens.size(0);
   positions_ = positions.const_data_ptr<int64_t>();
@@ -614,9 +655,15 @@ void DecodeModel::attend(const Layer& layer, int64_t number, const Thread& threa
   }
   if (batch_ > 1) thread.barrier.wait();
   project(*layer.qkv, lists_, qkv_, false, thread);
-  finish_qkv(layer, thread);
-  for (int64_t item = 0; item < batch_ * num_kv_heads_; ++item)
-    if (thread.takes(item)) attend_group(layer, number, item / num_kv_heads_, item % num_kv_heads_, thread.scores);
+  if (latent_.rank) {
+    store_latents(layer, number, thread);
+    for (int64_t item = 0; item < batch_ * num_heads_; ++item)
+      if (thread.takes(item)) attend_latent_head(layer, number, item / num_heads_, item % num_heads_, thread);
+  } else {
+    finish_qkv(layer, thread);
+    for (int64_t item = 0; item < batch_ * num_kv_heads_; ++item)
+      if (thread.takes(item)) attend_group(layer, number, item / num_kv_heads_, item % num_kv_heads_, thread.scores);
+  }
   thread.barrier.wait();
   for (int64_t token = 0; token < batch_; ++token)
     if (thread.takes(token)) {
@@ -655,6 +702,26 @@ void DecodeModel::finish_qkv(const Layer& layer, const Thread& thread) {
   thread.barrier.wait();
 }
 
+// `mixed` = the values of `count` tokens, weighted with the softmax of the scaled products of `query` with their keys.
+void attend_to(const float* query, const float* keys, const float* values, int64_t count, int64_t size, float scale,
+               std::vector<float>& scores, float* mixed) {
+  float largest = -std::numeric_limits<float>::infinity();
+  for (int64_t i = 0; i < count; ++i) {
+    scores[i] = dot(query, keys + i * size, size) * scale;
+    largest = std::max(largest, scores[i]);
+  }
+  std::fill_n(scores.data() + count, kLanes, -std::numeric_limits<float>::infinity());
+  Floats totals = {};
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Floats weights = exponential(load<Floats>(scores.data() + i) - largest);
+    store(scores.data() + i, weights);
+    totals += weights;
+  }
+  weighted_sum(values, scores.data(), count, size, mixed);
+  const float inverse = 1.0f / sum(totals);
+  for (int64_t i = 0; i < size; ++i) mixed[i] *= inverse;
+}
+
 // One token's query heads that share key and value head `group`: its key and value are stored before they are read.
 void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token, int64_t group,
                                std::vector<float>& scores) {
@@ -673,24 +740,54 @@ void DecodeModel::attend_group(const Layer& layer, int64_t number, int64_t token
     float* query = qkv_[token] + head * size;
     if (layer.query_norm.numel() == size) rms_norm(query, floats(layer.query_norm), epsilon_, query, size);
     rotate(query, size, cosines, sines);
-    const float scale = 1.0f / std::sqrt(float(size));
-    float largest = -std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < count; ++i) {
-      scores[i] = dot(query, keys + i * size, size) * scale;
-      largest = std::max(largest, scores[i]);
-    }
-    std::fill_n(scores.data() + count, kLanes, -std::numeric_limits<float>::infinity());
-    Floats totals = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Floats weights = exponential(load<Floats>(scores.data() + i) - largest);
-      store(scores.data() + i, weights);
-      totals += weights;
-    }
     float* mixed = mixed_[token] + head * size;
-    weighted_sum(values, scores.data(), count, size, mixed);
-    const float inverse = 1.0f / sum(totals);
-    for (int64_t i = 0; i < size; ++i) mixed[i] *= inverse;
+    attend_to(query, keys, values, count, size, 1.0f / std::sqrt(float(size)), scores, mixed);
   }
+}
+
+// Norm the parts of every token's product with the first matrix in place, rotate its key, and store vector and key.
+void DecodeModel::store_latents(const Layer& layer, int64_t number, const Thread& thread) {
+  const int64_t size = latent_.rotated, cached = latent_.cached();
+  for (int64_t token = 0; token < batch_; ++token) {
+    if (!thread.takes(token)) continue;
+    float *query = qkv_[token], *vector = query + qkv_columns() - cached;
+    const float* cosines = rotations_.data() + token * size;
+    if (latent_.queries) rms_norm(query, floats(layer.query_latent_norm), latent_.epsilon, query, latent_.queries);
+    rms_norm(vector, floats(layer.latent_norm), latent_.epsilon, vector, latent_.rank);
+    rotate(vector + latent_.rank, size, cosines, cosines + size / 2);
+    float* keys = keys_ + number * cache_stride_layer_ + token * cache_stride_batch_;
+    std::copy_n(vector, cached, keys + positions_[token] % capacity_ * cached);
+  }
+  if (thread.index == 0) {
+    const int64_t read = (layer.query_up.numel() + layer.latent_up.numel()) * int64_t(sizeof(float));
+    bytes_read_ += read, bytes_dense_ += read;
+  }
+  thread.barrier.wait();
+}
+
+// One head of one token (arXiv 2405.04434, section 2.1.2): the query is multiplied with the matrix of the keys, and the
+// mixed latent vectors with that of the values, so that no key or value of an earlier token is computed.
+void DecodeModel::attend_latent_head(const Layer& layer, int64_t number, int64_t token, int64_t head,
+                                     const Thread& thread) {
+  const int64_t plain = latent_.plain, rank = latent_.rank, cached = latent_.cached(), size = latent_.query_size();
+  float *query = latent_rows_[thread.index].data(), *absorbed = query + size, *mixed = absorbed + cached;
+  if (latent_.queries) {
+    const float* rows = floats(layer.query_up) + head * size * latent_.queries;
+    for (int64_t i = 0; i < size; ++i) query[i] = dot(qkv_[token], rows + i * latent_.queries, latent_.queries);
+  } else {
+    std::copy_n(qkv_[token] + head * size, size, query);
+  }
+  const float* cosines = rotations_.data() + token * latent_.rotated;
+  rotate(query + plain, latent_.rotated, cosines, cosines + latent_.rotated / 2);
+  const float* up = floats(layer.latent_up) + head * (plain + latent_.value) * rank;
+  weighted_sum(up, query, plain, rank, absorbed);
+  std::copy_n(query + plain, latent_.rotated, absorbed + rank);
+  const float* keys = keys_ + number * cache_stride_layer_ + token * cache_stride_batch_;
+  const int64_t count = std::min(positions_[token] + 1, capacity_);
+  // The rotated keys are mixed too, and left out below: their few channels cost less than a stride would.
+  attend_to(absorbed, keys, keys, count, cached, latent_.scale, thread.scores, mixed);
+  float* to = mixed_[token] + head * latent_.value;
+  for (int64_t i = 0; i < latent_.value; ++i) to[i] = dot(mixed, up + (plain + i) * rank, rank);
 }
 
 void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
@@ -1045,7 +1142,9 @@ TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
   library.class_<DecodeModel>("DecodeModel")
       .def(init<int64_t, int64_t, int64_t, double, int64_t, at::Tensor, double, at::Tensor, at::Tensor,
                 intrusive_ptr<StoredMatrix>>())
+      .def("use_latent_attention", &DecodeModel::use_latent_attention)
       .def("add_layer", &DecodeModel::add_layer)
+      .def("add_latent_maps", &DecodeModel::add_latent_maps)
       .def("read_all_rows_from", &DecodeModel::read_all_rows_from)
       .def("multiply_by_integers", &DecodeModel::multiply_by_integers)
       .def("last_step", &DecodeModel::last_step)

@@ -247,6 +247,7 @@ def _names_of_gate_first(model: Transformer, weight_format: WeightFormat, reques
 
 def _latent_sizes(attention: LatentAttention) -> tuple[float, ...]:
     sizes, epsilon = attention.sizes, attention.latent_norm.eps
+    assert epsilon is not None, "latent attention sets it"
     ranks = sizes.query_rank or 0, sizes.key_value_rank
     return *ranks, sizes.nope_head_size, sizes.value_head_size, attention.scale, epsilon
 

@@ -72,7 +72,7 @@ def allocate(
         num_random=random,
         train_steps=train,
         device=device,
-        overrides=sources_overrides(data or ()),
+        overrides=sources_overrides(data or (), load_run_config(found_model.config_folder).data),
     )
     write_plan(found.plan, output, force=force)
     summary = as_dict(found, run_dir=run_dir, output=output)

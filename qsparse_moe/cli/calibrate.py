@@ -71,7 +71,7 @@ def calibrate(
         requested,
         num_sequences=rows,
         device=device,
-        overrides=sources_overrides(data or ()),
+        overrides=sources_overrides(data or (), load_run_config(find_model(run_dir).config_folder).data),
         load=load_trained,
     )
     if is_rank_zero():

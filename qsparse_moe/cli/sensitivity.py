@@ -16,6 +16,7 @@ from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
 from qsparse_moe.runs.find import find_model
+from qsparse_moe.runs.folder import load_run_config
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.sensitivity.measure import Sensitivity
@@ -51,7 +52,8 @@ def sensitivity(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, a report, and heat maps."""
-    run_dir = find_model(run).path
+    model_folder = find_model(run)
+    run_dir = model_folder.path
     tried = parse_values(values)
     check_sparsity("--at", at)
     from qsparse_moe.ablation.sensitivity.documents import validation_documents
@@ -61,7 +63,8 @@ def sensitivity(
     from qsparse_moe.data.tokenizer import meaningless_ids
 
     warn_of_natural_zeros(run_dir)
-    config, model, step = load_ranked(run_dir, device, at, sources_overrides(data or ()))
+    sources = sources_overrides(data or (), load_run_config(model_folder.config_folder).data)
+    config, model, step = load_ranked(run_dir, device, at, sources)
     text = load_data(config.data)
     # The logits of ids that no text contains must not enter the loss; evaluate hides them too.
     model.hide_ids(meaningless_ids(config.model, text.tokenizer))

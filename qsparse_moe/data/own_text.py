@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from qsparse_moe.config.file_sources import file_source
+from qsparse_moe.config.file_sources import file_sources, has_only_conversations
 from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch, make_batch
 from qsparse_moe.data.chat import open_chat
@@ -76,12 +76,6 @@ class OwnText:
 
 def _sources(files: Sequence[str], config: DataConfig, tokenizer: TextTokenizer) -> Iterator[OpenSource]:
     limits = Limits(config.max_bad_records, config.max_document_bytes)
-    # What a run has learned from conversations is measured on conversations.
-    is_chat = all(source.format == "chat" for source in config.sources)
-    chat = open_chat(config, tokenizer) if is_chat else None
-    for index, file in enumerate(files):
-        # Every file is a source of its own, because files of several kinds may be named together.
-        source = file_source(file)
-        if is_chat and source.kind != "text":
-            source = source.model_copy(update={"format": "chat", "column": config.sources[0].column})
+    chat = open_chat(config, tokenizer) if has_only_conversations(config) else None
+    for index, source in enumerate(file_sources(files, config)):
         yield open_source(source, index, limits, chat=chat)

@@ -96,6 +96,15 @@ def test_calibration_measures_the_loss_of_the_answers(fine_tuned, capsys, tmp_pa
     assert run(["calibrate", str(run_dir), "--output", str(tmp_path / "plan.json"), "--rows", "8", "--json"]) == 0
     calibrated = json.loads(capsys.readouterr().out)
     assert calibrated["loss_topk"] == pytest.approx(evaluated["loss"], rel=1e-4)
+    # Other files are read as conversations too, of which the same ones are held out: they have the same texts.
+    other = shutil.copy(run_dir.parents[1] / "chats.jsonl", tmp_path / "other.jsonl")
+    for verb in (
+        ["calibrate", "--output", str(tmp_path / "again.json"), "--rows", "8"],
+        ["sensitivity", "--estimate-only"],
+    ):
+        assert run([verb[0], str(run_dir), *verb[1:], "--data", str(other), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found.get("loss_topk", found.get("loss")) == pytest.approx(evaluated["loss"], rel=1e-4)
 
 
 def test_a_run_on_conversations_is_evaluated_without_its_files_of_tokenizer_and_template(

@@ -20,23 +20,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         BackendUnavailable: transformers, or what its server needs, is not installed.
     """
-    transformers = check_server()
+    check_server()
     register_config()
     register_model()
-    # The server finds the class of a model as an attribute of transformers.
-    setattr(transformers, ARCHITECTURE, import_module("qsparse_moe.interop.auto_model.causal_lm").QSparseMoEForCausalLM)
+    app = import_module("transformers.cli.transformers").app
+    # The server finds the class of a model as an attribute of transformers. Looked up last, because transformers
+    # replaces its own module in sys.modules while its parts are imported.
+    model = import_module("qsparse_moe.interop.auto_model.causal_lm").QSparseMoEForCausalLM
+    setattr(sys.modules["transformers"], ARCHITECTURE, model)
     given = sys.argv[1:] if arguments is None else list(arguments)
-    import_module("transformers.cli.transformers").app(["serve", *given])
+    app(["serve", *given])
 
 
-def check_server() -> object:
-    """Return the module ``transformers``.
+def check_server() -> None:
+    """Check that transformers' server can run.
 
     Raises:
         BackendUnavailable: it is not installed, or the packages of its server are not.
     """
     try:
-        transformers = import_module("transformers")
+        import_module("transformers")
         available = import_module("transformers.utils.import_utils").is_serve_available()
     except ImportError:
         raise BackendUnavailable(
@@ -48,7 +51,6 @@ def check_server() -> object:
             "transformers serve needs fastapi, uvicorn, and openai, and not all are installed; pip install "
             '"transformers[serving]"'
         )
-    return transformers
 
 
 if __name__ == "__main__":

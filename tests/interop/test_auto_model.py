@@ -242,3 +242,15 @@ def test_a_file_of_ours_and_one_of_transformers_have_the_same_tensors(sparse, tm
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
     assert names == {f"model.{name}" for name in sparse.state_dict()}
+
+
+def test_a_model_that_was_moved_to_another_kind_of_device_chooses_its_functions_again():
+    model = build("sparse")
+    wrapped, before = QSparseMoEForCausalLM.of(model), model.runtime
+    logits(wrapped, random_ids())
+    assert model.runtime is before
+    # As after model.to("cuda") and back.
+    wrapped._runtime_device = "cuda"
+    assert torch.equal(logits(wrapped, random_ids()), own_logits(model, random_ids()))
+    assert model.runtime is not before
+    assert wrapped._runtime_device == "cpu"

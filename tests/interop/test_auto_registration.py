@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -205,6 +206,8 @@ def request_when_ready(port, folder, deadline=120.0):
         try:
             with urllib.request.urlopen(request, timeout=60) as response:
                 return response.read().decode()
+        except urllib.error.HTTPError:
+            raise  # it is an OSError too
         except OSError:  # not listening yet
             if time.monotonic() > end:
                 raise

@@ -28,6 +28,7 @@ OVERRIDE = {"layers": 3, "experts": "0-1", "site": "expert_hidden", "sparsity": 
             "layers 0-2,5 S=0.25; expert 7 S=0",
             "layers-0-2.5-S0.25_expert-7-S0",
         ),
+        ("model.sparsity.overrides", [{"experts": 10, "sparsity": 0.5}], "expert 10 S=0.5", "expert-10-S0.5"),
         ("model.sparsity.overrides", [], "no overrides", "no-overrides"),
         ("model.sparsity.overrides.0.sparsity", 0.9, "S=0.9", "S0.9"),
         ("model.sparsity.overrides.0.layers", 3, "layer 3", "layer-3"),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qsparse_moe.config.model_rules import divisors
 from qsparse_moe.config.rules import broken_rules, check_model
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import has_experts, layer_sites, moe_layers
+from qsparse_moe.config.shapes import has_experts, layer_sites, moe_layers, padded_vocabulary
 from qsparse_moe.errors import ConfigError
 from tests.config.settings_by_path import build, messages
 from tests.support.messages import assert_one_message
@@ -197,3 +197,7 @@ def test_every_nth_layer_beyond_the_first_dense_ones_has_experts(interval, num_d
 @given(st.integers(1, 5000))
 def test_all_divisors_are_returned_in_increasing_order(number):
     assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+
+
+def test_a_vocabulary_is_padded_to_the_next_multiple_of_8_and_a_multiple_stays():
+    assert [padded_vocabulary(size) for size in (1, 7, 8, 9, 257, 264)] == [8, 8, 8, 16, 264, 264]

@@ -73,3 +73,18 @@ def test_a_bad_norm_is_reported_if_nothing_else_is_bad(norm):
     guard.check_norm(5, 1e30)
     with pytest.raises(TrainingDiverged, match=rf"step 5: the gradient norm is {norm}\. .*training\.learning_rate"):
         guard.check_norm(5, norm)
+
+
+class FirstToSee(Distributed):
+    """The only rank that has seen a value: the maximum over the ranks is its own."""
+
+    def all_reduce(self, tensor, *arguments, **settings):
+        return tensor
+
+
+@pytest.mark.parametrize("rank", [0, 1, 3])
+def test_the_rank_that_has_seen_the_value_is_named(rank):
+    guard = NonFiniteGuard(2, FirstToSee(rank, 4, rank, torch.device("cpu")))
+    guard.layer_hook(1, torch.tensor([torch.nan]))
+    with pytest.raises(TrainingDiverged, match=f"the output of layer 1 is not finite on rank {rank}"):
+        guard.check(5, stop=0)

@@ -83,6 +83,7 @@ def test_eager_attention_computes_the_same(name):
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=2e-6)
 
 
+@pytest.mark.slow  # it is compiled
 def test_flex_attention_computes_the_same(sparse):
     ids, mask = left_padded([random_ids(1, 9)[0], random_ids(1, 5, seed=1)[0]])
     sdpa, flex = (QSparseMoEForCausalLM.of(sparse, attn_implementation=kind) for kind in ("sdpa", "flex_attention"))

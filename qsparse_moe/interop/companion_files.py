@@ -41,7 +41,7 @@ def write_companions(
 def generation_settings(source: ExportSource, tokenizer: TextTokenizer | None = None) -> dict[str, Any]:
     """Return the generation config that the model came with.
 
-    Without one, it is the document token as begin and end, and no ids that decode to nothing.
+    If there is none, texts begin and end with the document token, and ids that decode to nothing are suppressed.
     """
     file = source.folder / GENERATION_CONFIG
     if file.is_file():
@@ -59,7 +59,7 @@ def token_ids(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def copy_generation_config(folder: Path, output: Path) -> None:
-    """Copy the generation config of a Hugging Face folder; without one, that is made of its ``config.json``.
+    """Copy the generation config of a Hugging Face folder, or make one from its ``config.json`` if there is none.
 
     Raises:
         CheckpointError: the file is not an object of JSON.

@@ -46,7 +46,7 @@ def write_export(
     Args:
         output: folder to create, which ``check_output`` has accepted.
         tensors: the tensors by name, in the order of the files.
-        metadata: of each file; with the number of steps that the weights were trained, as ``step``.
+        metadata: metadata of each file; ``step`` is the number of steps that the weights were trained.
         write_rest: writes the configuration and everything else into the folder that it receives.
         part_bytes: maximum size of a file, unless a single tensor is larger.
         model_type: see ``Export``.

@@ -1,4 +1,4 @@
-"""Write a model as one of its family's own Hugging Face format, by the recipes that read that format."""
+"""Write a model in its family's own Hugging Face format, by the recipes that read that format."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def export_family(
     part_bytes: int = PART_BYTES,
     command: str | None = None,
 ) -> Export:
-    """Write the folder that transformers and its relatives open; see ``export_model.export_model``.
+    """Write the folder that transformers and other programs open; see ``export_model.export_model``.
 
     Args:
         source: a model that the family can express.

@@ -1,4 +1,4 @@
-"""Import a Hugging Face folder: write its weights under our names, as an export that every verb reads."""
+"""Import a Hugging Face folder: write its weights under our names, as an export that every command reads."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Registration of model type ``qsparse_moe`` with transformers, without importing transformers before others do.
 
 transformers has no entry point for model types. Importing it takes seconds, and most of this package does not need it,
-so ``import qsparse_moe.interop`` only waits for it.
+so ``import qsparse_moe.interop`` registers the model type when transformers is imported.
 """
 
 from __future__ import annotations

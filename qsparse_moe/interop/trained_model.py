@@ -1,4 +1,4 @@
-"""Load the model of a folder that a verb names: a run, one of its checkpoints, or an export."""
+"""Load the model of a folder that a command names: a run, one of its checkpoints, or an export."""
 
 from __future__ import annotations
 

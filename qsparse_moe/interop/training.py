@@ -16,9 +16,9 @@ def train(config: RunConfig, listeners: Sequence[Listener] = ()) -> TrainingResu
 
     All ranks must call it with the same config. It writes ``config.yaml``, ``manifest.json``, and ``checkpoints/`` into
     the run folder, and calls the listeners on rank 0 with every logged step. With ``training.init_from`` it starts from
-    the weights of a run, of one checkpoint, of an export, or of a Hugging Face model; where only the run has experts,
-    they are made of the dense layers. SIGTERM, SIGUSR1, or Ctrl-C ends the run after the current
-    step with a checkpoint; before the end of the first step, signals have the effect that they had before the call.
+    the weights of a run, of one checkpoint, of an export, or of a Hugging Face model; if only the new run has experts,
+    they are made of the dense layers. SIGTERM, SIGUSR1, or Ctrl-C ends the run after the current step with a
+    checkpoint; before the end of the first step, signals have the effect that they had before the call.
 
     Args:
         config: a complete run; with ``training.resume`` an existing run folder is continued.

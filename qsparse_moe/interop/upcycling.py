@@ -40,7 +40,7 @@ class UpcycledWeights:
         Args:
             source: the weights of a model without experts.
             model: the model with experts.
-            seed: of the routers and of the noise.
+            seed: seed of the routers and of the noise.
             noise: see ``Upcycling``.
             noise_share: see ``Upcycling``.
         """
@@ -64,7 +64,7 @@ class UpcycledWeights:
         return self._source.tokenizer
 
     def checksums(self, *, part: int, parts: int) -> dict[str, int]:
-        """See ``NamedTensors``; those of the dense weights."""
+        """Return the checksums of the dense weights; see ``NamedTensors``."""
         return self._source.checksums(part=part, parts=parts)
 
     def tensor(self, name: str) -> Tensor:

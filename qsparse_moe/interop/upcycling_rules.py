@@ -1,4 +1,4 @@
-"""Which experts a dense model can become so that the first logits are those of the dense model, to rounding.
+"""Rules for experts made from a dense model, by which the first logits are those of the dense model, to rounding.
 
 A dense feed-forward network of F hidden features is cut into s slices of F / s features, whose outputs add up to its
 own; s is 1 for whole copies. Of every slice the model has E / s copies, and expert ``c * s + j`` is slice j of copy c.
@@ -163,7 +163,11 @@ def check_experts(config: ModelConfig, dense: ModelConfig, source: Path) -> int:
         )
     if slices > 1 and moe.router_noise:
         raise _refusal(
-            config, "router_noise", "0", source, f"{in_slices}, and noise would tell those of a copy apart; set it to 0"
+            config,
+            "router_noise",
+            "0",
+            source,
+            f"{in_slices}, and noise would separate the slices of a copy; set it to 0",
         )
     return slices
 

@@ -127,7 +127,7 @@ def test_a_chat_without_a_template_and_an_answer_that_a_task_begins_are_refused(
     tasks = load_tasks(["local_choice"], task_folder=write_tasks(tmp_path / "tasks"))
     with pytest.raises(DataError, match="has no chat template.*name a Jinja file in data.chat.template"):
         evaluate_tasks(plain, tasks, chat=True)
-    with pytest.raises(ConfigError, match="HarnessModel has no chat template; give it one"):
+    with pytest.raises(ConfigError, match="HarnessModel has no chat template, .*; pass chat_template"):
         HarnessModel(plain).apply_chat_template([])
     other = generator_of(save_tokenizer(tmp_path / "other", chat_template=CHAT))
     template = open_template(other.config.data, other.tokenizer)

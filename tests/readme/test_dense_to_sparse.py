@@ -97,7 +97,7 @@ def test_plans_are_in_use_and_training_continues_under_the_allocated_one(results
     uniform = found["evaluate imported --sparsity 0.6"]["loss"]
     planned = found["evaluate imported --plan plan.json"]["loss"]
     trained = found["evaluate runs/sparse"]
-    # So small a model loses little; docs/dense-to-sparse.md has the figures of one that has learned more.
+    # So small a model loses little, so the losses of the three plans have no fixed order.
     assert len({dense, uniform, planned}) == 3
     assert trained["loss"] < min(dense, planned)
     assert trained["sparsity"] == pytest.approx(found["evaluate imported --plan plan.json"]["sparsity"])

@@ -26,14 +26,14 @@ class Bin:
     begin: int
     """First position, counted from 0 at the first new token."""
     end: int
-    """One after the last position."""
+    """Position after the last one."""
     num_tokens: int
     agreement: float
     """Fraction of the model's tokens that the reference would choose after the same tokens."""
     log_probability: float
-    """Of the model's tokens under the reference, in nats."""
+    """Mean log-probability of the model's tokens under the reference, in nats."""
     own_log_probability: float
-    """Of the same tokens under the model itself."""
+    """Mean log-probability of the same tokens under the model itself, in nats."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class ContinuationChange:
     new_tokens: int
     """Largest number of new tokens per prompt; a document may end earlier."""
     agreement_by_position: tuple[float | None, ...]
-    """Fraction of the prompts with the same token at this position, of those for which both have one; None: none."""
+    """Fraction of the prompts with the same token at this position, of those for which both have one; None if there are
+    none."""
     agreement: float
     """The same over all positions."""
     first_differences: tuple[int | None, ...]
@@ -55,7 +56,8 @@ class ContinuationChange:
     drift_log_probability: float
     """``Bin.log_probability`` over all positions."""
     reference_log_probability: float
-    """Log-probability of the reference's tokens under the reference itself, in nats: what no drift would give."""
+    """Mean log-probability of the reference's tokens under the reference itself, in nats, with which
+    ``drift_log_probability`` is compared."""
 
     @property
     def median_first_difference(self) -> float | None:
@@ -94,9 +96,9 @@ def compare_continuations(
     """Return the figures of the continuations of the same prompts.
 
     Args:
-        reference: by the reference.
-        own: by the model.
-        scores: of the tokens of ``own`` under the reference, from ``judged``.
+        reference: continuations by the reference.
+        own: continuations by the model.
+        scores: scores of the tokens of ``own`` under the reference, from ``judged``.
         new_tokens: largest number of new tokens.
         end: the document token, at which a continuation ends. It counts as its last token.
     """

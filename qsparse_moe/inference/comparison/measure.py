@@ -35,7 +35,7 @@ from qsparse_moe.training.evaluate import model_forward
 
 @dataclass(frozen=True)
 class LayerChange:
-    """Differences in one layer. ``local_`` ones are those if the layer reads the hidden states of the reference."""
+    """Differences in one layer; in the fields ``local_*``, the layer reads the hidden states of the reference."""
 
     layer: int
     hidden: HiddenChange

@@ -1,4 +1,4 @@
-"""One forward pass with everything that a comparison reads: logits, hidden states, and the experts of every token.
+"""Record what a comparison reads in one forward pass: logits, hidden states, and the experts of every token.
 
 B sequences, S tokens per sequence, D width, V vocabulary, T = B * S tokens, A experts per token.
 """
@@ -21,7 +21,7 @@ from qsparse_moe.training.evaluate import model_forward
 
 @dataclass
 class Observation:
-    """What one model computes for one batch, by layer."""
+    """Logits of one model for one batch, and the values that it computes in each layer."""
 
     logits_BSV: Tensor
     hidden_BSD: list[Tensor] = field(default_factory=list)

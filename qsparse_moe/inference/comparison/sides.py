@@ -21,7 +21,7 @@ class Side:
     loaded: LoadedModel
     plan: SparsityPlan
     name: str
-    """For messages and results, such as ``dense``."""
+    """Name in messages and results, such as ``dense``."""
 
     def use_plan(self) -> None:
         """Give the model its plan, which the other side may have replaced."""
@@ -59,4 +59,4 @@ _COMPARED: dict[str, Callable[[LoadedModel], Any]] = {
     "model.moe.num_experts": lambda one: one.config.model.moe.num_experts,
     "model.moe.experts_per_token": lambda one: one.config.model.moe.experts_per_token,
 }
-"""What must be the same, by its name in messages."""
+"""Properties that must be equal in both models, by their names in messages."""

@@ -104,13 +104,13 @@ class OutputChange:
 
     num_tokens: int
     kl_divergence: float
-    """Of the model's distribution from the reference's, sum of p log(p / q) with p of the reference, in nats."""
+    """KL divergence, the sum of p log(p / q) with p of the reference and q of the model, in nats."""
     top1_agreement: float
     """Fraction of the tokens after which both have the same likeliest token."""
     reference_loss: float
-    """Cross-entropy of the true next token, in nats."""
+    """Cross-entropy of the true next token under the reference, in nats."""
     loss: float
-    """The same under the model."""
+    """Cross-entropy of the true next token under the model, in nats."""
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name."""

@@ -18,7 +18,7 @@ _WITHOUT_EFFECT = {"num_beams": 1, "num_return_sequences": 1, "early_stopping": 
 
 
 class TaskGeneration(NamedTuple):
-    """How a request of ``generate_until`` is generated."""
+    """Settings with which the text of a ``generate_until`` request is generated."""
 
     max_tokens: int | None
     """Largest number of new tokens; None if the task sets none."""

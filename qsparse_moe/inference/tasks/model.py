@@ -73,7 +73,9 @@ class HarnessModel(LM):
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         """Return the messages, written by the chat template, and the beginning of the assistant's answer."""
         if self._template is None:
-            raise ConfigError("HarnessModel has no chat template; give it one (chat_template)")
+            raise ConfigError(
+                "HarnessModel has no chat template, and the task needs one; pass chat_template to HarnessModel"
+            )
         if not add_generation_prompt:
             raise ConfigError(
                 "a task begins the assistant's answer itself (gen_prefix), which chat templates here do not continue; "
@@ -173,12 +175,12 @@ class HarnessModel(LM):
         windows = get_rolling_token_windows(
             tokenizer.encode(text), tokenizer.document_token, max_seq_len=self.max_length, context_len=1
         )
-        # A disjoint pair has a context and the tokens after it, of which the last is read by nobody.
+        # A disjoint pair has a context and the tokens after it, of which the last is not an input.
         pairs = [make_disjoint_window(window) for window in windows]
         return [ScoredTokens(tuple([*context, *targets][:-1]), tuple(targets)) for context, targets in pairs]
 
     def _prompt(self, context: str, most: int) -> list[int]:
-        """Return the last ``most`` tokens of a context, beside which the new tokens have a place."""
+        """Return the last ``most`` tokens of a context, after which the new tokens still fit."""
         prompt = self._encode(context)
         self.num_truncated += len(prompt) > most
         return prompt[-most:]

@@ -22,7 +22,7 @@ class TaskScore:
     """The processing of the answers before they are compared; ``none`` for most tasks."""
     value: float
     standard_error: float | None
-    """As the harness estimates it; None if it has no estimate."""
+    """Standard error that the harness estimates; None if it has no estimate."""
     num_samples: int | None
     """Number of evaluated documents; None for a group."""
     num_shots: int | None
@@ -47,7 +47,7 @@ class TaskScores:
 
     scores: tuple[TaskScore, ...]
     num_truncated: int
-    """Number of requests whose context was longer than the model's, so that its beginning was cut off."""
+    """Number of requests whose context was longer than the model reads at once, so that its beginning was cut off."""
     harness_version: str
 
 

@@ -18,7 +18,7 @@ from qsparse_moe.model.attention import Attend
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What the attention of all layers shares in one forward pass."""
+    """Arguments that the attention of all layers shares in one forward pass."""
 
     mask: Any
     """The mask in the form of the implementation; None: plain causal attention."""
@@ -61,7 +61,7 @@ class InterfaceAttention(nn.Module):
 
 
 def attends(layers: Iterable[nn.Module], call: AttentionCall) -> list[Attend]:
-    """Return what ``Transformer.run_layers`` calls in every layer."""
+    """Return one function per layer, which ``Transformer.run_layers`` calls for the attention of that layer."""
 
     def of(layer: nn.Module) -> Attend:
         def attend(query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor) -> Tensor:

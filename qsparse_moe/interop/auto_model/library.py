@@ -1,4 +1,4 @@
-"""What the model class uses of transformers, so that a missing installation is named once."""
+"""Names of transformers that the model class uses, imported here so that one message reports a missing installation."""
 
 from __future__ import annotations
 

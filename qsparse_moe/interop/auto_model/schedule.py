@@ -1,4 +1,7 @@
-"""What our training does between two steps, as a callback of transformers' ``Trainer``. L MoE layers, E experts."""
+"""The updates of our training between two steps, as a callback of transformers' ``Trainer``.
+
+L MoE layers, E experts.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ PREFIX = "model."
 
 
 def standard_settings(model: ModelConfig) -> dict[str, Any]:
-    """Return what tools read of a model, under the names of transformers."""
+    """Return the settings of a model that tools read, under the names of transformers."""
     latent = latent_sizes(model)
     # Through transformers' caches, latent attention has keys and values of every head, padded to one size.
     channels = max(latent.query_head_size, latent.value_head_size) if latent else head_size(model)
@@ -67,7 +67,7 @@ def config_json(model: ModelConfig, plan: SparsityPlan, *, dtype: str, max_lengt
     Args:
         model: the model section of a run.
         plan: the plan in use.
-        dtype: of the weights, such as ``float32``.
+        dtype: dtype of the weights, such as ``float32``.
         max_length: number of tokens per sequence in training.
     """
     names = {"architectures": [ARCHITECTURE], "dtype": dtype, "max_position_embeddings": max_length}
@@ -103,8 +103,8 @@ def _check_no_plan_file(section: Mapping[str, Any], where: str) -> None:
     file = sparsity.get("plan") if isinstance(sparsity, Mapping) else None
     if file is not None:
         raise ConfigError(
-            f"{where}: {SECTION}.sparsity.plan ({show(file)}) must be null here, because the file would not travel "
-            f"along; put its content under {PLAN}"
+            f"{where}: {SECTION}.sparsity.plan ({show(file)}) must be null here, because the file would not be "
+            f"copied with the model; put its content under {PLAN}"
         )
 
 

@@ -1,4 +1,4 @@
-"""Where the sparse sites of a model of transformers are: its attention, experts, shared experts, and dense layers.
+"""Find the modules of a model of transformers that get sparse sites: attention, experts, shared experts, dense layers.
 
 All families of the list name these modules alike, so one description serves them.
 """
@@ -83,7 +83,7 @@ def find_decoder(model: nn.Module) -> Any:
             f"sparsify: model_type ({show(decoder.config.model_type)}) is not a family into which Q-Sparse can be put; "
             f"choose a model of one of these: {', '.join(FAMILIES)}"
         )
-    # The features of a row would be spread over the ranks, and each would select among its own.
+    # Each rank would hold a shard of the features of a row, and would select among that shard only.
     if getattr(decoder, "_tp_size", None) not in (None, 1):
         raise ConfigError(
             f"sparsify: the model is split by tensor parallelism (tp_size is {decoder._tp_size}), and a site needs "

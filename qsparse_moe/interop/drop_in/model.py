@@ -49,8 +49,8 @@ def sparsify(
 
     Args:
         model: a model of transformers of one of the families in ``drop_in.hosts.FAMILIES``, also wrapped by peft.
-        plan: S: one number for all sites, one per site by its name, a ``SparsityPlan`` or the file of one; None: the
-            plan and the settings in ``model.config``.
+        plan: S as one number for all sites, as one number per site by its name, as a ``SparsityPlan``, or as the name
+            of a plan file; None: the plan and the settings in ``model.config``.
         sites: names of the sites; all others get S = 0. None: all sites of the plan.
         selection: as in ``model.sparsity.selection``.
         group_size: G, the number of features per group if ``selection`` is ``block``.

@@ -16,7 +16,7 @@ from qsparse_moe.interop.drop_in.hosts import LayerSite, Place
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 Requested = SparsityPlan | float | Mapping[str, float] | Path | str
-"""S for the sites of a model: a plan or the file of one, one S for all sites, or one S per site by its name."""
+"""S for the sites of a model: a plan, the name of a plan file, one S for all sites, or one S per site by its name."""
 CONFIG_KEY = "qsparse_moe"
 """The entry of ``config.json`` in which the plan and the settings of the selection are kept."""
 _SETTINGS = ("selection", "group_size", "rescale", "gradient")

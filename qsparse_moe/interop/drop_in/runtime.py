@@ -1,4 +1,4 @@
-"""The implementations behind the sites and the sparse experts, chosen for the device of the tensors that arrive.
+"""The implementations behind the sites and the sparse experts, chosen for the device of their input.
 
 A model of transformers may be moved to another device after the sites were put in, so the choice is made at the first
 call on a device, and logged.

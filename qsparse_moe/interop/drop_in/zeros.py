@@ -1,4 +1,4 @@
-"""The measured sparsity of a model of transformers: the share of zeros that its matrices really read."""
+"""The measured sparsity of a model of transformers: the share of zeros in the rows that its matrices read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Zeros:
         self._values = {place: torch.zeros(count, dtype=torch.float64) for place, count in num_experts.items()}
 
     def by_expert(self, layer: int, site: Site) -> list[float]:
-        """Return the share of zeros per expert, one number at a site without experts; NaN if no row has arrived."""
+        """Return the share of zeros per expert, one number at a site without experts; NaN if it read no row."""
         return (self._zeros[layer, site] / self._values[layer, site]).tolist()
 
     def by_layer(self) -> dict[LayerSite, float]:

@@ -49,7 +49,7 @@ def model_settings(
     """Return the settings of ``ModelConfig`` outside of its sections.
 
     Args:
-        settings: those of the ``config.json``.
+        settings: the settings of the ``config.json``.
         rope_theta: the default of the family.
         norm_epsilon: the default of the family.
         has_all_heads: whether a model of the family that does not say otherwise has keys and values for every head.

@@ -21,7 +21,7 @@ from qsparse_moe.interop.families.rotary import rotary_settings
 from qsparse_moe.interop.families.settings import FamilySettings
 
 _EXPERTS = ExpertNames(block="mlp", fused_block="mlp", gate="gate_proj", up="up_proj", down="down_proj")
-_DISAGREEMENT = "DeepSeek's code and transformers compute different models from another value, so it is not supported"
+_DISAGREEMENT = "DeepSeek's code and transformers compute different models from another value; name another model"
 # Of training with DeepSeek's code, and of programs; transformers does not read them.
 _WITHOUT_EFFECT = ("aux_loss_alpha", "auto_map", "ep_size", "pretraining_tp", "seq_aux")
 
@@ -117,7 +117,7 @@ def recipes(config: ModelConfig, stored: Collection[str]) -> Recipes:
 
 
 def left_out(config: ModelConfig, stored: Collection[str]) -> dict[str, str]:
-    """Return the stored tensors that the model does not need, and what they are for.
+    """Return the stored tensors that the model does not need, each with its purpose.
 
     They are the layers of DeepSeek-V3's multi-token prediction, which follow those of the model and contain a
     projection that no other layer has. transformers does not load them either.

@@ -1,6 +1,6 @@
-"""Which family can express one of our models: one whose ``config.json`` describes the same function when it is read.
+"""Find the family that can express one of our models: its ``config.json`` must describe the same function when read.
 
-A setting that a family lacks needs no rule here: it differs after the way out and back.
+A setting that a family lacks needs no rule here, because it differs once the file has been written and read.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 Place = int | slice
-"""Where a piece is in the first dimension of our tensor: one expert, or a range."""
+"""Position of a piece in the first dimension of our tensor: one expert, or a range."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from qsparse_moe.interop.families.settings import FamilySettings
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture."""
+    """The functions that read and write the files of one architecture."""
 
     settings: Callable[[FamilySettings], dict[str, Any]]
     """Returns the settings of ``ModelConfig``, or raises CheckpointError for a setting that is not supported."""

@@ -43,7 +43,7 @@ def rotary_settings(source: FamilySettings, *, rope_theta: float, scales_scores:
     name, section = _section(source)
     base = section.get("rope_theta", rope_theta if top is None else top)
     if top is not None and top != base:
-        raise source.refusal("rope_theta", f"differs from {name}.rope_theta ({show(base)})", "remove one")
+        raise source.refusal("rope_theta", f"differs from {name}.rope_theta ({show(base)})", "remove one of the two")
     theta = source.positive(name if "rope_theta" in section else "rope_theta", base)
     return {"rope_theta": theta, "rope_scaling": _scaling(source, name, section, scales_scores)}
 
@@ -64,7 +64,9 @@ def _section(source: FamilySettings) -> tuple[str, dict[str, Any]]:
     given = {name: source.optional(name) for name in ("rope_parameters", "rope_scaling")}
     found = {name: value for name, value in given.items() if value is not None}
     if len(found) > 1:
-        raise source.refusal("rope_scaling", "stands beside rope_parameters, and one must describe both", "remove one")
+        raise source.refusal(
+            "rope_scaling", "stands beside rope_parameters, and one must describe both", "remove one of the two"
+        )
     name, section = next(iter(found.items()), ("rope_theta", {}))
     if not isinstance(section, dict):
         raise source.refusal(name, "must be an object of JSON", "correct it, or download the file again")
@@ -78,7 +80,7 @@ def _scaling(source: FamilySettings, name: str, section: dict[str, Any], scales_
         raise source.refusal(
             name,
             f"must have one of these types: {', '.join(_TYPES)}",
-            "other rotary frequencies change the result and are not supported",
+            "other rotary frequencies change the result and are not supported; name another model",
         )
     unknown = sorted(section.keys() - {*_COMMON, *names.values(), *_OPTIONAL.get(str(kind), ())})
     if unknown or section.get("partial_rotary_factor", 1) != 1:
@@ -103,13 +105,13 @@ def _scaling(source: FamilySettings, name: str, section: dict[str, Any], scales_
 
 
 def _yarn(source: FamilySettings, name: str, section: dict[str, Any], scales_scores: bool) -> dict[str, Any]:
-    """Return the optional settings of YaRN; a null, and a 0 of mscale and mscale_all_dim, is as good as absent."""
+    """Return the optional settings of YaRN; a null, and a 0 of mscale and mscale_all_dim, count as absent."""
     given = {key: value for key, value in section.items() if key in _OPTIONAL["yarn"] and value is not None}
     if given.pop("truncate", True) is not True:
         raise source.refusal(
             name,
             "must have truncate true or absent",
-            "channels that are not whole change the frequencies and are not supported",
+            "channels that are not whole change the frequencies and are not supported; name another model",
         )
     values = {key: source.positive(name, value) for key, value in given.items() if value != 0 or "mscale" not in key}
     mscale, all_dim = (values.pop(key, None) for key in ("mscale", "mscale_all_dim"))

@@ -33,6 +33,7 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 _MISSING = object()
+_OTHER_VALUE = "another value changes the result and is not supported; name another model"
 
 
 class FamilySettings:
@@ -81,7 +82,7 @@ class FamilySettings:
         return length if isinstance(length, int) and length > 1 else None
 
     def size(self, *names: str, default: int | None = None) -> int:
-        """Return a positive integer under the first of ``names`` that is present; a null is as good as absent."""
+        """Return a positive integer under the first of ``names`` that is present; a null counts as absent."""
         name = next((name for name in names if self._values.get(name) is not None), names[0])
         self._read.update(names)
         value = self._values.get(name)
@@ -98,7 +99,7 @@ class FamilySettings:
         return value
 
     def size_or_null(self, name: str, *, default: int) -> int | None:
-        """Return a positive integer, or None where the file says null, which here is not as good as absent."""
+        """Return a positive integer, or None where the file says null, which here differs from an absent setting."""
         if name in self._values and self._values[name] is None:
             self._read.add(name)
             return None
@@ -122,9 +123,7 @@ class FamilySettings:
             raise self.refusal(name, "must be a list of layers", "correct it, or download the file again")
         return frozenset(value)
 
-    def require(
-        self, name: str, *supported: Any, reason: str = "another value changes the result and is not supported"
-    ) -> Any:
+    def require(self, name: str, *supported: Any, reason: str = _OTHER_VALUE) -> Any:
         """Return a setting, and refuse it if its value is none of ``supported``; the first of them is its default."""
         value = self._take(name, supported[0])
         # 0.0 and false are equal in Python, and either means off here.
@@ -164,7 +163,7 @@ class FamilySettings:
         )
 
     def _take(self, name: str, default: Any) -> Any:
-        # A null is as good as absent, as in transformers.
+        # A null counts as absent, as in transformers.
         self._read.add(name)
         value = self._values.get(name)
         return default if value is None else value

@@ -18,6 +18,7 @@ from qsparse_moe.interop.byte_tokenizer import is_byte_tokenizer
 from qsparse_moe.interop.families.recipe import Piece, Place, Recipe, Recipes
 from qsparse_moe.interop.families.registry import find_family, model_config
 from qsparse_moe.interop.families.settings import CONFIG_JSON, FamilySettings
+from qsparse_moe.interop.kept_plan import kept_plan, with_kept_plan
 from qsparse_moe.interop.safetensors_writer import Part, TensorSpec
 from qsparse_moe.interop.stored_tensors import StoredTensors
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -46,11 +47,14 @@ class HuggingFaceWeights:
         family = None if settings.model_type == MODEL_TYPE else find_family(settings)
         self.model: ModelConfig
         self.plan: SparsityPlan | None = None
-        """The plan in use of a model of this package; None: S is 0."""
+        """The plan in use, of a model of this package or of one that ``drop_in.sparsify`` made sparse; None: S is 0."""
         if family is None:
             self.model, self.plan = read_own(settings)
         else:
+            entry = kept_plan(settings)
             self.model = model_config(family, settings)
+            if entry is not None:
+                self.model, self.plan = with_kept_plan(self.model, entry, settings)
         self._stored = StoredTensors(path)
         self.step = self._stored.step
         """Number of steps that the model was trained, if ``qsparse-moe export`` wrote the folder, and else 0."""

@@ -29,7 +29,7 @@ pytest.importorskip("transformers")
 
 def commands() -> list[list[str]]:
     found = re.findall(r"^```bash\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
-    return [shlex.split(line) for block in found for line in block.splitlines()]
+    return [shlex.split(line) for block in found for line in block.replace("\\\n", "").splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -96,7 +96,7 @@ def test_metadata_is_complete(wheel: Path) -> None:
     assert "Typing :: Typed" in (metadata.get_all("Classifier") or [])
     requirements = metadata.get_all("Requires-Dist") or []
     assert any(requirement.startswith("torch>=") for requirement in requirements)
-    assert set(metadata.get_all("Provides-Extra") or []) == {"hf", "ablation", "gpu", "docs", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"hf", "ablation", "eval", "gpu", "docs", "dev"}
     assert "# qsparse_moe" in metadata.get_payload()
     (entry_points,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
     assert "qsparse-moe = qsparse_moe.__main__:main" in archive.read(entry_points).decode("utf-8")

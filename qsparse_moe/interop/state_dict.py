@@ -29,12 +29,13 @@ def export_run(
 ) -> Export:
     """Write the weights of a run's newest checkpoint, of any number of ranks and ZeRO stage, to the folder ``output``.
 
-    It has another name until it is complete. At most its largest tensor is held in memory.
+    The folder has another name until it is complete. At most its largest tensor is held in memory. ``export_model``
+    also reads single checkpoints and exports, writes other formats, and by default keeps the stored dtype.
 
     Args:
         run_dir: a run folder.
         output: folder to create; with ``force``, an earlier export is replaced.
-        dtype: type of the parameters; buffers keep their own.
+        dtype: type of the parameters, fp32 by default; buffers keep their own.
         force: see ``output``.
         part_bytes: maximum size of a file, unless a single tensor is larger.
 

@@ -38,7 +38,7 @@ def _expert_groups(config: ModelConfig) -> Iterator[Problem]:
             f"{_CHOSEN} ({chosen}) gives a token the choice of {chosen * (experts // groups)} of model.moe.num_experts "
             f"({experts}) experts in {_GROUPS} ({groups}), fewer than model.moe.experts_per_token "
             f"({moe.experts_per_token}); {needed} groups contain enough",
-            (_CHOSEN, _GROUPS, "model.moe.experts_per_token"),
+            (_CHOSEN, _GROUPS, "model.moe.num_experts", "model.moe.experts_per_token"),
         )
     yield from _group_score(config)
 

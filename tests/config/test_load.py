@@ -48,6 +48,18 @@ def test_missing_file_names_the_nearest(tmp_path):
         load_config(tmp_path / "nowhere" / "x.yaml")
 
 
+def test_three_files_are_proposed_where_no_name_is_similar(tmp_path):
+    (tmp_path / "configs").mkdir()
+    for name in ("dddd.yaml", "bbbb.yaml", ".aaaa.yaml", "cccc.yaml", "configs/aaaa.yaml", "eeee.yml"):
+        (tmp_path / name).touch()
+    expected = ", ".join(str(tmp_path / name) for name in ("bbbb.yaml", "cccc.yaml", "dddd.yaml"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "0123456789")
+    assert str(caught.value) == f"{tmp_path / '0123456789'} does not exist; name a YAML file, such as {expected}"
+    with pytest.raises(ConfigError, match=r"such as \S*/configs/aaaa\.yaml$"):
+        load_config(tmp_path / "aaaa.yaml")
+
+
 def test_folder_is_refused(tmp_path):
     (tmp_path / "tiny.yaml").touch()
     with pytest.raises(ConfigError, match=r"is a folder; name a YAML file, such as \S*/tiny\.yaml$"):
@@ -131,6 +143,16 @@ def test_a_rule_about_a_broken_setting_is_not_checked_with_its_default(error_of)
     assert "\n" not in message
     # Nor by the default of a setting whose name is misspelt.
     assert "\n" not in error_of("training: {step: 500, warmup_steps: 400}")
+
+
+def test_a_rule_about_another_setting_is_checked_beside_a_broken_one(error_of):
+    text = "model: {moe: {router: x, router_input: sparse}, sparsity: {overrides: [{sparsity: 0.5, experts: 0}]}}"
+    # The name of the one begins with that of the other, which does not contain it.
+    starts = [line.split()[0] for line in error_of(text).splitlines()[1:]]
+    assert starts == ["model.moe.router", "model.moe.router_input"]
+    lines = error_of("data: {sources: [{kind: text}, {max_bytes: 0}]}\nmodel: {vocab_size: 3}").splitlines()
+    # Without its broken item, the list would be another one.
+    assert [line.split()[0] for line in lines[1:]] == ["data.sources.1.max_bytes", "model.vocab_size"]
 
 
 def test_config_is_frozen_all_the_way_down(load):

@@ -173,3 +173,23 @@ def test_mapping_replaces_a_wrong_value(load):
 def test_an_override_below_a_wrong_value_leaves_the_message_to_the_file(error_of):
     message = error_of("training: fast\n", "training.steps=3")
     assert message == 'training ("fast") must be a section (settings by name)'
+
+
+def test_a_mapping_is_merged_at_every_depth(load):
+    text = "training: {seed: 5, deepspeed: {zero_stage: 2, reduce_bucket_size: 5}}\n"
+    config = load(text, "training={steps: 9, deepspeed: {zero_stage: 3}}")
+    assert (config.training.steps, config.training.seed) == (9, 5)
+    assert (config.training.deepspeed.zero_stage, config.training.deepspeed.reduce_bucket_size) == (3, 5)
+
+
+@pytest.mark.parametrize(
+    ("index", "shown"), [("999999999", "999999999"), ("9999999999", "999999999..."), ("2", "2"), ("0001", None)]
+)
+def test_an_index_is_named_up_to_nine_digits(load, error_of, index, shown):
+    text = "data: {sources: [{max_bytes: 1}, {max_bytes: 2}]}\n"
+    if shown is None:
+        assert load(text, f"data.sources.{index}.max_bytes=7").data.sources[1].max_bytes == 7
+        return
+    assert error_of(text, f"data.sources.{index}.max_bytes=7") == (
+        f"data.sources.{shown} does not exist: the last item is 1; write the whole list as data.sources=[...]"
+    )

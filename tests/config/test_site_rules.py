@@ -232,3 +232,68 @@ def test_a_selector_gives_its_indices_in_its_own_order(selector, chosen):
 def test_an_index_outside_is_found_wherever_it_stands_in_a_list(selector, wrong):
     with pytest.raises(ValueError, match=f"^names {wrong}; the valid indices are 0-3$"):
         select(selector, 4)
+
+
+@pytest.mark.parametrize(
+    ("selector", "message"),
+    [
+        ([-1, 2, 9], "names 9; the valid indices are 0-3"),
+        ("-1", 'is neither an index such as 2 nor a range such as "0-3"'),
+        ("1-", 'is neither an index such as 2 nor a range such as "0-3"'),
+        ("", 'is neither an index such as 2 nor a range such as "0-3"'),
+        ("4", "names 4; the valid indices are 0-3"),
+        ("2-1", "names nothing; the valid indices are 0-3"),
+        ([], "names nothing; the valid indices are 0-3"),
+    ],
+)
+def test_what_is_wrong_with_a_selector(selector, message):
+    with pytest.raises(ValueError) as caught:
+        select(selector, 4)
+    assert str(caught.value) == message
+
+
+def test_no_selector_names_all_and_a_range_of_one_index_one():
+    assert select(None, 3) == (0, 1, 2)
+    assert select("2-2", 4) == select("2", 4) == (2,)
+    assert select("0-3", 4) == (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sites"),
+    [
+        ([{"sparsity": 0.5, "experts": 0}], ("expert_input", "expert_hidden")),
+        ([{"sparsity": 0.5, "layers": 0}], ("attention_input", "attention_output", "expert_input", "expert_hidden")),
+        ([{"sparsity": 0.5}, {"sparsity": 0.0}], ()),
+        ([{"sparsity": 0.5, "site": "expert_input"}, {"sparsity": 0.0, "site": "expert_hidden"}], ("expert_input",)),
+        ([{"sparsity": 0.5, "site": "expert_input"}, {"sparsity": 0.0, "experts": 0}], ("expert_input",)),
+        ([{"sparsity": 0.0}, {"sparsity": 0.5, "layers": 3, "site": "attention_input"}], ("attention_input",)),
+    ],
+)
+def test_an_override_replaces_earlier_values_only_where_it_names_everything(overrides, sites):
+    assert sparse_sites(build({"model.sparsity.overrides": overrides}).model) == sites
+
+
+def test_every_wrong_part_of_every_override_is_reported_under_its_index():
+    overrides = [{"sparsity": 0.5}, {"sparsity": 0.5, "layers": 9, "experts": "0-8"}, {"sparsity": 0.5, "layers": "x"}]
+    starts = [message.split(" (")[0] for message in messages({"model.sparsity.overrides": overrides})]
+    path = "model.sparsity.overrides"
+    assert starts == [f"{path}.1.layers", f"{path}.1.experts", f"{path}.2.layers"]
+
+
+@pytest.mark.parametrize("site", [None, "expert_input", "expert_hidden"])
+def test_experts_may_be_named_at_both_of_their_sites_and_at_both_together(site):
+    assert messages(override(experts=[0, 7], site=site)) == []
+
+
+@pytest.mark.parametrize(
+    ("site", "dense", "why"),
+    [
+        ("shared_hidden", 4, "every layer is dense (model.moe.num_dense_layers is 4, model.moe.moe_layer_interval 1)"),
+        ("shared_hidden", 0, "model.moe.num_shared_experts is 0"),
+        ("dense_input", 0, "model.moe.num_dense_layers is 0 and model.moe.moe_layer_interval 1"),
+    ],
+)
+def test_the_reason_why_a_site_is_absent(site, dense, why):
+    settings = {f"model.sparsity.sites.{site}": 0.5, "model.moe.num_dense_layers": dense}
+    (message,) = messages(settings)
+    assert message.startswith(f"model.sparsity.sites.{site} (0.5) selects nothing: {why}; remove it, or choose from ")

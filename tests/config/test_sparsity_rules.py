@@ -161,3 +161,49 @@ def test_broken_rule_is_reported_and_its_way_out_works(broken, parts, change):
 
 def test_no_format_at_an_absent_site_is_accepted():
     assert messages({"model.sparsity.quantization.sites.shared_input": "none"}) == []
+
+
+def test_every_value_of_s_beside_a_plan_is_refused():
+    settings = {
+        "model.sparsity.plan": __file__,
+        "model.sparsity.preset": "dense",
+        "model.sparsity.default": 0.0,
+        "model.sparsity.sites.expert_input": 0.0,
+        "model.sparsity.sites.attention_output": 0.5,
+        "model.sparsity.overrides": [{"sparsity": 0.0, "layers": 1}, {"sparsity": 0.25}],
+    }
+    path = "model.sparsity"
+    assert [message.split(" must be unset")[0] for message in messages(settings)] == [
+        f'{path}.preset ("dense")',
+        f"{path}.default (0.0)",
+        f"{path}.sites.attention_output (0.5)",
+        f"{path}.sites.expert_input (0.0)",
+        f"{path}.overrides.0.sparsity (0.0)",
+        f"{path}.overrides.1.sparsity (0.25)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "group", "refused"),
+    [(0.5, 1, True), (0.49, 1, False), (0.9, 5, True), (0.89, 5, False), (0.75, 2, True), (0.875, 4, True)],
+)
+def test_half_a_feature_of_a_group_rounds_to_none(sparsity, group, refused):
+    block = {"model.sparsity.selection": "block", "model.sparsity.group_size": group, "model.hidden_size": 120}
+    found = messages(block | {"model.moe.expert_hidden_size": 60, "model.sparsity.default": sparsity})
+    assert len(found) == refused
+    assert all(f"use at most {1 - 1 / group:.6g}, or larger groups" in message for message in found)
+
+
+@pytest.mark.parametrize("selection", ["topk", "block", "statistical"])
+def test_a_selection_by_rank_or_statistics_may_have_a_ramp(selection):
+    ramp = {"model.sparsity.schedule.shape": "linear", "model.sparsity.schedule.ramp_steps": 10}
+    assert messages(ramp | {"model.sparsity.selection": selection, "model.sparsity.default": 0.5}) == []
+
+
+def test_every_changed_setting_of_an_unused_blend_is_reported_and_an_equal_start_and_end_need_no_ramp():
+    path = "model.sparsity.blend"
+    found = messages({f"{path}.start": 0.75, f"{path}.hold_steps": 3, f"{path}.ramp_steps": 4})
+    assert {message.split(" has no meaning")[0] for message in found} == {
+        f"{path}.start (0.75)", f"{path}.hold_steps (3)", f"{path}.ramp_steps (4)",
+    }  # fmt: skip
+    assert messages({"model.sparsity.gradient": "blend", f"{path}.start": 0.5, f"{path}.end": 0.5}) == []

@@ -40,7 +40,7 @@ def import_model(
     """Write the model of a Hugging Face folder as an export, which ``load_export`` reads.
 
     At most its largest tensor is held in memory. The model is dense, with S = 0, unless it is a model of this package
-    that transformers has saved. Its tokenizer is copied.
+    that transformers has saved, or was saved while ``sparsify`` had made it sparse. Its tokenizer is copied.
 
     Args:
         folder: the folder, with ``config.json`` and safetensors files, or the name of a model on the hub.

@@ -69,3 +69,51 @@ def test_the_load_of_a_step_adds_ranks_and_micro_batches_and_is_reset_after_the_
     load.reset()
     assert load.add(second).tolist() == [[105, 100]]
     assert len(calls) == 3, "one reduction a micro-batch"
+
+
+# Three groups of two tokens, two experts per token of three; probabilities that differ everywhere.
+PROBS = torch.tensor([[1, 3, 4], [6, 1, 1], [2, 2, 4], [8, 0, 0], [5, 2, 1], [0, 7, 1]], dtype=torch.float64) / 8
+IDS = torch.tensor([[2, 1], [0, 2], [2, 0], [0, 1], [0, 1], [1, 2]])
+
+
+def test_terms_by_hand_for_every_group():
+    terms = balance_terms(PROBS, IDS, 3)
+    assert terms.routed_GE.tolist() == [[1, 1, 2], [2, 1, 1], [1, 2, 1]]
+    assert (terms.probs_GE * 16).tolist() == [[7, 4, 5], [10, 2, 4], [5, 9, 2]]
+    whole = balance_terms(PROBS, IDS, 1)
+    assert whole.routed_GE.tolist() == [[4, 4, 4]]
+    torch.testing.assert_close(whole.probs_GE * 48, torch.tensor([[22.0, 15, 11]], dtype=torch.float64))
+
+
+def test_only_counted_tokens_count_and_a_group_without_one_is_left_out():
+    counted = torch.tensor([False, True, False, False, True, True])
+    terms = balance_terms(PROBS, IDS, 3, counted)
+    assert terms.routed_GE.tolist() == [[1, 0, 1], [1, 2, 1]]
+    assert (terms.probs_GE * 16).tolist() == [[12, 2, 2], [5, 9, 2]]
+    whole = balance_terms(PROBS, IDS, 1, counted)
+    assert whole.routed_GE.tolist() == [[2, 2, 2]]
+    torch.testing.assert_close(whole.probs_GE * 24, torch.tensor([[11.0, 10, 3]], dtype=torch.float64))
+
+
+def test_all_tokens_counted_is_the_same_as_none_named():
+    for groups in (1, 2, 3):
+        named, plain = (
+            balance_terms(PROBS, IDS, groups, torch.ones(6, dtype=torch.bool)),
+            balance_terms(PROBS, IDS, groups),
+        )
+        assert torch.equal(named.routed_GE, plain.routed_GE)
+        torch.testing.assert_close(named.probs_GE, plain.probs_GE)
+
+
+def test_the_balance_loss_by_hand():
+    terms = BalanceTerms(torch.tensor([[1.0, 1, 2], [0, 4, 0]]), torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
+    # 3 * (1/4 * 1/2 + 1/4 * 1/4 + 2/4 * 1/4) and 3 * 1/2.
+    assert load_balance_loss(terms).item() == pytest.approx((3 * 5 / 16 + 3 / 2) / 2)
+
+
+def test_the_z_loss_of_counted_tokens_is_their_mean_and_0_without_one():
+    logits = torch.tensor([[0.0, 0.0], [3.0, 3.0], [100.0, -100.0]]) - torch.tensor(2.0).log()
+    # The logsumexp of the first two is 0 and 3, that of the third 100 - log 2.
+    assert router_z_loss(logits, torch.tensor([True, True, False])).item() == pytest.approx(4.5)
+    assert router_z_loss(logits, torch.tensor([False, True, False])).item() == pytest.approx(9.0)
+    assert router_z_loss(logits, torch.tensor([False, False, False])).item() == 0.0

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qsparse_moe.config.schema import MoEConfig
-from qsparse_moe.moe.router import Router, bias_update_rate, router_stats
+from qsparse_moe.moe.router import Router, Routing, bias_update_rate, chosen_groups, round_robin, router_stats
+from qsparse_moe.sparsity.log_counts import PROBABILITIES
 
 E, A, D, T = 8, 3, 8, 10
 KINDS = ("softmax_topk", "softmax_topk_renormalized", "topk_softmax", "sigmoid_topk", "sigmoid_topk_renormalized")
@@ -211,3 +212,35 @@ def test_sums_are_over_tokens_and_of_probabilities_for_every_kind(kind):
     assert stats["choice_entropy"].item() == pytest.approx(entropy.item(), rel=1e-5)
     assert 0 < stats["choice_entropy"] / T < math.log(E)
     assert stats["first_weight"].item() == pytest.approx(routing.weights_TA.max(-1).values.sum().item(), rel=1e-6)
+
+
+def test_sums_by_hand():
+    probs = torch.tensor([[0.5, 0.25, 0.25, 0.0], [0.0, 0.0, 1.0, 0.0]])
+    stats = router_stats(Routing(torch.tensor([[3.0, 1.0], [0.5, 2.0]]), torch.zeros(2, 2), probs, probs))
+    assert stats["probability_E"].tolist() == [0.5, 0.25, 1.25, 0.0]
+    assert (stats["tokens"].item(), stats["first_weight"].item()) == (2, 3.5)
+    assert stats["choice_entropy"].item() == pytest.approx(1.5 * math.log(2), rel=1e-6)
+    counts = stats["probability_counts_H"]
+    at_quarter, at_half = (PROBABILITIES.edges.index(exponent) for exponent in (-2.0, -1.0))
+    found = {index: counts[index].item() for index in counts.nonzero().flatten().tolist()}
+    # Four zeros in the first bin, and 1 in the last one.
+    assert found == {0: 4, at_quarter: 2, at_half: 1, len(counts) - 1: 1}
+
+
+@pytest.mark.parametrize(
+    ("score", "number", "groups"),
+    # The groups have the largest values 9, 6, 7 and the sums of two 10, 12, 11.
+    [("max", 1, [0]), ("max", 2, [0, 2]), ("top2_sum", 1, [1]), ("top2_sum", 2, [1, 2]), ("max", 3, [0, 1, 2])],
+)
+def test_groups_by_their_best_or_by_their_two_best(score, number, groups):
+    values = torch.tensor([[1.0, 9.0, 0.0, 6.0, 5.0, 6.0, 4.0, 3.0, 7.0]])
+    allowed = chosen_groups(values, 3, number, score)
+    assert allowed.tolist() == [[expert // 3 in groups for expert in range(9)]]
+    # Every token has groups of its own.
+    both = chosen_groups(torch.cat((values.roll(3, dims=-1), values)), 3, number, score)
+    assert torch.equal(both, torch.cat((allowed.roll(3, dims=-1), allowed)))
+
+
+def test_forced_choices_go_on_where_the_last_token_ended():
+    found = round_robin(4, 3, 5, device=torch.device("cpu"))
+    assert found.tolist() == [[0, 1, 2], [3, 4, 0], [1, 2, 3], [4, 0, 1]]

@@ -2,7 +2,7 @@
 
 import torch
 
-from qsparse_moe.sparsity.log_counts import MAGNITUDES, LogBins, log_counts
+from qsparse_moe.sparsity.log_counts import MAGNITUDES, PROBABILITIES, LogBins, log_counts
 
 BINS = LogBins(-2, 1, 2)
 
@@ -24,3 +24,8 @@ def test_parts_add_up_to_the_whole_in_every_dtype():
         parts = sum(log_counts(part, MAGNITUDES) for part in values.split(77))
         whole = log_counts(values, MAGNITUDES)
         assert torch.equal(parts, whole) and whole.sum() == 1000
+
+
+def test_the_published_bins_are_eighths_of_an_octave():
+    for bins, low, high, number in ((PROBABILITIES, -20, 0, 160), (MAGNITUDES, -24, 8, 256)):
+        assert (bins.number, bins.edges[0], bins.edges[1], bins.edges[-1]) == (number, low, low + 0.125, high)

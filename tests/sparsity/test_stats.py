@@ -87,10 +87,30 @@ def test_energy_of_many_rows_is_summed_in_fp64():
     assert stats["energy_E"].item() == pytest.approx(4e8 + 8e-4, rel=1e-14, abs=1e-9)
 
 
-def test_stacked_layers_have_a_suffix_in_their_name():
-    one = {"rows": torch.tensor(1.0), "load_E": torch.tensor([1.0, 2.0])}
-    stacked = stack_layers([one, {"rows": torch.tensor(2.0)}, one])
-    assert {name: tuple(value.shape) for name, value in stacked.items()} == {"rows_L": (3,), "load_LE": (2, 2)}
+def test_stacked_layers_have_a_suffix_in_their_name_and_the_order_of_the_layers():
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 5.0])
+    stacked = stack_layers(
+        [
+            {"rows": torch.tensor(1.0), "load_E": one},
+            {"rows": torch.tensor(7.0)},
+            {"rows": torch.tensor(4.0), "load_E": other, "site/used_ED": torch.tensor([[True, False]])},
+        ]
+    )
+    assert {name: value.tolist() for name, value in stacked.items()} == {
+        "rows_L": [1.0, 7.0, 4.0],
+        "load_LE": [[1.0, 2.0], [3.0, 5.0]],
+        "site/used_LED": [[[True, False]]],
+    }
+
+
+def test_sums_are_added_flags_combined_and_names_of_one_side_kept():
+    left = {"rows_E": torch.tensor([1.0, 2.0]), "used_ED": torch.tensor([[True, False, True, False]])}
+    right = {"rows_E": torch.tensor([4.0, 8.0]), "used_ED": torch.tensor([[True, True, False, False]])}
+    total = add_stats(left | {"left": torch.tensor(1.0)}, right | {"right": torch.tensor(2.0)})
+    assert {name: value.tolist() for name, value in total.items()} == {
+        "rows_E": [5.0, 10.0], "used_ED": [[True, True, True, False]], "left": 1.0, "right": 2.0,
+    }  # fmt: skip
+    assert left["rows_E"].tolist() == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

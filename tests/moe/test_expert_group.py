@@ -1,0 +1,44 @@
+"""The shard of a rank among those that share the experts: which experts, and the global shape. Nothing is started."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qsparse_moe.moe.expert_group import (
+    ALONE,
+    ExpertGroup,
+    all_gather_shards,
+    expert_group,
+    global_shape,
+    local_shard,
+    shard_over,
+)
+
+
+@pytest.mark.parametrize(("rank", "experts"), [(0, [0, 1]), (1, [2, 3]), (2, [4, 5])])
+def test_a_rank_holds_consecutive_experts_of_the_first_dim(rank, experts):
+    group = ExpertGroup(rank=rank, size=3)
+    parameter = nn.Parameter(torch.zeros(2, 4, 5))
+    shard_over(parameter, group)
+    assert expert_group(parameter) is group and group.num_local(6) == 2
+    assert global_shape(parameter) == (6, 4, 5)
+    # Under ZeRO-3 the parameter itself is empty.
+    assert global_shape(parameter, torch.Size((7, 2))) == (21, 2)
+    whole = torch.arange(6.0)[:, None, None].expand(6, 4, 5)
+    assert local_shard(parameter, whole)[:, 0, 0].tolist() == experts
+
+
+def test_a_rank_alone_holds_everything():
+    parameter = nn.Parameter(torch.zeros(6, 4))
+    shard_over(parameter, ExpertGroup(rank=0, size=1))
+    assert expert_group(parameter) is ALONE and not hasattr(parameter, "expert_group")
+    whole = torch.rand(6, 4)
+    assert global_shape(parameter) == (6, 4) and local_shard(parameter, whole) is whole
+    assert all_gather_shards(parameter, whole) is whole and ALONE.num_local(6) == 6
+
+
+def test_experts_that_do_not_divide_are_an_internal_error():
+    with pytest.raises(AssertionError, match="7 experts do not divide over 3 ranks"):
+        ExpertGroup(rank=0, size=3).num_local(7)

@@ -1,0 +1,147 @@
+"""The two selectors by themselves: K or a threshold per expert in no order, when a site fuses, and pairs of tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qsparse_moe.config.schema import SparsityConfig
+from qsparse_moe.kernels.topk_select.op import select_rows_torch
+from qsparse_moe.nn.hooks import site_hooks
+from qsparse_moe.nn.selectors import Selection
+from qsparse_moe.nn.sparse_site import SparseSite
+
+D = 20
+
+
+def make(values, thresholds=None, **settings):
+    config = SparsityConfig.model_validate({"group_size": 5} | settings)
+    site = SparseSite("expert_hidden", D, config, select_rows_torch, num_experts=len(values))
+    site.set_sparsity(values, thresholds)
+    return site
+
+
+@pytest.mark.parametrize(
+    ("values", "counts", "uniform", "largest", "selects_all"),
+    [
+        ([0.5, 0.25, 0.9, 0.6], [10, 15, 2, 8], None, 15, False),
+        ([0.6, 0.5, 0.6], [8, 10, 8], None, 10, False),
+        ([0.0, 0.5, 0.0], [20, 10, 20], None, 20, False),
+        ([0.0, 0.0], [20, 20], 20, 20, True),
+        ([0.5, 0.5], [10, 10], 10, 10, False),
+        ([0.99], [1], 1, 1, False),
+        # Two values of S that round to one K.
+        ([0.5, 0.51], [10, 10], 10, 10, False),
+    ],
+)
+def test_k_of_every_expert_and_of_all_of_them(values, counts, uniform, largest, selects_all):
+    ranking = make(values).ranking
+    assert ranking.num_selected_E.tolist() == counts
+    assert (ranking.uniform_num_selected, ranking.largest_num_selected) == (uniform, largest)
+    assert (ranking.is_uniform, ranking.selects_all) == (uniform is not None, selects_all)
+    ids = torch.tensor([len(values) - 1, 0, len(values) - 1])
+    found = ranking.num_selected_of_rows(ids)
+    assert found == uniform if uniform else found.tolist() == [counts[-1], counts[0], counts[-1]]
+    if uniform is None:
+        with pytest.raises(AssertionError, match="the expert of every row is required"):
+            ranking.num_selected_of_rows(None)
+
+
+@pytest.mark.parametrize(("selection", "group"), [("topk", None), ("block", 5), ("threshold", None)])
+def test_only_block_selection_has_groups(selection, group):
+    assert make([0.5], [1.0], selection=selection).ranking.group_size == group
+
+
+@pytest.mark.parametrize(
+    ("values", "thresholds", "uniform", "selects_all"),
+    [
+        ([0.5, 0.0, 0.5], [2.0, 0.0, 2.0], False, False),
+        ([0.0, 0.5, 0.0], [2.0, 1.0, 2.0], False, False),
+        ([0.5, 0.25, 0.5], [2.0, 1.0, 2.0], False, False),
+        ([0.0, 0.0], [2.0, 1.0], True, True),
+        ([0.5, 0.25], [1.0, 1.0], True, False),
+    ],
+)
+def test_the_threshold_of_every_expert_and_of_all_of_them(values, thresholds, uniform, selects_all):
+    comparison = make(values, thresholds, selection="threshold").comparison
+    assert (comparison.is_uniform, comparison.selects_all) == (uniform, selects_all)
+    want = [threshold if value else -math.inf for value, threshold in zip(values, thresholds, strict=True)]
+    assert comparison.threshold_bits_E.view(torch.float32).tolist() == want
+    x = torch.full((2, D), 1.5)
+    ids = torch.tensor([len(values) - 1, 1])
+    mask = comparison.select(x, ids, ste_share=1.0).chosen
+    # Of equal features below the threshold, the first is selected.
+    assert mask.sum(-1).tolist() == [D if want[expert] < 1.5 else 1 for expert in ids]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "count"),
+    [
+        (7, 7),
+        (torch.tensor([3, 1]), [3, 1]),
+        (torch.tensor([[True, False, True], [False, False, True]]), [2, 1]),
+        (torch.tensor([[[True, True]], [[False, True]]]), [[2], [1]]),
+    ],
+)
+def test_the_number_of_selected_features_is_k_or_counted_in_the_mask(chosen, count):
+    found = Selection(torch.zeros(2, 3), chosen).num_selected
+    assert found == count if isinstance(found, int) else found.tolist() == count
+
+
+FUSED = {"selection": "topk", "rescale": "unit"}
+
+
+@pytest.mark.parametrize(
+    ("values", "changes", "fused"),
+    [
+        ([0.5], {}, True),
+        ([0.5], {"rescale": "none"}, True),
+        ([0.5], {"rescale": "preserve"}, False),
+        ([0.5], {"selection": "block"}, False),
+        ([0.5], {"selection": "statistical"}, False),
+        ([0.5], {"debug": True}, False),
+        ([0.5], {"quantization": {"activations": "int8"}}, False),
+        ([0.5], {"gradient": "masked"}, True),
+        ([0.5], {"gradient": "blend", "blend": {"start": 0.5, "end": 0.5}}, False),
+        ([0.0], {}, False),
+        ([0.0, 0.5], {}, True),
+        ([0.5, 0.0], {}, True),
+    ],
+)
+def test_every_setting_by_itself_that_keeps_a_site_from_being_fused(values, changes, fused):
+    site = make(values, **(FUSED | changes))
+    assert site.can_fuse is fused
+    with site_hooks({site: lambda x, ids, sparse: sparse}):
+        assert not site.can_fuse and not site.is_uniform
+    assert site.can_fuse is fused and site.is_uniform is (len(set(values)) == 1)
+
+
+def test_hooks_are_removed_after_an_error_and_no_site_has_two():
+    sites = [make([0.5]), make([0.5])]
+    with pytest.raises(KeyError), site_hooks({site: lambda x, ids, sparse: sparse for site in sites}, ranks=True):
+        assert [site.hook.ranks for site in sites] == [True, True]
+        raise KeyError
+    assert [site.hook for site in sites] == [None, None]
+    for own in sites:
+        both = {site: lambda x, ids, sparse: sparse for site in sites}
+        with site_hooks({own: lambda x, ids, sparse: sparse}):
+            assert not own.hook.ranks
+            with pytest.raises(AssertionError, match="a site has a hook already"), site_hooks(both):
+                pass
+            assert own.hook is not None
+
+
+def test_pairs_are_of_neighbours_within_a_sequence_and_unknown_without_sequences():
+    site = make([0.0])
+    x = torch.ones(2, 3, D)
+    x[0, 1, :4], x[1, 2, :] = 0, 0
+    # Two sequences of three tokens: the last token of each has no next one.
+    _, stats = site(x, with_stats=True)
+    assert stats["pairs_nonzero_E"].tolist() == [D + (D - 4) + D + D]
+    assert stats["pairs_common_E"].tolist() == [(D - 4) + (D - 4) + D + 0]
+    _, flat = site(x.flatten(0, 1), with_stats=True)
+    assert (flat["pairs_nonzero_E"].item(), flat["pairs_common_E"].item(), flat["rows_E"].item()) == (0, 0, 6)
+    _, one = site(x[:, :1], with_stats=True)
+    assert (one["pairs_nonzero_E"].item(), one["rows_E"].item()) == (0, 2)

@@ -215,8 +215,8 @@ def test_a_file_of_prompts_must_be_text_and_have_a_line(tmp_path):
     file.write_text("")
     with pytest.raises(ConfigError, match=r"prompts\) is empty; it must have one prompt per line"):
         read_prompts([], file)
-    file.write_text("one\n\n two\n")
-    assert read_prompts([], file) == ["one", "", " two"]
+    file.write_text("one\n\n two\f2\u2028\n\n")
+    assert read_prompts([], file) == ["one", "", " two\f2\u2028", ""]
 
 
 def test_texts_of_a_batch_are_written_in_turn_and_the_first_is_streamed():

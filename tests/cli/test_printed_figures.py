@@ -52,6 +52,9 @@ def test_the_statistics_of_a_generation_are_rates_of_each_part(capsys, monkeypat
         # 12,345 bytes at 1e5 per second, in steps of 0.4 s.
         "share of the limit 0.31 of a read bandwidth of 0.0 GB/s",
     ]
+    statistics.reused_tokens = 10
+    report_speed(stream, SimpleNamespace(with_stats=True))
+    assert " ".join(capsys.readouterr().err.split("\n")[2].split()) == "prefill 2 tokens in 0.500 s, 4.0 tokens/s"
     stream.engine.name = "triton"
     report_speed(stream, SimpleNamespace(with_stats=True))
     assert "limit" not in capsys.readouterr().err

@@ -128,6 +128,15 @@ def test_every_token_but_the_first_is_a_target_with_loss_all(folder):
     assert batch.targets_BS.tolist() == [[A, BOT, B, EOS, I, A, BOT, B, EOS]]
 
 
+@pytest.mark.parametrize(("loss", "counted"), [("answers", "c db"), ("all", "ea bc dab")])
+def test_the_text_that_counts_is_that_of_the_answers_or_of_all_messages(folder, loss, counted):
+    text, _ = messages_json(TWO_ANSWERS, "messages", "here")
+    made = make_chat(folder(PLAIN), loss=loss)
+    conversation, problem = made.read(text, "here")
+    assert (conversation.counted, str(conversation), problem) == (counted, text, "")
+    assert (made.describe()["loss"], made.describe()["too_long"]) == (loss, "cut")
+
+
 def test_white_space_behind_the_end_of_a_turn_is_no_part_of_an_answer_unless_it_is_the_end(folder):
     template = load_chat_template(load_tokenizer(str(folder(PLAIN))))
     text, answers = template.render(chat("u:a", "a:b", "u:c", "a:d"))

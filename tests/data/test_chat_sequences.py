@@ -51,6 +51,30 @@ def test_conversations_go_where_they_leave_the_least_room_and_are_never_cut():
     assert not len(packer.finish().tokens)
 
 
+def test_a_conversation_behind_which_nothing_fits_is_closed_at_once():
+    packer = Packer(9)
+    # One place is left behind 9 tokens, and a conversation has at least two; behind 8 there are two.
+    found = packer.add([conversation(8, 11), conversation(9, 21), conversation(10, 31)])
+    assert token_ids(found.tokens).tolist() == [[*range(21, 30), 0], [*range(31, 41)]]
+    assert token_ids(packer.finish().tokens).tolist() == [[*range(11, 19), 0, 0]]
+
+
+def test_of_open_sequences_with_the_same_room_the_first_is_filled():
+    packer = Packer(9)
+    packer.add([conversation(6, 11), conversation(6, 21), conversation(5, 31)])
+    found = packer.add([conversation(4, 41)])
+    assert token_ids(found.tokens).tolist() == [[*range(11, 17), *range(41, 45)]]
+
+
+def test_text_and_conversations_of_one_call_are_packed_apart_and_the_text_comes_first():
+    packer = Packer(3)
+    text = Document(np.arange(50, 58, dtype=np.int32), np.array([0, 1, 2, 3, 4, 5, 6, 7], np.int32))
+    found = packer.add([conversation(4, 1), text, conversation(3, 11)])
+    assert token_ids(found.tokens).tolist() == [[50, 51, 52, 53], [53, 54, 55, 56], [1, 2, 3, 4], [11, 12, 13, 0]]
+    assert found.num_bytes.tolist() == [1 + 2 + 3, 4 + 5 + 6, 2, 2]
+    assert packer.state_dict() == {"tokens": [56, 57], "num_bytes": [6, 7]}
+
+
 def test_padding_is_a_document_of_its_own_without_a_target():
     from qsparse_moe.data.batch import make_batch
 

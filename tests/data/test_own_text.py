@@ -17,9 +17,10 @@ from tests.data.corpus import write_jsonl
 MakeConfig = Callable[..., DataConfig]
 
 
-def own_text(data_config: MakeConfig, tmp_path: Path, *texts: str) -> OwnText:
+def own_text(data_config: MakeConfig, tmp_path: Path, *texts: str, **settings: bool) -> OwnText:
     file = write_jsonl(tmp_path / "own.jsonl", list(texts))
-    return OwnText([str(file)], data_config(SourceConfig(kind="stdlib"), sequence_length=4), ByteTokenizer())
+    config = data_config(SourceConfig(kind="stdlib"), sequence_length=4, **settings)
+    return OwnText([str(file)], config, ByteTokenizer())
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,19 @@ def test_a_document_without_text_has_no_token_and_its_neighbours_are_separate(
     assert (len(found), found.num_bytes) == (1, 3)
     with pytest.raises(DataError, match="no file holds text"):
         own_text(data_config, tmp_path, "")
+
+
+def test_documents_attend_to_each_other_as_those_of_the_run_do(data_config: MakeConfig, tmp_path: Path) -> None:
+    (apart,) = own_text(data_config, tmp_path, "a", "bcd", attend_across_documents=False).batches(8)
+    assert apart.documents_BS is not None and apart.documents_BS.tolist() == [[0, 0, 1, 1], [0, 0, 1, 2]]
+    assert apart.positions_BS.tolist() == [[0, 1, 0, 1], [0, 1, 0, 0]]
+    (together,) = own_text(data_config, tmp_path, "a", "bcd", attend_across_documents=True).batches(8)
+    assert together.documents_BS is None and together.positions_BS.tolist() == [[0, 1, 2, 3]] * 2
+
+
+def test_files_are_read_in_order_and_several_records_share_a_sequence(data_config: MakeConfig, tmp_path: Path) -> None:
+    files = [str(write_jsonl(tmp_path / f"{name}.jsonl", texts)) for name, texts in (("b", ["ab"]), ("a", ["cd", "e"]))]
+    found = OwnText(files, data_config(SourceConfig(kind="stdlib"), sequence_length=4), ByteTokenizer())
+    (batch,) = found.batches(2)
+    want = [[*map(ord, "ab"), 256, ord("c")], [ord("d"), 256, ord("e"), IGNORED_LABEL]]
+    assert batch.targets_BS.tolist() == want and (len(found), found.num_bytes) == (2, 5)

@@ -11,13 +11,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.tokenizer import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     byte_offsets,
     check_vocabulary,
     load_tokenizer,
+    meaningless_ids,
+    with_vocabulary,
 )
 from qsparse_moe.errors import ConfigError, DataError
 
@@ -129,6 +131,17 @@ def test_the_begin_token_serves_where_there_is_no_end_token(bpe_folder: Path, tm
     assert load_tokenizer(str(folder)).document_token == 0
 
 
+def test_tokenizer_config_has_the_last_word_and_the_end_token_comes_before_the_begin_token(
+    bpe_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
+    # Either file may write a token as an object.
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|begin|>", "bos_token": "<|end|>"}))
+    assert load_tokenizer(str(folder)).document_token == 1
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|end|>"}))
+    assert load_tokenizer(str(folder)).document_token == 0
+
+
 def test_a_tokenizer_without_either_token_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(bpe_folder, tmp_path / "copy"))
     (folder / "tokenizer_config.json").unlink()
@@ -209,7 +222,12 @@ def test_a_vocabulary_with_gaps_counts_to_its_largest_id(tmp_path: Path) -> None
     saved = json.loads((folder / "tokenizer.json").read_text())
     saved["model"]["vocab"]["far"] = 70
     (folder / "tokenizer.json").write_text(json.dumps(saved))
-    assert load_tokenizer(str(folder)).vocab_size == 71
+    tokenizer = load_tokenizer(str(folder))
+    assert (tokenizer.vocab_size, tokenizer.absent_ids) == (71, tuple(range(2, 70)))
+    # A model has rows for gaps and for the padding behind the last id, and neither is ever generated.
+    assert meaningless_ids(ModelConfig(vocab_size=72), tokenizer) == (*range(2, 70), 71)
+    assert meaningless_ids(ModelConfig(vocab_size=71), tokenizer) == tuple(range(2, 70))
+    assert meaningless_ids(ModelConfig(vocab_size=264), ByteTokenizer()) == tuple(range(257, 264))
 
 
 def test_a_model_with_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> None:
@@ -218,12 +236,24 @@ def test_a_model_with_a_vocabulary_smaller_than_the_tokenizers_is_refused() -> N
         check_vocabulary(ModelConfig(vocab_size=256), ByteTokenizer())
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, 264), (257, 257), (300, 300)])
+def test_the_vocabulary_is_the_one_that_is_set_or_the_multiple_of_8_that_the_tokenizer_needs(
+    given: int | None, used: int
+) -> None:
+    config = with_vocabulary(RunConfig(model=ModelConfig(vocab_size=given)))
+    assert (config.model.vocab_size, config.data.tokenizer) == (used, "bytes")
+    with pytest.raises(ConfigError, match=r"model\.vocab_size \(256\) must be at least"):
+        with_vocabulary(RunConfig(model=ModelConfig(vocab_size=256)))
+
+
 def test_byte_tokens_need_no_tokenizers_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     assert load_tokenizer("bytes").tokenize(["é"])[0].tokens.dtype == np.int32
 
 
-@pytest.mark.parametrize("name", ["tok_hff", "./tok", "x/y/z", "other.json", "sub/tok_h", "~/none"])
+@pytest.mark.parametrize(
+    "name", ["tok_hff", "./tok", "x/y/z", "other.json", "spm.model", "none/", "sub/tok_h", "sub/none", "~/none"]
+)
 def test_a_name_like_a_path_is_not_requested_from_the_hub(
     bpe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -257,6 +287,12 @@ def test_a_copy_of_a_tokenizer_is_the_same_one(bpe_folder: Path, tmp_path: Path)
     tokenizer.save(tmp_path / "run" / "tokenizer")
     tokenizer.save(tmp_path / "run" / "tokenizer")
     assert load_tokenizer(str(tmp_path / "run" / "tokenizer")).fingerprint == tokenizer.fingerprint
+    assert [file.name for file in tokenizer.files] == ["tokenizer.json", "tokenizer_config.json"]
+    tokenizer.save(tmp_path / "run" / "tokenizer", "{{ messages }}")
+    copied = load_tokenizer(str(tmp_path / "run" / "tokenizer"))
+    assert [file.name for file in copied.files] == [*(file.name for file in tokenizer.files), "chat_template.jinja"]
+    assert (tmp_path / "run" / "tokenizer" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["tokenizer"], "nothing is left beside it"
     ByteTokenizer().save(tmp_path / "bytes")
     assert not (tmp_path / "bytes").exists()
 

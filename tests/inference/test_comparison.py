@@ -289,6 +289,7 @@ def test_continuations_are_greedy_and_judged_by_the_reference(built):
         ({"num_layers": 3}, "model.num_layers is 3 and 2"),
         ({"vocab_size": 512}, "model.vocab_size is 512 and 264"),
         ({"moe": {"num_experts": 8}}, "model.moe.num_experts is 8 and 4"),
+        ({"moe": {"experts_per_token": 1}}, "model.moe.experts_per_token is 1 and 2"),
         ({"num_layers": 2, "moe": {"num_dense_layers": 1}}, r"the layers with experts is \[1\] and \[0, 1\]"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,9 +11,10 @@ import qsparse_moe
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.tokenizer import ByteTokenizer
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.inference import generator as generator_module
 from qsparse_moe.inference import memory
 from qsparse_moe.inference.engine import resolve_engine
-from qsparse_moe.inference.generator import Generator
+from qsparse_moe.inference.generator import Generator, Statistics
 from qsparse_moe.inference.memory import MemoryDtypes, check_memory, free_bytes
 from qsparse_moe.inference.sampling import Sampling
 from tests.inference.models import all_at_once, model, random_tokens
@@ -163,6 +166,41 @@ def test_statistics_count_tokens_and_time_of_their_phases():
     assert found.prefill_tokens_per_second == pytest.approx(12 / found.prefill_seconds)
 
 
+def test_the_time_of_a_phase_is_the_sum_over_its_steps_without_that_of_the_caller(monkeypatch):
+    made = scripted(monkeypatch, b"abc")
+    clock = iter([10.0, 13.0, 20.0, 24.0, 30.0, 35.0, 40.0])
+    monkeypatch.setattr(generator_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    stream = made.stream("x", max_tokens=3)
+    assert len(list(stream)) == 3 and list(clock) == []
+    found = stream.statistics
+    assert (found.prefill_seconds, found.decode_seconds) == (3.0, 4.0 + 5.0)
+    assert (found.prefill_tokens_per_second, found.decode_tokens_per_second) == (2 / 3, 2 / 9)
+    nothing = Statistics("torch", prompt_tokens=3, cache_bytes=0)
+    assert nothing.prefill_tokens_per_second == nothing.decode_tokens_per_second == 0.0
+
+
+def test_the_spelling_of_a_special_token_ends_a_sequence_at_that_token_and_not_where_it_is_spelled(monkeypatch):
+    made = scripted(monkeypatch, [*b"a<end>b", 9, *b"c"], b"dzz")
+    monkeypatch.setattr(made.tokenizer, "special_id", {"<end>": 9}.get, raising=False)
+    found = made.generate(["x", "y"], max_tokens=20, stop=["<end>", "zz"])
+    assert [(one.text, one.stop_reason) for one in found] == [("a<end>b", "stop_token"), ("d", "stop_string")]
+    assert [bytes(one.token_ids) for one in found] == [b"a<end>b", b"dzz"]
+
+
+@pytest.mark.parametrize(("dtype", "itemsize"), [(None, 4), (torch.bfloat16, 2)])
+def test_the_cache_has_the_dtype_of_the_engine_or_else_that_of_the_model(monkeypatch, dtype, itemsize):
+    asked = []
+    monkeypatch.setattr(generator_module, "check_memory", lambda config, **sizes: asked.append(sizes))
+    made = scripted(monkeypatch, b"ab")
+    made.engine.cache_dtype = dtype
+    stream = made.stream("x", max_tokens=2)
+    list(stream)
+    assert stream.statistics.cache_bytes == 2 * 2 * 1 * 4 * 64 * itemsize
+    fp32 = torch.float32
+    assert [one["dtypes"] for one in asked] == [MemoryDtypes(cache=dtype or fp32, activations=fp32, products=fp32)]
+    assert [(one["capacity"], one["has_cache"]) for one in asked] == [(4, False)]
+
+
 def test_a_prompt_longer_than_the_cache_is_refused_cut_or_slides():
     built = model()
     tokens = [256, *random_tokens(9).tolist()]
@@ -190,6 +228,7 @@ def test_generation_continues_beyond_the_cache():
         ([[1], []], {}, r"prompts\[1\] \(no token\) must have at least one token; begin with .*, 256"),
         ([[1, 260]], {}, r"prompts\[0\] has the token id 260, which this model's tokenizer does not have"),
         ([[-1]], {}, r"prompts\[0\] has the token id -1"),
+        ([[0, 256, 264]], {}, r"prompts\[0\] has the token id 264"),
         (["a", "b"], {"seed": [1]}, r"seed \(1 numbers\) must have one per prompt \(2\), or be one number"),
         ("a", {"max_tokens": 0}, r"max_tokens \(0\) must be at least 1"),
         ("a", {"stop": [""]}, r"stop \(\[''\]\) must hold strings of at least one character"),

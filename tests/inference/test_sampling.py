@@ -116,6 +116,11 @@ def test_the_cuts_come_in_the_documented_order():
     assert found.tolist() == pytest.approx([4 / 9, 3 / 9, 2 / 9, 0])
 
 
+def test_probabilities_of_logits_in_fp32_have_the_digits_of_float64():
+    found = probabilities(torch.tensor([[0.0, 1.0]]), Sampling(temperature=0.5))
+    assert found[0].tolist() == pytest.approx([1 / (1 + math.exp(2)), math.exp(2) / (1 + math.exp(2))], rel=1e-14)
+
+
 def test_a_draw_is_where_the_sum_of_probabilities_passes_the_number():
     probs = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]], dtype=torch.float64)
     for uniform, token in [(0.0, 0), (0.2499, 0), (0.25, 2), (0.7499, 2), (0.75, 3), (1 - 2**-53, 3)]:
@@ -176,14 +181,31 @@ def test_a_sequence_draws_the_same_alone_and_in_any_batch(penalty):
         ({"temperature": float("nan")}, r"temperature \(nan\) must be 0"),
         ({"top_k": -1, "temperature": 1.0}, r"top_k \(-1\) must be at least 0; 0 draws from all"),
         ({"top_p": 0.0, "temperature": 1.0}, r"top_p \(0.0\) must lie in \(0, 1\]; 1 draws from all"),
+        ({"top_p": 1.25, "temperature": 1.0}, r"top_p \(1.25\) must lie in \(0, 1\]"),
         ({"min_p": 1.5, "temperature": 1.0}, r"min_p \(1.5\) must lie in \[0, 1\]; 0 draws from all"),
+        ({"min_p": -0.5, "temperature": 1.0}, r"min_p \(-0.5\) must lie in \[0, 1\]"),
         ({"repetition_penalty": 0.0}, r"repetition_penalty \(0.0\) must be positive; 1 is no penalty"),
+        ({"repetition_penalty": INF}, r"repetition_penalty \(inf\) must be positive"),
+        ({"top_p": 0.9}, "^{?top_p}? must be left out at {?temperature}? 0"),
         ({"top_k": 5, "min_p": 0.1}, "top_k and min_p must be left out at temperature 0.*set a temperature above 0"),
     ],
 )
 def test_settings_outside_of_their_range_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         Sampling(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 1e-9, "top_k": 1},
+        {"temperature": 1.0, "top_p": 1e-9, "min_p": 0.0},
+        {"temperature": 1.0, "top_p": 1.0, "min_p": 1.0},
+        {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 0.5},
+    ],
+)
+def test_settings_at_the_ends_of_their_range_are_accepted(settings):
+    assert all(getattr(Sampling(**settings), name) == value for name, value in settings.items())
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -194,6 +216,8 @@ def test_logits_that_are_not_finite_end_generation_with_one_message(temperature,
         sampler(torch.tensor([[1.0, 2.0, -INF], [1.0, broken, 0.0]]))
 
 
-def test_a_seed_beyond_the_generators_range_is_refused():
-    with pytest.raises(ConfigError, match=r"seed \(9223372036854775808\) must lie from 0 to 2\^63 - 1"):
-        Sampler(Sampling(temperature=1.0), [2**63 - 1, 2**63], [[1], [1]])
+@pytest.mark.parametrize(("seeds", "named"), [([2**63 - 1, 2**63], 2**63), ([0, -1], -1)])
+def test_a_seed_outside_the_generators_range_is_refused(seeds, named):
+    Sampler(Sampling(temperature=1.0), seeds[:1], [[1]])
+    with pytest.raises(ConfigError, match=rf"seed \({named}\) must lie from 0 to 2\^63 - 1"):
+        Sampler(Sampling(temperature=1.0), seeds, [[1], [1]])

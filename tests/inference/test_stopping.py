@@ -35,12 +35,13 @@ def test_a_character_that_begins_in_the_prompt_is_shown_whole():
     assert pieces([ord("x"), first], [*rest, ord("!")]) == ["", "€", "!", ""]
 
 
+@pytest.mark.parametrize("before", ["", "x", "words of a prompt"])
 @pytest.mark.parametrize("text", ["é", "€", "😀"])
-def test_a_character_of_any_length_may_begin_anywhere_in_the_prompt(text):
+def test_a_character_of_any_length_may_begin_anywhere_in_the_prompt(text, before):
     ids = BYTES.encode(text)
     for begun in range(1, len(ids)):
         waiting = [""] * (len(ids) - begun - 1)
-        assert pieces([ord("x"), *ids[:begun]], [*ids[begun:], ord("!")]) == [*waiting, text, "!", ""]
+        assert pieces([*before.encode(), *ids[:begun]], [*ids[begun:], ord("!")]) == [*waiting, text, "!", ""]
 
 
 def test_a_prompt_of_bytes_that_are_no_text_is_not_shown_again():
@@ -99,6 +100,12 @@ def test_a_stop_string_that_begins_inside_another_one_is_not_missed():
 
 def test_the_first_of_several_stop_strings_counts():
     assert stopped(["three", "two"], ["one two three"]) == (["one "], True, "")
+    assert stopped(["one", "two"], ["one two three"]) == ([""], True, ""), "also at the very beginning"
+
+
+def test_text_is_held_back_for_the_stop_string_that_may_have_begun_first():
+    assert stopped(["xyz", "z"], ["axy", "x"]) == (["a", "xy"], False, "x")
+    assert stopped(["bc", "abcd"], ["zab", "x"]) == (["z", "abx"], False, "")
 
 
 def test_any_division_of_a_text_stops_at_the_same_position():

@@ -33,7 +33,7 @@ class TaskGeneration(NamedTuple):
             ConfigError: a setting is unknown or has a value that is not supported.
         """
         rest = dict(settings)
-        lengths = [rest.pop(name) for name in _LENGTHS if rest.get(name) is not None]
+        lengths = [value for name in _LENGTHS if (value := rest.pop(name, None)) is not None]
         until = rest.pop("until", None) or ()
         # An empty stop string, which some tasks have, ends nothing in the harness.
         stop = tuple(filter(None, [until] if isinstance(until, str) else until))

@@ -7,6 +7,7 @@ result that every other program gets.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from importlib import import_module
@@ -136,9 +137,8 @@ class ChatTemplate:
 
     @cached_property
     def _marks_answers(self) -> bool:
-        # The tag may begin with a dash, and white space may surround its name.
-        words = self.source.replace("{%-", "{%").split("{%")
-        return any(word.split()[:1] == ["generation"] for word in words)
+        # The tag may control the white space around it, and a space beside its name may be left out.
+        return re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", self.source) is not None
 
     @cached_property
     def _special_tokens(self) -> dict[str, str]:

@@ -137,6 +137,16 @@ def test_the_text_that_counts_is_that_of_the_answers_or_of_all_messages(folder, 
     assert (made.describe()["loss"], made.describe()["too_long"]) == (loss, "cut")
 
 
+@pytest.mark.parametrize("tag", ["{% generation %}", "{%- generation -%}", "{%generation%}", "{%\n generation +%}"])
+def test_answers_are_those_that_the_template_marks_however_its_tag_is_written(folder, tag):
+    said = "{{ m.content + '<end>' }}"
+    marked = f"{{% if m.role == 'assistant' %}}{tag}{said}{{% endgeneration %}}{{% else %}}{said}{{% endif %}}"
+    # Without its marks this template does not show where the first answer is.
+    template = load_chat_template(load_tokenizer(str(folder(PLAIN))), REWRITING.replace(said, marked))
+    text, answers = template.render(chat("u:a", "a:b", "u:c", "a:d"))
+    assert [text[slice(*span)] for span in answers] == ["b<end>", "d<end>"]
+
+
 def test_white_space_behind_the_end_of_a_turn_is_no_part_of_an_answer_unless_it_is_the_end(folder):
     template = load_chat_template(load_tokenizer(str(folder(PLAIN))))
     text, answers = template.render(chat("u:a", "a:b", "u:c", "a:d"))

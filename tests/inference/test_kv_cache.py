@@ -25,8 +25,15 @@ def filled(*positions, slides=True):
 
 @pytest.mark.parametrize(
     ("num_tokens", "positions"),
-    [(0, [-4, -3, -2, -1]), (1, [0, -3, -2, -1]), (3, [0, 1, 2, -1]), (4, [0, 1, 2, 3]), (5, [4, 1, 2, 3]), (8, [4, 5, 6, 7])],
-)  # fmt: skip
+    [
+        (0, [-4, -3, -2, -1]),
+        (1, [0, -3, -2, -1]),
+        (3, [0, 1, 2, -1]),
+        (4, [0, 1, 2, 3]),
+        (5, [4, 1, 2, 3]),
+        (8, [4, 5, 6, 7]),
+    ],
+)
 def test_a_slot_holds_the_newest_token_of_its_remainder_and_is_negative_while_it_is_empty(num_tokens, positions):
     assert _positions_in_slots(torch.tensor([[num_tokens]]), CAPACITY).tolist() == [positions]
 

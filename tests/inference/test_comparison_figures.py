@@ -128,7 +128,7 @@ def three_layers():
     return (
         LayerChange(0, hidden[0], local[0], None, None),
         LayerChange(1, hidden[1], local[1], routing(0.125, 0.25, 0.5), routing(0.0, 0.0, 0.0)),
-        LayerChange(2, hidden[2], local[2], routing(0.375, 0.75, 0.25), routing(0.5, 1.0, 1.0)),
+        LayerChange(2, hidden[2], local[2], routing(0.375, 0.75, 0.25), routing(0.75, 1.0, 1.0)),
     )
 
 
@@ -148,7 +148,7 @@ def test_means_over_the_layers_are_over_those_that_have_the_figure():
             "comparison/hidden_cosine": 0.6,
             "comparison/choices_changed": 0.25,
             "comparison/first_choice_changed": 0.375,
-            "comparison/choices_changed_locally": 0.25,
+            "comparison/choices_changed_locally": 0.375,
             "comparison/hidden_error/layer_0": 0.5,
             "comparison/hidden_cosine/layer_0": 0.9,
             "comparison/hidden_error/layer_1": 0.25,
@@ -160,7 +160,7 @@ def test_means_over_the_layers_are_over_those_that_have_the_figure():
             "comparison/hidden_cosine/layer_2": 0.3,
             "comparison/choices_changed/layer_2": 0.375,
             "comparison/first_choice_changed/layer_2": 0.25,
-            "comparison/choices_changed_locally/layer_2": 0.5,
+            "comparison/choices_changed_locally/layer_2": 0.75,
         }
     )
     assert figures.layers == (1, 2) and figures.curves == {}
@@ -168,7 +168,7 @@ def test_means_over_the_layers_are_over_those_that_have_the_figure():
     assert figures.maps["comparison/choices_gained"][1].tolist() == [[0.5, 0.5]] * 2
     named = compared().as_dict()
     assert (named["choices_changed"], named["tokens_changed"], named["first_choice_changed"]) == (0.25, 0.5, 0.375)
-    assert (named["choices_changed_locally"], named["continuations"]) == (0.25, None)
+    assert (named["choices_changed_locally"], named["continuations"]) == (0.375, None)
 
 
 def test_curves_have_a_point_per_position_that_has_a_value():

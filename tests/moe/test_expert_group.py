@@ -42,3 +42,10 @@ def test_a_rank_alone_holds_everything():
 def test_experts_that_do_not_divide_are_an_internal_error():
     with pytest.raises(AssertionError, match="7 experts do not divide over 3 ranks"):
         ExpertGroup(rank=0, size=3).num_local(7)
+
+
+def test_two_ranks_already_share_the_experts():
+    parameter = nn.Parameter(torch.zeros(2, 4))
+    shard_over(parameter, ExpertGroup(rank=1, size=2))
+    whole = torch.arange(4.0)[:, None].expand(4, 4)
+    assert global_shape(parameter) == (4, 4) and local_shard(parameter, whole)[:, 0].tolist() == [2, 3]

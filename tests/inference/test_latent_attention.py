@@ -13,7 +13,7 @@ from qsparse_moe.inference.memory import MemoryDtypes, prefill_bytes
 from qsparse_moe.inference.native import NativeDecode
 from qsparse_moe.inference.prompt_cache import PromptCache
 from qsparse_moe.inference.triton_engine import TritonDecode
-from qsparse_moe.inference.weights import use_weights
+from qsparse_moe.inference.weights import use_bf16_products, use_weights
 from qsparse_moe.kernels import native, tiles
 from qsparse_moe.model.rope import rotation_at
 from tests.inference.models import all_at_once, config, difference_from_torch, model, random_tokens
@@ -220,3 +220,12 @@ def test_the_memory_estimate_counts_heads_that_are_wider_than_the_model():
         prefill_bytes(config(**more), num_tokens=7, dtypes=fp32) for more in ({}, CASES["queries from a vector"])
     )
     assert latent - ordinary == 7 * 4 * 4 * (4 * 16 + 10 + 12)
+
+
+def test_bf16_products_leave_the_inner_matrices_in_fp32():
+    """Decoding uses them too, in every engine, and no code of int8 weights stands for them."""
+    built = model(latent_attention=RANKED)
+    use_bf16_products(built)
+    types = {name: parameter.dtype for name, parameter in built.layers[0].attention.named_parameters()}
+    assert types["down.weight"] == types["output.weight"] == torch.bfloat16
+    assert types["query_up.weight"] == types["latent_up.weight"] == torch.float32

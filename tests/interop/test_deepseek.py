@@ -19,8 +19,8 @@ from qsparse_moe.interop.import_model import import_model
 from qsparse_moe.interop.initial_weights import open_weights
 from qsparse_moe.interop.state_dict import load_export
 from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
-from tests.interop.hugging_face_models import SHAPES, VOCABULARY, YARN, change_settings, change_tensors, save
-from tests.interop.test_hugging_face import read, relative, tokens
+from tests.interop.hugging_face_models import SHAPES, YARN, change_settings, change_tensors, save
+from tests.interop.test_hugging_face import assert_same_logits_and_gradients, read, tokens
 from tests.support.runs import tiny_config, write_text
 
 transformers = pytest.importorskip("transformers")
@@ -111,20 +111,7 @@ def gradients_by_our_names(model, config):
 
 def test_logits_and_every_gradient_are_those_of_transformers(pair):
     theirs, folder = pair
-    ours = read(folder)
-    upstream = torch.randn(3, 17, VOCABULARY, generator=torch.Generator().manual_seed(2))
-    want, found = theirs(tokens()).logits, ours(tokens()).logits_BSV
-    assert want.std() > 0.1, "the model says too little to be compared"
-    assert relative(found, want) <= 2e-6
-    theirs.zero_grad()
-    want.backward(upstream)
-    found.backward(upstream)
-    gradients = gradients_by_our_names(theirs, ours.config)
-    mine = {name: parameter.grad for name, parameter in ours.named_parameters()}
-    assert mine.keys() == gradients.keys()
-    for name, gradient in mine.items():
-        # A gradient sums over tokens, so its rounding error is larger than that of a logit.
-        assert relative(gradient, gradients[name]) <= 5e-6, name
+    assert_same_logits_and_gradients(theirs, read(folder), gradients_by_our_names)
 
 
 def test_the_same_experts_are_chosen_with_a_margin(pair):

@@ -81,9 +81,8 @@ def gradients_by_our_names(model, config):
     return found
 
 
-def test_logits_and_every_gradient_are_those_of_transformers(pair):
-    theirs, folder = pair
-    ours = read(folder)
+def assert_same_logits_and_gradients(theirs, ours, by_our_names):
+    """``by_our_names`` gives the gradients of a model of transformers, from it and our configuration."""
     upstream = torch.randn(3, 17, VOCABULARY, generator=torch.Generator().manual_seed(2))
     want, found = theirs(tokens()).logits, ours(tokens()).logits_BSV
     assert want.std() > 0.1, "the model says too little to be compared"
@@ -91,12 +90,17 @@ def test_logits_and_every_gradient_are_those_of_transformers(pair):
     theirs.zero_grad()
     want.backward(upstream)
     found.backward(upstream)
-    gradients = gradients_by_our_names(theirs, ours.config)
+    gradients = by_our_names(theirs, ours.config)
     mine = {name: parameter.grad for name, parameter in ours.named_parameters()}
     assert mine.keys() == gradients.keys()
     for name, gradient in mine.items():
         # A gradient sums over tokens, so its rounding error is larger than that of a logit.
         assert relative(gradient, gradients[name]) <= 5e-6, name
+
+
+def test_logits_and_every_gradient_are_those_of_transformers(pair):
+    theirs, folder = pair
+    assert_same_logits_and_gradients(theirs, read(folder), gradients_by_our_names)
 
 
 @pytest.mark.parametrize("layout", ["sharded", "fused", "sharded-and-fused"])

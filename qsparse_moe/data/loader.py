@@ -12,7 +12,14 @@ from qsparse_moe.config.rules import check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.packing import Array
-from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices, train_indices
+from qsparse_moe.data.sequences import (
+    EARLIER_ORDER,
+    KEYED_ORDER,
+    ORDERS,
+    SequenceTable,
+    evenly_spaced_indices,
+    train_indices,
+)
 from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
 from qsparse_moe.errors import DataError
 
@@ -29,6 +36,9 @@ __all__ = [
 ]
 
 State = dict[str, Any]
+
+_ORDER = "data.order"
+"""Part of a state: the random order of the sequences, in table mode with ``data.shuffle``."""
 
 
 class TrainLoader:
@@ -60,6 +70,9 @@ class TrainLoader:
         }
         if self._stream is not None and self._shuffle:
             self._parts["data.shuffle_window"] = str(config.data.shuffle_window)
+        self._order = KEYED_ORDER
+        if self._stream is None and self._shuffle:
+            self._parts[_ORDER] = self._order
 
     def batches(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of ``step``, from 0: parts r·G/R up to (r + 1)·G/R of the global batch."""
@@ -122,6 +135,7 @@ class TrainLoader:
             global_batch_size=self._global_batch_size,
             seed=self._seed,
             shuffle=self._shuffle,
+            order=self._order,
         )
         share = len(indices) // self._world_size
         return table.tokens(indices[self._rank * share : (self._rank + 1) * share])
@@ -150,10 +164,26 @@ class TrainLoader:
             DataError: the data, its order or (streaming) the number of ranks is another.
         """
         # Before anything changes, so that a refused state leaves the loader as it was.
-        _check_same_data(state["parts"], self._parts, earlier=self._data.earlier_parts)
+        order, parts = self._order_of(state["parts"])
+        _check_same_data(state["parts"], parts, earlier=self._data.earlier_parts)
         if self._stream is not None:
             self._stream.load_state_dict(self._stream_state(state))
+        self._order, self._parts = order, parts
         self._step, self._ahead = state["step"], None
+
+    def _order_of(self, saved: dict[str, str]) -> tuple[str, dict[str, str]]:
+        """Return the random order of the checkpoint with these parts, and this run's parts with that order."""
+        if self._stream is not None or not self._shuffle:
+            return self._order, self._parts
+        order = saved.get(_ORDER, EARLIER_ORDER)
+        if order not in ORDERS:
+            raise DataError(
+                f"the checkpoint's sequences are in the random order {order!r} (data.order), and this version knows "
+                f"{', '.join(ORDERS)}; resume the run with the version that began it, or a newer one"
+            )
+        parts = {name: value for name, value in self._parts.items() if name != _ORDER}
+        # Earlier versions had one order and did not name it, and a run that they began stays readable by them.
+        return order, parts | ({_ORDER: order} if _ORDER in saved else {})
 
     def _stream_state(self, state: State) -> State:
         if state["world_size"] != self._world_size:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
 from qsparse_moe.data.batch import Batch, make_batch
 from qsparse_moe.data.packing import Array
+from qsparse_moe.data.permutation import permuted
 from qsparse_moe.data.table import SideTable
+
+KEYED_ORDER = "keyed"
+"""The random order of new runs, computed per index by ``data.permutation``."""
+EARLIER_ORDER = "permutation"
+"""The random order of runs that earlier versions began: an array of the size of the epoch."""
 
 
 class SequenceTable:
@@ -107,11 +113,21 @@ def mixture_counts(num_sequences: Sequence[int], weights: Sequence[float]) -> li
     return [round(scale * weight) if size else 0 for size, weight in zip(num_sequences, weights, strict=True)]
 
 
-def train_indices(step: int, *, num_sequences: int, global_batch_size: int, seed: int, shuffle: bool) -> Array:
+def train_indices(
+    step: int, *, num_sequences: int, global_batch_size: int, seed: int, shuffle: bool, order: str = KEYED_ORDER
+) -> Array:
     """Return the indices of the sequences of the global batch of ``step``, counted from 0: a pure function.
 
     The run reads epoch after epoch without end, each in its own random order when ``shuffle``. A batch may begin in one
     epoch and end in the next.
+
+    Args:
+        step: number of the step.
+        num_sequences: number of sequences per epoch.
+        global_batch_size: number of sequences per step.
+        seed: selects the order of every epoch.
+        shuffle: False: every epoch is read in the order of the table.
+        order: how the random order is made, one of ``ORDERS``.
 
     Returns:
         ``(global_batch_size,)`` int64.
@@ -123,15 +139,44 @@ def train_indices(step: int, *, num_sequences: int, global_batch_size: int, seed
     indices = np.empty_like(within)
     for epoch in np.unique(epochs):
         chosen = epochs == epoch
-        indices[chosen] = _epoch_order(num_sequences, seed, int(epoch))[within[chosen]]
+        indices[chosen] = _SHUFFLES[order](within[chosen], num_sequences, seed, int(epoch))
     return indices
+
+
+def _keyed(places: Array, num_sequences: int, seed: int, epoch: int) -> Array:
+    blocks, within = np.divmod(places, _BLOCK)
+    indices = np.empty_like(places)
+    for block in np.unique(blocks):
+        chosen = blocks == block
+        indices[chosen] = _keyed_block(num_sequences, seed, epoch, int(block))[within[chosen]]
+    return indices
+
+
+# A call of numpy takes a microsecond for any small number of indices, and the permutation makes over a hundred: a block
+# of indices costs hardly more than one index, and the following batches find theirs in it.
+_BLOCK = 1024
+
+
+@lru_cache(maxsize=4)
+def _keyed_block(num_sequences: int, seed: int, epoch: int, block: int) -> Array:
+    places = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, num_sequences))
+    # Keyed by the pair: with seed + epoch, epoch 1 of one seed would repeat epoch 0 of the next.
+    return permuted(places, size=num_sequences, key=(seed, epoch))
+
+
+def _whole_epoch(places: Array, num_sequences: int, seed: int, epoch: int) -> Array:
+    return _epoch_order(num_sequences, seed, epoch)[places]
 
 
 # Two, because a batch may contain the end of one epoch and the beginning of the next. Each takes 8 bytes per sequence.
 @lru_cache(maxsize=2)
 def _epoch_order(num_sequences: int, seed: int, epoch: int) -> Array:
-    # Seeded by the pair: with seed + epoch, epoch 1 of one seed would repeat epoch 0 of the next.
     return np.random.default_rng((seed, epoch)).permutation(num_sequences)
+
+
+_SHUFFLES: dict[str, Callable[[Array, int, int, int], Array]] = {KEYED_ORDER: _keyed, EARLIER_ORDER: _whole_epoch}
+ORDERS = tuple(_SHUFFLES)
+"""Names of all random orders."""
 
 
 def evenly_spaced_indices(num_sequences: int, available: int) -> Array:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from qsparse_moe.data.loader import (
     sample_train_sequences,
 )
 from qsparse_moe.data.sequences import train_indices
-from qsparse_moe.data.token_data import TokenData, load_data
+from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
 from qsparse_moe.errors import ConfigError, DataError
 from tests.data.corpus import make_texts, write_jsonl
 
@@ -87,6 +88,35 @@ def test_a_table_resumes_on_another_number_of_ranks(run_config: MakeRun) -> None
     rows = train_indices(5, num_sequences=len(data.train), global_batch_size=12, seed=3, shuffle=True)[4:8]
     want = data.train.sequences(rows).tokens_BS.tolist()
     assert [row for batch in resumed.batches(5) for row in batch.tokens_BS.tolist()] == want
+
+
+def test_a_run_of_an_earlier_version_keeps_its_order(run_config: MakeRun) -> None:
+    """Its checkpoints name no order; the run continues in the order of its version, and its next checkpoint as well."""
+    config = run_config()
+    data = load_data(config.data)
+    loader = TrainLoader(config, data, 0, 1)
+    state = json.loads(json.dumps(loader.state_dict()))
+    assert state["parts"].pop("data.order") == "keyed"
+    loader.load_state_dict(state | {"step": 4})
+    rows = np.random.default_rng((3, 0)).permutation(len(data.train))[48:60]
+    want = data.train.sequences(rows).tokens_BS.tolist()
+    assert [row for batch in loader.batches(4) for row in batch.tokens_BS.tolist()] == want
+    assert loader.state_dict()["parts"] == state["parts"]
+    assert loader.state_dict()["fingerprint"] == fingerprint_of(state["parts"])
+
+
+def test_an_order_that_this_version_does_not_know_is_refused(run_config: MakeRun) -> None:
+    config = run_config()
+    loader = TrainLoader(config, load_data(config.data), 0, 1)
+    state = loader.state_dict()
+    state = state | {"parts": state["parts"] | {"data.order": "sorted"}}
+    with pytest.raises(
+        DataError, match=r"random order 'sorted' \(data\.order\).*keyed, permutation; resume the run with"
+    ):
+        loader.load_state_dict(state)
+    in_order = run_config(data={"shuffle": False})
+    with pytest.raises(DataError, match=r"data\.order: was sorted, is absent; data\.shuffle: was True, is False"):
+        TrainLoader(in_order, load_data(in_order.data), 0, 1).load_state_dict(state)
 
 
 def test_sampled_sequences_are_training_sequences_at_even_distances_in_the_table(run_config: MakeRun) -> None:

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices, mixture_counts, train_indices
+from qsparse_moe.data.permutation import permuted
+from qsparse_moe.data.sequences import (
+    EARLIER_ORDER,
+    ORDERS,
+    SequenceTable,
+    evenly_spaced_indices,
+    mixture_counts,
+    train_indices,
+)
 from qsparse_moe.data.table import SideTable
 
 
@@ -69,21 +77,31 @@ def test_equal_weights_of_one_read_everything_once_and_others_do_not() -> None:
     assert mixture_counts([100, 0], [1, 3]) == [100, 0]
 
 
-def slow_rows(num_places: int, num_sequences: int, seed: int) -> list[int]:
+def slow_rows(num_places: int, num_sequences: int, seed: int, order: str) -> list[int]:
     rows: list[int] = []
     for epoch in range(num_places // num_sequences + 1):
-        rows += np.random.default_rng((seed, epoch)).permutation(num_sequences).tolist()
+        if order == EARLIER_ORDER:
+            rows += np.random.default_rng((seed, epoch)).permutation(num_sequences).tolist()
+        else:
+            rows += permuted(np.arange(num_sequences), size=num_sequences, key=(seed, epoch)).tolist()
     return rows[:num_places]
 
 
-@given(st.integers(1, 20), st.integers(1, 9), st.integers(0, 3))
-def test_steps_read_one_endless_sequence_of_shuffled_epochs(num_sequences: int, batch: int, seed: int) -> None:
-    steps = [
-        train_indices(step, num_sequences=num_sequences, global_batch_size=batch, seed=seed, shuffle=True).tolist()
-        for step in (3, 1, 0, 2, 4)
-    ]
-    in_order = [steps[2], steps[1], steps[3], steps[0], steps[4]]
-    assert [row for rows in in_order for row in rows] == slow_rows(5 * batch, num_sequences, seed)
+@pytest.mark.parametrize("order", ORDERS)
+@given(st.one_of(st.integers(1, 20), st.integers(1020, 1030)), st.integers(1, 9), st.integers(0, 3))
+def test_steps_read_one_endless_sequence_of_shuffled_epochs(
+    order: str, num_sequences: int, batch: int, seed: int
+) -> None:
+    # The last step of so few that every one is checked, and for a longer epoch those around its end.
+    begin = max(0, num_sequences // batch - 2)
+    steps = {
+        step: train_indices(
+            step, num_sequences=num_sequences, global_batch_size=batch, seed=seed, shuffle=True, order=order
+        ).tolist()
+        for step in (begin + 3, begin + 1, begin, begin + 2, begin + 4)
+    }
+    rows = [row for step in sorted(steps) for row in steps[step]]
+    assert rows == slow_rows((begin + 5) * batch, num_sequences, seed, order)[begin * batch :]
 
 
 def test_epochs_and_seeds_have_different_orders_and_every_sequence_once() -> None:

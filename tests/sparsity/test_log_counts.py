@@ -29,3 +29,10 @@ def test_parts_add_up_to_the_whole_in_every_dtype():
 def test_the_published_bins_are_eighths_of_an_octave():
     for bins, low, high, number in ((PROBABILITIES, -20, 0, 160), (MAGNITUDES, -24, 8, 256)):
         assert (bins.number, bins.edges[0], bins.edges[1], bins.edges[-1]) == (number, low, low + 0.125, high)
+
+
+def test_a_narrow_value_is_counted_by_its_logarithm_in_double_precision():
+    # log2 is 0.119, just below the second bin of the octave; among the bf16 numbers near -20 it would be 0.125.
+    value = torch.tensor([1.0859375 * 2.0**-20], dtype=torch.bfloat16)
+    (filled,) = log_counts(value, MAGNITUDES).nonzero()
+    assert MAGNITUDES.edges[filled] == -20

@@ -156,12 +156,23 @@ def test_stacked_experts_have_one_ternary_scale_each():
         (lambda: fake_quantize(torch.ones(2, 2), "int2"), "must be int8, int4 or ternary, got 'int2'"),
         (lambda: fake_quantize(torch.ones(2), "ternary"), r"at least two dims.*got shape \(2,\)"),
         (lambda: pack_ternary(torch.full((2, 2), math.nan)), "weight must be finite to be packed"),
+        (
+            lambda: pack_ternary(torch.stack((torch.ones(2, 2), torch.full((2, 2), math.inf)))),
+            "weight must be finite to be packed",
+        ),
         (lambda: unpack_ternary(*pack_ternary(torch.ones(2, 9)), 8), r"num_columns \(8\) must need 3 bytes per row"),
+        (lambda: unpack_ternary(*pack_ternary(torch.ones(2, 9)), 13), r"num_columns \(13\) must need 3 bytes per row"),
     ],
 )
 def test_impossible_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("number_format", FORMATS)
+def test_codes_and_scales_are_no_part_of_the_graph(number_format):
+    codes, scale = quantize(torch.randn(3, 4, requires_grad=True), number_format)
+    assert not codes.requires_grad and not scale.requires_grad
 
 
 def test_it_is_a_public_name():

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.sparsity.row_sample import RowSample, calibrated_threshold
+from qsparse_moe.sparsity.row_sample import MAX_VALUES, RowSample, calibrated_threshold
 from qsparse_moe.sparsity.selection import threshold_mask
 
 torch.set_num_threads(1)
@@ -99,11 +99,32 @@ def test_the_sample_stores_magnitudes_and_does_not_keep_their_source_in_memory()
     kept = sample.magnitudes()
     assert kept.dtype == torch.float32 and kept.tolist() == [1.0] * 6
     assert kept.untyped_storage().nbytes() == 6 * 4
+    assert MAX_VALUES * 4 == 2**20, "a mebibyte per sample"
+
+
+def test_a_full_sample_copies_only_the_rows_that_displace_others(monkeypatch):
+    sample, stored = RowSample(3 * 4), []
+    whole = RowSample(3 * 40)
+    whole.add(*numbered(range(40)))
+    in_order = kept_numbers(whole).int().tolist()
+    first, others = in_order[:4], in_order[4:]
+    store = RowSample._store
+    monkeypatch.setattr(RowSample, "_store", lambda self, *new: stored.append(len(new[1])) or store(self, *new))
+    sample.add(*numbered([first[2], *others[:10]]))
+    sample.add(*numbered([first[0], *others[10:20], first[3], first[1]]))
+    assert stored == [4, 3] and kept_numbers(sample).tolist() == first
+    sample.add(*numbered(others[20:]))
+    assert stored == [4, 3] and sample.num_seen == 40
+    assert sample._order.untyped_storage().nbytes() == 4 * 8, "not a view of the seven that were sorted"
 
 
 @pytest.mark.parametrize(
     ("magnitudes", "message"),
-    [(torch.empty(0), "at least one value"), (torch.tensor([1.0, float("nan")]), "must be finite")],
+    [
+        (torch.empty(0), "at least one value"),
+        (torch.tensor([1.0, float("nan")]), "must be finite"),
+        (torch.tensor([float("inf"), 1.0]), "must be finite"),
+    ],
 )
 def test_values_that_cannot_be_calibrated_are_refused(magnitudes, message):
     with pytest.raises(ValueError, match=message):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qsparse_moe.sparsity.selection import THRESHOLD_MASKS, statistical_mask, threshold_mask
+from qsparse_moe.sparsity.selection import THRESHOLD_MASKS, relu_mask, statistical_mask, threshold_mask
 
 torch.set_num_threads(1)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -59,6 +59,15 @@ def test_every_row_may_have_its_own_threshold():
 def test_a_bf16_row_is_compared_with_the_unrounded_threshold():
     x = torch.tensor([[1.0, 1.0078125]], dtype=torch.bfloat16)  # neighbours in bf16
     assert threshold_mask(x, as_threshold(1.005)).tolist() == [[False, True]]  # 1.005 rounds to the upper one
+
+
+def test_relu_selects_what_is_above_the_threshold_by_value_and_not_by_magnitude():
+    x = torch.tensor([[0.0, 0.5, -3.0, 1.0, -0.5], [-1.0, -2.0, 0.0, -0.5, 0.25]])
+    assert relu_mask(x, as_threshold(0.0)).tolist() == [
+        [False, True, False, True, False], [False, False, False, False, True],
+    ]  # fmt: skip
+    mask = relu_mask(x, as_threshold(0.5, -1.0))
+    assert mask.tolist() == [[False, False, False, True, False], [False, False, True, True, True]]
 
 
 @pytest.mark.filterwarnings("ignore:std:UserWarning")  # of no rows at all

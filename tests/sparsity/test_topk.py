@@ -1,5 +1,7 @@
 """Top-K selection: exactness, ties, K per row, groups, gradients. N rows, D features, K selected features."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,6 +64,26 @@ def test_every_group_selects_its_own_fraction(num_selected):
     assert (mask.view(3, 4, 8).sum(-1) == 2).all()
 
 
+def test_rows_of_several_dims_with_a_k_each_are_those_of_the_flattened_rows():
+    x = torch.tensor([1.0, -1.0, 0.0, 2.0, 1.0, -2.0]).repeat(2, 3, 1)  # ties at every K
+    x[0, 1], x[1, 2] = x[0, 1].flip(0), -x[1, 2].roll(2)
+    per_row = torch.tensor([[1, 5, 3], [2, 6, 4]])
+    mask = topk_mask(x, per_row)
+    for b, s in itertools.product(range(2), range(3)):
+        order = sorted(range(6), key=lambda i: (-abs(x[b, s, i].item()), i))
+        assert mask[b, s].nonzero().flatten().tolist() == sorted(order[: per_row[b, s]]), (b, s)
+    assert torch.equal(topk_mask(x.transpose(0, 1), per_row.T), mask.transpose(0, 1))
+
+
+def test_every_row_divides_its_own_k_over_its_groups():
+    x = torch.randn(2, 3, 12)
+    per_row = torch.tensor([[3, 6, 12], [9, 3, 6]])
+    mask = topk_mask(x, per_row, group_size=4)
+    for b, s in itertools.product(range(2), range(3)):
+        groups = [topk_mask(part, per_row[b, s].item() // 3) for part in x[b, s].split(4)]
+        assert torch.equal(mask[b, s], torch.cat(groups)), (b, s)
+
+
 @pytest.mark.parametrize("gradient", ["ste", "masked", 0.0, 0.25, 1.0])
 @pytest.mark.parametrize("rescale", ["none", "unit", "preserve"])
 def test_value_and_gradient_match_the_written_out_formula(rescale, gradient):
@@ -98,13 +120,13 @@ def test_the_input_is_not_changed_and_not_aliased():
     assert torch.equal(x, before)
 
 
-def test_rescaling_a_row_of_zeros_leaves_zeros_and_a_finite_gradient():
+def test_rescaling_a_row_of_zeros_leaves_zeros_and_a_gradient_of_zero():
     for rescale in ("unit", "preserve"):
         x = torch.zeros(2, 6, requires_grad=True)
         out = topk_sparsify(x, 2, rescale=rescale)
         out.backward(torch.ones(2, 6))
         assert torch.equal(out, torch.zeros(2, 6))
-        assert x.grad.isfinite().all()
+        assert torch.equal(x.grad, torch.zeros(2, 6))
 
 
 @pytest.mark.parametrize(
@@ -112,9 +134,14 @@ def test_rescaling_a_row_of_zeros_leaves_zeros_and_a_finite_gradient():
     [
         (0, None, r"num_selected must lie in \[1, 12\].*got 0"),
         (13, None, r"num_selected must lie in \[1, 12\].*got 13"),
-        (torch.tensor([1]), None, r"integer tensor of shape \(3,\)"),
+        (torch.tensor([1]), None, r"integer tensor of shape \(3,\).*got torch\.int64 of shape \(1,\)"),
+        (torch.tensor([[1, 2, 3]]), None, r"integer tensor of shape \(3,\).*got torch\.int64 of shape \(1, 3\)"),
+        (torch.tensor([3]), 4, r"integer tensor of shape \(3,\).*got torch\.int64 of shape \(1,\)"),
+        (0, 4, r"num_selected must lie in \[1, 4\].*got 0"),
         (torch.ones(3), None, "integer tensor"),
-        (6, 5, "group_size must divide 12"),
+        (6, 5, r"group_size must divide 12 \(the last dim of x\), got 5"),
+        (6, 0, r"group_size must divide 12 \(the last dim of x\), got 0"),
+        (6, -4, r"group_size must divide 12 \(the last dim of x\), got -4"),
         (5, 4, r"must be whole, got 5 \* 4 / 12; choose num_selected as a multiple of 3"),
     ],
 )

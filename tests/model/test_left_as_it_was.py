@@ -29,7 +29,7 @@ def test_the_mode_the_plan_and_the_hooks_are_those_from_before(observe, is_train
     plan, seen = model.sparsity_plan, []
 
     def watch(module, inputs):
-        seen.append(module.training)
+        seen.append(module.training or torch.is_grad_enabled())
         if fails:
             raise RuntimeError("stopped")
 
@@ -40,7 +40,7 @@ def test_the_mode_the_plan_and_the_hooks_are_those_from_before(observe, is_train
     else:
         observe(model, tokens())
     handle.remove()
-    assert seen and not any(seen), "a capacity, jitter, and noise belong to training"
+    assert seen and not any(seen), "a capacity, jitter, noise, and gradients belong to training"
     assert {module.training for module in model.modules()} == {is_training}
     assert model.sparsity_plan is plan
     sites = [site for block in model.blocks() for site in block.sites().values()]

@@ -35,8 +35,10 @@ def test_sparsity_changes_at_run_time_and_back_without_a_trace():
     model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
     assert torch.equal(model(ids).logits_BSV, dense)
     assert list(model.state_dict()) == keys
+    before = model.sparsity_plan
     with pytest.raises(ConfigError, match="the model needs"):
         model.set_sparsity(SparsityPlan.uniform(make(num_layers=2).config, 0.5))
+    assert model.sparsity_plan is before and torch.equal(model(ids).logits_BSV, dense)
 
 
 def test_experts_that_differ_in_sparsity_are_counted_by_their_own_k():

@@ -99,6 +99,18 @@ def test_what_is_frozen_gets_no_gradient_and_costs_no_product(parts, frozen, mon
         torch.testing.assert_close(gradient, want[name], rtol=2e-6, atol=2e-6)
 
 
+def test_an_ignored_position_may_have_infinite_logits():
+    logits = torch.tensor([[1.0, 2.0, 0.5], [torch.inf, 0.0, -torch.inf], [torch.nan, 1.0, 1.0], [0.0, -1.0, 3.0]])
+    targets = torch.tensor([2, IGNORED_LABEL, IGNORED_LABEL, 0])
+    counted = [0, 3]
+    chances = logits[counted].softmax(-1)
+    found = logits.clone()
+    loss = output_head._loss_and_gradient(found, targets, with_gradient=True)
+    torch.testing.assert_close(loss, -chances[[0, 1], targets[counted]].log().sum())
+    torch.testing.assert_close(found[counted], chances - torch.tensor([[0.0, 0, 1], [1, 0, 0]]))
+    assert torch.equal(found[1:3], torch.zeros(2, 3))
+
+
 def test_a_part_is_a_quarter_of_many_logits():
     assert part_size(2047, 4096, torch.float32) == 2047
     assert part_size(2048, 4096, torch.float32) == 512

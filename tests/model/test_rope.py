@@ -99,6 +99,18 @@ def test_yarn_multiplies_cosines_and_sines(settings, want):
     torch.testing.assert_close(sin[0, 0, 1], want * angles.sin().double())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_angles_of_far_positions_are_rounded_only_after_the_cosine(dtype):
+    scaled = config(type="yarn", original_length=64, factor=8.0)
+    positions = torch.tensor([[3001, 4097], [257, 70001]])
+    cos, sin = rotation_at(positions, scaled, dtype)
+    assert cos.shape == sin.shape == (2, 1, 2, SIZE // 2) and cos.dtype == sin.dtype == dtype
+    angles = positions[:, None, :, None].float() * rotary_frequencies(scaled)
+    factor = 0.1 * math.log(8) + 1
+    assert torch.equal(cos, (angles.cos() * factor).to(dtype))
+    assert torch.equal(sin, (angles.sin() * factor).to(dtype))
+
+
 def test_the_angles_are_those_of_the_scaled_frequencies():
     scaled = config(type="linear", factor=4.0)
     cos, sin = rotation_at(torch.tensor([[0, 8, 12]]), scaled, torch.float64)

@@ -105,6 +105,12 @@ def test_the_routers_losses_are_the_means_over_the_layers():
     torch.testing.assert_close(out.loss.detach(), rest + 0.5 * sum(z_by_layer).detach() / 2)
 
 
+def test_reported_terms_and_statistics_are_no_part_of_the_graph():
+    out = make()(tokens(), tokens())
+    assert out.loss.requires_grad and out.losses.keys() == {"lm_loss", "load_balance_loss", "router_z_loss"}
+    assert not any(value.requires_grad for value in (*out.losses.values(), *out.stats.values()))
+
+
 def test_a_pass_without_gradients_or_in_evaluation_does_not_count_towards_the_step():
     model = make(moe={"load_balance_scope": "global_batch"})
     first, second = tokens(), tokens().flip(0, 1)

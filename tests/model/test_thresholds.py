@@ -120,6 +120,20 @@ def test_a_model_that_already_selects_by_thresholds_can_be_calibrated_for_anothe
     model.set_sparsity(other.scaled(0.0))  # dense needs none
 
 
+def test_packed_documents_are_sampled_as_in_training():
+    model, (batch,) = build_model(config(**SPARSE), seed=1), batches(1)
+    parts = batch.tokens_BS[:, :12], batch.tokens_BS[:, 12:]
+    positions = 3 * torch.tensor([*range(12), *range(20)]).expand(4, -1)
+    packed = Batch(batch.tokens_BS, batch.tokens_BS, positions, (torch.arange(32) >= 12).long().expand(4, -1))
+    alone = [Batch(part, part, 3 * torch.arange(part.shape[1]).expand(4, -1), None) for part in parts]
+    want, found = calibrate(model, alone), calibrate(model, [packed])
+    for place, thresholds in want.thresholds.items():
+        assert found.thresholds[place] == pytest.approx(thresholds, rel=1e-4), place
+    for wrong in (packed._replace(documents_BS=None), packed._replace(positions_BS=batch.positions_BS)):
+        other = calibrate(model, [wrong]).thresholds[0, "attention_output"]
+        assert other != pytest.approx(want.thresholds[0, "attention_output"], rel=1e-4)
+
+
 def test_a_small_sample_is_close_to_the_whole():
     model = build_model(config(**SPARSE), seed=1)
     whole, part = calibrate(model, batches()), calibrate(model, batches(), max_values=2048)
@@ -196,11 +210,17 @@ def test_an_expert_without_a_token_takes_the_threshold_of_all_experts_and_is_nam
     assert low <= plan.thresholds[2, "expert_input"][2] <= high
 
 
+NOT_FINITE = (
+    "^calibration: layer 1, attention_output: magnitudes must be finite, got NaN or infinity; calibrate a checkpoint "
+    "from before the run diverged$"
+)
+
+
 def test_a_model_with_nan_cannot_be_calibrated():
     model = build_model(config(**SPARSE), seed=1)
     with torch.no_grad():
         model.layers[1].attention.qkv.weight[0, 0] = float("nan")
-    with pytest.raises(TrainingDiverged, match=r"calibration: layer 1, attention_output: magnitudes must be finite"):
+    with pytest.raises(TrainingDiverged, match=NOT_FINITE):
         calibrate(model, batches())
 
 

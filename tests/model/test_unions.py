@@ -67,6 +67,30 @@ def test_one_token_reads_its_own_fraction_and_all_tokens_read_the_union(tokens):
     assert everything.input_rows == pytest.approx(sum(expected) / 2)
 
 
+def test_the_mean_is_over_the_layers_and_the_random_choices_of_the_seed(tokens):
+    from qsparse_moe.model.unions import _shares
+
+    model = make()
+    layers = layer_needs(model, tokens)
+    found = measured_unions(model, tokens, [3, 5], draws=4, seed=7)
+    draw = torch.Generator().manual_seed(7)
+    for batch, one in zip((3, 5), found, strict=True):
+        choices = [torch.randperm(24, generator=draw)[:batch] for _ in range(4)]
+        by_hand = sum(_shares(layer, chosen, E) for chosen in choices for layer in layers) / 8
+        assert one.batch == batch
+        torch.testing.assert_close(
+            torch.tensor([one.routed, one.input_rows, one.up_elements, one.hidden_rows]), by_hand
+        )
+    assert found == measured_unions(model, tokens, [3, 5], draws=4, seed=7)
+    assert found != measured_unions(model, tokens, [3, 5], draws=4)
+
+
+@pytest.mark.parametrize("batch", [0, 25])
+def test_a_step_has_at_least_one_and_at_most_all_of_the_sequences(tokens, batch):
+    with pytest.raises(AssertionError, match=rf"\({batch}, 24\)"):
+        measured_unions(make(), tokens, [batch])
+
+
 def test_independent_tokens_follow_the_formula(tokens):
     from qsparse_moe.model.unions import LayerNeeds, _shares
 

@@ -12,6 +12,7 @@ from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.selectors import Selection
 from qsparse_moe.nn.sparse_site import SparseSite
+from qsparse_moe.sparsity.quantize import fake_quantize
 
 D = 20
 
@@ -74,6 +75,44 @@ def test_the_threshold_of_every_expert_and_of_all_of_them(values, thresholds, un
     mask = comparison.select(x, ids, ste_share=1.0).chosen
     # Of equal features below the threshold, the first is selected.
     assert mask.sum(-1).tolist() == [D if want[expert] < 1.5 else 1 for expert in ids]
+
+
+@pytest.mark.parametrize("selection", ["topk", "threshold"])
+def test_numbers_of_a_site_stay_where_they_are_and_out_of_checkpoints(selection):
+    site = make([0.5, 0.25], [2.0, 1.0], selection=selection)
+    selector = site.selector
+    name = "num_selected_E" if selection == "topk" else "threshold_bits_E"
+    before = getattr(selector, name)
+    site.set_sparsity([0.25, 0.75], [1.0, 3.0])
+    assert getattr(selector, name) is before, "a new tensor would be on the CPU whatever the device of the model"
+    want = [15, 5] if selection == "topk" else torch.tensor([1.0, 3.0]).view(torch.int32).tolist()
+    assert before.tolist() == want and before.dtype == (torch.int64 if selection == "topk" else torch.int32)
+    assert not site.state_dict()
+
+
+@pytest.mark.parametrize("group_size", [None, 5])
+@pytest.mark.parametrize(("share", "dropped"), [(0.0, 0.0), (0.5, 0.5), (1.0, 1.0)])
+def test_ranking_selects_per_group_with_the_given_share_of_the_gradient_behind_each_k(group_size, share, dropped):
+    selection = {} if group_size is None else {"selection": "block"}
+    site = make([0.8, 0.2], **selection)
+    x = torch.arange(1.0, D + 1).repeat(2, 1).requires_grad_()
+    found = site.ranking.select(x, torch.tensor([1, 0]), ste_share=share)
+    assert found.num_selected.tolist() == [16, 4]
+    width, kept = (D, (16, 4)) if group_size is None else (5, (4, 1))
+    mask = torch.stack([(torch.arange(D) % width) >= width - count for count in kept])
+    assert torch.equal(found.rows, x * mask)
+    (grad,) = torch.autograd.grad(found.rows, x, torch.full((2, D), 3.0))
+    assert torch.equal(grad, torch.where(mask, 3.0, 3.0 * dropped))
+
+
+def test_a_threshold_is_compared_in_fp32_with_the_unrounded_row():
+    config = {"selection": "threshold", "quantization": {"activations": "int4"}}
+    x = torch.zeros(2, D)
+    x[:, :4] = torch.tensor([4.0, 1.003, 1.001, -1.002])
+    for values, thresholds, ids in (([0.5], [1.0015], None), ([0.5, 0.25], [3.0, 1.0015], torch.tensor([1, 1]))):
+        found = make(values, thresholds, **config).comparison.select(x, ids, ste_share=1.0)
+        assert found.chosen.nonzero().tolist() == [[row, at] for row in range(2) for at in (0, 1, 3)]
+        assert torch.equal(found.rows, fake_quantize(x, "int4") * found.chosen)
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,21 @@ def test_sites_add_up_to_the_whole(shape, sparsity):
     assert {"router", "head", "attention_scores", "expert_input", "expert_hidden"} <= parts.keys()
 
 
+def test_measured_densities_replace_those_of_the_plan_in_training_too():
+    config = model_config(sparsity={"default": 0.5})
+    sites = ("attention_input", "attention_output", "expert_input", "expert_hidden")
+    densities = {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in sites}
+    forward = forward_flops(config, 16)
+    behind_sites = forward.routed - forward.attention_scores - 2 * (2 * 4 * 32 + 264 * 32)
+    for gradient, left in (("ste", (2 * 0.25 + 1) / 3), ("masked", 0.25)):
+        config = model_config(sparsity={"default": 0.5, "gradient": gradient})
+        found = training_flops(config, 16, densities=densities)
+        assert found.routed - (found.needed - found.selection) == pytest.approx(3 * behind_sites * (1 - left))
+        # The scores have a backward of two products more, and the masks of the forward serve the backward.
+        assert (found.attention_scores, found.selection) == (3 * forward.attention_scores, forward.selection)
+    assert forward.selection > 0 and forward.attention_scores == 2 * 2 * 4 * 2 * 8 * 16
+
+
 def test_measured_densities_replace_those_of_the_plan():
     config = model_config(sparsity={"default": 0.5})
     densities = {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in (

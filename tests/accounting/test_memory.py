@@ -45,6 +45,37 @@ def test_expert_parallel_weights_are_sharded_over_the_expert_data_parallel_group
     assert whole.optimizer == pytest.approx(half.optimizer)
 
 
+@pytest.mark.parametrize(
+    ("world_size", "parallel", "stage", "weights", "gradients", "optimizer"),
+    [
+        # Shares of the experts and of all other parameters: (E, others).
+        (4, 2, 0, (1 / 2, 1), (1 / 2, 1), (1 / 2, 1)),
+        (4, 2, 1, (1 / 2, 1), (1 / 2, 1), (1 / 4, 1 / 4)),
+        (4, 2, 2, (1 / 2, 1), (1 / 4, 1 / 4), (1 / 4, 1 / 4)),
+        (4, 2, 3, (1 / 4, 1 / 4), (1 / 4, 1 / 4), (1 / 4, 1 / 4)),
+        (2, 2, 3, (1 / 2, 1 / 2), (1 / 2, 1 / 2), (1 / 2, 1 / 2)),
+        (8, 4, 2, (1 / 4, 1), (1 / 8, 1 / 8), (1 / 8, 1 / 8)),
+    ],
+)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_kind_of_state_is_divided_over_its_own_ranks(
+    precision, world_size, parallel, stage, weights, gradients, optimizer
+):
+    config = run(precision=precision, loss_scale={}) if precision == "fp16" else run(precision=precision)
+    training = config.training.model_copy(update={"expert_parallel_size": parallel})
+    found = state_memory(config.model_copy(update={"training": training}), world_size, stage)
+    experts = 2 * 3 * 4 * 32 * 24
+    others = count_parameters(config.model).stored - experts
+
+    def held(bytes_each, shares):
+        return pytest.approx(bytes_each * (shares[0] * experts + shares[1] * others))
+
+    assert (found.weights, found.gradients, found.optimizer) == (
+        held(2, weights), held(4, gradients), held(12, optimizer),
+    )  # fmt: skip
+    assert found.total == found.weights + found.gradients + found.optimizer
+
+
 def test_the_cache_stores_keys_and_values_of_the_kv_heads():
     assert kv_cache_bytes(model_config(num_kv_heads=2), tokens=10) == 2 * 2 * 2 * 8 * 10 * 2
 

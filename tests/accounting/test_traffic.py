@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsparse_moe.accounting.densities import measured_densities, planned_densities
+from qsparse_moe.accounting.densities import measured_densities, no_zeros, planned_densities
 from qsparse_moe.accounting.traffic import Traffic, total_traffic, union, weight_traffic
 from tests.accounting.test_parameters import MOE, SHAPES, model_config
 
@@ -107,6 +107,33 @@ def test_experts_with_their_own_s_are_read_by_their_own_s():
 def test_totals_are_sums_over_the_parts():
     parts = {"a": Traffic(3, 2, 1), "b": Traffic(30, 20, 10)}
     assert total_traffic(parts) == Traffic(33, 22, 11)
+
+
+@pytest.mark.parametrize("activation", ["relu2glu", "reglu", "drelu"])
+def test_gate_first_reads_the_elements_of_up_behind_positive_gates(activation):
+    config = model_config(moe=MOE | {"activation": activation}, num_layers=1)
+    rows, elements = union(0.5, 2), union(0.5 * 0.25, 2)
+    assert experts(config, 2, gate_density=0.25).needed == pytest.approx(4 * EXPERT * (2 * rows + elements))
+
+
+def test_a_tied_head_is_read_once_per_step_and_weights_have_two_bytes_by_default():
+    parts = weight_traffic(model_config(tie_embeddings=True), 3)
+    assert parts["head"] == Traffic(0.0, 2 * 264 * 32, 2 * 264 * 32)
+    assert parts["embedding"] == Traffic(2 * 264 * 32, 2 * 3 * 32, 2 * 3 * 32)
+    assert parts["router"] == Traffic(*[2 * 2 * 4 * 32] * 3)
+
+
+def test_zeros_of_every_layer_and_site_are_its_own():
+    config = model_config(**SHAPES["dense layers"])
+    places = list(planned_densities(config))
+    row = {f"sparsity/{site}/zeros/layer_{layer}": n / 16 for n, (layer, site) in enumerate(places)}
+    densities = measured_densities(config, row)
+    for n, place in enumerate(places):
+        assert densities[place] == (1 - n / 16,) * (4 if "expert" in place[1] else 1), place
+        name = f"sparsity/{place[1]}/zeros/layer_{place[0]}"
+        assert measured_densities(config, {key: value for key, value in row.items() if key != name}) is None
+    whole = no_zeros(config)
+    assert set(whole) == set(places) and set(whole.values()) == {(1.0,)}
 
 
 def test_a_logged_step_gives_measured_densities_or_none():

@@ -8,7 +8,7 @@ import torch
 
 import qsparse_moe
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
-from qsparse_moe.metrics.derive import derive_metrics
+from qsparse_moe.metrics.derive import derive_metrics, evaluation_metrics
 from qsparse_moe.metrics.names import METRICS, is_layer_name, metric_of
 from qsparse_moe.metrics.ratios import layer_ratios, load_ratios, scalar_ratios
 from qsparse_moe.metrics.window import Window
@@ -149,6 +149,33 @@ def test_sparsity_ratios_by_hand():
     assert metrics["sparsity/dense_hidden/zeros"] == pytest.approx(0.75)
     assert metrics["sparsity/dense_hidden/kept_energy"] == 0.75
     assert metrics["sparsity/dense_hidden/kept_energy/layer_0"] == 0.75
+
+
+def test_the_threshold_is_the_mean_over_the_rows_and_every_ratio_is_of_its_own_layer():
+    site = "sparsity/expert_hidden"
+    fields = {"rows": (4, 1), "selected": (6, 1), "nonzero": (5, 1), "smallest": (2, 3), "energy": (8, 5)}
+    stats = {f"{site}/{name}_LE": sums(*fields.get(name, (1, 1)))[:, None] for name in SITE_FIELDS}
+    stats[f"{site}/used_LED"] = torch.ones(2, 1, 2, dtype=torch.bool)
+    found = {name.rpartition("/")[2]: ratio_L.tolist() for name, ratio_L in layer_ratios(stats).items()}
+    assert found["threshold"] == [2 / 4, 3 / 1]
+    assert found["zeros_chosen"] == [1 - 6 / 8, 1 - 1 / 2] and found["zeros"] == [1 - 5 / 8, 1 - 1 / 2]
+    assert found["kept_energy"] == [1 / 8, 1 / 5]
+
+
+def test_the_loss_scale_and_the_skipped_steps_of_fp16_are_recorded_and_absent_otherwise():
+    metrics = derive_metrics(make_report(loss_scale=1024.0, skipped_steps=3), MODEL)
+    assert (metrics["train/loss_scale"], metrics["train/skipped_steps"]) == (1024.0, 3.0)
+    plain = derive_metrics(make_report(), MODEL)
+    assert "train/loss_scale" not in plain and "train/skipped_steps" not in plain
+
+
+@pytest.mark.parametrize("validation", [None, {"loss": 2.5}])
+def test_agreement_of_choices_has_the_numbers_of_the_layers_with_experts(validation):
+    report = make_report(validation=validation, choice_agreement_L=torch.tensor([0.25, 1.0]))
+    expected = {"router/choice_agreement": 0.625, "router/choice_agreement/layer_1": 0.25}
+    expected |= {"router/choice_agreement/layer_2": 1.0} | ({} if validation is None else {"validation/loss": 2.5})
+    assert evaluation_metrics(report, MODEL) == expected
+    assert expected.items() <= derive_metrics(report, MODEL).items()
 
 
 def test_ratio_with_denominator_zero_is_absent_and_not_in_the_mean():

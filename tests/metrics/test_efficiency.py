@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from qsparse_moe.accounting.densities import planned_densities
+from qsparse_moe.accounting.densities import measured_densities, planned_densities
 from qsparse_moe.accounting.flops import training_flops
 from qsparse_moe.accounting.parameters import count_parameters
+from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.metrics.efficiency import Efficiency
 from qsparse_moe.metrics.names import is_listed
@@ -32,6 +33,33 @@ def test_costs_of_a_step_follow_the_zeros_that_it_measured(tmp_path):
     assert found["efficiency/weight_bytes_1"] == pytest.approx(2 * count_parameters(MODEL).needed)
     assert found["efficiency/weight_bytes_1"] < found["efficiency/weight_bytes_16"]
     assert all(map(is_listed, found))
+
+
+def test_costs_are_those_of_the_measured_zeros_and_not_of_the_plan(tmp_path):
+    row = {name: 0.25 if "hidden" in name else 0.75 for name in zeros(0.0)}
+    densities = measured_densities(MODEL, row)
+    assert densities[1, "expert_hidden"][0] == 0.75 and densities[0, "attention_input"] == (0.25,)
+    found = Efficiency(make_context(tmp_path, CONFIG))(make_report(10), row)
+    read = {batch: total_traffic(weight_traffic(MODEL, batch, densities)).needed for batch in (1, 16)}
+    flops = training_flops(MODEL, LENGTH, densities=densities).needed
+    assert flops != pytest.approx(training_flops(MODEL, LENGTH).needed, rel=0.01)
+    assert found == {
+        "efficiency/active_parameters": count_parameters(MODEL).active,
+        "efficiency/training_flops_per_token": training_flops(MODEL, LENGTH).routed,
+        "efficiency/total_training_flops": training_flops(MODEL, LENGTH).routed * 5120,
+        "efficiency/kept_parameters": pytest.approx(count_parameters(MODEL, densities=densities).needed),
+        "efficiency/kept_training_flops_per_token": pytest.approx(flops),
+        "efficiency/total_kept_training_flops": pytest.approx(flops * 5120),
+        "efficiency/weight_bytes_1": pytest.approx(read[1]),
+        "efficiency/weight_bytes_16": pytest.approx(read[16]),
+    }
+
+
+def test_a_sum_that_the_last_row_holds_as_null_begins_again(tmp_path):
+    total = "efficiency/total_kept_training_flops"
+    resumed = Efficiency(make_context(tmp_path, CONFIG, start_step=20), {"tokens": 10240, total: None})
+    found = resumed(make_report(30), zeros(0.25))
+    assert found[total] == pytest.approx(5120 * found["efficiency/kept_training_flops_per_token"])
 
 
 def test_without_measured_zeros_the_metrics_that_need_them_are_absent(tmp_path):

@@ -50,6 +50,15 @@ def test_values_for_json_have_layer_numbers_and_null_for_an_expert_without_a_tok
     assert expert_values({}, [5]) == {}
 
 
+def test_values_for_json_have_six_digits_and_no_infinity():
+    stats = sums()
+    stats["router/routed_LE"] = torch.tensor([[2.0, 4.0, 1.0]])
+    stats["sparsity/expert_hidden/energy_LE"] = torch.tensor([[0.0, 3.0, 7.0]])
+    values = expert_values(stats, [5])
+    assert values["load"] == [[0.857143, 1.71429, 0.428571]]
+    assert values["expert_hidden/kept_energy"] == [[None, 0.333333, 0.0]], "9 / 0, 1 / 3 and 0 / 7"
+
+
 def record(folder, steps, *, start_step=0, last=9):
     settings = {"training": {"steps": last}, "metrics": {"image_interval": 4, "tensorboard": False, "interval": 1}}
     config = RunConfig.model_validate(settings)

@@ -59,6 +59,34 @@ def test_an_even_load_is_white_and_an_expert_with_more_is_red_and_with_less_blue
     assert more[0] > more[2] + 0.1 and less[2] > less[0] + 0.1
 
 
+def test_every_map_has_its_own_limits_colours_and_title():
+    load = "Load: routed tokens over the layer's mean"
+    for num_experts, high in ((1, 2.0), (2, 2.0), (3, 3.0), (4, 4.0), (64, 4.0)):
+        assert scale_of("load", num_experts) == Scale(0.0, high, "RdBu_r", load, middle=1.0)
+    assert [scale_of(f"expert_hidden/{name}", 8) for name in ("kept_energy", "zeros", "unused_features")] == [
+        Scale(0.5, 1.0, "viridis", "Energy after the selection at expert hidden"),
+        Scale(0.0, 1.0, "magma", "Fraction of zeros at expert hidden"),
+        Scale(0.0, 1.0, "cividis_r", "Unused features at expert hidden"),
+    ]
+
+
+def test_cells_are_grey_without_a_value_and_have_the_end_of_the_scale_beyond_it():
+    heat_map = HeatMap(Scale(0.0, 1.0, "gray", "a title"), [1, 3], 3)
+    heat_map._font = None  # a number would cover the middle of its cell
+    picture = heat_map.draw(np.array([[np.nan, 7.0, -2.0], [0.0, 1.0, np.inf]]))
+    centres = [tuple(picture[round(y), round(x)]) for x, y in heat_map._centres]
+    black, white, grey = (0, 0, 0), (255, 255, 255), (208, 208, 208)
+    assert centres == [grey, white, black, black, white, grey]
+    axes = heat_map._axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("expert", "layer", "a title")
+
+
+def test_numbers_in_cells_have_two_decimals():
+    heat_map = HeatMap(Scale(0, 1000, "gray", "test"), [0], 2)
+    pictures = [heat_map.draw(np.array([[value, 0.5]])) for value in (0.11, 0.114, 0.12)]
+    assert np.array_equal(pictures[0], pictures[1]) and not np.array_equal(pictures[0], pictures[2])
+
+
 def test_ticks_are_layer_and_expert_numbers_and_each_value_is_drawn_in_its_cell():
     heat_map = HeatMap(Scale(0, 1, "gray", "test"), [1, 3], 3)
     axes = heat_map._axes

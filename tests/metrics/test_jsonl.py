@@ -90,6 +90,24 @@ def test_broken_line_before_the_last_names_file_line_rule_and_way_out(path, line
     assert path.read_bytes() == whole
 
 
+def test_a_long_broken_line_is_shown_by_its_first_60_characters(path):
+    path.write_text("x" * 59 + "é" + "y" * 90 + '\n{"step": 2}\n')
+    with pytest.raises(CheckpointError) as error:
+        read_metrics(path)
+    shown = "x" * 59 + "\N{REPLACEMENT CHARACTER}"  # the cut may lie inside a character
+    assert str(error.value).startswith(f"{path}, line 1, is {shown!r}; every line")
+
+
+def test_values_of_experts_have_a_key_of_their_own(path):
+    file = MetricsFile(path)
+    file.write(3, 30, 0.5, {"train/loss": 2.0}, {"layers": [1], "load": [[0.5, 1.5]]})
+    file.write(4, 40, 0.6, {"train/loss": 1.5}, {})
+    file.close()
+    first, second = read_metrics(path)
+    assert first["experts"] == {"layers": [1], "load": [[0.5, 1.5]]} and "load" not in first
+    assert second == {"step": 4, "tokens": 40, "seconds": 0.6, "train/loss": 1.5}
+
+
 def test_values_that_json_does_not_have_are_null(path):
     file = MetricsFile(path)
     file.write(1, 1, 0.1, {"train/grad_norm": math.inf, "train/loss": math.nan, "train/sparsity": 0.0})

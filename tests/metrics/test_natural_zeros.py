@@ -39,8 +39,21 @@ def test_a_single_layer_below_its_natural_zeros_is_named_though_the_mean_hides_i
     assert natural_zeros(everywhere)[0].layers == ()
 
 
+def test_layers_are_named_in_order_and_one_without_a_value_is_not_counted():
+    names = ("sparsity/expert_hidden/zeros", "sparsity/expert_hidden/zeros_chosen")
+    by_layer = {10: (0.75, 0.5), 2: (0.625, 0.5), 1: (None, None), 4: (0.9, None)}
+    row = {f"{name}/layer_{layer}": pair[i] for layer, pair in by_layer.items() for i, name in enumerate(names)}
+    (found,) = natural_zeros(row)
+    assert found == NaturalZeros("expert_hidden", (2, 10), 0.6875, 0.5)
+    assert natural_zeros_warning(found) == (
+        "layers 2,10 expert_hidden: 0.688 of the features are zero, but S asks for only 0.500: the activation function "
+        "produces the others, so an S below about 0.69 changes little there"
+    )
+
+
 def test_a_run_warns_of_its_last_logged_step(tmp_path, caplog):
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 10}) + "\n" + json.dumps(ROW) + "\n")
+    early = {"step": 10, "sparsity/expert_input/zeros": 0.75, "sparsity/expert_input/zeros_chosen": 0.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(early) + "\n" + json.dumps(ROW) + "\n")
     with caplog.at_level(logging.WARNING, logger="qsparse_moe"):
         warn_of_natural_zeros(tmp_path)
     assert [record.message.split(":")[0] for record in caplog.records] == ["expert_hidden"]

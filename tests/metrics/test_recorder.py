@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.schema import MetricsConfig
@@ -12,7 +16,10 @@ from qsparse_moe.metrics.derive import derive_metrics
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.names import is_layer_name, metric_of
 from qsparse_moe.metrics.recorder import Recorder
+from qsparse_moe.metrics.tensorboard import TensorBoardFiles, write_pictures
+from qsparse_moe.runs.report import LateEvaluation
 from tests.metrics.recorded import CONFIG, read_board, read_costs, read_validation, record, report, scalars
+from tests.metrics.reports import make_context, make_report
 
 
 def test_both_files_hold_the_same_numbers(tmp_path):
@@ -138,6 +145,55 @@ def test_sequences_per_second_by_hand(tmp_path):
     record(tmp_path, [1])
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert row["throughput/rows_per_second"] == report(1).tokens_per_second / CONFIG.data.sequence_length
+
+
+def test_a_late_evaluation_is_added_to_the_step_that_it_belongs_to(tmp_path):
+    for step, name in ((2, "last"), (7, "later")):
+        (tmp_path / name).mkdir()
+        record(tmp_path / name, [1], ends=False)
+        recorder = Recorder(CONFIG)
+        recorder.begin(make_context(tmp_path / name, CONFIG, start_step=2))
+        recorder(make_report(2))
+        late = LateEvaluation(step, step * 512, 1.25, {"loss": 2.0}, torch.tensor([0.5, 0.25]))
+        recorder.late_evaluation(late)
+        rows = read_metrics(tmp_path / name / "metrics.jsonl")
+        assert [row["step"] for row in rows] == sorted({1, 2, step})
+        added = {"validation/loss": 2.0, "router/choice_agreement": 0.375}
+        added |= {"router/choice_agreement/layer_1": 0.5, "router/choice_agreement/layer_2": 0.25}
+        assert added.items() <= rows[-1].items()
+        assert (rows[-1]["tokens"], rows[-1]["seconds"]) == (step * 512, 1.0 if step == 2 else 1.25)
+        assert scalars(read_validation(tmp_path / name), "validation/loss") == {1: 2.5, step: 2.0}
+        assert scalars(read_board(tmp_path / name), "router/choice_agreement") == {step: 0.375}
+        recorder.end(SimpleNamespace())
+
+
+def test_a_step_of_a_model_without_experts_has_no_values_of_experts(tmp_path):
+    recorder = Recorder(CONFIG.model_copy(update={"metrics": MetricsConfig(tensorboard=False)}))
+    recorder.begin(make_context(tmp_path, CONFIG))
+    recorder(make_report(1))
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert "experts" not in row and row["train/lm_loss"] == 3.0
+
+
+def test_a_row_without_a_loss_or_a_cost_is_no_point_of_a_curve_over_a_cost(tmp_path):
+    loss, cost = "train/lm_loss", "efficiency/total_training_flops"
+    before = [{"step": 1, loss: None, cost: 1e9}, {"step": 2, loss: 4.0, cost: None}, {"step": 3, loss: 5.0}]
+    before += [{"step": 4, loss: 2.0, cost: 3.7e9, "validation/loss": None, "validation/perplexity": 7.5}]
+    TensorBoardFiles(tmp_path / "tensorboard", CONFIG, start_step=4, before=before).close()
+    assert scalars(read_costs(tmp_path), "cost/lm_loss_by_executed_gflops") == {4: 2.0}
+    validation = read_validation(tmp_path)
+    assert math.isnan(scalars(validation, "validation/loss")[4])
+    assert scalars(validation, "validation/perplexity") == {4: 7.5}
+
+
+def test_pictures_of_other_packages_leave_the_curves_of_the_run_as_they_are(tmp_path):
+    record(tmp_path, [1, 2], ends=False)
+    write_pictures(tmp_path / "tensorboard", {"plan/map": np.full((4, 6, 3), 7, dtype=np.uint8)}, 2)
+    assert len(list((tmp_path / "tensorboard").glob("events.*.pictures"))) == 1
+    board = read_board(tmp_path)
+    (event,) = board.Images("plan/map")
+    assert (event.step, event.width, event.height) == (2, 6, 4)
+    assert set(scalars(board, "train/loss")) == {1, 2}
 
 
 def test_without_tensorboard_only_metrics_jsonl_is_written(tmp_path):

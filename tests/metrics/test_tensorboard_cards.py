@@ -120,6 +120,56 @@ def charts(run_dir) -> dict[str, list[str]]:
     return {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
 
 
+def test_a_chart_shows_what_its_title_says(tmp_path):
+    record(tmp_path, [1])
+    shown = {title: [pattern.replace("\\", "") for pattern in tags] for title, tags in charts(tmp_path).items()}
+    one = {
+        "Entropy of the router's probabilities, nats": "router/choice_entropy",
+        "Weight of the first expert": "router/first_weight",
+        "Routing choices unchanged since the previous evaluation": "router/choice_agreement",
+        "z-loss": "train/router_z_loss",
+        "Loss over executed GFLOPs": "cost/lm_loss_by_executed_gflops",
+        "Loss over GFLOPs left if every zero is skipped": "cost/lm_loss_by_kept_gflops",
+        "Tokens per second": "throughput/tokens_per_second",
+        "Seconds per step": "throughput/step_seconds",
+        "Validation loss, bits per byte": "validation/bits_per_byte",
+        "Gradient norm": "train/grad_norm",
+        "Learning rate": "train/learning_rate",
+        "Load of the busiest expert over the mean": "router/load_imbalance",
+        "Experts without a token in the whole window": "router/dead_experts_window",
+        "Load-balance loss": "train/load_balance_loss",
+        "Range of the balancing biases": "router/bias_range",
+        "S of the plan": "train/sparsity",
+    }
+    assert {title: shown[title] for title in one} == {title: [f"{name}$"] for title, name in one.items()}
+    assert shown["Loss, nats per token"] == ["train/lm_loss$", "validation/loss$"]
+    assert shown["Load of the busiest expert over the mean, by layer"] == ["router/load_imbalance/layer_"]
+    assert shown["Experts without a token, by layer"] == ["router/dead_experts/layer_"]
+    sites = ["attention_input", "attention_output", "expert_input", "expert_hidden", "shared_input", "shared_hidden"]
+    sites += ["dense_input", "dense_hidden"]
+    by_site = {
+        "Zeros in front of the matrices": "zeros",
+        "Energy after the selection": "kept_energy",
+        "Features unused in ten logged steps": "dead_features",
+        "Non-zero in the next token as well": "overlap",
+        "Threshold: smallest selected magnitude": "threshold",
+        "Drift of the threshold": "threshold_drift",
+    }
+    for title, name in by_site.items():
+        assert sorted(shown[title]) == sorted(f"sparsity/{site}/{name}$" for site in sites), title
+    for site in sites:
+        assert shown[f"Zeros by layer, {site}"] == [f"sparsity/{site}/zeros/layer_"]
+        assert shown[f"Energy after the selection by layer, {site}"] == [f"sparsity/{site}/kept_energy/layer_"]
+
+
+def test_two_settings_of_one_name_have_columns_of_their_own():
+    requested = ("training.warmup_steps", "model.sparsity.schedule.warmup_steps")
+    update = {"training": CONFIG.training.model_copy(update={"warmup_steps": 7})}
+    update |= {"metrics": CONFIG.metrics.model_copy(update={"hyperparameters": requested})}
+    found = hyperparameters(CONFIG.model_copy(update=update))
+    assert (found["warmup_steps"], found["schedule.warmup_steps"]) == (7, 0)
+
+
 def test_a_run_without_balancing_biases_has_no_chart_for_them():
     titles = {title for group in chart_layout(RunConfig()).values() for title in group}
     with_biases = {title for group in chart_layout(CONFIG).values() for title in group}

@@ -33,12 +33,29 @@ def test_dead_experts_and_features_are_unused_in_every_step_of_a_full_window():
     assert third[f"{SITE}/dead_features"].tolist() == [2 / 6]
 
 
+def test_the_window_is_ten_logged_steps_and_counts_are_per_layer():
+    used = torch.tensor([[[True, False], [False, False]], [[False, False], [True, True]]])
+    stats = {
+        "router/routed_LE": torch.tensor([[4.0, 0.0], [0.0, 0.0]]),
+        f"{SITE}/rows_LE": torch.ones(2, 2), f"{SITE}/smallest_LE": torch.ones(2, 2), f"{SITE}/used_LED": used,
+    }  # fmt: skip
+    window = Window()
+    for number in range(1, 11):
+        found = window.update(stats)
+        assert ("router/dead_experts_window" in found) == (f"{SITE}/dead_features" in found) == (number == 10)
+    assert found["router/dead_experts_window"].tolist() == [1, 2]
+    assert found[f"{SITE}/dead_features"].tolist() == [0.75, 0.5]
+    alone = Window(length=1)
+    assert alone.update(stats)["router/dead_experts_window"].tolist() == [1, 2], "as long as that of features"
+
+
 def test_drift_is_relative_to_the_previous_step():
     window = Window()
     used = [[True]]
     assert f"{SITE}/threshold_drift" not in window.update(step([4], used, [2.0]))
     assert window.update(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [pytest.approx(0.5)]
     assert window.update(step([2], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [0.0]
+    assert window.update(step([4], used, [1.5]))[f"{SITE}/threshold_drift"].tolist() == [-0.5]
 
 
 def test_a_window_without_experts_counts_features_all_the_same():

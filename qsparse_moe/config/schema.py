@@ -187,6 +187,21 @@ class LossScaleConfig(Section):
     """Smallest scale; an overflow at this scale ends the run."""
 
 
+class SkipStepsConfig(Section):
+    """Steps whose gradient is not used. A skipped step changes no weight and no optimizer state, and it counts as a step:
+    the run goes on with the data and the learning rate of the next one."""
+
+    limit: NonNegativeInt = 0
+    """Maximum number of skipped steps among the last window steps; one more ends the run. 0: no step is skipped, and a
+    loss, an activation, or a gradient that is not finite ends the run. Steps that fp16 skips because the scaled gradient
+    overflows do not count."""
+    sigma: NonNegativeFloat = 0.0
+    """Also skip a step whose gradient norm is above the mean of the norms in the window by more than this number of their
+    standard deviations (6 is common), once half a window of norms is known; 0: outliers are not skipped."""
+    window: Annotated[int, Field(ge=2, le=100_000)] = 128
+    """Number of steps in the window."""
+
+
 class TrainingConfig(Section):
     """The training run."""
 
@@ -226,6 +241,8 @@ class TrainingConfig(Section):
     overflows; many CPUs have no fp16 products and are slow at it."""
     loss_scale: LossScaleConfig = LossScaleConfig()
     """Dynamic loss scaling if precision is fp16."""
+    skip_steps: SkipStepsConfig = SkipStepsConfig()
+    """Skipping of steps whose gradient is not finite or is an outlier."""
     activation_checkpointing: Recompute = "none"
     """Activations that the backward pass recomputes instead of saving. full: every layer; attention, feed_forward: this
     half of every layer with its norm; selective: everything in a layer except its matrix products and attention."""

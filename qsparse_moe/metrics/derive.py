@@ -55,8 +55,8 @@ def _scalars(report: StepReport) -> dict[str, float]:
         "learning_rate": report.learning_rate,
         "sparsity": report.sparsity,
     }
-    if report.loss_scale is not None and report.skipped_steps is not None:
-        train |= {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
+    known = {"loss_scale": report.loss_scale, "skipped_steps": report.skipped_steps}
+    train |= {name: value for name, value in known.items() if value is not None}
     throughput = {"tokens_per_second": report.tokens_per_second, "step_seconds": report.step_seconds}
     throughput |= {f"{part}_seconds": seconds for part, seconds in report.phase_seconds.items()}
     groups = {

@@ -53,15 +53,15 @@ METRICS = (
         "1",
         "L2 norm of the whole gradient before clipping. Per layer, with metrics.layer_gradients: that of the "
         "layer's matrices in attention, experts, shared experts, and dense feed-forward networks. null in a "
-        "step that was skipped in fp16.",
+        "step that was skipped because it is not finite.",
         layers="chart",
     ),
     Metric("train/loss_scale", "1", "Factor by which the loss is multiplied in fp16; absent in other precisions."),
     Metric(
         "train/skipped_steps",
         "steps",
-        "Number of steps skipped since the start of the run because the scaled gradient overflowed in fp16; "
-        "absent in other precisions.",
+        "Number of steps skipped since the start of the run, because the scaled gradient overflowed in fp16 or by "
+        "training.skip_steps; absent in other precisions without that setting.",
     ),
     Metric("train/learning_rate", "1", "Learning rate of the step."),
     Metric("train/sparsity", "1", "S of the plan in this step, mean over layers, sites, and experts."),

@@ -54,7 +54,8 @@ class StepReport:
     router_bias_LE: Tensor | None
     """The biases that balance the experts after this step, fp32 on the CPU; None without them."""
     grad_norm: float
-    """Gradient norm before clipping; infinite if the step was skipped in fp16."""
+    """Gradient norm before clipping; infinite if the step was skipped in fp16, and perhaps not finite if it was skipped
+    by ``training.skip_steps``."""
     layer_grad_norms: tuple[float, ...] | None
     """L2 norm, before clipping, of the gradient of each layer's matrices (attention, experts, shared and dense
     feed-forwards; no router, no norm); None unless ``metrics.layer_gradients``."""
@@ -78,7 +79,7 @@ class StepReport:
     loss_scale: float | None = None
     """Factor of the loss in this step, in fp16."""
     skipped_steps: int | None = None
-    """Number of steps skipped since the run began because the gradient overflowed, in fp16."""
+    """Number of steps skipped since the run began, in fp16 and with ``training.skip_steps``; else None."""
 
 
 @dataclass(frozen=True)

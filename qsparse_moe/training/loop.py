@@ -31,6 +31,7 @@ from qsparse_moe.training.monitor.dead_experts import DeadExpertMonitor
 from qsparse_moe.training.monitor.non_finite import CANNOT_CONTINUE, NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.profile import StepProfiler
+from qsparse_moe.training.monitor.skipped_steps import build_step_filter
 from qsparse_moe.training.named_tensors import OpenWeights, open_checkpoint
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
 from qsparse_moe.training.reporting import EvaluationResult, Reporter
@@ -130,7 +131,13 @@ class _Loop:
         self._training = run.config.training
         self._signals = StopSignals()
         self._reporter = Reporter(run, listeners, lock)
-        self._guard = NonFiniteGuard(run.config.model.num_layers, run.distributed, run.engine.loss_scaler)
+        self._step_filter = build_step_filter(self._training.skip_steps)
+        self._guard = NonFiniteGuard(
+            run.config.model.num_layers,
+            run.distributed,
+            run.engine.loss_scaler,
+            raises=self._step_filter is None,
+        )
         self._dead_experts = DeadExpertMonitor(
             run.config.metrics.dead_expert_window,
             [block.layer for block in run.engine.model.blocks() if block.moe is not None],
@@ -228,6 +235,7 @@ class _Loop:
                     step=step + 1,
                     learning_rate=learning_rate(self._training, step),
                     guard=self._guard,
+                    step_filter=self._step_filter,
                     report=self._is_reported(step + 1),
                     layer_gradients=self._run.config.metrics.layer_gradients,
                     earlier_routed_LE=self._dead_experts.routed_LE if self._is_reported(step + 1) else None,
@@ -315,6 +323,7 @@ class _Loop:
             learning_rate=learning_rate(self._training, step),
             evaluation=self._evaluation,
             phase_seconds=dict(self._clock.seconds),
+            skipped_steps=None if self._step_filter is None else self._step_filter.num_skipped,
         )
         # Other ranks are in the next step already, whose reduction carries the request to stop to them.
         self._failure = self._reporter.failure or self._failure

@@ -66,6 +66,7 @@ class Reporter:
         learning_rate: float,
         evaluation: EvaluationResult | None,
         phase_seconds: dict[str, float],
+        skipped_steps: int | None = None,
     ) -> None:
         """Report a logged step; an error is stored in ``failure``.
 
@@ -75,6 +76,7 @@ class Reporter:
             learning_rate: the learning rate of the step.
             evaluation: the evaluation after the step, if there was one.
             phase_seconds: the times of the step; see ``StepReport``.
+            skipped_steps: number of steps that ``training.skip_steps`` has skipped; None: it skips none.
         """
         assert outcome.losses is not None and outcome.stats is not None
         # Times are means since the last report, so that steps that are not logged count as well.
@@ -99,7 +101,7 @@ class Reporter:
             choice_agreement_L=None if evaluation is None else evaluation.choice_agreement_L,
             phase_seconds=phase_seconds,
             loss_scale=outcome.loss_scale,
-            skipped_steps=None if scaler is None else scaler.skipped_steps,
+            skipped_steps=_sum_of_known(skipped_steps, None if scaler is None else scaler.skipped_steps),
         )
         try:
             self._lock.check()
@@ -137,3 +139,8 @@ class Reporter:
             device_name=device_name(run.distributed.device),
             backend=run.engine.model.runtime.names.get("model.moe.backend", ""),
         )
+
+
+def _sum_of_known(*counts: int | None) -> int | None:
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None

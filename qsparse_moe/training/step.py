@@ -19,6 +19,7 @@ from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.training.monitor.layer_gradients import layer_squares
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
 from qsparse_moe.training.monitor.phases import PhaseClock
+from qsparse_moe.training.monitor.skipped_steps import StepFilter
 
 Sums = dict[str, Tensor]
 
@@ -77,7 +78,8 @@ class StepResult:
     """Number of tokens of all ranks routed to each expert since the last report, including this step, on the CPU; None
     without a report and in a model without experts."""
     grad_norm: float
-    """Norm before clipping; infinite in a step that was skipped in fp16."""
+    """Norm before clipping; infinite in a step that fp16 skipped, and perhaps not finite in one that was skipped for
+    another reason."""
     layer_grad_norms: tuple[float, ...] | None
     """Norm of each layer's matrices before clipping; None unless requested, and in a step that was skipped."""
     loss_scale: float | None
@@ -86,6 +88,8 @@ class StepResult:
     """Highest ``stop`` of all ranks: a signal, ``non_finite.CANNOT_CONTINUE``, or 0."""
     save: bool = False
     """Whether any rank requests a checkpoint after the step."""
+    skipped: bool = False
+    """Whether the step filter kept the gradient from the weights."""
 
 
 def train_step(
@@ -96,6 +100,7 @@ def train_step(
     learning_rate: float,
     guard: NonFiniteGuard,
     report: bool,
+    step_filter: StepFilter | None = None,
     layer_gradients: bool = False,
     earlier_routed_LE: Tensor | None = None,
     weighs_targets: bool = False,
@@ -112,6 +117,7 @@ def train_step(
         learning_rate: learning rate of this step.
         guard: checks the output and the gradient of every layer.
         report: reduce losses and stats over the ranks, which costs one collective and the model's statistics.
+        step_filter: decides whether the step is skipped, which needs a guard that does not raise; None: no step is.
         layer_gradients: report the gradient norm of each layer's matrices as well; without a report it has no effect.
         earlier_routed_LE: sum of ``routed_LE`` over the steps since the last report, which a report reduces together
             with those of this step.
@@ -137,15 +143,19 @@ def train_step(
     # Read before the update, which may change it for the next step.
     loss_scale = None if engine.loss_scaler is None else engine.loss_scaler.scale
     with clock.part("update"):
-        grad_norm = engine.update(learning_rate)
-    # Only after the update: DeepSpeed computes the norm within its step.
-    guard.check_norm(step, grad_norm)
+        skipped_norm = None if step_filter is None else step_filter.skips(engine, step, fault=guard.fault)
+        grad_norm = engine.update(learning_rate) if skipped_norm is None else _skip(engine, skipped_norm)
+    skipped = skipped_norm is not None
+    if not skipped:
+        # Only after the update: DeepSpeed computes the norm within its step.
+        guard.check_norm(step, grad_norm)
     routed_LE = totals.stats.get(_ROUTED)
     totals.earlier_routed_LE = earlier_routed_LE
     reduced = totals.reduced(engine.distributed) if report else None
-    _update_router_bias(engine, routed_LE, None if reduced is None else reduced.stats.get(_ROUTED), step)
+    if not skipped:
+        _update_router_bias(engine, routed_LE, None if reduced is None else reduced.stats.get(_ROUTED), step)
     if reduced is None:
-        return StepResult(None, None, routed_LE, None, grad_norm, None, loss_scale, *requests)
+        return StepResult(None, None, routed_LE, None, grad_norm, None, loss_scale, *requests, skipped)
     # Each rank's loss is a mean over its micro-batches, so the sum over the ranks is divided by their number.
     return StepResult(
         {name: value.item() / engine.distributed.world_size for name, value in reduced.losses.items()},
@@ -156,7 +166,13 @@ def train_step(
         _layer_norms(reduced, grad_norm),
         loss_scale,
         *requests,
+        skipped,
     )
+
+
+def _skip(engine: Engine, grad_norm: float) -> float:
+    engine.skip()
+    return grad_norm
 
 
 def weighted(batches: Sequence[Batch], distributed: Distributed) -> list[Batch]:

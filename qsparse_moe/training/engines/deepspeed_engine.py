@@ -132,6 +132,25 @@ class DeepSpeedEngine:
             self._drop_gradient()
         return math.inf if overflow else float(norm)
 
+    def skip(self) -> None:
+        """See ``Engine``. The optimizers of ZeRO drop the gradient as after an overflow in fp16, in any precision."""
+        self._step_load.reset()
+        optimizer = self._engine.optimizer
+        if self.stage == 3:
+            changes: dict[str, Any] = {"_overflow_check_and_loss_scale_update": self._declare_overflow}
+        elif hasattr(optimizer, "check_grad_overflow"):
+            changes = {"check_grad_overflow": True, "check_overflow": self._declare_overflow}
+        else:
+            # AdamW and its wrappers for bf16 and fp16, which keep gradients of their own.
+            changes = {"step": optimizer.zero_grad}
+        # Through DeepSpeed's step and not around it: it counts the micro-batches and ends the step's timers.
+        with mock.patch.multiple(optimizer, **changes):
+            self._engine.step()
+        self._drop_gradient()
+
+    def _declare_overflow(self, **_: Any) -> None:
+        self._engine.optimizer.overflow = True
+
     def _step(self) -> Tensor | float:
         """Take DeepSpeed's optimizer step and return the norm of the gradient before clipping."""
         if self.stage == 0:

@@ -70,6 +70,12 @@ class Engine(Protocol):
             may have been overwritten.
         """
 
+    def skip(self) -> None:
+        """Take the place of ``update`` in a step that must not change anything: drop the gradient.
+
+        Weights, moments, Adam's step counter, and the loss scale keep their values.
+        """
+
     def get_full(self, name: str, kind: StateKind) -> Tensor:
         """Return the global fp32 tensor of the parameter ``name``, on the device; it is valid until the next step."""
 

@@ -90,12 +90,20 @@ class TorchEngine:
         overflow = self.loss_scaler is not None and not norm.isfinite()
         if not overflow:
             self._step()
-        # None and not zeros: frees the memory until the next backward pass.
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self._drop_gradient()
         if self.loss_scaler is not None:
             self.loss_scaler.update(overflow)
         return math.inf if overflow else float(norm)
+
+    def skip(self) -> None:
+        """See ``Engine``."""
+        self._step_load.reset()
+        self._drop_gradient()
+
+    def _drop_gradient(self) -> None:
+        # None and not zeros: frees the memory until the next backward pass.
+        for parameter in self._parameters.values():
+            parameter.grad = None
 
     def _step(self) -> None:
         for name, master in self._masters.items():

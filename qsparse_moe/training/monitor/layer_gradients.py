@@ -43,6 +43,16 @@ def layer_squares(engine: Engine) -> Tensor:
     return squares_L if engine.loss_scaler is None else squares_L / engine.loss_scaler.factor**2
 
 
+def gradient_norm(engine: Engine) -> float:
+    """Return the L2 norm of the whole gradient before clipping, without the loss scale. All ranks must call it together.
+
+    Call it between the last backward of a step and ``update``. It is not finite if any element of the gradient is not.
+    """
+    square = torch.stack([_square(engine, name) for name in engine.shapes()]).sum()
+    factor = 1.0 if engine.loss_scaler is None else engine.loss_scaler.factor
+    return float(engine.distributed.all_reduce(square).sqrt()) / factor
+
+
 def _square(engine: Engine, name: str) -> Tensor:
     shard = engine.gradient_shard(name)
     # In float64: squares of fp16's scaled gradients overflow fp32, and the ranks' parts add up without rounding noise.

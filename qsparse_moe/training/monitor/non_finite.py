@@ -41,9 +41,20 @@ class NonFiniteGuard:
     ranks in the same small reduction.
     """
 
-    def __init__(self, num_layers: int, distributed: Distributed, loss_scaler: LossScaler | None = None) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        distributed: Distributed,
+        loss_scaler: LossScaler | None = None,
+        *,
+        raises: bool = True,
+    ) -> None:
+        """Args: with ``raises=False``, ``check`` stores what it finds in ``fault``, for a run that may skip steps."""
         self._distributed = distributed
         self._loss_scaler = loss_scaler
+        self._raises = raises
+        self.fault = ""
+        """The value of this step that is not finite, in words; empty if all are."""
         self._overflow_place = ""
         self._num_layers = num_layers
         self._forward_L = torch.zeros(num_layers, device=distributed.device)
@@ -77,7 +88,8 @@ class NonFiniteGuard:
             The highest ``stop`` of all ranks, and whether any rank requests a checkpoint; the same on every rank.
 
         Raises:
-            TrainingDiverged: the message has the step, the layer, and the lowest rank that has seen the value.
+            TrainingDiverged: the message has the step, the layer, and the lowest rank that has seen the value. With
+                ``raises=False`` the same words, without the step, are in ``fault``.
         """
         sums = torch.cat((self._forward_L, self._backward_L, self._loss))
         # The maximum over the ranks then identifies the lowest rank.
@@ -88,12 +100,15 @@ class NonFiniteGuard:
         for buffer in (self._forward_L, self._backward_L, self._loss):
             buffer.zero_()
         # Set only by an overflow in this step; check_norm reports it after the update.
-        self._overflow_place = ""
+        self._overflow_place = self.fault = ""
         if any(found):
             place = self._place(found)
-            if self._loss_scaler is None or not self._is_backward_only(found):
+            if self._loss_scaler is not None and self._is_backward_only(found):
+                self._overflow_place = f" ({place})"
+            elif self._raises:
                 raise TrainingDiverged(f"step {step}: {place}. {_WAY_OUT}")
-            self._overflow_place = f" ({place})"
+            else:
+                self.fault = place
         return Requests(stop, bool(save_requested))
 
     def check_norm(self, step: int, grad_norm: float) -> None:

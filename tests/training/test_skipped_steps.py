@@ -1,0 +1,143 @@
+"""Steps whose gradient is not finite or is an outlier change nothing, in every engine."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from qsparse_moe.data.loader import TrainLoader
+from qsparse_moe.errors import TrainingDiverged
+from qsparse_moe.training import loop
+from qsparse_moe.training.loop import train
+from tests.support.runs import LAYOUTS, OFFLOADED
+
+BAD_STEP = 3
+NO_OUTLIERS = {"limit": 1, "window": 4}
+OUTLIERS = {"limit": 1, "sigma": 20.0, "window": 4}
+
+
+@pytest.fixture
+def weigh_step(monkeypatch):
+    """Return a function that multiplies the losses of some steps, counted from 1, by a number."""
+    batches = TrainLoader.batches
+
+    def weigh(*steps, weight):
+        def weighed(loader, step):
+            found = batches(loader, step)
+            return [b._replace(loss_weight=torch.tensor(weight)) for b in found] if step + 1 in steps else found
+
+        monkeypatch.setattr(TrainLoader, "batches", weighed)
+
+    return weigh
+
+
+def losses_of(config):
+    reports = []
+    train(config, listeners=[reports.append])
+    return [report.losses["loss"] for report in reports], reports
+
+
+@pytest.fixture
+def states(monkeypatch):
+    """Return the weights and Adam's counter before and after every step of the run, by its number."""
+    found = {}
+    train_step = loop.train_step
+
+    def state(engine):
+        weights = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+        return weights | {"adam_step": torch.tensor(engine.adam_step)}
+
+    def recorded(engine, batches, *, step, **settings):
+        before = state(engine)
+        outcome = train_step(engine, batches, step=step, **settings)
+        found[step] = (before, state(engine), outcome.skipped)
+        return outcome
+
+    monkeypatch.setattr(loop, "train_step", recorded)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("weight", "settings"), [(math.nan, NO_OUTLIERS), (math.inf, NO_OUTLIERS), (math.nan, OUTLIERS), (1e3, OUTLIERS)]
+)
+def test_a_skipped_step_changes_neither_weights_nor_the_optimizer(make_config, weigh_step, states, weight, settings):
+    weigh_step(BAD_STEP, weight=weight)
+    _, reports = losses_of(make_config(skip_steps=settings))
+    for step, (before, after, skipped) in states.items():
+        same = {name for name, value in before.items() if torch.equal(value, after[name])}
+        assert skipped == (step == BAD_STEP)
+        assert same == (set(before) if step == BAD_STEP else set()), step
+    assert [report.skipped_steps for report in reports] == [0, 0, 1, 1, 1, 1]
+    assert math.isfinite(reports[BAD_STEP - 1].grad_norm) == (weight == 1e3)
+    assert all(math.isfinite(report.grad_norm) for report in reports if report.step != BAD_STEP)
+
+
+def test_an_outlier_changes_the_weights_unless_they_are_asked_for(make_config, weigh_step, states):
+    weigh_step(BAD_STEP, weight=1e3)
+    _, reports = losses_of(make_config(skip_steps=NO_OUTLIERS))
+    assert [skipped for _, _, skipped in states.values()] == [False] * 6
+    assert reports[-1].skipped_steps == 0
+
+
+@pytest.mark.parametrize(
+    ("precision", "layouts", "tolerance"),
+    [
+        ("fp32", ["zero0", "zero1", "zero2_cpu", "zero3", "zero3_cpu"], 3e-6),
+        ("bf16", ["zero0", "zero1", "zero2", "zero3"], 2e-3),
+    ],
+)
+def test_every_engine_goes_on_as_the_plain_one_does(make_config, weigh_step, precision, layouts, tolerance):
+    """DeepSpeed has five optimizers, each with gradients of its own that must be dropped."""
+    pytest.importorskip("deepspeed")
+    weigh_step(2, weight=math.nan)
+    settings = {"skip_steps": NO_OUTLIERS, "precision": precision, "steps": 4}
+    want, _ = losses_of(make_config("want", **settings))
+    assert math.isnan(want.pop(1))
+    for layout in layouts:
+        found, reports = losses_of(make_config(layout, **((LAYOUTS | OFFLOADED)[layout] | settings)))
+        assert reports[-1].skipped_steps == 1 and math.isnan(found.pop(1)), layout
+        assert found == pytest.approx(want, rel=tolerance), layout
+
+
+def test_one_more_than_the_limit_ends_the_run_with_the_reason_and_the_way_out(make_config, weigh_step):
+    weigh_step(2, 4, weight=math.nan)
+    config = make_config(skip_steps={"limit": 1, "window": 3})
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"^step 4: the loss is not finite on rank 0, and 2 of the last 3 steps would be skipped, more than "
+        r"training\.skip_steps\.limit \(1\)\. Nothing of this step was saved\. Lower training\.learning_rate, .* raise the "
+        r"limit, and resume from the last checkpoint: there is none yet$",
+    ):
+        train(config)
+
+
+def test_steps_skipped_outside_of_the_window_do_not_count(make_config, weigh_step):
+    weigh_step(2, 5, weight=math.nan)
+    _, reports = losses_of(make_config(skip_steps={"limit": 1, "window": 3}))
+    assert [report.skipped_steps for report in reports] == [0, 1, 1, 1, 2, 2]
+
+
+def test_the_reason_is_logged(make_config, weigh_step, caplog):
+    weigh_step(BAD_STEP, weight=1e3)
+    losses_of(make_config(skip_steps=OUTLIERS))
+    (line,) = [record.getMessage() for record in caplog.records if "skipped because" in record.getMessage()]
+    assert line.startswith("step 3: skipped because its gradient norm, ")
+    assert "is more than 20 standard deviations (" in line and "above the mean of the 2 steps before it" in line
+    assert line.endswith("; 1 steps were skipped since the start of the run")
+
+
+def test_metrics_of_a_skipped_step_are_null_where_they_are_not_finite_and_later_ones_are_finite(
+    make_config, weigh_step
+):
+    from qsparse_moe.metrics.jsonl import read_metrics
+    from qsparse_moe.metrics.recorder import Recorder
+
+    weigh_step(BAD_STEP, weight=math.nan)
+    config = make_config(skip_steps=NO_OUTLIERS)
+    result = train(config, listeners=[Recorder(config)])
+    rows = list(read_metrics(result.run_dir / "metrics.jsonl"))
+    assert [row["train/skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert rows[2]["train/loss"] is None and rows[2]["train/grad_norm"] is None
+    assert all(value is not None for row in rows[3:] for value in row.values())

@@ -8,5 +8,6 @@ ranks="${RANKS:-2}"
 export DS_ACCELERATOR=cpu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(threads_per_rank "$ranks")}"
 # This launcher waits on Ctrl-C and SIGTERM until the ranks have saved, also as the main process of a container.
-exec "$python" -m qsparse_moe.training.launcher --quiet --num_gpus "$ranks" --master_port "$(free_port)" \
+exec "$python" -m qsparse_moe.training.launcher --max_restarts "${MAX_RESTARTS:-0}" \
+    --quiet --num_gpus "$ranks" --master_port "$(free_port)" \
     --module qsparse_moe train "$@" training.device=cpu

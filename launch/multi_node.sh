@@ -11,5 +11,6 @@ source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 [[ "$repository" != *[[:space:]]* ]] ||
     fail "$repository has a space in its path, which pdsh splits on the other machines: move the repository"
 
-exec "$python" -m qsparse_moe.training.launcher --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" \
+exec "$python" -m qsparse_moe.training.launcher --max_restarts "${MAX_RESTARTS:-0}" \
+    --hostfile "$HOSTFILE" --master_port "${MASTER_PORT:-29500}" \
     --module qsparse_moe train "$@"

@@ -5,5 +5,6 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 
 # This launcher waits on Ctrl-C and SIGTERM until the ranks have saved, also as the main process of a container.
-exec "$python" -m qsparse_moe.training.launcher --log_level warning --num_gpus "${NUM_GPUS:--1}" --master_port "$(free_port)" \
+exec "$python" -m qsparse_moe.training.launcher --max_restarts "${MAX_RESTARTS:-0}" \
+    --log_level warning --num_gpus "${NUM_GPUS:--1}" --master_port "$(free_port)" \
     --module qsparse_moe train "$@"

@@ -16,6 +16,7 @@ import typer
 from qsparse_moe.cli.console import complain, start_logging
 from qsparse_moe.errors import QSparseMoEError, RankLost, TrainingDiverged
 from qsparse_moe.training.interrupt import until_stopped
+from qsparse_moe.training.restarts import record_error
 from qsparse_moe.version import __version__
 
 PROGRAM = "qsparse-moe"
@@ -55,13 +56,23 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 def run(arguments: Sequence[str]) -> int:
     """Run one verb and return its exit code. An unexpected error is raised, with its traceback."""
     try:
+        return _run(arguments)
+    except Exception as error:
+        record_error(f"{type(error).__name__}: {error}")
+        raise
+
+
+def _run(arguments: Sequence[str]) -> int:
+    try:
         # Not standalone: click would print errors in its own form and end the process with its own exit codes.
         outcome = typer.main.get_command(build_app()).main(
             args=list(arguments), prog_name=PROGRAM, standalone_mode=False
         )
-    except RankLost:  # every remaining rank has already reported it
+    except RankLost as error:  # every remaining rank has already reported it
+        record_error(str(error))
         return 1
     except (QSparseMoEError, TrainingDiverged) as error:
+        record_error(str(error))
         complain(str(error))
         return 2 if isinstance(error, QSparseMoEError) else 1
     except _UsageError as error:

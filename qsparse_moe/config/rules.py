@@ -316,14 +316,14 @@ def _skipped_steps(config: RunConfig) -> Iterator[Problem]:
     skip, path = config.training.skip_steps, "training.skip_steps"
     if skip.sigma and not skip.limit:
         yield Problem(
-            f"{path}.sigma ({skip.sigma:g}) skips steps whose gradient is an outlier, and {path}.limit is 0, which skips "
-            f"none; set {path}.limit to the number of steps of {path}.window ({skip.window}) that may be skipped",
+            f"{path}.sigma ({skip.sigma:g}) skips steps whose gradient is an outlier, and {path}.limit is 0, which "
+            f"skips none; set {path}.limit to the number of steps of {path}.window ({skip.window}) that may be skipped",
             (f"{path}.sigma", f"{path}.limit"),
         )
     if skip.limit >= skip.window:
         yield Problem(
-            f"{path}.limit ({skip.limit}) must be less than {path}.window ({skip.window}), or a run in which every step "
-            f"is skipped would never end; lower the one or raise the other",
+            f"{path}.limit ({skip.limit}) must be less than {path}.window ({skip.window}), or a run in which every "
+            "step is skipped would not end early; lower the one or raise the other",
             (f"{path}.limit", f"{path}.window"),
         )
 

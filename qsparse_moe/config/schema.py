@@ -188,16 +188,16 @@ class LossScaleConfig(Section):
 
 
 class SkipStepsConfig(Section):
-    """Steps whose gradient is not used. A skipped step changes no weight and no optimizer state, and it counts as a step:
-    the run goes on with the data and the learning rate of the next one."""
+    """Steps whose gradient is not used. A skipped step changes no weight and no optimizer state, and it counts as a
+    step: the run goes on with the data and the learning rate of the next one."""
 
     limit: NonNegativeInt = 0
     """Maximum number of skipped steps among the last window steps; one more ends the run. 0: no step is skipped, and a
-    loss, an activation, or a gradient that is not finite ends the run. Steps that fp16 skips because the scaled gradient
-    overflows do not count."""
+    loss, an activation, or a gradient that is not finite ends the run. Steps that fp16 skips because the scaled
+    gradient overflows do not count."""
     sigma: NonNegativeFloat = 0.0
-    """Also skip a step whose gradient norm is above the mean of the norms in the window by more than this number of their
-    standard deviations (6 is common), once half a window of norms is known; 0: outliers are not skipped."""
+    """Also skip a step whose gradient norm is above the mean of the norms in the window by more than this number of
+    their standard deviations (6 is common), once half a window of norms is known; 0: outliers are not skipped."""
     window: Annotated[int, Field(ge=2, le=100_000)] = 128
     """Number of steps in the window."""
 

@@ -51,6 +51,8 @@ MAY_CHANGE = (
     "training.name",
     "training.output_dir",
     "training.resume",
+    # A run that has diverged may go on from its last checkpoint by skipping the steps that broke it.
+    "training.skip_steps",
     "training.steps",
 )
 """Settings and sections that may change when a run is resumed; any other change would make it a different run."""

@@ -132,6 +132,8 @@ class _Loop:
         self._signals = StopSignals()
         self._reporter = Reporter(run, listeners, lock)
         self._step_filter = build_step_filter(self._training.skip_steps)
+        if self._step_filter is not None and run.step_filter is not None:
+            self._step_filter.load_state_dict(run.step_filter)
         self._guard = NonFiniteGuard(
             run.config.model.num_layers,
             run.distributed,
@@ -312,6 +314,7 @@ class _Loop:
                 monitor={"choices": self._choices.state_dict(), "dead_experts": self._dead_experts.state_dict()},
                 evaluation_pending=evaluation_pending,
             ),
+            step_filter=None if self._step_filter is None else self._step_filter.state_dict(),
         )
         self._saved_at = time.monotonic()
 

@@ -56,6 +56,8 @@ class PreparedRun:
     """The progress at the start: zero, or that of the checkpoint."""
     report_state: ReportState
     """State of reports from the checkpoint; empty for a new run, or if the checkpoint's state cannot be used."""
+    step_filter: dict[str, Any] | None = None
+    """State of the step filter from the checkpoint."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -129,7 +131,8 @@ def prepare_run(
         _log_epochs(config, loader.epochs(training.steps))
     plan = engine.model.sparsity_plan
     report_state = ReportState() if checkpoint is None else _read_report_state(checkpoint, distributed)
-    return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start, report_state)
+    step_filter = None if checkpoint is None else checkpoint.step_filter
+    return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start, report_state, step_filter)
 
 
 def _log_epochs(config: RunConfig, epochs: Sequence[float]) -> None:

@@ -88,6 +88,16 @@ CASES = {
         ),
         {"training.loss_scale.minimum": 16},
     ),
+    "outliers that no limit lets skip": (
+        {"training.skip_steps.sigma": 6.0},
+        ("training.skip_steps.sigma (6)", "training.skip_steps.limit is 0", "training.skip_steps.window (128)"),
+        {"training.skip_steps.limit": 1},
+    ),
+    "a window that may be skipped as a whole": (
+        {"training.skip_steps.limit": 8, "training.skip_steps.window": 8},
+        ("training.skip_steps.limit (8)", "less than training.skip_steps.window (8)", "would not end early"),
+        {"training.skip_steps.limit": 7},
+    ),
     "a column for an unknown setting": (
         {"metrics.hyperparameters": ["training.stps"]},
         (

@@ -88,6 +88,8 @@ FAULTS = {
 }
 """By label: the layout, and where something stops being finite (see ``tests.support.ranks.broken``)."""
 FAULT_STEP = 3
+SKIPPED = ["torch-fp32", "torch-bf16", "zero0-fp32", "zero1-fp32", "zero1-bf16", "zero2_cpu-fp32", "zero3-fp32"]
+"""Layouts on two ranks that skip the step in which one of the ranks breaks."""
 
 CALIBRATIONS = {"calibrated": (9, 2**18), "calibrated-thinned": (9, 1024), "calibrated-one-row": (1, 2**18)}
 """By label: training rows (five batches of one rank, or one) and the most magnitudes kept of one place."""
@@ -291,6 +293,9 @@ def _faults(made: Runs) -> list[dict[str, Any]]:
         spoiled = fault | {"forward": 2 * (FAULT_STEP - 1) + 1}
         training = {"checkpoint_interval": 1, "keep_last": 5}
         plan.append(_entry(made, f"fault-{label}", layout, 2, training=training, fault=spoiled))
+    output = {"place": "output", "layer": 1, "rank": 1, "forward": 2 * (FAULT_STEP - 1) + 1}
+    skipping = {"skip_steps": {"limit": 1, "window": 4}}
+    plan += [_entry(made, f"skipped-{layout}", layout, 2, training=skipping, fault=output) for layout in SKIPPED]
     return plan
 
 

@@ -22,6 +22,7 @@ from tests.distributed.conftest import (
     RECOMPUTED,
     RECOMPUTED_PARTS,
     RESUMED,
+    SKIPPED,
     TRAINED,
     TRANSFERS,
     UNEVEN,
@@ -286,6 +287,14 @@ def test_any_layout_resumes_what_any_other_wrote(runs: Runs, source, written_by,
     resumed = runs(transfer_label(source, written_by, target), resumed_by)
     assert resumed["context"] == {"start_step": STOP_STEP, "world_size": resumed_by}
     assert_same_run(resumed, runs(target, resumed_by), target.split("-")[1], since=STOP_STEP)
+
+
+@pytest.mark.parametrize("layout", SKIPPED)
+def test_every_layout_skips_the_step_in_which_a_rank_is_not_finite(runs: Runs, layout):
+    outcome, precision = runs(f"skipped-{layout}", 2), layout.split("-")[1]
+    assert [report["skipped_steps"] for report in outcome["reports"]] == [0, 0, 1, 1, 1, 1]
+    assert_same_run(outcome, runs(f"skipped-torch-{precision}", 2), precision, since=FAULT_STEP)
+    assert series(outcome, "loss")[FAULT_STEP] != series(runs(f"torch-{precision}", 2), "loss")[FAULT_STEP]
 
 
 @pytest.mark.parametrize("label", FAULTS)

@@ -113,6 +113,39 @@ def test_a_grid_outside_of_an_array_is_refused_with_the_way_out(job):
     assert "SLURM_ARRAY_TASK_ID: is set by Slurm in an array" in result.stderr and "--array=0-11" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("code", "restarts", "limit", "requeued"),
+    [
+        (138, None, "2", True),
+        (143, "1", "2", True),
+        (138, "2", "2", False),
+        (138, None, None, False),
+        (1, None, "2", False),
+        (0, None, "2", False),
+    ],
+)
+def test_a_stopped_run_is_requeued_until_the_limit_and_resumes(job, tmp_path, code, restarts, limit, requeued):
+    add_program(tmp_path / "bin", "scontrol", '#!/bin/sh\necho "$@" >>scontrol.log; test "$1" = requeue || echo one\n')
+    add_program(
+        tmp_path / "bin", "srun", '#!/bin/bash\nwhile [[ $1 == --* ]]; do shift; done\nSLURM_NODEID=0 exec "$@"\n'
+    )
+    add_program(tmp_path / "bin", "launcher", f'#!/bin/sh\necho "$@"\nexit {code}\n')
+    with (tmp_path / "launch" / "setup.sh").open("a") as setup:
+        setup.write(f'python=launcher\ncd "{tmp_path}"\n')
+    script = REPOSITORY / "launch" / "slurm.sbatch"
+    variables = {"MAX_RESTARTS": "4", "SLURM_RESTART_COUNT": restarts, "MAX_REQUEUES": limit}
+    environment = job | {name: value for name, value in variables.items() if value is not None}
+    result = subprocess.run(["bash", str(script), "x.yaml"], env=environment, capture_output=True, text=True)
+    assert result.returncode == code
+    asked = (tmp_path / "scontrol.log").read_text().splitlines()
+    assert asked == ["show hostnames two", f"requeue {job['SLURM_JOB_ID']}"][: 1 + requeued]
+    assert ("requeued, for the" in result.stderr) == requeued
+    words = result.stdout.split()
+    assert words[-1] == ("x.yaml" if restarts is None else "training.resume=true")
+    assert words[words.index("--max_restarts") + 1] == "4"
+    assert "#SBATCH --requeue\n" in script.read_text(), "Slurm requeues a preempted job only if the job allows it"
+
+
 @pytest.mark.parametrize("name", ["SLURM_SUBMIT_DIR", "SLURM_GPUS_ON_NODE"])
 def test_outside_of_a_job_with_gpus_the_way_out_is_printed(job, name):
     del job[name]

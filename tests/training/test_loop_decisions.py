@@ -50,6 +50,7 @@ def test_the_minutes_begin_again_with_every_checkpoint(monkeypatch):
         _reporter=state,
         _choices=state,
         _dead_experts=state,
+        _step_filter=None,
         _saved_at=0.0,
     )
     assert made._is_checkpoint_overdue()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -107,8 +109,8 @@ def test_one_more_than_the_limit_ends_the_run_with_the_reason_and_the_way_out(ma
     with pytest.raises(
         TrainingDiverged,
         match=r"^step 4: the loss is not finite on rank 0, and 2 of the last 3 steps would be skipped, more than "
-        r"training\.skip_steps\.limit \(1\)\. Nothing of this step was saved\. Lower training\.learning_rate, .* raise the "
-        r"limit, and resume from the last checkpoint: there is none yet$",
+        r"training\.skip_steps\.limit \(1\)\. Nothing of this step was saved\. Lower training\.learning_rate, .* raise "
+        r"the limit, and resume from the last checkpoint: there is none yet$",
     ):
         train(config)
 
@@ -141,3 +143,20 @@ def test_metrics_of_a_skipped_step_are_null_where_they_are_not_finite_and_later_
     assert [row["train/skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1]
     assert rows[2]["train/loss"] is None and rows[2]["train/grad_norm"] is None
     assert all(value is not None for row in rows[3:] for value in row.values())
+
+
+def test_a_resumed_run_skips_the_steps_that_an_unbroken_one_skips(make_config, weigh_step):
+    """The norms of the steps before the stop decide over those after it, and count towards the limit."""
+    weigh_step(3, 5, weight=1e3)
+    settings = {"skip_steps": {"limit": 2, "sigma": 20.0, "window": 4}}
+    want, reports = losses_of(make_config("whole", **settings))
+    assert [report.skipped_steps for report in reports] == [0, 0, 1, 1, 2, 2]
+
+    def stop(report):
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(make_config("parts", **settings), listeners=[stop]).step == 4
+    found, reports = losses_of(make_config("parts", resume=True, **settings))
+    assert [report.skipped_steps for report in reports] == [2, 2]
+    assert found == want[4:]

@@ -37,6 +37,7 @@ def save_checkpoint(
     *,
     keep_last: int,
     report_state: ReportState = _NO_REPORTS,
+    step_filter: dict[str, Any] | None = None,
 ) -> Path:
     """Write the checkpoint of ``progress.step`` and remove all but the newest ``keep_last``. All ranks must call it.
 
@@ -50,6 +51,7 @@ def save_checkpoint(
         data_state: the state of the data loader, combined over the ranks; JSON-able.
         keep_last: number of checkpoints to keep, including this one.
         report_state: the state of listeners and monitors on this rank.
+        step_filter: the state of the step filter, the same on every rank; None without one.
 
     Raises:
         CheckpointError: the folder cannot be written.
@@ -75,6 +77,7 @@ def save_checkpoint(
         files.append(distributed.on_rank_zero(lambda: _write_json(partial / LISTENERS, report_state.listeners)))
         index = _index(engine, progress, data_state, files)
         index |= {"listeners": LISTENERS, "evaluation_pending": report_state.evaluation_pending}
+        index["step_filter"] = step_filter
         # The index is written last and the rename follows it; no reader opens the folder before that.
         distributed.on_rank_zero(lambda: _finish(partial, final, index))
         distributed.on_rank_zero(lambda: _prune(root, keep_last))

@@ -110,6 +110,11 @@ class Checkpoint:
         return self._index.get("loss_scale")
 
     @property
+    def step_filter(self) -> dict[str, Any] | None:
+        """State of the step filter; None if the run had none."""
+        return self._index.get("step_filter")
+
+    @property
     def world_size(self) -> int:
         """Number of ranks that wrote the checkpoint."""
         return int(self._index["world_size"])

@@ -44,9 +44,10 @@ def layer_squares(engine: Engine) -> Tensor:
 
 
 def gradient_norm(engine: Engine) -> float:
-    """Return the L2 norm of the whole gradient before clipping, without the loss scale. All ranks must call it together.
+    """Return the L2 norm of the whole gradient before clipping, without the loss scale.
 
-    Call it between the last backward of a step and ``update``. It is not finite if any element of the gradient is not.
+    All ranks must call it together, between the last backward of a step and ``update``. It is not finite if any element
+    of the gradient is not.
     """
     square = torch.stack([_square(engine, name) for name in engine.shapes()]).sum()
     factor = 1.0 if engine.loss_scaler is None else engine.loss_scaler.factor

@@ -1,4 +1,4 @@
-"""Decides which steps are skipped because their gradient is not finite or is an outlier; see ``training.skip_steps``."""
+"""Skipping of steps whose gradient is not finite or is an outlier; see ``training.skip_steps``."""
 
 from __future__ import annotations
 

@@ -9,6 +9,8 @@ import pytest
 from qsparse_moe.ablation.grid.load import load_grid
 from qsparse_moe.ablation.grid.run import run_grid
 from qsparse_moe.ablation.grid.run_result import result_of
+from qsparse_moe.accounting.densities import planned_densities
+from qsparse_moe.accounting.flops import training_flops
 from qsparse_moe.model.transformer import build_model
 from tests.ablation.grid_files import BASE, GRID, finished_run
 
@@ -131,3 +133,60 @@ def test_a_result_counts_the_parameters_of_the_built_model_and_those_that_a_toke
     assert dense.kept_parameters == dense.active_parameters
     behind_sites = by_part["attention"] + by_part["experts_active"] + by_part["shared"]
     assert half.kept_parameters == half.active_parameters - behind_sites / 2
+
+
+VALIDATED = {"step": 2, "tokens": 128, "validation/loss": 1.0, "validation/bits_per_byte": 1.4}
+
+
+def test_an_unfinished_run_has_its_costs_and_no_losses_whatever_it_has_logged(write, tmp_path):
+    grid = load_grid(write(GRID + "compare_dense: 3\n"), output_dir=str(tmp_path / "out"))
+    run = grid.runs[0]
+    finished_run(run, [VALIDATED | {"throughput/tokens_per_second": 10.0, "train/grad_norm/layer_0": 1.0}])
+    (grid.folder / run.id / "checkpoints" / "step-00000002").rmdir()
+    compared = grid.folder / run.id / "evaluation" / "rows-3"
+    compared.mkdir(parents=True)
+    (compared / "comparison-run-against-dense.json").write_text('{"kl_divergence": 1.0}')
+    found = result_of(grid, run, "lost power")
+    assert (found.finished, found.error, found.steps, found.tokens, found.curve) == (False, "lost power", 0, 0, [])
+    measured = (found.loss, found.bits_per_byte, found.tokens_per_second, found.layer_grad_norms, found.against_dense)
+    assert measured == (None,) * 5
+    assert found.total_parameters > 0
+
+
+def test_the_reason_why_a_run_ended_comes_before_that_of_its_folder(write, tmp_path):
+    path, out = write(GRID.replace("[0, 3]", "[0]")), str(tmp_path / "out")
+    finished_run(load_grid(path, ["training.beta1=0.5"], output_dir=out).runs[0], [])
+    grid = load_grid(path, output_dir=out)
+    assert result_of(grid, grid.runs[0], "exit code 7").error == "exit code 7"
+    assert "was made with other settings" in result_of(grid, grid.runs[0]).error
+
+
+def test_costs_of_a_selection_by_rank_are_those_of_the_plan_and_not_of_measured_zeros(write, tmp_path):
+    block = GRID.replace("0.5}", "0.5, model.sparsity.selection: block, model.sparsity.group_size: 8}")
+    grid = load_grid(write(block), output_dir=str(tmp_path / "out"))
+    topk = load_grid(write(), output_dir=str(tmp_path / "topk"))
+    sites = ("attention_input", "attention_output", "expert_input", "expert_hidden")
+    measured = {f"sparsity/{site}/zeros/layer_0": 0.9 for site in sites}
+    for one in (grid, topk):
+        finished_run(one.runs[2], [VALIDATED | measured])
+    found, ranked = result_of(grid, grid.runs[2]), result_of(topk, topk.runs[2])
+    assert found.kept_parameters == ranked.kept_parameters
+    assert found.kept_parameters == found.active_parameters - (4 + 2 * 3) * 16 * 16 / 2, "behind the sites, half of all"
+    model = grid.runs[2].config.model
+    flops = training_flops(model, 32, densities=planned_densities(model))
+    assert (found.training_flops_per_token, found.kept_training_flops_per_token) == (flops.routed, flops.needed)
+    assert flops.needed < flops.routed
+    assert found.weight_bytes_1 < found.weight_bytes_16
+
+
+def test_a_result_lists_groups_of_experts_in_the_order_of_the_experts_and_the_weights_of_dense_layers(write, tmp_path):
+    base = BASE.replace("num_layers: 1", "num_layers: 2").replace("num_experts: 2", "num_experts: 4, num_dense_layers: 1")
+    overrides = "[{layers: 1, site: expert_hidden, experts: [0, 2], sparsity: 0.9}]"
+    text = "base: base.yaml\nseeds: [0]\nvariants:\n  dense:\n  one: {model.sparsity.overrides: " + overrides + "}\n"
+    grid = load_grid(write(text, base), output_dir=str(tmp_path / "out"))
+    found = result_of(grid, grid.runs[1])
+    assert found.varied_sparsity == [(1, "expert_hidden", [0, 2], 0.9), (1, "expert_hidden", [1, 3], 0.0)]
+    assert (found.num_experts, found.experts_per_token, found.num_layers) == (4, 2, 2)
+    sizes = {name: p.numel() for name, p in build_model(grid.runs[1].config.model).named_parameters()}
+    dense = sum(size for name, size in sizes.items() if "layers.0" in name and "attention" not in name and size > 16)
+    assert found.active_weights_by_part["dense"] == dense > 0

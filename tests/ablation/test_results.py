@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qsparse_moe.ablation.grid.dense_comparison import FIGURES
 from qsparse_moe.ablation.grid.load import load_grid
-from qsparse_moe.ablation.grid.report import markdown, write_results
+from qsparse_moe.ablation.grid.report import _against_dense, _cost, _natural_zeros, markdown, write_results
 from qsparse_moe.ablation.grid.results import RunResult, read_results, results_text
 from qsparse_moe.errors import ConfigError
 
@@ -191,3 +192,75 @@ def test_a_missing_results_file_is_named(tmp_path):
         ConfigError, match=re.escape(str(tmp_path / "results.jsonl")) + " cannot be read.*name a results.jsonl"
     ):
         read_results([tmp_path])
+
+
+def test_one_variant_has_every_cost_in_its_row_and_equal_variants_have_a_line_without_a_table(tmp_path):
+    grid = two_variants(tmp_path)
+    alone = replace(grid, runs=grid.runs[:2])
+    unmeasured = replace(outcome("dense", 0, 2.0), tokens_per_second=None)
+    assert _cost(alone, [unmeasured]) == [
+        "| variant | mean S | parameters stored | active | needed | MFLOP executed | MFLOP needed | MB at 1 | MB at 16 "
+        "| tokens/s |\n| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |\n"
+        "| dense | 0.5 | 200 | 100 | 50 | 6.000 | 3.000 | 1.000 | 2.000 | – |"
+    ]
+    assert _cost(grid, [outcome("dense", 0, 2.0), outcome("half", 0, 9.0)]) == [
+        "The same for all variants: mean S 0.5, parameters stored 200, active 100, needed 50, MFLOP executed 6.000, "
+        "MFLOP needed 3.000, MB at 1 1.000, MB at 16 2.000, tokens/s 10."
+    ]
+
+
+def test_a_site_below_its_natural_zeros_has_no_layers_if_one_seed_has_all_of_them_and_the_means_over_seeds(tmp_path):
+    grid = two_variants(tmp_path)
+    results = [outcome("dense", seed, 2.0) for seed in (0, 3)]
+    results[0] = replace(
+        results[0], natural_zeros=[("expert_hidden", [1], 0.66, 0.5), ("dense_hidden", [3, 1], 0.7, 0.2)]
+    )
+    results[1] = replace(results[1], natural_zeros=[("expert_hidden", [], 0.68, 0.4)])
+    _, table = _natural_zeros(grid, results)
+    assert table.splitlines()[2:] == [
+        "| dense | expert_hidden | 0.450 | 0.670 |",
+        "| dense | layers 1,3 dense_hidden | 0.200 | 0.700 |",
+    ]
+
+
+def test_a_difference_of_0_from_the_dense_model_counts_in_the_mean(tmp_path):
+    grid = replace(two_variants(tmp_path), compare_dense=5)
+    figures = dict.fromkeys(FIGURES, 0.5)
+    results = [
+        replace(outcome("dense", 0, 2.0), against_dense=figures | {"kl_divergence": 0.0}),
+        replace(outcome("dense", 3, 2.0), against_dense=figures | {"kl_divergence": 0.25, "choices_changed": None}),
+    ]
+    note, table = _against_dense(grid, results)
+    assert "on 5 validation sequences" in note
+    assert table.splitlines()[2:] == [
+        "| dense | 0.5000 | 0.5000 ± 0.0000 | 0.1250 ± 0.1768 | 0.5000 ± 0.0000 |",
+        "| half | – | – | – | – |",
+    ]
+
+
+def test_the_error_of_a_run_is_one_line_and_pictures_have_their_titles(tmp_path, monkeypatch):
+    grid = two_variants(tmp_path)
+    results = [outcome("dense", 0, 2.0), replace(outcome("dense", 3, None), error="exit code 1:\n  lost\n\tagain ")]
+    monkeypatch.setattr("qsparse_moe.ablation.grid.report.draw_figures", lambda *_: {"loss.png": "Loss by S"})
+    write_results(replace(grid, runs=grid.runs[:2]), results, tmp_path)
+    *_, broken, names, picture = (tmp_path / "report.md").read_text().split("\n\n")
+    assert (broken, names) == ("1 of 2 runs did not finish:", "- `dense-seed3`: exit code 1: lost again")
+    assert picture == "![Loss by S](loss.png)\n"
+
+
+def test_a_record_that_lacks_several_fields_names_them_and_a_broken_line_is_quoted_by_its_end(tmp_path):
+    file, row = tmp_path / "results.jsonl", json.loads(ROW)
+    file.write_text(json.dumps({k: v for k, v in row.items() if k not in ("loss", "curve", "against_dense")}) + "\n")
+    with pytest.raises(
+        ConfigError, match=r"line 1, lacks loss, curve; run qsparse-moe ablate with its grid and folders"
+    ):
+        read_results([file])
+    file.write_text('{"begin": 1, "a long line": "of which only the end-of-line-0123456789')
+    with pytest.raises(ConfigError) as caught:
+        read_results([file])
+    assert "it ends in " in str(caught.value) and "end-of-line-0123456789" in str(caught.value)
+    assert "begin" not in str(caught.value)
+    del row["against_dense"]
+    file.write_text(json.dumps(row | {"natural_zeros": [["expert_hidden", [1], 0.7, 0.5]]}))
+    (read,) = read_results([file])
+    assert read["against_dense"] is None and read["natural_zeros"] == [["expert_hidden", [1], 0.7, 0.5]]

@@ -55,6 +55,8 @@ def test_runs_divide_the_devices():
     command = placement.command(CONFIG, first)
     assert command[command.index("--include") + 1] == "localhost:0,1" and "--num_gpus" not in command
     assert Placement(jobs=3).environment((), 2, given={}) == {"OMP_NUM_THREADS": "1"}
+    ports = [one[one.index("--master_port") + 1] for one in (command, placement.command(CONFIG, second))]
+    assert len({*ports, "29500"}) == 3, "launchers at one time have ports of their own"
 
 
 def test_a_number_of_threads_that_the_user_has_set_is_respected():
@@ -70,6 +72,15 @@ def test_a_number_of_threads_that_the_user_has_set_is_respected():
         (
             {"devices": ("0", "1"), "jobs": 2, "ranks": 2},
             r"--devices \(0,1\) must name 4 devices for 2 runs.* 2 processes.*set --jobs 1",
+        ),
+        (
+            {"devices": ("7",), "jobs": 3, "ranks": 2},
+            r"--devices \(7\) must name 6 devices for 3 runs at a time \(--jobs\) of 2 processes each \(--ranks\); "
+            r"name more devices, or set --jobs 1$",
+        ),
+        (
+            {"devices": tuple("01234"), "jobs": 3, "ranks": 2},
+            r"--devices \(0,1,2,3,4\) must name 6 devices .* or set --jobs 2$",
         ),
         ({"devices": ("0", "0")}, r'--devices \("0,0"\) must be different indices of CUDA devices, such as 0,1'),
         ({"devices": ("cuda:0",)}, r'--devices \("cuda:0"\) must be different indices'),

@@ -180,7 +180,9 @@ def test_costs_of_a_selection_by_rank_are_those_of_the_plan_and_not_of_measured_
 
 
 def test_a_result_lists_groups_of_experts_in_the_order_of_the_experts_and_the_weights_of_dense_layers(write, tmp_path):
-    base = BASE.replace("num_layers: 1", "num_layers: 2").replace("num_experts: 2", "num_experts: 4, num_dense_layers: 1")
+    base = BASE.replace("num_layers: 1", "num_layers: 2").replace(
+        "num_experts: 2", "num_experts: 4, num_dense_layers: 1"
+    )
     overrides = "[{layers: 1, site: expert_hidden, experts: [0, 2], sparsity: 0.9}]"
     text = "base: base.yaml\nseeds: [0]\nvariants:\n  dense:\n  one: {model.sparsity.overrides: " + overrides + "}\n"
     grid = load_grid(write(text, base), output_dir=str(tmp_path / "out"))

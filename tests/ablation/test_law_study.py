@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from qsparse_moe.ablation.law import certainty
+from qsparse_moe.ablation.law import fit as fit_module
 from qsparse_moe.ablation.law import study as study_module
 from qsparse_moe.ablation.law.certainty import _folds, held_out_error, interval, largest_held_out_error, resampled
 from qsparse_moe.ablation.law.fit import Fit, _best_starts, _grid, _objective, why_not
@@ -16,9 +17,10 @@ from qsparse_moe.ablation.law.forms import Design
 from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, PRODUCT
 from qsparse_moe.ablation.law.observations import imagined
 from qsparse_moe.ablation.law.optimum import GRID, Optimum, find_optimum
-from qsparse_moe.ablation.law.published import FINE_GRAINED, PUBLISHED, Q_SPARSE, rounding_corners
+from qsparse_moe.ablation.law.published import FINE_GRAINED, JOINT_MOE, PUBLISHED, Q_SPARSE, rounding_corners
 from qsparse_moe.ablation.law.read import Runs
 from qsparse_moe.ablation.law.study import BestS, Choices, FittedForm, Study, as_dict, printed_optimum
+from qsparse_moe.errors import ConfigError
 from tests.ablation.law_runs import observations_of
 
 CONSTANTS = {"E": 1.0, "a": 0.9, "b": 0.6, "alpha": 0.3, "delta": 0.2, "beta": 0.1, "nu": 0.5}
@@ -337,3 +339,46 @@ def test_a_form_needs_enough_values_of_each_quantity_and_its_terms_of_size_are_t
     assert {form.name: form.printed_unit for form in PUBLISHED if form.printed_unit != "nats per token"} == {
         "q-sparse": "bits per token"
     }
+
+
+def test_a_fit_descends_from_every_start_and_goes_on_from_the_three_best_or_from_the_given_constants_alone(monkeypatch):
+    calls = []
+
+    def descend(design, observations, weights, theta, effort):
+        calls.append((float(theta[0]), effort, weights.tolist()))
+        # On the way to the end the order changes.
+        return Fit(KEPT, theta, float(theta[0]) if effort is fit_module._SKETCH else -float(theta[0]))
+
+    few = runs_of(3, run=np.array([0, 0, 1]))
+    starts = [np.full(7, value) for value in (4.0, 1.0, 5.0, 2.0, 3.0)]
+    monkeypatch.setattr(fit_module, "_descend", descend)
+    monkeypatch.setattr(fit_module, "_best_starts", lambda *_: starts)
+    monkeypatch.setattr(fit_module, "check", lambda *_: None)
+    assert fit_module.fit(KEPT, few).theta[0] == 3.0
+    assert [(start, effort is fit_module._FULL) for start, effort, _ in calls] == [
+        *((start, False) for start in (4.0, 1.0, 5.0, 2.0, 3.0)),
+        *((start, True) for start in (1.0, 2.0, 3.0)),
+    ]
+    assert calls[0][2] == [0.5, 0.5, 1.0], "equal weight per run"
+    calls.clear()
+    # A resample may lack what determines the constants, near which the fit of all runs already is.
+    monkeypatch.setattr(fit_module, "check", None)
+    assert fit_module.fit(KEPT, few, near=np.full(7, 9.0), weights=np.array([1.0, 2.0, 3.0])).theta[0] == 9.0
+    assert calls == [(9.0, fit_module._RESAMPLE, [1.0, 2.0, 3.0])]
+
+
+def test_quantities_of_any_scale_can_be_separated_and_one_that_cannot_is_named_with_the_way_out():
+    rng = np.random.default_rng(0)
+    runs = runs_of(9, total=np.exp(rng.uniform(15, 20, 9)), sparsity=1e-7 * rng.permutation(9.0 * np.arange(1, 10)))
+    assert why_not(Q_SPARSE, runs) is None
+    together = replace(runs, sparsity=(z := np.log(runs.total / 1e6)) / (1 + z))
+    with pytest.raises(ConfigError) as caught:
+        fit_module.check(Q_SPARSE, together)
+    assert str(caught.value) == (
+        "the form q-sparse cannot be fitted: N, S vary together in the runs, so that their effects cannot be "
+        "separated; add such runs, or name another --form"
+    )
+    active = runs_of(3, active=np.array([1e6, 1e6, 2e6]), total=np.array([1e6, 2e6, 3e6]))
+    assert why_not(JOINT_MOE, active).startswith(
+        "N_active takes 2 values in the runs, and its constants need at least 3"
+    )

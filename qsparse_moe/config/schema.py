@@ -273,6 +273,9 @@ class TrainingConfig(Section):
     # Steps take milliseconds or minutes. With a limit in time, a crash loses about this much work whatever the model.
     checkpoint_minutes: NonNegativeFloat = 10.0
     """Save a checkpoint after a step if the last one is this number of minutes old, by rank 0's clock; 0: never."""
+    checkpoint_async: bool = True
+    """Write checkpoints in the background while training goes on, from a copy of each rank's share of the state in host
+    memory (12 bytes per parameter over all ranks); false: training waits for the disk, and no copy is made."""
     # If the newest one turns out to be damaged, the run can continue from the one before.
     keep_last: PositiveInt = 2
     """Number of checkpoints to keep."""

@@ -6,7 +6,6 @@ their places by several threads; torch and the system calls release the interpre
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import deque
@@ -18,19 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-# As the format names them.
-_DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from qsparse_moe.training.checkpoint.tensor_file import safetensors_header
+
 # Converted bytes stay in the second-level cache until they are written.
 _BLOCK_BYTES = 2**20
 # More threads compete for the memory, which one thread uses to more than half.
@@ -71,7 +59,7 @@ def write_safetensors(file: Path, tensors: Mapping[str, TensorSpec], metadata: M
     Raises:
         OSError: it cannot be written; the file is then incomplete.
     """
-    header, starts = _layout(tensors, metadata)
+    header, starts = safetensors_header({name: (spec.dtype, spec.shape) for name, spec in tensors.items()}, metadata)
     limit = max((spec.nbytes for spec in tensors.values()), default=0)
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
@@ -91,23 +79,6 @@ class _Job:
     @property
     def nbytes(self) -> int:
         return math.prod(self.part.shape) * self.dtype.itemsize
-
-
-def _layout(tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-    """Return the header with its length in front, and the offset of each tensor in the file."""
-    # Wider types first, so that every tensor is aligned to its own size.
-    names = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    offsets, end = {}, 0
-    for name in names:
-        spec, offsets[name] = tensors[name], end
-        end += spec.nbytes
-        shape = list(spec.shape)
-        entries[name] = {"dtype": _DTYPE_NAMES[spec.dtype], "shape": shape, "data_offsets": [offsets[name], end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    return header, {name: len(header) + offset for name, offset in offsets.items()}
 
 
 def _jobs(tensors: Mapping[str, TensorSpec], starts: Mapping[str, int]) -> Iterator[_Job]:

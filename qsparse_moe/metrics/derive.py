@@ -59,6 +59,8 @@ def _scalars(report: StepReport) -> dict[str, float]:
     train |= {name: value for name, value in known.items() if value is not None}
     throughput = {"tokens_per_second": report.tokens_per_second, "step_seconds": report.step_seconds}
     throughput |= {f"{part}_seconds": seconds for part, seconds in report.phase_seconds.items()}
+    if report.checkpoint_seconds is not None:
+        throughput["checkpoint_seconds"] = report.checkpoint_seconds
     groups = {
         "train": train,
         "throughput": throughput,

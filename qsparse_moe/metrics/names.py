@@ -105,6 +105,12 @@ METRICS = (
         "the times above or in addition to them. Absent on CUDA, where only a profile shows it.",
     ),
     Metric(
+        "throughput/checkpoint_seconds",
+        "seconds",
+        "Time that training on rank 0 waited for checkpoints since the last logged step: for the copy of the state and "
+        "for an earlier checkpoint that was not complete yet. Absent if none was saved.",
+    ),
+    Metric(
         "throughput/model_flops_utilisation",
         "1",
         "FLOPs of training with routing (efficiency/training_flops_per_token) per second, divided by the "

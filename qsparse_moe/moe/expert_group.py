@@ -58,14 +58,3 @@ def local_shard(parameter: Tensor, whole: Tensor) -> Tensor:
     """Return this rank's shard, a view, of a tensor with the global shape of ``parameter``."""
     group = expert_group(parameter)
     return whole if group.size == 1 else whole.chunk(group.size)[group.rank]
-
-
-def all_gather_shards(parameter: Tensor, shard: Tensor) -> Tensor:
-    """Return the global tensor of which ``shard`` is this rank's part. All ranks of the group must call it."""
-    group = expert_group(parameter)
-    if group.size == 1:
-        return shard
-    whole = shard.new_empty(group.size * len(shard), *shard.shape[1:])
-    # The chunks are views, so that the collective writes into the result itself.
-    dist.all_gather(list(whole.chunk(group.size)), shard.contiguous(), group=group.members)
-    return whole

@@ -76,6 +76,8 @@ class StepReport:
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds of this step on rank 0 by part: ``data``, ``forward``, ``backward``, ``update``; and ``communication``,
     which is contained in these except on CUDA."""
+    checkpoint_seconds: float | None = None
+    """Seconds that training waited for checkpoints since the last report, on rank 0; None if none was saved."""
     loss_scale: float | None = None
     """Factor of the loss in this step, in fp16."""
     skipped_steps: int | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from signal import Signals
 
 from qsparse_moe.config.rules import check_config, check_trainable, check_world_size
@@ -13,12 +14,12 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.loader import combine_states
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import with_vocabulary
-from qsparse_moe.errors import QSparseMoEError, TrainingDiverged
+from qsparse_moe.errors import CheckpointError, QSparseMoEError, TrainingDiverged
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.runs.folder import check_run_folder, check_steps, init_from, run_folder
 from qsparse_moe.runs.report import Listener, TrainingResult
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
-from qsparse_moe.training.checkpoint.save import save_checkpoint
+from qsparse_moe.training.checkpoint.save import CheckpointWriter
 from qsparse_moe.training.checkpoint.store import ReportState, RunProgress, list_checkpoints
 from qsparse_moe.training.distributed.heartbeat import RankMonitor
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
@@ -160,6 +161,14 @@ class _Loop:
         self._choices = ChoiceAgreement(run.engine.model.routers(), run.distributed, sequences=run.evaluator.checksum)
         self._failure: QSparseMoEError | None = None
         self._saved_at = time.monotonic()
+        self._writer = CheckpointWriter(
+            run.folder,
+            run.engine,
+            keep_last=self._training.keep_last,
+            is_async=self._training.checkpoint_async,
+            check_folder=lock.check,
+        )
+        self._stall: float | None = None
         if run.report_state.monitor is not None:
             self._choices.load_state_dict(run.report_state.monitor["choices"])
             self._dead_experts.load_state_dict(run.report_state.monitor["dead_experts"])
@@ -169,6 +178,7 @@ class _Loop:
         try:
             return self._run_steps()
         finally:
+            self._writer.close()
             self._profiler.close()
             self._signals.release()
 
@@ -223,6 +233,8 @@ class _Loop:
     def _step(self, step: int) -> StepResult:
         """Run step ``step``, counted from 0, and add its tokens and seconds to the progress."""
         begin = time.perf_counter()
+        # The reduction of this step carries a failure of the writer to the other ranks.
+        self._failure = self._failure or self._writer.take_failure()
         self._set_sparsity(step)
         self._clock.begin(measures=self._is_reported(step + 1), traces=self._profiler.is_on)
         # The next step's data is read here, too, so that a failure to read it can still save this step.
@@ -247,9 +259,8 @@ class _Loop:
                     clock=self._clock,
                 )
         except TrainingDiverged as error:
-            saved = list_checkpoints(self._run.folder)
             # The message of the guard ends with the last checkpoint, which the guard does not know.
-            raise TrainingDiverged(f"{error}: {saved[-1] if saved else 'there is none yet'}") from None
+            raise TrainingDiverged(f"{error}: {self._finish_saving() or 'there is none yet'}") from None
         before = self._progress
         self._progress = RunProgress(
             step=step + 1,
@@ -299,17 +310,12 @@ class _Loop:
         self._run.distributed.on_rank_zero(lambda: self._reporter.late_evaluation(self._progress, found))
 
     def _save(self, *, evaluation_pending: bool) -> None:
-        distributed = self._run.distributed
-        # A process that was suspended may have lost the folder to another run.
-        distributed.on_rank_zero(self._lock.check)
-        states = distributed.all_gather(self._run.loader.state_dict())
-        save_checkpoint(
-            self._run.folder,
-            self._run.engine,
+        begin = time.perf_counter()
+        states = self._run.distributed.all_gather(self._run.loader.state_dict())
+        self._writer.save(
             self._progress,
             combine_states(states),
-            keep_last=self._training.keep_last,
-            report_state=ReportState(
+            ReportState(
                 listeners=self._reporter.state_dict(),
                 monitor={"choices": self._choices.state_dict(), "dead_experts": self._dead_experts.state_dict()},
                 evaluation_pending=evaluation_pending,
@@ -317,6 +323,17 @@ class _Loop:
             step_filter=None if self._step_filter is None else self._step_filter.state_dict(),
         )
         self._saved_at = time.monotonic()
+        self._stall = (self._stall or 0.0) + time.perf_counter() - begin
+
+    def _finish_saving(self) -> Path | None:
+        """Finish the checkpoint that is being written, when the run fails on all ranks, and return the newest one."""
+        try:
+            self._writer.finish()
+        except CheckpointError as error:
+            # The run ends with the error that came first.
+            logger.error("%s", error)
+        saved = list_checkpoints(self._run.folder)
+        return saved[-1] if saved else None
 
     def _report(self, step: int, outcome: StepResult) -> None:
         self._dead_experts.check(self._progress.step, outcome.routed_since_report_LE)
@@ -327,7 +344,9 @@ class _Loop:
             evaluation=self._evaluation,
             phase_seconds=dict(self._clock.seconds),
             skipped_steps=None if self._step_filter is None else self._step_filter.num_skipped,
+            checkpoint_seconds=self._stall,
         )
+        self._stall = None
         # Other ranks are in the next step already, whose reduction carries the request to stop to them.
         self._failure = self._reporter.failure or self._failure
 
@@ -342,6 +361,7 @@ class _Loop:
             ) from failures[0]
 
     def _finish(self, stopped_by: int) -> TrainingResult:
+        self._writer.finish()
         result = TrainingResult(
             run_dir=self._run.folder,
             step=self._progress.step,

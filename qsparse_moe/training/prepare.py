@@ -177,7 +177,7 @@ def _start_engine(
     # The weights come first, because the engine copies them; the state that it adds is restored afterwards.
     load_checkpoint(model, checkpoint)
     engine = build_engine(config, model, distributed)
-    restore(engine, checkpoint.tensor, checkpoint.adam_step)
+    restore(engine, checkpoint.read, checkpoint.adam_step)
     if engine.loss_scaler is not None and checkpoint.loss_scale is not None:
         engine.loss_scaler.load_state_dict(checkpoint.loss_scale)
     return engine

@@ -66,6 +66,7 @@ class Reporter:
         learning_rate: float,
         evaluation: EvaluationResult | None,
         phase_seconds: dict[str, float],
+        checkpoint_seconds: float | None,
         skipped_steps: int | None = None,
     ) -> None:
         """Report a logged step; an error is stored in ``failure``.
@@ -76,6 +77,7 @@ class Reporter:
             learning_rate: the learning rate of the step.
             evaluation: the evaluation after the step, if there was one.
             phase_seconds: the times of the step; see ``StepReport``.
+            checkpoint_seconds: the time of checkpoints before the step; see ``StepReport``.
             skipped_steps: number of steps that ``training.skip_steps`` has skipped; None: it skips none.
         """
         assert outcome.losses is not None and outcome.stats is not None
@@ -100,6 +102,7 @@ class Reporter:
             validation=None if evaluation is None else evaluation.validation,
             choice_agreement_L=None if evaluation is None else evaluation.choice_agreement_L,
             phase_seconds=phase_seconds,
+            checkpoint_seconds=checkpoint_seconds,
             loss_scale=outcome.loss_scale,
             skipped_steps=_sum_of_known(skipped_steps, None if scaler is None else scaler.skipped_steps),
         )

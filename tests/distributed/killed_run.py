@@ -51,7 +51,10 @@ def main() -> None:
     from qsparse_moe.training.evaluate import Evaluator
 
     loop.train_step = noted("step", loop.train_step)
-    loop.save_checkpoint = noted("save", loop.save_checkpoint)
+    # From the copy of the state to the rename, in the background: steps go on, and a kill meets both.
+    writer = checkpoint.CheckpointWriter
+    writer.save = noted("save", writer.save)  # type: ignore[method-assign]
+    writer._write = noted("write", writer._write)  # type: ignore[method-assign]
     # Each file of a checkpoint goes to the disk by itself: there are moments between them.
     flush = os.fsync
 

@@ -144,9 +144,9 @@ def test_a_folder_that_holds_no_weights_is_refused(folder, sources, tmp_path):
 def test_a_damaged_checkpoint_is_refused(folder, sources, tmp_path):
     source = shutil.copytree(sources["run"], tmp_path / "source")
     checkpoint = list_checkpoints(source)[-1]
-    flip_a_byte(checkpoint / "rank-00000-of-00001.pt")
+    flip_a_byte(checkpoint / "rank-00000-of-00001.safetensors")
     found = refused(make(folder, tmp_path / "runs", source), tmp_path, CheckpointError)
-    file = checkpoint / "rank-00000-of-00001.pt"
+    file = checkpoint / "rank-00000-of-00001.safetensors"
     assert found.startswith(
         f"training.init_from ({source}): {file} does not have the checksum that it was written with"
     )

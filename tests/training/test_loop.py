@@ -288,9 +288,11 @@ def test_a_weight_that_is_nan_stops_the_run_with_its_layer_and_the_last_checkpoi
 
 
 def test_a_run_does_not_resume_from_a_checkpoint_in_which_a_byte_has_changed(make_config):
-    file = list_checkpoints(train(make_config(steps=2)).run_dir)[-1] / "rank-00000-of-00001.pt"
+    file = list_checkpoints(train(make_config(steps=2)).run_dir)[-1] / "rank-00000-of-00001.safetensors"
     flip_a_byte(file)
-    with pytest.raises(CheckpointError, match=r"00001\.pt does not have the checksum that it was written with"):
+    with pytest.raises(
+        CheckpointError, match=r"00001\.safetensors does not have the checksum that it was written with"
+    ):
         train(make_config(steps=3, resume=True))
     assert [path.name for path in list_checkpoints(file.parents[2])] == ["step-00000002"]
 

@@ -36,16 +36,15 @@ def test_a_checkpoint_is_overdue_after_its_minutes_by_the_clock_of_rank_0(monkey
 
 def test_the_minutes_begin_again_with_every_checkpoint(monkeypatch):
     saved = []
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *arguments, **settings: saved.append(settings))
     monkeypatch.setattr(loop, "combine_states", lambda states: states)
     monkeypatch.setattr(loop.time, "monotonic", lambda: 500.0)
-    distributed = SimpleNamespace(on_rank_zero=lambda check: check(), all_gather=lambda state: [state], rank=0)
+    distributed = SimpleNamespace(all_gather=lambda state: [state], rank=0)
     state = SimpleNamespace(state_dict=dict)
-    checked = []
     made = a_loop(
-        _training=SimpleNamespace(checkpoint_minutes=1.0, keep_last=3),
-        _run=SimpleNamespace(distributed=distributed, loader=state, folder=None, engine=None),
-        _lock=SimpleNamespace(check=lambda: checked.append(len(saved))),
+        _training=SimpleNamespace(checkpoint_minutes=1.0),
+        _run=SimpleNamespace(distributed=distributed, loader=state),
+        _writer=SimpleNamespace(save=lambda progress, data, reports: saved.append(reports)),
+        _stall=None,
         _progress=None,
         _reporter=state,
         _choices=state,
@@ -56,9 +55,8 @@ def test_the_minutes_begin_again_with_every_checkpoint(monkeypatch):
     assert made._is_checkpoint_overdue()
     made._save(evaluation_pending=True)
     assert not made._is_checkpoint_overdue() and made._saved_at == 500.0
-    (settings,) = saved
-    assert settings["keep_last"] == 3 and settings["report_state"].evaluation_pending
-    assert checked == [0], "the lock is checked before anything is written"
+    (reports,) = saved
+    assert reports.evaluation_pending
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _trained(
     # Checkpoints fit every engine, and a single process has nothing to shard.
     engine = TorchEngine(config, model, distributed)
     if checkpoint is not None:
-        restore(engine, checkpoint.tensor, checkpoint.adam_step)
+        restore(engine, checkpoint.read, checkpoint.adam_step)
     first = 0 if checkpoint is None else checkpoint.progress.step
     # The same random numbers for every plan, so that only the plan differs.
     seed_random_states(config.training.seed, first, distributed.rank)

@@ -1,8 +1,8 @@
-"""Weights and optimizer state as global fp32 tensors by name, which do not depend on the engine or the layout."""
+"""Weights and optimizer state as ranges of global fp32 tensors, which do not depend on the engine or the layout."""
 
 from __future__ import annotations
 
-import math
+import functools
 import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -13,36 +13,37 @@ from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.moe.expert_group import global_shape, local_shard
+from qsparse_moe.training.checkpoint.tensor_file import TensorSource
 from qsparse_moe.training.engines.protocol import STATE_KINDS, Engine, StateKind
+from qsparse_moe.training.flat_range import FlatRange
 
-Tensors = dict[str, dict[str, Tensor]]
-"""Tensors by kind (``STATE_KINDS``), then by parameter name."""
-
-
-def owners(shapes: Mapping[str, torch.Size], world_size: int) -> dict[str, int]:
-    """Return the rank that writes each parameter. The largest come first, each to the rank with the fewest elements."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    load = [0] * world_size
-    owner = {}
-    # The name breaks ties, so that all ranks compute the same owners.
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owner[name] = load.index(min(load))
-        load[owner[name]] += sizes[name]
-    return owner
+ReadRange = Callable[[StateKind, str, int, int], Tensor]
+"""Return the elements from ``start`` to ``stop`` of a flattened global fp32 tensor: kind, name, start, stop."""
 
 
-def collect(engine: Engine) -> Tensors:
-    """Return the global tensors that this rank owns, on the CPU. All ranks must call it together."""
-    owner = owners(engine.shapes(), engine.distributed.world_size)
-    owned: Tensors = {kind: {} for kind in STATE_KINDS}
-    for name in owner:
-        for kind in STATE_KINDS:
-            # One tensor at a time, so that a rank never holds more than one global tensor that it does not own.
-            tensor = engine.get_full(name, kind)
-            if owner[name] == engine.distributed.rank:
-                # A copy, because the engine may return a view of its own state.
-                owned[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
-    return owned
+def owned_ranges(engine: Engine) -> dict[str, FlatRange]:
+    """Return the range of every parameter that this rank saves; parameters of which it saves nothing are left out."""
+    ranges = {name: engine.owned_range(name) for name in engine.shapes()}
+    return {name: part for name, part in ranges.items() if len(part)}
+
+
+def owned_tensors(engine: Engine, ranges: Mapping[str, FlatRange]) -> dict[str, TensorSource]:
+    """Return the sources of the ranges of weights and moments, by their names in the file; nothing is read yet."""
+
+    def read(kind: StateKind, name: str) -> Tensor:
+        first = engine.held_range(name).start
+        return engine.held(name, kind)[ranges[name].start - first : ranges[name].stop - first]
+
+    return {
+        tensor_name(kind, name): TensorSource(torch.float32, (len(part),), functools.partial(read, kind, name))
+        for kind in STATE_KINDS
+        for name, part in ranges.items()
+    }
+
+
+def tensor_name(kind: StateKind, name: str) -> str:
+    """Return the name of a parameter's weight or moment in the file of a rank."""
+    return f"{kind}/{name}"
 
 
 def collect_buffers(engine: Engine) -> dict[str, Tensor]:
@@ -50,18 +51,26 @@ def collect_buffers(engine: Engine) -> dict[str, Tensor]:
     return {name: value.detach().to("cpu", copy=True) for name, value in state_buffers(engine.model).items()}
 
 
-def restore(engine: Engine, read: Callable[[StateKind, str], Tensor], adam_step: int) -> None:
-    """Set the global tensors and Adam's step counter of an engine that was built with the same weights."""
+def restore(engine: Engine, read: ReadRange, adam_step: int) -> None:
+    """Set the state that this rank holds, and Adam's step counter, of an engine that was built with the same weights.
+
+    Nothing else is read, and no rank communicates.
+    """
     for name in engine.shapes():
+        held = engine.held_range(name)
         for kind in STATE_KINDS:
-            engine.set_full(name, kind, read(kind, name))
+            engine.set_held(name, kind, read(kind, name, held.start, held.stop))
     engine.adam_step = adam_step
 
 
 def restore_weights(engine: Engine, read: Callable[[str], Tensor]) -> None:
-    """Set the global fp32 weights of an engine that was built with the same weights, perhaps rounded."""
+    """Set the fp32 weights of an engine that was built with the same weights, perhaps rounded.
+
+    ``read`` returns a global tensor.
+    """
     for name in engine.shapes():
-        engine.set_full(name, "weight", read(name))
+        held = engine.held_range(name)
+        engine.set_held(name, "weight", read(name).flatten()[held.start : held.stop])
 
 
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:
@@ -122,12 +131,12 @@ def _format_shape(shape: Sequence[int] | None) -> str:
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of this process's generators in a form that ``torch.load(weights_only=True)`` reads."""
+    """Return the states of this process's generators as tensors, numbers, and texts."""
     _, keys, position, has_gauss, gauss = cast(tuple[str, np.ndarray, int, int, float], np.random.get_state())
     version, internal, next_gauss = random.getstate()
     states: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        # weights_only admits no numpy arrays, hence tensors and plain numbers.
+        # A checkpoint stores no numpy arrays, hence tensors and plain numbers.
         "numpy": [torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
         "python": [version, list(internal), next_gauss],
     }

@@ -1,14 +1,16 @@
 """The layout of checkpoints and their reader; ``save`` writes them.
 
-A folder such as ``checkpoints/step-00000100/`` contains one file per rank (``rank-00000-of-00002.pt``), each with the
-global fp32 tensors that the rank owns, its random states, and its monitors; the first one also has the model's buffers.
+A folder such as ``checkpoints/step-00000100/`` contains one safetensors file per rank
+(``rank-00000-of-00002.safetensors``), each with the ranges of the global fp32 tensors that the rank saved.
 ``listeners.json`` has the states of the run's listeners, and ``state.json`` is the index. The folder is written under a
 temporary name and renamed once all of it is on the disk, so a folder with a final name is always complete.
+``contents`` describes the files, and reads those of earlier versions too.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import zlib
@@ -21,11 +23,12 @@ from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.runs.folder import CHECKPOINTS
-from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
+from qsparse_moe.training.checkpoint.contents import FORMATS, Contents
+from qsparse_moe.training.checkpoint.state import check_shapes, state_buffers, stored_shapes
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import StateKind
+from qsparse_moe.training.flat_range import shard_range
 
-FORMAT = "qsparse_moe.checkpoint/1"
 INDEX = "state.json"
 LISTENERS = "listeners.json"
 UNFINISHED = (".saving-", ".deleting-")
@@ -84,7 +87,7 @@ class Checkpoint:
         self.path = path
         self.index_file = path / INDEX
         self._index = _read_index(self.index_file)
-        self._contents: dict[str, dict[str, Any]] = {}
+        self._contents: Contents = FORMATS[self._index["format"]](path, self._index, _broken)
         for name, facts in self._index["files"].items():
             file = path / name
             size = file.stat().st_size if file.is_file() else None
@@ -156,13 +159,21 @@ class Checkpoint:
             if checksum != self._index["files"][name]["crc32"]:
                 raise _broken(self.path / name, "does not have the checksum that it was written with")
 
+    def read(self, kind: StateKind, name: str, start: int, stop: int) -> Tensor:
+        """Return the elements from ``start`` to ``stop`` of a flattened global fp32 tensor, on the CPU.
+
+        Only these are read. Do not modify the result, which may be backed by a file.
+        """
+        return self._contents.read(kind, name, start, stop)
+
     def tensor(self, kind: StateKind, name: str) -> Tensor:
-        """Return the global fp32 tensor of a parameter, on the CPU and backed by the file."""
-        return self._content(self._index["parameters"][name]["file"])["tensors"][kind][name]
+        """Return the global fp32 tensor of a parameter, on the CPU; it may be backed by a file."""
+        shape = self._index["parameters"][name]["shape"]
+        return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
     def buffer(self, name: str) -> Tensor:
         """Return a persistent buffer, on the CPU and backed by the file."""
-        return self._content(self._buffers[name]["file"])["buffers"][name]
+        return self._contents.buffer(name)
 
     @property
     def has_report_state(self) -> bool:
@@ -176,23 +187,11 @@ class Checkpoint:
             listeners = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _broken(file, f"cannot be read ({error})") from error
-        return ReportState(listeners, self._rank_content(rank)["monitor"], self._index["evaluation_pending"])
+        return ReportState(listeners, self._contents.rank_state(rank)["monitor"], self._index["evaluation_pending"])
 
     def random_states(self, rank: int) -> dict[str, Any]:
         """Return the random states of ``rank`` among the ``world_size`` ranks that wrote the checkpoint."""
-        return self._rank_content(rank)["random"]
-
-    def _rank_content(self, rank: int) -> dict[str, Any]:
-        return self._content(f"rank-{rank:05d}-of-{self.world_size:05d}.pt")
-
-    def _content(self, name: str) -> dict[str, Any]:
-        if name not in self._contents:
-            try:
-                # weights_only: a checkpoint from elsewhere must not run code.
-                self._contents[name] = torch.load(self.path / name, map_location="cpu", mmap=True, weights_only=True)
-            except Exception as error:  # torch's reader raises many types for a damaged file.
-                raise _broken(self.path / name, f"cannot be read ({str(error).splitlines()[0]})") from error
-        return self._contents[name]
+        return self._contents.rank_state(rank)["random"]
 
 
 def newest_checkpoint(run_dir: Path, distributed: Distributed | None = None) -> Checkpoint | None:
@@ -222,14 +221,19 @@ def verified_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
+@torch.no_grad()
 def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights and buffers into a model, rounding to their dtype.
+    """Load a checkpoint's weights and buffers into a model, rounding to their dtype; of experts, this rank's shard.
 
     Raises:
         CheckpointError: it belongs to another model; the message names the first tensor that differs.
     """
     check_shapes(stored_shapes(model), checkpoint.shapes | checkpoint.buffer_shapes, str(checkpoint.index_file))
-    load_model(model, checkpoint.tensor, checkpoint.buffer)
+    for name, parameter in model.named_parameters():
+        shard = shard_range(parameter, math.prod(checkpoint.shapes[name]))
+        parameter.copy_(checkpoint.read("weight", name, shard.start, shard.stop).view_as(parameter))
+    for name, value in state_buffers(model).items():
+        value.copy_(checkpoint.buffer(name))
 
 
 def _entries(root: Path) -> list[Path]:
@@ -252,16 +256,21 @@ def _read_index(file: Path) -> dict[str, Any]:
         version = index["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _broken(file, f"cannot be read ({error})") from error
-    if version != FORMAT:
+    if version not in FORMATS:
         raise CheckpointError(
-            f"{file}: has the format {version!r}, but this version of qsparse_moe reads {FORMAT!r}; "
+            f"{file}: has the format {version!r}, but this version of qsparse_moe reads {' and '.join(FORMATS)}; "
             "use the version that wrote it, which manifest.json of the run names"
         )
     return index
 
 
 def _broken(file: Path, what: str) -> CheckpointError:
-    folder = file.parent
+    folder = file if file.is_dir() else file.parent
+    if not folder.exists():
+        return CheckpointError(
+            f"{folder}: was removed while it was read; a run keeps only its newest checkpoints (training.keep_last). "
+            "Try again with the run's folder, which names the newest, or copy a checkpoint before it is read"
+        )
     # The way out depends on it: without an earlier checkpoint the run starts again at step 0.
     paths = list_checkpoints(folder.parent.parent)
     earlier = paths[: paths.index(folder)] if folder in paths else []

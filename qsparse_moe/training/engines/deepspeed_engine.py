@@ -15,13 +15,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import comm
-from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-    safe_get_local_grad,
-    safe_set_full_fp32_param,
-    safe_set_full_optimizer_state,
-)
+from deepspeed.utils import safe_get_local_grad
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import RunConfig
@@ -29,19 +23,28 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import LayerHook, Transformer
-from qsparse_moe.moe.expert_group import all_gather_shards, expert_group, local_shard
+from qsparse_moe.moe.expert_group import expert_group
 from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.training.checkpoint.state import global_shapes
 from qsparse_moe.training.distributed.collectives import PatchTarget
 from qsparse_moe.training.distributed.ranks import Distributed, environment
 from qsparse_moe.training.engines.deepspeed_config import deepspeed_config
 from qsparse_moe.training.engines.deepspeed_experts import as_deepspeed_experts
+from qsparse_moe.training.engines.deepspeed_partition import (
+    fragment,
+    fragment_gradient,
+    fragment_range,
+    set_zero3_state,
+    zero3_range,
+    zero3_state,
+)
 from qsparse_moe.training.engines.extension_builds import locked_builds
 from qsparse_moe.training.engines.loss_scale import build_loss_scaler
 from qsparse_moe.training.engines.offload import check_alignment, remove_swap_files
 from qsparse_moe.training.engines.optimizer import build_adamw, get_step, set_step, start_state
-from qsparse_moe.training.engines.protocol import StateKind, equal_shard, num_micro_batches, run_model
+from qsparse_moe.training.engines.protocol import StateKind, equal_shard, num_micro_batches, replica_part, run_model
 from qsparse_moe.training.engines.torch_engine import accumulate_in_fp32, clip_gradients
+from qsparse_moe.training.flat_range import FlatRange, shard_range
 
 
 class DeepSpeedEngine:
@@ -114,7 +117,7 @@ class DeepSpeedEngine:
             return equal_shard(parameter.grad, self.distributed, expert_group(parameter))
         if self.stage == 3:
             return safe_get_local_grad(parameter)
-        return _local_gradient(parameter)
+        return fragment_gradient(parameter)
 
     def update(self, learning_rate: float) -> float:
         """See ``Engine``."""
@@ -175,30 +178,37 @@ class DeepSpeedEngine:
         self._engine.optimizer.loss_scale = factor
         return loss
 
-    def get_full(self, name: str, kind: StateKind) -> Tensor:
+    def held_range(self, name: str) -> FlatRange:
         """See ``Engine``."""
         parameter = self._parameters[name]
+        shard = shard_range(parameter, self._shapes[name].numel())
         if self.stage == 0:
-            shard = self._replicated(parameter, kind)
-        elif kind == "weight":
-            shard = safe_get_full_fp32_param(parameter)
-        else:
-            shard = safe_get_full_optimizer_state(parameter, kind)
-        # DeepSpeed's "full" is what the ranks of a data-parallel group share: for experts still one rank's shard.
-        return all_gather_shards(parameter, shard)
+            return shard
+        if self.stage == 3:
+            return zero3_range(self._engine.optimizer, parameter, len(shard)).moved(shard.start)
+        return fragment_range(parameter).moved(shard.start)
 
-    def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
-        """See ``Engine``. It sets the fp32 master only: the model was built with the weight used in computation."""
-        parameter = self._parameters[name]
-        value = local_shard(parameter, value)
+    def owned_range(self, name: str) -> FlatRange:
+        """See ``Engine``."""
         if self.stage == 0:
-            self._replicated(parameter, kind).copy_(value)
-        elif self.stage == 3:
-            self._set_partition(parameter, kind, value)
-        elif kind == "weight":
-            safe_set_full_fp32_param(parameter, value)
+            return replica_part(self.held_range(name), self.distributed, expert_group(self._parameters[name]))
+        return self.held_range(name)
+
+    def held(self, name: str, kind: StateKind) -> Tensor:
+        """See ``Engine``."""
+        parameter: Any = self._parameters[name]
+        if self.stage == 0:
+            return self._replicated(parameter, kind).view(-1)
+        if self.stage == 3:
+            return zero3_state(self._engine.optimizer, parameter, kind)[: len(self.held_range(name))]
+        return fragment(parameter, kind)
+
+    def set_held(self, name: str, kind: StateKind, values: Tensor) -> None:
+        """See ``Engine``. It sets the fp32 master only: the model was built with the weight used in computation."""
+        if self.stage == 3:
+            set_zero3_state(self._engine.optimizer, self._parameters[name], kind, values)
         else:
-            safe_set_full_optimizer_state(parameter, value, kind)
+            self.held(name, kind).copy_(values)
 
     @property
     def adam_step(self) -> int:
@@ -282,40 +292,6 @@ class DeepSpeedEngine:
             return {}
         pairs = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
         return {low: high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
-
-    def _set_partition(self, parameter: Any, kind: StateKind, value: Tensor) -> None:
-        """Set this rank's partition under ZeRO-3, reading it from its file and writing it back if it is offloaded.
-
-        Neither of DeepSpeed's setters works here: the one for full tensors cannot partition a size that is not a
-        multiple of the number of ranks, and the one for local tensors takes the size from the weights used in
-        computation, which are empty while they are swapped out.
-        """
-        zero, key = self._engine.optimizer, None if kind == "weight" else kind
-        part, group = zero._get_fp32_opt_state_partition(parameter, release_swap_buffers=False, optim_state_key=key)
-        part.data.copy_(zero3_partition(value, parameter.ds_zero_partition_rank, size=part.numel()))
-        if zero._swappable_optimizer_subgroup(group):
-            zero._optimizer_states_and_gradient_swap_out(group)
-
-
-def zero3_partition(value: Tensor, index: int, *, size: int) -> Tensor:
-    """Return partition ``index`` of ``value`` under ZeRO-3: all have the same ``size``, the last are zero-padded."""
-    part = value.flatten()[index * size : (index + 1) * size].to(torch.float32)
-    return nn.functional.pad(part, (0, size - part.numel()))
-
-
-def _local_gradient(parameter: Any) -> Tensor:
-    """Return this rank's shard of a gradient under ZeRO-1 and 2, as ``safe_get_full_grad`` sums it over the ranks.
-
-    DeepSpeed's function for local gradients supports ZeRO-3 only, and the one for full gradients would communicate as
-    many elements as the model has.
-    """
-    mapping = parameter._hp_mapping
-    if mapping is None:  # The optimizer partition of this rank contains no element of the parameter.
-        return torch.zeros(0)
-    part = mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-    owned = mapping.lp_fragment_address
-    # ZeRO-1 in bf16 keeps the full reduced gradient on every rank.
-    return part.narrow(0, owned.start, owned.numel) if part.numel() == parameter.numel() else part
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.training.distributed.collectives import PatchTarget
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.loss_scale import LossScaler
+from qsparse_moe.training.flat_range import FlatRange
 
 StateKind = Literal["weight", "exp_avg", "exp_avg_sq"]
 STATE_KINDS: tuple[StateKind, ...] = ("weight", "exp_avg", "exp_avg_sq")
@@ -76,11 +77,20 @@ class Engine(Protocol):
         Weights, moments, Adam's step counter, and the loss scale keep their values.
         """
 
-    def get_full(self, name: str, kind: StateKind) -> Tensor:
-        """Return the global fp32 tensor of the parameter ``name``, on the device; it is valid until the next step."""
+    def held_range(self, name: str) -> FlatRange:
+        """Return the range of the flattened global parameter ``name`` whose fp32 state this rank holds."""
 
-    def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
-        """Set the global fp32 tensor. A weight must equal the one that the model was built with."""
+    def owned_range(self, name: str) -> FlatRange:
+        """Return the part of ``held_range`` that this rank saves: the ranks' parts contain each element once."""
+
+    def held(self, name: str, kind: StateKind) -> Tensor:
+        """Return the fp32 values of ``held_range``: flat, on any device, and valid until the next call or step.
+
+        No rank communicates. The result is the engine's own memory, except with NVMe offload; do not modify it.
+        """
+
+    def set_held(self, name: str, kind: StateKind, values: Tensor) -> None:
+        """Set the values of ``held_range``, flat. A weight must equal the one that the model was built with."""
 
     @property
     def adam_step(self) -> int:
@@ -103,6 +113,11 @@ def num_micro_batches(config: RunConfig, world_size: int) -> int:
     """Return the number of micro-batches per rank and step."""
     training = config.training
     return training.global_batch_size // (training.micro_batch_size * world_size)
+
+
+def replica_part(held: FlatRange, distributed: Distributed, group: ExpertGroup = ALONE) -> FlatRange:
+    """Return this rank's part of a range of which every replica holds all; see ``equal_shard`` for the replicas."""
+    return held.part(distributed.rank // group.size, distributed.world_size // group.size)
 
 
 def equal_shard(value: Tensor, distributed: Distributed, group: ExpertGroup = ALONE) -> Tensor:

@@ -14,13 +14,21 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import LayerHook, Transformer
-from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, all_gather_shards, expert_group, global_shape, local_shard
+from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, global_shape
 from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.training.distributed.collectives import PatchTarget
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.loss_scale import build_loss_scaler
 from qsparse_moe.training.engines.optimizer import build_adamw, get_step, set_step, start_state
-from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES, StateKind, equal_shard, num_micro_batches, run_model
+from qsparse_moe.training.engines.protocol import (
+    COMPUTE_DTYPES,
+    StateKind,
+    equal_shard,
+    num_micro_batches,
+    replica_part,
+    run_model,
+)
+from qsparse_moe.training.flat_range import FlatRange, shard_range
 
 
 class TorchEngine:
@@ -114,13 +122,22 @@ class TorchEngine:
                 self._masters[name].grad = None
                 parameter.data.copy_(self._masters[name])
 
-    def get_full(self, name: str, kind: StateKind) -> Tensor:
+    def held_range(self, name: str) -> FlatRange:
         """See ``Engine``."""
-        return all_gather_shards(self._parameters[name], self._local_tensor(name, kind))
+        return shard_range(self._parameters[name], global_shape(self._parameters[name]).numel())
 
-    def set_full(self, name: str, kind: StateKind, value: Tensor) -> None:
+    def owned_range(self, name: str) -> FlatRange:
         """See ``Engine``."""
-        self._local_tensor(name, kind).copy_(local_shard(self._parameters[name], value))
+        return replica_part(self.held_range(name), self.distributed, expert_group(self._parameters[name]))
+
+    def held(self, name: str, kind: StateKind) -> Tensor:
+        """See ``Engine``."""
+        master = self._masters[name]
+        return (master.detach() if kind == "weight" else self._optimizer.state[master][kind]).view(-1)
+
+    def set_held(self, name: str, kind: StateKind, values: Tensor) -> None:
+        """See ``Engine``."""
+        self.held(name, kind).copy_(values)
 
     @property
     def adam_step(self) -> int:
@@ -142,11 +159,6 @@ class TorchEngine:
     def close(self) -> None:
         """See ``Engine``."""
         self.model.step_load = None
-
-    def _local_tensor(self, name: str, kind: StateKind) -> Tensor:
-        """Return this rank's shard of a weight or moment, not a copy."""
-        master = self._masters[name]
-        return master.detach() if kind == "weight" else self._optimizer.state[master][kind]
 
 
 def accumulate_in_fp32(parameters: Iterable[nn.Parameter]) -> None:

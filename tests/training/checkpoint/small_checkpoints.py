@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.training.checkpoint.save import save_checkpoint
+from qsparse_moe.training.checkpoint.save import CheckpointWriter
 from qsparse_moe.training.checkpoint.store import RunProgress, list_checkpoints
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.torch_engine import TorchEngine
@@ -20,14 +20,18 @@ def make_engine(tmp_path, seed, **training):
     generator = torch.Generator().manual_seed(seed)
     for name in engine.shapes():
         for moment in ("exp_avg", "exp_avg_sq"):
-            engine.get_full(name, moment).uniform_(generator=generator)
+            engine.held(name, moment).uniform_(generator=generator)
     engine.adam_step = 10 * seed + 3
     return engine
 
 
 def save(run_dir, engine, step, keep_last=2):
-    progress = RunProgress(step, step * 100, step * 0.5)
-    return save_checkpoint(run_dir, engine, progress, {"step": step}, keep_last=keep_last)
+    writer = CheckpointWriter(run_dir, engine, keep_last=keep_last, is_async=False)
+    return writer.save(progress(step), {"step": step})
+
+
+def progress(step):
+    return RunProgress(step, step * 100, step * 0.5)
 
 
 def names(run_dir):
@@ -35,7 +39,7 @@ def names(run_dir):
 
 
 def the_file(tmp_path):
-    return tmp_path / "checkpoints/step-00000001/rank-00000-of-00001.pt"
+    return tmp_path / "checkpoints/step-00000001/rank-00000-of-00001.safetensors"
 
 
 def flip_a_byte(file):

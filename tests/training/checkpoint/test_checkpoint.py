@@ -12,7 +12,8 @@ import torch
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.training.checkpoint.state import owners, random_states, restore, seed_random_states, set_random_states
+from qsparse_moe.training.checkpoint.rank_state import pack_state, unpack_state
+from qsparse_moe.training.checkpoint.state import random_states, restore, seed_random_states, set_random_states
 from qsparse_moe.training.checkpoint.store import (
     Checkpoint,
     RunProgress,
@@ -29,16 +30,16 @@ from tests.training.checkpoint.small_checkpoints import ALONE, flip_a_byte, make
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_saved_state_is_read_back_exactly(tmp_path, precision):
     engine, other = (make_engine(tmp_path, seed, precision=precision) for seed in (0, 1))
-    engine.get_full("head.weight", "weight").add_(1e-5)
+    engine.held("head.weight", "weight").add_(1e-5)
     path = save(tmp_path, engine, 7)
     assert path == tmp_path / "checkpoints" / "step-00000007"
     checkpoint = newest_checkpoint(tmp_path)
     assert checkpoint.progress == RunProgress(7, 700, 3.5) and checkpoint.data_state == {"step": 7}
-    restore(other, checkpoint.tensor, checkpoint.adam_step)
+    restore(other, checkpoint.read, checkpoint.adam_step)
     assert other.adam_step == 3
     for name in engine.shapes():
         for kind in STATE_KINDS:
-            assert other.get_full(name, kind).equal(engine.get_full(name, kind)), (name, kind)
+            assert other.held(name, kind).equal(engine.held(name, kind)), (name, kind)
 
 
 def make_biased(tmp_path, rate=0.1):
@@ -120,21 +121,7 @@ def test_files_are_mapped_and_not_read(tmp_path, engine):
     assert tensor.shape == (257, 40)
 
 
-def test_every_parameter_has_one_owner_and_the_bytes_are_balanced_over_ranks():
-    sizes = [7, 1000, 30, 400, 400, 8, 200, 1, 600]
-    shapes = {f"p{index}": torch.Size((size, 2)) for index, size in enumerate(sizes)}
-    owner = owners(shapes, 3)
-    assert owner.keys() == shapes.keys()
-    loads = [sum(shapes[name].numel() for name in owner if owner[name] == rank) for rank in range(3)]
-    assert max(loads) <= sum(loads) / 3 * 1.15
-    assert owners(dict(reversed(shapes.items())), 3) == owner
-    assert set(owners({"only": torch.Size((4,))}, 3).values()) == {0}
-    # Of equal sizes, the name decides, whatever the order of the model.
-    for order in ("ab", "ba"):
-        assert owners({name: torch.Size((4,)) for name in order}, 2) == {"a": 0, "b": 1}
-
-
-def test_random_states_are_restored_from_a_file(tmp_path):
+def test_random_states_are_restored_from_text_and_tensors():
     def draw():
         return (
             torch.rand(3).tolist(),
@@ -147,10 +134,10 @@ def test_random_states_are_restored_from_a_file(tmp_path):
     seed_random_states(5, 0, 0)
     # Half of a pair of normals is left over in two of the generators.
     draw()
-    torch.save(random_states(), tmp_path / "random.pt")
+    text, tensors = pack_state(random_states())
     want = draw()
     assert draw() != want
-    set_random_states(torch.load(tmp_path / "random.pt", weights_only=True))
+    set_random_states(unpack_state(text, tensors.__getitem__))
     assert draw() == want
 
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from qsparse_moe.errors import CheckpointError
+from qsparse_moe.training.checkpoint.contents import FORMAT
 from qsparse_moe.training.checkpoint.state import check_shapes
-from qsparse_moe.training.checkpoint.store import FORMAT, Checkpoint, newest_checkpoint, remove_leftovers
+from qsparse_moe.training.checkpoint.store import Checkpoint, newest_checkpoint, remove_leftovers
 from tests.training.checkpoint.small_checkpoints import flip_a_byte, names, save, the_file
 
 
@@ -38,9 +39,7 @@ def crash_after(calls):
 
     targets = [
         (os, "fsync"),
-        (torch, "save"),
         (shutil, "rmtree"),
-        (json, "dump"),
         (pathlib.Path, "mkdir"),
         (pathlib.Path, "rename"),
     ]
@@ -112,7 +111,7 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, engine):
     save(tmp_path, engine, 1)
     file = the_file(tmp_path)
     file.write_bytes(b"\0" * file.stat().st_size)
-    with pytest.raises(CheckpointError, match=r"rank-00000-of-00001\.pt cannot be read"):
+    with pytest.raises(CheckpointError, match=r"rank-00000-of-00001\.safetensors cannot be read"):
         Checkpoint(file.parent).tensor("weight", "head.weight")
 
 
@@ -155,12 +154,12 @@ def test_a_model_of_another_shape_is_refused_with_the_parameter_and_both_shapes(
 def test_every_file_is_verified_by_one_rank_when_a_run_resumes(tmp_path, engine, damaged):
     path = save(tmp_path, engine, 1)
     index = json.loads((path / "state.json").read_text())
-    facts = index["files"].pop("rank-00000-of-00001.pt")
+    facts = index["files"].pop("rank-00000-of-00001.safetensors")
     for rank in (0, 1):
-        shutil.copyfile(the_file(tmp_path), path / f"rank-0000{rank}-of-00002.pt")
-        index["files"][f"rank-0000{rank}-of-00002.pt"] = facts
+        shutil.copyfile(the_file(tmp_path), path / f"rank-0000{rank}-of-00002.safetensors")
+        index["files"][f"rank-0000{rank}-of-00002.safetensors"] = facts
     (path / "state.json").write_text(json.dumps(index))
-    flip_a_byte(path / f"rank-0000{damaged}-of-00002.pt")
+    flip_a_byte(path / f"rank-0000{damaged}-of-00002.safetensors")
     found = []
     for rank in (0, 1):
         ranks = SimpleNamespace(rank=rank, world_size=2, on_every_rank=lambda function: [function()])
@@ -168,4 +167,4 @@ def test_every_file_is_verified_by_one_rank_when_a_run_resumes(tmp_path, engine,
             assert newest_checkpoint(tmp_path, ranks).progress.step == 1
         except CheckpointError as error:
             found.append(str(error))
-    assert len(found) == 1 and f"rank-0000{damaged}-of-00002.pt does not have the checksum" in found[0]
+    assert len(found) == 1 and f"rank-0000{damaged}-of-00002.safetensors does not have the checksum" in found[0]

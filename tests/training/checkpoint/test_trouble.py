@@ -90,13 +90,13 @@ def test_a_full_disk_in_the_last_report_is_reported_too(make_config):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
 def test_a_full_disk_during_a_save_is_one_message_and_leaves_nothing(make_config, monkeypatch):
-    write = checkpoint_module._write_shard
+    write = checkpoint_module.write_tensors
 
-    def full(path, content):
+    def full(path, *content):
         path.symlink_to("/dev/full")
-        return write(path, content)
+        return write(path, *content)
 
-    monkeypatch.setattr(checkpoint_module, "_write_shard", full)
+    monkeypatch.setattr(checkpoint_module, "write_tensors", full)
     with pytest.raises(
         CheckpointError,
         match=r"step-00000002: cannot be written \(No space left on device\); .*set training\.output_dir",

@@ -118,12 +118,12 @@ def fp16_engine(tmp_path, **changes):
 
 def test_a_step_that_overflows_changes_nothing_but_the_scale(tmp_path, caplog):
     engine, batches = fp16_engine(tmp_path), random_batches()
-    before = {(name, kind): engine.get_full(name, kind).clone() for name in engine.shapes() for kind in STATE_KINDS}
+    before = {(name, kind): engine.held(name, kind).clone() for name in engine.shapes() for kind in STATE_KINDS}
     with caplog.at_level(logging.WARNING):
         outcome = step_through(engine, batches, 1)[0]
     assert math.isinf(outcome.grad_norm) and outcome.loss_scale == 2**30 and math.isfinite(outcome.losses["loss"])
     assert (engine.adam_step, engine.loss_scaler.scale, engine.loss_scaler.skipped_steps) == (0, 2**29, 1)
-    assert all(engine.get_full(*key).equal(value) for key, value in before.items())
+    assert all(engine.held(*key).equal(value) for key, value in before.items())
     assert {p.grad for p in engine.model.parameters()} == {None}
     assert (
         "step 1: skipped because its gradient overflows fp16 (the gradient that enters layer 1 from above"
@@ -141,7 +141,7 @@ def test_a_step_under_the_scale_is_that_of_fp32_to_rounding(tmp_path):
         assert full.loss_scale is None
     assert scaled.adam_step == 3 and scaled.loss_scaler.skipped_steps == 0
     assert {p.dtype for p in scaled.model.parameters()} == {torch.float16}
-    assert {scaled.get_full(name, kind).dtype for name in scaled.shapes() for kind in STATE_KINDS} == {torch.float32}
+    assert {scaled.held(name, kind).dtype for name in scaled.shapes() for kind in STATE_KINDS} == {torch.float32}
 
 
 def test_the_scale_leaves_the_gradient_as_it_is(tmp_path):
@@ -151,7 +151,7 @@ def test_the_scale_leaves_the_gradient_as_it_is(tmp_path):
     for power in (8, 11):
         engine = fp16_engine(tmp_path, initial_power=power)
         norms.append(step_through(engine, batches, 1)[0].grad_norm)
-        weights.append(engine.get_full("layers.0.attention.qkv.weight", "weight").clone())
+        weights.append(engine.held("layers.0.attention.qkv.weight", "weight").clone())
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     torch.testing.assert_close(weights[0], weights[1], rtol=0, atol=2e-2)
 

@@ -372,10 +372,11 @@ class _Loop:
         )
         if 0 < stopped_by < CANNOT_CONTINUE and self._run.distributed.rank == 0:
             logger.warning(
-                "%s: stopped after step %d of %d with a checkpoint; training.resume=true continues from it",
+                "%s: stopped after step %d of %d with a checkpoint; training.resume=true continues from %s",
                 Signals(stopped_by).name,
                 result.step,
                 self._training.steps,
+                list_checkpoints(self._run.folder)[-1],
             )
         if self._run.distributed.rank == 0:
             for index, passes in enumerate(self._run.loader.passes()):

@@ -4,7 +4,8 @@
     python -m tests.distributed.random_kills FOLDER --kills 30 --ranks 2
 
 The moments take turns: while the run loads (its first ones while the C++ operators are compiled, where a compiler is
-there), in a step, in a save, in an evaluation. Two ranks are killed together, or every fifth time one of them alone.
+there), in a step, while a checkpoint is written in the background, in an evaluation, while the state is copied for a
+checkpoint. Two ranks are killed together, or every fifth time one of them alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from tests.support.launch import kill_group, start
 from tests.support.metrics import same_in_every_run
 from tests.support.runs import LAYOUTS, tiny_config, write_text
 
-MOMENTS = ("load", "step", "save", "evaluation")
+MOMENTS = ("load", "step", "write", "evaluation", "save")
 
 
 def main() -> None:
@@ -139,7 +140,7 @@ def _kill_once(
     process = _start(folder, config, ranks, environment, slow=True)
     try:
         wanted = {"load": "start", "compile": "compile"}.get(moment, moment)
-        _wait_for(moments, wanted, draw.randint(1, 2) if moment in ("step", "save") else 1, process, folder)
+        _wait_for(moments, wanted, draw.randint(1, 2) if moment in ("step", "save", "write") else 1, process, folder)
         time.sleep(draw.uniform(0, {"load": 4.0, "compile": 8.0}.get(moment, 0.06)))
         met = _seen(moments)[-1].split()[0]
         if ranks > 1 and number % 5 == 2:

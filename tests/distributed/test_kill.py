@@ -85,7 +85,7 @@ def test_sigkill_at_any_moment_costs_only_the_steps_since_the_last_checkpoint(tm
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "kills"), [(1, 4)])
 def test_random_kills_leave_the_metrics_and_weights_of_an_uninterrupted_run_and_no_lock(tmp_path, ranks, kills):
-    """One kill while it loads, and one each in a step, a save and an evaluation. 100 kills:
+    """One kill while it loads, and one each in a step, in a background save and in an evaluation. 100 kills:
     ``python -m tests.distributed.random_kills FOLDER``."""
     found = run_with_kills(tmp_path, kills=kills, ranks=ranks, compiles=False)
     assert sum(found["kills"].values()) == kills

@@ -151,7 +151,8 @@ def test_sigterm_ends_with_a_checkpoint_and_an_exit_code(make_config, caplog):
     with caplog.at_level(logging.WARNING):
         result = train(make_config(), [listener])
     assert (result.step, result.stopped_by, result.exit_code, result.validation) == (3, 15, 143, None)
-    assert "SIGTERM: stopped after step 3 of 6 with a checkpoint; training.resume=true continues from it" in caplog.text
+    ending = f"continues from {list_checkpoints(result.run_dir)[-1]}"
+    assert f"SIGTERM: stopped after step 3 of 6 with a checkpoint; training.resume=true {ending}" in caplog.text
     assert [path.name for path in list_checkpoints(result.run_dir)] == ["step-00000003"]
     assert listener.ended == [result]
 

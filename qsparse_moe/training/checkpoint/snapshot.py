@@ -30,8 +30,8 @@ class Snapshot:
             self._buffer = torch.empty(num_elements, pin_memory=device.type == "cuda")
         except RuntimeError as error:  # As torch reports that it cannot allocate.
             raise CheckpointError(
-                f"training.checkpoint_async (true) needs {4 * num_elements / 1e9:.3g} GB for a copy of this rank's state in "
-                f"host memory, which cannot be allocated ({str(error).splitlines()[0]}). Set "
+                f"training.checkpoint_async (true) needs {4 * num_elements / 1e9:.3g} GB of host memory for a copy of "
+                f"this rank's state, which cannot be allocated ({str(error).splitlines()[0]}). Set "
                 "training.checkpoint_async=false, which writes without a copy while training waits, or use more ranks"
             ) from error
 

@@ -25,6 +25,13 @@ def make_engine(tmp_path, seed, **training):
     return engine
 
 
+def make_biased(tmp_path, rate=0.1):
+    config = tiny_config(tmp_path, "run", engine="torch")
+    moe = config.model.moe.model_copy(update={"bias_update_rate": rate})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
+    return TorchEngine(config, build_model(config.model), ALONE)
+
+
 def save(run_dir, engine, step, keep_last=2):
     writer = CheckpointWriter(run_dir, engine, keep_last=keep_last, is_async=False)
     return writer.save(progress(step), {"step": step})

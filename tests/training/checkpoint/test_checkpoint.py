@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.model.transformer import build_model
 from qsparse_moe.training.checkpoint.rank_state import pack_state, unpack_state
 from qsparse_moe.training.checkpoint.state import random_states, restore, seed_random_states, set_random_states
 from qsparse_moe.training.checkpoint.store import (
@@ -22,9 +21,7 @@ from qsparse_moe.training.checkpoint.store import (
     newest_checkpoint,
 )
 from qsparse_moe.training.engines.protocol import STATE_KINDS
-from qsparse_moe.training.engines.torch_engine import TorchEngine
-from tests.support.runs import tiny_config
-from tests.training.checkpoint.small_checkpoints import ALONE, flip_a_byte, make_engine, names, save, the_file
+from tests.training.checkpoint.small_checkpoints import flip_a_byte, make_biased, make_engine, names, save, the_file
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -40,13 +37,6 @@ def test_a_saved_state_is_read_back_exactly(tmp_path, precision):
     for name in engine.shapes():
         for kind in STATE_KINDS:
             assert other.held(name, kind).equal(engine.held(name, kind)), (name, kind)
-
-
-def make_biased(tmp_path, rate=0.1):
-    config = tiny_config(tmp_path, "run", engine="torch")
-    moe = config.model.moe.model_copy(update={"bias_update_rate": rate})
-    config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
-    return TorchEngine(config, build_model(config.model), ALONE)
 
 
 def test_buffers_are_read_back_into_a_model_and_missing_ones_are_named(tmp_path, engine):

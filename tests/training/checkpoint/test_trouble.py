@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
+import time
 
 import pytest
 
@@ -103,6 +106,80 @@ def test_a_full_disk_during_a_save_is_one_message_and_leaves_nothing(make_config
     ):
         train(make_config(steps=2))
     assert not list((run_folder(make_config()) / "checkpoints").iterdir())
+
+
+class Disk:
+    """Lets ``work()`` decide what becomes of the tensors of every checkpoint, by the name of its folder."""
+
+    def __init__(self, monkeypatch, work):
+        write = checkpoint_module.write_tensors
+
+        def call(path, *content):
+            work(path.parent.name)
+            return write(path, *content)
+
+        monkeypatch.setattr(checkpoint_module, "write_tensors", call)
+
+
+def test_a_disk_that_fills_behind_the_training_ends_it_with_a_checkpoint_if_there_is_space_again(
+    make_config, monkeypatch
+):
+    def fail_once(name):
+        if "step-00000002" in name:
+            raise OSError(28, "No space left on device")
+
+    Disk(monkeypatch, fail_once)
+    config = make_config(steps=200, checkpoint_interval=2)
+    with pytest.raises(
+        CheckpointError,
+        match=r"step-00000002: cannot be written \(No space left on device\);.* intact\. The run ended after step "
+        r"(\d+) of 200; training\.resume=true continues from .*/step-0*\1$",
+    ):
+        train(config)
+    monkeypatch.undo()
+    (path,) = list_checkpoints(run_folder(config))
+    done = int(path.name.removeprefix("step-"))
+    assert 2 < done < 200 and not list(path.parent.glob(".*"))
+    assert train(make_config(steps=done + 1, resume=True)).step == done + 1
+
+
+def test_reports_have_the_time_that_training_waited_for_a_checkpoint(make_config, monkeypatch):
+    Disk(monkeypatch, lambda name: time.sleep(0.5))
+    waits = {}
+    for is_async in (True, False):
+        config = make_config(str(is_async), steps=3, checkpoint_interval=2, checkpoint_async=is_async)
+        train(config, [lambda report: waits.update({report.step: report.checkpoint_seconds})])
+        assert waits[1] is waits[2] is None
+        # After the step, so that the next one reports it.
+        assert 0 < waits[3] < 0.5 if is_async else waits[3] >= 0.5
+
+
+def test_sigterm_with_a_checkpoint_in_progress_finishes_it_and_saves_another(make_config, monkeypatch, caplog):
+    writing = threading.Event()
+
+    def slow(name):
+        writing.set()
+        time.sleep(0.3)
+
+    def stop(report):
+        if report.step == 3:
+            assert writing.is_set() and not list_checkpoints(run_folder(config))
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Disk(monkeypatch, slow)
+    config = make_config(steps=500, checkpoint_interval=2)
+    with caplog.at_level(logging.INFO):
+        result = train(config, [stop])
+    assert result.stopped_by == signal.SIGTERM and result.step == 4
+    assert [path.name for path in list_checkpoints(run_folder(config))] == ["step-00000002", "step-00000004"]
+    newest = list_checkpoints(run_folder(config))[-1]
+    messages = [record.getMessage() for record in caplog.records]
+    first = next(
+        index for index, text in enumerate(messages) if text.startswith(f"saved {newest.with_name('step-00000002')} (")
+    )
+    assert any("SIGTERM: stopping after this step" in text for text in messages[:first])
+    ending = f"stopped after step 4 of 500 with a checkpoint; training.resume=true continues from {newest}"
+    assert any(text.endswith(ending) for text in messages[first:])
 
 
 def test_a_checkpoint_is_saved_when_the_last_one_is_old_and_changes_nothing(make_config):

@@ -28,7 +28,13 @@ from qsparse_moe.training.checkpoint.contents import FORMAT, rank_file
 from qsparse_moe.training.checkpoint.rank_reports import RankReports
 from qsparse_moe.training.checkpoint.rank_state import pack_state
 from qsparse_moe.training.checkpoint.snapshot import Snapshot
-from qsparse_moe.training.checkpoint.state import owned_ranges, owned_tensors, random_states, state_buffers
+from qsparse_moe.training.checkpoint.state import (
+    collect_buffers,
+    owned_ranges,
+    owned_tensors,
+    random_states,
+    state_buffers,
+)
 from qsparse_moe.training.checkpoint.store import (
     INDEX,
     LISTENERS,
@@ -209,8 +215,7 @@ class CheckpointWriter:
             tensors = self._snapshot.copy(tensors)
         state, others = pack_state({"random": random_states(), "monitor": report_state.monitor})
         if self._distributed.rank == 0:
-            for name, value in state_buffers(self._engine.model).items():
-                others[f"buffer/{name}"] = value.detach().to("cpu", copy=True)
+            others |= {f"buffer/{name}": value for name, value in collect_buffers(self._engine).items()}
         tensors |= {name: TensorSource.of(value) for name, value in others.items()}
         return _Save(final, partial, tensors, state, index, self._listeners)
 

@@ -219,9 +219,7 @@ class CheckpointWriter:
         tensors |= {name: TensorSource.of(value) for name, value in others.items()}
         return _Save(final, partial, tensors, state, index, self._listeners)
 
-    def _index(
-        self, progress: RunProgress, data_state: dict[str, Any], report_state: ReportState
-    ) -> dict[str, Any]:
+    def _index(self, progress: RunProgress, data_state: dict[str, Any], report_state: ReportState) -> dict[str, Any]:
         engine = self._engine
         return {
             "format": FORMAT,

@@ -43,7 +43,7 @@ def test_the_minutes_begin_again_with_every_checkpoint(monkeypatch):
     made = a_loop(
         _training=SimpleNamespace(checkpoint_minutes=1.0),
         _run=SimpleNamespace(distributed=distributed, loader=state),
-        _writer=SimpleNamespace(save=lambda progress, data, reports: saved.append(reports)),
+        _writer=SimpleNamespace(save=lambda progress, data, reports, step_filter: saved.append(reports)),
         _stall=None,
         _progress=None,
         _reporter=state,

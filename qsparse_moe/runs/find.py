@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE, checkpoint_step, newest_step
+from qsparse_moe.runs.folder import CHECKPOINTS, CONFIG_FILE, UNFINISHED, checkpoint_step, newest_step
 
 # The name is repeated here, because the package of checkpoints imports torch.
 _CHECKPOINT_INDEX = "state.json"
@@ -50,14 +50,28 @@ def find_model(path: Path) -> ModelFolder:
     """Return what kind of model folder ``path`` is: a run, one of its checkpoints, or an export.
 
     Raises:
-        CheckpointError: it is none of them; with the run folders that are beside it.
+        CheckpointError: it is none of them, with the run folders that are beside it, or a checkpoint that is not
+            complete.
     """
+    if path.absolute().parent.name == CHECKPOINTS:
+        _check_complete(path.absolute())
     if (path / _CHECKPOINT_INDEX).is_file() and path.absolute().parent.name == CHECKPOINTS:
         folder = ModelFolder(path, "checkpoint")
         find_run(folder.config_folder)
         return folder
     find_run(path)
     return ModelFolder(path, "export" if any(path.glob("model*.safetensors")) else "run")
+
+
+def _check_complete(checkpoint: Path) -> None:
+    is_beside = not checkpoint.exists() and any(checkpoint.parent.glob(f"{UNFINISHED[0]}{checkpoint.name}-*"))
+    if is_beside or checkpoint.name.startswith(UNFINISHED):
+        run = checkpoint.parent.parent
+        raise CheckpointError(
+            f"{checkpoint}: is not complete: its run is still writing it, or was killed while it did; only complete "
+            f"checkpoints are read. Wait until its name is step-..., or name the run ({run}), whose newest complete "
+            "checkpoint is used"
+        )
 
 
 def find_initial_weights(init_from: str) -> ModelFolder:

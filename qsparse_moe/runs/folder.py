@@ -17,6 +17,8 @@ from qsparse_moe.errors import CheckpointError, ConfigError, naming
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 CHECKPOINTS = "checkpoints"
+UNFINISHED = (".saving-", ".deleting-")
+"""Prefixes of the names of checkpoints that are being written or removed."""
 TOKENIZER = "tokenizer"
 """Folder with a copy of the run's tokenizer, if it has files."""
 PLAN_FILE = "plan.json"

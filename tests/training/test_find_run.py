@@ -35,6 +35,20 @@ def test_a_checkpoint_without_its_run_is_refused(tmp_path):
         find_model(lonely)
 
 
+@pytest.mark.parametrize("name", [".saving-step-00000004-1f2e3d4c", ".deleting-step-00000004", "step-00000004"])
+def test_a_checkpoint_that_another_run_is_writing_is_refused(tmp_path, name):
+    run = make(tmp_path / "a", "config.yaml")
+    make(run / "checkpoints" / ".saving-step-00000004-1f2e3d4c", "state.json")
+    make(run / "checkpoints" / ".deleting-step-00000004", "state.json")
+    with pytest.raises(
+        CheckpointError, match=rf"checkpoints/{name}: is not complete: .* name the run \({run}\), whose newest complete"
+    ):
+        find_model(run / "checkpoints" / name)
+    # One that never was is answered as any other folder.
+    with pytest.raises(CheckpointError, match="step-00000005 does not exist"):
+        find_model(run / "checkpoints" / "step-00000005")
+
+
 def test_a_wrong_name_is_answered_with_the_three_nearest_runs_beside_it(tmp_path):
     for name in ("dense", "sparse-a", "sparse-b", "sparse-c"):
         make(tmp_path / name, "config.yaml")

@@ -23,7 +23,7 @@ import torch
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.locks import flush
-from qsparse_moe.runs.folder import CHECKPOINTS
+from qsparse_moe.runs.folder import CHECKPOINTS, UNFINISHED
 from qsparse_moe.training.checkpoint.contents import FORMAT, rank_file
 from qsparse_moe.training.checkpoint.rank_reports import RankReports
 from qsparse_moe.training.checkpoint.rank_state import pack_state
@@ -38,7 +38,6 @@ from qsparse_moe.training.checkpoint.state import (
 from qsparse_moe.training.checkpoint.store import (
     INDEX,
     LISTENERS,
-    UNFINISHED,
     ReportState,
     RunProgress,
     list_checkpoints,

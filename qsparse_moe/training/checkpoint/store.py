@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.runs.folder import CHECKPOINTS
+from qsparse_moe.runs.folder import CHECKPOINTS, UNFINISHED
 from qsparse_moe.training.checkpoint.contents import FORMATS, Contents
 from qsparse_moe.training.checkpoint.state import check_shapes, state_buffers, stored_shapes
 from qsparse_moe.training.distributed.ranks import Distributed
@@ -31,8 +31,6 @@ from qsparse_moe.training.flat_range import shard_range
 
 INDEX = "state.json"
 LISTENERS = "listeners.json"
-UNFINISHED = (".saving-", ".deleting-")
-"""Prefixes of the names of folders that are being written or removed."""
 
 # Eight digits sort by name; more are accepted for longer runs.
 _FINAL = re.compile(r"step-(\d{8,})")

@@ -62,7 +62,7 @@ def main() -> None:
         pause()
         flush(file)
 
-    checkpoint.os.fsync = flush_slowly
+    os.fsync = flush_slowly
     Evaluator.__call__ = noted("evaluation", Evaluator.__call__)  # type: ignore[method-assign]
     compile_operators = native._compile
 

@@ -135,7 +135,7 @@ def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, pur
     with acquire_lock(path.with_name(f"{path.name}.lock"), timeout=timeout, purpose=purpose):
         if path.exists():
             return
-        with _folder_beside(path) as folder:
+        with folder_beside(path) as folder:
             built = build(folder)
             # Before the rename: after a power cut a file system may have the new name without the contents.
             for part in (built, *built.rglob("*")):
@@ -150,7 +150,7 @@ def build_once(path: Path, build: Callable[[Path], Path], *, timeout: float, pur
 
 
 @contextmanager
-def _folder_beside(path: Path) -> Iterator[Path]:
+def folder_beside(path: Path) -> Iterator[Path]:
     """Create an empty folder in which to build ``path``; remove it afterwards, and those of processes that died."""
     prefix = f"{path.name}.partial-"
     for leftover in path.parent.glob(f"{prefix}*"):

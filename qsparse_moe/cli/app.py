@@ -22,6 +22,7 @@ from qsparse_moe.version import __version__
 PROGRAM = "qsparse-moe"
 VERBS = (
     "init",
+    "prepare",
     "train",
     "evaluate",
     "generate",

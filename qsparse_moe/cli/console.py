@@ -70,6 +70,7 @@ def start_logging() -> None:
     logger.setLevel(logging.INFO if is_rank_zero() else logging.ERROR)
     # Whichever rank comes first tokenises or compiles, so only this rank has progress to log.
     for name in (
+        "qsparse_moe.data.prepare",
         "qsparse_moe.data.table",
         "qsparse_moe.kernels.native",
         "qsparse_moe.training.engines.extension_builds",

@@ -144,6 +144,9 @@ class DataConfig(Section):
     max_document_bytes: PositiveInt = 50_000_000
     """Maximum size of a document (a text file, a line of JSONL, a row of Parquet). Tokenizing a document takes about 20
     times its size in memory."""
+    shard_bytes: Annotated[int, Field(ge=1, le=2**63 - 1)] = 256_000_000
+    """table: bytes of files that become one shard of a table. Shards are built in parallel, and finished ones are kept
+    if the building is interrupted; the sequences do not depend on them. Another value makes another table."""
     cache_dir: str = "~/.cache/qsparse_moe"
     """Folder for tokenized tables, which are stored in its subfolder tables. They are never removed automatically:
     while no run is active, `rm -r ~/.cache/qsparse_moe/tables` removes them, and the next run creates its table again.

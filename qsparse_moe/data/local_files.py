@@ -13,18 +13,18 @@ import io
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import IO, NamedTuple, cast
 
 from qsparse_moe.data.conversations import messages_json
+from qsparse_moe.data.pieces import Piece, is_compressed, open_piece
 from qsparse_moe.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Record = dict[str, str]
 
-_GZIP_MAGIC = b"\x1f\x8b"
 _BYTE_ORDER_MARK = codecs.BOM_UTF8
 # Bytes read at once where a file is cut into documents: large enough that decoding, not reading, takes the time.
 _BLOCK_BYTES = 1 << 20
@@ -48,15 +48,37 @@ def read_files(
     Raises:
         DataError: a file cannot be opened, is cut off or is not of its kind.
     """
-    for file in files:
-        place = f"{setting}: {file}"
+    yield from read_pieces([Piece(file) for file in files], kind, column, separator, setting, max_bytes, is_chat)
+
+
+def read_pieces(
+    pieces: Sequence[Piece],
+    kind: str,
+    column: str,
+    separator: str | None,
+    setting: str,
+    max_bytes: int,
+    is_chat: bool = False,
+) -> Iterator[Record]:
+    """Yield the records of pieces of files, as ``read_files`` does."""
+    for piece in pieces:
+        place = f"{setting}: {piece.file}"
+        if piece.begin and kind != "parquet":
+            place += f" from byte {piece.begin}"
         found = False
         value = _messages if is_chat else _text
-        for record in _records(file, kind, column, separator, place, max_bytes, value):
+        for record in _records(piece, kind, column, separator, place, max_bytes, value):
             found = True
             yield {"place": place} | record if is_chat else record
-        if not found:
+        if not found and piece.is_whole:
             logger.warning("%s is empty and is skipped", place)
+
+
+def cut_mark(kind: str, separator: str | None) -> bytes | None:
+    """Return what ends a document in the files of a source; None if a file is one document, or has row groups."""
+    if kind == "jsonl":
+        return b"\n"
+    return separator.encode("utf-8") if kind == "text" and separator else None
 
 
 def too_long(place: str, max_bytes: int) -> str:
@@ -100,24 +122,19 @@ def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:200]}" if first else type(error).__name__
 
 
-def is_compressed(file: str) -> bool:
-    """Return whether the file is compressed with gzip, by its first bytes."""
-    with open(file, "rb") as stream:
-        return stream.read(2) == _GZIP_MAGIC
-
-
 def _records(
-    file: str, kind: str, column: str, separator: str | None, place: str, max_bytes: int, value: ReadValue
+    piece: Piece, kind: str, column: str, separator: str | None, place: str, max_bytes: int, value: ReadValue
 ) -> Iterator[Record]:
     try:
         if kind == "parquet":
-            yield from _parquet_rows(file, column, place, value)
+            yield from _parquet_rows(piece, column, place, value)
             return
-        with _opened(file) as stream:
+        stream, offset = _opened(piece, cut_mark(kind, separator))
+        with stream:
             if kind == "jsonl":
                 yield from _json_lines(stream, column, place, max_bytes, value)
             elif separator:
-                yield from _separated(stream, separator, place, max_bytes)
+                yield from _separated(stream, separator, place, max_bytes, offset)
             else:
                 yield from _whole(stream, place, max_bytes)
     # Errors of our own name the place and the way out already.
@@ -130,8 +147,15 @@ def _records(
         ) from error
 
 
-def _opened(file: str) -> IO[bytes]:
-    """Open a file for reading, decompressed if it is gzip, after the byte-order mark that it may begin with."""
+def _opened(piece: Piece, separator: bytes | None) -> tuple[IO[bytes], int]:
+    """Open a piece for reading, decompressed if it is gzip, after the byte-order mark that the file may begin with.
+
+    Also return the place of its first document in the file, 0 for a whole file.
+    """
+    if not piece.is_whole:
+        assert separator is not None, "only files whose documents end with a separator are cut"
+        return open_piece(piece, separator, _BYTE_ORDER_MARK)
+    file = piece.file
     stream = cast(IO[bytes], gzip.GzipFile(file) if is_compressed(file) else io.BufferedReader(io.FileIO(file)))
     try:
         if stream.read(len(_BYTE_ORDER_MARK)) != _BYTE_ORDER_MARK:
@@ -139,7 +163,7 @@ def _opened(file: str) -> IO[bytes]:
     except BaseException:
         stream.close()
         raise
-    return stream
+    return stream, 0
 
 
 def _whole(stream: IO[bytes], place: str, max_bytes: int) -> Iterator[Record]:
@@ -157,14 +181,14 @@ def _whole(stream: IO[bytes], place: str, max_bytes: int) -> Iterator[Record]:
         yield _good(text)
 
 
-def _separated(stream: IO[bytes], separator: str, place: str, max_bytes: int) -> Iterator[Record]:
-    """Yield the documents between separators, block by block.
+def _separated(stream: IO[bytes], separator: str, place: str, max_bytes: int, offset: int) -> Iterator[Record]:
+    """Yield the documents between separators, block by block; ``offset`` is the stream's place in its file.
 
     A long file takes no more memory than its longest document.
     """
     # An incremental decoder, because a block may end inside a character.
     decoder = codecs.getincrementaldecoder("utf-8")()
-    rest, offset, skips = "", 0, False
+    rest, skips = "", False
     while True:
         block = stream.read(_BLOCK_BYTES)
         begin = offset - len(decoder.getstate()[0])
@@ -241,20 +265,21 @@ class _Number(NamedTuple):
     digits: str
 
 
-def _parquet_rows(file: str, column: str, place: str, value: ReadValue) -> Iterator[Record]:
+def _parquet_rows(piece: Piece, column: str, place: str, value: ReadValue) -> Iterator[Record]:
     import pyarrow.parquet
 
     # Opened by us: a path given to pyarrow may be taken for a URL.
-    with open(file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
+    with open(piece.file, "rb") as stream, pyarrow.parquet.ParquetFile(stream) as table:
         names = table.schema_arrow.names
         if column not in names:
             # A file without rows is skipped like other empty files, whatever its columns are.
             if table.metadata.num_rows:
                 raise DataError(missing_column(names, column, f"{place}, row 0"))
             return
-        row = 0
+        row = sum(table.metadata.row_group(group).num_rows for group in range(piece.begin))
+        groups = range(piece.begin, table.num_row_groups if piece.end is None else piece.end)
         # Small batches: a batch is held in memory whole, and a document may have many megabytes.
-        for batch in table.iter_batches(batch_size=256, columns=[column]):
+        for batch in table.iter_batches(batch_size=256, columns=[column], row_groups=list(groups)):
             for found in batch.column(0).to_pylist():
                 yield value(found, column, f"{place}, row {row}")
                 row += 1

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qsparse_moe.config.schema import DataConfig
 from qsparse_moe.data.chat import ChatSource, Encode
 from qsparse_moe.data.conversations import messages_json
 from qsparse_moe.data.local_files import missing_column, short, text_problem, too_long
+from qsparse_moe.data.pieces import Part, Piece, divide
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
 
@@ -46,8 +47,8 @@ class OpenSource:
 
     setting: str
     """Its path in the config, and its kind, for messages."""
-    dataset: IterableDataset
-    """The stream of its records, with one shard per file."""
+    dataset: IterableDataset | None
+    """The stream of its records, with one shard per file; None where only parts are read."""
     column: str
     """The column of the stream that holds the text."""
     identity: dict[str, Any]
@@ -61,12 +62,50 @@ class OpenSource:
     chat: ChatSource | None = None
     """How its records are read if they are conversations."""
 
+    read_pieces: Callable[[Sequence[Piece]], Iterator[dict[str, str]]] | None = None
+    """Reads the records of pieces of its files; None for a source that ``datasets`` opens as a whole."""
+    cut_mark: bytes | None = None
+    """What ends a document in its files, so that a large one may be cut there; None: they are not cut."""
+
+    def parts(self, shard_bytes: int) -> list[Part]:
+        """Return the parts that become its shards: a function of its content, not of the number of processes."""
+        sizes = [os.path.getsize(file) for file in self.files]
+        if self.read_pieces is None:
+            assert self.dataset is not None, "a source without a reader of files is a stream"
+            # The files of a data set on the hub are its parts: their sizes are not known.
+            most = -(-sum(sizes) // shard_bytes) if sizes else self.dataset.num_shards
+            count = 1 if self.chat is not None else min(self.dataset.num_shards, most)
+            return [Part(sum(sizes) // count if sizes else None, stream=(index, count)) for index in range(count)]
+        # Conversations are packed one after the other into sequences that stay open, so they become one shard.
+        if self.chat is not None:
+            return [Part(sum(sizes), tuple(map(Piece, self.files)))]
+        return divide(self.files, shard_bytes, kind=self.identity["kind"], separator=self.cut_mark)
+
+    def records(self, part: Part) -> Iterable[dict[str, Any]]:
+        """Return the records of a part, in order."""
+        if self.read_pieces is not None:
+            return self.read_pieces(part.pieces)
+        assert self.dataset is not None, "a source without a reader of files is a stream"
+        index, count = part.stream
+        return self.dataset if count == 1 else self.dataset.shard(count, index)
+
+    def for_other_process(self) -> OpenSource:
+        """Return the source in the form that another process needs to read its parts."""
+        # The library datasets takes a second to import, and longer on a busy machine.
+        return self if self.read_pieces is None else replace(self, dataset=None)
+
+    def no_records(self) -> DataError:
+        """Return the error for a source without any record."""
+        return DataError(
+            f"{self.setting}: every file of path is empty, and one must hold text; name files that do in path"
+        )
+
     def encoder(self, tokenizer: TextTokenizer) -> Encode:
         """Return the function that tokenises its texts."""
         return tokenizer.tokenize if self.chat is None else self.chat.documents
 
-    def texts(self, dataset: IterableDataset | None = None, bad: BadRecords | None = None) -> Iterator[str]:
-        """Yield the documents in order, without empty ones; ``dataset`` may be a part of the stream.
+    def texts(self, dataset: Iterable[dict[str, Any]] | None = None, bad: BadRecords | None = None) -> Iterator[str]:
+        """Yield the documents in order, without empty ones; ``dataset`` may be a part of the stream or of the files.
 
         Those of a source of format chat are ``Conversation`` objects.
 
@@ -77,8 +116,10 @@ class OpenSource:
         """
         bad = bad or BadRecords(self.setting, self.limits)
         row = -1
+        records = self.dataset if dataset is None else dataset
+        assert records is not None, "a source for another process has only parts"
         try:
-            for row, example in enumerate(self.dataset if dataset is None else dataset):
+            for row, example in enumerate(records):
                 text, problem = self._read(example, row)
                 if problem:
                     bad.add(problem)
@@ -92,9 +133,7 @@ class OpenSource:
                 "again if the network failed, else choose other data or a local copy (kind jsonl or parquet)"
             ) from error
         if dataset is None and row < 0:
-            raise DataError(
-                f"{self.setting}: every file of path is empty, and one must hold text; name files that do in path"
-            )
+            raise self.no_records()
         bad.end_pass()
 
     def _read(self, example: dict[str, Any], row: int) -> tuple[str, str]:

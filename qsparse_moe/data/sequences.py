@@ -10,7 +10,7 @@ import numpy as np
 from qsparse_moe.data.batch import Batch, make_batch
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.permutation import permuted
-from qsparse_moe.data.table import SideTable
+from qsparse_moe.data.stored import SideTable
 
 KEYED_ORDER = "keyed"
 """The random order of new runs, computed per index by ``data.permutation``."""
@@ -40,13 +40,9 @@ class SequenceTable:
         self.attend_across_documents = attend_across_documents
         sizes = [len(table) for table in tables]
         counts = mixture_counts(sizes, weights)
-        # Among the sequences of this table: where each source begins and ends. Among the stored ones: where each source
-        # and each chunk begins.
+        # Where each source begins and ends among the sequences of this table.
         self._begins, self._ends = _begins(counts), np.cumsum(counts)
-        self._sizes, self._offsets = np.array(sizes), _begins(sizes)
-        self._chunks = [chunk for table in tables for chunk in table.chunks]
-        self._chunk_offsets = _begins([len(chunk) for chunk in self._chunks])
-        self._num_bytes = np.concatenate([table.num_bytes for table in tables])
+        self._sizes, self._tables = np.array(sizes), tables
         repeats = [count / max(1, size) for count, size in zip(counts, sizes, strict=True)]
         self.byte_counts: Array = np.sum([r * t.byte_counts for r, t in zip(repeats, tables, strict=True)], axis=0)
         """``(256,)`` float, how often each byte value occurs in the text, repeated as its sequences are."""
@@ -59,7 +55,7 @@ class SequenceTable:
     @property
     def sequence_length(self) -> int:
         """S, the number of tokens per sequence."""
-        return int(self._chunks[0].shape[1]) - 1
+        return self._tables[0].sequence_length
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -76,22 +72,20 @@ class SequenceTable:
 
     def tokens(self, indices: Sequence[int] | Array) -> Array:
         """Return the ``(len(indices), S + 1)`` token ids of these sequences, in the table's own integer type."""
-        stored = self._stored(indices)
-        chunk_ids = np.searchsorted(self._chunk_offsets, stored, side="right") - 1
-        within = stored - self._chunk_offsets[chunk_ids]
-        return np.stack([self._chunks[chunk][index] for chunk, index in zip(chunk_ids, within, strict=True)])
+        return np.stack([table.tokens(index) for table, index in self._stored(indices)])
 
     def num_bytes(self, indices: Sequence[int] | Array) -> int:
-        """Return the bytes of text that the labels of these sequences encode."""
-        return int(self._num_bytes[self._stored(indices)].sum())
+        """Return the bytes of text that the labels of these sequences encode; validation only."""
+        return sum(table.num_bytes(index) for table, index in self._stored(indices))
 
-    def _stored(self, indices: Sequence[int] | Array) -> Array:
-        """Return the indices of these sequences among the stored sequences."""
+    def _stored(self, indices: Sequence[int] | Array) -> list[tuple[SideTable, int]]:
+        """Return the table of each sequence and its index there."""
         wanted = np.asarray(indices, np.int64)
         assert len(wanted) and wanted.min() >= 0 and wanted.max() < len(self), "sequence indices outside the table"
-        source = np.searchsorted(self._ends, wanted, side="right")
+        sources = np.searchsorted(self._ends, wanted, side="right")
         # A source whose share is larger than itself is read again from its beginning.
-        return self._offsets[source] + (wanted - self._begins[source]) % self._sizes[source]
+        within = (wanted - self._begins[sources]) % self._sizes[sources]
+        return [(self._tables[source], index) for source, index in zip(sources, within.tolist(), strict=True)]
 
 
 def _begins(lengths: Sequence[int]) -> Array:

@@ -12,13 +12,15 @@ import os
 import sys
 import sysconfig
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qsparse_moe.config.schema import SourceConfig
 from qsparse_moe.data.chat import Chat, ChatCounts, ChatSource
 from qsparse_moe.data.data_sets import is_saved, open_hub, open_saved
-from qsparse_moe.data.local_files import is_compressed, read_files
+from qsparse_moe.data.local_files import cut_mark, read_files, read_pieces
 from qsparse_moe.data.open_source import LIMITS, Limits, OpenSource, sizes_and_times
+from qsparse_moe.data.pieces import is_compressed
 from qsparse_moe.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ def _opened(source: SourceConfig, setting: str, limits: Limits) -> OpenSource:
 
 def _open_files(source: SourceConfig, setting: str, files: list[str], limits: Limits) -> OpenSource:
     # datasets creates one shard per entry of the only list among these.
-    arguments = {
+    arguments: dict[str, Any] = {
         "files": files,
         "kind": source.kind,
         "column": source.record_column,
@@ -85,6 +87,8 @@ def _open_files(source: SourceConfig, setting: str, files: list[str], limits: Li
         num_bytes=sum(map(os.path.getsize, files)) if whole_files and not any(map(is_compressed, files)) else None,
         files=tuple(files),
         limits=limits,
+        read_pieces=partial(read_pieces, **{name: value for name, value in arguments.items() if name != "files"}),
+        cut_mark=cut_mark(source.kind, source.separator),
     )
 
 

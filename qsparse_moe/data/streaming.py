@@ -16,8 +16,10 @@ import numpy as np
 from qsparse_moe.data.chat import Encode
 from qsparse_moe.data.open_source import OpenSource
 from qsparse_moe.data.packing import Array, Document, PackedSequences, Packer, is_validation, text_digest
+from qsparse_moe.data.packing_settings import Packing, too_little_validation
 from qsparse_moe.data.sequences import SequenceTable
-from qsparse_moe.data.table import Packing, SideTable, count_bytes, too_little_validation
+from qsparse_moe.data.shard_writer import count_bytes
+from qsparse_moe.data.stored import SequenceArray
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
 
@@ -89,6 +91,7 @@ class SourceStream:
 
         self._epoch, self._given, self._resumed = state["epoch"], state["given"], state["stream"]
         # A new object for every pass: an iterable data set remembers the state that it was last given.
+        assert self._source.dataset is not None, "streaming reads whole sources"
         self._dataset = split_dataset_by_node(self._source.dataset, rank=self._rank, world_size=self._world_size)
         self._dataset.set_epoch(self._order())
         if self._resumed is not None:
@@ -325,7 +328,7 @@ class Validation(NamedTuple):
     """``(256,)`` how often each byte value occurs in the training text that was read before enough was held out."""
 
 
-def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[SideTable, Array]:
+def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[SequenceArray, Array]:
     """Read a source from its beginning until its held-out documents fill ``num_sequences``, or to its end."""
     packer = Packer(packing.sequence_length)
     # An empty part first, so that the arrays below have their shapes even if nothing is held out.
@@ -345,4 +348,4 @@ def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[S
         found.append(packer.finish())
     tokens = np.concatenate([packed.tokens for packed in found])[:num_sequences]
     num_bytes = np.concatenate([packed.num_bytes for packed in found])[:num_sequences]
-    return SideTable((tokens,), num_bytes, counts[True]), counts[False]
+    return SequenceArray(tokens, num_bytes, counts[True]), counts[False]

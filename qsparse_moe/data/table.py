@@ -1,135 +1,326 @@
-"""One source, tokenised and packed once into memory-mapped Arrow tables: one for training, one for validation."""
+"""One source, tokenised once into a table on the disk: built shard by shard, by any number of builders.
+
+A table is a folder in the cache whose name is a digest of everything on which its tokens depend. Builders claim shards
+that are missing (``data.claims``), write them into folders of their own, and rename those. A builder that ends early
+leaves its finished shards to the next one. The manifest is written when all shards are there.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import os
+import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from qsparse_moe.data.cache import build_once
-from qsparse_moe.data.conversations import Conversation
-from qsparse_moe.data.open_source import LIMITS, BadRecords, OpenSource
-from qsparse_moe.data.packing import PACKING_VERSION, Array, PackedSequences, Packer, is_validation, text_digest
-from qsparse_moe.data.tokenizer import TextTokenizer
+from qsparse_moe.data.claims import Claim, Claims
+from qsparse_moe.data.open_source import OpenSource
+from qsparse_moe.data.packing_settings import Packing
+from qsparse_moe.data.pieces import Part
+from qsparse_moe.data.shard_writer import DIGESTS, SUMMARY, token_type, write_shard
+from qsparse_moe.data.stored import (
+    MANIFEST,
+    SIDES,
+    TABLE_FORMAT,
+    VALIDATION_BYTES,
+    SourceTable,
+    damaged,
+    find_damage,
+    open_table,
+    read_manifest,
+    tokens_file,
+    write_json_atomically,
+)
 from qsparse_moe.errors import DataError
+from qsparse_moe.locks import flush, folder_beside
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int | None], None]
-"""Called while tables are built with the source, the bytes of text done, and the total bytes if known."""
-
-Side = Literal["train", "validation"]
-SIDES: tuple[Side, ...] = ("train", "validation")
-
-Checks = Callable[[dict[Side, int]], None]
-"""Called with the number of sequences of each side before a table enters the cache."""
+Report = Callable[[int, int], None]
+"""Called with the number of a shard and the bytes of its text that are done."""
 
 TABLES = "tables"
 """Folder of tables in the cache."""
-_SUMMARY = "table.json"
 
-# Text tokenised at once: enough to occupy all threads of a tokenizer, and little compared with a process's memory.
-_CHUNK_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Packing:
-    """Everything other than the text on which the sequences depend."""
-
-    tokenizer: TextTokenizer
-    sequence_length: int
-    """S, the number of tokens per sequence."""
-    validation_fraction: float
-    """Fraction of the documents held out."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return a JSON-able description that is equal exactly where the same text gives the same sequences."""
-        return {
-            "version": PACKING_VERSION,
-            "tokenizer": self.tokenizer.fingerprint,
-            "sequence_length": self.sequence_length,
-            "validation_fraction": self.validation_fraction,
-        }
+# A builder that has died is replaced after a minute, and a living one has finished a shard long before: a longer wait
+# means that it hangs.
+_TIMEOUT_SECONDS = 12 * 3600.0
+_POLL_SECONDS = 0.1
+_FIRST_NOTICE_SECONDS = 2.0
+_NOTICE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class SideTable:
-    """The sequences of one side of one source."""
+class TableJob:
+    """A source and what its table depends on; another process can build from it."""
 
-    chunks: tuple[Array, ...]
-    """``(n, S + 1)`` token ids each, views of the mapped file."""
-    num_bytes: Array
-    """``(R,)`` bytes of text that each sequence's labels encode."""
-    byte_counts: Array
-    """``(256,)`` how often each byte value occurs in the side's text."""
+    source: OpenSource
+    packing: Packing
+    cache_dir: Path
+    shard_bytes: int
+    max_bytes: int | None = None
 
-    def __len__(self) -> int:
-        return len(self.num_bytes)
+    @cached_property
+    def folder(self) -> Path:
+        """The folder of the table."""
+        return self.cache_dir / TABLES / _key(self)
 
+    @cached_property
+    def parts(self) -> list[Part]:
+        """The parts of the source, one per shard."""
+        return self.source.parts(self.shard_bytes)
 
-@dataclass(frozen=True)
-class SourceTable:
-    """Both sides of one source."""
+    @property
+    def is_complete(self) -> bool:
+        """Whether the table has been built."""
+        return (self.folder / MANIFEST).exists()
 
-    train: SideTable
-    validation: SideTable
-    digest: str
-    """Digest of all texts in order, independent of the place and times of the files."""
-    conversations: dict[str, int] | None
-    """Numbers of conversations, and of those that were cut and left out; None for text."""
+    def shard(self, number: int) -> Path:
+        """Return the folder of a shard."""
+        return self.folder / f"shard-{number:05}"
 
+    def open(self) -> SourceTable:
+        """Open the table.
 
-def load_source_table(
-    source: OpenSource,
-    packing: Packing,
-    cache_dir: Path,
-    *,
-    max_bytes: int | None = None,
-    progress: Progress | None = None,
-    checks: Checks | None = None,
-) -> SourceTable:
-    """Return the table of a source; build it first if the cache has none for exactly this text and packing.
-
-    ``checks`` is called with the number of sequences of each side and may raise, so that no table is cached that no run
-    can use.
-
-    Raises:
-        DataError: the source cannot be read, the cache cannot be written, or a table in it is damaged.
-    """
-    key = {"packing": packing.describe(), "source": source.identity, "max_bytes": max_bytes}
-    if source.chat is not None:
-        key["chat"] = source.chat.chat.describe()
-    # Only where it differs from the default: caches of versions without the setting stay valid.
-    if source.limits.max_document_bytes != LIMITS.max_document_bytes:
-        key["max_document_bytes"] = source.limits.max_document_bytes
-    folder = cache_dir / TABLES / _key(key)
-    build_once(folder, lambda partial: _build(source, packing, partial, max_bytes, progress, checks=checks))
-    try:
-        summary = json.loads((folder / _SUMMARY).read_text(encoding="utf-8"))
-        # The cached table may have been built under a higher limit than this run's.
-        _check_bad_records(source, summary)
-        return _open(folder, summary, packing.sequence_length)
-    except (OSError, ValueError, KeyError) as error:
-        raise DataError(
-            f"data.cache_dir: the table of {source.setting} in {folder} is damaged ({type(error).__name__}: {error}), "
-            "and its files must be as they were written; remove that folder, and it is built again"
-        ) from error
+        Raises:
+            DataError: it is damaged, or it was built under a higher limit for bad records.
+        """
+        _check_bad_records(self.source, read_manifest(self.folder, self.source.setting)["bad_records"])
+        return open_table(self.folder, self.packing.sequence_length, self.source.setting)
 
 
-def _key(description: dict[str, Any]) -> str:
-    text = json.dumps(description, sort_keys=True)
+def _key(job: TableJob) -> str:
+    source = job.source
+    key = {
+        "format": TABLE_FORMAT,
+        "packing": job.packing.describe(source),
+        "source": source.identity,
+        "max_bytes": job.max_bytes,
+        "max_document_bytes": source.limits.max_document_bytes,
+        "shard_bytes": job.shard_bytes,
+        "chat": None if source.chat is None else source.chat.chat.describe(),
+    }
+    text = json.dumps(key, sort_keys=True)
     return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
-def _check_bad_records(source: OpenSource, summary: dict[str, Any]) -> None:
-    skipped, limit = summary.get("bad_records", 0), source.limits.max_bad_records
+def build_table(job: TableJob, report: Report) -> int:
+    """Build what is missing of a table in this process, while others may build it too, and return how many shards.
+
+    Raises:
+        DataError: the source cannot be read, the cache cannot be written, or another builder hangs.
+    """
+    began = time.monotonic()
+    num_built = build_shards(job, report)
+    # Another builder may have been faster.
+    if not job.is_complete:
+        with _writing(job):
+            _finish(job)
+    if num_built:
+        _log_end(job, num_built, time.monotonic() - began)
+    return num_built
+
+
+def _log_end(job: TableJob, num_built: int, seconds: float) -> None:
+    manifest = read_manifest(job.folder, job.source.setting)
+    num_tokens = ", ".join(f"{count:,} {side}" for side, count in manifest["tokens"].items())
+    of_all = (
+        f" ({num_built} of {len(manifest['shards'])} shards by this process)" if len(manifest["shards"]) > 1 else ""
+    )
+    logger.info(
+        "%s: %s bytes tokenized into %s tokens in %.1f s%s",
+        job.source.setting,
+        f"{manifest['text_bytes']:,}",
+        num_tokens,
+        seconds,
+        of_all,
+    )
+
+
+@contextmanager
+def _writing(job: TableJob) -> Iterator[None]:
+    """Name the cache in an error of the disk."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"data.cache_dir: {job.folder} cannot be written ({error}); it must be a folder with free space that "
+            "this user may write; set data.cache_dir to one"
+        ) from error
+
+
+def build_shards(job: TableJob, report: Report) -> int:
+    """Build shards until none is missing, and return how many; the manifest is still to be written.
+
+    Raises:
+        DataError: as ``build_table`` does.
+    """
+    try:
+        with _writing(job):
+            job.folder.mkdir(parents=True, exist_ok=True)
+            return _build_missing(job, report)
+    finally:
+        # Nothing is left of a table without a shard.
+        with suppress(OSError):
+            job.folder.rmdir()
+
+
+def _build_missing(job: TableJob, report: Report) -> int:
+    claims, wait, num_built = Claims(job.folder), _Wait(job), 0
+    missing = list(range(len(job.parts)))
+    while True:
+        # One listing in place of a look at every shard, of which there may be thousands.
+        there = set(os.listdir(job.folder))
+        missing = [number for number in missing if job.shard(number).name not in there]
+        if not missing:
+            break
+        limit = None
+        if job.max_bytes is not None:
+            limit = _left(job.max_bytes, [_summary(job, number) for number in range(missing[0])])
+            if limit is not None and limit <= 0:
+                break
+        # How much text remains is known once the shards before are there, so they are then built one by one.
+        for number in missing if limit is None else missing[:1]:
+            if (claim := claims.take(f"shard-{number:05}")) is not None:
+                num_built += _build_shard(job, number, limit, claim, report)
+                wait = _Wait(job)
+                break
+        else:
+            wait.go_on(claims.holder(f"shard-{missing[0]:05}"))
+    return num_built
+
+
+def _left(max_bytes: int | None, before: Sequence[dict[str, Any]]) -> int | None:
+    """Return how many bytes of text the shard behind these may have; None: any number."""
+    if max_bytes is None:
+        return None
+    if any(summary["is_full"] for summary in before):
+        return 0
+    return max_bytes - sum(int(summary["text_bytes"]) for summary in before)
+
+
+def _build_shard(job: TableJob, number: int, limit: int | None, claim: Claim, report: Report) -> bool:
+    """Build a shard unless it is there, and return whether it was not."""
+    target = job.shard(number)
+    with claim:
+        # It may have been finished between the last look and the claim.
+        if target.exists():
+            return False
+        with folder_beside(target) as partial:
+            write_shard(
+                job.source,
+                job.parts[number],
+                job.packing,
+                partial,
+                max_bytes=limit,
+                report=lambda done: report(number, done),
+            )
+            # Before the rename: after a power cut a file system may have the new name without the contents.
+            for file in (*partial.iterdir(), partial):
+                flush(file)
+            try:
+                partial.rename(target)
+            except OSError:
+                # Another builder has taken the claim over and was faster; its shard is the same.
+                if not target.exists():
+                    raise
+        flush(job.folder)
+    return True
+
+
+class _Wait:
+    """Waits for other builders, and logs it."""
+
+    def __init__(self, job: TableJob) -> None:
+        self._folder = job.folder
+        self._began = time.monotonic()
+        self._next_notice = self._began + _FIRST_NOTICE_SECONDS
+
+    def go_on(self, holder: str) -> None:
+        """Wait for a moment, or raise DataError after hours."""
+        now = time.monotonic()
+        if now - self._began > _TIMEOUT_SECONDS:
+            raise DataError(
+                f"data.cache_dir: {self._folder} is being built by {holder}, for which this process has waited "
+                f"{_TIMEOUT_SECONDS / 3600:g} hours; end that process if it hangs, or set data.cache_dir to another "
+                "folder"
+            )
+        if now >= self._next_notice:
+            left = timedelta(seconds=round(_TIMEOUT_SECONDS - (now - self._began)))
+            logger.info("waiting for the tokens in %s, held by %s (at most %s more)", self._folder, holder, left)
+            self._next_notice = now + _NOTICE_SECONDS
+        time.sleep(_POLL_SECONDS)
+
+
+def _finish(job: TableJob) -> None:
+    """Write the manifest of a table whose shards are all there."""
+    summaries: list[dict[str, Any]] = []
+    for number in range(len(job.parts)):
+        if (left := _left(job.max_bytes, summaries)) is not None and left <= 0:
+            break
+        summaries.append(_summary(job, number))
+    if not any(summary["records"] for summary in summaries):
+        shutil.rmtree(job.folder, ignore_errors=True)
+        raise job.source.no_records()
+    bad = sum(summary["bad_records"] for summary in summaries)
+    _check_bad_records(job.source, bad)
+    write_json_atomically(job.folder / MANIFEST, _manifest(job, summaries) | {"bad_records": bad})
+    flush(job.folder)
+
+
+def _manifest(job: TableJob, summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    digest = hashlib.blake2b(digest_size=16)
+    names = [job.shard(number).name for number in range(len(summaries))]
+    for name in names:
+        # The digests are hashed in place of the texts, so that no text is hashed twice.
+        digest.update((job.folder / name / DIGESTS).read_bytes())
+    dtype = token_type(job.source, job.packing)
+    files = {
+        file: {
+            "num_bytes": [summary["files"][file]["num_bytes"] for summary in summaries],
+            "checksums": [summary["files"][file]["checksum"] for summary in summaries],
+            "times": [os.stat(job.folder / name / file).st_mtime_ns for name in names],
+        }
+        for file in (*map(tokens_file, SIDES), VALIDATION_BYTES)
+    }
+    return {
+        "format": TABLE_FORMAT,
+        "packing": job.packing.describe(job.source),
+        "dtype": dtype.str,
+        "sequence_length": None if job.source.chat is None else job.packing.sequence_length,
+        "digest": digest.hexdigest(),
+        "text_bytes": sum(summary["text_bytes"] for summary in summaries),
+        "tokens": {side: sum(files[tokens_file(side)]["num_bytes"]) // dtype.itemsize for side in SIDES},
+        "byte_counts": {
+            side: [sum(values) for values in zip(*(summary["byte_counts"][side] for summary in summaries), strict=True)]
+            for side in SIDES
+        },
+        # One shard holds all conversations of a source.
+        "conversations": summaries[0]["conversations"],
+        "shards": names,
+        "files": files,
+    }
+
+
+def _summary(job: TableJob, number: int) -> dict[str, Any]:
+    file = job.shard(number) / SUMMARY
+    try:
+        summary: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise damaged(job.source.setting, f"{file} cannot be read ({error})") from error
+    return summary
+
+
+def _check_bad_records(source: OpenSource, skipped: int) -> None:
+    limit = source.limits.max_bad_records
     if skipped > limit:
         raise DataError(
             f"{source.setting}: {skipped} bad records were skipped when its table was made, and "
@@ -137,190 +328,25 @@ def _check_bad_records(source: OpenSource, summary: dict[str, Any]) -> None:
         )
 
 
-def _build(
-    source: OpenSource,
-    packing: Packing,
-    folder: Path,
-    max_bytes: int | None,
-    progress: Progress | None,
-    *,
-    checks: Checks | None,
-) -> None:
-    began = time.monotonic()
-    bad = BadRecords(source.setting, source.limits)
-    progress = progress or _LogProgress()
-    writers = {side: _SideWriter(folder, side, packing, source) for side in SIDES}
-    digest = hashlib.blake2b(digest_size=16)
-    total = _smaller(source.num_bytes, max_bytes)
-    done = 0
-    for texts in _chunks(_up_to(source.texts(bad=bad), max_bytes)):
-        encoded = [text.encode("utf-8") for text in texts]
-        digests = [text_digest(text) for text in encoded]
-        for side in SIDES:
-            held_out = side == "validation"
-            chosen = [i for i, d in enumerate(digests) if is_validation(d, packing.validation_fraction) == held_out]
-            writers[side].add([texts[i] for i in chosen])
-        # The digests are hashed in place of the texts, so that no text is hashed twice.
-        digest.update(b"".join(digests))
-        done += sum(map(len, encoded))
-        progress(source.setting, done, total)
-    summary: dict[str, Any] = {side: writer.close() for side, writer in writers.items()}
-    # May raise, and then nothing of this table enters the cache.
-    if checks is not None:
-        checks({side: writer.num_sequences for side, writer in writers.items()})
-    summary |= {"digest": digest.hexdigest(), "bad_records": bad.count}
-    if source.chat is not None:
-        summary["conversations"] = source.chat.counts.as_dict()
-        source.chat.log_pass(source.setting)
-    (folder / _SUMMARY).write_text(json.dumps(summary), encoding="utf-8")
-    sequences = ", ".join(f"{writer.num_sequences} {side}" for side, writer in writers.items())
-    logger.info(
-        "%s: %d bytes packed into %s sequences in %.1f s", source.setting, done, sequences, time.monotonic() - began
-    )
+def remove_damaged(job: TableJob, *, all_checksums: bool) -> list[str]:
+    """Remove the damaged shards of a table, so that they are built again, and return the problem of each.
 
-
-class _LogProgress:
-    """Logs a line every few seconds; a short build logs its end only."""
-
-    def __init__(self, every_seconds: float = 5.0) -> None:
-        self._every = every_seconds
-        self._logged_at = time.monotonic()
-
-    def __call__(self, setting: str, done: int, total: int | None) -> None:
-        if time.monotonic() - self._logged_at < self._every:
-            return
-        self._logged_at = time.monotonic()
-        of_all = f" of {total / 1e6:,.0f} ({100 * done / total:.0f} %)" if total else ""
-        logger.info("%s: %.0f%s million bytes tokenised", setting, done / 1e6, of_all)
-
-
-def _smaller(size: int | None, limit: int | None) -> int | None:
-    known = [value for value in (size, limit) if value is not None]
-    # A source of unknown size may end before the limit, so the limit alone is no total.
-    return min(known) if size is not None else None
-
-
-def _up_to(texts: Iterator[str], max_bytes: int | None) -> Iterator[str]:
-    """Yield the texts up to ``max_bytes`` of UTF-8; the last one is cut between two characters."""
-    left = max_bytes
-    for text in texts:
-        if left is None:
-            yield text
-            continue
-        encoded = text.encode("utf-8")
-        # A part of a conversation is none.
-        if isinstance(text, Conversation) and len(encoded) > left:
-            return
-        # errors="ignore" drops the bytes of a character that the limit cuts through.
-        if len(encoded) >= left and not isinstance(text, Conversation):
-            if cut := encoded[:left].decode("utf-8", errors="ignore"):
-                yield cut
-            return
-        left -= len(encoded)
-        yield text
-
-
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    chunk: list[str] = []
-    size = 0
-    for text in texts:
-        chunk.append(text)
-        # Characters are close enough to bytes here, and cost no encoding.
-        size += len(text)
-        if size >= _CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-class _SideWriter:
-    """Writes the sequences of one side to an Arrow file, which ``datasets`` maps."""
-
-    def __init__(self, folder: Path, side: Side, packing: Packing, source: OpenSource) -> None:
-        from datasets import Features, List, Value
-        from datasets.arrow_writer import ArrowWriter
-
-        self._encode = source.encoder(packing.tokenizer)
-        self._packer = Packer(packing.sequence_length)
-        # 16 bits halve the disk space and page cache of every vocabulary of up to 65536 tokens. The marks in the tokens
-        # of conversations take more.
-        fits = packing.tokenizer.vocab_size <= 1 << 16 and source.chat is None
-        self._dtype = np.dtype(np.uint16 if fits else np.uint32)
-        tokens = List(Value(self._dtype.name), length=packing.sequence_length + 1)
-        features = Features({"tokens": tokens, "num_bytes": Value("int64")})
-        self._schema = features.arrow_schema
-        self._writer = ArrowWriter(path=str(folder / f"{side}.arrow"), features=features)
-        self._byte_counts = np.zeros(256, np.int64)
-        self.num_sequences = 0
-
-    def add(self, texts: Sequence[str]) -> None:
-        """Write every sequence that is full after these documents."""
-        self._write(self._packer.add(self._encode(texts) if texts else []))
-        self._byte_counts += count_bytes(texts)
-
-    def _write(self, sequences: PackedSequences) -> None:
-        import pyarrow as pa
-
-        if not len(sequences.tokens):
-            return
-        flat = pa.array(np.ascontiguousarray(sequences.tokens, self._dtype).reshape(-1))
-        tokens = pa.FixedSizeListArray.from_arrays(flat, type=self._schema.field("tokens").type)
-        table = pa.Table.from_arrays([tokens, pa.array(sequences.num_bytes)], schema=self._schema)
-        # One record batch per call, because opening the table reads the header of every record batch.
-        self._writer.write_table(table, writer_batch_size=len(sequences.tokens))
-        self.num_sequences += len(sequences.tokens)
-
-    def close(self) -> dict[str, Any]:
-        """Write the sequences that are not full, finish the file, and return this side's part of the summary."""
-        self._write(self._packer.finish())
-        self._writer.finalize()
-        # The key is that of every table in a cache.
-        return {"num_rows": self.num_sequences, "byte_counts": self._byte_counts.tolist()}
-
-
-def count_bytes(texts: Sequence[str]) -> Array:
-    """``(256,)`` how often each byte value occurs in the texts, and in those of conversations that are targets."""
-    counted = "".join(text.counted if isinstance(text, Conversation) else text for text in texts)
-    return np.bincount(np.frombuffer(counted.encode("utf-8"), np.uint8), minlength=256)
-
-
-def _open(folder: Path, summary: dict[str, Any], sequence_length: int) -> SourceTable:
-    train, validation = (_open_side(folder / f"{side}.arrow", summary[side], sequence_length) for side in SIDES)
-    return SourceTable(train, validation, summary["digest"], summary.get("conversations"))
-
-
-def _open_side(path: Path, summary: dict[str, Any], sequence_length: int) -> SideTable:
-    from datasets import Dataset
-
-    data = Dataset.from_file(str(path)).data
-    # Zero-copy views: they keep the mapping alive, and pages are read when sequences are. Anything else would copy the
-    # table into memory, so it is an error.
-    chunks = tuple(
-        chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, sequence_length + 1)
-        for chunk in data.column("tokens").chunks
-    )
-    num_bytes = data.column("num_bytes").to_numpy()
-    if len(num_bytes) != summary["num_rows"] or sum(map(len, chunks)) != summary["num_rows"]:
-        raise ValueError(f"{path.name} holds {len(num_bytes)} sequences, not {summary['num_rows']}")
-    return SideTable(chunks, num_bytes, np.array(summary["byte_counts"], np.int64))
-
-
-def too_little_train(source: OpenSource, packing: Packing) -> DataError:
-    """Return the error for a source whose training documents do not fill one sequence."""
-    return DataError(
-        f"{source.setting} has too little text for one training sequence: the documents that are not held out have "
-        f"fewer than data.sequence_length + 1 = {packing.sequence_length + 1} tokens, and every source must have "
-        "them; add documents, raise max_bytes where it is set, or shorten data.sequence_length"
-    )
-
-
-def too_little_validation(sources: Sequence[OpenSource], packing: Packing) -> DataError:
-    """Return the error for sources whose held-out documents together do not fill one sequence."""
-    return DataError(
-        f"{', '.join(source.setting for source in sources)}: too little text for one validation sequence: the "
-        f"documents held out with data.validation_fraction {packing.validation_fraction} have fewer than "
-        f"data.sequence_length + 1 = {packing.sequence_length + 1} tokens. A document (a text file, or a row of the "
-        "others) is never split between the sides; add documents, name the separator of the documents in a file, "
-        "raise data.validation_fraction, or shorten data.sequence_length"
-    )
+    ``all_checksums`` compares the checksum of every file, whatever its time.
+    """
+    problems = {}
+    if job.is_complete:
+        try:
+            manifest = read_manifest(job.folder, job.source.setting)
+            problems = dict(find_damage(job.folder, manifest, all_checksums=all_checksums))
+        except DataError as error:
+            problems = {MANIFEST: str(error)}
+        if problems:
+            # First, so that no run opens a table whose shards are being replaced.
+            (job.folder / MANIFEST).unlink()
+    for number in range(len(job.parts)):
+        # A shard without its summary cannot be described by a new manifest.
+        if job.shard(number).exists() and not (job.shard(number) / SUMMARY).exists():
+            problems.setdefault(job.shard(number).name, f"{job.shard(number) / SUMMARY} is missing")
+    for shard in problems:
+        shutil.rmtree(job.folder / shard, ignore_errors=True)
+    return list(problems.values())

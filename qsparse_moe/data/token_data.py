@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,18 +17,13 @@ from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.chat import Chat, open_chat
 from qsparse_moe.data.open_source import Limits, OpenSource, content_digest
 from qsparse_moe.data.packing import Array
+from qsparse_moe.data.packing_settings import Packing, too_little_train, too_little_validation
+from qsparse_moe.data.prepare import Progress, build_here, build_in_processes
 from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
 from qsparse_moe.data.sources import open_source
+from qsparse_moe.data.stored import StoredSide, read_manifest
 from qsparse_moe.data.streaming import SequenceStream, Streams
-from qsparse_moe.data.table import (
-    Packing,
-    Progress,
-    Side,
-    SideTable,
-    load_source_table,
-    too_little_train,
-    too_little_validation,
-)
+from qsparse_moe.data.table import TableJob, remove_damaged
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer
 from qsparse_moe.errors import ConfigError
 
@@ -113,9 +111,9 @@ class TokenData:
 
 
 def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenData:
-    """Open the data of a run; in table mode, tokenise and pack the sources that the cache does not hold yet.
+    """Open the data of a run; in table mode, tokenise the sources that the cache does not hold yet.
 
-    Every rank may call it: one process builds, the others wait.
+    Every rank may call it: each builds shards that are missing, and waits for those of the others.
 
     Args:
         config: the ``data`` section.
@@ -126,13 +124,93 @@ def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenD
         ConfigError: a setting is not allowed in ``data.mode``.
     """
     _check_mode(config)
+    opened = _open_sources(config)
+    if config.mode == "streaming":
+        return _load_streams(config, opened)
+    for job in opened.jobs:
+        if not job.is_complete:
+            build_here(job, progress)
+    return _load_tables(config, opened)
+
+
+@dataclass(frozen=True)
+class PreparedSource:
+    """A source whose tokens are in the cache."""
+
+    setting: str
+    folder: Path
+    num_shards: int
+    num_built: int
+    """Number of shards that were built now; the others were there before."""
+    repaired: list[str]
+    """The problem of every shard that was found damaged and built again."""
+    text_bytes: int
+    """Bytes of text."""
+    tokens: dict[str, int]
+    """Number of tokens of each side."""
+    seconds: float
+
+
+def prepare_data(
+    config: DataConfig, *, processes: int, verify: bool, progress: Progress
+) -> tuple[TokenData, list[PreparedSource]]:
+    """Tokenise what the cache does not hold yet in ``processes`` processes, build damaged shards again, and open all.
+
+    ``verify`` compares the checksum of every file that was there before.
+
+    Raises:
+        ConfigError: ``data.mode`` is streaming.
+        DataError: as ``load_data`` does.
+    """
+    if config.mode == "streaming":
+        raise ConfigError(
+            "data.mode (streaming) tokenizes while a run trains, and prepare makes tables before it; set "
+            "data.mode=table, or start the run without prepare"
+        )
+    opened = _open_sources(config)
+    prepared = [_prepare(job, processes, verify, progress) for job in opened.jobs]
+    return _load_tables(config, opened), prepared
+
+
+def _prepare(job: TableJob, processes: int, verify: bool, progress: Progress) -> PreparedSource:
+    began = time.monotonic()
+    repaired = remove_damaged(job, all_checksums=verify)
+    there = sum(job.shard(number).exists() for number in range(len(job.parts)))
+    if not job.is_complete:
+        build_in_processes(job, processes, progress)
+    manifest = read_manifest(job.folder, job.source.setting)
+    return PreparedSource(
+        setting=job.source.setting,
+        folder=job.folder,
+        num_shards=len(manifest["shards"]),
+        num_built=len(manifest["shards"]) - there,
+        repaired=repaired,
+        text_bytes=manifest["text_bytes"],
+        tokens=manifest["tokens"],
+        seconds=time.monotonic() - began,
+    )
+
+
+class _Opened(NamedTuple):
+    """The sources of a run before they are read."""
+
+    packing: Packing
+    chat: Chat | None
+    sources: tuple[OpenSource, ...]
+    jobs: tuple[TableJob, ...]
+
+
+def _open_sources(config: DataConfig) -> _Opened:
     packing = Packing(load_tokenizer(config.tokenizer), config.sequence_length, config.validation_fraction)
     limits = Limits(config.max_bad_records, config.max_document_bytes)
     chat = open_chat(config, packing.tokenizer)
     sources = tuple(open_source(source, index, limits, chat=chat) for index, source in enumerate(config.sources))
-    if config.mode == "streaming":
-        return _load_streams(config, sources, packing, chat)
-    return _load_tables(config, sources, packing, chat, progress)
+    cache_dir = Path(config.cache_dir).expanduser()
+    jobs = tuple(
+        TableJob(source, packing, cache_dir, config.shard_bytes, settings.max_bytes)
+        for source, settings in zip(sources, config.sources, strict=True)
+    )
+    return _Opened(packing, chat, sources, jobs)
 
 
 def fingerprint_of(parts: dict[str, str]) -> str:
@@ -149,30 +227,13 @@ def _check_mode(config: DataConfig) -> None:
             )
 
 
-def _load_tables(
-    config: DataConfig,
-    sources: Sequence[OpenSource],
-    packing: Packing,
-    chat: Chat | None,
-    progress: Progress | None,
-) -> TokenData:
-    cache_dir = Path(config.cache_dir).expanduser()
-    tables = []
-    for source, settings in zip(sources, config.sources, strict=True):
-        # The default argument keeps the source of this turn of the loop.
-        def checks(num_sequences: dict[Side, int], source: OpenSource = source) -> None:
-            if not num_sequences["train"]:
-                raise too_little_train(source, packing)
-            # Of several sources, one may hold out nothing if another does; that is checked below.
-            if not num_sequences["validation"] and len(sources) == 1:
-                raise too_little_validation(sources, packing)
-
-        table = load_source_table(
-            source, packing, cache_dir, max_bytes=settings.max_bytes, progress=progress, checks=checks
-        )
-        # Checked again, because earlier versions cached tables without these checks.
-        checks({"train": len(table.train), "validation": len(table.validation)})
-        tables.append(table)
+def _load_tables(config: DataConfig, opened: _Opened) -> TokenData:
+    packing, chat, sources, jobs = opened
+    tables = [job.open() for job in jobs]
+    for source, table in zip(sources, tables, strict=True):
+        if not len(table.train):
+            raise too_little_train(source, packing)
+    # Of several sources, one may hold out nothing if another does.
     if not any(len(table.validation) for table in tables):
         raise too_little_validation(sources, packing)
     train = _mixed(config, packing, [table.train for table in tables])
@@ -193,7 +254,7 @@ def _load_tables(
     )
 
 
-def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) -> SequenceTable:
+def _mixed(config: DataConfig, packing: Packing, tables: Sequence[StoredSide]) -> SequenceTable:
     return SequenceTable(
         tables,
         [source.weight for source in config.sources],
@@ -202,9 +263,8 @@ def _mixed(config: DataConfig, packing: Packing, tables: Sequence[SideTable]) ->
     )
 
 
-def _load_streams(
-    config: DataConfig, sources: tuple[OpenSource, ...], packing: Packing, chat: Chat | None
-) -> TokenData:
+def _load_streams(config: DataConfig, opened: _Opened) -> TokenData:
+    packing, chat, sources, _ = opened
     weights = tuple(source.weight for source in config.sources)
     streams = Streams(sources, weights, packing, config.attend_across_documents, config.shuffle_window)
     first = streams.validation(_FIRST_STREAM_SEQUENCES)

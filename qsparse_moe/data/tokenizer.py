@@ -62,6 +62,9 @@ class TextTokenizer(Protocol):
     def tokenize(self, texts: Sequence[str]) -> list[Document]:
         """Return one document per text, with its document token and the number of bytes that each token encodes."""
 
+    def token_ids(self, texts: Sequence[str]) -> list[Array]:
+        """Return the tokens of ``tokenize``, int32, without the bytes, which take a third of the time of both."""
+
 
 class ByteTokenizer:
     """The 256 byte values of UTF-8 and the document token 256."""
@@ -91,10 +94,18 @@ class ByteTokenizer:
         """Return the documents with one token per byte."""
         return [self._document(text.encode("utf-8")) for text in texts]
 
-    def _document(self, text: bytes) -> Document:
+    def token_ids(self, texts: Sequence[str]) -> list[Array]:
+        """Return the document token and the bytes of each text."""
+        return [self._tokens(text.encode("utf-8")) for text in texts]
+
+    def _tokens(self, text: bytes) -> Array:
         tokens = np.empty(len(text) + 1, np.int32)
         tokens[0] = self.document_token
         tokens[1:] = np.frombuffer(text, np.uint8)
+        return tokens
+
+    def _document(self, text: bytes) -> Document:
+        tokens = self._tokens(text)
         num_bytes = np.ones(len(tokens), np.int32)
         num_bytes[0] = 0
         return Document(tokens, num_bytes)
@@ -132,6 +143,10 @@ class HuggingFaceTokenizer:
         self._spelling = document_spelling
         self._name = name
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process reads the files again: the settings above are not part of a pickled tokenizer.
+        return _from_files, (self._name, self.files)
+
     def save(self, folder: Path, chat_template: str | None = None) -> None:
         """Copy the files that it was read from into ``folder``, which is complete or absent."""
         # Copied beside the folder and renamed, so that a killed process leaves no half-written tokenizer.
@@ -168,21 +183,47 @@ class HuggingFaceTokenizer:
         encodings = self._encode(texts)
         return [self._document(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
 
+    def token_ids(self, texts: Sequence[str]) -> list[Array]:
+        """Encode the texts together, without the offsets of the tokens.
+
+        Raises:
+            DataError: ordinary text gives the document token.
+        """
+        # The fast encoding leaves the offsets out; the ids are the same.
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [
+            self._with_document_token(text, _ids(encoding)) for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _with_document_token(self, text: str, ids: Array) -> Array:
+        if (ids == self.document_token).any():
+            return self._document_cut_in_pieces(text).tokens
+        tokens = np.empty(len(ids) + 1, np.int32)
+        tokens[0], tokens[1:] = self.document_token, ids
+        return tokens
+
     def _encode(self, texts: Sequence[str]) -> list[Encoding]:
         # The document token is added by this class. A tokenizer.json may add others, at both ends of a text.
         return self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
 
     def _document(self, text: str, encoding: Encoding) -> Document:
-        parts = [_ids_and_bytes(text, encoding)]
-        if self.document_token in encoding.ids:
-            pieces = self._cut_spellings(text)
-            parts = [_ids_and_bytes(*pair) for pair in zip(pieces, self._encode(pieces), strict=True)]
-        tokens = np.concatenate([[self.document_token], *(ids for ids, _ in parts)]).astype(np.int32)
-        if (tokens[1:] == self.document_token).any():
+        ids, num_bytes = _ids_and_bytes(text, encoding)
+        if (ids == self.document_token).any():
+            return self._document_cut_in_pieces(text)
+        return self._joined([(ids, num_bytes)])
+
+    def _document_cut_in_pieces(self, text: str) -> Document:
+        pieces = self._cut_spellings(text)
+        document = self._joined([_ids_and_bytes(*pair) for pair in zip(pieces, self._encode(pieces), strict=True)])
+        if (document.tokens[1:] == self.document_token).any():
             raise DataError(
                 f"data.tokenizer ({self._name}) encodes ordinary text as its document token {self._spelling!r} "
                 f"({text[:40]!r}), which must mark documents only; choose a tokenizer whose eos_token is no other token"
             )
+        return document
+
+    def _joined(self, parts: Sequence[tuple[Array, Array]]) -> Document:
+        tokens = np.concatenate([[self.document_token], *(ids for ids, _ in parts)]).astype(np.int32)
         return Document(tokens, np.concatenate([[0], *(num_bytes for _, num_bytes in parts)]).astype(np.int32))
 
     def _cut_spellings(self, text: str) -> list[str]:
@@ -204,9 +245,12 @@ def load_tokenizer(name: str) -> TextTokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
+    return _from_files(name, _folder_files(name) if _looks_local(name) else _hub_files(name))
+
+
+def _from_files(name: str, files: Sequence[Path]) -> HuggingFaceTokenizer:
     from tokenizers import Tokenizer
 
-    files = _folder_files(name) if _looks_local(name) else _hub_files(name)
     try:
         tokenizer = Tokenizer.from_file(str(files[0]))
     except Exception as error:  # tokenizers raises bare Exception
@@ -250,7 +294,7 @@ def meaningless_ids(config: ModelConfig, tokenizer: TextTokenizer) -> tuple[int,
 
 def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
     """Return token ids and the bytes of text that each one newly covers; together they cover the whole text."""
-    ids = np.array(encoding.ids, np.int32)
+    ids = _ids(encoding)
     if not len(ids):
         return ids, ids
     # Characters up to each token's end. Tokens that are bytes of one character all end behind it: the first counts it.
@@ -260,6 +304,12 @@ def _ids_and_bytes(text: str, encoding: Encoding) -> tuple[Array, Array]:
     # What a tokenizer strips at the end counts for its last token, or bits per byte would miss these bytes.
     ends[-1] = len(text.encode("utf-8"))
     return ids, np.diff(ends, prepend=0)
+
+
+def _ids(encoding: Encoding) -> Array:
+    ids = encoding.ids
+    # 15 ns per token, where np.array takes 26.
+    return np.fromiter(ids, np.int32, len(ids))
 
 
 def byte_offsets(text: str) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import time
 import pytest
 
 from qsparse_moe.config.load import load_config
+from qsparse_moe.data.claims import Claims
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.kernels import native
 from qsparse_moe.locks import acquire_lock
@@ -137,8 +139,9 @@ def test_a_run_ends_at_once_while_it_waits_for_a_lock(tmp_path, monkeypatch, wai
     else:
         load_data(load_config(config).data)
         (table,) = (tmp_path / "cache" / "tables").iterdir()
-        held, waits = acquire_lock(table.with_name(f"{table.name}.lock")), "waiting for the tokens in "
-        table.rename(tmp_path / "elsewhere")
+        shutil.rmtree(table)
+        table.mkdir()
+        held, waits = Claims(table).take("shard-00000"), "waiting for the tokens in "
     with held, Running(*arguments) as process:
         process.wait_for(waits)
         assert process.end_by(number) == 128 + number

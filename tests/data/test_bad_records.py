@@ -178,7 +178,6 @@ def test_a_document_beyond_the_limit_is_a_bad_record_and_not_read_whole(tmp_path
 
 def test_a_cached_table_is_used_up_to_as_many_bad_records_as_are_allowed_now() -> None:
     source = SimpleNamespace(setting="data.sources.0 (jsonl)", limits=Limits(max_bad_records=3))
-    _check_bad_records(source, {"bad_records": 3})
-    _check_bad_records(source, {})  # a table of an earlier version
+    _check_bad_records(source, 3)
     with pytest.raises(DataError, match=r"sources\.0 \(jsonl\): 4 bad records .*max_bad_records is 3; .*=4 or more"):
-        _check_bad_records(source, {"bad_records": 4})
+        _check_bad_records(source, 4)

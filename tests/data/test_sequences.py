@@ -14,23 +14,22 @@ from qsparse_moe.data.sequences import (
     mixture_counts,
     train_indices,
 )
-from qsparse_moe.data.table import SideTable
+from qsparse_moe.data.stored import SequenceArray
 
 
-def make_side(chunk_lengths: list[int], first: int) -> SideTable:
-    """Rows of three tokens whose first token counts up from ``first``, in chunks; each row has that many bytes."""
-    values = np.arange(first, first + sum(chunk_lengths))
+def make_side(num_rows: int, first: int) -> SequenceArray:
+    """Rows of three tokens whose first token counts up from ``first``; each row has that many bytes."""
+    values = np.arange(first, first + num_rows)
     rows = np.stack([values, values + 1, values + 2], axis=1).astype(np.uint16)
-    chunks = tuple(np.split(rows, np.cumsum(chunk_lengths)[:-1]))
-    return SideTable(chunks, values.astype(np.int64), np.eye(256, dtype=np.int64)[first % 256] * len(values))
+    return SequenceArray(rows, values.astype(np.int64), np.eye(256, dtype=np.int64)[first % 256] * len(values))
 
 
-def make_table(sides: list[SideTable], weights: list[float]) -> SequenceTable:
+def make_table(sides: list[SequenceArray], weights: list[float]) -> SequenceTable:
     return SequenceTable(sides, weights, document_token=65535, attend_across_documents=False)
 
 
 def test_sequences_of_all_sources_are_numbered_one_after_another() -> None:
-    table = make_table([make_side([2, 3], 10), make_side([1], 50), make_side([4], 100)], [1, 1, 1])
+    table = make_table([make_side(5, 10), make_side(1, 50), make_side(4, 100)], [1, 1, 1])
     firsts = [10, 11, 12, 13, 14, 50, 100, 101, 102, 103]
     assert len(table) == 10 and table.sequence_length == 2
     assert table.tokens(range(10))[:, 0].tolist() == firsts
@@ -41,14 +40,14 @@ def test_sequences_of_all_sources_are_numbered_one_after_another() -> None:
 
 
 def test_a_weighted_source_is_repeated_in_order() -> None:
-    table = make_table([make_side([4], 10), make_side([2, 1], 50)], [1, 2])
+    table = make_table([make_side(4, 10), make_side(3, 50)], [1, 2])
     assert table.tokens(range(len(table)))[:, 0].tolist() == [10, 11, 12, 13, 50, 51, 52, 50, 51, 52, 50, 51]
     assert table.num_bytes([11]) == 51
     assert (table.byte_counts[10], table.byte_counts[50]) == (4, pytest.approx(3 * 8 / 3))
 
 
 def test_a_sequence_outside_the_table_is_an_internal_error() -> None:
-    table = make_table([make_side([4], 10)], [1])
+    table = make_table([make_side(4, 10)], [1])
     for index in (-1, 4):
         with pytest.raises(AssertionError, match="outside"):
             table.tokens([index])
@@ -123,7 +122,7 @@ def test_evaluation_sequences_are_evenly_spaced_over_the_table() -> None:
 
 
 def test_epochs_are_the_sequences_taken_divided_by_the_sequences_of_the_source() -> None:
-    table = make_table([make_side([4], 10), make_side([3], 50), make_side([], 90)], [1, 2, 3])
+    table = make_table([make_side(4, 10), make_side(3, 50), make_side(0, 90)], [1, 2, 3])
     # An epoch has 4 rows of the first source and 8 of the second, whose 3 rows are read 8/3 times.
     assert table.epochs(12) == pytest.approx([1, 8 / 3, 0])
     assert table.epochs(6) == pytest.approx([0.5, 4 / 3, 0])

@@ -15,18 +15,14 @@ import numpy as np
 import pytest
 
 from qsparse_moe.config.schema import DataConfig, SourceConfig
-from qsparse_moe.data import cache
+from qsparse_moe.data import table as table_module
 from qsparse_moe.data.packing import Packer, is_validation, text_digest
+from qsparse_moe.data.packing_settings import Packing
+from qsparse_moe.data.prepare import LogProgress
+from qsparse_moe.data.shard_writer import UpTo, token_type
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.table import (
-    Packing,
-    SourceTable,
-    _LogProgress,
-    _SideWriter,
-    _smaller,
-    _up_to,
-    load_source_table,
-)
+from qsparse_moe.data.stored import SourceTable
+from qsparse_moe.data.table import TableJob, build_table
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import load_tokenizer
 from qsparse_moe.errors import DataError
@@ -52,7 +48,9 @@ def test_the_command_of_the_settings_page_clears_the_cache(jsonl_source: SourceC
 def load_one(config: DataConfig) -> SourceTable:
     packing = Packing(load_tokenizer(config.tokenizer), config.sequence_length, config.validation_fraction)
     source = config.sources[0]
-    return load_source_table(open_source(source, 0), packing, Path(config.cache_dir), max_bytes=source.max_bytes)
+    job = TableJob(open_source(source, 0), packing, Path(config.cache_dir), config.shard_bytes, source.max_bytes)
+    build_table(job, lambda number, done: None)
+    return job.open()
 
 
 def all_rows(data: TokenData) -> list[list[int]]:
@@ -74,8 +72,9 @@ def test_a_table_contains_the_packed_documents_of_each_split(
         texts = [text for text in make_texts(400) if is_validation(text_digest(text.encode()), 0.2) == held_out]
         want = Packer(16).add(text_tokenizer.tokenize(texts))
         assert len(side) > 50
-        assert np.concatenate(side.chunks).tolist() == want.tokens.tolist()
-        assert side.num_bytes.tolist() == want.num_bytes.tolist()
+        assert [side.tokens(index).tolist() for index in range(len(side))] == want.tokens.tolist()
+        if held_out:
+            assert [side.num_bytes(index) for index in range(len(side))] == want.num_bytes.tolist()
         joined = "".join(texts).encode()
         assert side.byte_counts.tolist() == [joined.count(value) for value in range(256)]
 
@@ -84,15 +83,15 @@ def test_many_chunks_make_the_same_sequences_as_one(
     data_config: MakeConfig, jsonl_source: SourceConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     whole = load_data(data_config(jsonl_source))
-    monkeypatch.setattr("qsparse_moe.data.table._CHUNK_BYTES", 500)
+    monkeypatch.setattr("qsparse_moe.data.shard_writer._CHUNK_BYTES", 500)
     calls: list[tuple[str, int, int | None]] = []
     config = data_config(jsonl_source, cache_dir=str(tmp_path / "other"))
     parts = load_data(config, progress=lambda *call: calls.append(call))
-    assert len(load_one(config).train.chunks) > 10
     assert all_rows(parts) == all_rows(whole)
     assert parts.fingerprint == whole.fingerprint
     assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls) and len(calls) > 10
-    assert calls[-1] == ("data.sources.0 (jsonl)", len("".join(make_texts(400)).encode()), None)
+    size = Path(str(jsonl_source.path)).stat().st_size
+    assert calls[-1] == ("data.sources.0 (jsonl)", size, size)
 
 
 def test_token_ids_beyond_two_bytes_survive(data_config: MakeConfig, tmp_path: Path) -> None:
@@ -169,7 +168,8 @@ def test_every_change_of_a_setting_of_the_data_gives_another_table(
         settings = change | ({"tokenizer": str(bpe_folder)} if "tokenizer" in change else {})
         other = data_config(jsonl_source, **settings)
     after = load_data(other)
-    assert len(table_folders(other)) == 2
+    # Sequences of text are cut when they are read.
+    assert len(table_folders(other)) == (1 if "sequence_length" in change else 2)
     assert after.fingerprint != before.fingerprint
     changed = {name for name in after.parts if after.parts[name] != before.parts[name]}
     assert changed == {"data.sources.0" if "sources" in change else f"data.{next(iter(change))}"}
@@ -179,11 +179,11 @@ BUILDER = textwrap.dedent(
     """
     import logging, os, sys, time
     from qsparse_moe.config.schema import DataConfig, SourceConfig
-    from qsparse_moe.data import table
+    from qsparse_moe.data import shard_writer
     from qsparse_moe.data.token_data import load_data
 
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-    table._CHUNK_BYTES = 2000
+    shard_writer._CHUNK_BYTES = 2000
     path, cache_dir, go = sys.argv[1:]
 
     def progress(*call):
@@ -227,7 +227,7 @@ def test_a_builder_that_never_finishes_is_named(
     data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = data_config(jsonl_source)
-    monkeypatch.setattr(cache, "_TIMEOUT_SECONDS", 0.1)
+    monkeypatch.setattr(table_module, "_TIMEOUT_SECONDS", 0.1)
     process = start_builder(jsonl_source, config, tmp_path / "never")
     assert process.stdout is not None and "building" in process.stdout.readline()
     message = rf"is being built by process {process.pid} on .*; end that process if it hangs, or set data\.cache_dir"
@@ -248,12 +248,12 @@ def test_a_killed_build_leaves_no_table_and_the_next_one_cleans_up(
     assert process.stdout is not None and "building" in process.stdout.readline()
     process.send_signal(signal.SIGKILL)
     process.communicate(timeout=60)
-    (left,) = table_folders(config)
-    assert ".partial-" in left.name and list(left.iterdir())
+    (folder,) = table_folders(config)
+    claim, left = sorted(folder.iterdir())
+    assert claim.name == "shard-00000.claim" and ".partial-" in left.name and list(left.iterdir())
     data = load_data(config)
     assert all_rows(data)
-    (folder,) = (Path(config.cache_dir) / "tables").iterdir()
-    assert "." not in folder.name, "neither a part nor a lock is left"
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "shard-00000"]
 
 
 def test_a_build_that_fails_leaves_no_table(data_config: MakeConfig, tmp_path: Path) -> None:
@@ -264,25 +264,13 @@ def test_a_build_that_fails_leaves_no_table(data_config: MakeConfig, tmp_path: P
     assert not table_folders(config)
 
 
-def test_a_damaged_table_is_refused_with_its_folder(data_config: MakeConfig, jsonl_source: SourceConfig) -> None:
-    config = data_config(jsonl_source)
-    load_data(config)
-    (folder,) = table_folders(config)
-    summary = json.loads((folder / "table.json").read_text())
-    summary["train"]["num_rows"] += 1
-    (folder / "table.json").write_text(json.dumps(summary))
-    with pytest.raises(DataError, match=r"data\.cache_dir: the table .* damaged \(ValueError: train.arrow holds"):
-        load_data(config)
-    (folder / "train.arrow").unlink()
-    with pytest.raises(DataError, match=rf"{folder.name} is damaged \(FileNotFoundError.*remove that folder"):
-        load_data(config)
-
-
 def test_a_cache_that_cannot_be_written_is_refused(
     data_config: MakeConfig, jsonl_source: SourceConfig, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(DataError, match=r"data\.cache_dir: .*file/tables cannot be written \(.*; set data\.cache_dir"):
+    with pytest.raises(
+        DataError, match=r"data\.cache_dir: .*file/tables/\w+ cannot be written \(.*; set data\.cache_dir"
+    ):
         load_data(data_config(jsonl_source, cache_dir=str(tmp_path / "file")))
 
 
@@ -298,34 +286,28 @@ def test_building_the_standard_library_takes_seconds(data_config: MakeConfig) ->
 
 def test_a_long_build_logs_its_progress_and_a_short_one_does_not(caplog, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("qsparse_moe.data.table.time.monotonic", lambda: now[0])
-    with caplog.at_level("INFO", logger="qsparse_moe.data.table"):
-        say = _LogProgress()
+    monkeypatch.setattr("qsparse_moe.data.prepare.time.monotonic", lambda: now[0])
+    with caplog.at_level("INFO", logger="qsparse_moe.data.prepare"):
+        say = LogProgress()
         say("data.sources.0 (text)", 10_000_000, 40_000_000)
         assert not caplog.messages
         now[0] = 6.0
         say("data.sources.0 (text)", 20_000_000, 40_000_000)
         say("data.sources.0 (text)", 30_000_000, None)
-    assert caplog.messages == ["data.sources.0 (text): 20 of 40 (50 %) million bytes tokenised"]
+    assert caplog.messages == ["data.sources.0 (text): 20 of 40 (50 %) million bytes tokenized"]
 
 
 def test_text_ends_at_the_byte_limit_of_its_source() -> None:
     # An empty document has no bytes, but a token.
-    assert list(_up_to(iter(["ab", "cd", "", "e"]), 4)) == ["ab", "cd"]
-    assert list(_up_to(iter(["ab", "", "cd"]), 3)) == ["ab", "", "c"]
-    assert list(_up_to(iter(["ab", "cé"]), 4)) == ["ab", "c"]
-    assert list(_up_to(iter(["ab", "", "cd"]), None)) == ["ab", "", "cd"]
-
-
-def test_the_total_of_a_build_is_unknown_without_a_size_and_otherwise_the_smaller_of_size_and_limit() -> None:
-    assert (_smaller(None, None), _smaller(None, 5), _smaller(7, None)) == (None, None, 7)
-    assert (_smaller(7, 5), _smaller(5, 7)) == (5, 5)
+    assert list(UpTo(iter(["ab", "cd", "", "e"]), 4)) == ["ab", "cd"]
+    assert list(UpTo(iter(["ab", "", "cd"]), 3)) == ["ab", "", "c"]
+    assert list(UpTo(iter(["ab", "cé"]), 4)) == ["ab", "c"]
+    assert list(UpTo(iter(["ab", "", "cd"]), None)) == ["ab", "", "cd"]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65535, "uint16"), (65536, "uint16"), (65537, "uint32")])
-def test_ids_take_two_bytes_as_long_as_the_largest_fits(tmp_path: Path, vocab_size: int, dtype: str) -> None:
+def test_ids_take_two_bytes_as_long_as_the_largest_fits(vocab_size: int, dtype: str) -> None:
     tokenizer = load_tokenizer("bytes")
     tokenizer.vocab_size = vocab_size
-    writer = _SideWriter(tmp_path, "train", Packing(tokenizer, 4, 0.5), open_source(SourceConfig(kind="stdlib"), 0))
-    assert writer._dtype == np.dtype(dtype)
-    writer.close()
+    found = token_type(open_source(SourceConfig(kind="stdlib"), 0), Packing(tokenizer, 4, 0.5))
+    assert found == np.dtype(dtype).newbyteorder("<")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 import time
@@ -302,3 +303,33 @@ def test_bytes_before_every_character_are_counted_at_the_limits_of_utf_8():
     text = "\x7f\x80\u07ff\u0800\uffff\U00010000\U0010ffff"
     assert byte_offsets(text).tolist() == [len(text[:place].encode()) for place in range(len(text) + 1)]
     assert byte_offsets(text).tolist() == [0, 1, 3, 5, 8, 11, 15, 19]
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+def test_ids_without_bytes_are_those_of_documents(bpe_folder: Path, text: str) -> None:
+    for tokenizer in (load_tokenizer(str(bpe_folder)), ByteTokenizer()):
+        texts = [text, SPELLED, text * 2]
+        want = [document.tokens.tolist() for document in tokenizer.tokenize(texts)]
+        found = tokenizer.token_ids(texts)
+        assert [ids.tolist() for ids in found] == want and all(ids.dtype == np.int32 for ids in found)
+
+
+def test_ids_without_bytes_cut_and_refuse_the_same_words(tmp_path: Path) -> None:
+    settings = {"eos_token": "</s>"}
+    words = ["<unk>", "</s>", "<", "/s>", "one", "two"]
+    tokenizer = load_tokenizer(
+        str(save_tokenizer(tmp_path / "words", vocabulary=words, unknown="<unk>", settings=settings))
+    )
+    (ids,) = tokenizer.token_ids(["one </s> two </s>"])
+    assert ids.tolist() == [1, 4, 2, 3, 5, 2, 3]
+    folder = save_tokenizer(tmp_path / "unknown", vocabulary=["</s>", "one"], unknown="</s>", settings=settings)
+    with pytest.raises(DataError, match=r"encodes ordinary text as its document token '</s>' \('one two'\)"):
+        load_tokenizer(str(folder)).token_ids(["one two"])
+
+
+def test_another_process_gets_the_same_tokenizer(bpe_folder: Path) -> None:
+    """The library's own pickling would parse special tokens out of text again."""
+    tokenizer = pickle.loads(pickle.dumps(load_tokenizer(str(bpe_folder))))
+    assert tokenizer.fingerprint == load_tokenizer(str(bpe_folder)).fingerprint
+    assert tokenizer.encode(SPELLED) == load_tokenizer(str(bpe_folder)).encode(SPELLED)
+    assert isinstance(pickle.loads(pickle.dumps(ByteTokenizer())), ByteTokenizer)

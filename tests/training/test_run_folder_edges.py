@@ -81,6 +81,12 @@ def test_initial_weights_are_read_unless_the_run_goes_on_from_a_checkpoint(make_
     assert [init_from(config, resumes=resumes) for resumes in (False, True)] == ["org/model", None]
 
 
+def test_the_folder_of_a_run_may_be_below_the_home_folder(make_config, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    config = changed(make_config(), "training.output_dir", "~/runs")
+    assert run_folder(config) == Path("/home/somebody/runs") / config.training.name
+
+
 def test_a_folder_without_a_checkpoint_is_named_with_the_ways_to_one(tmp_path):
     assert str(no_checkpoint(tmp_path)) == (
         f"{tmp_path / 'checkpoints'}: contains no complete checkpoint, and one is needed. Train the run to its end "
@@ -257,7 +263,7 @@ def test_the_step_of_a_folder_is_that_of_its_name_or_of_its_newest_checkpoint(tm
 )
 def test_a_name_on_the_hub_has_two_parts_and_is_near_no_folder(tmp_path, monkeypatch, name, is_one):
     (tmp_path / "here").mkdir()
-    (tmp_path / "file-org").write_text("")
+    (tmp_path / "orgs").write_text("")
     monkeypatch.chdir(tmp_path)
     assert is_hub_name(name) == is_one
     if is_one:

@@ -1,0 +1,372 @@
+"""How the records of a grid become variants, cells, axes, and lines, each at the edge of its rule."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from scipy.stats import t as student_t
+
+from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
+from qsparse_moe.ablation.grid.figures import _complete_map, _levels, _name, _scatter, draw_figures, iso_loss
+from qsparse_moe.ablation.grid.panels import legend
+from qsparse_moe.ablation.grid.scan_figures import (
+    MEAN,
+    _lines,
+    _sparsity_at,
+    loss_by_cell,
+    loss_by_sparsity,
+    shortened,
+    sparsity_axis,
+)
+from qsparse_moe.ablation.grid.variants import (
+    VariantResult,
+    cells_label,
+    changed_cells,
+    choice_labels,
+    is_sparsity,
+    other_settings,
+    seeds_text,
+    variant_results,
+    varied_sparsity,
+)
+from qsparse_moe.config.labels import setting_label
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+HIDDEN = "expert_hidden"
+OVERRIDES = "model.sparsity.overrides"
+
+
+def variant(loss=2.0, cells=(), *, name="v", settings=None, seeds=None, spread=0.0, choices=(), **record):
+    """A variant with ``cells`` as ``varied_sparsity`` lists them."""
+    known = {"hidden_size": 32, "num_layers": 2, "num_experts": 4, "experts_per_token": 2, "sparsity": 0.5}
+    own = {OVERRIDES: [1]} if settings is None else settings
+    known |= {"variant": name, "settings": own, "varied_sparsity": list(cells), "choices": list(choices)} | record
+    return VariantResult(known, loss, spread, {} if seeds is None else seeds)
+
+
+def record(name, loss, seed, **changes):
+    return {"variant": name, "loss": loss, "seed": seed, "finished": True} | changes
+
+
+def test_a_variant_is_made_of_its_finished_runs_by_seed_and_described_by_the_first():
+    rows = [
+        record("b", 4.0, 7, mark="first"),
+        record("a", 1.0, 0),
+        record("b", 9.0, 1, finished=False),
+        record("b", None, 2),
+        record("b", 6.0, 3, mark="last"),
+    ]
+    b, a = variant_results(rows)
+    assert (b.record["mark"], b.loss, b.spread, b.by_seed) == ("first", 5.0, pytest.approx(2**0.5), {7: 4.0, 3: 6.0})
+    assert (a.loss, a.by_seed) == (1.0, {0: 1.0})
+    without = [{key: value for key, value in row.items() if key != "seed"} for row in rows]
+    assert variant_results(without)[0].by_seed == {0: 4.0, 1: 6.0}
+
+
+@pytest.mark.parametrize(
+    ("counts", "text"),
+    [
+        ((1, 1), "one seed: no spread known"),
+        ((0, 1), "one seed: no spread known"),
+        ((3, 3), "mean ± standard deviation over 3 seeds"),
+        ((1, 3, 2), "mean ± standard deviation over 1 to 3 seeds"),
+    ],
+)
+def test_a_note_has_the_fewest_and_the_most_seeds(counts, text):
+    assert seeds_text([variant(seeds=dict.fromkeys(range(count), 1.0)) for count in counts]) == text
+
+
+def test_settings_of_s_are_whole_paths_and_others_are_compared_with_their_type():
+    of_s = ["default", "sites.expert_hidden", "overrides.0.sparsity", "plan"]
+    others = ["sites_more", "planned", "rescale", "selection"]
+    assert [is_sparsity(f"model.sparsity.{name}") for name in of_s + others] == [True] * 4 + [False] * 4
+    one, other = (variant(settings={"a": value, OVERRIDES: [value]}) for value in (1, "1"))
+    assert other_settings(one) == {"a": "1"} != other_settings(other) == {"a": "'1'"}
+
+
+def test_an_s_of_all_experts_is_that_of_every_expert_that_another_variant_lists():
+    variants = [
+        variant(cells=[(0, HIDDEN, None, 0.5), (1, HIDDEN, None, 0.25), (0, "attention_input", None, 0.0)]),
+        variant(cells=[(0, HIDDEN, [8], 0.9), (0, HIDDEN, [1], 0.5), (1, HIDDEN, None, 0.75)]),
+        variant(cells=[(0, HIDDEN, [1], 0.7), (0, HIDDEN, [8], 0.5), (1, HIDDEN, None, 0.25)]),
+    ]
+    found = varied_sparsity(variants)
+    assert list(found.items()) == [
+        (Cell(0, HIDDEN, 1), [0.5, 0.5, 0.7]),
+        (Cell(0, HIDDEN, 8), [0.5, 0.9, 0.5]),
+        (Cell(1, HIDDEN, None), [0.25, 0.75, 0.25]),
+    ]
+    assert changed_cells(variants[0], variants[1]) == {Cell(0, HIDDEN, 8): 0.9, Cell(1, HIDDEN, None): 0.75}
+
+
+def test_a_label_of_cells_merges_layers_and_sites_and_says_where_every_expert_is_meant():
+    cells = [Cell(0, "attention_input", None), Cell(1, "attention_input", None)]
+    assert cells_label(cells) == "layers 0-1 attention_input"
+    assert cells_label([Cell(2, HIDDEN, None)]) == "layer 2 expert_hidden, every expert"
+    both = [Cell(0, HIDDEN, 1), Cell(0, "expert_input", 1), Cell(3, HIDDEN, 0), Cell(3, HIDDEN, 2)]
+    assert cells_label(both) == "layer 0 expert 1 expert_hidden and expert_input; layer 3 experts 0,2 expert_hidden"
+
+
+def test_labels_of_choices_are_those_that_set_some_of_the_paths():
+    choices = [("one", ["a", "b"]), ("two", ["c"]), ("three", ["b", "d"])]
+    assert choice_labels(variant(choices=choices), {"b", "x"}) == ["one", "three"]
+    # Records of before the choices were stored.
+    old = variant(settings={"model.num_layers": 3, "model.init_std": 1})
+    assert choice_labels(old, {"model.num_layers"}) == [setting_label("model.num_layers", 3)]
+
+
+def test_differences_need_the_seeds_that_all_variants_have():
+    losses = [{0: 2.0, 1: 3.0, 5: 99.0}, {1: 3.5, 0: 2.25}, {0: 1.75, 1: 3.25, 9: 0.0}]
+    change, half = differences([variant(sum(own.values()), seeds=own) for own in losses])
+    assert change == pytest.approx([0.375, 0.0])
+    # Means of rows 2.5, 2.875, 2.5, of columns 2, 3.25: residuals 0.125, 0, -0.125 and their opposites.
+    variance = 4 * 0.125**2 / 2
+    assert half == pytest.approx(student_t.ppf(0.975, 2) * (2 * variance / 2) ** 0.5)
+    change, half = differences([variant(7.0, seeds={0: 2.0, 1: 8.0}), variant(1.0, seeds={0: 2.5, 2: 0.0})])
+    assert (change.tolist(), half) == ([0.5], None), "one seed in common: its losses, and no means of others"
+    assert differences([variant(2.0, seeds={0: 2.0}), variant(5.0, seeds={1: 5.0})])[0].tolist() == [3.0]
+
+
+def experts(*changes, seeds=(0, 1)):
+    """The first variant, and one per (layer, expert, S, change of the loss by seed)."""
+    base = variant(2.0, [(layer, HIDDEN, None, 0.0) for layer in (1, 3)], name="dense", seeds=dict.fromkeys(seeds, 2.0))
+    found = [base]
+    for layer, expert, sparsity, by_seed in changes:
+        others = [e for e in range(4) if e != expert]
+        cells = [(own, HIDDEN, None, 0.0) for own in (1, 3) if own != layer]
+        cells += [(layer, HIDDEN, others, 0.0), (layer, HIDDEN, [expert], sparsity)]
+        own = {s: 2.0 + value for s, value in zip(seeds, by_seed, strict=True)}
+        found.append(variant(sum(own.values()) / len(own), cells, seeds=own))
+    return found
+
+
+def test_maps_of_experts_have_a_panel_per_s_in_order_and_hatch_what_is_within_the_noise_in_either_direction():
+    changes = [
+        (3, 2, 0.9, (0.1, 0.1)),
+        (1, 0, 0.5, (-0.1, -0.1)),
+        (3, 0, 0.5, (0.01, -0.01)),
+        (1, 2, 0.9, (-0.01, 0.01)),
+    ]
+    variants = experts(*changes)
+    half = differences(variants)[1]
+    assert 0.0 < half < 0.1
+    figure = expert_maps([*variants, variant(9.0, [(1, HIDDEN, [0, 1], 0.5), (1, HIDDEN, [2, 3], 0.0)])])
+    first, second, _ = figure.axes
+    assert [axis.get_title() for axis in (first, second)] == ["expert_hidden, S=0.5", "expert_hidden, S=0.9"]
+    low, high = (np.ma.filled(axis.images[0].get_array(), np.nan) for axis in (first, second))
+    np.testing.assert_allclose(low, [[-100, np.nan, np.nan], [0, np.nan, np.nan]], atol=1e-9)
+    np.testing.assert_allclose(high, [[np.nan, np.nan, 0], [np.nan, np.nan, 100]], atol=1e-9)
+    assert [text.get_text() for text in first.get_yticklabels()] == ["1", "3"]
+    hatched = [{(round(p.get_y() + 0.5), round(p.get_x() + 0.5)) for p in axis.patches} for axis in (first, second)]
+    assert hatched == [{(1, 0)}, {(0, 2)}]
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [f"noise: within ±{1000 * half:.2g}, the 95% interval over seeds", "not among the finished runs"]
+    assert figure.get_suptitle() == "Validation loss with one expert changed, against dense\nmean of 2 seeds"
+
+
+def test_a_map_needs_two_variants_that_change_one_expert_to_one_s_each():
+    one, other = (1, 0, 0.5, (0.1, 0.1)), (1, 1, 0.5, (0.2, 0.2))
+    assert expert_maps(experts(one)) is None and expert_maps(experts(one, other)) is not None
+    several = variant(2.0, [(1, HIDDEN, [0], 0.5), (1, HIDDEN, [1, 2, 3], 0.0), (1, "expert_input", [0], 0.75)])
+    base = variant(2.0, [(1, HIDDEN, None, 0.0), (1, "expert_input", None, 0.0)])
+    assert expert_maps([base, several, several]) is None, "two values of S"
+    attention = [variant(2.0, [(1, "attention_input", None, s)]) for s in (0.0, 0.5, 0.75)]
+    assert expert_maps(attention) is None, "no experts"
+
+
+def test_the_axis_of_s_is_that_of_the_cells_or_the_mean_if_both_agree():
+    def at(*values, sparsity=None, **changes):
+        return [
+            variant(cells=[(0, HIDDEN, [1], s)], sparsity=s if sparsity is None else sparsity, **changes)
+            for s in values
+        ]
+
+    assert sparsity_axis(at(0.0, 0.5)) == (MEAN, [0.0, 0.5])
+    assert sparsity_axis(at(0.0, 0.5, sparsity=0.3)) == ("S at layer 0 expert 1 expert_hidden", [0.0, 0.5])
+    two = variant(cells=[(0, HIDDEN, [1], 0.9), (1, HIDDEN, [1], 0.7)])
+    same = [variant(cells=[(0, HIDDEN, [1], s), (1, HIDDEN, [1], s)]) for s in (0.0, 0.5)]
+    assert sparsity_axis(same)[1] == [0.0, 0.5] and sparsity_axis([*same, two]) == ("", [])
+    missing = variant(cells=[(0, HIDDEN, [1], 0.9)])
+    assert sparsity_axis([*same, missing]) == ("", []), "a cell that not every variant has"
+
+
+@pytest.mark.parametrize(
+    ("settings", "has_axis"),
+    [
+        ([{}, {"model.sparsity.default": 0.5}], True),
+        ([{"model.sparsity.default": 0.2}, {"model.sparsity.default": 0.5}], True),
+        ([{"model.sparsity.sites.a": 0.2}, {"model.sparsity.sites.b": 0.5}], False),
+        ([{}, {"model.sparsity.plan": "p"}], False),
+        ([{}, {"model.sparsity.overrides.0.sparsity": 0.5}], False),
+        ([{}, {}], True),
+    ],
+)
+def test_the_mean_s_is_an_axis_where_every_variant_sets_s_in_the_same_way(settings, has_axis):
+    variants = [variant(settings=own, sparsity=s) for own, s in zip(settings, (0.25, 0.5), strict=True)]
+    assert sparsity_axis(variants) == ((MEAN, [0.25, 0.5]) if has_axis else ("", []))
+
+
+def test_a_label_of_up_to_70_characters_is_kept():
+    assert shortened("x" * 70) == "x" * 70 and shortened("x" * 71) == "the cells that the grid varies"
+
+
+def by_mean(values, **changes):
+    return [variant(2.0 + s, settings={"model.sparsity.default": s}, sparsity=s, **changes) for s in values]
+
+
+def test_lines_over_s_are_sorted_have_bars_if_some_have_seeds_and_at_most_four_panels():
+    some = by_mean((0.5, 0.0, 0.75))
+    some[1] = some[1]._replace(spread=0.25)
+    (axis,) = loss_by_sparsity(some).axes
+    line, _, (bars,) = axis.containers[0]
+    assert line.get_xdata().tolist() == [0.0, 0.5, 0.75] and line.get_ydata().tolist() == [2.0, 2.5, 2.75]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [[1.75, 2.25], [2.5, 2.5], [2.75, 2.75]]
+    assert not loss_by_sparsity(by_mean((0.0, 0.5))).axes[0].containers[0].has_yerr
+    assert loss_by_sparsity(by_mean((0.5, 0.5))) is None, "one S is no curve"
+    four = [one for width in range(4) for one in by_mean((0.0, 0.5), hidden_size=width)]
+    assert len(loss_by_sparsity(four).axes) == 4
+    assert loss_by_sparsity([*four, *by_mean((0.0, 0.5), hidden_size=9)]) is None
+
+
+def test_lines_are_named_by_experts_and_by_the_other_settings_that_differ():
+    def with_settings(router, beta, **record):
+        own = {"model.moe.router": router, "training.beta1": beta, "model.hidden_size": 3, "model.sparsity.default": 0}
+        choices = [(f"router {router}", ["model.moe.router"]), (f"beta {beta}", ["training.beta1"])]
+        return variant(settings=own, choices=choices, **record)
+
+    found = _lines([with_settings("a", 0.5), with_settings("b", 0.5), with_settings("a", 0.5, num_experts=8)])
+    assert list(found) == ["E=4, A=2, router a", "E=4, A=2, router b", "E=8, A=2, router a"]
+
+
+def scanned(*lines, base_at=0.0):
+    """The first variant, and per line (layer, pairs of S and change) its variants."""
+    layers = [layer for layer, _ in lines]
+    found = [variant(2.0, [(layer, HIDDEN, [1], base_at) for layer in layers], name="base", seeds={0: 2.0, 1: 3.0})]
+    for layer, pairs in lines:
+        for s, change in pairs:
+            cells = [(own, HIDDEN, [1], s if own == layer else base_at) for own in layers]
+            found.append(variant(9.0, cells, seeds={0: 2.0 + change, 1: 3.0 + change, 2: 50.0}))
+    return found
+
+
+def test_changes_by_cell_are_drawn_from_the_s_of_the_first_variant_beside_each_other():
+    figure = loss_by_cell(scanned((0, [(0.9, 0.5), (0.5, 0.25)]), (1, [(0.75, -0.5), (0.5, -0.25)]), base_at=0.125))
+    (axis,) = figure.axes
+    lines = [container[0] for container in axis.containers]
+    np.testing.assert_allclose(lines[0].get_xdata(orig=False), np.array([0.125, 0.5, 0.9]) - 0.003)
+    np.testing.assert_allclose(lines[1].get_xdata(orig=False), np.array([0.125, 0.5, 0.75]) + 0.003)
+    np.testing.assert_allclose(lines[0].get_ydata(orig=False), [0.0, 0.25, 0.5])
+    np.testing.assert_allclose(lines[1].get_ydata(orig=False), [0.0, -0.25, -0.5])
+    # A line of one point beside one of two is drawn; several of one point each are not.
+    assert loss_by_cell(scanned((0, [(0.9, 0.5), (0.5, 0.25)]), (1, [(0.75, -0.5)]))) is not None
+    assert loss_by_cell(scanned((0, [(0.9, 0.5)]), (1, [(0.75, -0.5)]))) is None
+    assert loss_by_cell([]) is None
+
+
+@pytest.mark.parametrize("number", [12, 13])
+def test_up_to_twelve_lines_are_drawn_of_which_those_beyond_ten_are_dashed(number):
+    figure = loss_by_cell(scanned(*((layer, [(0.9, 0.5), (0.5, 0.25)]) for layer in range(number))))
+    if number == 13:
+        assert figure is None
+        return
+    styles = [container[0].get_linestyle() for container in figure.axes[0].containers]
+    assert styles == ["-"] * 10 + ["--"] * 2
+
+
+def test_the_s_of_the_first_variant_is_that_of_the_cells_if_it_is_the_same_in_all_of_them():
+    base = variant(cells=[(0, HIDDEN, [1], 0.25), (1, HIDDEN, [1], 0.5), (2, HIDDEN, [1], 0.25)])
+    other = variant(cells=[(layer, HIDDEN, [1], 0.9) for layer in (0, 1, 2)])
+    zero, one, two = (Cell(layer, HIDDEN, 1) for layer in (0, 1, 2))
+    assert _sparsity_at(base, [zero, two], other) == 0.25 and _sparsity_at(base, [zero, one], other) is None
+
+
+def table(values, **changes):
+    return [
+        variant(loss, settings={"model.sparsity.default": s}, num_experts=e, experts_per_token=a, sparsity=s, **changes)
+        for (e, a, s), loss in values.items()
+    ]
+
+
+def test_a_map_of_equal_loss_has_exactly_one_variant_at_each_of_at_least_two_by_two_points():
+    whole = {(8, 2, 0.0): 1.0, (4, 2, 0.5): 4.0, (8, 2, 0.5): 2.0, (4, 2, 0.0): 3.0}
+    assert _complete_map(table(whole)) == ([2.0, 4.0], [0.0, 0.5], [[3.0, 4.0], [1.0, 2.0]])
+    near = {(e, a, s + 1e-9 * e): loss for (e, a, s), loss in whole.items()}
+    assert _complete_map(table(near)) == _complete_map(table(whole)), "the last bits of S do not count"
+    assert _complete_map(table(whole | {(16, 4, 0.0): 9.0})) is None, "two variants at one point"
+    assert _complete_map(table({key: whole[key] for key in list(whole)[1:]})) is None
+    assert _complete_map(table({key: loss for key, loss in whole.items() if key[0] == 8})) is None
+    assert _complete_map(table({key: loss for key, loss in whole.items() if key[2] == 0})) is None
+    by_a = [one for a in (1, 2) for one in table({(a * e, a, s): 1.0 + e + s for e in (2, 4) for s in (0.0, 0.5)})]
+    assert len(iso_loss(by_a).axes) == 2 + 1, "a panel per A"
+    assert (
+        iso_loss([one._replace(record=one.record | {"settings": {"model.sparsity.plan": "p"}}) for one in by_a]) is None
+    )
+
+
+def test_levels_begin_at_the_least_loss_and_increase_even_if_all_are_equal():
+    assert _levels([3.0, 1.0]) == pytest.approx([1 + 0.2 * step for step in range(11)])
+    assert np.diff(_levels([2.0, 2.0])).min() > 0
+
+
+@pytest.mark.parametrize(("number", "named"), [(6, 6), (7, 0)])
+def test_up_to_six_variants_of_the_front_are_named_towards_the_middle(number, named):
+    axis = Figure().add_subplot()
+    variants = [
+        variant(10.0 - index, name=f"v{index}", active_parameters=1000.0 * (index + 1)) for index in range(number)
+    ]
+    _scatter(axis, [*variants, variant(99.0, active_parameters=6500.0)], "active_parameters")
+    assert len(axis.texts) == named
+    if named:
+        # The middle of 1,000 and 6,500 is 3,750: the names of those below it go to the right.
+        assert [text.get_ha() for text in axis.texts] == ["left"] * 3 + ["right"] * 3
+        assert [text.get_text() for text in axis.texts] == [f"v{index}" for index in range(6)]
+
+
+def test_a_variant_is_named_by_its_choices_or_by_itself():
+    assert _name(variant(name="x", choices=[("A=2", []), ("dense", [])])) == "A=2, dense"
+    assert _name(variant(name="x")) == "x"
+
+
+def test_nothing_is_left_beside_a_picture(tmp_path):
+    rows = [
+        {"finished": True, "variant": str(d), "settings": {"model.hidden_size": d}, "loss": 2.0, "hidden_size": d}
+        | {"num_layers": 2, "num_experts": 4, "experts_per_token": 2, "sparsity": 0.0}
+        | {"active_parameters": d, "kept_parameters": 5}
+        for d in (8, 16)
+    ]
+    assert draw_figures(rows, tmp_path) == {"loss-by-parameters.png": "Validation loss by active parameters"}
+    assert [path.name for path in tmp_path.iterdir()] == ["loss-by-parameters.png"]
+
+
+def test_a_legend_has_each_label_once_and_the_figure_grows_with_its_number_and_its_longest_label():
+    figure = Figure(figsize=(5, 4))
+    axes = [figure.add_subplot(1, 2, place + 1) for place in range(2)]
+    for axis in axes:
+        for label in ("one", "a label of some length"):
+            axis.plot([0, 1], [0, 1], label=label, color="red" if axis is axes[0] else "blue")
+    legend(figure, axes, "note")
+    (drawn,) = figure.legends
+    assert [text.get_text() for text in drawn.get_texts()] == ["one", "a label of some length"]
+    assert {line.get_color() for line in drawn.get_lines()} == {"red"}, "the first panel's"
+    assert (
+        figure.get_figwidth() == pytest.approx(5 + 0.06 * len("a label of some length")) and figure.get_figheight() == 4
+    )
+    for index in range(30):
+        axes[0].plot([0, 1], [0, 1], label=f"more {index}")
+    legend(figure, axes)
+    assert figure.get_figheight() == pytest.approx(0.9 + 0.17 * 32)
+
+
+def test_cells_have_names_and_change_their_own_s_alone():
+    plan = SparsityPlan({(0, "attention_input"): (0.25,), (1, HIDDEN): (0.5, 0.6, 0.7)})
+    attention, *experts_ = cells_of(plan)
+    assert [cell.name for cell in (attention, experts_[2])] == [
+        "layer 0, attention_input",
+        "layer 1, expert_hidden, expert 2",
+    ]
+    assert [sparsity_of(plan, cell) for cell in cells_of(plan)] == [0.25, 0.5, 0.6, 0.7]
+    found = with_cells(plan, {attention: 0.1, experts_[0]: 0.2, experts_[2]: 0.3})
+    assert found.values == {(0, "attention_input"): (0.1,), (1, HIDDEN): (0.2, 0.6, 0.3)}

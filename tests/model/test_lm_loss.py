@@ -16,6 +16,21 @@ def test_ignored_labels_do_not_count_and_all_ignored_is_zero():
     want = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     torch.testing.assert_close(cross_entropy(logits, labels), want)
     assert cross_entropy(logits, torch.full((2, 3), -100)) == 0
+    one = torch.full((2, 3), -100)
+    one[1, 2] = 5
+    torch.testing.assert_close(cross_entropy(logits, one), -logits[1, 2].log_softmax(-1)[5])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+)
+def test_the_loss_is_in_at_least_fp32(dtype, wide):
+    logits, labels = torch.randn(2, 3, VOCAB).to(dtype), torch.randint(0, VOCAB, (2, 3))
+    found = cross_entropy(logits, labels)
+    assert found.dtype == wide
+    want = F.cross_entropy(logits.double().flatten(0, 1), labels.flatten())
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(found.double(), want, rtol=tolerance, atol=0)
 
 
 def test_labels_are_the_tokens_themselves_and_position_s_predicts_the_label_after_it():
@@ -38,6 +53,8 @@ def test_labels_are_the_tokens_themselves_and_position_s_predicts_the_label_afte
 def test_the_last_label_of_a_document_is_not_predicted_from_another_one():
     ids, documents = torch.tensor([[5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 1, 1, 2]])
     assert shifted_labels(ids, documents).tolist() == [[6, -100, 8, -100, -100]]
+    numbered_down = torch.tensor([[3, 3, 1, 1, 2]])
+    assert shifted_labels(ids, numbered_down).tolist() == [[6, -100, 8, -100, -100]]
     assert shifted_labels(ids).tolist() == [[6, 7, 8, 9, -100]] and ids.tolist() == [[5, 6, 7, 8, 9]]
     model = make()
     out = model(ids, ids, documents_BS=documents)

@@ -85,6 +85,8 @@ def test_biases_are_read_and_moved_layer_by_layer():
     assert model.router_bias_LE.tolist() == [[0.0] * 4] * 2
     model.update_router_bias(torch.tensor([[4.0, 0, 2, 2], [0, 0, 0, 8]]), 0.5)
     assert model.router_bias_LE.tolist() == [[-0.5, 0.5, 0, 0], [0.5, 0.5, 0.5, -0.5]]
+    with pytest.raises(ValueError, match="shorter"):
+        model.update_router_bias(torch.ones(1, 4), 0.5)
     assert "layers.1.moe.router.expert_bias" in model.state_dict()
     assert model.to(torch.bfloat16).router_bias_LE.dtype == torch.float32
 

@@ -163,6 +163,8 @@ def test_a_process_without_a_batch_has_an_empty_sample():
     samples = sample_sites(model, [], model.sparsity_plan)
     assert samples.keys() == model.sparsity_plan.values.keys()
     assert not any(sample.num_seen for of_place in samples.values() for sample in of_place)
+    with pytest.raises(AssertionError, match="calibration received no batch"):
+        with_calibrated_thresholds(model.sparsity_plan, samples)
 
 
 def test_the_same_weights_select_by_thresholds_as_a_model_built_for_it(tmp_path):

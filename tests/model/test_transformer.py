@@ -119,6 +119,59 @@ def test_an_id_outside_the_embedding_is_named_with_the_way_out():
     )
 
 
+def test_the_smallest_and_the_largest_id_are_named():
+    with pytest.raises(ValueError, match=r"^tokens_BS holds ids from -2 to 7, and the model has 40 rows, for ids from"):
+        make()(torch.tensor([[7, -2]]))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_head_is_the_embedding_itself_and_any_other_has_values_of_its_own(tied):
+    model = make(tie_embeddings=tied)
+    assert (model.head.weight is model.embedding.weight) == tied
+    assert torch.equal(model.head.weight, model.embedding.weight) == tied
+    assert ("head.weight" in dict(model.named_parameters())) != tied
+    ids = tokens()
+    hidden = model.run_layers(model.embed(ids), None, None, with_stats=False)[0]
+    logits = model.final_norm(hidden) @ (model.embedding if tied else model.head).weight.T
+    torch.testing.assert_close(model(ids).logits_BSV, logits)
+
+
+def test_a_model_is_built_in_the_requested_dtype_from_values_drawn_in_fp32():
+    config = make().config
+    wide, narrow = build_model(config, seed=3), build_model(config, seed=3, dtype=torch.bfloat16)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    for mine, theirs in zip(narrow.parameters(), wide.parameters(), strict=True):
+        assert torch.equal(mine, theirs.bfloat16())
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_the_weight_of_the_loss_is_that_of_the_targets_alone(with_logits):
+    model, ids = make(), tokens()
+    plain = model(ids, ids, with_logits=with_logits)
+    found = model(ids, ids, loss_weight=torch.tensor(0.25), with_logits=with_logits)
+    lm_loss = plain.losses["lm_loss"]
+    torch.testing.assert_close(found.loss, plain.loss - 0.75 * lm_loss)
+    torch.testing.assert_close(found.losses["lm_loss"], 0.25 * lm_loss)
+    assert torch.equal(found.losses["router_z_loss"], plain.losses["router_z_loss"])
+
+
+def test_without_statistics_only_the_routed_tokens_are_counted():
+    model, ids = make(moe={"num_dense_layers": 1, "num_shared_experts": 1}), tokens()
+    found, whole = model(ids, with_stats=False).stats, model(ids).stats
+    assert found.keys() == {"router/routed_LE"} < whole.keys()
+    assert torch.equal(found["router/routed_LE"], whole["router/routed_LE"])
+    assert found["router/routed_LE"].sum(-1).tolist() == [2 * 12 * 2] * 2
+
+
+def test_hidden_ids_are_remembered_until_there_are_none():
+    model = make()
+    assert model.hidden_ids is None
+    model.hide_ids([7, 3])
+    assert model.hidden_ids.tolist() == [7, 3]
+    model.hide_ids(())
+    assert model.hidden_ids is None
+
+
 def test_a_section_that_breaks_a_rule_is_not_built():
     with pytest.raises(ConfigError, match=r"^model\.num_kv_heads \(3\) must divide"):
         build_model(ModelConfig(num_kv_heads=3))

@@ -83,6 +83,7 @@ def test_the_mean_is_over_the_layers_and_the_random_choices_of_the_seed(tokens):
         )
     assert found == measured_unions(model, tokens, [3, 5], draws=4, seed=7)
     assert found != measured_unions(model, tokens, [3, 5], draws=4)
+    assert measured_unions(model, tokens, [3]) == measured_unions(model, tokens, [3], draws=16, seed=0)
 
 
 @pytest.mark.parametrize("batch", [0, 25])

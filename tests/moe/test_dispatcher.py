@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsparse_moe.moe.dispatcher import dispatch_reference
+from qsparse_moe.moe.dispatcher import (
+    ExpertTokens,
+    _inverse,
+    _sort_by_expert,
+    dispatch_reference,
+    start_dispatch,
+)
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, global_shape, local_shard
 from tests.support import expert_ranks
 from tests.support.expert_ranks import COUNTS, LAYERS, A, E, P, expert_of, make_layer, rows_of, same_next, through
@@ -81,6 +87,29 @@ def test_a_layer_sharded_over_ranks_equals_the_whole_layer_in_value_sums_and_eve
         if dtype != torch.bfloat16 or key == "router/routed_E":
             torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
     assert sum(found["stats"]["sparsity/expert_hidden/rows_E"].sum() for found in founds) == A * (2 * 5 + 1 + 3 * 4)
+
+
+def test_the_definition_of_the_dispatch_by_hand():
+    x = [torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([[4.0], [5.0]])]
+    counts = [[1, 0, 2, 0], [0, 1, 1, 0]]
+    assert [part.flatten().tolist() for part in dispatch_reference(x, counts)] == [[1.0, 4.0], [2.0, 3.0, 5.0]]
+
+
+@pytest.mark.parametrize(("rank", "first"), [(0, 0), (2, 4)])
+def test_received_tokens_are_sorted_by_expert_and_within_one_by_the_rank_that_sent_them(rank, first):
+    # From rank 0 one token of the first expert and two of the second, from rank 1 none and one, from rank 2 two and 0.
+    receive_PL = torch.tensor([[1, 2], [0, 1], [2, 0]])
+    experts, order = _sort_by_expert(receive_PL, 6, rank)
+    assert experts.tolist() == [first, first, first, first + 1, first + 1, first + 1]
+    assert order.tolist() == [0, 4, 5, 1, 2, 3]
+    assert _inverse(order).tolist() == [0, 3, 4, 5, 1, 2]
+
+
+def test_a_rank_with_all_experts_sends_nothing():
+    routed = ExpertTokens(torch.rand(3, 2), torch.tensor([1, 2]), torch.tensor([0, 1, 1]), None)
+    dispatch = start_dispatch(routed, ALONE)
+    y = torch.rand(3, 2)
+    assert dispatch.receive() is routed and dispatch.combine(y) is y
 
 
 def test_the_cases_have_the_loads_that_their_names_say():

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qsparse_moe.data.batch import make_batch
+from qsparse_moe.data.batch import Batch, make_batch
 from qsparse_moe.data.packing import is_validation, text_digest
 from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError
+from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.folder import run_folder, write_config
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -198,6 +199,52 @@ def test_a_router_without_a_gradient_is_refused_before_anything_is_written(make_
     with pytest.raises(ConfigError, match=r"model\.moe\.router \(softmax_topk_renormalized\).*choose"):
         train(config)
     assert not run_folder(config).exists()
+
+
+def two_batches():
+    tokens = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    targets = torch.tensor([[2, 3, -100], [-100, 0, 7]])
+    positions = torch.arange(3).expand(2, -1)
+    one = Batch(tokens, targets, positions, None)
+    return [one, Batch(tokens[:1] + 1, torch.tensor([[-100, 4, -100]]), positions[:1], None)]
+
+
+def test_sums_are_over_the_labels_that_count_in_fp32_whatever_the_model_computes_in():
+    alone = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    logits = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    grads = []
+
+    def forward(batch):
+        grads.append(torch.is_grad_enabled())
+        return ModelOutput(logits[: len(batch.tokens_BS)], None, {}, {})
+
+    found = evaluate._sums(forward, two_batches(), alone)
+    chances = logits.double().log_softmax(-1)
+    counted = [(0, 0, 2), (0, 1, 3), (1, 1, 0), (1, 2, 7), (0, 1, 4)]
+    want = -sum(chances[place].item() for place in counted)
+    assert found.dtype == torch.float64 and found.tolist() == [pytest.approx(want, rel=1e-6), 5.0]
+    assert grads == [False, False]
+
+
+def test_the_checksum_is_of_the_tokens_that_count_and_their_labels():
+    def checksum(batches):
+        counts = torch.cat([batch.targets_BS.flatten() for batch in batches]) != -100
+        return evaluate._checksum(batches, counts)
+
+    batches = two_batches()
+    first, rest = batches
+    tokens, targets, more = first.tokens_BS, first.targets_BS, rest.tokens_BS
+    padded = first._replace(tokens_BS=tokens.index_fill(1, torch.tensor([2]), 9).where(targets == -100, tokens))
+    assert checksum([padded, rest]) == checksum(batches)
+    split = [Batch(t, y, torch.arange(3)[None], None) for t, y in zip(tokens[:, None], targets[:, None], strict=True)]
+    assert checksum([*split, rest]) == checksum(batches)
+    changed = [
+        [first._replace(tokens_BS=tokens + 1), rest],
+        [first._replace(targets_BS=targets.where(targets == -100, 5)), rest],
+        [first, rest._replace(tokens_BS=more + 1)],
+        [rest, first],
+    ]
+    assert len({checksum(batches), *map(checksum, changed)}) == 5
 
 
 @pytest.mark.parametrize(("loss", "perplexity"), [(8.0, 2980.957987), (699.0, 3.73e303), (701.0, float("inf"))])

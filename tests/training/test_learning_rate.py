@@ -57,6 +57,23 @@ def test_no_warm_up_starts_near_the_peak_and_a_floor_of_zero_ends_there(schedule
     assert values[-1] == pytest.approx(PEAK if schedule == "constant" else 0.0)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("step", [100, 140])
+def test_behind_its_end_a_run_keeps_the_rate_of_its_last_step(schedule, step):
+    decay = 20 if schedule == "warmup_stable_decay" else 0
+    config = TrainingConfig(
+        steps=100, learning_rate=PEAK, learning_rate_schedule=schedule, warmup_steps=10, decay_steps=decay
+    )
+    assert learning_rate(config, step) == learning_rate(config, 99)
+
+
+def test_rates_without_a_warm_up_by_hand():
+    assert rates("linear", steps=4, warmup=0, floor=0.5) == pytest.approx([PEAK * x for x in (0.875, 0.75, 0.625, 0.5)])
+    half = 0.5**0.5 / 2
+    found = rates("cosine", steps=4, warmup=0, floor=0.0)
+    assert found == pytest.approx([PEAK * x for x in (0.5 + half, 0.5, 0.5 - half, 0.0)])
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_a_run_shorter_than_its_warm_up_is_the_beginning_of_a_longer_one(schedule):
     assert rates(schedule, steps=6) == rates(schedule)[:6] == pytest.approx([PEAK * step / 10 for step in range(1, 7)])

@@ -1,5 +1,6 @@
 """The time in collectives includes every call and every wait, and no function stays patched afterwards."""
 
+import contextlib
 import time
 from types import SimpleNamespace
 
@@ -60,6 +61,33 @@ def test_clock_adds_them_in_steps_that_are_reported_and_not_on_cuda(monkeypatch)
     on_cuda.begin(measures=True)
     with on_cuda.collectives():
         assert dist.all_reduce is slow_call
+
+
+def test_a_step_that_is_profiled_names_its_phases(monkeypatch):
+    names = []
+
+    def record(name):
+        names.append(name)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr("qsparse_moe.training.monitor.phases.record_function", record)
+    clock = PhaseClock(torch.device("cpu"))
+    for traces, measures in ((False, True), (True, False), (False, False)):
+        clock.begin(measures=measures, traces=traces)
+        with clock.part(f"forward {traces} {measures}"):
+            pass
+    assert names == ["forward True False"] and clock.seconds == {}
+
+
+def test_a_reported_step_on_cuda_waits_for_its_kernels_before_and_after_every_phase(monkeypatch):
+    waits = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: waits.append(str(device)))
+    clock = PhaseClock(torch.device("cuda", 1))
+    for measures in (False, True):
+        clock.begin(measures=measures)
+        with clock.part("forward"):
+            pass
+    assert waits == ["cuda:1"] * 2
 
 
 def test_a_part_that_comes_several_times_in_a_step_has_the_sum_of_its_seconds_and_the_next_step_begins_at_0(

@@ -4,7 +4,7 @@ import pytest
 
 from qsparse_moe.cli import app
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.training.distributed.launcher_environment import launcher_ranks, num_local_ranks
+from qsparse_moe.training.distributed.launcher_environment import launcher_ranks, master_port, num_local_ranks
 
 WHOLE = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 
@@ -53,6 +53,46 @@ def test_an_invalid_rank_is_refused_with_the_name_of_the_variable(monkeypatch, n
         f'environment variable {name} ("{value}") {rule}; a launcher sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, '
         "MASTER_PORT together. Start ranks with the deepspeed launcher, or unset them all"
     )
+
+
+def test_the_ranks_of_a_machine_are_those_of_deepspeed_or_else_of_torchrun(monkeypatch):
+    assert num_local_ranks() == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert num_local_ranks() == 3
+    monkeypatch.setenv("LOCAL_SIZE", "")
+    assert num_local_ranks() == 3
+    monkeypatch.setenv("LOCAL_SIZE", "8")
+    assert num_local_ranks() == 8
+
+
+@pytest.mark.parametrize("port", ["1", "65535"])
+def test_the_ends_of_every_range_are_accepted(monkeypatch, port):
+    set_all(monkeypatch, **WHOLE | {"MASTER_PORT": port, "WORLD_SIZE": "999999999", "RANK": "999999998"})
+    assert launcher_ranks() == (999999998, 999999999, 1) and master_port() == int(port)
+    set_all(monkeypatch, WORLD_SIZE="2", RANK="0", LOCAL_RANK="0")
+    assert launcher_ranks() == (0, 2, 0)
+    monkeypatch.delenv("MASTER_PORT")
+    assert master_port() == 29500
+
+
+@pytest.mark.parametrize("value", ["0", "65536", " 1", "1_0", "+1", "\N{ARABIC-INDIC DIGIT ONE}", "1234567890"])
+def test_only_ascii_digits_within_the_range_are_a_port(monkeypatch, value):
+    monkeypatch.setenv("MASTER_PORT", value)
+    with pytest.raises(ConfigError, match="environment variable MASTER_PORT .* must be a whole number from 1 to 65535"):
+        master_port()
+
+
+def test_a_rank_without_the_number_of_ranks_is_one_alone_and_every_missing_variable_is_named(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    assert launcher_ranks() == (0, 1, 0)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(ConfigError, match='RANK \\("1"\\) must be a whole number from 0 to 0'):
+        launcher_ranks()
+    monkeypatch.delenv("RANK")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ConfigError, match="^environment variables RANK, MASTER_ADDR, MASTER_PORT are not set but"):
+        launcher_ranks()
 
 
 @pytest.mark.parametrize("name", ["LOCAL_SIZE", "LOCAL_WORLD_SIZE"])

@@ -8,7 +8,13 @@ import torch
 import torch.distributed as dist
 
 from qsparse_moe.errors import BackendUnavailable, ConfigError
-from qsparse_moe.training.distributed.ranks import choose_device, environment, num_cores, open_distributed
+from qsparse_moe.training.distributed.ranks import (
+    Distributed,
+    choose_device,
+    environment,
+    num_cores,
+    open_distributed,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +80,67 @@ def test_local_ranks_divide_the_cores_unless_omp_num_threads_is_set(monkeypatch)
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+class Gathered(Distributed):
+    """Rank 1 of three, whose collectives return what the test says."""
+
+    values = ()
+
+    def all_gather(self, value):
+        return [self.values[0], value, self.values[1]]
+
+
+def test_the_first_error_of_any_rank_is_raised_on_every_rank(monkeypatch):
+    one = Gathered(1, 3, 1, torch.device("cpu"))
+    monkeypatch.setattr(Gathered, "values", (("a", None), ("c", None)))
+    assert one.on_every_rank(lambda: "b") == ["a", "b", "c"]
+    early, late = ValueError("early"), KeyError("late")
+    monkeypatch.setattr(Gathered, "values", ((None, early), (None, late)))
+    with pytest.raises(ValueError, match="early"):
+        one.on_every_rank(lambda: "b")
+    monkeypatch.setattr(Gathered, "values", (("a", None), (None, late)))
+    with pytest.raises(ZeroDivisionError):
+        one.on_every_rank(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_work_of_rank_zero_is_done_there_alone_and_its_outcome_is_sent_to_all(rank, monkeypatch):
+    sent, done = [], []
+
+    def broadcast(box, src, device):
+        sent.append((list(box), src, str(device)))
+        box[0] = ("from rank 0", None)
+
+    monkeypatch.setattr(dist, "broadcast_object_list", broadcast)
+    one = Distributed(rank, 2, rank, torch.device("cpu"))
+    assert one.on_rank_zero(lambda: done.append(1) or "mine") == "from rank 0"
+    assert done == ([1] if rank == 0 else [])
+    assert sent == [([("mine", None) if rank == 0 else None], 0, "cpu")]
+
+
+def test_collectives_of_several_ranks_take_the_operation_and_the_group(monkeypatch):
+    calls = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, **named: calls.append(named) or tensor.add_(1))
+    monkeypatch.setattr(dist, "barrier", lambda: calls.append("barrier"))
+    monkeypatch.setattr(dist, "all_gather_object", lambda values, value: values.__setitem__(slice(None), [value, "b"]))
+    two, alone = (Distributed(0, size, 0, torch.device("cpu")) for size in (2, 1))
+    tensor = torch.zeros(2)
+    assert two.all_reduce(tensor, dist.ReduceOp.MAX, group="group") is tensor and tensor.tolist() == [1.0, 1.0]
+    two.all_reduce(tensor)
+    two.barrier()
+    assert calls == [{"op": dist.ReduceOp.MAX, "group": "group"}, {"op": dist.ReduceOp.SUM, "group": None}, "barrier"]
+    assert two.all_gather("a") == ["a", "b"] and alone.all_gather("a") == ["a"]
+    alone.all_reduce(tensor)
+    alone.barrier()
+    assert len(calls) == 3
+
+
+def test_the_environment_is_restored_after_an_error(monkeypatch):
+    monkeypatch.setenv("KEPT", "before")
+    with pytest.raises(KeyError), environment(KEPT="during", NEW="during"):
+        raise KeyError
+    assert os.environ["KEPT"] == "before" and "NEW" not in os.environ
 
 
 def test_the_environment_is_restored(monkeypatch):

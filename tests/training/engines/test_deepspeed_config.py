@@ -74,6 +74,30 @@ def test_the_micro_batches_of_a_rank_follow_from_the_ranks():
     assert settings(ranks=4)["gradient_accumulation_steps"] == 2
 
 
+def test_buffers_hold_a_ranks_part_of_the_largest_parameter():
+    config = RunConfig(training=TrainingConfig(global_batch_size=24, micro_batch_size=3))
+    for ranks, part in ((1, 10), (4, 3), (8, 2)):
+        found = deepspeed_config(config, ranks, largest_parameter=10)["zero_optimization"]["offload_param"]
+        assert found["buffer_size"] == part
+    assert settings()["zero_optimization"]["offload_param"]["buffer_size"] == 0
+
+
+def test_what_would_change_the_result_is_switched_off():
+    found = settings(3, "bf16")
+    zero, half = found["zero_optimization"], {name: value for name, value in found["bf16"].items() if value}
+    assert (found["prescale_gradients"], found["gradient_predivide_factor"]) == (False, 1.0)
+    assert half == {"enabled": True}
+    assert found["fp16"] == {
+        "enabled": False, "auto_cast": False, "loss_scale": 2.0**16, "fp16_master_weights_and_grads": False,
+    }  # fmt: skip
+    assert not found["zero_allow_untested_optimizer"] and not zero["round_robin_gradients"]
+    assert zero["reduce_scatter"] and zero["contiguous_gradients"] and zero["ignore_unused_parameters"]
+    assert zero["stage3_param_persistence_threshold"] == 100_000 and zero["sub_group_size"] == 10**9
+    assert (zero["offload_optimizer"]["ratio"], zero["offload_optimizer"]["fast_init"]) == (1.0, False)
+    assert zero["offload_optimizer"]["nvme_path"] is zero["offload_param"]["nvme_path"] is None
+    assert not found["wall_clock_breakdown"] and not found["memory_breakdown"] and not found["dump_state"]
+
+
 def test_offload_is_what_the_config_says(tmp_path):
     from deepspeed.runtime.config import DeepSpeedConfig as Theirs
 

@@ -19,6 +19,13 @@ def test_matrices_decay_and_norms_do_not(tmp_path):
         assert decay.pop(id(parameter)) == (0.0 if "norm" in name else 0.2), name
     assert not decay
     assert all(group["betas"] == (0.8, 0.9) and group["eps"] == 1e-6 for group in groups)
+    assert [group["lr"] for group in groups] == [0.0, 0.0], "until a step sets one"
+
+
+def test_parameters_of_one_kind_are_one_group():
+    for shape, decay in (((3,), 0.0), ((3, 2), 0.2), ((2, 3, 2), 0.2)):
+        (group,) = build_adamw([torch.nn.Parameter(torch.ones(shape))], CONFIG).param_groups
+        assert group["weight_decay"] == decay
 
 
 def test_an_initialised_state_gives_the_first_step_of_adamw():

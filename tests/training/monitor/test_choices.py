@@ -30,6 +30,29 @@ def test_the_agreement_is_a_fraction_of_the_counted_tokens():
     assert memory.compare(second, counts_T).tolist() == [1.0]
 
 
+def test_every_layer_has_its_own_fraction_of_the_choices_of_all_ranks():
+    class Two(Distributed):
+        """The other rank has 5 and 1 common choices in the two layers, of 6."""
+
+        def all_reduce(self, tensor):
+            assert tensor.dtype == torch.float64
+            return tensor + torch.tensor([5.0, 1.0, 6.0])
+
+    memory = ChoiceAgreement([], Two(0, 2, 0, torch.device("cpu")))
+    counts_T = torch.tensor([True, False, True, True])
+    before = [[torch.tensor([[0, 1], [2, 3]]), torch.tensor([[4, 5], [6, 7]])]] * 2
+    after = [
+        [torch.tensor([[1, 0], [2, 3]]), torch.tensor([[4, 0], [1, 2]])],
+        [torch.tensor([[0, 7], [2, 3], [5, 4]]), torch.tensor([[7, 6]])],
+    ]
+    memory.compare(before, counts_T)
+    # 3 and 5 of 6 choices of this rank; the second token does not count.
+    assert memory.compare(after, counts_T).tolist() == [8 / 12, 6 / 12]
+    assert [choices.tolist() for choices in memory.state_dict()["choices"]] == [
+        [[1, 0], [4, 0], [1, 2]], [[0, 7], [5, 4], [7, 6]],
+    ]  # fmt: skip
+
+
 def test_every_router_has_a_hook_during_the_evaluation_only():
     model, tokens_BS = build_model(MODEL, seed=0).eval(), torch.randint(0, 32, (2, 8))
     memory = ChoiceAgreement(model.routers(), ALONE)
@@ -40,6 +63,7 @@ def test_every_router_has_a_hook_during_the_evaluation_only():
         found = memory.compare(seen, torch.ones(16, dtype=torch.bool))
         assert (found if found is None else found.tolist()) == expected
     assert [choices.shape for choices in seen[0]] == [(8, 2), (8, 2)]
+    assert {choices.dtype for layer in seen for choices in layer} == {torch.int16}, "2 bytes per choice"
     with pytest.raises(RuntimeError), memory.record():
         raise RuntimeError
     assert all(router.hook is None for router in model.routers())

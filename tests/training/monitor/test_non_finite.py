@@ -75,6 +75,22 @@ def test_a_bad_norm_is_reported_if_nothing_else_is_bad(norm):
         guard.check_norm(5, norm)
 
 
+def test_finite_values_of_fp16_whose_sum_is_none_pass():
+    guard = NonFiniteGuard(1, ALONE)
+    hidden = torch.full((2, 8), 6e4, dtype=torch.float16, requires_grad=True)
+    guard.layer_hook(0, hidden)
+    hidden.backward(torch.full((2, 8), -6e4, dtype=torch.float16))
+    guard.add_loss(torch.tensor(6e4, dtype=torch.float16))
+    guard.add_loss(torch.tensor(6e4, dtype=torch.float16))
+    assert guard.check(1, stop=0) == (0, False)
+
+
+def test_an_output_outside_of_the_graph_has_no_gradient_to_check():
+    guard = NonFiniteGuard(1, ALONE)
+    guard.layer_hook(0, torch.ones(2))
+    assert guard.check(1, stop=0) == (0, False)
+
+
 class FirstToSee(Distributed):
     """The only rank that has seen a value: the maximum over the ranks is its own."""
 

@@ -49,6 +49,12 @@ def test_the_highest_signal_of_all_ranks_is_returned():
     assert one_of_three(1, [0, 0, 0, 0, 0, 2, 0]).check(1, stop=15).stop == 15
 
 
+def test_a_request_of_any_rank_saves_on_all():
+    assert one_of_three(1, [0, 0, 0, 0, 0, 0, 1]).check(1, stop=0) == (0, True)
+    assert one_of_three(1, [0, 0, 0, 0, 0, 0, 0]).check(1, stop=0, save=True) == (0, True)
+    assert one_of_three(1, [0, 0, 0, 0, 0, 9, 0]).check(1, stop=0) == (9, False)
+
+
 def test_a_bad_loss_of_an_earlier_step_is_forgotten():
     guard = one_of_three(1, [0, 0, 0, 0, 0, 0, 0])
     guard.add_loss(torch.tensor(float("inf")))

@@ -94,10 +94,9 @@ def outcome(**changes):
     return StepResult(**(values | changes))
 
 
-def report(reporter, *progress, evaluation=None):
-    reporter.report(
-        RunProgress(*progress), outcome(), learning_rate=0.01, evaluation=evaluation, phase_seconds={"data": 0.125}
-    )
+def report(reporter, *progress, **changes):
+    values = {"learning_rate": 0.01, "evaluation": None, "phase_seconds": {"data": 0.125}, "checkpoint_seconds": 0.375}
+    reporter.report(RunProgress(*progress), outcome(), **(values | changes))
 
 
 def test_a_report_has_means_since_the_previous_one_and_the_values_of_its_own_step(monkeypatch):
@@ -111,7 +110,7 @@ def test_a_report_has_means_since_the_previous_one_and_the_values_of_its_own_ste
     common = {
         "losses": {"loss": 3.0}, "grad_norm": 0.5, "layer_grad_norms": (0.25,), "learning_rate": 0.01,
         "sparsity": 0.625, "memory": {"resident": 7.0, "device": "cpu"}, "phase_seconds": {"data": 0.125},
-        "loss_scale": 64.0, "skipped_steps": 2,
+        "loss_scale": 64.0, "skipped_steps": 2, "checkpoint_seconds": 0.375,
     }  # fmt: skip
     own = {"step": 6, "tokens": 640, "seconds": 5.0, "step_seconds": 1.5, "tokens_per_second": 80.0}
     assert (common | own | {"validation": None, "choice_agreement_L": None}).items() <= vars(first).items()
@@ -121,11 +120,19 @@ def test_a_report_has_means_since_the_previous_one_and_the_values_of_its_own_ste
     assert first.stats["rows"].tolist() == [1.0] and reporter.failure is None
 
 
+@pytest.mark.parametrize(("of_scale", "of_filter", "want"), [(2, 3, 5), (2, None, 2), (None, 3, 3), (None, 0, 0)])
+def test_skipped_steps_are_those_of_the_loss_scale_and_of_the_filter(of_scale, of_filter, want):
+    scaler = None if of_scale is None else SimpleNamespace(skipped_steps=of_scale)
+    reporter, listener, _ = reporter_of(prepared(scaler))
+    report(reporter, 5, 500, 3.0, skipped_steps=of_filter)
+    assert listener.seen[0][1].skipped_steps == want
+
+
 def test_without_biases_and_a_loss_scale_their_fields_are_absent():
     reporter, listener, _ = reporter_of(prepared())
-    report(reporter, 5, 500, 3.0)
+    report(reporter, 5, 500, 3.0, checkpoint_seconds=None)
     found = listener.seen[0][1]
-    assert found.router_bias_LE is None and found.skipped_steps is None
+    assert found.router_bias_LE is None and found.skipped_steps is None and found.checkpoint_seconds is None
 
 
 def test_listeners_begin_with_the_context_of_the_run_and_the_states_of_their_names():

@@ -24,6 +24,7 @@ not counted.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from qsparse_moe.config.schema import ModelConfig, Recompute, RunConfig
@@ -41,6 +42,10 @@ from qsparse_moe.config.shapes import (
 
 _FP32 = 4
 _HALF = 2
+FEW_LOGITS = 2**23
+"""Number of logits below which the loss computes all of them at once, as in ``model/output_head.py``."""
+PARTS = 4
+"""Number of parts in which it computes more than these."""
 _KEEPS_ATTENTION: tuple[Recompute, ...] = ("none", "feed_forward")
 _KEEPS_FEED_FORWARD: tuple[Recompute, ...] = ("none", "attention")
 
@@ -53,6 +58,8 @@ class ActivationMemory:
     """Bytes held from the forward pass until the backward pass."""
     recomputed: float
     """The largest number of bytes that the backward pass recomputes at once, held while it is in that layer."""
+    log_probabilities: float
+    """Bytes of the log-probabilities of the loss, which ``saved`` includes."""
 
     @property
     def total(self) -> float:
@@ -62,24 +69,99 @@ class ActivationMemory:
 
 def activation_memory(config: RunConfig, recompute: Recompute | None = None) -> ActivationMemory:
     """Return the activation memory of one micro-batch under ``recompute`` (None: the setting of the run)."""
-    model, training = config.model, config.training
+    training = config.training
     chosen = training.activation_checkpointing if recompute is None else recompute
-    width = _FP32 if training.precision == "fp32" else _HALF
     tokens = training.micro_batch_size * config.data.sequence_length
+    saved, recomputed, log_probabilities = _per_token(config.model, training.precision == "fp32", chosen)
+    return ActivationMemory(tokens * saved, tokens * recomputed, tokens * log_probabilities)
+
+
+@functools.lru_cache(maxsize=64)
+def _per_token(model: ModelConfig, is_fp32: bool, chosen: Recompute) -> tuple[float, float, float]:
+    """Return the bytes per token that are saved, recomputed at once, and saved of log-probabilities."""
+    width = _FP32 if is_fp32 else _HALF
     saved, recomputed = [], []
     for layer in range(model.num_layers):
         attention, feed_forward = _attention(model) * width, _feed_forward(model, layer, width)
         again = (0.0 if chosen in _KEEPS_ATTENTION else attention) + (
             0.0 if chosen in _KEEPS_FEED_FORWARD else feed_forward
         )
+        # The results of products are stored beside the graph, and what is made of them is recomputed.
+        kept = _products(model, layer) * width if chosen == "selective" else 0.0
         # A part that is recomputed keeps its input; if both parts are, they need the layer's input only.
         inputs = {"none": 2, "attention": 2, "feed_forward": 2}.get(chosen, 1) * model.hidden_size * width
-        saved.append(inputs + attention + feed_forward - again)
+        saved.append(inputs + attention + feed_forward - again + kept)
         recomputed.append(again)
     # The loss takes the log-probabilities in fp32 whatever the precision of the run.
-    beside = 3 * model.hidden_size * width + vocab_size(model) * _FP32
+    log_probabilities = float(vocab_size(model) * _FP32)
+    beside = 3 * model.hidden_size * width + log_probabilities
     # Layers are recomputed one after the other, so only the largest is there at any time.
-    return ActivationMemory(tokens * (sum(saved) + beside), tokens * max(recomputed))
+    return sum(saved) + beside, max(recomputed), log_probabilities
+
+
+def _products(model: ModelConfig, layer: int) -> float:
+    """Return the number of values per token that matrix products and attention return in a layer."""
+    latent = latent_sizes(model)
+    if latent:
+        mixed = model.num_heads * max(latent.query_head_size, latent.value_head_size)
+        down = (latent.query_rank or model.num_heads * latent.query_head_size) + latent.cached_size
+        up = model.num_heads * (latent.nope_head_size + latent.value_head_size)
+        up += model.num_heads * latent.query_head_size if latent.query_rank else 0
+        attention = down + up + mixed
+    else:
+        attention = (2 * model.num_heads + 2 * num_kv_heads(model)) * head_size(model)
+    hidden = 2 if has_gate(model) else 1
+    if not has_experts(model, layer):
+        return attention + 2 * model.hidden_size + hidden * dense_hidden_size(model)
+    moe = model.moe
+    rows = moe.experts_per_token * (model.hidden_size + hidden * moe.expert_hidden_size)
+    shared = model.hidden_size + hidden * shared_hidden_size(model) if moe.num_shared_experts else 0
+    return attention + model.hidden_size + rows + shared + moe.num_experts
+
+
+@dataclass(frozen=True)
+class LogitsMemory:
+    """Bytes on one rank, of one micro-batch."""
+
+    peak: float
+    """Largest number of bytes of logits and of what is computed from them at once."""
+    kept: float
+    """Bytes that the backward pass holds after the loss, beside the activations: gradients that the loss has made."""
+
+
+def logits_memory(config: RunConfig) -> LogitsMemory:
+    """Return the memory of the loss (``model/output_head.py``)."""
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    logits = float(tokens * vocab_size(config.model))
+    width = _FP32 if config.training.precision == "fp32" else _HALF
+    if logits < FEW_LOGITS or config.training.precision == "fp16":
+        # Log-probabilities, their gradient, and the gradient of the logits, in fp32.
+        return LogitsMemory(3 * _FP32 * logits, 0.0)
+    # The gradients of the head and of its input, which the loss makes together with its value.
+    kept = _FP32 * vocab_size(config.model) * config.model.hidden_size + width * tokens * config.model.hidden_size
+    # The logits of a part in fp32, a temporary of their size, and their gradient in the precision of the run.
+    part = (2 * _FP32 + (width if width != _FP32 else 0)) * logits / PARTS
+    # The gradient of the head is made once more for every part, and then added.
+    return LogitsMemory(part + kept + width * vocab_size(config.model) * config.model.hidden_size, kept)
+
+
+def layer_work(config: RunConfig) -> float:
+    """Return the bytes that the backward pass of the largest layer computes with, beside what was saved.
+
+    These are the gradients of its hidden features and routed tokens, and the gradient of one matrix before it is added
+    to the sum.
+    """
+    model = config.model
+    width = _FP32 if config.training.precision == "fp32" else _HALF
+    tokens = config.training.micro_batch_size * config.data.sequence_length
+    most = 0.0
+    for layer in range(model.num_layers):
+        if has_experts(model, layer):
+            rows, hidden = model.moe.experts_per_token, model.moe.expert_hidden_size
+        else:
+            rows, hidden = 1, dense_hidden_size(model)
+        most = max(most, rows * (2.0 * model.hidden_size + 3 * hidden))
+    return width * tokens * most
 
 
 def _attention(model: ModelConfig) -> float:

@@ -29,6 +29,7 @@ VERBS = (
     "export",
     "import",
     "describe",
+    "layout",
     "calibrate",
     "sensitivity",
     "allocate",

@@ -54,7 +54,7 @@ def describe(
     folder = find_run(path) if path.is_dir() else None
     config = load_config(path if folder is None else folder / CONFIG_FILE, overrides or ())
     # The sizes of the embedding and the head depend on the tokenizer.
-    config = _with_vocabulary(config)
+    config = with_vocabulary_size(config)
     # With other settings, the zeros that the run has measured do not apply.
     rows = read_metrics(folder / "metrics.jsonl") if folder is not None and not overrides else []
     if measure and (folder is None or overrides):
@@ -72,7 +72,7 @@ def describe(
     print_json(description) if json else _print_tables(description)
 
 
-def _with_vocabulary(config: RunConfig) -> RunConfig:
+def with_vocabulary_size(config: RunConfig) -> RunConfig:
     """Return ``config`` with its vocabulary size, read from the tokenizer unless it is set or known."""
     if config.model.vocab_size is not None or config.data.tokenizer == "bytes":
         return config

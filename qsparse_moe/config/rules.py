@@ -63,6 +63,17 @@ def check_world_size(config: RunConfig, world_size: int) -> None:
         )
 
 
+def accepts_layout(config: RunConfig, world_size: int) -> bool:
+    """Return whether no rule about batches, experts and offload refuses to train ``config`` on ``world_size`` ranks."""
+    if any(problem for rule in (_batch_sizes, _expert_parallelism, _offload) for problem in rule(config)):
+        return False
+    try:
+        check_world_size(config, world_size)
+    except ConfigError:
+        return False
+    return True
+
+
 def _nearest_multiples(value: int, step: int) -> str:
     # Both neighbours, because only the user knows whether memory or the schedule allows the larger one.
     below, above = value // step * step, -(-value // step) * step

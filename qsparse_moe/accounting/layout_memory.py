@@ -7,6 +7,7 @@ bytes of a value in the precision of the run; E experts, A experts per token, D 
 - The plain engine and ZeRO-0 replicate everything; in half precision they keep fp32 masters.
 - ZeRO-1 and 2 keep the weights in one flat tensor (w n) and always a master copy of the share (4 s), in fp32 too.
   ZeRO-1 sums whole gradients in fp32 (4 n) and cuts them in the update; ZeRO-2 keeps the sums of the share (4 s).
+  In bf16 DeepSpeed has another optimizer for ZeRO-1, which keeps both the sums (4 n) and the last gradients (2 n).
 - ZeRO-3 keeps the share of weights (w s), masters and gradient sums (4 s each); ``zero3_gathers`` says which weights
   it gathers. In the update the sums of gradients are copied once more (4 s).
 - A reduction has a buffer of ``reduce_bucket_size`` elements, however small the model, twice with
@@ -22,12 +23,16 @@ from dataclasses import dataclass
 
 from qsparse_moe.accounting.activations import activation_memory, layer_work, logits_memory
 from qsparse_moe.accounting.layout_counts import FP32, LayoutCounts, layout_counts
-from qsparse_moe.accounting.zero3_gathers import MAX_LIVE, zero3_gathers
+from qsparse_moe.accounting.zero3_gathers import zero3_gathers
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, moe_layers, site_width
 
 _MOMENTS = 2 * FP32
 _SITE_SUMS = 8 * 8
+SUB_GROUP = 1_000_000_000
+"""``sub_group_size`` of ``training/engines/deepspeed_config.py``."""
+_ALL_REDUCED = 500_000_000
+"""Elements that DeepSpeed flattens at once where it reduces without buckets."""
 _NVME_BUFFERS = 4
 _NVME_WEIGHT_BUFFERS = 5
 
@@ -156,6 +161,8 @@ def _state(config: RunConfig, counts: LayoutCounts) -> _State:
     optimizer = (FP32 + _MOMENTS) * counts.share
     # ZeRO-3 keeps the sums of gradients from one step to the next, and its bucket is always in the dtype of reductions.
     gradients = FP32 * counts.share if counts.stage == 3 else 0.0
+    if _keeps_sums(config, counts):
+        gradients = (FP32 + counts.width) * counts.local
     bucket = FP32 * chosen.reduce_bucket_size if counts.stage == 3 else 0.0
     host = nvme = 0.0
     if chosen.offload_optimizer != "none":
@@ -169,7 +176,7 @@ def _state(config: RunConfig, counts: LayoutCounts) -> _State:
         host += 2 * counts.width * counts.largest if counts.stage < 3 else 0.0
         if chosen.offload_optimizer == "nvme":
             nvme += optimizer
-            host += moved - optimizer + _NVME_BUFFERS * FP32 * min(counts.share, MAX_LIVE)
+            host += moved - optimizer + _NVME_BUFFERS * FP32 * min(counts.share, SUB_GROUP)
         else:
             host += moved
         optimizer = 0.0
@@ -179,6 +186,13 @@ def _state(config: RunConfig, counts: LayoutCounts) -> _State:
         buffers = _NVME_WEIGHT_BUFFERS * counts.width * counts.largest * counts.share / counts.local
         host, nvme, weights = host + buffers, nvme + weights, 0.0
     return _State(weights, optimizer, gradients, bucket, host, nvme)
+
+
+def _keeps_sums(config: RunConfig, counts: LayoutCounts) -> bool:
+    """Return whether the optimizer is DeepSpeed's for ZeRO-1 in bf16, which offload does not use."""
+    training = config.training
+    is_bf16 = training.precision == "bf16"
+    return counts.stage == 1 and is_bf16 and training.deepspeed.offload_optimizer == "none"
 
 
 def _build(counts: LayoutCounts, state: _State) -> float:
@@ -223,7 +237,7 @@ def _gradient_sums(config: RunConfig, counts: LayoutCounts) -> tuple[float, floa
     """Return the bytes of gradients before the last micro-batch, if there are several, and after it."""
     training = config.training
     offloads = training.deepspeed.offload_optimizer != "none" and counts.stage > 0
-    if counts.stage == 3:
+    if counts.stage == 3 or _keeps_sums(config, counts):
         return 0.0, 0.0
     if counts.stage == 2:
         sums = 0.0 if offloads else FP32 * counts.share
@@ -233,7 +247,7 @@ def _gradient_sums(config: RunConfig, counts: LayoutCounts) -> tuple[float, floa
 
 def _bucket(config: RunConfig, counts: LayoutCounts) -> float:
     """Return the bytes of the buffers that ZeRO-1 and 2 allocate in every backward pass."""
-    if counts.stage not in (1, 2):
+    if counts.stage not in (1, 2) or _keeps_sums(config, counts):
         return 0.0
     chosen = config.training.deepspeed
     # ZeRO-1 reduces the fp32 sums, ZeRO-2 collects gradients in the precision of the run.
@@ -245,6 +259,8 @@ def _reduction(config: RunConfig, counts: LayoutCounts) -> float:
     """Return the bytes of the buffers of a reduction and of the copies that are sent, in fp32."""
     if counts.stage == 0:
         return 0.0
+    if _keeps_sums(config, counts):
+        return FP32 * min(counts.local, _ALL_REDUCED)
     size = min(max(config.training.deepspeed.reduce_bucket_size, counts.largest), counts.local)
     # ZeRO-1 flattens the bucket once; in half precision, and at ZeRO-3, it is converted as well.
     copies = 1 if counts.stage == 1 or (counts.width == FP32 and counts.stage == 2) else 2
@@ -253,11 +269,13 @@ def _reduction(config: RunConfig, counts: LayoutCounts) -> float:
 
 def _update_copies(config: RunConfig, counts: LayoutCounts) -> float:
     """Return the bytes of the copies of the share's gradient that the update makes."""
-    if counts.stage == 0 or config.training.deepspeed.offload_optimizer != "none":
+    if counts.stage == 0 or config.training.deepspeed.offload_optimizer != "none" or _keeps_sums(config, counts):
         return 0.0
     # ZeRO-1 cuts its share out of the sums, and in fp32 flattens it in a second copy; so does ZeRO-2.
     copies = {1: 1 if counts.width != FP32 else 2, 2: 0 if counts.width != FP32 else 1, 3: 1}[counts.stage]
-    return copies * FP32 * counts.share
+    # ZeRO-3 updates groups of this size one after the other.
+    size = min(counts.share, SUB_GROUP) if counts.stage == 3 else counts.share
+    return copies * FP32 * size
 
 
 def _exchange(config: RunConfig) -> float:

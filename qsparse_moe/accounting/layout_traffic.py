@@ -39,6 +39,9 @@ class Sent:
         return self.within + self.between
 
 
+_PARTS = ("within", "between")
+
+
 @dataclass(frozen=True)
 class _Group:
     """A group of ranks that a collective runs over."""
@@ -73,7 +76,11 @@ def sent_bytes(config: RunConfig, ranks: int, nodes: int = 1) -> tuple[Sent, ...
         *_state(config, counts, everyone, same_experts, micro_batches),
         *_routed(config, _Group(parallel, min(parallel, per_node)), micro_batches),
     ]
-    return tuple(sent for sent in found if sent.total)
+    kinds = dict.fromkeys((sent.collective, sent.purpose) for sent in found if sent.total)
+    return tuple(
+        Sent(*kind, *(sum(getattr(sent, part) for sent in found if (sent.collective, sent.purpose) == kind) for part in _PARTS))
+        for kind in kinds
+    )
 
 
 def _state(

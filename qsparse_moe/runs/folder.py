@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "model.sparsity.backend",
     # With these a run moves to another machine or layout, or is extended; none of them changes a sequence.
     "training.activation_checkpointing",
+    "training.check_memory",
     "training.checkpoint_async",
     "training.checkpoint_interval",
     "training.checkpoint_minutes",

@@ -37,6 +37,7 @@ from qsparse_moe.training.named_tensors import OpenWeights, open_checkpoint
 from qsparse_moe.training.prepare import PreparedRun, prepare_run
 from qsparse_moe.training.reporting import EvaluationResult, Reporter
 from qsparse_moe.training.run_lock import RunFolderLock
+from qsparse_moe.training.start_checks import check_memory, check_same_config
 from qsparse_moe.training.step import StepResult, train_step
 
 logger = logging.getLogger(__name__)
@@ -61,8 +62,8 @@ def train(
 
     Raises:
         ValueError: two listeners have the same ``state_name``.
-        ConfigError: a rule is broken, the run to resume was made with other settings, or the initial weights do not fit
-            the run.
+        ConfigError: a rule is broken, the ranks have different configs, the run does not fit into the memory of its
+            machine, the run to resume was made with other settings, or the initial weights do not fit the run.
         CheckpointError: the run folder is in use or was taken over, a checkpoint is damaged, or a file cannot be
             written.
         DataError: the data cannot be used, or differs from the checkpoint's. If a stream fails in the middle of a run,
@@ -76,9 +77,13 @@ def train(
     timeout = config.training.collective_timeout
     # Rank 0 holds the lock until its engine is closed: no other run may start while this one can still write.
     with open_distributed(config.training.device, timeout=timeout) as distributed, _lock_of(config) as lock:
+        # First of all: where the ranks differ, any other check might raise on some of them only.
+        check_same_config(config, distributed)
         # Only here: the number of ranks is known once they have joined.
         check_world_size(config, distributed.world_size)
         config = distributed.on_every_rank(lambda: with_vocabulary(config))[distributed.rank]
+        # The size of the model is known with its vocabulary; a refused run writes nothing.
+        distributed.on_every_rank(lambda: check_memory(config, distributed))
         resumes = distributed.on_rank_zero(lambda: _acquire_folder(config, lock))
         # An existing run may continue with settings that earlier versions accepted.
         if not resumes:

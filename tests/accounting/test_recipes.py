@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
 import torch
 
+from qsparse_moe.accounting.devices import find_device
+from qsparse_moe.accounting.layout_plan import Machine, make_plan
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.load import load_config
@@ -56,19 +59,34 @@ def test_a_mixture_of_the_paper_has_the_active_parameters_of_its_dense_model(siz
     assert counted[1].stored > 4 * counted[0].stored
 
 
-MACHINES = {"one node": 8, "two nodes": 16, "eight nodes": 64}
+NODES = {"one node": 1, "two nodes": 2, "eight nodes": 8, "64 nodes": 64}
+CPU = "a CPU with 2 GB of memory"
+
+
+def machine_of(line):
+    """Return the machine that a header names: of GPUs with 80 GB the one whose nodes have less host memory."""
+    words = line.partition(": ")[2].rstrip(".")
+    if words == CPU:
+        return Machine(replace(find_device("cpu"), memory=2e9), 1)
+    (nodes,) = (nodes for name, nodes in NODES.items() if words == f"{name} of 8 GPUs with 80 GB each")
+    return Machine(find_device("a100-80gb"), 8 * nodes, nodes)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_batch_divides_over_the_machine_of_the_header_and_the_command_names_the_file(path):
+def test_a_recipe_fits_into_the_machine_of_its_header_and_the_command_names_the_file(path):
     lines = [line.strip("# ") for line in path.read_text().splitlines() if line.startswith("#")]
-    named = [line for line in lines if line.startswith("Machine")]
-    for line in named:
-        (ranks,) = (ranks for words, ranks in MACHINES.items() if f"{words} of 8 GPUs" in line)
-        check_world_size(load_config(path), ranks)
-        assert any(line.startswith("deepspeed") and line.endswith(f"configs/recipes/{path.name}") for line in lines)
-    # The older recipes name no machine.
-    assert named or not path.stem.startswith(("q-sparse", "bitnet", "continue", "fine-tune"))
+    (named,) = (line for line in lines if line.startswith("Machine"))
+    machine, config = machine_of(named), load_config(path)
+    check_world_size(config, machine.ranks)
+    plan = make_plan(config, machine)
+    assert plan.fits, plan.verdict
+    program = "deepspeed" if machine.ranks > 1 else "qsparse-moe train"
+    assert any(line.startswith(program) and line.endswith(f"configs/recipes/{path.name}") for line in lines)
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("base", 8), ("small", 1)])
+def test_the_sizes_fit_into_the_gpus_that_their_headers_name(name, ranks):
+    assert make_plan(load_config(RECIPES.parent / f"{name}.yaml"), Machine(find_device("a100-80gb"), ranks)).fits
 
 
 def percent_off(count: int, published: str) -> float:

@@ -127,9 +127,12 @@ def live_bytes() -> float:
     found: dict[int, int] = {}
     for thing in gc.get_objects():
         # Not isinstance, which asks proxies of packages for their class and imports what is behind them.
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == "cpu":
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+        if not issubclass(type(thing), torch.Tensor) or thing.device.type != "cpu":
+            continue
+        # Python knows a gradient only once something has asked for it.
+        for tensor in (thing, thing.grad if thing.is_leaf else None):
+            if tensor is not None:
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     return float(sum(found.values()))
 
 

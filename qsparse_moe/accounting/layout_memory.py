@@ -123,7 +123,7 @@ def rank_memory(config: RunConfig, ranks: int) -> RankMemory:
     """Return the memory of the rank that needs most of ``ranks`` ranks."""
     counts = layout_counts(config, ranks)
     state = _state(config, counts)
-    moments = _moments(config, counts, state)
+    moments = _moments(config, ranks, counts, state)
     name = max(moments, key=lambda moment: sum(moments[moment].values()))
     extra = moments[name]
     return RankMemory(
@@ -204,13 +204,15 @@ def _build(counts: LayoutCounts, state: _State) -> float:
     return state.device + drawn
 
 
-def _moments(config: RunConfig, counts: LayoutCounts, state: _State) -> dict[str, dict[str, float]]:
+def _moments(
+    config: RunConfig, ranks: int, counts: LayoutCounts, state: _State
+) -> dict[str, dict[str, float]]:
     """Return what each moment of a step needs beyond the state, by part."""
     activations = activation_memory(config)
     logits = logits_memory(config)
     # The log-probabilities are counted with the logits here.
     saved = activations.saved - activations.log_probabilities
-    gathered = counts.width * zero3_gathers(config).most_live if counts.stage == 3 else 0.0
+    gathered = counts.width * zero3_gathers(config, ranks).most_live if counts.stage == 3 else 0.0
     exchange = _exchange(config)
     earlier, whole = _gradient_sums(config, counts)
     work, reduction = layer_work(config), _reduction(config, counts)

@@ -96,7 +96,7 @@ def _state(
         for group, size in parts:
             yield group.ring("all_gather_into_tensor", "updated weights", counts.width * size)
     elif counts.stage == 3:
-        gathers = zero3_gathers(config)
+        gathers = zero3_gathers(config, everyone.size)
         for group, size in ((everyone, gathers.dense), (same_experts, gathers.experts)):
             yield group.ring("all_gather_into_tensor", "gathered weights", counts.width * size * micro_batches)
         # What stays gathered is gathered once more after the update.

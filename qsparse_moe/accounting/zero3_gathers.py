@@ -29,31 +29,36 @@ class Gathers:
     experts: float
     """The same for experts, over their expert data-parallel group."""
     most_live: float
-    """Largest number of elements that are gathered at the same time."""
+    """Largest number of elements that are gathered at the same time, without those that are not copied because no other
+    rank has a part of them."""
     persistent: float
     """Elements that stay gathered."""
 
 
-def zero3_gathers(config: RunConfig) -> Gathers:
-    """Return what a rank gathers per micro-batch."""
+def zero3_gathers(config: RunConfig, ranks: int) -> Gathers:
+    """Return what one of ``ranks`` ranks gathers per micro-batch."""
     training = config.training
     chosen = training.deepspeed
     # With weights in files nothing is gathered ahead of its use.
     ahead = 0 if chosen.offload_parameters == "nvme" else 1
     recomputes = training.activation_checkpointing in ("full", "selective")
-    return _simulate(
-        config.model, training.expert_parallel_size, ahead * chosen.reduce_bucket_size, ahead * MAX_LIVE, recomputes
-    )
+    parallel = training.expert_parallel_size
+    # Of a group of one rank a module uses the rank's own tensor.
+    copies = (ranks > 1, ranks > parallel)
+    return _simulate(config.model, parallel, copies, ahead * chosen.reduce_bucket_size, ahead * MAX_LIVE, recomputes)
 
 
 @functools.lru_cache(maxsize=256)
-def _simulate(model: ModelConfig, parallel: int, prefetch: int, max_live: int, recomputes: bool) -> Gathers:
+def _simulate(
+    model: ModelConfig, parallel: int, copies: tuple[bool, bool], prefetch: int, max_live: int, recomputes: bool
+) -> Gathers:
     modules = model_modules(model)
     sizes = [sum(module.sizes) // (parallel if module.is_experts else 1) for module in modules]
+    copied = [size * copies[module.is_experts] for size, module in zip(sizes, modules, strict=True)]
     persists = [size < PERSISTENT for size in sizes]
     order = _trace(modules, recomputes)
     live: set[int] = set()
-    num_live = most = 0
+    num_live = num_copied = most = 0
     gathered = {False: 0, True: 0}
     fetched_for: dict[int, int] = {}
     position = 0
@@ -73,12 +78,14 @@ def _simulate(model: ModelConfig, parallel: int, prefetch: int, max_live: int, r
         for index in wanted:
             live.add(index)
             num_live += sizes[index]
+            num_copied += copied[index]
             gathered[modules[index].is_experts] += sizes[index]
-        most = max(most, num_live)
+        most = max(most, num_copied)
         if module in live and fetched_for.get(module, -1) <= step and not _reused(order, sizes, step, module, max_live):
             live.remove(module)
             num_live -= sizes[module]
-    persistent = sum(size for size, stays in zip(sizes, persists, strict=True) if stays)
+            num_copied -= copied[module]
+    persistent = sum(size for size, stays in zip(copied, persists, strict=True) if stays)
     return Gathers(gathered[False], gathered[True], most + persistent, persistent)
 
 

@@ -66,7 +66,7 @@ def sizes(config):
 def test_a_model_below_the_limit_is_gathered_once_per_micro_batch(monkeypatch):
     monkeypatch.setattr(gathers, "PERSISTENT", 0)
     gathers._simulate.cache_clear()
-    found = gathers.zero3_gathers(run(3))
+    found = gathers.zero3_gathers(run(3), 2)
     assert (found.dense + found.experts, found.most_live) == (COUNT, COUNT)
     assert found.experts == EXPERTS
 
@@ -76,7 +76,7 @@ def test_without_room_every_module_is_gathered_twice_and_alone(monkeypatch):
     monkeypatch.setattr(gathers, "MAX_LIVE", 1)
     gathers._simulate.cache_clear()
     config = run(3, deepspeed={"reduce_bucket_size": 1})
-    found = gathers.zero3_gathers(config)
+    found = gathers.zero3_gathers(config, 2)
     gathers._simulate.cache_clear()
     # The last module runs backward directly after its forward pass and stays.
     assert found.dense + found.experts == 2 * COUNT - sizes(config)[-1]
@@ -88,10 +88,17 @@ def test_a_recomputed_layer_is_gathered_a_third_time_where_nothing_stays(monkeyp
     monkeypatch.setattr(gathers, "MAX_LIVE", 1)
     gathers._simulate.cache_clear()
     config = run(3, activation_checkpointing="full", deepspeed={"reduce_bucket_size": 1})
-    found = gathers.zero3_gathers(config)
+    found = gathers.zero3_gathers(config, 2)
     gathers._simulate.cache_clear()
     in_layers = [sum(module.sizes) for module in model_modules(config.model) if module.layer >= 0]
     # In each of the two layers the last module is used twice in a row: recomputed, then differentiated.
     layers = [[sum(m.sizes) for m in model_modules(config.model) if m.layer == layer] for layer in (0, 1)]
     expected = 2 * COUNT - sizes(config)[-1] + sum(in_layers) - sum(layer[-1] for layer in layers)
     assert found.dense + found.experts == expected
+
+
+def test_what_no_other_rank_has_a_part_of_is_not_copied():
+    assert gathers.zero3_gathers(run(3), 1).most_live == 0
+    shared = run(3, expert_parallel_size=2)
+    alone, others = (gathers.zero3_gathers(shared, ranks).most_live for ranks in (2, 4))
+    assert others - alone == EXPERTS / 2

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 from qsparse_moe.config.yaml_text import parse_yaml
 from qsparse_moe.errors import ConfigError
@@ -112,7 +113,7 @@ def _described(text: str, given: Mapping[str, object]) -> Device:
     if unknown or missing:
         wrong = f"has no key {unknown[0]}" if unknown else f"lacks {', '.join(missing)}"
         raise ConfigError(f"--gpu ({text}): the description of a device {wrong}; {_way_out()}")
-    numbers = {key: _positive(text, key, value) for key, value in given.items() if key != "name"}
+    numbers: dict[str, Any] = {key: _positive(text, key, value) for key, value in given.items() if key != "name"}
     # What is left out is that of a device of the same class, except that fp32 is what most devices have of bf16.
     like = replace(KNOWN["a100-80gb"], fp32=numbers["bf16"] / 16, source="described by the user")
     return replace(like, name=str(given.get("name", "described")), **numbers)

@@ -204,9 +204,7 @@ def _build(counts: LayoutCounts, state: _State) -> float:
     return state.device + drawn
 
 
-def _moments(
-    config: RunConfig, ranks: int, counts: LayoutCounts, state: _State
-) -> dict[str, dict[str, float]]:
+def _moments(config: RunConfig, ranks: int, counts: LayoutCounts, state: _State) -> dict[str, dict[str, float]]:
     """Return what each moment of a step needs beyond the state, by part."""
     activations = activation_memory(config)
     logits = logits_memory(config)
@@ -218,7 +216,12 @@ def _moments(
     work, reduction = layer_work(config), _reduction(config, counts)
     held = {"gathered": gathered, "exchange": exchange}
     nothing = {"gradients": 0.0, "buckets": 0.0, "gathered": 0.0, "activations": 0.0, "logits": 0.0, "exchange": 0.0}
-    loss = held | {"gradients": earlier, "buckets": _bucket(config, counts), "activations": saved, "logits": logits.peak}
+    loss = held | {
+        "gradients": earlier,
+        "buckets": _bucket(config, counts),
+        "activations": saved,
+        "logits": logits.peak,
+    }
     backward = held | {
         "gradients": earlier + counts.width * counts.largest,
         "buckets": reduction,

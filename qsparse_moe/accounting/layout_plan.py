@@ -126,9 +126,7 @@ class Plan:
             "checkpoint_seconds": checkpoint_seconds(size, self.machine.nodes, self.machine.disk),
             "step_seconds": vars(time) | {"total": time.total},
             "limit": time.limit,
-            "tokens_per_second": self.config.training.global_batch_size
-            * self.config.data.sequence_length
-            / time.total,
+            "tokens_per_second": self.config.training.global_batch_size * self.config.data.sequence_length / time.total,
         }
 
 
@@ -143,7 +141,9 @@ def find_layouts(config: RunConfig, machine: Machine) -> list[Plan]:
     Raises:
         ConfigError: no layout is possible, because the ranks do not divide the global batch.
     """
-    check_world_size(_changed(config, {"training.micro_batch_size": 1, "training.expert_parallel_size": 1}), machine.ranks)
+    check_world_size(
+        _changed(config, {"training.micro_batch_size": 1, "training.expert_parallel_size": 1}), machine.ranks
+    )
     plans = [make_plan(layout, machine, changed_settings(config, layout)) for layout in layouts(config, machine)]
     fitting = [(plan.time.total, len(plan.overrides), plan) for plan in plans if plan.fits]
     return [plan for *_, plan in sorted(fitting, key=lambda item: item[:2])] + sorted(

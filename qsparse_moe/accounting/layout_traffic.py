@@ -78,7 +78,10 @@ def sent_bytes(config: RunConfig, ranks: int, nodes: int = 1) -> tuple[Sent, ...
     ]
     kinds = dict.fromkeys((sent.collective, sent.purpose) for sent in found if sent.total)
     return tuple(
-        Sent(*kind, *(sum(getattr(sent, part) for sent in found if (sent.collective, sent.purpose) == kind) for part in _PARTS))
+        Sent(
+            *kind,
+            *(sum(getattr(sent, part) for sent in found if (sent.collective, sent.purpose) == kind) for part in _PARTS),
+        )
         for kind in kinds
     )
 

@@ -1,7 +1,7 @@
 """Count the memory of training and generation per rank: weights, gradients, optimizer, key-value cache.
 
-It counts the state of this package's engines (``training/engines/``): in bf16 and fp16 the weights twice, in their
-own precision and as fp32 masters; gradients added in fp32; Adam's two moments in fp32.
+It counts the state of this package's engines (``training/engines/``): in bf16 and fp16, and in fp32 under ZeRO-1 to 3,
+the weights twice, in their own precision and as fp32 masters; gradients added in fp32; Adam's two moments in fp32.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StateMemory:
     gradients: float
     """Summed over micro-batches, fp32."""
     optimizer: float
-    """fp32 masters, where the weights are not fp32 themselves, and Adam's moments."""
+    """fp32 masters, unless the weights are their own, and Adam's moments."""
 
     @property
     def total(self) -> float:
@@ -51,8 +51,10 @@ def state_memory(config: RunConfig, world_size: int, zero_stage: int | None = No
     experts = parts.pop("experts", 0)
     others = sum(parts.values())
     half = training.precision != "fp32"
-    # In half precision the optimizer holds three fp32 values per weight (master and two moments), in fp32 two.
-    weight, optimizer = (_HALF, 3 * _FP32) if half else (_FP32, 2 * _FP32)
+    # The optimizer holds three fp32 values per weight, a master and two moments. In fp32 the weights are their own
+    # masters only where nothing is sharded: DeepSpeed's ZeRO copies its share of them in any precision.
+    weight = _HALF if half else _FP32
+    optimizer = (3 if half or stage else 2) * _FP32
 
     def held(bytes_each: int, first_sharded: int) -> float:
         shards = world_size if stage >= first_sharded else 1

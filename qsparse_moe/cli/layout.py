@@ -57,9 +57,7 @@ def layout(
     Memory and bytes follow from the engines; times from a simple model of the device, and nothing is measured.
     """
     config = with_vocabulary_size(load_config(path, overrides or ()))
-    machine = describe_machine(
-        gpus=gpus, gpu=gpu, nodes=nodes, bandwidth=bandwidth, host_memory=host_memory, disk=disk
-    )
+    machine = describe_machine(gpus=gpus, gpu=gpu, nodes=nodes, bandwidth=bandwidth, host_memory=host_memory, disk=disk)
     plans = find_layouts(config, machine)
     asked = make_plan(config, machine) if accepts_layout(config, machine.ranks) else None
     if json:
@@ -94,9 +92,7 @@ def describe_machine(
     return Machine(device, gpus, nodes, host_memory, disk)
 
 
-def _report(
-    config: RunConfig, machine: Machine, asked: Plan | None, plans: list[Plan], best: int
-) -> dict[str, Any]:
+def _report(config: RunConfig, machine: Machine, asked: Plan | None, plans: list[Plan], best: int) -> dict[str, Any]:
     device = machine.device
     return {
         "name": config.training.name,

@@ -265,7 +265,7 @@ class TrainingConfig(Section):
     """Seconds without a heartbeat of some rank, or without the end of a collective operation, after which the run ends.
     It must be longer than anything that one rank does while the others wait. A killed rank is noticed sooner."""
     check_memory: bool = True
-    """Refuse a run that needs more than the memory of its devices or its host, as `qsparse-moe layout` counts it. false:
+    """Refuse a run that needs more memory than its devices or its host have, as `qsparse-moe layout` counts it. false:
     start all the same."""
     resume: bool = False
     """Continue the run of this name if its folder exists."""

@@ -40,7 +40,10 @@ def test_a_device_is_described_by_numbers_or_by_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ("h300", ["--gpu (h300) is not a known device", "h100-80gb", "cpu", "Describe another", DESCRIBED, "YAML file"]),
+        (
+            "h300",
+            ["--gpu (h300) is not a known device", "h100-80gb", "cpu", "Describe another", DESCRIBED, "YAML file"],
+        ),
         ("memory=80e9", ["--gpu (memory=80e9)", "lacks bf16, bandwidth, link", DESCRIBED]),
         (f"{DESCRIBED},cores=3", ["--gpu (memory", "has no key cores", "network"]),
         (DESCRIBED.replace("80e9", "much"), ["--gpu (memory=much", "memory (much) must be a positive number"]),

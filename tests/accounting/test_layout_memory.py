@@ -1,4 +1,4 @@
-"""Memory of a rank by part, against counts by hand. Runs are compared in ``tests/distributed/test_layout_accuracy.py``."""
+"""Memory of a rank by part, against counts by hand; ``tests/distributed/test_layout_accuracy.py`` compares runs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ COUNT = count_parameters(run().model).stored
 )
 def test_the_state_of_every_stage(config, ranks, weights, gradients, optimizer):
     # A long sequence, so that the loss needs most.
-    found = rank_memory(config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 512})}), ranks)
+    found = rank_memory(
+        config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 512})}), ranks
+    )
     assert found.moment == "loss"
     assert (found.weights, found.gradients, found.optimizer) == pytest.approx(
         (weights * COUNT, gradients * COUNT, optimizer * COUNT)

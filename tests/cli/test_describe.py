@@ -94,7 +94,8 @@ def test_bytes_grow_with_the_batch_and_the_chart_shows_it(capsys):
     assert kept == sorted(kept)
     assert content["bytes_read"][-1]["kept"] == pytest.approx(content["bytes_read"][-1]["stored"], rel=0.01)
     by_stage = content["memory"]["training_state_by_zero_stage"]
-    assert by_stage["3"]["total"] == by_stage["0"]["total"] / 4
+    # Sharded over 4 ranks, with masters beside fp32 weights.
+    assert by_stage["3"]["total"] == by_stage["0"]["total"] / 4 * 20 / 16
     assert run(["describe", TINY, *SHAPE]) == 0
     bars = [line for line in capsys.readouterr().out.splitlines() if "█" in line and "with Q-Sparse" not in line]
     filled = [line.count("█") for line in bars]

@@ -66,7 +66,9 @@ def test_a_message_names_the_settings_that_differ_and_the_ranks(tmp_path):
 def test_only_the_first_of_many_differences_are_named(tmp_path):
     ours = tiny_config(tmp_path, "run")
     theirs = tiny_config(tmp_path, "run", beta1=0.5, beta2=0.5, epsilon=1e-3, seed=4)
-    with pytest.raises(ConfigError, match=r"beta1 is .*beta2 is .*epsilon is .* \(4 settings differ\); all ranks") as caught:
+    with pytest.raises(
+        ConfigError, match=r"beta1 is .*beta2 is .*epsilon is .* \(4 settings differ\); all ranks"
+    ) as caught:
         check_same_config(ours, ranks(theirs))
     assert "training.seed" not in str(caught.value)
 
@@ -98,7 +100,9 @@ def test_the_nearest_layout_that_fits_is_named_and_passes(tmp_path, monkeypatch)
     config = tiny_config(tmp_path, "run", model=model, micro_batch_size=8)
     config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 2048})})
     monkeypatch.setattr(start_checks, "host_memory", lambda: 1.6e9)
-    with pytest.raises(ConfigError, match=r"the nearest layout that fits is training.micro_batch_size=(\d)\. ") as caught:
+    with pytest.raises(
+        ConfigError, match=r"the nearest layout that fits is training.micro_batch_size=(\d)\. "
+    ) as caught:
         check_memory(config, ALONE)
     micro = int(str(caught.value).split("training.micro_batch_size=")[1][0])
     smaller = config.training.model_copy(update={"micro_batch_size": micro})

@@ -16,6 +16,7 @@ import gc
 import itertools
 import json
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ Counts = dict[str, float]
 _sent: dict[str, Counts] = {}
 _live: dict[str, float] = {}
 _phase: list[str] = []
+_earlier: dict[int, weakref.ref[torch.Tensor]] = {}
 
 
 def num_bytes(tensors: Any) -> int:
@@ -112,7 +114,7 @@ def _in_phase(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
         # Cycles of references keep tensors until Python looks for them, at a time that differs in every run.
         gc.collect()
         name = f"{phase} {kwargs['step']}" if phase == "step" else phase
-        _live[name] = live_bytes()
+        _live[name] = live_bytes(_earlier)
         _phase.append(name)
         with record_function(f"phase {name}"):
             result = function(*args, **kwargs)
@@ -122,17 +124,23 @@ def _in_phase(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def live_bytes() -> float:
-    """Return the bytes of all storages that Python's tensors have."""
-    found: dict[int, int] = {}
-    for thing in gc.get_objects():
-        # Not isinstance, which asks proxies of packages for their class and imports what is behind them.
-        if not issubclass(type(thing), torch.Tensor) or thing.device.type != "cpu":
-            continue
-        # Python knows a gradient only once something has asked for it.
-        for tensor in (thing, thing.grad if thing.is_leaf else None):
-            if tensor is not None:
-                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+def live_tensors() -> list[torch.Tensor]:
+    """Return the tensors in host memory that Python has an object for, and the gradients of the leaves among them."""
+    # Not isinstance, which asks proxies of packages for their class and imports what is behind them.
+    known = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    # A gradient has no object until something asks for it.
+    gradients = [tensor.grad for tensor in known if tensor.is_leaf and tensor.grad is not None]
+    return [tensor for tensor in (*known, *gradients) if tensor.device.type == "cpu"]
+
+
+def live_bytes(without: dict[int, weakref.ref[torch.Tensor]] | None = None) -> float:
+    """Return the bytes of the storages of all live tensors ``without`` these."""
+    left_out = without or {}
+    found = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for tensor in live_tensors()
+        if id(tensor) not in left_out or left_out[id(tensor)]() is not tensor
+    }
     return float(sum(found.values()))
 
 
@@ -156,11 +164,12 @@ def measure(config: RunConfig) -> dict[str, Any]:
     _sent.clear()
     _live.clear()
     gc.collect()
-    # DeepSpeed keeps some tensors of an ended engine in its module's globals.
-    earlier = live_bytes()
+    # DeepSpeed keeps the tensors of an ended engine until another one takes its place.
+    _earlier.clear()
+    _earlier.update({id(tensor): weakref.ref(tensor) for tensor in live_tensors()})
     with marked_phases(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         train(config)
-    return {"peaks": {phase: peak - earlier for phase, peak in peaks(recorded).items()}, "sent": dict(_sent)}
+    return {"peaks": peaks(recorded), "sent": dict(_sent)}
 
 
 def main(plan: Path) -> None:

@@ -64,7 +64,7 @@ class RankMemory:
     host_state: float
     """In host memory: what offload keeps there, and its buffers."""
     host_snapshot: float
-    """In host memory while a checkpoint is written: the copy of the rank's share of weights and moments."""
+    """In host memory: the buffer from which checkpoints are written, a copy of the rank's share of weights and moments."""
     nvme: float
     """In files on a local disk."""
     moment: str
@@ -140,7 +140,7 @@ def rank_memory(config: RunConfig, ranks: int) -> RankMemory:
         save=state.device,
         host_state=state.host,
         # In fp32 whatever the precision: a checkpoint has the masters and both moments of every element once.
-        host_snapshot=(FP32 + _MOMENTS) * counts.share,
+        host_snapshot=(FP32 + _MOMENTS) * counts.share if config.training.checkpoint_async else 0.0,
         nvme=state.nvme,
         moment=name,
     )

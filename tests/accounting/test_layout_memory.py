@@ -74,6 +74,7 @@ def test_what_is_offloaded_is_counted_in_the_host():
 def test_a_snapshot_is_the_share_of_a_checkpoint():
     assert checkpoint_bytes(run()) == 12 * COUNT
     assert rank_memory(run(2), 4).host_snapshot == pytest.approx(12 * COUNT / 4)
+    assert rank_memory(run(2, checkpoint_async=False), 4).host_snapshot == 0
 
 
 def test_expert_parallel_ranks_hold_fewer_experts_and_exchange_rows():

@@ -55,7 +55,7 @@ def accuracy(folder: Path, name: str, found: list[dict[str, Any]]) -> Accuracy:
     return Accuracy(
         name,
         ranks,
-        memory.step + memory.host_state,
+        memory.step + memory.host,
         max(rank["peaks"][step] for rank in found for step in steps),
         sum(one.total for one in sent_bytes(config, ranks)),
         sum(sent) / ranks,

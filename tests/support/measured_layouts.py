@@ -30,8 +30,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from qsparse_moe.config.schema import RunConfig
 
-PHASES = {"prepare_run": "build", "train_step": "step", "save_checkpoint": "save"}
-"""Functions that ``training/loop.py`` calls, and the phase of a run that each of them is."""
+PHASES = {"prepare_run": "build", "train_step": "step"}
+"""Functions that ``training/loop.py`` calls, and the phase of a run that each of them is; ``save`` is a method."""
 
 Counts = dict[str, float]
 _sent: dict[str, Counts] = {}
@@ -105,6 +105,8 @@ def marked_phases() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for name, phase in PHASES.items():
             stack.enter_context(mock.patch.object(loop, name, _in_phase(phase, getattr(loop, name))))
+        writer = loop.CheckpointWriter
+        stack.enter_context(mock.patch.object(writer, "save", _in_phase("save", writer.save)))
         yield
 
 

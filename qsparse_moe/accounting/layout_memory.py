@@ -64,7 +64,7 @@ class RankMemory:
     host_state: float
     """In host memory: what offload keeps there, and its buffers."""
     host_snapshot: float
-    """In host memory: the buffer from which checkpoints are written, a copy of the rank's share of weights and moments."""
+    """In host memory: the buffer from which checkpoints are written, for the rank's share of weights and moments."""
     nvme: float
     """In files on a local disk."""
     moment: str

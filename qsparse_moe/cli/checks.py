@@ -102,13 +102,18 @@ def _backends() -> Iterator[Finding]:
     """Check each implementation of experts and selection on each kind of device present, for the default model."""
     import torch
 
+    from qsparse_moe.config.shapes import head_size
     from qsparse_moe.kernels.topk_select.op import TOPK_SELECTS
+    from qsparse_moe.model.document_attention import DOCUMENT_BACKENDS
     from qsparse_moe.moe.backends.registry import BACKENDS
 
     for device in _devices(torch.cuda.is_available()):
         for backend in BACKENDS:
             reason = backend.why_not(ModelConfig(), device)
             yield _on_device(f"model.moe.backend={backend.name}", device, reason)
+        for attention in DOCUMENT_BACKENDS:
+            reason = attention.why_not(device, None, head_size(ModelConfig()))
+            yield _on_device(f"model.attention_backend={attention.name}", device, reason)
         for selection in TOPK_SELECTS:
             yield _on_device(f"model.sparsity.backend={selection.name}", device, selection.why_not(device))
 

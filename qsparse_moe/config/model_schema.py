@@ -294,6 +294,10 @@ class ModelConfig(Section):
     attention_bias: Literal["none", "qkv", "all"] = "none"
     """Learned biases in attention. qkv: of the query, key, and value projections (Qwen2); all: of the output projection
     too."""
+    attention_backend: Literal["auto", "varlen", "blocks"] = "auto"
+    """Implementation of attention that does not cross documents. varlen: PyTorch's flash attention for sequences of
+    different lengths, CUDA only, in bf16 or fp16; blocks: one call per document or per few short ones, on every device;
+    auto: the fastest that is available."""
     latent_attention: LatentAttentionConfig = LatentAttentionConfig()
     """Multi-head latent attention."""
     tie_embeddings: bool = False

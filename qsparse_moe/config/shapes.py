@@ -69,6 +69,13 @@ def latent_sizes(config: ModelConfig) -> LatentSizes | None:
     )
 
 
+def attended_size(config: ModelConfig) -> int:
+    """Return the number of channels per head of the queries, keys, and values that attention multiplies."""
+    latent = latent_sizes(config)
+    # Both are padded to the larger one.
+    return head_size(config) if latent is None else max(latent.query_head_size, latent.value_head_size)
+
+
 def rotary_size(config: ModelConfig) -> int:
     """Return the number of rotated channels per head."""
     latent = latent_sizes(config)

@@ -79,7 +79,7 @@ def _forward(model: Transformer, tokens_BS: Tensor, lengths_B: Tensor, cache: Ke
     hidden_BSD = model.embedding(tokens_BS.to(device))
     rotation = rotation_at(step.positions_BS, model.config, hidden_BSD.dtype)
     for block, layer_cache in zip(model.blocks(), step.layers(), strict=True):
-        hidden_BSD = block(hidden_BSD, rotation, None, False, cache=layer_cache).hidden_BSD
+        hidden_BSD = block(hidden_BSD, rotation, False, cache=layer_cache).hidden_BSD
     # Only after the last layer: every layer computes its slots from the same number of earlier tokens.
     cache.advance(lengths_B)
     # The head reads the last tokens alone: logits of a whole prompt would take V values per token.

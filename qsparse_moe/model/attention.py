@@ -110,7 +110,6 @@ class Attention(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: Rotation,
-        mask_B1SS: Tensor | None,
         *,
         with_stats: bool,
         cache: AttentionCache | None = None,
@@ -118,8 +117,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Stats, Stats]:
         """Return the attention output ``(B, S, D)`` and the statistics of the input site and of the output site.
 
-        ``mask_B1SS`` is true where a query (third dim) attends to a key (last dim); None is the plain causal mask. With
-        a ``cache`` the mask is the one that the cache returns. ``attend`` replaces mask, cache, and product.
+        The mask is the plain causal one, or with a ``cache`` the one that the cache returns. ``attend`` replaces mask,
+        cache, and product.
         """
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
@@ -130,40 +129,26 @@ class Attention(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, rotation), rotate(key, rotation)
-        mixed_BSD = self._attend(query, key, value, mask_B1SS, cache) if attend is None else attend(query, key, value)
+        mixed_BSD = self._attend(query, key, value, cache) if attend is None else attend(query, key, value)
         mixed_BSD, output_stats = self.output_site(mixed_BSD, with_stats=with_stats)
         return self.output(mixed_BSD), input_stats, output_stats
 
-    def _attend(
-        self,
-        query_BHSC: Tensor,
-        key_BHSC: Tensor,
-        value_BHSC: Tensor,
-        mask_B1SS: Tensor | None,
-        cache: AttentionCache | None,
-    ) -> Tensor:
+    def _attend(self, query_BHSC: Tensor, key_BHSC: Tensor, value_BHSC: Tensor, cache: AttentionCache | None) -> Tensor:
         """Return ``(B, S, H * C)``."""
+        mask = None
         if cache is not None:
-            assert not self.training and mask_B1SS is None, "a cache requires evaluation mode and has its own mask"
+            assert not self.training, "a cache requires evaluation mode"
             # After the rotation: a cached key keeps its angle, so later steps need not rotate it again.
-            key_BHSC, value_BHSC, mask_B1SS = cache.update(key_BHSC, value_BHSC)
+            key_BHSC, value_BHSC, mask = cache.update(key_BHSC, value_BHSC)
         # PyTorch's own kernels. Written out with batched products, attention was faster in bf16 at length 256 on a CPU,
         # as fast at 1024, and slower in fp32 (lab log of 23 November 2026).
         mixed = F.scaled_dot_product_attention(
             query_BHSC,
             key_BHSC,
             value_BHSC,
-            attn_mask=mask_B1SS,
+            attn_mask=mask,
             # SDPA accepts one of the two. Without a mask tensor it can choose its fused causal kernels.
-            is_causal=mask_B1SS is None,
+            is_causal=mask is None,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
         return rearrange(mixed, "b h s c -> b s (h c)")
-
-
-def document_mask(documents_BS: Tensor) -> Tensor:
-    """Return ``(B, 1, S, S)`` bool: true for the keys of a query's own document that do not come after it."""
-    length = documents_BS.shape[1]
-    causal_SS = torch.ones(length, length, dtype=torch.bool, device=documents_BS.device).tril()
-    same_BSS = documents_BS[:, :, None] == documents_BS[:, None, :]
-    return (same_BSS & causal_SS)[:, None]

@@ -51,7 +51,6 @@ class Block(nn.Module):
         self,
         hidden_BSD: Tensor,
         rotation: Rotation,
-        mask_B1SS: Tensor | None,
         with_stats: bool,
         recompute: Recompute = "none",
         cache: AttentionCache | None = None,
@@ -64,7 +63,7 @@ class Block(nn.Module):
         of queries with keys and values, with its mask and its cache.
         """
         mixed_BSD, *attention_stats = run_part(
-            recompute, "attention", self._attend, hidden_BSD, rotation, mask_B1SS, with_stats, cache, attend
+            recompute, "attention", self._attend, hidden_BSD, rotation, with_stats, cache, attend
         )
         hidden_BSD = hidden_BSD + mixed_BSD
         y_BSD, balance, z_loss, stats = run_part(recompute, "feed_forward", self._feed_forward, hidden_BSD, with_stats)
@@ -75,14 +74,13 @@ class Block(nn.Module):
         self,
         hidden_BSD: Tensor,
         rotation: Rotation,
-        mask_B1SS: Tensor | None,
         with_stats: bool,
         cache: AttentionCache | None,
         attend: Attend | None,
     ) -> tuple[Tensor, Stats, Stats]:
         # Each half begins with its norm, so that a recomputed half stores nothing but the residual stream.
         normed_BSD = self.attention_norm(hidden_BSD)
-        return self.attention(normed_BSD, rotation, mask_B1SS, with_stats=with_stats, cache=cache, attend=attend)
+        return self.attention(normed_BSD, rotation, with_stats=with_stats, cache=cache, attend=attend)
 
     def _feed_forward(
         self, hidden_BSD: Tensor, with_stats: bool

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import LatentSizes, latent_sizes, mixed_size
+from qsparse_moe.config.shapes import LatentSizes, attended_size, latent_sizes, mixed_size
 from qsparse_moe.model.attention import Attend, AttentionCache, Projection
 from qsparse_moe.model.rope import Rotation, rotate
 from qsparse_moe.nn.runtime import SiteRuntime
@@ -39,6 +39,7 @@ class LatentAttention(nn.Module):
         assert sizes is not None, "this model has ordinary attention"
         self.sizes: LatentSizes = sizes
         self.num_heads = config.num_heads
+        self.attended_size = attended_size(config)
         # Not the scale of SDPA, which would follow from the channels of its keys: latent or padded ones.
         self.scale = sizes.query_head_size**-0.5 * config.rope_scaling.score_factor
         queries = self.num_heads * sizes.query_head_size
@@ -60,7 +61,6 @@ class LatentAttention(nn.Module):
         self,
         x_BSD: Tensor,
         rotation: Rotation,
-        mask_B1SS: Tensor | None,
         *,
         with_stats: bool,
         cache: AttentionCache | None = None,
@@ -77,7 +77,7 @@ class LatentAttention(nn.Module):
         rotated_B1SR = rotate(key_BSR[:, None], rotation)
         stored_B1SX = torch.cat((self.latent_norm(latent_BSL)[:, None], rotated_B1SR), dim=-1)
         if attend is None:
-            mixed_BHSV = self._attend_to_stored(query_BHSX, stored_B1SX, mask_B1SS, cache)
+            mixed_BHSV = self._attend_to_stored(query_BHSX, stored_B1SX, cache)
             mixed_BSX = rearrange(mixed_BHSV, "b h s v -> b s (h v)")
         else:
             mixed_BSX = attend(*self._heads(query_BHSX, stored_B1SX))
@@ -90,17 +90,17 @@ class LatentAttention(nn.Module):
         self,
         query_BHSX: Tensor,
         stored_B1SX: Tensor,
-        mask_B1SS: Tensor | None,
         cache: AttentionCache | None,
     ) -> Tensor:
         """Return ``(B, H, S, V)``."""
+        mask = None
         if cache is not None:
-            assert not self.training and mask_B1SS is None, "a cache requires evaluation mode and has its own mask"
+            assert not self.training, "a cache requires evaluation mode"
             # Values without channels: the keys hold everything that keys and values are computed from.
-            stored_B1SX, _, mask_B1SS = cache.update(stored_B1SX, stored_B1SX[..., :0])
+            stored_B1SX, _, mask = cache.update(stored_B1SX, stored_B1SX[..., :0])
         is_one_step = cache is not None and query_BHSX.shape[2] == 1
         attend = self.attend_to_latents if is_one_step else self._attend_to_heads
-        return attend(query_BHSX, stored_B1SX, mask_B1SS)
+        return attend(query_BHSX, stored_B1SX, mask)
 
     def _queries(self, query_BSX: Tensor, rotation: Rotation) -> Tensor:
         """Return ``(B, H, S, N + R)``, the last R channels rotated."""
@@ -128,7 +128,7 @@ class LatentAttention(nn.Module):
         key_BHKX = torch.cat((plain_BHKN, rotated_B1KR.expand(-1, self.num_heads, -1, -1)), dim=-1)
         # The fused kernels take keys and values of one size only, and without them a sequence needs S x S scores per
         # head: at 192 and 128 channels and 1024 tokens that took 1.6 times as long on a CPU.
-        size = max(sizes.query_head_size, sizes.value_head_size)
+        size = self.attended_size
         return _padded(query_BHSX, size), _padded(key_BHKX, size), _padded(value_BHKV, size)
 
     def attend_to_latents(self, query_BH1X: Tensor, stored_B1KX: Tensor, mask_B11K: Tensor | None) -> Tensor:

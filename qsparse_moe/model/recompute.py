@@ -15,6 +15,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qsparse_moe.config.schema import RECOMPUTE, Recompute
+from qsparse_moe.model.document_attention import find_varlen_attn
 
 T = TypeVar("T")
 
@@ -63,4 +64,6 @@ def _stored() -> frozenset[Any]:
     # The product of kernels/onednn.py, which PyTorch builds without oneDNN lack.
     if hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         found.add(torch.ops.mkldnn._linear_pointwise.default)
+    if find_varlen_attn() is not None:
+        found.add(torch.ops.torch_attn._varlen_attn.default)
     return frozenset(found)

@@ -83,10 +83,9 @@ def sample_sites(
         for first_token, batch in batches:
             for recorder in recorders.values():
                 recorder.first_number = first_token
-            tensors = [None if part is None else part.to(model.embedding.weight.device) for part in batch]
-            tokens_BS, _, positions_BS, documents_BS, _ = tensors
-            assert tokens_BS is not None
-            model(tokens_BS, positions_BS=positions_BS, documents_BS=documents_BS, with_stats=False)
+            device = model.embedding.weight.device
+            tokens_BS, positions_BS = batch.tokens_BS.to(device), batch.positions_BS.to(device)
+            model(tokens_BS, positions_BS=positions_BS, documents_BS=batch.documents_BS, with_stats=False)
     return {place: recorder.samples for place, recorder in recorders.items()}
 
 

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig, Recompute
-from qsparse_moe.config.shapes import vocab_size
-from qsparse_moe.model.attention import Attend, document_mask
+from qsparse_moe.config.shapes import attended_size, vocab_size
+from qsparse_moe.model.attention import Attend
 from qsparse_moe.model.block import Block, BlockOutput
+from qsparse_moe.model.document_attention import DocumentAttention, resolve_document_backend
+from qsparse_moe.model.documents import last_of_documents
 from qsparse_moe.model.init import initialize
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.output_head import IGNORED_LABEL, OutputHead, mean_loss, summed_loss
@@ -70,6 +72,9 @@ class Transformer(nn.Module):
         """The parts of a layer that the backward recomputes, from the next forward on."""
         self._hidden_ids: Tensor | None = None
         self.runtime = resolve_runtime(config, device, expert_group=expert_group)
+        if config.attention_backend != "auto":
+            # The dtype of the queries, which auto needs, is not known before the first batch.
+            resolve_document_backend(config.attention_backend, torch.device(device), None, attended_size(config))
         self.embedding = nn.Embedding(vocab_size(config), config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
@@ -164,8 +169,8 @@ class Transformer(nn.Module):
             targets_BS: ``(B, S)``, instead of ``labels_BS``: the token that each position is trained to predict,
                 already shifted, as in a ``Batch``. -100 is ignored.
             positions_BS: ``(B, S)`` positions for the rotary embedding; None counts from 0.
-            documents_BS: ``(B, S)`` document ids. Attention does not cross documents; None is one document per
-                sequence.
+            documents_BS: ``(B, S)`` document ids; a document is a run of equal ids. Attention does not cross documents;
+                None is one document per sequence. Best in host memory, where reading them does not wait for a GPU.
             loss_weight: factor of the mean loss over the targets, without the routers' losses; None is 1.
             with_stats: if False, ``router/routed_LE`` is the only statistic.
             with_logits: if False, the logits of the output are an empty tensor. With targets their loss then needs less
@@ -184,9 +189,12 @@ class Transformer(nn.Module):
                 )
             targets_BS = shifted_labels(labels_BS, documents_BS)
         hidden_BSD = self.embed(tokens_BS)
-        mask_B1SS = None if documents_BS is None else document_mask(documents_BS)
         hidden_BSD, outputs = self.run_layers(
-            hidden_BSD, positions_BS, mask_B1SS, with_stats=with_stats, layer_hook=layer_hook
+            hidden_BSD,
+            positions_BS,
+            with_stats=with_stats,
+            layer_hook=layer_hook,
+            attends=None if documents_BS is None else self._attends_inside(documents_BS),
         )
         logits_BSV = self.logits(hidden_BSD) if with_logits else hidden_BSD.new_empty(0)
         stats = stack_layers([output.stats for output in outputs])
@@ -200,7 +208,6 @@ class Transformer(nn.Module):
         self,
         hidden_BSD: Tensor,
         positions_BS: Tensor | None,
-        mask_B1SS: Tensor | None,
         *,
         with_stats: bool,
         layer_hook: LayerHook | None = None,
@@ -211,7 +218,6 @@ class Transformer(nn.Module):
         Args:
             hidden_BSD: the embedded tokens.
             positions_BS: as in ``forward``.
-            mask_B1SS: as in ``Attention.forward``.
             with_stats: as in ``forward``.
             layer_hook: as in ``forward``.
             attends: the product of queries with keys and values of every layer, in place of the model's own.
@@ -223,13 +229,16 @@ class Transformer(nn.Module):
         outputs: list[BlockOutput] = []
         for layer, block in enumerate(self.layers):
             attend = None if attends is None else attends[layer]
-            outputs.append(
-                run_part(chosen, "full", block, hidden_BSD, rotation, mask_B1SS, with_stats, chosen, None, attend)
-            )
+            outputs.append(run_part(chosen, "full", block, hidden_BSD, rotation, with_stats, chosen, None, attend))
             hidden_BSD = outputs[-1].hidden_BSD
             if layer_hook is not None:
                 layer_hook(layer, hidden_BSD)
         return hidden_BSD, outputs
+
+    def _attends_inside(self, documents_BS: Tensor) -> list[Attend]:
+        """Return the attention of every layer inside of documents: one object, which prepares the batch once."""
+        scale = next(self.blocks()).attention.scale
+        return [DocumentAttention(documents_BS, scale, self.config.attention_backend)] * len(self.layers)
 
     def embed(self, tokens_BS: Tensor) -> Tensor:
         """Return ``(B, S, D)``; ValueError for an id that the model has no row for."""
@@ -289,8 +298,7 @@ def shifted_labels(labels_BS: Tensor, documents_BS: Tensor | None = None) -> Ten
     targets_BS = torch.full_like(labels_BS, IGNORED_LABEL)
     targets_BS[:, :-1] = labels_BS[:, 1:]
     if documents_BS is not None:
-        is_last_BS = documents_BS[:, :-1] != documents_BS[:, 1:]
-        targets_BS[:, :-1].masked_fill_(is_last_BS, IGNORED_LABEL)
+        targets_BS.masked_fill_(last_of_documents(documents_BS).to(targets_BS.device), IGNORED_LABEL)
     return targets_BS
 
 

@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "data.chat.template",
     "metrics",
     # Every backend computes the same function of the same weights.
+    "model.attention_backend",
     "model.moe.backend",
     "model.sparsity.backend",
     # With these a run moves to another machine or layout, or is extended; none of them changes a sequence.

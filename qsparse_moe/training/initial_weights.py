@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Every implementation computes the same function of the same weights.
-_IMPLEMENTATIONS = {"moe.backend", "sparsity.backend"}
+_IMPLEMENTATIONS = {"attention_backend", "moe.backend", "sparsity.backend"}
 _PLAN = "sparsity."
 
 Changes = dict[str, tuple[Any, Any]]

@@ -75,7 +75,7 @@ def test_queries_and_keys_get_their_bias_and_are_normed_before_their_rotation(qk
             parameter.copy_(drawn + 0.1 if "norm" in name else drawn - 1)
     x = torch.randn(1, 6, 32, generator=generator)
     rotation = rotation_at(torch.arange(6)[None], model.config, torch.float32)
-    got, _, _ = attention(x, rotation, None, with_stats=False)
+    got, _, _ = attention(x, rotation, with_stats=False)
     torch.testing.assert_close(got, by_hand(attention, x, norm), rtol=1e-4, atol=1e-5)
 
 
@@ -83,7 +83,7 @@ def test_one_head_is_all_heads():
     settings = {"num_heads": 1, "num_layers": 1}
     one, every = (make(qk_norm=name, **settings).layers[0].attention for name in ("per_head", "all_heads"))
     x, rotation = torch.randn(1, 6, 32), rotation_at(torch.arange(6)[None], ModelConfig(head_size=32), torch.float32)
-    assert one(x, rotation, None, with_stats=False)[0].equal(every(x, rotation, None, with_stats=False)[0])
+    assert one(x, rotation, with_stats=False)[0].equal(every(x, rotation, with_stats=False)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

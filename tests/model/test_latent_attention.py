@@ -9,7 +9,8 @@ import torch
 
 from qsparse_moe.config.rotary_schema import RopeScalingConfig
 from qsparse_moe.config.schema import LatentAttentionConfig, SparsityConfig
-from qsparse_moe.model.attention import document_mask
+from qsparse_moe.model.document_attention import DocumentAttention
+from qsparse_moe.model.documents import document_mask
 from qsparse_moe.model.rope import rotation_at
 from qsparse_moe.sparsity.topk import topk_sparsify
 from tests.model.small_model import RECOMPUTED, make, tokens
@@ -73,13 +74,14 @@ def test_the_output_is_that_of_the_paper_and_both_sites_select(shape, sparsity):
     documents_BS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0] * 8])
     mask = document_mask(documents_BS)
     rotation = rotation_at(torch.arange(8)[None], built.config, torch.float64)
-    found, *_ = part(x_BSD, rotation, mask, with_stats=False)
+    attend = DocumentAttention(documents_BS, part.scale, "auto")
+    found, *_ = part(x_BSD, rotation, with_stats=False, attend=attend)
     widths = 32, 3 * shape["value_head_size"]
     num_kept = [max(1, round((1 - sparsity) * width)) for width in widths]
     want = torch.stack([by_hand(part, x, shape, num_kept, mask[row, 0]) for row, x in enumerate(x_BSD)])
     # The angles are formed in fp32.
     torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
-    causal, *_ = part(x_BSD[1:], rotation, None, with_stats=False)
+    causal, *_ = part(x_BSD[1:], rotation, with_stats=False)
     torch.testing.assert_close(causal, want[1:], rtol=1e-5, atol=1e-5)
 
 
@@ -93,7 +95,7 @@ def test_the_score_factor_of_yarn_multiplies_the_scores():
     rotation = rotation_at(torch.arange(8)[None], plain.config, torch.float64)
     with torch.no_grad():
         plain.layers[0].attention.query_up.weight.mul_(1.7)
-    found, want = (built.layers[0].attention(x_BSD, rotation, None, with_stats=False)[0] for built in (scaled, plain))
+    found, want = (built.layers[0].attention(x_BSD, rotation, with_stats=False)[0] for built in (scaled, plain))
     torch.testing.assert_close(found, want)
 
 

@@ -147,6 +147,8 @@ def test_selective_recomputes_no_matrix_product():
     assert stored >= {"aten.mm.default", "aten.bmm.default", "aten.addmm.default", "aten._grouped_mm.default"}
     # Products of oneDNN, where PyTorch is built with it.
     assert ("mkldnn._linear_pointwise.default" in stored) == hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    # Attention inside documents on a GPU.
+    assert "torch_attn._varlen_attn.default" in stored
 
 
 def test_without_gradients_nothing_is_computed_twice():

@@ -216,7 +216,6 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_BSD, outputs = self.model.run_layers(
                 hidden_BSD,
                 position_ids,
-                None,
                 with_stats=False,
                 layer_hook=(lambda _, hidden: hidden_states.append(hidden)) if output_hidden_states else None,
                 attends=attends(self.attentions, call),

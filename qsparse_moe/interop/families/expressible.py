@@ -30,6 +30,7 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 # They have no effect on a trained model, or only choose among implementations of one function.
 _TRAINING_ONLY = frozenset(
     {
+        "attention_backend",
         "init_std",
         "moe.backend",
         "moe.bias_update_steps",

@@ -138,16 +138,18 @@ def run_model(
     with_logits: bool = True,
 ) -> ModelOutput:
     """Call ``module``, the model or the engine's wrapper around it, with a batch in host memory."""
-    # Tokens are copied while the previous micro-batch still computes, if the host memory is pinned.
-    tokens, targets, positions, documents, loss_weight = (
-        None if part is None else part.to(device, non_blocking=True) for part in batch
+    # Tokens are copied while the previous micro-batch still computes, if the host memory is pinned. The documents stay
+    # in host memory, where the model reads how long they are without waiting for the device.
+    tokens, targets, positions, loss_weight = (
+        None if part is None else part.to(device, non_blocking=True)
+        for part in (batch.tokens_BS, batch.targets_BS, batch.positions_BS, batch.loss_weight)
     )
     # Through __call__ and not forward: DeepSpeed's wrapper and its ZeRO-3 hooks act on module calls only.
     return module(
         tokens,
         targets_BS=targets,
         positions_BS=positions,
-        documents_BS=documents,
+        documents_BS=batch.documents_BS,
         loss_weight=loss_weight,
         with_stats=with_stats,
         with_logits=with_logits,

@@ -64,24 +64,38 @@ class Readers(NamedTuple):
 
 def row_sums(before_ND: Tensor, after_ND: Tensor) -> RowSums:
     """Return the sums of rows ``(N, D)`` before and after a selection."""
-    before, after = _wide(before_ND), _wide(after_ND)
-    return RowSums((after != 0).sum(-1).to(after.dtype), before.square().sum(-1), after.square().sum(-1))
+    before_ND, after_ND, wide = before_ND.detach(), after_ND.detach(), _wide(after_ND)
+    nonzero_N = (after_ND != 0).sum(-1).to(wide)
+    return RowSums(nonzero_N, _energy(before_ND, wide), _energy(after_ND, wide))
+
+
+def _energy(x_ND: Tensor, wide: torch.dtype) -> Tensor:
+    # On CUDA the norm converts what it reads and stores nothing of the size of the rows, unlike a sum of squares.
+    return torch.linalg.vector_norm(x_ND, dim=-1, dtype=wide).square_()
 
 
 def row_pattern(after_ND: Tensor, readers: Readers) -> RowPattern:
     """Return the pattern of nonzero features of rows ``(N, D)`` after a selection."""
-    after = _wide(after_ND)
-    nonzero_ND = after != 0
-    smallest_N = after.abs().masked_fill(~nonzero_ND, torch.inf).amin(-1)
+    # In the dtype of the rows where that is exact: a wider copy would take more memory than the rows.
+    after_ND, wide = after_ND.detach(), _wide(after_ND)
+    nonzero_ND = after_ND != 0
+    smallest_N = after_ND.abs().masked_fill_(~nonzero_ND, torch.inf).amin(-1).to(wide)
     common_N = torch.zeros_like(smallest_N)
     # A row and the next one are compared here; readers.continues_R decides later which of these pairs count.
-    common_N[:-1] = (nonzero_ND[:-1] & nonzero_ND[1:]).sum(-1).to(after.dtype)
+    common_N[:-1] = (nonzero_ND[:-1] & nonzero_ND[1:]).sum(-1).to(wide)
     read_RD = nonzero_ND if readers.row_R is None else nonzero_ND[readers.row_R]
-    counts_ED = torch.zeros(readers.num_experts, after.shape[-1], device=after.device)
-    expert_R = torch.zeros_like(read_RD[:, 0], dtype=torch.long) if readers.expert_R is None else readers.expert_R
-    # index_add_ does not support bool.
-    counts_ED.index_add_(0, expert_R, read_RD.float())
-    return RowPattern(smallest_N.masked_fill(smallest_N == torch.inf, 0.0), common_N, counts_ED > 0)
+    return RowPattern(
+        smallest_N.masked_fill_(smallest_N == torch.inf, 0.0), common_N, _used(read_RD, readers, after_ND)
+    )
+
+
+def _used(read_RD: Tensor, readers: Readers, like: Tensor) -> Tensor:
+    """Return ``(E, D)`` bool: whether the feature is nonzero in any reading of the expert."""
+    if readers.expert_R is None:
+        return read_RD.any(0, keepdim=True)
+    # index_add_ does not support bool. In bf16 the counts stop at 256, and none of them falls back to 0.
+    counts_ED = like.new_zeros(readers.num_experts, like.shape[-1])
+    return counts_ED.index_add_(0, readers.expert_R, read_RD.to(like.dtype)) > 0
 
 
 def site_stats(sums: RowSums, pattern: RowPattern, num_selected: int | Tensor, readers: Readers) -> Stats:
@@ -143,7 +157,6 @@ def stack_layers(per_layer: list[Stats]) -> Stats:
     return {name: torch.stack(values) for name, values in stacked.items()}
 
 
-def _wide(x: Tensor) -> Tensor:
-    # Detached, so that statistics do not prolong the life of the graph. At least fp32, because bf16 cannot count beyond
-    # 256.
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype of sums over ``x``: at least fp32, because bf16 cannot count beyond 256."""
+    return torch.promote_types(x.dtype, torch.float32)

@@ -97,7 +97,7 @@ def _why_not_varlen(device: torch.device, dtype: torch.dtype | None, channels: i
     return None
 
 
-def find_varlen_attn() -> Callable[..., Tensor] | None:
+def find_varlen_attn() -> Callable[..., Any] | None:
     """Return PyTorch's attention for sequences of different lengths; None if it lacks an argument that is needed."""
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -125,7 +125,7 @@ def _prepare_varlen(documents_BS: Tensor, query_BHSC: Tensor) -> Product:
         elif key.shape[1] != query.shape[1]:
             key, value = _for_every_query_head(query, key), _for_every_query_head(query, value)
         tokens = (rearrange(part, "b h s c -> (b s) h c") for part in (query, key, value))
-        mixed = varlen_attn(*tokens, offsets, offsets, longest, longest, **options)
+        mixed: Tensor = varlen_attn(*tokens, offsets, offsets, longest, longest, **options)
         return rearrange(mixed, "(b s) h c -> b s (h c)", b=len(query))
 
     return product
@@ -145,13 +145,15 @@ def _in_blocks(prepared: Sequence[Band], query: Tensor, key: Tensor, value: Tens
         # Without flash attention, the kernels of other devices that form no S x S scores know no grouped queries.
         key, value = _for_every_query_head(query, key), _for_every_query_head(query, value)
     num_sequences = [band.num_sequences for band in prepared]
-    parts = zip(*(_split(part, num_sequences, dim=0) for part in (query, key, value)), prepared, strict=True)
-    return _joined([_in_band(*part, scale) for part in parts], dim=0)
+    queries, keys, values = (_split(part, num_sequences, dim=0) for part in (query, key, value))
+    parts = zip(queries, keys, values, prepared, strict=True)
+    return _joined([_in_band(q, k, v, band, scale) for q, k, v, band in parts], dim=0)
 
 
 def _in_band(query: Tensor, key: Tensor, value: Tensor, band: Band, scale: float) -> Tensor:
-    blocks = zip(*(_split(part, band.lengths, dim=2) for part in (query, key, value)), band.masks, strict=True)
-    return _joined([_in_block(*block, scale) for block in blocks], dim=1).flatten(2)
+    queries, keys, values = (_split(part, band.lengths, dim=2) for part in (query, key, value))
+    blocks = zip(queries, keys, values, band.masks, strict=True)
+    return _joined([_in_block(q, k, v, mask, scale) for q, k, v, mask in blocks], dim=1).flatten(2)
 
 
 def _in_block(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import onednn
-from qsparse_moe.moe.backends import loop
+from qsparse_moe.moe.backends import grouped, loop, registry, stacked
 from qsparse_moe.moe.backends.registry import BACKENDS
+from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.permutation import TokenCounts
 from qsparse_moe.moe.runtime import resolve_runtime
 
@@ -63,6 +64,93 @@ def test_a_transposed_weight_gets_the_same_gradient_in_its_own_layout(name):
     torch.testing.assert_close(found[1][0], found[0][0])
     torch.testing.assert_close(found[1][1].mT, found[0][1])
     assert found[1][1].is_contiguous()
+
+
+@pytest.mark.parametrize("frozen", ["rows", "weights"])
+def test_what_is_frozen_gets_no_gradient_and_no_product(frozen):
+    calls = []
+
+    def gemm(a, b, out):
+        calls.append((tuple(a.shape), tuple(b.shape)))
+        torch.mm(a, b, out=out)
+
+    rows, weights = torch.randn(5, X), torch.randn(2, X, Y)
+    (rows if frozen == "weights" else weights).requires_grad_()
+    out = stacked.matmul(rows, weights, [2, 3], by=stacked.Products(gemm))
+    upstream = torch.randn(5, Y)
+    out.backward(upstream)
+    products = [((2, X), (X, Y)), ((3, X), (X, Y))]
+    if frozen == "weights":
+        assert weights.grad is None and calls == [*products, ((2, Y), (Y, X)), ((3, Y), (Y, X))]
+        want = torch.cat([grad @ weight.T for grad, weight in zip(upstream.split([2, 3]), weights, strict=True)])
+        torch.testing.assert_close(rows.grad, want)
+    else:
+        assert rows.grad is None and calls == [*products, ((X, 2), (2, Y)), ((X, 3), (3, Y))]
+        want = torch.stack(
+            [part.T @ grad for part, grad in zip(rows.split([2, 3]), upstream.split([2, 3]), strict=True)]
+        )
+        torch.testing.assert_close(weights.grad, want)
+
+
+def test_row_counts_are_rounded_up_as_far_as_the_rows_reach_and_padded_with_zeros_in_the_gradient():
+    shapes = []
+
+    def gemm(a, b, out):
+        shapes.append((tuple(a.shape), tuple(b.shape)))
+        torch.mm(a, b, out=out)
+
+    rows, weights = torch.randn(11, 2, requires_grad=True), torch.randn(4, 2, 3, requires_grad=True)
+    out = stacked.matmul(rows, weights, [3, 0, 4, 4], by=stacked.Products(gemm, round_to=4))
+    # 3 becomes 4; 4 stays; the last 4 end with the rows. Rounded to 5, the last would reach beyond them.
+    assert shapes == [((4, 2), (2, 3)), ((4, 2), (2, 3)), ((4, 2), (2, 3))]
+    want = torch.cat([rows[:3] @ weights[0], rows[3:7] @ weights[2], rows[7:] @ weights[3]])
+    torch.testing.assert_close(out, want)
+    upstream = torch.randn(11, 3)
+    for mine, theirs in zip(*(torch.autograd.grad(y, (rows, weights), upstream) for y in (out, want)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    assert shapes[-3:] == [((2, 4), (4, 3))] * 3
+    shapes.clear()
+    stacked.matmul(rows, weights, [3, 0, 4, 4], by=stacked.Products(gemm, round_to=5))
+    assert [a[0] for a, _ in shapes] == [5, 5, 4]
+
+
+@pytest.mark.parametrize(("size", "text"), [(5, "8"), (8, "8 and 16"), (23, "16 and 24")])
+def test_the_nearest_sizes_of_grouped_products_are_named(size, text):
+    assert grouped.near(size) == text
+
+
+def test_grouped_products_name_the_setting_or_the_version_that_they_lack(monkeypatch):
+    sizes = {"hidden_size": 20, "num_heads": 2, "moe": {"expert_hidden_size": 16}}
+    model = ModelConfig.model_validate(sizes)
+    assert grouped.why_not(model, torch.device("cpu")) == (
+        "model.hidden_size (20) must be a multiple of 8; the nearest are 16 and 24"
+    )
+    monkeypatch.delattr(torch.nn.functional, "grouped_mm")
+    assert "has no torch.nn.functional.grouped_mm; it is public since torch 2.10" in grouped.why_not(model, "cpu")
+
+
+@pytest.mark.parametrize("is_faster", [True, False])
+def test_backends_are_tried_from_the_fastest_on(is_faster, monkeypatch):
+    monkeypatch.setattr(registry, "is_faster_in_fp32", lambda: is_faster)
+    others = ["blas", "grouped", "megablocks", "loop"]
+    found = [spec.name for spec in registry.fastest_first()]
+    assert found == (["onednn", *others] if is_faster else [*others, "onednn"])
+
+
+def test_bf16_experts_multiply_rounded_rows_and_leave_the_rows_in_fp32():
+    made = ModelConfig(hidden_size=X, num_heads=2, moe=MoEConfig(num_experts=2, expert_hidden_size=8, backend="loop"))
+    made = made.model_copy(update={"moe": made.moe.model_copy(update={"activation": "swiglu"})})
+    experts = Experts(made, resolve_runtime(made, "cpu")).bfloat16()
+    with torch.no_grad():
+        for weight in experts.parameters():
+            weight.copy_(torch.randn(weight.shape))
+    x, counts = torch.randn(5, X), torch.tensor([2, 3])
+    found, _ = experts(x, counts, torch.tensor([0, 0, 1, 1, 1]), with_stats=False)
+    want = []
+    for rows, gate, up, down in zip(x.split([2, 3]), experts.w_gate, experts.w_up, experts.w_down, strict=True):
+        inner = torch.nn.functional.silu((rows.bfloat16() @ gate).float()) * (rows.bfloat16() @ up).float()
+        want.append((inner.bfloat16() @ down).float())
+    assert found.dtype == torch.float32 and torch.equal(found, torch.cat(want))
 
 
 def config(backend="auto", *, hidden=16, selection_backend="auto"):

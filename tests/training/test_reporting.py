@@ -184,9 +184,9 @@ def test_a_failure_of_a_report_is_kept_for_the_other_ranks_and_the_first_one_sta
     reporter.end("the result")
     assert reporter.failure is lock.error and listener.seen == [("end", "the result")]
     reporter, listener, _ = reporter_of(prepared())
-    listener.error = OSError(errno.EACCES, "Permission denied")
+    listener.error = OSError(errno.EROFS, "Read-only file system")
     report(reporter, 5, 500, 3.0)
-    assert str(reporter.failure).startswith("runs/mine: cannot be written (Permission denied)")
+    assert str(reporter.failure).startswith("runs/mine: cannot be written (Read-only file system)")
     reporter, listener, _ = reporter_of(prepared())
     listener.error = FULL
     reporter.end("the result")

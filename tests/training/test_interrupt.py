@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -9,7 +10,13 @@ import time
 
 import pytest
 
-from qsparse_moe.training.interrupt import StopSignals, until_stopped
+from qsparse_moe.training.interrupt import (
+    SignalsWhileEnding,
+    Stopped,
+    StopSignals,
+    is_stop_requested,
+    until_stopped,
+)
 
 
 def send(number: int) -> None:
@@ -25,6 +32,58 @@ def test_the_first_signal_is_recorded_and_handlers_are_restored():
         send(signal.SIGTERM)
         assert signals.received == signal.SIGTERM
     assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize(
+    ("number", "text", "code"),
+    [(signal.SIGINT, "Ctrl-C", 130), (signal.SIGTERM, "SIGTERM", 143), (signal.SIGUSR1, "SIGUSR1", 138)],
+)
+def test_the_end_by_a_signal_has_its_name_and_the_code_of_shells(number, text, code):
+    stopped = Stopped(number)
+    assert (str(stopped), stopped.number, stopped.exit_code) == (f"stopped by {text}", number, code)
+    assert not isinstance(stopped, Exception)
+
+
+def test_a_stop_is_requested_by_a_recorded_signal_only_and_logged_once(caplog):
+    assert not is_stop_requested()
+    with SignalsWhileEnding() as ending, StopSignals() as signals, caplog.at_level(logging.WARNING):
+        ending.received = signal.SIGTERM
+        assert not is_stop_requested()
+        send(signal.SIGTERM)
+        send(signal.SIGUSR1)
+        assert is_stop_requested() and signals.received == signal.SIGTERM
+    assert caplog.messages == ["SIGTERM: stopping after this step, with a checkpoint"]
+    assert not is_stop_requested()
+
+
+def test_handlers_that_are_installed_twice_are_restored_once_to_those_from_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    signals = StopSignals()
+    signals.release()
+    signals.catch()
+    signals.catch()
+    assert [signal.getsignal(number) for number in before] == [signals._caught] * 3
+    with StopSignals() as inner:
+        send(signal.SIGTERM)
+        assert (inner.received, signals.received) == (signal.SIGTERM, 0)
+    send(signal.SIGTERM)
+    assert signals.received == signal.SIGTERM
+    signals.release()
+    signals.release()
+    assert {number: signal.getsignal(number) for number in before} == before
+
+
+@pytest.mark.parametrize(("rank", "line"), [(None, True), ("0", True), ("1", False)])
+def test_one_rank_prints_the_reason(rank, line, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("RANK", rank)
+
+    def work():
+        raise Stopped(signal.SIGTERM)
+
+    assert until_stopped(work) == 143
+    assert capsys.readouterr() == ("", "error: stopped by SIGTERM\n" if line else "")
 
 
 def test_a_ctrl_c_and_the_launchers_sigterm_after_it_are_one_request():

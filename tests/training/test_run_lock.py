@@ -163,6 +163,61 @@ def test_without_locks_of_the_file_system_the_record_keeps_a_second_process_of_t
         assert time.monotonic() - begin < 5
 
 
+ENDED, OTHER_USER, ALIVE = 111, 222, 333
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_dead"),
+    [
+        ({"pid": ENDED}, True),
+        ({"pid": ENDED, "boot": ""}, True),  # an earlier version wrote none
+        ({"pid": ENDED, "boot": "another"}, False),
+        ({"pid": ENDED, "host": "node-elsewhere"}, False),
+        ({"pid": OTHER_USER}, False),
+        ({"pid": ALIVE}, False),
+        ({}, True),  # the number of this process, which holds flock
+    ],
+)
+def test_only_a_process_of_this_machine_that_has_ended_is_surely_dead(tmp_path, monkeypatch, changes, is_dead):
+    def kill(pid, number):
+        assert number == 0, "nobody is ended"
+        if pid in (ENDED, OTHER_USER):
+            raise ProcessLookupError if pid == ENDED else PermissionError
+
+    record = run_lock._Record(tmp_path / "mine")
+    record._own = replace(record._own, boot="this one")
+    monkeypatch.setattr(run_lock.os, "kill", kill)
+    assert record._is_surely_dead(replace(record._own, beat=7, **changes)) is is_dead
+    assert record._is_surely_dead(None) is False
+
+
+def test_a_record_is_ones_own_whatever_its_heartbeat_and_nobody_elses(tmp_path):
+    record = run_lock._Record(tmp_path / "mine")
+    assert record.other_holder() is None
+    record._write()
+    assert record.other_holder() is None
+    written = json.loads(record_of(tmp_path / "mine").read_text())
+    assert written == vars(record._own) and list(written) == ["host", "pid", "since", "beat", "boot"]
+    for changes, is_own in (
+        ({"beat": 9}, True),
+        ({"pid": 1}, False),
+        ({"since": "then"}, False),
+        ({"boot": "b"}, False),
+    ):
+        record_of(tmp_path / "mine").write_text(json.dumps(written | changes))
+        assert (record.other_holder() is None) is is_own
+    for text in ("", "[1]", '{"host": "x"}', "{"):
+        record_of(tmp_path / "mine").write_text(text)
+        assert record.other_holder() is None, "a record that cannot be read names nobody"
+
+
+def test_a_lock_that_was_never_acquired_has_nothing_to_check(tmp_path):
+    write_record(tmp_path / "mine", host="node-elsewhere")
+    with RunFolderLock(tmp_path / "mine") as lock:
+        lock.check()
+    assert record_of(tmp_path / "mine").exists()
+
+
 def test_a_machine_of_the_same_name_is_another_one(tmp_path, monkeypatch):
     monkeypatch.setattr(run_lock, "_STALE_SECONDS", 0.4)
     monkeypatch.setattr(run_lock, "_SETTLE_SECONDS", 0.0)

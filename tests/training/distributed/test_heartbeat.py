@@ -215,5 +215,38 @@ def test_the_command_line_ends_with_1_and_repeats_nothing(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_message_names_every_lost_rank_in_order_with_the_longest_silence(ranks):
+    monitor = RankMonitor(ranks[1], timeout=9.0, way_out=lambda: "Go on.")
+    heartbeats = Heartbeats(ranks[1])
+    heartbeats._names = ["process 1 on a", "process 2 on b", "process 3 on c"]
+    assert monitor._message(heartbeats, {2: 7.4, 0: 12.6}) == (
+        "rank 0 (process 1 on a), rank 2 (process 3 on c), of 3 ranks, sent no heartbeat for 13 s: it was killed, or "
+        "its machine is gone. Rank 1 ends too. Go on."
+    )
+
+
+def test_published_ranks_are_read_by_all_with_their_silences_and_a_new_count_is_a_sign_of_life(ranks):
+    one, other = Heartbeats(ranks[0]), Heartbeats(ranks[1])
+    assert one._read_lost() == {} and one._publish_lost({}) == {} and other._read_lost() == {}
+    assert one._publish_lost({2: 7.5, 0: 1.25}) == {2: 7.5, 0: 1.25}
+    assert other._read_lost() == {2: 7.5, 0: 1.25}
+    before = one._silences([1])[1]
+    time.sleep(0.1)
+    assert one._silences([1])[1] >= before + 0.1, "no new count"
+    other._send_heartbeat()
+    assert one._silences([1]) == {1: 0.0}
+    assert one._counts([0, 1]) == {0: b"1", 1: b"2"}
+
+
+def test_ranks_that_a_signal_has_stopped_are_read_from_the_store(ranks):
+    one, other = Heartbeats(ranks[0]), Heartbeats(ranks[1])
+    one._read_stopped()
+    assert one._stopped == set()
+    for rank in (2, 1):
+        other._store.append(other._key("stopped"), f"{rank} ")
+    one._read_stopped()
+    assert one._stopped == {1, 2}
+
+
 def test_a_silence_as_long_as_the_timeout_is_too_long():
     assert _at_least({0: 4.9, 1: 5.0, 2: 5.1}, 5.0) == {1: 5.0, 2: 5.1}

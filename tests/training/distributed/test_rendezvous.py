@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,6 +83,55 @@ def test_a_port_in_use_is_refused_at_once(port, host):
     message = str(caught.value)
     assert message.startswith(f"MASTER_PORT ({port}): another process on this machine already listens on it")
     assert message.endswith("deepspeed --master_port PORT")
+
+
+def test_a_single_missing_rank_has_no_plural_and_a_detail_stands_behind_the_time(port):
+    meeting = rendezvous._Rendezvous(2, 4, 7.0)
+    limit = f"did not connect to 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT) within training.collective_timeout (7 s)"
+    assert str(meeting._missing([1])).startswith(f"rank 1 of 4 ranks {limit}. Rank 2 ends too.")
+    assert str(meeting._missing([0, 3], "why")).startswith(f"ranks 0, 3 of 4 ranks {limit}: why. Rank 2 ends too.")
+    assert 6.0 < meeting._left() <= 7.0
+
+
+@pytest.mark.parametrize(("error", "line"), [(ValueError("one\ntwo"), "one"), (KeyError(), "KeyError")])
+def test_an_error_of_many_lines_is_shown_by_its_first_or_else_by_its_name(error, line):
+    assert rendezvous._first_line(error) == line
+
+
+def test_a_waiting_rank_says_so_after_ten_seconds_and_then_every_minute(port, monkeypatch, caplog):
+    now = [100.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None)
+    monkeypatch.setattr(rendezvous, "time", clock)
+    meeting = rendezvous._Rendezvous(1, 3, 300.0)
+    said = []
+    with caplog.at_level(logging.INFO):
+        for second in range(131):
+            now[0] = 100.0 + second
+            meeting._pause(lambda: [0, 2])
+            said += [(second, message) for message in caplog.messages]
+            caplog.clear()
+    text = f"waiting for ranks 0, 2 of 3 ranks at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT), for at most"
+    assert said == [(10, f"{text} 290 s"), (70, f"{text} 230 s"), (130, f"{text} 170 s")]
+
+
+def test_a_port_that_this_user_may_not_open_is_named_and_another_error_is_left_to_torch(port, monkeypatch):
+    for number in (errno.EACCES, errno.EPERM, errno.EADDRNOTAVAIL):
+
+        class Refused(socket.socket):
+            def bind(self, address, number=number):
+                assert address == ("", port)
+                raise OSError(number, "no")
+
+        monkeypatch.setattr(rendezvous.socket, "socket", Refused)
+        if number == errno.EADDRNOTAVAIL:
+            rendezvous._Rendezvous(0, 2, 9.0)._check_port()
+            return
+        with pytest.raises(ConfigError) as caught:
+            rendezvous._Rendezvous(0, 2, 9.0)._check_port()
+        assert str(caught.value) == (
+            f"MASTER_PORT ({port}): this user is not permitted to listen on it; start the ranks with another port: "
+            "deepspeed --master_port PORT"
+        )
 
 
 def test_the_timeout_of_collectives_limits_the_rendezvous_too(port, monkeypatch):

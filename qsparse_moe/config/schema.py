@@ -135,6 +135,10 @@ class DataConfig(Section):
     """streaming with shuffle: each rank reads this number of sequences, uses them in random order, and then reads the
     next ones; this is resumed exactly. Sequences further apart mix only through the order of the files. 1: sequences
     are used in the order in which they are read."""
+    reader: Literal["auto", "thread", "process"] = "auto"
+    """What reads the data of the next step while the current one is computed. streaming: a thread of each rank, or a
+    process beside each rank, which tokenizes without delaying it; auto: a process if the device is CUDA. table: always
+    a thread, which only copies sequences."""
     chat: ChatConfig = ChatConfig()
     """Conversations, from sources whose format is chat."""
     max_bad_records: NonNegativeInt = 0

@@ -35,6 +35,10 @@ class Batch(NamedTuple):
     """``()`` float32, factor of the mean loss over the targets; None is 1. It makes up for different numbers of targets
     in the micro-batches of a step."""
 
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory, from which it is copied to a CUDA device while that computes."""
+        return Batch(*(None if part is None else part.pin_memory() for part in self))
+
 
 def make_batch(sequences: np.ndarray[Any, Any], *, document_token: int, attend_across_documents: bool) -> Batch:
     """Split packed sequences into inputs and labels and find the documents in them.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from qsparse_moe.config.rules import check_world_size
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.data.packing import Array
+from qsparse_moe.data.read_ahead import ReadStep, StepReader
+from qsparse_moe.data.reader_process import ProcessStream
 from qsparse_moe.data.sequences import (
     EARLIER_ORDER,
     KEYED_ORDER,
@@ -20,6 +22,7 @@ from qsparse_moe.data.sequences import (
     evenly_spaced_indices,
     train_indices,
 )
+from qsparse_moe.data.streaming import SequenceStream
 from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
 from qsparse_moe.errors import DataError
 
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 State = dict[str, Any]
+Reader = Literal["none", "thread", "process"]
 
 _ORDER = "data.order"
 """Part of a state: the random order of the sequences, in table mode with ``data.shuffle``."""
@@ -52,17 +56,45 @@ class TrainLoader:
         ConfigError: the global batch does not divide over the ranks and their micro-batches.
     """
 
-    def __init__(self, config: RunConfig, data: TokenData, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TokenData,
+        rank: int,
+        world_size: int,
+        *,
+        reader: Reader = "none",
+        pin_memory: bool = False,
+    ) -> None:
+        """Build the loader; unless ``reader`` is none, ``close`` must be called at the end.
+
+        Args:
+            config: the run.
+            data: its data.
+            rank: this rank.
+            world_size: number of ranks.
+            reader: what reads the next step while the current one is computed: nothing, a thread, or for a stream a
+                process; a table is then read by a thread.
+            pin_memory: whether batches are in pinned memory.
+        """
         check_world_size(config, world_size)
         training = config.training
         self._data, self._rank, self._world_size = data, rank, world_size
         self._global_batch_size, self._micro_batch_size = training.global_batch_size, training.micro_batch_size
+        self._num_steps = training.steps
         self._seed, self._shuffle = training.seed, config.data.shuffle
-        self._stream = data.open_stream(
-            rank=rank, world_size=world_size, seed=training.seed if config.data.shuffle else None
+        self._pin_memory = pin_memory
+        seed = training.seed if config.data.shuffle else None
+        self._stream: SequenceStream | ProcessStream | None = data.open_stream(
+            rank=rank, world_size=world_size, seed=seed
         )
+        if self._stream is not None and reader == "process":
+            begin = self._stream.state_dict()
+            self._stream = ProcessStream(config.data, rank=rank, world_size=world_size, seed=seed, begin=begin)
         self._step = 0
-        self._ahead: tuple[State, tuple[Array | None, DataError | None]] | None = None
+        self._stream_state = None if self._stream is None else self._stream.state_dict()
+        self._passes = [] if self._stream is None else self._stream.passes()
+        self._reader = StepReader(self._read, in_background=reader != "none")
         self._parts = data.parts | {
             "data.shuffle": str(self._shuffle),
             "training.global_batch_size": str(self._global_batch_size),
@@ -75,37 +107,47 @@ class TrainLoader:
             self._parts[_ORDER] = self._order
 
     def batches(self, step: int) -> list[Batch]:
-        """Return this rank's micro-batches of ``step``, from 0: parts r·G/R up to (r + 1)·G/R of the global batch."""
-        if self._ahead is not None:
-            _, (tokens, error) = self._ahead
-            self._ahead = None
-            if error is not None:
-                raise error
-        else:
-            tokens = None
+        """Return this rank's micro-batches of ``step``, from 0: parts r·G/R up to (r + 1)·G/R of the global batch.
+
+        Raises:
+            DataError: the stream cannot be read.
+        """
         assert step == self._step or self._stream is None, f"a stream gives step {self._step} next, not {step}"
-        if tokens is None:
-            tokens = self._table_tokens(step) if self._stream is None else self._stream_tokens()
-        self._step = step + 1
-        size = self._micro_batch_size
-        return [self._data.batch(tokens[begin : begin + size]) for begin in range(0, len(tokens), size)]
+        found = self._reader.take(step, is_last=step + 1 >= self._num_steps)
+        if found.error is not None:
+            raise found.error
+        self._step, self._stream_state, self._passes = step + 1, found.stream_state, found.passes
+        return found.batches
 
     def read_ahead(self) -> DataError | None:
-        """Read a stream's next step now, and return the error, if any; None in table mode, where nothing is read ahead.
+        """Read a stream's next step now, and return the error, if any; None in table mode, which has no such errors.
 
         The state stays that of the steps that ``batches`` has returned, so a run can save it if the next step fails.
         """
-        if self._stream is None or self._ahead is not None:
-            return None
-        # The state that a run saves if the next step cannot be read.
-        before = self.state_dict()
+        return None if self._stream is None else self._reader.peek(self._step).error
+
+    def close(self) -> None:
+        """End what reads ahead."""
+        self._reader.close()
+        if isinstance(self._stream, ProcessStream):
+            self._stream.close()
+
+    def _read(self, step: int) -> ReadStep:
+        """Read a step, perhaps in a thread of its own; no other method uses the stream while it runs."""
+        if self._stream is None:
+            return ReadStep(self._batches_of(self._table_tokens(step)), None, [])
+        before = self._stream.state_dict()
         try:
-            self._ahead = before, (self._stream_tokens(), None)
+            tokens = self._stream.take(self._global_batch_size // self._world_size)
         except DataError as error:
             # Stored, and raised by the next call of batches, after the run has had the chance to save.
-            self._ahead = before, (None, error)
-            return error
-        return None
+            return ReadStep([], before, [], error)
+        return ReadStep(self._batches_of(tokens), self._stream.state_dict(), self._stream.passes())
+
+    def _batches_of(self, tokens: Array) -> list[Batch]:
+        size = self._micro_batch_size
+        batches = [self._data.batch(tokens[begin : begin + size]) for begin in range(0, len(tokens), size)]
+        return [batch.pin_memory() for batch in batches] if self._pin_memory else batches
 
     @property
     def has_ignored_targets(self) -> bool:
@@ -125,7 +167,7 @@ class TrainLoader:
 
         The stream reads ``data.shuffle_window`` sequences ahead of training.
         """
-        return [] if self._stream is None else self._stream.passes()
+        return self._passes
 
     def _table_tokens(self, step: int) -> Array:
         table = self._data.train
@@ -140,20 +182,14 @@ class TrainLoader:
         share = len(indices) // self._world_size
         return table.tokens(indices[self._rank * share : (self._rank + 1) * share])
 
-    def _stream_tokens(self) -> Array:
-        assert self._stream is not None
-        return self._stream.take(self._global_batch_size // self._world_size)
-
     def state_dict(self) -> State:
         """Return the next step, the fingerprint of the data, and in streaming mode the position of this rank's stream.
 
         It is JSON-able. ``combine_states`` joins the states of all ranks into the one that a checkpoint stores.
         """
-        if self._ahead is not None:
-            return self._ahead[0]
         state: State = {"step": self._step, "fingerprint": fingerprint_of(self._parts), "parts": self._parts}
         if self._stream is not None:
-            stream = {"rank": self._rank, "state": self._stream.state_dict()}
+            stream = {"rank": self._rank, "state": self._stream_state}
             state |= {"world_size": self._world_size, "streams": [stream]}
         return state
 
@@ -166,10 +202,13 @@ class TrainLoader:
         # Before anything changes, so that a refused state leaves the loader as it was.
         order, parts = self._order_of(state["parts"])
         _check_same_data(state["parts"], parts, earlier=self._data.earlier_parts)
+        self._reader.forget()
         if self._stream is not None:
-            self._stream.load_state_dict(self._stream_state(state))
+            self._stream_state = self._find_stream_state(state)
+            self._stream.load_state_dict(self._stream_state)
+            self._passes = self._stream.passes()
         self._order, self._parts = order, parts
-        self._step, self._ahead = state["step"], None
+        self._step = state["step"]
 
     def _order_of(self, saved: dict[str, str]) -> tuple[str, dict[str, str]]:
         """Return the random order of the checkpoint with these parts, and this run's parts with that order."""
@@ -185,7 +224,7 @@ class TrainLoader:
         # Earlier versions had one order and did not name it, and a run that they began stays readable by them.
         return order, parts | ({_ORDER: order} if _ORDER in saved else {})
 
-    def _stream_state(self, state: State) -> State:
+    def _find_stream_state(self, state: State) -> State:
         if state["world_size"] != self._world_size:
             raise DataError(
                 f"the checkpoint was made by {state['world_size']} ranks and this run has {self._world_size}, and "

@@ -263,10 +263,25 @@ def _mixed(config: DataConfig, packing: Packing, tables: Sequence[StoredSide]) -
     )
 
 
+def open_streams(config: DataConfig) -> Streams:
+    """Open the sources of a run in streaming mode, without reading the validation text.
+
+    Raises:
+        DataError: a source or the tokenizer cannot be used.
+    """
+    return _streams_of(config, _open_sources(config))
+
+
+def _streams_of(config: DataConfig, opened: _Opened) -> Streams:
+    weights = tuple(source.weight for source in config.sources)
+    return Streams(
+        opened.sources, weights, opened.packing, config.attend_across_documents, config.shuffle_window
+    )
+
+
 def _load_streams(config: DataConfig, opened: _Opened) -> TokenData:
     packing, chat, sources, _ = opened
-    weights = tuple(source.weight for source in config.sources)
-    streams = Streams(sources, weights, packing, config.attend_across_documents, config.shuffle_window)
+    streams = _streams_of(config, opened)
     first = streams.validation(_FIRST_STREAM_SEQUENCES)
     return TokenData(
         tokenizer=packing.tokenizer,

@@ -30,6 +30,8 @@ MAY_CHANGE = (
     # They decide which records are skipped; the loader compares the resulting texts.
     "data.max_bad_records",
     "data.max_document_bytes",
+    # It decides who reads, not what is read.
+    "data.reader",
     # The folder of the tokenizer and the template's file may change; the loader compares digests of their own.
     "data.tokenizer",
     "data.chat.template",

@@ -29,7 +29,7 @@ from qsparse_moe.training.learning_rate import learning_rate
 from qsparse_moe.training.listeners import Listeners
 from qsparse_moe.training.monitor.choices import ChoiceAgreement
 from qsparse_moe.training.monitor.dead_experts import DeadExpertMonitor
-from qsparse_moe.training.monitor.non_finite import CANNOT_CONTINUE, NonFiniteGuard
+from qsparse_moe.training.monitor.non_finite import CANNOT_CONTINUE, NonFiniteGuard, Requests
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.profile import StepProfiler
 from qsparse_moe.training.monitor.skipped_steps import build_step_filter
@@ -101,6 +101,7 @@ def train(
                 monitor.expect_end(error)
                 raise
             finally:
+                run.loader.close()
                 run.engine.close()
 
 
@@ -225,10 +226,16 @@ class _Loop:
         if (error := self._run.loader.read_ahead()) is not None:
             raise error
 
-    def _read_ahead(self, step: int) -> None:
-        """Read the data of the next step, so that a run whose data fails can still save a checkpoint after ``step``."""
+    def _requests(self, step: int) -> Requests:
+        """Return this rank's requests after ``step``, counted from 0.
+
+        The data of the next step must be there by then, so that a run whose data fails can still save a checkpoint.
+        """
         if step + 1 < self._training.steps:
-            self._failure = self._run.loader.read_ahead() or self._failure
+            with self._clock.part("data"):
+                self._failure = self._run.loader.read_ahead() or self._failure
+        stop = CANNOT_CONTINUE if self._failure is not None else self._signals.received
+        return Requests(stop, self._is_checkpoint_overdue())
 
     def _is_checkpoint_overdue(self) -> bool:
         """Return whether the last checkpoint is ``training.checkpoint_minutes`` old, by the clock of rank 0."""
@@ -242,10 +249,8 @@ class _Loop:
         self._failure = self._failure or self._writer.take_failure()
         self._set_sparsity(step)
         self._clock.begin(measures=self._is_reported(step + 1), traces=self._profiler.is_on)
-        # The next step's data is read here, too, so that a failure to read it can still save this step.
         with self._clock.part("data"):
             batches = self._run.loader.batches(step)
-            self._read_ahead(step)
         try:
             with self._clock.collectives(self._run.engine.collective_aliases):
                 outcome = train_step(
@@ -259,8 +264,7 @@ class _Loop:
                     layer_gradients=self._run.config.metrics.layer_gradients,
                     earlier_routed_LE=self._dead_experts.routed_LE if self._is_reported(step + 1) else None,
                     weighs_targets=self._run.loader.has_ignored_targets,
-                    stop=CANNOT_CONTINUE if self._failure is not None else self._signals.received,
-                    save=self._is_checkpoint_overdue(),
+                    requests=lambda: self._requests(step),
                     clock=self._clock,
                 )
         except TrainingDiverged as error:

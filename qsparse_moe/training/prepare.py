@@ -7,11 +7,11 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.schema import DataConfig, RunConfig
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
@@ -92,7 +92,14 @@ def prepare_run(
     distributed.on_every_rank(lambda: check_engine(config))
     folder = run_folder(config)
     training = config.training
-    loader = TrainLoader(config, data, distributed.rank, distributed.world_size)
+    loader = TrainLoader(
+        config,
+        data,
+        distributed.rank,
+        distributed.world_size,
+        reader=_choose_reader(config.data, distributed.device),
+        pin_memory=distributed.device.type == "cuda",
+    )
     checkpoint = _find_checkpoint(folder, distributed) if resumes else None
     if checkpoint is not None:
         # Before the model is built: it refuses a checkpoint that was made with other data.
@@ -133,6 +140,14 @@ def prepare_run(
     report_state = ReportState() if checkpoint is None else _read_report_state(checkpoint, distributed)
     step_filter = None if checkpoint is None else checkpoint.step_filter
     return PreparedRun(config, folder, distributed, engine, loader, evaluator, plan, start, report_state, step_filter)
+
+
+def _choose_reader(config: DataConfig, device: torch.device) -> Literal["thread", "process"]:
+    """Return what reads the data beside training: ``data.reader``, or by default what suits the device."""
+    if config.reader != "auto":
+        return config.reader
+    # On a CPU a process would take a core from the products; beside a GPU a thread would delay the launch of kernels.
+    return "process" if device.type == "cuda" and config.mode == "streaming" else "thread"
 
 
 def _log_epochs(config: RunConfig, epochs: Sequence[float]) -> None:

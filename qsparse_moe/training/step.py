@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from qsparse_moe.sparsity.stats import add_stats
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.training.monitor.layer_gradients import layer_squares
-from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
+from qsparse_moe.training.monitor.non_finite import NonFiniteGuard, Requests
 from qsparse_moe.training.monitor.phases import PhaseClock
 from qsparse_moe.training.monitor.skipped_steps import StepFilter
 
@@ -104,8 +104,7 @@ def train_step(
     layer_gradients: bool = False,
     earlier_routed_LE: Tensor | None = None,
     weighs_targets: bool = False,
-    stop: int = 0,
-    save: bool = False,
+    requests: Callable[[], Requests] = Requests,
     clock: PhaseClock | None = None,
 ) -> StepResult:
     """Accumulate the gradients of the micro-batches, then update the weights and the biases that balance the experts.
@@ -123,8 +122,8 @@ def train_step(
             with those of this step.
         weighs_targets: make the loss the mean over the targets of all micro-batches and ranks, which may have different
             numbers of them; the same on every rank.
-        stop: a signal that this rank has received, ``non_finite.CANNOT_CONTINUE``, or 0.
-        save: whether this rank requests a checkpoint after the step.
+        requests: returns whether this rank asks for a stop or a checkpoint after the step; called after the last backward
+            pass, because the answer is then as late as it can be and waits for nothing that the step needs.
         clock: measures the phases of the step.
 
     Raises:
@@ -137,7 +136,8 @@ def train_step(
         batches = weighted(batches, engine.distributed)
     totals = _accumulate(engine, batches, guard=guard, report=report, clock=clock)
     # Before the update: a forward pass or gradient that is not finite must not reach the weights.
-    requests = guard.check(step, stop=stop, save=save)
+    mine = requests()
+    all_requests = guard.check(step, stop=mine.stop, save=mine.save)
     if report and layer_gradients:
         totals.layer_squares_L = layer_squares(engine)
     # Read before the update, which may change it for the next step.
@@ -155,7 +155,7 @@ def train_step(
     if not skipped:
         _update_router_bias(engine, routed_LE, None if reduced is None else reduced.stats.get(_ROUTED), step)
     if reduced is None:
-        return StepResult(None, None, routed_LE, None, grad_norm, None, loss_scale, *requests, skipped)
+        return StepResult(None, None, routed_LE, None, grad_norm, None, loss_scale, *all_requests, skipped)
     # Each rank's loss is a mean over its micro-batches, so the sum over the ranks is divided by their number.
     return StepResult(
         {name: value.item() / engine.distributed.world_size for name, value in reduced.losses.items()},
@@ -165,7 +165,7 @@ def train_step(
         grad_norm,
         _layer_norms(reduced, grad_norm),
         loss_scale,
-        *requests,
+        *all_requests,
         skipped,
     )
 

@@ -28,9 +28,9 @@ CANNOT_CONTINUE = 1000
 class Requests(NamedTuple):
     """The requests of the ranks after a step."""
 
-    stop: int
+    stop: int = 0
     """The number of a signal, ``CANNOT_CONTINUE``, or 0."""
-    save: bool
+    save: bool = False
     """Whether a checkpoint is requested."""
 
 

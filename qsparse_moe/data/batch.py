@@ -6,13 +6,14 @@ the last of them, and the labels all but the first.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from qsparse_moe.data.marks import begins_document, has_marks, is_target, token_ids
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # This is the value that PyTorch's cross-entropy ignores by default.
 IGNORED_LABEL = -100
@@ -67,5 +68,8 @@ def make_batch(sequences: np.ndarray[Any, Any], *, document_token: int, attend_a
 
 
 def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    # Imported here: processes that only read and tokenise would need seconds and 200 MB for it.
+    import torch
+
     # A copy where the array is a read-only or strided view: torch must not share memory with a mapped file.
     return torch.from_numpy(np.require(array, np.int64, ["C", "W", "O"]))

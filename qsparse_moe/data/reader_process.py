@@ -65,8 +65,8 @@ class ProcessStream:
         code = self._process.wait()
         self.close()
         raise DataError(
-            f"the process that reads the stream of rank {self._request['rank']} has ended with exit code {code}, and it "
-            "must run as long as the run; if it was killed for want of memory, lower data.shuffle_window or "
+            f"the process that reads the stream of rank {self._request['rank']} has ended with exit code {code}, and "
+            "it must run as long as the run; if it was killed for want of memory, lower data.shuffle_window or "
             "data.max_document_bytes, or set data.reader=thread"
         )
 

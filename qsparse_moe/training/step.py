@@ -122,8 +122,8 @@ def train_step(
             with those of this step.
         weighs_targets: make the loss the mean over the targets of all micro-batches and ranks, which may have different
             numbers of them; the same on every rank.
-        requests: returns whether this rank asks for a stop or a checkpoint after the step; called after the last backward
-            pass, because the answer is then as late as it can be and waits for nothing that the step needs.
+        requests: returns whether this rank asks for a stop or a checkpoint after the step; called after the last
+            backward pass, when the data of the next step has had the longest time to arrive.
         clock: measures the phases of the step.
 
     Raises:

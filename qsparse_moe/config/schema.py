@@ -127,7 +127,7 @@ class DataConfig(Section):
     """Fraction of the documents held out for validation, selected by a hash of the text."""
     mode: Literal["table", "streaming"] = "table"
     """table: tokenize once into a memory-mapped table; a run resumes exactly on any number of ranks. streaming:
-    tokenize during training; a run resumes exactly on the same number of ranks."""
+    tokenize during training; a run resumes exactly on a number of ranks that divides stream_parts."""
     shuffle: bool = True
     """table: sequences in a new random order every epoch; streaming: files (shards) in random order, and sequences in
     random order within shuffle_window."""
@@ -135,6 +135,14 @@ class DataConfig(Section):
     """streaming with shuffle: each rank reads this number of sequences, uses them in random order, and then reads the
     next ones; this is resumed exactly. Sequences further apart mix only through the order of the files. 1: sequences
     are used in the order in which they are read."""
+    stream_parts: PositiveInt | None = None
+    """streaming: number of parts into which the text is divided, each read in an order of its own. It must divide
+    global_batch_size, and every number of ranks on which the run may resume must divide it. null: the number of ranks
+    at the start, so that the run resumes on as many, or on fewer that divide it."""
+    validation_tokens: PositiveInt | None = None
+    """streaming: hold out the first documents of the sources, up to this number of tokens in equal shares, in place of
+    a fraction: nothing else is read for them. null: validation_fraction, for which the text is read until
+    evaluation_rows sequences are held out."""
     reader: Literal["auto", "thread", "process"] = "auto"
     """What reads the data of the next step while the current one is computed. streaming: a thread of each rank, or a
     process beside each rank, which tokenizes without delaying it; auto: a process if the device is CUDA. table: always

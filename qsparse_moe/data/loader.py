@@ -22,9 +22,9 @@ from qsparse_moe.data.sequences import (
     evenly_spaced_indices,
     train_indices,
 )
-from qsparse_moe.data.streaming import SequenceStream
+from qsparse_moe.data.streaming import PartStreams
 from qsparse_moe.data.token_data import TokenData, fingerprint_of, load_data
-from qsparse_moe.errors import DataError
+from qsparse_moe.errors import ConfigError, DataError
 
 __all__ = [
     "Batch",
@@ -84,16 +84,12 @@ class TrainLoader:
         self._num_steps = training.steps
         self._seed, self._shuffle = training.seed, config.data.shuffle
         self._pin_memory = pin_memory
-        seed = training.seed if config.data.shuffle else None
-        self._stream: SequenceStream | ProcessStream | None = data.open_stream(
-            rank=rank, world_size=world_size, seed=seed
-        )
-        if self._stream is not None and reader == "process":
-            begin = self._stream.state_dict()
-            self._stream = ProcessStream(config.data, rank=rank, world_size=world_size, seed=seed, begin=begin)
+        self._config, self._reads_in_process = config.data, reader == "process"
         self._step = 0
-        self._stream_state = None if self._stream is None else self._stream.state_dict()
-        self._passes = [] if self._stream is None else self._stream.passes()
+        self._stream: PartStreams | ProcessStream | None = None
+        self._stream_state: list[State] | None = None
+        self._passes: list[int] = []
+        self._open_parts(config.data.stream_parts or world_size)
         self._reader = StepReader(self._read, in_background=reader != "none")
         self._parts = data.parts | {
             "data.shuffle": str(self._shuffle),
@@ -105,6 +101,31 @@ class TrainLoader:
         self._order = KEYED_ORDER
         if self._stream is None and self._shuffle:
             self._parts[_ORDER] = self._order
+
+    def _open_parts(self, num_parts: int) -> None:
+        """Open this rank's parts of the text, of ``num_parts``, from the beginning; nothing in table mode."""
+        self._num_parts = num_parts
+        share = num_parts // self._world_size
+        parts = range(self._rank * share, (self._rank + 1) * share)
+        seed = self._seed if self._shuffle else None
+        stream = self._data.open_stream(parts, num_parts=num_parts, seed=seed)
+        if stream is None:
+            return
+        self._check_parts(num_parts)
+        self._stream_state, self._passes = stream.state_dict(), stream.passes()
+        self._stream = stream
+        if self._reads_in_process:
+            self._stream = ProcessStream(
+                self._config, parts, num_parts=num_parts, seed=seed, begin=self._stream_state
+            )
+
+    def _check_parts(self, num_parts: int) -> None:
+        if num_parts % self._world_size or self._global_batch_size % num_parts:
+            raise ConfigError(
+                f"data.stream_parts ({num_parts}) must be a multiple of the number of ranks ({self._world_size}), and "
+                f"training.global_batch_size ({self._global_batch_size}) a multiple of it; choose a number of parts "
+                "that divides the global batch and that every number of ranks divides on which the run may resume"
+            )
 
     def batches(self, step: int) -> list[Batch]:
         """Return this rank's micro-batches of ``step``, from 0: parts r·G/R up to (r + 1)·G/R of the global batch.
@@ -129,6 +150,9 @@ class TrainLoader:
     def close(self) -> None:
         """End what reads ahead."""
         self._reader.close()
+        self._close_process()
+
+    def _close_process(self) -> None:
         if isinstance(self._stream, ProcessStream):
             self._stream.close()
 
@@ -189,8 +213,8 @@ class TrainLoader:
         """
         state: State = {"step": self._step, "fingerprint": fingerprint_of(self._parts), "parts": self._parts}
         if self._stream is not None:
-            stream = {"rank": self._rank, "state": self._stream_state}
-            state |= {"world_size": self._world_size, "streams": [stream]}
+            # The keys are those of earlier versions, where every rank read one part.
+            state |= {"world_size": self._num_parts, "streams": self._stream_state}
         return state
 
     def load_state_dict(self, state: State) -> None:
@@ -202,9 +226,14 @@ class TrainLoader:
         # Before anything changes, so that a refused state leaves the loader as it was.
         order, parts = self._order_of(state["parts"])
         _check_same_data(state["parts"], parts, earlier=self._data.earlier_parts)
+        if self._stream is not None and state["world_size"] % self._world_size:
+            raise DataError(_other_ranks(state["world_size"], self._world_size))
         self._reader.forget()
         if self._stream is not None:
-            self._stream_state = self._find_stream_state(state)
+            if state["world_size"] != self._num_parts:
+                self._close_process()
+                self._open_parts(state["world_size"])
+            self._stream_state = self._own_parts(state)
             self._stream.load_state_dict(self._stream_state)
             self._passes = self._stream.passes()
         self._order, self._parts = order, parts
@@ -224,16 +253,22 @@ class TrainLoader:
         # Earlier versions had one order and did not name it, and a run that they began stays readable by them.
         return order, parts | ({_ORDER: order} if _ORDER in saved else {})
 
-    def _find_stream_state(self, state: State) -> State:
-        if state["world_size"] != self._world_size:
-            raise DataError(
-                f"the checkpoint was made by {state['world_size']} ranks and this run has {self._world_size}, and "
-                "streams (data.mode=streaming) resume on the same number only, because each rank has a position of "
-                f"its own in its part of the text; start {state['world_size']} ranks, or train with data.mode=table"
-            )
-        found: list[State] = [stream["state"] for stream in state["streams"] if stream["rank"] == self._rank]
-        assert len(found) == 1, "combine_states joins the states of all ranks before a checkpoint keeps them"
-        return found[0]
+    def _own_parts(self, state: State) -> list[State]:
+        """Return the states of this rank's parts, which another rank may have read before."""
+        num_parts, share = state["world_size"], state["world_size"] // self._world_size
+        mine = range(self._rank * share, (self._rank + 1) * share)
+        found = {stream["rank"]: stream for stream in state["streams"]}
+        assert len(found) == num_parts, "combine_states joins the states of all ranks before a checkpoint keeps them"
+        return [found[part] for part in mine]
+
+
+def _other_ranks(num_parts: int, world_size: int) -> str:
+    fitting = ", ".join(str(n) for n in range(1, num_parts + 1) if num_parts % n == 0)
+    return (
+        f"the checkpoint's streams have {num_parts} parts and this run has {world_size} ranks, and each rank must read "
+        f"equally many parts, because each part has a position of its own; start {fitting} ranks, or a new run with "
+        "data.stream_parts or with data.mode=table"
+    )
 
 
 def combine_states(states: Sequence[State]) -> State:
@@ -271,7 +306,7 @@ def sample_train_sequences(config: RunConfig, data: TokenData, num_sequences: in
     In table mode they are at even distances over the whole table, fewer where there are fewer; in streaming mode they
     are the first sequences that a single rank trains on.
     """
-    stream = data.open_stream(rank=0, world_size=1, seed=config.training.seed if config.data.shuffle else None)
+    stream = data.open_stream(range(1), num_parts=1, seed=config.training.seed if config.data.shuffle else None)
     if stream is not None:
         return stream.take(num_sequences)
     return data.train.tokens(evenly_spaced_indices(num_sequences, len(data.train)))

@@ -19,8 +19,8 @@ class ReadStep:
 
     batches: list[Batch]
     """The rank's micro-batches; empty if there was an error."""
-    stream_state: State | None
-    """The state of the stream after the step, or before it if there was an error; None in table mode."""
+    stream_state: list[State] | None
+    """The states of the rank's parts after the step, or before it if there was an error; None in table mode."""
     passes: list[int]
     """Number of passes over each source that the stream has finished; empty in table mode."""
     error: DataError | None = None

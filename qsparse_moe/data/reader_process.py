@@ -25,17 +25,20 @@ State = dict[str, Any]
 
 
 class ProcessStream:
-    """The stream of a rank's training sequences, read by a process that ``take`` starts.
+    """The parts of the text that a rank reads, read by a process that ``take`` starts.
 
-    It has the methods of ``streaming.SequenceStream``, and gives the same sequences and states.
+    It has the methods of ``streaming.PartStreams``, and gives the same sequences and states.
     """
 
-    def __init__(self, config: DataConfig, *, rank: int, world_size: int, seed: int | None, begin: State) -> None:
-        """Args: ``begin`` is the state of the stream at its beginning."""
+    def __init__(
+        self, config: DataConfig, parts: range, *, num_parts: int, seed: int | None, begin: list[State]
+    ) -> None:
+        """Args: ``begin`` is the state of these parts of the text at their beginning; see ``Streams.train``."""
+        self._parts = parts
         self._request = {
             "data": config.model_dump(mode="json"),
-            "rank": rank,
-            "world_size": world_size,
+            "parts": [parts.start, parts.stop],
+            "num_parts": num_parts,
             "seed": seed,
             # The process of a rank without a terminal has no log of its own.
             "level": logging.getLogger("qsparse_moe").getEffectiveLevel(),
@@ -65,8 +68,8 @@ class ProcessStream:
         code = self._process.wait()
         self.close()
         raise DataError(
-            f"the process that reads the stream of rank {self._request['rank']} has ended with exit code {code}, and "
-            "it must run as long as the run; if it was killed for want of memory, lower data.shuffle_window or "
+            f"the process that reads parts {self._parts.start} to {self._parts.stop - 1} of the text has ended with "
+            f"exit code {code}, and it must run as long as the run; if it was killed for want of memory, lower data.shuffle_window or "
             "data.max_document_bytes, or set data.reader=thread"
         )
 
@@ -80,14 +83,14 @@ class ProcessStream:
         """Return how many passes over each source the process has ended after the last sequence returned."""
         return self._passes
 
-    def state_dict(self) -> State:
+    def state_dict(self) -> list[State]:
         """Return the position after the last sequence returned."""
         return self._state
 
-    def load_state_dict(self, state: State) -> None:
-        """Continue after the sequence that was the last one when ``state`` was saved."""
+    def load_state_dict(self, states: list[State]) -> None:
+        """Continue each part after the sequence that was the last one when its state was saved."""
         self.close()
-        self._state = state
+        self._state = states
 
     def close(self) -> None:
         """End the process."""
@@ -136,7 +139,7 @@ def _serve(request: dict[str, Any], output: IO[bytes]) -> None:
 
     try:
         streams = open_streams(DataConfig.model_validate(request["data"]))
-        stream = streams.train(rank=request["rank"], world_size=request["world_size"], seed=request["seed"])
+        stream = streams.train(range(*request["parts"]), num_parts=request["num_parts"], seed=request["seed"])
         stream.load_state_dict(request["state"])
         while True:
             tokens = stream.take(request["num_sequences"])

@@ -1,15 +1,18 @@
-"""Tokenise while training: every rank reads its own part of each source, endlessly, and resumes exactly.
+"""Tokenise while training: every part of each source is read endlessly by one rank, and resumes exactly.
 
-Three parts, each with a JSON-able state: the stream of one source, the mixture of sources, and the sequences packed
-from it. Files (shards) are shuffled, and so are the sequences within fixed windows, which are read again when a stream
-resumes. A shuffle buffer would lose or repeat the sequences inside it.
+A rank reads one part or several, so that a run can resume on fewer ranks. Each part has three layers with a JSON-able
+state: the stream of one source, the mixture of sources, and the sequences packed from it. Files (shards) are
+shuffled, and so are the sequences within fixed windows, which are read again when a stream resumes. A shuffle buffer
+would lose or repeat the sequences inside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,23 +26,36 @@ from qsparse_moe.data.stored import SequenceArray
 from qsparse_moe.data.tokenizer import TextTokenizer
 from qsparse_moe.errors import DataError
 
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+logger = logging.getLogger(__name__)
+
 State = dict[str, Any]
+HeldOut = Callable[[str], bool]
+"""Returns whether a document belongs to the validation side."""
+
+# A start that reads more than this for its validation sequences says so: it takes about a minute.
+_MUCH_TEXT = 100 << 20
 
 
 class SourceStream:
-    """The training documents of one source that belong to one rank, pass after pass.
+    """The training documents of one source that belong to one part of V, pass after pass.
 
-    Ranks share the files where their number divides evenly, else each takes every R-th document.
+    The files are dealt to the parts, as evenly as their number allows. Where there are fewer files than parts, the
+    parts that share a file take its documents in turn.
     """
 
     def __init__(
-        self, source: OpenSource, *, validation_fraction: float, rank: int, world_size: int, seed: int | None
+        self, source: OpenSource, *, held_out: HeldOut, part: int, num_parts: int, seed: int | None
     ) -> None:
         self._source = source
-        self._validation_fraction = validation_fraction
-        self._rank, self._world_size = rank, world_size
+        self._held_out = held_out
+        self._part, self._num_parts = part, num_parts
         self._seed = seed
-        self._begin({"epoch": 0, "given": 0, "stream": None})
+        # Files whose number divides evenly are shuffled before they are dealt, so that a part gets others in each pass.
+        by_file = _files_of(source).num_shards % num_parts != 0
+        self._begin({"epoch": 0, "given": 0, "stream": None, "by_file": by_file})
 
     def next_text(self) -> str | None:
         """Return the next document, or None once at the end of every pass.
@@ -49,18 +65,19 @@ class SourceStream:
         """
         for text in self._texts:
             self._started = True
-            if not is_validation(text_digest(text.encode("utf-8")), self._validation_fraction):
+            if not self._held_out(text):
                 self._given += 1
                 return text
         # Without this error, the stream would read pass after pass and never return.
         if not self._given:
             raise DataError(
-                f"{self._source.setting} holds no training document for rank {self._rank} of {self._world_size}, and "
-                "every rank needs one when data.mode is streaming; use fewer ranks, more documents or data.mode=table"
+                f"{self._source.setting} holds no training document for part {self._part} of {self._num_parts}, and "
+                "every part needs one when data.mode is streaming; use fewer ranks (or data.stream_parts), more "
+                "documents, or data.mode=table"
             )
         if self._source.chat is not None:
             self._source.chat.log_pass(self._source.setting)
-        self._begin({"epoch": self._epoch + 1, "given": 0, "stream": None})
+        self._begin({"epoch": self._epoch + 1, "given": 0, "stream": None, "by_file": self._by_file})
         return None
 
     def leave_out(self) -> None:
@@ -80,33 +97,51 @@ class SourceStream:
         """Return the position after the last document returned."""
         # datasets applies a state when the iteration begins, and until then would return that of the beginning.
         stream = self._dataset.state_dict() if self._started else self._resumed
-        return {"epoch": self._epoch, "given": self._given, "stream": stream}
+        state = {"epoch": self._epoch, "given": self._given, "stream": stream}
+        return state | {"by_file": True} if self._by_file else state
 
     def load_state_dict(self, state: State) -> None:
         """Continue after the document that was the last one when ``state`` was saved."""
         self._begin(state)
 
     def _begin(self, state: State) -> None:
-        from datasets.distributed import split_dataset_by_node
-
         self._epoch, self._given, self._resumed = state["epoch"], state["given"], state["stream"]
+        # States of earlier versions have no entry: there, every part read all files and took every V-th document.
+        self._by_file = state.get("by_file", False)
         # A new object for every pass: an iterable data set remembers the state that it was last given.
-        assert self._source.dataset is not None, "streaming reads whole sources"
-        self._dataset = split_dataset_by_node(self._source.dataset, rank=self._rank, world_size=self._world_size)
+        self._dataset = self._own_files()
         self._dataset.set_epoch(self._order())
         if self._resumed is not None:
             self._dataset.load_state_dict(self._resumed)
         self._started = False
         self._texts: Iterator[str] = self._source.texts(self._dataset)
 
+    def _own_files(self) -> IterableDataset:
+        from datasets.distributed import split_dataset_by_node
+
+        files, part, num_parts = _files_of(self._source), self._part, self._num_parts
+        if not self._by_file:
+            return split_dataset_by_node(files, rank=part, world_size=num_parts)
+        num_files = files.num_shards
+        if num_files > num_parts:
+            return files.shard(num_parts, part, contiguous=False)
+        sharing = len(range(part % num_files, num_parts, num_files))
+        own = files.shard(num_files, part % num_files, contiguous=False)
+        return split_dataset_by_node(own, rank=part // num_files, world_size=sharing)
+
     def _order(self) -> int:
         """Return the epoch for ``datasets``, which keeps the files' order in epoch 0 and shuffles by any other."""
         if self._seed is None:
             return 0
-        # The same on every rank: with different orders two ranks would read the same file.
+        # The same for every part: with different orders two parts would read the same file.
         word = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64)[0]
         # datasets keeps the epoch as a signed integer of 64 bits.
         return 1 + (int(word) >> 2)
+
+
+def _files_of(source: OpenSource) -> IterableDataset:
+    assert source.dataset is not None, "streaming reads whole sources"
+    return source.dataset
 
 
 class MixedStream:
@@ -269,6 +304,44 @@ class SequenceStream:
             self._taken = state["taken"]
 
 
+class PartStreams:
+    """The parts of a run's text that one rank reads: equally many sequences of each, the first part first."""
+
+    def __init__(self, streams: Mapping[int, SequenceStream]) -> None:
+        """Args: ``streams`` are those of the parts by their numbers, in order."""
+        self._streams = streams
+
+    def take(self, num_sequences: int) -> Array:
+        """Return the token ids ``(num_sequences, S + 1)`` of the next sequences."""
+        share, rest = divmod(num_sequences, len(self._streams))
+        assert not rest, f"{num_sequences} sequences do not divide over {len(self._streams)} parts"
+        return np.concatenate([stream.take(share) for stream in self._streams.values()])
+
+    def passes(self) -> list[int]:
+        """Return how many passes over each source all parts have ended, as far as they have read."""
+        return [min(passes) for passes in zip(*(stream.passes() for stream in self._streams.values()), strict=True)]
+
+    def state_dict(self) -> list[State]:
+        """Return the position of every part after the last sequence returned."""
+        # The key is that of checkpoints whose ranks read one part each.
+        return [{"rank": part, "state": stream.state_dict()} for part, stream in self._streams.items()]
+
+    def load_state_dict(self, states: Sequence[State]) -> None:
+        """Continue each part after the sequence that was the last one when its state was saved."""
+        for state in states:
+            self._streams[state["rank"]].load_state_dict(state["state"])
+
+
+def by_fraction(fraction: float) -> HeldOut:
+    """Return the rule that holds out a fraction of the documents, by a hash of their text."""
+    return lambda text: is_validation(text_digest(text.encode("utf-8")), fraction)
+
+
+def one_of(digests: frozenset[bytes]) -> HeldOut:
+    """Return the rule that holds out the texts with these digests, also where they occur again."""
+    return lambda text: text_digest(text.encode("utf-8")) in digests
+
+
 @dataclass(frozen=True)
 class Streams:
     """All sources of a run in streaming mode."""
@@ -279,34 +352,55 @@ class Streams:
     attend_across_documents: bool
     shuffle_window: int
     """Number of sequences that are shuffled together."""
+    validation_tokens: int | None = None
+    """Number of tokens of the first documents that are held out; None: a fraction of all documents is."""
 
-    def train(self, *, rank: int, world_size: int, seed: int | None) -> SequenceStream:
-        """Return the stream of one rank's training sequences from the beginning.
+    def train(self, parts: range, *, num_parts: int, seed: int | None) -> PartStreams:
+        """Return some of the parts of the training text, from the beginning.
 
         ``seed`` shuffles the files in every pass and the sequences of every window; None leaves both in their order.
         """
-        fraction = self.packing.validation_fraction
+        return PartStreams({part: self._part(part, num_parts, seed) for part in parts})
+
+    def _part(self, part: int, num_parts: int, seed: int | None) -> SequenceStream:
         streams = [
-            SourceStream(source, validation_fraction=fraction, rank=rank, world_size=world_size, seed=seed)
-            for source in self.sources
+            SourceStream(source, held_out=held_out, part=part, num_parts=num_parts, seed=seed)
+            for source, held_out in zip(self.sources, self._held_out, strict=True)
         ]
         return SequenceStream(
             MixedStream(streams, self.weights, self.packing.tokenizer),
             self.packing.sequence_length,
             window=1 if seed is None else self.shuffle_window,
-            key=(seed or 0, rank),
+            key=(seed or 0, part),
         )
+
+    @cached_property
+    def _held_out(self) -> list[HeldOut]:
+        """The rule of each source; with ``validation_tokens`` its first documents are read for it."""
+        if self.validation_tokens is None:
+            return [by_fraction(self.packing.validation_fraction)] * len(self.sources)
+        return [one_of(head.digests) for head in self._heads]
+
+    @cached_property
+    def _heads(self) -> list[_Head]:
+        assert self.validation_tokens is not None
+        share = -(-self.validation_tokens // len(self.sources))
+        return [_read_head(source, self.packing, share) for source in self.sources]
 
     def validation(self, num_sequences: int) -> Validation:
         """Gather at least ``num_sequences`` for validation, equally many per source; fewer where a source ends before.
 
-        They are always the first sequences of each source, for any number of ranks and any seed.
+        They are always the first sequences of each source, for any number of ranks and any seed. With
+        ``validation_tokens`` there are as many as these tokens fill.
 
         Raises:
             DataError: the held-out documents do not fill one sequence.
         """
         share = -(-num_sequences // len(self.sources))
-        gathered = [_gather(source, self.packing, share) for source in self.sources]
+        if self.validation_tokens is None:
+            gathered = [_gather(source, self.packing, share) for source in self.sources]
+        else:
+            gathered = [(head.sequences, head.train_byte_counts) for head in self._heads]
         if not any(len(found) for found, _ in gathered):
             raise too_little_validation(self.sources, self.packing)
         table = SequenceTable(
@@ -328,6 +422,39 @@ class Validation(NamedTuple):
     """``(256,)`` how often each byte value occurs in the training text that was read before enough was held out."""
 
 
+class _Head(NamedTuple):
+    """The first documents of a source, which are held out."""
+
+    digests: frozenset[bytes]
+    """Digests of their texts."""
+    sequences: SequenceArray
+    """The sequences that they fill."""
+    train_byte_counts: Array
+    """``(256,)`` how often each byte value occurs in as many bytes of the text that follows."""
+
+
+def _read_head(source: OpenSource, packing: Packing, num_tokens: int) -> _Head:
+    """Read the first documents of a source that have ``num_tokens``, and as many bytes of the text after them."""
+    packer, encode = Packer(packing.sequence_length), source.encoder(packing.tokenizer)
+    found: list[PackedSequences] = [packer.add([])]
+    digests: set[bytes] = set()
+    read = 0
+    counts = {False: np.zeros(256, np.int64), True: np.zeros(256, np.int64)}
+    for text in source.texts():
+        held_out = read < num_tokens
+        counts[held_out] += count_bytes([text])
+        if held_out:
+            documents = encode([text])
+            found.append(packer.add(documents))
+            read += sum(len(document.tokens) for document in documents)
+            digests.add(text_digest(text.encode("utf-8")))
+        elif counts[False].sum() >= counts[True].sum():
+            break
+    found.append(packer.finish())
+    tokens, num_bytes = (np.concatenate(part) for part in zip(*found, strict=True))
+    return _Head(frozenset(digests), SequenceArray(tokens, num_bytes, counts[True]), counts[False])
+
+
 def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[SequenceArray, Array]:
     """Read a source from its beginning until its held-out documents fill ``num_sequences``, or to its end."""
     packer = Packer(packing.sequence_length)
@@ -346,6 +473,17 @@ def _gather(source: OpenSource, packing: Packing, num_sequences: int) -> tuple[S
                 break
     else:
         found.append(packer.finish())
+    num_read = int(sum(count.sum() for count in counts.values()))
+    if num_read > _MUCH_TEXT:
+        logger.warning(
+            "%s: %.0f MB of text were read to hold out %d sequences by data.validation_fraction (%g); "
+            "data.validation_tokens=%d holds out the first documents instead, and nothing else is read for it",
+            source.setting,
+            num_read / 1e6,
+            num_sequences,
+            packing.validation_fraction,
+            num_sequences * packing.sequence_length,
+        )
     tokens = np.concatenate([packed.tokens for packed in found])[:num_sequences]
     num_bytes = np.concatenate([packed.num_bytes for packed in found])[:num_sequences]
     return SequenceArray(tokens, num_bytes, counts[True]), counts[False]

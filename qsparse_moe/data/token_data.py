@@ -22,7 +22,7 @@ from qsparse_moe.data.prepare import Progress, build_here, build_in_processes
 from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
 from qsparse_moe.data.sources import open_source
 from qsparse_moe.data.stored import StoredSide, read_manifest
-from qsparse_moe.data.streaming import SequenceStream, Streams
+from qsparse_moe.data.streaming import PartStreams, Streams
 from qsparse_moe.data.table import TableJob, remove_damaged
 from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer
 from qsparse_moe.errors import ConfigError
@@ -103,11 +103,11 @@ class TokenData:
         """Return the token ids ``(B, S + 1)`` of a table or a stream as a batch."""
         return self.validation.batch(tokens)
 
-    def open_stream(self, *, rank: int, world_size: int, seed: int | None) -> SequenceStream | None:
-        """Return the stream of one rank's training sequences from the beginning; None in table mode."""
+    def open_stream(self, parts: range, *, num_parts: int, seed: int | None) -> PartStreams | None:
+        """Return some parts of the training text as a stream, from the beginning; None in table mode."""
         if self._streams is None:
             return None
-        return self._streams.train(rank=rank, world_size=world_size, seed=seed)
+        return self._streams.train(parts, num_parts=num_parts, seed=seed)
 
 
 def load_data(config: DataConfig, *, progress: Progress | None = None) -> TokenData:
@@ -275,7 +275,12 @@ def open_streams(config: DataConfig) -> Streams:
 def _streams_of(config: DataConfig, opened: _Opened) -> Streams:
     weights = tuple(source.weight for source in config.sources)
     return Streams(
-        opened.sources, weights, opened.packing, config.attend_across_documents, config.shuffle_window
+        opened.sources,
+        weights,
+        opened.packing,
+        config.attend_across_documents,
+        config.shuffle_window,
+        config.validation_tokens,
     )
 
 
@@ -302,6 +307,9 @@ def _parts(config: DataConfig, packing: Packing, chat: Chat | None, digests: Seq
         "data.tokenizer": packing.tokenizer.fingerprint,
         "data.validation_fraction": str(config.validation_fraction),
     }
+    if config.validation_tokens is not None:
+        del parts["data.validation_fraction"]
+        parts["data.validation_tokens"] = str(config.validation_tokens)
     for index, (source, digest) in enumerate(zip(config.sources, digests, strict=True)):
         parts |= {f"data.sources.{index}": digest, f"data.sources.{index}.weight": str(source.weight)}
     if chat is not None:

@@ -252,6 +252,18 @@ def _loss_scale(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _streaming_only(config: RunConfig) -> Iterator[Problem]:
+    if config.data.mode == "streaming":
+        return
+    for name in ("stream_parts", "validation_tokens"):
+        value = getattr(config.data, name)
+        if value is not None:
+            yield Problem(
+                f"data.{name} ({value}) has no meaning when data.mode is table; remove it, or set data.mode=streaming",
+                (f"data.{name}", "data.mode"),
+            )
+
+
 def _vocabulary(config: RunConfig) -> Iterator[Problem]:
     vocab_size = config.model.vocab_size
     if config.data.tokenizer == "bytes" and vocab_size is not None and vocab_size < BYTE_VOCABULARY:
@@ -343,6 +355,7 @@ _RUN_RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _vocabulary,
     _sources,
     _chat,
+    _streaming_only,
     _batch_sizes,
     _learning_rate_steps,
     _sparsity_steps,

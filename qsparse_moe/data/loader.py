@@ -108,16 +108,15 @@ class TrainLoader:
         share = num_parts // self._world_size
         parts = range(self._rank * share, (self._rank + 1) * share)
         seed = self._seed if self._shuffle else None
+        if self._config.mode == "streaming":
+            self._check_parts(num_parts)
         stream = self._data.open_stream(parts, num_parts=num_parts, seed=seed)
         if stream is None:
             return
-        self._check_parts(num_parts)
         self._stream_state, self._passes = stream.state_dict(), stream.passes()
         self._stream = stream
         if self._reads_in_process:
-            self._stream = ProcessStream(
-                self._config, parts, num_parts=num_parts, seed=seed, begin=self._stream_state
-            )
+            self._stream = ProcessStream(self._config, parts, num_parts=num_parts, seed=seed, begin=self._stream_state)
 
     def _check_parts(self, num_parts: int) -> None:
         if num_parts % self._world_size or self._global_batch_size % num_parts:

@@ -69,8 +69,8 @@ class ProcessStream:
         self.close()
         raise DataError(
             f"the process that reads parts {self._parts.start} to {self._parts.stop - 1} of the text has ended with "
-            f"exit code {code}, and it must run as long as the run; if it was killed for want of memory, lower data.shuffle_window or "
-            "data.max_document_bytes, or set data.reader=thread"
+            f"exit code {code}, and it must run as long as the run; if it was killed for want of memory, lower "
+            "data.shuffle_window or data.max_document_bytes, or set data.reader=thread"
         )
 
     def _receive(self, message: dict[str, Any], stream: IO[bytes]) -> Array:

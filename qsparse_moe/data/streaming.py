@@ -46,9 +46,7 @@ class SourceStream:
     parts that share a file take its documents in turn.
     """
 
-    def __init__(
-        self, source: OpenSource, *, held_out: HeldOut, part: int, num_parts: int, seed: int | None
-    ) -> None:
+    def __init__(self, source: OpenSource, *, held_out: HeldOut, part: int, num_parts: int, seed: int | None) -> None:
         self._source = source
         self._held_out = held_out
         self._part, self._num_parts = part, num_parts

@@ -223,8 +223,8 @@ def test_a_stream_that_leaves_out_all_its_training_conversations_ends_with_a_mes
     chats = [one for one in short if is_held_out(one)] + [one for one in long if not is_held_out(one)]
     source = SourceConfig(kind="jsonl", path=str(write_chats(tmp_path / "c.jsonl", chats)), format="chat")
     data = load_data(make_data(tmp_path, tokenizer, sources=(source,), mode="streaming"))
-    stream = data.open_stream(rank=0, world_size=1, seed=None)
-    with pytest.raises(DataError, match=r"\(jsonl\) holds no training document for rank 0 of 1"):
+    stream = data.open_stream(range(1), num_parts=1, seed=None)
+    with pytest.raises(DataError, match=r"\(jsonl\) holds no training document for part 0 of 1"):
         stream.take(1)
 
 

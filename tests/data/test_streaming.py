@@ -15,7 +15,7 @@ from qsparse_moe.config.schema import DataConfig, RunConfig, SourceConfig, Train
 from qsparse_moe.data.loader import TrainLoader, combine_states
 from qsparse_moe.data.packing import is_validation, text_digest
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.streaming import MixedStream, SourceStream, _gather
+from qsparse_moe.data.streaming import MixedStream, SourceStream, _gather, by_fraction
 from qsparse_moe.data.table import Packing
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import ByteTokenizer
@@ -52,7 +52,7 @@ def make_source(tmp_path: Path, kind: str, num_files: int = 5) -> SourceConfig:
 
 def make_stream(source: SourceConfig, *, rank: int = 0, world_size: int = 1, seed: int | None = 0) -> SourceStream:
     return SourceStream(
-        open_source(source, 0), validation_fraction=FRACTION, rank=rank, world_size=world_size, seed=seed
+        open_source(source, 0), held_out=by_fraction(FRACTION), part=rank, num_parts=world_size, seed=seed
     )
 
 
@@ -61,7 +61,8 @@ def one_pass(stream: SourceStream) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "hub"])
-@pytest.mark.parametrize("world_size", [1, 2, 5])  # 5 files: by document with 2 ranks, by file with 5
+# 5 files: shuffled before they are dealt to 1 and 5 parts, else dealt first; 7 parts share them.
+@pytest.mark.parametrize("world_size", [1, 2, 5, 7])
 def test_a_pass_gives_every_train_document_to_one_rank(tmp_path: Path, kind: str, world_size: int) -> None:
     source = make_source(tmp_path, kind)
     streams = [make_stream(source, rank=rank, world_size=world_size) for rank in range(world_size)]
@@ -82,18 +83,19 @@ def test_files_are_shuffled_differently_in_every_pass_and_by_seed(tmp_path: Path
 
 
 @pytest.mark.parametrize("seed", [None, 7])
-@pytest.mark.parametrize("world_size", [1, 2, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 5, 7])
 @pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "hub"])
 def test_a_stream_resumes_at_every_document(tmp_path: Path, kind: str, world_size: int, seed: int | None) -> None:
     source = make_source(tmp_path, kind)
     opened = open_source(source, 0)
 
     def make() -> SourceStream:
-        return SourceStream(opened, validation_fraction=FRACTION, rank=world_size - 1, world_size=world_size, seed=seed)
+        held_out = by_fraction(FRACTION)
+        return SourceStream(opened, held_out=held_out, part=world_size - 1, num_parts=world_size, seed=seed)
 
     uninterrupted = make()
     states, texts = [uninterrupted.state_dict()], []
-    for _ in range(90 // world_size):  # over the border of two passes
+    for _ in range(90 // min(world_size, 5)):  # over the border of two passes
         texts.append(uninterrupted.next_text())
         states.append(uninterrupted.state_dict())
     assert texts.count(None) >= 2
@@ -104,10 +106,10 @@ def test_a_stream_resumes_at_every_document(tmp_path: Path, kind: str, world_siz
         assert [resumed.next_text() for _ in range(8)] == texts[place : place + 8]
 
 
-def test_a_rank_without_a_train_document_is_refused(tmp_path: Path) -> None:
+def test_a_part_without_a_train_document_is_refused(tmp_path: Path) -> None:
     source = SourceConfig(kind="jsonl", path=str(write_jsonl(tmp_path / "a.jsonl", train_side(make_texts(9))[:2])))
     assert len(one_pass(make_stream(source, rank=1, world_size=2))) == 1
-    with pytest.raises(DataError, match=r"\(jsonl\) holds no training document for rank 2 of 3.*data\.mode=table"):
+    with pytest.raises(DataError, match=r"\(jsonl\) holds no training document for part 2 of 3.*data\.mode=table"):
         make_stream(source, rank=2, world_size=3).next_text()
 
 
@@ -208,11 +210,13 @@ def test_a_state_is_smaller_than_a_sequence_however_long_the_document(data_confi
     assert tokens(resumed, range(30, 33)) == tokens(loader, range(30, 33))
 
 
-def test_another_number_of_ranks_is_refused_with_the_reason(run_config: RunConfig) -> None:
+def test_more_ranks_than_parts_are_refused_with_the_numbers_that_fit(run_config: RunConfig) -> None:
     data = load_data(run_config.data)
     state = combine_states([TrainLoader(run_config, data, rank, 2).state_dict() for rank in range(2)])
-    with pytest.raises(DataError, match=r"made by 2 ranks and this run has 1, .*same number only, because each rank"):
-        TrainLoader(run_config, data, 0, 1).load_state_dict(state)
+    with pytest.raises(
+        DataError, match=r"streams have 2 parts and this run has 4 ranks, .*; start 1, 2 ranks, or a new"
+    ):
+        TrainLoader(run_config, data, 0, 4).load_state_dict(state)
 
 
 def test_the_state_of_one_rank_alone_is_an_internal_error(run_config: RunConfig) -> None:
@@ -303,9 +307,8 @@ def test_rows_of_one_file_are_shuffled_within_windows_and_resume_exactly(
     source = SourceConfig(kind="jsonl", path=str(file))
 
     def stream(seed: int | None, window: int = 4) -> Any:
-        return load_data(data_config(source, mode="streaming", shuffle_window=window)).open_stream(
-            rank=0, world_size=1, seed=seed
-        )
+        data = load_data(data_config(source, mode="streaming", shuffle_window=window))
+        return data.open_stream(range(1), num_parts=1, seed=seed)
 
     plain, shuffled, other = (stream(seed).take(24).tolist() for seed in (None, 0, 1))
     assert shuffled != plain and other != shuffled

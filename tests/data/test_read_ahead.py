@@ -56,7 +56,7 @@ def test_batches_states_and_passes_are_those_without_a_reader(folder, data, mode
         assert mode == "table" or want[-1][2][0] >= 1, "a pass must end within these steps"
         # Back to an earlier step, while a later one is being read.
         other = TrainLoader(config, data[mode], 0, 2).state_dict()
-        loader.load_state_dict(combine_states([other, want[4][1]]))
+        loader.load_state_dict(combine_states([want[4][1], other]))
         assert read(loader, range(5, 9)) == want[5:9]
     finally:
         loader.close()

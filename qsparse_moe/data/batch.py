@@ -38,7 +38,7 @@ class Batch(NamedTuple):
 
     def pin_memory(self) -> Batch:
         """Return the batch in pinned memory, from which it is copied to a CUDA device while that computes."""
-        return Batch(*(None if part is None else part.pin_memory() for part in self))
+        return Batch._make(None if part is None else part.pin_memory() for part in self)
 
 
 def make_batch(sequences: np.ndarray[Any, Any], *, document_token: int, attend_across_documents: bool) -> Batch:

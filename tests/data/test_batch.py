@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -51,3 +54,15 @@ def test_batch_is_int64_and_shares_no_memory_with_the_rows() -> None:
         assert part is not None and part.dtype == torch.int64 and part.is_contiguous()
         part.fill_(-5)
     assert rows.tolist() == [[DOCUMENT, 1, 2, DOCUMENT]]
+
+
+def test_every_part_of_a_batch_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pinned memory needs a CUDA device; the tensors are replaced here by ones that say so."""
+    rows = np.array([[256, 1, 256, 2]])
+    batch = make_batch(rows, document_token=256, attend_across_documents=True)
+    pinned: list[Any] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    found = batch.pin_memory()
+    assert [part is None for part in found] == [False, False, False, True, True]
+    assert [id(part) for part in pinned] == [id(part) for part in batch[:3]]
+    assert all(torch.equal(one, other) for one, other in zip(found[:3], batch[:3], strict=True))

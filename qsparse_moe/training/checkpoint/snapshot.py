@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,8 @@ class Snapshot:
     """A buffer of host memory that is allocated once and used for every checkpoint of a run.
 
     Its size is that of the fp32 weights and Adam's two moments that the rank saves: 12 bytes per parameter, divided by
-    the number of ranks. Pages of it that no copy has used yet take no memory, except on CUDA, where it is pinned.
+    the number of ranks. On CUDA the memory is pinned. Elsewhere a thread writes zeros into it while the first steps
+    run: the system provides each page when it is first written, which would take longer than the first copy itself.
     """
 
     def __init__(self, num_elements: int, device: torch.device) -> None:
@@ -34,10 +36,16 @@ class Snapshot:
                 f"this rank's state, which cannot be allocated ({str(error).splitlines()[0]}). Set "
                 "training.checkpoint_async=false, which writes without a copy while training waits, or use more ranks"
             ) from error
+        self._zeroing: threading.Thread | None = None
+        if device.type != "cuda":
+            self._zeroing = threading.Thread(target=self._buffer.zero_, name="snapshot", daemon=True)
+            self._zeroing.start()
 
     @torch.no_grad()
     def copy(self, tensors: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
         """Copy fp32 tensors and return the copies, which are valid until the next call."""
+        if self._zeroing is not None:
+            self._zeroing.join()
         copies, end = {}, 0
         for name, source in tensors.items():
             start, end = end, end + math.prod(source.shape)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -280,6 +282,21 @@ def test_an_evaluation_that_a_stop_left_out_is_made_when_the_run_is_resumed(runs
     assert stopped["result"]["step"] == EVALUATED_STEP and stopped["result"]["validation"] is None
     assert [report["step"] for report in resumed["reports"]] == [*range(EVALUATED_STEP + 1, STEPS + 1)]
     assert rows_of(runs.folder_of("late-resumed", ranks)) == rows_of(runs.folder_of(LATE[ranks], ranks))
+
+
+@pytest.mark.parametrize("layout", RESUMED[2])
+def test_each_of_two_ranks_writes_half_of_the_state_and_reads_the_moments_that_it_holds(runs: Runs, layout):
+    checkpoint = Checkpoint(list_checkpoints(runs.folder_of(layout, 2))[-1])
+    count = sum(math.prod(shape) for shape in checkpoint.shapes.values())
+    sizes = [file.stat().st_size for file in checkpoint.path.glob("rank-*")]
+    # Besides, each file has the random states of its rank and a header: 20 kB.
+    assert len(sizes) == 2 and all(0 < size - 12 * count / 2 < 0.05 * 12 * count for size in sizes)
+    reads = [outcome["elements_read"] for outcome in runs.outcomes[f"{layout}-resumed", 2]]
+    moments = [read[kind] for kind in ("exp_avg", "exp_avg_sq") for read in reads]
+    if layout.startswith(("torch", "zero0")):
+        assert moments == [count] * 4, "every rank holds everything"
+    else:
+        assert moments[0] + moments[1] == moments[2] + moments[3] == count and max(moments) < 0.52 * count
 
 
 @pytest.mark.parametrize(("source", "written_by", "target", "resumed_by"), TRANSFERS)

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +38,9 @@ from qsparse_moe.runs.report import StepReport
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training import loop, prepare
 from qsparse_moe.training.calibrate import calibrate_run
+from qsparse_moe.training.checkpoint.store import Checkpoint
 from qsparse_moe.training.engines import deepspeed_config as ds_config
+from qsparse_moe.training.engines.protocol import StateKind
 
 SLOW_DISK = {"place": "disk"}
 """A fault: saving takes so long that one can be interrupted."""
@@ -144,8 +147,9 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
     rank = int(os.environ.get("RANK", "0"))
     listener = Listener(stop_after if rank == 0 else None)
     outcome: dict[str, Any] = {"label": label, "error": None, "result": None}
+    elements_read: Counter[str] = Counter()
     try:
-        with broken(fault):
+        with broken(fault), counting_reads(elements_read):
             settings = RunConfig.model_validate(config)
             result = loop.train(settings, [_recorder(settings), listener], open_weights=open_weights)
         outcome["result"] = {"step": result.step, "stopped_by": result.stopped_by, "validation": result.validation}
@@ -155,7 +159,21 @@ def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[
         "reports": listener.reports,
         "context": listener.context,
         "phase_seconds": listener.phase_seconds,
+        "elements_read": elements_read,
     }
+
+
+@contextlib.contextmanager
+def counting_reads(elements: Counter[str]) -> Iterator[None]:
+    """Count the elements that this rank reads from a checkpoint, by the kind of state."""
+    read = Checkpoint.read
+
+    def counted(self: Checkpoint, kind: StateKind, name: str, start: int, stop: int) -> torch.Tensor:
+        elements[kind] += stop - start
+        return read(self, kind, name, start, stop)
+
+    with mock.patch.object(Checkpoint, "read", counted):
+        yield
 
 
 def _recorder(config: RunConfig) -> Recorder:

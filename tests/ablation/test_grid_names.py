@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from qsparse_moe.ablation.grid.load import load_grid
@@ -145,7 +143,13 @@ def test_sites_vary_if_the_last_variant_alone_differs_and_none_do_if_the_last_ha
 def test_an_item_of_a_list_stands_for_its_list_whatever_its_number(write):
     eleven = ", ".join(f"{{kind: stdlib, max_bytes: {200_000 + i}}}" for i in range(11))
     base = BASE.replace("[{max_bytes: 200000}]", f"[{eleven}]").replace("tensorboard: false", "hyperparameters: []")
-    grid = ONE_SEED + "axes: {data.sources.10.max_bytes: [300000], model.init_std: [0.1]}\n"
+    grid = (
+        ONE_SEED
+        + "axes: {data.sources.10.max_bytes: [300000], model.init_std: [0.1], "
+        + "training.beta2: [0.9], training.beta1: [0.8]}\n"
+    )
     (run,) = load_grid(write(grid, base)).runs
-    assert run.config.metrics.hyperparameters == ("data.sources", "model.init_std")
-    assert re.fullmatch(r"max_bytes-300000-init_std-0.1", run.config.metrics.variant)
+    assert run.config.metrics.hyperparameters == (
+        *("data.sources", "model.init_std", "training.beta1", "training.beta2"),
+    )
+    assert run.config.metrics.variant == "max_bytes-300000-init_std-0.1-beta2-0.9-beta1-0.8"

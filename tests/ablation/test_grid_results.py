@@ -12,6 +12,7 @@ from qsparse_moe.ablation.grid.run_result import result_of
 from qsparse_moe.accounting.densities import planned_densities
 from qsparse_moe.accounting.flops import training_flops
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.grid_files import BASE, GRID, finished_run
 
 
@@ -176,6 +177,9 @@ def test_costs_of_a_selection_by_rank_are_those_of_the_plan_and_not_of_measured_
     flops = training_flops(model, 32, densities=planned_densities(model))
     assert (found.training_flops_per_token, found.kept_training_flops_per_token) == (flops.routed, flops.needed)
     assert flops.needed < flops.routed
+    dense = result_of(grid, grid.runs[0])
+    for name in ("weight_bytes_1", "weight_bytes_16"):
+        assert getattr(found, name) < getattr(dense, name)
     assert found.weight_bytes_1 < found.weight_bytes_16
 
 
@@ -189,6 +193,7 @@ def test_a_result_lists_groups_of_experts_in_the_order_of_the_experts_and_the_we
     found = result_of(grid, grid.runs[1])
     assert found.varied_sparsity == [(1, "expert_hidden", [0, 2], 0.9), (1, "expert_hidden", [1, 3], 0.0)]
     assert (found.num_experts, found.experts_per_token, found.num_layers) == (4, 2, 2)
+    assert found.sparsity == SparsityPlan.from_config(grid.runs[1].config.model).mean > 0.0
     sizes = {name: p.numel() for name, p in build_model(grid.runs[1].config.model).named_parameters()}
     dense = sum(size for name, size in sizes.items() if "layers.0" in name and "attention" not in name and size > 16)
     assert found.active_weights_by_part["dense"] == dense > 0

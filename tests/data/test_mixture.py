@@ -73,6 +73,8 @@ def test_with_weights_of_1_a_source_that_has_ended_waits_and_with_others_it_star
     assert texts(stream, 6) == ["a0", "b0", "b1", "b2", "a0", "b0"] and sources[0].passes == 1
     stream, sources = mixed([2.0, 2.0], [1], [1, 1, 1])
     assert texts(stream, 6) == ["a0", "b0", "a0", "b1", "a0", "b2"] and sources[0].passes == 2
+    stream, _ = mixed([1.0, 2.0], [1], [1, 1, 1])
+    assert texts(stream, 7) == ["a0", "b0", "b1", "a0", "b2", "b0", "a0"], "one weight of 1 is not enough"
     # Three tokens of the first for each of the second.
     stream, _ = mixed([3.0, 1.0], [1] * 9, [1] * 9)
     assert [text[0] for text in texts(stream, 12)] == ["a", "b", "a", "a"] * 3
@@ -148,6 +150,14 @@ def test_a_stream_of_sequences_resumes_after_each_of_them(window: int) -> None:
         assert stream.take(1).tolist() == whole[taken : taken + 1]
 
 
+def test_a_stream_that_has_read_on_returns_to_a_state_between_two_documents() -> None:
+    stream = sequences(1)
+    begin = stream.state_dict()
+    whole = stream.take(9).tolist()
+    stream.load_state_dict(begin)
+    assert stream.take(9).tolist() == whole
+
+
 def test_a_state_without_a_window_is_that_of_a_stream_in_order() -> None:
     stream = sequences(1)
     before = stream.take(3).tolist()
@@ -196,10 +206,14 @@ def source_of(rows: list[dict[str, Any]], **limits: int) -> OpenSource:
         ({"text": "", "problem": "known before"}, r"^known before, or let"),
     ],
 )
-def test_a_record_of_a_stream_that_is_no_text_is_named_by_its_row(row: dict[str, Any], message: str) -> None:
+def test_a_record_of_a_stream_that_is_no_text_is_named_by_its_row(
+    row: dict[str, Any], message: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(DataError, match=message):
         list(source_of([{"text": "a"}, row], max_bad_records=0).texts())
+    caplog.clear()
     found = list(source_of([{"text": "a"}, row, {"text": ""}, {"text": "éééé"}], max_bad_records=1).texts())
+    assert caplog.records[-1].getMessage() == "data.sources.1 (hub): 1 bad records skipped in this pass"
     assert found == ["a", "éééé"], "8 bytes are allowed, and an empty text is no document"
 
 

@@ -241,6 +241,7 @@ def test_the_step_of_a_folder_is_that_of_its_name_or_of_its_newest_checkpoint(tm
     (tmp_path / "checkpoints" / "step-7").mkdir()
     of_kind = {kind: ModelFolder(tmp_path, kind).step for kind in ("run", "export", "hugging_face", "hub")}
     assert of_kind == {"run": 12, "export": None, "hugging_face": None, "hub": None}
+    assert ModelFolder(tmp_path / "checkpoints" / "step-7", "export").step is None, "whatever its name"
     checkpoint = ModelFolder(tmp_path / "checkpoints" / "step-7", "checkpoint")
     assert (checkpoint.step, checkpoint.config_folder) == (7, tmp_path)
     assert ModelFolder(tmp_path, "run").config_folder == tmp_path

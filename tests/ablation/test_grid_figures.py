@@ -9,7 +9,15 @@ from scipy.stats import t as student_t
 
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
-from qsparse_moe.ablation.grid.figures import _complete_map, _levels, _name, _scatter, draw_figures, iso_loss
+from qsparse_moe.ablation.grid.figures import (
+    _complete_map,
+    _levels,
+    _name,
+    _scatter,
+    draw_figures,
+    iso_loss,
+    loss_by_parameters,
+)
 from qsparse_moe.ablation.grid.panels import legend
 from qsparse_moe.ablation.grid.scan_figures import (
     MEAN,
@@ -304,6 +312,23 @@ def test_a_map_of_equal_loss_has_exactly_one_variant_at_each_of_at_least_two_by_
     assert (
         iso_loss([one._replace(record=one.record | {"settings": {"model.sparsity.plan": "p"}}) for one in by_a]) is None
     )
+
+
+def test_a_map_may_join_several_numbers_of_experts_per_token_where_their_panels_would_be_too_many():
+    whole = {(2.0 * ratio * a, a, s): 1.0 + ratio + s for a, ratio in enumerate(range(2, 7), 1) for s in (0.0, 0.5)}
+    assert len(iso_loss(table(whole)).axes) == 1 + 1
+    few = dict(list(whole.items())[:4])
+    assert iso_loss(table(few)) is None, "one ratio per number of experts per token is no map"
+    of_width = {(e, 2, s): 1.0 + e + s for e in (4, 8) for s in (0.0, 0.5)}
+    widths = [one for width in range(5) for one in table(of_width, hidden_size=width)]
+    assert iso_loss(widths) is None and len(iso_loss(widths[:16]).axes) == 4 + 1
+
+
+def test_the_loss_is_drawn_over_the_counts_that_vary_alone():
+    varied = [variant(loss, active_parameters=1000, kept_parameters=1000 / loss) for loss in (2.0, 3.0)]
+    axis, _ = loss_by_parameters(varied).axes
+    assert axis.get_xlabel() == "thousand needed parameters"
+    assert loss_by_parameters([varied[0], varied[0]]) is None
 
 
 def test_levels_begin_at_the_least_loss_and_increase_even_if_all_are_equal():

@@ -139,10 +139,11 @@ def logits_memory(config: RunConfig) -> LogitsMemory:
         return LogitsMemory(3 * _FP32 * logits, 0.0)
     # The gradients of the head and of its input, which the loss makes together with its value.
     kept = _FP32 * vocab_size(config.model) * config.model.hidden_size + width * tokens * config.model.hidden_size
-    # The logits of a part in fp32, a temporary of their size, and their gradient in the precision of the run.
-    part = (2 * _FP32 + (width if width != _FP32 else 0)) * logits / PARTS
-    # The gradient of the head is made once more for every part, and then added.
-    return LogitsMemory(part + kept + width * vocab_size(config.model) * config.model.hidden_size, kept)
+    # The logits of a part in fp32, two temporaries of their log-sum, and the gradient of the part before.
+    part = (3 * _FP32 + width) * logits / PARTS
+    # Or the gradient of the head by one part, beside that part's gradient.
+    of_head = width * (logits / PARTS + vocab_size(config.model) * config.model.hidden_size)
+    return LogitsMemory(max(part, of_head) + kept, kept)
 
 
 def layer_work(config: RunConfig) -> float:

@@ -174,6 +174,8 @@ def _state(config: RunConfig, counts: LayoutCounts) -> _State:
         # ZeRO-1 and 2 restore a sum of gradients in a tensor of the largest parameter, one on the device.
         bucket += counts.width * counts.largest if counts.stage < 3 else 0.0
         host += 2 * counts.width * counts.largest if counts.stage < 3 else 0.0
+        # Where there are several micro-batches, their sums are kept in the precision of the run.
+        host += counts.width * counts.share if counts.stage < 3 else 0.0
         if chosen.offload_optimizer == "nvme":
             nvme += optimizer
             host += moved - optimizer + _NVME_BUFFERS * FP32 * min(counts.share, SUB_GROUP)

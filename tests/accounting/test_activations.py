@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from qsparse_moe.accounting.activations import activation_memory
+from qsparse_moe.accounting.activations import activation_memory, logits_memory
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.model.transformer import build_model
 from tests.support.measured_layouts import live_bytes
@@ -111,3 +111,13 @@ def test_half_precision_takes_half_except_for_router_and_loss():
     fp32_values = ROWS * LENGTH * (3 * (2 * 8 + 8 * 2) + 128)
     router_inputs = ROWS * LENGTH * 3 * 64
     assert half.saved == pytest.approx(activation_memory(config).saved / 2 + 2 * fp32_values + 4 * router_inputs)
+
+
+@pytest.mark.parametrize(("precision", "peak"), [("fp32", 4.0), ("bf16", 3.5), ("fp16", 12.0)])
+def test_many_logits_take_at_most_four_bytes_each_except_in_fp16(precision, peak):
+    config = run({"moe": {}, "vocab_size": 400_000})
+    training = config.training.model_copy(update={"precision": precision})
+    found = logits_memory(config.model_copy(update={"training": training}))
+    assert found.peak - found.kept == peak * ROWS * LENGTH * 400_000
+    # Few logits are computed at once.
+    assert logits_memory(run({"moe": {}})).peak == 12 * ROWS * LENGTH * 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,7 +84,7 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(tmp_path, m
     with pytest.raises(ConfigError) as caught:
         train(config)
     parts = [
-        "training on 1 rank needs 0.7 GB of 0.5 GB on each device (cpu)",
+        "training on 1 rank needs 1.8 GB of 0.5 GB on each device (cpu)",
         "more on the device",
         "no layout of this run fits; use more ranks, a smaller model or shorter sequences",
         "qsparse-moe layout lists all layouts",
@@ -99,7 +100,7 @@ def test_the_nearest_layout_that_fits_is_named_and_passes(tmp_path, monkeypatch)
     model = {"vocab_size": 30_000, "hidden_size": 128, "num_heads": 4, "head_size": 32}
     config = tiny_config(tmp_path, "run", model=model, micro_batch_size=8)
     config = config.model_copy(update={"data": config.data.model_copy(update={"sequence_length": 2048})})
-    monkeypatch.setattr(start_checks, "host_memory", lambda: 1.6e9)
+    monkeypatch.setattr(start_checks, "host_memory", lambda: 2.7e9)
     with pytest.raises(
         ConfigError, match=r"the nearest layout that fits is training.micro_batch_size=(\d)\. "
     ) as caught:
@@ -122,3 +123,14 @@ def test_the_memory_of_a_container_is_its_limit(tmp_path, monkeypatch):
     machine.unlink()
     assert host_memory() is None
     check_memory(tiny_config(tmp_path, "run"), ALONE)
+
+
+def test_the_memory_of_a_gpu_is_what_cuda_reports(monkeypatch):
+    properties = SimpleNamespace(name="NVIDIA L4", total_memory=24_000_000_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(start_checks, "host_memory", lambda: 256e9)
+    found = start_checks.this_machine(torch.device("cuda", 0), 8, 2)
+    assert found is not None
+    assert (found.device.name, found.device.memory, found.device.is_host) == ("NVIDIA L4", 24e9, False)
+    # Four ranks of a node share its host memory.
+    assert (found.ranks_per_node, found.host_per_rank) == (4, 64e9)

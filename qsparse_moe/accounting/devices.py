@@ -60,8 +60,8 @@ _KNOWN = (
     Device("l40s", 48e9, 362e12, 91.6e12, 0.864e12, 32e9, 12.5e9, 64e9, source="NVIDIA L40S data sheet"),
     Device("rtx-4090", 24e9, 165e12, 82.6e12, 1.008e12, 32e9, 1.25e9, 64e9, source="NVIDIA Ada architecture paper"),
     Device("mi300x", 192e9, 1307e12, 163e12, 5.3e12, 448e9, 50e9, 250e9, 55e9, source="AMD MI300X data sheet"),
-    # One rank of an ordinary server: two cores with 256-bit vectors. Its memory is that of the host. The reserve is what
-    # a process had beyond its tensors after 60 steps of a model of 4 M parameters (docs/lab-log.md, 2026-11-29).
+    # One rank of an ordinary server: two cores with 256-bit vectors. Its memory is that of the host. The reserve is
+    # what a process had beyond its tensors after 30 steps of a model of 4 M parameters (docs/lab-log.md, 2026-11-29).
     Device("cpu", 16e9, 60e9, 60e9, 20e9, 10e9, 1.25e9, 16e9, 20e9, 1.6e9, source="an ordinary server, two cores"),
 )
 KNOWN = {device.name: device for device in _KNOWN}

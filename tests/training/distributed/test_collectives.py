@@ -57,6 +57,10 @@ def test_clock_adds_them_in_steps_that_are_reported_and_not_on_cuda(monkeypatch)
         assert ("communication" in clock.seconds) == expected
         if expected:
             assert 0.01 <= clock.seconds["communication"] <= clock.seconds["update"]
+    clock.begin(measures=True)
+    with clock.collectives():
+        pass
+    assert clock.seconds == {"communication": 0.0}, "a value in every logged step"
     on_cuda = PhaseClock(torch.device("cuda"))
     on_cuda.begin(measures=True)
     with on_cuda.collectives():

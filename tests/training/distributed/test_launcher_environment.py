@@ -38,6 +38,7 @@ def test_one_rank_needs_no_address(monkeypatch):
     [
         ("WORLD_SIZE", "abc", "must be a whole number of at least 1"),
         ("WORLD_SIZE", "0", "must be a whole number of at least 1"),
+        ("WORLD_SIZE", "1234567890", "must be a whole number of at least 1"),
         ("WORLD_SIZE", "9" * 40, "must be a whole number of at least 1"),
         ("RANK", "2", "must be a whole number from 0 to 1"),
         ("RANK", "-1", "must be a whole number from 0 to 1"),

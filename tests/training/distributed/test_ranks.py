@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from qsparse_moe.errors import BackendUnavailable, ConfigError
+from qsparse_moe.training.distributed import ranks as ranks_module
 from qsparse_moe.training.distributed.ranks import (
     Distributed,
     choose_device,
@@ -80,6 +81,20 @@ def test_local_ranks_divide_the_cores_unless_omp_num_threads_is_set(monkeypatch)
             assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("local_ranks", "threads"), [("1", []), ("4", [3]), ("5", [2]), ("12", [1]), ("40", [1])])
+def test_every_local_rank_has_its_part_of_the_cores_and_at_least_one_thread(local_ranks, threads, monkeypatch):
+    given = []
+    monkeypatch.setattr(ranks_module, "num_cores", lambda: 12)
+    monkeypatch.setattr(ranks_module.torch, "set_num_threads", given.append)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("LOCAL_SIZE", local_ranks)
+    ranks_module._share_cores()
+    assert given == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    ranks_module._share_cores()
+    assert given == threads
 
 
 class Gathered(Distributed):

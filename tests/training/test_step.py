@@ -87,6 +87,20 @@ def test_every_total_is_that_of_all_ranks_under_its_own_name():
     assert _routed_since_report(StepTotals()) is None
 
 
+def test_ranks_that_met_the_names_in_another_order_reduce_the_same_numbers_together(monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        Two, "all_reduce", lambda self, tensor, op=None, *, group=None: sent.append(tensor.tolist()) or tensor
+    )
+    losses = {"loss": torch.tensor(1.0), "a_loss": torch.tensor(2.0)}
+    stats = {"rows": torch.tensor([3.0]), "nonzero": torch.tensor([4.0])}
+    for turn in (1, -1):
+        made = StepTotals(dict(list(losses.items())[::turn]), dict(list(stats.items())[::turn])).reduced(two())
+        assert (made.losses["loss"], made.losses["a_loss"]) == (1.0, 2.0)
+        assert (made.stats["rows"], made.stats["nonzero"]) == (3.0, 4.0)
+    assert sent == [[2.0, 1.0, 4.0, 3.0]] * 2
+
+
 @pytest.mark.parametrize(("grad_norm", "norms"), [(3.0, (2.0, 3.0)), (float("inf"), None), (float("nan"), None)])
 def test_layers_have_norms_unless_the_step_overflowed(grad_norm, norms):
     squares = torch.tensor([4.0, 9.0], dtype=torch.float64)

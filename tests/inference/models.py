@@ -83,3 +83,21 @@ def plan_per_expert(built, selection):
     if selection == "threshold":
         plan = plan.with_thresholds({place: tuple(0.5 * s for s in old) for place, old in values.items()})
     return plan
+
+
+@torch.no_grad()
+def sliding_window(built, tokens_BS, window):
+    """All at once, each token attending to the last ``window``: the slow definition, in every layer."""
+    length = tokens_BS.shape[1]
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    added_SS = torch.where((distance >= 0) & (distance < window), 0.0, -torch.inf)
+
+    def attend(query, key, value):
+        key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], 1) for part in (key, value))
+        scores = query @ key.mT * next(built.blocks()).attention.scale + added_SS.to(query.dtype)
+        return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+    hidden, _ = built.run_layers(
+        built.embedding(tokens_BS), None, with_stats=False, attends=[attend] * built.config.num_layers
+    )
+    return built.logits(hidden)

@@ -11,7 +11,7 @@ from qsparse_moe.inference.engine import ENGINES, EngineSpec, resolve_engine
 from qsparse_moe.inference.kv_cache import KeyValueCache, cache_bytes
 from qsparse_moe.moe.backends.registry import BACKENDS
 from qsparse_moe.sparsity.plan import SparsityPlan
-from tests.inference.models import all_at_once, config, model, plan_per_expert, random_tokens
+from tests.inference.models import all_at_once, config, model, plan_per_expert, random_tokens, sliding_window
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -140,20 +140,6 @@ def test_hidden_ids_have_no_probability():
     built.hide_ids((257, 258))
     found, _, _ = token_by_token(built, random_tokens(3, LENGTH))
     assert (found[..., 257:259] == -torch.inf).all() and found[..., :257].isfinite().all()
-
-
-def sliding_window(built, tokens_BS, window):
-    """All at once, each token attending to the last ``window``: the slow definition, one forward pass per layer."""
-    from qsparse_moe.model.rope import rotation_at
-
-    length = tokens_BS.shape[1]
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    mask = ((distance >= 0) & (distance < window))[None, None]
-    hidden = built.embedding(tokens_BS)
-    rotation = rotation_at(torch.arange(length)[None], built.config, hidden.dtype)
-    for block in built.blocks():
-        hidden = block(hidden, rotation, mask, False).hidden_BSD
-    return built.logits(hidden).detach()
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 7])

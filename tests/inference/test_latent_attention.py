@@ -15,8 +15,7 @@ from qsparse_moe.inference.prompt_cache import PromptCache
 from qsparse_moe.inference.triton_engine import TritonDecode
 from qsparse_moe.inference.weights import use_bf16_products, use_weights
 from qsparse_moe.kernels import native, tiles
-from qsparse_moe.model.rope import rotation_at
-from tests.inference.models import all_at_once, config, difference_from_torch, model, random_tokens
+from tests.inference.models import all_at_once, config, difference_from_torch, model, random_tokens, sliding_window
 from tests.inference.test_cached_model import LENGTH, largest_difference
 from tests.inference.test_prompt_cache import TURNS, made, talk
 
@@ -68,19 +67,6 @@ def test_bf16_differs_by_rounding_alone():
     expected = all_at_once(model(latent_attention=RANKED), tokens)
     rounding = (all_at_once(built, tokens) - expected).abs().max().item()
     assert largest_difference(built, tokens, expected) < 2 * rounding
-
-
-@torch.no_grad()
-def sliding_window(built, tokens_BS, window):
-    """All at once, each token attending to the last ``window``."""
-    length = tokens_BS.shape[1]
-    distance = torch.arange(length)[:, None] - torch.arange(length)
-    mask = ((distance >= 0) & (distance < window))[None, None]
-    hidden = built.embedding(tokens_BS)
-    rotation = rotation_at(torch.arange(length)[None], built.config, hidden.dtype)
-    for block in built.blocks():
-        hidden = block(hidden, rotation, mask, False).hidden_BSD
-    return built.logits(hidden)
 
 
 @pytest.mark.parametrize("capacity", [1, 3, 7])

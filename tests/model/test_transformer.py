@@ -131,7 +131,7 @@ def test_a_tied_head_is_the_embedding_itself_and_any_other_has_values_of_its_own
     assert torch.equal(model.head.weight, model.embedding.weight) == tied
     assert ("head.weight" in dict(model.named_parameters())) != tied
     ids = tokens()
-    hidden = model.run_layers(model.embed(ids), None, None, with_stats=False)[0]
+    hidden = model.run_layers(model.embed(ids), None, with_stats=False)[0]
     logits = model.final_norm(hidden) @ (model.embedding if tied else model.head).weight.T
     torch.testing.assert_close(model(ids).logits_BSV, logits)
 

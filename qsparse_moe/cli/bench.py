@@ -11,6 +11,7 @@ from rich.table import Table
 from qsparse_moe.cli.bench_decode import decode
 from qsparse_moe.cli.bench_drop_in import drop_in
 from qsparse_moe.cli.bench_moe import moe
+from qsparse_moe.cli.bench_prepare import prepare
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.cli.option_values import check_sparsity, listed_names
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
@@ -31,6 +32,7 @@ def register(app: typer.Typer) -> None:
     bench.command("metrics")(metrics)
     bench.command("decode")(decode)
     bench.command("drop-in")(drop_in)
+    bench.command("prepare")(prepare)
     app.add_typer(bench, name="bench")
 
 

@@ -55,6 +55,27 @@ def test_the_drop_in_benchmark_runs_whole(shown, tmp_path, capsys):
         assert "Q-Sparse inside transformers' Mixtral" in printed and "generate" in printed
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "made"])
+def test_the_prepare_benchmark_runs_whole(tokenizer, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RAYON_NUM_THREADS", "1")  # set by the benchmark, and restored after the test
+    write_text(tmp_path / "text")
+    options = ["--files", f"{tmp_path}/text/*", "--processes", "1", "--rounds", "2", "--output", f"{tmp_path}/it.json"]
+    options += ["--tokenizer", "bytes", "--json"] if tokenizer == "bytes" else ["--vocabulary", "300"]
+    assert run(["bench", "prepare", *options]) == 0
+    written, printed = json.loads((tmp_path / "it.json").read_text()), capsys.readouterr().out
+    if tokenizer == "bytes":
+        assert json.loads(printed) == written
+        assert written["tokens"] == written["text_bytes"] + written["documents"]
+    else:
+        assert "datasets.map" in printed and "speed of the tokenizer alone" in printed
+        assert written["tokens"] < written["text_bytes"]
+    for clock, seconds in written["seconds"].items():
+        alone, mapped = (seconds[name] for name in ("tokenizer alone", "datasets.map"))
+        ratios = sorted(a / b for a, b in zip(alone, mapped, strict=True))
+        found = written["speed_of_tokenizer"][clock]["datasets.map"]
+        assert [found["min"], found["max"]] == pytest.approx(ratios)
+
+
 @pytest.mark.slow
 def test_the_metrics_benchmark_runs_whole(tmp_path, capsys):
     write_text(tmp_path / "text")

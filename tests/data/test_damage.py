@@ -128,6 +128,9 @@ def test_a_shard_without_its_summary_is_built_again(config: DataConfig) -> None:
 
 def test_a_shard_that_vanishes_while_a_run_reads_it_is_named(config: DataConfig) -> None:
     data, folder = load_data(config), folder_of(config)
+    damage(folder / "shard-00001" / "train.bin", "shorter")
+    with pytest.raises(DataError, match=r"shard-00001/train\.bin has \d+ bytes now, .*prepare`, and resume the run"):
+        data.train.tokens([len(data.train) // 4])
     shutil.rmtree(folder / "shard-00000")
     message = r"shard-00000/train\.bin cannot be read any more \(.*No such file.*prepare`, and resume the run"
     with pytest.raises(DataError, match=message):

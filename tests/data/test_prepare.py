@@ -92,6 +92,22 @@ def test_an_error_of_the_data_is_the_same_as_in_one_process(jsonl_source: Source
     assert messages[0] == messages[1]
 
 
+def test_a_large_source_that_is_not_prepared_is_said_to_take_one_process(
+    data_config: MakeConfig,
+    jsonl_source: SourceConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config, size = data_config(jsonl_source), Path(str(jsonl_source.path)).stat().st_size
+    said = r"one process tokenizes this source now; `qsparse-moe prepare` with the same config"
+    for limit, expected in ((size + 1, 0), (size, 1)):
+        monkeypatch.setattr("qsparse_moe.data.prepare._LARGE_BYTES", limit)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            load_data(config.model_copy(update={"cache_dir": f"{config.cache_dir}{limit}"}))
+        assert sum(said in message for message in caplog.messages) == expected
+
+
 def processes_of(group: int) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():

@@ -118,8 +118,8 @@ def test_elements_of_several_files_are_read_as_one_array(tmp_path: Path) -> None
     values = np.arange(sum(lengths), dtype="<u2") + 500
     files = []
     for number, part in enumerate(np.split(values, np.cumsum(lengths)[:-1])):
-        files.append(tmp_path / f"{number}.bin")
-        files[-1].write_bytes(part.tobytes())
+        files.append(str(tmp_path / f"{number}.bin"))
+        Path(files[-1]).write_bytes(part.tobytes())
     stored = FlatFiles(files, lengths, np.dtype("<u2"))
     assert len(stored) == 8
     for begin in range(8):
@@ -131,7 +131,7 @@ def test_elements_of_several_files_are_read_as_one_array(tmp_path: Path) -> None
 
 def test_a_table_of_hundreds_of_gigabytes_opens_in_milliseconds(tmp_path: Path) -> None:
     """Sparse files: nothing of them is read, and nothing is allocated, until a sequence is."""
-    files = [tmp_path / f"{number}.bin" for number in range(50)]
+    files = [str(tmp_path / f"{number}.bin") for number in range(50)]
     length = 10 << 30
     for file in files:
         with open(file, "wb") as stream:

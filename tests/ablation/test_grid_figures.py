@@ -274,6 +274,27 @@ def test_changes_by_cell_are_drawn_from_the_s_of_the_first_variant_beside_each_o
     assert loss_by_cell([]) is None
 
 
+def test_a_line_has_only_variants_that_change_nothing_but_the_one_s_of_their_cells():
+    plain = scanned((0, [(0.9, 0.5), (0.5, 0.25)]), (1, [(0.75, -0.5), (0.5, -0.25)]))
+    cells = [(layer, HIDDEN, [1], s) for layer, s in ((0, 0.7), (1, 0.0))]
+    another = variant(2.5, cells, settings={OVERRIDES: [1], "model.init_std": 0.1})
+    two = variant(2.5, [(0, HIDDEN, [1], 0.7), (1, HIDDEN, [1], 0.6)])
+    (axis,) = loss_by_cell([*plain, another, two]).axes
+    assert [len(container[0].get_xdata()) for container in axis.containers] == [3, 3]
+    assert loss_by_cell(scanned((0, [(0.9, 0.5), (0.5, 0.25)]))) is None, "one group of cells is an axis of its own"
+
+
+def test_the_name_of_many_cells_is_replaced_in_a_legend():
+    def many(s):
+        return [(layer, HIDDEN, [layer % 4, 7], s) for layer in range(0, 40, 2)]
+
+    base = variant(2.0, [*many(0.0), (99, HIDDEN, [1], 0.0)])
+    lines = [variant(2.0 + s, [*many(s), (99, HIDDEN, [1], 0.0)]) for s in (0.5, 0.75)]
+    lines.append(variant(2.5, [*many(0.0), (99, HIDDEN, [1], 0.5)]))
+    labels = [container.get_label() for container in loss_by_cell([base, *lines]).axes[0].containers]
+    assert labels == ["the cells that the grid varies", "layer 99 expert 1 expert_hidden"]
+
+
 @pytest.mark.parametrize("number", [12, 13])
 def test_up_to_twelve_lines_are_drawn_of_which_those_beyond_ten_are_dashed(number):
     figure = loss_by_cell(scanned(*((layer, [(0.9, 0.5), (0.5, 0.25)]) for layer in range(number))))

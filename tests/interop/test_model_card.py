@@ -18,7 +18,7 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 def source_of(folder, *, step=6, init_from=None):
     model = {"hidden_size": 32, "num_layers": 3, "num_heads": 2, "vocab_size": 264}
     model |= {"moe": {"num_experts": 4, "experts_per_token": 2, "expert_hidden_size": 16, "num_dense_layers": 1}}
-    training = {"global_batch_size": 8, "init_from": init_from}
+    training = {"global_batch_size": 8, "micro_batch_size": 2, "init_from": init_from}
     given = {"model": model, "data": {"sequence_length": 128}, "training": training}
     config = RunConfig.model_validate(given)
     plan = SparsityPlan.uniform(config.model, 0.0)

@@ -47,6 +47,13 @@ def test_joined_vectors_follow_each_other():
     assert (recipe.shape, whole.tolist(), whole.dtype) == ((5,), [0, 1, 5, 6, 7], torch.float64)
 
 
+def test_three_matrices_follow_each_other():
+    recipe = joined(1, {"q": 2, "k": 1, "v": 2})
+    tensors = {"q": numbers(2, 1), "k": numbers(1, 1, first=5), "v": numbers(2, 1, first=8)}
+    assert recipe.build(read_from(tensors), torch.float32).flatten().tolist() == [0, 1, 5, 8, 9]
+    assert [place for place, _ in recipe.places()] == [slice(0, 2), slice(2, 3), slice(3, 5)]
+
+
 def test_a_single_piece_is_no_copy_and_keeps_its_dtype():
     stored = numbers(3, 2)
     for recipe, want in ((copied("w", 3, 2), stored), (transposed("w", 2, 3), stored.T)):

@@ -33,6 +33,8 @@ class StepBenchmark:
     sequence_length: int
     rounds: int
     device: torch.device
+    clock: Callable[[], float] | None = None
+    """A clock in seconds; None means the wall clock."""
 
     @property
     def tokens(self) -> int:
@@ -50,11 +52,14 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
         0, min(256, vocab_size(benchmark.model)), (benchmark.rows, benchmark.sequence_length), device=benchmark.device
     )
     steps = _contenders(benchmark, tokens_BS)
-    timings = time_in_turns(steps, rounds=benchmark.rounds, synchronize=synchronizer(benchmark.device))
+    timings = time_in_turns(
+        steps, rounds=benchmark.rounds, synchronize=synchronizer(benchmark.device), clock=benchmark.clock
+    )
     return {
         "benchmark": "step",
         "machine": fingerprint(),
         "shape": _shape(benchmark),
+        "clock": "wall" if benchmark.clock is None else "processor",
         "seconds": {name: timing.median for name, timing in timings.items()},
         "tokens_per_second": {name: benchmark.tokens / timing.median for name, timing in timings.items()},
         "times_faster_than_peer": {name: ratio(timings[PEER], timings[name]) for name in (DENSE, SPARSE)},

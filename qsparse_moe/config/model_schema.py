@@ -104,11 +104,12 @@ class MoEConfig(Section):
     """Activation function. swiglu: silu(gate) * up; relu2glu: relu(gate)^2 * up; reglu: relu(gate) * up; drelu:
     relu(gate) * relu(up); relu2: relu(up)^2, without a gate matrix. Dense layers and shared experts use the same
     function."""
-    backend: Literal["auto", "loop", "grouped", "megablocks", "onednn", "blas"] = "auto"
-    """Implementation of the experts' matrix products. auto: the fastest that is available, on a CPU onednn with AVX-512
-    and blas without; loop: one expert after the other, the definition; grouped: torch's grouped_mm; onednn, blas: CPU
-    only, one product per expert by oneDNN (with rounded row counts) or by PyTorch's BLAS; megablocks: MegaBlocks'
-    permutation around a grouped product, CUDA only (on a CPU under TRITON_INTERPRET=1, for tests)."""
+    backend: Literal["auto", "loop", "grouped", "megablocks", "native", "onednn", "blas"] = "auto"
+    """Implementation of the experts' matrix products. auto: the fastest that is available, on a CPU native with AVX-512
+    (onednn where bf16 has matrix registers) and blas without; loop: one expert after the other, the definition;
+    grouped: torch's grouped_mm; native: CPU only, all experts in one C++ operator, which is compiled once; onednn,
+    blas: CPU only, one product per expert by oneDNN (with rounded row counts) or by PyTorch's BLAS; megablocks:
+    MegaBlocks' permutation around a grouped product, CUDA only (on a CPU under TRITON_INTERPRET=1, for tests)."""
     capacity_factor: PositiveFloat | None = None
     """null: no token is dropped. Otherwise an expert processes at most ceil(capacity_factor * T * A / E) of the routed
     tokens of a micro-batch of T tokens: those with the largest router weights, the first ones among equal weights. It

@@ -46,6 +46,13 @@ OPERATORS = Library(
     way_out="model.sparsity.backend=torch needs no compiler",
 )
 """The operators of training."""
+PRODUCTS = Library(
+    "products",
+    ("expert_products/expert_products.cpp",),
+    setting="model.moe.backend ('native')",
+    way_out="model.moe.backend=auto uses another one",
+)
+"""The products of the experts."""
 DECODE = Library(
     "decode",
     ("decode_model/decode_model.cpp",),

@@ -25,6 +25,11 @@ def is_faster_in_fp32() -> bool:
     return _HAS_OPERATOR and _HAS_AVX512
 
 
+def has_matrix_registers() -> bool:
+    """Return whether this processor multiplies bf16 in matrix registers (AMX), which oneDNN uses."""
+    return hasattr(torch.cpu, "get_capabilities") and bool(torch.cpu.get_capabilities().get("amx_bf16", False))
+
+
 def needs_fp32(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether products in ``dtype`` are computed in fp32 and rounded, because ``device`` has no fast ones."""
     return dtype == torch.bfloat16 and device.type == "cpu" and not _HAS_AVX512

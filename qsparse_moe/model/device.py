@@ -37,6 +37,6 @@ def use_runtime(model: Transformer, runtime: Runtime) -> None:
                 module.activation.use_fused(sites.fused_glu)
             case Experts():
                 module.activation.use_fused(sites.fused_glu)
-                module.matmul = runtime.matmul
+                module.matmul, module.matmul_pair = runtime.matmul, runtime.matmul_pair
             case MoELayer():
                 module.permutation = runtime.permutation

@@ -28,6 +28,8 @@ _ATTENTION = (
     "_scaled_dot_product_fused_attention_overrideable",
 )
 # Under the setting ``selective`` the results of these operators are stored and everything else is recomputed.
+# By name: they exist only once they have been compiled and loaded.
+_OWN_PRODUCTS = ("qsparse_moe::expert_products",)
 _PRODUCTS = ("mm", "bmm", "addmm", "_grouped_mm", *_ATTENTION)
 
 
@@ -53,7 +55,8 @@ def run_part(chosen: Recompute, part: Recompute, function: Callable[..., T], *ar
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _stored() else CheckpointPolicy.PREFER_RECOMPUTE
+    stored = operator in _stored() or operator.name() in _OWN_PRODUCTS
+    return CheckpointPolicy.MUST_SAVE if stored else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @functools.cache

@@ -40,7 +40,7 @@ class Experts(nn.Module):
         )
         self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.sites.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
-        self.matmul = runtime.matmul
+        self.matmul, self.matmul_pair = runtime.matmul, runtime.matmul_pair
 
     def forward(
         self,
@@ -65,14 +65,23 @@ class Experts(nn.Module):
         """
         # One object for the three products, so that a backend copies the counts to the host at most once.
         counts = TokenCounts(tokens_per_expert_L)
-        gate_NF = None if self.w_gate is None else self._project(x_ND, self.w_gate, counts)
-        up_NF = self._project(x_ND, self.w_up, counts)
+        gate_NF, up_NF = self._gate_and_up(x_ND, counts)
         hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats, readers=readers)
         return self._project(hidden_NF, self.w_down, counts), stats
 
+    def _gate_and_up(self, x_ND: Tensor, counts: TokenCounts) -> tuple[Tensor | None, Tensor]:
+        if self.w_gate is None:
+            return None, self._project(x_ND, self.w_up, counts)
+        w_gate, w_up = self._rounded(self.w_gate), self._rounded(self.w_up)
+        gate_NF, up_NF = self.matmul_pair(x_ND.to(w_up.dtype), w_gate, w_up, counts)
+        return gate_NF.to(x_ND.dtype), up_NF.to(x_ND.dtype)
+
     def _project(self, x_NX: Tensor, weights_LXY: Tensor, counts: TokenCounts) -> Tensor:
-        # Rounded in every call: the optimizer updates the stored weights in full precision.
-        weights_LXY = as_format(weights_LXY, self.weight_format)
+        weights_LXY = self._rounded(weights_LXY)
         # The product is in the dtype of the weights, which generation may store in bf16 beside activations in fp32.
         rounded_NX = x_NX.to(weights_LXY.dtype)
         return self.matmul(rounded_NX, weights_LXY, counts).to(x_NX.dtype)
+
+    def _rounded(self, weights_LXY: Tensor) -> Tensor:
+        # Rounded in every call: the optimizer updates the stored weights in full precision.
+        return as_format(weights_LXY, self.weight_format)

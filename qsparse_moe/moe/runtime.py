@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, fastest_first
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.moe.backends.registry import BackendSpec, Matmul, MatmulPair, fastest_first
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.moe.permutation import GATHERS, ONE_PASS_GATHERS, Permutation
 from qsparse_moe.nn.runtime import SiteRuntime, choose, resolve_site_runtime
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,8 @@ class Runtime:
     """The permutation of the backend, or gathers, which combine in one pass if the implementation of the sites can."""
     matmul: Matmul
     """The grouped matrix product of the experts' backend."""
+    matmul_pair: MatmulPair
+    """Two grouped products of the same rows."""
     names: dict[str, str]
     expert_group: ExpertGroup = ALONE
     """The ranks that share the experts of every layer."""
@@ -34,18 +41,31 @@ def resolve_runtime(config: ModelConfig, device: torch.device | str, *, expert_g
         BackendUnavailable: an implementation was requested by name and cannot run here; with the reason.
     """
     device = torch.device(device)
-    backends = fastest_first()
-    experts = choose("model.moe.backend", config.moe.backend, backends, lambda spec: spec.why_not(config, device))
+    experts = _loaded_backend(config, device, fastest_first())
     sites = resolve_site_runtime(config.sparsity, device)
-    # Loaded now, so that a package that cannot be imported is reported before anything is trained.
-    experts.load()
     return Runtime(
         sites,
         _permutation(experts, sites.name),
         experts.matmul,
+        experts.matmul_pair,
         {"model.moe.backend": experts.name, "model.sparsity.backend": sites.name},
         expert_group,
     )
+
+
+def _loaded_backend(config: ModelConfig, device: torch.device, backends: Sequence[BackendSpec]) -> BackendSpec:
+    """Return the backend of ``model.moe.backend`` after loading it, or for ``auto`` the next one if that fails."""
+    requested = config.moe.backend
+    spec = choose("model.moe.backend", requested, backends, lambda spec: spec.why_not(config, device))
+    # Loaded now, so that a package that cannot be imported is reported before anything is trained.
+    try:
+        spec.load()
+    except BackendUnavailable as error:
+        if requested != "auto":
+            raise
+        logger.warning("model.moe.backend=auto: %s cannot be loaded (%s); trying the next one", spec.name, error)
+        return _loaded_backend(config, device, [other for other in backends if other is not spec])
+    return spec
 
 
 def _permutation(experts: BackendSpec, site_implementation: str) -> Permutation:

@@ -127,7 +127,9 @@ def test_the_profile_covers_the_backend_that_auto_chooses_with_and_without_q_spa
         assert profile["operators"][0]["share"] >= profile["operators"][-1]["share"]
     gathered = [copy for copy in layer["profile"][our_name(first)]["copies"] if copy["operator"] == "index_select"]
     assert [copy["bytes"] for copy in gathered] == [4 * SHAPE.rows * 16], "the rows are gathered once and never again"
-    assert [wait["operator"] for wait in layer["profile"][our_name(first)]["waits"]] == ["tolist"]
+    # The C++ operator reads the counts in place; the other backends on a CPU need them as a list.
+    waits = [] if first == "native" else ["tolist"]
+    assert [wait["operator"] for wait in layer["profile"][our_name(first)]["waits"]] == waits
 
 
 def test_the_markdown_section_contains_the_figures_and_replaces_the_previous_one(result, tmp_path, capsys):

@@ -24,9 +24,11 @@ def test_the_step_benchmark_runs_whole(shown, tmp_path, capsys):
     sizes = {"layers": 1, "hidden-size": 32, "heads": 2, "experts": 4, "expert-hidden-size": 16, "rows": 2}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     output = tmp_path / "new" / "step.json"
-    options = ["--sequence-length", "8", "--rounds", "1", "--precision", "fp32", "--output", str(output)]
+    options = ["--sequence-length", "8", "--rounds", "1", "--precision", "fp32", "--clock", "processor"]
+    options += ["--output", str(output)]
     assert run(["bench", "step", *words, *options, *(["--json"] if shown == "json" else [])]) == 0
     written, printed = json.loads(output.read_text()), capsys.readouterr().out
+    assert written["fp32"]["clock"] == "processor"
     assert len(written["fp32"]["seconds"]) >= 3 and min(written["fp32"]["seconds"].values()) > 0
     if shown == "json":
         assert json.loads(printed) == written

@@ -51,6 +51,7 @@ def test_every_module_calls_the_functions_of_the_runtime_that_it_is_given(select
     assert all(selector.format_rows is others["format_rows"] for selector in found[ThresholdSelector])
     assert all(part.activation._fused is FUSED_GLUS[0] for part in (*found[FeedForward], *found[Experts]))
     assert all(experts.matmul is runtime.matmul for experts in found[Experts])
+    assert all(experts.matmul_pair is runtime.matmul_pair for experts in found[Experts])
     assert all(layer.permutation is runtime.permutation for layer in found[MoELayer])
 
 

@@ -7,7 +7,7 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig, SparsityConfig
 from qsparse_moe.errors import BackendUnavailable
-from qsparse_moe.kernels import onednn
+from qsparse_moe.kernels import native, onednn
 from qsparse_moe.moe.backends import grouped, loop, registry, stacked
 from qsparse_moe.moe.backends.registry import BACKENDS
 from qsparse_moe.moe.experts import Experts
@@ -51,7 +51,7 @@ def test_every_backend_matches_the_loop_in_output_and_every_gradient(name, load,
         assert error <= allowed, f"{name} {part}: error {error:.2e} > allowed {allowed:.2e}"
 
 
-@pytest.mark.parametrize("name", ["onednn", "blas"])
+@pytest.mark.parametrize("name", ["native", "onednn", "blas"])
 def test_a_transposed_weight_gets_the_same_gradient_in_its_own_layout(name):
     # Layers of transformers store (E, Y, X). A gradient in another layout would be copied by autograd in every step.
     matmul, counts = {spec.name: spec.matmul for spec in BACKENDS}[name], TokenCounts(torch.tensor([5, 0, 7]))
@@ -129,12 +129,19 @@ def test_grouped_products_name_the_setting_or_the_version_that_they_lack(monkeyp
     assert "has no torch.nn.functional.grouped_mm; it is public since torch 2.10" in grouped.why_not(model, "cpu")
 
 
-@pytest.mark.parametrize("is_faster", [True, False])
-def test_backends_are_tried_from_the_fastest_on(is_faster, monkeypatch):
+@pytest.mark.parametrize(
+    ("is_faster", "has_amx", "first", "last"),
+    [
+        (True, False, ["native", "onednn"], []),
+        (True, True, ["onednn"], ["native"]),
+        (False, False, [], ["native", "onednn"]),
+    ],
+)
+def test_backends_are_tried_from_the_fastest_on(is_faster, has_amx, first, last, monkeypatch):
     monkeypatch.setattr(registry, "is_faster_in_fp32", lambda: is_faster)
-    others = ["blas", "grouped", "megablocks", "loop"]
+    monkeypatch.setattr(registry, "has_matrix_registers", lambda: has_amx)
     found = [spec.name for spec in registry.fastest_first()]
-    assert found == (["onednn", *others] if is_faster else [*others, "onednn"])
+    assert found == [*first, "blas", "grouped", "megablocks", "loop", *last]
 
 
 def test_bf16_experts_multiply_rounded_rows_and_leave_the_rows_in_fp32():
@@ -158,16 +165,19 @@ def config(backend="auto", *, hidden=16, selection_backend="auto"):
     return ModelConfig(hidden_size=16, num_heads=2, moe=moe, sparsity=SparsityConfig(backend=selection_backend))
 
 
-@pytest.mark.parametrize(("has_avx512", "name"), [(True, "onednn"), (False, "blas")])
-def test_auto_says_what_it_chose_for_the_processor(has_avx512, name, caplog, monkeypatch):
+@pytest.mark.parametrize(
+    ("has_avx512", "has_amx", "name"), [(True, False, "native"), (True, True, "onednn"), (False, False, "blas")]
+)
+def test_auto_says_what_it_chose_for_the_processor(has_avx512, has_amx, name, caplog, monkeypatch):
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx}, raising=False)
     with caplog.at_level(logging.INFO, logger="qsparse_moe.nn.runtime"):
         runtime = resolve_runtime(config(), "cpu")
     assert runtime.names == {"model.moe.backend": name, "model.sparsity.backend": "native"}
     assert f"model.moe.backend=auto: using {name}" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["onednn", "blas"])
+@pytest.mark.parametrize("name", ["native", "onednn", "blas"])
 @pytest.mark.parametrize("has_avx512", [True, False])
 def test_bf16_products_are_rounded_once_with_and_without_instructions_for_them(name, has_avx512, monkeypatch):
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
@@ -179,8 +189,44 @@ def test_bf16_products_are_rounded_once_with_and_without_instructions_for_them(n
     torch.testing.assert_close(out.double(), exact, rtol=2**-8, atol=1e-5)
 
 
+def test_auto_takes_the_next_one_if_a_backend_cannot_be_compiled_and_a_name_never_does(caplog, monkeypatch):
+    monkeypatch.setattr(onednn, "_HAS_AVX512", True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+
+    def fail(library=None):
+        if library is native.PRODUCTS:
+            raise BackendUnavailable("the compiler fails")
+
+    monkeypatch.setattr(native, "load", fail)
+    assert resolve_runtime(config(), "cpu").names["model.moe.backend"] == "onednn"
+    assert "model.moe.backend=auto: native cannot be loaded (the compiler fails); trying the next one" in caplog.text
+    with pytest.raises(BackendUnavailable, match="the compiler fails"):
+        resolve_runtime(config("native"), "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("spec", BACKENDS, ids=lambda spec: spec.name)
+def test_a_pair_of_products_is_both_of_them_with_one_gradient_of_the_rows(spec, dtype):
+    if spec.name in ("grouped", "megablocks") and dtype == torch.float64:
+        pytest.skip("grouped_mm has no fp64")
+    counts = TokenCounts(torch.tensor([5, 0, 7]))
+    leaves = [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in ((12, X), (3, X, Y), (3, X, Y))]
+    upstream = [torch.randn(12, Y, dtype=dtype) for _ in range(2)]
+    rows, *stacks = leaves
+    want = [loop.matmul(rows, stack, counts) for stack in stacks]
+    found = spec.matmul_pair(*leaves, counts)
+    torch.testing.assert_close(found, tuple(want))
+    grads = [torch.autograd.grad(outputs, leaves, upstream) for outputs in (found, want)]
+    torch.testing.assert_close(*grads)
+
+
+def test_native_needs_even_widths():
+    with pytest.raises(BackendUnavailable, match=r"'native'.*expert_hidden_size \(15\) must be even.*in pairs"):
+        resolve_runtime(config("native", hidden=15), "cpu")
+
+
 def test_a_named_backend_runs_or_raises_and_never_falls_back():
-    for name in ("loop", "grouped", "onednn", "blas"):
+    for name in ("loop", "grouped", "native", "onednn", "blas"):
         assert resolve_runtime(config(name), "cpu").names["model.moe.backend"] == name
     with pytest.raises(
         BackendUnavailable, match=r"'grouped'.*expert_hidden_size \(12\) must be a multiple of 8.*8 and 16"

@@ -105,11 +105,15 @@ def test_ternary_weights_are_read_in_every_projection_and_nowhere_else():
 def test_without_a_format_nothing_is_computed_differently():
     tokens = torch.randint(0, 40, (2, 9))
     made = model()
-    weight = made.layers[1].moe.experts.w_up
-    seen = []
-    made.layers[1].moe.experts.matmul = lambda rows, weights, counts: (
-        seen.append(weights) or rows.new_zeros(len(rows), weights.shape[2])
-    )
+    experts, seen = made.layers[1].moe.experts, []
+    weight = experts.w_up
+
+    def product(rows, weights, counts):
+        seen.append(weights)
+        return rows.new_zeros(len(rows), weights.shape[2])
+
+    experts.matmul = product
+    experts.matmul_pair = lambda rows, gate, up, counts: (product(rows, gate, counts), product(rows, up, counts))
     made(tokens)
     assert seen[1] is weight
 

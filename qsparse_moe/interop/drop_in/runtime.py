@@ -48,6 +48,9 @@ def expert_backend(device_type: str, dtype: torch.dtype, width: int, hidden: int
     # of 28 November 2026). It has no fp64, and without instructions for bf16 it is slow.
     first = not needs_fp32(dtype, torch.device(device_type)) and dtype != torch.float64
     for spec in sorted(fastest_first(), key=lambda spec: not (first and spec.matmul is grouped.matmul)):
+        # native would be compiled for the few products that grouped cannot compute.
+        if spec.name == "native":
+            continue
         if spec.permutation is GATHERS and spec.why_not(config, torch.device(device_type)) is None:
             spec.load()
             logger.info("sparse experts of %d x %d on %s: using %s", width, hidden, device_type, spec.name)

@@ -29,11 +29,11 @@ def test_a_site_that_a_layer_lacks_is_a_dash_and_layers_are_in_order():
 
 
 def test_moments_of_a_histogram_use_the_middles_of_its_bins():
-    bins = LogBins(-3, 1, 1)
+    bins = LogBins(-3, 3, 1)
     counts = torch.zeros(len(bins.edges) - 1)
-    counts[1], counts[3] = 2, 1
+    counts[1], counts[3] = 4, 1  # the first bin and the last two are empty
     middles = [(bins.edges[i] + bins.edges[i + 1]) / 2 for i in (1, 3)]
     found = histogram_summary("h", counts, bins).value[0].histo
-    assert (found.num, found.min, found.max) == (3, -2, 1) and list(found.bucket) == [2, 0, 1]
-    assert found.sum == pytest.approx(2 * middles[0] + middles[1])
-    assert found.sum_squares == pytest.approx(2 * middles[0] ** 2 + middles[1] ** 2)
+    assert (found.num, found.min, found.max) == (5, -2, 1) and list(found.bucket) == [4, 0, 1]
+    assert found.sum == pytest.approx(4 * middles[0] + middles[1])
+    assert found.sum_squares == pytest.approx(4 * middles[0] ** 2 + middles[1] ** 2)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 
 import pytest
 
@@ -114,6 +115,15 @@ def test_values_that_json_does_not_have_are_null(path):
     file.close()
     (row,) = read_metrics(path)
     assert (row["train/grad_norm"], row["train/loss"], row["train/sparsity"]) == (None, None, 0.0)
+
+
+def test_a_file_is_on_the_disk_before_it_takes_the_place_of_another(path, monkeypatch):
+    write_steps(path, [1, 2])
+    before, seen = path.read_text(), []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(path.read_text()) or fsync(descriptor))
+    write_steps(path, [], start_step=1)
+    assert seen == [before] and [row["step"] for row in read_metrics(path)] == [1]
 
 
 def test_a_step_is_amended_once_and_another_one_appended(path):

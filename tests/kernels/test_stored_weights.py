@@ -74,9 +74,9 @@ def test_ternary_codes_have_one_scale_per_matrix_and_lie_sixteen_columns_apart_i
 
 
 def test_codes_by_output_are_those_of_the_output_rows_turned_over():
-    weights = torch.tensor([[127.0, 2.0, -3.0], [0.0, -25.4, 12.8]])
+    weights = torch.tensor([[254.0, 4.0, -6.0], [0.0, -25.4, 12.8]])
     codes, scales = with_scales_per_output(weights)
-    assert scales.tolist() == pytest.approx([1.0, 0.2]) and codes.scales.tolist() == [1.0] * 3
+    assert scales.tolist() == pytest.approx([2.0, 0.2]) and codes.scales.tolist() == [1.0] * 3
     assert (codes.num_rows, codes.num_columns, codes.weight_format) == (3, 2, "int8")
     found = codes.data.view(torch.int8)
     assert found.shape == (3, 64) and not found[:, 2:].any()

@@ -105,6 +105,14 @@ def test_ranking_selects_per_group_with_the_given_share_of_the_gradient_behind_e
     assert torch.equal(grad, torch.where(mask, 3.0, 3.0 * dropped))
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_what_is_not_above_the_threshold_has_the_given_share_of_the_gradient(share):
+    x = torch.tensor([[2.0, 0.5, -3.0, *[0.0] * (D - 3)]], requires_grad=True)
+    found = make([0.5], [1.0], selection="threshold").comparison.select(x, None, ste_share=share)
+    (grad,) = torch.autograd.grad(found.rows, x, torch.full((1, D), 4.0))
+    assert grad.tolist() == [[4.0, 4.0 * share, 4.0, *[4.0 * share] * (D - 3)]]
+
+
 def test_a_threshold_is_compared_in_fp32_with_the_unrounded_row():
     config = {"selection": "threshold", "quantization": {"activations": "int4"}}
     x = torch.zeros(2, D)

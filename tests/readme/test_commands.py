@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.config.load import load_config
+from qsparse_moe.training.restarts import take_max_restarts
 from qsparse_moe.metrics.jsonl import read_metrics
 from tests.readme.blocks import OWN_CI_STEP, REPOSITORY, blocks, commands, launch_commands, session_commands
 
@@ -100,7 +101,10 @@ def test_scripts_for_more_machines_start_the_launcher_with_what_it_and_train_acc
 
     for call in calls:
         assert call[:2] == ["-m", "qsparse_moe.training.launcher"]
-        launch = parse_args(call[2:])
+        # The launcher takes its own option and leaves the others to DeepSpeed's.
+        arguments, max_restarts = take_max_restarts(call[2:])
+        assert max_restarts == 0
+        launch = parse_args(arguments)
         assert launch.module and launch.user_script == "qsparse_moe" and launch.user_args[0] == "train"
         load_config(REPOSITORY / launch.user_args[1], launch.user_args[2:])
 

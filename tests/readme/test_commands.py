@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.config.load import load_config
-from qsparse_moe.training.restarts import take_max_restarts
 from qsparse_moe.metrics.jsonl import read_metrics
+from qsparse_moe.training.restarts import take_max_restarts
 from tests.readme.blocks import OWN_CI_STEP, REPOSITORY, blocks, commands, launch_commands, session_commands
 
 SMALL_PROGRAM = Path(__file__).with_name("small_program.py")

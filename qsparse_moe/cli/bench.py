@@ -13,6 +13,7 @@ from qsparse_moe.cli.bench_decode import decode
 from qsparse_moe.cli.bench_drop_in import drop_in
 from qsparse_moe.cli.bench_moe import moe
 from qsparse_moe.cli.bench_prepare import prepare
+from qsparse_moe.cli.bench_start import start
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.cli.option_values import check_sparsity, listed_names
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     bench.command("decode")(decode)
     bench.command("drop-in")(drop_in)
     bench.command("prepare")(prepare)
+    bench.command("start")(start)
     app.add_typer(bench, name="bench")
 
 

@@ -19,7 +19,7 @@ from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output, 
 from qsparse_moe.interop.export_source import ExportDtype, ExportSource, open_source, plan_in_use
 from qsparse_moe.interop.families.settings import CONFIG_JSON
 from qsparse_moe.interop.weight_files import WeightFiles, export_metadata
-from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.model.transformer import Transformer, build_empty
 from qsparse_moe.runs.folder import PLAN_FILE, TOKENIZER, load_run_config, write_config
 from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
 
@@ -88,9 +88,9 @@ def load_export(
     files = WeightFiles(folder)
     config = load_run_config(folder, overrides)
     dtype = dtype or files.tensor("embedding.weight").dtype
-    model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
+    model = build_empty(config.model, device=device)
     check_shapes(stored_shapes(model), files.shapes, str(folder))
-    load_model(model, lambda kind, name: files.tensor(name), files.tensor)
+    load_model(model, files.tensor, device=device, dtype=dtype)
     model.set_sparsity(plan_in_use(config, files.step))
     return config, model.eval(), files.step
 

@@ -14,7 +14,7 @@ from qsparse_moe.model.attention import Attend
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.document_attention import DocumentAttention, resolve_document_backend
 from qsparse_moe.model.documents import last_of_documents
-from qsparse_moe.model.init import initialize
+from qsparse_moe.model.init import RandomWeights, materialize
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.output_head import IGNORED_LABEL, OutputHead, mean_loss, summed_loss
 from qsparse_moe.model.recompute import run_part
@@ -40,9 +40,9 @@ def build_model(
 ) -> Transformer:
     """Build the model that ``config`` describes, with weights drawn from ``seed`` and S from its sparsity settings.
 
-    The weights are drawn in fp32 on the CPU and then moved, so they are the same on every device. With an
-    ``expert_group`` this rank holds its shard of every layer's experts, and all ranks of the group must run the model
-    together.
+    Every weight is computed in fp32 on the CPU and stored in ``dtype`` (None is fp32) on ``device``, so that all
+    devices and dtypes have the same values. With an ``expert_group`` this rank holds its shard of every layer's
+    experts, and all ranks of the group must run the model together.
 
     Where ``config.vocab_size`` is None the model is one of bytes, with 264 rows: the section alone does not know the
     run's tokenizer. ``data.tokenizer.with_vocabulary(run_config).model`` has the rows that another tokenizer needs.
@@ -51,10 +51,27 @@ def build_model(
         BackendUnavailable: the backend of the experts or of the sparse sites cannot run on ``device``.
         ConfigError: a rule is broken, a sparsity override matches nothing, or the plan file does not fit the model.
     """
+    model = build_empty(config, device=device, expert_group=expert_group)
+    materialize(model, RandomWeights(config, seed), device=device, dtype=dtype or torch.get_default_dtype())
+    return model
+
+
+def build_empty(
+    config: ModelConfig, *, device: torch.device | str = "cpu", expert_group: ExpertGroup = ALONE
+) -> Transformer:
+    """Build a model for ``device`` whose parameters are on the meta device, without memory; its buffers are real.
+
+    ``init.materialize`` gives it weights. It raises as ``build_model`` does.
+    """
     check_model(config)
-    model = Transformer(config, device=device, expert_group=expert_group)
-    initialize(model, config, seed)
-    return model.to(device=device, dtype=dtype)
+    with torch.device("meta"):
+        model = Transformer(config, device=device, expert_group=expert_group)
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            # Zero is the initial value of the routers' biases; K and thresholds are set below.
+            setattr(module, name, torch.zeros_like(buffer, device=device))
+    model.set_sparsity(model.sparsity_plan)
+    return model
 
 
 class Transformer(nn.Module):

@@ -21,7 +21,7 @@ from qsparse_moe.data.own_text import OwnText
 from qsparse_moe.data.token_data import TokenData, load_data
 from qsparse_moe.data.tokenizer import load_tokenizer, meaningless_ids
 from qsparse_moe.model.output import ModelOutput
-from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.model.transformer import Transformer, build_empty
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config, no_checkpoint
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -126,8 +126,8 @@ def load_run(
         raise no_checkpoint(run_dir)
     if dtype is None:
         dtype = COMPUTE_DTYPES[config.training.precision]
-    model = build_model(config.model, device=device, dtype=dtype, seed=config.training.seed)
-    load_checkpoint(model, checkpoint)
+    model = build_empty(config.model, device=device)
+    load_checkpoint(model, checkpoint, device=device, dtype=dtype)
     step = checkpoint.progress.step
     # The schedule counts steps from 0, so the last one is step - 1.
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))

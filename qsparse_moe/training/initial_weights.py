@@ -20,7 +20,7 @@ from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.nn.runtime import choices_unlogged
 from qsparse_moe.runs.find import naming_init_from
 from qsparse_moe.runs.folder import settings_by_path
-from qsparse_moe.training.checkpoint.state import differing_shapes, load_model, restore_weights, stored_shapes
+from qsparse_moe.training.checkpoint.state import differing_shapes, restore_weights, stored_shapes
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.training.named_tensors import NamedTensors, OpenWeights, num_not_finite
@@ -43,17 +43,21 @@ class InitialWeights:
         self._init_from, self._kind, self._source = init_from, kind, source
         self._digest, self._changes = digest, changes
 
-    def load(self, model: Transformer) -> None:
-        """Copy the weights and buffers into ``model``, tensor by tensor; a sharded parameter receives its shard.
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """See ``WeightSource``.
 
         Raises:
-            CheckpointError: a value is not finite, or a tensor is not of a floating-point dtype.
+            CheckpointError: a value is not finite, or the tensor is not of a floating-point dtype.
         """
-        load_model(model, lambda kind, name: self._tensor(name), self._tensor)
+        out.copy_(self._values(name, start, start + len(out)))
+
+    def buffer(self, name: str) -> Tensor:
+        """Return a buffer of the model's state; it raises as ``fill`` does."""
+        return self._values(name, 0, None).view(self._source.shapes[name])
 
     def restore_masters(self, engine: Engine) -> None:
-        """Set the fp32 weights of an engine that was built with the loaded model, which may be rounded to bf16."""
-        restore_weights(engine, lambda name: self._tensor(name).float())
+        """Set the fp32 weights of an engine that was built with the weights, perhaps rounded to bf16."""
+        restore_weights(engine, lambda name: self._source.tensor(name).float())
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's entry: where the weights come from, and which settings of the model have changed."""
@@ -66,9 +70,10 @@ class InitialWeights:
             "changed_settings": {f"model.{path}": list(values) for path, values in self._changes.items()},
         }
 
-    def _tensor(self, name: str) -> Tensor:
+    def _values(self, name: str, start: int, stop: int | None) -> Tensor:
         with naming_init_from(self._init_from):
-            value = self._source.tensor(name)
+            # Only this range is read from files in our own formats, and no rank needs to check another one's values.
+            value = self._source.tensor(name).flatten()[start:stop]
             if value.dtype not in _DTYPES:
                 raise CheckpointError(
                     f"{self._source.path}: {name} has the dtype {value.dtype}, which must be fp32, bf16, or fp16; name "

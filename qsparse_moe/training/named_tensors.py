@@ -91,9 +91,7 @@ class CheckpointWeights:
 
     def tensor(self, name: str) -> Tensor:
         """See ``NamedTensors``."""
-        if name in self._checkpoint.shapes:
-            return self._checkpoint.tensor("weight", name)
-        return self._checkpoint.buffer(name)
+        return self._checkpoint.state_tensor(name)
 
     def checksums(self, *, part: int, parts: int) -> dict[str, int]:
         """See ``NamedTensors``."""

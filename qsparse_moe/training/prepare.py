@@ -15,27 +15,25 @@ from qsparse_moe.config.schema import DataConfig, RunConfig
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
-from qsparse_moe.model.transformer import build_model
 from qsparse_moe.runs.folder import MANIFEST_FILE, TOKENIZER, run_folder, write_config
 from qsparse_moe.runs.manifest import describe_environment, earlier_entry, write_manifest
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.full_disk import writing
-from qsparse_moe.training.checkpoint.state import restore, seed_random_states, set_random_states
+from qsparse_moe.training.checkpoint.state import seed_random_states, set_random_states
 from qsparse_moe.training.checkpoint.store import (
     Checkpoint,
     ReportState,
     RunProgress,
-    load_checkpoint,
     newest_checkpoint,
     remove_leftovers,
 )
-from qsparse_moe.training.distributed.expert_groups import join_expert_group
 from qsparse_moe.training.distributed.ranks import Distributed
-from qsparse_moe.training.engines.build import build_engine, check_engine
+from qsparse_moe.training.engines.build import check_engine
 from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.training.evaluate import Evaluator
 from qsparse_moe.training.initial_weights import InitialWeights
 from qsparse_moe.training.monitor.memory import device_name
+from qsparse_moe.training.start import start_engine
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +103,7 @@ def prepare_run(
         # Before the model is built: it refuses a checkpoint that was made with other data.
         loader.load_state_dict(checkpoint.data_state)
     hidden_ids = meaningless_ids(config.model, data.tokenizer)
-    engine = _start_engine(config, distributed, checkpoint, hidden_ids, initial)
+    engine = start_engine(config, distributed, checkpoint=checkpoint, initial=initial, hidden_ids=hidden_ids)
     start = checkpoint.progress if checkpoint is not None else RunProgress(step=0, tokens=0, seconds=0.0)
     _start_random_states(training.seed, distributed, start, checkpoint)
     evaluator = Evaluator(
@@ -167,35 +165,6 @@ def _find_checkpoint(folder: Path, distributed: Distributed) -> Checkpoint | Non
     if distributed.rank == 0 and checkpoint is not None:
         logger.info("resuming from %s", checkpoint.path)
     return checkpoint
-
-
-def _start_engine(
-    config: RunConfig,
-    distributed: Distributed,
-    checkpoint: Checkpoint | None,
-    hidden_ids: Sequence[int],
-    initial: InitialWeights | None,
-) -> Engine:
-    # Before the model, which builds only the experts of this rank.
-    group = join_expert_group(config.training.expert_parallel_size, distributed)
-    model = build_model(config.model, device=distributed.device, seed=config.training.seed, expert_group=group)
-    model.activation_checkpointing = config.training.activation_checkpointing
-    model.hide_ids(hidden_ids)
-    if initial is not None:
-        # On every rank together: one of them may meet a damaged tensor among its experts.
-        distributed.on_every_rank(lambda: initial.load(model))
-    if checkpoint is None:
-        engine = build_engine(config, model, distributed)
-        if initial is not None and config.training.precision != "fp32":
-            initial.restore_masters(engine)
-        return engine
-    # The weights come first, because the engine copies them; the state that it adds is restored afterwards.
-    load_checkpoint(model, checkpoint)
-    engine = build_engine(config, model, distributed)
-    restore(engine, checkpoint.read, checkpoint.adam_step)
-    if engine.loss_scaler is not None and checkpoint.loss_scale is not None:
-        engine.loss_scaler.load_state_dict(checkpoint.loss_scale)
-    return engine
 
 
 def _start_random_states(

@@ -45,6 +45,9 @@ pytestmark = pytest.mark.distributed
 # however small: in the second the norms were 3.1e-6 apart (larger micro-batches, MKL on a Zen 3), then 1e-6 again.
 SAME_SELECTION = {"fp32": (3e-6, 1e-5, 3e-5), "bf16": (1e-3, 1e-2, 1e-2), "fp16": (1e-3, 1e-2, 1e-2)}
 OTHER_SELECTION = {"fp32": (2e-4, 1e-3, 1e-3), "bf16": (5e-3, 5e-2, 5e-2), "fp16": (5e-3, 5e-2, 5e-2)}
+# An expert whose load is near the mean may move its bias by 0.01 in either direction: the routers' losses were 1.3e-2
+# apart.
+OTHER_BIASES = {"fp32": OTHER_SELECTION["fp32"], "bf16": (2e-2, 5e-2, 5e-2)}
 EARLY_STEPS = 2
 BF16_AGAINST_FP32 = 2e-2
 
@@ -60,7 +63,7 @@ def series(outcome, key):
     return [report["losses"][key] for report in outcome["reports"]]
 
 
-def assert_same_run(outcome, reference, precision, *, since=0):
+def assert_same_run(outcome, reference, precision, *, since=0, later=OTHER_SELECTION):
     """Losses, norms and the evaluation of the steps after ``since`` agree to rounding."""
     ours = [report for report in outcome["reports"] if report["step"] > since]
     theirs = [report for report in reference["reports"] if report["step"] > since]
@@ -69,7 +72,7 @@ def assert_same_run(outcome, reference, precision, *, since=0):
     )
     for mine, other in zip(ours, theirs, strict=True):
         is_early = mine["step"] <= EARLY_STEPS
-        of_loss, of_norm, of_layer = (SAME_SELECTION if is_early else OTHER_SELECTION)[precision]
+        of_loss, of_norm, of_layer = (SAME_SELECTION if is_early else later)[precision]
         assert mine["losses"] == pytest.approx(other["losses"], abs=of_loss)
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=of_norm)
         assert mine["layer_grad_norms"] == (
@@ -145,7 +148,7 @@ def test_the_balance_loss_of_a_global_batch_is_that_of_one_rank_in_every_layout(
     # The plain engine has no bf16 run on one rank here; the first layout of that precision is the reference.
     reference = runs(f"balanced-{'torch-fp32' if precision == 'fp32' else layout}", 1)
     outcome = runs(f"balanced-{layout}", ranks)
-    assert_same_run(outcome, reference, precision)
+    assert_same_run(outcome, reference, precision, later=OTHER_BIASES)
     early = slice(0, EARLY_STEPS if precision == "fp32" else 1)
     assert torch.equal(torch.stack(biases(outcome)[early]), torch.stack(biases(reference)[early]))
     assert biases(outcome)[0].abs().max() > 0

@@ -36,7 +36,7 @@ from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.runs.folder import CONFIG_FILE, run_folder
 from qsparse_moe.runs.report import StepReport
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.training import loop, prepare
+from qsparse_moe.training import loop, start
 from qsparse_moe.training.calibrate import calibrate_run
 from qsparse_moe.training.checkpoint.store import Checkpoint
 from qsparse_moe.training.engines import deepspeed_config as ds_config
@@ -95,17 +95,20 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
         with mock.patch.object(ds_config, "_zero", lambda *given: make(*given) | settings):
             yield
         return
-    build = prepare.build_model
+    # A parameter receives its memory when the engine is built, and loses the hooks that it had before.
+    name = "build_engine" if fault["place"] in ("parameter", "expert") else "build_empty"
+    build = getattr(start, name)
 
     def build_broken(*args: Any, **kwargs: Any) -> Any:
-        model = build(*args, **kwargs)
+        built = build(*args, **kwargs)
+        model = built.model if name == "build_engine" else built
         if fault["place"] == "routing":
             _reroute(model, torch.tensor(fault["experts"]))
         else:
             _break(model, **fault)
-        return model
+        return built
 
-    with mock.patch.object(prepare, "build_model", build_broken):
+    with mock.patch.object(start, name, build_broken):
         yield
 
 

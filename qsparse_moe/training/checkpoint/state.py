@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.moe.expert_group import global_shape, local_shard
+from qsparse_moe.model.init import materialize
+from qsparse_moe.moe.expert_group import global_shape
 from qsparse_moe.training.checkpoint.tensor_file import TensorSource
 from qsparse_moe.training.engines.protocol import STATE_KINDS, Engine, StateKind
 from qsparse_moe.training.flat_range import FlatRange
@@ -88,16 +89,39 @@ def stored_shapes(model: nn.Module) -> dict[str, torch.Size]:
     return global_shapes(model) | {name: value.shape for name, value in state_buffers(model).items()}
 
 
-@torch.no_grad()
-def load_model(model: nn.Module, read: Callable[[StateKind, str], Tensor], buffer: Callable[[str], Tensor]) -> None:
-    """Copy global tensors into the model's parameters and buffers, rounding to their dtype.
+class StoredWeights:
+    """The ranges that ``read`` returns (name, start, stop), as a source of a model's weights; see ``WeightSource``."""
 
-    A sharded parameter receives this rank's shard.
+    def __init__(self, read: Callable[[str, int, int], Tensor]) -> None:
+        self._read = read
+
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """See ``WeightSource``."""
+        out.copy_(self._read(name, start, start + len(out)))
+
+
+def load_model(
+    model: nn.Module,
+    read: Callable[[str], Tensor],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Copy the global tensors that ``read`` returns by name into the model's parameters and buffers.
+
+    They are rounded to its dtype, and a sharded parameter receives this rank's shard. Parameters on the meta device
+    receive memory on ``device`` in ``dtype``.
     """
-    for name, parameter in model.named_parameters():
-        parameter.copy_(local_shard(parameter, read("weight", name)))
+    # Of a tensor that is backed by a file, only this range is read.
+    source = StoredWeights(lambda name, start, stop: read(name).flatten()[start:stop])
+    materialize(model, source, device=device, dtype=dtype)
+    load_buffers(model, read)
+
+
+def load_buffers(model: nn.Module, read: Callable[[str], Tensor]) -> None:
+    """Copy the tensors that ``read`` returns by name into the buffers that belong to the model's state."""
     for name, value in state_buffers(model).items():
-        value.copy_(buffer(name))
+        value.copy_(read(name))
 
 
 def global_shapes(model: nn.Module) -> dict[str, torch.Size]:

@@ -9,6 +9,7 @@ temporary name and renamed once all of it is on the disk, so a folder with a fin
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -22,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
+from qsparse_moe.model.init import materialize
 from qsparse_moe.runs.folder import CHECKPOINTS, UNFINISHED
 from qsparse_moe.training.checkpoint.contents import FORMATS, Contents
-from qsparse_moe.training.checkpoint.state import check_shapes, state_buffers, stored_shapes
+from qsparse_moe.training.checkpoint.state import StoredWeights, check_shapes, load_buffers, stored_shapes
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import StateKind
-from qsparse_moe.training.flat_range import shard_range
 
 INDEX = "state.json"
 LISTENERS = "listeners.json"
@@ -169,9 +170,17 @@ class Checkpoint:
         shape = self._index["parameters"][name]["shape"]
         return self.read(kind, name, 0, math.prod(shape)).view(shape)
 
+    def weights(self) -> StoredWeights:
+        """Return the source of the weights for a model; only the ranges that it fills are read."""
+        return StoredWeights(functools.partial(self.read, "weight"))
+
     def buffer(self, name: str) -> Tensor:
         """Return a persistent buffer, on the CPU and backed by the file."""
         return self._contents.buffer(name)
+
+    def state_tensor(self, name: str) -> Tensor:
+        """Return the global weight or the buffer of this name in the model's state dict."""
+        return self.tensor("weight", name) if name in self.shapes else self.buffer(name)
 
     @property
     def has_report_state(self) -> bool:
@@ -219,19 +228,32 @@ def verified_checkpoint(path: Path) -> Checkpoint:
     return checkpoint
 
 
-@torch.no_grad()
-def load_checkpoint(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Load a checkpoint's weights and buffers into a model, rounding to their dtype; of experts, this rank's shard.
+def load_checkpoint(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Load a checkpoint's weights and buffers into a model, rounding to its dtype; of experts, this rank's shard.
+
+    Parameters on the meta device receive memory on ``device`` in ``dtype``.
 
     Raises:
         CheckpointError: it belongs to another model; the message names the first tensor that differs.
     """
+    check_belongs(model, checkpoint)
+    materialize(model, checkpoint.weights(), device=device, dtype=dtype)
+    load_buffers(model, checkpoint.buffer)
+
+
+def check_belongs(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise unless the tensors of a checkpoint are those of the model, whose parameters may be on the meta device.
+
+    Raises:
+        CheckpointError: the message names the first tensor that differs.
+    """
     check_shapes(stored_shapes(model), checkpoint.shapes | checkpoint.buffer_shapes, str(checkpoint.index_file))
-    for name, parameter in model.named_parameters():
-        shard = shard_range(parameter, math.prod(checkpoint.shapes[name]))
-        parameter.copy_(checkpoint.read("weight", name, shard.start, shard.stop).view_as(parameter))
-    for name, value in state_buffers(model).items():
-        value.copy_(checkpoint.buffer(name))
 
 
 def _entries(root: Path) -> list[Path]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.init import WeightSource
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import LayerHook, Transformer
 from qsparse_moe.moe.expert_group import expert_group
@@ -39,10 +40,19 @@ from qsparse_moe.training.engines.deepspeed_partition import (
     zero3_state,
 )
 from qsparse_moe.training.engines.extension_builds import locked_builds
+from qsparse_moe.training.engines.fill import materialize_together
 from qsparse_moe.training.engines.loss_scale import build_loss_scaler
 from qsparse_moe.training.engines.offload import check_alignment, remove_swap_files
 from qsparse_moe.training.engines.optimizer import build_adamw, get_step, set_step, start_state
-from qsparse_moe.training.engines.protocol import StateKind, equal_shard, num_micro_batches, replica_part, run_model
+from qsparse_moe.training.engines.partition import partition_together
+from qsparse_moe.training.engines.protocol import (
+    COMPUTE_DTYPES,
+    StateKind,
+    equal_shard,
+    num_micro_batches,
+    replica_part,
+    run_model,
+)
 from qsparse_moe.training.engines.torch_engine import accumulate_in_fp32, clip_gradients
 from qsparse_moe.training.flat_range import FlatRange, shard_range
 
@@ -50,7 +60,9 @@ from qsparse_moe.training.flat_range import FlatRange, shard_range
 class DeepSpeedEngine:
     """ZeRO 0 to 3, in fp32, bf16 or fp16, with torch's AdamW as DeepSpeed's client optimizer."""
 
-    def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
+    def __init__(
+        self, config: RunConfig, model: Transformer, distributed: Distributed, source: WeightSource | None = None
+    ) -> None:
         self.distributed = distributed
         self.num_micro_batches = num_micro_batches(config, distributed.world_size)
         self.stage = config.training.deepspeed.zero_stage
@@ -72,6 +84,8 @@ class DeepSpeedEngine:
             _fp16_on_any_cpu(),
             as_deepspeed_experts(model, self._adam, model.runtime.expert_group),
         ):
+            if source is not None:
+                self._fill(source)
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=self._adam, config=self._settings)
         # DeepSpeed binds these two at start-up, so patching torch.distributed alone would miss their time.
         names = ("all_gather_function", "reduce_scatter_function")
@@ -86,6 +100,14 @@ class DeepSpeedEngine:
             remove_swap_files(config, distributed.rank)
             raise
         self._start_optimizer_states()
+
+    def _fill(self, source: WeightSource) -> None:
+        """Give the model's parameters memory and weights: what this rank keeps, in the dtype that it keeps."""
+        dtype = COMPUTE_DTYPES[self._config.training.precision]
+        if self.stage == 3:
+            partition_together(self.model, source, self.distributed, dtype, self._settings)
+        else:
+            materialize_together(self.model, source, self.distributed, dtype)
 
     def forward(
         self, batch: Batch, *, with_stats: bool, with_logits: bool = True, layer_hook: LayerHook | None = None

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.batch import Batch
+from qsparse_moe.model.init import WeightSource
 from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.model.transformer import LayerHook, Transformer
 from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, global_shape
 from qsparse_moe.moe.losses import StepLoad
 from qsparse_moe.training.distributed.collectives import PatchTarget
 from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.engines.fill import materialize_together
 from qsparse_moe.training.engines.loss_scale import build_loss_scaler
 from qsparse_moe.training.engines.optimizer import build_adamw, get_step, set_step, start_state
 from qsparse_moe.training.engines.protocol import (
@@ -41,12 +43,16 @@ class TorchEngine:
     name = "torch"
     collective_aliases: Sequence[PatchTarget] = ()
 
-    def __init__(self, config: RunConfig, model: Transformer, distributed: Distributed) -> None:
+    def __init__(
+        self, config: RunConfig, model: Transformer, distributed: Distributed, source: WeightSource | None = None
+    ) -> None:
         self.distributed = distributed
         self.num_micro_batches = num_micro_batches(config, distributed.world_size)
         self._max_norm = config.training.gradient_clipping
         self.loss_scaler = build_loss_scaler(config, self.num_micro_batches)
         dtype = COMPUTE_DTYPES[config.training.precision]
+        if source is not None:
+            materialize_together(model, source, distributed, dtype)
         self.model = model.to(device=distributed.device, dtype=dtype)
         self._parameters = dict(self.model.named_parameters())
         self._step_load = self.model.step_load = StepLoad(distributed.all_reduce)

@@ -79,16 +79,16 @@ def test_numbers_are_shown_as_ranges(numbers, text):
 
 
 def test_a_run_names_its_dead_experts(make_config, caplog, monkeypatch):
-    from qsparse_moe.training import prepare
+    from qsparse_moe.training import start
 
-    build = prepare.build_model
+    build = start.build_empty
 
     def two_preferred(*arguments, **settings):
         model = build(*arguments, **settings)
         model.layers[1].moe.router.expert_bias.copy_(torch.tensor([9.0, 9, 0, 0]))
         return model
 
-    monkeypatch.setattr(prepare, "build_model", two_preferred)
+    monkeypatch.setattr(start, "build_empty", two_preferred)
     config = make_config(steps=4)
     moe = config.model.moe.model_copy(update={"bias_update_rate": 1.0, "bias_update_steps": 0})
     watch = config.metrics.model_copy(update={"interval": 2, "dead_expert_window": 3})

@@ -89,6 +89,10 @@ class HuggingFaceWeights:
         """See ``NamedTensors``. In addition, raises CheckpointError if a value is not finite."""
         return self._recipes[name].build(self._read, self.dtype(name))
 
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """See ``NamedTensors``."""
+        return self.tensor(name).flatten()[start:stop]
+
     def checksums(self, *, part: int, parts: int) -> dict[str, int]:
         """See ``NamedTensors``. The folder has no stored checksums, so only the manifest of the run records these."""
         return self._stored.checksums(part=part, parts=parts)

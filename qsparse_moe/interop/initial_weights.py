@@ -35,6 +35,10 @@ class ExportWeights:
         """See ``NamedTensors``."""
         return self._files.tensor(name)
 
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """See ``NamedTensors``."""
+        return self.tensor(name).flatten()[start:stop]
+
     def checksums(self, *, part: int, parts: int) -> dict[str, int]:
         """See ``NamedTensors``. An export has no stored checksums, so only the manifest of the run records these."""
         return self._files.checksums(part=part, parts=parts)

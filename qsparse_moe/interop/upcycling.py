@@ -67,6 +67,10 @@ class UpcycledWeights:
         """Return the checksums of the dense weights; see ``NamedTensors``."""
         return self._source.checksums(part=part, parts=parts)
 
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """See ``NamedTensors``."""
+        return self.tensor(name).flatten()[start:stop]
+
     def tensor(self, name: str) -> Tensor:
         """See ``NamedTensors``."""
         if name.endswith(_ROUTER):

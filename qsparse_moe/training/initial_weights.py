@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ class InitialWeights:
 
     def buffer(self, name: str) -> Tensor:
         """Return a buffer of the model's state; it raises as ``fill`` does."""
-        return self._values(name, 0, None).view(self._source.shapes[name])
+        shape = list(self._source.shapes[name])
+        return self._values(name, 0, math.prod(shape)).view(shape)
 
     def restore_masters(self, engine: Engine) -> None:
         """Set the fp32 weights of an engine that was built with the weights, perhaps rounded to bf16."""
-        restore_weights(engine, lambda name: self._source.tensor(name).float())
+        restore_weights(engine, self._source.read)
 
     def describe(self) -> dict[str, Any]:
         """Return the manifest's entry: where the weights come from, and which settings of the model have changed."""
@@ -70,10 +72,10 @@ class InitialWeights:
             "changed_settings": {f"model.{path}": list(values) for path, values in self._changes.items()},
         }
 
-    def _values(self, name: str, start: int, stop: int | None) -> Tensor:
+    def _values(self, name: str, start: int, stop: int) -> Tensor:
         with naming_init_from(self._init_from):
-            # Only this range is read from files in our own formats, and no rank needs to check another one's values.
-            value = self._source.tensor(name).flatten()[start:stop]
+            # No rank needs to check another one's values.
+            value = self._source.read(name, start, stop)
             if value.dtype not in _DTYPES:
                 raise CheckpointError(
                     f"{self._source.path}: {name} has the dtype {value.dtype}, which must be fp32, bf16, or fp16; name "

@@ -54,6 +54,9 @@ class NamedTensors(Protocol):
     def tensor(self, name: str) -> Tensor:
         """Read one global tensor, on the CPU and of any floating-point dtype."""
 
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Read the elements from ``start`` to ``stop`` of a flattened global tensor, on the CPU."""
+
     def checksums(self, *, part: int, parts: int) -> dict[str, int]:
         """Read every ``parts``-th file, starting with file ``part``, and return its CRC-32 by name.
 
@@ -91,7 +94,15 @@ class CheckpointWeights:
 
     def tensor(self, name: str) -> Tensor:
         """See ``NamedTensors``."""
-        return self._checkpoint.state_tensor(name)
+        if name in self._checkpoint.shapes:
+            return self._checkpoint.tensor("weight", name)
+        return self._checkpoint.buffer(name)
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """See ``NamedTensors``."""
+        if name in self._checkpoint.shapes:
+            return self._checkpoint.read("weight", name, start, stop)
+        return self._checkpoint.buffer(name).flatten()[start:stop]
 
     def checksums(self, *, part: int, parts: int) -> dict[str, int]:
         """See ``NamedTensors``."""

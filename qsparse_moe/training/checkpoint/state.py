@@ -64,14 +64,14 @@ def restore(engine: Engine, read: ReadRange, adam_step: int) -> None:
     engine.adam_step = adam_step
 
 
-def restore_weights(engine: Engine, read: Callable[[str], Tensor]) -> None:
+def restore_weights(engine: Engine, read: Callable[[str, int, int], Tensor]) -> None:
     """Set the fp32 weights of an engine that was built with the same weights, perhaps rounded.
 
-    ``read`` returns a global tensor.
+    ``read`` returns the elements from ``start`` to ``stop`` of a flattened global tensor: name, start, stop.
     """
     for name in engine.shapes():
         held = engine.held_range(name)
-        engine.set_held(name, "weight", read(name).flatten()[held.start : held.stop])
+        engine.set_held(name, "weight", read(name, held.start, held.stop).float())
 
 
 def state_buffers(model: nn.Module) -> dict[str, Tensor]:

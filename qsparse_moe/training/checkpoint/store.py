@@ -178,10 +178,6 @@ class Checkpoint:
         """Return a persistent buffer, on the CPU and backed by the file."""
         return self._contents.buffer(name)
 
-    def state_tensor(self, name: str) -> Tensor:
-        """Return the global weight or the buffer of this name in the model's state dict."""
-        return self.tensor("weight", name) if name in self.shapes else self.buffer(name)
-
     @property
     def has_report_state(self) -> bool:
         """True if the checkpoint has a ``ReportState``; checkpoints of earlier versions have none."""

@@ -52,9 +52,3 @@ def global_shape(parameter: Tensor, shape: torch.Size | None = None) -> torch.Si
     # The experts are the first dim of every stacked matrix, and only that dim is sharded.
     size = expert_group(parameter).size
     return shape if size == 1 else torch.Size((shape[0] * size, *shape[1:]))
-
-
-def local_shard(parameter: Tensor, whole: Tensor) -> Tensor:
-    """Return this rank's shard, a view, of a tensor with the global shape of ``parameter``."""
-    group = expert_group(parameter)
-    return whole if group.size == 1 else whole.chunk(group.size)[group.rank]

@@ -16,7 +16,7 @@ from qsparse_moe.moe.dispatcher import (
     dispatch_reference,
     start_dispatch,
 )
-from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, global_shape, local_shard
+from qsparse_moe.moe.expert_group import ALONE, ExpertGroup, expert_group, global_shape
 from tests.support import expert_ranks
 from tests.support.expert_ranks import COUNTS, LAYERS, A, E, P, expert_of, make_layer, rows_of, same_next, through
 
@@ -128,4 +128,3 @@ def test_initial_weights_of_a_rank_are_its_shard_of_the_full_initialisation():
             assert global_shape(mine) == theirs.shape
             is_expert = name.startswith("experts.")
             assert mine.equal(theirs.chunk(P)[rank] if is_expert else theirs), name
-            assert local_shard(mine, theirs).equal(mine)

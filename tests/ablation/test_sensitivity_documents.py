@@ -12,18 +12,14 @@ from qsparse_moe.ablation.sensitivity.documents import bootstrap_intervals, trai
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.marks import mark
 from qsparse_moe.data.sequences import SequenceTable, evenly_spaced_indices
+from qsparse_moe.data.stored import SequenceArray
 
 
 def data_of(tokens, evaluated=range(0, 12, 2)):
     """Return data for both kinds of sequences; ``evaluated`` are those of validation, by default every other of 12."""
 
-    class Side:
-        chunks, num_bytes, byte_counts = [tokens], np.full(len(tokens), 4), np.zeros(256)
-
-        def __len__(self):
-            return len(tokens)
-
-    table = SequenceTable([Side()], [1], document_token=0, attend_across_documents=False)
+    side = SequenceArray(tokens, np.full(len(tokens), 4), np.zeros(256))
+    table = SequenceTable([side], [1], document_token=0, attend_across_documents=False)
 
     class Data:
         train = validation = table

@@ -30,7 +30,7 @@ def data_of(tokens, evaluated=range(0, 12, 2)):
         def batch(self, rows):
             return table.batch(rows)
 
-        def open_stream(self, **_):
+        def open_stream(self, parts, **_):
             return None
 
     return Data()

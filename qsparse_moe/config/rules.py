@@ -341,7 +341,7 @@ def _skipped_steps(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             f"{path}.sigma ({skip.sigma:g}) skips steps whose gradient is an outlier, and {path}.limit is 0, which "
             f"skips none; set {path}.limit to the number of steps of {path}.window ({skip.window}) that may be skipped",
-            (f"{path}.sigma", f"{path}.limit"),
+            (f"{path}.sigma", f"{path}.limit", f"{path}.window"),
         )
     if skip.limit >= skip.window:
         yield Problem(

@@ -132,20 +132,23 @@ def _forward_and_backward(version: Operation, example: Example) -> Callable[[], 
     # Detached leaves, so that autograd.grad returns the gradient of every input and accumulates nothing.
     leaves = {name: x.detach().requires_grad_() for name, x in example.tensors.items()}
 
-    def first_output() -> Tensor:
-        output = version(**leaves, **example.settings)
-        return output if isinstance(output, Tensor) else output[0]
+    def outputs() -> list[Tensor]:
+        # Statistics beside an output have no gradient.
+        return [part for part in _tensors(version(**leaves, **example.settings)) if part.requires_grad]
 
-    # A gradient of the output's own shape: outputs such as those of combine_rows have the shape of no input.
-    upstream = torch.randn_like(first_output())
+    # Gradients of the outputs' own shapes: outputs such as those of combine_rows have the shape of no input.
+    upstream = [torch.randn_like(part) for part in outputs()]
 
     def call() -> None:
-        torch.autograd.grad(first_output(), list(leaves.values()), upstream)
+        torch.autograd.grad(outputs(), list(leaves.values()), upstream)
 
     return call
 
 
 def _outputs(version: Operation, example: Example) -> list[Tensor]:
     leaves = {name: x.detach().requires_grad_() for name, x in example.tensors.items()}
-    output = version(**leaves, **example.settings)
+    return _tensors(version(**leaves, **example.settings))
+
+
+def _tensors(output: Any) -> list[Tensor]:
     return [output] if isinstance(output, Tensor) else [part for part in output if isinstance(part, Tensor)]

@@ -239,7 +239,8 @@ def test_the_agreement_of_choices_between_evaluations_is_the_same_in_every_layou
         have, want = (
             run["reports"][-1]["choice_agreement_L"] for run in (runs(layout, ranks), runs(f"torch-{precision}", 1))
         )
-        assert len(have) == 2 and all(0.5 < share < 1 for share in want)
+        # Some tokens keep their experts and some do not, or the layouts are not compared.
+        assert len(have) == 2 and all(0.3 < share < 1 for share in want)
         # A token whose two best experts are near each other may take the other one.
         assert have == pytest.approx(want, abs=0.01 if precision == "fp32" else 0.1), (layout, ranks)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from qsparse_moe.config.schema import SkipStepsConfig
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.errors import TrainingDiverged
 from qsparse_moe.training import loop
 from qsparse_moe.training.loop import train
+from qsparse_moe.training.monitor import skipped_steps
+from qsparse_moe.training.monitor.skipped_steps import StepFilter
 from tests.support.runs import LAYOUTS, OFFLOADED
 
 BAD_STEP = 3
@@ -160,3 +164,33 @@ def test_a_resumed_run_skips_the_steps_that_an_unbroken_one_skips(make_config, w
     found, reports = losses_of(make_config("parts", resume=True, **settings))
     assert [report.skipped_steps for report in reports] == [2, 2]
     assert found == want[4:]
+
+
+class Norms:
+    """Stands for an engine in fp32 on one rank: it gives the norms of the steps one after the other."""
+
+    loss_scaler = None
+    distributed = SimpleNamespace(rank=0)
+
+    def __init__(self, monkeypatch, *norms):
+        left = list(norms)
+        monkeypatch.setattr(skipped_steps, "gradient_norm", lambda engine: left.pop(0))
+
+
+@pytest.mark.parametrize(("window", "first"), [(2, 3), (3, 3), (4, 3), (6, 4), (7, 4)])
+def test_outliers_are_skipped_once_half_a_window_and_at_least_two_norms_are_known(monkeypatch, window, first):
+    """``first`` is the number of the first step that may be skipped; all before it are taken, however large."""
+    for spike in range(2, first + 1):
+        step_filter = StepFilter(SkipStepsConfig(limit=1, sigma=2.0, window=window))
+        engine = Norms(monkeypatch, *([1.0, 1.1] * 4)[: spike - 1], 50.0)
+        found = [step_filter.skips(engine, step, fault="") for step in range(1, spike + 1)]
+        assert found == [None] * (spike - 1) + [50.0 if spike == first else None], spike
+
+
+def test_the_threshold_is_the_mean_and_the_deviation_of_the_norms_in_the_window_without_skipped_ones(monkeypatch):
+    # Of 2, 4, 3, 5 the mean is 3.5 and the sample deviation 1.291; the first norm, 100, has left the window.
+    engine = Norms(monkeypatch, 100.0, 2.0, 4.0, 3.0, 5.0, 6.09, 6.07, 9.0)
+    step_filter = StepFilter(SkipStepsConfig(limit=3, sigma=2.0, window=4))
+    found = [step_filter.skips(engine, step, fault="") for step in range(1, 8)]
+    assert found == [None, None, None, None, None, 6.09, None]
+    assert step_filter.num_skipped == 1 and list(step_filter._norms) == [4.0, 3.0, 5.0, 6.07]

@@ -104,3 +104,16 @@ def test_a_bad_line_is_named_by_its_place_in_the_file(tmp_path: Path) -> None:
     (record,) = records
     assert f"it: {file} from byte 16, row 0: column 'text' holds int (3)" in record["problem"]
     assert [cut_mark(kind, "--") for kind in ("jsonl", "text", "parquet")] == [b"\n", b"--", None]
+
+
+def test_row_groups_that_fill_their_shards_exactly_leave_no_empty_piece(tmp_path: Path) -> None:
+    file = str(tmp_path / "a.parquet")
+    pq.write_table(pa.table({"text": ["abcdefgh"] * 8}), file, row_group_size=2)
+    size = Path(file).stat().st_size
+    parts = divide([file], size // 4, kind="parquet", separator=None)
+    assert [part.pieces for part in parts] == [
+        (Piece(file, 0, 1),),
+        (Piece(file, 1, 2),),
+        (Piece(file, 2, 3),),
+        (Piece(file, 3),),
+    ]

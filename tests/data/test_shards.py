@@ -144,3 +144,12 @@ def test_a_table_of_hundreds_of_gigabytes_opens_in_milliseconds(tmp_path: Path) 
     assert stored.read(50 * length - 1, 1).tolist() == [8]
     # 0.3 ms here.
     assert time.thread_time() - began < 0.05
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_a_file_that_has_another_size_when_it_is_first_used_is_refused(tmp_path: Path, length: int) -> None:
+    file = tmp_path / "tokens"
+    np.arange(length, dtype="<u2").tofile(file)
+    stored = FlatFiles([str(file)], [4], np.dtype("<u2"))
+    with pytest.raises(DataError, match=rf"tokens has {2 * length} bytes now, and the tokens must stay as they are"):
+        stored.read(0, 2)

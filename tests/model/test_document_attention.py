@@ -284,3 +284,11 @@ def test_on_cuda_values_and_gradients_are_those_of_the_mask(dtype, name, grouped
     for want, rounded, got in zip(exact, plain, found, strict=True):
         error, allowed = (got - want).abs().max(), 3 * (rounded - want).abs().max()
         assert error <= allowed + torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_a_block_that_neighbouring_documents_fill_exactly_holds_them_both():
+    lengths = [3, 5, 8, 4, 4, 1, 9]
+    documents_BS = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))[None]
+    (band,) = bands(documents_BS, BlockSizes(block=8, whole=8), torch.float32)
+    assert band.lengths == [8, 8, 8, 1, 9]
+    assert [mask is None for mask in band.masks] == [False, True, False, True, True]

@@ -13,8 +13,9 @@ import torch
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.training.checkpoint import save as save_module
 from qsparse_moe.training.checkpoint import snapshot
-from qsparse_moe.training.checkpoint.save import CheckpointWriter
+from qsparse_moe.training.checkpoint.save import CheckpointWriter, _describe_parameters
 from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints, newest_checkpoint
+from qsparse_moe.training.flat_range import FlatRange
 from tests.training.checkpoint.small_checkpoints import make_biased, make_engine, names, progress, save, the_file
 
 FULL = OSError(28, "No space left on device")
@@ -223,3 +224,27 @@ def resident_bytes_of(file):
     return sum(
         1024 * int(line.split()[1]) for index in at for line in lines[index : index + 6] if line.startswith("Rss:")
     )
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        [(0, 4), (5, 8)],
+        [(0, 5), (4, 8)],
+        [(0, 4), (4, 7)],
+        [(1, 4), (4, 8)],
+    ],
+)
+def test_an_index_whose_ranges_leave_a_gap_or_overlap_is_an_internal_error(ranges):
+    shapes = {"weight": torch.Size((2, 4))}
+    with pytest.raises(AssertionError, match="weight: "):
+        _describe_parameters(shapes, [{"weight": FlatRange(*one)} for one in ranges])
+
+
+def test_the_index_names_the_ranges_in_order_with_the_rank_that_saves_each():
+    shapes = {"weight": torch.Size((2, 4)), "norm": torch.Size((3,))}
+    of_ranks = [{"weight": FlatRange(5, 8)}, {"weight": FlatRange(0, 5), "norm": FlatRange(0, 3)}]
+    assert _describe_parameters(shapes, of_ranks) == {
+        "weight": {"shape": [2, 4], "ranges": [(0, 5, 1), (5, 8, 0)]},
+        "norm": {"shape": [3], "ranges": [(0, 3, 1)]},
+    }

@@ -188,3 +188,12 @@ def test_samples_are_those_of_one_part_whatever_the_setting(folder):
     plain, parts = run_config(folder), run_config(folder, stream_parts=4)
     samples = [sample_train_sequences(config, load_data(config.data), 5).tolist() for config in (plain, parts)]
     assert samples[0] == samples[1]
+
+
+def test_fewer_ranks_that_do_not_divide_the_parts_are_refused(folder):
+    config = run_config(folder)
+    config = config.model_copy(update={"training": config.training.model_copy(update={"global_batch_size": 12})})
+    data = load_data(config.data)
+    state = combine_states([TrainLoader(config, data, rank, 4).state_dict() for rank in range(4)])
+    with pytest.raises(DataError, match=r"4 parts and this run has 3 ranks.*; start 1, 2, 4 ranks"):
+        TrainLoader(config, data, 0, 3).load_state_dict(state)

@@ -8,10 +8,11 @@ import pytest
 
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.schema import DataConfig, RunConfig, SourceConfig, TrainingConfig
+from qsparse_moe.data.held_out import by_fraction
 from qsparse_moe.data.loader import TrainLoader, combine_states, sample_train_sequences
 from qsparse_moe.data.open_source import OpenSource
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.streaming import SourceStream, by_fraction
+from qsparse_moe.data.streaming import SourceStream
 from qsparse_moe.data.token_data import load_data, open_streams
 from qsparse_moe.errors import ConfigError, DataError
 from tests.data.corpus import make_texts, write_jsonl
@@ -177,7 +178,7 @@ def test_the_first_documents_are_held_out_and_no_more_is_read_for_them(folder, m
 
 
 def test_much_text_read_for_a_fraction_is_named_with_the_setting(folder, monkeypatch, caplog):
-    monkeypatch.setattr("qsparse_moe.data.streaming._MUCH_TEXT", 1000)
+    monkeypatch.setattr("qsparse_moe.data.held_out._MUCH_TEXT", 1000)
     load_data(run_config(folder).data)
     (line,) = [record.getMessage() for record in caplog.records if "were read to hold out" in record.getMessage()]
     assert line.startswith("data.sources.0 (jsonl): 0 MB of text were read to hold out 64 sequences by data.valid")

@@ -12,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from qsparse_moe.config.schema import DataConfig, RunConfig, SourceConfig, TrainingConfig
+from qsparse_moe.data.held_out import by_fraction, gather
 from qsparse_moe.data.loader import TrainLoader, combine_states
 from qsparse_moe.data.packing import is_validation, text_digest
 from qsparse_moe.data.sources import open_source
-from qsparse_moe.data.streaming import MixedStream, SourceStream, _gather, by_fraction
+from qsparse_moe.data.streaming import MixedStream, SourceStream
 from qsparse_moe.data.table import Packing
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.data.tokenizer import ByteTokenizer
@@ -228,7 +229,7 @@ def test_the_state_of_one_rank_alone_is_an_internal_error(run_config: RunConfig)
 def test_validation_sequences_of_a_stream_are_read_once(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load_data(run_config.data)
     table, _ = data.evaluation_sequences(3)
-    monkeypatch.setattr("qsparse_moe.data.streaming._gather", None)
+    monkeypatch.setattr("qsparse_moe.data.streaming.gather", None)
     assert data.evaluation_sequences(3)[0] is table and data.evaluation_sequences(64)[0] is data.validation
 
 
@@ -292,7 +293,7 @@ def test_only_as_much_of_a_stream_is_read_as_validation_needs(
 def test_a_stream_is_read_up_to_the_document_that_fills_the_last_validation_sequence() -> None:
     texts = iter(["abc"] * 9)  # 4 tokens each, of which 5 fill the first row of 4 labels and 4 every other
     packing = Packing(ByteTokenizer(), 4, validation_fraction=1.0)
-    found, train_counts = _gather(
+    found, train_counts = gather(
         SimpleNamespace(texts=lambda: texts, encoder=lambda tokenizer: tokenizer.tokenize), packing, 2
     )
     assert (len(found), len(list(texts))) == (2, 6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from qsparse_moe.config.schema import Site
@@ -45,4 +46,4 @@ def with_cells(plan: SparsityPlan, changed: Mapping[Cell, float]) -> SparsityPla
     values = {key: list(own) for key, own in plan.values.items()}
     for cell, sparsity in changed.items():
         values[cell.layer, cell.site][cell.expert or 0] = sparsity
-    return SparsityPlan({key: tuple(own) for key, own in values.items()})
+    return replace(plan, values={key: tuple(own) for key, own in values.items()}, thresholds={})

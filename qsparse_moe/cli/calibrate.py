@@ -113,7 +113,8 @@ def requested_plan(
         plan = SparsityPlan.from_config(config.model)
         # The run's own S may still have been rising at its last step; a setting in its place means the value itself.
         if not overrides and step is not None:
-            plan = plan.scaled(scheduled_scale(config.model.sparsity.schedule, max(0, step - 1)))
+            scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
+            plan = plan.scaled(scale, config.model.moe.experts_per_token)
     check_not_dense(plan, folder)
     is_own = sparsity is None and plan_file is None and not overrides
     return None if is_own and step is None else plan

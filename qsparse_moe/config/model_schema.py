@@ -67,6 +67,10 @@ class MoEConfig(Section):
     expert_input, which then must be the same for all experts of a layer."""
     router_scaling_factor: PositiveFloat = 1.0
     """Factor applied to the weights of a token's experts after renormalization; DeepSeek-V3 uses 2.5."""
+    fewer_experts_weights: Literal["router", "kept", "renormalized"] = "router"
+    """Weights of a token's experts in a layer whose sparsity plan uses fewer than experts_per_token. router: those of
+    this router if it chose that many, which are renormalized if router renormalizes; kept: as computed over all
+    experts_per_token; renormalized: the same, scaled so that they have the sum of all."""
     router_noise: NonNegativeFloat = 0.0
     """Standard deviation of the normal noise that is added to the router logits in training (V-MoE uses 1 /
     num_experts); 0: no noise."""

@@ -248,6 +248,9 @@ class _MoE:
         selected = site.select(x_BD).sparse if site.is_uniform else None
         routing = layer.router(selected if layer.router_sees_sparse and selected is not None else x_BD)
         choices, expert_N = routing.expert_ids_TA.shape[1], routing.expert_ids_TA.flatten()
+        if choices == 0:
+            # A kernel cannot be launched for no rows at all.
+            return torch.zeros_like(x_BD) if self._shared is None else self._shared(x_BD)
         if selected is not None:
             lists, per_list = self._lister.listed(site, selected), choices
         else:

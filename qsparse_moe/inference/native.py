@@ -53,6 +53,11 @@ def why_not(model: Transformer) -> str | None:
         return reason
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
+    routers = model.routers()
+    if any(router.fewer.top_p < 1.0 or router.fewer.number == 0 for router in routers) or (
+        model.config.moe.fewer_experts_weights != "router" and model.sparsity_plan.experts_per_token
+    ):
+        return "it supports neither top_p nor layers without experts of a sparsity plan; use the engine gather"
     return None
 
 
@@ -303,7 +308,7 @@ def _router(router: Router, *, reads_sparse: bool) -> Any:
     return torch.classes.qsparse_moe.Router(
         _fp32(router.weight),
         _NONE if router.expert_bias is None else _fp32(router.expert_bias),
-        config.experts_per_token,
+        router.fewer.number,
         config.router.startswith("sigmoid"),
         config.router == "topk_softmax",
         config.router.endswith("renormalized"),

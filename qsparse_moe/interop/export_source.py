@@ -102,7 +102,7 @@ def open_source(folder: Path) -> ExportSource:
 def plan_in_use(config: RunConfig, step: int) -> SparsityPlan:
     """Return the plan of the last of ``step`` steps: a run may end during the ramp of its sparsity schedule."""
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
-    return SparsityPlan.from_config(config.model).scaled(scale)
+    return SparsityPlan.from_config(config.model).scaled(scale, config.model.moe.experts_per_token)
 
 
 def _checkpoint(folder: Path, kind: str) -> Path:

@@ -93,9 +93,13 @@ class Block(nn.Module):
         return y_BSD, None, None, _named(("dense_input", "dense_hidden"), stats)
 
     def set_sparsity(self, plan: SparsityPlan) -> None:
-        """Set S, and the thresholds if there are any, of every site of this layer from ``plan``."""
+        """Set S, thresholds if there are any, and the number of experts per token of this layer from ``plan``."""
         for site, module in self.sites().items():
             module.set_sparsity(plan.values[self.layer, site], plan.thresholds.get((self.layer, site)))
+        if self.moe is not None:
+            router = self.moe.router
+            number = plan.experts(self.layer, router.config.experts_per_token)
+            router.use_experts(number, plan.top_p.get(self.layer, 1.0))
 
     def sites(self) -> dict[Site, SparseSite]:
         """Return the sparse sites of this layer by name."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.layer import MoELayer
+from qsparse_moe.moe.router import UNUSED
 from qsparse_moe.nn.hooks import site_hooks
 
 
@@ -25,6 +26,7 @@ class LayerNeeds:
     """The experts and features that the last token of each sequence needs in one MoE layer."""
 
     experts_RA: Tensor
+    """``UNUSED`` for a choice that the token does not use; its features below have no meaning."""
     input_RAD: Tensor
     """Bool: whether each input feature of gate and up is nonzero."""
     gate_RAF: Tensor
@@ -121,8 +123,10 @@ class _Recorder:
         last_R = torch.arange(num_sequences, device=self._experts_TA.device) * length + length - 1
         # The routed tokens are sorted by expert, those of one expert by token (moe/permutation.py): the double argsort
         # finds the row of each choice.
-        row_TA = self._experts_TA.flatten().argsort(stable=True).argsort().view_as(self._experts_TA)
-        rows_RA = row_TA[last_R]
+        # The choices that their token does not use come first in this order and have no row: any row serves for them.
+        unused = (self._experts_TA == UNUSED).sum()
+        row_TA = self._experts_TA.flatten().argsort(stable=True).argsort().view_as(self._experts_TA) - unused
+        rows_RA = row_TA[last_R].clamp(min=0)
         return LayerNeeds(
             self._experts_TA[last_R], self._input_ND[rows_RA], self._dense_NF[rows_RA], self._hidden_NF[rows_RA]
         )
@@ -136,7 +140,7 @@ def _shares(needs: LayerNeeds, chosen_B: Tensor, num_experts: int) -> Tensor:
     )
     routed = input_rows = up_elements = hidden_rows = 0.0
     # An expert that no token chose needs none of its weights, so it adds nothing to the sums.
-    for expert in experts_N.unique():
+    for expert in experts_N[experts_N != UNUSED].unique():
         mine = experts_N == expert
         routed += 1.0
         input_rows += input_ND[mine].amax(0).mean().item()

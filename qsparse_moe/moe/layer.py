@@ -16,7 +16,7 @@ from qsparse_moe.moe.capacity import expert_capacity, within_capacity
 from qsparse_moe.moe.dispatcher import ExpertTokens, start_dispatch
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.moe.losses import BalanceTerms, balance_terms, load_balance_loss, router_z_loss
-from qsparse_moe.moe.permutation import RoutedTokens
+from qsparse_moe.moe.permutation import GATHERS, Permutation, RoutedTokens
 from qsparse_moe.moe.router import Router, Routing, router_stats
 from qsparse_moe.moe.runtime import Runtime, resolve_runtime
 from qsparse_moe.moe.shared import SharedExperts
@@ -75,29 +75,32 @@ class MoELayer(nn.Module):
         # Made before routing, because a router with ``router_input: sparse`` reads its result.
         selected = self.input_site.select(x_TD) if self.input_site.is_uniform else None
         routing = self._route(x_TD, selected)
-        within_TA = self._within_capacity(routing)
-        routed = self.permutation.sort(routing.expert_ids_TA, self.num_experts, within_TA)
+        capacity = self._capacity(routing)
+        within_TA = routing.used_TA if capacity is None else _within(routing, capacity)
+        # Kernels cannot be launched for no rows at all.
+        permutation = self.permutation if routing.expert_ids_TA.numel() else GATHERS
+        routed = permutation.sort(routing.expert_ids_TA, self.num_experts, within_TA)
         continues_N = _continues(routed, x_BSD.shape[1]) if with_stats else None
-        x_ND, input_stats = self._gather(x_TD, selected, routed, continues_N)
+        x_ND, input_stats = self._gather(x_TD, selected, routed, continues_N, permutation)
         dispatcher = start_dispatch(
             ExpertTokens(x_ND, routed.tokens_per_expert_E, routed.expert_N, continues_N), self.expert_group
         )
         # The loss terms and the shared experts are computed here, because they overlap with the transfer that has been
         # started.
         num_groups = len(x_BSD) if self.balance_over_sequences else 1
-        balance = balance_terms(routing.probs_TE, routing.expert_ids_TA, num_groups)
+        balance = balance_terms(routing.probs_TE, routing.expert_ids_TA, num_groups, used_TA=routing.used_TA)
         stats = {"router/routed_E": balance.routed_GE.sum(0)}
         if self.shared is not None:
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
         y_MD, hidden_stats = self._run_experts(dispatcher.receive(), with_stats)
-        y_TD = self.permutation.combine(dispatcher.combine(y_MD), routing.weights_TA, routed)
+        y_TD = permutation.combine(dispatcher.combine(y_MD), routing.weights_TA, routed)
         if self.shared is not None:
             y_TD = y_TD + shared_BSD.flatten(0, 1)
         if with_stats:
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
             stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
-            if within_TA is not None:
+            if capacity is not None:
                 # The balance terms count the choices of the router, which a capacity does not change.
                 stats["router/dropped_E"] = stats["router/routed_E"] - routed.tokens_per_expert_E
         return MoEOutput(y_TD.view_as(x_BSD), balance, router_z_loss(routing.logits_TE), stats)
@@ -110,15 +113,21 @@ class MoELayer(nn.Module):
         )
         return self.router(selected.sparse)
 
-    def _within_capacity(self, routing: Routing) -> Tensor | None:
+    def _capacity(self, routing: Routing) -> int | None:
+        """Return the capacity of an expert; None if no token is dropped."""
         # In evaluation nothing is dropped: the output for a token must not depend on the rest of its batch.
-        if self.capacity_factor is None or not self.training:
+        if self.capacity_factor is None or not self.training or not routing.expert_ids_TA.numel():
             return None
-        capacity = expert_capacity(self.capacity_factor, routing.expert_ids_TA.numel(), self.num_experts)
-        return within_capacity(routing.weights_TA, routing.expert_ids_TA, capacity)
+        # Under top_p this counts the most experts that tokens may use: their number is known on the device only.
+        return expert_capacity(self.capacity_factor, routing.expert_ids_TA.numel(), self.num_experts)
 
     def _gather(
-        self, x_TD: Tensor, selected: SiteOutput | None, routed: RoutedTokens, continues_N: Tensor | None
+        self,
+        x_TD: Tensor,
+        selected: SiteOutput | None,
+        routed: RoutedTokens,
+        continues_N: Tensor | None,
+        permutation: Permutation,
     ) -> tuple[Tensor, Stats]:
         """Return the sparse routed tokens and, unless ``continues_N`` is None, the statistics of the site.
 
@@ -126,12 +135,12 @@ class MoELayer(nn.Module):
         """
         with_stats = continues_N is not None
         if selected is None:
-            x_ND, readers = self.permutation.permute(x_TD, routed), self._readers(routed.expert_N, continues_N)
+            x_ND, readers = permutation.permute(x_TD, routed), self._readers(routed.expert_N, continues_N)
             return self.input_site(x_ND, routed.expert_N, with_stats=with_stats, readers=readers)
         # Counted once per reading and not once per token, so that the statistics are those of a selection per expert.
         readers = self._readers(routed.expert_N, continues_N, routed.token_N)
         stats = self.input_site.sums(selected, readers) if with_stats else {}
-        return self.permutation.permute(selected.sparse, routed), stats
+        return permutation.permute(selected.sparse, routed), stats
 
     def _run_experts(self, received: ExpertTokens, with_stats: bool) -> tuple[Tensor, Stats]:
         x_MD, tokens_per_expert_L, expert_M, continues_M = received
@@ -145,6 +154,16 @@ class MoELayer(nn.Module):
         # MegaBlocks' permutation returns int32, and the statistics index with int64.
         row_N = None if token_N is None else token_N.long()
         return Readers(row_N, expert_N.long(), self.num_experts, continues_N)
+
+
+def _within(routing: Routing, capacity: int) -> Tensor:
+    """Return ``(T, A)`` bool: the choices that their token uses and that are within the capacity of their expert."""
+    used_TA = routing.used_TA
+    if used_TA is None:
+        return within_capacity(routing.weights_TA, routing.expert_ids_TA, capacity)
+    # Below every weight, so that a choice that is not used takes no place of one that is.
+    weights_TA = routing.weights_TA.masked_fill(~used_TA, -1.0)
+    return used_TA & within_capacity(weights_TA, routing.expert_ids_TA, capacity)
 
 
 def _continues(routed: RoutedTokens, sequence_length: int) -> Tensor:

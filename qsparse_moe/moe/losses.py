@@ -22,15 +22,23 @@ class BalanceTerms(NamedTuple):
 
 
 def balance_terms(
-    probs_TE: Tensor, expert_ids_TA: Tensor, num_groups: int, counted_T: Tensor | None = None
+    probs_TE: Tensor,
+    expert_ids_TA: Tensor,
+    num_groups: int,
+    counted_T: Tensor | None = None,
+    used_TA: Tensor | None = None,
 ) -> BalanceTerms:
     """Return the two terms for each of ``num_groups`` equal, contiguous parts of the tokens.
 
-    With ``counted_T`` only the tokens count for which it is true, and groups without such a token are left out.
+    With ``counted_T`` only the tokens count for which it is true, and groups without such a token are left out. With
+    ``used_TA`` only those experts of a token count for which it is true.
     """
     ids_GN = expert_ids_TA.unflatten(0, (num_groups, -1)).flatten(1)
     # float64, so that counts stay exact when they are summed over ranks and micro-batches.
-    ones_GN = torch.ones_like(ids_GN, dtype=torch.float64)
+    if used_TA is None:
+        ones_GN = torch.ones_like(ids_GN, dtype=torch.float64)
+    else:
+        ones_GN = used_TA.unflatten(0, (num_groups, -1)).flatten(1).double()
     routed_GE = torch.zeros(num_groups, probs_TE.shape[-1], dtype=torch.float64, device=probs_TE.device)
     probs_GXE = probs_TE.unflatten(0, (num_groups, -1))
     if counted_T is None:
@@ -48,10 +56,10 @@ def load_balance_loss(balance: BalanceTerms) -> Tensor:
     """Return ``E * sum_e f_e P_e``: 1 at even load, E if one expert gets every token (arXiv 2101.03961, eq. 4).
 
     f_e is the fraction of the routed tokens that went to expert e, and P_e its mean probability. The mean is taken over
-    the leading dims, such as layers and groups.
+    the leading dims, such as layers and groups. It is 0 for a layer whose tokens use no expert.
     """
     routed_GE, probs_GE = balance
-    share_GE = (routed_GE / routed_GE.sum(-1, keepdim=True)).to(probs_GE.dtype)
+    share_GE = (routed_GE / routed_GE.sum(-1, keepdim=True).clamp(min=1)).to(probs_GE.dtype)
     # Only the probabilities have a gradient: counts cannot be differentiated, and act as constant weights.
     return probs_GE.shape[-1] * (share_GE * probs_GE).sum(-1).mean()
 

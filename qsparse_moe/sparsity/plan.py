@@ -1,23 +1,23 @@
-"""The sparsity plan: S for every (layer, site, expert) of a model, and K derived from it. Imports no torch."""
+"""The sparsity plan: S for every (layer, site, expert), K derived from it, and experts per token by layer.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 from qsparse_moe.config.presets import PRESETS
-from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig, SparsityOverride
-from qsparse_moe.config.selectors import select
-from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, site_sparsity, site_width
+from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig
+from qsparse_moe.config.shapes import EXPERT_SITES, site_sparsity, site_width
 from qsparse_moe.errors import ConfigError, naming
-
-# Version 2 added the thresholds.
-FORMAT = "qsparse_moe.sparsity_plan/2"
+from qsparse_moe.sparsity.plan_json import read_json, write_json
+from qsparse_moe.sparsity.plan_overrides import apply_override, model_places
+from qsparse_moe.sparsity.plan_routing import check_at_most, check_routing, scaled_experts
 
 
 def num_selected(sparsity: float, num_features: int) -> int:
@@ -55,20 +55,28 @@ def site_threshold(settings: SparsityConfig, sparsity: float, threshold: float) 
 
 @dataclass(frozen=True)
 class SparsityPlan:
-    """S, the fraction of features set to zero, for every (layer, site, expert) of a model.
+    """S, the fraction of features set to zero, for every (layer, site, expert) of a model, and experts per token.
 
     ``values[layer, site]`` holds one S, or one S per expert at ``expert_input`` and ``expert_hidden``. ``thresholds``
     holds, for each S, the magnitude below which that fraction lies; it is empty unless the plan was calibrated.
+
+    ``experts_per_token[layer]`` is the number of a token's experts that a MoE layer uses, in the order in which the
+    router chooses them: from 0, with which shared experts and the residual stream remain, to the A of the model, which
+    a layer without an entry uses. ``top_p[layer]`` in (0, 1] reduces it further, token by token: to the fewest first
+    experts whose router weights reach this share of the sum of all A, at least one.
     """
 
     values: Mapping[tuple[int, Site], tuple[float, ...]]
     thresholds: Mapping[tuple[int, Site], tuple[float, ...]] = field(default_factory=dict)
+    experts_per_token: Mapping[int, int] = field(default_factory=dict)
+    top_p: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Copies, so that a caller who goes on changing its mappings does not change a frozen plan.
-        object.__setattr__(self, "values", dict(self.values))
-        object.__setattr__(self, "thresholds", dict(self.thresholds))
+        for name in ("values", "thresholds", "experts_per_token", "top_p"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
         self._check_thresholds()
+        check_routing(self.values, self.experts_per_token, self.top_p)
         for (layer, site), values in self.values.items():
             if not all(0.0 <= value < 1.0 for value in values):
                 raise ConfigError(
@@ -79,7 +87,7 @@ class SparsityPlan:
     @classmethod
     def uniform(cls, config: ModelConfig, sparsity: float) -> SparsityPlan:
         """Return the plan with the same S at every site of the model that ``config`` describes."""
-        return cls({place: (sparsity,) * width for place, width in _places(config)})
+        return cls({place: (sparsity,) * width for place, width in model_places(config)})
 
     @classmethod
     def preset(cls, config: ModelConfig, name: str) -> SparsityPlan:
@@ -91,7 +99,7 @@ class SparsityPlan:
         if name not in PRESETS:
             raise ConfigError(f"sparsity plan: {name!r} is not a preset; choose from {', '.join(PRESETS)}")
         chosen = PRESETS[name].sparsity
-        return cls({(layer, site): (chosen.get(site, 0.0),) * width for (layer, site), width in _places(config)})
+        return cls({(layer, site): (chosen.get(site, 0.0),) * width for (layer, site), width in model_places(config)})
 
     @classmethod
     def from_config(cls, config: ModelConfig) -> SparsityPlan:
@@ -106,11 +114,13 @@ class SparsityPlan:
             plan = cls.load(settings.plan)
             plan.check_fits(config)
             return plan
-        values = {(layer, site): (site_sparsity(settings, site),) * width for (layer, site), width in _places(config)}
+        values = {
+            (layer, site): (site_sparsity(settings, site),) * width for (layer, site), width in model_places(config)
+        }
         for index, override in enumerate(settings.overrides):
             path = f"model.sparsity.overrides.{index}"
             try:
-                matched = _apply(values, override, config)
+                matched = apply_override(values, override, config)
             except ValueError as error:
                 raise ConfigError(f"{path} {error}") from None
             if not matched:
@@ -123,20 +133,12 @@ class SparsityPlan:
 
     @classmethod
     def from_json(cls, text: str) -> SparsityPlan:
-        """Return the plan that ``to_json`` wrote.
+        """Return the plan that ``to_json`` wrote; a plan of an earlier format has the model's experts per token.
 
         Raises:
-            ConfigError: the text is not a plan in the format of this version.
+            ConfigError: the text is not a plan in a format that this version reads.
         """
-        try:
-            content = json.loads(text)
-            version, entries = content["format"], content["values"]
-            values, thresholds = _numbers(entries, "sparsity"), _numbers(entries, "threshold")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"sparsity plan: not readable ({error!r}); write it with SparsityPlan.to_json") from None
-        if version != FORMAT:
-            raise ConfigError(f"sparsity plan: format is {version!r}; this version reads {FORMAT!r}; write it again")
-        return cls(values, thresholds)
+        return cls(*read_json(text))
 
     @classmethod
     def load(cls, path: str | Path) -> SparsityPlan:
@@ -161,13 +163,7 @@ class SparsityPlan:
 
     def to_json(self) -> str:
         """Return the plan as JSON, with the name and version of its format."""
-        entries = []
-        for place, values in self.values.items():
-            entry: dict[str, Any] = {"layer": place[0], "site": place[1], "sparsity": list(values)}
-            if place in self.thresholds:
-                entry["threshold"] = list(self.thresholds[place])
-            entries.append(entry)
-        return json.dumps({"format": FORMAT, "values": entries}, indent=1)
+        return write_json(self.values, self.thresholds, self.experts_per_token, self.top_p)
 
     def sites(self, layer: int) -> tuple[Site, ...]:
         """Return the sites of ``layer``."""
@@ -178,15 +174,42 @@ class SparsityPlan:
         values = self.values[layer, site]
         return sum(values) / len(values) if expert is None else values[expert]
 
-    def scaled(self, scale: float) -> SparsityPlan:
-        """Return the plan with every S multiplied by ``scale`` in [0, 1], without thresholds unless ``scale`` is 1."""
+    def experts(self, layer: int, default: int) -> int:
+        """Return the largest number of experts of a token in ``layer``; ``default`` is the A of the model."""
+        return self.experts_per_token.get(layer, default)
+
+    def scaled(self, scale: float, experts_per_token: int | None = None) -> SparsityPlan:
+        """Return the plan on the way from the dense model (``scale`` 0) to this plan (``scale`` 1).
+
+        Every S is multiplied by ``scale``. The number of experts moves from ``experts_per_token``, the A of the model,
+        to that of the plan, rounded, and the share of ``top_p`` from 1. Thresholds remain only if ``scale`` is 1.
+        """
+        if scale == 1.0:
+            return self
         # A threshold belongs to one value of S, so it is not valid for another.
         values = {place: tuple(scale * v for v in values) for place, values in self.values.items()}
-        return SparsityPlan(values, self.thresholds if scale == 1.0 else {})
+        top_p = {layer: 1.0 - scale * (1.0 - share) for layer, share in self.top_p.items()}
+        return SparsityPlan(values, {}, scaled_experts(self.experts_per_token, scale, experts_per_token), top_p)
 
     def with_thresholds(self, thresholds: Mapping[tuple[int, Site], tuple[float, ...]]) -> SparsityPlan:
         """Return the plan with these thresholds instead of its own."""
-        return SparsityPlan(self.values, thresholds)
+        return replace(self, thresholds=thresholds)
+
+    def with_experts(self, experts_per_token: Mapping[int, int]) -> SparsityPlan:
+        """Return the plan with these numbers of experts per token by layer; those of other layers stay.
+
+        Raises:
+            ConfigError: a number is negative, or a layer has no routed experts.
+        """
+        return replace(self, experts_per_token={**self.experts_per_token, **experts_per_token})
+
+    def with_top_p(self, top_p: Mapping[int, float]) -> SparsityPlan:
+        """Return the plan with these shares of the router weight by layer; those of other layers stay.
+
+        Raises:
+            ConfigError: a share is not in (0, 1], or a layer has no routed experts.
+        """
+        return replace(self, top_p={**self.top_p, **top_p})
 
     def with_(
         self,
@@ -228,7 +251,8 @@ class SparsityPlan:
                 )
             values[place] = tuple(sparsity if i in chosen else value for i, value in enumerate(values[place]))
         # A threshold belongs to one value of S, as in scaled.
-        return SparsityPlan(values, {place: own for place, own in self.thresholds.items() if place not in places})
+        thresholds = {place: own for place, own in self.thresholds.items() if place not in places}
+        return replace(self, values=values, thresholds=thresholds)
 
     @property
     def mean(self) -> float:
@@ -242,9 +266,10 @@ class SparsityPlan:
 
         The plan must have exactly the layers, sites, and experts of the model. Under block selection the group size
         must divide the width of every sparse site; under threshold selection every sparse site needs thresholds. A
-        router that reads sparse tokens requires the same S for all experts at ``expert_input``.
+        router that reads sparse tokens requires the same S for all experts at ``expert_input``. No layer may use more
+        experts per token than the A of the model.
         """
-        want = dict(_places(config))
+        want = dict(model_places(config))
         have = {place: len(values) for place, values in self.values.items()}
         for place in sorted(want.keys() | have.keys()):
             if want.get(place) != have.get(place):
@@ -263,6 +288,7 @@ class SparsityPlan:
                     "sparse tokens (model.moe.router_input) only if all experts have the same S; set router_input to "
                     "dense, or use a plan with one S for all of them"
                 )
+        check_at_most(self.experts_per_token, config)
 
     def _check_selection(self, config: ModelConfig, layer: int, site: Site) -> None:
         settings, width = config.sparsity, site_width(config, site)
@@ -295,43 +321,3 @@ def check_not_dense(plan: SparsityPlan, model: Path) -> None:
             f"{model}: S is 0 at every site, so there is no threshold to calibrate; give another S by --sparsity, "
             "--plan or model.sparsity.default"
         )
-
-
-def _numbers(entries: list[dict[str, Any]], key: str) -> dict[tuple[int, Site], tuple[float, ...]]:
-    """Return the numbers under ``key`` by (layer, site), of the entries that have it; every entry must have S."""
-    having = [entry for entry in entries if key == "sparsity" or key in entry]
-    return {(int(entry["layer"]), entry["site"]): tuple(float(v) for v in entry[key]) for entry in having}
-
-
-def _places(config: ModelConfig) -> Iterator[tuple[tuple[int, Site], int]]:
-    for layer in range(config.num_layers):
-        for site in layer_sites(config, layer):
-            yield (layer, site), config.moe.num_experts if site in EXPERT_SITES else 1
-
-
-def _apply(values: dict[tuple[int, Site], tuple[float, ...]], override: SparsityOverride, config: ModelConfig) -> bool:
-    """Apply ``override`` to ``values`` and return whether it matched any site; ValueError if out of range."""
-    layers = _select_named("layers", override.layers, config.num_layers)
-    experts = _select_named("experts", override.experts, config.moe.num_experts)
-    matched = False
-    for place in values:
-        layer, site = place
-        # An override that names experts leaves out sites without experts, whose one S belongs to no expert.
-        per_expert = site in EXPERT_SITES
-        if (
-            layer not in layers
-            or override.site not in (None, site)
-            or (override.experts is not None and not per_expert)
-        ):
-            continue
-        chosen = experts if per_expert else (0,)
-        values[place] = tuple(override.sparsity if i in chosen else v for i, v in enumerate(values[place]))
-        matched = True
-    return matched
-
-
-def _select_named(name: str, selector: int | str | Sequence[int] | None, count: int) -> tuple[int, ...]:
-    try:
-        return select(selector, count)
-    except ValueError as error:
-        raise ValueError(f"{name} ({selector!r}) {error}") from None

@@ -132,7 +132,7 @@ def load_run(
     # The schedule counts steps from 0, so the last one is step - 1.
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
     # From the plan of the config: checkpoints do not contain the plan, which is a function of config and step.
-    model.set_sparsity(model.sparsity_plan.scaled(scale))
+    model.set_sparsity(model.sparsity_plan.scaled(scale, config.model.moe.experts_per_token))
     return config, model.eval(), step
 
 

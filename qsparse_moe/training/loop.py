@@ -279,12 +279,12 @@ class _Loop:
         return outcome
 
     def _set_sparsity(self, step: int) -> None:
-        settings = self._run.config.model.sparsity
+        settings, most_experts = self._run.config.model.sparsity, self._run.config.model.moe.experts_per_token
         self._run.engine.model.set_ste_share(ste_share(settings, step))
         scale = scheduled_scale(settings.schedule, step)
         # Only on a change: setting a plan copies its values to the device.
         if scale != self._scale:
-            self._run.engine.model.set_sparsity(self._run.plan.scaled(scale))
+            self._run.engine.model.set_sparsity(self._run.plan.scaled(scale, most_experts))
             self._scale = scale
 
     def _is_due(self, interval: int, done: int) -> bool:

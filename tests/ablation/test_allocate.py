@@ -22,7 +22,6 @@ from qsparse_moe.ablation.allocation.alternatives import (
     features_dropped,
     pooled_mask,
     pooled_selection,
-    with_experts_per_token,
 )
 from qsparse_moe.ablation.allocation.compare import compare, load_under_uniform, rival_plans
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
@@ -222,7 +221,6 @@ def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
         torch.testing.assert_close(loss_by_document(model, rows), same)
     with features_dropped(model, rows, 16):
         torch.testing.assert_close(loss_by_document(model, rows), same)
-    torch.testing.assert_close(loss_by_document(with_experts_per_token(model, 2), rows), same)
 
 
 def test_alternatives_that_cannot_meet_the_budget_are_left_out_and_logged(caplog):

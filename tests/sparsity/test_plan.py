@@ -5,7 +5,8 @@ import pytest
 from qsparse_moe.config.schema import SITES, ModelConfig, ScheduleConfig, SparsityConfig
 from qsparse_moe.config.shapes import site_format
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.sparsity.plan import FORMAT, SparsityPlan, num_selected, site_num_selected, site_threshold
+from qsparse_moe.sparsity.plan import SparsityPlan, num_selected, site_num_selected, site_threshold
+from qsparse_moe.sparsity.plan_json import FORMAT
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 
 

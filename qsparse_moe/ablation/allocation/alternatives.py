@@ -20,6 +20,7 @@ from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, PlanComparis
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.data.packing import Array
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.block import Block
@@ -54,11 +55,14 @@ def compare_alternatives(
             model.set_sparsity(plan)
             found[name] = loss_by_document(model, held_out), costs.of(plan)
         model.set_sparsity(uniform)
-        with pooled_selection(model):
-            found["pooled over the experts of a token"] = loss_by_document(model, held_out), costs.of(uniform)
+        if uniform.top_p:
+            logger.info("pooled selection: the plan has top_p, so that tokens differ in their number of experts")
+        else:
+            with pooled_selection(model):
+                found["pooled over the experts of a token"] = loss_by_document(model, held_out), costs.of(uniform)
         # A itself is the uniform plan; 0 experts would be no MoE layer.
         for num_experts in range(1, model.config.moe.experts_per_token):
-            found |= _fewer_experts(model, num_experts, sequences, held_out, costs, target)
+            found |= _fewer_experts(model, before, num_experts, sequences, held_out, costs, target)
         # In this alternative the budget is met by smaller experts alone.
         model.set_sparsity(dense)
         found |= _smaller_experts(model, sequences, held_out, costs, target)
@@ -70,24 +74,27 @@ def compare_alternatives(
 
 def _fewer_experts(
     model: Transformer,
+    before: SparsityPlan,
     num_experts: int,
     sequences: DocumentSequences,
     held_out: DocumentSequences,
     costs: Costs,
     target: float,
 ) -> dict[str, tuple[Array, float]]:
-    other = with_experts_per_token(model, num_experts)
+    fewer = before.with_experts(dict.fromkeys(moe_layers(model.config), num_experts))
+    model.set_sparsity(fewer)
     budget = _absolute(costs, target)
     # The load is measured again, because the shares of the experts of a token add up to its number of experts.
-    own = replace(costs, config=other.config, quantity=budget[0], load=measured_load(other, sequences))
+    config, load = _moe_changed(model.config, experts_per_token=num_experts), measured_load(model, sequences)
+    own = replace(costs, config=config, quantity=budget[0], load=load)
     try:
-        plan = uniform_at(other.sparsity_plan, own, budget[1])
+        plan = uniform_at(fewer, own, budget[1])
     except ConfigError as error:
         logger.info("%d experts per token: %s", num_experts, error)
         return {}
-    other.set_sparsity(plan)
+    model.set_sparsity(plan)
     name = f"{num_experts} of {model.config.moe.experts_per_token} experts per token, S = {plan.mean:.2f}"
-    return {name: (loss_by_document(other, held_out), costs.shown_at(own.of(plan) - own.fixed))}
+    return {name: (loss_by_document(model, held_out), costs.shown_at(own.of(plan) - own.fixed))}
 
 
 def _smaller_experts(
@@ -116,17 +123,6 @@ def _absolute(costs: Costs, target: float) -> tuple[Any, float]:
 
 def _moe_changed(config: ModelConfig, **changed: int) -> ModelConfig:
     return config.model_copy(update={"moe": config.moe.model_copy(update=changed)})
-
-
-def with_experts_per_token(model: Transformer, num_experts: int) -> Transformer:
-    """Return a model for evaluation that shares the weights and uses ``num_experts`` experts per token."""
-    device = model.embedding.weight.device
-    other = Transformer(_moe_changed(model.config, experts_per_token=num_experts), device=device)
-    # assign shares the tensors; a copy would need the memory of a second model.
-    other.load_state_dict(model.state_dict(), assign=True)
-    other.to(device)  # buffers, which load_state_dict does not assign
-    other.set_sparsity(model.sparsity_plan)
-    return other.eval()
 
 
 @contextmanager

@@ -119,15 +119,16 @@ class Costs:
 @torch.no_grad()
 def measured_load(model: Transformer, sequences: DocumentSequences) -> Load:
     """Return the share of the tokens of ``sequences`` that use each expert under the plan of the model."""
-    total = None
+    total, num_tokens = None, 0
     for batch in sequences.batches:
         output = run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
         routed_LE = output.stats.get("router/routed_LE")
+        num_tokens += batch.tokens_BS.numel()
         if routed_LE is not None:
             total = routed_LE if total is None else total + routed_LE
     layers = [block.layer for block in model.blocks() if block.moe is not None]
     if total is None:
         return {}
-    # Rows of a layer add up to A per token.
-    shares_LE = total / (total.sum(-1, keepdim=True) / model.config.moe.experts_per_token)
+    # Over a layer the shares add up to its mean number of experts per token.
+    shares_LE = total / num_tokens
     return {layer: tuple(shares_E) for layer, shares_E in zip(layers, shares_LE.tolist(), strict=True)}

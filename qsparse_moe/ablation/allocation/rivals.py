@@ -65,7 +65,7 @@ def greedy_plan(
 def _greedy_layer(
     block: Block, inputs: Sequence[tuple[Any, ...]], uniform: SparsityPlan, costs: Costs
 ) -> dict[tuple[int, Site], float]:
-    plan = SparsityPlan({key: (0.0,) * len(values) for key, values in uniform.values.items()})
+    plan = with_cells(uniform, dict.fromkeys(cells_of(uniform), 0.0))
     own = [cell for cell in cells_of(uniform) if cell.layer == block.layer]
     budget = sum(costs.of_cell(cell, sparsity_of(uniform, cell)) for cell in own)
     block.set_sparsity(plan)

@@ -33,6 +33,7 @@ from qsparse_moe.config.shapes import EXPERT_SITES
 from qsparse_moe.data.packing import Array
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
+from qsparse_moe.moe.router import UNUSED
 from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import site_num_selected
@@ -194,8 +195,9 @@ class _TokensOfRows:
 
     def __call__(self, expert_ids_TA: Tensor) -> None:
         # Routed tokens are sorted by expert, those of one expert by token (moe/permutation.py); none is dropped here,
-        # because a capacity applies in training only.
-        slot_N = expert_ids_TA.flatten().argsort(stable=True)
+        # because a capacity applies in training only. The choices that their token does not use come first.
+        unused = int((expert_ids_TA == UNUSED).sum())
+        slot_N = expert_ids_TA.flatten().argsort(stable=True)[unused:]
         self.token_N = slot_N.div(expert_ids_TA.shape[1], rounding_mode="floor")
 
 

@@ -12,7 +12,7 @@ import torch.distributed
 from torch import Tensor
 
 from qsparse_moe.interop.auto_model.library import TrainerCallback
-from qsparse_moe.moe.router import Router, bias_update_rate
+from qsparse_moe.moe.router import UNUSED, Router, bias_update_rate
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale, ste_share
 
@@ -35,8 +35,9 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, **others: Any) -> None:
         """Set S and the share of the straight-through gradient."""
-        settings, step = model.model.config.sparsity, state.global_step
-        plan = self._target.scaled(scheduled_scale(settings.schedule, step))
+        config, step = model.model.config, state.global_step
+        settings = config.sparsity
+        plan = self._target.scaled(scheduled_scale(settings.schedule, step), config.moe.experts_per_token)
         if plan != model.model.sparsity_plan:
             model.set_sparsity(plan)
         model.model.set_ste_share(ste_share(settings, step))
@@ -76,7 +77,7 @@ class _Count:
         # Not those of evaluations between two steps. A recomputed layer counts every token twice, which does not matter
         # to the signs by which biases move.
         if self.router.training:
-            ids = expert_ids_TA.flatten()
+            ids = expert_ids_TA[expert_ids_TA != UNUSED]
             self._routed_E.scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.float64))
 
     def _zeros(self) -> Tensor:

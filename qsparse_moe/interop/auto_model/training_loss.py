@@ -49,7 +49,7 @@ def without_padding(
             changed.append(output)
             continue
         routing = next(remaining)
-        balance = balance_terms(routing.probs_TE, routing.expert_ids_TA, groups, counted_T)
+        balance = balance_terms(routing.probs_TE, routing.expert_ids_TA, groups, counted_T, routing.used_TA)
         z_loss = router_z_loss(routing.logits_TE, counted_T)
         changed.append(output._replace(balance=balance, router_z_loss=z_loss))
     return changed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,17 @@ def requested_plan(
     left_out = [place for place in plan.values if place[1] not in sites]
     values = dict(plan.values) | {place: (0.0,) * len(plan.values[place]) for place in left_out}
     thresholds = {place: own for place, own in plan.thresholds.items() if place[1] in sites}
-    return SparsityPlan(values, thresholds)
+    return replace(plan, values=values, thresholds=thresholds)
 
 
 def check_fits(plan: SparsityPlan, places: Mapping[LayerSite, Place], settings: SparsityConfig) -> None:
     """Raise ConfigError unless ``plan`` has the sites of the model, and what the selection needs at each."""
+    if routed := sorted(plan.experts_per_token.keys() | plan.top_p.keys()):
+        raise ConfigError(
+            f"sparsity plan: it sets the experts per token of the layers {routed}, and the routers of a model of "
+            "transformers stay as they are; leave experts_per_token and top_p out of the plan, or import the model "
+            "with qsparse-moe import"
+        )
     for place in sorted(places.keys() | plan.values.keys()):
         have, want = len(plan.values.get(place, ())), places[place].num_experts if place in places else 0
         if have != want:

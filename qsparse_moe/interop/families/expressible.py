@@ -86,6 +86,11 @@ def _sparse_settings(config: ModelConfig, plan: SparsityPlan) -> list[str]:
         for site, name in formats.items()
         if name != "none"
     ]
+    found += [
+        f"{name} of the plan ({show(entries)}), which must be empty"
+        for name, entries in (("experts_per_token", plan.experts_per_token), ("top_p", plan.top_p))
+        if entries
+    ]
     weights = config.sparsity.quantization.weights
     if weights != "none":
         found.append(f"model.sparsity.quantization.weights ({weights}), which must be none")

@@ -58,7 +58,9 @@ def _forward_torch(rows_ND: Tensor, row_TA: Tensor, weights_TA: Tensor | None) -
         if weights_TA is not None:
             wide_TD = wide_TD.mul_(weights_TA[:, choice, None])
         total_TD = wide_TD if total_TD is None else total_TD.add_(wide_TD)
-    assert total_TD is not None
+    if total_TD is None:
+        # The tokens have no rows: the sum of nothing, which the rows' gradient still reaches.
+        return rows_ND.new_zeros(len(row_TA), rows_ND.shape[1])
     return total_TD.to(rows_ND.dtype)
 
 

@@ -126,24 +126,22 @@ def train_indices(
     Returns:
         ``(global_batch_size,)`` int64.
     """
-    places = step * global_batch_size + np.arange(global_batch_size, dtype=np.int64)
-    epochs, within = np.divmod(places, num_sequences)
-    if not shuffle:
-        return within
-    indices = np.empty_like(within)
-    for epoch in np.unique(epochs):
-        chosen = epochs == epoch
-        indices[chosen] = _SHUFFLES[order](within[chosen], num_sequences, seed, int(epoch))
-    return indices
+    parts = []
+    begin, end = step * global_batch_size, (step + 1) * global_batch_size
+    while begin < end:
+        epoch, place = divmod(begin, num_sequences)
+        stop = min(place + end - begin, num_sequences)
+        parts.append(_SHUFFLES[order](place, stop, num_sequences, seed, epoch) if shuffle else np.arange(place, stop))
+        begin += stop - place
+    return np.concatenate(parts)
 
 
-def _keyed(places: Array, num_sequences: int, seed: int, epoch: int) -> Array:
-    blocks, within = np.divmod(places, _BLOCK)
-    indices = np.empty_like(places)
-    for block in np.unique(blocks):
-        chosen = blocks == block
-        indices[chosen] = _keyed_block(num_sequences, seed, epoch, int(block))[within[chosen]]
-    return indices
+def _keyed(place: int, stop: int, num_sequences: int, seed: int, epoch: int) -> Array:
+    blocks = range(place // _BLOCK, (stop - 1) // _BLOCK + 1)
+    whole = [_keyed_block(num_sequences, seed, epoch, block) for block in blocks]
+    first = blocks.start * _BLOCK
+    indices = whole[0] if len(whole) == 1 else np.concatenate(whole)
+    return indices[place - first : stop - first]
 
 
 # A call of numpy takes a microsecond for any small number of indices, and the permutation makes over a hundred: a block
@@ -158,8 +156,8 @@ def _keyed_block(num_sequences: int, seed: int, epoch: int, block: int) -> Array
     return permuted(places, size=num_sequences, key=(seed, epoch))
 
 
-def _whole_epoch(places: Array, num_sequences: int, seed: int, epoch: int) -> Array:
-    return _epoch_order(num_sequences, seed, epoch)[places]
+def _whole_epoch(place: int, stop: int, num_sequences: int, seed: int, epoch: int) -> Array:
+    return _epoch_order(num_sequences, seed, epoch)[place:stop]
 
 
 # Two, because a batch may contain the end of one epoch and the beginning of the next. Each takes 8 bytes per sequence.
@@ -168,7 +166,7 @@ def _epoch_order(num_sequences: int, seed: int, epoch: int) -> Array:
     return np.random.default_rng((seed, epoch)).permutation(num_sequences)
 
 
-_SHUFFLES: dict[str, Callable[[Array, int, int, int], Array]] = {KEYED_ORDER: _keyed, EARLIER_ORDER: _whole_epoch}
+_SHUFFLES: dict[str, Callable[[int, int, int, int, int], Array]] = {KEYED_ORDER: _keyed, EARLIER_ORDER: _whole_epoch}
 ORDERS = tuple(_SHUFFLES)
 """Names of all random orders."""
 

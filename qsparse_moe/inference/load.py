@@ -12,6 +12,7 @@ from qsparse_moe.data.tokenizer import TextTokenizer, load_tokenizer, meaningles
 from qsparse_moe.errors import ArgumentError
 from qsparse_moe.inference.weights import LOADED_DTYPES, StoredFormats, check_head, check_weights, use_weights
 from qsparse_moe.interop.trained_model import load_trained
+from qsparse_moe.kernels.onednn import limit_compiled_products
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
@@ -52,6 +53,7 @@ def load_model(
         CheckpointError: the folder is none of the three, or is damaged.
         ConfigError: the plan was made for another model or would change nothing, or ``weights`` or ``head`` is unknown.
     """
+    limit_compiled_products()
     found = find_model(Path(folder))
     config = load_run_config(found.config_folder)
     check_weights(weights, config.model.sparsity.quantization.weights)

@@ -1,5 +1,9 @@
 """Matrix products through oneDNN compared with torch's, forward and every gradient."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,3 +90,35 @@ def test_only_bf16_on_a_cpu_without_instructions_for_it_is_computed_in_fp32(
 ):
     monkeypatch.setattr(onednn, "_HAS_AVX512", has_avx512)
     assert needs_fp32(dtype, torch.device(device)) is needed
+
+
+GROWTH = """
+import resource, torch
+from qsparse_moe.training.distributed.ranks import open_distributed
+with open_distributed("cpu"):
+    weight, rows = torch.ones(16, 16), torch.ones(600, 16)
+    for count in range(1, 601):
+        torch.ops.mkldnn._linear_pointwise(rows[:count], weight, None, "none", [], "")
+        if count == 350:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)
+"""
+
+
+@pytest.mark.skipif(onednn.why_not(torch.device("cpu")) is not None, reason="torch was built without oneDNN")
+def test_the_memory_of_a_run_stops_growing_with_the_sizes_of_its_products():
+    environment = {name: value for name, value in os.environ.items() if "CACHE_CAPACITY" not in name}
+    found = subprocess.run(
+        [sys.executable, "-c", GROWTH], env=environment, check=True, capture_output=True, text=True, timeout=120
+    )
+    # 0.5 MB for each of the 250 sizes without a limit.
+    assert int(found.stdout.split()[-1]) < 40
+
+
+def test_a_limit_of_the_environment_takes_precedence(monkeypatch):
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    # Set first, so that what the call sets is removed after the test.
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "")
+    monkeypatch.delenv("LRU_CACHE_CAPACITY")
+    onednn.limit_compiled_products()
+    assert (os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"], os.environ["LRU_CACHE_CAPACITY"]) == ("7", "256")

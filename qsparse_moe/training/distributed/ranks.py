@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.kernels.onednn import limit_compiled_products
 from qsparse_moe.training.distributed.launcher_environment import launcher_ranks, num_local_ranks
 from qsparse_moe.training.distributed.rendezvous import open_store
 
@@ -111,6 +112,8 @@ def open_distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterato
     if chosen.type == "cuda":
         # NCCL and DeepSpeed allocate on the current device, not on the one of their tensors.
         torch.cuda.set_device(chosen)
+    else:
+        limit_compiled_products()
     _share_cores()
     backend = "nccl" if chosen.type == "cuda" else "gloo"
     with contextlib.ExitStack() as stack:

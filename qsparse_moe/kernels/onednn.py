@@ -21,8 +21,8 @@ _HAS_OPERATOR = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldn
 _HAS_AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 # Compiled products that oneDNN and PyTorch's layer above it each keep (by default 1024): 0.65 MB apiece, whatever the
-# size of the product. 256 hold the shapes of a step, also where the numbers of rows of the experts differ in every step:
-# no step was slower than with 1024, and a run of tests/support/layout_cases.py kept 370 MB less.
+# size of the product. 256 hold those of a step, also where the numbers of rows of the experts differ in every step: a
+# run of tests/support/layout_cases.py took as long as with 1024, in 370 MB less.
 _MAX_COMPILED = 256
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -61,13 +61,13 @@ def ablate(
     chosen = loaded if task is None else _only(loaded, task)
     # Imported after --list, which needs no torch.
     from qsparse_moe.ablation.grid.run import run_grid
-    from qsparse_moe.ablation.grid.run_result import result_of
+    from qsparse_moe.ablation.grid.search import results_so_far
 
     stopped_by = 0
     if report_only:
-        results = [result_of(loaded, run) for run in loaded.runs]
+        results = results_so_far(loaded)
     else:
-        with GridProgress(len(chosen.runs)) as progress:
+        with GridProgress(chosen.num_needed) as progress:
             results, stopped_by = run_grid(chosen, placement, notify=progress)
     # Tasks of an array run at the same time: the report is written once, when they are done.
     _print_report(chosen, results, None if task is not None else output or loaded.folder, json)
@@ -84,16 +84,21 @@ def _only(grid: Grid, task: int) -> Grid:
         raise ConfigError(
             f"--task ({task}) must be the index of a run of {grid.name}, 0 to {len(grid.runs) - 1}; --list prints them"
         )
-    return replace(grid, runs=(grid.runs[task],))
+    # A task is trained whether or not a search needs it, and decides no claim alone.
+    return replace(grid, runs=(grid.runs[task],), best_over=None, comparisons=())
 
 
 def _print_report(grid: Grid, results: list[RunResult], folder: Path | None, json: bool) -> None:
+    from qsparse_moe.ablation.grid.comparison_report import comparisons_dict
     from qsparse_moe.ablation.grid.report import markdown, write_results
 
     if folder is not None:
         write_results(grid, results, folder)
     if json:
-        print_json({"grid": grid.name, "results": [result.as_dict() for result in results]})
+        content: dict[str, Any] = {"grid": grid.name, "results": [result.as_dict() for result in results]}
+        if grid.comparisons:
+            content["comparisons"] = comparisons_dict(grid, results)
+        print_json(content)
     else:
         print(markdown(grid, results))
         if folder is not None:
@@ -101,12 +106,31 @@ def _print_report(grid: Grid, results: list[RunResult], folder: Path | None, jso
 
 
 def _print_list(grid: Grid, json: bool) -> None:
-    runs = [{"index": i, "id": run.id, "state": _state(run)} for i, run in enumerate(grid.runs)]
+    states = _states(grid)
+    runs = [
+        {"index": i, "id": run.id, "state": state} for i, (run, state) in enumerate(zip(grid.runs, states, strict=True))
+    ]
     if json:
         print_json({"grid": grid.name, "runs": runs})
         return
+    width = max(len(state) for state in ("finished", *states))
     for run in runs:
-        print(f"{run['index']:>4}  {run['state']:<8}  {run['id']}")
+        print(f"{run['index']:>4}  {run['state']:<{width}}  {run['id']}")
+
+
+def _states(grid: Grid) -> list[str]:
+    """Return the state of every run; a run that depends on a search is to do only if its value is the best."""
+    states = [_state(run) for run in grid.runs]
+    if grid.best_over is None:
+        return states
+    from qsparse_moe.ablation.grid.search import finished_bits, is_needed, results_so_far, samples
+
+    known = samples(grid, finished_bits(results_so_far(grid)))
+    for position, run in enumerate(grid.runs):
+        if states[position] == "to do" and not is_needed(grid, run, known):
+            searched = (run.entry, grid.cell(run)) in known
+            states[position] = "not best" if searched else "waits for the search"
+    return states
 
 
 def _state(run: GridRun) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qsparse_moe.ablation.grid.load import load_grid
-from qsparse_moe.accounting.parameters import count_by_part
+from qsparse_moe.accounting.parameters import count_by_part, count_parameters
 
 
 def nameless(config):
@@ -32,13 +32,13 @@ def test_the_ablation_page_contains_valid_grids_and_the_numbers_of_runs(tmp_path
     (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
     ids = [run.id for run in load_grid(tmp_path / "mine.yaml").runs]
     assert "masked-S0.6-large-seed1" in ids and len(ids) == 8 * 2 + 2 * 2
-    for example, num_runs in zip(page.split("```yaml\n")[2:], (12, 9), strict=True):
+    for example, num_runs in zip(page.split("```yaml\n")[2:], (2 * 3 * 6 + 2 * 3 * 3, 12, 9), strict=True):
         (tmp_path / "mine.yaml").write_text(
             example.split("```")[0].replace("../recipes", str(GRIDS[0].parents[1] / "recipes"))
         )
-        assert len(load_grid(tmp_path / "mine.yaml").runs) == num_runs
+        assert load_grid(tmp_path / "mine.yaml").num_needed == num_runs
     for path in GRIDS:
-        assert f"| `{path.stem}` | {len(load_grid(path).runs)} |" in page
+        assert f"| `{path.stem}` | {load_grid(path).num_needed} |" in page
 
 
 def shipped(name):
@@ -60,6 +60,19 @@ def test_runs_of_a_grid_at_equal_cost_have_equal_cost(name, part):
     costs = {part(count_by_part(run.config.model)) for run in runs}
     assert len(costs) == 1
     assert len({(run.config.model.moe.num_experts, run.config.model.moe.experts_per_token) for run in runs}) >= 6
+
+
+def test_the_grid_of_orders_has_every_claim_at_two_sizes_and_three_lengths_of_one_run():
+    grid = shipped("orders")
+    active = {run.place["size"]: count_parameters(run.config.model).active for run in grid.runs}
+    assert active == {"1M": pytest.approx(1e6, rel=0.1), "8M": pytest.approx(8e6, rel=0.1)}
+    assert len(dict.fromkeys(grid.cell(run) for run in grid.runs)) == 6
+    assert len({run.config.training.name for run in grid.runs}) * 3 == len(grid.runs)
+    claimed = {variant for claim in grid.comparisons for variant in claim.variants}
+    assert claimed == {run.entry for run in grid.runs} and all("section" in claim.source for claim in grid.comparisons)
+    # The smallest size and the shortest length come first, and five seeds at the best of three rates.
+    assert grid.cell(grid.runs[0]) == '{"size": "1M", "training.steps": 100}'
+    assert [len(wave) for wave in grid.waves] == [6, 9] * 13 * 6 and grid.num_needed == 13 * 6 * 9
 
 
 def test_the_law_grid_varies_every_quantity_of_the_law():

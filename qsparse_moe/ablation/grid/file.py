@@ -4,37 +4,35 @@ from __future__ import annotations
 
 import fnmatch
 import itertools
-import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator
 
+from qsparse_moe.ablation.grid.claims import (
+    STEPS,
+    BestOver,
+    Comparison,
+    broken_best_over,
+    broken_claims,
+    broken_lengths,
+)
+from qsparse_moe.ablation.grid.entries import NAME_PATTERN, Choice, Name, Settings, by_name, choices, named, value_name
+from qsparse_moe.ablation.grid.strict import Seeds, Strict
 from qsparse_moe.config.fields import unknown_setting, walk
-from qsparse_moe.config.labels import LETTERS, OVERRIDES, name_of, setting_label
+from qsparse_moe.config.labels import OVERRIDES
 from qsparse_moe.config.problems import Problem, dotted, raise_if_any, show
 from qsparse_moe.config.yaml_text import parse_yaml
 from qsparse_moe.errors import ConfigError
 
 GIVEN = ("training.name", "training.output_dir", "training.seed", "training.resume")
 """Settings that the grid itself gives to every run, so that a grid file must not set them."""
-# Names become parts of training.name, which has the same pattern.
-_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-Name = Annotated[str, Field(pattern=_NAME)]
-Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
-Settings = dict[str, Any] | None
 
 
-# Frozen and strict as the run configuration, so that a typo is an error and not an ignored key.
-class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
-
-
-class ExtraSeeds(_Strict):
+class ExtraSeeds(Strict):
     """Seeds in addition to ``seeds``, for some points of the grid."""
 
     seeds: Seeds
@@ -43,7 +41,7 @@ class ExtraSeeds(_Strict):
     """Names of points, which are the names of runs without the seed; ``*`` matches any text."""
 
 
-class GridFile(_Strict):
+class GridFile(Strict):
     """The content of a grid file: one run per variant, setting of every axis, and seed."""
 
     base: str
@@ -63,20 +61,17 @@ class GridFile(_Strict):
     """Additional seeds for a part of the grid."""
     compare_dense: Annotated[int, Field(ge=1)] | None = None
     """Number of validation sequences on which every finished run is compared with itself at S = 0; None: no run is."""
+    comparisons: list[Comparison] = []
+    """Claims about the variants, each of which the report decides or leaves open."""
+    best_over: BestOver | None = None
+    """The axis over which the comparisons take every variant at its best; None: there is none."""
+    continue_over_steps: bool = False
+    """Train runs that differ only in ``training.steps`` as one run, on from each length to the next."""
 
     @field_validator("variants", mode="before")
     @classmethod
     def _named_variants(cls, value: Any) -> Any:
-        return _by_name(value) if isinstance(value, list) else value
-
-
-class Choice(NamedTuple):
-    """The entry that a point takes from the variants or from one axis."""
-
-    label: str
-    """The label for legends: the name in the file, or else the settings in words."""
-    paths: tuple[str, ...]
-    """The settings that any entry of the same axis sets."""
+        return by_name(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -90,6 +85,12 @@ class GridPoint:
     seeds: tuple[int, ...]
     choices: tuple[Choice, ...] = ()
     """The choice of the variant and of each axis, in their order."""
+    entry: str | None = None
+    """Name of the variant in the file, or None if the file has no variants."""
+    place: Mapping[str, Any] = field(default_factory=dict)
+    """The value, or the name of the setting, by axis."""
+    run_name: str = ""
+    """``name``, without the length if runs are trained on from one length to the next."""
 
 
 def read_grid_file(path: Path) -> GridFile:
@@ -129,22 +130,16 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
     Raises:
         ConfigError: two points have the same name, or no point matches an entry of the extra seeds.
     """
-    groups = [_choices(file.variants)] if file.variants else []
-    groups += [
-        _choices(_named(name, axis), None if isinstance(axis, dict) else name) for name, axis in file.axes.items()
-    ]
-    found: dict[str, tuple[dict[str, Any], tuple[Choice, ...]]] = {}
+    found: dict[str, GridPoint] = {}
     # The order of product is that of nested loops: the last axis varies fastest.
-    for chosen in itertools.product(*groups):
-        # A grid that varies only its seeds has a single point, without labels.
-        name = "-".join(label for label, _, _ in chosen) or "base"
+    for chosen in itertools.product(*_groups(file)):
+        point = _point(file, chosen)
         # Two entries of different axes can share a name, so that two combinations read alike.
-        if name in found:
+        if point.name in found:
             raise ConfigError(
-                f"{path}: two points of the grid are named {name}; rename a variant or a setting of an axis"
+                f"{path}: two points of the grid are named {point.name}; rename a variant or a setting of an axis"
             )
-        settings = {path: value for _, own, _ in chosen for path, value in own.items()}
-        found[name] = settings, tuple(choice for _, _, choice in chosen)
+        found[point.name] = point
     seeds = {name: list(file.seeds) for name in found}
     for extra in file.extra_seeds:
         for pattern in extra.points:
@@ -156,64 +151,42 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
                 )
             for name in matching:
                 seeds[name] += [seed for seed in extra.seeds if seed not in seeds[name]]
-    return [GridPoint(name, settings, tuple(seeds[name]), choices) for name, (settings, choices) in found.items()]
+    return [replace(point, seeds=tuple(seeds[name])) for name, point in found.items()]
 
 
-def _choices(
-    settings_by_name: Mapping[str, Settings], path: str | None = None
-) -> list[tuple[str, dict[str, Any], Choice]]:
-    """Return name, settings, and choice of each entry; the labels of an axis of values (``path``) show the values."""
-    paths = tuple(dict.fromkeys(other for settings in settings_by_name.values() for other in settings or {}))
-    every = [settings or {} for settings in settings_by_name.values()]
-    found = []
-    for name, settings in zip(settings_by_name, every, strict=True):
-        words = setting_label(path, settings[path]) if path is not None else _own_label(settings, every)
-        # Without an explicit name, the words are clearer than the name that was derived from them.
-        is_made_of_words = path is not None or name == name_of(words)
-        found.append((name, settings, Choice(words if is_made_of_words else name, paths)))
-    return found
+_Entry = tuple[str, dict[str, Any], Choice]
 
 
-def _by_name(entries: list[Any]) -> dict[str, Settings]:
-    """Return a list of variants by name; an entry without a name is named after the settings that distinguish it."""
-    if not all(isinstance(entry, dict) for entry in entries):
-        raise ValueError("each entry must be a mapping of settings by dotted path, with an optional name")
-    every = [{path: value for path, value in entry.items() if path != "name"} for entry in entries]
-    found: dict[str, Settings] = {}
-    for entry, settings in zip(entries, every, strict=True):
-        name = entry.get("name") or name_of(_own_label(settings, every)) or "base"
-        if name in found:
-            raise ValueError(f"two variants are named {name}; rename one of them")
-        found[name] = settings
-    return found
+def _groups(file: GridFile) -> list[list[_Entry]]:
+    """Return the entries of the variants, if there are any, and then of each axis."""
+    groups = [choices(file.variants)] if file.variants else []
+    return groups + [
+        choices(named(name, axis), None if isinstance(axis, dict) else name) for name, axis in file.axes.items()
+    ]
 
 
-def _own_label(settings: Mapping[str, Any], every: list[dict[str, Any]]) -> str:
-    """Return the settings in words, without the settings and overrides that every variant has."""
-    words = []
-    for path, value in settings.items():
-        if len(every) > 1 and all(path in other and other[path] == value for other in every):
-            continue
-        # Overrides are lists of settings; JSON of them would make an unreadable name.
-        if path == OVERRIDES and isinstance(value, list):
-            lists = [other[path] for other in every if isinstance(other.get(path), list)]
-            value = [one for one in value if len(lists) < len(every) or not all(one in other for other in lists)]
-        words.append(setting_label(path, value))
-    return "; ".join(words)
-
-
-def _named(path: str, axis: list[Any] | Mapping[str, Settings]) -> Mapping[str, Settings]:
-    """Return the settings of an axis by name; a value is named by the letter or last part of its path and itself."""
-    if not isinstance(axis, list):
-        return axis
-    return {_value_name(path, value): {path: value} for value in axis}
-
-
-def _value_name(path: str, value: Any) -> str:
-    if path == OVERRIDES and isinstance(value, list):
-        return name_of(setting_label(path, value))
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"{LETTERS[path]}{text}" if path in LETTERS else f"{path.rpartition('.')[2]}-{text}"
+def _point(file: GridFile, chosen: Sequence[_Entry]) -> GridPoint:
+    """Return the point that combines these entries, without its seeds."""
+    settings = {path: value for _, own, _ in chosen for path, value in own.items()}
+    of_axes = chosen[1:] if file.variants else chosen
+    is_length = [file.continue_over_steps and name == STEPS for name in file.axes]
+    labels = [label for label, _, _ in chosen]
+    kept = labels[: len(chosen) - len(of_axes)]
+    kept += [label for (label, _, _), left_out in zip(of_axes, is_length, strict=True) if not left_out]
+    place = {
+        name: label if isinstance(axis, dict) else own[name]
+        for (name, axis), (label, own, _) in zip(file.axes.items(), of_axes, strict=True)
+    }
+    return GridPoint(
+        # A grid that varies only its seeds has a single point, without labels.
+        name="-".join(labels) or "base",
+        settings=settings,
+        seeds=(),
+        choices=tuple(choice for _, _, choice in chosen),
+        entry=labels[0] if file.variants else None,
+        place=place,
+        run_name="-".join(kept) or "base",
+    )
 
 
 def _broken_rules(file: GridFile) -> Iterator[str]:
@@ -224,6 +197,9 @@ def _broken_rules(file: GridFile) -> Iterator[str]:
     for name, axis in file.axes.items():
         yield from _wrong_axis(name, axis)
     yield from _set_twice(file)
+    yield from broken_claims(file.comparisons, file.variants)
+    yield from broken_best_over(file.best_over, file.axes, file.seeds)
+    yield from broken_lengths(file.continue_over_steps, file.axes, file.compare_dense)
 
 
 def _wrong_axis(name: str, axis: list[Any] | dict[str, Settings]) -> Iterator[str]:
@@ -233,7 +209,7 @@ def _wrong_axis(name: str, axis: list[Any] | dict[str, Settings]) -> Iterator[st
         yield from _wrong_paths(f"axes.{name}", {name: None})
         for position, value in enumerate(axis):
             is_named = isinstance(value, str | int | float | None) or (name == OVERRIDES and isinstance(value, list))
-            if not is_named or not re.match(_NAME, _value_name(name, value)):
+            if not is_named or not re.match(NAME_PATTERN, value_name(name, value)):
                 yield (
                     f"axes.{name} has the value {show(value)}, which cannot be part of the name of a run; "
                     f"write the axis as a mapping with a name for each value, such as first: {{{name}: {show(value)}}}"

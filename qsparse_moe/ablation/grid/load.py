@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qsparse_moe.ablation.grid.file import GIVEN, Choice, GridPoint, grid_points, read_grid_file
+from qsparse_moe.ablation.grid.claims import Comparison
+from qsparse_moe.ablation.grid.entries import Choice
+from qsparse_moe.ablation.grid.file import GIVEN, GridPoint, grid_points, read_grid_file
 from qsparse_moe.config.fields import all_settings
 from qsparse_moe.config.load import load_config
 from qsparse_moe.config.overrides import override_of
@@ -33,11 +37,17 @@ class GridRun:
     """Settings of the variant and the axes, by dotted path."""
     choices: tuple[Choice, ...] = ()
     """The choice of the variant and of each axis."""
+    entry: str | None = None
+    """Name of the variant in the grid file, or None if the file has no variants."""
+    place: Mapping[str, Any] = field(default_factory=dict)
+    """The value, or the name of the setting, by axis."""
+    only_best: bool = False
+    """True if the run is needed only at the best value of its variant on the axis of ``best_over``."""
 
     @property
     def id(self) -> str:
         """Name of the run, which does not change when other entries of the grid do."""
-        return self.config.training.name
+        return f"{self.variant}-seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,36 @@ class Grid:
     runs: tuple[GridRun, ...]
     compare_dense: int | None = None
     """Number of validation sequences on which every finished run is compared with itself at S = 0."""
+    comparisons: tuple[Comparison, ...] = ()
+    """Claims about the variants."""
+    best_over: str | None = None
+    """The axis over which the comparisons take every variant at its best."""
+    continued: bool = False
+    """True if runs that differ only in ``training.steps`` share a folder and are trained on from one to the next."""
 
     @property
     def folder(self) -> Path:
         """The folder of the runs and the results."""
         return Path(self.runs[0].config.training.output_dir)
+
+    def cell(self, run: GridRun) -> str:
+        """Return the key of the cell of ``run``: its place on every axis but that of ``best_over``, as JSON."""
+        return json.dumps({axis: value for axis, value in run.place.items() if axis != self.best_over})
+
+    @property
+    def waves(self) -> list[list[GridRun]]:
+        """The runs in groups that are trained one after the other; those of a group may be trained at the same time."""
+        if self.best_over is None and not self.continued:
+            return [list(self.runs)]
+        # A search comes before the runs that depend on it, and a length before the longer ones of the same folder.
+        keys = itertools.groupby(self.runs, lambda run: (self.cell(run), run.entry, run.only_best))
+        return [list(wave) for _, wave in keys]
+
+    @property
+    def num_needed(self) -> int:
+        """Number of runs that are trained in the end: a search needs the further seeds at one value per variant."""
+        kept = {(run.entry, self.cell(run), run.seed) for run in self.runs if run.only_best}
+        return len(kept) + sum(not run.only_best for run in self.runs)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -94,20 +129,52 @@ def load_grid(path: Path, overrides: Sequence[str] = (), *, output_dir: str = "r
     paths = {_ITEM.sub("", name) for point in points for name in point.settings}
     varied = sorted(paths & known)
     runs = []
+    extra = file.best_over.seeds if file.best_over else []
     for point in points:
         # Later entries take precedence: the command line over the point, and the point over the grid.
         changed = [*common, *(override_of(name, value) for name, value in point.settings.items()), *overrides]
-        for seed in point.seeds:
+        for seed in (*point.seeds, *(seed for seed in extra if seed not in point.seeds)):
             # resume=true makes the same command continue interrupted runs.
-            given = (f"{point.name}-seed{seed}", f"{output_dir}/{path.stem}", seed, True)
+            given = (f"{point.run_name}-seed{seed}", f"{output_dir}/{path.stem}", seed, True)
             # These come last of all, because two runs with one name would share a folder.
             fixed = [override_of(name, value) for name, value in zip(GIVEN, given, strict=True)]
             config = _with_columns(
                 _checked(path, point, path.parent / file.base, [*changed, *fixed]), point.name, varied
             )
-            runs.append(GridRun(point.name, seed, config, point.settings, point.choices))
+            runs.append(_run(point, seed, config, only_best=seed not in point.seeds))
     _refuse_twins(path, runs)
-    return Grid(path.stem, tuple(runs), file.compare_dense)
+    if file.continue_over_steps:
+        _refuse_decay(path, runs)
+    axis = file.best_over.axis if file.best_over else None
+    grid = Grid(path.stem, tuple(runs), file.compare_dense, tuple(file.comparisons), axis, file.continue_over_steps)
+    return grid if axis is None and not grid.continued else replace(grid, runs=tuple(_by_cell(grid)))
+
+
+def _run(point: GridPoint, seed: int, config: RunConfig, *, only_best: bool) -> GridRun:
+    return GridRun(
+        point.name, seed, config, point.settings, point.choices, point.entry, point.place, only_best=only_best
+    )
+
+
+def _by_cell(grid: Grid) -> list[GridRun]:
+    """Return the runs of one cell after those of another; within a cell, each variant ends before the next begins."""
+    # The first variant passes through the cells in the order of the axes. A grid is often stopped in the middle, and
+    # a few variants with all their seeds decide more than all variants with two.
+    cells = {cell: position for position, cell in enumerate(dict.fromkeys(grid.cell(run) for run in grid.runs))}
+    entries = {entry: position for position, entry in enumerate(dict.fromkeys(run.entry for run in grid.runs))}
+    return sorted(grid.runs, key=lambda run: (cells[grid.cell(run)], entries[run.entry], run.only_best))
+
+
+def _refuse_decay(path: Path, runs: Iterable[GridRun]) -> None:
+    """Raise ConfigError if the end of a short run is another thing than the same step of a longer one."""
+    for run in runs:
+        schedule = run.config.training.learning_rate_schedule
+        if schedule != "constant":
+            raise ConfigError(
+                f"{path}: continue_over_steps (true) needs training.learning_rate_schedule=constant, because other "
+                f"schedules depend on training.steps, and {run.id} has {schedule}; set it in settings, or remove "
+                "continue_over_steps"
+            )
 
 
 def _refuse_given(path: Path, overrides: Sequence[str]) -> None:

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from qsparse_moe.ablation.grid.comparison_report import COMPARISONS, comparison_parts, comparisons_dict
 from qsparse_moe.ablation.grid.dense_comparison import FIGURES
 from qsparse_moe.ablation.grid.figures import draw_figures
 from qsparse_moe.ablation.grid.load import Grid
+from qsparse_moe.ablation.grid.markdown_table import table
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
 from qsparse_moe.config.labels import place_label
 from qsparse_moe.errors import naming
 
 REPORT = "report.md"
+MOST_UNFINISHED = 12
+"""Number of runs without an error and without an end up to which the report names each of them."""
 
 
 def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> None:
-    """Write ``results.jsonl``, the figures that apply to the grid, and ``report.md``; no file is ever half written."""
+    """Write ``results.jsonl``, ``report.md``, the verdicts if the grid makes claims, and the figures that apply to it.
+
+    No file is ever half written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     # Figures come first, because report.md links only to those that were drawn.
     figures = draw_figures([result.as_dict() for result in results], folder)
     report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
-    for name, text in ((RESULTS, results_text(results)), (REPORT, report + "\n")):
+    texts = [(RESULTS, results_text(results)), (REPORT, report + "\n")]
+    if grid.comparisons:
+        texts.append((COMPARISONS, json.dumps(comparisons_dict(grid, results), indent=1) + "\n"))
+    for name, text in texts:
         part = folder / f"{name}.part"
         with naming(part):
             part.write_text(text, "utf-8")
@@ -36,6 +47,7 @@ def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
     seeds = {result.seed for result in results}
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
     parts = [
+        *comparison_parts(grid, results),
         f"Validation bits per byte after the last step; {spread}; the difference from the first variant is taken "
         "seed by seed.",
         _quality(grid, results),
@@ -53,9 +65,9 @@ def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
             "half of a run, then mean ± standard deviation over the seeds."
         )
         parts.append(_gradients(grid, results))
-    broken = [f"- `{result.id}`: {_one_line(result.error)}" for result in results if not result.finished]
+    broken = [result for result in results if not result.finished]
     if broken:
-        parts += [f"{len(broken)} of {len(results)} runs did not finish:", "\n".join(broken)]
+        parts += [f"{len(broken)} of {len(results)} runs did not finish:", _broken(broken)]
     return "\n\n".join(parts)
 
 
@@ -78,7 +90,7 @@ def _quality(grid: Grid, results: Sequence[RunResult]) -> str:
             ]
         )
     mean = ["mean ± spread"] if len(seeds) > 1 else []
-    return _table(["variant", *(f"seed {seed}" for seed in seeds), *mean, f"against {first}"], rows)
+    return table(["variant", *(f"seed {seed}" for seed in seeds), *mean, f"against {first}"], rows)
 
 
 def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
@@ -110,7 +122,7 @@ def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
     columns = list(zip(*rows, strict=True))
     differs = [i for i, values in enumerate(columns) if i == 0 or len(set(values)) > 1 or len(rows) == 1]
     common = [f"{head[i]} {columns[i][0]}" for i in range(len(head)) if i not in differs]
-    parts = [_table([head[i] for i in differs], [[row[i] for i in differs] for row in rows])]
+    parts = [table([head[i] for i in differs], [[row[i] for i in differs] for row in rows])]
     return ([f"The same for all variants: {', '.join(common)}."] if common else []) + (
         parts if len(differs) > 1 else []
     )
@@ -133,7 +145,7 @@ def _natural_zeros(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         "for, so the loss of these variants says little about S there. A selection has an effect only if S exceeds the "
         "measured zeros (mean over the seeds, last evaluation)."
     )
-    return [note, _table(["variant", "site", "requested S", "measured zeros"], rows)]
+    return [note, table(["variant", "site", "requested S", "measured zeros"], rows)]
 
 
 def _against_dense(grid: Grid, results: Sequence[RunResult]) -> list[str]:
@@ -151,7 +163,7 @@ def _against_dense(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         "token; fraction of the tokens with the same likeliest next token. A dash: not compared, because the selection "
         "is ReLU, the model has no experts, the run did not finish, or its comparison failed (see its log)."
     )
-    return [note, _table(["variant", "choices changed", "first changed", "KL divergence", "top-1 agreement"], rows)]
+    return [note, table(["variant", "choices changed", "first changed", "KL divergence", "top-1 agreement"], rows)]
 
 
 def _mean(results: Sequence[RunResult], name: str) -> float:
@@ -172,15 +184,19 @@ def _gradients(grid: Grid, results: Sequence[RunResult]) -> str:
         [variant, *(_spread(found.get((variant, layer), ()), digits=".3g") for layer in layers)]
         for variant in grid.variants
     ]
-    return _table(["variant", *(f"layer {layer}" for layer in layers)], rows)
+    return table(["variant", *(f"layer {layer}" for layer in layers)], rows)
+
+
+def _broken(results: Sequence[RunResult]) -> str:
+    """Return one line per run with an error, and one for all others if they are many."""
+    without = [result for result in results if not result.error]
+    few = len(without) <= MOST_UNFINISHED
+    lines = [f"- `{result.id}`: {_one_line(result.error)}" for result in results if result.error or few]
+    return "\n".join(lines if few else [*lines, f"- {len(without)} runs: not started, or stopped"])
 
 
 def _one_line(error: str | None) -> str:
     return " ".join((error or "not started, or stopped").split())
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 def _spread(values: Sequence[float], sign: str = "", digits: str = ".4f") -> str:

@@ -16,6 +16,7 @@ from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.placement import Placement
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.ablation.grid.run_result import result_of
+from qsparse_moe.ablation.grid.search import finished_bits, is_needed, samples
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.rules import check_trainable
 from qsparse_moe.errors import CheckpointError, ConfigError, naming
@@ -32,7 +33,7 @@ class GridResult(NamedTuple):
     """The results of all runs of a grid."""
 
     results: list[RunResult]
-    """One result per run, in the order of the grid."""
+    """One result per run that the grid needs, in its order."""
     stopped_by: int
     """Number of the signal that stopped the grid, or 0."""
 
@@ -81,7 +82,12 @@ def run_grid(
                 notify(result)
             return result
 
-        return GridResult(list(pool.map(train_to_end, grid.runs)), children.stopped_by)
+        results: list[RunResult] = []
+        for wave in grid.waves:
+            # The best values, on which a wave may depend, are known from the waves before.
+            known = samples(grid, finished_bits(results)) if grid.best_over else {}
+            results += pool.map(train_to_end, [run for run in wave if is_needed(grid, run, known)])
+        return GridResult(results, children.stopped_by)
 
 
 def _check_trainable(run: GridRun) -> None:

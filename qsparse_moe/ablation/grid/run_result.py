@@ -36,7 +36,12 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
     finished, error = _state(run.config, error)
     # The losses of an unfinished run belong to another point of the learning rate schedule than those of the others.
     rows = read_metrics(run_folder(run.config) / "metrics.jsonl") if finished else []
+    if grid.continued:
+        # The folder may belong to a longer run by now.
+        rows = [row for row in rows if row["step"] <= run.config.training.steps]
     validated = [row for row in rows if row.get("validation/bits_per_byte") is not None]
+    if grid.continued and finished and (not validated or validated[-1]["step"] != run.config.training.steps):
+        finished, error, rows, validated = False, _no_evaluation(run.config), [], []
     last: dict[str, Any] = validated[-1] if validated else {}
     # The median is robust against the first steps, which include compilation.
     rates = [row["throughput/tokens_per_second"] for row in rows if row.get("throughput/tokens_per_second")]
@@ -82,6 +87,13 @@ def _state(config: RunConfig, error: str | None) -> tuple[bool, str | None]:
         return is_finished(config), error
     except (ConfigError, CheckpointError) as refused:
         return False, error or str(refused)
+
+
+def _no_evaluation(config: RunConfig) -> str:
+    return (
+        f"{run_folder(config)} has been trained beyond step {config.training.steps} without an evaluation there, so "
+        "that the result at this length is unknown; choose another --output-dir, or remove this length from the grid"
+    )
 
 
 def _shape(model: ModelConfig) -> dict[str, Any]:

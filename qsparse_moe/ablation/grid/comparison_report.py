@@ -1,0 +1,152 @@
+"""The comparisons of a grid as Markdown tables and as values for JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from qsparse_moe.ablation.grid.load import Grid
+from qsparse_moe.ablation.grid.markdown_table import table
+from qsparse_moe.ablation.grid.results import RunResult
+from qsparse_moe.ablation.grid.search import Sample, finished_bits, samples
+from qsparse_moe.ablation.grid.verdicts import LEVEL, MOST_SEEDS, CellVerdict, ClaimVerdicts, Pair, decide
+from qsparse_moe.config.labels import setting_label
+
+COMPARISONS = "comparisons.json"
+"""Name of the file with the verdicts beside ``report.md``."""
+
+
+def comparison_parts(grid: Grid, results: Sequence[RunResult]) -> list[str]:
+    """Return the paragraphs and tables of the verdicts; none if the grid file makes no claim."""
+    if not grid.comparisons:
+        return []
+    known = samples(grid, finished_bits(results))
+    decided = decide(grid, known)
+    parts = [
+        f"Comparisons, by the differences in bits per byte within each seed and their {LEVEL:.0%} intervals (Student's "
+        "t over the seeds). A claim holds if the interval of every difference lies on its side, does not hold here if "
+        "one lies on the other side, and is not decided otherwise. Intervals are not corrected for the number of "
+        f"comparisons: of {_number_of_tests(decided)} differences without any effect, about "
+        f"{(1 - LEVEL) * _number_of_tests(decided):.0f} would seem decided.",
+        _summary(decided),
+        "Differences: loss of the second variant minus loss of the first, mean and interval. Seeds to decide: with so "
+        "many, the interval would decide if mean and standard deviation stayed as measured; runs: the additional "
+        "runs of all variants of the claim, at their best values.",
+        _details(decided),
+    ]
+    if grid.best_over is not None:
+        parts += [
+            f"Best value of {grid.best_over} by variant, by the mean over the seeds of the search. (lowest) and "
+            "(highest) mark an edge of the search, beyond which a better value may lie; a dash, an incomplete search.",
+            _best(grid, known),
+        ]
+    return parts
+
+
+def comparisons_dict(grid: Grid, results: Sequence[RunResult]) -> dict[str, Any]:
+    """Return the claims, verdicts, and best values as values that JSON can hold."""
+    known = samples(grid, finished_bits(results))
+    best = [
+        {"variant": variant, "cell": json.loads(cell), "value": sample.value, "edge": sample.edge}
+        for (variant, cell), sample in known.items()
+        if grid.best_over is not None
+    ]
+    return {
+        "grid": grid.name,
+        "unit": "bits per byte",
+        "level": LEVEL,
+        "best_over": grid.best_over,
+        "best": best,
+        "claims": [
+            {**one.claim.model_dump(exclude_none=True), "cells": [_cell_dict(cell) for cell in one.cells]}
+            for one in decide(grid, known)
+        ],
+    }
+
+
+def _cell_dict(found: CellVerdict) -> dict[str, Any]:
+    return {
+        "cell": None if found.cell is None else json.loads(found.cell),
+        "cells": found.cells,
+        "verdict": found.verdict,
+        "runs_needed": found.runs_needed,
+        "pairs": [
+            {
+                "lower": pair.lower,
+                "higher": pair.higher,
+                "by_seed": dict(pair.by_seed),
+                "difference": pair.mean,
+                "spread": pair.spread,
+                "interval": None if pair.interval is None else list(pair.interval),
+                "verdict": pair.verdict,
+                "seeds_needed": pair.seeds_needed,
+            }
+            for pair in found.pairs
+        ],
+    }
+
+
+def _number_of_tests(decided: Sequence[ClaimVerdicts]) -> int:
+    return sum(len(pair.by_seed) > 1 for one in decided for cell in one.cells for pair in cell.pairs)
+
+
+def _summary(decided: Sequence[ClaimVerdicts]) -> str:
+    head = ["claim", "source", *(_cell_label(cell) for cell in decided[0].cells)]
+    return table(head, [[one.claim.name, one.claim.source, *map(_word, one.cells)] for one in decided])
+
+
+def _word(found: CellVerdict) -> str:
+    # A cell without runs and one whose runs decide nothing are different things.
+    return found.verdict if all(pair.by_seed for pair in found.pairs) else "no runs yet"
+
+
+def _details(decided: Sequence[ClaimVerdicts]) -> str:
+    head = ["claim", "where", "first", "second", "difference", "95 % interval", "seeds", "verdict"]
+    rows = []
+    for one in decided:
+        for cell in one.cells:
+            rows += [
+                [one.claim.name, _cell_label(cell), *_pair_cells(pair), _runs(cell)]
+                for pair in cell.pairs
+                if pair.by_seed
+            ]
+    return table([*head, "seeds to decide", "runs"], rows)
+
+
+def _pair_cells(pair: Pair) -> list[str]:
+    ends = pair.interval
+    interval = "–" if ends is None else f"{ends[0]:+.4f} to {ends[1]:+.4f}"
+    needed = "–"
+    if pair.verdict == "not decided" and ends is not None:
+        needed = f"more than {MOST_SEEDS:,}" if pair.seeds_needed is None else str(pair.seeds_needed)
+    mean = "–" if pair.mean is None else f"{pair.mean:+.4f}"
+    return [pair.lower, pair.higher, mean, interval, str(len(pair.by_seed)), pair.verdict, needed]
+
+
+def _runs(found: CellVerdict) -> str:
+    return "–" if found.runs_needed is None else str(found.runs_needed)
+
+
+def _cell_label(found: CellVerdict) -> str:
+    return "all" if found.cell is None else _place_label(found.cell)
+
+
+def _place_label(cell: str) -> str:
+    place = json.loads(cell).items()
+    # A named setting of an axis is its own label.
+    words = [value if isinstance(value, str) else setting_label(axis, value) for axis, value in place]
+    return ", ".join(words) or "all runs"
+
+
+def _best(grid: Grid, known: dict[Any, Sample]) -> str:
+    cells = list(dict.fromkeys(grid.cell(run) for run in grid.runs))
+    variants = dict.fromkeys(run.entry for run in grid.runs)
+    rows = [[variant or "all", *(_best_value(known.get((variant, cell))) for cell in cells)] for variant in variants]
+    return table(["variant", *(_place_label(cell) for cell in cells)], rows)
+
+
+def _best_value(sample: Sample | None) -> str:
+    if sample is None:
+        return "–"
+    return f"{sample.value:g}" + (f" ({sample.edge})" if sample.edge else "")

@@ -1,0 +1,192 @@
+"""Decide the claims of a grid file: differences seed by seed, their 95 % intervals, and what it takes to decide more.
+
+Seeds are blocks: the runs of one seed have the same initial values and the same data, so that the difference of two
+variants is taken within each seed and its interval is that of a mean over seeds (Student's t).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from qsparse_moe.ablation.grid.claims import Comparison
+from qsparse_moe.ablation.grid.load import Grid
+from qsparse_moe.ablation.grid.search import Key, Sample
+
+LEVEL = 0.95
+"""Share of the intervals that contain the true mean, if differences are normal."""
+MOST_SEEDS = 1000
+"""The largest number of seeds that is proposed for a decision."""
+
+Verdict = Literal["holds", "does not hold here", "not decided"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The difference of two variants in a cell or over all cells, in bits per byte."""
+
+    lower: str
+    """The variant that the claim puts first."""
+    higher: str
+    by_seed: Mapping[int, float]
+    """Loss of ``higher`` minus loss of ``lower``, by seed."""
+    verdict: Verdict
+    seeds_needed: int | None
+    """Number of seeds with which the interval would decide at the measured mean and spread; None: decided, unknown with
+    fewer than two seeds, or more than ``MOST_SEEDS``."""
+
+    @property
+    def mean(self) -> float | None:
+        """Mean over the seeds; None without any."""
+        return statistics.mean(self.by_seed.values()) if self.by_seed else None
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None with fewer than two."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """The interval of the mean; None with fewer than two seeds."""
+        return interval(list(self.by_seed.values()))
+
+
+@dataclass(frozen=True)
+class CellVerdict:
+    """What a grid says about one claim in one cell."""
+
+    cell: str | None
+    """The cell as ``Grid.cell`` returns it; None: over all cells in which every pair has at least two seeds."""
+    cells: int
+    """Number of cells behind the differences."""
+    pairs: tuple[Pair, ...]
+
+    @property
+    def verdict(self) -> Verdict:
+        """``holds`` if every pair does, ``does not hold here`` if one does not, and else ``not decided``."""
+        found = {pair.verdict for pair in self.pairs}
+        return (
+            "does not hold here" if "does not hold here" in found else "holds" if found == {"holds"} else "not decided"
+        )
+
+    @property
+    def runs_needed(self) -> int | None:
+        """Number of additional runs at the best values that would decide; None if unknown, too many, or not needed."""
+        open_pairs = [pair for pair in self.pairs if pair.verdict == "not decided"]
+        if self.verdict != "not decided" or any(pair.seeds_needed is None for pair in open_pairs):
+            return None
+        # Each run counts once, also if its variant is in two pairs.
+        more: dict[str, int] = {}
+        for pair in open_pairs:
+            for variant in (pair.lower, pair.higher):
+                missing = (pair.seeds_needed or 0) - len(pair.by_seed)
+                more[variant] = max(missing, more.get(variant, 0))
+        return self.cells * sum(more.values())
+
+
+@dataclass(frozen=True)
+class ClaimVerdicts:
+    """What a grid says about one claim: per cell, and over all cells."""
+
+    claim: Comparison
+    cells: tuple[CellVerdict, ...]
+
+
+def decide(grid: Grid, known: Mapping[Key, Sample]) -> list[ClaimVerdicts]:
+    """Return the verdicts of every claim of ``grid``, in its order; the last of each is that over all cells.
+
+    Args:
+        grid: the grid.
+        known: the losses to compare, from ``samples``.
+    """
+    cells = list(dict.fromkeys(grid.cell(run) for run in grid.runs))
+    return [ClaimVerdicts(claim, tuple(_verdicts(claim, cells, known))) for claim in grid.comparisons]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return the interval of the mean of ``values`` by Student's t; None with fewer than two values."""
+    if len(values) < 2:
+        return None
+    mean, half = statistics.mean(values), _half_width(statistics.stdev(values), len(values))
+    return mean - half, mean + half
+
+
+def seeds_to_decide(mean: float, spread: float, within: float | None = None) -> int | None:
+    """Return the least number of seeds whose interval would decide if mean and spread stayed as they are.
+
+    Args:
+        mean: mean difference.
+        spread: its standard deviation over seeds.
+        within: the bound of a claim about closeness; None for an order, which the sign decides.
+
+    Returns:
+        The number, at least 2; None if it exceeds ``MOST_SEEDS``.
+    """
+    # The interval must exclude the nearest bound: 0 for an order, and plus or minus within for closeness.
+    distance = abs(mean) if within is None else abs(within - abs(mean))
+    seeds = np.arange(2, MOST_SEEDS + 1)
+    enough = student_t.ppf((1 + LEVEL) / 2, seeds - 1) * spread / np.sqrt(seeds) < distance
+    return int(seeds[enough.argmax()]) if enough.any() else None
+
+
+def _half_width(spread: float, count: int) -> float:
+    return float(student_t.ppf((1 + LEVEL) / 2, count - 1)) * spread / math.sqrt(count)
+
+
+def _verdicts(claim: Comparison, cells: Sequence[str], known: Mapping[Key, Sample]) -> list[CellVerdict]:
+    found = []
+    for cell in cells:
+        pairs = tuple(
+            _pair(claim, lower, higher, _differences(known, lower, higher, cell)) for lower, higher in claim.pairs
+        )
+        found.append(CellVerdict(cell, 1, pairs))
+    # A grid without axes has one cell, and repeating it would read as a second result.
+    return found if len(cells) == 1 else [*found, _over_all(claim, found)]
+
+
+def _differences(known: Mapping[Key, Sample], lower: str, higher: str, cell: str) -> dict[int, float]:
+    """Return the loss of ``higher`` minus that of ``lower`` for every seed that both have in the cell."""
+    low, high = known.get((lower, cell)), known.get((higher, cell))
+    if low is None or high is None:
+        return {}
+    return {seed: high.by_seed[seed] - loss for seed, loss in low.by_seed.items() if seed in high.by_seed}
+
+
+def _over_all(claim: Comparison, found: Sequence[CellVerdict]) -> CellVerdict:
+    """Return the verdict over the mean of the cells, seed by seed, with the seeds that every used cell has."""
+    used = [one for one in found if all(len(pair.by_seed) > 1 for pair in one.pairs)]
+    pairs = []
+    for position, (lower, higher) in enumerate(claim.pairs):
+        own = [one.pairs[position].by_seed for one in used]
+        seeds = [seed for seed in (own[0] if own else ()) if all(seed in by_seed for by_seed in own)]
+        means = {seed: statistics.mean(by_seed[seed] for by_seed in own) for seed in seeds}
+        pairs.append(_pair(claim, lower, higher, means))
+    return CellVerdict(None, len(used), tuple(pairs))
+
+
+def _pair(claim: Comparison, lower: str, higher: str, by_seed: Mapping[int, float]) -> Pair:
+    values = list(by_seed.values())
+    ends = interval(values)
+    # One seed has no spread, so that nothing can be decided or predicted.
+    if ends is None:
+        return Pair(lower, higher, by_seed, "not decided", None)
+    verdict = _verdict(ends, claim.within)
+    needed = None
+    if verdict == "not decided":
+        needed = seeds_to_decide(statistics.mean(values), statistics.stdev(values), claim.within)
+    return Pair(lower, higher, by_seed, verdict, needed)
+
+
+def _verdict(ends: tuple[float, float], within: float | None) -> Verdict:
+    low, high = ends
+    if within is None:
+        return "holds" if low > 0 else "does not hold here" if high < 0 else "not decided"
+    if -within <= low and high <= within:
+        return "holds"
+    return "does not hold here" if low > within or high < -within else "not decided"

@@ -40,6 +40,14 @@ def ablate(
     ] = None,
     list_runs: Annotated[bool, typer.Option("--list", help="Print the index, state, and id of each run.")] = False,
     report_only: Annotated[bool, typer.Option(help="Write the report of the runs so far, and start none.")] = False,
+    rows: Annotated[
+        Path | None,
+        typer.Option(
+            help="Report the runs of this results.jsonl, or of the folder that contains it, instead of run folders; "
+            "starts no run.",
+            show_default=False,
+        ),
+    ] = None,
     output_dir: Annotated[
         str, typer.Option(help="Folder that will contain the folder of this grid.")
     ] = "runs/ablations",
@@ -49,8 +57,8 @@ def ablate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train every run of a grid file. Finished runs are not repeated. The exit code is 1 if a run failed."""
-    if (task is not None) + list_runs + report_only > 1:
-        raise ConfigError("--task, --list, and --report-only exclude each other; give only one of them")
+    if (task is not None) + list_runs + report_only + (rows is not None) > 1:
+        raise ConfigError("--task, --list, --report-only, and --rows exclude each other; give only one of them")
     # The whole grid is loaded even for one task, so that a mistake in any run is reported before the first one trains.
     loaded = load_grid(grid, overrides or (), output_dir=output_dir)
     # An empty text splits into one empty name, which the filter removes.
@@ -64,7 +72,9 @@ def ablate(
     from qsparse_moe.ablation.grid.search import results_so_far
 
     stopped_by = 0
-    if report_only:
+    if rows is not None:
+        results = _from_rows(loaded, rows)
+    elif report_only:
         results = results_so_far(loaded)
     else:
         with GridProgress(chosen.num_needed) as progress:
@@ -75,7 +85,7 @@ def ablate(
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
     # Unfinished runs are no failure of --report-only, which exists to report on a grid that is still being trained.
-    if not report_only and not all(result.finished for result in results):
+    if not report_only and rows is None and not all(result.finished for result in results):
         raise typer.Exit(1)
 
 
@@ -86,6 +96,20 @@ def _only(grid: Grid, task: int) -> Grid:
         )
     # A task is trained whether or not a search needs it, and decides no claim alone.
     return replace(grid, runs=(grid.runs[task],), best_over=None, comparisons=())
+
+
+def _from_rows(grid: Grid, rows: Path) -> list[RunResult]:
+    """Return the results of the runs of ``grid`` that a results file has."""
+    from qsparse_moe.ablation.grid.results import RunResult, read_results
+
+    by_id = {record["id"]: record for record in read_results([rows])}
+    found = [RunResult(**by_id[run.id]) for run in grid.runs if run.id in by_id]
+    if not found:
+        raise ConfigError(
+            f"--rows ({rows}) has no run of {grid.name}, but {', '.join(list(by_id)[:3])}; name the results of "
+            "this grid"
+        )
+    return found
 
 
 def _print_report(grid: Grid, results: list[RunResult], folder: Path | None, json: bool) -> None:

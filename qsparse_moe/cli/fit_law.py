@@ -145,7 +145,10 @@ def print_summary(summary: dict[str, Any], output: Path | None) -> None:
         console.print(f"\n{name}: {found['formula']}\n{found['source']}", soft_wrap=True)
         console.print(_constants_table(found, summary))
     if any(found["optima"] for found in summary["forms"].values()):
-        console.print(f"\nS* at {summary['kept_parameters']:,.0f} needed parameters per token")
+        console.print(
+            f"\nS* at {summary['kept_parameters']:,.0f} needed parameters per token and "
+            f"{ranges['tokens'][1]:,.0f} tokens"
+        )
         console.print(_optimum_table(summary))
         console.print(
             "S* is the S with the smallest reducible loss (searched from 0 to 0.95); within: the S whose reducible "
@@ -162,10 +165,11 @@ def print_summary(summary: dict[str, Any], output: Path | None) -> None:
 
 def _forms_table(summary: dict[str, Any]) -> Table:
     table = Table()
-    for column in ("form", "constants", "fitted runs", "held-out runs", "largest size held out"):
+    columns = ("form", "constants", "fitted runs", "held-out runs", "largest size held out", "longest sparse held out")
+    for column in columns:
         table.add_column(column, justify="left" if column == "form" else "right")
     for name, found in summary["forms"].items():
-        errors = (found["fit_error"], found["held_out_error"], found["largest_held_out_error"])
+        errors = [found[f"{name}_error"] for name in ("fit", "held_out", "largest_held_out", "longest_held_out")]
         marked = f"{name} *" if name == summary["best"] else name
         table.add_row(marked, str(len(found["constants"])), *("–" if e is None else f"{e:.2%}" for e in errors))
     return table

@@ -10,10 +10,16 @@ import pytest
 
 from qsparse_moe.ablation.law import certainty
 from qsparse_moe.ablation.law import study as study_module
-from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest_held_out_error, resampled
+from qsparse_moe.ablation.law.certainty import (
+    held_out_error,
+    interval,
+    largest_held_out_error,
+    longest_held_out_error,
+    resampled,
+)
 from qsparse_moe.ablation.law.fit import HUBER_DELTA, fit, rms, why_not
 from qsparse_moe.ablation.law.forms import Design
-from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, PRODUCT
+from qsparse_moe.ablation.law.joint import ADDITIVE, JOINT, KEPT, LENGTH, PRODUCT
 from qsparse_moe.ablation.law.observations import imagined, seed_spread
 from qsparse_moe.ablation.law.optimum import GRID, Optimum, _band, _crossing, _vertex, find_optimum
 from qsparse_moe.ablation.law.published import (
@@ -32,6 +38,8 @@ CONSTANTS = {
     "kept": {"E": 1.0, "a": 0.9, "b": 0.6, "alpha": 0.3, "delta": 0.2, "beta": 0.1, "nu": 0.5},
     "additive": {"E": 1.0, "a": 0.9, "h": 0.3, "b": 0.6, "alpha": 0.3, "delta": 0.12, "beta": 0.3}
     | {"gamma": 0.4, "eta": 0.1, "nu": 0.5},
+    "length": {"E": 1.0, "a": 0.9, "h": 0.3, "b": 1.6, "alpha": 0.3, "delta": 0.12, "beta": 0.3}
+    | {"kappa": 0.2, "lambda": 0.8, "zeta": 0.05},
 } | {form.name: dict(form.printed) for form in PUBLISHED}
 FORMS = (*JOINT, *PUBLISHED)
 # Models and tokens of the size that a law was fitted to.
@@ -60,6 +68,10 @@ def plainly(form, p):
     if form is EXPERT_SPARSITY:
         with_experts = c["c"] / share ** c["lambda"] + c["d"] / (share ** c["delta"] * n ** c["gamma"])
         return c["a"] / n ** c["alpha"] + c["b"] / d ** c["beta"] + with_experts + c["e"]
+    if form is LENGTH:
+        penalty = c["h"] * (np.exp(c["beta"] * s / (1 - s)) - 1) * (d / 1e6) ** c["kappa"]
+        tokens = c["b"] * np.exp(-c["lambda"] * np.sqrt(d / 1e6)) / (d / 1e6) ** (c["zeta"] * np.log(n / 1e6))
+        return c["E"] + c["a"] / ((n / 1e6) ** c["alpha"] * share ** c["delta"]) + penalty + tokens
     tokens = c["b"] / (d / 1e6) ** c["nu"]
     if form is PRODUCT:
         a_of_s = c["B"] + c["C"] * np.exp(c["beta"] / (1 - s))
@@ -171,6 +183,28 @@ def test_optimum_of_the_additive_form_changes_with_the_experts():
     constants = CONSTANTS["additive"] | {"eta": 0.6}
     few, many = (optimum(ADDITIVE, constants, needed=1e6, expert_share=share).sparsity for share in (0.5, 0.1))
     assert many < few - 0.05
+
+
+def test_optimum_of_a_form_whose_cost_of_s_grows_with_the_tokens_falls_with_them():
+    form, constants = LENGTH, CONSTANTS["length"]
+    short, long = (optimum(form, constants, needed=1e6, tokens=tokens).sparsity for tokens in (1e5, 1e9))
+    assert long < short - 0.05
+    # A cost that does not depend on the length has one optimum.
+    constants = constants | {"kappa": 0.0}
+    short, long = (optimum(form, constants, needed=1e6, tokens=tokens).sparsity for tokens in (1e5, 1e9))
+    assert long == pytest.approx(short, abs=1e-9)
+
+
+def test_sparse_ends_of_the_longest_runs_are_predicted_from_everything_else():
+    points = runs_of(LENGTH)
+    ends = (points.tokens == points.tokens.max()) & (points.sparsity > 0)
+    shifted = replace(points, loss=np.where(ends, 1.1 * points.loss, points.loss))
+    best = fit(LENGTH, points)
+    assert longest_held_out_error(best, points) < 1e-4
+    assert longest_held_out_error(best, shifted) == pytest.approx(np.log(1.1), rel=0.02)
+    # Without dense runs, or with one length, nothing is left that could predict them.
+    assert longest_held_out_error(best, points.where(points.sparsity == 0)) is None
+    assert longest_held_out_error(best, points.final()) is None
 
 
 def test_intervals_cover_the_true_constants_and_are_no_wider_than_needed():
@@ -319,7 +353,7 @@ def test_an_optimum_comes_from_the_best_fit_and_its_intervals_and_edges_from_the
 
     monkeypatch.setattr(study_module, "find_optimum", found)
     fits = [SimpleNamespace(form=None, theta=theta) for theta in (0.95, 0.1, 0.3, 0.5, 0.9)]
-    best = _best_s(fits[0], fits[1:], Choices(level=0.5), 1e6, 0.25)
+    best = _best_s(fits[0], fits[1:], Choices(level=0.5), 1e6, 1e9, 0.25)
     assert (best.expert_share, best.found.sparsity) == (0.25, 0.95)
     # Quartiles of 0.1, 0.3, 0.5, and 0.9, by linear interpolation; one of the four is at an edge.
     assert best.interval == pytest.approx((0.25, 0.6))

@@ -34,7 +34,7 @@ def done():
         for share in SHARES
     )
     resamples = tuple(fit_of(beta=beta) for beta in (0.05, 0.1, 0.3))
-    found = FittedForm(fit_of(), resamples, {}, 0.0151, None, None, optima)
+    found = FittedForm(fit_of(), resamples, {}, 0.0151, None, None, None, optima)
     choices = Choices(level=0.5, tolerance=0.02)
     return Study(Runs(observations, (), 0), "nats", choices, 2e6, {"kept": found}, {}, None)
 
@@ -84,7 +84,7 @@ def test_the_change_of_the_reducible_loss_over_s_has_the_optimum_of_the_same_sha
     between = [100 * (np.mean(pair) - 1) for pair in (size[:2], size[1:])]
     assert [at_end[0], at_end[-1]] == pytest.approx(between, rel=1e-3)
     # E/A of 4 is in the middle of the three; its A/E is 1/4.
-    assert axes.get_title() == "2,000,000 needed parameters, A/E = 0.25"
+    assert axes.get_title() == "2,000,000 needed parameters, 20,000,000 tokens, A/E = 0.25"
     band, interval, best = below.lines[:3]
     assert band.get_xdata() == pytest.approx((0.3 - 0.125, 0.7)) and interval.get_xdata() == pytest.approx((0.275, 0.6))
     assert best.get_xdata() == pytest.approx([0.87 - 0.25])

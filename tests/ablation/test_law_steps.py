@@ -140,6 +140,7 @@ def test_a_form_needs_enough_values_of_each_quantity_and_its_terms_of_size_are_t
         "product": {"N": 3, "E/A": 2, "S": 3, "D": 3},
         "kept": {"K": 3, "N/K": 3, "S": 3, "D": 3},
         "additive": {"N": 3, "E/A": 2, "S": 3, "D": 3},
+        "length": {"N": 3, "E/A": 2, "S": 3, "D": 3},
         "q-sparse": {"N": 3, "S": 3},
         "fine-grained-moe": {"N": 3, "G": 3, "D": 3},
         "joint-moe": {"N_active": 3, "E/A": 3, "D": 3},
@@ -147,6 +148,7 @@ def test_a_form_needs_enough_values_of_each_quantity_and_its_terms_of_size_are_t
     }
     of_size = {form.name: "".join(sorted(form.by_size)) for form in (*JOINT, *PUBLISHED)}
     assert of_size == {"product": "BC", "kept": "a", "additive": "ah", "q-sparse": "BC"} | {
+        "length": "ah",
         "fine-grained-moe": "ag",
         "joint-moe": "a",
         "expert-sparsity": "ad",

@@ -31,7 +31,7 @@ def runs_of(number, **fields):
 def fitted(form=KEPT, *, fit_error=0.1, held_out_error=0.2, optima=()):
     best = Fit(form, form.theta(dict.fromkeys(form.constants, 0.5)), 0.0)
     intervals = dict.fromkeys(form.constants, (0.4, 0.7))
-    return FittedForm(best, (), intervals, fit_error, held_out_error, 0.3, optima)
+    return FittedForm(best, (), intervals, fit_error, held_out_error, 0.3, 0.4, optima)
 
 
 def study_of(observations, forms, **fields):
@@ -61,14 +61,22 @@ def test_published_forms_are_fitted_if_the_runs_determine_them_unless_forms_are_
     monkeypatch.setattr(study_module, "why_not", lambda form, _: reasons.get(form.name))
     monkeypatch.setattr(study_module, "check", lambda form, _: None)
     found, not_fitted = study_module._requested(runs_of(1), Choices())
-    assert [form.name for form in found] == ["product", "kept", "additive", "q-sparse", "joint-moe"]
+    assert [form.name for form in found] == [
+        "product",
+        "kept",
+        "additive",
+        "length",
+        "q-sparse",
+        "joint-moe",
+    ]
     assert not_fitted == reasons
     twice = Choices(forms=("kept", "q-sparse", "kept"))
     assert study_module._requested(runs_of(1), twice) == ([KEPT, Q_SPARSE], {})
 
 
 def test_one_best_s_stands_for_all_shares_of_experts_only_if_they_agree(monkeypatch):
-    def best_s(best, again, choices, needed, share):
+    def best_s(best, again, choices, needed, tokens, share):
+        assert tokens == 1e9
         return BestS(share, replace(FOUND, sparsity=0.5 + by_share * share), (share, 1.0), (0.2, 0.9), 0.25)
 
     monkeypatch.setattr(study_module, "_best_s", best_s)
@@ -109,6 +117,7 @@ def test_a_form_is_fitted_resampled_and_held_out_with_the_options_of_the_study(m
     monkeypatch.setattr(study_module, "resampled", again)
     monkeypatch.setattr(study_module, "held_out_error", held_out)
     monkeypatch.setattr(study_module, "largest_held_out_error", lambda *_: 0.03)
+    monkeypatch.setattr(study_module, "longest_held_out_error", lambda *_: 0.04)
     monkeypatch.setattr(study_module, "_optima", lambda *_: ("optima",))
     choices = Choices(bootstrap=3, level=0.5, seed=11)
     found = study_module._fitted(KEPT, high, choices, 1e6, lambda name, done: told.append((name, done)))
@@ -118,6 +127,7 @@ def test_a_form_is_fitted_resampled_and_held_out_with_the_options_of_the_study(m
     assert found.intervals["alpha"] == pytest.approx((0.175, 0.525)) and found.intervals["E"] == pytest.approx((1, 1))
     assert found.fit_error == pytest.approx(0.01 / 12**0.5)
     assert (found.held_out_error, found.largest_held_out_error, found.optima) == (0.02, 0.03, ("optima",))
+    assert found.longest_held_out_error == 0.04
     monkeypatch.setattr(study_module, "resampled", lambda *_, **__: [Fit(FINE_GRAINED, np.zeros(7), 0.0)])
     assert study_module._fitted(FINE_GRAINED, high, choices, 1e6, lambda *_: None).optima == (), "it has no S"
 
@@ -131,8 +141,8 @@ def test_every_optimum_of_a_study_has_the_tolerance_the_size_and_the_share_that_
 
     monkeypatch.setattr(study_module, "find_optimum", found)
     fits = [SimpleNamespace(form=None, theta=0.0)] * 3
-    study_module._best_s(fits[0], fits, Choices(tolerance=0.03), 7e5, 0.25)
-    assert asked == [{"needed": 7e5, "expert_share": 0.25, "tolerance": 0.03}] * 4
+    study_module._best_s(fits[0], fits, Choices(tolerance=0.03), 7e5, 3e6, 0.25)
+    assert asked == [{"needed": 7e5, "expert_share": 0.25, "tolerance": 0.03, "tokens": 3e6}] * 4
 
 
 def test_a_report_has_the_ranges_counts_and_options_of_the_study_and_everything_about_its_forms():
@@ -184,8 +194,11 @@ def test_a_report_has_the_ranges_counts_and_options_of_the_study_and_everything_
     assert forms["q-sparse"]["constants"]["C"] == {"value": pytest.approx(0.5), "interval": [0.4, 0.7], "printed": 1.89}
     assert forms["kept"]["constants"]["a"]["printed"] is None and forms["kept"]["printed_unit"] is None
     assert forms["q-sparse"]["printed_unit"] == "bits per token"
-    errors = [forms["kept"][name] for name in ("fit_error", "held_out_error", "largest_held_out_error")]
-    assert errors == [0.1, 0.2, 0.3]
+    errors = [
+        forms["kept"][name]
+        for name in ("fit_error", "held_out_error", "largest_held_out_error", "longest_held_out_error")
+    ]
+    assert errors == [0.1, 0.2, 0.3, 0.4]
     assert forms["q-sparse"]["optima"] == [
         {"expert_share": 0.25, "interval": [0.3, 0.7], "band_interval": [0.1, 0.8], "at_edge_share": 0.0} | vars(FOUND)
     ]

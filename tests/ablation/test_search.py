@@ -193,6 +193,26 @@ def test_a_report_of_an_unfinished_grid_says_what_has_no_runs_and_counts_what_is
     assert "| b | 0.004 (highest) | – |" in report
 
 
+def test_kept_rows_are_reported_like_the_folders_they_came_from(write, grid, trained, tmp_path, capsys):
+    results, _ = run_grid(grid)
+    # One search is not complete in the rows, so that its best value is unknown.
+    kept = [one for one in results if one.id != "b-steps-4-learning_rate-0.001-seed0"]
+    write_results(grid, kept, tmp_path / "kept")
+    (tmp_path / "kept" / "comparisons.json").unlink()
+    arguments = ["ablate", str(write(SEARCH)), "--output-dir", str(tmp_path / "none"), "--rows", str(tmp_path / "kept")]
+    assert run_verb([*arguments, "--output", str(tmp_path / "again")]) == 0
+    report = capsys.readouterr().out
+    assert "| a below b | section 4 | holds | no runs yet | holds |" in report
+    assert "| b | 0.004 (highest) | – |" in report
+    again = (tmp_path / "again" / "results.jsonl").read_text()
+    assert again == (tmp_path / "kept" / "results.jsonl").read_text() and not (tmp_path / "none").exists()
+    (tmp_path / "kept" / "results.jsonl").write_text(again.replace('"id": "', '"id": "other-'))
+    assert run_verb([*arguments, "--output", str(tmp_path / "never")]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has no run of mini, but other-a-steps-2-learning_rate-0.001-seed0" in said
+    assert not (tmp_path / "never").exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys, monkeypatc
 def test_impossible_choices_are_refused_before_anything_is_read(tmp_path, capsys):
     file = write_rows(tmp_path / "runs.jsonl", rows())
     assert (
-        "--form (chinchilla) is not a form; choose from product, kept, additive, q-sparse"
+        "--form (chinchilla) is not a form; choose from product, kept, additive, length, q-sparse"
         in fit(capsys, file, "--form", "chinchilla")[2]
     )
     assert f"--output ({file}) is a file; name a folder" in fit(capsys, file, "--output", file)[2]

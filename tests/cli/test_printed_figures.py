@@ -88,6 +88,7 @@ def test_tables_of_laws_have_percentages_and_mark_what_lies_beyond_the_runs(caps
     constants = {"alpha": {"value": 0.123456, "interval": [0.1, 0.2], "printed": 0.15}}
     form = {"constants": constants, "printed_unit": "bits per token", "optima": [best]}
     form |= {"fit_error": 0.0123, "held_out_error": 0.0234, "largest_held_out_error": None}
+    form["longest_held_out_error"] = 0.0345
     other = form | {"optima": [best | {"expert_share": None, "sparsity": 0.75, "worse_than_dense_beyond": None}]}
     summary = {
         "forms": {"product": form, "kept": other},
@@ -100,7 +101,8 @@ def test_tables_of_laws_have_percentages_and_mark_what_lies_beyond_the_runs(caps
     console = Console(width=200)
     console.print(fit_law._forms_table(summary))
     shown = cells(capsys.readouterr().out)
-    assert ["product", "1", "1.23%", "2.34%", "–"] in shown and ["kept *", "1", "1.23%", "2.34%", "–"] in shown
+    assert ["product", "1", "1.23%", "2.34%", "–", "3.45%"] in shown
+    assert ["kept *", "1", "1.23%", "2.34%", "–", "3.45%"] in shown
     console.print(fit_law._constants_table(form, summary))
     assert ["alpha", "0.1235", "0.1 to 0.2", "0.15"] in cells(capsys.readouterr().out)
     console.print(fit_law._optimum_table(summary))

@@ -228,6 +228,7 @@ def test_the_summary_of_a_law_has_its_ranges_its_noise_and_what_was_not_fitted(c
     ends = {"sparsity": [0.0, 0.7], "total": [1e6, 2e6], "kept": [5e5, 1e6], "expert_share": [0.125, 0.5]}
     form = {"formula": "L = x", "source": "mine", "constants": {}, "printed_unit": None, "optima": []}
     form |= {"fit_error": 0.01, "held_out_error": None, "largest_held_out_error": 0.5}
+    form["longest_held_out_error"] = None
     summary = {
         "points": 30,
         "runs": 6,
@@ -251,7 +252,7 @@ def test_the_summary_of_a_law_has_its_ranges_its_noise_and_what_was_not_fitted(c
         "tokens. N and needed without embedding and head."
     )
     assert "marked *; seeds of one configuration differ by 1.25%" in text and "S* at" not in text
-    assert ["kept *", "0", "1.00%", "–", "50.00%"] in cells(text)
+    assert ["kept *", "0", "1.00%", "–", "50.00%", "–"] in cells(text)
     assert text.splitlines()[-2:] == ["not fitted: joint-moe: E/A takes 2 values", "written to law: law.json, fit.png"]
 
 

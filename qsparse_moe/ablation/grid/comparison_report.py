@@ -32,7 +32,7 @@ def comparison_parts(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         _summary(decided),
         "Differences: loss of the second variant minus loss of the first, mean and interval. Seeds to decide: with so "
         "many, the interval would decide if mean and standard deviation stayed as measured; runs: the additional "
-        "runs of all variants of the claim, at their best values.",
+        f"runs of all variants of the claim{', at their best values' if grid.best_over else ''}.",
         _details(decided),
     ]
     if grid.best_over is not None:

@@ -7,6 +7,7 @@ import os
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from qsparse_moe.ablation.grid.comparison_report import COMPARISONS, comparison_parts, comparisons_dict
@@ -45,9 +46,13 @@ def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> Non
 def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
     """Return the tables of quality and cost per variant, gradient norms if they were logged, and the failed runs."""
     seeds = {result.seed for result in results}
+    claims = comparison_parts(grid, results)
+    # Rows that were kept from an earlier report may be those of a part of the grid.
+    known = {result.variant for result in results}
+    grid = replace(grid, runs=tuple(run for run in grid.runs if run.variant in known))
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
     parts = [
-        *comparison_parts(grid, results),
+        *claims,
         f"Validation bits per byte after the last step; {spread}; the difference from the first variant is taken "
         "seed by seed.",
         _quality(grid, results),

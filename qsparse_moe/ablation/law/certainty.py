@@ -70,6 +70,19 @@ def largest_held_out_error(best: Fit, observations: Observations) -> float | Non
     return rms(_refit(best, observations.where(~held)).log_residuals(unseen), unseen)
 
 
+def longest_held_out_error(best: Fit, observations: Observations) -> float | None:
+    """Return the same error for the sparse models at the end of the longest runs, predicted from everything else.
+
+    The dense models remain at every length, so that this measures the prediction of what S costs in a longer run. None
+    if there is only one length or no dense model, or if the rest cannot determine the constants.
+    """
+    held = (observations.tokens == observations.tokens.max()) & (observations.sparsity > 0)
+    if not held.any() or held.all() or why_not(best.form, observations.where(~held)) is not None:
+        return None
+    unseen = observations.where(held)
+    return rms(_refit(best, observations.where(~held)).log_residuals(unseen), unseen)
+
+
 def _refit(best: Fit, seen: Observations) -> Fit:
     """Return the better of two fits: one from the grid of starts and one from the constants of all observations.
 

@@ -92,7 +92,8 @@ def _sparsity(done: Study) -> Figure:
     # A margin beyond the runs and beyond every optimum, so that each minimum is visible.
     end = max(observations.sparsity.max() + 0.15, *optima)
     grid = GRID[: np.searchsorted(GRID, end, side="right")]
-    models = imagined(needed=done.needed, expert_share=share, sparsity=grid)
+    tokens = float(observations.tokens.max())
+    models = imagined(needed=done.needed, expert_share=share, sparsity=grid, tokens=tokens)
     lowest = 0.0
     for position, (name, found) in enumerate(with_sparsity.items()):
         design = Design.of(found.best.form, models)
@@ -117,7 +118,7 @@ def _sparsity(done: Study) -> Figure:
         # Cut at 30 %, because the steep rise at high S would flatten the region around the optimum.
         ylim=(2 * lowest - 2, 30),
         ylabel="change of the reducible loss against the dense model, %",
-        title=f"{done.needed:,.0f} needed parameters, A/E = {share:g}",
+        title=f"{done.needed:,.0f} needed parameters, {tokens:,.0f} tokens, A/E = {share:g}",
     )
     axes.legend(loc="upper left")
     below.set(ylim=(len(with_sparsity) - 0.4, -0.6), xlabel="activation sparsity S")

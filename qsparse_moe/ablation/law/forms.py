@@ -175,6 +175,21 @@ def tokens(unit: float = 1.0) -> Variable:
     return lambda observations: -np.log(observations.tokens / unit)
 
 
+def token_growth(unit: float = 1.0) -> Variable:
+    """Return ``ln D``, in ``unit``: the variable of ``D^κ``, which grows with the length of the run."""
+    return lambda observations: np.log(observations.tokens / unit)
+
+
+def root_of_tokens(unit: float = 1.0) -> Variable:
+    """Return ``−√D``, in ``unit``: the variable of ``exp(−λ√D)``."""
+    return lambda observations: -np.sqrt(observations.tokens / unit)
+
+
+def size_and_tokens(unit: float = 1.0) -> Variable:
+    """Return ``−ln N ln D``, both in ``unit``: the variable of ``D^(−ζ ln N)``."""
+    return lambda observations: -np.log(observations.total / unit) * np.log(observations.tokens / unit)
+
+
 def needed(unit: float = 1.0) -> Variable:
     """Return ``−ln K`` of the needed parameters, in ``unit``."""
     return lambda observations: -np.log(observations.needed / unit)

@@ -77,5 +77,36 @@ ADDITIVE = Form(
     by_size=frozenset({"a", "h"}),
 )
 
-JOINT = (PRODUCT, KEPT, ADDITIVE)
+_COST_BY_LENGTH = {"kappa": forms.token_growth(_MILLION)}
+
+# sqrt(D) and not ln D: the losses of short runs fall faster than any power of the tokens, at first slowly and then
+# faster. The lab log has the shapes that were tried (2026-11-29).
+LENGTH = Form(
+    name="length",
+    formula=(
+        "L = E + a/(N^alpha (1-s)^delta) + h (exp(beta S/(1-S)) - 1) D^kappa + b exp(-lambda sqrt(D))/D^(zeta ln N),  "
+        "N and D in 1e6"
+    ),
+    source="the cost of S is a separate term, which may grow with the length of the run",
+    terms=(
+        Term("E"),
+        Term("a", {"alpha": _N, "delta": forms.expert_share}),
+        Term("h", _COST_BY_LENGTH | {"beta": forms.zeros_per_nonzero}),
+        Term("h", _COST_BY_LENGTH, sign=-1),
+        Term("b", {"lambda": forms.root_of_tokens(_MILLION), "zeta": forms.size_and_tokens(_MILLION)}),
+    ),
+    starts={
+        "alpha": _ALPHA,
+        "delta": (0.0, 0.2),
+        "beta": (0.05, 0.4),
+        "kappa": (0.0, 0.7),
+        "lambda": (0.3, 1.0, 3.0),
+        "zeta": (0.0,),
+    },
+    needs={"N": 3, "E/A": 2, "S": 3, "D": 3},
+    signed=frozenset({"delta", "kappa", "zeta"}),
+    by_size=frozenset({"a", "h"}),
+)
+
+JOINT = (PRODUCT, KEPT, ADDITIVE, LENGTH)
 """All candidate forms."""

@@ -72,7 +72,7 @@ class Observations:
         return self.where(np.isin(np.arange(len(self)), last))
 
 
-# The default of tokens serves S*, which no term in D affects.
+# The default of tokens serves forms without a term in both S and D, whose S* is the same at any length.
 def imagined(*, needed: float, expert_share: float, sparsity: Array, tokens: float = 1e9) -> Observations:
     """Return hypothetical models with ``needed`` parameters per token at each S of ``sparsity``.
 

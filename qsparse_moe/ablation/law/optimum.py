@@ -34,7 +34,9 @@ class Optimum:
     """The S beyond which the sparse model is worse than the dense one; None if it never is."""
 
 
-def find_optimum(form: Form, theta: Array, *, needed: float, expert_share: float, tolerance: float) -> Optimum:
+def find_optimum(
+    form: Form, theta: Array, *, needed: float, expert_share: float, tolerance: float, tokens: float = 1e9
+) -> Optimum:
     """Return the optimum of a law that depends on S.
 
     Args:
@@ -43,8 +45,10 @@ def find_optimum(form: Form, theta: Array, *, needed: float, expert_share: float
         needed: number of parameters per token after routing and Q-Sparse, which is fixed.
         expert_share: A/E.
         tolerance: width of the band, as a share of the reducible loss.
+        tokens: length of the run, which matters if the cost of S depends on it.
     """
-    reducible = Design.of(form, imagined(needed=needed, expert_share=expert_share, sparsity=GRID)).reducible(theta)
+    models = imagined(needed=needed, expert_share=expert_share, sparsity=GRID, tokens=tokens)
+    reducible = Design.of(form, models).reducible(theta)
     least = int(reducible.argmin())
     return Optimum(
         sparsity=_vertex(reducible, least),

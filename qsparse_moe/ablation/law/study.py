@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from qsparse_moe.ablation.law.certainty import held_out_error, interval, largest_held_out_error, resampled
+from qsparse_moe.ablation.law.certainty import (
+    held_out_error,
+    interval,
+    largest_held_out_error,
+    longest_held_out_error,
+    resampled,
+)
 from qsparse_moe.ablation.law.fit import Fit, check, fit, rms, why_not
 from qsparse_moe.ablation.law.forms import Form
 from qsparse_moe.ablation.law.joint import JOINT
@@ -65,6 +71,7 @@ class FittedForm:
     """RMS of ln(measured/fitted)."""
     held_out_error: float | None
     largest_held_out_error: float | None
+    longest_held_out_error: float | None
     optima: tuple[BestS, ...]
     """One S* per A/E, or a single one for all; empty for a form without S."""
 
@@ -148,6 +155,7 @@ def _fitted(
         fit_error=rms(best.log_residuals(observations), observations),
         held_out_error=held_out_error(best, observations, seed=choices.seed),
         largest_held_out_error=largest_held_out_error(best, observations),
+        longest_held_out_error=longest_held_out_error(best, observations),
         optima=_optima(best, again, observations, choices, needed) if form.has_sparsity else (),
     )
 
@@ -158,15 +166,19 @@ def _optima(
     """Return one S* per A/E of the runs, or a single one if they agree."""
     # Descending A/E, which is ascending expert sparsity.
     shares = np.unique(observations.expert_share)[::-1]
-    found = [_best_s(best, again, choices, needed, float(share)) for share in shares]
+    # The longest run of the data is the nearest to one that a choice of S is for.
+    tokens = float(observations.tokens.max())
+    found = [_best_s(best, again, choices, needed, tokens, float(share)) for share in shares]
     if all(abs(other.found.sparsity - found[0].found.sparsity) < 1e-6 for other in found):
         return (BestS(None, *list(vars(found[0]).values())[1:]),)
     return tuple(found)
 
 
-def _best_s(best: Fit, again: Sequence[Fit], choices: Choices, needed: float, share: float) -> BestS:
+def _best_s(best: Fit, again: Sequence[Fit], choices: Choices, needed: float, tokens: float, share: float) -> BestS:
     def at(theta: Any) -> Optimum:
-        return find_optimum(best.form, theta, needed=needed, expert_share=share, tolerance=choices.tolerance)
+        return find_optimum(
+            best.form, theta, needed=needed, expert_share=share, tolerance=choices.tolerance, tokens=tokens
+        )
 
     # Each resample has its own optimum, so the interval of S* needs no linearisation.
     others = [at(other.theta) for other in again]
@@ -251,6 +263,7 @@ def _form_dict(found: FittedForm) -> dict[str, Any]:
         "fit_error": found.fit_error,
         "held_out_error": found.held_out_error,
         "largest_held_out_error": found.largest_held_out_error,
+        "longest_held_out_error": found.longest_held_out_error,
         "optima": [
             {
                 "expert_share": best.expert_share,

@@ -8,7 +8,8 @@ import torch
 
 from qsparse_moe.ablation.cells import Cell, cells_of
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, token_losses
-from qsparse_moe.ablation.sensitivity.estimate import estimate, row_changes
+from qsparse_moe.ablation.sensitivity.estimate import estimate
+from qsparse_moe.ablation.sensitivity.row_changes import row_changes
 from qsparse_moe.data.batch import make_batch
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import IGNORED_LABEL

@@ -1,0 +1,111 @@
+"""Choices of routing: the ranks of choice that a MoE layer uses of every token, beside the cells of S.
+
+Rank 0 is the first choice of a token. T tokens, A experts per token as the model routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import has_experts
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+# As in moe/router.py: added to a sum of weights that may underflow to 0.
+_TINY = 1e-20
+
+
+class Choice(NamedTuple):
+    """The ranks of choice that one layer uses."""
+
+    experts: int
+    """Experts per token: the ranks below it are used."""
+    top_p: float = 1.0
+    """Only the fewest first ranks whose router weights reach this share of the sum over all A."""
+    skipped: int | None = None
+    """A single rank that is left out; None in every plan, because only a sensitivity asks for it."""
+
+    @property
+    def name(self) -> str:
+        """Return the label for tables, such as ``A 1``, ``A 2, top-p 0.7``, or ``without rank 0``."""
+        if self.skipped is not None:
+            return f"without rank {self.skipped}"
+        return f"A {self.experts}" if self.top_p == 1.0 else f"A {self.experts}, top-p {self.top_p:g}"
+
+
+class RoutingCell(NamedTuple):
+    """The routing of one layer, and its change."""
+
+    layer: int
+    choice: Choice
+
+    @property
+    def name(self) -> str:
+        """Return the label for tables."""
+        return f"layer {self.layer}, {self.choice.name}"
+
+
+def single_changes(current: Choice, experts_per_token: int) -> list[Choice]:
+    """Return every smaller or larger number of experts, and each rank in use left out alone.
+
+    Leaving out the last rank alone is the same as one expert less, and appears once.
+    """
+    counts = [Choice(experts) for experts in range(experts_per_token + 1)]
+    alone = [current._replace(skipped=rank) for rank in range(current.experts - 1)]
+    return [choice for choice in counts if choice != current] + alone
+
+
+def used_ranks(weights_TA: Tensor, choice: Choice) -> Tensor:
+    """Return ``(T, A)`` bool: whether each rank of each token is used."""
+    rank_A = torch.arange(weights_TA.shape[-1], device=weights_TA.device)
+    used_TA = (rank_A < choice.experts).expand_as(weights_TA)
+    if choice.top_p < 1.0:
+        before_TA = weights_TA.cumsum(-1) - weights_TA
+        # The first rank is always used: with all weights at 0 no rank would reach the share.
+        used_TA = used_TA & ((before_TA < choice.top_p * weights_TA.sum(-1, keepdim=True)) | (rank_A == 0))
+    return used_TA if choice.skipped is None else used_TA & (rank_A != choice.skipped)
+
+
+def choice_weights(weights_TA: Tensor, choice: Choice, *, renormalized: bool) -> Tensor:
+    """Return ``(T, A)``: the router weights under ``choice``, 0 for the ranks that are not used.
+
+    Args:
+        weights_TA: the weights of all A ranks.
+        choice: the ranks in use.
+        renormalized: whether the weights in use are scaled to the sum of all A.
+    """
+    used_TA = used_ranks(weights_TA, choice)
+    kept_TA = weights_TA * used_TA
+    if not renormalized:
+        return kept_TA
+    return kept_TA * (weights_TA.sum(-1, keepdim=True) / (kept_TA.sum(-1, keepdim=True) + _TINY))
+
+
+def renormalizes(config: ModelConfig) -> bool:
+    """Return whether the weights of fewer experts are scaled to the sum of all A."""
+    router = config.moe.router
+    return router == "topk_softmax" or router.endswith("renormalized")
+
+
+def choices_of(plan: SparsityPlan, config: ModelConfig) -> dict[int, Choice]:
+    """Return the choice of every MoE layer under ``plan``."""
+    return {layer: Choice(config.moe.experts_per_token) for layer in moe_layers(config)}
+
+
+def with_choices(plan: SparsityPlan, choices: Mapping[int, Choice]) -> SparsityPlan:
+    """Return ``plan`` with other choices in some layers."""
+    return plan
+
+
+def moe_layers(config: ModelConfig) -> list[int]:
+    """Return the layers with routed experts."""
+    return [layer for layer in range(config.num_layers) if has_experts(config, layer)]
+
+
+def with_all_ranks(plan: SparsityPlan) -> SparsityPlan:
+    """Return ``plan`` with every rank in use."""
+    return plan

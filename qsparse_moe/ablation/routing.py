@@ -6,13 +6,15 @@ Rank 0 is the first choice of a token. T tokens, A experts per token as the mode
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import has_experts
+from qsparse_moe.config.shapes import moe_layers
+from qsparse_moe.moe.router import within_share
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 # As in moe/router.py: added to a sum of weights that may underflow to 0.
@@ -64,9 +66,7 @@ def used_ranks(weights_TA: Tensor, choice: Choice) -> Tensor:
     rank_A = torch.arange(weights_TA.shape[-1], device=weights_TA.device)
     used_TA = (rank_A < choice.experts).expand_as(weights_TA)
     if choice.top_p < 1.0:
-        before_TA = weights_TA.cumsum(-1) - weights_TA
-        # The first rank is always used: with all weights at 0 no rank would reach the share.
-        used_TA = used_TA & ((before_TA < choice.top_p * weights_TA.sum(-1, keepdim=True)) | (rank_A == 0))
+        used_TA = used_TA & within_share(weights_TA, choice.top_p)
     return used_TA if choice.skipped is None else used_TA & (rank_A != choice.skipped)
 
 
@@ -87,25 +87,25 @@ def choice_weights(weights_TA: Tensor, choice: Choice, *, renormalized: bool) ->
 
 def renormalizes(config: ModelConfig) -> bool:
     """Return whether the weights of fewer experts are scaled to the sum of all A."""
-    router = config.moe.router
-    return router == "topk_softmax" or router.endswith("renormalized")
+    router, mode = config.moe.router, config.moe.fewer_experts_weights
+    return mode == "renormalized" or (
+        mode == "router" and (router == "topk_softmax" or router.endswith("renormalized"))
+    )
 
 
 def choices_of(plan: SparsityPlan, config: ModelConfig) -> dict[int, Choice]:
     """Return the choice of every MoE layer under ``plan``."""
-    return {layer: Choice(config.moe.experts_per_token) for layer in moe_layers(config)}
+    most = config.moe.experts_per_token
+    return {layer: Choice(plan.experts(layer, most), plan.top_p.get(layer, 1.0)) for layer in moe_layers(config)}
 
 
 def with_choices(plan: SparsityPlan, choices: Mapping[int, Choice]) -> SparsityPlan:
-    """Return ``plan`` with other choices in some layers."""
-    return plan
-
-
-def moe_layers(config: ModelConfig) -> list[int]:
-    """Return the layers with routed experts."""
-    return [layer for layer in range(config.num_layers) if has_experts(config, layer)]
+    """Return ``plan`` with these choices in place of its own."""
+    # A share of 1 needs no entry, and every engine runs a plan without top_p.
+    top_p = {layer: choice.top_p for layer, choice in choices.items() if choice.top_p < 1.0}
+    return replace(plan, experts_per_token={layer: choice.experts for layer, choice in choices.items()}, top_p=top_p)
 
 
 def with_all_ranks(plan: SparsityPlan) -> SparsityPlan:
-    """Return ``plan`` with every rank in use."""
-    return plan
+    """Return ``plan`` with every rank of choice in use."""
+    return replace(plan, experts_per_token={}, top_p={})

@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of
-from qsparse_moe.ablation.routing import Choice, RoutingCell, choice_weights, single_changes, used_ranks
+from qsparse_moe.ablation.allocation.cost import measured_load
+from qsparse_moe.ablation.cells import cells_of, sparsity_of, with_cells
+from qsparse_moe.ablation.routing import (
+    Choice,
+    RoutingCell,
+    choice_weights,
+    single_changes,
+    used_ranks,
+    with_all_ranks,
+    with_choices,
+)
 from qsparse_moe.ablation.sensitivity.documents import loss_by_document, token_losses
 from qsparse_moe.ablation.sensitivity.estimate import estimate
-from qsparse_moe.ablation.sensitivity.joint import plan_terms
+from qsparse_moe.ablation.sensitivity.joint import interpolated, plan_terms
 from qsparse_moe.ablation.sensitivity.routed_layer import routed_layers
 from qsparse_moe.config.shapes import EXPERT_SITES
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
+from qsparse_moe.moe.permutation import GATHERS, Permutation
 from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.nn.sparse_site import SparseSite
 from tests.ablation.small_models import config, model_of, rows_of
@@ -94,16 +106,113 @@ def test_both_orders_of_a_choice_are_those_of_a_small_step_towards_it():
 
 def test_terms_of_a_plan_are_those_of_a_small_step_towards_it_with_all_interactions():
     # The base leaves ranks out in both layers, and the plan takes one of them back and leaves others out.
-    model, rows = three_ranks(), rows_of()
+    model, rows, values = three_ranks(), rows_of(), (0.25, 0.5, 0.75)
     (batch, _) = next(iter(rows))
-    base = {0: Choice(2), 1: Choice(3, 0.75)}
-    there = {0: Choice(3), 1: Choice(1)}
-    with _as_plan(base):
-        terms = plan_terms(model, rows, (0.25, 0.5, 0.75), {0: CHOICES, 1: (*CHOICES,)}, draws=300, ste_share=0.0)
+    base, towards = {0: Choice(2), 1: Choice(3, 0.75)}, {0: Choice(3), 1: Choice(1)}
+    model.set_sparsity(with_choices(model.sparsity_plan, base))
     plan = model.sparsity_plan
-    changed = {cell: (0.25, 0.5, 0.75)[number % 3] for number, cell in enumerate(cells_of(plan))}
-    # other code follows in the file
-    assert changed and terms and there and batch and plan
+    terms = plan_terms(model, rows, values, dict.fromkeys((0, 1), CHOICES), draws=300, ste_share=0.0)
+    assert model.sparsity_plan is plan and terms.change(plan, base) == pytest.approx(0.0, abs=1e-12)
+    there = with_cells(plan, {cell: values[number % 3] for number, cell in enumerate(cells_of(plan))})
+    model.set_sparsity(with_all_ranks(plan))
+    step, moved = 1e-5, []
+    with _Moved(model, base, towards, there) as direction, torch.no_grad():
+        for direction.step in (step, -step, 0.0):
+            output = model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
+            moved.append(output.logits_BSV)
+    losses = [float(token_losses(one, batch.targets_BS).sum()) for one in moved]
+    labels = rows.labels_C.sum()
+    first = (losses[0] - losses[1]) / (2 * step)
+    assert replace(terms, share=0.0).change(there, towards) == pytest.approx(first / labels, rel=1e-4)
+    second = _fisher(moved[2].softmax(-1), moved, step)
+    found = (terms.change(there, towards) - replace(terms, share=0.0).change(there, towards)) * labels
+    assert found == pytest.approx(second, rel=0.08)
+    # The interactions are a part of it: the squares of the cells and choices alone add up to another number.
+    assert second > 0.01 and abs(_alone(terms, there, towards) - second) > 0.15 * second
+
+
+def test_the_load_under_every_choice_is_that_of_a_model_with_the_plan_of_the_choice():
+    model, rows = three_ranks(), rows_of()
+    plan = model.sparsity_plan
+    terms = plan_terms(model, rows, (0.25, 0.5), dict.fromkeys((0, 1), CHOICES), draws=1)
+    for choice in CHOICES:
+        # Of the first layer, because the second one routes other tokens under another choice of the first.
+        model.set_sparsity(with_choices(plan, {0: choice}))
+        assert terms.load[0][choice] == pytest.approx(measured_load(model, rows)[0])
+
+
+def test_both_orders_around_fewer_ranks_leave_out_the_rows_of_the_others():
+    # Only the last rank is not used, so its expert has no part in any cell, whatever its S.
+    model, rows = model_of(config({"num_experts": 2, "experts_per_token": 2}, default=0.25)), rows_of()
+    model.set_sparsity(with_choices(model.sparsity_plan, {0: Choice(0), 1: Choice(0)}))
+    found = estimate(model, rows, (0.75,))
+    for cell in cells_of(model.sparsity_plan):
+        assert np.any(found.total(cell)) == (cell.site not in EXPERT_SITES), cell.name
+
+
+class _Moved:
+    """Inside the context, the sites and the combination of every layer are moved by ``step`` towards another plan.
+
+    The rows of a rank move with the weights of that plan, as in the terms.
+    """
+
+    def __init__(self, model, base, towards, there) -> None:
+        self.step, self._model, self._stack = 0.0, model, ExitStack()
+        self._base, self._towards, self._there = base, towards, there
+
+    def __enter__(self):
+        for block in self._model.blocks():
+            moe, own = block.moe, {}
+            for name, site in block.sites().items():
+                site.hook = SiteHook(partial(self._towards_plan, block.layer, site, own), ranks=True)
+                self._stack.callback(setattr, site, "hook", None)
+                assert name in ("expert_input", "expert_hidden") or site.num_experts == 1
+            self._patch(moe.experts, "forward", partial(self._twice, moe.experts.forward, moe, own))
+            combine = partial(self._combine, block.layer, own)
+            self._patch(moe, "permutation", Permutation(GATHERS.sort, GATHERS.permute, combine))
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._stack.close()
+
+    def _patch(self, thing, name, value) -> None:
+        before = vars(thing).get(name)
+        self._stack.callback(lambda: delattr(thing, name) if before is None else setattr(thing, name, before))
+        setattr(thing, name, value)
+
+    def _towards_plan(self, layer, site, own, x, expert_ids_N, sparse):
+        other = SparseSite(site.site, site.num_features, site.settings, select_rows_torch, num_experts=site.num_experts)
+        other.set_sparsity(self._there.values[layer, site.site])
+        moved = sparse + self.step * (other.select(x, expert_ids_N).sparse - sparse)
+        if site.site == "expert_input":
+            own["input"] = moved
+            return sparse
+        return moved
+
+    def _twice(self, forward, moe, own, x_ND, counts, expert_N, **options):
+        hook, moe.experts.hidden_site.hook = moe.experts.hidden_site.hook, None
+        still, stats = forward(x_ND, counts, expert_N, **options)
+        moe.experts.hidden_site.hook = hook
+        own["moved"] = forward(own["input"], counts, expert_N, **options)[0]
+        return still, stats
+
+    def _combine(self, layer, own, y_ND, weights_TA, routed):
+        now_TA, then_TA = (
+            choice_weights(weights_TA, of[layer], renormalized=True)[..., None] for of in (self._base, self._towards)
+        )
+        still_TAD, moved_TAD = y_ND[routed.row_TA], own["moved"][routed.row_TA]
+        return ((now_TA + self.step * (then_TA - now_TA)) * still_TAD + then_TA * (moved_TAD - still_TAD)).sum(1)
+
+
+def _alone(terms, plan, choices) -> float:
+    """Return the second order with the square of every cell and choice alone, summed over the labels."""
+    total = 0.0
+    for layer in terms.layers:
+        which = layer.choices.index(choices[layer.cells[0].layer])
+        sparsity_n = np.array([sparsity_of(plan, cell) for cell in layer.cells])
+        total += np.square(layer.routing_drawn_OQ[which]).sum()
+        total += np.square(interpolated(layer.drawn_OnQX[which], terms.values, sparsity_n)).sum()
+    return float(terms.share * total)
 
 
 def _fisher(probabilities_BSV, moved, step):

@@ -6,13 +6,14 @@ E experts, A experts per token, K selected features, B tokens per step.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal
 
 import torch
 
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of
+from qsparse_moe.ablation.routing import Choice, choices_of
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import Weight, model_weights
@@ -26,6 +27,8 @@ from qsparse_moe.training.engines.protocol import run_model
 Quantity = Literal["sparsity", "parameters", "flops", "bytes"]
 Load = Mapping[int, tuple[float, ...]]
 """For every MoE layer, the share of tokens that use each expert: between 0 and 1, A in total."""
+Loads = Mapping[int, Mapping[Choice, tuple[float, ...]]]
+"""The same for every MoE layer and choice of ranks."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,13 @@ class Costs:
     context: int = 1
     batch: int = 1
     bytes_per_weight: float = 4.0
+    loads: Loads = field(default_factory=dict)
+    """The load under each choice of ranks; empty: ``load`` is that of every plan whose cost is asked for."""
 
     def of(self, plan: SparsityPlan) -> float:
         """Return the cost of the whole model under ``plan``; for ``sparsity``, its mean S."""
-        total = sum(self.of_cell(cell, sparsity_of(plan, cell)) for cell in cells_of(plan))
+        choices = choices_of(plan, self.config)
+        total = sum(self.of_cell(cell, sparsity_of(plan, cell), choices.get(cell.layer)) for cell in cells_of(plan))
         if self.quantity == "sparsity":
             return 1.0 - total / self._behind_sites
         return total + self.fixed
@@ -60,11 +66,14 @@ class Costs:
         """Return the budget that a sum over cells meets: the inverse of ``total_at``."""
         return 1.0 - total / self._behind_sites if self.quantity == "sparsity" else total + self.fixed
 
-    def of_cell(self, cell: Cell, sparsity: float) -> float:
-        """Return the cost of one cell at S: parameters (also for ``sparsity``), operations, or bytes."""
+    def of_cell(self, cell: Cell, sparsity: float, choice: Choice | None = None) -> float:
+        """Return the cost of one cell at S: parameters (also for ``sparsity``), operations, or bytes.
+
+        ``choice`` is that of the layer; None: the load that was measured.
+        """
         width = site_width(self.config, cell.site)
         num_selected = site_num_selected(self.config.sparsity, sparsity, width)
-        used, size = self.used(cell), self._size(cell.layer, cell.site)
+        used, size = self.used(cell, choice), self._size(cell.layer, cell.site)
         if self.quantity == "bytes":
             # Tokens of a step share the rows that they read: each counts once.
             return self.bytes_per_weight * size * union(used * num_selected / width, self.batch)
@@ -74,9 +83,12 @@ class Costs:
         # A dense row needs no selection, which takes about two operations per feature.
         return 2 * parameters + (2 * width * used if num_selected < width else 0.0)
 
-    def used(self, cell: Cell) -> float:
-        """Return the share of tokens that use the cell."""
-        return 1.0 if cell.expert is None else self.load[cell.layer][cell.expert]
+    def used(self, cell: Cell, choice: Choice | None = None) -> float:
+        """Return the share of tokens that use the cell, under a choice of ranks if their loads are known."""
+        if cell.expert is None:
+            return 1.0
+        own = self.load[cell.layer] if choice is None or not self.loads else self.loads[cell.layer][choice]
+        return own[cell.expert]
 
     def _size(self, layer: int, site: Site) -> int:
         return self._sizes[layer, site]
@@ -99,8 +111,9 @@ class Costs:
 
     @cached_property
     def _behind_sites(self) -> float:
-        dense = SparsityPlan.uniform(self.config, 0.0)
-        return sum(self.used(cell) * self._size(cell.layer, cell.site) for cell in cells_of(dense))
+        # All ranks of a layer add up to A experts per token, whatever the load of each is.
+        ranks = self.config.moe.experts_per_token
+        return float(sum(size * (ranks if site in EXPERT_SITES else 1) for (_, site), size in self._sizes.items()))
 
     @cached_property
     def fixed(self) -> float:

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of
-from qsparse_moe.ablation.routing import Choice, choices_of
+from qsparse_moe.ablation.routing import Choice
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.ablation.sensitivity.estimate import STE_SHARE
 from qsparse_moe.ablation.sensitivity.passes import Changes, PassSums, run_passes
@@ -42,6 +43,11 @@ class LayerTerms:
     routing_drawn_OQ: Array
     first_OnX: Array
     drawn_OnQX: Array
+
+    @cached_property
+    def squares_OnX(self) -> Array:
+        """The sums of squares over the pieces, of every cell alone."""
+        return np.stack([np.square(drawn_nQX).sum(1) for drawn_nQX in self.drawn_OnQX])
 
 
 @dataclass(frozen=True)

@@ -6,14 +6,14 @@ N routed rows, T tokens, D width, E experts, A ranks of choice, O choices, X val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from qsparse_moe.ablation.routing import Choice, used_ranks
 from qsparse_moe.ablation.sensitivity.routed_layer import RoutedLayer
-from qsparse_moe.ablation.sensitivity.row_changes import row_changes
+from qsparse_moe.ablation.sensitivity.row_changes import row_changes, row_order
 from qsparse_moe.ablation.sensitivity.sums import PieceSums
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import site_num_selected
@@ -43,13 +43,16 @@ class SiteListener:
         self.sums = PieceSums(num_changes, len(values), num_documents, keep=keep)
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
+        """Listen to the gradient of the sparse rows."""
         # The pieces are read during the backward pass, because one forward pass serves several of them.
-        hook = partial(self._add, x.detach().flatten(0, -2), sparse.detach().flatten(0, -2), expert_ids_N)
-        sparse.register_hook(hook)
+        sparse.register_hook(partial(self._add, _Rows(self._site, x, sparse, expert_ids_N)))
         return sparse
 
-    def _add(self, x_ND: Tensor, sparse_ND: Tensor, expert_ids_N: Tensor | None, grad: Tensor) -> None:
-        change_NX = row_changes(self._site, x_ND, sparse_ND, grad.flatten(0, -2), self._counts)
+    def _add(self, rows: _Rows, grad: Tensor) -> None:
+        change_NX = row_changes(
+            self._site, rows.x_ND, rows.sparse_ND, grad.flatten(0, -2), self._counts, rows.order_NGF
+        )
+        expert_ids_N = rows.expert_ids_N
         piece_T = self.sums.pieces.of_token_T
         if self._routed is None:
             self.sums.add(torch.zeros_like(piece_T), piece_T, change_NX)
@@ -61,11 +64,22 @@ class SiteListener:
         weights_NO = torch.stack(
             [self._routed.weights_of(choice).flatten()[routed.slot_N] for choice in self._choices], -1
         )
-        change_NO = expert_ids_N.long()[:, None] * num_choices + torch.arange(num_choices, device=x_ND.device)
+        change_NO = expert_ids_N.long()[:, None] * num_choices + torch.arange(num_choices, device=change_NX.device)
         terms_NOX = weights_NO[..., None] * change_NX[:, None]
-        self.sums.add(
-            change_NO.flatten(), piece_N[:, None].expand_as(change_NO).flatten(), terms_NOX.flatten(0, 1)
-        )
+        self.sums.add(change_NO.flatten(), piece_N[:, None].expand_as(change_NO).flatten(), terms_NOX.flatten(0, 1))
+
+
+class _Rows:
+    """The rows of a site in one forward pass, sorted once for all backward passes."""
+
+    def __init__(self, site: SparseSite, x: Tensor, sparse: Tensor, expert_ids_N: Tensor | None) -> None:
+        self._site, self.expert_ids_N = site, expert_ids_N
+        self.x_ND, self.sparse_ND = x.detach().flatten(0, -2), sparse.detach().flatten(0, -2)
+
+    @cached_property
+    def order_NGF(self) -> Tensor:
+        """The order of the features; the sort is the most expensive part of a pass."""
+        return row_order(self._site, self.x_ND)
 
 
 class RoutingListener:

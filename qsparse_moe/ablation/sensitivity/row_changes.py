@@ -11,7 +11,21 @@ from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 
 
-def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tensor, counts: Sequence[int]) -> Tensor:
+def row_order(site: SparseSite, x_ND: Tensor) -> Tensor:
+    """Return the features of every row and group in descending order of magnitude, ``(N, groups, features)``."""
+    group = site.ranking.group_size or site.num_features
+    # Stable, so that ties go to the lower index as in the selection itself.
+    return x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
+
+
+def row_changes(
+    site: SparseSite,
+    x_ND: Tensor,
+    sparse_ND: Tensor,
+    grad_ND: Tensor,
+    counts: Sequence[int],
+    order_NGF: Tensor | None = None,
+) -> Tensor:
     """Return ``g.(y(K) - y)`` of every row for each K of ``counts``, ``(N, X)``, in at least fp32.
 
     Args:
@@ -20,14 +34,13 @@ def row_changes(site: SparseSite, x_ND: Tensor, sparse_ND: Tensor, grad_ND: Tens
         sparse_ND: the current y.
         grad_ND: g, the gradient with respect to ``sparse_ND``.
         counts: values of K, as returned by ``site_num_selected``.
+        order_NGF: as returned by ``row_order``; None: it is computed.
     """
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     # The selection ranks x itself, but the matrix reads x in the number format of the site.
     rounded_ND, grad_ND = as_format(x_ND, site.number_format).to(wide), grad_ND.to(wide)
     now_N1 = (grad_ND * sparse_ND.to(wide)).sum(-1, keepdim=True)
-    group = site.ranking.group_size or site.num_features
-    # Stable, so that ties go to the lower index as in the selection itself.
-    order_NGF = x_ND.unflatten(-1, (-1, group)).abs().sort(dim=-1, descending=True, stable=True).indices
+    order_NGF = row_order(site, x_ND) if order_NGF is None else order_NGF
     along_NX = _read(grad_ND * rounded_ND, order_NGF, counts)
     # Without rescaling the change is linear in the sums, and no energies are needed.
     if site.settings.rescale == "none":

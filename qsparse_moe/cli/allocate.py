@@ -1,23 +1,30 @@
-"""``qsparse-moe allocate``: make a plan with one S per layer, site, and expert, and compare it with other plans."""
+"""``qsparse-moe allocate``: make a plan of S and experts per token, and compare it with other plans."""
 
 from __future__ import annotations
 
 import shlex
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from qsparse_moe.ablation.allocation.budget import Budget, parse_budget, parse_front
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import print_json, result_console
 from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_sparsity
 from qsparse_moe.cli.sensitivity import rich_table
 from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.runs.find import find_model
+from qsparse_moe.runs.find import ModelFolder, find_model
+from qsparse_moe.runs.folder import load_run_config
 
 if TYPE_CHECKING:
-    from qsparse_moe.ablation.allocation.cost import Quantity
+    from qsparse_moe.ablation.allocation.budget import Quantity
+
+
+FOLDER = "allocation"
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +35,17 @@ def register(app: typer.Typer) -> None:
 def allocate(
     run: Annotated[Path, typer.Argument(help=MODEL_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Budget of both sparsities, S and experts per token: bytes=0.5@batch=1, flops=0.6, parameters=0.4. A "
+            "value up to 1 is a share of the dense model's cost. The options below allocate S alone."
+        ),
+    ] = None,
+    front: Annotated[
+        str | None,
+        typer.Option(help="With --budget: also compare at the shares LOW:HIGH:STEP of its quantity, as 0.3:0.9:0.1."),
+    ] = None,
     sparsity: Annotated[
         float | None, typer.Option(help="Budget: mean S, with each matrix weighted by how many tokens use it.")
     ] = None,
@@ -41,13 +59,32 @@ def allocate(
             help="Number of training sequences to make the plans from; default: 4,096 tokens per expert.", min=1
         ),
     ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(
+            help="With --budget: number of validation sequences to compare on; default: training.evaluation_rows.",
+            min=1,
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Number of passes that improve the plan.", min=1)] = 3,
     random: Annotated[int, typer.Option(help="Number of random plans to compare with.", min=0)] = 5,
     train: Annotated[
-        int, typer.Option(help="Number of steps to train the model further under each plan before comparing.", min=0)
+        int,
+        typer.Option(
+            "--train",
+            "--train-steps",
+            help="Number of steps to train the model further under each plan before comparing.",
+            min=0,
+        ),
     ] = 0,
     data: DataOption = None,
     report: Annotated[Path | None, typer.Option(help="Markdown file to write the comparison to.")] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --budget: folder for allocation.json, report.md, and figures; default: RUN/allocation."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -55,12 +92,36 @@ def allocate(
     """Distribute a budget of sparsity so that the loss rises least, and compare with other plans of the same cost."""
     found_model = find_model(run)
     run_dir = found_model.path
+    given = {"--sparsity": sparsity, "--parameters": parameters, "--flops": flops, "--bytes": bytes_}
+    if budget is not None:
+        budgets = joint_budgets(budget, front, others=[name for name, value in given.items() if value is not None])
+        check_output(output, force=force)
+        sources = sources_overrides(data or (), load_run_config(found_model.config_folder).data)
+        summary = _jointly(
+            found_model,
+            budgets,
+            output,
+            folder or run_dir / FOLDER,
+            options={
+                "num_sequences": rows,
+                "num_held_out": held_out,
+                "rounds": rounds,
+                "num_random": random,
+                "train_steps": train,
+            },
+            force=force,
+            device=device,
+            overrides=sources,
+        )
+        print_json(summary) if json else _print_joint(summary)
+        return
+    check_no_joint_options({"--front": front, "--held-out": held_out, "--folder": folder})
     quantity, target = requested_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
     # Before the plans are made, which takes minutes.
     check_output(output, force=force)
     from qsparse_moe.ablation.allocation.report import as_dict, markdown
     from qsparse_moe.ablation.allocation.run import allocate_run
-    from qsparse_moe.runs.folder import load_run_config, write_atomically
+    from qsparse_moe.runs.folder import write_atomically
 
     found = allocate_run(
         run_dir,
@@ -84,6 +145,83 @@ def allocate(
         print_json(summary)
     else:
         _print_summary(summary)
+
+
+def joint_budgets(budget: str, front: str | None, *, others: Sequence[str]) -> list[Budget]:
+    """Return the budget of the plan, and behind it those of the front.
+
+    Raises:
+        ConfigError: a budget is malformed, or ``others`` names a second one.
+    """
+    if others:
+        raise ConfigError(
+            f"--budget ({budget}) and {' and '.join(others)}: give one budget; --budget allocates both sparsities, the "
+            "other options S alone"
+        )
+    first = parse_budget(budget)
+    shares = [] if front is None else [share for share in parse_front(front) if share != first.value]
+    return [first, *(Budget(first.quantity, share, first.batch) for share in shares)]
+
+
+def check_no_joint_options(given: Mapping[str, object]) -> None:
+    """Raise ConfigError if an option is given that only --budget has."""
+    wrong = [name for name, value in given.items() if value is not None]
+    if wrong:
+        raise ConfigError(f"{' and '.join(wrong)}: only with --budget, such as --budget bytes=0.5@batch=1")
+
+
+def _jointly(
+    found_model: ModelFolder,
+    budgets: list[Budget],
+    output: Path,
+    folder: Path,
+    *,
+    options: dict[str, Any],
+    force: bool,
+    device: str,
+    overrides: Sequence[str],
+) -> dict[str, Any]:
+    """Allocate and compare, write all files, and return the JSON."""
+    import json
+
+    from qsparse_moe.ablation.allocation.joint_plans import JOINT
+    from qsparse_moe.ablation.allocation.joint_report import as_dict, markdown, write_front
+    from qsparse_moe.ablation.allocation.joint_run import JointOptions, allocate_budgets
+    from qsparse_moe.runs.folder import write_atomically
+
+    found = allocate_budgets(
+        found_model.path,
+        budgets,
+        JointOptions(**options),
+        device=device,
+        overrides=overrides,
+        notify=lambda result: print(f"compared {result.budget.text}", file=sys.stderr, flush=True),
+    )
+    write_plan(found.results[0].plans[JOINT], output, force=force)
+    summary = as_dict(found, run_dir=found_model.path, output=output)
+    summary["settings"] = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "allocation.json", json.dumps(summary, indent=1) + "\n")
+    picture = write_front(found, folder / "front.png").name if len(found.results) > 1 else None
+    title = f"Joint plans for {found_model.path}"
+    write_atomically(folder / "report.md", markdown(found, title=title, figure=picture))
+    return summary
+
+
+def _print_joint(summary: dict[str, Any]) -> None:
+    from qsparse_moe.ablation.allocation.joint_report import HEAD, joint_rows
+
+    console, dense = result_console(), summary["dense"]["cost"]
+    for budget in summary["budgets"]:
+        title = f"{budget['budget']}, on {summary['held_out_rows']} held-out sequences"
+        console.print(rich_table(title, HEAD, joint_rows(budget, dense)))
+        for name, reason in budget["left_out"].items():
+            console.print(f"no plan {name}: {reason}")
+        if budget["after_training"]:
+            rows = joint_rows(budget, dense, after_training=True)
+            console.print(rich_table(f"After {summary['train_steps']} steps of training", HEAD, rows))
+    console.print(f"plan              {summary['output']}", soft_wrap=True)
+    console.print(f"to use it         {shlex.join(summary['settings'])}", soft_wrap=True)
 
 
 def requested_budget(

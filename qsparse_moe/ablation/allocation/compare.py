@@ -10,6 +10,7 @@ import numpy as np
 from qsparse_moe.ablation.allocation.allocate import allocate_for, uniform_at
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
 from qsparse_moe.ablation.allocation.rivals import greedy_plan, random_plan
+from qsparse_moe.ablation.routing import with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, bootstrap_intervals, loss_by_document
 from qsparse_moe.data.packing import Array
 from qsparse_moe.model.transformer import Transformer
@@ -79,17 +80,50 @@ def compare(
     model: Transformer, sequences: DocumentSequences, plans: Mapping[str, SparsityPlan], costs: Costs
 ) -> tuple[PlanComparison, ...]:
     """Compare every plan and the dense model on held-out sequences; uniform S must be among the plans."""
+    dense = with_all_ranks(SparsityPlan.uniform(model.config, 0.0))
+    return comparisons(evaluated(model, sequences, {**plans, DENSE: dense}, costs), sequences.labels_C)
+
+
+def evaluated(
+    model: Transformer, sequences: DocumentSequences, plans: Mapping[str, SparsityPlan], costs: Costs
+) -> dict[str, tuple[Array, float]]:
+    """Return the loss per document and the cost of every plan, under the expert load that the plan itself has there.
+
+    The plan of the model is the same after the call.
+    """
     before = model.sparsity_plan
     found: dict[str, tuple[Array, float]] = {}
     try:
-        for name, plan in ({**plans, DENSE: SparsityPlan.uniform(model.config, 0.0)}).items():
+        for name, plan in plans.items():
             model.set_sparsity(plan)
             losses_C = loss_by_document(model, sequences)
             # The load depends on the plan, because sparser layers route other tokens to an expert.
-            found[name] = losses_C, replace(costs, load=measured_load(model, sequences)).of(plan)
+            found[name] = losses_C, replace(costs, load=measured_load(model, sequences), loads={}).of(plan)
+        return found
     finally:
         model.set_sparsity(before)
-    return comparisons(found, sequences.labels_C)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The loss of one plan less that of another on the held-out sequences, in nats per token."""
+
+    plan: str
+    against: str
+    difference: float
+    interval: tuple[float, float]
+    """95 % bootstrap interval over documents, of differences within a document."""
+
+
+def differences(found: Mapping[str, tuple[Array, float]], plan: str, labels_C: Array) -> tuple[Difference, ...]:
+    """Return the differences between ``plan`` and every other one."""
+    others = [name for name in found if name != plan]
+    differences_XC = np.stack([found[plan][0] - found[name][0] for name in others])
+    low, high = bootstrap_intervals(differences_XC, labels_C)
+    return tuple(
+        Difference(plan, name, float(differences_XC[i].sum() / labels_C.sum()), (float(low[i]), float(high[i])))
+        for i, name in enumerate(others)
+    )
 
 
 def comparisons(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tuple[PlanComparison, ...]:

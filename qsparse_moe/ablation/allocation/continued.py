@@ -54,16 +54,36 @@ def compare_after_training(
     # Every plan costs a training of its own, so one random plan represents the others.
     chosen = {name: plans[name] for name in (ALLOCATED, UNIFORM, GREEDY, "random 0") if name in plans}
     chosen[DENSE] = SparsityPlan.uniform(costs.config, 0.0)
+    measured = train_with_plans(folder, chosen, held_out, costs, steps=steps, device=device, overrides=overrides)
+    return comparisons(measured, held_out.labels_C)
+
+
+def train_with_plans(
+    folder: Path,
+    plans: Mapping[str, SparsityPlan],
+    held_out: DocumentSequences,
+    costs: Costs,
+    *,
+    steps: int,
+    device: str,
+    overrides: Sequence[str] = (),
+) -> dict[str, tuple[Array, float]]:
+    """Return the loss per document and the cost of every plan after ``steps`` steps of training with it.
+
+    Raises:
+        CheckpointError, TrainingDiverged: under the same conditions as in training.
+    """
     measured: dict[str, tuple[Array, float]] = {}
     with open_distributed(device) as distributed:
         found = find_model(folder)
         data = load_data(load_run_config(found.config_folder, overrides).data)
-        for name, plan in chosen.items():
+        for name, plan in plans.items():
             # One at a time: two models with optimizer states may not fit into memory.
             model = _trained(found, plan, steps, data, distributed, overrides)
             losses_C = loss_by_document(model, held_out)
-            measured[name] = losses_C, replace(costs, load=measured_load(model, held_out)).of(plan)
-    return comparisons(measured, held_out.labels_C)
+            load = measured_load(model, held_out)
+            measured[name] = losses_C, replace(costs, load=load, loads={}).of(plan)
+    return measured
 
 
 def _trained(

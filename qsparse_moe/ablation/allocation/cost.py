@@ -5,16 +5,18 @@ E experts, A experts per token, K selected features, B tokens per step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
 
 import torch
 
+from qsparse_moe.ablation.allocation.budget import Quantity
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of
-from qsparse_moe.ablation.routing import Choice, choices_of
+from qsparse_moe.ablation.routing import Choice, choices_of, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
+from qsparse_moe.ablation.sensitivity.listeners import ChoiceLoad
+from qsparse_moe.ablation.sensitivity.routed_layer import routed_layers
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.accounting.traffic import union
@@ -24,7 +26,6 @@ from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
 from qsparse_moe.training.engines.protocol import run_model
 
-Quantity = Literal["sparsity", "parameters", "flops", "bytes"]
 Load = Mapping[int, tuple[float, ...]]
 """For every MoE layer, the share of tokens that use each expert: between 0 and 1, A in total."""
 Loads = Mapping[int, Mapping[Choice, tuple[float, ...]]]
@@ -145,3 +146,18 @@ def measured_load(model: Transformer, sequences: DocumentSequences) -> Load:
     # Over a layer the shares add up to its mean number of experts per token.
     shares_LE = total / num_tokens
     return {layer: tuple(shares_E) for layer, shares_E in zip(layers, shares_LE.tolist(), strict=True)}
+
+
+@torch.no_grad()
+def measured_loads(model: Transformer, sequences: DocumentSequences, choices: Sequence[Choice]) -> Loads:
+    """Return the load of every MoE layer under each of ``choices`` there, while the other layers keep their own."""
+    plan = model.sparsity_plan
+    try:
+        model.set_sparsity(with_all_ranks(plan))
+        with routed_layers(model, choices_of(plan, model.config)) as routed:
+            counters = {layer: ChoiceLoad(place, choices) for layer, place in routed.items()}
+            for batch in sequences.batches:
+                run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
+        return {layer: counter.shares() for layer, counter in counters.items()}
+    finally:
+        model.set_sparsity(plan)

@@ -11,7 +11,7 @@ n cells of a layer, O choices, X values of S, Q pieces times draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ _HALVINGS = 40
 _STEPS = (1.0, 0.5, 0.25, 0.1)
 """Parts of the way to the balance at the current curves, of which the one with the least estimated loss is taken."""
 _SWEEPS = 4
+_PRICES = 200
 # A choice must lower the loss by more than rounding, or two choices could alternate.
 _LEAST_GAIN = 1e-7
 
@@ -56,11 +57,9 @@ class Problem:
     """The plan that the terms were estimated around."""
     radius: float
     """How far S of a cell may move from there."""
-    free_sparsity: bool = True
-    """Whether S may change at all."""
 
     @classmethod
-    def of(cls, terms: PlanTerms, costs: Costs, target: float, *, radius: float, free_sparsity: bool = True) -> Problem:
+    def of(cls, terms: PlanTerms, costs: Costs, target: float, *, radius: float) -> Problem:
         """Return the problem of a budget in the unit of ``costs``, whose loads have all choices of the terms."""
         choices = choices_of(terms.plan, costs.config)
         here = Point(
@@ -69,7 +68,7 @@ class Problem:
             np.inf,
         )
         tables = tuple(_cost_table(layer, terms.values, costs) for layer in terms.layers)
-        return cls(terms, tables, costs.total_at(target), here, radius, free_sparsity)
+        return cls(terms, tables, costs.total_at(target), here, radius)
 
     def plan_of(self, point: Point) -> SparsityPlan:
         """Return the plan of a point."""
@@ -98,6 +97,47 @@ class Problem:
                 break
         return self.balanced(best.picks, best.sparsity)
 
+    def routing_alone(self) -> Point:
+        """Return the best choices within the budget that are found while every S stays as it is.
+
+        At every price the layers take their best choice in turns; of all prices the one with the least loss counts.
+        """
+        fixed = [
+            interpolated_cost(table, self.terms.values, own)
+            for table, own in zip(self.costs, self.here.sparsity, strict=True)
+        ]
+        best = self.here
+        for price in self._routing_prices(fixed):
+            picks = self._turns(price, fixed)
+            if sum(cost_O[pick] for cost_O, pick in zip(fixed, picks, strict=True)) <= self.budget * (1 + 1e-9):
+                best = min(
+                    best,
+                    Point(picks, self.here.sparsity, self._loss(picks, self.here.sparsity)),
+                    key=lambda point: point.loss,
+                )
+        return best
+
+    def _routing_prices(self, fixed: Sequence[Array]) -> Array:
+        """Return prices from far below to far above those at which the choice of a layer changes."""
+        gains = [
+            np.ptp(layer.routing_first_O + self.terms.share * np.square(layer.routing_drawn_OQ).sum(-1))
+            for layer in self.terms.layers
+        ]
+        scale = sum(gains) / max(sum(np.ptp(cost_O) for cost_O in fixed), 1e-12)
+        return scale * np.geomspace(1e-3, 1e3, _PRICES)
+
+    def _turns(self, price: float, fixed: Sequence[Array]) -> tuple[int, ...]:
+        picks, layers = list(self.here.picks), self.terms.layers
+        total_Q = sum(layer.routing_drawn_OQ[pick] for layer, pick in zip(layers, picks, strict=True))
+        for _ in range(_SWEEPS):
+            for number, layer in enumerate(layers):
+                others_Q = total_Q - layer.routing_drawn_OQ[picks[number]]
+                square_O = np.square(others_Q + layer.routing_drawn_OQ).sum(-1)
+                loss_O = layer.routing_first_O + self.terms.share * square_O + price * fixed[number]
+                picks[number] = int(loss_O.argmin())
+                total_Q = others_Q + layer.routing_drawn_OQ[picks[number]]
+        return tuple(picks)
+
     def _neighbours(self, picks: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         for number, (pick, table) in enumerate(zip(self.here.picks, self.costs, strict=True)):
             # At the densest S, where the costs of two choices are farthest apart.
@@ -110,8 +150,6 @@ class Problem:
     def balanced(self, picks: tuple[int, ...], sparsity: tuple[Array, ...], steps: int = 6) -> Point:
         """Return the point with these choices after ``steps`` steps of S from ``sparsity``."""
         here = Point(picks, sparsity, self._loss(picks, sparsity))
-        if not self.free_sparsity:
-            return here
         for _ in range(steps):
             towards = self._cheapest(picks, self._curves(picks, here.sparsity))
             # Beyond the budget only the whole step is known to be within it.
@@ -186,6 +224,11 @@ def _cost_table(layer: LayerTerms, values: Array, costs: Costs) -> Array:
             for choice in layer.choices
         ]
     )
+
+
+def interpolated_cost(table_OnX: Array, values: Array, sparsity_n: Array) -> Array:
+    """Return the cost of a layer under every choice, ``(O,)``, at these S."""
+    return np.array([interpolated(cost_nX, values, sparsity_n).sum() for cost_nX in table_OnX])
 
 
 def _at_price(curve_nX: Array, cost_nX: Array, price: float) -> Array:

@@ -21,7 +21,8 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.engines.protocol import run_model
 
 _STEP = 0.05  # the spacing of FINE_VALUES, at which the allocation estimates its curves
-_RANDOM_SPREAD = 0.3
+RANDOM_SPREAD = 0.3
+"""How far S of a random plan may be from the level that meets the budget."""
 
 
 def random_plan(plan: SparsityPlan, costs: Costs, target: float, seed: int) -> SparsityPlan:
@@ -32,7 +33,7 @@ def random_plan(plan: SparsityPlan, costs: Costs, target: float, seed: int) -> S
     """
     generator = np.random.default_rng(seed)
     cells = cells_of(plan)
-    offsets = generator.uniform(-_RANDOM_SPREAD, _RANDOM_SPREAD, len(cells))
+    offsets = generator.uniform(-RANDOM_SPREAD, RANDOM_SPREAD, len(cells))
     return shifted(plan, dict(zip(cells, offsets.tolist(), strict=True)), costs, target)
 
 

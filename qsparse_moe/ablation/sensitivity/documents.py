@@ -49,6 +49,14 @@ class DocumentSequences:
         every = torch.cat([ids[batch.targets_BS != IGNORED_LABEL] for batch, ids in self])
         return torch.bincount(every, minlength=self.num_documents).double().numpy()
 
+    def first(self, num_sequences: int) -> DocumentSequences:
+        """Return the first batches, with at least ``num_sequences`` sequences if there are as many."""
+        count, taken = 0, 0
+        while taken < num_sequences and count < len(self.batches):
+            taken += len(self.batches[count].tokens_BS)
+            count += 1
+        return DocumentSequences(self.batches[:count], self.documents[:count], self.num_documents)
+
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         return iter(zip(self.batches, self.documents, strict=True))
 

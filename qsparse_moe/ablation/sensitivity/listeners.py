@@ -82,17 +82,16 @@ class _Rows:
         return row_order(self._site, self.x_ND)
 
 
-class RoutingListener:
-    """A hook at the output of one MoE layer that sums g.(y(choice) - y) for every choice of ranks, and its load."""
+class ChoiceLoad:
+    """Counts, in every forward pass of one MoE layer, the tokens that use each expert under each choice of ranks."""
 
-    def __init__(self, layer: RoutedLayer, choices: Sequence[Choice], num_documents: int, *, keep: bool) -> None:
+    def __init__(self, layer: RoutedLayer, choices: Sequence[Choice]) -> None:
         self._layer, self._choices = layer, choices
-        self.sums = PieceSums(len(choices), 1, num_documents, keep=keep)
         self._tokens_OE = torch.zeros(len(choices), layer.num_experts, dtype=torch.float64)
         self._num_tokens = 0
-        layer.on_output, layer.on_gradient = self._count, self._add
+        layer.on_output = self._count
 
-    def load(self) -> dict[Choice, tuple[float, ...]]:
+    def shares(self) -> dict[Choice, tuple[float, ...]]:
         """Return the share of the tokens so far that use each expert, per choice."""
         shares_OE = self._tokens_OE / max(self._num_tokens, 1)
         return {choice: tuple(shares_E) for choice, shares_E in zip(self._choices, shares_OE.tolist(), strict=True)}
@@ -104,6 +103,15 @@ class RoutingListener:
         for number, choice in enumerate(self._choices):
             used_N = used_ranks(weights_TA, choice).flatten()[routed.slot_N]
             self._tokens_OE[number].index_add_(0, routed.expert_N.cpu(), used_N.double().cpu())
+
+
+class RoutingListener:
+    """A hook at the output of one MoE layer that sums g.(y(choice) - y) for every choice of ranks."""
+
+    def __init__(self, layer: RoutedLayer, choices: Sequence[Choice], num_documents: int, *, keep: bool) -> None:
+        self._layer, self._choices = layer, choices
+        self.sums = PieceSums(len(choices), 1, num_documents, keep=keep)
+        layer.on_gradient = self._add
 
     def _add(self, grad_TD: Tensor) -> None:
         wide = torch.promote_types(grad_TD.dtype, torch.float32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsparse_moe.ablation.routing import Choice, choices_of, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, token_losses
-from qsparse_moe.ablation.sensitivity.listeners import RoutingListener, SiteListener
+from qsparse_moe.ablation.sensitivity.listeners import ChoiceLoad, RoutingListener, SiteListener
 from qsparse_moe.ablation.sensitivity.routed_layer import routed_layers
 from qsparse_moe.ablation.sensitivity.sums import Pieces, PieceSums
 from qsparse_moe.config.schema import Site
@@ -131,6 +131,7 @@ def _listening(
                     for layer, place in routed.items()
                 }
                 found.routing.update({layer: listener.sums for layer, listener in routing.items()})
+                loads = {layer: ChoiceLoad(place, changes.routing[layer]) for layer, place in routed.items()}
                 for block in model.blocks():
                     for name, site in block.sites().items():
                         own = routed.get(block.layer) if name in EXPERT_SITES else None
@@ -139,7 +140,7 @@ def _listening(
                         listeners[site], found.sites[block.layer, name] = listener, listener.sums
                 with site_hooks(listeners, ranks=True):
                     yield found
-                found.load.update({layer: listener.load() for layer, listener in routing.items()})
+                found.load.update({layer: load.shares() for layer, load in loads.items()})
         finally:
             model.set_sparsity(plan)
 

@@ -1,0 +1,100 @@
+"""Budgets as the command line states them: ``bytes=0.5@batch=1``, and the values of a front, ``0.3:0.9:0.1``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, cast, get_args
+
+from qsparse_moe.errors import ConfigError
+
+Quantity = Literal["sparsity", "parameters", "flops", "bytes", "ms"]
+_LIMITED = tuple(name for name in get_args(Quantity) if name != "sparsity")
+_BY_BATCH = ("bytes", "ms")
+_EXAMPLE = "bytes=0.5@batch=1, flops=0.6, parameters=0.4, or ms=0.5@batch=1"
+_MOST_POINTS = 50
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A limit of one cost per token, or per step of ``batch`` tokens."""
+
+    quantity: Quantity
+    value: float
+    """Up to 1 a share of the cost of the dense model with all its experts per token, above 1 the cost itself."""
+    batch: int = 1
+
+    def target(self, dense: float) -> float:
+        """Return the limit in the unit of the quantity; ``dense`` is the cost of the dense model."""
+        return self.value * dense if self.value <= 1.0 else self.value
+
+    @property
+    def text(self) -> str:
+        """Return the budget as ``parse_budget`` reads it."""
+        batch = f"@batch={self.batch}" if self.quantity in _BY_BATCH else ""
+        return f"{self.quantity}={self.value:.10g}{batch}"
+
+
+def parse_budget(text: str) -> Budget:
+    """Return the budget of ``--budget``.
+
+    Raises:
+        ConfigError: it is not one quantity with a positive value, or has a batch that does not change the cost.
+    """
+    limit, _, suffix = text.partition("@")
+    name, equals, number = (part.strip() for part in limit.partition("="))
+    if name not in _LIMITED or not equals:
+        raise ConfigError(
+            f"--budget ({text}) must be one of {', '.join(_LIMITED)} with a value, such as {_EXAMPLE}; a value up to 1 "
+            "is a share of the dense model's cost"
+        )
+    value = _positive(number)
+    if value is None:
+        raise ConfigError(
+            f"--budget ({text}): the value {number!r} must be a number above 0; up to 1 it is a share of the dense "
+            "model's cost, above 1 the cost itself"
+        )
+    return Budget(cast(Quantity, name), value, _batch(text, name, suffix))
+
+
+def _batch(text: str, name: str, suffix: str) -> int:
+    if not suffix:
+        return 1
+    key, _, number = (part.strip() for part in suffix.partition("="))
+    if key != "batch" or not number.isdecimal() or int(number) < 1:
+        raise ConfigError(
+            f"--budget ({text}): behind @ stands batch=B with a whole number B of at least 1, the tokens of one step"
+        )
+    if name not in _BY_BATCH and int(number) != 1:
+        raise ConfigError(
+            f"--budget ({text}): {name} is counted per token and has no batch; leave @batch out, or limit bytes or ms"
+        )
+    return int(number)
+
+
+def parse_front(text: str) -> tuple[float, ...]:
+    """Return the shares of ``--front``, ascending, both ends included.
+
+    Raises:
+        ConfigError: it is not LOW:HIGH:STEP with shares in (0, 1].
+    """
+    parts = [_positive(part) for part in text.split(":")]
+    rule = f"--front ({text}) must be LOW:HIGH:STEP with 0 < LOW <= HIGH <= 1 and a STEP above 0, such as 0.3:0.9:0.1"
+    if len(parts) != 3 or None in parts:
+        raise ConfigError(rule)
+    low, high, step = cast(list[float], parts)
+    if not low <= high <= 1.0:
+        raise ConfigError(rule)
+    # A little more than a whole number of steps would be one step less by rounding.
+    count = int((high - low) / step + 1e-9) + 1
+    if count > _MOST_POINTS:
+        raise ConfigError(f"--front ({text}) has {count} budgets, and at most {_MOST_POINTS} are allowed; raise STEP")
+    return tuple(round(low + number * step, 10) for number in range(count))
+
+
+def _positive(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    # Not nan either, which is not above 0.
+    return value if 0.0 < value < float("inf") else None

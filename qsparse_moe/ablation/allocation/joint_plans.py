@@ -1,0 +1,139 @@
+"""All plans of one budget that a joint plan is compared with: one sparsity alone, uniform, greedy, and random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, check_budget, shifted, uniform_at
+from qsparse_moe.ablation.allocation.compare import GREEDY, UNIFORM
+from qsparse_moe.ablation.allocation.cost import Costs
+from qsparse_moe.ablation.allocation.jointly import allocate_jointly, allocate_routing, best_of
+from qsparse_moe.ablation.allocation.rivals import RANDOM_SPREAD, greedy_plan
+from qsparse_moe.ablation.cells import cells_of
+from qsparse_moe.ablation.routing import Choice, with_all_ranks, with_choices
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
+from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shapes import moe_layers
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+JOINT, S_ALONE, A_ALONE, UNIFORM_BOTH = "joint", "S alone", "A alone", "uniform both"
+TOP_P = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""The shares of the router weight among which a plan chooses."""
+# Greedy evaluates every layer about 150 times, and the plan that it finds is far worse than uniform S anyway.
+_GREEDY_SEQUENCES = 16
+_TRIES = 50
+
+
+@dataclass(frozen=True)
+class BudgetPlans:
+    """The plans of one budget by name."""
+
+    plans: dict[str, SparsityPlan]
+    left_out: dict[str, str]
+    """The reason why a plan does not exist at this budget."""
+
+
+def routing_choices(config: ModelConfig, *, with_top_p: bool = True, least: int = 0) -> list[Choice]:
+    """Return the choices of ranks that a layer may have: every number of experts, and shares of the router weight."""
+    most = config.moe.experts_per_token
+    counts = [Choice(experts) for experts in range(least, most + 1)]
+    return counts + [Choice(most, share) for share in TOP_P if with_top_p and most > 1]
+
+
+def everywhere(plan: SparsityPlan, config: ModelConfig, choice: Choice) -> SparsityPlan:
+    """Return ``plan`` with one choice in all MoE layers."""
+    return with_choices(plan, dict.fromkeys(moe_layers(config), choice))
+
+
+def plans_of_budget(
+    model: Transformer,
+    sequences: DocumentSequences,
+    costs: Costs,
+    target: float,
+    choices: Sequence[Choice],
+    *,
+    rounds: int = 3,
+    num_random: int = 3,
+    greedy: bool = True,
+) -> BudgetPlans:
+    """Return the joint plan and its rivals. ``costs`` has the load of the dense model under every choice.
+
+    Raises:
+        ConfigError: no plan meets the budget; the nearest that can be met is named.
+    """
+    config, dense = model.config, with_all_ranks(SparsityPlan.uniform(model.config, 0.0))
+    check_reachable(costs, dense, target, choices)
+    uniform, left_out = _uniform_plans(config, dense, costs, target, choices), {}
+    plans: dict[str, SparsityPlan] = {}
+    full = Choice(config.moe.experts_per_token)
+    by_layer = dict.fromkeys(moe_layers(config), choices)
+    best_uniform = best_of(model, sequences, list(uniform.values()))
+    start = best_uniform
+    if full in uniform:
+        only_s = dict.fromkeys(moe_layers(config), [full])
+        plans[UNIFORM] = uniform[full]
+        plans[S_ALONE] = allocate_jointly(model, sequences, costs, target, uniform[full], only_s, rounds=rounds)
+        # Rounds that began at S alone ended at a higher loss than those from uniform plans with fewer experts, although
+        # its own loss was the lower one (docs/lab-log.md, 29 November).
+        start = plans[S_ALONE] if best_uniform is uniform[full] else best_uniform
+    else:
+        left_out[S_ALONE] = f"S of {MOST_SPARSE:g} everywhere exceeds the budget while all experts are used"
+    joint = allocate_jointly(model, sequences, costs, target, start, by_layer, rounds=rounds)
+    plans[JOINT] = best_of(model, sequences, [joint, *(plans[name] for name in plans if name == S_ALONE)])
+    alone = allocate_routing(model, sequences, costs, target, dense, by_layer)
+    if alone is None:
+        left_out[A_ALONE] = "without experts the model still exceeds the budget at S = 0"
+    else:
+        plans[A_ALONE] = alone
+    plans[UNIFORM_BOTH] = best_uniform
+    if greedy and full in uniform:
+        own = replace(costs, loads={}, load={layer: costs.loads[layer][full] for layer in costs.loads})
+        few = sequences.first(_GREEDY_SEQUENCES)
+        plans[GREEDY] = greedy_plan(model, few, uniform[full], own, target)
+    for seed in range(num_random):
+        plans[f"random {seed}"] = random_joint_plan(dense, config, costs, target, choices, seed)
+    return BudgetPlans(plans, left_out)
+
+
+def check_reachable(costs: Costs, dense: SparsityPlan, target: float, choices: Sequence[Choice]) -> None:
+    """Raise ConfigError if even the sparsest plan with the cheapest choice exceeds the budget."""
+    sparsest = replace(dense, values={place: (MOST_SPARSE,) * len(own) for place, own in dense.values.items()})
+    check_budget(costs, min((everywhere(sparsest, costs.config, one) for one in choices), key=costs.of), target)
+
+
+def _uniform_plans(
+    config: ModelConfig, dense: SparsityPlan, costs: Costs, target: float, choices: Sequence[Choice]
+) -> dict[Choice, SparsityPlan]:
+    """Return the uniform plan of every choice that meets the budget."""
+    found = {}
+    for choice in choices:
+        try:
+            found[choice] = uniform_at(everywhere(dense, config, choice), costs, target)
+        except ConfigError:
+            # Another choice meets it: check_reachable has found one.
+            continue
+    return found
+
+
+def random_joint_plan(
+    dense: SparsityPlan, config: ModelConfig, costs: Costs, target: float, choices: Sequence[Choice], seed: int
+) -> SparsityPlan:
+    """Return a plan with random choices of ranks, and S drawn uniformly within 0.3 of a level that meets the budget."""
+    generator, cells = np.random.default_rng(seed), cells_of(dense)
+    cheapest = min(choices, key=lambda choice: costs.of(everywhere(dense, config, choice)))
+    for number in range(_TRIES):
+        drawn = {layer: choices[int(generator.integers(len(choices)))] for layer in moe_layers(config)}
+        offsets = generator.uniform(-RANDOM_SPREAD, RANDOM_SPREAD, len(cells)).tolist()
+        if number == _TRIES - 1:
+            drawn = dict.fromkeys(drawn, cheapest)
+        try:
+            return shifted(with_choices(dense, drawn), dict(zip(cells, offsets, strict=True)), costs, target)
+        except ConfigError:
+            # These choices alone exceed a small budget; others are drawn.
+            continue
+    raise AssertionError("check_reachable has found a plan with the cheapest choice")

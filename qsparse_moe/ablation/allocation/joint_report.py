@@ -1,0 +1,144 @@
+"""Write joint allocations as JSON, Markdown, and a figure of the front."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from qsparse_moe.ablation.allocation.compare import DENSE, GREEDY, UNIFORM, Difference, PlanComparison
+from qsparse_moe.ablation.allocation.joint_plans import A_ALONE, JOINT, S_ALONE, UNIFORM_BOTH
+from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
+from qsparse_moe.ablation.allocation.report import NO_GAP
+from qsparse_moe.ablation.sensitivity.report import table
+from qsparse_moe.errors import naming
+from qsparse_moe.metrics.tensorboard import plan_table
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+FORMAT = "qsparse_moe.allocation/2"
+HEAD = ("plan", "loss", "against uniform", "joint less this plan", "95 % interval", "measured cost", "gap closed")
+"""The columns of ``joint_rows``."""
+_UNITS = {"parameters": "parameters per token", "flops": "FLOPs per token", "bytes": "bytes per step", "ms": "ms"}
+# Random and greedy plans are far above the others and would set the scale.
+_DRAWN = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH)
+_KEPT = (JOINT, S_ALONE, A_ALONE, UNIFORM_BOTH, GREEDY)
+
+
+def as_dict(found: JointAllocation, *, run_dir: Path, output: Path) -> dict[str, Any]:
+    """Return everything as values that JSON can hold. The keys are public and do not follow renamings."""
+    first = found.results[0].budget
+    return {
+        "format": FORMAT,
+        "run_dir": str(run_dir),
+        "output": str(output),
+        "quantity": first.quantity,
+        "batch": first.batch,
+        "step": found.step,
+        "rows": found.num_sequences,
+        "held_out_rows": found.num_held_out,
+        "train_steps": found.train_steps,
+        "dense": {"cost": found.dense_cost, "loss": found.dense_loss},
+        "budgets": [_budget(result, found.dense_cost) for result in found.results],
+    }
+
+
+def _budget(result: BudgetResult, dense_cost: float) -> dict[str, Any]:
+    return {
+        "budget": result.budget.text,
+        "share": result.target / dense_cost,
+        "target": result.target,
+        "outcomes": [asdict(one) for one in result.comparisons],
+        "joint_less": [asdict(one) for one in result.differences],
+        "after_training": [asdict(one) for one in result.after_training],
+        "joint_less_after_training": [asdict(one) for one in result.differences_after_training],
+        "left_out": dict(result.left_out),
+        "plans": {name: json.loads(plan.to_json()) for name, plan in result.plans.items() if name in _KEPT},
+    }
+
+
+def markdown(found: JointAllocation, *, title: str, figure: str | None) -> str:
+    """Return the comparisons of every budget, and the joint plan of the first."""
+    first = found.results[0]
+    parts = [
+        f"# {title}",
+        f"Checkpoint of step {found.step}; {found.num_sequences} training sequences for the plans, "
+        f"{found.num_held_out} validation sequences for the comparison. The dense model with all its experts per token "
+        f"costs {found.dense_cost:,.6g} {_UNITS[first.budget.quantity]} and has a loss of {found.dense_loss:.4f} nats "
+        "per token. Costs are shares of the dense model's, measured on the validation sequences. Intervals are those "
+        "of the difference, by bootstrap over documents.",
+    ]
+    if figure is not None:
+        parts.append(f"![front]({figure})")
+    for result in found.results:
+        parts += [
+            f"## {result.budget.text}",
+            table(HEAD, joint_rows(_budget(result, found.dense_cost), found.dense_cost)),
+        ]
+        parts += [f"No plan *{name}*: {reason}." for name, reason in result.left_out.items()]
+        if result.after_training:
+            after = _budget(result, found.dense_cost)
+            parts.append(f"After {found.train_steps} steps of training with each plan:")
+            parts.append(table(HEAD, joint_rows(after, found.dense_cost, after_training=True)))
+    parts += ["Experts per token of the first joint plan:", routing_table(first.plans[JOINT])]
+    return "\n\n".join([*parts, "S of the first joint plan:", plan_table(first.plans[JOINT])]) + "\n"
+
+
+def joint_rows(budget: dict[str, Any], dense_cost: float, *, after_training: bool = False) -> list[tuple[str, ...]]:
+    """Return the rows of one budget of ``as_dict`` as text, in the order of ``HEAD``."""
+    names = ("after_training", "joint_less_after_training") if after_training else ("outcomes", "joint_less")
+    less = {one["against"]: one for one in budget[names[1]]}
+    return [
+        (
+            one["name"],
+            f"{one['loss']:.4f}",
+            f"{one['against_uniform']:+.4f}",
+            f"{less[one['name']]['difference']:+.4f}" if one["name"] in less else "",
+            "{:+.4f} to {:+.4f}".format(*less[one["name"]]["interval"]) if one["name"] in less else "",
+            f"{one['cost'] / dense_cost:.3f}",
+            NO_GAP if one["gap_closed"] is None else f"{one['gap_closed']:.2f}",
+        )
+        for one in budget[names[0]]
+    ]
+
+
+def routing_table(plan: SparsityPlan) -> str:
+    """Return the experts per token by layer as a Markdown table."""
+    layers = sorted(plan.experts_per_token)
+    return table(
+        ("layer", "experts per token, at most", "share of the router weight"),
+        [(str(one), str(plan.experts_per_token[one]), f"{plan.top_p.get(one, 1.0):g}") for one in layers],
+    )
+
+
+def write_front(found: JointAllocation, file: Path) -> Path:
+    """Write the loss over the measured cost of every kind of plan as a PNG file, and return its path."""
+    figure = Figure(figsize=(6.4, 4.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for name in _DRAWN:
+        points = sorted((one.cost / found.dense_cost, one.loss) for one in _of(found.results, name))
+        axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, label=name) if points else None
+    axes.axhline(found.dense_loss, color="grey", lw=0.8, ls="--", label=DENSE)
+    axes.set_xlabel(f"{_UNITS[found.results[0].budget.quantity]}, measured, as a share of the dense model's")
+    axes.set_ylabel("loss on held-out text, nats per token")
+    axes.legend(fontsize=8)
+    with naming(file):
+        FigureCanvasAgg(figure).print_png(str(file))
+    return file
+
+
+def _of(results: Sequence[BudgetResult], name: str) -> list[PlanComparison]:
+    return [one for result in results for one in result.comparisons if one.name == name]
+
+
+def better_of_one_kind(result: BudgetResult) -> Difference | None:
+    """Return the difference between the joint plan and the better of S alone and A alone; None without either."""
+    losses = {one.name: one.loss for one in result.comparisons if one.name in (S_ALONE, A_ALONE)}
+    if not losses:
+        return None
+    better = min(losses, key=lambda name: losses[name])
+    return next(one for one in result.differences if one.against == better)

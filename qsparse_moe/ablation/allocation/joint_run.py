@@ -1,0 +1,224 @@
+"""Allocate both sparsities of a run for one budget or a front of budgets, and compare the plans on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from qsparse_moe.ablation.allocation.budget import Budget
+from qsparse_moe.ablation.allocation.compare import (
+    DENSE,
+    UNIFORM,
+    Difference,
+    PlanComparison,
+    comparisons,
+    differences,
+    evaluated,
+)
+from qsparse_moe.ablation.allocation.continued import train_with_plans
+from qsparse_moe.ablation.allocation.cost import Costs, measured_loads
+from qsparse_moe.ablation.allocation.joint_plans import (
+    A_ALONE,
+    JOINT,
+    S_ALONE,
+    UNIFORM_BOTH,
+    check_reachable,
+    plans_of_budget,
+    routing_choices,
+)
+from qsparse_moe.ablation.routing import Choice, with_all_ranks
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, training_documents, validation_documents
+from qsparse_moe.ablation.sensitivity.measure import load_ranked
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.shapes import moe_layers
+from qsparse_moe.data.loader import load_data
+from qsparse_moe.data.packing import Array
+from qsparse_moe.data.tokenizer import meaningless_ids
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.calibrate import default_num_sequences
+
+# Every plan costs a training of its own.
+_TRAINED = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH, DENSE)
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """The plans of one budget and their comparison."""
+
+    budget: Budget
+    target: float
+    """The limit in the unit of the quantity."""
+    plans: Mapping[str, SparsityPlan]
+    left_out: Mapping[str, str]
+    """The reason why a rival does not exist at this budget."""
+    comparisons: tuple[PlanComparison, ...]
+    differences: tuple[Difference, ...]
+    """Of the joint plan and every other plan."""
+    after_training: tuple[PlanComparison, ...]
+    differences_after_training: tuple[Difference, ...]
+
+
+@dataclass(frozen=True)
+class JointAllocation:
+    """The results of all budgets of one run."""
+
+    step: int
+    """Number of training steps of the checkpoint."""
+    num_sequences: int
+    """Number of training sequences that the plans were made from."""
+    num_held_out: int
+    """Number of validation sequences that the plans were compared on."""
+    train_steps: int
+    dense_cost: float
+    """Cost of the dense model with all its experts per token, in the unit of the budget."""
+    dense_loss: float
+    results: tuple[BudgetResult, ...]
+
+
+@dataclass(frozen=True)
+class JointOptions:
+    """How plans are made and compared."""
+
+    num_sequences: int | None = None
+    """Number of training sequences for the plans; None means about 4,000 tokens per expert."""
+    num_held_out: int | None = None
+    """Number of validation sequences for the comparison; None means that of the run's evaluation."""
+    rounds: int = 3
+    num_random: int = 3
+    greedy: bool = True
+    train_steps: int = 0
+    """Number of steps of continued training per plan at the first budget; 0 means none."""
+
+
+@dataclass(frozen=True)
+class _Setting:
+    model: Transformer
+    sequences: DocumentSequences
+    held_out: DocumentSequences
+    costs: Costs
+    choices: list[Choice]
+    dense: SparsityPlan
+
+
+def allocate_budgets(
+    folder: Path,
+    budgets: Sequence[Budget],
+    options: JointOptions,
+    *,
+    device: str = "cpu",
+    overrides: Sequence[str] = (),
+    notify: Callable[[BudgetResult], None] = lambda result: None,
+) -> JointAllocation:
+    """Allocate a joint plan for every budget, and compare it on validation sequences.
+
+    Args:
+        folder: a run, whose newest checkpoint is used, one checkpoint, or an export.
+        budgets: budgets of one quantity and batch.
+        options: how plans are made and compared.
+        device: ``cpu`` or ``cuda``.
+        overrides: settings of the data in place of the run's.
+        notify: called after each budget.
+
+    Raises:
+        ConfigError: a budget cannot be met, or the run does not select by rank.
+        CheckpointError: under the same conditions as in ``load_trained``.
+    """
+    config, model, step = load_ranked(folder, torch.device(device), None, overrides)
+    if not moe_layers(config.model):
+        raise ConfigError(f"{folder} has no layers with routed experts; give --bytes or --flops for a plan of S alone")
+    setting = _setting(config, model, budgets[0], options)
+    dense_cost = setting.costs.of(setting.dense)
+    # All of them before the first plan, which takes minutes.
+    for budget in budgets:
+        check_reachable(setting.costs, setting.dense, budget.target(dense_cost), setting.choices)
+    dense = evaluated(model, setting.held_out, {DENSE: setting.dense}, setting.costs)
+    results = []
+    for budget in budgets:
+        steps = options.train_steps if budget == budgets[0] else 0
+        found = _at_budget(setting, budget, budget.target(dense_cost), options, dense)
+        if steps:
+            found = _trained(setting, found, folder, steps, device, overrides)
+        results.append(found)
+        notify(found)
+    return JointAllocation(
+        step=step,
+        num_sequences=setting.sequences.num_sequences,
+        num_held_out=setting.held_out.num_sequences,
+        train_steps=options.train_steps,
+        dense_cost=dense_cost,
+        dense_loss=float(dense[DENSE][0].sum() / setting.held_out.labels_C.sum()),
+        results=tuple(results),
+    )
+
+
+def _setting(config: RunConfig, model: Transformer, budget: Budget, options: JointOptions) -> _Setting:
+    data, size = load_data(config.data), config.training.micro_batch_size
+    model.hide_ids(meaningless_ids(config.model, data.tokenizer))
+    # As in run.py: a plan that is made from few documents fits them and little else.
+    sequences = training_documents(
+        config, data, num_sequences=options.num_sequences or default_num_sequences(config), batch_size=size
+    )
+    held_out = validation_documents(
+        data, num_sequences=options.num_held_out or config.training.evaluation_rows, batch_size=size
+    )
+    choices, dense = routing_choices(config.model), with_all_ranks(SparsityPlan.uniform(config.model, 0.0))
+    model.set_sparsity(dense)
+    loads = measured_loads(model, sequences, choices)
+    costs = Costs(
+        config.model,
+        {layer: own[Choice(config.model.moe.experts_per_token)] for layer, own in loads.items()},
+        budget.quantity,
+        context=config.data.sequence_length,
+        batch=budget.batch,
+        bytes_per_weight=4.0 if config.training.precision == "fp32" else 2.0,
+        loads=loads,
+    )
+    return _Setting(model, sequences, held_out, costs, choices, dense)
+
+
+def _at_budget(
+    setting: _Setting, budget: Budget, target: float, options: JointOptions, dense: Mapping[str, tuple[Array, float]]
+) -> BudgetResult:
+    made = plans_of_budget(
+        setting.model,
+        setting.sequences,
+        setting.costs,
+        target,
+        setting.choices,
+        rounds=options.rounds,
+        num_random=options.num_random,
+        greedy=options.greedy,
+    )
+    found = evaluated(setting.model, setting.held_out, made.plans, setting.costs) | dense
+    labels_C = setting.held_out.labels_C
+    return BudgetResult(
+        budget=budget,
+        target=target,
+        plans=made.plans,
+        left_out=made.left_out,
+        comparisons=comparisons(found, labels_C),
+        differences=differences(found, JOINT, labels_C),
+        after_training=(),
+        differences_after_training=(),
+    )
+
+
+def _trained(
+    setting: _Setting, found: BudgetResult, folder: Path, steps: int, device: str, overrides: Sequence[str]
+) -> BudgetResult:
+    plans = {**found.plans, DENSE: setting.dense}
+    chosen = {name: plans[name] for name in _TRAINED if name in plans}
+    after = train_with_plans(
+        folder, chosen, setting.held_out, setting.costs, steps=steps, device=device, overrides=overrides
+    )
+    labels_C = setting.held_out.labels_C
+    return replace(
+        found,
+        after_training=comparisons(after, labels_C),
+        differences_after_training=differences(after, JOINT, labels_C),
+    )

@@ -1,0 +1,81 @@
+"""Budgets of the command line: what they mean, and every refusal."""
+
+from __future__ import annotations
+
+import pytest
+
+from qsparse_moe.ablation.allocation.budget import Budget, parse_budget, parse_front
+from qsparse_moe.cli.allocate import check_no_joint_options, joint_budgets
+from qsparse_moe.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("text", "budget", "again"),
+    [
+        ("bytes=0.5@batch=4", Budget("bytes", 0.5, 4), "bytes=0.5@batch=4"),
+        ("bytes = 2e6", Budget("bytes", 2e6), "bytes=2000000@batch=1"),
+        ("flops=0.6", Budget("flops", 0.6), "flops=0.6"),
+        ("parameters=1@batch=1", Budget("parameters", 1.0), "parameters=1"),
+        ("ms=0.25@batch=2", Budget("ms", 0.25, 2), "ms=0.25@batch=2"),
+    ],
+)
+def test_a_budget_is_read_and_written(text, budget, again):
+    assert parse_budget(text) == budget and budget.text == again and parse_budget(again) == budget
+
+
+def test_a_value_up_to_one_is_a_share_of_the_dense_cost():
+    assert Budget("bytes", 0.25).target(400.0) == 100.0 and Budget("flops", 1.0).target(400.0) == 400.0
+    assert Budget("bytes", 300.0).target(400.0) == 300.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "0.5",
+            r"--budget \(0.5\) must be one of parameters, flops, bytes, ms with a value, such as bytes=",
+        ),
+        ("seconds=0.5", r"--budget \(seconds=0.5\) must be one of"),
+        ("bytes", r"--budget \(bytes\) must be one of"),
+        ("bytes=half", r"--budget \(bytes=half\): the value 'half' must be a number above 0"),
+        ("bytes=0", r"the value '0' must be a number above 0"),
+        ("flops=nan", r"the value 'nan' must be a number above 0"),
+        ("flops=inf", r"the value 'inf' must be a number above 0"),
+        ("bytes=0.5@batch=0", r"behind @ stands batch=B with a whole number B of at least 1"),
+        ("bytes=0.5@tokens=4", r"behind @ stands batch=B"),
+        ("bytes=0.5@batch=1.5", r"behind @ stands batch=B"),
+        ("flops=0.5@batch=4", r"flops is counted per token and has no batch; leave @batch out, or limit bytes or ms"),
+    ],
+)
+def test_a_malformed_budget_is_refused(text, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_budget(text)
+
+
+def test_a_front_has_both_ends():
+    assert parse_front("0.3:0.9:0.1") == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert parse_front("0.5:0.5:0.1") == (0.5,) and parse_front("0.2:1:0.5") == (0.2, 0.7)
+
+
+@pytest.mark.parametrize("text", ["0.3", "0.3:0.9", "0.9:0.3:0.1", "0:0.5:0.1", "0.3:1.5:0.1", "0.3:0.9:0", "a:b:c"])
+def test_a_malformed_front_is_refused(text):
+    with pytest.raises(ConfigError, match=r"--front \(.*\) must be LOW:HIGH:STEP with 0 < LOW <= HIGH <= 1"):
+        parse_front(text)
+
+
+def test_a_front_of_too_many_budgets_is_refused():
+    with pytest.raises(ConfigError, match=r"--front \(0.1:0.9:0.001\) has 801 budgets, and at most 50 are allowed"):
+        parse_front("0.1:0.9:0.001")
+
+
+def test_the_front_stands_behind_the_budget_and_has_its_quantity():
+    found = joint_budgets("bytes=0.5@batch=4", "0.4:0.6:0.1", others=[])
+    assert found == [Budget("bytes", share, 4) for share in (0.5, 0.4, 0.6)]
+    assert joint_budgets("flops=0.5", None, others=[]) == [Budget("flops", 0.5)]
+
+
+def test_contradictory_options_are_refused():
+    with pytest.raises(ConfigError, match=r"--budget \(bytes=0.5\) and --sparsity and --flops: give one budget"):
+        joint_budgets("bytes=0.5", None, others=["--sparsity", "--flops"])
+    with pytest.raises(ConfigError, match=r"--front and --held-out: only with --budget, such as"):
+        check_no_joint_options({"--front": "0.3:0.9:0.1", "--held-out": 3, "--folder": None})

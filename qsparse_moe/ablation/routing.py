@@ -78,8 +78,10 @@ def choice_weights(weights_TA: Tensor, choice: Choice, *, renormalized: bool) ->
         choice: the ranks in use.
         renormalized: whether the weights in use are scaled to the sum of all A.
     """
-    used_TA = used_ranks(weights_TA, choice)
-    kept_TA = weights_TA * used_TA
+    if choice.experts == 0:
+        # Not by the division below, whose gradient would be nan in fp32.
+        return torch.zeros_like(weights_TA)
+    kept_TA = weights_TA * used_ranks(weights_TA, choice)
     if not renormalized:
         return kept_TA
     return kept_TA * (weights_TA.sum(-1, keepdim=True) / (kept_TA.sum(-1, keepdim=True) + _TINY))

@@ -22,6 +22,7 @@ from qsparse_moe.runs.folder import load_run_config
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.allocation.budget import Quantity
+    from qsparse_moe.ablation.allocation.joint_run import JointAllocation
 
 
 FOLDER = "allocation"
@@ -189,22 +190,30 @@ def _jointly(
     from qsparse_moe.ablation.allocation.joint_run import JointOptions, allocate_budgets
     from qsparse_moe.runs.folder import write_atomically
 
-    found = allocate_budgets(
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
+
+    def write(found: JointAllocation) -> dict[str, Any]:
+        """Write everything that is known so far, because a front takes hours."""
+        if len(found.results) == 1:
+            write_plan(found.results[0].plans[JOINT], output, force=force)
+        summary = as_dict(found, run_dir=found_model.path, output=output) | {"settings": settings}
+        write_atomically(folder / "allocation.json", json.dumps(summary, indent=1) + "\n")
+        picture = write_front(found, folder / "front.png").name if len(found.results) > 1 else None
+        title = f"Joint plans for {found_model.path}"
+        write_atomically(folder / "report.md", markdown(found, title=title, figure=picture))
+        print(f"compared {found.results[-1].budget.text}", file=sys.stderr, flush=True)
+        return summary
+
+    summary: dict[str, Any] = {}
+    allocate_budgets(
         found_model.path,
         budgets,
         JointOptions(**options),
         device=device,
         overrides=overrides,
-        notify=lambda result: print(f"compared {result.budget.text}", file=sys.stderr, flush=True),
+        notify=lambda found: summary.update(write(found)),
     )
-    write_plan(found.results[0].plans[JOINT], output, force=force)
-    summary = as_dict(found, run_dir=found_model.path, output=output)
-    summary["settings"] = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "allocation.json", json.dumps(summary, indent=1) + "\n")
-    picture = write_front(found, folder / "front.png").name if len(found.results) > 1 else None
-    title = f"Joint plans for {found_model.path}"
-    write_atomically(folder / "report.md", markdown(found, title=title, figure=picture))
     return summary
 
 

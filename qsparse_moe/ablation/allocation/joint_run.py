@@ -112,7 +112,7 @@ def allocate_budgets(
     *,
     device: str = "cpu",
     overrides: Sequence[str] = (),
-    notify: Callable[[BudgetResult], None] = lambda result: None,
+    notify: Callable[[JointAllocation], None] = lambda found: None,
 ) -> JointAllocation:
     """Allocate a joint plan for every budget, and compare it on validation sequences.
 
@@ -122,7 +122,7 @@ def allocate_budgets(
         options: how plans are made and compared.
         device: ``cpu`` or ``cuda``.
         overrides: settings of the data in place of the run's.
-        notify: called after each budget.
+        notify: called after each budget with all results so far.
 
     Raises:
         ConfigError: a budget cannot be met, or the run does not select by rank.
@@ -137,23 +137,24 @@ def allocate_budgets(
     for budget in budgets:
         check_reachable(setting.costs, setting.dense, budget.target(dense_cost), setting.choices)
     dense = evaluated(model, setting.held_out, {DENSE: setting.dense}, setting.costs)
-    results = []
-    for budget in budgets:
-        steps = options.train_steps if budget == budgets[0] else 0
-        found = _at_budget(setting, budget, budget.target(dense_cost), options, dense)
-        if steps:
-            found = _trained(setting, found, folder, steps, device, overrides)
-        results.append(found)
-        notify(found)
-    return JointAllocation(
+    found = JointAllocation(
         step=step,
         num_sequences=setting.sequences.num_sequences,
         num_held_out=setting.held_out.num_sequences,
         train_steps=options.train_steps,
         dense_cost=dense_cost,
         dense_loss=float(dense[DENSE][0].sum() / setting.held_out.labels_C.sum()),
-        results=tuple(results),
+        results=(),
     )
+    for number, budget in enumerate(budgets):
+        # Greedy plans and training take longer than all else, so the other budgets of a front have neither.
+        own = options if number == 0 else replace(options, greedy=False, train_steps=0)
+        result = _at_budget(setting, budget, budget.target(dense_cost), own, dense)
+        if own.train_steps:
+            result = _trained(setting, result, folder, own.train_steps, device, overrides)
+        found = replace(found, results=(*found.results, result))
+        notify(found)
+    return found
 
 
 def _setting(config: RunConfig, model: Transformer, budget: Budget, options: JointOptions) -> _Setting:

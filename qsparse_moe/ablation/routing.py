@@ -20,6 +20,9 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 # As in moe/router.py: added to a sum of weights that may underflow to 0.
 _TINY = 1e-20
 
+TOP_P = (0.5, 0.6, 0.7, 0.8, 0.9)
+"""The shares of the router weight among which a plan chooses."""
+
 
 class Choice(NamedTuple):
     """The ranks of choice that one layer uses."""
@@ -111,3 +114,10 @@ def with_choices(plan: SparsityPlan, choices: Mapping[int, Choice]) -> SparsityP
 def with_all_ranks(plan: SparsityPlan) -> SparsityPlan:
     """Return ``plan`` with every rank of choice in use."""
     return replace(plan, experts_per_token={}, top_p={})
+
+
+def routing_choices(config: ModelConfig) -> list[Choice]:
+    """Return the choices of ranks that a layer may have: every number of experts, and shares of the router weight."""
+    most = config.moe.experts_per_token
+    counts = [Choice(experts) for experts in range(most + 1)]
+    return counts + [Choice(most, share) for share in TOP_P if most > 1]

@@ -46,6 +46,12 @@ def sensitivity(
     rows: Annotated[
         int | None, typer.Option(help="Number of validation sequences; default: training.evaluation_rows.", min=1)
     ] = None,
+    plans: Annotated[
+        int,
+        typer.Option(
+            help="Number of random plans of S and experts per token to evaluate beside their estimate; 0 or above 2."
+        ),
+    ] = 0,
     data: DataOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the report; default: RUN/sensitivity.")] = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
@@ -56,6 +62,10 @@ def sensitivity(
     run_dir = model_folder.path
     tried = parse_values(values)
     check_sparsity("--at", at)
+    if plans < 0 or plans in (1, 2):
+        raise ConfigError(
+            f"--plans ({plans}) must be 0 or at least 3, because two points always have a perfect rank order"
+        )
     from qsparse_moe.ablation.sensitivity.documents import validation_documents
     from qsparse_moe.ablation.sensitivity.measure import load_ranked, measure
     from qsparse_moe.ablation.sensitivity.report import as_dict
@@ -73,7 +83,7 @@ def sensitivity(
         num_sequences=rows or config.training.evaluation_rows,
         batch_size=config.training.micro_batch_size,
     )
-    found = measure(model, measured_on, tried, exact=not estimate_only, notify=_print_report)
+    found = measure(model, measured_on, tried, exact=not estimate_only, num_plans=plans, notify=_print_report)
     folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)
     write_report(found, summary, folder, tensorboard=run_dir / "tensorboard")
@@ -124,7 +134,14 @@ def _print_report(done: int, of: int) -> None:
 
 
 def _print_summary(found: Sensitivity, folder: Path) -> None:
-    from qsparse_moe.ablation.sensitivity.report import AGREEMENT_HEAD, agreement_rows, costliest_rows
+    from qsparse_moe.ablation.sensitivity.report import (
+        AGREEMENT_HEAD,
+        ROUTING_HEAD,
+        agreement_rows,
+        costliest_rows,
+        plans_line,
+        routing_rows,
+    )
 
     console = result_console()
     if found.agreement:
@@ -141,6 +158,10 @@ def _print_summary(found: Sensitivity, folder: Path) -> None:
         )
     head = ("cell", "S", "estimate", "exact")
     console.print(rich_table("Cells with the largest change of the loss, nats per token", head, costliest_rows(found)))
+    if found.routing:
+        console.print(rich_table("Other ranks of choice in one layer", ROUTING_HEAD, routing_rows(found)))
+    if found.plans is not None:
+        console.print(f"whole plans       {plans_line(found.plans)}", soft_wrap=True)
     console.print(
         f"loss              {found.loss:.4f} nats per token, on {found.num_sequences} sequences of {found.documents} "
         "documents"

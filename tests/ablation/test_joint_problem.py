@@ -17,12 +17,11 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     check_reachable,
     everywhere,
     plans_of_budget,
-    routing_choices,
 )
 from qsparse_moe.ablation.allocation.jointly import mean_loss
 from qsparse_moe.ablation.allocation.problem import Point, Problem
 from qsparse_moe.ablation.cells import Cell, cells_of
-from qsparse_moe.ablation.routing import Choice, choices_of, with_choices
+from qsparse_moe.ablation.routing import Choice, choices_of, routing_choices, with_choices
 from qsparse_moe.ablation.sensitivity.joint import LayerTerms, PlanTerms
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan

@@ -111,7 +111,7 @@ def test_a_report_has_every_value_under_its_public_key():
     report = as_dict(found, run_dir="runs/x", step=7)
     agreement, points = report.pop("agreement"), report.pop("points")
     assert report == {
-        "format": "qsparse_moe.sensitivity/1",
+        "format": "qsparse_moe.sensitivity/2",
         "run_dir": "runs/x",
         "step": 7,
         "mean_sparsity": pytest.approx((0.25 + (0.5 + 0.5 + 0.75) / 3) / 2),
@@ -122,6 +122,8 @@ def test_a_report_has_every_value_under_its_public_key():
         "exact_seconds": 21.0,
         "evaluations": 8,
         "times_cheaper": 42.0,
+        "routing": [],
+        "plans": None,
     }
     assert [one["points"] for one in agreement] == [3]
     assert points[2] == {

@@ -22,8 +22,6 @@ from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 JOINT, S_ALONE, A_ALONE, UNIFORM_BOTH = "joint", "S alone", "A alone", "uniform both"
-TOP_P = (0.5, 0.6, 0.7, 0.8, 0.9)
-"""The shares of the router weight among which a plan chooses."""
 # Greedy evaluates every layer about 150 times, and the plan that it finds is far worse than uniform S anyway.
 _GREEDY_SEQUENCES = 16
 _TRIES = 50
@@ -36,13 +34,6 @@ class BudgetPlans:
     plans: dict[str, SparsityPlan]
     left_out: dict[str, str]
     """The reason why a plan does not exist at this budget."""
-
-
-def routing_choices(config: ModelConfig, *, with_top_p: bool = True, least: int = 0) -> list[Choice]:
-    """Return the choices of ranks that a layer may have: every number of experts, and shares of the router weight."""
-    most = config.moe.experts_per_token
-    counts = [Choice(experts) for experts in range(least, most + 1)]
-    return counts + [Choice(most, share) for share in TOP_P if with_top_p and most > 1]
 
 
 def everywhere(plan: SparsityPlan, config: ModelConfig, choice: Choice) -> SparsityPlan:

@@ -27,9 +27,8 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     UNIFORM_BOTH,
     check_reachable,
     plans_of_budget,
-    routing_choices,
 )
-from qsparse_moe.ablation.routing import Choice, with_all_ranks
+from qsparse_moe.ablation.routing import Choice, routing_choices, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, training_documents, validation_documents
 from qsparse_moe.ablation.sensitivity.measure import load_ranked
 from qsparse_moe.config.schema import RunConfig

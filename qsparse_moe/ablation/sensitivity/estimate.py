@@ -22,7 +22,7 @@ X values of S, O choices, C documents.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -43,9 +43,9 @@ class Estimate:
     """``(X, C)`` nats: the first-order term."""
     second: dict[Cell, Array]
     """``(X, C)`` nats: the second-order term, never below 0."""
-    first_routing: dict[RoutingCell, Array]
+    first_routing: dict[RoutingCell, Array] = field(default_factory=dict)
     """``(C,)`` nats: the first-order term of another choice of ranks in one layer."""
-    second_routing: dict[RoutingCell, Array]
+    second_routing: dict[RoutingCell, Array] = field(default_factory=dict)
     """``(C,)`` nats: its second-order term, never below 0."""
 
     def total(self, cell: Cell) -> Array:

@@ -44,6 +44,8 @@ def _figures(found: Sensitivity) -> dict[str, Figure]:
         figures[f"map-{site}"] = _maps(site, own, scale)
     if found.exact_seconds is not None:
         figures["estimate"] = _scatter(found)
+    if found.routing:
+        figures["routing"] = _routing(found)
     return figures
 
 
@@ -99,6 +101,31 @@ def _scatter(found: Sensitivity) -> Figure:
     axes.tick_params(axis="both", labelsize=8)
     axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.changes)} changes", fontsize=10)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _routing(found: Sensitivity) -> Figure:
+    """Draw the change of the loss over the layers, one line per choice of ranks, and the estimates as crosses."""
+    figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for number, choice in enumerate(dict.fromkeys(change.cell.choice for change in found.routing)):
+        own = [change for change in found.routing if change.cell.choice == choice]
+        layers = [change.cell.layer for change in own]
+        shown = [change.estimate if change.exact is None else change.exact for change in own]
+        ends = [change.exact_interval or change.estimate_interval for change in own]
+        # Above and below the mark; a percentile interval need not contain it.
+        reach = [[max(0.0, y - low) for y, (low, _) in zip(shown, ends, strict=True)]]
+        reach.append([max(0.0, high - y) for y, (_, high) in zip(shown, ends, strict=True)])
+        axes.errorbar(layers, shown, reach, fmt="o-", ms=4, lw=1, capsize=2, color=f"C{number}", label=choice.name)
+        if own[0].exact is not None:
+            axes.plot(layers, [change.estimate for change in own], "x", ms=6, color=f"C{number}")
+    axes.axhline(0.0, color="grey", lw=0.8)
+    axes.set_xticks(sorted({change.cell.layer for change in found.routing}))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("change of the loss, nats per token")
+    evaluated = found.routing[0].exact is not None
+    axes.set_title("Other ranks of choice in one layer" + (" (crosses: estimated)" if evaluated else ""), fontsize=10)
+    axes.legend(fontsize=8)
     return figure
 
 

@@ -16,8 +16,16 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
-from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, bootstrap_intervals, loss_by_document
+from qsparse_moe.ablation.routing import routing_choices
+from qsparse_moe.ablation.sensitivity.change_figures import change_figures
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.ablation.sensitivity.estimate import Estimate, estimate
+from qsparse_moe.ablation.sensitivity.routing_changes import (
+    PlanAgreement,
+    RoutingChange,
+    plan_agreement,
+    routing_changes,
+)
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.data.packing import Array
 from qsparse_moe.errors import ConfigError
@@ -92,6 +100,10 @@ class Sensitivity:
     evaluations: int
     """Number of forward passes over the sequences for the exact changes, including the one under the plan itself."""
     agreement: tuple[Agreement, ...]
+    routing: tuple[RoutingChange, ...] = ()
+    """Every MoE layer with other ranks of choice."""
+    plans: PlanAgreement | None = None
+    """Random plans of both sparsities; None if none were asked for."""
 
     @property
     def times_cheaper(self) -> float | None:
@@ -137,6 +149,7 @@ def measure(
     *,
     exact: bool = True,
     draws: int = 1000,
+    num_plans: int = 0,
     notify: Notify | None = None,
 ) -> Sensitivity:
     """Measure the sensitivities of every cell around the plan of the model.
@@ -149,6 +162,7 @@ def measure(
         values: the values of S that each cell takes in turn; the S of the plan itself is left out.
         exact: whether to evaluate every change as well.
         draws: number of bootstrap resamples over documents.
+        num_plans: number of random plans of both sparsities to evaluate and estimate as a whole.
         notify: called after each evaluation.
     """
     plan, labels_C = model.sparsity_plan, sequences.labels_C
@@ -176,6 +190,8 @@ def measure(
         exact_seconds=exact_seconds,
         evaluations=len(pairs) + 1 if exact else 0,
         agreement=agreements(changes) if exact else (),
+        routing=routing_changes(model, sequences, estimated, base_C, exact=exact, draws=draws),
+        plans=plan_agreement(model, sequences, routing_choices(model.config), num_plans) if num_plans else None,
     )
 
 
@@ -213,38 +229,16 @@ def _evaluate(
 def _cell_changes(
     pairs: list[tuple[Cell, int, float]], estimated: Estimate, losses: list[Array] | None, labels_C: Array, draws: int
 ) -> tuple[CellChange, ...]:
-    total = labels_C.sum()
-    first_PC = np.stack([estimated.first[cell][index] for cell, index, _ in pairs])
-    both_PC = first_PC + np.stack([estimated.second[cell][index] for cell, index, _ in pairs])
-    # One set of resamples for all changes, so that their intervals are comparable.
-    low_P, high_P = bootstrap_intervals(both_PC, labels_C, draws=draws)
-    exact_PC = np.stack(losses) if losses is not None else None
-    exact_interval = bootstrap_intervals(exact_PC, labels_C, draws=draws) if exact_PC is not None else None
-    halves_P2 = _halves(exact_PC, labels_C) if exact_PC is not None else None
-    return tuple(
-        CellChange(
-            cell=cell,
-            sparsity=value,
-            estimate=float(both_PC[i].sum() / total),
-            estimate_interval=(float(low_P[i]), float(high_P[i])),
-            first_order=float(first_PC[i].sum() / total),
-            exact=None if exact_PC is None else float(exact_PC[i].sum() / total),
-            exact_interval=None
-            if exact_interval is None
-            else (float(exact_interval[0][i]), float(exact_interval[1][i])),
-            exact_halves=None if halves_P2 is None else (float(halves_P2[i, 0]), float(halves_P2[i, 1])),
-        )
-        for i, (cell, _, value) in enumerate(pairs)
+    found = change_figures(
+        np.stack([estimated.first[cell][index] for cell, index, _ in pairs]),
+        np.stack([estimated.second[cell][index] for cell, index, _ in pairs]),
+        np.stack(losses) if losses is not None else None,
+        labels_C,
+        draws,
     )
-
-
-def _halves(sums_PC: Array, labels_C: Array) -> Array:
-    """Return the mean change over every second document and over the others, ``(P, 2)``; nan with a single document.
-
-    Alternating documents, not the first and the second half: neighbours in the text may be alike.
-    """
-    with np.errstate(invalid="ignore"):
-        return np.stack([sums_PC[:, part::2].sum(1) / labels_C[part::2].sum() for part in (0, 1)], axis=1)
+    return tuple(
+        CellChange(cell=cell, sparsity=value, **figures) for (cell, _, value), figures in zip(pairs, found, strict=True)
+    )
 
 
 def agreements(changes: Sequence[CellChange]) -> tuple[Agreement, ...]:

@@ -11,9 +11,11 @@ from typing import Any
 
 from qsparse_moe.ablation.sensitivity.estimate import DRAWS
 from qsparse_moe.ablation.sensitivity.measure import CellChange, Sensitivity
+from qsparse_moe.ablation.sensitivity.routing_changes import PlanAgreement, RoutingChange
 from qsparse_moe.runs.folder import write_atomically
 
-FORMAT = "qsparse_moe.sensitivity/1"
+# Version 2 added the changes of routing and of whole plans.
+FORMAT = "qsparse_moe.sensitivity/2"
 _COLUMNS = (
     "layer",
     "site",
@@ -30,6 +32,8 @@ _COLUMNS = (
 _MOST_SENSITIVE = 10
 AGREEMENT_HEAD = ("S", "points", "Spearman", "Pearson", "first order alone", "halves", "decided", "over decided")
 """The columns of ``agreement_rows``. The columns after Pearson are rank correlations and one count."""
+ROUTING_HEAD = ("layer", "ranks in use", "estimate", "exact")
+"""The columns of ``routing_rows``."""
 _READING = (
     "Halves: rank correlation of the exact changes over one half of the documents with those over the other half; no "
     "estimate can be expected to rank better. Decided: number of changes whose interval excludes 0."
@@ -52,6 +56,26 @@ def as_dict(found: Sensitivity, *, run_dir: Path, step: int) -> dict[str, Any]:
         "times_cheaper": found.times_cheaper,
         "agreement": [asdict(one) for one in found.agreement],
         "points": [_row(change) for change in found.changes],
+        "routing": [_routing_row(change) for change in found.routing],
+        "plans": None if found.plans is None else asdict(found.plans),
+    }
+
+
+def _routing_row(change: RoutingChange) -> dict[str, Any]:
+    exact_low, exact_high = change.exact_interval or (None, None)
+    choice = change.cell.choice
+    return {
+        "layer": change.cell.layer,
+        "change": choice.name,
+        "experts_per_token": choice.experts,
+        "skipped_rank": choice.skipped,
+        "estimate": change.estimate,
+        "estimate_low": change.estimate_interval[0],
+        "estimate_high": change.estimate_interval[1],
+        "first_order": change.first_order,
+        "exact": change.exact,
+        "exact_low": exact_low,
+        "exact_high": exact_high,
     }
 
 
@@ -97,7 +121,34 @@ def markdown(found: Sensitivity, *, title: str) -> str:
             _READING,
         ]
     parts += ["Most sensitive cells:", table(("cell", "S", "estimate", "exact"), costliest_rows(found))]
+    if found.routing:
+        parts += ["Other ranks of choice in one layer:", table(ROUTING_HEAD, routing_rows(found))]
+    if found.plans is not None:
+        parts.append(plans_line(found.plans))
     return "\n\n".join(parts) + "\n"
+
+
+def routing_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+    """Return the changes of routing as text, in the order of ``ROUTING_HEAD``."""
+    return [
+        (
+            str(change.cell.layer),
+            change.cell.choice.name,
+            _with_interval(change.estimate, change.estimate_interval),
+            "–"
+            if change.exact is None or change.exact_interval is None
+            else _with_interval(change.exact, change.exact_interval),
+        )
+        for change in found.routing
+    ]
+
+
+def plans_line(plans: PlanAgreement) -> str:
+    """Return the agreement of whole plans in one sentence."""
+    return (
+        f"{len(plans.evaluated)} random plans of both sparsities, estimated as a whole and evaluated: Spearman "
+        f"{plans.spearman:.3f}, Pearson {plans.pearson:.3f}."
+    )
 
 
 def agreement_rows(found: Sensitivity) -> list[tuple[str, ...]]:

@@ -76,11 +76,11 @@ def plans_of_budget(
         left_out[S_ALONE] = f"S of {MOST_SPARSE:g} everywhere exceeds the budget while all experts are used"
     joint = allocate_jointly(model, sequences, costs, target, start, by_layer, rounds=rounds)
     plans[JOINT] = best_of(model, sequences, [joint, *(plans[name] for name in plans if name == S_ALONE)])
-    alone = allocate_routing(model, sequences, costs, target, dense, by_layer)
-    if alone is None:
-        left_out[A_ALONE] = "without experts the model still exceeds the budget at S = 0"
+    starts = [plan for choice in choices if costs.of(plan := everywhere(dense, config, choice)) <= target]
+    if starts:
+        plans[A_ALONE] = allocate_routing(model, sequences, costs, target, starts, by_layer)
     else:
-        plans[A_ALONE] = alone
+        left_out[A_ALONE] = "without experts the model still exceeds the budget at S = 0"
     plans[UNIFORM_BOTH] = best_uniform
     if greedy and full in uniform:
         own = replace(costs, loads={}, load={layer: costs.loads[layer][full] for layer in costs.loads})

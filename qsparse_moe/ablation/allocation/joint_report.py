@@ -26,7 +26,7 @@ HEAD = ("plan", "loss", "against uniform", "joint less this plan", "95 % interva
 _UNITS = {"parameters": "parameters per token", "flops": "FLOPs per token", "bytes": "bytes per step", "ms": "ms"}
 # Random and greedy plans are far above the others and would set the scale.
 _DRAWN = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH)
-_KEPT = (JOINT, S_ALONE, A_ALONE, UNIFORM_BOTH, GREEDY)
+_KEPT = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH, GREEDY)
 
 
 def as_dict(found: JointAllocation, *, run_dir: Path, output: Path) -> dict[str, Any]:

@@ -78,22 +78,34 @@ def allocate_routing(
     sequences: DocumentSequences,
     costs: Costs,
     target: float,
-    start: SparsityPlan,
+    starts: Sequence[SparsityPlan],
     choices: Choices,
     *,
     rounds: int = 2,
-) -> SparsityPlan | None:
-    """Return the best plan that changes the choices of ranks of ``start`` alone; None if none meets the budget.
+) -> SparsityPlan:
+    """Return the best plan that changes the choices of ranks alone, by the evaluated loss.
 
-    Its cost is below the budget by up to one choice of one layer, because S does not fill the rest.
+    Its cost is below the budget by up to one choice of one layer, because S does not fill the rest. The plan of the
+    model is the same after the call.
+
+    Args:
+        model: as in ``allocate_jointly``.
+        sequences: as in ``allocate_jointly``.
+        costs: as in ``allocate_jointly``.
+        target: as in ``allocate_jointly``.
+        starts: plans within the budget, of which the best is the first to be estimated around.
+        choices: as in ``allocate_jointly``.
+        rounds: number of estimates.
     """
-    here, found = start, []
+    here = best_of(model, sequences, starts)
+    found = [here]
     for number in range(rounds):
         terms = terms_around(model, sequences, here, choices, seed=number)
         problem = Problem.of(terms, replace(costs, loads=terms.load), target, radius=0.0)
         point = problem.routing_alone()
+        # Only the loads that were measured with this plan can leave nothing within the budget.
         if point.loss == float("inf"):
-            return None
+            break
         here = problem.plan_of(point)
         found.append(here)
     return best_of(model, sequences, found)

@@ -39,8 +39,8 @@ def allocate(
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Budget of both sparsities, S and experts per token: bytes=0.5@batch=1, flops=0.6, parameters=0.4. A "
-            "value up to 1 is a share of the dense model's cost. The options below allocate S alone."
+            help="Budget of both sparsities, S and experts per token: bytes=0.5@batch=1, flops=0.6, parameters=0.4, or "
+            "ms=0.5. A value up to 1 is a share of the dense model's cost. The options below allocate S alone."
         ),
     ] = None,
     front: Annotated[
@@ -78,6 +78,10 @@ def allocate(
             min=0,
         ),
     ] = 0,
+    decode: Annotated[
+        bool,
+        typer.Option("--decode", help="With --budget: also measure the decode engine native under every plan."),
+    ] = False,
     data: DataOption = None,
     report: Annotated[Path | None, typer.Option(help="Markdown file to write the comparison to.")] = None,
     folder: Annotated[
@@ -109,6 +113,7 @@ def allocate(
                 "rounds": rounds,
                 "num_random": random,
                 "train_steps": train,
+                "decode": decode,
             },
             force=force,
             device=device,
@@ -116,7 +121,7 @@ def allocate(
         )
         print_json(summary) if json else _print_joint(summary)
         return
-    check_no_joint_options({"--front": front, "--held-out": held_out, "--folder": folder})
+    check_no_joint_options({"--front": front, "--held-out": held_out, "--folder": folder, "--decode": decode or None})
     quantity, target = requested_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
     # Before the plans are made, which takes minutes.
     check_output(output, force=force)
@@ -186,7 +191,7 @@ def _jointly(
     import json
 
     from qsparse_moe.ablation.allocation.joint_plans import JOINT
-    from qsparse_moe.ablation.allocation.joint_report import as_dict, markdown, write_front
+    from qsparse_moe.ablation.allocation.joint_report import as_dict, markdown, write_fronts
     from qsparse_moe.ablation.allocation.joint_run import JointOptions, allocate_budgets
     from qsparse_moe.runs.folder import write_atomically
 
@@ -199,9 +204,9 @@ def _jointly(
             write_plan(found.results[0].plans[JOINT], output, force=force)
         summary = as_dict(found, run_dir=found_model.path, output=output) | {"settings": settings}
         write_atomically(folder / "allocation.json", json.dumps(summary, indent=1) + "\n")
-        picture = write_front(found, folder / "front.png").name if len(found.results) > 1 else None
+        pictures = [file.name for file in write_fronts(found, folder)] if len(found.results) > 1 else []
         title = f"Joint plans for {found_model.path}"
-        write_atomically(folder / "report.md", markdown(found, title=title, figure=picture))
+        write_atomically(folder / "report.md", markdown(found, title=title, figures=pictures))
         print(f"compared {found.results[-1].budget.text}", file=sys.stderr, flush=True)
         return summary
 
@@ -218,7 +223,7 @@ def _jointly(
 
 
 def _print_joint(summary: dict[str, Any]) -> None:
-    from qsparse_moe.ablation.allocation.joint_report import HEAD, joint_rows
+    from qsparse_moe.ablation.allocation.joint_report import DECODE_HEAD, HEAD, decode_rows, joint_rows
 
     console, dense = result_console(), summary["dense"]["cost"]
     for budget in summary["budgets"]:
@@ -226,6 +231,8 @@ def _print_joint(summary: dict[str, Any]) -> None:
         console.print(rich_table(title, HEAD, joint_rows(budget, dense)))
         for name, reason in budget["left_out"].items():
             console.print(f"no plan {name}: {reason}")
+        if budget["decoding"]:
+            console.print(rich_table("Decoding with the engine native", DECODE_HEAD, decode_rows(budget)))
         if budget["after_training"]:
             rows = joint_rows(budget, dense, after_training=True)
             console.print(rich_table(f"After {summary['train_steps']} steps of training", HEAD, rows))

@@ -46,22 +46,22 @@ def shares_to_read_all(weight_format: WeightFormat) -> list[float]:
     does not exist they are measured first, which takes some seconds and is logged.
     """
     file = costs_file()
-    known = _read(file)
+    known = read_costs()
     if weight_format not in known:
         logger.info("measuring when to read whole matrices in %s on this machine, once: %s", weight_format, file)
         known[weight_format] = measure_shares(weight_format)
-        _write(file, known)
+        write_costs(known)
     return known[weight_format]
 
 
 def known_read_bandwidth() -> float:
     """Return ``measure_read_bandwidth`` of this machine and number of threads; measured once, like the shares."""
     file = costs_file()
-    known = _read(file)
+    known = read_costs()
     if _BANDWIDTH not in known:
         logger.info("measuring the read bandwidth of this machine, once: %s", file)
         known[_BANDWIDTH] = [measure_read_bandwidth()]
-        _write(file, known)
+        write_costs(known)
     return known[_BANDWIDTH][0]
 
 
@@ -129,7 +129,9 @@ def _seconds(stored: StoredWeights, rows_K: Tensor, num_tokens: int) -> float:
     return best
 
 
-def _read(file: Path) -> dict[str, list[float]]:
+def read_costs() -> dict[str, list[float]]:
+    """Return the table of this machine; empty if nothing was measured yet."""
+    file = costs_file()
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # absent or damaged: the shares are measured again
@@ -137,8 +139,9 @@ def _read(file: Path) -> dict[str, list[float]]:
     return {name: [float(share) for share in shares] for name, shares in known.items()}
 
 
-def _write(file: Path, known: dict[str, list[float]]) -> None:
+def write_costs(known: dict[str, list[float]]) -> None:
     """Store the table for the next process, which measures again if the file cannot be written."""
+    file = costs_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(known, indent=1))

@@ -16,7 +16,7 @@ from qsparse_moe.errors import ConfigError
         ("bytes = 2e6", Budget("bytes", 2e6), "bytes=2000000@batch=1"),
         ("flops=0.6", Budget("flops", 0.6), "flops=0.6"),
         ("parameters=1@batch=1", Budget("parameters", 1.0), "parameters=1"),
-        ("ms=0.25@batch=2", Budget("ms", 0.25, 2), "ms=0.25@batch=2"),
+        ("ms=0.25@batch=1", Budget("ms", 0.25), "ms=0.25@batch=1"),
     ],
 )
 def test_a_budget_is_read_and_written(text, budget, again):
@@ -44,7 +44,11 @@ def test_a_value_up_to_one_is_a_share_of_the_dense_cost():
         ("bytes=0.5@batch=0", r"behind @ stands batch=B with a whole number B of at least 1"),
         ("bytes=0.5@tokens=4", r"behind @ stands batch=B"),
         ("bytes=0.5@batch=1.5", r"behind @ stands batch=B"),
-        ("flops=0.5@batch=4", r"flops is counted per token and has no batch; leave @batch out, or limit bytes or ms"),
+        (
+            "flops=0.5@batch=4",
+            r"flops is a cost of one token, so that batch can only be 1; leave @batch out, or limit bytes",
+        ),
+        ("ms=0.5@batch=2", r"--budget \(ms=0.5@batch=2\): ms is a cost of one token"),
     ],
 )
 def test_a_malformed_budget_is_refused(text, message):

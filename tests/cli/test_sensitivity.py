@@ -29,12 +29,21 @@ def test_sensitivity_writes_json_csv_report_and_figures(trained, tmp_path, capsy
 
     folder = tmp_path / "report"
     arguments = ["sensitivity", str(trained), "--values", "0.5,0.75", "--rows", "3", "--output", str(folder)]
+    arguments += ["--plans", "3"]
     assert run([*arguments, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert json.loads((folder / "sensitivity.json").read_text()) == found
     assert (found["step"], found["rows"], found["mean_sparsity"]) == (6, 3, 0.5)
     cells = cells_of(SparsityPlan.uniform(load_config(trained / "config.yaml").model, 0.5))
     assert len(found["points"]) == len(cells) and found["evaluations"] == len(cells) + 1
+    # Two layers, with no expert, one expert, or the second choice alone.
+    assert [(one["layer"], one["change"]) for one in found["routing"]] == [
+        (layer, change) for layer in (0, 1) for change in ("A 0", "A 1", "without rank 0")
+    ]
+    assert (
+        len(found["plans"]["evaluated"]) == 3
+        and "3 random plans of both sparsities" in (folder / "report.md").read_text()
+    )
     for point in found["points"]:
         assert point["exact_low"] <= point["exact_high"] and point["estimate_low"] <= point["estimate_high"]
     with (folder / "sensitivity.csv").open() as file:
@@ -42,6 +51,7 @@ def test_sensitivity_writes_json_csv_report_and_figures(trained, tmp_path, capsy
     assert [float(line["exact"]) for line in lines] == [point["exact"] for point in found["points"]]
     assert {line["expert"] for line in lines if line["site"] == "attention_input"} == {""}
     names = ["estimate", "map-attention_input", "map-attention_output", "map-expert_hidden", "map-expert_input"]
+    names.append("routing")
     assert sorted(file.stem for file in folder.glob("*.png")) == names
     report = (folder / "report.md").read_text()
     assert all(f"![{name}]({name}.png)" in report for name in names) and "Spearman" in report
@@ -87,6 +97,43 @@ def test_allocate_writes_a_plan_within_the_budget_and_compares_it(trained, tmp_p
     assert "a budget of 1 bytes per step of 1 cannot be met" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(trained, tmp_path, capsys):
+    output, folder = tmp_path / "plan.json", tmp_path / "report"
+    arguments = ["allocate", str(trained), "--output", str(output), "--budget", "bytes=0.6@batch=2", "--rows", "3"]
+    arguments += ["--front", "0.6:0.8:0.2", "--held-out", "2", "--rounds", "1", "--random", "1", "--train-steps", "1"]
+    assert run([*arguments, "--folder", str(folder), "--json"]) == 0
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert "compared bytes=0.6@batch=2" in captured.err and "compared bytes=0.8@batch=2" in captured.err
+    assert json.loads((folder / "allocation.json").read_text()) == found
+    assert (found["format"], found["quantity"], found["batch"]) == ("qsparse_moe.allocation/2", "bytes", 2)
+    first, second = found["budgets"]
+    assert first["target"] == pytest.approx(0.6 * found["dense"]["cost"]) and second["share"] == pytest.approx(0.8)
+    names = [one["name"] for one in first["outcomes"]]
+    assert names == ["uniform", "S alone", "joint", "A alone", "uniform both", "greedy by layer", "random 0", "dense"]
+    assert [one["name"] for one in second["outcomes"]] == [name for name in names if name != "greedy by layer"]
+    assert [one["name"] for one in first["after_training"]] == [
+        *("joint", "S alone", "A alone", "uniform", "uniform both", "dense")
+    ]
+    assert second["after_training"] == []
+    plan = SparsityPlan.load(output)
+    plan.check_fits(load_config(trained / "config.yaml").model)
+    assert json.loads(plan.to_json()) == first["plans"]["joint"] and set(plan.experts_per_token) == {0, 1}
+    report = (folder / "report.md").read_text()
+    assert "![front](front.png)" in report and "After 1 steps of training with each plan:" in report
+    assert "## bytes=0.8@batch=2" in report and (folder / "front.png").read_bytes()[:4] == b"\x89PNG"
+    # The plan is one that training takes, and the printed tables have the same rows.
+    assert run(["train", str(trained / "config.yaml"), "training.name=by-joint-plan", *_by(found), "--json"]) == 0
+    capsys.readouterr()
+    again = [*arguments[:6], "--rows", "2", "--held-out", "1", "--rounds", "1", "--random", "0", "--force"]
+    assert run([*again, "--folder", str(folder)]) == 0
+    printed = capsys.readouterr().out
+    assert "bytes=0.6@batch=2, on 1 held-out sequences" in printed and f"plan              {output}" in printed
+    assert run(["allocate", str(trained), "--output", str(tmp_path / "b.json"), "--budget", "bytes=0.01"]) == 2
+    assert "cannot be met: with S at most 0.95 everywhere, the nearest is" in capsys.readouterr().err
+
+
 def _by(found):
     """Return the output of the command: a run by the plan needs nothing else."""
     return ["training.engine=torch", *found["settings"]]
@@ -111,6 +158,15 @@ WRONG = {
         ["allocate", "{run}", "--output", "p.json", "--sparsity", "1"],
         "--sparsity (1.0) must be in [0, 1)",
     ),
+    "both kinds of budget": (
+        ["allocate", "{run}", "--output", "p.json", "--budget", "bytes=0.5", "--flops", "5"],
+        "--budget (bytes=0.5) and --flops: give one budget; --budget allocates both sparsities",
+    ),
+    "front without a budget": (
+        ["allocate", "{run}", "--output", "p.json", "--flops", "5", "--front", "0.3:0.9:0.1"],
+        "--front: only with --budget, such as --budget bytes=0.5@batch=1",
+    ),
+    "too few plans": (["sensitivity", "{run}", "--plans", "2"], "--plans (2) must be 0 or at least 3"),
     "budget below 0": (
         ["allocate", "{run}", "--output", "p.json", "--flops", "-1"],
         "--flops (-1.0) must be at least 0; qsparse-moe describe",

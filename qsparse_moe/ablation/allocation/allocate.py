@@ -105,6 +105,8 @@ def check_budget(costs: Costs, least: SparsityPlan, target: float) -> None:
 def _with_unit(costs: Costs, value: float) -> str:
     if costs.quantity == "sparsity":
         return f"mean S {value:.4f}"
+    if costs.quantity == "ms":
+        return f"{value:.4g} ms per step"
     unit = {"parameters": "active parameters", "flops": "FLOPs per token", "bytes": f"bytes per step of {costs.batch}"}
     return f"{value:,.0f} {unit[costs.quantity]}"
 

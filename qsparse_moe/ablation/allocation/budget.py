@@ -64,9 +64,10 @@ def _batch(text: str, name: str, suffix: str) -> int:
         raise ConfigError(
             f"--budget ({text}): behind @ stands batch=B with a whole number B of at least 1, the tokens of one step"
         )
-    if name not in _BY_BATCH and int(number) != 1:
+    if name != "bytes" and int(number) != 1:
         raise ConfigError(
-            f"--budget ({text}): {name} is counted per token and has no batch; leave @batch out, or limit bytes or ms"
+            f"--budget ({text}): {name} is a cost of one token, so that batch can only be 1; leave @batch out, or "
+            "limit bytes"
         )
     return int(number)
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 
 from qsparse_moe.ablation.allocation.budget import Quantity
+from qsparse_moe.ablation.allocation.decoding import DecodeTimes
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of
 from qsparse_moe.ablation.routing import Choice, choices_of, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
@@ -40,6 +41,7 @@ class Costs:
     weighted by the expert load. ``sparsity``: the share of the elements behind sites whose input is not selected, which
     is a mean S with each matrix weighted by its use. ``flops``: operations of the forward pass at ``context`` tokens,
     including the selection of every sparse row. ``bytes``: weights read in a step of ``batch`` independent tokens.
+    ``ms``: milliseconds of a step of one token in the native decode engine, predicted from its table.
     """
 
     config: ModelConfig
@@ -50,6 +52,8 @@ class Costs:
     bytes_per_weight: float = 4.0
     loads: Loads = field(default_factory=dict)
     """The load under each choice of ranks; empty: ``load`` is that of every plan whose cost is asked for."""
+    times: DecodeTimes | None = None
+    """The table of the decode engine, for ``ms``."""
 
     def of(self, plan: SparsityPlan) -> float:
         """Return the cost of the whole model under ``plan``; for ``sparsity``, its mean S."""
@@ -68,10 +72,13 @@ class Costs:
         return 1.0 - total / self._behind_sites if self.quantity == "sparsity" else total + self.fixed
 
     def of_cell(self, cell: Cell, sparsity: float, choice: Choice | None = None) -> float:
-        """Return the cost of one cell at S: parameters (also for ``sparsity``), operations, or bytes.
+        """Return the cost of one cell at S: parameters (also for ``sparsity``), operations, bytes, or milliseconds.
 
         ``choice`` is that of the layer; None: the load that was measured.
         """
+        if self.quantity == "ms":
+            assert self.times is not None, "ms needs the table of the decode engine"
+            return self.used(cell, choice) * self.times.of_site(self.config, cell.layer, cell.site, sparsity)
         width = site_width(self.config, cell.site)
         num_selected = site_num_selected(self.config.sparsity, sparsity, width)
         used, size = self.used(cell, choice), self._size(cell.layer, cell.site)
@@ -119,6 +126,8 @@ class Costs:
     @cached_property
     def fixed(self) -> float:
         """The cost that no plan changes: embedding, norms, routers, head, and attention scores."""
+        if self.times is not None:
+            return self.times.fixed
         others = [weight for weight in self._weights if weight.site is None]
         if self.quantity == "bytes":
             # Each token reads its own row of the embedding; one row is in the count of active parameters already.

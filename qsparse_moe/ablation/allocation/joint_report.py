@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from qsparse_moe.ablation.allocation.compare import DENSE, GREEDY, UNIFORM, Difference, PlanComparison
+from qsparse_moe.ablation.allocation.compare import DENSE, GREEDY, UNIFORM, PlanComparison
 from qsparse_moe.ablation.allocation.joint_plans import A_ALONE, JOINT, S_ALONE, UNIFORM_BOTH
 from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
 from qsparse_moe.ablation.allocation.report import NO_GAP
@@ -23,6 +23,8 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 FORMAT = "qsparse_moe.allocation/2"
 HEAD = ("plan", "loss", "against uniform", "joint less this plan", "95 % interval", "measured cost", "gap closed")
 """The columns of ``joint_rows``."""
+DECODE_HEAD = ("plan", "tokens per second", "ms per step", "predicted ms", "bytes read per step")
+"""The columns of ``decode_rows``."""
 _UNITS = {"parameters": "parameters per token", "flops": "FLOPs per token", "bytes": "bytes per step", "ms": "ms"}
 # Random and greedy plans are far above the others and would set the scale.
 _DRAWN = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH)
@@ -54,6 +56,10 @@ def _budget(result: BudgetResult, dense_cost: float) -> dict[str, Any]:
         "target": result.target,
         "outcomes": [asdict(one) for one in result.comparisons],
         "joint_less": [asdict(one) for one in result.differences],
+        "decoding": {
+            name: asdict(one) | {"predicted_milliseconds": result.predicted.get(name)}
+            for name, one in result.decoding.items()
+        },
         "after_training": [asdict(one) for one in result.after_training],
         "joint_less_after_training": [asdict(one) for one in result.differences_after_training],
         "left_out": dict(result.left_out),
@@ -61,7 +67,7 @@ def _budget(result: BudgetResult, dense_cost: float) -> dict[str, Any]:
     }
 
 
-def markdown(found: JointAllocation, *, title: str, figure: str | None) -> str:
+def markdown(found: JointAllocation, *, title: str, figures: Sequence[str] = ()) -> str:
     """Return the comparisons of every budget, and the joint plan of the first."""
     first = found.results[0]
     parts = [
@@ -72,18 +78,19 @@ def markdown(found: JointAllocation, *, title: str, figure: str | None) -> str:
         "per token. Costs are shares of the dense model's, measured on the validation sequences. Intervals are those "
         "of the difference, by bootstrap over documents.",
     ]
-    if figure is not None:
-        parts.append(f"![front]({figure})")
+    parts += [f"![{name.removesuffix('.png')}]({name})" for name in figures]
     for result in found.results:
+        budget = _budget(result, found.dense_cost)
         parts += [
             f"## {result.budget.text}",
-            table(HEAD, joint_rows(_budget(result, found.dense_cost), found.dense_cost)),
+            table(HEAD, joint_rows(budget, found.dense_cost)),
         ]
         parts += [f"No plan *{name}*: {reason}." for name, reason in result.left_out.items()]
+        if result.decoding:
+            parts += ["Decoding of held-out text with the engine native:", table(DECODE_HEAD, decode_rows(budget))]
         if result.after_training:
-            after = _budget(result, found.dense_cost)
             parts.append(f"After {found.train_steps} steps of training with each plan:")
-            parts.append(table(HEAD, joint_rows(after, found.dense_cost, after_training=True)))
+            parts.append(table(HEAD, joint_rows(budget, found.dense_cost, after_training=True)))
     parts += ["Experts per token of the first joint plan:", routing_table(first.plans[JOINT])]
     return "\n\n".join([*parts, "S of the first joint plan:", plan_table(first.plans[JOINT])]) + "\n"
 
@@ -106,6 +113,20 @@ def joint_rows(budget: dict[str, Any], dense_cost: float, *, after_training: boo
     ]
 
 
+def decode_rows(budget: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the decoding of one budget of ``as_dict`` as text, in the order of ``DECODE_HEAD``."""
+    return [
+        (
+            name,
+            f"{one['tokens_per_second']:,.0f}",
+            f"{one['milliseconds']:.3f}",
+            "" if one["predicted_milliseconds"] is None else f"{one['predicted_milliseconds']:.3f}",
+            f"{one['bytes_read']:,.0f}",
+        )
+        for name, one in budget["decoding"].items()
+    ]
+
+
 def routing_table(plan: SparsityPlan) -> str:
     """Return the experts per token by layer as a Markdown table."""
     layers = sorted(plan.experts_per_token)
@@ -115,30 +136,42 @@ def routing_table(plan: SparsityPlan) -> str:
     )
 
 
-def write_front(found: JointAllocation, file: Path) -> Path:
-    """Write the loss over the measured cost of every kind of plan as a PNG file, and return its path."""
+def write_fronts(found: JointAllocation, folder: Path) -> list[Path]:
+    """Write the loss over the measured cost, and over tokens per second if they were measured; return the PNG files."""
+    unit = _UNITS[found.results[0].budget.quantity]
+    label = f"{unit}, measured, as a share of the dense model's"
+    files = [_write(found, folder / "front.png", label, lambda result, one: one.cost / found.dense_cost)]
+    if found.results[0].decoding:
+        label = "tokens per second of decoding, measured"
+        files.append(
+            _write(
+                found,
+                folder / "front-decoding.png",
+                label,
+                lambda result, one: result.decoding[one.name].tokens_per_second,
+            )
+        )
+    return files
+
+
+def _write(
+    found: JointAllocation, file: Path, label: str, place: Callable[[BudgetResult, PlanComparison], float]
+) -> Path:
     figure = Figure(figsize=(6.4, 4.4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for name in _DRAWN:
-        points = sorted((one.cost / found.dense_cost, one.loss) for one in _of(found.results, name))
-        axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, label=name) if points else None
+        pairs = [(result, one) for result in found.results for one in result.comparisons if one.name == name]
+        points = sorted((place(result, one), one.loss) for result, one in pairs)
+        if points:
+            axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, label=name)
     axes.axhline(found.dense_loss, color="grey", lw=0.8, ls="--", label=DENSE)
-    axes.set_xlabel(f"{_UNITS[found.results[0].budget.quantity]}, measured, as a share of the dense model's")
+    # A alone is far above the others at small budgets and would set the scale.
+    losses = [one.loss for result in found.results for one in result.comparisons if one.name in (JOINT, UNIFORM)]
+    axes.set_ylim(found.dense_loss - 0.05 * (max(losses) - found.dense_loss), None)
+    axes.set_ylim(top=max(losses) + 0.05 * (max(losses) - found.dense_loss))
+    axes.set_xlabel(label)
     axes.set_ylabel("loss on held-out text, nats per token")
     axes.legend(fontsize=8)
     with naming(file):
         FigureCanvasAgg(figure).print_png(str(file))
     return file
-
-
-def _of(results: Sequence[BudgetResult], name: str) -> list[PlanComparison]:
-    return [one for result in results for one in result.comparisons if one.name == name]
-
-
-def better_of_one_kind(result: BudgetResult) -> Difference | None:
-    """Return the difference between the joint plan and the better of S alone and A alone; None without either."""
-    losses = {one.name: one.loss for one in result.comparisons if one.name in (S_ALONE, A_ALONE)}
-    if not losses:
-        return None
-    better = min(losses, key=lambda name: losses[name])
-    return next(one for one in result.differences if one.against == better)

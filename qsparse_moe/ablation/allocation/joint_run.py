@@ -20,6 +20,7 @@ from qsparse_moe.ablation.allocation.compare import (
 )
 from qsparse_moe.ablation.allocation.continued import train_with_plans
 from qsparse_moe.ablation.allocation.cost import Costs, measured_loads
+from qsparse_moe.ablation.allocation.decoding import Decoder, Decoding
 from qsparse_moe.ablation.allocation.joint_plans import (
     A_ALONE,
     JOINT,
@@ -58,6 +59,10 @@ class BudgetResult:
     comparisons: tuple[PlanComparison, ...]
     differences: tuple[Difference, ...]
     """Of the joint plan and every other plan."""
+    decoding: Mapping[str, Decoding]
+    """The time of decoding with each plan; empty if it was not asked for."""
+    predicted: Mapping[str, float]
+    """For a budget of ms, the predicted milliseconds of the same plans."""
     after_training: tuple[PlanComparison, ...]
     differences_after_training: tuple[Difference, ...]
 
@@ -90,6 +95,8 @@ class JointOptions:
     rounds: int = 3
     num_random: int = 3
     greedy: bool = True
+    decode: bool = False
+    """Whether to measure the time of decoding with every plan."""
     train_steps: int = 0
     """Number of steps of continued training per plan at the first budget; 0 means none."""
 
@@ -102,6 +109,7 @@ class _Setting:
     costs: Costs
     choices: list[Choice]
     dense: SparsityPlan
+    decoder: Decoder | None
 
 
 def allocate_budgets(
@@ -168,6 +176,8 @@ def _setting(config: RunConfig, model: Transformer, budget: Budget, options: Joi
     )
     choices, dense = routing_choices(config.model), with_all_ranks(SparsityPlan.uniform(config.model, 0.0))
     model.set_sparsity(dense)
+    # First of all, because it may be unavailable.
+    decoder = Decoder(model, held_out, budget.batch) if options.decode or budget.quantity == "ms" else None
     loads = measured_loads(model, sequences, choices)
     costs = Costs(
         config.model,
@@ -177,8 +187,9 @@ def _setting(config: RunConfig, model: Transformer, budget: Budget, options: Joi
         batch=budget.batch,
         bytes_per_weight=4.0 if config.training.precision == "fp32" else 2.0,
         loads=loads,
+        times=decoder.times() if decoder is not None and budget.quantity == "ms" else None,
     )
-    return _Setting(model, sequences, held_out, costs, choices, dense)
+    return _Setting(model, sequences, held_out, costs, choices, dense, decoder)
 
 
 def _at_budget(
@@ -194,8 +205,9 @@ def _at_budget(
         num_random=options.num_random,
         greedy=options.greedy,
     )
-    found = evaluated(setting.model, setting.held_out, made.plans, setting.costs) | dense
-    labels_C = setting.held_out.labels_C
+    found = {**evaluated(setting.model, setting.held_out, made.plans, setting.costs), **dense}
+    labels_C, decoder = setting.held_out.labels_C, setting.decoder
+    timed = {**made.plans, DENSE: setting.dense}
     return BudgetResult(
         budget=budget,
         target=target,
@@ -203,6 +215,8 @@ def _at_budget(
         left_out=made.left_out,
         comparisons=comparisons(found, labels_C),
         differences=differences(found, JOINT, labels_C),
+        decoding={} if decoder is None else decoder.measure(timed),
+        predicted={name: found[name][1] for name in timed} if budget.quantity == "ms" else {},
         after_training=(),
         differences_after_training=(),
     )

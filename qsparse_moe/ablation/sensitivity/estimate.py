@@ -102,7 +102,7 @@ def estimate(
     first_routing, second_routing = {}, {}
     for layer, sums in found.routing.items():
         for row, choice in enumerate(changes.routing[layer]):
-            cell = RoutingCell(layer, choice)
-            first_routing[cell] = sums.first_RCX[row, :, 0].numpy()
-            second_routing[cell] = sums.second_RCX[row, :, 0].numpy()
+            changed = RoutingCell(layer, choice)
+            first_routing[changed] = sums.first_RCX[row, :, 0].numpy()
+            second_routing[changed] = sums.second_RCX[row, :, 0].numpy()
     return Estimate(first, second, first_routing, second_routing)

@@ -1,0 +1,152 @@
+"""The time of a decode step under a plan: measured with the native engine, and predicted from its table of products.
+
+K selected features of D.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from qsparse_moe.ablation.cells import cells_of, with_cells
+from qsparse_moe.ablation.routing import with_all_ranks
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
+from qsparse_moe.accounting.parameters import model_weights
+from qsparse_moe.config.schema import ModelConfig, Site
+from qsparse_moe.config.shapes import EXPERT_SITES, site_width
+from qsparse_moe.errors import BackendUnavailable
+from qsparse_moe.inference import native
+from qsparse_moe.inference.kv_cache import KeyValueCache
+from qsparse_moe.inference.native import NativeDecode
+from qsparse_moe.inference.product_times import ProductTime, product_times
+from qsparse_moe.inference.weights import own_format
+from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
+
+STEPS, ROUNDS = 64, 5
+"""Tokens per measurement, and measurements, of which the fastest counts: other processes only slow a step down."""
+_HALF = 0.5
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """One plan in the decode engine, on held-out text."""
+
+    milliseconds: float
+    """Per step of the batch."""
+    tokens_per_second: float
+    bytes_read: float
+    """Per step, as the engine counts them."""
+
+
+@dataclass(frozen=True)
+class DecodeTimes:
+    """The time of a step of one token in milliseconds, as a sum over its sites and a rest."""
+
+    products: Mapping[tuple[int, Site], tuple[ProductTime, ...]]
+    """The matrices behind every site, for one expert."""
+    selection: float
+    """Milliseconds per row of which some features are selected."""
+    fixed: float
+    """Milliseconds of everything else, such as attention, routers, and the head."""
+
+    def of_site(self, config: ModelConfig, layer: int, site: Site, sparsity: float) -> float:
+        """Return the milliseconds of one row at a site, for one expert."""
+        width = site_width(config, site)
+        count = site_num_selected(config.sparsity, sparsity, width)
+        products = sum(one.call + one.row * count for one in self.products[layer, site])
+        return 1e3 * products + (self.selection if count < width else 0.0)
+
+
+class Decoder:
+    """The native engine of one model, and real text that it decodes token by token."""
+
+    def __init__(self, model: Transformer, sequences: DocumentSequences, batch: int) -> None:
+        """Store the weights; BackendUnavailable if the engine cannot run the model."""
+        _check(model)
+        self._model, self._batch = model, batch
+        tokens_RS = torch.cat([one.tokens_BS for one in sequences.batches])
+        # Every sequence of the batch is another text, because equal tokens would read the same weights.
+        self._tokens_BS = tokens_RS[torch.arange(batch) % len(tokens_RS), :STEPS]
+        self._engine = NativeDecode(model, rows="auto")
+
+    @cached_property
+    def steps(self) -> int:
+        """Number of tokens per measurement."""
+        return self._tokens_BS.shape[1]
+
+    def measure(self, plans: Mapping[str, SparsityPlan]) -> dict[str, Decoding]:
+        """Return the time of every plan, measured in turns. The plan of the model is the same after the call."""
+        before, engines = self._model.sparsity_plan, {}
+        try:
+            for name, plan in plans.items():
+                self._model.set_sparsity(plan)
+                _check(self._model)
+                engines[name] = self._engine.with_plan_of(self._model)
+        finally:
+            self._model.set_sparsity(before)
+        best = dict.fromkeys(engines, (float("inf"), 0.0))
+        for _ in range(ROUNDS):
+            for name, engine in engines.items():
+                best[name] = min(best[name], self._run(engine))
+        return {name: Decoding(1e3 * seconds, self._batch / seconds, read) for name, (seconds, read) in best.items()}
+
+    @torch.no_grad()
+    def _run(self, engine: NativeDecode) -> tuple[float, float]:
+        """Return the seconds and the bytes read per step."""
+        cache = KeyValueCache.allocate(self._model.config, batch=self._batch, capacity=self.steps, dtype=torch.float32)
+        read, start = 0, time.perf_counter()
+        for step in range(self.steps):
+            engine.decode(self._tokens_BS[:, step].contiguous(), cache)
+            read += engine.bytes_read
+        return (time.perf_counter() - start) / self.steps, read / self.steps
+
+    def times(self) -> DecodeTimes:
+        """Return the table of this model, whose rest comes from two plans: S = 0 and S = 0.5 everywhere."""
+        model = self._model
+        config = model.config
+        products = _products(model)
+        dense = with_all_ranks(SparsityPlan.uniform(config, 0.0))
+        half = with_cells(dense, dict.fromkeys(cells_of(dense), _HALF))
+        measured = self.measure({"dense": dense, "half": half})
+        bare = DecodeTimes(products, 0.0, 0.0)
+        rests = [
+            measured[name].milliseconds - _over_sites(bare, config, sparsity)
+            for name, sparsity in (("dense", 0.0), ("half", _HALF))
+        ]
+        # What half the features cost beyond their products is the selection.
+        selection = max(0.0, (rests[1] - rests[0]) / _rows(config, products))
+        return DecodeTimes(products, selection, rests[0])
+
+
+def _check(model: Transformer) -> None:
+    reason = native.why_not(model)
+    if reason is not None:
+        raise BackendUnavailable(f"the time of decoding is that of the engine native, which cannot run here: {reason}")
+
+
+def _products(model: Transformer) -> dict[tuple[int, Site], tuple[ProductTime, ...]]:
+    config, shapes = model.config, {}
+    for weight in model_weights(config):
+        if weight.site is not None:
+            rows = site_width(config, weight.site)
+            ranks = config.moe.experts_per_token if weight.site in EXPERT_SITES else 1
+            shapes.setdefault((weight.layer, weight.site), []).append((rows, weight.active // ranks // rows))
+    times = product_times(own_format(model), [shape for own in shapes.values() for shape in own])
+    return {place: tuple(times[shape] for shape in own) for place, own in shapes.items()}
+
+
+def _over_sites(times: DecodeTimes, config: ModelConfig, sparsity: float) -> float:
+    return sum(
+        times.of_site(config, layer, site, sparsity) * (config.moe.experts_per_token if site in EXPERT_SITES else 1)
+        for layer, site in times.products
+    )
+
+
+def _rows(config: ModelConfig, products: Mapping[tuple[int, Site], object]) -> int:
+    """Return the number of rows of a token at which features are selected, with all experts in use."""
+    return sum(config.moe.experts_per_token if site in EXPERT_SITES else 1 for _, site in products)

@@ -22,7 +22,7 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference import native
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode
-from qsparse_moe.inference.product_times import ProductTime, product_times
+from qsparse_moe.inference.product_times import ProductTime, Shape, product_times
 from qsparse_moe.inference.weights import own_format
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
@@ -130,7 +130,8 @@ def _check(model: Transformer) -> None:
 
 
 def _products(model: Transformer) -> dict[tuple[int, Site], tuple[ProductTime, ...]]:
-    config, shapes = model.config, {}
+    config = model.config
+    shapes: dict[tuple[int, Site], list[Shape]] = {}
     for weight in model_weights(config):
         if weight.site is not None:
             rows = site_width(config, weight.site)

@@ -78,7 +78,9 @@ def plans_of_budget(
     plans[JOINT] = best_of(model, sequences, [joint, *(plans[name] for name in plans if name == S_ALONE)])
     starts = [plan for choice in choices if costs.of(plan := everywhere(dense, config, choice)) <= target]
     if starts:
-        plans[A_ALONE] = allocate_routing(model, sequences, costs, target, starts, by_layer)
+        # Around the dense model and one expert per token: around no experts at all, every estimate is far off.
+        bases = [dense, everywhere(dense, config, Choice(1))]
+        plans[A_ALONE] = allocate_routing(model, sequences, costs, target, starts, bases, by_layer)
     else:
         left_out[A_ALONE] = "without experts the model still exceeds the budget at S = 0"
     plans[UNIFORM_BOTH] = best_uniform

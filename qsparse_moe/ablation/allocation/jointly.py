@@ -79,9 +79,8 @@ def allocate_routing(
     costs: Costs,
     target: float,
     starts: Sequence[SparsityPlan],
+    bases: Sequence[SparsityPlan],
     choices: Choices,
-    *,
-    rounds: int = 2,
 ) -> SparsityPlan:
     """Return the best plan that changes the choices of ranks alone, by the evaluated loss.
 
@@ -93,22 +92,33 @@ def allocate_routing(
         sequences: as in ``allocate_jointly``.
         costs: as in ``allocate_jointly``.
         target: as in ``allocate_jointly``.
-        starts: plans within the budget, of which the best is the first to be estimated around.
+        starts: plans within the budget, which are evaluated as well.
+        bases: plans to estimate around, whatever they cost: no start may be near a good plan.
         choices: as in ``allocate_jointly``.
-        rounds: number of estimates.
     """
-    here = best_of(model, sequences, starts)
-    found = [here]
-    for number in range(rounds):
-        terms = terms_around(model, sequences, here, choices, seed=number)
-        problem = Problem.of(terms, replace(costs, loads=terms.load), target, radius=0.0)
-        point = problem.routing_alone()
-        # Only the loads that were measured with this plan can leave nothing within the budget.
-        if point.loss == float("inf"):
-            break
-        here = problem.plan_of(point)
-        found.append(here)
-    return best_of(model, sequences, found)
+    found = [*starts]
+    for number, base in enumerate(bases):
+        found += _solved_routing(model, sequences, costs, target, base, choices, seed=number)
+    best = best_of(model, sequences, found)
+    again = _solved_routing(model, sequences, costs, target, best, choices, seed=len(bases))
+    return best_of(model, sequences, [best, *again])
+
+
+def _solved_routing(
+    model: Transformer,
+    sequences: DocumentSequences,
+    costs: Costs,
+    target: float,
+    base: SparsityPlan,
+    choices: Choices,
+    *,
+    seed: int,
+) -> list[SparsityPlan]:
+    """Return the plan with the best choices by the estimate around ``base``; none if no choices meet the budget."""
+    terms = terms_around(model, sequences, base, choices, seed=seed)
+    problem = Problem.of(terms, replace(costs, loads=terms.load), target, radius=0.0)
+    point = problem.routing_alone()
+    return [] if point.loss == float("inf") else [problem.plan_of(point)]
 
 
 def terms_around(

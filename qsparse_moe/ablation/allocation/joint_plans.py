@@ -64,18 +64,18 @@ def plans_of_budget(
     full = Choice(config.moe.experts_per_token)
     by_layer = dict.fromkeys(moe_layers(config), choices)
     best_uniform = best_of(model, sequences, list(uniform.values()))
-    start = best_uniform
+    # Rounds that begin at uniform plans of both sparsities end lower at small budgets, rounds that begin at S alone at
+    # large ones (docs/lab-log.md, 29 November).
+    begins = [best_uniform]
     if full in uniform:
         only_s = dict.fromkeys(moe_layers(config), [full])
         plans[UNIFORM] = uniform[full]
         plans[S_ALONE] = allocate_jointly(model, sequences, costs, target, uniform[full], only_s, rounds=rounds)
-        # Rounds that began at S alone ended at a higher loss than those from uniform plans with fewer experts, although
-        # its own loss was the lower one (docs/lab-log.md, 29 November).
-        start = plans[S_ALONE] if best_uniform is uniform[full] else best_uniform
+        begins = [plans[S_ALONE]] if best_uniform is uniform[full] else [best_uniform, plans[S_ALONE]]
     else:
         left_out[S_ALONE] = f"S of {MOST_SPARSE:g} everywhere exceeds the budget while all experts are used"
-    joint = allocate_jointly(model, sequences, costs, target, start, by_layer, rounds=rounds)
-    plans[JOINT] = best_of(model, sequences, [joint, *(plans[name] for name in plans if name == S_ALONE)])
+    ends = [allocate_jointly(model, sequences, costs, target, begin, by_layer, rounds=rounds) for begin in begins]
+    plans[JOINT] = best_of(model, sequences, ends)
     starts = [plan for choice in choices if costs.of(plan := everywhere(dense, config, choice)) <= target]
     if starts:
         # Around the dense model and one expert per token: around no experts at all, every estimate is far off.

@@ -69,6 +69,9 @@ def allocate(
     ] = None,
     rounds: Annotated[int, typer.Option(help="Number of passes that improve the plan.", min=1)] = 3,
     random: Annotated[int, typer.Option(help="Number of random plans to compare with.", min=0)] = 5,
+    greedy: Annotated[
+        bool, typer.Option(help="With --budget: compare with a greedy plan, which takes longest.")
+    ] = True,
     train: Annotated[
         int,
         typer.Option(
@@ -112,6 +115,7 @@ def allocate(
                 "num_held_out": held_out,
                 "rounds": rounds,
                 "num_random": random,
+                "greedy": greedy,
                 "train_steps": train,
                 "decode": decode,
             },

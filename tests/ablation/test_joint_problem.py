@@ -18,7 +18,7 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     everywhere,
     plans_of_budget,
 )
-from qsparse_moe.ablation.allocation.jointly import mean_loss
+from qsparse_moe.ablation.allocation.jointly import Texts, mean_loss
 from qsparse_moe.ablation.allocation.problem import Point, Problem
 from qsparse_moe.ablation.cells import Cell, cells_of
 from qsparse_moe.ablation.routing import Choice, choices_of, routing_choices, with_choices
@@ -136,7 +136,7 @@ def test_all_plans_of_a_budget_meet_it_and_the_joint_plan_has_the_least_loss_whe
     model, rows, costs, choices = measured
     before = model.sparsity_plan
     target = 0.55 * costs.of(before)
-    made = plans_of_budget(model, rows, costs, target, choices, rounds=1, num_random=1)
+    made = plans_of_budget(model, Texts(rows, rows), costs, target, choices, rounds=1, num_random=1)
     assert model.sparsity_plan is before and not made.left_out
     assert list(made.plans) == ["uniform", S_ALONE, JOINT, A_ALONE, UNIFORM_BOTH, "greedy by layer", "random 0"]
     full = dict.fromkeys((0, 1), Choice(2))
@@ -162,7 +162,7 @@ def test_below_the_reach_of_all_experts_a_rival_is_left_out_with_the_reason(meas
     model, rows, costs, choices = measured
     sparsest = SparsityPlan.uniform(model.config, 0.95)
     target = 0.98 * costs.of(sparsest)
-    made = plans_of_budget(model, rows, costs, target, choices, rounds=1, num_random=1, greedy=False)
+    made = plans_of_budget(model, Texts(rows, rows), costs, target, choices, rounds=1, num_random=1, greedy=False)
     assert made.left_out == {
         S_ALONE: "S of 0.95 everywhere exceeds the budget while all experts are used",
         A_ALONE: "without experts the model still exceeds the budget at S = 0",

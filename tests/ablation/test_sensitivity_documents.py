@@ -106,3 +106,15 @@ def test_each_end_of_an_interval_leaves_out_half_of_the_rest(level, ends):
     """Of two documents, a quarter of the resamples is twice the first one, half is both, and a quarter the second."""
     low, high = bootstrap_intervals(np.array([[0.0, 12.0]]), np.array([4.0, 4.0]), draws=4000, level=level)
     assert (low[0], high[0]) == ends
+
+
+def test_halves_are_every_second_batch_and_a_single_batch_is_both():
+    tokens = np.arange(1, 61).reshape(12, 5)
+    tokens[:, 0] = 0
+    rows = training_documents(RunConfig(), data_of(tokens), num_sequences=10, batch_size=2)
+    one, other = rows.halves()
+    assert [batch.tokens_BS.tolist() for batch in one.batches] == [b.tokens_BS.tolist() for b in rows.batches[::2]]
+    assert [ids.tolist() for ids in other.documents] == [ids.tolist() for ids in rows.documents[1::2]]
+    np.testing.assert_array_equal(one.labels_C + other.labels_C, rows.labels_C)
+    assert one.num_documents == rows.num_documents and one.first(2).halves() == (one.first(2), one.first(2))
+    assert rows.first(3).num_sequences == 4 and rows.first(99).num_sequences == 10

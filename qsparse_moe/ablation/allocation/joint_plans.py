@@ -10,11 +10,10 @@ import numpy as np
 from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, check_budget, shifted, uniform_at
 from qsparse_moe.ablation.allocation.compare import GREEDY, UNIFORM
 from qsparse_moe.ablation.allocation.cost import Costs
-from qsparse_moe.ablation.allocation.jointly import allocate_jointly, allocate_routing, best_of
+from qsparse_moe.ablation.allocation.jointly import Texts, allocate_jointly, allocate_routing, best_of
 from qsparse_moe.ablation.allocation.rivals import RANDOM_SPREAD, greedy_plan
 from qsparse_moe.ablation.cells import cells_of
 from qsparse_moe.ablation.routing import Choice, with_all_ranks, with_choices
-from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.errors import ConfigError
@@ -43,7 +42,7 @@ def everywhere(plan: SparsityPlan, config: ModelConfig, choice: Choice) -> Spars
 
 def plans_of_budget(
     model: Transformer,
-    sequences: DocumentSequences,
+    texts: Texts,
     costs: Costs,
     target: float,
     choices: Sequence[Choice],
@@ -63,30 +62,30 @@ def plans_of_budget(
     plans: dict[str, SparsityPlan] = {}
     full = Choice(config.moe.experts_per_token)
     by_layer = dict.fromkeys(moe_layers(config), choices)
-    best_uniform = best_of(model, sequences, list(uniform.values()))
+    best_uniform = best_of(model, texts.judge, list(uniform.values()))
     # Rounds that begin at uniform plans of both sparsities end lower at small budgets, rounds that begin at S alone at
     # large ones (docs/lab-log.md, 29 November).
     begins = [best_uniform]
     if full in uniform:
         only_s = dict.fromkeys(moe_layers(config), [full])
         plans[UNIFORM] = uniform[full]
-        plans[S_ALONE] = allocate_jointly(model, sequences, costs, target, uniform[full], only_s, rounds=rounds)
+        plans[S_ALONE] = allocate_jointly(model, texts, costs, target, uniform[full], only_s, rounds=rounds)
         begins = [plans[S_ALONE]] if best_uniform is uniform[full] else [best_uniform, plans[S_ALONE]]
     else:
         left_out[S_ALONE] = f"S of {MOST_SPARSE:g} everywhere exceeds the budget while all experts are used"
-    ends = [allocate_jointly(model, sequences, costs, target, begin, by_layer, rounds=rounds) for begin in begins]
-    plans[JOINT] = best_of(model, sequences, ends)
+    ends = [allocate_jointly(model, texts, costs, target, begin, by_layer, rounds=rounds) for begin in begins]
+    plans[JOINT] = best_of(model, texts.judge, ends)
     starts = [plan for choice in choices if costs.of(plan := everywhere(dense, config, choice)) <= target]
     if starts:
         # Around the dense model and one expert per token: around no experts at all, every estimate is far off.
         bases = [dense, everywhere(dense, config, Choice(1))]
-        plans[A_ALONE] = allocate_routing(model, sequences, costs, target, starts, bases, by_layer)
+        plans[A_ALONE] = allocate_routing(model, texts, costs, target, starts, bases, by_layer)
     else:
         left_out[A_ALONE] = "without experts the model still exceeds the budget at S = 0"
     plans[UNIFORM_BOTH] = best_uniform
     if greedy and full in uniform:
         own = replace(costs, loads={}, load={layer: costs.loads[layer][full] for layer in costs.loads})
-        few = sequences.first(_GREEDY_SEQUENCES)
+        few = texts.fit.first(_GREEDY_SEQUENCES)
         plans[GREEDY] = greedy_plan(model, few, uniform[full], own, target)
     for seed in range(num_random):
         plans[f"random {seed}"] = random_joint_plan(dense, config, costs, target, choices, seed)

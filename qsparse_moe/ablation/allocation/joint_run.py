@@ -29,6 +29,7 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     check_reachable,
     plans_of_budget,
 )
+from qsparse_moe.ablation.allocation.jointly import Texts
 from qsparse_moe.ablation.routing import Choice, routing_choices, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, training_documents, validation_documents
 from qsparse_moe.ablation.sensitivity.measure import load_ranked
@@ -89,7 +90,8 @@ class JointOptions:
     """How plans are made and compared."""
 
     num_sequences: int | None = None
-    """Number of training sequences for the plans; None means about 4,000 tokens per expert."""
+    """Number of training sequences for the plans, half of them to choose between plans; None means about 4,000 tokens
+    per expert."""
     num_held_out: int | None = None
     """Number of validation sequences for the comparison; None means that of the run's evaluation."""
     rounds: int = 3
@@ -197,7 +199,7 @@ def _at_budget(
 ) -> BudgetResult:
     made = plans_of_budget(
         setting.model,
-        setting.sequences,
+        Texts(*setting.sequences.halves()),
         setting.costs,
         target,
         setting.choices,

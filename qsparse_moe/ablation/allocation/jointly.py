@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from qsparse_moe.ablation.allocation.allocate import FINE_VALUES, shifted
 from qsparse_moe.ablation.allocation.cost import Costs
@@ -25,6 +26,16 @@ DRAWS = 2
 # Without it, the solution of the first round had a loss of 1.31 where the plan it began at had 1.25 (docs/lab-log.md).
 _RADIUS = 0.25
 _PARTS = (1.0, 0.5)
+
+
+class Texts(NamedTuple):
+    """The sequences that plans are made from."""
+
+    fit: DocumentSequences
+    """Those that the estimates are made on."""
+    judge: DocumentSequences
+    """Others, on which plans are evaluated: on the sequences of its estimate a plan looks better than it is."""
+
 
 Choices = Mapping[int, Sequence[Choice]]
 """The choices of ranks among which every MoE layer may choose."""
@@ -47,7 +58,7 @@ def best_of(model: Transformer, sequences: DocumentSequences, plans: Sequence[Sp
 
 def allocate_jointly(
     model: Transformer,
-    sequences: DocumentSequences,
+    texts: Texts,
     costs: Costs,
     target: float,
     start: SparsityPlan,
@@ -60,22 +71,22 @@ def allocate_jointly(
     With a single choice per layer, that of ``start``, only S is allocated. The plan of the model is the same after the
     call.
     """
-    here, best = start, (mean_loss(model, sequences, start), start)
+    here, best = start, (mean_loss(model, texts.judge, start), start)
     for number in range(rounds):
         # Other labels are drawn in every round, so that the rounds do not fit the noise of one draw.
-        terms = terms_around(model, sequences, here, choices, seed=number)
+        terms = terms_around(model, texts.fit, here, choices, seed=number)
         own = replace(costs, loads=terms.load)
         problem = Problem.of(terms, own, target, radius=_RADIUS)
         there = problem.plan_of(problem.solve())
         moved = [_moved(here, there, part, own, target) for part in _PARTS]
-        loss, here = min(((mean_loss(model, sequences, plan), plan) for plan in moved), key=lambda one: one[0])
+        loss, here = min(((mean_loss(model, texts.judge, plan), plan) for plan in moved), key=lambda one: one[0])
         best = min(best, (loss, here), key=lambda one: one[0])
     return best[1]
 
 
 def allocate_routing(
     model: Transformer,
-    sequences: DocumentSequences,
+    texts: Texts,
     costs: Costs,
     target: float,
     starts: Sequence[SparsityPlan],
@@ -89,7 +100,7 @@ def allocate_routing(
 
     Args:
         model: as in ``allocate_jointly``.
-        sequences: as in ``allocate_jointly``.
+        texts: as in ``allocate_jointly``.
         costs: as in ``allocate_jointly``.
         target: as in ``allocate_jointly``.
         starts: plans within the budget, which are evaluated as well.
@@ -98,15 +109,15 @@ def allocate_routing(
     """
     found = [*starts]
     for number, base in enumerate(bases):
-        found += _solved_routing(model, sequences, costs, target, base, choices, seed=number)
-    best = best_of(model, sequences, found)
-    again = _solved_routing(model, sequences, costs, target, best, choices, seed=len(bases))
-    return best_of(model, sequences, [best, *again])
+        found += _solved_routing(model, texts, costs, target, base, choices, seed=number)
+    best = best_of(model, texts.judge, found)
+    again = _solved_routing(model, texts, costs, target, best, choices, seed=len(bases))
+    return best_of(model, texts.judge, [best, *again])
 
 
 def _solved_routing(
     model: Transformer,
-    sequences: DocumentSequences,
+    texts: Texts,
     costs: Costs,
     target: float,
     base: SparsityPlan,
@@ -115,7 +126,7 @@ def _solved_routing(
     seed: int,
 ) -> list[SparsityPlan]:
     """Return the plan with the best choices by the estimate around ``base``; none if no choices meet the budget."""
-    terms = terms_around(model, sequences, base, choices, seed=seed)
+    terms = terms_around(model, texts.fit, base, choices, seed=seed)
     problem = Problem.of(terms, replace(costs, loads=terms.load), target, radius=0.0)
     point = problem.routing_alone()
     return [] if point.loss == float("inf") else [problem.plan_of(point)]

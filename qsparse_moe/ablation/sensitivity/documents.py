@@ -55,7 +55,16 @@ class DocumentSequences:
         while taken < num_sequences and count < len(self.batches):
             taken += len(self.batches[count].tokens_BS)
             count += 1
-        return DocumentSequences(self.batches[:count], self.documents[:count], self.num_documents)
+        return self._batches(slice(count))
+
+    def halves(self) -> tuple[DocumentSequences, DocumentSequences]:
+        """Return every second batch, and the others; a single batch is both halves."""
+        if len(self.batches) == 1:
+            return self, self
+        return self._batches(slice(0, None, 2)), self._batches(slice(1, None, 2))
+
+    def _batches(self, chosen: slice) -> DocumentSequences:
+        return DocumentSequences(self.batches[chosen], self.documents[chosen], self.num_documents)
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         return iter(zip(self.batches, self.documents, strict=True))

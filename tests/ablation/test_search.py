@@ -205,6 +205,19 @@ def test_a_report_of_an_unfinished_grid_says_what_has_no_runs_and_counts_what_is
     assert "| b | 0.004 (highest) | – |" in report
 
 
+def test_a_claim_about_a_gap_has_no_verdict_at_the_first_value_of_its_axis(write):
+    more = "  - {name: less, source: section 3, order: [a, b], gap_shrinks_over: training.steps}\n"
+    grid = load_grid(write(SEARCH + more))
+    # b - a shrinks by 0.5, 0.51, and 0.55 from 2 to 4 steps.
+    results = [
+        replace(one, bits_per_byte=one.bits_per_byte - 0.5 - one.seed / 100) if one.id.startswith("b-steps-4") else one
+        for one in results_of(grid)
+    ]
+    report = markdown(grid, results)
+    assert "| less | section 3 | – | holds | holds |" in report
+    assert "| less | steps 4 | a | b | +0.5200 | +0.4543 to +0.5857 | 3 | holds | – | – |" in report
+
+
 def test_kept_rows_are_reported_like_the_folders_they_came_from(write, grid, tmp_path, capsys):
     # One search is not complete in the rows, so that its best value is unknown.
     kept = [one for one in results_of(grid) if one.id != "b-steps-4-learning_rate-0.001-seed0"]
@@ -235,6 +248,22 @@ def test_kept_rows_are_reported_like_the_folders_they_came_from(write, grid, tmp
         ("order: [a, b]", "close: [a, b]", "must have close and within .* together"),
         ("order: [a, b]", "order: [a, b], within: 0.1", "must have close and within .* together"),
         ("order: [a, b]", "close: [a, b], within: 0.0", "within .*greater than 0"),
+        (
+            "order: [a, b]",
+            "order: [a, b], gap_grows_over: size",
+            r'a gap over "size", which is no axis .*training.steps',
+        ),
+        (
+            "order: [a, b]",
+            "order: [a, b], gap_shrinks_over: training.learning_rate",
+            "is about a gap over .*no axis of the cells",
+        ),
+        ("order: [a, b]", "close: [a, b], within: 1.0, gap_grows_over: training.steps", "needs an order of two var"),
+        (
+            "order: [a, b]",
+            "order: [a, b], gap_grows_over: training.steps, gap_shrinks_over: training.steps",
+            "has both gap_shrinks_over and gap_grows_over; give one",
+        ),
         ("source: section 4, ", "", "comparisons.0.source .*Field required"),
         ("order: [a, b]}", "order: [a, b]}\n  - {name: a below b, source: s, order: [b, a]}", "name of an earlier"),
         ("variants: {a: , b: {model.sparsity.default: 0.5}}\n", "", "its variants are none, because the file has no"),

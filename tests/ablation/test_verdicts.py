@@ -100,6 +100,22 @@ def test_closeness_is_decided_by_an_interval_inside_or_outside_of_the_bound(writ
     assert (small.verdict, small.pairs[0].seeds_needed) == (verdict, needed)
 
 
+@pytest.mark.parametrize(("way", "verdict"), [("shrinks", "holds"), ("grows", "does not hold here")])
+def test_a_gap_is_compared_with_that_at_the_first_value_of_its_axis_seed_by_seed(write, way, verdict):
+    # b - a is 0.5, 0.6, 0.7 in the small model and 0.3, 0.41, 0.52 in the large one: it shrinks by 0.2, 0.19, 0.18.
+    losses = {"a_small": [1, 1, 1], "b_small": [1.5, 1.6, 1.7], "a_large": [2, 3, 4], "b_large": [2.3, 3.41, 4.52]}
+    large, over_all = verdicts(write, f"order: [a, b], gap_{way}_over: size", **losses)
+    (pair,) = large.pairs
+    sign = 1 if way == "shrinks" else -1
+    assert list(pair.by_seed.values()) == pytest.approx([sign * 0.2, sign * 0.19, sign * 0.18])
+    assert (large.cell, large.cells, large.verdict) == (LARGE, 2, verdict)
+    assert (over_all.cells, over_all.verdict) == (2, verdict) and over_all.pairs[0].by_seed == pair.by_seed
+    # Of 0.1, 0.2, 0.3 a fourth seed decides, of two variants in two cells.
+    losses["b_large"] = [2.4, 3.4, 4.4]
+    large, _ = verdicts(write, f"order: [a, b], gap_{way}_over: size", **losses)
+    assert (large.pairs[0].seeds_needed, large.runs_needed) == (4, 4)
+
+
 def test_only_seeds_that_both_variants_have_count_and_one_seed_decides_nothing(write):
     small, large, over_all = verdicts(
         write, "order: [a, b]", a_small=[1, None, 3], b_small=[2, 2, None], a_large=[1, 1, 1], b_large=[2, 2.1, 2]

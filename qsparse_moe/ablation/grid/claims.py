@@ -27,11 +27,21 @@ class Comparison(Strict):
     """Names of two variants whose losses differ by at most ``within``."""
     within: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """The largest difference of ``close``, in bits per byte."""
+    gap_shrinks_over: str | None = None
+    """An axis, for an ``order`` of two variants: the claim is that their difference is smaller than at the first value
+    of this axis."""
+    gap_grows_over: str | None = None
+    """The same for a difference that is larger than at the first value of this axis."""
 
     @property
     def variants(self) -> list[str]:
         """Names of the variants that the claim is about, in its order."""
         return self.order or self.close or []
+
+    @property
+    def gap_over(self) -> str | None:
+        """The axis of a claim about a gap; None for other claims."""
+        return self.gap_shrinks_over or self.gap_grows_over
 
     @property
     def pairs(self) -> list[tuple[str, str]]:
@@ -65,6 +75,26 @@ def broken_claims(comparisons: Sequence[Comparison], variants: Mapping[str, Any]
                 yield f"{where} names {show(name)}, which is no variant of this grid; its variants are {known}"
             if claim.variants.count(name) > 1:
                 yield f"{where} names {show(name)} twice, and a variant cannot be compared with itself; keep it once"
+
+
+def broken_gaps(
+    comparisons: Sequence[Comparison], axes: Mapping[str, Any], best_over: BestOver | None
+) -> Iterator[str]:
+    """Yield what is wrong with the claims about gaps of a grid file with these axes."""
+    known = [axis for axis in axes if best_over is None or axis != best_over.axis]
+    for position, claim in enumerate(comparisons):
+        where = f"comparisons.{position} ({claim.name})"
+        if claim.gap_over is None:
+            continue
+        if claim.gap_shrinks_over and claim.gap_grows_over:
+            yield f"{where} has both gap_shrinks_over and gap_grows_over; give one of them"
+        if len(claim.order or ()) != 2:
+            yield f"{where} is about a gap and needs an order of two variants, and it is {show(claim.order)}"
+        if claim.gap_over not in known:
+            yield (
+                f"{where} is about a gap over {show(claim.gap_over)}, which is no axis of the cells of this grid; name "
+                f"one of {', '.join(known) or 'its axes, of which it has none'}"
+            )
 
 
 def broken_best_over(best_over: BestOver | None, axes: Mapping[str, Any], seeds: Sequence[int]) -> Iterator[str]:

@@ -30,7 +30,8 @@ def comparison_parts(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         f"comparisons: of {_number_of_tests(decided)} differences without any effect, about "
         f"{(1 - LEVEL) * _number_of_tests(decided):.0f} would seem decided.",
         _summary(decided),
-        "Differences: loss of the second variant minus loss of the first, mean and interval. Seeds to decide: with so "
+        "Differences: loss of the second variant minus loss of the first, mean and interval; for a claim about a gap, "
+        "how much this difference shrinks or grows from the first value of the axis. Seeds to decide: with so "
         "many, the interval would decide if mean and standard deviation stayed as measured; runs: the additional "
         f"runs of all variants of the claim{', at their best values' if grid.best_over else ''}.",
         _details(decided),
@@ -92,8 +93,14 @@ def _number_of_tests(decided: Sequence[ClaimVerdicts]) -> int:
 
 
 def _summary(decided: Sequence[ClaimVerdicts]) -> str:
-    head = ["claim", "source", *(_cell_label(cell) for cell in decided[0].cells)]
-    return table(head, [[one.claim.name, one.claim.source, *map(_word, one.cells)] for one in decided])
+    # A claim about a gap has no verdict at the first value of its axis.
+    labels = {cell.cell: _cell_label(cell) for one in decided for cell in one.cells}
+    cells = sorted(labels, key=lambda cell: cell is None)
+    rows = []
+    for one in decided:
+        words = {cell.cell: _word(cell) for cell in one.cells}
+        rows.append([one.claim.name, one.claim.source, *(words.get(cell, "–") for cell in cells)])
+    return table(["claim", "source", *(labels[cell] for cell in cells)], rows)
 
 
 def _word(found: CellVerdict) -> str:

@@ -18,6 +18,7 @@ from qsparse_moe.ablation.grid.claims import (
     Comparison,
     broken_best_over,
     broken_claims,
+    broken_gaps,
     broken_lengths,
 )
 from qsparse_moe.ablation.grid.entries import NAME_PATTERN, Choice, Name, Settings, by_name, choices, named, value_name
@@ -198,6 +199,7 @@ def _broken_rules(file: GridFile) -> Iterator[str]:
         yield from _wrong_axis(name, axis)
     yield from _set_twice(file)
     yield from broken_claims(file.comparisons, file.variants)
+    yield from broken_gaps(file.comparisons, file.axes, file.best_over)
     yield from broken_best_over(file.best_over, file.axes, file.seeds)
     yield from broken_lengths(file.continue_over_steps, file.axes, file.compare_dense)
 

@@ -6,6 +6,7 @@ variants is taken within each seed and its interval is that of a mean over seeds
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -35,7 +36,8 @@ class Pair:
     """The variant that the claim puts first."""
     higher: str
     by_seed: Mapping[int, float]
-    """Loss of ``higher`` minus loss of ``lower``, by seed."""
+    """Loss of ``higher`` minus loss of ``lower``, by seed; for a claim about a gap, the change of this difference that
+    the claim calls positive."""
     verdict: Verdict
     seeds_needed: int | None
     """Number of seeds with which the interval would decide at the measured mean and spread; None: decided, unknown with
@@ -142,12 +144,33 @@ def _half_width(spread: float, count: int) -> float:
 def _verdicts(claim: Comparison, cells: Sequence[str], known: Mapping[Key, Sample]) -> list[CellVerdict]:
     found = []
     for cell in cells:
-        pairs = tuple(
-            _pair(claim, lower, higher, _differences(known, lower, higher, cell)) for lower, higher in claim.pairs
-        )
-        found.append(CellVerdict(cell, 1, pairs))
+        base = _base(claim, cell, cells)
+        # A gap is compared with that of the first value of its axis, and not with itself.
+        if base == cell:
+            continue
+        pairs = []
+        for lower, higher in claim.pairs:
+            by_seed = _differences(known, lower, higher, cell)
+            if base is not None:
+                by_seed = _changes(claim, _differences(known, lower, higher, base), by_seed)
+            pairs.append(_pair(claim, lower, higher, by_seed))
+        found.append(CellVerdict(cell, 1 if base is None else 2, tuple(pairs)))
     # A grid without axes has one cell, and repeating it would read as a second result.
-    return found if len(cells) == 1 else [*found, _over_all(claim, found)]
+    return found if len(cells) == 1 else [*found, _over_all(claim, found, cells)]
+
+
+def _base(claim: Comparison, cell: str, cells: Sequence[str]) -> str | None:
+    """Return the cell with the first value of the axis of a claim about a gap; None for other claims."""
+    if claim.gap_over is None:
+        return None
+    place = json.loads(cell)
+    first = json.loads(cells[0])[claim.gap_over]
+    return json.dumps(place | {claim.gap_over: first})
+
+
+def _changes(claim: Comparison, base: Mapping[int, float], gap: Mapping[int, float]) -> dict[int, float]:
+    sign = 1 if claim.gap_grows_over else -1
+    return {seed: sign * (gap[seed] - at_base) for seed, at_base in base.items() if seed in gap}
 
 
 def _differences(known: Mapping[Key, Sample], lower: str, higher: str, cell: str) -> dict[int, float]:
@@ -158,7 +181,7 @@ def _differences(known: Mapping[Key, Sample], lower: str, higher: str, cell: str
     return {seed: high.by_seed[seed] - loss for seed, loss in low.by_seed.items() if seed in high.by_seed}
 
 
-def _over_all(claim: Comparison, found: Sequence[CellVerdict]) -> CellVerdict:
+def _over_all(claim: Comparison, found: Sequence[CellVerdict], cells: Sequence[str]) -> CellVerdict:
     """Return the verdict over the mean of the cells, seed by seed, with the seeds that every used cell has."""
     used = [one for one in found if all(len(pair.by_seed) > 1 for pair in one.pairs)]
     pairs = []
@@ -167,7 +190,8 @@ def _over_all(claim: Comparison, found: Sequence[CellVerdict]) -> CellVerdict:
         seeds = [seed for seed in (own[0] if own else ()) if all(seed in by_seed for by_seed in own)]
         means = {seed: statistics.mean(by_seed[seed] for by_seed in own) for seed in seeds}
         pairs.append(_pair(claim, lower, higher, means))
-    return CellVerdict(None, len(used), tuple(pairs))
+    behind = {one.cell for one in used} | {_base(claim, one.cell or "", cells) for one in used}
+    return CellVerdict(None, len(behind - {None}), tuple(pairs))
 
 
 def _pair(claim: Comparison, lower: str, higher: str, by_seed: Mapping[int, float]) -> Pair:

@@ -12,8 +12,8 @@ import typer
 
 from qsparse_moe.ablation.allocation.budget import Budget, parse_budget, parse_front
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
-from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_sparsity
+from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_shard, check_sparsity
 from qsparse_moe.cli.sensitivity import rich_table
 from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
@@ -94,16 +94,22 @@ def allocate(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
+    shard: ShardOption = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Distribute a budget of sparsity so that the loss rises least, and compare with other plans of the same cost."""
+    """Distribute a budget of sparsity so that the loss rises least, and compare with other plans of the same cost.
+
+    Runs on one process or under the deepspeed launcher.
+    """
     found_model = find_model(run)
     run_dir = found_model.path
+    check_shard(shard, "allocate")
     given = {"--sparsity": sparsity, "--parameters": parameters, "--flops": flops, "--bytes": bytes_}
     if budget is not None:
         budgets = joint_budgets(budget, front, others=[name for name, value in given.items() if value is not None])
-        check_output(output, force=force)
+        if is_rank_zero():  # as below
+            check_output(output, force=force)
         sources = sources_overrides(data or (), load_run_config(found_model.config_folder).data)
         summary = _jointly(
             found_model,
@@ -122,13 +128,16 @@ def allocate(
             force=force,
             device=device,
             overrides=sources,
+            shard=shard,
         )
-        print_json(summary) if json else _print_joint(summary)
+        if is_rank_zero():
+            print_json(summary) if json else _print_joint(summary)
         return
     check_no_joint_options({"--front": front, "--held-out": held_out, "--folder": folder, "--decode": decode or None})
     quantity, target = requested_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
     # Before the plans are made, which takes minutes.
-    check_output(output, force=force)
+    if is_rank_zero():  # on one rank only: another might check after this one has written the file
+        check_output(output, force=force)
     from qsparse_moe.ablation.allocation.report import as_dict, markdown
     from qsparse_moe.ablation.allocation.run import allocate_run
     from qsparse_moe.runs.folder import write_atomically
@@ -144,7 +153,10 @@ def allocate(
         train_steps=train,
         device=device,
         overrides=sources_overrides(data or (), load_run_config(found_model.config_folder).data),
+        shard=shard,
     )
+    if not is_rank_zero():
+        return
     write_plan(found.plan, output, force=force)
     summary = as_dict(found, run_dir=run_dir, output=output)
     # An allocated plan contains no thresholds, so a run that selects by thresholds has to rank its features to use it.
@@ -190,6 +202,7 @@ def _jointly(
     force: bool,
     device: str,
     overrides: Sequence[str],
+    shard: bool | None,
 ) -> dict[str, Any]:
     """Allocate and compare, write all files, and return the JSON."""
     import json
@@ -199,7 +212,8 @@ def _jointly(
     from qsparse_moe.ablation.allocation.joint_run import JointOptions, allocate_budgets
     from qsparse_moe.runs.folder import write_atomically
 
-    folder.mkdir(parents=True, exist_ok=True)
+    if is_rank_zero():
+        folder.mkdir(parents=True, exist_ok=True)
     settings = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
 
     def write(found: JointAllocation) -> dict[str, Any]:
@@ -221,7 +235,8 @@ def _jointly(
         JointOptions(**options),
         device=device,
         overrides=overrides,
-        notify=lambda found: summary.update(write(found)),
+        shard=shard,
+        notify=lambda found: summary.update(write(found)) if is_rank_zero() else None,
     )
     return summary
 

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
-from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_shard, check_sparsity
 from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.presets import PRESETS
@@ -53,11 +53,13 @@ def calibrate(
     ] = None,
     data: DataOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
+    shard: ShardOption = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Find the thresholds that give a run its S. Runs on one process or under the deepspeed launcher."""
     run_dir = find_model(run).path
+    check_shard(shard, "calibrate")
     requested = requested_plan(run_dir, overrides=overrides or (), sparsity=sparsity, plan_file=plan)
     if is_rank_zero():  # on one rank only: another might check after this one has written the file
         check_output(output, force=force)
@@ -73,6 +75,7 @@ def calibrate(
         device=device,
         overrides=sources_overrides(data or (), load_run_config(find_model(run_dir).config_folder).data),
         load=load_trained,
+        shard=shard,
     )
     if is_rank_zero():
         write_plan(calibration.plan, output, force=force)

@@ -32,7 +32,7 @@ from qsparse_moe.cli.evaluation_options import (
     plan_label,
 )
 from qsparse_moe.cli.option_names import naming_options
-from qsparse_moe.cli.option_values import MODEL_HELP, check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, ShardOption, check_shard, check_sparsity
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config
@@ -72,6 +72,7 @@ def evaluate(
     engine: Engine = "training",
     weights: Weights = "auto",
     head: Head = "auto",
+    shard: ShardOption = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Device to run on.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -84,6 +85,7 @@ def evaluate(
         {
             "--rows": rows,
             "--data": data,
+            "--shard": shard,
             "--task-folder": task_folder,
             "--limit": limit,
             "--shots": shots,
@@ -97,6 +99,12 @@ def evaluate(
         mode=mode,
     )
     check_formats(weights, head, engine)
+    check_shard(shard, "evaluate")
+    if shard and engine == "inference":
+        raise ConfigError(
+            "--shard has no effect with --engine inference, which copies all weights of a layer into the layout of "
+            "generation on every rank; leave out one of them"
+        )
     # Before torch is imported, as all checks of options are.
     plan = requested_plan(run, sparsity=sparsity, plan_file=plan_file)
     model = ModelOptions(found, plan, plan_label(sparsity, plan_file), engine, weights, head, device)
@@ -114,17 +122,19 @@ def evaluate(
         comparison = CompareOptions(compare, rows, files, num_prompts, prompt_tokens, new_tokens, size)
         compare_and_print(model, comparison, output=output, as_json=json)
     else:
-        _evaluate_loss(model, rows=rows, files=tuple(data or ()), as_json=json)
+        _evaluate_loss(model, rows=rows, files=tuple(data or ()), shard=shard, as_json=json)
 
 
-def _evaluate_loss(model: ModelOptions, *, rows: int | None, files: Sequence[str], as_json: bool) -> None:
+def _evaluate_loss(
+    model: ModelOptions, *, rows: int | None, files: Sequence[str], shard: bool | None, as_json: bool
+) -> None:
     from qsparse_moe.interop.trained_model import load_trained
     from qsparse_moe.training.evaluate import evaluate_run
 
     if model.engine == "inference":
         from qsparse_moe.inference.evaluate import decoding_forward
 
-        forward_of = partial(decoding_forward, weights=model.weights, head=model.head)
+        forward_of, shard = partial(decoding_forward, weights=model.weights, head=model.head), False
     else:
         forward_of = None
     run_dir = model.found.path
@@ -137,6 +147,7 @@ def _evaluate_loss(model: ModelOptions, *, rows: int | None, files: Sequence[str
             files=files,
             forward_of=forward_of,
             load=load_trained,
+            shard=shard,
         )
     if is_rank_zero():
         summary = {"run_dir": str(run_dir), **evaluation.as_dict()}

@@ -100,6 +100,7 @@ NewTokens = Annotated[
 _MODES: Mapping[str, tuple[str, ...]] = {
     "--rows": ("", "--compare"),
     "--data": ("", "--compare"),
+    "--shard": ("",),
     "--task-folder": ("--tasks",),
     "--limit": ("--tasks",),
     "--shots": ("--tasks",),
@@ -146,7 +147,8 @@ def check_combinations(given: Mapping[str, Any], *, mode: str) -> None:
         if value is None or value is False or value == [] or mode in _MODES[option]:
             continue
         if mode:
-            raise ConfigError(f"{option} ({value}) has no effect with {mode}; leave out one of them")
+            shown = "" if value is True else f" ({value})"
+            raise ConfigError(f"{option}{shown} has no effect with {mode}; leave out one of them")
         raise ConfigError(f"{option} ({value}) applies to {' and '.join(_MODES[option])} only; add it, or leave it out")
     if given.get("--data") and given.get("--rows") is not None:
         raise ConfigError(

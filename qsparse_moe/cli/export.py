@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_model
 
@@ -37,7 +37,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write the weights of the newest checkpoint, for any number of ranks and ZeRO stage, and what belongs to them."""
+    """Write the weights of the newest checkpoint, for any number of ranks and ZeRO stage, and what belongs to them.
+
+    Runs on one process or under the deepspeed launcher, whose ranks write the weights together.
+    """
     if (folder is None) == (output is None):
         raise ConfigError("the folder to create must be given once; name it with --output FOLDER")
     target = output or folder
@@ -45,16 +48,22 @@ def export(
     # Imported once the folder is found, so that a wrong path is reported at once.
     found = find_model(source).path
     from qsparse_moe.interop.export_model import export_model
+    from qsparse_moe.training.distributed.ranks import open_distributed
+    from qsparse_moe.training.evaluate import stored_timeout
 
     command = ["qsparse-moe", "export", str(source), "--output", str(target), "--format", format, "--dtype", dtype]
-    done = export_model(
-        found,
-        target,
-        format="native" if format == "state-dict" else format,
-        dtype=dtype,
-        force=force,
-        command=shlex.join(command),
-    )
+    with open_distributed("cpu", timeout=stored_timeout(found)) as distributed:
+        done = export_model(
+            found,
+            target,
+            format="native" if format == "state-dict" else format,
+            dtype=dtype,
+            force=force,
+            command=shlex.join(command),
+            distributed=distributed,
+        )
+    if not is_rank_zero():
+        return
     is_native = done.model_type == "qsparse_moe"
     if json:
         report = {"run_dir": str(found), "format": "native" if is_native else "hugging-face", "dtype": dtype}

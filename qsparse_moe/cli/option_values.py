@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.training.distributed.launcher_environment import launcher_world_size
 
 MODEL_HELP = "Run folder, checkpoint in it, or export (an imported model is one)."
 DataOption = Annotated[
@@ -19,6 +20,30 @@ DataOption = Annotated[
     ),
 ]
 """The text to measure on; its documents are divided into training and validation as those of a run are."""
+ShardOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--shard/--no-shard",
+        help="Divide the weights over the launcher's ranks, which gather those of one module at a time; default: as in "
+        "training, that is with ZeRO-3 or expert parallelism.",
+        show_default=False,
+    ),
+]
+"""Whether a model that one device cannot hold is measured on several."""
+
+
+def check_shard(shard: bool | None, verb: str) -> None:
+    """Raise ConfigError if the weights are to be divided over ranks and there is only one.
+
+    Args:
+        shard: the option.
+        verb: the verb, for the message.
+    """
+    if shard and launcher_world_size() == 1:
+        raise ConfigError(
+            "--shard divides the weights over the ranks of a launcher, and this process is the only one; start several "
+            f"with deepspeed --num_gpus N --module qsparse_moe {verb} ..., or leave out --shard"
+        )
 
 
 def listed_names(option: str, text: str, known: Collection[str]) -> list[Any]:

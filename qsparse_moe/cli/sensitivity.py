@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from qsparse_moe.cli.console import print_json, result_console
-from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_sparsity
+from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_shard, check_sparsity
 from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
@@ -54,10 +54,14 @@ def sensitivity(
     ] = 0,
     data: DataOption = None,
     output: Annotated[Path | None, typer.Option(help="Folder for the report; default: RUN/sensitivity.")] = None,
+    shard: ShardOption = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, a report, and heat maps."""
+    """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, a report, and heat maps.
+
+    Runs on one process or under the deepspeed launcher.
+    """
     model_folder = find_model(run)
     run_dir = model_folder.path
     tried = parse_values(values)
@@ -66,24 +70,26 @@ def sensitivity(
         raise ConfigError(
             f"--plans ({plans}) must be 0 or at least 3, because two points always have a perfect rank order"
         )
-    from qsparse_moe.ablation.sensitivity.documents import validation_documents
-    from qsparse_moe.ablation.sensitivity.measure import load_ranked, measure
+    check_shard(shard, "sensitivity")
+    from qsparse_moe.ablation.sensitivity.measure import measure_run
     from qsparse_moe.ablation.sensitivity.report import as_dict
-    from qsparse_moe.data.loader import load_data
-    from qsparse_moe.data.tokenizer import meaningless_ids
 
-    warn_of_natural_zeros(run_dir)
-    sources = sources_overrides(data or (), load_run_config(model_folder.config_folder).data)
-    config, model, step = load_ranked(run_dir, device, at, sources)
-    text = load_data(config.data)
-    # The logits of ids that no text contains must not enter the loss; evaluate hides them too.
-    model.hide_ids(meaningless_ids(config.model, text.tokenizer))
-    measured_on = validation_documents(
-        text,
-        num_sequences=rows or config.training.evaluation_rows,
-        batch_size=config.training.micro_batch_size,
+    if is_rank_zero():
+        warn_of_natural_zeros(run_dir)
+    found, step = measure_run(
+        run_dir,
+        tried,
+        sparsity=at,
+        exact=not estimate_only,
+        num_plans=plans,
+        num_sequences=rows,
+        device=device,
+        overrides=sources_overrides(data or (), load_run_config(model_folder.config_folder).data),
+        shard=shard,
+        notify=_print_report,
     )
-    found = measure(model, measured_on, tried, exact=not estimate_only, num_plans=plans, notify=_print_report)
+    if not is_rank_zero():
+        return
     folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)
     write_report(found, summary, folder, tensorboard=run_dir / "tensorboard")
@@ -129,7 +135,7 @@ def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, t
 
 def _print_report(done: int, of: int) -> None:
     # A line per evaluation would be hundreds of lines, and the last one always appears.
-    if done == of or done % _REPORTED_EVERY == 0:
+    if is_rank_zero() and (done == of or done % _REPORTED_EVERY == 0):
         print(f"evaluated {done}/{of}", file=sys.stderr, flush=True)
 
 

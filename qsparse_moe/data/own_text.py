@@ -57,11 +57,19 @@ class OwnText:
         return len(self._tokens_RS)
 
     def batches(self, micro_batch_size: int, *, rank: int = 0, world_size: int = 1) -> list[Batch]:
-        """Return one rank's part of the sequences; labels after the end of the text are ignored by the loss."""
-        # Ranks may get different numbers of batches: every rank evaluates a whole model, so no forward pass waits for
-        # the others.
-        begins = range(rank * micro_batch_size, len(self), world_size * micro_batch_size)
-        return [self._batch(begin, begin + micro_batch_size) for begin in begins]
+        """Return one rank's part of the sequences; labels after the end of the text are ignored by the loss.
+
+        Every rank gets the same number of batches: a rank that has none left gets the first one, without labels.
+        """
+        # Equally many batches on every rank: a forward pass may contain collectives, in which the others would wait.
+        begins = range(0, len(self), world_size * micro_batch_size)
+        return [self._own_or_spare(begin + rank * micro_batch_size, micro_batch_size) for begin in begins]
+
+    def _own_or_spare(self, begin: int, micro_batch_size: int) -> Batch:
+        if begin < len(self):
+            return self._batch(begin, begin + micro_batch_size)
+        spare = self._batch(0, micro_batch_size)
+        return spare._replace(targets_BS=spare.targets_BS.new_full(spare.targets_BS.shape, IGNORED_LABEL))
 
     def _batch(self, begin: int, end: int) -> Batch:
         batch = make_batch(

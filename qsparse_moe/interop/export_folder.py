@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.interop.safetensors_writer import TensorSpec, write_safetensors
+from qsparse_moe.interop.safetensors_writer import SafetensorsFile, TensorSpec
 from qsparse_moe.interop.weight_files import INDEX, WEIGHTS, open_safetensors, safetensors_torch
 from qsparse_moe.runs.folder import CONFIG_FILE
+from qsparse_moe.training.distributed.ranks import ONE_RANK, Distributed
 
 PART_BYTES = 4 * 2**30
 """Maximum size of one file, unless a single tensor is larger."""
@@ -40,6 +41,7 @@ def write_export(
     write_rest: Callable[[Path], None],
     part_bytes: int = PART_BYTES,
     model_type: str = "qsparse_moe",
+    distributed: Distributed = ONE_RANK,
 ) -> Export:
     """Write an export, under another name until it is complete. At most its largest tensor is held in memory.
 
@@ -50,30 +52,53 @@ def write_export(
         write_rest: writes the configuration and everything else into the folder that it receives.
         part_bytes: maximum size of a file, unless a single tensor is larger.
         model_type: see ``Export``.
+        distributed: the ranks, which must call it together on a file system that they share: each writes its part of
+            every file, and rank 0 everything else.
 
     Raises:
         CheckpointError: ``output`` cannot be written.
     """
     partial = output.with_name(f".{output.name}.partial")
-    try:
+    # As transformers writes it: several of its versions refuse a file that does not name its framework.
+    files = _files(partial, tensors, {"format": "pt"} | dict(metadata), part_bytes)
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        # As transformers writes it: several of its versions refuse a file that does not name its framework.
-        files = _write_weights(partial, tensors, {"format": "pt"} | dict(metadata), part_bytes)
+        for file in files:
+            file.create()
+
+    def finish() -> None:
+        _write_index(partial, tensors, files)
         write_rest(partial)
         _open_to_readers(partial)
         _put_in_place(partial, output)
+
+    try:
+        distributed.on_rank_zero(begin)
+        distributed.on_every_rank(lambda: _write_parts(files, distributed))
+        distributed.on_rank_zero(finish)
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, distributed)
         raise CheckpointError(
             f"{output}: cannot be written ({error.strerror or error}); it needs write permission and free space; "
             "free some space, or name another folder"
         ) from error
     except BaseException:
         # A tensor of the source is damaged, or the user interrupts.
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial, distributed)
         raise
-    return Export(output, int(metadata["step"]), len(tensors), sum(_sizes(tensors).values()), files, model_type)
+    return Export(output, int(metadata["step"]), len(tensors), sum(_sizes(tensors).values()), len(files), model_type)
+
+
+def _write_parts(files: Sequence[SafetensorsFile], distributed: Distributed) -> None:
+    for file in files:
+        file.write(part=distributed.rank, parts=distributed.world_size)
+
+
+def _remove(partial: Path, distributed: Distributed) -> None:
+    if distributed.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_output(output: Path, force: bool) -> None:
@@ -149,22 +174,27 @@ def group_by_size(sizes: Mapping[str, int], part_bytes: int) -> list[list[str]]:
     return parts
 
 
-def _write_weights(
+def _files(
     folder: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str], part_bytes: int
-) -> int:
-    """Write the files of the tensors and return their number."""
-    sizes = _sizes(tensors)
-    parts = group_by_size(sizes, part_bytes)
-    files = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
+) -> list[SafetensorsFile]:
+    """Return the files of the tensors, none of which is written yet."""
+    parts = group_by_size(_sizes(tensors), part_bytes)
+    names = [f"model-{number:05d}-of-{len(parts):05d}.safetensors" for number in range(1, len(parts) + 1)]
     if len(parts) == 1:
-        files = [WEIGHTS]
-    for file, names in zip(files, parts, strict=True):
-        write_safetensors(folder / file, {name: tensors[name] for name in names}, metadata)
-    if len(parts) > 1:
-        where = {name: file for file, names in zip(files, parts, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
-    return len(files)
+        names = [WEIGHTS]
+    return [
+        SafetensorsFile(folder / name, {tensor: tensors[tensor] for tensor in part}, metadata)
+        for name, part in zip(names, parts, strict=True)
+    ]
+
+
+def _write_index(folder: Path, tensors: Mapping[str, TensorSpec], files: Sequence[SafetensorsFile]) -> None:
+    """Write the list of the files if there are several."""
+    if len(files) == 1:
+        return
+    where = {name: file.path.name for file in files for name in file.tensors}
+    index = {"metadata": {"total_size": sum(_sizes(tensors).values())}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _sizes(tensors: Mapping[str, TensorSpec]) -> dict[str, int]:

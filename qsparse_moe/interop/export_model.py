@@ -9,6 +9,7 @@ from qsparse_moe.interop.export_folder import PART_BYTES, Export, check_output
 from qsparse_moe.interop.export_source import ExportDtype, open_source
 from qsparse_moe.interop.family_export import export_family, family_of, no_family
 from qsparse_moe.interop.state_dict import export_native
+from qsparse_moe.training.distributed.ranks import ONE_RANK, Distributed
 
 ExportFormat = Literal["auto", "hugging-face", "native"]
 
@@ -22,10 +23,11 @@ def export_model(
     force: bool = False,
     part_bytes: int = PART_BYTES,
     command: str | None = None,
+    distributed: Distributed = ONE_RANK,
 ) -> Export:
     """Write the model of a run, of one checkpoint, or of an export to the folder ``output``.
 
-    The folder has another name until it is complete. At most the largest tensor is held in memory.
+    The folder has another name until it is complete. A few parts of tensors are held in memory at a time.
 
     Args:
         source: folder of a run, whose newest checkpoint is taken, of a checkpoint, or of an export.
@@ -37,6 +39,7 @@ def export_model(
         force: see ``output``.
         part_bytes: maximum size of a file of weights, unless a single tensor is larger.
         command: the command line of the export, for the model card.
+        distributed: the ranks that write the weights together, in the same files; they must call it together.
 
     Raises:
         CheckpointError: the source cannot be read, no family can express the model, or ``output`` is in use or cannot
@@ -46,11 +49,13 @@ def export_model(
     """
     output = Path(output)
     # Before a checkpoint is read, which may take minutes if many ranks wrote it.
-    check_output(output, force)
-    opened = open_source(Path(source))
+    distributed.on_rank_zero(lambda: check_output(output, force))
+    opened = open_source(Path(source), distributed)
     model_type = None if format == "native" else family_of(opened)
     if model_type is not None:
-        return export_family(opened, output, model_type, dtype=dtype, part_bytes=part_bytes, command=command)
+        return export_family(
+            opened, output, model_type, dtype=dtype, part_bytes=part_bytes, command=command, distributed=distributed
+        )
     if format == "hugging-face":
         raise no_family(opened)
-    return export_native(opened, output, dtype=dtype, part_bytes=part_bytes, command=command)
+    return export_native(opened, output, dtype=dtype, part_bytes=part_bytes, command=command, distributed=distributed)

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.interop.empty_model import empty_model
 from qsparse_moe.interop.initial_weights import ExportWeights
-from qsparse_moe.interop.safetensors_writer import TensorSpec
+from qsparse_moe.interop.safetensors_writer import Part, TensorSpec
 from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config, no_checkpoint
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
 from qsparse_moe.training.checkpoint.state import check_shapes, state_buffers, stored_shapes
 from qsparse_moe.training.checkpoint.store import list_checkpoints
+from qsparse_moe.training.distributed.ranks import ONE_RANK, Distributed
 from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES
 from qsparse_moe.training.named_tensors import CheckpointWeights, NamedTensors
 
 ExportDtype = Literal["auto", "fp32", "bf16"]
+
+# 64 MiB in fp32: few enough bytes for several threads, and enough for the disk.
+_PART_ELEMENTS = 2**24
 
 GENERATION_CONFIG = "generation_config.json"
 
@@ -53,19 +59,33 @@ class ExportSource:
     def dtype(self, name: str, requested: ExportDtype) -> torch.dtype:
         """Return the dtype of a tensor in the export; buffers keep their own."""
         if requested == "auto" or name in self.buffers:
-            return self.weights.tensor(name).dtype
+            return self.weights.read(name, 0, 1).dtype
         return COMPUTE_DTYPES[requested]
 
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Read a range of the first dimension of a tensor, such as one expert, and nothing else."""
+        _, *rest = self.weights.shapes[name]
+        size = math.prod(rest)
+        return self.weights.read(name, first * size, last * size).view(last - first, *rest)
+
     def specs(self, dtype: ExportDtype) -> Mapping[str, TensorSpec]:
-        """Return every tensor under our names; it is read when it is written."""
-        return {
-            name: TensorSpec.whole(self.dtype(name, dtype), shape, partial(self.weights.tensor, name))
-            for name, shape in self.weights.shapes.items()
-        }
+        """Return every tensor under our names, in parts that are read when they are written."""
+        return {name: TensorSpec(self.dtype(name, dtype), *self._parts(name)) for name in self.weights.shapes}
+
+    def _parts(self, name: str) -> tuple[tuple[int, ...], Sequence[Part]]:
+        shape = tuple(self.weights.shapes[name])
+        if not shape:
+            return shape, (Part(shape, partial(self.weights.tensor, name)),)
+        num_rows, *rest = shape
+        step = max(1, _PART_ELEMENTS // max(1, math.prod(rest)))
+        ranges = [(first, min(first + step, num_rows)) for first in range(0, num_rows, step)]
+        return shape, [Part((last - first, *rest), partial(self.rows, name, first, last)) for first, last in ranges]
 
 
-def open_source(folder: Path) -> ExportSource:
+def open_source(folder: Path, distributed: Distributed = ONE_RANK) -> ExportSource:
     """Open a run (its newest checkpoint), one checkpoint, or an export; a checkpoint's files are verified.
+
+    The ranks of ``distributed`` must call it together, and divide the files among them to verify them.
 
     Raises:
         CheckpointError: it is none of them, or a file is missing, damaged, or of another model.
@@ -82,9 +102,11 @@ def open_source(folder: Path) -> ExportSource:
         max_length, family = weights.max_length, weights.family
     else:
         config = load_run_config(found.config_folder)
-        weights = CheckpointWeights(_checkpoint(found.path, found.kind), kind=found.kind)
+        # Rank 0 chooses it for all: a run that is still training may save another one meanwhile.
+        checkpoint = distributed.on_rank_zero(lambda: _checkpoint(found.path, found.kind))
+        weights = stored = CheckpointWeights(checkpoint, kind=found.kind)
         # Every file is read and compared, because an export is all that may remain of a run.
-        weights.checksums(part=0, parts=1)
+        distributed.on_every_rank(lambda: stored.checksums(part=distributed.rank, parts=distributed.world_size))
     model = empty_model(config.model)
     shapes = {name: list(shape) for name, shape in weights.shapes.items()}
     check_shapes(stored_shapes(model), shapes, str(found.path))

@@ -18,6 +18,7 @@ from qsparse_moe.interop.families.registry import FAMILIES
 from qsparse_moe.interop.families.settings import CONFIG_JSON
 from qsparse_moe.interop.safetensors_writer import TensorSpec
 from qsparse_moe.interop.weight_files import family_metadata
+from qsparse_moe.training.distributed.ranks import ONE_RANK, Distributed
 
 
 def family_of(source: ExportSource) -> str | None:
@@ -43,6 +44,7 @@ def export_family(
     dtype: ExportDtype,
     part_bytes: int = PART_BYTES,
     command: str | None = None,
+    distributed: Distributed = ONE_RANK,
 ) -> Export:
     """Write the folder that transformers and other programs open; see ``export_model.export_model``.
 
@@ -53,6 +55,7 @@ def export_family(
         dtype: type of the weights.
         part_bytes: see ``write_export``.
         command: the command line of the export, for the card.
+        distributed: see ``write_export``.
     """
 
     def write_rest(folder: Path) -> None:
@@ -66,6 +69,7 @@ def export_family(
         write_rest=write_rest,
         part_bytes=part_bytes,
         model_type=model_type,
+        distributed=distributed,
     )
 
 
@@ -84,7 +88,13 @@ def family_tensors(source: ExportSource, model_type: str, dtype: ExportDtype) ->
 
 
 def _reader(source: ExportSource, name: str, recipe: Recipe, place: Place, piece: Piece) -> Callable[[], Tensor]:
-    return lambda: recipe.stored(source.weights.tensor(name), place, piece)
+    def read() -> Tensor:
+        # Only this piece: the ranks of a run have written ranges of a tensor, and all of it may be many gigabytes.
+        if isinstance(place, int):
+            return recipe.stored(source.rows(name, place, place + 1)[0], piece)
+        return recipe.stored(source.rows(name, place.start, place.stop), piece)
+
+    return read
 
 
 def _write_config(folder: Path, source: ExportSource, model_type: str, dtype: ExportDtype) -> None:

@@ -53,20 +53,37 @@ class TensorSpec:
         return cls(dtype, tuple(shape), (Part(tuple(shape), read),))
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
-    """Write the file. At most the bytes of its largest tensor are held in memory, in all threads together.
+class SafetensorsFile:
+    """A file of tensors that one or several processes write together.
 
     Raises:
-        OSError: it cannot be written; the file is then incomplete.
+        OSError: it cannot be written, in ``create`` or ``write``; the file is then incomplete.
     """
-    header, starts = safetensors_header({name: (spec.dtype, spec.shape) for name, spec in tensors.items()}, metadata)
-    limit = max((spec.nbytes for spec in tensors.values()), default=0)
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        _write_all(descriptor, memoryview(header), 0)
-        _write_parts(descriptor, _jobs(tensors, starts), limit)
-    finally:
-        os.close(descriptor)
+
+    def __init__(self, path: Path, tensors: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> None:
+        self.path, self.tensors = path, tensors
+        layout = {name: (spec.dtype, spec.shape) for name, spec in tensors.items()}
+        self._header, self._starts = safetensors_header(layout, metadata)
+        self._num_bytes = sum(spec.nbytes for spec in tensors.values())
+
+    def create(self) -> None:
+        """Create the file with its header; one process does so before any writes a tensor."""
+        with self.path.open("wb") as file:
+            file.write(self._header)
+
+    def write(self, *, part: int = 0, parts: int = 1) -> None:
+        """Write one of ``parts`` equal shares of the tensors into the file.
+
+        At most the bytes of its largest tensor are held in memory, in all threads together.
+        """
+        limit = max((spec.nbytes for spec in self.tensors.values()), default=0)
+        begin, end = (len(self._header) + self._num_bytes * edge // parts for edge in (part, part + 1))
+        jobs = (job for job in _jobs(self.tensors, self._starts) if begin <= job.start < end)
+        descriptor = os.open(self.path, os.O_WRONLY)
+        try:
+            _write_parts(descriptor, jobs, limit)
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from qsparse_moe.interop.weight_files import WeightFiles, export_metadata
 from qsparse_moe.model.transformer import Transformer, build_empty
 from qsparse_moe.runs.folder import PLAN_FILE, TOKENIZER, load_run_config, write_config
 from qsparse_moe.training.checkpoint.state import check_shapes, load_model, stored_shapes
+from qsparse_moe.training.distributed.ranks import ONE_RANK, Distributed
+from qsparse_moe.training.shard_weights import choose_sharding
 
 
 def export_run(
@@ -49,7 +51,13 @@ def export_run(
 
 
 def export_native(
-    source: ExportSource, output: Path, *, dtype: ExportDtype, part_bytes: int = PART_BYTES, command: str | None = None
+    source: ExportSource,
+    output: Path,
+    *,
+    dtype: ExportDtype,
+    part_bytes: int = PART_BYTES,
+    command: str | None = None,
+    distributed: Distributed = ONE_RANK,
 ) -> Export:
     """Write the export that ``load_export`` reads, and transformers as model type ``qsparse_moe``.
 
@@ -61,6 +69,7 @@ def export_native(
         metadata=export_metadata(step=source.step, max_length=source.max_length, family=source.family),
         write_rest=lambda folder: _write_rest(folder, source, dtype, command),
         part_bytes=part_bytes,
+        distributed=distributed,
     )
 
 
@@ -70,6 +79,8 @@ def load_export(
     *,
     dtype: torch.dtype | None = None,
     overrides: Sequence[str] = (),
+    distributed: Distributed | None = None,
+    shard: bool | None = None,
 ) -> tuple[RunConfig, Transformer, int]:
     """Return the config, the model, and its number of trained steps, as ``training.evaluate.load_run`` does for a run.
 
@@ -78,6 +89,8 @@ def load_export(
         device: device of the model.
         dtype: type of the model; None: that of the file.
         overrides: settings that do not affect the weights, as in ``load_run``.
+        distributed: as in ``load_run``.
+        shard: as in ``load_run``.
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another model.
@@ -90,7 +103,8 @@ def load_export(
     dtype = dtype or files.tensor("embedding.weight").dtype
     model = build_empty(config.model, device=device)
     check_shapes(stored_shapes(model), files.shapes, str(folder))
-    load_model(model, files.tensor, device=device, dtype=dtype)
+    over = choose_sharding(shard, config, distributed)
+    load_model(model, files.tensor, device=device, dtype=dtype, distributed=over)
     model.set_sparsity(plan_in_use(config, files.step))
     return config, model.eval(), files.step
 

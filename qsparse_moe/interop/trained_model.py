@@ -11,6 +11,7 @@ from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.interop.state_dict import load_export
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.find import find_model
+from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.evaluate import load_run
 
 
@@ -20,6 +21,8 @@ def load_trained(
     *,
     dtype: torch.dtype | None = None,
     overrides: Sequence[str] = (),
+    distributed: Distributed | None = None,
+    shard: bool | None = None,
 ) -> tuple[RunConfig, Transformer, int]:
     """Return the config, the model, and its number of training steps, as ``load_run`` does for a run.
 
@@ -29,6 +32,8 @@ def load_trained(
         device: the device of the model.
         dtype: the dtype of the model; None is the one that training computed in, or that of the export.
         overrides: settings that do not affect the weights.
+        distributed: the ranks, which must call it together; None is this process alone.
+        shard: whether they divide the weights among them; None: as they did in training.
 
     Raises:
         CheckpointError: the folder is none of the three, or is damaged.
@@ -37,6 +42,13 @@ def load_trained(
     """
     found = find_model(folder)
     if found.kind == "export":
-        return load_export(found.path, device, dtype=dtype, overrides=overrides)
-    checkpoint = found.path if found.kind == "checkpoint" else None
-    return load_run(found.config_folder, device, dtype=dtype, overrides=overrides, checkpoint_folder=checkpoint)
+        return load_export(found.path, device, dtype=dtype, overrides=overrides, distributed=distributed, shard=shard)
+    return load_run(
+        found.config_folder,
+        device,
+        dtype=dtype,
+        overrides=overrides,
+        checkpoint_folder=found.path if found.kind == "checkpoint" else None,
+        distributed=distributed,
+        shard=shard,
+    )

@@ -18,6 +18,7 @@ from torch import Tensor
 from qsparse_moe.config.schema import Site, SitesConfig
 from qsparse_moe.data.batch import Batch
 from qsparse_moe.errors import ConfigError, TrainingDiverged
+from qsparse_moe.model.sharded import sharing_weights
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.sparse_site import SparseSite
@@ -56,14 +57,14 @@ def calibrate(
 
 @torch.no_grad()
 def sample_sites(
-    model: Transformer, batches: Iterable[tuple[int, Batch]], plan: SparsityPlan, *, max_values: int = MAX_VALUES
+    model: Transformer, batches: Iterable[tuple[int | None, Batch]], plan: SparsityPlan, *, max_values: int = MAX_VALUES
 ) -> Samples:
     """Sample the rows that reach every site while the model runs with exact top-K at the S of ``plan``.
 
     Args:
         model: on any device.
-        batches: each with the index of its first token among the tokens of all processes. A process without batches
-            returns empty samples.
+        batches: each with the index of its first token among the tokens of all processes; the rows of a batch without
+            one are not sampled. A process without batches returns empty samples.
         plan: a plan that fits the model.
         max_values: maximum number of magnitudes that are stored per threshold.
 
@@ -106,13 +107,9 @@ def with_thresholds(model: Transformer, plan: SparsityPlan) -> Transformer:
     # Built with S = 0, because the thresholds come with the plan. The preset stays: it also sets the number formats.
     nothing = {"plan": None, "default": 0.0, "sites": SitesConfig(), "overrides": ()}
     sparsity = model.config.sparsity.model_copy(update={"selection": "threshold"} | nothing)
-    device = model.embedding.weight.device
-    other = Transformer(model.config.model_copy(update={"sparsity": sparsity}), device=device)
-    # Assigned and not copied: both models have the same weights in memory.
-    other.load_state_dict(model.state_dict(), assign=True)
-    other.to(device)  # buffers that the state dict does not hold
+    other = sharing_weights(model, model.config.model_copy(update={"sparsity": sparsity}))
     other.set_sparsity(plan)
-    return other.eval()
+    return other
 
 
 def _numbered(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
@@ -160,20 +157,23 @@ class RowRecorder:
 
     def __init__(self, num_experts: int, max_values: int) -> None:
         self.samples = [RowSample(max_values) for _ in range(num_experts)]
-        self.first_number = 0
-        """Index of the first token of the next batch."""
+        self.first_number: int | None = 0
+        """Index of the first token of the next batch; None: its rows are not added."""
 
     def __call__(self, x: Tensor, expert_ids_N: Tensor | None, sparse: Tensor) -> Tensor:
         """Add the rows, and return the sparse ones unchanged."""
+        if self.first_number is None:
+            return sparse
         if expert_ids_N is None:
-            self._add(self.samples[0], x.flatten(0, -2))
+            _add(self.samples[0], x.flatten(0, -2), self.first_number)
             return sparse
         for expert, sample in enumerate(self.samples):
-            self._add(sample, x[expert_ids_N == expert])
+            _add(sample, x[expert_ids_N == expert], self.first_number)
         return sparse
 
-    def _add(self, sample: RowSample, rows_ND: Tensor) -> None:
-        sample.add(rows_ND, self.first_number + torch.arange(len(rows_ND), device=rows_ND.device))
+
+def _add(sample: RowSample, rows_ND: Tensor, first_number: int) -> None:
+    sample.add(rows_ND, first_number + torch.arange(len(rows_ND), device=rows_ND.device))
 
 
 Recorders = dict[LayerSite, RowRecorder]

@@ -57,13 +57,19 @@ def build_model(
 
 
 def build_empty(
-    config: ModelConfig, *, device: torch.device | str = "cpu", expert_group: ExpertGroup = ALONE
+    config: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    expert_group: ExpertGroup = ALONE,
+    checks_rules: bool = True,
 ) -> Transformer:
     """Build a model for ``device`` whose parameters are on the meta device, without memory; its buffers are real.
 
-    ``init.materialize`` gives it weights. It raises as ``build_model`` does.
+    ``init.materialize`` gives it weights. It raises as ``build_model`` does; ``checks_rules`` is False for a variant of
+    a model that is only evaluated, to which rules about training need not apply.
     """
-    check_model(config)
+    if checks_rules:
+        check_model(config)
     with torch.device("meta"):
         model = Transformer(config, device=device, expert_group=expert_group)
     for module in model.modules():

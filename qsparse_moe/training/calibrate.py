@@ -28,8 +28,9 @@ from qsparse_moe.sparsity.plan import SparsityPlan, check_not_dense
 from qsparse_moe.sparsity.row_sample import MAX_VALUES, RowSample
 from qsparse_moe.sparsity.stats import Stats, add_stats
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
+from qsparse_moe.training.distributed.turns import turns
 from qsparse_moe.training.engines.protocol import run_model
-from qsparse_moe.training.evaluate import LoadWith, load_run, stored_timeout
+from qsparse_moe.training.evaluate import Load, load_run, stored_timeout
 
 logger = logging.getLogger(__name__)
 # Calibration ranks magnitudes, even if the run itself selects by thresholds.
@@ -82,7 +83,8 @@ def calibrate_run(
     device: str = "auto",
     max_values: int = MAX_VALUES,
     overrides: Sequence[str] = (),
-    load: LoadWith = load_run,
+    load: Load = load_run,
+    shard: bool | None = None,
 ) -> Calibration:
     """Calibrate ``plan`` with the newest checkpoint of a run; any number of ranks can call it together.
 
@@ -97,6 +99,7 @@ def calibrate_run(
         max_values: the maximum number of magnitudes sampled per (layer, site, expert).
         overrides: settings of the data in place of the run's.
         load: loads the model; ``interop.trained_model.load_trained`` does so from an export, too.
+        shard: whether the ranks divide the weights among them; None: as they did in training.
 
     Raises:
         CheckpointError, ConfigError, DataError: as ``load_run`` and ``load_data`` do.
@@ -104,7 +107,10 @@ def calibrate_run(
         TrainingDiverged: an input of a site is not finite.
     """
     with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
-        config, model, step = load(run_dir, distributed.device, overrides=[_RANKED, *overrides])
+        settings = [_RANKED, *overrides]
+        config, model, step = load(
+            run_dir, distributed.device, overrides=settings, distributed=distributed, shard=shard
+        )
         plan = model.sparsity_plan if plan is None else plan
         check_not_dense(plan, run_dir)
         data, size = load_data(config.data), config.training.micro_batch_size
@@ -143,12 +149,16 @@ def _held_out_tokens(config: RunConfig, data: TokenData) -> Array:
     return table.tokens(indices)
 
 
-def _local_batches(data: TokenData, tokens: Array, size: int, distributed: Distributed) -> Iterator[tuple[int, Batch]]:
-    """Yield this rank's batches, every R-th of those of a single rank, each with the index of its first token."""
+def _local_batches(
+    data: TokenData, tokens: Array, size: int, distributed: Distributed
+) -> Iterator[tuple[int | None, Batch]]:
+    """Yield this rank's batches in turn, each with the index of its first token; None where it does not count."""
     # A packed sequence has one token more than the model reads, as the last label.
     tokens_per_sequence = tokens.shape[1] - 1
-    for begin in range(distributed.rank * size, len(tokens), distributed.world_size * size):
-        yield begin * tokens_per_sequence, data.batch(tokens[begin : begin + size])
+    for turn in turns(math.ceil(len(tokens) / size), distributed):
+        begin = turn.index * size
+        first_token = None if turn.is_spare else begin * tokens_per_sequence
+        yield first_token, data.batch(tokens[begin : begin + size])
 
 
 def _all_gather_samples(local: Samples, distributed: Distributed) -> Samples:
@@ -167,8 +177,10 @@ def _merge(samples: list[RowSample], more: list[RowSample]) -> list[RowSample]:
 def _measure(model: Transformer, data: TokenData, tokens: Array, size: int, distributed: Distributed) -> Stats:
     """Return the model's sums over ``tokens``, on the CPU and over all ranks, with ``loss`` and ``labels`` added."""
     total: Stats = {}
-    for _, batch in _local_batches(data, tokens, size, distributed):
+    for first_token, batch in _local_batches(data, tokens, size, distributed):
         output = run_model(model, batch, distributed.device, with_stats=True, layer_hook=None)
+        if first_token is None:
+            continue
         num_labels = (batch.targets_BS != IGNORED_LABEL).sum().double()
         loss = output.losses["lm_loss"].double().cpu() * num_labels
         sums = {name: value.cpu() for name, value in output.stats.items()}

@@ -26,9 +26,10 @@ from qsparse_moe.runs.find import find_model
 from qsparse_moe.runs.folder import load_run_config, no_checkpoint
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import scheduled_scale
-from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint, verified_checkpoint
+from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints, load_checkpoint, verified_checkpoint
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.engines.protocol import COMPUTE_DTYPES, run_model
+from qsparse_moe.training.shard_weights import choose_sharding
 
 Forward = Callable[[Batch], ModelOutput]
 
@@ -104,10 +105,12 @@ def load_run(
     dtype: torch.dtype | None = None,
     overrides: Sequence[str] = (),
     checkpoint_folder: Path | None = None,
+    distributed: Distributed | None = None,
+    shard: bool | None = None,
 ) -> tuple[RunConfig, Transformer, int]:
     """Return the config, the model of the newest checkpoint, and its number of training steps.
 
-    The sparsity is that of the last step.
+    The sparsity is that of the last step. With ``distributed``, all ranks must call it together.
 
     Args:
         run_dir: a run folder.
@@ -115,19 +118,20 @@ def load_run(
         dtype: the dtype of the model; None is the one that training computed in.
         overrides: settings that do not affect the weights, such as ``model.sparsity.backend=torch``.
         checkpoint_folder: the checkpoint of the run to load; None is the newest.
+        distributed: the ranks, which load the same checkpoint and divide its files among them to verify them.
+        shard: whether they divide the weights, too; see ``choose_sharding``.
 
     Raises:
         CheckpointError: the folder has no complete checkpoint, or the checkpoint is damaged.
         ConfigError: its config.yaml cannot be read, or an override is wrong.
     """
     config = load_run_config(run_dir, overrides)
-    checkpoint = newest_checkpoint(run_dir) if checkpoint_folder is None else verified_checkpoint(checkpoint_folder)
-    if checkpoint is None:
-        raise no_checkpoint(run_dir)
+    checkpoint = chosen_checkpoint(run_dir, checkpoint_folder, distributed)
     if dtype is None:
         dtype = COMPUTE_DTYPES[config.training.precision]
     model = build_empty(config.model, device=device)
-    load_checkpoint(model, checkpoint, device=device, dtype=dtype)
+    over = choose_sharding(shard, config, distributed)
+    load_checkpoint(model, checkpoint, device=device, dtype=dtype, distributed=over)
     step = checkpoint.progress.step
     # The schedule counts steps from 0, so the last one is step - 1.
     scale = scheduled_scale(config.model.sparsity.schedule, max(0, step - 1))
@@ -136,20 +140,42 @@ def load_run(
     return config, model.eval(), step
 
 
+def chosen_checkpoint(run_dir: Path, checkpoint_folder: Path | None, distributed: Distributed | None) -> Checkpoint:
+    """Return the named or the newest checkpoint of a run, the same one on all ranks, after all files were compared.
+
+    Raises:
+        CheckpointError: the run has none, or it is damaged.
+    """
+
+    def find() -> Path:
+        folders = list_checkpoints(run_dir) if checkpoint_folder is None else [checkpoint_folder]
+        if not folders:
+            raise no_checkpoint(run_dir)
+        return folders[-1]
+
+    if distributed is None:
+        return verified_checkpoint(find())
+    # Rank 0 chooses it for all: a run that is still training may save another one meanwhile.
+    return verified_checkpoint(distributed.on_rank_zero(find), distributed)
+
+
 def stored_timeout(run_dir: Path) -> float:
     """Return ``training.collective_timeout`` of the run, checkpoint, or export in ``run_dir``, in seconds."""
     return load_run_config(find_model(run_dir).config_folder).training.collective_timeout
 
 
-Load = Callable[[Path, torch.device], tuple[RunConfig, Transformer, int]]
-"""Loads the model of a folder, as ``load_run`` does."""
-
-
-class LoadWith(Protocol):
-    """Loads the model of a folder with overrides of its settings, as ``load_run`` does."""
+class Load(Protocol):
+    """Loads the model of a folder on the ranks, with overrides of its settings, as ``load_run`` does."""
 
     def __call__(
-        self, folder: Path, device: torch.device | str, /, *, overrides: Sequence[str]
+        self,
+        folder: Path,
+        device: torch.device | str,
+        /,
+        *,
+        overrides: Sequence[str] = (),
+        distributed: Distributed,
+        shard: bool | None,
     ) -> tuple[RunConfig, Transformer, int]:
         """Return the config, the model, and its number of training steps."""
 
@@ -163,6 +189,7 @@ def evaluate_run(
     files: Sequence[str] = (),
     forward_of: Callable[[Transformer], Forward] | None = None,
     load: Load = load_run,
+    shard: bool | None = None,
 ) -> Evaluation:
     """Evaluate the newest checkpoint of a run on its validation sequences; any number of ranks can call it together.
 
@@ -174,14 +201,16 @@ def evaluate_run(
         files: files or globs whose text, under the run's tokenizer, replaces the validation sequences.
         forward_of: returns the function that computes the logits of a batch with the model; None is the model's own
             forward pass.
-        load: loads the model; ``interop.state_dict.load_export`` does so from an export.
+        load: loads the model; ``interop.trained_model.load_trained`` does so from an export, too.
+        shard: whether the ranks divide the weights among them, which ``forward_of`` does not support; None: as they did
+            in training.
 
     Raises:
         ConfigError: the plan is for another model, or lacks the thresholds that the run's selection requires.
         DataError: a file cannot be read or contains no text.
     """
     with open_distributed(device, timeout=stored_timeout(run_dir)) as distributed:
-        config, model, step = load(run_dir, distributed.device)
+        config, model, step = load(run_dir, distributed.device, distributed=distributed, shard=shard)
         if plan is not None:
             plan.check_fits(config.model)
             model.set_sparsity(plan)

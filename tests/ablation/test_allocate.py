@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import pytest
@@ -223,6 +224,16 @@ def test_alternatives_leave_the_model_as_it_was_and_cost_no_more():
         torch.testing.assert_close(loss_by_document(model, rows), same)
 
 
+def test_alternatives_leave_the_default_sizes_of_dense_layers_and_shared_experts_as_they_are():
+    model, rows = model_of(config({"num_dense_layers": 1, "num_shared_experts": 1})), rows_of()
+    costs = Costs(model.config, measured_load(model, rows), "parameters")
+    # The two experts of a token have three matrices of 16 x 16 each, in one layer: 11 of 16 features less.
+    target = costs.of(model.sparsity_plan) - 11 * 2 * 3 * 16
+    plans = {"uniform": uniform_at(model.sparsity_plan, costs, target)}
+    found = compare_alternatives(model, rows, rows, plans, costs, target)
+    assert [one.name.split(",")[0] for one in found][1:] == ["1 of 2 experts per token", "experts of 5 of 16 features"]
+
+
 def test_alternatives_that_cannot_meet_the_budget_are_left_out_and_logged(caplog):
     model, rows = model_of(config()), rows_of()
     costs = replace(Costs(model.config, measured_load(model, rows), "sparsity"))
@@ -264,8 +275,20 @@ def test_smaller_experts_retain_the_features_with_the_largest_mean_contribution_
     for block in model.blocks():
         block.moe.experts.hidden_site.hook = None
     loads, by_hand = set(), _mean_magnitudes(model, rows)
-    with features_dropped(model, rows, 5):
-        left = {block: block.moe.experts.w_down.detach().clone() for block in model.blocks()}
+    weights = {block: block.moe.experts.w_down.detach().clone() for block in model.blocks()}
+    left = {block: torch.zeros(4, 16, dtype=torch.bool) for block in model.blocks()}
+
+    def watch(block, original, rows_NF, weights_EFD, counts):
+        if weights_EFD is block.moe.experts.w_down:
+            for expert, mine in enumerate(rows_NF.split(counts.as_list)):
+                left[block][expert] = mine.any(0)
+        return original(rows_NF, weights_EFD, counts)
+
+    with features_dropped(model, rows, 5), torch.no_grad():
+        for block in model.blocks():
+            block.moe.experts.matmul = partial(watch, block, block.moe.experts.matmul)
+        model(batch.tokens_BS, positions_BS=batch.positions_BS, documents_BS=batch.documents_BS)
+    assert all(torch.equal(block.moe.experts.w_down, weight) for block, weight in weights.items())
     for block, (x_NF, ids_N) in seen.items():
         for expert in range(4):
             mine = x_NF[ids_N == expert]
@@ -277,7 +300,7 @@ def test_smaller_experts_retain_the_features_with_the_largest_mean_contribution_
             weight_FD = block.moe.experts.w_down[expert].detach()
             adds = [float(mean_F[f]) * float(weight_FD[f].square().sum() ** 0.5) for f in range(16)]
             largest = set(sorted(range(16), key=lambda f: adds[f])[-5:])
-            assert {f for f in range(16) if left[block][expert, f].any()} == largest
+            assert set(left[block][expert].nonzero().flatten().tolist()) == largest
             only_one = [set(sorted(range(16), key=v.__getitem__)[-5:]) for v in (mean_F, weight_FD.norm(dim=-1))]
             assert only_one[0] != largest or only_one[1] != largest
     assert len(loads) > 2 and max(loads) > 2 * min(loads)
@@ -304,7 +327,7 @@ def test_the_greedy_plan_takes_the_step_with_the_least_error_per_saving_until_th
     wide = wide.model_copy(update={"hidden_size": 20, "moe": wide.moe.model_copy(update={"expert_hidden_size": 20})})
     costs = Costs(wide, EVEN, "parameters")
     factors = {"attention_input": 4.0, "attention_output": 1.0, "expert_input": 9.0, "expert_hidden": 5.0}
-    found = _greedy_layer(KnownLayer(factors), [()], SparsityPlan.uniform(wide, 0.2), costs)
+    found = _greedy_layer(KnownLayer(factors), [()], SparsityPlan.uniform(wide, 0.2), costs, list)
     # Elements of 20 x 20 matrices behind each site; a step of 0.05 drops one of 20 features.
     sizes = {"attention_input": 3, "attention_output": 1, "expert_input": 4, "expert_hidden": 2}
     steps = dict.fromkeys(sizes, 0)

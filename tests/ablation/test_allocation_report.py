@@ -225,7 +225,8 @@ def test_plans_are_made_from_training_and_compared_on_validation_sequences(monke
     model, asked = SimpleNamespace(hide_ids=lambda ids: asked.update(hidden=ids)), {}
 
     def documents(name, count):
-        def of(*_, num_sequences, batch_size):
+        def of(*_, num_sequences, batch_size, distributed):
+            assert distributed.world_size == 1
             asked[name] = (num_sequences, batch_size)
             return SimpleNamespace(num_sequences=count, name=name)
 
@@ -235,7 +236,13 @@ def test_plans_are_made_from_training_and_compared_on_validation_sequences(monke
         asked["rivals"] = (sequences.name, costs, target, num_random, rounds)
         return {"allocated": SparsityPlan.uniform(config(), 0.5)}
 
-    monkeypatch.setattr(run_module, "load_ranked", lambda folder, device, sparsity, overrides: (settings, model, 77))
+    monkeypatch.setattr(
+        run_module, "load_ranked", lambda folder, ranks, sparsity, overrides, shard: (settings, model, 77)
+    )
+    monkeypatch.setattr(run_module, "stored_timeout", lambda folder: 60.0)
+    monkeypatch.setattr(run_module, "is_sharded", lambda model: False)
+    monkeypatch.setattr(run_module, "find_model", lambda folder: folder)
+    monkeypatch.setattr(run_module, "check_continued", lambda *values: asked.update(checked=values[:2]))
     monkeypatch.setattr(run_module, "load_data", lambda data: SimpleNamespace(tokenizer="tokenizer"))
     monkeypatch.setattr(run_module, "meaningless_ids", lambda model, tokenizer: (tokenizer, 5))
     monkeypatch.setattr(run_module, "default_num_sequences", lambda config: 99)
@@ -251,6 +258,7 @@ def test_plans_are_made_from_training_and_compared_on_validation_sequences(monke
         lambda model, one, other, plans, costs, target: (one.name, other.name, target),
     )
     monkeypatch.setattr(run_module, "compare_after_training", lambda *values, **named: (values[2].name, named))
+    assert "checked" not in asked
     found = run_module.allocate_run("runs/x", "parameters", 4e4, batch=5, num_random=2, rounds=6)
     assert asked["training"] == (99, 3) and asked["validation"] == (11, 3) and asked["hidden"] == ("tokenizer", 5)
     costs = Costs(config(), EVEN, "parameters", context=48, batch=5, bytes_per_weight=bytes_per_weight)
@@ -260,5 +268,6 @@ def test_plans_are_made_from_training_and_compared_on_validation_sequences(monke
     assert found.alternatives == ("training", "validation", 4e4)
     trained = run_module.allocate_run("runs/x", "bytes", 4e4, num_sequences=7, train_steps=4, overrides=["a=b"])
     assert asked["training"] == (7, 3) and asked["rivals"][3:] == (5, 3)
-    assert trained.after_training == ("validation", {"steps": 4, "device": "cpu", "overrides": ["a=b"]})
+    assert trained.after_training == ("validation", {"steps": 4, "overrides": ["a=b"], "shard": False})
+    assert asked["checked"] == ("runs/x", ["a=b"])
     assert trained.train_steps == 4

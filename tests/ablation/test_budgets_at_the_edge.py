@@ -41,7 +41,7 @@ def test_no_site_of_a_greedy_plan_goes_beyond_the_largest_s():
     wide = wide_config()
     costs = Costs(wide, EVEN, "parameters")
     factors = {"attention_input": 4.0, "attention_output": 1.0, "expert_input": 9.0, "expert_hidden": 5.0}
-    found = _greedy_layer(KnownLayer(factors), [()], SparsityPlan.uniform(wide, 0.9), costs)
+    found = _greedy_layer(KnownLayer(factors), [()], SparsityPlan.uniform(wide, 0.9), costs, list)
     levels = sorted(round(level, 6) for level in found.values())
     assert levels[-1] == MOST_SPARSE and levels[0] < 0.9, "some sites are at the end while others are not"
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsparse_moe.ablation.allocation.continued import _trained
+from qsparse_moe.ablation.allocation.continued import _trained, check_continued, continued_config
+from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import load_data
+from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import build_model
-from qsparse_moe.runs.find import find_model
+from qsparse_moe.runs.find import ModelFolder, find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.checkpoint.state import seed_random_states
 from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
-from qsparse_moe.training.distributed.ranks import open_distributed
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.loop import train
 from tests.support.runs import tiny_config, write_text
 
@@ -39,8 +41,11 @@ def test_continued_training_takes_the_next_step_of_adam_at_a_tenth_of_the_peak_r
     ended = train(run.model_copy(update={"data": run.data.model_copy(update={"mode": mode})}))
     config, checkpoint = load_run_config(ended.run_dir), newest_checkpoint(ended.run_dir)
     data, plan = load_data(config.data), SparsityPlan.uniform(config.model, 0.25)
+    folder = find_model(ended.run_dir)
     with open_distributed("cpu") as distributed:
-        trained = _trained(find_model(ended.run_dir), plan, steps, data, distributed)
+        engine = _trained(folder, continued_config(folder, (), shard=False), plan, steps, data, distributed)
+        trained = engine.model
+        engine.close()
     assert trained.sparsity_plan is plan and not trained.training
 
     model = build_model(config.model)
@@ -70,3 +75,16 @@ def test_continued_training_takes_the_next_step_of_adam_at_a_tenth_of_the_peak_r
     for name, parameter in trained.named_parameters():
         # A feature or an expert at the border of a selection may change sides after a first step that was rounded.
         torch.testing.assert_close(parameter, model.get_parameter(name), rtol=1e-5, atol=1e-6 if steps == 1 else 3e-5)
+
+
+def test_ranks_that_cannot_share_the_global_batch_are_refused_before_a_model_is_loaded(tmp_path):
+    (tmp_path / "config.yaml").write_text(config_to_yaml(tiny_config(tmp_path, "run", expert_parallel_size=2)))
+    ranks = [Distributed(0, count, 0, torch.device("cpu")) for count in (1, 3, 4)]
+    folder = ModelFolder(tmp_path, "run")
+    # ZeRO-3 divides experts of any number over any number of ranks, so the ranks need not be a multiple of 2.
+    check_continued(folder, (), ranks[0])
+    check_continued(folder, (), ranks[2])
+    with pytest.raises(ConfigError, match=r"training\.global_batch_size \(8\) must be a multiple of .* ranks \(3\), 6"):
+        check_continued(folder, (), ranks[1])
+    sharded = continued_config(folder, ["training.seed=7"], shard=True).training
+    assert (sharded.engine, sharded.deepspeed.zero_stage, sharded.seed) == ("deepspeed", 3, 7)

@@ -26,6 +26,7 @@ from qsparse_moe.ablation.sensitivity.measure import (
 from qsparse_moe.ablation.sensitivity.report import agreement_rows, as_dict, markdown, table, write_csv
 from qsparse_moe.data.batch import make_batch
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.distributed.ranks import ONE_RANK
 from tests.ablation.small_models import config
 
 FIRST, SECOND = Cell(0, "attention_input", None), Cell(1, "expert_hidden", 2)
@@ -204,9 +205,10 @@ def test_a_model_has_its_own_plan_unless_an_s_is_given_and_0_is_one(monkeypatch,
         return SimpleNamespace(model=settings), model, 12
 
     monkeypatch.setattr(measure_module, "load_trained", load_trained)
-    _, found, step = load_ranked("runs/x", "cpu", sparsity, ["data.mode=table"])
+    _, found, step = load_ranked("runs/x", ONE_RANK, sparsity, ["data.mode=table"], True)
     assert (found.sparsity_plan.mean, step) == (mean, 12)
-    assert asked == [(("runs/x", "cpu"), {"overrides": ["data.mode=table"]})]
+    named = {"overrides": ["data.mode=table"], "distributed": ONE_RANK, "shard": True}
+    assert asked == [(("runs/x", ONE_RANK.device), named)]
 
 
 def test_the_evaluation_reports_its_progress_and_its_time_includes_the_pass_under_the_plan(monkeypatch):

@@ -104,7 +104,7 @@ def test_allocate_makes_the_same_plan_for_an_export_and_trains_it_on(folders, tm
 
 
 def test_continued_training_of_an_export_is_that_of_a_run_that_starts_from_it(folders, tmp_path):
-    from qsparse_moe.ablation.allocation.continued import RATE, _trained
+    from qsparse_moe.ablation.allocation.continued import RATE, _trained, continued_config
     from qsparse_moe.data.token_data import load_data
     from qsparse_moe.interop.trained_model import load_trained
     from qsparse_moe.interop.training import train
@@ -113,9 +113,12 @@ def test_continued_training_of_an_export_is_that_of_a_run_that_starts_from_it(fo
 
     found, _ = folders
     config = load_run_config(found["export"])
-    plan = SparsityPlan.uniform(config.model, 0.5)
+    plan, folder = SparsityPlan.uniform(config.model, 0.5), find_model(found["export"])
+    settings = continued_config(folder, (), shard=False)
     with open_distributed("cpu") as distributed:
-        ours = _trained(find_model(found["export"]), plan, 2, load_data(config.data), distributed)
+        engine = _trained(folder, settings, plan, 2, load_data(config.data), distributed)
+        ours = engine.model
+        engine.close()
     changes = {
         "steps": 2,
         "init_from": str(found["export"]),

@@ -15,7 +15,7 @@ from qsparse_moe.cli.evaluation_options import (
     plan_label,
     report_progress,
 )
-from qsparse_moe.cli.option_values import check_sparsity, listed_names
+from qsparse_moe.cli.option_values import check_shard, check_sparsity, listed_names
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.cli.test_printed_tables import refusal, run_config
 
@@ -104,6 +104,26 @@ def test_formats_belong_to_the_engine_of_generation_and_one_process_to_tasks(mon
     )
     monkeypatch.setenv("WORLD_SIZE", "1")
     check_one_process("--tasks")
+
+
+def test_weights_are_divided_over_several_ranks_and_by_evaluations_that_can(monkeypatch):
+    for verb in ("evaluate", "allocate"):
+        assert refusal(check_shard, True, verb) == (
+            "--shard divides the weights over the ranks of a launcher, and this process is the only one; start several "
+            f"with deepspeed --num_gpus N --module qsparse_moe {verb} ..., or leave out --shard"
+        )
+    for fine in (None, False):
+        check_shard(fine, "evaluate")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_shard(True, "evaluate")
+    monkeypatch.setattr(evaluate, "find_model", lambda run: SimpleNamespace(path=run))
+    assert refusal(evaluate.evaluate, Path("runs/x"), shard=True, engine="inference") == (
+        "--shard has no effect with --engine inference, which copies all weights of a layer into the layout of "
+        "generation on every rank; leave out one of them"
+    )
+    assert refusal(evaluate.evaluate, Path("runs/x"), shard=True, tasks="arc_easy") == (
+        "--shard has no effect with --tasks; leave out one of them"
+    )
 
 
 def test_progress_is_reported_now_and_then_and_at_the_end(capsys):

@@ -36,7 +36,7 @@ def test_joined_matrices_lie_one_below_the_other_in_our_order_of_rows():
     tensors = {"q": numbers(3, 2), "k": numbers(1, 2, first=10)}
     whole = recipe.build(read_from(tensors), torch.float32)
     assert recipe.shape == (4, 2) and whole.tolist() == [[4, 5], [0, 1], [2, 3], [10, 11]]
-    back = {piece.name: recipe.stored(whole, place, piece) for place, piece in recipe.places()}
+    back = {piece.name: recipe.stored(whole[place], piece) for place, piece in recipe.places()}
     assert [place for place, _ in recipe.places()] == [slice(0, 3), slice(3, 4)]
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
 
@@ -60,7 +60,7 @@ def test_a_single_piece_is_no_copy_and_keeps_its_dtype():
         found = recipe.build(read_from({"w": stored}), torch.bfloat16)
         assert torch.equal(found, want) and found.data_ptr() == stored.data_ptr() and found.dtype == torch.float32
         ((place, piece),) = recipe.places()
-        assert place == slice(0, recipe.shape[0]) and torch.equal(recipe.stored(found, place, piece), stored)
+        assert place == slice(0, recipe.shape[0]) and torch.equal(recipe.stored(found[place], piece), stored)
     assert transposed("w", 2, 3).shape == (2, 3) and not copied("w", 3).keeps_dtype and buffer("w", 3).keeps_dtype
 
 
@@ -74,7 +74,7 @@ def test_stacked_matrices_are_one_per_expert_and_transposed():
     ]
     assert [place for place, _ in recipe.places()] == [0, 1, 2]
     for place, piece in recipe.places():
-        assert torch.equal(recipe.stored(whole, place, piece), tensors[piece.name])
+        assert torch.equal(recipe.stored(whole[place], piece), tensors[piece.name])
     assert recipe.part(tensors["e1"]).tolist() == whole[1:2].tolist()
     one = stacked(lambda expert: "e0", 1, 2, 4).build(read_from(tensors), torch.float32)
     assert one.tolist() == whole[:1].tolist()

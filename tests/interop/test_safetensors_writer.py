@@ -15,7 +15,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qsparse_moe.interop import safetensors_writer
-from qsparse_moe.interop.safetensors_writer import Part, TensorSpec, write_safetensors
+from qsparse_moe.interop.safetensors_writer import Part, SafetensorsFile, TensorSpec
+
+
+def write_safetensors(path, specs, metadata, *, parts=1):
+    file = SafetensorsFile(path, specs, metadata)
+    file.create()
+    for part in range(parts):
+        file.write(part=part, parts=parts)
 
 
 def random(*shape, dtype=torch.float32):
@@ -30,8 +37,8 @@ def stacked(matrices, dtype):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("written", [torch.float32, torch.bfloat16])
-def test_the_library_reads_what_the_parts_are(tmp_path, stored, written, monkeypatch):
+@pytest.mark.parametrize(("written", "processes"), [(torch.float32, 1), (torch.bfloat16, 3)])
+def test_the_library_reads_what_the_parts_are(tmp_path, stored, written, processes, monkeypatch):
     monkeypatch.setattr(safetensors_writer, "_BLOCK_BYTES", 64)
     matrices = [random(70, 90 + number, dtype=stored)[:, number:] for number in range(5)]
     rows, bias, number = random(7, 3, dtype=stored), random(5), torch.tensor([3], dtype=torch.int64)
@@ -44,7 +51,7 @@ def test_the_library_reads_what_the_parts_are(tmp_path, stored, written, monkeyp
         "scalar": TensorSpec.whole(written, (), lambda: torch.tensor(2.5, dtype=stored)),
         "steps": TensorSpec.whole(torch.int64, (1,), lambda: number),
     }
-    write_safetensors(tmp_path / "file", specs, {"format": "pt", "step": "7"})
+    write_safetensors(tmp_path / "file", specs, {"format": "pt", "step": "7"}, parts=processes)
     found = load_file(tmp_path / "file")
     assert found.keys() == specs.keys()
     want = {"bias": bias, "experts": torch.stack([matrix.T for matrix in matrices]).to(written), "steps": number}
@@ -57,6 +64,20 @@ def test_the_library_reads_what_the_parts_are(tmp_path, stored, written, monkeyp
     # The library writes the same header of the same tensors, apart from the order among tensors of one width.
     save_file(want, tmp_path / "theirs", metadata={"format": "pt", "step": "7"})
     assert (tmp_path / "theirs").stat().st_size == (tmp_path / "file").stat().st_size
+
+
+def test_processes_write_equal_shares_of_a_file_and_each_part_once(tmp_path, monkeypatch):
+    written = []
+    monkeypatch.setattr(safetensors_writer, "_write_part", lambda _, job: written.append(job.start))
+    experts = stacked([random(4, 6) for _ in range(10)], torch.float32)
+    file = SafetensorsFile(tmp_path / "file", {"experts": experts}, {})
+    file.create()
+    shares = []
+    for part in range(4):
+        file.write(part=part, parts=4)
+        shares.append(sorted(written[sum(map(len, shares)) :]))
+    assert [len(share) for share in shares] == [3, 2, 3, 2]
+    assert len(set(sum(shares, []))) == 10 and sum(shares, []) == sorted(sum(shares, []))
 
 
 def test_a_write_that_the_system_cuts_short_goes_on(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.ablation.allocation.allocate import uniform_at
@@ -20,10 +21,11 @@ from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, PlanComparis
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import moe_layers
+from qsparse_moe.config.shapes import dense_hidden_size, moe_layers, shared_hidden_size
 from qsparse_moe.data.packing import Array
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.block import Block
+from qsparse_moe.model.sharded import gathered
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.router import Routing
 from qsparse_moe.nn.hooks import site_hooks
@@ -122,7 +124,13 @@ def _absolute(costs: Costs, target: float) -> tuple[Any, float]:
 
 
 def _moe_changed(config: ModelConfig, **changed: int) -> ModelConfig:
-    return config.model_copy(update={"moe": config.moe.model_copy(update=changed)})
+    # By default the sizes of dense layers and shared experts depend on what changes, and they stay.
+    sizes: dict[str, int] = {}
+    if len(moe_layers(config)) < config.num_layers:
+        sizes["dense_hidden_size"] = dense_hidden_size(config)
+    if config.moe.num_shared_experts:
+        sizes["shared_expert_hidden_size"] = shared_hidden_size(config)
+    return config.model_copy(update={"moe": config.moe.model_copy(update=sizes | changed)})
 
 
 @contextmanager
@@ -130,25 +138,21 @@ def features_dropped(model: Transformer, sequences: DocumentSequences, remaining
     """Reduce every expert to its ``remaining`` most important features inside the context.
 
     The importance of a feature is the mean of its magnitude over the rows of the expert under the current plan, times
-    the L2 norm of its row of ``w_down``: its mean contribution to the output. Rows of dropped features are set to 0.
+    the L2 norm of its row of ``w_down``: its mean contribution to the output. Dropped features are set to 0 in front of
+    ``w_down``, and no weight is changed.
     """
-    importance = _mean_magnitudes(model, sequences)
-    saved: dict[Block, Tensor] = {}
-    try:
-        # In place, because a copy of all expert weights may not fit.
-        with torch.no_grad():
-            for block, mean_EF in importance.items():
-                assert block.moe is not None
-                weight = block.moe.experts.w_down
-                saved[block] = weight.detach().clone()
-                importance_EF = mean_EF * weight.norm(dim=-1)
-                weight.mul_(topk_mask(importance_EF, remaining)[..., None])
+    kept: dict[Block, Tensor] = {}
+    for block, mean_EF in _mean_magnitudes(model, sequences).items():
+        assert block.moe is not None
+        with gathered(block.moe.experts), torch.no_grad():
+            kept[block] = topk_mask(mean_EF * block.moe.experts.w_down.norm(dim=-1), remaining)
+
+    def drop(block: Block, x_NF: Tensor, expert_ids_N: Tensor | None, sparse_NF: Tensor) -> Tensor:
+        assert expert_ids_N is not None
+        return sparse_NF * kept[block][expert_ids_N]
+
+    with _hidden_hooks(list(kept), drop):
         yield
-    finally:
-        with torch.no_grad():
-            for block, weight_EFD in saved.items():
-                assert block.moe is not None
-                block.moe.experts.w_down.copy_(weight_EFD)
 
 
 @torch.no_grad()
@@ -156,19 +160,27 @@ def _mean_magnitudes(model: Transformer, sequences: DocumentSequences) -> dict[B
     """Return the mean magnitude of each hidden feature per MoE layer, ``(E, F)``; 0 for an expert without rows."""
     device, num_experts = model.embedding.weight.device, model.config.moe.num_experts
     blocks = [block for block in model.blocks() if block.moe is not None]
-    sums = {block: torch.zeros(num_experts, model.config.moe.expert_hidden_size, device=device) for block in blocks}
-    counts = {block: torch.zeros(num_experts, 1, device=device) for block in blocks}
+    width = model.config.moe.expert_hidden_size
+    # The last column counts the rows.
+    totals = [torch.zeros(num_experts, width + 1, device=device) for _ in blocks]
+    sums: dict[Block, Tensor] = {}
 
     def add(block: Block, x_NF: Tensor, expert_ids_N: Tensor | None, sparse_NF: Tensor) -> Tensor:
         assert expert_ids_N is not None
-        sums[block].index_add_(0, expert_ids_N, x_NF.abs().to(sums[block].dtype))
-        counts[block].index_add_(0, expert_ids_N, torch.ones_like(x_NF[:, :1], dtype=counts[block].dtype))
+        counted_NX = F.pad(x_NF.abs().to(totals[0].dtype), (0, 1), value=1.0)
+        sums[block] = torch.zeros_like(totals[0]).index_add_(0, expert_ids_N, counted_NX)
         return sparse_NF
 
     with _hidden_hooks(blocks, add):
-        for batch in sequences.batches:
+        for turn, batch, _ in sequences.turns():
             run_model(model, batch, device, with_stats=False, layer_hook=None)
-    return {block: sums[block] / counts[block].clamp(min=1) for block in blocks}
+            # Batch by batch in their order, so that the sums do not depend on the number of ranks.
+            for parts in turn.gather([sums[block].cpu() for block in blocks]):
+                for total, part in zip(totals, parts, strict=True):
+                    total += part.to(device)
+    return {
+        block: total[:, :width] / total[:, width:].clamp(min=1) for block, total in zip(blocks, totals, strict=True)
+    }
 
 
 def _hidden_hooks(blocks: list[Block], callback: Any) -> AbstractContextManager[None]:

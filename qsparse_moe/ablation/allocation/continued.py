@@ -5,27 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from qsparse_moe.ablation.allocation.compare import ALLOCATED, DENSE, GREEDY, UNIFORM, PlanComparison, comparisons
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
+from qsparse_moe.config.rules import check_world_size
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.data.batch import Batch
 from qsparse_moe.data.loader import TrainLoader, load_data
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
-from qsparse_moe.interop.trained_model import load_trained
-from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.interop.initial_weights import ExportWeights
+from qsparse_moe.model.output import ModelOutput
 from qsparse_moe.runs.find import ModelFolder, find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.schedule import ste_share
-from qsparse_moe.training.checkpoint.state import restore, seed_random_states
-from qsparse_moe.training.checkpoint.store import Checkpoint, newest_checkpoint, verified_checkpoint
-from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
-from qsparse_moe.training.engines.torch_engine import TorchEngine
+from qsparse_moe.training.checkpoint.state import seed_random_states
+from qsparse_moe.training.checkpoint.store import Checkpoint
+from qsparse_moe.training.distributed.ranks import Distributed
+from qsparse_moe.training.engines.protocol import Engine
+from qsparse_moe.training.evaluate import chosen_checkpoint
+from qsparse_moe.training.initial_weights import InitialWeights
 from qsparse_moe.training.monitor.non_finite import NonFiniteGuard
+from qsparse_moe.training.start import start_engine
 from qsparse_moe.training.step import train_step
 
 RATE = 0.1
@@ -40,13 +45,14 @@ def compare_after_training(
     costs: Costs,
     *,
     steps: int,
-    device: str,
     overrides: Sequence[str] = (),
+    shard: bool = False,
 ) -> tuple[PlanComparison, ...]:
     """Continue training with the allocated, the uniform, the greedy, one random plan, and dense.
 
     Each starts with the weights and the Adam moments of the run and reads the sequences that follow in it. The moments
     of an export are fresh. Its data, and that of ``overrides``, is read from the beginning. The folder is not changed.
+    With ``shard``, the ranks divide weights, gradients, and moments among them.
 
     Raises:
         CheckpointError, TrainingDiverged: under the same conditions as in training.
@@ -54,7 +60,7 @@ def compare_after_training(
     # Every plan costs a training of its own, so one random plan represents the others.
     chosen = {name: plans[name] for name in (ALLOCATED, UNIFORM, GREEDY, "random 0") if name in plans}
     chosen[DENSE] = SparsityPlan.uniform(costs.config, 0.0)
-    measured = train_with_plans(folder, chosen, held_out, costs, steps=steps, device=device, overrides=overrides)
+    measured = train_with_plans(folder, chosen, held_out, costs, steps=steps, overrides=overrides, shard=shard)
     return comparisons(measured, held_out.labels_C)
 
 
@@ -65,54 +71,80 @@ def train_with_plans(
     costs: Costs,
     *,
     steps: int,
-    device: str,
     overrides: Sequence[str] = (),
+    shard: bool = False,
 ) -> dict[str, tuple[Array, float]]:
     """Return the loss per document and the cost of every plan after ``steps`` steps of training with it.
+
+    The ranks of ``held_out`` train together, and with ``shard`` divide weights, gradients, and moments among them.
 
     Raises:
         CheckpointError, TrainingDiverged: under the same conditions as in training.
     """
     measured: dict[str, tuple[Array, float]] = {}
-    with open_distributed(device) as distributed:
-        found = find_model(folder)
-        data = load_data(load_run_config(found.config_folder, overrides).data)
-        for name, plan in plans.items():
-            # One at a time: two models with optimizer states may not fit into memory.
-            model = _trained(found, plan, steps, data, distributed, overrides)
-            losses_C = loss_by_document(model, held_out)
-            load = measured_load(model, held_out)
-            measured[name] = losses_C, replace(costs, load=load, loads={}).of(plan)
+    found = find_model(folder)
+    config = continued_config(found, overrides, shard=shard)
+    data = load_data(config.data)
+    for name, plan in plans.items():
+        # One at a time: two models with optimizer states may not fit into memory.
+        engine = _trained(found, config, plan, steps, data, held_out.distributed, is_own_data=not overrides)
+        try:
+            measured[name] = _measured(engine, plan, held_out, costs)
+        finally:
+            engine.close()
     return measured
+
+
+def continued_config(folder: ModelFolder, overrides: Sequence[str], *, shard: bool) -> RunConfig:
+    """Return the config of the run for the engine that continues it, of which any fits its checkpoints."""
+    config = load_run_config(folder.config_folder, overrides)
+    # Both hold the experts like other parameters: ZeRO-3 divides them as well.
+    changed: dict[str, Any] = {"engine": "torch", "expert_parallel_size": 1}
+    if shard:
+        stage = config.training.deepspeed.model_copy(update={"zero_stage": 3})
+        changed |= {"engine": "deepspeed", "deepspeed": stage}
+    training = config.training.model_copy(update=changed)
+    return config.model_copy(update={"training": training})
+
+
+def check_continued(folder: ModelFolder, overrides: Sequence[str], distributed: Distributed) -> None:
+    """Raise ConfigError unless the ranks can share the global batch of the run evenly."""
+    check_world_size(continued_config(folder, overrides, shard=False), distributed.world_size)
+
+
+def _measured(engine: Engine, plan: SparsityPlan, held_out: DocumentSequences, costs: Costs) -> tuple[Array, float]:
+    def forward(batch: Batch) -> ModelOutput:
+        # Through the engine, which gathers the weights under ZeRO-3.
+        return engine.forward(batch, with_stats=False)
+
+    losses_C = loss_by_document(engine.model, held_out, forward)
+    return losses_C, replace(costs, load=measured_load(engine.model, held_out, forward), loads={}).of(plan)
 
 
 def _trained(
     folder: ModelFolder,
+    config: RunConfig,
     plan: SparsityPlan,
     steps: int,
     data: TokenData,
     distributed: Distributed,
-    overrides: Sequence[str] = (),
-) -> Transformer:
-    # Adam computes in fp32, whatever the type of an export is.
-    config, model, _ = load_trained(folder.path, distributed.device, dtype=torch.float32, overrides=overrides)
-    checkpoint = _checkpoint(folder)
+    *,
+    is_own_data: bool = True,
+) -> Engine:
+    """Return the engine after ``steps`` further steps under ``plan``, with its model in evaluation mode."""
+    checkpoint = _checkpoint(folder, distributed)
+    engine = _start(folder, config, data, distributed, checkpoint)
+    model = engine.model
     model.set_sparsity(plan)
-    model.hide_ids(meaningless_ids(config.model, data.tokenizer))
-    # Checkpoints fit every engine, and a single process has nothing to shard.
-    engine = TorchEngine(config, model, distributed)
-    if checkpoint is not None:
-        restore(engine, checkpoint.read, checkpoint.adam_step)
     first = 0 if checkpoint is None else checkpoint.progress.step
     # The same random numbers for every plan, so that only the plan differs.
     seed_random_states(config.training.seed, first, distributed.rank)
     loader, guard = (
-        # This process reads the whole global batch, whatever the number of ranks of the run was.
-        TrainLoader(config, data, 0, 1),
+        TrainLoader(config, data, distributed.rank, distributed.world_size),
         NonFiniteGuard(config.model.num_layers, distributed, engine.loss_scaler),
     )
     # Other data begins where it begins, and so does the data of an export, which does not say what it was trained on.
-    if checkpoint is not None and not overrides:
+    if checkpoint is not None and is_own_data:
         loader.load_state_dict(checkpoint.data_state)
     try:
         for step in range(first, first + steps):
@@ -121,13 +153,30 @@ def _trained(
             # Constant, so that the comparison does not depend on a schedule of the rate.
             rate = RATE * config.training.learning_rate
             train_step(engine, loader.batches(step), step=step + 1, learning_rate=rate, guard=guard, report=False)
-    finally:
+    except BaseException:
         engine.close()
-    return model.eval()
+        raise
+    model.eval()
+    return engine
 
 
-def _checkpoint(folder: ModelFolder) -> Checkpoint | None:
+def _start(
+    folder: ModelFolder,
+    config: RunConfig,
+    data: TokenData,
+    distributed: Distributed,
+    checkpoint: Checkpoint | None,
+) -> Engine:
+    hidden_ids = meaningless_ids(config.model, data.tokenizer)
+    if checkpoint is not None:
+        return start_engine(config, distributed, checkpoint=checkpoint, hidden_ids=hidden_ids)
+    initial = InitialWeights(str(folder.path), "export", ExportWeights(folder.path), digest="", changes={})
+    return start_engine(config, distributed, initial=initial, hidden_ids=hidden_ids)
+
+
+def _checkpoint(folder: ModelFolder, distributed: Distributed) -> Checkpoint | None:
     """Return the checkpoint with the optimizer's state, which an export does not have."""
     if folder.kind == "export":
         return None
-    return verified_checkpoint(folder.path) if folder.kind == "checkpoint" else newest_checkpoint(folder.path)
+    named = folder.path if folder.kind == "checkpoint" else None
+    return chosen_checkpoint(folder.config_folder, named, distributed)

@@ -25,7 +25,7 @@ from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import EXPERT_SITES, site_width, vocab_size
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
-from qsparse_moe.training.engines.protocol import run_model
+from qsparse_moe.training.evaluate import Forward, model_forward
 
 Load = Mapping[int, tuple[float, ...]]
 """For every MoE layer, the share of tokens that use each expert: between 0 and 1, A in total."""
@@ -140,20 +140,19 @@ class Costs:
 
 
 @torch.no_grad()
-def measured_load(model: Transformer, sequences: DocumentSequences) -> Load:
-    """Return the share of the tokens of ``sequences`` that use each expert under the plan of the model."""
-    total, num_tokens = None, 0
-    for batch in sequences.batches:
-        output = run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
-        routed_LE = output.stats.get("router/routed_LE")
-        num_tokens += batch.tokens_BS.numel()
-        if routed_LE is not None:
-            total = routed_LE if total is None else total + routed_LE
+def measured_load(model: Transformer, sequences: DocumentSequences, forward: Forward | None = None) -> Load:
+    """Return the share of the tokens of ``sequences`` that use each expert under the plan of the model.
+
+    ``forward`` runs the model in place of its own call. All ranks return the same bits.
+    """
+    forward = forward or model_forward(model)
     layers = [block.layer for block in model.blocks() if block.moe is not None]
-    if total is None:
+    counts = [forward(batch).stats["router/routed_LE"].cpu() for _, batch, _ in sequences.turns() if layers]
+    if not layers:
         return {}
     # Over a layer the shares add up to its mean number of experts per token.
-    shares_LE = total / num_tokens
+    num_tokens = sum(batch.tokens_BS.numel() for batch in sequences.batches)
+    shares_LE = torch.stack(sequences.in_order(counts)).sum(0) / num_tokens
     return {layer: tuple(shares_E) for layer, shares_E in zip(layers, shares_LE.tolist(), strict=True)}
 
 
@@ -165,8 +164,11 @@ def measured_loads(model: Transformer, sequences: DocumentSequences, choices: Se
         model.set_sparsity(with_all_ranks(plan))
         with routed_layers(model, choices_of(plan, model.config)) as routed:
             counters = {layer: ChoiceLoad(place, choices) for layer, place in routed.items()}
-            for batch in sequences.batches:
-                run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
-        return {layer: counter.shares() for layer, counter in counters.items()}
+            forward = model_forward(model)
+            for turn, batch, _ in sequences.turns():
+                for counter in counters.values():
+                    counter.counts = not turn.is_spare
+                forward(batch)
+        return {layer: counter.shares(sequences.distributed) for layer, counter in counters.items()}
     finally:
         model.set_sparsity(plan)

@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from qsparse_moe.ablation.allocation.budget import Budget
 from qsparse_moe.ablation.allocation.compare import (
     DENSE,
@@ -18,7 +16,7 @@ from qsparse_moe.ablation.allocation.compare import (
     differences,
     evaluated,
 )
-from qsparse_moe.ablation.allocation.continued import train_with_plans
+from qsparse_moe.ablation.allocation.continued import check_continued, train_with_plans
 from qsparse_moe.ablation.allocation.cost import Costs, measured_loads
 from qsparse_moe.ablation.allocation.decoding import Decoder, Decoding
 from qsparse_moe.ablation.allocation.joint_plans import (
@@ -39,9 +37,13 @@ from qsparse_moe.data.loader import load_data
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.model.sharded import is_sharded
 from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.runs.find import find_model
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.calibrate import default_num_sequences
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
+from qsparse_moe.training.evaluate import stored_timeout
 
 # Every plan costs a training of its own.
 _TRAINED = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH, DENSE)
@@ -121,9 +123,12 @@ def allocate_budgets(
     *,
     device: str = "cpu",
     overrides: Sequence[str] = (),
+    shard: bool | None = None,
     notify: Callable[[JointAllocation], None] = lambda found: None,
 ) -> JointAllocation:
     """Allocate a joint plan for every budget, and compare it on validation sequences.
+
+    Any number of ranks can call it together: they take the batches in turn, and all of them return the same result.
 
     Args:
         folder: a run, whose newest checkpoint is used, one checkpoint, or an export.
@@ -131,16 +136,37 @@ def allocate_budgets(
         options: how plans are made and compared.
         device: ``cpu`` or ``cuda``.
         overrides: settings of the data in place of the run's.
+        shard: whether the ranks divide the weights among them; None: as they did in training.
         notify: called after each budget with all results so far.
 
     Raises:
         ConfigError: a budget cannot be met, or the run does not select by rank.
         CheckpointError: under the same conditions as in ``load_trained``.
     """
-    config, model, step = load_ranked(folder, torch.device(device), None, overrides)
+    with open_distributed(device, timeout=stored_timeout(folder)) as distributed:
+        if distributed.world_size > 1 and (options.decode or budgets[0].quantity == "ms"):
+            raise ConfigError(
+                f"--decode and a budget of ms measure the decode engine in one process, and the launcher started "
+                f"{distributed.world_size}; start qsparse-moe allocate without it, or give a budget of bytes"
+            )
+        if options.train_steps:
+            check_continued(find_model(folder), overrides, distributed)
+        return _allocate(folder, budgets, options, distributed, overrides, shard, notify)
+
+
+def _allocate(
+    folder: Path,
+    budgets: Sequence[Budget],
+    options: JointOptions,
+    distributed: Distributed,
+    overrides: Sequence[str],
+    shard: bool | None,
+    notify: Callable[[JointAllocation], None],
+) -> JointAllocation:
+    config, model, step = load_ranked(folder, distributed, None, overrides, shard)
     if not moe_layers(config.model):
         raise ConfigError(f"{folder} has no layers with routed experts; give --bytes or --flops for a plan of S alone")
-    setting = _setting(config, model, budgets[0], options)
+    setting = _setting(config, model, budgets[0], options, distributed)
     dense_cost = setting.costs.of(setting.dense)
     # All of them before the first plan, which takes minutes.
     for budget in budgets:
@@ -160,21 +186,30 @@ def allocate_budgets(
         own = options if number == 0 else replace(options, greedy=False, train_steps=0)
         result = _at_budget(setting, budget, budget.target(dense_cost), own, dense)
         if own.train_steps:
-            result = _trained(setting, result, folder, own.train_steps, device, overrides)
+            result = _trained(setting, result, folder, own.train_steps, overrides)
         found = replace(found, results=(*found.results, result))
         notify(found)
     return found
 
 
-def _setting(config: RunConfig, model: Transformer, budget: Budget, options: JointOptions) -> _Setting:
+def _setting(
+    config: RunConfig, model: Transformer, budget: Budget, options: JointOptions, distributed: Distributed
+) -> _Setting:
     data, size = load_data(config.data), config.training.micro_batch_size
     model.hide_ids(meaningless_ids(config.model, data.tokenizer))
     # As in run.py: a plan that is made from few documents fits them and little else.
     sequences = training_documents(
-        config, data, num_sequences=options.num_sequences or default_num_sequences(config), batch_size=size
+        config,
+        data,
+        num_sequences=options.num_sequences or default_num_sequences(config),
+        batch_size=size,
+        distributed=distributed,
     )
     held_out = validation_documents(
-        data, num_sequences=options.num_held_out or config.training.evaluation_rows, batch_size=size
+        data,
+        num_sequences=options.num_held_out or config.training.evaluation_rows,
+        batch_size=size,
+        distributed=distributed,
     )
     choices, dense = routing_choices(config.model), with_all_ranks(SparsityPlan.uniform(config.model, 0.0))
     model.set_sparsity(dense)
@@ -225,12 +260,18 @@ def _at_budget(
 
 
 def _trained(
-    setting: _Setting, found: BudgetResult, folder: Path, steps: int, device: str, overrides: Sequence[str]
+    setting: _Setting, found: BudgetResult, folder: Path, steps: int, overrides: Sequence[str]
 ) -> BudgetResult:
     plans = {**found.plans, DENSE: setting.dense}
     chosen = {name: plans[name] for name in _TRAINED if name in plans}
     after = train_with_plans(
-        folder, chosen, setting.held_out, setting.costs, steps=steps, device=device, overrides=overrides
+        folder,
+        chosen,
+        setting.held_out,
+        setting.costs,
+        steps=steps,
+        overrides=overrides,
+        shard=is_sharded(setting.model),
     )
     labels_C = setting.held_out.labels_C
     return replace(

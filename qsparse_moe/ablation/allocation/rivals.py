@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,13 @@ from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.config.schema import Site
 from qsparse_moe.model.block import Block
+from qsparse_moe.model.sharded import gathered
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.engines.protocol import run_model
 
+InOrder = Callable[[Sequence[Tensor]], list[Tensor]]
+"""Returns the values of all batches in order from those of this rank; see ``DocumentSequences.in_order``."""
 _STEP = 0.05  # the spacing of FINE_VALUES, at which the allocation estimates its curves
 RANDOM_SPREAD = 0.3
 """How far S of a random plan may be from the level that meets the budget."""
@@ -52,10 +55,12 @@ def greedy_plan(
     model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
     try:
         with _inputs(model) as inputs:
-            for batch in sequences.batches:
+            for _, batch, _ in sequences.turns():
                 run_model(model, batch, model.embedding.weight.device, with_stats=False, layer_hook=None)
         for block in model.blocks():
-            found |= _greedy_layer(block, inputs[block], uniform, costs)
+            # Gathered once, because a layer runs for every step that is tried.
+            with gathered(block):
+                found |= _greedy_layer(block, inputs[block], uniform, costs, sequences.in_order)
     finally:
         model.set_sparsity(before)
     # The layers meet their budgets only to within one step; the shift makes the cost exactly comparable.
@@ -64,7 +69,11 @@ def greedy_plan(
 
 
 def _greedy_layer(
-    block: Block, inputs: Sequence[tuple[Any, ...]], uniform: SparsityPlan, costs: Costs
+    block: Block,
+    inputs: Sequence[tuple[Any, ...]],
+    uniform: SparsityPlan,
+    costs: Costs,
+    in_order: InOrder,
 ) -> dict[tuple[int, Site], float]:
     plan = with_cells(uniform, dict.fromkeys(cells_of(uniform), 0.0))
     own = [cell for cell in cells_of(uniform) if cell.layer == block.layer]
@@ -86,7 +95,7 @@ def _greedy_layer(
                 saved = cost_at(site, level) - cost_at(site, level + _STEP)
                 tried = _with_levels(plan, own, levels | {site: level + _STEP})
                 # A step that saves nothing gets a very high price instead of a division by zero.
-                prices[site] = _distance(block, tried, inputs, dense) / max(saved, 1e-12)
+                prices[site] = _distance(block, tried, inputs, dense, in_order) / max(saved, 1e-12)
         levels[min(prices, key=lambda site: prices[site])] += _STEP
     return {(block.layer, site): level for site, level in levels.items()}
 
@@ -95,14 +104,21 @@ def _with_levels(plan: SparsityPlan, own: Sequence[Cell], levels: dict[Site, flo
     return with_cells(plan, {cell: levels[cell.site] for cell in own})
 
 
-def _distance(block: Block, plan: SparsityPlan, inputs: Sequence[tuple[Any, ...]], dense: Sequence[Tensor]) -> float:
+def _distance(
+    block: Block,
+    plan: SparsityPlan,
+    inputs: Sequence[tuple[Any, ...]],
+    dense: Sequence[Tensor],
+    in_order: InOrder,
+) -> float:
+    """Return the squared change of the layer's output over the batches of all ranks, the same on every rank."""
     block.set_sparsity(plan)
     distances = [
         # The sum runs over all tokens, and the steps that it ranks may differ little, hence float64.
-        (block(*arguments).hidden_BSD - dense_BSD).double().square().sum()
+        (block(*arguments).hidden_BSD - dense_BSD).double().square().sum().cpu()
         for arguments, dense_BSD in zip(inputs, dense, strict=True)
     ]
-    return float(torch.stack(distances).sum())
+    return float(torch.stack(in_order(distances)).sum())
 
 
 @contextmanager

@@ -7,8 +7,9 @@ R sequences, S tokens per sequence, C documents.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +24,11 @@ from qsparse_moe.data.packing import Array
 from qsparse_moe.data.sequences import SequenceTable
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.model.transformer import Transformer
-from qsparse_moe.training.engines.protocol import run_model
+from qsparse_moe.training.distributed.ranks import ONE_RANK, Distributed
+from qsparse_moe.training.distributed.turns import Turn, gather_in_order, turns
+from qsparse_moe.training.evaluate import Forward, model_forward
+
+T = TypeVar("T")
 
 # Bounds the memory of counting documents through a table that may be larger than memory.
 _SEQUENCES_PER_READ = 1024
@@ -37,6 +42,8 @@ class DocumentSequences:
     documents: tuple[Tensor, ...]
     """``(B, S)`` int64 per batch: the document of every label, numbered from 0 without gaps."""
     num_documents: int
+    distributed: Distributed = ONE_RANK
+    """The ranks that take the batches in turn. Each has all batches in memory, and runs its own."""
 
     @property
     def num_sequences(self) -> int:
@@ -64,21 +71,34 @@ class DocumentSequences:
         return self._batches(slice(0, None, 2)), self._batches(slice(1, None, 2))
 
     def _batches(self, chosen: slice) -> DocumentSequences:
-        return DocumentSequences(self.batches[chosen], self.documents[chosen], self.num_documents)
+        return replace(self, batches=self.batches[chosen], documents=self.documents[chosen])
 
     def __iter__(self) -> Iterator[tuple[Batch, Tensor]]:
         return iter(zip(self.batches, self.documents, strict=True))
 
+    def turns(self) -> Iterator[tuple[Turn, Batch, Tensor]]:
+        """Yield this rank's turns, each with its batch and the documents of the batch."""
+        for turn in turns(len(self.batches), self.distributed):
+            yield turn, self.batches[turn.index], self.documents[turn.index]
 
-def validation_documents(data: TokenData, *, num_sequences: int, batch_size: int) -> DocumentSequences:
+    def in_order(self, values: Sequence[T]) -> list[T]:
+        """Return the values of all batches in order, on every rank, from those of this rank's turns."""
+        return gather_in_order(values, len(self.batches), self.distributed)
+
+
+def validation_documents(
+    data: TokenData, *, num_sequences: int, batch_size: int, distributed: Distributed = ONE_RANK
+) -> DocumentSequences:
     """Return ``num_sequences`` validation sequences spread evenly over the validation text, or all if it has fewer."""
     table, indices = data.evaluation_sequences(num_sequences)
     # Documents between the chosen sequences leave gaps in the numbering.
     _, dense = np.unique(_documents(table, indices), return_inverse=True)
-    return _batched(table.tokens(indices), dense.reshape(len(indices), -1), data, batch_size)
+    return _batched(table.tokens(indices), dense.reshape(len(indices), -1), data, batch_size, distributed)
 
 
-def training_documents(config: RunConfig, data: TokenData, *, num_sequences: int, batch_size: int) -> DocumentSequences:
+def training_documents(
+    config: RunConfig, data: TokenData, *, num_sequences: int, batch_size: int, distributed: Distributed = ONE_RANK
+) -> DocumentSequences:
     """Return training sequences spread evenly over the training text, which has many more documents than validation.
 
     The part of a document inside one sequence counts as a document of its own: finding the sequences that share a
@@ -87,16 +107,20 @@ def training_documents(config: RunConfig, data: TokenData, *, num_sequences: int
     tokens_RS = sample_train_sequences(config, data, num_sequences)
     starts_RS = begins_document(tokens_RS[:, :-1], data.validation.document_token)
     starts_RS[:, 0] = True  # a sequence may begin in the middle of a document
-    return _batched(tokens_RS, starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1, data, batch_size)
+    documents_RS = starts_RS.reshape(-1).cumsum().reshape(starts_RS.shape) - 1
+    return _batched(tokens_RS, documents_RS, data, batch_size, distributed)
 
 
-def _batched(tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size: int) -> DocumentSequences:
+def _batched(
+    tokens_RS: Array, documents_RS: Array, data: TokenData, batch_size: int, distributed: Distributed
+) -> DocumentSequences:
     begins = range(0, len(tokens_RS), batch_size)
     ids_RS = torch.from_numpy(documents_RS.astype(np.int64))
     return DocumentSequences(
         tuple(data.batch(tokens_RS[begin : begin + batch_size]) for begin in begins),
         tuple(ids_RS[begin : begin + batch_size] for begin in begins),
         int(ids_RS.max()) + 1,
+        distributed,
     )
 
 
@@ -118,15 +142,24 @@ def _documents(table: SequenceTable, indices: Array) -> Array:
 
 
 @torch.no_grad()
-def loss_by_document(model: Transformer, sequences: DocumentSequences) -> Array:
-    """Return the loss summed over the labels of each document, ``(C,)`` float64, in nats."""
-    device = model.embedding.weight.device
-    sums_C = torch.zeros(sequences.num_documents, dtype=torch.float64)
-    for batch, documents_BS in sequences:
-        output = run_model(model, batch, device, with_stats=False, layer_hook=None)
-        losses_T = token_losses(output.logits_BSV, batch.targets_BS.to(device))
+def loss_by_document(model: Transformer, sequences: DocumentSequences, forward: Forward | None = None) -> Array:
+    """Return the loss summed over the labels of each document, ``(C,)`` float64, in nats.
+
+    ``forward`` computes the logits in place of the model's own call. All ranks return the same bits.
+    """
+    forward = forward or model_forward(model)
+    found: list[tuple[Tensor, Tensor]] = []
+    for _, batch, documents_BS in sequences.turns():
+        logits_BSV = forward(batch).logits_BSV
+        losses_T = token_losses(logits_BSV, batch.targets_BS.to(logits_BSV.device))
+        documents_P, index_BS = documents_BS.unique(return_inverse=True)
         # float64 on the CPU: the change of one cell is a small difference of large sums.
-        sums_C.index_add_(0, documents_BS.flatten(), losses_T.double().cpu())
+        sums_P = torch.zeros(len(documents_P), dtype=torch.float64)
+        found.append((documents_P, sums_P.index_add_(0, index_BS.flatten(), losses_T.double().cpu())))
+    sums_C = torch.zeros(sequences.num_documents, dtype=torch.float64)
+    # Batch by batch in their order, so that the sums do not depend on the number of ranks.
+    for documents_P, sums_P in sequences.in_order(found):
+        sums_C.index_add_(0, documents_P, sums_P)
     return sums_C.numpy()
 
 

@@ -17,6 +17,7 @@ from qsparse_moe.ablation.sensitivity.row_changes import row_changes, row_order
 from qsparse_moe.ablation.sensitivity.sums import PieceSums
 from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.plan import site_num_selected
+from qsparse_moe.training.distributed.ranks import Distributed
 
 
 class SiteListener:
@@ -89,14 +90,20 @@ class ChoiceLoad:
         self._layer, self._choices = layer, choices
         self._tokens_OE = torch.zeros(len(choices), layer.num_experts, dtype=torch.float64)
         self._num_tokens = 0
+        self.counts = True
+        """Whether the next forward pass is counted: not the recomputation of a layer, and not a spare batch."""
         layer.on_output = self._count
 
-    def shares(self) -> dict[Choice, tuple[float, ...]]:
-        """Return the share of the tokens so far that use each expert, per choice."""
-        shares_OE = self._tokens_OE / max(self._num_tokens, 1)
+    def shares(self, distributed: Distributed) -> dict[Choice, tuple[float, ...]]:
+        """Return the share of the tokens of all ranks so far that use each expert, per choice."""
+        counted = distributed.all_gather((self._tokens_OE, self._num_tokens))
+        tokens_OE = torch.stack([tokens_OE for tokens_OE, _ in counted]).sum(0)
+        shares_OE = tokens_OE / max(sum(num_tokens for _, num_tokens in counted), 1)
         return {choice: tuple(shares_E) for choice, shares_E in zip(self._choices, shares_OE.tolist(), strict=True)}
 
     def _count(self) -> None:
+        if not self.counts:
+            return
         routed, weights_TA = self._layer.routed, self._layer.router_weights_TA
         assert routed is not None
         self._num_tokens += len(weights_TA)

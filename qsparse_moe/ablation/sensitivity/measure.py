@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from scipy.stats import pearsonr, spearmanr
 
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.routing import routing_choices
 from qsparse_moe.ablation.sensitivity.change_figures import change_figures
-from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document, validation_documents
 from qsparse_moe.ablation.sensitivity.estimate import Estimate, estimate
 from qsparse_moe.ablation.sensitivity.routing_changes import (
     PlanAgreement,
@@ -27,11 +26,15 @@ from qsparse_moe.ablation.sensitivity.routing_changes import (
     routing_changes,
 )
 from qsparse_moe.config.schema import ModelConfig, RunConfig
+from qsparse_moe.data.loader import load_data
 from qsparse_moe.data.packing import Array
+from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.interop.trained_model import load_trained
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
+from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
+from qsparse_moe.training.evaluate import stored_timeout
 
 logger = logging.getLogger(__name__)
 DEFAULT_VALUES = (0.0, 0.25, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -112,15 +115,23 @@ class Sensitivity:
 
 
 def load_ranked(
-    folder: Path, device: torch.device | str, sparsity: float | None, overrides: Sequence[str] = ()
+    folder: Path,
+    distributed: Distributed,
+    sparsity: float | None,
+    overrides: Sequence[str] = (),
+    shard: bool | None = None,
 ) -> tuple[RunConfig, Transformer, int]:
     """Load the model of a run, a checkpoint, or an export, with its own plan or with one S in every cell.
+
+    All ranks must call it together, and ``shard`` says whether they divide the weights among them.
 
     Raises:
         ConfigError: the model selects by a threshold, or its router reads sparse tokens.
         CheckpointError: as ``load_trained``.
     """
-    config, model, step = load_trained(folder, device, overrides=overrides)
+    config, model, step = load_trained(
+        folder, distributed.device, overrides=overrides, distributed=distributed, shard=shard
+    )
     check_ranks(config.model)
     if sparsity is not None:
         model.set_sparsity(SparsityPlan.uniform(config.model, sparsity))
@@ -140,6 +151,52 @@ def check_ranks(config: ModelConfig) -> None:
             "model.moe.router_input (sparse) must be dense for sensitivities: if one expert has another S, there "
             "is no single sparse token that the router could read; train a copy of the config with router_input=dense"
         )
+
+
+def measure_run(
+    folder: Path,
+    values: Sequence[float] = DEFAULT_VALUES,
+    *,
+    sparsity: float | None = None,
+    exact: bool = True,
+    num_plans: int = 0,
+    num_sequences: int | None = None,
+    device: str = "cpu",
+    overrides: Sequence[str] = (),
+    shard: bool | None = None,
+    notify: Notify | None = None,
+) -> tuple[Sensitivity, int]:
+    """Measure the sensitivities of a trained model on its validation sequences; return them and the number of steps.
+
+    Any number of ranks can call it together: they take the batches in turn, and all of them return the same figures.
+
+    Args:
+        folder: a run, whose newest checkpoint is used, one checkpoint, or an export.
+        values: as in ``measure``.
+        sparsity: the S of the other cells; None is that of the run.
+        exact: as in ``measure``.
+        num_plans: as in ``measure``.
+        num_sequences: number of validation sequences; None is ``training.evaluation_rows``.
+        device: ``cpu`` or ``cuda``.
+        overrides: settings of the data in place of the run's.
+        shard: whether the ranks divide the weights among them; None: as they did in training.
+        notify: as in ``measure``.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: as ``load_ranked`` and ``load_data`` do.
+    """
+    with open_distributed(device, timeout=stored_timeout(folder)) as distributed:
+        config, model, step = load_ranked(folder, distributed, sparsity, overrides, shard)
+        data = load_data(config.data)
+        # The logits of ids that no text contains must not enter the loss; evaluate hides them too.
+        model.hide_ids(meaningless_ids(config.model, data.tokenizer))
+        sequences = validation_documents(
+            data,
+            num_sequences=num_sequences or config.training.evaluation_rows,
+            batch_size=config.training.micro_batch_size,
+            distributed=distributed,
+        )
+        return measure(model, sequences, values, exact=exact, num_plans=num_plans, notify=notify), step
 
 
 def measure(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from qsparse_moe.ablation.sensitivity.routed_layer import routed_layers
 from qsparse_moe.ablation.sensitivity.sums import Pieces, PieceSums
 from qsparse_moe.config.schema import Site
 from qsparse_moe.config.shapes import EXPERT_SITES
+from qsparse_moe.model.sharded import is_sharded
 from qsparse_moe.model.transformer import IGNORED_LABEL, Transformer
 from qsparse_moe.nn.hooks import site_hooks
 from qsparse_moe.nn.sparse_site import SparseSite
@@ -68,42 +70,57 @@ def run_passes(
         keep: as in ``PieceSums``.
     """
     device = model.embedding.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    with _listening(model, sequences.num_documents, changes, ste_share, keep) as found:
+    with _listening(model, sequences, changes, ste_share, keep) as (found, loads):
         every = [*found.sites.values(), *found.routing.values()]
-        for batch, documents_BS in sequences:
+        for turn, batch, documents_BS in sequences.turns():
             pieces = Pieces.of(documents_BS.to(device))
+            for load in loads:
+                load.counts = not turn.is_spare
             # The caller may run under no_grad.
             with torch.enable_grad():
                 logits_BSV = run_model(model, batch, device, with_stats=False, layer_hook=None).logits_BSV
+                for load in loads:
+                    load.counts = False
                 labels_BS = batch.targets_BS.to(device)
-                _backward(logits_BSV, labels_BS, pieces, every, weight=None, keep_graph=draws > 0)
+                passes: _Passes = [(None, _backward(logits_BSV, labels_BS, pieces, every, keep_graph=draws > 0))]
+                generator = _generator(seed, turn.index, device)
                 for draw in range(draws):
                     drawn_BS = _draw(logits_BSV, labels_BS, generator)
                     # The half is that of the second-order term, and the rest is the mean over the draws.
-                    weight = 1 / (2 * draws)
-                    _backward(logits_BSV, drawn_BS, pieces, every, weight=weight, keep_graph=draw < draws - 1)
-            # The only gradient that the backward passes accumulate.
-            model.embedding.weight.grad = None
+                    sums = _backward(logits_BSV, drawn_BS, pieces, every, keep_graph=draw < draws - 1)
+                    passes.append((1 / (2 * draws), sums))
+            _add_turn(turn.gather((pieces.document_P.cpu(), passes)), every)
     return found
 
 
+_Passes = list[tuple[float | None, list[Tensor]]]
+"""The sums of every listener in each pass over one batch, and the weight of their squares."""
+
+
+def _add_turn(batches: Sequence[tuple[Tensor, _Passes]], every: Sequence[PieceSums]) -> None:
+    """Add the passes over the batches of all ranks in the order of the batches, so that the sums are those of one."""
+    for document_P, passes in batches:
+        for weight, found in passes:
+            for sums, pass_RPX in zip(every, found, strict=True):
+                sums.end(document_P, pass_RPX, weight=weight)
+
+
 def _backward(
-    logits_BSV: Tensor,
-    labels_BS: Tensor,
-    pieces: Pieces,
-    every: Sequence[PieceSums],
-    *,
-    weight: float | None,
-    keep_graph: bool,
-) -> None:
-    """Run one backward pass for these labels, which the hooks listen to; ``keep_graph`` for the next pass."""
+    logits_BSV: Tensor, labels_BS: Tensor, pieces: Pieces, every: Sequence[PieceSums], *, keep_graph: bool
+) -> list[Tensor]:
+    """Run one backward pass for these labels, and return what the hooks summed; ``keep_graph`` for the next pass."""
     for sums in every:
         sums.begin(pieces)
     # The sum and not the mean: the gradient of a row then does not depend on the other documents of the batch.
     torch.autograd.backward(token_losses(logits_BSV, labels_BS).sum(), retain_graph=keep_graph)
-    for sums in every:
-        sums.end(weight=weight)
+    return [sums.pass_RPX for sums in every]
+
+
+def _generator(seed: int, batch: int, device: torch.device) -> torch.Generator:
+    # One per batch, so that the draws do not depend on the number of ranks. Mixed by a hash: sums of seed and batch
+    # would repeat among neighbouring seeds.
+    mixed = int(np.random.SeedSequence((seed, batch)).generate_state(1)[0])
+    return torch.Generator(device).manual_seed(mixed)
 
 
 def _draw(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> Tensor:
@@ -115,13 +132,13 @@ def _draw(logits_BSV: Tensor, labels_BS: Tensor, generator: torch.Generator) -> 
 
 @contextmanager
 def _listening(
-    model: Transformer, num_documents: int, changes: Changes, ste_share: float, keep: bool
-) -> Iterator[PassSums]:
+    model: Transformer, sequences: DocumentSequences, changes: Changes, ste_share: float, keep: bool
+) -> Iterator[tuple[PassSums, list[ChoiceLoad]]]:
     """Attach all listeners, and restore the model on exit."""
-    plan = model.sparsity_plan
+    plan, num_documents = model.sparsity_plan, sequences.num_documents
     listeners: dict[SparseSite, SiteListener] = {}
     found = PassSums({}, {}, {})
-    with _only_the_embedding_learns(model), _straight_through(model, ste_share):
+    with _with_graph(model), _straight_through(model, ste_share):
         try:
             # Every rank is computed, and RoutedLayer uses those of the plan.
             model.set_sparsity(with_all_ranks(plan))
@@ -139,25 +156,30 @@ def _listening(
                         listener = SiteListener(site, changes.values, choices, own, num_documents, keep=keep)
                         listeners[site], found.sites[block.layer, name] = listener, listener.sums
                 with site_hooks(listeners, ranks=True):
-                    yield found
-                found.load.update({layer: load.shares() for layer, load in loads.items()})
+                    yield found, list(loads.values())
+                found.load.update({layer: load.shares(sequences.distributed) for layer, load in loads.items()})
         finally:
             model.set_sparsity(plan)
 
 
 @contextmanager
-def _only_the_embedding_learns(model: Transformer) -> Iterator[None]:
-    """Run in evaluation mode with a graph that reaches every site, and without gradients of other weights."""
+def _with_graph(model: Transformer) -> Iterator[None]:
+    """Run in evaluation mode with a graph from the embedded tokens on, and without gradients of weights."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    was_training = model.training
+    was_training, recomputed = model.training, model.activation_checkpointing
+    embedded = model.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     try:
         # In evaluation the router has no noise and no capacity, so the same tokens always reach the same experts.
         model.eval()
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-        model.embedding.weight.requires_grad_(True)
+        if is_sharded(model):
+            # The graph of a layer keeps its weights: all together they would be the whole model.
+            model.activation_checkpointing = "full"
         yield
     finally:
+        embedded.remove()
+        model.activation_checkpointing = recomputed
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(requires_grad[name])
         model.train(was_training)

@@ -43,7 +43,8 @@ class PieceSums:
         self.second_RCX = torch.zeros(shape, dtype=torch.float64)
         self.drawn: list[Tensor] = []
         self._pieces: Pieces | None = None
-        self._pass_RPX = torch.zeros(0)
+        self.pass_RPX = torch.zeros(0)
+        """Sums of the current pass by piece."""
 
     @property
     def pieces(self) -> Pieces:
@@ -55,23 +56,28 @@ class PieceSums:
         """Prepare for one backward pass over a batch."""
         self._pieces = pieces
         num_changes, _, num_values = self.first_RCX.shape
-        self._pass_RPX = torch.zeros(num_changes, len(pieces.document_P), num_values, dtype=torch.float64)
+        self.pass_RPX = torch.zeros(num_changes, len(pieces.document_P), num_values, dtype=torch.float64)
 
     def add(self, change_M: Tensor, piece_M: Tensor, terms_MX: Tensor) -> None:
         """Add the terms of M rows to their changes and pieces."""
         # Changes and pieces share one flat index, so that a single index_add_ serves both.
-        index_M = change_M.long() * self._pass_RPX.shape[1] + piece_M.long()
-        self._pass_RPX.flatten(0, 1).index_add_(0, index_M.cpu(), terms_MX.double().cpu())
+        index_M = change_M.long() * self.pass_RPX.shape[1] + piece_M.long()
+        self.pass_RPX.flatten(0, 1).index_add_(0, index_M.cpu(), terms_MX.double().cpu())
 
-    def end(self, *, weight: float | None) -> None:
-        """Add the sums of the pass to the first order, or their squares times ``weight`` to the second order."""
-        document_P = self.pieces.document_P.cpu()
+    def end(self, document_P: Tensor, pass_RPX: Tensor, *, weight: float | None) -> None:
+        """Add the sums of a pass to the first order, or their squares times ``weight`` to the second order.
+
+        Args:
+            document_P: the documents of the pieces, on the CPU.
+            pass_RPX: the sums of the pass, which another rank may have run.
+            weight: None for the labels themselves.
+        """
         if self._keep:
             document_P = torch.zeros_like(document_P)
         if weight is None:
-            self.first_RCX.index_add_(1, document_P, self._pass_RPX)
+            self.first_RCX.index_add_(1, document_P, pass_RPX)
             return
-        self.second_RCX.index_add_(1, document_P, self._pass_RPX.square(), alpha=weight)
+        self.second_RCX.index_add_(1, document_P, pass_RPX.square(), alpha=weight)
         if self._keep:
             # In fp32, because the sums of all pieces are kept.
-            self.drawn.append(self._pass_RPX.float())
+            self.drawn.append(pass_RPX.float())

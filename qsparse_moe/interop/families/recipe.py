@@ -84,9 +84,9 @@ class Recipe:
         """Return a piece as the part of our tensor that it is, without a copy."""
         return self._oriented(piece)[None] if self.form == "stacked" else self._oriented(piece)
 
-    def stored(self, whole: Tensor, place: Place, piece: Piece) -> Tensor:
-        """Return the piece at ``place`` of our tensor as it is stored: the inverse of ``build``."""
-        return piece.in_stored_order(self._oriented(whole[place]))
+    def stored(self, part: Tensor, piece: Piece) -> Tensor:
+        """Return a part of our tensor, at the place of ``piece``, as it is stored: the inverse of ``build``."""
+        return piece.in_stored_order(self._oriented(part))
 
     def _oriented(self, value: Tensor) -> Tensor:
         return value if self.form == "joined" else value.T

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.model.init import materialize
 from qsparse_moe.moe.expert_group import global_shape
 from qsparse_moe.training.checkpoint.tensor_file import TensorSource
+from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import STATE_KINDS, Engine, StateKind
 from qsparse_moe.training.flat_range import FlatRange
+from qsparse_moe.training.shard_weights import fill_model
 
 ReadRange = Callable[[StateKind, str, int, int], Tensor]
 """Return the elements from ``start`` to ``stop`` of a flattened global fp32 tensor: kind, name, start, stop."""
@@ -106,15 +107,16 @@ def load_model(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    distributed: Distributed | None = None,
 ) -> None:
     """Copy the global tensors that ``read`` returns by name into the model's parameters and buffers.
 
     They are rounded to its dtype, and a sharded parameter receives this rank's shard. Parameters on the meta device
-    receive memory on ``device`` in ``dtype``.
+    receive memory on ``device`` in ``dtype``, and are divided over the ranks of ``distributed``.
     """
     # Of a tensor that is backed by a file, only this range is read.
     source = StoredWeights(lambda name, start, stop: read(name).flatten()[start:stop])
-    materialize(model, source, device=device, dtype=dtype)
+    fill_model(model, source, device=device, dtype=dtype, distributed=distributed)
     load_buffers(model, read)
 
 

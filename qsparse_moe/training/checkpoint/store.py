@@ -23,12 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
-from qsparse_moe.model.init import materialize
 from qsparse_moe.runs.folder import CHECKPOINTS, UNFINISHED
 from qsparse_moe.training.checkpoint.contents import FORMATS, Contents
 from qsparse_moe.training.checkpoint.state import StoredWeights, check_shapes, load_buffers, stored_shapes
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import StateKind
+from qsparse_moe.training.shard_weights import fill_model
 
 INDEX = "state.json"
 LISTENERS = "listeners.json"
@@ -206,21 +206,22 @@ def newest_checkpoint(run_dir: Path, distributed: Distributed | None = None) -> 
     paths = list_checkpoints(run_dir)
     if not paths:
         return None
-    if distributed is None:
-        return verified_checkpoint(paths[-1])
-    checkpoint = Checkpoint(paths[-1])
-    distributed.on_every_rank(lambda: checkpoint.verify(part=distributed.rank, parts=distributed.world_size))
-    return checkpoint
+    return verified_checkpoint(paths[-1], distributed)
 
 
-def verified_checkpoint(path: Path) -> Checkpoint:
+def verified_checkpoint(path: Path, distributed: Distributed | None = None) -> Checkpoint:
     """Return the checkpoint in the folder ``path`` after all its files have been read and compared.
+
+    The ranks, if given, divide the files among them, and must call it together.
 
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
     checkpoint = Checkpoint(path)
-    checkpoint.verify()
+    if distributed is None:
+        checkpoint.verify()
+    else:
+        distributed.on_every_rank(lambda: checkpoint.verify(part=distributed.rank, parts=distributed.world_size))
     return checkpoint
 
 
@@ -230,16 +231,18 @@ def load_checkpoint(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    distributed: Distributed | None = None,
 ) -> None:
     """Load a checkpoint's weights and buffers into a model, rounding to its dtype; of experts, this rank's shard.
 
-    Parameters on the meta device receive memory on ``device`` in ``dtype``.
+    Parameters on the meta device receive memory on ``device`` in ``dtype``, and are divided over the ranks of
+    ``distributed``.
 
     Raises:
         CheckpointError: it belongs to another model; the message names the first tensor that differs.
     """
     check_belongs(model, checkpoint)
-    materialize(model, checkpoint.weights(), device=device, dtype=dtype)
+    fill_model(model, checkpoint.weights(), device=device, dtype=dtype, distributed=distributed)
     load_buffers(model, checkpoint.buffer)
 
 

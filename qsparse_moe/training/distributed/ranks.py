@@ -90,6 +90,10 @@ class Distributed:
             dist.barrier()
 
 
+ONE_RANK = Distributed(0, 1, 0, torch.device("cpu"))
+"""A process by itself, on a CPU, without a process group."""
+
+
 @contextlib.contextmanager
 def open_distributed(device: str = "auto", *, timeout: float = 600.0) -> Iterator[Distributed]:
     """Initialize the process group with the launcher's other ranks, or with one rank if there is no launcher.

@@ -72,7 +72,6 @@ def test_figures_are_of_every_kind_and_not_of_the_trivial_one(measured):
         assert any("experts per token" in one["name"] for one in found["comparisons"])
         assert any("features" in one["name"] for one in found["comparisons"])
 
-
     assert len(set(alone["bf16"]["joint"])) >= 3, "S alone, experts alone, and both"
 
 

@@ -184,6 +184,11 @@ def test_the_report_and_the_json_have_verdicts_differences_and_best_values(grid,
     assert "of 3 differences without any effect, about 0 would seem decided" in report
     assert "| a | 0.002 | 0.002 |\n| b | 0.004 (highest) | 0.004 (highest) |" in report
     write_results(grid, results, tmp_path / "results")
+    # Figures over the whole search would mix its values.
+    assert [path.name for path in (tmp_path / "results").glob("*.png")] == ["comparisons.png"]
+    assert (
+        "![Differences of the claims, with intervals](comparisons.png)" in (tmp_path / "results/report.md").read_text()
+    )
     found = json.loads((tmp_path / "results" / "comparisons.json").read_text())
     assert found == json.loads(json.dumps(comparisons_dict(grid, results)))
     (claim,) = found["claims"]

@@ -6,6 +6,7 @@ import pytest
 from scipy.stats import ttest_1samp
 
 from qsparse_moe.ablation.grid.claims import Comparison
+from qsparse_moe.ablation.grid.comparison_figure import draw_comparisons
 from qsparse_moe.ablation.grid.load import load_grid
 from qsparse_moe.ablation.grid.search import Sample
 from qsparse_moe.ablation.grid.verdicts import MOST_SEEDS, decide, interval, seeds_to_decide
@@ -123,6 +124,28 @@ def test_only_seeds_that_both_variants_have_count_and_one_seed_decides_nothing(w
     assert small.pairs[0].by_seed == {0: 1} and small.pairs[0].interval is None
     assert (small.verdict, small.pairs[0].seeds_needed, small.runs_needed) == ("not decided", None, None)
     assert (large.verdict, over_all.cells, over_all.verdict) == ("holds", 1, "holds")
+
+
+def test_every_difference_is_drawn_with_its_interval_and_the_colour_of_its_verdict(write):
+    claims = (
+        "  - {name: order, source: s, order: [a, b, c]}\n  - {name: close, source: s, close: [a, b], within: 0.3}\n"
+    )
+    grid = load_grid(write(SIZES + claims + "  - {name: gap, source: s, order: [a, b], gap_grows_over: size}\n"))
+    losses = {"a": [1.0, 2.0, 3.0], "b": [1.2, 2.21, 3.22], "c": [1.0, 2.0, 3.0]}
+    known = {(variant, SMALL): Sample(dict(enumerate(own))) for variant, own in losses.items()}
+    assert draw_comparisons(decide(grid, {})) is None
+    figure = draw_comparisons(decide(grid, known))
+    # The gap needs both sizes, of which only one has runs.
+    order, close = figure.axes
+    assert (order.get_title(), close.get_title()) == ("order", "close")
+    names = ["small: b − a", "small: c − b", "all: b − a", "all: c − b"]
+    assert [label.get_text() for label in order.get_yticklabels()] == names
+    bars = [(line.get_color(), *line.get_xdata()) for line in order.lines if len(line.get_xdata()) == 2]
+    half = 4.302653 * 0.01 / 3**0.5
+    above, below = ("tab:blue", 0.21 - half, 0.21 + half), ("tab:orange", -0.21 - half, -0.21 + half)
+    assert [bar[0] for bar in bars[:4]] == [above[0], below[0]] * 2
+    assert [bar[1:] for bar in bars[:2]] == [pytest.approx(above[1:]), pytest.approx(below[1:])]
+    assert [line.get_xdata()[0] for line in close.lines][-2:] == [-0.3, 0.3]
 
 
 def test_a_grid_without_axes_has_no_second_row_over_all_cells(write):

@@ -10,8 +10,7 @@ from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.markdown_table import table
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.ablation.grid.search import Sample, finished_bits, samples
-from qsparse_moe.ablation.grid.verdicts import LEVEL, MOST_SEEDS, CellVerdict, ClaimVerdicts, Pair, decide
-from qsparse_moe.config.labels import setting_label
+from qsparse_moe.ablation.grid.verdicts import LEVEL, MOST_SEEDS, CellVerdict, ClaimVerdicts, Pair, cell_label, decide
 
 COMPARISONS = "comparisons.json"
 """Name of the file with the verdicts beside ``report.md``."""
@@ -94,7 +93,7 @@ def _number_of_tests(decided: Sequence[ClaimVerdicts]) -> int:
 
 def _summary(decided: Sequence[ClaimVerdicts]) -> str:
     # A claim about a gap has no verdict at the first value of its axis.
-    labels = {cell.cell: _cell_label(cell) for one in decided for cell in one.cells}
+    labels = {cell.cell: cell_label(cell.cell) for one in decided for cell in one.cells}
     cells = sorted(labels, key=lambda cell: cell is None)
     rows = []
     for one in decided:
@@ -114,7 +113,7 @@ def _details(decided: Sequence[ClaimVerdicts]) -> str:
     for one in decided:
         for cell in one.cells:
             rows += [
-                [one.claim.name, _cell_label(cell), *_pair_cells(pair), _runs(cell)]
+                [one.claim.name, cell_label(cell.cell), *_pair_cells(pair), _runs(cell)]
                 for pair in cell.pairs
                 if pair.by_seed
             ]
@@ -135,22 +134,11 @@ def _runs(found: CellVerdict) -> str:
     return "–" if found.runs_needed is None else str(found.runs_needed)
 
 
-def _cell_label(found: CellVerdict) -> str:
-    return "all" if found.cell is None else _place_label(found.cell)
-
-
-def _place_label(cell: str) -> str:
-    place = json.loads(cell).items()
-    # A named setting of an axis is its own label.
-    words = [value if isinstance(value, str) else setting_label(axis, value) for axis, value in place]
-    return ", ".join(words) or "all runs"
-
-
 def _best(grid: Grid, known: dict[Any, Sample]) -> str:
     cells = list(dict.fromkeys(grid.cell(run) for run in grid.runs))
     variants = dict.fromkeys(run.entry for run in grid.runs)
     rows = [[variant or "all", *(_best_value(known.get((variant, cell))) for cell in cells)] for variant in variants]
-    return table(["variant", *(_place_label(cell) for cell in cells)], rows)
+    return table(["variant", *(cell_label(cell) for cell in cells)], rows)
 
 
 def _best_value(sample: Sample | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -36,6 +36,11 @@ def draw_figures(records: Sequence[Record], folder: Path) -> dict[str, str]:
         "loss-by-parameters.png": ("Validation loss by active parameters", loss_by_parameters(variants)),
         "iso-loss.png": ("Validation loss over E/A and S", iso_loss(variants)),
     }
+    return write_figures(drawings, folder)
+
+
+def write_figures(drawings: Mapping[str, tuple[str, Figure | None]], folder: Path) -> dict[str, str]:
+    """Write figures with their titles, by file name, as PNG files; return the titles of those that exist."""
     found = {}
     for name, (title, figure) in drawings.items():
         if figure is not None:

@@ -10,12 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from qsparse_moe.ablation.grid.comparison_figure import draw_comparisons
 from qsparse_moe.ablation.grid.comparison_report import COMPARISONS, comparison_parts, comparisons_dict
 from qsparse_moe.ablation.grid.dense_comparison import FIGURES
-from qsparse_moe.ablation.grid.figures import draw_figures
+from qsparse_moe.ablation.grid.figures import draw_figures, write_figures
 from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.markdown_table import table
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
+from qsparse_moe.ablation.grid.search import finished_bits, samples
+from qsparse_moe.ablation.grid.verdicts import decide
 from qsparse_moe.config.labels import place_label
 from qsparse_moe.errors import naming
 
@@ -31,7 +34,11 @@ def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> Non
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Figures come first, because report.md links only to those that were drawn.
-    figures = draw_figures([result.as_dict() for result in results], folder)
+    # Those of a search would mix its values, of which the comparisons take the best.
+    figures = draw_figures([result.as_dict() for result in results], folder) if grid.best_over is None else {}
+    if grid.comparisons:
+        drawn = draw_comparisons(decide(grid, samples(grid, finished_bits(results))))
+        figures |= write_figures({"comparisons.png": ("Differences of the claims, with intervals", drawn)}, folder)
     report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
     texts = [(RESULTS, results_text(results)), (REPORT, report + "\n")]
     if grid.comparisons:

@@ -19,6 +19,7 @@ from scipy.stats import t as student_t
 from qsparse_moe.ablation.grid.claims import Comparison
 from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.search import Key, Sample
+from qsparse_moe.config.labels import setting_label
 
 LEVEL = 0.95
 """Share of the intervals that contain the true mean, if differences are normal."""
@@ -109,6 +110,17 @@ def decide(grid: Grid, known: Mapping[Key, Sample]) -> list[ClaimVerdicts]:
     """
     cells = list(dict.fromkeys(grid.cell(run) for run in grid.runs))
     return [ClaimVerdicts(claim, tuple(_verdicts(claim, cells, known))) for claim in grid.comparisons]
+
+
+def cell_label(cell: str | None) -> str:
+    """Return a short label of a cell, such as ``1M, steps 100``; ``all`` for the verdict over all cells."""
+    if cell is None:
+        return "all"
+    # A named setting of an axis is its own label.
+    words = [
+        value if isinstance(value, str) else setting_label(axis, value) for axis, value in json.loads(cell).items()
+    ]
+    return ", ".join(words) or "all runs"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:

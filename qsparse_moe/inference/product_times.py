@@ -1,4 +1,4 @@
-"""Measure, once per machine and shape, the time of a product with chosen rows: per product, and per row that it reads.
+"""Measure, once per machine and shape, the time that a product with chosen rows takes per row that it reads.
 
 The table is in the file of ``row_costs``, beside the shares from which whole matrices are read.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 
@@ -21,32 +20,29 @@ logger = logging.getLogger(__name__)
 Shape = tuple[int, int]
 """Number of rows (input features) and of columns of a matrix."""
 _NUM_MATRICES = 24
-_ROUNDS = 15
+_ROUNDS = 40
 _SHARES = (0.25, 1.0)
 
 
-class ProductTime(NamedTuple):
-    """Seconds of the product of one token with one matrix: ``call + row * K`` for K chosen rows."""
+def seconds_per_row(weight_format: WeightFormat, shapes: Iterable[Shape]) -> dict[Shape, float]:
+    """Return the seconds per chosen row of one token and a matrix of every shape.
 
-    call: float
-    row: float
-
-
-def product_times(weight_format: WeightFormat, shapes: Iterable[Shape]) -> dict[Shape, ProductTime]:
-    """Return the time of a product with a matrix of every shape; those that the file lacks are measured, and logged."""
+    Those that the file lacks are measured, which is logged. What a product takes beyond its rows is not in the table:
+    the engine calls it from C++, a measurement from Python, which takes longer than the product itself.
+    """
     known, found = read_costs(), {}
     for shape in dict.fromkeys(shapes):
-        key = f"{weight_format} product {shape[0]}x{shape[1]}"
+        key = f"{weight_format} seconds per row {shape[0]}x{shape[1]}"
         if key not in known:
             logger.info("measuring a product with %d x %d weights in %s, once: %s", *shape, weight_format, costs_file())
-            known[key] = list(measure_product(weight_format, shape))
+            known[key] = [measure_row(weight_format, shape)]
             write_costs(known)
-        found[shape] = ProductTime(*known[key])
+        found[shape] = known[key][0]
     return found
 
 
-def measure_product(weight_format: WeightFormat, shape: Shape) -> ProductTime:
-    """Return the time of a product, from the least seconds over some rounds at two numbers of rows."""
+def measure_row(weight_format: WeightFormat, shape: Shape) -> float:
+    """Return the seconds per row, from the least seconds over some rounds at two numbers of rows."""
     generator = torch.Generator().manual_seed(0)
     stored = store(torch.randn(_NUM_MATRICES, *shape, generator=generator), weight_format)
     order = torch.randperm(shape[0], generator=generator)
@@ -55,8 +51,7 @@ def measure_product(weight_format: WeightFormat, shape: Shape) -> ProductTime:
     # In turns, so that a slow moment of the machine does not meet one of them only.
     rounds = [[_seconds(stored, chosen) for chosen in rows] for _ in range(_ROUNDS)]
     few, all_of_them = (min(one[place] for one in rounds) for place in range(2))
-    row = max(0.0, all_of_them - few) / max(counts[1] - counts[0], 1)
-    return ProductTime(max(0.0, few - row * counts[0]), row)
+    return max(0.0, all_of_them - few) / max(counts[1] - counts[0], 1)
 
 
 def _seconds(stored: StoredWeights, rows_K: torch.Tensor) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qsparse_moe.ablation.allocation.continued import _trained, check_continued, continued_config
+from qsparse_moe.ablation.allocation.continued import _trained, check_continued, continued_config, keep_idle_routers
+from qsparse_moe.ablation.routing import Choice, with_choices
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.data.loader import TrainLoader
 from qsparse_moe.data.token_data import load_data
@@ -18,6 +19,7 @@ from qsparse_moe.training.checkpoint.state import seed_random_states
 from qsparse_moe.training.checkpoint.store import load_checkpoint, newest_checkpoint
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.loop import train
+from tests.ablation.small_models import config, model_of, rows_of
 from tests.support.runs import tiny_config, write_text
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -88,3 +90,26 @@ def test_ranks_that_cannot_share_the_global_batch_are_refused_before_a_model_is_
         check_continued(folder, (), ranks[1])
     sharded = continued_config(folder, ["training.seed=7"], shard=True).training
     assert (sharded.engine, sharded.deepspeed.zero_stage, sharded.seed) == ("deepspeed", 3, 7)
+
+
+@pytest.mark.parametrize(
+    ("plan", "mode", "learns"),
+    [
+        ({0: Choice(2), 1: Choice(2)}, "router", (True, True)),
+        # The first of two weights is at least half of both.
+        ({0: Choice(1), 1: Choice(2, 0.5)}, "router", (False, False)),
+        ({0: Choice(2, 0.6), 1: Choice(1)}, "router", (True, False)),
+        # Weights as computed over all experts have a gradient.
+        ({0: Choice(1), 1: Choice(1)}, "kept", (True, True)),
+    ],
+)
+def test_a_router_whose_every_token_uses_one_expert_with_a_weight_of_one_stays_as_it_is(plan, mode, learns):
+    model = model_of(config({"fewer_experts_weights": mode}, default=0.25)).train()
+    model.set_sparsity(with_choices(model.sparsity_plan, plan))
+    keep_idle_routers(model)
+    (batch, _) = next(iter(rows_of()))
+    output = model(batch.tokens_BS, targets_BS=batch.targets_BS)
+    # The load balance loss reaches every router.
+    output.loss.backward()
+    assert tuple(bool(router.weight.grad.any()) for router in model.routers()) == learns
+    assert model.embedding.weight.grad.any()

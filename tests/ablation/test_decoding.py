@@ -13,7 +13,7 @@ from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.decoding import Decoder, DecodeTimes, Decoding
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference import product_times as product_module
-from qsparse_moe.inference.product_times import ProductTime, measure_product, product_times
+from qsparse_moe.inference.product_times import measure_row, seconds_per_row
 from qsparse_moe.kernels import native
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config, model_of, rows_of
@@ -23,12 +23,17 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def test_the_time_of_a_product_is_a_call_and_rows(monkeypatch):
+def test_the_time_of_a_row_is_what_more_rows_take(monkeypatch):
     monkeypatch.setattr(product_module, "_seconds", lambda stored, rows_K: 3.0 + 0.5 * len(rows_K))
-    assert measure_product("fp32", (16, 8)) == pytest.approx((3.0, 0.5))
+    assert measure_row("fp32", (16, 8)) == pytest.approx(0.5)
     # A product that takes no longer with more rows has no time per row, and none is negative.
     monkeypatch.setattr(product_module, "_seconds", lambda stored, rows_K: 5.0 - 0.1 * len(rows_K))
-    assert measure_product("fp32", (16, 8)) == pytest.approx((4.6, 0.0))
+    assert measure_row("fp32", (16, 8)) == 0.0
+
+
+@needs_compiler
+def test_a_row_of_a_wide_matrix_takes_a_measurable_time():
+    assert 0.0 < measure_row("fp32", (64, 2048)) < 1e-4
 
 
 def test_products_are_measured_once_per_machine_and_shape(monkeypatch, tmp_path):
@@ -37,30 +42,30 @@ def test_products_are_measured_once_per_machine_and_shape(monkeypatch, tmp_path)
 
     def measure(weight_format, shape):
         asked.append(shape)
-        return ProductTime(1e-6, 2e-9)
+        return 2e-9
 
-    monkeypatch.setattr(product_module, "measure_product", measure)
-    assert product_times("fp32", [(16, 8), (16, 8), (8, 16)]) == dict.fromkeys([(16, 8), (8, 16)], (1e-6, 2e-9))
-    assert product_times("fp32", [(8, 16)]) == {(8, 16): (1e-6, 2e-9)} and asked == [(16, 8), (8, 16)]
+    monkeypatch.setattr(product_module, "measure_row", measure)
+    assert seconds_per_row("fp32", [(16, 8), (16, 8), (8, 16)]) == {(16, 8): 2e-9, (8, 16): 2e-9}
+    assert seconds_per_row("fp32", [(8, 16)]) == {(8, 16): 2e-9} and asked == [(16, 8), (8, 16)]
     (file,) = tmp_path.rglob("*.json")
-    assert json.loads(file.read_text())["fp32 product 16x8"] == [1e-6, 2e-9]
+    assert json.loads(file.read_text())["fp32 seconds per row 16x8"] == [2e-9]
 
 
 def times_of(settings) -> DecodeTimes:
     sites = SparsityPlan.uniform(settings, 0.0).values
-    return DecodeTimes(dict.fromkeys(sites, (ProductTime(1e-3, 1e-4), ProductTime(0.0, 1e-4))), 0.25, 7.0)
+    return DecodeTimes(dict.fromkeys(sites, 0.2), 0.25, 7.0)
 
 
-def test_milliseconds_are_calls_rows_and_selections_of_the_experts_in_use_and_the_rest():
+def test_milliseconds_are_rows_and_selections_of_the_experts_in_use_and_the_rest():
     settings = config()
     load = {0: (0.9, 0.5, 0.4, 0.2), 1: (0.5,) * 4}
     costs = Costs(settings, load, "ms", times=times_of(settings))
     # 16 features at every site; two sites without experts and two with two experts, in two layers.
     rows = 2 * (2 + 2 * 2)
-    assert costs.of(SparsityPlan.uniform(settings, 0.0)) == pytest.approx(7.0 + rows * (1.0 + 16 * 0.2))
-    assert costs.of(SparsityPlan.uniform(settings, 0.5)) == pytest.approx(7.0 + rows * (1.0 + 8 * 0.2 + 0.25))
+    assert costs.of(SparsityPlan.uniform(settings, 0.0)) == pytest.approx(7.0 + rows * 16 * 0.2)
+    assert costs.of(SparsityPlan.uniform(settings, 0.5)) == pytest.approx(7.0 + rows * (8 * 0.2 + 0.25))
     assert replace(costs, load={0: (0.0,) * 4, 1: (0.0,) * 4}).of(SparsityPlan.uniform(settings, 0.0)) == (
-        pytest.approx(7.0 + 4 * (1.0 + 16 * 0.2))
+        pytest.approx(7.0 + 4 * 16 * 0.2)
     )
 
 
@@ -84,16 +89,16 @@ def test_the_engine_reads_fewer_bytes_under_a_sparser_plan_and_the_model_keeps_i
 @needs_compiler
 def test_the_rest_and_the_selection_are_what_the_products_do_not_explain(decoder, monkeypatch):
     one, model = decoder
-    products = times_of(model.config).products
-    monkeypatch.setattr(decoding_module, "_products", lambda model: products)
+    table = times_of(model.config).rows
+    monkeypatch.setattr(decoding_module, "_rows", lambda model: table)
     rows = 2 * (2 + 2 * 2)
-    over_sites = {"dense": rows * (1.0 + 16 * 0.2), "half": rows * (1.0 + 8 * 0.2)}
+    over_sites = {"dense": rows * 16 * 0.2, "half": rows * 8 * 0.2}
     rest = {"dense": 7.0, "half": 7.0 + 0.25 * rows}
     monkeypatch.setattr(
         one, "measure", lambda plans: {name: Decoding(over_sites[name] + rest[name], 1.0, 1.0) for name in plans}
     )
     found = one.times()
-    assert (found.fixed, found.selection) == (pytest.approx(7.0), pytest.approx(0.25)) and found.products == products
+    assert (found.fixed, found.selection) == (pytest.approx(7.0), pytest.approx(0.25)) and found.rows == table
 
 
 def test_a_model_that_the_engine_cannot_run_is_refused_with_the_reason(monkeypatch):
@@ -107,9 +112,9 @@ def test_the_table_has_every_matrix_behind_a_site_in_its_shape(decoder, monkeypa
     _, model = decoder
     monkeypatch.setattr(
         decoding_module,
-        "product_times",
-        lambda form, shapes: {shape: ProductTime(shape[0], shape[1]) for shape in shapes},
+        "seconds_per_row",
+        lambda form, shapes: {shape: shape[0] + 100.0 * shape[1] for shape in shapes},
     )
-    found = decoding_module._products(model)
-    assert found[0, "attention_input"] == ((16, 48),) and found[1, "attention_output"] == ((16, 16),)
-    assert found[0, "expert_input"] == ((16, 16),) * 2 and found[1, "expert_hidden"] == ((16, 16),)
+    found = decoding_module._rows(model)
+    assert found[0, "attention_input"] == 1e3 * (16 + 4800) and found[1, "attention_output"] == 1e3 * (16 + 1600)
+    assert found[0, "expert_input"] == 2e3 * (16 + 1600) and found[1, "expert_hidden"] == 1e3 * (16 + 1600)

@@ -7,8 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from qsparse_moe.ablation.allocation.compare import ALLOCATED, DENSE, GREEDY, UNIFORM, PlanComparison, comparisons
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
+from qsparse_moe.ablation.routing import choices_of, renormalizes
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.config.rules import check_world_size
 from qsparse_moe.config.schema import RunConfig
@@ -19,6 +22,7 @@ from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.data.tokenizer import meaningless_ids
 from qsparse_moe.interop.initial_weights import ExportWeights
 from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.find import ModelFolder, find_model
 from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -136,6 +140,7 @@ def _trained(
     engine = _start(folder, config, data, distributed, checkpoint)
     model = engine.model
     model.set_sparsity(plan)
+    keep_idle_routers(model)
     first = 0 if checkpoint is None else checkpoint.progress.step
     # The same random numbers for every plan, so that only the plan differs.
     seed_random_states(config.training.seed, first, distributed.rank)
@@ -172,6 +177,24 @@ def _start(
         return start_engine(config, distributed, checkpoint=checkpoint, hidden_ids=hidden_ids)
     initial = InitialWeights(str(folder.path), "export", ExportWeights(folder.path), digest="", changes={})
     return start_engine(config, distributed, initial=initial, hidden_ids=hidden_ids)
+
+
+def keep_idle_routers(model: Transformer) -> None:
+    """Give no gradient to the routers of layers in which every token uses one expert, with a weight of 1.
+
+    The load balance loss would be all that such a router learns from, and in 100 steps it moved the tokens to experts
+    that were not made for them: 0.04 nats (docs/lab-log.md, 29 November).
+    """
+    if not renormalizes(model.config):
+        return
+    choices = choices_of(model.sparsity_plan, model.config)
+    for block in model.blocks():
+        if block.moe is None:
+            continue
+        choice, most = choices[block.layer], model.config.moe.experts_per_token
+        # The first of A weights is at least 1 / A of their sum.
+        if choice.experts == 1 or choice.top_p <= 1 / most:
+            block.moe.router.weight.register_hook(torch.zeros_like)
 
 
 def _checkpoint(folder: ModelFolder, distributed: Distributed) -> Checkpoint | None:

@@ -6,7 +6,7 @@ K selected features of D.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -22,12 +22,12 @@ from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference import native
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.native import NativeDecode
-from qsparse_moe.inference.product_times import ProductTime, Shape, product_times
+from qsparse_moe.inference.product_times import Shape, seconds_per_row
 from qsparse_moe.inference.weights import own_format
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
 
-STEPS, ROUNDS = 64, 5
+STEPS, ROUNDS = 64, 25
 """Tokens per measurement, and measurements, of which the fastest counts: other processes only slow a step down."""
 _HALF = 0.5
 
@@ -47,19 +47,18 @@ class Decoding:
 class DecodeTimes:
     """The time of a step of one token in milliseconds, as a sum over its sites and a rest."""
 
-    products: Mapping[tuple[int, Site], tuple[ProductTime, ...]]
-    """The matrices behind every site, for one expert."""
+    rows: Mapping[tuple[int, Site], float]
+    """Milliseconds per chosen row of all matrices behind a site, for one expert."""
     selection: float
     """Milliseconds per row of which some features are selected."""
     fixed: float
-    """Milliseconds of everything else, such as attention, routers, and the head."""
+    """Milliseconds of everything else, such as attention, routers, the head, and the calls of products."""
 
     def of_site(self, config: ModelConfig, layer: int, site: Site, sparsity: float) -> float:
         """Return the milliseconds of one row at a site, for one expert."""
         width = site_width(config, site)
         count = site_num_selected(config.sparsity, sparsity, width)
-        products = sum(one.call + one.row * count for one in self.products[layer, site])
-        return 1e3 * products + (self.selection if count < width else 0.0)
+        return self.rows[layer, site] * count + (self.selection if count < width else 0.0)
 
 
 class Decoder:
@@ -109,18 +108,18 @@ class Decoder:
         """Return the table of this model, whose rest comes from two plans: S = 0 and S = 0.5 everywhere."""
         model = self._model
         config = model.config
-        products = _products(model)
+        rows = _rows(model)
         dense = with_all_ranks(SparsityPlan.uniform(config, 0.0))
         half = with_cells(dense, dict.fromkeys(cells_of(dense), _HALF))
         measured = self.measure({"dense": dense, "half": half})
-        bare = DecodeTimes(products, 0.0, 0.0)
+        bare = DecodeTimes(rows, 0.0, 0.0)
         rests = [
             measured[name].milliseconds - _over_sites(bare, config, sparsity)
             for name, sparsity in (("dense", 0.0), ("half", _HALF))
         ]
         # What half the features cost beyond their products is the selection.
-        selection = max(0.0, (rests[1] - rests[0]) / _rows(config, products))
-        return DecodeTimes(products, selection, rests[0])
+        selection = max(0.0, (rests[1] - rests[0]) / _num_selections(config, rows))
+        return DecodeTimes(rows, selection, rests[0])
 
 
 def _check(model: Transformer) -> None:
@@ -129,7 +128,7 @@ def _check(model: Transformer) -> None:
         raise BackendUnavailable(f"the time of decoding is that of the engine native, which cannot run here: {reason}")
 
 
-def _products(model: Transformer) -> dict[tuple[int, Site], tuple[ProductTime, ...]]:
+def _rows(model: Transformer) -> dict[tuple[int, Site], float]:
     config = model.config
     shapes: dict[tuple[int, Site], list[Shape]] = {}
     for weight in model_weights(config):
@@ -137,17 +136,17 @@ def _products(model: Transformer) -> dict[tuple[int, Site], tuple[ProductTime, .
             rows = site_width(config, weight.site)
             ranks = config.moe.experts_per_token if weight.site in EXPERT_SITES else 1
             shapes.setdefault((weight.layer, weight.site), []).append((rows, weight.active // ranks // rows))
-    times = product_times(own_format(model), [shape for own in shapes.values() for shape in own])
-    return {place: tuple(times[shape] for shape in own) for place, own in shapes.items()}
+    seconds = seconds_per_row(own_format(model), [shape for own in shapes.values() for shape in own])
+    return {place: 1e3 * sum(seconds[shape] for shape in own) for place, own in shapes.items()}
 
 
 def _over_sites(times: DecodeTimes, config: ModelConfig, sparsity: float) -> float:
     return sum(
         times.of_site(config, layer, site, sparsity) * (config.moe.experts_per_token if site in EXPERT_SITES else 1)
-        for layer, site in times.products
+        for layer, site in times.rows
     )
 
 
-def _rows(config: ModelConfig, products: Mapping[tuple[int, Site], object]) -> int:
+def _num_selections(config: ModelConfig, sites: Iterable[tuple[int, Site]]) -> int:
     """Return the number of rows of a token at which features are selected, with all experts in use."""
-    return sum(config.moe.experts_per_token if site in EXPERT_SITES else 1 for _, site in products)
+    return sum(config.moe.experts_per_token if site in EXPERT_SITES else 1 for _, site in sites)

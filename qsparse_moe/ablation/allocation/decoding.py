@@ -80,19 +80,24 @@ class Decoder:
 
     def measure(self, plans: Mapping[str, SparsityPlan]) -> dict[str, Decoding]:
         """Return the time of every plan, measured in turns. The plan of the model is the same after the call."""
-        before, engines = self._model.sparsity_plan, {}
-        try:
-            for name, plan in plans.items():
-                self._model.set_sparsity(plan)
-                _check(self._model)
-                engines[name] = self._engine.with_plan_of(self._model)
-        finally:
-            self._model.set_sparsity(before)
+        engines = self.engines(plans)
         best = dict.fromkeys(engines, (float("inf"), 0.0))
         for _ in range(ROUNDS):
             for name, engine in engines.items():
                 best[name] = min(best[name], self._run(engine))
         return {name: Decoding(1e3 * seconds, self._batch / seconds, read) for name, (seconds, read) in best.items()}
+
+    def engines(self, plans: Mapping[str, SparsityPlan]) -> dict[str, NativeDecode]:
+        """Return an engine per plan over the same weights; BackendUnavailable if it cannot run one of the plans."""
+        before, found = self._model.sparsity_plan, {}
+        try:
+            for name, plan in plans.items():
+                self._model.set_sparsity(plan)
+                _check(self._model)
+                found[name] = self._engine.with_plan_of(self._model)
+            return found
+        finally:
+            self._model.set_sparsity(before)
 
     @torch.no_grad()
     def _run(self, engine: NativeDecode) -> tuple[float, float]:

@@ -25,6 +25,7 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     S_ALONE,
     UNIFORM_BOTH,
     check_reachable,
+    everywhere,
     plans_of_budget,
 )
 from qsparse_moe.ablation.allocation.jointly import Texts
@@ -213,8 +214,10 @@ def _setting(
     )
     choices, dense = routing_choices(config.model), with_all_ranks(SparsityPlan.uniform(config.model, 0.0))
     model.set_sparsity(dense)
-    # First of all, because it may be unavailable.
     decoder = Decoder(model, held_out, budget.batch) if options.decode or budget.quantity == "ms" else None
+    if decoder is not None:
+        # Before any plan is made, because the engine may not run plans with some of the choices.
+        decoder.engines({choice.name: everywhere(dense, config.model, choice) for choice in choices})
     loads = measured_loads(model, sequences, choices)
     costs = Costs(
         config.model,

@@ -10,7 +10,7 @@ import torch
 
 from qsparse_moe.ablation.allocation import decoding as decoding_module
 from qsparse_moe.ablation.allocation.cost import Costs
-from qsparse_moe.ablation.allocation.decoding import Decoder, DecodeTimes, Decoding
+from qsparse_moe.ablation.allocation.decoding import Decoder, DecodeTimes, Decoding, fitted_times
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference import product_times as product_module
 from qsparse_moe.inference.product_times import measure_row, seconds_per_row
@@ -86,19 +86,34 @@ def test_the_engine_reads_fewer_bytes_under_a_sparser_plan_and_the_model_keeps_i
         assert timed.tokens_per_second == pytest.approx(2e3 / timed.milliseconds)
 
 
-@needs_compiler
-def test_the_rest_and_the_selection_are_what_the_products_do_not_explain(decoder, monkeypatch):
-    one, model = decoder
-    table = times_of(model.config).rows
-    monkeypatch.setattr(decoding_module, "_rows", lambda model: table)
+def test_times_are_fitted_to_the_engine_at_three_values_of_s():
+    settings, table = config(), times_of(config()).rows
     rows = 2 * (2 + 2 * 2)
-    over_sites = {"dense": rows * 16 * 0.2, "half": rows * 8 * 0.2}
-    rest = {"dense": 7.0, "half": 7.0 + 0.25 * rows}
-    monkeypatch.setattr(
-        one, "measure", lambda plans: {name: Decoding(over_sites[name] + rest[name], 1.0, 1.0) for name in plans}
-    )
+    # 16 features, of which S = 0, 0.5, and 0.9 select 16, 8, and 2; the table is too slow by a factor of 2.
+    measured = [7.0 + rows * 16 * 0.1, 7.0 + rows * (8 * 0.1 + 0.25), 7.0 + rows * (2 * 0.1 + 0.25)]
+    found = fitted_times(table, settings, measured)
+    assert (found.fixed, found.selection) == (pytest.approx(7.0), pytest.approx(0.25))
+    assert found.rows == pytest.approx(dict.fromkeys(table, 0.1))
+    # Noise cannot make anything negative.
+    noisy = fitted_times(table, settings, [1.0, 1.0, 2.0])
+    assert noisy.fixed == 1.0 and noisy.selection == 0.0 and not any(noisy.rows.values())
+
+
+@needs_compiler
+def test_the_times_of_a_model_explain_its_dense_step(decoder, monkeypatch):
+    one, model = decoder
+    seen = []
+
+    def measure(plans):
+        seen.extend(plan.mean for plan in plans.values())
+        return {name: Decoding(9.0 - float(name), 1.0, 1.0) for name in plans}
+
+    monkeypatch.setattr(one, "measure", measure)
+    monkeypatch.setattr(decoding_module, "_rows", lambda model: times_of(model.config).rows)
     found = one.times()
-    assert (found.fixed, found.selection) == (pytest.approx(7.0), pytest.approx(0.25)) and found.rows == table
+    assert seen == pytest.approx([0.0, 0.5, 0.9]) and model.sparsity_plan.mean == 0.0
+    costs = Costs(model.config, {0: (0.5,) * 4, 1: (0.5,) * 4}, "ms", times=found)
+    assert costs.of(model.sparsity_plan) == pytest.approx(9.0)
 
 
 def test_a_model_that_the_engine_cannot_run_is_refused_with_the_reason(monkeypatch):

@@ -6,7 +6,7 @@ K selected features of D.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -29,7 +29,8 @@ from qsparse_moe.sparsity.plan import SparsityPlan, site_num_selected
 
 STEPS, ROUNDS = 64, 25
 """Tokens per measurement, and measurements, of which the fastest counts: other processes only slow a step down."""
-_HALF = 0.5
+FITTED = (0.0, 0.5, 0.9)
+"""The values of S at which the times are fitted to the engine."""
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,27 @@ class Decoder:
         return (time.perf_counter() - start) / self.steps, read / self.steps
 
     def times(self) -> DecodeTimes:
-        """Return the table of this model, whose rest comes from two plans: S = 0 and S = 0.5 everywhere."""
-        model = self._model
-        config = model.config
-        rows = _rows(model)
-        dense = with_all_ranks(SparsityPlan.uniform(config, 0.0))
-        half = with_cells(dense, dict.fromkeys(cells_of(dense), _HALF))
-        measured = self.measure({"dense": dense, "half": half})
-        bare = DecodeTimes(rows, 0.0, 0.0)
-        rests = [
-            measured[name].milliseconds - _over_sites(bare, config, sparsity)
-            for name, sparsity in (("dense", 0.0), ("half", _HALF))
-        ]
-        # What half the features cost beyond their products is the selection.
-        selection = max(0.0, (rests[1] - rests[0]) / _num_selections(config, rows))
-        return DecodeTimes(rows, selection, rests[0])
+        """Return the table of this model, fitted to the engine with S = 0, 0.5, and 0.9 everywhere."""
+        dense = with_all_ranks(SparsityPlan.uniform(self._model.config, 0.0))
+        plans = {str(value): with_cells(dense, dict.fromkeys(cells_of(dense), value)) for value in FITTED}
+        measured = self.measure(plans)
+        return fitted_times(_rows(self._model), self._model.config, [measured[name].milliseconds for name in plans])
+
+
+def fitted_times(
+    rows: Mapping[tuple[int, Site], float], config: ModelConfig, milliseconds: Sequence[float]
+) -> DecodeTimes:
+    """Return the times that explain those of the engine at S of ``FITTED``.
+
+    The table of rows is multiplied by one number, because the matrices of the table and of the model are read from
+    different caches. What S = 0 takes beyond its rows is the rest, and what S = 0.5 takes beyond both is the selection.
+    """
+    bare = DecodeTimes(rows, 0.0, 0.0)
+    dense, half, few = (_over_sites(bare, config, value) for value in FITTED)
+    scale = max(0.0, milliseconds[1] - milliseconds[2]) / (half - few)
+    rest = max(0.0, milliseconds[0] - scale * dense)
+    selection = max(0.0, milliseconds[1] - scale * half - rest) / _num_selections(config, rows)
+    return DecodeTimes({place: scale * own for place, own in rows.items()}, selection, rest)
 
 
 def _check(model: Transformer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from qsparse_moe.ablation.allocation import decoding as decoding_module
 from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.decoding import Decoder, DecodeTimes, Decoding, fitted_times
+from qsparse_moe.ablation.allocation.joint_run import _runnable
+from qsparse_moe.ablation.routing import Choice
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference import product_times as product_module
 from qsparse_moe.inference.product_times import measure_row, seconds_per_row
@@ -120,6 +123,26 @@ def test_a_model_that_the_engine_cannot_run_is_refused_with_the_reason(monkeypat
     monkeypatch.setattr(decoding_module.native, "why_not", lambda model: "no compiler; use another engine")
     with pytest.raises(BackendUnavailable, match="the time of decoding is that of the engine native, .*: no compiler;"):
         Decoder(model_of(config()), rows_of(), 1)
+
+
+def test_choices_that_the_engine_cannot_run_are_left_out_of_a_budget_of_time_and_refused_otherwise(caplog):
+    settings = config()
+    dense, choices = SparsityPlan.uniform(settings, 0.0), [Choice(1), Choice(2, 0.7), Choice(2)]
+    fake = SimpleNamespace(why_not=lambda plan: "no top_p; use another" if plan.top_p else None)
+    with caplog.at_level("INFO"):
+        assert _runnable(fake, settings, dense, choices, required=False) == [Choice(1), Choice(2)]
+    assert "A 2, top-p 0.7 is left out, because the engine native cannot run it: no top_p;" in caplog.text
+    with pytest.raises(BackendUnavailable, match=r"--decode: plans may choose A 2, top-p 0.7, which the engine"):
+        _runnable(fake, settings, dense, choices, required=True)
+    assert _runnable(fake, settings, dense, choices[:1], required=True) == choices[:1]
+
+
+@needs_compiler
+def test_the_reason_of_a_plan_is_that_of_the_model_with_it(decoder, monkeypatch):
+    one, model = decoder
+    plan = model.sparsity_plan
+    monkeypatch.setattr(decoding_module.native, "why_not", lambda model: f"mean {model.sparsity_plan.mean}")
+    assert one.why_not(SparsityPlan.uniform(model.config, 0.5)) == "mean 0.5" and model.sparsity_plan is plan
 
 
 @needs_compiler

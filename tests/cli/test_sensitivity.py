@@ -6,10 +6,12 @@ import csv
 import json
 
 import pytest
+import torch
 
 from qsparse_moe.ablation.cells import cells_of
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.load import load_config
+from qsparse_moe.kernels import native
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.support.runs import tiny_config, write_text
 
@@ -132,6 +134,22 @@ def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(t
     assert "bytes=0.6@batch=2, on 1 held-out sequences" in printed and f"plan              {output}" in printed
     assert run(["allocate", str(trained), "--output", str(tmp_path / "b.json"), "--budget", "bytes=0.01"]) == 2
     assert "cannot be met: with S at most 0.95 everywhere, the nearest is" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja")
+def test_allocate_predicts_the_time_of_decoding_and_measures_it(trained, tmp_path, capsys):
+    arguments = ["allocate", str(trained), "--output", str(tmp_path / "plan.json"), "--budget", "ms=1", "--rows", "2"]
+    arguments += ["--held-out", "1", "--rounds", "1", "--random", "0", "--no-greedy", "--folder", str(tmp_path)]
+    assert run([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    (budget,) = found["budgets"]
+    assert budget["budget"] == "ms=1@batch=1" and budget["target"] == found["dense"]["cost"] > 0
+    assert set(budget["decoding"]) == {one["name"] for one in budget["outcomes"]}
+    for one in budget["outcomes"]:
+        timed = budget["decoding"][one["name"]]
+        assert timed["predicted_milliseconds"] == one["cost"] and timed["milliseconds"] > 0 < timed["bytes_read"]
+    assert "Decoding of held-out text with the engine native:" in (tmp_path / "report.md").read_text()
 
 
 def _by(found):

@@ -88,6 +88,15 @@ class Decoder:
                 best[name] = min(best[name], self._run(engine))
         return {name: Decoding(1e3 * seconds, self._batch / seconds, read) for name, (seconds, read) in best.items()}
 
+    def why_not(self, plan: SparsityPlan) -> str | None:
+        """Return the reason why the engine cannot run the model under ``plan``; None if it can."""
+        before = self._model.sparsity_plan
+        try:
+            self._model.set_sparsity(plan)
+            return native.why_not(self._model)
+        finally:
+            self._model.set_sparsity(before)
+
     def engines(self, plans: Mapping[str, SparsityPlan]) -> dict[str, NativeDecode]:
         """Return an engine per plan over the same weights; BackendUnavailable if it cannot run one of the plans."""
         before, found = self._model.sparsity_plan, {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +33,12 @@ from qsparse_moe.ablation.allocation.jointly import Texts
 from qsparse_moe.ablation.routing import Choice, routing_choices, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, training_documents, validation_documents
 from qsparse_moe.ablation.sensitivity.measure import load_ranked
-from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.data.loader import load_data
 from qsparse_moe.data.packing import Array
 from qsparse_moe.data.tokenizer import meaningless_ids
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.model.sharded import is_sharded
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.runs.find import find_model
@@ -45,6 +46,8 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.calibrate import default_num_sequences
 from qsparse_moe.training.distributed.ranks import Distributed, open_distributed
 from qsparse_moe.training.evaluate import stored_timeout
+
+logger = logging.getLogger(__name__)
 
 # Every plan costs a training of its own.
 _TRAINED = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH, DENSE)
@@ -216,8 +219,7 @@ def _setting(
     model.set_sparsity(dense)
     decoder = Decoder(model, held_out, budget.batch) if options.decode or budget.quantity == "ms" else None
     if decoder is not None:
-        # Before any plan is made, because the engine may not run plans with some of the choices.
-        decoder.engines({choice.name: everywhere(dense, config.model, choice) for choice in choices})
+        choices = _runnable(decoder, config.model, dense, choices, required=budget.quantity != "ms")
     loads = measured_loads(model, sequences, choices)
     costs = Costs(
         config.model,
@@ -230,6 +232,25 @@ def _setting(
         times=decoder.times() if decoder is not None and budget.quantity == "ms" else None,
     )
     return _Setting(model, sequences, held_out, costs, choices, dense, decoder)
+
+
+def _runnable(
+    decoder: Decoder, config: ModelConfig, dense: SparsityPlan, choices: list[Choice], *, required: bool
+) -> list[Choice]:
+    """Return the choices that the engine can run; BackendUnavailable if it is ``required`` to run all and does not.
+
+    Called before any plan is made, because that takes minutes.
+    """
+    reasons = {choice: decoder.why_not(everywhere(dense, config, choice)) for choice in choices}
+    for choice, reason in reasons.items():
+        if reason is not None and required:
+            raise BackendUnavailable(
+                f"--decode: plans may choose {choice.name}, which the engine native cannot run: {reason}; leave "
+                "--decode out"
+            )
+        if reason is not None:
+            logger.info("%s is left out, because the engine native cannot run it: %s", choice.name, reason)
+    return [choice for choice, reason in reasons.items() if reason is None]
 
 
 def _at_budget(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qsparse_moe.ablation.allocation.budget import Budget, parse_budget, parse_front
+from qsparse_moe.ablation.allocation.budget import Budget, check_decoding, parse_budget, parse_front
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_shard, check_sparsity
@@ -108,6 +108,7 @@ def allocate(
     given = {"--sparsity": sparsity, "--parameters": parameters, "--flops": flops, "--bytes": bytes_}
     if budget is not None:
         budgets = joint_budgets(budget, front, others=[name for name, value in given.items() if value is not None])
+        check_decoding(budgets[0], decode=decode)
         if is_rank_zero():  # as below
             check_output(output, force=force)
         sources = sources_overrides(data or (), load_run_config(found_model.config_folder).data)

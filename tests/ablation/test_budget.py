@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qsparse_moe.ablation.allocation.budget import Budget, parse_budget, parse_front
+from qsparse_moe.ablation.allocation.budget import Budget, check_decoding, parse_budget, parse_front
 from qsparse_moe.cli.allocate import check_no_joint_options, joint_budgets
 from qsparse_moe.errors import ConfigError
 
@@ -83,3 +83,16 @@ def test_contradictory_options_are_refused():
         joint_budgets("bytes=0.5", None, others=["--sparsity", "--flops"])
     with pytest.raises(ConfigError, match=r"--front and --held-out: only with --budget, such as"):
         check_no_joint_options({"--front": "0.3:0.9:0.1", "--held-out": 3, "--folder": None})
+
+
+def test_the_decode_engine_is_measured_in_one_process(monkeypatch):
+    in_bytes, in_ms = parse_budget("bytes=0.5"), parse_budget("ms=0.5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_decoding(in_bytes, decode=False)
+    rule = r" measures the decode engine in one process, and the launcher started 2 \(WORLD_SIZE\); start qsparse-moe "
+    with pytest.raises(ConfigError, match=r"--decode" + rule + "allocate without it"):
+        check_decoding(in_bytes, decode=True)
+    with pytest.raises(ConfigError, match=r"--budget \(ms=0\.5@batch=1\)" + rule):
+        check_decoding(in_ms, decode=False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    check_decoding(in_ms, decode=True)

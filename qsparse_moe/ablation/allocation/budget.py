@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 from qsparse_moe.errors import ConfigError
+from qsparse_moe.training.distributed.launcher_environment import launcher_world_size
 
 Quantity = Literal["sparsity", "parameters", "flops", "bytes", "ms"]
 _LIMITED = tuple(name for name in get_args(Quantity) if name != "sparsity")
@@ -90,6 +91,20 @@ def parse_front(text: str) -> tuple[float, ...]:
     if count > _MOST_POINTS:
         raise ConfigError(f"--front ({text}) has {count} budgets, and at most {_MOST_POINTS} are allowed; raise STEP")
     return tuple(round(low + number * step, 10) for number in range(count))
+
+
+def check_decoding(budget: Budget, *, decode: bool) -> None:
+    """Raise ConfigError if the decode engine is to be measured under a launcher with several processes.
+
+    Each would measure other times and, for a budget of ms, find another plan.
+    """
+    world_size = launcher_world_size()
+    if world_size > 1 and (decode or budget.quantity == "ms"):
+        option = "--decode" if decode else f"--budget ({budget.text})"
+        raise ConfigError(
+            f"{option} measures the decode engine in one process, and the launcher started {world_size} (WORLD_SIZE); "
+            "start qsparse-moe allocate without it, or give a budget of bytes without --decode"
+        )
 
 
 def _positive(text: str) -> float | None:

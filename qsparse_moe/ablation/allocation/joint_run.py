@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qsparse_moe.ablation.allocation.budget import Budget
+from qsparse_moe.ablation.allocation.budget import Budget, check_decoding
 from qsparse_moe.ablation.allocation.compare import (
     DENSE,
     UNIFORM,
@@ -147,12 +147,8 @@ def allocate_budgets(
         ConfigError: a budget cannot be met, or the run does not select by rank.
         CheckpointError: under the same conditions as in ``load_trained``.
     """
+    check_decoding(budgets[0], decode=options.decode)
     with open_distributed(device, timeout=stored_timeout(folder)) as distributed:
-        if distributed.world_size > 1 and (options.decode or budgets[0].quantity == "ms"):
-            raise ConfigError(
-                f"--decode and a budget of ms measure the decode engine in one process, and the launcher started "
-                f"{distributed.world_size}; start qsparse-moe allocate without it, or give a budget of bytes"
-            )
         if options.train_steps:
             check_continued(find_model(folder), overrides, distributed)
         return _allocate(folder, budgets, options, distributed, overrides, shard, notify)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
+from qsparse_moe.ablation.allocation import joint_run as run_module
 from qsparse_moe.ablation.allocation.budget import Budget
 from qsparse_moe.ablation.allocation.compare import Difference, PlanComparison
 from qsparse_moe.ablation.allocation.decoding import Decoding
@@ -19,7 +22,8 @@ from qsparse_moe.ablation.allocation.joint_report import (
     routing_table,
     write_fronts,
 )
-from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
+from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation, JointOptions
+from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config
 
@@ -119,3 +123,24 @@ def test_a_front_is_drawn_over_the_cost_and_over_tokens_per_second_if_they_were_
     files = write_fronts(found, tmp_path)
     assert [file.name for file in files] == ["front.png", "front-decoding.png"][: 1 + decoding]
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
+
+
+def test_a_model_without_routed_experts_is_refused_before_any_plan_is_made(monkeypatch):
+    monkeypatch.setattr(run_module, "moe_layers", lambda _: ())
+    settings = SimpleNamespace(model=config())
+    monkeypatch.setattr(run_module, "load_ranked", lambda *_: (settings, None, 7))
+    with pytest.raises(
+        ConfigError, match="runs/x has no layers with routed experts; give --bytes or --flops for a plan"
+    ):
+        run_module._allocate("runs/x", [Budget("bytes", 0.5)], None, None, (), None, None)
+
+
+def test_several_processes_cannot_measure_the_decode_engine(monkeypatch):
+    ranks = nullcontext(SimpleNamespace(world_size=2))
+    monkeypatch.setattr(run_module, "open_distributed", lambda device, timeout: ranks)
+    monkeypatch.setattr(run_module, "stored_timeout", lambda folder: None)
+    for budget, options in ((Budget("ms", 0.5), JointOptions()), (Budget("bytes", 0.5), JointOptions(decode=True))):
+        with pytest.raises(
+            ConfigError, match=r"--decode and a budget of ms measure .* in one process, and .* started 2;"
+        ):
+            run_module.allocate_budgets("runs/x", [budget], options)

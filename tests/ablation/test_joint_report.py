@@ -140,7 +140,5 @@ def test_several_processes_cannot_measure_the_decode_engine(monkeypatch):
     monkeypatch.setattr(run_module, "open_distributed", lambda device, timeout: ranks)
     monkeypatch.setattr(run_module, "stored_timeout", lambda folder: None)
     for budget, options in ((Budget("ms", 0.5), JointOptions()), (Budget("bytes", 0.5), JointOptions(decode=True))):
-        with pytest.raises(
-            ConfigError, match=r"--decode and a budget of ms measure .* one process, and .* started 2;"
-        ):
+        with pytest.raises(ConfigError, match=r"--decode and a budget of ms measure .* one process, and .* started 2;"):
             run_module.allocate_budgets("runs/x", [budget], options)

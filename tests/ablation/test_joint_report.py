@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -22,7 +21,7 @@ from qsparse_moe.ablation.allocation.joint_report import (
     routing_table,
     write_fronts,
 )
-from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation, JointOptions
+from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config
@@ -133,12 +132,3 @@ def test_a_model_without_routed_experts_is_refused_before_any_plan_is_made(monke
         ConfigError, match="runs/x has no layers with routed experts; give --bytes or --flops for a plan"
     ):
         run_module._allocate("runs/x", [Budget("bytes", 0.5)], None, None, (), None, None)
-
-
-def test_several_processes_cannot_measure_the_decode_engine(monkeypatch):
-    ranks = nullcontext(SimpleNamespace(world_size=2))
-    monkeypatch.setattr(run_module, "open_distributed", lambda device, timeout: ranks)
-    monkeypatch.setattr(run_module, "stored_timeout", lambda folder: None)
-    for budget, options in ((Budget("ms", 0.5), JointOptions()), (Budget("bytes", 0.5), JointOptions(decode=True))):
-        with pytest.raises(ConfigError, match=r"--decode and a budget of ms measure .* one process, and .* started 2;"):
-            run_module.allocate_budgets("runs/x", [budget], options)

@@ -32,6 +32,7 @@ SITES: tuple[Site, ...] = Site.__args__  # type: ignore[attr-defined]
 
 ActivationFormat = Literal["none", "int8", "int4"]
 Sparsity = Annotated[float, Field(ge=0, lt=1)]
+TopP = Annotated[float, Field(gt=0, le=1)]
 # See ``section.Texts`` for tuples.
 # Rules, plans and tables hold entries per layer and per expert, so these are bounded.
 NumLayers = Annotated[int, Field(ge=1, le=10_000)]
@@ -161,8 +162,19 @@ class SparsityOverride(Section):
     """An expert, a list, or a range such as "0-3", at expert sites only; null: every expert."""
 
 
+class RoutingOverride(Section):
+    """Experts per token for the layers that it selects; later overrides win."""
+
+    layers: Selector = None
+    """A layer, a list of layers, or a range such as "0-3" that includes both ends; null: every MoE layer."""
+    experts_per_token: NonNegativeInt | None = None
+    """Number of a token's experts that are used; null: not changed."""
+    top_p: TopP | None = None
+    """Share of the router weight; null: not changed."""
+
+
 class ScheduleConfig(Section):
-    """Schedule of S over the steps of the run."""
+    """Schedule of S, and of the experts per token, over the steps of the run."""
 
     shape: Literal["constant", "linear", "cubic", "cosine"] = "constant"
     """constant: the target from the end of the warm-up on; the other shapes rise from 0 to the target within
@@ -230,16 +242,25 @@ class SparsityConfig(Section):
     the hidden sites (BitNet a4.8; for its ternary weights see quantization.weights); dense: S = 0. Values of default,
     sites, overrides, and quantization take precedence."""
     plan: str | None = None
-    """JSON file with S, and the threshold if it was calibrated, for every layer, site, and expert. preset, default,
-    sites, and overrides must be unset."""
+    """JSON file with S, and the threshold if it was calibrated, for every layer, site, and expert, and the experts per
+    token by layer. preset, default, sites, overrides, experts_per_token, top_p, and routing_overrides must be unset."""
     default: Sparsity | None = None
     """S at every site, the fraction of features set to zero; null: the value of the preset, or 0 (dense)."""
     sites: SitesConfig = SitesConfig()
     """S per site."""
     overrides: Annotated[tuple[SparsityOverride, ...], Field(strict=False)] = ()
     """S for selected layers, sites, and experts; applied in order, after sites."""
+    experts_per_token: NonNegativeInt | None = None
+    """Number of a token's experts that every MoE layer uses, the first in the order of the router: from 0, with which
+    shared experts and the residual stream remain, to model.moe.experts_per_token. null: all of them."""
+    top_p: TopP | None = None
+    """Use the fewest first experts of a token whose router weights reach this share of the sum of all, at least one and
+    at most experts_per_token; null or 1: all of them."""
+    routing_overrides: Annotated[tuple[RoutingOverride, ...], Field(strict=False)] = ()
+    """Experts per token for selected layers; applied in order."""
     schedule: ScheduleConfig = ScheduleConfig()
-    """S over the steps of the run."""
+    """S over the steps of the run. experts_per_token moves from model.moe.experts_per_token with it, rounded, and top_p
+    from 1."""
     selection: Literal["topk", "block", "threshold", "statistical", "relu"] = "topk"
     """Rule by which the features of a token are selected. topk: the K largest magnitudes; block: the largest magnitudes
     of every contiguous group of group_size features; threshold: all magnitudes above a calibrated threshold, which the

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from qsparse_moe.config.fewer_experts_rules import FEWER_EXPERTS_RULES
 from qsparse_moe.config.fields import section_fields, unknown_setting, walk
 from qsparse_moe.config.model_rules import MODEL_RULES, divisors, nearest
 from qsparse_moe.config.problems import Problem, raise_if_any, show
@@ -40,7 +41,7 @@ def check_trainable(config: RunConfig) -> None:
 
 
 def _broken_model_rules(config: ModelConfig) -> list[Problem]:
-    return [problem for rule in (*MODEL_RULES, *ROUTER_RULES) for problem in rule(config)]
+    return [problem for rule in (*MODEL_RULES, *ROUTER_RULES, *FEWER_EXPERTS_RULES) for problem in rule(config)]
 
 
 def check_world_size(config: RunConfig, world_size: int) -> None:

@@ -161,6 +161,13 @@ METRICS = (
         layers="file",
     ),
     Metric(
+        "router/experts_per_token",
+        "experts",
+        "Number of experts that a token uses, mean over the tokens: the A of the model unless the sparsity plan has "
+        "fewer. Tokens that a capacity drops count.",
+        layers="file",
+    ),
+    Metric(
         "router/first_weight",
         "1",
         "Weight of a token's first expert, including the scaling factor, mean over the tokens.",

@@ -42,6 +42,7 @@ def layer_ratios(stats: Stats) -> dict[str, Tensor]:
     if "router/tokens_L" in stats:
         tokens_L = stats["router/tokens_L"]
         ratios["router/choice_entropy"] = stats["router/choice_entropy_L"] / tokens_L
+        ratios["router/experts_per_token"] = stats["router/routed_LE"].sum(-1) / tokens_L
         ratios["router/first_weight"] = stats["router/first_weight_L"] / tokens_L
     for site in sorted({key.split("/")[1] for key in stats if key.startswith("sparsity/")}):
         ratios |= _site_ratios(stats, f"sparsity/{site}")

@@ -116,7 +116,7 @@ class MoELayer(nn.Module):
     def _capacity(self, routing: Routing) -> int | None:
         """Return the capacity of an expert; None if no token is dropped."""
         # In evaluation nothing is dropped: the output for a token must not depend on the rest of its batch.
-        if self.capacity_factor is None or not self.training or not routing.expert_ids_TA.numel():
+        if self.capacity_factor is None or not self.training:
             return None
         # Under top_p this counts the most experts that tokens may use: their number is known on the device only.
         return expert_capacity(self.capacity_factor, routing.expert_ids_TA.numel(), self.num_experts)

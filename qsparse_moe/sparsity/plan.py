@@ -16,7 +16,7 @@ from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig
 from qsparse_moe.config.shapes import EXPERT_SITES, site_sparsity, site_width
 from qsparse_moe.errors import ConfigError, naming
 from qsparse_moe.sparsity.plan_json import read_json, write_json
-from qsparse_moe.sparsity.plan_overrides import apply_override, model_places
+from qsparse_moe.sparsity.plan_overrides import apply_override, model_places, routing_settings
 from qsparse_moe.sparsity.plan_routing import check_at_most, check_routing, scaled_experts
 
 
@@ -105,6 +105,8 @@ class SparsityPlan:
     def from_config(cls, config: ModelConfig) -> SparsityPlan:
         """Return the plan of ``config.sparsity``: its file, or its preset, default, sites, and overrides in this order.
 
+        Experts per token are those of the file, or of the settings and their overrides in this order.
+
         Raises:
             ConfigError: an override names a layer, site or expert that the model lacks; the plan file cannot be read or
                 was made for another model.
@@ -129,7 +131,7 @@ class SparsityPlan:
                     f"{path} ({override.model_dump(exclude_none=True)}) matches nothing; "
                     f"this model has layers 0-{config.num_layers - 1} with the sites {', '.join(sites)}"
                 )
-        return cls(values)
+        return cls(values, {}, *routing_settings(config))
 
     @classmethod
     def from_json(cls, text: str) -> SparsityPlan:

@@ -1,12 +1,12 @@
-"""The (layer, site) places of a model, and settings that change S at some of them. Imports no torch."""
+"""The (layer, site) places of a model, and the settings of a plan for some of them. Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from qsparse_moe.config.schema import ModelConfig, Site, SparsityOverride
+from qsparse_moe.config.schema import ModelConfig, RoutingOverride, Site, SparsityOverride
 from qsparse_moe.config.selectors import select
-from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites
+from qsparse_moe.config.shapes import EXPERT_SITES, layer_sites, moe_layers
 
 
 def model_places(config: ModelConfig) -> Iterator[tuple[tuple[int, Site], int]]:
@@ -37,6 +37,21 @@ def apply_override(
         values[place] = tuple(override.sparsity if i in chosen else v for i, v in enumerate(values[place]))
         matched = True
     return matched
+
+
+def routing_settings(config: ModelConfig) -> tuple[dict[int, int], dict[int, float]]:
+    """Return the experts per token and ``top_p`` by layer that the settings give to MoE layers."""
+    settings = config.sparsity
+    experts_per_token: dict[int, int] = {}
+    top_p: dict[int, float] = {}
+    whole = RoutingOverride(experts_per_token=settings.experts_per_token, top_p=settings.top_p)
+    for override in (whole, *settings.routing_overrides):
+        layers = set(select(override.layers, config.num_layers)) & set(moe_layers(config))
+        if override.experts_per_token is not None:
+            experts_per_token |= dict.fromkeys(sorted(layers), override.experts_per_token)
+        if override.top_p is not None:
+            top_p |= dict.fromkeys(sorted(layers), override.top_p)
+    return experts_per_token, top_p
 
 
 def _select_named(name: str, selector: int | str | Sequence[int] | None, count: int) -> tuple[int, ...]:

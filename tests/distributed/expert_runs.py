@@ -43,7 +43,22 @@ IMPORTED: dict[str, Any] = {
     | {"router": "softmax_topk"},
 }
 """The model of a Hugging Face folder, which becomes sparse."""
+FEWER: dict[str, Any] = {
+    "num_layers": 3,
+    "moe": MODEL["moe"] | {"experts_per_token": 3},
+    "sparsity": {
+        "default": 0.5,
+        "backend": "torch",
+        "experts_per_token": 2,
+        "routing_overrides": [
+            {"layers": 1, "experts_per_token": 3, "top_p": 0.6},
+            {"layers": 2, "experts_per_token": 0},
+        ],
+    },
+}
+"""Two of three experts per token, as many as reach a share of the weight, and none, from layer to layer."""
 MODELS = {
+    "fewer": FEWER,
     "imported": IMPORTED,
     "balanced": BALANCED_MODEL,
     "capacity": CAPACITY_MODEL,
@@ -60,6 +75,7 @@ REFERENCES = {
     ("balanced", "fp32"): "torch-fp32-ep1",
     ("capacity", "fp32"): "torch-fp32-ep1-acc4",  # the capacity of an expert is counted per micro-batch
     ("mixed", "fp32"): "torch-fp32-ep1",
+    ("fewer", "fp32"): "torch-fp32-ep1",
     ("initial", "fp32"): "torch-fp32-ep1",
     ("imported", "fp32"): "torch-fp32-ep1",
     ("overflow", "fp16"): "torch-fp16-ep1-acc1",
@@ -105,6 +121,8 @@ OTHERS: dict[tuple[str, int], tuple[str, str]] = {
     ("balanced-zero1", 4): ("balanced", "zero1-fp32-ep4-acc1"),
     ("capacity-zero1", 2): ("capacity", "zero1-fp32-ep2-acc2"),
     ("mixed-zero3", 2): ("mixed", "zero3-fp32-ep2-acc2"),
+    ("fewer-zero1", 2): ("fewer", "zero1-fp32-ep2-acc2"),
+    ("fewer-zero3", 2): ("fewer", "zero3-fp32-ep2-acc1"),
     ("mixed-zero0", 4): ("mixed", "zero0-fp32-ep2-acc1"),
     **{(f"initial-zero{stage}", 2): ("initial", f"zero{stage}-fp32-ep2-acc1") for stage in (0, 2, 3)},
     ("initial-torch", 2): ("initial", "torch-fp32-ep2-acc1"),

@@ -105,6 +105,7 @@ def test_router_ratios_by_hand_under_the_numbers_of_their_layers():
         "router/tokens_L": sums(4, 8),
         "router/choice_entropy_L": sums(2, 2),
         "router/first_weight_L": sums(3, 7),
+        "router/routed_LE": torch.tensor([[3, 1, 2, 0], [2, 2, 2, 2]], dtype=torch.float64),
     }
     metrics = derive_metrics(make_report(stats=stats), MODEL)
     # Layer 0 is dense: the two sums belong to the layers 1 and 2. The mean is one of ratios, not a ratio of means.
@@ -113,6 +114,8 @@ def test_router_ratios_by_hand_under_the_numbers_of_their_layers():
     assert metrics["router/choice_entropy"] == 0.375
     assert metrics["router/first_weight"] == (3 / 4 + 7 / 8) / 2
     assert "router/choice_entropy/layer_0" not in metrics
+    used = [metrics[f"router/experts_per_token{layer}"] for layer in ("/layer_1", "/layer_2", "")]
+    assert used == [6 / 4, 8 / 8, 1.25]
 
 
 def test_the_dropped_fraction_is_relative_to_the_routed_tokens():

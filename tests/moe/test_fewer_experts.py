@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
+from qsparse_moe.kernels import tiles
 from qsparse_moe.model.init import initialize
 from qsparse_moe.moe.layer import MoELayer
 from qsparse_moe.moe.losses import balance_terms, load_balance_loss
@@ -29,8 +30,8 @@ def router_of(config, weight):
     return router.eval()
 
 
-def layer_of(config, seed=1):
-    model = ModelConfig(hidden_size=D, num_heads=2, moe=config)
+def layer_of(config, seed=1, width=D):
+    model = ModelConfig(hidden_size=width, num_heads=2, moe=config)
     layer = MoELayer(model).double()
     initialize(layer, model, seed=seed)
     with torch.no_grad():
@@ -157,6 +158,26 @@ def test_the_layer_is_the_sum_over_the_experts_that_a_token_uses_in_value_and_ev
     assert got.stats["router/routed_E"].sum() == used.sum() == got.stats["sparsity/expert_hidden/rows_E"].sum()
 
 
+@pytest.mark.parametrize("number_top_p", [(2, 1.0), (3, 0.6), (0, 1.0)], ids=str)
+@pytest.mark.parametrize("backend", ["grouped", "blas", "native", "megablocks"])
+def test_every_backend_agrees_with_the_loop_in_output_and_every_gradient(backend, number_top_p):
+    if backend == "megablocks" and (reason := tiles.why_not(torch.device("cpu"))):
+        pytest.skip(reason)
+    x, found = torch.randn(2, 4, 2 * D), []
+    for name in ("loop", backend):
+        moe = settings(backend=name).model_copy(update={"expert_hidden_size": 16})
+        layer = layer_of(moe, width=2 * D).float().train()
+        layer.router.use_experts(*number_top_p)
+        with torch.no_grad():
+            layer.router.weight.mul_(0.05)
+        leaf = x.clone().requires_grad_()
+        y = layer(leaf).y_BSD
+        upstream = torch.linspace(-1, 1, y.numel()).view_as(y)
+        found.append([y, *torch.autograd.grad(y, [leaf, *layer.parameters()], upstream, materialize_grads=True)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4 * float(theirs.detach().abs().max()) + 1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("shared", [0, 1])
 def test_a_layer_without_experts_is_its_shared_experts_and_its_experts_get_a_gradient_of_zero(shared):
     layer = layer_of(settings(num_shared_experts=shared)).train()
@@ -180,6 +201,8 @@ def test_the_capacity_drops_only_choices_that_are_used():
     assert torch.equal(out.stats["router/routed_E"], used_E.double())
     assert torch.equal(out.stats["router/dropped_E"], (used_E - capacity).clamp(min=0).double())
     assert out.stats["router/dropped_E"].any()
+    layer.router.use_experts(0)
+    assert layer(x).stats["router/dropped_E"].tolist() == [0] * E
 
 
 def test_the_load_balance_loss_counts_the_experts_that_tokens_use():

@@ -12,9 +12,9 @@ from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 
-def model(**moe):
+def model(sparsity=None, **moe):
     names = {"num_experts": 4, "experts_per_token": 3, "num_dense_layers": 1} | moe
-    return ModelConfig.model_validate({"num_layers": 4, "moe": names}, strict=False)
+    return ModelConfig.model_validate({"num_layers": 4, "moe": names, "sparsity": sparsity or {}}, strict=False)
 
 
 PLAN = SparsityPlan.uniform(model(), 0.5).with_experts({1: 0, 3: 2}).with_top_p({2: 0.75, 3: 0.5})
@@ -23,6 +23,22 @@ PLAN = SparsityPlan.uniform(model(), 0.5).with_experts({1: 0, 3: 2}).with_top_p(
 def test_a_layer_without_an_entry_uses_the_experts_of_the_model():
     assert [PLAN.experts(layer, 3) for layer in (1, 2, 3)] == [0, 3, 2]
     assert PLAN.top_p == {2: 0.75, 3: 0.5}
+
+
+def test_settings_give_layers_their_experts_and_later_overrides_win():
+    settings = {
+        "experts_per_token": 2,
+        "top_p": 0.9,
+        "routing_overrides": [
+            {"layers": "0-2", "experts_per_token": 1},
+            {"layers": 2, "experts_per_token": 0},
+            {"layers": [3], "top_p": 1.0},
+        ],
+    }
+    plan = SparsityPlan.from_config(model(sparsity=settings))
+    assert plan.experts_per_token == {1: 1, 2: 0, 3: 2} and plan.top_p == {1: 0.9, 2: 0.9, 3: 1.0}
+    plan = SparsityPlan.from_config(model(sparsity={"routing_overrides": [{"layers": 3, "experts_per_token": 1}]}))
+    assert plan.experts_per_token == {3: 1} and plan.top_p == {}
 
 
 def test_json_keeps_both_halves_and_earlier_versions_are_read_with_the_experts_of_the_model(tmp_path):

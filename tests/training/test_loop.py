@@ -12,6 +12,7 @@ import signal
 import pytest
 
 from qsparse_moe.config.load import load_config
+from qsparse_moe.config.schema import RoutingOverride
 from qsparse_moe.data.token_data import load_data
 from qsparse_moe.errors import CheckpointError, ConfigError, DataError, TrainingDiverged
 from qsparse_moe.model.transformer import Transformer
@@ -110,6 +111,29 @@ def test_the_rate_and_the_sparsity_follow_their_schedules(make_config):
     assert listener.reports[-1].learning_rate == pytest.approx(5e-4)
     want = [0.0, 0.0, 0.125, 0.25, 0.375, 0.5]
     assert [report.sparsity for report in listener.reports] == pytest.approx(want)
+
+
+def test_experts_per_token_follow_the_schedule_and_a_run_resumes_in_the_middle_of_it(make_config):
+    def config(name, **training):
+        made = make_config(name, steps=6, **training)
+        moe = made.model.moe.model_copy(update={"experts_per_token": 3})
+        fewer = made.model.sparsity.model_copy(
+            update={"experts_per_token": 1, "routing_overrides": (RoutingOverride(layers=1, top_p=0.2),)}
+        )
+        model = made.model.model_copy(update={"moe": moe, "sparsity": fewer})
+        return made.model_copy(update={"model": model})
+
+    whole, first, second = Listener(), stop_after(4), Listener()
+    train(config("whole"), [whole])
+    used = [report.stats["router/routed_LE"].sum(-1) / (8 * 24) for report in whole.reports]
+    # The scale of S rises from 0 in the second step to 1 in the sixth: three experts, then two, then one.
+    assert [layer[0].item() for layer in used] == [3, 3, 2, 2, 2, 1]
+    # The share falls from 1 in the second step to 0.2 in the sixth, which the first of three experts always reaches.
+    by_share = [layer[1].item() for layer in used]
+    assert by_share[:2] == [3, 3] and by_share == sorted(by_share, reverse=True) and by_share[-1] == 1
+    train(config("parts"), [first])
+    train(config("parts", resume=True), [second])
+    assert [one.losses for one in first.reports + second.reports] == [one.losses for one in whole.reports]
 
 
 def test_the_plan_is_set_only_when_the_scale_changes(make_config, monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsparse_moe.moe.router import Router
+from qsparse_moe.moe.router import UNUSED, Router
 from qsparse_moe.training.distributed.ranks import Distributed
 
 logger = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class ChoiceAgreement:
     def compare(self, chosen: list[list[Tensor]], counts_T: Tensor) -> Tensor | None:
         """Return the fraction ``(L,)`` of choices that the previous evaluation has as well, over all ranks' tokens.
 
+        It is NaN for a layer whose tokens use no expert.
+
         ``chosen`` replaces the stored choices. The result is None in the first evaluation of a run. All ranks must call
         it together.
 
@@ -61,10 +63,12 @@ class ChoiceAgreement:
         if previous is None or not now:
             return None
         common = [num_common(one, other) for one, other in zip(previous, now, strict=True)]
+        # Layers may differ in their experts per token, and so may tokens.
+        choices = [int((one != UNUSED).sum()) for one in now]
         # Counts and not fractions are reduced: the ranks may have different numbers of tokens.
-        sums = torch.tensor([*common, now[0].numel()], dtype=torch.float64, device=self._distributed.device)
-        *common_L, num_choices = self._distributed.all_reduce(sums).tolist()
-        return torch.tensor(common_L, dtype=torch.float64) / num_choices
+        sums = torch.tensor([common, choices], dtype=torch.float64, device=self._distributed.device)
+        common_L, choices_L = self._distributed.all_reduce(sums).cpu()
+        return common_L / choices_L
 
     def state_dict(self) -> dict[str, Any]:
         """Return this rank's state for a checkpoint."""
@@ -87,4 +91,5 @@ class ChoiceAgreement:
 
 def num_common(one_TA: Tensor, other_TA: Tensor) -> int:
     """Return the number of choices that are in both tensors for the same token; no token chooses an expert twice."""
-    return int((one_TA[:, :, None] == other_TA[:, None, :]).sum())
+    same_TAA = one_TA[:, :, None] == other_TA[:, None, :]
+    return int((same_TAA & (one_TA != UNUSED)[:, :, None]).sum())

@@ -7,6 +7,7 @@ import torch
 
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 from qsparse_moe.model.transformer import build_model
+from qsparse_moe.moe.router import UNUSED
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.monitor.choices import ChoiceAgreement, num_common
 
@@ -18,6 +19,16 @@ def test_choices_count_whatever_their_order():
     one = torch.tensor([[0, 1], [2, 3], [4, 5]])
     other = torch.tensor([[1, 0], [3, 7], [6, 7]])
     assert num_common(one, other) == 3
+
+
+def test_choices_that_are_not_used_do_not_count_and_a_layer_without_experts_has_no_fraction():
+    memory, counts_T = ChoiceAgreement([], ALONE), torch.tensor([True, True])
+    # Three choices are used now, of which the earlier evaluation has two; in the second layer there are none.
+    before = [[torch.tensor([[0, 1], [2, UNUSED]])], [torch.tensor([[0, 1], [2, 3]])]]
+    now = [[torch.tensor([[1, UNUSED, UNUSED], [3, 2, UNUSED]])], [torch.empty(2, 0, dtype=torch.int16)]]
+    assert memory.compare(before, counts_T) is None
+    first, second = memory.compare(now, counts_T).tolist()
+    assert first == pytest.approx(2 / 3) and second != second
 
 
 def test_the_agreement_is_a_fraction_of_the_counted_tokens():
@@ -36,7 +47,7 @@ def test_every_layer_has_its_own_fraction_of_the_choices_of_all_ranks():
 
         def all_reduce(self, tensor):
             assert tensor.dtype == torch.float64
-            return tensor + torch.tensor([5.0, 1.0, 6.0])
+            return tensor + torch.tensor([[5.0, 1.0], [6.0, 6.0]])
 
     memory = ChoiceAgreement([], Two(0, 2, 0, torch.device("cpu")))
     counts_T = torch.tensor([True, False, True, True])

@@ -251,7 +251,12 @@ class _MoE:
         if choices == 0:
             # A kernel cannot be launched for no rows at all.
             return torch.zeros_like(x_BD) if self._shared is None else self._shared(x_BD)
-        if selected is not None:
+        if routing.used_TA is not None:
+            # A choice that its token does not use has rows of zeros, whose lists are empty: nothing is read for it.
+            rows_ND = (x_BD if selected is None else selected).repeat_interleave(choices, 0)
+            sparse_ND = site.select(rows_ND, expert_N).sparse if selected is None else rows_ND
+            lists, per_list = self._lister.listed(site, sparse_ND * routing.used_TA.flatten()[:, None]), 1
+        elif selected is not None:
             lists, per_list = self._lister.listed(site, selected), choices
         else:
             # With an S per expert a token has one selection for each of them. The number of repeats is an int: a tensor

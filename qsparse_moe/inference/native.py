@@ -36,6 +36,7 @@ _SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
 _RESCALES = {"none": 0, "unit": 1, "preserve": 2}
 _ACTIVATIONS = {"swiglu": 0, "relu2glu": 1, "reglu": 2, "drelu": 3, "relu2": 4}
+_FEWER_WEIGHTS = {"router": 0, "kept": 1, "renormalized": 2}
 _GATED_BY_RELU = {"relu2glu", "reglu", "drelu"}
 # About half of the gates are positive at the start of training and fewer after it (0.33 in the tiny recipe), so that a
 # site which leaves more than half of its features skips less of up than the gate does.
@@ -53,11 +54,6 @@ def why_not(model: Transformer) -> str | None:
         return reason
     if model.config.moe.force_uniform_routing:
         return "model.moe.force_uniform_routing is a setting for measurements of whole batches; use the engine torch"
-    routers = model.routers()
-    if any(router.fewer.top_p < 1.0 or router.fewer.number == 0 for router in routers) or (
-        model.config.moe.fewer_experts_weights != "router" and model.sparsity_plan.experts_per_token
-    ):
-        return "it supports neither top_p nor layers without experts of a sparsity plan; use the engine gather"
     return None
 
 
@@ -177,6 +173,8 @@ class NativeDecode:
 
     def _layer(self, prefix: str, block: Block) -> tuple[Any, ...]:
         attention, moe = block.attention, block.moe
+        # A layer whose plan leaves its tokens no expert has no routed part.
+        routed = None if moe is None or moe.router.fewer.number == 0 else moe
         part = block.dense if moe is None else moe.shared
         part_name = "dense" if moe is None else "moe.shared"
         token_gate = getattr(part, "token_gate", None)
@@ -186,8 +184,8 @@ class NativeDecode:
             *self._projections(f"{prefix}attention.", attention),
             _site(attention.input_site),
             _site(attention.output_site),
-            None if moe is None else _router(moe.router, reads_sparse=moe.router_sees_sparse),
-            None if moe is None else self._feed_forward(f"{prefix}moe.experts.", moe.experts, moe.input_site),
+            None if routed is None else _router(routed.router, reads_sparse=routed.router_sees_sparse),
+            None if routed is None else self._feed_forward(f"{prefix}moe.experts.", routed.experts, routed.input_site),
             None if part is None else self._feed_forward(f"{prefix}{part_name}.", part, part.input_site),
             _optional(token_gate).flatten(),
         )
@@ -304,11 +302,16 @@ def _site(site: SparseSite) -> Any:
 
 
 def _router(router: Router, *, reads_sparse: bool) -> Any:
-    config = router.config
+    config, (number, top_p) = router.config, router.fewer
+    # A router that chooses fewer needs no weights of the choices that it leaves out.
+    weighed = number if config.fewer_experts_weights == "router" and top_p == 1.0 else config.experts_per_token
     return torch.classes.qsparse_moe.Router(
         _fp32(router.weight),
         _NONE if router.expert_bias is None else _fp32(router.expert_bias),
-        router.fewer.number,
+        number,
+        weighed,
+        top_p,
+        _FEWER_WEIGHTS[config.fewer_experts_weights],
         config.router.startswith("sigmoid"),
         config.router == "topk_softmax",
         config.router.endswith("renormalized"),

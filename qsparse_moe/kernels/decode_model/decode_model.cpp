@@ -18,6 +18,7 @@
 
 #include <atomic>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <vector>
@@ -115,13 +116,23 @@ struct FeedForwardHolder : torch::CustomClassHolder {
   bool gate_first;
 };
 
+// In place of an expert: a choice that its token does not use.
+constexpr int64_t kUnused = -1;
+
+// Weights of the experts of a token that uses fewer than the router chooses: as of a router that chooses fewer, those of
+// all choices, or these scaled to the sum of all.
+enum class FewerWeights { kRouter = 0, kKept = 1, kRenormalized = 2 };
+
 struct RouterHolder : torch::CustomClassHolder {
-  RouterHolder(at::Tensor weight_, at::Tensor bias_, int64_t experts_per_token_, bool sigmoid_, bool softmax_of_chosen_,
-               bool renormalized_, double scaling_, int64_t num_groups_, int64_t groups_per_token_, bool group_by_two_,
-               bool reads_sparse_)
+  RouterHolder(at::Tensor weight_, at::Tensor bias_, int64_t experts_per_token_, int64_t weighed_, double top_p_,
+               int64_t fewer_weights_, bool sigmoid_, bool softmax_of_chosen_, bool renormalized_, double scaling_,
+               int64_t num_groups_, int64_t groups_per_token_, bool group_by_two_, bool reads_sparse_)
       : weight(std::move(weight_)),
         bias(std::move(bias_)),
         experts_per_token(experts_per_token_),
+        weighed(weighed_),
+        top_p(top_p_),
+        fewer_weights(FewerWeights(fewer_weights_)),
         sigmoid(sigmoid_),
         softmax_of_chosen(softmax_of_chosen_),
         renormalized(renormalized_),
@@ -132,7 +143,10 @@ struct RouterHolder : torch::CustomClassHolder {
         reads_sparse(reads_sparse_) {}
   int64_t num_experts() const { return weight.size(0); }
   at::Tensor weight, bias;  // (E, D) and (E), fp32; no bias: empty
-  int64_t experts_per_token;
+  // The most experts that a token uses, and how many of its choices have weights, from which those of fewer follow.
+  int64_t experts_per_token, weighed;
+  double top_p;  // a token uses the fewest first choices that reach this share of all weights; 1: all of them
+  FewerWeights fewer_weights;
   bool sigmoid, softmax_of_chosen, renormalized;
   float scaling;
   int64_t num_groups, groups_per_token;
@@ -815,7 +829,7 @@ void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
     route(layer, thread);
     if (!shares_selection) {
       for (int64_t place = 0; place < batch_ * choices; ++place)
-        if (thread.takes(place))
+        if (thread.takes(place) && chosen_[place] != kUnused)
           select_features(layer.routed->input->settings, chosen_[place], normed_[place / choices], thread.scratch,
                           lists_.lists[place]);
       thread.barrier.wait();
@@ -836,7 +850,7 @@ void DecodeModel::feed_forward(const Layer& layer, const Thread& thread) {
     select_features(part.hidden->settings, expert, gate[row], thread.scratch, list);
   };
   for (int64_t place = 0; place < batch_ * choices; ++place)
-    if (thread.takes(place))
+    if (thread.takes(place) && chosen_[place] != kUnused)
       select_hidden(*layer.routed, gate_, up_, place, chosen_[place], hidden_lists_.lists[place]);
   for (int64_t token = 0; dense && token < batch_; ++token)
     if (thread.takes(token))
@@ -907,17 +921,37 @@ void DecodeModel::choose_experts(const RouterHolder& router, int64_t token, std:
       if (of_group[expert / size] != -std::numeric_limits<float>::infinity())
         scores[expert] = -std::numeric_limits<float>::infinity();
   }
-  for (int64_t a = 0; a < choices; ++a) chosen[a] = take_largest(scores.data(), experts);
-  float sum_of_chosen = 0;
-  for (int64_t a = 0; a < choices; ++a) {
-    weights[a] = router.softmax_of_chosen ? std::exp(logits[chosen[a]] - largest) : score(chosen[a]);
-    sum_of_chosen += weights[a];
+  // The weights of a router that chooses the first `count` of `ids`.
+  const auto weigh = [&](const int64_t* ids, int64_t count, float* to) {
+    float sum_of_chosen = 0;
+    for (int64_t a = 0; a < count; ++a) {
+      to[a] = router.softmax_of_chosen ? std::exp(logits[ids[a]] - largest) : score(ids[a]);
+      sum_of_chosen += to[a];
+    }
+    for (int64_t a = 0; a < count; ++a) {
+      if (router.softmax_of_chosen) to[a] /= sum_of_chosen;
+      if (router.renormalized) to[a] /= sum_of_chosen + 1e-20f;  // as moe.router: the scores may all be 0
+      to[a] *= router.scaling;
+    }
+  };
+  if (router.weighed == choices && router.top_p == 1.0) {
+    for (int64_t a = 0; a < choices; ++a) chosen[a] = take_largest(scores.data(), experts);
+    weigh(chosen, choices, weights);
+    return;
   }
-  for (int64_t a = 0; a < choices; ++a) {
-    if (router.softmax_of_chosen) weights[a] /= sum_of_chosen;
-    if (router.renormalized) weights[a] /= sum_of_chosen + 1e-20f;  // as moe.router: the scores may all be 0
-    weights[a] *= router.scaling;
-  }
+  thread_local std::vector<int64_t> ids;
+  thread_local std::vector<float> all;
+  ids.resize(router.weighed), all.resize(router.weighed);
+  for (int64_t& id : ids) id = take_largest(scores.data(), experts);
+  weigh(ids.data(), router.weighed, all.data());
+  // In double, as moe.router adds them, so that both stop at the same choice.
+  const double total = std::accumulate(all.begin(), all.end(), 0.0);
+  double kept = 0;
+  int64_t used = 0;
+  for (; used < choices && (used == 0 || router.top_p == 1.0 || kept < router.top_p * total); ++used) kept += all[used];
+  if (router.fewer_weights == FewerWeights::kRouter) weigh(ids.data(), used, all.data());
+  const float scale = router.fewer_weights == FewerWeights::kRenormalized ? float(total / (kept + 1e-20)) : 1.0f;
+  for (int64_t a = 0; a < choices; ++a) chosen[a] = a < used ? ids[a] : kUnused, weights[a] = a < used ? all[a] * scale : 0.0f;
 }
 
 // Sort the choices of all tokens by expert, and cut them into groups that share one pass over an expert's rows.
@@ -927,7 +961,9 @@ void DecodeModel::plan_experts(const Layer& layer) {
   std::stable_sort(members_.begin(), members_.begin() + places,
                    [&](int64_t a, int64_t b) { return chosen_[a] < chosen_[b]; });
   expert_tokens_.clear();
-  for (int64_t begin = 0; begin < places;) {
+  int64_t unused = 0;
+  while (unused < places && chosen_[members_[unused]] == kUnused) ++unused;
+  for (int64_t begin = unused; begin < places;) {
     const int64_t expert = chosen_[members_[begin]];
     int64_t end = begin;
     while (end < places && end - begin < kMaxTokens && chosen_[members_[end]] == expert) ++end;
@@ -1138,7 +1174,8 @@ TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
       .def(init<std::optional<intrusive_ptr<StoredMatrix>>, intrusive_ptr<StoredMatrix>, intrusive_ptr<StoredMatrix>,
                 intrusive_ptr<SiteHolder>, intrusive_ptr<SiteHolder>, bool>());
   library.class_<RouterHolder>("Router").def(
-      init<at::Tensor, at::Tensor, int64_t, bool, bool, bool, double, int64_t, int64_t, bool, bool>());
+      init<at::Tensor, at::Tensor, int64_t, int64_t, double, int64_t, bool, bool, bool, double, int64_t, int64_t, bool,
+           bool>());
   library.class_<DecodeModel>("DecodeModel")
       .def(init<int64_t, int64_t, int64_t, double, int64_t, at::Tensor, double, at::Tensor, at::Tensor,
                 intrusive_ptr<StoredMatrix>>())

@@ -945,12 +945,12 @@ void DecodeModel::choose_experts(const RouterHolder& router, int64_t token, std:
   for (int64_t& id : ids) id = take_largest(scores.data(), experts);
   weigh(ids.data(), router.weighed, all.data());
   // In double, as moe.router adds them, so that both stop at the same choice.
-  const double total = std::accumulate(all.begin(), all.end(), 0.0);
+  const double sum_of_all = std::accumulate(all.begin(), all.end(), 0.0);
   double kept = 0;
   int64_t used = 0;
-  for (; used < choices && (used == 0 || router.top_p == 1.0 || kept < router.top_p * total); ++used) kept += all[used];
+  for (; used < choices && (used == 0 || router.top_p == 1.0 || kept < router.top_p * sum_of_all); ++used) kept += all[used];
   if (router.fewer_weights == FewerWeights::kRouter) weigh(ids.data(), used, all.data());
-  const float scale = router.fewer_weights == FewerWeights::kRenormalized ? float(total / (kept + 1e-20)) : 1.0f;
+  const float scale = router.fewer_weights == FewerWeights::kRenormalized ? float(sum_of_all / (kept + 1e-20)) : 1.0f;
   for (int64_t a = 0; a < choices; ++a) chosen[a] = a < used ? ids[a] : kUnused, weights[a] = a < used ? all[a] * scale : 0.0f;
 }
 

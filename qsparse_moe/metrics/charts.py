@@ -65,6 +65,7 @@ def _load_charts(moe: MoEConfig) -> dict[str, list[object]]:
         "Load of the busiest expert over the mean, by layer": _by_layer("router/load_imbalance"),
         "Experts without a token, by layer": _by_layer("router/dead_experts"),
         "Experts without a token in the whole window": _lines("router/dead_experts_window"),
+        "Experts that a token uses": _lines("router/experts_per_token"),
         "Load-balance loss": _lines("train/load_balance_loss"),
     }
     if moe.capacity_factor is not None:

@@ -253,12 +253,18 @@ def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> N
 
 
 def plan_table(plan: SparsityPlan) -> str:
-    """Return S by layer and site as a Markdown table, with a range where the experts differ."""
+    """Return S by layer and site as a Markdown table, with a range where the experts differ.
+
+    Experts per token and ``top_p`` have columns if the plan sets them in some layer.
+    """
     layers = sorted({layer for layer, _ in plan.values})
     sites = list(dict.fromkeys(site for _, site in plan.values))
-    rows = [["layer", *sites], ["---"] * (len(sites) + 1)]
+    routing = {"experts_per_token": plan.experts_per_token, "top_p": plan.top_p}
+    given = {name: by_layer for name, by_layer in routing.items() if by_layer}
+    rows = [["layer", *sites, *given], ["---"] * (len(sites) + 1 + len(given))]
     for layer in layers:
-        rows.append([str(layer), *(_range_text(plan.values.get((layer, site), ())) for site in sites)])
+        of_sites = [_range_text(plan.values.get((layer, site), ())) for site in sites]
+        rows.append([str(layer), *of_sites, *(str(own.get(layer, "–")) for own in given.values())])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 

@@ -37,3 +37,10 @@ def test_moments_of_a_histogram_use_the_middles_of_its_bins():
     assert (found.num, found.min, found.max) == (5, -2, 1) and list(found.bucket) == [4, 0, 1]
     assert found.sum == pytest.approx(4 * middles[0] + middles[1])
     assert found.sum_squares == pytest.approx(4 * middles[0] ** 2 + middles[1] ** 2)
+
+
+def test_the_table_of_a_plan_has_the_experts_per_token_of_the_layers_that_set_them():
+    plan = SparsityPlan({(0, "expert_hidden"): (0.25, 0.9), (1, "expert_hidden"): (0.5,)})
+    lines = plan_table(plan.with_experts({1: 0}).with_top_p({0: 0.75})).splitlines()
+    assert lines[0] == "| layer | expert_hidden | experts_per_token | top_p |"
+    assert lines[2:] == ["| 0 | 0.25 to 0.9 | – | 0.75 |", "| 1 | 0.5 | 0 | – |"]

@@ -137,6 +137,7 @@ def test_a_chart_shows_what_its_title_says(tmp_path):
         "Learning rate": "train/learning_rate",
         "Load of the busiest expert over the mean": "router/load_imbalance",
         "Experts without a token in the whole window": "router/dead_experts_window",
+        "Experts that a token uses": "router/experts_per_token",
         "Load-balance loss": "train/load_balance_loss",
         "Range of the balancing biases": "router/bias_range",
         "S of the plan": "train/sparsity",

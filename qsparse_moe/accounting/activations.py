@@ -17,9 +17,10 @@ per head, H heads, G key-value heads, F hidden width, E experts, and A experts p
 
 Beside the layers: embedding, last norm and head (3 D), and the log-probabilities (V, fp32).
 
-The count is exact for exact top-K and for sites that select every feature. Masks of other selections, rounded
-copies of number formats, the norms of ``rescale: preserve`` and the copies that a backend makes for its products are
-not counted.
+The count is exact for exact top-K and for sites that select every feature. Where the sparsity plan uses fewer experts
+per token, A is their number in the layer, and under ``top_p`` the largest, an upper limit. Masks of other selections,
+rounded copies of number formats, the norms of ``rescale: preserve`` and the copies that a backend makes for its
+products are not counted.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from qsparse_moe.accounting.experts_per_token import most_experts
 from qsparse_moe.config.schema import ModelConfig, Recompute, RunConfig
 from qsparse_moe.config.shapes import (
     LatentSizes,
@@ -114,7 +116,7 @@ def _products(model: ModelConfig, layer: int) -> float:
     if not has_experts(model, layer):
         return attention + 2 * model.hidden_size + hidden * dense_hidden_size(model)
     moe = model.moe
-    rows = moe.experts_per_token * (model.hidden_size + hidden * moe.expert_hidden_size)
+    rows = most_experts(model)[layer] * (model.hidden_size + hidden * moe.expert_hidden_size)
     shared = model.hidden_size + hidden * shared_hidden_size(model) if moe.num_shared_experts else 0
     return attention + model.hidden_size + rows + shared + moe.num_experts
 
@@ -158,7 +160,7 @@ def layer_work(config: RunConfig) -> float:
     most = 0.0
     for layer in range(model.num_layers):
         if has_experts(model, layer):
-            rows, hidden = model.moe.experts_per_token, model.moe.expert_hidden_size
+            rows, hidden = most_experts(model)[layer], model.moe.expert_hidden_size
         else:
             rows, hidden = 1, dense_hidden_size(model)
         most = max(most, rows * (2.0 * model.hidden_size + 3 * hidden))
@@ -197,8 +199,9 @@ def _feed_forward(model: ModelConfig, layer: int, width: int) -> float:
     if not has_experts(model, layer):
         return width * (2 * model.hidden_size + hidden * dense_hidden_size(model))
     moe = model.moe
-    rows = moe.experts_per_token * (2 * model.hidden_size + hidden * moe.expert_hidden_size)
-    router = _FP32 * (2 * moe.num_experts + 8 * moe.experts_per_token)
+    experts = most_experts(model)[layer]
+    rows = experts * (2 * model.hidden_size + hidden * moe.expert_hidden_size)
+    router = _FP32 * (2 * moe.num_experts + 8 * experts)
     # The router computes in fp32, so its input is saved a second time as an fp32 copy.
     if width != _FP32:
         router += _FP32 * model.hidden_size

@@ -12,7 +12,7 @@ from qsparse_moe.accounting.memory import kv_cache_bytes, state_memory
 from qsparse_moe.accounting.parameters import count_by_part, count_parameters, count_with_embedding
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
 from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
-from qsparse_moe.config.shapes import layer_sites, model_sites, site_width
+from qsparse_moe.config.shapes import layer_sites, model_sites, moe_layers, site_width
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 # The names under which the dictionary has these figures since its first version: scripts read them.
@@ -44,6 +44,7 @@ def describe_run(config: RunConfig, row: Mapping[str, Any] | None = None, *, ran
         **_work(config, plan, planned),
         "memory": _memory(config, ranks),
         "mean_sparsity": plan.mean,
+        "experts_per_token": _experts_per_token(model, plan, measured),
         "sites": {site: _site(model, plan, site) for site in model_sites(model)},
         "tokens_per_step": config.training.global_batch_size * config.data.sequence_length,
         "tokens": config.training.steps * config.training.global_batch_size * config.data.sequence_length,
@@ -100,6 +101,22 @@ def _memory(config: RunConfig, ranks: int) -> dict[str, Any]:
 
 def _measured(config: RunConfig, row: Mapping[str, Any], plan: SparsityPlan, densities: Densities) -> dict[str, Any]:
     return {"step": row["step"], **_parameters(config.model, densities), **_work(config, plan, densities)}
+
+
+def _experts_per_token(model: ModelConfig, plan: SparsityPlan, measured: Densities | None) -> list[dict[str, Any]]:
+    """Return the experts per token of every MoE layer if the plan sets them anywhere, planned and as measured."""
+    if not (plan.experts_per_token or plan.top_p):
+        return []
+    return [
+        {
+            "layer": layer,
+            # An upper limit if top_p is below 1.
+            "most": plan.experts(layer, model.moe.experts_per_token),
+            "top_p": plan.top_p.get(layer, 1.0),
+            "measured": measured.experts_per_token.get(layer) if measured else None,
+        }
+        for layer in moe_layers(model)
+    ]
 
 
 def _site(model: ModelConfig, plan: SparsityPlan, site: Site) -> dict[str, int]:

@@ -18,10 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from qsparse_moe.accounting.densities import Densities, selected_features
+from qsparse_moe.accounting.densities import Densities, planned_densities, selected_features
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.config.schema import ModelConfig
-from qsparse_moe.config.shapes import head_size, latent_sizes, layer_sites, site_width
+from qsparse_moe.config.shapes import EXPERT_SITES, head_size, latent_sizes, layer_sites, site_width
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 
@@ -56,9 +56,10 @@ def forward_flops(
         densities: measured shares of the features that are not zero, in place of the plan's K.
     """
     plan = plan or SparsityPlan.from_config(config)
+    densities = planned_densities(config, plan) if densities is None else densities
     matrices = list(_matrices(config, plan, densities))
     scores = _scores(config, context)
-    selection = sum(_selection(config, plan, layer) for layer in range(config.num_layers))
+    selection = sum(_selection(config, plan, layer, densities) for layer in range(config.num_layers))
     return Flops(
         routed=2 * sum(weight.active for weight in matrices) + scores,
         needed=2 * sum(weight.needed for weight in matrices) + scores + selection,
@@ -96,12 +97,13 @@ def flops_by_site(
 ) -> dict[str, Flops]:
     """Return ``forward_flops`` by part: each site's matrices and selection, router, head, ``attention_scores``."""
     plan = plan or SparsityPlan.from_config(config)
+    densities = planned_densities(config, plan) if densities is None else densities
     found: dict[str, Flops] = {}
     for weight in _matrices(config, plan, densities):
         name = weight.site or weight.part
         _add(found, name, Flops(2 * weight.active, 2 * weight.needed, 0, 0))
     for layer in range(config.num_layers):
-        for site, selection in _selection_by_site(config, plan, layer):
+        for site, selection in _selection_by_site(config, plan, layer, densities):
             _add(found, site, Flops(0, selection, 0, selection))
     scores = _scores(config, context)
     return found | {"attention_scores": Flops(scores, scores, scores, 0)}
@@ -127,11 +129,13 @@ def _scores(config: ModelConfig, context: int) -> int:
     return config.num_layers * 2 * config.num_heads * channels * context
 
 
-def _selection(config: ModelConfig, plan: SparsityPlan, layer: int) -> int:
-    return sum(selection for _, selection in _selection_by_site(config, plan, layer))
+def _selection(config: ModelConfig, plan: SparsityPlan, layer: int, densities: Densities) -> int:
+    return sum(selection for _, selection in _selection_by_site(config, plan, layer, densities))
 
 
-def _selection_by_site(config: ModelConfig, plan: SparsityPlan, layer: int) -> Iterator[tuple[str, int]]:
+def _selection_by_site(
+    config: ModelConfig, plan: SparsityPlan, layer: int, densities: Densities
+) -> Iterator[tuple[str, int]]:
     for site in layer_sites(config, layer):
         counts, width = selected_features(config, plan, layer, site), site_width(config, site)
         # A site that selects every feature compares nothing.
@@ -139,4 +143,5 @@ def _selection_by_site(config: ModelConfig, plan: SparsityPlan, layer: int) -> I
             continue
         # One selection serves all experts of a token where their K is the same (moe/layer.py).
         per_expert = site == "expert_hidden" or len(set(counts)) > 1
-        yield site, 2 * width * (config.moe.experts_per_token if per_expert else 1)
+        experts = densities.experts(config, layer) if site in EXPERT_SITES else 1
+        yield site, round(2 * width * (experts if per_expert else min(1, experts)))

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qsparse_moe.accounting.activations import activation_memory, layer_work, logits_memory
+from qsparse_moe.accounting.experts_per_token import most_experts
 from qsparse_moe.accounting.layout_counts import FP32, LayoutCounts, layout_counts
 from qsparse_moe.accounting.zero3_gathers import zero3_gathers
 from qsparse_moe.config.schema import RunConfig
@@ -290,7 +291,7 @@ def _exchange(config: RunConfig) -> float:
     model, training = config.model, config.training
     if training.expert_parallel_size == 1 or not moe_layers(model):
         return 0.0
-    rows = training.micro_batch_size * config.data.sequence_length * model.moe.experts_per_token
+    rows = training.micro_batch_size * config.data.sequence_length * max(most_experts(model).values())
     width = FP32 if training.precision == "fp32" else 2
     # What is sent, what is received, and the same sorted by expert.
     return 3.0 * rows * model.hidden_size * width

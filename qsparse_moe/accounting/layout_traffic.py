@@ -16,10 +16,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from qsparse_moe.accounting.experts_per_token import planned_experts
 from qsparse_moe.accounting.layout_counts import FP32, LayoutCounts, layout_counts
 from qsparse_moe.accounting.zero3_gathers import zero3_gathers
 from qsparse_moe.config.schema import RunConfig
-from qsparse_moe.config.shapes import moe_layers
 
 
 @dataclass(frozen=True)
@@ -110,12 +110,13 @@ def _routed(config: RunConfig, group: _Group, micro_batches: int) -> Iterator[Se
     if group.size == 1:
         return
     model, training = config.model, config.training
-    rows = training.micro_batch_size * config.data.sequence_length * model.moe.experts_per_token
+    # At the end of the schedule; before it, tokens may use more experts.
+    rows = training.micro_batch_size * config.data.sequence_length * sum(planned_experts(model).values())
     width = FP32 if training.precision == "fp32" else 2
     recomputed = training.activation_checkpointing in ("full", "selective", "feed_forward")
     # Tokens to their experts and back, forward and backward, and forward once more where it is recomputed.
     times = 6 if recomputed else 4
-    num_bytes = times * rows * model.hidden_size * width * len(moe_layers(model)) * micro_batches
+    num_bytes = times * rows * model.hidden_size * width * micro_batches
     yield group.exchange("routed tokens", num_bytes)
 
 

@@ -3,9 +3,9 @@
 D width, F expert width, H heads, C channels per head, E experts, A experts per token, K selected features, V ids.
 
 A weight matrix behind a site counts ``K / width`` of its rows, because the others are multiplied with zero. The gate
-(if any), up and down matrices count A of E experts. Routers, norms, the biases of attention and the head count whole.
-A token uses one row of the embedding, and a tied head is not stored a second time. The biases that balance the experts
-(``model.moe.bias_update_rate``) have no gradient and are not counted.
+(if any), up and down matrices count A of E experts, or as many as the plan gives the layer. Routers, norms, the biases
+of attention and the head count whole. A token uses one row of the embedding, and a tied head is not stored a second
+time. The biases that balance the experts (``model.moe.bias_update_rate``) have no gradient and are not counted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Weight:
     stored: int
     """Number of elements in a checkpoint."""
     active: int
-    """Number of elements that a token uses by routing."""
+    """Number of elements that a token uses by routing; the nearest to the mean if tokens differ."""
     needed: float
     """Number of active elements whose input is not zero; if K differs between experts, at equal load."""
     is_matrix: bool
@@ -196,9 +196,9 @@ def _gated(config: ModelConfig, densities: Densities, layer: int, part: str, hid
     """Yield gate (if any), up and down: stored for every expert and active for A of them; once for other parts."""
     prefix, input_site, hidden_site = _SITES_OF[part]
     moe, size = config.moe, config.hidden_size * hidden
-    stored, active = (moe.num_experts, moe.experts_per_token) if part == "experts" else (1, 1)
+    stored, active = (moe.num_experts, densities.experts(config, layer)) if part == "experts" else (1, 1)
     gate = [("w_gate", input_site)] if has_gate(config) else []
     for name, site in (*gate, ("w_up", input_site), ("w_down", hidden_site)):
         needed = active * size * _mean(densities[layer, site])
         key = f"layers.{layer}.{prefix}.{name}"
-        yield Weight(key, part, stored * size, active * size, needed, is_matrix=True, layer=layer, site=site)
+        yield Weight(key, part, stored * size, round(active * size), needed, is_matrix=True, layer=layer, site=site)

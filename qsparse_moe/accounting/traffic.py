@@ -9,7 +9,7 @@ independent: what a model really reads is measured (``model/unions.py``).
 Under a gate with a ReLU (relu2glu, reglu, drelu) the up product is needed only where the gate is positive, if the gate
 is computed first: p of an element of ``w_up`` is then d times the gate's share of positive values.
 
-E experts, A experts per token, B tokens per step.
+E experts, A experts per token, B tokens per step. Where the plan uses fewer experts per token, A is their number.
 """
 
 from __future__ import annotations

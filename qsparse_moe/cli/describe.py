@@ -115,6 +115,7 @@ def _print_tables(description: dict[str, Any]) -> None:
         _traffic_table(description),
         _memory_table(description),
         _site_table(description),
+        *([_experts_table(description)] if description["experts_per_token"] else []),
     )
     for table in (*tables, *([_union_table(description)] if "measured_unions" in description else [])):
         console.print(table)
@@ -240,6 +241,15 @@ def _size(num_bytes: float) -> str:
     while num_bytes >= 1000 and unit < len(_UNITS) - 1:
         num_bytes, unit = num_bytes / 1000, unit + 1
     return f"{num_bytes:.3g} {_UNITS[unit]}"
+
+
+def _experts_table(description: dict[str, Any]) -> Table:
+    measured = description["measured"]
+    table = _table("Experts per token of the plan", "layer", "at most", "top-p", *_measured_column(description))
+    for own in description["experts_per_token"]:
+        row = [str(own["layer"]), str(own["most"]), f"{own['top_p']:g}"]
+        table.add_row(*row, *(["–" if own["measured"] is None else f"{own['measured']:.3g}"] if measured else []))
+    return table
 
 
 def _site_table(description: dict[str, Any]) -> Table:

@@ -12,10 +12,12 @@ from qsparse_moe.accounting.peaks import peak_flops
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.runs.report import RunContext, StepReport
+from qsparse_moe.sparsity.plan import SparsityPlan
 
 BATCHES = (1, 16)
 """Batch sizes of a generation step for which the bytes of weights are recorded."""
 _NEEDED_SO_FAR = "efficiency/total_kept_training_flops"
+_EXECUTED_SO_FAR = "efficiency/total_training_flops"
 
 
 class Efficiency:
@@ -29,6 +31,11 @@ class Efficiency:
         # The products of training are dense within the experts that routing chose, whatever S is.
         self._executed = training_flops(model, length).routed
         self._active = count_parameters(model).active
+        plan = SparsityPlan.from_config(model)
+        self._measures_experts = bool(plan.experts_per_token or plan.top_p)
+        # Without a logged step before, those before it are taken for steps of the plan.
+        before = self._executed * context.start_tokens
+        self._executed_so_far = float((last_row or {}).get(_EXECUTED_SO_FAR) or before)
         # The steps between the last logged one and a checkpoint are added with the next logged step.
         self._tokens = int((last_row or {}).get("tokens", context.start_tokens))
         self._needed_so_far = float((last_row or {}).get(_NEEDED_SO_FAR) or 0.0)
@@ -39,12 +46,16 @@ class Efficiency:
 
         Metrics that depend on the zeros are absent if the zeros of a site were not measured.
         """
+        densities = measured_densities(self._config.model, metrics)
+        if densities is not None and self._measures_experts:
+            self._count_experts(report, densities)
+        else:
+            self._executed_so_far = float(self._executed) * report.tokens
         found = {
             "efficiency/active_parameters": float(self._active),
             "efficiency/training_flops_per_token": float(self._executed),
-            "efficiency/total_training_flops": float(self._executed) * report.tokens,
+            _EXECUTED_SO_FAR: self._executed_so_far,
         }
-        densities = measured_densities(self._config.model, metrics)
         if densities is not None:
             found |= self._without_zeros(report, densities)
         # A peak that is not known is not guessed, so the metric is absent on a CPU without the setting.
@@ -55,11 +66,24 @@ class Efficiency:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: the sum, and how many tokens are in it; JSON-able."""
-        return {"total_kept_training_flops": self._needed_so_far, "tokens": self._tokens}
+        return {
+            "total_kept_training_flops": self._needed_so_far,
+            "total_training_flops": self._executed_so_far,
+            "tokens": self._tokens,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self._needed_so_far, self._tokens = state["total_kept_training_flops"], state["tokens"]
+        # Checkpoints of earlier versions lack it, and no plan of theirs had experts per token.
+        self._executed_so_far = state.get("total_training_flops", 0.0)
+
+    def _count_experts(self, report: StepReport, densities: Densities) -> None:
+        """Take the experts that the tokens of this step used for the steps since the previous logged one."""
+        model, length = self._config.model, self._config.data.sequence_length
+        self._executed = training_flops(model, length, densities=densities).routed
+        self._active = count_parameters(model, densities=densities).active
+        self._executed_so_far += self._executed * (report.tokens - self._tokens)
 
     def _without_zeros(self, report: StepReport, densities: Densities) -> dict[str, float]:
         """Return what would be left of the cost if every zero were skipped."""

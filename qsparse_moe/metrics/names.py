@@ -231,7 +231,12 @@ METRICS = (
         "absent before there are as many.",
         layers="file",
     ),
-    Metric("efficiency/active_parameters", "parameters", "Parameters that one token uses after routing."),
+    Metric(
+        "efficiency/active_parameters",
+        "parameters",
+        "Parameters that one token uses after routing; with fewer experts per token than the model has, measured in "
+        "this step.",
+    ),
     Metric(
         "efficiency/kept_parameters",
         "parameters",
@@ -240,7 +245,8 @@ METRICS = (
     Metric(
         "efficiency/training_flops_per_token",
         "FLOPs per token",
-        "FLOPs of forward and backward with routing: what dense kernels execute, without recomputation.",
+        "FLOPs of forward and backward with routing: what dense kernels execute, without recomputation. With fewer "
+        "experts per token than the model has, those that the tokens of this step used.",
     ),
     Metric(
         "efficiency/kept_training_flops_per_token",

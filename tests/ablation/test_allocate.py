@@ -29,6 +29,7 @@ from qsparse_moe.ablation.allocation.cost import Costs, measured_load
 from qsparse_moe.ablation.allocation.rivals import _greedy_layer, greedy_plan
 from qsparse_moe.ablation.cells import cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.sensitivity.documents import loss_by_document
+from qsparse_moe.accounting.densities import Densities
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
@@ -52,7 +53,7 @@ def test_costs_at_equal_load_are_those_of_the_accounting(sparsity):
     settings, plan = config(), SparsityPlan.uniform(config(), sparsity)
     assert costs_of("parameters").of(plan) == pytest.approx(count_parameters(settings, plan).needed)
     assert costs_of("sparsity").of(plan) == pytest.approx(sparsity)
-    densities = {place: tuple(1 - s for s in values) for place, values in plan.values.items()}
+    densities = Densities({place: tuple(1 - s for s in values) for place, values in plan.values.items()})
     traffic = total_traffic(weight_traffic(settings, 3, densities, bytes_per_weight=4.0))
     assert costs_of("bytes").of(plan) == pytest.approx(traffic.needed)
     flops = forward_flops(settings, 10, plan)
@@ -358,7 +359,7 @@ def test_the_greedy_plan_is_made_on_activations_of_the_dense_model_whatever_plan
 
 def test_a_step_of_more_tokens_than_the_vocabulary_has_reads_the_embedding_once():
     settings, plan = config(), SparsityPlan.uniform(config(), 0.0)
-    densities = {place: (1.0,) * len(values) for place, values in plan.values.items()}
+    densities = Densities({place: (1.0,) * len(values) for place, values in plan.values.items()})
     everyone = dict.fromkeys(EVEN, (1.0,) * 4)
     many = Costs(settings, everyone, "bytes", batch=1000)
     traffic = total_traffic(weight_traffic(settings, 1000, densities, bytes_per_weight=4.0))

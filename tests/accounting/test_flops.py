@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from qsparse_moe.accounting.densities import Densities
 from qsparse_moe.accounting.flops import flops_by_site, forward_flops, training_flops
 from qsparse_moe.config.shapes import site_width
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -42,7 +43,9 @@ def test_sites_add_up_to_the_whole(shape, sparsity):
 def test_measured_densities_replace_those_of_the_plan_in_training_too():
     config = model_config(sparsity={"default": 0.5})
     sites = ("attention_input", "attention_output", "expert_input", "expert_hidden")
-    densities = {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in sites}
+    densities = Densities(
+        {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in sites}
+    )
     forward = forward_flops(config, 16)
     behind_sites = forward.routed - forward.attention_scores - 2 * (2 * 4 * 32 + 264 * 32)
     for gradient, left in (("ste", (2 * 0.25 + 1) / 3), ("masked", 0.25)):
@@ -56,8 +59,8 @@ def test_measured_densities_replace_those_of_the_plan_in_training_too():
 
 def test_measured_densities_replace_those_of_the_plan():
     config = model_config(sparsity={"default": 0.5})
-    densities = {(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in (
-        "attention_input", "attention_output", "expert_input", "expert_hidden")}  # fmt: skip
+    densities = Densities({(layer, site): (0.25,) * (4 if "expert" in site else 1) for layer in range(2) for site in (
+        "attention_input", "attention_output", "expert_input", "expert_hidden")})  # fmt: skip
     planned, measured = (flops_by_site(config, 16, densities=d)["expert_hidden"] for d in (None, densities))
     assert planned.needed - planned.selection == pytest.approx(0.5 * planned.routed)
     assert measured.needed - measured.selection == pytest.approx(0.25 * measured.routed)

@@ -172,6 +172,10 @@ def described(**changes):
             "kv_cache_bytes_per_token": 64,
         },
         "mean_sparsity": 0.53125,
+        "experts_per_token": [
+            {"layer": 1, "most": 2, "top_p": 0.75, "measured": 1.625},
+            {"layer": 3, "most": 0, "top_p": 1.0, "measured": None},
+        ],
         "sites": {
             "expert_input": {"layers": 2, "width": 64, "least_kept": 16, "most_kept": 32},
             "expert_hidden": {"layers": 1, "width": 96, "least_kept": 48, "most_kept": 48},
@@ -205,6 +209,8 @@ def test_tables_of_a_description_have_counts_by_routing_with_q_sparse_and_as_mea
     sites = describe._site_table(given)
     assert sites.title == "Q-Sparse: mean S 0.5312"
     assert shown(sites, capsys) == [["expert_input", "2", "64", "16 to 32"], ["expert_hidden", "1", "96", "48"]]
+    assert shown(describe._experts_table(given), capsys) == [["1", "2", "0.75", "1.62"], ["3", "0", "1", "–"]]
+    assert shown(describe._experts_table(described(measured=None)), capsys)[0] == ["1", "2", "0.75"]
 
 
 def test_bars_are_those_of_the_measured_zeros_where_there_are_some_and_memory_has_decimal_units(capsys):

@@ -118,3 +118,25 @@ def test_a_checkpoint_continues_the_sum_from_its_own_tokens(tmp_path):
     resumed = Efficiency(make_context(tmp_path, CONFIG, start_step=10), {"tokens": 1, "step": 10})
     resumed.load_state_dict(state)
     assert resumed(make_report(30), zeros(0.25)) == last
+
+
+def test_operations_are_those_of_the_experts_that_every_step_used_and_their_sum_survives_a_resume(tmp_path):
+    sparsity = CONFIG.model.sparsity.model_copy(update={"experts_per_token": 1})
+    config = CONFIG.model_copy(update={"model": CONFIG.model.model_copy(update={"sparsity": sparsity})})
+    rows = [
+        zeros(0.5) | {f"router/experts_per_token/layer_{layer}": used for layer in range(MODEL.num_layers)}
+        for used in (2.0, 1.5, 1.0)
+    ]
+    whole = Efficiency(make_context(tmp_path, config))
+    found = [whole(make_report(10 * (i + 1)), row) for i, row in enumerate(rows)]
+    dense, planned = training_flops(MODEL, LENGTH).routed, training_flops(config.model, LENGTH).routed
+    executed = [one["efficiency/training_flops_per_token"] for one in found]
+    assert executed == pytest.approx([dense, (dense + planned) / 2, planned]) and planned < 0.9 * dense
+    assert found[2]["efficiency/total_training_flops"] == pytest.approx(5120 * sum(executed))
+    assert found[2]["efficiency/active_parameters"] == count_parameters(config.model).active
+    resumed = Efficiency(make_context(tmp_path, config, start_step=20), found[1] | {"tokens": 10240})
+    assert resumed(make_report(30), rows[2])["efficiency/total_training_flops"] == pytest.approx(5120 * sum(executed))
+    stored = Efficiency(make_context(tmp_path, config, start_step=30))
+    stored.load_state_dict(whole.state_dict())
+    later = stored(make_report(40), rows[2])["efficiency/total_training_flops"]
+    assert later == pytest.approx(5120 * (sum(executed) + planned))

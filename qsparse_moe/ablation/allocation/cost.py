@@ -18,6 +18,7 @@ from qsparse_moe.ablation.routing import Choice, choices_of, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.ablation.sensitivity.listeners import ChoiceLoad
 from qsparse_moe.ablation.sensitivity.routed_layer import routed_layers
+from qsparse_moe.accounting.densities import no_zeros
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.accounting.traffic import union
@@ -115,7 +116,8 @@ class Costs:
 
     @cached_property
     def _weights(self) -> list[Weight]:
-        return list(model_weights(self.config))
+        # Of all A experts of the model: a choice of ranks multiplies what one expert costs by its own load.
+        return list(model_weights(self.config, densities=no_zeros(self.config)))
 
     @cached_property
     def _behind_sites(self) -> float:

@@ -15,6 +15,7 @@ import torch
 from qsparse_moe.ablation.cells import cells_of, with_cells
 from qsparse_moe.ablation.routing import with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
+from qsparse_moe.accounting.densities import no_zeros
 from qsparse_moe.accounting.parameters import model_weights
 from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import EXPERT_SITES, site_width
@@ -152,7 +153,7 @@ def _check(model: Transformer) -> None:
 def _rows(model: Transformer) -> dict[tuple[int, Site], float]:
     config = model.config
     shapes: dict[tuple[int, Site], list[Shape]] = {}
-    for weight in model_weights(config):
+    for weight in model_weights(config, densities=no_zeros(config)):
         if weight.site is not None:
             rows = site_width(config, weight.site)
             ranks = config.moe.experts_per_token if weight.site in EXPERT_SITES else 1

@@ -108,7 +108,7 @@ def requested_plan(
     if step is None and found.kind != "export":
         raise no_checkpoint(folder)
     if sparsity is not None:
-        plan = SparsityPlan.uniform(config.model, sparsity)
+        plan = SparsityPlan.from_config(config.model).with_(sparsity=sparsity)
     elif plan_file is not None:
         plan = SparsityPlan.load(plan_file)
         plan.check_fits(config.model)

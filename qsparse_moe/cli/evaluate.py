@@ -166,15 +166,15 @@ def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | N
     if sparsity is None and plan_file is None:
         return None
     config = load_run_config(find_model(run_dir).config_folder).model
+    plan = None if plan_file is None else SparsityPlan.load(plan_file)
     # If the option were ignored, the result would look as if it had been measured at the requested S.
-    if config.sparsity.selection == "relu":
+    if config.sparsity.selection == "relu" and not (plan and (plan.experts_per_token or plan.top_p)):
         way = "--plan" if sparsity is None else "--sparsity"
         raise ConfigError(
             f"{way} changes nothing on {run_dir}: model.sparsity.selection is relu, which selects the positive "
             "features whatever S is; leave the option out"
         )
-    if plan_file is not None:
-        plan = SparsityPlan.load(plan_file)
+    if plan is not None:
         plan.check_fits(config)
         return plan
     assert sparsity is not None
@@ -184,7 +184,8 @@ def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | N
             f"--sparsity ({sparsity}) needs thresholds, because model.sparsity.selection is threshold in {run_dir}; "
             "make a plan with qsparse-moe calibrate --sparsity, and name it with --plan"
         )
-    return SparsityPlan.uniform(config, sparsity)
+    # The option is about S alone: the experts per token stay those of the run.
+    return SparsityPlan.from_config(config).with_(sparsity=sparsity)
 
 
 def _print_figures(evaluation: Evaluation, files: Sequence[str]) -> None:

@@ -12,7 +12,12 @@ from qsparse_moe.errors import CheckpointError
 from qsparse_moe.interop.companion_files import generation_settings, token_ids, write_companions
 from qsparse_moe.interop.export_folder import PART_BYTES, Export, write_export
 from qsparse_moe.interop.export_source import ExportDtype, ExportSource
-from qsparse_moe.interop.families.expressible import family_settings, find_expressing, nearest_family
+from qsparse_moe.interop.families.expressible import (
+    family_settings,
+    find_expressing,
+    nearest_family,
+    with_plan_as_setting,
+)
 from qsparse_moe.interop.families.recipe import Piece, Place, Recipe
 from qsparse_moe.interop.families.registry import FAMILIES
 from qsparse_moe.interop.families.settings import CONFIG_JSON
@@ -98,7 +103,8 @@ def _reader(source: ExportSource, name: str, recipe: Recipe, place: Place, piece
 
 
 def _write_config(folder: Path, source: ExportSource, model_type: str, dtype: ExportDtype) -> None:
-    settings = family_settings(model_type, source.config.model) | {
+    model, _ = with_plan_as_setting(source.config.model, source.plan)
+    settings = family_settings(model_type, model) | {
         "max_position_embeddings": source.max_length,
         # The name that every version of transformers reads.
         "torch_dtype": str(source.dtype("embedding.weight", dtype)).removeprefix("torch."),

@@ -68,10 +68,21 @@ def _sizes(source: ExportSource, dtype: ExportDtype) -> Iterator[tuple[str, str]
         yield "Needed after Q-Sparse", f"{round(counted.needed):,}"
     yield "Layers", f"{model.num_layers}, of which {len(moe_layers(model))} have experts"
     yield "Width", f"{model.hidden_size}"
-    yield "Experts per layer", f"{model.moe.num_experts}, {model.moe.experts_per_token} per token"
+    yield "Experts per layer", f"{model.moe.num_experts}, {_experts_text(source)} per token"
     yield "Width of an expert", f"{model.moe.expert_hidden_size}"
     yield "Positions", f"{source.max_length}"
     yield "Type of the weights", str(source.dtype("embedding.weight", dtype)).removeprefix("torch.")
+
+
+def _experts_text(source: ExportSource) -> str:
+    """Return the experts per token, as a range where the plan gives layers different numbers."""
+    most, plan = source.config.model.moe.experts_per_token, source.plan
+    used = [plan.experts(layer, most) for layer in moe_layers(source.config.model)] or [most]
+    numbers = f"{used[0]}" if min(used) == max(used) else f"{min(used)} to {max(used)} by layer"
+    shares = [share for share in plan.top_p.values() if share < 1.0]
+    if shares:
+        numbers = f"at most {numbers}, as many as have a share of {min(shares):g} of the router weights or more,"
+    return numbers if not shares and used == [most] * len(used) else f"{numbers} (of {most} that the router chooses)"
 
 
 def _sparsity(source: ExportSource) -> str:

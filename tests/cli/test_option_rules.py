@@ -150,9 +150,26 @@ def test_an_s_without_effect_or_without_thresholds_is_refused(monkeypatch, selec
     config = run_config(selection=selection)
     monkeypatch.setattr(evaluate, "find_model", lambda path: SimpleNamespace(config_folder=path))
     monkeypatch.setattr(evaluate, "load_run_config", lambda folder: config)
+    monkeypatch.setattr(SparsityPlan, "load", lambda path: SparsityPlan({}))
     both = {"sparsity": None, "plan_file": None}
     assert refusal(evaluate.requested_plan, Path("RUN"), **both | given).startswith(message)
     assert evaluate.requested_plan(Path("RUN"), **both) is None
+
+
+def test_a_plan_changes_the_experts_of_a_model_whose_s_has_no_effect_and_an_s_leaves_the_experts(monkeypatch, tmp_path):
+    config = run_config(selection="relu", experts_per_token=1)
+    monkeypatch.setattr(evaluate, "find_model", lambda path: SimpleNamespace(config_folder=path))
+    monkeypatch.setattr(evaluate, "load_run_config", lambda folder: config)
+    plan = SparsityPlan.uniform(config.model, 0.5).with_experts({0: 0})
+    plan.save(tmp_path / "plan.json")
+    assert evaluate.requested_plan(Path("RUN"), sparsity=None, plan_file=tmp_path / "plan.json") == plan
+    plan.with_experts({0: 9}).save(tmp_path / "plan.json")
+    assert "layer 0 has experts_per_token 9, which must be at most the model.moe.experts_per_token (2)" in refusal(
+        evaluate.requested_plan, Path("RUN"), sparsity=None, plan_file=tmp_path / "plan.json"
+    )
+    config = run_config(default=0.5, experts_per_token=1)
+    found = evaluate.requested_plan(Path("RUN"), sparsity=0.25, plan_file=None)
+    assert found.mean == 0.25 and set(found.experts_per_token.values()) == {1}
 
 
 def test_a_requested_s_is_that_of_every_site_and_0_is_one(monkeypatch):

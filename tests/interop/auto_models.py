@@ -43,6 +43,13 @@ MODELS = {
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_length": 16},
     },
     "biased": {"attention_bias": "qkv", "qk_norm": "all_heads"},
+    "fewer-experts": {
+        "moe": {"fewer_experts_weights": "kept"},
+        "sparsity": {
+            "experts_per_token": 2,
+            "routing_overrides": [{"layers": 2, "experts_per_token": 3, "top_p": 0.6}],
+        },
+    },
     "sparse-router": {"moe": {"router_input": "sparse", "load_balance_scope": "micro_batch"}},
 }
 

@@ -134,7 +134,8 @@ def load_ranked(
     )
     check_ranks(config.model)
     if sparsity is not None:
-        model.set_sparsity(SparsityPlan.uniform(config.model, sparsity))
+        # S alone: the experts per token stay those of the run.
+        model.set_sparsity(model.sparsity_plan.with_(sparsity=sparsity))
     return config, model, step
 
 

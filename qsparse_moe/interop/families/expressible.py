@@ -6,6 +6,7 @@ A setting that a family lacks needs no rule here, because it differs once the fi
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,29 @@ _SPARSITY = "sparsity."
 _UNREADABLE = f"a {CONFIG_JSON} for this model"
 
 
+def with_plan_as_setting(config: ModelConfig, plan: SparsityPlan) -> tuple[ModelConfig, SparsityPlan]:
+    """Return the same function with its experts per token as the A of the model, if all layers use the same number.
+
+    Otherwise both are returned as they are.
+    """
+    used = {plan.experts(layer, config.moe.experts_per_token) for layer in moe_layers(config)}
+    # A family's router chooses at least one expert, always as many, and computes the weights of that many.
+    if len(used) != 1 or not min(used) or any(share < 1.0 for share in plan.top_p.values()) or not _as_router(config):
+        return config, plan
+    # What follows from A by default is fixed first.
+    changed = {"experts_per_token": used.pop(), "dense_hidden_size": dense_hidden_size(config)}
+    moe = config.moe.model_copy(update=changed)
+    return config.model_copy(update={"moe": moe}), replace(plan, experts_per_token={}, top_p={})
+
+
+def _as_router(config: ModelConfig) -> bool:
+    """Return whether the weights of fewer experts are those of a router that chooses as many."""
+    mode, router = config.moe.fewer_experts_weights, config.moe.router
+    # Weights that are divided by their sum have the sum of all; weights of single scores stay as they are.
+    normalizes = router == "topk_softmax" or router.endswith("renormalized")
+    return mode in ("router", "renormalized" if normalizes else "kept")
+
+
 def family_settings(model_type: str, config: ModelConfig) -> dict[str, Any]:
     """Return the settings of a ``config.json`` of a family, apart from those that do not describe the function."""
     family = FAMILIES[model_type]
@@ -57,12 +81,14 @@ def find_expressing(config: ModelConfig, plan: SparsityPlan, *, first: str | Non
 
     ``first`` is preferred: Llama and Mistral, for example, are the same function.
     """
+    config, plan = with_plan_as_setting(config, plan)
     names = sorted(FAMILIES, key=lambda name: name != first)
     return next((name for name in names if not obstacles(name, config, plan)), None)
 
 
 def nearest_family(config: ModelConfig, plan: SparsityPlan) -> tuple[str, list[str]]:
     """Return the family with the fewest obstacles, and these."""
+    config, plan = with_plan_as_setting(config, plan)
     found = {name: obstacles(name, config, plan) for name in FAMILIES}
     # A file that cannot be read back says nothing about the other settings.
     name = min(
@@ -87,7 +113,8 @@ def _sparse_settings(config: ModelConfig, plan: SparsityPlan) -> list[str]:
         if name != "none"
     ]
     found += [
-        f"{name} of the plan ({show(entries)}), which must be empty"
+        f"{name} of the sparsity plan, by layer ({show(dict(entries))}), which must be one number of at least 1 and no "
+        "share"
         for name, entries in (("experts_per_token", plan.experts_per_token), ("top_p", plan.top_p))
         if entries
     ]
@@ -132,8 +159,9 @@ def _function(config: ModelConfig) -> Mapping[str, Any]:
         # The rate matters to training only, but a model with one has biases.
         "moe.bias_update_rate": moe.bias_update_rate if moe.bias_update_rate == 0 else "above 0",
     }
-    for path in ("moe.num_shared_experts", "moe.num_dense_layers", "moe.moe_layer_interval"):
-        del settings[path]
+    # The last has an effect on plans with fewer experts per token alone.
+    for path in ("num_shared_experts", "num_dense_layers", "moe_layer_interval", "fewer_experts_weights"):
+        del settings[f"moe.{path}"]
     if not routed:
         kept = ("moe.activation", "moe.dense_hidden_size", "moe.num_dense_layers and moe.moe_layer_interval")
         settings = {path: value for path, value in settings.items() if path in kept or not path.startswith("moe.")}

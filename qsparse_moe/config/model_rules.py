@@ -28,6 +28,7 @@ from qsparse_moe.config.shapes import (
     site_width,
     site_width_setting,
 )
+from qsparse_moe.config.shared_selection_rules import SHARED_SELECTION_RULES
 
 
 def _heads(config: ModelConfig) -> Iterator[Problem]:
@@ -315,4 +316,5 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[Problem]], ...] = (
     _ramp_without_ranks,
     _groups_divide,
     _groups_keep_one,
+    *SHARED_SELECTION_RULES,
 )

@@ -17,6 +17,7 @@ from qsparse_moe.config.section import (
     Section,
     Width,
 )
+from qsparse_moe.config.shared_selection_schema import SharedSelectionConfig
 
 Site = Literal[
     "attention_input",
@@ -261,15 +262,18 @@ class SparsityConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     """S over the steps of the run. experts_per_token moves from model.moe.experts_per_token with it, rounded, and top_p
     from 1."""
-    selection: Literal["topk", "block", "threshold", "statistical", "relu"] = "topk"
+    selection: Literal["topk", "block", "threshold", "statistical", "relu", "shared"] = "topk"
     """Rule by which the features of a token are selected. topk: the K largest magnitudes; block: the largest magnitudes
     of every contiguous group of group_size features; threshold: all magnitudes above a calibrated threshold, which the
     plan contains; statistical: all magnitudes above mean + z * standard deviation of the token's features, where z is
     the normal quantile at S. The last two select 1 - S on average only. relu: all positive features at sites where S is
-    above 0, the baseline of the paper, used with gradient masked."""
+    above 0, the baseline of the paper, used with gradient masked; shared: the K features with the largest energy over
+    the tokens of an expert, the same for all of them, see shared."""
     # These are the groups of Block Q-Sparse (arXiv 2407.10969), which selects 16 features of 32.
     group_size: Width = 32
     """G, the number of features per group if selection is block."""
+    shared: SharedSelectionConfig = SharedSelectionConfig()
+    """Sets of features if selection is shared."""
     rescale: Literal["none", "unit", "preserve"] = "none"
     """Applied after the selection. none: nothing; unit: divide by the L2 norm of the selected features; preserve:
     restore the L2 norm before the selection."""

@@ -95,6 +95,12 @@ def _sparse_router_input(config: ModelConfig) -> Iterator[Problem]:
             "dense, or choose another selection",
             ("model.moe.router_input", "model.sparsity.selection"),
         )
+    if config.sparsity.selection == "shared":
+        yield Problem(
+            f"{start}, and model.sparsity.selection (shared) has one set of features per expert; set router_input to "
+            "dense, or choose another selection",
+            ("model.moe.router_input", "model.sparsity.selection"),
+        )
     for layer in range(config.num_layers):
         values = _expert_input_sparsities(config, layer)
         if len(values) > 1:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from qsparse_moe.config.rules import check_model
-from qsparse_moe.config.schema import ModelConfig, Recompute
-from qsparse_moe.config.shapes import attended_size, vocab_size
+from qsparse_moe.config.schema import ModelConfig, Recompute, Site
+from qsparse_moe.config.shapes import attended_size, layers_with_site, vocab_size
 from qsparse_moe.model.attention import Attend
 from qsparse_moe.model.block import Block, BlockOutput
 from qsparse_moe.model.document_attention import DocumentAttention, resolve_document_backend
@@ -23,8 +23,9 @@ from qsparse_moe.moe.expert_group import ALONE, ExpertGroup
 from qsparse_moe.moe.losses import BalanceTerms, StepLoad, load_balance_loss
 from qsparse_moe.moe.router import Router
 from qsparse_moe.moe.runtime import resolve_runtime
+from qsparse_moe.nn.shared_selector import ENERGY, ROWS, SharedSelector
 from qsparse_moe.sparsity.plan import SparsityPlan
-from qsparse_moe.sparsity.stats import stack_layers
+from qsparse_moe.sparsity.stats import Stats, stack_layers
 
 LayerHook = Callable[[int, Tensor], None]
 """Called with the number of a layer and its output ``(B, S, D)``."""
@@ -130,6 +131,37 @@ class Transformer(nn.Module):
             for site in block.sites().values():
                 site.ste_share = share
 
+    def measure_energies(self, measures: bool) -> None:
+        """Measure the energies of a shared selection in the next forward passes in training, or do not.
+
+        A new model measures in every pass. With another selection this has no effect.
+        """
+        for selector in self._shared_selectors().values():
+            selector.measures = measures
+
+    def update_shared_sets(self, stats: Stats) -> None:
+        """Add the energies that a step has measured to the running averages. Call it once per step.
+
+        Args:
+            stats: ``measured_energies`` of the step, summed over its micro-batches and over all ranks.
+        """
+        for (layer, site), selector in self._shared_selectors().items():
+            energy_LED, rows_LE = (
+                stats.get(f"sparsity/{site}/{name}") for name in (f"{ENERGY}_LED", f"{ROWS}_LE")
+            )
+            if energy_LED is not None and rows_LE is not None:
+                index = layers_with_site(self.config, site).index(layer)
+                selector.update(energy_LED[index], rows_LE[index])
+
+    def _shared_selectors(self) -> dict[tuple[int, Site], SharedSelector]:
+        """Return the selectors of a shared selection by layer and site; none with another selection."""
+        return {
+            (block.layer, name): site.shared
+            for block in self.blocks()
+            for name, site in block.sites().items()
+            if site.shared is not None
+        }
+
     @property
     def router_bias_LE(self) -> Tensor | None:
         """The load-balancing biases ``(L, E)`` of the MoE layers; None if their routers have none."""
@@ -195,7 +227,7 @@ class Transformer(nn.Module):
             documents_BS: ``(B, S)`` document ids; a document is a run of equal ids. Attention does not cross documents;
                 None is one document per sequence. Best in host memory, where reading them does not wait for a GPU.
             loss_weight: factor of the mean loss over the targets, without the routers' losses; None is 1.
-            with_stats: if False, ``router/routed_LE`` is the only statistic.
+            with_stats: if False, ``router/routed_LE`` is the only statistic, beside ``measured_energies``.
             with_logits: if False, the logits of the output are an empty tensor. With targets their loss then needs less
                 memory, and hidden ids (``hide_ids``) have a probability, as in training.
             layer_hook: called with the number and the output of every layer. The output is part of the graph, so the
@@ -311,6 +343,11 @@ class Transformer(nn.Module):
         if is_global and self.step_load is not None and self.training and torch.is_grad_enabled():
             rows_LGE = self.step_load.add(rows_LGE)
         return load_balance_loss(BalanceTerms(rows_LGE, probs_LGE))
+
+
+def measured_energies(stats: Stats) -> Stats:
+    """Return the sums of a forward pass, or of several, from which ``Transformer.update_shared_sets`` learns."""
+    return {name: value for name, value in stats.items() if name.endswith((f"/{ENERGY}_LED", f"/{ROWS}_LE"))}
 
 
 def shifted_labels(labels_BS: Tensor, documents_BS: Tensor | None = None) -> Tensor:

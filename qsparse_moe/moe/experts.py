@@ -14,6 +14,8 @@ from qsparse_moe.moe.expert_group import shard_over
 from qsparse_moe.moe.permutation import TokenCounts
 from qsparse_moe.moe.runtime import Runtime
 from qsparse_moe.nn.gated_activation import SparseActivation
+from qsparse_moe.nn.gathered_feed_forward import RowsOfExperts, Weights, gathered_feed_forward
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Readers, Stats
 
@@ -41,6 +43,7 @@ class Experts(nn.Module):
         self.activation = SparseActivation(moe.activation, self.hidden_site, runtime.sites.fused_glu)
         self.weight_format = config.sparsity.quantization.weights
         self.matmul, self.matmul_pair = runtime.matmul, runtime.matmul_pair
+        self._first_expert = runtime.expert_group.rank * num_local
 
     def forward(
         self,
@@ -50,7 +53,8 @@ class Experts(nn.Module):
         *,
         with_stats: bool,
         readers: Readers | None = None,
-    ) -> tuple[Tensor, Stats]:
+        input_site: SparseSite | None = None,
+    ) -> tuple[Tensor, Stats, Stats]:
         """Run the experts on routed tokens that are sorted by expert.
 
         Args:
@@ -59,15 +63,37 @@ class Experts(nn.Module):
             expert_N: the expert of each routed token, numbered among all E.
             with_stats: if False, the statistics are empty.
             readers: for the statistics, as in ``SparseSite.forward``.
+            input_site: ``expert_input``, if the tokens of each expert share features and are not selected yet.
 
         Returns:
-            The outputs ``(N, D)`` and the statistics of the site ``expert_hidden``.
+            The outputs ``(N, D)``, and the statistics of the sites ``expert_input`` (empty without ``input_site``) and
+            ``expert_hidden``.
         """
         # One object for the three products, so that a backend copies the counts to the host at most once.
         counts = TokenCounts(tokens_per_expert_L)
+        input_stats: Stats = {}
+        if input_site is not None:
+            if self._gathers(input_site, with_stats):
+                return self._gathered(x_ND, counts, expert_N, input_site)
+            x_ND, input_stats = input_site(x_ND, expert_N, with_stats=with_stats, readers=readers)
         gate_NF, up_NF = self._gate_and_up(x_ND, counts)
         hidden_NF, stats = self.activation(gate_NF, up_NF, expert_N, with_stats=with_stats, readers=readers)
-        return self._project(hidden_NF, self.w_down, counts), stats
+        return self._project(hidden_NF, self.w_down, counts), input_stats, stats
+
+    def _gathers(self, input_site: SparseSite, with_stats: bool) -> bool:
+        """Return whether the products read the selected features only: statistics need whole rows."""
+        sites = (input_site, self.hidden_site)
+        return not with_stats and all(site.gathers for site in sites) and not all(s.selector.selects_all for s in sites)
+
+    def _gathered(
+        self, x_ND: Tensor, counts: TokenCounts, expert_N: Tensor, input_site: SparseSite
+    ) -> tuple[Tensor, Stats, Stats]:
+        w_gate = None if self.w_gate is None else self._rounded(self.w_gate)
+        weights = Weights(w_gate, self._rounded(self.w_up), self._rounded(self.w_down))
+        rows = RowsOfExperts(
+            counts.as_list, lambda rows_NX, stack: self.matmul(rows_NX, stack, counts), expert_N, self._first_expert
+        )
+        return gathered_feed_forward(x_ND, weights, (input_site, self.hidden_site), self.activation, rows)
 
     def _gate_and_up(self, x_ND: Tensor, counts: TokenCounts) -> tuple[Tensor | None, Tensor]:
         if self.w_gate is None:

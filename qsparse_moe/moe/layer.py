@@ -93,13 +93,14 @@ class MoELayer(nn.Module):
         if self.shared is not None:
             shared_BSD, *shared_stats = self.shared(x_BSD, with_stats=with_stats)
             stats |= site_names(dict(zip(("shared_input", "shared_hidden"), shared_stats, strict=True)))
-        y_MD, hidden_stats = self._run_experts(dispatcher.receive(), with_stats)
+        y_MD, late_input_stats, hidden_stats = self._run_experts(dispatcher.receive(), with_stats)
         y_TD = permutation.combine(dispatcher.combine(y_MD), routing.weights_TA, routed)
         if self.shared is not None:
             y_TD = y_TD + shared_BSD.flatten(0, 1)
+        # Not only with statistics: in training a shared selection measures the energies of its features.
+        stats |= site_names({"expert_input": input_stats | late_input_stats, "expert_hidden": hidden_stats})
         if with_stats:
             stats |= {f"router/{name}": value for name, value in router_stats(routing).items()}
-            stats |= site_names({"expert_input": input_stats, "expert_hidden": hidden_stats})
             if capacity is not None:
                 # The balance terms count the choices of the router, which a capacity does not change.
                 stats["router/dropped_E"] = stats["router/routed_E"] - routed.tokens_per_expert_E
@@ -131,9 +132,13 @@ class MoELayer(nn.Module):
     ) -> tuple[Tensor, Stats]:
         """Return the sparse routed tokens and, unless ``continues_N`` is None, the statistics of the site.
 
+        With a shared selection the tokens are dense, because an expert selects by the tokens of all ranks.
+
         ``selected`` is the one selection that serves all experts of a token; None if each routed token has its own.
         """
         with_stats = continues_N is not None
+        if self.input_site.shared is not None:
+            return permutation.permute(x_TD, routed), {}
         if selected is None:
             x_ND, readers = permutation.permute(x_TD, routed), self._readers(routed.expert_N, continues_N)
             return self.input_site(x_ND, routed.expert_N, with_stats=with_stats, readers=readers)
@@ -142,10 +147,14 @@ class MoELayer(nn.Module):
         stats = self.input_site.sums(selected, readers) if with_stats else {}
         return permutation.permute(selected.sparse, routed), stats
 
-    def _run_experts(self, received: ExpertTokens, with_stats: bool) -> tuple[Tensor, Stats]:
+    def _run_experts(self, received: ExpertTokens, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
+        """Return the outputs, and the statistics of ``expert_input``, if selected here, and of ``expert_hidden``."""
         x_MD, tokens_per_expert_L, expert_M, continues_M = received
         readers = self._readers(expert_M, continues_M)
-        return self.experts(x_MD, tokens_per_expert_L, expert_M, with_stats=with_stats, readers=readers)
+        site = None if self.input_site.shared is None else self.input_site
+        return self.experts(
+            x_MD, tokens_per_expert_L, expert_M, with_stats=with_stats, readers=readers, input_site=site
+        )
 
     def _readers(self, expert_N: Tensor, continues_N: Tensor | None, token_N: Tensor | None = None) -> Readers | None:
         """Return which expert reads which routed token, or which token; None if no statistics are recorded."""

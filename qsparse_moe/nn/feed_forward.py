@@ -14,6 +14,7 @@ from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import has_gate
 from qsparse_moe.kernels.onednn import linear
 from qsparse_moe.nn.gated_activation import SparseActivation
+from qsparse_moe.nn.gathered_feed_forward import RowsOfExperts, Weights, gathered_feed_forward
 from qsparse_moe.nn.runtime import SiteRuntime
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.stats import Stats
@@ -47,11 +48,29 @@ class FeedForward(nn.Module):
 
     def forward(self, x_BSD: Tensor, *, with_stats: bool) -> tuple[Tensor, Stats, Stats]:
         """Return the output ``(B, S, D)`` and the statistics of the input site and of the hidden site."""
+        if not with_stats and self._gathers():
+            return self._gathered(x_BSD)
         x_BSD, input_stats = self.input_site(x_BSD, with_stats=with_stats)
         gate_BSF = None if self.w_gate is None else self._project(x_BSD, self.w_gate)
         # No readers, as at every site without experts: each row is read once, and the site itself finds the sequences.
         hidden_BSF, hidden_stats = self.activation(gate_BSF, self._project(x_BSD, self.w_up), with_stats=with_stats)
         return self._project(hidden_BSF, self.w_down), input_stats, hidden_stats
+
+    def _gathers(self) -> bool:
+        """Return whether the products read the features that all tokens share only."""
+        sites = (self.input_site, self.hidden_site)
+        return all(site.gathers for site in sites) and not all(site.selector.selects_all for site in sites)
+
+    def _gathered(self, x_BSD: Tensor) -> tuple[Tensor, Stats, Stats]:
+        x_ND = x_BSD.flatten(0, -2)
+        matrices = (None if w is None else as_format(w, self.weight_format)[None] for w in self._matrices())
+        weights = Weights(*matrices)  # type: ignore[arg-type]
+        rows = RowsOfExperts([len(x_ND)], lambda rows_NX, stack: linear(rows_NX, stack[0].T))
+        y_ND, *stats = gathered_feed_forward(x_ND, weights, (self.input_site, self.hidden_site), self.activation, rows)
+        return y_ND.view_as(x_BSD), stats[0], stats[1]
+
+    def _matrices(self) -> tuple[Tensor | None, Tensor, Tensor]:
+        return self.w_gate, self.w_up, self.w_down
 
     def _project(self, x_BSX: Tensor, weight_XY: Tensor) -> Tensor:
         # Stored as (in, out), like the stacked matrices of experts; linear expects (out, in). Rounded in every call,

@@ -59,20 +59,22 @@ class SparseActivation:
             with_stats: if False, the statistics are empty.
             readers: for the statistics, as in ``SparseSite.forward``.
         """
-        if gate_NF is None:
-            dense_NF = UNGATED_ACTIVATIONS[self._activation](up_NF)
-        elif self._fused is not None and self._site.can_fuse:
+        if gate_NF is not None and self._fused is not None and self._site.can_fuse:
             wanted = self._site.ranking.num_selected_of_rows(expert_ids_N)
             selected_NF, sums = self._in_one_pass(self._fused, gate_NF, up_NF, wanted, with_stats)
             stats = {} if sums is None else self._site.stats_of(sums, selected_NF, wanted, readers)
             # Only "preserve" uses the norm before the selection, and with it a site cannot be fused.
             return rescale_selected(selected_NF, selected_NF, self._site.settings.rescale), stats
-        elif self._fused is not None and up_NF.dtype != torch.float64:
+        return self._site(self.dense(gate_NF, up_NF), expert_ids_N, with_stats=with_stats, readers=readers)
+
+    def dense(self, gate_NF: Tensor | None, up_NF: Tensor) -> Tensor:
+        """Return the activation of every feature in the shape of ``up_NF``, without the site."""
+        if gate_NF is None:
+            return UNGATED_ACTIVATIONS[self._activation](up_NF)
+        if self._fused is not None and up_NF.dtype != torch.float64:
             # fp64 is left out because the Triton kernel computes in fp32.
-            dense_NF = _BackwardInOnePass.apply(gate_NF, up_NF, self._activation, self._fused)
-        else:
-            dense_NF = ACTIVATIONS[self._activation](gate_NF, up_NF)
-        return self._site(dense_NF, expert_ids_N, with_stats=with_stats, readers=readers)
+            return _BackwardInOnePass.apply(gate_NF, up_NF, self._activation, self._fused)
+        return ACTIVATIONS[self._activation](gate_NF, up_NF)
 
     def _in_one_pass(
         self, by: FusedGLU, gate_NF: Tensor, up_NF: Tensor, num_selected: int | Tensor, with_sums: bool

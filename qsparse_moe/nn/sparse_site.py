@@ -15,6 +15,7 @@ from qsparse_moe.kernels.site_sums.op import TORCH, SiteSums
 from qsparse_moe.kernels.topk_select.op import SelectRows
 from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.nn.selectors import RankingSelector, Selection, ThresholdSelector
+from qsparse_moe.nn.shared_selector import SharedSelector
 from qsparse_moe.sparsity.quantize import as_format
 from qsparse_moe.sparsity.schedule import ste_share
 from qsparse_moe.sparsity.selection import THRESHOLD_MASKS
@@ -37,7 +38,7 @@ class SparseSite(nn.Module):
 
     The site has no parameters. S is one number, or one per expert. It is not part of a checkpoint, and ``set_sparsity``
     changes it at any time. ``ranking`` selects by rank. ``comparison`` selects by threshold and exists only if
-    ``model.sparsity.selection`` does so.
+    ``model.sparsity.selection`` does so; ``shared`` exists only if the tokens of an expert share their features.
     """
 
     def __init__(
@@ -71,6 +72,13 @@ class SparseSite(nn.Module):
         self.comparison = (
             ThresholdSelector(site, settings, num_experts=num_experts, format_rows=format_rows) if compares else None
         )
+        self.shared = (
+            SharedSelector(
+                site, num_features, settings, self.ranking, num_experts=num_experts, format_rows=format_rows
+            )
+            if settings.selection == "shared"
+            else None
+        )
 
     def set_sparsity(self, values: Sequence[float], thresholds: Sequence[float] | None = None) -> None:
         """Use S from the next forward on.
@@ -89,11 +97,18 @@ class SparseSite(nn.Module):
         return self.ranking.number_format
 
     @property
-    def selector(self) -> RankingSelector | ThresholdSelector:
-        """The selector in use: the comparison if there is one, unless an attached hook requires exact top-K."""
-        if self.comparison is None or (self.hook is not None and self.hook.ranks):
+    def selector(self) -> RankingSelector | ThresholdSelector | SharedSelector:
+        """The selector in use: the ranking, unless the settings name another one and no hook requires exact top-K."""
+        other = self.comparison or self.shared
+        if other is None or (self.hook is not None and self.hook.ranks):
             return self.ranking
-        return self.comparison
+        return other
+
+    @property
+    def gathers(self) -> bool:
+        """True if a product behind the site can read the shared features alone, because nothing needs whole rows."""
+        wanted = self.shared is not None and self.settings.shared.products == "gathered"
+        return wanted and self.hook is None and not self.settings.debug
 
     @property
     def is_uniform(self) -> bool:
@@ -124,7 +139,7 @@ class SparseSite(nn.Module):
         Args:
             x: the rows ``(*, D)``.
             expert_ids_N: the expert of every row of ``x`` ``(N, D)``; required if S differs between experts.
-            with_stats: if False, the statistics are empty.
+            with_stats: if False, the statistics are empty, but for the energies that a shared selection measures.
             readers: which expert reads which row, for the statistics. None: each row is read once, and ``(B, S, D)``
                 are B sequences.
 
@@ -132,7 +147,8 @@ class SparseSite(nn.Module):
             TrainingDiverged: a row contains a NaN; checked only if ``model.sparsity.debug`` is true.
         """
         output = self.select(x, expert_ids_N)
-        return output.sparse, self.sums(output, readers) if with_stats else {}
+        stats = self.sums(output, readers) if with_stats else {}
+        return output.sparse, stats if self.shared is None else stats | self.shared.measured(x, expert_ids_N)
 
     def select(self, x: Tensor, expert_ids_N: Tensor | None = None) -> SiteOutput:
         """Return the sparse rows and the input of ``sums``: the first half of ``forward``."""

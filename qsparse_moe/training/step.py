@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qsparse_moe.data.batch import IGNORED_LABEL, Batch
 from qsparse_moe.model.output import ModelOutput
+from qsparse_moe.model.transformer import measured_energies
 from qsparse_moe.moe.router import bias_update_rate
 from qsparse_moe.sparsity.stats import add_stats
 from qsparse_moe.training.distributed.ranks import Distributed
@@ -154,6 +155,7 @@ def train_step(
     reduced = totals.reduced(engine.distributed) if report else None
     if not skipped:
         _update_router_bias(engine, routed_LE, None if reduced is None else reduced.stats.get(_ROUTED), step)
+        _update_shared_sets(engine, totals, reduced)
     if reduced is None:
         return StepResult(None, None, routed_LE, None, grad_norm, None, loss_scale, *all_requests, skipped)
     # Each rank's loss is a mean over its micro-batches, so the sum over the ranks is divided by their number.
@@ -230,6 +232,17 @@ def _update_router_bias(engine: Engine, routed_LE: Tensor | None, reduced_LE: Te
         # A copy: all_reduce works in place, and routed_LE is reported as this rank's own.
         all_LE = engine.distributed.all_reduce(routed_LE.clone()) if reduced_LE is None else reduced_LE.to(routed_LE)
         engine.model.update_router_bias(all_LE, rate)
+
+
+def _update_shared_sets(engine: Engine, totals: StepTotals, reduced: StepTotals | None) -> None:
+    """Add the energies that the step has measured, if any, to the running averages: those of all ranks at once."""
+    measured = measured_energies(totals.stats if reduced is None else reduced.stats)
+    if not measured:
+        return
+    if reduced is None:
+        parts = reduce_tensors([measured[name] for name in sorted(measured)], engine.distributed)
+        measured = dict(zip(sorted(measured), parts, strict=True))
+    engine.model.update_shared_sets(measured)
 
 
 def reduce_tensors(tensors: Sequence[Tensor], distributed: Distributed) -> list[Tensor]:

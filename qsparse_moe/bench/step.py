@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qsparse_moe.bench.harness import fingerprint, model_sizes, ratio, synchronizer, time_in_turns
+from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio, synchronizer, time_in_turns
 from qsparse_moe.bench.mixtral import EXPERTS, build_mixtral
-from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.schema import ModelConfig, SparsityConfig
 from qsparse_moe.config.shapes import vocab_size
-from qsparse_moe.model.transformer import Transformer, build_model
+from qsparse_moe.model.transformer import Transformer, build_model, measured_energies
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PEER = "transformers Mixtral"
 DENSE = "without Q-Sparse"
 SPARSE = "with Q-Sparse"
+MEASURING = "with Q-Sparse, a step that measures"
+"""A step in which a shared selection measures the energies of all features."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class StepBenchmark:
     device: torch.device
     clock: Callable[[], float] | None = None
     """A clock in seconds; None means the wall clock."""
+    selection: str = "topk"
+    """``model.sparsity.selection`` of the model with Q-Sparse: ``topk`` or ``shared``."""
+    gradient: str = "ste"
+    """``model.sparsity.gradient`` of the same."""
 
     @property
     def tokens(self) -> int:
@@ -55,7 +62,7 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
     timings = time_in_turns(
         steps, rounds=benchmark.rounds, synchronize=synchronizer(benchmark.device), clock=benchmark.clock
     )
-    return {
+    found = {
         "benchmark": "step",
         "machine": fingerprint(),
         "shape": _shape(benchmark),
@@ -67,24 +74,47 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
         "seconds_by_round": {name: timing.seconds_by_round for name, timing in timings.items()},
         "profile": {name: _profile(steps[name], benchmark.device) for name in steps},
     }
+    if MEASURING in timings:
+        interval = benchmark.model.sparsity.shared.measure_interval
+        mean = _mean_step(timings[SPARSE], timings[MEASURING], interval)
+        found["measure_interval"] = interval
+        found["shared_sets"] = {"seconds": mean.median, "times_faster_than_dense": ratio(timings[DENSE], mean)}
+    return found
+
+
+def _mean_step(plain: Timing, measuring: Timing, interval: int) -> Timing:
+    """Return the mean time of a step if one in ``interval`` measures."""
+    pairs = zip(plain.seconds_by_round, measuring.seconds_by_round, strict=True)
+    return Timing(tuple(((interval - 1) * one + other) / interval for one, other in pairs))
 
 
 def _contenders(benchmark: StepBenchmark, tokens_BS: Tensor) -> dict[str, Callable[[], object]]:
     dtype = DTYPES[benchmark.precision]
     # Built once, so that the timing contains only steps.
     peer = build_mixtral(benchmark.model, dtype, benchmark.device)
-    dense, sparse = (_ours(benchmark, sparsity) for sparsity in (0.0, benchmark.sparsity))
-    return {
-        PEER: training_step(peer, lambda: peer(input_ids=tokens_BS, labels=tokens_BS).loss),
+    models = {DENSE: _ours(benchmark, 0.0, "topk"), SPARSE: _ours(benchmark, benchmark.sparsity, benchmark.selection)}
+    if benchmark.selection == "shared":
+        models[SPARSE].update_shared_sets(measured_energies(models[SPARSE](tokens_BS, with_stats=False).stats))
+        models[SPARSE].measure_energies(False)
+        models[MEASURING] = _ours(benchmark, benchmark.sparsity, benchmark.selection)
+        models[MEASURING].load_state_dict(models[SPARSE].state_dict())
+    steps = {PEER: training_step(peer, lambda: peer(input_ids=tokens_BS, labels=tokens_BS).loss)}
+    for name, model in models.items():
         # These labels are not shifted and would train an identity; the time of a step does not depend on them.
-        DENSE: training_step(dense, lambda: dense(tokens_BS, tokens_BS, with_stats=False).loss),
-        SPARSE: training_step(sparse, lambda: sparse(tokens_BS, tokens_BS, with_stats=False).loss),
-    }
+        steps[name] = training_step(model, partial(_loss, model, tokens_BS))
+    return steps
 
 
-def _ours(benchmark: StepBenchmark, sparsity: float) -> Transformer:
-    model = build_model(benchmark.model, device=benchmark.device, dtype=DTYPES[benchmark.precision])
-    model.set_sparsity(SparsityPlan.uniform(benchmark.model, sparsity))
+def _loss(model: Transformer, tokens_BS: Tensor) -> Tensor | None:
+    return model(tokens_BS, tokens_BS, with_stats=False).loss
+
+
+def _ours(benchmark: StepBenchmark, sparsity: float, selection: str) -> Transformer:
+    # Validated again, because model_copy would accept any name.
+    chosen = benchmark.model.sparsity.model_dump() | {"selection": selection, "gradient": benchmark.gradient}
+    config = benchmark.model.model_copy(update={"sparsity": SparsityConfig.model_validate(chosen)})
+    model = build_model(config, device=benchmark.device, dtype=DTYPES[benchmark.precision])
+    model.set_sparsity(SparsityPlan.uniform(config, sparsity))
     return model
 
 
@@ -111,6 +141,8 @@ def _shape(benchmark: StepBenchmark) -> dict[str, Any]:
         "sequence_length": benchmark.sequence_length,
         "precision": benchmark.precision,
         "sparsity": benchmark.sparsity,
+        "selection": benchmark.selection,
+        "gradient": benchmark.gradient,
         "rounds": benchmark.rounds,
         "peer": f"transformers {_version('transformers')} MixtralForCausalLM, experts {EXPERTS}",
     }

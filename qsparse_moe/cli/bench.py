@@ -54,6 +54,10 @@ def step(
     rows: Annotated[int, typer.Option(help="Number of sequences in the batch.")] = 4,
     sequence_length: Annotated[int, typer.Option(help="Number of tokens per sequence.")] = 256,
     sparsity: Annotated[float, typer.Option(help="S at every site of the model with Q-Sparse.")] = 0.5,
+    selection: Annotated[
+        str, typer.Option(help="topk, or shared: one set of features per expert, multiplied at its true size.")
+    ] = "topk",
+    gradient: Annotated[str, typer.Option(help="ste or masked: the gradient of the selection.")] = "ste",
     activation: Annotated[str, typer.Option(help="swiglu, as in Mixtral, or relu2glu.")] = "swiglu",
     rounds: Annotated[int, typer.Option(help="Number of rounds; every round times each of them once.", min=1)] = 7,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
@@ -72,6 +76,8 @@ def step(
     check_sparsity("--sparsity", sparsity)
     precisions = listed_names("--precision", precision, DTYPES)
     (clocked,) = listed_names("--clock", clock, ("wall", "processor"))
+    (selected,) = listed_names("--selection", selection, ("topk", "shared"))
+    (passed,) = listed_names("--gradient", gradient, ("ste", "masked"))
     clock_function = time.process_time if clocked == "processor" else None
     if threads:
         torch.set_num_threads(threads)
@@ -85,7 +91,18 @@ def step(
     )
     model = ModelConfig(hidden_size=hidden_size, num_layers=layers, num_heads=heads, moe=moe)
     benchmarks = [
-        StepBenchmark(model, name, sparsity, rows, sequence_length, rounds, torch.device(device), clock_function)
+        StepBenchmark(
+            model,
+            name,
+            sparsity,
+            rows,
+            sequence_length,
+            rounds,
+            torch.device(device),
+            clock_function,
+            selection=selected,
+            gradient=passed,
+        )
         for name in precisions
     ]
     results = {benchmark.precision: run_step_benchmark(benchmark) for benchmark in benchmarks}
@@ -140,7 +157,15 @@ def _print_tables(results: dict[str, Any], benchmark: StepBenchmark) -> None:
             ratio = f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f})" if faster else ""
             rate = f"{result['tokens_per_second'][name]:,.0f}"
             table.add_row(precision, name, f"{1e3 * seconds:.0f}", rate, ratio)
-    result_console().print(table)
+    console = result_console()
+    console.print(table)
+    for precision, result in results.items():
+        if "shared_sets" in result:
+            faster = result["shared_sets"]["times_faster_than_dense"]
+            console.print(
+                f"{precision}: with one step in {result['measure_interval']} that measures, "
+                f"{faster['median']:.2f} ({faster['min']:.2f} to {faster['max']:.2f}) times as fast as without Q-Sparse"
+            )
 
 
 def metrics(

@@ -91,7 +91,11 @@ class Experts(nn.Module):
         w_gate = None if self.w_gate is None else self._rounded(self.w_gate)
         weights = Weights(w_gate, self._rounded(self.w_up), self._rounded(self.w_down))
         rows = RowsOfExperts(
-            counts.as_list, lambda rows_NX, stack: self.matmul(rows_NX, stack, counts), expert_N, self._first_expert
+            counts.as_list,
+            lambda rows_NX, stack: self.matmul(rows_NX, stack, counts),
+            lambda rows_NX, first, second: self.matmul_pair(rows_NX, first, second, counts),
+            expert_N,
+            self._first_expert,
         )
         return gathered_feed_forward(x_ND, weights, (input_site, self.hidden_site), self.activation, rows)
 

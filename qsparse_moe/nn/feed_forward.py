@@ -65,7 +65,7 @@ class FeedForward(nn.Module):
         x_ND = x_BSD.flatten(0, -2)
         matrices = (None if w is None else as_format(w, self.weight_format)[None] for w in self._matrices())
         weights = Weights(*matrices)  # type: ignore[arg-type]
-        rows = RowsOfExperts([len(x_ND)], lambda rows_NX, stack: linear(rows_NX, stack[0].T))
+        rows = RowsOfExperts([len(x_ND)], _times, lambda rows_NX, *stacks: (_times(rows_NX, stacks[0]), _times(rows_NX, stacks[1])))
         y_ND, *stats = gathered_feed_forward(x_ND, weights, (self.input_site, self.hidden_site), self.activation, rows)
         return y_ND.view_as(x_BSD), stats[0], stats[1]
 
@@ -79,3 +79,7 @@ class FeedForward(nn.Module):
         weight_YX = as_format(weight_XY, self.weight_format).T
         rounded_BSX = x_BSX.to(weight_YX.dtype)
         return linear(rounded_BSX, weight_YX).to(x_BSX.dtype)
+
+
+def _times(rows_NX: Tensor, stack_1XY: Tensor) -> Tensor:
+    return linear(rows_NX, stack_1XY[0].T)

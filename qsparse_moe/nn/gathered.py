@@ -61,16 +61,19 @@ class _TakeWeights(torch.autograd.Function):
         return taken if outputs_LK is None else taken.gather(2, _columns(outputs_LK, taken.shape[1]))
 
     @staticmethod
-    def backward(ctx: Any, grad_LXY: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_LKK: Tensor) -> tuple[Tensor, None, None]:
         inputs_LK, outputs_LK = ctx.saved_tensors
         num_matrices, num_inputs, num_outputs = ctx.shape
-        if outputs_LK is not None:
-            wide = grad_LXY.new_zeros(num_matrices, grad_LXY.shape[1], num_outputs)
-            grad_LXY = wide.scatter_(2, _columns(outputs_LK, grad_LXY.shape[1]), grad_LXY)
-        if inputs_LK is not None:
-            flat = grad_LXY.new_zeros(num_matrices * num_inputs, num_outputs)
-            flat.index_copy_(0, _flat(inputs_LK, num_inputs), grad_LXY.reshape(-1, num_outputs))
-            grad_LXY = flat.view(ctx.shape)
+        if outputs_LK is None:
+            flat = grad_LKK.new_zeros(num_matrices * num_inputs, num_outputs)
+            flat.index_copy_(0, _flat(inputs_LK, num_inputs), grad_LKK.reshape(-1, num_outputs))
+            return flat.view(ctx.shape), None, None
+        grad_LXY = grad_LKK.new_zeros(ctx.shape)
+        if inputs_LK is None:
+            return grad_LXY.scatter_(2, _columns(outputs_LK, num_inputs), grad_LKK), None, None
+        # In one step: zeros of the full size take longer than anything else here, and are needed once in this way.
+        places_LN = (inputs_LK[:, :, None] * num_outputs + outputs_LK[:, None]).flatten(1)
+        grad_LXY.view(num_matrices, -1).scatter_(1, places_LN, grad_LKK.reshape(num_matrices, -1))
         return grad_LXY, None, None
 
 

@@ -39,10 +39,16 @@ class RowsOfExperts:
     """Number of rows of each of the L experts."""
     matmul: Callable[[Tensor, Tensor], Tensor]
     """Returns the rows ``(N, X)`` times the matrix of their expert in ``(L, X, Y)``."""
+    matmul_pair: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    """Returns the products of the same rows with two stacks."""
     expert_N: Tensor | None = None
     """The expert of each row, numbered among all; None if there is only one."""
     first_expert: int = 0
     """The first of the L experts of this rank among all."""
+
+    def times(self, x_NX: Tensor, stacks: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the products of the rows with one or two stacks."""
+        return self.matmul_pair(x_NX, *stacks) if len(stacks) == 2 else (self.matmul(x_NX, *stacks),)
 
     def take(self, x_NX: Tensor, sets: FeatureSets) -> Tensor:
         """Return the features of each row that its expert has selected, zero at positions that are not used."""
@@ -124,10 +130,10 @@ def _products(
         straight_through: whether the features outside of the sets receive a gradient.
     """
     if sets is None:
-        return tuple(rows.matmul(x_NX, take_weights(stack, None, outputs_LK)) for stack in weights)
+        return rows.times(x_NX, [take_weights(stack, None, outputs_LK) for stack in weights])
     source = x_NX.detach() if straight_through else x_NX
     selected_NK = rows.take(source, sets)
-    products = tuple(rows.matmul(selected_NK, take_weights(stack, sets.index_EK, outputs_LK)) for stack in weights)
+    products = rows.times(selected_NK, [take_weights(stack, sets.index_EK, outputs_LK) for stack in weights])
     if not (straight_through and x_NX.requires_grad):
         return products
     return _DenseInputGradient.apply(x_NX, rows, len(weights), *(stack.detach() for stack in weights), *products)

@@ -146,9 +146,7 @@ class Transformer(nn.Module):
             stats: ``measured_energies`` of the step, summed over its micro-batches and over all ranks.
         """
         for (layer, site), selector in self._shared_selectors().items():
-            energy_LED, rows_LE = (
-                stats.get(f"sparsity/{site}/{name}") for name in (f"{ENERGY}_LED", f"{ROWS}_LE")
-            )
+            energy_LED, rows_LE = (stats.get(f"sparsity/{site}/{name}") for name in (f"{ENERGY}_LED", f"{ROWS}_LE"))
             if energy_LED is not None and rows_LE is not None:
                 index = layers_with_site(self.config, site).index(layer)
                 selector.update(energy_LED[index], rows_LE[index])

@@ -65,7 +65,9 @@ class FeedForward(nn.Module):
         x_ND = x_BSD.flatten(0, -2)
         matrices = (None if w is None else as_format(w, self.weight_format)[None] for w in self._matrices())
         weights = Weights(*matrices)  # type: ignore[arg-type]
-        rows = RowsOfExperts([len(x_ND)], _times, lambda rows_NX, *stacks: (_times(rows_NX, stacks[0]), _times(rows_NX, stacks[1])))
+        rows = RowsOfExperts(
+            [len(x_ND)], _times, lambda rows_NX, *stacks: (_times(rows_NX, stacks[0]), _times(rows_NX, stacks[1]))
+        )
         y_ND, *stats = gathered_feed_forward(x_ND, weights, (self.input_site, self.hidden_site), self.activation, rows)
         return y_ND.view_as(x_BSD), stats[0], stats[1]
 

@@ -73,9 +73,7 @@ class SparseSite(nn.Module):
             ThresholdSelector(site, settings, num_experts=num_experts, format_rows=format_rows) if compares else None
         )
         self.shared = (
-            SharedSelector(
-                site, num_features, settings, self.ranking, num_experts=num_experts, format_rows=format_rows
-            )
+            SharedSelector(site, num_features, settings, self.ranking, num_experts=num_experts, format_rows=format_rows)
             if settings.selection == "shared"
             else None
         )

@@ -1,17 +1,17 @@
-"""Features that the tokens of an expert share: sets, running averages, and products at true size against masked ones."""
+"""Features that the tokens of an expert share: sets, running averages, and gathered products against masked ones."""
 
 import re
 
 import pytest
 import torch
 
+from qsparse_moe.config.rules import check_model
 from qsparse_moe.config.schema import ModelConfig, SparsityConfig
-from qsparse_moe.errors import ConfigError
+from qsparse_moe.errors import BackendUnavailable, ConfigError
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
 from qsparse_moe.model.transformer import build_model, measured_energies
 from qsparse_moe.nn.gathered import take_features, take_weights
 from qsparse_moe.nn.sparse_site import SparseSite
-from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.sparsity.shared_sets import energies, feature_sets, shared_mask, updated_means
 
 torch.set_num_threads(1)
@@ -109,7 +109,7 @@ def config(backend="loop", **sparsity):
             "moe": {
                 "num_experts": 3,
                 "experts_per_token": 2,
-                "expert_hidden_size": 24,
+                "expert_hidden_size": 32,
                 "num_dense_layers": 1,
                 "num_shared_experts": 1,
                 "backend": backend,
@@ -134,7 +134,10 @@ def loss_and_gradients(model):
     return {"loss": output.loss.detach()} | {name: p.grad for name, p in model.named_parameters()}
 
 
-PER_EXPERT = [{"site": "expert_hidden", "experts": 1, "sparsity": 0.75}, {"site": "expert_input", "experts": 0, "sparsity": 0.25}]
+PER_EXPERT = [
+    {"site": "expert_hidden", "experts": 1, "sparsity": 0.75},
+    {"site": "expert_input", "experts": 0, "sparsity": 0.25},
+]
 
 
 @pytest.mark.parametrize("backend", ["loop", "blas", "onednn", "native", "grouped"])
@@ -144,7 +147,9 @@ PER_EXPERT = [{"site": "expert_hidden", "experts": 1, "sparsity": 0.75}, {"site"
 def test_gathered_products_agree_with_masked_ones_in_the_loss_and_every_gradient(backend, gradient, overrides, sets):
     settings = {"gradient": gradient, "overrides": overrides, "sets": sets}
     gathered = measured_model(config(backend, **settings))
-    masked, exact = (measured_model(config(**settings, products="masked"), dtype) for dtype in (torch.float32, torch.float64))
+    masked, exact = (
+        measured_model(config(**settings, products="masked"), dtype) for dtype in (torch.float32, torch.float64)
+    )
     found, plain, wanted = (loss_and_gradients(model) for model in (gathered, masked, exact))
     for name, want in wanted.items():
         rounding = (plain[name].double() - want).abs().max()
@@ -154,3 +159,43 @@ def test_gathered_products_agree_with_masked_ones_in_the_loss_and_every_gradient
     # The features that are not selected: only the straight-through estimator gives the columns of gate a gradient.
     columns = found["layers.1.moe.experts.w_gate"][2].abs().sum(0) > 0
     assert columns.all() == (gradient == "ste")
+
+
+def refused(message, model):
+    # As a user meets it: one message with every broken rule.
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_model(model)
+
+
+def test_what_gathered_products_cannot_do_is_refused_before_anything_is_built():
+    start = "when model.sparsity.selection is shared and model.sparsity.shared.products is gathered"
+    refused(f"model.sparsity.rescale (unit) must be none {start}, because the features", config(rescale="unit"))
+    refused(f"model.sparsity.gradient (blend) must be ste or masked {start}; choose one", config(gradient="blend"))
+    refused(
+        f"the number format of expert_input (int8) must be none {start}, because its scale needs the whole row; set it "
+        "to none, or model.sparsity.shared.products to masked",
+        config(quantization={"activations": "int8"}),
+    )
+    check_model(config(rescale="unit", quantization={"activations": "int8"}, products="masked"))
+    sparse = config().moe.model_copy(update={"router_input": "sparse"})
+    refused(
+        "model.sparsity.selection (shared) has one set of features per expert; set router_input to dense",
+        config().model_copy(update={"moe": sparse}),
+    )
+
+
+def test_backends_name_the_numbers_of_features_that_they_cannot_multiply():
+    shared = "the number of features that model.sparsity shares at expert_hidden"
+    odd = {"overrides": [{"site": "expert_hidden", "sparsity": 0.6}]}
+    for backend, rule in (
+        ("native", f"{shared} (13) must be even"),
+        ("grouped", f"{shared} (13) must be a multiple of 8"),
+    ):
+        with pytest.raises(BackendUnavailable, match=re.escape(rule)):
+            build_model(config(backend, **odd))
+        ramp = {"schedule": {"shape": "linear", "ramp_steps": 4}}
+        with pytest.raises(
+            BackendUnavailable, match=r"schedule\.ramp_steps \(4\) changes the number of shared features"
+        ):
+            build_model(config(backend, **ramp))
+    build_model(config("grouped", **odd, products="masked"))

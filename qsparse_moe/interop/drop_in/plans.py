@@ -51,6 +51,11 @@ def requested_plan(
 
 def check_fits(plan: SparsityPlan, places: Mapping[LayerSite, Place], settings: SparsityConfig) -> None:
     """Raise ConfigError unless ``plan`` has the sites of the model, and what the selection needs at each."""
+    if settings.selection == "shared":
+        raise ConfigError(
+            "sparsify: selection (shared) needs running averages, which only training with this package measures; "
+            "choose topk, block, threshold, statistical or relu, or import the model with qsparse-moe import"
+        )
     if routed := sorted(plan.experts_per_token.keys() | plan.top_p.keys()):
         raise ConfigError(
             f"sparsity plan: it sets the experts per token of the layers {routed}, and the routers of a model of "

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.moe.backends.gathered_sizes import expert_sizes, ramps
 from qsparse_moe.moe.permutation import TokenCounts
 
 # grouped_mm requires rows whose size is a multiple of 16 bytes: 8 features in bf16, 4 in fp32. The dtype of the model
@@ -26,11 +27,11 @@ def why_not(config: ModelConfig, device: torch.device) -> str | None:
     """Return the reason why this backend cannot run the experts of the model, or None if it can."""
     if not hasattr(F, "grouped_mm"):
         return f"torch {torch.__version__} has no torch.nn.functional.grouped_mm; it is public since torch 2.10"
-    sizes = {"model.hidden_size": config.hidden_size, "model.moe.expert_hidden_size": config.moe.expert_hidden_size}
-    for name, size in sizes.items():
-        if size % _MULTIPLE:
-            return f"{name} ({size}) must be a multiple of {_MULTIPLE}; the nearest are {near(size)}"
-    return None
+    for name, sizes in expert_sizes(config).items():
+        for size in sorted(sizes):
+            if size % _MULTIPLE:
+                return f"{name} ({size}) must be a multiple of {_MULTIPLE}; the nearest are {near(size)}"
+    return ramps(config)
 
 
 def near(size: int) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.shared_selection_rules import gathers
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels import tiles
 from qsparse_moe.moe.backends import grouped
@@ -139,6 +140,11 @@ def why_not(config: ModelConfig, device: torch.device) -> str | None:
         return reason
     if device.type != "cuda" and has_extension():
         return f"its CUDA extension is installed, which does not support tensors on the device {device.type}; use cuda"
+    if gathers(config):
+        return (
+            "its kernels have not been tested with matrices of the size of shared features; use grouped, or set "
+            "model.sparsity.shared.products to masked"
+        )
     return grouped.why_not(config, device)
 
 

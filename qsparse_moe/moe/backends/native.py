@@ -9,6 +9,7 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.expert_products.op import expert_products
 from qsparse_moe.moe.backends import blas
+from qsparse_moe.moe.backends.gathered_sizes import expert_sizes, ramps
 from qsparse_moe.moe.permutation import TokenCounts
 
 
@@ -37,6 +38,6 @@ def why_not(config: ModelConfig, device: torch.device) -> str | None:
     if reason := native.why_not(device):
         return reason
     # Two bf16 values are one operand of the processor's product. The dtype of the model is not known here.
-    sizes = {"model.hidden_size": config.hidden_size, "model.moe.expert_hidden_size": config.moe.expert_hidden_size}
-    odd = next((f"{name} ({size}) must be even" for name, size in sizes.items() if size % 2), None)
-    return odd and f"{odd}, because bf16 is multiplied in pairs"
+    found = ((name, size) for name, sizes in expert_sizes(config).items() for size in sorted(sizes))
+    odd = next((f"{name} ({size}) must be even" for name, size in found if size % 2), None)
+    return f"{odd}, because bf16 is multiplied in pairs" if odd else ramps(config)

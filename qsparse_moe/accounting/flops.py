@@ -22,7 +22,10 @@ from qsparse_moe.accounting.densities import Densities, planned_densities, selec
 from qsparse_moe.accounting.parameters import Weight, model_weights
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import EXPERT_SITES, head_size, latent_sizes, layer_sites, site_width
+from qsparse_moe.config.shared_selection_rules import gathers
 from qsparse_moe.sparsity.plan import SparsityPlan
+
+_GATHERED_PARTS = ("experts", "shared", "dense")
 
 
 @dataclass(frozen=True)
@@ -30,8 +33,8 @@ class Flops:
     """Operations per token."""
 
     routed: float
-    """Operations that dense kernels execute: the matrices, with A of E experts and no zero skipped, and the attention
-    scores. Model FLOPs utilisation counts these."""
+    """Operations that the kernels execute: the matrices, with A of E experts and no zero skipped except by gathered
+    products of shared features, and the attention scores. Model FLOPs utilisation counts these."""
     needed: float
     """Operations behind nonzero features, plus the selection itself: a count of useful work, not of work that dense
     kernels execute."""
@@ -61,7 +64,7 @@ def forward_flops(
     scores = _scores(config, context)
     selection = sum(_selection(config, plan, layer, densities) for layer in range(config.num_layers))
     return Flops(
-        routed=2 * sum(weight.active for weight in matrices) + scores,
+        routed=2 * sum(_executed(config, weight) for weight in matrices) + scores,
         needed=2 * sum(weight.needed for weight in matrices) + scores + selection,
         attention_scores=scores,
         selection=selection,
@@ -78,18 +81,51 @@ def training_flops(
     """
     plan = plan or SparsityPlan.from_config(config)
     forward = forward_flops(config, context, plan, densities=densities)
-    masked = config.sparsity.gradient == "masked"
-    # The masked gradient is zero wherever the feature was, so its rows of the weight are skipped here too.
-    by_input = sum(weight.needed if masked else weight.active for weight in _matrices(config, plan, densities))
-    # The gradient of a weight has rows for the nonzero input features only, as the forward product has.
-    by_weight = forward.needed - forward.attention_scores - forward.selection
+    matrices = list(_matrices(config, plan, densities))
     return Flops(
-        routed=3 * forward.routed,
-        needed=forward.needed + by_weight + 2 * by_input + 2 * forward.attention_scores,
+        routed=2 * sum(_executed_in_training(config, weight) for weight in matrices) + 3 * forward.attention_scores,
+        needed=2 * sum(_needed_in_training(config, weight) for weight in matrices)
+        + forward.selection
+        + 3 * forward.attention_scores,
         attention_scores=3 * forward.attention_scores,
         # The backward pass uses the masks of the forward pass and selects nothing itself.
         selection=forward.selection,
     )
+
+
+def _executed(config: ModelConfig, weight: Weight) -> float:
+    """Return the elements of a matrix that the forward pass of an evaluation multiplies with."""
+    return weight.needed if _is_gathered(config, weight) else weight.active
+
+
+def _needed_in_training(config: ModelConfig, weight: Weight, *, whole_columns: bool = False) -> float:
+    """Return the elements that the three products of training need, added.
+
+    Args:
+        config: the model.
+        weight: a matrix.
+        whole_columns: with a shared selection, compute every hidden feature, as steps do that measure.
+    """
+    settings = config.sparsity
+    masked = settings.gradient == "masked"
+    # Hidden features outside of the set are computed if the set depends on them, or if they have a gradient.
+    shrinks = masked and settings.shared.sets == "average" and not whole_columns
+    forward = weight.by_rows if settings.selection == "shared" and weight.by_rows and not shrinks else weight.needed
+    # The gradient of a weight has rows for the nonzero input features only, as the forward product has. The masked
+    # gradient is zero wherever the feature was, so its rows of the weight are skipped in the gradient of the input too.
+    return 2 * forward + (forward if masked else weight.active)
+
+
+def _executed_in_training(config: ModelConfig, weight: Weight) -> float:
+    if not _is_gathered(config, weight):
+        return 3 * weight.active
+    interval = config.sparsity.shared.measure_interval
+    between, measuring = (_needed_in_training(config, weight, whole_columns=whole) for whole in (False, True))
+    return ((interval - 1) * between + measuring) / interval
+
+
+def _is_gathered(config: ModelConfig, weight: Weight) -> bool:
+    return gathers(config) and weight.part in _GATHERED_PARTS
 
 
 def flops_by_site(
@@ -101,7 +137,7 @@ def flops_by_site(
     found: dict[str, Flops] = {}
     for weight in _matrices(config, plan, densities):
         name = weight.site or weight.part
-        _add(found, name, Flops(2 * weight.active, 2 * weight.needed, 0, 0))
+        _add(found, name, Flops(2 * _executed(config, weight), 2 * weight.needed, 0, 0))
     for layer in range(config.num_layers):
         for site, selection in _selection_by_site(config, plan, layer, densities):
             _add(found, site, Flops(0, selection, 0, selection))
@@ -138,8 +174,8 @@ def _selection_by_site(
 ) -> Iterator[tuple[str, int]]:
     for site in layer_sites(config, layer):
         counts, width = selected_features(config, plan, layer, site), site_width(config, site)
-        # A site that selects every feature compares nothing.
-        if min(counts) == width:
+        # A site that selects every feature compares nothing, and sets that tokens share are chosen once for all.
+        if min(counts) == width or config.sparsity.selection == "shared":
             continue
         # One selection serves all experts of a token where their K is the same (moe/layer.py).
         per_expert = site == "expert_hidden" or len(set(counts)) > 1

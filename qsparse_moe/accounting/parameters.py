@@ -49,6 +49,8 @@ class Weight:
     """Layer of a weight behind a site, else -1."""
     site: Site | None = None
     """Site whose features are multiplied with its rows; None: Q-Sparse does not affect it."""
+    by_rows: float = 0.0
+    """``needed`` without regard to outputs that nothing reads; it differs only where tokens share hidden features."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,13 @@ def model_weights(
 def _mean(shares: tuple[float, ...]) -> float:
     # Over experts with different K this is the mean at even load, since the experts of a token are not known before.
     return sum(shares) / len(shares)
+
+
+def _mean_product(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Return the mean over the experts; a tuple with one entry is that of all experts."""
+    length = max(len(one), len(other))
+    pairs = zip(one * (length // len(one)), other * (length // len(other)), strict=True)
+    return sum(a * b for a, b in pairs) / length
 
 
 def _norm(name: str, size: int) -> Weight:
@@ -199,6 +208,14 @@ def _gated(config: ModelConfig, densities: Densities, layer: int, part: str, hid
     stored, active = (moe.num_experts, densities.experts(config, layer)) if part == "experts" else (1, 1)
     gate = [("w_gate", input_site)] if has_gate(config) else []
     for name, site in (*gate, ("w_up", input_site), ("w_down", hidden_site)):
-        needed = active * size * _mean(densities[layer, site])
+        inputs = densities[layer, site]
+        by_rows = active * size * _mean(inputs)
         key = f"layers.{layer}.{prefix}.{name}"
-        yield Weight(key, part, stored * size, round(active * size), needed, is_matrix=True, layer=layer, site=site)
+        needed = by_rows
+        if config.sparsity.selection == "shared" and site == input_site:
+            # Columns of gate and up outside of the set that the tokens of an expert share are not needed either.
+            needed = active * size * _mean_product(inputs, densities[layer, hidden_site])
+        of_token = round(active * size)
+        yield Weight(
+            key, part, stored * size, of_token, needed, is_matrix=True, layer=layer, site=site, by_rows=by_rows
+        )

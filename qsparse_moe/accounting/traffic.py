@@ -97,6 +97,10 @@ def _union(
     if weight.site is None:
         return size, size
     chosen = weight.active / size
+    if config.sparsity.selection == "shared":
+        # One set for all tokens of an expert: the batch reads no more of a matrix than one token.
+        read = size * union(chosen, batch)
+        return read, read * weight.needed / max(weight.active, 1)
     gated = gate_density if gate_density is not None and weight.name.endswith("w_up") else 1.0
     # Only a gate with a ReLU has values that are exactly zero.
     if config.moe.activation not in RELU_GATES:

@@ -100,3 +100,39 @@ def test_a_selection_that_serves_all_experts_of_a_token_is_counted_once_per_toke
     assert {site: same[site].selection for site in once} == {site: 2 * 2 * width for site, width in once.items()}
     one_other = {"default": 0.5, "overrides": [{"site": "expert_input", "experts": 1, "sparsity": 0.75}]}
     assert flops_by_site(model_config(sparsity=one_other), 16)["expert_input"].selection == 2 * 2 * 2 * 32
+
+
+SHARED = {"default": 0.5, "selection": "shared", "gradient": "masked"}
+
+
+def test_features_that_tokens_share_leave_columns_of_gate_and_up_out_as_well():
+    dense, half = model_config(), model_config(sparsity=SHARED | {"shared": {"measure_interval": 4}})
+    routed = flops_by_site(dense, 16)
+    attention = {name: routed[f"attention_{name}"].routed for name in ("input", "output")}
+    inner, down = routed["expert_input"].routed, routed["expert_hidden"].routed
+    others = forward_flops(dense, 16).routed - sum(attention.values()) - inner - down
+    forward, training = forward_flops(half, 16), training_flops(half, 16)
+    # Attention is masked: its zeros are shared too, but multiplied.
+    assert forward.routed == others + sum(attention.values()) + inner / 4 + down / 2
+    assert forward.needed == others + sum(attention.values()) / 2 + inner / 4 + down / 2
+    assert training.needed == 3 * forward.needed
+    # One step in four measures the energies of all hidden features.
+    assert training.routed == 3 * (others + sum(attention.values()) + (3 * inner / 4 + inner / 2) / 4 + down / 2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "inner", "down"),
+    [
+        ({"shared": {"sets": "step"}}, 3 / 2, 3 / 2),
+        # The straight-through gradient of the input reads whole rows.
+        ({"gradient": "ste"}, 1 + 1, 1 + 1),
+        ({"shared": {"products": "masked"}}, 3, 3),
+    ],
+    ids=["step", "ste", "masked"],
+)
+def test_what_gathered_products_execute_depends_on_the_sets_and_on_the_gradient(changes, inner, down):
+    dense, shared = model_config(), model_config(sparsity=SHARED | changes)
+    sites = flops_by_site(dense, 16)
+    saved = training_flops(dense, 16).routed - training_flops(shared, 16).routed
+    want = (3 - inner) * sites["expert_input"].routed + (3 - down) * sites["expert_hidden"].routed
+    assert saved == pytest.approx(want)

@@ -144,3 +144,15 @@ def test_a_logged_step_gives_measured_densities_or_none():
     assert densities[1, "expert_hidden"] == (0.75,) * 4
     assert densities[0, "dense_hidden"] == (0.75,)
     assert measured_densities(config, {}) is None
+
+
+def test_a_batch_reads_no_more_of_a_shared_set_than_one_token():
+    sparsity = {"default": 0.5, "selection": "shared"}
+    one, many = (weight_traffic(model_config(sparsity=sparsity), batch)["experts"] for batch in (1, 64))
+    for found in (one, many):
+        # A quarter of gate and up, half of down.
+        assert found.needed == pytest.approx(found.routed / 3)
+    assert many.routed > one.routed
+    assert weight_traffic(model_config(sparsity=sparsity), 64)["attention"].needed == pytest.approx(
+        weight_traffic(model_config(), 64)["attention"].routed / 2
+    )

@@ -170,5 +170,5 @@ def _groups(
 
 def _hidden(part: Any, x_TD: Tensor, expert: int | None = None) -> Tensor:
     """Return the hidden features ``(T, F)`` before the site, of one expert or of a dense network."""
-    gate, up = (None if w is None else w if expert is None else w[expert] for w in (part.w_gate, part.w_up))
-    return part.activation.dense(None if gate is None else x_TD @ gate, x_TD @ up)
+    gate, up = (None if w is None else x_TD @ (w if expert is None else w[expert]) for w in (part.w_gate, part.w_up))
+    return part.activation.dense(gate, up)

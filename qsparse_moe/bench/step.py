@@ -62,7 +62,7 @@ def run_step_benchmark(benchmark: StepBenchmark) -> dict[str, Any]:
     timings = time_in_turns(
         steps, rounds=benchmark.rounds, synchronize=synchronizer(benchmark.device), clock=benchmark.clock
     )
-    found = {
+    found: dict[str, Any] = {
         "benchmark": "step",
         "machine": fingerprint(),
         "shape": _shape(benchmark),

@@ -104,7 +104,7 @@ def load_export(
     model = build_empty(config.model, device=device)
     check_shapes(stored_shapes(model), files.shapes, str(folder))
     over = choose_sharding(shard, config, distributed)
-    load_model(model, files.tensor, device=device, dtype=dtype, distributed=over)
+    load_model(model, files.tensor, files.shapes, device=device, dtype=dtype, distributed=over)
     model.set_sparsity(plan_in_use(config, files.step))
     return config, model.eval(), files.step
 

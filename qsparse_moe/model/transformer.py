@@ -139,6 +139,11 @@ class Transformer(nn.Module):
         for selector in self._shared_selectors().values():
             selector.measures = measures
 
+    @property
+    def has_averages(self) -> bool:
+        """Whether every selector of a shared selection has been measured; True with another selection."""
+        return all(selector.is_measured for selector in self._shared_selectors().values())
+
     def update_shared_sets(self, stats: Stats) -> None:
         """Add the energies that a step has measured to the running averages. Call it once per step.
 

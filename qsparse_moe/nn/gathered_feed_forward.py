@@ -79,9 +79,8 @@ def gathered_feed_forward(
     dtype = x_ND.dtype
     input_sets = _sets(inputs, x_ND, rows)
     input_stats = inputs.measured(x_ND, rows.expert_N)
-    measures = hidden.training and hidden.measures
     # Under the straight-through estimator every hidden feature has a gradient, and with it those of gate and up.
-    shrinks = hidden.is_known_before and not (measures or hidden.selects_all or straight_through)
+    shrinks = hidden.is_known_before and not (hidden.is_measuring or hidden.selects_all or straight_through)
     hidden_sets = _sets(hidden, None, rows) if shrinks else None
     outputs = None if hidden_sets is None else hidden_sets.index_EK
     inner = (weights.up_LDF,) if weights.gate_LDF is None else (weights.gate_LDF, weights.up_LDF)

@@ -19,6 +19,8 @@ from qsparse_moe.sparsity.shared_sets import FeatureSets, energies, feature_sets
 from qsparse_moe.sparsity.stats import Stats
 from qsparse_moe.sparsity.topk import apply_mask
 
+AVERAGES = "shared.mean_energy_ED"
+"""Name of the running averages in the state dict of a site."""
 ENERGY, ROWS = "measured_energy", "measured_rows"
 """Names of the measured sums among the statistics of a site, without their dims."""
 
@@ -66,25 +68,36 @@ class SharedSelector(nn.Module):
         return False
 
     @property
-    def selects_all(self) -> bool:
-        """True if S is 0, and in training with running averages until they have been measured for the first time.
-
-        Raises:
-            ConfigError: the model is in evaluation mode, S is above 0, and nothing has been measured.
-        """
-        if self.ranking.selects_all:
-            return True
-        if self.settings.sets == "step" and self.training:
-            return False
+    def is_measured(self) -> bool:
+        """Whether the energies have been measured at least once."""
         if not self._is_measured:
             # Read until it is true for the first time: afterwards nothing waits for the device.
             self._is_measured = bool(self.mean_energy_ED.any())
-        if not self._is_measured and not self.training:
+        return self._is_measured
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the next forward pass measures the energies."""
+        return self.training and self.measures
+
+    @property
+    def selects_all(self) -> bool:
+        """True if S is 0, and in the first steps of training with running averages, until they have been measured.
+
+        Raises:
+            ConfigError: S is above 0, nothing has been measured, and the next forward pass does not measure.
+        """
+        if self.ranking.selects_all:
+            return True
+        if (self.settings.sets == "step" and self.training) or self.is_measured:
+            return False
+        if not self.is_measuring:
             raise ConfigError(
                 f"model.sparsity.selection (shared) selects by running averages, and {self.site} has none: its weights "
-                "come from a run with another selection; train with it for at least one step, or choose topk"
+                "come from a run with another selection; train with it for at least one step by qsparse-moe train, or "
+                "choose topk"
             )
-        return not self._is_measured
+        return True
 
     @property
     def is_known_before(self) -> bool:
@@ -98,7 +111,7 @@ class SharedSelector(nn.Module):
             x: the dense rows ``(*, D)``.
             expert_N: the expert of each row; None at a site without experts.
         """
-        if not (self.training and self.measures):
+        if not self.is_measuring:
             return {}
         energy_ED, rows_E = energies(x.flatten(0, -2), expert_N, self.num_experts)
         return {f"{ENERGY}_ED": energy_ED, f"{ROWS}_E": rows_E}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,11 @@ class InitialWeights:
     def __init__(self, init_from: str, kind: str, source: NamedTensors, digest: str, changes: Changes) -> None:
         self._init_from, self._kind, self._source = init_from, kind, source
         self._digest, self._changes = digest, changes
+
+    @property
+    def names(self) -> Collection[str]:
+        """The names of the tensors."""
+        return self._source.shapes.keys()
 
     def fill(self, name: str, start: int, out: Tensor) -> None:
         """See ``WeightSource``.

@@ -281,8 +281,10 @@ class _Loop:
     def _set_sparsity(self, step: int) -> None:
         settings, most_experts = self._run.config.model.sparsity, self._run.config.model.moe.experts_per_token
         self._run.engine.model.set_ste_share(ste_share(settings, step))
-        # By the number of the step, so that a resumed run measures in the same steps. The first step always does.
-        self._run.engine.model.measure_energies(step % settings.shared.measure_interval == 0)
+        # By the number of the step, so that a resumed run measures in the same steps. A first step that was skipped has
+        # left nothing, so that the next one measures too.
+        is_due = step % settings.shared.measure_interval == 0
+        self._run.engine.model.measure_energies(is_due or not self._run.engine.model.has_averages)
         scale = scheduled_scale(settings.schedule, step)
         # Only on a change: setting a plan copies its values to the device.
         if scale != self._scale:

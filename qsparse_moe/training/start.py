@@ -54,7 +54,7 @@ def start_engine(
 
 def _resumed(config: RunConfig, model: Transformer, distributed: Distributed, checkpoint: Checkpoint) -> Engine:
     check_belongs(model, checkpoint)
-    load_buffers(model, checkpoint.buffer)
+    load_buffers(model, checkpoint.buffer, checkpoint.buffer_shapes)
     # The weights come first, because the engine copies them; the state that it adds is restored afterwards.
     engine = build_engine(config, model, distributed, checkpoint.weights())
     restore(engine, checkpoint.read, checkpoint.adam_step)
@@ -64,7 +64,7 @@ def _resumed(config: RunConfig, model: Transformer, distributed: Distributed, ch
 
 
 def _started_from(config: RunConfig, model: Transformer, distributed: Distributed, initial: InitialWeights) -> Engine:
-    load_buffers(model, initial.buffer)
+    load_buffers(model, initial.buffer, initial.names)
     engine = build_engine(config, model, distributed, initial)
     if config.training.precision != "fp32":
         initial.restore_masters(engine)

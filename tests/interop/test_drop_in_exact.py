@@ -107,7 +107,7 @@ def imported(request, tmp_path_factory):
 def ours_like(weights, plan, settings):
     sparsity = SparsityConfig.model_validate(settings)
     model = build_model(weights.model.model_copy(update={"sparsity": sparsity}))
-    load_model(model, weights.tensor)
+    load_model(model, weights.tensor, weights.shapes)
     model.set_sparsity(plan)
     return model
 

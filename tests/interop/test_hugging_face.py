@@ -35,7 +35,7 @@ def read(folder, **experts):
     moe = weights.model.moe.model_copy(update={"backend": "loop"} | experts)
     model = build_model(weights.model.model_copy(update={"moe": moe}))
     assert stored_shapes(model) == weights.shapes
-    load_model(model, weights.tensor)
+    load_model(model, weights.tensor, weights.shapes)
     return model
 
 

@@ -84,10 +84,12 @@ def test_without_a_measurement_training_is_dense_and_evaluation_is_refused():
     assert site(rows, torch.zeros(3, dtype=torch.int64), with_stats=False)[0] is rows
     message = (
         "model.sparsity.selection (shared) selects by running averages, and expert_hidden has none: its weights come "
-        "from a run with another selection; train with it for at least one step, or choose topk"
+        "from a run with another selection; train with it for at least one step by qsparse-moe train, or choose topk"
     )
-    with pytest.raises(ConfigError, match=re.escape(message)):
-        site.eval()(rows, torch.zeros(3, dtype=torch.int64), with_stats=False)
+    site.shared.measures = False
+    for mode in (site.train(), site.eval()):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            mode(rows, torch.zeros(3, dtype=torch.int64), with_stats=False)
 
 
 def test_averages_stay_in_fp32_when_the_model_is_cast():

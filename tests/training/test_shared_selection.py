@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
+from qsparse_moe.training.evaluate import load_run
 from qsparse_moe.training.loop import train
 from tests.support.runs import tiny_config
 
@@ -19,13 +20,13 @@ def runs(text_folder):
     folder = text_folder
     finished = {}
 
-    def config(name, products, **training):
+    def config(name, products, selection, **training):
         model = {
             "moe": {"num_experts": 4, "expert_hidden_size": 24, "backend": "loop", "num_shared_experts": 1},
             "sparsity": {
                 "default": 0.5,
                 "backend": "torch",
-                "selection": "shared",
+                "selection": selection,
                 "gradient": "masked",
                 "shared": {"measure_interval": 2, "products": products},
                 "schedule": {"warmup_steps": 1},
@@ -35,10 +36,10 @@ def runs(text_folder):
         # A step that is reported has masked products, so few are.
         return settings.model_copy(update={"metrics": settings.metrics.model_copy(update={"interval": STOP_STEP})})
 
-    def run(name, products="gathered", listeners=(), **training):
+    def run(name, products="gathered", listeners=(), selection="shared", **training):
         key = name, training.get("resume", False)
         if key not in finished:
-            result = train(config(name, products, **training), listeners)
+            result = train(config(name, products, selection, **training), listeners)
             checkpoint = Checkpoint(list_checkpoints(folder / "runs" / f"shared-{name}")[-1])
             finished[key] = result, {n: checkpoint.buffer(n) for n in checkpoint.buffer_shapes}
         return finished[key]
@@ -76,3 +77,14 @@ def test_a_resumed_run_measures_in_the_same_steps_and_has_the_same_averages(runs
     resumed = runs("stopped", resume=True)
     assert resumed[0].stopped_by is None
     assert_same(resumed, runs("micro-2"), 0)
+
+
+def test_weights_of_another_selection_start_without_averages_and_topk_leaves_them_unread(runs):
+    plain, _ = runs("plain", selection="topk", steps=1)
+    started, energies = runs("started", init_from=str(plain.run_dir), steps=2)
+    assert len(energies) == 2 * len(SITES) and all(energy_ED.any() for energy_ED in energies.values())
+    _, model, _ = load_run(started.run_dir, overrides=["model.sparsity.selection=topk"])
+    assert not [name for name in model.state_dict() if "mean_energy" in name]
+    tokens = torch.arange(12)[None]
+    _, shared, _ = load_run(started.run_dir)
+    assert not torch.equal(model(tokens).logits_BSV, shared(tokens).logits_BSV)

@@ -47,8 +47,8 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Block"]
     _skip_keys_device_placement = ["past_key_values"]
     _tied_weights_keys = {"model.head.weight": "model.embedding.weight"}
-    # Small updates of these biases would round to nothing in bf16.
-    _keep_in_fp32_modules_strict = ["expert_bias"]
+    # Small updates of these biases, and of the averages of a shared selection, would round to nothing in bf16.
+    _keep_in_fp32_modules_strict = ["expert_bias", "mean_energy_ED"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -58,6 +58,8 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         model, plan = config.read()
         self.model = Transformer(model)
+        # Nobody here adds up what the ranks measure: the sets of a shared selection stay as they were trained.
+        self.model.measure_energies(False)
         self.model.set_sparsity(plan)
         self.attentions = nn.ModuleList(
             InterfaceAttention(config, block.layer, block.attention.scale) for block in self.model.blocks()
@@ -84,6 +86,7 @@ class QSparseMoEForCausalLM(PreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             wrapper = cls(config)
         wrapper.model = model
+        model.measure_energies(False)
         # Chosen when it was built.
         wrapper._runtime_device = model.embedding.weight.device.type
         return wrapper.train(model.training)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qsparse_moe.errors import CheckpointError
 from qsparse_moe.moe.expert_group import global_shape
+from qsparse_moe.nn.shared_selector import AVERAGES
 from qsparse_moe.training.checkpoint.tensor_file import TensorSource
 from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.protocol import STATE_KINDS, Engine, StateKind
@@ -104,6 +105,7 @@ class StoredWeights:
 def load_model(
     model: nn.Module,
     read: Callable[[str], Tensor],
+    stored: Container[str],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -117,13 +119,22 @@ def load_model(
     # Of a tensor that is backed by a file, only this range is read.
     source = StoredWeights(lambda name, start, stop: read(name).flatten()[start:stop])
     fill_model(model, source, device=device, dtype=dtype, distributed=distributed)
-    load_buffers(model, read)
+    load_buffers(model, read, stored)
 
 
-def load_buffers(model: nn.Module, read: Callable[[str], Tensor]) -> None:
-    """Copy the tensors that ``read`` returns by name into the buffers that belong to the model's state."""
+def load_buffers(model: nn.Module, read: Callable[[str], Tensor], stored: Container[str]) -> None:
+    """Copy the tensors that ``read`` returns by name into the buffers that belong to the model's state.
+
+    Averages of a shared selection that are not among the names in ``stored`` stay zero: not measured yet.
+    """
     for name, value in state_buffers(model).items():
-        value.copy_(read(name))
+        if name in stored or not is_average(name):
+            value.copy_(read(name))
+
+
+def is_average(name: str) -> bool:
+    """Return whether a buffer holds the averages of a shared selection, which models of other selections lack."""
+    return name.endswith(f".{AVERAGES}")
 
 
 def global_shapes(model: nn.Module) -> dict[str, torch.Size]:
@@ -143,12 +154,15 @@ def check_shapes(want: Mapping[str, torch.Size], have: Mapping[str, list[int]], 
 def differing_shapes(
     want: Mapping[str, Sequence[int]], have: Mapping[str, Sequence[int]]
 ) -> list[tuple[str, str, str]]:
-    """Return the name and both shapes, as text, of every tensor whose shapes differ or that only one side has."""
+    """Return the name and both shapes, as text, of every tensor whose shapes differ or that only one side has.
+
+    Averages of a shared selection that only one side has are left out; see ``load_buffers``.
+    """
     pairs = [(name, want.get(name), have.get(name)) for name in sorted(want.keys() | have.keys())]
     return [
         (name, _format_shape(ours), _format_shape(theirs))
         for name, ours, theirs in pairs
-        if ours is None or theirs is None or list(ours) != list(theirs)
+        if (not is_average(name) if ours is None or theirs is None else list(ours) != list(theirs))
     ]
 
 

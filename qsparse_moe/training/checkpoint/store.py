@@ -243,7 +243,7 @@ def load_checkpoint(
     """
     check_belongs(model, checkpoint)
     fill_model(model, checkpoint.weights(), device=device, dtype=dtype, distributed=distributed)
-    load_buffers(model, checkpoint.buffer)
+    load_buffers(model, checkpoint.buffer, checkpoint.buffer_shapes)
 
 
 def check_belongs(model: nn.Module, checkpoint: Checkpoint) -> None:

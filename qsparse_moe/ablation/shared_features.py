@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, cast
 
 import torch
@@ -97,6 +97,8 @@ def measure_sharing(
     for layer, (x_TD, ids_TA) in enumerate(_inputs(model, sequences)):
         block = cast(Block, model.layers[layer])
         for kind, site, rows_by_group in _groups(block, x_TD, ids_TA, group, generator):
+            if not rows_by_group:
+                continue
             for fraction in fractions:
                 values = [
                     likeness(rows_ND, num_selected(1 - fraction, rows_ND.shape[1]), earlier_D)
@@ -108,8 +110,8 @@ def measure_sharing(
 
 
 def _means(values: Sequence[Likeness]) -> dict[str, float]:
-    names = ("union", "overlap", "kept_per_token", "kept_shared", "kept_average", "relative", "relative_average")
-    return {name: sum(getattr(value, name) for value in values) / max(len(values), 1) for name in names}
+    each = [asdict(v) | {"relative": v.relative, "relative_average": v.relative_average} for v in values]
+    return {name: sum(one[name] for one in each) / len(each) for name in each[0]}
 
 
 def _inputs(model: Transformer, sequences: DocumentSequences) -> list[tuple[Tensor, Tensor | None]]:

@@ -13,6 +13,7 @@ from qsparse_moe.cli.bench_decode import decode
 from qsparse_moe.cli.bench_drop_in import drop_in
 from qsparse_moe.cli.bench_moe import moe
 from qsparse_moe.cli.bench_prepare import prepare
+from qsparse_moe.cli.bench_shared_features import shared_features
 from qsparse_moe.cli.bench_start import start
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.cli.option_values import check_sparsity, listed_names
@@ -36,6 +37,7 @@ def register(app: typer.Typer) -> None:
     bench.command("drop-in")(drop_in)
     bench.command("prepare")(prepare)
     bench.command("start")(start)
+    bench.command("shared-features")(shared_features)
     app.add_typer(bench, name="bench")
 
 

@@ -36,6 +36,24 @@ def test_the_step_benchmark_runs_whole(shown, tmp_path, capsys):
         assert "One training step of 16 tokens" in printed and "fp32" in printed
 
 
+def test_the_step_benchmark_adds_the_steps_that_measure_to_the_time_of_shared_sets(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    sizes = {"layers": 1, "hidden-size": 32, "heads": 2, "experts": 4, "expert-hidden-size": 16, "rows": 2}
+    words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    options = ["--sequence-length", "8", "--rounds", "2", "--precision", "fp32", "--selection", "shared"]
+    options += ["--gradient", "masked", "--output", f"{tmp_path}/step.json"]
+    assert run(["bench", "step", *words, *options]) == 0
+    assert "fp32: with one step in 10 that measures, " in capsys.readouterr().out
+    written = json.loads((tmp_path / "step.json").read_text())["fp32"]
+    rounds = written["seconds_by_round"]
+    measuring = rounds["with Q-Sparse, a step that measures"]
+    mean = [0.9 * plain + 0.1 * other for plain, other in zip(rounds["with Q-Sparse"], measuring, strict=True)]
+    faster = [dense / one for dense, one in zip(rounds["without Q-Sparse"], mean, strict=True)]
+    assert written["shared_sets"]["seconds"] == pytest.approx(sum(mean) / 2)
+    assert written["shared_sets"]["times_faster_than_dense"]["min"] == pytest.approx(min(faster))
+    assert (written["shape"]["selection"], written["shape"]["gradient"]) == ("shared", "masked")
+
+
 @pytest.mark.parametrize("shown", ["table", "json"])
 def test_the_drop_in_benchmark_runs_whole(shown, tmp_path, capsys):
     pytest.importorskip("transformers")

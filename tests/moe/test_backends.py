@@ -152,7 +152,7 @@ def test_bf16_experts_multiply_rounded_rows_and_leave_the_rows_in_fp32():
         for weight in experts.parameters():
             weight.copy_(torch.randn(weight.shape))
     x, counts = torch.randn(5, X), torch.tensor([2, 3])
-    found, _ = experts(x, counts, torch.tensor([0, 0, 1, 1, 1]), with_stats=False)
+    found, _, _ = experts(x, counts, torch.tensor([0, 0, 1, 1, 1]), with_stats=False)
     want = []
     for rows, gate, up, down in zip(x.split([2, 3]), experts.w_gate, experts.w_up, experts.w_down, strict=True):
         inner = torch.nn.functional.silu((rows.bfloat16() @ gate).float()) * (rows.bfloat16() @ up).float()

@@ -57,8 +57,14 @@ FEWER: dict[str, Any] = {
     },
 }
 """Two of three experts per token, as many as reach a share of the weight, and none, from layer to layer."""
+SHARED: dict[str, Any] = {
+    "moe": MODEL["moe"] | {"backend": "loop"},
+    "sparsity": MODEL["sparsity"] | {"selection": "shared", "gradient": "masked", "shared": {"measure_interval": 2}},
+}
+"""Features that an expert's tokens share, as many as S of the expert says, multiplied at their true size."""
 MODELS = {
     "fewer": FEWER,
+    "shared": SHARED,
     "imported": IMPORTED,
     "balanced": BALANCED_MODEL,
     "capacity": CAPACITY_MODEL,
@@ -76,6 +82,7 @@ REFERENCES = {
     ("capacity", "fp32"): "torch-fp32-ep1-acc4",  # the capacity of an expert is counted per micro-batch
     ("mixed", "fp32"): "torch-fp32-ep1",
     ("fewer", "fp32"): "torch-fp32-ep1",
+    ("shared", "fp32"): "torch-fp32-ep1",
     ("initial", "fp32"): "torch-fp32-ep1",
     ("imported", "fp32"): "torch-fp32-ep1",
     ("overflow", "fp16"): "torch-fp16-ep1-acc1",
@@ -123,6 +130,9 @@ OTHERS: dict[tuple[str, int], tuple[str, str]] = {
     ("mixed-zero3", 2): ("mixed", "zero3-fp32-ep2-acc2"),
     ("fewer-zero1", 2): ("fewer", "zero1-fp32-ep2-acc2"),
     ("fewer-zero3", 2): ("fewer", "zero3-fp32-ep2-acc1"),
+    ("shared-torch", 2): ("shared", "torch-fp32-ep2-acc2"),
+    ("shared-zero2", 2): ("shared", "zero2-fp32-ep1-acc2"),
+    ("shared-zero3", 2): ("shared", "zero3-fp32-ep2-acc1"),
     ("mixed-zero0", 4): ("mixed", "zero0-fp32-ep2-acc1"),
     **{(f"initial-zero{stage}", 2): ("initial", f"zero{stage}-fp32-ep2-acc1") for stage in (0, 2, 3)},
     ("initial-torch", 2): ("initial", "torch-fp32-ep2-acc1"),
@@ -260,6 +270,9 @@ class ExpertRuns:
         config = tiny_config(self.folder, f"{label}-{ranks}", model=model, **(training | more))
         settings = config.model_dump(mode="json")
         settings["metrics"]["layer_gradients"] = True
+        if kind == "shared":
+            # A step that is reported multiplies with whole matrices, so only the last one is.
+            settings["metrics"]["interval"] = STEPS
         if kind == "short":
             settings["data"]["sequence_length"] = SHORTEST
         return entry(label, RunConfig.model_validate(settings), **of_entry)

@@ -51,7 +51,8 @@ def assert_same_run(runs: ExpertRuns, label, ranks, kind="main", precision="fp32
     """Losses, norms, router statistics, and every weight and moment as a global tensor agree."""
     outcome, (reference, reference_dir) = runs(label, ranks), runs.reference(kind, precision)
     pairs = list(zip(outcome["reports"], reference["reports"][since:], strict=True))
-    assert [mine["step"] for mine, _ in pairs] == [*range(since + 1, STEPS + 1)]
+    steps = [STEPS] if kind == "shared" else [*range(since + 1, STEPS + 1)]
+    assert [mine["step"] for mine, _ in pairs] == steps
     for mine, other in pairs:
         assert mine["losses"] == pytest.approx(other["losses"], abs=OF_LOSS[precision])
         assert mine["grad_norm"] == pytest.approx(other["grad_norm"], rel=OF_NORM[precision])
@@ -122,6 +123,16 @@ def test_ranks_without_tokens_and_other_models_train_as_one_rank_does(runs: Expe
         assert sum(rows_LE[0]) == 2 * (4 * 2 if kind == "short" else 8 * 24)
     if kind == "overflow":
         assert [report["skipped_steps"] for report in runs(label, ranks)["reports"]] == [0, 1, 1]
+
+
+@pytest.mark.parametrize(("label", "ranks"), [key for key, (kind, _) in OTHERS.items() if kind == "shared"])
+def test_averages_of_shared_features_are_those_of_the_tokens_of_all_ranks(runs: ExpertRuns, label, ranks):
+    mine, other = (
+        Checkpoint(list_checkpoints(runs.folder_of(*run))[-1]) for run in ((label, ranks), ("shared-fp32", 1))
+    )
+    assert mine.buffer_shapes.keys() == other.buffer_shapes.keys() and mine.buffer_shapes
+    for name in mine.buffer_shapes:
+        torch.testing.assert_close(mine.buffer(name), other.buffer(name), rtol=1e-3, atol=1e-7)
 
 
 def test_initial_weights_and_biases_of_another_layout_are_those_of_the_source(runs: ExpertRuns):

@@ -191,10 +191,10 @@ class _Moved:
 
     def _twice(self, forward, moe, own, x_ND, counts, expert_N, **options):
         hook, moe.experts.hidden_site.hook = moe.experts.hidden_site.hook, None
-        still, stats = forward(x_ND, counts, expert_N, **options)
+        still, *stats = forward(x_ND, counts, expert_N, **options)
         moe.experts.hidden_site.hook = hook
         own["moved"] = forward(own["input"], counts, expert_N, **options)[0]
-        return still, stats
+        return still, *stats
 
     def _combine(self, layer, own, y_ND, weights_TA, routed):
         now_TA, then_TA = (

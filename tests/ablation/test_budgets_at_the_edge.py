@@ -37,6 +37,18 @@ def test_a_shifted_plan_reaches_the_sparsest_one_whatever_its_offsets():
         shifted(plan, offsets, costs, sparsest + 0.01)
 
 
+def test_a_plan_that_meets_the_budget_without_zeros_is_found_where_zeros_take_longer():
+    wide = wide_config()
+    # A matrix of this size is read faster as a whole than by selected rows.
+    times = SimpleNamespace(fixed=1.0, of_site=lambda config, layer, site, sparsity: 1.0 if sparsity == 0 else 2.0)
+    costs = Costs(wide, EVEN, "ms", times=times)
+    plan = SparsityPlan.uniform(wide, 0.0)
+    found = shifted(plan, dict.fromkeys(cells_of(plan), 0.0), costs, costs.of(plan))
+    assert {sparsity_of(found, cell) for cell in cells_of(plan)} == {0.0}
+    with pytest.raises(ConfigError, match="cannot be met"):
+        shifted(plan, dict.fromkeys(cells_of(plan), 0.0), costs, 0.9 * costs.of(plan))
+
+
 def test_no_site_of_a_greedy_plan_goes_beyond_the_largest_s():
     wide = wide_config()
     costs = Costs(wide, EVEN, "parameters")

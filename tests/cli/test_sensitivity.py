@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -134,6 +135,26 @@ def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(t
     assert "bytes=0.6@batch=2, on 1 held-out sequences" in printed and f"plan              {output}" in printed
     assert run(["allocate", str(trained), "--output", str(tmp_path / "b.json"), "--budget", "bytes=0.01"]) == 2
     assert "cannot be met: with S at most 0.95 everywhere, the nearest is" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_budget_that_all_experts_exceed_at_every_sparsity_is_compared_with_the_best_uniform_plan(
+    trained, tmp_path, capsys
+):
+    arguments = ["allocate", str(trained), "--output", str(tmp_path / "plan.json"), "--rows", "2", "--held-out", "1"]
+    arguments += ["--rounds", "1", "--random", "0", "--no-greedy", "--folder", str(tmp_path / "report"), "--json"]
+    assert run([*arguments, "--budget", "bytes=0.01"]) == 2
+    message = capsys.readouterr().err
+    nearest, budget = (int(re.search(rf"{word} ([\d,]+) bytes", message)[1].replace(",", "")) for word in ("is", "of"))
+    share = nearest / budget / 100 + 0.001
+    assert run([*arguments, "--budget", f"bytes={share:.4f}"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["budgets"]
+    outcomes = {one["name"]: one for one in found["outcomes"]}
+    assert set(found["left_out"]) >= {"uniform", "S alone"} and not {"uniform", "S alone"} & set(outcomes)
+    assert outcomes["uniform both"]["against_uniform"] == 0.0 != outcomes["dense"]["against_uniform"]
+    report = (tmp_path / "report" / "report.md").read_text()
+    reason = "S of 0.95 everywhere exceeds the budget while all experts are used"
+    assert f"No plan *uniform*: {reason}; differences and gaps are from *uniform both*." in report
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ class PlanComparison:
     loss: float
     """Loss in nats per token."""
     against_uniform: float
-    """Difference between its loss and the loss under uniform S."""
+    """Difference between its loss and the loss under uniform S, or under the plan that stands for it."""
     interval: tuple[float, float]
     """95 % bootstrap interval of that difference, over documents."""
     cost: float
@@ -126,9 +126,14 @@ def differences(found: Mapping[str, tuple[Array, float]], plan: str, labels_C: A
     )
 
 
-def comparisons(found: Mapping[str, tuple[Array, float]], labels_C: Array) -> tuple[PlanComparison, ...]:
-    """Return the comparison from the loss per document and the cost of each; uniform S and dense must be among them."""
-    uniform_C, dense_C = found[UNIFORM][0], found[DENSE][0]
+def comparisons(
+    found: Mapping[str, tuple[Array, float]], labels_C: Array, *, against: str = UNIFORM
+) -> tuple[PlanComparison, ...]:
+    """Return the comparison from the loss per document and the cost of each; dense must be among them.
+
+    ``against`` names the plan that all are compared with and that the gap to dense is measured from.
+    """
+    uniform_C, dense_C = found[against][0], found[DENSE][0]
     gap = float((uniform_C - dense_C).sum())
     differences_XC = np.stack([losses_C - uniform_C for losses_C, _ in found.values()])
     # Of differences within a document, whose variance is far below that of the losses.

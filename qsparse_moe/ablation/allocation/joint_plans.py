@@ -58,7 +58,8 @@ def plans_of_budget(
     """
     config, dense = model.config, with_all_ranks(SparsityPlan.uniform(model.config, 0.0))
     check_reachable(costs, dense, target, choices)
-    uniform, left_out = _uniform_plans(config, dense, costs, target, choices), {}
+    uniform = _uniform_plans(config, dense, costs, target, choices)
+    left_out: dict[str, str] = {}
     plans: dict[str, SparsityPlan] = {}
     full = Choice(config.moe.experts_per_token)
     by_layer = dict.fromkeys(moe_layers(config), choices)
@@ -72,7 +73,8 @@ def plans_of_budget(
         plans[S_ALONE] = allocate_jointly(model, texts, costs, target, uniform[full], only_s, rounds=rounds)
         begins = [plans[S_ALONE]] if best_uniform is uniform[full] else [best_uniform, plans[S_ALONE]]
     else:
-        left_out[S_ALONE] = f"S of {MOST_SPARSE:g} everywhere exceeds the budget while all experts are used"
+        reason = f"S of {MOST_SPARSE:g} everywhere exceeds the budget while all experts are used"
+        left_out |= {UNIFORM: f"{reason}; differences and gaps are from *{UNIFORM_BOTH}*", S_ALONE: reason}
     ends = [allocate_jointly(model, texts, costs, target, begin, by_layer, rounds=rounds) for begin in begins]
     plans[JOINT] = best_of(model, texts.judge, ends)
     starts = [plan for choice in choices if costs.of(plan := everywhere(dense, config, choice)) <= target]
@@ -93,9 +95,10 @@ def plans_of_budget(
 
 
 def check_reachable(costs: Costs, dense: SparsityPlan, target: float, choices: Sequence[Choice]) -> None:
-    """Raise ConfigError if even the sparsest plan with the cheapest choice exceeds the budget."""
+    """Raise ConfigError if the cheapest choice exceeds the budget, at S = 0 as well as at the largest S."""
     sparsest = replace(dense, values={place: (MOST_SPARSE,) * len(own) for place, own in dense.values.items()})
-    check_budget(costs, min((everywhere(sparsest, costs.config, one) for one in choices), key=costs.of), target)
+    ends = (everywhere(plan, costs.config, one) for plan in (sparsest, dense) for one in choices)
+    check_budget(costs, min(ends, key=costs.of), target)
 
 
 def _uniform_plans(

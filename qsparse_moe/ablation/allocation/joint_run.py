@@ -270,13 +270,18 @@ def _at_budget(
         target=target,
         plans=made.plans,
         left_out=made.left_out,
-        comparisons=comparisons(found, labels_C),
+        comparisons=comparisons(found, labels_C, against=_baseline(found)),
         differences=differences(found, JOINT, labels_C),
         decoding={} if decoder is None else decoder.measure(timed),
         predicted={name: found[name][1] for name in timed} if budget.quantity == "ms" else {},
         after_training=(),
         differences_after_training=(),
     )
+
+
+def _baseline(found: Mapping[str, tuple[Array, float]]) -> str:
+    # A small budget may not have uniform S with all experts, while uniform plans of both sparsities meet it.
+    return UNIFORM if UNIFORM in found else UNIFORM_BOTH
 
 
 def _trained(
@@ -296,6 +301,6 @@ def _trained(
     labels_C = setting.held_out.labels_C
     return replace(
         found,
-        after_training=comparisons(after, labels_C),
+        after_training=comparisons(after, labels_C, against=_baseline(after)),
         differences_after_training=differences(after, JOINT, labels_C),
     )

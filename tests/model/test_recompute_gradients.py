@@ -12,10 +12,17 @@ from qsparse_moe.moe.losses import StepLoad
 from tests.model.small_model import RECOMPUTED, make, tokens
 
 
-@pytest.mark.parametrize("moe", [{}, {"capacity_factor": 0.5, "moe_layer_interval": 2}], ids=["dropless", "capacity"])
+CASES = {
+    "dropless": ({}, {}),
+    "capacity": ({"capacity_factor": 0.5, "moe_layer_interval": 2}, {}),
+    "fewer experts": ({}, {"routing_overrides": [{"layers": 0, "experts_per_token": 1}, {"layers": 1, "top_p": 0.6}]}),
+}
+
+
+@pytest.mark.parametrize(("moe", "sparsity"), CASES.values(), ids=CASES)
 @pytest.mark.parametrize("mode", RECOMPUTED)
-def test_checkpointing_changes_neither_gradients_nor_sums(moe, mode):
-    plain = make(sparsity=SparsityConfig(default=0.5), moe=moe)
+def test_checkpointing_changes_neither_gradients_nor_sums(moe, sparsity, mode):
+    plain = make(sparsity=SparsityConfig(default=0.5, **sparsity), moe=moe)
     recomputed = copy.deepcopy(plain)
     recomputed.activation_checkpointing = mode
     outputs = [model(tokens(), tokens()) for model in (plain, recomputed)]

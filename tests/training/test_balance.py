@@ -26,8 +26,11 @@ ALONE = Distributed(rank=0, world_size=1, local_rank=0, device=torch.device("cpu
 E = 8
 
 
-def config_of(folder, moe, **training):
-    model = {"moe": {"num_experts": E, "expert_hidden_size": 24, "backend": "loop"} | moe}
+FEWER = {"all": {}, "fewer": {"experts_per_token": 1}, "top-p": {"top_p": 0.53}}
+
+
+def config_of(folder, moe, sparsity=None, **training):
+    model = {"moe": {"num_experts": E, "expert_hidden_size": 24, "backend": "loop"} | moe, "sparsity": sparsity or {}}
     return tiny_config(folder, "run", model=model, **({"engine": "torch", "learning_rate": 1e-3} | training))
 
 
@@ -65,12 +68,13 @@ def test_biases_balance_a_skewed_router_and_without_them_it_stays_skewed(tmp_pat
     assert sum(violation[0.0][-10:]) / 10 > 1.0
 
 
+@pytest.mark.parametrize("fewer", FEWER)
 @pytest.mark.parametrize("recomputation", ["none", "full"])
 @pytest.mark.parametrize("report", [False, True])
 @pytest.mark.parametrize("micro_batches", [1, 4])
-def test_biases_move_once_per_step_by_the_load_of_the_whole_step(tmp_path, micro_batches, report, recomputation):
+def test_biases_move_once_per_step_by_the_load_of_the_whole_step(tmp_path, micro_batches, report, recomputation, fewer):
     rows = 8 // micro_batches
-    config = config_of(tmp_path, BIASED, micro_batch_size=rows, activation_checkpointing=recomputation)
+    config = config_of(tmp_path, BIASED, FEWER[fewer], micro_batch_size=rows, activation_checkpointing=recomputation)
     engine = engine_of(config, skew=1.0)
     batches = random_batches(count=micro_batches, rows=rows)
     whole = random_batches(count=1, rows=8)[0]
@@ -82,7 +86,11 @@ def test_biases_move_once_per_step_by_the_load_of_the_whole_step(tmp_path, micro
             model = copy.deepcopy(engine.model)
             rows_LE = model(whole.tokens_BS, positions_BS=whole.positions_BS).stats["router/routed_LE"]
         next(iter(steps_of(engine, batches, 1, report)))
-        want = before + 0.02 * (8 * 24 * 2 / E - rows_LE).sign().float()
+        # Experts that a token does not use are not part of the load, and every token uses one at least.
+        used = rows_LE.sum(-1, keepdim=True)
+        expected = {"all": used == 8 * 24 * 2, "fewer": used == 8 * 24, "top-p": (used > 8 * 24) & (used < 8 * 24 * 2)}
+        assert expected[fewer].all()
+        want = before + 0.02 * (used / E - rows_LE).sign().float()
         assert engine.model.router_bias_LE.equal(want), step
         assert not want.equal(before)
 
@@ -171,10 +179,11 @@ def test_biases_stop_moving_after_their_steps(tmp_path):
     assert biases[1].equal(biases[2]) and biases[2].equal(biases[3])
 
 
+@pytest.mark.parametrize("fewer", FEWER)
 @pytest.mark.parametrize("recomputation", ["none", "full"])
-def test_a_global_balance_loss_starts_again_in_every_step(tmp_path, recomputation):
+def test_a_global_balance_loss_starts_again_in_every_step(tmp_path, recomputation, fewer):
     moe = {"load_balance_scope": "global_batch", "load_balance_coefficient": 0.0}
-    config = config_of(tmp_path, moe, activation_checkpointing=recomputation)
+    config = config_of(tmp_path, moe, FEWER[fewer], activation_checkpointing=recomputation)
     engine = engine_of(config, skew=1.0)
     batches = random_batches()
     list(steps_of(engine, batches, 2, report=True))

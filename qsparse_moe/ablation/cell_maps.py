@@ -15,12 +15,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from qsparse_moe.ablation.grid.panels import colour_bar
+from qsparse_moe.ablation.page.parts import Table
 from qsparse_moe.data.packing import Array
 
 UNIT = "change of the loss,\n1/1000 nats per token"
 # More cells than this are too small on the page for a readable number.
 _MOST_LABELLED = 160
 _MOST_COLUMNS = 3
+_WIDEST = 11.0
+"""Largest width of a line of panels, in inches."""
 _WIDE = 30.0
 """The scale becomes logarithmic away from 0 when the largest change exceeds the median change by this factor."""
 _MISSING = "0.82"
@@ -62,18 +65,19 @@ def draw_maps(
     """Draw every panel on one scale, in thousandths of a nat per token. White means no change.
 
     Args:
-        panels: the panels in reading order, three per line.
+        panels: the panels in reading order, up to three per line.
         scale: the result of ``scale_over`` for these panels, or for those of several figures that are compared.
         title: the title of the figure.
         missing: the reason why a grey cell has no value, for the legend.
         noise: the criterion for hatched cells, for the legend; None if the noise is unknown and no cell is hatched.
         note: an optional second line of the title.
     """
-    num_columns = min(len(panels), _MOST_COLUMNS)
-    num_rows = -(-len(panels) // num_columns)
     num_experts = max(panel.change_LE.shape[1] for panel in panels)
     most_layers = max(len(panel.layers) for panel in panels)
-    wide, high = min(6.0, max(2.6, 0.55 * num_experts + 1.0)), 1.1 + max(0.9, min(6.0, 0.4 * most_layers))
+    wide, high = min(_WIDEST, max(2.6, 0.55 * num_experts + 1.0)), 1.1 + max(0.9, min(6.0, 0.4 * most_layers))
+    # A figure that a page has to shrink cannot be read.
+    num_columns = min(len(panels), _MOST_COLUMNS, max(1, int(_WIDEST // wide)))
+    num_rows = -(-len(panels) // num_columns)
     size = max(6.4, num_columns * wide + 1.6), num_rows * high + (1.3 if noise or note else 0.9)
     figure = Figure(figsize=size, dpi=110, layout="constrained")
     figure.suptitle("\n".join(filter(None, (title, note))), fontsize=9)
@@ -103,6 +107,17 @@ def draw_maps(
     return figure
 
 
+def map_table(panel: CellMap) -> Table:
+    """Return the values of one heat map in thousandths of a nat per token, with a dash where there is none."""
+    count = panel.change_LE.shape[1]
+    head = ("layer", *(f"expert {expert}" for expert in range(count))) if count > 1 else ("layer", "change")
+    rows = [
+        (str(layer), *("–" if np.isnan(value) else f"{1000 * value:+.4f}" for value in values))
+        for layer, values in zip(panel.layers, panel.change_LE, strict=True)
+    ]
+    return Table(f"{panel.title}, 1/1000 nats per token", head, rows)
+
+
 def _label_experts(axis: Axes, num_experts: int) -> None:
     if num_experts == 1:
         axis.set_xticks([])
@@ -121,6 +136,8 @@ def _hatch_noise(axis: Axes, noise_LE: Array) -> None:
 
 def _write_values(axis: Axes, panel: CellMap, scale: Normalize) -> None:
     """Write each value into its cell. Noise is grey on a white box, so that the hatching does not cross the digits."""
+    # Five digits must fit into the width of a cell.
+    size = 7 if panel.change_LE.shape[1] <= 18 else 6
     for row, column in np.argwhere(~np.isnan(panel.change_LE)):
         value, is_noise = 1000 * panel.change_LE[row, column], bool(panel.noise_LE[row, column])
         # Black digits are hard to read on both ends of the colour map.
@@ -128,7 +145,7 @@ def _write_values(axis: Axes, panel: CellMap, scale: Normalize) -> None:
         box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.9} if is_noise else None
         weight, colour = ("normal", "0.35") if is_noise else ("bold", "white" if dark else "black")
         axis.text(
-            column, row, _short(value), ha="center", va="center", fontsize=7, color=colour, weight=weight, bbox=box
+            column, row, _short(value), ha="center", va="center", fontsize=size, color=colour, weight=weight, bbox=box
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,9 @@ from qsparse_moe.runs.folder import is_finished
 
 if TYPE_CHECKING:
     from qsparse_moe.ablation.grid.results import RunResult
+
+
+OUTPUT_DIR = "runs/ablations"
 
 
 def register(app: typer.Typer) -> None:
@@ -48,9 +52,7 @@ def ablate(
             show_default=False,
         ),
     ] = None,
-    output_dir: Annotated[
-        str, typer.Option(help="Folder that will contain the folder of this grid.")
-    ] = "runs/ablations",
+    output_dir: Annotated[str, typer.Option(help="Folder that will contain the folder of this grid.")] = OUTPUT_DIR,
     output: Annotated[
         Path | None, typer.Option(help="Folder for the results; default: the folder of the grid.")
     ] = None,
@@ -80,7 +82,8 @@ def ablate(
         with GridProgress(chosen.num_needed) as progress:
             results, stopped_by = run_grid(chosen, placement, notify=progress)
     # Tasks of an array run at the same time: the report is written once, when they are done.
-    _print_report(chosen, results, None if task is not None else output or loaded.folder, json)
+    folder = None if task is not None else output or loaded.folder
+    _print_report(chosen, results, folder, json, _command(grid, overrides or (), placement, output_dir, output))
     # The code with which a shell reports a process that a signal ended.
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
@@ -112,12 +115,30 @@ def _from_rows(grid: Grid, rows: Path) -> list[RunResult]:
     return found
 
 
-def _print_report(grid: Grid, results: list[RunResult], folder: Path | None, json: bool) -> None:
+def _command(
+    grid: Path, overrides: Sequence[str], placement: Placement, output_dir: str, output: Path | None
+) -> list[str]:
+    """Return the command that trains the runs of this report, without the options that have their defaults."""
+    given = {
+        "--ranks": placement.ranks if placement.ranks > 1 else None,
+        "--jobs": placement.jobs if placement.jobs > 1 else None,
+        "--devices": ",".join(placement.devices) or None,
+        "--launcher": placement.launcher if placement.launcher != "auto" else None,
+        "--output-dir": output_dir if output_dir != OUTPUT_DIR else None,
+        "--output": output,
+    }
+    options = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+    return ["qsparse-moe", "ablate", str(grid), *overrides, *options]
+
+
+def _print_report(
+    grid: Grid, results: list[RunResult], folder: Path | None, json: bool, command: Sequence[str]
+) -> None:
     from qsparse_moe.ablation.grid.comparison_report import comparisons_dict
     from qsparse_moe.ablation.grid.report import markdown, write_results
 
     if folder is not None:
-        write_results(grid, results, folder)
+        write_results(grid, results, folder, command=command)
     if json:
         content: dict[str, Any] = {"grid": grid.name, "results": [result.as_dict() for result in results]}
         if grid.comparisons:

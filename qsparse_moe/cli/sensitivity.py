@@ -58,7 +58,7 @@ def sensitivity(
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, a report, and heat maps.
+    """Find the layers, sites, and experts that tolerate more sparsity. Writes JSON, CSV, reports, and heat maps.
 
     Runs on one process or under the deepspeed launcher.
     """
@@ -117,20 +117,27 @@ def parse_values(text: str) -> tuple[float, ...]:
 
 
 def write_report(found: Sensitivity, summary: dict[str, Any], folder: Path, *, tensorboard: Path) -> None:
-    """Write ``sensitivity.json``, ``sensitivity.csv``, ``report.md``, and the figures to ``folder``."""
+    """Write JSON, CSV, the reports, and the figures to ``folder``, and the figures to ``tensorboard`` as well."""
     import json
 
-    from qsparse_moe.ablation.sensitivity.figures import write_figures, write_images
+    from qsparse_moe.ablation.page.html import PAGE, write_page
+    from qsparse_moe.ablation.page.images import pixels
+    from qsparse_moe.ablation.sensitivity.figures import sensitivity_drawings, write_figures
+    from qsparse_moe.ablation.sensitivity.page import sensitivity_page
     from qsparse_moe.ablation.sensitivity.report import markdown, write_csv
+    from qsparse_moe.metrics.tensorboard import write_pictures
     from qsparse_moe.runs.folder import write_atomically
 
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(folder / "sensitivity.json", json.dumps(summary, indent=1) + "\n")
     write_csv(found.changes, folder / "sensitivity.csv")
     title = f"Sensitivities of {summary['run_dir']} after step {summary['step']}"
-    pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in write_figures(found, folder))
+    drawings = sensitivity_drawings(found)
+    pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in write_figures(drawings, folder))
     write_atomically(folder / "report.md", markdown(found, title=title) + pictures)
-    write_images(found, tensorboard, summary["step"])
+    write_page(sensitivity_page(summary, drawings), folder / PAGE)
+    named = {f"{FOLDER}/{name}": pixels(drawing.figure) for name, drawing in drawings.items()}
+    write_pictures(tensorboard, named, summary["step"])
 
 
 def _print_report(done: int, of: int) -> None:

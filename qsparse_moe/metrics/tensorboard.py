@@ -245,11 +245,19 @@ def _wait_for_a_later_name(folder: Path) -> None:
 
 
 def write_pictures(folder: Path, pictures: Mapping[str, Pixels], step: int) -> None:
-    """Add pictures ``(height, width, 3)`` by name, in an event file of their own in the folder of the run."""
+    """Add pictures ``(height, width, 3)`` by name, in an event file of their own in the folder of the run.
+
+    The names have the form ``GROUP/NAME``. An earlier file of the same groups is replaced, so that a report that is
+    written again has every picture once.
+    """
     # The suffix distinguishes the file from the run's own. Without a purge_step the curves of the run stay as they are.
-    with SummaryWriter(str(folder), filename_suffix=".pictures") as writer:
+    suffix = "".join(f".{group}" for group in sorted({name.partition("/")[0] for name in pictures})) + ".pictures"
+    before = list(folder.glob(f"events.out.tfevents.*{suffix}"))
+    with SummaryWriter(str(folder), filename_suffix=suffix) as writer:
         for name, picture in pictures.items():
             writer.add_image(name, picture, step, dataformats="HWC")
+    for file in before:
+        file.unlink(missing_ok=True)
 
 
 def plan_table(plan: SparsityPlan) -> str:

@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from qsparse_moe.ablation.cell_maps import scale_over
 from qsparse_moe.ablation.grid.expert_figures import differences, expert_maps
-from qsparse_moe.ablation.grid.figures import draw_figures, loss_by_parameters, pareto_front
+from qsparse_moe.ablation.grid.figures import grid_drawings, loss_by_parameters, pareto_front, write_figures
 from qsparse_moe.ablation.grid.panels import split_by
 from qsparse_moe.ablation.grid.scan_figures import _change, loss_by_cell, loss_by_sparsity
 from qsparse_moe.ablation.grid.variants import VariantResult, variant_results
@@ -39,7 +39,11 @@ def joint():
 
 
 def test_a_grid_of_experts_and_sparsity_has_every_figure(tmp_path):
-    assert list(draw_figures(joint(), tmp_path)) == ["loss-by-sparsity.png", "loss-by-parameters.png", "iso-loss.png"]
+    assert list(write_figures(grid_drawings(joint()), tmp_path)) == [
+        "loss-by-sparsity.png",
+        "loss-by-parameters.png",
+        "iso-loss.png",
+    ]
     for path in tmp_path.iterdir():
         assert path.suffix == ".png" and imread(path)[..., :3].std() > 0.05, "nothing is drawn"
 
@@ -58,7 +62,7 @@ def test_a_grid_of_experts_and_sparsity_has_every_figure(tmp_path):
     ],
 )
 def test_a_figure_is_drawn_only_where_the_grid_has_its_axes(tmp_path, rows, expected):
-    assert list(draw_figures(rows, tmp_path)) == expected
+    assert list(write_figures(grid_drawings(rows), tmp_path)) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(expected)
 
 

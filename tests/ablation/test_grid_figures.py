@@ -12,9 +12,10 @@ from qsparse_moe.ablation.grid.figures import (
     _levels,
     _name,
     _scatter,
-    draw_figures,
+    grid_drawings,
     iso_loss,
     loss_by_parameters,
+    write_figures,
 )
 from qsparse_moe.ablation.grid.panels import legend
 from qsparse_moe.ablation.grid.scan_figures import (
@@ -234,7 +235,9 @@ def test_nothing_is_left_beside_a_picture(tmp_path):
         | {"active_parameters": d, "kept_parameters": 5}
         for d in (8, 16)
     ]
-    assert draw_figures(rows, tmp_path) == {"loss-by-parameters.png": "Validation loss by active parameters"}
+    assert write_figures(grid_drawings(rows), tmp_path) == {
+        "loss-by-parameters.png": "Validation loss by active parameters"
+    }
     assert [path.name for path in tmp_path.iterdir()] == ["loss-by-parameters.png"]
 
 

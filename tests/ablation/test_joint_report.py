@@ -11,6 +11,7 @@ from qsparse_moe.ablation.allocation import joint_run as run_module
 from qsparse_moe.ablation.allocation.budget import Budget
 from qsparse_moe.ablation.allocation.compare import Difference, PlanComparison
 from qsparse_moe.ablation.allocation.decoding import Decoding
+from qsparse_moe.ablation.allocation.front_figures import front_drawings
 from qsparse_moe.ablation.allocation.joint_report import (
     DECODE_HEAD,
     HEAD,
@@ -22,6 +23,9 @@ from qsparse_moe.ablation.allocation.joint_report import (
     write_fronts,
 )
 from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
+from qsparse_moe.ablation.allocation.spent import LossSpent
+from qsparse_moe.ablation.cells import cells_of
+from qsparse_moe.ablation.sensitivity.joint import PlanParts
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config
@@ -29,6 +33,11 @@ from tests.ablation.small_models import config
 
 def comparison(name, loss, cost, gap=0.5):
     return PlanComparison(name, loss, loss - 2.0, (loss - 2.1, loss - 1.9), cost, gap)
+
+
+def spent_parts(plan) -> PlanParts:
+    cells = {cell: 0.001 * (number - 2.5) for number, cell in enumerate(cells_of(plan))}
+    return PlanParts(cells, {0: 0.125, 1: -0.0625})
 
 
 def result(share, *, trained=False, decoding=True) -> BudgetResult:
@@ -49,6 +58,7 @@ def result(share, *, trained=False, decoding=True) -> BudgetResult:
         predicted={"joint": 0.625} if decoding else {},
         after_training=found if trained else (),
         differences_after_training=less if trained else (),
+        spent=LossSpent(spent_parts(plan), 0.25),
     )
 
 
@@ -71,8 +81,12 @@ def test_the_json_has_everything_under_its_public_key(tmp_path):
     first, second = found["budgets"]
     assert set(first) == {
         *("budget", "share", "target", "outcomes", "joint_less", "decoding", "after_training"),
-        *("joint_less_after_training", "left_out", "plans"),
+        *("joint_less_after_training", "left_out", "plans", "spent"),
     }
+    spent = first["spent"]
+    assert (spent["evaluated"], spent["routing"][1]) == (0.25, {"layer": 1, "change": -0.0625})
+    assert spent["cells"][3] == {"layer": 0, "site": "expert_input", "expert": 1, "change": 0.0005}
+    assert spent["estimated"] == pytest.approx(sum(one["change"] for one in spent["cells"] + spent["routing"]))
     assert (first["budget"], first["share"], first["target"]) == ("bytes=0.5@batch=2", 0.5, 50.0)
     assert first["decoding"]["joint"] == {
         "milliseconds": 0.5,
@@ -119,7 +133,8 @@ def test_a_report_in_words_has_all_budgets_and_the_first_joint_plan(tmp_path):
 @pytest.mark.parametrize("decoding", [False, True])
 def test_a_front_is_drawn_over_the_cost_and_over_tokens_per_second_if_they_were_measured(tmp_path, decoding):
     found = allocation(result(0.5, decoding=decoding), result(0.75, decoding=decoding))
-    files = write_fronts(found, tmp_path)
+    drawings = front_drawings(as_dict(found, run_dir="r", output="p"))
+    files = write_fronts(drawings, tmp_path)
     assert [file.name for file in files] == ["front.png", "front-decoding.png"][: 1 + decoding]
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in files)
 

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from qsparse_moe.ablation.grid.dense_comparison import FIGURES
 from qsparse_moe.ablation.grid.load import load_grid
 from qsparse_moe.ablation.grid.report import _against_dense, _cost, _natural_zeros, markdown, write_results
 from qsparse_moe.ablation.grid.results import RunResult, read_results, results_text
+from qsparse_moe.ablation.page.parts import Drawing
 from qsparse_moe.errors import ConfigError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -241,7 +243,8 @@ def test_a_difference_of_0_from_the_dense_model_counts_in_the_mean(tmp_path):
 def test_the_error_of_a_run_is_one_line_and_pictures_have_their_titles(tmp_path, monkeypatch):
     grid = two_variants(tmp_path)
     results = [outcome("dense", 0, 2.0), replace(outcome("dense", 3, None), error="exit code 1:\n  lost\n\tagain ")]
-    monkeypatch.setattr("qsparse_moe.ablation.grid.report.draw_figures", lambda *_: {"loss.png": "Loss by S"})
+    drawing = Drawing("Loss by S", Figure(figsize=(1, 1)), ())
+    monkeypatch.setattr("qsparse_moe.ablation.grid.report.grid_drawings", lambda *_: {"loss": drawing})
     write_results(replace(grid, runs=grid.runs[:2]), results, tmp_path)
     *_, broken, names, picture = (tmp_path / "report.md").read_text().split("\n\n")
     assert (broken, names) == ("1 of 2 runs did not finish:", "- `dense-seed3`: exit code 1: lost again")

@@ -8,7 +8,7 @@ import pytest
 from qsparse_moe.ablation.routing import Choice, RoutingCell, routing_choices, with_choices
 from qsparse_moe.ablation.sensitivity.documents import loss_by_document
 from qsparse_moe.ablation.sensitivity.estimate import estimate
-from qsparse_moe.ablation.sensitivity.figures import write_figures
+from qsparse_moe.ablation.sensitivity.figures import sensitivity_drawings, write_figures
 from qsparse_moe.ablation.sensitivity.measure import Sensitivity
 from qsparse_moe.ablation.sensitivity.report import as_dict, markdown, routing_rows
 from qsparse_moe.ablation.sensitivity.routing_changes import plan_agreement, routing_changes
@@ -75,7 +75,8 @@ def test_a_report_has_the_routing_and_the_whole_plans(measured, tmp_path):
     assert (
         f"4 random plans of both sparsities, estimated as a whole and evaluated: Spearman {plans.spearman:.3f}" in text
     )
-    assert [file.name for file in write_figures(found, tmp_path)] == ["routing.png"]
+    files = write_figures(sensitivity_drawings(found), tmp_path)
+    assert [file.name for file in files] == ["routing.png", "plans.png"]
     assert (tmp_path / "routing.png").read_bytes()[:4] == b"\x89PNG"
 
 

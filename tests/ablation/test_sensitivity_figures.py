@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qsparse_moe.ablation.cells import Cell
-from qsparse_moe.ablation.sensitivity.figures import _figures
+from qsparse_moe.ablation.sensitivity.figures import sensitivity_drawings
 from qsparse_moe.ablation.sensitivity.measure import CellChange, measure
 from qsparse_moe.ablation.sensitivity.report import costliest_rows
 from tests.ablation.small_models import config, model_of, rows_of
@@ -17,7 +17,7 @@ from tests.ablation.small_models import config, model_of, rows_of
 def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_cells_whose_interval_contains_0():
     model, rows = model_of(config(default=0.25)), rows_of(num_sequences=6)
     found = measure(model, rows, (0.25, 0.5, 0.75), draws=50)
-    figures = {name: figure for name, figure in _figures(found).items() if name.startswith("map-")}
+    figures = {name: drawing.figure for name, drawing in sensitivity_drawings(found).items() if name.startswith("map-")}
     assert len(figures) == 4
     ends, hatched = set(), {}
     for name, figure in figures.items():
@@ -43,7 +43,7 @@ def test_maps_of_all_sites_share_one_scale_have_a_bar_with_the_unit_and_hatch_ce
 def test_a_map_of_estimates_marks_noise_by_the_intervals_of_the_estimates():
     model, rows = model_of(config(default=0.25)), rows_of(num_sequences=6)
     found = measure(model, rows, (0.75,), exact=False, draws=50)
-    axis = _figures(found)["map-expert_hidden"].axes[0]
+    axis = sensitivity_drawings(found)["map-expert_hidden"].figure.axes[0]
     own = [point for point in found.changes if point.cell.site == "expert_hidden"]
     assert len(axis.patches) == sum(p.estimate_interval[0] <= 0 <= p.estimate_interval[1] for p in own)
     values = np.asarray(axis.images[0].get_array())

@@ -182,7 +182,7 @@ def test_a_report_in_words_has_times_agreement_and_cells_or_the_cells_alone_with
 
 
 def test_the_estimate_is_drawn_over_the_evaluation_with_the_diagonal_and_a_scale_of_a_whole_decade():
-    (axes,) = _scatter(sensitivity(evaluated())).axes
+    (axes,) = _scatter(sensitivity(evaluated())).figure.axes
     half, three_quarters, diagonal = axes.lines
     assert half.get_xydata().tolist() == [[0.0, 0.02]]
     assert three_quarters.get_xydata().tolist() == [[0.3, 0.5], [0.2, -0.1]]

@@ -1,12 +1,14 @@
 """``qsparse-moe ablate``: what it lists, what it refuses, and how it shows its runs."""
 
 import json
+import shlex
 from types import SimpleNamespace
 
 import pytest
 
 from qsparse_moe.cli.app import run
 from qsparse_moe.cli.grid_progress import GridProgress
+from tests.support.pages import read_page
 
 GRID = """
 base: base.yaml
@@ -62,7 +64,11 @@ def test_a_point_whose_router_the_loss_does_not_train_is_refused_by_name_before_
 def test_report_only_starts_nothing(grid, capsys, tmp_path):
     assert run(["ablate", *grid, "--report-only"]) == 0
     assert "4 of 4 runs did not finish:" in capsys.readouterr().out
-    assert sorted(path.name for path in (tmp_path / "out" / "mini").iterdir()) == ["report.md", "results.jsonl"]
+    assert sorted(path.name for path in (tmp_path / "out" / "mini").iterdir()) == [
+        *("report.html", "report.md", "results.jsonl")
+    ]
+    (command,) = read_page((tmp_path / "out" / "mini" / "report.html").read_text()).commands
+    assert shlex.split(command) == ["qsparse-moe", "ablate", *grid]
 
 
 def outcome(name, bits, error=None):

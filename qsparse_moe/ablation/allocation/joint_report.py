@@ -1,20 +1,22 @@
-"""Write joint allocations as JSON, Markdown, and a figure of the front."""
+"""Write joint allocations as JSON, Markdown, and figures of the front."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
-from qsparse_moe.ablation.allocation.compare import DENSE, GREEDY, UNIFORM, PlanComparison
+from qsparse_moe.ablation.allocation.compare import GREEDY, UNIFORM
+from qsparse_moe.ablation.allocation.front_figures import UNITS
 from qsparse_moe.ablation.allocation.joint_plans import A_ALONE, JOINT, S_ALONE, UNIFORM_BOTH
 from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
 from qsparse_moe.ablation.allocation.report import NO_GAP
+from qsparse_moe.ablation.allocation.spent import LossSpent
+from qsparse_moe.ablation.page.parts import Drawing
 from qsparse_moe.ablation.sensitivity.report import table
 from qsparse_moe.errors import naming
 from qsparse_moe.metrics.tensorboard import plan_table
@@ -25,9 +27,6 @@ HEAD = ("plan", "loss", "against uniform", "joint less this plan", "95 % interva
 """The columns of ``joint_rows``."""
 DECODE_HEAD = ("plan", "tokens per second", "ms per step", "predicted ms", "bytes read per step")
 """The columns of ``decode_rows``."""
-_UNITS = {"parameters": "parameters per token", "flops": "FLOPs per token", "bytes": "bytes per step", "ms": "ms"}
-# Random and greedy plans are far above the others and would set the scale.
-_DRAWN = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH)
 _KEPT = (JOINT, S_ALONE, A_ALONE, UNIFORM, UNIFORM_BOTH, GREEDY)
 
 
@@ -63,7 +62,17 @@ def _budget(result: BudgetResult, dense_cost: float) -> dict[str, Any]:
         "after_training": [asdict(one) for one in result.after_training],
         "joint_less_after_training": [asdict(one) for one in result.differences_after_training],
         "left_out": dict(result.left_out),
+        "spent": _spent(result.spent),
         "plans": {name: json.loads(plan.to_json()) for name, plan in result.plans.items() if name in _KEPT},
+    }
+
+
+def _spent(found: LossSpent) -> dict[str, Any]:
+    return {
+        "estimated": found.parts.total,
+        "evaluated": found.evaluated,
+        "cells": [{**cell._asdict(), "change": change} for cell, change in found.parts.cells.items()],
+        "routing": [{"layer": layer, "change": change} for layer, change in found.parts.routing.items()],
     }
 
 
@@ -74,7 +83,7 @@ def markdown(found: JointAllocation, *, title: str, figures: Sequence[str] = ())
         f"# {title}",
         f"Checkpoint of step {found.step}; {found.num_sequences} training sequences for the plans, "
         f"{found.num_held_out} validation sequences for the comparison. The dense model with all its experts per token "
-        f"costs {found.dense_cost:,.6g} {_UNITS[first.budget.quantity]} and has a loss of {found.dense_loss:.4f} nats "
+        f"costs {found.dense_cost:,.6g} {UNITS[first.budget.quantity]} and has a loss of {found.dense_loss:.4f} nats "
         "per token. Costs are shares of the dense model's, measured on the validation sequences. Intervals are those "
         "of the difference, by bootstrap over documents.",
     ]
@@ -95,7 +104,7 @@ def markdown(found: JointAllocation, *, title: str, figures: Sequence[str] = ())
     return "\n\n".join([*parts, "S of the first joint plan:", plan_table(first.plans[JOINT])]) + "\n"
 
 
-def joint_rows(budget: dict[str, Any], dense_cost: float, *, after_training: bool = False) -> list[tuple[str, ...]]:
+def joint_rows(budget: Mapping[str, Any], dense_cost: float, *, after_training: bool = False) -> list[tuple[str, ...]]:
     """Return the rows of one budget of ``as_dict`` as text, in the order of ``HEAD``."""
     names = ("after_training", "joint_less_after_training") if after_training else ("outcomes", "joint_less")
     less = {one["against"]: one for one in budget[names[1]]}
@@ -113,7 +122,7 @@ def joint_rows(budget: dict[str, Any], dense_cost: float, *, after_training: boo
     ]
 
 
-def decode_rows(budget: dict[str, Any]) -> list[tuple[str, ...]]:
+def decode_rows(budget: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """Return the decoding of one budget of ``as_dict`` as text, in the order of ``DECODE_HEAD``."""
     return [
         (
@@ -136,42 +145,13 @@ def routing_table(plan: SparsityPlan) -> str:
     )
 
 
-def write_fronts(found: JointAllocation, folder: Path) -> list[Path]:
-    """Write the loss over the measured cost, and over tokens per second if they were measured; return the PNG files."""
-    unit = _UNITS[found.results[0].budget.quantity]
-    label = f"{unit}, measured, as a share of the dense model's"
-    files = [_write(found, folder / "front.png", label, lambda result, one: one.cost / found.dense_cost)]
-    if found.results[0].decoding:
-        label = "tokens per second of decoding, measured"
-        files.append(
-            _write(
-                found,
-                folder / "front-decoding.png",
-                label,
-                lambda result, one: result.decoding[one.name].tokens_per_second,
-            )
-        )
+def write_fronts(drawings: Mapping[str, Drawing], folder: Path) -> list[Path]:
+    """Write the figures of a front among ``drawings`` as PNG files, and return the files."""
+    files = []
+    for name in ("front", "front-decoding"):
+        if name in drawings:
+            file = folder / f"{name}.png"
+            with naming(file):
+                FigureCanvasAgg(drawings[name].figure).print_png(str(file))
+            files.append(file)
     return files
-
-
-def _write(
-    found: JointAllocation, file: Path, label: str, place: Callable[[BudgetResult, PlanComparison], float]
-) -> Path:
-    figure = Figure(figsize=(6.4, 4.4), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for name in _DRAWN:
-        pairs = [(result, one) for result in found.results for one in result.comparisons if one.name == name]
-        points = sorted((place(result, one), one.loss) for result, one in pairs)
-        if points:
-            axes.plot(*zip(*points, strict=True), "o-", ms=4, lw=1.2, label=name)
-    axes.axhline(found.dense_loss, color="grey", lw=0.8, ls="--", label=DENSE)
-    # A alone is far above the others at small budgets and would set the scale.
-    losses = [one.loss for result in found.results for one in result.comparisons if one.name in (JOINT, UNIFORM)]
-    axes.set_ylim(found.dense_loss - 0.05 * (max(losses) - found.dense_loss), None)
-    axes.set_ylim(top=max(losses) + 0.05 * (max(losses) - found.dense_loss))
-    axes.set_xlabel(label)
-    axes.set_ylabel("loss on held-out text, nats per token")
-    axes.legend(fontsize=8)
-    with naming(file):
-        FigureCanvasAgg(figure).print_png(str(file))
-    return file

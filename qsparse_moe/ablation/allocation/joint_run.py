@@ -30,8 +30,10 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     plans_of_budget,
 )
 from qsparse_moe.ablation.allocation.jointly import Texts
+from qsparse_moe.ablation.allocation.spent import LossSpent, dense_terms, loss_spent
 from qsparse_moe.ablation.routing import Choice, routing_choices, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, training_documents, validation_documents
+from qsparse_moe.ablation.sensitivity.joint import PlanTerms
 from qsparse_moe.ablation.sensitivity.measure import load_ranked
 from qsparse_moe.config.schema import ModelConfig, RunConfig
 from qsparse_moe.config.shapes import moe_layers
@@ -72,6 +74,8 @@ class BudgetResult:
     """For a budget of ms, the predicted milliseconds of the same plans."""
     after_training: tuple[PlanComparison, ...]
     differences_after_training: tuple[Difference, ...]
+    spent: LossSpent
+    """Where the joint plan spends loss."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +122,8 @@ class _Setting:
     choices: list[Choice]
     dense: SparsityPlan
     decoder: Decoder | None
+    terms: PlanTerms
+    """Around the dense model, on the held-out sequences."""
 
 
 def allocate_budgets(
@@ -227,7 +233,8 @@ def _setting(
         loads=loads,
         times=decoder.times() if decoder is not None and budget.quantity == "ms" else None,
     )
-    return _Setting(model, sequences, held_out, costs, choices, dense, decoder)
+    terms = dense_terms(model, held_out, dense, choices)
+    return _Setting(model, sequences, held_out, costs, choices, dense, decoder, terms)
 
 
 def _runnable(
@@ -265,6 +272,7 @@ def _at_budget(
     found = {**evaluated(setting.model, setting.held_out, made.plans, setting.costs), **dense}
     labels_C, decoder = setting.held_out.labels_C, setting.decoder
     timed = {**made.plans, DENSE: setting.dense}
+    added = float((found[JOINT][0] - found[DENSE][0]).sum() / labels_C.sum())
     return BudgetResult(
         budget=budget,
         target=target,
@@ -276,6 +284,7 @@ def _at_budget(
         predicted={name: found[name][1] for name in timed} if budget.quantity == "ms" else {},
         after_training=(),
         differences_after_training=(),
+        spent=loss_spent(setting.terms, setting.model.config, made.plans[JOINT], added),
     )
 
 

@@ -99,7 +99,7 @@ def _summary(decided: Sequence[ClaimVerdicts]) -> str:
     for one in decided:
         words = {cell.cell: _word(cell) for cell in one.cells}
         rows.append([one.claim.name, one.claim.source, *(words.get(cell, "–") for cell in cells)])
-    return table(["claim", "source", *(labels[cell] for cell in cells)], rows)
+    return table(["claim", "source", *(labels[cell] for cell in cells)], rows, caption="Verdicts")
 
 
 def _word(found: CellVerdict) -> str:
@@ -117,7 +117,7 @@ def _details(decided: Sequence[ClaimVerdicts]) -> str:
                 for pair in cell.pairs
                 if pair.by_seed
             ]
-    return table([*head, "seeds to decide", "runs"], rows)
+    return table([*head, "seeds to decide", "runs"], rows, caption="Differences")
 
 
 def _pair_cells(pair: Pair) -> list[str]:
@@ -138,7 +138,7 @@ def _best(grid: Grid, known: dict[Any, Sample]) -> str:
     cells = list(dict.fromkeys(grid.cell(run) for run in grid.runs))
     variants = dict.fromkeys(run.entry for run in grid.runs)
     rows = [[variant or "all", *(_best_value(known.get((variant, cell))) for cell in cells)] for variant in variants]
-    return table(["variant", *(cell_label(cell) for cell in cells)], rows)
+    return table(["variant", *(cell_label(cell) for cell in cells)], rows, caption=f"Best value of {grid.best_over}")
 
 
 def _best_value(sample: Sample | None) -> str:

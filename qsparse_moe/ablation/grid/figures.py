@@ -16,6 +16,7 @@ from qsparse_moe.ablation.grid.expert_figures import expert_maps
 from qsparse_moe.ablation.grid.panels import LOSS, colour_bar, panels_of, split_by
 from qsparse_moe.ablation.grid.scan_figures import MEAN, loss_by_cell, loss_by_sparsity, sparsity_axis
 from qsparse_moe.ablation.grid.variants import Record, VariantResult, variant_results
+from qsparse_moe.ablation.page.parts import Drawing
 from qsparse_moe.errors import naming
 
 _SHAPE = ("hidden_size", "num_layers")
@@ -26,31 +27,35 @@ _WIDE = 8.0
 _PAPER = {"facecolor": "white", "alpha": 0.7, "edgecolor": "none", "pad": 0.5}
 
 
-def draw_figures(records: Sequence[Record], folder: Path) -> dict[str, str]:
-    """Write the figures that apply to ``records`` into ``folder``, as PNG files; return their titles by file name."""
+def grid_drawings(records: Sequence[Record]) -> dict[str, Drawing]:
+    """Return the figures that apply to ``records`` by name."""
     variants = variant_results(records)
-    drawings = {
-        "loss-by-sparsity.png": ("Validation loss by S and experts", loss_by_sparsity(variants)),
-        "loss-by-place.png": ("Change of the validation loss by S of the changed cells", loss_by_cell(variants)),
-        "loss-by-expert.png": ("Change of the validation loss by changed expert", expert_maps(variants)),
-        "loss-by-parameters.png": ("Validation loss by active parameters", loss_by_parameters(variants)),
-        "iso-loss.png": ("Validation loss over E/A and S", iso_loss(variants)),
-    }
-    return write_figures(drawings, folder)
+    return existing(
+        {
+            "loss-by-sparsity": ("Validation loss by S and experts", loss_by_sparsity(variants)),
+            "loss-by-place": ("Change of the validation loss by S of the changed cells", loss_by_cell(variants)),
+            "loss-by-expert": ("Change of the validation loss by changed expert", expert_maps(variants)),
+            "loss-by-parameters": ("Validation loss by active parameters", loss_by_parameters(variants)),
+            "iso-loss": ("Validation loss over E/A and S", iso_loss(variants)),
+        }
+    )
 
 
-def write_figures(drawings: Mapping[str, tuple[str, Figure | None]], folder: Path) -> dict[str, str]:
-    """Write figures with their titles, by file name, as PNG files; return the titles of those that exist."""
-    found = {}
-    for name, (title, figure) in drawings.items():
-        if figure is not None:
-            # Renamed when complete, so that a reader never sees half a picture.
-            part = folder / f"{name}.part"
-            with naming(part):
-                FigureCanvasAgg(figure).print_png(str(part))
-            os.replace(part, folder / name)
-            found[name] = title
-    return found
+def existing(figures: Mapping[str, tuple[str, Figure | None]]) -> dict[str, Drawing]:
+    """Return the figures that exist, from titles and figures by name. Their values are in the tables of the report."""
+    return {name: Drawing(title, figure, ()) for name, (title, figure) in figures.items() if figure is not None}
+
+
+def write_figures(drawings: Mapping[str, Drawing], folder: Path) -> dict[str, str]:
+    """Write the figures as PNG files, and return their titles by file name."""
+    for name, drawing in drawings.items():
+        file = folder / f"{name}.png"
+        # Renamed when complete, so that a reader never sees half a picture.
+        part = folder / f"{file.name}.part"
+        with naming(part):
+            FigureCanvasAgg(drawing.figure).print_png(str(part))
+        os.replace(part, file)
+    return {f"{name}.png": drawing.title for name, drawing in drawings.items()}
 
 
 def loss_by_parameters(variants: Sequence[VariantResult]) -> Figure | None:

@@ -1,4 +1,4 @@
-"""Write the results of a grid as JSON lines, figures, and Markdown tables."""
+"""Write the results of a grid as JSON lines, figures, Markdown tables, and a page."""
 
 from __future__ import annotations
 
@@ -13,34 +13,43 @@ from pathlib import Path
 from qsparse_moe.ablation.grid.comparison_figure import draw_comparisons
 from qsparse_moe.ablation.grid.comparison_report import COMPARISONS, comparison_parts, comparisons_dict
 from qsparse_moe.ablation.grid.dense_comparison import FIGURES
-from qsparse_moe.ablation.grid.figures import draw_figures, write_figures
+from qsparse_moe.ablation.grid.figures import existing, grid_drawings, write_figures
 from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.markdown_table import table
+from qsparse_moe.ablation.grid.page import NOT_STARTED, UNFINISHED, grid_page, unfinished
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
 from qsparse_moe.ablation.grid.search import finished_bits, samples
 from qsparse_moe.ablation.grid.verdicts import decide
+from qsparse_moe.ablation.page.html import PAGE, html_of
+from qsparse_moe.ablation.page.images import pixels
+from qsparse_moe.ablation.page.parts import Drawing
 from qsparse_moe.config.labels import place_label
 from qsparse_moe.errors import naming
+from qsparse_moe.metrics.tensorboard import write_pictures
 
 REPORT = "report.md"
-MOST_UNFINISHED = 12
-"""Number of runs without an error and without an end up to which the report names each of them."""
+FIGURES_RUN = "figures"
+"""Folder of the figures for TensorBoard, which lists it as a run beside those of the grid."""
 
 
-def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> None:
-    """Write ``results.jsonl``, ``report.md``, the verdicts if the grid makes claims, and the figures that apply to it.
+def write_results(grid: Grid, results: Sequence[RunResult], folder: Path, *, command: Sequence[str] = ()) -> None:
+    """Write ``results.jsonl``, ``report.md``, the page, the verdicts if the grid makes claims, and the figures.
 
     No file is ever half written.
+
+    Args:
+        grid: the grid.
+        results: the results of its runs so far.
+        folder: the folder of the report, which is created.
+        command: the command that trains the grid, for the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Figures come first, because report.md links only to those that were drawn.
-    # Those of a search would mix its values, of which the comparisons take the best.
-    figures = draw_figures([result.as_dict() for result in results], folder) if grid.best_over is None else {}
-    if grid.comparisons:
-        drawn = draw_comparisons(decide(grid, samples(grid, finished_bits(results))))
-        figures |= write_figures({"comparisons.png": ("Differences of the claims, with intervals", drawn)}, folder)
+    drawings = report_drawings(grid, results)
+    figures = write_figures(drawings, folder)
     report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
-    texts = [(RESULTS, results_text(results)), (REPORT, report + "\n")]
+    page = grid_page(grid, report_sections(grid, results), results, drawings, command)
+    texts = [(RESULTS, results_text(results)), (REPORT, report + "\n"), (PAGE, html_of(page))]
     if grid.comparisons:
         texts.append((COMPARISONS, json.dumps(comparisons_dict(grid, results), indent=1) + "\n"))
     for name, text in texts:
@@ -48,39 +57,62 @@ def write_results(grid: Grid, results: Sequence[RunResult], folder: Path) -> Non
         with naming(part):
             part.write_text(text, "utf-8")
             os.replace(part, folder / name)
+    if drawings:
+        named = {f"ablation/{name}": pixels(drawing.figure) for name, drawing in drawings.items()}
+        write_pictures(folder / FIGURES_RUN, named, 0)
+
+
+def report_drawings(grid: Grid, results: Sequence[RunResult]) -> dict[str, Drawing]:
+    """Return the figures that apply to the results, and that of the claims if the grid makes any."""
+    # Those of a search would mix its values, of which the comparisons take the best.
+    drawings = grid_drawings([result.as_dict() for result in results]) if grid.best_over is None else {}
+    if grid.comparisons:
+        drawn = draw_comparisons(decide(grid, samples(grid, finished_bits(results))))
+        drawings |= existing({"comparisons": ("Differences of the claims, with intervals", drawn)})
+    return drawings
 
 
 def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
     """Return the tables of quality and cost per variant, gradient norms if they were logged, and the failed runs."""
+    return "\n\n".join(part for parts in report_sections(grid, results).values() for part in parts)
+
+
+def report_sections(grid: Grid, results: Sequence[RunResult]) -> dict[str, list[str]]:
+    """Return the paragraphs and tables of the report by the title of their section."""
     seeds = {result.seed for result in results}
     claims = comparison_parts(grid, results)
     # Rows that were kept from an earlier report may be those of a part of the grid.
     known = {result.variant for result in results}
     grid = replace(grid, runs=tuple(run for run in grid.runs if run.variant in known))
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
-    parts = [
-        *claims,
-        f"Validation bits per byte after the last step; {spread}; the difference from the first variant is taken "
-        "seed by seed.",
-        _quality(grid, results),
-        "Cost, counted for the routed experts (active) and for their nonzero features (needed). Stored parameters "
-        "exclude embedding and head. MFLOP per token in training: executed by dense kernels, and remaining if every "
-        "zero were skipped (needed). MB at N: weights that one step of generation with N tokens reads. Tokens/s: "
-        "measured in training, median. Values that are the same for all variants are listed once, above the table.",
-        *_cost(grid, results),
-        *_natural_zeros(grid, results),
-        *_against_dense(grid, results),
-    ]
+    sections = {
+        "Claims": claims,
+        "Quality": [
+            f"Validation bits per byte after the last step; {spread}; the difference from the first variant is taken "
+            "seed by seed.",
+            _quality(grid, results),
+        ],
+        "Cost": [
+            "Cost, counted for the routed experts (active) and for their nonzero features (needed). Stored parameters "
+            "exclude embedding and head. MFLOP per token in training: executed by dense kernels, and remaining if "
+            "every zero were skipped (needed). MB at N: weights that one step of generation with N tokens reads. "
+            "Tokens/s: measured in training, median. Values that are the same for all variants are listed once, above "
+            "the table.",
+            *_cost(grid, results),
+            *_natural_zeros(grid, results),
+            *_against_dense(grid, results),
+        ],
+    }
     if any(result.layer_grad_norms for result in results):
-        parts.append(
+        sections["Gradient norms"] = [
             "Gradient norm by layer, over its matrices and before clipping: mean over the logged steps of the second "
-            "half of a run, then mean ± standard deviation over the seeds."
-        )
-        parts.append(_gradients(grid, results))
+            "half of a run, then mean ± standard deviation over the seeds.",
+            _gradients(grid, results),
+        ]
     broken = [result for result in results if not result.finished]
     if broken:
-        parts += [f"{len(broken)} of {len(results)} runs did not finish:", _broken(broken)]
-    return "\n\n".join(parts)
+        sections[UNFINISHED] = [f"{len(broken)} of {len(results)} runs did not finish:", _broken(broken)]
+    return {title: parts for title, parts in sections.items() if parts}
 
 
 def _quality(grid: Grid, results: Sequence[RunResult]) -> str:
@@ -102,7 +134,8 @@ def _quality(grid: Grid, results: Sequence[RunResult]) -> str:
             ]
         )
     mean = ["mean ± spread"] if len(seeds) > 1 else []
-    return table(["variant", *(f"seed {seed}" for seed in seeds), *mean, f"against {first}"], rows)
+    head = ["variant", *(f"seed {seed}" for seed in seeds), *mean, f"against {first}"]
+    return table(head, rows, caption="Validation bits per byte")
 
 
 def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
@@ -134,7 +167,7 @@ def _cost(grid: Grid, results: Sequence[RunResult]) -> list[str]:
     columns = list(zip(*rows, strict=True))
     differs = [i for i, values in enumerate(columns) if i == 0 or len(set(values)) > 1 or len(rows) == 1]
     common = [f"{head[i]} {columns[i][0]}" for i in range(len(head)) if i not in differs]
-    parts = [table([head[i] for i in differs], [[row[i] for i in differs] for row in rows])]
+    parts = [table([head[i] for i in differs], [[row[i] for i in differs] for row in rows], caption="Cost")]
     return ([f"The same for all variants: {', '.join(common)}."] if common else []) + (
         parts if len(differs) > 1 else []
     )
@@ -157,7 +190,7 @@ def _natural_zeros(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         "for, so the loss of these variants says little about S there. A selection has an effect only if S exceeds the "
         "measured zeros (mean over the seeds, last evaluation)."
     )
-    return [note, table(["variant", "site", "requested S", "measured zeros"], rows)]
+    return [note, table(["variant", "site", "requested S", "measured zeros"], rows, caption="Natural zeros")]
 
 
 def _against_dense(grid: Grid, results: Sequence[RunResult]) -> list[str]:
@@ -175,7 +208,8 @@ def _against_dense(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         "token; fraction of the tokens with the same likeliest next token. A dash: not compared, because the selection "
         "is ReLU, the model has no experts, the run did not finish, or its comparison failed (see its log)."
     )
-    return [note, table(["variant", "choices changed", "first changed", "KL divergence", "top-1 agreement"], rows)]
+    head = ["variant", "choices changed", "first changed", "KL divergence", "top-1 agreement"]
+    return [note, table(head, rows, caption="Against S = 0")]
 
 
 def _mean(results: Sequence[RunResult], name: str) -> float:
@@ -196,19 +230,14 @@ def _gradients(grid: Grid, results: Sequence[RunResult]) -> str:
         [variant, *(_spread(found.get((variant, layer), ()), digits=".3g") for layer in layers)]
         for variant in grid.variants
     ]
-    return table(["variant", *(f"layer {layer}" for layer in layers)], rows)
+    return table(["variant", *(f"layer {layer}" for layer in layers)], rows, caption="Gradient norm by layer")
 
 
 def _broken(results: Sequence[RunResult]) -> str:
     """Return one line per run with an error, and one for all others if they are many."""
-    without = [result for result in results if not result.error]
-    few = len(without) <= MOST_UNFINISHED
-    lines = [f"- `{result.id}`: {_one_line(result.error)}" for result in results if result.error or few]
-    return "\n".join(lines if few else [*lines, f"- {len(without)} runs: not started, or stopped"])
-
-
-def _one_line(error: str | None) -> str:
-    return " ".join((error or "not started, or stopped").split())
+    named, others = unfinished(results)
+    lines = [f"- `{name}`: {reason}" for name, reason in named]
+    return "\n".join([*lines, f"- {others} runs: {NOT_STARTED}"] if others else lines)
 
 
 def _spread(values: Sequence[float], sign: str = "", digits: str = ".4f") -> str:

@@ -5,48 +5,50 @@ L layers, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, scale_over
-from qsparse_moe.ablation.sensitivity.measure import CellChange, Sensitivity
+from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, map_table, scale_over
+from qsparse_moe.ablation.page.parts import Drawing, Table
+from qsparse_moe.ablation.sensitivity.measure import CellChange
+from qsparse_moe.ablation.sensitivity.routing_changes import PlanAgreement, RoutingChange
+from qsparse_moe.ablation.sensitivity.stored import Measured
 from qsparse_moe.config.schema import Site
 from qsparse_moe.errors import naming
-from qsparse_moe.metrics.tensorboard import write_pictures
 
 
-def write_figures(found: Sensitivity, folder: Path) -> list[Path]:
-    """Write the PNG files into ``folder`` and return their paths.
+def write_figures(drawings: Mapping[str, Drawing], folder: Path) -> list[Path]:
+    """Write the figures as PNG files into ``folder`` and return their paths."""
+    return [_save(drawing.figure, folder / f"{name}.png") for name, drawing in drawings.items()]
 
-    ``map-SITE.png`` has one map per S, of the evaluated change if there is one and else of the estimate.
-    ``estimate.png`` plots the estimate against the evaluation and needs both.
+
+def sensitivity_drawings(found: Measured) -> dict[str, Drawing]:
+    """Return the figures by name.
+
+    ``map-SITE`` has one map per S, of the evaluated change if there is one and else of the estimate. ``estimate`` plots
+    the estimate against the evaluation and needs both. ``routing`` has the changes of the choices of ranks, and
+    ``plans`` the estimates of whole plans against their evaluation, where they were measured.
     """
-    return [_save(figure, folder / f"{name}.png") for name, figure in _figures(found).items()]
-
-
-def write_images(found: Sensitivity, tensorboard: Path, step: int) -> None:
-    """Add the same figures to the TensorBoard folder of a run, under ``sensitivity/``."""
-    pictures = {f"sensitivity/{name}": _pixels(figure) for name, figure in _figures(found).items()}
-    write_pictures(tensorboard, pictures, step)
-
-
-def _figures(found: Sensitivity) -> dict[str, Figure]:
-    figures: dict[str, Figure] = {}
+    drawings: dict[str, Drawing] = {}
     # One scale for all sites, so that their colours can be compared.
     scale = scale_over(_change(change)[0] for change in found.changes)
     for site in dict.fromkeys(change.cell.site for change in found.changes):
         own = [change for change in found.changes if change.cell.site == site]
-        figures[f"map-{site}"] = _maps(site, own, scale)
+        drawings[f"map-{site}"] = _maps(site, own, scale)
     if found.exact_seconds is not None:
-        figures["estimate"] = _scatter(found)
+        drawings["estimate"] = _scatter(found)
     if found.routing:
-        figures["routing"] = _routing(found)
-    return figures
+        drawings["routing"] = _routing(found.routing)
+    if found.plans is not None:
+        drawings["plans"] = _plans(found.plans)
+    return drawings
 
 
 def _change(change: CellChange) -> tuple[float, tuple[float, float]]:
@@ -56,7 +58,7 @@ def _change(change: CellChange) -> tuple[float, tuple[float, float]]:
     return change.exact, change.exact_interval
 
 
-def _maps(site: Site, changes: Sequence[CellChange], scale: Normalize) -> Figure:
+def _maps(site: Site, changes: Sequence[CellChange], scale: Normalize) -> Drawing:
     """Draw one map per S side by side, and hatch the cells whose interval contains 0."""
     values = sorted({change.sparsity for change in changes})
     # Models with dense layers have experts in some layers only.
@@ -76,12 +78,14 @@ def _maps(site: Site, changes: Sequence[CellChange], scale: Normalize) -> Figure
         f"{site.replace('_', ' ')}: change of the loss with another S in one cell, against the plan of the run ({kind})"
     )
     noise = "noise: the 95% interval over documents contains 0"
-    return draw_maps(maps, scale, title=title, missing="S of the run", noise=noise)
+    figure = draw_maps(maps, scale, title=title, missing="S of the run", noise=noise)
+    # The maps of all sites have the same titles.
+    tables = [map_table(replace(one, title=f"{site.replace('_', ' ')}, {one.title}")) for one in maps]
+    return Drawing(title, figure, tables)
 
 
-def _scatter(found: Sensitivity) -> Figure:
-    figure = Figure(figsize=(6.2, 4.6), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
+def _scatter(found: Measured) -> Drawing:
+    figure, axes = _square()
     values = sorted({change.sparsity for change in found.changes})
     for value in values:
         own = [change for change in found.changes if change.sparsity == value]
@@ -89,9 +93,35 @@ def _scatter(found: Sensitivity) -> Figure:
             [p.exact or 0.0 for p in own], [p.estimate for p in own], "o", ms=3.5, alpha=0.7, label=f"S={value:.3g}"
         )
     # The 0.0 is for the type checker: this figure is drawn only if every change was evaluated.
-    ends = [min(p.exact or 0.0 for p in found.changes), max(p.exact or 0.0 for p in found.changes)]
+    _compare(axes, [p.exact or 0.0 for p in found.changes])
+    axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.changes)} changes", fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return Drawing("Estimated change of the loss over the evaluated one, for every cell and S", figure, ())
+
+
+def _plans(plans: PlanAgreement) -> Drawing:
+    figure, axes = _square()
+    axes.plot(plans.evaluated, plans.estimated, "o", ms=4, alpha=0.7)
+    _compare(axes, plans.evaluated)
+    axes.set_title(f"Spearman {plans.spearman:.3f} over {len(plans.evaluated)} random plans", fontsize=10)
+    title = "Estimated change of the loss over the evaluated one, for random plans of both sparsities"
+    rows = [
+        (str(number), f"{estimated:+.6f}", f"{evaluated:+.6f}")
+        for number, (estimated, evaluated) in enumerate(zip(plans.estimated, plans.evaluated, strict=True))
+    ]
+    return Drawing(title, figure, [Table(title, ("plan", "estimated", "evaluated"), rows)])
+
+
+def _square() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(6.2, 4.6), dpi=100, layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _compare(axes: Axes, evaluated: Sequence[float]) -> None:
+    """Add the diagonal, the labels, and scales that are logarithmic away from 0."""
+    ends = [min(evaluated), max(evaluated)]
     axes.plot(ends, ends, color="grey", lw=0.8, zorder=0)
-    median = max(float(np.median([abs(p.exact or 0.0) for p in found.changes])), 1e-6)
+    median = max(float(np.median(np.abs(evaluated))), 1e-6)
     # A whole decade: otherwise the tick labels around 0 overlap.
     scale = 10.0 ** np.ceil(np.log10(median))
     axes.set_xscale("symlog", linthresh=scale)
@@ -99,17 +129,14 @@ def _scatter(found: Sensitivity) -> Figure:
     axes.set_xlabel("evaluated change of the loss, nats per token")
     axes.set_ylabel("estimated change of the loss, nats per token")
     axes.tick_params(axis="both", labelsize=8)
-    axes.set_title(f"Spearman {found.agreement[0].spearman:.3f} over {len(found.changes)} changes", fontsize=10)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
 
 
-def _routing(found: Sensitivity) -> Figure:
+def _routing(changes: Sequence[RoutingChange]) -> Drawing:
     """Draw the change of the loss over the layers, one line per choice of ranks, and the estimates as crosses."""
     figure = Figure(figsize=(6.4, 4.2), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    for number, choice in enumerate(dict.fromkeys(change.cell.choice for change in found.routing)):
-        own = [change for change in found.routing if change.cell.choice == choice]
+    for number, choice in enumerate(dict.fromkeys(change.cell.choice for change in changes)):
+        own = [change for change in changes if change.cell.choice == choice]
         layers = [change.cell.layer for change in own]
         shown = [change.estimate if change.exact is None else change.exact for change in own]
         ends = [change.exact_interval or change.estimate_interval for change in own]
@@ -120,19 +147,14 @@ def _routing(found: Sensitivity) -> Figure:
         if own[0].exact is not None:
             axes.plot(layers, [change.estimate for change in own], "x", ms=6, color=f"C{number}")
     axes.axhline(0.0, color="grey", lw=0.8)
-    axes.set_xticks(sorted({change.cell.layer for change in found.routing}))
+    axes.set_xticks(sorted({change.cell.layer for change in changes}))
     axes.set_xlabel("layer")
     axes.set_ylabel("change of the loss, nats per token")
-    evaluated = found.routing[0].exact is not None
-    axes.set_title("Other ranks of choice in one layer" + (" (crosses: estimated)" if evaluated else ""), fontsize=10)
+    title = "Other ranks of choice in one layer" + (" (crosses: estimated)" if changes[0].exact is not None else "")
+    axes.set_title(title, fontsize=10)
     axes.legend(fontsize=8)
-    return figure
-
-
-def _pixels(figure: Figure) -> np.ndarray:
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    # The page has a table of its own with the same values.
+    return Drawing("Change of the loss with other ranks of choice in one layer", figure, ())
 
 
 def _save(figure: Figure, file: Path) -> Path:

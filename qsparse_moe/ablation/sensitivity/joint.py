@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,14 +67,64 @@ class PlanTerms:
 
     def change(self, plan: SparsityPlan, choices: Mapping[int, Choice]) -> float:
         """Return the estimated change of the loss under ``plan`` with these choices, in nats per token."""
-        first, drawn_Q = 0.0, np.zeros(self.layers[0].routing_drawn_OQ.shape[1])
-        for terms in self.layers:
-            which = terms.choices.index(choices.get(terms.cells[0].layer))
-            sparsity_n = np.array([sparsity_of(plan, cell) for cell in terms.cells])
-            first += terms.routing_first_O[which] + interpolated(terms.first_OnX[which], self.values, sparsity_n).sum()
-            drawn_Q += terms.routing_drawn_OQ[which]
-            drawn_Q += interpolated(terms.drawn_OnQX[which], self.values, sparsity_n).sum(0)
-        return float(first + self.share * np.square(drawn_Q).sum()) / self.num_labels
+        moved = [_moved(terms, self.values, plan, choices) for terms in self.layers]
+        first = sum(one.routing_first + one.first_n.sum() for one in moved)
+        return float(first + self.share * np.square(_total(moved)).sum()) / self.num_labels
+
+    def parts(self, plan: SparsityPlan, choices: Mapping[int, Choice]) -> PlanParts:
+        """Return ``change`` divided among the cells and the choices of ranks, which add up to it.
+
+        Every interaction of two changes, twice the product of their sums, is divided equally between the two. These are
+        the Shapley values of the estimate (Shapley 1953), which is quadratic.
+        """
+        moved = [_moved(terms, self.values, plan, choices) for terms in self.layers]
+        total_Q = _total(moved)
+        cells: dict[Cell, float] = {}
+        routing: dict[int, float] = {}
+        for terms, one in zip(self.layers, moved, strict=True):
+            own_n = (one.first_n + self.share * one.drawn_nQ @ total_Q) / self.num_labels
+            cells.update(zip(terms.cells, own_n.tolist(), strict=True))
+            if terms.choices != (None,):
+                own = one.routing_first + self.share * float(one.routing_drawn_Q @ total_Q)
+                routing[terms.cells[0].layer] = float(own) / self.num_labels
+        return PlanParts(cells, routing)
+
+
+class PlanParts(NamedTuple):
+    """The parts of the estimated change of the loss under a plan, in nats per token."""
+
+    cells: dict[Cell, float]
+    routing: dict[int, float]
+    """The part of the choice of ranks, per MoE layer."""
+
+    @property
+    def total(self) -> float:
+        """Return the estimated change of the loss."""
+        return sum(self.cells.values()) + sum(self.routing.values())
+
+
+class _LayerMoved(NamedTuple):
+    """The sums of one layer under another plan."""
+
+    first_n: Array
+    drawn_nQ: Array
+    routing_first: float
+    routing_drawn_Q: Array
+
+
+def _moved(terms: LayerTerms, values: Array, plan: SparsityPlan, choices: Mapping[int, Choice]) -> _LayerMoved:
+    which = terms.choices.index(choices.get(terms.cells[0].layer))
+    sparsity_n = np.array([sparsity_of(plan, cell) for cell in terms.cells])
+    return _LayerMoved(
+        interpolated(terms.first_OnX[which], values, sparsity_n),
+        interpolated(terms.drawn_OnQX[which], values, sparsity_n),
+        float(terms.routing_first_O[which]),
+        terms.routing_drawn_OQ[which],
+    )
+
+
+def _total(moved: Sequence[_LayerMoved]) -> Array:
+    return np.sum([one.routing_drawn_Q + one.drawn_nQ.sum(0) for one in moved], axis=0)
 
 
 def interpolated(terms: Array, values: Array, sparsity_n: Array) -> Array:

@@ -12,6 +12,7 @@ from typing import Any
 from qsparse_moe.ablation.sensitivity.estimate import DRAWS
 from qsparse_moe.ablation.sensitivity.measure import CellChange, Sensitivity
 from qsparse_moe.ablation.sensitivity.routing_changes import PlanAgreement, RoutingChange
+from qsparse_moe.ablation.sensitivity.stored import Measured
 from qsparse_moe.runs.folder import write_atomically
 
 # Version 2 added the changes of routing and of whole plans.
@@ -29,12 +30,14 @@ _COLUMNS = (
     "exact_low",
     "exact_high",
 )
-_MOST_SENSITIVE = 10
+_MOST_LISTED = 10
 AGREEMENT_HEAD = ("S", "points", "Spearman", "Pearson", "first order alone", "halves", "decided", "over decided")
 """The columns of ``agreement_rows``. The columns after Pearson are rank correlations and one count."""
+CELLS_HEAD = ("cell", "S", "estimate", "exact")
+"""The columns of ``costliest_rows`` and ``cheapest_rows``."""
 ROUTING_HEAD = ("layer", "ranks in use", "estimate", "exact")
 """The columns of ``routing_rows``."""
-_READING = (
+READING = (
     "Halves: rank correlation of the exact changes over one half of the documents with those over the other half; no "
     "estimate can be expected to rank better. Decided: number of changes whose interval excludes 0."
 )
@@ -118,9 +121,9 @@ def markdown(found: Sensitivity, *, title: str) -> str:
             f"evaluations {found.exact_seconds:.1f} s, {found.evaluations} forward passes: "
             f"{found.times_cheaper:.0f} times as long.",
             table(AGREEMENT_HEAD, agreement_rows(found)),
-            _READING,
+            READING,
         ]
-    parts += ["Most sensitive cells:", table(("cell", "S", "estimate", "exact"), costliest_rows(found))]
+    parts += ["Most sensitive cells:", table(CELLS_HEAD, costliest_rows(found))]
     if found.routing:
         parts += ["Other ranks of choice in one layer:", table(ROUTING_HEAD, routing_rows(found))]
     if found.plans is not None:
@@ -128,7 +131,7 @@ def markdown(found: Sensitivity, *, title: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def routing_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+def routing_rows(found: Measured) -> list[tuple[str, ...]]:
     """Return the changes of routing as text, in the order of ``ROUTING_HEAD``."""
     return [
         (
@@ -151,7 +154,7 @@ def plans_line(plans: PlanAgreement) -> str:
     )
 
 
-def agreement_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+def agreement_rows(found: Measured) -> list[tuple[str, ...]]:
     """Return the cells of the agreement table as text, in the order of ``AGREEMENT_HEAD``."""
     return [
         (
@@ -170,13 +173,22 @@ def _correlation(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:
+def costliest_rows(found: Measured) -> list[tuple[str, ...]]:
     """Return the ten most sensitive cells at their costliest S, by the evaluated change if there is one."""
     by_cell: dict[Any, CellChange] = {}
     for change in sorted(found.changes, key=_cost):
         by_cell[change.cell] = change
     # Sorted ascending before, so that the costliest S of each cell was stored last.
-    chosen = sorted(by_cell.values(), key=_cost, reverse=True)[:_MOST_SENSITIVE]
+    return _cell_rows(sorted(by_cell.values(), key=_cost, reverse=True))
+
+
+def cheapest_rows(found: Measured) -> list[tuple[str, ...]]:
+    """Return the ten least sensitive cells at the largest S that was tried, in the same form."""
+    largest = max(change.sparsity for change in found.changes)
+    return _cell_rows(sorted((change for change in found.changes if change.sparsity == largest), key=_cost))
+
+
+def _cell_rows(changes: Sequence[CellChange]) -> list[tuple[str, ...]]:
     return [
         (
             change.cell.name,
@@ -186,7 +198,7 @@ def costliest_rows(found: Sensitivity) -> list[tuple[str, ...]]:
             if change.exact is None or change.exact_interval is None
             else _with_interval(change.exact, change.exact_interval),
         )
-        for change in chosen
+        for change in changes[:_MOST_LISTED]
     ]
 
 

@@ -1,0 +1,178 @@
+"""The page of an allocation, made from the content of ``allocation.json`` alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qsparse_moe.ablation.allocation.commands import next_commands
+from qsparse_moe.ablation.allocation.compare import UNIFORM
+from qsparse_moe.ablation.allocation.front_figures import UNITS, difference_drawings, front_drawings, methods
+from qsparse_moe.ablation.allocation.joint_plans import JOINT
+from qsparse_moe.ablation.allocation.joint_report import DECODE_HEAD, decode_rows, joint_rows
+from qsparse_moe.ablation.allocation.joint_report import HEAD as JOINT_HEAD
+from qsparse_moe.ablation.allocation.plan_figures import plan_drawings
+from qsparse_moe.ablation.allocation.report import HEAD, comparison_rows
+from qsparse_moe.ablation.allocation.spent_figures import spent_drawings
+from qsparse_moe.ablation.page.parts import Drawing, Folded, Page, Part, Section, Table
+from qsparse_moe.sparsity.plan import SparsityPlan
+
+_INTERVALS = (
+    "Losses are in nats per token on held-out sequences. Intervals are 95 %, by bootstrap over documents. Costs are "
+    "measured on the held-out sequences, as shares of the dense model's."
+)
+_SPENT = (
+    "The estimate of the whole plan, divided among its cells and choices of ranks; an interaction of two changes is "
+    "divided equally between them, so that the parts add up to the estimate. A negative part lowers the loss."
+)
+
+
+def allocation_drawings(content: Mapping[str, Any]) -> dict[str, Drawing]:
+    """Return all figures of an allocation of both sparsities by name: those of the page, and of TensorBoard."""
+    first = content["budgets"][0]
+    spent = spent_drawings(first["spent"]) if first.get("spent") else {}
+    plan = plan_drawings(_plan(first["plans"][JOINT]))
+    return {**front_drawings(content), **difference_drawings(content), **plan, **spent}
+
+
+def allocation_page(content: Mapping[str, Any], drawings: Mapping[str, Drawing] | None = None) -> Page:
+    """Return the page of an allocation of both sparsities.
+
+    Args:
+        content: what ``allocation.json`` holds.
+        drawings: the result of ``allocation_drawings`` if it is at hand.
+    """
+    own = drawings or allocation_drawings(content)
+    first = content["budgets"][0]
+    return Page(
+        title=f"Joint plans for {content['run_dir']}",
+        facts=_facts(content),
+        sections=[
+            Section("Front", [_INTERVALS, *_named(own, "front", "front-decoding")]),
+            Section("Every plan beside the joint one", _comparisons(content, own)),
+            Section(
+                "The plan",
+                [
+                    f"The joint plan of {first['budget']}, in {content['output']}.",
+                    *_named(own, "plan", "experts-per-token"),
+                ],
+            ),
+            Section("Where the loss is spent", _spent(first, own)),
+            Section("What to run next", [_FOLDER, *next_commands(content)]),
+        ],
+    )
+
+
+_FOLDER = "Paths are relative to the folder in which this report was made."
+
+
+def sparsity_drawings(content: Mapping[str, Any], plan: SparsityPlan) -> dict[str, Drawing]:
+    """Return all figures of an allocation of S alone by name, from its JSON and its plan."""
+    outcomes = [*content["outcomes"], *content["alternatives"]]
+    found = {"methods": _against_uniform("Every plan less uniform S", outcomes)}
+    if content["after_training"]:
+        title = f"Every plan less uniform S, after {content['train_steps']} steps of training"
+        found["methods-after-training"] = _against_uniform(title, content["after_training"])
+    return {**found, **plan_drawings(plan)}
+
+
+def sparsity_page(content: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> Page:
+    """Return the page of an allocation of S alone from its JSON and the result of ``sparsity_drawings``."""
+    beside: list[Part] = [
+        "Losses are in nats per token on held-out sequences, with 95 % intervals by bootstrap over documents.",
+        drawings["methods"],
+        Table("Without training", HEAD, _comparison_rows(content, "outcomes", "alternatives")),
+    ]
+    if content["after_training"]:
+        title = f"After {content['train_steps']} steps of training with each plan"
+        beside.append(drawings["methods-after-training"])
+        beside.append(Table(title, HEAD, _comparison_rows(content, "after_training")))
+    facts = [
+        ("budget", f"{content['quantity']} {_number(content['target'])}"),
+        ("planned", _number(content["planned"])),
+        *_counts(content),
+    ]
+    return Page(
+        title=f"Plans for {content['run_dir']}",
+        facts=facts,
+        sections=[
+            Section("Every plan beside uniform S", beside),
+            Section("The plan", [f"The plan in {content['output']}.", drawings["plan"]]),
+            Section("What to run next", [_FOLDER, *next_commands(content)]),
+        ],
+    )
+
+
+def _comparison_rows(content: Mapping[str, Any], *names: str) -> list[tuple[str, ...]]:
+    return comparison_rows([one for name in names for one in content[name]])
+
+
+def _against_uniform(title: str, outcomes: Sequence[Mapping[str, Any]]) -> Drawing:
+    shown = [
+        {"against": one["name"], "difference": one["against_uniform"], "interval": one["interval"]}
+        for one in outcomes
+        if one["name"] != UNIFORM
+    ]
+    return methods(title, shown)
+
+
+def _plan(content: Mapping[str, Any]) -> SparsityPlan:
+    return SparsityPlan.from_json(json.dumps(content))
+
+
+def _named(drawings: Mapping[str, Drawing], *names: str) -> list[Drawing]:
+    return [drawings[name] for name in names if name in drawings]
+
+
+def _facts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    dense = content["dense"]
+    return [
+        ("budget", content["budgets"][0]["budget"]),
+        *_counts(content),
+        ("dense model", f"{_number(dense['cost'])} {UNITS[content['quantity']]}, loss {dense['loss']:.4f}"),
+    ]
+
+
+def _number(value: float) -> str:
+    """Return a cost for the page: FLOPs and bytes with all their digits, milliseconds with a few."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _counts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("step of the checkpoint", f"{content['step']:,}"),
+        ("training sequences for the plans", f"{content['rows']:,}"),
+        ("held-out sequences", f"{content['held_out_rows']:,}"),
+    ]
+
+
+def _comparisons(content: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> list[Part]:
+    first, *others = content["budgets"]
+    parts: list[Part] = [*_named(drawings, "methods-by-budget", "methods"), *_tables(content, first)]
+    parts += [*_named(drawings, "methods-after-training")]
+    return parts + [Folded(budget["budget"], _tables(content, budget)) for budget in others]
+
+
+def _tables(content: Mapping[str, Any], budget: Mapping[str, Any]) -> list[Part]:
+    dense = content["dense"]["cost"]
+    name = budget["budget"]
+    parts: list[Part] = [Table(name, JOINT_HEAD, joint_rows(budget, dense))]
+    parts += [f"No plan {left}: {reason}." for left, reason in budget["left_out"].items()]
+    if budget["decoding"]:
+        parts.append(Table(f"{name}: decoding with the engine native", DECODE_HEAD, decode_rows(budget)))
+    if budget["after_training"]:
+        title = f"{name}: after {content['train_steps']} steps of training with each plan"
+        parts.append(Table(title, JOINT_HEAD, joint_rows(budget, dense, after_training=True)))
+    return parts
+
+
+def _spent(budget: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> list[Part]:
+    spent = budget.get("spent")
+    if not spent:
+        return ["This report was made by a version that did not estimate it. Run allocate again."]
+    told = (
+        f"On the held-out sequences the joint plan adds {spent['evaluated']:+.4f} nats per token to the loss of the "
+        f"dense model; the estimate of it is {spent['estimated']:+.4f}. {_SPENT}"
+    )
+    return [told, *_named(drawings, "loss-by-layer", "loss-by-cell")]

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qsparse_moe.ablation.allocation.budget import Budget, check_decoding, parse_budget, parse_front
+from qsparse_moe.cli.allocation_files import (
+    FOLDER,
+    check_no_report,
+    check_report,
+    write_joint_reports,
+    write_sparsity_reports,
+)
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
 from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_shard, check_sparsity
@@ -23,11 +30,6 @@ from qsparse_moe.runs.folder import load_run_config
 if TYPE_CHECKING:
     from qsparse_moe.ablation.allocation.budget import Quantity
     from qsparse_moe.ablation.allocation.joint_run import JointAllocation
-    from qsparse_moe.ablation.page.parts import Drawing
-
-
-FOLDER = "allocation"
-_PAGE = ".html"
 
 
 def register(app: typer.Typer) -> None:
@@ -146,11 +148,8 @@ def allocate(
     # Before the plans are made, which takes minutes.
     if is_rank_zero():  # on one rank only: another might check after this one has written the file
         check_output(output, force=force)
-    from qsparse_moe.ablation.allocation.page import sparsity_drawings, sparsity_page
-    from qsparse_moe.ablation.allocation.report import as_dict, markdown
+    from qsparse_moe.ablation.allocation.report import as_dict
     from qsparse_moe.ablation.allocation.run import allocate_run
-    from qsparse_moe.ablation.page.html import write_page
-    from qsparse_moe.runs.folder import write_atomically
 
     found = allocate_run(
         run_dir,
@@ -171,11 +170,7 @@ def allocate(
     summary = as_dict(found, run_dir=run_dir, output=output)
     # An allocated plan contains no thresholds, so a run that selects by thresholds has to rank its features to use it.
     summary["settings"] = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
-    drawings = sparsity_drawings(summary, found.plan)
-    _write_pictures(run_dir, drawings, found.step)
-    if report is not None:
-        write_atomically(report, markdown(found, title=f"Plans for {run_dir}"))
-        write_page(sparsity_page(summary, drawings), report.with_suffix(_PAGE))
+    write_sparsity_reports(found, summary, report)
     if json:
         print_json(summary)
     else:
@@ -205,24 +200,6 @@ def check_no_joint_options(given: Mapping[str, object]) -> None:
         raise ConfigError(f"{' and '.join(wrong)}: only with --budget, such as --budget bytes=0.5@batch=1")
 
 
-def check_no_report(report: Path | None) -> None:
-    """Raise ConfigError if ``--report`` is given beside ``--budget``, whose reports are in a folder."""
-    if report is not None:
-        raise ConfigError(
-            f"--report ({report}): with --budget the reports are written to a folder; give --folder in its place, or "
-            "leave it out for RUN/allocation"
-        )
-
-
-def check_report(report: Path | None) -> None:
-    """Raise ConfigError if the page beside the Markdown file would have the name of the file itself."""
-    if report is not None and report.suffix == _PAGE:
-        raise ConfigError(
-            f"--report ({report}) names the Markdown file, and its page has the same name with {_PAGE}; name a file "
-            f"such as {report.with_suffix('.md')}"
-        )
-
-
 def _jointly(
     found_model: ModelFolder,
     budgets: list[Budget],
@@ -236,14 +213,9 @@ def _jointly(
     shard: bool | None,
 ) -> dict[str, Any]:
     """Allocate and compare, write all files, and return the JSON."""
-    import json
-
     from qsparse_moe.ablation.allocation.joint_plans import JOINT
-    from qsparse_moe.ablation.allocation.joint_report import as_dict, markdown, write_fronts
+    from qsparse_moe.ablation.allocation.joint_report import as_dict
     from qsparse_moe.ablation.allocation.joint_run import JointOptions, allocate_budgets
-    from qsparse_moe.ablation.allocation.page import allocation_drawings, allocation_page
-    from qsparse_moe.ablation.page.html import PAGE, write_page
-    from qsparse_moe.runs.folder import write_atomically
 
     if is_rank_zero():
         folder.mkdir(parents=True, exist_ok=True)
@@ -254,13 +226,7 @@ def _jointly(
         if len(found.results) == 1:
             write_plan(found.results[0].plans[JOINT], output, force=force)
         summary = as_dict(found, run_dir=found_model.path, output=output) | {"settings": settings}
-        write_atomically(folder / "allocation.json", json.dumps(summary, indent=1) + "\n")
-        drawings = allocation_drawings(summary)
-        pictures = [file.name for file in write_fronts(drawings, folder)] if len(found.results) > 1 else []
-        title = f"Joint plans for {found_model.path}"
-        write_atomically(folder / "report.md", markdown(found, title=title, figures=pictures))
-        write_page(allocation_page(summary, drawings), folder / PAGE)
-        _write_pictures(found_model.path, drawings, found.step)
+        write_joint_reports(found, summary, folder)
         print(f"compared {found.results[-1].budget.text}", file=sys.stderr, flush=True)
         return summary
 
@@ -275,14 +241,6 @@ def _jointly(
         notify=lambda found: summary.update(write(found)) if is_rank_zero() else None,
     )
     return summary
-
-
-def _write_pictures(model: Path, drawings: Mapping[str, Drawing], step: int) -> None:
-    from qsparse_moe.ablation.page.images import pixels
-    from qsparse_moe.metrics.tensorboard import write_pictures
-
-    named = {f"{FOLDER}/{name}": pixels(drawing.figure) for name, drawing in drawings.items()}
-    write_pictures(model / "tensorboard", named, step)
 
 
 def _print_joint(summary: dict[str, Any]) -> None:

@@ -71,6 +71,7 @@ def sensitivity(
             f"--plans ({plans}) must be 0 or at least 3, because two points always have a perfect rank order"
         )
     check_shard(shard, "sensitivity")
+    from qsparse_moe.ablation.page.commands import run_of
     from qsparse_moe.ablation.sensitivity.measure import measure_run
     from qsparse_moe.ablation.sensitivity.report import as_dict
 
@@ -92,7 +93,7 @@ def sensitivity(
         return
     folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)
-    write_report(found, summary, folder, tensorboard=run_dir / "tensorboard")
+    write_report(found, summary, folder, tensorboard=run_of(run_dir) / "tensorboard")
     if json:
         print_json(summary)
     else:

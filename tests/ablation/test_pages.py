@@ -227,7 +227,7 @@ def test_a_layer_without_a_site_has_grey_cells_and_a_dash():
     ]
 
 
-@pytest.mark.parametrize("name", ["tiny-e8a2-front", "tiny-e32a4-front", "tiny-e8a2-trained"])
+@pytest.mark.parametrize("name", ["tiny-e32a4-front", "tiny-e8a2-trained"])
 def test_a_stored_allocation_without_the_newer_parts_has_a_page(name):
     content = json.loads((RESULTS / "allocation" / f"{name}.json").read_text())
     found = read_page(html_of(allocation_page(content)))

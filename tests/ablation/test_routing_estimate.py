@@ -131,6 +131,28 @@ def test_terms_of_a_plan_are_those_of_a_small_step_towards_it_with_all_interacti
     assert second > 0.01 and abs(_alone(terms, there, towards) - second) > 0.15 * second
 
 
+def test_the_parts_of_a_plan_add_up_and_every_interaction_is_divided_equally():
+    model, rows, values = three_ranks(), rows_of(), (0.25, 0.5, 0.75)
+    plan, towards = model.sparsity_plan, {0: Choice(1), 1: Choice(2)}
+    terms = plan_terms(model, rows, values, dict.fromkeys((0, 1), CHOICES), draws=20)
+    here = {0: Choice(3), 1: Choice(3)}
+    first, second = cells_of(plan)[0], cells_of(plan)[-1]
+    there = with_cells(plan, {cell: values[number % 3] for number, cell in enumerate(cells_of(plan))})
+    parts = terms.parts(there, towards)
+    assert set(parts.cells) == set(cells_of(plan)) and set(parts.routing) == {0, 1}
+    assert parts.total == pytest.approx(terms.change(there, towards), rel=1e-9) and abs(parts.total) > 1e-3
+    # One change alone is its whole part, and the excess of two over the sum of both is divided by two.
+    alone = [terms.change(with_cells(plan, {cell: 0.75}), here) for cell in (first, second)]
+    both = with_cells(plan, {first: 0.75, second: 0.75})
+    excess = terms.change(both, here) - sum(alone)
+    assert abs(excess) > 1e-6
+    found = terms.parts(both, here)
+    assert [found.cells[cell] for cell in (first, second)] == pytest.approx([one + excess / 2 for one in alone])
+    assert all(part == 0 for cell, part in found.cells.items() if cell not in (first, second))
+    one = terms.parts(plan, here | {1: Choice(1)})
+    assert one.routing == {0: 0.0, 1: pytest.approx(terms.change(plan, here | {1: Choice(1)}))}
+
+
 def test_the_load_under_every_choice_is_that_of_a_model_with_the_plan_of_the_choice():
     model, rows = three_ranks(), rows_of()
     plan = model.sparsity_plan

@@ -1,4 +1,4 @@
-"""A headless browser for the pages of TensorBoard."""
+"""A headless browser for the pages of TensorBoard and of reports."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ def open_browser(profile: Path) -> Iterator[webdriver.Chrome]:
         "window-size=1600,1200",
     ):
         options.add_argument(f"--{flag}")
+    # Messages of every level, not only warnings and errors.
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
     try:
         yield driver

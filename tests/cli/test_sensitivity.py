@@ -5,15 +5,19 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shlex
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsparse_moe.ablation.cells import cells_of
+from qsparse_moe.cli.allocation_files import tensorboard_of
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.load import load_config
 from qsparse_moe.kernels import native
 from qsparse_moe.sparsity.plan import SparsityPlan
+from tests.support.pages import read_page
 from tests.support.runs import tiny_config, write_text
 
 
@@ -28,8 +32,6 @@ def trained(tmp_path_factory):
 
 @pytest.mark.slow
 def test_sensitivity_writes_json_csv_report_and_figures(trained, tmp_path, capsys):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     folder = tmp_path / "report"
     arguments = ["sensitivity", str(trained), "--values", "0.5,0.75", "--rows", "3", "--output", str(folder)]
     arguments += ["--plans", "3"]
@@ -54,12 +56,17 @@ def test_sensitivity_writes_json_csv_report_and_figures(trained, tmp_path, capsy
     assert [float(line["exact"]) for line in lines] == [point["exact"] for point in found["points"]]
     assert {line["expert"] for line in lines if line["site"] == "attention_input"} == {""}
     names = ["estimate", "map-attention_input", "map-attention_output", "map-expert_hidden", "map-expert_input"]
-    names.append("routing")
+    names += ["plans", "routing"]
     assert sorted(file.stem for file in folder.glob("*.png")) == names
     report = (folder / "report.md").read_text()
     assert all(f"![{name}]({name}.png)" in report for name in names) and "Spearman" in report
     events = EventAccumulator(str(trained / "tensorboard")).Reload()
     assert {f"sensitivity/{name}" for name in names} <= set(events.Tags()["images"])
+    page = read_page((folder / "report.html").read_text())
+    assert len(page.images) == len(names) and page.headings[0] == f"Sensitivities of {trained}"
+    point = found["points"][0]
+    table = page.tables[f"{point['site'].replace('_', ' ')}, S={point['sparsity']:g}, 1/1000 nats per token"]
+    assert table[1 + point["layer"]] == [str(point["layer"]), f"{1000 * point['exact']:+.4f}"]
 
 
 def test_sensitivity_prints_a_readable_report_of_estimates_around_another_s(trained, tmp_path, capsys):
@@ -91,6 +98,9 @@ def test_allocate_writes_a_plan_within_the_budget_and_compares_it(trained, tmp_p
     assert len(found["alternatives"]) == 3
     before = {one["name"]: one["loss"] for one in found["outcomes"]}
     assert all(one["loss"] != before[one["name"]] for one in found["after_training"])
+    page = read_page((tmp_path / "report.html").read_text())
+    assert [row[0] for row in page.tables["Every plan less uniform S"][1:]][0] == "allocated"
+    assert page.tables["S at expert hidden"][1][1:] == [f"{s:.4f}" for s in plan.values[0, "expert_hidden"]]
     text = report.read_text()
     assert "After 1 steps of training with each plan:" in text and "| allocated |" in text and "S of the plan:" in text
     # The plan is one that training takes.
@@ -103,6 +113,7 @@ def test_allocate_writes_a_plan_within_the_budget_and_compares_it(trained, tmp_p
 @pytest.mark.slow
 def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(trained, tmp_path, capsys):
     output, folder = tmp_path / "plan.json", tmp_path / "report"
+    (trained / "tensorboard").mkdir(exist_ok=True)
     arguments = ["allocate", str(trained), "--output", str(output), "--budget", "bytes=0.6@batch=2", "--rows", "3"]
     arguments += ["--front", "0.6:0.8:0.2", "--held-out", "2", "--rounds", "1", "--random", "1", "--train-steps", "1"]
     assert run([*arguments, "--folder", str(folder), "--json"]) == 0
@@ -126,9 +137,21 @@ def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(t
     report = (folder / "report.md").read_text()
     assert "![front](front.png)" in report and "After 1 steps of training with each plan:" in report
     assert "## bytes=0.8@batch=2" in report and (folder / "front.png").read_bytes()[:4] == b"\x89PNG"
-    # The plan is one that training takes, and the printed tables have the same rows.
-    assert run(["train", str(trained / "config.yaml"), "training.name=by-joint-plan", *_by(found), "--json"]) == 0
+    page = read_page((folder / "report.html").read_text())
+    assert [row[1] for row in page.tables["bytes=0.8@batch=2"][1:]] == [f"{x['loss']:.4f}" for x in second["outcomes"]]
+    spent, losses = first["spent"], {one["name"]: one["loss"] for one in first["outcomes"]}
+    assert spent["evaluated"] == pytest.approx(losses["joint"] - losses["dense"])
+    assert spent["estimated"] == pytest.approx(sum(one["change"] for one in spent["cells"] + spent["routing"]))
+    assert len(spent["cells"]) == len(cells_of(plan)) and [one["layer"] for one in spent["routing"]] == [0, 1]
+    tags = EventAccumulator(str(trained / "tensorboard")).Reload().Tags()["images"]
+    assert {f"allocation/{name}" for name in ("front", "methods", "plan", "loss-by-layer", "loss-by-cell")} <= set(tags)
+    # What the page proposes to run runs as it stands: training, the loss, and text under the plan.
+    train, evaluate, _, generate, smaller = (shlex.split(command)[1:] for command in page.commands)
+    for command in ([*train, "training.engine=torch", "--json"], evaluate, [*generate, "--max-tokens", "2"]):
+        assert run(command) == 0, command
+    assert smaller[:4] == ["allocate", str(trained), "--budget", "bytes=0.5@batch=2"]
     capsys.readouterr()
+    # The printed tables have the same rows.
     again = [*arguments[:6], "--rows", "2", "--held-out", "1", "--rounds", "1", "--random", "0", "--force"]
     assert run([*again, "--folder", str(folder)]) == 0
     printed = capsys.readouterr().out
@@ -173,6 +196,14 @@ def test_allocate_predicts_the_time_of_decoding_and_measures_it(trained, tmp_pat
     assert "Decoding of held-out text with the engine native:" in (tmp_path / "report.md").read_text()
 
 
+def test_figures_go_to_the_tensorboard_of_the_run_or_of_the_report(tmp_path):
+    run, report = tmp_path / "run", tmp_path / "report"
+    checkpoint = run / "checkpoints" / "step-00000007"
+    assert tensorboard_of(run, None) is None and tensorboard_of(run, report) == report / "tensorboard"
+    (run / "tensorboard").mkdir(parents=True)
+    assert tensorboard_of(run, report) == tensorboard_of(checkpoint, None) == run / "tensorboard"
+
+
 def _by(found):
     """Return the output of the command: a run by the plan needs nothing else."""
     return ["training.engine=torch", *found["settings"]]
@@ -204,6 +235,14 @@ WRONG = {
     "front without a budget": (
         ["allocate", "{run}", "--output", "p.json", "--flops", "5", "--front", "0.3:0.9:0.1"],
         "--front: only with --budget, such as --budget bytes=0.5@batch=1",
+    ),
+    "report beside a folder": (
+        ["allocate", "{run}", "--output", "p.json", "--budget", "bytes=0.5", "--report", "r.md"],
+        "--report (r.md): with --budget the reports are written to a folder; give --folder in its place, or leave it",
+    ),
+    "report that is its own page": (
+        ["allocate", "{run}", "--output", "p.json", "--flops", "5", "--report", "r.html"],
+        "--report (r.html) names the Markdown file, and its page has the same name with .html; name a file",
     ),
     "too few plans": (["sensitivity", "{run}", "--plans", "2"], "--plans (2) must be 0 or at least 3"),
     "budget below 0": (

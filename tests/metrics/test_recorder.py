@@ -188,11 +188,15 @@ def test_a_row_without_a_loss_or_a_cost_is_no_point_of_a_curve_over_a_cost(tmp_p
 
 def test_pictures_of_other_packages_leave_the_curves_of_the_run_as_they_are(tmp_path):
     record(tmp_path, [1, 2], ends=False)
-    write_pictures(tmp_path / "tensorboard", {"plan/map": np.full((4, 6, 3), 7, dtype=np.uint8)}, 2)
-    assert len(list((tmp_path / "tensorboard").glob("events.*.pictures"))) == 1
+    picture = np.full((4, 6, 3), 7, dtype=np.uint8)
+    write_pictures(tmp_path / "tensorboard", {"other/map": picture}, 1)
+    # A report that is written again replaces its pictures, and no others.
+    for size in (3, 6):
+        write_pictures(tmp_path / "tensorboard", {"plan/map": picture[:, :size]}, 2)
+    assert len(list((tmp_path / "tensorboard").glob("events.*.plan.pictures"))) == 1
     board = read_board(tmp_path)
     (event,) = board.Images("plan/map")
-    assert (event.step, event.width, event.height) == (2, 6, 4)
+    assert (event.step, event.width, event.height) == (2, 6, 4) and len(board.Images("other/map")) == 1
     assert set(scalars(board, "train/loss")) == {1, 2}
 
 

@@ -159,5 +159,5 @@ def _symmetric_log(axes: Axes, which: str, values: Sequence[float]) -> None:
     if not len(sizes) or sizes.max() <= 10 * np.median(sizes):
         return
     # A whole decade: otherwise the tick labels around 0 overlap.
-    settings: dict[str, Any] = {"linthresh": float(10.0 ** np.ceil(np.log10(np.median(sizes))))}
+    settings: dict[str, Any] = {"linthresh": float(10.0 ** np.floor(np.log10(np.median(sizes))))}
     axes.set_xscale("symlog", **settings) if which == "x" else axes.set_yscale("symlog", **settings)

@@ -21,8 +21,10 @@ from qsparse_moe.data.packing import Array
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 _MISSING = "0.82"
-# More columns than this are a line of their own, and their cells have no number.
-_MOST_BESIDE, _MOST_LABELLED = 16, 16
+_MOST_BESIDE = 22
+"""Columns that fit beside each other with a number in every cell."""
+_MOST_LABELLED = 16
+"""Columns of one panel up to which its cells have a number."""
 _COLOURS = "YlGnBu"
 
 
@@ -57,16 +59,20 @@ def _maps(plan: SparsityPlan) -> Drawing:
     layers = [str(layer) for layer in sorted({layer for layer, _ in plan.values})]
     title = "S of the plan by layer, site, and expert"
     lines = _lines(panels)
-    widths = [sum(_columns(panels[name][0]) for name in line) for line in lines]
     high = max(1.2, min(8.0, 0.34 * len(layers))) + 1.0
     figure = Figure(figsize=(10.2, high * len(lines)), dpi=100, layout="constrained")
     # Every line is a grid of its own, so that a site without experts is as wide as its columns need.
     rows = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
-    for part, line, width in zip(rows, lines, widths, strict=True):
-        shares = [_columns(panels[name][0]) / width for name in line]
-        for axes, name in zip(part.subplots(1, len(line), squeeze=False, width_ratios=shares)[0], line, strict=True):
+    for part, line in zip(rows, lines, strict=True):
+        shares = [_columns(panels[name][0]) for name in line]
+        # A line of few columns ends early: as wide as the others, its cells would be bars.
+        blank = [_MOST_BESIDE - sum(shares)] if 2 * sum(shares) < _MOST_BESIDE else []
+        places = list(part.subplots(1, len(line) + len(blank), squeeze=False, width_ratios=[*shares, *blank])[0])
+        while len(places) > len(line):
+            places.pop().set_axis_off()
+        for axes, name in zip(places, line, strict=True):
             image = _panel(axes, name, layers, *panels[name])
-        colour_bar(part, list(part.axes), image, "S", pad=0.02)
+        colour_bar(part, places, image, "S", pad=0.02)
     tables = [
         Table(
             f"S at {name}",
@@ -91,7 +97,7 @@ def _lines(panels: dict[str, tuple[list[str], Array]]) -> list[list[str]]:
     lines: list[list[str]] = []
     for name, (columns, _) in panels.items():
         used = sum(_columns(panels[other][0]) for other in lines[-1]) if lines else 0
-        if lines and used + _columns(columns) <= _MOST_BESIDE + 6:
+        if lines and used + _columns(columns) <= _MOST_BESIDE:
             lines[-1].append(name)
         else:
             lines.append([name])

@@ -29,7 +29,7 @@ th:first-child { text-align: left; padding-left: 0; }
 thead th { vertical-align: bottom; }
 tbody th { font-weight: 500; }
 figure { margin: 1rem 0; }
-figure img { display: block; max-width: 100%; min-width: min(100%, 34rem); height: auto; padding: 0.5rem;
+figure img { display: block; max-width: 100%; min-width: 34rem; height: auto; padding: 0.5rem;
   background: #ffffff; border-radius: 6px; }
 details { margin: 0.5rem 0; }
 summary { cursor: pointer; color: var(--link); font-size: 0.9rem; }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qsparse_moe.ablation.allocation.commands import next_commands
 from qsparse_moe.ablation.allocation.front_figures import methods
@@ -239,6 +241,18 @@ def test_a_stored_allocation_without_the_newer_parts_has_a_page(name):
     assert len(budgets) == (1 if name.endswith("front") else 2)
 
 
+def test_the_example_of_the_guide_makes_the_page_that_is_kept_beside_the_results(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (RESULTS.parent / "docs" / "sensitivity.md").read_text(), re.DOTALL)
+    (tmp_path / "results").symlink_to(RESULTS)
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    made, kept = (
+        read_page(file.read_text()) for file in (tmp_path / "report.html", RESULTS / "allocation/tiny-e8a2-front.html")
+    )
+    # Another version of matplotlib may draw other lines.
+    assert made.tables == kept.tables and made.commands == kept.commands and made.images.keys() == kept.images.keys()
+
+
 def test_the_next_commands_have_the_real_paths_and_a_smaller_budget():
     def arguments(run, output, *budgets):
         content = {"run_dir": run, "output": output, "settings": ["model.sparsity.plan=p"]}
@@ -369,6 +383,8 @@ def test_a_grid_has_the_numbers_of_its_report_its_unfinished_runs_and_the_next_c
     )
     (loss,) = drawings["loss-by-sparsity"].figure.axes[:1]
     assert loss.containers[0].lines[0].get_xydata().tolist() == [[0.0, 1.0], [0.5, 1.0]]
+    tags = EventAccumulator(str(tmp_path / "report" / "figures")).Reload().Tags()["images"]
+    assert set(tags) == {f"ablation/{name}" for name in drawings}
     # Nothing is proposed where no command is known.
     assert read_page(html_of(grid_page(grid, report_sections(grid, results), results, {}, ()))).commands == []
 

@@ -104,8 +104,9 @@ def _open_claims(decided: Sequence[ClaimVerdicts], command: Sequence[str]) -> li
             seeds += [pair.seeds_needed for pair in last.pairs if pair.seeds_needed is not None]
     if not seeds:
         return []
-    purpose = f"Decide more claims: with {min(seeds)} seeds the first one, with {max(seeds)} all that seeds can decide"
-    return [Command(f"{purpose}. Add seeds to the grid file, then", command)]
+    enough = f"with {max(seeds)} seeds all that seeds can decide"
+    first = f"with {min(seeds)} seeds the first one, " if min(seeds) < max(seeds) else ""
+    return [Command(f"Decide more claims: {first}{enough}. Add seeds to the grid file, then", command)]
 
 
 def _best(grid: Grid, results: Sequence[RunResult]) -> tuple[str, str] | None:

@@ -11,7 +11,6 @@ from qsparse_moe.config.schema import SparsityConfig
 from qsparse_moe.moe.losses import StepLoad
 from tests.model.small_model import RECOMPUTED, make, tokens
 
-
 CASES = {
     "dropless": ({}, {}),
     "capacity": ({"capacity_factor": 0.5, "moe_layer_interval": 2}, {}),

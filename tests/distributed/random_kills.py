@@ -1,11 +1,14 @@
 """Kill a run by SIGKILL at random moments, resume it each time, and compare its end with that of an uninterrupted run.
 
     python -m tests.distributed.random_kills FOLDER --kills 100
-    python -m tests.distributed.random_kills FOLDER --kills 30 --ranks 2
+    python -m tests.distributed.random_kills FOLDER --kills 30 --ranks 2 --compiled --moments write,step,save,load
 
 The moments take turns: while the run loads (its first ones while the C++ operators are compiled, where a compiler is
 there), in a step, while a checkpoint is written in the background, in an evaluation, while the state is copied for a
 checkpoint. Two ranks are killed together, or every fifth time one of them alone.
+
+A checkpoint is written while the next steps run, and the next one waits for it, so a kill costs at most the steps of two
+intervals: more is an error.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,7 @@ from tests.support.metrics import same_in_every_run
 from tests.support.runs import LAYOUTS, tiny_config, write_text
 
 MOMENTS = ("load", "step", "write", "evaluation", "save")
+INTERVAL = 2
 
 
 def main() -> None:
@@ -43,20 +48,41 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--moments", default=",".join(MOMENTS), help="in this order, again and again")
+    parser.add_argument("--compiled", action="store_true", help="with the operators that this machine has compiled")
     given = parser.parse_args()
-    found = run_with_kills(given.folder.resolve(), kills=given.kills, ranks=given.ranks, seed=given.seed)
+    moments = given.moments.split(",")
+    if unknown := set(moments) - set(MOMENTS):
+        parser.error(f"--moments: {', '.join(sorted(unknown))} is none of {', '.join(MOMENTS)}")
+    found = run_with_kills(
+        given.folder.resolve(),
+        kills=given.kills,
+        ranks=given.ranks,
+        seed=given.seed,
+        moments=moments,
+        compiles=not given.compiled,
+    )
     print(json.dumps(found, indent=2))
     sys.exit(bool(found["differences"] or found["left_behind"]))
 
 
-def run_with_kills(folder: Path, *, kills: int, ranks: int, seed: int = 0, compiles: bool = True) -> dict[str, Any]:
+def run_with_kills(
+    folder: Path,
+    *,
+    kills: int,
+    ranks: int,
+    seed: int = 0,
+    moments: Sequence[str] = MOMENTS,
+    compiles: bool = True,
+) -> dict[str, Any]:
     """Train one run with ``kills`` kills and one without; how often each moment was met, and what differs at the end.
 
     Args:
         folder: an empty one, for everything.
         kills: how many.
         ranks: 1 without a launcher, or more with it.
-        seed: of the moments.
+        seed: of the delays.
+        moments: what the run has begun when it is killed, in turn.
         compiles: begin without compiled operators, so that kills meet the compiler; else the machine's are used.
     """
     write_text(folder / "text")
@@ -65,19 +91,26 @@ def run_with_kills(folder: Path, *, kills: int, ranks: int, seed: int = 0, compi
     killed, whole = (_config(folder, name, steps=steps, ranks=ranks) for name in ("killed", "whole"))
     draw = random.Random(seed)
     counts: dict[str, int] = {}
+    lost: dict[int, int] = {}
     begin = time.monotonic()
     for number in range(kills):
-        moment = "compile" if compiles and number < max(1, kills // 12) else MOMENTS[number % len(MOMENTS)]
-        met = _kill_once(folder, killed, moment, number, ranks, draw, environment)
+        moment = "compile" if compiles and number < max(1, kills // 12) else moments[number % len(moments)]
+        newest = _newest(killed)
+        met, begun = _kill_once(folder, killed, moment, number, ranks, draw, environment)
         counts[met] = counts.get(met, 0) + 1
+        steps_lost = newest + begun - _newest(killed)
+        lost[steps_lost] = lost.get(steps_lost, 0) + 1
+        seconds = time.monotonic() - begin
         print(
-            f"{number + 1}/{kills} {met}, newest step {_newest(killed)}, {time.monotonic() - begin:.0f} s", flush=True
+            f"{number + 1}/{kills} {met}, newest step {_newest(killed)}, {steps_lost} lost, {seconds:.0f} s", flush=True
         )
+        assert steps_lost <= 2 * INTERVAL, f"{steps_lost} steps lost, with a checkpoint every {INTERVAL} steps"
     for config in (killed, whole):
         code = _start(folder, config, ranks, environment, slow=False).wait(900)
         assert code == 0, f"{config.training.name} ended with {code}:\n{(folder / 'log.txt').read_text()[-3000:]}"
     return {
         "kills": counts,
+        "kills_by_steps_lost": dict(sorted(lost.items())),
         "steps": steps,
         "differences": _differences(_run_dir(killed), _run_dir(whole)),
         "left_behind": _left_behind(folder),
@@ -88,7 +121,7 @@ def _config(folder: Path, name: str, *, steps: int, ranks: int) -> RunConfig:
     backend = "native" if native.why_not(torch.device("cpu")) is None else "torch"
     schedule = {"shape": "linear", "warmup_steps": 1, "ramp_steps": steps - 2}
     settings = LAYOUTS["torch" if ranks == 1 else "zero2"] | {"resume": True, "steps": steps}
-    settings |= {"checkpoint_interval": 2, "keep_last": 2, "evaluation_interval": 3}
+    settings |= {"checkpoint_interval": INTERVAL, "keep_last": 2, "evaluation_interval": 3}
     config = tiny_config(
         folder,
         name,
@@ -133,8 +166,8 @@ def _kill_once(
     ranks: int,
     draw: random.Random,
     environment: dict[str, str],
-) -> str:
-    """Start the run and kill it; return the last operation that it had begun."""
+) -> tuple[str, int]:
+    """Start the run and kill it; return the last operation that it had begun, and how many steps it had begun."""
     moments = folder / "moments"
     moments.unlink(missing_ok=True)
     process = _start(folder, config, ranks, environment, slow=True)
@@ -152,7 +185,7 @@ def _kill_once(
     finally:
         if process.poll() is None:
             kill_group(process)
-    return met
+    return met, sum(line.split()[:2] == ["step", "0"] for line in _seen(moments))
 
 
 def _wait_for(moments: Path, wanted: str, times: int, process: subprocess.Popen[bytes], folder: Path) -> None:
@@ -172,9 +205,10 @@ def _run_dir(config: RunConfig) -> Path:
     return Path(config.training.output_dir) / config.training.name
 
 
-def _newest(config: RunConfig) -> str:
+def _newest(config: RunConfig) -> int:
+    """Return the step of the newest complete checkpoint; 0 without one."""
     paths = list_checkpoints(_run_dir(config))
-    return paths[-1].name if paths else "none"
+    return int(paths[-1].name.removeprefix("step-")) if paths else 0
 
 
 def _differences(killed: Path, whole: Path) -> list[str]:

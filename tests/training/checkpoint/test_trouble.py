@@ -144,27 +144,37 @@ def test_a_disk_that_fills_behind_the_training_ends_it_with_a_checkpoint_if_ther
 
 
 def test_reports_have_the_time_that_training_waited_for_a_checkpoint(make_config, monkeypatch):
-    Disk(monkeypatch, lambda name: time.sleep(0.5))
+    third = threading.Event()
     waits = {}
-    for is_async in (True, False):
-        config = make_config(str(is_async), steps=3, checkpoint_interval=2, checkpoint_async=is_async)
-        train(config, [lambda report: waits.update({report.step: report.checkpoint_seconds})])
-        assert waits[1] is waits[2] is None
-        # After the step, so that the next one reports it.
-        assert 0 < waits[3] < 0.5 if is_async else waits[3] >= 0.5
+
+    def report(step):
+        waits[step.step] = step.checkpoint_seconds
+        if step.step == 3:
+            third.set()
+
+    # The disk is done with step 2 once step 3 is reported, which training does not wait for.
+    Disk(monkeypatch, lambda name: third.wait(60))
+    train(make_config("behind", steps=3, checkpoint_interval=2), [report])
+    # After the step, so that the next one reports it.
+    assert waits[1] is waits[2] is None and 0 < waits[3] < 60
+    Disk(monkeypatch, lambda name: time.sleep(0.5))
+    train(make_config("waiting", steps=3, checkpoint_interval=2, checkpoint_async=False), [report])
+    assert waits[1] is waits[2] is None and waits[3] >= 0.5
 
 
 def test_sigterm_with_a_checkpoint_in_progress_finishes_it_and_saves_another(make_config, monkeypatch, caplog):
-    writing = threading.Event()
+    writing, signaled = threading.Event(), threading.Event()
 
     def slow(name):
         writing.set()
-        time.sleep(0.3)
+        assert signaled.wait(60)
 
     def stop(report):
         if report.step == 3:
-            assert writing.is_set() and not list_checkpoints(run_folder(config))
-            os.kill(os.getpid(), signal.SIGTERM)
+            assert writing.wait(60) and not list_checkpoints(run_folder(config))
+            # In this thread, so that the handler has run when the disk goes on.
+            signal.raise_signal(signal.SIGTERM)
+            signaled.set()
 
     Disk(monkeypatch, slow)
     config = make_config(steps=500, checkpoint_interval=2)

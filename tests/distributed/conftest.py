@@ -91,6 +91,12 @@ FAULT_STEP = 3
 SKIPPED = ["torch-fp32", "torch-bf16", "zero0-fp32", "zero1-fp32", "zero1-bf16", "zero2_cpu-fp32", "zero3-fp32"]
 """Layouts on two ranks that skip the step in which one of the ranks breaks."""
 
+BAD_INPUT = {
+    "settings": {"place": "settings", "rank": 1, "training": {"learning_rate": 1e-3, "seed": 3}},
+    "full_disk": {"place": "full_disk", "rank": 1},
+}
+"""By label, on two ranks: what is wrong with one of them (see ``tests.support.ranks.broken``)."""
+
 CALIBRATIONS = {"calibrated": (9, 2**18), "calibrated-thinned": (9, 1024), "calibrated-one-row": (1, 2**18)}
 """By label: training rows (five batches of one rank, or one) and the most magnitudes kept of one place."""
 
@@ -146,6 +152,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
             + _balanced_resumed(made, 2)
             + _stopped_and_resumed(made, 2)
             + _faults(made)
+            + _bad_input(made)
             + _streams(made)
             + _transfers(made, 2)
             + _calibrations(made),
@@ -297,6 +304,14 @@ def _faults(made: Runs) -> list[dict[str, Any]]:
     skipping = {"skip_steps": {"limit": 1, "window": 4}}
     plan += [_entry(made, f"skipped-{layout}", layout, 2, training=skipping, fault=output) for layout in SKIPPED]
     return plan
+
+
+def _bad_input(made: Runs) -> list[dict[str, Any]]:
+    training = {"checkpoint_interval": 1, "keep_last": 9, "steps": 50}
+    return [
+        _entry(made, f"bad-{label}", "zero2-fp32", 2, training=training, fault=fault)
+        for label, fault in BAD_INPUT.items()
+    ]
 
 
 def _streams(made: Runs) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ The moments take turns: while the run loads (its first ones while the C++ operat
 there), in a step, while a checkpoint is written in the background, in an evaluation, while the state is copied for a
 checkpoint. Two ranks are killed together, or every fifth time one of them alone.
 
-A checkpoint is written while the next steps run, and the next one waits for it, so a kill costs at most the steps of two
-intervals: more is an error.
+A checkpoint is written while the next steps run, and the next one waits for it, so a kill costs at most the steps of
+two intervals: more is an error.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from qsparse_moe.runs.report import StepReport
 from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training import loop, start
 from qsparse_moe.training.calibrate import calibrate_run
+from qsparse_moe.training.checkpoint import save as checkpoint_module
 from qsparse_moe.training.checkpoint.store import Checkpoint
 from qsparse_moe.training.engines import deepspeed_config as ds_config
 from qsparse_moe.training.engines.protocol import StateKind
@@ -80,6 +81,8 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
     """A model that in one step and on one rank computes something that is not finite in one place, or another fault.
 
     ``{"place": "routing", "experts": [...]}`` sends the rows for expert ``e`` to ``experts[e]``, in every step.
+    ``{"place": "full_disk", "rank": r}``: there is no space for the first checkpoint of rank r.
+    ``{"place": "settings", "rank": r, "training": {...}}``: rank r has other settings, see ``run``.
     """
     if fault is None:
         yield
@@ -93,6 +96,13 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
         settings = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
         make = ds_config._zero
         with mock.patch.object(ds_config, "_zero", lambda *given: make(*given) | settings):
+            yield
+        return
+    if fault["place"] == "settings":
+        yield
+        return
+    if fault["place"] == "full_disk":
+        with _full_disk(fault["rank"]):
             yield
         return
     # A parameter receives its memory when the engine is built, and loses the hooks that it had before.
@@ -109,6 +119,21 @@ def broken(fault: dict[str, Any] | None) -> Iterator[None]:
         return built
 
     with mock.patch.object(start, name, build_broken):
+        yield
+
+
+@contextlib.contextmanager
+def _full_disk(rank: int) -> Iterator[None]:
+    """Refuse the first file of a checkpoint that ``rank`` writes."""
+    write = checkpoint_module.write_tensors
+    errors = [OSError(28, "No space left on device")] if int(os.environ.get("RANK", "0")) == rank else []
+
+    def write_or_fail(*arguments: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return write(*arguments)
+
+    with mock.patch.object(checkpoint_module, "write_tensors", write_or_fail):
         yield
 
 
@@ -148,6 +173,8 @@ def _break(model: torch.nn.Module, *, place: str, layer: int, forward: int, rank
 def run(label: str, config: dict[str, Any], stop_after: int | None, fault: dict[str, Any] | None) -> dict[str, Any]:
     """Train one run; what it reported and how it ended."""
     rank = int(os.environ.get("RANK", "0"))
+    if fault is not None and fault["place"] == "settings" and fault["rank"] == rank:
+        config = config | {"training": config["training"] | fault["training"]}
     listener = Listener(stop_after if rank == 0 else None)
     outcome: dict[str, Any] = {"label": label, "error": None, "result": None}
     elements_read: Counter[str] = Counter()

@@ -128,8 +128,9 @@ class CheckpointWriter:
     ) -> Path:
         """Begin the checkpoint of ``progress.step``, between two steps; return its folder, which appears later.
 
-        All ranks must call it together. It waits until the checkpoint before is complete. An existing checkpoint of
-        the same step is left unchanged.
+        All ranks must call it together. It waits until the checkpoint before is complete; if that has failed, this one
+        is tried nevertheless, and ``take_failure`` and ``finish`` report the failure. An existing checkpoint of the
+        same step is left unchanged.
 
         Args:
             progress: the progress of the run.
@@ -138,7 +139,8 @@ class CheckpointWriter:
             step_filter: the state of the step filter, the same on every rank; None without one.
 
         Raises:
-            CheckpointError: the checkpoint before, or this one, cannot be written.
+            CheckpointError: the folder cannot be made, or was taken over; or, without a background, the checkpoint
+                cannot be written.
         """
         self._join()
         final = self._root / f"step-{progress.step:08d}"
@@ -160,13 +162,13 @@ class CheckpointWriter:
         """Wait until the checkpoint that is being written, if any, is complete. All ranks must call it together.
 
         Raises:
-            CheckpointError: it could not be written.
+            CheckpointError: it, or an earlier one whose failure was not taken, could not be written.
         """
         self._join()
         self._distributed.on_rank_zero(self._raise_failure)
 
     def take_failure(self) -> CheckpointError | None:
-        """Return the error of the checkpoint before, once, on rank 0, without waiting for one in progress."""
+        """Return the first error since the last call, once, on rank 0, without waiting for a checkpoint in progress."""
         failure, self._failure = self._failure, None
         return failure
 
@@ -193,7 +195,6 @@ class CheckpointWriter:
 
     def _begin(self, final: Path, report_state: ReportState) -> Path | None:
         """Make the folder to write into; None if there is a checkpoint of this step already."""
-        self._raise_failure()
         # NaN is not JSON, and other readers would refuse the file.
         self._listeners = json.dumps(report_state.listeners, allow_nan=False).encode()
         # A process that was suspended may have lost the folder to another run.
@@ -247,8 +248,10 @@ class CheckpointWriter:
         )
         # None: a rank is lost. The run ends, and its next part removes the folder.
         if reports is not None:
-            self._failure = self._complete(save, reports)
-            if self._failure is None:
+            failure = self._complete(save, reports)
+            if failure is not None:
+                self._failure = self._failure or failure
+            else:
                 size = sum(report["bytes"] for report in reports)
                 logger.info("saved %s (%.3g GB in %.1f s)", save.final, size / 1e9, time.monotonic() - begin)
 

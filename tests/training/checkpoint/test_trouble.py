@@ -143,6 +143,28 @@ def test_a_disk_that_fills_behind_the_training_ends_it_with_a_checkpoint_if_ther
     assert train(make_config(steps=done + 1, resume=True)).step == done + 1
 
 
+def test_a_disk_that_fills_just_before_the_next_checkpoint_costs_none_of_its_steps(make_config, monkeypatch):
+    reported = threading.Event()
+
+    def fail_late(name):
+        if "step-00000002" in name:
+            assert reported.wait(60)
+            raise OSError(28, "No space left on device")
+
+    def report(step):
+        # The failure comes after step 4 has asked for one, and before its checkpoint.
+        if step.step == 4:
+            reported.set()
+
+    Disk(monkeypatch, fail_late)
+    config = make_config(steps=200, checkpoint_interval=2)
+    with pytest.raises(
+        CheckpointError, match=r"step-00000002: cannot be written .* ended after step 5 of 200; .*step-00000005$"
+    ):
+        train(config, [report])
+    assert [path.name for path in list_checkpoints(run_folder(config))] == ["step-00000004", "step-00000005"]
+
+
 def test_reports_have_the_time_that_training_waited_for_a_checkpoint(make_config, monkeypatch):
     third = threading.Event()
     waits = {}

@@ -31,6 +31,7 @@ from qsparse_moe.training.distributed.ranks import Distributed
 from qsparse_moe.training.engines.build import check_engine
 from qsparse_moe.training.engines.protocol import Engine
 from qsparse_moe.training.evaluate import Evaluator
+from qsparse_moe.training.freed_memory import keep_freed_memory
 from qsparse_moe.training.initial_weights import InitialWeights
 from qsparse_moe.training.monitor.memory import device_name
 from qsparse_moe.training.start import start_engine
@@ -104,6 +105,9 @@ def prepare_run(
         loader.load_state_dict(checkpoint.data_state)
     hidden_ids = meaningless_ids(config.model, data.tokenizer)
     engine = start_engine(config, distributed, checkpoint=checkpoint, initial=initial, hidden_ids=hidden_ids)
+    if distributed.device.type == "cpu":
+        # Only now: what the build of a model frees should be returned.
+        keep_freed_memory()
     start = checkpoint.progress if checkpoint is not None else RunProgress(step=0, tokens=0, seconds=0.0)
     _start_random_states(training.seed, distributed, start, checkpoint)
     evaluator = Evaluator(

@@ -30,6 +30,7 @@ from qsparse_moe.inference.row_costs import measure_read_bandwidth
 from qsparse_moe.inference.weights import check_head, head_format, round_weights
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.nn.shared_selector import SharedSelector
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 OURS = "ours"
@@ -110,7 +111,16 @@ def random_model(config: ModelConfig, weight_format: WeightFormat, device: torch
     fill_random(model, config.init_std)
     # to_empty has discarded the buffers with K of every site, and the plan fills them again.
     model.set_sparsity(model.sparsity_plan)
+    _draw_shared_sets(model)
     return model.eval().requires_grad_(False)
+
+
+def _draw_shared_sets(model: Transformer) -> None:
+    """Give every expert features of its own where its tokens share them."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, SharedSelector):
+            module.mean_energy_ED.copy_(torch.rand(module.mean_energy_ED.shape, generator=generator))
 
 
 class _Ours:
@@ -164,7 +174,10 @@ def trained_in(config: ModelConfig, weight_format: WeightFormat) -> ModelConfig:
     if weight_format != "ternary":
         return config
     quantized = config.sparsity.quantization.model_copy(update={"weights": "ternary", "activations": "int8"})
-    return config.model_copy(update={"sparsity": config.sparsity.model_copy(update={"quantization": quantized})})
+    # Activations in int8 need whole rows, for their scale.
+    masked = config.sparsity.shared.model_copy(update={"products": "masked"})
+    trained = config.sparsity.model_copy(update={"quantization": quantized, "shared": masked})
+    return config.model_copy(update={"sparsity": trained})
 
 
 def _run_format(
@@ -303,6 +316,7 @@ def shape_of(benchmark: DecodeBenchmark) -> dict[str, Any]:
     return {
         **model_sizes(benchmark.model),
         "vocabulary": vocab_size(benchmark.model),
+        "selection": benchmark.model.sparsity.selection,
         "context": benchmark.context,
         "tokens": benchmark.tokens,
         "prompt": benchmark.prompt,

@@ -16,7 +16,7 @@ from qsparse_moe.cli.bench_prepare import prepare
 from qsparse_moe.cli.bench_shared_features import shared_features
 from qsparse_moe.cli.bench_start import start
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import check_sparsity, listed_names
+from qsparse_moe.cli.option_values import check_name, check_sparsity, listed_names
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
@@ -77,10 +77,10 @@ def step(
 
     check_sparsity("--sparsity", sparsity)
     precisions = listed_names("--precision", precision, DTYPES)
-    (clocked,) = listed_names("--clock", clock, ("wall", "processor"))
-    (selected,) = listed_names("--selection", selection, ("topk", "shared"))
-    (passed,) = listed_names("--gradient", gradient, ("ste", "masked"))
-    clock_function = time.process_time if clocked == "processor" else None
+    check_name("--clock", clock, ("wall", "processor"))
+    check_name("--selection", selection, ("topk", "shared"))
+    check_name("--gradient", gradient, ("ste", "masked"))
+    clock_function = time.process_time if clock == "processor" else None
     if threads:
         torch.set_num_threads(threads)
     moe = MoEConfig.model_validate(
@@ -102,8 +102,8 @@ def step(
             rounds,
             torch.device(device),
             clock_function,
-            selection=selected,
-            gradient=passed,
+            selection=selection,
+            gradient=gradient,
         )
         for name in precisions
     ]

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.cli.option_names import naming_options
-from qsparse_moe.cli.option_values import listed_names
+from qsparse_moe.cli.option_values import check_name, listed_names
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import ConfigError
 
@@ -31,6 +31,10 @@ def decode(
     sparsity: Annotated[str, typer.Option(help="S at every site, with commas; 0 is always measured.")] = (
         "0,0.4,0.5,0.6,0.75,0.9"
     ),
+    selection: Annotated[
+        str,
+        typer.Option(help="topk, or shared: one set of features per expert, and only its rows and columns read."),
+    ] = "topk",
     batch: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1,2,4,8,16",
     # The default shape is that of the table in docs/results.md, for which the speeds of llama.cpp are known.
     layers: Annotated[int, typer.Option(help="Layers.", min=1)] = 8,
@@ -59,11 +63,11 @@ def decode(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time generation, with and without zeros, beside transformers and llama.cpp on the same shape."""
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"--device {device!r} must be cpu or cuda; choose one of them")
+    check_name("--device", device, ("cpu", "cuda"))
     formats = listed_names("--weights", weights, ("fp32", "bf16", "int8", "ternary"))
     sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
     batches = _numbers("--batch", batch, int, lambda value: value >= 1, "whole numbers from 1")
+    check_name("--selection", selection, ("topk", "shared"))
     # An empty text leaves all peers out; split, it would be a peer without a name.
     chosen_peers = listed_names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
     listed_names("--head", head, ("auto", "fp32", "bf16", "int8"))
@@ -88,6 +92,7 @@ def decode(
                 # This is the activation of Mixtral, whose shape both peers compute.
                 "activation": "swiglu",
             },
+            "sparsity": {"selection": selection},
         }
     )
     benchmark = DecodeBenchmark(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -58,6 +58,12 @@ def listed_names(option: str, text: str, known: Collection[str]) -> list[Any]:
     if unknown:
         raise ConfigError(f"{option} {text!r} contains {unknown[0]!r}; choose from {', '.join(known)}")
     return names
+
+
+def check_name(option: str, name: str, known: Sequence[str]) -> None:
+    """Raise ConfigError unless ``name`` is in ``known``."""
+    if name not in known:
+        raise ConfigError(f"{option} {name!r} must be {' or '.join(known)}; choose one of them")
 
 
 def check_sparsity(option: str, value: float | None) -> None:

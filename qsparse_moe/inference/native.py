@@ -15,7 +15,15 @@ from torch import Tensor
 from qsparse_moe.config.shapes import latent_sizes, num_kv_heads, rotary_size
 from qsparse_moe.inference.kv_cache import KeyValueCache
 from qsparse_moe.inference.row_costs import NEVER, TOKENS, shares_to_read_all
-from qsparse_moe.inference.weights import ModelMatrix, head_format, own_format, site_matrices, why_not_stored
+from qsparse_moe.inference.shared_rows import Kept, keeps_columns, kept_features, shared_set
+from qsparse_moe.inference.weights import (
+    ModelMatrix,
+    head_format,
+    own_format,
+    parts_of,
+    site_matrices,
+    why_not_stored,
+)
 from qsparse_moe.kernels import native
 from qsparse_moe.kernels.row_product.op import native_matrix
 from qsparse_moe.kernels.row_product.stored import StoredWeights, WeightFormat, store
@@ -32,7 +40,7 @@ from qsparse_moe.sparsity.quantize import as_format
 Rows = Literal["auto", "selected", "all"]
 
 # The numbers of the C++ enumerations in kernels/decode_model/site.h and vector_math.h.
-_SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 4}
+_SELECTIONS = {"topk": 0, "block": 1, "threshold": 2, "statistical": 3, "relu": 4, "shared": 5}
 _ROW_FORMATS = {"none": 0, "int8": 1, "int4": 2}
 _RESCALES = {"none": 0, "unit": 1, "preserve": 2}
 _ACTIVATIONS = {"swiglu": 0, "relu2glu": 1, "reglu": 2, "drelu": 3, "relu2": 4}
@@ -95,6 +103,7 @@ class NativeDecode:
         native.load(native.DECODE)
         self.weight_format = weight_format or own_format(model)
         self._gate_first = _names_of_gate_first(model, self.weight_format, gate_first)
+        self._kept = self._kept_rows(model)
         self._stored = {matrix.name: self._store(matrix) for matrix in site_matrices(model) if matrix.has_site}
         # Output-major, one row per id: there is no site before the head, so every weight of it is read.
         self._stored["head.weight"] = store(model.head.weight, head_format(model, self.weight_format, head))
@@ -118,9 +127,15 @@ class NativeDecode:
         return logits_BV
 
     def with_plan_of(self, model: Transformer) -> NativeDecode:
-        """Return an engine with the plan that ``model`` has now, over the same stored weights."""
+        """Return an engine with the plan that ``model`` has now, over the same stored weights.
+
+        Raises:
+            ValueError: this engine has left out features that the plan needs, which a shared selection does.
+        """
         # A shallow copy shares the stored weights, which are most of the memory.
         other = copy.copy(self)
+        other._kept = self._kept_rows(model)
+        other._stored = {name: self._kept_under(other._kept, name) for name in self._stored}
         other._engine = other._build(model)
         return other
 
@@ -143,9 +158,25 @@ class NativeDecode:
             "passes_over_all_rows": whole,
         }
 
+    def _kept_rows(self, model: Transformer) -> dict[str, Kept]:
+        """Return what is kept of the matrices, as this engine stores them."""
+        kept = kept_features(model)
+        return kept | {name: kept[name].transposed for name in self._gate_first if name in kept}
+
     def _store(self, matrix: ModelMatrix) -> StoredWeights:
         values = matrix.input_major(self.weight_format)
-        return store(values.transpose(-1, -2) if matrix.name in self._gate_first else values, self.weight_format)
+        stored = store(values.transpose(-1, -2) if matrix.name in self._gate_first else values, self.weight_format)
+        kept = self._kept.get(matrix.name)
+        return stored if kept is None else stored.keep(kept.rows_EK, kept.columns_EK)
+
+    def _kept_under(self, kept_by_name: dict[str, Kept], name: str) -> StoredWeights:
+        stored, before, kept = self._stored[name], self._kept.get(name), kept_by_name.get(name)
+        if kept == before:
+            return stored
+        if before is not None:
+            raise ValueError(f"{name} has the features of another plan only; build an engine with S = 0 first")
+        assert kept is not None, "it differs from what was kept before"
+        return stored.keep(kept.rows_EK, kept.columns_EK)
 
     def _build(self, model: Transformer) -> Any:
         config, classes = model.config, torch.classes.qsparse_moe
@@ -214,7 +245,7 @@ class NativeDecode:
         gate = None if part.w_gate is None else self._matrix(f"{prefix}w_gate")
         up, down = self._matrix(f"{prefix}w_up"), self._matrix(f"{prefix}w_down")
         return torch.classes.qsparse_moe.FeedForward(
-            gate, up, down, _site(input_site), _site(part.hidden_site), f"{prefix}w_up" in self._gate_first
+            gate, up, down, _site(input_site), _hidden_site(part.hidden_site), f"{prefix}w_up" in self._gate_first
         )
 
     def _matrix(self, name: str) -> Any:
@@ -235,11 +266,7 @@ def _names_of_gate_first(model: Transformer, weight_format: WeightFormat, reques
         return set()
     names = set()
     for number, block in enumerate(model.blocks()):
-        parts = {"dense": block.dense} if block.moe is None else {"moe.shared": block.moe.shared}
-        sites = {name: part.input_site for name, part in parts.items() if part is not None}
-        if block.moe is not None:
-            sites["moe.experts"] = block.moe.input_site
-        for name, site in sites.items():
+        for name, _, site in parts_of(block):
             needed = (
                 1.0 if site.selector.selects_all else site.ranking.num_selected_E.float().mean() / site.num_features
             )
@@ -287,8 +314,10 @@ def _site(site: SparseSite) -> Any:
     if isinstance(selector, ThresholdSelector):
         thresholds = selector.threshold_bits_E.view(torch.float32).tolist()
     # One entry where all experts agree, so that the engine selects once per token and not once per expert.
-    if selector.is_uniform:
+    if selector.is_uniform or selector.selects_all:
         num_selected, thresholds = num_selected[:1], thresholds[:1]
+    shared = shared_set(site)
+    features = [] if shared is None else shared.features_EK.flatten().tolist()
     return torch.classes.qsparse_moe.Site(
         site.num_features,
         _SELECTIONS[site.settings.selection],
@@ -297,7 +326,27 @@ def _site(site: SparseSite) -> Any:
         site.settings.group_size or 0,
         num_selected,
         thresholds,
+        features,
         selector.selects_all,
+    )
+
+
+def _hidden_site(site: SparseSite) -> Any:
+    """Return the engine's form of a site in front of down, where only the shared features are computed if possible."""
+    shared = shared_set(site)
+    if shared is None or not keeps_columns(site):
+        return _site(site)
+    count = shared.features_EK.shape[1]
+    return torch.classes.qsparse_moe.Site(
+        count,
+        _SELECTIONS["shared"],
+        _ROW_FORMATS[site.number_format],
+        _RESCALES[site.settings.rescale],
+        0,
+        shared.num_selected,
+        [0.0] * len(shared.num_selected),
+        list(range(count)) * len(shared.num_selected),
+        False,
     )
 
 

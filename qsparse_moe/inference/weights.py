@@ -14,10 +14,12 @@ from torch import Tensor
 from qsparse_moe.errors import ArgumentError, without_fields
 from qsparse_moe.kernels.row_product.stored import WEIGHT_FORMATS, WeightFormat, load_dense, store
 from qsparse_moe.model.attention import Projection
+from qsparse_moe.model.block import Block
 from qsparse_moe.model.latent_attention import LatentAttention
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.moe.experts import Experts
 from qsparse_moe.nn.feed_forward import FeedForward
+from qsparse_moe.nn.sparse_site import SparseSite
 from qsparse_moe.sparsity.quantize import as_format
 
 WEIGHT_CHOICES = ("auto", *WEIGHT_FORMATS)
@@ -63,6 +65,15 @@ def site_matrices(model: Transformer) -> Iterator[ModelMatrix]:
                 parameter = getattr(module, name)
                 if parameter is not None:
                     yield ModelMatrix(f"{path}.{name}", parameter, False, module.weight_format)
+
+
+def parts_of(block: Block) -> Iterator[tuple[str, Experts | FeedForward, SparseSite]]:
+    """Yield the name in the layer, the module, and the input site of its routed, shared, and dense networks."""
+    if block.moe is not None:
+        yield "moe.experts", block.moe.experts, block.moe.input_site
+    name, part = ("dense", block.dense) if block.moe is None else ("moe.shared", block.moe.shared)
+    if part is not None:
+        yield name, part, part.input_site
 
 
 def why_not_stored(model: Transformer) -> str | None:

@@ -44,7 +44,7 @@ def test_rates_and_ratios_of_the_step_benchmark(monkeypatch):
 
 def test_both_models_of_the_step_benchmark_have_their_s():
     benchmark = StepBenchmark(config(), "bf16", 0.75, 2, 16, 1, CPU)
-    models = [step._ours(benchmark, sparsity) for sparsity in (0.0, benchmark.sparsity)]
+    models = [step._ours(benchmark, sparsity, "topk") for sparsity in (0.0, benchmark.sparsity)]
     assert [model.sparsity_plan.mean for model in models] == [0.0, 0.75]
     assert {model.head.weight.dtype for model in models} == {torch.bfloat16}
 

@@ -118,13 +118,14 @@ def test_the_metrics_benchmark_runs_whole(tmp_path, capsys):
 
 
 @pytest.mark.skipif(native.why_not(torch.device("cpu")) is not None, reason="needs a C++ compiler and ninja")
-@pytest.mark.parametrize("shown", ["table", "json"])
-def test_the_decode_benchmark_runs_whole(shown, tmp_path, capsys):
-    sizes = {"layers": 1, "hidden-size": 64, "heads": 2, "experts": 4, "expert-hidden-size": 64, "vocab-size": 256}
+@pytest.mark.parametrize(("shown", "selection"), [("table", "topk"), ("json", "shared")])
+def test_the_decode_benchmark_runs_whole(shown, selection, tmp_path, capsys):
+    sizes = {"layers": 1, "hidden-size": 64, "heads": 2, "experts": 4, "expert-hidden-size": 128, "vocab-size": 256}
     words = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
     output = tmp_path / "decode.json"
     options = ["--weights", "bf16,int8,ternary", "--sparsity", "0.5", "--batch", "1,3", "--rounds", "1"]
     options += ["--context", "4", "--tokens", "2", "--prompt", "8", "--peers", "transformers", "--output", str(output)]
+    options += ["--selection", selection]
     assert run(["bench", "decode", *words, *options, *(["--json"] if shown == "json" else [])]) == 0
     written, printed = json.loads(output.read_text()), capsys.readouterr().out
     rows = written["formats"]["int8"]["decode"]
@@ -135,9 +136,11 @@ def test_the_decode_benchmark_runs_whole(shown, tmp_path, capsys):
         ("ours S 0.5", 3),
     ]
     # By hand, one token: qkv, output, two experts of three matrices, and the head; a byte per weight.
-    behind_sites = 64 * 192 + 64 * 64 + 2 * 3 * 64 * 64
-    assert rows[0]["bytes_per_step"] == behind_sites + 256 * 64
-    assert rows[1]["bytes_per_step"] == behind_sites / 2 + 256 * 64
+    attention, head, gate_and_up, down = 64 * 192 + 64 * 64, 256 * 64, 2 * 2 * 64 * 128, 2 * 128 * 64
+    assert rows[0]["bytes_per_step"] == attention + gate_and_up + down + head
+    # Shared features leave out half of the columns of gate and up, too.
+    share = {"topk": 1 / 2, "shared": 1 / 4}[selection]
+    assert rows[1]["bytes_per_step"] == attention / 2 + gate_and_up * share + down / 2 + head
     assert all(row["tokens_per_second"] > 0 for row in rows)
     if shown == "json":
         assert json.loads(printed) == written
@@ -150,6 +153,7 @@ def test_the_decode_benchmark_runs_whole(shown, tmp_path, capsys):
     [
         ("--weights", "int3", "choose from fp32, bf16, int8, ternary"),
         ("--sparsity", "0.5,1", "S from 0 up to below 1"),
+        ("--selection", "topk,shared", "must be topk or shared; choose one of them"),
         ("--batch", "0", "whole numbers from 1"),
         ("--head", "ternary", "choose from auto, fp32, bf16, int8"),
         ("--peers", "vllm", "choose from transformers, llama.cpp"),

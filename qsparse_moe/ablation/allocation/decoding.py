@@ -63,6 +63,18 @@ class DecodeTimes:
         return self.rows[layer, site] * count + (self.selection if count < width else 0.0)
 
 
+def _engine_for_any_plan(model: Transformer) -> NativeDecode:
+    if model.config.sparsity.selection != "shared":
+        return NativeDecode(model, rows="auto")
+    # At S = 0, because an engine under a shared selection stores the features of its plan only.
+    before = model.sparsity_plan
+    try:
+        model.set_sparsity(SparsityPlan.uniform(model.config, 0.0))
+        return NativeDecode(model, rows="auto")
+    finally:
+        model.set_sparsity(before)
+
+
 class Decoder:
     """The native engine of one model, and real text that it decodes token by token."""
 
@@ -73,7 +85,7 @@ class Decoder:
         tokens_RS = torch.cat([one.tokens_BS for one in sequences.batches])
         # Every sequence of the batch is another text, because equal tokens would read the same weights.
         self._tokens_BS = tokens_RS[torch.arange(batch) % len(tokens_RS), :STEPS]
-        self._engine = NativeDecode(model, rows="auto")
+        self._engine = _engine_for_any_plan(model)
 
     @cached_property
     def steps(self) -> int:

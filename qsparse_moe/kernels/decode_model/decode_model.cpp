@@ -38,12 +38,15 @@ const float* floats(const at::Tensor& tensor) { return tensor.defined() ? tensor
 // A matrix, or a stack of E, as it is stored.
 struct StoredMatrix : torch::CustomClassHolder {
   // `data`: (E * D, row_bytes) uint8 rows; `scales`: fp32, one per row (int8), one per matrix (ternary), or none.
-  StoredMatrix(at::Tensor data_, int64_t format_, int64_t num_rows_, int64_t num_columns_, at::Tensor scales_)
+  // `whole_bytes`: of one matrix with all features, if `data` has only those that all tokens share.
+  StoredMatrix(at::Tensor data_, int64_t format_, int64_t num_rows_, int64_t num_columns_, at::Tensor scales_,
+               int64_t whole_bytes_)
       : data(std::move(data_)),
         scales(std::move(scales_)),
         format(NumberFormat(format_)),
         num_rows(num_rows_),
-        num_columns(num_columns_) {
+        num_columns(num_columns_),
+        whole_bytes(whole_bytes_) {
     TORCH_CHECK(data.dim() == 2 && data.is_contiguous() && data.scalar_type() == at::kByte,
                 "a stored matrix must be contiguous rows of bytes");
     TORCH_CHECK(format_ >= 0 && format_ <= 3 && num_rows > 0 && data.size(0) % num_rows == 0,
@@ -77,12 +80,13 @@ struct StoredMatrix : torch::CustomClassHolder {
 
   at::Tensor data, scales;
   NumberFormat format;
-  int64_t num_rows, num_columns, stored_columns;
+  int64_t num_rows, num_columns, whole_bytes, stored_columns;
 };
 
 struct SiteHolder : torch::CustomClassHolder {
   SiteHolder(int64_t num_features, int64_t selection, int64_t format, int64_t rescale, int64_t group_size,
-             std::vector<int64_t> num_selected, std::vector<double> thresholds, bool selects_all) {
+             std::vector<int64_t> num_selected, std::vector<double> thresholds, std::vector<int64_t> features,
+             bool selects_all) {
     settings.num_features = num_features;
     settings.selection = Selection(selection);
     settings.format = RowFormat(format);
@@ -90,9 +94,17 @@ struct SiteHolder : torch::CustomClassHolder {
     settings.group_size = group_size;
     settings.num_selected = std::move(num_selected);
     settings.thresholds.assign(thresholds.begin(), thresholds.end());
+    settings.features.assign(features.begin(), features.end());
     settings.selects_all = selects_all;
     TORCH_CHECK(settings.num_selected.size() == settings.thresholds.size() && !settings.num_selected.empty(),
                 "a site must have as many thresholds as numbers of selected features");
+    if (settings.selection != Selection::shared || selects_all) return;
+    TORCH_CHECK(settings.features.size() % settings.num_selected.size() == 0,
+                "a site with shared features must list as many for every expert");
+    for (const int64_t count : settings.num_selected)
+      TORCH_CHECK(count <= settings.listed_features(), "a site with shared features must list all that are selected");
+    for (const int32_t feature : settings.features)
+      TORCH_CHECK(feature >= 0 && feature < num_features, "a shared feature must be one of the site");
   }
   SiteSettings settings;
 };
@@ -429,13 +441,13 @@ class DecodeModel : public torch::CustomClassHolder {
 void DecodeModel::reserve(int num_threads) {
   int64_t widest = width_, choices = 1, experts = 1, hidden = 1, dense_hidden = 1;
   for (const Layer& layer : layers_) {
-    widest = std::max(widest, layer.output->num_rows);
+    widest = std::max(widest, layer.attention_output->settings.num_features);
     if (layer.routed) {
       choices = std::max(choices, layer.router->experts_per_token);
       experts = std::max(experts, layer.router->num_experts());
-      hidden = std::max(hidden, layer.routed->down->num_rows);
+      hidden = std::max(hidden, layer.routed->hidden->settings.num_features);
     }
-    if (layer.dense) dense_hidden = std::max(dense_hidden, layer.dense->down->num_rows);
+    if (layer.dense) dense_hidden = std::max(dense_hidden, layer.dense->hidden->settings.num_features);
   }
   widest = std::max({widest, hidden, dense_hidden});
   const int64_t places = batch_ * choices, units = padded(width_) / kUnit;
@@ -653,7 +665,7 @@ void DecodeModel::project(const StoredMatrix& matrix, const ListBuffer& lists, R
   }
   thread.barrier.wait();
   run_jobs(thread, num_token_groups());
-  if (thread.index == 0) bytes_dense_ += num_token_groups() * matrix.num_rows * matrix.data.size(1);
+  if (thread.index == 0) bytes_dense_ += num_token_groups() * matrix.whole_bytes;
   thread.barrier.wait();
 }
 
@@ -1016,8 +1028,8 @@ void DecodeModel::build_expert_jobs(const Layer& layer, const Thread& thread) {
       ++number;
     }
     if (thread.index == 0) {
-      bytes_dense_ += part.up->num_rows * part.up->data.size(1);
-      if (part.gate) bytes_dense_ += part.gate->num_rows * part.gate->data.size(1);
+      bytes_dense_ += part.up->whole_bytes;
+      if (part.gate) bytes_dense_ += part.gate->whole_bytes;
     }
   });
 }
@@ -1079,7 +1091,7 @@ void DecodeModel::build_down_jobs(const Layer& layer, const Thread& thread) {
   const auto add = [&](const FeedForwardHolder& part, int64_t expert, int64_t count) {
     if (thread.takes(number)) build_job(jobs_[number], *part.down, expert, int(count), lists, factors, out, true, thread);
     ++number;
-    if (thread.index == 0) bytes_dense_ += part.down->num_rows * part.down->data.size(1);
+    if (thread.index == 0) bytes_dense_ += part.down->whole_bytes;
   };
   if (layer.routed) {
     const int64_t choices = layer.router->experts_per_token;
@@ -1167,9 +1179,10 @@ at::Tensor row_product(const intrusive_ptr<StoredMatrix>& stored, int64_t which,
 
 TORCH_LIBRARY_FRAGMENT(qsparse_moe, library) {
   using torch::init;
-  library.class_<StoredMatrix>("StoredMatrix").def(init<at::Tensor, int64_t, int64_t, int64_t, at::Tensor>());
+  library.class_<StoredMatrix>("StoredMatrix").def(init<at::Tensor, int64_t, int64_t, int64_t, at::Tensor, int64_t>());
   library.class_<SiteHolder>("Site").def(
-      init<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>, std::vector<double>, bool>());
+      init<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<int64_t>, std::vector<double>, std::vector<int64_t>,
+           bool>());
   library.class_<FeedForwardHolder>("FeedForward")
       .def(init<std::optional<intrusive_ptr<StoredMatrix>>, intrusive_ptr<StoredMatrix>, intrusive_ptr<StoredMatrix>,
                 intrusive_ptr<SiteHolder>, intrusive_ptr<SiteHolder>, bool>());

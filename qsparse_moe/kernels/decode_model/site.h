@@ -16,7 +16,7 @@
 
 namespace qsparse_moe {
 
-enum class Selection : int64_t { topk = 0, block = 1, threshold = 2, statistical = 3, relu = 4 };
+enum class Selection : int64_t { topk = 0, block = 1, threshold = 2, statistical = 3, relu = 4, shared = 5 };
 enum class RowFormat : int64_t { none = 0, int8 = 1, int4 = 2 };
 enum class Rescale : int64_t { none = 0, unit = 1, preserve = 2 };
 
@@ -28,12 +28,15 @@ struct SiteSettings {
   int64_t group_size = 0;
   std::vector<int64_t> num_selected;  // K per expert; one where all experts have the same
   std::vector<float> thresholds;      // likewise
+  std::vector<int32_t> features;      // of a shared selection: as many per expert, of which the first K are selected
   bool selects_all = true;
 
   bool uniform() const { return num_selected.size() == 1; }
+  int64_t listed_features() const { return int64_t(features.size() / num_selected.size()); }
 };
 
-// The features of a row that remain after the selection, in ascending order.
+// The features of a row that remain after the selection, in ascending order. Under a shared selection these are positions
+// in the set of the expert, because the stored matrix has no other rows.
 struct FeatureList {
   int32_t* features = nullptr;
   float* values = nullptr;
@@ -139,6 +142,16 @@ inline void rescale_list(const float* x, int64_t num_features, Rescale rescale, 
   list.step *= factor;
 }
 
+// Append the nonzero values of the features that all tokens of an expert share.
+inline void append_shared(const SiteSettings& site, int64_t place, const float* values, FeatureList& list) {
+  const int32_t* features = site.features.data() + place * site.listed_features();
+  for (int64_t k = 0; k < site.num_selected[place]; ++k) {
+    list.features[list.length] = int32_t(k);
+    list.values[list.length] = values[features[k]];
+    list.length += values[features[k]] != 0;
+  }
+}
+
 // Fill `list` with the features of row `x` that the site selects for one expert. `list` must have space for one row and
 // one vector more, because vectors are stored whole.
 inline void select_features(const SiteSettings& site, int64_t expert, const float* x, SiteScratch& scratch,
@@ -177,6 +190,9 @@ inline void select_features(const SiteSettings& site, int64_t expert, const floa
     }
     case Selection::relu:
       append_above_threshold(x, site.thresholds[place], false, values, length, list);
+      break;
+    case Selection::shared:
+      append_shared(site, place, values, list);
       break;
   }
   if (site.rescale != Rescale::none) rescale_list(x, length, site.rescale, list);

@@ -73,5 +73,5 @@ def native_matrix(stored: StoredWeights) -> Any:
     native.load(native.DECODE)
     number = WEIGHT_FORMATS.index(stored.weight_format)
     return torch.classes.qsparse_moe.StoredMatrix(
-        stored.data, number, stored.num_rows, stored.num_columns, stored.scales
+        stored.data, number, stored.num_rows, stored.num_columns, stored.scales, stored.whole_bytes
     )

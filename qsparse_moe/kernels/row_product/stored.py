@@ -23,6 +23,7 @@ WEIGHT_FORMATS: tuple[WeightFormat, ...] = get_args(WeightFormat)
 # a line of int8 codes in integer_product.h, and 256 a block of ternary codes.
 _COLUMN_GRAIN = {"fp32": 32, "bf16": 32, "int8": 64, "ternary": 256}
 _BITS = {"fp32": 32, "bf16": 16, "int8": 8, "ternary": 2}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 # 32-bit values in a vector of AVX-512, and codes of 2 bits in a 32-bit word.
 _LANES = 16
 # Without -128, so that the codes are symmetric around 0 as the scale max|row| / 127 assumes.
@@ -42,6 +43,8 @@ class StoredWeights:
     """D."""
     num_columns: int
     """O."""
+    bytes_before: int | None = None
+    """Bytes of one matrix before rows and columns were left out; None: none were."""
 
     @property
     def num_matrices(self) -> int:
@@ -52,6 +55,37 @@ class StoredWeights:
     def num_bytes(self) -> int:
         """Bytes of all rows and scales."""
         return self.data.nbytes + self.scales.nbytes
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of the rows of one matrix, with those that were left out."""
+        return self.num_rows * self.data.shape[1] if self.bytes_before is None else self.bytes_before
+
+    def keep(self, rows_EK: Tensor | None, columns_EK: Tensor | None) -> StoredWeights:
+        """Return a copy with some rows and columns of every matrix; the codes and scales stay what they are.
+
+        Args:
+            rows_EK: int64, as many of each matrix; None: all.
+            columns_EK: likewise.
+        """
+        codes_EDO = self._codes().unflatten(0, (-1, self.num_rows))
+        scales = self.scales
+        if rows_EK is not None:
+            matrix_E1 = torch.arange(len(rows_EK))[:, None]
+            codes_EDO = codes_EDO[matrix_E1, rows_EK]
+            if self.weight_format == "int8":
+                scales = scales.unflatten(0, (-1, self.num_rows))[matrix_E1, rows_EK].flatten()
+        if columns_EK is not None:
+            codes_EDO = codes_EDO.gather(2, columns_EK[:, None].expand(-1, codes_EDO.shape[1], -1))
+        data = _packed(codes_EDO.flatten(0, 1), self.weight_format)
+        _, num_rows, num_columns = codes_EDO.shape
+        return StoredWeights(data, scales, self.weight_format, num_rows, num_columns, self.whole_bytes)
+
+    def _codes(self) -> Tensor:
+        """Return ``(E * D, O)`` in the dtype that is stored; ternary: codes 0, 1, 2."""
+        if self.weight_format == "ternary":
+            return _unpack_ternary(self.data)[:, : self.num_columns]
+        return self.data.view(_DTYPES[self.weight_format])[:, : self.num_columns]
 
     def to(self, device: torch.device) -> StoredWeights:
         """Return the same stored weights in the memory of ``device``."""
@@ -75,7 +109,12 @@ def store(weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
     stack_EDO = weights.detach() if weights.dim() == 3 else weights.detach()[None]
     _, num_rows, num_columns = stack_EDO.shape
     rows_NO, scales = _encode(stack_EDO, weight_format)
-    grain = _COLUMN_GRAIN[weight_format]
+    return StoredWeights(_packed(rows_NO, weight_format), scales, weight_format, num_rows, num_columns)
+
+
+def _packed(rows_NO: Tensor, weight_format: WeightFormat) -> Tensor:
+    """Return values of ``_encode`` as padded rows of bytes."""
+    num_columns, grain = rows_NO.shape[1], _COLUMN_GRAIN[weight_format]
     stored_columns = -(-num_columns // grain) * grain
     data = _huge_pages(len(rows_NO), stored_columns * _BITS[weight_format] // 8)
     if weight_format == "ternary":
@@ -84,7 +123,7 @@ def store(weights: Tensor, weight_format: WeightFormat) -> StoredWeights:
         columns = data.view(rows_NO.dtype)
         columns[:, :num_columns] = rows_NO
         columns[:, num_columns:] = 0
-    return StoredWeights(data, scales, weight_format, num_rows, num_columns)
+    return data
 
 
 def with_scales_per_output(weights_OD: Tensor) -> tuple[StoredWeights, Tensor]:
@@ -108,8 +147,7 @@ def load_dense(stored: StoredWeights, which: int = 0) -> Tensor:
     if stored.weight_format == "ternary":
         codes = _unpack_ternary(rows)[:, : stored.num_columns]
         return (codes.float() - 1) * stored.scales[which]
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-    values = rows.view(dtypes[stored.weight_format])[:, : stored.num_columns].float()
+    values = rows.view(_DTYPES[stored.weight_format])[:, : stored.num_columns].float()
     if stored.weight_format == "int8":
         values *= stored.scales[which * stored.num_rows : (which + 1) * stored.num_rows, None]
     return values

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio, synchronizer, time_in_turns
 from qsparse_moe.bench.mixtral import EXPERTS, build_mixtral
-from qsparse_moe.config.schema import ModelConfig, SparsityConfig
+from qsparse_moe.config.schema import ModelConfig, Site, SparsityConfig
 from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.model.transformer import Transformer, build_model, measured_energies
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -43,6 +43,8 @@ class StepBenchmark:
     """``model.sparsity.selection`` of the model with Q-Sparse: ``topk`` or ``shared``."""
     gradient: str = "ste"
     """``model.sparsity.gradient`` of the same."""
+    site: Site | None = None
+    """The only site with S; None: every site."""
 
     @property
     def tokens(self) -> int:
@@ -118,7 +120,7 @@ def _ours(benchmark: StepBenchmark, sparsity: float, selection: str) -> Transfor
     chosen = benchmark.model.sparsity.model_dump() | {"selection": selection, "gradient": benchmark.gradient}
     config = benchmark.model.model_copy(update={"sparsity": SparsityConfig.model_validate(chosen)})
     model = build_model(config, device=benchmark.device, dtype=DTYPES[benchmark.precision])
-    model.set_sparsity(SparsityPlan.uniform(config, sparsity))
+    model.set_sparsity(SparsityPlan.uniform(config, 0.0).with_(sparsity=sparsity, site=benchmark.site))
     return model
 
 
@@ -147,6 +149,7 @@ def _shape(benchmark: StepBenchmark) -> dict[str, Any]:
         "sparsity": benchmark.sparsity,
         "selection": benchmark.selection,
         "gradient": benchmark.gradient,
+        "site": benchmark.site,
         "rounds": benchmark.rounds,
         "peer": f"transformers {_version('transformers')} MixtralForCausalLM, experts {EXPERTS}",
     }

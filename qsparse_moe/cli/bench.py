@@ -55,7 +55,10 @@ def step(
     expert_hidden_size: Annotated[int, typer.Option(help="F, the hidden width of an expert.")] = 768,
     rows: Annotated[int, typer.Option(help="Number of sequences in the batch.")] = 4,
     sequence_length: Annotated[int, typer.Option(help="Number of tokens per sequence.")] = 256,
-    sparsity: Annotated[float, typer.Option(help="S at every site of the model with Q-Sparse.")] = 0.5,
+    sparsity: Annotated[float, typer.Option(help="S of the model with Q-Sparse.")] = 0.5,
+    site: Annotated[
+        str | None, typer.Option(help="The only site with S, such as expert_hidden.", show_default="every site")
+    ] = None,
     selection: Annotated[
         str, typer.Option(help="topk, or shared: one set of features per expert, multiplied at its true size.")
     ] = "topk",
@@ -80,6 +83,8 @@ def step(
     check_name("--clock", clock, ("wall", "processor"))
     check_name("--selection", selection, ("topk", "shared"))
     check_name("--gradient", gradient, ("ste", "masked"))
+    if site is not None:
+        check_name("--site", site, ("attention_input", "attention_output", "expert_input", "expert_hidden"))
     clock_function = time.process_time if clock == "processor" else None
     if threads:
         torch.set_num_threads(threads)
@@ -104,6 +109,7 @@ def step(
             clock_function,
             selection=selection,
             gradient=gradient,
+            site=site,  # type: ignore[arg-type]
         )
         for name in precisions
     ]

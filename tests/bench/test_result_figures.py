@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -47,6 +48,9 @@ def test_both_models_of_the_step_benchmark_have_their_s():
     models = [step._ours(benchmark, sparsity, "topk") for sparsity in (0.0, benchmark.sparsity)]
     assert [model.sparsity_plan.mean for model in models] == [0.0, 0.75]
     assert {model.head.weight.dtype for model in models} == {torch.bfloat16}
+    hidden_only = step._ours(dataclasses.replace(benchmark, site="expert_hidden"), 0.75, "topk").sparsity_plan
+    assert {site for (_, site), values in hidden_only.values.items() if any(values)} == {"expert_hidden"}
+    assert hidden_only.values[0, "expert_hidden"] == models[1].sparsity_plan.values[0, "expert_hidden"]
 
 
 def test_rates_and_ratios_of_a_row_of_the_decode_benchmark():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the whole test suite: first the tests that can run in parallel on two processes, then those that start processes.
+# Run the whole test suite on two processes: first the tests that run in one process, then those that start processes.
 # Arguments are passed to both pytest runs: bash launch/test.sh -k router
 # --fast runs the fast tier only, the unit tests of the folders below: bash launch/test.sh --fast -k router
 set -euo pipefail
@@ -7,6 +7,9 @@ set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup.sh"
 # The tests use the real MegaBlocks, under Triton's interpreter or on the GPU; an installed extension is not replaced.
 PYTHON="$python" EXTENSION=no bash launch/megablocks.sh
+
+# Several hundred processes import the package: compiled once, also where the environment forbids it for other programs.
+unset PYTHONDONTWRITEBYTECODE
 
 # Folders without training runs. The others take minutes: they train models, serve pages, or start the command line.
 fast_tier=(accounting architecture bench config data kernels metrics model moe nn sparsity)
@@ -19,11 +22,17 @@ fi
 
 # pytest exits with 5 if no test was selected, which is allowed for one of the two runs but not for both.
 side_by_side=0
-one_by_one=0
+in_groups=0
 "$python" -m pytest -n 2 -m "not distributed" "$@" || side_by_side=$?
-"$python" -m pytest -m distributed "$@" || one_by_one=$?
+# Importing the test files without such a test would take as long as importing those with one.
+with_processes=()
+if [[ $# -eq 0 ]]; then
+    mapfile -t with_processes < <(grep -rl --include='test_*.py' 'mark\.distributed' tests)
+fi
+# The tests of a file stay together (tests/conftest.py), because they share what they have started.
+"$python" -m pytest -n 2 --dist loadgroup -m distributed "${with_processes[@]}" "$@" || in_groups=$?
 if [[ $side_by_side -ne 0 && $side_by_side -ne 5 ]]; then
     exit "$side_by_side"
-elif [[ $side_by_side -eq 5 || $one_by_one -ne 5 ]]; then
-    exit "$one_by_one"
+elif [[ $side_by_side -eq 5 || $in_groups -ne 5 ]]; then
+    exit "$in_groups"
 fi

@@ -99,7 +99,8 @@ class Transformer(nn.Module):
         if config.attention_backend != "auto":
             # The dtype of the queries, which auto needs, is not known before the first batch.
             resolve_document_backend(config.attention_backend, torch.device(device), None, attended_size(config))
-        self.embedding = nn.Embedding(vocab_size(config), config.hidden_size)
+        # nn.Embedding(V, D) would draw values, for which PyTorch imports its compiler on the meta device (1.7 s).
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(vocab_size(config), config.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Block(config, layer, self.runtime) for layer in range(config.num_layers))
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_epsilon)
         self.head = OutputHead(config.hidden_size, vocab_size(config))

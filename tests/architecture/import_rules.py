@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 PACKAGE = "qsparse_moe"
@@ -87,12 +88,17 @@ def read_modules(root: Path) -> dict[str, Module]:
     """Every module below the package folder ``root``, by its name inside the package."""
     modules = {}
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        package = parts[:-1]
-        modules[name] = Module(path, name, tree, tuple(_imports(tree, package, at_import_time=True)))
+        module = _read_module(path, root, path.read_text(encoding="utf-8"))
+        modules[module.name] = module
     return modules
+
+
+@cache
+def _read_module(path: Path, root: Path, text: str) -> Module:
+    parts = path.relative_to(root).with_suffix("").parts
+    name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    tree = ast.parse(text)
+    return Module(path, name, tree, tuple(_imports(tree, parts[:-1], at_import_time=True)))
 
 
 def _imports(node: ast.AST, package: tuple[str, ...], *, at_import_time: bool) -> Iterator[Import]:
@@ -114,10 +120,17 @@ def _targets(node: ast.AST, package: tuple[str, ...]) -> list[str]:
             base = ".".join([PACKAGE, *above, *([node.module] if node.module else [])])
         # `from a import b` may name the module a.b: both are checked.
         return [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in {"import_module", "__import__"}:
+    if isinstance(node, ast.Call) and _called_name(node.func) in {"import_module", "__import__"}:
         first = node.args[0] if node.args else None
         return [first.value] if isinstance(first, ast.Constant) and isinstance(first.value, str) else []
     return []
+
+
+def _called_name(function: ast.expr) -> str | None:
+    """``f`` of ``f()`` and ``a.b.f()``."""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else None
 
 
 def _inside(target: str, modules: dict[str, Module]) -> str | None:

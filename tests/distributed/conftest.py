@@ -129,6 +129,7 @@ def name_of(label: str, ranks: int) -> str:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Files whose tests use it are in one ``xdist_group``, so that one worker makes the runs."""
     made = Runs(tmp_path_factory.mktemp("runs"))
     write_text(made.folder / "text")
     save_chat_tokenizer(made.folder / "words")
@@ -160,7 +161,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         (1, _transfers(made, 1) + _balanced_resumed(made, 1)),
     ]
     for number, (ranks, plan) in enumerate(plans):
-        for label, outcomes in run_plan(made.folder / f"launch{number}", plan, ranks=ranks, timeout=480).items():
+        for label, outcomes in run_plan(made.folder / f"launch{number}", plan, ranks=ranks).items():
             made.outcomes[label, ranks] = outcomes
     return made
 

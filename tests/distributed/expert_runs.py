@@ -185,7 +185,7 @@ class ExpertRuns:
         for ranks in (2, 4):
             plan = self._table(ranks) + self._stopped(ranks) + self._transfers(ranks)
             plan += self._faults() if ranks == 2 else []
-            for label, outcomes in run_plan(folder / f"launch{ranks}", plan, ranks=ranks, timeout=540).items():
+            for label, outcomes in run_plan(folder / f"launch{ranks}", plan, ranks=ranks).items():
                 self.outcomes[label, ranks] = outcomes
         self._alone(self._transfers(1))
 

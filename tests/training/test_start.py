@@ -72,6 +72,15 @@ def test_a_model_on_the_meta_device_has_the_buffers_and_sites_of_one_that_is_bui
     assert any("num_selected" in name for name in want) and any("expert_bias" in name for name in want)
 
 
+def test_an_empty_model_draws_no_values(make_config, monkeypatch):
+    """To draw on the meta device PyTorch imports its compiler, which takes longer than everything else together."""
+    drawn = []
+    for name in ("normal_", "uniform_"):
+        monkeypatch.setattr(torch.nn.init, name, lambda *given, **named: drawn.append(given))
+    assert all(parameter.is_meta for parameter in build_empty(make_config().model).parameters())
+    assert drawn == []
+
+
 def test_tied_parameters_and_tags_keep_their_identity_when_they_receive_memory(make_config):
     model = make_config().model
     tied = build_empty(type(model).model_validate(model.model_dump() | {"tie_embeddings": True}))

@@ -30,7 +30,7 @@ if [[ $# -eq 0 ]]; then
     mapfile -t with_processes < <(grep -rl --include='test_*.py' 'mark\.distributed' tests)
 fi
 # The tests of a file stay together (tests/conftest.py), because they share what they have started.
-"$python" -m pytest -n 2 --dist loadgroup -m distributed "${with_processes[@]}" "$@" || in_groups=$?
+"$python" -m pytest -n 2 --dist loadfile -m distributed "${with_processes[@]}" "$@" || in_groups=$?
 if [[ $side_by_side -ne 0 && $side_by_side -ne 5 ]]; then
     exit "$side_by_side"
 elif [[ $side_by_side -eq 5 || $in_groups -ne 5 ]]; then

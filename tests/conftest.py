@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch and the Hugging Face libraries are imported, which read these once. The tests already run on several
 # processes, and none of them may need a network.
@@ -36,19 +37,34 @@ settings.register_profile("default", deadline=None, derandomize=True, max_exampl
 settings.load_profile("default")
 
 
-# Before the hook of pytest-xdist, which reads the groups.
-@pytest.hookimpl(tryfirst=True)
+SHARING_RUNS = tuple(
+    f"tests/distributed/test_{name}.py" for name in ("calibrate", "layouts", "nodes", "stream_trouble")
+)
+"""Files whose tests use the runs of the session in ``tests/distributed``."""
+
+
+def worker_scope(nodeid: str) -> str:
+    """Return what is the same for the tests that one worker runs: their file, or one name for ``SHARING_RUNS``."""
+    file = nodeid.partition("::")[0]
+    return "runs" if file in SHARING_RUNS else file
+
+
+# Without pytest-xdist the hook is unknown. Its marks, xdist_group, have no effect under pytest 9.2, whose items keep
+# their ids elsewhere than xdist 3.8 writes them.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile``, also keep the files together that share what they have started."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    scheduler = LoadFileScheduling(config, log)
+    scheduler._split_scope = worker_scope  # type: ignore[method-assign]
+    return scheduler
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the distributed tests of a file together; skip what is marked ``gpu`` where there is no CUDA device."""
-    for item in items:
-        # They share launches, which must not be made on each of the workers. A mark of their own joins several files.
-        if item.get_closest_marker("distributed") and not item.get_closest_marker("xdist_group"):
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-    _skip_without_gpu(items)
-
-
-def _skip_without_gpu(items: list[pytest.Item]) -> None:
-    """Import torch only where a test is marked ``gpu``."""
+    """Skip what is marked ``gpu`` where there is no CUDA device; torch is imported only for such a test."""
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

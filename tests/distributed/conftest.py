@@ -129,7 +129,7 @@ def name_of(label: str, ranks: int) -> str:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Files whose tests use it are in one ``xdist_group``, so that one worker makes the runs."""
+    """Files whose tests use it are in ``SHARING_RUNS`` of ``tests/conftest.py``, so that one worker makes the runs."""
     made = Runs(tmp_path_factory.mktemp("runs"))
     write_text(made.folder / "text")
     save_chat_tokenizer(made.folder / "words")

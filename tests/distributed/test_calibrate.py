@@ -8,7 +8,7 @@ import pytest
 
 from tests.distributed.conftest import CALIBRATIONS, Runs
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.mark.parametrize("label", CALIBRATIONS)

@@ -34,7 +34,7 @@ from tests.distributed.conftest import (
 from tests.support.metrics import same_in_every_run
 from tests.support.runs import STEPS, STOP_STEP
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.distributed
 
 # Of losses near 5 and norms near 2. Measured: 7e-7 and 1e-6 as long as every layout selects the same features; where
 # two are so near that rounding decides, a layout takes the other one, and the loss moves by up to 3e-5, the norm by

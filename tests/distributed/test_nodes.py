@@ -9,7 +9,7 @@ from tests.distributed.test_layouts import series, state_of
 from tests.support.launch import entry, run_plan
 from tests.support.runs import LAYOUTS, tiny_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

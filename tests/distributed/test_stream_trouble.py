@@ -8,7 +8,7 @@ from qsparse_moe.training.checkpoint.store import Checkpoint, list_checkpoints
 from tests.distributed.conftest import STREAM_STEPS, Runs
 from tests.distributed.test_layouts import series, state_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("runs")]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture

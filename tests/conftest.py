@@ -38,7 +38,7 @@ settings.load_profile("default")
 
 
 SHARING_RUNS = tuple(
-    f"tests/distributed/test_{name}.py" for name in ("calibrate", "layouts", "nodes", "stream_trouble")
+    f"tests/distributed/test_{name}.py" for name in ("bad_input", "calibrate", "layouts", "nodes", "stream_trouble")
 )
 """Files whose tests use the runs of the session in ``tests/distributed``."""
 

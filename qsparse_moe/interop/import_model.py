@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from qsparse_moe.config.schema import DataConfig, ModelConfig, RunConfig, TrainingConfig
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.data.tokenizer import TextTokenizer, check_vocabulary, load_tokenizer
@@ -25,6 +27,11 @@ ImportDtype = Literal["auto", "fp32", "bf16"]
 
 # data.sequence_length limits generation too, and evaluation holds the logits of a whole sequence.
 _LONGEST = 2048
+_PRECISIONS: dict[torch.dtype, Literal["fp32", "bf16", "fp16"]] = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+}
 
 
 def import_model(
@@ -69,10 +76,15 @@ def import_model(
     weights: HuggingFaceWeights | UpcycledWeights = source
     if upcycling is not None:
         model, weights = _upcycled(source, upcycling)
+    stored = None if dtype == "auto" else COMPUTE_DTYPES[dtype]
+    tensors = {name: weights.spec(name, stored) for name in weights.shapes}
     config = RunConfig(
         model=model,
         data=DataConfig(tokenizer=name, sequence_length=sequence_length),
-        training=TrainingConfig(micro_batch_size=1),
+        # The precision of the weights: the bytes that a token reads are counted by it.
+        training=TrainingConfig(
+            micro_batch_size=1, precision=_PRECISIONS.get(tensors["embedding.weight"].dtype, "fp32")
+        ),
     )
 
     def write_rest(partial: Path) -> None:
@@ -84,8 +96,6 @@ def import_model(
         if loaded.files:
             loaded.save(partial / TOKENIZER)
 
-    stored = None if dtype == "auto" else COMPUTE_DTYPES[dtype]
-    tensors = {name: weights.spec(name, stored) for name in weights.shapes}
     metadata = export_metadata(
         step=source.step, max_length=source.max_length or sequence_length, family=source.model_type
     )

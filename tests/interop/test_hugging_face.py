@@ -16,6 +16,7 @@ from qsparse_moe.interop.initial_weights import open_weights
 from qsparse_moe.interop.state_dict import load_export
 from qsparse_moe.metrics.jsonl import read_metrics
 from qsparse_moe.metrics.recorder import Recorder
+from qsparse_moe.runs.folder import load_run_config
 from qsparse_moe.training.checkpoint.state import load_model, stored_shapes
 from tests.interop.hugging_face_models import MODELS, VOCABULARY, build, change_tensors, save
 from tests.support.runs import tiny_config, write_text
@@ -163,6 +164,9 @@ def test_the_type_of_an_import(tmp_path, dtype):
     found = {parameter.dtype for parameter in load_export(tmp_path / "out")[1].parameters()}
     want = {"auto": torch.float16, "fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     assert found == {want}
+    # By it, describe and allocate count the bytes of weights.
+    precision = {"auto": "fp16"}.get(dtype, dtype)
+    assert load_run_config(tmp_path / "out").training.precision == precision
     assert done.bytes == sum(p.numel() for p in load_export(tmp_path / "out")[1].parameters()) * want.itemsize
 
 

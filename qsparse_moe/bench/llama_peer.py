@@ -1,4 +1,4 @@
-"""The peer of the decode benchmark: llama.cpp on a model of the same shape, in a process of its own.
+"""The peer of the decode benchmarks: llama.cpp on a model of the same shape, in a process of its own.
 
 Its Python package may need other versions of what this package needs, so it may live in an environment of its own: the
 child (``llama_peer_child.py``) imports nothing of this package.
@@ -10,11 +10,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import head_size, num_kv_heads, vocab_size
@@ -87,8 +90,18 @@ def formats_beside(weight_format: WeightFormat, head: WeightFormat) -> list[Llam
 class LlamaCpp:
     """llama.cpp with one file of weights: measures itself on request, and is otherwise idle."""
 
-    def __init__(self, python: str, config: ModelConfig, formats: LlamaFormats, *, folder: Path, capacity: int) -> None:
-        """Write random weights of the shape of ``config`` into ``folder`` and load them.
+    def __init__(
+        self,
+        python: str,
+        config: ModelConfig,
+        formats: LlamaFormats,
+        *,
+        folder: Path,
+        capacity: int,
+        weights: Path | None = None,
+        architecture: str = "llama",
+    ) -> None:
+        """Write weights of the shape of ``config`` into a file in ``folder`` and load them.
 
         Args:
             python: interpreter; see ``find_llama_cpp``.
@@ -96,6 +109,8 @@ class LlamaCpp:
             formats: the number formats of the weights.
             folder: for the file, which ``close`` removes.
             capacity: tokens that its cache holds.
+            weights: a folder of ``llama_weights.write_llama_weights``; None: random weights of the architecture llama.
+            architecture: that of llama.cpp.
 
         Raises:
             BackendUnavailable: the child ends with an error.
@@ -113,6 +128,10 @@ class LlamaCpp:
             "expert_hidden_size": config.moe.expert_hidden_size,
             "vocabulary": vocab_size(config),
             "std": config.init_std,
+            "norm_epsilon": config.norm_epsilon,
+            "rope_theta": config.rope_theta,
+            "weights": None if weights is None else str(weights),
+            "architecture": architecture,
             "format": formats.matrices,
             "output_format": formats.output,
             "file": str(self._file),
@@ -136,6 +155,19 @@ class LlamaCpp:
     def prefill_seconds(self, tokens: int) -> float:
         """Return the seconds of a prompt of ``tokens``, computed at once."""
         return float(self._ask({"do": "prefill", "tokens": tokens})["seconds"])
+
+    def follow_seconds(self, tokens: Sequence[int]) -> float:
+        """Return the seconds of a text, read token by token from its beginning."""
+        return float(self._ask({"do": "follow", "tokens": list(tokens)})["seconds"])
+
+    def logits(self, tokens: Sequence[int]) -> Tensor:
+        """Return the logits behind every token of a text, ``(T, V)`` fp32."""
+        file = self._file.with_suffix(".npy")
+        try:
+            self._ask({"do": "logits", "tokens": list(tokens), "file": str(file)})
+            return torch.from_numpy(np.load(file))
+        finally:
+            file.unlink(missing_ok=True)
 
     def close(self) -> None:
         """End the child and remove its weights."""

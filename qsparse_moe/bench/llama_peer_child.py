@@ -1,7 +1,8 @@
-"""The child process of the decode benchmark: llama.cpp with random weights, answering one JSON line per request.
+"""The child process of the decode benchmarks: llama.cpp, answering one JSON line per request.
 
-It runs in an environment of its own and imports llama_cpp, gguf and numpy, nothing of this package. D width, F hidden
-width of an expert, E experts, V vocabulary.
+The weights are random, or those of a trained model in a folder of numpy files (``llama_weights.py``). The process runs
+in an environment of its own and imports llama_cpp, gguf and numpy, nothing of this package. D width, F hidden width of
+an expert, E experts, V vocabulary, T tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -20,27 +23,29 @@ _FILE_TYPES = {"BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_
 
 
 def write_weights(shape: dict[str, Any]) -> None:
-    """Write a model of architecture ``llama`` with experts: matrices in one number format, norms and router in fp32.
+    """Write a model with experts: matrices in one number format, norms and router in fp32.
 
     The output matrix may have another one, ``output_format``.
     """
-    writer = gguf.GGUFWriter(shape["file"], "llama")
+    writer = gguf.GGUFWriter(shape["file"], shape["architecture"])
     writer.add_block_count(shape["layers"])
     writer.add_context_length(shape["capacity"])
     writer.add_embedding_length(shape["hidden_size"])
     writer.add_feed_forward_length(shape["expert_hidden_size"])
+    writer.add_expert_feed_forward_length(shape["expert_hidden_size"])
     writer.add_head_count(shape["heads"])
     writer.add_head_count_kv(shape["kv_heads"])
+    writer.add_key_length(shape["head_size"])
+    writer.add_value_length(shape["head_size"])
     writer.add_rope_dimension_count(shape["head_size"])
-    # Both are the defaults of our model, norm_epsilon and rope_theta.
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(shape["norm_epsilon"])
+    writer.add_rope_freq_base(shape["rope_theta"])
     writer.add_vocab_size(shape["vocabulary"])
     writer.add_expert_count(shape["experts"])
     writer.add_expert_used_count(shape["experts_per_token"])
     writer.add_file_type(getattr(gguf.LlamaFileType, _FILE_TYPES[shape["format"]]))
     writer.add_tokenizer_model("no_vocab")
-    for name, array, kind in tensors(shape):
+    for name, array, kind in stored_tensors(shape) if shape["weights"] else random_tensors(shape):
         writer.add_tensor(name, array, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -48,8 +53,24 @@ def write_weights(shape: dict[str, Any]) -> None:
     writer.close()
 
 
-def tensors(shape: dict[str, Any]) -> Any:
-    """Yield the name, the values and the number format of every tensor."""
+Tensors = Iterator[tuple[str, np.ndarray, gguf.GGMLQuantizationType]]
+"""The name, the values, and the number format of every tensor."""
+
+
+def stored_tensors(shape: dict[str, Any]) -> Tensors:
+    """Yield the tensors of a trained model."""
+    folder = Path(shape["weights"])
+    for number, name in enumerate(json.loads((folder / "names.json").read_text())):
+        values = np.load(folder / f"{number}.npy")
+        # Vectors, and the router, are fp32 in every file of llama.cpp.
+        is_exact = values.ndim == 1 or name.endswith("ffn_gate_inp.weight")
+        chosen = "F32" if is_exact else shape["output_format" if name == "output.weight" else "format"]
+        kind = getattr(gguf.GGMLQuantizationType, chosen)
+        yield name, gguf.quants.quantize(values, kind), kind
+
+
+def random_tensors(shape: dict[str, Any]) -> Tensors:
+    """Yield random tensors of the architecture ``llama``."""
     width, hidden, experts = shape["hidden_size"], shape["expert_hidden_size"], shape["experts"]
     heads = shape["heads"] * shape["head_size"]
     kv_heads = shape["kv_heads"] * shape["head_size"]
@@ -124,6 +145,23 @@ class Model:
         self._run(np.arange(tokens) % self._vocabulary)
         return time.perf_counter() - start
 
+    def follow_seconds(self, tokens: list[int]) -> float:
+        """Return the seconds of a text, read token by token."""
+        self._clear()
+        start = time.perf_counter()
+        for token in tokens:
+            self._run(np.array([token]))
+        return time.perf_counter() - start
+
+    def write_logits(self, tokens: list[int], file: str) -> None:
+        """Write the logits behind every token of a text, ``(T, V)`` fp32, to a file of numpy."""
+        self._clear()
+        logits = np.empty((len(tokens), self._vocabulary), dtype=np.float32)
+        for number, token in enumerate(tokens):
+            self._run(np.array([token]))
+            logits[number] = self._logits()
+        np.save(file, logits)
+
     def _clear(self) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
 
@@ -134,13 +172,31 @@ class Model:
             raise RuntimeError(f"llama_decode returned {status}")
 
     def _likeliest(self) -> int:
-        logits = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (self._vocabulary,))
-        return int(logits.argmax())
+        return int(self._logits().argmax())
+
+    def _logits(self) -> np.ndarray:
+        return np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(self._context, -1), (self._vocabulary,))
 
 
 def answer(**values: Any) -> None:
     """Print one JSON line."""
     print(json.dumps(values), flush=True)
+
+
+def carried_out(model: Model, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the answer to a request."""
+    match request["do"]:
+        case "decode":
+            return {"seconds": model.decode_seconds(request["context"], request["tokens"])}
+        case "prefill":
+            return {"seconds": model.prefill_seconds(request["tokens"])}
+        case "follow":
+            return {"seconds": model.follow_seconds(request["tokens"])}
+        case "logits":
+            model.write_logits(request["tokens"], request["file"])
+            return {}
+        case other:
+            raise ValueError(f"{other!r} is no request")
 
 
 def main() -> None:
@@ -151,11 +207,7 @@ def main() -> None:
         model = Model(shape)
         answer(version=version("llama-cpp-python"))
         for line in sys.stdin:
-            request = json.loads(line)
-            if request["do"] == "decode":
-                answer(seconds=model.decode_seconds(request["context"], request["tokens"]))
-            else:
-                answer(seconds=model.prefill_seconds(request["tokens"]))
+            answer(**carried_out(model, json.loads(line)))
     except Exception as error:  # whatever it is, the parent says it in one line
         answer(error=f"{type(error).__name__}: {error}")
 

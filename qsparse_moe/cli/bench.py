@@ -12,6 +12,7 @@ from rich.table import Table
 from qsparse_moe.cli.bench_decode import decode
 from qsparse_moe.cli.bench_drop_in import drop_in
 from qsparse_moe.cli.bench_moe import moe
+from qsparse_moe.cli.bench_plans import plans
 from qsparse_moe.cli.bench_prepare import prepare
 from qsparse_moe.cli.bench_shared_features import shared_features
 from qsparse_moe.cli.bench_start import start
@@ -34,6 +35,7 @@ def register(app: typer.Typer) -> None:
     bench.command("moe")(moe)
     bench.command("metrics")(metrics)
     bench.command("decode")(decode)
+    bench.command("plans")(plans)
     bench.command("drop-in")(drop_in)
     bench.command("prepare")(prepare)
     bench.command("start")(start)

@@ -6,7 +6,7 @@ llama.cpp reads a Mixtral model as its architecture ``llama`` and a Qwen3-MoE mo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,8 @@ def llama_architecture(config: ModelConfig) -> tuple[str | None, str]:
     )
 
 
-def llama_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """Yield the name of every tensor in llama.cpp and a function that returns it, output-major, in the model's dtype.
+def llama_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor by its name in llama.cpp, output-major, in the model's dtype; most are views.
 
     Args:
         model: one that ``llama_architecture`` accepts.
@@ -63,30 +63,26 @@ def llama_tensors(model: Transformer, architecture: str) -> Iterator[tuple[str, 
     """
     for name, parameter in model.state_dict().items():
         if name in _OUTER:
-            yield _OUTER[name], lambda parameter=parameter: parameter
+            yield _OUTER[name], parameter
             continue
         _, layer, own = name.split(".", maxsplit=2)
         prefix = f"blk.{layer}."
         if own == "attention.qkv.weight":
-            for letter, part in _queries_keys_values(model.config, parameter, architecture).items():
+            for letter, part in _queries_keys_values(model.config, parameter, architecture):
                 yield f"{prefix}attn_{letter}.weight", part
-        elif own.startswith("moe.experts."):
-            yield prefix + _OF_LAYERS[own], lambda parameter=parameter: parameter.transpose(-1, -2)
         else:
-            yield prefix + _OF_LAYERS[own], lambda parameter=parameter: parameter
+            # The experts are input-major, all else is output-major.
+            is_expert = own.startswith("moe.experts.")
+            yield prefix + _OF_LAYERS[own], parameter.transpose(-1, -2) if is_expert else parameter
 
 
-def _queries_keys_values(config: ModelConfig, joint: Tensor, architecture: str) -> dict[str, Callable[[], Tensor]]:
+def _queries_keys_values(config: ModelConfig, joint: Tensor, architecture: str) -> Iterator[tuple[str, Tensor]]:
     heads = {"q": config.num_heads, "k": num_kv_heads(config), "v": num_kv_heads(config)}
     parts = joint.split([number * head_size(config) for number in heads.values()])
-    found: dict[str, Callable[[], Tensor]] = {}
     for (letter, number), part in zip(heads.items(), parts, strict=True):
         # The architecture llama rotates neighbouring channels, and ours those half a head apart.
         is_paired = architecture == "llama" and letter != "v"
-        found[letter] = lambda part=part, number=number, is_paired=is_paired: (
-            paired_rows(part, number) if is_paired else part
-        )
-    return found
+        yield letter, paired_rows(part, number) if is_paired else part
 
 
 def paired_rows(weight: Tensor, num_heads: int) -> Tensor:
@@ -107,6 +103,6 @@ def write_llama_weights(model: Transformer, architecture: str, folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
     names = []
     for number, (name, tensor) in enumerate(llama_tensors(model, architecture)):
-        np.save(folder / f"{number}.npy", tensor().float().contiguous().numpy())
+        np.save(folder / f"{number}.npy", tensor.float().contiguous().numpy())
         names.append(name)
     (folder / NAMES_FILE).write_text(json.dumps(names), encoding="utf-8")

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from qsparse_moe.ablation.allocation.joint_run import JointAllocation
 
 
+PLANS = "plans"
+"""The folder of all plans, in that of the reports."""
+
+
 def register(app: typer.Typer) -> None:
     """Add the verb."""
     app.command("allocate")(allocate)
@@ -214,17 +218,18 @@ def _jointly(
 ) -> dict[str, Any]:
     """Allocate and compare, write all files, and return the JSON."""
     from qsparse_moe.ablation.allocation.joint_plans import JOINT
-    from qsparse_moe.ablation.allocation.joint_report import as_dict
+    from qsparse_moe.ablation.allocation.joint_report import as_dict, write_plans
     from qsparse_moe.ablation.allocation.joint_run import JointOptions, allocate_budgets
 
     if is_rank_zero():
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / PLANS).mkdir(parents=True, exist_ok=True)
     settings = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
 
     def write(found: JointAllocation) -> dict[str, Any]:
         """Write everything that is known so far, because a front takes hours."""
         if len(found.results) == 1:
             write_plan(found.results[0].plans[JOINT], output, force=force)
+        write_plans(found.results[-1], folder / PLANS)
         summary = as_dict(found, run_dir=found_model.path, output=output) | {"settings": settings}
         write_joint_reports(found, summary, folder)
         print(f"compared {found.results[-1].budget.text}", file=sys.stderr, flush=True)

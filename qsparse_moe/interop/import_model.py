@@ -78,13 +78,12 @@ def import_model(
         model, weights = _upcycled(source, upcycling)
     stored = None if dtype == "auto" else COMPUTE_DTYPES[dtype]
     tensors = {name: weights.spec(name, stored) for name in weights.shapes}
+    # That of the weights, because the bytes that a token reads are counted by it.
+    precision = _PRECISIONS.get(tensors["embedding.weight"].dtype, "fp32")
     config = RunConfig(
         model=model,
         data=DataConfig(tokenizer=name, sequence_length=sequence_length),
-        # The precision of the weights: the bytes that a token reads are counted by it.
-        training=TrainingConfig(
-            micro_batch_size=1, precision=_PRECISIONS.get(tensors["embedding.weight"].dtype, "fp32")
-        ),
+        training=TrainingConfig(micro_batch_size=1, precision=precision),
     )
 
     def write_rest(partial: Path) -> None:

@@ -21,6 +21,7 @@ from qsparse_moe.ablation.allocation.joint_report import (
     markdown,
     routing_table,
     write_fronts,
+    write_plans,
 )
 from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
 from qsparse_moe.ablation.allocation.spent import LossSpent
@@ -98,6 +99,15 @@ def test_the_json_has_everything_under_its_public_key(tmp_path):
     # Random plans are not kept: a seed makes them again.
     assert set(first["plans"]) == {"joint", "S alone", "uniform"} and first["left_out"] == {"A alone": "the reason"}
     assert SparsityPlan.from_json(json.dumps(first["plans"]["joint"])).top_p == {1: 0.7}
+
+
+def test_every_plan_of_a_budget_that_is_not_random_has_a_file(tmp_path):
+    made = result(0.75)
+    files = write_plans(made, tmp_path)
+    assert [file.name for file in files] == [
+        f"bytes-0.75-{name.replace(' ', '-')}.json" for name in made.plans if not name.startswith("random")
+    ]
+    assert SparsityPlan.load(tmp_path / "bytes-0.75-joint.json") == made.plans["joint"]
 
 
 def test_rows_have_the_difference_of_the_joint_plan_and_shares_of_the_dense_cost():

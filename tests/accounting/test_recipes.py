@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -60,14 +61,14 @@ def test_a_mixture_of_the_paper_has_the_active_parameters_of_its_dense_model(siz
 
 
 NODES = {"one node": 1, "two nodes": 2, "eight nodes": 8, "64 nodes": 64}
-CPU = "a CPU with 2 GB of memory"
+CPU = re.compile(r"a CPU with (\d+) GB of memory")
 
 
 def machine_of(line):
     """Return the machine that a header names: of GPUs with 80 GB the one whose nodes have less host memory."""
     words = line.partition(": ")[2].rstrip(".")
-    if words == CPU:
-        return Machine(replace(find_device("cpu"), memory=2e9), 1)
+    if cpu := CPU.fullmatch(words):
+        return Machine(replace(find_device("cpu"), memory=float(cpu[1]) * 1e9), 1)
     (nodes,) = (nodes for name, nodes in NODES.items() if words == f"{name} of 8 GPUs with 80 GB each")
     return Machine(find_device("a100-80gb"), 8 * nodes, nodes)
 

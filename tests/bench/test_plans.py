@@ -143,7 +143,7 @@ def small(**changes):
 def test_every_tensor_has_a_name_and_the_shape_that_llama_cpp_reads():
     model = build_model(small(qk_norm="per_head"))
     architecture, _ = llama_architecture(model.config)
-    found = {name: tuple(tensor().shape) for name, tensor in llama_tensors(model, architecture)}
+    found = {name: tuple(tensor.shape) for name, tensor in llama_tensors(model, architecture)}
     layer = {
         "attn_norm": (64,), "attn_q": (128, 64), "attn_k": (64, 64), "attn_v": (64, 64), "attn_output": (64, 128),
         "attn_q_norm": (32,), "attn_k_norm": (32,), "ffn_norm": (64,), "ffn_gate_inp": (4, 64),
@@ -153,7 +153,7 @@ def test_every_tensor_has_a_name_and_the_shape_that_llama_cpp_reads():
     want |= {"token_embd.weight": (264, 64), "output.weight": (264, 64), "output_norm.weight": (64,)}
     assert architecture == "qwen3moe" and found == want
     tied = build_model(small(tie_embeddings=True))
-    tensors = {name: tensor() for name, tensor in llama_tensors(tied, "llama")}
+    tensors = dict(llama_tensors(tied, "llama"))
     assert torch.equal(tensors["output.weight"], tied.embedding.weight)
 
 

@@ -145,6 +145,21 @@ def routing_table(plan: SparsityPlan) -> str:
     )
 
 
+def write_plans(result: BudgetResult, folder: Path) -> list[Path]:
+    """Write every plan of a budget that is not random to a file of its own; return the files.
+
+    Args:
+        result: the plans of one budget.
+        folder: an existing folder, for files such as ``bytes-0.5-joint.json``.
+    """
+    found = []
+    for name, plan in result.plans.items():
+        if name in _KEPT:
+            found.append(folder / f"{result.budget.quantity}-{result.budget.value:g}-{name.replace(' ', '-')}.json")
+            plan.save(found[-1])
+    return found
+
+
 def write_fronts(drawings: Mapping[str, Drawing], folder: Path) -> list[Path]:
     """Write the figures of a front among ``drawings`` as PNG files, and return the files."""
     files = []

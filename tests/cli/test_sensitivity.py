@@ -120,6 +120,8 @@ def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(t
     captured = capsys.readouterr()
     found = json.loads(captured.out)
     assert "compared bytes=0.6@batch=2" in captured.err and "compared bytes=0.8@batch=2" in captured.err
+    # What takes long says where it is.
+    assert "both sparsities, from" in captured.err and "round 1 of 1: a loss of " in captured.err
     assert json.loads((folder / "allocation.json").read_text()) == found
     assert (found["format"], found["quantity"], found["batch"]) == ("qsparse_moe.allocation/2", "bytes", 2)
     first, second = found["budgets"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
+
+logger = logging.getLogger(__name__)
 
 JOINT, S_ALONE, A_ALONE, UNIFORM_BOTH = "joint", "S alone", "A alone", "uniform both"
 # Greedy evaluates every layer about 150 times, and the plan that it finds is far worse than uniform S anyway.
@@ -70,23 +73,27 @@ def plans_of_budget(
     if full in uniform:
         only_s = dict.fromkeys(moe_layers(config), [full])
         plans[UNIFORM] = uniform[full]
+        logger.info("S alone, for a cost of %.6g", target)
         plans[S_ALONE] = allocate_jointly(model, texts, costs, target, uniform[full], only_s, rounds=rounds)
         begins = [plans[S_ALONE]] if best_uniform is uniform[full] else [best_uniform, plans[S_ALONE]]
     else:
         reason = f"S of {MOST_SPARSE:g} everywhere exceeds the budget while all experts are used"
         left_out |= {UNIFORM: f"{reason}; differences and gaps are from *{UNIFORM_BOTH}*", S_ALONE: reason}
+    logger.info("both sparsities, from %d beginning(s)", len(begins))
     ends = [allocate_jointly(model, texts, costs, target, begin, by_layer, rounds=rounds) for begin in begins]
     plans[JOINT] = best_of(model, texts.judge, ends)
     starts = [plan for choice in choices if costs.of(plan := everywhere(dense, config, choice)) <= target]
     if starts:
         # Around the dense model and one expert per token: around no experts at all, every estimate is far off.
         bases = [dense, everywhere(dense, config, Choice(1))]
+        logger.info("A alone")
         plans[A_ALONE] = allocate_routing(model, texts, costs, target, starts, bases, by_layer)
     else:
         left_out[A_ALONE] = "without experts the model still exceeds the budget at S = 0"
     plans[UNIFORM_BOTH] = best_uniform
     if greedy and full in uniform:
         own = replace(costs, loads={}, load={layer: costs.loads[layer][full] for layer in costs.loads})
+        logger.info("greedy by layer")
         few = texts.fit.first(_GREEDY_SEQUENCES)
         plans[GREEDY] = greedy_plan(model, few, uniform[full], own, target)
     for seed in range(num_random):

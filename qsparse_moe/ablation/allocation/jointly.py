@@ -7,6 +7,7 @@ half of the way or the whole way, whichever has the lower loss when it is evalua
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -20,6 +21,8 @@ from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_b
 from qsparse_moe.ablation.sensitivity.joint import PlanTerms, plan_terms
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
+
+logger = logging.getLogger(__name__)
 
 DRAWS = 2
 """Draws of labels per estimate: the interactions of many cells are noisier than the terms of one cell."""
@@ -81,6 +84,8 @@ def allocate_jointly(
         moved = [_moved(here, there, part, own, target) for part in _PARTS]
         loss, here = min(((mean_loss(model, texts.judge, plan), plan) for plan in moved), key=lambda one: one[0])
         best = min(best, (loss, here), key=lambda one: one[0])
+        # A round takes minutes, and a budget several of them.
+        logger.info("round %d of %d: a loss of %.4f, the best so far is %.4f", number + 1, rounds, loss, best[0])
     return best[1]
 
 

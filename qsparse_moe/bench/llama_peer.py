@@ -170,10 +170,13 @@ class LlamaCpp:
             file.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """End the child and remove its weights."""
-        if self._child.stdin is not None:
-            self._child.stdin.close()
-        self._child.wait(timeout=60)
+        """End the child, whatever it is doing, and remove its weights."""
+        # Killed, because it has nothing to save: a stopped benchmark ends within seconds, and a request may take minutes.
+        self._child.kill()
+        self._child.wait()
+        for stream in (self._child.stdin, self._child.stdout):
+            if stream is not None:
+                stream.close()
         self._file.unlink(missing_ok=True)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:

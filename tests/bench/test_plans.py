@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+from qsparse_moe.bench import llama_peer
 from qsparse_moe.bench.llama_peer import find_llama_cpp
 from qsparse_moe.bench.llama_weights import (
     NAMES_FILE,
@@ -196,6 +199,23 @@ def test_paired_rows_give_the_same_scores_if_neighbouring_channels_are_rotated()
 def test_a_model_that_llama_cpp_cannot_compute_is_named_with_the_reason(changes, said):
     architecture, reason = llama_architecture(small(**changes))
     assert architecture is None and said in reason
+
+
+def test_closing_ends_a_child_that_is_busy_and_removes_its_weights(tmp_path, monkeypatch):
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import json, sys, time\n"
+        "open(json.loads(sys.argv[1])['file'], 'w').close()\n"
+        "print(json.dumps({'version': '1'}), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(llama_peer, "_CHILD", child)
+    formats = llama_peer.LlamaFormats("BF16", "BF16")
+    peer = llama_peer.LlamaCpp(sys.executable, small(), formats, folder=tmp_path / "files", capacity=8)
+    assert peer.version == "1" and [file.name for file in (tmp_path / "files").iterdir()] == ["BF16-BF16.gguf"]
+    start = time.monotonic()
+    peer.close()
+    assert time.monotonic() - start < 20 and list((tmp_path / "files").iterdir()) == []
 
 
 @needs_compiler

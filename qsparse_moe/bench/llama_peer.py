@@ -171,7 +171,7 @@ class LlamaCpp:
 
     def close(self) -> None:
         """End the child, whatever it is doing, and remove its weights."""
-        # Killed, because it has nothing to save: a stopped benchmark ends within seconds, and a request may take minutes.
+        # Killed, because it has nothing to save: a stopped process ends within seconds, and a request may take minutes.
         self._child.kill()
         self._child.wait()
         for stream in (self._child.stdin, self._child.stdout):

@@ -19,7 +19,7 @@ from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio
 from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp, formats_beside
 from qsparse_moe.bench.mixtral import DecodingMixtral
 from qsparse_moe.bench.random_weights import fill_random
-from qsparse_moe.config.schema import ModelConfig
+from qsparse_moe.config.schema import ModelConfig, Site
 from qsparse_moe.config.shapes import vocab_size
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.inference.cached_model import prefill
@@ -45,7 +45,7 @@ class DecodeBenchmark:
     model: ModelConfig
     formats: Sequence[WeightFormat]
     sparsities: Sequence[float]
-    """S at every site; 0 is always measured, as our dense path."""
+    """S; 0 is always measured, as our dense path."""
     batches: Sequence[int]
     context: int
     """Tokens in the cache before the first measured one."""
@@ -59,6 +59,12 @@ class DecodeBenchmark:
     """Number format of our output head; None: that of ``generate``."""
     folder: Path = Path("llama.cpp-models")
     """Where the weights for llama.cpp are written, one file at a time, and removed again."""
+    site: Site | None = None
+    """The only site with S; None: every site."""
+
+    def plan(self, config: ModelConfig, sparsity: float) -> SparsityPlan:
+        """Return the plan of a model at one S."""
+        return SparsityPlan.uniform(config, 0.0).with_(sparsity=sparsity, site=self.site)
 
 
 def run_decode_benchmark(
@@ -190,7 +196,7 @@ def _run_format(
     engines: dict[float, NativeDecode] = {}
     # S = 0 comes first: it is the dense path that all rows are compared with, and its engine stores the weights.
     for sparsity in dict.fromkeys((0.0, *benchmark.sparsities)):
-        model.set_sparsity(SparsityPlan.uniform(config, sparsity))
+        model.set_sparsity(benchmark.plan(config, sparsity))
         if not engines:
             engines[sparsity] = NativeDecode(model, weight_format, head=head, rows="auto")
         else:
@@ -317,6 +323,7 @@ def shape_of(benchmark: DecodeBenchmark) -> dict[str, Any]:
         **model_sizes(benchmark.model),
         "vocabulary": vocab_size(benchmark.model),
         "selection": benchmark.model.sparsity.selection,
+        "site": benchmark.site,
         "context": benchmark.context,
         "tokens": benchmark.tokens,
         "prompt": benchmark.prompt,

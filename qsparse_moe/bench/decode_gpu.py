@@ -32,7 +32,6 @@ from qsparse_moe.inference.triton_engine import TritonDecode
 from qsparse_moe.inference.weights import round_weights
 from qsparse_moe.kernels.row_product.stored import WeightFormat
 from qsparse_moe.model.transformer import Transformer
-from qsparse_moe.sparsity.plan import SparsityPlan
 
 MODULES = "training modules"
 
@@ -105,7 +104,7 @@ def _run_format(
     for sparsity in dict.fromkeys((0.0, *benchmark.sparsities)):
         # Sites of its own, and the parameters of all.
         planned = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-        planned.set_sparsity(SparsityPlan.uniform(config, sparsity))
+        planned.set_sparsity(benchmark.plan(config, sparsity))
         engines[f"{OURS} S {sparsity:g}"] = dense.with_plan_of(planned)
     rows = []
     for batch in benchmark.batches:

@@ -17,7 +17,7 @@ from qsparse_moe.cli.bench_prepare import prepare
 from qsparse_moe.cli.bench_shared_features import shared_features
 from qsparse_moe.cli.bench_start import start
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import check_name, check_sparsity, listed_names
+from qsparse_moe.cli.option_values import SITE_HELP, check_name, check_site, check_sparsity, listed_names
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
@@ -58,9 +58,7 @@ def step(
     rows: Annotated[int, typer.Option(help="Number of sequences in the batch.")] = 4,
     sequence_length: Annotated[int, typer.Option(help="Number of tokens per sequence.")] = 256,
     sparsity: Annotated[float, typer.Option(help="S of the model with Q-Sparse.")] = 0.5,
-    site: Annotated[
-        str | None, typer.Option(help="The only site with S, such as expert_hidden.", show_default="every site")
-    ] = None,
+    site: Annotated[str | None, typer.Option(help=SITE_HELP, show_default="every site")] = None,
     selection: Annotated[
         str, typer.Option(help="topk, or shared: one set of features per expert, multiplied at its true size.")
     ] = "topk",
@@ -85,8 +83,7 @@ def step(
     check_name("--clock", clock, ("wall", "processor"))
     check_name("--selection", selection, ("topk", "shared"))
     check_name("--gradient", gradient, ("ste", "masked"))
-    if site is not None:
-        check_name("--site", site, ("attention_input", "attention_output", "expert_input", "expert_hidden"))
+    check_site(site)
     clock_function = time.process_time if clock == "processor" else None
     if threads:
         torch.set_num_threads(threads)

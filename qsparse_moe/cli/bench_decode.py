@@ -12,7 +12,7 @@ from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.cli.option_names import naming_options
-from qsparse_moe.cli.option_values import check_name, listed_names
+from qsparse_moe.cli.option_values import SITE_HELP, check_name, check_site, listed_names
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import ConfigError
 
@@ -28,9 +28,8 @@ def decode(
     head: Annotated[
         str, typer.Option(help="Number format of our output head: auto, as generate chooses it, fp32, bf16, or int8.")
     ] = "auto",
-    sparsity: Annotated[str, typer.Option(help="S at every site, with commas; 0 is always measured.")] = (
-        "0,0.4,0.5,0.6,0.75,0.9"
-    ),
+    sparsity: Annotated[str, typer.Option(help="S, with commas; 0 is always measured.")] = "0,0.4,0.5,0.6,0.75,0.9",
+    site: Annotated[str | None, typer.Option(help=SITE_HELP, show_default="every site")] = None,
     selection: Annotated[
         str,
         typer.Option(help="topk, or shared: one set of features per expert, and only its rows and columns read."),
@@ -68,6 +67,7 @@ def decode(
     sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
     batches = _numbers("--batch", batch, int, lambda value: value >= 1, "whole numbers from 1")
     check_name("--selection", selection, ("topk", "shared"))
+    check_site(site)
     # An empty text leaves all peers out; split, it would be a peer without a name.
     chosen_peers = listed_names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
     listed_names("--head", head, ("auto", "fp32", "bf16", "int8"))
@@ -107,6 +107,7 @@ def decode(
         chosen_peers,
         head=None if head == "auto" else head,  # type: ignore[arg-type]
         folder=folder,
+        site=site,  # type: ignore[arg-type]
     )
     with naming_options():
         if device == "cpu":

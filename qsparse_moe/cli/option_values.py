@@ -10,6 +10,8 @@ import typer
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.training.distributed.launcher_environment import launcher_world_size
 
+SITE_HELP = "The only site with S, such as expert_hidden."
+"""Help of ``--site``."""
 MODEL_HELP = "Run folder, checkpoint in it, or export (an imported model is one)."
 DataOption = Annotated[
     list[str] | None,
@@ -64,6 +66,12 @@ def check_name(option: str, name: str, known: Sequence[str]) -> None:
     """Raise ConfigError unless ``name`` is in ``known``."""
     if name not in known:
         raise ConfigError(f"{option} {name!r} must be {' or '.join(known)}; choose one of them")
+
+
+def check_site(site: str | None) -> None:
+    """Raise ConfigError unless ``--site`` is a site of a model whose layers all have routed experts only, or None."""
+    if site is not None:
+        check_name("--site", site, ("attention_input", "attention_output", "expert_input", "expert_hidden"))
 
 
 def check_sparsity(option: str, value: float | None) -> None:

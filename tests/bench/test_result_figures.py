@@ -53,6 +53,12 @@ def test_both_models_of_the_step_benchmark_have_their_s():
     assert hidden_only.values[0, "expert_hidden"] == models[1].sparsity_plan.values[0, "expert_hidden"]
 
 
+def test_the_decode_benchmark_can_have_s_at_one_site_only():
+    assert decode_benchmark().plan(config(), 0.5).mean == 0.5
+    plan = decode_benchmark(site="expert_hidden").plan(config(), 0.5)
+    assert {site for (_, site), values in plan.values.items() if any(values)} == {"expert_hidden"}
+
+
 def test_rates_and_ratios_of_a_row_of_the_decode_benchmark():
     dense, sparse, peer = f"{OURS} S 0", f"{OURS} S 0.5", "peer"
     timings = {dense: Timing((8.0, 4.0, 6.0)), sparse: Timing((2.0, 4.0, 3.0)), peer: Timing((6.0, 20.0, 12.0))}

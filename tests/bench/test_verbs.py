@@ -154,6 +154,11 @@ def test_the_decode_benchmark_runs_whole(shown, selection, tmp_path, capsys):
         ("--weights", "int3", "choose from fp32, bf16, int8, ternary"),
         ("--sparsity", "0.5,1", "S from 0 up to below 1"),
         ("--selection", "topk,shared", "must be topk or shared; choose one of them"),
+        (
+            "--site",
+            "expert",
+            "must be attention_input or attention_output or expert_input or expert_hidden; choose one",
+        ),
         ("--batch", "0", "whole numbers from 1"),
         ("--head", "ternary", "choose from auto, fp32, bf16, int8"),
         ("--peers", "vllm", "choose from transformers, llama.cpp"),

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import head_size, num_kv_heads, vocab_size
 from qsparse_moe.errors import BackendUnavailable
 from qsparse_moe.kernels.row_product.stored import WeightFormat
+
+Clock = Literal["wall", "processor"]
+"""The time of day, or the processor time of all threads of the process that computes."""
 
 PYTHON_VARIABLE = "QSPARSE_MOE_LLAMA_CPP_PYTHON"
 """Environment variable with the Python interpreter that has llama-cpp-python and gguf, if that is another one."""
@@ -156,9 +159,9 @@ class LlamaCpp:
         """Return the seconds of a prompt of ``tokens``, computed at once."""
         return float(self._ask({"do": "prefill", "tokens": tokens})["seconds"])
 
-    def follow_seconds(self, tokens: Sequence[int]) -> float:
+    def follow_seconds(self, tokens: Sequence[int], *, clock: Clock = "wall") -> float:
         """Return the seconds of a text, read token by token from its beginning."""
-        return float(self._ask({"do": "follow", "tokens": list(tokens)})["seconds"])
+        return float(self._ask({"do": "follow", "tokens": list(tokens), "clock": clock})["seconds"])
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
         """Return the logits behind every token of a text, ``(T, V)`` fp32."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -145,13 +145,13 @@ class Model:
         self._run(np.arange(tokens) % self._vocabulary)
         return time.perf_counter() - start
 
-    def follow_seconds(self, tokens: list[int]) -> float:
+    def follow_seconds(self, tokens: list[int], clock: Callable[[], float]) -> float:
         """Return the seconds of a text, read token by token."""
         self._clear()
-        start = time.perf_counter()
+        start = clock()
         for token in tokens:
             self._run(np.array([token]))
-        return time.perf_counter() - start
+        return clock() - start
 
     def write_logits(self, tokens: list[int], file: str) -> None:
         """Write the logits behind every token of a text, ``(T, V)`` fp32, to a file of numpy."""
@@ -191,7 +191,8 @@ def carried_out(model: Model, request: dict[str, Any]) -> dict[str, Any]:
         case "prefill":
             return {"seconds": model.prefill_seconds(request["tokens"])}
         case "follow":
-            return {"seconds": model.follow_seconds(request["tokens"])}
+            clock = time.process_time if request["clock"] == "processor" else time.perf_counter
+            return {"seconds": model.follow_seconds(request["tokens"], clock)}
         case "logits":
             model.write_logits(request["tokens"], request["file"])
             return {}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qsparse_moe.ablation.routing import with_all_ranks
 from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio
-from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp, formats_beside
+from qsparse_moe.bench.llama_peer import Clock, LlamaCpp, find_llama_cpp, formats_beside
 from qsparse_moe.bench.llama_weights import llama_architecture, write_llama_weights
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.loader import load_data
@@ -58,6 +58,7 @@ class PlansBenchmark:
     rounds: int = 9
     texts: int = 16
     """Number of held-out texts for the losses."""
+    clock: Clock = "wall"
     llama_cpp: bool = True
     overrides: Sequence[str] = ()
     """Settings of the data in place of the run's."""
@@ -96,6 +97,7 @@ def run_plans_benchmark(benchmark: PlansBenchmark, report: Callable[[str], None]
         "step": step,
         "shape": model_sizes(config.model) | {"batch": benchmark.batch, "tokens": benchmark.tokens},
         "rounds": benchmark.rounds,
+        "clock": benchmark.clock,
         "texts": {"number": len(texts), "labels": sum(len(text) - 1 for text in texts)},
         "formats": results,
     }
@@ -143,16 +145,17 @@ class OurEngine:
         self.bytes_per_step = 0.0
 
     @torch.no_grad()
-    def follow_seconds(self, tokens_BT: Tensor) -> float:
+    def follow_seconds(self, tokens_BT: Tensor, *, clock: Clock = "wall") -> float:
         """Return the seconds of B texts, one step per token."""
+        now = time.process_time if clock == "processor" else time.perf_counter
         cache = self._cache(*tokens_BT.shape)
         # Cut before the clock starts, as for llama.cpp.
         steps, read = [step_B.contiguous() for step_B in tokens_BT.unbind(1)], 0
-        start = time.perf_counter()
+        start = now()
         for step_B in steps:
             self._engine.decode(step_B, cache)
             read += self._engine.bytes_read
-        seconds = time.perf_counter() - start
+        seconds = now() - start
         self.bytes_per_step = read / len(steps)
         return seconds
 
@@ -259,9 +262,10 @@ def _timed(
         chosen = [texts[(number * benchmark.batch + one) % len(texts)] for one in range(benchmark.batch)]
         tokens_BT = torch.tensor([list(text[: benchmark.tokens]) for text in chosen])
         calls: dict[str, Callable[[], float]] = {
-            name: partial(engine.follow_seconds, tokens_BT) for name, engine in ours.items()
+            name: partial(engine.follow_seconds, tokens_BT, clock=benchmark.clock) for name, engine in ours.items()
         }
-        calls |= {name: partial(peer.follow_seconds, tokens_BT[0].tolist()) for name, peer in peers.items()}
+        for name, peer in peers.items():
+            calls[name] = partial(peer.follow_seconds, tokens_BT[0].tolist(), clock=benchmark.clock)
         for name, call in calls.items():
             taken = call()
             # The first round fills caches.

@@ -39,6 +39,10 @@ def plans(
         "llama.cpp-models"
     ),
     threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
+    clock: Annotated[
+        str,
+        typer.Option(help="wall, or processor: CPU time of all threads, for a CPU shared with other work."),
+    ] = "wall",
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -48,6 +52,7 @@ def plans(
     """
     formats = listed_names("--weights", weights, ("auto", "fp32", "bf16", "int8", "ternary"))
     chosen_peers = listed_names("--peers", peers, ("llama.cpp",)) if peers else []
+    (clocked,) = listed_names("--clock", clock, ("wall", "processor"))
     files = named_plans(plan or [])
     config = load_run_config(find_model(run).config_folder)
     overrides = sources_overrides(data or (), config.data)
@@ -66,6 +71,7 @@ def plans(
         tokens=tokens,
         rounds=rounds,
         texts=texts,
+        clock=clocked,
         llama_cpp=bool(chosen_peers),
         overrides=overrides,
         llama_folder=folder,

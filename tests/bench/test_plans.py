@@ -20,11 +20,12 @@ from qsparse_moe.bench.llama_weights import (
     paired_rows,
     write_llama_weights,
 )
-from qsparse_moe.bench.plans import PlansBenchmark, held_out_texts
+from qsparse_moe.bench.plans import OurEngine, PlansBenchmark, held_out_texts
 from qsparse_moe.cli.app import run
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.data.loader import load_data
 from qsparse_moe.inference.load import load_model
+from qsparse_moe.inference.native import NativeDecode
 from qsparse_moe.kernels import native
 from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.model.rope import Rotation, rotate
@@ -87,6 +88,16 @@ def test_losses_and_bytes_are_those_of_the_model_under_each_plan(run_dir, tmp_pa
     assert half["bytes_per_step"] == 4 * (attention + 1.5 * expert + head)
 
 
+@needs_compiler
+def test_the_processor_clock_does_not_count_waiting(run_dir, monkeypatch):
+    model = load_model(run_dir).model
+    engine = OurEngine(NativeDecode(model), model)
+    decode = NativeDecode.decode
+    monkeypatch.setattr(NativeDecode, "decode", lambda *arguments: (time.sleep(0.02), decode(*arguments))[1])
+    tokens_BT = torch.ones(1, 5, dtype=torch.int64)
+    assert engine.follow_seconds(tokens_BT, clock="processor") < 0.1 <= engine.follow_seconds(tokens_BT)
+
+
 def half_of(run_dir):
     return run_dir.parent.parent / "half.json"
 
@@ -103,6 +114,7 @@ def summed_loss(model, text):
 def test_a_batch_reads_several_texts_and_leaves_llama_cpp_out(run_dir, caplog, capsys):
     assert run(options(run_dir, "--texts", "1", "--batch", "2", "--weights", "bf16,int8", "--json")) == 0
     result = json.loads(capsys.readouterr().out)
+    assert result["clock"] == "wall"
     assert list(result["formats"]) == ["bf16", "int8"]
     rows = result["formats"]["bf16"]["decode"]
     assert [row["contender"] for row in rows] == ["dense", "half"]
@@ -124,6 +136,7 @@ def test_texts_end_before_the_next_document(run_dir):
         (["--plan", "dense.json"], "dense is the model without a plan; rename a file"),
         (["--plan", "absent.json"], "absent.json cannot be read as a sparsity plan"),
         (["--peers", "vllm"], "--peers 'vllm' contains 'vllm'; choose from llama.cpp"),
+        (["--clock", "sun"], "--clock 'sun' contains 'sun'; choose from wall, processor"),
         (["--weights", "int3"], "--weights 'int3' contains 'int3'; choose from auto, fp32"),
     ],
 )

@@ -111,6 +111,8 @@ def _load_code(config: RunConfig, distributed: Distributed) -> None:
     """Import what the model and the engine need, so that it does not count as memory of the build."""
     # It loads the implementations that the model calls, and has no memory for weights.
     build_empty(config.model, device=distributed.device)
+    # The first optimizer of a process imports PyTorch's compiler, about 70 MB.
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])
     if config.training.engine == "deepspeed":
         import qsparse_moe.training.engines.deepspeed_engine  # noqa: F401
 

@@ -163,8 +163,10 @@ def test_below_the_reach_of_all_experts_a_rival_is_left_out_with_the_reason(meas
     sparsest = SparsityPlan.uniform(model.config, 0.95)
     target = 0.98 * costs.of(sparsest)
     made = plans_of_budget(model, Texts(rows, rows), costs, target, choices, rounds=1, num_random=1, greedy=False)
+    reason = "S of 0.95 everywhere exceeds the budget while all experts are used"
     assert made.left_out == {
-        S_ALONE: "S of 0.95 everywhere exceeds the budget while all experts are used",
+        "uniform": f"{reason}; differences and gaps are from *uniform both*",
+        S_ALONE: reason,
         A_ALONE: "without experts the model still exceeds the budget at S = 0",
     }
     assert set(made.plans) == {JOINT, UNIFORM_BOTH, "random 0"}

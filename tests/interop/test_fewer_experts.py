@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qsparse_moe.config.schema import SparsityConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.interop.drop_in.plans import check_fits
 from qsparse_moe.interop.export_source import open_source
@@ -103,4 +104,4 @@ def test_the_routers_of_a_model_of_transformers_keep_their_number():
     with pytest.raises(
         ConfigError, match=r"experts per token of the layers \[0\], .* leave experts_per_token and top_p out"
     ):
-        check_fits(plan, {}, None)
+        check_fits(plan, {}, SparsityConfig())

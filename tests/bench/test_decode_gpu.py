@@ -17,6 +17,7 @@ def benchmark(**changed):
     return DecodeBenchmark(config(num_layers=1), **settings | changed, prompt=0, peers=())
 
 
+@pytest.mark.slow
 @on_devices
 def test_every_contender_is_measured_for_every_format_and_batch(device):
     lines = []

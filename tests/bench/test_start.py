@@ -17,6 +17,7 @@ TINY = str(Path(__file__).resolve().parents[2] / "configs/tiny.yaml")
 PLAIN = ["model.moe.backend=grouped", "model.sparsity.backend=torch"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_the_memory_of_a_build_and_both_draws(tmp_path):
     sizes = ["model.hidden_size=256", "model.num_layers=4", "model.num_heads=4", "model.moe.expert_hidden_size=256"]
     shape = [*sizes, "model.head_size=null", "training.engine=torch", "training.device=cpu", *PLAIN]

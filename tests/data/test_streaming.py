@@ -174,6 +174,7 @@ def tokens(loader: TrainLoader, steps: range) -> list[Any]:
     return [[batch.tokens_BS.tolist() for batch in loader.batches(step)] for step in steps]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_run_resumes_exactly_on_the_same_ranks(run_config: RunConfig, world_size: int) -> None:
     def start() -> list[TrainLoader]:

@@ -65,6 +65,7 @@ def wait_until(condition, seconds=60.0):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_process_killed_while_it_compiles_does_not_block_others(source, tmp_path):
     compiler = tmp_path / "slow-compiler"

@@ -87,6 +87,7 @@ def test_event_files_of_one_second_are_read_in_the_order_of_their_creation(tmp_p
         assert len(set(seconds)) == len(seconds) == part + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tag", ["cost/lm_loss_by_executed_gflops", "cost/lm_loss_by_kept_gflops"])
 def test_resumed_run_keeps_its_curves_over_a_cost(tmp_path, tag):
     for name in ("whole", "parts"):

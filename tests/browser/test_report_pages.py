@@ -13,7 +13,7 @@ from qsparse_moe.ablation.page.html import write_page
 from qsparse_moe.ablation.sensitivity.page import sensitivity_page
 from tests.ablation.test_joint_report import result
 from tests.ablation.test_pages import HOSTILE, grid_of, joint_content, sensitivity_content
-from tests.browser.page import REQUIRED, SCREENSHOTS, missing_programs, open_browser
+from tests.browser.page import SCREENSHOTS
 
 pytestmark = [pytest.mark.browser, pytest.mark.distributed]
 
@@ -30,16 +30,6 @@ return Promise.all(images.map(image => image.decode())).then(() => images.map(im
 """
 _LOADED = "return performance.getEntriesByType('resource').map(entry => entry.name).filter(n => !n.startsWith('data:'))"
 _BACKGROUND = "return getComputedStyle(document.body).backgroundColor"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    missing = missing_programs()
-    if missing and not os.environ.get(REQUIRED):
-        pytest.skip(f"needs {' and '.join(missing)}: apt-get install chromium chromium-driver (Debian's packages)")
-    assert not missing, f"{REQUIRED} is set and {missing} are not installed"
-    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")

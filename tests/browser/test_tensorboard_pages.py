@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -14,23 +13,13 @@ from qsparse_moe.metrics.charts import chart_layout
 from qsparse_moe.metrics.recorder import Recorder
 from qsparse_moe.metrics.tensorboard import SUMMARY_METRICS, hyperparameters
 from qsparse_moe.training.loop import train
-from tests.browser.page import REQUIRED, Page, missing_programs, open_browser
+from tests.browser.page import Page
 from tests.support.runs import tiny_config, write_text
 
 # "distributed" tests run one after the other: the browser and the server need the machine for themselves.
 pytestmark = [pytest.mark.browser, pytest.mark.distributed]
 
 STEPS = 20
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    missing = missing_programs()
-    if missing and not os.environ.get(REQUIRED):
-        pytest.skip(f"needs {' and '.join(missing)}: apt-get install chromium chromium-driver (Debian's packages)")
-    assert not missing, f"{REQUIRED} is set and {missing} are not installed"
-    with open_browser(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")

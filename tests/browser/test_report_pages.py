@@ -11,8 +11,8 @@ from qsparse_moe.ablation.allocation.page import allocation_page
 from qsparse_moe.ablation.grid.report import write_results
 from qsparse_moe.ablation.page.html import write_page
 from qsparse_moe.ablation.sensitivity.page import sensitivity_page
+from tests.ablation.page_contents import HOSTILE, grid_of, joint_content, sensitivity_content
 from tests.ablation.test_joint_report import result
-from tests.ablation.test_pages import HOSTILE, grid_of, joint_content, sensitivity_content
 from tests.browser.page import SCREENSHOTS
 
 pytestmark = [pytest.mark.browser, pytest.mark.distributed]

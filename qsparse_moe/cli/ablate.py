@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qsparse_moe.ablation.grid.earlier_results import with_earlier_results
 from qsparse_moe.ablation.grid.load import Grid, GridRun, load_grid
 from qsparse_moe.ablation.grid.placement import Launcher, Placement
 from qsparse_moe.cli.console import print_json
@@ -44,11 +45,11 @@ def ablate(
     ] = None,
     list_runs: Annotated[bool, typer.Option("--list", help="Print the index, state, and id of each run.")] = False,
     report_only: Annotated[bool, typer.Option(help="Write the report of the runs so far, and start none.")] = False,
-    rows: Annotated[
+    results: Annotated[
         Path | None,
         typer.Option(
-            help="Report the runs of this results.jsonl, or of the folder that contains it, instead of run folders; "
-            "starts no run.",
+            help="The results.jsonl of an earlier report of this grid, or its folder: its finished runs are not "
+            "trained again.",
             show_default=False,
         ),
     ] = None,
@@ -59,10 +60,12 @@ def ablate(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Train every run of a grid file. Finished runs are not repeated. The exit code is 1 if a run failed."""
-    if (task is not None) + list_runs + report_only + (rows is not None) > 1:
-        raise ConfigError("--task, --list, --report-only, and --rows exclude each other; give only one of them")
+    if (task is not None) + list_runs + report_only > 1:
+        raise ConfigError("--task, --list, and --report-only exclude each other; give only one of them")
     # The whole grid is loaded even for one task, so that a mistake in any run is reported before the first one trains.
     loaded = load_grid(grid, overrides or (), output_dir=output_dir)
+    if results is not None:
+        loaded = with_earlier_results(loaded, results, trains=not (report_only or list_runs))
     # An empty text splits into one empty name, which the filter removes.
     placement = Placement(ranks, jobs, tuple(filter(None, devices.split(","))), launcher)
     if list_runs:
@@ -74,21 +77,20 @@ def ablate(
     from qsparse_moe.ablation.grid.search import results_so_far
 
     stopped_by = 0
-    if rows is not None:
-        results = _from_rows(loaded, rows)
-    elif report_only:
-        results = results_so_far(loaded)
+    if report_only:
+        found = results_so_far(loaded)
     else:
-        with GridProgress(chosen.num_needed) as progress:
-            results, stopped_by = run_grid(chosen, placement, notify=progress)
+        with GridProgress(chosen.num_needed - len(chosen.earlier)) as progress:
+            found, stopped_by = run_grid(chosen, placement, notify=progress)
     # Tasks of an array run at the same time: the report is written once, when they are done.
     folder = None if task is not None else output or loaded.folder
-    _print_report(chosen, results, folder, json, _command(grid, overrides or (), placement, output_dir, output))
+    command = _command(grid, overrides or (), placement, results, output_dir, output)
+    _print_report(chosen, found, folder, json, command)
     # The code with which a shell reports a process that a signal ended.
     if stopped_by:
         raise typer.Exit(128 + stopped_by)
     # Unfinished runs are no failure of --report-only, which exists to report on a grid that is still being trained.
-    if not report_only and rows is None and not all(result.finished for result in results):
+    if not report_only and not all(result.finished for result in found):
         raise typer.Exit(1)
 
 
@@ -98,25 +100,18 @@ def _only(grid: Grid, task: int) -> Grid:
             f"--task ({task}) must be the index of a run of {grid.name}, 0 to {len(grid.runs) - 1}; --list prints them"
         )
     # A task is trained whether or not a search needs it, and decides no claim alone.
-    return replace(grid, runs=(grid.runs[task],), best_over=None, comparisons=())
-
-
-def _from_rows(grid: Grid, rows: Path) -> list[RunResult]:
-    """Return the results of the runs of ``grid`` that a results file has."""
-    from qsparse_moe.ablation.grid.results import RunResult, read_results
-
-    by_id = {record["id"]: record for record in read_results([rows])}
-    found = [RunResult(**by_id[run.id]) for run in grid.runs if run.id in by_id]
-    if not found:
-        raise ConfigError(
-            f"--rows ({rows}) has no run of {grid.name}, but {', '.join(list(by_id)[:3])}; name the results of "
-            "this grid"
-        )
-    return found
+    run = grid.runs[task]
+    own = {run.id: grid.earlier[run.id]} if run.id in grid.earlier else {}
+    return replace(grid, runs=(run,), best_over=None, comparisons=(), earlier=own)
 
 
 def _command(
-    grid: Path, overrides: Sequence[str], placement: Placement, output_dir: str, output: Path | None
+    grid: Path,
+    overrides: Sequence[str],
+    placement: Placement,
+    results: Path | None,
+    output_dir: str,
+    output: Path | None,
 ) -> list[str]:
     """Return the command that trains the runs of this report, without the options that have their defaults."""
     given = {
@@ -124,6 +119,7 @@ def _command(
         "--jobs": placement.jobs if placement.jobs > 1 else None,
         "--devices": ",".join(placement.devices) or None,
         "--launcher": placement.launcher if placement.launcher != "auto" else None,
+        "--results": results,
         "--output-dir": output_dir if output_dir != OUTPUT_DIR else None,
         "--output": output,
     }
@@ -165,7 +161,7 @@ def _print_list(grid: Grid, json: bool) -> None:
 
 def _states(grid: Grid) -> list[str]:
     """Return the state of every run; a run that depends on a search is to do only if its value is the best."""
-    states = [_state(run) for run in grid.runs]
+    states = ["finished" if run.id in grid.earlier else _state(run) for run in grid.runs]
     if grid.best_over is None:
         return states
     from qsparse_moe.ablation.grid.search import finished_bits, is_needed, results_so_far, samples

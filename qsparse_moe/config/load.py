@@ -78,6 +78,25 @@ def model_from_settings(settings: dict[str, Any], where: str) -> ModelConfig:
     return model
 
 
+def config_from_settings(settings: dict[str, Any], where: str) -> RunConfig:
+    """Return the configuration that plain settings describe, such as those of a line of JSON.
+
+    Args:
+        settings: the sections by name; settings that are left out have their defaults.
+        where: the file, for messages.
+
+    Raises:
+        ConfigError: a setting is unknown, has the wrong type, or breaks a rule.
+    """
+    tree = _tidy(settings, run_schema())
+    problems = drop_removed(tree)
+    config, more = _build(tree)
+    raise_if_any([*problems, *more], where)
+    # Without a configuration there is at least one problem, which has been raised.
+    assert config is not None
+    return config
+
+
 def config_to_yaml(config: RunConfig) -> str:
     """Return all settings of ``config`` as YAML text, from which ``load_config`` restores an equal configuration."""
     return dump_yaml(config.model_dump(mode="json"))

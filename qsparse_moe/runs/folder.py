@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -270,19 +270,7 @@ def _holds_nothing(folder: Path) -> bool:
 
 
 def _check_same_run(stored: Path, config: RunConfig) -> None:
-    before = settings_by_path(load_config(stored).model_dump(mode="json"))
-    now = settings_by_path(config.model_dump(mode="json"))
-    for settings in (before, now):
-        # A folder, which is stored as an absolute path and may be given as a relative one.
-        if settings[_INIT_FROM] is not None:
-            settings[_INIT_FROM] = _absolute(settings[_INIT_FROM])
-    if config.model.vocab_size is None:  # derived later from the tokenizer, which is compared as well
-        now["model.vocab_size"] = before["model.vocab_size"]
-    changed = [
-        _changed(path, before.get(path), now.get(path))
-        for path in sorted(before.keys() | now.keys())
-        if before.get(path) != now.get(path) and not _may_change(path)
-    ]
+    changed = changed_settings(load_config(stored), config)
     if changed:
         raise ConfigError(
             f"{stored}: was made with other settings than the run that continues it (training.resume=true): "
@@ -290,6 +278,28 @@ def _check_same_run(stored: Path, config: RunConfig) -> None:
             + ". Restore them, or start a new run with another training.name (for the runs of a grid: another "
             "--output-dir of ablate)"
         )
+
+
+def changed_settings(before: RunConfig, now: RunConfig, *, also: Collection[str] = ()) -> list[str]:
+    """Return a text with both values of every setting that makes ``now`` another run than ``before``.
+
+    Args:
+        before: the settings of a run, with the size of its vocabulary.
+        now: the settings to compare.
+        also: settings of ``MAY_CHANGE`` that count as well.
+    """
+    old, new = (settings_by_path(config.model_dump(mode="json")) for config in (before, now))
+    for settings in (old, new):
+        # A folder, which is stored as an absolute path and may be given as a relative one.
+        if settings[_INIT_FROM] is not None:
+            settings[_INIT_FROM] = _absolute(settings[_INIT_FROM])
+    if now.model.vocab_size is None:  # derived later from the tokenizer, which is compared as well
+        new["model.vocab_size"] = old["model.vocab_size"]
+    return [
+        _changed(path, old.get(path), new.get(path))
+        for path in sorted(old.keys() | new.keys())
+        if old.get(path) != new.get(path) and (path in also or not _may_change(path))
+    ]
 
 
 def _changed(path: str, before: Any, now: Any) -> str:

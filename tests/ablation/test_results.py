@@ -91,7 +91,8 @@ def test_the_table_has_the_mean_the_deviation_and_the_difference_seed_by_seed(tm
     assert broken.strip() == "- `half-seed3`: not started, or stopped"
     write_results(grid, outcomes, tmp_path / "results")
     lines = (tmp_path / "results" / "results.jsonl").read_text().splitlines()
-    assert [json.loads(line)["id"] for line in lines] == [o.id for o in outcomes]
+    # The run that was not started has no line.
+    assert [json.loads(line)["id"] for line in lines] == [o.id for o in outcomes[:3]]
 
 
 def test_a_table_of_one_seed_says_that_the_deviation_over_seeds_is_unknown(tmp_path):
@@ -148,7 +149,7 @@ def test_gradient_norms_by_layer_are_a_table_of_their_own(tmp_path):
     ]
     write_results(grid, outcomes, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["layer_grad_norms"] for line in lines] == [o.layer_grad_norms for o in outcomes]
+    assert [line["layer_grad_norms"] for line in lines] == [o.layer_grad_norms for o in outcomes[:3]]
     assert said in (tmp_path / "report.md").read_text()
 
 

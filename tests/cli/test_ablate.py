@@ -38,7 +38,7 @@ def test_list_prints_index_state_and_id(grid, capsys, tmp_path):
     ("options", "message"),
     [
         (["--task", "4"], "--task (4) must be the index of a run of mini, 0 to 3; --list"),
-        (["--task", "1", "--list"], "--task, --list, --report-only, and --rows exclude each other"),
+        (["--task", "1", "--list"], "--task, --list, and --report-only exclude each other"),
         (["--devices", "0", "--jobs", "2"], "--devices (0) must name 2 devices for 2 runs at a time (--jobs)"),
     ],
 )

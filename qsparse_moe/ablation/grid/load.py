@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qsparse_moe.ablation.grid.claims import Comparison
 from qsparse_moe.ablation.grid.entries import Choice
@@ -20,6 +20,9 @@ from qsparse_moe.config.overrides import override_of
 from qsparse_moe.config.schema import ModelConfig, RunConfig, Site
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
+
+if TYPE_CHECKING:
+    from qsparse_moe.ablation.grid.results import RunResult
 
 # Matches the index of a list item and whatever follows it in a dotted path.
 _ITEM = re.compile(r"\.\d+(\..*)?$")
@@ -64,6 +67,8 @@ class Grid:
     """The axis over which the comparisons take every variant at its best."""
     continued: bool = False
     """True if runs that differ only in ``training.steps`` share a folder and are trained on from one to the next."""
+    earlier: Mapping[str, RunResult] = field(default_factory=dict)
+    """Results of finished runs by id, from an earlier report; these runs are not trained, and need no folder."""
 
     @property
     def folder(self) -> Path:

@@ -39,7 +39,7 @@ def write_results(grid: Grid, results: Sequence[RunResult], folder: Path, *, com
 
     Args:
         grid: the grid.
-        results: the results of its runs so far.
+        results: the results of its runs so far; ``results.jsonl`` has a line for each run that finished or failed.
         folder: the folder of the report, which is created.
         command: the command that trains the grid, for the page.
     """
@@ -48,8 +48,9 @@ def write_results(grid: Grid, results: Sequence[RunResult], folder: Path, *, com
     drawings = report_drawings(grid, results)
     figures = write_figures(drawings, folder)
     report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
+    ended = [result for result in results if result.finished or result.error]
     page = grid_page(grid, report_sections(grid, results), results, drawings, command)
-    texts = [(RESULTS, results_text(results)), (REPORT, report + "\n"), (PAGE, html_of(page))]
+    texts = [(RESULTS, results_text(ended)), (REPORT, report + "\n"), (PAGE, html_of(page))]
     if grid.comparisons:
         texts.append((COMPARISONS, json.dumps(comparisons_dict(grid, results), indent=1) + "\n"))
     for name, text in texts:
@@ -81,9 +82,9 @@ def report_sections(grid: Grid, results: Sequence[RunResult]) -> dict[str, list[
     """Return the paragraphs and tables of the report by the title of their section."""
     seeds = {result.seed for result in results}
     claims = comparison_parts(grid, results)
-    # Rows that were kept from an earlier report may be those of a part of the grid.
-    known = {result.variant for result in results}
-    grid = replace(grid, runs=tuple(run for run in grid.runs if run.variant in known))
+    # Otherwise the tables of a long grid would be mostly dashes; the runs that are missing are counted below them.
+    shown = {result.variant for result in results if result.finished or result.error} or set(grid.variants)
+    grid = replace(grid, runs=tuple(run for run in grid.runs if run.variant in shown))
     spread = "mean ± standard deviation over the seeds" if len(seeds) > 1 else "one seed: no spread known"
     sections = {
         "Claims": claims,

@@ -20,6 +20,7 @@ _ADDED: dict[str, Callable[[], Any]] = {
     "varied_sparsity": list,
     "natural_zeros": list,
     "against_dense": lambda: None,
+    "config": lambda: None,
 }
 """Fields that earlier records of this version lack, with what returns the value that the reader fills in."""
 
@@ -94,6 +95,9 @@ class RunResult:
     """Differences from the same model at S = 0: the fractions of its routing choices and of its first choices that
     change, the KL divergence in nats per token, and the agreement of the likeliest token. None if the grid file does
     not ask for it (``compare_dense``), or the selection is ReLU."""
+    config: dict[str, Any] | None = None
+    """The settings of the run by section, without those of its folder and those that have their defaults; None in
+    lines of earlier versions."""
     version: int = field(default=RESULTS_VERSION, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:

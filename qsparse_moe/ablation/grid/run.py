@@ -41,14 +41,16 @@ class GridResult(NamedTuple):
 def run_grid(
     grid: Grid, placement: Placement | None = None, *, notify: Callable[[RunResult], None] = lambda result: None
 ) -> GridResult:
-    """Train every run of ``grid`` to its end. A failed run is reported, and the others continue.
+    """Train every run of ``grid`` to its end, except those that it has from an earlier report.
+
+    A failed run is reported, and the others continue.
 
     SIGINT, SIGTERM, and SIGUSR1 stop the running processes, each with a checkpoint from which the next call resumes.
 
     Args:
         grid: the grid.
         placement: the placement of its runs; None means one after the other, in one process each.
-        notify: called with every result as it is complete, from several threads; not after a stop.
+        notify: called with every new result as it is complete, from several threads; not after a stop.
 
     Raises:
         ConfigError: a run that has not started has settings with which its router would not learn; no run is started.
@@ -56,7 +58,7 @@ def run_grid(
     placement = placement or Placement()
     # Started runs were checked before their first step, and a grid must be able to resume them.
     for run in grid.runs:
-        if not run_folder(run.config).exists():
+        if run.id not in grid.earlier and not run_folder(run.config).exists():
             _check_trainable(run)
     slots: SimpleQueue[tuple[str, ...]] = SimpleQueue()
     # A queue of slots, so that a finished run frees its devices for the next one.
@@ -67,6 +69,8 @@ def run_grid(
     with Children() as children, ThreadPoolExecutor(placement.jobs) as pool:
 
         def train_to_end(run: GridRun) -> RunResult:
+            if run.id in grid.earlier:
+                return grid.earlier[run.id]
             slot = slots.get()
             try:
                 error = None if is_finished(run.config) else _start(grid, run, placement, slot, children)

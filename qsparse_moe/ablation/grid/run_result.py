@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qsparse_moe.ablation.grid.dense_comparison import dense_figures
+from qsparse_moe.ablation.grid.earlier_results import recorded_settings
 from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.accounting.densities import Densities, measured_densities, planned_densities
@@ -32,7 +33,12 @@ _PARTS = {
 
 
 def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
-    """Return the result that the folder of ``run`` holds now; ``error`` is the reason why the run did not finish."""
+    """Return the result that the folder of ``run`` holds now, or the one that the grid has from an earlier report.
+
+    ``error`` is the reason why the run did not finish.
+    """
+    if run.id in grid.earlier:
+        return grid.earlier[run.id]
     finished, error = _state(run.config, error)
     # The losses of an unfinished run belong to another point of the learning rate schedule than those of the others.
     rows = read_metrics(run_folder(run.config) / "metrics.jsonl") if finished else []
@@ -66,6 +72,7 @@ def result_of(grid: Grid, run: GridRun, error: str | None = None) -> RunResult:
         natural_zeros=[(one.site, list(one.layers), one.zeros, one.chosen) for one in natural_zeros(last)],
         against_dense=dense_figures(grid, run) if finished else None,
         layer_grad_norms=_late_grad_norms(rows, run.config.training.steps, run.config.model.num_layers),
+        config=recorded_settings(run.config),
     )
 
 

@@ -1,0 +1,71 @@
+"""Results of an earlier report that stand for runs of a grid, so that these are not trained again. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qsparse_moe.ablation.grid.load import Grid, GridRun
+from qsparse_moe.ablation.grid.results import RESULTS, RunResult, read_results
+from qsparse_moe.config.load import config_from_settings
+from qsparse_moe.config.schema import RunConfig
+from qsparse_moe.errors import ConfigError
+from qsparse_moe.runs.folder import changed_settings
+
+_DECISIVE = ("training.evaluation_rows", "training.skip_steps", "training.steps")
+"""Settings that may change when a run is resumed, and whose change makes a result another one."""
+
+
+_OF_ITS_FOLDER = {"training": {"name", "output_dir", "resume"}, "data": {"cache_dir"}}
+
+
+def recorded_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of a run by section, without those of its folder and those that have their defaults."""
+    return config.model_dump(mode="json", exclude_defaults=True, exclude=_OF_ITS_FOLDER)
+
+
+def with_earlier_results(grid: Grid, path: Path, *, trains: bool) -> Grid:
+    """Return ``grid`` with the finished runs of a results file as its own.
+
+    Args:
+        grid: the grid.
+        path: the ``results.jsonl`` of an earlier report of this grid, or its folder.
+        trains: whether other runs will be trained beside these. Earlier versions did not record the settings of a
+            run; such lines can only be reported.
+
+    Raises:
+        ConfigError: the file cannot be read, has no finished run of this grid, or has one with other settings.
+    """
+    by_id = {record["id"]: record for record in read_results([path]) if record["finished"]}
+    found = {run.id: RunResult(**by_id[run.id]) for run in grid.runs if run.id in by_id}
+    if not found:
+        others = ", ".join(list(by_id)[:3]) or "none at all"
+        raise ConfigError(
+            f"--results ({path}) has no finished run of {grid.name}, but {others}; name the {RESULTS} of an earlier "
+            "report of this grid"
+        )
+    for run in grid.runs:
+        if run.id in found:
+            _check_settings(run, found[run.id], path, trains=trains)
+    return replace(grid, earlier=found)
+
+
+def _check_settings(run: GridRun, result: RunResult, path: Path, *, trains: bool) -> None:
+    if result.config is None:
+        if not trains:
+            return
+        raise ConfigError(
+            f"--results ({path}): {run.id} does not record its settings, so that runs trained beside it may not be "
+            "comparable; add --report-only, or leave out --results to train every run"
+        )
+    try:
+        before = config_from_settings(result.config, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"--results ({path}): the settings of {run.id} cannot be read: {error}") from None
+    changed = changed_settings(before, run.config, also=_DECISIVE)
+    if changed:
+        raise ConfigError(
+            f"--results ({path}): {run.id} has other settings than the grid now gives it: {'; '.join(changed)}. "
+            "Restore them, or leave out --results to train every run"
+        )

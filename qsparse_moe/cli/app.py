@@ -33,6 +33,7 @@ VERBS = (
     "calibrate",
     "sensitivity",
     "allocate",
+    "report",
     "ablate",
     "fit-law",
     "doctor",

@@ -139,10 +139,10 @@ def _check_one_way(overrides: Sequence[str], sparsity: float | None, plan_file: 
             )
 
 
-def check_output(output: Path, *, force: bool) -> None:
-    """Raise ConfigError unless a plan may be written to ``output``; nothing is written."""
+def check_output(output: Path, *, force: bool, example: str = "plan.json") -> None:
+    """Raise ConfigError unless a file such as ``example`` may be written to ``output``; nothing is written."""
     if output.is_dir():
-        raise ConfigError(f"--output ({output}) is a folder; name a file, such as {output / 'plan.json'}")
+        raise ConfigError(f"--output ({output}) is a folder; name a file, such as {output / example}")
     if not output.parent.is_dir():
         raise ConfigError(
             f"--output ({output}) must be in a folder that exists; create {output.parent}, or name another file"

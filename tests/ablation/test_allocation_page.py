@@ -25,6 +25,7 @@ from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.page_contents import HOSTILE, RESULTS, SETTINGS, joint_content
 from tests.ablation.test_allocation_report import allocation as sparsity_allocation
 from tests.ablation.test_allocation_report import comparison
+from tests.ablation.test_joint_report import result
 from tests.support.pages import read_page
 
 
@@ -36,7 +37,7 @@ def test_an_allocation_has_every_number_of_its_json_and_a_hostile_name_is_text()
     assert found.headings[1:] == [
         "Front",
         "Every plan beside the joint one",
-        "The plan",
+        "The plans",
         "Where the loss is spent",
         "What to run next",
     ]
@@ -56,35 +57,126 @@ def test_an_allocation_has_every_number_of_its_json_and_a_hostile_name_is_text()
     decode = found.tables["Loss over tokens per second of the decode engine native, measured"]
     assert ["S alone", "bytes=0.5@batch=2", "4000", "1.6000"] in decode
     assert "No plan A alone: the reason." in found.paragraphs
-    # The plan itself.
-    for entry in content["budgets"][0]["plans"]["joint"]["values"]:
-        site = entry["site"].replace("_", " ")
-        own = [f"{value:.4f}" for value in entry["sparsity"]]
-        if len(own) > 1:
-            assert found.tables[f"S at {site}"][1 + entry["layer"]] == [str(entry["layer"]), *own]
-        else:
-            head, *rows = found.tables["S at sites without experts"]
-            assert rows[entry["layer"]][head.index(site)] == own[0]
-    routing = found.tables["Experts per token by layer, and the share of the router weight at which a layer stops"]
-    assert routing[1:] == [["0", "1", "1"], ["1", "2", "0.7"]]
-    # Where its loss is spent.
-    spent = content["budgets"][0]["spent"]
-    (told,) = [text for text in found.paragraphs if "adds" in text]
-    assert f"adds {spent['evaluated']:+.4f} nats" in told and f"estimate of it is {spent['estimated']:+.4f}" in told
-    for one in spent["cells"]:
-        table = found.tables[f"{one['site'].replace('_', ' ')}, 1/1000 nats per token"]
-        assert table[1 + one["layer"]][1 + (one["expert"] or 0)] == f"{1000 * one['change']:+.4f}"
-    assert [row[1] for row in found.tables["experts per token, 1/1000 nats per token"][1:]] == [
-        f"{1000 * one['change']:+.4f}" for one in spent["routing"]
+
+
+def front_of_different_plans():
+    """Return a front whose three budgets, not in order, differ in every S, choice of ranks, and part of the loss."""
+    content = joint_content(results=(result(0.5), result(0.75), result(0.25)))
+    for number, budget in enumerate(content["budgets"]):
+        plan, spent = budget["plans"]["joint"], budget["spent"]
+        for entry in plan["values"]:
+            entry["sparsity"] = [value + 0.01 * number + 0.001 * place for place, value in enumerate(entry["sparsity"])]
+        plan["routing"][1]["top_p"] = 0.7 + 0.1 * number
+        for one in (*spent["cells"], *spent["routing"]):
+            one["change"] *= 1 + number
+        spent["estimated"] *= 1 + number
+        (dense,) = [one for one in budget["joint_less"] if one["against"] == "dense"]
+        dense["difference"] = 0.25 + number
+    return content
+
+
+def test_every_budget_has_its_plan_and_where_it_spends_loss():
+    content = front_of_different_plans()
+    text = html_of(allocation_page(content))
+    found = read_page(text)
+    means = found.tables["S at expert hidden, mean of the experts, by budget"]
+    assert means[0] == ["layer", "0.25", "0.5", "0.75"]
+    added = found.tables["Loss that the joint plan adds, nats per token"]
+    assert [row[0] for row in added[1:]] == [f"bytes={share}@batch=2" for share in (0.25, 0.5, 0.75)]
+    for budget in content["budgets"]:
+        name, spent = budget["budget"], budget["spent"]
+        column = 1 + [row[0] for row in added[1:]].index(name)
+        for entry in budget["plans"]["joint"]["values"]:
+            site = entry["site"].replace("_", " ")
+            own = [f"{value:.4f}" for value in entry["sparsity"]]
+            if len(own) > 1:
+                assert found.tables[f"S at {site}, {name}"][1 + entry["layer"]] == [str(entry["layer"]), *own]
+            else:
+                head, *rows = found.tables[f"S at sites without experts, {name}"]
+                assert rows[entry["layer"]][head.index(site)] == own[0]
+            if entry["site"] == "expert_hidden":
+                assert means[1 + entry["layer"]][column] == f"{np.mean(entry['sparsity']):.4f}"
+        title = "Experts per token by layer, and the share of the router weight at which a layer stops"
+        share = f"{budget['plans']['joint']['routing'][1]['top_p']:g}"
+        assert found.tables[f"{title}, {name}"][1:] == [["0", "1", "1"], ["1", "2", share]]
+        chosen = found.tables["Experts per token, at most, by budget"]
+        assert [row[column] for row in chosen[1:]] == ["1", f"2, top-p {share}"]
+        (dense,) = [one for one in budget["joint_less"] if one["against"] == "dense"]
+        assert added[column] == [
+            *(name, f"{dense['difference']:+.4f}", "-1.0000 to +0.2500", f"{spent['estimated']:+.4f}")
+        ]
+        for one in spent["cells"]:
+            table = found.tables[f"{one['site'].replace('_', ' ')}, 1/1000 nats per token, {name}"]
+            assert table[1 + one["layer"]][1 + (one["expert"] or 0)] == f"{1000 * one['change']:+.4f}"
+        assert [row[1] for row in found.tables[f"experts per token, 1/1000 nats per token, {name}"][1:]] == [
+            f"{1000 * one['change']:+.4f}" for one in spent["routing"]
+        ]
+        title = "Loss that the joint plan of every budget spends, in 1/1000 nats per token"
+        for table in (found.tables[f"{title}: by kind of change"], found.tables[f"{title}: by layer"]):
+            assert table[column][0] == name
+            assert sum(map(float, table[column][1:])) == pytest.approx(1000 * spent["estimated"], abs=1e-3)
+    # The plan of the first budget is the one that the command wrote, and alone is unfolded.
+    assert re.findall(r"<details open><summary>(.*?)</summary>", text) == [
+        *("Plan of bytes=0.5@batch=2", "Loss spent at bytes=0.5@batch=2")
     ]
+    assert text.count("<summary>Plan of") == text.count("<summary>Loss spent at") == 3
+    assert "The joint plan of bytes=0.5@batch=2 is in plan.json." in " ".join(found.paragraphs)
+
+
+def test_one_budget_is_shown_without_folds():
+    content = joint_content(results=(result(0.5),))
+    text = html_of(allocation_page(content))
+    found = read_page(text)
+    assert "The plan" in found.headings and "<details open>" not in text and "Plan of" not in text
+    assert "S at expert hidden, bytes=0.5@batch=2" in found.tables and "methods-by-budget" not in text
+    assert not {"plans-by-budget", "loss-by-budget"} & set(allocation_drawings(content))
+
+
+def test_the_figures_of_all_budgets_draw_the_numbers_of_the_json():
+    content = front_of_different_plans()
+    found = allocation_drawings(content)
+    ascending = [content["budgets"][place] for place in (2, 0, 1)]
+    plans = [SparsityPlan.from_json(json.dumps(budget["plans"]["joint"])) for budget in ascending]
+    images = {axis.get_title(): axis for axis in found["plans-by-budget"].figure.axes if axis.images}
+    for site in ("attention_input", "expert_hidden"):
+        (name,) = [name for name in images if name.startswith(site.replace("_", " "))]
+        drawn = images[name].images[0].get_array()
+        np.testing.assert_allclose(drawn, [[plan.sparsity(layer, site) for plan in plans] for layer in (0, 1)])
+    experts = images["experts per token at most, share p of the weight"]
+    np.testing.assert_allclose(experts.images[0].get_array(), [[1, 1, 1], [1.9, 1.7, 1.8]])
+    assert [text.get_text() for text in experts.texts] == ["1", "1", "1", "2\np 0.9", "2\np 0.7", "2\np 0.8"]
+    (axes,) = found["loss-by-budget"].figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["bytes=0.25", "bytes=0.5", "bytes=0.75"]
+    *bars, evaluated = axes.containers
+    heights = np.array([[bar.get_height() for bar in container] for container in bars])
+    np.testing.assert_allclose(heights.sum(axis=0), [1000 * budget["spent"]["estimated"] for budget in ascending])
+    np.testing.assert_allclose(evaluated.lines[0].get_xydata(), [[0, 2250], [1, 250], [2, 1250]])
+
+
+def test_budgets_without_recorded_parts_say_so_and_invent_nothing():
+    content = front_of_different_plans()
+    for place in (0, 2):
+        del content["budgets"][place]["spent"]
+    text = html_of(allocation_page(content))
+    found = read_page(text)
+    added = found.tables["Loss that the joint plan adds, nats per token"][1:]
+    assert [row[3] for row in added] == ["not recorded", "not recorded", "+0.4050"]
+    assert [row[1] for row in added] == ["+2.2500", "+0.2500", "+1.2500"]
+    (told,) = [paragraph for paragraph in found.paragraphs if "not recorded" in paragraph]
+    assert "cannot be computed from what this report stores" in told
+    assert re.findall(r"<summary>(Loss spent at .*?)</summary>", text) == ["Loss spent at bytes=0.75@batch=2"]
+    drawn = set(allocation_drawings(content))
+    assert "loss-by-cell-bytes-0.75" in drawn and not {"loss-by-cell-bytes-0.5", "loss-by-layer-bytes-0.25"} & drawn
 
 
 def test_the_figures_of_an_allocation_draw_the_numbers_of_its_json():
     content = joint_content()
     found = allocation_drawings(content)
+    own = ("plan", "experts-per-token", "loss-by-layer", "loss-by-cell")
     assert list(found) == [
-        *("front", "front-decoding", "methods", "methods-after-training", "methods-by-budget", "plan"),
-        *("experts-per-token", "loss-by-layer", "loss-by-cell"),
+        *("front", "front-decoding", "methods", "methods-after-training", "methods-by-budget"),
+        *("plans-by-budget", "loss-by-budget"),
+        *(f"{name}-bytes-{share}" for share in ("0.5", "0.75") for name in own),
     ]
     lines = {line.get_label(): line.get_xydata().tolist() for line in found["front"].figure.axes[0].lines}
     assert lines["joint"] == [[0.5, 1.5], [0.75, 1.5]] and lines["dense"] == [[0.0, 1.25], [1.0, 1.25]]
@@ -99,15 +191,15 @@ def test_the_figures_of_an_allocation_draw_the_numbers_of_its_json():
         [0.75, pytest.approx(-0.1)],
     ]
     plan = SparsityPlan.from_json(json.dumps(content["budgets"][0]["plans"]["joint"]))
-    drawn = [axis for axis in found["plan"].figure.axes if axis.images]
+    drawn = [axis for axis in found["plan-bytes-0.5"].figure.axes if axis.images]
     assert [axis.get_title() for axis in drawn] == ["sites without experts", "expert input", "expert hidden"]
     for axis in drawn[1:]:
         site = axis.get_title().replace(" ", "_")
         np.testing.assert_allclose(axis.images[0].get_array(), [plan.values[layer, site] for layer in (0, 1)])
         assert [text.get_text() for text in axis.texts] == ["0.50"] * 8
-    (axes,) = found["experts-per-token"].figure.axes
+    (axes,) = found["experts-per-token-bytes-0.5"].figure.axes
     assert [bar.get_height() for bar in axes.patches] == [1, 2] and axes.texts[0].get_text() == "top-p\n0.7"
-    bars = found["loss-by-layer"].figure.axes[0].containers
+    bars = found["loss-by-layer-bytes-0.5"].figure.axes[0].containers
     layers, sums = layer_sums(content["budgets"][0]["spent"])
     assert layers == [0, 1] and list(sums)[-1] == "experts per token"
     for kind, container in zip(sums.values(), bars, strict=True):
@@ -149,25 +241,15 @@ def test_a_layer_without_a_site_has_grey_cells_and_a_dash():
 
 def test_a_stored_allocation_without_the_newer_parts_has_a_page():
     content = json.loads((RESULTS / "allocation" / "tiny-e32a4-front.json").read_text())
+    content["budgets"] = content["budgets"][:2]
     found = read_page(html_of(allocation_page(content)))
-    assert any("did not estimate it" in text for text in found.paragraphs)
+    assert sum("the estimate is not recorded" in text for text in found.paragraphs) == 1
     first = content["budgets"][0]
     rows = {row[0]: row for row in found.tables[first["budget"]][1:]}
     assert {one["name"]: f"{one['loss']:.4f}" for one in first["outcomes"]} == {k: row[1] for k, row in rows.items()}
     # The plan has sites of 32 experts.
-    assert len(found.tables["S at expert hidden"][1]) == 33 and len(found.commands) == 5
-
-
-def test_the_example_of_the_guide_makes_the_page_that_is_kept_beside_the_results(tmp_path, monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (RESULTS.parent / "docs" / "sensitivity.md").read_text(), re.DOTALL)
-    (tmp_path / "results").symlink_to(RESULTS)
-    monkeypatch.chdir(tmp_path)
-    exec(code, {})
-    made, kept = (
-        read_page(file.read_text()) for file in (tmp_path / "report.html", RESULTS / "allocation/tiny-e8a2-front.html")
-    )
-    # Another version of matplotlib may draw other lines.
-    assert made.tables == kept.tables and made.commands == kept.commands and made.images.keys() == kept.images.keys()
+    assert all(len(found.tables[f"S at expert hidden, {one['budget']}"][1]) == 33 for one in content["budgets"])
+    assert len(found.commands) == 5
 
 
 def test_the_next_commands_have_the_real_paths_and_a_smaller_budget():

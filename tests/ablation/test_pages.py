@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import replace
+from xml.etree import ElementTree
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -21,6 +22,8 @@ from qsparse_moe.ablation.sensitivity.stored import stored
 from tests.ablation.page_contents import HOSTILE, grid_of, sensitivity_content
 from tests.ablation.test_results import outcome
 from tests.support.pages import read_page
+
+SVG, LINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 def test_every_part_of_a_page_is_escaped_and_a_command_is_what_a_shell_reads():
@@ -48,6 +51,18 @@ def test_a_figure_is_text_and_lines_or_pixels_if_it_has_too_many_marks():
     assert b"a title" in svg(figure) and svg(figure) == svg(figure)
     assert image_address(figure).startswith("data:image/svg+xml;base64,")
     assert pixels(figure).shape == (200, 300, 3) and pixels(figure).dtype == np.uint8
+    # What makes it smaller leaves texts alone, whatever they look like, and every reference has its target.
+    axes.set_title(' id="a1" style="b" x="1.23456" transform="rotate(-0 1 2)"')
+    axes.plot([0, 1], [0, 1], "o")
+    drawn = ElementTree.fromstring(svg(figure))
+    assert axes.get_title() in ["".join(element.itertext()) for element in drawn.iter(f"{SVG}text")]
+    named = {element.get("id") for element in drawn.iter()}
+    assert {use.get(f"{LINK}href")[1:] for use in drawn.iter(f"{SVG}use")} <= named
+    (style,) = drawn.iter(f"{SVG}style")
+    used = {element.get("class") for element in drawn.iter()} - {None}
+    assert (
+        used and all(f".{name}{{" in style.text for name in used) and b" style=" not in svg(figure).split(b"<text")[0]
+    )
     axes.plot(np.random.default_rng(0).uniform(size=8000), "o")
     assert len(svg(figure)) > 120_000 and image_address(figure).startswith("data:image/png;base64,iVBOR")
 

@@ -17,7 +17,7 @@ from tests.browser.page import SCREENSHOTS
 
 pytestmark = [pytest.mark.browser, pytest.mark.distributed]
 
-IMAGES = {"allocation": 8, "sensitivity": 5, "grid": 2}
+IMAGES = {"allocation": 14, "sensitivity": 5, "grid": 2}
 SHOWN = {
     "allocation": (f"Joint plans for {HOSTILE}", "Where the loss is spent", "What to run next", "1.5000"),
     "sensitivity": ("Sensitivities of runs/x", "Cells that cost most and least", "+0.2000 (+0.1900 to +0.2200)"),

@@ -151,7 +151,9 @@ def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(t
     assert spent["estimated"] == pytest.approx(sum(one["change"] for one in spent["cells"] + spent["routing"]))
     assert len(spent["cells"]) == len(cells_of(plan)) and [one["layer"] for one in spent["routing"]] == [0, 1]
     tags = EventAccumulator(str(trained / "tensorboard")).Reload().Tags()["images"]
-    assert {f"allocation/{name}" for name in ("front", "methods", "plan", "loss-by-layer", "loss-by-cell")} <= set(tags)
+    each = [f"{name}-bytes-{share}" for share in ("0.6", "0.8") for name in ("plan", "loss-by-layer", "loss-by-cell")]
+    names = ["front", "methods", "plans-by-budget", "loss-by-budget", *each]
+    assert {f"allocation/{name}" for name in names} <= set(tags)
     # What the page proposes to run runs as it stands: training, the loss, and text under the plan.
     train, evaluate, _, generate, smaller = (shlex.split(command)[1:] for command in page.commands)
     for command in ([*train, "training.engine=torch", "--json"], evaluate, [*generate, "--max-tokens", "2"]):

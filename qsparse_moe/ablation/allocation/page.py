@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qsparse_moe.ablation.allocation.budget import parse_budget
+from qsparse_moe.ablation.allocation.budget_figures import against_dense, budget_drawings, joint_plan
 from qsparse_moe.ablation.allocation.commands import next_commands
 from qsparse_moe.ablation.allocation.compare import UNIFORM
 from qsparse_moe.ablation.allocation.front_figures import UNITS, difference_drawings, front_drawings, methods
-from qsparse_moe.ablation.allocation.joint_plans import JOINT
 from qsparse_moe.ablation.allocation.joint_report import DECODE_HEAD, decode_rows, joint_rows
 from qsparse_moe.ablation.allocation.joint_report import HEAD as JOINT_HEAD
 from qsparse_moe.ablation.allocation.plan_figures import plan_drawings
@@ -22,18 +22,33 @@ _INTERVALS = (
     "Losses are in nats per token on held-out sequences. Intervals are 95 %, by bootstrap over documents. Costs are "
     "measured on the held-out sequences, as shares of the dense model's."
 )
+_ADDED = "What the joint plan adds to the loss of the dense model on the held-out sequences."
 _SPENT = (
-    "The estimate of the whole plan, divided among its cells and choices of ranks; an interaction of two changes is "
+    "The estimate of a whole plan is divided among its cells and choices of ranks; an interaction of two changes is "
     "divided equally between them, so that the parts add up to the estimate. A negative part lowers the loss."
 )
+_NOT_RECORDED = (
+    "Where the estimate is not recorded, how the loss divides among layers, sites, and experts was not measured, and "
+    "cannot be computed from what this report stores; a new allocation measures it."
+)
+_SPENT_HEAD = ("budget", "evaluated", "95 % interval", "estimated")
+_SPENT_FIGURES = ("loss-by-layer", "loss-by-cell")
 
 
 def allocation_drawings(content: Mapping[str, Any]) -> dict[str, Drawing]:
-    """Return all figures of an allocation of both sparsities by name: those of the page, and of TensorBoard."""
-    first = content["budgets"][0]
-    spent = spent_drawings(first["spent"]) if first.get("spent") else {}
-    plan = plan_drawings(_plan(first["plans"][JOINT]))
-    return {**front_drawings(content), **difference_drawings(content), **plan, **spent}
+    """Return all figures of an allocation of both sparsities by name: those of the page, and of TensorBoard.
+
+    The names of the figures of one plan end with its budget, such as ``plan-bytes-0.5``.
+    """
+    budgets = _ascending(content)
+    found = {**front_drawings(content), **difference_drawings(content), **budget_drawings(budgets)}
+    for budget in budgets:
+        text = budget["budget"]
+        own = plan_drawings(joint_plan(budget), text)
+        if budget.get("spent"):
+            own.update(spent_drawings(budget["spent"], text))
+        found.update({f"{name}{_ending(budget)}": drawing for name, drawing in own.items()})
+    return found
 
 
 def allocation_page(content: Mapping[str, Any], drawings: Mapping[str, Drawing] | None = None) -> Page:
@@ -44,21 +59,14 @@ def allocation_page(content: Mapping[str, Any], drawings: Mapping[str, Drawing] 
         drawings: the result of ``allocation_drawings`` if it is at hand.
     """
     own = drawings or allocation_drawings(content)
-    first = content["budgets"][0]
     return Page(
         title=f"Joint plans for {content['run_dir']}",
         facts=_facts(content),
         sections=[
             Section("Front", [_INTERVALS, *_named(own, "front", "front-decoding")]),
             Section("Every plan beside the joint one", _comparisons(content, own)),
-            Section(
-                "The plan",
-                [
-                    f"The joint plan of {first['budget']}, in {content['output']}.",
-                    *_named(own, "plan", "experts-per-token"),
-                ],
-            ),
-            Section("Where the loss is spent", _spent(first, own)),
+            Section("The plan" if len(content["budgets"]) == 1 else "The plans", _plans(content, own)),
+            Section("Where the loss is spent", _spent(content, own)),
             Section("What to run next", [_FOLDER, *next_commands(content)]),
         ],
     )
@@ -117,8 +125,13 @@ def _against_uniform(title: str, outcomes: Sequence[Mapping[str, Any]]) -> Drawi
     return methods(title, shown)
 
 
-def _plan(content: Mapping[str, Any]) -> SparsityPlan:
-    return SparsityPlan.from_json(json.dumps(content))
+def _ascending(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return sorted(content["budgets"], key=lambda budget: budget["share"])
+
+
+def _ending(budget: Mapping[str, Any]) -> str:
+    found = parse_budget(budget["budget"])
+    return f"-{found.quantity}-{found.value:.10g}"
 
 
 def _named(drawings: Mapping[str, Drawing], *names: str) -> list[Drawing]:
@@ -142,9 +155,15 @@ def _number(value: float) -> str:
 def _counts(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("step of the checkpoint", f"{content['step']:,}"),
-        ("training sequences for the plans", f"{content['rows']:,}"),
+        ("training sequences for the plans", _rows_text(content)),
         ("held-out sequences", f"{content['held_out_rows']:,}"),
     ]
+
+
+def _rows_text(content: Mapping[str, Any]) -> str:
+    """Return the number of training sequences; of reports that were put together, the least and the most."""
+    found = {one.get("rows", content["rows"]) for one in content.get("budgets", ({},))}
+    return " to ".join(f"{rows:,}" for rows in sorted({min(found), max(found)}))
 
 
 def _comparisons(content: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> list[Part]:
@@ -167,12 +186,45 @@ def _tables(content: Mapping[str, Any], budget: Mapping[str, Any]) -> list[Part]
     return parts
 
 
-def _spent(budget: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> list[Part]:
-    spent = budget.get("spent")
-    if not spent:
-        return ["This report was made by a version that did not estimate it. Run allocate again."]
-    told = (
-        f"On the held-out sequences the joint plan adds {spent['evaluated']:+.4f} nats per token to the loss of the "
-        f"dense model; the estimate of it is {spent['estimated']:+.4f}. {_SPENT}"
-    )
-    return [told, *_named(drawings, "loss-by-layer", "loss-by-cell")]
+def _plans(content: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> list[Part]:
+    """Return the plan of one budget, or an overview of several and each of them to unfold, the first one unfolded."""
+    first = content["budgets"][0]
+    told = f"The joint plan of {first['budget']} is in {content['output']}."
+    if len(content["budgets"]) == 1:
+        return [told, *_of_budget(drawings, first, "plan", "experts-per-token")]
+    each = [
+        Folded(f"Plan of {one['budget']}", _of_budget(drawings, one, "plan", "experts-per-token"), one is first)
+        for one in _ascending(content)
+    ]
+    return [f"{told} Those of the other budgets are in this report's JSON.", drawings["plans-by-budget"], *each]
+
+
+def _of_budget(drawings: Mapping[str, Drawing], budget: Mapping[str, Any], *names: str) -> list[Drawing]:
+    return _named(drawings, *(f"{name}{_ending(budget)}" for name in names))
+
+
+def _spent(content: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> list[Part]:
+    budgets = _ascending(content)
+    recorded = [budget for budget in budgets if budget.get("spent")]
+    parts: list[Part] = [
+        _ADDED,
+        Table("Loss that the joint plan adds, nats per token", _SPENT_HEAD, list(map(_spent_row, budgets))),
+    ]
+    if len(recorded) < len(budgets):
+        parts.append(_NOT_RECORDED)
+    if recorded:
+        parts += [_SPENT, *_named(drawings, "loss-by-budget")]
+    if len(budgets) == 1:
+        return parts + [one for budget in recorded for one in _of_budget(drawings, budget, *_SPENT_FIGURES)]
+    first = content["budgets"][0]
+    return parts + [
+        Folded(f"Loss spent at {one['budget']}", _of_budget(drawings, one, *_SPENT_FIGURES), one is first)
+        for one in recorded
+    ]
+
+
+def _spent_row(budget: Mapping[str, Any]) -> tuple[str, ...]:
+    evaluated, spent = against_dense(budget), budget.get("spent")
+    low, high = evaluated["interval"]
+    estimated = f"{spent['estimated']:+.4f}" if spent else "not recorded"
+    return budget["budget"], f"{evaluated['difference']:+.4f}", f"{low:+.4f} to {high:+.4f}", estimated

@@ -20,6 +20,8 @@ from qsparse_moe.config.shapes import EXPERT_SITES
 from qsparse_moe.data.packing import Array
 from qsparse_moe.sparsity.plan import SparsityPlan
 
+WIDE = 10.2
+"""Width in inches of the widest figure that a page need not shrink."""
 _MISSING = "0.82"
 _MOST_BESIDE = 22
 """Columns that fit beside each other with a number in every cell."""
@@ -28,11 +30,17 @@ _MOST_LABELLED = 16
 _COLOURS = "YlGnBu"
 
 
-def plan_drawings(plan: SparsityPlan) -> dict[str, Drawing]:
-    """Return the heat maps of S by name, and the experts per token if the plan sets them."""
-    found = {"plan": _maps(plan)}
+def plan_drawings(plan: SparsityPlan, budget: str = "") -> dict[str, Drawing]:
+    """Return the heat maps of S by name, and the experts per token if the plan sets them.
+
+    Args:
+        plan: the plan.
+        budget: what the titles name it by, where there are plans of several budgets.
+    """
+    after = f", {budget}" if budget else ""
+    found = {"plan": _maps(plan, after)}
     if plan.experts_per_token:
-        found["experts-per-token"] = _experts(plan)
+        found["experts-per-token"] = _experts(plan, after)
     return found
 
 
@@ -54,13 +62,12 @@ def sparsity_panels(plan: SparsityPlan) -> dict[str, tuple[list[str], Array]]:
     return panels
 
 
-def _maps(plan: SparsityPlan) -> Drawing:
+def _maps(plan: SparsityPlan, after: str) -> Drawing:
     panels = sparsity_panels(plan)
     layers = [str(layer) for layer in sorted({layer for layer, _ in plan.values})]
-    title = "S of the plan by layer, site, and expert"
+    title = f"S of the plan by layer, site, and expert{after}"
     lines = _lines(panels)
-    high = max(1.2, min(8.0, 0.34 * len(layers))) + 1.0
-    figure = Figure(figsize=(10.2, high * len(lines)), dpi=100, layout="constrained")
+    figure = Figure(figsize=(WIDE, line_height(len(layers)) * len(lines)), dpi=100, layout="constrained")
     # Every line is a grid of its own, so that a site without experts is as wide as its columns need.
     rows = figure.subfigures(len(lines), 1, squeeze=False)[:, 0]
     for part, line in zip(rows, lines, strict=True):
@@ -71,11 +78,11 @@ def _maps(plan: SparsityPlan) -> Drawing:
         while len(places) > len(line):
             places.pop().set_axis_off()
         for axes, name in zip(places, line, strict=True):
-            image = _panel(axes, name, layers, *panels[name])
+            image = sparsity_panel(axes, name, layers, *panels[name])
         colour_bar(part, places, image, "S", pad=0.02)
     tables = [
         Table(
-            f"S at {name}",
+            f"S at {name}{after}",
             ("layer", *columns),
             [
                 (layer, *("–" if np.isnan(value) else f"{value:.4f}" for value in values))
@@ -85,6 +92,11 @@ def _maps(plan: SparsityPlan) -> Drawing:
         for name, (columns, own) in panels.items()
     ]
     return Drawing(title, figure, tables)
+
+
+def line_height(num_layers: int) -> float:
+    """Return the height in inches of a line of heat maps with one row per layer."""
+    return max(1.2, min(8.0, 0.34 * num_layers)) + 1.0
 
 
 def _columns(names: Sequence[str]) -> int:
@@ -104,7 +116,8 @@ def _lines(panels: dict[str, tuple[list[str], Array]]) -> list[list[str]]:
     return lines
 
 
-def _panel(axes: Axes, name: str, layers: Sequence[str], columns: Sequence[str], own: Array) -> AxesImage:
+def sparsity_panel(axes: Axes, name: str, layers: Sequence[str], columns: Sequence[str], own: Array) -> AxesImage:
+    """Draw S ``(L, columns)`` as one heat map, and return its image for the colour bar; nan is grey."""
     image = axes.imshow(own, cmap=_COLOURS, vmin=0.0, vmax=1.0, aspect="auto")
     axes.set_facecolor(_MISSING)
     axes.set_title(name, fontsize=9)
@@ -131,11 +144,11 @@ def _is_dark(value: float) -> bool:
     return 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
 
 
-def _experts(plan: SparsityPlan) -> Drawing:
+def _experts(plan: SparsityPlan, after: str) -> Drawing:
     layers = sorted(plan.experts_per_token)
-    title = "Experts per token by layer, and the share of the router weight at which a layer stops"
+    title = f"Experts per token by layer, and the share of the router weight at which a layer stops{after}"
     counts = [plan.experts_per_token[layer] for layer in layers]
-    figure = Figure(figsize=(min(10.2, 3.4 + 0.5 * len(layers)), 2.6), dpi=100, layout="constrained")
+    figure = Figure(figsize=(min(WIDE, 3.4 + 0.5 * len(layers)), 2.6), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     axes.bar(range(len(layers)), counts, color="#4a7fb5", width=0.7)
     for place, layer in enumerate(layers):

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from qsparse_moe.ablation.cell_maps import CellMap, draw_maps, map_table, scale_over
@@ -18,9 +20,10 @@ from qsparse_moe.ablation.page.parts import Drawing, Table
 ROUTING = "experts per token"
 
 
-def spent_drawings(spent: Mapping[str, Any]) -> dict[str, Drawing]:
-    """Return the figures of the key ``spent`` of one budget, by name."""
-    return {"loss-by-layer": _by_layer(spent), "loss-by-cell": _by_cell(spent)}
+def spent_drawings(spent: Mapping[str, Any], budget: str = "") -> dict[str, Drawing]:
+    """Return the figures of the key ``spent`` of one budget, by name; ``budget`` is for the titles, if not empty."""
+    after = f", {budget}" if budget else ""
+    return {"loss-by-layer": _by_layer(spent, after), "loss-by-cell": _by_cell(spent, after)}
 
 
 def layer_sums(spent: Mapping[str, Any]) -> tuple[list[int], dict[str, list[float]]]:
@@ -34,19 +37,12 @@ def layer_sums(spent: Mapping[str, Any]) -> tuple[list[int], dict[str, list[floa
     return layers, {kind: [by_layer.get(layer, 0.0) for layer in layers] for kind, by_layer in sums.items()}
 
 
-def _by_layer(spent: Mapping[str, Any]) -> Drawing:
+def _by_layer(spent: Mapping[str, Any], after: str) -> Drawing:
     layers, sums = layer_sums(spent)
-    title = "Loss that the plan spends by layer, estimated, in 1/1000 nats per token"
+    title = f"Loss that the plan spends by layer, estimated, in 1/1000 nats per token{after}"
     figure = Figure(figsize=(min(10.2, 4.6 + 0.5 * len(layers)), 3.8), dpi=100, layout="constrained")
     axes = figure.add_subplot()
-    above, below = np.zeros(len(layers)), np.zeros(len(layers))
-    for number, (kind, values) in enumerate(sums.items()):
-        heights = 1000 * np.array(values)
-        # Gains are stacked downwards from 0, so that no bar covers another.
-        begin = np.where(heights >= 0, above, below)
-        axes.bar(range(len(layers)), heights, bottom=begin, width=0.7, color=f"C{number}", label=kind)
-        above, below = above + np.maximum(heights, 0.0), below + np.minimum(heights, 0.0)
-    axes.axhline(0.0, color="0.3", lw=0.8)
+    stacked_bars(axes, sums)
     axes.set_xticks(range(len(layers)), [str(layer) for layer in layers], fontsize=8)
     axes.set_xlabel("layer")
     axes.set_ylabel("change of the loss,\n1/1000 nats per token")
@@ -58,15 +54,29 @@ def _by_layer(spent: Mapping[str, Any]) -> Drawing:
     return Drawing(title, figure, [Table(title, ("layer", *sums), rows)])
 
 
-def _by_cell(spent: Mapping[str, Any]) -> Drawing:
-    title = "Loss that the plan spends by layer, site, and expert, estimated, in 1/1000 nats per token"
+def stacked_bars(axes: Axes, sums: Mapping[str, Sequence[float]]) -> None:
+    """Draw the values of every kind in thousandths, one bar per place, with the kinds stacked away from 0."""
+    places = len(next(iter(sums.values())))
+    above, below = np.zeros(places), np.zeros(places)
+    for number, (kind, values) in enumerate(sums.items()):
+        heights = 1000 * np.array(values)
+        # Gains are stacked downwards from 0, so that no bar covers another.
+        begin = np.where(heights >= 0, above, below)
+        axes.bar(range(places), heights, bottom=begin, width=0.7, color=f"C{number}", label=kind)
+        above, below = above + np.maximum(heights, 0.0), below + np.minimum(heights, 0.0)
+    axes.axhline(0.0, color="0.3", lw=0.8)
+
+
+def _by_cell(spent: Mapping[str, Any], after: str) -> Drawing:
+    title = f"Loss that the plan spends by layer, site, and expert, estimated, in 1/1000 nats per token{after}"
     sites = dict.fromkeys(one["site"] for one in spent["cells"])
     panels = [_panel(site.replace("_", " "), [one for one in spent["cells"] if one["site"] == site]) for site in sites]
     if spent["routing"]:
         panels.append(_panel(ROUTING, spent["routing"]))
     scale = scale_over(one["change"] for one in (*spent["cells"], *spent["routing"]))
     figure = draw_maps(panels, scale, title="", missing="no such site", noise=None)
-    return Drawing(title, figure, [map_table(panel) for panel in panels])
+    tables = [map_table(panel) for panel in panels]
+    return Drawing(title, figure, [replace(table, caption=f"{table.caption}{after}") for table in tables])
 
 
 def _panel(title: str, changes: Sequence[Mapping[str, Any]]) -> CellMap:

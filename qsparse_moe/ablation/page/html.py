@@ -81,7 +81,8 @@ def _part(part: Part) -> str:
             code = f"<pre><code>{escape(part.line)}</code></pre>"
             return f'<div class="command"><p>{escape(part.purpose)}</p>{code}</div>'
         case Folded():
-            return f"<details><summary>{escape(part.title)}</summary>\n{_parts(part.parts)}\n</details>"
+            shown = " open" if part.is_open else ""
+            return f"<details{shown}><summary>{escape(part.title)}</summary>\n{_parts(part.parts)}\n</details>"
 
 
 def _table(table: Table) -> str:

@@ -48,6 +48,8 @@ class Folded:
 
     title: str
     parts: Sequence[Part]
+    is_open: bool = False
+    """Whether they are shown at first."""
 
 
 Part = str | Table | Drawing | Command | Folded

@@ -27,6 +27,9 @@ class StoredSensitivity:
 Measured = Sensitivity | StoredSensitivity
 """Sensitivities as they were measured, or as their JSON holds them."""
 
+FIRST_FORMAT = "qsparse_moe.sensitivity/1"
+"""The format of JSON without routing and whole plans, which is still read."""
+
 
 def stored(content: Mapping[str, Any]) -> StoredSensitivity:
     """Return the changes in the content of ``sensitivity.json``; version 1 has none of routing and whole plans."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from qsparse_moe.ablation.allocation.joint_report import as_dict
 from qsparse_moe.ablation.routing import Choice, RoutingCell
 from qsparse_moe.ablation.sensitivity.report import as_dict as sensitivity_dict
-from qsparse_moe.ablation.sensitivity.routing_changes import PlanAgreement, RoutingChange
+from qsparse_moe.ablation.sensitivity.routing_changes import PlanAgreement, RoutingChange, WithRouting
 from tests.ablation.test_joint_report import allocation, result
 from tests.ablation.test_results import outcome, two_variants
 from tests.ablation.test_sensitivity_report import evaluated, sensitivity
@@ -30,7 +30,8 @@ def sensitivity_content(run="runs/x"):
         for choice in (Choice(0), Choice(2, skipped=0))
         for layer in (0, 1)
     )
-    plans = PlanAgreement((0.1, 0.2, 0.4), (0.125, 0.25, 0.375), 1.0, 0.99)
+    routed = WithRouting((0.12, 0.26, 0.37), 1.0, 0.999)
+    plans = PlanAgreement((0.1, 0.2, 0.4), (0.125, 0.25, 0.375), 1.0, 0.99, routed)
     found = sensitivity(evaluated(), routing=routing, plans=plans)
     return found, json.loads(json.dumps(sensitivity_dict(found, run_dir=run, step=7)))
 

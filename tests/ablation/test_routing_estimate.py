@@ -24,6 +24,7 @@ from qsparse_moe.ablation.routing import (
 from qsparse_moe.ablation.sensitivity.documents import loss_by_document, token_losses
 from qsparse_moe.ablation.sensitivity.estimate import estimate
 from qsparse_moe.ablation.sensitivity.joint import interpolated, plan_terms
+from qsparse_moe.ablation.sensitivity.measured_routing import with_measured_routing
 from qsparse_moe.ablation.sensitivity.routed_layer import routed_layers
 from qsparse_moe.config.shapes import EXPERT_SITES
 from qsparse_moe.kernels.topk_select.op import select_rows_torch
@@ -257,3 +258,32 @@ def _mixed(model, choices, step):
         moe = next(b.moe for b in model.blocks() if b.moe is not None and b.moe.permutation is layer.permutation)
         moe.permutation = layer.permutation.__class__(layer.permutation.sort, layer.permutation.permute, combine)
     return stack
+
+
+def test_terms_with_measured_routing_give_the_evaluated_change_of_every_layer_alone_and_keep_the_interactions():
+    model, rows = three_ranks(), rows_of()
+    # Around a plan that leaves a rank out in one layer.
+    plan = with_choices(model.sparsity_plan, {0: Choice(2), 1: Choice(3)})
+    model.set_sparsity(plan)
+    terms = plan_terms(model, rows, (0.25, 0.5), {0: CHOICES, 1: CHOICES})
+    dense_C = loss_by_document(model, rows)
+    model.set_sparsity(with_all_ranks(plan))
+    measured = with_measured_routing(terms, model, rows)
+    assert model.sparsity_plan == with_all_ranks(plan)
+    alone, farthest = {}, 0.0
+    for layer, choice in [(layer, choice) for layer in (0, 1) for choice in CHOICES]:
+        choices = {0: Choice(2), 1: Choice(3)} | {layer: choice}
+        there = with_choices(plan, choices)
+        model.set_sparsity(there)
+        wanted = float((loss_by_document(model, rows) - dense_C).sum() / rows.labels_C.sum())
+        alone[layer, choice] = measured.change(there, choices)
+        assert alone[layer, choice] == pytest.approx(wanted, abs=1e-9), choice.name
+        farthest = max(farthest, abs(terms.change(there, choices) - wanted))
+    assert farthest > 1e-4
+    both = {0: Choice(0), 1: Choice(1)}
+    drawn = [one.routing_drawn_OQ[one.choices.index(both[n])] for n, one in enumerate(terms.layers)]
+    crossed = 2 * terms.share * float(drawn[0] @ drawn[1]) / terms.num_labels
+    assert abs(crossed) > 1e-6
+    found = measured.parts(with_choices(plan, both), both)
+    assert found.total == pytest.approx(alone[0, Choice(0)] + alone[1, Choice(1)] + crossed, rel=1e-6)
+    assert found.routing[0] == pytest.approx(alone[0, Choice(0)] + crossed / 2, rel=1e-6)

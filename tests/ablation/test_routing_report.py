@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,9 @@ from qsparse_moe.ablation.sensitivity.documents import loss_by_document
 from qsparse_moe.ablation.sensitivity.estimate import estimate
 from qsparse_moe.ablation.sensitivity.figures import sensitivity_drawings, write_figures
 from qsparse_moe.ablation.sensitivity.measure import Sensitivity
-from qsparse_moe.ablation.sensitivity.report import as_dict, markdown, routing_rows
+from qsparse_moe.ablation.sensitivity.report import as_dict, markdown, plans_line, routing_rows
 from qsparse_moe.ablation.sensitivity.routing_changes import plan_agreement, routing_changes
+from qsparse_moe.ablation.sensitivity.stored import stored
 from tests.ablation.small_models import config, model_of, rows_of
 
 
@@ -51,7 +54,8 @@ def test_whole_plans_are_evaluated_as_the_model_runs_them_and_ranked_by_their_es
     assert model.sparsity_plan is plan and len(found.estimated) == len(found.evaluated) == 12
     assert len(set(found.evaluated)) == 12 and np.isfinite(found.estimated).all()
     # The model is far from trained: its loss is no parabola along changes as large as these.
-    assert found.spearman > 0.3
+    assert found.spearman > 0.3 and found.with_routing.spearman > 0.3
+    assert len(set(found.with_routing.estimated) - set(found.estimated)) == 12
     assert plan_agreement(model, rows, routing_choices(model.config), 3).evaluated == found.evaluated[:3]
 
 
@@ -64,6 +68,16 @@ def test_a_report_has_the_routing_and_the_whole_plans(measured, tmp_path):
     assert (first["layer"], first["change"], first["experts_per_token"], first["skipped_rank"]) == (0, "A 0", 0, None)
     assert first["exact"] == changes[0].exact and first["estimate_low"] == changes[0].estimate_interval[0]
     assert report["plans"]["spearman"] == plans.spearman and len(report["plans"]["evaluated"]) == 4
+    kept = stored({**report, "points": [], "agreement": []}).plans
+    assert kept == plans
+    earlier = {name: value for name, value in report["plans"].items() if name != "with_routing"}
+    assert stored({**report, "points": [], "agreement": [], "plans": earlier}).plans.with_routing is None
+    line = plans_line(plans)
+    assert f"Spearman {plans.with_routing.spearman:.3f}" in line and line in markdown(found, title="A report")
+    assert plans_line(replace(plans, with_routing=None)) == (
+        f"4 random plans of both sparsities, estimated as a whole and evaluated: Spearman {plans.spearman:.3f}, "
+        f"Pearson {plans.pearson:.3f}."
+    )
     assert [row[:2] for row in routing_rows(found)][:4] == [
         ("0", "A 0"),
         ("0", "A 1"),

@@ -100,16 +100,19 @@ def _scatter(found: Measured) -> Drawing:
 
 
 def _plans(plans: PlanAgreement) -> Drawing:
+    series = {"estimate": (plans.estimated, plans.spearman)}
+    if plans.with_routing is not None:
+        series["with evaluated routing"] = (plans.with_routing.estimated, plans.with_routing.spearman)
     figure, axes = _square()
-    axes.plot(plans.evaluated, plans.estimated, "o", ms=4, alpha=0.7)
+    for (name, (estimated, spearman)), marker in zip(series.items(), "o^", strict=False):
+        axes.plot(plans.evaluated, estimated, marker, ms=4, alpha=0.7, label=f"{name}, Spearman {spearman:.3f}")
     _compare(axes, plans.evaluated)
-    axes.set_title(f"Spearman {plans.spearman:.3f} over {len(plans.evaluated)} random plans", fontsize=10)
+    axes.set_title(f"{len(plans.evaluated)} random plans", fontsize=10)
+    axes.legend(fontsize=8)
     title = "Estimated change of the loss over the evaluated one, for random plans of both sparsities"
-    rows = [
-        (str(number), f"{estimated:+.6f}", f"{evaluated:+.6f}")
-        for number, (estimated, evaluated) in enumerate(zip(plans.estimated, plans.evaluated, strict=True))
-    ]
-    return Drawing(title, figure, [Table(title, ("plan", "estimated", "evaluated"), rows)])
+    columns = zip(*(estimated for estimated, _ in series.values()), plans.evaluated, strict=True)
+    rows = [(str(number), *(f"{value:+.6f}" for value in values)) for number, values in enumerate(columns)]
+    return Drawing(title, figure, [Table(title, ("plan", *series, "evaluated"), rows)])
 
 
 def _square() -> tuple[Figure, Axes]:

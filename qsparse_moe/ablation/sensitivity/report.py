@@ -148,9 +148,13 @@ def routing_rows(found: Measured) -> list[tuple[str, ...]]:
 
 def plans_line(plans: PlanAgreement) -> str:
     """Return the agreement of whole plans in one sentence."""
+    alone, routed = f"Spearman {plans.spearman:.3f}, Pearson {plans.pearson:.3f}", plans.with_routing
+    said = f"{len(plans.evaluated)} random plans of both sparsities, estimated as a whole and evaluated: "
+    if routed is None:
+        return f"{said}{alone}."
     return (
-        f"{len(plans.evaluated)} random plans of both sparsities, estimated as a whole and evaluated: Spearman "
-        f"{plans.spearman:.3f}, Pearson {plans.pearson:.3f}."
+        f"{said}Spearman {routed.spearman:.3f}, Pearson {routed.pearson:.3f} with the evaluated change of every choice "
+        f"of ranks of one layer; {alone} without any evaluation."
     )
 
 

@@ -17,6 +17,7 @@ from qsparse_moe.ablation.sensitivity.change_figures import change_figures
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.ablation.sensitivity.estimate import Estimate
 from qsparse_moe.ablation.sensitivity.joint import plan_terms
+from qsparse_moe.ablation.sensitivity.measured_routing import with_measured_routing
 from qsparse_moe.ablation.sensitivity.routed_layer import routed_layers
 from qsparse_moe.config.shapes import moe_layers
 from qsparse_moe.data.packing import Array
@@ -44,14 +45,25 @@ class RoutingChange:
 
 
 @dataclass(frozen=True)
+class WithRouting:
+    """The estimates of the same plans with the evaluated change of every choice of ranks that one layer may take."""
+
+    estimated: tuple[float, ...]
+    spearman: float
+    pearson: float
+
+
+@dataclass(frozen=True)
 class PlanAgreement:
     """The estimates of whole random plans of both sparsities, and their evaluation, in nats per token."""
 
     estimated: tuple[float, ...]
-    """Change of the loss against the plan of the model."""
+    """Change of the loss against the plan of the model, from the passes alone."""
     evaluated: tuple[float, ...]
     spearman: float
     pearson: float
+    with_routing: WithRouting | None = None
+    """None in what earlier versions stored."""
 
 
 def routing_changes(
@@ -95,21 +107,24 @@ def plan_agreement(
 ) -> PlanAgreement:
     """Evaluate ``count`` random plans of both sparsities and estimate each around the plan of the model.
 
-    S of every cell is drawn within 0.3 of a level between 0 and 0.7, and every layer has one of ``choices``. The plan
-    of the model is the same after the call.
+    The estimates are made twice: from the passes alone, and with the evaluated change of every choice of ranks that
+    one layer may take (``with_measured_routing``). S of every cell is drawn within 0.3 of a level between 0 and 0.7,
+    and every layer has one of ``choices``. The plan of the model is the same after the call.
     """
     plan, layers = model.sparsity_plan, moe_layers(model.config)
     # The plan itself may have another choice.
     known = {layer: _with(choices, choice) for layer, choice in choices_of(plan, model.config).items()}
     terms = plan_terms(model, sequences, _VALUES, known, draws=_DRAWS)
+    measured = with_measured_routing(terms, model, sequences)
     base, labels = loss_by_document(model, sequences).sum(), sequences.labels_C.sum()
     generator = np.random.default_rng(seed)
-    estimated, evaluated = [], []
+    estimated, with_routing, evaluated = [], [], []
     try:
         for _ in range(count):
             drawn = {layer: choices[int(generator.integers(len(choices)))] for layer in layers}
             there = with_choices(_random_cells(plan, generator), drawn)
             estimated.append(terms.change(there, drawn))
+            with_routing.append(measured.change(there, drawn))
             model.set_sparsity(there)
             evaluated.append(float(loss_by_document(model, sequences).sum() - base) / labels)
     finally:
@@ -117,9 +132,13 @@ def plan_agreement(
     return PlanAgreement(
         tuple(estimated),
         tuple(evaluated),
-        float(spearmanr(estimated, evaluated).statistic),
-        float(pearsonr(estimated, evaluated).statistic),
+        *_correlations(estimated, evaluated),
+        WithRouting(tuple(with_routing), *_correlations(with_routing, evaluated)),
     )
+
+
+def _correlations(estimated: Sequence[float], evaluated: Sequence[float]) -> tuple[float, float]:
+    return float(spearmanr(estimated, evaluated).statistic), float(pearsonr(estimated, evaluated).statistic)
 
 
 def _with(choices: Sequence[Choice], choice: Choice) -> list[Choice]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qsparse_moe.ablation.cells import Cell
 from qsparse_moe.ablation.routing import Choice, RoutingCell
 from qsparse_moe.ablation.sensitivity.measure import Agreement, CellChange, Sensitivity
-from qsparse_moe.ablation.sensitivity.routing_changes import PlanAgreement, RoutingChange
+from qsparse_moe.ablation.sensitivity.routing_changes import PlanAgreement, RoutingChange, WithRouting
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,17 @@ def stored(content: Mapping[str, Any]) -> StoredSensitivity:
             RoutingChange(RoutingCell(one["layer"], _choice(one)), **_figures(one))
             for one in content.get("routing", ())
         ),
-        plans=None if plans is None else PlanAgreement(**plans),
+        plans=None if plans is None else _plans(plans),
         exact_seconds=content["exact_seconds"],
     )
+
+
+def _plans(plans: Mapping[str, Any]) -> PlanAgreement:
+    routed = plans.get("with_routing")
+    found = PlanAgreement(tuple(plans["estimated"]), tuple(plans["evaluated"]), plans["spearman"], plans["pearson"])
+    if routed is None:
+        return found
+    return replace(found, with_routing=WithRouting(tuple(routed["estimated"]), routed["spearman"], routed["pearson"]))
 
 
 def _choice(one: Mapping[str, Any]) -> Choice:

@@ -1,0 +1,59 @@
+"""Terms of whole plans whose single changes of routing are evaluated in place of estimated.
+
+The estimate of a layer without its experts, or without the first expert of every token, may be a tenth of what this
+costs: the change is far beyond the reach of a second order. There are only few such changes, one per layer and choice,
+so that all of them can be evaluated. The interactions of several changes remain estimated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from qsparse_moe.ablation.routing import choices_of, with_choices
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
+from qsparse_moe.ablation.sensitivity.joint import LayerTerms, PlanTerms
+from qsparse_moe.model.transformer import Transformer
+
+
+def with_measured_routing(terms: PlanTerms, model: Transformer, sequences: DocumentSequences) -> PlanTerms:
+    """Return ``terms`` with the evaluated change of every choice of ranks that one layer alone may take.
+
+    One evaluation per layer and choice. The plan of the model is the same after the call.
+
+    Args:
+        terms: the terms around a plan that leaves out no single rank.
+        model: the model of these terms.
+        sequences: the sequences on which they were made, or others.
+    """
+    before = model.sparsity_plan
+    try:
+        model.set_sparsity(terms.plan)
+        base = _mean_loss(model, sequences)
+        layers = tuple(_measured(layer, terms, model, sequences, base) for layer in terms.layers)
+    finally:
+        model.set_sparsity(before)
+    return replace(terms, layers=layers)
+
+
+def _measured(
+    layer: LayerTerms, terms: PlanTerms, model: Transformer, sequences: DocumentSequences, base: float
+) -> LayerTerms:
+    number = layer.cells[0].layer
+    here = choices_of(terms.plan, model.config)
+    if number not in here:
+        return layer
+    first_O = layer.routing_first_O.copy()
+    for position, choice in enumerate(layer.choices):
+        if choice == here[number] or choice is None:
+            continue
+        model.set_sparsity(with_choices(terms.plan, here | {number: choice}))
+        change = (_mean_loss(model, sequences) - base) * terms.num_labels
+        # The other cells of the layer have no sums at their own S, so that this is all of the estimate.
+        first_O[position] = change - terms.share * np.square(layer.routing_drawn_OQ[position]).sum()
+    return replace(layer, routing_first_O=first_O)
+
+
+def _mean_loss(model: Transformer, sequences: DocumentSequences) -> float:
+    return float(loss_by_document(model, sequences).sum() / sequences.labels_C.sum())

@@ -101,7 +101,7 @@ def _read(file: Path) -> dict[str, Any]:
     if found not in known:
         raise ConfigError(
             f"{file} is no report of allocate or sensitivity: its format is {found!r}, and it must be one of "
-            f"{', '.join(known)}; ablate makes the page of a grid (--rows)"
+            f"{', '.join(known)}; ablate --results makes the page of a grid"
         )
     return dict(content)
 

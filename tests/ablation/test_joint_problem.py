@@ -18,7 +18,7 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     everywhere,
     plans_of_budget,
 )
-from qsparse_moe.ablation.allocation.jointly import Texts, mean_loss
+from qsparse_moe.ablation.allocation.jointly import Texts, allocate_routing, mean_loss, terms_around
 from qsparse_moe.ablation.allocation.problem import Point, Problem
 from qsparse_moe.ablation.cells import Cell, cells_of
 from qsparse_moe.ablation.routing import Choice, choices_of, routing_choices, with_choices
@@ -146,6 +146,34 @@ def test_all_plans_of_a_budget_meet_it_and_the_joint_plan_has_the_least_loss_whe
         assert costs.of(made.plans[name]) <= target * (1 + 1e-9)
     losses = {name: mean_loss(model, rows, plan) for name, plan in made.plans.items()}
     assert losses[JOINT] == min(losses[name] for name in (JOINT, S_ALONE, UNIFORM_BOTH))
+
+
+def test_a_alone_is_found_by_the_evaluated_change_of_every_layer_where_the_passes_say_nothing(measured, monkeypatch):
+    model, rows, costs, choices = measured
+    dense, blind = model.sparsity_plan, terms_around
+
+    def without_routing(*arguments, **options):
+        terms = blind(*arguments, **options)
+        layers = [
+            replace(one, routing_first_O=0 * one.routing_first_O, routing_drawn_OQ=0 * one.routing_drawn_OQ)
+            for one in terms.layers
+        ]
+        return replace(terms, layers=tuple(layers))
+
+    monkeypatch.setattr("qsparse_moe.ablation.allocation.jointly.terms_around", without_routing)
+    target = 0.9 * costs.of(dense)
+    plans = {pair: with_choices(dense, dict(enumerate(pair))) for pair in product(choices, repeat=2)}
+    plans = {pair: plan for pair, plan in plans.items() if costs.of(plan) <= target}
+    losses = {pair: mean_loss(model, rows, plan) for pair, plan in plans.items()}
+    alone = [
+        {choice: mean_loss(model, rows, with_choices(dense, {layer: choice})) for choice in choices} for layer in (0, 1)
+    ]
+    best = min(plans, key=lambda pair: alone[0][pair[0]] + alone[1][pair[1]])
+    # It begins at the worst plan, which it would keep if it knew nothing.
+    worst = max(losses, key=lambda pair: losses[pair])
+    by_layer = dict.fromkeys((0, 1), choices)
+    found = allocate_routing(model, Texts(rows, rows), costs, target, [plans[worst]], [dense], by_layer)
+    assert mean_loss(model, rows, found) <= losses[best] < losses[worst] - 0.002
 
 
 def test_a_budget_below_what_every_plan_needs_names_the_nearest(measured):

@@ -19,6 +19,7 @@ from qsparse_moe.ablation.cells import cells_of, sparsity_of
 from qsparse_moe.ablation.routing import Choice
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.ablation.sensitivity.joint import PlanTerms, plan_terms
+from qsparse_moe.ablation.sensitivity.measured_routing import with_measured_routing
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -130,8 +131,13 @@ def _solved_routing(
     *,
     seed: int,
 ) -> list[SparsityPlan]:
-    """Return the plan with the best choices by the estimate around ``base``; none if no choices meet the budget."""
-    terms = terms_around(model, texts.fit, base, choices, seed=seed)
+    """Return the plan with the best choices by the estimate around ``base``; none if no choices meet the budget.
+
+    The change of every layer alone is evaluated. By the estimate of it, whole layers lost their experts where one
+    expert less in several of them costs a fraction (docs/lab-log.md, 29 November).
+    """
+    around = terms_around(model, texts.fit, base, choices, seed=seed)
+    terms = with_measured_routing(around, model, texts.fit)
     problem = Problem.of(terms, replace(costs, loads=terms.load), target, radius=0.0)
     point = problem.routing_alone()
     return [] if point.loss == float("inf") else [problem.plan_of(point)]

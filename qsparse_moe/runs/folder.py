@@ -298,7 +298,7 @@ def changed_settings(before: RunConfig, now: RunConfig, *, also: Collection[str]
     return [
         _changed(path, old.get(path), new.get(path))
         for path in sorted(old.keys() | new.keys())
-        if old.get(path) != new.get(path) and (path in also or not _may_change(path))
+        if old.get(path) != new.get(path) and (path in also or not may_change(path))
     ]
 
 
@@ -330,7 +330,8 @@ def settings_by_path(value: Any, path: str = "") -> dict[str, Any]:
     }
 
 
-def _may_change(path: str) -> bool:
+def may_change(path: str) -> bool:
+    """Return whether the setting, or the section that it is in, may change when a run is resumed."""
     return _SOURCE_PATH.fullmatch(path) is not None or any(
         path == free or path.startswith(f"{free}.") for free in MAY_CHANGE
     )

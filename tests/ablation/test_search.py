@@ -18,6 +18,7 @@ from qsparse_moe.ablation.grid.run_result import result_of
 from qsparse_moe.ablation.grid.search import Sample, is_needed, results_so_far, samples
 from qsparse_moe.cli.app import run as run_verb
 from qsparse_moe.config.load import config_to_yaml
+from qsparse_moe.config.schema import TrainingConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.folder import run_folder
 from tests.ablation.grid_files import finished_run
@@ -292,10 +293,19 @@ def test_one_task_of_an_array_takes_its_run_from_an_earlier_report(earlier, trai
 
 
 def test_a_run_of_an_earlier_report_may_be_that_of_an_older_grid(earlier, tmp_path):
-    # A setting that this grid leaves at its default, and one that decides nothing.
     assert run_verb([*earlier, "metrics.interval=7", "training.keep_last=9", "--report-only"]) == 0
-    recorded = json.loads((tmp_path / "earlier" / "results.jsonl").read_text().splitlines()[0])["config"]
-    assert recorded["training"]["steps"] == 2 and "name" not in recorded["training"]
+    file = tmp_path / "earlier" / "results.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    training = records[0]["config"]["training"]
+    # At its default, which may change; and what decides nothing is not recorded.
+    assert training["steps"] == 2 and training["weight_decay"] == TrainingConfig().weight_decay
+    assert "name" not in training and "keep_last" not in training and "metrics" not in records[0]["config"]
+    # A setting that came later is at its default in the earlier runs.
+    for record in records:
+        del record["config"]["training"]["weight_decay"]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert run_verb([*earlier, "--report-only"]) == 0
+    assert run_verb([*earlier, "--report-only", "training.weight_decay=0.25"]) == 2
 
 
 @pytest.mark.parametrize(

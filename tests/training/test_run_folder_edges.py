@@ -17,7 +17,6 @@ from qsparse_moe.runs.folder import (
     _absolute_path,
     _changed,
     _from_anywhere,
-    _may_change,
     _own_plan,
     check_run_folder,
     check_steps,
@@ -26,6 +25,7 @@ from qsparse_moe.runs.folder import (
     init_from,
     is_finished,
     load_run_config,
+    may_change,
     newest_step,
     no_checkpoint,
     run_folder,
@@ -140,7 +140,7 @@ def test_settings_are_listed_by_path_with_one_entry_per_item_of_a_list_of_sectio
     ],
 )
 def test_what_may_change_is_a_setting_a_whole_section_or_the_path_of_a_source(path, may):
-    assert _may_change(path) == may
+    assert may_change(path) == may
 
 
 def test_values_that_are_cut_alike_are_written_in_full():

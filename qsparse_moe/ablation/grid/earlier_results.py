@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,18 @@ from qsparse_moe.ablation.grid.results import RESULTS, RunResult, read_results
 from qsparse_moe.config.load import config_from_settings
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
-from qsparse_moe.runs.folder import changed_settings
+from qsparse_moe.runs.folder import changed_settings, may_change
 
 _DECISIVE = ("training.evaluation_rows", "training.skip_steps", "training.steps")
 """Settings that may change when a run is resumed, and whose change makes a result another one."""
 
 
-_OF_ITS_FOLDER = {"training": {"name", "output_dir", "resume"}, "data": {"cache_dir"}}
-
-
 def recorded_settings(config: RunConfig) -> dict[str, Any]:
-    """Return the settings of a run by section, without those of its folder and those that have their defaults."""
-    return config.model_dump(mode="json", exclude_defaults=True, exclude=_OF_ITS_FOLDER)
+    """Return the settings that make a run the one it is, by section.
+
+    Those at their defaults are among them, because a later version may have other defaults.
+    """
+    return _without_free(config.model_dump(mode="json"), "")
 
 
 def with_earlier_results(grid: Grid, path: Path, *, trains: bool) -> Grid:
@@ -60,7 +61,8 @@ def _check_settings(run: GridRun, result: RunResult, path: Path, *, trains: bool
             "comparable; add --report-only, or leave out --results to train every run"
         )
     try:
-        before = config_from_settings(result.config, str(path))
+        now = run.config.model_dump(mode="json")
+        before = config_from_settings(_with_free(result.config, now, ""), str(path))
     except ConfigError as error:
         raise ConfigError(f"--results ({path}): the settings of {run.id} cannot be read: {error}") from None
     changed = changed_settings(before, run.config, also=_DECISIVE)
@@ -69,3 +71,32 @@ def _check_settings(run: GridRun, result: RunResult, path: Path, *, trains: bool
             f"--results ({path}): {run.id} has other settings than the grid now gives it: {'; '.join(changed)}. "
             "Restore them, or leave out --results to train every run"
         )
+
+
+def _is_free(path: str) -> bool:
+    return may_change(path) and path not in _DECISIVE
+
+
+def _without_free(settings: Mapping[str, Any], path: str) -> dict[str, Any]:
+    kept: dict[str, Any] = {}
+    for name, value in settings.items():
+        own = f"{path}.{name}" if path else name
+        if isinstance(value, dict):
+            inner = _without_free(value, own)
+            # A section all of whose settings are free.
+            kept |= {name: inner} if inner else {}
+        elif not _is_free(own):
+            kept[name] = value
+    return kept
+
+
+def _with_free(recorded: Mapping[str, Any], now: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """Return the recorded settings with the free ones of ``now``, with which they are a configuration that can run."""
+    found = dict(recorded)
+    for name, value in now.items():
+        own = f"{path}.{name}" if path else name
+        if isinstance(value, dict) and isinstance(found.get(name, {}), dict):
+            found[name] = _with_free(found.get(name, {}), value, own)
+        elif _is_free(own):
+            found[name] = value
+    return found

@@ -96,8 +96,7 @@ class RunResult:
     change, the KL divergence in nats per token, and the agreement of the likeliest token. None if the grid file does
     not ask for it (``compare_dense``), or the selection is ReLU."""
     config: dict[str, Any] | None = None
-    """The settings of the run by section, without those of its folder and those that have their defaults; None in
-    lines of earlier versions."""
+    """The settings that make the run the one it is, by section; None in lines of earlier versions."""
     version: int = field(default=RESULTS_VERSION, kw_only=True)
 
     def as_dict(self) -> dict[str, Any]:

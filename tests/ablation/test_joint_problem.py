@@ -18,10 +18,11 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     everywhere,
     plans_of_budget,
 )
-from qsparse_moe.ablation.allocation.jointly import Texts, allocate_routing, mean_loss, terms_around
+from qsparse_moe.ablation.allocation.jointly import Texts, allocate_routing, terms_around
 from qsparse_moe.ablation.allocation.problem import Point, Problem
 from qsparse_moe.ablation.cells import Cell, cells_of
 from qsparse_moe.ablation.routing import Choice, choices_of, routing_choices, with_choices
+from qsparse_moe.ablation.sensitivity.documents import mean_loss
 from qsparse_moe.ablation.sensitivity.joint import LayerTerms, PlanTerms
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan

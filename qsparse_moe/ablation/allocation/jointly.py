@@ -17,7 +17,7 @@ from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.problem import Problem
 from qsparse_moe.ablation.cells import cells_of, sparsity_of
 from qsparse_moe.ablation.routing import Choice
-from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, mean_loss
 from qsparse_moe.ablation.sensitivity.joint import PlanTerms, plan_terms
 from qsparse_moe.ablation.sensitivity.measured_routing import with_measured_routing
 from qsparse_moe.model.transformer import Transformer
@@ -43,16 +43,6 @@ class Texts(NamedTuple):
 
 Choices = Mapping[int, Sequence[Choice]]
 """The choices of ranks among which every MoE layer may choose."""
-
-
-def mean_loss(model: Transformer, sequences: DocumentSequences, plan: SparsityPlan) -> float:
-    """Return the loss under ``plan`` in nats per token. The plan of the model is the same after the call."""
-    before = model.sparsity_plan
-    try:
-        model.set_sparsity(plan)
-        return float(loss_by_document(model, sequences).sum() / sequences.labels_C.sum())
-    finally:
-        model.set_sparsity(before)
 
 
 def best_of(model: Transformer, sequences: DocumentSequences, plans: Sequence[SparsityPlan]) -> SparsityPlan:

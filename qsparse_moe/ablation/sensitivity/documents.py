@@ -24,6 +24,7 @@ from qsparse_moe.data.packing import Array
 from qsparse_moe.data.sequences import SequenceTable
 from qsparse_moe.data.token_data import TokenData
 from qsparse_moe.model.transformer import Transformer
+from qsparse_moe.sparsity.plan import SparsityPlan
 from qsparse_moe.training.distributed.ranks import ONE_RANK, Distributed
 from qsparse_moe.training.distributed.turns import Turn, gather_in_order, turns
 from qsparse_moe.training.evaluate import Forward, model_forward
@@ -191,3 +192,13 @@ def bootstrap_intervals(
     drawn_BX = (weights_BC @ sums_XC.T) / (weights_BC @ labels_C)[:, None]
     low, high = np.quantile(drawn_BX, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high
+
+
+def mean_loss(model: Transformer, sequences: DocumentSequences, plan: SparsityPlan) -> float:
+    """Return the loss under ``plan`` in nats per token. The plan of the model is the same after the call."""
+    before = model.sparsity_plan
+    try:
+        model.set_sparsity(plan)
+        return float(loss_by_document(model, sequences).sum() / sequences.labels_C.sum())
+    finally:
+        model.set_sparsity(before)

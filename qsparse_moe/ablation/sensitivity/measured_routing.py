@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from qsparse_moe.ablation.routing import choices_of, with_choices
-from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
+from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, mean_loss
 from qsparse_moe.ablation.sensitivity.joint import LayerTerms, PlanTerms
 from qsparse_moe.model.transformer import Transformer
 
@@ -27,14 +27,8 @@ def with_measured_routing(terms: PlanTerms, model: Transformer, sequences: Docum
         model: the model of these terms.
         sequences: the sequences on which they were made, or others.
     """
-    before = model.sparsity_plan
-    try:
-        model.set_sparsity(terms.plan)
-        base = _mean_loss(model, sequences)
-        layers = tuple(_measured(layer, terms, model, sequences, base) for layer in terms.layers)
-    finally:
-        model.set_sparsity(before)
-    return replace(terms, layers=layers)
+    base = mean_loss(model, sequences, terms.plan)
+    return replace(terms, layers=tuple(_measured(layer, terms, model, sequences, base) for layer in terms.layers))
 
 
 def _measured(
@@ -48,12 +42,8 @@ def _measured(
     for position, choice in enumerate(layer.choices):
         if choice == here[number] or choice is None:
             continue
-        model.set_sparsity(with_choices(terms.plan, here | {number: choice}))
-        change = (_mean_loss(model, sequences) - base) * terms.num_labels
+        there = with_choices(terms.plan, here | {number: choice})
+        change = (mean_loss(model, sequences, there) - base) * terms.num_labels
         # The other cells of the layer have no sums at their own S, so that this is all of the estimate.
         first_O[position] = change - terms.share * np.square(layer.routing_drawn_OQ[position]).sum()
     return replace(layer, routing_first_O=first_O)
-
-
-def _mean_loss(model: Transformer, sequences: DocumentSequences) -> float:
-    return float(loss_by_document(model, sequences).sum() / sequences.labels_C.sum())

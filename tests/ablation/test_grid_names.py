@@ -39,6 +39,33 @@ def test_up_to_six_points_are_listed_where_a_pattern_matches_none(write, number,
     )
 
 
+def test_excluded_points_are_not_there_and_do_not_change_the_others(write):
+    axes = "axes: {model.num_layers: [1, 2], training.beta1: [0.8, 0.9]}\n"
+    assert names(write, axes + "exclude: [L1-*0.8, L2-beta1-0.9]\n") == ("L1-beta1-0.9", "L2-beta1-0.8")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            "exclude: [L1, L3]\n",
+            'exclude names "L3", which matches no point of the grid; its points are L1, L2',
+        ),
+        (
+            "exclude: [L1]\nextra_seeds: [{seeds: [1], points: [L1]}]\n",
+            'extra_seeds names "L1", which matches no point of the grid; its points are L2',
+        ),
+        (
+            'exclude: ["L*"]\n',
+            'exclude (["L*"]) leaves no point of the grid; remove some of its names',
+        ),
+    ],
+)
+def test_an_exclusion_that_does_nothing_or_leaves_nothing_is_refused(write, more, message):
+    path = write(ONE_SEED + "axes: {model.num_layers: [1, 2]}\n" + more)
+    assert refusal(path) == f"{path}: {message}"
+
+
 @pytest.mark.parametrize("name", ["-x", ".x", "_x", "a b", ""])
 def test_a_name_begins_with_a_letter_or_a_digit(write, name):
     assert "should match pattern" in refusal(write(ONE_SEED + f'variants: {{"{name}": {{model.num_layers: 1}}}}\n'))

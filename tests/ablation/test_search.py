@@ -80,6 +80,16 @@ def test_extra_seeds_of_one_value_do_not_favour_it(write):
     assert samples(grid, bits)["a", TWO].value == 0.002
 
 
+def test_values_can_be_excluded_from_the_search_of_a_cell_and_one_value_alone_has_no_edge(write):
+    excluded = 'exclude: ["a-steps-2-*-0.002", "b-steps-4-*-0.00[24]"]\n'
+    grid = load_grid(write(SEARCH + excluded))
+    found = samples(grid, {run.id: loss_of(run) for run in grid.runs})
+    assert (found["a", TWO].value, found["a", TWO].edge) == (0.001, "lowest")
+    assert (found["a", FOUR].value, found["a", FOUR].edge) == (0.002, None)
+    assert found["b", FOUR] == Sample({0: 7.0, 1: 7.01, 5: 7.05}, 0.001, None)
+    assert grid.num_needed == 4 * (6 + 1) - 2 - 4
+
+
 def test_the_second_stage_trains_only_the_best_values_and_a_second_call_trains_nothing(grid, trained):
     results, _ = run_grid(grid)
     assert len(trained) == len(results) == grid.num_needed

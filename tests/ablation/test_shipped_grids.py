@@ -31,7 +31,7 @@ def test_the_ablation_page_contains_valid_grids_and_the_numbers_of_runs(tmp_path
     example = page.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
     ids = [run.id for run in load_grid(tmp_path / "mine.yaml").runs]
-    assert "masked-S0.6-large-seed1" in ids and len(ids) == 8 * 2 + 2 * 2
+    assert "masked-S0.6-large-seed1" in ids and len(ids) == 7 * 2 + 2 * 2
     for example, num_runs in zip(page.split("```yaml\n")[2:], (2 * 3 * 6 + 2 * 3 * 3, 12, 9), strict=True):
         (tmp_path / "mine.yaml").write_text(
             example.split("```")[0].replace("../recipes", str(GRIDS[0].parents[1] / "recipes"))
@@ -72,6 +72,10 @@ def test_the_grid_of_orders_has_every_claim_at_two_sizes_and_three_lengths_of_on
     assert len({run.config.training.name for run in usual}) * 3 == len(usual)
     claimed = {variant for claim in grid.comparisons for variant in claim.variants}
     assert claimed == {run.entry for run in grid.runs} and all(claim.source for claim in grid.comparisons)
+    rates = {
+        size: {run.place["training.learning_rate"] for run in usual if run.place["size"] == size} for size in active
+    }
+    assert rates == {"1M": {6e-4, 1.5e-3, 4e-3}, "8M": {2.4e-4, 6e-4, 1.5e-3}}
     # The smallest size and the shortest length come first, and five seeds at the best of three rates.
     assert grid.cell(grid.runs[0]) == '{"size": "1M", "training.steps": 100}'
     further = [run for run in grid.runs if run.seed >= 5]

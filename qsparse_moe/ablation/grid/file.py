@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,6 +58,8 @@ class GridFile(Strict):
     """
     axes: dict[str, list[Any] | dict[Name, Settings]] = {}
     """A list of values by dotted path, or, under any name, named groups of settings that change together."""
+    exclude: list[str] = []
+    """Names of points that are left out, such as rates too high for one size; ``*`` matches any text."""
     extra_seeds: list[ExtraSeeds] = []
     """Additional seeds for a part of the grid."""
     compare_dense: Annotated[int, Field(ge=1)] | None = None
@@ -129,7 +131,8 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
     """Return the points of ``file`` in its order; the last axis varies fastest.
 
     Raises:
-        ConfigError: two points have the same name, or no point matches an entry of the extra seeds.
+        ConfigError: two points have the same name, no point matches a name of ``exclude`` or of the extra seeds, or
+            none is left.
     """
     found: dict[str, GridPoint] = {}
     # The order of product is that of nested loops: the last axis varies fastest.
@@ -141,18 +144,33 @@ def grid_points(path: Path, file: GridFile) -> list[GridPoint]:
                 f"{path}: two points of the grid are named {point.name}; rename a variant or a setting of an axis"
             )
         found[point.name] = point
+    excluded = {name for pattern in file.exclude for name in _matching(path, "exclude", pattern, found)}
+    if len(excluded) == len(found):
+        raise ConfigError(
+            f"{path}: exclude ({show(file.exclude)}) leaves no point of the grid; remove some of its names"
+        )
+    found = {name: point for name, point in found.items() if name not in excluded}
     seeds = {name: list(file.seeds) for name in found}
     for extra in file.extra_seeds:
         for pattern in extra.points:
-            matching = fnmatch.filter(found, pattern)
-            if not matching:
-                raise ConfigError(
-                    f"{path}: extra_seeds names {show(pattern)}, which matches no point of the grid; its points are "
-                    f"{', '.join(list(found)[:6])}{', ...' if len(found) > 6 else ''}"
-                )
-            for name in matching:
+            for name in _matching(path, "extra_seeds", pattern, found):
                 seeds[name] += [seed for seed in extra.seeds if seed not in seeds[name]]
     return [replace(point, seeds=tuple(seeds[name])) for name, point in found.items()]
+
+
+def _matching(path: Path, section: str, pattern: str, names: Collection[str]) -> list[str]:
+    """Return those of ``names`` that ``pattern``, which ``section`` of the file lists, matches.
+
+    Raises:
+        ConfigError: there is none, so that the pattern would do nothing.
+    """
+    matching = fnmatch.filter(names, pattern)
+    if not matching:
+        raise ConfigError(
+            f"{path}: {section} names {show(pattern)}, which matches no point of the grid; its points are "
+            f"{', '.join(list(names)[:6])}{', ...' if len(names) > 6 else ''}"
+        )
+    return matching
 
 
 _Entry = tuple[str, dict[str, Any], Choice]

@@ -90,8 +90,9 @@ def _sample(grid: Grid, runs: list[GridRun], bits: Mapping[str, float]) -> Sampl
             return None
         means[value] = statistics.mean(own)
     best = min(means, key=lambda value: means[value])
-    edge: Literal["lowest", "highest"] | None = (
-        "lowest" if best == min(means) else "highest" if best == max(means) else None
-    )
+    edge: Literal["lowest", "highest"] | None = None
+    # A cell whose other values are excluded has no search, and so no edge.
+    if len(means) > 1 and best in (min(means), max(means)):
+        edge = "lowest" if best == min(means) else "highest"
     at_best = [run for run in runs if run.place[grid.best_over] == best]
     return Sample({run.seed: bits[run.id] for run in at_best if run.id in bits}, best, edge)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from tests.ablation.grid_files import finished_run
 
 SEARCH = """
@@ -31,6 +33,12 @@ LOSS = {
 def loss_of(run):
     # Longer runs are better by 1, and seeds differ by a hundredth of their number.
     return LOSS[run.entry, run.place["training.learning_rate"]] - run.place["training.steps"] / 2 + run.seed / 100
+
+
+def stages(grid):
+    """The runs of ``grid`` in its order: those of each search, and those of the further seeds after it."""
+    keys = itertools.groupby(grid.runs, lambda run: (grid.cell(run), run.entry, run.only_best))
+    return [list(stage) for _, stage in keys]
 
 
 def evaluated(run, steps=None):

@@ -17,7 +17,7 @@ from qsparse_moe.cli.app import run as run_verb
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.errors import ConfigError
 from tests.ablation.grid_files import finished_run
-from tests.ablation.search_runs import SEARCH, evaluated, fake_children, loss_of
+from tests.ablation.search_runs import SEARCH, evaluated, fake_children, loss_of, stages
 
 TWO, FOUR = '{"training.steps": 2}', '{"training.steps": 4}'
 
@@ -49,8 +49,8 @@ def test_a_length_shares_its_folder_with_the_next_and_every_variant_ends_its_sea
     assert ids[0] == "a-steps-2-learning_rate-0.001-seed0"
     assert grid.runs[0].config.training.name == "a-learning_rate-0.001-seed0"
     assert len(ids) == 2 * 2 * 3 * 3 and len({run.config.training.name for run in grid.runs}) == 2 * 3 * 3
-    waves = [(wave[0].entry, grid.cell(wave[0]), wave[0].only_best, len(wave)) for wave in grid.waves]
-    assert waves == [
+    order = [(stage[0].entry, grid.cell(stage[0]), stage[0].only_best, len(stage)) for stage in stages(grid)]
+    assert order == [
         (variant, cell, only_best, 3 if only_best else 6)
         for cell in (TWO, FOUR)
         for variant in ("a", "b")
@@ -128,7 +128,7 @@ def test_list_names_what_a_search_still_decides(write, tmp_path, capsys, grid):
     before = states()
     assert before["a-steps-2-learning_rate-0.001-seed0"] == "to do"
     assert {before[name] for name in before if name.endswith("seed5")} == {"waits for the search"}
-    for search in grid.waves[0]:
+    for search in stages(grid)[0]:
         finished_run(search, [evaluated(search)])
     after = states()
     own = {rate: after[f"a-steps-2-learning_rate-{rate}-seed5"] for rate in ("0.001", "0.002", "0.004")}
@@ -170,7 +170,7 @@ def test_a_report_of_an_unfinished_grid_says_what_has_no_runs_and_counts_what_is
     report = markdown(grid, results_so_far(grid))
     assert "| a below b | section 4 | no runs yet | no runs yet | no runs yet |" in report
     assert "24 of 24 runs did not finish:\n\n- 24 runs: not started, or stopped" in report
-    for one in grid.waves[0] + grid.waves[2]:
+    for one in stages(grid)[0] + stages(grid)[2]:
         finished_run(one, [evaluated(one)])
     report = markdown(grid, results_so_far(grid))
     assert "| a below b | section 4 | holds | no runs yet | holds |" in report

@@ -8,6 +8,7 @@ import pytest
 
 from qsparse_moe.ablation.grid.load import load_grid
 from qsparse_moe.accounting.parameters import count_by_part, count_parameters
+from tests.ablation.search_runs import stages
 
 
 def nameless(config):
@@ -80,8 +81,8 @@ def test_the_grid_of_orders_has_every_claim_at_two_sizes_and_three_lengths_of_on
     assert grid.cell(grid.runs[0]) == '{"size": "1M", "training.steps": 100}'
     further = [run for run in grid.runs if run.seed >= 5]
     assert {run.place["size"] for run in further} == {"1M"} and len(further) == 100
-    waves = [sum(run.seed < 5 for run in wave) for wave in grid.waves]
-    assert waves == [6, 9] * 13 * 6 and grid.num_needed == 13 * 6 * 9 + 100
+    numbers = [sum(run.seed < 5 for run in stage) for stage in stages(grid)]
+    assert numbers == [6, 9] * 13 * 6 and grid.num_needed == 13 * 6 * 9 + 100
 
 
 def test_the_law_grid_varies_every_quantity_of_the_law():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,15 +77,6 @@ class Grid:
     def cell(self, run: GridRun) -> str:
         """Return the key of the cell of ``run``: its place on every axis but that of ``best_over``, as JSON."""
         return json.dumps({axis: value for axis, value in run.place.items() if axis != self.best_over})
-
-    @property
-    def waves(self) -> list[list[GridRun]]:
-        """The runs in groups that are trained one after the other; those of a group may be trained at the same time."""
-        if self.best_over is None and not self.continued:
-            return [list(self.runs)]
-        # A search comes before the runs that depend on it, and a length before the longer ones of the same folder.
-        keys = itertools.groupby(self.runs, lambda run: (self.cell(run), run.entry, run.only_best))
-        return [list(wave) for _, wave in keys]
 
     @property
     def num_needed(self) -> int:

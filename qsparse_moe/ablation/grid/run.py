@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from queue import SimpleQueue
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.placement import Placement
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.ablation.grid.run_result import result_of
-from qsparse_moe.ablation.grid.search import finished_bits, is_needed, samples
+from qsparse_moe.ablation.grid.schedule import Schedule
 from qsparse_moe.config.load import config_to_yaml
 from qsparse_moe.config.rules import check_trainable
 from qsparse_moe.errors import CheckpointError, ConfigError, naming
@@ -86,12 +86,16 @@ def run_grid(
                 notify(result)
             return result
 
-        results: list[RunResult] = []
-        for wave in grid.waves:
-            # The best values, on which a wave may depend, are known from the waves before.
-            known = samples(grid, finished_bits(results)) if grid.best_over else {}
-            results += pool.map(train_to_end, [run for run in wave if is_needed(grid, run, known)])
-        return GridResult(results, children.stopped_by)
+        schedule = Schedule(grid)
+        running: set[Future[RunResult]] = set()
+        while True:
+            while len(running) < placement.jobs and (following := schedule.next()) is not None:
+                running.add(pool.submit(train_to_end, following))
+            if not running:
+                return GridResult(schedule.results, children.stopped_by)
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for one in ended:
+                schedule.ended(one.result())
 
 
 def _check_trainable(run: GridRun) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from qsparse_moe.ablation.grid.load import Grid, GridRun
@@ -51,7 +51,7 @@ def samples(grid: Grid, bits: Mapping[str, float]) -> dict[Key, Sample]:
         runs[run.entry, grid.cell(run)].append(run)
     found = {}
     for key, own in runs.items():
-        sample = _sample(grid, own, bits)
+        sample = sample_of(grid, own, bits)
         if sample is not None:
             found[key] = sample
     return found
@@ -65,16 +65,8 @@ def is_needed(grid: Grid, run: GridRun, known: Mapping[Key, Sample]) -> bool:
     return sample is not None and sample.value == run.place[grid.best_over]
 
 
-def results_so_far(grid: Grid) -> list[RunResult]:
-    """Return the results that the folders of a grid hold now, of the runs that it needs."""
-    results: list[RunResult] = []
-    for wave in grid.waves:
-        known = samples(grid, finished_bits(results)) if grid.best_over else {}
-        results += [result_of(grid, run) for run in wave if is_needed(grid, run, known)]
-    return results
-
-
-def _sample(grid: Grid, runs: list[GridRun], bits: Mapping[str, float]) -> Sample | None:
+def sample_of(grid: Grid, runs: Sequence[GridRun], bits: Mapping[str, float]) -> Sample | None:
+    """Return the losses of ``runs``, which are those of one variant in one cell; None if their search is unfinished."""
     if grid.best_over is None:
         return Sample({run.seed: bits[run.id] for run in runs if run.id in bits})
     searched: dict[float, dict[int, float | None]] = defaultdict(dict)
@@ -96,3 +88,11 @@ def _sample(grid: Grid, runs: list[GridRun], bits: Mapping[str, float]) -> Sampl
         edge = "lowest" if best == min(means) else "highest"
     at_best = [run for run in runs if run.place[grid.best_over] == best]
     return Sample({run.seed: bits[run.id] for run in at_best if run.id in bits}, best, edge)
+
+
+def results_so_far(grid: Grid) -> list[RunResult]:
+    """Return the results that the folders of a grid hold now, of the runs that it needs."""
+    results = {run.id: result_of(grid, run) for run in grid.runs if not run.only_best}
+    known = samples(grid, finished_bits(results.values())) if grid.best_over else {}
+    needed = [run for run in grid.runs if is_needed(grid, run, known)]
+    return [results.get(run.id) or result_of(grid, run) for run in needed]

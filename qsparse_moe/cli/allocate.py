@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qsparse_moe.ablation.allocation.budget import Budget, check_decoding, parse_budget, parse_front
+from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.cli.allocation_files import (
     FOLDER,
     check_no_report,
@@ -75,8 +76,8 @@ def allocate(
             min=1,
         ),
     ] = None,
-    rounds: Annotated[int, typer.Option(help="Number of passes that improve the plan.", min=1)] = 3,
-    random: Annotated[int, typer.Option(help="Number of random plans to compare with.", min=0)] = 5,
+    rounds: Annotated[int, typer.Option(help="Number of passes that improve the plan.", min=1)] = ROUNDS,
+    random: Annotated[int, typer.Option(help="Number of random plans to compare with.", min=0)] = NUM_RANDOM,
     greedy: Annotated[
         bool, typer.Option(help="With --budget: compare with a greedy plan, which takes longest.")
     ] = True,

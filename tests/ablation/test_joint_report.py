@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from types import SimpleNamespace
 
 import pytest
 
 from qsparse_moe.ablation.allocation import joint_run as run_module
 from qsparse_moe.ablation.allocation.budget import Budget
-from qsparse_moe.ablation.allocation.compare import Difference, PlanComparison
+from qsparse_moe.ablation.allocation.compare import Difference, PlanComparison, rival_plans
 from qsparse_moe.ablation.allocation.decoding import Decoding
 from qsparse_moe.ablation.allocation.front_figures import front_drawings
+from qsparse_moe.ablation.allocation.joint_plans import plans_of_budget
 from qsparse_moe.ablation.allocation.joint_report import (
     DECODE_HEAD,
     HEAD,
@@ -23,10 +25,12 @@ from qsparse_moe.ablation.allocation.joint_report import (
     write_fronts,
     write_plans,
 )
-from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation
+from qsparse_moe.ablation.allocation.joint_run import BudgetResult, JointAllocation, JointOptions
+from qsparse_moe.ablation.allocation.run import allocate_run
 from qsparse_moe.ablation.allocation.spent import LossSpent
 from qsparse_moe.ablation.cells import cells_of
 from qsparse_moe.ablation.sensitivity.joint import PlanParts
+from qsparse_moe.cli.allocate import allocate
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config
@@ -65,6 +69,14 @@ def result(share, *, trained=False, decoding=True) -> BudgetResult:
 
 def allocation(*results) -> JointAllocation:
     return JointAllocation(7, 48, 96, 5, 100.0, 1.25, results)
+
+
+def test_the_defaults_of_the_command_line_are_those_of_python():
+    from_cli = {name: parameter.default for name, parameter in signature(allocate).parameters.items()}
+    assert (from_cli["rounds"], from_cli["random"]) == (JointOptions().rounds, JointOptions().num_random)
+    for function in (allocate_run, plans_of_budget, rival_plans):
+        defaults = {name: parameter.default for name, parameter in signature(function).parameters.items()}
+        assert (defaults["rounds"], defaults["num_random"]) == (from_cli["rounds"], from_cli["random"])
 
 
 def test_the_json_has_everything_under_its_public_key(tmp_path):

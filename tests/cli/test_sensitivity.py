@@ -125,6 +125,10 @@ def test_allocate_spends_a_budget_on_both_sparsities_at_every_point_of_a_front(t
     assert json.loads((folder / "allocation.json").read_text()) == found
     assert (found["format"], found["quantity"], found["batch"]) == ("qsparse_moe.allocation/2", "bytes", 2)
     first, second = found["budgets"]
+    for budget in (first, second):
+        costs = {one["name"]: one["cost"] / budget["target"] for one in budget["outcomes"] if one["name"] != "dense"}
+        # On held-out text, with the load that every plan has there.
+        assert max(costs.values()) <= 1.02 and min(costs[name] for name in ("S alone", "joint")) >= 0.9, costs
     assert first["target"] == pytest.approx(0.6 * found["dense"]["cost"]) and second["share"] == pytest.approx(0.8)
     names = [one["name"] for one in first["outcomes"]]
     assert names == ["uniform", "S alone", "joint", "A alone", "uniform both", "greedy by layer", "random 0", "dense"]

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from qsparse_moe.ablation.allocation.cost import Costs
+from qsparse_moe.ablation.allocation.defaults import ROUNDS
 from qsparse_moe.ablation.cells import Cell, cells_of, with_cells
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.ablation.sensitivity.estimate import estimate
@@ -173,7 +174,7 @@ def shifted(plan: SparsityPlan, offsets: Mapping[Cell, float], costs: Costs, tar
 
 
 def allocate_for(
-    model: Transformer, sequences: DocumentSequences, costs: Costs, target: float, *, rounds: int = 3
+    model: Transformer, sequences: DocumentSequences, costs: Costs, target: float, *, rounds: int = ROUNDS
 ) -> SparsityPlan:
     """Return the result of ``allocate`` after several rounds, the first around uniform S.
 

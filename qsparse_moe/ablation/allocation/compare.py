@@ -9,6 +9,7 @@ import numpy as np
 
 from qsparse_moe.ablation.allocation.allocate import allocate_for, uniform_at
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
+from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.ablation.allocation.rivals import greedy_plan, random_plan
 from qsparse_moe.ablation.routing import with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, bootstrap_intervals, loss_by_document
@@ -42,8 +43,8 @@ def rival_plans(
     costs: Costs,
     target: float,
     *,
-    num_random: int = 5,
-    rounds: int = 3,
+    num_random: int = NUM_RANDOM,
+    rounds: int = ROUNDS,
 ) -> dict[str, SparsityPlan]:
     """Return all plans of one budget by name. The plan of the model is the same after the call.
 

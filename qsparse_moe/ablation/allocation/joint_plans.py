@@ -11,6 +11,7 @@ import numpy as np
 from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, check_budget, shifted, uniform_at
 from qsparse_moe.ablation.allocation.compare import GREEDY, UNIFORM
 from qsparse_moe.ablation.allocation.cost import Costs
+from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.ablation.allocation.jointly import Texts, allocate_jointly, allocate_routing, best_of
 from qsparse_moe.ablation.allocation.rivals import RANDOM_SPREAD, greedy_plan
 from qsparse_moe.ablation.cells import cells_of
@@ -50,11 +51,14 @@ def plans_of_budget(
     target: float,
     choices: Sequence[Choice],
     *,
-    rounds: int = 3,
-    num_random: int = 3,
+    rounds: int = ROUNDS,
+    num_random: int = NUM_RANDOM,
     greedy: bool = True,
 ) -> BudgetPlans:
     """Return the joint plan and its rivals. ``costs`` has the load of the dense model under every choice.
+
+    Uniform and random plans meet the budget under that load, and a plan of several rounds under the load of the plan
+    before its last move. Under its own load, a plan has exceeded the budget by up to 1 %.
 
     Raises:
         ConfigError: no plan meets the budget; the nearest that can be met is named.

@@ -20,6 +20,7 @@ from qsparse_moe.ablation.allocation.compare import (
 from qsparse_moe.ablation.allocation.continued import check_continued, train_with_plans
 from qsparse_moe.ablation.allocation.cost import Costs, measured_loads
 from qsparse_moe.ablation.allocation.decoding import Decoder, Decoding
+from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.ablation.allocation.joint_plans import (
     A_ALONE,
     JOINT,
@@ -104,8 +105,8 @@ class JointOptions:
     per expert."""
     num_held_out: int | None = None
     """Number of validation sequences for the comparison; None means that of the run's evaluation."""
-    rounds: int = 3
-    num_random: int = 3
+    rounds: int = ROUNDS
+    num_random: int = NUM_RANDOM
     greedy: bool = True
     decode: bool = False
     """Whether to measure the time of decoding with every plan."""

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from qsparse_moe.ablation.allocation.allocate import FINE_VALUES, shifted
 from qsparse_moe.ablation.allocation.cost import Costs
+from qsparse_moe.ablation.allocation.defaults import ROUNDS
 from qsparse_moe.ablation.allocation.problem import Problem
 from qsparse_moe.ablation.cells import cells_of, sparsity_of
 from qsparse_moe.ablation.routing import Choice
@@ -58,10 +59,11 @@ def allocate_jointly(
     start: SparsityPlan,
     choices: Choices,
     *,
-    rounds: int = 3,
+    rounds: int = ROUNDS,
 ) -> SparsityPlan:
-    """Return the best plan of all rounds from ``start`` on, by the evaluated loss; all of them meet the budget.
+    """Return the best plan of all rounds from ``start`` on, by the evaluated loss.
 
+    Every plan meets the budget under the load of the plan before it; under its own load it has cost up to 1 % more.
     With a single choice per layer, that of ``start``, only S is allocated. The plan of the model is the same after the
     call.
     """

@@ -10,6 +10,7 @@ from qsparse_moe.ablation.allocation.alternatives import compare_alternatives
 from qsparse_moe.ablation.allocation.compare import ALLOCATED, PlanComparison, compare, load_under_uniform, rival_plans
 from qsparse_moe.ablation.allocation.continued import check_continued, compare_after_training
 from qsparse_moe.ablation.allocation.cost import Costs, Quantity, measured_load
+from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.ablation.sensitivity.documents import training_documents, validation_documents
 from qsparse_moe.ablation.sensitivity.measure import load_ranked
 from qsparse_moe.data.loader import load_data
@@ -53,8 +54,8 @@ def allocate_run(
     *,
     batch: int = 1,
     num_sequences: int | None = None,
-    rounds: int = 3,
-    num_random: int = 5,
+    rounds: int = ROUNDS,
+    num_random: int = NUM_RANDOM,
     train_steps: int = 0,
     device: str = "cpu",
     overrides: Sequence[str] = (),

@@ -105,10 +105,7 @@ def run_plans_benchmark(benchmark: PlansBenchmark, report: Callable[[str], None]
 
 def _plan(file: Path, config: RunConfig) -> SparsityPlan:
     plan = SparsityPlan.load(file)
-    try:
-        plan.check_fits(config.model)
-    except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+    plan.check_fits(config.model, file=file)
     return plan
 
 

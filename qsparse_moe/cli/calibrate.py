@@ -111,7 +111,7 @@ def requested_plan(
         plan = SparsityPlan.from_config(config.model).with_(sparsity=sparsity)
     elif plan_file is not None:
         plan = SparsityPlan.load(plan_file)
-        plan.check_fits(config.model)
+        plan.check_fits(config.model, file=plan_file)
     else:
         plan = SparsityPlan.from_config(config.model)
         # The run's own S may still have been rising at its last step; a setting in its place means the value itself.

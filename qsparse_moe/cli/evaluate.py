@@ -175,7 +175,7 @@ def requested_plan(run_dir: Path, *, sparsity: float | None, plan_file: Path | N
             "features whatever S is; leave the option out"
         )
     if plan is not None:
-        plan.check_fits(config)
+        plan.check_fits(config, file=plan_file)
         return plan
     assert sparsity is not None
     # A uniform plan has S and no thresholds, and only calibration can find these.

@@ -78,7 +78,9 @@ def _checked_plan(plan: SparsityPlan | Path | str | None, config: ModelConfig) -
             "{plan}: a plan has no effect on this model, because its model.sparsity.selection is relu, which keeps "
             "every positive feature whatever S is; leave it out"
         )
-    if not isinstance(plan, SparsityPlan):
-        plan = SparsityPlan.load(Path(plan))
-    plan.check_fits(config)
-    return plan
+    if isinstance(plan, SparsityPlan):
+        plan.check_fits(config)
+        return plan
+    found = SparsityPlan.load(Path(plan))
+    found.check_fits(config, file=plan)
+    return found

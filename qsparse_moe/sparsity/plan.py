@@ -114,7 +114,7 @@ class SparsityPlan:
         settings = config.sparsity
         if settings.plan is not None:
             plan = cls.load(settings.plan)
-            plan.check_fits(config)
+            plan.check_fits(config, file=settings.plan)
             return plan
         values = {
             (layer, site): (site_sparsity(settings, site),) * width for (layer, site), width in model_places(config)
@@ -263,14 +263,21 @@ class SparsityPlan:
             return 0.0
         return sum(sum(values) / len(values) for values in self.values.values()) / len(self.values)
 
-    def check_fits(self, config: ModelConfig) -> None:
-        """Raise ConfigError unless the plan fits the model that ``config`` describes.
+    def check_fits(self, config: ModelConfig, *, file: str | Path | None = None) -> None:
+        """Raise ConfigError unless the plan fits the model that ``config`` describes; it names ``file`` if given.
 
         The plan must have exactly the layers, sites, and experts of the model. Under block selection the group size
         must divide the width of every sparse site; under threshold selection every sparse site needs thresholds. A
         router that reads sparse tokens requires the same S for all experts at ``expert_input``. No layer may use more
         experts per token than the A of the model.
         """
+        try:
+            self._check_fits(config)
+        except ConfigError as error:
+            # A command may read several plans, and a run names its own far from where it is read.
+            raise (ConfigError(f"{file}: {error}") if file is not None else error) from None
+
+    def _check_fits(self, config: ModelConfig) -> None:
         want = dict(model_places(config))
         have = {place: len(values) for place, values in self.values.items()}
         for place in sorted(want.keys() | have.keys()):

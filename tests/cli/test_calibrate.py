@@ -164,7 +164,7 @@ WRONG = {
     "no plan": (["ready", "--plan", "there.json"], "there.json: sparsity plan: not readable"),
     "a plan of another model": (
         ["ready", "--plan", "other.json"],
-        "sparsity plan: layer 1, attention_input has 0 values, but the model needs 1; make the plan from the configur",
+        "other.json: sparsity plan: layer 1, attention_input has 0 values, but the model needs 1; make the plan from",
     ),
     "no rows": (["ready", "--rows", "0"], "Invalid value for '--rows': "),
     "no device": (["ready", "--device", "tpu"], "Invalid value for '--device': "),

@@ -125,6 +125,13 @@ def test_what_cannot_be_compared_is_refused(trained, capsys, arguments, message)
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_a_plan_file_of_another_model_is_named(trained, capsys, tmp_path):
+    plan = tmp_path / "other.json"
+    SparsityPlan({(9, "attention_input"): (0.5,)}).save(plan)
+    assert run(["evaluate", str(trained), "--compare", str(plan)]) == 2
+    assert f"{plan}: sparsity plan: layer 0, attention_input has 0 values" in capsys.readouterr().err
+
+
 def test_a_plan_without_effect_on_the_selection_is_refused(trained, capsys, tmp_path):
     other = tmp_path / "export"
     export_run(trained, other)

@@ -188,8 +188,9 @@ def test_python_callers_read_the_names_of_arguments(run_dir):
 
 def test_a_plan_of_another_model_is_refused(run_dir, tmp_path, capsys):
     config = Generator.load(run_dir).config.model.model_copy(update={"num_layers": 1})
-    SparsityPlan.uniform(config, 0.5).save(tmp_path / "plan.json")
-    assert "sparsity plan: layer 1, " in refusal(capsys, run_dir, "--plan", tmp_path / "plan.json")
+    file = tmp_path / "plan.json"
+    SparsityPlan.uniform(config, 0.5).save(file)
+    assert f"{file}: sparsity plan: layer 1, " in refusal(capsys, run_dir, "--plan", file)
 
 
 def test_overlong_prompts_are_cut_or_slide_on_request(run_dir, capsys):

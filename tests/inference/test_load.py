@@ -103,6 +103,9 @@ def test_another_plan_is_used_and_checked_before_weights_are_read(run_dir, tmp_p
     other = SparsityPlan.uniform(config.model_copy(update={"num_layers": 3}), 0.5)
     with pytest.raises(ConfigError, match="sparsity plan: layer 2, .* has .* values, .*model needs 0"):
         load_model(run_dir, plan=other)
+    other.save(tmp_path / "other.json")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/other.json: sparsity plan: layer 2, .* has .* values"):
+        load_model(run_dir, plan=tmp_path / "other.json")
 
 
 def test_a_plan_without_effect_is_refused(folder):

@@ -55,6 +55,10 @@ def test_s_is_given_as_a_number_by_site_as_a_plan_and_as_a_file(model, tmp_path)
         }
         densify(model)
     assert sparsify(model, tmp_path / "plan.json") == varied == current_plan(model)
+    other = tmp_path / "other.json"
+    SparsityPlan({(9, "expert_input"): (0.5,)}).save(other)
+    with pytest.raises(ConfigError, match=rf"^{other}: sparsity plan: layer 0, .* has 0 values, but the model needs"):
+        set_sparsity(model, other)
     densify(model)
     narrowed = sparsify(model, varied, sites=["expert_input"])
     assert narrowed.values[1, "expert_input"] == varied.values[1, "expert_input"]

@@ -86,6 +86,16 @@ def test_a_plan_of_another_model_is_refused():
         plan.check_fits(model({}, num_experts=8))
 
 
+def test_a_plan_file_of_another_model_is_named(tmp_path):
+    file = tmp_path / "plan.json"
+    SparsityPlan.uniform(model({}), 0.5).save(file)
+    message = rf"^{file}: sparsity plan: layer 1, expert_hidden has 4 values, .*the model needs 8"
+    with pytest.raises(ConfigError, match=message):
+        SparsityPlan.load(file).check_fits(model({}, num_experts=8), file=file)
+    with pytest.raises(ConfigError, match=message):
+        SparsityPlan.from_config(model({"plan": str(file)}, num_experts=8))
+
+
 def test_a_plan_can_be_scaled_and_has_a_mean():
     plan = SparsityPlan.uniform(model({}), 0.5)
     assert plan.mean == pytest.approx(0.5)

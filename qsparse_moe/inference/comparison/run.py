@@ -131,8 +131,9 @@ def _reference(name: Path | str, own: Side, load: Callable[[Path], LoadedModel])
             "model.sparsity.selection is relu, which selects the positive features whatever S is; name the folder of "
             "another model"
         )
-    plan = SparsityPlan.uniform(config, 0.0) if str(name) == DENSE else SparsityPlan.load(path)
-    plan.check_fits(config)
+    is_dense = str(name) == DENSE
+    plan = SparsityPlan.uniform(config, 0.0) if is_dense else SparsityPlan.load(path)
+    plan.check_fits(config, file=None if is_dense else path)
     return Side(own.loaded, plan, str(name))
 
 

@@ -16,7 +16,7 @@ from qsparse_moe.interop.drop_in.hosts import Host, LayerSite, Place, find_decod
 from qsparse_moe.interop.drop_in.plans import (
     CONFIG_KEY,
     Requested,
-    check_fits,
+    check_requested,
     from_config,
     invalid_setting,
     requested_plan,
@@ -75,7 +75,7 @@ def sparsify(
     else:
         settings = _settings(selection=selection, group_size=group_size, rescale=rescale, gradient=gradient)
     requested = requested_plan(plan, places, sites)
-    check_fits(requested, places, settings)
+    check_requested(plan, requested, places, settings)
     _attach_all(hosts, settings)
     set_sparsity(model, requested)
     return requested
@@ -112,7 +112,7 @@ def set_sparsity(model: nn.Module, plan: Requested) -> None:
     places = site_places(model)
     settings = next(iter(sites.values())).settings
     requested = requested_plan(plan, places)
-    check_fits(requested, places, settings)
+    check_requested(plan, requested, places, settings)
     for place, site in sites.items():
         site.set_sparsity(requested.values[place], requested.thresholds.get(place))
     decoder = find_decoder(model)

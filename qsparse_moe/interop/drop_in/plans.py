@@ -49,6 +49,16 @@ def requested_plan(
     return replace(plan, values=values, thresholds=thresholds)
 
 
+def check_requested(
+    requested: Requested, plan: SparsityPlan, places: Mapping[LayerSite, Place], settings: SparsityConfig
+) -> None:
+    """Raise ConfigError as ``check_fits`` does for the plan that was ``requested``; if that is a file, it is named."""
+    try:
+        check_fits(plan, places, settings)
+    except ConfigError as error:
+        raise (ConfigError(f"{requested}: {error}") if isinstance(requested, Path | str) else error) from None
+
+
 def check_fits(plan: SparsityPlan, places: Mapping[LayerSite, Place], settings: SparsityConfig) -> None:
     """Raise ConfigError unless ``plan`` has the sites of the model, and what the selection needs at each."""
     if settings.selection == "shared":

@@ -11,7 +11,6 @@ from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, shifted
 from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.rivals import _greedy_layer
 from qsparse_moe.ablation.cells import cells_of, sparsity_of
-from qsparse_moe.ablation.grid import children
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config
@@ -56,13 +55,3 @@ def test_no_site_of_a_greedy_plan_goes_beyond_the_largest_s():
     found = _greedy_layer(KnownLayer(factors), [()], SparsityPlan.uniform(wide, 0.9), costs, list)
     levels = sorted(round(level, 6) for level in found.values())
     assert levels[-1] == MOST_SPARSE and levels[0] < 0.9, "some sites are at the end while others are not"
-
-
-@pytest.mark.parametrize(("lives", "waited"), [(0.0, 0.0), (3.0, 3.0), (1000.0, 45.0)])
-def test_a_stopped_grid_waits_for_the_ranks_that_still_save_but_not_for_ever(monkeypatch, lives, waited):
-    now, asked = [0.0], []
-    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + 0.5))
-    monkeypatch.setattr(children, "time", clock)
-    monkeypatch.setattr(children, "_send", lambda group, number: asked.append((group, number)) or now[0] < lives)
-    children._wait_for_group(4711)
-    assert now == [waited] and set(asked) == {(4711, 0)}

@@ -8,10 +8,11 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from qsparse_moe.ablation.grid.children import Children
+from qsparse_moe.ablation.grid.children import Children, _wait_for_group
 from qsparse_moe.ablation.grid.placement import Placement
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.folder import newest_step
@@ -124,6 +125,19 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
         thread.join(60)
     assert codes == [-signal.SIGKILL]
+
+
+@pytest.mark.parametrize(("lives", "waited"), [(0.0, 0.0), (3.0, 3.0), (1000.0, 45.0)])
+def test_a_stopped_grid_waits_for_the_ranks_that_still_save_but_not_for_ever(monkeypatch, lives, waited):
+    now, asked = [0.0], []
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + 0.5))
+    monkeypatch.setattr("qsparse_moe.ablation.grid.children.time", clock)
+    monkeypatch.setattr(
+        "qsparse_moe.ablation.grid.children._send",
+        lambda group, number: asked.append((group, number)) or now[0] < lives,
+    )
+    _wait_for_group(4711)
+    assert now == [waited] and set(asked) == {(4711, 0)}
 
 
 @pytest.mark.slow

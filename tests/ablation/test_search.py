@@ -147,7 +147,7 @@ def test_the_report_and_the_json_have_verdicts_differences_and_best_values(grid,
     report = markdown(grid, results)
     assert "| claim | source | steps 2 | steps 4 | all |" in report
     assert "| a below b | section 4 | holds | holds | holds |" in report
-    assert "| a below b | steps 2 | a | b | +5.0000 | +5.0000 to +5.0000 | 3 | holds | – | – |" in report
+    assert "| a below b | steps 2 | 1 | a | b | +5.0000 | +5.0000 to +5.0000 | 3 | holds | – | – |" in report
     assert "of 3 differences without any effect, about 0 would seem decided" in report
     assert "| a | 0.002 | 0.002 |\n| b | 0.004 (highest) | 0.004 (highest) |" in report
     write_results(grid, results, tmp_path / "results")
@@ -187,7 +187,7 @@ def test_a_claim_about_a_gap_has_no_verdict_at_the_first_value_of_its_axis(write
     ]
     report = markdown(grid, results)
     assert "| less | section 3 | – | holds | holds |" in report
-    assert "| less | steps 4 | a | b | +0.5200 | +0.4543 to +0.5857 | 3 | holds | – | – |" in report
+    assert "| less | steps 4 | 2 | a | b | +0.5200 | +0.4543 to +0.5857 | 3 | holds | – | – |" in report
 
 
 @pytest.mark.parametrize(

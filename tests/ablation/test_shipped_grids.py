@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from pathlib import Path
 
 import pytest
 
 from qsparse_moe.ablation.grid.load import load_grid
+from qsparse_moe.ablation.grid.search import samples
+from qsparse_moe.ablation.grid.verdicts import decide, verdict_label
 from qsparse_moe.accounting.parameters import count_by_part, count_parameters
 from tests.ablation.search_runs import stages
 
@@ -16,19 +20,26 @@ def nameless(config):
     return config.model_copy(update={"training": training})
 
 
-GRIDS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+REPOSITORY = Path(__file__).parents[2]
+GRIDS = sorted((REPOSITORY / "configs" / "ablations").glob("*.yaml"))
+
+
+# A grid of hundreds of runs takes seconds to load.
+@functools.cache
+def shipped(name):
+    return load_grid(next(path for path in GRIDS if path.stem == name))
 
 
 @pytest.mark.parametrize("path", GRIDS, ids=lambda path: path.name)
 def test_shipped_grid_describes_complete_runs_with_at_least_three_seeds(path):
-    grid = load_grid(path)
+    grid = shipped(path.stem)
     assert len({run.seed for run in grid.runs}) >= 3
     assert len({nameless(run.config).model_dump_json() for run in grid.runs}) == len(grid.variants)
     assert not any(run.config.metrics.tensorboard and run.config.metrics.interval < 10 for run in grid.runs)
 
 
 def test_the_ablation_page_contains_valid_grids_and_the_numbers_of_runs(tmp_path):
-    page = (Path(__file__).parents[2] / "docs" / "ablation.md").read_text("utf-8")
+    page = (REPOSITORY / "docs" / "ablation.md").read_text("utf-8")
     example = page.split("```yaml\n")[1].split("```")[0]
     (tmp_path / "mine.yaml").write_text(example.replace("../recipes", str(GRIDS[0].parents[1] / "recipes")))
     ids = [run.id for run in load_grid(tmp_path / "mine.yaml").runs]
@@ -39,11 +50,7 @@ def test_the_ablation_page_contains_valid_grids_and_the_numbers_of_runs(tmp_path
         )
         assert load_grid(tmp_path / "mine.yaml").num_needed == num_runs
     for path in GRIDS:
-        assert f"| `{path.stem}` | {load_grid(path).num_needed} |" in page
-
-
-def shipped(name):
-    return load_grid(next(path for path in GRIDS if path.stem == name))
+        assert f"| `{path.stem}` | {shipped(path.stem).num_needed} |" in page
 
 
 def test_the_promised_grids_are_shipped():
@@ -83,6 +90,17 @@ def test_the_grid_of_orders_has_every_claim_at_two_sizes_and_three_lengths_of_on
     assert {run.place["size"] for run in further} == {"1M"} and len(further) == 100
     numbers = [sum(run.seed < 5 for run in stage) for stage in stages(grid)]
     assert numbers == [6, 9] * 13 * 6 and grid.num_needed == 13 * 6 * 9 + 100
+
+
+def test_the_stored_results_of_the_orders_decide_the_smaller_size_over_its_lengths():
+    records = [json.loads(line) for line in (REPOSITORY / "results/orders/results.jsonl").read_text().splitlines()]
+    bits = {record["id"]: record["bits_per_byte"] for record in records if record["finished"]}
+    grid = shipped("orders")
+    decided = {one.claim.name: one for one in decide(grid, samples(grid, bits))}
+    small = decided["60 % zeros cost something"].by_axis[0]
+    assert verdict_label(small) == "1M, mean over steps" and (small.cells, small.verdict) == (3, "holds")
+    (pair,) = small.pairs
+    assert (pair.mean, *pair.interval) == pytest.approx((0.0243, 0.0046, 0.0440), abs=5e-5) and len(pair.by_seed) == 10
 
 
 def test_the_law_grid_varies_every_quantity_of_the_law():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,17 @@ from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.markdown_table import table
 from qsparse_moe.ablation.grid.results import RunResult
 from qsparse_moe.ablation.grid.search import Sample, finished_bits, samples
-from qsparse_moe.ablation.grid.verdicts import LEVEL, MOST_SEEDS, CellVerdict, ClaimVerdicts, Pair, cell_label, decide
+from qsparse_moe.ablation.grid.verdicts import (
+    LEVEL,
+    MOST_SEEDS,
+    CellVerdict,
+    ClaimVerdicts,
+    Pair,
+    axis_label,
+    cell_label,
+    decide,
+    verdict_label,
+)
 
 COMPARISONS = "comparisons.json"
 """Name of the file with the verdicts beside ``report.md``."""
@@ -29,6 +40,7 @@ def comparison_parts(grid: Grid, results: Sequence[RunResult]) -> list[str]:
         f"comparisons: of {_number_of_tests(decided)} differences without any effect, about "
         f"{(1 - LEVEL) * _number_of_tests(decided):.0f} would seem decided.",
         _summary(decided),
+        *_by_axis(decided),
         "Differences: loss of the second variant minus loss of the first, mean and interval; for a claim about a gap, "
         "how much this difference shrinks or grows from the first value of the axis. Seeds to decide: with so "
         "many, the interval would decide if mean and standard deviation stayed as measured; runs: the additional "
@@ -45,7 +57,12 @@ def comparison_parts(grid: Grid, results: Sequence[RunResult]) -> list[str]:
 
 
 def comparisons_dict(grid: Grid, results: Sequence[RunResult]) -> dict[str, Any]:
-    """Return the claims, verdicts, and best values as values that JSON can hold."""
+    """Return the claims, verdicts, and best values as values that JSON can hold.
+
+    Each claim has ``cells`` (one verdict per cell, and with ``cell`` None that over all cells) and ``by_axis`` (one per
+    ``axis`` and ``value``, whose differences are means over ``mean_over``). Of a verdict, ``cells`` is the number of
+    cells behind its differences, and ``possible_cells`` their number if all had results of the variants.
+    """
     known = samples(grid, finished_bits(results))
     best = [
         {"variant": variant, "cell": json.loads(cell), "value": sample.value, "edge": sample.edge}
@@ -59,7 +76,11 @@ def comparisons_dict(grid: Grid, results: Sequence[RunResult]) -> dict[str, Any]
         "best_over": grid.best_over,
         "best": best,
         "claims": [
-            {**one.claim.model_dump(exclude_none=True), "cells": [_cell_dict(cell) for cell in one.cells]}
+            {
+                **one.claim.model_dump(exclude_none=True),
+                "cells": [_cell_dict(cell) for cell in one.cells],
+                "by_axis": [_axis_dict(found) for found in one.by_axis],
+            }
             for one in decide(grid, known)
         ],
     }
@@ -69,6 +90,7 @@ def _cell_dict(found: CellVerdict) -> dict[str, Any]:
     return {
         "cell": None if found.cell is None else json.loads(found.cell),
         "cells": found.cells,
+        "possible_cells": found.possible_cells,
         "verdict": found.verdict,
         "runs_needed": found.runs_needed,
         "pairs": [
@@ -87,8 +109,14 @@ def _cell_dict(found: CellVerdict) -> dict[str, Any]:
     }
 
 
+def _axis_dict(found: CellVerdict) -> dict[str, Any]:
+    values = _cell_dict(found)
+    ((axis, value),) = values.pop("cell").items()
+    return {"axis": axis, "value": value, "mean_over": list(found.mean_over), **values}
+
+
 def _number_of_tests(decided: Sequence[ClaimVerdicts]) -> int:
-    return sum(len(pair.by_seed) > 1 for one in decided for cell in one.cells for pair in cell.pairs)
+    return sum(len(pair.by_seed) > 1 for one in decided for cell in one.every for pair in cell.pairs)
 
 
 def _summary(decided: Sequence[ClaimVerdicts]) -> str:
@@ -102,18 +130,59 @@ def _summary(decided: Sequence[ClaimVerdicts]) -> str:
     return table(["claim", "source", *(labels[cell] for cell in cells)], rows, caption="Verdicts")
 
 
+def _by_axis(decided: Sequence[ClaimVerdicts]) -> list[str]:
+    """Return a paragraph and one table per axis of the verdicts over the cells with one of its values, if any."""
+    # Two axes may have the same label.
+    labels: dict[tuple[str, tuple[str, ...]], dict[str, str]] = defaultdict(dict)
+    for found in (found for one in decided for found in one.by_axis):
+        labels[_axis(found), found.mean_over][str(found.cell)] = cell_label(found.cell)
+    parts = []
+    for (axis, mean_over), own in labels.items():
+        rows = []
+        for one in decided:
+            words = {found.cell: _word_of_several(found) for found in one.by_axis}
+            rows.append([one.claim.name, *(words.get(cell, "–") for cell in own)])
+        parts += [
+            f"By {axis_label(axis)}, mean over {' and '.join(map(axis_label, mean_over))}:",
+            table(["claim", *own.values()], rows, caption=f"Verdicts by {axis_label(axis)}"),
+        ]
+    if not parts:
+        return []
+    return [
+        "Verdicts by the value of one axis, over all cells with this value that have results of the variants. The "
+        "differences of a seed are averaged over these cells first, and it counts if it is in each of them. A dash: "
+        "such a verdict would repeat that of a cell or that over all cells.",
+        *parts,
+    ]
+
+
+def _axis(found: CellVerdict) -> str:
+    (axis,) = json.loads(found.cell or "")
+    return str(axis)
+
+
 def _word(found: CellVerdict) -> str:
     # A cell without runs and one whose runs decide nothing are different things.
     return found.verdict if all(pair.by_seed for pair in found.pairs) else "no runs yet"
 
 
+def _word_of_several(found: CellVerdict) -> str:
+    partly = 0 < found.cells < found.possible_cells
+    return _word(found) + (f" ({found.cells} of {found.possible_cells} cells)" if partly else "")
+
+
+def _cells(found: CellVerdict) -> str:
+    of_all = f" of {found.possible_cells}" if found.cells < found.possible_cells else ""
+    return f"{found.cells}{of_all}"
+
+
 def _details(decided: Sequence[ClaimVerdicts]) -> str:
-    head = ["claim", "where", "first", "second", "difference", "95 % interval", "seeds", "verdict"]
+    head = ["claim", "where", "cells", "first", "second", "difference", "95 % interval", "seeds", "verdict"]
     rows = []
     for one in decided:
-        for cell in one.cells:
+        for cell in one.every:
             rows += [
-                [one.claim.name, cell_label(cell.cell), *_pair_cells(pair), _runs(cell)]
+                [one.claim.name, verdict_label(cell), _cells(cell), *_pair_cells(pair), _runs(cell)]
                 for pair in cell.pairs
                 if pair.by_seed
             ]

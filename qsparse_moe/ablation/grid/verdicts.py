@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ from scipy.stats import t as student_t
 from qsparse_moe.ablation.grid.claims import Comparison
 from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.search import Key, Sample
-from qsparse_moe.config.labels import setting_label
+from qsparse_moe.config.labels import LETTERS, setting_label
 
 LEVEL = 0.95
 """Share of the intervals that contain the true mean, if differences are normal."""
@@ -62,13 +62,18 @@ class Pair:
 
 @dataclass(frozen=True)
 class CellVerdict:
-    """What a grid says about one claim in one cell."""
+    """What a grid says about one claim in one cell, or over several cells."""
 
     cell: str | None
-    """The cell as ``Grid.cell`` returns it; None: over all cells in which every pair has at least two seeds."""
+    """The cell as ``Grid.cell`` returns it; None: over all cells in which every pair has at least two seeds. For a
+    verdict over those of them that have one value of an axis, this axis and value alone."""
     cells: int
     """Number of cells behind the differences."""
+    possible_cells: int
+    """Number of cells that would be behind them if all had results of the variants."""
     pairs: tuple[Pair, ...]
+    mean_over: tuple[str, ...] = ()
+    """The axes over whose values the differences are averaged, for a verdict over the cells with one value."""
 
     @property
     def verdict(self) -> Verdict:
@@ -95,21 +100,35 @@ class CellVerdict:
 
 @dataclass(frozen=True)
 class ClaimVerdicts:
-    """What a grid says about one claim: per cell, and over all cells."""
+    """What a grid says about one claim: per cell, per value of an axis, and over all cells."""
 
     claim: Comparison
     cells: tuple[CellVerdict, ...]
+    """One verdict per cell, and one over all cells if there are several."""
+    by_axis: tuple[CellVerdict, ...]
+    """One verdict per value of each axis of the cells, over the cells with this value. None of them repeats a cell or
+    all cells: there are none unless two axes vary, and none for a value with a single cell."""
+
+    @property
+    def every(self) -> list[CellVerdict]:
+        """The verdicts of the cells, those by axis, and that over all cells.
+
+        Without those by axis that have the results of one cell so far, whose differences would be listed twice.
+        """
+        single = [one for one in self.cells if one.cell is not None]
+        known = [one.pairs for one in single]
+        return [*single, *(one for one in self.by_axis if one.pairs not in known), *self.cells[len(single) :]]
 
 
 def decide(grid: Grid, known: Mapping[Key, Sample]) -> list[ClaimVerdicts]:
-    """Return the verdicts of every claim of ``grid``, in its order; the last of each is that over all cells.
+    """Return the verdicts of every claim of ``grid``, in its order.
 
     Args:
         grid: the grid.
         known: the losses to compare, from ``samples``.
     """
     cells = list(dict.fromkeys(grid.cell(run) for run in grid.runs))
-    return [ClaimVerdicts(claim, tuple(_verdicts(claim, cells, known))) for claim in grid.comparisons]
+    return [_verdicts(claim, cells, known) for claim in grid.comparisons]
 
 
 def cell_label(cell: str | None) -> str:
@@ -121,6 +140,17 @@ def cell_label(cell: str | None) -> str:
         value if isinstance(value, str) else setting_label(axis, value) for axis, value in json.loads(cell).items()
     ]
     return ", ".join(words) or "all runs"
+
+
+def axis_label(axis: str) -> str:
+    """Return the letter or the last part of the path of an axis, such as ``steps``."""
+    return LETTERS.get(axis, axis.rpartition(".")[2])
+
+
+def verdict_label(found: CellVerdict) -> str:
+    """Return the label of the cells of a verdict, such as ``1M, mean over steps``."""
+    mean = [f"mean over {' and '.join(map(axis_label, found.mean_over))}"] if found.mean_over else []
+    return ", ".join([cell_label(found.cell), *mean])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -153,7 +183,7 @@ def _half_width(spread: float, count: int) -> float:
     return float(student_t.ppf((1 + LEVEL) / 2, count - 1)) * spread / math.sqrt(count)
 
 
-def _verdicts(claim: Comparison, cells: Sequence[str], known: Mapping[Key, Sample]) -> list[CellVerdict]:
+def _verdicts(claim: Comparison, cells: Sequence[str], known: Mapping[Key, Sample]) -> ClaimVerdicts:
     found = []
     for cell in cells:
         base = _base(claim, cell, cells)
@@ -166,9 +196,11 @@ def _verdicts(claim: Comparison, cells: Sequence[str], known: Mapping[Key, Sampl
             if base is not None:
                 by_seed = _changes(claim, _differences(known, lower, higher, base), by_seed)
             pairs.append(_pair(claim, lower, higher, by_seed))
-        found.append(CellVerdict(cell, 1 if base is None else 2, tuple(pairs)))
+        behind = 1 if base is None else 2
+        found.append(CellVerdict(cell, behind, behind, tuple(pairs)))
     # A grid without axes has one cell, and repeating it would read as a second result.
-    return found if len(cells) == 1 else [*found, _over_all(claim, found, cells)]
+    over_all = [] if len(cells) == 1 else [_over(claim, found, cells)]
+    return ClaimVerdicts(claim, (*found, *over_all), tuple(_by_axis(claim, found, cells)))
 
 
 def _base(claim: Comparison, cell: str, cells: Sequence[str]) -> str | None:
@@ -193,8 +225,22 @@ def _differences(known: Mapping[Key, Sample], lower: str, higher: str, cell: str
     return {seed: high.by_seed[seed] - loss for seed, loss in low.by_seed.items() if seed in high.by_seed}
 
 
-def _over_all(claim: Comparison, found: Sequence[CellVerdict], cells: Sequence[str]) -> CellVerdict:
-    """Return the verdict over the mean of the cells, seed by seed, with the seeds that every used cell has."""
+def _by_axis(claim: Comparison, found: Sequence[CellVerdict], cells: Sequence[str]) -> Iterator[CellVerdict]:
+    """Yield the verdicts over the cells with one value of an axis, where these are neither one cell nor all."""
+    places = [json.loads(cell) for cell in cells]
+    values = {axis: list(dict.fromkeys(json.dumps(place[axis]) for place in places)) for axis in places[0]}
+    varied = [axis for axis, own in values.items() if len(own) > 1]
+    for axis in varied:
+        mean_over = tuple(other for other in varied if other != axis)
+        for value in values[axis]:
+            own = [one for one in found if json.dumps(json.loads(one.cell or "")[axis]) == value]
+            if 1 < len(own) < len(found):
+                cell = json.dumps({axis: json.loads(value)})
+                yield replace(_over(claim, own, cells), cell=cell, mean_over=mean_over)
+
+
+def _over(claim: Comparison, found: Sequence[CellVerdict], cells: Sequence[str]) -> CellVerdict:
+    """Return the verdict over the mean of these cells, seed by seed, with the seeds that every used cell has."""
     used = [one for one in found if all(len(pair.by_seed) > 1 for pair in one.pairs)]
     pairs = []
     for position, (lower, higher) in enumerate(claim.pairs):
@@ -202,8 +248,11 @@ def _over_all(claim: Comparison, found: Sequence[CellVerdict], cells: Sequence[s
         seeds = [seed for seed in (own[0] if own else ()) if all(seed in by_seed for by_seed in own)]
         means = {seed: statistics.mean(by_seed[seed] for by_seed in own) for seed in seeds}
         pairs.append(_pair(claim, lower, higher, means))
-    behind = {one.cell for one in used} | {_base(claim, one.cell or "", cells) for one in used}
-    return CellVerdict(None, len(behind - {None}), tuple(pairs))
+    behind, possible = (
+        len({one.cell for one in those} | {base for one in those if (base := _base(claim, one.cell or "", cells))})
+        for those in (used, found)
+    )
+    return CellVerdict(None, behind, possible, tuple(pairs))
 
 
 def _pair(claim: Comparison, lower: str, higher: str, by_seed: Mapping[int, float]) -> Pair:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qsparse_moe.ablation.allocation.budget import Budget, check_decoding, parse_budget, parse_front
+from qsparse_moe.ablation.allocation.budget import Budget, check_decoding
 from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.cli.allocation_files import (
     FOLDER,
@@ -19,20 +19,21 @@ from qsparse_moe.cli.allocation_files import (
     write_joint_reports,
     write_sparsity_reports,
 )
+from qsparse_moe.cli.allocation_options import check_no_joint_options, given_once, joint_budgets, requested_budget
 from qsparse_moe.cli.calibrate import check_output, settings_for, write_plan
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
-from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_shard, check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_folder, check_shard
 from qsparse_moe.cli.sensitivity import rich_table
 from qsparse_moe.config.file_sources import sources_overrides
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import ModelFolder, find_model
 from qsparse_moe.runs.folder import load_run_config
 
 if TYPE_CHECKING:
-    from qsparse_moe.ablation.allocation.budget import Quantity
     from qsparse_moe.ablation.allocation.joint_run import JointAllocation
 
 
+# Lists, so that a budget that is given twice can be refused; the help shows one number.
+_NUMBER = "<float>"
 PLANS = "plans"
 """The folder of all plans, in that of the reports."""
 
@@ -46,10 +47,13 @@ def allocate(
     run: Annotated[Path, typer.Argument(help=MODEL_HELP, show_default=False)],
     output: Annotated[Path, typer.Option(help="JSON file to write the plan to.", show_default=False)],
     budget: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Budget of both sparsities, S and experts per token: bytes=0.5@batch=1, flops=0.6, parameters=0.4, or "
-            "ms=0.5. A value up to 1 is a share of the dense model's cost. The options below allocate S alone."
+            help="Budget of both sparsities, S and experts per token: bytes=0.5@batch=1, flops=0.6, parameters=0.4, "
+            "ms=0.5, or ms=0.2ms. A value up to 1 without ms behind it is a share of the dense model's cost. The "
+            "options below allocate S alone.",
+            metavar="<budget>",
+            show_default=False,
         ),
     ] = None,
     front: Annotated[
@@ -57,12 +61,22 @@ def allocate(
         typer.Option(help="With --budget: also compare at the shares LOW:HIGH:STEP of its quantity, as 0.3:0.9:0.1."),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Budget: mean S, with each matrix weighted by how many tokens use it.")
+        list[float] | None,
+        typer.Option(help="Budget: mean S, with each matrix weighted by how many tokens use it.", metavar=_NUMBER),
     ] = None,
-    parameters: Annotated[float | None, typer.Option(help="Budget: needed parameters per token.")] = None,
-    flops: Annotated[float | None, typer.Option(help="Budget: FLOPs per token in the forward pass.")] = None,
-    bytes_: Annotated[float | None, typer.Option("--bytes", help="Budget: bytes of weights read per step.")] = None,
-    batch: Annotated[int, typer.Option(help="Number of tokens per step, for --bytes.", min=1)] = 1,
+    parameters: Annotated[
+        list[float] | None, typer.Option(help="Budget: needed parameters per token.", metavar=_NUMBER)
+    ] = None,
+    flops: Annotated[
+        list[float] | None, typer.Option(help="Budget: FLOPs per token in the forward pass.", metavar=_NUMBER)
+    ] = None,
+    bytes_: Annotated[
+        list[float] | None,
+        typer.Option("--bytes", help="Budget: bytes of weights read per step.", metavar=_NUMBER),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Number of tokens per step, for --bytes; default: 1.", min=1)
+    ] = None,
     rows: Annotated[
         int | None,
         typer.Option(
@@ -79,8 +93,13 @@ def allocate(
     rounds: Annotated[int, typer.Option(help="Number of passes that improve the plan.", min=1)] = ROUNDS,
     random: Annotated[int, typer.Option(help="Number of random plans to compare with.", min=0)] = NUM_RANDOM,
     greedy: Annotated[
-        bool, typer.Option(help="With --budget: compare with a greedy plan, which takes longest.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--greedy/--no-greedy",
+            help="With --budget: compare with a greedy plan, which takes longest; default: --greedy.",
+            show_default=False,
+        ),
+    ] = None,
     train: Annotated[
         int,
         typer.Option(
@@ -118,24 +137,29 @@ def allocate(
     run_dir = found_model.path
     check_shard(shard, "allocate")
     given = {"--sparsity": sparsity, "--parameters": parameters, "--flops": flops, "--bytes": bytes_}
-    if budget is not None:
-        budgets = joint_budgets(budget, front, others=[name for name, value in given.items() if value is not None])
+    limits = {option: given_once(option, values) for option, values in given.items()}
+    joint = given_once("--budget", budget)
+    if joint is not None:
+        others = [option for option, value in limits.items() if value is not None]
+        budgets = joint_budgets(joint, front, others=others, batch=batch)
         check_decoding(budgets[0], decode=decode)
         check_no_report(report)
+        reports = folder or run_dir / FOLDER
         if is_rank_zero():  # as below
             check_output(output, force=force)
+            check_folder("--folder", reports)
         sources = sources_overrides(data or (), load_run_config(found_model.config_folder).data)
         summary = _jointly(
             found_model,
             budgets,
             output,
-            folder or run_dir / FOLDER,
+            reports,
             options={
                 "num_sequences": rows,
                 "num_held_out": held_out,
                 "rounds": rounds,
                 "num_random": random,
-                "greedy": greedy,
+                "greedy": greedy is not False,
                 "train_steps": train,
                 "decode": decode,
             },
@@ -147,8 +171,23 @@ def allocate(
         if is_rank_zero():
             print_json(summary) if json else _print_joint(summary)
         return
-    check_no_joint_options({"--front": front, "--held-out": held_out, "--folder": folder, "--decode": decode or None})
-    quantity, target = requested_budget(sparsity=sparsity, parameters=parameters, flops=flops, bytes_=bytes_)
+    check_no_joint_options(
+        {
+            "--front": front,
+            "--held-out": held_out,
+            "--folder": folder,
+            "--decode": decode,
+            "--greedy": greedy is True,
+            "--no-greedy": greedy is False,
+        }
+    )
+    quantity, target = requested_budget(
+        sparsity=limits["--sparsity"],
+        parameters=limits["--parameters"],
+        flops=limits["--flops"],
+        bytes_=limits["--bytes"],
+        batch=batch,
+    )
     check_report(report)
     # Before the plans are made, which takes minutes.
     if is_rank_zero():  # on one rank only: another might check after this one has written the file
@@ -160,7 +199,7 @@ def allocate(
         run_dir,
         quantity,
         target,
-        batch=batch,
+        batch=batch or 1,
         num_sequences=rows,
         rounds=rounds,
         num_random=random,
@@ -182,29 +221,6 @@ def allocate(
         _print_summary(summary)
 
 
-def joint_budgets(budget: str, front: str | None, *, others: Sequence[str]) -> list[Budget]:
-    """Return the budget of the plan, and behind it those of the front.
-
-    Raises:
-        ConfigError: a budget is malformed, or ``others`` names a second one.
-    """
-    if others:
-        raise ConfigError(
-            f"--budget ({budget}) and {' and '.join(others)}: give one budget; --budget allocates both sparsities, the "
-            "other options S alone"
-        )
-    first = parse_budget(budget)
-    shares = [] if front is None else [share for share in parse_front(front) if share != first.value]
-    return [first, *(Budget(first.quantity, share, first.batch) for share in shares)]
-
-
-def check_no_joint_options(given: Mapping[str, object]) -> None:
-    """Raise ConfigError if an option is given that only --budget has."""
-    wrong = [name for name, value in given.items() if value is not None]
-    if wrong:
-        raise ConfigError(f"{' and '.join(wrong)}: only with --budget, such as --budget bytes=0.5@batch=1")
-
-
 def _jointly(
     found_model: ModelFolder,
     budgets: list[Budget],
@@ -222,14 +238,13 @@ def _jointly(
     from qsparse_moe.ablation.allocation.joint_report import as_dict, write_plans
     from qsparse_moe.ablation.allocation.joint_run import JointOptions, allocate_budgets
 
-    if is_rank_zero():
-        (folder / PLANS).mkdir(parents=True, exist_ok=True)
     settings = list(settings_for(load_run_config(found_model.config_folder), output, selection="topk"))
 
     def write(found: JointAllocation) -> dict[str, Any]:
         """Write everything that is known so far, because a front takes hours."""
         if len(found.results) == 1:
             write_plan(found.results[0].plans[JOINT], output, force=force)
+        (folder / PLANS).mkdir(parents=True, exist_ok=True)
         write_plans(found.results[-1], folder / PLANS)
         summary = as_dict(found, run_dir=found_model.path, output=output) | {"settings": settings}
         write_joint_reports(found, summary, folder)
@@ -265,34 +280,6 @@ def _print_joint(summary: dict[str, Any]) -> None:
             console.print(rich_table(f"After {summary['train_steps']} steps of training", HEAD, rows))
     console.print(f"plan              {summary['output']}", soft_wrap=True)
     console.print(f"to use it         {shlex.join(summary['settings'])}", soft_wrap=True)
-
-
-def requested_budget(
-    *, sparsity: float | None, parameters: float | None, flops: float | None, bytes_: float | None
-) -> tuple[Quantity, float]:
-    """Return the quantity that the budget limits, and the limit.
-
-    Raises:
-        ConfigError: not exactly one is given, S is outside [0, 1), or another value is negative.
-    """
-    given: dict[Quantity, float | None] = {
-        "sparsity": sparsity,
-        "parameters": parameters,
-        "flops": flops,
-        "bytes": bytes_,
-    }
-    budgets = [(quantity, value) for quantity, value in given.items() if value is not None]
-    if len(budgets) != 1:
-        options = " and ".join(f"--{quantity}" for quantity, _ in budgets) or "no budget"
-        raise ConfigError(f"{options}: give exactly one of --sparsity, --parameters, --flops, --bytes")
-    quantity, target = budgets[0]
-    # S has a check of its own, because it also has an upper limit: at S = 1 no feature would be left.
-    check_sparsity("--sparsity", sparsity)
-    if target < 0.0:
-        raise ConfigError(
-            f"--{quantity} ({target}) must be at least 0; qsparse-moe describe prints the value of the run"
-        )
-    return quantity, target
 
 
 def _print_summary(summary: dict[str, Any]) -> None:

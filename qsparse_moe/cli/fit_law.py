@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,6 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.option_values import check_folder
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def fit_law(
     """Fit laws of the loss in model size, experts, sparsity, and tokens to the results of runs."""
     # Before the fits, which take minutes.
     if output is not None:
-        check_folder(output, force=force)
+        check_no_law(output, force=force)
     from qsparse_moe.ablation.law.read import read_runs
     from qsparse_moe.ablation.law.study import Choices, as_dict, study
 
@@ -89,16 +89,11 @@ def fit_law(
     print_json(summary) if json else print_summary(summary, output)
 
 
-def check_folder(output: Path, *, force: bool) -> None:
+def check_no_law(output: Path, *, force: bool) -> None:
     """Raise ConfigError unless a law can be written to the folder ``output``; nothing is created."""
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output ({output}) is a file; name a folder")
+    check_folder("--output", output)
     if (output / _FILE).exists() and not force:
         raise ConfigError(f"--output ({output}) contains a {_FILE}; name another folder, or add --force")
-    # The folder is created with the first file, so the nearest one that exists decides whether that will work.
-    above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not os.access(above, os.W_OK):
-        raise ConfigError(f"--output ({output}) is in a folder without write permission; name another folder")
 
 
 def write_law(done: Study, summary: dict[str, Any], output: Path) -> list[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -46,6 +48,17 @@ def check_shard(shard: bool | None, verb: str) -> None:
             "--shard divides the weights over the ranks of a launcher, and this process is the only one; start several "
             f"with deepspeed --num_gpus N --module qsparse_moe {verb} ..., or leave out --shard"
         )
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Raise ConfigError unless files can be written to ``folder``, which may not exist yet; nothing is created."""
+    # The folder is created with the first file, so the nearest one that exists decides whether that will work.
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not above.is_dir():
+        where = "is a file" if above == folder else f"is below {above}, which is a file"
+        raise ConfigError(f"{option} ({folder}) {where}; name a folder")
+    if not os.access(above, os.W_OK):
+        raise ConfigError(f"{option} ({folder}) is in a folder without write permission; name another folder")
 
 
 def listed_names(option: str, text: str, known: Collection[str]) -> list[Any]:

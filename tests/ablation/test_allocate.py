@@ -33,7 +33,6 @@ from qsparse_moe.accounting.densities import Densities
 from qsparse_moe.accounting.flops import forward_flops
 from qsparse_moe.accounting.parameters import count_parameters
 from qsparse_moe.accounting.traffic import total_traffic, weight_traffic
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.moe.router import Routing
 from qsparse_moe.nn.hooks import SiteHook
 from qsparse_moe.sparsity.plan import SparsityPlan
@@ -119,35 +118,6 @@ def test_plans_stay_within_the_budget_and_use_it_up(quantity, load):
         assert spent >= 0.9 * allowed  # K is a whole number of 16 features
     loose = costs.of(dense)
     assert set(sum(allocate(plan, curves, costs, loose).values.values(), ())) == {0.0}
-
-
-@pytest.mark.parametrize(
-    ("quantity", "target", "message"),
-    [
-        (
-            "sparsity",
-            0.99,
-            r"a budget of mean S 0\.9900 cannot be met: with S at most 0\.95 everywhere, "
-            r"the nearest is mean S 0\.9375; ask for that or less",
-        ),
-        (
-            "parameters",
-            10,
-            r"a budget of 10 active parameters cannot be met: .* nearest is [\d,]+ active parameters; ask for that "
-            "or more",
-        ),
-        ("flops", 10, r"a budget of 10 FLOPs per token cannot be met"),
-        ("bytes", 10, r"a budget of 10 bytes per step of 3 cannot be met"),
-    ],
-)
-def test_a_budget_that_cannot_be_met_names_the_nearest_that_can(quantity, target, message):
-    costs, plan = costs_of(quantity), SparsityPlan.uniform(config(), 0.5)
-    with pytest.raises(ConfigError, match=message):
-        uniform_at(plan, costs, target)
-    nearest = costs.of(SparsityPlan.uniform(config(), 0.95))
-    assert costs.of(uniform_at(plan, costs, nearest)) == pytest.approx(nearest)
-    with pytest.raises(ConfigError, match="cannot be met"):
-        allocate(plan, {cell: [(0.0, 0.0), (0.95, 1.0)] for cell in cells_of(plan)}, costs, target)
 
 
 def test_the_measured_load_is_the_fraction_of_tokens_per_expert_and_plans_meet_the_budget_under_it():

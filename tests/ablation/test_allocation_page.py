@@ -9,6 +9,7 @@ import shlex
 import numpy as np
 import pytest
 
+from qsparse_moe.ablation.allocation.budget import parse_budget
 from qsparse_moe.ablation.allocation.commands import next_commands
 from qsparse_moe.ablation.allocation.front_figures import methods
 from qsparse_moe.ablation.allocation.page import (
@@ -253,9 +254,10 @@ def test_a_stored_allocation_without_the_newer_parts_has_a_page():
 
 
 def test_the_next_commands_have_the_real_paths_and_a_smaller_budget():
-    def arguments(run, output, *budgets):
+    def arguments(run, output, *budgets, dense=4000.0):
         content = {"run_dir": run, "output": output, "settings": ["model.sparsity.plan=p"]}
-        found = next_commands(content | {"budgets": [{"budget": text} for text in budgets]})
+        shares = [{"budget": text, "share": parse_budget(text).target(dense) / dense} for text in budgets]
+        found = next_commands(content | {"budgets": shares})
         return [shlex.split(command.line) for command in found]
 
     train, evaluate, compare, generate, smaller, front = arguments("runs/a b", "p.json", "bytes=0.5@batch=4")
@@ -274,6 +276,10 @@ def test_the_next_commands_have_the_real_paths_and_a_smaller_budget():
     assert train[2:4] == ["runs/a/config.yaml", "training.name=a-p"] and train[4].endswith("checkpoints/step-7")
     assert smaller[4] == "flops=0.05" and smaller[-1] == "runs/a/allocation-flops-0.05"
     assert arguments("r", "p.json", "bytes=2000@batch=1")[-1][4] == "bytes=1800@batch=1"
+    # Of a cost and a front of shares, the smallest is the one with the smallest share.
+    assert arguments("r", "p.json", "bytes=2000@batch=1", "bytes=0.7@batch=1")[-1][4] == "bytes=1800@batch=1"
+    timed = arguments("r", "p.json", "ms=1.1ms@batch=1", dense=2.0)[-1]
+    assert timed[4:6] == ["ms=0.99ms@batch=1", "--output"] and timed[-1] == "r/allocation-ms-0.99ms"
 
 
 def test_an_allocation_of_s_alone_has_its_numbers_and_its_plan():

@@ -16,7 +16,6 @@ from qsparse_moe.ablation.allocation.allocate import (
     _Step,
     _steps,
     allocate,
-    check_budget,
     lower_hull,
     shifted,
     uniform_at,
@@ -26,7 +25,6 @@ from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.report import as_dict, comparison_rows, markdown
 from qsparse_moe.ablation.allocation.run import Allocation
 from qsparse_moe.ablation.cells import Cell, cells_of
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config
 
@@ -96,28 +94,6 @@ def test_cells_take_their_steps_in_the_order_of_the_price_and_the_others_keep_th
     assert found(0.5) == (pytest.approx(11.5 / 16), 0.75)
     result = allocate(plan, curves, costs, costs.fixed + others + whole)
     assert result.values[0, "expert_hidden"] == (0.25,) * 4
-
-
-@pytest.mark.parametrize(
-    ("quantity", "target", "begin", "unit", "way"),
-    [
-        ("sparsity", 0.99, "mean S 0.9900", "", "less"),
-        ("parameters", 100.4, "100 active parameters", " active parameters", "more"),
-        ("flops", 1234.6, "1,235 FLOPs per token", " FLOPs per token", "more"),
-        ("bytes", 1234, "1,234 bytes per step of 3", " bytes per step of 3", "more"),
-    ],
-)
-def test_a_budget_out_of_reach_is_refused_with_the_nearest_one_in_its_unit(quantity, target, begin, unit, way):
-    costs, least = costs_of(quantity), SparsityPlan.uniform(config(), 0.95)
-    nearest = costs.of(least)
-    shown = f"mean S {nearest:.4f}" if quantity == "sparsity" else f"{nearest:,.0f}{unit}"
-    with pytest.raises(ConfigError) as caught:
-        check_budget(costs, least, target)
-    assert str(caught.value) == (
-        f"a budget of {begin} cannot be met: with S at most 0.95 everywhere, the nearest is {shown}; "
-        f"ask for that or {way}"
-    )
-    check_budget(costs, least, nearest)
 
 
 def test_a_shifted_plan_keeps_its_differences_where_no_cell_is_at_an_end_and_uniform_s_has_none():

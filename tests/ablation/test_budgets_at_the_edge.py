@@ -32,7 +32,7 @@ def test_a_shifted_plan_reaches_the_sparsest_one_whatever_its_offsets():
     dense = shifted(plan, offsets, costs, 0.0)
     # The least shift that meets a budget of 0: no S is negative, and the plan is dense up to the rounding of K.
     assert all(0.0 <= sparsity_of(dense, cell) < 0.025 for cell in cells_of(dense))
-    with pytest.raises(ConfigError, match=rf"with S at most 0\.95 everywhere, the nearest is mean S {sparsest:.4f}"):
+    with pytest.raises(ConfigError, match=rf"an S of 0\.95 at every site is a mean S of {sparsest:.4f}; ask for --sp"):
         shifted(plan, offsets, costs, sparsest + 0.01)
 
 

@@ -15,17 +15,15 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     JOINT,
     S_ALONE,
     UNIFORM_BOTH,
-    check_reachable,
-    everywhere,
     plans_of_budget,
 )
 from qsparse_moe.ablation.allocation.jointly import Texts, allocate_routing, terms_around
 from qsparse_moe.ablation.allocation.problem import Point, Problem
+from qsparse_moe.ablation.allocation.reach import everywhere
 from qsparse_moe.ablation.cells import Cell, cells_of
 from qsparse_moe.ablation.routing import Choice, choices_of, routing_choices, with_choices
 from qsparse_moe.ablation.sensitivity.documents import mean_loss
 from qsparse_moe.ablation.sensitivity.joint import LayerTerms, PlanTerms
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.ablation.small_models import config, model_of, rows_of
 
@@ -186,16 +184,6 @@ def test_a_alone_is_found_by_the_evaluated_change_of_every_layer_where_the_passe
     found = allocate_routing(model, Texts(rows, rows), costs, target, [plans[worst]], [dense], by_layer)
     assert evaluated(model, rows, {A_ALONE: found}, costs)[A_ALONE][1] <= OVER * target
     assert mean_loss(model, rows, found) <= losses[best] < losses[worst] - 0.002
-
-
-def test_a_budget_below_what_every_plan_needs_names_the_nearest(measured):
-    model, _, costs, choices = measured
-    dense = model.sparsity_plan
-    sparsest = replace(dense, values={place: (0.95,) * len(own) for place, own in dense.values.items()})
-    nearest = costs.of(everywhere(sparsest, model.config, Choice(0)))
-    with pytest.raises(ConfigError, match=rf"cannot be met: .* the nearest is {nearest:,.0f} bytes per step of 2; ask"):
-        check_reachable(costs, dense, 0.99 * nearest, choices)
-    check_reachable(costs, dense, nearest, choices)
 
 
 def test_below_the_reach_of_all_experts_a_rival_is_left_out_with_the_reason(measured):

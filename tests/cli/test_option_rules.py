@@ -15,7 +15,7 @@ from qsparse_moe.cli.evaluation_options import (
     plan_label,
     report_progress,
 )
-from qsparse_moe.cli.option_values import check_shard, check_sparsity, listed_names
+from qsparse_moe.cli.option_values import check_folder, check_shard, check_sparsity, listed_names
 from qsparse_moe.sparsity.plan import SparsityPlan
 from tests.cli.test_printed_tables import refusal, run_config
 
@@ -181,13 +181,25 @@ def test_a_requested_s_is_that_of_every_site_and_0_is_one(monkeypatch):
 
 
 def test_a_law_that_exists_is_replaced_only_by_force_and_folders_are_made_only_where_one_may_write(tmp_path):
-    fit_law.check_folder(tmp_path / "new" / "er", force=False)
+    fit_law.check_no_law(tmp_path / "new" / "er", force=False)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "law.json").write_text("{}")
-    assert refusal(fit_law.check_folder, tmp_path, force=False) == (
+    assert refusal(fit_law.check_no_law, tmp_path, force=False) == (
         f"--output ({tmp_path}) contains a law.json; name another folder, or add --force"
     )
-    fit_law.check_folder(tmp_path, force=True)
+    fit_law.check_no_law(tmp_path, force=True)
+
+
+def test_a_folder_for_results_is_checked_before_it_is_made(tmp_path):
+    check_folder("--folder", tmp_path / "new" / "er")
+    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "file"
+    file.touch()
+    assert refusal(check_folder, "--folder", file) == f"--folder ({file}) is a file; name a folder"
+    below = file / "new" / "er"
+    assert refusal(check_folder, "--folder", below) == (
+        f"--folder ({below}) is below {file}, which is a file; name a folder"
+    )
 
 
 @pytest.mark.parametrize(

@@ -14,17 +14,15 @@ from typing import NamedTuple
 
 from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.defaults import ROUNDS
+from qsparse_moe.ablation.allocation.reach import MOST_SPARSE, check_budget
 from qsparse_moe.ablation.cells import Cell, cells_of, with_cells
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.ablation.sensitivity.estimate import estimate
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 
 Curve = Sequence[tuple[float, float]]
 """The curve of one cell: pairs of S, ascending, and the change of the loss."""
-MOST_SPARSE = 0.95
-"""The largest S that a plan may have."""
 # Without rounding, 3 * 0.05 would be 0.15000000000000002.
 FINE_VALUES = tuple(round(0.05 * step, 2) for step in range(20))
 _HALVINGS = 40  # bisection to 1e-12 of the interval, far below the S that one feature makes
@@ -69,7 +67,7 @@ def allocate(plan: SparsityPlan, curves: Mapping[Cell, Curve], costs: Costs, tar
         target: the budget in the unit of ``costs``.
 
     Raises:
-        ConfigError: no plan on the curves meets the budget; the message names the nearest budget that can be met.
+        OutOfReach: no plan on the curves meets the budget; the message names the least one that can be met.
     """
     start = with_cells(plan, {cell: curve[0][0] for cell, curve in curves.items()})
     least = with_cells(plan, {cell: curve[-1][0] for cell, curve in curves.items()})
@@ -90,26 +88,6 @@ def allocate(plan: SparsityPlan, curves: Mapping[Cell, Curve], costs: Costs, tar
             break
         changed[step.cell], total = step.after, total - saved
     return with_cells(start, changed)
-
-
-def check_budget(costs: Costs, least: SparsityPlan, target: float) -> None:
-    """Raise ConfigError if even ``least``, the sparsest plan, exceeds the budget."""
-    # The tolerance lets a budget through that was computed from the sparsest plan itself.
-    if _total(costs, least) > costs.total_at(target) * (1 + 1e-9):
-        direction = "less" if costs.quantity == "sparsity" else "more"
-        raise ConfigError(
-            f"a budget of {_with_unit(costs, target)} cannot be met: with S at most {MOST_SPARSE:g} everywhere, "
-            f"the nearest is {_with_unit(costs, costs.of(least))}; ask for that or {direction}"
-        )
-
-
-def _with_unit(costs: Costs, value: float) -> str:
-    if costs.quantity == "sparsity":
-        return f"mean S {value:.4f}"
-    if costs.quantity == "ms":
-        return f"{value:.4g} ms per step"
-    unit = {"parameters": "active parameters", "flops": "FLOPs per token", "bytes": f"bytes per step of {costs.batch}"}
-    return f"{value:,.0f} {unit[costs.quantity]}"
 
 
 def _total(costs: Costs, plan: SparsityPlan) -> float:
@@ -146,7 +124,7 @@ def uniform_at(plan: SparsityPlan, costs: Costs, target: float) -> SparsityPlan:
     """Return the plan with the same S everywhere, the least that meets the budget.
 
     Raises:
-        ConfigError: no such plan meets the budget.
+        OutOfReach: no such plan meets the budget.
     """
     return shifted(plan, dict.fromkeys(cells_of(plan), 0.0), costs, target)
 
@@ -155,7 +133,7 @@ def shifted(plan: SparsityPlan, offsets: Mapping[Cell, float], costs: Costs, tar
     """Return the plan with S = offset + t in every cell, clipped to [0, 0.95], with the least t that meets the budget.
 
     Raises:
-        ConfigError: no such plan meets the budget.
+        OutOfReach: no such plan meets the budget.
     """
 
     def at(level: float) -> SparsityPlan:

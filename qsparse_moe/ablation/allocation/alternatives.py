@@ -19,11 +19,11 @@ from torch import Tensor
 from qsparse_moe.ablation.allocation.allocate import uniform_at
 from qsparse_moe.ablation.allocation.compare import DENSE, UNIFORM, PlanComparison, comparisons
 from qsparse_moe.ablation.allocation.cost import Costs, measured_load
+from qsparse_moe.ablation.allocation.reach import MOST_SPARSE, OutOfReach
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, loss_by_document
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import dense_hidden_size, moe_layers, shared_hidden_size
 from qsparse_moe.data.packing import Array
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.block import Block
 from qsparse_moe.model.sharded import gathered
 from qsparse_moe.model.transformer import Transformer
@@ -91,8 +91,8 @@ def _fewer_experts(
     own = replace(costs, config=config, quantity=budget[0], load=load)
     try:
         plan = uniform_at(fewer, own, budget[1])
-    except ConfigError as error:
-        logger.info("%d experts per token: %s", num_experts, error)
+    except OutOfReach:
+        logger.info("%d experts per token: the model exceeds the budget at S = %g everywhere", num_experts, MOST_SPARSE)
         return {}
     model.set_sparsity(plan)
     name = f"{num_experts} of {model.config.moe.experts_per_token} experts per token, S = {plan.mean:.2f}"

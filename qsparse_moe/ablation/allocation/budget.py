@@ -11,7 +11,7 @@ from qsparse_moe.training.distributed.launcher_environment import launcher_world
 Quantity = Literal["sparsity", "parameters", "flops", "bytes", "ms"]
 _LIMITED = tuple(name for name in get_args(Quantity) if name != "sparsity")
 _BY_BATCH = ("bytes", "ms")
-_EXAMPLE = "bytes=0.5@batch=1, flops=0.6, parameters=0.4, or ms=0.5@batch=1"
+_EXAMPLE = "bytes=0.5@batch=1, flops=0.6, parameters=0.4, ms=0.5, or ms=0.2ms"
 _MOST_POINTS = 50
 
 
@@ -23,16 +23,39 @@ class Budget:
     value: float
     """Up to 1 a share of the cost of the dense model with all its experts per token, above 1 the cost itself."""
     batch: int = 1
+    is_cost: bool = False
+    """Whether a value up to 1 is the cost itself as well, as in ``ms=0.2ms``."""
+
+    @classmethod
+    def of_cost(cls, quantity: Quantity, cost: float, batch: int = 1) -> Budget:
+        """Return the budget of a cost in the unit of the quantity."""
+        return cls(quantity, cost, batch, is_cost=cost <= 1.0)
+
+    @property
+    def is_share(self) -> bool:
+        """Return whether the value is a share of the cost of the dense model."""
+        return self.value <= 1.0 and not self.is_cost
 
     def target(self, dense: float) -> float:
         """Return the limit in the unit of the quantity; ``dense`` is the cost of the dense model."""
-        return self.value * dense if self.value <= 1.0 else self.value
+        return self.value * dense if self.is_share else self.value
+
+    @property
+    def amount(self) -> str:
+        """Return the value as ``parse_budget`` reads it, such as ``0.5``, ``205824``, or ``0.2ms``."""
+        # All digits of a count: rounded down, the least possible budget would be refused.
+        return f"{self.value:.15g}" + ("ms" if self.quantity == "ms" and not self.is_share else "")
 
     @property
     def text(self) -> str:
         """Return the budget as ``parse_budget`` reads it."""
         batch = f"@batch={self.batch}" if self.quantity in _BY_BATCH else ""
-        return f"{self.quantity}={self.value:.10g}{batch}"
+        return f"{self.quantity}={self.amount}{batch}"
+
+    @property
+    def name(self) -> str:
+        """Return the budget for the names of files and figures, such as ``bytes-0.5``."""
+        return f"{self.quantity}-{self.amount}"
 
 
 def parse_budget(text: str) -> Budget:
@@ -48,13 +71,15 @@ def parse_budget(text: str) -> Budget:
             f"--budget ({text}) must be one of {', '.join(_LIMITED)} with a value, such as {_EXAMPLE}; a value up to 1 "
             "is a share of the dense model's cost"
         )
-    value = _positive(number)
+    has_unit = name == "ms" and number.endswith("ms")
+    value = _positive(number.removesuffix("ms") if has_unit else number)
     if value is None:
         raise ConfigError(
-            f"--budget ({text}): the value {number!r} must be a number above 0; up to 1 it is a share of the dense "
-            "model's cost, above 1 the cost itself"
+            f"--budget ({text}): the value {number!r} must be a number above 0 without separators of thousands; up to "
+            "1 it is a share of the dense model's cost, above 1 the cost itself, and ms=0.2ms is a time of 0.2 ms"
         )
-    return Budget(cast(Quantity, name), value, _batch(text, name, suffix))
+    make = Budget.of_cost if has_unit else Budget
+    return make(cast(Quantity, name), value, _batch(text, name, suffix))
 
 
 def _batch(text: str, name: str, suffix: str) -> int:

@@ -53,7 +53,7 @@ def against_dense(budget: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def _plans(budgets: Sequence[Mapping[str, Any]]) -> Drawing:
     plans = [joint_plan(budget) for budget in budgets]
-    labels = [f"{parse_budget(budget['budget']).value:g}" for budget in budgets]
+    labels = [parse_budget(budget["budget"]).amount for budget in budgets]
     layers = sorted({layer for plan in plans for layer, _ in plan.values})
     rows, panels = [str(layer) for layer in layers], _means(plans, layers)
     routed = any(plan.experts_per_token for plan in plans)

@@ -38,13 +38,13 @@ def next_commands(content: Mapping[str, Any]) -> list[Command]:
 
 def _budgets(content: Mapping[str, Any], model: Path, plan: Path) -> list[Command]:
     """Return an allocation at the next smaller budget, and the front if there is none yet."""
-    budgets = [parse_budget(one["budget"]) for one in content["budgets"]]
-    least = min(budgets, key=lambda budget: budget.value)
-    smaller = Budget(least.quantity, _smaller(least.value), least.batch)
-    name = f"{smaller.quantity}-{smaller.value:.10g}"
-    found = [Command("The next smaller budget", _allocate(model, plan, name, smaller))]
+    # By the share: of a front, the first budget may be a cost and the others are shares.
+    least = parse_budget(min(content["budgets"], key=lambda budget: budget["share"])["budget"])
+    make = Budget if least.is_share else Budget.of_cost
+    smaller = make(least.quantity, _smaller(least), least.batch)
+    found = [Command("The next smaller budget", _allocate(model, plan, smaller.name, smaller))]
     # A front is made of shares of the dense model's cost.
-    if len(budgets) == 1 and least.value <= 1.0:
+    if len(content["budgets"]) == 1 and least.is_share:
         front = [*_allocate(model, plan, "front", least), "--front", _FRONT, "--decode"]
         found.append(Command("The front of budgets, with the measured time of decoding", front))
     return found
@@ -57,8 +57,9 @@ def _allocate(model: Path, plan: Path, name: str, budget: Budget) -> list[str]:
     return [PROGRAM, "allocate", str(model), *given]
 
 
-def _smaller(value: float) -> float:
-    """Return the next smaller budget: a tenth of the dense model less, or half if that would be nothing."""
-    if value > 1.0:
+def _smaller(budget: Budget) -> float:
+    """Return the next smaller value: a tenth of the dense model less, or half if that would be nothing."""
+    value = budget.value
+    if not budget.is_share:
         return float(f"{0.9 * value:.6g}")
     return round(value - _STEP, 10) if value > 1.5 * _STEP else value / 2

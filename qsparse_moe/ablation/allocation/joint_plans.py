@@ -8,17 +8,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, check_budget, shifted, uniform_at
+from qsparse_moe.ablation.allocation.allocate import shifted, uniform_at
+from qsparse_moe.ablation.allocation.budget import Budget
 from qsparse_moe.ablation.allocation.compare import GREEDY, UNIFORM
 from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.ablation.allocation.jointly import Texts, allocate_jointly, allocate_routing, best_of
+from qsparse_moe.ablation.allocation.reach import MOST_SPARSE, OutOfReach, check_reachable, everywhere
 from qsparse_moe.ablation.allocation.rivals import RANDOM_SPREAD, greedy_plan
 from qsparse_moe.ablation.cells import cells_of
 from qsparse_moe.ablation.routing import Choice, with_all_ranks, with_choices
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.config.shapes import moe_layers
-from qsparse_moe.errors import ConfigError
 from qsparse_moe.model.transformer import Transformer
 from qsparse_moe.sparsity.plan import SparsityPlan
 
@@ -39,11 +40,6 @@ class BudgetPlans:
     """The reason why a plan does not exist at this budget."""
 
 
-def everywhere(plan: SparsityPlan, config: ModelConfig, choice: Choice) -> SparsityPlan:
-    """Return ``plan`` with one choice in all MoE layers."""
-    return with_choices(plan, dict.fromkeys(moe_layers(config), choice))
-
-
 def plans_of_budget(
     model: Transformer,
     texts: Texts,
@@ -61,10 +57,10 @@ def plans_of_budget(
     before its last move. Under its own load, a plan has exceeded the budget by up to 1 %.
 
     Raises:
-        ConfigError: no plan meets the budget; the nearest that can be met is named.
+        OutOfReach: no plan meets the budget; the least that can be met is named.
     """
     config, dense = model.config, with_all_ranks(SparsityPlan.uniform(model.config, 0.0))
-    check_reachable(costs, dense, target, choices)
+    check_reachable(costs, dense, Budget.of_cost(costs.quantity, target, costs.batch), choices)
     uniform = _uniform_plans(config, dense, costs, target, choices)
     left_out: dict[str, str] = {}
     plans: dict[str, SparsityPlan] = {}
@@ -105,13 +101,6 @@ def plans_of_budget(
     return BudgetPlans(plans, left_out)
 
 
-def check_reachable(costs: Costs, dense: SparsityPlan, target: float, choices: Sequence[Choice]) -> None:
-    """Raise ConfigError if the cheapest choice exceeds the budget, at S = 0 as well as at the largest S."""
-    sparsest = replace(dense, values={place: (MOST_SPARSE,) * len(own) for place, own in dense.values.items()})
-    ends = (everywhere(plan, costs.config, one) for plan in (sparsest, dense) for one in choices)
-    check_budget(costs, min(ends, key=costs.of), target)
-
-
 def _uniform_plans(
     config: ModelConfig, dense: SparsityPlan, costs: Costs, target: float, choices: Sequence[Choice]
 ) -> dict[Choice, SparsityPlan]:
@@ -120,7 +109,7 @@ def _uniform_plans(
     for choice in choices:
         try:
             found[choice] = uniform_at(everywhere(dense, config, choice), costs, target)
-        except ConfigError:
+        except OutOfReach:
             # Another choice meets it: check_reachable has found one.
             continue
     return found
@@ -139,7 +128,7 @@ def random_joint_plan(
             drawn = dict.fromkeys(drawn, cheapest)
         try:
             return shifted(with_choices(dense, drawn), dict(zip(cells, offsets, strict=True)), costs, target)
-        except ConfigError:
+        except OutOfReach:
             # These choices alone exceed a small budget; others are drawn.
             continue
     raise AssertionError("check_reachable has found a plan with the cheapest choice")

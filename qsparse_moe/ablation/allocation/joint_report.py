@@ -155,7 +155,7 @@ def write_plans(result: BudgetResult, folder: Path) -> list[Path]:
     found = []
     for name, plan in result.plans.items():
         if name in _KEPT:
-            found.append(folder / f"{result.budget.quantity}-{result.budget.value:g}-{name.replace(' ', '-')}.json")
+            found.append(folder / f"{result.budget.name}-{name.replace(' ', '-')}.json")
             plan.save(found[-1])
     return found
 

@@ -26,11 +26,10 @@ from qsparse_moe.ablation.allocation.joint_plans import (
     JOINT,
     S_ALONE,
     UNIFORM_BOTH,
-    check_reachable,
-    everywhere,
     plans_of_budget,
 )
 from qsparse_moe.ablation.allocation.jointly import Texts
+from qsparse_moe.ablation.allocation.reach import check_reachable, everywhere
 from qsparse_moe.ablation.allocation.spent import LossSpent, dense_terms, loss_spent
 from qsparse_moe.ablation.routing import Choice, routing_choices, with_all_ranks
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, training_documents, validation_documents
@@ -176,8 +175,8 @@ def _allocate(
     setting = _setting(config, model, budgets[0], options, distributed)
     dense_cost = setting.costs.of(setting.dense)
     # All of them before the first plan, which takes minutes.
-    for budget in budgets:
-        check_reachable(setting.costs, setting.dense, budget.target(dense_cost), setting.choices)
+    for number, budget in enumerate(budgets):
+        check_reachable(setting.costs, setting.dense, budget, setting.choices, is_of_front=number > 0)
     dense = evaluated(model, setting.held_out, {DENSE: setting.dense}, setting.costs)
     found = JointAllocation(
         step=step,

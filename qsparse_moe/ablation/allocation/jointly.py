@@ -16,6 +16,7 @@ from qsparse_moe.ablation.allocation.allocate import FINE_VALUES, shifted
 from qsparse_moe.ablation.allocation.cost import Costs
 from qsparse_moe.ablation.allocation.defaults import ROUNDS
 from qsparse_moe.ablation.allocation.problem import Problem
+from qsparse_moe.ablation.allocation.reach import OutOfReach
 from qsparse_moe.ablation.cells import cells_of, sparsity_of
 from qsparse_moe.ablation.routing import Choice
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, mean_loss
@@ -74,7 +75,12 @@ def allocate_jointly(
         own = replace(costs, loads=terms.load)
         problem = Problem.of(terms, own, target, radius=_RADIUS)
         there = problem.plan_of(problem.solve())
-        moved = [_moved(here, there, part, own, target) for part in _PARTS]
+        found = (_moved(here, there, part, own, target) for part in _PARTS)
+        moved = [plan for plan in found if plan is not None]
+        if not moved:
+            # Near the least budget: here the load is more even than where the budget was checked, and costs more.
+            logger.info("round %d of %d: no plan meets the budget under the load here", number + 1, rounds)
+            break
         loss, here = min(((mean_loss(model, texts.judge, plan), plan) for plan in moved), key=lambda one: one[0])
         best = min(best, (loss, here), key=lambda one: one[0])
         # A round takes minutes, and a budget several of them.
@@ -151,7 +157,13 @@ def terms_around(
         model.set_sparsity(before)
 
 
-def _moved(here: SparsityPlan, there: SparsityPlan, part: float, costs: Costs, target: float) -> SparsityPlan:
-    """Return the plan with the choices of ``there`` and S a part of the way to it, shifted to meet the budget."""
+def _moved(here: SparsityPlan, there: SparsityPlan, part: float, costs: Costs, target: float) -> SparsityPlan | None:
+    """Return the plan with the choices of ``there`` and S a part of the way to it, shifted to meet the budget.
+
+    None if no S meets it with these choices.
+    """
     offsets = {cell: (1 - part) * sparsity_of(here, cell) + part * sparsity_of(there, cell) for cell in cells_of(here)}
-    return shifted(there, offsets, costs, target)
+    try:
+        return shifted(there, offsets, costs, target)
+    except OutOfReach:
+        return None

@@ -130,8 +130,7 @@ def _ascending(content: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 
 def _ending(budget: Mapping[str, Any]) -> str:
-    found = parse_budget(budget["budget"])
-    return f"-{found.quantity}-{found.value:.10g}"
+    return f"-{parse_budget(budget['budget']).name}"
 
 
 def _named(drawings: Mapping[str, Drawing], *names: str) -> list[Drawing]:

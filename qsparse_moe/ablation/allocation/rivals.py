@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qsparse_moe.ablation.allocation.allocate import MOST_SPARSE, shifted
+from qsparse_moe.ablation.allocation.allocate import shifted
 from qsparse_moe.ablation.allocation.cost import Costs
+from qsparse_moe.ablation.allocation.reach import MOST_SPARSE
 from qsparse_moe.ablation.cells import Cell, cells_of, sparsity_of, with_cells
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences
 from qsparse_moe.config.schema import Site
@@ -32,7 +33,7 @@ def random_plan(plan: SparsityPlan, costs: Costs, target: float, seed: int) -> S
     """Return a plan whose S is drawn uniformly within 0.3 of a level that meets the budget.
 
     Raises:
-        ConfigError: no such plan meets the budget.
+        OutOfReach: no such plan meets the budget.
     """
     generator = np.random.default_rng(seed)
     cells = cells_of(plan)
@@ -86,8 +87,8 @@ def _greedy_layer(
     def cost_at(site: Site, level: float) -> float:
         return sum(costs.of_cell(cell, level) for cell in own if cell.site == site)
 
-    # The loop ends: no S of `uniform` is above MOST_SPARSE, so the levels reach its cost.
-    while sum(cost_at(site, level) for site, level in levels.items()) > budget:
+    # The loop ends: no S of `uniform` is above MOST_SPARSE, so the levels reach its cost, up to rounding.
+    while sum(cost_at(site, level) for site, level in levels.items()) > budget * (1 + 1e-9):
         prices = {}
         for site, level in levels.items():
             # 0.05 added up nineteen times is not exactly 0.95.

@@ -154,6 +154,13 @@ def test_the_figures_of_all_budgets_draw_the_numbers_of_the_json():
     np.testing.assert_allclose(evaluated.lines[0].get_xydata(), [[0, 2250], [1, 250], [2, 1250]])
 
 
+def test_parts_of_an_earlier_version_are_shown_with_the_limit_of_their_estimate():
+    content = joint_content()
+    del content["budgets"][0]["spent"]["routing_evaluated"]
+    (told,) = [one for one in read_page(html_of(allocation_page(content))).paragraphs if "at about a tenth" in one]
+    assert "is estimated here" in told and told.endswith("a new allocation evaluates it.")
+
+
 def test_budgets_without_recorded_parts_say_so_and_invent_nothing():
     content = front_of_different_plans()
     for place in (0, 2):
@@ -163,6 +170,7 @@ def test_budgets_without_recorded_parts_say_so_and_invent_nothing():
     added = found.tables["Loss that the joint plan adds, nats per token"][1:]
     assert [row[3] for row in added] == ["not recorded", "not recorded", "+0.4050"]
     assert [row[1] for row in added] == ["+2.2500", "+0.2500", "+1.2500"]
+    assert "What the experts per token of a layer change alone is evaluated." in found.paragraphs
     (told,) = [paragraph for paragraph in found.paragraphs if "not recorded" in paragraph]
     assert "cannot be computed from what this report stores" in told
     assert re.findall(r"<summary>(Loss spent at .*?)</summary>", text) == ["Loss spent at bytes=0.75@batch=2"]

@@ -97,6 +97,7 @@ def test_the_json_has_everything_under_its_public_key(tmp_path):
         *("joint_less_after_training", "left_out", "plans", "spent"),
     }
     spent = first["spent"]
+    assert spent["routing_evaluated"] is True
     assert (spent["evaluated"], spent["routing"][1]) == (0.25, {"layer": 1, "change": -0.0625})
     assert spent["cells"][3] == {"layer": 0, "site": "expert_input", "expert": 1, "change": 0.0005}
     assert spent["estimated"] == pytest.approx(sum(one["change"] for one in spent["cells"] + spent["routing"]))

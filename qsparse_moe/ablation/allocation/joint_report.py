@@ -71,6 +71,7 @@ def _spent(found: LossSpent) -> dict[str, Any]:
     return {
         "estimated": found.parts.total,
         "evaluated": found.evaluated,
+        "routing_evaluated": True,
         "cells": [{**cell._asdict(), "change": change} for cell, change in found.parts.cells.items()],
         "routing": [{"layer": layer, "change": change} for layer, change in found.parts.routing.items()],
     }

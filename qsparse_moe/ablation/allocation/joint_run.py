@@ -284,7 +284,7 @@ def _at_budget(
         predicted={name: found[name][1] for name in timed} if budget.quantity == "ms" else {},
         after_training=(),
         differences_after_training=(),
-        spent=loss_spent(setting.terms, setting.model.config, made.plans[JOINT], added),
+        spent=loss_spent(setting.terms, setting.model, setting.held_out, made.plans[JOINT], added),
     )
 
 

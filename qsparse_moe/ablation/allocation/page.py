@@ -27,6 +27,11 @@ _SPENT = (
     "The estimate of a whole plan is divided among its cells and choices of ranks; an interaction of two changes is "
     "divided equally between them, so that the parts add up to the estimate. A negative part lowers the loss."
 )
+_ROUTING_EVALUATED = "What the experts per token of a layer change alone is evaluated."
+_ROUTING_ESTIMATED = (
+    "What the experts per token of a layer change alone is estimated here, which puts a large change, such as that of "
+    "a layer without experts, at about a tenth; a new allocation evaluates it."
+)
 _NOT_RECORDED = (
     "Where the estimate is not recorded, how the loss divides among layers, sites, and experts was not measured, and "
     "cannot be computed from what this report stores; a new allocation measures it."
@@ -212,7 +217,9 @@ def _spent(content: Mapping[str, Any], drawings: Mapping[str, Drawing]) -> list[
     if len(recorded) < len(budgets):
         parts.append(_NOT_RECORDED)
     if recorded:
-        parts += [_SPENT, *_named(drawings, "loss-by-budget")]
+        evaluated = all(budget["spent"].get("routing_evaluated") for budget in recorded)
+        parts += [_SPENT, _ROUTING_EVALUATED if evaluated else _ROUTING_ESTIMATED]
+        parts += [*_named(drawings, "loss-by-budget")]
     if len(budgets) == 1:
         return parts + [one for budget in recorded for one in _of_budget(drawings, budget, *_SPENT_FIGURES)]
     first = content["budgets"][0]

@@ -7,17 +7,24 @@ so that all of them can be evaluated. The interactions of several changes remain
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
-from qsparse_moe.ablation.routing import choices_of, with_choices
+from qsparse_moe.ablation.routing import Choice, choices_of, with_choices
 from qsparse_moe.ablation.sensitivity.documents import DocumentSequences, mean_loss
 from qsparse_moe.ablation.sensitivity.joint import LayerTerms, PlanTerms
 from qsparse_moe.model.transformer import Transformer
 
 
-def with_measured_routing(terms: PlanTerms, model: Transformer, sequences: DocumentSequences) -> PlanTerms:
+def with_measured_routing(
+    terms: PlanTerms,
+    model: Transformer,
+    sequences: DocumentSequences,
+    *,
+    only: Mapping[int, Choice] | None = None,
+) -> PlanTerms:
     """Return ``terms`` with the evaluated change of every choice of ranks that one layer alone may take.
 
     One evaluation per layer and choice. The plan of the model is the same after the call.
@@ -26,13 +33,21 @@ def with_measured_routing(terms: PlanTerms, model: Transformer, sequences: Docum
         terms: the terms around a plan that leaves out no single rank.
         model: the model of these terms.
         sequences: the sequences on which they were made, or others.
+        only: the one choice per layer whose change is needed; the others stay estimated.
     """
     base = mean_loss(model, sequences, terms.plan)
-    return replace(terms, layers=tuple(_measured(layer, terms, model, sequences, base) for layer in terms.layers))
+    layers = (_measured(layer, terms, model, sequences, base=base, only=only) for layer in terms.layers)
+    return replace(terms, layers=tuple(layers))
 
 
 def _measured(
-    layer: LayerTerms, terms: PlanTerms, model: Transformer, sequences: DocumentSequences, base: float
+    layer: LayerTerms,
+    terms: PlanTerms,
+    model: Transformer,
+    sequences: DocumentSequences,
+    *,
+    base: float,
+    only: Mapping[int, Choice] | None,
 ) -> LayerTerms:
     number = layer.cells[0].layer
     here = choices_of(terms.plan, model.config)
@@ -40,7 +55,7 @@ def _measured(
         return layer
     first_O = layer.routing_first_O.copy()
     for position, choice in enumerate(layer.choices):
-        if choice == here[number] or choice is None:
+        if choice == here[number] or choice is None or (only is not None and choice != only.get(number)):
             continue
         there = with_choices(terms.plan, here | {number: choice})
         change = (mean_loss(model, sequences, there) - base) * terms.num_labels

@@ -142,3 +142,16 @@ def test_results_without_settings_can_still_be_reported(earlier, tmp_path, capsy
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert run_verb([*earlier, "--report-only", "--output", str(tmp_path / "again")]) == 0
     assert "| a below b | section 4 | holds |" in capsys.readouterr().out
+
+
+def test_two_finished_lines_of_one_run_are_refused_and_those_of_another_grid_yield(earlier, tmp_path, capsys):
+    file = tmp_path / "earlier" / "results.jsonl"
+    text = file.read_text()
+    first = json.loads(text.splitlines()[0])
+    file.write_text(text + json.dumps(first | {"grid": "other", "bits_per_byte": 99.0}) + "\n")
+    assert run_verb([*earlier, "--report-only", "--output", str(tmp_path / "again")]) == 0
+    assert "99.0" not in capsys.readouterr().out
+    file.write_text(text + json.dumps(first | {"bits_per_byte": 99.0}) + "\n")
+    assert run_verb([*earlier, "--report-only"]) == 2
+    message = f"has two finished lines of {first['id']}; remove the line that is not to count"
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qsparse_moe.ablation.grid.kept_lines import MOST_NAMED, names_of
 from qsparse_moe.ablation.grid.load import Grid, GridRun
 from qsparse_moe.ablation.grid.results import RESULTS, RunResult, read_results
 from qsparse_moe.config.load import config_from_settings
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.folder import changed_settings, may_change
+
+logger = logging.getLogger(__name__)
 
 _DECISIVE = ("training.evaluation_rows", "training.skip_steps", "training.steps")
 """Settings that may change when a run is resumed, and whose change makes a result another one."""
@@ -35,21 +39,43 @@ def with_earlier_results(grid: Grid, path: Path, *, trains: bool) -> Grid:
         trains: whether other runs will be trained beside these. Earlier versions did not record the settings of a
             run; such lines can only be reported.
 
+    Finished runs of the file that are not in the grid are counted and named on stderr.
+
     Raises:
-        ConfigError: the file cannot be read, has no finished run of this grid, or has one with other settings.
+        ConfigError: the file cannot be read, has no finished run of this grid, has one twice, or has one with other
+            settings.
     """
-    by_id = {record["id"]: record for record in read_results([path]) if record["finished"]}
+    by_id = _finished(grid, path)
     found = {run.id: RunResult(**by_id[run.id]) for run in grid.runs if run.id in by_id}
     if not found:
-        others = ", ".join(list(by_id)[:3]) or "none at all"
+        known = ", ".join(list(by_id)[:MOST_NAMED]) or "none at all"
         raise ConfigError(
-            f"--results ({path}) has no finished run of {grid.name}, but {others}; name the {RESULTS} of an earlier "
+            f"--results ({path}) has no finished run of {grid.name}, but {known}; name the {RESULTS} of an earlier "
             "report of this grid"
         )
     for run in grid.runs:
         if run.id in found:
             _check_settings(run, found[run.id], path, trains=trains)
+    others = [name for name in by_id if name not in found]
+    if others:
+        logger.warning(
+            "--results (%s) has %s that %s does not have; its report leaves them out", path, names_of(others), grid.name
+        )
     return replace(grid, earlier=found)
+
+
+def _finished(grid: Grid, path: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of the finished runs by id, those of this grid if another one has runs of the same names."""
+    ids = {run.id for run in grid.runs}
+    found: dict[tuple[bool, str], dict[str, Any]] = {}
+    for record in read_results([path]):
+        key = record["grid"] == grid.name, record["id"]
+        if record["finished"] and found.setdefault(key, record) is not record and record["id"] in ids:
+            raise ConfigError(
+                f"--results ({path}) has two finished lines of {record['id']}; remove the line that is not to count"
+            )
+    # True after False, so that the grid's own take precedence.
+    return {name: record for (_, name), record in sorted(found.items(), key=lambda item: item[0][0])}
 
 
 def _check_settings(run: GridRun, result: RunResult, path: Path, *, trains: bool) -> None:

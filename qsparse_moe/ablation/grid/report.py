@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,10 +15,11 @@ from qsparse_moe.ablation.grid.comparison_figure import draw_comparisons
 from qsparse_moe.ablation.grid.comparison_report import COMPARISONS, comparison_parts, comparisons_dict
 from qsparse_moe.ablation.grid.dense_comparison import FIGURES
 from qsparse_moe.ablation.grid.figures import existing, grid_drawings, write_figures
+from qsparse_moe.ablation.grid.kept_lines import lines_to_write, names_of, set_aside
 from qsparse_moe.ablation.grid.load import Grid
 from qsparse_moe.ablation.grid.markdown_table import table
 from qsparse_moe.ablation.grid.page import NOT_STARTED, UNFINISHED, grid_page, unfinished
-from qsparse_moe.ablation.grid.results import RESULTS, RunResult, results_text
+from qsparse_moe.ablation.grid.results import RESULTS, RunResult
 from qsparse_moe.ablation.grid.search import finished_bits, samples
 from qsparse_moe.ablation.grid.verdicts import decide
 from qsparse_moe.ablation.page.html import PAGE, html_of
@@ -27,6 +29,8 @@ from qsparse_moe.config.labels import place_label
 from qsparse_moe.errors import naming
 from qsparse_moe.metrics.tensorboard import write_pictures
 
+logger = logging.getLogger(__name__)
+
 REPORT = "report.md"
 FIGURES_RUN = "figures"
 """Folder of the figures for TensorBoard, which lists it as a run beside those of the grid."""
@@ -35,7 +39,9 @@ FIGURES_RUN = "figures"
 def write_results(grid: Grid, results: Sequence[RunResult], folder: Path, *, command: Sequence[str] = ()) -> None:
     """Write ``results.jsonl``, ``report.md``, the page, the verdicts if the grid makes claims, and the figures.
 
-    No file is ever half written.
+    No file is ever half written. Lines of measured runs that are in the ``results.jsonl`` of the folder, or among the
+    earlier results of the grid, and not among ``results`` become its last lines, and the report names these runs. A
+    ``results.jsonl`` with a line that cannot be read is renamed and not replaced.
 
     Args:
         grid: the grid.
@@ -44,15 +50,21 @@ def write_results(grid: Grid, results: Sequence[RunResult], folder: Path, *, com
         command: the command that trains the grid, for the page.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / RESULTS
+    lines = lines_to_write([one for one in results if one.finished or one.error], grid.earlier.values(), file)
+    if lines.kept:
+        logger.warning("%s keeps the lines of %s that this report does not have", file, names_of(lines.kept))
+    sections = report_sections(grid, results, kept=lines.kept)
     # Figures come first, because report.md links only to those that were drawn.
     drawings = report_drawings(grid, results)
     figures = write_figures(drawings, folder)
-    report = "\n\n".join([markdown(grid, results), *(f"![{title}]({name})" for name, title in figures.items())])
-    ended = [result for result in results if result.finished or result.error]
-    page = grid_page(grid, report_sections(grid, results), results, drawings, command)
-    texts = [(RESULTS, results_text(ended)), (REPORT, report + "\n"), (PAGE, html_of(page))]
+    report = "\n\n".join([_joined(sections), *(f"![{title}]({name})" for name, title in figures.items())])
+    page = grid_page(grid, sections, results, drawings, command)
+    texts = [(RESULTS, lines.text), (REPORT, report + "\n"), (PAGE, html_of(page))]
     if grid.comparisons:
         texts.append((COMPARISONS, json.dumps(comparisons_dict(grid, results), indent=1) + "\n"))
+    if aside := set_aside(file):
+        logger.warning("%s has lines that cannot be read, and is now %s", file, aside.name)
     for name, text in texts:
         part = folder / f"{name}.part"
         with naming(part):
@@ -75,11 +87,21 @@ def report_drawings(grid: Grid, results: Sequence[RunResult]) -> dict[str, Drawi
 
 def markdown(grid: Grid, results: Sequence[RunResult]) -> str:
     """Return the tables of quality and cost per variant, gradient norms if they were logged, and the failed runs."""
-    return "\n\n".join(part for parts in report_sections(grid, results).values() for part in parts)
+    return _joined(report_sections(grid, results))
 
 
-def report_sections(grid: Grid, results: Sequence[RunResult]) -> dict[str, list[str]]:
-    """Return the paragraphs and tables of the report by the title of their section."""
+def _joined(sections: Mapping[str, Sequence[str]]) -> str:
+    return "\n\n".join(part for parts in sections.values() for part in parts)
+
+
+def report_sections(grid: Grid, results: Sequence[RunResult], *, kept: Sequence[str] = ()) -> dict[str, list[str]]:
+    """Return the paragraphs and tables of the report by the title of their section.
+
+    Args:
+        grid: the grid.
+        results: the results of its runs so far.
+        kept: the ids of other runs whose lines ``results.jsonl`` keeps.
+    """
     seeds = {result.seed for result in results}
     claims = comparison_parts(grid, results)
     # Otherwise the tables of a long grid would be mostly dashes; the runs that are missing are counted below them.
@@ -113,6 +135,12 @@ def report_sections(grid: Grid, results: Sequence[RunResult]) -> dict[str, list[
     broken = [result for result in results if not result.finished]
     if broken:
         sections[UNFINISHED] = [f"{len(broken)} of {len(results)} runs did not finish:", _broken(broken)]
+    if kept:
+        sections["Runs outside of this report"] = [
+            f"The last lines of {RESULTS} are those of {names_of(kept)} that were measured before and are not in this "
+            "report: the grid does not have them any more, its searches do not need them now, or they have no other "
+            "result here."
+        ]
     return {title: parts for title, parts in sections.items() if parts}
 
 

@@ -128,10 +128,11 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
         ) from None
     if not lines:
         raise ConfigError(f"{path} is empty; run qsparse-moe ablate with its grid again, which keeps finished runs")
-    return [_record(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
+    return [read_record(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
 
 
-def _record(line: str, where: str) -> dict[str, Any]:
+def read_record(line: str, where: str) -> dict[str, Any]:
+    """Return the record of a line; raise ConfigError, which begins with ``where``, if it cannot be read."""
     again = "run qsparse-moe ablate with its grid and folders again: it keeps finished runs and rewrites the file"
     try:
         record = json.loads(line)

@@ -34,7 +34,7 @@ def config(activation, gradient, sparsities):
 
 
 def prepared(module, sites, sparsities):
-    """The module in double precision, whose products torch counts, with averages and in a step that measures nothing."""
+    """The module in double precision, whose products torch counts, in a step with averages that measures nothing."""
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()

@@ -14,6 +14,7 @@ from qsparse_moe.ablation.allocation.budget import Budget, check_decoding
 from qsparse_moe.ablation.allocation.defaults import NUM_RANDOM, ROUNDS
 from qsparse_moe.cli.allocation_files import (
     FOLDER,
+    check_joint_folder,
     check_no_report,
     check_report,
     write_joint_reports,
@@ -124,7 +125,9 @@ def allocate(
             "RUN/allocation."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace the output file if there is one.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the output file, and an earlier allocation in the folder.")
+    ] = False,
     shard: ShardOption = None,
     device: Annotated[Literal["cpu", "cuda"], typer.Option(help="Device to run on.")] = "cpu",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -148,6 +151,7 @@ def allocate(
         if is_rank_zero():  # as below
             check_output(output, force=force)
             check_folder("--folder", reports)
+            check_joint_folder(reports, force=force)
         sources = sources_overrides(data or (), load_run_config(found_model.config_folder).data)
         summary = _jointly(
             found_model,

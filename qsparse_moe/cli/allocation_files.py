@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 FOLDER = "allocation"
 """Folder of the reports in that of the model, and the beginning of the names of the figures in TensorBoard."""
-_PAGE = ".html"
+_JSON, _PAGE = "allocation.json", ".html"
 
 
 def check_no_report(report: Path | None) -> None:
@@ -26,6 +26,12 @@ def check_no_report(report: Path | None) -> None:
             f"--report ({report}): with --budget the reports are written to a folder; give --folder in its place, or "
             "leave it out for RUN/allocation"
         )
+
+
+def check_joint_folder(folder: Path, *, force: bool) -> None:
+    """Raise ConfigError if the folder has an allocation already, which may have taken hours."""
+    if (folder / _JSON).exists() and not force:
+        raise ConfigError(f"--folder ({folder}) contains an {_JSON}; name another folder, or add --force")
 
 
 def check_report(report: Path | None) -> None:
@@ -45,7 +51,7 @@ def write_joint_reports(found: JointAllocation, summary: Mapping[str, Any], fold
     from qsparse_moe.runs.folder import write_atomically
 
     model = Path(summary["run_dir"])
-    write_atomically(folder / "allocation.json", json.dumps(summary, indent=1) + "\n")
+    write_atomically(folder / _JSON, json.dumps(summary, indent=1) + "\n")
     drawings = allocation_drawings(summary)
     pictures = [file.name for file in write_fronts(drawings, folder)] if len(found.results) > 1 else []
     write_atomically(folder / "report.md", markdown(found, title=f"Joint plans for {model}", figures=pictures))

@@ -208,6 +208,27 @@ def test_allocate_predicts_the_time_of_decoding_and_measures_it(trained, tmp_pat
     assert "Decoding of held-out text with the engine native:" in (tmp_path / "report.md").read_text()
 
 
+def test_an_allocation_that_exists_is_replaced_only_by_force(trained, tmp_path, capsys, monkeypatch):
+    class Began(Exception):
+        pass
+
+    def allocate(*arguments, **options):
+        raise Began
+
+    monkeypatch.setattr("qsparse_moe.ablation.allocation.joint_run.allocate_budgets", allocate)
+    (tmp_path / "allocation.json").write_text("hours of work")
+    plan = tmp_path / "another-plan.json"
+    arguments = ["allocate", str(trained), "--output", str(plan), "--budget", "bytes=0.5@batch=1"]
+    assert run([*arguments, "--folder", str(tmp_path)]) == 2
+    message = f"--folder ({tmp_path}) contains an allocation.json; name another folder, or add --force"
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert [file.name for file in tmp_path.iterdir()] == ["allocation.json"]
+    with pytest.raises(Began):
+        run([*arguments, "--folder", str(tmp_path), "--force"])
+    with pytest.raises(Began):
+        run([*arguments, "--folder", str(tmp_path / "other")])
+
+
 def test_figures_go_to_the_tensorboard_of_the_run_or_of_the_report(tmp_path):
     run, report = tmp_path / "run", tmp_path / "report"
     checkpoint = run / "checkpoints" / "step-00000007"

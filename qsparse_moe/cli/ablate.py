@@ -14,6 +14,7 @@ from qsparse_moe.ablation.grid.load import Grid, GridRun, load_grid
 from qsparse_moe.ablation.grid.placement import Launcher, Placement
 from qsparse_moe.cli.console import print_json
 from qsparse_moe.cli.grid_progress import GridProgress
+from qsparse_moe.cli.option_values import check_folder, check_no_effect
 from qsparse_moe.errors import CheckpointError, ConfigError
 from qsparse_moe.runs.folder import is_finished
 
@@ -62,6 +63,14 @@ def ablate(
     """Train every run of a grid file. Finished runs are not repeated. The exit code is 1 if a run failed."""
     if (task is not None) + list_runs + report_only > 1:
         raise ConfigError("--task, --list, and --report-only exclude each other; give only one of them")
+    if task is not None:
+        # The tasks of an array run at the same time, and the report is written by --report-only behind them.
+        check_no_effect({"--output": output}, beside="--task")
+    if list_runs:
+        trained = {"--ranks": ranks if ranks > 1 else None, "--jobs": jobs if jobs > 1 else None, "--devices": devices}
+        check_no_effect({**trained, "--output": output}, beside="--list")
+    if output is not None:
+        check_folder("--output", output)
     # The whole grid is loaded even for one task, so that a mistake in any run is reported before the first one trains.
     loaded = load_grid(grid, overrides or (), output_dir=output_dir)
     if results is not None:

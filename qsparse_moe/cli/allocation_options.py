@@ -66,9 +66,7 @@ def check_no_joint_options(given: Mapping[str, object]) -> None:
     Args:
         given: the values by option; True is an option without a value, and None and False were not given.
     """
-    wrong = [
-        name if value is True else f"{name} ({value})" for name, value in given.items() if value not in (None, False)
-    ]
+    wrong = [name if value is True else f"{name} ({value})" for name, value in given.items() if value]
     if wrong:
         verb, them = ("applies", "it") if len(wrong) == 1 else ("apply", "them")
         raise ConfigError(

@@ -17,7 +17,14 @@ from qsparse_moe.cli.bench_prepare import prepare
 from qsparse_moe.cli.bench_shared_features import shared_features
 from qsparse_moe.cli.bench_start import start
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import SITE_HELP, check_name, check_site, check_sparsity, listed_names
+from qsparse_moe.cli.option_values import (
+    SITE_HELP,
+    check_name,
+    check_result_file,
+    check_site,
+    check_sparsity,
+    listed_names,
+)
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 
 if TYPE_CHECKING:
@@ -74,6 +81,7 @@ def step(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time a training step with and without Q-Sparse beside transformers' Mixtral of the same shape."""
+    check_result_file(output)
     import torch
 
     from qsparse_moe.bench.step import DTYPES, StepBenchmark, run_step_benchmark
@@ -127,6 +135,7 @@ def ops(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time every operation of the kernels, its reference and its fast versions, and top-K in stock PyTorch."""
+    check_result_file(output)
     import torch
 
     from qsparse_moe.bench.ops import run_op_benchmarks
@@ -187,6 +196,7 @@ def metrics(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time what recording metrics adds to a step, on one rank of the torch engine."""
+    check_result_file(output)
     from qsparse_moe.config.load import load_config
 
     # A wrong setting is reported before torch is imported.

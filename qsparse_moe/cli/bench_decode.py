@@ -12,13 +12,23 @@ from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.cli.option_names import naming_options
-from qsparse_moe.cli.option_values import SITE_HELP, check_name, check_site, listed_names
+from qsparse_moe.cli.option_values import (
+    SITE_HELP,
+    check_name,
+    check_no_effect,
+    check_result_file,
+    check_site,
+    listed_names,
+)
 from qsparse_moe.config.schema import ModelConfig
 from qsparse_moe.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
+_PROMPT = 512
+_PEERS = ("transformers", "llama.cpp")
+_FOLDER = Path("llama.cpp-models")
 
 
 def decode(
@@ -45,23 +55,30 @@ def decode(
     vocab_size: Annotated[int, typer.Option(help="V, ids of the vocabulary.", min=1)] = 8192,
     context: Annotated[int, typer.Option(help="Tokens in the cache before the first measured step.", min=1)] = 32,
     tokens: Annotated[int, typer.Option(help="Steps per measurement.", min=1)] = 32,
-    prompt: Annotated[int, typer.Option(help="Tokens of the prompt whose prefill is timed; 0: none.", min=0)] = 512,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt whose prefill is timed; 0: none; default: 512.", min=0)
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Rounds in turn.", min=1)] = 5,
     device: Annotated[
         str,
         typer.Option(help="cpu, or cuda: the Triton engine beside the modules of training, without peers and prefill."),
     ] = "cpu",
     peers: Annotated[
-        str, typer.Option(help="transformers, llama.cpp, with a comma; what is not installed is left out, and said.")
-    ] = "transformers,llama.cpp",
-    folder: Annotated[Path, typer.Option(help="Where the weights for llama.cpp are written for a while.")] = Path(
-        "llama.cpp-models"
-    ),
+        str | None,
+        typer.Option(
+            help="transformers, llama.cpp, with a comma; default: both. What is not installed is left out, and said."
+        ),
+    ] = None,
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where the weights for llama.cpp are written for a while; default: llama.cpp-models."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
     output: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time generation, with and without zeros, beside transformers and llama.cpp on the same shape."""
+    check_result_file(output)
     check_name("--device", device, ("cpu", "cuda"))
     formats = listed_names("--weights", weights, ("fp32", "bf16", "int8", "ternary"))
     sparsities = _numbers("--sparsity", sparsity, float, lambda value: 0 <= value < 1, "S from 0 up to below 1")
@@ -69,7 +86,12 @@ def decode(
     check_name("--selection", selection, ("topk", "shared"))
     check_site(site)
     # An empty text leaves all peers out; split, it would be a peer without a name.
-    chosen_peers = listed_names("--peers", peers, ("transformers", "llama.cpp")) if peers else []
+    asked = ",".join(_PEERS) if peers is None else peers
+    chosen_peers = listed_names("--peers", asked, _PEERS) if asked else []
+    if device == "cuda":
+        check_no_effect({"--prompt": prompt, "--peers": peers, "--folder": folder}, beside="--device cuda")
+    elif "llama.cpp" not in chosen_peers:
+        check_no_effect({"--folder": folder}, beside=f"--peers '{asked}'")
     listed_names("--head", head, ("auto", "fp32", "bf16", "int8"))
     # Only now, when all options have been checked: torch takes seconds to import.
     import torch
@@ -103,10 +125,10 @@ def decode(
         context,
         tokens,
         rounds,
-        prompt,
+        _PROMPT if prompt is None else prompt,
         chosen_peers,
         head=None if head == "auto" else head,  # type: ignore[arg-type]
-        folder=folder,
+        folder=folder or _FOLDER,
         site=site,  # type: ignore[arg-type]
     )
     with naming_options():

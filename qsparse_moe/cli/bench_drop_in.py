@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import check_sparsity, listed_names
+from qsparse_moe.cli.option_values import check_result_file, check_sparsity, listed_names
 from qsparse_moe.config.schema import ModelConfig, MoEConfig
 
 
@@ -37,6 +37,7 @@ def drop_in(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time transformers' Mixtral with and without Q-Sparse inside: a training step, and generation."""
+    check_result_file(output)
     import torch
 
     from qsparse_moe.bench.drop_in import DropInBenchmark, run_drop_in_benchmark

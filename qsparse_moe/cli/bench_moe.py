@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import check_sparsity, listed_names
+from qsparse_moe.cli.option_values import check_result_file, check_sparsity, listed_names
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def moe(
 
     The default shape is 4096 tokens, D 512, F 768, E 16, A 2 on a CPU and 16384, 2048, 1024, 64, 8 on CUDA.
     """
+    check_result_file(output)
     import torch
 
     from qsparse_moe.bench.moe_layer import DTYPES, SHAPES, MoEBenchmark, run_moe_benchmark

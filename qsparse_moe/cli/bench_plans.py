@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
 from qsparse_moe.cli.option_names import naming_options
-from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, listed_names
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, check_no_effect, check_result_file, listed_names
 from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_model
@@ -35,9 +35,10 @@ def plans(
     texts: Annotated[int, typer.Option(help="Held-out texts for the losses.", min=1)] = 16,
     peers: Annotated[str, typer.Option(help="llama.cpp, or an empty text for none.")] = "llama.cpp",
     data: DataOption = None,
-    folder: Annotated[Path, typer.Option(help="Where the weights for llama.cpp are written for a while.")] = Path(
-        "llama.cpp-models"
-    ),
+    folder: Annotated[
+        Path | None,
+        typer.Option(help="Where the weights for llama.cpp are written for a while; default: llama.cpp-models."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads; left out: PyTorch's choice.")] = None,
     clock: Annotated[
         str,
@@ -50,8 +51,11 @@ def plans(
 
     All of them read the same held-out text; the table has its loss under each.
     """
+    check_result_file(output)
     formats = listed_names("--weights", weights, ("auto", "fp32", "bf16", "int8", "ternary"))
     chosen_peers = listed_names("--peers", peers, ("llama.cpp",)) if peers else []
+    if not chosen_peers:
+        check_no_effect({"--folder": folder}, beside=f"--peers '{peers}'")
     (clocked,) = listed_names("--clock", clock, ("wall", "processor"))
     files = named_plans(plan or [])
     config = load_run_config(find_model(run).config_folder)
@@ -74,7 +78,7 @@ def plans(
         clock=clocked,
         llama_cpp=bool(chosen_peers),
         overrides=overrides,
-        llama_folder=folder,
+        llama_folder=folder or Path("llama.cpp-models"),
     )
     with naming_options():
         result = run_plans_benchmark(benchmark, logger.info)

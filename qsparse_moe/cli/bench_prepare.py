@@ -10,7 +10,10 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
+from qsparse_moe.cli.option_values import check_no_effect, check_result_file
 from qsparse_moe.config.schema import SourceConfig
+
+_VOCABULARY = 16384
 
 
 def prepare(
@@ -24,7 +27,9 @@ def prepare(
             help="Hugging Face tokenizer, or bytes; default: a byte-level BPE of the text.", show_default=False
         ),
     ] = None,
-    vocabulary: Annotated[int, typer.Option(help="Number of tokens of a BPE that is made.", min=300)] = 16384,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="Number of tokens of a BPE that is made; default: 16384.", min=300)
+    ] = None,
     shard_bytes: Annotated[int, typer.Option(help="data.shard_bytes.", min=1)] = 1_000_000,
     processes: Annotated[
         int | None, typer.Option(help="Number of processes; default: one per CPU core.", min=1, show_default=False)
@@ -34,11 +39,16 @@ def prepare(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time the preparation of text beside the tokenizer alone and datasets.map."""
+    check_result_file(output)
+    if tokenizer is not None:
+        check_no_effect({"--vocabulary": vocabulary}, beside=f"--tokenizer {tokenizer}")
     from qsparse_moe.bench.prepare import PrepareBenchmark, run_prepare_benchmark
 
     source = SourceConfig() if files is None else SourceConfig(kind="text", path=files)
     count = processes or len(os.sched_getaffinity(0))
-    result = run_prepare_benchmark(PrepareBenchmark(source, tokenizer, vocabulary, shard_bytes, count, rounds))
+    result = run_prepare_benchmark(
+        PrepareBenchmark(source, tokenizer, vocabulary or _VOCABULARY, shard_bytes, count, rounds)
+    )
     if output:
         write_json(output, result)
     print_json(result) if json else _print_table(result)

@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
-from qsparse_moe.cli.option_values import MODEL_HELP
+from qsparse_moe.cli.option_values import MODEL_HELP, check_result_file
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_model
 
@@ -29,6 +29,7 @@ def shared_features(
     The tokens that an expert gets are compared with others of the same layer, pushed through the same expert. In a
     dense model any tokens are compared.
     """
+    check_result_file(output)
     shares = parse_fractions(fractions)
     folder = find_model(run).path
     from qsparse_moe.ablation.sensitivity.documents import validation_documents

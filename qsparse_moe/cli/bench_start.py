@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console, write_json
+from qsparse_moe.cli.option_values import check_result_file
 from qsparse_moe.config.load import load_config
 
 _MB = 1e6
@@ -29,6 +30,7 @@ def start(
 
     Nothing is read or written, and no step is taken. It needs Linux, whose kernel reports the peak of a process.
     """
+    check_result_file(output)
     # A wrong setting is reported before torch is imported.
     loaded = load_config(config, overrides or ())
     from qsparse_moe.bench.start import run_start_benchmark

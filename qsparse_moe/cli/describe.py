@@ -42,7 +42,8 @@ def describe(
     ] = None,
     ranks: Annotated[int, typer.Option(help="Number of ranks over which the training state is sharded.", min=1)] = 1,
     measure: Annotated[
-        int, typer.Option(help="For a run: number of validation sequences on which to measure routing and masks.")
+        int,
+        typer.Option(help="For a run: number of validation sequences to measure routing and masks on.", min=0),
     ] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -77,6 +77,10 @@ def fit_law(
     # Before the fits, which take minutes.
     if output is not None:
         check_no_law(output, force=force)
+    elif force:
+        raise ConfigError(
+            "--force replaces an earlier law in --output, which is not given; name it, or leave out --force"
+        )
     from qsparse_moe.ablation.law.read import read_runs
     from qsparse_moe.ablation.law.study import Choices, as_dict, study
 

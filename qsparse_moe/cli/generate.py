@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qsparse_moe.cli.option_names import PromptNames, naming_options
+from qsparse_moe.cli.option_values import check_no_effect
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.runs.find import find_model
 
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from qsparse_moe.cli.generated_text import Settings
     from qsparse_moe.inference.generator import Generator
 
+
+_BATCH_SIZE = 8
 
 # Options with a long help, as types of their own, so that the signature below fits on a screen.
 Prompts = Annotated[
@@ -87,7 +90,9 @@ def generate(
     max_length: MaxLength = None,
     overlong: Overlong = "refuse",
     truncate_prompt: TruncatePrompt = False,
-    batch_size: Annotated[int, typer.Option(help="Prompts that are generated together.", min=1)] = 8,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Prompts that are generated together; default: 8.", min=1)
+    ] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where it runs.")] = "auto",
     stats: Annotated[bool, typer.Option("--stats", help="Report the speed on standard error.")] = False,
     json: Json = False,
@@ -101,6 +106,8 @@ def generate(
             "--interactive reads its prompts from the terminal and prints text, so --prompt, --prompts-file and --json "
             "must be left out"
         )
+    if interactive:
+        check_no_effect({"--batch-size": batch_size}, beside="--interactive")
     if truncate_prompt and overlong == "slide":
         raise ConfigError(
             "--truncate-prompt and --overlong slide both treat prompts that are too long; keep one of them"
@@ -128,7 +135,7 @@ def generate(
         _converse(generator, settings)
     else:
         # Without a prompt the model begins a document, which is what it does after the empty text.
-        (print_objects if json else print_texts)(generator, prompts or [""], settings, batch_size)
+        (print_objects if json else print_texts)(generator, prompts or [""], settings, batch_size or _BATCH_SIZE)
 
 
 def _converse(generator: Generator, settings: Settings) -> None:

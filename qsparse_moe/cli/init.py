@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import print_json, result_console
+from qsparse_moe.cli.option_values import check_no_effect
 from qsparse_moe.config.shipped import SCHEMA, Shipped, shipped, shipped_files
 from qsparse_moe.errors import ConfigError
 
@@ -35,6 +36,7 @@ def init(
 ) -> None:
     """Write a configuration, a grid (with its base configuration), or an example script to start from."""
     if list_names:
+        check_no_effect({"--output": output, "--force": force}, beside="--list")
         _print_list(json)
         return
     chosen = shipped(name)

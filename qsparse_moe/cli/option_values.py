@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -59,6 +59,32 @@ def check_folder(option: str, folder: Path) -> None:
         raise ConfigError(f"{option} ({folder}) {where}; name a folder")
     if not os.access(above, os.W_OK):
         raise ConfigError(f"{option} ({folder}) is in a folder without write permission; name another folder")
+
+
+def check_result_file(output: Path | None) -> None:
+    """Raise ConfigError unless the file ``--output`` can be written, whose folder may not exist yet.
+
+    Called before a measurement, which takes long.
+    """
+    if output is None:
+        return
+    if output.is_dir():
+        raise ConfigError(f"--output ({output}) is a folder; name a file, such as {output / 'result.json'}")
+    check_folder("the folder of --output", output.parent)
+
+
+def check_no_effect(given: Mapping[str, object], *, beside: str) -> None:
+    """Raise ConfigError if an option is given that another one leaves without effect.
+
+    Args:
+        given: the values by option; True is an option without a value. None, False, 0, and an empty text ask for
+            nothing.
+        beside: the other option, for the message.
+    """
+    idle = [name if value is True else f"{name} ({value})" for name, value in given.items() if value]
+    if idle:
+        has = "has" if len(idle) == 1 else "have"
+        raise ConfigError(f"{' and '.join(idle)} {has} no effect with {beside}; leave out one of them")
 
 
 def listed_names(option: str, text: str, known: Collection[str]) -> list[Any]:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from qsparse_moe.cli.console import is_rank_zero, print_json, result_console
-from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_shard, check_sparsity
+from qsparse_moe.cli.option_values import MODEL_HELP, DataOption, ShardOption, check_folder, check_shard, check_sparsity
 from qsparse_moe.config.file_sources import sources_overrides
 from qsparse_moe.errors import ConfigError
 from qsparse_moe.metrics.natural_zeros import warn_of_natural_zeros
@@ -71,6 +71,9 @@ def sensitivity(
             f"--plans ({plans}) must be 0 or at least 3, because two points always have a perfect rank order"
         )
     check_shard(shard, "sensitivity")
+    folder = output or run_dir / FOLDER
+    if is_rank_zero():  # before the measurement, which may take hours
+        check_folder("--output", folder)
     from qsparse_moe.ablation.page.commands import run_of
     from qsparse_moe.ablation.sensitivity.measure import measure_run
     from qsparse_moe.ablation.sensitivity.report import as_dict
@@ -91,7 +94,6 @@ def sensitivity(
     )
     if not is_rank_zero():
         return
-    folder = output or run_dir / FOLDER
     summary = as_dict(found, run_dir=run_dir, step=step)
     write_report(found, summary, folder, tensorboard=run_of(run_dir) / "tensorboard")
     if json:

@@ -309,6 +309,10 @@ WRONG = {
         ["allocate", "{run}", "--output", "p.json", "--flops", "5", "--report", "r.html"],
         "--report (r.html) names the Markdown file, and its page has the same name with .html; name a file",
     ),
+    "report in a file": (
+        ["sensitivity", "{run}", "--output", "{run}/config.yaml"],
+        "/config.yaml) is a file; name a fol",
+    ),
     "too few plans": (["sensitivity", "{run}", "--plans", "2"], "--plans (2) must be 0 or at least 3"),
     "budget below 0": (
         ["allocate", "{run}", "--output", "p.json", "--flops", "-1"],

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qsparse_moe.cli.option_values import check_folder
 from qsparse_moe.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,12 +36,17 @@ def check_joint_folder(folder: Path, *, force: bool) -> None:
 
 
 def check_report(report: Path | None) -> None:
-    """Raise ConfigError if the page beside the Markdown file would have the name of the file itself."""
-    if report is not None and report.suffix == _PAGE:
+    """Raise ConfigError unless ``report`` can be written, and the page beside it has another name."""
+    if report is None:
+        return
+    if report.suffix == _PAGE:
         raise ConfigError(
             f"--report ({report}) names the Markdown file, and its page has the same name with {_PAGE}; name a file "
             f"such as {report.with_suffix('.md')}"
         )
+    if report.is_dir():
+        raise ConfigError(f"--report ({report}) is a folder; name a file, such as {report / 'report.md'}")
+    check_folder("the folder of --report", report.parent)
 
 
 def write_joint_reports(found: JointAllocation, summary: Mapping[str, Any], folder: Path) -> None:
@@ -70,6 +76,7 @@ def write_sparsity_reports(found: Allocation, summary: Mapping[str, Any], report
     drawings = sparsity_drawings(summary, found.plan)
     _write_pictures(tensorboard_of(model, None), drawings, found.step)
     if report is not None:
+        report.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(report, markdown(found, title=f"Plans for {model}"))
         write_page(sparsity_page(summary, drawings), report.with_suffix(_PAGE))
 

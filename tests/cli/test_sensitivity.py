@@ -85,7 +85,7 @@ def test_sensitivity_prints_a_readable_report_of_estimates_around_another_s(trai
 
 @pytest.mark.slow
 def test_allocate_writes_a_plan_within_the_budget_and_compares_it(trained, tmp_path, capsys):
-    output, report = tmp_path / "plan.json", tmp_path / "report.md"
+    output, report = tmp_path / "plan.json", tmp_path / "new" / "report.md"
     arguments = ["allocate", str(trained), "--output", str(output), "--sparsity", "0.6", "--rows", "3", "--rounds", "1"]
     arguments += ["--random", "1", "--train", "1", "--report", str(report)]
     assert run([*arguments, "--json"]) == 0
@@ -98,7 +98,7 @@ def test_allocate_writes_a_plan_within_the_budget_and_compares_it(trained, tmp_p
     assert len(found["alternatives"]) == 3
     before = {one["name"]: one["loss"] for one in found["outcomes"]}
     assert all(one["loss"] != before[one["name"]] for one in found["after_training"])
-    page = read_page((tmp_path / "report.html").read_text())
+    page = read_page(report.with_suffix(".html").read_text())
     assert [row[0] for row in page.tables["Every plan less uniform S"][1:]][0] == "allocated"
     assert page.tables["S at expert hidden"][1][1:] == [f"{s:.4f}" for s in plan.values[0, "expert_hidden"]]
     text = report.read_text()
@@ -308,6 +308,14 @@ WRONG = {
     "report that is its own page": (
         ["allocate", "{run}", "--output", "p.json", "--flops", "5", "--report", "r.html"],
         "--report (r.html) names the Markdown file, and its page has the same name with .html; name a file",
+    ),
+    "report that is a folder": (
+        ["allocate", "{run}", "--output", "p.json", "--flops", "5", "--report", "{run}"],
+        ") is a folder; name a file, such as ",
+    ),
+    "report below a file": (
+        ["allocate", "{run}", "--output", "p.json", "--flops", "5", "--report", "{run}/config.yaml/r.md"],
+        "/config.yaml) is a file; name a folder",
     ),
     "report in a file": (
         ["sensitivity", "{run}", "--output", "{run}/config.yaml"],

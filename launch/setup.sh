@@ -1,8 +1,12 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: creates the environment of the project once and reuses it while it is up to date.
+# Sourced by the other scripts, or run alone: creates the environment of the project once and reuses it while it is up to
+# date.
 #
 # Afterwards the working directory is the repository, $python the environment's interpreter, $CXX the C++ compiler, and
 # .venv/bin is first in PATH.
+
+# Here too, because this file is also run alone: after an installation that failed, the environment must not look finished.
+set -euo pipefail
 
 repository="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 

@@ -60,10 +60,10 @@ class Machine:
         program.write_text(f"#!/bin/sh\n{body}\n")
         program.chmod(0o755)
 
-    def run(self, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str = "show.sh", **environment: str) -> subprocess.CompletedProcess[str]:
         fixed = {"PATH": str(self.bin), "HOME": str(self.folder), "CALLS": str(self.folder / "calls")}
         fixed["PYTHONPATH"] = str(self.folder / "modules")
-        command = [str(self.bin / "bash"), "show.sh"]
+        command = [str(self.bin / "bash"), script]
         return subprocess.run(
             command, cwd=self.repository, env=fixed | environment, capture_output=True, text=True, timeout=60
         )
@@ -124,13 +124,15 @@ def test_environment_whose_python_is_gone_is_recreated(machine):
     assert machine.calls()[0].startswith("venv ['--clear']")
 
 
-def test_failed_set_up_is_repeated(machine):
+@pytest.mark.parametrize("script", ["show.sh", "launch/setup.sh"], ids=["sourced", "run alone"])
+def test_failed_set_up_is_repeated(machine, script):
     pip = machine.folder / "modules" / "pip" / "__main__.py"
     pip.write_text("raise SystemExit(1)")
-    assert machine.run().returncode == 1
+    assert machine.run(script).returncode == 1
+    assert not (machine.repository / ".venv" / "made-for.txt").exists()
     machine.calls()
     pip.write_text(FAKE_PIP)
-    assert machine.run().returncode == 0
+    assert machine.run(script).returncode == 0
     assert machine.calls() == PIP_CALLS
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio
-from qsparse_moe.bench.llama_peer import LlamaCpp, find_llama_cpp, formats_beside
+from qsparse_moe.bench.llama_peer import WEIGHTS_FOLDER, LlamaCpp, find_llama_cpp, formats_beside
 from qsparse_moe.bench.mixtral import DecodingMixtral
 from qsparse_moe.bench.random_weights import fill_random
 from qsparse_moe.config.schema import ModelConfig, Site
@@ -57,7 +57,7 @@ class DecodeBenchmark:
     peers: Sequence[str] = (TRANSFORMERS, LLAMA_CPP)
     head: WeightFormat | None = None
     """Number format of our output head; None: that of ``generate``."""
-    folder: Path = Path("llama.cpp-models")
+    folder: Path = WEIGHTS_FOLDER
     """Where the weights for llama.cpp are written, one file at a time, and removed again."""
     site: Site | None = None
     """The only site with S; None: every site."""

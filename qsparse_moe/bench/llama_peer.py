@@ -29,6 +29,8 @@ Clock = Literal["wall", "processor"]
 
 PYTHON_VARIABLE = "QSPARSE_MOE_LLAMA_CPP_PYTHON"
 """Environment variable with the Python interpreter that has llama-cpp-python and gguf, if that is another one."""
+WEIGHTS_FOLDER = Path("llama.cpp-models")
+"""Where the weights for llama.cpp are written for a while, unless another folder is named."""
 # Python searches the folder of a script first, so no module beside this one may have the name of a package that the
 # child imports (docs/lab-log.md, 28 November).
 _CHILD = Path(__file__).with_name("llama_peer_child.py")

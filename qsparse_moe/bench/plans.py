@@ -21,7 +21,7 @@ from torch import Tensor
 
 from qsparse_moe.ablation.routing import with_all_ranks
 from qsparse_moe.bench.harness import Timing, fingerprint, model_sizes, ratio
-from qsparse_moe.bench.llama_peer import Clock, LlamaCpp, find_llama_cpp, formats_beside
+from qsparse_moe.bench.llama_peer import WEIGHTS_FOLDER, Clock, LlamaCpp, find_llama_cpp, formats_beside
 from qsparse_moe.bench.llama_weights import llama_architecture, write_llama_weights
 from qsparse_moe.config.schema import RunConfig
 from qsparse_moe.data.loader import load_data
@@ -62,7 +62,7 @@ class PlansBenchmark:
     llama_cpp: bool = True
     overrides: Sequence[str] = ()
     """Settings of the data in place of the run's."""
-    llama_folder: Path = Path("llama.cpp-models")
+    llama_folder: Path = WEIGHTS_FOLDER
     """Where the weights for llama.cpp are written, and removed again."""
 
 

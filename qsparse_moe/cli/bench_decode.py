@@ -28,7 +28,6 @@ logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
 _PROMPT = 512
 _PEERS = ("transformers", "llama.cpp")
-_FOLDER = Path("llama.cpp-models")
 
 
 def decode(
@@ -98,6 +97,7 @@ def decode(
 
     from qsparse_moe.bench.decode import DecodeBenchmark, run_decode_benchmark
     from qsparse_moe.bench.decode_gpu import run_gpu_decode_benchmark
+    from qsparse_moe.bench.llama_peer import WEIGHTS_FOLDER
 
     if threads:
         torch.set_num_threads(threads)
@@ -128,7 +128,7 @@ def decode(
         _PROMPT if prompt is None else prompt,
         chosen_peers,
         head=None if head == "auto" else head,  # type: ignore[arg-type]
-        folder=folder or _FOLDER,
+        folder=folder or WEIGHTS_FOLDER,
         site=site,  # type: ignore[arg-type]
     )
     with naming_options():

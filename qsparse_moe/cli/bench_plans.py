@@ -63,6 +63,7 @@ def plans(
     # Only now, when all options have been checked: torch takes seconds to import.
     import torch
 
+    from qsparse_moe.bench.llama_peer import WEIGHTS_FOLDER
     from qsparse_moe.bench.plans import PlansBenchmark, run_plans_benchmark
 
     if threads:
@@ -78,7 +79,7 @@ def plans(
         clock=clocked,
         llama_cpp=bool(chosen_peers),
         overrides=overrides,
-        llama_folder=folder or Path("llama.cpp-models"),
+        llama_folder=folder or WEIGHTS_FOLDER,
     )
     with naming_options():
         result = run_plans_benchmark(benchmark, logger.info)
